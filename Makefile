@@ -1,0 +1,77 @@
+# Nothing is assumed but Python 3.11 to 3.13, git and make. Everything is installed into .venv, and only when
+# pyproject.toml or constraints.txt has changed since: every target may be run again at any time.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# A PYTHON given by hand is taken at its word; otherwise the first that fits.
+CANDIDATES := $(if $(filter file,$(origin PYTHON)),python3 python3.13 python3.12 python3.11 python,$(PYTHON))
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check bench gpu clean
+
+help: ## this list
+	@echo 'Sfumato. Every target sets up what it needs in $(VENV); PYTHON=... chooses the interpreter (3.11 to 3.13).'
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	    while IFS='|' read -r name text; do printf '  make %-6s  %s\n' "$$name" "$$text"; done
+
+setup: $(VENV)/.demo-stamp ## install Sfumato and what it needs to run into .venv
+	@echo 'setup: ready: $(BIN)/sfumato --help'
+
+demo: $(VENV)/.demo-stamp ## solve a random Sudoku with the embedded model, live in the terminal
+	@echo 'demo: a random Sudoku with 40 clues, denoised by the embedded model'
+	$(BIN)/sfumato sudoku --random --clues 40 --seed 1
+
+test: $(VENV)/.test-stamp ## format, lint, types, layering, then every test that is not slow
+	@echo 'test: scripts/check, then scripts/test'
+	@scripts/check
+	@scripts/test
+
+check: $(VENV)/.test-stamp ## format, lint, types and layering only
+	@scripts/check
+
+bench: $(VENV)/.test-stamp ## time prefill, step, read-out, commit and whole requests on this machine, as JSON
+	@echo 'bench: a few minutes; one JSON record on stdout' >&2
+	@$(BIN)/sfumato bench --json
+
+# Not the venv: a machine lent for its GPU may have no network, and has torch of its own.
+gpu: ## on a CUDA machine, without network or .venv: run what is pending there (needs torch, safetensors, tokenizers, numpy)
+	@echo 'gpu: pending GPU work with $(PYTHON): torch, safetensors, tokenizers and numpy have to be there'
+	$(PYTHON) scripts/gpu.py
+
+clean: ## remove .venv, caches and build leftovers; runs/ and anything tracked stay
+	@echo 'clean: removing $(VENV), caches and build leftovers'
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The virtual environment: the first Python in CANDIDATES that is 3.11 to 3.13 and can make one.
+$(BIN)/python:
+	@seen=; \
+	for candidate in $(CANDIDATES); do \
+	    version=$$($$candidate -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+	    case $$version in 3.11|3.12|3.13) ;; *) seen="$$seen, $$candidate is $$version"; continue ;; esac; \
+	    $$candidate -c 'import ensurepip, venv' 2>/dev/null || \
+	        { seen="$$seen, $$candidate lacks venv (Debian, Ubuntu: apt install python3-venv)"; continue; }; \
+	    echo "setup: making $(VENV) with $$candidate (Python $$version)"; \
+	    exec $$candidate -m venv $(VENV); \
+	done; \
+	echo "setup: no usable Python 3.11, 3.12 or 3.13 among: $(CANDIDATES)$${seen:+ ($${seen#, })}" >&2; \
+	echo "       Install one of these versions, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+	exit 1
+
+# torch by itself first: it is most of the download, and an interruption then costs only the small rest.
+$(VENV)/.demo-stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'setup: installing torch, then Sfumato and what it needs to run (the first time: a few minutes)'
+	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+# The test extras hold all that the demo needs, so this also makes the demo ready.
+$(VENV)/.test-stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'setup: installing torch, then Sfumato with its test extras (the first time: a few minutes)'
+	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) -e '.[test]'
+	@touch $(VENV)/.demo-stamp $@

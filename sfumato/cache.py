@@ -1,0 +1,156 @@
+"""KVCache: the keys and values of everything that is committed, one row a request.
+
+Every layer is a ring of R slots; the token at position p lies in slot p mod R. A full layer's ring is as long as the
+capacity, a sliding layer's only as long as its window needs, plus `slack` so that the newest tokens can be truncated
+without loss. One slot more takes the padding of ragged batches and is never seen. The newest position of a slot follows
+from the row's length alone, so no table of positions is kept. Encode writes; denoise reads and leaves all as it is.
+It lacks paging on purpose: capacity is asked for up front, and `grow_` copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.config import ModelConfig
+from sfumato.events import CapacityError
+
+
+@dataclass
+class KVCache:
+    """k and v, one tensor a layer, [B, R + 1, G, K]; the number of tokens each row holds, on host and device."""
+
+    config: ModelConfig
+    k: list[Tensor]
+    v: list[Tensor]
+    lengths: list[int]
+    capacity: int
+    slack: int
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        slack: int | None = None,
+    ) -> KVCache:
+        """Room for `capacity` tokens a row. `slack` (tokens, default one canvas) bounds how far sliding layers can be
+        truncated once they are full. CapacityError beyond the model's context."""
+        if capacity > config.max_position:
+            raise CapacityError(
+                f"{capacity} tokens of context are asked for, the model's limit is {config.max_position}; shorten the "
+                "prompt or lower max_tokens"
+            )
+        slack = config.canvas_length if slack is None else slack
+        cache = cls(config, [], [], [0] * batch, capacity, slack)
+        for layer in config.layers:
+            shape = (batch, cache.ring(layer.window) + 1, layer.kv_heads, layer.head_dim)
+            cache.k.append(torch.zeros(shape, device=device, dtype=dtype))
+            cache.v.append(torch.zeros(shape, device=device, dtype=dtype))
+        return cache
+
+    def ring(self, window: int | None) -> int:
+        """Slots of a layer with this window."""
+        return self.capacity if window is None else min(self.capacity, window - 1 + self.slack)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.k[0].device
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+
+    def lengths_B(self, rows: list[int]) -> Tensor:
+        return torch.tensor([self.lengths[row] for row in rows], device=self.device)
+
+    def used(self, window: int | None, rows: list[int]) -> int:
+        """Leading slots that may hold something for any of these rows: a view needs no more."""
+        return min(self.ring(window), max([0, *(self.lengths[row] for row in rows)]))
+
+    def slots_BS(self, window: int | None, rows: list[int]) -> Tensor:
+        """The position in each used slot, -1 for none."""
+        ring, used = self.ring(window), self.used(window, rows)
+        slot_S = torch.arange(used, device=self.device)
+        last_B1 = self.lengths_B(rows)[:, None] - 1
+        position_BS = last_B1 - (last_B1 - slot_S) % max(ring, 1)
+        return torch.where((position_BS >= 0) & (last_B1 >= 0), position_BS, -1)
+
+    def view(self, layer: int, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, G, K] of the used slots of these rows; no copy when the rows are all there are."""
+        used = self.used(self.config.layers[layer].window, rows)
+        k, v = self.k[layer], self.v[layer]
+        if rows != list(range(self.batch)):
+            index = torch.tensor(rows, device=self.device)
+            k, v = k.index_select(0, index), v.index_select(0, index)
+        return k[:, :used], v[:, :used]
+
+    def append(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, rows: list[int], counts: list[int]) -> None:
+        """Write the first counts[i] new tokens of each row behind what it holds. `advance` then makes them count."""
+        ring = self.ring(self.config.layers[layer].window)
+        width = k_BTGK.shape[1]
+        for row, count in zip(rows, counts, strict=True):
+            if self.lengths[row] + count > self.capacity:
+                raise CapacityError(
+                    f"row {row} would hold {self.lengths[row] + count} tokens, the cache has room for {self.capacity}; "
+                    "allocate more or generate fewer"
+                )
+        is_first = rows == list(range(self.batch)) and not any(self.lengths) and width <= ring
+        if is_first and all(count == width for count in counts):
+            self.k[layer][:, :width] = k_BTGK  # the common first prompt: one slice instead of a scatter
+            self.v[layer][:, :width] = v_BTGK
+            return
+        new_T = torch.arange(width, device=self.device)
+        count_B1 = torch.tensor(counts, device=self.device)[:, None]
+        start_B1 = self.lengths_B(rows)[:, None]
+        is_kept = (new_T < count_B1) & (new_T >= count_B1 - ring)
+        slot_BT = torch.where(is_kept, (start_B1 + new_T) % ring, ring)
+        row_B1 = torch.tensor(rows, device=self.device)[:, None]
+        self.k[layer][row_B1, slot_BT] = k_BTGK
+        self.v[layer][row_B1, slot_BT] = v_BTGK
+
+    def advance(self, rows: list[int], counts: list[int]) -> None:
+        for row, count in zip(rows, counts, strict=True):
+            self.lengths[row] += count
+
+    def can_truncate(self, row: int, length: int) -> bool:
+        """True when the sliding layers still hold the whole window before `length`."""
+        window = self.config.window
+        held = self.lengths[row]
+        return 0 <= length <= held and (not window or held <= self.ring(window) or held - length <= self.slack)
+
+    def truncate_(self, row: int, length: int) -> None:
+        """Forget the tokens of a row from `length` on. CapacityError when the sliding layers cannot go back so far."""
+        if not self.can_truncate(row, length):
+            raise CapacityError(
+                f"row {row} holds {self.lengths[row]} tokens and cannot go back to {length}: its sliding layers keep "
+                f"{self.slack} tokens beyond the window; encode again or allocate with more slack"
+            )
+        self.lengths[row] = length
+
+    def fork(self, rows: list[int], capacity: int | None = None) -> KVCache:
+        """An independent copy of these rows, in this order, repeats allowed; `capacity` may grow."""
+        capacity = max(capacity or self.capacity, self.capacity)
+        if capacity == self.capacity:
+            index = torch.tensor(rows, device=self.device)
+            k, v = [t.index_select(0, index) for t in self.k], [t.index_select(0, index) for t in self.v]
+            return KVCache(self.config, k, v, [self.lengths[row] for row in rows], capacity, self.slack)
+        other = KVCache.allocate(self.config, len(rows), capacity, self.device, self.k[0].dtype, self.slack)
+        for layer, layer_config in enumerate(self.config.layers):
+            slots_BS = self.slots_BS(layer_config.window, rows)
+            target = torch.where(slots_BS >= 0, slots_BS % other.ring(layer_config.window), -1)
+            row_B1 = torch.arange(len(rows), device=self.device)[:, None]
+            k, v = self.view(layer, rows)
+            other.k[layer][row_B1, target] = k  # slot -1 is the unseen one
+            other.v[layer][row_B1, target] = v
+        other.lengths = [self.lengths[row] for row in rows]
+        return other

@@ -1,0 +1,260 @@
+"""ModelConfig: the model's numbers, frozen, read from a checkpoint's config.json and written back.
+
+Both spellings in circulation load: the release's `global_head_dim` / `num_global_key_value_heads`, and the
+`per_layer_config` that transformers 5.23 writes. What the engine cannot run exactly is refused by name, never guessed.
+It lacks defaults on purpose: transformers' class defaults are not the released model's values.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sfumato.events import CheckpointError
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of one kind of layer. `partial` is the share of the head's angles that turn at all."""
+
+    theta: float
+    partial: float = 1.0
+    factor: float = 1.0
+    proportional: bool = False
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What differs from layer to layer. `window` is None in full layers."""
+
+    head_dim: int
+    kv_heads: int
+    window: int | None
+    rope: Rope
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.window is not None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DiffusionGemma's shape. Field names are the field's common short ones; `from_dict` has the table."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_experts: int
+    top_k_experts: int
+    expert_size: int
+    layers: tuple[LayerConfig, ...]
+    canvas_length: int
+    max_position: int
+    eps: float = 1e-6
+    softcap: float = 30.0
+    pad_id: int = 0
+    bos_id: int = 2
+    eos_ids: tuple[int, ...] = (1,)
+    vision: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The vision part of config.json, untouched: kept so that a checkpoint survives the round trip."""
+
+    @property
+    def window(self) -> int:
+        """The sliding window in tokens, the query itself included (0: no sliding layers)."""
+        return max(layer.window or 0 for layer in self.layers)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
+        """From the parsed config.json of a `diffusion_gemma` checkpoint.
+
+        Raises CheckpointError naming the field, its value and what is supported."""
+        model_type = raw.get("model_type")
+        if model_type != "diffusion_gemma":
+            raise CheckpointError(
+                f"{source} has model_type {model_type!r}; Sfumato loads 'diffusion_gemma' checkpoints only"
+            )
+        text = raw.get("text_config")
+        if not isinstance(text, dict):
+            raise CheckpointError(f"{source} has no text_config; it is needed to build the model")
+        get = _Reader(text, source)
+        for name, wanted in _FIXED.items():
+            if text.get(name, wanted) != wanted:
+                raise CheckpointError(f"{source}: {name} is {text[name]!r}; only {wanted!r} is supported")
+        if text.get("use_bidirectional_attention") not in (None, "vision"):
+            raise CheckpointError(
+                f"{source}: use_bidirectional_attention is {text['use_bidirectional_attention']!r}; "
+                "only 'vision' and null are supported"
+            )
+        count = get.whole("num_hidden_layers")
+        kinds = text.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(count)]
+        if len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
+            raise CheckpointError(
+                f"{source}: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}; it is {kinds!r}"
+            )
+        kinds = [*kinds[:-1], FULL]  # the reference forces the last layer to full attention
+        config = cls(
+            vocab_size=get.whole("vocab_size"),
+            hidden_size=get.whole("hidden_size"),
+            intermediate_size=get.whole("intermediate_size"),
+            num_heads=get.whole("num_attention_heads"),
+            num_experts=get.whole("num_experts"),
+            top_k_experts=get.whole("top_k_experts"),
+            expert_size=get.whole("moe_intermediate_size"),
+            layers=tuple(_layer(text, get, i, kind, source) for i, kind in enumerate(kinds)),
+            canvas_length=_Reader(raw, source).whole("canvas_length", 256),
+            max_position=get.whole("max_position_embeddings", 131072),
+            eps=get.positive("rms_norm_eps", 1e-6),
+            softcap=get.positive("final_logit_softcapping", 30.0),
+            pad_id=text.get("pad_token_id") or 0,
+            bos_id=2 if text.get("bos_token_id") is None else text["bos_token_id"],
+            eos_ids=_ids(text.get("eos_token_id", 1)),
+            vision={k: raw[k] for k in _VISION if k in raw},
+        )
+        if config.top_k_experts > config.num_experts:
+            raise CheckpointError(
+                f"{source}: top_k_experts is {config.top_k_experts}, more than num_experts {config.num_experts}"
+            )
+        for layer in config.layers:
+            if config.num_heads % layer.kv_heads or layer.head_dim % 2:
+                raise CheckpointError(
+                    f"{source}: {config.num_heads} heads of {layer.head_dim} with {layer.kv_heads} key-value heads; "
+                    "heads must be a multiple of key-value heads, and the head size even"
+                )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json of this model, in the release's spelling; it loads in transformers too."""
+        full = next(layer for layer in self.layers if not layer.is_sliding)
+        sliding = next((layer for layer in self.layers if layer.is_sliding), full)
+        text = {
+            "model_type": "diffusion_gemma_text",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": len(self.layers),
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": sliding.kv_heads,
+            "head_dim": sliding.head_dim,
+            "global_head_dim": full.head_dim,
+            "num_global_key_value_heads": full.kv_heads,
+            "sliding_window": self.window or 512,
+            "layer_types": [SLIDING if layer.is_sliding else FULL for layer in self.layers],
+            "rope_parameters": {SLIDING: _rope_dict(sliding.rope), FULL: _rope_dict(full.rope)},
+            "num_experts": self.num_experts,
+            "top_k_experts": self.top_k_experts,
+            "moe_intermediate_size": self.expert_size,
+            "max_position_embeddings": self.max_position,
+            "rms_norm_eps": self.eps,
+            "final_logit_softcapping": self.softcap,
+            "pad_token_id": self.pad_id,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_ids[0],
+            "use_bidirectional_attention": "vision",
+            **_FIXED,
+        }
+        return {
+            "architectures": ["DiffusionGemmaForBlockDiffusion"],
+            "model_type": "diffusion_gemma",
+            "canvas_length": self.canvas_length,
+            "tie_word_embeddings": True,
+            "text_config": text,
+            **self.vision,
+        }
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> ModelConfig:
+        """From a config.json on disk; CheckpointError when it is absent, no JSON, or of another model."""
+        return cls.from_dict(read_json(path), str(path))
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+_FIXED = {"attention_bias": False, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_VISION = ("vision_config", "image_token_id", "boi_token_id", "eoi_token_id", "initializer_range")
+_LIMIT = 1 << 24  # larger sizes are damage or malice, and would only fail later with less to say
+
+
+@dataclass
+class _Reader:
+    text: dict[str, Any]
+    source: str
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self.text.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LIMIT:
+            raise CheckpointError(f"{self.source}: {name} is {value!r}; it must be a whole number from 1 to {_LIMIT}")
+        return value
+
+    def positive(self, name: str, default: float) -> float:
+        value = self.text.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+            raise CheckpointError(f"{self.source}: {name} is {value!r}; it must be a positive number")
+        return float(value)
+
+
+def _layer(text: dict[str, Any], get: _Reader, index: int, kind: str, source: str) -> LayerConfig:
+    head_dim, kv_heads = get.whole("head_dim"), get.whole("num_key_value_heads")
+    override = text.get("per_layer_config")
+    if override is not None:
+        if not isinstance(override, dict) or not all(isinstance(v, dict) for v in override.values()):
+            raise CheckpointError(f"{source}: per_layer_config must map layer numbers to objects")
+        own = _Reader(override.get(str(index), override.get(index, {})), source)  # type: ignore[call-overload]
+        head_dim, kv_heads = own.whole("head_dim", head_dim), own.whole("num_key_value_heads", kv_heads)
+    elif kind == FULL:
+        head_dim = get.whole("global_head_dim", 512)
+        if text.get("num_global_key_value_heads") is not None:
+            kv_heads = get.whole("num_global_key_value_heads")
+    return LayerConfig(
+        head_dim=head_dim,
+        kv_heads=kv_heads,
+        window=get.whole("sliding_window") if kind == SLIDING else None,
+        rope=_rope(text, kind, source),
+    )
+
+
+def _rope(text: dict[str, Any], kind: str, source: str) -> Rope:
+    table = text.get("rope_parameters") or {
+        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+        FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+    }
+    raw = table.get(kind) if isinstance(table, dict) else None
+    if not isinstance(raw, dict) or raw.get("rope_type", "default") not in ("default", "proportional"):
+        raise CheckpointError(
+            f"{source}: rope_parameters[{kind!r}] is {raw!r}; rope_type must be 'default' or 'proportional'"
+        )
+    get = _Reader(raw, source)
+    proportional = raw.get("rope_type") == "proportional"
+    partial = get.positive("partial_rotary_factor", 1.0)
+    if partial > 1 or (partial != 1 and not proportional):
+        raise CheckpointError(f"{source}: partial_rotary_factor is {partial}; it is supported up to 1, if proportional")
+    return Rope(get.positive("rope_theta", 10_000.0), partial, get.positive("factor", 1.0), proportional)
+
+
+def _rope_dict(rope: Rope) -> dict[str, Any]:
+    if not rope.proportional:
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    extra = {"factor": rope.factor} if rope.factor != 1 else {}
+    return {"rope_type": "proportional", "rope_theta": rope.theta, "partial_rotary_factor": rope.partial, **extra}
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -1,0 +1,208 @@
+"""What goes in and what comes out: Options, the events of a run, and the error family.
+
+Everything a run does is an event on one iterator: the command line, the server, the page and the evaluations consume
+the same stream. Options is one frozen record for Python, the command line and HTTP. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class SfumatoError(Exception):
+    """The root of the family: catch this to catch everything Sfumato raises on purpose."""
+
+
+class InputError(SfumatoError, ValueError):
+    """Something the caller gave is wrong; the sentence names the value, the limit and the remedy. Exit code 2."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint, config or tokenizer file is missing, damaged or of another kind; the sentence names it."""
+
+
+class CapacityError(InputError):
+    """The request is larger than the context, the cache or the memory allows."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate. `None` means: what the checkpoint's generation_config says, else the released model's value.
+
+    Sampling rules and their defaults come from the reference (transformers `generation_diffusion_gemma.py`).
+    """
+
+    max_tokens: int | None = None
+    """New tokens at most; None: one answer may run to the end of the context."""
+    min_tokens: int = 0
+    """No end of turn among the first `min_tokens` tokens; 1 already guards against an empty answer."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer, wherever they fall in a canvas; they are not part of the text."""
+    seed: int | None = None
+    """Same seed, same text, alone or in a batch; None: a fresh seed, reported in the result."""
+    mode: Literal["diffusion", "autoregressive"] = "diffusion"
+    max_steps: int | None = None
+    """Cap on denoising steps a canvas."""
+    t_max: float | None = None
+    t_min: float | None = None
+    temperature_steps: int | None = None
+    """Length of the temperature schedule in steps; None: max_steps, as the reference does."""
+    entropy_bound: float | None = None
+    """Nats of joint entropy that one step may accept."""
+    stability: int | None = None
+    """Steps for which the argmax canvas must stand still before the canvas stops."""
+    confidence: float | None = None
+    """Mean entropy in nats under which a stable canvas stops; 0 turns the adaptive stop off."""
+    temperature: float = 1.0
+    """Autoregressive mode only: divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Autoregressive mode only: sample among the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Autoregressive mode only: sample among the smallest set of tokens with this much probability."""
+    drafts: bool = False
+    """Emit a Draft after every step (a device sync each)."""
+    logprobs: bool = False
+    """Log-probability of every committed token, from the encode pass that commits it."""
+    thinking: bool = False
+    """Chat only: ask the model to think before it answers."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, low, high, why in _RANGES:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            whole = name in _WHOLE
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise InputError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number {why}")
+            if not low <= value <= high:
+                raise InputError(f"{name} is {value!r}; give a number {why}")
+        if self.mode not in ("diffusion", "autoregressive"):
+            raise InputError(f"mode is {self.mode!r}; give 'diffusion' or 'autoregressive'")
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise InputError(f"stop is {self.stop!r}; give strings of at least one character")
+        if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
+            raise InputError(f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InputError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Options:
+        """Options from a mapping (a request, a JSON file); an unknown name is an InputError that lists the names."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise InputError(f"there is no option {name!r}; the options are {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def with_defaults(self, defaults: dict[str, Any]) -> Options:
+        """A copy in which every `None` that `defaults` (option name -> value) knows is filled in."""
+        return dataclasses.replace(
+            self, **{k: v for k, v in defaults.items() if getattr(self, k) is None and v is not None}
+        )
+
+
+_BIG = 1 << 62
+_WHOLE = {"max_tokens", "min_tokens", "seed", "max_steps", "temperature_steps", "stability", "top_k"}
+_RANGES: list[tuple[str, float, float, str]] = [
+    ("max_tokens", 1, _BIG, "of 1 or more"),
+    ("min_tokens", 0, _BIG, "of 0 or more"),
+    ("seed", 0, _BIG, "from 0 to 2^62"),
+    ("max_steps", 1, 4096, "from 1 to 4096"),
+    ("t_max", 1e-6, 100.0, "above 0, at most 100"),
+    ("t_min", 1e-6, 100.0, "above 0, at most 100"),
+    ("temperature_steps", 1, 4096, "from 1 to 4096"),
+    ("entropy_bound", 0.0, 1e9, "of 0 or more"),
+    ("stability", 0, 4096, "from 0 to 4096"),
+    ("confidence", 0.0, 100.0, "from 0 to 100"),
+    ("temperature", 0.0, 100.0, "from 0 to 100"),
+    ("top_k", 0, _BIG, "of 0 or more"),
+    ("top_p", 1e-6, 1.0, "above 0, at most 1"),
+]
+
+FALLBACK_DEFAULTS: dict[str, Any] = {
+    "max_steps": 48,
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "entropy_bound": 0.1,
+    "stability": 1,
+    "confidence": 0.005,
+}
+"""The released model's generation_config, in our names; used where a checkpoint's own says nothing."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The argmax canvas after one step. `entropies` in nats, `accepted` as flags, both one a position."""
+
+    row: int
+    canvas: int
+    step: int
+    tokens: list[int]
+    entropies: list[float]
+    accepted: list[bool]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Tokens that are final: one canvas (or one token in autoregressive mode), cut at eos, stop and max_tokens."""
+
+    row: int
+    canvas: int
+    steps: int
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took. A pass is one run of the whole stack over a canvas, a prompt chunk or a token."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    canvases: int = 0
+    steps: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    first_commit_seconds: float | None = None
+    reused_tokens: int = 0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Committed tokens per pass of the stack, prompt encoding left out (as in the published comparisons)."""
+        return self.tokens / self.passes if self.passes else 0.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of one row. finish_reason: "stop" (end of turn or a stop string) or "length"."""
+
+    row: int
+    finish_reason: Literal["stop", "length"]
+    tokens: list[int]
+    usage: Usage
+    seed: int = 0
+    text: str = ""
+    stop: str | None = None
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished answer. `text` is the answer alone; `thought` and `tool_calls` are filled by `LLM.chat`."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    seed: int = 0
+    logprobs: list[float] | None = None
+    thought: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+
+
+Event = Draft | Commit | Done
