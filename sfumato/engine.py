@@ -202,7 +202,7 @@ class Run:
             history_BHL[rows] = -1
             soft_BLD[rows] = 0
 
-    def _read_out(self, hidden_BLD: Tensor, rows: list[int]):  # noqa: ANN202 - the operation's own record
+    def _read_out(self, hidden_BLD: Tensor, rows: list[int]):
         temperature_B = torch.tensor(
             [self.rows[i].rules.schedule.temperature(self.rows[i].step) for i in rows], device=self.model.device
         )

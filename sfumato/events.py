@@ -201,6 +201,8 @@ class Completion:
     usage: Usage
     seed: int = 0
     logprobs: list[float] | None = None
+    stop: str | None = None
+    """The stop string that ended the answer, if one did."""
     thought: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 

@@ -1,0 +1,92 @@
+"""`sfumato chat`: a conversation in the terminal; what was said stays encoded from turn to turn."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from sfumato.cli import options as opt
+from sfumato.cli.generate import load, show
+from sfumato.events import Commit, Done, InputError
+
+HELP = "/new begins again · /seed N fixes the seed · /set NAME=VALUE changes an option · /quit ends"
+
+
+def command(
+    model: opt.Model = "nano",
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_tokens: opt.MaxTokens = None,
+    seed: opt.Seed = None,
+    mode: opt.Mode = "diffusion",
+    thinking: opt.Thinking = False,
+    set_: opt.Set = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = None,
+    ops: opt.Ops = "auto",
+    delay: opt.Delay = 0.0,
+) -> None:
+    """Talk to a model; each answer denoises live. Piped, every line of input is a message and every answer is printed.
+
+    Example: sfumato chat -m google/diffusiongemma-26B-A4B-it --system "Answer in one sentence."
+    """
+    pairs = list(set_ or [])
+    given = {"max_tokens": max_tokens, "seed": seed, "mode": mode, "thinking": thinking}
+    options = opt.build(pairs, **given)
+    console = Console(highlight=False)
+    llm = load(model, device, dtype, ops)
+    from sfumato import chat
+
+    messages: list[dict[str, Any]] = []
+    start = [{"role": "system", "content": system}] if system else []
+    is_live = console.is_terminal and sys.stdin.isatty()
+    if is_live:
+        console.print(Text(f"{llm.name} · {HELP}", style="dim"))
+    while True:
+        try:
+            line = console.input("[bold]› [/bold]") if is_live else sys.stdin.readline()
+        except EOFError:
+            break
+        if not is_live and not line:
+            break
+        line = line.strip()
+        if not line:
+            continue
+        if line.startswith("/"):
+            name, _, value = line[1:].partition(" ")
+            if name in ("quit", "exit"):
+                break
+            try:
+                if name == "new":
+                    messages, _ = [], llm.forget()  # type: ignore[func-returns-value]
+                elif name in ("seed", "set"):
+                    pairs.append(value if name == "set" else f"seed={value}")
+                    options = opt.build(pairs, **given)
+                else:
+                    raise InputError(f"there is no command /{name}; {HELP}")
+            except InputError as error:
+                console.print(Text(str(error), style="red"))
+                pairs = pairs[:-1] if name in ("seed", "set") else pairs
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            wanted = replace(options, drafts=is_live and options.mode == "diffusion")
+            events = llm.stream(start + messages, wanted)
+            if is_live:
+                done = show(llm, events, console, delay)
+            else:
+                for event in events:
+                    if isinstance(event, Commit):
+                        print(event.text, end="", flush=True)
+                    elif isinstance(event, Done):
+                        done = event
+                print()
+        except InputError as error:
+            console.print(Text(str(error), style="red"))
+            messages.pop()
+            continue
+        messages.append(chat.to_history(chat.parse_ids(llm.tokenizer, done.tokens)))

@@ -1,0 +1,124 @@
+"""`sfumato finetune`: train on the engine's own model, from a checkpoint or from scratch, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sfumato.cli import options as opt
+from sfumato.events import InputError
+
+
+def command(
+    out: Annotated[Path, typer.Argument(help="Folder of the run: state, log, plot, and the finished checkpoint.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Checkpoint to begin from; nano:new begins from random weights.")
+    ] = "nano",
+    task: Annotated[str, typer.Option(help="What to train on: sudoku.")] = "sudoku",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="A number of the recipe as NAME=VALUE, e.g. -s steps=3000.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop (and save) after so many minutes.")] = None,
+    eval_every: Annotated[int, typer.Option(min=0, help="Steps between solve-rate checks; 0: none.")] = 500,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the step: minutes to start, faster.")
+    ] = False,
+    device: opt.Device = "auto",
+) -> None:
+    """Train; run the same command again to go on where it stopped. Ctrl-C saves first.
+
+    Example: sfumato finetune runs/nano -m nano:new -s steps=3000 -s optimizer=muon --minutes 60
+    """
+    import torch
+
+    from sfumato import ops, weights
+    from sfumato.chat import ChatTemplate
+    from sfumato.config import ModelConfig, read_generation_config
+    from sfumato.evals.sudoku import solve
+    from sfumato.events import Options
+    from sfumato.finetune.data import SudokuSource
+    from sfumato.finetune.plot import plot
+    from sfumato.finetune.train import Recipe, Trainer, recipe_of
+    from sfumato.llm import LLM
+    from sfumato.model import Model
+    from sfumato.tokenizer import Tokenizer
+
+    if task != "sudoku":
+        raise InputError(f"there is no task {task!r}; the tasks are: sudoku")
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = weights.resolve(model.removesuffix(":new"))
+    base = recipe_of(out) if (out / "state.safetensors").exists() else Recipe()
+    recipe = replace(base, **_numbers(set_ or [], {f.name for f in fields(Recipe)}))
+    if model.endswith(":new"):
+        start = Model(ModelConfig.from_file(folder / "config.json"), ops.load()).to(device)
+        start.init_(recipe.seed, std=0.05)
+    else:
+        start = weights.load(folder, device=device, dtype="float32")
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder, tokenizer.special)
+    console = Console(stderr=True, highlight=False)
+    source = SudokuSource(tokenizer, template, progress=_counter(console))
+    trainer = Trainer(start, source, recipe, out, compile)
+    defaults, _ = read_generation_config(folder)
+    llm = LLM(start, tokenizer, template, defaults, str(out))
+    held_out = SudokuSource(tokenizer, template, seed=source.stream.seed + 1, pool=60, clues=(30, 39))
+    if trainer.step:
+        console.print(f"going on from step {trainer.step} of {recipe.steps}", style="dim")
+    until = time.monotonic() + 60 * minutes if minutes else float("inf")
+    try:
+        for progress in _with_bar(trainer.run(until), recipe.steps, console):
+            if eval_every and progress.step % eval_every == 0:
+                puzzles, _ = held_out.stream.sample(60, 35, 0)
+                texts = ["".join(map(str, row)) for row in puzzles]
+                found = list(solve(llm, texts, Options(seed=0), batch=60))
+                rate = sum(s.solved for s in found) / len(found)
+                steps = sum(s.steps for s in found) / len(found)
+                with (out / "evals.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": progress.step, "solve_rate": rate, "mean_steps": steps}) + "\n")
+                console.print(f"step {progress.step}: {rate:.0%} of 60 puzzles with 35 clues, {steps:.1f} steps")
+    except KeyboardInterrupt:
+        console.print("saved; the same command goes on from here", style="dim")
+    finally:
+        drawn = plot(out)
+    weights.save(start, out / "checkpoint", tokenizer_from=folder)
+    console.print(f"{out / 'checkpoint'} holds the model after step {trainer.step}; {drawn}")
+
+
+def _numbers(pairs: list[str], known: set[str]) -> dict[str, Any]:
+    values = {}
+    for pair in pairs:
+        name, is_pair, text = pair.partition("=")
+        if name not in known or not is_pair:
+            raise InputError(f"{pair!r} is no part of a recipe; give NAME=VALUE, names are {', '.join(sorted(known))}")
+        values[name] = tuple(map(float, text.split(","))) if name == "betas" else opt.read(text)
+    return values
+
+
+def _counter(console: Console):
+    def show(done: int, total: int) -> None:
+        if done % 1000 == 0:
+            console.print(f"{done} of {total} puzzles made", style="dim")
+
+    return show
+
+
+def _with_bar(steps, total: int, console: Console):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        for progress in steps:
+            line = f"denoise {progress.diffusion_loss:.3f} encode {progress.encode_loss:.3f} nats"
+            bar.update(task, completed=progress.step, description=line)
+            yield progress

@@ -1,0 +1,152 @@
+"""`sfumato sudoku`: a puzzle in, a board that fills up, a checked answer out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from sfumato import sudoku
+from sfumato.cli.view import CanvasView, colour
+from sfumato.events import Done, Draft, InputError, Options
+
+
+def command(
+    puzzle: Annotated[
+        str | None, typer.Argument(help="81 characters, 0 or . for blank; line breaks and spaces are ignored.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file with one puzzle a line, or one board of nine lines.")
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", help="Make a new puzzle.")] = False,
+    clues: Annotated[int, typer.Option(help="Clues of a random puzzle, 24 to 55.")] = 36,
+    count: Annotated[int, typer.Option(min=1, help="How many random puzzles.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random puzzles and of the sampling.")] = 0,
+    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or nano.")] = "nano",
+    mode: Annotated[str, typer.Option(help="diffusion or autoregressive.")] = "diffusion",
+    max_steps: Annotated[int | None, typer.Option(help="Cap on denoising steps.")] = None,
+    pins: Annotated[bool, typer.Option(help="Keep the clues fixed on the canvas.")] = True,
+    batch: Annotated[int, typer.Option(min=1, help="Puzzles solved at once; above 1 nothing is drawn live.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    ops: Annotated[str, typer.Option(help="auto, reference or fused operations.")] = "auto",
+    delay: Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")] = 0.12,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a puzzle, nothing else.")] = False,
+) -> None:
+    """Solve Sudoku on a canvas, and check the answer. Exit code 1 if any puzzle stays unsolved.
+
+    Example: sfumato sudoku --random --clues 36
+
+    Example: sfumato sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+    """
+    puzzles = _puzzles(puzzle, file, random, clues, count, seed)
+    options = Options(seed=seed, mode=mode, max_steps=max_steps)  # type: ignore[arg-type]
+    console = Console(highlight=False)
+
+    from sfumato.evals import sudoku as task
+    from sfumato.llm import LLM
+
+    llm = LLM.load(model, device=device, ops=ops)
+    options = task.answer_options(options, llm)
+    is_live = console.is_terminal and not as_json and batch == 1
+    found = []
+    if is_live:
+        for text in puzzles:
+            found.append(_solve_live(llm, text, options, pins, console, delay))
+    else:
+        for solved in task.solve(llm, puzzles, options, pins, batch):
+            found.append(solved)
+            if as_json:
+                print(json.dumps(asdict(solved)), flush=True)
+            else:
+                print(sudoku.render(solved.puzzle, solved.answer))
+                print(_verdict(solved), flush=True)
+    right = sum(solved.solved for solved in found)
+    if len(found) > 1 and not as_json:
+        mean = lambda name: sum(getattr(s, name) for s in found) / len(found)  # noqa: E731
+        print(
+            f"{right} of {len(found)} solved, {mean('steps'):.1f} steps, {mean('seconds'):.3f} s, "
+            f"{mean('tokens_per_pass'):.1f} tokens per pass on average"
+        )
+    if right < len(found):
+        raise typer.Exit(1)
+
+
+def _puzzles(puzzle: str | None, file: Path | None, random: bool, clues: int, count: int, seed: int) -> list[str]:
+    if sum((puzzle is not None, file is not None, random)) != 1:
+        raise InputError("give one of: a puzzle of 81 characters, --file FILE, or --random")
+    if puzzle is not None:
+        return [sudoku.parse(puzzle)]
+    if file is not None:
+        try:
+            return sudoku.parse_file(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise InputError(f"{file} is not a text file; give one puzzle of 81 characters a line") from None
+    rng = np.random.default_rng(seed)
+    return [sudoku.generate(clues, rng) for _ in range(count)]
+
+
+def _solve_live(llm, puzzle: str, options: Options, pinned: bool, console: Console, delay: float):
+    from dataclasses import replace
+
+    from sfumato.evals import sudoku as task
+
+    view = CanvasView(console, delay)
+    ids, pins = task.request(llm, puzzle, pinned)
+    blank = Draft(0, 0, 0, [0] * 81, [9.0] * 81, [False] * 81)
+    view.show(board(puzzle, blank, ["·"] * 81, "noise"))
+    view.spent = 0.0  # the first frame comes before the engine's clock starts
+    done = None
+    try:
+        for event in llm.events([ids], replace(options, drafts=options.mode == "diffusion"), [pins]):
+            if isinstance(event, Draft):
+                cells = [llm.tokenizer.decode([token]) for token in event.tokens[:81]]
+                sure = sum(event.accepted[:81])
+                view.show(board(puzzle, event, cells, f"step {event.step} · {sure}/81 accepted"))
+            elif isinstance(event, Done):
+                done = event
+    finally:
+        view.close()
+    assert done is not None
+    solved = task.result(puzzle, done, done.usage.seconds - view.spent)
+    final = Draft(0, 0, 0, [0] * 81, [0.0] * 81, [True] * 81)
+    cells = list(solved.answer.ljust(81, "?"))
+    console.print(board(puzzle, final, cells, _verdict(solved), wrong=not solved.solved))
+    return solved
+
+
+def _verdict(solved) -> str:
+    state = "solved" if solved.solved else "NOT solved"
+    return (
+        f"{state} in {solved.steps} steps, {solved.seconds:.3f} s, {solved.tokens_per_pass:.1f} tokens per pass "
+        f"(seed {solved.seed})"
+    )
+
+
+def board(puzzle: str, draft: Draft, cells: list[str], status: str, wrong: bool = False) -> Text:
+    """The 9 x 9 board: clues bold on a tint, the rest coloured by entropy."""
+    text = Text()
+    rule = "├───────┼───────┼───────┤\n"
+    text.append("┌───────┬───────┬───────┐\n", style="dim")
+    for row in range(9):
+        if row in (3, 6):
+            text.append(rule, style="dim")
+        for column in range(9):
+            if column % 3 == 0:
+                text.append("│ ", style="dim")
+            cell = 9 * row + column
+            if puzzle[cell] != "0":
+                text.append(puzzle[cell], style="bold #d7a65f")
+            else:
+                shown = cells[cell] if len(cells[cell]) == 1 and cells[cell] in "123456789" else "·"
+                text.append(shown, style="red" if wrong else colour(draft.entropies[cell]))
+            text.append(" ")
+        text.append("│\n", style="dim")
+    text.append("└───────┴───────┴───────┘\n", style="dim")
+    text.append(status, style="bold red" if wrong else "dim")
+    return text

@@ -1,0 +1,85 @@
+"""What a person sees while a canvas denoises: the draft, each token coloured by how sure the model is of it.
+
+On a terminal the canvas is redrawn in place; piped, only the finished text comes out. The time spent drawing is kept
+apart (`spent`), so that figures speak of the engine alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from sfumato.events import Draft, Usage
+
+SMOKE = ("#ffffff", "#e4e0d4", "#c9b58c", "#a9854f", "#7d6a6a", "#5f5a73", "#474457")
+"""From certain to undecided: ivory, ochre, smoke."""
+_LEVELS = (0.005, 0.05, 0.2, 0.6, 1.2, 2.4)
+
+
+def colour(entropy: float) -> str:
+    """The colour of a token whose distribution has this entropy, in nats."""
+    return SMOKE[sum(entropy >= level for level in _LEVELS)]
+
+
+class CanvasView:
+    """Draws drafts on a live terminal. `delay` seconds are waited after each frame, so that an eye can follow."""
+
+    def __init__(self, console: Console, delay: float = 0.0) -> None:
+        self.console, self.delay, self.spent = console, delay, 0.0
+        self._live: Live | None = None
+
+    def show(self, frame: RenderableType) -> None:
+        began = time.perf_counter()
+        if self._live is None:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(frame, refresh=True)
+        if self.delay:
+            time.sleep(self.delay)
+        self.spent += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Take the canvas off the screen; what is printed next stays."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def canvas_text(draft: Draft, piece: Callable[[int], str], ends: tuple[int, ...]) -> Text:
+    """The draft's tokens up to its end of text, coloured. `piece` gives a token's text."""
+    text = Text()
+    for token, entropy, is_accepted in zip(draft.tokens, draft.entropies, draft.accepted, strict=True):
+        if token in ends:
+            text.append("▪", style=colour(entropy))
+            break
+        style = colour(entropy) + ("" if is_accepted else " italic")
+        text.append(piece(token), style=style)
+    return text
+
+
+def canvas_frame(draft: Draft, text: Text, height: int) -> RenderableType:
+    """The canvas with a line below that says how far it is; cut to the terminal's height."""
+    accepted = sum(draft.accepted)
+    mean = sum(draft.entropies) / len(draft.entropies)
+    status = Text(
+        f"canvas {draft.canvas + 1} · step {draft.step} · {accepted}/{len(draft.tokens)} accepted · "
+        f"entropy {mean:.3f} nats",
+        style="dim",
+    )
+    text.truncate(max(200, (height - 3) * 100))
+    return Group(text, status)
+
+
+def summary(usage: Usage, seconds: float) -> str:
+    """One line after an answer."""
+    speed = usage.tokens / seconds if seconds else 0.0
+    kept = f", {usage.reused_tokens} of them reused" if usage.reused_tokens else ""
+    canvases = f" on {usage.canvases} canvas{'es' if usage.canvases != 1 else ''}" if usage.canvases else ""
+    return (
+        f"{usage.tokens} tokens in {usage.steps} steps{canvases}, {seconds:.2f} s, "
+        f"{usage.tokens_per_pass:.1f} tokens per pass, {speed:.0f} tokens/s (prompt {usage.prompt_tokens} tokens{kept})"
+    )

@@ -1,0 +1,1 @@
+"""Measuring what a model can do: tasks that check their own answers."""
