@@ -2,17 +2,19 @@
 
 Both spellings in circulation load: the release's `global_head_dim` / `num_global_key_value_heads`, and the
 `per_layer_config` that transformers 5.23 writes. What the engine cannot run exactly is refused by name, never guessed.
-It lacks defaults on purpose: transformers' class defaults are not the released model's values.
+It lacks defaults on purpose: transformers' class defaults are not the released model's values. The sampler's values
+come from generation_config.json, in the names that Options uses.
 """
 
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.events import CheckpointError
+from sfumato.events import CheckpointError, InputError, Options
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -76,29 +78,31 @@ class ModelConfig:
         model_type = raw.get("model_type")
         if model_type != "diffusion_gemma":
             raise CheckpointError(
-                f"{source} has model_type {model_type!r}; Sfumato loads 'diffusion_gemma' checkpoints only"
+                f"{source} has model_type {_show(model_type)}; Sfumato loads 'diffusion_gemma' checkpoints only"
             )
         text = raw.get("text_config")
         if not isinstance(text, dict):
             raise CheckpointError(f"{source} has no text_config; it is needed to build the model")
         get = _Reader(text, source)
         for name, wanted in _FIXED.items():
-            if text.get(name, wanted) != wanted:
-                raise CheckpointError(f"{source}: {name} is {text[name]!r}; only {wanted!r} is supported")
+            for part in (text, raw):
+                if part.get(name, wanted) != wanted:
+                    raise CheckpointError(f"{source}: {name} is {_show(part[name])}; only {wanted!r} is supported")
         if text.get("use_bidirectional_attention") not in (None, "vision"):
             raise CheckpointError(
-                f"{source}: use_bidirectional_attention is {text['use_bidirectional_attention']!r}; "
+                f"{source}: use_bidirectional_attention is {_show(text['use_bidirectional_attention'])}; "
                 "only 'vision' and null are supported"
             )
-        count = get.whole("num_hidden_layers")
+        count = get.whole("num_hidden_layers", limit=1000)
         kinds = text.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(count)]
-        if len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
+        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
             raise CheckpointError(
-                f"{source}: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}; it is {kinds!r}"
+                f"{source}: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}; it is {_show(kinds)}"
             )
         kinds = [*kinds[:-1], FULL]  # the reference forces the last layer to full attention
+        vocab_size = get.whole("vocab_size")
         config = cls(
-            vocab_size=get.whole("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=get.whole("hidden_size"),
             intermediate_size=get.whole("intermediate_size"),
             num_heads=get.whole("num_attention_heads"),
@@ -110,14 +114,18 @@ class ModelConfig:
             max_position=get.whole("max_position_embeddings", 131072),
             eps=get.positive("rms_norm_eps", 1e-6),
             softcap=get.positive("final_logit_softcapping", 30.0),
-            pad_id=text.get("pad_token_id") or 0,
-            bos_id=2 if text.get("bos_token_id") is None else text["bos_token_id"],
-            eos_ids=_ids(text.get("eos_token_id", 1)),
+            pad_id=(*_ids(text, "pad_token_id", vocab_size, source), 0)[0],
+            bos_id=(*_ids(text, "bos_token_id", vocab_size, source), 2)[0],
+            eos_ids=_ids({"eos_token_id": 1, **text}, "eos_token_id", vocab_size, source),
             vision={k: raw[k] for k in _VISION if k in raw},
         )
         if config.top_k_experts > config.num_experts:
             raise CheckpointError(
                 f"{source}: top_k_experts is {config.top_k_experts}, more than num_experts {config.num_experts}"
+            )
+        if len(set(config.layers)) > len(set(kinds)):
+            raise CheckpointError(
+                f"{source}: per_layer_config differs between layers of one kind, which is not supported"
             )
         for layer in config.layers:
             if config.num_heads % layer.kv_heads or layer.head_dim % 2:
@@ -153,17 +161,18 @@ class ModelConfig:
             "final_logit_softcapping": self.softcap,
             "pad_token_id": self.pad_id,
             "bos_token_id": self.bos_id,
-            "eos_token_id": list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_ids[0],
+            "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
             "use_bidirectional_attention": "vision",
             **_FIXED,
         }
+        vision = self.vision if isinstance(self.vision.get("vision_config"), dict) else {**self.vision, **_NO_VISION}
         return {
             "architectures": ["DiffusionGemmaForBlockDiffusion"],
             "model_type": "diffusion_gemma",
             "canvas_length": self.canvas_length,
             "tie_word_embeddings": True,
             "text_config": text,
-            **self.vision,
+            **vision,
         }
 
     @classmethod
@@ -175,10 +184,20 @@ class ModelConfig:
 def read_json(path: Path | str) -> dict[str, Any]:
     """A JSON object from a file, or a CheckpointError that names the file."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it is not a file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_JSON_BYTES + 1)
+        if len(content) > _JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {_JSON_BYTES >> 20} MiB, too large for a configuration")
+        value = json.loads(content.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deeply") from error
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -186,8 +205,64 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return value
 
 
+def read_generation_config(folder: Path | str) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """A checkpoint's generation_config.json: sampler values under the names of Options, and the ids that end an answer.
+
+    What is null or absent is left out (None for the ids), so is the whole file. max_new_tokens is ignored on purpose:
+    the release's 256 would cap every answer at one canvas. CheckpointError names the field and its value."""
+    path = Path(folder) / "generation_config.json"
+    if not path.exists():
+        return {}, None
+    raw = read_json(path)
+    sampler = raw.get("sampler_config")
+    if sampler is not None:
+        if not isinstance(sampler, dict) or sampler.get("_cls_name", _SAMPLER) != _SAMPLER:
+            raise CheckpointError(f"{path}: sampler_config is {_show(sampler)}; only {_SAMPLER} is supported")
+        raw = {**raw, "entropy_bound": sampler.get("entropy_bound")}
+    values: dict[str, Any] = {}
+    for theirs, ours in _GENERATION.items():
+        if (value := raw.get(theirs)) is not None:
+            if not isinstance(value, (int, float)):
+                raise CheckpointError(f"{path}: {theirs} is {_show(value)}; it must be a number")
+            try:
+                Options.from_dict({ours: value})
+            except InputError as error:
+                raise CheckpointError(f"{path}: {theirs}{str(error).removeprefix(ours)}") from error
+            values[ours] = value
+    try:
+        Options.from_dict(values)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return values, _ids(raw, "eos_token_id", _LIMIT, str(path)) or None
+
+
+_GENERATION = {
+    "max_denoising_steps": "max_steps",
+    "t_min": "t_min",
+    "t_max": "t_max",
+    "entropy_bound": "entropy_bound",
+    "stability_threshold": "stability",
+    "confidence_threshold": "confidence",
+}
+_SAMPLER = "EntropyBoundSamplerConfig"
+_JSON_BYTES = 64 << 20
+
+
 _FIXED = {"attention_bias": False, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 _VISION = ("vision_config", "image_token_id", "boi_token_id", "eoi_token_id", "initializer_range")
+_NO_VISION = {
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "position_embedding_size": 16,
+    }
+}
+"""The least vision tower that transformers builds; without one it makes a large one of its own."""
 _LIMIT = 1 << 24  # larger sizes are damage or malice, and would only fail later with less to say
 
 
@@ -196,16 +271,18 @@ class _Reader:
     text: dict[str, Any]
     source: str
 
-    def whole(self, name: str, default: int | None = None) -> int:
+    def whole(self, name: str, default: int | None = None, limit: int = _LIMIT) -> int:
         value = self.text.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LIMIT:
-            raise CheckpointError(f"{self.source}: {name} is {value!r}; it must be a whole number from 1 to {_LIMIT}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            raise CheckpointError(
+                f"{self.source}: {name} is {_show(value)}; it must be a whole number from 1 to {limit}"
+            )
         return value
 
     def positive(self, name: str, default: float) -> float:
         value = self.text.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-            raise CheckpointError(f"{self.source}: {name} is {value!r}; it must be a positive number")
+            raise CheckpointError(f"{self.source}: {name} is {_show(value)}; it must be a positive number")
         return float(value)
 
 
@@ -215,7 +292,14 @@ def _layer(text: dict[str, Any], get: _Reader, index: int, kind: str, source: st
     if override is not None:
         if not isinstance(override, dict) or not all(isinstance(v, dict) for v in override.values()):
             raise CheckpointError(f"{source}: per_layer_config must map layer numbers to objects")
-        own = _Reader(override.get(str(index), override.get(index, {})), source)  # type: ignore[call-overload]
+        for_this: dict[str, Any] = override.get(str(index)) or override.get(index) or {}
+        for name in for_this:
+            if name not in ("head_dim", "num_key_value_heads"):
+                raise CheckpointError(
+                    f"{source}: per_layer_config changes {_show(name)} in layer {index}; only head_dim and "
+                    "num_key_value_heads may differ from layer to layer"
+                )
+        own = _Reader(for_this, source)
         head_dim, kv_heads = own.whole("head_dim", head_dim), own.whole("num_key_value_heads", kv_heads)
     elif kind == FULL:
         head_dim = get.whole("global_head_dim", 512)
@@ -237,7 +321,7 @@ def _rope(text: dict[str, Any], kind: str, source: str) -> Rope:
     raw = table.get(kind) if isinstance(table, dict) else None
     if not isinstance(raw, dict) or raw.get("rope_type", "default") not in ("default", "proportional"):
         raise CheckpointError(
-            f"{source}: rope_parameters[{kind!r}] is {raw!r}; rope_type must be 'default' or 'proportional'"
+            f"{source}: rope_parameters[{kind!r}] is {_show(raw)}; rope_type must be 'default' or 'proportional'"
         )
     get = _Reader(raw, source)
     proportional = raw.get("rope_type") == "proportional"
@@ -254,7 +338,22 @@ def _rope_dict(rope: Rope) -> dict[str, Any]:
     return {"rope_type": "proportional", "rope_theta": rope.theta, "partial_rotary_factor": rope.partial, **extra}
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+def _ids(raw: dict[str, Any], name: str, limit: int, source: str) -> tuple[int, ...]:
+    """One id or a list of them, each below `limit`; null and absent are none."""
+    value = raw.get(name)
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < limit for i in ids):
+        raise CheckpointError(
+            f"{source}: {name} is {_show(value)}; token ids must be whole numbers from 0 to {limit - 1}"
+        )
+    return ids
+
+
+def _show(value: Any) -> str:
+    """A value as an error quotes it: short, whatever the file holds."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80

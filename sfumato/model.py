@@ -130,6 +130,16 @@ class Experts(nn.Module):
 class Block(nn.Module):
     """Attention, then a dense feed-forward and experts side by side, each between norms; scaled per direction."""
 
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+    pre_feedforward_layernorm: Norm
+    post_feedforward_layernorm: Norm
+    post_feedforward_layernorm_1: Norm
+    pre_feedforward_layernorm_2: Norm
+    post_feedforward_layernorm_2: Norm
+    encode_scalar: Tensor
+    denoise_scalar: Tensor
+
     def __init__(self, config: ModelConfig, index: int, ops: Ops) -> None:
         super().__init__()
         width = config.hidden_size

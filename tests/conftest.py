@@ -1,4 +1,4 @@
-"""What every test shares: two threads, no GPU test without a GPU, no slow test unless asked for."""
+"""What every test shares: one thread, no GPU test without a GPU, no slow test unless asked for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import warnings
 
 import pytest
 
-# Before any test imports torch, and inherited by the processes that tests start.
-os.environ["OMP_NUM_THREADS"] = "2"
+# Before any test imports torch, and inherited by the processes that tests start. Tiny models gain nothing from a second
+# thread, and on a busy machine threads that wait for each other lose much.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(2)
+        sys.modules["torch"].set_num_threads(1)
 
 
 def has_cuda() -> bool:

@@ -37,7 +37,7 @@ ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 KNOWS_ONLY = {"model": {"config", "masks", "cache", "ops"}}
 
 # Back ends of one operation: each stands alone, and ops/__init__ chooses among them.
-BACK_ENDS = {"sfumato.ops.triton", "sfumato.ops.cpu", "sfumato.ops.reference"}
+BACK_ENDS = {"sfumato.ops.triton", "sfumato.ops.cpu", "sfumato.ops.fused", "sfumato.ops.reference"}
 
 # Third-party packages, and the only places that may import them.
 FENCES = {

@@ -42,7 +42,7 @@ def command(
 
     Example: sfumato sudoku --random --clues 36
 
-    Example: sfumato sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+    Example: sfumato sudoku --file puzzles.txt --json
     """
     puzzles = _puzzles(puzzle, file, random, clues, count, seed)
     options = Options(seed=seed, mode=mode, max_steps=max_steps)  # type: ignore[arg-type]

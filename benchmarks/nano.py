@@ -1,0 +1,88 @@
+"""How well nano solves Sudoku: fresh puzzles a band, as diffusion and one token at a time, with the same weights.
+
+    .venv/bin/python benchmarks/nano.py -o benchmarks/results/nano.json
+
+Puzzles come from `sudoku.generate` with a seed of their own: exactly so many clues, unique solutions, none from the
+training pool. Prints a table and writes JSON with hardware, versions, commit and command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sfumato import sudoku
+from sfumato.evals.sudoku import Solved, solve
+from sfumato.events import Options
+from sfumato.llm import LLM
+
+BANDS = {"easy": (40, 55), "medium": (30, 39), "hard": (24, 29)}
+"""Clues of the fresh puzzles, both ends included."""
+
+
+def puzzles(band: str, count: int, seed: int) -> list[str]:
+    """`count` fresh puzzles of a band, clues uniform over it."""
+    rng = np.random.default_rng([seed, *BANDS[band]])
+    low, high = BANDS[band]
+    return [sudoku.generate(int(clues), rng) for clues in rng.integers(low, high + 1, count)]
+
+
+def summary(found: list[Solved], seconds: float) -> dict[str, float]:
+    """Figures of one band and mode."""
+    count = len(found)
+    return {
+        "puzzles": count,
+        "solved": sum(s.solved for s in found) / count,
+        "mean_steps": sum(s.steps for s in found) / count,
+        "tokens_per_pass": sum(s.tokens for s in found) / sum(s.passes for s in found),
+        "seconds": round(seconds, 2),
+    }
+
+
+def rows(llm: LLM, count: int, batch: int, seed: int, modes: list[str]) -> Iterator[dict[str, object]]:
+    """One record a band and mode."""
+    for band in BANDS:
+        given = puzzles(band, count, seed)
+        for mode, pinned in ((m.removesuffix("-unpinned"), not m.endswith("-unpinned")) for m in modes):
+            began = time.perf_counter()
+            options = Options(seed=seed, mode=mode, temperature=0.0)  # type: ignore[arg-type]
+            found = list(solve(llm, given, options, pinned and mode == "diffusion", batch))
+            name = mode if pinned or mode != "diffusion" else "diffusion, clues not pinned"
+            yield {"band": band, "clues": BANDS[band], "mode": name, **summary(found, time.perf_counter() - began)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--modes", default="diffusion,diffusion-unpinned,autoregressive")
+    parser.add_argument("-o", "--out", type=Path)
+    args = parser.parse_args()
+    llm = LLM.load(args.model)
+    print(f"{'band':8} {'mode':28} {'solved':>7} {'steps':>6} {'tokens/pass':>11}")
+    records = []
+    for record in rows(llm, args.count, args.batch, args.seed, args.modes.split(",")):
+        records.append(record)
+        print(
+            f"{record['band']:8} {record['mode']:28} {record['solved']:7.1%} {record['mean_steps']:6.1f} "
+            f"{record['tokens_per_pass']:11.1f}",
+            flush=True,
+        )
+    if args.out:
+        from sfumato.cli.bench import environment
+
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"environment": environment(), "command": " ".join(sys.argv), "seed": args.seed, "rows": records}
+        args.out.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The command line: a table of commands, each imported only when it is asked for, and one habit for errors.
+
+A command is a module with a plain function `command(...)`, annotated for typer, whose docstring is its help. It may
+raise whatever it likes: `main` turns that into one line on stderr and an exit code, 2 where the input is at fault, 1
+where something failed, 130 on Ctrl-C. There is never a traceback, and no environment variable that brings one back.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from sfumato import __version__
+from sfumato.events import InputError, SfumatoError
+
+COMMANDS = {
+    "generate": ("sfumato.cli.generate", "Continue a text, or answer one prompt."),
+    "chat": ("sfumato.cli.chat", "Talk with the model in the terminal."),
+    "sudoku": ("sfumato.cli.sudoku", "Solve Sudoku on a canvas, and check the answer."),
+    "info": ("sfumato.cli.info", "What a model holds, needs, and could reach at best. Works without weights."),
+    "bench": ("sfumato.cli.bench", "Time every part of a step, beside what this machine can do at all."),
+    "finetune": ("sfumato.cli.finetune", "Train on your own data, or nano from scratch."),
+}
+"""Command -> (module, one line of help). The order is the order of `sfumato --help`."""
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""click's UsageError, wherever this release of typer keeps its click."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own); returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = application(given).main(args=given, prog_name="sfumato", standalone_mode=False)
+        sys.stdout.flush()  # here, where a closed pipe can still be met quietly
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        text, code = explain(error)
+        print("sfumato: " + " ".join(text.split()), file=sys.stderr)
+        return code
+
+
+def application(arguments: Sequence[str]) -> Any:
+    """The click group for this command line: all commands by name and help, and only the wanted one with its code."""
+    app = typer.Typer(
+        help="Sfumato, the local engine for DiffusionGemma: text that emerges from noise, a whole canvas at a time.",
+        epilog="Each command has its own --help, with an example: sfumato info --help",
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        ] = False,
+    ) -> None: ...
+
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module, line) in COMMANDS.items():
+        function = import_module(module).command if name == wanted else _not_wanted
+        app.command(name, short_help=line)(function)
+    return typer.main.get_command(app)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, USAGE_ERROR):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "sfumato"
+        return f"{error.format_message()} (see {path} --help)", 2  # type: ignore[attr-defined]
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, SfumatoError):
+        return str(error), 1
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1
+    first = next(iter(str(error).splitlines()), "")
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first} (at {os.path.basename(last.filename)}, line {last.lineno})", 1
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"sfumato {__version__}")
+        raise typer.Exit
+
+
+def _not_wanted() -> None: ...

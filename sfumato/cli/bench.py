@@ -1,0 +1,399 @@
+"""`sfumato bench`: how long each part of the work takes here, beside what this machine can do at all.
+
+Every figure is the median of repeats after a warm-up, bounded in seconds, and stands beside its floor: the bytes and
+operations of `info` at the memory bandwidth and matrix-product rate that are measured in the same run. Without a
+checkpoint it makes random weights, and the number of steps is fixed: nothing here depends on what the model says.
+It lacks quality and text on purpose (`benchmarks/nano.py`), and other engines (`benchmarks/peers.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from sfumato import weights
+from sfumato.cache import KVCache
+from sfumato.cli.info import (
+    Parameters,
+    Precision,
+    Work,
+    number,
+    pass_work,
+    size,
+    step_work,
+    vocabulary_work,
+)
+from sfumato.cli.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
+from sfumato.config import LayerConfig, ModelConfig, Rope
+from sfumato.diffusion import CountedDice, accept, is_confident, is_stable
+from sfumato.engine import PREFILL_CHUNK, Run
+from sfumato.events import Commit, Done, Draft, InputError, Options
+from sfumato.model import Model
+from sfumato.ops import load as load_ops
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+Say = Callable[[str], None]
+"""Hears the name of each measurement as it begins."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: prompt and answer in tokens, denoising steps a canvas, and about how long to take for each."""
+
+    prompt: int = 384
+    tokens: int = 512
+    steps: int = 12
+    seconds: float = 20.0
+    seed: int = 0
+    streamed: int = 2**30
+    """Bytes of the buffer that memory bandwidth is measured with."""
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def random_config(name: str) -> ModelConfig:
+    """A made-up model: "mid", about half a billion parameters, or "tiny", for seeing that everything runs."""
+    if name == "mid":
+        sliding = LayerConfig(128, 4, 512, Rope(10_000.0))
+        full = LayerConfig(256, 2, None, Rope(1_000_000.0, 0.25, 1.0, True))
+        layers = (*[sliding] * 5, full) * 2
+        return ModelConfig(32768, 1024, 768, 8, 32, 4, 384, layers, 256, 32768)
+    if name == "tiny":
+        sliding = LayerConfig(16, 2, 32, Rope(10_000.0))
+        full = LayerConfig(32, 1, None, Rope(1_000_000.0, 0.25, 1.0, True))
+        return ModelConfig(512, 64, 96, 4, 8, 2, 32, (sliding, full), 32, 4096)
+    raise InputError(f"size is {name!r}; choose mid or tiny")
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: str, ops: str, seed: int = 0) -> Model:
+    model = Model(config, load_ops(ops)).init_(seed)
+    return model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tuple[str, Timing, Work | None]]:
+    """(name, time, least work) of every part of a request, at the context that the prompt leaves."""
+    config, ops, device = model.config, model.ops, model.device
+    embed_VD, length, precision = model.embed_tokens.weight, config.canvas_length, precision_of(model)
+    dice = CountedDice([plan.seed], [0], length, config.vocab_size, device)
+    prompt_BT = torch.tensor([prompt_ids(config, plan)], device=device)
+    canvas_BL, temperature_B = dice.canvas([0], [0]), torch.tensor([0.8], device=device)
+
+    def prefill() -> KVCache:
+        cache = KVCache.allocate(config, 1, plan.prompt + length, device, model.dtype)
+        for chunk_BT in prompt_BT.split(PREFILL_CHUNK, dim=1):
+            model.encode(chunk_BT, cache)
+        return cache
+
+    def read_out() -> Any:
+        place = ([0], [0], [0])
+        return ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, **dice.sample(*place))
+
+    def decide() -> None:
+        accepted_BL = accept(read.entropy_BL, torch.tensor([0.1], device=device))
+        torch.where(accepted_BL, read.sample_BL, dice.renoise([0], [0], [0]))
+        is_stable(read.argmax_BL, history_BHL, torch.tensor([1], device=device))
+        is_confident(read.entropy_BL, torch.tensor([0.005], device=device))
+
+    def commit() -> None:
+        cache.truncate_(0, plan.prompt)
+        model.encode(canvas_BL, cache)
+
+    def timed(name: str, function: Callable[[], Any], work: Work | None) -> tuple[str, Timing, Work | None]:
+        say(name)
+        return name, measure(function, plan.seconds, device), work
+
+    vocabulary = vocabulary_work(config, precision, length)
+    yield timed("prefill", prefill, pass_work(config, precision, plan.prompt, 0, is_encode=True))
+    cache = prefill()
+    hidden_BLD = model.denoise(canvas_BL, cache)
+    read = read_out()
+    history_BHL = read.argmax_BL[:, None].clone()
+    soft_BLD = ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale)
+    yield timed(
+        "denoise pass",
+        lambda: model.denoise(canvas_BL, cache, soft_BLD),
+        pass_work(config, precision, length, plan.prompt),
+    )
+    yield timed("read-out", read_out, vocabulary)
+    yield timed("soft embedding", lambda: ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale), vocabulary)
+    yield timed("accept, renoise, stop", decide, None)
+    yield timed("commit", commit, pass_work(config, precision, length, plan.prompt, is_encode=True))
+    say("whole step")
+    yield "whole step", engine_step(model, plan), step_work(config, precision, plan.prompt)
+
+
+def engine_step(model: Model, plan: Plan) -> Timing:
+    """One step in the engine's own loop: from one Draft to the next, which is after everything a step does."""
+    until, found, last = time.perf_counter() + plan.seconds, [], 0.0
+    for event in Run(model, [prompt_ids(model.config, plan)], _fixed(plan, model.config.canvas_length, drafts=True)):
+        now = time.perf_counter()
+        if isinstance(event, Draft) and event.step > 1:  # the first one has no soft embedding
+            found.append(now - last)
+        last = time.perf_counter()
+        if found and now > until:
+            break
+    return Timing.of(found)
+
+
+def requests(model: Model, plan: Plan, say: Say = lambda name: None, step: float = 0.0) -> dict[str, dict[str, Any]]:
+    """A whole answer in both modes, within three times plan.seconds each. `step` is what a step takes: from it follows
+    how many of the canvases, and if need be of the steps, there is time for; the record says what was done."""
+    length, prompt, seconds = model.config.canvas_length, prompt_ids(model.config, plan), 3 * plan.seconds
+    canvases = -(-plan.tokens // length)
+    if step * (plan.steps + 1) * canvases > seconds:
+        canvases = max(1, int(seconds / (step * (plan.steps + 1))))
+        plan = replace(plan, steps=min(plan.steps, max(1, int(seconds / step) - 1)))
+    say("request, diffusion")
+    done = next(
+        event for event in Run(model, [prompt], _fixed(plan, canvases * length)) if isinstance(event, Done)
+    ).usage
+    diffusion = {
+        "tokens": done.tokens,
+        "steps_per_canvas": plan.steps,
+        "passes": done.passes,
+        "seconds": done.seconds,
+        "first_tokens_seconds": done.first_commit_seconds,
+        "tokens_per_second": done.tokens / done.seconds,
+        "tokens_per_pass": done.tokens_per_pass,
+    }
+    say("request, autoregressive")
+    began, moments = time.perf_counter(), []
+    options = Options(max_tokens=max(2, plan.tokens), mode="autoregressive", temperature=0.0)
+    for event in Run(model, [prompt], options):
+        if isinstance(event, Commit):
+            moments.append(time.perf_counter() - began)
+            if len(moments) > 1 and moments[-1] > seconds:
+                break
+    autoregressive = {
+        "tokens": len(moments),
+        "seconds": moments[-1],
+        "first_tokens_seconds": moments[0],
+        "tokens_per_second": len(moments) / moments[-1],
+        "tokens_per_second_after_first": (len(moments) - 1) / (moments[-1] - moments[0]),
+        "tokens_per_pass": 1.0,
+    }
+    return {"diffusion": diffusion, "autoregressive": autoregressive}
+
+
+def _fixed(plan: Plan, tokens: int, drafts: bool = False) -> Options:
+    """Always plan.steps steps a canvas: a confidence of 0 is never reached."""
+    steps = max(4, plan.steps) if drafts else plan.steps
+    return Options(max_tokens=tokens, seed=plan.seed, max_steps=steps, confidence=0.0, drafts=drafts)
+
+
+def prompt_ids(config: ModelConfig, plan: Plan) -> list[int]:
+    """Random tokens, the same for the same plan."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    return torch.randint(config.vocab_size, (plan.prompt,), generator=generator).tolist()
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    """The matrix products of a step that differ in kind, as (rows, input width, output width)."""
+    width, canvas = config.hidden_size, config.canvas_length
+    return {
+        "vocabulary": (canvas, width, min(config.vocab_size, 65536)),
+        "queries": (canvas, width, config.num_heads * config.layers[0].head_dim),
+        "dense": (canvas, width, config.intermediate_size),
+        "one expert": (-(-canvas * config.top_k_experts // config.num_experts), width, 2 * config.expert_size),
+    }
+
+
+def precision_of(model: Model) -> Precision:
+    width = model.dtype.itemsize
+    return Precision(str(model.dtype), 8 * width, 8 * width, width, None)
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def record(model: Model, plan: Plan, name: str, say: Say = lambda name: None) -> dict[str, Any]:
+    """Everything, as JSON would hold it: seconds, bytes, operations a second, shares of the ceiling from 0 to 1."""
+    config = model.config = replace(model.config, eos_ids=())  # answers of a known length
+    need = plan.prompt + -(-plan.tokens // config.canvas_length) * config.canvas_length
+    if need > config.max_position:
+        raise InputError(f"prompt and answer need {need} tokens of context; the model has {config.max_position}")
+    forget_peak(model.device)
+    found = list(parts(model, plan, say))
+    answers = requests(model, plan, say, step=found[-1][1].median)
+    peak = peak_bytes(model.device)
+    say("ceilings")
+    most = ceilings(shapes(config), min(plan.seconds, 3.0), model.device, plan.streamed)
+    bandwidth = most["bytes_per_second"]["best"]
+    kind = "float32" if model.dtype == torch.float32 else "bf16"
+    rate = most["flops_per_second"][kind]["best"]
+    table = {}
+    for part, timing, work in found:
+        floor = work.seconds(bandwidth, rate) if work else None
+        table[part] = {
+            "seconds": timing.median,
+            "fastest": timing.fastest,
+            "slowest": timing.slowest,
+            "repeats": timing.repeats,
+            "flops": work and work.flops,
+            "bytes": work and work.bytes,
+            "floor_seconds": floor,
+            "share_of_ceiling": floor / timing.median if floor else None,
+        }
+    token = pass_work(config, precision_of(model), 1, plan.prompt, is_encode=True)
+    token += vocabulary_work(config, precision_of(model), 1)
+    share = answers["autoregressive"]["tokens_per_second_after_first"] * token.seconds(bandwidth, rate)
+    answers["autoregressive"]["share_of_ceiling"] = share
+    parameters = Parameters.of(config)
+    return {
+        "what": "sfumato bench",
+        "model": {
+            "name": name,
+            "parameters": parameters.total,
+            "active": parameters.active,
+            "hidden_size": config.hidden_size,
+            "layers": len(config.layers),
+            "experts": [config.num_experts, config.top_k_experts],
+            "vocab_size": config.vocab_size,
+            "canvas_length": config.canvas_length,
+        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "ops": model.ops.name,
+        "prompt": plan.prompt,
+        "parts": table,
+        "requests": answers,
+        "ceilings": most,
+        "peak_bytes": peak,
+        "environment": environment(model.device),
+    }
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint folder, a hub id, or nano. Default: random weights.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="Of the random weights: mid (half a billion) or tiny.")] = "mid",
+    dtype: Annotated[str | None, typer.Option(help="bf16 or float32. Default: the checkpoint's; bf16.")] = None,
+    ops: Annotated[str, typer.Option(help="auto, reference or fused operations.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 384,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps for each canvas.")] = 12,
+    seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = 20.0,
+    as_json: Annotated[bool, typer.Option("--json", help="The record as JSON.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record to this file too.")] = None,
+) -> None:
+    """Time prefill, step, read-out, commit and whole answers, beside what this machine can do at all.
+
+    Takes a few minutes. "of ceiling" is the least time that the machine's measured bandwidth and matrix products allow,
+    divided by the time it took.
+
+    Example: sfumato bench --dtype float32
+
+    Example: sfumato bench nano --steps 8 --json -o bench.json
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; choose bf16 or float32")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"{output} cannot be written: there is no folder {output.parent}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    plan = Plan(prompt, tokens, steps, seconds)
+    with progress() as say:
+        say("weights")
+        if model is None:
+            made = random_model(random_config(size), DTYPES[dtype or "bf16"], device, ops)
+        else:
+            made = weights.load(model, device=device, dtype=DTYPES[dtype] if dtype else None, ops=ops).eval()
+        found = record(made, plan, model or f"{size} (random weights)", say)
+    text = json.dumps(found, indent=2)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        show(found)
+
+
+@contextmanager
+def progress() -> Iterator[Say]:
+    """Names what is being measured: a spinner with a clock on a terminal, a line each where stderr is a file."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name: print(f"bench: {name}", file=sys.stderr, flush=True)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name: bar.update(task, description=name)
+
+
+def show(found: dict[str, Any]) -> None:
+    """The record for a person."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console, hardware, model = Console(highlight=False), found["environment"]["hardware"], found["model"]
+    where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
+    console.print(
+        f"\n[bold]{model['name']}[/]: {number(model['parameters'])} parameters, {number(model['active'])} active, "
+        f"{found['dtype']}, {found['ops']} operations, on {where}\n"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
+    table.add_column(f"part, after {found['prompt']} tokens", no_wrap=True)
+    for column in ("time", "fastest", "slowest", "floor", "of ceiling"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in found["parts"].items():
+        times = [duration(row[key]) for key in ("seconds", "fastest", "slowest", "floor_seconds")]
+        table.add_row(name, *times, _share(row["share_of_ceiling"]))
+    console.print(table)
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
+    table.add_column("whole answer", no_wrap=True)
+    for column in ("tokens", "time", "first", "per pass", "per second"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in found["requests"].items():
+        steps = f", {row['steps_per_canvas']} steps" if "steps_per_canvas" in row else ""
+        cells = [str(row["tokens"]), duration(row["seconds"]), duration(row["first_tokens_seconds"])]
+        table.add_row(name + steps, *cells, f"{row['tokens_per_pass']:.1f}", f"{row['tokens_per_second']:.3g}")
+    console.print(table)
+
+    bandwidth, products = found["ceilings"]["bytes_per_second"], found["ceilings"]["flops_per_second"]
+    console.print(
+        f"Measured ceiling: {size(bandwidth['read'])}/s read, {size(bandwidth['copy'])}/s copied; "
+        f"{number(products['float32']['best'], 'FLOP')}/s float32, {number(products['bf16']['best'], 'FLOP')}/s bf16."
+        + (f" Peak memory {size(found['peak_bytes'])}." if found["peak_bytes"] else "")
+        + "\n",
+        style="dim",
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """1.24 s, 83.1 ms, 412 µs."""
+    if seconds is None:
+        return "–"
+    scale, unit = next((s for s in ((1, "s"), (1e-3, "ms")) if seconds >= s[0]), (1e-6, "µs"))
+    return f"{seconds / scale:.3g} {unit}" if seconds / scale < 999.5 else f"{seconds / scale:.0f} {unit}"
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"

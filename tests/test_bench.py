@@ -1,0 +1,180 @@
+"""`sfumato bench`: on a tiny model, that every part is timed, bounded, and stands beside a ceiling; no figure itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from sfumato import cli
+from sfumato.cli import bench, info, machine
+from sfumato.cli.bench import Plan
+from sfumato.events import InputError
+from sfumato.model import Model
+
+PLAN = Plan(prompt=48, tokens=64, steps=2, seconds=0.05, streamed=2**22)
+PARTS = ("prefill", "denoise pass", "read-out", "soft embedding", "accept, renoise, stop", "commit", "whole step")
+
+
+@pytest.fixture
+def model() -> Model:
+    return bench.random_model(bench.random_config("tiny"), torch.float32, "cpu", "auto")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command with a small bandwidth buffer."""
+    monkeypatch.setattr(bench, "Plan", partial(Plan, streamed=2**22))
+
+
+def load_peers() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "peers.py"
+    spec = importlib.util.spec_from_file_location("peers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_mid_is_the_model_of_the_first_reading() -> None:
+    config = bench.random_config("mid")
+    assert info.Parameters.of(config).total == pytest.approx(0.5e9, rel=0.15)
+    assert len(config.layers) == 12
+    assert [layer.is_sliding for layer in config.layers] == ([True] * 5 + [False]) * 2
+    assert (config.hidden_size, config.num_experts, config.top_k_experts, config.expert_size) == (1024, 32, 4, 384)
+    assert (config.window, config.vocab_size, config.canvas_length) == (512, 32768, 256)
+    with pytest.raises(InputError, match="choose mid or tiny"):
+        bench.random_config("large")
+
+
+def test_the_record_has_everything_in_a_few_seconds(model: Model) -> None:
+    heard: list[str] = []
+    began = time.perf_counter()
+    found = bench.record(model, PLAN, "tiny", heard.append)
+    assert time.perf_counter() - began < 10
+    assert json.loads(json.dumps(found)) == found
+    assert tuple(found["parts"]) == PARTS
+    assert [name for name in heard if name in PARTS] == list(PARTS)
+    for name, row in found["parts"].items():
+        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"], name
+        assert row["repeats"] >= 1
+        assert (row["share_of_ceiling"] is None) == (name == "accept, renoise, stop")
+    diffusion, autoregressive = found["requests"]["diffusion"], found["requests"]["autoregressive"]
+    canvases = diffusion["tokens"] // 32
+    assert diffusion["passes"] == canvases * diffusion["steps_per_canvas"] + canvases - 1  # the last is not encoded
+    assert 1 <= autoregressive["tokens"] <= 64
+    for request in (diffusion, autoregressive):
+        assert 0 < request["first_tokens_seconds"] <= request["seconds"]
+        assert request["tokens_per_second"] == pytest.approx(request["tokens"] / request["seconds"])
+    rates = found["ceilings"]["flops_per_second"]
+    assert set(rates["float32"]) == set(rates["bf16"]) == {"best", *bench.shapes(model.config)}
+    assert found["ceilings"]["bytes_per_second"]["best"] > 0
+    assert found["dtype"] == "float32"
+    assert found["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    environment = found["environment"]
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["hardware"]["threads"] == torch.get_num_threads()
+    assert {"commit", "command", "date"} < set(environment)
+
+
+def test_an_answer_without_hurry_is_done_in_full(model: Model) -> None:
+    plan = Plan(prompt=8, tokens=40, steps=3, seconds=20)
+    model.config = bench.replace(model.config, eos_ids=())
+    with torch.inference_mode():
+        found = bench.requests(model, plan, step=1e-6)
+    assert found["diffusion"]["tokens"] == 64  # whole canvases
+    assert found["diffusion"]["passes"] == 2 * 3 + 1
+    assert found["autoregressive"]["tokens"] == 40
+
+
+def test_an_answer_in_a_hurry_is_cut_and_says_so(model: Model) -> None:
+    plan = Plan(prompt=8, tokens=320, steps=10, seconds=0.001)
+    model.config = bench.replace(model.config, eos_ids=())
+    with torch.inference_mode():
+        found = bench.requests(model, plan, step=0.002)
+    assert found["diffusion"]["tokens"] == 32
+    assert found["diffusion"]["steps_per_canvas"] == 1
+    assert found["autoregressive"]["tokens"] < 320
+
+
+def test_measure_is_bounded_and_leaves_setup_out() -> None:
+    cpu = torch.device("cpu")
+    began = time.perf_counter()
+    found = machine.measure(lambda: time.sleep(0.02), 0.1, cpu, repeats=1000)
+    assert 1 <= found.repeats <= 10
+    assert time.perf_counter() - began < 2
+    assert found.fastest >= 0.02
+    given: list[int] = []
+    found = machine.measure(given.append, 5, cpu, repeats=2, setup=lambda: time.sleep(0.05) or 7)  # type: ignore[func-returns-value]
+    assert given == [7, 7, 7]  # one to warm up
+    assert found.median < 0.05
+    assert machine.measure(lambda: time.sleep(0.05), 0, cpu).repeats == 1
+
+
+def test_more_than_the_context_holds_is_refused(model: Model) -> None:
+    with pytest.raises(InputError, match="need 5008 tokens of context; the model has 4096"):
+        bench.record(model, Plan(prompt=4976, tokens=1), "tiny")
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["--size", "tiny", "--seconds", "0.02", "--prompt", "16", "--tokens", "32", "--dtype", "bf16"]
+    assert cli.main(["bench", *arguments, "--steps", "2", "--device", "cpu", "--json", "-o", str(path)]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == json.loads(path.read_text())
+    assert json.loads(told.out)["dtype"] == "bfloat16"
+    assert "bench: denoise pass" in told.err
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_shows_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--size", "tiny", "--seconds", "0.02", "--prompt", "16", "--tokens", "32", "--device", "cpu"]
+    assert cli.main(["bench", *arguments]) == 0
+    text = capsys.readouterr().out
+    for part in (*PARTS, "diffusion", "autoregressive", "of ceiling", "Measured ceiling"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--size", "huge"], "choose mid or tiny"),
+        (["--dtype", "int3"], "choose bf16 or float32"),
+        (["--device", "abacus"], "abacus"),
+        (["--size", "tiny", "--ops", "magic"], "magic"),
+        (["-o", "not/there/out.json"], "not/there"),
+        (["nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("bench: ")]
+    assert len(told) == 1
+    assert part in told[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.239, "1.24 s"), (0.0831, "83.1 ms"), (4.12e-4, "412 µs"), (None, "–")]
+)
+def test_durations_for_people(seconds: float | None, text: str) -> None:
+    assert bench.duration(seconds) == text
+
+
+def test_the_peer_holds_the_same_weights(model: Model) -> None:
+    """What benchmarks/peers.py compares with: transformers around the very same tensors, and the same logits."""
+    pytest.importorskip("transformers")
+    peers = load_peers()
+    model.config = bench.replace(model.config, eos_ids=())
+    with torch.inference_mode():
+        theirs = peers.twin(model)
+        assert theirs.lm_head.weight.data_ptr() == model.embed_tokens.weight.data_ptr()
+        assert peers.difference(theirs, model, PLAN) < 2e-4
+        assert peers.answer(theirs, model, PLAN, 64)["tokens"] == 64

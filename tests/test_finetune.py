@@ -1,0 +1,218 @@
+"""The objective against its definition, and a training loop that continues exactly where it was cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_config, tiny_model
+from torch import Tensor
+
+from sfumato import ops
+from sfumato.cache import KVCache
+from sfumato.events import CheckpointError, InputError
+from sfumato.finetune.data import SudokuSource
+from sfumato.finetune.loss import IGNORE, Batch, Corruption, Problem, losses, problem
+from sfumato.finetune.train import Recipe, Trainer, recipe_of
+from sfumato.model import Model
+
+L = 8
+EOS = 1
+
+
+def batch(
+    counts: tuple[int, ...] = (14, 21), prompts: tuple[int, ...] = (5, 6), cut: tuple[bool, ...] = (False, False)
+):
+    dice = torch.Generator().manual_seed(3)
+    tokens = torch.randint(6, 61, (len(counts), max(counts)), generator=dice)
+    for row, count in enumerate(counts):
+        tokens[row, count:] = 0
+    return Batch(tokens, list(counts), list(prompts), list(cut))
+
+
+def dice(size: int, seed: int = 0, share: float = 0.5) -> Corruption:
+    return Corruption.draw(size, L, 61, torch.Generator().manual_seed(seed), share)
+
+
+def trainable() -> Model:
+    return tiny_model().requires_grad_(True)
+
+
+def test_the_chosen_canvas_is_filled_with_eos_and_its_start_counts_whole_canvases():
+    given = batch()
+    corruption = dataclasses.replace(dice(2), canvas_B=torch.tensor([0.9, 0.9]), level_B=torch.tensor([1e-9, 1e-9]))
+    made = problem(given, corruption, L, EOS)
+    assert made.starts == [5 + L, 6 + L]  # 9 and 15 tokens of response: two canvases each, 0.9 picks the second
+    assert made.canvas_BL[0].tolist() == [given.tokens_BT[0, 13].item()] + [EOS] * 7
+    assert made.target_BL.equal(made.canvas_BL)
+    first = problem(given, dataclasses.replace(corruption, canvas_B=torch.tensor([0.0, 0.49])), L, EOS)
+    assert first.starts == [5, 6]
+    assert first.canvas_BL[0].equal(given.tokens_BT[0, 5:13])
+
+
+def test_a_cut_example_has_no_target_behind_its_end():
+    corruption = dataclasses.replace(dice(2), canvas_B=torch.tensor([0.9, 0.9]))
+    made = problem(batch(cut=(True, False)), corruption, L, EOS)
+    assert made.target_BL[0].tolist()[1:] == [IGNORE] * 7
+    assert (made.target_BL[1] != IGNORE).all()
+
+
+def test_noise_replaces_about_the_share_of_positions_it_should():
+    size = 400
+    given = batch(counts=(14,) * size, prompts=(5,) * size, cut=(False,) * size)
+    corruption = dataclasses.replace(dice(size), level_B=torch.full((size,), 0.7))
+    made = problem(given, corruption, L, EOS)
+    changed = (made.canvas_BL != made.target_BL).float().mean().item()
+    assert abs(changed - 0.7 * 60 / 61) < 0.03  # uniform noise hits the true token once in 61
+
+
+def by_hand(model: Model, given: Problem, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
+    """The objective row by row, without batching, padding or a shared cache."""
+    diffusion, encode, predicted = [], [], 0
+    for n, (row, start) in enumerate(zip(given.rows, given.starts, strict=True)):
+        cache = KVCache.allocate(model.config, 1, 64)
+        model.encode(given.tokens_BT[row : row + 1, :start], cache)
+        soft = None
+        canvas = given.canvas_BL[n : n + 1]
+        if n < given.conditioned:
+            logits = model.logits(model.denoise(canvas, cache)).detach()
+            soft = torch.softmax(logits, -1) @ model.embed_tokens.weight * model.embed_scale
+        logits = model.logits(model.denoise(canvas, cache, soft))[0]
+        if leave_one_out:
+            kept = 1 - given.level_B[n]
+            logits = logits + torch.log(1 + 61 * kept / (1 - kept)) * F.one_hot(canvas[0], 61)
+        diffusion.append(F.cross_entropy(logits, given.target_BL[n], ignore_index=IGNORE, reduction="none"))
+    for row, count in enumerate(given.counts):
+        tokens = given.tokens_BT[row : row + 1, :count]
+        logits = model.logits(model.encode(tokens, KVCache.allocate(model.config, 1, 64)))[0, :-1]
+        encode.append(F.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+        predicted += count - 1
+    known = (given.target_BL != IGNORE).sum()
+    return torch.stack(diffusion).sum() / known, torch.stack(encode).sum() / predicted
+
+
+@pytest.mark.parametrize("encode_response", [True, False])
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_losses_equal_the_objective_written_row_by_row(encode_response: bool, repeats: int, leave_one_out: bool):
+    model = tiny_model()
+    given = problem(batch(cut=(True, False)), dice(2 * repeats, seed=5), L, EOS, encode_response)
+    found = losses(model, given, leave_one_out)
+    for ours, theirs in zip(found, by_hand(model, given, leave_one_out), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_flow_through_the_cache_and_not_through_the_first_pass():
+    model = trainable()
+    given = problem(batch(), dice(2, share=0.0), L, EOS)
+    losses(model, given)[0].backward()
+    prompt_only = given.tokens_BT[0, 0]
+    grad = model.embed_tokens.weight.grad
+    assert grad is not None and grad[prompt_only].abs().sum() > 0
+    key = model.layers[0].self_attn.k_proj.weight
+    with_cache = key.grad.clone()
+    assert with_cache.abs().sum() > 0
+    gate = model.self_conditioning.gate_proj.weight
+    assert gate.grad.abs().sum() == 0  # no row is conditioned: zeros in, no gradient out
+    model.zero_grad()
+    losses(model, problem(batch(), dice(2, share=1.0), L, EOS))[0].backward()
+    assert gate.grad.abs().sum() > 0
+
+
+def source_of(tokens: Batch):
+    class Source:
+        def batch(self, step: int, size: int, device: torch.device) -> Batch:
+            dice = torch.Generator().manual_seed(step)
+            return dataclasses.replace(
+                tokens, tokens_BT=torch.randint(6, 61, tokens.tokens_BT.shape, generator=dice).to(device)
+            )
+
+    return Source()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_continues_exactly(tmp_path, optimizer: str):
+    recipe = Recipe(steps=6, batch=2, lr=3e-3, warmup=2, optimizer=optimizer, encode_response_every=2)
+    whole = trainable()
+    log = list(Trainer(whole, source_of(batch()), recipe, tmp_path / "whole").run())
+    first = Trainer(trainable(), source_of(batch()), recipe, tmp_path / "parts")
+    for progress in first.run():
+        if progress.step == 3:
+            break
+    again = Trainer(trainable().init_(9), source_of(batch()), recipe, tmp_path / "parts")
+    assert again.step == 3
+    rest = list(again.run())
+    assert [p.step for p in rest] == [4, 5, 6]
+    for name, value in again.model.state_dict().items():
+        assert value.equal(whole.state_dict()[name]), name
+    assert [p.diffusion_loss for p in rest] == [p.diffusion_loss for p in log[3:]]
+    lines = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4, 5, 6]
+    assert recipe_of(tmp_path / "parts") == recipe
+
+
+def test_log_lines_past_the_last_save_are_forgotten(tmp_path):
+    recipe = Recipe(steps=3, batch=2)
+    list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 4}) + "\n")
+    Trainer(trainable(), source_of(batch()), recipe, tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_another_models_state_is_refused(tmp_path):
+    recipe = Recipe(steps=1, batch=2)
+    list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
+    other = Model(tiny_config(hidden_size=32), ops.load("reference")).init_()
+    with pytest.raises(CheckpointError, match="another model"):
+        Trainer(other, source_of(batch()), recipe, tmp_path)
+
+
+def test_training_lowers_both_losses(tmp_path):
+    class Same:
+        def batch(self, step: int, size: int, device: torch.device) -> Batch:
+            return batch()
+
+    log = list(Trainer(trainable(), Same(), Recipe(steps=40, batch=2, lr=1e-2, warmup=4), tmp_path).run())
+    mean = lambda part, name: sum(getattr(p, name) for p in part) / len(part)  # noqa: E731
+    for name in ("diffusion_loss", "encode_loss"):
+        assert mean(log[-8:], name) < 0.6 * mean(log[:8], name)
+
+
+def test_the_schedule_warms_up_holds_and_decays():
+    recipe = Recipe(steps=100, lr=1.0, warmup=10, hold=50, floor=0.1)
+    rates = [recipe.rate(step) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[49] == 1.0
+    assert rates[75] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.parametrize("wrong", [{"optimizer": "sgd"}, {"precision": "int8"}, {"steps": 0}, {"batch": 0}])
+def test_an_impossible_recipe_is_one_sentence(wrong: dict):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Recipe(**wrong)
+
+
+def test_the_sudoku_source_gives_prompt_and_solution_as_the_chat_does():
+    from sfumato.chat import ChatTemplate
+    from sfumato.sudoku import is_solved, prompt
+    from sfumato.tokenizer import Tokenizer
+    from sfumato.weights import resolve
+
+    folder = resolve("nano")
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder, tokenizer.special)
+    source = SudokuSource(tokenizer, template, pool=4)
+    made = source.batch(3, 5, torch.device("cpu"))
+    for row in range(5):
+        ids = made.tokens_BT[row].tolist()
+        text = tokenizer.decode(ids[: made.prompts[row]])
+        puzzle = "".join(c for c in text if c.isdigit())
+        assert ids[: made.prompts[row]] == template.encode(tokenizer, [{"role": "user", "content": prompt(puzzle)}])
+        assert is_solved(tokenizer.decode(ids[made.prompts[row] :]), puzzle)
+        assert ids[-1] == tokenizer.id("<turn|>")
+    assert made.tokens_BT.equal(source.batch(3, 5, torch.device("cpu")).tokens_BT)
+    assert not made.tokens_BT.equal(source.batch(4, 5, torch.device("cpu")).tokens_BT)

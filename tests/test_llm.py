@@ -1,0 +1,158 @@
+"""Text in, text out, on the embedded model: prompts, streams, stop strings, seeds, batches, reuse between turns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sfumato import LLM, Options
+from sfumato.events import Commit, Done, Draft, InputError
+from sfumato.evals.sudoku import request, solve
+from sfumato.llm import _Reader
+from sfumato.sudoku import is_solved
+
+PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
+"""50 clues: nano solves it in a few steps."""
+ONE = Options(max_tokens=82, seed=3)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM.load("nano")
+
+
+def ask(puzzle: str = PUZZLE) -> list[dict]:
+    return [{"role": "user", "content": f"Solve this Sudoku:\n{puzzle}"}]
+
+
+def test_a_chat_answers_with_the_solution(llm: LLM):
+    answer = llm.chat(ask(), options=ONE)
+    assert is_solved(answer.text, PUZZLE)
+    assert answer.finish_reason == "stop" and answer.tokens[-1] in llm.model.config.eos_ids
+    assert answer.usage.tokens == len(answer.tokens) == 82 and answer.usage.prompt_tokens == 95
+    assert answer.usage.passes == answer.usage.steps > 0
+    assert answer.usage.tokens_per_pass == pytest.approx(82 / answer.usage.steps)
+    assert answer.seed == 3 and answer.thought is None and answer.tool_calls == []
+
+
+def test_a_stream_is_drafts_then_commits_then_done_and_its_texts_join(llm: LLM):
+    events = list(llm.stream(ask(), replace(ONE, drafts=True)))
+    drafts = [e for e in events if isinstance(e, Draft)]
+    commits = [e for e in events if isinstance(e, Commit)]
+    assert [d.step for d in drafts] == list(range(1, len(drafts) + 1))
+    assert len(commits) == 1 and isinstance(events[-1], Done) and events.index(commits[0]) == len(drafts)
+    assert "".join(c.text for c in commits) == events[-1].text == drafts[-1].text
+    assert all(len(d.tokens) == len(d.entropies) == len(d.accepted) == 82 for d in drafts)
+    assert not any(isinstance(e, Draft) for e in llm.stream(ask(), ONE))
+
+
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM):
+    texts = ["Solve this", "Sudoku: 1", "user 53", "7"]
+    options = Options(max_tokens=100, seed=11, max_steps=4)
+    alone = [llm.complete(text, options).tokens for text in texts]
+    together = [c.tokens for c in llm.complete(texts, options)]
+    assert alone == together
+    assert alone[0] != llm.complete(texts[0], replace(options, seed=12)).tokens
+
+
+def test_without_a_seed_the_one_used_is_told_and_repeats_the_text(llm: LLM):
+    options = Options(max_tokens=82, max_steps=2)
+    first = llm.complete("Solve", options)
+    assert llm.complete("Solve", replace(options, seed=first.seed)).tokens == first.tokens
+    assert llm.complete("Solve", options).seed != first.seed
+
+
+@pytest.mark.parametrize("cut", [1, 4, 20, 80])
+def test_a_stop_string_ends_the_text_wherever_it_falls(llm: LLM, cut: int):
+    whole = llm.chat(ask(), options=ONE).text
+    stop = whole[cut : cut + 3]
+    answer = llm.chat(ask(), options=replace(ONE, stop=(stop, "never")))
+    assert answer.text == whole[: whole.index(stop)]
+    assert answer.finish_reason == "stop" and answer.stop == stop
+
+
+def test_a_stream_holds_back_what_may_become_a_stop_string(llm: LLM):
+    reader = _Reader(llm.tokenizer, ("END!",))
+    pieces = []
+    for part in ("abc E", "N", "D, no", " EN", "D!tail"):
+        if reader.push(llm.tokenizer.encode(part)) is not None:
+            break
+        pieces.append(reader.take(is_over=False))
+    pieces.append(reader.take(is_over=True))
+    assert pieces[:2] == ["abc ", ""]
+    assert "".join(pieces) == reader.text == "abc END, no " and reader.found == "END!"
+
+
+def test_max_tokens_cuts_and_says_so(llm: LLM):
+    answer = llm.chat(ask(), options=replace(ONE, max_tokens=10))
+    assert answer.finish_reason == "length" and len(answer.tokens) == 10 and len(answer.text) == 10
+
+
+def test_a_second_turn_reuses_what_is_encoded_and_answers_the_same(llm: LLM):
+    first = ask()
+    llm.forget()
+    answer = llm.chat(first, options=ONE)
+    turns = [*first, {"role": "assistant", "content": answer.text}, *ask("0" * 80 + "1")]
+    continued = llm.chat(turns, options=ONE)
+    assert continued.usage.reused_tokens == 95
+    llm.forget()
+    fresh = llm.chat(turns, options=ONE)
+    assert fresh.usage.reused_tokens == 0 and fresh.tokens == continued.tokens
+
+
+def test_another_conversation_reuses_only_what_is_the_same(llm: LLM):
+    llm.forget()
+    llm.chat(ask(), options=ONE)
+    other = llm.chat(ask(PUZZLE[:5] + "1" * 76), options=replace(ONE, max_steps=1))
+    assert other.usage.reused_tokens == 9 + 5  # the header and five clues
+
+
+def test_logprobs_come_with_every_token(llm: LLM):
+    answer = llm.chat(ask(), options=replace(ONE, logprobs=True))
+    assert answer.logprobs is not None and len(answer.logprobs) == len(answer.tokens)
+    assert all(p <= 0 for p in answer.logprobs)
+    assert answer.usage.passes == answer.usage.steps + 1  # the encode pass they come from
+
+
+def test_autoregressive_mode_takes_a_pass_a_token(llm: LLM):
+    answer = llm.chat(ask(), options=Options(mode="autoregressive", temperature=0, max_tokens=82))
+    assert answer.usage.passes == len(answer.tokens)
+    assert llm.chat(ask(), options=Options(mode="autoregressive", top_k=1, max_tokens=82)).tokens == answer.tokens
+
+
+def test_pinned_clues_stand_in_every_draft(llm: LLM):
+    ids, pins = request(llm, PUZZLE)
+    for event in llm.events([ids], Options(max_tokens=82, seed=1, drafts=True, max_steps=3), [pins]):
+        if isinstance(event, Draft):
+            assert all(event.tokens[place] == token for place, token in pins.items())
+            assert all(event.accepted[place] and event.entropies[place] == 0 for place in pins)
+    wrong = {0: llm.tokenizer.encode("9")[0]}  # a pin wins over what the model would write
+    done = list(llm.events([ids], ONE, [wrong]))[-1]
+    assert done.text[0] == "9"
+
+
+def test_batches_solve_what_single_requests_solve(llm: LLM):
+    puzzles = [PUZZLE, "0" + PUZZLE[1:], PUZZLE[:80] + "0", PUZZLE]
+    options = Options(seed=5)
+    alone = [s.answer for s in solve(llm, puzzles, options)]
+    assert alone == [s.answer for s in solve(llm, puzzles, options, batch=3)]
+    assert all(is_solved(answer, PUZZLE) for answer in alone)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llm: llm.complete("x", Options.from_dict({"tmax": 1})), "tmax"),
+        (lambda llm: llm.complete([]), "0 prompts"),
+        (lambda llm: llm.complete("9" * 5000), "context of 4096"),
+        (lambda llm: llm.chat([{"role": "robot", "content": "x"}]), "robot"),
+        (lambda llm: LLM.load("nano", dtype="int3"), "int3"),
+        (lambda llm: LLM.load("nano", ops="fastest"), "fastest"),
+        (lambda llm: LLM.load("no/such/folder"), "no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_that_names_the_value(llm: LLM, call, words: str):
+    with pytest.raises(InputError) as caught:
+        call(llm)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
