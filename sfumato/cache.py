@@ -142,8 +142,8 @@ class KVCache:
         capacity = max(capacity or self.capacity, self.capacity)
         if capacity == self.capacity:
             index = torch.tensor(rows, device=self.device)
-            k, v = [t.index_select(0, index) for t in self.k], [t.index_select(0, index) for t in self.v]
-            return KVCache(self.config, k, v, [self.lengths[row] for row in rows], capacity, self.slack)
+            keys, values = ([t.index_select(0, index) for t in side] for side in (self.k, self.v))
+            return KVCache(self.config, keys, values, [self.lengths[row] for row in rows], capacity, self.slack)
         other = KVCache.allocate(self.config, len(rows), capacity, self.device, self.k[0].dtype, self.slack)
         for layer, layer_config in enumerate(self.config.layers):
             slots_BS = self.slots_BS(layer_config.window, rows)

@@ -139,7 +139,8 @@ class Run:
                 row = self.rows[i]
                 row.step, row.steps, row.passes = row.step + 1, row.steps + 1, row.passes + 1
                 if row.options.drafts:
-                    yield Draft(i, row.canvas, row.step, *(x[n].tolist() for x in (argmax_BL, entropy_BL, accepted_BL)))
+                    tokens, entropies, accepted = (x[n].tolist() for x in (argmax_BL, entropy_BL, accepted_BL))
+                    yield Draft(i, row.canvas, row.step, tokens, entropies, accepted)
                 if is_done or row.step == row.rules.max_steps:
                     stopped.append(n)
             # 6. Commit the argmax canvas of rows that stopped; those that go on begin their next canvas.

@@ -125,6 +125,9 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
         save_file(
             {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, {"format": "pt", **(metadata or {})}
         )
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)  # safetensors writes files that only their owner can read
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

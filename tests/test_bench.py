@@ -1,4 +1,4 @@
-"""`sfumato bench`: on a tiny model, that every part is timed, bounded, and stands beside a ceiling; no figure itself."""
+"""`sfumato bench` on a tiny model: every part is timed, bounded, and stands beside a ceiling. No figure is checked."""
 
 from __future__ import annotations
 
@@ -168,6 +168,7 @@ def test_durations_for_people(seconds: float | None, text: str) -> None:
     assert bench.duration(seconds) == text
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, once inductor is imported
 def test_the_peer_holds_the_same_weights(model: Model) -> None:
     """What benchmarks/peers.py compares with: transformers around the very same tensors, and the same logits."""
     pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""`sfumato info`: the released model's published figures from its config alone, and the arithmetic against the model."""
+"""`sfumato info`: the released model's figures from its config alone, and the arithmetic held against the model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import random_config
 
 from sfumato import cli, ops
 from sfumato.cache import KVCache
@@ -15,7 +16,6 @@ from sfumato.cli import info
 from sfumato.config import ModelConfig
 from sfumato.events import InputError
 from sfumato.model import Model
-from tests.tiny import random_config
 
 RELEASED: dict[str, Any] = {
     "model_type": "diffusion_gemma",

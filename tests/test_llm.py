@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from sfumato import LLM, Options
-from sfumato.events import Commit, Done, Draft, InputError
 from sfumato.evals.sudoku import request, solve
+from sfumato.events import Commit, Done, Draft, InputError
 from sfumato.llm import _Reader
 from sfumato.sudoku import is_solved
 

@@ -462,11 +462,12 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     furthest: float = 0.0
 
-    def count(self, what: str, is_same: Tensor, margin: Tensor, is_live_B: Tensor, is_routed_B: Tensor) -> None:
-        """One kind of decision for all rows; those that are not live are none."""
+    def count(self, what: str, is_same: Tensor, margin: Tensor, is_live_B: Tensor, is_flipped_B: Tensor) -> None:
+        """One kind of decision for all rows; those that are not live are none, and where two experts changed places
+        every one is narrow."""
         for row in is_live_B.nonzero()[:, 0].tolist():
             is_narrow = margin[row] < NARROW
-            if is_routed_B[row]:
+            if is_flipped_B[row]:
                 is_narrow = torch.ones_like(is_narrow)
             self.decisions += is_same[row].numel()
             self.narrow += int(is_narrow.sum())
@@ -518,10 +519,9 @@ def compare(run: Record, ours: Model) -> Tally:
         history_BHL = torch.full((rows, max(rules.stability, 1), length), -1)
         committed_BL = torch.full((rows, length), -1)
         committed_margin_BL = torch.zeros(rows, length)
+        has_flipped_B = torch.zeros(rows, dtype=torch.bool)
         for number, step in enumerate(steps):
             is_live_B = ~step.was_done_B
-            is_routed_B = torch.minimum(step.routing_B, run.encode_routing[index]) < ROUTED
-            count = functools.partial(tally.count, is_live_B=is_live_B, is_routed_B=is_routed_B)
             where = f"canvas {index}, step {number}"
             temperature = rules.schedule.temperature(number)
             soft_BLD = None if step.soft_BLV is None else soft(ours, step.soft_BLV)
@@ -532,10 +532,11 @@ def compare(run: Record, ours: Model) -> Tally:
                 torch.full((rows,), temperature),
                 gumbel_BLV=step.gumbel_BLV,
             )
-            is_sound_B = is_live_B & ~is_routed_B
-            if bool(is_sound_B.any()):
-                away = furthest(read.logits_BLV[is_sound_B], step.logits_BLV[is_sound_B]) * temperature
-                tally.furthest = max(tally.furthest, away)
+            away_B = (read.logits_BLV - step.logits_BLV).abs().amax((1, 2)) * temperature
+            is_routed_B = torch.minimum(step.routing_B, run.encode_routing[index]) < ROUTED
+            is_flipped_B = is_routed_B & (away_B > CLOSE)
+            tally.furthest = max(tally.furthest, *away_B[is_live_B & ~is_flipped_B].tolist())
+            count = functools.partial(tally.count, is_live_B=is_live_B, is_flipped_B=is_flipped_B)
             margin = margins(step, run.options)
             accepted_BL = accept(read.entropy_BL, bound_B)
             next_BL = torch.where(accepted_BL, read.sample_BL, step.noise_BL)
@@ -554,12 +555,12 @@ def compare(run: Record, ours: Model) -> Tally:
             history_BHL = torch.cat([history_BHL[:, 1:], step.argmax_BL[:, None]], dim=1)
             committed_BL[is_live_B] = read.argmax_BL[is_live_B]
             committed_margin_BL[is_live_B] = margin["argmax"][is_live_B]
+            has_flipped_B |= is_live_B & is_flipped_B
         canvas_BL = run.text_BT[:, start + index * length :][:, :length]
         is_eos_BL = canvas_BL == (-1 if run.eos is None else run.eos)
         is_text_BL = is_eos_BL.cumsum(-1) - is_eos_BL.long() == 0
         is_same_BL = (committed_BL == canvas_BL) | ~is_text_BL
-        is_routed_B = run.encode_routing[index] < ROUTED
-        tally.count(f"canvas {index}, committed", is_same_BL, committed_margin_BL, is_open_B, is_routed_B)
+        tally.count(f"canvas {index}, committed", is_same_BL, committed_margin_BL, is_open_B, has_flipped_B)
         assert bool((canvas_BL == 0)[is_open_B[:, None] & ~is_text_BL].all())
         is_open_B &= ~is_eos_BL.any(-1)
         ours.encode(canvas_BL, cache)

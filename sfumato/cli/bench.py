@@ -296,8 +296,7 @@ def command(
 ) -> None:
     """Time prefill, step, read-out, commit and whole answers, beside what this machine can do at all.
 
-    Takes a few minutes. "of ceiling" is the least time that the machine's measured bandwidth and matrix products allow,
-    divided by the time it took.
+    A few minutes. "of ceiling": the least time that measured bandwidth and matrix products allow, over the time taken.
 
     Example: sfumato bench --dtype float32
 

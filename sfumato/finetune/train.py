@@ -120,7 +120,7 @@ class Trainer:
                     list(by_muon.values()), lr=recipe.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
                 )
             )
-        self._names = {parameter: name for name, parameter in named.items()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
         self._losses: Callable[..., tuple[Tensor, Tensor]] = torch.compile(losses, dynamic=False) if compile else losses
         if (self.folder / "state.safetensors").exists():
             self._restore()

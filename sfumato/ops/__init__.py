@@ -41,5 +41,7 @@ def load(name: str = "auto") -> Ops:
     if name == "fused":
         from sfumato.ops import fused, reference
 
-        return replace(reference.OPS, name="fused", **fused.FASTER)
+        return replace(
+            reference.OPS, name="fused", rms_norm=fused.rms_norm, attention=fused.attention, experts=fused.experts
+        )
     raise InputError(f"there are no operations named {name!r}; choose one of auto, {', '.join(NAMES)}")

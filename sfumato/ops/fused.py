@@ -47,6 +47,3 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tens
             start += size
     part_MD = torch.cat(parts) * weight_NJ.flatten()[order_M, None].to(x_ND.dtype)
     return torch.zeros_like(x_ND).index_add(0, token_M, part_MD)
-
-
-FASTER = {"rms_norm": rms_norm, "attention": attention, "experts": experts}
