@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sfumato import engine
 from sfumato.cache import KVCache
-from sfumato.config import SLIDING, ModelConfig
+from sfumato.config import ModelConfig
 from sfumato.diffusion import Rules, accept, is_confident, is_stable
 from sfumato.events import Commit, Done, Draft, Options
 from sfumato.model import Model
@@ -540,13 +540,11 @@ def compare(run: Record, ours: Model) -> Tally:
             margin = margins(step, run.options)
             accepted_BL = accept(read.entropy_BL, bound_B)
             next_BL = torch.where(accepted_BL, read.sample_BL, step.noise_BL)
-            is_same_BL = (read.sample_BL == step.sample_BL) | ~step.accepted_BL & ~accepted_BL
             count(f"{where}, sample", read.sample_BL == step.sample_BL, margin["sample"])
             count(f"{where}, accepted", accepted_BL == step.accepted_BL, margin["accept"])
             count(f"{where}, argmax", read.argmax_BL == step.argmax_BL, margin["argmax"])
-            both_BL = torch.minimum(margin["sample"], margin["accept"])
-            count(f"{where}, renoised", next_BL == step.next_BL, both_BL)
-            assert bool((is_same_BL & (accepted_BL == step.accepted_BL) <= (next_BL == step.next_BL))[is_live_B].all())
+            either_BL = torch.minimum(margin["sample"], margin["accept"])
+            count(f"{where}, renoised", next_BL == step.next_BL, either_BL)
             is_done_B = is_stable(read.argmax_BL, history_BHL, stability_B)
             is_done_B &= is_confident(read.entropy_BL, confidence_B)
             narrowest_B = torch.minimum(margin["stop"], margin["argmax"].amin(-1))
@@ -594,8 +592,6 @@ def test_the_recorded_runs_show_what_they_should(kind: str, seed: int) -> None:
     else:
         per_row = [[sum(int(~s.was_done_B[row]) for s in steps) for steps in run.canvases] for row in range(run.rows)]
         assert any(len(set(canvas)) > 1 for canvas in zip(*per_row, strict=True)), "rows stop at different steps"
-        assert any(step.was_done_B.any() for steps in run.canvases for step in steps)
-        assert any(max(canvas) < run.options.max_steps for canvas in per_row)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -625,8 +621,8 @@ def test_the_comparison_notices_a_changed_rule() -> None:
     assert compare(colder, ours).furthest > CLOSE
     tighter = dataclasses.replace(run, options=dataclasses.replace(run.options, entropy_bound=0.8))
     assert any("accepted" in wrong for wrong in compare(tighter, ours).wrong)
-    wider = dataclasses.replace(run, options=dataclasses.replace(run.options, confidence=1.5))
-    assert any("stop" in wrong for wrong in compare(wider, ours).wrong)
+    surer = dataclasses.replace(run, options=dataclasses.replace(run.options, confidence=0.1))
+    assert any("stop" in wrong for wrong in compare(surer, ours).wrong)
     steadier = dataclasses.replace(run, options=dataclasses.replace(run.options, stability=2))
     assert any("stop" in wrong for wrong in compare(steadier, ours).wrong)
     ours.layers[0].denoise_scalar.mul_(1.05)
@@ -670,9 +666,9 @@ def with_eos(theirs: Any, name: str, eos: int | None) -> Model:
 
 def run_ours(ours: Model, places: Sequence[tuple[Record, int]], dice: Any) -> list[dict[str, Any]]:
     """Our engine on these rows; for each: its tokens, the steps of its canvases, and its drafts by (canvas, step)."""
-    first = places[0][0]
-    length = ours.config.canvas_length
-    options = dataclasses.replace(first.options, max_tokens=len(first.canvases) * length, drafts=True)
+    canvases = max(len(run.canvases) for run, _ in places)
+    limit = canvases * ours.config.canvas_length
+    options = dataclasses.replace(places[0][0].options, max_tokens=limit, drafts=True)
     prompts = [run.prompt_BT[row].tolist() for run, row in places]
     each: list[dict[str, Any]] = [{"steps": [], "drafts": {}} for _ in places]
     for event in engine.generate(ours, prompts, options, dice=dice):
@@ -773,16 +769,11 @@ def test_free_running_ragged_batches(kind: str, name: str) -> None:
 
 
 def test_the_context_of_sliding_layers_really_slides() -> None:
-    """The runs above mean something only where a token before the window changes nothing for sliding layers alone:
-    with every full layer's attention cut, text beyond the window is invisible in denoise, and not one token sooner."""
+    """With all attention cut but the first, windowed layer's, denoise sees the window and not one token more."""
     config = tiny.random_config(2)
     ours = tiny.tiny_model(config, 2)
-    for layer, block in zip(config.layers, ours.layers, strict=True):
-        if not layer.is_sliding:
-            block.self_attn.o_proj.weight.zero_()
-    sliding = [index for index, layer in enumerate(config.layers) if layer.is_sliding]
-    assert config.layers[sliding[0]].window == config.window and SLIDING
-    for block in ours.layers[1:]:  # one windowed layer, so that nothing travels from window to window
+    assert config.layers[0].is_sliding
+    for block in ours.layers[1:]:  # one windowed layer is left, so that nothing travels from window to window
         block.self_attn.o_proj.weight.zero_()
     prompt, canvas = tokens(config, 1, 20, 0), tokens(config, 1, config.canvas_length, 1)
 

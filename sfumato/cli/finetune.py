@@ -26,6 +26,7 @@ def command(
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop (and save) after so many minutes.")] = None,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between solve-rate checks; 0: none.")] = 500,
+    pool: Annotated[int, typer.Option(min=60, help="Puzzles to dig before training; symmetries make the rest.")] = 6000,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="torch.compile the step: minutes to start, faster.")
@@ -67,7 +68,7 @@ def command(
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder, tokenizer.special)
     console = Console(stderr=True, highlight=False)
-    source = SudokuSource(tokenizer, template, progress=_counter(console))
+    source = SudokuSource(tokenizer, template, pool=pool, progress=_counter(console))
     trainer = Trainer(start, source, recipe, out, compile)
     defaults, _ = read_generation_config(folder)
     llm = LLM(start, tokenizer, template, defaults, str(out))

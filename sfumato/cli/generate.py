@@ -70,9 +70,8 @@ def load(model: str, device: str, dtype: str | None, ops: str):
     from sfumato.llm import LLM
 
     console = Console(stderr=True, highlight=False)
-    with Progress(
-        "loading", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True
-    ) as bar:
+    columns = ("loading", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
         return LLM.load(
             model,

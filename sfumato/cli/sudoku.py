@@ -87,6 +87,8 @@ def _puzzles(puzzle: str | None, file: Path | None, random: bool, clues: int, co
             return sudoku.parse_file(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise InputError(f"{file} is not a text file; give one puzzle of 81 characters a line") from None
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror}; give a file with a puzzle a line") from None
     rng = np.random.default_rng(seed)
     return [sudoku.generate(clues, rng) for _ in range(count)]
 
