@@ -33,9 +33,11 @@ test: $(VENV)/.test-stamp ## format, lint, types, layering, then every test that
 check: $(VENV)/.test-stamp ## format, lint, types and layering only
 	@scripts/check
 
-bench: $(VENV)/.test-stamp ## time prefill, step, read-out, commit and whole requests on this machine, as JSON
-	@echo 'bench: a few minutes; one JSON record on stdout' >&2
-	@$(BIN)/sfumato bench --json
+bench: $(VENV)/.test-stamp ## time every part of a step and whole answers, then transformers on the same weights
+	@echo 'bench: about ten minutes; leave the machine alone meanwhile; records go to runs/bench'
+	mkdir -p runs/bench
+	$(BIN)/sfumato bench --size mid -o runs/bench/mid.json
+	$(BIN)/python benchmarks/peers.py --size mid --dtype bf16 -o runs/bench/peers.json
 
 # Not the venv: a machine lent for its GPU may have no network, and has torch of its own.
 gpu: ## on a CUDA machine, without network or .venv: run what is pending there (needs torch, safetensors, tokenizers, numpy)

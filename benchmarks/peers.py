@@ -234,6 +234,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the record instead of the table")
     parser.add_argument("-o", "--output", type=Path, help="write the record to this file")
     given = parser.parse_args()
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(given.prompt, given.tokens, given.steps, given.seconds)
     dtype = DTYPES[given.dtype]
     if given.model is None:

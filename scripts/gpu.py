@@ -29,7 +29,6 @@ import torch  # noqa: E402
 
 from sfumato import ops, sudoku, weights  # noqa: E402
 from sfumato.cache import KVCache  # noqa: E402
-from sfumato.config import LayerConfig, ModelConfig, Rope  # noqa: E402
 from sfumato.events import Options  # noqa: E402
 from sfumato.llm import LLM  # noqa: E402
 from sfumato.model import Model  # noqa: E402
@@ -75,17 +74,11 @@ def check(_: Path, __: float) -> dict:
     return {"encode_error": worst[0], "denoise_error": worst[1], "same_answers": same, "of": 40}
 
 
-def mid_config() -> ModelConfig:
-    """The half-billion model of the benchmarks."""
-    sliding = LayerConfig(128, 4, 512, Rope(10_000.0))
-    full = LayerConfig(256, 2, None, Rope(1e6, 0.25, 1.0, True))
-    layers = tuple(full if (i + 1) % 6 == 0 else sliding for i in range(12))
-    return ModelConfig(32768, 1024, 768, 8, 32, 4, 384, layers, 256, 131072)
-
-
 def bench(_: Path, deadline: float) -> dict:
     """Milliseconds a step of the half-billion model in bf16 at batch 1, 4, 16: denoise, read-out, soft embedding."""
-    model = Model(mid_config(), ops.load()).init_(0).to(DEVICE, torch.bfloat16).requires_grad_(False)
+    from sfumato.cli.bench import random_config
+
+    model = Model(random_config("mid"), ops.load()).init_(0).to(DEVICE, torch.bfloat16).requires_grad_(False)
     batches = [batch for batch in (1, 4, 16) if time.monotonic() < deadline]
     with torch.inference_mode():
         return {"model": "mid, bf16, prompt 384", "rows": [_step_times(model, batch) for batch in batches]}

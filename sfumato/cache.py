@@ -4,7 +4,7 @@ Every layer is a ring of R slots; the token at position p lies in slot p mod R. 
 capacity, a sliding layer's only as long as its window needs, plus `slack` so that the newest tokens can be truncated
 without loss. One slot more takes the padding of ragged batches and is never seen. The newest position of a slot follows
 from the row's length alone, so no table of positions is kept. Encode writes; denoise reads and leaves all as it is.
-It lacks paging on purpose: capacity is asked for up front, and `grow_` copies.
+It lacks paging on purpose: capacity is asked for up front, and `fork` copies into a larger one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class KVCache:
     k: list[Tensor]
     v: list[Tensor]
     lengths: list[int]
+    peaks: list[int]
+    """The most tokens each row has held: what lies a whole ring further back is overwritten, truncated or not."""
     capacity: int
     slack: int
 
@@ -47,7 +49,7 @@ class KVCache:
                 "prompt or lower max_tokens"
             )
         slack = config.canvas_length if slack is None else slack
-        cache = cls(config, [], [], [0] * batch, capacity, slack)
+        cache = cls(config, [], [], [0] * batch, [0] * batch, capacity, slack)
         for layer in config.layers:
             shape = (batch, cache.ring(layer.window) + 1, layer.kv_heads, layer.head_dim)
             cache.k.append(torch.zeros(shape, device=device, dtype=dtype))
@@ -56,7 +58,7 @@ class KVCache:
 
     def ring(self, window: int | None) -> int:
         """Slots of a layer with this window."""
-        return self.capacity if window is None else min(self.capacity, window - 1 + self.slack)
+        return self.capacity if window is None else min(self.capacity, max(1, window - 1 + self.slack))
 
     @property
     def batch(self) -> int:
@@ -121,12 +123,13 @@ class KVCache:
     def advance(self, rows: list[int], counts: list[int]) -> None:
         for row, count in zip(rows, counts, strict=True):
             self.lengths[row] += count
+            self.peaks[row] = max(self.peaks[row], self.lengths[row])
 
     def can_truncate(self, row: int, length: int) -> bool:
         """True when the sliding layers still hold the whole window before `length`."""
-        window = self.config.window
-        held = self.lengths[row]
-        return 0 <= length <= held and (not window or held <= self.ring(window) or held - length <= self.slack)
+        window, first_held = self.config.window, self.peaks[row] - self.ring(self.config.window)
+        is_held = not window or length == 0 or max(0, length - window + 1) >= first_held
+        return 0 <= length <= self.lengths[row] and is_held
 
     def truncate_(self, row: int, length: int) -> None:
         """Forget the tokens of a row from `length` on. CapacityError when the sliding layers cannot go back so far."""
@@ -136,6 +139,8 @@ class KVCache:
                 f"{self.slack} tokens beyond the window; encode again or allocate with more slack"
             )
         self.lengths[row] = length
+        if length == 0:
+            self.peaks[row] = 0
 
     def fork(self, rows: list[int], capacity: int | None = None) -> KVCache:
         """An independent copy of these rows, in this order, repeats allowed; `capacity` may grow."""
@@ -143,7 +148,8 @@ class KVCache:
         if capacity == self.capacity:
             index = torch.tensor(rows, device=self.device)
             keys, values = ([t.index_select(0, index) for t in side] for side in (self.k, self.v))
-            return KVCache(self.config, keys, values, [self.lengths[row] for row in rows], capacity, self.slack)
+            lengths, peaks = ([of[row] for row in rows] for of in (self.lengths, self.peaks))
+            return KVCache(self.config, keys, values, lengths, peaks, capacity, self.slack)
         other = KVCache.allocate(self.config, len(rows), capacity, self.device, self.k[0].dtype, self.slack)
         for layer, layer_config in enumerate(self.config.layers):
             slots_BS = self.slots_BS(layer_config.window, rows)
@@ -152,5 +158,5 @@ class KVCache:
             k, v = self.view(layer, rows)
             other.k[layer][row_B1, target] = k  # slot -1 is the unseen one
             other.v[layer][row_B1, target] = v
-        other.lengths = [self.lengths[row] for row in rows]
+        other.lengths, other.peaks = ([of[row] for row in rows] for of in (self.lengths, self.peaks))
         return other

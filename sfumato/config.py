@@ -328,7 +328,8 @@ def _rope(text: dict[str, Any], kind: str, source: str) -> Rope:
     partial = get.positive("partial_rotary_factor", 1.0)
     if partial > 1 or (partial != 1 and not proportional):
         raise CheckpointError(f"{source}: partial_rotary_factor is {partial}; it is supported up to 1, if proportional")
-    return Rope(get.positive("rope_theta", 10_000.0), partial, get.positive("factor", 1.0), proportional)
+    factor = get.positive("factor", 1.0) if proportional else 1.0  # as in the reference, "default" has none
+    return Rope(get.positive("rope_theta", 10_000.0), partial, factor, proportional)
 
 
 def _rope_dict(rope: Rope) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from sfumato.model import Model
 Watch = Callable[[int, list[int]], int | None]
 """(row, newly committed tokens) -> how many of them to keep if the answer ends here, None to go on."""
 
+FIRST_ROOM = 4096
+"""New tokens that a cache has room for at first; longer answers make it grow by doubling."""
+
 PREFILL_CHUNK = 2048
 """Prompt tokens per encode pass: bounds the memory of a long prompt; any value gives the same result."""
 
@@ -86,21 +89,27 @@ class Run:
             raise InputError(f"{len(prompts)} prompts with {len(each)} sets of options; give one set for each prompt")
         self.rows = [Row(list(p), o, Rules.of(o)) for p, o in zip(prompts, each, strict=True)]
         self._check_prompts()
-        self.pins = self._pin_table(pins or [{}] * len(prompts))
+        pins = pins or [{}] * len(prompts)
+        if len(pins) != len(prompts) or (cache is not None and cache.batch != len(prompts)):
+            held = "" if cache is None else f" and a cache of {cache.batch} rows"
+            raise InputError(
+                f"{len(prompts)} prompts came with {len(pins)} sets of pins{held}; give one for each prompt"
+            )
+        self.pins = self._pin_table(pins)
         if dice is None:
             seeds = [o.seed or 0 for o in each]
             dice = CountedDice(seeds, [0] * len(seeds), self.config.canvas_length, self.config.vocab_size, model.device)
         self.dice = dice
         self.cache = self._room_for_all(cache)
 
+    @torch.inference_mode()  # as a decorator it holds while the loops run, and not in the caller between two events
     def __iter__(self) -> Iterator[Event]:
-        with torch.inference_mode():
-            began = time.perf_counter()
-            last_BD = self._encode_prompts()
-            is_diffusion = [row.options.mode == "diffusion" for row in self.rows]
-            for mode, loop in ((True, self._denoise_rows), (False, self._decode_rows)):
-                if rows := [i for i, flag in enumerate(is_diffusion) if flag is mode]:
-                    yield from loop(rows, last_BD, began)
+        began = time.perf_counter()
+        last_BD = self._encode_prompts()
+        is_diffusion = [row.options.mode == "diffusion" for row in self.rows]
+        for mode, loop in ((True, self._denoise_rows), (False, self._decode_rows)):
+            if rows := [i for i, flag in enumerate(is_diffusion) if flag is mode]:
+                yield from loop(rows, last_BD, began)
 
     # ---- the two loops ------------------------------------------------------------------------------------------
 
@@ -154,13 +163,14 @@ class Run:
     def _decode_rows(self, rows: list[int], last_BD: Tensor, began: float) -> Iterator[Event]:
         """The autoregressive baseline with the same weights: one token a pass, from encode's own logits."""
         while rows:
-            logits_BV = self._constrain(self.model.logits(last_BD[rows]), rows)
+            logits_BV = self.model.logits(last_BD[rows])
+            log_p_BV = torch.log_softmax(logits_BV, -1)
+            logits_BV = self._constrain(logits_BV, rows)
             uniform_B = self.dice.sample(rows, [len(self.rows[i].tokens) for i in rows], [0] * len(rows))
             chosen = [
                 pick_token(logits_BV[n], self.rows[i].options, uniform_B["uniform_BL"][n, 0])
                 for n, i in enumerate(rows)
             ]
-            log_p_BV = torch.log_softmax(logits_BV, -1)
             for n, (i, token) in enumerate(zip(rows, chosen, strict=True)):
                 row = self.rows[i]
                 row.steps, row.passes = row.steps + 1, row.passes + 1
@@ -233,9 +243,8 @@ class Run:
         """Cut each canvas at its end; encode it where the row goes on or its log-probabilities are wanted."""
         canvases = argmax_BL.tolist()
         kept = [self._cut(i, tokens) for i, tokens in zip(rows, canvases, strict=True)]
-        encoding = [
-            n for n, i in enumerate(rows) if self.rows[i].finish_reason is None or self.rows[i].options.logprobs
-        ]
+        wanted = [row.finish_reason is None or row.options.logprobs for row in (self.rows[i] for i in rows)]
+        encoding = [n for n, is_wanted in enumerate(wanted) if is_wanted and kept[n]]
         logprobs: dict[int, list[float]] = {}
         if encoding:
             inside = [rows[n] for n in encoding]
@@ -286,7 +295,7 @@ class Run:
         row = self.rows[i]
         row.tokens += tokens
         row.first_commit = row.first_commit or time.perf_counter() - began
-        wanted = logprobs if row.options.logprobs else None
+        wanted = (logprobs or []) if row.options.logprobs else None
         row.logprobs += wanted or []
         yield Commit(i, row.canvas, steps, tokens, wanted)
         if row.finish_reason is not None:
@@ -348,6 +357,8 @@ class Run:
     def _pin_table(self, pins: Sequence[Mapping[int, int]]) -> Tensor:
         table = torch.full((len(self.rows), self.config.canvas_length), -1)
         for i, row in enumerate(pins):
+            if row and self.rows[i].options.mode != "diffusion":
+                raise InputError(f"prompt {i} has pins in mode {self.rows[i].options.mode!r}; they need 'diffusion'")
             for position, token in row.items():
                 if not 0 <= position < self.config.canvas_length or not 0 <= token < self.config.vocab_size:
                     raise InputError(
@@ -358,10 +369,10 @@ class Run:
         return table.to(self.model.device)
 
     def _room_for_all(self, cache: KVCache | None) -> KVCache:
-        """A cache with room for prompts and answers. Without max_tokens it starts small and grows with the text."""
+        """A cache with room for prompts and the beginning of long answers; it grows with the text."""
         config, need = self.config, 0
         for row in self.rows:
-            new = row.options.max_tokens or 4 * config.canvas_length
+            new = min(row.options.max_tokens or FIRST_ROOM, FIRST_ROOM)
             need = max(need, len(row.prompt) + -(-new // config.canvas_length) * config.canvas_length)
         need = min(need, config.max_position)
         if cache is None:
@@ -376,7 +387,7 @@ class Run:
 
 def pick_token(logits_V: Tensor, options: Options, uniform: Tensor) -> int:
     """One token by temperature, top-k and top-p, from a uniform number in [0, 1); temperature 0 is greedy."""
-    if options.temperature == 0:
+    if options.temperature < 1e-6:  # lower ones would overflow float32, and are greedy anyway
         return int(logits_V.argmax())
     p_V, order_V = torch.softmax(logits_V / options.temperature, -1).sort(descending=True, stable=True)
     if options.top_k:

@@ -69,20 +69,24 @@ class Options:
     """Chat only: ask the model to think before it answers."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop is {self.stop!r}; give strings of at least one character")
+        object.__setattr__(self, "stop", tuple(stop))
         for name, low, high, why in _RANGES:
             value = getattr(self, name)
-            if value is None:
+            if value is None and getattr(Options, name) is None:
                 continue
             whole = name in _WHOLE
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise InputError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number {why}")
             if not low <= value <= high:
                 raise InputError(f"{name} is {value!r}; give a number {why}")
+        for name in ("drafts", "logprobs", "thinking"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}; give true or false")
         if self.mode not in ("diffusion", "autoregressive"):
             raise InputError(f"mode is {self.mode!r}; give 'diffusion' or 'autoregressive'")
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise InputError(f"stop is {self.stop!r}; give strings of at least one character")
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             raise InputError(f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -107,18 +111,18 @@ class Options:
 _BIG = 1 << 62
 _WHOLE = {"max_tokens", "min_tokens", "seed", "max_steps", "temperature_steps", "stability", "top_k"}
 _RANGES: list[tuple[str, float, float, str]] = [
-    ("max_tokens", 1, _BIG, "of 1 or more"),
-    ("min_tokens", 0, _BIG, "of 0 or more"),
+    ("max_tokens", 1, _BIG, "from 1 to 2^62"),
+    ("min_tokens", 0, _BIG, "from 0 to 2^62"),
     ("seed", 0, _BIG, "from 0 to 2^62"),
     ("max_steps", 1, 4096, "from 1 to 4096"),
     ("t_max", 1e-6, 100.0, "above 0, at most 100"),
     ("t_min", 1e-6, 100.0, "above 0, at most 100"),
     ("temperature_steps", 1, 4096, "from 1 to 4096"),
-    ("entropy_bound", 0.0, 1e9, "of 0 or more"),
+    ("entropy_bound", 0.0, 1e9, "from 0 to 1e9"),
     ("stability", 0, 4096, "from 0 to 4096"),
     ("confidence", 0.0, 100.0, "from 0 to 100"),
     ("temperature", 0.0, 100.0, "from 0 to 100"),
-    ("top_k", 0, _BIG, "of 0 or more"),
+    ("top_k", 0, _BIG, "from 0 to 2^62"),
     ("top_p", 1e-6, 1.0, "above 0, at most 1"),
 ]
 

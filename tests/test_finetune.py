@@ -188,7 +188,7 @@ def test_the_schedule_warms_up_holds_and_decays():
     rates = [recipe.rate(step) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[49] == 1.0
     assert rates[75] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize("wrong", [{"optimizer": "sgd"}, {"precision": "int8"}, {"steps": 0}, {"batch": 0}])

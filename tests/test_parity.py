@@ -10,6 +10,7 @@ other side. Such exceptions are counted and must stay rare.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from sfumato.cache import KVCache
 from sfumato.config import ModelConfig
 from sfumato.diffusion import Rules, accept, is_confident, is_stable
 from sfumato.events import Commit, Done, Draft, Options
-from sfumato.model import Model
+from sfumato.model import Model, frequencies
 
 SEEDS = range(8)
 OPS = ("reference", "fused")
@@ -93,6 +94,24 @@ def test_both_spellings_of_the_config_read_alike(seed: int) -> None:
     assert "global_head_dim" not in raw["text_config"]
     assert ModelConfig.from_dict(raw) == config
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("factor", [None, 4.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_angles_of_both_kinds_of_layer(seed: int, factor: float | None) -> None:
+    """Every rope of the draws; and a `factor` in config.json, which "default" rope ignores and "proportional" heeds."""
+    from transformers import DiffusionGemmaConfig
+    from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextRotaryEmbedding
+
+    raw = tiny.random_config(seed).to_dict()
+    for rope in raw["text_config"]["rope_parameters"].values():
+        rope |= {} if factor is None else {"factor": factor}
+    theirs = DiffusionGemmaTextRotaryEmbedding(DiffusionGemmaConfig(**copy.deepcopy(raw)).text_config)
+    for layer in ModelConfig.from_dict(raw).layers:
+        wanted = theirs.sliding_attention_inv_freq if layer.is_sliding else theirs.full_attention_inv_freq
+        got = frequencies(layer.rope, layer.head_dim, torch.device("cpu"))
+        assert got.shape == wanted.shape
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
 
 
 def test_the_oracle_is_randomised_everywhere() -> None:
