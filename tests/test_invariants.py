@@ -681,12 +681,14 @@ def test_a_token_is_picked_with_its_probability() -> None:
 # ---- length ------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_limit_the_answer_runs_to_the_end_of_the_context() -> None:
+def test_without_a_limit_the_answer_runs_to_the_end_of_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache grows on the way, and growth changes nothing."""
     ours = talker(max_position=100)
     for mode in ("diffusion", "autoregressive"):
         options = dataclasses.replace(SETTLES, seed=1, mode=mode)
-        run = engine.Run(ours, PROMPTS[:2], options)
+        with monkeypatch.context() as small:
+            small.setattr(engine, "FIRST_ROOM", 4 * LENGTH)
+            run = engine.Run(ours, PROMPTS[:2], options)
         assert run.cache.capacity == len(PROMPTS[1]) + 4 * LENGTH
         done = {event.row: event for event in run if isinstance(event, Done)}
         assert run.cache.capacity > len(PROMPTS[1]) + 4 * LENGTH
