@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sfumato import sudoku
-from sfumato.cli.view import CanvasView, colour
+from sfumato.cli.view import CLUE, CanvasView, colour
 from sfumato.events import Done, Draft, InputError, Options
 
 
@@ -143,7 +143,7 @@ def board(puzzle: str, draft: Draft, cells: list[str], status: str, wrong: bool 
                 text.append("│ ", style="dim")
             cell = 9 * row + column
             if puzzle[cell] != "0":
-                text.append(puzzle[cell], style="bold #d7a65f")
+                text.append(puzzle[cell], style=f"bold {CLUE}")
             else:
                 shown = cells[cell] if len(cells[cell]) == 1 and cells[cell] in "123456789" else "·"
                 text.append(shown, style="red" if wrong else colour(draft.entropies[cell]))

@@ -17,6 +17,8 @@ from sfumato.events import Draft, Usage
 
 SMOKE = ("#ffffff", "#e4e0d4", "#c9b58c", "#a9854f", "#7d6a6a", "#5f5a73", "#474457")
 """From certain to undecided: ivory, ochre, smoke."""
+CLUE = "#6fb3a7"
+"""What was given and stays: no shade of the scale above."""
 _LEVELS = (0.005, 0.05, 0.2, 0.6, 1.2, 2.4)
 
 
