@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -46,8 +45,3 @@ def read(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def names() -> str:
-    """The options' names, for help texts."""
-    return ", ".join(f.name for f in dataclasses.fields(Options))
