@@ -124,7 +124,7 @@ def train(out: Path, deadline: float) -> dict:
     folder = weights.resolve("nano")
     tokenizer = Tokenizer.from_folder(folder)
     source = SudokuSource(tokenizer, ChatTemplate.from_folder(folder, tokenizer.special), seed=20261122)
-    model = weights.load(folder, device=DEVICE, dtype="float32")
+    model = weights.load(folder, device=DEVICE, dtype="float32", ops="fused")
     recipe = Recipe(
         steps=20_000, hold=10_000, batch=512, repeats=2, lr=1e-3, warmup=200, floor=0.02, optimizer="muon",
         encode_response_every=4, precision="bfloat16" if DEVICE == "cuda" else "float32",

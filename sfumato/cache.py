@@ -3,7 +3,8 @@
 Every layer is a ring of R slots; the token at position p lies in slot p mod R. A full layer's ring is as long as the
 capacity, a sliding layer's only as long as its window needs, plus `slack` so that the newest tokens can be truncated
 without loss. One slot more takes the padding of ragged batches and is never seen. The newest position of a slot follows
-from the row's length alone, so no table of positions is kept. Encode writes; denoise reads and leaves all as it is.
+from the row's length alone (`masks.Mask.slots_BS`), so no table of positions is kept. Encode writes; denoise reads and
+leaves all as it is.
 It lacks paging on purpose: capacity is asked for up front, and `fork` copies into a larger one.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.events import CapacityError
+from sfumato.masks import Mask
 
 
 @dataclass
@@ -79,46 +81,32 @@ class KVCache:
         """Leading slots that may hold something for any of these rows: a view needs no more."""
         return min(self.ring(window), max([0, *(self.lengths[row] for row in rows)]))
 
-    def slots_BS(self, window: int | None, rows: list[int]) -> Tensor:
-        """The position in each used slot, -1 for none."""
-        ring, used = self.ring(window), self.used(window, rows)
-        slot_S = torch.arange(used, device=self.device)
-        last_B1 = self.lengths_B(rows)[:, None] - 1
-        position_BS = last_B1 - (last_B1 - slot_S) % max(ring, 1)
-        return torch.where((position_BS >= 0) & (last_B1 >= 0), position_BS, -1)
+    def ring_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as they lie: all rows [X, R + 1, G, K]."""
+        return self.k[layer], self.v[layer]
 
-    def view(self, layer: int, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, S, G, K] of the used slots of these rows; no copy when the rows are all there are."""
-        used = self.used(self.config.layers[layer].window, rows)
-        k, v = self.k[layer], self.v[layer]
-        if rows != list(range(self.batch)):
-            index = torch.tensor(rows, device=self.device)
-            k, v = k.index_select(0, index), v.index_select(0, index)
-        return k[:, :used], v[:, :used]
-
-    def append(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, rows: list[int], counts: list[int]) -> None:
-        """Write the first counts[i] new tokens of each row behind what it holds. `advance` then makes them count."""
-        ring = self.ring(self.config.layers[layer].window)
-        width = k_BTGK.shape[1]
+    def check_room(self, rows: list[int], counts: list[int]) -> None:
+        """CapacityError where a row has no room for so many new tokens."""
         for row, count in zip(rows, counts, strict=True):
             if self.lengths[row] + count > self.capacity:
                 raise CapacityError(
                     f"row {row} would hold {self.lengths[row] + count} tokens, the cache has room for {self.capacity}; "
                     "allocate more or generate fewer"
                 )
-        is_first = rows == list(range(self.batch)) and not any(self.lengths) and width <= ring
-        if is_first and all(count == width for count in counts):
-            self.k[layer][:, :width] = k_BTGK  # the common first prompt: one slice instead of a scatter
+
+    def append(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask, is_fresh: bool = False) -> None:
+        """Write the real ones of each row's new tokens behind what it holds. `advance` then makes them count.
+        `is_fresh`: all rows, all empty, without padding."""
+        width = k_BTGK.shape[1]
+        if is_fresh and width <= mask.ring:
+            self.k[layer][:, :width] = k_BTGK
             self.v[layer][:, :width] = v_BTGK
             return
-        new_T = torch.arange(width, device=self.device)
-        count_B1 = torch.tensor(counts, device=self.device)[:, None]
-        start_B1 = self.lengths_B(rows)[:, None]
-        is_kept = (new_T < count_B1) & (new_T >= count_B1 - ring)
-        slot_BT = torch.where(is_kept, (start_B1 + new_T) % ring, ring)
-        row_B1 = torch.tensor(rows, device=self.device)[:, None]
-        self.k[layer][row_B1, slot_BT] = k_BTGK
-        self.v[layer][row_B1, slot_BT] = v_BTGK
+        new_T, count_B1 = torch.arange(width, device=self.device), mask.counts_B[:, None]
+        is_kept = (new_T < count_B1) & (new_T >= count_B1 - mask.ring)
+        slot_BT = torch.where(is_kept, (mask.lengths_B[:, None] + new_T) % max(mask.ring, 1), mask.ring)
+        self.k[layer][mask.rows_B[:, None], slot_BT] = k_BTGK
+        self.v[layer][mask.rows_B[:, None], slot_BT] = v_BTGK
 
     def advance(self, rows: list[int], counts: list[int]) -> None:
         for row, count in zip(rows, counts, strict=True):
@@ -152,11 +140,13 @@ class KVCache:
             return KVCache(self.config, keys, values, lengths, peaks, capacity, self.slack)
         other = KVCache.allocate(self.config, len(rows), capacity, self.device, self.k[0].dtype, self.slack)
         for layer, layer_config in enumerate(self.config.layers):
-            slots_BS = self.slots_BS(layer_config.window, rows)
-            target = torch.where(slots_BS >= 0, slots_BS % other.ring(layer_config.window), -1)
+            window, index = layer_config.window, torch.tensor(rows, device=self.device)
+            ring, used = self.ring(window), self.used(window, rows)
+            held = Mask(rows, index, self.lengths_B(rows), self.lengths_B(rows), 0, 0, window, ring, used)
+            slots_BS = held.slots_BS()
+            target = torch.where(slots_BS >= 0, slots_BS % other.ring(window), -1)
             row_B1 = torch.arange(len(rows), device=self.device)[:, None]
-            k, v = self.view(layer, rows)
-            other.k[layer][row_B1, target] = k  # slot -1 is the unseen one
-            other.v[layer][row_B1, target] = v
+            other.k[layer][row_B1, target] = self.k[layer][index, :used]  # slot -1 is the unseen one
+            other.v[layer][row_B1, target] = self.v[layer][index, :used]
         other.lengths, other.peaks = ([of[row] for row in rows] for of in (self.lengths, self.peaks))
         return other

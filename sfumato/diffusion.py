@@ -109,20 +109,36 @@ class CountedDice:
         return self._tokens(rows, canvas, step, stream=2)
 
     def _uniform(self, rows: Sequence[int], canvas: Sequence[int], step: Sequence[int], stream: int) -> Tensor:
-        return (self._bits(rows, canvas, step, stream) >> 8).float() * 2.0**-24
+        return self.uniform(self._words_B5(rows, canvas, step), self.length, stream)
 
     def _tokens(self, rows: Sequence[int], canvas: Sequence[int], step: Sequence[int], stream: int) -> Tensor:
-        return (self._bits(rows, canvas, step, stream) * self.vocab_size) >> 32
+        return self.tokens(self._words_B5(rows, canvas, step), self.length, self.vocab_size, stream)
 
-    def _bits(self, rows: Sequence[int], canvas: Sequence[int], step: Sequence[int], stream: int) -> Tensor:
-        """32 random bits a position, as int64 [B, L]."""
-        words = [[self.seeds[r] & _LOW, self.seeds[r] >> 32, self.requests[r]] for r in rows]
-        for row, (c, s) in enumerate(zip(canvas, step, strict=True)):
-            words[row] += [c, s, stream]
-        state_B1 = torch.zeros(len(words), 1, dtype=torch.int64, device=self.device)
-        for word_B in torch.tensor(words, dtype=torch.int64, device=self.device).T:
-            state_B1 = _mix(state_B1 * 31 + word_B[:, None])
-        return _mix(state_B1 + torch.arange(self.length, device=self.device) * _STRIDE) & _LOW
+    def _words_B5(self, rows: Sequence[int], canvas: Sequence[int], step: Sequence[int]) -> Tensor:
+        words = [
+            [self.seeds[r] & _LOW, self.seeds[r] >> 32, self.requests[r], c, s]
+            for r, c, s in zip(rows, canvas, step, strict=True)
+        ]
+        return torch.tensor(words, dtype=torch.int64, device=self.device)
+
+    @staticmethod
+    def uniform(words_B5: Tensor, length: int, stream: int) -> Tensor:
+        """Numbers in [0, 1), [B, length], counted from (seed low, seed high, request, canvas, step)."""
+        return (_bits(words_B5, length, stream) >> 8).float() * 2.0**-24
+
+    @staticmethod
+    def tokens(words_B5: Tensor, length: int, vocab_size: int, stream: int) -> Tensor:
+        """Tokens, [B, length], counted the same way."""
+        return (_bits(words_B5, length, stream) * vocab_size) >> 32
+
+
+def _bits(words_B5: Tensor, length: int, stream: int) -> Tensor:
+    """32 random bits a position, as int64 [B, length]."""
+    state_B1 = torch.zeros_like(words_B5[:, :1])
+    for word in range(words_B5.shape[1]):
+        state_B1 = _mix(state_B1 * 31 + words_B5[:, word : word + 1])
+    state_B1 = _mix(state_B1 * 31 + stream)
+    return _mix(state_B1 + torch.arange(length, device=words_B5.device) * _STRIDE) & _LOW
 
 
 _LOW = (1 << 32) - 1

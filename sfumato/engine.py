@@ -1,23 +1,27 @@
 """Ids in, events out: the two loops.
 
-The outer loop grows the text canvas by canvas, the inner one denoises a canvas step by step. Every row is at its own
-length, canvas and step: a row that stops commits and begins its next canvas while its neighbours go on. Nothing here
-knows text; what must look at text (stop strings) is asked through `watch`.
+The outer loop grows the text canvas by canvas, the inner one denoises a canvas step by step (`step.step_`). Every row
+is at its own length, canvas and step: a row that stops commits and begins its next canvas while its neighbours go on.
+What is committed waits, and is encoded in the same pass as the next canvas's first step; so is the last chunk of a
+prompt. Nothing here knows text; what must look at text (stop strings) is asked through `watch`.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfumato.cache import KVCache
-from sfumato.diffusion import CountedDice, Dice, Rules, accept, is_confident, is_stable
+from sfumato.diffusion import CountedDice, Dice, Rules
 from sfumato.events import CapacityError, Commit, Done, Draft, Event, InputError, Options, Usage
-from sfumato.model import Model
+from sfumato.model import Model, Pass
+from sfumato.step import Canvases, Recorded, step_
 
 Watch = Callable[[int, list[int]], int | None]
 """(row, newly committed tokens) -> how many of them to keep if the answer ends here, None to go on."""
@@ -39,8 +43,11 @@ class Row:
     reused: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    """Tokens that wait to be encoded in the next pass."""
     canvas: int = 0
     step: int = 0
+    """Steps that were begun on this canvas."""
     steps: int = 0
     passes: int = 0
     first_commit: float | None = None
@@ -69,7 +76,9 @@ class Run:
 
     Options left open (None) take the released model's defaults: callers with a checkpoint's own fill them in before.
     `pins` maps, for each row, positions of the first canvas to tokens that stay fixed there. `cache` continues from
-    earlier work: row i of it must hold exactly the first cache.lengths[i] tokens of prompt i, and not all of them."""
+    earlier work: row i of it must hold exactly the first cache.lengths[i] tokens of prompt i, and not all of them.
+    `record` (default: on a CUDA device) replays steps as CUDA graphs; `lag` (default: 1 there, else 0) is how many
+    steps late the host asks which rows have stopped. Neither changes an answer."""
 
     def __init__(
         self,
@@ -82,6 +91,8 @@ class Run:
         watch: Watch | None = None,
         cache: KVCache | None = None,
         chunk: int = PREFILL_CHUNK,
+        record: bool | None = None,
+        lag: int | None = None,
     ) -> None:
         self.model, self.config, self.watch, self.chunk = model, model.config, watch, chunk
         each = [options] * len(prompts) if isinstance(options, Options) else list(options)
@@ -101,69 +112,58 @@ class Run:
             dice = CountedDice(seeds, [0] * len(seeds), self.config.canvas_length, self.config.vocab_size, model.device)
         self.dice = dice
         self.cache = self._room_for_all(cache)
+        is_cuda = model.device.type == "cuda"
+        self.record = (is_cuda if record is None else record) and isinstance(dice, CountedDice)
+        has_drafts = any(o.drafts for o in each)  # which show every step: the host is asked at once
+        self.lag = 0 if has_drafts else int(is_cuda) if lag is None else lag
+        self._recorded: dict[tuple[int, int, bool], Recorded] = {}
+        self._pass: tuple[tuple[object, ...], Pass] | None = None
 
     @torch.inference_mode()  # as a decorator it holds while the loops run, and not in the caller between two events
     def __iter__(self) -> Iterator[Event]:
         began = time.perf_counter()
-        last_BD = self._encode_prompts()
+        self.last_XD = torch.zeros(
+            len(self.rows), self.config.hidden_size, dtype=self.model.dtype, device=self.model.device
+        )
+        self._encode_prompts()
         is_diffusion = [row.options.mode == "diffusion" for row in self.rows]
         for mode, loop in ((True, self._denoise_rows), (False, self._decode_rows)):
             if rows := [i for i, flag in enumerate(is_diffusion) if flag is mode]:
-                yield from loop(rows, last_BD, began)
+                yield from loop(rows, began)
 
     # ---- the two loops ------------------------------------------------------------------------------------------
 
-    def _denoise_rows(self, rows: list[int], last_BD: Tensor, began: float) -> Iterator[Event]:
-        model, length = self.model, self.config.canvas_length
-        size, depth = len(self.rows), max(1, max(self.rows[i].rules.stability for i in rows))
-        canvas_BL = torch.zeros(size, length, dtype=torch.long, device=model.device)
-        history_BHL = torch.full((size, depth, length), -1, device=model.device)
-        soft_BLD = torch.zeros(size, length, self.config.hidden_size, dtype=model.dtype, device=model.device)
-        self._begin(rows, canvas_BL, history_BHL, soft_BLD)
+    def _denoise_rows(self, rows: list[int], began: float) -> Iterator[Event]:
+        self.state = self._canvases()
+        self._begin(rows)
+        flights: deque[tuple[dict[int, int], tuple[Tensor, Any]]] = deque()
         while rows:
-            # 1. One denoise pass over the canvases of all live rows.
-            at = torch.tensor(rows, device=model.device)
-            is_first = all(self.rows[i].step == 0 for i in rows)
-            hidden_BLD = model.denoise(canvas_BL[at], self.cache, None if is_first else soft_BLD[at], rows)
-            # 2. Read out: what would be sampled, what is most likely, how sure.
-            read = self._read_out(hidden_BLD, rows)
-            pin_BL = self._pins_now(rows)
-            is_pinned_BL = pin_BL >= 0
-            argmax_BL = torch.where(is_pinned_BL, pin_BL, read.argmax_BL)
-            entropy_BL = read.entropy_BL.masked_fill(is_pinned_BL, 0.0)
-            # 3. Accept the surest positions, renoise the rest.
-            accepted_BL = accept(entropy_BL, self._per_row(rows, "entropy_bound")) | is_pinned_BL
-            noise_BL = self.dice.renoise(rows, *self._place(rows))
-            next_BL = torch.where(accepted_BL, read.sample_BL, noise_BL)
-            # 4. Stop where the canvas stands still and is sure, or at the cap.
-            stability_B = self._per_row(rows, "stability")
-            is_done_B = is_stable(argmax_BL, history_BHL[at], stability_B)
-            is_done_B &= is_confident(entropy_BL, self._per_row(rows, "confidence"))
-            # 5. The next step sees the soft embedding of this one.
-            canvas_BL[at] = torch.where(is_pinned_BL, pin_BL, next_BL)
-            history_BHL[at] = torch.cat([history_BHL[at][:, 1:], argmax_BL[:, None]], dim=1)
-            soft_BLD[at] = self._soft(read.logits_BLV, pin_BL)
-            stopped = []
-            for n, (i, is_done) in enumerate(zip(rows, is_done_B.tolist(), strict=True)):
-                row = self.rows[i]
-                row.step, row.steps, row.passes = row.step + 1, row.steps + 1, row.passes + 1
-                if row.options.drafts:
-                    tokens, entropies, accepted = (x[n].tolist() for x in (argmax_BL, entropy_BL, accepted_BL))
-                    yield Draft(i, row.canvas, row.step, tokens, entropies, accepted)
-                if is_done or row.step == row.rules.max_steps:
-                    stopped.append(n)
-            # 6. Commit the argmax canvas of rows that stopped; those that go on begin their next canvas.
+            # 1. One step of all live canvases; what waits to be encoded goes along in the same pass.
+            for some in ([i for i in rows if self.rows[i].pending], [i for i in rows if not self.rows[i].pending]):
+                if some:
+                    self._step(some)
+            for i in rows:
+                self.rows[i].step, self.rows[i].passes = self.rows[i].step + 1, self.rows[i].passes + 1
+            if any(self.rows[i].options.drafts for i in rows):
+                yield from self._drafts(rows)
+            # 2. Ask which rows have stopped: of this step, or of an earlier one while this one runs.
+            asked = torch.stack([self.state.is_done_X.long(), self.state.step_X])
+            flights.append(({i: self.rows[i].canvas for i in rows}, _to_host(asked)))
+            if len(flights) <= self.lag:
+                continue
+            canvases, answer = flights.popleft()
+            is_done, steps = _wait_for(answer)
+            stopped = [i for i in rows if is_done[i] and canvases.get(i) == self.rows[i].canvas]
+            # 3. Commit the argmax canvas of those; who goes on begins the next canvas.
             if stopped:
-                committing = [rows[n] for n in stopped]
-                yield from self._commit_canvases(committing, argmax_BL[stopped], last_BD, began)
-                going_on = [i for i in committing if self.rows[i].finish_reason is None]
-                self._begin(going_on, canvas_BL, history_BHL, soft_BLD)
+                yield from self._commit_canvases(stopped, [steps[i] for i in stopped], began)
+                self._begin([i for i in stopped if self.rows[i].finish_reason is None])
                 rows = [i for i in rows if self.rows[i].finish_reason is None]
 
-    def _decode_rows(self, rows: list[int], last_BD: Tensor, began: float) -> Iterator[Event]:
+    def _decode_rows(self, rows: list[int], began: float) -> Iterator[Event]:
         """The autoregressive baseline with the same weights: one token a pass, from encode's own logits."""
         while rows:
-            logits_BV = self.model.logits(last_BD[rows])
+            logits_BV = self.model.logits(self.last_XD[rows])
             log_p_BV = torch.log_softmax(logits_BV, -1)
             logits_BV = self._constrain(logits_BV, rows)
             uniform_B = self.dice.sample(rows, [len(self.rows[i].tokens) for i in rows], [0] * len(rows))
@@ -177,90 +177,132 @@ class Run:
                 yield from self._take(i, [token], [float(log_p_BV[n, token])], 1, began)
             if rows := [i for i in rows if self.rows[i].finish_reason is None]:
                 tokens = [[self.rows[i].tokens[-1]] for i in rows]
-                last_BD[rows] = self._encode(tokens, rows)[1]
+                self._encode(tokens, rows)
 
     # ---- steps of the loops -------------------------------------------------------------------------------------
 
-    def _encode_prompts(self) -> Tensor:
-        """Encode every prompt behind what the cache holds of it, in chunks; the last hidden state of each row."""
-        last_BD = torch.zeros(len(self.rows), self.config.hidden_size, dtype=self.model.dtype, device=self.model.device)
+    def _encode_prompts(self) -> None:
+        """Encode every prompt behind what the cache holds of it, in chunks; the last chunk of those that go on to
+        denoise waits for their first step."""
         todo = [row.prompt[held:] for row, held in zip(self.rows, self.cache.lengths, strict=True)]
         for row, rest in zip(self.rows, todo, strict=True):
             row.reused = len(row.prompt) - len(rest)
+            if row.options.mode == "diffusion":
+                row.pending = rest[(len(rest) - 1) // self.chunk * self.chunk :]
+        todo = [rest[: len(rest) - len(row.pending)] for row, rest in zip(self.rows, todo, strict=True)]
         for start in range(0, max(map(len, todo)), self.chunk):
             rows = [i for i, rest in enumerate(todo) if len(rest) > start]
-            last_BD[rows] = self._encode([todo[i][start : start + self.chunk] for i in rows], rows)[1]
-        return last_BD
+            self._encode([todo[i][start : start + self.chunk] for i in rows], rows)
 
-    def _encode(self, tokens: list[list[int]], rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Encode ragged tokens; hidden states [B, T, D] and the last real one of each row [B, D]."""
+    def _encode(self, tokens: list[list[int]], rows: list[int]) -> Tensor:
+        """Encode ragged tokens; hidden states [B, T, D], and the last real one of each row goes into last_XD."""
+        counts = self._make_room(tokens, rows)
+        hidden_BTD = self.model.encode(self._padded(tokens, max(counts)), self.cache, rows, counts)
+        self._keep_last(hidden_BTD, rows, counts)
+        return hidden_BTD
+
+    def _make_room(self, tokens: list[list[int]], rows: list[int]) -> list[int]:
+        """The counts of these tokens; the cache has room for them: an answer without a limit makes it grow."""
         counts = [len(row) for row in tokens]
-        width = max(counts)
         need = max(self.cache.lengths[i] + count for i, count in zip(rows, counts, strict=True))
-        if need > self.cache.capacity:  # an answer without a token limit: grow by doubling
+        if need > self.cache.capacity:
             grown = min(max(need, 2 * self.cache.capacity), self.config.max_position)
             self.cache = self.cache.fork(list(range(self.cache.batch)), grown)
-        padded = [row + [self.config.pad_id] * (width - len(row)) for row in tokens]
-        hidden_BTD = self.model.encode(torch.tensor(padded, device=self.model.device), self.cache, rows, counts)
-        return hidden_BTD, hidden_BTD[torch.arange(len(rows)), torch.tensor(counts) - 1]
+            self._recorded.clear()
+            self._pass = None
+        return counts
 
-    def _begin(self, rows: list[int], canvas_BL: Tensor, history_BHL: Tensor, soft_BLD: Tensor) -> None:
+    def _padded(self, tokens: list[list[int]], width: int) -> Tensor:
+        padded = [row + [self.config.pad_id] * (width - len(row)) for row in tokens]
+        return torch.tensor(padded, device=self.model.device)
+
+    def _keep_last(self, hidden_BTD: Tensor, rows: list[int], counts: list[int]) -> None:
+        last_B = torch.tensor(counts, device=hidden_BTD.device) - 1
+        self.last_XD[rows] = hidden_BTD[torch.arange(len(rows), device=hidden_BTD.device), last_B]
+
+    def _canvases(self) -> Canvases:
+        dice = self.dice
+        seeds, requests = ([0] * len(self.rows),) * 2
+        if isinstance(dice, CountedDice):
+            seeds, requests = list(dice.seeds), list(dice.requests)
+        return Canvases.allocate(self.model, [row.rules for row in self.rows], seeds, requests)
+
+    def _begin(self, rows: list[int]) -> None:
         """Give rows a fresh canvas of noise, pins in place."""
         if rows:
-            fresh_BL = self.dice.canvas(rows, [self.rows[i].canvas for i in rows])
-            pin_BL = self._pins_now(rows)
-            canvas_BL[rows] = torch.where(pin_BL >= 0, pin_BL, fresh_BL)
-            history_BHL[rows] = -1
-            soft_BLD[rows] = 0
+            canvases = [self.rows[i].canvas for i in rows]
+            lacking = [self.rows[i].options.min_tokens - len(self.rows[i].tokens) for i in rows]
+            self.state.begin_(rows, self.dice.canvas(rows, canvases), self._pins_now(rows), canvases, lacking)
 
-    def _read_out(self, hidden_BLD: Tensor, rows: list[int]):
-        temperature_B = torch.tensor(
-            [self.rows[i].rules.schedule.temperature(self.rows[i].step) for i in rows], device=self.model.device
-        )
-        lacking_B1 = torch.tensor(
-            [[self.rows[i].options.min_tokens - len(self.rows[i].tokens)] for i in rows], device=self.model.device
-        )
-        banned = None
-        if any(lack > 0 for (lack,) in lacking_B1.tolist()):
-            position_L = torch.arange(hidden_BLD.shape[1], device=self.model.device)
-            banned = (position_L < lacking_B1, torch.tensor(self.config.eos_ids, device=self.model.device))
-        return self.model.ops.read_out(
-            hidden_BLD,
-            self.model.embed_tokens.weight,
-            self.config.softcap,
-            temperature_B,
-            **self.dice.sample(rows, *self._place(rows)),
-            banned=banned,
-        )
+    def _step(self, rows: list[int]) -> None:
+        """One step of rows that either all have something to encode or all have nothing."""
+        tokens, length = [self.rows[i].pending for i in rows], self.config.canvas_length
+        counts = self._make_room(tokens, rows)
+        width, lengths = max(counts), [self.cache.lengths[i] for i in rows]
+        bans = any(self.rows[i].options.min_tokens > len(self.rows[i].tokens) for i in rows)
+        if self.record and width <= length:
+            batch, encode = 1 << (len(rows) - 1).bit_length(), length if width else 0
+            key = (batch, encode, bans)
+            if key not in self._recorded:
+                is_cuda = self.model.device.type == "cuda"
+                self._recorded[key] = Recorded(self.model, self.cache, self.state, *key, records=is_cuda)
+            tokens_BT = self._padded(tokens, encode) if encode else None
+            encoded_BTD = self._recorded[key](rows, lengths, counts, tokens_BT)
+        else:
+            dice: dict[str, Tensor] | None = None
+            noise_BL: Tensor | None = None
+            if not isinstance(self.dice, CountedDice):
+                place = [self.rows[i].canvas for i in rows], [self.rows[i].step for i in rows]
+                dice, noise_BL = self.dice.sample(rows, *place), self.dice.renoise(rows, *place)
+            is_first = all(self.rows[i].step == 0 for i in rows)
+            at_B = torch.tensor(rows, device=self.model.device)
+            tokens_BT = self._padded(tokens, width) if width else None
+            run = self._pass_of(rows, counts, width, lengths)
+            encoded_BTD = step_(
+                self.model, self.cache, self.state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans
+            )
+        if encoded_BTD is not None:
+            self.cache.advance(rows, counts)
+            self._keep_last(encoded_BTD, rows, counts)
+            for i in rows:
+                self.rows[i].pending = []
 
-    def _soft(self, logits_BLV: Tensor, pin_BL: Tensor) -> Tensor:
-        weight, scale = self.model.embed_tokens.weight, self.model.embed_scale
-        soft_BLD = self.model.ops.soft_embedding(logits_BLV, weight, scale)
-        pinned_BLD = weight[pin_BL.clamp_min(0)] * scale
-        return torch.where(pin_BL[..., None] >= 0, pinned_BLD, soft_BLD)
+    def _pass_of(self, rows: list[int], counts: list[int], width: int, lengths: list[int]) -> Pass:
+        """What the layers share, made once for all the steps of a canvas."""
+        key = (tuple(rows), tuple(counts), tuple(lengths))
+        if self._pass is None or self._pass[0] != key:
+            self._pass = key, Pass(self.model, self.cache, rows, counts, width, self.config.canvas_length)
+        return self._pass[1]
 
-    def _commit_canvases(self, rows: list[int], argmax_BL: Tensor, last_BD: Tensor, began: float) -> Iterator[Event]:
-        """Cut each canvas at its end; encode it where the row goes on or its log-probabilities are wanted."""
-        canvases = argmax_BL.tolist()
+    def _drafts(self, rows: list[int]) -> Iterator[Event]:
+        state = self.state
+        shown = [x[rows].tolist() for x in (state.argmax_XL, state.entropy_XL, state.accepted_XL)]
+        for i, tokens, entropies, accepted in zip(rows, *shown, strict=True):
+            if self.rows[i].options.drafts:
+                yield Draft(i, self.rows[i].canvas, self.rows[i].step, tokens, entropies, accepted)
+
+    def _commit_canvases(self, rows: list[int], steps: list[int], began: float) -> Iterator[Event]:
+        """Cut each canvas at its end. Where the row goes on it waits to be encoded with the next canvas's first step;
+        where its log-probabilities are wanted it is encoded now."""
+        canvases = self.state.argmax_XL[rows].tolist()
         kept = [self._cut(i, tokens) for i, tokens in zip(rows, canvases, strict=True)]
-        wanted = [row.finish_reason is None or row.options.logprobs for row in (self.rows[i] for i in rows)]
-        encoding = [n for n, is_wanted in enumerate(wanted) if is_wanted and kept[n]]
+        encoding = [n for n, i in enumerate(rows) if self.rows[i].options.logprobs and kept[n]]
         logprobs: dict[int, list[float]] = {}
         if encoding:
             inside = [rows[n] for n in encoding]
-            before_BD = last_BD[inside]
-            hidden_BTD, last = self._encode([kept[n] for n in encoding], inside)
-            last_BD[inside] = last
+            before_BD = self.last_XD[inside]
+            hidden_BTD = self._encode([kept[n] for n in encoding], inside)
             for place, n in enumerate(encoding):
                 self.rows[rows[n]].passes += 1
-                if self.rows[rows[n]].options.logprobs:
-                    seen_TD = torch.cat([before_BD[place : place + 1], hidden_BTD[place, : len(kept[n]) - 1]])
-                    log_p_TV = torch.log_softmax(self.model.logits(seen_TD), -1)
-                    ids = torch.tensor(kept[n], device=log_p_TV.device)
-                    logprobs[n] = log_p_TV.gather(1, ids[:, None])[:, 0].tolist()
+                seen_TD = torch.cat([before_BD[place : place + 1], hidden_BTD[place, : len(kept[n]) - 1]])
+                log_p_TV = torch.log_softmax(self.model.logits(seen_TD), -1)
+                ids = torch.tensor(kept[n], device=log_p_TV.device)
+                logprobs[n] = log_p_TV.gather(1, ids[:, None])[:, 0].tolist()
         for n, i in enumerate(rows):
             row = self.rows[i]
-            yield from self._emit(i, kept[n], logprobs.get(n), row.step, began)
+            row.steps += steps[n]
+            row.pending = [] if n in logprobs else kept[n]
+            yield from self._emit(i, kept[n], logprobs.get(n), steps[n], began)
             row.canvas, row.step = row.canvas + 1, 0
 
     def _take(
@@ -321,12 +363,6 @@ class Run:
 
     # ---- small helpers ------------------------------------------------------------------------------------------
 
-    def _place(self, rows: list[int]) -> tuple[list[int], list[int]]:
-        return [self.rows[i].canvas for i in rows], [self.rows[i].step for i in rows]
-
-    def _per_row(self, rows: list[int], rule: str) -> Tensor:
-        return torch.tensor([getattr(self.rows[i].rules, rule) for i in rows], device=self.model.device)
-
     def _pins_now(self, rows: list[int]) -> Tensor:
         """Pinned tokens [B, L] of the canvas each row is on, -1 where free: pins belong to the first canvas."""
         is_first = torch.tensor([[self.rows[i].canvas == 0] for i in rows], device=self.model.device)
@@ -383,6 +419,24 @@ class Run:
                     f"the cache holds {held} tokens of a prompt of {len(row.prompt)}; truncate it to fewer first"
                 )
         return cache if cache.capacity >= need else cache.fork(list(range(cache.batch)), need)
+
+
+def _to_host(x: Tensor) -> tuple[Tensor, Any]:
+    """Begin to copy; `_wait_for` ends it. On a CPU there is nothing to wait for."""
+    if x.device.type == "cpu":
+        return x, None
+    target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    target.copy_(x, non_blocking=True)
+    event = torch.Event(x.device)
+    event.record()
+    return target, event
+
+
+def _wait_for(copy: tuple[Tensor, Any]) -> list[Any]:
+    target, event = copy
+    if event is not None:
+        event.synchronize()
+    return target.tolist()
 
 
 def pick_token(logits_V: Tensor, options: Options, uniform: Tensor) -> int:

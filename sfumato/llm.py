@@ -55,20 +55,25 @@ class LLM:
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
         ops: str = "auto",
+        quantize: str | None = None,
         notice: Callable[[str], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> LLM:
         """From a checkpoint folder, a hub id ("owner/name"), or "nano", the model inside this package.
 
-        `dtype` None keeps the checkpoint's own. `notice` hears of what is left aside; `progress(done, all)` counts
-        bytes. CheckpointError names what is wrong with a file, InputError what is wrong with an argument."""
+        `dtype` None keeps the checkpoint's own; `ops` "auto" takes the fastest operations for device and dtype;
+        `quantize` "int8" keeps the weights in 8 bits where they can be (cpu operations). `notice` hears of what is
+        left aside; `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError
+        what is wrong with an argument."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = weights.resolve(path)
         tokenizer = Tokenizer.from_folder(folder)
         has_template = any((folder / name).exists() for name in ("chat_template.jinja", "tokenizer_config.json"))
         template = chat.ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None
-        model = weights.load(folder, device=device, dtype=dtype, ops=ops, notice=notice, progress=progress)
+        model = weights.load(
+            folder, device=device, dtype=dtype, ops=ops, notice=notice, progress=progress, quantize=quantize
+        )
         defaults, _ = read_generation_config(folder)
         return cls(model, tokenizer, template, defaults, str(path))
 

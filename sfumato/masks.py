@@ -1,8 +1,9 @@
-"""Who may see whom, as data: an attention operation reads the numbers, the reference draws the dense table.
+"""Who may see whom, as data: a kernel reads the numbers, the reference draws the dense table.
 
-One pass brings T new positions a row beside S cached slots. A cached slot holds a position (see `cache.py`); slots that
-hold nothing carry -1. Trap kept out here (FACTS 2.1): in denoise every canvas query of a sliding layer sees the *same*
-last W - 1 cached tokens and the whole canvas, never a window of its own.
+One pass brings, in every row, `encode` new positions that are encoded and then `canvas` positions that are denoised;
+either may be 0. Beside them stand the cached tokens, in a ring (see `cache.py`): the token at position p lies in slot
+p mod ring. Trap kept out here (FACTS 2.1): in denoise every canvas query of a sliding layer sees the *same* last W - 1
+tokens before the canvas and the whole canvas, never a window of its own.
 """
 
 from __future__ import annotations
@@ -31,36 +32,62 @@ class Mask:
         v   . x x | x x x
         w   . x x | x x x
 
+    both at once, window 3, two cached tokens (a b), two that are committed (c d) and the next canvas (u v w):
+
+            a b | c d | u v w
+        c   x x | x . | . . .
+        d   . x | x x | . . .
+        u   . . | x x | x x x
+        v   . . | x x | x x x
+        w   . . | x x | x x x
+
     Full layers (window None): the same without the lower bound.
     """
 
-    slots_BS: Tensor
-    """The position that each cached slot holds, -1 where it holds none."""
-    starts_B: Tensor
-    """The position of the first new token: the number of cached tokens of the row."""
+    rows: list[int]
+    """The cache row of each row of the pass."""
+    rows_B: Tensor
+    lengths_B: Tensor
+    """Cached tokens of each row: the position of its first new token."""
     counts_B: Tensor
-    """How many of the T new positions are real; the rest is padding on the right."""
-    width: int
-    """T."""
-    is_causal: bool
-    """True in encode, False in denoise."""
+    """How many of the `encode` new tokens are real; the rest is padding on their right, and the canvas begins at
+    position length + count."""
+    encode: int
+    canvas: int
     window: int | None
+    ring: int
+    """Slots of the ring, without the one behind it that takes padding."""
+    used: int
+    """Leading slots that may hold something for any of these rows."""
+
+    def slots_BS(self) -> Tensor:
+        """The position that each used slot holds, -1 for none."""
+        slot_S = torch.arange(self.used, device=self.lengths_B.device)
+        last_B1 = self.lengths_B[:, None] - 1
+        position_BS = last_B1 - (last_B1 - slot_S) % max(self.ring, 1)
+        return torch.where((position_BS >= 0) & (last_B1 >= 0), position_BS, -1)
+
+    def positions_BT(self) -> Tensor:
+        """The position of each new token, [B, encode + canvas]."""
+        new_T = torch.arange(self.encode + self.canvas, device=self.lengths_B.device)
+        padding_B1 = (self.encode - self.counts_B)[:, None]
+        return self.lengths_B[:, None] + torch.where(new_T < self.encode, new_T, new_T - padding_B1)
 
     def dense_BTS(self) -> Tensor:
-        """The table as booleans [B, T, S + T], cached slots first. Rows of padding see themselves alone."""
-        new_T = torch.arange(self.width, device=self.slots_BS.device)
-        slots = self.slots_BS[:, None, :]
-        starts = self.starts_B[:, None, None]
-        cached = (slots >= 0).expand(-1, self.width, -1)
-        is_real_B1T = new_T[None, None, :] < self.counts_B[:, None, None]
-        if self.is_causal:
-            fresh = is_real_B1T & (new_T[None, :, None] >= new_T[None, None, :])
-            if self.window is not None:
-                cached = cached & (starts + new_T[None, :, None] - slots < self.window)
-                fresh = fresh & (new_T[None, :, None] - new_T[None, None, :] < self.window)
-        else:
-            fresh = is_real_B1T.expand(-1, self.width, -1)
-            if self.window is not None:
-                cached = cached & (starts - slots < self.window)
-        fresh = fresh | torch.eye(self.width, dtype=torch.bool, device=fresh.device)[None]
+        """The table as booleans [B, T, S + T], cached slots first, T = encode + canvas. Padding sees itself alone."""
+        new_T = torch.arange(self.encode + self.canvas, device=self.lengths_B.device)
+        slots_B1S, at_BT = self.slots_BS()[:, None, :], self.positions_BT()
+        starts_B1 = (self.lengths_B + self.counts_B)[:, None]
+        is_canvas_T = new_T >= self.encode
+        is_real_BT = is_canvas_T | (new_T < self.counts_B[:, None])
+        # The position whose window counts: a query's own in encode, that of the canvas's first cell in denoise.
+        origin_BT1 = torch.where(is_canvas_T, starts_B1, at_BT)[..., None]
+        before_B1T = torch.where(is_canvas_T, starts_B1, at_BT)[:, None, :]
+        cached = (slots_B1S >= 0).expand(-1, len(new_T), -1)
+        fresh = is_real_BT[:, None, :] & (before_B1T <= origin_BT1)
+        fresh = fresh & ~(is_canvas_T[None, None, :] & ~is_canvas_T[None, :, None])
+        if self.window is not None:
+            cached = cached & (origin_BT1 - slots_B1S < self.window)
+            fresh = fresh & (origin_BT1 - before_B1T < self.window)
+        fresh = fresh & is_real_BT[:, :, None] | torch.eye(len(new_T), dtype=torch.bool, device=fresh.device)[None]
         return torch.cat([cached, fresh], dim=-1)

@@ -42,7 +42,7 @@ class Gated(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.gated(self.gate_proj(x), self.up_proj(x)))
+        return self.ops.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class SelfConditioning(Gated):
@@ -75,24 +75,18 @@ class Attention(nn.Module):
         self.k_norm = Norm(head, config.eps, ops)
         self.head, self.eps, self.ops = head, config.eps, ops
 
-    def forward(self, x_BTD: Tensor, run: _Pass, index: int) -> Tensor:
-        seen_BTS, cos_BTK, sin_BTK = run.of(index)
+    def forward(self, x_BTD: Tensor, run: Pass, index: int) -> Tensor:
+        ops, (mask, cos_BTK, sin_BTK) = self.ops, run.of(index)
         heads = (*x_BTD.shape[:-1], -1, self.head)
-        q_BTHK = self.q_norm(self.q_proj(x_BTD).view(heads))
-        raw_BTGK = self.k_proj(x_BTD).view(heads)
-        v_BTGK = raw_BTGK if self.v_proj is None else self.v_proj(x_BTD).view(heads)
-        q_BTHK = self.ops.rope(q_BTHK, cos_BTK, sin_BTK)
-        k_BTGK = self.ops.rope(self.k_norm(raw_BTGK), cos_BTK, sin_BTK)
-        v_BTGK = self.ops.rms_norm(v_BTGK, None, self.eps)
-        k_BSGK, v_BSGK = run.cache.view(index, run.rows)
-        if k_BSGK.shape[1]:
-            k_BSGK, v_BSGK = torch.cat([k_BSGK, k_BTGK], dim=1), torch.cat([v_BSGK, v_BTGK], dim=1)
-        else:
-            k_BSGK, v_BSGK = k_BTGK, v_BTGK
-        mixed_BTHK = self.ops.attention(q_BTHK, k_BSGK, v_BSGK, seen_BTS)
-        if run.is_encode:  # only now: in a ring the new keys take the places of old ones that these queries still see
-            run.cache.append(index, k_BTGK, v_BTGK, run.rows, run.counts)
-        return self.o_proj(mixed_BTHK.reshape(*x_BTD.shape[:-1], -1))
+        weights = [layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj) if layer is not None]
+        q_BTHK, raw_BTGK, *v = (y.view(heads) for y in ops.linear(x_BTD, *weights))
+        q_BTHK = ops.norm_rope(q_BTHK, self.q_norm.weight, self.eps, cos_BTK, sin_BTK)
+        k_BTGK = ops.norm_rope(raw_BTGK, self.k_norm.weight, self.eps, cos_BTK, sin_BTK)
+        v_BTGK = ops.rms_norm(v[0] if v else raw_BTGK, None, self.eps)
+        mixed_BTHK = ops.attention(q_BTHK, k_BTGK, v_BTGK, *run.cache.ring_of(index), mask)
+        if run.encode:  # only now: in a ring the new keys take the places of old ones that these queries still see
+            run.cache.append(index, k_BTGK[:, : run.encode], v_BTGK[:, : run.encode], mask, run.is_fresh)
+        return ops.linear(mixed_BTHK.reshape(*x_BTD.shape[:-1], -1), self.o_proj.weight)[0]
 
 
 class Router(nn.Module):
@@ -106,11 +100,7 @@ class Router(nn.Module):
         self.top_k, self.eps, self.ops = config.top_k_experts, config.eps, ops
 
     def forward(self, residual_ND: Tensor) -> tuple[Tensor, Tensor]:
-        x_ND = self.ops.rms_norm(residual_ND, None, self.eps) * self.scale * residual_ND.shape[-1] ** -0.5
-        p_NE = torch.softmax(self.proj(x_ND), dim=-1, dtype=torch.float32)
-        weight_NJ, index_NJ = p_NE.topk(self.top_k, dim=-1)
-        weight_NJ = weight_NJ / weight_NJ.sum(-1, keepdim=True)
-        return index_NJ, weight_NJ * self.per_expert_scale[index_NJ]
+        return self.ops.route(residual_ND, self.scale, self.proj.weight, self.per_expert_scale, self.top_k, self.eps)
 
 
 class Experts(nn.Module):
@@ -151,16 +141,23 @@ class Block(nn.Module):
         self.experts = Experts(config, ops)
         self.register_buffer("encode_scalar", torch.ones(1))
         self.register_buffer("denoise_scalar", torch.ones(1))
-        self.index = index
+        self.index, self.eps, self.ops = index, config.eps, ops
 
-    def forward(self, x_BTD: Tensor, run: _Pass) -> Tensor:
-        x_BTD = x_BTD + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_BTD), run, self.index))
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x_BTD)))
-        residual_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        chosen = self.experts(self.pre_feedforward_layernorm_2(residual_ND), *self.router(residual_ND))
-        sparse = self.post_feedforward_layernorm_2(chosen).view_as(x_BTD)
-        x_BTD = x_BTD + self.post_feedforward_layernorm(dense + sparse)
-        return x_BTD * (self.encode_scalar if run.is_encode else self.denoise_scalar)
+    def forward(self, x_BTD: Tensor, run: Pass) -> Tensor:
+        mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), run, self.index)
+        x_BTD = self.ops.norm_add(x_BTD, mixed_BTD, self.post_attention_layernorm.weight, self.eps)
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        joined_ND = self.ops.join(
+            x_ND,
+            self.mlp(self.pre_feedforward_layernorm(x_ND)),
+            self.experts(self.pre_feedforward_layernorm_2(x_ND), *self.router(x_ND)),
+            self.post_feedforward_layernorm_1.weight,
+            self.post_feedforward_layernorm_2.weight,
+            self.post_feedforward_layernorm.weight,
+            self.eps,
+            run.scale(self.encode_scalar, self.denoise_scalar),
+        )
+        return joined_ND.view_as(x_BTD)
 
 
 _BLOCK_NORMS = (
@@ -174,35 +171,54 @@ _BLOCK_NORMS = (
 )
 
 
-class _Pass:
-    """What every layer of one pass shares: rows, counts, and per kind of layer the mask and the rope angles."""
+class Pass:
+    """What every layer of a pass shares: rows, counts, and per kind of layer the mask and the rope angles.
+
+    Each row brings `encode` tokens (counts[i] of them real) and then `canvas` positions. As long as the cache's rows
+    keep their lengths a pass may be run again: one serves all the steps of a canvas. `places` are rows, lengths and
+    counts as tensors that alone are looked at, where a recorded step needs them to change under it."""
 
     def __init__(
-        self, config: ModelConfig, cache: KVCache, rows: list[int], counts: list[int], like_BTD: Tensor, is_encode: bool
+        self,
+        model: Model,
+        cache: KVCache,
+        rows: list[int],
+        counts: list[int],
+        encode: int,
+        canvas: int,
+        places: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        self.cache, self.rows, self.counts, self.is_encode = cache, rows, counts, is_encode
-        self.config = config
-        width, device = like_BTD.shape[1], like_BTD.device
-        starts_B = cache.lengths_B(rows)
-        counts_B = torch.tensor(counts, device=device)
-        position_BT = starts_B[:, None] + torch.arange(width, device=device)
-        self.kinds: dict[tuple[int | None, Rope, int], tuple[Tensor, Tensor, Tensor]] = {}
-        for layer in config.layers:
-            key = (layer.window, layer.rope, layer.head_dim)
+        self.cache, self.rows, self.counts, self.encode, self.canvas = cache, rows, counts, encode, canvas
+        self.config, device = model.config, model.device
+        self.is_static = places is not None
+        if places is None:
+            places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
+        self.rows_B, lengths_B, counts_B = places
+        self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
+        # The common first prompt: one slice instead of a scatter.
+        is_whole = not self.is_static and rows == list(range(cache.batch)) and set(counts) == {encode}
+        self.is_fresh = is_whole and not any(cache.lengths)
+        self.kinds: dict[tuple[int | None, Rope, int], tuple[Mask, Tensor, Tensor]] = {}
+        for layer in self.config.layers:
+            window, key = layer.window, (layer.window, layer.rope, layer.head_dim)
             if key not in self.kinds:
-                slots_BS = cache.slots_BS(layer.window, rows)
-                mask = Mask(slots_BS, starts_B, counts_B, width, is_encode, layer.window)
-                angles_BTK = position_BT[..., None].float() * frequencies(layer.rope, layer.head_dim, device)
+                ring = cache.ring(window)
+                used = ring if self.is_static else cache.used(window, rows)
+                mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used)
+                turns_K = frequencies(layer.rope, layer.head_dim, device)
+                angles_BTK = mask.positions_BT()[..., None].float() * turns_K
                 angles_BTK = torch.cat([angles_BTK, angles_BTK], dim=-1)
-                self.kinds[key] = (
-                    mask.dense_BTS(),
-                    angles_BTK.cos().type_as(like_BTD),
-                    angles_BTK.sin().type_as(like_BTD),
-                )
+                self.kinds[key] = (mask, angles_BTK.cos().to(model.dtype), angles_BTK.sin().to(model.dtype))
 
-    def of(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
         layer = self.config.layers[index]
         return self.kinds[layer.window, layer.rope, layer.head_dim]
+
+    def scale(self, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
+        """The layer scalar of each position, or the one of all."""
+        if not self.encode or not self.canvas:
+            return denoise_1 if self.canvas else encode_1
+        return torch.where(self.is_canvas_N1, denoise_1, encode_1)
 
 
 def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
@@ -237,6 +253,30 @@ class Model(nn.Module):
         """sqrt(D), rounded to the weights' dtype as the reference does."""
         return torch.tensor(math.sqrt(self.config.hidden_size), dtype=self.dtype, device=self.device)
 
+    def use_(self, ops: Ops) -> Model:
+        """Run with these operations from now on; before `pack_`, which is theirs."""
+        for module in self.modules():
+            if "ops" in vars(module):
+                vars(module)["ops"] = ops
+        return self
+
+    def pack_(self, kind: str = "") -> Model:
+        """Bring every weight of a matrix product into the form that the operations take; `kind` "int8" and its like
+        store them in fewer bits, but for router and embedding. A no-op where the operations take weights as they are.
+        A packed model runs; it cannot be saved or trained."""
+        for module in self.modules():
+            owners: list[nn.Module] = [module] if isinstance(module, Experts) else []
+            if isinstance(module, (Attention, Gated)):
+                owners = [child for child in module.children() if isinstance(child, nn.Linear)]
+            for owner in owners:
+                for name, weight in list(owner.named_parameters(recurse=False)):
+                    plain = weight.data
+                    packed = self.ops.pack(plain, kind)
+                    if packed is not plain:
+                        del owner._parameters[name]
+                        setattr(owner, name, packed)
+        return self
+
     def encode(
         self, tokens_BT: Tensor, cache: KVCache, rows: list[int] | None = None, counts: list[int] | None = None
     ) -> Tensor:
@@ -246,19 +286,52 @@ class Model(nn.Module):
         each are real (all), the rest being padding on the right. CapacityError when the cache is full."""
         rows = list(range(cache.batch)) if rows is None else rows
         counts = [tokens_BT.shape[1]] * len(rows) if counts is None else counts
-        hidden = self._stack(self._embed(tokens_BT), cache, rows, counts, is_encode=True)
+        cache.check_room(rows, counts)
+        run = Pass(self, cache, rows, counts, tokens_BT.shape[1], 0)
+        hidden_BTD = self._stack(self._embed(tokens_BT), run)
         cache.advance(rows, counts)
-        return hidden
+        return hidden_BTD
 
     def denoise(
-        self, canvas_BL: Tensor, cache: KVCache, soft_BLD: Tensor | None = None, rows: list[int] | None = None
+        self,
+        canvas_BL: Tensor,
+        cache: KVCache,
+        soft_BLD: Tensor | None = None,
+        rows: list[int] | None = None,
+        run: Pass | None = None,
     ) -> Tensor:
         """One pass over the canvases; returns the normed hidden states [B, L, D] and leaves the cache as it is.
 
-        `soft_BLD` is the soft embedding of the step before: None on a first step, zeros for rows that begin."""
-        rows = list(range(cache.batch)) if rows is None else rows
-        embedded = self.self_conditioning.condition(self._embed(canvas_BL), soft_BLD)
-        return self._stack(embedded, cache, rows, [canvas_BL.shape[1]] * len(rows), is_encode=False)
+        `soft_BLD` is the soft embedding of the step before: None on a first step, zeros for rows that begin. `run` is
+        a `Pass` made for these rows at these lengths, where a caller keeps one."""
+        if run is None:
+            rows = list(range(cache.batch)) if rows is None else rows
+            run = Pass(self, cache, rows, [0] * len(rows), 0, canvas_BL.shape[1])
+        return self._stack(self.self_conditioning.condition(self._embed(canvas_BL), soft_BLD), run)
+
+    def encode_and_denoise(
+        self,
+        tokens_BT: Tensor,
+        counts: list[int],
+        canvas_BL: Tensor,
+        cache: KVCache,
+        rows: list[int] | None = None,
+        run: Pass | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both in one pass: append tokens, and take the first step of the canvas behind them, which sees them: layer
+        by layer their keys are there when the canvas reads. The weights are read once instead of twice. Returns the
+        hidden states of both, [B, T, D] and [B, L, D]: those of `encode` and then `denoise` without a soft embedding.
+        Whoever brings a `run` of their own checks the cache's room before and advances it after."""
+        width, given = tokens_BT.shape[1], run
+        if run is None:
+            rows = list(range(cache.batch)) if rows is None else rows
+            cache.check_room(rows, counts)
+            run = Pass(self, cache, rows, counts, width, canvas_BL.shape[1])
+        embedded_BLD = self.self_conditioning.condition(self._embed(canvas_BL), None)
+        hidden_BTD = self._stack(torch.cat([self._embed(tokens_BT), embedded_BLD], dim=1), run)
+        if given is None:
+            cache.advance(run.rows, counts)
+        return hidden_BTD[:, :width], hidden_BTD[:, width:]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., V], softcapped."""
@@ -268,8 +341,7 @@ class Model(nn.Module):
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         return self.embed_tokens(tokens_BT) * self.embed_scale
 
-    def _stack(self, x_BTD: Tensor, cache: KVCache, rows: list[int], counts: list[int], is_encode: bool) -> Tensor:
-        run = _Pass(self.config, cache, rows, counts, x_BTD, is_encode)
+    def _stack(self, x_BTD: Tensor, run: Pass) -> Tensor:
         for block in self.layers:
             x_BTD = block(x_BTD, run)
         return self.norm(x_BTD)

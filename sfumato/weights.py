@@ -226,11 +226,15 @@ def load(
     path: str | Path,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
-    ops: str | Ops = "auto",
+    ops: str | Ops = "fused",
     notice: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """The Model of a checkpoint: whatever `resolve` understands. `dtype` None keeps the checkpoint's own.
+
+    `ops` names operations (`ops.load`) or brings them. Weights are packed where these want that ("cpu", and so "auto"):
+    such a model runs, but is neither saved nor trained. `quantize` ("int8") packs to fewer bits.
 
     `notice` hears, in one sentence a kind, of tensors that are known and left aside; `progress(done, all)` counts
     bytes. CheckpointError names the tensor or file that is wrong, before any tensor is read; InputError names an
@@ -239,11 +243,12 @@ def load(
     folder = resolve(path)
     config = _config(folder)
     try:
-        model = _blank(config, load_ops(ops) if isinstance(ops, str) else ops)
+        model = _blank(config, load_ops("reference"))
     except RuntimeError as error:  # sizes whose product has no place in 64 bits
         raise CheckpointError(f"{folder / 'config.json'} describes a model that is too large to exist") from error
     stored = _matched(model, stored_tensors(folder), folder, notice or (lambda sentence: None))
     wanted = wanted or DTYPES[stored["embed_tokens.weight"].dtype]
+    model.use_(load_ops(ops, place, wanted) if isinstance(ops, str) else ops)
     done, total = 0, sum(entry.nbytes for entry in stored.values())
     for name, entry in stored.items():
         try:
@@ -256,7 +261,7 @@ def load(
         done += entry.nbytes
         if progress:
             progress(done, total)
-    return model
+    return model.pack_(quantize or "")
 
 
 def _config(folder: Path) -> ModelConfig:
@@ -362,7 +367,9 @@ def save(
     expected = _blank(model.config, model.ops).state_dict()
     for name in {**expected, **(tensors := model.state_dict())}:
         if name not in expected or name not in tensors or tensors[name].shape != expected[name].shape:
-            raise InputError(f"{name} is not as the released layout has it; save the model before it is changed")
+            raise InputError(
+                f"{name} is not as the released layout has it; save a model loaded with ops='fused', before it is changed"
+            )
     folder, copied = Path(folder), {}
     if tokenizer_from is not None:
         source = Path(tokenizer_from)

@@ -141,9 +141,8 @@ def test_what_a_query_sees_is_counted_as_the_mask_has_it() -> None:
     for is_encode in (True, False):
         expected = 0.0
         for layer in config.layers:
-            slots_BS = torch.arange(context)[None]
-            counts = torch.tensor([tokens])
-            mask = Mask(slots_BS, torch.tensor([context]), counts, tokens, is_encode, layer.window)
+            zero, held, new = torch.tensor([0]), torch.tensor([context]), (tokens, 0) if is_encode else (0, tokens)
+            mask = Mask([0], zero, held, torch.tensor(new[:1]), *new, layer.window, context, context)
             expected += 4.0 * config.num_heads * layer.head_dim * int(mask.dense_BTS().sum())
         with_it = info.pass_work(config, BF16, tokens, context, is_encode).flops
         weights = info.Parameters.of(config)

@@ -32,7 +32,7 @@ from sfumato.events import Commit, Done, Draft, Options
 from sfumato.model import Model, frequencies
 
 SEEDS = range(8)
-OPS = ("reference", "fused")
+OPS = tiny.OPS
 CLOSE = 2e-4
 NARROW = 1e-4
 ROUTED = 1e-5

@@ -20,6 +20,7 @@ from torch import Tensor
 from sfumato import ops
 from sfumato.config import LayerConfig, ModelConfig, Rope
 from sfumato.model import Model
+from sfumato.ops import cpu
 
 VISION = {
     "vision_config": {
@@ -128,13 +129,17 @@ def randomise_(tensors: Iterable[tuple[str, Tensor]], seed: int, sharp: float, m
                 tensor.mul_(mix)
 
 
+OPS = ("reference", "fused", *([] if cpu.obstacle(torch.float32) else ["cpu"]))
+"""The operations that every engine test runs with here."""
+
+
 def tiny_model(
     config: ModelConfig | None = None, seed: int = 0, name: str = "reference", sharp: float = 1.5, mix: float = 1.0
 ) -> Model:
     """Our model with random weights; `name` is that of the operations."""
     model = Model(config or tiny_config(), ops.load(name))
     randomise_([*model.named_parameters(), *model.named_buffers()], seed, sharp, mix)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().pack_()
 
 
 def oracle(config: ModelConfig, seed: int, sharp: float = 1.5, mix: float = 1.0) -> Any:
@@ -157,7 +162,7 @@ def twin(theirs: Any, name: str = "reference", config: ModelConfig | None = None
         wanted = source[oracle_name(ours)]
         assert wanted.shape == tensor.shape, ours
         tensor.data.copy_(wanted)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().pack_()
 
 
 def oracle_name(ours: str) -> str:

@@ -75,9 +75,11 @@ def random_config(name: str) -> ModelConfig:
     raise InputError(f"size is {name!r}; choose mid or tiny")
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, device: str, ops: str, seed: int = 0) -> Model:
-    model = Model(config, load_ops(ops)).init_(seed)
-    return model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, device: str, ops: str, seed: int = 0, quantize: str | None = None
+) -> Model:
+    model = Model(config, load_ops(ops, device, dtype)).init_(seed)
+    return model.to(device=device, dtype=dtype).requires_grad_(False).eval().pack_(quantize or "")
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

@@ -61,10 +61,10 @@ def command(
     base = recipe_of(out) if (out / "state.safetensors").exists() else Recipe()
     recipe = replace(base, **_numbers(set_ or [], {f.name for f in fields(Recipe)}))
     if model.endswith(":new"):
-        start = Model(ModelConfig.from_file(folder / "config.json"), ops.load()).to(device)
+        start = Model(ModelConfig.from_file(folder / "config.json"), ops.load("fused")).to(device)
         start.init_(recipe.seed, std=0.05)
     else:
-        start = weights.load(folder, device=device, dtype="float32")
+        start = weights.load(folder, device=device, dtype="float32", ops="fused")
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder, tokenizer.special)
     console = Console(stderr=True, highlight=False)

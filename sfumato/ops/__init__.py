@@ -1,16 +1,38 @@
 """Operations: mathematics with more than one implementation, in one record, chosen once and passed.
 
-`Ops` names the mathematics; `load` picks the code. An implementation never falls back to another in silence.
-`reference` is plain PyTorch: the specification and the oracle. `fused` uses torch's own fused calls, on any device.
+`Ops` names the mathematics; `load` picks the code. An implementation never falls back to another in silence:
+
+    reference   plain PyTorch, the specification and the oracle
+    fused       torch's own fused calls, any device; differentiable, so that training uses it
+    cpu         a small compiled extension: AMX tiles for bf16 and int8, portable vectors for float32
+    triton      CUDA kernels: bf16, FP8 and int4 weights
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from sfumato.events import InputError
+
+NEVER = -1e30
+"""A logit that stands for "impossible": finite, so that 0 x log 0 stays 0."""
+
+
+class ReadOut(NamedTuple):
+    """What one step reads from the canvas. Entropies in nats, of the temperature-scaled distribution."""
+
+    sample_BL: Tensor
+    argmax_BL: Tensor
+    entropy_BL: Tensor
+    logits_BLV: Tensor
+    """Temperature-scaled, in the weights' dtype: what the soft embedding is taken from."""
+    tiles: Any = None
+    """What an implementation's read-out learned of each tile of the vocabulary, for its own soft embedding."""
 
 
 @dataclass(frozen=True)
@@ -18,30 +40,54 @@ class Ops:
     """One implementation of every operation. Shapes and meaning are documented in `reference.py`."""
 
     name: str
+    pack: Callable[..., Any]
+    linear: Callable[..., Any]
     rms_norm: Callable[..., Any]
-    rope: Callable[..., Any]
+    norm_rope: Callable[..., Any]
+    norm_add: Callable[..., Any]
     attention: Callable[..., Any]
-    gated: Callable[..., Any]
+    feed_forward: Callable[..., Any]
+    route: Callable[..., Any]
     experts: Callable[..., Any]
+    join: Callable[..., Any]
     read_out: Callable[..., Any]
     soft_embedding: Callable[..., Any]
 
 
-NAMES = ("reference", "fused")
+NAMES = ("reference", "fused", "cpu", "triton")
 
 
-def load(name: str = "auto") -> Ops:
-    """The implementation of this name; "auto" takes the fastest. InputError for an unknown name."""
+def load(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Ops:
+    """The implementation of this name. "auto" takes the fastest that this device can run with weights of this dtype.
+    InputError for an unknown name, and for one that this machine cannot run: it says why."""
     if name == "auto":
-        name = "fused"
+        name = _fastest(torch.device(device), dtype)
     if name == "reference":
         from sfumato.ops import reference
 
         return reference.OPS
     if name == "fused":
-        from sfumato.ops import fused, reference
+        from sfumato.ops import fused
 
-        return replace(
-            reference.OPS, name="fused", rms_norm=fused.rms_norm, attention=fused.attention, experts=fused.experts
-        )
+        return fused.OPS
+    if name == "cpu":
+        from sfumato.ops import cpu
+
+        return cpu.load(dtype)
+    if name == "triton":
+        from sfumato.ops import triton
+
+        return triton.load(device)
     raise InputError(f"there are no operations named {name!r}; choose one of auto, {', '.join(NAMES)}")
+
+
+def _fastest(device: torch.device, dtype: torch.dtype | None) -> str:
+    if device.type == "cpu":
+        from sfumato.ops import cpu
+
+        return "fused" if cpu.obstacle(dtype) else "cpu"
+    if device.type == "cuda":
+        from sfumato.ops import triton
+
+        return "fused" if triton.obstacle(device) else "triton"
+    return "fused"

@@ -1,16 +1,35 @@
 """Torch's own fused calls where they exist, and fewer memory sweeps where they do not; on any device.
 
-Differentiable, so that training uses them too. The contract is `reference.py`'s; what is not here is taken from there.
+Differentiable, so that training uses them too. The contract is `reference.py`'s.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.events import InputError
+from sfumato.masks import Mask
+from sfumato.ops import NEVER, Ops, ReadOut
+
 FEW_EXPERTS = 8
 """Up to here, with enough tokens, all experts as one product beat gathering: no index, no scatter, wider products."""
+
+SWEEP = 2**24
+"""Elements of the float32 logits that exist at once: the read-out goes through positions in groups of this size."""
+
+
+def pack(weight: Tensor, kind: str = "") -> Tensor:
+    if kind:
+        raise InputError(f"the fused operations have no {kind} weights; use cpu or triton operations")
+    return weight
+
+
+def linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, weight) for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -19,11 +38,39 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps).type_as(x)
 
 
-def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, seen_BTS: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
+    x_BTHK = rms_norm(x_BTHK, weight_K, eps)
+    one, two = x_BTHK.chunk(2, dim=-1)
+    return x_BTHK * cos_BTK[:, :, None] + torch.cat((-two, one), dim=-1) * sin_BTK[:, :, None]
+
+
+def norm_add(residual: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return residual + rms_norm(x, weight_D, eps)
+
+
+def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
+    if mask.used:
+        is_all = mask.rows == list(range(k_XRGK.shape[0]))
+        held = (x[:, : mask.used] if is_all else x[mask.rows_B, : mask.used] for x in (k_XRGK, v_XRGK))
+        k_BTGK, v_BTGK = (torch.cat([old, new], dim=1) for old, new in zip(held, (k_BTGK, v_BTGK), strict=True))
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     is_grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BTS[:, None], scale=1.0, enable_gqa=is_grouped)
-    return out.transpose(1, 2)
+    seen = mask.dense_BTS()[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0, enable_gqa=is_grouped).transpose(1, 2)
+
+
+def feed_forward(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, gate_FD), approximate="tanh") * F.linear(x, up_FD), down_DF)
+
+
+def route(
+    residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    x_ND = rms_norm(residual_ND, None, eps) * scale_D * residual_ND.shape[-1] ** -0.5
+    p_NE = torch.softmax(F.linear(x_ND, proj_ED), dim=-1, dtype=torch.float32)
+    weight_NJ, index_NJ = p_NE.topk(top_k, dim=-1)
+    weight_NJ = weight_NJ / weight_NJ.sum(-1, keepdim=True)
+    return index_NJ, weight_NJ * per_expert_E[index_NJ]
 
 
 def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -47,3 +94,86 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tens
             start += size
     part_MD = torch.cat(parts) * weight_NJ.flatten()[order_M, None].to(x_ND.dtype)
     return torch.zeros_like(x_ND).index_add(0, token_M, part_MD)
+
+
+def join(
+    residual_ND: Tensor,
+    dense_ND: Tensor,
+    sparse_ND: Tensor,
+    dense_norm_D: Tensor,
+    sparse_norm_D: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    scale_N1: Tensor,
+) -> Tensor:
+    both_ND = rms_norm(dense_ND, dense_norm_D, eps) + rms_norm(sparse_ND, sparse_norm_D, eps)
+    return (residual_ND + rms_norm(both_ND, norm_D, eps)) * scale_N1
+
+
+def read_out(
+    hidden_BLD: Tensor,
+    embed_VD: Tensor,
+    softcap: float,
+    temperature_B: Tensor,
+    uniform_BL: Tensor | None = None,
+    gumbel_BLV: Tensor | None = None,
+    banned: tuple[Tensor, Tensor] | None = None,
+) -> ReadOut:
+    """Positions in groups, so that the float32 logits of a group alone exist; each sweep over them in place."""
+    batch, length, width = hidden_BLD.shape
+    vocabulary = embed_VD.shape[0]
+    hidden_ND, count = hidden_BLD.reshape(-1, width), batch * length
+    heat_N1 = temperature_B[:, None].expand(batch, length).reshape(-1, 1)
+    logits_NV = hidden_BLD.new_empty(count, vocabulary, dtype=embed_VD.dtype)
+    sample_N, argmax_N = (torch.empty(count, dtype=torch.long, device=hidden_BLD.device) for _ in range(2))
+    entropy_N = torch.empty(count, device=hidden_BLD.device)
+    group = max(1, SWEEP // vocabulary)
+    for start in range(0, count, group):
+        part = slice(start, start + group)
+        x = F.linear(hidden_ND[part], embed_VD).float()
+        x = x.div_(softcap).tanh_().mul_(softcap)
+        if banned is not None:
+            where_BL, ids = banned
+            x[:, ids] = x[:, ids].masked_fill(where_BL.reshape(-1, 1)[part], NEVER)
+        x = x.div_(heat_N1[part])
+        logits_NV[part] = x
+        lse_N1 = x.logsumexp(-1, keepdim=True)
+        argmax_N[part] = x.argmax(-1)
+        if gumbel_BLV is not None:
+            noise = gumbel_BLV.reshape(-1, vocabulary)[part]
+            sample_N[part] = ((x - lse_N1) + noise).argmax(-1)
+        log_p = x.sub_(lse_N1)
+        p = log_p.exp()
+        entropy_N[part] = -torch.linalg.vecdot(p, log_p)
+        if gumbel_BLV is None and uniform_BL is not None:
+            cdf = p.cumsum_(-1)
+            target = uniform_BL.reshape(-1, 1)[part] * cdf[:, -1:]
+            sample_N[part] = torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=vocabulary - 1)
+    if gumbel_BLV is None and uniform_BL is None:
+        sample_N = argmax_N
+    shape = (batch, length)
+    return ReadOut(
+        sample_N.view(shape), argmax_N.view(shape), entropy_N.view(shape), logits_NV.view(batch, length, vocabulary)
+    )
+
+
+def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: Any = None) -> Tensor:
+    p_BLV = torch.softmax(logits_BLV, dim=-1, dtype=torch.float32).to(embed_VD.dtype)
+    return torch.matmul(p_BLV, embed_VD) * scale
+
+
+OPS = Ops(
+    "fused",
+    pack,
+    linear,
+    rms_norm,
+    norm_rope,
+    norm_add,
+    attention,
+    feed_forward,
+    route,
+    experts,
+    join,
+    read_out,
+    soft_embedding,
+)

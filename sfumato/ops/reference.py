@@ -6,13 +6,27 @@ its input. Nothing here is fused; `[B, T, S]` scores and `[B, L, V]` logits real
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.ops import Ops
+from sfumato.masks import Mask
+from sfumato.ops import NEVER, Ops, ReadOut
+
+
+def pack(weight: Tensor, kind: str = "") -> Tensor:
+    """A weight [O, I] or a stack [E, O, I] in the form that `linear`, `feed_forward` and `experts` of this
+    implementation take. `kind` "" keeps the precision. Here: as it is."""
+    if kind:
+        raise NotImplementedError(f"the reference has no {kind} weights")
+    return weight
+
+
+def linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
+    return tuple(F.linear(x, weight) for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -22,18 +36,30 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (x32 if weight is None else x32 * weight.float()).type_as(x)
 
 
-def rope(x_BTHK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2) of each head by the position's angles."""
+def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
+    """rms_norm of each head, then its pairs (i, i + K/2) rotated by the position's angles."""
+    x_BTHK = rms_norm(x_BTHK, weight_K, eps)
     one, two = x_BTHK.chunk(2, dim=-1)
     turned = torch.cat((-two, one), dim=-1)
     return x_BTHK * cos_BTK[:, :, None] + turned * sin_BTK[:, :, None]
 
 
-def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, seen_BTS: Tensor) -> Tensor:
-    """softmax(q kT) v with grouped key-value heads and scale 1; `seen_BTS` is True where a query may look."""
-    groups = q_BTHK.shape[2] // k_BSGK.shape[2]
-    k = k_BSGK.repeat_interleave(groups, dim=2)
-    v = v_BSGK.repeat_interleave(groups, dim=2)
+def norm_add(residual: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """residual + rms_norm(x)."""
+    return residual + rms_norm(x, weight_D, eps)
+
+
+def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
+    """softmax(q kT) v with grouped key-value heads and scale 1, [B, T, H, K]. Keys and values are those of the ring
+    (`k_XRGK`: all cache rows X, R = mask.ring + 1 slots) and the new ones; `mask` says who sees whom. What padding
+    attends to is nobody's business, but it is finite."""
+    seen_BTS = mask.dense_BTS()
+    if mask.used:
+        k_BTGK = torch.cat([k_XRGK[mask.rows_B, : mask.used], k_BTGK], dim=1)
+        v_BTGK = torch.cat([v_XRGK[mask.rows_B, : mask.used], v_BTGK], dim=1)
+    groups = q_BTHK.shape[2] // k_BTGK.shape[2]
+    k = k_BTGK.repeat_interleave(groups, dim=2)
+    v = v_BTGK.repeat_interleave(groups, dim=2)
     scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k)
     scores_BHTS = scores_BHTS.masked_fill(~seen_BTS[:, None], torch.finfo(scores_BHTS.dtype).min)
     weights_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=torch.float32).to(q_BTHK.dtype)
@@ -43,6 +69,23 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, seen_BTS: Tensor) 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) x up."""
     return F.gelu(gate, approximate="tanh") * up
+
+
+def feed_forward(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    """down(gated(gate(x), up(x)))."""
+    return F.linear(gated(F.linear(x, gate_FD), F.linear(x, up_FD)), down_DF)
+
+
+def route(
+    residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The J = top_k experts of each token, [N, J] int64, and their weights, [N, J] float32: renormalised
+    probabilities x the scale of each expert. The input is the raw residual, normed here without a learned scale."""
+    x_ND = rms_norm(residual_ND, None, eps) * scale_D * residual_ND.shape[-1] ** -0.5
+    p_NE = torch.softmax(F.linear(x_ND, proj_ED), dim=-1, dtype=torch.float32)
+    weight_NJ, index_NJ = p_NE.topk(top_k, dim=-1)
+    weight_NJ = weight_NJ / weight_NJ.sum(-1, keepdim=True)
+    return index_NJ, weight_NJ * per_expert_E[index_NJ]
 
 
 def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -56,18 +99,20 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tens
     return out_ND
 
 
-NEVER = -1e30
-"""A logit that stands for "impossible": finite, so that 0 x log 0 stays 0."""
-
-
-class ReadOut(NamedTuple):
-    """What one step reads from the canvas. Entropies in nats, of the temperature-scaled distribution."""
-
-    sample_BL: Tensor
-    argmax_BL: Tensor
-    entropy_BL: Tensor
-    logits_BLV: Tensor
-    """Temperature-scaled, in the weights' dtype: what the soft embedding is taken from."""
+def join(
+    residual_ND: Tensor,
+    dense_ND: Tensor,
+    sparse_ND: Tensor,
+    dense_norm_D: Tensor,
+    sparse_norm_D: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    scale_N1: Tensor,
+) -> Tensor:
+    """The end of a block: (residual + rms_norm(rms_norm(dense) + rms_norm(sparse))) x the layer's scalar, one a
+    token, or one for all as a tensor [1]."""
+    both_ND = rms_norm(dense_ND, dense_norm_D, eps) + rms_norm(sparse_ND, sparse_norm_D, eps)
+    return (residual_ND + rms_norm(both_ND, norm_D, eps)) * scale_N1
 
 
 def read_out(
@@ -114,10 +159,25 @@ def inverse_cdf(p_BLV: Tensor, uniform_BL: Tensor) -> Tensor:
     return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp_(max=p_BLV.shape[-1] - 1)
 
 
-def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor) -> Tensor:
-    """softmax(logits) @ E x embedding scale: [B, L, D], what the next step is conditioned on."""
+def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: Any = None) -> Tensor:
+    """softmax(logits) @ E x embedding scale: [B, L, D], what the next step is conditioned on. `tiles` is the
+    read-out's: tiles of the vocabulary that hold next to nothing may be left out by its leave, never without."""
     p_BLV = torch.softmax(logits_BLV, dim=-1, dtype=torch.float32).to(embed_VD.dtype)
     return torch.matmul(p_BLV, embed_VD) * scale
 
 
-OPS = Ops("reference", rms_norm, rope, attention, gated, experts, read_out, soft_embedding)
+OPS = Ops(
+    "reference",
+    pack,
+    linear,
+    rms_norm,
+    norm_rope,
+    norm_add,
+    attention,
+    feed_forward,
+    route,
+    experts,
+    join,
+    read_out,
+    soft_embedding,
+)

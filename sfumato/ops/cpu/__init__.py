@@ -1,0 +1,309 @@
+"""The CPU implementation: a small compiled library (`kernels.cpp`) behind the contract of `reference.py`.
+
+bfloat16 and int8 products run on AMX tiles where the processor has them, at several times what torch's own reach at the
+sizes of a canvas; float32 runs on portable vector code. Weights are packed once, in the order in which they are read,
+into huge pages. Inference only: no gradients. Why it exists, with figures: docs/LOG.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.events import InputError
+from sfumato.masks import Mask
+from sfumato.ops import Ops, ReadOut
+from sfumato.ops.cpu import build
+
+_IO = {torch.float32: 0, torch.bfloat16: 1}
+_KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
+_K = (16, 32, 64)
+HUGE = 1 << 21
+"""Bytes of a huge page; smaller packed weights stay in ordinary memory."""
+
+
+def obstacle(dtype: torch.dtype | None) -> str | None:
+    """Why these operations are not the fastest here, None where they are."""
+    if dtype is not None and dtype not in _IO:
+        return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if reason := build.obstacle():
+        return reason
+    if dtype == torch.bfloat16 and not _has_amx():
+        return "this processor has no AMX tiles, without which bfloat16 is slow here"
+    return None
+
+
+def load(dtype: torch.dtype | None = None) -> Ops:
+    """The record. InputError where the library cannot be built or does not know the dtype."""
+    if dtype is not None and dtype not in _IO:
+        raise InputError(f"the cpu operations take float32 and bfloat16, not {dtype}; choose fused")
+    _has_amx()
+    return OPS
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(build.library().sf_start())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [O, I] or a stack [E, O, I] in panels of 32 outputs, as the library reads it."""
+
+    kind: int
+    shape: tuple[int, ...]
+    data: Tensor
+    """Bytes."""
+    scale: Tensor | None
+    """int8: float32, one an output."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+def empty_huge(count: int) -> Tensor:
+    """Uninitialised bytes on huge pages, where the system grants them: read at up to three times the speed."""
+    if count < HUGE:
+        return torch.empty(count, dtype=torch.uint8)
+    pages = mmap.mmap(-1, count)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def pack(weight: Tensor, kind: str = "") -> Packed:
+    """See `reference.pack`; kind "int8" keeps 8 bits and a scale an output, and rounds what it multiplies the same
+    way, a scale a row."""
+    if weight.dtype not in _IO:
+        raise InputError(f"the cpu operations take float32 and bfloat16 weights, not {weight.dtype}")
+    name = kind or str(weight.dtype).removeprefix("torch.")
+    if name not in _KINDS:
+        raise InputError(f"the cpu operations have no {kind} weights; choose int8")
+    code, (outputs, inputs) = _KINDS[name], weight.shape[-2:]
+    count = weight.numel() // (outputs * inputs)
+    size = build.library().sf_packed_bytes(code, c_long(outputs), c_long(inputs))
+    data = empty_huge(count * size)
+    scale = torch.empty(weight.shape[:-1]) if code == 2 else None
+    source = weight.detach().contiguous()
+    for n in range(count):
+        start = source.data_ptr() + n * outputs * inputs * source.element_size()
+        scales = c_void_p(scale.data_ptr() + 4 * n * outputs) if scale is not None else None
+        _call("sf_pack", _IO[source.dtype], code, c_void_p(start), outputs, inputs, data.data_ptr() + n * size, scales)
+    return Packed(code, tuple(weight.shape), data, scale)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """float32, in the weight's own order: what the products multiply with."""
+    outputs, inputs = packed.shape[-2:]
+    width, group = _K[packed.kind], _K[packed.kind] // 16
+    kind = (torch.float32, torch.bfloat16, torch.int8)[packed.kind]
+    panels, tiles = -(-outputs // 32), -(-inputs // width)
+    lay = packed.data.view(kind).view(-1, panels, tiles, 2, 16, 16, group)  # panel, k tile, half, word, output, part
+    plain = lay.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, panels * 32, tiles * width)[:, :outputs, :inputs].float()
+    plain = plain.reshape(packed.shape)
+    return plain if packed.scale is None else plain * packed.scale[..., None]
+
+
+# ---- the operations --------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, *weights: Packed) -> tuple[Tensor, ...]:
+    flat, count = _rows(x), len(weights)
+    out = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
+    data = (c_void_p * count)(*(w.data.data_ptr() for w in weights))
+    scale = (c_void_p * count)(*(_pointer(w.scale) for w in weights))
+    outputs = (c_long * count)(*(w.shape[0] for w in weights))
+    to = (c_void_p * count)(*(y.data_ptr() for y in out))
+    _call("sf_linear", _io(x), weights[0].kind, flat, flat.shape[0], flat.shape[1], count, data, scale, outputs, to)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    flat, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    _call("sf_rms_norm", _io(x), flat, *flat.shape, weight, eps, out)
+    return out
+
+
+def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
+    x_BTHK = x_BTHK.contiguous()
+    out = torch.empty_like(x_BTHK)
+    batch, width, heads, size = x_BTHK.shape
+    angles = cos_BTK.contiguous(), sin_BTK.contiguous()
+    _call("sf_norm_rope", _io(x_BTHK), x_BTHK, batch * width, heads, size, weight_K, eps, *angles, out)
+    return out
+
+
+def norm_add(residual: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    flat, residual = _rows(x), residual.contiguous()
+    out = torch.empty_like(residual)
+    _call("sf_norm_add", _io(x), residual, flat, *flat.shape, weight_D, eps, out)
+    return out
+
+
+def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
+    q, k, v = q_BTHK.contiguous(), k_BTGK.contiguous(), v_BTGK.contiguous()
+    out = torch.empty_like(q)
+    batch, _, heads, size = q.shape
+    places = mask.rows_B, mask.lengths_B, mask.counts_B
+    shape = batch, mask.encode, mask.canvas, mask.window or 0, mask.ring, heads, k.shape[2], size
+    _call("sf_attention", _io(q), q, k, v, k_XRGK, v_XRGK, *places, *shape, out)
+    return out
+
+
+def feed_forward(x: Tensor, gate: Packed, up: Packed, down: Packed) -> Tensor:
+    flat, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    weights = [part for w in (gate, up, down) for part in (w.data, w.scale)]
+    _call("sf_feed_forward", _io(x), gate.kind, flat, *flat.shape, gate.shape[0], *weights, out)
+    return out
+
+
+def route(
+    residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, count = residual_ND.contiguous(), proj_ED.shape[0]
+    index_NJ = torch.empty(x.shape[0], top_k, dtype=torch.long)
+    weight_NJ = torch.empty(x.shape[0], top_k)
+    _call("sf_route", _io(x), x, *x.shape, scale_D, proj_ED, count, per_expert_E, top_k, eps, index_NJ, weight_NJ)
+    return index_NJ, weight_NJ
+
+
+def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up: Packed, down: Packed) -> Tensor:
+    x, index_NJ, weight_NJ = x_ND.contiguous(), index_NJ.contiguous(), weight_NJ.float().contiguous()
+    out, (count, width, inner) = torch.empty_like(x), down.shape
+    weights = gate_up.data, gate_up.scale, down.data, down.scale
+    _call(
+        "sf_experts", _io(x), gate_up.kind, x, x.shape[0], width, index_NJ.shape[1], index_NJ, weight_NJ, count,
+        *weights, inner, out,
+    )  # fmt: skip
+    return out
+
+
+def join(
+    residual_ND: Tensor,
+    dense_ND: Tensor,
+    sparse_ND: Tensor,
+    dense_norm_D: Tensor,
+    sparse_norm_D: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    scale_N1: Tensor,
+) -> Tensor:
+    three = residual_ND.contiguous(), dense_ND.contiguous(), sparse_ND.contiguous()
+    out, norms, scale = torch.empty_like(three[0]), (dense_norm_D, sparse_norm_D, norm_D), scale_N1.contiguous()
+    _call("sf_join", _io(out), *three, *out.shape, *norms, eps, scale, scale.numel(), out)
+    return out
+
+
+def read_out(
+    hidden_BLD: Tensor,
+    embed_VD: Tensor,
+    softcap: float,
+    temperature_B: Tensor,
+    uniform_BL: Tensor | None = None,
+    gumbel_BLV: Tensor | None = None,
+    banned: tuple[Tensor, Tensor] | None = None,
+) -> ReadOut:
+    """Logits are stored in the weights' dtype; all that is read from them is taken before they are rounded to it. Only
+    `gumbel_BLV`, the oracle's dice, meets the stored ones."""
+    batch, length, size = hidden_BLD.shape
+    hidden, words, count = _rows(hidden_BLD), embed_VD.shape[0], batch * length
+    tiles = -(-words // _words())
+    logits_BLV = hidden_BLD.new_empty(batch, length, words)
+    mass_NW, peak_N2 = torch.empty(count, tiles), torch.empty(count, 2)
+    sample_BL, argmax_BL = (torch.empty(batch, length, dtype=torch.long) for _ in range(2))
+    entropy_BL = torch.empty(batch, length)
+    heat = (1.0 / temperature_B.float())[:, None].expand(batch, length).contiguous()
+    where, ids = (None, None) if banned is None else (banned[0].to(torch.uint8).contiguous(), banned[1].contiguous())
+    uniform = None if uniform_BL is None else uniform_BL.float().contiguous()
+    _call(
+        "sf_read_out", _io(hidden), hidden, count, size, embed_VD, words, softcap, heat, where, ids,
+        0 if ids is None else ids.numel(), uniform, logits_BLV, mass_NW, sample_BL, argmax_BL, entropy_BL, peak_N2,
+    )  # fmt: skip
+    if gumbel_BLV is not None:
+        sample_BL = (logits_BLV.float() + gumbel_BLV).argmax(-1)
+    return ReadOut(sample_BL, argmax_BL, entropy_BL, logits_BLV, (mass_NW, peak_N2))
+
+
+def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: Any = None) -> Tensor:
+    """Tiles of the vocabulary whose mass is below eps/4 over their number, for all 32 positions of a block, are left
+    out: no position then loses more than eps/4 of its mass, eps being the dtype's, so that the error is at most
+    eps/4 x max|E| x scale."""
+    logits, (words, size) = logits_BLV.contiguous(), embed_VD.shape
+    if tiles is None:
+        top_N = logits.flatten(0, -2).float().amax(-1)
+        inverse_N = 1 / (logits.flatten(0, -2).float() - top_N[:, None]).exp().sum(-1)
+        tiles = None, torch.stack([top_N, inverse_N], dim=1)
+    mass_NW, peak_N2 = tiles
+    least = torch.finfo(embed_VD.dtype).eps / 4 / -(-words // _words())
+    out = embed_VD.new_empty(*logits.shape[:-1], size)
+    _call(
+        "sf_soft_embedding", _io(logits), logits, logits.numel() // words, words, embed_VD, size, peak_N2, mass_NW,
+        least, float(scale), out,
+    )  # fmt: skip
+    return out
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _words() -> int:
+    """Words of a tile of the vocabulary."""
+    return int(build.library().sf_words())
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _io(x: Tensor) -> int:
+    return _IO[x.dtype]
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return c_float(value)
+    return c_long(value) if isinstance(value, int) else value
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call the library; the thread count that torch is set to comes last."""
+    function = _FUNCTIONS.get(name)
+    if function is None:
+        function = _FUNCTIONS[name] = getattr(build.library(), name)
+        function.restype = None  # type: ignore[attr-defined]
+    function(*map(_argument, arguments), c_int(torch.get_num_threads()))
+
+
+OPS = Ops(
+    "cpu",
+    pack,
+    linear,
+    rms_norm,
+    norm_rope,
+    norm_add,
+    attention,
+    feed_forward,
+    route,
+    experts,
+    join,
+    read_out,
+    soft_embedding,
+)

@@ -1,0 +1,54 @@
+"""CUDA kernels in Triton: one file an operation, the same signatures as `sfumato.ops.reference`.
+
+bfloat16, FP8 and int4 weights (`ops/packed.py`). A row's answer does not depend on its batch: tile sizes hang on the
+shape of the weights and the GPU (`tuned.json`), never on the number of rows, and no sum is split over programs without
+a fixed order. Nothing here waits for the host, so a step can be recorded as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from sfumato.events import InputError
+from sfumato.ops import Ops
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why these operations cannot run there, None where they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        return "they need a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need a GPU of compute capability 8.0 or later"
+    return None
+
+
+def load(device: torch.device | str = "cuda") -> Ops:
+    """The record. InputError where this machine cannot run it."""
+    if reason := obstacle(torch.device(device)):
+        raise InputError(f"the triton operations cannot be used: {reason}; choose fused")
+    return record()
+
+
+def record() -> Ops:
+    """The record, wherever it may run: on a GPU, or under Triton's interpreter on any machine."""
+    from sfumato.ops.triton import attention, experts, linear, norm, read_out, route, soft_embedding
+
+    return Ops(
+        "triton",
+        linear.pack,
+        linear.linear,
+        norm.rms_norm,
+        norm.norm_rope,
+        norm.norm_add,
+        attention.attention,
+        linear.feed_forward,
+        route.route,
+        experts.experts,
+        norm.join,
+        read_out.read_out,
+        soft_embedding.soft_embedding,
+    )

@@ -1,0 +1,147 @@
+"""Compile every kernel without a GPU, for every architecture, and read what became of it.
+
+Each file of this package that holds kernels has `ahead(arch) -> list[Special]`: its specialisations at the released
+model's sizes. Triton makes cubins of them with the ptxas in its own wheel, and cuobjdump tells their registers, spills
+and shared memory. Nothing runs here: that a kernel fits says nothing about its answers, which the interpreter checks.
+
+    python -m sfumato.ops.triton.ahead --arch 90 --only attention -o runs/ahead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Special:
+    """One kernel for one set of sizes."""
+
+    name: str
+    """What is compiled, for people: "attention sliding bfloat16"."""
+    kernel: Any
+    """The function under @triton.jit."""
+    signature: Mapping[str, str]
+    """Types of the arguments that are passed when it runs: "*bf16", "i32", "fp32". Pointers count as aligned to 16
+    bytes, as torch allocates them; "i32:16" is an integer that 16 divides, such as a stride."""
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    """Values of all other arguments."""
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+"""How Special spells a pointer to these dtypes."""
+
+
+def specials(arch: int) -> dict[str, list[Special]]:
+    """The specialisations of each file of this package that has `ahead`, by the file's name."""
+    here = Path(__file__).parent
+    found = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules([str(here)])):
+        if name != Path(__file__).stem:
+            module = importlib.import_module(f"{__spec__.parent}.{name}")
+            if hasattr(module, "ahead"):
+                found[name] = module.ahead(arch)
+    return found
+
+
+def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None) -> list[dict[str, Any]]:
+    """A row for each specialisation and architecture: op, name, arch, registers, spills (bytes), shared (bytes), size
+    (bytes of cubin), seconds. `only` keeps the names and files in which this text stands."""
+    rows = []
+    for arch in archs:
+        for op, each in specials(arch).items():
+            for special in each:
+                if only is None or only in f"{op} {special.name}":
+                    rows.append({"op": op, "name": special.name, "arch": arch, **compile_one(special, arch)})
+    return rows
+
+
+def compile_one(special: Special, arch: int) -> dict[str, Any]:
+    """Registers, spills, shared memory and size of this kernel. RuntimeError where it does not compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = special.kernel.arg_names
+    wrong = set(names) ^ (set(special.signature) | set(special.constexprs))
+    if wrong or set(special.signature) & set(special.constexprs):
+        raise RuntimeError(f"{special.name}: each argument once, in signature or constexprs; see {sorted(wrong)}")
+    signature = {name: special.signature.get(name, "constexpr").removesuffix(":16") for name in names}
+    aligned = [i for i, name in enumerate(names) if special.signature.get(name, "").startswith("*")]
+    aligned += [i for i, name in enumerate(names) if special.signature.get(name, "").endswith(":16")]
+    source = ASTSource(
+        special.kernel,
+        signature,
+        dict(special.constexprs),
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    began = time.perf_counter()
+    try:
+        made = triton.compile(
+            source,
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": special.num_warps, "num_stages": special.num_stages},
+        )
+    except Exception as error:
+        raise RuntimeError(f"{special.name} does not compile for sm_{arch}: {error}") from error
+    usage = _usage(made.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "spills": usage["STACK"] + usage["LOCAL"],
+        "shared": made.metadata.shared,
+        "warps": special.num_warps,
+        "stages": special.num_stages,
+        "size": len(made.asm["cubin"]),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sfumato.ops.triton.ahead", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="this one only; may be given again")
+    parser.add_argument("--only", help="files and names in which this text stands")
+    parser.add_argument("-o", "--output", type=Path, help="write the rows as JSON too")
+    options = parser.parse_args(arguments)
+    print(f"{'op':<16}{'name':<40}{'arch':>6}{'regs':>6}{'spills':>8}{'shared':>8}{'warps':>6}{'seconds':>9}")
+    rows = []
+    for arch in options.arch or ARCHS:
+        for row in compile_all([arch], options.only):
+            rows.append(row)
+            print(
+                f"{row['op']:<16}{row['name']:<40}{row['arch']:>6}{row['registers']:>6}{row['spills']:>8}"
+                f"{row['shared']:>8}{row['warps']:>6}{row['seconds']:>9}",
+                flush=True,
+            )
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

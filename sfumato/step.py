@@ -1,0 +1,225 @@
+"""One step of many canvases as a function of tensors on the device: pass, read-out, accept, renoise, stop.
+
+Nothing here waits for the host, and every shape follows from host integers alone. So the same function runs as it is on
+a CPU and is recorded as a CUDA graph on a GPU (`Recorded`), one for each number of rows. A row that has stopped is
+frozen: a step that was already under way when the host learns of it changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.cache import KVCache
+from sfumato.diffusion import CountedDice, Rules, accept, is_confident, is_stable
+from sfumato.model import Model, Pass
+
+
+@dataclass
+class Canvases:
+    """The state of X rows' canvases. The last row is scratch: what fills up a recorded batch is computed there."""
+
+    canvas_XL: Tensor
+    history_XHL: Tensor
+    """The argmax canvases of the last steps, oldest first, -1 for none."""
+    soft_XLD: Tensor
+    pin_XL: Tensor
+    """Tokens that stay fixed, -1 where free."""
+    argmax_XL: Tensor
+    entropy_XL: Tensor
+    accepted_XL: Tensor
+    step_X: Tensor
+    """Steps taken on this canvas."""
+    is_done_X: Tensor
+    lacking_X: Tensor
+    """Leading positions that may not end the answer (`min_tokens`)."""
+    words_X4: Tensor
+    """Seed (low, high), request and canvas: what the dice are counted from, beside the step."""
+    heat_XS: Tensor
+    """The temperature of each step."""
+    bound_X: Tensor
+    stability_X: Tensor
+    confidence_X: Tensor
+    max_steps_X: Tensor
+
+    @classmethod
+    def allocate(cls, model: Model, rules: Sequence[Rules], seeds: Sequence[int], requests: Sequence[int]) -> Canvases:
+        """One row for each of these rules, and the scratch row."""
+        config, size = model.config, len(rules) + 1
+        rules = [*rules, rules[-1]]
+        words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
+        length, depth = config.canvas_length, max(1, *(r.stability for r in rules))
+        most = max(r.max_steps for r in rules)
+        heat = [[r.schedule.temperature(step) for step in range(most + 1)] for r in rules]
+
+        def of(values: list[int] | list[float]) -> Tensor:
+            return torch.tensor(values, device=model.device)
+
+        with torch.device(model.device):
+            return cls(
+                canvas_XL=torch.zeros(size, length, dtype=torch.long),
+                history_XHL=torch.full((size, depth, length), -1),
+                soft_XLD=torch.zeros(size, length, config.hidden_size, dtype=model.dtype),
+                pin_XL=torch.full((size, length), -1),
+                argmax_XL=torch.zeros(size, length, dtype=torch.long),
+                entropy_XL=torch.zeros(size, length),
+                accepted_XL=torch.zeros(size, length, dtype=torch.bool),
+                step_X=torch.zeros(size, dtype=torch.long),
+                is_done_X=torch.zeros(size, dtype=torch.bool),
+                lacking_X=torch.zeros(size, dtype=torch.long),
+                words_X4=torch.tensor(words),
+                heat_XS=torch.tensor(heat),
+                bound_X=of([r.entropy_bound for r in rules]),
+                stability_X=of([r.stability for r in rules]),
+                confidence_X=of([r.confidence for r in rules]),
+                max_steps_X=of([r.max_steps for r in rules]),
+            )
+
+    def begin_(
+        self, rows: list[int], fresh_BL: Tensor, pin_BL: Tensor, canvases: list[int], lacking: list[int]
+    ) -> None:
+        """Give these rows a canvas of noise, pins in place."""
+        self.pin_XL[rows] = pin_BL
+        self.canvas_XL[rows] = torch.where(pin_BL >= 0, pin_BL, fresh_BL)
+        self.history_XHL[rows] = -1
+        self.soft_XLD[rows] = 0
+        self.step_X[rows] = 0
+        self.is_done_X[rows] = False
+        self.words_X4[rows, 3] = torch.tensor(canvases, device=self.step_X.device)
+        self.lacking_X[rows] = torch.tensor(lacking, device=self.step_X.device)
+
+
+def step_(
+    model: Model,
+    cache: KVCache,
+    state: Canvases,
+    at_B: Tensor,
+    run: Pass,
+    tokens_BT: Tensor | None = None,
+    dice: dict[str, Tensor] | None = None,
+    noise_BL: Tensor | None = None,
+    is_first: bool = False,
+    bans: bool = False,
+) -> Tensor | None:
+    """One step of the canvases `at_B`, whose cache rows are those of `run`. The caller advances the cache.
+
+    `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
+    `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
+    them they are counted from the state's own words. `bans`: some row may not end yet."""
+    canvas_BL, pin_BL, old_B = state.canvas_XL[at_B], state.pin_XL[at_B], state.step_X[at_B]
+    # 1. One pass over the canvases; what waits to be encoded comes along.
+    encoded_BTD = None
+    if tokens_BT is not None:
+        encoded_BTD, hidden_BLD = model.encode_and_denoise(tokens_BT, run.counts, canvas_BL, cache, run=run)
+    else:
+        hidden_BLD = model.denoise(canvas_BL, cache, None if is_first else state.soft_XLD[at_B], run=run)
+    # 2. Read out: what would be sampled, what is most likely, how sure.
+    if dice is None or noise_BL is None:
+        dice, noise_BL = _count(state, at_B, model)
+    banned = None
+    if bans:
+        position_L = torch.arange(canvas_BL.shape[1], device=canvas_BL.device)
+        banned = position_L < state.lacking_X[at_B, None], _eos(model)
+    heat_B = state.heat_XS[at_B, old_B]
+    embed_VD = model.embed_tokens.weight
+    read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
+    is_pinned_BL = pin_BL >= 0
+    argmax_BL = torch.where(is_pinned_BL, pin_BL, read.argmax_BL)
+    entropy_BL = read.entropy_BL.masked_fill(is_pinned_BL, 0.0)
+    # 3. Accept the surest positions, renoise the rest.
+    accepted_BL = accept(entropy_BL, state.bound_X[at_B]) | is_pinned_BL
+    next_BL = torch.where(is_pinned_BL, pin_BL, torch.where(accepted_BL, read.sample_BL, noise_BL))
+    # 4. Stop where the canvas stands still and is sure, or at the cap.
+    history_BHL = state.history_XHL[at_B]
+    is_done_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
+    is_done_B &= is_confident(entropy_BL, state.confidence_X[at_B])
+    is_done_B |= old_B + 1 >= state.max_steps_X[at_B]
+    # 5. The next step sees the soft embedding of this one.
+    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, read.tiles)
+    pinned_BLD = embed_VD[pin_BL.clamp_min(0)] * model.embed_scale
+    soft_BLD = torch.where(is_pinned_BL[..., None], pinned_BLD, soft_BLD)
+    # 6. A row that had stopped before stays as it was.
+    was_done_B = state.is_done_X[at_B]
+    keep_B1 = was_done_B[:, None]
+    history_BHL = torch.cat([history_BHL[:, 1:], argmax_BL[:, None]], dim=1)
+    for whole_XL, new_BL in (
+        (state.canvas_XL, next_BL),
+        (state.argmax_XL, argmax_BL),
+        (state.entropy_XL, entropy_BL),
+        (state.accepted_XL, accepted_BL),
+    ):
+        whole_XL[at_B] = torch.where(keep_B1, whole_XL[at_B], new_BL)
+    state.history_XHL[at_B] = history_BHL  # of rows that go on: what a stopped one remembers is not asked again
+    state.soft_XLD[at_B] = soft_BLD
+    state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
+    state.is_done_X[at_B] = was_done_B | is_done_B
+    return encoded_BTD
+
+
+def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor]:
+    """The dice of this step, from the state's words: what `CountedDice` gives for the same seed, canvas and step."""
+    words_B5 = torch.cat([state.words_X4[at_B], state.step_X[at_B, None]], dim=1)
+    length, config = state.canvas_XL.shape[1], model.config
+    uniform_BL = CountedDice.uniform(words_B5, length, stream=1)
+    return {"uniform_BL": uniform_BL}, CountedDice.tokens(words_B5, length, config.vocab_size, stream=2)
+
+
+def _eos(model: Model) -> Tensor:
+    return torch.tensor(model.config.eos_ids, device=model.device)
+
+
+class Recorded:
+    """A step recorded as a CUDA graph for up to `batch` rows, with `encode` tokens a row in the same pass (0: none).
+
+    The cache's tensors are part of the recording: it serves for as long as the cache is not replaced by a larger one.
+    With `records=False` the same static buffers are used and the step runs as usual: for tests without a GPU."""
+
+    def __init__(
+        self, model: Model, cache: KVCache, state: Canvases, batch: int, encode: int, bans: bool, records: bool = True
+    ) -> None:
+        self.cache, self.batch, self.encode = cache, batch, encode
+        self.scratch = state.canvas_XL.shape[0] - 1
+        self.at_B = torch.full((batch,), self.scratch, device=model.device)
+        self.rows_B, self.lengths_B, self.counts_B = (torch.zeros_like(self.at_B) for _ in range(3))
+        self.tokens_BT = torch.zeros(batch, encode, dtype=torch.long, device=model.device)
+        counts, places = [encode] * batch, (self.rows_B, self.lengths_B, self.counts_B)
+
+        def run() -> Tensor | None:
+            one = Pass(model, cache, [0] * batch, counts, encode, model.config.canvas_length, places)
+            return step_(model, cache, state, self.at_B, one, self.tokens_BT if encode else None, bans=bans)
+
+        self._run: Callable[[], object] = run
+        self.encoded_BTD: Tensor | None = None
+        if records:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles and tunes what is not yet, on the scratch row
+                for _ in range(2):
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.encoded_BTD = run()
+            self._run = graph.replay
+
+    def __call__(
+        self, rows: list[int], lengths: list[int], counts: list[int], tokens_BT: Tensor | None = None
+    ) -> Tensor | None:
+        """Step these rows (at most `batch`), whose cache rows have these lengths."""
+        left = self.batch - len(rows)
+        # A filler reads cache row 0 and writes, with a count of 0, to the slot that takes padding.
+        for buffer, values in (
+            (self.at_B, rows + [self.scratch] * left),
+            (self.rows_B, rows + [0] * left),
+            (self.lengths_B, lengths + [0] * left),
+            (self.counts_B, counts + [0] * left),
+        ):
+            buffer.copy_(torch.tensor(values), non_blocking=True)
+        if tokens_BT is not None:
+            self.tokens_BT[: len(rows)] = tokens_BT
+        found = self._run()
+        encoded = found if isinstance(found, Tensor) else self.encoded_BTD
+        return None if encoded is None else encoded[: len(rows)]

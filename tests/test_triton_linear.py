@@ -1,0 +1,208 @@
+"""linear and feed_forward under Triton's interpreter, against the reference; and compiled ahead of time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+import triton_fp8
+import triton_interpreter
+
+from sfumato.ops import reference
+from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.triton import ahead, linear, tuning
+
+if triton_interpreter.IS_ON:
+    triton_fp8.put_right()
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["", "int8", "fp8", "int4"]
+SMALL = {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 32}
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def whole(weight: Tensor | Packed) -> Tensor:
+    return unpack(weight) if isinstance(weight, Packed) else weight.float()
+
+
+def met(x: Tensor, kind: str) -> Tensor:
+    """x in float32 as weights of this kind meet it."""
+    return triton_fp8.rows(x) if kind == "fp8" else x.float()
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    return ((got.float() - exact).norm() / exact.norm()).item()
+
+
+def bound(plain: Tensor, exact: Tensor) -> float:
+    """Twice the error of plain PyTorch at the same precision; float32 sums in another order may differ a little."""
+    return max(2 * relative(plain, exact), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "width"), [((3, 6), 96), ((1,), 64), ((2, 1, 5), 136)])
+def test_linear(kind: str, dtype: torch.dtype, rows: tuple[int, ...], width: int) -> None:
+    x = normal(*rows, width).to(dtype)
+    weights = [linear.pack(normal(n, width, seed=n, scale=0.1).to(dtype), kind) for n in (40, 17, 32, 5)]
+    with tuning.using("linear", **SMALL):
+        outs = linear.linear(x, *weights)
+    for weight, out in zip(weights, outs, strict=True):
+        exact = F.linear(met(x, kind), whole(weight))
+        assert out.dtype == dtype and out.shape == exact.shape
+        (plain,) = reference.linear(met(x, kind).to(dtype), whole(weight).to(dtype))
+        if kind == "fp8":
+            plain = exact.to(dtype)  # FP8 sums are float32 in both; only the result is rounded
+        assert relative(out, exact) <= bound(plain, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_weights_of_one_launch_do_not_mix(kind: str, count: int) -> None:
+    x = normal(18, 64)
+    weights = [linear.pack(normal(n, 64, seed=n), kind) for n in (33, 64, 31)[:count]]
+    with tuning.using("linear", **SMALL):
+        together = linear.linear(x, *weights)
+        for weight, out in zip(weights, together, strict=True):
+            (alone,) = linear.linear(x, weight)
+            assert torch.equal(alone, out)
+
+
+def test_kinds_may_be_mixed() -> None:
+    x = normal(4, 64)
+    weights = [linear.pack(normal(32, 64, seed=i), kind) for i, kind in enumerate(KINDS)]
+    with tuning.using("linear", **SMALL):
+        outs = linear.linear(x, *weights)
+    for kind, weight, out in zip(KINDS, weights, outs, strict=True):
+        assert relative(out, F.linear(met(x, kind), whole(weight))) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_its_batch(kind: str, dtype: torch.dtype) -> None:
+    x = normal(19, 96).to(dtype)
+    gate, up = (linear.pack(normal(40, 96, seed=i, scale=0.1).to(dtype), kind) for i in (1, 2))
+    down = linear.pack(normal(24, 40, seed=3, scale=0.1).to(dtype), kind)
+    with tuning.using("linear", **SMALL), tuning.using("gate_up", **SMALL):
+        (many,), wide = linear.linear(x, gate), linear.feed_forward(x, gate, up, down)
+        for n in (0, 18):
+            assert torch.equal(linear.linear(x[n : n + 1], gate)[0], many[n : n + 1])
+            assert torch.equal(linear.feed_forward(x[n : n + 1], gate, up, down), wide[n : n + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("width", "hidden"), [(96, 72), (64, 22)])
+def test_feed_forward(kind: str, dtype: torch.dtype, width: int, hidden: int) -> None:
+    x = normal(2, 9, width).to(dtype)
+    gate, up = (linear.pack(normal(hidden, width, seed=i, scale=0.2).to(dtype), kind) for i in (1, 2))
+    down = linear.pack(normal(width, hidden, seed=3, scale=0.2).to(dtype), kind)
+    with tuning.using("linear", **SMALL), tuning.using("gate_up", **SMALL):
+        out = linear.feed_forward(x, gate, up, down)
+    exact = reference.feed_forward(met(x, kind), whole(gate), whole(up), whole(down))
+    if kind == "fp8":  # what lies between the products is rounded to FP8 too
+        middle = reference.gated(F.linear(met(x, kind), whole(gate)), F.linear(met(x, kind), whole(up)))
+        plain = F.linear(met(middle.to(dtype), kind), whole(down)).to(dtype)
+    else:
+        plain = reference.feed_forward(x, *(whole(weight).to(dtype) for weight in (gate, up, down)))
+    assert out.dtype == dtype and out.shape == exact.shape
+    assert relative(out, exact) <= bound(plain, exact)
+
+
+def test_feed_forward_takes_kinds_that_differ() -> None:
+    x = normal(5, 64)
+    gate, up = (linear.pack(normal(48, 64, seed=i, scale=0.2), "int4") for i in (1, 2))
+    down = linear.pack(normal(64, 48, seed=3), "int8")
+    exact = reference.feed_forward(x, whole(gate), whole(up), whole(down))
+    assert relative(linear.feed_forward(x, gate, up, down), exact) < 1e-6
+    with pytest.raises(ValueError, match="pack both alike"):
+        linear.feed_forward(x, gate, linear.pack(whole(up), "int8"), down)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("width", [256, 96])
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_int4_groups_and_steps(group: int, width: int, block: int) -> None:
+    from sfumato.ops.packed import quantise
+
+    x, weight = normal(3, width), quantise(normal(20, width, seed=1), "int4", group)
+    with tuning.using("linear", **{**SMALL, "BLOCK_K": block}):
+        (out,) = linear.linear(x, weight)
+    assert relative(out, F.linear(x, whole(weight))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp8_without_fp8_hardware(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "has_fp8", lambda device: False)
+    x, weight = normal(5, 96).to(dtype), linear.pack(normal(20, 96, seed=1), "fp8")
+    with tuning.using("linear", **SMALL):
+        (out,) = linear.linear(x, weight)
+    exact = F.linear(x.float(), whole(weight))
+    assert relative(out, exact) <= bound(F.linear(x, whole(weight).to(dtype)), exact)
+
+
+def test_every_fp8_code_is_widened_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "has_fp8", lambda device: False)
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = torch.where(codes.float().isnan(), torch.zeros(256), codes.float()).to(torch.float8_e4m3fn)
+    weight = Packed("fp8", (256, 32), codes[:, None].expand(256, 32).contiguous(), torch.ones(256), 32)
+    (out,) = linear.linear(torch.eye(32)[:1], weight)
+    assert torch.equal(out[0], codes.float())
+
+
+def test_rows_of_zeros_and_outliers_in_fp8() -> None:
+    x = normal(4, 64)
+    x[1], x[2, 5] = 0, 1e4
+    weight = linear.pack(normal(20, 64, seed=1), "fp8")
+    (out,) = linear.linear(x, weight)
+    assert (out[1] == 0).all()
+    assert relative(out, F.linear(met(x, "fp8"), whole(weight))) < 1e-6
+
+
+def test_nothing_in_nothing_out() -> None:
+    weight = normal(8, 64)
+    assert linear.linear(torch.empty(0, 64), weight)[0].shape == (0, 8)
+    assert linear.feed_forward(torch.empty(2, 0, 64), weight, weight, normal(64, 8)).shape == (2, 0, 64)
+
+
+def test_slices_are_taken() -> None:
+    x = normal(4, 6, 128)[:, 1::2, 64:]
+    weight = normal(8, 128)[:, :64]
+    (out,) = linear.linear(x, weight)
+    assert relative(out, F.linear(x, weight)) < 1e-6
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="width 32"):
+        linear.linear(normal(2, 32), normal(8, 64))
+    with pytest.raises(ValueError, match="one dtype"):
+        linear.linear(normal(2, 64).bfloat16(), normal(8, 64))
+
+
+def test_pack() -> None:
+    weight = normal(3, 8, 64)
+    assert linear.pack(weight) is weight
+    for kind in KINDS[1:]:
+        form = linear.pack(weight, kind)
+        assert isinstance(form, Packed) and form.kind == kind and form.shape == (3, 8, 64)
+
+
+@pytest.mark.skipif(triton_interpreter.IS_ON, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("arch", ahead.ARCHS)
+def test_ahead(arch: int) -> None:
+    for special in linear.ahead(arch):
+        if any(text in special.name for text in ("qkv", "gate_up", "evens", "rows")):
+            row = ahead.compile_one(special, arch)
+            assert row["spills"] <= 32, special.name
+            assert row["shared"] <= tuning.SHARED_KIB[arch] * 1024, special.name
+
+
+_compiled = test_ahead  # here, not in the child: the interpreter replaces what would be compiled
+triton_interpreter.in_a_child(globals())
+test_ahead = _compiled
