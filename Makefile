@@ -33,15 +33,25 @@ test: $(VENV)/.test-stamp ## format, lint, types, layering, then every test that
 check: $(VENV)/.test-stamp ## format, lint, types and layering only
 	@scripts/check
 
-bench: $(VENV)/.test-stamp ## time every part of a step and whole answers, then transformers on the same weights
-	@echo 'bench: about ten minutes; leave the machine alone meanwhile; records go to runs/bench'
-	mkdir -p runs/bench
-	$(BIN)/sfumato bench --size mid -o runs/bench/mid.json
-	$(BIN)/python benchmarks/peers.py --size mid --dtype bf16 -o runs/bench/peers.json
+# One process after the other; the machine's ceiling is measured once, first, and shared.
+BENCH := runs/bench
+WITH  := --ceilings $(BENCH)/ceilings.json
+
+bench: $(VENV)/.test-stamp ## the CPU benchmarks, under ten minutes: operations, a step, answers, transformers on the same weights
+	@echo 'bench: up to ten minutes; leave the machine alone meanwhile; records go to $(BENCH)'
+	@mkdir -p $(BENCH) && rm -f $(BENCH)/ceilings.json
+	$(BIN)/python benchmarks/step.py $(WITH) --seconds 5 -o $(BENCH)/step.json
+	$(BIN)/python benchmarks/request.py --seconds 8 -o $(BENCH)/request.json
+	$(BIN)/python benchmarks/request.py --kinds "" --sudoku 100 --rounds 1 -o $(BENCH)/sudoku.json
+	$(BIN)/python benchmarks/peers.py --seconds 8 -o $(BENCH)/peers.json
+	@for op in linear experts attention read_out soft_embedding norms; do \
+	    $(BIN)/python benchmarks/ops/$$op.py $(WITH) --seconds 1.5 -o $(BENCH)/ops-$$op.json || exit 1; \
+	done
+	@echo 'bench: cp $(BENCH)/*.json benchmarks/results && python benchmarks/results.py makes RESULTS.md of them'
 
 # Not the venv: a machine lent for its GPU may have no network, and has torch of its own.
-gpu: ## on a CUDA machine, without network or .venv: run what is pending there (needs torch, safetensors, tokenizers, numpy)
-	@echo 'gpu: pending GPU work with $(PYTHON): torch, safetensors, tokenizers and numpy have to be there'
+gpu: ## on a CUDA machine, without network or .venv: a slice of what is pending there (needs torch, triton, safetensors, tokenizers, numpy)
+	@echo 'gpu: a slice of pending GPU work with $(PYTHON), nine minutes at most; run it again for the next'
 	$(PYTHON) scripts/gpu.py
 
 clean: ## remove .venv, caches and build leftovers; runs/ and anything tracked stay

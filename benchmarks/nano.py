@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,9 +63,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--modes", default="diffusion,diffusion-unpinned,autoregressive")
+    parser.add_argument("--ops", default="auto")
+    parser.add_argument("--quantize", help="int8: weights in 8 bits (cpu operations)")
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
-    llm = LLM.load(args.model)
+    llm = LLM.load(args.model, ops=args.ops, quantize=args.quantize)
     print(f"{'band':8} {'mode':28} {'solved':>7} {'steps':>6} {'tokens/pass':>11}")
     records = []
     for record in rows(llm, args.count, args.batch, args.seed, args.modes.split(",")):
@@ -77,10 +78,11 @@ def main() -> None:
             flush=True,
         )
     if args.out:
-        from sfumato.cli.bench import environment
+        from sfumato.cli.machine import environment
 
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"environment": environment(), "command": " ".join(sys.argv), "seed": args.seed, "rows": records}
+        whole = {"what": "nano", "weights": args.quantize or "float32", "ops": llm.model.ops.name, "seed": args.seed}
+        whole |= {"rows": records, "environment": environment()}
         args.out.write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -1,40 +1,50 @@
-"""Sfumato beside transformers: the same weights, prompt and number of steps, in one run on one machine.
+"""Sfumato beside what a user would pick instead: the same weights, prompt and steps, in one run, taking turns.
 
-    .venv/bin/python benchmarks/peers.py --size mid --dtype bf16 -o benchmarks/results/peers.json
+    .venv/bin/python benchmarks/peers.py --seconds 15 -o runs/bench/peers.json
 
-Both models hold the very same tensors in memory, and their logits are compared before anything is timed. transformers
-runs with its dynamic cache (its static one is wrong past the window): sdpa, eager, and sdpa under torch.compile. A
-"denoise forward" is what its forward does: soft embedding, pass, logits. Prints a table and writes JSON after each
-engine, so that nothing is lost if a later one fails or is stopped.
+transformers holds the very tensors that ours are packed from, and the logits of both are compared, with each other and
+with float32, before anything is timed. First its own ways are tried one after the other: sdpa or eager attention, each
+of its expert implementations, dynamic cache; the fastest is the one that stands beside ours. With --compile-seconds its
+compiled ways are tried too: torch.compile around its forward, and `generate` with a static cache, which is wrong once
+the encoded tokens reach the window and therefore only takes part where they do not. Then, in turns, theirs and ours:
+"denoise forward" (soft embedding, pass, logits), "whole step" (from one draft to the next in a running answer: all that
+a step does) and a whole answer. Medians of those turns; the record is written after each part. mlx-vlm is not timed:
+where it is installed, the last line says so.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
+import importlib.util
+import itertools
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sfumato import weights
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from sfumato import ops, weights
 from sfumato.cache import KVCache
-from sfumato.cli.bench import DTYPES, Plan, duration, prompt_ids, random_config, random_model, record
-from sfumato.cli.machine import Timing, measure
+from sfumato.cli.bench import Plan, duration, prompt_ids, random_config, random_model
+from sfumato.cli.machine import Timing, environment, measure
+from sfumato.config import ModelConfig
+from sfumato.engine import Run
+from sfumato.events import Done, Draft, Options
 from sfumato.model import Model
 
-FORWARD, PREFILL, COMMIT = "denoise forward", "prefill", "commit"
+FORWARD, STEP, ANSWER = "denoise forward", "whole step", "whole answer"
+EXPERTS = ("grouped_mm", "eager", "batched_mm")
+LIMITS = {"bf16": 0.25, "int8": 0.15}
+"""What the issue asks for: our time over theirs, for the step and, in bf16, for the answer."""
 
 
-def say(name: str) -> None:
-    print(f"peers: {name}", file=sys.stderr, flush=True)
+# ---- models ---------------------------------------------------------------------------------------------------------
 
 
 def twin(model: Model) -> Any:
@@ -65,56 +75,12 @@ def twin(model: Model) -> Any:
     return theirs.requires_grad_(False).eval()
 
 
-def ours(model: Model, plan: Plan) -> dict[str, Timing]:
-    """The one figure that `bench` does not have: the work of transformers' forward, on our model."""
-    prompt_BT, canvas_BL, logits_BLV = inputs(model, plan)
-    cache = KVCache.allocate(model.config, 1, plan.prompt + model.config.canvas_length, model.device, model.dtype)
-    model.encode(prompt_BT, cache)
-    forward = lambda: denoise(model, canvas_BL, cache, logits_BLV)  # noqa: E731
-    return {FORWARD: measure(forward, plan.seconds, model.device)}
-
-
-def denoise(model: Model, canvas_BL: torch.Tensor, cache: KVCache, logits_BLV: torch.Tensor) -> torch.Tensor:
-    soft_BLD = model.ops.soft_embedding(logits_BLV, model.embed_tokens.weight, model.embed_scale)
-    return model.logits(model.denoise(canvas_BL, cache, soft_BLD))
-
-
-def theirs_timed(theirs: Any, model: Model, plan: Plan, forward: Callable[..., Any]) -> dict[str, Timing]:
-    from transformers import DynamicCache
-
-    prompt_BT, canvas_BL, logits_BLV = inputs(model, plan)
-    encoder, text = theirs.model.encoder, theirs.config.text_config
-
-    def prefill() -> Any:
-        cache = DynamicCache(config=text)
-        encoder(input_ids=prompt_BT, past_key_values=cache)
-        return cache
-
-    def denoise_forward() -> None:
-        forward(decoder_input_ids=canvas_BL, self_conditioning_logits=logits_BLV, past_key_values=cache)
-
-    cache = prefill()
-    denoise_forward()  # a compiled one compiles here, outside the time that measuring may take
-    found = {FORWARD: measure(denoise_forward, plan.seconds, model.device)}
-    if forward == theirs.forward:
-        found[PREFILL] = measure(prefill, plan.seconds, model.device)
-        again = lambda cache: encoder(input_ids=canvas_BL, past_key_values=cache)  # noqa: E731
-        found[COMMIT] = measure(again, plan.seconds, model.device, setup=lambda: copy.deepcopy(cache))
-    return found
-
-
-def answer(theirs: Any, model: Model, plan: Plan, tokens: int) -> dict[str, Any]:
-    """A whole answer of transformers' own `generate`, with exactly plan.steps steps for each canvas."""
-    prompt_BT, _, _ = inputs(model, plan)
-    fixed = {"confidence_threshold": 1e-30, "cache_implementation": "dynamic"}
-    theirs.generate(prompt_BT, max_new_tokens=1, max_denoising_steps=1, **fixed)  # to warm up
-    began = time.perf_counter()
-    out = theirs.generate(prompt_BT, max_new_tokens=tokens, max_denoising_steps=plan.steps, **fixed)
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()
-    seconds = time.perf_counter() - began
-    made = out.sequences.shape[1] - plan.prompt
-    return {"tokens": made, "steps_per_canvas": plan.steps, "seconds": seconds, "tokens_per_second": made / seconds}
+def packed(plain: Model, kind: str, name: str) -> Model:
+    """Our model of the same tensors, in the form that these operations take."""
+    with torch.device("meta"):
+        model = Model(plain.config, ops.load(name, plain.device, plain.dtype))
+    model.load_state_dict(plain.state_dict(), assign=True)
+    return model.requires_grad_(False).eval().pack_(kind)
 
 
 def inputs(model: Model, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -126,131 +92,365 @@ def inputs(model: Model, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.
     return prompt_BT.to(model.device), canvas_BL.to(model.device), logits_BLV.to(model.device, model.dtype)
 
 
-def difference(theirs: Any, model: Model, plan: Plan) -> float:
-    """Largest difference of the two engines' logits for the same canvas, after the same prompt."""
+# ---- one forward -----------------------------------------------------------------------------------------------------
+
+
+def forward_of(model: Model, plan: Plan) -> Callable[[], torch.Tensor]:
+    """The work of transformers' forward on our model: soft embedding, pass, float32 logits."""
+    prompt_BT, canvas_BL, logits_BLV = inputs(model, plan)
+    cache = KVCache.allocate(model.config, 1, plan.prompt + model.config.canvas_length, model.device, model.dtype)
+    model.encode(prompt_BT, cache)
+
+    def call() -> torch.Tensor:
+        soft_BLD = model.ops.soft_embedding(logits_BLV, model.embed_tokens.weight, model.embed_scale)
+        return model.logits(model.denoise(canvas_BL, cache, soft_BLD))
+
+    return call
+
+
+def forward_of_theirs(
+    theirs: Any, model: Model, plan: Plan, forward: Callable[..., Any] | None = None
+) -> Callable[[], torch.Tensor]:
     from transformers import DynamicCache
 
     prompt_BT, canvas_BL, logits_BLV = inputs(model, plan)
-    cache = KVCache.allocate(model.config, 1, plan.prompt, model.device, model.dtype)
-    model.encode(prompt_BT, cache)
-    here = denoise(model, canvas_BL, cache, logits_BLV)
-    past = DynamicCache(config=theirs.config.text_config)
-    theirs.model.encoder(input_ids=prompt_BT, past_key_values=past)
-    there = theirs(decoder_input_ids=canvas_BL, self_conditioning_logits=logits_BLV, past_key_values=past).logits
-    return float((here - there).abs().max())
+    cache = DynamicCache(config=theirs.config.text_config)
+    theirs.model.encoder(input_ids=prompt_BT, past_key_values=cache)
+    run = forward or theirs.forward
+    given = {"decoder_input_ids": canvas_BL, "self_conditioning_logits": logits_BLV, "past_key_values": cache}
+    return lambda: run(**given).logits
 
 
-@torch.inference_mode()
-def compare(model: Model, plan: Plan, name: str, compile_seconds: int, write: Callable[[dict[str, Any]], None]) -> None:
-    """All engines, one after the other; `write` gets the record as far as it is after each."""
-    import transformers
+def difference(theirs: Any, model: Model, plan: Plan) -> float:
+    """Largest difference of the two engines' logits for the same canvas, after the same prompt."""
+    return float((forward_of_theirs(theirs, model, plan)() - forward_of(model, plan)()).abs().max())
 
-    model.config = replace(model.config, eos_ids=())
-    found = record(model, plan, name, lambda part: say(f"sfumato: {part}"))
-    found["what"] = "sfumato beside transformers"
-    found["environment"]["versions"]["transformers"] = transformers.__version__
-    diffusion = found["requests"]["diffusion"]
-    say("sfumato: denoise forward")
-    found["parts"] |= {part: as_row(timing) for part, timing in ours(model, plan).items()}
-    say("transformers: building on the same tensors")
-    theirs = twin(model)
-    found["largest_logit_difference"] = difference(theirs, model, plan)
-    found["peers"] = {}
-    write(found)
-    plan = replace(plan, steps=diffusion["steps_per_canvas"])  # what there was time for
-    for attention in ("sdpa", "eager"):
-        theirs.set_attn_implementation(attention)
-        say(f"transformers, {attention}: parts")
-        parts = theirs_timed(theirs, model, plan, theirs.forward)
-        say(f"transformers, {attention}: answer")
-        found["peers"][f"transformers {attention}"] = {
-            "parts": {part: as_row(timing) for part, timing in parts.items()},
-            "requests": {"diffusion": answer(theirs, model, plan, diffusion["tokens"])},
+
+def logits_beside(theirs: Any, plain: Model, each: dict[str, Model], plan: Plan) -> dict[str, Any]:
+    """Logits of everyone against float32 on the same weights, and against each other."""
+    exact_model = packed(plain, "", "fused").float()
+    exact = forward_of(exact_model, plan)().float()
+    del exact_model
+    common.release()
+    there = forward_of_theirs(theirs, plain, plan)().float()
+    size = exact.norm()
+    found: dict[str, Any] = {
+        "transformers": {"error_against_float32": float((there - exact).norm() / size)},
+    }
+    for name, model in each.items():
+        here = forward_of(model, plan)().float()
+        found[name] = {
+            "error_against_float32": float((here - exact).norm() / size),
+            "largest_difference_from_transformers": float((here - there).abs().max()),
+            "argmax_as_transformers": float((here.argmax(-1) == there.argmax(-1)).float().mean()),
+            "argmax_as_float32": float((here.argmax(-1) == exact.argmax(-1)).float().mean()),
         }
-        write(found)
-    if compile_seconds:
-        theirs.set_attn_implementation("sdpa")
-        say(f"transformers, compiled: denoise forward (at most {compile_seconds} s)")
-        found["peers"]["transformers compiled"] = compiled(theirs, model, plan, compile_seconds)
-        write(found)
+    return found
 
 
-def compiled(theirs: Any, model: Model, plan: Plan, limit: int) -> dict[str, Any]:
-    """Its forward under torch.compile, given up after `limit` seconds: that, or a compiler that fails, is a finding."""
+# ---- steps and answers -----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A streamer for transformers' generate that notes when each draft comes: what `Draft` events are to ours."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: Any) -> None: ...
+
+    def put_draft(self, value: Any) -> None:
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+
+def steps_of(model: Model, plan: Plan, steps: int) -> list[float]:
+    """Seconds from one draft to the next in our engine, without the first step, which has no soft embedding."""
+    options = Options(
+        max_tokens=model.config.canvas_length, seed=plan.seed, max_steps=steps, confidence=0.0, drafts=True
+    )
+    run = Run(model, [prompt_ids(model.config, plan)], options)
+    return _gaps([time.perf_counter() for event in run if isinstance(event, Draft)])
+
+
+def steps_of_theirs(theirs: Any, model: Model, plan: Plan, steps: int, cache: str = "dynamic") -> list[float]:
+    clock = Clock()
+    generate(theirs, model, plan, model.config.canvas_length, steps, cache, clock)
+    return _gaps(clock.moments)
+
+
+def _gaps(moments: list[float]) -> list[float]:
+    return [later - before for before, later in itertools.pairwise(moments)]
+
+
+def generate(
+    theirs: Any, model: Model, plan: Plan, tokens: int, steps: int, cache: str = "dynamic", streamer: Any = None
+) -> int:
+    """Their own generate with exactly so many steps a canvas; the number of new tokens."""
+    prompt_BT = torch.tensor([prompt_ids(model.config, plan)], device=model.device)
+    fixed = {"confidence_threshold": 1e-30, "cache_implementation": cache, "streamer": streamer}
+    out = theirs.generate(prompt_BT, max_new_tokens=tokens, max_denoising_steps=steps, **fixed)
+    common.wait(model.device)
+    return int(out.sequences.shape[1]) - plan.prompt
+
+
+def answer(model: Model, plan: Plan) -> int:
+    options = Options(max_tokens=plan.tokens, seed=plan.seed, max_steps=plan.steps, confidence=0.0)
+    events = Run(model, [prompt_ids(model.config, plan)], options)
+    return next(len(event.tokens) for event in events if isinstance(event, Done))
+
+
+# ---- transformers' ways ----------------------------------------------------------------------------------------------
+
+
+def ways(theirs: Any, model: Model, plan: Plan, seconds: float) -> dict[str, Any]:
+    """Its forward in each way that it has on this machine; an implementation that fails says why."""
+    found: dict[str, Any] = {}
+    for attention in ("sdpa", "eager"):
+        for experts in EXPERTS:
+            name = f"{attention}, {experts} experts"
+            common.say(f"transformers: {name}")
+            try:
+                choose(theirs, attention, experts)
+                call = forward_of_theirs(theirs, model, plan)
+                found[name] = row(measure(call, seconds, model.device, repeats=5))
+                found[name] |= {"attention": attention, "experts": experts}
+            except Exception as error:
+                found[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            common.release()
+    return found
+
+
+def choose(theirs: Any, attention: str, experts: str) -> None:
+    theirs.set_attn_implementation(attention)
+    theirs.set_experts_implementation(experts)
+
+
+def compiled(theirs: Any, model: Model, plan: Plan, limit: int, steps: int) -> dict[str, Any]:
+    """Its compiled ways, given up after `limit` seconds each: that, or a compiler that fails, is a finding."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"not compiled within {limit} s")
 
-    before, began = signal.signal(signal.SIGALRM, stop), time.perf_counter()
-    signal.alarm(limit)
-    row: dict[str, Any] = {"parts": {}, "requests": {}}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler, about their code
-            parts = theirs_timed(theirs, model, plan, torch.compile(theirs.forward))
-        row["parts"] = {part: as_row(timing) for part, timing in parts.items()}
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    return {**row, "seconds_with_compiling": time.perf_counter() - began}
+    def forward() -> tuple[str, Timing]:
+        call = forward_of_theirs(theirs, model, plan, torch.compile(theirs.forward))
+        call()
+        return FORWARD, measure(call, plan.seconds, model.device)
+
+    def static() -> tuple[str, Timing]:
+        window = model.config.window or 10**9
+        if plan.prompt >= window:
+            raise ValueError(
+                f"a prompt of {plan.prompt} reaches the window of {window}: its static cache is wrong there"
+            )
+        steps_of_theirs(theirs, model, plan, 3, "static")
+        return STEP, Timing.of(steps_of_theirs(theirs, model, plan, steps, "static"))
+
+    found: dict[str, Any] = {}
+    for name, run in {"compiled forward, dynamic cache": forward, "compiled generate, static cache": static}.items():
+        common.say(f"transformers: {name} (at most {limit} s)")
+        before, began = signal.signal(signal.SIGALRM, stop), time.perf_counter()
+        signal.alarm(limit)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler, about their code
+                part, timing = run()
+            found[name] = {part: row(timing)}
+        except Exception as error:
+            found[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        found[name]["seconds_with_compiling"] = time.perf_counter() - began
+    return found
 
 
-def as_row(timing: Timing) -> dict[str, Any]:
-    row = asdict(timing)
-    return {"seconds": row.pop("median"), **row}
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+
+def row(timing: Timing) -> dict[str, Any]:
+    return {
+        "seconds": timing.median,
+        "fastest": timing.fastest,
+        "slowest": timing.slowest,
+        "repeats": timing.repeats,
+    }
+
+
+def pooled(runs: dict[str, Callable[[], list[float]]], seconds: float, rounds: int = 12) -> dict[str, Timing]:
+    """Runs that give several times each, in turns; the median of all that each gave."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    until = time.perf_counter() + seconds
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name] += run()
+        if time.perf_counter() > until:
+            break
+    return {name: Timing.of(times) for name, times in found.items()}
+
+
+@torch.inference_mode()
+def compare(
+    plain: Model,
+    plan: Plan,
+    name: str,
+    kinds: list[str],
+    own_ops: str,
+    limit: int,
+    write: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Everything, part by part; `write` gets the record as far as it is after each."""
+    import transformers
+
+    common.without_eos(plain)
+    device, theirs_name = plain.device, "transformers"
+    theirs = twin(plain)
+    base = "float32" if plain.dtype == torch.float32 else "bf16"
+    each: dict[str, Model] = {}
+    for kind in (base, *kinds):
+        try:
+            each[f"sfumato {kind}"] = packed(plain, "" if kind == base else kind, own_ops)
+        except Exception as error:
+            common.say(f"sfumato {kind}: left out: {error}")
+    where = environment(device)
+    where["versions"]["transformers"] = transformers.__version__
+    found: dict[str, Any] = {
+        "what": "peers",
+        "model": name,
+        "dtype": base,
+        "ops": next(iter(each.values())).ops.name,
+        "prompt": plan.prompt,
+        "steps": plan.steps,
+        "mlx-vlm": mlx_vlm(),
+        "environment": where,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers', about its own code
+        common.say("logits")
+        found["logits"] = logits_beside(theirs, plain, each, plan)
+        write(found)
+        found["ways of transformers"] = ways(theirs, plain, plan, plan.seconds / 4)
+        fastest = min(
+            (way for way in found["ways of transformers"].values() if "seconds" in way), key=lambda way: way["seconds"]
+        )
+        choose(theirs, fastest["attention"], fastest["experts"])
+        found["best way"] = f"{fastest['attention']}, {fastest['experts']} experts"
+        write(found)
+        if limit:
+            found["compiled"] = compiled(theirs, plain, plan, limit, 6)
+            write(found)
+
+        common.say(f"in turns: {FORWARD}")
+        calls = {theirs_name: forward_of_theirs(theirs, plain, plan)}
+        calls |= {own: forward_of(model, plan) for own, model in each.items()}
+        found["parts"] = {FORWARD: {k: row(t) for k, t in common.alternate(calls, plan.seconds, device).items()}}
+        write(found)
+
+        common.say(f"in turns: {STEP}")
+        few = 5
+        runs = {theirs_name: lambda: steps_of_theirs(theirs, plain, plan, few)}
+        runs |= {own: lambda model=model: steps_of(model, plan, few) for own, model in each.items()}
+        for run in list(runs.values())[1:]:
+            run()
+        found["parts"][STEP] = {k: row(t) for k, t in pooled(runs, plan.seconds).items()}
+        write(found)
+
+        common.say(f"in turns: {ANSWER}")
+        calls = {theirs_name: lambda: generate(theirs, plain, plan, plan.tokens, plan.steps)}
+        calls |= {own: lambda model=model: answer(model, plan) for own, model in each.items()}
+        tokens = {own: calls[own]() for own in each}
+        if len(set(tokens.values())) != 1 or plan.tokens % plain.config.canvas_length:
+            common.say(f"answers differ in length: {tokens}")
+        found["tokens"] = plan.tokens
+        timed = common.alternate(calls, 2 * plan.seconds, device, warm=0)
+        found["parts"][ANSWER] = {k: row(t) for k, t in timed.items()}
+    found["ratios"], found["targets"] = ratios(found, base)
+    write(found)
+    return found
+
+
+def ratios(found: dict[str, Any], base: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our median over the best that transformers reached, compiled or not, for each part; and the issue's targets."""
+    best = {part: rows["transformers"]["seconds"] for part, rows in found["parts"].items()}
+    for way in found.get("compiled", {}).values():
+        for part in best:
+            if part in way:
+                best[part] = min(best[part], way[part]["seconds"])
+    made = {
+        part: {own: timing["seconds"] / best[part] for own, timing in rows.items() if own != "transformers"}
+        for part, rows in found["parts"].items()
+    }
+    targets = {}
+    for kind, most in LIMITS.items():
+        if f"sfumato {kind}" in made[STEP]:
+            targets[f"{STEP}, {kind}, over transformers' best"] = common.target(made[STEP][f"sfumato {kind}"], most)
+    if base == "bf16":
+        targets[f"{ANSWER}, bf16, over transformers' best"] = common.target(
+            made[ANSWER]["sfumato bf16"], LIMITS["bf16"]
+        )
+    return made, targets
+
+
+def mlx_vlm() -> str:
+    if importlib.util.find_spec("mlx_vlm") is None:
+        return "not installed"
+    return "installed, and not compared: there is no adapter for it here"
 
 
 def table(found: dict[str, Any]) -> str:
-    """The parts that all engines have, as aligned text; in brackets how many times longer than ours."""
-    engines = {"sfumato": found, **found["peers"]}
-    lines = [["", *engines]]
-    for part in (FORWARD, PREFILL, COMMIT):
-        own = found["parts"][part]["seconds"]
-        cells = [engine["parts"].get(part, {}).get("seconds") for engine in engines.values()]
-        lines.append([part, *("–" if c is None else f"{duration(c)} (×{c / own:.2f})" for c in cells)])
-    rates = [engine["requests"].get("diffusion", {}).get("tokens_per_second") for engine in engines.values()]
-    steps = found["requests"]["diffusion"]["steps_per_canvas"]
-    lines.append([f"answer, {steps} steps", *("–" if rate is None else f"{rate:.3g} tokens/s" for rate in rates)])
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    """What took turns: seconds, and in brackets our share of transformers' time."""
+    names = list(next(iter(found["parts"].values())))
+    lines = []
+    for part, rows in found["parts"].items():
+        base = rows["transformers"]["seconds"]
+        lines.append([part, *(f"{duration(rows[n]['seconds'])} (×{rows[n]['seconds'] / base:.3f})" for n in names)])
+    errors = [f"{found['logits'].get(n, {}).get('error_against_float32', float('nan')):.1e}" for n in names]
+    lines.append(["logits against float32", *errors])
+    text = common.table(["", *names], lines)
+    for name, one in (found["ways of transformers"] | found.get("compiled", {})).items():
+        part = next((one[p] for p in (FORWARD, STEP) if p in one), one)
+        text += f"\n{name}: {duration(part['seconds']) if 'seconds' in part else one.get('failed')}"
+    for name, one in found["logits"].items():
+        if "largest_difference_from_transformers" in one:
+            most = one["largest_difference_from_transformers"]
+            text += f"\n{name}: logits differ from transformers' by at most {most:.3g}"
+            text += f", the same argmax at {one['argmax_as_transformers']:.1%} of positions"
+    for name, one in found["targets"].items():
+        text += f"\n{name}: {one['value']:.3f} (target {one['target']})"
+    return text + f"\nmlx-vlm: {found['mlx-vlm']}"
+
+
+def model_of(size: str, dtype: str, device: str) -> tuple[Model, ModelConfig]:
+    config = random_config(size)
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    return random_model(config, kind, device, "fused"), config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sfumato beside transformers on the same weights.")
-    parser.add_argument("model", nargs="?", help="checkpoint folder, hub id or nano; default: random weights")
-    parser.add_argument("--size", default="mid", choices=["mid", "tiny"], help="of the random weights")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
+    parser = common.arguments(__doc__, 15.0)
+    parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "float32"])
+    parser.add_argument("--kinds", default="int8", help="of our packed weights beside --dtype; may be empty")
     parser.add_argument("--ops", default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompt", type=int, default=384)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=20.0, help="about how long each measurement may take")
-    parser.add_argument("--compile-seconds", type=int, default=600, help="limit for torch.compile; 0 leaves it out")
-    parser.add_argument("--json", action="store_true", help="print the record instead of the table")
-    parser.add_argument("-o", "--output", type=Path, help="write the record to this file")
+    parser.add_argument("--compile-seconds", type=int, default=0, help="limit for each compiled way; 0 leaves them out")
     given = parser.parse_args()
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(given.prompt, given.tokens, given.steps, given.seconds)
-    dtype = DTYPES[given.dtype]
-    if given.model is None:
-        model = random_model(random_config(given.size), dtype, given.device, given.ops)
-    else:
-        model = weights.load(given.model, given.device, dtype, given.ops).eval()
-    last: dict[str, Any] = {}
-
-    def write(found: dict[str, Any]) -> None:
-        last.update(found)
-        if given.output:
-            given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-    compare(model, plan, given.model or f"{given.size} (random weights)", given.compile_seconds, write)
-    print(json.dumps(last, indent=2) if given.json else table(last))
+    plain, _ = model_of(given.size, given.dtype, given.device)
+    kinds = [kind for kind in given.kinds.split(",") if kind]
+    found = compare(
+        plain,
+        plan,
+        f"{given.size} (random weights)",
+        kinds,
+        given.ops,
+        given.compile_seconds,
+        lambda record: common.finish(record, given),
+    )
+    print(table(found))
 
 
 if __name__ == "__main__":

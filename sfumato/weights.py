@@ -367,9 +367,7 @@ def save(
     expected = _blank(model.config, model.ops).state_dict()
     for name in {**expected, **(tensors := model.state_dict())}:
         if name not in expected or name not in tensors or tensors[name].shape != expected[name].shape:
-            raise InputError(
-                f"{name} is not as the released layout has it; save a model loaded with ops='fused', before it is changed"
-            )
+            raise InputError(f"{name} is not as the released layout has it; load with ops='fused' what is to be saved")
     folder, copied = Path(folder), {}
     if tokenizer_from is not None:
         source = Path(tokenizer_from)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,9 +15,13 @@ from sfumato.cli import bench, info, machine
 from sfumato.cli.bench import Plan
 from sfumato.events import InputError
 from sfumato.model import Model
+from sfumato.ops import cpu, load
 
 PLAN = Plan(prompt=48, tokens=64, steps=2, seconds=0.05, streamed=2**22)
-PARTS = ("prefill", "denoise pass", "read-out", "soft embedding", "accept, renoise, stop", "commit", "whole step")
+PARTS = (
+    "prefill", "denoise pass", "read-out", "soft embedding", "accept, renoise, stop", "commit", "commit and first pass",
+    "whole step",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -31,16 +33,6 @@ def model() -> Model:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command with a small bandwidth buffer."""
     monkeypatch.setattr(bench, "Plan", partial(Plan, streamed=2**22))
-
-
-def load_peers() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "peers.py"
-    spec = importlib.util.spec_from_file_location("peers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_mid_is_the_model_of_the_first_reading() -> None:
@@ -68,16 +60,23 @@ def test_the_record_has_everything_in_a_few_seconds(model: Model) -> None:
         assert (row["share_of_ceiling"] is None) == (name == "accept, renoise, stop")
     diffusion, autoregressive = found["requests"]["diffusion"], found["requests"]["autoregressive"]
     canvases = diffusion["tokens"] // 32
-    assert diffusion["passes"] == canvases * diffusion["steps_per_canvas"] + canvases - 1  # the last is not encoded
+    assert diffusion["passes"] == canvases * diffusion["steps_per_canvas"]  # committing takes no pass of its own
+    assert diffusion["passes_per_canvas"] == diffusion["steps_per_canvas"]
     assert 1 <= autoregressive["tokens"] <= 64
     for request in (diffusion, autoregressive):
         assert 0 < request["first_tokens_seconds"] <= request["seconds"]
         assert request["tokens_per_second"] == pytest.approx(request["tokens"] / request["seconds"])
     rates = found["ceilings"]["flops_per_second"]
-    assert set(rates["float32"]) == set(rates["bf16"]) == {"best", *bench.shapes(model.config)}
+    for kind in ("float32", "bf16"):
+        means = {name: rate for name, rate in rates[kind].items() if isinstance(rate, dict)}
+        assert "F.linear" in means and all(set(each) == set(bench.shapes(model.config)) for each in means.values())
+        assert rates[kind]["best"] == max(max(each.values()) for each in means.values())
+        assert rates[kind]["by"] in means and rates[kind]["library"] <= rates[kind]["best"]
     assert found["ceilings"]["bytes_per_second"]["best"] > 0
     assert found["dtype"] == "float32"
-    assert found["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):  # packed weights are no parameters
+        plain = Model(model.config, load("reference"))
+    assert found["model"]["parameters"] == sum(p.numel() for p in plain.parameters())
     environment = found["environment"]
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["hardware"]["threads"] == torch.get_num_threads()
@@ -90,7 +89,7 @@ def test_an_answer_without_hurry_is_done_in_full(model: Model) -> None:
     with torch.inference_mode():
         found = bench.requests(model, plan, step=1e-6)
     assert found["diffusion"]["tokens"] == 64  # whole canvases
-    assert found["diffusion"]["passes"] == 2 * 3 + 1
+    assert found["diffusion"]["passes"] == 2 * 3
     assert found["autoregressive"]["tokens"] == 40
 
 
@@ -116,6 +115,29 @@ def test_measure_is_bounded_and_leaves_setup_out() -> None:
     assert given == [7, 7, 7]  # one to warm up
     assert found.median < 0.05
     assert machine.measure(lambda: time.sleep(0.05), 0, cpu).repeats == 1
+
+
+def test_quantised_weights_cost_fewer_bytes_and_their_own_rate() -> None:
+    if cpu.obstacle(torch.bfloat16):
+        pytest.skip(str(cpu.obstacle(torch.bfloat16)))
+    config = bench.replace(bench.random_config("tiny"), hidden_size=128, expert_size=64, intermediate_size=128)
+    plain, packed = (bench.random_model(config, torch.bfloat16, "cpu", "cpu", quantize=kind) for kind in (None, "int8"))
+    one, other = (bench.Counted.of(model) for model in (plain, packed))
+    assert one.weights.expert_bits == 16 and 8 <= other.weights.expert_bits < 9
+    wide, narrow = one.step(16), other.step(16)
+    assert set(wide.flops) == {"bf16"} and set(narrow.flops) == {"bf16", "int8"}
+    assert sum(wide.flops.values()) == sum(narrow.flops.values()) and narrow.bytes < wide.bytes
+    most = {"bytes_per_second": {"best": 1e30}, "flops_per_second": {"bf16": {"best": 1.0}, "int8": {"best": 2.0}}}
+    assert narrow.seconds(most) < wide.seconds(most)
+
+
+def test_a_command_names_no_path_of_this_machine() -> None:
+    root = machine.ROOT
+    line = machine.command_line(
+        [str(root / "benchmarks" / "x.py"), "-o", "/somewhere/out.json", str(root / "runs" / "y")]
+    )
+    assert line == "python benchmarks/x.py -o out.json runs/y"
+    assert machine.command_line(["/venv/bin/sfumato", "bench"]) == "sfumato bench"
 
 
 def test_more_than_the_context_holds_is_refused(model: Model) -> None:
@@ -166,16 +188,3 @@ def test_bad_input_is_one_sentence(arguments: list[str], part: str, capsys: pyte
 )
 def test_durations_for_people(seconds: float | None, text: str) -> None:
     assert bench.duration(seconds) == text
-
-
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, once inductor is imported
-def test_the_peer_holds_the_same_weights(model: Model) -> None:
-    """What benchmarks/peers.py compares with: transformers around the very same tensors, and the same logits."""
-    pytest.importorskip("transformers")
-    peers = load_peers()
-    model.config = bench.replace(model.config, eos_ids=())
-    with torch.inference_mode():
-        theirs = peers.twin(model)
-        assert theirs.lm_head.weight.data_ptr() == model.embed_tokens.weight.data_ptr()
-        assert peers.difference(theirs, model, PLAN) < 2e-4
-        assert peers.answer(theirs, model, PLAN, 64)["tokens"] == 64

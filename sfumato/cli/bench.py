@@ -1,21 +1,22 @@
 """`sfumato bench`: how long each part of the work takes here, beside what this machine can do at all.
 
 Every figure is the median of repeats after a warm-up, bounded in seconds, and stands beside its floor: the bytes and
-operations of `info` at the memory bandwidth and matrix-product rate that are measured in the same run. Without a
-checkpoint it makes random weights, and the number of steps is fixed: nothing here depends on what the model says.
-It lacks quality and text on purpose (`benchmarks/nano.py`), and other engines (`benchmarks/peers.py`).
+operations of `info` at the memory bandwidth and the rates of matrix products that are measured in the same run. Without
+a checkpoint it makes random weights, and the number of steps is fixed: nothing here depends on what the model says. It
+lacks quality and text on purpose (`benchmarks/nano.py`), and other engines (`benchmarks/peers.py`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -25,11 +26,9 @@ from sfumato.cache import KVCache
 from sfumato.cli.info import (
     Parameters,
     Precision,
-    Work,
     number,
     pass_work,
     size,
-    step_work,
     vocabulary_work,
 )
 from sfumato.cli.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
@@ -43,6 +42,25 @@ from sfumato.ops import load as load_ops
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 Say = Callable[[str], None]
 """Hears the name of each measurement as it begins."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of a part: bytes to read, and operations by the kind of product ("bf16", "int8", …)."""
+
+    bytes: float
+    flops: dict[str, float]
+
+    def __add__(self, other: Cost) -> Cost:
+        kinds = {**self.flops, **other.flops}
+        flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in kinds}
+        return Cost(self.bytes + other.bytes, flops)
+
+    def seconds(self, most: dict[str, Any]) -> float:
+        """The floor: memory and arithmetic at the best that `machine.ceilings` found, perfectly overlapped."""
+        rates = most["flops_per_second"]
+        arithmetic = sum(flops / rates[kind if kind in rates else "bf16"]["best"] for kind, flops in self.flops.items())
+        return max(self.bytes / most["bytes_per_second"]["best"], arithmetic)
 
 
 @dataclass(frozen=True)
@@ -85,10 +103,10 @@ def random_model(
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tuple[str, Timing, Work | None]]:
+def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tuple[str, Timing, Cost | None]]:
     """(name, time, least work) of every part of a request, at the context that the prompt leaves."""
     config, ops, device = model.config, model.ops, model.device
-    embed_VD, length, precision = model.embed_tokens.weight, config.canvas_length, precision_of(model)
+    embed_VD, length, counted = model.embed_tokens.weight, config.canvas_length, Counted.of(model)
     dice = CountedDice([plan.seed], [0], length, config.vocab_size, device)
     prompt_BT = torch.tensor([prompt_ids(config, plan)], device=device)
     canvas_BL, temperature_B = dice.canvas([0], [0]), torch.tensor([0.8], device=device)
@@ -113,12 +131,16 @@ def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tu
         cache.truncate_(0, plan.prompt)
         model.encode(canvas_BL, cache)
 
-    def timed(name: str, function: Callable[[], Any], work: Work | None) -> tuple[str, Timing, Work | None]:
-        say(name)
-        return name, measure(function, plan.seconds, device), work
+    def commit_and_step() -> None:
+        cache.truncate_(0, plan.prompt)
+        model.encode_and_denoise(canvas_BL, [length], canvas_BL, cache)
 
-    vocabulary = vocabulary_work(config, precision, length)
-    yield timed("prefill", prefill, pass_work(config, precision, plan.prompt, 0, is_encode=True))
+    def timed(name: str, function: Callable[[], Any], cost: Cost | None) -> tuple[str, Timing, Cost | None]:
+        say(name)
+        return name, measure(function, plan.seconds, device), cost
+
+    vocabulary = counted.vocabulary(length)
+    yield timed("prefill", prefill, counted.one_pass(plan.prompt, 0, is_encode=True))
     cache = prefill()
     hidden_BLD = model.denoise(canvas_BL, cache)
     read = read_out()
@@ -127,14 +149,17 @@ def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tu
     yield timed(
         "denoise pass",
         lambda: model.denoise(canvas_BL, cache, soft_BLD),
-        pass_work(config, precision, length, plan.prompt),
+        counted.one_pass(length, plan.prompt),
     )
     yield timed("read-out", read_out, vocabulary)
-    yield timed("soft embedding", lambda: ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale), vocabulary)
+    embed = lambda: ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, read.tiles)  # noqa: E731
+    yield timed("soft embedding", embed, vocabulary)
     yield timed("accept, renoise, stop", decide, None)
-    yield timed("commit", commit, pass_work(config, precision, length, plan.prompt, is_encode=True))
+    yield timed("commit", commit, counted.one_pass(length, plan.prompt, is_encode=True))
+    both = counted.one_pass(length, plan.prompt) + counted.one_pass(length, plan.prompt, is_encode=True)
+    yield timed("commit and first pass", commit_and_step, replace(both, bytes=both.bytes / 2))
     say("whole step")
-    yield "whole step", engine_step(model, plan), step_work(config, precision, plan.prompt)
+    yield "whole step", engine_step(model, plan), counted.step(plan.prompt)
 
 
 def engine_step(model: Model, plan: Plan) -> Timing:
@@ -166,6 +191,7 @@ def requests(model: Model, plan: Plan, say: Say = lambda name: None, step: float
         "tokens": done.tokens,
         "steps_per_canvas": plan.steps,
         "passes": done.passes,
+        "passes_per_canvas": done.passes / canvases,
         "seconds": done.seconds,
         "first_tokens_seconds": done.first_commit_seconds,
         "tokens_per_second": done.tokens / done.seconds,
@@ -213,17 +239,55 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def precision_of(model: Model) -> Precision:
-    width = model.dtype.itemsize
-    return Precision(str(model.dtype), 8 * width, 8 * width, width, None)
+@dataclass(frozen=True)
+class Counted:
+    """What a pass, a read-out and a step of this model cost at least, with its weights as they are stored."""
+
+    config: ModelConfig
+    weights: Precision
+    kind: str
+    """Of the products with these weights."""
+    rest: str
+    """Of those with the embedding, and in attention."""
+
+    @classmethod
+    def of(cls, model: Model) -> Counted:
+        width, stack = model.dtype.itemsize, cast(Any, model.layers[0]).experts.down_proj
+        bits, rest = 8.0 * width, "float32" if model.dtype == torch.float32 else "bf16"
+        stored = kind = rest
+        if not isinstance(stack, torch.Tensor):
+            held = stack.nbytes if hasattr(stack, "nbytes") else stack.bytes
+            bits = min(bits, 8.0 * held / math.prod(stack.shape))  # padding of panels is no work
+            stored = {0: rest, 1: rest, 2: "int8"}.get(stack.kind, stack.kind)
+            kind = rest if stored == "int4" else stored  # int4 is multiplied as bf16
+        return cls(model.config, Precision(stored, bits, bits, width, None), kind, rest)
+
+    def one_pass(self, tokens: int, context: int, is_encode: bool = False) -> Cost:
+        work, weights = pass_work(self.config, self.weights, tokens, context, is_encode), Parameters.of(self.config)
+        other = weights.other - (weights.self_conditioning if is_encode else 0)
+        products = 2.0 * tokens * (other + weights.experts * weights.chosen)
+        return Cost(work.bytes, {self.kind: products}) + Cost(0.0, {self.rest: work.flops - products})
+
+    def vocabulary(self, tokens: int) -> Cost:
+        full = Precision("", 0, 8 * self.weights.cache_bytes, 0, None)
+        work = vocabulary_work(self.config, full, tokens)
+        return Cost(work.bytes, {self.rest: work.flops})
+
+    def step(self, context: int) -> Cost:
+        """As `info.step_work`: the embedding is read once for logits and soft embedding."""
+        logits = self.vocabulary(self.config.canvas_length)
+        return self.one_pass(self.config.canvas_length, context) + logits + replace(logits, bytes=0.0)
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def record(model: Model, plan: Plan, name: str, say: Say = lambda name: None) -> dict[str, Any]:
-    """Everything, as JSON would hold it: seconds, bytes, operations a second, shares of the ceiling from 0 to 1."""
+def record(
+    model: Model, plan: Plan, name: str, say: Say = lambda name: None, most: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything, as JSON would hold it: seconds, bytes, operations a second, shares of the ceiling from 0 to 1.
+    `most` are ceilings that were measured on this machine before."""
     config = model.config = replace(model.config, eos_ids=())  # answers of a known length
     need = plan.prompt + -(-plan.tokens // config.canvas_length) * config.canvas_length
     if need > config.max_position:
@@ -232,27 +296,13 @@ def record(model: Model, plan: Plan, name: str, say: Say = lambda name: None) ->
     found = list(parts(model, plan, say))
     answers = requests(model, plan, say, step=found[-1][1].median)
     peak = peak_bytes(model.device)
-    say("ceilings")
-    most = ceilings(shapes(config), min(plan.seconds, 3.0), model.device, plan.streamed)
-    bandwidth = most["bytes_per_second"]["best"]
-    kind = "float32" if model.dtype == torch.float32 else "bf16"
-    rate = most["flops_per_second"][kind]["best"]
-    table = {}
-    for part, timing, work in found:
-        floor = work.seconds(bandwidth, rate) if work else None
-        table[part] = {
-            "seconds": timing.median,
-            "fastest": timing.fastest,
-            "slowest": timing.slowest,
-            "repeats": timing.repeats,
-            "flops": work and work.flops,
-            "bytes": work and work.bytes,
-            "floor_seconds": floor,
-            "share_of_ceiling": floor / timing.median if floor else None,
-        }
-    token = pass_work(config, precision_of(model), 1, plan.prompt, is_encode=True)
-    token += vocabulary_work(config, precision_of(model), 1)
-    share = answers["autoregressive"]["tokens_per_second_after_first"] * token.seconds(bandwidth, rate)
+    if most is None:
+        say("ceilings")
+        most = ceilings(shapes(config), min(plan.seconds, 3.0), model.device, plan.streamed)
+    table = {part: part_row(timing, cost, most) for part, timing, cost in found}
+    counted = Counted.of(model)
+    token = (counted.one_pass(1, plan.prompt, is_encode=True) + counted.vocabulary(1)).seconds(most)
+    share = answers["autoregressive"]["tokens_per_second_after_first"] * token
     answers["autoregressive"]["share_of_ceiling"] = share
     parameters = Parameters.of(config)
     return {
@@ -268,6 +318,7 @@ def record(model: Model, plan: Plan, name: str, say: Say = lambda name: None) ->
             "canvas_length": config.canvas_length,
         },
         "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": Counted.of(model).weights.name,
         "ops": model.ops.name,
         "prompt": plan.prompt,
         "parts": table,
@@ -275,6 +326,21 @@ def record(model: Model, plan: Plan, name: str, say: Say = lambda name: None) ->
         "ceilings": most,
         "peak_bytes": peak,
         "environment": environment(model.device),
+    }
+
+
+def part_row(timing: Timing, cost: Cost | None, most: dict[str, Any]) -> dict[str, Any]:
+    """One part as JSON, with its floor under these ceilings and the share of it that was reached."""
+    floor = cost.seconds(most) if cost else None
+    return {
+        "seconds": timing.median,
+        "fastest": timing.fastest,
+        "slowest": timing.slowest,
+        "repeats": timing.repeats,
+        "flops": cost and sum(cost.flops.values()),
+        "bytes": cost and cost.bytes,
+        "floor_seconds": floor,
+        "share_of_ceiling": floor / timing.median if floor else None,
     }
 
 
@@ -287,7 +353,8 @@ def command(
     ] = None,
     size: Annotated[str, typer.Option(help="Of the random weights: mid (half a billion) or tiny.")] = "mid",
     dtype: Annotated[str | None, typer.Option(help="bf16 or float32. Default: the checkpoint's; bf16.")] = None,
-    ops: Annotated[str, typer.Option(help="auto, reference or fused operations.")] = "auto",
+    ops: Annotated[str, typer.Option(help="auto, reference, fused, cpu or triton operations.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="int8 (cpu, triton), fp8 or int4 (triton) weights.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 384,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 512,
@@ -300,7 +367,7 @@ def command(
 
     A few minutes. "of ceiling": the least time that measured bandwidth and matrix products allow, over the time taken.
 
-    Example: sfumato bench --dtype float32
+    Example: sfumato bench --quantize int8
 
     Example: sfumato bench nano --steps 8 --json -o bench.json
     """
@@ -318,9 +385,10 @@ def command(
     with progress() as say:
         say("weights")
         if model is None:
-            made = random_model(random_config(size), DTYPES[dtype or "bf16"], device, ops)
+            made = random_model(random_config(size), DTYPES[dtype or "bf16"], device, ops, quantize=quantize)
         else:
-            made = weights.load(model, device=device, dtype=DTYPES[dtype] if dtype else None, ops=ops).eval()
+            kept = DTYPES[dtype] if dtype else None
+            made = weights.load(model, device=device, dtype=kept, ops=ops, quantize=quantize).eval()
         found = record(made, plan, model or f"{size} (random weights)", say)
     text = json.dumps(found, indent=2)
     if output is not None:
@@ -381,7 +449,8 @@ def show(found: dict[str, Any]) -> None:
     bandwidth, products = found["ceilings"]["bytes_per_second"], found["ceilings"]["flops_per_second"]
     console.print(
         f"Measured ceiling: {size(bandwidth['read'])}/s read, {size(bandwidth['copy'])}/s copied; "
-        f"{number(products['float32']['best'], 'FLOP')}/s float32, {number(products['bf16']['best'], 'FLOP')}/s bf16."
+        + ", ".join(f"{number(found['best'], 'FLOP')}/s {kind}" for kind, found in products.items())
+        + "."
         + (f" Peak memory {size(found['peak_bytes'])}." if found["peak_bytes"] else "")
         + "\n",
         style="dim",

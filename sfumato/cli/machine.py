@@ -1,8 +1,8 @@
 """This machine: what it is, how long a call takes on it, and what it can do at best.
 
 The ceiling under every figure of `bench` is measured in the same run: bytes a second of a large copy and of a streaming
-read, operations a second of matrix products. It lacks power, clocks and anything that needs rights or tools beyond
-torch.
+read, from ordinary and from huge pages; operations a second of matrix products by every means there is, torch's own,
+oneDNN's on packed weights, ours. It lacks power, clocks and anything that needs rights or tools beyond torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from sfumato import __version__
+from sfumato.ops import cpu
 
+ROOT = Path(__file__).resolve().parents[2]
 Shape = tuple[int, int, int]
 """Rows, input width and output width of a matrix product."""
 
@@ -70,34 +72,124 @@ def measure(
 
 def ceilings(shapes: dict[str, Shape], seconds: float, device: torch.device, most: int = 2**30) -> dict[str, Any]:
     """What this machine does at best: bytes a second of a copy and of a streaming read of `most` bytes (beyond any
-    cache, if memory allows), and operations a second of matrix products of these shapes, in float32 and bf16."""
+    cache, if memory allows), and operations a second of matrix products of these shapes, by kind and by means. "best"
+    is the fastest read (on a GPU the copy counts too) and the fastest of all means, our own product among them;
+    "library" the fastest that is not ours."""
     return {
         "bytes_per_second": _bandwidth(seconds, device, min(most, free_bytes(device) // 8)),
-        "flops_per_second": {
-            "float32": _products(shapes, torch.float32, seconds, device),
-            "bf16": _products(shapes, torch.bfloat16, seconds, device),
-        },
+        "flops_per_second": {kind: found for kind in KINDS if (found := _products(shapes, kind, seconds, device))},
     }
+
+
+KINDS = ("float32", "bf16", "int8", "fp8")
+"""Kinds of product; int8 is measured on a processor, fp8 on a GPU that has it."""
 
 
 def _bandwidth(seconds: float, device: torch.device, count: int) -> dict[str, float]:
     source_RC = torch.ones(max(1, count // 2**14), 2**12, device=device)
-    target_RC, one_C = torch.empty_like(source_RC), torch.ones(2**12, device=device)
     count = source_RC.numel() * source_RC.element_size()
-    summed = measure(source_RC.sum, seconds, device).median
-    multiplied = measure(lambda: torch.mv(source_RC, one_C), seconds, device).median
-    copied = measure(lambda: target_RC.copy_(source_RC), seconds, device).median
-    found = {"read": count / min(summed, multiplied), "copy": 2 * count / copied}
-    return {"best": max(found.values()), **found}
+    found = {"read": count / _read(source_RC, seconds)}
+    if device.type == "cpu":
+        huge_RC = cpu.empty_huge(count).view(torch.float32).view_as(source_RC)
+        huge_RC.fill_(1.0)
+        found["read from huge pages"] = count / _read(huge_RC, seconds)
+        del huge_RC
+    target_RC = torch.empty_like(source_RC)
+    copied = 2 * count / measure(lambda: target_RC.copy_(source_RC), seconds, device).median
+    best = max(found.values()) if device.type == "cpu" else max(copied, *found.values())
+    return {"best": best, **found, "copy": copied}
 
 
-def _products(shapes: dict[str, Shape], dtype: torch.dtype, seconds: float, device: torch.device) -> dict[str, float]:
-    found = {}
+def _read(source_RC: torch.Tensor, seconds: float) -> float:
+    one_C = torch.ones(source_RC.shape[1], device=source_RC.device)
+    ways = (source_RC.sum, lambda: torch.mv(source_RC, one_C))
+    return min(measure(way, seconds, source_RC.device).median for way in ways)
+
+
+def _products(shapes: dict[str, Shape], kind: str, seconds: float, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, (rows, inner, outer) in shapes.items():
-        x, w = torch.randn(rows, inner, device=device).to(dtype), torch.randn(outer, inner, device=device).to(dtype)
-        timing = measure(lambda x=x, w=w: F.linear(x, w), seconds, device, repeats=50)  # type: ignore[misc]
-        found[name] = 2.0 * rows * inner * outer / timing.median
-    return {"best": max(found.values()), **found}
+        x, w = torch.randn(rows, inner, device=device), torch.randn(outer, inner, device=device)
+        for means, make in products(kind, device).items():
+            try:
+                timing = measure(make(x, w), seconds, device, repeats=50)
+            except (RuntimeError, NotImplementedError):  # this build of torch, this shape: one means less
+                continue
+            found.setdefault(means, {})[name] = 2.0 * rows * inner * outer / timing.median
+    if not found:
+        return {}
+    best = {means: max(rates.values()) for means, rates in found.items()}
+    by = max(best, key=lambda means: best[means])
+    library = max((rate for means, rate in best.items() if means != OURS), default=None)
+    return {"best": best[by], "by": by, "library": library, **found}
+
+
+OURS = "sfumato cpu"
+Make = Callable[[torch.Tensor, torch.Tensor], Callable[[], Any]]
+"""(x [N, I], weight [O, I], float32) -> the product as a call, everything that is done once already done."""
+
+
+def products(kind: str, device: torch.device) -> dict[str, Make]:
+    """Every means that may be here for x Wᵀ of this kind."""
+    if device.type != "cpu":
+        plain = {"float32": torch.float32, "bf16": torch.bfloat16}
+        if kind == "fp8":
+            has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+            return {"torch._scaled_mm": _scaled_mm} if has_fp8 else {}
+        return {"F.linear": _linear(plain[kind])} if kind in plain else {}
+    own: dict[str, Make] = {}
+    if kind != "fp8" and cpu.obstacle(torch.float32 if kind == "float32" else torch.bfloat16) is None:
+        own = {OURS: _own(kind)}
+    if kind == "float32":
+        return {"F.linear": _linear(torch.float32), **own}
+    if kind == "bf16":
+        return {"F.linear": _linear(torch.bfloat16), "oneDNN packed": _packed, **own}
+    if kind == "int8":
+        return {"oneDNN packed": _quantised, "torch._int_mm": _int_mm, **own}
+    return {}
+
+
+def _linear(dtype: torch.dtype) -> Make:
+    def make(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
+        x, w = x.to(dtype), w.to(dtype)
+        return lambda: F.linear(x, w)
+
+    return make
+
+
+def _packed(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
+    x = x.bfloat16()
+    packed = torch.ops.mkldnn._reorder_linear_weight(w.bfloat16(), len(x))
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _quantised(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
+    """The product alone: what is multiplied is already 8 bits wide."""
+    codes = x.mul(32).add(128).clamp(0, 255).to(torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(w.mul(32).clamp(-127, 127).to(torch.int8), [*x.shape])
+    scale, zero = torch.ones(len(w)), torch.zeros(len(w), dtype=torch.int32)
+    to: tuple[Any, ...] = (1.0, 0, torch.bfloat16, "none", [], "")
+    return lambda: torch.ops.onednn.qlinear_pointwise(codes, 1 / 32, 128, packed, scale, zero, None, *to)
+
+
+def _int_mm(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
+    codes, weight = (t.mul(32).clamp(-127, 127).to(torch.int8) for t in (x, w))
+    return lambda: torch._int_mm(codes, weight.t())
+
+
+def _own(kind: str) -> Make:
+    def make(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
+        x = x if kind == "float32" else x.bfloat16()
+        packed = cpu.pack(w.to(x.dtype), "int8" if kind == "int8" else "")
+        return lambda: cpu.linear(x, packed)
+
+    return make
+
+
+def _scaled_mm(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
+    eight, one = torch.float8_e4m3fn, torch.ones((), device=x.device)
+    x, w = x.to(eight), w.to(eight)
+    return lambda: torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16)
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -120,19 +212,35 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         },
         "versions": {"sfumato": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
+def command_line(arguments: list[str]) -> str:
+    """The command as it is typed at the root of the checkout: no path of this machine stands in it."""
+
+    def plain(text: str) -> str:
+        path = Path(text)
+        if path.is_absolute():
+            return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        return text
+
+    name = arguments[0]
+    if name.endswith(".py"):
+        first = ["python", plain(str(Path(name).resolve()))]
+    else:
+        first = [Path(name).name]
+    return shlex.join([*first, *map(plain, arguments[1:])])
+
+
 def _commit() -> str | None:
     """Of the checkout that this package lies in, with "+" where files have changed since; None elsewhere."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
         return run.stdout.strip()
 
     try:
@@ -150,6 +258,11 @@ def free_bytes(device: torch.device) -> int:
         return 2**32
 
 
+def resident_bytes(device: torch.device) -> int | None:
+    """Memory in use now: of the GPU, or of the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
 def forget_peak(device: torch.device) -> None:
     """Let the high-water mark of memory begin again from what is in use now, where the system can do that."""
     if device.type == "cuda":
@@ -163,8 +276,12 @@ def peak_bytes(device: torch.device) -> int | None:
     """Most memory in use since `forget_peak`: of the GPU, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
     except (OSError, StopIteration):
         return None

@@ -73,7 +73,7 @@ def empty_huge(count: int) -> Tensor:
     """Uninitialised bytes on huge pages, where the system grants them: read at up to three times the speed."""
     if count < HUGE:
         return torch.empty(count, dtype=torch.uint8)
-    pages = mmap.mmap(-1, count)
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)

@@ -42,7 +42,9 @@ def library() -> ctypes.CDLL:
         _build(path)
     import torch  # noqa: F401 - its OpenMP runtime must be the one that the library finds
 
-    return ctypes.CDLL(str(path))
+    loaded = ctypes.CDLL(str(path))
+    loaded.sf_start()
+    return loaded
 
 
 def _build(path: Path) -> None:

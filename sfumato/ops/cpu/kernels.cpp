@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512BF16__) || defined(__AMX_TILE__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 #if defined(__linux__)
@@ -38,6 +38,7 @@ struct bf16 {
 static constexpr long TILE = 1024;   // bytes of a tile
 static constexpr long WORDS = 128;   // words of a vocabulary tile
 static constexpr long KEYS = 256;    // keys that attention takes at once
+static constexpr long PIECE = 8;     // tiles of k that stay in the nearest cache while the other side passes by
 static constexpr long BAND = 512;    // rows of a product that share a panel while it is warm
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
@@ -96,19 +97,20 @@ static inline V rounded(V v, bf16) {
     store(t, v);
     return load(t);
 }
-static inline float total(V v) {
-    float f[16];
-    store(f, v);
-    for (int step = 8; step; step /= 2)
-        for (int i = 0; i < step; i++) f[i] += f[i + step];
-    return f[0];
+static inline float total(V v) { // in halves: a fixed order
+    v += __builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v += __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v += __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    return v[0] + v[1];
 }
 static inline float largest(V v) {
-    float f[16];
-    store(f, v);
-    for (int step = 8; step; step /= 2)
-        for (int i = 0; i < step; i++) f[i] = f[i] > f[i + step] ? f[i] : f[i + step];
-    return f[0];
+    V w = __builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v = v > w ? v : w;
+    w = __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v = v > w ? v : w;
+    w = __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    v = v > w ? v : w;
+    return std::max(v[0], v[1]);
 }
 static inline V bigger(V a, V b) { return a > b ? a : b; }
 static inline V smaller(V a, V b) { return a < b ? a : b; }
@@ -130,11 +132,21 @@ static inline V exponential(V x) {
     V scaled = (V)((VI)p + (e << 23));
     return x < splat(-87.3f) ? V{} : scaled;
 }
+static inline V over(V a, V b) { // a / b for b in [1, 1e38], within an ulp or two
+#if defined(__AVX512F__)
+    V r = (V)_mm512_rcp14_ps((__m512)b);
+    r += r * (1.0f - b * r);
+    V q = a * r;
+    return q + r * (a - b * q);
+#else
+    return a / b;
+#endif
+}
 static inline V gelu_tanh(V x) { // x / (1 + e^-2u) is x (1 + tanh u) / 2
     V u = x * (0.7978845608f + 0.0356774081f * x * x);
-    return x / (1.0f + exponential(-2.0f * u));
+    return over(x, 1.0f + exponential(-2.0f * u));
 }
-static inline V softcapped(V x, float cap) { return cap - (2.0f * cap) / (exponential(x * (2.0f / cap)) + 1.0f); }
+static inline V softcapped(V x, float cap) { return cap - over(splat(2.0f * cap), exponential(x * (2.0f / cap)) + 1.0f); }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
@@ -175,7 +187,8 @@ struct Tiles { // the tile registers of this thread, for as long as it lives
 struct Tiles {};
 #endif
 
-// C [mr x 16, 32] (+)= A (mr row tiles) x B (a panel), over kc tiles of k. `ahead` bytes beyond the panel are fetched.
+// C [mr x 16, 32] (+)= A (mr row tiles) x B (a panel), over kc tiles of k. `each` bytes from `ahead` on are fetched
+// into the cache with every tile of k: what comes next arrives while this is computed.
 template <class M>
 static void plain_product(int mr, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
                           long ldc, bool adds) {
@@ -223,36 +236,25 @@ static void plain_product(int mr, const char *a0, const char *a1, const char *b,
 }
 
 #if AMX
-#define PRODUCT(op)                                                                                                    \
-    if (mr == 2) {                                                                                                     \
-        for (long k = 0; k < kc; k++) {                                                                                \
-            if (fetches)                                                                                               \
-                for (int i = 0; i < 2 * TILE; i += 64) __builtin_prefetch(b + 2 * k * TILE + 8 * TILE + i, 0, 2);      \
-            _tile_loadd(6, b + 2 * k * TILE, 64);                                                                      \
-            _tile_loadd(4, a0 + k * TILE, 64);                                                                         \
-            op(0, 4, 6);                                                                                               \
-            _tile_loadd(7, b + 2 * k * TILE + TILE, 64);                                                               \
-            op(1, 4, 7);                                                                                               \
+#define PRODUCT(op, twice)                                                                                             \
+    for (long k = 0; k < kc; k++) {                                                                                    \
+        for (const char *until = ahead + each; ahead < until; ahead += 64) __builtin_prefetch(ahead, 0, 2);            \
+        _tile_loadd(6, b + 2 * k * TILE, 64);                                                                          \
+        _tile_loadd(4, a0 + k * TILE, 64);                                                                             \
+        op(0, 4, 6);                                                                                                   \
+        _tile_loadd(7, b + 2 * k * TILE + TILE, 64);                                                                   \
+        op(1, 4, 7);                                                                                                   \
+        if (twice) {                                                                                                   \
             _tile_loadd(5, a1 + k * TILE, 64);                                                                         \
             op(2, 5, 6);                                                                                               \
             op(3, 5, 7);                                                                                               \
-        }                                                                                                              \
-    } else {                                                                                                           \
-        for (long k = 0; k < kc; k++) {                                                                                \
-            if (fetches)                                                                                               \
-                for (int i = 0; i < 2 * TILE; i += 64) __builtin_prefetch(b + 2 * k * TILE + 8 * TILE + i, 0, 2);      \
-            _tile_loadd(4, a0 + k * TILE, 64);                                                                         \
-            _tile_loadd(6, b + 2 * k * TILE, 64);                                                                      \
-            op(0, 4, 6);                                                                                               \
-            _tile_loadd(7, b + 2 * k * TILE + TILE, 64);                                                               \
-            op(1, 4, 7);                                                                                               \
         }                                                                                                              \
     }
 #endif
 
 template <class M>
 static inline void product(int mr, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
-                           long ldc, bool adds = false, bool fetches = false) {
+                           long ldc, bool adds = false, const char *ahead = nullptr, long each = 0) {
 #if AMX
     if constexpr (!std::is_same_v<M, float>)
         if (has_amx) {
@@ -270,9 +272,15 @@ static inline void product(int mr, const char *a0, const char *a1, const char *b
                 _tile_zero(3);
             }
             if constexpr (std::is_same_v<M, bf16>) {
-                PRODUCT(_tile_dpbf16ps)
+                if (mr == 2) {
+                    PRODUCT(_tile_dpbf16ps, true)
+                } else {
+                    PRODUCT(_tile_dpbf16ps, false)
+                }
+            } else if (mr == 2) {
+                PRODUCT(_tile_dpbssd, true)
             } else {
-                PRODUCT(_tile_dpbssd)
+                PRODUCT(_tile_dpbssd, false)
             }
             _tile_stored(0, c, ldc * 4);
             _tile_stored(1, c + 16, ldc * 4);
@@ -424,25 +432,46 @@ template <class M> struct Weight {
     const char *panel(long p) const { return data + p * kc() * 2 * TILE; }
 };
 
-// Rows of a float block [mr x 16, 32] from a panel: the sums, scaled where they are integers.
+// For each of `count` panels C [row tiles x 16, 32], one behind the other, from all the rows in A. K goes in pieces, so
+// that what meets again and again stays in the nearest cache. Meanwhile the panels that come `next` are fetched.
+// Integer sums are scaled.
+template <class M> struct Panel {
+    const Weight<M> *w;
+    long p;
+    const char *next;
+};
 template <class M>
-static inline void panel_product(int mr, const char *a, const float *row_scale, const Weight<M> &w, long p, float *c,
-                                 bool fetches) {
-    const long kc = w.kc();
-    if constexpr (std::is_same_v<M, int8_t>) {
-        alignas(64) int32_t sums[32 * 32];
-        product<M>(mr, a, a + kc * TILE, w.panel(p), kc, sums, 32, false, fetches);
-        V one = load_some(w.scale + 32 * p, w.outputs - 32 * p), two = load_some(w.scale + 32 * p + 16, w.outputs - 32 * p - 16);
-        for (int r = 0; r < 16 * mr; r++) {
-            VI x, y;
-            memcpy(&x, sums + 32 * r, 64);
-            memcpy(&y, sums + 32 * r + 16, 64);
-            store(c + 32 * r, __builtin_convertvector(x, V) * row_scale[r] * one);
-            store(c + 32 * r + 16, __builtin_convertvector(y, V) * row_scale[r] * two);
+static inline void panel_product(long row_tiles, const char *a, const float *row_scale, const Panel<M> *panels, int count,
+                                 float *c) {
+    typedef typename Kind<M>::Sum S;
+    const long kc = panels[0].w->kc(), piece = kc > 12 ? PIECE : kc, size = row_tiles * 16 * 32;
+    const long each = up(2 * TILE / tiles_of(row_tiles, 2), 64); // over all passes: one panel
+    S *sums = (S *)c;
+    for (long k = 0; k < kc; k += piece)
+        for (int i = 0; i < count; i++) {
+            const long some = std::min(piece, kc - k);
+            const char *b = panels[i].w->panel(panels[i].p) + 2 * k * TILE, *next = panels[i].next;
+            if (next) next += k * tiles_of(row_tiles, 2) * each;
+            for (long t = 0; t < row_tiles; t += 2) {
+                const char *at = a + (t * kc + k) * TILE;
+                product<M>(t + 1 < row_tiles ? 2 : 1, at, at + kc * TILE, b, some, sums + i * size + t * 16 * 32, 32, k > 0, next, next ? each : 0);
+                if (next) next += some * each;
+            }
         }
-    } else {
-        product<M>(mr, a, a + kc * TILE, w.panel(p), kc, c, 32, false, fetches);
-    }
+    if constexpr (std::is_same_v<M, int8_t>)
+        for (int i = 0; i < count; i++) {
+            const Weight<M> &w = *panels[i].w;
+            const long p = panels[i].p;
+            V one = load_some(w.scale + 32 * p, w.outputs - 32 * p), two = load_some(w.scale + 32 * p + 16, w.outputs - 32 * p - 16);
+            float *to = c + i * size;
+            for (long r = 0; r < 16 * row_tiles; r++) {
+                VI x, y;
+                memcpy(&x, to + 32 * r, 64);
+                memcpy(&y, to + 32 * r + 16, 64);
+                store(to + 32 * r, __builtin_convertvector(x, V) * row_scale[r] * one);
+                store(to + 32 * r + 16, __builtin_convertvector(y, V) * row_scale[r] * two);
+            }
+        }
 }
 
 template <class M> static void pack_weight(const void *from, int io, long outputs, long inputs, char *out, float *scale, int threads) {
@@ -476,7 +505,7 @@ template <class M> static void pack_weight(const void *from, int io, long output
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-static thread_local Scratch left_side, middle, parts_buffer, own;
+static thread_local Scratch left_side, middle, parts_buffer, own, blocks;
 
 template <class IO, class M>
 static void pack_all(const IO *x, long rows, long width, char *out, float *scales) { // inside a parallel region
@@ -508,21 +537,19 @@ static void linear(const IO *x, long rows, int count, const Weight<M> *w, IO *co
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        alignas(64) float c[32 * 32];
+        float *c = (float *)blocks.get(BAND * 32 * 4);
         pack_all<IO, M>(x, rows, width, a, scales);
         for (long band = 0; band < bands; band++) {
+            const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
 #pragma omp for schedule(dynamic, chunk) nowait
             for (long n = 0; n < panels; n++) {
                 int i = 0;
                 long p = n;
                 while (p >= w[i].panels()) p -= w[i++].panels();
-                const long last = std::min(row_tiles, (band + 1) * BAND / 16);
-                for (long t = band * BAND / 16; t < last; t += 2) {
-                    const int mr = t + 1 < last ? 2 : 1;
-                    panel_product<M>(mr, a + t * kc * TILE, scales + 16 * t, w[i], p, c, t == band * BAND / 16);
-                    write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, std::min(16L * mr, rows - 16 * t),
-                                w[i].outputs - 32 * p, w[i].outputs);
-                }
+                const char *next = p + 1 < w[i].panels() ? w[i].panel(p + 1) : i + 1 < count ? w[i + 1].data : nullptr;
+                const Panel<M> panel{w + i, p, next};
+                panel_product<M>(some, a + t * kc * TILE, scales + 16 * t, &panel, 1, c);
+                write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, std::min(16 * some, rows - 16 * t), w[i].outputs - 32 * p, w[i].outputs);
             }
         }
     }
@@ -550,32 +577,28 @@ static void feed_forward(const IO *x, long rows, Weight<M> gate, Weight<M> up_, 
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        alignas(64) float c[32 * 32], d[32 * 32];
+        float *c = (float *)blocks.get(2 * BAND * 32 * 4);
         pack_all<IO, M>(x, rows, gate.inputs, a, scales);
         for (long band = 0; band < bands; band++) {
+            const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
 #pragma omp for schedule(dynamic, 1) nowait
             for (long p = 0; p < gate.panels(); p++) {
-                const long last = std::min(row_tiles, (band + 1) * BAND / 16);
-                for (long t = band * BAND / 16; t < last; t += 2) {
-                    const int mr = t + 1 < last ? 2 : 1;
-                    panel_product<M>(mr, a + t * kc * TILE, scales + 16 * t, gate, p, c, t == band * BAND / 16);
-                    panel_product<M>(mr, a + t * kc * TILE, scales + 16 * t, up_, p, d, t == band * BAND / 16);
-                    gate_block(c, d, h + 16 * t * inner + 32 * p, std::min(16L * mr, rows - 16 * t), inner - 32 * p, inner);
-                }
+                const long next = p + threads < gate.panels() ? p + threads : p;
+                const Panel<M> both[2] = {{&gate, p, gate.panel(next)}, {&up_, p, up_.panel(next)}};
+                panel_product<M>(some, a + t * kc * TILE, scales + 16 * t, both, 2, c);
+                gate_block(c, c + some * 16 * 32, h + 16 * t * inner + 32 * p, std::min(16 * some, rows - 16 * t), inner - 32 * p, inner);
             }
         }
 #pragma omp barrier
         pack_all<IO, M>(h, rows, inner, a + first, scales2);
         for (long band = 0; band < bands; band++) {
+            const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
 #pragma omp for schedule(dynamic, 1) nowait
             for (long p = 0; p < down.panels(); p++) {
-                const long last = std::min(row_tiles, (band + 1) * BAND / 16);
-                for (long t = band * BAND / 16; t < last; t += 2) {
-                    const int mr = t + 1 < last ? 2 : 1;
-                    panel_product<M>(mr, a + first + t * kc2 * TILE, scales2 + 16 * t, down, p, c, t == band * BAND / 16);
-                    write_block(c, y + 16 * t * down.outputs + 32 * p, std::min(16L * mr, rows - 16 * t),
-                                down.outputs - 32 * p, down.outputs);
-                }
+                const long next = p + threads < down.panels() ? p + threads : p;
+                const Panel<M> panel{&down, p, down.panel(next)};
+                panel_product<M>(some, a + first + t * kc2 * TILE, scales2 + 16 * t, &panel, 1, c);
+                write_block(c, y + 16 * t * down.outputs + 32 * p, std::min(16 * some, rows - 16 * t), down.outputs - 32 * p, down.outputs);
             }
         }
     }
@@ -604,7 +627,6 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        alignas(64) float c[32 * 32], d[32 * 32];
 #pragma omp for schedule(dynamic, 1)
         for (long o = 0; o < count; o++) {
             const long e = order[o], size = starts[e + 1] - starts[e];
@@ -624,20 +646,28 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                 for (int r = 0; r < held; r++) pointers[r] = x + member[starts[e] + 16 * t + r] / chosen * width;
                 pack_rows<IO, M>(pointers, held, width, a + t * kc * TILE, scales + 16 * t);
             }
+            constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
+            const long block = row_tiles * 16 * 32;
+            float *c = (float *)blocks.get(MANY * block * 4);
+            Panel<M> panels[MANY];
             if (is_aligned) {
-                for (long p = 0; p < inner / 32; p++)
-                    for (long t = 0; t < row_tiles; t += 2) {
-                        const int mr = t + 1 < row_tiles ? 2 : 1;
-                        panel_product<M>(mr, a + t * kc * TILE, scales + 16 * t, g, p, c, t == 0);
-                        panel_product<M>(mr, a + t * kc * TILE, scales + 16 * t, g, p + inner / 32, d, t == 0);
-                        gate_block(c, d, h + 16 * t * inner + 32 * p, std::min(16L * mr, size - 16 * t), 32, inner);
+                const long half = inner / 32;
+                for (long p = 0; p < half; p += MANY / 2) {
+                    const int pairs = (int)std::min((long)MANY / 2, half - p);
+                    for (int i = 0; i < 2 * pairs; i++) {
+                        const long here = p + i / 2 + i % 2 * half, then = here + pairs;
+                        panels[i] = {&g, here, p + pairs < half ? g.panel(then) : w.panel(std::min((long)i, w.panels() - 1))};
                     }
+                    panel_product<M>(row_tiles, a, scales, panels, 2 * pairs, c);
+                    for (int i = 0; i < pairs; i++)
+                        gate_block(c + 2 * i * block, c + (2 * i + 1) * block, h + 32 * (p + i), size, 32, inner);
+                }
             } else {
-                for (long p = 0; p < g.panels(); p++)
-                    for (long t = 0; t < row_tiles; t++) {
-                        panel_product<M>(1, a + t * kc * TILE, scales + 16 * t, g, p, c, false);
-                        for (int r = 0; r < 16; r++) memcpy(gate_up + (16 * t + r) * wide + 32 * p, c + 32 * r, 128);
-                    }
+                for (long p = 0; p < g.panels(); p++) {
+                    panels[0] = {&g, p, nullptr};
+                    panel_product<M>(row_tiles, a, scales, panels, 1, c);
+                    for (long r = 0; r < 16 * row_tiles; r++) memcpy(gate_up + r * wide + 32 * p, c + 32 * r, 128);
+                }
                 for (long r = 0; r < size; r++)
                     for (long i = 0; i < inner; i += 16) {
                         V gate = rounded(load_some(gate_up + r * wide + i, inner - i), IO());
@@ -651,17 +681,23 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                 for (int r = 0; r < held; r++) pointers[r] = h + (16 * t + r) * inner;
                 pack_rows<IO, M>(pointers, held, inner, a + first + t * kc2 * TILE, scales2 + 16 * t);
             }
-            for (long p = 0; p < w.panels(); p++)
-                for (long t = 0; t < row_tiles; t += 2) {
-                    const int mr = t + 1 < row_tiles ? 2 : 1;
-                    panel_product<M>(mr, a + first + t * kc2 * TILE, scales2 + 16 * t, w, p, c, t == 0);
-                    for (long r = 0; r < std::min(16L * mr, size - 16 * t); r++) {
-                        const long n = member[starts[e] + 16 * t + r];
-                        for (int i = 0; i < 32; i += 16)
-                            store(c + i, rounded(load(c + 32 * r + i), IO()) * weight[n]);
-                        write_block(c, parts + n * width + 32 * p, 1, width - 32 * p, width);
+            const bool goes_on = o + threads < count; // most likely its next expert
+            for (long p = 0; p < w.panels(); p += MANY) {
+                const int some = (int)std::min((long)MANY, w.panels() - p);
+                for (int i = 0; i < some; i++) {
+                    const char *after = goes_on ? gu.data + order[o + threads] * gu.bytes() + i * gu.kc() * 2 * TILE : nullptr;
+                    panels[i] = {&w, p + i, p + i + some < w.panels() ? w.panel(p + i + some) : after};
+                }
+                panel_product<M>(row_tiles, a + first, scales2, panels, some, c);
+                for (long r = 0; r < size; r++) {
+                    const long n = member[starts[e] + r];
+                    for (int i = 0; i < some; i++) {
+                        float *at = c + i * block + 32 * r;
+                        for (int j = 0; j < 32; j += 16) store(at + j, rounded(load(at + j), IO()) * weight[n]);
+                        write_block(at, parts + n * width + 32 * (p + i), 1, width - 32 * (p + i), width);
                     }
                 }
+            }
         }
 #pragma omp for schedule(static)
         for (long n = 0; n < tokens; n++)
@@ -678,12 +714,18 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
 template <class T> static inline V weight_at(const T *w, long i, long n) { return w ? load_some(w + i, n - i) : splat(1.0f); }
 
 template <class A> static inline float inverse_rms(A at, long n, float eps) {
-    V sum = V{};
-    for (long i = 0; i < n; i += 16) {
+    V sum[4] = {};
+    long i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int j = 0; j < 4; j++) {
+            V x = at(i + 16 * j);
+            sum[j] += x * x;
+        }
+    for (; i < n; i += 16) {
         V x = at(i);
-        sum += x * x;
+        sum[0] += x * x;
     }
-    return 1.0f / std::sqrt(total(sum) / n + eps);
+    return 1.0f / std::sqrt(total((sum[0] + sum[1]) + (sum[2] + sum[3])) / n + eps);
 }
 
 template <class T> static void rms_norm(const T *x, long rows, long n, const T *w, float eps, T *y, int threads) {
@@ -975,7 +1017,7 @@ static void read_out(const T *hidden, long positions, long n, const T *embed, lo
                     tile_columns<T>(columns + 16 * half, k * Kind<T>::K, n, b + ((p * kc + k) * 2 + half) * TILE);
         }
         char *a = own.get(2 * kc * TILE + WORDS * lanes * 4);
-        float *x = (float *)(a + 2 * kc * TILE); // [WORDS, lanes]
+        float *x = (float *)(a + 2 * kc * TILE); // [places, WORDS, 32]
 #pragma omp for schedule(dynamic, 2)
         for (long w = 0; w < word_tiles; w++) {
             const long here = std::min(WORDS, words - w * WORDS);
@@ -987,30 +1029,39 @@ static void read_out(const T *hidden, long positions, long n, const T *embed, lo
                 }
                 tile_rows<T>(rows, 16, n, a);
                 tile_rows<T>(rows + 16, 16, n, a + kc * TILE);
-                for (long p = 0; p < places; p++)
-                    product<T>(2, a, a + kc * TILE, b + p * kc * 2 * TILE, kc, x + 32 * pair * lanes + 32 * p, lanes);
+                for (long k = 0; k < kc; k += PIECE)
+                    for (long p = 0; p < places; p++)
+                        product<T>(2, a + k * TILE, a + (kc + k) * TILE, b + (p * kc + k) * 2 * TILE, std::min(PIECE, kc - k),
+                                   x + (p * WORDS + 32 * pair) * 32, 32, k > 0);
             }
             for (long l = 0; l < lanes; l += 16) {
                 const V heat = load_some(inverse_heat + l, positions - l);
+                float *xl = x + l / 32 * WORDS * 32 + l % 32;
                 V top = splat(-3e38f), at = V{};
                 for (long i = 0; i < here; i++) {
-                    V y = softcapped(load(x + i * lanes + l), cap) * heat;
-                    store(x + i * lanes + l, y);
+                    V y = softcapped(load(xl + 32 * i), cap) * heat;
+                    at = y > top ? splat((float)i) : at;
+                    top = bigger(top, y);
+                    store(xl + 32 * i, y);
                 }
+                bool is_changed = false;
                 for (long i = 0; i < bans; i++) {
                     const long word = banned[i] - w * WORDS;
                     if (word < 0 || word >= here) continue;
                     for (long p = l; p < std::min(l + 16, positions); p++)
-                        if (is_banned[p]) x[word * lanes + p] = -1e30f;
+                        if (is_banned[p]) xl[32 * word + p - l] = -1e30f, is_changed = true;
                 }
-                for (long i = 0; i < here; i++) {
-                    V y = load(x + i * lanes + l);
-                    at = y > top ? splat((float)i) : at;
-                    top = bigger(top, y);
+                if (is_changed) {
+                    top = splat(-3e38f), at = V{};
+                    for (long i = 0; i < here; i++) {
+                        V y = load(xl + 32 * i);
+                        at = y > top ? splat((float)i) : at;
+                        top = bigger(top, y);
+                    }
                 }
                 V s = V{}, d = V{}, r = V{};
                 for (long i = 0; i < here; i++) {
-                    V y = load(x + i * lanes + l), e = exponential(y - top);
+                    V y = load(xl + 32 * i), e = exponential(y - top);
                     s += e, d += (y - top) * e;
                     if constexpr (!std::is_same_v<T, float>) r += exponential(rounded(y, T()) - top);
                 }
@@ -1023,30 +1074,35 @@ static void read_out(const T *hidden, long positions, long n, const T *embed, lo
                     VU in[16], turned[16];
                     for (int j = 0; j < 16; j++) {
                         in[j] = VU{};
-                        if (i + j < here) memcpy(&in[j], x + (i + j) * lanes + p, 64);
+                        if (i + j < here) memcpy(&in[j], x + p / 32 * WORDS * 32 + (i + j) * 32 + p % 32, 64);
                     }
                     transpose(in, turned);
                     for (long j = 0; j < std::min(16L, positions - p); j++)
                         store_some(logits + (p + j) * words + w * WORDS + i, (V)turned[j], here - i);
                 }
         }
+        float *fades = (float *)blocks.get(word_tiles * 16 * 4);
 #pragma omp for schedule(static)
-        for (long p = 0; p < positions; p++) {
-            float top = most[p], best = 0;
-            for (long w = 1; w < word_tiles; w++)
-                if (most[w * lanes + p] > top) top = most[w * lanes + p], best = (float)w;
+        for (long p16 = 0; p16 < positions; p16 += 16) {
+            V top_v = load(most + p16), best_v = V{};
+            for (long w = 1; w < word_tiles; w++) {
+                V m = load(most + w * lanes + p16);
+                best_v = m > top_v ? splat((float)w) : best_v;
+                top_v = bigger(top_v, m);
+            }
+            for (long w = 0; w < word_tiles; w++) store(fades + 16 * w, exponential(load(most + w * lanes + p16) - top_v));
+          for (long p = p16; p < std::min(p16 + 16, positions); p++) {
+            const float top = top_v[p - p16], best = best_v[p - p16];
             double sum = 0, dot = 0, rest = 0;
             for (long w = 0; w < word_tiles; w++) {
-                const double fade = std::exp(most[w * lanes + p] - top);
-                const double here = sums[w * lanes + p];
+                const double fade = fades[16 * w + p - p16], here = sums[w * lanes + p];
                 sum += fade * here, rest += fade * kept[w * lanes + p];
                 dot += fade * (dots[w * lanes + p] + ((double)most[w * lanes + p] - top) * here);
             }
             argmax[p] = (long)best * WORDS + (long)which[(long)best * lanes + p];
             entropy[p] = (float)(std::log(sum) - dot / sum);
             peak[2 * p] = top, peak[2 * p + 1] = (float)(1 / rest);
-            for (long w = 0; w < word_tiles; w++)
-                mass[p * word_tiles + w] = (float)(std::exp(most[w * lanes + p] - top) * sums[w * lanes + p] / sum);
+            for (long w = 0; w < word_tiles; w++) mass[p * word_tiles + w] = (float)(fades[16 * w + p - p16] * sums[w * lanes + p] / sum);
             if (!uniform) {
                 sample[p] = argmax[p];
                 continue;
@@ -1055,23 +1111,18 @@ static void read_out(const T *hidden, long positions, long n, const T *embed, lo
             double before = 0, within = 0;
             long w = 0;
             for (;; w++) { // the tile in which the cumulative distribution passes the target
-                within = std::exp(most[w * lanes + p] - top) * sums[w * lanes + p];
+                within = (double)fades[16 * w + p - p16] * sums[w * lanes + p];
                 if (before + within > target || w + 1 == word_tiles) break;
                 before += within;
             }
-            float value[WORDS]; // its logits once more, one position's worth
+            float value[WORDS]; // its words as the stored logits have them
             const long here = std::min(WORDS, words - w * WORDS);
             double again = 0;
-            for (long i = 0; i < here; i++) {
-                const T *row = embed + (w * WORDS + i) * n;
-                V acc = V{};
-                for (long j = 0; j < n; j += 16) acc += load_some(hidden + p * n + j, n - j) * load_some(row + j, n - j);
-                value[i] = softcapped(splat(total(acc)), cap)[0] * inverse_heat[p];
-                for (long j = 0; j < bans; j++)
-                    if (is_banned[p] && banned[j] == w * WORDS + i) value[i] = -1e30f;
-                value[i] = std::exp(value[i] - most[w * lanes + p]);
-                again += value[i];
+            for (long i = 0; i < here; i += 16) {
+                V e = exponential(load_some(logits + p * words + w * WORDS + i, here - i) - most[w * lanes + p]);
+                store(value + i, e);
             }
+            for (long i = 0; i < here; i++) again += value[i];
             const double share = within > 0 ? (target - before) / within * again : 0;
             double passed = 0;
             long i = 0, last = 0;
@@ -1081,6 +1132,7 @@ static void read_out(const T *hidden, long positions, long n, const T *embed, lo
                 if (passed > share) break;
             }
             sample[p] = w * WORDS + (i < here ? i : last);
+          }
         }
     }
 }
@@ -1090,7 +1142,7 @@ static void read_out(const T *hidden, long positions, long n, const T *embed, lo
 template <class T>
 static void soft_embedding(const T *logits, long positions, long words, const T *embed, long n, const float *peak,
                            const float *mass, float least, float scale, T *y, int threads) {
-    constexpr long K = Kind<T>::K, PER = WORDS / K, RUN = 8; // RUN tiles of words at a time
+    constexpr long K = Kind<T>::K, PER = WORDS / K, RUN = 4; // RUN tiles of words at a time
     const long word_tiles = tiles_of(words, WORDS), places = tiles_of(positions, 32), wide = up(n, 32);
     std::vector<uint8_t> needs(word_tiles * places, mass ? 0 : 1);
     std::vector<long> list;
@@ -1104,7 +1156,7 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
                 break;
             }
     const long p_bytes = places * 2 * RUN * PER * TILE; // [place][2][RUN x PER][1 KiB]
-    char *a = left_side.get(p_bytes);
+    char *a = left_side.get(p_bytes + wide / 32 * RUN * PER * 2 * TILE), *b = a + p_bytes; // b: [panel][RUN x PER][2][1 KiB]
     float *sum = (float *)middle.get(places * 32 * wide * 4);
     const long panels = wide / 32;
 #pragma omp parallel num_threads(threads)
@@ -1112,10 +1164,23 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
         Tiles tiles;
 #pragma omp for schedule(static)
         for (long p = 0; p < places; p++) memset(sum + p * 32 * wide, 0, 32 * wide * 4);
-        char *b = own.get(RUN * PER * 2 * TILE);
         for (long first = 0; first < (long)list.size(); first += RUN) {
             const long run = std::min(RUN, (long)list.size() - first);
-#pragma omp for schedule(dynamic, 1) // barriers on both sides: all have read the old ones, all see the new ones
+#pragma omp for schedule(dynamic, 1) nowait // E is read row by row, as it lies
+            for (long j = 0; j < run * PER; j++) {
+                const long w = list[first + j / PER];
+                const T *rows[K];
+                for (long r = 0; r < K; r++) {
+                    const long word = w * WORDS + j % PER * K + r;
+                    rows[r] = word < words ? embed + word * n : nullptr;
+                }
+                for (long column = 0; column < wide; column += 16) {
+                    char *tile = b + (column / 32 * RUN * PER * 2 + j * 2 + column / 16 % 2) * TILE;
+                    if (column < n) tile_across<T>(rows, K, column, n - column, tile);
+                    else memset(tile, 0, TILE);
+                }
+            }
+#pragma omp for schedule(dynamic, 1) // its barrier: all see what was packed
             for (long p = 0; p < places; p++)
                 for (long i = 0; i < run; i++) {
                     const long w = list[first + i], here = std::min(WORDS, words - w * WORDS);
@@ -1140,18 +1205,7 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
                 }
 #pragma omp for schedule(dynamic, 1)
             for (long d = 0; d < panels; d++) {
-                for (long i = 0; i < run; i++) {
-                    const long w = list[first + i];
-                    const T *rows[WORDS];
-                    for (long r = 0; r < WORDS; r++) rows[r] = w * WORDS + r < words ? embed + (w * WORDS + r) * n : nullptr;
-                    for (long j = 0; j < PER; j++)
-                        for (int half = 0; half < 2; half++) {
-                            const long column = 32 * d + 16 * half;
-                            char *tile = b + ((i * PER + j) * 2 + half) * TILE;
-                            if (column < n) tile_across<T>(rows + j * K, K, column, n - column, tile);
-                            else memset(tile, 0, TILE);
-                        }
-                }
+                const char *bd = b + d * RUN * PER * 2 * TILE;
                 for (long p = 0; p < places; p++) {
                     float *c = sum + p * 32 * wide + 32 * d;
                     const char *a0 = a + p * 2 * RUN * PER * TILE, *a1 = a0 + RUN * PER * TILE;
@@ -1160,7 +1214,7 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
                         long until = i;
                         while (until < run && needs[list[first + until] * places + p]) until++;
                         if (until > i)
-                            product<T>(2, a0 + i * PER * TILE, a1 + i * PER * TILE, b + i * PER * 2 * TILE, (until - i) * PER, c, wide, true);
+                            product<T>(2, a0 + i * PER * TILE, a1 + i * PER * TILE, bd + i * PER * 2 * TILE, (until - i) * PER, c, wide, true);
                         i = until + (until == i);
                     }
                 }

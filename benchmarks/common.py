@@ -1,0 +1,221 @@
+"""What the benchmarks share: bounded measuring, alternating measuring, the ceiling of this machine, tables, records.
+
+A record is JSON with what was measured and, under "environment", hardware, versions, commit, command and date. Ceilings
+are measured once and can be kept in a file (`--ceilings`), so that the benchmarks of one run stand under one ceiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfumato.cli.bench import Cost, duration
+from sfumato.cli.info import Parameters, Precision, pass_work
+from sfumato.cli.machine import Shape, Timing, ceilings, environment
+from sfumato.config import LayerConfig, ModelConfig, Rope
+from sfumato.model import Model
+from sfumato.ops import load
+
+SHAPES: dict[str, Shape] = {
+    "mid vocabulary": (256, 1024, 32768),
+    "mid queries": (256, 1024, 1024),
+    "mid expert": (32, 1024, 768),
+    "released queries": (256, 2816, 4096),
+    "released dense": (256, 2816, 2112),
+    "released expert": (16, 2816, 1408),
+}
+"""Products that the ceiling is measured with: rows, inputs, outputs."""
+
+
+def say(text: str) -> None:
+    print(f"{Path(sys.argv[0]).stem}: {text}", file=sys.stderr, flush=True)
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def released_config(layers: int = 30) -> ModelConfig:
+    """The released model's text stack (FACTS section 1). Two layers are one sliding and one full."""
+    sliding = LayerConfig(256, 8, 1024, Rope(10_000.0))
+    full = LayerConfig(512, 2, None, Rope(1_000_000.0, 0.25, 1.0, True))
+    pattern = (sliding, full) if layers == 2 else ((*[sliding] * 5, full) * -(-layers // 6))[:layers]
+    return ModelConfig(262144, 2816, 2112, 16, 128, 8, 704, pattern, 256, 262144, eos_ids=())
+
+
+def random_packed(
+    config: ModelConfig, device: str, ops: str, kind: str = "", dtype: torch.dtype = torch.bfloat16
+) -> Model:
+    """A model of random weights, made on the device layer by layer and packed at once: at no time does more than one
+    layer exist unpacked. Large weights repeat a block of prime length: nothing here depends on what they say."""
+    with torch.device("meta"):
+        model = Model(config, load(ops, device, dtype)).to(dtype)
+    block = torch.randn(4_194_301, device=device, generator=torch.Generator(device).manual_seed(0)).mul_(0.02).to(dtype)
+    for part in (model.embed_tokens, model.norm, model.self_conditioning, *model.layers):
+        part.to_empty(device=device)
+        with torch.no_grad():
+            for parameter in part.parameters():
+                _fill_(parameter, block)
+            for buffer in part.buffers():
+                buffer.fill_(1.0)
+        Model.pack_(part, kind)  # type: ignore[arg-type]
+    return model.requires_grad_(False).eval()
+
+
+def _fill_(tensor: torch.Tensor, block: torch.Tensor) -> None:
+    if tensor.dim() < 2:
+        tensor.fill_(1.0)
+        return
+    flat = tensor.view(-1)
+    for start in range(0, len(flat), len(block)):
+        flat[start : start + len(block)] = block[: len(flat) - start]
+
+
+def step_cost(config: ModelConfig, kind: str, batch: int, context: int, is_encode: bool = False) -> Cost:
+    """The least work of one step of `batch` rows (in encode: of one token a row, logits included). Every weight is
+    read once, of the experts those that are chosen; the embedding once, though logits and soft embedding need it."""
+    bits = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4.25, "float32": 32.0}[kind]
+    weights, new = Parameters.of(config), 1 if is_encode else config.canvas_length
+    precision = Precision(kind, bits, bits, 2, None)
+    one, all_rows = pass_work(config, precision, new, context, is_encode), new * batch
+    other = weights.other - (weights.self_conditioning if is_encode else 0)
+    products = 2.0 * new * (other + weights.experts * weights.chosen)
+    alone = pass_work(config, precision, new, 0, is_encode).bytes
+    shared = pass_work(config, precision, all_rows, 0, is_encode).bytes
+    vocabulary = config.vocab_size * config.hidden_size
+    times = 1 if is_encode else 2
+    rate = kind if kind in ("fp8", "int8", "float32") else "bf16"
+    return Cost(shared + batch * (one.bytes - alone), {rate: products * batch}) + Cost(
+        2.0 * vocabulary, {"bf16": (one.flops - products) * batch + times * 2.0 * all_rows * vocabulary}
+    )
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def wait(device: torch.device | str) -> None:
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def alternate(
+    calls: dict[str, Callable[[], Any]], seconds: float, device: torch.device | str, repeats: int = 30, warm: int = 1
+) -> dict[str, Timing]:
+    """Time several calls in turn, a, b, a, b, …: whatever else the machine does meets all of them alike. Stops after
+    `repeats` rounds, or when `seconds` have passed in all, but after one round at least."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(warm):
+        for call in calls.values():
+            call()
+    until = time.perf_counter() + seconds
+    for _ in range(repeats):
+        for name, call in calls.items():
+            wait(device)
+            began = time.perf_counter()
+            call()
+            wait(device)
+            found[name].append(time.perf_counter() - began)
+        if time.perf_counter() > until:
+            break
+    return {name: Timing.of(times) for name, times in found.items()}
+
+
+def target(value: float | None, limit: float, at_most: bool = True) -> dict[str, Any]:
+    """A figure beside what the issue asks for."""
+    reached = None if value is None else value <= limit if at_most else value >= limit
+    return {"value": value, "target": limit, "is_at_most": at_most, "reached": reached}
+
+
+def release() -> None:
+    """Give back what was freed, so that the next figure of memory is not of this one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        pass
+
+
+# ---- ceilings, records, tables --------------------------------------------------------------------------------------
+
+
+def ceiling(given: argparse.Namespace, seconds: float = 1.0) -> dict[str, Any]:
+    """What `--ceilings FILE` holds, if it was measured on this device; else measured now, and kept there."""
+    kept: Path | None = given.ceilings
+    device = torch.device(given.device)
+    if kept is not None and kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found["ceilings"]
+    say("ceilings")
+    most = ceilings(SHAPES, min(seconds, given.seconds), device, given.streamed)
+    if kept is not None:
+        write(kept, {"what": "ceilings", "ceilings": most, "environment": environment(device)})
+    return most
+
+
+def arguments(about: str, seconds: float) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=seconds, help="about how long each measurement may take")
+    parser.add_argument("--ceilings", type=Path, help="keep the machine's ceiling in this file, or take it from there")
+    parser.add_argument("--streamed", type=int, default=2**30, help="bytes that memory bandwidth is measured with")
+    parser.add_argument("-o", "--output", type=Path, help="write the record to this file")
+    return parser
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Beside, then renamed: what is there is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.part")
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def finish(record: dict[str, Any], given: argparse.Namespace) -> None:
+    record.setdefault("environment", environment(given.device))
+    if given.output:
+        write(given.output, record)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Aligned text; the first column to the left, the others to the right."""
+    rows = [list(head), *map(list, lines)]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
+
+    def of(row: list[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(of, rows))
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def parts_table(parts: dict[str, dict[str, Any]]) -> str:
+    """Time, floor and share of the ceiling of each part."""
+    lines = [
+        [name, duration(row["seconds"]), duration(row.get("floor_seconds")), share(row.get("share_of_ceiling"))]
+        for name, row in parts.items()
+    ]
+    return table(["", "time", "floor", "of ceiling"], lines)
+
+
+def without_eos(model: Model) -> Model:
+    """Answers of a known length."""
+    model.config = replace(model.config, eos_ids=())
+    return model

@@ -1,0 +1,209 @@
+"""Whole answers: by diffusion and one token at a time, in bf16 and int8; and, with --sudoku, nano beside transformers.
+
+    .venv/bin/python benchmarks/request.py --seconds 10 -o runs/bench/request.json
+    .venv/bin/python benchmarks/request.py --kinds "" --sudoku 100 -o runs/bench/sudoku.json
+
+An answer takes the same number of steps for every canvas, whatever the random model says. Sudoku: `sfumato sudoku`'s
+own path and transformers' `generate` on the embedded checkpoint with its own settings, in turns, at several batch
+sizes; solved and mean steps stand beside the seconds. transformers cannot pin the clues, so ours runs both ways, and
+what is compared is the way without pins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from sfumato import LLM, Options, sudoku
+from sfumato.cli import bench
+from sfumato.cli.bench import Plan, duration, random_config, random_model
+from sfumato.evals.sudoku import request, solve
+from sfumato.weights import NANO
+
+SEED = 11
+
+
+def answers(given: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind in filter(None, given.kinds.split(",")):
+        config = random_config(given.size)
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        packed = kind if kind not in ("bf16", "float32") else None
+        try:
+            model = random_model(config, dtype, given.device, given.ops, quantize=packed)
+        except Exception as error:
+            found[kind] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            continue
+        common.without_eos(model)
+        plan = Plan(given.prompt, given.tokens, given.steps, given.seconds)
+        step = bench.engine_step(model, Plan(given.prompt, config.canvas_length, 2, 0.0)).median
+        each = bench.requests(model, plan, lambda part, kind=kind: common.say(f"{kind}: {part}"), step)
+        excess = each["diffusion"]["passes_per_canvas"] / each["diffusion"]["steps_per_canvas"]
+        found[kind] = {
+            "size": given.size,
+            "ops": model.ops.name,
+            "prompt": given.prompt,
+            **each,
+            "targets": {"passes per canvas, in steps per canvas": common.target(excess, 1.0)},
+        }
+        del model
+        common.release()
+    return found
+
+
+# ---- Sudoku beside transformers --------------------------------------------------------------------------------------
+
+
+def sudoku_ours(llm: LLM, puzzles: list[str], batch: int, pinned: bool) -> dict[str, float]:
+    began = time.perf_counter()
+    found = list(solve(llm, puzzles, Options(seed=SEED), pinned, batch))
+    seconds = time.perf_counter() - began
+    steps = statistics.mean(s.steps for s in found)
+    return {"seconds": seconds, "solved": statistics.mean(s.solved for s in found), "mean_steps": steps}
+
+
+def sudoku_theirs(theirs: Any, llm: LLM, puzzles: list[str], batch: int) -> dict[str, float]:
+    """Their generate, with the settings that from_pretrained reads beside the weights."""
+    torch.manual_seed(SEED)
+    began, solved, steps = time.perf_counter(), 0, []
+    for start in range(0, len(puzzles), batch):
+        some = puzzles[start : start + batch]
+        ids = torch.tensor([request(llm, puzzle)[0] for puzzle in some])
+        out = theirs.generate(ids, max_new_tokens=llm.model.config.canvas_length)
+        for puzzle, tokens in zip(some, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
+            answer = "".join(llm.tokenizer.decode(tokens).split())[:81]
+            solved += sudoku.is_solved(answer, puzzle)
+        made = (out.sequences[:, ids.shape[1] :] != theirs.generation_config.pad_token_id).sum(-1)
+        steps += (made / out.tokens_per_forward).tolist()
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "solved": solved / len(puzzles), "mean_steps": statistics.mean(steps)}
+
+
+def beside_transformers(count: int, batches: list[int], rounds: int) -> dict[str, Any]:
+    """Medians of alternating runs; at each batch size the engines take turns."""
+    import transformers
+
+    rng = np.random.default_rng(SEED)
+    puzzles = [sudoku.generate(int(clues), rng) for clues in rng.integers(30, 56, count)]
+    llm = LLM.load("nano", device="cpu")
+    theirs = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(NANO, dtype=torch.float32).eval()
+    ours, other, pinned = "sfumato", "transformers", "sfumato, clues pinned"
+    found: dict[str, list[dict[str, Any]]] = {ours: [], other: [], pinned: []}
+    for batch in batches:
+        runs: dict[str, Callable[[list[str]], dict[str, float]]] = {
+            other: lambda some, batch=batch: sudoku_theirs(theirs, llm, some, batch),
+            ours: lambda some, batch=batch: sudoku_ours(llm, some, batch, False),
+            pinned: lambda some, batch=batch: sudoku_ours(llm, some, batch, True),
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        rows: dict[str, dict[str, Any]] = {}
+        for run in runs.values():
+            run(puzzles[:batch][:2])  # to warm up
+        for number in range(rounds):
+            for name, run in runs.items():
+                common.say(f"sudoku, batch {batch}, round {number + 1}: {name}")
+                rows[name] = run(puzzles)
+                times[name].append(rows[name]["seconds"])
+        for name, row in rows.items():
+            found[name].append({"batch": batch, **row, "seconds": statistics.median(times[name]), "rounds": rounds})
+    best = {name: min(row["seconds"] for row in rows) for name, rows in found.items()}
+    same = {
+        str(row["batch"]): row["seconds"] / mine["seconds"] for row, mine in zip(found[other], found[ours], strict=True)
+    }
+    return {
+        "puzzles": count,
+        "engines": found,
+        "ratios_at_the_same_batch": same,
+        "ratio_of_the_best": best[other] / best[ours],
+        "ratio_of_the_best_with_pins": best[other] / best[pinned],
+        "transformers": transformers.__version__,
+        "ops": llm.model.ops.name,
+        "targets": {
+            "times faster than transformers, best batch size of each": common.target(
+                best[other] / best[ours], 4.0, at_most=False
+            )
+        },
+    }
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = common.arguments(__doc__, 10.0)
+    parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
+    parser.add_argument("--kinds", default="bf16,int8", help="of weights; empty leaves random models out")
+    parser.add_argument("--ops", default="auto")
+    parser.add_argument("--prompt", type=int, default=384)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--sudoku", type=int, default=0, help="puzzles to solve beside transformers")
+    parser.add_argument("--batches", default="1,50", help="batch sizes of the puzzles")
+    parser.add_argument("--rounds", type=int, default=2, help="of the puzzles")
+    given = parser.parse_args()
+    found: dict[str, Any] = {"what": "request"}
+    with torch.inference_mode():
+        found["answers"] = answers(given)
+        common.finish(found, given)
+        if given.sudoku:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # transformers', about its own code
+                batches = [int(batch) for batch in given.batches.split(",")]
+                found["sudoku"] = beside_transformers(given.sudoku, batches, given.rounds)
+            common.finish(found, given)
+    print(show(found))
+
+
+def show(found: dict[str, Any]) -> str:
+    lines = []
+    for kind, one in found["answers"].items():
+        for mode in ("diffusion", "autoregressive"):
+            row = one.get(mode)
+            if row is None:
+                continue
+            passes = f"{row['passes_per_canvas']:.2f}" if "passes_per_canvas" in row else "–"
+            lines.append(
+                [
+                    f"{mode}, {kind}",
+                    str(row["tokens"]),
+                    duration(row["seconds"]),
+                    duration(row["first_tokens_seconds"]),
+                    f"{row['tokens_per_second']:.3g}",
+                    passes,
+                ]
+            )
+    texts = []
+    if lines:
+        texts.append(common.table(["answer", "tokens", "time", "first", "per second", "passes a canvas"], lines))
+    if "sudoku" in found:
+        one = found["sudoku"]
+        lines = [
+            [
+                f"{name}, batch {row['batch']}",
+                duration(row["seconds"]),
+                f"{row['solved']:.1%}",
+                f"{row['mean_steps']:.2f}",
+            ]
+            for name, rows in one["engines"].items()
+            for row in rows
+        ]
+        texts.append(common.table([f"{one['puzzles']} puzzles", "time", "solved", "steps"], lines))
+        ratios = ", ".join(f"{ratio:.2f} at batch {batch}" for batch, ratio in one["ratios_at_the_same_batch"].items())
+        texts.append(f"times faster: {one['ratio_of_the_best']:.2f} best of each (target 4); {ratios}")
+    return "\n\n".join(texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""A step, whole and in parts: of the half-billion model "mid", and of a slice of the released model at its true size.
+
+    .venv/bin/python benchmarks/step.py --seconds 8 -o runs/bench/step.json
+
+mid: denoise pass, read-out, soft embedding, accept/renoise/stop and the engine's whole step, in bf16 and int8, each
+beside the ceiling. The slice: two layers of the released dimensions, one sliding and one full, with the full vocabulary
+and random bf16 weights: time of a whole step; peak memory beyond weights and cache, beside one buffer of bf16 logits;
+read-out and soft embedding, beside their two matrix products alone by the fastest means that this machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from sfumato.cache import KVCache
+from sfumato.cli import bench
+from sfumato.cli.bench import Counted, Plan, duration, part_row, random_config, random_model
+from sfumato.cli.info import Parameters
+from sfumato.cli.info import size as in_bytes
+from sfumato.cli.machine import forget_peak, peak_bytes, products, resident_bytes
+from sfumato.config import ModelConfig
+from sfumato.diffusion import Rules
+from sfumato.events import Options
+from sfumato.model import Model, Pass
+from sfumato.step import Canvases, step_
+
+CONFIDENCE = 0.0
+"""Never reached: every canvas takes all its steps."""
+
+
+# ---- mid ------------------------------------------------------------------------------------------------------------
+
+
+def whole_steps(given: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a step, by the kind of weights. Kinds that these operations lack are left out by name."""
+    found: dict[str, Any] = {}
+    for kind in given.kinds.split(","):
+        config = random_config(given.size)
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        packed = kind if kind not in ("bf16", "float32") else None
+        try:
+            model = random_model(config, dtype, given.device, given.ops, quantize=packed)
+        except Exception as error:
+            found[kind] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            continue
+        plan = Plan(given.prompt, config.canvas_length, 2, given.seconds, streamed=given.streamed)
+        common.without_eos(model)
+        say = lambda part, kind=kind: common.say(f"{kind}: {part}")  # noqa: E731
+        parts = {name: part_row(timing, cost, most) for name, timing, cost in bench.parts(model, plan, say)}
+        found[kind] = {
+            "size": given.size,
+            "parameters": Parameters.of(config).total,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "ops": model.ops.name,
+            "prompt": given.prompt,
+            "parts": parts,
+        }
+        reached = parts["whole step"]["share_of_ceiling"]
+        if kind == "bf16":
+            found[kind]["targets"] = {"whole step, share of ceiling": common.target(reached, 0.75, at_most=False)}
+        del model
+        common.release()
+    return found
+
+
+# ---- the slice ------------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Steps of one canvas behind a cache that is filled, not encoded: no pass has run before the first."""
+
+    def __init__(self, model: Model, prompt: int) -> None:
+        config, device = model.config, model.device
+        self.model, self.prompt = model, prompt
+        self.cache = KVCache.allocate(config, 1, prompt + config.canvas_length, device, model.dtype)
+        for held in (*self.cache.k, *self.cache.v):
+            held.normal_()
+        self.cache.advance([0], [prompt])
+        self.state = Canvases.allocate(model, [Rules.of(Options(max_steps=4096, confidence=CONFIDENCE))], [0], [0])
+        free = torch.full((1, config.canvas_length), -1, device=device)
+        fresh = torch.randint(config.vocab_size, free.shape, device=device)
+        self.state.begin_([0], fresh, free, [0], [0])
+        self.at_B = torch.zeros(1, dtype=torch.long, device=device)
+        self.run = Pass(model, self.cache, [0], [0], 0, config.canvas_length)
+
+    def __call__(self) -> None:
+        step_(self.model, self.cache, self.state, self.at_B, self.run)
+
+
+def true_size(config: ModelConfig, given: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:
+    """Time and memory of whole steps, and the vocabulary beside its products."""
+    device = torch.device(given.device)
+    common.say("slice: warming up on a tiny model")  # what libraries load and threads take is no memory of a step
+    tiny = Steps(random_model(random_config("tiny"), torch.bfloat16, given.device, given.ops), 16)
+    for _ in range(2):
+        tiny()
+    common.say("slice: weights")
+    model = common.random_packed(config, given.device, given.ops)
+    steps = Steps(model, given.prompt)
+    common.release()
+    before = resident_bytes(device)
+    forget_peak(device)
+    common.say("slice: whole step")
+    measured = common.alternate({"whole step": steps}, given.seconds, device)["whole step"]
+    peak = peak_bytes(device)
+    counted = Counted.of(model)
+    buffer = config.canvas_length * config.vocab_size * 2
+    beyond = peak - before if peak is not None and before is not None else None
+    found: dict[str, Any] = {
+        "parts": {"whole step": part_row(measured, counted.step(given.prompt), most)},
+        "ops": model.ops.name,
+        "layers": ["sliding" if layer.is_sliding else "full" for layer in config.layers],
+        "prompt": given.prompt,
+        "cache_bytes": steps.cache.bytes,
+        "resident_before_bytes": before,
+        "peak_beyond_bytes": beyond,
+        "logits_buffer_bytes": buffer,
+    }
+    del tiny, steps
+    common.release()
+    read, parts = vocabulary(model, given)
+    vocabulary_cost = counted.vocabulary(config.canvas_length)
+    twice = vocabulary_cost + vocabulary_cost
+    found["parts"]["read-out + soft embedding"] = part_row(read, twice, most)
+    found["products"] = parts
+    least = sum(min(means.values()) for means in parts.values())
+    found["products_seconds"] = least
+    found["targets"] = {
+        "peak beyond weights and cache, in bf16 logits buffers": common.target(beyond and beyond / buffer, 1.1),
+        "read-out and soft embedding, in times of their products": common.target(read.median / least, 1.15),
+    }
+    return found
+
+
+def vocabulary(model: Model, given: argparse.Namespace) -> tuple[Any, dict[str, dict[str, float]]]:
+    """Read-out and soft embedding together; and seconds of each of their products by every means. Each means takes
+    turns with the read-out; packed copies of E are made one after the other, for memory's sake."""
+    config, device = model.config, model.device
+    embed_VD, length = model.embed_tokens.weight, config.canvas_length
+    hidden_BLD = torch.randn(1, length, config.hidden_size, device=device).to(model.dtype)
+    uniform_BL, heat_B = torch.rand(1, length, device=device), torch.full((1,), 0.8, device=device)
+
+    def ours() -> None:
+        read = model.ops.read_out(hidden_BLD, embed_VD, config.softcap, heat_B, uniform_BL)
+        model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, read.tiles)
+
+    read = model.ops.read_out(hidden_BLD, embed_VD, config.softcap, heat_B, uniform_BL)
+    p_NV = torch.softmax(read.logits_BLV[0], -1, dtype=torch.float32).to(model.dtype)
+    del read
+    kind = "float32" if model.dtype == torch.float32 else "bf16"
+    found: dict[str, dict[str, float]] = {"hidden x E^T": {}, "p x E": {}}
+    timed = []
+    sides: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {
+        "hidden x E^T": (hidden_BLD[0], lambda: embed_VD),
+        "p x E": (p_NV, lambda: embed_VD.t().contiguous()),
+    }
+    each = given.seconds / 4
+    for side, (x, weight) in sides.items():
+        plain = {"hidden x E^T": lambda: torch.matmul(hidden_BLD[0], embed_VD.t()), "p x E": lambda: p_NV @ embed_VD}
+        ways: dict[str, Callable[[], Any]] = {"torch.matmul": lambda side=side, plain=plain: plain[side]}
+        for means, make in products(kind, device).items():
+            if means != "F.linear":
+                ways[means] = lambda make=make, x=x, weight=weight: make(x, weight())
+        for means, ready in ways.items():
+            common.say(f"slice: {side}, {means}")
+            try:
+                times = common.alternate({"ours": ours, means: ready()}, each, device)
+            except (RuntimeError, NotImplementedError) as error:
+                common.say(f"slice: {means} cannot: {str(error)[:80]}")
+                continue
+            found[side][means] = times[means].median
+            timed.append(times["ours"])
+            common.release()
+    best = sorted(timed, key=lambda timing: timing.median)[len(timed) // 2]
+    return best, found
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = common.arguments(__doc__, 8.0)
+    parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
+    parser.add_argument("--kinds", default="bf16,int8", help="of weights: bf16, float32, int8, fp8, int4")
+    parser.add_argument("--ops", default="auto")
+    parser.add_argument("--prompt", type=int, default=384)
+    parser.add_argument("--slice", default="true", choices=["true", "tiny", "none"], help="its size")
+    given = parser.parse_args()
+    found: dict[str, Any] = {"what": "step", "ceilings": common.ceiling(given)}
+    began = time.perf_counter()
+    with torch.inference_mode():
+        found["mid"] = whole_steps(given, found["ceilings"])
+        common.finish(found, given)
+        if given.slice != "none":
+            config = common.released_config(2) if given.slice == "true" else replace(random_config("tiny"), eos_ids=())
+            found["slice"] = true_size(config, given, found["ceilings"])
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    common.finish(found, given)
+    print(show(found))
+
+
+def show(found: dict[str, Any]) -> str:
+    texts = []
+    for kind, one in found["mid"].items():
+        texts.append(f"{one.get('size', '')}, {kind}\n" + (one.get("failed") or common.parts_table(one["parts"])))
+    if "slice" in found:
+        one = found["slice"]
+        texts.append("true-size slice, bf16\n" + common.parts_table(one["parts"]))
+        for side, means in one["products"].items():
+            texts[-1] += f"\n{side}: " + ", ".join(f"{name} {duration(value)}" for name, value in means.items())
+        if one["peak_beyond_bytes"] is not None:
+            held = in_bytes(one["peak_beyond_bytes"]), in_bytes(one["logits_buffer_bytes"])
+            texts[-1] += f"\npeak beyond weights and cache: {held[0]}; one bf16 logits buffer: {held[1]}"
+        for name, target in one["targets"].items():
+            texts[-1] += f"\n{name}: {target['value']} (target {target['target']})"
+    return "\n\n".join(texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""benchmarks/ and scripts/gpu.py at toy sizes: they run, write what they promise, and resume. No figure is checked."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_config import RELEASED
+
+from benchmarks import common, ops, predict, results
+from sfumato.cli import machine
+from sfumato.cli.info import Parameters, step_work
+from sfumato.config import ModelConfig
+
+ROOT = machine.ROOT
+FILES = ("linear", "experts", "attention", "norms", "read_out", "soft_embedding")
+ENVIRONMENT = {"hardware", "versions", "commit", "command", "date"}
+
+
+@pytest.fixture(scope="module")
+def ceilings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Measured once, with little memory, and shared as `make bench` does."""
+    path = tmp_path_factory.mktemp("bench") / "ceilings.json"
+    small = {"one": (8, 64, 96)}
+    most = machine.ceilings(small, 0.01, torch.device("cpu"), 2**20)
+    common.write(path, {"what": "ceilings", "ceilings": most})
+    return path
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> dict[str, Any]:
+    """A benchmark's command; its record."""
+    name = str(Path(str(module.__file__)).resolve())
+    monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", *arguments, "-o", str(path)])
+    module.main()
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert set(found["environment"]) == ENVIRONMENT
+    command = found["environment"]["command"]
+    assert command.startswith("python benchmarks/") and str(ROOT) not in command and "/tmp" not in command
+    return found
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", FILES)
+@pytest.mark.parametrize("size", ["tiny", "odd"])
+def test_every_implementation_of_an_operation_is_timed_beside_its_error(op: str, size: str, ceilings: Path) -> None:
+    most = json.loads(ceilings.read_text())["ceilings"]
+    wanted = {(name, ops.kind_of(dtype, kind)) for name, dtype, kind in ops.implementations("cpu")}
+    for case in importlib.import_module(f"benchmarks.ops.{op}").cases(size, "cpu"):
+        found = list(ops.rows(op, case, "cpu", 0.001, most))
+        assert {(row["ops"], row["kind"]) for row in found} == {
+            pair for pair in wanted if case.quantised or pair[1] != "int8"
+        }
+        for row in found:
+            assert "failed" not in row, row
+            assert row["seconds"] > 0 and row["bytes"] > 0 and row["share_of_ceiling"] > 0
+            limit = {"float32": 1e-5, "bf16": max(2 * row["error_of_plain_bf16"], 2e-6), "int8": 0.06}[row["kind"]]
+            assert row["error"] <= limit, row
+
+
+def test_an_operations_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ceilings: Path) -> None:
+    module = importlib.import_module("benchmarks.ops.experts")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["experts.py", "--sizes", "tiny", "--seconds", "0.01", "--device", "cpu", "--ceilings", str(ceilings)],
+    )
+    sys.argv += ["-o", str(tmp_path / "experts.json")]
+    ops.main("experts", module.cases, str(module.__doc__))
+    found = json.loads((tmp_path / "experts.json").read_text())
+    assert (
+        found["what"] == "ops"
+        and found["op"] == "experts"
+        and found["rows"]
+        and set(found["environment"]) == ENVIRONMENT
+    )
+
+
+# ---- steps, answers, peers ------------------------------------------------------------------------------------------
+
+
+def test_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ceilings: Path) -> None:
+    module = importlib.import_module("benchmarks.step")
+    small = ("--size", "tiny", "--slice", "tiny", "--prompt", "16", "--seconds", "0.02", "--kinds", "bf16,magic")
+    found = run(module, monkeypatch, tmp_path / "step.json", *small, "--ceilings", str(ceilings))
+    assert found["what"] == "step" and "failed" in found["mid"]["magic"]
+    assert found["mid"]["bf16"]["parts"]["whole step"]["share_of_ceiling"] > 0
+    one = found["slice"]
+    assert one["logits_buffer_bytes"] == 32 * 512 * 2
+    assert one["peak_beyond_bytes"] is not None and one["products_seconds"] > 0
+    assert all("torch.matmul" in means for means in one["products"].values())
+    assert len(one["targets"]) == 2 and {target["reached"] for target in one["targets"].values()} <= {True, False}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # raised inside transformers
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_request_and_sudoku(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    module = importlib.import_module("benchmarks.request")
+    small = (
+        "--size",
+        "tiny",
+        "--prompt",
+        "16",
+        "--tokens",
+        "64",
+        "--steps",
+        "2",
+        "--seconds",
+        "0.05",
+        "--kinds",
+        "float32",
+    )
+    found = run(module, monkeypatch, tmp_path / "r.json", *small, "--sudoku", "2", "--batches", "1,2", "--rounds", "1")
+    one = found["answers"]["float32"]
+    assert one["diffusion"]["passes_per_canvas"] == one["diffusion"]["steps_per_canvas"] == 2
+    assert one["autoregressive"]["tokens_per_second"] > 0
+    engines = found["sudoku"]["engines"]
+    assert set(engines) == {"sfumato", "transformers", "sfumato, clues pinned"}
+    assert all([row["batch"] for row in rows] == [1, 2] for rows in engines.values())
+    assert all(row["solved"] == 1 for rows in engines.values() for row in rows)  # many clues: nobody fails these
+    assert set(found["sudoku"]["ratios_at_the_same_batch"]) == {"1", "2"}
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    module = importlib.import_module("benchmarks.peers")
+    small = ("--size", "tiny", "--prompt", "16", "--tokens", "64", "--steps", "2", "--seconds", "0.05")
+    found = run(module, monkeypatch, tmp_path / "p.json", *small, "--dtype", "float32", "--kinds", "")
+    assert found["logits"]["sfumato float32"]["largest_difference_from_transformers"] < 2e-4
+    assert found["logits"]["transformers"]["error_against_float32"] < 1e-5
+    assert set(found["parts"]) == set(found["ratios"]) == {"denoise forward", "whole step", "whole answer"}
+    for rows in found["parts"].values():
+        assert set(rows) == {"transformers", "sfumato float32"}
+        assert len({row["repeats"] for row in rows.values()}) == 1  # they took turns
+    assert found["mlx-vlm"]
+    assert "mlx-vlm" in module.table(found)
+
+
+def test_the_peer_holds_the_same_weights() -> None:
+    pytest.importorskip("transformers")
+    peers = importlib.import_module("benchmarks.peers")
+    plain, _ = peers.model_of("tiny", "float32", "cpu")
+    common.without_eos(plain)
+    plan = peers.Plan(48, 64, 2, 0.05)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers', about its own code
+        theirs = peers.twin(plain)
+        assert theirs.lm_head.weight.data_ptr() == plain.embed_tokens.weight.data_ptr()
+        assert peers.difference(theirs, plain, plan) < 2e-4
+        assert peers.difference(theirs, peers.packed(plain, "", "auto"), plan) < 2e-4
+        assert peers.generate(theirs, plain, plan, 64, 2) == 64
+        assert len(peers.steps_of(plain, plan, 4)) == len(peers.steps_of_theirs(theirs, plain, plan, 4)) == 3
+
+
+# ---- counted figures ------------------------------------------------------------------------------------------------
+
+
+def test_the_released_config_is_the_release() -> None:
+    theirs, ours = ModelConfig.from_dict(RELEASED), common.released_config()
+    for name in (
+        "layers",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_experts",
+        "expert_size",
+        "canvas_length",
+    ):
+        assert getattr(theirs, name) == getattr(ours, name)
+    assert [layer.is_sliding for layer in common.released_config(2).layers] == [True, False]
+    assert Parameters.of(ours).total == pytest.approx(25.2e9, rel=0.01)
+
+
+def test_the_cost_of_a_step_is_infos() -> None:
+    from sfumato.cli.info import Precision
+
+    config = common.released_config()
+    cost, work = common.step_cost(config, "bf16", 1, 1024), step_work(config, Precision("bf16", 16, 16, 2, None), 1024)
+    assert cost.bytes == pytest.approx(work.bytes) and sum(cost.flops.values()) == pytest.approx(work.flops)
+    many = common.step_cost(config, "bf16", 16, 1024)
+    assert sum(many.flops.values()) == pytest.approx(16 * work.flops) and many.bytes < 2 * cost.bytes
+
+
+def test_predicted_is_committed_and_up_to_date() -> None:
+    kept = json.loads((ROOT / "benchmarks" / "results" / "predicted.json").read_text())
+    found = json.loads(json.dumps(predict.predict(common.released_config())))
+    assert {key: kept[key] for key in found} == found
+    floor = {row["kind"]: row["floor_ms"] for row in found["rows"] if row["batch"] == 1}
+    assert floor["bf16"] == pytest.approx(11.7, rel=0.05) and floor["fp8"] == pytest.approx(5.9, rel=0.05)
+    assert all(row["predicted_ms"] >= row["floor_ms"] for row in found["rows"])
+
+
+def test_a_model_made_layer_by_layer_runs() -> None:
+    from sfumato.cache import KVCache
+    from sfumato.cli.bench import random_config
+
+    model = common.random_packed(random_config("tiny"), "cpu", "fused", dtype=torch.float32)
+    cache = KVCache.allocate(model.config, 1, 64)
+    with torch.inference_mode():
+        hidden = model.encode(torch.arange(8)[None], cache)
+    assert torch.isfinite(hidden).all() and float(model.layers[0].encode_scalar) == 1.0  # type: ignore[union-attr, arg-type]
+
+
+def test_what_takes_turns_is_bounded() -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a") or time.sleep(0.01), "b": lambda: order.append("b")}  # type: ignore[func-returns-value]
+    found = common.alternate(calls, 0.05, "cpu", repeats=1000)
+    assert order[:4] == ["a", "b", "a", "b"] and 1 <= found["a"].repeats == found["b"].repeats < 20
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_are_up_to_date() -> None:
+    found = results.records(ROOT / "benchmarks" / "results")
+    assert (ROOT / "RESULTS.md").read_text(encoding="utf-8") == results.page(found), "run python benchmarks/results.py"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.readme(text, found) == text, "run python benchmarks/results.py"
+
+
+def test_committed_records_name_no_path_of_a_machine() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        text = path.read_text()
+        assert not any(part in text for part in ("/tmp/", "/home/", "/root/", "/work/")), path.name
+
+
+def test_the_page_shows_targets_and_replaces_readmes_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    record = {**predict.predict(common.released_config()), "environment": machine.environment()}
+    common.write(folder / "predicted.json", record)
+    (folder / "old.json").write_text('{"what": "something of before"}')
+    (tmp_path / "README.md").write_text("# A\n<!-- results -->\nstale\n<!-- /results -->\nrest\n")
+    monkeypatch.setattr(sys, "argv", ["results.py", "--root", str(tmp_path)])
+    assert results.main() == 0
+    page, readme = (tmp_path / "RESULTS.md").read_text(), (tmp_path / "README.md").read_text()
+    assert "## Targets" in page and "reached" in page and "`old.json`" in page
+    assert "stale" not in readme and readme.startswith("# A\n") and readme.endswith("rest\n")
+    monkeypatch.setattr(sys, "argv", ["results.py", "--check", "--root", str(tmp_path)])
+    assert results.main() == 0
+    (tmp_path / "RESULTS.md").write_text("by hand")
+    assert results.main() == 1
+
+
+# ---- scripts/gpu.py -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    module = load("scripts/gpu.py")
+    module.DEVICE, module.OPS, module.TINY = "cpu", "cpu", True  # type: ignore[attr-defined]
+    return module
+
+
+def test_tasks_that_a_processor_can_do(gpu: ModuleType, tmp_path: Path, ceilings: Path) -> None:
+    (tmp_path / "ceilings.json").write_text(ceilings.read_text())
+    each = list(gpu.tasks(tmp_path))
+    names = [task.name for task in each]
+    assert len(names) == len(set(names))
+    assert [name.split("/")[0] for name in names][:: len(names) - 1] == ["check", "eval"]
+    only = [
+        "check/linear odd",
+        "check/engine",
+        "ops/experts",
+        "mid/bf16 batch 1",
+        next(n for n in names if n.startswith("full/")),
+    ]
+    assert gpu.slice_of(tmp_path, 5, only, each) == 0
+    done = [row for row in gpu.read(tmp_path / "results.jsonl") if "ok" in row]
+    assert all(row["ok"] for row in done) and len(done) == 5
+    assert gpu.slice_of(tmp_path, 5, only, each) == 0
+    assert len([row for row in gpu.read(tmp_path / "results.jsonl") if "ok" in row]) == 5  # nothing is done again
+    record = gpu.as_record(tmp_path)
+    text = results.gpu(json.loads(json.dumps(record)))
+    assert "batch 1" in text and "check/engine: ok" in text
+
+
+def test_a_slice_that_is_cut_off_goes_on(gpu: ModuleType, tmp_path: Path) -> None:
+    began: list[str] = []
+
+    def good(*_: object) -> dict[str, Any]:
+        began.append("good")
+        return {"x": 1}
+
+    def lost(*_: object) -> dict[str, Any]:
+        began.append("lost")
+        raise KeyboardInterrupt
+
+    def bad(*_: object) -> dict[str, Any]:
+        began.append("bad")
+        raise ValueError("no")
+
+    each = [
+        gpu.Task("a/good", good, 0),
+        gpu.Task("b/lost", lost, 0),
+        gpu.Task("c/bad", bad, 0),
+        gpu.Task("d/good", good, 0),
+    ]
+    results_file = tmp_path / "results.jsonl"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            gpu.slice_of(tmp_path, 1, [], each)
+    with results_file.open("a") as file:
+        file.write('{"task": "c/bad", "ha')  # a machine that went away while it wrote
+    assert gpu.slice_of(tmp_path, 1, [], each) == 1
+    assert gpu.slice_of(tmp_path, 1, [], each) == 1
+    assert gpu.slice_of(tmp_path, 1, [], each) == 0
+    assert began == ["good", "lost", "lost", "bad", "good", "bad"]
+    assert gpu.is_over("d/good", gpu.read(results_file))
+
+
+def test_a_task_that_takes_too_long_is_cut_off(gpu: ModuleType, tmp_path: Path) -> None:
+    slow = gpu.Task("slow/one", lambda *_: time.sleep(20) or {}, 0, 0.05)
+    record = gpu.perform(slow, tmp_path, time.monotonic() + 100)
+    assert not record["ok"] and "cut off" in record["error"] and record["seconds"] < 5
+
+
+def test_there_is_no_time_for_what_needs_more(gpu: ModuleType, tmp_path: Path) -> None:
+    called: list[int] = []
+    each = [gpu.Task("a/long", lambda *_: called.append(1) or {}, 1000), gpu.Task("b/short", lambda *_: {}, 0)]
+    assert gpu.slice_of(tmp_path, 1, [], each) == 0
+    assert not called and [row["task"] for row in gpu.read(tmp_path / "results.jsonl") if "ok" in row] == ["b/short"]
+
+
+def test_tuning_knows_every_shape_of_a_pass(gpu: ModuleType) -> None:
+    found = gpu.tunings(common.released_config())
+    names = [one.name for one in found]
+    assert len(names) == len(set(names))
+    assert "tune/experts_gate_up 128x1408x2816 int4" in names and "tune/linear 8192x2816 bf16" in names
+    assert "tune/linear 9216x2816 fp8" in names and "tune/attention 512 bf16" in names

@@ -1,0 +1,319 @@
+"""The CPU library against the specification: every operation, odd shapes, three precisions, with AMX and without.
+
+Errors are measured against the reference in float64 on the same (rounded) weights, and held against what plain PyTorch
+makes of it in the same dtype: an operation may not be less exact than that, beyond what one rounding more costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato import ops
+from sfumato.events import InputError
+from sfumato.masks import Mask
+from sfumato.ops import cpu, reference
+from sfumato.ops.cpu import build
+
+pytestmark = pytest.mark.skipif(build.obstacle() is not None, reason=f"the library cannot be built: {build.obstacle()}")
+
+DTYPES = (torch.float32, torch.bfloat16)
+EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(params=["tiles", "plain"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With the tile registers, where the processor has them, and without."""
+    library = build.library()
+    library.sf_plain(int(request.param == "plain"))
+    yield request.param
+    library.sf_plain(0)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    dice = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=dice) * scale).to(dtype)
+
+
+def close(found: Tensor, exact: Tensor, plain: Tensor | None, dtype: torch.dtype, slack: float = 4.0) -> None:
+    """The largest error is at most twice plain PyTorch's in this dtype and `slack` last places of the largest value."""
+    assert found.shape == exact.shape and found.isfinite().all()
+    error = (found.double() - exact.double()).abs().max()
+    allowed = slack * EPS[dtype] * exact.double().abs().max()
+    if plain is not None:
+        allowed = allowed + 2 * (plain.double() - exact.double()).abs().max()
+    assert error <= allowed, f"error {error:.3g} above {allowed:.3g}"
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (32, 64), (33, 65), (5, 48, 24), (3, 70, 130)])
+def test_packing_keeps_every_number(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight = random(*shape, dtype=dtype)
+    assert torch.equal(cpu.unpack(cpu.pack(weight)), weight.float())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 65), (3, 70, 130)])
+def test_int8_is_within_half_a_step(shape: tuple[int, ...]) -> None:
+    weight = random(*shape)
+    packed = cpu.pack(weight, "int8")
+    step = weight.abs().amax(-1, keepdim=True) / 127
+    assert ((cpu.unpack(packed) - weight).abs() <= step * 0.5001).all()
+    assert packed.nbytes == packed.data.nbytes + 4 * weight[..., 0].numel()
+
+
+def test_a_row_of_zeros_stays_zero_in_int8() -> None:
+    weight = random(4, 20)
+    weight[2] = 0
+    packed = cpu.pack(weight, "int8")
+    assert not cpu.unpack(packed)[2].any()
+    assert not cpu.linear(torch.zeros(3, 20), packed)[0].any()
+
+
+def test_large_weights_lie_in_memory_of_their_own() -> None:
+    data = cpu.empty_huge(cpu.HUGE + 5)
+    data.fill_(7)
+    assert data.numel() == cpu.HUGE + 5 and (data == 7).all()
+
+
+def test_what_it_cannot_pack_is_said() -> None:
+    with pytest.raises(InputError, match="no int4 weights; choose int8"):
+        cpu.pack(random(4, 4), "int4")
+    with pytest.raises(InputError, match="float32 and bfloat16"):
+        cpu.pack(random(4, 4).half())
+    with pytest.raises(InputError, match="choose fused"):
+        ops.load("cpu", "cpu", torch.float16)
+    assert "float16" in str(cpu.obstacle(torch.float16))
+
+
+# ---- products -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, inputs", [(1, 1), (5, 24), (33, 97), (600, 70)])
+def test_linear(way: str, dtype: torch.dtype, rows: int, inputs: int) -> None:
+    x, weights = random(rows, inputs, dtype=dtype), [random(n, inputs, seed=n, dtype=dtype) for n in (1, 33, 64)]
+    found = cpu.linear(x, *map(cpu.pack, weights))
+    exact = reference.linear(x.double(), *(w.double() for w in weights))
+    plain = reference.linear(x, *weights)
+    for one, two, three in zip(found, exact, plain, strict=True):
+        close(one, two, three, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_in_int8(way: str, dtype: torch.dtype) -> None:
+    """Exact on what was rounded: x to a scale a row, weights to a scale an output."""
+    x, weight = random(37, 150, dtype=dtype), random(45, 150, seed=1, dtype=dtype)
+    packed = cpu.pack(weight, "int8")
+    steps = x.float().abs().amax(-1, keepdim=True) / 127
+    exact = (x.double() / steps).round() * steps @ cpu.unpack(packed).double().T
+    close(cpu.linear(x, packed)[0], exact, None, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width, inner", [(1, 24, 20), (40, 64, 96), (530, 33, 70)])
+def test_feed_forward(way: str, dtype: torch.dtype, rows: int, width: int, inner: int) -> None:
+    x = random(rows, width, dtype=dtype)
+    gate, up, down = (
+        random(*s, seed=s[0], dtype=dtype, scale=0.3) for s in ((inner, width), (inner, width), (width, inner))
+    )
+    found = cpu.feed_forward(x, cpu.pack(gate), cpu.pack(up), cpu.pack(down))
+    exact = reference.feed_forward(x.double(), gate.double(), up.double(), down.double())
+    close(found, exact, reference.feed_forward(x, gate, up, down), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "count, tokens, width, inner, chosen", [(1, 1, 24, 8, 1), (5, 40, 64, 32, 2), (8, 130, 72, 36, 4)]
+)
+def test_experts(way: str, dtype: torch.dtype, count: int, tokens: int, width: int, inner: int, chosen: int) -> None:
+    x = random(tokens, width, dtype=dtype)
+    gate_up = random(count, 2 * inner, width, seed=1, dtype=dtype, scale=0.3)
+    down = random(count, width, inner, seed=2, dtype=dtype, scale=0.3)
+    # The last expert is chosen by nobody where there is a choice; the first by all.
+    index = torch.stack([torch.arange(chosen) + (n % max(1, count - chosen)) * (chosen < count) for n in range(tokens)])
+    index[:, 0] = 0
+    weight = random(tokens, chosen, seed=3).abs()
+    found = cpu.experts(x, index, weight, cpu.pack(gate_up), cpu.pack(down))
+    exact = reference.experts(x.double(), index, weight.double(), gate_up.double(), down.double())
+    close(found, exact, reference.experts(x, index, weight, gate_up, down), dtype)
+
+
+def test_experts_and_feed_forward_in_int8_are_near(way: str) -> None:
+    """Within the noise of 8 bits: relative rms error below 2 %."""
+    x, gate_up, down = random(60, 128), random(4, 192, 128, scale=0.1), random(4, 128, 96, scale=0.1)
+    index, weight = torch.arange(120).reshape(60, 2) % 4, torch.full((60, 2), 0.5)
+    packed = cpu.pack(gate_up, "int8"), cpu.pack(down, "int8")
+    pairs = [(cpu.experts(x, index, weight, *packed), reference.experts(x, index, weight, gate_up, down))]
+    three = gate_up[0, :96], gate_up[0, 96:], down[0]
+    pairs.append((cpu.feed_forward(x, *(cpu.pack(w, "int8") for w in three)), reference.feed_forward(x, *three)))
+    for found, exact in pairs:
+        assert (found - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_a_rows_answer_depends_neither_on_its_batch_nor_on_threads(way: str, kind: str) -> None:
+    x, weight = random(70, 200, dtype=torch.bfloat16), random(96, 200, seed=5, dtype=torch.bfloat16)
+    packed = cpu.pack(weight, kind)
+    whole = cpu.linear(x, packed)[0]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(cpu.linear(x, packed)[0], whole)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat([cpu.linear(x[n : n + 1], packed)[0] for n in range(70)]), whole)
+
+
+# ---- norms and routing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 24, 100, 256])
+def test_norms(dtype: torch.dtype, width: int) -> None:
+    x, other, third = (random(7, width, seed=n, dtype=dtype) for n in range(3))
+    weights = [1 + random(width, seed=9 + n, dtype=dtype, scale=0.3) for n in range(3)]
+    double = [w.double() for w in weights]
+    for weight in (weights[0], None):
+        exact = reference.rms_norm(x.double(), None if weight is None else weight.double(), 1e-6)
+        close(cpu.rms_norm(x, weight, 1e-6), exact, reference.rms_norm(x, weight, 1e-6), dtype)
+    exact = reference.norm_add(x.double(), other.double(), double[0], 1e-6)
+    close(cpu.norm_add(x, other, weights[0], 1e-6), exact, reference.norm_add(x, other, weights[0], 1e-6), dtype)
+    for scale in (torch.tensor([0.7]), torch.linspace(0.5, 1.2, 7)[:, None]):
+        exact = reference.join(x.double(), other.double(), third.double(), *double, 1e-6, scale.to(dtype).double())
+        arguments = (x, other, third, *weights, 1e-6, scale.to(dtype))
+        close(cpu.join(*arguments), exact, reference.join(*arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [8, 24, 256])
+def test_norm_rope(dtype: torch.dtype, size: int) -> None:
+    x, weight = random(2, 5, 3, size, dtype=dtype), 1 + random(size, dtype=dtype, scale=0.3)
+    angle = random(2, 5, size // 2, seed=4).repeat(1, 1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    exact = reference.norm_rope(x.double(), weight.double(), 1e-6, cos.double(), sin.double())
+    close(cpu.norm_rope(x, weight, 1e-6, cos, sin), exact, reference.norm_rope(x, weight, 1e-6, cos, sin), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_route_picks_the_same_experts(dtype: torch.dtype) -> None:
+    x, scale = random(61, 96, dtype=dtype), 1 + random(96, dtype=dtype, scale=0.2)
+    proj, per = random(32, 96, dtype=dtype), 1 + random(32, dtype=dtype, scale=0.2)
+    index, weight = cpu.route(x, scale, proj, per, 4, 1e-6)
+    plain_index, plain_weight = reference.route(x, scale, proj, per, 4, 1e-6)
+    same = (index.sort(-1).values == plain_index.sort(-1).values).all(-1)
+    if dtype == torch.float32:
+        assert same.all()
+        assert torch.allclose(weight, plain_weight, atol=1e-5)
+    assert same.float().mean() > 0.9  # bfloat16 logits tie
+    assert index.dtype == torch.int64 and weight.dtype == torch.float32
+    picked = [set(row.tolist()) for row in index]
+    assert all(len(row) == 4 for row in picked)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window, ring", [(None, 320), (70, 138), (4, 20)])
+@pytest.mark.parametrize("encode, canvas", [(0, 40), (16, 0), (16, 40)])
+def test_attention(way: str, dtype: torch.dtype, window: int | None, ring: int, encode: int, canvas: int) -> None:
+    """Rows of different length, full and short windows, encode, denoise and both in one pass."""
+    heads, groups, size, rows = 4, 2, 40, (2, 0, 1)
+    lengths, counts = (300, 0, 17), (encode, encode // 2, 0) if encode else (0, 0, 0)
+    mask = Mask(
+        [*rows], torch.tensor(rows), torch.tensor(lengths), torch.tensor(counts), encode, canvas, window, ring,
+        min(max(lengths), ring),
+    )  # fmt: skip
+    width = encode + canvas
+    q = random(3, width, heads, size, dtype=dtype)
+    k, v = (random(3, width, groups, size, seed=n, dtype=dtype) for n in (1, 2))
+    k_ring, v_ring = (random(3, ring + 1, groups, size, seed=n, dtype=dtype) for n in (3, 4))
+    found = cpu.attention(q, k, v, k_ring, v_ring, mask)
+    exact = reference.attention(q.double(), k.double(), v.double(), k_ring.double(), v_ring.double(), mask)
+    plain = reference.attention(q, k, v, k_ring, v_ring, mask)
+    for row, count in enumerate(counts):
+        real = [*range(count), *range(encode, width)]
+        if real:
+            close(found[row, real], exact[row, real], plain[row, real], dtype, 16.0)
+    assert found.isfinite().all()
+
+
+# ---- the vocabulary -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("words, length, size", [(61, 8, 24), (300, 33, 70), (1000, 70, 64)])
+def test_read_out_and_soft_embedding(way: str, dtype: torch.dtype, words: int, length: int, size: int) -> None:
+    hidden, embed = random(2, length, size, dtype=dtype), random(words, size, dtype=dtype, scale=size**-0.5)
+    heat, uniform = torch.tensor([0.8, 0.4]), torch.rand(2, length, generator=torch.Generator().manual_seed(1))
+    where = torch.rand(2, length, generator=torch.Generator().manual_seed(2)) < 0.5
+    banned = where, torch.tensor([0, words - 1, words // 2])
+    found = cpu.read_out(hidden, embed, 30.0, heat, uniform, None, banned)
+    exact = reference.read_out(hidden.double(), embed.double(), 30.0, heat, uniform, None, banned)
+    plain = reference.read_out(hidden, embed, 30.0, heat, uniform, None, banned)
+    live = exact.logits_BLV > ops.NEVER / 2
+    assert (found.logits_BLV[~live].float() < -1e29).all()
+    close(found.logits_BLV[live], exact.logits_BLV[live], plain.logits_BLV[live], dtype, 10.0)  # softcap's own places
+    close(found.entropy_BL, exact.entropy_BL, plain.entropy_BL, torch.float32, 64.0)
+    p = exact.logits_BLV.double().softmax(-1)
+    best = p.gather(-1, found.argmax_BL[..., None])[..., 0]
+    assert (best >= p.amax(-1) * (1 - 16 * EPS[dtype])).all()
+    # The sample is where the cumulative distribution passes the number, within the logits' own rounding.
+    cdf = p.cumsum(-1)
+    upper = cdf.gather(-1, found.sample_BL[..., None])[..., 0]
+    lower = upper - p.gather(-1, found.sample_BL[..., None])[..., 0]
+    slack = 1e-5 if dtype == torch.float32 else 0.05
+    assert (lower - slack <= uniform).all() and (uniform <= upper + slack).all()
+    assert not (torch.isin(found.sample_BL, banned[1]) & where).any()
+    assert not (torch.isin(found.argmax_BL, banned[1]) & where).any()
+
+    scale = torch.tensor(size**0.5)
+    soft = cpu.soft_embedding(found.logits_BLV, embed, scale, found.tiles)
+    exact_soft = reference.soft_embedding(found.logits_BLV.double(), embed.double(), scale.double())
+    plain_soft = reference.soft_embedding(found.logits_BLV, embed, scale)
+    close(soft, exact_soft, plain_soft, dtype, 8.0)
+    close(cpu.soft_embedding(found.logits_BLV, embed, scale), exact_soft, plain_soft, dtype, 8.0)
+
+
+def test_the_oracles_dice_meet_the_stored_logits(way: str) -> None:
+    hidden, embed, gumbel = random(1, 9, 24), random(61, 24), random(1, 9, 61, seed=3)
+    found = cpu.read_out(hidden, embed, 30.0, torch.tensor([0.5]), None, gumbel)
+    assert torch.equal(found.sample_BL, (found.logits_BLV.float() + gumbel).argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_skipped_tiles_cost_no_more_than_their_bound(way: str, dtype: torch.dtype) -> None:
+    """Near the end every position knows its word: most tiles are left out, and the answer moves by less than the bound
+    that `soft_embedding` states (beside the rounding of what is not left out)."""
+    words, size, length = 4000, 64, 64
+    embed = random(words, size, dtype=dtype)
+    logits = random(1, length, words, seed=1).mul_(0.5)
+    sure = torch.arange(length) % 300
+    logits[0, torch.arange(length), sure] = 28.0
+    logits = logits.to(dtype)
+    peak = logits.float().amax(-1)
+    sums = (logits.float() - peak[..., None]).exp()
+    tiles = -(-words // cpu._words())
+    padded = torch.nn.functional.pad(sums, (0, tiles * cpu._words() - words))
+    mass = (padded.view(length, tiles, -1).sum(-1) / sums.sum(-1).view(length, 1)).contiguous()
+    peaks = torch.stack([peak, 1 / sums.sum(-1)], -1).view(length, 2).contiguous()
+    least = torch.finfo(dtype).eps / 4 / tiles
+    skipped = (mass < least).all(0)
+    assert skipped.float().mean() > (0.5 if dtype == torch.bfloat16 else -1)
+    scale = torch.tensor(3.0)
+    without = cpu.soft_embedding(logits, embed, scale, (mass, peaks))
+    whole = cpu.soft_embedding(logits, embed, scale)
+    bound = torch.finfo(dtype).eps / 4 * embed.float().abs().max() * scale
+    rounding = torch.finfo(dtype).eps * whole.float().abs()
+    assert ((without.float() - whole.float()).abs() <= bound + rounding).all()
+
+
+def test_auto_takes_it_where_it_is_the_fastest() -> None:
+    assert ops.load("auto", "cpu", torch.float32) is cpu.OPS
+    assert (ops.load("auto", "cpu", torch.bfloat16) is cpu.OPS) == bool(build.library().sf_start())
