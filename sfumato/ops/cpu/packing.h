@@ -1,0 +1,140 @@
+// What a product reads: weights packed once in panels, rows packed for each call, and the product of panels.
+#pragma once
+
+#include "tiles.h"
+
+struct Scratch { // grows, never shrinks; one a thread and purpose
+    char *data = nullptr;
+    size_t size = 0;
+    char *get(size_t bytes) {
+        if (bytes > size) {
+            free(data);
+            size = up(bytes + bytes / 4, 1 << 21);
+            data = (char *)aligned_alloc(1 << 21, size);
+            if (!data) abort();
+#if defined(__linux__)
+            madvise(data, size, MADV_HUGEPAGE);
+#endif
+        }
+        return data;
+    }
+    ~Scratch() { free(data); }
+};
+
+static thread_local Scratch left_side, middle, parts_buffer, own, blocks;
+
+// Rows in A tiles: [row tile][k tile][1 KiB]; int8 rows with a scale each.
+template <class IO, class M>
+static void pack_rows(const IO *const *rows, int count, long width, char *out, float *scales) {
+    if constexpr (std::is_same_v<IO, M>) {
+        tile_rows<M>(rows, count, width, out);
+    } else if constexpr (std::is_same_v<M, int8_t>) {
+        const long kc = tiles_of(width, 64);
+        for (int r = 0; r < 16; r++) {
+            V most = V{};
+            if (r < count)
+                for (long i = 0; i < width; i += 16) most = bigger(most, absolute(load_some(rows[r] + i, width - i)));
+            const float top = largest(most), inverse = top > 0 ? 127.0f / top : 0.0f;
+            scales[r] = top / 127.0f;
+            for (long k = 0; k < kc; k++)
+                for (int part = 0; part < 64; part += 16) {
+                    const long i = k * 64 + part;
+                    V x = r < count && i < width ? load_some(rows[r] + i, width - i) * inverse : V{};
+                    VI q = __builtin_convertvector((x + 12582912.0f) - 12582912.0f, VI);
+                    typedef int8_t VB __attribute__((vector_size(16)));
+                    VB b = __builtin_convertvector(q, VB);
+                    memcpy(out + k * TILE + r * 64 + part, &b, 16);
+                }
+        }
+    } else { // float rows for a product in bfloat16, or the other way round
+        const long kc = tiles_of(width, Kind<M>::K);
+        for (int r = 0; r < 16; r++)
+            for (long k = 0; k < kc; k++)
+                for (long part = 0; part < Kind<M>::K; part += 16) {
+                    const long i = k * Kind<M>::K + part;
+                    V x = r < count && i < width ? load_some(rows[r] + i, width - i) : V{};
+                    store((M *)(out + k * TILE) + r * Kind<M>::K + part, x);
+                }
+    }
+}
+
+template <class M> struct Weight {
+    const char *data;
+    const float *scale; // int8: one an output
+    long outputs, inputs;
+    long kc() const { return tiles_of(inputs, Kind<M>::K); }
+    long panels() const { return tiles_of(outputs, 32); }
+    long bytes() const { return panels() * kc() * 2 * TILE; }
+    const char *panel(long p) const { return data + p * kc() * 2 * TILE; }
+};
+
+// For each of `count` panels C [row tiles x 16, 32], one behind the other, from all the rows in A. K goes in pieces, so
+// that what meets again and again stays in the nearest cache. Meanwhile the panels that come `next` are fetched.
+// Integer sums are scaled.
+template <class M> struct Panel {
+    const Weight<M> *w;
+    long p;
+    const char *next;
+};
+template <class M>
+static inline void panel_product(long row_tiles, const char *a, const float *row_scale, const Panel<M> *panels, int count,
+                                 float *c) {
+    typedef typename Kind<M>::Sum S;
+    const long kc = panels[0].w->kc(), piece = kc > 12 ? PIECE : kc, size = row_tiles * 16 * 32;
+    const long each = up(2 * TILE / tiles_of(row_tiles, 2), 64); // over all passes: one panel
+    S *sums = (S *)c;
+    for (long k = 0; k < kc; k += piece)
+        for (int i = 0; i < count; i++) {
+            const long some = std::min(piece, kc - k);
+            const char *b = panels[i].w->panel(panels[i].p) + 2 * k * TILE, *next = panels[i].next;
+            if (next) next += k * tiles_of(row_tiles, 2) * each;
+            for (long t = 0; t < row_tiles; t += 2) {
+                const char *at = a + (t * kc + k) * TILE;
+                product<M>(t + 1 < row_tiles ? 2 : 1, at, at + kc * TILE, b, some, sums + i * size + t * 16 * 32, 32, k > 0, next, next ? each : 0);
+                if (next) next += some * each;
+            }
+        }
+    if constexpr (std::is_same_v<M, int8_t>)
+        for (int i = 0; i < count; i++) {
+            const Weight<M> &w = *panels[i].w;
+            const long p = panels[i].p;
+            V one = load_some(w.scale + 32 * p, w.outputs - 32 * p), two = load_some(w.scale + 32 * p + 16, w.outputs - 32 * p - 16);
+            float *to = c + i * size;
+            for (long r = 0; r < 16 * row_tiles; r++) {
+                VI x, y;
+                memcpy(&x, to + 32 * r, 64);
+                memcpy(&y, to + 32 * r + 16, 64);
+                store(to + 32 * r, __builtin_convertvector(x, V) * row_scale[r] * one);
+                store(to + 32 * r + 16, __builtin_convertvector(y, V) * row_scale[r] * two);
+            }
+        }
+}
+
+template <class M> static void pack_weight(const void *from, int io, long outputs, long inputs, char *out, float *scale, int threads) {
+    const long kc = tiles_of(inputs, Kind<M>::K), panels = tiles_of(outputs, 32);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long p = 0; p < panels; p++) {
+        std::vector<M> copy(32 * inputs);
+        const M *columns[32];
+        for (int c = 0; c < 32; c++) {
+            const long o = 32 * p + c;
+            columns[c] = nullptr;
+            if (o >= outputs) continue;
+            columns[c] = copy.data() + c * inputs;
+            float top = 0;
+            auto value = [&](long i) {
+                return io ? to_float(((const bf16 *)from)[o * inputs + i]) : ((const float *)from)[o * inputs + i];
+            };
+            if constexpr (std::is_same_v<M, int8_t>) {
+                for (long i = 0; i < inputs; i++) top = std::max(top, std::fabs(value(i)));
+                scale[o] = top / 127.0f;
+                for (long i = 0; i < inputs; i++)
+                    copy[c * inputs + i] = (int8_t)std::lrintf(top > 0 ? value(i) * (127.0f / top) : 0.0f);
+            } else
+                for (long i = 0; i < inputs; i++) from_float(&copy[c * inputs + i], value(i));
+        }
+        for (long k = 0; k < kc; k++)
+            for (int n = 0; n < 2; n++)
+                tile_columns<M>(columns + 16 * n, k * Kind<M>::K, inputs, out + ((p * kc + k) * 2 + n) * TILE);
+    }
+}

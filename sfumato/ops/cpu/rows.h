@@ -1,0 +1,135 @@
+// What is done row by row: norms, rope, the end of a block, routing.
+#pragma once
+
+#include "packing.h"
+
+template <class T> static inline V weight_at(const T *w, long i, long n) { return w ? load_some(w + i, n - i) : splat(1.0f); }
+
+template <class A> static inline float inverse_rms(A at, long n, float eps) {
+    V sum[4] = {};
+    long i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int j = 0; j < 4; j++) {
+            V x = at(i + 16 * j);
+            sum[j] += x * x;
+        }
+    for (; i < n; i += 16) {
+        V x = at(i);
+        sum[0] += x * x;
+    }
+    return 1.0f / std::sqrt(total((sum[0] + sum[1]) + (sum[2] + sum[3])) / n + eps);
+}
+
+template <class T> static void rms_norm(const T *x, long rows, long n, const T *w, float eps, T *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const T *from = x + r * n;
+        const float s = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
+        for (long i = 0; i < n; i += 16) store_some(y + r * n + i, load_some(from + i, n - i) * s * weight_at(w, i, n), n - i);
+    }
+}
+
+template <class T>
+static void norm_rope(const T *x, long places, long heads, long n, const T *w, float eps, const T *cos, const T *sin,
+                      T *y, int threads) {
+    const long half = n / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long r = 0; r < places * heads; r++) {
+        const T *from = x + r * n, *c = cos + r / heads * n, *s = sin + r / heads * n;
+        const float scale = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
+        for (long i = 0; i < half; i += 16) {
+            const long m = half - i;
+            V one = rounded(load_some(from + i, m) * scale * load_some(w + i, m), T());
+            V two = rounded(load_some(from + half + i, m) * scale * load_some(w + half + i, m), T());
+            store_some(y + r * n + i, one * load_some(c + i, m) - two * load_some(s + i, m), m);
+            store_some(y + r * n + half + i, two * load_some(c + half + i, m) + one * load_some(s + half + i, m), m);
+        }
+    }
+}
+
+template <class T>
+static void norm_add(const T *residual, const T *x, long rows, long n, const T *w, float eps, T *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const T *from = x + r * n;
+        const float s = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
+        for (long i = 0; i < n; i += 16)
+            store_some(y + r * n + i, load_some(residual + r * n + i, n - i) + rounded(load_some(from + i, n - i) * s * weight_at(w, i, n), T()), n - i);
+    }
+}
+
+template <class T>
+static void join(const T *residual, const T *dense, const T *sparse, long rows, long n, const T *dense_w,
+                 const T *sparse_w, const T *w, float eps, const T *scale, long scales, T *y, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sum(up(n, 16));
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++) {
+            const T *d = dense + r * n, *s = sparse + r * n;
+            const float ds = inverse_rms([&](long i) { return load_some(d + i, n - i); }, n, eps);
+            const float ss = inverse_rms([&](long i) { return load_some(s + i, n - i); }, n, eps);
+            for (long i = 0; i < n; i += 16) {
+                V a = rounded(load_some(d + i, n - i) * ds * weight_at(dense_w, i, n), T());
+                V b = rounded(load_some(s + i, n - i) * ss * weight_at(sparse_w, i, n), T());
+                store(sum.data() + i, rounded(a + b, T()));
+            }
+            const float js = inverse_rms([&](long i) { return load(sum.data() + i); }, n, eps);
+            const float layer = to_float(scale[scales > 1 ? r : 0]);
+            for (long i = 0; i < n; i += 16) {
+                V a = rounded(load(sum.data() + i) * js * weight_at(w, i, n), T());
+                store_some(y + r * n + i, rounded(load_some(residual + r * n + i, n - i) + a, T()) * layer, n - i);
+            }
+        }
+    }
+}
+
+// Few outputs and exact ones: which experts a token takes must not hang on the rounding of a product's input.
+template <class T>
+static void route(const T *x, long rows, long n, const T *scale, const T *proj, long count, const T *per_expert,
+                  long chosen, float eps, int64_t *index, float *weight, int threads) {
+    const float root = 1.0f / std::sqrt((float)n);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> a(4 * up(n, 16)), p(4 * count);
+#pragma omp for schedule(static)
+        for (long block = 0; block < tiles_of(rows, 4); block++) {
+            const long some = std::min(4L, rows - 4 * block), wide = up(n, 16);
+            for (long r = 0; r < some; r++) {
+                const T *from = x + (4 * block + r) * n;
+                const float s = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
+                for (long i = 0; i < n; i += 16) {
+                    V normed = rounded(rounded(load_some(from + i, n - i) * s, T()) * load_some(scale + i, n - i), T());
+                    store(a.data() + r * wide + i, rounded(normed * root, T()));
+                }
+            }
+            for (long r = some; r < 4; r++) memset(a.data() + r * wide, 0, wide * 4);
+            for (long e = 0; e < count; e++) {
+                V sum[4] = {};
+                for (long i = 0; i < n; i += 16) {
+                    V w = load_some(proj + e * n + i, n - i);
+                    for (int r = 0; r < 4; r++) sum[r] += w * load(a.data() + r * wide + i);
+                }
+                for (int r = 0; r < 4; r++) {
+                    T kept;
+                    from_float(&kept, total(sum[r]));
+                    p[r * count + e] = to_float(kept);
+                }
+            }
+            for (long r = 0; r < some; r++) {
+                float *q = p.data() + r * count, top = q[0], sum = 0, picked = 0;
+                for (long e = 0; e < count; e++) top = std::max(top, q[e]);
+                for (long e = 0; e < count; e++) sum += q[e] = std::exp(q[e] - top);
+                int64_t *at = index + (4 * block + r) * chosen;
+                float *out = weight + (4 * block + r) * chosen;
+                for (long j = 0; j < chosen; j++) {
+                    long best = 0;
+                    for (long e = 1; e < count; e++)
+                        if (q[e] > q[best]) best = e;
+                    at[j] = best, out[j] = q[best] / sum, picked += out[j], q[best] = -1;
+                }
+                for (long j = 0; j < chosen; j++) out[j] = out[j] / picked * to_float(per_expert[at[j]]);
+            }
+        }
+    }
+}

@@ -1,0 +1,219 @@
+// Tiles of 16 rows x 64 bytes: their product, with AMX and without, and how rows and columns become tiles.
+#pragma once
+
+#include "vectors.h"
+
+template <class M> struct Kind; // M: what the elements of a product are
+template <> struct Kind<float> {
+    static constexpr long K = 16, GROUP = 1; // elements a tile row; neighbours along k that lie together in B
+    typedef float Sum;
+};
+template <> struct Kind<bf16> {
+    static constexpr long K = 32, GROUP = 2;
+    typedef float Sum;
+};
+template <> struct Kind<int8_t> {
+    static constexpr long K = 64, GROUP = 4;
+    typedef int32_t Sum;
+};
+
+static bool has_amx = false;
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define AMX 1
+struct Tiles { // the tile registers of this thread, for as long as it lives
+    Tiles() {
+        if (!has_amx) return;
+        alignas(64) static const struct Config {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } config;
+        asm volatile("ldtilecfg %0" : : "m"(config));
+    }
+    ~Tiles() {
+        if (has_amx) _tile_release();
+    }
+};
+#else
+#define AMX 0
+struct Tiles {};
+#endif
+
+// C [mr x 16, 32] (+)= A (mr row tiles) x B (a panel), over kc tiles of k. `each` bytes from `ahead` on are fetched
+// into the cache with every tile of k: what comes next arrives while this is computed.
+template <class M>
+static void plain_product(int mr, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
+                          long ldc, bool adds) {
+    typedef typename Kind<M>::Sum S;
+    typedef S VS __attribute__((vector_size(64)));
+    for (int t = 0; t < mr; t++) {
+        const char *a = t ? a1 : a0;
+        for (int half = 0; half < 16; half += 8) {
+            VS sum[8][2];
+            for (int r = 0; r < 8; r++)
+                for (int n = 0; n < 2; n++) {
+                    if (adds) memcpy(&sum[r][n], c + (16 * t + half + r) * ldc + 16 * n, 64);
+                    else sum[r][n] = VS{};
+                }
+            for (long k = 0; k < kc; k++) {
+                const M *at = (const M *)(a + k * TILE);
+                const M *bt = (const M *)(b + 2 * k * TILE);
+                constexpr long G = Kind<M>::GROUP;
+                for (int j = 0; j < 16; j++)
+                    for (int g = 0; g < G; g++) {
+                        VS w[2];
+                        for (int n = 0; n < 2; n++) {
+                            const M *row = bt + n * 16 * Kind<M>::K + j * 16 * G + g;
+                            if constexpr (std::is_same_v<M, float>) memcpy(&w[n], row, 64);
+                            else
+                                for (int i = 0; i < 16; i++) {
+                                    if constexpr (std::is_same_v<M, bf16>) w[n][i] = to_float(row[i * G]);
+                                    else w[n][i] = row[i * G];
+                                }
+                        }
+                        for (int r = 0; r < 8; r++) {
+                            M x = at[(half + r) * Kind<M>::K + j * G + g];
+                            S value;
+                            if constexpr (std::is_same_v<M, bf16>) value = to_float(x);
+                            else value = x;
+                            sum[r][0] += value * w[0];
+                            sum[r][1] += value * w[1];
+                        }
+                    }
+            }
+            for (int r = 0; r < 8; r++)
+                for (int n = 0; n < 2; n++) memcpy(c + (16 * t + half + r) * ldc + 16 * n, &sum[r][n], 64);
+        }
+    }
+}
+
+#if AMX
+#define PRODUCT(op, twice)                                                                                             \
+    for (long k = 0; k < kc; k++) {                                                                                    \
+        for (const char *until = ahead + each; ahead < until; ahead += 64) __builtin_prefetch(ahead, 0, 2);            \
+        _tile_loadd(6, b + 2 * k * TILE, 64);                                                                          \
+        _tile_loadd(4, a0 + k * TILE, 64);                                                                             \
+        op(0, 4, 6);                                                                                                   \
+        _tile_loadd(7, b + 2 * k * TILE + TILE, 64);                                                                   \
+        op(1, 4, 7);                                                                                                   \
+        if (twice) {                                                                                                   \
+            _tile_loadd(5, a1 + k * TILE, 64);                                                                         \
+            op(2, 5, 6);                                                                                               \
+            op(3, 5, 7);                                                                                               \
+        }                                                                                                              \
+    }
+#endif
+
+template <class M>
+static inline void product(int mr, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
+                           long ldc, bool adds = false, const char *ahead = nullptr, long each = 0) {
+#if AMX
+    if constexpr (!std::is_same_v<M, float>)
+        if (has_amx) {
+            if (adds) {
+                _tile_loadd(0, c, ldc * 4);
+                _tile_loadd(1, c + 16, ldc * 4);
+                if (mr == 2) {
+                    _tile_loadd(2, c + 16 * ldc, ldc * 4);
+                    _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+                }
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            if constexpr (std::is_same_v<M, bf16>) {
+                if (mr == 2) {
+                    PRODUCT(_tile_dpbf16ps, true)
+                } else {
+                    PRODUCT(_tile_dpbf16ps, false)
+                }
+            } else if (mr == 2) {
+                PRODUCT(_tile_dpbssd, true)
+            } else {
+                PRODUCT(_tile_dpbssd, false)
+            }
+            _tile_stored(0, c, ldc * 4);
+            _tile_stored(1, c + 16, ldc * 4);
+            if (mr == 2) {
+                _tile_stored(2, c + 16 * ldc, ldc * 4);
+                _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+            }
+            return;
+        }
+#endif
+    plain_product<M>(mr, a0, a1, b, kc, c, ldc, adds);
+}
+
+static inline long up(long n, long to) { return (n + to - 1) / to * to; }
+static inline long tiles_of(long n, long to) { return (n + to - 1) / to; }
+
+// 16 x 16 words of 32 bits, rows to columns.
+static inline void transpose(const VU in[16], VU out[16]) {
+    VU a[16], b[16];
+    for (int i = 0; i < 8; i++) {
+        a[2 * i] = __builtin_shuffle(in[i], in[i + 8], VU{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+        a[2 * i + 1] =
+            __builtin_shuffle(in[i], in[i + 8], VU{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+    }
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < 8; i++) {
+            b[2 * i] = __builtin_shuffle(a[i], a[i + 8], VU{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+            b[2 * i + 1] =
+                __builtin_shuffle(a[i], a[i + 8], VU{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+        }
+        memcpy(a, b, sizeof a);
+    }
+    memcpy(out, a, sizeof a);
+}
+
+// A tiles from rows: rows[i] points to row i or is null (zeros); `width` elements each. Writes [k tile][16 rows][64 B].
+template <class M> static void tile_rows(const M *const *rows, int count, long width, char *out) {
+    const long kc = tiles_of(width, Kind<M>::K);
+    for (int r = 0; r < 16; r++) {
+        const char *from = r < count ? (const char *)rows[r] : nullptr;
+        const long bytes = width * (long)sizeof(M);
+        for (long k = 0; k < kc; k++) {
+            char *to = out + k * TILE + r * 64;
+            const long left = bytes - k * 64;
+            if (!from) memset(to, 0, 64);
+            else if (left >= 64) memcpy(to, from + k * 64, 64);
+            else {
+                memset(to, 0, 64);
+                memcpy(to, from + k * 64, left);
+            }
+        }
+    }
+}
+
+// One B tile of 16 columns, each given by a pointer to its elements along k (a row of a weight [O, I]): elements
+// first .. first + K; null columns are zeros.
+template <class M> static inline void tile_columns(const M *const *columns, long first, long width, char *out) {
+    VU in[16], turned[16];
+    const long bytes = (width - first) * (long)sizeof(M);
+    for (int c = 0; c < 16; c++) {
+        in[c] = VU{};
+        if (columns[c]) memcpy(&in[c], columns[c] + first, bytes < 64 ? bytes : 64);
+    }
+    transpose(in, turned); // words of 32 bits: a float, 2 bfloat16 or 4 int8 that stay together
+    memcpy(out, turned, sizeof turned);
+}
+
+// One B tile from rows along k (a matrix [k, columns]): K rows, 16 columns from `column` on, of which `wide` exist.
+template <class M> static inline void tile_across(const M *const *rows, long count, long column, long wide, char *out) {
+    if constexpr (std::is_same_v<M, float>) {
+        for (int k = 0; k < 16; k++) store((float *)out + 16 * k, k < count && rows[k] ? load_some(rows[k] + column, wide) : V{});
+    } else {
+        for (int pair = 0; pair < 16; pair++) {
+            const M *one = 2 * pair < count ? rows[2 * pair] : nullptr, *two = 2 * pair + 1 < count ? rows[2 * pair + 1] : nullptr;
+            VH a = {}, b = {};
+            const long bytes = wide < 16 ? wide * 2 : 32;
+            if (one) memcpy(&a, one + column, bytes);
+            if (two) memcpy(&b, two + column, bytes);
+            VU both = __builtin_convertvector(a, VU) | (__builtin_convertvector(b, VU) << 16);
+            memcpy(out + 64 * pair, &both, 64);
+        }
+    }
+}

@@ -1,0 +1,140 @@
+// Vectors of 16 lanes in float32, what bfloat16 becomes in them, and the functions that the operations need.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+typedef float V __attribute__((vector_size(64)));
+typedef int32_t VI __attribute__((vector_size(64)));
+typedef uint32_t VU __attribute__((vector_size(64)));
+typedef uint16_t VH __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static constexpr long TILE = 1024;   // bytes of a tile
+static constexpr long WORDS = 128;   // words of a vocabulary tile
+static constexpr long KEYS = 256;    // keys that attention takes at once
+static constexpr long PIECE = 8;     // tiles of k that stay in the nearest cache while the other side passes by
+static constexpr long BAND = 512;    // rows of a product that share a panel while it is warm
+
+static inline V splat(float x) { return x - V{}; }
+static inline V load(const float *p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float *p, V v) { memcpy(p, &v, sizeof v); }
+static inline V load(const bf16 *p) {
+    VH h;
+    memcpy(&h, p, sizeof h);
+    return (V)(__builtin_convertvector(h, VU) << 16);
+}
+static inline void store(bf16 *p, V v) {
+#if defined(__AVX512BF16__)
+    __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &h, sizeof h);
+#else
+    VU u = (VU)v;
+    VH h = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, VH);
+    memcpy(p, &h, sizeof h);
+#endif
+}
+template <class T> static inline V load_some(const T *p, long n) {
+    if (n >= 16) return load(p);
+    T t[16] = {};
+    if (n > 0) memcpy(t, p, n * sizeof(T));
+    return load(t);
+}
+template <class T> static inline void store_some(T *p, V v, long n) {
+    if (n >= 16) return store(p, v);
+    T t[16];
+    store(t, v);
+    if (n > 0) memcpy(p, t, n * sizeof(T));
+}
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+    uint32_t u = (uint32_t)x.bits << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+static inline void from_float(float *p, float x) { *p = x; }
+static inline void from_float(bf16 *p, float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    p->bits = (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+// Rounded to what the type can hold: the value that whoever reads it back will see.
+static inline V rounded(V v, float) { return v; }
+static inline V rounded(V v, bf16) {
+    bf16 t[16];
+    store(t, v);
+    return load(t);
+}
+static inline float total(V v) { // in halves: a fixed order
+    v += __builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v += __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v += __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    return v[0] + v[1];
+}
+static inline float largest(V v) {
+    V w = __builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v = v > w ? v : w;
+    w = __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v = v > w ? v : w;
+    w = __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    v = v > w ? v : w;
+    return std::max(v[0], v[1]);
+}
+static inline V bigger(V a, V b) { return a > b ? a : b; }
+static inline V smaller(V a, V b) { return a < b ? a : b; }
+static inline V absolute(V a) { return (V)((VU)a & 0x7fffffffu); }
+
+// Within 1e-7 of e^x, relative; 0 below -87.3.
+static inline V exponential(V x) {
+    x = smaller(x, splat(88.0f));
+    V n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; // nearest integer
+    V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    V p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    VI e = __builtin_convertvector(n, VI);
+    V scaled = (V)((VI)p + (e << 23));
+    return x < splat(-87.3f) ? V{} : scaled;
+}
+static inline V over(V a, V b) { // a / b for b in [1, 1e38], within an ulp or two
+#if defined(__AVX512F__)
+    V r = (V)_mm512_rcp14_ps((__m512)b);
+    r += r * (1.0f - b * r);
+    V q = a * r;
+    return q + r * (a - b * q);
+#else
+    return a / b;
+#endif
+}
+static inline V gelu_tanh(V x) { // x / (1 + e^-2u) is x (1 + tanh u) / 2
+    V u = x * (0.7978845608f + 0.0356774081f * x * x);
+    return over(x, 1.0f + exponential(-2.0f * u));
+}
+static inline V softcapped(V x, float cap) { return cap - over(splat(2.0f * cap), exponential(x * (2.0f / cap)) + 1.0f); }
