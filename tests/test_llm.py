@@ -10,11 +10,15 @@ from sfumato import LLM, Options
 from sfumato.evals.sudoku import request, solve
 from sfumato.events import Commit, Done, Draft, InputError
 from sfumato.llm import _Reader
+from sfumato.ops import cpu
+from sfumato.ops.cpu import build
 from sfumato.sudoku import is_solved
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
 """50 clues: nano solves it in a few steps."""
 ONE = Options(max_tokens=82, seed=3)
+
+needs_cpu = pytest.mark.skipif(build.obstacle() is not None, reason=f"the library cannot be built: {build.obstacle()}")
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +160,29 @@ def test_bad_input_is_one_sentence_that_names_the_value(llm: LLM, call, words: s
     with pytest.raises(InputError) as caught:
         call(llm)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- fewer bits -----------------------------------------------------------------------------------------------------
+
+
+@needs_cpu
+def test_nano_in_8_bits_answers_with_the_solution():
+    llm = LLM.load("nano", quantize="int8", ops="cpu")
+    weight = llm.model.get_submodule("layers.0.mlp.gate_proj").weight
+    assert isinstance(weight, cpu.Packed) and weight.scale is not None
+    assert is_solved(llm.chat(ask(), options=ONE).text, PUZZLE)
+    assert len(llm.complete("Solve", Options(max_tokens=20, seed=1, max_steps=2)).tokens) == 20
+
+
+@pytest.mark.parametrize(
+    ("ops", "quantize", "sentence"),
+    [
+        pytest.param("cpu", "int4", "the cpu operations have no int4 weights; choose int8", marks=needs_cpu),
+        ("fused", "int8", "the fused operations have no int8 weights; use cpu or triton operations"),
+        ("reference", "int8", "the reference operations have no int8 weights; use cpu or triton operations"),
+    ],
+)
+def test_bits_that_operations_lack_are_refused_with_a_remedy(ops: str, quantize: str, sentence: str):
+    with pytest.raises(InputError) as caught:
+        LLM.load("nano", quantize=quantize, ops=ops)
+    assert str(caught.value) == sentence

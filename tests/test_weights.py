@@ -25,6 +25,7 @@ from sfumato.cache import KVCache
 from sfumato.config import FULL, SLIDING, LayerConfig, ModelConfig, Rope
 from sfumato.events import CheckpointError, InputError, SfumatoError
 from sfumato.model import Model
+from sfumato.ops.cpu import build
 
 REFERENCE = ops.load("reference")
 SLIDE = LayerConfig(head_dim=16, kv_heads=2, window=8, rope=Rope(10_000.0))
@@ -203,6 +204,15 @@ def test_a_changed_model_is_not_saved(tmp_path: Path, model: Model) -> None:
     with pytest.raises(InputError, match=r"norm\.weight is not as"):
         weights.save(model, tmp_path)
     assert files(tmp_path) == []
+
+
+@pytest.mark.skipif(build.obstacle() is not None, reason=f"the library cannot be built: {build.obstacle()}")
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_packed_model_is_not_saved(folder: Path, tmp_path: Path, quantize: str | None) -> None:
+    packed = weights.load(folder, ops="cpu", quantize=quantize)
+    with pytest.raises(InputError, match=r"q_proj\.weight is not as .*; load with ops='fused' what is to be saved"):
+        weights.save(packed, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_tokenizer_and_generation_config(tmp_path: Path, model: Model) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.events import InputError
 from sfumato.masks import Mask
 from sfumato.ops import NEVER, Ops, ReadOut
 
@@ -20,7 +21,7 @@ def pack(weight: Tensor, kind: str = "") -> Tensor:
     """A weight [O, I] or a stack [E, O, I] in the form that `linear`, `feed_forward` and `experts` of this
     implementation take. `kind` "" keeps the precision. Here: as it is."""
     if kind:
-        raise NotImplementedError(f"the reference has no {kind} weights")
+        raise InputError(f"the reference operations have no {kind} weights; use cpu or triton operations")
     return weight
 
 

@@ -7,8 +7,11 @@ into huge pages. Inference only: no gradients. Why it exists, with figures: docs
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import math
 import mmap
+import weakref
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
@@ -73,10 +76,36 @@ def empty_huge(count: int) -> Tensor:
     """Uninitialised bytes on huge pages, where the system grants them: read at up to three times the speed."""
     if count < HUGE:
         return torch.empty(count, dtype=torch.uint8)
+    return torch.frombuffer(_pages(count), dtype=torch.uint8)
+
+
+def _pages(count: int) -> mmap.mmap:
     pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return pages
+
+
+_FREE: dict[int, list[mmap.mmap]] = {}
+
+
+def _reused(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised, on huge pages that come back when the tensor is gone: logits are made anew with every step, and
+    the system would clear their pages each time."""
+    count = math.prod(shape) * like.element_size()
+    if count < HUGE:
+        return like.new_empty(shape)
+    free = _FREE.setdefault(count, [])
+    pages = free.pop() if free else _pages(count)
+    held = (ctypes.c_char * count).from_buffer(pages)
+    weakref.finalize(held, _give_back, pages, count).atexit = False
+    return torch.frombuffer(held, dtype=like.dtype).view(shape)
+
+
+def _give_back(pages: mmap.mmap, count: int) -> None:
+    """One is kept, of the size that was used last."""
+    _FREE.clear()
+    _FREE[count] = [pages]
 
 
 def pack(weight: Tensor, kind: str = "") -> Packed:
@@ -216,8 +245,8 @@ def read_out(
     batch, length, size = hidden_BLD.shape
     hidden, words, count = _rows(hidden_BLD), embed_VD.shape[0], batch * length
     tiles = -(-words // _words())
-    logits_BLV = hidden_BLD.new_empty(batch, length, words)
-    mass_NW, peak_N2 = torch.empty(count, tiles), torch.empty(count, 2)
+    logits_BLV = _reused(hidden_BLD, batch, length, words)
+    mass_WN, peak_N = torch.empty(tiles, -(-count // 32) * 32), torch.empty(count)
     sample_BL, argmax_BL = (torch.empty(batch, length, dtype=torch.long) for _ in range(2))
     entropy_BL = torch.empty(batch, length)
     heat = (1.0 / temperature_B.float())[:, None].expand(batch, length).contiguous()
@@ -225,27 +254,25 @@ def read_out(
     uniform = None if uniform_BL is None else uniform_BL.float().contiguous()
     _call(
         "sf_read_out", _io(hidden), hidden, count, size, embed_VD, words, softcap, heat, where, ids,
-        0 if ids is None else ids.numel(), uniform, logits_BLV, mass_NW, sample_BL, argmax_BL, entropy_BL, peak_N2,
+        0 if ids is None else ids.numel(), uniform, logits_BLV, mass_WN, sample_BL, argmax_BL, entropy_BL, peak_N,
     )  # fmt: skip
     if gumbel_BLV is not None:
         sample_BL = (logits_BLV.float() + gumbel_BLV).argmax(-1)
-    return ReadOut(sample_BL, argmax_BL, entropy_BL, logits_BLV, (mass_NW, peak_N2))
+    return ReadOut(sample_BL, argmax_BL, entropy_BL, logits_BLV, (mass_WN, peak_N))
 
 
 def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: Any = None) -> Tensor:
-    """Tiles of the vocabulary whose mass is below eps/4 over their number, for all 32 positions of a block, are left
-    out: no position then loses more than eps/4 of its mass, eps being the dtype's, so that the error is at most
-    eps/4 x max|E| x scale."""
+    """Tiles of the vocabulary whose mass is below eps/8 over their number, for all 32 positions of a block, are left
+    out, eps being the dtype's, and the rest is normalised. No position then loses more than eps/8 of its mass, so that
+    the error is at most eps/4 x max|E| x scale."""
     logits, (words, size) = logits_BLV.contiguous(), embed_VD.shape
     if tiles is None:
-        top_N = logits.flatten(0, -2).float().amax(-1)
-        inverse_N = 1 / (logits.flatten(0, -2).float() - top_N[:, None]).exp().sum(-1)
-        tiles = None, torch.stack([top_N, inverse_N], dim=1)
-    mass_NW, peak_N2 = tiles
-    least = torch.finfo(embed_VD.dtype).eps / 4 / -(-words // _words())
+        tiles = None, logits.flatten(0, -2).amax(-1).float()
+    mass_WN, peak_N = tiles
+    least = torch.finfo(embed_VD.dtype).eps / 8 / -(-words // _words())
     out = embed_VD.new_empty(*logits.shape[:-1], size)
     _call(
-        "sf_soft_embedding", _io(logits), logits, logits.numel() // words, words, embed_VD, size, peak_N2, mass_NW,
+        "sf_soft_embedding", _io(logits), logits, logits.numel() // words, words, embed_VD, size, peak_N, mass_WN,
         least, float(scale), out,
     )  # fmt: skip
     return out

@@ -77,12 +77,7 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                             tile_columns<T>(keys + 32 * p + 16 * half, i * Kind<T>::K, n, k_tiles + ((p * kd + i) * 2 + half) * TILE);
                 for (long p = 0; p < d_panels; p++)
                     for (long i = 0; i < k_used; i++)
-                        for (int half = 0; half < 2; half++) {
-                            const long column = 32 * p + 16 * half;
-                            char *tile = v_tiles + ((p * kk + i) * 2 + half) * TILE;
-                            if (column < n) tile_across<T>(values + i * Kind<T>::K, Kind<T>::K, column, n - column, tile);
-                            else memset(tile, 0, TILE);
-                        }
+                        tile_pair<T>(values + i * Kind<T>::K, 32 * p, n, v_tiles + (p * kk + i) * 2 * TILE);
                 for (long block = 0; block < held; block++) {
                     const int64_t *lo = low + block * 32, *hi = high + block * 32;
                     int64_t least = INT64_MAX, most = 0, sure_low = 0, sure_high = INT64_MAX;

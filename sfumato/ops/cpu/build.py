@@ -21,6 +21,7 @@ from sfumato.events import InputError
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi"]
+FLAGS += ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
 
 
 def obstacle() -> str | None:

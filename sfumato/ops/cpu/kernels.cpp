@@ -126,12 +126,14 @@ void sf_read_out(int io, const void *hidden, long positions, long n, const void 
                  const float *inverse_heat, const uint8_t *is_banned, const int64_t *banned, long bans,
                  const float *uniform, void *logits, float *mass, int64_t *sample, int64_t *argmax, float *entropy,
                  float *peak, int threads) {
-    BY_IO((read_out<T>((const T *)hidden, positions, n, (const T *)embed, words, cap, inverse_heat, is_banned, banned,
-                       bans, uniform, (T *)logits, mass, sample, argmax, entropy, peak, threads)))
+    Places at{positions, words, cap, inverse_heat, is_banned, banned, bans};
+    BY_IO((read_out<T>((const T *)hidden, n, (const T *)embed, at, uniform, (T *)logits, mass, sample, argmax, entropy,
+                       peak, threads)))
 }
 
 void sf_soft_embedding(int io, const void *logits, long positions, long words, const void *embed, long n,
                        const float *peak, const float *mass, float least, float scale, void *y, int threads) {
-    BY_IO((soft_embedding<T>((const T *)logits, positions, words, (const T *)embed, n, peak, mass, least, scale, (T *)y, threads)))
+    BY_IO((soft_embedding<T>((const T *)logits, positions, words, (const T *)embed, n, peak, mass, least, scale, (T *)y,
+                             threads)))
 }
 }

@@ -3,13 +3,16 @@
 
 #include "tiles.h"
 
-struct Scratch { // grows, never shrinks; one a thread and purpose
+// Memory that outlives a call. What a long prompt needed is given back once many calls have needed far less.
+struct Scratch {
     char *data = nullptr;
     size_t size = 0;
+    int small_calls = 0;
     char *get(size_t bytes) {
-        if (bytes > size) {
+        small_calls = size > (64 << 20) && bytes < size / 4 ? small_calls + 1 : 0;
+        if (bytes > size || small_calls > 1000) {
             free(data);
-            size = up(bytes + bytes / 4, 1 << 21);
+            size = up(bytes + bytes / 16, 1 << 21);
             data = (char *)aligned_alloc(1 << 21, size);
             if (!data) abort();
 #if defined(__linux__)
@@ -21,7 +24,8 @@ struct Scratch { // grows, never shrinks; one a thread and purpose
     ~Scratch() { free(data); }
 };
 
-static thread_local Scratch left_side, middle, parts_buffer, own, blocks;
+// What the threads of a call share (the caller's), and what each has to itself.
+static thread_local Scratch shared, own;
 
 // Rows in A tiles: [row tile][k tile][1 KiB]; int8 rows with a scale each.
 template <class IO, class M>

@@ -26,7 +26,7 @@ template <class IO> static inline void write_block(const float *c, IO *y, long r
 template <class IO, class M>
 static void linear(const IO *x, long rows, int count, const Weight<M> *w, IO *const *y, int threads) {
     const long width = w[0].inputs, kc = w[0].kc(), row_tiles = tiles_of(rows, 16);
-    char *a = left_side.get(row_tiles * kc * TILE + up(rows, 16) * 4);
+    char *a = shared.get(row_tiles * kc * TILE + up(rows, 16) * 4);
     float *scales = (float *)(a + row_tiles * kc * TILE);
     long panels = 0;
     for (int i = 0; i < count; i++) panels += w[i].panels();
@@ -34,7 +34,7 @@ static void linear(const IO *x, long rows, int count, const Weight<M> *w, IO *co
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        float *c = (float *)blocks.get(BAND * 32 * 4);
+        float *c = (float *)own.get(BAND * 32 * 4);
         pack_all<IO, M>(x, rows, width, a, scales);
         for (long band = 0; band < bands; band++) {
             const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
@@ -67,14 +67,14 @@ template <class IO, class M>
 static void feed_forward(const IO *x, long rows, Weight<M> gate, Weight<M> up_, Weight<M> down, IO *y, int threads) {
     const long kc = gate.kc(), inner = gate.outputs, kc2 = down.kc(), row_tiles = tiles_of(rows, 16);
     const long first = row_tiles * kc * TILE, second = row_tiles * kc2 * TILE;
-    char *a = left_side.get(first + second + 2 * up(rows, 16) * 4);
+    char *a = shared.get(first + second + 2 * up(rows, 16) * 4 + rows * inner * sizeof(IO));
     float *scales = (float *)(a + first + second), *scales2 = scales + up(rows, 16);
-    IO *h = (IO *)middle.get(rows * inner * sizeof(IO));
+    IO *h = (IO *)(scales2 + up(rows, 16));
     const long bands = tiles_of(rows, BAND);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        float *c = (float *)blocks.get(2 * BAND * 32 * 4);
+        float *c = (float *)own.get(2 * BAND * 32 * 4);
         pack_all<IO, M>(x, rows, gate.inputs, a, scales);
         for (long band = 0; band < bands; band++) {
             const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
@@ -118,7 +118,7 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
     for (long e = 0; e < count; e++) order[e] = e;
     std::stable_sort(order.begin(), order.end(), // the largest first, so that no thread is left with one at the end
                      [&](long a, long b) { return starts[a + 1] - starts[a] > starts[b + 1] - starts[b]; });
-    float *parts = (float *)parts_buffer.get(all * width * 4);
+    IO *parts = (IO *)shared.get(all * width * sizeof(IO));
     const long kc = gu.kc(), kc2 = dn.kc();
     const bool is_aligned = inner % 32 == 0; // then a panel is all gate or all up
 #pragma omp parallel num_threads(threads)
@@ -133,19 +133,18 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
             if (g.scale) g.scale += e * gu.outputs, w.scale += e * dn.outputs;
             const long row_tiles = tiles_of(size, 16), first = row_tiles * kc * TILE, second = row_tiles * kc2 * TILE;
             const long wide = up(2 * inner, 32);
-            char *a = own.get(first + second + 2 * up(size, 16) * 4 + up(size, 32) * wide * 4 + size * inner * sizeof(IO) + 256);
+            constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
+            const long block = row_tiles * 16 * 32, mixed = is_aligned ? 0 : up(size, 16) * wide;
+            char *a = own.get(first + second + (2 * up(size, 16) + MANY * block + mixed) * 4 + size * inner * sizeof(IO));
             float *scales = (float *)(a + first + second), *scales2 = scales + up(size, 16);
-            float *gate_up = scales2 + up(size, 16); // only where panels mix gate and up
-            IO *h = (IO *)(gate_up + up(size, 32) * wide);
+            float *c = scales2 + up(size, 16), *gate_up = c + MANY * block; // the latter where panels mix gate and up
+            IO *h = (IO *)(gate_up + mixed);
             for (long t = 0; t < row_tiles; t++) {
                 const IO *pointers[16];
                 const int held = (int)std::min(16L, size - 16 * t);
                 for (int r = 0; r < held; r++) pointers[r] = x + member[starts[e] + 16 * t + r] / chosen * width;
                 pack_rows<IO, M>(pointers, held, width, a + t * kc * TILE, scales + 16 * t);
             }
-            constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
-            const long block = row_tiles * 16 * 32;
-            float *c = (float *)blocks.get(MANY * block * 4);
             Panel<M> panels[MANY];
             if (is_aligned) {
                 const long half = inner / 32;

@@ -147,9 +147,6 @@ static inline void product(int mr, const char *a0, const char *a1, const char *b
     plain_product<M>(mr, a0, a1, b, kc, c, ldc, adds);
 }
 
-static inline long up(long n, long to) { return (n + to - 1) / to * to; }
-static inline long tiles_of(long n, long to) { return (n + to - 1) / to; }
-
 // 16 x 16 words of 32 bits, rows to columns.
 static inline void transpose(const VU in[16], VU out[16]) {
     VU a[16], b[16];
@@ -201,13 +198,14 @@ template <class M> static inline void tile_columns(const M *const *columns, long
     memcpy(out, turned, sizeof turned);
 }
 
-// One B tile from rows along k (a matrix [k, columns]): K rows, 16 columns from `column` on, of which `wide` exist.
-template <class M> static inline void tile_across(const M *const *rows, long count, long column, long wide, char *out) {
+// One B tile from rows along k (a matrix [k, columns]): K rows, null ones zeros; 16 columns from `column` on, of which
+// `wide` exist.
+template <class M> static inline void tile_across(const M *const *rows, long column, long wide, char *out) {
     if constexpr (std::is_same_v<M, float>) {
-        for (int k = 0; k < 16; k++) store((float *)out + 16 * k, k < count && rows[k] ? load_some(rows[k] + column, wide) : V{});
+        for (int k = 0; k < 16; k++) store((float *)out + 16 * k, rows[k] ? load_some(rows[k] + column, wide) : V{});
     } else {
         for (int pair = 0; pair < 16; pair++) {
-            const M *one = 2 * pair < count ? rows[2 * pair] : nullptr, *two = 2 * pair + 1 < count ? rows[2 * pair + 1] : nullptr;
+            const M *one = rows[2 * pair], *two = rows[2 * pair + 1];
             VH a = {}, b = {};
             const long bytes = wide < 16 ? wide * 2 : 32;
             if (one) memcpy(&a, one + column, bytes);
@@ -215,5 +213,28 @@ template <class M> static inline void tile_across(const M *const *rows, long cou
             VU both = __builtin_convertvector(a, VU) | (__builtin_convertvector(b, VU) << 16);
             memcpy(out + 64 * pair, &both, 64);
         }
+    }
+}
+
+// The two B tiles of 32 columns from `column` on, of a matrix with `width` columns.
+template <class M> static inline void tile_pair(const M *const *rows, long column, long width, char *out) {
+    if constexpr (std::is_same_v<M, bf16>)
+        if (column + 32 <= width && rows[Kind<M>::K - 1]) {
+            typedef uint16_t VS __attribute__((vector_size(64)));
+            constexpr VS low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+            for (int pair = 0; pair < 16; pair++) {
+                VS a, b;
+                memcpy(&a, rows[2 * pair] + column, 64);
+                memcpy(&b, rows[2 * pair + 1] + column, 64);
+                VS one = __builtin_shuffle(a, b, low), two = __builtin_shuffle(a, b, low + 16);
+                memcpy(out + 64 * pair, &one, 64);
+                memcpy(out + TILE + 64 * pair, &two, 64);
+            }
+            return;
+        }
+    for (int half = 0; half < 2; half++) {
+        if (column + 16 * half < width) tile_across<M>(rows, column + 16 * half, width - column - 16 * half, out + half * TILE);
+        else memset(out + half * TILE, 0, TILE);
     }
 }

@@ -29,7 +29,6 @@ struct bf16 {
 };
 
 static constexpr long TILE = 1024;   // bytes of a tile
-static constexpr long WORDS = 128;   // words of a vocabulary tile
 static constexpr long KEYS = 256;    // keys that attention takes at once
 static constexpr long PIECE = 8;     // tiles of k that stay in the nearest cache while the other side passes by
 static constexpr long BAND = 512;    // rows of a product that share a panel while it is warm
@@ -44,7 +43,11 @@ static inline void store(float *p, V v) { memcpy(p, &v, sizeof v); }
 static inline V load(const bf16 *p) {
     VH h;
     memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
     return (V)(__builtin_convertvector(h, VU) << 16);
+#endif
 }
 static inline void store(bf16 *p, V v) {
 #if defined(__AVX512BF16__)
@@ -138,3 +141,10 @@ static inline V gelu_tanh(V x) { // x / (1 + e^-2u) is x (1 + tanh u) / 2
     return over(x, 1.0f + exponential(-2.0f * u));
 }
 static inline V softcapped(V x, float cap) { return cap - over(splat(2.0f * cap), exponential(x * (2.0f / cap)) + 1.0f); }
+
+static inline long up(long n, long to) { return (n + to - 1) / to * to; }
+static inline long tiles_of(long n, long to) { return (n + to - 1) / to; }
+
+static inline void fetch(const void *from, long bytes) { // into the second cache
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+}
