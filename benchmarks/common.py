@@ -68,6 +68,7 @@ def random_packed(
             for buffer in part.buffers():
                 buffer.fill_(1.0)
         Model.pack_(part, kind)  # type: ignore[arg-type]
+    model.ops.settle(model.embed_tokens.weight.data)
     return model.requires_grad_(False).eval()
 
 

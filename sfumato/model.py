@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sfumato.cache import KVCache
 from sfumato.config import LayerConfig, ModelConfig, Rope
 from sfumato.masks import Mask
-from sfumato.ops import Ops
+from sfumato.ops import Layer, Ops
 
 
 class Norm(nn.Module):
@@ -84,8 +84,7 @@ class Attention(nn.Module):
         k_BTGK = ops.norm_rope(raw_BTGK, self.k_norm.weight, self.eps, cos_BTK, sin_BTK)
         v_BTGK = ops.rms_norm(v[0] if v else raw_BTGK, None, self.eps)
         mixed_BTHK = ops.attention(q_BTHK, k_BTGK, v_BTGK, *run.cache.ring_of(index), mask)
-        if run.encode:  # only now: in a ring the new keys take the places of old ones that these queries still see
-            run.cache.append(index, k_BTGK[:, : run.encode], v_BTGK[:, : run.encode], mask, run.is_fresh)
+        run.append(index, k_BTGK, v_BTGK, mask)  # only now: in a ring the new keys replace old ones that were still seen
         return ops.linear(mixed_BTHK.reshape(*x_BTD.shape[:-1], -1), self.o_proj.weight)[0]
 
 
@@ -144,6 +143,8 @@ class Block(nn.Module):
         self.index, self.eps, self.ops = index, config.eps, ops
 
     def forward(self, x_BTD: Tensor, run: Pass) -> Tensor:
+        if self.ops.block is not None:
+            return self._whole(x_BTD, run)
         mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), run, self.index)
         x_BTD = self.ops.norm_add(x_BTD, mixed_BTD, self.post_attention_layernorm.weight, self.eps)
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -158,6 +159,43 @@ class Block(nn.Module):
             run.scale(self.encode_scalar, self.denoise_scalar),
         )
         return joined_ND.view_as(x_BTD)
+
+    def _whole(self, x_BTD: Tensor, run: Pass) -> Tensor:
+        """`forward` in one call of an implementation that has it."""
+        assert self.ops.block is not None
+        (mask, cos_BTK, sin_BTK), scale_N1 = run.of(self.index), run.scale(self.encode_scalar, self.denoise_scalar)
+        rings = run.cache.ring_of(self.index)
+        x_BTD, k_BTGK, v_BTGK = self.ops.block(x_BTD, self._layer(), cos_BTK, sin_BTK, *rings, mask, scale_N1)
+        run.append(self.index, k_BTGK, v_BTGK, mask)
+        return x_BTD
+
+    def _layer(self) -> Layer:
+        mixer, dense, router, experts = self.self_attn, self.mlp, self.router, self.experts
+        return Layer(
+            self.input_layernorm.weight,
+            mixer.q_proj.weight,
+            mixer.k_proj.weight,
+            None if mixer.v_proj is None else mixer.v_proj.weight,
+            mixer.o_proj.weight,
+            mixer.q_norm.weight,
+            mixer.k_norm.weight,
+            self.post_attention_layernorm.weight,
+            self.pre_feedforward_layernorm.weight,
+            dense.gate_proj.weight,
+            dense.up_proj.weight,
+            dense.down_proj.weight,
+            self.post_feedforward_layernorm_1.weight,
+            router.scale,
+            router.proj.weight,
+            router.per_expert_scale,
+            self.pre_feedforward_layernorm_2.weight,
+            experts.gate_up_proj,
+            experts.down_proj,
+            self.post_feedforward_layernorm_2.weight,
+            self.post_feedforward_layernorm.weight,
+            router.top_k,
+            self.eps,
+        )
 
 
 _BLOCK_NORMS = (
@@ -213,6 +251,11 @@ class Pass:
     def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
         layer = self.config.layers[index]
         return self.kinds[layer.window, layer.rope, layer.head_dim]
+
+    def append(self, index: int, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> None:
+        """What a layer encoded goes into the cache; of the canvas nothing does."""
+        if self.encode:
+            self.cache.append(index, k_BTGK[:, : self.encode], v_BTGK[:, : self.encode], mask, self.is_fresh)
 
     def scale(self, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
         """The layer scalar of each position, or the one of all."""
@@ -275,6 +318,8 @@ class Model(nn.Module):
                     if packed is not plain:
                         del owner._parameters[name]
                         setattr(owner, name, packed)
+        if isinstance(self, Model):
+            self.ops.settle(self.embed_tokens.weight.data)
         return self
 
     def encode(

@@ -35,12 +35,46 @@ class ReadOut(NamedTuple):
     """What an implementation's read-out learned of each tile of the vocabulary, for its own soft embedding."""
 
 
+class Layer(NamedTuple):
+    """The weights of a block, packed where a product takes them, for an implementation that runs it whole."""
+
+    input_norm: Any
+    q: Any
+    k: Any
+    v: Any
+    """None: the values are the raw keys."""
+    o: Any
+    q_norm: Any
+    k_norm: Any
+    after_attention: Any
+    before_dense: Any
+    gate: Any
+    up: Any
+    down: Any
+    after_dense: Any
+    router_scale: Any
+    router: Any
+    per_expert: Any
+    before_experts: Any
+    gate_up: Any
+    expert_down: Any
+    after_experts: Any
+    after: Any
+    top_k: int
+    eps: float
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        return self[:-2]
+
+
 @dataclass(frozen=True)
 class Ops:
     """One implementation of every operation. Shapes and meaning are documented in `reference.py`."""
 
     name: str
     pack: Callable[..., Any]
+    settle: Callable[..., Any]
     linear: Callable[..., Any]
     rms_norm: Callable[..., Any]
     norm_rope: Callable[..., Any]
@@ -52,6 +86,9 @@ class Ops:
     join: Callable[..., Any]
     read_out: Callable[..., Any]
     soft_embedding: Callable[..., Any]
+    block: Callable[..., Any] | None = None
+    """(x_BTD, Layer, cos, sin, k ring, v ring, mask, scalar) -> x_BTD and the new k_BTGK, v_BTGK: the operations of a
+    block in one call, where that pays. None: the model calls them one by one."""
 
 
 NAMES = ("reference", "fused", "cpu", "triton")

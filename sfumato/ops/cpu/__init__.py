@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sfumato.events import InputError
 from sfumato.masks import Mask
-from sfumato.ops import Ops, ReadOut
+from sfumato.ops import Layer, Ops, ReadOut
 from sfumato.ops.cpu import build
 
 _IO = {torch.float32: 0, torch.bfloat16: 1}
@@ -127,6 +127,12 @@ def pack(weight: Tensor, kind: str = "") -> Packed:
         scales = c_void_p(scale.data_ptr() + 4 * n * outputs) if scale is not None else None
         _call("sf_pack", _IO[source.dtype], code, c_void_p(start), outputs, inputs, data.data_ptr() + n * size, scales)
     return Packed(code, tuple(weight.shape), data, scale)
+
+
+def settle(weight: Tensor) -> None:
+    """See `reference.settle`: onto huge pages, where the system has them."""
+    if weight.nbytes >= HUGE:
+        _call("sf_settle", weight, weight.nbytes)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -278,6 +284,35 @@ def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: A
     return out
 
 
+def block(
+    x_BTD: Tensor,
+    layer: Layer,
+    cos_BTK: Tensor,
+    sin_BTK: Tensor,
+    k_XRGK: Tensor,
+    v_XRGK: Tensor,
+    mask: Mask,
+    scale_N1: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.Layer`. Between operations of tenths of a millisecond, a dozen calls from Python would cost as much as
+    attention does."""
+    x_BTD, scale_N1 = x_BTD.contiguous(), scale_N1.contiguous()
+    (batch, new, width), (groups, head) = x_BTD.shape, k_XRGK.shape[2:]
+    pointers = [pointer for part in layer.weights for pointer in _pointers(part)]
+    experts, _, expert_inner = layer.expert_down.shape
+    heads = layer.q.shape[0] // head
+    sizes = width, heads, groups, head, layer.gate.shape[0], experts, expert_inner, layer.top_k
+    y, k_BTGK = torch.empty_like(x_BTD), x_BTD.new_empty(batch, new, groups, head)
+    v_BTGK = torch.empty_like(k_BTGK)
+    _call(
+        "sf_block", _io(x_BTD), layer.q.kind, x_BTD, (c_void_p * len(pointers))(*pointers), (c_long * 8)(*sizes),
+        layer.eps, cos_BTK.contiguous(), sin_BTK.contiguous(), k_XRGK, v_XRGK, mask.rows_B, mask.lengths_B,
+        mask.counts_B, batch, mask.encode, mask.canvas, mask.window or 0, mask.ring, scale_N1, scale_N1.numel(), y,
+        k_BTGK, v_BTGK,
+    )  # fmt: skip
+    return y, k_BTGK, v_BTGK
+
+
 # ---- calls ----------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +342,13 @@ def _argument(value: Any) -> Any:
     return c_long(value) if isinstance(value, int) else value
 
 
+def _pointers(weight: Tensor | Packed | None) -> tuple[int | None, ...]:
+    """Of a vector one; of a packed weight, or one that is not there, data and scales."""
+    if isinstance(weight, Tensor):
+        return (weight.data_ptr(),)
+    return (None, None) if weight is None else (weight.data.data_ptr(), _pointer(weight.scale))
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
@@ -322,6 +364,7 @@ def _call(name: str, *arguments: Any) -> None:
 OPS = Ops(
     "cpu",
     pack,
+    settle,
     linear,
     rms_norm,
     norm_rope,
@@ -333,4 +376,5 @@ OPS = Ops(
     join,
     read_out,
     soft_embedding,
+    block,
 )

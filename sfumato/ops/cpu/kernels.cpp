@@ -8,9 +8,7 @@
 //
 // Sums have a fixed order that depends neither on the number of threads nor on the other rows of a batch.
 
-#include "attention.h"
-#include "products.h"
-#include "rows.h"
+#include "block.h"
 #include "vocabulary.h"
 
 template <class M> static Weight<M> weight_of(const void *data, const float *scale, long outputs, long inputs) {
@@ -49,6 +47,15 @@ int sf_start() { // asks the kernel for the tile registers; 1 where products run
 void sf_plain(int is_plain) { // tests: walk the tiles without AMX
     if (is_plain) has_amx = false;
     else sf_start();
+}
+
+void sf_settle(void *data, long bytes, int) { // whole huge pages of it; a system without them says no, and nothing is lost
+#if defined(__linux__)
+    const uintptr_t page = 1 << 21, from = ((uintptr_t)data + page - 1) / page * page, to = ((uintptr_t)data + bytes) / page * page;
+    if (to <= from) return;
+    madvise((void *)from, to - from, MADV_HUGEPAGE);
+    madvise((void *)from, to - from, 25); // MADV_COLLAPSE, since Linux 6.1
+#endif
 }
 
 long sf_packed_bytes(int kind, long outputs, long inputs) {
@@ -118,6 +125,19 @@ void sf_attention(int io, const void *q, const void *k, const void *v, const voi
     Seen seen{rows, lengths, counts, batch, encode, canvas, window, ring};
     BY_IO((attention<T>((const T *)q, (const T *)k, (const T *)v, (const T *)k_ring, (const T *)v_ring, seen, heads, groups,
                         n, (T *)out, threads)))
+}
+
+void sf_block(int io, int kind, const void *x, const void *const *pointers, const long *sizes, float eps, const void *cos,
+              const void *sin, const void *k_ring, const void *v_ring, const int64_t *rows, const int64_t *lengths,
+              const int64_t *counts, long batch, long encode, long canvas, long window, long ring, const void *scale,
+              long scales, void *y, void *k, void *v, int threads) {
+    Seen seen{rows, lengths, counts, batch, encode, canvas, window, ring};
+    Layer w;
+    Sizes n;
+    memcpy(&w, pointers, sizeof w);
+    memcpy(&n, sizes, sizeof n);
+    BY_BOTH((block<T, M>((const T *)x, w, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring, (const T *)v_ring, seen,
+                         (const T *)scale, scales, (T *)y, (T *)k, (T *)v, threads)))
 }
 
 long sf_words() { return WORDS; }

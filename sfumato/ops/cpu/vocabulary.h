@@ -248,6 +248,8 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
     {
         Tiles tiles;
         char *b = own.get(GROUP * deep * 2 * TILE); // [panel][RUN x PER][2][1 KiB]
+        const long from = groups * omp_get_thread_num() / omp_get_num_threads();
+        const long to = groups * (omp_get_thread_num() + 1) / omp_get_num_threads();
         for (long number = 0; number < runs; number++) {
             const long first = number * RUN, run = std::min(RUN, (long)list.size() - first);
             char *now = a + number % 2 * a_bytes;
@@ -255,13 +257,14 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
             for (long p = 0; p < 32 * places; p++)
                 for (long i = 0; i < run; i++) {
                     const long w = list[first + i];
+                    if (p < positions && first + i + RUN < (long)list.size())
+                        fetch(logits + p * words + list[first + i + RUN] * WORDS, WORDS * sizeof(T));
                     if (!needs[w * places + p / 32]) continue;
                     const long here = p < positions ? std::min(WORDS, words - w * WORDS) : 0;
                     char *row = now + ((p / 16 * RUN + i) * PER * 16 + p % 16) * 64;
                     sums[p] += exponentials(logits + p * words + w * WORDS, here, p < positions ? peak[p] : 0, row);
                 }
-#pragma omp for schedule(static) nowait
-            for (long g = 0; g < groups; g++) {
+            for (long g = from; g < to; g++) {
                 const long panel = g * GROUP, some = std::min(GROUP, panels - panel);
                 for (long j = 0; j < run * PER; j++) { // E is read as it lies
                     const long word = list[first + j / PER] * WORDS + j % PER * K;
@@ -270,15 +273,15 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
                     for (long d = 0; d < some; d++)
                         tile_pair<T>(rows, (panel + d) * 32, n, b + (d * deep + j) * 2 * TILE);
                 }
-                // Meanwhile the columns that come next are fetched, some rows with each product.
-                const bool goes_on = g + 1 < groups && (g + 1) * threads / groups == g * threads / groups;
-                const long share = tiles_of(run * WORDS, some * places);
-                long fetched = goes_on ? 0 : run * WORDS;
+                // Meanwhile what this thread packs next is fetched, some rows with each product.
+                const long then = g + 1 < to ? first : first + RUN, column = (g + 1 < to ? panel + GROUP : from * GROUP) * 32;
+                const long next = std::min(RUN, (long)list.size() - then) * WORDS, share = tiles_of(RUN * WORDS, some * places);
+                long fetched = 0;
                 for (long d = 0; d < some; d++)
                     for (long p = 0; p < places; p++) {
-                        for (const long until = fetched + share; fetched < until && fetched < run * WORDS; fetched++) {
-                            const long word = list[first + fetched / WORDS] * WORDS + fetched % WORDS;
-                            if (word < words) fetch(embed + word * n + (panel + GROUP) * 32, GROUP * 32 * sizeof(T));
+                        for (const long until = fetched + share; fetched < std::min(until, next); fetched++) {
+                            const long word = list[then + fetched / WORDS] * WORDS + fetched % WORDS;
+                            if (word < words) fetch(embed + word * n + column, GROUP * 32 * sizeof(T));
                         }
                         const char *a0 = now + p * 2 * deep * TILE, *a1 = a0 + deep * TILE;
                         float *c = out + ((panel + d) * places + p) * 32 * 32;
