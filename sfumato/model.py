@@ -84,7 +84,7 @@ class Attention(nn.Module):
         k_BTGK = ops.norm_rope(raw_BTGK, self.k_norm.weight, self.eps, cos_BTK, sin_BTK)
         v_BTGK = ops.rms_norm(v[0] if v else raw_BTGK, None, self.eps)
         mixed_BTHK = ops.attention(q_BTHK, k_BTGK, v_BTGK, *run.cache.ring_of(index), mask)
-        run.append(index, k_BTGK, v_BTGK, mask)  # only now: in a ring the new keys replace old ones that were still seen
+        run.append(index, k_BTGK, v_BTGK, mask)  # only now: in a ring they replace keys that were still seen
         return ops.linear(mixed_BTHK.reshape(*x_BTD.shape[:-1], -1), self.o_proj.weight)[0]
 
 

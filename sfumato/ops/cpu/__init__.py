@@ -86,7 +86,7 @@ def _pages(count: int) -> mmap.mmap:
     return pages
 
 
-_FREE: dict[int, list[mmap.mmap]] = {}
+_FREE: dict[int, mmap.mmap] = {}
 
 
 def _reused(like: Tensor, *shape: int) -> Tensor:
@@ -95,8 +95,7 @@ def _reused(like: Tensor, *shape: int) -> Tensor:
     count = math.prod(shape) * like.element_size()
     if count < HUGE:
         return like.new_empty(shape)
-    free = _FREE.setdefault(count, [])
-    pages = free.pop() if free else _pages(count)
+    pages = _FREE.pop(count, None) or _pages(count)
     held = (ctypes.c_char * count).from_buffer(pages)
     weakref.finalize(held, _give_back, pages, count).atexit = False
     return torch.frombuffer(held, dtype=like.dtype).view(shape)
@@ -105,7 +104,7 @@ def _reused(like: Tensor, *shape: int) -> Tensor:
 def _give_back(pages: mmap.mmap, count: int) -> None:
     """One is kept, of the size that was used last."""
     _FREE.clear()
-    _FREE[count] = [pages]
+    _FREE[count] = pages
 
 
 def pack(weight: Tensor, kind: str = "") -> Packed:
@@ -304,12 +303,17 @@ def block(
     sizes = width, heads, groups, head, layer.gate.shape[0], experts, expert_inner, layer.top_k
     y, k_BTGK = torch.empty_like(x_BTD), x_BTD.new_empty(batch, new, groups, head)
     v_BTGK = torch.empty_like(k_BTGK)
+    # Logits that are gone leave their memory until the next ones need it: taken out, so that nobody else takes it.
+    count, pages = _FREE.popitem() if _FREE else (0, None)
+    lent = None if pages is None else c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)))
     _call(
         "sf_block", _io(x_BTD), layer.q.kind, x_BTD, (c_void_p * len(pointers))(*pointers), (c_long * 8)(*sizes),
         layer.eps, cos_BTK.contiguous(), sin_BTK.contiguous(), k_XRGK, v_XRGK, mask.rows_B, mask.lengths_B,
         mask.counts_B, batch, mask.encode, mask.canvas, mask.window or 0, mask.ring, scale_N1, scale_N1.numel(), y,
-        k_BTGK, v_BTGK,
+        k_BTGK, v_BTGK, lent, count,
     )  # fmt: skip
+    if pages is not None:
+        _give_back(pages, count)
     return y, k_BTGK, v_BTGK
 
 

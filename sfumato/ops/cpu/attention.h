@@ -10,13 +10,14 @@ struct Seen {
 
 // The keys of a row are numbered by position: cached, newly encoded, canvas. What a query sees is then an interval.
 // A unit of work is some query blocks of one key-value head; for each chunk of keys it packs keys and values once.
+// `out` may be q: a unit has its queries packed before it writes, and they are nobody else's.
 template <class T>
 static void attention(const T *q, const T *k, const T *v, const T *k_ring, const T *v_ring, Seen seen, long heads,
                       long groups, long n, T *out, int threads) {
     const long width = seen.encode + seen.canvas, share = heads / groups, kd = tiles_of(n, Kind<T>::K);
     const long d_panels = tiles_of(n, 32), wide = up(n, 32), blocks = tiles_of(width, 32) * share;
     const long kk = KEYS / Kind<T>::K;
-    long splits = std::max(1L, tiles_of(blocks, 64)); // bounds what a unit keeps
+    long splits = std::max(1L, tiles_of(blocks, 16)); // bounds what a unit keeps
     while (seen.batch * groups * splits < threads && splits < blocks) splits++;
     const long each = tiles_of(blocks, splits), units = seen.batch * groups * splits;
 #pragma omp parallel num_threads(threads)

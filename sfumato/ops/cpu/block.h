@@ -25,17 +25,14 @@ static void block(const T *x, const Layer &w, Sizes n, float eps, const T *cos, 
     auto weight = [](const void *data, const void *scales, long outputs, long inputs) {
         return Weight<M>{(const char *)data, (const float *)scales, outputs, inputs};
     };
-    const long bytes = up(rows * sizeof(T), 64); // of a column
-    char *at = between.get(bytes * (2 * wide + 2 * narrow + 5 * n.width) + rows * n.chosen * 12);
-    auto part = [&](long columns) {
-        T *here = (T *)at;
-        at += bytes * columns;
-        return here;
-    };
-    T *q = part(wide), *q_turned = part(wide), *k_raw = part(narrow), *v_raw = part(narrow);
-    T *normed = part(n.width), *mixed = part(n.width), *residual = part(n.width), *dense = part(n.width);
-    T *sparse = part(n.width);
-    int64_t *index = (int64_t *)at;
+    // Columns of every row, one behind the other; what attention needed makes room for what comes after it.
+    const long column = up(rows * sizeof(T), 64), first = wide + 2 * narrow, second = 3 * n.width;
+    char *at = between.get(column * (n.width + std::max(first, second)) + rows * n.chosen * 12);
+    T *normed = (T *)at, *mixed = normed;
+    T *q = (T *)(at + column * n.width), *k_raw = (T *)((char *)q + column * wide);
+    T *v_raw = (T *)((char *)k_raw + column * narrow);
+    T *residual = q, *dense = (T *)((char *)q + column * n.width), *sparse = (T *)((char *)dense + column * n.width);
+    int64_t *index = (int64_t *)(at + column * (n.width + std::max(first, second)));
     float *share = (float *)(index + rows * n.chosen);
 
     rms_norm<T>(x, rows, n.width, (const T *)w.input_norm, eps, normed, threads);
@@ -43,10 +40,10 @@ static void block(const T *x, const Layer &w, Sizes n, float eps, const T *cos, 
                                 weight(w.v, w.v_scale, narrow, n.width)};
     T *const to[3] = {q, k_raw, v_raw};
     linear<T, M>(normed, rows, w.v ? 3 : 2, three, to, threads);
-    norm_rope<T>(q, rows, n.heads, n.head, (const T *)w.q_norm, eps, cos, sin, q_turned, threads);
+    norm_rope<T>(q, rows, n.heads, n.head, (const T *)w.q_norm, eps, cos, sin, q, threads);
     norm_rope<T>(k_raw, rows, n.groups, n.head, (const T *)w.k_norm, eps, cos, sin, k, threads);
     rms_norm<T>(w.v ? v_raw : k_raw, rows * n.groups, n.head, nullptr, eps, v, threads);
-    attention<T>(q_turned, k, v, k_ring, v_ring, seen, n.heads, n.groups, n.head, q, threads);
+    attention<T>(q, k, v, k_ring, v_ring, seen, n.heads, n.groups, n.head, q, threads);
     const Weight<M> o = weight(w.o, w.o_scale, n.width, wide);
     linear<T, M>(q, rows, 1, &o, &mixed, threads);
     norm_add<T>(x, mixed, rows, n.width, (const T *)w.after_attention, eps, residual, threads);

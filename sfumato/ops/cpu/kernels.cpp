@@ -38,7 +38,7 @@ template <class M> static Weight<M> weight_of(const void *data, const float *sca
 extern "C" {
 
 int sf_start() { // asks the kernel for the tile registers; 1 where products run on them
-#if AMX && defined(__linux__)
+#if AMX
     has_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0; // ARCH_REQ_XCOMP_PERM, XTILEDATA
 #endif
     return has_amx;
@@ -50,12 +50,10 @@ void sf_plain(int is_plain) { // tests: walk the tiles without AMX
 }
 
 void sf_settle(void *data, long bytes, int) { // whole huge pages of it; a system without them says no, and nothing is lost
-#if defined(__linux__)
     const uintptr_t page = 1 << 21, from = ((uintptr_t)data + page - 1) / page * page, to = ((uintptr_t)data + bytes) / page * page;
     if (to <= from) return;
     madvise((void *)from, to - from, MADV_HUGEPAGE);
     madvise((void *)from, to - from, 25); // MADV_COLLAPSE, since Linux 6.1
-#endif
 }
 
 long sf_packed_bytes(int kind, long outputs, long inputs) {
@@ -130,14 +128,17 @@ void sf_attention(int io, const void *q, const void *k, const void *v, const voi
 void sf_block(int io, int kind, const void *x, const void *const *pointers, const long *sizes, float eps, const void *cos,
               const void *sin, const void *k_ring, const void *v_ring, const int64_t *rows, const int64_t *lengths,
               const int64_t *counts, long batch, long encode, long canvas, long window, long ring, const void *scale,
-              long scales, void *y, void *k, void *v, int threads) {
+              long scales, void *y, void *k, void *v, void *lent, long lent_bytes, int threads) {
     Seen seen{rows, lengths, counts, batch, encode, canvas, window, ring};
     Layer w;
     Sizes n;
     memcpy(&w, pointers, sizeof w);
     memcpy(&n, sizes, sizeof n);
+    const long half = lent_bytes / 2 / 64 * 64;
+    between.lend((char *)lent, half), shared.lend((char *)lent + half, half);
     BY_BOTH((block<T, M>((const T *)x, w, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring, (const T *)v_ring, seen,
                          (const T *)scale, scales, (T *)y, (T *)k, (T *)v, threads)))
+    between.lend(nullptr, 0), shared.lend(nullptr, 0);
 }
 
 long sf_words() { return WORDS; }
@@ -146,6 +147,7 @@ void sf_read_out(int io, const void *hidden, long positions, long n, const void 
                  const float *inverse_heat, const uint8_t *is_banned, const int64_t *banned, long bans,
                  const float *uniform, void *logits, float *mass, int64_t *sample, int64_t *argmax, float *entropy,
                  float *peak, int threads) {
+    between.release(4 << 20), shared.release(4 << 20); // before the logits are there
     Places at{positions, words, cap, inverse_heat, is_banned, banned, bans};
     BY_IO((read_out<T>((const T *)hidden, n, (const T *)embed, at, uniform, (T *)logits, mass, sample, argmax, entropy,
                        peak, threads)))

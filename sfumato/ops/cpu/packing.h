@@ -3,25 +3,38 @@
 
 #include "tiles.h"
 
-// Memory that outlives a call. What a long prompt needed is given back once many calls have needed far less.
+// Memory that outlives a call, on huge pages where the system has them. What a long prompt needed is given back once
+// many calls have needed far less.
 struct Scratch {
-    char *data = nullptr;
+    static constexpr size_t PAGE = 1 << 21;
+    char *mapped = nullptr, *data = nullptr;
     size_t size = 0;
     int small_calls = 0;
+    char *lent = nullptr; // somebody else's, for as long as they lend it: used where it is large enough
+    size_t lent_size = 0;
+    void lend(char *memory, size_t bytes) { lent = memory, lent_size = bytes; }
     char *get(size_t bytes) {
+        if (bytes <= lent_size) {
+            release(4 << 20);
+            return lent;
+        }
         small_calls = size > (64 << 20) && bytes < size / 4 ? small_calls + 1 : 0;
         if (bytes > size || small_calls > 1000) {
-            free(data);
-            size = up(bytes + bytes / 16, 1 << 21);
-            data = (char *)aligned_alloc(1 << 21, size);
-            if (!data) abort();
-#if defined(__linux__)
+            release();
+            size = up(bytes + bytes / 16, PAGE);
+            mapped = (char *)mmap(nullptr, size + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (mapped == MAP_FAILED) abort();
+            data = (char *)(((uintptr_t)mapped + PAGE - 1) / PAGE * PAGE);
             madvise(data, size, MADV_HUGEPAGE);
-#endif
         }
         return data;
     }
-    ~Scratch() { free(data); }
+    void release(size_t unless = 0) { // to the system, unless it is no more than this
+        if (size <= unless) return;
+        munmap(mapped, size + PAGE);
+        data = nullptr, size = 0;
+    }
+    ~Scratch() { release(); }
 };
 
 // What the threads of a call share (the caller's), and what each has to itself.

@@ -13,11 +13,9 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
 typedef float V __attribute__((vector_size(64)));
 typedef int32_t VI __attribute__((vector_size(64)));

@@ -3,7 +3,7 @@
 
 #include "packing.h"
 
-static constexpr long WORDS = 128; // words of a tile of the vocabulary
+static constexpr long WORDS = 256; // words of a tile of the vocabulary
 static constexpr long PART = 8;    // k tiles of the embedding that meet all positions before the next ones do
 static constexpr long PLACES = 16; // blocks of 32 positions whose logits are held at a time
 
@@ -157,6 +157,7 @@ static void read_out(const T *hidden, long n, const T *embed, const Places &at, 
                     tile_columns<T>(columns + 16 * half, k * Kind<T>::K, n, b + ((p * kc + k) * 2 + half) * TILE);
         }
         const long held = std::min(places, PLACES);
+        own.release(2 << 20); // what attention took: from here on there are logits
         char *a = own.get(WORDS / 16 * PART * TILE + WORDS * 32 * held * 4);
         float *x = (float *)(a + WORDS / 16 * PART * TILE); // [held, WORDS, 32]
 #pragma omp for schedule(dynamic, 4)
@@ -226,7 +227,7 @@ template <class T> static inline V exponentials(const T *logits, long here, floa
 template <class T>
 static void soft_embedding(const T *logits, long positions, long words, const T *embed, long n, const float *peak,
                            const float *mass, float least, float scale, T *y, int threads) {
-    constexpr long K = Kind<T>::K, PER = WORDS / K, RUN = 2, GROUP = 8; // tiles of words at a time; panels of E
+    constexpr long K = Kind<T>::K, PER = WORDS / K, RUN = 1, GROUP = 8; // tiles of words at a time; panels of E
     const long word_tiles = tiles_of(words, WORDS), places = tiles_of(positions, 32), lanes = 32 * places;
     const long panels = tiles_of(n, 32), groups = tiles_of(panels, GROUP), deep = RUN * PER;
     std::vector<uint8_t> needs(word_tiles * places, mass ? 0 : 1);
