@@ -23,7 +23,7 @@ from sfumato.cli.bench import Cost, duration
 from sfumato.cli.info import Parameters, Precision, pass_work
 from sfumato.cli.machine import Shape, Timing, ceilings, environment
 from sfumato.config import LayerConfig, ModelConfig, Rope
-from sfumato.model import Model
+from sfumato.model import Model, pack_
 from sfumato.ops import load
 
 SHAPES: dict[str, Shape] = {
@@ -67,8 +67,7 @@ def random_packed(
                 _fill_(parameter, block)
             for buffer in part.buffers():
                 buffer.fill_(1.0)
-        Model.pack_(part, kind)  # type: ignore[arg-type]
-    model.ops.settle(model.embed_tokens.weight.data)
+        pack_(part, model.ops, kind)
     return model.requires_grad_(False).eval()
 
 

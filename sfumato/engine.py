@@ -78,7 +78,8 @@ class Run:
     `pins` maps, for each row, positions of the first canvas to tokens that stay fixed there. `cache` continues from
     earlier work: row i of it must hold exactly the first cache.lengths[i] tokens of prompt i, and not all of them.
     `record` (default: on a CUDA device) replays steps as CUDA graphs; `lag` (default: 1 there, else 0) is how many
-    steps late the host asks which rows have stopped. Neither changes an answer."""
+    steps late the host asks which rows have stopped. Neither changes an answer; a late question costs a canvas up to
+    `lag` passes."""
 
     def __init__(
         self,

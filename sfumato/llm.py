@@ -62,9 +62,9 @@ class LLM:
         """From a checkpoint folder, a hub id ("owner/name"), or "nano", the model inside this package.
 
         `dtype` None keeps the checkpoint's own; `ops` "auto" takes the fastest operations for device and dtype;
-        `quantize` "int8" keeps the weights in 8 bits where they can be (cpu operations). `notice` hears of what is
-        left aside; `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError
-        what is wrong with an argument."""
+        `quantize` keeps the weights of experts and other products in fewer bits: "int8", on a GPU also "fp8" and
+        "int4". `notice` hears of what is left aside; `progress(done, all)` counts bytes. CheckpointError names what is
+        wrong with a file, InputError what is wrong with an argument."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = weights.resolve(path)

@@ -264,6 +264,23 @@ class Pass:
         return torch.where(self.is_canvas_N1, denoise_1, encode_1)
 
 
+def pack_(part: nn.Module, ops: Ops, kind: str = "") -> None:
+    """`Model.pack_` for a part of a model."""
+    for module in part.modules():
+        owners: list[nn.Module] = [module] if isinstance(module, Experts) else []
+        if isinstance(module, (Attention, Gated)):
+            owners = [child for child in module.children() if isinstance(child, nn.Linear)]
+        for owner in owners:
+            for name, weight in list(owner.named_parameters(recurse=False)):
+                plain = weight.data
+                packed = ops.pack(plain, kind)
+                if packed is not plain:
+                    del owner._parameters[name]
+                    setattr(owner, name, packed)
+        if isinstance(module, nn.Embedding) and ops.settle is not None:
+            ops.settle(module.weight.data)
+
+
 def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
     """Radians per position of the K/2 angles. "Proportional": only the first share turns, spaced as if all did."""
     turning = int(rope.partial * head_dim // 2)
@@ -307,19 +324,7 @@ class Model(nn.Module):
         """Bring every weight of a matrix product into the form that the operations take; `kind` "int8" and its like
         store them in fewer bits, but for router and embedding. A no-op where the operations take weights as they are.
         A packed model runs; it cannot be saved or trained."""
-        for module in self.modules():
-            owners: list[nn.Module] = [module] if isinstance(module, Experts) else []
-            if isinstance(module, (Attention, Gated)):
-                owners = [child for child in module.children() if isinstance(child, nn.Linear)]
-            for owner in owners:
-                for name, weight in list(owner.named_parameters(recurse=False)):
-                    plain = weight.data
-                    packed = self.ops.pack(plain, kind)
-                    if packed is not plain:
-                        del owner._parameters[name]
-                        setattr(owner, name, packed)
-        if isinstance(self, Model):
-            self.ops.settle(self.embed_tokens.weight.data)
+        pack_(self, self.ops, kind)
         return self
 
     def encode(

@@ -1,7 +1,7 @@
 """One step of many canvases as a function of tensors on the device: pass, read-out, accept, renoise, stop.
 
 Nothing here waits for the host, and every shape follows from host integers alone. So the same function runs as it is on
-a CPU and is recorded as a CUDA graph on a GPU (`Recorded`), one for each number of rows. A row that has stopped is
+a CPU and is recorded as CUDA graphs on a GPU (`Recorded`), for rows up to powers of two. A row that has stopped is
 frozen: a step that was already under way when the host learns of it changes nothing.
 """
 

@@ -234,7 +234,8 @@ def load(
     """The Model of a checkpoint: whatever `resolve` understands. `dtype` None keeps the checkpoint's own.
 
     `ops` names operations (`ops.load`) or brings them. Weights are packed where these want that ("cpu", and so "auto"):
-    such a model runs, but is neither saved nor trained. `quantize` ("int8") packs to fewer bits.
+    such a model runs, but is neither saved nor trained. `quantize` packs to fewer bits: "int8" (cpu,
+    triton), "fp8" or "int4" (triton).
 
     `notice` hears, in one sentence a kind, of tensors that are known and left aside; `progress(done, all)` counts
     bytes. CheckpointError names the tensor or file that is wrong, before any tensor is read; InputError names an
@@ -248,7 +249,9 @@ def load(
         raise CheckpointError(f"{folder / 'config.json'} describes a model that is too large to exist") from error
     stored = _matched(model, stored_tensors(folder), folder, notice or (lambda sentence: None))
     wanted = wanted or DTYPES[stored["embed_tokens.weight"].dtype]
-    model.use_(load_ops(ops, place, wanted) if isinstance(ops, str) else ops)
+    model.use_(load_ops(ops, place, wanted, quantize) if isinstance(ops, str) else ops)
+    if quantize:  # refused now, if at all
+        model.ops.pack(torch.zeros(256, 256, device=place, dtype=wanted), quantize)
     done, total = 0, sum(entry.nbytes for entry in stored.values())
     for name, entry in stored.items():
         try:

@@ -302,7 +302,7 @@ def test_skipped_tiles_cost_no_more_than_their_bound(way: str, dtype: torch.dtyp
     tiles = -(-words // cpu._words())
     padded = torch.nn.functional.pad(sums, (0, tiles * cpu._words() - words))
     mass_WN = (padded.view(length, tiles, -1).sum(-1) / sums.sum(-1, keepdim=True)).T.contiguous()
-    skipped = (mass_WN < torch.finfo(dtype).eps / 8 / tiles).all(1)
+    skipped = (mass_WN < torch.finfo(dtype).eps / 16 / tiles).all(1)
     assert skipped.float().mean() > (0.5 if dtype == torch.bfloat16 else -1)
     scale = torch.tensor(3.0)
     without = cpu.soft_embedding(logits, embed, scale, (mass_WN, peak_N))
@@ -310,6 +310,35 @@ def test_skipped_tiles_cost_no_more_than_their_bound(way: str, dtype: torch.dtyp
     bound = torch.finfo(dtype).eps / 4 * embed.float().abs().max() * scale
     rounding = torch.finfo(dtype).eps * whole.float().abs()
     assert ((without.float() - whole.float()).abs() <= bound + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rows_read_out_and_soft_embedding_do_not_depend_on_its_batch(way: str, dtype: torch.dtype) -> None:
+    """Rows whose length is no multiple of a block, some sure and some not: what is left out is a row's own matter."""
+    hidden, embed = random(3, 45, 64, dtype=dtype), random(3000, 64, dtype=dtype)
+    hidden[1] *= 8
+    heat, uniform, scale = torch.tensor([0.8, 0.4, 0.6]), torch.rand(3, 45), torch.tensor(8.0)
+    whole = cpu.read_out(hidden, embed, 30.0, heat, uniform)
+    soft = cpu.soft_embedding(whole.logits_BLV, embed, scale, whole.tiles)
+    for row in range(3):
+        some = slice(row, row + 1)
+        alone = cpu.read_out(hidden[some], embed, 30.0, heat[some], uniform[some])
+        for one, two in zip(alone[:4], whole[:4], strict=True):
+            assert torch.equal(one, two[some])
+        assert torch.equal(cpu.soft_embedding(alone.logits_BLV, embed, scale, alone.tiles), soft[some])
+
+
+def test_memory_of_logits_comes_back() -> None:
+    """Large logits take the memory of those that are gone, never of those that live."""
+    hidden, embed, heat = random(1, 64, 16), random(20000, 16), torch.tensor([1.0])
+    one = cpu.read_out(hidden, embed, 30.0, heat).logits_BLV
+    two = cpu.read_out(hidden * 2, embed, 30.0, heat).logits_BLV
+    assert one.nbytes >= cpu.HUGE and one.data_ptr() != two.data_ptr() and not torch.equal(one, two)
+    view, place = two[:, :1], two.data_ptr()
+    del two
+    assert cpu.read_out(hidden, embed, 30.0, heat).logits_BLV.data_ptr() != place  # a view keeps it
+    del view
+    assert cpu.read_out(hidden, embed, 30.0, heat).logits_BLV.data_ptr() == place
 
 
 def test_auto_takes_it_where_it_is_the_fastest() -> None:

@@ -23,6 +23,7 @@ import typer
 
 from sfumato import weights
 from sfumato.cache import KVCache
+from sfumato.cli import options as opt
 from sfumato.cli.info import (
     Parameters,
     Precision,
@@ -96,7 +97,7 @@ def random_config(name: str) -> ModelConfig:
 def random_model(
     config: ModelConfig, dtype: torch.dtype, device: str, ops: str, seed: int = 0, quantize: str | None = None
 ) -> Model:
-    model = Model(config, load_ops(ops, device, dtype)).init_(seed)
+    model = Model(config, load_ops(ops, device, dtype, quantize)).init_(seed)
     return model.to(device=device, dtype=dtype).requires_grad_(False).eval().pack_(quantize or "")
 
 
@@ -353,8 +354,8 @@ def command(
     ] = None,
     size: Annotated[str, typer.Option(help="Of the random weights: mid (half a billion) or tiny.")] = "mid",
     dtype: Annotated[str | None, typer.Option(help="bf16 or float32. Default: the checkpoint's; bf16.")] = None,
-    ops: Annotated[str, typer.Option(help="auto, reference, fused, cpu or triton operations.")] = "auto",
-    quantize: Annotated[str | None, typer.Option(help="int8 (cpu, triton), fp8 or int4 (triton) weights.")] = None,
+    ops: opt.Ops = "auto",
+    quantize: opt.Quantize = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 384,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 512,

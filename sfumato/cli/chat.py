@@ -28,6 +28,7 @@ def command(
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
     ops: opt.Ops = "auto",
+    quantize: opt.Quantize = None,
     delay: opt.Delay = 0.0,
 ) -> None:
     """Talk to a model; each answer denoises live. Piped, every line of input is a message and every answer is printed.
@@ -38,7 +39,7 @@ def command(
     given = {"max_tokens": max_tokens, "seed": seed, "mode": mode, "thinking": thinking}
     options = opt.build(pairs, **given)
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops)
+    llm = load(model, device, dtype, ops, quantize)
     from sfumato import chat
 
     messages: list[dict[str, Any]] = []

@@ -29,6 +29,7 @@ def command(
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
     ops: opt.Ops = "auto",
+    quantize: opt.Quantize = None,
     delay: opt.Delay = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
@@ -45,7 +46,7 @@ def command(
     if not prompt:
         raise InputError("the text is empty; give at least one character")
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops)
+    llm = load(model, device, dtype, ops, quantize)
     request: Any = prompt if raw else [{"role": "user", "content": prompt}]
     is_live = console.is_terminal and not as_json
     events = llm.stream(request, replace(options, drafts=is_live and options.mode == "diffusion"))
@@ -63,7 +64,7 @@ def command(
         print()
 
 
-def load(model: str, device: str, dtype: str | None, ops: str):
+def load(model: str, device: str, dtype: str | None, ops: str, quantize: str | None):
     """Load a model; what is left aside, and long loading, is told on stderr."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
@@ -78,6 +79,7 @@ def load(model: str, device: str, dtype: str | None, ops: str):
             device=device,
             dtype=dtype,
             ops=ops,
+            quantize=quantize,
             notice=lambda text: console.print(text, style="dim"),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sfumato import sudoku
+from sfumato.cli import options as opt
 from sfumato.cli.view import CLUE, CanvasView, colour
 from sfumato.events import Done, Draft, InputError, Options
 
@@ -34,7 +35,8 @@ def command(
     pins: Annotated[bool, typer.Option(help="Keep the clues fixed on the canvas.")] = True,
     batch: Annotated[int, typer.Option(min=1, help="Puzzles solved at once; above 1 nothing is drawn live.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    ops: Annotated[str, typer.Option(help="auto, reference or fused operations.")] = "auto",
+    ops: opt.Ops = "auto",
+    quantize: opt.Quantize = None,
     delay: Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")] = 0.12,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line a puzzle, nothing else.")] = False,
 ) -> None:
@@ -51,7 +53,7 @@ def command(
     from sfumato.evals import sudoku as task
     from sfumato.llm import LLM
 
-    llm = LLM.load(model, device=device, ops=ops)
+    llm = LLM.load(model, device=device, ops=ops, quantize=quantize)
     options = task.answer_options(options, llm)
     is_live = console.is_terminal and not as_json and batch == 1
     found = []

@@ -74,7 +74,6 @@ class Ops:
 
     name: str
     pack: Callable[..., Any]
-    settle: Callable[..., Any]
     linear: Callable[..., Any]
     rms_norm: Callable[..., Any]
     norm_rope: Callable[..., Any]
@@ -86,6 +85,8 @@ class Ops:
     join: Callable[..., Any]
     read_out: Callable[..., Any]
     soft_embedding: Callable[..., Any]
+    settle: Callable[[Tensor], None] | None = None
+    """Make a weight that is read as it lies, the embedding, faster to read; its place and numbers stay."""
     block: Callable[..., Any] | None = None
     """(x_BTD, Layer, cos, sin, k ring, v ring, mask, scalar) -> x_BTD and the new k_BTGK, v_BTGK: the operations of a
     block in one call, where that pays. None: the model calls them one by one."""
@@ -94,11 +95,14 @@ class Ops:
 NAMES = ("reference", "fused", "cpu", "triton")
 
 
-def load(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Ops:
-    """The implementation of this name. "auto" takes the fastest that this device can run with weights of this dtype.
+def load(
+    name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None, kind: str | None = None
+) -> Ops:
+    """The implementation of this name. "auto" takes the fastest that this device can run with weights of this dtype, or
+    packed to this kind; where neither compiler nor kernels are there, that is fused.
     InputError for an unknown name, and for one that this machine cannot run: it says why."""
     if name == "auto":
-        name = _fastest(torch.device(device), dtype)
+        name = _fastest(torch.device(device), dtype, kind)
     if name == "reference":
         from sfumato.ops import reference
 
@@ -118,11 +122,11 @@ def load(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dt
     raise InputError(f"there are no operations named {name!r}; choose one of auto, {', '.join(NAMES)}")
 
 
-def _fastest(device: torch.device, dtype: torch.dtype | None) -> str:
+def _fastest(device: torch.device, dtype: torch.dtype | None, kind: str | None) -> str:
     if device.type == "cpu":
         from sfumato.ops import cpu
 
-        return "fused" if cpu.obstacle(dtype) else "cpu"
+        return "fused" if cpu.obstacle(None if kind else dtype) else "cpu"
     if device.type == "cuda":
         from sfumato.ops import triton
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from sfumato.events import InputError
 from sfumato.masks import Mask
 from sfumato.ops import NEVER, Ops, ReadOut
-from sfumato.ops.reference import settle
 
 FEW_EXPERTS = 8
 """Up to here, with enough tokens, all experts as one product beat gathering: no index, no scatter, wider products."""
@@ -166,7 +165,6 @@ def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: A
 OPS = Ops(
     "fused",
     pack,
-    settle,
     linear,
     rms_norm,
     norm_rope,

@@ -25,10 +25,6 @@ def pack(weight: Tensor, kind: str = "") -> Tensor:
     return weight
 
 
-def settle(weight: Tensor) -> None:
-    """Make a weight that is read as it lies, the embedding, faster to read; it keeps its place and numbers."""
-
-
 def linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
     return tuple(F.linear(x, weight) for weight in weights)
@@ -174,7 +170,6 @@ def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: A
 OPS = Ops(
     "reference",
     pack,
-    settle,
     linear,
     rms_norm,
     norm_rope,

@@ -129,7 +129,7 @@ def pack(weight: Tensor, kind: str = "") -> Packed:
 
 
 def settle(weight: Tensor) -> None:
-    """See `reference.settle`: onto huge pages, where the system has them."""
+    """Onto huge pages, where the system has them."""
     if weight.nbytes >= HUGE:
         _call("sf_settle", weight, weight.nbytes)
 
@@ -245,8 +245,8 @@ def read_out(
     gumbel_BLV: Tensor | None = None,
     banned: tuple[Tensor, Tensor] | None = None,
 ) -> ReadOut:
-    """Logits are stored in the weights' dtype; all that is read from them is taken before they are rounded to it. Only
-    `gumbel_BLV`, the oracle's dice, meets the stored ones."""
+    """Logits are stored in the weights' dtype. All is read from them before they are rounded to it, but the word inside
+    the tile in which a sample falls; `gumbel_BLV`, the oracle's dice, meets the stored ones too."""
     batch, length, size = hidden_BLD.shape
     hidden, words, count = _rows(hidden_BLD), embed_VD.shape[0], batch * length
     tiles = -(-words // _words())
@@ -267,17 +267,19 @@ def read_out(
 
 
 def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: Any = None) -> Tensor:
-    """Tiles of the vocabulary whose mass is below eps/8 over their number, for all 32 positions of a block, are left
-    out, eps being the dtype's, and the rest is normalised. No position then loses more than eps/8 of its mass, so that
-    the error is at most eps/4 x max|E| x scale."""
-    logits, (words, size) = logits_BLV.contiguous(), embed_VD.shape
+    """Tiles of the vocabulary whose mass is below eps/16 over their number, at all 32 positions of a block, are left
+    out, eps being the dtype's, and the rest is normalised. Masses are those of the logits before they were rounded,
+    which changes a share by less than two; so no position loses more than eps/8 of its mass, and the
+    error is at most eps/4 x max|E| x scale."""
+    logits, (words, size), length = logits_BLV.contiguous(), embed_VD.shape, logits_BLV.shape[-2]
     if tiles is None:
         tiles = None, logits.flatten(0, -2).amax(-1).float()
     mass_WN, peak_N = tiles
-    least = torch.finfo(embed_VD.dtype).eps / 8 / -(-words // _words())
+    least = torch.finfo(embed_VD.dtype).eps / 16 / -(-words // _words())
     out = embed_VD.new_empty(*logits.shape[:-1], size)
     _call(
-        "sf_soft_embedding", _io(logits), logits, logits.numel() // words, words, embed_VD, size, peak_N, mass_WN,
+        "sf_soft_embedding", _io(logits), logits, logits.numel() // words // length, length, words, embed_VD, size,
+        peak_N, mass_WN,
         least, float(scale), out,
     )  # fmt: skip
     return out
@@ -368,7 +370,6 @@ def _call(name: str, *arguments: Any) -> None:
 OPS = Ops(
     "cpu",
     pack,
-    settle,
     linear,
     rms_norm,
     norm_rope,
@@ -380,5 +381,6 @@ OPS = Ops(
     join,
     read_out,
     soft_embedding,
+    settle,
     block,
 )

@@ -35,7 +35,7 @@ def obstacle() -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library; builds it if this machine has not done so (some ten seconds). InputError says why not."""
+    """The loaded library; builds it if this machine has not done so (some fifteen seconds). InputError says why not."""
     if reason := obstacle():
         raise InputError(f"the cpu operations cannot be used: {reason}; choose fused")
     path = _folder() / f"cpu-{_key()}.so"

@@ -153,9 +153,9 @@ void sf_read_out(int io, const void *hidden, long positions, long n, const void 
                        peak, threads)))
 }
 
-void sf_soft_embedding(int io, const void *logits, long positions, long words, const void *embed, long n,
+void sf_soft_embedding(int io, const void *logits, long batch, long length, long words, const void *embed, long n,
                        const float *peak, const float *mass, float least, float scale, void *y, int threads) {
-    BY_IO((soft_embedding<T>((const T *)logits, positions, words, (const T *)embed, n, peak, mass, least, scale, (T *)y,
+    BY_IO((soft_embedding<T>((const T *)logits, batch, length, words, (const T *)embed, n, peak, mass, least, scale, (T *)y,
                              threads)))
 }
 }

@@ -221,22 +221,24 @@ template <class T> static inline V exponentials(const T *logits, long here, floa
     return sum;
 }
 
-// softmax(logits) @ E x scale. `mass` (or null) is the read-out's; tiles of words whose mass is below `least` at every
-// position of a block of 32 are left out of its sum; tiles that no block needs are not read. Several tiles of words are
+// softmax(logits) @ E x scale, for `batch` rows of `length` positions. `mass` (or null) is the read-out's; tiles of words
+// whose mass is below `least` at every position of a block of 32 of a row are left out of its sum; tiles that no block needs are not read. Several tiles of words are
 // multiplied at a time: their exponentials for all positions, then E by groups of panels, each packed by its thread.
 template <class T>
-static void soft_embedding(const T *logits, long positions, long words, const T *embed, long n, const float *peak,
+static void soft_embedding(const T *logits, long batch, long length, long words, const T *embed, long n, const float *peak,
                            const float *mass, float least, float scale, T *y, int threads) {
     constexpr long K = Kind<T>::K, PER = WORDS / K, RUN = 1, GROUP = 8; // tiles of words at a time; panels of E
-    const long word_tiles = tiles_of(words, WORDS), places = tiles_of(positions, 32), lanes = 32 * places;
+    const long positions = batch * length, lanes = up(positions, 32), each = tiles_of(length, 32), places = batch * each;
+    const long word_tiles = tiles_of(words, WORDS);
     const long panels = tiles_of(n, 32), groups = tiles_of(panels, GROUP), deep = RUN * PER;
     std::vector<uint8_t> needs(word_tiles * places, mass ? 0 : 1);
     std::vector<long> list;
     for (long w = 0; w < word_tiles; w++) {
         bool is_needed = !mass;
         for (long p = 0; mass && p < places; p++) {
-            V most = bigger(load(mass + w * lanes + 32 * p), load(mass + w * lanes + 32 * p + 16));
-            is_needed |= needs[w * places + p] = largest(most) >= least;
+            const long begins = p / each * length + p % each * 32, ends = std::min(begins + 32, (p / each + 1) * length);
+            const float *m = mass + w * lanes;
+            is_needed |= needs[w * places + p] = *std::max_element(m + begins, m + ends) >= least;
         }
         if (is_needed) list.push_back(w);
     }
@@ -255,16 +257,19 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
             const long first = number * RUN, run = std::min(RUN, (long)list.size() - first);
             char *now = a + number % 2 * a_bytes;
 #pragma omp for schedule(static) // its barrier: all see them; nobody is more than a run ahead
-            for (long p = 0; p < 32 * places; p++)
+            for (long lane = 0; lane < 32 * places; lane++) {
+                const long in_row = lane / 32 % each * 32 + lane % 32, p = lane / 32 / each * length + in_row;
+                const bool is_there = in_row < length;
                 for (long i = 0; i < run; i++) {
                     const long w = list[first + i];
-                    if (p < positions && first + i + RUN < (long)list.size())
+                    if (is_there && first + i + RUN < (long)list.size())
                         fetch(logits + p * words + list[first + i + RUN] * WORDS, WORDS * sizeof(T));
-                    if (!needs[w * places + p / 32]) continue;
-                    const long here = p < positions ? std::min(WORDS, words - w * WORDS) : 0;
-                    char *row = now + ((p / 16 * RUN + i) * PER * 16 + p % 16) * 64;
-                    sums[p] += exponentials(logits + p * words + w * WORDS, here, p < positions ? peak[p] : 0, row);
+                    if (!needs[w * places + lane / 32]) continue;
+                    const long here = is_there ? std::min(WORDS, words - w * WORDS) : 0;
+                    char *row = now + ((lane / 16 * RUN + i) * PER * 16 + lane % 16) * 64;
+                    sums[lane] += exponentials(logits + p * words + w * WORDS, here, is_there ? peak[p] : 0, row);
                 }
+            }
             for (long g = from; g < to; g++) {
                 const long panel = g * GROUP, some = std::min(GROUP, panels - panel);
                 for (long j = 0; j < run * PER; j++) { // E is read as it lies
@@ -301,9 +306,10 @@ static void soft_embedding(const T *logits, long positions, long words, const T 
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (long p = 0; p < positions; p++) {
-            const float inverse = 1 / total(sums[p]);
+            const long lane = p / length * each * 32 + p % length;
+            const float inverse = 1 / total(sums[lane]);
             for (long d = 0; d < 2 * panels; d++) {
-                const float *from = out + ((d / 2 * places + p / 32) * 32 + p % 32) * 32 + d % 2 * 16;
+                const float *from = out + ((d / 2 * places + lane / 32) * 32 + lane % 32) * 32 + d % 2 * 16;
                 if (16 * d < n) store_some(y + p * n + 16 * d, rounded(load(from) * inverse, T()) * scale, n - 16 * d);
             }
         }

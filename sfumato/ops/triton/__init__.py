@@ -13,7 +13,6 @@ import torch
 
 from sfumato.events import InputError
 from sfumato.ops import Ops
-from sfumato.ops.reference import settle
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -41,7 +40,6 @@ def record() -> Ops:
     return Ops(
         "triton",
         linear.pack,
-        settle,
         linear.linear,
         norm.rms_norm,
         norm.norm_rope,
