@@ -53,8 +53,9 @@ def measure(
     repeats: int = 10,
     setup: Callable[[], Any] | None = None,
 ) -> Timing:
-    """Time a call: once to warm up, then `repeats` times or until `seconds` have passed in all, but at least once.
-    What `setup` returns is handed to each call; its own time does not count."""
+    """Time a call: once to warm up, then `repeats` times or until `seconds` have passed in all, but at least once; a
+    call that takes longer than `seconds` is not made again. What `setup` returns is handed to each call; its own time
+    does not count."""
     wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
     until, found = time.perf_counter() + seconds, []
     for call in range(repeats + 1):
@@ -63,8 +64,9 @@ def measure(
         began = time.perf_counter()
         function(*given)
         wait()
-        if call:
-            found.append(time.perf_counter() - began)
+        took = time.perf_counter() - began
+        if call or took > seconds:
+            found.append(took)
             if time.perf_counter() > until:
                 break
     return Timing.of(found)
