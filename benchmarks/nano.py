@@ -64,10 +64,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--modes", default="diffusion,diffusion-unpinned,autoregressive")
     parser.add_argument("--ops", default="auto")
-    parser.add_argument("--quantize", help="int8: weights in 8 bits (cpu operations)")
+    parser.add_argument("--dtype", help="default: the checkpoint's, float32")
+    parser.add_argument("--quantize", help="int8 weights (cpu, triton)")
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
-    llm = LLM.load(args.model, ops=args.ops, quantize=args.quantize)
+    llm = LLM.load(args.model, dtype=args.dtype, ops=args.ops, quantize=args.quantize)
     print(f"{'band':8} {'mode':28} {'solved':>7} {'steps':>6} {'tokens/pass':>11}")
     records = []
     for record in rows(llm, args.count, args.batch, args.seed, args.modes.split(",")):
@@ -81,7 +82,12 @@ def main() -> None:
         from sfumato.cli.machine import environment
 
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"what": "nano", "weights": args.quantize or "float32", "ops": llm.model.ops.name, "seed": args.seed}
+        whole = {
+            "what": "nano",
+            "weights": args.quantize or args.dtype or "float32",
+            "ops": llm.model.ops.name,
+            "seed": args.seed,
+        }
         whole |= {"rows": records, "environment": environment()}
         args.out.write_text(json.dumps(whole, indent=1) + "\n")
 
