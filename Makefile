@@ -35,19 +35,19 @@ check: $(VENV)/.test-stamp ## format, lint, types and layering only
 
 # One process after the other; the machine's ceiling is measured once, first, and shared.
 BENCH := runs/bench
-WITH  := --ceilings $(BENCH)/ceilings.json
+WITH  := --ceilings runs/ceilings.json
 
 bench: $(VENV)/.test-stamp ## the CPU benchmarks, under ten minutes: operations, a step, answers, transformers on the same weights
 	@echo 'bench: up to ten minutes; leave the machine alone meanwhile; records go to $(BENCH)'
-	@mkdir -p $(BENCH) && rm -f $(BENCH)/ceilings.json
+	@mkdir -p $(BENCH) && rm -f runs/ceilings.json
 	$(BIN)/python benchmarks/step.py $(WITH) --seconds 5 -o $(BENCH)/step.json
 	$(BIN)/python benchmarks/request.py --seconds 8 -o $(BENCH)/request.json
 	$(BIN)/python benchmarks/request.py --kinds "" --sudoku 100 --rounds 1 -o $(BENCH)/sudoku.json
-	$(BIN)/python benchmarks/peers.py --seconds 8 -o $(BENCH)/peers.json
+	$(BIN)/python benchmarks/peers.py --seconds 6 -o $(BENCH)/peers.json
 	@for op in linear experts attention read_out soft_embedding norms; do \
-	    $(BIN)/python benchmarks/ops/$$op.py $(WITH) --seconds 1.5 -o $(BENCH)/ops-$$op.json || exit 1; \
+	    $(BIN)/python benchmarks/ops/$$op.py $(WITH) --seconds 1 -o $(BENCH)/ops-$$op.json || exit 1; \
 	done
-	@echo 'bench: cp $(BENCH)/*.json benchmarks/results && python benchmarks/results.py makes RESULTS.md of them'
+	@echo 'bench: cp $(BENCH)/*.json benchmarks/results && $(BIN)/python benchmarks/results.py makes RESULTS.md of them'
 
 # Not the venv: a machine lent for its GPU may have no network, and has torch of its own.
 gpu: ## on a CUDA machine, without network or .venv: a slice of what is pending there (needs torch, triton, safetensors, tokenizers, numpy)

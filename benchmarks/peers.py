@@ -40,6 +40,8 @@ from sfumato.model import Model
 
 FORWARD, STEP, ANSWER = "denoise forward", "whole step", "whole answer"
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
+HOPELESS = 10
+"""Times slower than the fastest way: then the same experts are not tried with the other attention."""
 LIMITS = {"bf16": 0.25, "int8": 0.15}
 """What the issue asks for: our time over theirs, for the step and, in bf16, for the answer."""
 
@@ -210,6 +212,12 @@ def ways(theirs: Any, model: Model, plan: Plan, seconds: float) -> dict[str, Any
     for attention in ("sdpa", "eager"):
         for experts in EXPERTS:
             name = f"{attention}, {experts} experts"
+            known = [one["seconds"] for one in found.values() if "seconds" in one]
+            if (before := found.get(f"sdpa, {experts} experts", {}).get("seconds", 0.0)) > HOPELESS * min(
+                known, default=1
+            ):
+                found[name] = {"failed": f"not tried: {before:.0f} s with sdpa"}
+                continue
             common.say(f"transformers: {name}")
             try:
                 choose(theirs, attention, experts)
