@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from sfumato.cli.bench import Cost, duration
-from sfumato.cli.info import Parameters, Precision, pass_work
-from sfumato.cli.machine import Shape, Timing, ceilings, environment
 from sfumato.config import LayerConfig, ModelConfig, Rope
+from sfumato.measure.machine import Shape, Timing, ceilings, environment
+from sfumato.measure.parts import Cost
+from sfumato.measure.work import Parameters, Precision, duration, pass_work
 from sfumato.model import Model, pack_
 from sfumato.ops import load
 

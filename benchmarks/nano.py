@@ -79,7 +79,7 @@ def main() -> None:
             flush=True,
         )
     if args.out:
-        from sfumato.cli.machine import environment
+        from sfumato.measure.machine import environment
 
         args.out.parent.mkdir(parents=True, exist_ok=True)
         whole = {

@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from sfumato import ops, weights
 from sfumato.cache import KVCache
-from sfumato.cli.bench import Plan, duration, prompt_ids, random_config, random_model
-from sfumato.cli.machine import Timing, environment, measure
 from sfumato.config import ModelConfig
 from sfumato.engine import Run
 from sfumato.events import Done, Draft, Options
+from sfumato.measure.machine import Timing, environment, measure
+from sfumato.measure.parts import Plan, prompt_ids, random_config, random_model
+from sfumato.measure.work import duration
 from sfumato.model import Model
 
 FORWARD, STEP, ANSWER = "denoise forward", "whole step", "whole answer"

@@ -18,10 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from sfumato.cli.bench import Cost
-from sfumato.cli.info import Parameters, distinct_experts
-from sfumato.cli.machine import environment
 from sfumato.config import ModelConfig
+from sfumato.measure.machine import environment
+from sfumato.measure.parts import Cost
+from sfumato.measure.work import Parameters, distinct_experts
 
 H200 = {
     "bytes_per_second": {"best": 4.3e12},

@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from sfumato import LLM, Options, sudoku
-from sfumato.cli import bench
-from sfumato.cli.bench import Plan, duration, random_config, random_model
 from sfumato.evals.sudoku import request, solve
+from sfumato.measure import parts
+from sfumato.measure.parts import Plan, random_config, random_model
+from sfumato.measure.work import duration
 from sfumato.weights import NANO
 
 SEED = 11
@@ -48,8 +49,8 @@ def answers(given: argparse.Namespace) -> dict[str, Any]:
             continue
         common.without_eos(model)
         plan = Plan(given.prompt, given.tokens, given.steps, given.seconds)
-        step = bench.engine_step(model, Plan(given.prompt, config.canvas_length, 2, 0.0)).median
-        each = bench.requests(model, plan, lambda part, kind=kind: common.say(f"{kind}: {part}"), step)
+        step = parts.engine_step(model, Plan(given.prompt, config.canvas_length, 2, 0.0)).median
+        each = parts.requests(model, plan, lambda part, kind=kind: common.say(f"{kind}: {part}"), step)
         excess = each["diffusion"]["passes_per_canvas"] / each["diffusion"]["steps_per_canvas"]
         found[kind] = {
             "size": given.size,

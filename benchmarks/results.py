@@ -18,9 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sfumato.cli.bench import duration
-from sfumato.cli.info import number, size
-from sfumato.cli.machine import ROOT
+from sfumato.measure.machine import ROOT
+from sfumato.measure.work import duration, number, size
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

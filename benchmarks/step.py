@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from sfumato.cache import KVCache
-from sfumato.cli import bench
-from sfumato.cli.bench import Counted, Plan, duration, part_row, random_config, random_model
-from sfumato.cli.info import Parameters
-from sfumato.cli.info import size as in_bytes
-from sfumato.cli.machine import forget_peak, peak_bytes, products, resident_bytes
 from sfumato.config import ModelConfig
 from sfumato.diffusion import Rules
 from sfumato.events import Options
+from sfumato.measure.machine import forget_peak, peak_bytes, products, resident_bytes
+from sfumato.measure.parts import Counted, Plan, part_row, random_config, random_model
+from sfumato.measure.parts import parts as parts_of
+from sfumato.measure.work import Parameters, duration
+from sfumato.measure.work import size as in_bytes
 from sfumato.model import Model, Pass
 from sfumato.step import Canvases, step_
 
@@ -57,7 +57,7 @@ def whole_steps(given: argparse.Namespace, most: dict[str, Any]) -> dict[str, An
         plan = Plan(given.prompt, config.canvas_length, 2, given.seconds, streamed=given.streamed)
         common.without_eos(model)
         say = lambda part, kind=kind: common.say(f"{kind}: {part}")  # noqa: E731
-        parts = {name: part_row(timing, cost, most) for name, timing, cost in bench.parts(model, plan, say)}
+        parts = {name: part_row(timing, cost, most) for name, timing, cost in parts_of(model, plan, say)}
         found[kind] = {
             "size": given.size,
             "parameters": Parameters.of(config).total,

@@ -46,12 +46,12 @@ import torch
 from benchmarks import common, ops
 from sfumato import sudoku, weights
 from sfumato.cache import KVCache
-from sfumato.cli.bench import random_config
-from sfumato.cli.machine import environment, forget_peak, peak_bytes
 from sfumato.config import ModelConfig
 from sfumato.engine import Run
 from sfumato.events import Commit, Done, Draft, Options
 from sfumato.llm import LLM
+from sfumato.measure.machine import environment, forget_peak, peak_bytes
+from sfumato.measure.parts import random_config
 from sfumato.model import Model
 from sfumato.ops import load
 from sfumato.ops.packed import Packed, unpack
@@ -466,7 +466,7 @@ def beside(_: Path, deadline: float) -> dict[str, Any]:
     """transformers around the very tensors of our bf16 model, taking turns: a forward with logits, and whole steps."""
     import peers
 
-    from sfumato.cli.bench import Plan
+    from sfumato.measure.parts import Plan
 
     model = model_of("full", "bf16")
     plan = Plan(16 if TINY else 1024, model.config.canvas_length, 6, 5.0)

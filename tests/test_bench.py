@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from functools import partial
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from sfumato import cli
-from sfumato.cli import bench, info, machine
-from sfumato.cli.bench import Plan
+from sfumato.cli import bench
 from sfumato.events import InputError
+from sfumato.measure import machine, parts, work
+from sfumato.measure.parts import Plan
 from sfumato.model import Model
 from sfumato.ops import cpu, load
 
@@ -26,7 +28,7 @@ PARTS = (
 
 @pytest.fixture
 def model() -> Model:
-    return bench.random_model(bench.random_config("tiny"), torch.float32, "cpu", "auto")
+    return parts.random_model(parts.random_config("tiny"), torch.float32, "cpu", "auto")
 
 
 @pytest.fixture
@@ -36,20 +38,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mid_is_the_model_of_the_first_reading() -> None:
-    config = bench.random_config("mid")
-    assert info.Parameters.of(config).total == pytest.approx(0.5e9, rel=0.15)
+    config = parts.random_config("mid")
+    assert work.Parameters.of(config).total == pytest.approx(0.5e9, rel=0.15)
     assert len(config.layers) == 12
     assert [layer.is_sliding for layer in config.layers] == ([True] * 5 + [False]) * 2
     assert (config.hidden_size, config.num_experts, config.top_k_experts, config.expert_size) == (1024, 32, 4, 384)
     assert (config.window, config.vocab_size, config.canvas_length) == (512, 32768, 256)
     with pytest.raises(InputError, match="choose mid or tiny"):
-        bench.random_config("large")
+        parts.random_config("large")
 
 
 def test_the_record_has_everything_in_a_few_seconds(model: Model) -> None:
     heard: list[str] = []
     began = time.perf_counter()
-    found = bench.record(model, PLAN, "tiny", heard.append)
+    found = parts.record(model, PLAN, "tiny", heard.append)
     assert time.perf_counter() - began < 10
     assert json.loads(json.dumps(found)) == found
     assert tuple(found["parts"]) == PARTS
@@ -69,7 +71,7 @@ def test_the_record_has_everything_in_a_few_seconds(model: Model) -> None:
     rates = found["ceilings"]["flops_per_second"]
     for kind in ("float32", "bf16"):
         means = {name: rate for name, rate in rates[kind].items() if isinstance(rate, dict)}
-        assert "F.linear" in means and all(set(each) == set(bench.shapes(model.config)) for each in means.values())
+        assert "F.linear" in means and all(set(each) == set(parts.shapes(model.config)) for each in means.values())
         assert rates[kind]["best"] == max(max(each.values()) for each in means.values())
         assert rates[kind]["by"] in means and rates[kind]["library"] <= rates[kind]["best"]
     assert found["ceilings"]["bytes_per_second"]["best"] > 0
@@ -85,9 +87,9 @@ def test_the_record_has_everything_in_a_few_seconds(model: Model) -> None:
 
 def test_an_answer_without_hurry_is_done_in_full(model: Model) -> None:
     plan = Plan(prompt=8, tokens=40, steps=3, seconds=20)
-    model.config = bench.replace(model.config, eos_ids=())
+    model.config = dataclasses.replace(model.config, eos_ids=())
     with torch.inference_mode():
-        found = bench.requests(model, plan, step=1e-6)
+        found = parts.requests(model, plan, step=1e-6)
     assert found["diffusion"]["tokens"] == 64  # whole canvases
     assert found["diffusion"]["passes"] == 2 * 3
     assert found["autoregressive"]["tokens"] == 40
@@ -95,9 +97,9 @@ def test_an_answer_without_hurry_is_done_in_full(model: Model) -> None:
 
 def test_an_answer_in_a_hurry_is_cut_and_says_so(model: Model) -> None:
     plan = Plan(prompt=8, tokens=320, steps=10, seconds=0.001)
-    model.config = bench.replace(model.config, eos_ids=())
+    model.config = dataclasses.replace(model.config, eos_ids=())
     with torch.inference_mode():
-        found = bench.requests(model, plan, step=0.002)
+        found = parts.requests(model, plan, step=0.002)
     assert found["diffusion"]["tokens"] == 32
     assert found["diffusion"]["steps_per_canvas"] == 1
     assert found["autoregressive"]["tokens"] < 320
@@ -120,9 +122,9 @@ def test_measure_is_bounded_and_leaves_setup_out() -> None:
 def test_quantised_weights_cost_fewer_bytes_and_their_own_rate() -> None:
     if cpu.obstacle(torch.bfloat16):
         pytest.skip(str(cpu.obstacle(torch.bfloat16)))
-    config = bench.replace(bench.random_config("tiny"), hidden_size=128, expert_size=64, intermediate_size=128)
-    plain, packed = (bench.random_model(config, torch.bfloat16, "cpu", "cpu", quantize=kind) for kind in (None, "int8"))
-    one, other = (bench.Counted.of(model) for model in (plain, packed))
+    config = dataclasses.replace(parts.random_config("tiny"), hidden_size=128, expert_size=64, intermediate_size=128)
+    plain, packed = (parts.random_model(config, torch.bfloat16, "cpu", "cpu", quantize=kind) for kind in (None, "int8"))
+    one, other = (parts.Counted.of(model) for model in (plain, packed))
     assert one.weights.expert_bits == 16 and 8 <= other.weights.expert_bits < 9
     wide, narrow = one.step(16), other.step(16)
     assert set(wide.flops) == {"bf16"} and set(narrow.flops) == {"bf16", "int8"}
@@ -142,7 +144,7 @@ def test_a_command_names_no_path_of_this_machine() -> None:
 
 def test_more_than_the_context_holds_is_refused(model: Model) -> None:
     with pytest.raises(InputError, match="need 5008 tokens of context; the model has 4096"):
-        bench.record(model, Plan(prompt=4976, tokens=1), "tiny")
+        parts.record(model, Plan(prompt=4976, tokens=1), "tiny")
 
 
 @pytest.mark.usefixtures("quick")
@@ -187,4 +189,4 @@ def test_bad_input_is_one_sentence(arguments: list[str], part: str, capsys: pyte
     ("seconds", "text"), [(1.239, "1.24 s"), (0.0831, "83.1 ms"), (4.12e-4, "412 µs"), (None, "–")]
 )
 def test_durations_for_people(seconds: float | None, text: str) -> None:
-    assert bench.duration(seconds) == text
+    assert work.duration(seconds) == text

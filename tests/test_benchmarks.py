@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 import warnings
@@ -20,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_config import RELEASED
 
 from benchmarks import common, ops, predict, results
-from sfumato.cli import machine
-from sfumato.cli.info import Parameters, step_work
 from sfumato.config import ModelConfig
+from sfumato.measure import machine
+from sfumato.measure.work import Parameters, step_work
 
 ROOT = machine.ROOT
 FILES = ("linear", "experts", "attention", "norms", "read_out", "soft_embedding")
@@ -196,7 +197,7 @@ def test_the_released_config_is_the_release() -> None:
 
 
 def test_the_cost_of_a_step_is_infos() -> None:
-    from sfumato.cli.info import Precision
+    from sfumato.measure.work import Precision
 
     config = common.released_config()
     cost, work = common.step_cost(config, "bf16", 1, 1024), step_work(config, Precision("bf16", 16, 16, 2, None), 1024)
@@ -216,7 +217,7 @@ def test_predicted_is_committed_and_up_to_date() -> None:
 
 def test_a_model_made_layer_by_layer_runs() -> None:
     from sfumato.cache import KVCache
-    from sfumato.cli.bench import random_config
+    from sfumato.measure.parts import random_config
 
     model = common.random_packed(random_config("tiny"), "cpu", "fused", dtype=torch.float32)
     cache = KVCache.allocate(model.config, 1, 64)
@@ -274,6 +275,16 @@ def gpu() -> ModuleType:
     module = load("scripts/gpu.py")
     module.DEVICE, module.OPS, module.TINY = "cpu", "cpu", True  # type: ignore[attr-defined]
     return module
+
+
+def test_it_needs_only_what_it_says(tmp_path: Path) -> None:
+    """torch, triton, safetensors, tokenizers, numpy, and what torch itself brings."""
+    missing = "typer", "rich", "click", "huggingface_hub", "transformers"
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); sys.argv = ['gpu.py', '--list', '--out', {str(tmp_path)!r}]; import runpy; "
+    code += "runpy.run_path('scripts/gpu.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "waits" in done.stdout
 
 
 def test_tasks_that_a_processor_can_do(gpu: ModuleType, tmp_path: Path, ceilings: Path) -> None:

@@ -29,7 +29,7 @@ ROWS = [
     {"engine", "weights"},
     {"batch", "edit", "convert"},
     {"llm"},
-    {"server", "finetune", "evals"},
+    {"server", "finetune", "evals", "measure"},
     {"cli"},
 ]
 ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}

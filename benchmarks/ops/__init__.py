@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from sfumato.cli.bench import Cost, duration, part_row
-from sfumato.cli.machine import measure
 from sfumato.events import InputError
+from sfumato.measure.machine import measure
+from sfumato.measure.parts import Cost, part_row
+from sfumato.measure.work import duration
 from sfumato.ops import Ops, load
 
 Call = Callable[[], Tensor]

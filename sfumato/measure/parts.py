@@ -1,0 +1,329 @@
+"""How long each part of the work takes, beside what this machine can do at all: what `sfumato bench` prints.
+
+Every figure is the median of repeats after a warm-up, bounded in seconds, and stands beside its floor: the bytes and
+operations of `work` at the memory bandwidth and the rates of matrix products that `machine` measures in the same run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from sfumato.cache import KVCache
+from sfumato.config import LayerConfig, ModelConfig, Rope
+from sfumato.diffusion import CountedDice, accept, is_confident, is_stable
+from sfumato.engine import PREFILL_CHUNK, Run
+from sfumato.events import Commit, Done, Draft, InputError, Options
+from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
+from sfumato.measure.work import Parameters, Precision, pass_work, vocabulary_work
+from sfumato.model import Model
+from sfumato.ops import load as load_ops
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+Say = Callable[[str], None]
+"""Hears the name of each measurement as it begins."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of a part: bytes to read, and operations by the kind of product ("bf16", "int8", …)."""
+
+    bytes: float
+    flops: dict[str, float]
+
+    def __add__(self, other: Cost) -> Cost:
+        kinds = {**self.flops, **other.flops}
+        flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in kinds}
+        return Cost(self.bytes + other.bytes, flops)
+
+    def seconds(self, most: dict[str, Any]) -> float:
+        """The floor: memory and arithmetic at the best that `machine.ceilings` found, perfectly overlapped."""
+        rates = most["flops_per_second"]
+        arithmetic = sum(flops / rates[kind if kind in rates else "bf16"]["best"] for kind, flops in self.flops.items())
+        return max(self.bytes / most["bytes_per_second"]["best"], arithmetic)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: prompt and answer in tokens, denoising steps a canvas, and about how long to take for each."""
+
+    prompt: int = 384
+    tokens: int = 512
+    steps: int = 12
+    seconds: float = 20.0
+    seed: int = 0
+    streamed: int = 2**30
+    """Bytes of the buffer that memory bandwidth is measured with."""
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def random_config(name: str) -> ModelConfig:
+    """A made-up model: "mid", about half a billion parameters, or "tiny", for seeing that everything runs."""
+    if name == "mid":
+        sliding = LayerConfig(128, 4, 512, Rope(10_000.0))
+        full = LayerConfig(256, 2, None, Rope(1_000_000.0, 0.25, 1.0, True))
+        layers = (*[sliding] * 5, full) * 2
+        return ModelConfig(32768, 1024, 768, 8, 32, 4, 384, layers, 256, 32768)
+    if name == "tiny":
+        sliding = LayerConfig(16, 2, 32, Rope(10_000.0))
+        full = LayerConfig(32, 1, None, Rope(1_000_000.0, 0.25, 1.0, True))
+        return ModelConfig(512, 64, 96, 4, 8, 2, 32, (sliding, full), 32, 4096)
+    raise InputError(f"size is {name!r}; choose mid or tiny")
+
+
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, device: str, ops: str, seed: int = 0, quantize: str | None = None
+) -> Model:
+    model = Model(config, load_ops(ops, device, dtype, quantize)).init_(seed)
+    return model.to(device=device, dtype=dtype).requires_grad_(False).eval().pack_(quantize or "")
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tuple[str, Timing, Cost | None]]:
+    """(name, time, least work) of every part of a request, at the context that the prompt leaves."""
+    config, ops, device = model.config, model.ops, model.device
+    embed_VD, length, counted = model.embed_tokens.weight, config.canvas_length, Counted.of(model)
+    dice = CountedDice([plan.seed], [0], length, config.vocab_size, device)
+    prompt_BT = torch.tensor([prompt_ids(config, plan)], device=device)
+    canvas_BL, temperature_B = dice.canvas([0], [0]), torch.tensor([0.8], device=device)
+
+    def prefill() -> KVCache:
+        cache = KVCache.allocate(config, 1, plan.prompt + length, device, model.dtype)
+        for chunk_BT in prompt_BT.split(PREFILL_CHUNK, dim=1):
+            model.encode(chunk_BT, cache)
+        return cache
+
+    def read_out() -> Any:
+        place = ([0], [0], [0])
+        return ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, **dice.sample(*place))
+
+    def decide() -> None:
+        accepted_BL = accept(read.entropy_BL, torch.tensor([0.1], device=device))
+        torch.where(accepted_BL, read.sample_BL, dice.renoise([0], [0], [0]))
+        is_stable(read.argmax_BL, history_BHL, torch.tensor([1], device=device))
+        is_confident(read.entropy_BL, torch.tensor([0.005], device=device))
+
+    def commit() -> None:
+        cache.truncate_(0, plan.prompt)
+        model.encode(canvas_BL, cache)
+
+    def commit_and_step() -> None:
+        cache.truncate_(0, plan.prompt)
+        model.encode_and_denoise(canvas_BL, [length], canvas_BL, cache)
+
+    def timed(name: str, function: Callable[[], Any], cost: Cost | None) -> tuple[str, Timing, Cost | None]:
+        say(name)
+        return name, measure(function, plan.seconds, device), cost
+
+    vocabulary = counted.vocabulary(length)
+    yield timed("prefill", prefill, counted.one_pass(plan.prompt, 0, is_encode=True))
+    cache = prefill()
+    hidden_BLD = model.denoise(canvas_BL, cache)
+    read = read_out()
+    history_BHL = read.argmax_BL[:, None].clone()
+    soft_BLD = ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale)
+    yield timed(
+        "denoise pass",
+        lambda: model.denoise(canvas_BL, cache, soft_BLD),
+        counted.one_pass(length, plan.prompt),
+    )
+    yield timed("read-out", read_out, vocabulary)
+    embed = lambda: ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, read.tiles)  # noqa: E731
+    yield timed("soft embedding", embed, vocabulary)
+    yield timed("accept, renoise, stop", decide, None)
+    yield timed("commit", commit, counted.one_pass(length, plan.prompt, is_encode=True))
+    both = counted.one_pass(length, plan.prompt) + counted.one_pass(length, plan.prompt, is_encode=True)
+    yield timed("commit and first pass", commit_and_step, replace(both, bytes=both.bytes / 2))
+    say("whole step")
+    yield "whole step", engine_step(model, plan), counted.step(plan.prompt)
+
+
+def engine_step(model: Model, plan: Plan) -> Timing:
+    """One step in the engine's own loop: from one Draft to the next, which is after everything a step does."""
+    until, found, last = time.perf_counter() + plan.seconds, [], 0.0
+    for event in Run(model, [prompt_ids(model.config, plan)], _fixed(plan, model.config.canvas_length, drafts=True)):
+        now = time.perf_counter()
+        if isinstance(event, Draft) and event.step > 1:  # the first one has no soft embedding
+            found.append(now - last)
+        last = time.perf_counter()
+        if found and now > until:
+            break
+    return Timing.of(found)
+
+
+def requests(model: Model, plan: Plan, say: Say = lambda name: None, step: float = 0.0) -> dict[str, dict[str, Any]]:
+    """A whole answer in both modes, within three times plan.seconds each. `step` is what a step takes: from it follows
+    how many of the canvases, and if need be of the steps, there is time for; the record says what was done."""
+    length, prompt, seconds = model.config.canvas_length, prompt_ids(model.config, plan), 3 * plan.seconds
+    canvases = -(-plan.tokens // length)
+    if step * (plan.steps + 1) * canvases > seconds:
+        canvases = max(1, int(seconds / (step * (plan.steps + 1))))
+        plan = replace(plan, steps=min(plan.steps, max(1, int(seconds / step) - 1)))
+    say("request, diffusion")
+    done = next(
+        event for event in Run(model, [prompt], _fixed(plan, canvases * length)) if isinstance(event, Done)
+    ).usage
+    diffusion = {
+        "tokens": done.tokens,
+        "steps_per_canvas": plan.steps,
+        "passes": done.passes,
+        "passes_per_canvas": done.passes / canvases,
+        "seconds": done.seconds,
+        "first_tokens_seconds": done.first_commit_seconds,
+        "tokens_per_second": done.tokens / done.seconds,
+        "tokens_per_pass": done.tokens_per_pass,
+    }
+    say("request, autoregressive")
+    began, moments = time.perf_counter(), []
+    options = Options(max_tokens=max(2, plan.tokens), mode="autoregressive", temperature=0.0)
+    for event in Run(model, [prompt], options):
+        if isinstance(event, Commit):
+            moments.append(time.perf_counter() - began)
+            if len(moments) > 1 and moments[-1] > seconds:
+                break
+    autoregressive = {
+        "tokens": len(moments),
+        "seconds": moments[-1],
+        "first_tokens_seconds": moments[0],
+        "tokens_per_second": len(moments) / moments[-1],
+        "tokens_per_second_after_first": (len(moments) - 1) / (moments[-1] - moments[0]),
+        "tokens_per_pass": 1.0,
+    }
+    return {"diffusion": diffusion, "autoregressive": autoregressive}
+
+
+def _fixed(plan: Plan, tokens: int, drafts: bool = False) -> Options:
+    """Always plan.steps steps a canvas: a confidence of 0 is never reached."""
+    steps = max(4, plan.steps) if drafts else plan.steps
+    return Options(max_tokens=tokens, seed=plan.seed, max_steps=steps, confidence=0.0, drafts=drafts)
+
+
+def prompt_ids(config: ModelConfig, plan: Plan) -> list[int]:
+    """Random tokens, the same for the same plan."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    return torch.randint(config.vocab_size, (plan.prompt,), generator=generator).tolist()
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    """The matrix products of a step that differ in kind, as (rows, input width, output width)."""
+    width, canvas = config.hidden_size, config.canvas_length
+    return {
+        "vocabulary": (canvas, width, min(config.vocab_size, 65536)),
+        "queries": (canvas, width, config.num_heads * config.layers[0].head_dim),
+        "dense": (canvas, width, config.intermediate_size),
+        "one expert": (-(-canvas * config.top_k_experts // config.num_experts), width, 2 * config.expert_size),
+    }
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a pass, a read-out and a step of this model cost at least, with its weights as they are stored."""
+
+    config: ModelConfig
+    weights: Precision
+    kind: str
+    """Of the products with these weights."""
+    rest: str
+    """Of those with the embedding, and in attention."""
+
+    @classmethod
+    def of(cls, model: Model) -> Counted:
+        width, stack = model.dtype.itemsize, cast(Any, model.layers[0]).experts.down_proj
+        bits, rest = 8.0 * width, "float32" if model.dtype == torch.float32 else "bf16"
+        stored = kind = rest
+        if not isinstance(stack, torch.Tensor):
+            held = stack.nbytes if hasattr(stack, "nbytes") else stack.bytes
+            bits = min(bits, 8.0 * held / math.prod(stack.shape))  # padding of panels is no work
+            stored = {0: rest, 1: rest, 2: "int8"}.get(stack.kind, stack.kind)
+            kind = rest if stored == "int4" else stored  # int4 is multiplied as bf16
+        return cls(model.config, Precision(stored, bits, bits, width, None), kind, rest)
+
+    def one_pass(self, tokens: int, context: int, is_encode: bool = False) -> Cost:
+        work, weights = pass_work(self.config, self.weights, tokens, context, is_encode), Parameters.of(self.config)
+        other = weights.other - (weights.self_conditioning if is_encode else 0)
+        products = 2.0 * tokens * (other + weights.experts * weights.chosen)
+        return Cost(work.bytes, {self.kind: products}) + Cost(0.0, {self.rest: work.flops - products})
+
+    def vocabulary(self, tokens: int) -> Cost:
+        full = Precision("", 0, 8 * self.weights.cache_bytes, 0, None)
+        work = vocabulary_work(self.config, full, tokens)
+        return Cost(work.bytes, {self.rest: work.flops})
+
+    def step(self, context: int) -> Cost:
+        """As `info.step_work`: the embedding is read once for logits and soft embedding."""
+        logits = self.vocabulary(self.config.canvas_length)
+        return self.one_pass(self.config.canvas_length, context) + logits + replace(logits, bytes=0.0)
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def record(
+    model: Model, plan: Plan, name: str, say: Say = lambda name: None, most: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything, as JSON would hold it: seconds, bytes, operations a second, shares of the ceiling from 0 to 1.
+    `most` are ceilings that were measured on this machine before."""
+    config = model.config = replace(model.config, eos_ids=())  # answers of a known length
+    need = plan.prompt + -(-plan.tokens // config.canvas_length) * config.canvas_length
+    if need > config.max_position:
+        raise InputError(f"prompt and answer need {need} tokens of context; the model has {config.max_position}")
+    forget_peak(model.device)
+    found = list(parts(model, plan, say))
+    answers = requests(model, plan, say, step=found[-1][1].median)
+    peak = peak_bytes(model.device)
+    if most is None:
+        say("ceilings")
+        most = ceilings(shapes(config), min(plan.seconds, 3.0), model.device, plan.streamed)
+    table = {part: part_row(timing, cost, most) for part, timing, cost in found}
+    counted = Counted.of(model)
+    token = (counted.one_pass(1, plan.prompt, is_encode=True) + counted.vocabulary(1)).seconds(most)
+    share = answers["autoregressive"]["tokens_per_second_after_first"] * token
+    answers["autoregressive"]["share_of_ceiling"] = share
+    parameters = Parameters.of(config)
+    return {
+        "what": "sfumato bench",
+        "model": {
+            "name": name,
+            "parameters": parameters.total,
+            "active": parameters.active,
+            "hidden_size": config.hidden_size,
+            "layers": len(config.layers),
+            "experts": [config.num_experts, config.top_k_experts],
+            "vocab_size": config.vocab_size,
+            "canvas_length": config.canvas_length,
+        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": Counted.of(model).weights.name,
+        "ops": model.ops.name,
+        "prompt": plan.prompt,
+        "parts": table,
+        "requests": answers,
+        "ceilings": most,
+        "peak_bytes": peak,
+        "environment": environment(model.device),
+    }
+
+
+def part_row(timing: Timing, cost: Cost | None, most: dict[str, Any]) -> dict[str, Any]:
+    """One part as JSON, with its floor under these ceilings and the share of it that was reached."""
+    floor = cost.seconds(most) if cost else None
+    return {
+        "seconds": timing.median,
+        "fastest": timing.fastest,
+        "slowest": timing.slowest,
+        "repeats": timing.repeats,
+        "flops": cost and sum(cost.flops.values()),
+        "bytes": cost and cost.bytes,
+        "floor_seconds": floor,
+        "share_of_ceiling": floor / timing.median if floor else None,
+    }
