@@ -280,7 +280,8 @@ def gpu() -> ModuleType:
 def test_it_needs_only_what_it_says(tmp_path: Path) -> None:
     """torch, triton, safetensors, tokenizers, numpy, and what torch itself brings."""
     missing = "typer", "rich", "click", "huggingface_hub", "transformers"
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); sys.argv = ['gpu.py', '--list', '--out', {str(tmp_path)!r}]; import runpy; "
+    arguments = ["gpu.py", "--list", "--out", str(tmp_path)]
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); sys.argv = {arguments!r}; import runpy; "
     code += "runpy.run_path('scripts/gpu.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
