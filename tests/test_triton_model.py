@@ -1,0 +1,48 @@
+"""A whole model on the Triton kernels, under the interpreter: prompts of different length, two canvases a row, the commit
+encoded with the next canvas's first step, static buffers. Tokens and steps are the reference's under the same dice."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from sfumato.config import LayerConfig, ModelConfig, Rope
+from sfumato.engine import Run
+from sfumato.events import Done, Options
+from sfumato.model import Model
+
+pytest.importorskip("triton")
+import triton_interpreter
+
+from sfumato.ops import triton as kernels
+
+CONFIG: ModelConfig = tiny.tiny_config(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_experts=4,
+    expert_size=16,
+    eos_ids=(),
+    layers=(LayerConfig(16, 2, 6, Rope(10_000.0)), LayerConfig(32, 1, None, Rope(1e6, 0.5, 1.0, True))),
+)
+PROMPTS = [[3, 7, 2, 9, 4, 11, 8, 6, 30], [5, 12]]
+
+
+def answers(model: Model, record: bool) -> list[tuple[list[int], int, str]]:
+    options = Options(max_tokens=2 * CONFIG.canvas_length, max_steps=2, seed=5, confidence=0.0)
+    run = Run(model, PROMPTS, options, record=record)
+    done = sorted((event for event in run if isinstance(event, Done)), key=lambda event: event.row)
+    return [(event.tokens, event.usage.steps, event.finish_reason) for event in done]
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_the_tokens_are_the_references(record: bool) -> None:
+    plain = tiny.tiny_model(CONFIG, seed=3, name="reference")
+    with torch.device("meta"):
+        model = Model(CONFIG, kernels.record())
+    model.load_state_dict(plain.state_dict(), assign=True)
+    assert answers(model.requires_grad_(False).eval().pack_(), record) == answers(plain, False)
+
+
+triton_interpreter.in_a_child(globals())
