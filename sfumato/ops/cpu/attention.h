@@ -26,7 +26,8 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
         const long q_bytes = 2 * kd * TILE, k_bytes = KEYS / 32 * kd * 2 * TILE, v_bytes = d_panels * kk * 2 * TILE;
         const long p_bytes = 2 * kk * TILE, s_bytes = 32 * KEYS * 4, o_bytes = 32 * wide * 4;
         char *a = own.get(each * (q_bytes + o_bytes + 4 * 32 * 8) + k_bytes + v_bytes + p_bytes + s_bytes);
-        char *q_tiles = a, *k_tiles = q_tiles + each * q_bytes, *v_tiles = k_tiles + k_bytes, *p_tiles = v_tiles + v_bytes;
+        char *q_tiles = a, *k_tiles = q_tiles + each * q_bytes, *v_tiles = k_tiles + k_bytes,
+             *p_tiles = v_tiles + v_bytes;
         float *scores = (float *)(p_tiles + p_bytes), *o = scores + 32 * KEYS;
         float *top = o + each * 32 * wide, *sum = top + each * 32;
         int64_t *low = (int64_t *)(sum + each * 32), *high = low + each * 32;
@@ -35,7 +36,8 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
             const long b = unit / (groups * splits), g = unit / splits % groups, first = unit % splits * each;
             const long held = std::min(each, blocks - first);
             if (held <= 0) continue;
-            const long length = seen.lengths[b], count = seen.counts[b], start = length + count, end = start + seen.canvas;
+            const long length = seen.lengths[b], count = seen.counts[b], start = length + count,
+                       end = start + seen.canvas;
             long from = end, to = 0;
             auto place = [&](long block, long r, long &h, long &t) {
                 h = g * share + (first + block) / tiles_of(width, 32);
@@ -51,7 +53,8 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                     int64_t &lo = low[block * 32 + r], &hi = high[block * 32 + r];
                     if (!is_there) lo = hi = 0;
                     else if (t >= seen.encode) lo = seen.window ? std::max(0L, start - seen.window + 1) : 0, hi = end;
-                    else if (t < count) lo = seen.window ? std::max(0L, length + t - seen.window + 1) : 0, hi = length + t + 1;
+                    else if (t < count)
+                        lo = seen.window ? std::max(0L, length + t - seen.window + 1) : 0, hi = length + t + 1;
                     else lo = std::max(0L, length - 1), hi = std::min(lo + 1, (int64_t)end); // padding
                     if (lo < hi) from = std::min(from, lo), to = std::max(to, hi);
                     top[block * 32 + r] = -1e30f, sum[block * 32 + r] = 0;
@@ -71,11 +74,13 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                     const long at = ((is_cached ? seen.rows[b] * (seen.ring + 1) : b * width) + slot) * groups + g;
                     keys[i] = (is_cached ? k_ring : k) + at * n, values[i] = (is_cached ? v_ring : v) + at * n;
                 }
-                const long filled = std::min(KEYS, to - key), panels = tiles_of(filled, 32), k_used = tiles_of(filled, Kind<T>::K);
+                const long filled = std::min(KEYS, to - key), panels = tiles_of(filled, 32),
+                           k_used = tiles_of(filled, Kind<T>::K);
                 for (long p = 0; p < panels; p++)
                     for (long i = 0; i < kd; i++)
                         for (int half = 0; half < 2; half++)
-                            tile_columns<T>(keys + 32 * p + 16 * half, i * Kind<T>::K, n, k_tiles + ((p * kd + i) * 2 + half) * TILE);
+                            tile_columns<T>(keys + 32 * p + 16 * half, i * Kind<T>::K, n,
+                                            k_tiles + ((p * kd + i) * 2 + half) * TILE);
                 for (long p = 0; p < d_panels; p++)
                     for (long i = 0; i < k_used; i++)
                         tile_pair<T>(values + i * Kind<T>::K, 32 * p, n, v_tiles + (p * kk + i) * 2 * TILE);
@@ -99,7 +104,8 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                         const long vectors = 2 * panels;
                         if (!is_whole) {
                             const V ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                            const float l = (float)std::max<int64_t>(lo[r] - key, 0), u = (float)std::max<int64_t>(0, std::min<int64_t>(hi[r] - key, KEYS));
+                            const float l = (float)std::max<int64_t>(lo[r] - key, 0),
+                                        u = (float)std::max<int64_t>(0, std::min<int64_t>(hi[r] - key, KEYS));
                             for (long i = 0; i < vectors; i++) {
                                 V at = ramp + (float)(16 * i), x = load(s + 16 * i);
                                 x = at < splat(l) ? splat(-1e30f) : x;
@@ -122,13 +128,15 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                             const float fade = std::exp(old - now);
                             sum[block * 32 + r] *= fade;
                             if (fade != 1.0f)
-                                for (long i = 0; i < wide; i += 16) store(block_o + r * wide + i, load(block_o + r * wide + i) * fade);
+                                for (long i = 0; i < wide; i += 16)
+                                    store(block_o + r * wide + i, load(block_o + r * wide + i) * fade);
                             top[block * 32 + r] = now;
                         }
                         sum[block * 32 + r] += total(acc);
                     }
                     for (long p = 0; p < d_panels; p++)
-                        product<T>(2, p_tiles, p_tiles + kk * TILE, v_tiles + p * kk * 2 * TILE, k_used, block_o + 32 * p, wide, true);
+                        product<T>(2, p_tiles, p_tiles + kk * TILE, v_tiles + p * kk * 2 * TILE, k_used,
+                                   block_o + 32 * p, wide, true);
                 }
             }
             for (long block = 0; block < held; block++) {
@@ -137,7 +145,8 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                     if (place(block, r, h, t)) {
                         const float s = sum[block * 32 + r], inverse = s > 0 ? 1.0f / s : 0.0f;
                         for (long i = 0; i < n; i += 16)
-                            store_some(out + ((b * width + t) * heads + h) * n + i, load(o + (block * 32 + r) * wide + i) * inverse, n - i);
+                            store_some(out + ((b * width + t) * heads + h) * n + i,
+                                       load(o + (block * 32 + r) * wide + i) * inverse, n - i);
                     }
             }
         }

@@ -50,10 +50,10 @@ static void block(const T *x, const Layer &w, Sizes n, float eps, const T *cos, 
 
     rms_norm<T>(residual, rows, n.width, (const T *)w.before_dense, eps, normed, threads);
     feed_forward<T, M>(normed, rows, weight(w.gate, w.gate_scale, n.inner, n.width),
-                       weight(w.up, w.up_scale, n.inner, n.width), weight(w.down, w.down_scale, n.width, n.inner), dense,
-                       threads);
-    route<T>(residual, rows, n.width, (const T *)w.router_scale, (const T *)w.router, n.experts, (const T *)w.per_expert,
-             n.chosen, eps, index, share, threads);
+                       weight(w.up, w.up_scale, n.inner, n.width), weight(w.down, w.down_scale, n.width, n.inner),
+                       dense, threads);
+    route<T>(residual, rows, n.width, (const T *)w.router_scale, (const T *)w.router, n.experts,
+             (const T *)w.per_expert, n.chosen, eps, index, share, threads);
     rms_norm<T>(residual, rows, n.width, (const T *)w.before_experts, eps, normed, threads);
     experts<T, M>(normed, rows, n.width, n.chosen, index, share, n.experts, (const char *)w.gate_up,
                   (const float *)w.gate_up_scale, (const char *)w.expert_down, (const float *)w.expert_down_scale,

@@ -15,24 +15,24 @@ template <class M> static Weight<M> weight_of(const void *data, const float *sca
     return Weight<M>{(const char *)data, scale, outputs, inputs};
 }
 
-#define BY_IO(...)                                                                                                    \
-    if (io) {                                                                                                          \
-        typedef bf16 T;                                                                                                \
-        __VA_ARGS__;                                                                                                          \
-    } else {                                                                                                           \
-        typedef float T;                                                                                               \
-        __VA_ARGS__;                                                                                                          \
+#define BY_IO(...)       \
+    if (io) {            \
+        typedef bf16 T;  \
+        __VA_ARGS__;     \
+    } else {             \
+        typedef float T; \
+        __VA_ARGS__;     \
     }
-#define BY_BOTH(...)                                                                                                  \
-    if (kind == 2) {                                                                                                   \
-        typedef int8_t M;                                                                                              \
-        BY_IO(__VA_ARGS__)                                                                                                    \
-    } else if (kind == 1) {                                                                                            \
-        typedef bf16 M;                                                                                                \
-        BY_IO(__VA_ARGS__)                                                                                                    \
-    } else {                                                                                                           \
-        typedef float M;                                                                                               \
-        BY_IO(__VA_ARGS__)                                                                                                    \
+#define BY_BOTH(...)        \
+    if (kind == 2) {        \
+        typedef int8_t M;   \
+        BY_IO(__VA_ARGS__)  \
+    } else if (kind == 1) { \
+        typedef bf16 M;     \
+        BY_IO(__VA_ARGS__)  \
+    } else {                \
+        typedef float M;    \
+        BY_IO(__VA_ARGS__)  \
     }
 
 extern "C" {
@@ -49,8 +49,10 @@ void sf_plain(int is_plain) { // tests: walk the tiles without AMX
     else sf_start();
 }
 
-void sf_settle(void *data, long bytes, int) { // whole huge pages of it; a system without them says no, and nothing is lost
-    const uintptr_t page = 1 << 21, from = ((uintptr_t)data + page - 1) / page * page, to = ((uintptr_t)data + bytes) / page * page;
+void sf_settle(void *data, long bytes,
+               int) { // whole huge pages of it; a system without them says no, and nothing is lost
+    const uintptr_t page = 1 << 21, from = ((uintptr_t)data + page - 1) / page * page,
+                    to = ((uintptr_t)data + bytes) / page * page;
     if (to <= from) return;
     madvise((void *)from, to - from, MADV_HUGEPAGE);
     madvise((void *)from, to - from, 25); // MADV_COLLAPSE, since Linux 6.1
@@ -87,8 +89,8 @@ void sf_feed_forward(int io, int kind, const void *x, long rows, long width, lon
 void sf_experts(int io, int kind, const void *x, long tokens, long width, long chosen, const int64_t *index,
                 const float *weight, long count, const void *gate_up, const float *gate_up_scale, const void *down,
                 const float *down_scale, long inner, void *y, int threads) {
-    BY_BOTH((experts<T, M>((const T *)x, tokens, width, chosen, index, weight, count, (const char *)gate_up, gate_up_scale,
-                           (const char *)down, down_scale, inner, (T *)y, threads)))
+    BY_BOTH((experts<T, M>((const T *)x, tokens, width, chosen, index, weight, count, (const char *)gate_up,
+                           gate_up_scale, (const char *)down, down_scale, inner, (T *)y, threads)))
 }
 
 void sf_rms_norm(int io, const void *x, long rows, long n, const void *w, float eps, void *y, int threads) {
@@ -97,7 +99,8 @@ void sf_rms_norm(int io, const void *x, long rows, long n, const void *w, float 
 
 void sf_norm_rope(int io, const void *x, long places, long heads, long n, const void *w, float eps, const void *cos,
                   const void *sin, void *y, int threads) {
-    BY_IO((norm_rope<T>((const T *)x, places, heads, n, (const T *)w, eps, (const T *)cos, (const T *)sin, (T *)y, threads)))
+    BY_IO((norm_rope<T>((const T *)x, places, heads, n, (const T *)w, eps, (const T *)cos, (const T *)sin, (T *)y,
+                        threads)))
 }
 
 void sf_norm_add(int io, const void *residual, const void *x, long rows, long n, const void *w, float eps, void *y,
@@ -105,8 +108,9 @@ void sf_norm_add(int io, const void *residual, const void *x, long rows, long n,
     BY_IO((norm_add<T>((const T *)residual, (const T *)x, rows, n, (const T *)w, eps, (T *)y, threads)))
 }
 
-void sf_join(int io, const void *residual, const void *dense, const void *sparse, long rows, long n, const void *dense_w,
-             const void *sparse_w, const void *w, float eps, const void *scale, long scales, void *y, int threads) {
+void sf_join(int io, const void *residual, const void *dense, const void *sparse, long rows, long n,
+             const void *dense_w, const void *sparse_w, const void *w, float eps, const void *scale, long scales,
+             void *y, int threads) {
     BY_IO((join<T>((const T *)residual, (const T *)dense, (const T *)sparse, rows, n, (const T *)dense_w,
                    (const T *)sparse_w, (const T *)w, eps, (const T *)scale, scales, (T *)y, threads)))
 }
@@ -121,14 +125,15 @@ void sf_attention(int io, const void *q, const void *k, const void *v, const voi
                   const int64_t *rows, const int64_t *lengths, const int64_t *counts, long batch, long encode,
                   long canvas, long window, long ring, long heads, long groups, long n, void *out, int threads) {
     Seen seen{rows, lengths, counts, batch, encode, canvas, window, ring};
-    BY_IO((attention<T>((const T *)q, (const T *)k, (const T *)v, (const T *)k_ring, (const T *)v_ring, seen, heads, groups,
-                        n, (T *)out, threads)))
+    BY_IO((attention<T>((const T *)q, (const T *)k, (const T *)v, (const T *)k_ring, (const T *)v_ring, seen, heads,
+                        groups, n, (T *)out, threads)))
 }
 
-void sf_block(int io, int kind, const void *x, const void *const *pointers, const long *sizes, float eps, const void *cos,
-              const void *sin, const void *k_ring, const void *v_ring, const int64_t *rows, const int64_t *lengths,
-              const int64_t *counts, long batch, long encode, long canvas, long window, long ring, const void *scale,
-              long scales, void *y, void *k, void *v, void *lent, long lent_bytes, int threads) {
+void sf_block(int io, int kind, const void *x, const void *const *pointers, const long *sizes, float eps,
+              const void *cos, const void *sin, const void *k_ring, const void *v_ring, const int64_t *rows,
+              const int64_t *lengths, const int64_t *counts, long batch, long encode, long canvas, long window,
+              long ring, const void *scale, long scales, void *y, void *k, void *v, void *lent, long lent_bytes,
+              int threads) {
     Seen seen{rows, lengths, counts, batch, encode, canvas, window, ring};
     Layer w;
     Sizes n;
@@ -136,8 +141,8 @@ void sf_block(int io, int kind, const void *x, const void *const *pointers, cons
     memcpy(&n, sizes, sizeof n);
     const long half = lent_bytes / 2 / 64 * 64;
     between.lend((char *)lent, half), shared.lend((char *)lent + half, half);
-    BY_BOTH((block<T, M>((const T *)x, w, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring, (const T *)v_ring, seen,
-                         (const T *)scale, scales, (T *)y, (T *)k, (T *)v, threads)))
+    BY_BOTH((block<T, M>((const T *)x, w, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring, (const T *)v_ring,
+                         seen, (const T *)scale, scales, (T *)y, (T *)k, (T *)v, threads)))
     between.lend(nullptr, 0), shared.lend(nullptr, 0);
 }
 
@@ -155,7 +160,7 @@ void sf_read_out(int io, const void *hidden, long positions, long n, const void 
 
 void sf_soft_embedding(int io, const void *logits, long batch, long length, long words, const void *embed, long n,
                        const float *peak, const float *mass, float least, float scale, void *y, int threads) {
-    BY_IO((soft_embedding<T>((const T *)logits, batch, length, words, (const T *)embed, n, peak, mass, least, scale, (T *)y,
-                             threads)))
+    BY_IO((soft_embedding<T>((const T *)logits, batch, length, words, (const T *)embed, n, peak, mass, least, scale,
+                             (T *)y, threads)))
 }
 }

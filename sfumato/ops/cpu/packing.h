@@ -94,8 +94,8 @@ template <class M> struct Panel {
     const char *next;
 };
 template <class M>
-static inline void panel_product(long row_tiles, const char *a, const float *row_scale, const Panel<M> *panels, int count,
-                                 float *c) {
+static inline void panel_product(long row_tiles, const char *a, const float *row_scale, const Panel<M> *panels,
+                                 int count, float *c) {
     typedef typename Kind<M>::Sum S;
     const long kc = panels[0].w->kc(), piece = kc > 12 ? PIECE : kc, size = row_tiles * 16 * 32;
     const long each = up(2 * TILE / tiles_of(row_tiles, 2), 64); // over all passes: one panel
@@ -107,7 +107,8 @@ static inline void panel_product(long row_tiles, const char *a, const float *row
             if (next) next += k * tiles_of(row_tiles, 2) * each;
             for (long t = 0; t < row_tiles; t += 2) {
                 const char *at = a + (t * kc + k) * TILE;
-                product<M>(t + 1 < row_tiles ? 2 : 1, at, at + kc * TILE, b, some, sums + i * size + t * 16 * 32, 32, k > 0, next, next ? each : 0);
+                product<M>(t + 1 < row_tiles ? 2 : 1, at, at + kc * TILE, b, some, sums + i * size + t * 16 * 32, 32,
+                           k > 0, next, next ? each : 0);
                 if (next) next += some * each;
             }
         }
@@ -115,7 +116,8 @@ static inline void panel_product(long row_tiles, const char *a, const float *row
         for (int i = 0; i < count; i++) {
             const Weight<M> &w = *panels[i].w;
             const long p = panels[i].p;
-            V one = load_some(w.scale + 32 * p, w.outputs - 32 * p), two = load_some(w.scale + 32 * p + 16, w.outputs - 32 * p - 16);
+            V one = load_some(w.scale + 32 * p, w.outputs - 32 * p),
+              two = load_some(w.scale + 32 * p + 16, w.outputs - 32 * p - 16);
             float *to = c + i * size;
             for (long r = 0; r < 16 * row_tiles; r++) {
                 VI x, y;
@@ -127,7 +129,8 @@ static inline void panel_product(long row_tiles, const char *a, const float *row
         }
 }
 
-template <class M> static void pack_weight(const void *from, int io, long outputs, long inputs, char *out, float *scale, int threads) {
+template <class M>
+static void pack_weight(const void *from, int io, long outputs, long inputs, char *out, float *scale, int threads) {
     const long kc = tiles_of(inputs, Kind<M>::K), panels = tiles_of(outputs, 32);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long p = 0; p < panels; p++) {

@@ -3,7 +3,6 @@
 
 #include "packing.h"
 
-
 template <class IO, class M>
 static void pack_all(const IO *x, long rows, long width, char *out, float *scales) { // inside a parallel region
     const long kc = tiles_of(width, Kind<M>::K);
@@ -46,7 +45,8 @@ static void linear(const IO *x, long rows, int count, const Weight<M> *w, IO *co
                 const char *next = p + 1 < w[i].panels() ? w[i].panel(p + 1) : i + 1 < count ? w[i + 1].data : nullptr;
                 const Panel<M> panel{w + i, p, next};
                 panel_product<M>(some, a + t * kc * TILE, scales + 16 * t, &panel, 1, c);
-                write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, std::min(16 * some, rows - 16 * t), w[i].outputs - 32 * p, w[i].outputs);
+                write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, std::min(16 * some, rows - 16 * t),
+                            w[i].outputs - 32 * p, w[i].outputs);
             }
         }
     }
@@ -58,7 +58,8 @@ static inline void gate_block(const float *gate, const float *up_, IO *h, long r
     alignas(64) float c[32];
     for (long r = 0; r < rows; r++) {
         for (int i = 0; i < 32; i += 16)
-            store(c + i, rounded(gelu_tanh(rounded(load(gate + 32 * r + i), IO())), IO()) * rounded(load(up_ + 32 * r + i), IO()));
+            store(c + i, rounded(gelu_tanh(rounded(load(gate + 32 * r + i), IO())), IO()) *
+                             rounded(load(up_ + 32 * r + i), IO()));
         write_block(c, h + r * ldh, 1, columns, ldh);
     }
 }
@@ -83,7 +84,8 @@ static void feed_forward(const IO *x, long rows, Weight<M> gate, Weight<M> up_, 
                 const long next = p + threads < gate.panels() ? p + threads : p;
                 const Panel<M> both[2] = {{&gate, p, gate.panel(next)}, {&up_, p, up_.panel(next)}};
                 panel_product<M>(some, a + t * kc * TILE, scales + 16 * t, both, 2, c);
-                gate_block(c, c + some * 16 * 32, h + 16 * t * inner + 32 * p, std::min(16 * some, rows - 16 * t), inner - 32 * p, inner);
+                gate_block(c, c + some * 16 * 32, h + 16 * t * inner + 32 * p, std::min(16 * some, rows - 16 * t),
+                           inner - 32 * p, inner);
             }
         }
 #pragma omp barrier
@@ -95,7 +97,8 @@ static void feed_forward(const IO *x, long rows, Weight<M> gate, Weight<M> up_, 
                 const long next = p + threads < down.panels() ? p + threads : p;
                 const Panel<M> panel{&down, p, down.panel(next)};
                 panel_product<M>(some, a + first + t * kc2 * TILE, scales2 + 16 * t, &panel, 1, c);
-                write_block(c, y + 16 * t * down.outputs + 32 * p, std::min(16 * some, rows - 16 * t), down.outputs - 32 * p, down.outputs);
+                write_block(c, y + 16 * t * down.outputs + 32 * p, std::min(16 * some, rows - 16 * t),
+                            down.outputs - 32 * p, down.outputs);
             }
         }
     }
@@ -135,7 +138,8 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
             const long wide = up(2 * inner, 32);
             constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
             const long block = row_tiles * 16 * 32, mixed = is_aligned ? 0 : up(size, 16) * wide;
-            char *a = own.get(first + second + (2 * up(size, 16) + MANY * block + mixed) * 4 + size * inner * sizeof(IO));
+            char *a =
+                own.get(first + second + (2 * up(size, 16) + MANY * block + mixed) * 4 + size * inner * sizeof(IO));
             float *scales = (float *)(a + first + second), *scales2 = scales + up(size, 16);
             float *c = scales2 + up(size, 16), *gate_up = c + MANY * block; // the latter where panels mix gate and up
             IO *h = (IO *)(gate_up + mixed);
@@ -152,7 +156,8 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                     const int pairs = (int)std::min((long)MANY / 2, half - p);
                     for (int i = 0; i < 2 * pairs; i++) {
                         const long here = p + i / 2 + i % 2 * half, then = here + pairs;
-                        panels[i] = {&g, here, p + pairs < half ? g.panel(then) : w.panel(std::min((long)i, w.panels() - 1))};
+                        panels[i] = {&g, here,
+                                     p + pairs < half ? g.panel(then) : w.panel(std::min((long)i, w.panels() - 1))};
                     }
                     panel_product<M>(row_tiles, a, scales, panels, 2 * pairs, c);
                     for (int i = 0; i < pairs; i++)
@@ -181,7 +186,8 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
             for (long p = 0; p < w.panels(); p += MANY) {
                 const int some = (int)std::min((long)MANY, w.panels() - p);
                 for (int i = 0; i < some; i++) {
-                    const char *after = goes_on ? gu.data + order[o + threads] * gu.bytes() + i * gu.kc() * 2 * TILE : nullptr;
+                    const char *after =
+                        goes_on ? gu.data + order[o + threads] * gu.bytes() + i * gu.kc() * 2 * TILE : nullptr;
                     panels[i] = {&w, p + i, p + i + some < w.panels() ? w.panel(p + i + some) : after};
                 }
                 panel_product<M>(row_tiles, a + first, scales2, panels, some, c);

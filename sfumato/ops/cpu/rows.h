@@ -3,7 +3,9 @@
 
 #include "packing.h"
 
-template <class T> static inline V weight_at(const T *w, long i, long n) { return w ? load_some(w + i, n - i) : splat(1.0f); }
+template <class T> static inline V weight_at(const T *w, long i, long n) {
+    return w ? load_some(w + i, n - i) : splat(1.0f);
+}
 
 template <class A> static inline float inverse_rms(A at, long n, float eps) {
     V sum[4] = {};
@@ -25,7 +27,8 @@ template <class T> static void rms_norm(const T *x, long rows, long n, const T *
     for (long r = 0; r < rows; r++) {
         const T *from = x + r * n;
         const float s = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
-        for (long i = 0; i < n; i += 16) store_some(y + r * n + i, load_some(from + i, n - i) * s * weight_at(w, i, n), n - i);
+        for (long i = 0; i < n; i += 16)
+            store_some(y + r * n + i, load_some(from + i, n - i) * s * weight_at(w, i, n), n - i);
     }
 }
 
@@ -54,7 +57,10 @@ static void norm_add(const T *residual, const T *x, long rows, long n, const T *
         const T *from = x + r * n;
         const float s = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
         for (long i = 0; i < n; i += 16)
-            store_some(y + r * n + i, load_some(residual + r * n + i, n - i) + rounded(load_some(from + i, n - i) * s * weight_at(w, i, n), T()), n - i);
+            store_some(y + r * n + i,
+                       load_some(residual + r * n + i, n - i) +
+                           rounded(load_some(from + i, n - i) * s * weight_at(w, i, n), T()),
+                       n - i);
     }
 }
 

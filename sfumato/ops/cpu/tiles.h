@@ -89,19 +89,19 @@ static void plain_product(int mr, const char *a0, const char *a1, const char *b,
 }
 
 #if AMX
-#define PRODUCT(op, twice)                                                                                             \
-    for (long k = 0; k < kc; k++) {                                                                                    \
-        for (const char *until = ahead + each; ahead < until; ahead += 64) __builtin_prefetch(ahead, 0, 2);            \
-        _tile_loadd(6, b + 2 * k * TILE, 64);                                                                          \
-        _tile_loadd(4, a0 + k * TILE, 64);                                                                             \
-        op(0, 4, 6);                                                                                                   \
-        _tile_loadd(7, b + 2 * k * TILE + TILE, 64);                                                                   \
-        op(1, 4, 7);                                                                                                   \
-        if (twice) {                                                                                                   \
-            _tile_loadd(5, a1 + k * TILE, 64);                                                                         \
-            op(2, 5, 6);                                                                                               \
-            op(3, 5, 7);                                                                                               \
-        }                                                                                                              \
+#define PRODUCT(op, twice)                                                                                  \
+    for (long k = 0; k < kc; k++) {                                                                         \
+        for (const char *until = ahead + each; ahead < until; ahead += 64) __builtin_prefetch(ahead, 0, 2); \
+        _tile_loadd(6, b + 2 * k * TILE, 64);                                                               \
+        _tile_loadd(4, a0 + k * TILE, 64);                                                                  \
+        op(0, 4, 6);                                                                                        \
+        _tile_loadd(7, b + 2 * k * TILE + TILE, 64);                                                        \
+        op(1, 4, 7);                                                                                        \
+        if (twice) {                                                                                        \
+            _tile_loadd(5, a1 + k * TILE, 64);                                                              \
+            op(2, 5, 6);                                                                                    \
+            op(3, 5, 7);                                                                                    \
+        }                                                                                                   \
     }
 #endif
 
@@ -221,7 +221,7 @@ template <class M> static inline void tile_pair(const M *const *rows, long colum
     if constexpr (std::is_same_v<M, bf16>)
         if (column + 32 <= width && rows[Kind<M>::K - 1]) {
             typedef uint16_t VS __attribute__((vector_size(64)));
-            constexpr VS low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+            constexpr VS low = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
             for (int pair = 0; pair < 16; pair++) {
                 VS a, b;
@@ -234,7 +234,8 @@ template <class M> static inline void tile_pair(const M *const *rows, long colum
             return;
         }
     for (int half = 0; half < 2; half++) {
-        if (column + 16 * half < width) tile_across<M>(rows, column + 16 * half, width - column - 16 * half, out + half * TILE);
+        if (column + 16 * half < width)
+            tile_across<M>(rows, column + 16 * half, width - column - 16 * half, out + half * TILE);
         else memset(out + half * TILE, 0, TILE);
     }
 }

@@ -26,10 +26,10 @@ struct bf16 {
     uint16_t bits;
 };
 
-static constexpr long TILE = 1024;   // bytes of a tile
-static constexpr long KEYS = 256;    // keys that attention takes at once
-static constexpr long PIECE = 8;     // tiles of k that stay in the nearest cache while the other side passes by
-static constexpr long BAND = 512;    // rows of a product that share a panel while it is warm
+static constexpr long TILE = 1024; // bytes of a tile
+static constexpr long KEYS = 256;  // keys that attention takes at once
+static constexpr long PIECE = 8;   // tiles of k that stay in the nearest cache while the other side passes by
+static constexpr long BAND = 512;  // rows of a product that share a panel while it is warm
 
 static inline V splat(float x) { return x - V{}; }
 static inline V load(const float *p) {
@@ -138,7 +138,9 @@ static inline V gelu_tanh(V x) { // x / (1 + e^-2u) is x (1 + tanh u) / 2
     V u = x * (0.7978845608f + 0.0356774081f * x * x);
     return over(x, 1.0f + exponential(-2.0f * u));
 }
-static inline V softcapped(V x, float cap) { return cap - over(splat(2.0f * cap), exponential(x * (2.0f / cap)) + 1.0f); }
+static inline V softcapped(V x, float cap) {
+    return cap - over(splat(2.0f * cap), exponential(x * (2.0f / cap)) + 1.0f);
+}
 
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }
 static inline long tiles_of(long n, long to) { return (n + to - 1) / to; }

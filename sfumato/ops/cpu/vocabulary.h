@@ -73,7 +73,8 @@ template <class T> static inline void turn_tile(const float *x, long here, long 
 #if defined(__AVX512BF16__)
             if constexpr (std::is_same_v<T, bf16>)
                 if (here - i >= 32 && (uintptr_t)(to + j * words + i) % 64 == 0) {
-                    _mm512_stream_si512((__m512i *)(to + j * words + i), (__m512i)_mm512_cvtne2ps_pbh((__m512)in[1][j], (__m512)in[0][j]));
+                    _mm512_stream_si512((__m512i *)(to + j * words + i),
+                                        (__m512i)_mm512_cvtne2ps_pbh((__m512)in[1][j], (__m512)in[0][j]));
                     continue;
                 }
 #endif
@@ -112,7 +113,8 @@ static void gather(const T *logits, long lane, long lanes, const Places &at, con
     for (long w = 0; w < tiles; w++) {
         V most = load(said.most + w * lanes + lane) - top_v;
         V fade = exponential(most), sum = load(said.sums + w * lanes + lane) * fade;
-        store(said.dots + w * lanes + lane, load(said.dots + w * lanes + lane) * fade + bigger(most, splat(-1e4f)) * sum);
+        store(said.dots + w * lanes + lane,
+              load(said.dots + w * lanes + lane) * fade + bigger(most, splat(-1e4f)) * sum);
         store(fades + 16 * w, sum);
     }
     for (long i = 0; i < std::min(16L, at.count - lane); i++) {
@@ -135,8 +137,8 @@ static void gather(const T *logits, long lane, long lanes, const Places &at, con
     }
 }
 
-// Words lie along the rows of a product's tiles and positions along its lanes, so that what is gathered over words needs
-// no sums across lanes. `mass` [tiles of words, lanes] is each tile's share of a position's distribution.
+// Words lie along the rows of a product's tiles and positions along its lanes, so that what is gathered over words
+// needs no sums across lanes. `mass` [tiles of words, lanes] is each tile's share of a position's distribution.
 template <class T>
 static void read_out(const T *hidden, long n, const T *embed, const Places &at, const float *uniform, T *logits,
                      float *mass, int64_t *sample, int64_t *argmax, float *entropy, float *peak, int threads) {
@@ -175,15 +177,17 @@ static void read_out(const T *hidden, long n, const T *embed, const Places &at, 
                     }
                     // What is read next comes in between the products: as many of its rows with each as there are.
                     const bool is_last = k + PART >= kc;
-                    const long next_row = is_last ? first + WORDS : first, share = tiles_of(WORDS, tiles_of(rows, 2) * some);
+                    const long next_row = is_last ? first + WORDS : first,
+                               share = tiles_of(WORDS, tiles_of(rows, 2) * some);
                     const T *next = embed + next_row * n + (is_last ? 0 : begins + deep * Kind<T>::K);
                     long fetched = is_last && p0 + PLACES < places ? WORDS : 0;
                     for (long r = 0; r < rows; r += 2)
                         for (long p = 0; p < some; p++) {
                             for (const long until = fetched + share; fetched < until && fetched < WORDS; fetched++)
                                 if (next_row + fetched < at.words) fetch(next + fetched * n, PART * 64);
-                            product<T>(2, a + r * PART * TILE, a + (r + 1) * PART * TILE, b + ((p0 + p) * kc + k) * 2 * TILE,
-                                       deep, x + (p * WORDS + 16 * r) * 32, 32, k > 0);
+                            product<T>(2, a + r * PART * TILE, a + (r + 1) * PART * TILE,
+                                       b + ((p0 + p) * kc + k) * 2 * TILE, deep, x + (p * WORDS + 16 * r) * 32, 32,
+                                       k > 0);
                         }
                 }
                 for (long p = 0; p < some; p++) {
@@ -221,14 +225,16 @@ template <class T> static inline V exponentials(const T *logits, long here, floa
     return sum;
 }
 
-// softmax(logits) @ E x scale, for `batch` rows of `length` positions. `mass` (or null) is the read-out's; tiles of words
-// whose mass is below `least` at every position of a block of 32 of a row are left out of its sum; tiles that no block needs are not read. Several tiles of words are
-// multiplied at a time: their exponentials for all positions, then E by groups of panels, each packed by its thread.
+// softmax(logits) @ E x scale, for `batch` rows of `length` positions. `mass` (or null) is the read-out's; tiles of
+// words whose mass is below `least` at every position of a block of 32 of a row are left out of its sum; tiles that no
+// block needs are not read. Several tiles of words are multiplied at a time: their exponentials for all positions, then
+// E by groups of panels, each packed by its thread.
 template <class T>
-static void soft_embedding(const T *logits, long batch, long length, long words, const T *embed, long n, const float *peak,
-                           const float *mass, float least, float scale, T *y, int threads) {
+static void soft_embedding(const T *logits, long batch, long length, long words, const T *embed, long n,
+                           const float *peak, const float *mass, float least, float scale, T *y, int threads) {
     constexpr long K = Kind<T>::K, PER = WORDS / K, RUN = 1, GROUP = 8; // tiles of words at a time; panels of E
-    const long positions = batch * length, lanes = up(positions, 32), each = tiles_of(length, 32), places = batch * each;
+    const long positions = batch * length, lanes = up(positions, 32), each = tiles_of(length, 32),
+               places = batch * each;
     const long word_tiles = tiles_of(words, WORDS);
     const long panels = tiles_of(n, 32), groups = tiles_of(panels, GROUP), deep = RUN * PER;
     std::vector<uint8_t> needs(word_tiles * places, mass ? 0 : 1);
@@ -236,16 +242,18 @@ static void soft_embedding(const T *logits, long batch, long length, long words,
     for (long w = 0; w < word_tiles; w++) {
         bool is_needed = !mass;
         for (long p = 0; mass && p < places; p++) {
-            const long begins = p / each * length + p % each * 32, ends = std::min(begins + 32, (p / each + 1) * length);
+            const long begins = p / each * length + p % each * 32,
+                       ends = std::min(begins + 32, (p / each + 1) * length);
             const float *m = mass + w * lanes;
             is_needed |= needs[w * places + p] = *std::max_element(m + begins, m + ends) >= least;
         }
         if (is_needed) list.push_back(w);
     }
     const long runs = tiles_of((long)list.size(), RUN), a_bytes = places * 2 * deep * TILE;
-    char *a = shared.get(2 * a_bytes + places * 32 * (64 + panels * 32 * 4)); // two runs of [place][2][RUN x PER][1 KiB]
-    V *sums = (V *)(a + 2 * a_bytes);             // [places x 32], 16 lanes each
-    float *out = (float *)(sums + places * 32);   // [panel][place][32, 32]
+    char *a =
+        shared.get(2 * a_bytes + places * 32 * (64 + panels * 32 * 4)); // two runs of [place][2][RUN x PER][1 KiB]
+    V *sums = (V *)(a + 2 * a_bytes);                                   // [places x 32], 16 lanes each
+    float *out = (float *)(sums + places * 32);                         // [panel][place][32, 32]
     memset((void *)sums, 0, places * 32 * (64 + panels * 32 * 4));
 #pragma omp parallel num_threads(threads)
     {
@@ -280,8 +288,10 @@ static void soft_embedding(const T *logits, long batch, long length, long words,
                         tile_pair<T>(rows, (panel + d) * 32, n, b + (d * deep + j) * 2 * TILE);
                 }
                 // Meanwhile what this thread packs next is fetched, some rows with each product.
-                const long then = g + 1 < to ? first : first + RUN, column = (g + 1 < to ? panel + GROUP : from * GROUP) * 32;
-                const long next = std::min(RUN, (long)list.size() - then) * WORDS, share = tiles_of(RUN * WORDS, some * places);
+                const long then = g + 1 < to ? first : first + RUN,
+                           column = (g + 1 < to ? panel + GROUP : from * GROUP) * 32;
+                const long next = std::min(RUN, (long)list.size() - then) * WORDS,
+                           share = tiles_of(RUN * WORDS, some * places);
                 long fetched = 0;
                 for (long d = 0; d < some; d++)
                     for (long p = 0; p < places; p++) {
@@ -296,8 +306,8 @@ static void soft_embedding(const T *logits, long batch, long length, long words,
                             long until = i;
                             while (until < run && needs[list[first + until] * places + p]) until++;
                             if (until > i)
-                                product<T>(2, a0 + i * PER * TILE, a1 + i * PER * TILE, b + (d * deep + i * PER) * 2 * TILE,
-                                           (until - i) * PER, c, 32, true);
+                                product<T>(2, a0 + i * PER * TILE, a1 + i * PER * TILE,
+                                           b + (d * deep + i * PER) * 2 * TILE, (until - i) * PER, c, 32, true);
                             i = until + (until == i);
                         }
                     }
