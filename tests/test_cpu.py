@@ -7,6 +7,7 @@ makes of it in the same dtype: an operation may not be less exact than that, bey
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,6 +340,27 @@ def test_memory_of_logits_comes_back() -> None:
     assert cpu.read_out(hidden, embed, 30.0, heat).logits_BLV.data_ptr() != place  # a view keeps it
     del view
     assert cpu.read_out(hidden, embed, 30.0, heat).logits_BLV.data_ptr() == place
+
+
+def test_a_folder_that_cannot_be_written_and_a_compiler_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Asked for by name it is an error with a remedy; auto warns, and takes torch's own."""
+    build.library.cache_clear()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    try:
+        with pytest.raises(InputError, match=r"cannot be kept in .*XDG_CACHE_HOME, or choose fused"):
+            build.library()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(build, "FLAGS", ["-no-such-option"])
+        with pytest.raises(InputError, match=r"g\+\+ failed: .*no-such-option.*; choose fused"):
+            build.library()
+        with pytest.warns(UserWarning, match="choose fused"):
+            assert ops.load("auto", "cpu", torch.float32).name == "fused"
+        assert not [path for path in (tmp_path / "sfumato").iterdir() if path.suffix == ".so"]
+    finally:
+        build.library.cache_clear()
 
 
 def test_auto_takes_it_where_it_is_the_fastest() -> None:

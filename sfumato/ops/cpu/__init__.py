@@ -11,6 +11,7 @@ import ctypes
 import functools
 import math
 import mmap
+import warnings
 import weakref
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_long, c_void_p
@@ -33,11 +34,16 @@ HUGE = 1 << 21
 
 
 def obstacle(dtype: torch.dtype | None) -> str | None:
-    """Why these operations are not the fastest here, None where they are."""
+    """Why these operations are not the fastest here, None where they are. A compiler that fails is worth a warning."""
     if dtype is not None and dtype not in _IO:
         return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if reason := build.obstacle():
         return reason
+    try:
+        build.library()
+    except InputError as error:
+        warnings.warn(f"{error} (auto does)", stacklevel=2)
+        return str(error)
     if dtype == torch.bfloat16 and not _has_amx():
         return "this processor has no AMX tiles, without which bfloat16 is slow here"
     return None

@@ -40,7 +40,13 @@ def library() -> ctypes.CDLL:
         raise InputError(f"the cpu operations cannot be used: {reason}; choose fused")
     path = _folder() / f"cpu-{_key()}.so"
     if not path.exists():
-        _build(path)
+        try:
+            _build(path)
+        except OSError as error:
+            raise InputError(
+                f"the cpu operations cannot be kept in {path.parent}: {error.strerror or error}; name a folder "
+                "that can be written in XDG_CACHE_HOME, or choose fused"
+            ) from error
     import torch  # noqa: F401 - its OpenMP runtime must be the one that the library finds
 
     loaded = ctypes.CDLL(str(path))
