@@ -1,5 +1,6 @@
 """A whole model on the Triton kernels, under the interpreter: prompts of different length, two canvases a row, the
-commit encoded with the next canvas's first step, static buffers. Tokens and steps are the reference's under the same dice."""
+commit encoded with the next canvas's first step, static buffers. Tokens and steps are the reference's under the same
+dice."""
 
 from __future__ import annotations
 
