@@ -1,15 +1,16 @@
 """One denoise forward of mlx-vlm, for peers.py: it runs in a Python that has mlx-vlm and needs nothing of ours.
 
-    python benchmarks/mlx_peer.py CHECKPOINT INPUTS.npz LOGITS.npy SECONDS DTYPE
+    python benchmarks/mlx_peer.py FOLDER SECONDS DTYPE
 
-INPUTS holds `prompt`, `canvas` and `previous`, the logits of a step before. What is timed is what a step of its own
-generate calls, with its mask made beforehand: soft embedding, pass, logits. The first call warms, and is all there is
-where it alone takes SECONDS. Prints JSON, and writes the logits to LOGITS.
+FOLDER holds the checkpoint `model` and `inputs.npz`: prompt, canvas and `previous`, the logits of a step before. Timed
+is what a step of its own generate calls, with its mask made beforehand: soft embedding, pass, logits. The first call
+warms, and is all there is where it alone takes SECONDS. Prints JSON, and writes FOLDER/logits.npy.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -24,15 +25,9 @@ REPEATS = 30
 
 
 def main() -> None:
-    folder, given, out, limit, dtype = (
-        Path(sys.argv[1]),
-        np.load(sys.argv[2]),
-        sys.argv[3],
-        float(sys.argv[4]),
-        sys.argv[5],
-    )
-    kind = {"bf16": mx.bfloat16, "float32": mx.float32}[dtype]
-    model = load_model(folder)
+    folder, limit, kind = Path(sys.argv[1]), float(sys.argv[2]), {"bf16": mx.bfloat16}.get(sys.argv[3], mx.float32)
+    given = np.load(folder / "inputs.npz")
+    model = load_model(folder / "model")  # strict: a weight without a value is an error
     model.set_dtype(kind)
     mx.eval(model.parameters())
     prompt, canvas = mx.array(given["prompt"]), mx.array(given["canvas"])
@@ -42,28 +37,25 @@ def main() -> None:
     embedding = model.diffusion_prepare_self_conditioning()
     mx.eval(previous, masks, [entry.state for entry in cache])
 
-    def call() -> mx.array:
+    def call() -> tuple[float, mx.array]:
+        began = time.perf_counter()
         soft = model.diffusion_self_conditioning(previous, embedding)
         logits = model.diffusion_decoder_logits(canvas, cache, soft, masks)
         mx.eval(logits)
-        return logits
+        return time.perf_counter() - began, logits
 
-    def timed() -> float:
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-
-    began = time.perf_counter()
-    logits = call()
-    times = [time.perf_counter() - began]
-    np.save(out, np.array(logits.astype(mx.float32)))
-    if times[0] < limit:
-        times, until = [], time.perf_counter() + limit
-        while not times or (len(times) < REPEATS and time.perf_counter() < until):
-            times.append(timed())
+    first, logits = call()
+    np.save(folder / "logits.npy", np.array(logits.astype(mx.float32)))
+    times: list[float] = []
+    until = time.perf_counter() + limit
+    while first < limit and len(times) < REPEATS and (not times or time.perf_counter() < until):
+        times.append(call()[0])
+    times = times or [first]
     row = {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times), "repeats": len(times)}
     versions = {name: version(name) for name in ("mlx", "mlx-vlm")}
-    print(json.dumps({**row, "dtype": dtype, "device": str(mx.default_device()), "versions": versions}))
+    preloaded = [Path(one).name for one in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()]
+    used = {"device": str(mx.default_device()), "preloaded": preloaded, "versions": versions}
+    print(json.dumps({**row, **used}))
 
 
 if __name__ == "__main__":

@@ -8,22 +8,29 @@ of its expert implementations, dynamic cache; the fastest is the one that stands
 compiled ways are tried too: torch.compile around its forward, and `generate` with a static cache, which is wrong once
 the encoded tokens reach the window and therefore only takes part where they do not. Then, in turns, theirs and ours:
 "denoise forward" (soft embedding, pass, logits), "whole step" (from one draft to the next in a running answer: all that
-a step does) and a whole answer. Medians of those turns; the record is written after each part. mlx-vlm is not timed:
-where it is installed, the last line says so.
+a step does) and a whole answer. Medians of those turns; the record is written after each part.
+
+mlx-vlm takes no turns: `--mlx` names a Python that has it (a virtual environment of its own), which reads the same
+weights from a checkpoint and does one denoise forward after the rest, for time and logits. Its wheel for Linux brings
+the reference BLAS; fair is a faster one before it: --mlx "env LD_PRELOAD=/path/to/libopenblas.so.0 /path/to/python".
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
+import json
+import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -308,6 +315,7 @@ def compare(
     own_ops: str,
     limit: int,
     write: Callable[[dict[str, Any]], None],
+    mlx: str = "",
 ) -> dict[str, Any]:
     """Everything, part by part; `write` gets the record as far as it is after each."""
     import transformers
@@ -331,7 +339,7 @@ def compare(
         "ops": next(iter(each.values())).ops.name,
         "prompt": plan.prompt,
         "steps": plan.steps,
-        "mlx-vlm": mlx_vlm(),
+        "mlx-vlm": "not timed; --mlx PYTHON names a Python that has it",
         "environment": where,
     }
     with warnings.catch_warnings():
@@ -376,6 +384,10 @@ def compare(
         found["parts"][ANSWER] = {k: row(t) for k, t in timed.items()}
     found["ratios"], found["targets"] = ratios(found, base)
     write(found)
+    if mlx:
+        found["ways of mlx-vlm"] = ways_of_mlx(mlx, plain, plan)
+        found["mlx-vlm"] = told(found["ways of mlx-vlm"])
+        write(found)
     return found
 
 
@@ -401,10 +413,53 @@ def ratios(found: dict[str, Any], base: str) -> tuple[dict[str, Any], dict[str, 
     return made, targets
 
 
-def mlx_vlm() -> str:
-    if importlib.util.find_spec("mlx_vlm") is None:
-        return "not installed"
-    return "installed, and not compared: there is no adapter for it here"
+# ---- mlx-vlm --------------------------------------------------------------------------------------------------------
+
+PATIENCE = 300  # seconds that mlx-vlm has in each number format: to load, read the prompt, warm and be timed
+
+
+def ways_of_mlx(command: str, plain: Model, plan: Plan) -> dict[str, Any]:
+    """Its denoise forward in each number format, in a process of its own; its logits beside our float32 ones."""
+    exact_model = packed(plain, "", "fused").float()
+    prompt, canvas, previous = (tensor.cpu().numpy() for tensor in inputs(exact_model, plan))
+    exact = forward_of(exact_model, plan)().cpu()
+    del exact_model
+    common.release()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        weights.save(plain, folder / "model")
+        config = folder / "model" / "config.json"  # with a vision tower it would want the tower's weights
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vision_config": None}))
+        np.savez(folder / "inputs.npz", prompt=prompt, canvas=canvas, previous=previous)
+        line = [*shlex.split(command), *map(str, (Path(__file__).with_name("mlx_peer.py"), folder, plan.seconds))]
+        for dtype in dict.fromkeys(("float32" if plain.dtype == torch.float32 else "bf16", "float32")):
+            common.say(f"mlx-vlm: {FORWARD}, {dtype} (at most {PATIENCE} s)")
+            try:
+                done = subprocess.run([*line, dtype], capture_output=True, text=True, timeout=PATIENCE)
+                if done.returncode:
+                    raise RuntimeError(done.stderr.strip().rpartition("\n")[2][:200].rstrip("."))
+                found[dtype] = json.loads(done.stdout.strip().rpartition("\n")[2])
+                there = torch.from_numpy(np.load(folder / "logits.npy"))
+                found[dtype]["largest_difference_from_our_float32"] = float((there - exact).abs().max())
+            except subprocess.TimeoutExpired:
+                found[dtype] = {"failed": f"not done within {PATIENCE} s"}
+            except (OSError, RuntimeError, ValueError) as error:
+                found[dtype] = {"failed": str(error) or type(error).__name__}
+    return found
+
+
+def told(found: dict[str, Any]) -> str:
+    texts = []
+    for dtype, one in found.items():
+        if "failed" in one:
+            texts.append(f"{dtype}: {one['failed']}")
+            continue
+        used = ", ".join([*(f"{name} {version}" for name, version in one["versions"].items()), *one["preloaded"]])
+        most = one["largest_difference_from_our_float32"]
+        texts.append(f"{dtype} ({used}; {one['device']}): {duration(one['seconds'])} a {FORWARD}, logits differ from ")
+        texts[-1] += f"our float32 ones by at most {most:.2g}"
+    return "; ".join(texts)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -458,6 +513,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--compile-seconds", type=int, default=0, help="limit for each compiled way; 0 leaves them out")
+    parser.add_argument("--mlx", default="", metavar="PYTHON", help="a Python that has mlx-vlm, to time it too")
     given = parser.parse_args()
     plan = Plan(given.prompt, given.tokens, given.steps, given.seconds)
     plain, _ = model_of(given.size, given.dtype, given.device)
@@ -470,6 +526,7 @@ def main() -> None:
         given.ops,
         given.compile_seconds,
         lambda record: common.finish(record, given),
+        given.mlx,
     )
     print(table(found))
 

@@ -150,15 +150,16 @@ def test_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     module = importlib.import_module("benchmarks.peers")
     small = ("--size", "tiny", "--prompt", "16", "--tokens", "64", "--steps", "2", "--seconds", "0.05")
-    found = run(module, monkeypatch, tmp_path / "p.json", *small, "--dtype", "float32", "--kinds", "")
+    absent = str(tmp_path / "python")
+    found = run(module, monkeypatch, tmp_path / "p.json", *small, "--dtype", "float32", "--kinds", "", "--mlx", absent)
     assert found["logits"]["sfumato float32"]["largest_difference_from_transformers"] < 2e-4
     assert found["logits"]["transformers"]["error_against_float32"] < 1e-5
     assert set(found["parts"]) == set(found["ratios"]) == {"denoise forward", "whole step", "whole answer"}
     for rows in found["parts"].values():
         assert set(rows) == {"transformers", "sfumato float32"}
         assert len({row["repeats"] for row in rows.values()}) == 1  # they took turns
-    assert found["mlx-vlm"]
-    assert "mlx-vlm" in module.table(found)
+    assert absent in found["ways of mlx-vlm"]["float32"]["failed"]
+    assert module.table(found).endswith(f"mlx-vlm: {found['mlx-vlm']}")
 
 
 def test_the_peer_holds_the_same_weights() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from tiny import TorchDice
 
@@ -30,24 +31,29 @@ def theirs():
     return DiffusionGemmaForBlockDiffusion.from_pretrained(NANO, dtype=torch.float32).eval()
 
 
-def test_free_running_gives_the_oracles_tokens_in_as_many_steps(llm: LLM, theirs):
+def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs):
+    """With torch's own calls: every one. The CPU library sums in another order, no less exactly; over twenty steps that
+    grows until, once in hundreds of answers, an entropy falls on the other side of its threshold."""
+    ours = {name: LLM.load("nano", ops=name) for name in ("fused", *tiny.OPS[2:])}
     rng = np.random.default_rng(99)
-    differing = []
+    differing = {name: [] for name in ours}
     for number in range(PUZZLES):
         puzzle = sudoku.generate(int(rng.integers(32, 56)), rng)
-        ids, _ = request(llm, puzzle)
+        ids, _ = request(ours["fused"], puzzle)
         torch.manual_seed(number)
         found = theirs.generate(torch.tensor([ids]), max_new_tokens=82)
-        torch.manual_seed(number)
-        options = llm._complete_options(Options(max_tokens=82))
-        done = list(generate(llm.model, [ids], options, dice=TorchDice(llm.model.config)))[-1]
-        assert isinstance(done, Done)
         expected = found.sequences[0, len(ids) :].tolist()
-        valid = [token for token in expected if token != llm.model.config.pad_id]
+        valid = [token for token in expected if token != ours["fused"].model.config.pad_id]
         steps = round(len(valid) / float(found.tokens_per_forward))
-        if done.tokens + [0] * (82 - len(done.tokens)) != expected or done.usage.steps != steps:
-            differing.append((number, puzzle, done.usage.steps, steps))
-    assert differing == []
+        for name, llm in ours.items():
+            torch.manual_seed(number)
+            options = llm._complete_options(Options(max_tokens=82))
+            done = list(generate(llm.model, [ids], options, dice=TorchDice(llm.model.config)))[-1]
+            assert isinstance(done, Done)
+            if done.tokens + [0] * (82 - len(done.tokens)) != expected or done.usage.steps != steps:
+                differing[name].append((number, puzzle, done.usage.steps, steps))
+    assert differing["fused"] == []
+    assert len(differing.get("cpu", [])) <= PUZZLES / 100, differing
 
 
 def test_nano_is_small_and_says_how_it_was_made(llm: LLM):

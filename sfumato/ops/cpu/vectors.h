@@ -138,8 +138,17 @@ static inline V gelu_tanh(V x) { // x / (1 + e^-2u) is x (1 + tanh u) / 2
     V u = x * (0.7978845608f + 0.0356774081f * x * x);
     return over(x, 1.0f + exponential(-2.0f * u));
 }
-static inline V softcapped(V x, float cap) {
-    return cap - over(splat(2.0f * cap), exponential(x * (2.0f / cap)) + 1.0f);
+// cap x tanh(x / cap), within 1e-7 of cap; where `is_near` also within 2e-7 of itself, however small.
+template <bool is_near> static inline V softcapped(V x, float cap) {
+    V far = cap - over(splat(2.0f * cap), exponential(x * (2.0f / cap)) + 1.0f);
+    if constexpr (!is_near) return far;
+    V u = x * (1.0f / cap), z = u * u;
+    V p = splat(-5.70498872745e-3f);
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    return absolute(u) < splat(0.625f) ? x + x * z * p : far;
 }
 
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }

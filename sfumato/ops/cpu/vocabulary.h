@@ -26,11 +26,12 @@ struct Stats {
 };
 
 // Logits of 16 positions and the words of a tile, x [WORDS, 32]: softcap, temperature, bans, and what they say.
+template <bool is_near>
 static inline void read_tile(float *x, long first_word, long here, long lane, const Places &at, const Stats &to) {
     const V heat = load_some(at.inverse_heat + lane, at.count - lane);
     V top = splat(-3e38f), best = V{};
     for (long i = 0; i < here; i++) {
-        V y = softcapped(load(x + 32 * i), at.cap) * heat;
+        V y = softcapped<is_near>(load(x + 32 * i), at.cap) * heat;
         best = y > top ? splat((float)i) : best;
         top = bigger(top, y);
         store(x + 32 * i, y);
@@ -194,7 +195,8 @@ static void read_out(const T *hidden, long n, const T *embed, const Places &at, 
                     for (long half = 0; half < 32; half += 16) {
                         const long lane = 32 * (p0 + p) + half, to = w * lanes + lane;
                         float *xl = x + p * WORDS * 32 + half;
-                        read_tile(xl, first, here, lane, at, {most + to, mass + to, dots + to, which + to});
+                        read_tile<std::is_same_v<T, float>>(xl, first, here, lane, at,
+                                                            {most + to, mass + to, dots + to, which + to});
                         turn_tile(xl, here, std::min(16L, at.count - lane), at.words, logits + lane * at.words + first);
                     }
                 }
