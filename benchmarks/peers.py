@@ -47,6 +47,7 @@ from sfumato.measure.work import duration
 from sfumato.model import Model
 
 FORWARD, STEP, ANSWER = "denoise forward", "whole step", "whole answer"
+STATIC = "compiled generate, static cache"
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 HOPELESS = 10
 """Times slower than the fastest way: then the same experts are not tried with the other attention."""
@@ -264,7 +265,7 @@ def compiled(theirs: Any, model: Model, plan: Plan, limit: int, steps: int) -> d
         return STEP, Timing.of(steps_of_theirs(theirs, model, plan, steps, "static"))
 
     found: dict[str, Any] = {}
-    for name, run in {"compiled forward, dynamic cache": forward, "compiled generate, static cache": static}.items():
+    for name, run in {"compiled forward, dynamic cache": forward, STATIC: static}.items():
         common.say(f"transformers: {name} (at most {limit} s)")
         before, began = signal.signal(signal.SIGALRM, stop), time.perf_counter()
         signal.alarm(limit)
@@ -368,9 +369,15 @@ def compare(
         few = 5
         runs = {theirs_name: lambda: steps_of_theirs(theirs, plain, plan, few)}
         runs |= {own: lambda model=model: steps_of(model, plan, few) for own, model in each.items()}
+        static = found.get("compiled", {}).get(STATIC, {})
+        if STEP in static:
+            runs[STATIC] = lambda: steps_of_theirs(theirs, plain, plan, few, "static")
         for run in list(runs.values())[1:]:
             run()
-        found["parts"][STEP] = {k: row(t) for k, t in pooled(runs, plan.seconds).items()}
+        times = {k: row(t) for k, t in pooled(runs, plan.seconds).items()}
+        if STEP in static:
+            static[STEP] = times.pop(STATIC)
+        found["parts"][STEP] = times
         write(found)
 
         common.say(f"in turns: {ANSWER}")

@@ -187,8 +187,10 @@ def peers(record: Record) -> str:
     names = list(next(iter(record["parts"].values())))
     lines = []
     for part, rows in record["parts"].items():
-        base = rows["transformers"]["seconds"]
-        lines.append([part, *(f"{duration(rows[n]['seconds'])} (×{rows[n]['seconds'] / base:.2f})" for n in names)])
+        shares = record["ratios"][part]
+        lines.append(
+            [part, *(duration(rows[n]["seconds"]) + (f" (×{shares[n]:.2f})" if n in shares else "") for n in names)]
+        )
     lines.append(
         ["logits, error against float32", *(f"{record['logits'][n]['error_against_float32']:.1e}" for n in names)]
     )
@@ -202,7 +204,8 @@ def peers(record: Record) -> str:
     for name, one in ways.items():
         part = next((one[p] for p in ("denoise forward", "whole step") if p in one), one)
         told.append(f"{name}: {duration(part['seconds']) if 'seconds' in part else one.get('failed')}")
-    texts.append(f"transformers runs as {record['best way']}. Its ways, tried before: {'; '.join(told)}.")
+    texts.append("In brackets: times the best that transformers reached, compiled or not, where it can be compiled.")
+    texts.append(f"transformers takes turns as {record['best way']}. Its ways, tried before: {'; '.join(told)}.")
     differences = [
         f"{name} {one['largest_difference_from_transformers']:.3g} (same argmax: {one['argmax_as_transformers']:.1%})"
         for name, one in record["logits"].items()
@@ -331,9 +334,9 @@ def readme_table(found: dict[str, Record]) -> str:
     for name, record in found.items():
         if record.get("what") == "peers":
             for part, rows in record["parts"].items():
-                base = rows["transformers"]["seconds"]
                 for own, row in rows.items():
                     if own != "transformers":
+                        base = row["seconds"] / record["ratios"][part][own]  # its best way, compiled or not
                         what = f"{part}, {record['model']}, {own.removeprefix('sfumato ')}"
                         lines.append(
                             [what, *figures(row["seconds"], base), reached_share(found, own, part), link(name, record)]
