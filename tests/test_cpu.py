@@ -39,7 +39,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale
     return (torch.randn(*shape, generator=dice) * scale).to(dtype)
 
 
-def close(found: Tensor, exact: Tensor, plain: Tensor | None, dtype: torch.dtype, slack: float = 4.0) -> None:
+def check_close(found: Tensor, exact: Tensor, plain: Tensor | None, dtype: torch.dtype, slack: float = 4.0) -> None:
     """The largest error is at most twice plain PyTorch's in this dtype and `slack` last places of the largest value."""
     assert found.shape == exact.shape and found.isfinite().all()
     error = (found.double() - exact.double()).abs().max()
@@ -103,7 +103,7 @@ def test_linear(way: str, dtype: torch.dtype, rows: int, inputs: int) -> None:
     exact = reference.linear(x.double(), *(w.double() for w in weights))
     plain = reference.linear(x, *weights)
     for one, two, three in zip(found, exact, plain, strict=True):
-        close(one, two, three, dtype)
+        check_close(one, two, three, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,7 +113,7 @@ def test_linear_in_int8(way: str, dtype: torch.dtype) -> None:
     packed = cpu.pack(weight, "int8")
     steps = x.float().abs().amax(-1, keepdim=True) / 127
     exact = (x.double() / steps).round() * steps @ cpu.unpack(packed).double().T
-    close(cpu.linear(x, packed)[0], exact, None, dtype)
+    check_close(cpu.linear(x, packed)[0], exact, None, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,7 +125,7 @@ def test_feed_forward(way: str, dtype: torch.dtype, rows: int, width: int, inner
     )
     found = cpu.feed_forward(x, cpu.pack(gate), cpu.pack(up), cpu.pack(down))
     exact = reference.feed_forward(x.double(), gate.double(), up.double(), down.double())
-    close(found, exact, reference.feed_forward(x, gate, up, down), dtype)
+    check_close(found, exact, reference.feed_forward(x, gate, up, down), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,7 +142,7 @@ def test_experts(way: str, dtype: torch.dtype, count: int, tokens: int, width: i
     weight = random(tokens, chosen, seed=3).abs()
     found = cpu.experts(x, index, weight, cpu.pack(gate_up), cpu.pack(down))
     exact = reference.experts(x.double(), index, weight.double(), gate_up.double(), down.double())
-    close(found, exact, reference.experts(x, index, weight, gate_up, down), dtype)
+    check_close(found, exact, reference.experts(x, index, weight, gate_up, down), dtype)
 
 
 def test_experts_and_feed_forward_in_int8_are_near(way: str) -> None:
@@ -182,13 +182,13 @@ def test_norms(dtype: torch.dtype, width: int) -> None:
     double = [w.double() for w in weights]
     for weight in (weights[0], None):
         exact = reference.rms_norm(x.double(), None if weight is None else weight.double(), 1e-6)
-        close(cpu.rms_norm(x, weight, 1e-6), exact, reference.rms_norm(x, weight, 1e-6), dtype)
+        check_close(cpu.rms_norm(x, weight, 1e-6), exact, reference.rms_norm(x, weight, 1e-6), dtype)
     exact = reference.norm_add(x.double(), other.double(), double[0], 1e-6)
-    close(cpu.norm_add(x, other, weights[0], 1e-6), exact, reference.norm_add(x, other, weights[0], 1e-6), dtype)
+    check_close(cpu.norm_add(x, other, weights[0], 1e-6), exact, reference.norm_add(x, other, weights[0], 1e-6), dtype)
     for scale in (torch.tensor([0.7]), torch.linspace(0.5, 1.2, 7)[:, None]):
         exact = reference.join(x.double(), other.double(), third.double(), *double, 1e-6, scale.to(dtype).double())
         arguments = (x, other, third, *weights, 1e-6, scale.to(dtype))
-        close(cpu.join(*arguments), exact, reference.join(*arguments), dtype)
+        check_close(cpu.join(*arguments), exact, reference.join(*arguments), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +198,7 @@ def test_norm_rope(dtype: torch.dtype, size: int) -> None:
     angle = random(2, 5, size // 2, seed=4).repeat(1, 1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     exact = reference.norm_rope(x.double(), weight.double(), 1e-6, cos.double(), sin.double())
-    close(cpu.norm_rope(x, weight, 1e-6, cos, sin), exact, reference.norm_rope(x, weight, 1e-6, cos, sin), dtype)
+    check_close(cpu.norm_rope(x, weight, 1e-6, cos, sin), exact, reference.norm_rope(x, weight, 1e-6, cos, sin), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,7 +241,7 @@ def test_attention(way: str, dtype: torch.dtype, window: int | None, ring: int, 
     for row, count in enumerate(counts):
         real = [*range(count), *range(encode, width)]
         if real:
-            close(found[row, real], exact[row, real], plain[row, real], dtype, 16.0)
+            check_close(found[row, real], exact[row, real], plain[row, real], dtype, 16.0)
     assert found.isfinite().all()
 
 
@@ -260,8 +260,10 @@ def test_read_out_and_soft_embedding(way: str, dtype: torch.dtype, words: int, l
     plain = reference.read_out(hidden, embed, 30.0, heat, uniform, None, banned)
     live = exact.logits_BLV > ops.NEVER / 2
     assert (found.logits_BLV[~live].float() < -1e29).all()
-    close(found.logits_BLV[live], exact.logits_BLV[live], plain.logits_BLV[live], dtype, 10.0)  # softcap's own places
-    close(found.entropy_BL, exact.entropy_BL, plain.entropy_BL, torch.float32, 64.0)
+    check_close(
+        found.logits_BLV[live], exact.logits_BLV[live], plain.logits_BLV[live], dtype, 10.0
+    )  # softcap's own places
+    check_close(found.entropy_BL, exact.entropy_BL, plain.entropy_BL, torch.float32, 64.0)
     p = exact.logits_BLV.double().softmax(-1)
     best = p.gather(-1, found.argmax_BL[..., None])[..., 0]
     assert (best >= p.amax(-1) * (1 - 16 * EPS[dtype])).all()
@@ -278,8 +280,8 @@ def test_read_out_and_soft_embedding(way: str, dtype: torch.dtype, words: int, l
     soft = cpu.soft_embedding(found.logits_BLV, embed, scale, found.tiles)
     exact_soft = reference.soft_embedding(found.logits_BLV.double(), embed.double(), scale.double())
     plain_soft = reference.soft_embedding(found.logits_BLV, embed, scale)
-    close(soft, exact_soft, plain_soft, dtype, 8.0)
-    close(cpu.soft_embedding(found.logits_BLV, embed, scale), exact_soft, plain_soft, dtype, 8.0)
+    check_close(soft, exact_soft, plain_soft, dtype, 8.0)
+    check_close(cpu.soft_embedding(found.logits_BLV, embed, scale), exact_soft, plain_soft, dtype, 8.0)
 
 
 def test_the_oracles_dice_meet_the_stored_logits(way: str) -> None:
