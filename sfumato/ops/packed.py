@@ -1,7 +1,7 @@
 """Weights in fewer bits: quantise, unpack, and the record that carries them.
 
-One layout for every back end. `int8` and `fp8` have one scale an output channel; `int4` has one for each group of
-inputs, two weights a byte. All three are symmetric: value = code x scale. This is the arithmetic alone: no calibration,
+The layout of the Triton back end; `cpu` has its own. `int8` and `fp8` have one scale an output channel; `int4` has one
+for each group of inputs, two weights a byte. All three are symmetric: value = code x scale. This is the arithmetic alone: no calibration,
 no file format, no choice of what to quantise.
 """
 

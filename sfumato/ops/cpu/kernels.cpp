@@ -11,10 +11,6 @@
 #include "block.h"
 #include "vocabulary.h"
 
-template <class M> static Weight<M> weight_of(const void *data, const float *scale, long outputs, long inputs) {
-    return Weight<M>{(const char *)data, scale, outputs, inputs};
-}
-
 #define BY_IO(...)       \
     if (io) {            \
         typedef bf16 T;  \

@@ -85,6 +85,10 @@ template <class M> struct Weight {
     const char *panel(long p) const { return data + p * kc() * 2 * TILE; }
 };
 
+template <class M> static Weight<M> weight_of(const void *data, const void *scale, long outputs, long inputs) {
+    return Weight<M>{(const char *)data, (const float *)scale, outputs, inputs};
+}
+
 // For each of `count` panels C [row tiles x 16, 32], one behind the other, from all the rows in A. K goes in pieces, so
 // that what meets again and again stays in the nearest cache. Meanwhile the panels that come `next` are fetched.
 // Integer sums are scaled.
