@@ -1,8 +1,8 @@
 """Weights in fewer bits: quantise, unpack, and the record that carries them.
 
 The layout of the Triton back end; `cpu` has its own. `int8` and `fp8` have one scale an output channel; `int4` has one
-for each group of inputs, two weights a byte. All three are symmetric: value = code x scale. This is the arithmetic alone: no calibration,
-no file format, no choice of what to quantise.
+for each group of inputs, two weights a byte. All three are symmetric: value = code x scale. This is the arithmetic
+alone: no calibration, no file format, no choice of what to quantise.
 """
 
 from __future__ import annotations
