@@ -226,7 +226,8 @@ class Run:
         seeds, requests = ([0] * len(self.rows),) * 2
         if isinstance(dice, CountedDice):
             seeds, requests = list(dice.seeds), list(dice.requests)
-        return Canvases.allocate(self.model, [row.rules for row in self.rows], seeds, requests)
+        has_pins = bool((self.pins >= 0).any())
+        return Canvases.allocate(self.model, [row.rules for row in self.rows], seeds, requests, has_pins)
 
     def _begin(self, rows: list[int]) -> None:
         """Give rows a fresh canvas of noise, pins in place."""

@@ -44,9 +44,18 @@ class Canvases:
     stability_X: Tensor
     confidence_X: Tensor
     max_steps_X: Tensor
+    has_pins: bool
+    """Whether any row ever has one."""
 
     @classmethod
-    def allocate(cls, model: Model, rules: Sequence[Rules], seeds: Sequence[int], requests: Sequence[int]) -> Canvases:
+    def allocate(
+        cls,
+        model: Model,
+        rules: Sequence[Rules],
+        seeds: Sequence[int],
+        requests: Sequence[int],
+        has_pins: bool = False,
+    ) -> Canvases:
         """One row for each of these rules, and the scratch row."""
         config, size = model.config, len(rules) + 1
         rules = [*rules, rules[-1]]
@@ -76,6 +85,7 @@ class Canvases:
                 stability_X=of([r.stability for r in rules]),
                 confidence_X=of([r.confidence for r in rules]),
                 max_steps_X=of([r.max_steps for r in rules]),
+                has_pins=has_pins,
             )
 
     def begin_(
@@ -109,7 +119,7 @@ def step_(
     `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
     `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
     them they are counted from the state's own words. `bans`: some row may not end yet."""
-    canvas_BL, pin_BL, old_B = state.canvas_XL[at_B], state.pin_XL[at_B], state.step_X[at_B]
+    canvas_BL, old_B = state.canvas_XL[at_B], state.step_X[at_B]
     # 1. One pass over the canvases; what waits to be encoded comes along.
     encoded_BTD = None
     if tokens_BT is not None:
@@ -126,12 +136,17 @@ def step_(
     heat_B = state.heat_XS[at_B, old_B]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
-    is_pinned_BL = pin_BL >= 0
-    argmax_BL = torch.where(is_pinned_BL, pin_BL, read.argmax_BL)
-    entropy_BL = read.entropy_BL.masked_fill(is_pinned_BL, 0.0)
+    sample_BL, argmax_BL, entropy_BL = read.sample_BL, read.argmax_BL, read.entropy_BL
+    if state.has_pins:  # what is pinned is read as itself, and surely
+        pin_BL = state.pin_XL[at_B]
+        is_pinned_BL = pin_BL >= 0
+        sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (sample_BL, argmax_BL))
+        entropy_BL = entropy_BL.masked_fill(is_pinned_BL, 0.0)
     # 3. Accept the surest positions, renoise the rest.
-    accepted_BL = accept(entropy_BL, state.bound_X[at_B]) | is_pinned_BL
-    next_BL = torch.where(is_pinned_BL, pin_BL, torch.where(accepted_BL, read.sample_BL, noise_BL))
+    accepted_BL = accept(entropy_BL, state.bound_X[at_B])
+    if state.has_pins:
+        accepted_BL |= is_pinned_BL
+    next_BL = torch.where(accepted_BL, sample_BL, noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     history_BHL = state.history_XHL[at_B]
     is_done_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
@@ -139,8 +154,9 @@ def step_(
     is_done_B |= old_B + 1 >= state.max_steps_X[at_B]
     # 5. The next step sees the soft embedding of this one.
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, read.tiles)
-    pinned_BLD = embed_VD[pin_BL.clamp_min(0)] * model.embed_scale
-    soft_BLD = torch.where(is_pinned_BL[..., None], pinned_BLD, soft_BLD)
+    if state.has_pins:
+        pinned_BLD = embed_VD[pin_BL.clamp_min(0)] * model.embed_scale
+        soft_BLD = torch.where(is_pinned_BL[..., None], pinned_BLD, soft_BLD)
     # 6. A row that had stopped before stays as it was.
     was_done_B = state.is_done_X[at_B]
     keep_B1 = was_done_B[:, None]

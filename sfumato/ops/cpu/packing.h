@@ -40,39 +40,38 @@ struct Scratch {
 // What the threads of a call share (the caller's), and what each has to itself.
 static thread_local Scratch shared, own;
 
+// A row as another type, in pieces of 64 bytes that lie `stride` bytes apart, with zeros behind its end; of int8 the
+// scale is told. Null: zeros.
+template <class IO, class M> static void row_as(const IO *row, long width, char *out, long stride, float *scale) {
+    float inverse = 1;
+    if constexpr (std::is_same_v<M, int8_t>) {
+        V most = V{};
+        if (row)
+            for (long i = 0; i < width; i += 16) most = bigger(most, absolute(load_some(row + i, width - i)));
+        const float top = largest(most);
+        inverse = top > 0 ? 127.0f / top : 0.0f, *scale = top / 127.0f;
+    }
+    for (long k = 0; k < tiles_of(width, Kind<M>::K); k++)
+        for (long part = 0; part < Kind<M>::K; part += 16) {
+            const long i = k * Kind<M>::K + part;
+            const V x = row && i < width ? load_some(row + i, width - i) : V{};
+            M *to = (M *)(out + k * stride) + part;
+            if constexpr (std::is_same_v<M, int8_t>) {
+                const VI q = __builtin_convertvector((x * inverse + 12582912.0f) - 12582912.0f, VI);
+                typedef int8_t VB __attribute__((vector_size(16)));
+                const VB b = __builtin_convertvector(q, VB);
+                memcpy(to, &b, 16);
+            } else store(to, x);
+        }
+}
+
 // Rows in A tiles: [row tile][k tile][1 KiB]; int8 rows with a scale each.
 template <class IO, class M>
 static void pack_rows(const IO *const *rows, int count, long width, char *out, float *scales) {
-    if constexpr (std::is_same_v<IO, M>) {
-        tile_rows<M>(rows, count, width, out);
-    } else if constexpr (std::is_same_v<M, int8_t>) {
-        const long kc = tiles_of(width, 64);
-        for (int r = 0; r < 16; r++) {
-            V most = V{};
-            if (r < count)
-                for (long i = 0; i < width; i += 16) most = bigger(most, absolute(load_some(rows[r] + i, width - i)));
-            const float top = largest(most), inverse = top > 0 ? 127.0f / top : 0.0f;
-            scales[r] = top / 127.0f;
-            for (long k = 0; k < kc; k++)
-                for (int part = 0; part < 64; part += 16) {
-                    const long i = k * 64 + part;
-                    V x = r < count && i < width ? load_some(rows[r] + i, width - i) * inverse : V{};
-                    VI q = __builtin_convertvector((x + 12582912.0f) - 12582912.0f, VI);
-                    typedef int8_t VB __attribute__((vector_size(16)));
-                    VB b = __builtin_convertvector(q, VB);
-                    memcpy(out + k * TILE + r * 64 + part, &b, 16);
-                }
-        }
-    } else { // float rows for a product in bfloat16, or the other way round
-        const long kc = tiles_of(width, Kind<M>::K);
+    if constexpr (std::is_same_v<IO, M>) tile_rows<M>(rows, count, width, out);
+    else
         for (int r = 0; r < 16; r++)
-            for (long k = 0; k < kc; k++)
-                for (long part = 0; part < Kind<M>::K; part += 16) {
-                    const long i = k * Kind<M>::K + part;
-                    V x = r < count && i < width ? load_some(rows[r] + i, width - i) : V{};
-                    store((M *)(out + k * TILE) + r * Kind<M>::K + part, x);
-                }
-    }
+            row_as<IO, M>(r < count ? rows[r] : nullptr, width, out + 64 * r, TILE, scales + r);
 }
 
 template <class M> struct Weight {
@@ -90,8 +89,9 @@ template <class M> static Weight<M> weight_of(const void *data, const void *scal
 }
 
 // For each of `count` panels C [row tiles x 16, 32], one behind the other, from all the rows in A. K goes in pieces, so
-// that what meets again and again stays in the nearest cache. Meanwhile the panels that come `next` are fetched.
-// Integer sums are scaled.
+// that what meets again and again stays in the nearest cache. What comes next is fetched meanwhile: beside few rows
+// only memory's delay has to be hidden, so it is the next tile of k; beside many, the panels that come `next`, spread
+// over all the products. Integer sums are scaled.
 template <class M> struct Panel {
     const Weight<M> *w;
     long p;
@@ -102,17 +102,26 @@ static inline void panel_product(long row_tiles, const char *a, const float *row
                                  int count, float *c) {
     typedef typename Kind<M>::Sum S;
     const long kc = panels[0].w->kc(), piece = kc > 12 ? PIECE : kc, size = row_tiles * 16 * 32;
-    const long each = up(2 * TILE / tiles_of(row_tiles, 2), 64); // over all passes: one panel
+    const bool is_few = row_tiles <= FEW;
+    const long each = is_few ? 2 * TILE : up(2 * TILE / tiles_of(row_tiles, 2), 64); // over all passes: one panel
+    auto begins = [&](int i, long k) { return panels[i].w->panel(panels[i].p) + 2 * k * TILE; };
     S *sums = (S *)c;
     for (long k = 0; k < kc; k += piece)
         for (int i = 0; i < count; i++) {
             const long some = std::min(piece, kc - k);
-            const char *b = panels[i].w->panel(panels[i].p) + 2 * k * TILE, *next = panels[i].next;
-            if (next) next += k * tiles_of(row_tiles, 2) * each;
+            const char *b = begins(i, k), *next = panels[i].next;
+            if (is_few) {
+                const char *then = i + 1 < count    ? begins(i + 1, k)
+                                   : k + piece < kc ? begins(0, k + piece)
+                                                    : panels[0].next;
+                if (then) fetch(then, 2 * TILE);
+                next = b + 2 * TILE;
+            } else if (next) next += k * tiles_of(row_tiles, 2) * each;
             for (long t = 0; t < row_tiles; t += 2) {
                 const char *at = a + (t * kc + k) * TILE;
+                const bool fetches = next && (t == 0 || !is_few);
                 product<M>(t + 1 < row_tiles ? 2 : 1, at, at + kc * TILE, b, some, sums + i * size + t * 16 * 32, 32,
-                           k > 0, next, next ? each : 0);
+                           k > 0, next, fetches ? each : 0);
                 if (next) next += some * each;
             }
         }

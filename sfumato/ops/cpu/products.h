@@ -121,12 +121,21 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
     for (long e = 0; e < count; e++) order[e] = e;
     std::stable_sort(order.begin(), order.end(), // the largest first, so that no thread is left with one at the end
                      [&](long a, long b) { return starts[a + 1] - starts[a] > starts[b + 1] - starts[b]; });
-    IO *parts = (IO *)shared.get(all * width * sizeof(IO));
     const long kc = gu.kc(), kc2 = dn.kc();
+    constexpr bool is_same = std::is_same_v<IO, M>; // else every token becomes M once, and not once an expert
+    const long row_bytes = is_same ? 0 : kc * 64;
+    IO *parts = (IO *)shared.get(all * width * sizeof(IO) + tokens * (row_bytes + 4));
+    char *as_m = (char *)(parts + all * width);
+    float *token_scales = (float *)(as_m + tokens * row_bytes);
     const bool is_aligned = inner % 32 == 0; // then a panel is all gate or all up
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
+        if constexpr (!is_same) {
+#pragma omp for schedule(static)
+            for (long n = 0; n < tokens; n++)
+                row_as<IO, M>(x + n * width, width, as_m + n * row_bytes, 64, token_scales + n);
+        }
 #pragma omp for schedule(dynamic, 1)
         for (long o = 0; o < count; o++) {
             const long e = order[o], size = starts[e + 1] - starts[e];
@@ -144,10 +153,14 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
             float *c = scales2 + up(size, 16), *gate_up = c + MANY * block; // the latter where panels mix gate and up
             IO *h = (IO *)(gate_up + mixed);
             for (long t = 0; t < row_tiles; t++) {
-                const IO *pointers[16];
+                const M *pointers[16];
                 const int held = (int)std::min(16L, size - 16 * t);
-                for (int r = 0; r < held; r++) pointers[r] = x + member[starts[e] + 16 * t + r] / chosen * width;
-                pack_rows<IO, M>(pointers, held, width, a + t * kc * TILE, scales + 16 * t);
+                for (int r = 0; r < held; r++) {
+                    const long token = member[starts[e] + 16 * t + r] / chosen;
+                    if constexpr (is_same) pointers[r] = x + token * width;
+                    else pointers[r] = (const M *)(as_m + token * row_bytes), scales[16 * t + r] = token_scales[token];
+                }
+                tile_rows<M>(pointers, held, is_same ? width : kc * Kind<M>::K, a + t * kc * TILE);
             }
             Panel<M> panels[MANY];
             if (is_aligned) {

@@ -110,22 +110,36 @@ static void route(const T *x, long rows, long n, const T *scale, const T *proj, 
                 }
             }
             for (long r = some; r < 4; r++) memset(a.data() + r * wide, 0, wide * 4);
-            for (long e = 0; e < count; e++) {
-                V sum[4] = {};
-                for (long i = 0; i < n; i += 16) {
-                    V w = load_some(proj + e * n + i, n - i);
-                    for (int r = 0; r < 4; r++) sum[r] += w * load(a.data() + r * wide + i);
-                }
-                for (int r = 0; r < 4; r++) {
-                    T kept;
-                    from_float(&kept, total(sum[r]));
-                    p[r * count + e] = to_float(kept);
-                }
+            for (long e = 0; e < count; e += 4) { // four by four, so that loads are fewer than products
+                const T *w[4];
+                V sum[4][4] = {};
+                for (int j = 0; j < 4; j++) w[j] = proj + std::min(e + j, count - 1) * n;
+                auto add = [&](long i, auto loaded) {
+                    V x[4];
+                    for (int r = 0; r < 4; r++) x[r] = load(a.data() + r * wide + i);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) {
+                        const V y = loaded(w[j] + i);
+#pragma GCC unroll 4
+                        for (int r = 0; r < 4; r++) sum[j][r] += y * x[r];
+                    }
+                };
+                long i = 0;
+                for (; i + 16 <= n; i += 16) add(i, [](const T *at) { return load(at); });
+                if (i < n) add(i, [&](const T *at) { return load_some(at, n - i); });
+                for (long j = 0; j < std::min(4L, count - e); j++)
+                    for (int r = 0; r < 4; r++) {
+                        T kept;
+                        from_float(&kept, total(sum[j][r]));
+                        p[r * count + e + j] = to_float(kept);
+                    }
             }
             for (long r = 0; r < some; r++) {
                 float *q = p.data() + r * count, top = q[0], sum = 0, picked = 0;
                 for (long e = 0; e < count; e++) top = std::max(top, q[e]);
-                for (long e = 0; e < count; e++) sum += q[e] = std::exp(q[e] - top);
+                for (long e = 0; e < count; e += 16)
+                    store_some(q + e, exponential(load_some(q + e, count - e) - top), count - e);
+                for (long e = 0; e < count; e++) sum += q[e];
                 int64_t *at = index + (4 * block + r) * chosen;
                 float *out = weight + (4 * block + r) * chosen;
                 for (long j = 0; j < chosen; j++) {

@@ -28,6 +28,7 @@ struct bf16 {
 
 static constexpr long TILE = 1024; // bytes of a tile
 static constexpr long KEYS = 256;  // keys that attention takes at once
+static constexpr long FEW = 4;     // row tiles beside which a product waits for memory, not for arithmetic
 static constexpr long PIECE = 8;   // tiles of k that stay in the nearest cache while the other side passes by
 static constexpr long BAND = 512;  // rows of a product that share a panel while it is warm
 
