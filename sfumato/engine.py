@@ -29,6 +29,9 @@ Watch = Callable[[int, list[int]], int | None]
 FIRST_ROOM = 4096
 """New tokens that a cache has room for at first; longer answers make it grow by doubling."""
 
+DICE_AHEAD = 8
+"""Steps whose dice are counted together: a count is forty small operations, however many numbers it makes."""
+
 PREFILL_CHUNK = 2048
 """Prompt tokens per encode pass: bounds the memory of a long prompt; any value gives the same result."""
 
@@ -118,6 +121,7 @@ class Run:
         has_drafts = any(o.drafts for o in each)  # which show every step: the host is asked at once
         self.lag = 0 if has_drafts else int(is_cuda) if lag is None else lag
         self._recorded: dict[tuple[int, int, bool], Recorded] = {}
+        self._counted: dict[int, tuple[Tensor, Tensor]] = {}
         self._pass: tuple[tuple[object, ...], Pass] | None = None
 
     @torch.inference_mode()  # as a decorator it holds while the loops run, and not in the caller between two events
@@ -251,9 +255,9 @@ class Run:
             tokens_BT = self._padded(tokens, encode) if encode else None
             encoded_BTD = self._recorded[key](rows, lengths, counts, tokens_BT)
         else:
-            dice: dict[str, Tensor] | None = None
-            noise_BL: Tensor | None = None
-            if not isinstance(self.dice, CountedDice):
+            if isinstance(self.dice, CountedDice):
+                dice, noise_BL = self._dice_of(self.dice, rows)
+            else:
                 place = [self.rows[i].canvas for i in rows], [self.rows[i].step for i in rows]
                 dice, noise_BL = self.dice.sample(rows, *place), self.dice.renoise(rows, *place)
             is_first = all(self.rows[i].step == 0 for i in rows)
@@ -268,6 +272,25 @@ class Run:
             self._keep_last(encoded_BTD, rows, counts)
             for i in rows:
                 self.rows[i].pending = []
+
+    def _dice_of(self, dice: CountedDice, rows: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """The dice of the step each row is at, some steps counted together."""
+        due = [i for i in rows if self.rows[i].step % DICE_AHEAD == 0]
+        if due:
+            again = [i for i in due for _ in range(DICE_AHEAD)]
+            place = (
+                [self.rows[i].canvas for i in again],
+                [self.rows[i].step + n for i in due for n in range(DICE_AHEAD)],
+            )
+            shape = len(due), DICE_AHEAD, -1
+            counted = dice.sample(again, *place)["uniform_BL"].view(shape), dice.renoise(again, *place).view(shape)
+            for n, i in enumerate(due):
+                self._counted[i] = counted[0][n], counted[1][n]
+        steps = [self.rows[i].step % DICE_AHEAD for i in rows]
+        uniform_BL, noise_BL = (
+            torch.stack([self._counted[i][side][step] for i, step in zip(rows, steps, strict=True)]) for side in (0, 1)
+        )
+        return {"uniform_BL": uniform_BL}, noise_BL
 
     def _pass_of(self, rows: list[int], counts: list[int], width: int, lengths: list[int]) -> Pass:
         """What the layers share, made once for all the steps of a canvas."""

@@ -104,23 +104,30 @@ static void feed_forward(const IO *x, long rows, Weight<M> gate, Weight<M> up_, 
     }
 }
 
-// Tokens grouped by expert; a thread takes an expert at a time, its weights are read once.
+// Tokens grouped by expert; a thread takes an expert at a time, its weights are read once (unless it has very many).
 template <class IO, class M>
 static void experts(const IO *x, long tokens, long width, long chosen, const int64_t *index, const float *weight,
                     long count, const char *gate_up_data, const float *gate_up_scale, const char *down_data,
                     const float *down_scale, long inner, IO *y, int threads) {
     const long all = tokens * chosen;
     Weight<M> gu{gate_up_data, gate_up_scale, 2 * inner, width}, dn{down_data, down_scale, width, inner};
-    std::vector<long> starts(count + 1, 0), member(all), order(count);
+    std::vector<long> starts(count + 1, 0), member(all);
     for (long n = 0; n < all; n++) starts[index[n] + 1]++;
     for (long e = 0; e < count; e++) starts[e + 1] += starts[e];
     {
         std::vector<long> next(starts.begin(), starts.end() - 1);
         for (long n = 0; n < all; n++) member[next[index[n]]++] = n;
     }
-    for (long e = 0; e < count; e++) order[e] = e;
-    std::stable_sort(order.begin(), order.end(), // the largest first, so that no thread is left with one at the end
-                     [&](long a, long b) { return starts[a + 1] - starts[a] > starts[b + 1] - starts[b]; });
+    struct Unit {
+        long expert, first, size;
+    };
+    std::vector<Unit> units; // an expert, or some hundreds of its rows: what they need must fit the second cache
+    for (long e = 0; e < count; e++)
+        for (long n = starts[e]; n < starts[e + 1]; n += BAND)
+            units.push_back({e, n, std::min(BAND, starts[e + 1] - n)});
+    std::stable_sort(units.begin(), units.end(), // the largest first, so that no thread is left with one at the end
+                     [](const Unit &a, const Unit &b) { return a.size > b.size; });
+    const long unit_count = units.size();
     const long kc = gu.kc(), kc2 = dn.kc();
     constexpr bool is_same = std::is_same_v<IO, M>; // else every token becomes M once, and not once an expert
     const long row_bytes = is_same ? 0 : kc * 64;
@@ -137,9 +144,8 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                 row_as<IO, M>(x + n * width, width, as_m + n * row_bytes, 64, token_scales + n);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (long o = 0; o < count; o++) {
-            const long e = order[o], size = starts[e + 1] - starts[e];
-            if (!size) continue;
+        for (long u = 0; u < unit_count; u++) {
+            const long e = units[u].expert, size = units[u].size, *members = &member[units[u].first];
             Weight<M> g = gu, w = dn;
             g.data += e * gu.bytes(), w.data += e * dn.bytes();
             if (g.scale) g.scale += e * gu.outputs, w.scale += e * dn.outputs;
@@ -156,7 +162,7 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                 const M *pointers[16];
                 const int held = (int)std::min(16L, size - 16 * t);
                 for (int r = 0; r < held; r++) {
-                    const long token = member[starts[e] + 16 * t + r] / chosen;
+                    const long token = members[16 * t + r] / chosen;
                     if constexpr (is_same) pointers[r] = x + token * width;
                     else pointers[r] = (const M *)(as_m + token * row_bytes), scales[16 * t + r] = token_scales[token];
                 }
@@ -195,17 +201,17 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                 for (int r = 0; r < held; r++) pointers[r] = h + (16 * t + r) * inner;
                 pack_rows<IO, M>(pointers, held, inner, a + first + t * kc2 * TILE, scales2 + 16 * t);
             }
-            const bool goes_on = o + threads < count; // most likely its next expert
+            const bool goes_on = u + threads < unit_count; // most likely its next unit
             for (long p = 0; p < w.panels(); p += MANY) {
                 const int some = (int)std::min((long)MANY, w.panels() - p);
                 for (int i = 0; i < some; i++) {
                     const char *after =
-                        goes_on ? gu.data + order[o + threads] * gu.bytes() + i * gu.kc() * 2 * TILE : nullptr;
+                        goes_on ? gu.data + units[u + threads].expert * gu.bytes() + i * gu.kc() * 2 * TILE : nullptr;
                     panels[i] = {&w, p + i, p + i + some < w.panels() ? w.panel(p + i + some) : after};
                 }
                 panel_product<M>(row_tiles, a + first, scales2, panels, some, c);
                 for (long r = 0; r < size; r++) {
-                    const long n = member[starts[e] + r];
+                    const long n = members[r];
                     for (int i = 0; i < some; i++) {
                         float *at = c + i * block + 32 * r;
                         for (int j = 0; j < 32; j += 16) store(at + j, rounded(load(at + j), IO()) * weight[n]);

@@ -148,6 +148,7 @@ static void read_out(const T *hidden, long n, const T *embed, const Places &at, 
     char *b = shared.get(places * kc * 2 * TILE + all * 9);
     float *most = (float *)(b + places * kc * 2 * TILE), *dots = most + all;
     uint8_t *which = (uint8_t *)(dots + all);
+    const long chunk = std::clamp(word_tiles * tiles_of(places, PLACES) / (8 * threads), 1L, 4L);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
@@ -163,10 +164,10 @@ static void read_out(const T *hidden, long n, const T *embed, const Places &at, 
         own.release(2 << 20); // what attention took: from here on there are logits
         char *a = own.get(WORDS / 16 * PART * TILE + WORDS * 32 * held * 4);
         float *x = (float *)(a + WORDS / 16 * PART * TILE); // [held, WORDS, 32]
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for collapse(2) schedule(dynamic, chunk)
         for (long w = 0; w < word_tiles; w++) {
-            const long first = w * WORDS, here = std::min(WORDS, at.words - first), rows = tiles_of(here, 16);
             for (long p0 = 0; p0 < places; p0 += PLACES) {
+                const long first = w * WORDS, here = std::min(WORDS, at.words - first), rows = tiles_of(here, 16);
                 const long some = std::min(PLACES, places - p0);
                 for (long k = 0; k < kc; k += PART) {
                     const long deep = std::min(PART, kc - k), begins = k * Kind<T>::K;
