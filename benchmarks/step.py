@@ -90,7 +90,7 @@ class Steps:
         self.state = Canvases.allocate(model, [Rules.of(Options(max_steps=4096, confidence=CONFIDENCE))], [0], [0])
         free = torch.full((1, config.canvas_length), -1, device=device)
         fresh = torch.randint(config.vocab_size, free.shape, device=device)
-        self.state.begin_([0], fresh, free, [0], [0])
+        self.state.begin_([0], fresh, free, [0])
         self.at_B = torch.zeros(1, dtype=torch.long, device=device)
         self.run = Pass(model, self.cache, [0], [0], 0, config.canvas_length)
 

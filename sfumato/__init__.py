@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sfumato.edit import Slot
     from sfumato.events import Commit, Completion, Done, Draft, Options, Usage
     from sfumato.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Commit", "Completion", "Done", "Draft", "Options", "Usage"]
+__all__ = ["LLM", "Commit", "Completion", "Done", "Draft", "Options", "Slot", "Usage"]
 
 _HOME = {
     "LLM": "llm",
@@ -21,6 +22,7 @@ _HOME = {
     "Done": "events",
     "Draft": "events",
     "Options": "events",
+    "Slot": "edit",
     "Usage": "events",
 }
 

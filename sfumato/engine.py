@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from sfumato.cache import KVCache
-from sfumato.diffusion import CountedDice, Dice, Rules
+from sfumato.diffusion import CountedDice, Dice, Rules, accept
 from sfumato.events import CapacityError, Commit, Done, Draft, Event, InputError, Options, Usage
+from sfumato.guided import Span, Turn, project_
 from sfumato.model import Model, Pass
-from sfumato.step import Canvases, Recorded, step_
+from sfumato.step import Canvases, Project, Projected, Recorded, step_
 
 Watch = Callable[[int, list[int]], int | None]
 """(row, newly committed tokens) -> how many of them to keep if the answer ends here, None to go on."""
@@ -34,6 +35,10 @@ DICE_AHEAD = 8
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per encode pass: bounds the memory of a long prompt; any value gives the same result."""
+
+
+SHORT = 16
+"""A canvas for a short budget is a multiple of this many positions."""
 
 
 @dataclass
@@ -55,6 +60,8 @@ class Row:
     passes: int = 0
     first_commit: float | None = None
     finish_reason: str | None = None
+    given: int = 0
+    """Leading tokens of this canvas that were committed before the rest."""
 
     @property
     def room(self) -> int | None:
@@ -78,8 +85,10 @@ class Run:
     """A generation: iterate it for its events; `cache` afterwards holds what was encoded, `held` the tokens of it.
 
     Options left open (None) take the released model's defaults: callers with a checkpoint's own fill them in before.
-    `pins` maps, for each row, positions of the first canvas to tokens that stay fixed there. `cache` continues from
-    earlier work: row i of it must hold exactly the first cache.lengths[i] tokens of prompt i, and not all of them.
+    `pins` maps, for each row, positions of the answer to tokens that stay fixed there; `warm` positions to tokens that
+    their canvas starts from instead of noise; `spans` keep positions to a grammar. `inspect` is shown every read-out:
+    (rows, logits [B, L, V]). `cache` continues from earlier work: row i of it must hold exactly the first
+    cache.lengths[i] tokens of prompt i, and not all of them.
     `record` (default: on a CUDA device) replays steps as CUDA graphs; `lag` (default: 1 there, else 0) is how many
     steps late the host asks which rows have stopped. Neither changes an answer; a late question costs a canvas up to
     `lag` passes."""
@@ -92,6 +101,9 @@ class Run:
         *,
         dice: Dice | None = None,
         pins: Sequence[Mapping[int, int]] | None = None,
+        warm: Sequence[Mapping[int, int]] | None = None,
+        spans: Sequence[Sequence[Span]] | None = None,
+        inspect: Callable[[list[int], Tensor], None] | None = None,
         watch: Watch | None = None,
         cache: KVCache | None = None,
         chunk: int = PREFILL_CHUNK,
@@ -103,23 +115,31 @@ class Run:
         if not prompts or len(each) != len(prompts):
             raise InputError(f"{len(prompts)} prompts with {len(each)} sets of options; give one set for each prompt")
         self.rows = [Row(list(p), o, Rules.of(o)) for p, o in zip(prompts, each, strict=True)]
+        nothing: list[Any] = [{}] * len(prompts)
+        self.pins, self.warm, self.spans = list(pins or nothing), list(warm or nothing), list(spans or nothing)
+        self.inspect = inspect
+        self.length = self._canvas_length()
         self._check_prompts()
-        pins = pins or [{}] * len(prompts)
-        if len(pins) != len(prompts) or (cache is not None and cache.batch != len(prompts)):
-            held = "" if cache is None else f" and a cache of {cache.batch} rows"
+        for what, given in ("pins", self.pins), ("warm starts", self.warm), ("spans", self.spans):
+            if len(given) != len(prompts):
+                raise InputError(
+                    f"{len(prompts)} prompts came with {len(given)} sets of {what}; give one for each prompt"
+                )
+        if cache is not None and cache.batch != len(prompts):
             raise InputError(
-                f"{len(prompts)} prompts came with {len(pins)} sets of pins{held}; give one for each prompt"
+                f"{len(prompts)} prompts came with a cache of {cache.batch} rows; give one for each prompt"
             )
-        self.pins = self._pin_table(pins)
+        self._check_places()
         if dice is None:
             seeds = [o.seed or 0 for o in each]
-            dice = CountedDice(seeds, [0] * len(seeds), self.config.canvas_length, self.config.vocab_size, model.device)
+            dice = CountedDice(seeds, [0] * len(seeds), self.length, self.config.vocab_size, model.device)
         self.dice = dice
         self.cache = self._room_for_all(cache)
         is_cuda = model.device.type == "cuda"
-        self.record = (is_cuda if record is None else record) and isinstance(dice, CountedDice)
+        asks_host = inspect is not None or any(self.spans)  # within the step
+        self.record = (is_cuda if record is None else record) and isinstance(dice, CountedDice) and not asks_host
         has_drafts = any(o.drafts for o in each)  # which show every step: the host is asked at once
-        self.lag = 0 if has_drafts else int(is_cuda) if lag is None else lag
+        self.lag = 0 if has_drafts or asks_host else int(is_cuda) if lag is None else lag
         self._recorded: dict[tuple[int, int, bool], Recorded] = {}
         self._counted: dict[int, tuple[Tensor, Tensor]] = {}
         self._pass: tuple[tuple[object, ...], Pass] | None = None
@@ -152,18 +172,23 @@ class Run:
             if any(self.rows[i].options.drafts for i in rows):
                 yield from self._drafts(rows)
             # 2. Ask which rows have stopped: of this step, or of an earlier one while this one runs.
-            asked = torch.stack([self.state.is_done_X.long(), self.state.step_X])
+            asked = torch.stack([self.state.is_done_X.long(), self.state.step_X, self.state.settled_X])
             flights.append(({i: self.rows[i].canvas for i in rows}, _to_host(asked)))
             if len(flights) <= self.lag:
                 continue
             canvases, answer = flights.popleft()
-            is_done, steps = _wait_for(answer)
-            stopped = [i for i in rows if is_done[i] and canvases.get(i) == self.rows[i].canvas]
+            is_done, steps, settled = _wait_for(answer)
+            current = [i for i in rows if canvases.get(i) == self.rows[i].canvas]
+            stopped = [i for i in current if is_done[i]]
             # 3. Commit the argmax canvas of those; who goes on begins the next canvas.
             if stopped:
                 yield from self._commit_canvases(stopped, [steps[i] for i in stopped], began)
                 self._begin([i for i in stopped if self.rows[i].finish_reason is None])
-                rows = [i for i in rows if self.rows[i].finish_reason is None]
+            # 4. Of the others, what has settled ahead of the rest.
+            ahead = [i for i in current if not is_done[i] and settled[i] > self.rows[i].given]
+            if ahead := [i for i in ahead if not self.rows[i].options.logprobs]:
+                yield from self._commit_prefixes(ahead, [settled[i] for i in ahead], [steps[i] for i in ahead], began)
+            rows = [i for i in rows if self.rows[i].finish_reason is None]
 
     def _decode_rows(self, rows: list[int], began: float) -> Iterator[Event]:
         """The autoregressive baseline with the same weights: one token a pass, from encode's own logits."""
@@ -230,19 +255,31 @@ class Run:
         seeds, requests = ([0] * len(self.rows),) * 2
         if isinstance(dice, CountedDice):
             seeds, requests = list(dice.seeds), list(dice.requests)
-        has_pins = bool((self.pins >= 0).any())
-        return Canvases.allocate(self.model, [row.rules for row in self.rows], seeds, requests, has_pins)
+        rules, early = [row.rules for row in self.rows], [row.options.early for row in self.rows]
+        return Canvases.allocate(self.model, rules, seeds, requests, self.length, early, any(self.pins))
 
     def _begin(self, rows: list[int]) -> None:
         """Give rows a fresh canvas of noise, pins in place."""
         if rows:
             canvases = [self.rows[i].canvas for i in rows]
-            lacking = [self.rows[i].options.min_tokens - len(self.rows[i].tokens) for i in rows]
-            self.state.begin_(rows, self.dice.canvas(rows, canvases), self._pins_now(rows), canvases, lacking)
+            rooms = [min(self.length, self.length if (room := self.rows[i].room) is None else room) for i in rows]
+            warm_BL, pin_BL = self._here(self.warm, rows), self._here(self.pins, rows)
+            fresh_BL = torch.where(warm_BL >= 0, warm_BL, self.dice.canvas(rows, canvases))
+            self.state.begin_(rows, fresh_BL, pin_BL, canvases, self._banned(rows), rooms)
+
+    def _banned(self, rows: list[int]) -> Tensor:
+        """Positions [B, L] that may not end the answer; a grammar knows by itself where its text may end."""
+        position_L = torch.arange(self.length)
+        lacking = [self.rows[i].options.min_tokens - len(self.rows[i].tokens) for i in rows]
+        banned_BL = position_L < torch.tensor(lacking)[:, None]
+        for n, i in enumerate(rows):
+            for _, first, last in self._spans_here(i):
+                banned_BL[n, first:last] = False
+        return banned_BL.to(self.model.device)
 
     def _step(self, rows: list[int]) -> None:
         """One step of rows that either all have something to encode or all have nothing."""
-        tokens, length = [self.rows[i].pending for i in rows], self.config.canvas_length
+        tokens, length = [self.rows[i].pending for i in rows], self.length
         counts = self._make_room(tokens, rows)
         width, lengths = max(counts), [self.cache.lengths[i] for i in rows]
         bans = any(self.rows[i].options.min_tokens > len(self.rows[i].tokens) for i in rows)
@@ -265,8 +302,9 @@ class Run:
             tokens_BT = self._padded(tokens, width) if width else None
             run = self._pass_of(rows, counts, width, lengths)
             encoded_BTD = step_(
-                self.model, self.cache, self.state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans
-            )
+                self.model, self.cache, self.state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans,
+                self._project(rows, at_B),
+            )  # fmt: skip
         if encoded_BTD is not None:
             self.cache.advance(rows, counts)
             self._keep_last(encoded_BTD, rows, counts)
@@ -296,7 +334,7 @@ class Run:
         """What the layers share, made once for all the steps of a canvas."""
         key = (tuple(rows), tuple(counts), tuple(lengths))
         if self._pass is None or self._pass[0] != key:
-            self._pass = key, Pass(self.model, self.cache, rows, counts, width, self.config.canvas_length)
+            self._pass = key, Pass(self.model, self.cache, rows, counts, width, self.length)
         return self._pass[1]
 
     def _drafts(self, rows: list[int]) -> Iterator[Event]:
@@ -310,7 +348,10 @@ class Run:
         """Cut each canvas at its end. Where the row goes on it waits to be encoded with the next canvas's first step;
         where its log-probabilities are wanted it is encoded now."""
         canvases = self.state.argmax_XL[rows].tolist()
-        kept = [self._cut(i, tokens) for i, tokens in zip(rows, canvases, strict=True)]
+        for i in rows:
+            for span, _, _ in self._spans_here(i):
+                span.commit()
+        kept = [self._cut(i, tokens[self.rows[i].given :]) for i, tokens in zip(rows, canvases, strict=True)]
         encoding = [n for n, i in enumerate(rows) if self.rows[i].options.logprobs and kept[n]]
         logprobs: dict[int, list[float]] = {}
         if encoding:
@@ -326,9 +367,20 @@ class Run:
         for n, i in enumerate(rows):
             row = self.rows[i]
             row.steps += steps[n]
-            row.pending = [] if n in logprobs else kept[n]
+            row.pending = [] if n in logprobs else canvases[n][: row.given] + kept[n]
             yield from self._emit(i, kept[n], logprobs.get(n), steps[n], began)
-            row.canvas, row.step = row.canvas + 1, 0
+            row.canvas, row.step, row.given = row.canvas + 1, 0, 0
+
+    def _commit_prefixes(self, rows: list[int], settled: list[int], steps: list[int], began: float) -> Iterator[Event]:
+        """What is pinned by now is final, though its canvas goes on; it is encoded with the whole canvas."""
+        canvases = self.state.argmax_XL[rows].tolist()
+        for i, tokens, until, taken in zip(rows, canvases, settled, steps, strict=True):
+            row = self.rows[i]
+            kept = self._cut(i, tokens[row.given : until], is_whole=False)
+            row.given = until
+            if row.finish_reason is not None:  # a stop string, an end or the limit: the rest does not matter
+                row.steps += taken
+            yield from self._emit(i, kept, None, taken, began)
 
     def _take(
         self, i: int, tokens: list[int], logprobs: list[float] | None, steps: int, began: float
@@ -336,10 +388,12 @@ class Run:
         kept = self._cut(i, tokens)
         yield from self._emit(i, kept, logprobs[: len(kept)] if logprobs is not None else None, steps, began)
 
-    def _cut(self, i: int, tokens: list[int]) -> list[int]:
-        """The tokens that count: up to eos, a stop string, the token limit or the end of the context."""
+    def _cut(self, i: int, tokens: list[int], is_whole: bool = True) -> list[int]:
+        """The tokens that count: up to eos, a stop string, the token limit or the end of the context. `is_whole`: the
+        canvas ends with them."""
         row = self.rows[i]
-        ends = [n for n, token in enumerate(tokens) if token in self.config.eos_ids]
+        lacking = row.options.min_tokens - len(row.tokens)
+        ends = [n for n, token in enumerate(tokens) if token in self.config.eos_ids and n >= lacking]
         if ends:
             tokens, row.finish_reason = tokens[: ends[0] + 1], "stop"
         if row.room is not None and len(tokens) >= row.room:
@@ -348,9 +402,12 @@ class Run:
             tokens = tokens[: row.room]
         if self.watch is not None and (keep := self.watch(i, tokens)) is not None:
             tokens, row.finish_reason = tokens[:keep], "stop"
-        need = self.config.canvas_length if row.options.mode == "diffusion" else 1
+        if any(span.width is None and span.guide.is_over for span in self.spans[i]):
+            row.finish_reason = "stop"  # complete, though there was no room for an end behind it
+        need = self.length if row.options.mode == "diffusion" else 1
         if (
-            row.finish_reason is None
+            is_whole
+            and row.finish_reason is None
             and len(row.prompt) + len(row.tokens) + len(tokens) + need > self.config.max_position
         ):
             row.finish_reason = "length"
@@ -388,10 +445,42 @@ class Run:
 
     # ---- small helpers ------------------------------------------------------------------------------------------
 
-    def _pins_now(self, rows: list[int]) -> Tensor:
-        """Pinned tokens [B, L] of the canvas each row is on, -1 where free: pins belong to the first canvas."""
-        is_first = torch.tensor([[self.rows[i].canvas == 0] for i in rows], device=self.model.device)
-        return torch.where(is_first, self.pins[rows], -1)
+    def _here(self, places: Sequence[Mapping[int, int]], rows: list[int]) -> Tensor:
+        """What these say of the canvas each row is on: tokens [B, L], -1 for nothing."""
+        table = torch.full((len(rows), self.length), -1)
+        for n, i in enumerate(rows):
+            first = self.rows[i].canvas * self.length
+            for position, token in places[i].items():
+                if 0 <= position - first < self.length:
+                    table[n, position - first] = token
+        return table.to(self.model.device)
+
+    def _spans_here(self, i: int) -> list[tuple[Span, int, int]]:
+        """The spans of row i on its canvas: from position, to position."""
+        first, found = self.rows[i].canvas * self.length, []
+        for span in self.spans[i]:
+            last = self.length if span.width is None else min(self.length, span.start + span.width - first)
+            if span.start - first < self.length and last > 0:
+                found.append((span, max(0, span.start - first), last))
+        return found
+
+    def _project(self, rows: list[int], at_B: Tensor) -> Project | None:
+        """What grammars and `inspect` do with these rows' read-outs; None where there is nothing to do."""
+        turns = []
+        for n, i in enumerate(rows):
+            row = self.rows[i]
+            is_last, bound = row.step + 1 >= row.rules.max_steps, row.rules.entropy_bound
+            turns += [Turn(n, first, last, span, bound, is_last) for span, first, last in self._spans_here(i)]
+        if not turns and self.inspect is None:
+            return None
+
+        def project(logits_BLV: Tensor, argmax_BL: Tensor, entropy_BL: Tensor) -> Projected:
+            if self.inspect is not None:
+                self.inspect(rows, logits_BLV)
+            is_sure_BL = accept(entropy_BL, self.state.bound_X[at_B])
+            return project_(turns, self.config, logits_BLV, argmax_BL, entropy_BL, is_sure_BL)
+
+        return project
 
     def _constrain(self, logits_BV: Tensor, rows: list[int]) -> Tensor:
         for n, i in enumerate(rows):
@@ -408,33 +497,43 @@ class Run:
                 raise InputError(
                     f"prompt {i} holds token {bad}; the vocabulary has ids from 0 to {self.config.vocab_size - 1}"
                 )
-            need = len(row.prompt) + (self.config.canvas_length if row.options.mode == "diffusion" else 1)
+            need = len(row.prompt) + (self.length if row.options.mode == "diffusion" else 1)
             if need > self.config.max_position:
                 raise CapacityError(
                     f"prompt {i} has {len(row.prompt)} tokens and a canvas needs {need - len(row.prompt)} more, beyond "
                     f"the context of {self.config.max_position}; shorten the prompt"
                 )
 
-    def _pin_table(self, pins: Sequence[Mapping[int, int]]) -> Tensor:
-        table = torch.full((len(self.rows), self.config.canvas_length), -1)
-        for i, row in enumerate(pins):
-            if row and self.rows[i].options.mode != "diffusion":
-                raise InputError(f"prompt {i} has pins in mode {self.rows[i].options.mode!r}; they need 'diffusion'")
-            for position, token in row.items():
-                if not 0 <= position < self.config.canvas_length or not 0 <= token < self.config.vocab_size:
+    def _canvas_length(self) -> int:
+        """The model's own, or less where all rows are early ones and none has room for so much."""
+        most = max(
+            (row.room or self.config.canvas_length) if row.options.early else self.config.canvas_length
+            for row in self.rows
+        )
+        last = max((position for pins in self.pins for position in pins), default=-1)
+        return min(self.config.canvas_length, -(-max(most, last + 1) // SHORT) * SHORT)
+
+    def _check_places(self) -> None:
+        for name, places in ("pin", self.pins), ("warm token", self.warm):
+            for i, row in enumerate(places):
+                if row and self.rows[i].options.mode != "diffusion":
                     raise InputError(
-                        f"pin {token} at position {position} of prompt {i} does not fit; positions go to "
-                        f"{self.config.canvas_length - 1}, tokens to {self.config.vocab_size - 1}"
+                        f"prompt {i} has {name}s in mode {self.rows[i].options.mode!r}; they need 'diffusion'"
                     )
-                table[i, position] = token
-        return table.to(self.model.device)
+                most = self.config.max_position - len(self.rows[i].prompt)
+                for position, token in row.items():
+                    if not 0 <= position < most or not 0 <= token < self.config.vocab_size:
+                        raise InputError(
+                            f"{name} {token} at position {position} of prompt {i} does not fit; positions go to "
+                            f"{most - 1}, tokens to {self.config.vocab_size - 1}"
+                        )
 
     def _room_for_all(self, cache: KVCache | None) -> KVCache:
         """A cache with room for prompts and the beginning of long answers; it grows with the text."""
         config, need = self.config, 0
         for row in self.rows:
             new = min(row.options.max_tokens or FIRST_ROOM, FIRST_ROOM)
-            need = max(need, len(row.prompt) + -(-new // config.canvas_length) * config.canvas_length)
+            need = max(need, len(row.prompt) + -(-new // self.length) * self.length)
         need = min(need, config.max_position)
         if cache is None:
             return KVCache.allocate(config, len(self.rows), need, self.model.device, self.model.dtype)

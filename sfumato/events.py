@@ -65,6 +65,17 @@ class Options:
     """Emit a Draft after every step (a device sync each)."""
     logprobs: bool = False
     """Log-probability of every committed token, from the encode pass that commits it."""
+    early: bool = False
+    """Answers that arrive early: a canvas commits what has settled at its beginning before the rest, stops when all up
+    to its first end has, and is no longer than a short budget. False: as the reference does."""
+    schema: dict[str, Any] | bool | None = None
+    """The answer is JSON that obeys this JSON Schema."""
+    regex: str | None = None
+    """The answer matches this regular expression, as a whole."""
+    grammar: str | None = None
+    """The answer obeys this Lark grammar."""
+    choices: tuple[str, ...] | None = None
+    """The answer is one of these."""
     thinking: bool = False
     """Chat only: ask the model to think before it answers."""
 
@@ -82,15 +93,32 @@ class Options:
                 raise InputError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number {why}")
             if not low <= value <= high:
                 raise InputError(f"{name} is {value!r}; give a number {why}")
-        for name in ("drafts", "logprobs", "thinking"):
+        for name in ("drafts", "logprobs", "early", "thinking"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is {getattr(self, name)!r}; give true or false")
+        if isinstance(self.choices, list):
+            object.__setattr__(self, "choices", tuple(self.choices))
+        given = [name for name in ("schema", "regex", "grammar", "choices") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are given together; an answer can obey one of them")
+        if given and self.mode != "diffusion":
+            raise InputError(f"{given[0]} needs mode 'diffusion', the mode is {self.mode!r}")
+        if given and (self.thinking or self.min_tokens > 1):
+            raise InputError(f"{given[0]} cannot go with thinking or min_tokens above 1; drop one of them")
         if self.mode not in ("diffusion", "autoregressive"):
             raise InputError(f"mode is {self.mode!r}; give 'diffusion' or 'autoregressive'")
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             raise InputError(f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InputError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it")
+
+    @property
+    def constraint(self) -> tuple[str, Any] | None:
+        """What the answer obeys: the name of that option and its value."""
+        for name in ("schema", "regex", "grammar", "choices"):
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Options:

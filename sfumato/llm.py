@@ -6,6 +6,7 @@ begins the same way continues from there.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +14,40 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from sfumato import chat, weights
 from sfumato.cache import KVCache
 from sfumato.config import read_generation_config
+from sfumato.constrain import Grammar
+from sfumato.edit import (
+    MOST,
+    Decision,
+    Edited,
+    Filled,
+    Sheet,
+    Slot,
+    Template,
+    candidates,
+    check_template,
+    lay_out,
+    share_out,
+    span_template,
+    spans_of,
+)
 from sfumato.engine import Run
-from sfumato.events import Commit, Completion, Done, Draft, Event, InputError, Options
+from sfumato.events import CapacityError, Commit, Completion, Done, Draft, Event, InputError, Options
+from sfumato.guided import Span
 from sfumato.model import Model
 from sfumato.tokenizer import Detokeniser, Tokenizer
 
 Messages = list[dict[str, Any]]
+
+GRAMMARS_KEPT = 16
+"""Compiled constraints that are kept."""
+
+LENGTH_STEPS = 2
+"""Steps after which the model's confidence decides a slot's length."""
 
 
 @dataclass
@@ -47,6 +72,7 @@ class LLM:
         self.model, self.tokenizer, self.template, self.name = model, tokenizer, template, name
         self.defaults = dict(defaults or {})
         self._kept: _Kept | None = None
+        self._grammars: dict[tuple[str, str], Grammar] = {}
 
     @classmethod
     def load(
@@ -128,16 +154,24 @@ class LLM:
         prompts: Sequence[Sequence[int]],
         options: Options | Sequence[Options] = Options(),  # noqa: B008 - frozen
         pins: Sequence[Mapping[int, int]] | None = None,
+        warm: Sequence[Mapping[int, int]] | None = None,
+        spans: Sequence[Sequence[Span]] | None = None,
+        inspect: Callable[[list[int], Tensor], None] | None = None,
     ) -> Iterator[Event]:
-        """Events with text for a batch of prompts (token ids). `pins`: see `engine.Run`."""
+        """Events with text for a batch of prompts (token ids). `pins`, `warm`, `spans`, `inspect`: see `engine.Run`."""
         each = [options] * len(prompts) if isinstance(options, Options) else list(options)
         each = [self._complete_options(o) for o in each]
+        if spans is None and any(o.constraint for o in each):
+            spans = [self._whole_answer(ids, o) for ids, o in zip(prompts, each, strict=True)]
         readers = [_Reader(self.tokenizer, o.stop) for o in each]
         run = Run(
             self.model,
             prompts,
             each,
             pins=pins,
+            warm=warm,
+            spans=spans,
+            inspect=inspect,
             watch=lambda row, tokens: readers[row].push(tokens),
             cache=self._continue(prompts),
         )
@@ -153,6 +187,211 @@ class LLM:
         if len(prompts) == 1:
             held = [*run.rows[0].prompt, *run.rows[0].tokens][: run.cache.lengths[0]]
             self._kept = _Kept(held, run.cache) if len(held) == run.cache.lengths[0] else None
+
+    # ---- templates ----------------------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        template: Template,
+        prompt: str | Messages | None = None,
+        options: Options = Options(),  # noqa: B008 - frozen
+    ) -> Filled:
+        """Fill the slots of a template: fixed texts and `Slot`s, filled jointly; fixed text stays byte for byte.
+
+        `prompt` is what the template answers: messages through the chat template, or a text that it continues; None:
+        it stands alone. InputError for a template or constraint that cannot be, CapacityError for one with no room."""
+        pieces, options = check_template(template), self._complete_options(options)
+        slots = {piece.name: piece for piece in pieces if isinstance(piece, Slot)}
+        grammars = {name: self.grammar(*slot.constraint) for name, slot in slots.items() if slot.constraint}
+        widths = {name: self._width(slots[name], grammar) for name, grammar in grammars.items()}
+        widths |= {name: 1 for name, slot in slots.items() if slot.is_open}
+        for name, slot in slots.items():
+            if slot.is_open:
+                widths[name] = self._find_width(pieces, slot, widths, prompt, options)
+        sheet = self._sheet(pieces, widths, options)
+        done = self._denoise([(sheet, spans_of(sheet, grammars))], prompt, options)[0]
+        fillers = self._fillers
+        values = sheet.texts(done.tokens, self.tokenizer, fillers)
+        lengths = {
+            p.slot.name: sum(t not in fillers for t in done.tokens[p.start : p.start + p.width]) for p in sheet.places
+        }
+        return Filled(sheet.read(values), values, done.usage, done.seed, lengths)
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        length: int | None = None,
+        options: Options = Options(),  # noqa: B008 - frozen
+        at_most: int | None = None,
+    ) -> Filled:
+        """Write what stands between two texts, in `length` tokens; None finds the length, up to `at_most` (64)."""
+        slot = Slot("middle", length=length, at_most=at_most)
+        return self.fill([prefix, slot, suffix], None, options)
+
+    def edit(
+        self,
+        text: str,
+        instruction: str | None = None,
+        spans: Sequence[tuple[int, int]] | None = None,
+        strength: float | None = None,
+        options: Options = Options(),  # noqa: B008 - frozen
+    ) -> Edited:
+        """Rewrite a text where it stands: the canvas starts from it, a share (`strength`, 0.5) of it renoised.
+
+        With `spans` (from character, to character) only they change, each in as many tokens as it has; without, the
+        `instruction` may change any position."""
+        if not text:
+            raise InputError("the text is empty, so there is nothing to edit")
+        if instruction is None and not spans:
+            raise InputError("neither an instruction nor spans are given; say what to change, or where")
+        strength, options = 0.5 if strength is None else strength, self._complete_options(options)
+        prompt: str | Messages | None = None
+        if instruction is not None:
+            prompt = [{"role": "user", "content": f"{instruction}\n\n{text}"}]
+        if spans:
+            filled = self.fill(span_template(text, spans, strength), prompt, options)
+            return Edited(filled.text, text, filled.usage, filled.seed)
+        pieces = check_template([Slot("text", text=text, strength=strength)])
+        sheet = lay_out(pieces, self.tokenizer, self.model.config, {}, options.seed or 0, is_open_ended=True)
+        canvas, ends = self.model.config.canvas_length, self.model.config.eos_ids
+        whole = -(-(sheet.length + 1) // canvas) * canvas
+        warm = sheet.warm | dict.fromkeys(range(sheet.length, whole), ends[0])
+        ids = self._template_prompt(prompt, sheet)
+        options = replace(options, max_tokens=whole, drafts=False)
+        done = next(e for e in self.events([ids], options, warm=[warm]) if isinstance(e, Done))
+        return Edited(done.text, text, done.usage, done.seed)
+
+    def decide(
+        self,
+        prompt: str | Messages,
+        fields: Mapping[str, Sequence[str]],
+        steps: int = 1,
+        options: Options = Options(),  # noqa: B008 - frozen
+    ) -> dict[str, Decision]:
+        """Answer questions with given choices: field -> choices in, field -> likeliest choice and probabilities out.
+
+        All fields stand on one canvas as "field: choice" lines and are read in one denoise pass (`steps` of them)."""
+        if not fields:
+            raise InputError("there are no fields to decide; give at least one with its choices")
+        tokens: dict[str, list[list[int]]] = {}
+        pieces: list[str | Slot] = []
+        for name, choices in fields.items():
+            if (
+                len(choices) < 2
+                or len(set(choices)) < len(choices)
+                or not all(isinstance(c, str) and c for c in choices)
+            ):
+                raise InputError(f"field {name!r} has the choices {list(choices)}; give two or more different texts")
+            tokens[name] = [self.tokenizer.encode(choice) for choice in choices]
+            pieces += [f"{name}: ", Slot(name, length=max(map(len, tokens[name]))), "\n"]
+        sheet = lay_out(check_template(pieces), self.tokenizer, self.model.config, {})
+        if sheet.length > self.model.config.canvas_length:
+            raise CapacityError(
+                f"the fields take {sheet.length} tokens and must fit one canvas of {self.model.config.canvas_length}; "
+                "ask fewer at a time"
+            )
+        read: list[Tensor] = []
+        options = replace(options, max_steps=steps, t_max=1.0, t_min=1.0)
+        options = self._complete_options(replace(options, temperature_steps=None))
+        self._denoise([(sheet, [])], prompt, options, lambda rows, logits_BLV: read.append(logits_BLV[0]))
+        found = {}
+        for place in sheet.places:
+            log_p = torch.log_softmax(read[-1][place.start : place.start + place.width].float(), -1)
+            choices, after = fields[place.slot.name], sheet.pins[place.start + place.width]
+            asked = {token for choice in tokens[place.slot.name] for token in choice} | {after}
+            rows = [{token: float(row[token]) for token in asked} for row in log_p]
+            rows.append({token: 0.0 for token in asked})
+            probabilities = share_out(tokens[place.slot.name], rows, after)
+            by_choice = dict(zip(choices, probabilities, strict=True))
+            found[place.slot.name] = Decision(max(by_choice, key=by_choice.__getitem__), by_choice)
+        return found
+
+    def grammar(self, kind: str, value: Any) -> Grammar:
+        """A compiled constraint, kept for the next time: see `constrain.Grammar.compile`."""
+        key = kind, json.dumps(value, sort_keys=False)
+        if key not in self._grammars:
+            config = self.model.config
+            compiled = Grammar.compile(kind, value, self.tokenizer, config.vocab_size, sorted(self._fillers))
+            while len(self._grammars) >= GRAMMARS_KEPT:
+                self._grammars.pop(next(iter(self._grammars)))
+            self._grammars[key] = compiled
+        return self._grammars[key]
+
+    @property
+    def _fillers(self) -> frozenset[int]:
+        """Tokens that end an answer or fill what it leaves."""
+        return frozenset((*self.model.config.eos_ids, self.model.config.pad_id))
+
+    def _whole_answer(self, ids: Sequence[int], options: Options) -> list[Span]:
+        if options.constraint is None:
+            return []
+        canvas = self.model.config.canvas_length
+        room = (self.model.config.max_position - len(ids)) // canvas * canvas
+        if options.max_tokens is not None:
+            room = min(room, options.max_tokens)
+        return [Span(0, None, self.grammar(*options.constraint).start(room))]
+
+    def _width(self, slot: Slot, grammar: Grammar) -> int:
+        return slot.at_most or 2 * grammar.shortest() + 8
+
+    def _sheet(self, pieces: Template, widths: Mapping[str, int], options: Options) -> Sheet:
+        return lay_out(pieces, self.tokenizer, self.model.config, widths, options.seed or 0)
+
+    def _find_width(
+        self, pieces: Template, slot: Slot, widths: dict[str, int], prompt: str | Messages | None, options: Options
+    ) -> int:
+        """The length at which the model is surest of the slot after a few steps: candidates are rows of one batch."""
+        sizes = candidates(min(slot.at_most or MOST, self.model.config.canvas_length))
+        if len(sizes) == 1:
+            return sizes[0]
+        sheets: list[tuple[Sheet, list[Span]]] = [
+            (self._sheet(pieces, widths | {slot.name: size}, options), []) for size in sizes
+        ]
+        entropies: dict[int, float] = {}
+        quick = replace(options, max_steps=LENGTH_STEPS, drafts=True)
+        place = next(n for n, p in enumerate(sheets[0][0].places) if p.slot.name == slot.name)
+
+        def look(event: Draft) -> None:
+            here = sheets[event.row][0].places[place]
+            first = event.canvas * self.model.config.canvas_length
+            inside = event.entropies[max(0, here.start - first) : max(0, here.start + here.width - first)]
+            if inside:
+                entropies[event.row] = sum(inside) / len(inside)
+
+        self._denoise(sheets, prompt, quick, look=look)
+        return sizes[min(entropies, key=lambda row: (entropies[row], row))]
+
+    def _denoise(
+        self,
+        sheets: Sequence[tuple[Sheet, list[Span]]],
+        prompt: str | Messages | None,
+        options: Options,
+        inspect: Callable[[list[int], Tensor], None] | None = None,
+        look: Callable[[Draft], None] | None = None,
+    ) -> list[Done]:
+        """One row a sheet, to their ends."""
+        ids = [self._template_prompt(prompt, sheet) for sheet, _ in sheets]
+        each = [
+            replace(options, max_tokens=sheet.length, min_tokens=sheet.length, stop=(), drafts=look is not None)
+            for sheet, _ in sheets
+        ]
+        found: dict[int, Done] = {}
+        pins, warm = [sheet.pins for sheet, _ in sheets], [sheet.warm for sheet, _ in sheets]
+        for event in self.events(ids, each, pins, warm, [spans for _, spans in sheets], inspect):
+            if isinstance(event, Done):
+                found[event.row] = event
+            elif isinstance(event, Draft) and look is not None:
+                look(event)
+        return [found[row] for row in range(len(sheets))]
+
+    def _template_prompt(self, prompt: str | Messages | None, sheet: Sheet) -> list[int]:
+        """What the first canvas of a sheet stands behind: the prompt, then the sheet's lead."""
+        if sheet.beyond and self.template is not None and not isinstance(prompt, str):
+            hint = f"The text goes on later with:\n\n{sheet.beyond}"
+            prompt = [*(prompt or [{"role": "user", "content": "Write the text."}])]
+            prompt[-1] = {**prompt[-1], "content": f"{prompt[-1]['content']}\n\n{hint}"}
+        return [*self.encode(prompt or ""), *sheet.lead]
 
     def forget(self) -> None:
         """Free the cache of the last conversation."""

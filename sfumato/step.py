@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ class Canvases:
     step_X: Tensor
     """Steps taken on this canvas."""
     is_done_X: Tensor
-    lacking_X: Tensor
-    """Leading positions that may not end the answer (`min_tokens`)."""
+    banned_XL: Tensor
+    """Positions that may not end the answer (`min_tokens`)."""
     words_X4: Tensor
     """Seed (low, high), request and canvas: what the dice are counted from, beside the step."""
     heat_XS: Tensor
@@ -44,8 +45,15 @@ class Canvases:
     stability_X: Tensor
     confidence_X: Tensor
     max_steps_X: Tensor
+    room_X: Tensor
+    """Leading positions that can become part of the answer."""
+    early_X: Tensor
+    """Rows whose leading positions may settle before the rest."""
+    settled_X: Tensor
+    """How many have."""
     has_pins: bool
     """Whether any row ever has one."""
+    has_early: bool
 
     @classmethod
     def allocate(
@@ -54,13 +62,15 @@ class Canvases:
         rules: Sequence[Rules],
         seeds: Sequence[int],
         requests: Sequence[int],
+        length: int | None = None,
+        early: Sequence[bool] = (),
         has_pins: bool = False,
     ) -> Canvases:
-        """One row for each of these rules, and the scratch row."""
+        """One row for each of these rules, and the scratch row. `length` None: the model's own."""
         config, size = model.config, len(rules) + 1
         rules = [*rules, rules[-1]]
         words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
-        length, depth = config.canvas_length, max(1, *(r.stability for r in rules))
+        length, depth = length or config.canvas_length, max(1, *(r.stability for r in rules))
         most = max(r.max_steps for r in rules)
         heat = [[r.schedule.temperature(step) for step in range(most + 1)] for r in rules]
 
@@ -78,20 +88,30 @@ class Canvases:
                 accepted_XL=torch.zeros(size, length, dtype=torch.bool),
                 step_X=torch.zeros(size, dtype=torch.long),
                 is_done_X=torch.zeros(size, dtype=torch.bool),
-                lacking_X=torch.zeros(size, dtype=torch.long),
+                banned_XL=torch.zeros(size, length, dtype=torch.bool),
                 words_X4=torch.tensor(words),
                 heat_XS=torch.tensor(heat),
                 bound_X=of([r.entropy_bound for r in rules]),
                 stability_X=of([r.stability for r in rules]),
                 confidence_X=of([r.confidence for r in rules]),
                 max_steps_X=of([r.max_steps for r in rules]),
-                has_pins=has_pins,
+                room_X=torch.full((size,), length),
+                early_X=torch.tensor([*early, *[False] * (size - len(early))]),
+                settled_X=torch.zeros(size, dtype=torch.long),
+                has_pins=has_pins or any(early),
+                has_early=any(early),
             )
 
     def begin_(
-        self, rows: list[int], fresh_BL: Tensor, pin_BL: Tensor, canvases: list[int], lacking: list[int]
+        self,
+        rows: list[int],
+        fresh_BL: Tensor,
+        pin_BL: Tensor,
+        canvases: list[int],
+        banned_BL: Tensor | None = None,
+        rooms: list[int] | None = None,
     ) -> None:
-        """Give these rows a canvas of noise, pins in place."""
+        """Give these rows a canvas of noise (or of what it is to start from), pins in place."""
         self.pin_XL[rows] = pin_BL
         self.canvas_XL[rows] = torch.where(pin_BL >= 0, pin_BL, fresh_BL)
         self.history_XHL[rows] = -1
@@ -99,7 +119,30 @@ class Canvases:
         self.step_X[rows] = 0
         self.is_done_X[rows] = False
         self.words_X4[rows, 3] = torch.tensor(canvases, device=self.step_X.device)
-        self.lacking_X[rows] = torch.tensor(lacking, device=self.step_X.device)
+        self.banned_XL[rows] = False if banned_BL is None else banned_BL
+        self.settled_X[rows] = 0
+        if rooms is not None:
+            self.room_X[rows] = torch.tensor(rooms, device=self.step_X.device)
+
+
+class Projected(NamedTuple):
+    """A read-out after a grammar had its say. What is not guided stays what it was."""
+
+    tokens_BL: Tensor
+    entropy_BL: Tensor
+    is_guided_BL: Tensor
+    is_open_BL: Tensor
+    """Positions that may be accepted."""
+    is_forced_BL: Tensor
+    """Positions whose token is certain."""
+    is_whole_B: Tensor
+    """Rows that would be valid as they stand."""
+    has_masked: bool
+    """Logits were changed in place."""
+
+
+Project = Callable[[Tensor, Tensor, Tensor], Projected]
+"""(logits [B, L, V], argmax [B, L], entropy [B, L]) to what a grammar makes of them."""
 
 
 def step_(
@@ -113,12 +156,13 @@ def step_(
     noise_BL: Tensor | None = None,
     is_first: bool = False,
     bans: bool = False,
+    project: Project | None = None,
 ) -> Tensor | None:
     """One step of the canvases `at_B`, whose cache rows are those of `run`. The caller advances the cache.
 
     `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
     `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
-    them they are counted from the state's own words. `bans`: some row may not end yet."""
+    them they are counted from the state's own words. `bans`: some row may not end yet. `project` asks the host."""
     canvas_BL, old_B = state.canvas_XL[at_B], state.step_X[at_B]
     # 1. One pass over the canvases; what waits to be encoded comes along.
     encoded_BTD = None
@@ -131,30 +175,44 @@ def step_(
         dice, noise_BL = _count(state, at_B, model)
     banned = None
     if bans:
-        position_L = torch.arange(canvas_BL.shape[1], device=canvas_BL.device)
-        banned = position_L < state.lacking_X[at_B, None], _eos(model)
+        banned = state.banned_XL[at_B], _eos(model)
     heat_B = state.heat_XS[at_B, old_B]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
-    sample_BL, argmax_BL, entropy_BL = read.sample_BL, read.argmax_BL, read.entropy_BL
-    if state.has_pins:  # what is pinned is read as itself, and surely
+    sample_BL, argmax_BL, entropy_BL, tiles = read.sample_BL, read.argmax_BL, read.entropy_BL, read.tiles
+    is_pinned_BL, pin_BL = None, None
+    if state.has_pins or project is not None:
         pin_BL = state.pin_XL[at_B]
-        is_pinned_BL = pin_BL >= 0
+        if project is not None:
+            is_free_BL = pin_BL < 0
+            said = project(read.logits_BLV, argmax_BL, entropy_BL)
+            argmax_BL, entropy_BL = said.tokens_BL, said.entropy_BL
+            sample_BL = torch.where(said.is_guided_BL, argmax_BL, sample_BL)
+            pin_BL = torch.where(said.is_forced_BL & is_free_BL, argmax_BL, pin_BL)
+            tiles = None if said.has_masked else tiles
+        is_pinned_BL = pin_BL >= 0  # what is pinned is read as itself, and surely
         sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (sample_BL, argmax_BL))
         entropy_BL = entropy_BL.masked_fill(is_pinned_BL, 0.0)
     # 3. Accept the surest positions, renoise the rest.
     accepted_BL = accept(entropy_BL, state.bound_X[at_B])
-    if state.has_pins:
+    if project is not None:
+        accepted_BL &= said.is_open_BL
+    if is_pinned_BL is not None:
         accepted_BL |= is_pinned_BL
     next_BL = torch.where(accepted_BL, sample_BL, noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     history_BHL = state.history_XHL[at_B]
-    is_done_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
-    is_done_B &= is_confident(entropy_BL, state.confidence_X[at_B])
-    is_done_B |= old_B + 1 >= state.max_steps_X[at_B]
+    if state.has_early:
+        is_settled_B = _settle_(state, at_B, argmax_BL, entropy_BL, history_BHL, _eos(model))
+    else:
+        is_settled_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
+        is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
+    if project is not None:
+        is_settled_B &= said.is_whole_B
+    is_done_B = is_settled_B | (old_B + 1 >= state.max_steps_X[at_B])
     # 5. The next step sees the soft embedding of this one.
-    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, read.tiles)
-    if state.has_pins:
+    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, tiles)
+    if is_pinned_BL is not None and pin_BL is not None:
         pinned_BLD = embed_VD[pin_BL.clamp_min(0)] * model.embed_scale
         soft_BLD = torch.where(is_pinned_BL[..., None], pinned_BLD, soft_BLD)
     # 6. A row that had stopped before stays as it was.
@@ -173,6 +231,30 @@ def step_(
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B
     return encoded_BTD
+
+
+def _settle_(
+    state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, history_BHL: Tensor, eos_E: Tensor
+) -> Tensor:
+    """Which rows stand still and are sure. Of a row that may settle early only what can become its answer is asked:
+    all up to its first end, and no more than its room; and its leading positions that stand still, each of them sure,
+    are pinned from now on."""
+    early_B, stability_B, bound_B = state.early_X[at_B], state.stability_X[at_B], state.confidence_X[at_B]
+    position_L = torch.arange(argmax_BL.shape[1], device=argmax_BL.device)
+    is_end_BL = torch.isin(argmax_BL, eos_E)
+    counts_BL = (is_end_BL.cumsum(-1) - is_end_BL.long() == 0) & (position_L < state.room_X[at_B, None])
+    counts_BL |= ~early_B[:, None]
+    mean_B = entropy_BL.masked_fill(~counts_BL, 0.0).sum(-1) / counts_BL.sum(-1)
+    asked_BL, asked_BHL = argmax_BL.masked_fill(~counts_BL, 0), history_BHL.masked_fill(~counts_BL[:, None], 0)
+    is_settled_B = is_stable(asked_BL, asked_BHL, stability_B) & (mean_B < bound_B)
+    # The leading positions: the same token as in the last steps, one by one.
+    depth = history_BHL.shape[1]
+    is_asked_BH1 = (torch.arange(depth, 0, -1, device=argmax_BL.device)[None] <= stability_B[:, None])[..., None]
+    is_still_BL = ((history_BHL == argmax_BL[:, None]) | ~is_asked_BH1).all(1) & (entropy_BL < bound_B[:, None])
+    settled_B = (is_still_BL & counts_BL & early_B[:, None]).long().cumprod(-1).sum(-1)
+    state.settled_X[at_B] = settled_B
+    state.pin_XL[at_B] = torch.where(position_L < settled_B[:, None], argmax_BL, state.pin_XL[at_B])
+    return is_settled_B
 
 
 def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor]:
@@ -204,7 +286,7 @@ class Recorded:
         counts, places = [encode] * batch, (self.rows_B, self.lengths_B, self.counts_B)
 
         def run() -> Tensor | None:
-            one = Pass(model, cache, [0] * batch, counts, encode, model.config.canvas_length, places)
+            one = Pass(model, cache, [0] * batch, counts, encode, state.canvas_XL.shape[1], places)
             return step_(model, cache, state, self.at_B, one, self.tokens_BT if encode else None, bans=bans)
 
         self._run: Callable[[], object] = run

@@ -150,6 +150,10 @@ class Tokenizer:
             raise InputError(f"this tokenizer has no {name}; it has {', '.join(sorted(self.special)) or 'none at all'}")
         return index
 
+    def to_json(self) -> str:
+        """All of it as the text of a tokenizer.json, control tokens marked special."""
+        return self._inner.to_str()
+
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """The text of every control token, in the order of the ids."""

@@ -22,10 +22,11 @@ ROWS = [
     {"events", "masks"},
     {"config", "ops", "sudoku"},
     {"cache", "diffusion", "tokenizer"},
-    {"model", "chat"},
+    {"model", "chat", "constrain"},
     {"quant", "adapters"},
     {"interop"},
     {"step"},
+    {"guided"},
     {"engine", "weights"},
     {"batch", "edit", "convert"},
     {"llm"},
@@ -52,6 +53,7 @@ FENCES = {
     "gguf": {"interop"},
     "mlx": {"interop"},
     "lm_eval": {"evals"},
+    "llguidance": {"constrain"},
 }
 
 

@@ -228,7 +228,7 @@ def canvases(ours: Model, rows: int) -> Canvases:
     state = Canvases.allocate(ours, [Rules.of(SETTLES)] * rows, range(rows), [0] * rows)
     every, zeros = list(range(rows)), [0] * rows
     fresh = CountedDice(range(rows), zeros, LENGTH, CONFIG.vocab_size).canvas(every, zeros)
-    state.begin_(every, fresh, torch.full_like(fresh, -1), zeros, zeros)
+    state.begin_(every, fresh, torch.full_like(fresh, -1), zeros)
     return state
 
 

@@ -1,0 +1,691 @@
+"""Text that must have a form: JSON Schema, regular expression, Lark grammar, or one of a list of choices.
+
+A canvas is denoised as a whole, so a constraint cannot wait for one token after the other. At each step a `Guide` walks
+the slot from left to right along the model's argmax tokens: what the grammar forces is free, what the model wants is
+checked (a few microseconds), and only where the model errs behind positions that are settled does the walk ask for a
+mask. The walk ends where more would be built on a guess. What it knows of a position is kept for the next step.
+
+**Room.** A text must end within its tokens. Every path that a walk returns can be completed within the room: a
+completion is found by greedy search, and where none is short enough the walk goes back and takes the completion's way.
+
+A schema's JSON is written on one line with ", " and ": ", as `json.dumps` does it: no other white space between tokens,
+so nothing can write it endlessly and nearly all of the scaffold is forced. Object keys come in the schema's order.
+
+The grammars are llguidance's, an optional package, imported when the first grammar is compiled. Deliberately absent:
+control tokens inside a text, remote `$ref`, and schema keywords that llguidance would ignore.
+"""
+
+from __future__ import annotations
+
+import heapq
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from sfumato.events import CapacityError, InputError
+from sfumato.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+KINDS = ("schema", "regex", "grammar", "choices")
+"""What a text can be held to."""
+
+MAX_CHARACTERS = 1_000_000
+"""Of a schema as JSON, of a Lark grammar, and of all choices together."""
+MAX_DEPTH = 64
+"""Nesting of a schema, its values included."""
+MAX_REGEX = 100_000
+MAX_CHOICES = 10_000
+MAX_SHORTEST = 8192
+"""Tokens within which a grammar must have a text."""
+
+FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
+"""Values of the schema keyword `format` that are enforced; others are refused."""
+
+_ANNOTATIONS = {
+    *("$anchor", "$comment", "$id", "$schema", "id", "title", "description", "default", "example", "examples"),
+    *("readOnly", "writeOnly", "deprecated", "contentMediaType", "contentEncoding"),
+}
+_SCHEMA_LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
+_SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
+_SCHEMAS = {"items", "additionalItems", "additionalProperties"}
+_PLAIN = {
+    *("$ref", "const", "enum", "type", "minItems", "maxItems", "required", "minProperties", "maxProperties"),
+    *("minLength", "maxLength", "pattern", "format"),
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+}
+_KEYWORDS = _ANNOTATIONS | _SCHEMA_LISTS | _SCHEMA_MAPS | _SCHEMAS | _PLAIN
+
+_CAPS = (32, 256)  # tokens that a search goes deep before it goes to its limit: most loops without an end cost no more
+_EFFORT, _EFFORT_IN_WALK = 3000, 500  # tokens that a search may try beyond its first way down
+_WAY_OUT = 1500  # hints tried to find a way out of free text
+_HINTS = 16
+_ALTERNATIVES = 8  # other ways tried at one point of a way
+_REPAIRS = 4  # times that a walk may go back for the room before it takes a completion to its end
+
+Pick = Callable[[int, np.ndarray], tuple[int, float]]
+"""(position, mask: bool [vocab_size]) -> (a token of the mask, entropy in nats under the mask)."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The way that a slot takes at one step; positions count from the slot's first in this canvas."""
+
+    tokens: list[int]
+    """A path the grammar allows; each of its prefixes can be completed within the room."""
+    forced: list[int]
+    """Positions whose token follows from those before: from the grammar, or because the room is short."""
+    overruled: dict[int, float]
+    """Position -> entropy in nats under the mask, where the model's own token was not allowed. The position `end` is
+    among them where it was the pick that ended the text."""
+    end: int | None
+    """The number of tokens at which the text is complete (`len(tokens)`); None while it is not."""
+
+
+class Grammar:
+    """A compiled constraint; it holds no state of a text, and many guides may use it."""
+
+    def __init__(self, words: _Words, search: _Search, matcher: LLMatcher, shortest: list[int]) -> None:
+        self._words = words
+        self._search = search
+        self._matcher = matcher
+        self._shortest = shortest
+
+    @classmethod
+    def compile(cls, kind: str, value: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> Grammar:
+        """The grammar of a schema (a dict, a bool, or JSON text of one), a regex (text, to match as a whole), a Lark
+        grammar (text) or choices (list of texts).
+
+        `vocab_size` is the model's, the length of masks; `ends` are the token ids that end a text. Whatever is wrong
+        with the value is an InputError of one sentence. The first grammar of a tokenizer takes a second or two.
+        """
+        if kind not in KINDS:
+            raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(KINDS)}")
+        source, hints = _SOURCES[kind](value)
+        words = _Words.of(tokenizer, vocab_size, ends)
+        matcher = words.matcher(source)
+        if matcher.is_error():
+            raise InputError(f"the {kind} cannot be used: {_sentence(matcher.get_error())}")
+        search = _Search(words, words.hints(tokenizer, hints), kind == "schema")
+        shortest = search.completion(matcher, MAX_SHORTEST, 0, _EFFORT)
+        if shortest is None:
+            raise InputError(
+                f"no text of at most {MAX_SHORTEST} tokens was found that the {kind} allows; "
+                "see that it is satisfiable and asks for less"
+            )
+        return cls(words, search, matcher, shortest)
+
+    def shortest(self) -> int:
+        """Tokens of the shortest valid text that was found, the end not counted."""
+        return len(self._shortest)
+
+    def start(self, room: int) -> Guide:
+        """A guide for one text of at most `room` tokens, the end not counted; CapacityError if that is too few."""
+        if room < len(self._shortest):
+            raise CapacityError(
+                f"the constraint needs at least {len(self._shortest)} tokens and has room for {room}; "
+                "raise max_tokens or ask for less"
+            )
+        return Guide(self._words, self._search, self._matcher.deep_copy(), self._shortest, room)
+
+
+@dataclass
+class _Place:
+    """What is known of the state before one position: it follows from the tokens before, not from the model."""
+
+    is_accepting: bool
+    is_done: bool
+    """Nothing but the end is possible."""
+    forced: list[int]
+    """Tokens that the grammar alone determines from here on; mostly none."""
+    mask: bytes | None = None
+    """Bits, as llguidance has them."""
+    completion: list[int] | None = None
+    """Tokens that complete the text from here within the room."""
+    is_stuck: bool = False
+    """No such completion was found."""
+    refused: set[int] = field(default_factory=set)
+    """Tokens behind which the text would not be completed within the room; from here it is, if any is refused."""
+
+
+class Guide:
+    """One text under way: what is committed of it, and the path that its canvas takes now.
+
+    `room` is the number of tokens still allowed behind what is committed, `is_over` says that the committed text is
+    complete, and `masks` counts the masks computed so far.
+    """
+
+    def __init__(self, words: _Words, search: _Search, matcher: LLMatcher, completion: list[int], room: int) -> None:
+        self.room = room
+        self.is_over = False
+        self.masks = 0
+        self._words = words
+        self._search = search
+        self._matcher = matcher  # in the state behind self._tokens
+        self._tokens: list[int] = []  # the last path, and what an earlier path had behind it
+        self._places = [self._look([])]  # one more than tokens
+        self._places[0].completion = self._known = completion
+        self._length = 0  # of the last path
+        self._end: int | None = None
+
+    def walk(
+        self, top: Sequence[int], is_sure: Sequence[bool], pick: Pick, bound: float, is_last: bool = False
+    ) -> Walk:
+        """The path for the model's argmax tokens `top`, one for each position of the slot in this canvas.
+
+        `is_sure` says whose entropy is low enough to be accepted; `bound` is the same for an entropy under a mask, in
+        nats. `pick` is asked where the model's token is not allowed and all before it is settled: sure, forced, or
+        picked within the bound; a second time for one position only with another mask, where the room is short. With
+        `is_last` it is asked wherever it must be, and the path goes to the end of the text or of the positions.
+        InputError where the grammar exceeds llguidance's limits.
+        """
+        if self.is_over:
+            return Walk([], [], {}, 0)
+        ends, length = self._words.ends, min(len(top), self.room)
+        forced: list[int] = []
+        overruled: dict[int, float] = {}
+        is_settled = [True]  # before each position
+        detour: list[int] = []  # tokens of a completion that are taken next, where the room is short
+        j, repairs = 0, 0
+        while True:
+            place = self._places[j]
+            token, end, is_sure_here = None, None, True
+            if place.is_done or (place.is_accepting and j == self.room):
+                end = j
+            elif j == length:
+                pass
+            elif detour:
+                token = detour.pop(0)
+                forced.append(j)
+            elif place.forced and place.forced[0] not in place.refused:
+                token = place.forced[0]
+                forced.append(j)
+            elif place.is_accepting and (top[j] in ends or top[j] in place.refused):
+                end = j
+            elif top[j] in place.refused and place.completion:
+                token = place.completion[0]
+                forced.append(j)
+            elif self._may(j, top[j]):
+                token, is_sure_here = top[j], is_sure[j]
+            elif is_settled[j] or is_last:
+                mask = self._mask(j)
+                count = int(np.count_nonzero(mask))
+                if count == 1 and not place.is_accepting:
+                    token = int(mask.argmax())
+                    forced.append(j)
+                elif count:
+                    if place.is_accepting:
+                        mask[self._words.end_ids] = True
+                    token, overruled[j] = pick(j, mask)
+                    is_sure_here = overruled[j] <= bound
+                    if token in ends:
+                        token, end = None, j
+                elif place.is_accepting:
+                    end = j
+            if token is not None:
+                self._take(j, token)
+                is_settled.append(is_settled[j] and is_sure_here)
+                j += 1
+                continue
+
+            back = j if end is not None else self._last_within_room(j)
+            if back == j:
+                break
+            place = self._places[back]
+            assert place.completion is not None
+            place.refused.add(self._tokens[back])
+            repairs += 1
+            detour = place.completion[:] if repairs > _REPAIRS else place.completion[:1]
+            forced = [i for i in forced if i < back]
+            overruled = {i: entropy for i, entropy in overruled.items() if i < back}
+            del is_settled[back + 1 :]
+            j = back
+
+        self._length, self._end = j, end
+        return Walk(self._tokens[:j], forced, overruled, end)
+
+    def commit(self, count: int) -> None:
+        """The first `count` tokens of the last walk are final; the next walk begins behind them."""
+        if not 0 <= count <= self._length:
+            raise ValueError(f"the last walk has {self._length} tokens, of which {count} cannot be committed")
+        rest = self._places[self._length].completion if self._end is None else []
+        assert rest is not None
+        completion = self._tokens[count : self._length] + rest
+        self._tokens, self._places = self._tokens[count:], self._places[count:]
+        self._places[0].completion, self._places[0].is_stuck = completion, False
+        self.is_over = self._end == count
+        self.room -= count
+        self._length, self._end = 0, None
+
+    def _look(self, forced: list[int]) -> _Place:
+        """The matcher's state; `forced` are tokens known to be forced from here on."""
+        forced = forced or self._matcher.compute_ff_tokens()
+        place = _Place(self._matcher.is_accepting(), self._matcher.is_stopped(), forced)
+        if self._matcher.is_error():
+            _give_up(self._matcher)
+        if not self._words.control.isdisjoint(forced):
+            place.forced, place.is_stuck = [], True
+        return place
+
+    def _state(self, j: int) -> LLMatcher:
+        """A matcher in the state before position j, to do with as one likes: a mask without a bit breaks it."""
+        matcher = self._matcher.deep_copy()
+        matcher.rollback(len(self._tokens) - j)
+        return matcher
+
+    def _may(self, j: int, token: int) -> bool:
+        """Whether the token may come at position j."""
+        if j < len(self._tokens) and self._tokens[j] == token:
+            return True
+        if token in self._words.control or not 0 <= token < self._words.vocab_size:
+            return False
+        bits = self._places[j].mask
+        if bits is not None:
+            return bool(bits[token >> 3] >> (token & 7) & 1)
+        return self._state(j).validate_tokens([token]) == 1
+
+    def _mask(self, j: int) -> np.ndarray:
+        """The tokens that may come at position j, bool [vocab_size]; the end is none of them."""
+        place = self._places[j]
+        if place.mask is None:
+            place.mask = self._words.bits(self._state(j))
+            self.masks += 1
+        mask = self._words.mask(place.mask)
+        mask[list(place.refused)] = False
+        return mask
+
+    def _take(self, j: int, token: int) -> None:
+        """The token comes at position j: what was there and behind it is forgotten if it was another."""
+        if j < len(self._tokens):
+            if self._tokens[j] == token:
+                return
+            self._matcher.rollback(len(self._tokens) - j)
+            del self._tokens[j:], self._places[j + 1 :]
+        taken = self._matcher.try_consume_tokens([token])
+        if self._matcher.is_error():
+            _give_up(self._matcher)
+        if taken != 1:
+            raise ValueError(f"token {token} was picked at position {j}, where the mask does not allow it")
+        self._tokens.append(token)
+        forced = self._places[j].forced
+        self._places.append(self._look(forced[1:] if forced[:1] == [token] else []))
+
+    def _last_within_room(self, j: int) -> int:
+        """The last position up to j from which a completion fits into the room: j, or found by halving."""
+        low, high, step = j, j + 1, 1
+        while low and not self._fits(low):
+            low, high, step = max(low - step, 0), low, 2 * step
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._fits(middle) else (low, middle)
+        return low
+
+    def _fits(self, j: int) -> bool:
+        """Whether a completion from position j that fits into the room is known or found."""
+        place, left = self._places[j], self.room - j
+        if place.completion is None and not place.is_stuck:
+            matcher = self._state(j)
+            if len(self._known) <= left and self._search.is_completion(matcher, self._known):
+                place.completion = self._known
+            else:
+                place.completion = self._search.completion(matcher, left, left, _EFFORT_IN_WALK)
+            place.is_stuck = place.completion is None
+            self._known = place.completion or self._known
+        return not place.is_stuck
+
+
+class _Words:
+    """A tokenizer as llguidance sees it, and what a search for the shortest text needs to know of its tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
+        self._library = _llguidance()
+        self._inner = self._library.LLTokenizer(tokenizer.to_json(), vocab_size, next(iter(ends), None))
+        self._limits = self._library.LLParserLimits(verbose_errors=False)
+        self.vocab_size = vocab_size
+        self.ends = frozenset(ends)
+        self.end_ids = sorted(self.ends)
+        self.control = tokenizer.special_ids | self.ends
+        texts = [b"" if i in self.control else self._inner.decode_bytes([i]) for i in range(vocab_size)]
+        self._is_plain = np.array([i not in self.control for i in range(vocab_size)])
+        self.worth = np.array([_worth(text) for text in texts], np.int16)
+        self.first = np.array([text[0] if text else 0 for text in texts], np.uint8)
+        closers = [i for i, text in enumerate(texts) if text and not text.strip(b'"}])')]
+        closers.sort(key=lambda i: -len(texts[i]))
+        self.quotes = [i for i in closers if b'"' in texts[i]]
+        self.brackets = [i for i in closers if b'"' not in texts[i]]
+        self._probe = tokenizer.encode("q")[:1]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> _Words:
+        """Made once for a tokenizer and a model; it takes seconds for a large vocabulary."""
+        made = _MADE.setdefault(tokenizer, {})
+        key = (vocab_size, *ends)
+        if key not in made:
+            made[key] = cls(tokenizer, vocab_size, ends)
+        return made[key]
+
+    def matcher(self, source: str) -> LLMatcher:
+        """At the beginning of a text; in error where the source is no grammar."""
+        return self._library.LLMatcher(self._inner, source, log_level=0, limits=self._limits)
+
+    def hints(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Tokens of the words and marks in the text, and a letter, a capital and a digit; none for no text."""
+        if not text:
+            return []
+        pieces = dict.fromkeys(["a", "1", "A", *re.findall(r"[^\W_]+|[\W_]", text)])
+        tokens = dict.fromkeys(token for piece in pieces for token in tokenizer.encode(piece)[:4])
+        return [token for token in tokens if token not in self.control][:_HINTS]
+
+    def bits(self, matcher: LLMatcher) -> bytes:
+        """What may come next, the end aside; no bit where nothing may, which breaks the matcher."""
+        bits = matcher.compute_bitmask()
+        if matcher.is_error():
+            if not matcher.get_error().startswith("NoExtension"):
+                _give_up(matcher)
+            return bytes(len(bits))
+        return bits
+
+    def is_free(self, matcher: LLMatcher) -> bool:
+        """Whether text may go on in words: a q may come, which no JSON outside strings has."""
+        return matcher.validate_tokens(self._probe) == 1
+
+    def mask(self, bits: bytes) -> np.ndarray:
+        """Bits as bool [vocab_size], control tokens and ends cleared."""
+        mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=self.vocab_size, bitorder="little").view(np.bool_)
+        mask &= self._is_plain
+        return mask
+
+
+_MADE: WeakKeyDictionary[Tokenizer, dict[tuple[int, ...], _Words]] = WeakKeyDictionary()
+
+
+class _Search:
+    """Looks for short texts of one grammar. `hints` are tokens that its source speaks of, and a few for whole classes:
+    where nearly everything is allowed, the way on is likely to be made of them. In JSON a quote ends a string."""
+
+    def __init__(self, words: _Words, hints: list[int], is_json: bool) -> None:
+        self._words = words
+        self._hints = hints
+        self._quotes = words.quotes if is_json else []
+
+    def is_completion(self, matcher: LLMatcher, tokens: list[int]) -> bool:
+        """Whether these tokens complete the text."""
+        if matcher.validate_tokens(tokens) < len(tokens):
+            return False
+        matcher = matcher.deep_copy()
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    def completion(self, matcher: LLMatcher, limit: int, wanted: int, effort: int) -> list[int] | None:
+        """At most `limit` tokens that complete the text: the first found of at most `wanted`, else the shortest found.
+
+        None where nothing was found, which does not prove that there is nothing. `effort` is the number of tokens tried
+        beyond the first way down.
+        """
+        for cap in sorted({min(limit, first) for first in (*_CAPS, limit)}):
+            if (found := self._search(matcher, cap, wanted, effort)) is not None:
+                return found
+        return None
+
+    def _search(self, matcher: LLMatcher, cap: int, wanted: int, effort: int) -> list[int] | None:
+        """A greedy way down; then other choices on it, the first first, and then on the ways these led to. A shorter
+        way takes the place of the best."""
+        best: list[int] | None = None
+        way, choices, is_complete = self._descend(matcher.deep_copy(), [], cap)
+        if is_complete:
+            best = way
+        open_ = [(0, at, 0, way, choices) for at in choices]  # (other choices made, where to make the next, …): a heap
+        tried: set[tuple[int, ...]] = set()
+        while open_ and effort > 0 and (best is None or len(best) > wanted):
+            turns, at, _, way, choices = heapq.heappop(open_)
+            most = cap if best is None else len(best) - 1
+            if at >= most:
+                continue
+            before = way[:at]
+            state = matcher.deep_copy()
+            state.try_consume_tokens(before)
+            effort -= 1
+            for token in self._alternatives(state):
+                key = (*before, token)
+                branch = state.deep_copy()
+                if key in tried or branch.try_consume_tokens([token]) != 1:
+                    continue
+                tried.add(key)
+                new, new_choices, is_complete = self._descend(branch, list(key), most)
+                effort -= len(new) - at
+                if is_complete:
+                    best = new
+                    choices = [other for other in choices if other <= at] + new_choices
+                    open_ = [(0, other, 0, new, choices) for other in choices]
+                    break
+                for other in new_choices:
+                    heapq.heappush(open_, (turns + 1, other, len(tried), new, new_choices))
+        return best
+
+    def _descend(self, matcher: LLMatcher, before: list[int], cap: int) -> tuple[list[int], list[int], bool]:
+        """From the state behind `before`: end where the text may end; else what is forced, else what closes, else the
+        way out of free text, else the same word again or the worthiest. Returns all tokens, the positions with a
+        choice, and whether the text is complete."""
+        words = self._words
+        tokens = before[:]
+        choices: list[int] = []
+        again: list[int] = []
+        while not matcher.is_accepting():
+            if len(tokens) >= cap:
+                return tokens, choices, False
+            if forced := matcher.compute_ff_tokens():
+                if not words.control.isdisjoint(forced) or matcher.try_consume_tokens(forced) < len(forced):
+                    return tokens, choices, False
+                tokens += forced
+                continue
+            choices.append(len(tokens))
+            is_free = words.is_free(matcher)
+            closers = self._quotes if is_free else self._quotes + words.brackets
+            token = next((t for t in (*closers, *again) if matcher.try_consume_tokens([t])), None)
+            if token is not None:
+                tokens.append(token)
+                again = again if [token] == again else []
+            elif is_free and not again and (out := self._way_out(matcher)):
+                matcher.try_consume_tokens(out)
+                tokens += out
+            else:
+                worth = words.worth * words.mask(words.bits(matcher.deep_copy()))
+                token = int(worth.argmax())
+                if not worth[token] or not matcher.try_consume_tokens([token]):
+                    return tokens, choices, False
+                tokens.append(token)
+                again = [token] if is_free else []
+        return tokens, choices, len(tokens) <= cap
+
+    def _way_out(self, matcher: LLMatcher) -> list[int]:
+        """The fewest hints that lead from free text to its end, its quote or what is not free; [] if none are found."""
+        words, level, left = self._words, [(matcher, [])], _WAY_OUT  # type: ignore[var-annotated]
+        while level and left > 0:
+            below = []
+            for state, tokens in level:
+                for hint in self._hints:
+                    left -= 1
+                    new = state.deep_copy()
+                    if not new.try_consume_tokens([hint]):
+                        continue
+                    if new.is_accepting() or not words.is_free(new) or self._closes(new):
+                        return [*tokens, hint]
+                    below.append((new, [*tokens, hint]))
+            level = below
+        return []
+
+    def _closes(self, matcher: LLMatcher) -> bool:
+        return any(matcher.validate_tokens([token]) for token in self._quotes)
+
+    def _alternatives(self, matcher: LLMatcher) -> list[int]:
+        """Tokens that may come next: the hints, and the worthiest, each of those with another first byte."""
+        words = self._words
+        allowed = np.flatnonzero(words.mask(words.bits(matcher.deep_copy())))
+        allowed = allowed[np.argsort(-words.worth[allowed], kind="stable")]
+        firsts = np.unique(words.first[allowed], return_index=True)[1]
+        return [*self._hints, *(int(token) for token in allowed[np.sort(firsts)[:_ALTERNATIVES]])]
+
+
+def _llguidance() -> Any:
+    try:
+        return importlib.import_module("llguidance")
+    except ImportError:
+        raise InputError("constraints need the package llguidance; pip install 'sfumato[constrain]'") from None
+
+
+def _worth(text: bytes) -> int:
+    """How gladly the search takes a token: a long one, but nothing that opens, no blanks, and rather 1 than 0."""
+    if not text:
+        return 0
+    if any(mark in text for mark in b"{[(") or not text.strip():
+        return 1
+    return len(text) + (1 if text.strip(b"0") else 0)
+
+
+def _give_up(matcher: LLMatcher) -> NoReturn:
+    raise InputError(f"the constraint is too complex to follow: {_sentence(matcher.get_error())}; make it simpler")
+
+
+def _sentence(error: str) -> str:
+    """The line of llguidance's report that says what is wrong."""
+    lines = [line.strip() for line in error.splitlines()] or [""]
+    line = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    if line.startswith("oneOf"):
+        return "the schemas of a oneOf may overlap, and only disjoint ones are supported; use anyOf"
+    return line[:300] or "llguidance gives no reason"
+
+
+# ---- requests, which are hostile until checked ---------------------------------------------------------------------
+
+
+def _text(kind: str, value: Any, limit: int) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"the {kind} is of type {type(value).__name__}; give text")
+    if len(value) > limit:
+        raise InputError(f"the {kind} has {len(value)} characters, more than the {limit} allowed; shorten it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the {kind} has a lone surrogate at character {error.start}; remove it") from None
+    return value
+
+
+Source = tuple[str, str]
+"""A grammar as llguidance takes it, and text from which hints are taken: patterns, without what surrounds them."""
+
+
+def _regex(value: Any) -> Source:
+    text = _text("regex", value, MAX_REGEX)
+    return str(_llguidance().LLMatcher.grammar_from_regex(text)), text[:1000]
+
+
+def _lark(value: Any) -> Source:
+    text = _text("grammar", value, MAX_CHARACTERS)
+    return json.dumps({"grammars": [{"lark_grammar": text}]}), text[:1000]
+
+
+def _choices(value: Any) -> Source:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise InputError(f"choices are a list of at least one text; this is {repr(value)[:80]}")
+    if len(value) > MAX_CHOICES:
+        raise InputError(f"there are {len(value)} choices, more than the {MAX_CHOICES} allowed; give fewer")
+    left = MAX_CHARACTERS
+    seen: dict[str, int] = {}
+    for number, choice in enumerate(value, 1):
+        left -= len(_text(f"choice {number}", choice, left))
+        if not choice:
+            raise InputError(f"choice {number} is empty; give each at least one character")
+        if choice in seen:
+            raise InputError(f"choice {number}, {choice[:80]!r}, is choice {seen[choice]} again; give each once")
+        seen[choice] = number
+    words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
+    return json.dumps({"grammars": [{"lark_grammar": f"start: CHOICE\nCHOICE: {words}"}]}), ""
+
+
+def _schema(value: Any) -> Source:
+    if isinstance(value, str):
+        try:
+            value = json.loads(_text("schema", value, MAX_CHARACTERS), parse_constant=_no_json)
+        except RecursionError:
+            raise InputError(f"the schema is nested deeper than the {MAX_DEPTH} levels allowed; flatten it") from None
+        except ValueError as error:
+            raise InputError(f"the schema is no JSON: {error}") from None
+    if not isinstance(value, (dict, bool)):
+        raise InputError(f"a schema is a JSON object, or true; this is {repr(value)[:80]}")
+    try:
+        _text("schema", json.dumps(value, ensure_ascii=False, allow_nan=False), MAX_CHARACTERS)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the schema is no JSON: {error}") from None
+    depth, level = 0, [value]
+    while level := [x for x in level if isinstance(x, (dict, list))]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise InputError(f"the schema is nested deeper than the {MAX_DEPTH} levels allowed; flatten it")
+        level = [inner for x in level for inner in (x.values() if isinstance(x, dict) else x)]
+    if value is False:
+        raise InputError("the schema is false, which allows no text; give one that allows some")
+    patterns: list[str] = []
+    schema = _checked(value, "", patterns) if isinstance(value, dict) else {}
+    schema["x-guidance"] = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+    return json.dumps({"grammars": [{"json_schema": schema}]}), " ".join(patterns)[:1000]
+
+
+def _no_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _checked(schema: Any, pointer: str, patterns: list[str]) -> Any:
+    """The schema and all within, its `$schema` and `$id` left out where they would be looked up; InputError for what
+    llguidance would ignore or fetch. `pointer` is where it stands, as a JSON pointer; `patterns`
+    takes up the patterns met."""
+    if isinstance(schema, bool):
+        return schema
+    if not isinstance(schema, dict):
+        raise InputError(f"a schema is an object, true or false; at {pointer} stands {repr(schema)[:80]}")
+    kept: dict[str, Any] = {}
+    for word, value in schema.items():
+        here = f"{pointer}/{str(word).replace('~', '~0').replace('/', '~1')}"
+        if word not in _KEYWORDS:
+            raise InputError(f"the schema keyword {str(word)[:80]!r} at {here[:300]} is not supported; leave it out")
+        if word in _SCHEMA_LISTS or (word == "items" and isinstance(value, list)):
+            if not isinstance(value, list):
+                raise InputError(f"{word} at {here} is a list of schemas, not {repr(value)[:80]}")
+            value = [_checked(inner, f"{here}/{number}", patterns) for number, inner in enumerate(value)]
+        elif word in _SCHEMA_MAPS:
+            if not isinstance(value, dict):
+                raise InputError(f"{word} at {here} is an object of schemas, not {repr(value)[:80]}")
+            value = {name: _checked(inner, f"{here}/{name}", patterns) for name, inner in value.items()}
+        elif word in _SCHEMAS:
+            value = _checked(value, here, patterns)
+        elif word == "format" and value not in FORMATS:
+            raise InputError(f"the format {value!r} at {here} is not supported; choose from {', '.join(FORMATS)}")
+        elif word == "$ref" and not (isinstance(value, str) and value.startswith("#")):
+            raise InputError(
+                f"the $ref {repr(value)[:80]} at {here} is not within the schema; copy what it names into $defs"
+            )
+        elif word in ("$schema", "$id", "id") and not str(value).startswith(_DRAFTS):
+            continue
+        if word in ("pattern", "format"):
+            patterns.append(_FORMAT_MARKS if word == "format" else str(value))
+        elif word == "patternProperties":
+            patterns += value
+        kept[word] = value
+    return kept
+
+
+_FORMAT_MARKS = "@ . : - / T Z P D"
+_DRAFTS = ("http://json-schema.org/draft-0", "https://json-schema.org/draft/20")
+_SOURCES: dict[str, Callable[[Any], Source]] = {
+    "schema": _schema,
+    "regex": _regex,
+    "grammar": _lark,
+    "choices": _choices,
+}

@@ -1,0 +1,320 @@
+"""Templates: text with fixed parts and free parts, laid out on canvases and read back.
+
+A template is a list of pieces, each a text that stays as it is or a `Slot` to be written. `lay_out` gives every slot
+its positions: fixed text becomes pins, an old text to start from becomes a warm canvas, what a slot must obey becomes a
+span. Slots are filled jointly, seeing what stands before and behind them. Fixed text is never decoded: `Sheet.read`
+joins the pieces as they were given with the slots' new text, so that outside the slots every byte is what went in.
+
+A template longer than a canvas: text before the first slot is encoded with the prompt as far as it does not fit on the
+canvas, text behind it is pinned as far as it fits, and `Sheet.beyond` is what no canvas of a slot can see.
+It lacks on purpose: the model. `LLM.fill`, `infill`, `edit` and `decide` join the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from sfumato.config import ModelConfig
+from sfumato.constrain import KINDS, Grammar
+from sfumato.events import InputError, Usage
+from sfumato.guided import Span
+from sfumato.tokenizer import Tokenizer
+
+MOST = 64
+"""Tokens that a slot of open length may take, where nothing is said."""
+
+CANDIDATES = 12
+"""Lengths that are tried for a slot of unknown length."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place to be written. At most one of `schema`, `regex`, `grammar`, `choices` says what it must obey."""
+
+    name: str = ""
+    """Under which its text comes back; "" : its number among the slots, from 1."""
+    length: int | None = None
+    """Exactly so many tokens. None: the length is found."""
+    at_most: int | None = None
+    """Bound on a length that is found; None: 64 tokens, or about twice what a constraint needs at least."""
+    text: str | None = None
+    """What stands there now: the canvas starts from it, and its length in tokens is the slot's, if none is given."""
+    strength: float = 0.5
+    """The share of `text` that is noise at first: 0 starts from all of it, 1 from none."""
+    schema: dict[str, Any] | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choices: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("length", "at_most"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} of slot {self.name!r} is {value!r}; give a whole number of tokens from 1 up")
+        if self.length is not None and self.at_most is not None:
+            raise InputError(f"slot {self.name!r} has a length and at_most; give one of them")
+        if not isinstance(self.name, str) or not isinstance(self.text, str | None):
+            raise InputError(f"name and text of slot {self.name!r} must be text")
+        if (
+            isinstance(self.strength, bool)
+            or not isinstance(self.strength, (int, float))
+            or not 0 <= self.strength <= 1
+        ):
+            raise InputError(f"strength of slot {self.name!r} is {self.strength!r}; give a number from 0 to 1")
+        if isinstance(self.choices, list):
+            object.__setattr__(self, "choices", tuple(self.choices))
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise InputError(f"slot {self.name!r} has {' and '.join(given)}; a slot can obey one of them")
+        if given and (self.length is not None or self.text is not None):
+            raise InputError(f"slot {self.name!r} has {given[0]} and a length or text; bound its length with at_most")
+
+    @property
+    def constraint(self) -> tuple[str, Any] | None:
+        return next(((kind, value) for kind in KINDS if (value := getattr(self, kind)) is not None), None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its length has to be found."""
+        return self.length is None and self.text is None and self.constraint is None
+
+
+Template = Sequence[str | Slot]
+
+
+def read_template(text: str) -> list[str | Slot]:
+    """A template from JSON: a list of strings and of objects, each a slot with the fields of `Slot`."""
+    try:
+        pieces = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"the template is not JSON: {error}") from None
+    if not isinstance(pieces, list):
+        raise InputError('a template is a list of texts and slots, such as ["Name: ", {"name": "name"}]')
+    known = {f.name for f in fields(Slot)}
+    found: list[str | Slot] = []
+    for number, piece in enumerate(pieces, 1):
+        if isinstance(piece, dict):
+            if unknown := next((key for key in piece if key not in known), None):
+                raise InputError(
+                    f"piece {number} of the template has {unknown!r}; a slot has {', '.join(sorted(known))}"
+                )
+            found.append(Slot(**piece))
+        elif isinstance(piece, str):
+            found.append(piece)
+        else:
+            raise InputError(f"piece {number} of the template is {piece!r}; give a text or a slot (an object)")
+    return found
+
+
+def check_template(template: Template) -> list[str | Slot]:
+    """The template with its slots named, empty texts dropped; InputError where it has no slot, or a name twice."""
+    pieces: list[str | Slot] = []
+    for piece in template:
+        if isinstance(piece, Slot):
+            number = sum(isinstance(p, Slot) for p in pieces) + 1
+            pieces.append(piece if piece.name else replace(piece, name=str(number)))
+        elif not isinstance(piece, str):
+            raise InputError(f"a template holds texts and slots, not {type(piece).__name__}")
+        elif piece:
+            pieces.append(piece)
+    names = [piece.name for piece in pieces if isinstance(piece, Slot)]
+    if not names:
+        raise InputError("the template has no slot, so there is nothing to write; give at least one")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two slots are named {twice!r}; give each its own name")
+    return pieces
+
+
+@dataclass(frozen=True)
+class Place:
+    """A slot's positions in the answer."""
+
+    slot: Slot
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A template laid out. Positions count from the first of the answer's first canvas."""
+
+    pieces: list[str | Slot]
+    lead: list[int]
+    """Tokens of the template that come with the prompt."""
+    pins: dict[int, int]
+    warm: dict[int, int]
+    places: list[Place]
+    length: int
+    """Positions that have to be denoised."""
+    beyond: str
+    """Text that no canvas with a slot has room for."""
+
+    def texts(self, tokens: Sequence[int], tokenizer: Tokenizer, fillers: frozenset[int]) -> dict[str, str]:
+        """Slot name -> its text, from the answer's tokens; padding and ends (`fillers`) disappear."""
+        found = {}
+        for place in self.places:
+            held = [token for token in tokens[place.start : place.start + place.width] if token not in fillers]
+            found[place.slot.name] = tokenizer.decode(held)
+        return found
+
+    def read(self, texts: Mapping[str, str]) -> str:
+        """The whole text: fixed pieces as they were given, slots with these texts."""
+        return "".join(texts[piece.name] if isinstance(piece, Slot) else piece for piece in self.pieces)
+
+
+def lay_out(
+    template: Template,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    widths: Mapping[str, int],
+    seed: int = 0,
+    is_open_ended: bool = False,
+) -> Sheet:
+    """Lay out a template (checked: see `check_template`) with these widths of slots that have none of their own.
+
+    A template that ends on its last canvas is followed by an end, unless it `is_open_ended`. The share of a warm text
+    that starts as noise follows from `seed`."""
+    pieces = list(template)
+    tokens: list[int | None] = []
+    warm: dict[int, int] = {}
+    places: list[Place] = []
+    for number, piece in enumerate(pieces):
+        if isinstance(piece, str):
+            tokens += tokenizer.encode(piece)
+            continue
+        start, width = len(tokens), piece.length or widths.get(piece.name, 0)
+        if piece.text is not None:
+            old = tokenizer.encode(piece.text)
+            width = piece.length or max(width, len(old))
+            dice = random.Random(f"{seed} {number}")
+            warm |= {start + n: token for n, token in enumerate(old[:width]) if dice.random() >= piece.strength}
+        places.append(Place(piece, start, width))
+        tokens += [None] * width
+    first, length = places[0].start, config.canvas_length
+    last = places[-1].start + places[-1].width
+    # What stands before the first slot stays on the canvas where all fits; else it makes room for what stands behind.
+    cut = min(first, max(0, len(tokens) - length))
+    lead = [token for token in tokens[:cut] if token is not None]
+    canvases = max(1, math.ceil((last - cut) / length))
+    until = min(len(tokens), cut + canvases * length)
+    pins = {at - cut: token for at, token in enumerate(tokens[cut:until], cut) if token is not None}
+    if until == len(tokens) and not is_open_ended:
+        pins |= dict.fromkeys(range(until - cut, canvases * length), config.eos_ids[0])
+    return Sheet(
+        pieces=pieces,
+        lead=lead,
+        pins=pins,
+        warm={at - cut: token for at, token in warm.items()},
+        places=[replace(place, start=place.start - cut) for place in places],
+        length=until - cut,
+        beyond=tokenizer.decode([token for token in tokens[until:] if token is not None]),
+    )
+
+
+def spans_of(sheet: Sheet, grammars: Mapping[str, Grammar]) -> list[Span]:
+    """The constrained slots of a sheet, each with a guide of its own."""
+    return [
+        Span(place.start, place.width, grammars[place.slot.name].start(place.width))
+        for place in sheet.places
+        if place.slot.name in grammars
+    ]
+
+
+def candidates(at_most: int) -> list[int]:
+    """Lengths to try for a slot of up to `at_most` tokens: dense where short, then in even ratios."""
+    if at_most <= CANDIDATES:
+        return list(range(1, at_most + 1))
+    ratio = at_most ** (1 / (CANDIDATES - 1))
+    found = {max(1, min(at_most, round(ratio**n))) for n in range(CANDIDATES)}
+    return sorted(found)
+
+
+# ---- what comes back -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A filled template. `values` are the slots' texts by name; the whole `text` is all pieces joined."""
+
+    text: str
+    values: dict[str, str]
+    usage: Usage
+    seed: int
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Tokens of each slot, padding not counted."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """An edited text beside the old one."""
+
+    text: str
+    old: str
+    usage: Usage
+    seed: int
+
+    def diff(self, name: str = "text") -> str:
+        """Unified, as `diff -u` prints it; "" where nothing changed."""
+        lines = difflib.unified_diff(_lines(self.old), _lines(self.text), f"a/{name}", f"b/{name}")
+        return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+
+
+def _lines(text: str) -> list[str]:
+    """At line feeds alone, which stay: a carriage return is a change like any other."""
+    return [line + "\n" for line in text.split("\n")[:-1]] + ([last] if (last := text.split("\n")[-1]) else [])
+
+
+def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) -> list[str | Slot]:
+    """A text with the spans (from character, to character) as warm slots. InputError where they do not fit."""
+    pieces: list[str | Slot] = []
+    end = 0
+    for number, (start, stop) in enumerate(sorted(spans), 1):
+        if not 0 <= start < stop <= len(text):
+            raise InputError(f"the span {start}–{stop} is not in the text of {len(text)} characters, or is empty")
+        if start < end:
+            raise InputError(f"the span {start}–{stop} overlaps the one before, which ends at {end}; join them")
+        pieces += [text[end:start], Slot(str(number), text=text[start:stop], strength=strength)]
+        end = stop
+    return check_template([*pieces, text[end:]])
+
+
+# ---- decisions -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One answer: the likeliest choice, and the probability of each."""
+
+    choice: str
+    probabilities: dict[str, float]
+
+
+def share_out(choices: Sequence[Sequence[int]], log_p: Sequence[Mapping[int, float]], after: int) -> list[float]:
+    """Probabilities of choices, each given as tokens, from the log-probabilities at the slot's positions.
+
+    The choices are a tree of tokens; at every fork the branches share what the model gives to the forking tokens alone,
+    so a choice gains or loses nothing by being long. `after` is the token behind the slot: a choice that is the
+    beginning of another ends with it."""
+    probabilities = [1.0] * len(choices)
+    groups: list[tuple[list[int], int]] = [(list(range(len(choices))), 0)]
+    while groups:
+        group, depth = groups.pop()
+        if len(group) == 1:
+            continue
+        branches: dict[int, list[int]] = {}
+        for n in group:
+            branches.setdefault(choices[n][depth] if depth < len(choices[n]) else after, []).append(n)
+        top = max(log_p[depth][token] for token in branches)
+        weights = {token: math.exp(log_p[depth][token] - top) for token in branches}
+        for token, some in branches.items():
+            for n in some:
+                probabilities[n] *= weights[token] / sum(weights.values())
+            if len(some) > 1:
+                groups.append((some, depth + 1))
+    return probabilities
