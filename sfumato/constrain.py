@@ -65,7 +65,8 @@ _KEYWORDS = _ANNOTATIONS | _SCHEMA_LISTS | _SCHEMA_MAPS | _SCHEMAS | _PLAIN
 
 _CAPS = (32, 256)  # tokens that a search goes deep before it goes to its limit: most loops without an end cost no more
 _EFFORT, _EFFORT_IN_WALK = 3000, 500  # tokens that a search may try beyond its first way down
-_WAY_OUT = 1500  # hints tried to find a way out of free text
+_WAY_OUT = 400  # hints tried to find a way out of free text
+_PIECES = 200  # words and marks taken from a pattern
 _HINTS = 16
 _ALTERNATIVES = 8  # other ways tried at one point of a way
 _REPAIRS = 4  # times that a walk may go back for the room before it takes a completion to its end
@@ -113,7 +114,7 @@ class Grammar:
         matcher = words.matcher(source)
         if matcher.is_error():
             raise InputError(f"the {kind} cannot be used: {_sentence(matcher.get_error())}")
-        search = _Search(words, words.hints(tokenizer, hints), kind == "schema")
+        search = _Search(words, tokenizer, hints, kind == "schema")
         shortest = search.completion(matcher, MAX_SHORTEST, 0, _EFFORT)
         if shortest is None:
             raise InputError(
@@ -375,14 +376,6 @@ class _Words:
         """At the beginning of a text; in error where the source is no grammar."""
         return self._library.LLMatcher(self._inner, source, log_level=0, limits=self._limits)
 
-    def hints(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Tokens of the words and marks in the text, and a letter, a capital and a digit; none for no text."""
-        if not text:
-            return []
-        pieces = dict.fromkeys(["a", "1", "A", *re.findall(r"[^\W_]+|[\W_]", text)])
-        tokens = dict.fromkeys(token for piece in pieces for token in tokenizer.encode(piece)[:4])
-        return [token for token in tokens if token not in self.control][:_HINTS]
-
     def bits(self, matcher: LLMatcher) -> bytes:
         """What may come next, the end aside; no bit where nothing may, which breaks the matcher."""
         bits = matcher.compute_bitmask()
@@ -410,9 +403,13 @@ class _Search:
     """Looks for short texts of one grammar. `hints` are tokens that its source speaks of, and a few for whole classes:
     where nearly everything is allowed, the way on is likely to be made of them. In JSON a quote ends a string."""
 
-    def __init__(self, words: _Words, hints: list[int], is_json: bool) -> None:
+    def __init__(self, words: _Words, tokenizer: Tokenizer, text: str, is_json: bool) -> None:
+        pieces = re.findall(r"[^\W_]+|[\W_]", text)[:_PIECES]
+        known = ["a", "1", "A", *pieces] if pieces else []
+        hints = dict.fromkeys(token for piece in dict.fromkeys(known) for token in tokenizer.encode(piece)[:4])
         self._words = words
-        self._hints = hints
+        self._source = [tokenizer.encode(piece) for piece in pieces]
+        self._hints = [token for token in hints if token not in words.control][:_HINTS]
         self._quotes = words.quotes if is_json else []
 
     def is_completion(self, matcher: LLMatcher, tokens: list[int]) -> bool:
@@ -504,24 +501,35 @@ class _Search:
         return tokens, choices, len(tokens) <= cap
 
     def _way_out(self, matcher: LLMatcher) -> list[int]:
-        """The fewest hints that lead from free text to its end, its quote or what is not free; [] if none are found."""
-        words, level, left = self._words, [(matcher, [])], _WAY_OUT  # type: ignore[var-annotated]
+        """Tokens that lead from free text to its end, its quote or what is not free: the fewest hints, else along the
+        source, with a letter, a digit or a capital where its next piece may not come. [] if neither leads there."""
+        level: list[tuple[LLMatcher, list[int]]] = [(matcher, [])]
+        left = _WAY_OUT
         while level and left > 0:
             below = []
             for state, tokens in level:
                 for hint in self._hints:
                     left -= 1
                     new = state.deep_copy()
-                    if not new.try_consume_tokens([hint]):
-                        continue
-                    if new.is_accepting() or not words.is_free(new) or self._closes(new):
-                        return [*tokens, hint]
-                    below.append((new, [*tokens, hint]))
+                    if new.try_consume_tokens([hint]):
+                        if self._is_out(new):
+                            return [*tokens, hint]
+                        below.append((new, [*tokens, hint]))
             level = below
+        state, way = matcher.deep_copy(), []
+        for piece in self._source:
+            for tokens in (piece, *([hint, *piece] for hint in self._hints[:3])):
+                if state.validate_tokens(tokens) == len(tokens):
+                    state.try_consume_tokens(tokens)
+                    way += tokens
+                    if self._is_out(state):
+                        return way
+                    break
         return []
 
-    def _closes(self, matcher: LLMatcher) -> bool:
-        return any(matcher.validate_tokens([token]) for token in self._quotes)
+    def _is_out(self, matcher: LLMatcher) -> bool:
+        closes = any(matcher.validate_tokens([token]) for token in self._quotes)
+        return closes or matcher.is_accepting() or not self._words.is_free(matcher)
 
     def _alternatives(self, matcher: LLMatcher) -> list[int]:
         """Tokens that may come next: the hints, and the worthiest, each of those with another first byte."""

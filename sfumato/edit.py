@@ -22,6 +22,7 @@ from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.constrain import KINDS, Grammar
+from sfumato.engine import SHORT
 from sfumato.events import InputError, Usage
 from sfumato.guided import Span
 from sfumato.tokenizer import Tokenizer
@@ -175,11 +176,12 @@ def lay_out(
     widths: Mapping[str, int],
     seed: int = 0,
     is_open_ended: bool = False,
+    is_short: bool = False,
 ) -> Sheet:
     """Lay out a template (checked: see `check_template`) with these widths of slots that have none of their own.
 
-    A template that ends on its last canvas is followed by an end, unless it `is_open_ended`. The share of a warm text
-    that starts as noise follows from `seed`."""
+    A template that ends on its last canvas is followed by ends, unless it `is_open_ended`: to the end of that canvas, or
+    of a short one. The share of a warm text that starts as noise follows from `seed`."""
     pieces = list(template)
     tokens: list[int | None] = []
     warm: dict[int, int] = {}
@@ -205,7 +207,8 @@ def lay_out(
     until = min(len(tokens), cut + canvases * length)
     pins = {at - cut: token for at, token in enumerate(tokens[cut:until], cut) if token is not None}
     if until == len(tokens) and not is_open_ended:
-        pins |= dict.fromkeys(range(until - cut, canvases * length), config.eos_ids[0])
+        end = min(canvases * length, -(-(until - cut + 1) // SHORT) * SHORT) if is_short else canvases * length
+        pins |= dict.fromkeys(range(until - cut, end), config.eos_ids[0])
     return Sheet(
         pieces=pieces,
         lead=lead,

@@ -7,6 +7,7 @@ begins the same way continues from there.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +48,10 @@ GRAMMARS_KEPT = 16
 """Compiled constraints that are kept."""
 
 LENGTH_STEPS = 2
-"""Steps after which the model's confidence decides a slot's length."""
+"""Steps after which a slot's length is decided."""
+
+LENGTH_BEHIND = 16
+"""Fixed tokens behind a slot that have a say in its length."""
 
 
 @dataclass
@@ -336,31 +340,40 @@ class LLM:
         return slot.at_most or 2 * grammar.shortest() + 8
 
     def _sheet(self, pieces: Template, widths: Mapping[str, int], options: Options) -> Sheet:
-        return lay_out(pieces, self.tokenizer, self.model.config, widths, options.seed or 0)
+        return lay_out(pieces, self.tokenizer, self.model.config, widths, options.seed or 0, is_short=options.early)
 
     def _find_width(
         self, pieces: Template, slot: Slot, widths: dict[str, int], prompt: str | Messages | None, options: Options
     ) -> int:
-        """The length at which the model is surest of the slot after a few steps: candidates are rows of one batch."""
+        """The length that agrees best with the rest, after a few steps in which all candidates are rows of one batch:
+        how unsure the model is of the slot's tokens, and how surprised at the fixed ones behind it, in nats a token."""
         sizes = candidates(min(slot.at_most or MOST, self.model.config.canvas_length))
-        if len(sizes) == 1:
-            return sizes[0]
-        sheets: list[tuple[Sheet, list[Span]]] = [
-            (self._sheet(pieces, widths | {slot.name: size}, options), []) for size in sizes
-        ]
-        entropies: dict[int, float] = {}
-        quick = replace(options, max_steps=LENGTH_STEPS, drafts=True)
-        place = next(n for n, p in enumerate(sheets[0][0].places) if p.slot.name == slot.name)
+        each = [self._sheet(pieces, widths | {slot.name: size}, options) for size in sizes]
+        sheets: list[tuple[Sheet, list[Span]]] = [(sheet, []) for sheet in each]
+        length, number = self.model.config.canvas_length, [p.slot.name for p in each[0].places].index(slot.name)
+        steps, scores = [0] * len(sizes), [math.inf] * len(sizes)
 
-        def look(event: Draft) -> None:
-            here = sheets[event.row][0].places[place]
-            first = event.canvas * self.model.config.canvas_length
-            inside = event.entropies[max(0, here.start - first) : max(0, here.start + here.width - first)]
-            if inside:
-                entropies[event.row] = sum(inside) / len(inside)
+        def look(rows: list[int], logits_BLV: Tensor) -> None:
+            for n, row in enumerate(rows):
+                place, first = each[row].places[number], steps[row] // LENGTH_STEPS * length
+                steps[row] += 1
+                end = place.start + place.width
+                behind = [p for p in range(end, end + LENGTH_BEHIND) if p in each[row].pins]
+                inside = [
+                    p - first for p in (*range(place.start, end), *behind) if 0 <= p - first < logits_BLV.shape[1]
+                ]
+                if not 0 <= place.start - first < length:
+                    continue
+                log_p = torch.log_softmax(logits_BLV[n, inside].float(), -1)
+                split = sum(p + first < end for p in inside)
+                unsure = -(log_p[:split].exp() * log_p[:split]).sum(-1).mean()
+                tokens = torch.tensor([each[row].pins[p + first] for p in inside[split:]], device=log_p.device)
+                surprise = -log_p[split:].gather(1, tokens[:, None]).mean() if len(tokens) else torch.tensor(0.0)
+                scores[row] = float(unsure) + float(surprise)
 
-        self._denoise(sheets, prompt, quick, look=look)
-        return sizes[min(entropies, key=lambda row: (entropies[row], row))]
+        quick = replace(options, max_steps=LENGTH_STEPS, confidence=0.0, early=False)
+        self._denoise(sheets, prompt, quick, look)
+        return sizes[min(range(len(sizes)), key=lambda row: (scores[row], row))]
 
     def _denoise(
         self,
@@ -368,21 +381,16 @@ class LLM:
         prompt: str | Messages | None,
         options: Options,
         inspect: Callable[[list[int], Tensor], None] | None = None,
-        look: Callable[[Draft], None] | None = None,
     ) -> list[Done]:
         """One row a sheet, to their ends."""
         ids = [self._template_prompt(prompt, sheet) for sheet, _ in sheets]
-        each = [
-            replace(options, max_tokens=sheet.length, min_tokens=sheet.length, stop=(), drafts=look is not None)
-            for sheet, _ in sheets
-        ]
+        plain = replace(options, stop=(), drafts=False)
+        each = [replace(plain, max_tokens=sheet.length, min_tokens=sheet.length) for sheet, _ in sheets]
         found: dict[int, Done] = {}
         pins, warm = [sheet.pins for sheet, _ in sheets], [sheet.warm for sheet, _ in sheets]
         for event in self.events(ids, each, pins, warm, [spans for _, spans in sheets], inspect):
             if isinstance(event, Done):
                 found[event.row] = event
-            elif isinstance(event, Draft) and look is not None:
-                look(event)
         return [found[row] for row in range(len(sheets))]
 
     def _template_prompt(self, prompt: str | Messages | None, sheet: Sheet) -> list[int]:

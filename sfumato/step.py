@@ -51,6 +51,7 @@ class Canvases:
     """Rows whose leading positions may settle before the rest."""
     settled_X: Tensor
     """How many have."""
+    eos_E: Tensor
     has_pins: bool
     """Whether any row ever has one."""
     has_early: bool
@@ -98,6 +99,7 @@ class Canvases:
                 room_X=torch.full((size,), length),
                 early_X=torch.tensor([*early, *[False] * (size - len(early))]),
                 settled_X=torch.zeros(size, dtype=torch.long),
+                eos_E=torch.tensor(config.eos_ids, dtype=torch.long),
                 has_pins=has_pins or any(early),
                 has_early=any(early),
             )
@@ -175,7 +177,7 @@ def step_(
         dice, noise_BL = _count(state, at_B, model)
     banned = None
     if bans:
-        banned = state.banned_XL[at_B], _eos(model)
+        banned = state.banned_XL[at_B], state.eos_E
     heat_B = state.heat_XS[at_B, old_B]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
@@ -203,7 +205,7 @@ def step_(
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     history_BHL = state.history_XHL[at_B]
     if state.has_early:
-        is_settled_B = _settle_(state, at_B, argmax_BL, entropy_BL, history_BHL, _eos(model))
+        is_settled_B = _settle_(state, at_B, argmax_BL, entropy_BL, history_BHL)
     else:
         is_settled_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
         is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
@@ -233,15 +235,13 @@ def step_(
     return encoded_BTD
 
 
-def _settle_(
-    state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, history_BHL: Tensor, eos_E: Tensor
-) -> Tensor:
+def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, history_BHL: Tensor) -> Tensor:
     """Which rows stand still and are sure. Of a row that may settle early only what can become its answer is asked:
     all up to its first end, and no more than its room; and its leading positions that stand still, each of them sure,
     are pinned from now on."""
     early_B, stability_B, bound_B = state.early_X[at_B], state.stability_X[at_B], state.confidence_X[at_B]
     position_L = torch.arange(argmax_BL.shape[1], device=argmax_BL.device)
-    is_end_BL = torch.isin(argmax_BL, eos_E)
+    is_end_BL = torch.isin(argmax_BL, state.eos_E)
     counts_BL = (is_end_BL.cumsum(-1) - is_end_BL.long() == 0) & (position_L < state.room_X[at_B, None])
     counts_BL |= ~early_B[:, None]
     mean_B = entropy_BL.masked_fill(~counts_BL, 0.0).sum(-1) / counts_BL.sum(-1)
@@ -263,10 +263,6 @@ def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tenso
     length, config = state.canvas_XL.shape[1], model.config
     uniform_BL = CountedDice.uniform(words_B5, length, stream=1)
     return {"uniform_BL": uniform_BL}, CountedDice.tokens(words_B5, length, config.vocab_size, stream=2)
-
-
-def _eos(model: Model) -> Tensor:
-    return torch.tensor(model.config.eos_ids, device=model.device)
 
 
 class Recorded:
