@@ -118,8 +118,6 @@ class Run:
         nothing: list[Any] = [{}] * len(prompts)
         self.pins, self.warm, self.spans = list(pins or nothing), list(warm or nothing), list(spans or nothing)
         self.inspect = inspect
-        self.length = self._canvas_length()
-        self._check_prompts()
         for what, given in ("pins", self.pins), ("warm starts", self.warm), ("spans", self.spans):
             if len(given) != len(prompts):
                 raise InputError(
@@ -129,6 +127,8 @@ class Run:
             raise InputError(
                 f"{len(prompts)} prompts came with a cache of {cache.batch} rows; give one for each prompt"
             )
+        self.length = self._canvas_length()
+        self._check_prompts()
         self._check_places()
         if dice is None:
             seeds = [o.seed or 0 for o in each]
@@ -505,13 +505,18 @@ class Run:
                 )
 
     def _canvas_length(self) -> int:
-        """The model's own, or less where all rows are early ones and none has room for so much."""
-        most = max(
-            (row.room or self.config.canvas_length) if row.options.early else self.config.canvas_length
-            for row in self.rows
-        )
-        last = max((position for pins in self.pins for position in pins), default=-1)
-        return min(self.config.canvas_length, -(-max(most, last + 1) // SHORT) * SHORT)
+        """The model's own, or less for early rows without room for so much: a length that follows from a row alone, so
+        that its text does not hang on its neighbours."""
+        whole, found = self.config.canvas_length, set()
+        for row, pins in zip(self.rows, self.pins, strict=True):
+            need = max(row.room or whole, max(pins, default=-1) + 1) if row.options.early else whole
+            found.add(min(whole, -(-need // SHORT) * SHORT))
+        if len(found) > 1:
+            raise InputError(
+                f"the rows need canvases of {' and '.join(map(str, sorted(found)))} positions; early rows of one run "
+                "take one length, run them apart"
+            )
+        return found.pop()
 
     def _check_places(self) -> None:
         for name, places in ("pin", self.pins), ("warm token", self.warm):
