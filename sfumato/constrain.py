@@ -64,7 +64,8 @@ _PLAIN = {
 _KEYWORDS = _ANNOTATIONS | _SCHEMA_LISTS | _SCHEMA_MAPS | _SCHEMAS | _PLAIN
 
 _CAPS = (32, 256)  # tokens that a search goes deep before it goes to its limit: most loops without an end cost no more
-_EFFORT, _EFFORT_IN_WALK = 3000, 500  # tokens that a search may try beyond its first way down
+_EFFORT, _EFFORT_IN_WALK = 100_000, 10_000  # tries of a token, about 2 µs each, beyond a search's first way down
+_MASK_TRIES = 50  # what a mask costs, in tries
 _WAY_OUT = 400  # hints tried to find a way out of free text
 _PIECES = 200  # words and marks taken from a pattern
 _HINTS = 16
@@ -399,6 +400,11 @@ class _Words:
 _MADE: WeakKeyDictionary[Tokenizer, dict[tuple[int, ...], _Words]] = WeakKeyDictionary()
 
 
+@dataclass
+class _Effort:
+    left: int
+
+
 class _Search:
     """Looks for short texts of one grammar. `hints` are tokens that its source speaks of, and a few for whole classes:
     where nearly everything is allowed, the way on is likely to be made of them. In JSON a quote ends a string."""
@@ -422,24 +428,24 @@ class _Search:
     def completion(self, matcher: LLMatcher, limit: int, wanted: int, effort: int) -> list[int] | None:
         """At most `limit` tokens that complete the text: the first found of at most `wanted`, else the shortest found.
 
-        None where nothing was found, which does not prove that there is nothing. `effort` is the number of tokens tried
-        beyond the first way down.
+        None where nothing was found, which does not prove that there is nothing. `effort` is the number of tries of a
+        token that it may take beyond the first way down.
         """
         for cap in sorted({min(limit, first) for first in (*_CAPS, limit)}):
-            if (found := self._search(matcher, cap, wanted, effort)) is not None:
+            if (found := self._search(matcher, cap, wanted, _Effort(effort))) is not None:
                 return found
         return None
 
-    def _search(self, matcher: LLMatcher, cap: int, wanted: int, effort: int) -> list[int] | None:
+    def _search(self, matcher: LLMatcher, cap: int, wanted: int, effort: _Effort) -> list[int] | None:
         """A greedy way down; then other choices on it, the first first, and then on the ways these led to. A shorter
         way takes the place of the best."""
         best: list[int] | None = None
-        way, choices, is_complete = self._descend(matcher.deep_copy(), [], cap)
+        way, choices, is_complete = self._descend(matcher.deep_copy(), [], cap, effort)
         if is_complete:
             best = way
         open_ = [(0, at, 0, way, choices) for at in choices]  # (other choices made, where to make the next, …): a heap
         tried: set[tuple[int, ...]] = set()
-        while open_ and effort > 0 and (best is None or len(best) > wanted):
+        while open_ and effort.left > 0 and (best is None or len(best) > wanted):
             turns, at, _, way, choices = heapq.heappop(open_)
             most = cap if best is None else len(best) - 1
             if at >= most:
@@ -447,25 +453,27 @@ class _Search:
             before = way[:at]
             state = matcher.deep_copy()
             state.try_consume_tokens(before)
-            effort -= 1
+            effort.left -= _MASK_TRIES
             for token in self._alternatives(state):
                 key = (*before, token)
                 branch = state.deep_copy()
                 if key in tried or branch.try_consume_tokens([token]) != 1:
                     continue
                 tried.add(key)
-                new, new_choices, is_complete = self._descend(branch, list(key), most)
-                effort -= len(new) - at
+                new, new_choices, is_complete = self._descend(branch, list(key), most, effort)
                 if is_complete:
                     best = new
                     choices = [other for other in choices if other <= at] + new_choices
-                    open_ = [(0, other, 0, new, choices) for other in choices]
+                    for other in choices:
+                        heapq.heappush(open_, (0, other, len(tried), new, choices))
                     break
                 for other in new_choices:
                     heapq.heappush(open_, (turns + 1, other, len(tried), new, new_choices))
         return best
 
-    def _descend(self, matcher: LLMatcher, before: list[int], cap: int) -> tuple[list[int], list[int], bool]:
+    def _descend(
+        self, matcher: LLMatcher, before: list[int], cap: int, effort: _Effort
+    ) -> tuple[list[int], list[int], bool]:
         """From the state behind `before`: end where the text may end; else what is forced, else what closes, else the
         way out of free text, else the same word again or the worthiest. Returns all tokens, the positions with a
         choice, and whether the text is complete."""
@@ -482,16 +490,18 @@ class _Search:
                 tokens += forced
                 continue
             choices.append(len(tokens))
+            effort.left -= 10
             is_free = words.is_free(matcher)
             closers = self._quotes if is_free else self._quotes + words.brackets
             token = next((t for t in (*closers, *again) if matcher.try_consume_tokens([t])), None)
             if token is not None:
                 tokens.append(token)
                 again = again if [token] == again else []
-            elif is_free and not again and (out := self._way_out(matcher)):
+            elif is_free and not again and (out := self._way_out(matcher, effort)):
                 matcher.try_consume_tokens(out)
                 tokens += out
             else:
+                effort.left -= _MASK_TRIES
                 worth = words.worth * words.mask(words.bits(matcher.deep_copy()))
                 token = int(worth.argmax())
                 if not worth[token] or not matcher.try_consume_tokens([token]):
@@ -500,7 +510,7 @@ class _Search:
                 again = [token] if is_free else []
         return tokens, choices, len(tokens) <= cap
 
-    def _way_out(self, matcher: LLMatcher) -> list[int]:
+    def _way_out(self, matcher: LLMatcher, effort: _Effort) -> list[int]:
         """Tokens that lead from free text to its end, its quote or what is not free: the fewest hints, else along the
         source, with a letter, a digit or a capital where its next piece may not come. [] if neither leads there."""
         level: list[tuple[LLMatcher, list[int]]] = [(matcher, [])]
@@ -510,6 +520,7 @@ class _Search:
             for state, tokens in level:
                 for hint in self._hints:
                     left -= 1
+                    effort.left -= 1
                     new = state.deep_copy()
                     if new.try_consume_tokens([hint]):
                         if self._is_out(new):
@@ -518,6 +529,7 @@ class _Search:
             level = below
         state, way = matcher.deep_copy(), []
         for piece in self._source:
+            effort.left -= 2
             for tokens in (piece, *([hint, *piece] for hint in self._hints[:3])):
                 if state.validate_tokens(tokens) == len(tokens):
                     state.try_consume_tokens(tokens)

@@ -180,8 +180,8 @@ def lay_out(
 ) -> Sheet:
     """Lay out a template (checked: see `check_template`) with these widths of slots that have none of their own.
 
-    A template that ends on its last canvas is followed by ends, unless it `is_open_ended`: to the end of that canvas, or
-    of a short one. The share of a warm text that starts as noise follows from `seed`."""
+    A template that ends on its last canvas is followed by ends, unless it `is_open_ended`: up to the end of that canvas
+    or of a short one. The share of a warm text that starts as noise follows from `seed`."""
     pieces = list(template)
     tokens: list[int | None] = []
     warm: dict[int, int] = {}

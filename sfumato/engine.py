@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -128,6 +128,9 @@ class Run:
                 f"{len(prompts)} prompts came with a cache of {cache.batch} rows; give one for each prompt"
             )
         self.length = self._canvas_length()
+        for row in self.rows:
+            if row.options.short:  # a step accepts one position at least, so more steps than positions are no use
+                row.rules = replace(row.rules, max_steps=min(row.rules.max_steps, self.length))
         self._check_prompts()
         self._check_places()
         if dice is None:
@@ -505,15 +508,15 @@ class Run:
                 )
 
     def _canvas_length(self) -> int:
-        """The model's own, or less for early rows without room for so much: a length that follows from a row alone, so
+        """The model's own, or less for short rows without room for so much: a length that follows from a row alone, so
         that its text does not hang on its neighbours."""
         whole, found = self.config.canvas_length, set()
         for row, pins in zip(self.rows, self.pins, strict=True):
-            need = max(row.room or whole, max(pins, default=-1) + 1) if row.options.early else whole
+            need = max(row.room or whole, max(pins, default=-1) + 1) if row.options.short else whole
             found.add(min(whole, -(-need // SHORT) * SHORT))
         if len(found) > 1:
             raise InputError(
-                f"the rows need canvases of {' and '.join(map(str, sorted(found)))} positions; early rows of one run "
+                f"the rows need canvases of {' and '.join(map(str, sorted(found)))} positions; short rows of one run "
                 "take one length, run them apart"
             )
         return found.pop()

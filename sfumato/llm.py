@@ -340,7 +340,7 @@ class LLM:
         return slot.at_most or 2 * grammar.shortest() + 8
 
     def _sheet(self, pieces: Template, widths: Mapping[str, int], options: Options) -> Sheet:
-        return lay_out(pieces, self.tokenizer, self.model.config, widths, options.seed or 0, is_short=options.early)
+        return lay_out(pieces, self.tokenizer, self.model.config, widths, options.seed or 0, is_short=options.short)
 
     def _find_width(
         self, pieces: Template, slot: Slot, widths: dict[str, int], prompt: str | Messages | None, options: Options
@@ -371,7 +371,7 @@ class LLM:
                 surprise = -log_p[split:].gather(1, tokens[:, None]).mean() if len(tokens) else torch.tensor(0.0)
                 scores[row] = float(unsure) + float(surprise)
 
-        quick = replace(options, max_steps=LENGTH_STEPS, confidence=0.0, early=False)
+        quick = replace(options, max_steps=LENGTH_STEPS, confidence=0.0, early=False, short=False)
         self._denoise(sheets, prompt, quick, look)
         return sizes[min(range(len(sizes)), key=lambda row: (scores[row], row))]
 

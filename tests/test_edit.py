@@ -110,7 +110,7 @@ def test_what_does_not_fit_before_the_slot_goes_into_the_cache(llm: LLM) -> None
 def test_a_short_canvas_has_ends_up_to_a_multiple_of_sixteen(llm: LLM) -> None:
     sheet = layout(llm, ["12", Slot(length=2), "34"], is_short=True)
     assert max(sheet.pins) == 15
-    early = llm.fill(["12", Slot("x", length=2), "34"], options=Options(seed=1, early=True, max_steps=3))
+    early = llm.fill(["12", Slot("x", length=2), "34"], options=Options(seed=1, short=True, max_steps=3))
     assert early.text.startswith("12") and early.text.endswith("34")
 
 

@@ -22,6 +22,10 @@ from sfumato.events import InputError, SfumatoError
 COMMANDS = {
     "generate": ("sfumato.cli.generate", "Continue a text, or answer one prompt."),
     "chat": ("sfumato.cli.chat", "Talk with the model in the terminal."),
+    "infill": ("sfumato.cli.infill", "Write what is missing at one place of a file."),
+    "edit": ("sfumato.cli.edit", "Rewrite a file, or spans of it; prints the diff."),
+    "fill": ("sfumato.cli.fill", "Write the slots of a template, all together."),
+    "decide": ("sfumato.cli.decide", "Choose between given answers, with probabilities."),
     "sudoku": ("sfumato.cli.sudoku", "Solve Sudoku on a canvas, and check the answer."),
     "info": ("sfumato.cli.info", "What a model holds, needs, and could reach at best. Works without weights."),
     "bench": ("sfumato.cli.bench", "Time every part of a step, beside what this machine can do at all."),

@@ -25,6 +25,10 @@ def command(
     seed: opt.Seed = None,
     mode: opt.Mode = "diffusion",
     thinking: opt.Thinking = False,
+    schema: opt.Schema = None,
+    regex: opt.Regex = None,
+    choice: opt.Choice = None,
+    early: opt.Early = False,
     set_: opt.Set = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
@@ -36,8 +40,11 @@ def command(
     """Answer one message. On a terminal the canvas denoises before your eyes; piped, only the text comes out.
 
     Example: sfumato generate "Why is the sky blue?" -m google/diffusiongemma-26B-A4B-it --seed 1
+
+    Example: sfumato generate "Is a whale a fish?" --choice yes --choice no
     """
-    options = opt.build(set_, max_tokens=max_tokens, seed=seed, mode=mode, thinking=thinking)
+    given = {"max_tokens": max_tokens, "seed": seed, "mode": mode, "thinking": thinking, "early": early}
+    options = opt.build(set_, **given, schema=schema, regex=regex, choices=choice or None)
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             raise InputError("there is no text; give it as an argument or pipe it in")

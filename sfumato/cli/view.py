@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,6 +20,8 @@ SMOKE = ("#ffffff", "#e4e0d4", "#c9b58c", "#a9854f", "#7d6a6a", "#5f5a73", "#474
 """From certain to undecided: ivory, ochre, smoke."""
 CLUE = "#6fb3a7"
 """What was given and stays: no shade of the scale above."""
+WRITTEN = f"bold #1d1a16 on {SMOKE[2]}"
+"""What was written into a text: its own ground, so that spaces and empty lines are seen."""
 _LEVELS = (0.005, 0.05, 0.2, 0.6, 1.2, 2.4)
 
 
@@ -85,3 +88,53 @@ def summary(usage: Usage, seconds: float) -> str:
         f"{usage.tokens} tokens in {usage.steps} steps{canvases}, {seconds:.2f} s, "
         f"{usage.tokens_per_pass:.1f} tokens per pass, {speed:.0f} tokens/s (prompt {usage.prompt_tokens} tokens{kept})"
     )
+
+
+def working(word: str) -> AbstractContextManager[object]:
+    """A spinner on a terminal's stderr while a command works without drafts; nothing elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    return console.status(Text(f"{word} …", style="dim")) if console.is_terminal else nullcontext()
+
+
+# ---- texts of others -------------------------------------------------------------------------------------------------
+
+_PICTURES = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+NEAR_LINES, NEAR = 3, 400
+"""Lines and characters at most that are shown on either side of what was written."""
+
+
+def visible(text: str, style: str = "") -> Text:
+    """A text for the screen: a control character, which might command the terminal, is shown as its picture."""
+    return Text(text.replace("\r\n", "\n").translate(_PICTURES), style=style)
+
+
+def around(before: str, middle: str, after: str) -> Text:
+    """What was written, marked, within a few lines of what stands around it."""
+    above, below = before.split("\n"), after.split("\n")
+    head = "\n".join(above[-NEAR_LINES - 1 :])[-NEAR:]
+    tail = "\n".join(below[: NEAR_LINES + 1])[:NEAR]
+    text = Text("…\n" if head != before and before.endswith("\n" + head) else "…" if head != before else "", "dim")
+    rest = after[len(tail) :]
+    end = tail.removesuffix("\r") if rest.startswith("\n") else tail.removesuffix("\n").removesuffix("\r")
+    text = Text.assemble(text, visible(head), visible(middle, WRITTEN), visible(end))
+    if rest.strip("\r\n"):
+        text.append("\n…" if rest.startswith("\n") else "…", style="dim")
+    return text
+
+
+def diff_text(diff: str) -> Text:
+    """A unified diff, coloured; a carriage return that comes or goes is seen."""
+    text = Text()
+    for number, line in enumerate(diff.split("\n")[:-1]):
+        if number < 2:  # the two names
+            text.append_text(visible(line, "bold"))
+        elif line.startswith("@@"):
+            text.append_text(visible(line, "cyan"))
+        elif line.startswith(("+", "-")):
+            text.append_text(visible(line, "green" if line[0] == "+" else "red"))
+        else:
+            text.append_text(visible(line.removesuffix("\r"), "dim"))
+        text.append("\n")
+    return text
