@@ -286,11 +286,53 @@ def gpu(record: Record) -> str:
     return "\n\n".join(texts)
 
 
+def early(record: Record) -> str:
+    from benchmarks.early import HEAD, lines
+
+    text = table(HEAD, lines(record))
+    return text + "\n\nRight: of whole puzzles, those that are solved; of budgets below a canvas, the cells."
+
+
+def pins(record: Record) -> str:
+    lines = [
+        [f"{row['holes']} holes in solved grids", str(row["grids"]), f"{row['solved']:.1%}", f"{row['steps']:.2f}"]
+        for row in record["holes"]
+    ]
+    for band, row in record["beside"].items():
+        lines += [
+            [
+                f"{band} puzzles, through {name}",
+                str(row["puzzles"]),
+                f"{row[f'{way}_solved']:.1%}",
+                f"{row[f'{way}_steps']:.2f}",
+            ]
+            for way, name in (("template", "a template"), ("command", "`sfumato sudoku`"))
+        ]
+    return table(["nano, what is not a hole is pinned", "grids", "solved", "steps"], lines)
+
+
+def constrain(record: Record) -> str:
+    head = [
+        f"a grammar on {record['positions']} positions, {record['vocabulary']:,} words",
+        "mean a step",
+        "worst",
+        "masks a step",
+    ]
+    lines = [
+        [row["case"], duration(row["mean_seconds"]), duration(row["worst_seconds"]), f"{row['masks']:.1f}"]
+        for row in record["rows"]
+    ]
+    return table(head, lines)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "peers": ("Beside transformers", peers),
     "step": ("A step", step),
     "request": ("Whole answers", request),
     "nano": ("nano", nano),
+    "pins": ("The more is given, the fewer steps", pins),
+    "early answers": ("Answers that arrive early", early),
+    "constrain": ("Grammars", constrain),
     "ops": ("Operations", ops),
     "gpu": ("On a GPU", gpu),
     "predicted": ("Predicted for an H200", predicted),

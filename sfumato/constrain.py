@@ -231,6 +231,9 @@ class Guide:
                         token, end = None, j
                 elif place.is_accepting:
                     end = j
+                elif self._fits(j) and place.completion:  # every other token leads too far
+                    token = place.completion[0]
+                    forced.append(j)
             if token is not None:
                 self._take(j, token)
                 is_settled.append(is_settled[j] and is_sure_here)
@@ -662,6 +665,11 @@ def _no_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON's")
 
 
+def _step(name: Any) -> str:
+    """One step of a JSON pointer."""
+    return str(name).replace("~", "~0").replace("/", "~1")
+
+
 def _checked(schema: Any, pointer: str, patterns: list[str]) -> Any:
     """The schema and all within, its `$schema` and `$id` left out where they would be looked up; InputError for what
     llguidance would ignore or fetch. `pointer` is where it stands, as a JSON pointer; `patterns`
@@ -672,7 +680,7 @@ def _checked(schema: Any, pointer: str, patterns: list[str]) -> Any:
         raise InputError(f"a schema is an object, true or false; at {pointer} stands {repr(schema)[:80]}")
     kept: dict[str, Any] = {}
     for word, value in schema.items():
-        here = f"{pointer}/{str(word).replace('~', '~0').replace('/', '~1')}"
+        here = f"{pointer}/{_step(word)}"
         if word not in _KEYWORDS:
             raise InputError(f"the schema keyword {str(word)[:80]!r} at {here[:300]} is not supported; leave it out")
         if word in _SCHEMA_LISTS or (word == "items" and isinstance(value, list)):
@@ -682,7 +690,7 @@ def _checked(schema: Any, pointer: str, patterns: list[str]) -> Any:
         elif word in _SCHEMA_MAPS:
             if not isinstance(value, dict):
                 raise InputError(f"{word} at {here} is an object of schemas, not {repr(value)[:80]}")
-            value = {name: _checked(inner, f"{here}/{name}", patterns) for name, inner in value.items()}
+            value = {name: _checked(inner, f"{here}/{_step(name)}", patterns) for name, inner in value.items()}
         elif word in _SCHEMAS:
             value = _checked(value, here, patterns)
         elif word == "format" and value not in FORMATS:

@@ -62,6 +62,8 @@ class Slot:
             raise InputError(f"slot {self.name!r} has a length and at_most; give one of them")
         if not isinstance(self.name, str) or not isinstance(self.text, str | None):
             raise InputError(f"name and text of slot {self.name!r} must be text")
+        if self.text == "":
+            raise InputError(f"the text of slot {self.name!r} is empty; leave it out, and give a length if it has one")
         if (
             isinstance(self.strength, bool)
             or not isinstance(self.strength, (int, float))
@@ -93,7 +95,7 @@ def read_template(text: str) -> list[str | Slot]:
     """A template from JSON: a list of strings and of objects, each a slot with the fields of `Slot`."""
     try:
         pieces = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the template is not JSON: {error}") from None
     if not isinstance(pieces, list):
         raise InputError('a template is a list of texts and slots, such as ["Name: ", {"name": "name"}]')

@@ -87,7 +87,8 @@ class Run:
     Options left open (None) take the released model's defaults: callers with a checkpoint's own fill them in before.
     `pins` maps, for each row, positions of the answer to tokens that stay fixed there; `warm` positions to tokens that
     their canvas starts from instead of noise; `spans` keep positions to a grammar. `inspect` is shown every read-out:
-    (rows, logits [B, L, V]). `cache` continues from earlier work: row i of it must hold exactly the first
+    (rows, logits [B, L, V]). `banned` are tokens that may not stand, as ends may not, among the first `min_tokens`
+    positions. `cache` continues from earlier work: row i of it must hold exactly the first
     cache.lengths[i] tokens of prompt i, and not all of them.
     `record` (default: on a CUDA device) replays steps as CUDA graphs; `lag` (default: 1 there, else 0) is how many
     steps late the host asks which rows have stopped. Neither changes an answer; a late question costs a canvas up to
@@ -104,6 +105,7 @@ class Run:
         warm: Sequence[Mapping[int, int]] | None = None,
         spans: Sequence[Sequence[Span]] | None = None,
         inspect: Callable[[list[int], Tensor], None] | None = None,
+        banned: Sequence[int] = (),
         watch: Watch | None = None,
         cache: KVCache | None = None,
         chunk: int = PREFILL_CHUNK,
@@ -117,7 +119,7 @@ class Run:
         self.rows = [Row(list(p), o, Rules.of(o)) for p, o in zip(prompts, each, strict=True)]
         nothing: list[Any] = [{}] * len(prompts)
         self.pins, self.warm, self.spans = list(pins or nothing), list(warm or nothing), list(spans or nothing)
-        self.inspect = inspect
+        self.inspect, self.banned = inspect, banned
         for what, given in ("pins", self.pins), ("warm starts", self.warm), ("spans", self.spans):
             if len(given) != len(prompts):
                 raise InputError(
@@ -259,7 +261,7 @@ class Run:
         if isinstance(dice, CountedDice):
             seeds, requests = list(dice.seeds), list(dice.requests)
         rules, early = [row.rules for row in self.rows], [row.options.early for row in self.rows]
-        return Canvases.allocate(self.model, rules, seeds, requests, self.length, early, any(self.pins))
+        return Canvases.allocate(self.model, rules, seeds, requests, self.length, early, self.banned, any(self.pins))
 
     def _begin(self, rows: list[int]) -> None:
         """Give rows a fresh canvas of noise, pins in place."""

@@ -161,8 +161,9 @@ class LLM:
         warm: Sequence[Mapping[int, int]] | None = None,
         spans: Sequence[Sequence[Span]] | None = None,
         inspect: Callable[[list[int], Tensor], None] | None = None,
+        banned: Sequence[int] = (),
     ) -> Iterator[Event]:
-        """Events with text for a batch of prompts (token ids). `pins`, `warm`, `spans`, `inspect`: see `engine.Run`."""
+        """Events with text for a batch of prompts (token ids). The rest: see `engine.Run`."""
         each = [options] * len(prompts) if isinstance(options, Options) else list(options)
         each = [self._complete_options(o) for o in each]
         if spans is None and any(o.constraint for o in each):
@@ -176,6 +177,7 @@ class LLM:
             warm=warm,
             spans=spans,
             inspect=inspect,
+            banned=banned,
             watch=lambda row, tokens: readers[row].push(tokens),
             cache=self._continue(prompts),
         )
@@ -388,7 +390,15 @@ class LLM:
         each = [replace(plain, max_tokens=sheet.length, min_tokens=sheet.length) for sheet, _ in sheets]
         found: dict[int, Done] = {}
         pins, warm = [sheet.pins for sheet, _ in sheets], [sheet.warm for sheet, _ in sheets]
-        for event in self.events(ids, each, pins, warm, [spans for _, spans in sheets], inspect):
+        canvas, most = self.model.config.canvas_length, self.model.config.max_position
+        for tokens, (sheet, _) in zip(ids, sheets, strict=True):
+            if len(tokens) + -(-sheet.length // canvas) * canvas > most:
+                raise CapacityError(
+                    f"the template takes {sheet.length} positions behind {len(tokens)} tokens, beyond the context of {most}; "
+                    "shorten its slots or the text before them"
+                )
+        control = sorted(self.tokenizer.special_ids)  # a slot is text
+        for event in self.events(ids, each, pins, warm, [spans for _, spans in sheets], inspect, control):
             if isinstance(event, Done):
                 found[event.row] = event
         return [found[row] for row in range(len(sheets))]

@@ -36,7 +36,7 @@ class Canvases:
     """Steps taken on this canvas."""
     is_done_X: Tensor
     banned_XL: Tensor
-    """Positions that may not end the answer (`min_tokens`)."""
+    """Positions that may not end the answer (`min_tokens`), nor take what else is banned there."""
     words_X4: Tensor
     """Seed (low, high), request and canvas: what the dice are counted from, beside the step."""
     heat_XS: Tensor
@@ -52,6 +52,8 @@ class Canvases:
     settled_X: Tensor
     """How many have."""
     eos_E: Tensor
+    banned_E: Tensor
+    """Tokens that banned positions may not take."""
     has_pins: bool
     """Whether any row ever has one."""
     has_early: bool
@@ -65,6 +67,7 @@ class Canvases:
         requests: Sequence[int],
         length: int | None = None,
         early: Sequence[bool] = (),
+        banned: Sequence[int] = (),
         has_pins: bool = False,
     ) -> Canvases:
         """One row for each of these rules, and the scratch row. `length` None: the model's own."""
@@ -100,6 +103,7 @@ class Canvases:
                 early_X=torch.tensor([*early, *[False] * (size - len(early))]),
                 settled_X=torch.zeros(size, dtype=torch.long),
                 eos_E=torch.tensor(config.eos_ids, dtype=torch.long),
+                banned_E=torch.tensor(sorted({*config.eos_ids, *banned}), dtype=torch.long),
                 has_pins=has_pins or any(early),
                 has_early=any(early),
             )
@@ -164,7 +168,7 @@ def step_(
 
     `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
     `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
-    them they are counted from the state's own words. `bans`: some row may not end yet. `project` asks the host."""
+    them they are counted from the state's own words. `bans`: some position is banned from some tokens. `project` asks the host."""
     canvas_BL, old_B = state.canvas_XL[at_B], state.step_X[at_B]
     # 1. One pass over the canvases; what waits to be encoded comes along.
     encoded_BTD = None
@@ -177,7 +181,7 @@ def step_(
         dice, noise_BL = _count(state, at_B, model)
     banned = None
     if bans:
-        banned = state.banned_XL[at_B], state.eos_E
+        banned = state.banned_XL[at_B], state.banned_E
     heat_B = state.heat_XS[at_B, old_B]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)

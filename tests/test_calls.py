@@ -175,7 +175,7 @@ def test_text_stays_possible() -> None:
     for seed in range(5):
         ids = walk(grammar, seed, 40, calling=0)
         assert ids and NANO.special_ids.isdisjoint(ids)
-    for text in ("", "<|channel>", "words<|channel>thought", "<|tool_call>call:f{}<tool_call|>words", "<|\"|>a<|\"|>"):
+    for text in ("", "<|channel>", "words<|channel>thought", "<|tool_call>call:f{}<tool_call|>words", '<|"|>a<|"|>'):
         assert not says(grammar, text)
 
 
@@ -211,18 +211,30 @@ def test_numbers_between_bounds() -> None:
         low, high = sorted(rng.choice([rng.randint(-1200, 1200), round(rng.uniform(-20, 20), 3)]) for _ in range(2))
         low_is_strict, high_is_strict = rng.random() < 0.5, rng.random() < 0.5
         bounds = (Decimal(str(low)), low_is_strict), (Decimal(str(high)), high_is_strict)
-        above, below = calls._between(*bounds), calls._between((-bounds[1][0], high_is_strict), (-bounds[0][0], low_is_strict))
-        near = [Decimal(n) + Decimal(d) / 1000 for n in (str(low), str(high), "0") for d in (-1000, -10, -1, 0, 1, 10, 1000)]
-        for number in (*near, *(Decimal(str(rng.choice([rng.randint(-1500, 1500), rng.uniform(-30, 30)]))) for _ in range(20))):
+        above, below = (
+            calls._between(*bounds),
+            calls._between((-bounds[1][0], high_is_strict), (-bounds[0][0], low_is_strict)),
+        )
+        near = [
+            Decimal(n) + Decimal(d) / 1000 for n in (str(low), str(high), "0") for d in (-1000, -10, -1, 0, 1, 10, 1000)
+        ]
+        for number in (
+            *near,
+            *(Decimal(str(rng.choice([rng.randint(-1500, 1500), rng.uniform(-30, 30)]))) for _ in range(20)),
+        ):
             text = f"{abs(number):f}"
             found = below if number < 0 else above
             is_in = found is not None and all(
                 re.fullmatch(part.strip("/"), text) for part in found.split(" & ") if part
             )
-            assert is_in == (
-                (number > low if low_is_strict else number >= bounds[0][0])
-                and (number < high if high_is_strict else number <= bounds[1][0])
-            ) or number == 0, (low, high, low_is_strict, high_is_strict, number)
+            assert (
+                is_in
+                == (
+                    (number > low if low_is_strict else number >= bounds[0][0])
+                    and (number < high if high_is_strict else number <= bounds[1][0])
+                )
+                or number == 0
+            ), (low, high, low_is_strict, high_is_strict, number)
 
 
 @pytest.mark.parametrize(

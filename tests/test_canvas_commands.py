@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -349,6 +349,7 @@ def test_the_likeliest_choice_stands_first():
     assert lines[0].startswith("q") and "█" * 18 + "·" * 6 in lines[0]
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1))
 def test_a_bar_is_always_as_wide(p: float):
     assert len(decide.bar(p).plain) == decide.BAR
@@ -414,6 +415,7 @@ def test_generate_obeys_choice_regex_and_schema(sfumato, put):
     ("arguments", "words"),
     [
         (["--schema", "{"], "--schema is not JSON"),
+        (["--schema", ""], "schema is empty"),
         (["--schema", "s.json"], "s.json holds [1]; a schema is an object"),
         (["--schema", "none.json"], "cannot read none.json"),
         (["--schema", "{}", "--regex", "a"], "schema and regex are given together"),
@@ -442,11 +444,13 @@ def test_constraints_from_pairs():
 # ---- bytes and places ------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(texts.filter(lambda held: "\0" not in held))
 def test_bytes_go_in_and_come_out(held: str):
     assert text.decode(held.encode(), "it").encode() == held.encode()
 
 
+@settings(deadline=None)
 @given(texts, texts, texts.filter(bool))
 def test_a_marker_cuts_and_every_other_byte_stays(before: str, after: str, marker: str):
     whole = before + marker + after
@@ -457,6 +461,7 @@ def test_a_marker_cuts_and_every_other_byte_stays(before: str, after: str, marke
         assert text.cut(whole, None, marker, "it") == (before, after)
 
 
+@settings(deadline=None)
 @given(texts, st.data())
 def test_a_place_cuts_and_every_byte_stays(held: str, data):
     lines = held.split("\n")
@@ -470,6 +475,7 @@ def test_a_place_cuts_and_every_byte_stays(held: str, data):
     assert before.count("\n") == line - 1 and after.startswith(shown[column - 1 :])
 
 
+@settings(deadline=None)
 @given(texts, texts)
 def test_a_place_is_in_the_text_or_an_error(held: str, place: str):
     for given_ in (place, f"{len(place)}:{len(held) % 5}"):
@@ -479,6 +485,7 @@ def test_a_place_is_in_the_text_or_an_error(held: str, place: str):
             assert "--at" in str(error)
 
 
+@settings(deadline=None)
 @given(texts, st.lists(st.tuples(*[st.integers(1, 4)] * 4), min_size=1, max_size=4))
 def test_spans_are_sorted_apart_and_hold_something(held: str, places):
     try:
@@ -509,6 +516,7 @@ def test_a_write_that_fails_leaves_the_file_and_nothing_beside(put, monkeypatch)
     assert Path("a.txt").read_text() == "old" and os.listdir() == ["a.txt"]
 
 
+@settings(deadline=None)
 @given(texts, texts, texts)
 def test_the_screen_gets_no_control_character(before: str, middle: str, after: str):
     for shown in (view.around(before, middle, after), view.diff_text(Edited(before, after, Usage(), 0).diff())):

@@ -346,7 +346,7 @@ def test_what_is_known_of_a_position_is_kept_for_the_next_step() -> None:
     guide.walk(wrong, [True] * 99, pick, BOUND)
     assert guide.masks == 7
 
-    other = wrong[: free[4]] + [right[free[1]]] + wrong[free[4] + 1 :]  # a new path from there on
+    other = [*wrong[: free[4]], right[free[1]], *wrong[free[4] + 1 :]]  # a new path from there on
     guide.walk(other, [True] * 99, lambda j, mask: (int(mask.argmax()), 0.0), BOUND)
     assert guide.masks > 7
 

@@ -238,7 +238,10 @@ def test_a_decision_reads_a_cell_that_only_one_digit_fits(llm: LLM) -> None:
         (lambda llm: llm.decide("x", {"a": ["b"]}), "two or more different"),
         (lambda llm: llm.decide("x", {"a": ["b", "b"]}), "two or more different"),
         (lambda llm: llm.fill([Slot(regex="[0-9]{40}", at_most=3)]), "room"),
-        (lambda llm: llm.fill(["1" * 5000, Slot(length=1)]), "context"),
+        (lambda llm: llm.fill(["1" * 5000, Slot(length=1)]), "beyond the context of 4096; shorten"),
+        (lambda llm: llm.fill([Slot(length=5000), "x"]), "the template takes"),
+        (lambda llm: Slot(text=""), "the text of slot '' is empty"),
+        (lambda llm: read_template("[" + "9" * 5000 + "]"), "the template is not JSON"),
         (lambda llm: read_template("{}"), "a list of texts and slots"),
         (lambda llm: read_template("["), "not JSON"),
         (lambda llm: read_template('[{"size": 3}]'), "piece 1 of the template has 'size'; a slot has"),
@@ -263,6 +266,12 @@ def test_a_template_from_json_is_the_template(llm: LLM) -> None:
     assert read_template(text) == ["a ", Slot("x", length=2), Slot("y", choices=("b", "c"))]
     filled = llm.fill(read_template(text), options=ONE)
     assert filled.values["y"] in ("b", "c") and filled.text == "a " + filled.values["x"] + filled.values["y"]
+
+
+def test_a_slot_is_text_and_never_a_control_token(llm: LLM) -> None:
+    for seed in range(6):
+        filled = llm.fill(["a", Slot("x", length=6), "b"], options=Options(seed=seed, max_steps=2))
+        assert filled.lengths["x"] == 6 and len(filled.values["x"]) >= 1
 
 
 def test_spans_become_warm_slots() -> None:

@@ -1,17 +1,23 @@
-"""examples/ with nano: each runs, and keeps its form. What nano writes means nothing and is not looked at."""
+"""examples/, and the code of docs/canvas.md, with nano: each runs, and keeps its form. What nano writes means nothing
+and is not looked at."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from jsonschema import validate
 
+from sfumato.edit import read_template
+
 pytest.importorskip("llguidance")
-FOLDER = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "examples"
 
 
 def example(name: str) -> ModuleType:
@@ -68,3 +74,13 @@ def test_decide_gives_a_choice_to_every_question(capsys):
 def test_each_is_short_and_says_how_it_is_run(path: Path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 60 and f"python examples/{path.name} [MODEL]" in text
+
+
+def test_the_page_runs_as_it_stands(capsys):
+    page = (ROOT / "docs" / "canvas.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    (as_json,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert read_template(as_json) == names["template"]
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert pictures and all((ROOT / "docs" / name).stat().st_size < 100_000 for name in pictures)

@@ -23,6 +23,7 @@ ROWS = [
     {"config", "ops", "sudoku"},
     {"cache", "diffusion", "tokenizer"},
     {"model", "chat", "constrain"},
+    {"calls"},
     {"quant", "adapters"},
     {"interop"},
     {"step"},

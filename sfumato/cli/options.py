@@ -59,6 +59,8 @@ def build_free(pairs: list[str] | None, seed: int | None) -> Options:
 
 def read_schema(given: str) -> dict[str, Any] | bool:
     """A JSON Schema from text that begins with a brace, else from the file of that name."""
+    if not given.strip():
+        raise InputError("schema is empty; give JSON that begins with a brace, or a file's name")
     is_json = given.lstrip().startswith("{")
     name = "--schema" if is_json else given
     schema = read_json(given if is_json else texts.read(given), name)
