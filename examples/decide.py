@@ -24,7 +24,7 @@ QUESTIONS = {
 
 
 def main(arguments: list[str]) -> None:
-    llm = LLM.load(*arguments[:1])
+    llm = LLM.load(arguments[0] if arguments else "nano")
     for text in TEXTS:
         message = {"role": "user", "content": f"Classify this message.\n\n{text}"}
         found = llm.decide([message], QUESTIONS, options=Options(seed=0))

@@ -27,7 +27,7 @@ SCHEMA = {
 
 
 def main(arguments: list[str]) -> None:
-    llm = LLM.load(*arguments[:1])
+    llm = LLM.load(arguments[0] if arguments else "nano")
     message = {"role": "user", "content": f"Extract the record.\n\n{TEXT}"}
     answer = llm.chat([message], options=Options(schema=SCHEMA, max_tokens=160, seed=0))
     record = json.loads(answer.text)  # complete: whatever the model begins is ended within max_tokens

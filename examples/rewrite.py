@@ -22,7 +22,7 @@ VAGUE = r"really very good|some stuff"
 
 
 def main(arguments: list[str]) -> None:
-    llm = LLM.load(*arguments[:1])
+    llm = LLM.load(arguments[0] if arguments else "nano")
     spans = [match.span() for match in re.finditer(VAGUE, TEXT)]
     # The spans start from the old words, four in five of their tokens replaced by noise. 0 would start from the words
     # as they are, 1 from nothing but noise.

@@ -308,19 +308,20 @@ class Guide:
 
     def _take(self, j: int, token: int) -> None:
         """The token comes at position j: what was there and behind it is forgotten if it was another."""
-        if j < len(self._tokens):
-            if self._tokens[j] == token:
-                return
+        place = self._places[j]
+        if j < len(self._tokens) and self._tokens[j] != token:
             self._matcher.rollback(len(self._tokens) - j)
             del self._tokens[j:], self._places[j + 1 :]
-        taken = self._matcher.try_consume_tokens([token])
-        if self._matcher.is_error():
-            _give_up(self._matcher)
-        if taken != 1:
-            raise ValueError(f"token {token} was picked at position {j}, where the mask does not allow it")
-        self._tokens.append(token)
-        forced = self._places[j].forced
-        self._places.append(self._look(forced[1:] if forced[:1] == [token] else []))
+        if j == len(self._tokens):
+            taken = self._matcher.try_consume_tokens([token])
+            if self._matcher.is_error():
+                _give_up(self._matcher)
+            if taken != 1:
+                raise ValueError(f"token {token} was picked at position {j}, where the mask does not allow it")
+            self._tokens.append(token)
+            self._places.append(self._look(place.forced[1:] if place.forced[:1] == [token] else []))
+        if place.completion and place.completion[0] == token and self._places[j + 1].completion is None:
+            self._places[j + 1].completion, self._places[j + 1].is_stuck = place.completion[1:], False
 
     def _last_within_room(self, j: int) -> int:
         """The last position up to j from which a completion fits into the room: j, or found by halving."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato import chat, weights
 from sfumato.cache import KVCache
 from sfumato.config import read_generation_config
-from sfumato.constrain import Grammar
+from sfumato.constrain import KINDS, Grammar
 from sfumato.edit import (
     MOST,
     Decision,
@@ -206,7 +206,7 @@ class LLM:
 
         `prompt` is what the template answers: messages through the chat template, or a text that it continues; None:
         it stands alone. InputError for a template or constraint that cannot be, CapacityError for one with no room."""
-        pieces, options = check_template(template), self._complete_options(options)
+        pieces, options = check_template(template), self._complete_options(_of_templates(options))
         slots = {piece.name: piece for piece in pieces if isinstance(piece, Slot)}
         grammars = {name: self.grammar(*slot.constraint) for name, slot in slots.items() if slot.constraint}
         widths = {name: self._width(slots[name], grammar) for name, grammar in grammars.items()}
@@ -251,7 +251,7 @@ class LLM:
             raise InputError("the text is empty, so there is nothing to edit")
         if instruction is None and not spans:
             raise InputError("neither an instruction nor spans are given; say what to change, or where")
-        strength, options = 0.5 if strength is None else strength, self._complete_options(options)
+        strength, options = 0.5 if strength is None else strength, self._complete_options(_of_templates(options))
         prompt: str | Messages | None = None
         if instruction is not None:
             prompt = [{"role": "user", "content": f"{instruction}\n\n{text}"}]
@@ -283,14 +283,15 @@ class LLM:
         tokens: dict[str, list[list[int]]] = {}
         pieces: list[str | Slot] = []
         for name, choices in fields.items():
-            if (
-                len(choices) < 2
-                or len(set(choices)) < len(choices)
-                or not all(isinstance(c, str) and c for c in choices)
-            ):
-                raise InputError(f"field {name!r} has the choices {list(choices)}; give two or more different texts")
-            tokens[name] = [self.tokenizer.encode(choice) for choice in choices]
-            pieces += [f"{name}: ", Slot(name, length=max(map(len, tokens[name]))), "\n"]
+            is_list = isinstance(choices, (list, tuple)) and all(
+                isinstance(choice, str) and choice for choice in choices
+            )
+            if not is_list or len(choices) < 2 or len(set(choices)) < len(choices):
+                raise InputError(
+                    f"field {name!r} has the choices {choices!r}; give a list of two or more different texts"
+                )
+            tokens[name] = [self.tokenizer.encode(f" {choice}") for choice in choices]  # as it stands in a sentence
+            pieces += [f"{name}:", Slot(name, length=max(map(len, tokens[name]))), "\n"]
         sheet = lay_out(check_template(pieces), self.tokenizer, self.model.config, {})
         if sheet.length > self.model.config.canvas_length:
             raise CapacityError(
@@ -298,7 +299,7 @@ class LLM:
                 "ask fewer at a time"
             )
         read: list[Tensor] = []
-        options = replace(options, max_steps=steps, t_max=1.0, t_min=1.0)
+        options = replace(_of_templates(options), max_steps=steps, t_max=1.0, t_min=1.0)
         options = self._complete_options(replace(options, temperature_steps=None))
         self._denoise([(sheet, [])], prompt, options, lambda rows, logits_BLV: read.append(logits_BLV[0]))
         found = {}
@@ -394,8 +395,8 @@ class LLM:
         for tokens, (sheet, _) in zip(ids, sheets, strict=True):
             if len(tokens) + -(-sheet.length // canvas) * canvas > most:
                 raise CapacityError(
-                    f"the template takes {sheet.length} positions behind {len(tokens)} tokens, beyond the context of {most}; "
-                    "shorten its slots or the text before them"
+                    f"the template takes {sheet.length} positions behind {len(tokens)} tokens, beyond the context of "
+                    f"{most}; shorten its slots or the text before them"
                 )
         control = sorted(self.tokenizer.special_ids)  # a slot is text
         for event in self.events(ids, each, pins, warm, [spans for _, spans in sheets], inspect, control):
@@ -452,6 +453,14 @@ class LLM:
     def _before_eos(self, tokens: list[int]) -> list[int]:
         ends = [n for n, token in enumerate(tokens) if token in self.model.config.eos_ids]
         return tokens[: ends[0]] if ends else tokens
+
+
+def _of_templates(options: Options) -> Options:
+    """InputError for an option that means nothing where a template says what is written."""
+    for name in ("max_tokens", "min_tokens", "stop", "mode", "logprobs", "thinking", *KINDS):
+        if getattr(options, name) != getattr(Options, name):
+            raise InputError(f"{name} does not apply to a template, whose slots say what is written; leave it out")
+    return options
 
 
 class _Reader:

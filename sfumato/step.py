@@ -168,7 +168,8 @@ def step_(
 
     `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
     `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
-    them they are counted from the state's own words. `bans`: some position is banned from some tokens. `project` asks the host."""
+    them they are counted from the state's own words. `bans`: some position is banned from some tokens.
+    `project` asks the host."""
     canvas_BL, old_B = state.canvas_XL[at_B], state.step_X[at_B]
     # 1. One pass over the canvases; what waits to be encoded comes along.
     encoded_BTD = None
@@ -191,6 +192,8 @@ def step_(
         pin_BL = state.pin_XL[at_B]
         if project is not None:
             is_free_BL = pin_BL < 0
+            argmax_BL = torch.where(is_free_BL, argmax_BL, pin_BL)
+            entropy_BL = entropy_BL.masked_fill(~is_free_BL, 0.0)
             said = project(read.logits_BLV, argmax_BL, entropy_BL)
             argmax_BL, entropy_BL = said.tokens_BL, said.entropy_BL
             sample_BL = torch.where(said.is_guided_BL, argmax_BL, sample_BL)
@@ -208,8 +211,9 @@ def step_(
     next_BL = torch.where(accepted_BL, sample_BL, noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     history_BHL = state.history_XHL[at_B]
-    if state.has_early:
-        is_settled_B = _settle_(state, at_B, argmax_BL, entropy_BL, history_BHL)
+    if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
+        unsure_BL = entropy_BL if project is None else entropy_BL.masked_fill(~said.is_open_BL, torch.inf)
+        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, history_BHL)
     else:
         is_settled_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
         is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])

@@ -87,6 +87,7 @@ def written(guide: Guide, fake: Fake, canvas: int, steps: int = 3) -> tuple[list
         if walk.end is None:
             assert len(walk.tokens) == min(canvas, guide.room)
         text += walk.tokens
+        assert walk.tokens or walk.end == 0
         guide.commit(len(walk.tokens))
         assert guide.room == room - len(text)
         assert guide.is_over == (walk.end is not None)

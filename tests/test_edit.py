@@ -237,6 +237,13 @@ def test_a_decision_reads_a_cell_that_only_one_digit_fits(llm: LLM) -> None:
         (lambda llm: llm.decide("x", {}), "no fields"),
         (lambda llm: llm.decide("x", {"a": ["b"]}), "two or more different"),
         (lambda llm: llm.decide("x", {"a": ["b", "b"]}), "two or more different"),
+        (lambda llm: llm.decide("x", {"a": "yes"}), "give a list of two or more different"),
+        (
+            lambda llm: llm.fill([Slot(length=1)], options=Options(max_tokens=5)),
+            "max_tokens does not apply to a template",
+        ),
+        (lambda llm: llm.edit("a", "b", options=Options(stop=("x",))), "stop does not apply to a template"),
+        (lambda llm: llm.fill([Slot(length=1)], options=Options(schema={})), "schema does not apply to a template"),
         (lambda llm: llm.fill([Slot(regex="[0-9]{40}", at_most=3)]), "room"),
         (lambda llm: llm.fill(["1" * 5000, Slot(length=1)]), "beyond the context of 4096; shorten"),
         (lambda llm: llm.fill([Slot(length=5000), "x"]), "the template takes"),

@@ -81,6 +81,15 @@ def test_early_answers_obey_too(wild: LLM) -> None:
         assert done.finish_reason == "stop" and valid(value, done.text)
 
 
+@pytest.mark.parametrize("stability", [0, 1])
+def test_early_answers_obey_however_little_sureness_is_asked(nano: LLM, stability: int) -> None:
+    value = r"([0-4]{6}-low|[5-9]{6}-high)"
+    careless = {"confidence": 2.0, "stability": stability, "entropy_bound": 5.0, "max_steps": 8}
+    each = [Options(regex=value, max_tokens=30, seed=seed, early=True, **careless) for seed in range(40)]
+    for done in outputs(nano, each):
+        assert done.finish_reason == "stop" and valid(value, done.text), done.text
+
+
 def test_every_draft_begins_with_a_valid_path(nano: LLM) -> None:
     """What is accepted from the left on can always be completed: the grammar itself says so."""
     value = {
