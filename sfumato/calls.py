@@ -105,13 +105,13 @@ class _Writer:
         self._heights: dict[str, int] = {}  # of a value's rule: the lists and records within each other
         self._made: dict[tuple[str, frozenset[str]], str] = {}  # (pointer, types) -> rule
         self._under_way: list[str] = []
+        self._hints: dict[str, None] = {}
         self._tool = ""
         self._root: Any = None
 
     def lines(self) -> list[str]:
-        """Terminals first: they are what a search for short texts learns words from."""
-        by_kind = sorted(self._names.items(), key=lambda pair: pair[1][0].islower())
-        return [f"{name}: {body}" for body, name in by_kind]
+        """Before the rules, in a comment, what patterns are made of: a search for short texts learns it from there."""
+        return [f"// {' '.join(self._hints)[:900]}", *(f"{name}: {body}" for body, name in self._names.items())]
 
     def rule(self, body: str, height: int = 0) -> str:
         name = self._names.setdefault(body, f"v{len(self._names)}")
@@ -392,6 +392,7 @@ class _Writer:
     def _pattern(self, pattern: Any, at: str) -> str:
         if not isinstance(pattern, str):
             self.refuse(at, f"a pattern is text, not {_short(pattern)}")
+        self._hints |= dict.fromkeys(re.findall(r"[^\W_]+|[^\w\s\\^$()\[\]{}|*+?]|_", pattern))
         try:
             return _Pattern(pattern).whole()
         except _NotSupported as error:

@@ -21,6 +21,7 @@ import heapq
 import importlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -64,7 +65,7 @@ _PLAIN = {
 _KEYWORDS = _ANNOTATIONS | _SCHEMA_LISTS | _SCHEMA_MAPS | _SCHEMAS | _PLAIN
 
 _CAPS = (32, 256)  # tokens that a search goes deep before it goes to its limit: most loops without an end cost no more
-_EFFORT, _EFFORT_IN_WALK = 100_000, 10_000  # tries of a token, about 2 µs each, beyond a search's first way down
+_EFFORT, _EFFORT_IN_WALK = 100_000, 1_000  # tries of a token, about 2 µs each, beyond a search's first way down
 _MASK_TRIES = 50  # what a mask costs, in tries
 _WAY_OUT = 400  # hints tried to find a way out of free text
 _PIECES = 200  # words and marks taken from a pattern
@@ -433,7 +434,7 @@ class _Search:
         """At most `limit` tokens that complete the text: the first found of at most `wanted`, else the shortest found.
 
         None where nothing was found, which does not prove that there is nothing. `effort` is the number of tries of a
-        token that it may take beyond the first way down.
+        token, about, that it may take beyond the first way down, which may take ten times as many.
         """
         for cap in sorted({min(limit, first) for first in (*_CAPS, limit)}):
             if (found := self._search(matcher, cap, wanted, _Effort(effort))) is not None:
@@ -444,7 +445,7 @@ class _Search:
         """A greedy way down; then other choices on it, the first first, and then on the ways these led to. A shorter
         way takes the place of the best."""
         best: list[int] | None = None
-        way, choices, is_complete = self._descend(matcher.deep_copy(), [], cap, effort)
+        way, choices, is_complete = self._descend(matcher.deep_copy(), [], cap, _Effort(10 * effort.left))
         if is_complete:
             best = way
         open_ = [(0, at, 0, way, choices) for at in choices]  # (other choices made, where to make the next, …): a heap
@@ -461,7 +462,7 @@ class _Search:
             for token in self._alternatives(state):
                 key = (*before, token)
                 branch = state.deep_copy()
-                if key in tried or branch.try_consume_tokens([token]) != 1:
+                if effort.left < 0 or key in tried or branch.try_consume_tokens([token]) != 1:
                     continue
                 tried.add(key)
                 new, new_choices, is_complete = self._descend(branch, list(key), most, effort)
@@ -485,8 +486,9 @@ class _Search:
         tokens = before[:]
         choices: list[int] = []
         again: list[int] = []
+        used: Counter[int] = Counter()  # a loop is left by what it is not made of
         while not matcher.is_accepting():
-            if len(tokens) >= cap:
+            if len(tokens) >= cap or effort.left < 0:
                 return tokens, choices, False
             if forced := matcher.compute_ff_tokens():
                 if not words.control.isdisjoint(forced) or matcher.try_consume_tokens(forced) < len(forced):
@@ -506,8 +508,11 @@ class _Search:
                 tokens += out
             else:
                 effort.left -= _MASK_TRIES
-                worth = words.worth * words.mask(words.bits(matcher.deep_copy()))
+                worth = (words.worth * words.mask(words.bits(matcher.deep_copy()))).astype(np.float32)
+                if used and not is_free:
+                    worth[list(used)] /= 1.0 + np.array(list(used.values()))
                 token = int(worth.argmax())
+                used[token] += 1
                 if not worth[token] or not matcher.try_consume_tokens([token]):
                     return tokens, choices, False
                 tokens.append(token)
@@ -569,7 +574,7 @@ def _worth(text: bytes) -> int:
         return 0
     if any(mark in text for mark in b"{[(") or not text.strip():
         return 1
-    return len(text) + (1 if text.strip(b"0") else 0)
+    return 2 * len(text) + (2 if text.strip(b"0") else 0)
 
 
 def _give_up(matcher: LLMatcher) -> NoReturn:
@@ -679,6 +684,14 @@ def _checked(schema: Any, pointer: str, patterns: list[str]) -> Any:
         return schema
     if not isinstance(schema, dict):
         raise InputError(f"a schema is an object, true or false; at {pointer} stands {repr(schema)[:80]}")
+    for word, others in _NEAR.items():
+        bound: Any = schema.get(word)
+        for other in (schema.get(name) for name in others):
+            if {type(bound), type(other)} <= {int, float} and bound == int(bound) and abs(other - bound) < 1:
+                raise InputError(
+                    f"{word} {bound} at {pointer}/{word} would not be kept: a whole number itself is allowed where the "
+                    "other bound is less than 1 away (a fault of llguidance); give a minimum or maximum"
+                )
     kept: dict[str, Any] = {}
     for word, value in schema.items():
         here = f"{pointer}/{_step(word)}"
@@ -710,6 +723,10 @@ def _checked(schema: Any, pointer: str, patterns: list[str]) -> Any:
     return kept
 
 
+_NEAR = {
+    "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
+    "exclusiveMaximum": ("minimum", "exclusiveMinimum"),
+}
 _FORMAT_MARKS = "@ . : - / T Z P D"
 _DRAFTS = ("http://json-schema.org/draft-0", "https://json-schema.org/draft/20")
 _SOURCES: dict[str, Callable[[Any], Source]] = {

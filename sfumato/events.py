@@ -79,6 +79,8 @@ class Options:
     """The answer obeys this Lark grammar."""
     choices: tuple[str, ...] | None = None
     """The answer is one of these."""
+    strict: bool = False
+    """Chat with tools only: a call names one of them, and its arguments obey that tool's schema."""
     thinking: bool = False
     """Chat only: ask the model to think before it answers."""
 
@@ -96,7 +98,7 @@ class Options:
                 raise InputError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number {why}")
             if not low <= value <= high:
                 raise InputError(f"{name} is {value!r}; give a number {why}")
-        for name in ("drafts", "logprobs", "early", "short", "thinking"):
+        for name in ("drafts", "logprobs", "early", "short", "strict", "thinking"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is {getattr(self, name)!r}; give true or false")
         if isinstance(self.choices, list):

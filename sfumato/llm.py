@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from sfumato import chat, weights
+from sfumato import calls, chat, weights
 from sfumato.cache import KVCache
 from sfumato.config import read_generation_config
 from sfumato.constrain import KINDS, Grammar
@@ -128,7 +128,7 @@ class LLM:
         options: Options = Options(),  # noqa: B008 - frozen
     ) -> Completion:
         """Answer a conversation; thought and tool calls are parsed out of the answer's text."""
-        completion = self._complete([self.encode(messages, tools, options.thinking)], options)[0]
+        completion = self._complete([self.encode(messages, tools, options.thinking)], _strictly(options, tools))[0]
         reply = chat.parse_ids(self.tokenizer, completion.tokens)
         text = completion.text if completion.stop is not None else reply.text
         return replace(completion, text=text, thought=reply.thought, tool_calls=reply.tool_calls)
@@ -141,7 +141,7 @@ class LLM:
     ) -> Iterator[Event]:
         """The events of one request: Draft (if options.drafts), Commit, Done. A string is continued, messages are
         answered. The texts of the Commits joined are the text of Done."""
-        return self.events([self.encode(prompt, tools, options.thinking)], options)
+        return self.events([self.encode(prompt, tools, options.thinking)], _strictly(options, tools))
 
     def encode(
         self, prompt: str | Messages, tools: list[dict[str, Any]] | None = None, thinking: bool = False
@@ -455,9 +455,14 @@ class LLM:
         return tokens[: ends[0]] if ends else tokens
 
 
+def _strictly(options: Options, tools: list[dict[str, Any]] | None) -> Options:
+    """With the grammar of calls of these tools, where that is asked for."""
+    return replace(options, strict=False, grammar=calls.grammar(tools)) if options.strict and tools else options
+
+
 def _of_templates(options: Options) -> Options:
     """InputError for an option that means nothing where a template says what is written."""
-    for name in ("max_tokens", "min_tokens", "stop", "mode", "logprobs", "thinking", *KINDS):
+    for name in ("max_tokens", "min_tokens", "stop", "mode", "logprobs", "strict", "thinking", *KINDS):
         if getattr(options, name) != getattr(Options, name):
             raise InputError(f"{name} does not apply to a template, whose slots say what is written; leave it out")
     return options

@@ -40,7 +40,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                       c=TEXT | {"minLength": 12}, d=TEXT | {"maxLength": 0}),
     "enum": record("a", a=TEXT | {"enum": ["celsius", "c", "", "two words", "{a:1},", 'quote "']}),
     "mixed_enum": record("a", a={"enum": ["x", 3, -2.5, 1e30, None, True, [1, {"b": "c"}], {"k": [], "a b": ""}]}),
-    "enum_of_type": record("a b", a={"type": "integer", "enum": ["x", 3, 4.0, None]}, b={"type": ["null"], "const": None}),
+    "enum_of_type": record("a b", a={"type": "integer", "enum": ["x", 3, 4.0, None]}, b=NULL | {"const": None}),
     "const": record("a b", a={"const": "fixed"}, b={"const": 7}),
     "whole": record("a b c d", a=WHOLE, b=WHOLE | {"minimum": -17, "maximum": 23}, c=WHOLE | {"exclusiveMinimum": 99},
                     d=WHOLE | {"exclusiveMaximum": -8, "minimum": -1000}),
@@ -142,8 +142,8 @@ def check(schema: dict[str, Any], arguments: Any) -> None:
 def test_arguments_obey_the_schema(name: str) -> None:
     schema = SCHEMAS[name]
     grammar, made = compile_(tool(name, schema)), []
-    for seed in range(12):
-        ids = walk(grammar, seed, room=random.Random(seed).choice([3, 150, 400]), calling=0.8)
+    for seed in range(9):
+        ids = walk(grammar, seed, room=(3, 90, 200)[seed % 3], calling=0.8)
         assert {NANO.token(i) for i in NANO.special_ids.intersection(ids)} <= {"<|tool_call>", "<tool_call|>", '<|"|>'}
         reply = chat.parse_ids(NANO, ids)
         assert len(reply.tool_calls) == ids.count(NANO.id("<|tool_call>")) == ids.count(NANO.id("<tool_call|>"))
@@ -158,8 +158,8 @@ def test_all_tools_together() -> None:
     grammar = compile_(*(tool(name, schema) for name, schema in SCHEMAS.items()))
     names: set[str] = set()
     most = 0
-    for seed in range(25):
-        reply = chat.parse_ids(NANO, walk(grammar, seed, 500, calling=0.9))
+    for seed in range(12):
+        reply = chat.parse_ids(NANO, walk(grammar, seed, 300, calling=0.9))
         for call in reply.tool_calls:
             check(SCHEMAS[call["name"]], call["arguments"])
         names |= {call["name"] for call in reply.tool_calls}
@@ -230,8 +230,8 @@ def test_numbers_between_bounds() -> None:
             assert (
                 is_in
                 == (
-                    (number > low if low_is_strict else number >= bounds[0][0])
-                    and (number < high if high_is_strict else number <= bounds[1][0])
+                    (number > bounds[0][0] if low_is_strict else number >= bounds[0][0])
+                    and (number < bounds[1][0] if high_is_strict else number <= bounds[1][0])
                 )
                 or number == 0
             ), (low, high, low_is_strict, high_is_strict, number)
@@ -348,7 +348,7 @@ def test_with_gemmas_vocabulary() -> None:
     names = ["fractions", "pattern", "records", "any_of", "odd_keys", "mixed_enum"]
     grammar = compile_(*(tool(name, SCHEMAS[name]) for name in names), tokenizer=tokenizer, ends=ends)
     made = []
-    for seed in range(6):
+    for seed in range(3):
         made += chat.parse_ids(tokenizer, walk(grammar, seed, 300, tokenizer, ends, calling=0.9)).tool_calls
     for call in made:
         check(SCHEMAS[call["name"]], call["arguments"])

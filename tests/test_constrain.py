@@ -135,7 +135,7 @@ def integer(rng: random.Random) -> dict[str, Any]:
 
 def number(rng: random.Random) -> dict[str, Any]:
     low = rng.randint(-50, 50) / 4
-    return {"type": "number", "exclusiveMinimum": low, "maximum": low + rng.randint(1, 40) / 4}
+    return {"type": "number", "exclusiveMinimum": low, "maximum": low + rng.randint(4, 40) / 4}
 
 
 def text(rng: random.Random) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def generated(count: int, seed: int) -> list[Any]:
     rng = random.Random(seed)
     found: dict[str, Any] = {}
     while len(found) < count:
-        value = schema(rng) if rng.random() < 0.7 else regex(rng)
+        value = schema(rng) if rng.random() < 0.7 else regex(rng, 1)
         found[json.dumps(value)] = value
     return list(found.values())
 
@@ -470,6 +470,7 @@ def nested(depth: int) -> dict[str, Any]:
         ("schema", {"type": "string", "minLength": 5, "maxLength": 3}, "greater than maxLength"),
         ("schema", {"type": "array", "minItems": 5, "maxItems": 3}, "greater than maxItems"),
         ("schema", {"type": "integer", "minimum": 1, "maximum": 6, "multipleOf": 7}, "multiple of 7"),
+        ("schema", {"items": {"exclusiveMinimum": 4, "maximum": 4.5}}, "exclusiveMinimum 4 at /items/exclusiveMinimum"),
         ("schema", {"enum": []}, "empty"),
         ("schema", {"type": "object", "required": ["a"], "additionalProperties": False}, "required property 'a'"),
         ("schema", {"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "use anyOf"),

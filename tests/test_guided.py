@@ -12,10 +12,11 @@ import tiny
 import torch
 from test_constrain import generated, valid
 
-from sfumato import LLM, Options, Slot
+from sfumato import LLM, Options, Slot, calls
+from sfumato.chat import parse_ids
 from sfumato.config import read_generation_config
 from sfumato.events import Commit, Done, InputError
-from sfumato.guided import _pick_
+from sfumato.guided import Span, _pick_
 from sfumato.tokenizer import Tokenizer
 from sfumato.weights import NANO
 
@@ -147,6 +148,46 @@ def test_slots_with_grammars_beside_free_ones(nano: LLM) -> None:
         filled = nano.fill(template, options=Options(seed=seed, max_steps=6))
         assert valid("[A-F]{2}[0-9]{4}", filled.values["id"]) and filled.values["n"] in ("one", "two")
         assert filled.text == f"id: {filled.values['id']}; {filled.values['word']}; {filled.values['n']}"
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "book",
+        "description": "Book a table.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "guests": {"type": "integer", "minimum": 1, "maximum": 12},
+                "place": {"type": "string", "minLength": 1, "maxLength": 12},
+                "day": {"enum": ["mo", "tu"]},
+            },
+            "required": ["guests", "day"],
+        },
+    },
+}
+
+
+def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
+    called = 0
+    ids = nano.encode([{"role": "user", "content": "A table, please."}], [TOOL])
+    lead = [wild.tokenizer.id("<|tool_call>") or 0]  # random weights never open a call by themselves
+    grammar = Options(grammar=calls.grammar([TOOL])).constraint
+    assert grammar is not None
+    for seed in range(12):
+        span = Span(0, None, wild.grammar(*grammar).start(70))
+        options = Options(seed=seed, max_tokens=70, max_steps=3)
+        done = next(
+            e for e in wild.events([ids], options, [dict(enumerate(lead))], None, [[span]]) if isinstance(e, Done)
+        )
+        assert done.finish_reason == "stop"
+        for call in parse_ids(wild.tokenizer, done.tokens).tool_calls:
+            called += 1
+            assert call["name"] == "book"
+            jsonschema.validate(call["arguments"], TOOL["function"]["parameters"])
+    assert called >= 12
+    free = nano.chat([{"role": "user", "content": "x"}], [TOOL], Options(strict=True, max_tokens=40, seed=1))
+    assert free.finish_reason == "stop" and all(c["name"] == "book" for c in free.tool_calls)
 
 
 def test_stop_strings_still_end_an_answer(nano: LLM) -> None:
