@@ -52,6 +52,7 @@ _CONTROL = re.compile(r"<\|[^<>]*>|<[^<>]*\|>|<(?:bos|eos|pad|unk)>")
 _INTEGER = "0|[1-9][0-9]{0,18}"
 _DECIMAL = r"0(\.[0-9]{1,15})?|[1-9][0-9]{0,8}(\.[0-9]{1,6})?|[1-9][0-9]{9,18}"
 """At most 15 digits where there is a fraction: two such numbers are never the same float."""
+_ANY_NUMBER = rf"/-?({_DECIMAL})([eE][+-]?[0-9]{{1,2}})?/"
 
 _DATE = (
     r"(?:[1-9]\d{3}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
@@ -240,8 +241,8 @@ class _Writer:
         return options
 
     def _any(self, levels: int) -> str:
-        text = self.terminal("/(?s:.*)/")
-        number = self.terminal(rf"/-?({_DECIMAL})([eE][+-]?[0-9]{{1,2}})?/")
+        """The rule of a value of any type, so many lists and records deep at most."""
+        text, number = self.terminal("/(?s:.*)/"), self.terminal(_ANY_NUMBER)
         options = f'"null" | "true" | "false" | {number} | {_QUOTE} {text} {_QUOTE}'
         if not levels:
             return self.rule(options)
@@ -285,7 +286,8 @@ class _Writer:
         tail, first_other = "", ""
         if others is not False:
             key = self._extra_key([name for name in properties if _is_bare(name)])
-            rule = self.value(others, f"{at}/additionalProperties") if others not in (True, {}) else self._any(3)
+            there = f"{at}/additionalProperties"
+            rule = self._any(_ANY_LEVELS - 1) if others is True or others == {} else self.value(others, there)
             tail, first_other = f'("," {key} {rule})*', f'{key} {rule} ("," {key} {rule})*'
             rules.append(rule)
         heads: list[str] = []  # from the last: the ways to begin with each key, as long as none before it is required
@@ -403,7 +405,7 @@ class _Writer:
         low, high = self._bound(schema, "inimum", at), self._bound(schema, "aximum", at)
         form = _INTEGER if is_whole else _DECIMAL
         if low is None and high is None:
-            return self.rule(self.terminal(f"/-?({form})/" if is_whole else rf"/-?({form})([eE][+-]?[0-9]{{1,2}})?/"))
+            return self.rule(self.terminal(f"/-?({form})/" if is_whole else _ANY_NUMBER))
         if is_whole:  # the whole number that is the first, or the last, within
             low = low and _whole_bound(low, upwards=True)
             high = high and _whole_bound(high, upwards=False)
@@ -635,11 +637,11 @@ class _Pattern:
             self._at = match.end()
             return "\\" + match.group()
         self._at += 1
-        if rest in self._CHARACTERS and not self._text[self._at : self._at + 1].isdigit():
+        if rest == "0" and self._text[self._at : self._at + 1].isdigit():
+            raise _NotSupported("an octal escape")
+        if rest in self._CHARACTERS:
             return self._CHARACTERS[rest]
-        if rest in self._CHARACTERS and rest != "0":
-            return self._CHARACTERS[rest]
-        if rest and rest in self._IN:
+        if rest in self._IN:
             return "\\" + rest
         if not rest or rest.isalnum():
             raise _NotSupported(f"the escape {chr(92) + rest!r}")

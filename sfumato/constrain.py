@@ -227,6 +227,8 @@ class Guide:
                     if place.is_accepting:
                         mask[self._words.end_ids] = True
                     token, overruled[j] = pick(j, mask)
+                    if not mask[token]:
+                        raise ValueError(f"pick gave token {token} at position {j}, which the mask does not allow")
                     is_sure_here = overruled[j] <= bound
                     if token in ends:
                         token, end = None, j

@@ -63,11 +63,17 @@ def project_(
     count, length = argmax_BL.shape
     is_guided, is_open, is_forced = ([[start] * length for _ in range(count)] for start in (False, True, False))
     is_whole, has_masked = [True] * count, False
+    said: dict[tuple[int, int], Tensor] = {}  # the model's own logits where they were masked: a pick may be taken back
     for turn in turns:
         n, first, last = turn.row, turn.first, turn.last
 
         def pick(at: int, mask: np.ndarray, n: int = n, first: int = first) -> tuple[int, float]:
-            return _pick_(logits_BLV[n, first + at], torch.from_numpy(mask))
+            place = n, first + at
+            if place in said:
+                logits_BLV[place] = said[place]
+            else:
+                said[place] = logits_BLV[place].clone()
+            return _pick_(logits_BLV[place], torch.from_numpy(mask))
 
         if turn.span.guide.is_over:
             walk = Walk([], [], {}, 0)

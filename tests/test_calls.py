@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from decimal import Decimal
@@ -19,8 +18,11 @@ from sfumato.constrain import Grammar
 from sfumato.events import InputError
 from sfumato.tokenizer import Tokenizer
 
+pytest.importorskip("llguidance")
+
 NANO = Tokenizer.from_folder(Path(calls.__file__).parent / "nano")
 ENDS = [0, 1, 5, 13]  # nano's <pad>, <eos>, <turn|> and <|tool_response>
+OPEN, CLOSE = 11, 12  # its <|tool_call> and <tool_call|>
 
 TEXT, WHOLE, NUMBER, BOOL, NULL = ({"type": t} for t in ("string", "integer", "number", "boolean", "null"))
 POINT = {"type": "object", "properties": {"x": NUMBER, "y": NUMBER}, "required": ["x", "y"]}
@@ -37,7 +39,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "middle": record("c", a=WHOLE, b=BOOL, c=NULL, d=BOOL),
     "ends": record("a d", a=BOOL, b=BOOL, c=BOOL, d=BOOL),
     "lengths": record("a b c d", a=TEXT | {"minLength": 3, "maxLength": 5}, b=TEXT | {"maxLength": 2},
-                      c=TEXT | {"minLength": 12}, d=TEXT | {"maxLength": 0}),
+                      c=TEXT | {"minLength": 5}, d=TEXT | {"maxLength": 0}),
     "enum": record("a", a=TEXT | {"enum": ["celsius", "c", "", "two words", "{a:1},", 'quote "']}),
     "mixed_enum": record("a", a={"enum": ["x", 3, -2.5, 1e30, None, True, [1, {"b": "c"}], {"k": [], "a b": ""}]}),
     "enum_of_type": record("a b", a={"type": "integer", "enum": ["x", 3, 4.0, None]}, b=NULL | {"const": None}),
@@ -48,7 +50,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "fractions": record("a b c d e", a=NUMBER, b=NUMBER | {"minimum": -0.25, "maximum": 1.5},
                         c=NUMBER | {"exclusiveMinimum": 0, "exclusiveMaximum": 1}, d=NUMBER | {"minimum": 1e-7},
                         e=NUMBER | {"maximum": -3.14}),
-    "one_number": record("a b", a=NUMBER | {"minimum": 2.5, "maximum": 2.5}, b=WHOLE | {"minimum": 0.5, "maximum": 1.5}),
+    "one_number": record("a b", a=NUMBER | {"minimum": 2.5, "maximum": 2.5},
+                         b=WHOLE | {"minimum": 0.5, "maximum": 1.5}),
     "pattern": record("a b c", a=TEXT | {"pattern": "^[A-Z]{2}-\\d+$"}, b=TEXT | {"pattern": "a[^\\w]b|^x"},
                       c=TEXT | {"pattern": "^(?:/[a-z\\-]+)+/?$", "maxLength": 12}),
     "format": record("a b c d", a=TEXT | {"format": "date"}, b=TEXT | {"format": "ipv4"}, c=TEXT | {"format": "uuid"},
@@ -60,7 +63,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "array_of_any": record("a", a={"type": "array", "minItems": 1}),
     "nested": record("p", p=record("q", q=record("r", r=WHOLE, s=TEXT), t=BOOL)),
     "records": record("list", list={"type": "array", "items": record("id", id=WHOLE, tag=TEXT), "minItems": 1}),
-    "matrix": record("m", m={"type": "array", "items": {"type": "array", "items": NUMBER, "maxItems": 3}, "maxItems": 3}),
+    "matrix": record("m", m={"type": "array", "items": {"type": "array", "items": NUMBER, "maxItems": 3}}),
     "map": record("m", m={"type": "object", "additionalProperties": WHOLE}),
     "free_record": record("m", m={"type": "object"}),
     "more_keys": record("b", a=BOOL, b=BOOL) | {"additionalProperties": {"type": "number", "minimum": 5}},
@@ -68,13 +71,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "closed": record("a", a=BOOL, never=False) | {"additionalProperties": False},
     "unnamed_required": {"type": "object", "properties": {"a": BOOL}, "required": ["a", "z"]},
     "any": record("a b", a={}, b={"description": "anything"}),
-    "any_of": record("a b", a={"anyOf": [TEXT | {"maxLength": 3}, WHOLE, NULL]}, b={"anyOf": [record("x", x=BOOL), POINT]}),
-    "any_of_type": record("a", a={"type": "string", "anyOf": [{"maxLength": 2}, {"type": "integer"}, {"const": "long one"}]}),
-    "types": record("a b", a={"type": ["string", "null"]}, b={"type": ["integer", "array"], "items": NULL, "minimum": 5}),
+    "any_of": record("a b", a={"anyOf": [TEXT | {"maxLength": 3}, WHOLE, NULL]},
+                     b={"anyOf": [record("x", x=BOOL), POINT]}),
+    "any_of_type": record("a", a=TEXT | {"anyOf": [{"maxLength": 2}, {"type": "integer"}, {"const": "long one"}]}),
+    "types": record("a b", a={"type": ["string", "null"]},
+                    b={"type": ["integer", "array"], "items": NULL, "minimum": 5}),
     "no_type": record("a b c", a={"minimum": 3}, b={"maxLength": 2}, c={"properties": {"q": BOOL}, "required": ["q"]}),
     "refs": {"$defs": {"point": POINT, "line": record("a b", a={"$ref": "#/$defs/point"}, b={"$ref": "#/$defs/point"})},
-             "type": "object", "properties": {"l": {"$ref": "#/$defs/line"}, "p": {"allOf": [{"$ref": "#/$defs/point"}]}},
-             "required": ["l"]},
+             **record("l", l={"$ref": "#/$defs/line"}, p={"allOf": [{"$ref": "#/$defs/point"}]})},
     "root_any_of": {"anyOf": [record("a", a=BOOL), record("b", b=WHOLE)]},
     "root_ref": {"$ref": "#/$defs/r", "$defs": {"r": record("a", a=BOOL)}},
     "odd_keys": {"type": "object", "properties": {k: BOOL for k in ("a b", " c", "d:e", "", "[", "ü", '"', "\\n", "-")},
@@ -142,11 +146,11 @@ def check(schema: dict[str, Any], arguments: Any) -> None:
 def test_arguments_obey_the_schema(name: str) -> None:
     schema = SCHEMAS[name]
     grammar, made = compile_(tool(name, schema)), []
-    for seed in range(9):
+    for seed in range(3 if name in ("lengths", "format") else 9):
         ids = walk(grammar, seed, room=(3, 90, 200)[seed % 3], calling=0.8)
         assert {NANO.token(i) for i in NANO.special_ids.intersection(ids)} <= {"<|tool_call>", "<tool_call|>", '<|"|>'}
         reply = chat.parse_ids(NANO, ids)
-        assert len(reply.tool_calls) == ids.count(NANO.id("<|tool_call>")) == ids.count(NANO.id("<tool_call|>"))
+        assert len(reply.tool_calls) == ids.count(OPEN) == ids.count(CLOSE)
         for call in reply.tool_calls:
             assert call["name"] == name
             check(schema, call["arguments"])
@@ -158,8 +162,8 @@ def test_all_tools_together() -> None:
     grammar = compile_(*(tool(name, schema) for name, schema in SCHEMAS.items()))
     names: set[str] = set()
     most = 0
-    for seed in range(12):
-        reply = chat.parse_ids(NANO, walk(grammar, seed, 300, calling=0.9))
+    for seed in range(6):
+        reply = chat.parse_ids(NANO, walk(grammar, seed, 200, calling=0.9))
         for call in reply.tool_calls:
             check(SCHEMAS[call["name"]], call["arguments"])
         names |= {call["name"] for call in reply.tool_calls}
@@ -189,7 +193,7 @@ def test_what_the_template_writes_is_allowed() -> None:
     said = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}] * 2}
     before = template.encode(NANO, messages)
     ids = template.encode(NANO, [*messages, said], add_generation_prompt=False)[len(before) :]
-    ids = ids[: len(ids) - ids[::-1].index(NANO.id("<tool_call|>"))]
+    ids = ids[: len(ids) - ids[::-1].index(CLOSE)]
     assert [call["arguments"] for call in chat.parse_ids(NANO, ids).tool_calls] == [arguments] * 2
     assert is_allowed(compile_(tool("g"), tool("f", schema)), ids)
 
@@ -269,8 +273,8 @@ def test_nullable() -> None:
 
 
 REFUSED: list[tuple[Any, str]] = [
-    ({"uniqueItems": True}, r"the schema keyword 'uniqueItems' is not supported; leave it out, at /properties/a/uniqueItems"),
-    ({"items": {"not": {}}}, "'not' is not supported; leave it out, at /properties/a/items/not of the parameters of tool 'f'"),
+    ({"uniqueItems": True}, "the schema keyword 'uniqueItems' is not supported; leave it out, at /properties/a/uniq"),
+    ({"items": {"not": {}}}, "'not' is not supported; leave it out, at /properties/a/items/not of the parameters of"),
     ({"oneOf": [TEXT]}, "'oneOf' is not supported"),
     ({"type": "int"}, "the type 'int' is unknown; choose from null, boolean"),
     ({"type": "string", "format": "iri"}, "the format 'iri' is not supported; choose from date, date-time"),
@@ -348,8 +352,8 @@ def test_with_gemmas_vocabulary() -> None:
     names = ["fractions", "pattern", "records", "any_of", "odd_keys", "mixed_enum"]
     grammar = compile_(*(tool(name, SCHEMAS[name]) for name in names), tokenizer=tokenizer, ends=ends)
     made = []
-    for seed in range(3):
+    for seed in range(2):
         made += chat.parse_ids(tokenizer, walk(grammar, seed, 300, tokenizer, ends, calling=0.9)).tool_calls
     for call in made:
         check(SCHEMAS[call["name"]], call["arguments"])
-    assert json.dumps(made) and made
+    assert made
