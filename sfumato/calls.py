@@ -2,10 +2,10 @@
 
 What is allowed is what `chat.parse_ids` reads back, in Gemma's own notation and without white space: keys bare, or
 between two `<|"|>` where they hold marks of the notation; strings between two `<|"|>`. **Narrower than the schema,
-never wider**: keys come in the schema's order; keys that it does not name only where `additionalProperties` asks for
-them, or where it names none; numbers have so few digits that reading them as floats cannot carry them past a bound;
-`pattern` means the texts that ECMA's regular expressions and Python's both accept. Values of any type are nested four
-levels deep at most.
+never wider**: keys come sorted, as the templates write those of declarations and past calls; keys that it does not name
+only where `additionalProperties` asks for them, or where it names none; numbers have so few digits that reading them as
+floats cannot carry them past a bound; `pattern` means the texts that ECMA's regular expressions and Python's both
+accept. Values of any type are nested four levels deep at most.
 
 Control tokens are in the grammar by name: only the real ones open and close calls and strings. Deliberately absent:
 thoughts, text behind calls, schemas that refer to themselves, and keywords that cannot be guaranteed: each is refused
@@ -273,7 +273,7 @@ class _Writer:
             self.refuse(f"{at}/required", "required is a list of keys")
         others = schema.get("additionalProperties", not properties and "properties" not in schema and not required)
         pairs: list[tuple[str, str, bool]] = []  # (key, its value's rule, whether it is required), in order
-        for name in dict.fromkeys([*properties, *required]):
+        for name in sorted(dict.fromkeys([*properties, *required]), key=str.lower):  # as the template's `dictsort`
             if name in properties:
                 inner, there = properties[name], f"{at}/properties/{_escaped(name)}"
             else:

@@ -12,14 +12,14 @@ A schema's JSON is written on one line with ", " and ": ", as `json.dumps` does 
 so nothing can write it endlessly and nearly all of the scaffold is forced. Object keys come in the schema's order.
 
 The grammars are llguidance's, an optional package, imported when the first grammar is compiled. Deliberately absent:
-control tokens inside a text, remote `$ref`, and schema keywords that llguidance would ignore.
+control tokens inside a text, except those that a Lark grammar names by their text and where it does; remote `$ref`;
+and schema keywords that llguidance would ignore.
 """
 
 from __future__ import annotations
 
+import copy
 import heapq
-import importlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,39 +30,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from sfumato.events import CapacityError, InputError
+from sfumato.forms import llguidance, source_of
 from sfumato.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-KINDS = ("schema", "regex", "grammar", "choices")
-"""What a text can be held to."""
-
-MAX_CHARACTERS = 1_000_000
-"""Of a schema as JSON, of a Lark grammar, and of all choices together."""
-MAX_DEPTH = 64
-"""Nesting of a schema, its values included."""
-MAX_REGEX = 100_000
-MAX_CHOICES = 10_000
 MAX_SHORTEST = 8192
 """Tokens within which a grammar must have a text."""
-
-FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
-"""Values of the schema keyword `format` that are enforced; others are refused."""
-
-_ANNOTATIONS = {
-    *("$anchor", "$comment", "$id", "$schema", "id", "title", "description", "default", "example", "examples"),
-    *("readOnly", "writeOnly", "deprecated", "contentMediaType", "contentEncoding"),
-}
-_SCHEMA_LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
-_SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
-_SCHEMAS = {"items", "additionalItems", "additionalProperties"}
-_PLAIN = {
-    *("$ref", "const", "enum", "type", "minItems", "maxItems", "required", "minProperties", "maxProperties"),
-    *("minLength", "maxLength", "pattern", "format"),
-    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-}
-_KEYWORDS = _ANNOTATIONS | _SCHEMA_LISTS | _SCHEMA_MAPS | _SCHEMAS | _PLAIN
 
 _CAPS = (32, 256)  # tokens that a search goes deep before it goes to its limit: most loops without an end cost no more
 _EFFORT, _EFFORT_IN_WALK = 100_000, 1_000  # tries of a token, about 2 µs each, beyond a search's first way down
@@ -109,10 +84,10 @@ class Grammar:
         `vocab_size` is the model's, the length of masks; `ends` are the token ids that end a text. Whatever is wrong
         with the value is an InputError of one sentence. The first grammar of a tokenizer takes a second or two.
         """
-        if kind not in KINDS:
-            raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(KINDS)}")
-        source, hints = _SOURCES[kind](value)
+        source, hints = source_of(kind, value)
         words = _Words.of(tokenizer, vocab_size, ends)
+        if kind == "grammar":
+            words = words.naming(tokenizer, value)
         matcher = words.matcher(source)
         if matcher.is_error():
             raise InputError(f"the {kind} cannot be used: {_sentence(matcher.get_error())}")
@@ -278,7 +253,7 @@ class Guide:
         place = _Place(self._matcher.is_accepting(), self._matcher.is_stopped(), forced)
         if self._matcher.is_error():
             _give_up(self._matcher)
-        if not self._words.control.isdisjoint(forced):
+        if not self._words.are_said(self._matcher, forced):
             place.forced, place.is_stuck = [], True
         return place
 
@@ -354,7 +329,7 @@ class _Words:
     """A tokenizer as llguidance sees it, and what a search for the shortest text needs to know of its tokens."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
-        self._library = _llguidance()
+        self._library = llguidance()
         self._inner = self._library.LLTokenizer(tokenizer.to_json(), vocab_size, next(iter(ends), None))
         self._limits = self._library.LLParserLimits(verbose_errors=False)
         self.vocab_size = vocab_size
@@ -369,6 +344,7 @@ class _Words:
         closers.sort(key=lambda i: -len(texts[i]))
         self.quotes = [i for i in closers if b'"' in texts[i]]
         self.brackets = [i for i in closers if b'"' not in texts[i]]
+        self.named: list[int] = []  # control tokens that may come where the grammar has them, closing ones first
         self._probe = tokenizer.encode("q")[:1]
 
     @classmethod
@@ -379,6 +355,25 @@ class _Words:
         if key not in made:
             made[key] = cls(tokenizer, vocab_size, ends)
         return made[key]
+
+    def naming(self, tokenizer: Tokenizer, lark: str) -> _Words:
+        """The same for a grammar that names control tokens by their text: these may come, an end aside."""
+        named = {i for i in self.control - self.ends if (tokenizer.token(i) or "<>") in lark}
+        if not named:
+            return self
+        made = copy.copy(self)
+        made.named = sorted(named, reverse=True)
+        made.control = self.control - named
+        made._is_plain = self._is_plain.copy()
+        made._is_plain[made.named] = True
+        return made
+
+    def are_said(self, matcher: LLMatcher, forced: list[int]) -> bool:
+        """Whether forced tokens hold no control token but those that the grammar names, and these where it does: where
+        its text merely spells one, llguidance forces the token itself, and would not take it."""
+        if not self.control.isdisjoint(forced):
+            return False
+        return set(self.named).isdisjoint(forced) or matcher.validate_tokens(forced) == len(forced)
 
     def matcher(self, source: str) -> LLMatcher:
         """At the beginning of a text; in error where the source is no grammar."""
@@ -398,7 +393,7 @@ class _Words:
         return matcher.validate_tokens(self._probe) == 1
 
     def mask(self, bits: bytes) -> np.ndarray:
-        """Bits as bool [vocab_size], control tokens and ends cleared."""
+        """Bits as bool [vocab_size], ends cleared, and control tokens but the named."""
         mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=self.vocab_size, bitorder="little").view(np.bool_)
         mask &= self._is_plain
         return mask
@@ -423,7 +418,7 @@ class _Search:
         self._words = words
         self._source = [tokenizer.encode(piece) for piece in pieces]
         self._hints = [token for token in hints if token not in words.control][:_HINTS]
-        self._quotes = words.quotes if is_json else []
+        self._quotes = words.quotes if is_json else words.named
 
     def is_completion(self, matcher: LLMatcher, tokens: list[int]) -> bool:
         """Whether these tokens complete the text."""
@@ -493,7 +488,7 @@ class _Search:
             if len(tokens) >= cap or effort.left < 0:
                 return tokens, choices, False
             if forced := matcher.compute_ff_tokens():
-                if not words.control.isdisjoint(forced) or matcher.try_consume_tokens(forced) < len(forced):
+                if not words.are_said(matcher, forced) or matcher.try_consume_tokens(forced) < len(forced):
                     return tokens, choices, False
                 tokens += forced
                 continue
@@ -563,13 +558,6 @@ class _Search:
         return [*self._hints, *(int(token) for token in allowed[np.sort(firsts)[:_ALTERNATIVES]])]
 
 
-def _llguidance() -> Any:
-    try:
-        return importlib.import_module("llguidance")
-    except ImportError:
-        raise InputError("constraints need the package llguidance; pip install 'sfumato[constrain]'") from None
-
-
 def _worth(text: bytes) -> int:
     """How gladly the search takes a token: a long one, but nothing that opens, no blanks, and rather 1 than 0."""
     if not text:
@@ -590,150 +578,3 @@ def _sentence(error: str) -> str:
     if line.startswith("oneOf"):
         return "the schemas of a oneOf may overlap, and only disjoint ones are supported; use anyOf"
     return line[:300] or "llguidance gives no reason"
-
-
-# ---- requests, which are hostile until checked ---------------------------------------------------------------------
-
-
-def _text(kind: str, value: Any, limit: int) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"the {kind} is of type {type(value).__name__}; give text")
-    if len(value) > limit:
-        raise InputError(f"the {kind} has {len(value)} characters, more than the {limit} allowed; shorten it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the {kind} has a lone surrogate at character {error.start}; remove it") from None
-    return value
-
-
-Source = tuple[str, str]
-"""A grammar as llguidance takes it, and text from which hints are taken: patterns, without what surrounds them."""
-
-
-def _regex(value: Any) -> Source:
-    text = _text("regex", value, MAX_REGEX)
-    return str(_llguidance().LLMatcher.grammar_from_regex(text)), text[:1000]
-
-
-def _lark(value: Any) -> Source:
-    text = _text("grammar", value, MAX_CHARACTERS)
-    return json.dumps({"grammars": [{"lark_grammar": text}]}), text[:1000]
-
-
-def _choices(value: Any) -> Source:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise InputError(f"choices are a list of at least one text; this is {repr(value)[:80]}")
-    if len(value) > MAX_CHOICES:
-        raise InputError(f"there are {len(value)} choices, more than the {MAX_CHOICES} allowed; give fewer")
-    left = MAX_CHARACTERS
-    seen: dict[str, int] = {}
-    for number, choice in enumerate(value, 1):
-        left -= len(_text(f"choice {number}", choice, left))
-        if not choice:
-            raise InputError(f"choice {number} is empty; give each at least one character")
-        if choice in seen:
-            raise InputError(f"choice {number}, {choice[:80]!r}, is choice {seen[choice]} again; give each once")
-        seen[choice] = number
-    words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
-    return json.dumps({"grammars": [{"lark_grammar": f"start: CHOICE\nCHOICE: {words}"}]}), ""
-
-
-def _schema(value: Any) -> Source:
-    if isinstance(value, str):
-        try:
-            value = json.loads(_text("schema", value, MAX_CHARACTERS), parse_constant=_no_json)
-        except RecursionError:
-            raise InputError(f"the schema is nested deeper than the {MAX_DEPTH} levels allowed; flatten it") from None
-        except ValueError as error:
-            raise InputError(f"the schema is no JSON: {error}") from None
-    if not isinstance(value, (dict, bool)):
-        raise InputError(f"a schema is a JSON object, or true; this is {repr(value)[:80]}")
-    try:
-        _text("schema", json.dumps(value, ensure_ascii=False, allow_nan=False), MAX_CHARACTERS)
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the schema is no JSON: {error}") from None
-    depth, level = 0, [value]
-    while level := [x for x in level if isinstance(x, (dict, list))]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise InputError(f"the schema is nested deeper than the {MAX_DEPTH} levels allowed; flatten it")
-        level = [inner for x in level for inner in (x.values() if isinstance(x, dict) else x)]
-    if value is False:
-        raise InputError("the schema is false, which allows no text; give one that allows some")
-    patterns: list[str] = []
-    schema = _checked(value, "", patterns) if isinstance(value, dict) else {}
-    schema["x-guidance"] = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    return json.dumps({"grammars": [{"json_schema": schema}]}), " ".join(patterns)[:1000]
-
-
-def _no_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON's")
-
-
-def _step(name: Any) -> str:
-    """One step of a JSON pointer."""
-    return str(name).replace("~", "~0").replace("/", "~1")
-
-
-def _checked(schema: Any, pointer: str, patterns: list[str]) -> Any:
-    """The schema and all within, its `$schema` and `$id` left out where they would be looked up; InputError for what
-    llguidance would ignore or fetch. `pointer` is where it stands, as a JSON pointer; `patterns`
-    takes up the patterns met."""
-    if isinstance(schema, bool):
-        return schema
-    if not isinstance(schema, dict):
-        raise InputError(f"a schema is an object, true or false; at {pointer} stands {repr(schema)[:80]}")
-    for word, others in _NEAR.items():
-        bound: Any = schema.get(word)
-        for other in (schema.get(name) for name in others):
-            if {type(bound), type(other)} <= {int, float} and bound == int(bound) and abs(other - bound) < 1:
-                raise InputError(
-                    f"{word} {bound} at {pointer}/{word} would not be kept: a whole number itself is allowed where the "
-                    "other bound is less than 1 away (a fault of llguidance); give a minimum or maximum"
-                )
-    kept: dict[str, Any] = {}
-    for word, value in schema.items():
-        here = f"{pointer}/{_step(word)}"
-        if word not in _KEYWORDS:
-            raise InputError(f"the schema keyword {str(word)[:80]!r} at {here[:300]} is not supported; leave it out")
-        if word in _SCHEMA_LISTS or (word == "items" and isinstance(value, list)):
-            if not isinstance(value, list):
-                raise InputError(f"{word} at {here} is a list of schemas, not {repr(value)[:80]}")
-            value = [_checked(inner, f"{here}/{number}", patterns) for number, inner in enumerate(value)]
-        elif word in _SCHEMA_MAPS:
-            if not isinstance(value, dict):
-                raise InputError(f"{word} at {here} is an object of schemas, not {repr(value)[:80]}")
-            value = {name: _checked(inner, f"{here}/{_step(name)}", patterns) for name, inner in value.items()}
-        elif word in _SCHEMAS:
-            value = _checked(value, here, patterns)
-        elif word == "format" and value not in FORMATS:
-            raise InputError(f"the format {value!r} at {here} is not supported; choose from {', '.join(FORMATS)}")
-        elif word == "$ref" and not (isinstance(value, str) and value.startswith("#")):
-            raise InputError(
-                f"the $ref {repr(value)[:80]} at {here} is not within the schema; copy what it names into $defs"
-            )
-        elif word in ("$schema", "$id", "id") and not str(value).startswith(_DRAFTS):
-            continue
-        if word in ("pattern", "format"):
-            patterns.append(_FORMAT_MARKS if word == "format" else str(value))
-        elif word == "patternProperties":
-            patterns += value
-        kept[word] = value
-    return kept
-
-
-_NEAR = {
-    "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
-    "exclusiveMaximum": ("minimum", "exclusiveMinimum"),
-}
-_FORMAT_MARKS = "@ . : - / T Z P D"
-_DRAFTS = ("http://json-schema.org/draft-0", "https://json-schema.org/draft/20")
-_SOURCES: dict[str, Callable[[Any], Source]] = {
-    "schema": _schema,
-    "regex": _regex,
-    "grammar": _lark,
-    "choices": _choices,
-}

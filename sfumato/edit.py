@@ -21,9 +21,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from sfumato.config import ModelConfig
-from sfumato.constrain import KINDS, Grammar
+from sfumato.constrain import Grammar
 from sfumato.engine import SHORT
 from sfumato.events import InputError, Usage
+from sfumato.forms import KINDS
 from sfumato.guided import Span
 from sfumato.tokenizer import Tokenizer
 

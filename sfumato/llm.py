@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato import calls, chat, weights
 from sfumato.cache import KVCache
 from sfumato.config import read_generation_config
-from sfumato.constrain import KINDS, Grammar
+from sfumato.constrain import Grammar
 from sfumato.edit import (
     MOST,
     Decision,
@@ -38,6 +38,7 @@ from sfumato.edit import (
 )
 from sfumato.engine import Run
 from sfumato.events import CapacityError, Commit, Completion, Done, Draft, Event, InputError, Options
+from sfumato.forms import KINDS
 from sfumato.guided import Span
 from sfumato.model import Model
 from sfumato.tokenizer import Detokeniser, Tokenizer

@@ -20,8 +20,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from sfumato.constrain import MAX_CHOICES, MAX_REGEX, Grammar, Guide, Walk
+from sfumato.constrain import Grammar, Guide, Walk
 from sfumato.events import CapacityError, InputError
+from sfumato.forms import MAX_CHOICES, MAX_REGEX
 from sfumato.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")

@@ -20,7 +20,7 @@ FILES = sorted((ROOT / "sfumato").rglob("*.py"))
 # error family, which every room may raise; masks, because an attention operation takes one.
 ROWS = [
     {"events", "masks"},
-    {"config", "ops", "sudoku"},
+    {"config", "ops", "sudoku", "forms"},
     {"cache", "diffusion", "tokenizer"},
     {"model", "chat", "constrain"},
     {"calls"},
@@ -54,7 +54,7 @@ FENCES = {
     "gguf": {"interop"},
     "mlx": {"interop"},
     "lm_eval": {"evals"},
-    "llguidance": {"constrain"},
+    "llguidance": {"constrain", "forms"},
 }
 
 
