@@ -107,7 +107,7 @@ class Options:
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} are given together; an answer can obey one of them")
         if given and self.mode != "diffusion":
-            raise InputError(f"{given[0]} needs mode 'diffusion', the mode is {self.mode!r}")
+            raise InputError(f"{given[0]} needs mode 'diffusion'; the mode is {self.mode!r}")
         if given and (self.thinking or self.min_tokens > 1):
             raise InputError(f"{given[0]} cannot go with thinking or min_tokens above 1; drop one of them")
         if self.mode not in ("diffusion", "autoregressive"):

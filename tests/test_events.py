@@ -34,7 +34,8 @@ LIMITS: dict[str, tuple[float, float, bool, bool, str]] = {
     "top_k": (0, 2**62, True, False, "from 0 to 2^62"),
     "top_p": (1e-6, 1.0, False, False, "above 0, at most 1"),
 }
-FLAGS = ("drafts", "logprobs", "thinking")
+FLAGS = ("drafts", "logprobs", "early", "short", "strict", "thinking")
+FORMS = ("schema", "regex", "grammar", "choices")
 
 
 def refusal(**options: Any) -> str:
@@ -51,7 +52,19 @@ def refusal(**options: Any) -> str:
 
 def test_every_option_is_covered_here() -> None:
     names = {field.name for field in dataclasses.fields(Options)}
-    assert names == {*LIMITS, *FLAGS, "stop", "mode"}
+    assert names == {*LIMITS, *FLAGS, *FORMS, "stop", "mode"}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_answer_obeys_one_form(name: str) -> None:
+    value: Any = {"schema": {}, "regex": "a", "grammar": "start: /a/", "choices": ["a", "b"]}[name]
+    assert Options().constraint is None
+    assert Options(**{name: value}).constraint == (name, tuple(value) if name == "choices" else value)
+    other = "regex" if name != "regex" else "choices"
+    both = {name: value, other: "a" if other == "regex" else ("a",)}
+    assert "given together" in refusal(**both)
+    assert "needs mode 'diffusion'" in refusal(**{name: value, "mode": "autoregressive"})
+    assert "thinking" in refusal(**{name: value, "thinking": True})
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -10,7 +10,7 @@ import sfumato
 
 
 def test_public_names_resolve() -> None:
-    assert set(sfumato.__all__) == {"LLM", "Options", "Completion", "Draft", "Commit", "Done", "Usage"}
+    assert set(sfumato.__all__) == {"LLM", "Options", "Completion", "Draft", "Commit", "Done", "Slot", "Usage"}
     for name in sfumato.__all__:
         assert getattr(sfumato, name).__name__ == name
         assert name in dir(sfumato)
