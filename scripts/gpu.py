@@ -32,7 +32,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -165,8 +165,25 @@ def check_device(_: Path, __: float) -> dict[str, Any]:
 
 def check_engine(_: Path, __: float) -> dict[str, Any]:
     """Tokens of nano in float32: recorded graphs with stop flags read a step late, the eager loop, and fused
-    operations, all under the same dice. At batch 1 and 8."""
+    operations, all under the same dice. At batch 1 and 8, with early answers and without."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    result: dict[str, Any] = {}
+    for early in (False, True):
+        found = tokens_by_way(Options(seed=3, early=early))
+        base, alone, eager = found["fused"], found["recorded, lag 1"], found["eager, lag 0"]
+        half, name = len(base) // 2, "early: " if early else ""
+        result |= {
+            f"{name}recorded_as_eager": sum(a == b for a, b in zip(alone, eager, strict=True)),
+            f"{name}as_fused": sum(a == b for a, b in zip(eager, base, strict=True)),
+            f"{name}alone_as_in_a_batch": 2 * sum(a == b for a, b in zip(eager[:half], eager[half:], strict=True)),
+            "of": len(base),
+        }
+    assert all(count == result["of"] for count in result.values()), result
+    return result
+
+
+def tokens_by_way(options: Options) -> dict[str, list[list[int]]]:
+    """Way of running -> tokens of some puzzles, one after the other, then all at once."""
     from sfumato.evals.sudoku import request
 
     puzzles = [sudoku.generate(40, np.random.default_rng(i)) for i in range(2 if TINY else 8)]
@@ -175,28 +192,14 @@ def check_engine(_: Path, __: float) -> dict[str, Any]:
     for way, (name, record, lag) in ways.items():
         llm = LLM.load("nano", device=DEVICE, dtype="float32", ops=name)
         ids, pins = zip(*(request(llm, puzzle) for puzzle in puzzles), strict=True)
-        options = llm._complete_options(Options(seed=3, max_tokens=llm.model.config.canvas_length))
-        found = []
+        full = llm._complete_options(replace(options, max_tokens=llm.model.config.canvas_length))
+        answers[way] = []
         for rows in ([[i] for i in range(len(ids))], [list(range(len(ids)))]):
             for some in rows:
-                run = Run(
-                    llm.model, [ids[i] for i in some], options, pins=[pins[i] for i in some], record=record, lag=lag
-                )
+                run = Run(llm.model, [ids[i] for i in some], full, pins=[pins[i] for i in some], record=record, lag=lag)
                 done = {event.row: event.tokens for event in run if isinstance(event, Done)}
-                found += [done[n] for n in range(len(some))]
-        answers[way] = found
-    base, alone, eager = answers["fused"], answers["recorded, lag 1"], answers["eager, lag 0"]
-    half = len(puzzles)
-    result = {
-        "recorded_as_eager": sum(a == b for a, b in zip(alone, eager, strict=True)),
-        "as_fused": sum(a == b for a, b in zip(eager, base, strict=True)),
-        "alone_as_in_a_batch": sum(a == b for a, b in zip(eager[:half], eager[half:], strict=True)),
-        "of": len(base),
-    }
-    assert result["recorded_as_eager"] == len(base), result
-    assert result["alone_as_in_a_batch"] == half, result
-    assert result["as_fused"] == len(base), result
-    return result
+                answers[way] += [done[n] for n in range(len(some))]
+    return answers
 
 
 # ---- tune -----------------------------------------------------------------------------------------------------------
