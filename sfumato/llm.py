@@ -6,7 +6,6 @@ begins the same way continues from there.
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -317,7 +316,7 @@ class LLM:
 
     def grammar(self, kind: str, value: Any) -> Grammar:
         """A compiled constraint, kept for the next time: see `constrain.Grammar.compile`."""
-        key = kind, json.dumps(value, sort_keys=False)
+        key = kind, repr(value)
         if key not in self._grammars:
             config = self.model.config
             compiled = Grammar.compile(kind, value, self.tokenizer, config.vocab_size, sorted(self._fillers))

@@ -115,6 +115,11 @@ def test_scaffold_costs_no_steps(nano: LLM) -> None:
     assert done.usage.steps == 2
 
 
+def test_a_schema_that_is_no_json_is_refused_by_a_sentence(nano: LLM) -> None:
+    with pytest.raises(InputError, match="no JSON"):
+        nano.complete("x", Options(schema={"enum": {1, 2}}))
+
+
 def test_a_budget_that_just_fits_stops_and_says_so(nano: LLM) -> None:
     fits = nano.grammar("regex", "[0-9]{5}").shortest()
     done = nano.complete("x", Options(regex="[0-9]{5}", max_tokens=fits, seed=1))
