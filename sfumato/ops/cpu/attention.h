@@ -118,25 +118,29 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                         T *p_row = (T *)(p_tiles + (r / 16) * kk * TILE) + (r % 16) * Kind<T>::K;
                         V acc = V{};
                         const long steps = k_used * Kind<T>::K / 16;
-                        for (long i = 0; i < steps; i++) {
-                            V e = i < vectors && now > -1e29f ? exponential(load(s + 16 * i) - now) : V{};
+                        constexpr long PER = Kind<T>::K / 16;
+                        const long seen_steps = now > -1e29f ? std::min(steps, vectors) : 0;
+                        for (long i = 0; i < seen_steps; i++) {
+                            const V e = exponential(load(s + 16 * i) - now);
                             acc += e;
-                            constexpr long PER = Kind<T>::K / 16;
                             store((T *)((char *)p_row + i / PER * TILE) + i % PER * 16, e);
                         }
+                        for (long i = seen_steps; i < steps; i++)
+                            store((T *)((char *)p_row + i / PER * TILE) + i % PER * 16, V{});
                         if (now > old) {
-                            const float fade = std::exp(old - now);
-                            sum[block * 32 + r] *= fade;
-                            if (fade != 1.0f)
+                            top[block * 32 + r] = now;
+                            if (old > -1e29f) { // else there is nothing yet
+                                const float fade = std::exp(old - now);
+                                sum[block * 32 + r] *= fade;
                                 for (long i = 0; i < wide; i += 16)
                                     store(block_o + r * wide + i, load(block_o + r * wide + i) * fade);
-                            top[block * 32 + r] = now;
+                            }
                         }
                         sum[block * 32 + r] += total(acc);
                     }
                     for (long p = 0; p < d_panels; p++)
                         product<T>(2, p_tiles, p_tiles + kk * TILE, v_tiles + p * kk * 2 * TILE, k_used,
-                                   block_o + 32 * p, wide, true);
+                                   block_o + 32 * p, wide, true, nullptr, 0, n - 32 * p);
                 }
             }
             for (long block = 0; block < held; block++) {

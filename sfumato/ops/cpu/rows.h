@@ -40,6 +40,13 @@ static void norm_rope(const T *x, long places, long heads, long n, const T *w, f
     for (long r = 0; r < places * heads; r++) {
         const T *from = x + r * n, *c = cos + r / heads * n, *s = sin + r / heads * n;
         const float scale = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
+        if (n == 16) { // both halves in one vector
+            const V x = rounded(load(from) * scale * load(w), T());
+            const V other = __builtin_shuffle(x, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+            const V sign = {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1};
+            store(y + r * n, x * load(c) + other * (load(s) * sign));
+            continue;
+        }
         for (long i = 0; i < half; i += 16) {
             const long m = half - i;
             V one = rounded(load_some(from + i, m) * scale * load_some(w + i, m), T());

@@ -42,7 +42,7 @@ struct Tiles {};
 
 // C [mr x 16, 32] (+)= A (mr row tiles) x B (a panel), over kc tiles of k. `each` bytes from `ahead` on are fetched
 // into the cache with every tile of k: what comes next arrives while this is computed.
-template <class M>
+template <class M, int HALVES>
 static void plain_product(int mr, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
                           long ldc, bool adds) {
     typedef typename Kind<M>::Sum S;
@@ -50,9 +50,9 @@ static void plain_product(int mr, const char *a0, const char *a1, const char *b,
     for (int t = 0; t < mr; t++) {
         const char *a = t ? a1 : a0;
         for (int half = 0; half < 16; half += 8) {
-            VS sum[8][2];
+            VS sum[8][HALVES];
             for (int r = 0; r < 8; r++)
-                for (int n = 0; n < 2; n++) {
+                for (int n = 0; n < HALVES; n++) {
                     if (adds) memcpy(&sum[r][n], c + (16 * t + half + r) * ldc + 16 * n, 64);
                     else sum[r][n] = VS{};
                 }
@@ -62,8 +62,8 @@ static void plain_product(int mr, const char *a0, const char *a1, const char *b,
                 constexpr long G = Kind<M>::GROUP;
                 for (int j = 0; j < 16; j++)
                     for (int g = 0; g < G; g++) {
-                        VS w[2];
-                        for (int n = 0; n < 2; n++) {
+                        VS w[HALVES];
+                        for (int n = 0; n < HALVES; n++) {
                             const M *row = bt + n * 16 * Kind<M>::K + j * 16 * G + g;
                             if constexpr (std::is_same_v<M, float>) memcpy(&w[n], row, 64);
                             else
@@ -77,13 +77,12 @@ static void plain_product(int mr, const char *a0, const char *a1, const char *b,
                             S value;
                             if constexpr (std::is_same_v<M, bf16>) value = to_float(x);
                             else value = x;
-                            sum[r][0] += value * w[0];
-                            sum[r][1] += value * w[1];
+                            for (int n = 0; n < HALVES; n++) sum[r][n] += value * w[n];
                         }
                     }
             }
             for (int r = 0; r < 8; r++)
-                for (int n = 0; n < 2; n++) memcpy(c + (16 * t + half + r) * ldc + 16 * n, &sum[r][n], 64);
+                for (int n = 0; n < HALVES; n++) memcpy(c + (16 * t + half + r) * ldc + 16 * n, &sum[r][n], 64);
         }
     }
 }
@@ -107,7 +106,7 @@ static void plain_product(int mr, const char *a0, const char *a1, const char *b,
 
 template <class M>
 static inline void product(int mr, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
-                           long ldc, bool adds = false, const char *ahead = nullptr, long each = 0) {
+                           long ldc, bool adds = false, const char *ahead = nullptr, long each = 0, long columns = 32) {
 #if AMX
     if constexpr (!std::is_same_v<M, float>)
         if (has_amx) {
@@ -144,7 +143,8 @@ static inline void product(int mr, const char *a0, const char *a1, const char *b
             return;
         }
 #endif
-    plain_product<M>(mr, a0, a1, b, kc, c, ldc, adds);
+    if (columns <= 16) plain_product<M, 1>(mr, a0, a1, b, kc, c, ldc, adds);
+    else plain_product<M, 2>(mr, a0, a1, b, kc, c, ldc, adds);
 }
 
 // 16 x 16 words of 32 bits, rows to columns.
