@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Rules, accept, is_confident, is_stable
 from sfumato.model import Model, Pass
+from sfumato.ops import ReadOut
 
 
 @dataclass
@@ -180,51 +181,27 @@ def step_(
     # 2. Read out: what would be sampled, what is most likely, how sure.
     if dice is None or noise_BL is None:
         dice, noise_BL = _count(state, at_B, model)
-    banned = None
-    if bans:
-        banned = state.banned_XL[at_B], state.banned_E
+    banned = (state.banned_XL[at_B], state.banned_E) if bans else None
     heat_B = state.heat_XS[at_B, old_B]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
-    sample_BL, argmax_BL, entropy_BL, tiles = read.sample_BL, read.argmax_BL, read.entropy_BL, read.tiles
-    is_pinned_BL, pin_BL = None, None
-    if state.has_pins or project is not None:
-        pin_BL = state.pin_XL[at_B]
-        if project is not None:
-            is_free_BL = pin_BL < 0
-            argmax_BL = torch.where(is_free_BL, argmax_BL, pin_BL)
-            entropy_BL = entropy_BL.masked_fill(~is_free_BL, 0.0)
-            said = project(read.logits_BLV, argmax_BL, entropy_BL)
-            argmax_BL, entropy_BL = said.tokens_BL, said.entropy_BL
-            sample_BL = torch.where(said.is_guided_BL, argmax_BL, sample_BL)
-            pin_BL = torch.where(said.is_forced_BL & is_free_BL, argmax_BL, pin_BL)
-            tiles = None if said.has_masked else tiles
-        is_pinned_BL = pin_BL >= 0  # what is pinned is read as itself, and surely
-        sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (sample_BL, argmax_BL))
-        entropy_BL = entropy_BL.masked_fill(is_pinned_BL, 0.0)
+    held = _hold(state, at_B, read, project)
+    argmax_BL, entropy_BL = held.argmax_BL, held.entropy_BL
     # 3. Accept the surest positions, renoise the rest.
     accepted_BL = accept(entropy_BL, state.bound_X[at_B])
-    if project is not None:
-        accepted_BL &= said.is_open_BL
-    if is_pinned_BL is not None:
-        accepted_BL |= is_pinned_BL
-    next_BL = torch.where(accepted_BL, sample_BL, noise_BL)
+    if held.said is not None:
+        accepted_BL &= held.said.is_open_BL
+    if held.pin_BL is not None:
+        accepted_BL |= held.pin_BL >= 0
+    next_BL = torch.where(accepted_BL, held.sample_BL, noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     history_BHL = state.history_XHL[at_B]
-    if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
-        unsure_BL = entropy_BL if project is None else entropy_BL.masked_fill(~said.is_open_BL, torch.inf)
-        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, history_BHL)
-    else:
-        is_settled_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
-        is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
-    if project is not None:
-        is_settled_B &= said.is_whole_B
-    is_done_B = is_settled_B | (old_B + 1 >= state.max_steps_X[at_B])
+    is_done_B = _is_settled(state, at_B, held, history_BHL) | (old_B + 1 >= state.max_steps_X[at_B])
     # 5. The next step sees the soft embedding of this one.
-    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, tiles)
-    if is_pinned_BL is not None and pin_BL is not None:
-        pinned_BLD = embed_VD[pin_BL.clamp_min(0)] * model.embed_scale
-        soft_BLD = torch.where(is_pinned_BL[..., None], pinned_BLD, soft_BLD)
+    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, held.tiles)
+    if held.pin_BL is not None:
+        pinned_BLD = embed_VD[held.pin_BL.clamp_min(0)] * model.embed_scale
+        soft_BLD = torch.where((held.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)
     # 6. A row that had stopped before stays as it was.
     was_done_B = state.is_done_X[at_B]
     keep_B1 = was_done_B[:, None]
@@ -241,6 +218,49 @@ def step_(
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B
     return encoded_BTD
+
+
+class _Held(NamedTuple):
+    """A read-out with what is pinned and what a grammar says."""
+
+    sample_BL: Tensor
+    argmax_BL: Tensor
+    entropy_BL: Tensor
+    pin_BL: Tensor | None
+    """-1 where free; None where nothing is pinned."""
+    said: Projected | None
+    tiles: Any
+
+
+def _hold(state: Canvases, at_B: Tensor, read: ReadOut, project: Project | None) -> _Held:
+    """What is pinned is read as itself, and surely; a grammar is shown it so, and what it forces is pinned too."""
+    sample_BL, argmax_BL, entropy_BL, tiles = read.sample_BL, read.argmax_BL, read.entropy_BL, read.tiles
+    if not state.has_pins and project is None:
+        return _Held(sample_BL, argmax_BL, entropy_BL, None, None, tiles)
+    pin_BL, said = state.pin_XL[at_B], None
+    if project is not None:
+        is_free_BL = pin_BL < 0
+        argmax_BL = torch.where(is_free_BL, argmax_BL, pin_BL)
+        said = project(read.logits_BLV, argmax_BL, entropy_BL.masked_fill(~is_free_BL, 0.0))
+        argmax_BL, entropy_BL = said.tokens_BL, said.entropy_BL
+        sample_BL = torch.where(said.is_guided_BL, argmax_BL, sample_BL)
+        pin_BL = torch.where(said.is_forced_BL & is_free_BL, argmax_BL, pin_BL)
+        tiles = None if said.has_masked else tiles
+    is_pinned_BL = pin_BL >= 0
+    sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (sample_BL, argmax_BL))
+    return _Held(sample_BL, argmax_BL, entropy_BL.masked_fill(is_pinned_BL, 0.0), pin_BL, said, tiles)
+
+
+def _is_settled(state: Canvases, at_B: Tensor, held: _Held, history_BHL: Tensor) -> Tensor:
+    """Which rows stand still and are sure, and, where a grammar rules, valid as they stand."""
+    argmax_BL, entropy_BL, said = held.argmax_BL, held.entropy_BL, held.said
+    if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
+        unsure_BL = entropy_BL if said is None else entropy_BL.masked_fill(~said.is_open_BL, torch.inf)
+        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, history_BHL)
+    else:
+        is_settled_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
+        is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
+    return is_settled_B if said is None else is_settled_B & said.is_whole_B
 
 
 def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, history_BHL: Tensor) -> Tensor:
