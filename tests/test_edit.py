@@ -201,14 +201,20 @@ def test_shares_follow_the_tree_of_tokens_and_not_the_length() -> None:
     assert share_out([[1], [1, 2]], begun, 9) == pytest.approx([0.25, 0.75])
 
 
-def test_a_decision_reads_a_cell_that_only_one_digit_fits(llm: LLM) -> None:
-    grid = sudoku.random_grid(np.random.default_rng(11))
-    puzzle = "0" + grid[1:]
-    read = llm.decide(ask(puzzle), {"x": list("123456789"), "y": ["one", "two"]}, steps=2)
-    assert set(read) == {"x", "y"}
-    for decision in read.values():
-        assert sum(decision.probabilities.values()) == pytest.approx(1.0)
-        assert decision.choice == max(decision.probabilities, key=decision.probabilities.__getitem__)
+def test_a_decision_reads_its_own_positions(llm: LLM) -> None:
+    """nano reads cell n at position n, whatever stands around it: a question's digit is that of the cell it lies on."""
+    rng, right = np.random.default_rng(11), {"x": 0, "y": 0}
+    places = {"x": len(llm.tokenizer.encode("x:")) + 1}
+    places["y"] = places["x"] + 1 + len(llm.tokenizer.encode("\n")) + len(llm.tokenizer.encode("y:")) + 1
+    assert len(llm.tokenizer.encode(" 7")) == 2  # a blank, which all choices share, and the digit
+    for _ in range(10):
+        grid = sudoku.random_grid(rng)
+        read = llm.decide(ask(grid), {name: list("123456789") for name in places}, options=Options(seed=1))
+        for name, decision in read.items():
+            assert sum(decision.probabilities.values()) == pytest.approx(1.0)
+            right[name] += decision.choice == grid[places[name]]
+            assert decision.probabilities[decision.choice] == max(decision.probabilities.values())
+    assert right["x"] >= 9 and right["y"] >= 9
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
