@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -21,10 +22,13 @@ import torch
 
 from sfumato.config import LayerConfig, ModelConfig, Rope
 from sfumato.measure.machine import Shape, Timing, ceilings, environment
-from sfumato.measure.parts import Cost
-from sfumato.measure.work import Parameters, Precision, duration, pass_work
-from sfumato.model import Model, pack_
+from sfumato.measure.work import Cost, Precision, duration, pass_work, step_work, vocabulary_work
+from sfumato.model import Model, pack_, products, replace_
 from sfumato.ops import load
+from sfumato.ops.packed import Packed
+from sfumato.quant.apply import samples
+from sfumato.quant.formats import Format, pack
+from sfumato.quant.recipes import named
 
 SHAPES: dict[str, Shape] = {
     "mid vocabulary": (256, 1024, 32768),
@@ -53,22 +57,46 @@ def released_config(layers: int = 30) -> ModelConfig:
 
 
 def random_packed(
-    config: ModelConfig, device: str, ops: str, kind: str = "", dtype: torch.dtype = torch.bfloat16
+    config: ModelConfig, device: str, ops: str, recipe: str = "", dtype: torch.dtype = torch.bfloat16
 ) -> Model:
     """A model of random weights, made on the device layer by layer and packed at once: at no time does more than one
-    layer exist unpacked. Large weights repeat a block of prime length: nothing here depends on what they say."""
+    layer exist unpacked. Large weights repeat a block of prime length, and packed ones some of their rows: nothing
+    here depends on what they say."""
+    wanted = named(recipe) if recipe else None
     with torch.device("meta"):
-        model = Model(config, load(ops, device, dtype)).to(dtype)
+        model = Model(config, load(ops, device, dtype, samples(wanted) if wanted else [])).to(dtype)
+    names = {module: name for name, module in model.named_modules()}
     block = torch.randn(4_194_301, device=device, generator=torch.Generator(device).manual_seed(0)).mul_(0.02).to(dtype)
-    for part in (model.embed_tokens, model.norm, model.self_conditioning, *model.layers):
+    for part in filter(None, (model.embed_tokens, model.norm, model.self_conditioning, *model.layers)):
         part.to_empty(device=device)
         with torch.no_grad():
             for parameter in part.parameters():
                 _fill_(parameter, block)
             for buffer in part.buffers():
                 buffer.fill_(1.0)
-        pack_(part, model.ops, kind)
+        for owner, leaf in list(products(part)) if wanted else []:
+            form = wanted.format_of(f"{names[owner]}.{leaf}") if wanted else None
+            if form is not None:
+                replace_(owner, leaf, _packed(getattr(owner, leaf).detach(), form))
+        pack_(part, model.ops)
     return model.requires_grad_(False).eval()
+
+
+_ROWS = 251
+"""Rows of a weight that are really packed."""
+
+
+def _packed(weight: torch.Tensor, form: Format) -> Packed:
+    """A weight [.., O, I] in this format: its first rows, again and again."""
+    rows, lead = weight.view(-1, weight.shape[-1])[:_ROWS], weight.shape[:-1]
+    place = (torch.arange(math.prod(lead), device=weight.device) % len(rows)).view(lead)
+
+    def repeated(part: torch.Tensor) -> torch.Tensor:
+        if part.dtype == torch.float8_e4m3fn:  # which cannot be looked up everywhere
+            return part.view(torch.uint8)[place].view(part.dtype)
+        return part[place]
+
+    return pack(rows, form).each(repeated, tuple(weight.shape))
 
 
 def _fill_(tensor: torch.Tensor, block: torch.Tensor) -> None:
@@ -81,22 +109,13 @@ def _fill_(tensor: torch.Tensor, block: torch.Tensor) -> None:
 
 
 def step_cost(config: ModelConfig, kind: str, batch: int, context: int, is_encode: bool = False) -> Cost:
-    """The least work of one step of `batch` rows (in encode: of one token a row, logits included). Every weight is
-    read once, of the experts those that are chosen; the embedding once, though logits and soft embedding need it."""
-    bits = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4.25, "float32": 32.0}[kind]
-    weights, new = Parameters.of(config), 1 if is_encode else config.canvas_length
-    precision = Precision(kind, bits, bits, 2, None)
-    one, all_rows = pass_work(config, precision, new, context, is_encode), new * batch
-    other = weights.other - (weights.self_conditioning if is_encode else 0)
-    products = 2.0 * new * (other + weights.experts * weights.chosen)
-    alone = pass_work(config, precision, new, 0, is_encode).bytes
-    shared = pass_work(config, precision, all_rows, 0, is_encode).bytes
-    vocabulary = config.vocab_size * config.hidden_size
-    times = 1 if is_encode else 2
-    rate = kind if kind in ("fp8", "int8", "float32") else "bf16"
-    return Cost(shared + batch * (one.bytes - alone), {rate: products * batch}) + Cost(
-        2.0 * vocabulary, {"bf16": (one.flops - products) * batch + times * 2.0 * all_rows * vocabulary}
-    )
+    """The least work of one step of `batch` rows (in encode: of one token a row, logits included), with weights in this
+    recipe, "bf16" or "float32". Every weight is read once, of the experts those that are chosen; the embedding once,
+    though logits and soft embedding need it."""
+    precision = Precision.of(config, kind)
+    if not is_encode:
+        return step_work(config, precision, context, batch)
+    return pass_work(config, precision, 1, context, True, batch) + vocabulary_work(config, precision, batch)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--modes", default="diffusion,diffusion-unpinned,autoregressive")
     parser.add_argument("--ops", default="auto")
     parser.add_argument("--dtype", help="default: the checkpoint's, float32")
-    parser.add_argument("--quantize", help="int8 weights (cpu, triton)")
+    parser.add_argument("--quantize", help="weights in fewer bits: int8, int4, …")
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
     llm = LLM.load(args.model, dtype=args.dtype, ops=args.ops, quantize=args.quantize)

@@ -45,6 +45,7 @@ from sfumato.measure.machine import Timing, environment, measure
 from sfumato.measure.parts import Plan, prompt_ids, random_config, random_model
 from sfumato.measure.work import duration
 from sfumato.model import Model
+from sfumato.quant.apply import quantize_, samples
 
 FORWARD, STEP, ANSWER = "denoise forward", "whole step", "whole answer"
 STATIC = "compiled generate, static cache"
@@ -87,11 +88,12 @@ def twin(model: Model) -> Any:
 
 
 def packed(plain: Model, kind: str, name: str) -> Model:
-    """Our model of the same tensors, in the form that these operations take."""
+    """Our model of the same tensors, in this recipe (or none), in the form that these operations take."""
     with torch.device("meta"):
-        model = Model(plain.config, ops.load(name, plain.device, plain.dtype))
+        model = Model(plain.config, ops.load(name, plain.device, plain.dtype, samples(kind) if kind else []))
     model.load_state_dict(plain.state_dict(), assign=True)
-    return model.requires_grad_(False).eval().pack_(kind)
+    model.requires_grad_(False).eval()
+    return (quantize_(model, kind) if kind else model).pack_()
 
 
 def inputs(model: Model, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -514,7 +516,7 @@ def main() -> None:
     parser = common.arguments(__doc__, 15.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "float32"])
-    parser.add_argument("--kinds", default="int8", help="of our packed weights beside --dtype; may be empty")
+    parser.add_argument("--kinds", default="int8", help="recipes of ours beside --dtype; may be empty")
     parser.add_argument("--ops", default="auto")
     parser.add_argument("--prompt", type=int, default=384)
     parser.add_argument("--tokens", type=int, default=512)

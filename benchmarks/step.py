@@ -43,7 +43,7 @@ CONFIDENCE = 0.0
 
 
 def whole_steps(given: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a step, by the kind of weights. Kinds that these operations lack are left out by name."""
+    """The parts of a step, by the kind of weights: a number format or a recipe. Kinds that these operations lack are left out by name."""
     found: dict[str, Any] = {}
     for kind in given.kinds.split(","):
         config = random_config(given.size)
@@ -192,7 +192,7 @@ def vocabulary(model: Model, given: argparse.Namespace) -> tuple[Any, dict[str, 
 def main() -> None:
     parser = common.arguments(__doc__, 8.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
-    parser.add_argument("--kinds", default="bf16,int8", help="of weights: bf16, float32, int8, fp8, int4")
+    parser.add_argument("--kinds", default="bf16,int8", help="of weights: bf16, float32, or recipes")
     parser.add_argument("--ops", default="auto")
     parser.add_argument("--prompt", type=int, default=384)
     parser.add_argument("--slice", default="true", choices=["true", "tiny", "none"], help="its size")

@@ -54,7 +54,8 @@ from sfumato.measure.machine import environment, forget_peak, peak_bytes
 from sfumato.measure.parts import random_config
 from sfumato.model import Model
 from sfumato.ops import load
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed, dense
+from sfumato.quant import formats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = "triton" if DEVICE == "cuda" else "cpu"
@@ -89,6 +90,8 @@ def hardware() -> dict[str, str]:
 
 EXACT_ENOUGH = {"fp8": 0.08, "int8": 0.06}
 """Relative error where what is multiplied is rounded to 8 bits too; else twice that of plain PyTorch."""
+TOGETHER = {"nvfp4": 16, "mxfp4": 32}
+"""Inputs that these kinds pack together: odd sizes do without them."""
 FILES = ("linear", "experts", "attention", "norms", "read_out", "soft_embedding")
 
 
@@ -97,16 +100,19 @@ def check_op(op: str, size: str) -> dict[str, Any]:
     whether the first row gives the same bits alone. AssertionError names what is off, after all were tried."""
     reference, found, wrong = load("reference"), [], []
     kinds = [(torch.bfloat16, ""), (torch.float32, "")]
-    quantised = ("int4", "fp8") if OPS == "triton" else ("int8",)
+    quantised = ("int4", "int4-asym", "fp8", "nvfp4", "mxfp4") if OPS == "triton" else ("int8",)
     with torch.inference_mode():
         for case in importlib.import_module(f"benchmarks.ops.{op}").cases(size, DEVICE):
             for dtype, kind in kinds + [(torch.bfloat16, k) for k in quantised if case.quantised and case.weights]:
                 if size == "released" and dtype == torch.float32:
                     continue
+                if any(w.shape[-1] % TOGETHER.get(kind, 1) for w in case.weights.values()):
+                    continue
                 record = load(OPS, DEVICE, dtype)
-                packed = {name: record.pack(w.to(dtype), kind) for name, w in case.weights.items()}
+                codes = {name: codes_of(w.to(dtype), kind) for name, w in case.weights.items()}
+                packed = {name: record.pack(code) for name, code in codes.items()}
                 got = case.prepare(record, case.cast(dtype), packed)()
-                kept = {name: whole(p) for name, p in packed.items()} if kind else case.weights
+                kept = {name: dense(code, torch.float32) for name, code in codes.items()} if kind else case.weights
                 exact = case.prepare(reference, case.cast(torch.float32), kept)()
                 bf16 = {name: w.bfloat16() for name, w in kept.items()}
                 plain = ops.relative(case.prepare(reference, case.cast(torch.bfloat16), bf16)(), exact)
@@ -126,13 +132,9 @@ def check_op(op: str, size: str) -> dict[str, Any]:
     return {"cases": len(found), "rows": found}
 
 
-def whole(packed: Any) -> torch.Tensor:
-    """The float32 weights that a packed one stands for."""
-    if isinstance(packed, Packed):
-        return unpack(packed)
-    from sfumato.ops import cpu
-
-    return packed.float() if isinstance(packed, torch.Tensor) else cpu.unpack(packed)
+def codes_of(weight: torch.Tensor, kind: str) -> torch.Tensor | Packed:
+    with torch.inference_mode():
+        return formats.pack(weight, kind) if kind else weight
 
 
 def check_device(_: Path, __: float) -> dict[str, Any]:
@@ -296,7 +298,7 @@ def call_of(one: Tuning) -> Callable[[], object]:
     record, rows = load(OPS, DEVICE), 256
 
     def weight(*shape: int) -> Any:
-        return record.pack(ops.exactly(*shape, scale=0.05, device=DEVICE).bfloat16(), one.kind)
+        return record.pack(codes_of(ops.exactly(*shape, scale=0.05, device=DEVICE).bfloat16(), one.kind))
 
     if one.op == "linear":
         x, w = ops.exactly(rows, one.shape[1], device=DEVICE).bfloat16(), weight(*one.shape)

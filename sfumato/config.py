@@ -1,7 +1,8 @@
 """ModelConfig: the model's numbers, frozen, read from a checkpoint's config.json and written back.
 
 Both spellings in circulation load: the release's `global_head_dim` / `num_global_key_value_heads`, and the
-`per_layer_config` that transformers 5.23 writes. What the engine cannot run exactly is refused by name, never guessed.
+`per_layer_config` that transformers 5.23 writes. A Gemma 4 config reads as the same model without a canvas. What the
+engine cannot run exactly is refused by name, never guessed.
 It lacks defaults on purpose: transformers' class defaults are not the released model's values. The sampler's values
 come from generation_config.json, in the names that Options uses.
 """
@@ -16,6 +17,8 @@ from typing import Any
 
 from sfumato.events import CheckpointError, InputError, Options
 
+DIFFUSION, GEMMA4 = "diffusion_gemma", "gemma4"
+"""What config.json calls the models that load."""
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -45,7 +48,8 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A DiffusionGemma's shape. Field names are the field's common short ones; `from_dict` has the table."""
+    """A DiffusionGemma's shape, or a Gemma 4's. Field names are the field's common short ones; `from_dict` has the
+    table."""
 
     vocab_size: int
     hidden_size: int
@@ -62,6 +66,9 @@ class ModelConfig:
     pad_id: int = 0
     bos_id: int = 2
     eos_ids: tuple[int, ...] = (1,)
+    is_diffusion: bool = True
+    """False for Gemma 4: the model has no canvas and no self-conditioning, and writes one token after another; its
+    `canvas_length` is only the slack of caches."""
     vision: dict[str, Any] = field(default_factory=dict, compare=False)
     """The vision part of config.json, untouched: kept so that a checkpoint survives the round trip."""
 
@@ -70,19 +77,32 @@ class ModelConfig:
         """The sliding window in tokens, the query itself included (0: no sliding layers)."""
         return max(layer.window or 0 for layer in self.layers)
 
+    def check_canvas(self, what: str) -> None:
+        """InputError where `what` needs a canvas and this model has none."""
+        if not self.is_diffusion:
+            raise InputError(
+                f"{what} needs a canvas, and Gemma 4 has none; go without it in mode 'autoregressive', or load a "
+                "DiffusionGemma checkpoint"
+            )
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
-        """From the parsed config.json of a `diffusion_gemma` checkpoint.
+        """From the parsed config.json of a `diffusion_gemma` or `gemma4` checkpoint.
 
         Raises CheckpointError naming the field, its value and what is supported."""
         model_type = raw.get("model_type")
-        if model_type != "diffusion_gemma":
+        if model_type not in (DIFFUSION, GEMMA4):
             raise CheckpointError(
-                f"{source} has model_type {_show(model_type)}; Sfumato loads 'diffusion_gemma' checkpoints only"
+                f"{source} has model_type {_show(model_type)}; Sfumato loads {DIFFUSION!r} and {GEMMA4!r} checkpoints "
+                "only"
             )
+        is_diffusion = model_type == DIFFUSION
         text = raw.get("text_config")
         if not isinstance(text, dict):
             raise CheckpointError(f"{source} has no text_config; it is needed to build the model")
+        if not is_diffusion:
+            _check_gemma4(raw, text, source)
+            text = {"final_logit_softcapping": None, **text}  # there absent is none, which is not supported
         get = _Reader(text, source)
         for name, wanted in _FIXED.items():
             for part in (text, raw):
@@ -117,7 +137,8 @@ class ModelConfig:
             pad_id=(*_ids(text, "pad_token_id", vocab_size, source), 0)[0],
             bos_id=(*_ids(text, "bos_token_id", vocab_size, source), 2)[0],
             eos_ids=_ids({"eos_token_id": 1, **text}, "eos_token_id", vocab_size, source),
-            vision={k: raw[k] for k in _VISION if k in raw},
+            is_diffusion=is_diffusion,
+            vision={k: raw[k] for k in (_VISION if is_diffusion else _MEDIA) if k in raw},
         )
         if config.top_k_experts > config.num_experts:
             raise CheckpointError(
@@ -140,7 +161,7 @@ class ModelConfig:
         full = next(layer for layer in self.layers if not layer.is_sliding)
         sliding = next((layer for layer in self.layers if layer.is_sliding), full)
         text = {
-            "model_type": "diffusion_gemma_text",
+            "model_type": f"{DIFFUSION if self.is_diffusion else GEMMA4}_text",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -165,10 +186,20 @@ class ModelConfig:
             "use_bidirectional_attention": "vision",
             **_FIXED,
         }
+        if not self.is_diffusion:
+            return {
+                "architectures": ["Gemma4ForConditionalGeneration"],
+                "model_type": GEMMA4,
+                "tie_word_embeddings": True,
+                "text_config": text | {name: wanted for name, (_, wanted, _) in _GEMMA4.items()},
+                "vision_config": None,
+                "audio_config": None,
+                **self.vision,
+            }
         vision = self.vision if isinstance(self.vision.get("vision_config"), dict) else {**self.vision, **_NO_VISION}
         return {
             "architectures": ["DiffusionGemmaForBlockDiffusion"],
-            "model_type": "diffusion_gemma",
+            "model_type": DIFFUSION,
             "canvas_length": self.canvas_length,
             "tie_word_embeddings": True,
             "text_config": text,
@@ -206,14 +237,16 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
 
 def read_generation_config(folder: Path | str) -> tuple[dict[str, Any], tuple[int, ...] | None]:
-    """A checkpoint's generation_config.json: sampler values under the names of Options, and the ids that end an answer.
+    """`generation_values` of a folder's generation_config.json."""
+    path = Path(folder) / "generation_config.json"
+    return generation_values(read_json(path), str(path)) if path.exists() else ({}, None)
+
+
+def generation_values(raw: dict[str, Any], path: str) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """What a generation_config says: sampler values under the names of Options, and the ids that end an answer.
 
     What is null or absent is left out (None for the ids), so is the whole file. max_new_tokens is ignored on purpose:
     the release's 256 would cap every answer at one canvas. CheckpointError names the field and its value."""
-    path = Path(folder) / "generation_config.json"
-    if not path.exists():
-        return {}, None
-    raw = read_json(path)
     sampler = raw.get("sampler_config")
     if sampler is not None:
         if not isinstance(sampler, dict) or sampler.get("_cls_name", _SAMPLER) != _SAMPLER:
@@ -233,7 +266,7 @@ def read_generation_config(folder: Path | str) -> tuple[dict[str, Any], tuple[in
         Options.from_dict(values)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return values, _ids(raw, "eos_token_id", _LIMIT, str(path)) or None
+    return values, _ids(raw, "eos_token_id", _LIMIT, path) or None
 
 
 _GENERATION = {
@@ -250,6 +283,15 @@ _JSON_BYTES = 64 << 20
 
 _FIXED = {"attention_bias": False, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 _VISION = ("vision_config", "image_token_id", "boi_token_id", "eoi_token_id", "initializer_range")
+_MEDIA = (*_VISION, "video_token_id", "audio_token_id", "boa_token_id", "eoa_token_index")
+_GEMMA4: dict[str, tuple[Any, Any, str]] = {
+    "hidden_size_per_layer_input": (256, 0, "per-layer embeddings"),
+    "num_kv_shared_layers": (0, 0, "layers that share keys and values"),
+    "use_double_wide_mlp": (False, False, "a wider feed-forward in some layers"),
+    "enable_moe_block": (False, True, "layers without experts"),
+    "attention_k_eq_v": (False, True, "full layers with values of their own"),
+}
+"""Of Gemma 4's family: what transformers takes where config.json is silent, what runs here, and what the rest has."""
 _NO_VISION = {
     "vision_config": {
         "model_type": "gemma4_vision",
@@ -311,6 +353,22 @@ def _layer(text: dict[str, Any], get: _Reader, index: int, kind: str, source: st
         window=get.whole("sliding_window") if kind == SLIDING else None,
         rope=_rope(text, kind, source),
     )
+
+
+def _check_gemma4(raw: dict[str, Any], text: dict[str, Any], source: str) -> None:
+    """CheckpointError for what the family has and 26B-A4B, DiffusionGemma's twin, has not."""
+    for name, (absent, wanted, what) in _GEMMA4.items():
+        value = text.get(name, absent)
+        if (value or 0) != wanted:
+            raise CheckpointError(
+                f"{source}: {name} is {_show(value)} ({what}); of Gemma 4 only models like 26B-A4B are supported, "
+                f"which have {wanted!r}"
+            )
+    if raw.get("audio_config") is not None:
+        raise CheckpointError(
+            f"{source}: audio_config is {_show(raw['audio_config'])}; of Gemma 4 only models without audio are "
+            "supported, like 26B-A4B"
+        )
 
 
 def _rope(text: dict[str, Any], kind: str, source: str) -> Rope:

@@ -22,6 +22,7 @@ from sfumato.diffusion import CountedDice, Dice, Rules, accept
 from sfumato.events import CapacityError, Commit, Done, Draft, Event, InputError, Options, Usage
 from sfumato.guided import Span, Turn, project_
 from sfumato.model import Model, Pass
+from sfumato.offload import is_streamed
 from sfumato.step import Canvases, Project, Projected, Recorded, step_
 
 Watch = Callable[[int, list[int]], int | None]
@@ -116,6 +117,8 @@ class Run:
         each = [options] * len(prompts) if isinstance(options, Options) else list(options)
         if not prompts or len(each) != len(prompts):
             raise InputError(f"{len(prompts)} prompts with {len(each)} sets of options; give one set for each prompt")
+        own = {"mode": "diffusion" if self.config.is_diffusion else "autoregressive"}
+        each = [o.with_defaults(own) for o in each]
         self.rows = [Row(list(p), o, Rules.of(o)) for p, o in zip(prompts, each, strict=True)]
         nothing: list[Any] = [{}] * len(prompts)
         self.pins, self.warm, self.spans = list(pins or nothing), list(warm or nothing), list(spans or nothing)
@@ -129,6 +132,7 @@ class Run:
             raise InputError(
                 f"{len(prompts)} prompts came with a cache of {cache.batch} rows; give one for each prompt"
             )
+        self._check_canvas()
         self.length = self._canvas_length()
         for row in self.rows:
             if row.options.short:  # a step accepts one position at least, so more steps than positions are no use
@@ -142,9 +146,10 @@ class Run:
         self.cache = self._room_for_all(cache)
         is_cuda = model.device.type == "cuda"
         asks_host = inspect is not None or any(self.spans)  # within the step
-        self.record = (is_cuda if record is None else record) and isinstance(dice, CountedDice) and not asks_host
+        is_hosted = asks_host or is_streamed(model)  # by the host, within the step
+        self.record = (is_cuda if record is None else record) and isinstance(dice, CountedDice) and not is_hosted
         has_drafts = any(o.drafts for o in each)  # which show every step: the host is asked at once
-        self.lag = 0 if has_drafts or asks_host else int(is_cuda) if lag is None else lag
+        self.lag = 0 if has_drafts or is_hosted else int(is_cuda) if lag is None else lag
         self._recorded: dict[tuple[int, int, bool], Recorded] = {}
         self._counted: dict[int, tuple[Tensor, Tensor]] = {}
         self._pass: tuple[tuple[object, ...], Pass] | None = None
@@ -492,6 +497,17 @@ class Run:
             if len(self.rows[i].tokens) < self.rows[i].options.min_tokens:
                 logits_BV[n, list(self.config.eos_ids)] = -torch.inf
         return logits_BV
+
+    def _check_canvas(self) -> None:
+        asked = {
+            "mode 'diffusion'": any(row.options.mode == "diffusion" for row in self.rows),
+            "a draft": any(row.options.drafts for row in self.rows),
+            "a pin": any(self.pins),
+            "a warm token": any(self.warm),
+            "a span": any(self.spans),
+        }
+        for what in (what for what, is_asked in asked.items() if is_asked):
+            self.config.check_canvas(what)
 
     def _check_prompts(self) -> None:
         for i, row in enumerate(self.rows):

@@ -42,7 +42,8 @@ class Options:
     """Strings that end the answer, wherever they fall in a canvas; they are not part of the text."""
     seed: int | None = None
     """Same seed, same text, alone or in a batch; None: a fresh seed, reported in the result."""
-    mode: Literal["diffusion", "autoregressive"] = "diffusion"
+    mode: Literal["diffusion", "autoregressive"] | None = None
+    """None: diffusion, where the model has a canvas."""
     max_steps: int | None = None
     """Cap on denoising steps a canvas."""
     t_max: float | None = None
@@ -106,11 +107,11 @@ class Options:
         given = [name for name in ("schema", "regex", "grammar", "choices") if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} are given together; an answer can obey one of them")
-        if given and self.mode != "diffusion":
+        if given and self.mode not in (None, "diffusion"):
             raise InputError(f"{given[0]} needs mode 'diffusion'; the mode is {self.mode!r}")
         if given and (self.thinking or self.min_tokens > 1):
             raise InputError(f"{given[0]} cannot go with thinking or min_tokens above 1; drop one of them")
-        if self.mode not in ("diffusion", "autoregressive"):
+        if self.mode not in (None, "diffusion", "autoregressive"):
             raise InputError(f"mode is {self.mode!r}; give 'diffusion' or 'autoregressive'")
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             raise InputError(f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sfumato import calls, chat, weights
 from sfumato.cache import KVCache
-from sfumato.config import read_generation_config
 from sfumato.constrain import Grammar
 from sfumato.edit import (
     MOST,
@@ -36,9 +35,11 @@ from sfumato.edit import (
     spans_of,
 )
 from sfumato.engine import Run
-from sfumato.events import CapacityError, Commit, Completion, Done, Draft, Event, InputError, Options
+from sfumato.events import CapacityError, CheckpointError, Commit, Completion, Done, Draft, Event, InputError, Options
 from sfumato.forms import KINDS
 from sfumato.guided import Span
+from sfumato.interop import Checkpoint
+from sfumato.interop.detect import open_checkpoint
 from sfumato.model import Model
 from sfumato.tokenizer import Detokeniser, Tokenizer
 
@@ -88,23 +89,32 @@ class LLM:
         quantize: str | None = None,
         notice: Callable[[str], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        memory_limit: int | None = None,
     ) -> LLM:
-        """From a checkpoint folder, a hub id ("owner/name"), or "nano", the model inside this package.
+        """From a checkpoint folder in any known format, a .gguf file, a hub id ("owner/name"), or "nano", the model
+        inside this package.
 
-        `dtype` None keeps the checkpoint's own; `ops` "auto" takes the fastest operations for device and dtype;
-        `quantize` keeps the weights of experts and other products in fewer bits: "int8", on a GPU also "fp8" and
-        "int4". `notice` hears of what is left aside; `progress(done, all)` counts bytes. CheckpointError names what is
-        wrong with a file, InputError what is wrong with an argument."""
+        `dtype` None keeps the checkpoint's own; `ops` "auto" takes the fastest operations for device, dtype and
+        formats; `quantize` packs weights to fewer bits while they are loaded, by a recipe: "int8", "fp8", "int4",
+        "nvfp4", "int4-small". A quantised checkpoint needs no such word. `memory_limit`, bytes of weights on the
+        device, streams the rest from the host. `notice` hears of what is left aside and what lies where;
+        `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError what is wrong
+        with an argument, CapacityError a limit that is too low."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = weights.resolve(path)
-        tokenizer = Tokenizer.from_folder(folder)
-        has_template = any((folder / name).exists() for name in ("chat_template.jinja", "tokenizer_config.json"))
-        template = chat.ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None
+        checkpoint = open_checkpoint(weights.resolve(path))
+        tokenizer, template = _words_of(checkpoint)
         model = weights.load(
-            folder, device=device, dtype=dtype, ops=ops, notice=notice, progress=progress, quantize=quantize
+            checkpoint,
+            device=device,
+            dtype=dtype,
+            ops=ops,
+            notice=notice,
+            progress=progress,
+            quantize=quantize,
+            memory_limit=memory_limit,
         )
-        defaults, _ = read_generation_config(folder)
+        defaults, _ = weights.generation_of(checkpoint)
         return cls(model, tokenizer, template, defaults, str(path))
 
     @overload
@@ -206,6 +216,7 @@ class LLM:
 
         `prompt` is what the template answers: messages through the chat template, or a text that it continues; None:
         it stands alone. InputError for a template or constraint that cannot be, CapacityError for one with no room."""
+        self.model.config.check_canvas("a template")
         pieces, options = check_template(template), self._complete_options(_of_templates(options))
         slots = {piece.name: piece for piece in pieces if isinstance(piece, Slot)}
         grammars = {name: self.grammar(*slot.constraint) for name, slot in slots.items() if slot.constraint}
@@ -247,6 +258,7 @@ class LLM:
 
         With `spans` (from character, to character) only they change, each in as many tokens as it has; without, the
         `instruction` may change any position."""
+        self.model.config.check_canvas("edit")
         if not text:
             raise InputError("the text is empty, so there is nothing to edit")
         if instruction is None and not spans:
@@ -278,6 +290,7 @@ class LLM:
         """Answer questions with given choices: field -> choices in, field -> likeliest choice and probabilities out.
 
         All fields stand on one canvas as "field: choice" lines and are read in one denoise pass (`steps` of them)."""
+        self.model.config.check_canvas("decide")
         if not fields:
             raise InputError("there are no fields to decide; give at least one with its choices")
         tokens: dict[str, list[list[int]]] = {}
@@ -432,6 +445,8 @@ class LLM:
         return [found[row] for row in range(len(prompts))]
 
     def _complete_options(self, options: Options) -> Options:
+        if options.constraint is not None:
+            self.model.config.check_canvas(options.constraint[0])
         seed = secrets.randbits(32) if options.seed is None else options.seed
         return replace(options.with_defaults(self.defaults), seed=seed)
 
@@ -453,6 +468,19 @@ class LLM:
     def _before_eos(self, tokens: list[int]) -> list[int]:
         ends = [n for n, token in enumerate(tokens) if token in self.model.config.eos_ids]
         return tokens[: ends[0]] if ends else tokens
+
+
+def _words_of(checkpoint: Checkpoint) -> tuple[Tokenizer, chat.ChatTemplate | None]:
+    """Tokenizer and chat template, from within the file or from the files beside it."""
+    held, folder = checkpoint.vocabulary, checkpoint.path
+    if held is not None:
+        tokenizer = weights.tokenizer_of(held)
+        return tokenizer, None if held.template is None else chat.ChatTemplate(held.template, tokenizer.special)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} carries no tokenizer; convert it from a checkpoint that has one")
+    tokenizer = Tokenizer.from_folder(folder)
+    has_template = any((folder / name).exists() for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return tokenizer, chat.ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None
 
 
 def _strictly(options: Options, tools: list[dict[str, Any]] | None) -> Options:

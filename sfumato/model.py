@@ -9,6 +9,8 @@ The model knows its config, masks, cache and operations, and nothing of sampling
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -264,19 +266,31 @@ class Pass:
         return torch.where(self.is_canvas_N1, denoise_1, encode_1)
 
 
-def pack_(part: nn.Module, ops: Ops, kind: str = "") -> None:
-    """`Model.pack_` for a part of a model."""
+def products(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every weight of a matrix product that operations may want in a form of their own, as its module and its name;
+    router and embedding are none of them."""
     for module in part.modules():
-        owners: list[nn.Module] = [module] if isinstance(module, Experts) else []
-        if isinstance(module, (Attention, Gated)):
-            owners = [child for child in module.children() if isinstance(child, nn.Linear)]
-        for owner in owners:
-            for name, weight in list(owner.named_parameters(recurse=False)):
-                plain = weight.data
-                packed = ops.pack(plain, kind)
-                if packed is not plain:
-                    del owner._parameters[name]
-                    setattr(owner, name, packed)
+        if isinstance(module, Experts):
+            yield from ((module, name) for name in ("gate_up_proj", "down_proj"))
+        elif isinstance(module, (Attention, Gated)):
+            yield from ((child, "weight") for child in module.children() if isinstance(child, nn.Linear))
+
+
+def replace_(owner: nn.Module, name: str, weight: Any) -> None:
+    """Put a weight of any form where a parameter, or another form, stands."""
+    owner._parameters.pop(name, None)
+    setattr(owner, name, weight)
+
+
+def pack_(part: nn.Module, ops: Ops) -> None:
+    """`Model.pack_` for a part of a model."""
+    for owner, name in products(part):
+        weight = getattr(owner, name)
+        plain = weight.data if isinstance(weight, nn.Parameter) else weight
+        packed = ops.pack(plain)
+        if packed is not plain:
+            replace_(owner, name, packed)
+    for module in part.modules():
         if isinstance(module, nn.Embedding) and ops.settle is not None:
             ops.settle(module.weight.data)
 
@@ -290,7 +304,8 @@ def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
 
 
 class Model(nn.Module):
-    """DiffusionGemma's text model. Weights start uninitialised except norms and scalars: load them or call `init_`."""
+    """DiffusionGemma's text model, or Gemma 4's: that without self-conditioning, for encode alone. Weights start
+    uninitialised except norms and scalars: load them or call `init_`."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -298,7 +313,7 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index, ops) for index in range(len(config.layers)))
         self.norm = Norm(config.hidden_size, config.eps, ops)
-        self.self_conditioning = SelfConditioning(config, ops)
+        self.self_conditioning = SelfConditioning(config, ops) if config.is_diffusion else None
 
     @property
     def device(self) -> torch.device:
@@ -320,11 +335,11 @@ class Model(nn.Module):
                 vars(module)["ops"] = ops
         return self
 
-    def pack_(self, kind: str = "") -> Model:
-        """Bring every weight of a matrix product into the form that the operations take; `kind` "int8" and its like
-        store them in fewer bits, but for router and embedding. A no-op where the operations take weights as they are.
-        A packed model runs; it cannot be saved or trained."""
-        pack_(self, self.ops, kind)
+    def pack_(self) -> Model:
+        """Bring every weight of a matrix product, plain or in fewer bits (`quant.apply`), into the form that the
+        operations take. A no-op where they take weights as they are. A packed model runs; it cannot be saved or
+        trained."""
+        pack_(self, self.ops)
         return self
 
     def encode(
@@ -353,11 +368,12 @@ class Model(nn.Module):
         """One pass over the canvases; returns the normed hidden states [B, L, D] and leaves the cache as it is.
 
         `soft_BLD` is the soft embedding of the step before: None on a first step, zeros for rows that begin. `run` is
-        a `Pass` made for these rows at these lengths, where a caller keeps one."""
+        a `Pass` made for these rows at these lengths, where a caller keeps one. InputError for a model without a
+        canvas."""
         if run is None:
             rows = list(range(cache.batch)) if rows is None else rows
             run = Pass(self, cache, rows, [0] * len(rows), 0, canvas_BL.shape[1])
-        return self._stack(self.self_conditioning.condition(self._embed(canvas_BL), soft_BLD), run)
+        return self._stack(self._condition(canvas_BL, soft_BLD), run)
 
     def encode_and_denoise(
         self,
@@ -377,7 +393,7 @@ class Model(nn.Module):
             rows = list(range(cache.batch)) if rows is None else rows
             cache.check_room(rows, counts)
             run = Pass(self, cache, rows, counts, width, canvas_BL.shape[1])
-        embedded_BLD = self.self_conditioning.condition(self._embed(canvas_BL), None)
+        embedded_BLD = self._condition(canvas_BL, None)
         hidden_BTD = self._stack(torch.cat([self._embed(tokens_BT), embedded_BLD], dim=1), run)
         if given is None:
             cache.advance(run.rows, counts)
@@ -390,6 +406,11 @@ class Model(nn.Module):
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         return self.embed_tokens(tokens_BT) * self.embed_scale
+
+    def _condition(self, canvas_BL: Tensor, soft_BLD: Tensor | None) -> Tensor:
+        self.config.check_canvas("denoise")
+        assert self.self_conditioning is not None
+        return self.self_conditioning.condition(self._embed(canvas_BL), soft_BLD)
 
     def _stack(self, x_BTD: Tensor, run: Pass) -> Tensor:
         for block in self.layers:

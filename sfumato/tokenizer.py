@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from sfumato.config import read_json
-from sfumato.events import CheckpointError, InputError
+from sfumato.events import CheckpointError, InputError, SfumatoError
 
 MAX_FILE_BYTES = 256 << 20
 """Gemma 4's tokenizer.json is 32 MiB; a larger file than this is not one."""
@@ -100,6 +100,53 @@ class Tokenizer:
             if name in NAMED and tokenizer.id(token) is None:
                 raise CheckpointError(f"{config} names the {name} {token!r}, which tokenizer.json does not have")
         return tokenizer
+
+    @classmethod
+    def from_vocabulary(
+        cls,
+        tokens: Sequence[str],
+        kinds: Sequence[int],
+        merges: Sequence[str],
+        special: Mapping[str, str] | None = None,
+    ) -> Tokenizer:
+        """Gemma's tokenizer out of lists, as GGUF carries them.
+
+        `kinds` are GGUF's (3 control, 4 user defined), one a token; `merges` are two tokens with a space between, in
+        order; `special` as in the class. CheckpointError when they do not go together."""
+        ids = {token: index for index, token in enumerate(tokens)}
+        if len(ids) != len(tokens) or len(kinds) != len(tokens):
+            raise CheckpointError(
+                f"the vocabulary has {len(tokens)} tokens, {len(ids)} of them different, and {len(kinds)} kinds; "
+                "each token has one kind and is there once"
+            )
+        pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+        unknown = NAMED["unk_token"] if special is None else special.get("unk_token")
+        try:
+            inner = tokenizers.Tokenizer(
+                tokenizers.models.BPE(vocab=ids, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+            )
+        except Exception as error:
+            raise CheckpointError(f"the vocabulary's merges do not fit its tokens: {str(error)[:200]}") from None
+        inner.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+        inner.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+        )
+        for kind, add in ((4, inner.add_tokens), (3, inner.add_special_tokens)):
+            named = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
+            add([tokenizers.AddedToken(token, normalized=False) for token in named])
+        return cls(inner, special)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, for `from_folder`; the chat template is not the tokenizer's.
+
+        SfumatoError when the folder is missing or full."""
+        folder = Path(folder)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special, "clean_up_tokenization_spaces": False}
+        try:
+            (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise SfumatoError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
 
     def encode(self, text: str, *, bos: bool = False, parse_special: bool = False) -> list[int]:
         """The ids of a text, with `<bos>` before them when asked.

@@ -1,21 +1,18 @@
-"""safetensors ↔ Model: one name table, streamed tensor by tensor, checked before a byte is believed; never pickle.
+"""Checkpoint ↔ Model: one name table, streamed tensor by tensor, checked before a byte is believed; never pickle.
 
 Loading builds the Model on the meta device, holds every file's header against it, and only then reads: one tensor at a
-time, straight from the file into its place. So a checkpoint is refused before it costs memory, and the peak is the
-finished model plus one tensor. Files are read, not mapped: a mapped file changes under the model when it is replaced.
-It lacks quantised tensors (`quant`) and foreign formats (`interop`) on purpose.
+time, straight from the file into its place, packed to fewer bits on the way if a recipe says so. So a checkpoint is
+refused before it costs memory, and the peak is the finished model plus one tensor. How a format stores its tensors is
+`interop`'s; here none is known by name.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +21,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sfumato.config import ModelConfig, read_generation_config, read_json
-from sfumato.events import CapacityError, CheckpointError, InputError, SfumatoError
-from sfumato.model import Model
+from sfumato import offload
+from sfumato.config import ModelConfig, generation_values, read_generation_config, read_json
+from sfumato.events import CapacityError, CheckpointError, InputError
+from sfumato.interop import Checkpoint, Entry, Vocabulary, gemma4
+from sfumato.interop.detect import open_checkpoint
+from sfumato.interop.released import joined, packed_parts, places
+from sfumato.interop.shards import as_json, plain, short, write_shards
+from sfumato.model import Model, products, replace_
 from sfumato.ops import Ops
 from sfumato.ops import load as load_ops
+from sfumato.ops.packed import Packed
+from sfumato.quant.formats import Format, pack
+from sfumato.quant.recipes import Recipe, named
+from sfumato.tokenizer import Tokenizer
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 NANO = Path(__file__).parent / "nano"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-"""What weights may be stored as; the names are safetensors'."""
+"""What a model may compute in, by safetensors' names for what is stored so."""
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
@@ -78,7 +83,7 @@ def _translate(name: str, column: int) -> str | None:
 
 
 def resolve(path: str | Path, weights: bool = True) -> Path:
-    """The folder of a checkpoint: "nano" (the embedded model), a folder, or a hub id ("owner/name").
+    """Where a checkpoint is: "nano" (the embedded model), a folder, a .gguf file, or a hub id ("owner/name").
 
     A hub id is downloaded, or taken from the offline cache; without `weights` only its configuration, tokenizer and
     chat template. `Path("nano")` or "./nano" is a folder of that name. CheckpointError when there is no such thing."""
@@ -87,12 +92,14 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
     folder = os.path.expanduser(path)
     if os.path.isdir(folder):
         return Path(folder)
-    if os.path.exists(folder):
-        raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the weights")
+    if os.path.isfile(folder):
+        if folder.endswith(".gguf"):
+            return Path(folder)
+        raise CheckpointError(f"{path} is a file; give a .gguf file, or the folder that holds config.json and weights")
     if isinstance(path, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path, re.ASCII):
         return _from_hub(path, ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])])
     raise CheckpointError(
-        f"there is no folder {_short(path)}; give a checkpoint folder, a hub id like owner/name, or nano"
+        f"there is no folder {short(path)}; give a checkpoint folder, a .gguf file, a hub id like owner/name, or nano"
     )
 
 
@@ -110,7 +117,7 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
             "LocalEntryNotFoundError": "it is not in the cache and the hub cannot be reached",
             "IncompleteSnapshotError": "the cache holds only a part of it and the hub cannot be reached",
         }
-        reason = known.get(kind, _short(f"{kind}: {error}"))
+        reason = known.get(kind, short(f"{kind}: {error}"))
         raise CheckpointError(f"cannot get {name} from the hub: {reason}") from error
 
 
@@ -142,176 +149,201 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it lies in a file; `dtype` is safetensors' name, `start` counts from the file's first byte."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    def read(self) -> Tensor:
-        """The tensor, on the CPU, as it is stored. CheckpointError when the file has changed or cannot be read."""
-        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        left = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.start)
-                while left.nbytes:
-                    count = file.readinto(left)
-                    if not count:
-                        raise CheckpointError(f"{self.file} ends inside {self.name}")
-                    left = left[count:]
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.name} from {self.file}: {error.strerror or error}") from error
-        return tensor
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder by its released name, from the headers alone.
-
-    model.safetensors comes before an index, as in transformers. CheckpointError names a missing, truncated or damaged
-    file, a tensor in two files, one that the index promises."""
-    found: dict[str, Stored] = {}
-    weight_map = {} if (folder / SINGLE).is_file() else _weight_map(folder)
-    for shard in sorted(set(weight_map.values())) or [SINGLE]:
-        for stored in _header(folder / shard):
-            if stored.name in found:
-                raise CheckpointError(f"{stored.name} is both in {found[stored.name].file} and in {stored.file.name}")
-            found[stored.name] = stored
-    for name, shard in weight_map.items():
-        if name not in found or found[name].file.name != shard:
-            raise CheckpointError(f"{folder / INDEX} says that {_short(name)} is in {shard}, where it is not")
-    return found
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    if not path.exists():
-        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; pickled weights (.bin, .pt) are never read")
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map from tensor names to files")
-    for name, shard in weight_map.items():
-        # A plain name: an index must not lead out of its folder.
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}", shard, re.ASCII):
-            raise CheckpointError(f"{path} puts {_short(name)} in {_short(shard)}, which is no plain file name")
-    return weight_map
-
-
-def _header(path: Path) -> Iterator[Stored]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        with safe_open(str(path), "pt"):  # the library's own check: sizes, offsets, nothing missing, nothing left over
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(size))
-        for name, entry in table.items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                yield Stored(name, path, str(entry["dtype"]), tuple(entry["shape"]), 8 + size + first, last - first)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {_short(error)}") from error
-
-
 # ---- load -----------------------------------------------------------------------------------------------------------
 
 
 def load(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     ops: str | Ops = "fused",
     notice: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    quantize: str | None = None,
+    quantize: str | Recipe | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    memory_limit: int | None = None,
 ) -> Model:
-    """The Model of a checkpoint: whatever `resolve` understands. `dtype` None keeps the checkpoint's own.
+    """The Model of a checkpoint: one that is open, or whatever `resolve` understands, in any format that `interop`
+    reads. `dtype` None keeps the checkpoint's own.
 
     `ops` names operations (`ops.load`) or brings them. Weights are packed where these want that ("cpu", and so "auto"):
-    such a model runs, but is neither saved nor trained. `quantize` packs to fewer bits: "int8" (cpu,
-    triton), "fp8" or "int4" (triton).
+    such a model runs, but is neither saved nor trained. `quantize` names a recipe (`quant.recipes`): its weights are
+    packed to fewer bits as they are read, `importance` (`quant.calibrate`) weighing the errors; None keeps what the
+    checkpoint has in fewer bits as it is. `memory_limit`, bytes of weights on the device, leaves what does not fit on
+    the host, from where it is streamed in every pass (`offload`); `notice` hears what lies where.
 
     `notice` hears, in one sentence a kind, of tensors that are known and left aside; `progress(done, all)` counts
     bytes. CheckpointError names the tensor or file that is wrong, before any tensor is read; InputError names an
     argument, CapacityError a full device."""
     place, wanted = _device(device), _dtype(dtype)
-    folder = resolve(path)
-    config = _config(folder)
-    try:
-        model = _blank(config, load_ops("reference"))
-    except RuntimeError as error:  # sizes whose product has no place in 64 bits
-        raise CheckpointError(f"{folder / 'config.json'} describes a model that is too large to exist") from error
-    stored = _matched(model, stored_tensors(folder), folder, notice or (lambda sentence: None))
-    wanted = wanted or DTYPES[stored["embed_tokens.weight"].dtype]
-    model.use_(load_ops(ops, place, wanted, quantize) if isinstance(ops, str) else ops)
-    if quantize:  # refused now, if at all
-        model.ops.pack(torch.zeros(256, 256, device=place, dtype=wanted), quantize)
-    done, total = 0, sum(entry.nbytes for entry in stored.values())
-    for name, entry in stored.items():
+    recipe = named(quantize) if isinstance(quantize, str) else quantize
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(resolve(path))
+    model = _described(checkpoint)
+    entries = _matched(model, checkpoint, notice or (lambda sentence: None))
+    forms = {own: recipe.format_of(own) if recipe else None for own in entries}
+    wanted = wanted or DTYPES.get(entries["embed_tokens.weight"].stored, torch.bfloat16)
+    names = {module: name for name, module in model.named_modules()}
+    laid_out = {f"{names[owner]}.{leaf}" for owner, leaf in products(model)}
+    samples = _samples(entries, forms, laid_out)
+    model.use_(load_ops(ops, place, wanted, samples) if isinstance(ops, str) else ops)
+    for sample in samples:  # refused now, if at all
+        model.ops.pack(sample.to(place))
+    placement = None
+    if memory_limit is not None:
+        sizes = _sizes(model, entries, forms, laid_out, wanted)
+        placement = offload.plan(sizes, memory_limit, place)
+    done, total = 0, sum(entry.nbytes for entry in entries.values())
+    for own, entry in entries.items():
         try:
-            _place(model, name, entry.read().to(place).to(wanted))
+            form = forms[own]
+            weight: Tensor | Packed
+            if form is not None:
+                weight = _packed(entry, form, place, (importance or {}).get(own))
+            elif entry.packed is not None and own in laid_out:
+                weight = entry.packed(0, entry.shape[0]).to(place)
+            else:
+                weight = _plain(entry, place, wanted)
+            kept = model.ops.pack(weight) if own in laid_out else weight
+            is_streamed = placement is not None and placement.is_on_host(own)
+            _place(model, own, offload.to_host(kept, place) if is_streamed else kept)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"{place} is full after {done >> 20} of {total >> 20} MiB of weights; a smaller dtype or another "
-                "device may do"
+                f"{place} is full after {done >> 20} of {total >> 20} MiB of weights; fewer bits (quantize=), a "
+                "memory_limit, or another device may do"
             ) from error
         done += entry.nbytes
         if progress:
             progress(done, total)
-    return model.pack_(quantize or "")
+    model.pack_()
+    if placement is not None:
+        offload.attach_(model, placement)
+        if notice:
+            notice(placement.sentence(offload.bandwidth(place)))
+    return model
 
 
-def _config(folder: Path) -> ModelConfig:
-    """config.json, with the ids that end an answer from generation_config.json where that names any."""
-    config = ModelConfig.from_file(folder / "config.json")
-    _, eos_ids = read_generation_config(folder)
+def _sizes(
+    model: Model,
+    entries: Mapping[str, Entry],
+    forms: Mapping[str, Format | None],
+    laid_out: Collection[str],
+    wanted: torch.dtype,
+) -> dict[str, int]:
+    """Bytes of every weight as it will be: what a placement is planned with."""
+    sizes: dict[str, int] = {}
+    for own, entry in entries.items():
+        form = forms[own]
+        if own not in laid_out:
+            sizes[own] = math.prod(entry.shape) * wanted.itemsize
+        elif form is not None:
+            make = lambda weight, form=form: model.ops.pack(pack(weight, form))  # noqa: E731
+            sizes[own] = offload.packed_bytes(entry.shape, wanted, make)
+        elif entry.packed is not None:
+            some = 1 if len(entry.shape) == 3 else entry.shape[0]
+            sizes[own] = model.ops.pack(entry.packed(0, some)).nbytes * (entry.shape[0] // some)
+        else:
+            sizes[own] = offload.packed_bytes(entry.shape, wanted, model.ops.pack)
+    return sizes
+
+
+def _packed(entry: Entry, form: Format, place: torch.device, importance: Tensor | None) -> Packed:
+    if entry.packed is not None and entry.stored == form.name:
+        return entry.packed(0, entry.shape[0]).to(place)
+    return joined([part.to(place) for part in packed_parts(entry, form, importance)])
+
+
+def _plain(entry: Entry, place: torch.device, wanted: torch.dtype) -> Tensor:
+    parts = [entry.read(first, last).to(place).to(wanted) for first, last in places(entry)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _samples(
+    entries: Mapping[str, Entry], forms: Mapping[str, Format | None], laid_out: Collection[str]
+) -> list[Packed]:
+    """One small packed weight of every kind that there will be."""
+    found: dict[str, Packed] = {}
+    for own, entry in entries.items():
+        form = forms[own]
+        if form is not None and form.name not in found:
+            found[form.name] = pack(torch.zeros(32, entry.shape[-1]), form)
+        elif form is None and entry.packed is not None and own in laid_out and entry.stored not in found:
+            found[entry.stored] = entry.packed(0, entry.shape[0] if len(entry.shape) == 2 else 1)
+    return list(found.values())
+
+
+def _described(checkpoint: Checkpoint) -> Model:
+    """The model that its configuration describes: names and shapes alone."""
+    config = config_of(checkpoint)
+    try:
+        return _blank(config, load_ops("reference"))
+    except RuntimeError as error:  # sizes whose product has no place in 64 bits
+        raise CheckpointError(f"{_config_of(checkpoint)} describes a model that is too large to exist") from error
+
+
+def matched(checkpoint: Checkpoint, notice: Callable[[str], None]) -> dict[str, Entry]:
+    """Every tensor of the text model by our name, as the checkpoint has it; CheckpointError where one is missing,
+    misshapen or unknown. `notice` hears of what is left aside."""
+    return _matched(_described(checkpoint), checkpoint, notice)
+
+
+def tokenizer_of(vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizer that a file carries within itself."""
+    special = {f"{name}_token": vocabulary.tokens[index] for name, index in vocabulary.special.items()}
+    return Tokenizer.from_vocabulary(vocabulary.tokens, vocabulary.kinds, vocabulary.merges, special)
+
+
+def config_of(checkpoint: Checkpoint) -> ModelConfig:
+    """Its configuration, with the ids that end an answer from generation_config.json where that names any."""
+    config = ModelConfig.from_dict(checkpoint.config, str(_config_of(checkpoint)))
+    eos_ids = generation_of(checkpoint)[1]
     if eos_ids is None:
         return config
     if max(eos_ids) >= config.vocab_size:
-        raise CheckpointError(
-            f"{folder / GENERATION}: eos_token_id {max(eos_ids)} is not among the {config.vocab_size} tokens"
-        )
+        place = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / GENERATION
+        raise CheckpointError(f"{place}: eos_token_id {max(eos_ids)} is not among the {config.vocab_size} tokens")
     return replace(config, eos_ids=eos_ids)
 
 
-def _matched(
-    model: Model, found: Mapping[str, Stored], folder: Path, notice: Callable[[str], None]
-) -> dict[str, Stored]:
-    """Ours -> stored, for all tensors of the model; every other stored tensor is accounted for."""
+def _config_of(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_file() else checkpoint.path / "config.json"
+
+
+def generation_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """`read_generation_config` of a checkpoint of any format."""
+    if checkpoint.path.is_file():
+        return generation_values(checkpoint.generation, str(checkpoint.path))
+    return read_generation_config(checkpoint.path)
+
+
+def _matched(model: Model, checkpoint: Checkpoint, notice: Callable[[str], None]) -> dict[str, Entry]:
+    """Ours -> theirs, for all tensors of the model; every other tensor of the checkpoint is accounted for."""
+    folder = checkpoint.path
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    matched: dict[str, Stored] = {}
+    matched: dict[str, Entry] = {}
     vision = copies = 0
-    for released, stored in found.items():
+    for released, entry in checkpoint.entries.items():
         if released.startswith(_VISION):
             vision += 1
             continue
         own = own_name(released)
         shape = shapes.get(own or _repeated(released) or "")
         if shape is None:
-            raise CheckpointError(f"{stored.file} has an unexpected tensor {_short(released)}")
-        if stored.shape != shape:
+            raise CheckpointError(f"{folder} has an unexpected tensor {short(released)}")
+        if entry.shape != shape:
             raise CheckpointError(
-                f"{released} in {stored.file} has the shape {_short(list(stored.shape))}; config.json asks for "
-                f"{list(shape)}"
-            )
-        if stored.dtype not in DTYPES or stored.nbytes != math.prod(shape) * DTYPES[stored.dtype].itemsize:
-            raise CheckpointError(
-                f"{released} in {stored.file} is stored as {_short(stored.dtype)}; weights must be {', '.join(DTYPES)}"
+                f"{released} in {folder} has the shape {short(list(entry.shape))}; {_config_of(checkpoint).name} asks "
+                f"for {list(shape)}"
             )
         if own:
-            matched[own] = stored
+            matched[own] = entry
         else:
             copies += released.startswith(_ENCODER)
     missing = [name for name in shapes if name not in matched]
     if missing:
         others = f" and {len(missing) - 1} other tensors" if len(missing) > 1 else ""
         raise CheckpointError(f"{folder} lacks {released_name(missing[0])}{others}")
+    for sentence in checkpoint.notices:
+        notice(sentence)
     if vision:
         notice(f"{folder} has {vision} tensors for vision; they are left aside, this engine reads text only")
     if copies:
@@ -325,11 +357,14 @@ def _blank(config: ModelConfig, ops: Ops) -> Model:
         return Model(config, ops)
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor where its meta twin stands."""
+def _place(model: nn.Module, name: str, weight: Any) -> None:
+    """Put a tensor, or what the operations made of it, where its meta twin stands."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    setattr(module, leaf, nn.Parameter(tensor) if leaf in module._parameters else tensor)
+    if not isinstance(weight, Tensor):
+        replace_(module, leaf, weight)
+    else:
+        setattr(module, leaf, nn.Parameter(weight) if leaf in module._parameters else weight)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -350,7 +385,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 # ---- save -----------------------------------------------------------------------------------------------------------
 
-_TOKENIZER = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
+TOKENIZER = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
     chat_template.jinja chat_template.json""".split()
 
 
@@ -374,7 +409,7 @@ def save(
     folder, copied = Path(folder), {}
     if tokenizer_from is not None:
         source = Path(tokenizer_from)
-        copied = {name: source / name for name in _TOKENIZER if (source / name).is_file()}
+        copied = {name: source / name for name in TOKENIZER if (source / name).is_file()}
         if "tokenizer.json" not in copied:
             raise CheckpointError(f"{source} has no tokenizer.json to copy")
         if generation is None and (source / GENERATION).exists():
@@ -383,57 +418,12 @@ def save(
     if ModelConfig.from_dict(config) != model.config:
         raise InputError("this model's layers differ in ways that config.json cannot say")
     ids = {name: config["text_config"][name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-            beside = Path(temporary)
-            for name, file in copied.items():
-                shutil.copyfile(file, beside / name)
-            _write_json(beside / "config.json", config)
-            _write_json(beside / GENERATION, {**ids, **(generation or {})})
-            _write_shards(beside, tensors, shard_bytes)
-            _move_in(beside, folder)
-    except (OSError, SafetensorError) as error:
-        raise SfumatoError(f"cannot write the checkpoint {folder}: {_short(error)}") from error
-
-
-def _write_shards(beside: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    room = shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][released_name(name)] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        return write_tensors(beside / SINGLE, shards[0])
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_tensors(beside / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    return _write_json(beside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _move_in(beside: Path, folder: Path) -> None:
-    """The file that says where the weights are goes first and comes last, so that old and new never pass for one."""
-    new = sorted(beside.iterdir(), key=lambda file: (file.name in (SINGLE, INDEX), file.name))
-    for name in (SINGLE, INDEX):
-        if name != new[-1].name or name == INDEX:
-            (folder / name).unlink(missing_ok=True)
-    for old in folder.glob("model-?????-of-?????.safetensors"):
-        if not (beside / old.name).exists():
-            old.unlink()
-    for file in new:
-        os.replace(file, folder / file.name)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else text[:199] + "…"
+    files: dict[str, str | Path] = {
+        **copied,
+        "config.json": as_json(config),
+        GENERATION: as_json({**ids, **(generation or {})}),
+    }
+    name_of = str if model.config.is_diffusion else gemma4.name_of
+    names = {own: name_of(released_name(own)) for own in tensors}
+    planned = [plain(name, tensors[own]) for own, name in names.items() if name]
+    write_shards(folder, planned, shard_bytes=shard_bytes, files=files)

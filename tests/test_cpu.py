@@ -7,6 +7,7 @@ makes of it in the same dtype: an operation may not be less exact than that, bey
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from sfumato.events import InputError
 from sfumato.masks import Mask
 from sfumato.ops import cpu, reference
 from sfumato.ops.cpu import build
+from sfumato.ops.packed import Packed as Quantised
+from sfumato.ops.packed import unpack
+from sfumato.quant import formats
 
 pytestmark = pytest.mark.skipif(build.obstacle() is not None, reason=f"the library cannot be built: {build.obstacle()}")
 
@@ -62,7 +66,7 @@ def test_packing_keeps_every_number(dtype: torch.dtype, shape: tuple[int, ...]) 
 @pytest.mark.parametrize("shape", [(1, 1), (33, 65), (3, 70, 130)])
 def test_int8_is_within_half_a_step(shape: tuple[int, ...]) -> None:
     weight = random(*shape)
-    packed = cpu.pack(weight, "int8")
+    packed = cpu.pack(formats.pack(weight, "int8"))
     step = weight.abs().amax(-1, keepdim=True) / 127
     assert ((cpu.unpack(packed) - weight).abs() <= step * 0.5001).all()
     assert packed.nbytes == packed.data.nbytes + 4 * weight[..., 0].numel()
@@ -71,7 +75,7 @@ def test_int8_is_within_half_a_step(shape: tuple[int, ...]) -> None:
 def test_a_row_of_zeros_stays_zero_in_int8() -> None:
     weight = random(4, 20)
     weight[2] = 0
-    packed = cpu.pack(weight, "int8")
+    packed = cpu.pack(formats.pack(weight, "int8"))
     assert not cpu.unpack(packed)[2].any()
     assert not cpu.linear(torch.zeros(3, 20), packed)[0].any()
 
@@ -83,13 +87,41 @@ def test_large_weights_lie_in_memory_of_their_own() -> None:
 
 
 def test_what_it_cannot_pack_is_said() -> None:
-    with pytest.raises(InputError, match="no int4 weights; choose int8"):
-        cpu.pack(random(4, 4), "int4")
+    with pytest.raises(InputError, match="cannot take nvfp4 weights; choose ops='fused', or quantize='int8' or 'int4'"):
+        cpu.pack(formats.pack(random(4, 32), "nvfp4"))
+    with pytest.raises(InputError, match="int4 weights in groups of 8 along 24 inputs"):
+        cpu.pack(formats.pack(random(4, 24), "int4"))
     with pytest.raises(InputError, match="float32 and bfloat16"):
         cpu.pack(random(4, 4).half())
     with pytest.raises(InputError, match="choose fused"):
         ops.load("cpu", "cpu", torch.float16)
     assert "float16" in str(cpu.obstacle(torch.float16))
+
+
+GROUPED = ("8 bits", "8 bits with a bias", "8 bits by 16")
+"""What other people's files have beside our own formats."""
+
+
+def grouped(weight: Tensor, name: str) -> Quantised:
+    """A format of ours by its name, or 8 bits in groups of 32."""
+    if name not in GROUPED:
+        return formats.pack(weight, name)
+    group = 16 if name == "8 bits by 16" else 32
+    groups = weight.float().reshape(*weight.shape[:-1], -1, group)
+    if name != "8 bits with a bias":
+        scale = groups.abs().amax(-1) / 127
+        codes = (groups / scale[..., None]).round().to(torch.int8)
+        return Quantised("int8", tuple(weight.shape), codes.reshape(weight.shape), scale, group)
+    bias = groups.amin(-1)
+    scale = (groups.amax(-1) - bias) / 255
+    codes = ((groups - bias[..., None]) / scale[..., None]).round().to(torch.uint8)
+    return Quantised("int8", tuple(weight.shape), codes.reshape(weight.shape), scale, 32, bias)
+
+
+def rows_of(weight: Tensor | Quantised, first: int, last: int) -> Tensor | Quantised:
+    if isinstance(weight, Tensor):
+        return weight[first:last].contiguous()
+    return weight.each(lambda part: part[first:last].contiguous(), (last - first, *weight.shape[1:]))
 
 
 # ---- products -------------------------------------------------------------------------------------------------------
@@ -110,7 +142,7 @@ def test_linear(way: str, dtype: torch.dtype, rows: int, inputs: int) -> None:
 def test_linear_in_int8(way: str, dtype: torch.dtype) -> None:
     """Exact on what was rounded: x to a scale a row, weights to a scale an output."""
     x, weight = random(37, 150, dtype=dtype), random(45, 150, seed=1, dtype=dtype)
-    packed = cpu.pack(weight, "int8")
+    packed = cpu.pack(formats.pack(weight, "int8"))
     steps = x.float().abs().amax(-1, keepdim=True) / 127
     exact = (x.double() / steps).round() * steps @ cpu.unpack(packed).double().T
     check_close(cpu.linear(x, packed)[0], exact, None, dtype)
@@ -149,18 +181,68 @@ def test_experts_and_feed_forward_in_int8_are_near(way: str) -> None:
     """Within the noise of 8 bits: relative rms error below 2 %."""
     x, gate_up, down = random(60, 128), random(4, 192, 128, scale=0.1), random(4, 128, 96, scale=0.1)
     index, weight = torch.arange(120).reshape(60, 2) % 4, torch.full((60, 2), 0.5)
-    packed = cpu.pack(gate_up, "int8"), cpu.pack(down, "int8")
+    packed = cpu.pack(formats.pack(gate_up, "int8")), cpu.pack(formats.pack(down, "int8"))
     pairs = [(cpu.experts(x, index, weight, *packed), reference.experts(x, index, weight, gate_up, down))]
     three = gate_up[0, :96], gate_up[0, 96:], down[0]
-    pairs.append((cpu.feed_forward(x, *(cpu.pack(w, "int8") for w in three)), reference.feed_forward(x, *three)))
+    pairs.append(
+        (cpu.feed_forward(x, *(cpu.pack(formats.pack(w, "int8")) for w in three)), reference.feed_forward(x, *three))
+    )
     for found, exact in pairs:
         assert (found - exact).norm() / exact.norm() < 0.02
 
 
-@pytest.mark.parametrize("kind", ["", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["int4", "int4-g32", "int4-g128", "int4-asym", "int4-g32-asym", *GROUPED])
+@pytest.mark.parametrize("rows, outputs, inputs", [(1, 7, 128), (37, 45, 384), (600, 33, 256)])
+def test_linear_in_groups(way: str, dtype: torch.dtype, name: str, rows: int, outputs: int, inputs: int) -> None:
+    """Codes meet x in bfloat16 and are exact; scales multiply in float32: nearer than unpacked bfloat16 weights."""
+    x, packed = random(rows, inputs, dtype=dtype), grouped(random(outputs, inputs, seed=1), name)
+    kept = torch.bfloat16 if packed.group < 32 else torch.float32  # narrower than a tile: rounded before the product
+    exact = x.bfloat16().double() @ unpack(packed, kept).double().T
+    check_close(cpu.linear(x, cpu.pack(packed))[0], exact, None, dtype, slack=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_of_groups_in_any_dtype(way: str, dtype: torch.dtype) -> None:
+    packed = formats.pack(random(40, 256, scale=0.02), "int4-asym")
+    assert packed.bias is not None
+    packed = replace(packed, scale=packed.scale.to(dtype), bias=packed.bias.to(dtype))
+    packed.scale[0, 0] = torch.finfo(torch.float16).smallest_normal / 4  # subnormal in float16
+    x = random(9, 256)
+    exact = x.bfloat16().double() @ unpack(packed).double().T
+    check_close(cpu.linear(x, cpu.pack(packed))[0], exact, None, torch.float32, slack=64)
+
+
+@pytest.mark.parametrize("down", ["", "int8", "int4", "int4-g32-asym", *GROUPED])
+@pytest.mark.parametrize("gate_up", ["", "int8", "int4", "int4-g32-asym", *GROUPED])
+def test_kinds_may_be_mixed(way: str, gate_up: str, down: str) -> None:
+    """Experts, dense layers and queries, keys, values: each weight as it comes."""
+    x, weights = random(50, 128), (random(4, 192, 128, scale=0.1), random(4, 128, 96, seed=1, scale=0.1))
+    index, share = torch.arange(100).reshape(50, 2) % 4, torch.full((50, 2), 0.5)
+    plain = [grouped(w, name) if name else w for w, name in zip(weights, (gate_up, down), strict=True)]
+    first, second = map(cpu.pack, plain)
+    exact = reference.experts(x, index, share, *plain)
+    found = cpu.experts(x, index, share, first, second)
+    assert (found - exact).norm() / exact.norm() < 0.03
+    one = [part[0] for part in plain]
+    both = [rows_of(one[0], 0, 96), rows_of(one[0], 96, 192), one[1]]
+    exact = reference.feed_forward(x, *both)
+    assert (cpu.feed_forward(x, *map(cpu.pack, both)) - exact).norm() / exact.norm() < 0.03
+    several = cpu.linear(x, *(cpu.pack(w) for w in (both[0], both[0], random(70, 128), both[1])))
+    for got, want in zip(several, reference.linear(x, both[0], both[0], random(70, 128), both[1]), strict=True):
+        assert (got - want).norm() / want.norm() < 0.03
+
+
+def test_gate_and_up_of_two_kinds_are_refused() -> None:
+    gate, up, down = random(64, 128), formats.pack(random(64, 128), "int4"), random(128, 64)
+    with pytest.raises(InputError, match="gate and up are packed as"):
+        cpu.feed_forward(random(3, 128), *map(cpu.pack, (gate, up, down)))
+
+
+@pytest.mark.parametrize("kind", ["", "int8", "int4", "int4-g32-asym", *GROUPED])
 def test_a_rows_answer_depends_neither_on_its_batch_nor_on_threads(way: str, kind: str) -> None:
-    x, weight = random(70, 200, dtype=torch.bfloat16), random(96, 200, seed=5, dtype=torch.bfloat16)
-    packed = cpu.pack(weight, kind)
+    x, weight = random(70, 256, dtype=torch.bfloat16), random(96, 256, seed=5, dtype=torch.bfloat16)
+    packed = cpu.pack(grouped(weight, kind) if kind else weight)
     whole = cpu.linear(x, packed)[0]
     before = torch.get_num_threads()
     try:

@@ -106,9 +106,10 @@ def test_a_flag_is_true_or_false(name: str) -> None:
 
 
 def test_the_mode_is_one_of_two() -> None:
-    for value in ("greedy", "", "Diffusion", None, 3, ["diffusion"]):
+    for value in ("greedy", "", "Diffusion", 3, ["diffusion"]):
         assert refusal(mode=value) == f"mode is {value!r}; give 'diffusion' or 'autoregressive'"
     assert [Options(mode=mode).mode for mode in ("diffusion", "autoregressive")] == ["diffusion", "autoregressive"]
+    assert Options().mode is None  # as the model is made
 
 
 def test_stop_strings() -> None:

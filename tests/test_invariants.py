@@ -377,7 +377,7 @@ def tell(ours: Model, prompts: Sequence[Sequence[int]], options: Any = SETTLES, 
             assert len(done.tokens) <= wanted.max_tokens
         assert (done.logprobs is not None) is wanted.logprobs
         assert len(row.drafts) == (done.usage.steps if wanted.drafts else 0)
-        if wanted.mode == "diffusion":
+        if wanted.mode != "autoregressive":
             assert all(len(commit.tokens) == length for commit in row.commits[:-1])
             assert [commit.canvas for commit in row.commits] == list(range(done.usage.canvases))
             assert sum(commit.steps for commit in row.commits) == done.usage.steps

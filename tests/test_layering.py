@@ -24,7 +24,7 @@ ROWS = [
     {"cache", "diffusion", "tokenizer"},
     {"model", "chat", "constrain"},
     {"calls"},
-    {"quant", "adapters"},
+    {"quant", "adapters", "offload"},
     {"interop"},
     {"step"},
     {"guided"},

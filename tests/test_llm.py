@@ -177,9 +177,13 @@ def test_nano_in_8_bits_answers_with_the_solution():
 @pytest.mark.parametrize(
     ("ops", "quantize", "sentence"),
     [
-        pytest.param("cpu", "int4", "the cpu operations have no int4 weights; choose int8", marks=needs_cpu),
-        ("fused", "int8", "the fused operations have no int8 weights; use cpu or triton operations"),
-        ("reference", "int8", "the reference operations have no int8 weights; use cpu or triton operations"),
+        pytest.param(
+            "cpu",
+            "nvfp4",
+            "the cpu operations cannot take fp8 weights; choose ops='fused', or quantize='int8' or 'int4'",
+            marks=needs_cpu,
+        ),
+        ("fused", "int3", "there is no recipe 'int3'; choose one of int8, fp8, int4, nvfp4, int4-small"),
     ],
 )
 def test_bits_that_operations_lack_are_refused_with_a_remedy(ops: str, quantize: str, sentence: str):

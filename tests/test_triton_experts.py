@@ -15,13 +15,14 @@ import triton_interpreter
 
 from sfumato.ops import reference
 from sfumato.ops.packed import Packed, unpack
-from sfumato.ops.triton import ahead, experts, linear, route, tuning
+from sfumato.ops.triton import ahead, experts, product, route, tuning
+from sfumato.quant import formats
 
 if triton_interpreter.IS_ON:
     triton_fp8.put_right()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["", "int8", "fp8", "int4"]
+KINDS = ["", "int8", "fp8", "int4", "int4-asym", "nvfp4"]
 EPS = 1e-6
 
 
@@ -40,6 +41,10 @@ def small() -> Iterator[None]:
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def packed(weight: Tensor, kind: str) -> Tensor | Packed:
+    return product.pack(formats.pack(weight, kind) if kind else weight)
 
 
 def whole(weight: Tensor | Packed) -> Tensor:
@@ -78,10 +83,10 @@ def plain_fp8(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: T
     [(17, 4, 2, "all"), (1, 8, 3, "all"), (20, 4, 1, "one"), (6, 7, 2, "few")],
 )
 def test_experts(kind: str, dtype: torch.dtype, tokens: int, count: int, choices: int, how: str) -> None:
-    width, hidden = 96, 40
+    width, hidden = 96, 48 if kind == "nvfp4" else 40
     x, (index, weight) = normal(tokens, width).to(dtype), routed(tokens, count, choices, how)
-    gate_up = linear.pack(normal(count, 2 * hidden, width, seed=1, scale=0.2).to(dtype), kind)
-    down = linear.pack(normal(count, width, hidden, seed=2, scale=0.2).to(dtype), kind)
+    gate_up = packed(normal(count, 2 * hidden, width, seed=1, scale=0.2).to(dtype), kind)
+    down = packed(normal(count, width, hidden, seed=2, scale=0.2).to(dtype), kind)
     out = experts.experts(x, index, weight, gate_up, down)
     exact = reference.experts(x.float(), index, weight, whole(gate_up), whole(down))
     if kind == "fp8":
@@ -97,8 +102,8 @@ def test_experts(kind: str, dtype: torch.dtype, tokens: int, count: int, choices
 def test_a_token_does_not_depend_on_the_others() -> None:
     x, (index, weight) = normal(17, 64).bfloat16(), routed(17, 4, 2, "all")
     for kind in KINDS:
-        gate_up = linear.pack(normal(4, 64, 64, seed=1, scale=0.2).bfloat16(), kind)
-        down = linear.pack(normal(4, 64, 32, seed=2, scale=0.2).bfloat16(), kind)
+        gate_up = packed(normal(4, 64, 64, seed=1, scale=0.2).bfloat16(), kind)
+        down = packed(normal(4, 64, 32, seed=2, scale=0.2).bfloat16(), kind)
         many = experts.experts(x, index, weight, gate_up, down)
         for n in (0, 16):
             one = slice(n, n + 1)
@@ -108,10 +113,18 @@ def test_a_token_does_not_depend_on_the_others() -> None:
 def test_products_of_different_kinds() -> None:
     x, (index, weight) = normal(9, 64), routed(9, 4, 2, "all")
     gate_up, down = normal(4, 48, 64, seed=1, scale=0.2), normal(4, 64, 24, seed=2, scale=0.2)
-    for one, two in (("int4", ""), ("", "int4"), ("int8", "int4")):
-        first, last = linear.pack(gate_up, one), linear.pack(down, two)
+    for one, two in (("int4", ""), ("", "int4"), ("int8", "int4-asym")):
+        first, last = packed(gate_up, one), packed(down, two)
         exact = reference.experts(x, index, weight, whole(first), whole(last))
         assert relative(experts.experts(x, index, weight, first, last), exact) < 1e-6
+
+
+def test_fp8_by_blocks() -> None:
+    x, (index, weight) = normal(5, 128), routed(5, 3, 2, "all")
+    gate_up = packed(normal(3, 256, 128, seed=1, scale=0.2), "fp8-block")
+    down = packed(normal(3, 128, 128, seed=2, scale=0.2), "fp8-block")
+    plain = plain_fp8(x, index, weight, whole(gate_up), whole(down))
+    assert relative(experts.experts(x, index, weight, gate_up, down), plain) < 0.01
 
 
 def test_no_token() -> None:

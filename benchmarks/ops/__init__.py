@@ -9,6 +9,7 @@ float32 on the same weights, beside that of plain PyTorch in bfloat16. What is q
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 from benchmarks import common
 from sfumato.events import InputError
 from sfumato.measure.machine import measure
-from sfumato.measure.parts import Cost, part_row
-from sfumato.measure.work import duration
+from sfumato.measure.parts import part_row
+from sfumato.measure.work import PLAIN, Cost, duration, multiplied_as
 from sfumato.ops import Ops, load
+from sfumato.quant.formats import Format, pack
 
 Call = Callable[[], Tensor]
 Named = dict[str, Any]
@@ -53,15 +55,23 @@ class Case:
 
     def cost(self, kind: str) -> Cost:
         value = 4.0 if kind == "float32" else 2.0
-        bits = {"int8": 1.0, "fp8": 1.0, "int4": 4.25 / 8}.get(kind, value)
-        stacks = sum(w.numel() for w in self.weights.values()) * bits * self.read
+        stacks = sum(_stored(w, kind) for w in self.weights.values()) * self.read
         dense = sum(w.numel() for w in self.dense.values()) * value
-        return Cost(stacks + dense + self.moved * value, {"bf16" if kind == "int4" else kind: self.flops})
+        product = multiplied_as(kind, "float32" if kind == "float32" else "bf16")
+        return Cost(stacks + dense + self.moved * value, {product: self.flops})
 
     def ready(self, ops: Ops, dtype: torch.dtype, kind: str = "", inputs: Named | None = None) -> Call:
-        """The call for this implementation, everything packed."""
-        weights = {name: ops.pack(w.to(dtype), kind) for name, w in self.weights.items()}
-        return self.prepare(ops, self.cast(dtype, inputs), weights)
+        """The call for this implementation, everything packed; `kind` is a format's name, "" none."""
+        weights = {name: w.to(dtype) for name, w in self.weights.items()}
+        packed = {name: ops.pack(pack(w, kind) if kind else w) for name, w in weights.items()}
+        return self.prepare(ops, self.cast(dtype, inputs), packed)
+
+    def takes(self, kind: str) -> bool:
+        """Whether weights of this format are another case, and groups of it divide these widths."""
+        if not kind:
+            return True
+        group = Format.named(kind).group or 1
+        return self.quantised and all(w.shape[-1] % group == 0 for w in self.weights.values())
 
     def cast(self, dtype: torch.dtype, inputs: Named | None = None) -> Named:
         inputs = {**(self.inputs if inputs is None else inputs), **self.dense}
@@ -69,6 +79,14 @@ class Case:
             name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and name not in self.kept else x
             for name, x in inputs.items()
         }
+
+
+def _stored(weight: Tensor, kind: str) -> float:
+    """Bytes of a weight."""
+    if kind in PLAIN:
+        return float(weight.numel() * PLAIN[kind])
+    parts = Format.named(kind).parts(tuple(weight.shape)).values()
+    return float(sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts))
 
 
 def exactly(*shape: int, seed: int = 0, scale: float = 1.0, device: str = "cpu") -> Tensor:
@@ -80,13 +98,18 @@ def exactly(*shape: int, seed: int = 0, scale: float = 1.0, device: str = "cpu")
     return block.repeat(-(-count // len(block)))[:count].view(shape)
 
 
+CUDA = ("int8", "fp8", "int4", "nvfp4")
+CPU = ("int8", "int4-g32", "int4", "int4-g128")
+"""Formats whose products the operations for a GPU, and those for a processor, have."""
+
+
 def implementations(device: str) -> list[tuple[str, torch.dtype, str]]:
-    """(operations, dtype, kind of weights) that this machine can run."""
+    """(operations, dtype, format of the weights or "") that this machine can run."""
     bf16, full = torch.bfloat16, torch.float32
     if torch.device(device).type == "cuda":
-        wanted = [("fused", bf16, ""), *(("triton", bf16, kind) for kind in ("", "fp8", "int4"))]
+        wanted = [("fused", bf16, ""), *(("triton", bf16, kind) for kind in ("", *CUDA))]
     else:
-        wanted = [("reference", bf16, ""), ("fused", bf16, ""), ("cpu", bf16, ""), ("cpu", bf16, "int8")]
+        wanted = [("reference", bf16, ""), ("fused", bf16, ""), *(("cpu", bf16, kind) for kind in ("", *CPU))]
         wanted += [("fused", full, ""), ("cpu", full, "")]
     found = []
     for name, dtype, kind in wanted:
@@ -115,7 +138,7 @@ def rows(op: str, case: Case, device: str, seconds: float, most: dict[str, Any])
     exact = case.ready(reference, torch.float32)().clone()
     plain = relative(case.ready(reference, torch.bfloat16)(), exact)
     for name, dtype, kind in implementations(device):
-        if kind and not case.quantised:
+        if not case.takes(kind):
             continue
         row: dict[str, Any] = {"op": op, "case": case.name, "ops": name, "kind": kind_of(dtype, kind)}
         try:

@@ -29,6 +29,8 @@ COMMANDS = {
     "sudoku": ("sfumato.cli.sudoku", "Solve Sudoku on a canvas, and check the answer."),
     "info": ("sfumato.cli.info", "What a model holds, needs, and could reach at best. Works without weights."),
     "bench": ("sfumato.cli.bench", "Time every part of a step, beside what this machine can do at all."),
+    "quantize": ("sfumato.cli.quantize", "Write a checkpoint in fewer bits."),
+    "convert": ("sfumato.cli.convert", "Write a checkpoint in another format: GGUF, MLX, compressed-tensors, …"),
     "finetune": ("sfumato.cli.finetune", "Train on your own data, or nano from scratch."),
 }
 """Command -> (module, one line of help). The order is the order of `sfumato --help`."""

@@ -22,7 +22,7 @@ def command(
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_tokens: opt.MaxTokens = None,
     seed: opt.Seed = None,
-    mode: opt.Mode = "diffusion",
+    mode: opt.Mode = None,
     thinking: opt.Thinking = False,
     set_: opt.Set = None,
     device: opt.Device = "auto",
@@ -75,7 +75,8 @@ def command(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            wanted = replace(options, drafts=is_live and options.mode == "diffusion")
+            has_drafts = is_live and llm.model.config.is_diffusion and options.mode != "autoregressive"
+            wanted = replace(options, drafts=has_drafts)
             events = llm.stream(start + messages, wanted)
             if is_live:
                 done = show(llm, events, console, delay)

@@ -23,7 +23,7 @@ def command(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     max_tokens: opt.MaxTokens = None,
     seed: opt.Seed = None,
-    mode: opt.Mode = "diffusion",
+    mode: opt.Mode = None,
     thinking: opt.Thinking = False,
     schema: opt.Schema = None,
     regex: opt.Regex = None,
@@ -56,7 +56,8 @@ def command(
     llm = load(model, device, dtype, ops, quantize)
     request: Any = prompt if raw else [{"role": "user", "content": prompt}]
     is_live = console.is_terminal and not as_json
-    events = llm.stream(request, replace(options, drafts=is_live and options.mode == "diffusion"))
+    has_drafts = is_live and llm.model.config.is_diffusion and options.mode != "autoregressive"
+    events = llm.stream(request, replace(options, drafts=has_drafts))
     if as_json:
         done = next(event for event in events if isinstance(event, Done))
         record = {"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason, "seed": done.seed}

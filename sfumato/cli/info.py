@@ -1,8 +1,8 @@
 """`sfumato info`: what a model holds, what it needs, and what hardware could reach at best; from config.json alone.
 
-Arithmetic over the config, no weights and no torch: parameters, bytes, floating-point operations, and the floor that a
-GPU's memory bandwidth and arithmetic set under the time of one step. `bench` measures against the same figures.
-It lacks activations, kernels and everything else that only makes a step slower: a floor is no forecast.
+Arithmetic over the config, no weights: parameters, bytes by recipe and context, the GPUs that have room for them, and
+the floor that a GPU's memory bandwidth and arithmetic set under the time of one step. `bench` measures against the same
+figures. A floor lacks activations, kernels and everything else that only makes a step slower: it is no forecast.
 """
 
 from __future__ import annotations
@@ -19,52 +19,42 @@ from sfumato.events import InputError
 from sfumato.measure.work import (
     GPUS,
     PRECISIONS,
-    RESERVE,
     Gpu,
     Parameters,
+    Precision,
     cache_bytes,
     detected_gpu,
     distinct_experts,
     logits_bytes,
+    most_context,
     named_gpu,
+    needs,
+    new_tokens,
     number,
     size,
     step_work,
     three,
+    tokens,
     vocabulary_work,
 )
+from sfumato.quant.recipes import RECIPES
+
+CONTEXTS = (8192, 32_768, 262_144)
+"""Tokens of context that memory is told for, as far as the model goes."""
+SUMMARIES = {"float32": "exact, slow", "bf16": "as released"} | {name: one.summary for name, one in RECIPES.items()}
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
 def report(config: ModelConfig, context: int, gpu: Gpu | None = None, name: str = "") -> dict[str, Any]:
-    """Everything `sfumato info` says, as plain numbers: bytes, operations, milliseconds."""
+    """Everything `sfumato info` says, as plain numbers: bytes, operations, milliseconds, tokens."""
     if not 1 <= context <= config.max_position:
         raise InputError(f"a context of {context} tokens is outside the model's 1 to {config.max_position}")
     weights = Parameters.of(config)
     growth, at_context = cache_bytes(config, context)
-    rows = []
-    for precision in PRECISIONS:
-        cache = cache_bytes(config, context, precision.cache_bytes)[1]
-        work = step_work(config, precision, context)
-        row: dict[str, Any] = {
-            "precision": precision.name,
-            "weight_bytes": round(precision.weight_bytes(weights)),
-            "cache_bytes": cache,
-            "logits_bytes": logits_bytes(config),
-            "step_bytes": round(work.bytes),
-            "second_embedding_read_bytes": round(vocabulary_work(config, precision, 1).bytes),
-        }
-        row["total_bytes"] = row["weight_bytes"] + cache + row["logits_bytes"]
-        if gpu is not None:
-            row["fits"] = row["total_bytes"] + RESERVE <= gpu.memory * 1e9
-            if gpu.bandwidth:
-                rate = gpu.rate(precision.arithmetic)
-                row["memory_ms"] = work.bytes / gpu.bandwidth / 1e6
-                row["arithmetic_ms"] = work.flops / rate * 1e3 if rate else None
-                row["floor_ms"] = max(row["memory_ms"], row["arithmetic_ms"] or 0.0)
-        rows.append(row)
-    step = step_work(config, PRECISIONS[1], context)
+    contexts = sorted({min(usual, config.max_position) for usual in CONTEXTS} | {context})
+    full, new = Precision.of(config, "bf16"), new_tokens(config)
+    step, vocabulary = step_work(config, full, context), vocabulary_work(config, full, new)
     return {
         "model": name,
         "parameters": {**asdict(weights), "total": weights.total, "active": weights.active},
@@ -75,7 +65,7 @@ def report(config: ModelConfig, context: int, gpu: Gpu | None = None, name: str 
             "experts": config.num_experts,
             "experts_per_token": config.top_k_experts,
             "vocabulary": config.vocab_size,
-            "canvas_length": config.canvas_length,
+            "canvas_length": config.canvas_length if config.is_diffusion else None,
             "max_context": config.max_position,
         },
         "cache_bf16": {
@@ -84,15 +74,52 @@ def report(config: ModelConfig, context: int, gpu: Gpu | None = None, name: str 
             "bytes_at_context": at_context,
             "bytes_at_max_context": cache_bytes(config, config.max_position)[1],
         },
+        "logits_bf16_bytes": logits_bytes(config),
         "context": context,
+        "contexts": contexts,
         "step": {
-            "flops": step.flops,
-            "vocabulary_flops": 2 * vocabulary_work(config, PRECISIONS[1], config.canvas_length).flops,
-            "distinct_experts": distinct_experts(config, config.canvas_length),
+            "flops": step.all_flops,
+            "vocabulary_flops": vocabulary.all_flops * (2 if config.is_diffusion else 1),
+            "distinct_experts": distinct_experts(config, new),
+            "second_embedding_read_bytes": round(vocabulary.bytes) if config.is_diffusion else 0,
         },
-        "gpu": None if gpu is None else {k: v for k, v in asdict(gpu).items() if k != "reported"},
-        "precisions": rows,
+        "gpu": None if gpu is None else _as_json(gpu),
+        "gpus": [_as_json(one) for one in GPUS],
+        "recipes": [_row(config, recipe, context, contexts, gpu) for recipe in PRECISIONS],
     }
+
+
+def _as_json(gpu: Gpu) -> dict[str, Any]:
+    return {key: value for key, value in asdict(gpu).items() if key != "reported"}
+
+
+def _row(config: ModelConfig, name: str, context: int, contexts: list[int], gpu: Gpu | None) -> dict[str, Any]:
+    """What one recipe needs; only "impossible", a sentence, where the model's sizes do not fit its formats."""
+    row: dict[str, Any] = {"recipe": name, "summary": SUMMARIES[name]}
+    try:
+        precision, found = Precision.of(config, name), {at: needs(config, name, at) for at in contexts}
+    except InputError as error:
+        return {**row, "impossible": str(error)}
+    work = step_work(config, precision, context)
+    row |= {
+        "file_bytes": found[context]["file_bytes"],
+        "weight_bytes": found[context]["weight_bytes"],
+        "bits": {part: getattr(precision, part).bits for part in ("experts", "dense", "conditioning", "plain")},
+        "step_bytes": round(work.bytes),
+        "needs": [
+            {"context": at, **one, "fits": [card.name for card in GPUS if one["total_bytes"] <= card.room]}
+            for at, one in found.items()
+        ],
+        "longest_context": {card.name: most_context(config, name, card.room) for card in GPUS},
+    }
+    if gpu is not None:
+        row["fits"] = found[context]["total_bytes"] <= gpu.room
+        row["longest_context_here"] = most_context(config, name, gpu.room)
+        memory, arithmetic = gpu.seconds(work)
+        if memory is not None:
+            row["memory_ms"], row["arithmetic_ms"] = 1e3 * memory, None if arithmetic is None else 1e3 * arithmetic
+            row["floor_ms"] = max(row["memory_ms"], row["arithmetic_ms"] or 0.0)
+    return row
 
 
 def read_config(model: str) -> tuple[ModelConfig, str]:
@@ -116,11 +143,11 @@ def command(
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of context to reckon with. Default: 8192.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same figures as JSON.")] = False,
 ) -> None:
-    """Parameters, memory by precision, and the floor in milliseconds that a GPU sets under one denoising step.
+    """Parameters, what each recipe needs and where it fits, and the floor that a GPU sets under one denoising step.
 
     Works from config.json alone: no weights are read, or fetched from the hub.
 
-    Example: sfumato info google/diffusiongemma-26B-A4B-it --gpu H200
+    Example: sfumato info google/diffusiongemma-26B-A4B-it
 
     Example: sfumato info path/to/config.json --gpu "RTX 4090" --context 32768 --json
     """
@@ -134,15 +161,38 @@ def command(
 
 
 def show(found: dict[str, Any]) -> None:
-    """The report for a person."""
-    from rich import box
+    """The report for a person, in a hundred columns."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    parameters, config, cache, step = found["parameters"], found["config"], found["cache_bf16"], found["step"]
-    full, context, gpu = config["layers"] - config["sliding_layers"], found["context"], found["gpu"]
+    console.print(f"\n[bold]{found['model']}[/]\n")
+    console.print(_facts(found))
+    console.print("\nMemory in use, with so many tokens of context")
+    console.print(_memory(found))
+    possible = [row for row in found["recipes"][1:] if "impossible" not in row]
+    notes = ["Weights take as much in the file as in memory. In use: weights, KV cache, one canvas of logits, a prompt's"]
+    notes.append("activations; beside them comes what a process or a GPU's driver takes without a model.")
+    if found["gpu"] is None:
+        groups = _groups(possible)
+        console.print("Longest context that fits, by the memory of a GPU")
+        console.print(_fits(possible, groups))
+        for memory, names in groups.items():
+            console.print(f"  {_memory_name(memory, groups)}: {', '.join(names)}", style="dim")
+        notes.append("For the floor under a step, name a GPU: --gpu NAME.")
+    else:
+        console.print(f"On {_described(found['gpu'])}, a step behind {found['context']:,} tokens")
+        console.print(_on_gpu(possible, found))
+        if found["gpu"]["bandwidth"]:
+            notes.append(_floor_note(found))
+        else:
+            notes.append(f"No published figures for {found['gpu']['name']}: sfumato bench measures its ceiling.")
+    console.print("\n" + " ".join(notes) + "\n", style="dim")
 
+
+def _facts(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    parameters, config, cache, step = found["parameters"], found["config"], found["cache_bf16"], found["step"]
     facts = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
@@ -154,12 +204,16 @@ def show(found: dict[str, Any]) -> None:
         f"{config['layers']} × {config['experts']}, {config['experts_per_token']} for each token; "
         f"together {number(parameters['experts'])} of the parameters",
     )
+    full = config["layers"] - config["sliding_layers"]
     facts.add_row("layers", f"{config['sliding_layers']} sliding (window {config['window']:,}), {full} full")
-    facts.add_row(
-        "canvas",
-        f"{config['canvas_length']} tokens of {config['vocabulary']:,} ({size(found['precisions'][0]['logits_bytes'])} "
-        f"of logits); context to {config['max_context']:,}",
-    )
+    if config["canvas_length"]:
+        facts.add_row(
+            "canvas",
+            f"{config['canvas_length']} tokens of {config['vocabulary']:,} ({size(found['logits_bf16_bytes'])} of "
+            f"logits in bf16); context to {config['max_context']:,}",
+        )
+    else:
+        facts.add_row("canvas", f"none: one token after another; context to {config['max_context']:,}")
     facts.add_row(
         "KV cache",
         f"{cache['bytes_per_token'] / 1024:.4g} KiB a token and {size(cache['fixed_bytes'])} fixed; "
@@ -170,44 +224,90 @@ def show(found: dict[str, Any]) -> None:
         f"{number(step['flops'], 'FLOP')}, {step['vocabulary_flops'] / step['flops']:.0%} with the vocabulary; "
         f"wakes {step['distinct_experts']:.0%} of the experts",
     )
-    console.print(f"\n[bold]{found['model']}[/]\n")
-    console.print(facts)
+    return facts
+
+
+def _memory(found: dict[str, Any]) -> Any:
+    table = _table("recipe", "weights", *map(tokens, found["contexts"]))
+    table.add_column("", style="dim")
+    for row in found["recipes"][1:]:
+        if "impossible" in row:
+            table.add_row(row["recipe"], *["–"] * (1 + len(found["contexts"])), row["impossible"])
+            continue
+        sizes = [size(one["total_bytes"]) for one in row["needs"]]
+        table.add_row(row["recipe"], size(row["weight_bytes"]), *sizes, row["summary"])
+    return table
+
+
+def _groups(rows: list[dict[str, Any]]) -> dict[float, list[str]]:
+    """The names of GPUs by memory; a size is left out where no more fits than in the next smaller one."""
+    groups: dict[float, list[str]] = {}
+    last: list[int] | None = None
+    for gpu in sorted(GPUS, key=lambda gpu: gpu.memory):
+        longest = [row["longest_context"][gpu.name] for row in rows]
+        memory = gpu.memory if longest != last else max(groups)
+        groups.setdefault(memory, []).append(gpu.name)
+        last = longest
+    return groups
+
+
+def _memory_name(memory: float, groups: dict[float, list[str]]) -> str:
+    return f"{memory:g} GB" + (" and more" if memory == max(groups) else "")
+
+
+def _fits(rows: list[dict[str, Any]], groups: dict[float, list[str]]) -> Any:
+    table = _table("recipe", *(_memory_name(memory, groups) for memory in groups))
+    for row in rows:
+        table.add_row(row["recipe"], *(_longest(row["longest_context"][names[0]]) for names in groups.values()))
+    return table
+
+
+def _longest(count: int) -> str:
+    return f"[green]{tokens(count)}[/]" if count else "[red]–[/]"
+
+
+def _on_gpu(rows: list[dict[str, Any]], found: dict[str, Any]) -> Any:
+    has_floor = found["gpu"]["bandwidth"] is not None
+    table = _table("recipe", "fits", "longest context", *(["step floor"] if has_floor else []))
+    if has_floor:
+        table.add_column("set by", no_wrap=True)
+    for row in rows:
+        cells = [row["recipe"], "[green]yes[/]" if row["fits"] else "[red]no[/]", _longest(row["longest_context_here"])]
+        if has_floor:
+            is_memory = row["memory_ms"] >= (row["arithmetic_ms"] or 0)
+            cells += [f"{three(row['floor_ms'])} ms", "memory" if is_memory else "arithmetic"]
+        table.add_row(*cells)
+    return table
+
+
+def _floor_note(found: dict[str, Any]) -> str:
+    gpu, step = found["gpu"], found["step"]
+    text = (
+        "The floor: a step reads the KV cache in view and every weight it needs once, at the maker's published "
+        "bandwidth, of which machines reach about nine tenths."
+    )
+    if step["second_embedding_read_bytes"]:
+        again = step["second_embedding_read_bytes"] / gpu["bandwidth"] / 1e6
+        text += (
+            " The embedding counts once too; read for the logits and again for the soft embedding, it adds "
+            f"{again:.2f} ms."
+        )
+    return text + ("" if gpu["bf16"] else " Arithmetic is left out: no published figures.")
+
+
+def _table(first: str, *others: str) -> Any:
+    from rich import box
+    from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
-    table.add_column("precision", no_wrap=True)
-    for column in ("weights", "KV cache", "together"):
+    table.add_column(first, no_wrap=True)
+    for column in others:
         table.add_column(column, justify="right", no_wrap=True)
-    if gpu is not None:
-        table.add_column("fits", no_wrap=True)
-        if gpu["bandwidth"]:
-            table.add_column("step floor", justify="right", no_wrap=True)
-            table.add_column("set by", no_wrap=True)
-    for row in found["precisions"]:
-        cells = [row["precision"], *(size(row[f"{key}_bytes"]) for key in ("weight", "cache", "total"))]
-        if gpu is not None:
-            cells.append("[green]yes[/]" if row["fits"] else "[red]no[/]")
-            if gpu["bandwidth"]:
-                is_memory = row["memory_ms"] >= (row["arithmetic_ms"] or 0)
-                cells += [f"{three(row['floor_ms'])} ms", "memory" if is_memory else "arithmetic"]
-        table.add_row(*cells)
-    console.print(f"\nWith {context:,} tokens of context" + (f" on {_described(gpu)}" if gpu else ""))
-    console.print(table)
-    notes = ["Together with a canvas of logits. int4 experts: 4.25 bits a weight, scales included; the rest at 8 bits."]
-    if gpu is None:
-        notes.append(f"For a fit and a floor, name a GPU: --gpu NAME, one of {', '.join(gpu.name for gpu in GPUS)}.")
-    elif gpu["bandwidth"]:
-        again = found["precisions"][1]["second_embedding_read_bytes"] / gpu["bandwidth"] / 1e6
-        notes.append(
-            "A step reads the KV cache in view and every weight it needs once, at the maker's published bandwidth, of "
-            "which machines reach about nine tenths. The embedding counts once too; read for the logits and again for "
-            f"the soft embedding, it adds {again:.2f} ms in bf16."
-        )
-    else:
-        notes.append(f"No published figures for {gpu['name']}: sfumato bench measures its ceiling.")
-    console.print(" ".join(notes) + "\n", style="dim")
+    return table
 
 
 def _described(gpu: dict[str, Any]) -> str:
-    if not gpu["bandwidth"]:
-        return f"{gpu['name']} ({gpu['memory']:.0f} GB)"
-    return f"{gpu['name']} ({gpu['memory']:.0f} GB, {gpu['bandwidth'] / 1e3:.3g} TB/s, {gpu['bf16']:.0f} TFLOP/s bf16)"
+    figures = [f"{gpu['memory']:.0f} GB"]
+    figures += [f"{gpu['bandwidth'] / 1e3:.3g} TB/s"] if gpu["bandwidth"] else []
+    figures += [f"{gpu['bf16']:.0f} TFLOP/s bf16"] if gpu["bf16"] else []
+    return f"{gpu['name']} ({', '.join(figures)})"

@@ -18,7 +18,9 @@ Quantize = Annotated[str | None, typer.Option(help="int8 weights (cpu, triton); 
 Delay = Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")]
 MaxTokens = Annotated[int | None, typer.Option(help="New tokens at most.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
-Mode = Annotated[str, typer.Option(help="diffusion or autoregressive.")]
+Mode = Annotated[
+    str | None, typer.Option(help="diffusion or autoregressive; default: diffusion, if the model has a canvas.")
+]
 Thinking = Annotated[bool, typer.Option(help="Ask the model to think before it answers.")]
 Schema = Annotated[
     str | None, typer.Option(metavar="FILE|JSON", help="The answer is JSON that obeys this JSON Schema.")

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from sfumato import __version__
 from sfumato.ops import cpu
+from sfumato.quant.formats import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 Shape = tuple[int, int, int]
@@ -182,7 +183,7 @@ def _int_mm(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
 def _own(kind: str) -> Make:
     def make(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
         x = x if kind == "float32" else x.bfloat16()
-        packed = cpu.pack(w.to(x.dtype), "int8" if kind == "int8" else "")
+        packed = cpu.pack(pack(w, "int8") if kind == "int8" else w.to(x.dtype))
         return lambda: cpu.linear(x, packed)
 
     return make

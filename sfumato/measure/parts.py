@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -20,32 +21,26 @@ from sfumato.diffusion import CountedDice, accept, is_confident, is_stable
 from sfumato.engine import PREFILL_CHUNK, Run
 from sfumato.events import Commit, Done, Draft, InputError, Options
 from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
-from sfumato.measure.work import Parameters, Precision, pass_work, vocabulary_work
-from sfumato.model import Model
+from sfumato.measure.work import (
+    GROUPS,
+    Cost,
+    Kept,
+    Parameters,
+    Precision,
+    group_of,
+    multiplied_as,
+    pass_work,
+    step_work,
+    vocabulary_work,
+)
+from sfumato.model import Model, products
 from sfumato.ops import load as load_ops
+from sfumato.ops.packed import Packed
+from sfumato.quant.apply import quantize_, samples
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 Say = Callable[[str], None]
 """Hears the name of each measurement as it begins."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The least work of a part: bytes to read, and operations by the kind of product ("bf16", "int8", …)."""
-
-    bytes: float
-    flops: dict[str, float]
-
-    def __add__(self, other: Cost) -> Cost:
-        kinds = {**self.flops, **other.flops}
-        flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in kinds}
-        return Cost(self.bytes + other.bytes, flops)
-
-    def seconds(self, most: dict[str, Any]) -> float:
-        """The floor: memory and arithmetic at the best that `machine.ceilings` found, perfectly overlapped."""
-        rates = most["flops_per_second"]
-        arithmetic = sum(flops / rates[kind if kind in rates else "bf16"]["best"] for kind, flops in self.flops.items())
-        return max(self.bytes / most["bytes_per_second"]["best"], arithmetic)
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,11 @@ def random_config(name: str) -> ModelConfig:
 def random_model(
     config: ModelConfig, dtype: torch.dtype, device: str, ops: str, seed: int = 0, quantize: str | None = None
 ) -> Model:
-    model = Model(config, load_ops(ops, device, dtype, quantize)).init_(seed)
-    return model.to(device=device, dtype=dtype).requires_grad_(False).eval().pack_(quantize or "")
+    """`quantize` names a recipe (`quant.recipes`)."""
+    packed = samples(quantize) if quantize else []
+    model = Model(config, load_ops(ops, device, dtype, packed)).init_(seed)
+    model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return (quantize_(model, quantize) if quantize else model).pack_()
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -230,38 +228,44 @@ class Counted:
 
     config: ModelConfig
     weights: Precision
-    kind: str
-    """Of the products with these weights."""
-    rest: str
-    """Of those with the embedding, and in attention."""
 
     @classmethod
     def of(cls, model: Model) -> Counted:
-        width, stack = model.dtype.itemsize, cast(Any, model.layers[0]).experts.down_proj
-        bits, rest = 8.0 * width, "float32" if model.dtype == torch.float32 else "bf16"
-        stored = kind = rest
-        if not isinstance(stack, torch.Tensor):
-            held = stack.nbytes if hasattr(stack, "nbytes") else stack.bytes
-            bits = min(bits, 8.0 * held / math.prod(stack.shape))  # padding of panels is no work
-            stored = {0: rest, 1: rest, 2: "int8"}.get(stack.kind, stack.kind)
-            kind = rest if stored == "int4" else stored  # int4 is multiplied as bf16
-        return cls(model.config, Precision(stored, bits, bits, width, None), kind, rest)
+        """Experts, the other layers and self-conditioning each with their own bits and kind of product."""
+        plain = Kept(8.0 * model.dtype.itemsize, "float32" if model.dtype == torch.float32 else "bf16")
+        names = {module: name for name, module in model.named_modules()}
+        stored, counts = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
+        kinds: dict[str, Counter[tuple[str, str]]] = {group: Counter() for group in GROUPS}
+        for owner, leaf in products(model):
+            weight, group = getattr(owner, leaf), group_of(f"{names[owner]}.{leaf}")
+            count = math.prod(weight.shape)
+            counts[group] += count
+            stored[group] += min(weight.nbytes, count * model.dtype.itemsize)  # padding of panels is no work
+            kinds[group][_stored_as(weight, plain.product)] += count
+        kept, labels = {}, {}
+        for group in GROUPS[:-1]:
+            label, product = kinds[group].most_common(1)[0][0] if counts[group] else (plain.product, plain.product)
+            kept[group] = Kept(8 * stored[group] / counts[group], product) if counts[group] else plain
+            labels[label] = None
+        return cls(model.config, Precision(" and ".join(labels), **kept, plain=plain))
 
     def one_pass(self, tokens: int, context: int, is_encode: bool = False) -> Cost:
-        work, weights = pass_work(self.config, self.weights, tokens, context, is_encode), Parameters.of(self.config)
-        other = weights.other - (weights.self_conditioning if is_encode else 0)
-        products = 2.0 * tokens * (other + weights.experts * weights.chosen)
-        return Cost(work.bytes, {self.kind: products}) + Cost(0.0, {self.rest: work.flops - products})
+        return pass_work(self.config, self.weights, tokens, context, is_encode)
 
     def vocabulary(self, tokens: int) -> Cost:
-        full = Precision("", 0, 8 * self.weights.cache_bytes, 0, None)
-        work = vocabulary_work(self.config, full, tokens)
-        return Cost(work.bytes, {self.rest: work.flops})
+        return vocabulary_work(self.config, self.weights, tokens)
 
     def step(self, context: int) -> Cost:
-        """As `info.step_work`: the embedding is read once for logits and soft embedding."""
-        logits = self.vocabulary(self.config.canvas_length)
-        return self.one_pass(self.config.canvas_length, context) + logits + replace(logits, bytes=0.0)
+        return step_work(self.config, self.weights, context)
+
+
+def _stored_as(weight: Any, plain: str) -> tuple[str, str]:
+    """(how a weight lies there, what it is multiplied as), whatever form the operations gave it."""
+    kind = plain if isinstance(weight, torch.Tensor) else weight.kind
+    if not isinstance(kind, str):  # of the cpu operations, in panels
+        kind = {2: "int8"}.get(kind, plain)
+    is_grouped = isinstance(weight, Packed) and kind == "int8" and weight.scale.dim() == len(weight.shape)
+    return kind, multiplied_as(kind, plain, is_grouped)
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------

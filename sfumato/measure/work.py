@@ -1,16 +1,30 @@
 """Counted from a config alone, no weights: parameters, bytes, operations, and what hardware publishes.
 
-The floor that a GPU's memory bandwidth and arithmetic set under the time of one step. It lacks activations, kernels and
-everything else that only makes a step slower: a floor is no forecast.
+Memory is what a model needs where it runs (`needs`); time is the floor that a machine's memory bandwidth and arithmetic
+set under a step. The floor lacks activations, kernels and everything else that only makes a step slower: it is no
+forecast.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from sfumato import ops
 from sfumato.config import LayerConfig, ModelConfig
+from sfumato.engine import PREFILL_CHUNK
 from sfumato.events import InputError
+from sfumato.model import Model
+from sfumato.quant import recipes
+from sfumato.quant.formats import Format, pack
+from sfumato.quant.recipes import RECIPES
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
@@ -39,7 +53,7 @@ class Parameters:
             experts=count * 3 * config.num_experts * config.expert_size * width,
             attention=sum(_attention(config, layer) for layer in config.layers),
             dense=count * 3 * width * inner,
-            self_conditioning=3 * width * inner + width,
+            self_conditioning=(3 * width * inner + width) if config.is_diffusion else 0,
             rest=count * (width * config.num_experts + width + config.num_experts + 7 * width) + width,
             chosen=config.top_k_experts / config.num_experts,
         )
@@ -65,31 +79,156 @@ def _attention(config: ModelConfig, layer: LayerConfig) -> int:
     return projections * config.hidden_size + 2 * layer.head_dim
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+PLAIN = {"float32": 4, "bf16": 2}
+"""Bytes of a weight that no recipe touches, by the name of the number format."""
+PRECISIONS = (*PLAIN, *RECIPES)
+"""The ways to hold a model's weights: in full, or by a recipe over bf16."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How some of the weights are kept, and what they are multiplied as."""
+
+    bits: float
+    """Each, scales included."""
+    product: str
+    """"bf16", "int8", "fp8" or "float32"."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are stored, and at which of a GPU's rates they are multiplied."""
+    """How the weights of a model are kept."""
 
     name: str
-    expert_bits: float
-    other_bits: float
-    cache_bytes: int
-    arithmetic: str | None
-    """"bf16" or "fp8"; None: no published rate is used."""
+    experts: Kept
+    dense: Kept
+    """Attention, and the feed-forward beside the experts."""
+    conditioning: Kept
+    plain: Kept
+    """Embedding, routers and norms; the cache and the logits are of its kind too."""
 
-    def weight_bytes(self, parameters: Parameters) -> float:
-        return (parameters.experts * self.expert_bits + (parameters.total - parameters.experts) * self.other_bits) / 8
+    @property
+    def width(self) -> int:
+        """Bytes of a number in full: of a weight that is not packed, of the cache, of logits."""
+        return round(self.plain.bits / 8)
+
+    @classmethod
+    def of(cls, config: ModelConfig, name: str) -> Precision:
+        """What this recipe, or "bf16" or "float32", makes of the model. InputError for another name, and where the
+        model's sizes do not fit the recipe's formats."""
+        bits, product = 8 * _width(name), "float32" if name == "float32" else "bf16"
+        plain = Kept(bits, product)
+        stored, counts, kinds = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, product)
+        for own, shape in tensors(config).items():
+            group, form = group_of(own), format_of(own, shape, name)
+            counts[group] += math.prod(shape)
+            stored[group] += _bytes(shape, form, bits // 8)
+            if form is not None:
+                kinds[group] = multiplied_as(form.kind, product)
+        kept = {g: Kept(8 * stored[g] / counts[g], kinds[g]) if counts[g] else plain for g in GROUPS if g != "plain"}
+        return cls(name, **kept, plain=plain)
 
 
-PRECISIONS = (
-    Precision("float32", 32, 32, 4, None),
-    Precision("bf16", 16, 16, 2, "bf16"),
-    Precision("fp8", 8, 8, 2, "fp8"),
-    # Everything but the experts at 8 bits. The quarter bit: a 16-bit scale for 64 weights. Multiplied as bf16.
-    Precision("int4 experts", 4.25, 8, 2, "bf16"),
-)
+GROUPS = ("experts", "dense", "conditioning", "plain")
+"""Weights that a recipe treats alike, by `Precision`'s names."""
+
+
+def group_of(own: str) -> str:
+    """The group that a tensor of `Model.state_dict()` belongs to."""
+    if own.startswith("self_conditioning."):
+        return "conditioning"
+    found = next((part for part in (".experts.", ".self_attn.", ".mlp.") if part in own), "")
+    return {"": "plain", ".experts.": "experts"}.get(found, "dense")
+
+
+def multiplied_as(kind: str, plain: str, is_grouped: bool = False) -> str:
+    """The kind of product that weights of a packed kind meet: int8 and fp8 their own, all others are unpacked."""
+    return kind if kind in ("int8", "fp8") and not is_grouped else plain
+
+
+@functools.lru_cache(maxsize=16)
+def tensors(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of `Model.state_dict()`."""
+    with torch.device("meta"):
+        model = Model(config, ops.load("reference"))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def format_of(own: str, shape: tuple[int, ...], name: str) -> Format | None:
+    """The format that a recipe has for a tensor; None where it stays as it is. InputError where it cannot hold it."""
+    form = None if name in PLAIN else recipes.named(name).format_of(own)
+    if form is not None:
+        _check(form, shape[-1])
+    return form
+
+
+@functools.cache
+def _check(form: Format, inputs: int) -> None:
+    pack(torch.zeros(1, inputs), form)
+
+
+def _bytes(shape: tuple[int, ...], form: Format | None, width: int) -> int:
+    if form is None:
+        return math.prod(shape) * width
+    return sum(math.prod(part) * dtype.itemsize for dtype, part in form.parts(shape).values())
+
+
+def _width(name: str) -> int:
+    if name not in PRECISIONS:
+        raise InputError(f"there are no weights in {name!r}; choose one of {', '.join(PRECISIONS)}")
+    return PLAIN.get(name, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def weight_bytes(config: ModelConfig, name: str) -> int:
+    """What all tensors of the text model take, exactly: in "float32" or "bf16", or after `sfumato quantize` by the
+    recipe of this name, in the file (whose headers are some ten thousandths more) as in memory."""
+    width = _width(name)
+    return sum(_bytes(shape, format_of(own, shape, name), width) for own, shape in tensors(config).items())
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def needs(config: ModelConfig, recipe: str, context: int) -> dict[str, int]:
+    """Bytes that the model needs with its weights in this recipe, or in "bf16" or "float32", for one request at a time.
+
+        total_bytes = weight_bytes + cache_bytes + logits_bytes + activation_bytes
+
+    `weight_bytes` are exact, and so is `cache_bytes`: what `KVCache.allocate` takes for `context` tokens, prompt and
+    answer together. `logits_bytes` are one canvas of logits in the weights' dtype, all that a step holds of them.
+    `activation_bytes` is the peak of reading a prompt, in chunks of 2,048 tokens: for each token the answers of its
+    experts in float32, and twice its hidden state; the passes of a step need less, and find it allocated.
+    `file_bytes` is the size of the checkpoint on disk.
+
+    It lacks what is there without a model: the process, its libraries, the tokenizer, a GPU's driver (`RESERVE`). The
+    fused and reference operations unpack weights of fewer bits with every product and need more. InputError for a
+    context outside the model's, and for a recipe that there is not or that does not fit the model's sizes."""
+    if not 1 <= context <= config.max_position:
+        raise InputError(f"a context of {context} tokens is outside the model's 1 to {config.max_position}")
+    width, weights = _width(recipe), weight_bytes(config, recipe)
+    found = {
+        "file_bytes": weights,
+        "weight_bytes": weights,
+        "cache_bytes": cache_bytes(config, context, width)[1],
+        "logits_bytes": logits_bytes(config, width),
+        "activation_bytes": activation_bytes(config, context, width),
+    }
+    return found | {"total_bytes": sum(found.values()) - found["file_bytes"]}
+
+
+def most_context(config: ModelConfig, recipe: str, room: float) -> int:
+    """The longest context that the model may have in so many bytes; 0 where there is none."""
+    low, high = 0, config.max_position
+    while low < high:
+        middle = (low + high + 1) // 2
+        if needs(config, recipe, middle)["total_bytes"] <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def cache_bytes(config: ModelConfig, context: int, element: int = 2) -> tuple[int, int]:
@@ -107,27 +246,46 @@ def cache_bytes(config: ModelConfig, context: int, element: int = 2) -> tuple[in
     return growth, total
 
 
-def logits_bytes(config: ModelConfig) -> int:
-    """One canvas of float32 logits."""
-    return config.canvas_length * config.vocab_size * 4
+def logits_bytes(config: ModelConfig, element: int = 2) -> int:
+    """One canvas of logits; one token's where the model has no canvas."""
+    return new_tokens(config) * config.vocab_size * element
+
+
+def activation_bytes(config: ModelConfig, context: int, element: int = 2) -> int:
+    """See `needs`."""
+    tokens = max(min(context, PREFILL_CHUNK), new_tokens(config))
+    return tokens * config.hidden_size * (4 * config.top_k_experts + 2 * element)
+
+
+def new_tokens(config: ModelConfig) -> int:
+    """Of a step: a canvas, or one where the model has none."""
+    return config.canvas_length if config.is_diffusion else 1
 
 
 # ---- work of a pass and of a step -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Work:
-    """What has to be multiplied (floating-point operations) and read from memory (bytes), at least."""
+class Cost:
+    """The least work of a part: bytes to read, and floating-point operations by the kind of product ("bf16", …)."""
 
-    flops: float
     bytes: float
+    flops: dict[str, float]
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+    def __add__(self, other: Cost) -> Cost:
+        kinds = {**self.flops, **other.flops}
+        flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in kinds}
+        return Cost(self.bytes + other.bytes, flops)
 
-    def seconds(self, bandwidth: float, rate: float | None) -> float:
-        """The floor: memory and arithmetic at full speed (bytes and operations a second), perfectly overlapped."""
-        return max(self.bytes / bandwidth, self.flops / rate if rate else 0.0)
+    @property
+    def all_flops(self) -> float:
+        return sum(self.flops.values())
+
+    def seconds(self, most: dict[str, Any]) -> float:
+        """The floor: memory and arithmetic at the best that `machine.ceilings` found, perfectly overlapped."""
+        rates = most["flops_per_second"]
+        arithmetic = sum(flops / rates[kind if kind in rates else "bf16"]["best"] for kind, flops in self.flops.items())
+        return max(self.bytes / most["bytes_per_second"]["best"], arithmetic)
 
 
 def distinct_experts(config: ModelConfig, tokens: int) -> float:
@@ -135,37 +293,47 @@ def distinct_experts(config: ModelConfig, tokens: int) -> float:
     return 1 - (1 - config.top_k_experts / config.num_experts) ** tokens
 
 
-def pass_work(config: ModelConfig, precision: Precision, tokens: int, context: int, is_encode: bool = False) -> Work:
-    """One pass of the stack over `tokens` new tokens behind `context` cached ones, without the vocabulary: each weight
-    read once, of the experts those that are chosen at all, and the keys and values that are in view."""
-    weights = Parameters.of(config)
-    other = weights.other - (weights.self_conditioning if is_encode else 0)
-    flops = 2.0 * tokens * (other + weights.experts * weights.chosen)
-    experts = weights.experts * distinct_experts(config, tokens)
-    read = (other * precision.other_bits + experts * precision.expert_bits) / 8
+def pass_work(
+    config: ModelConfig, precision: Precision, tokens: int, context: int, is_encode: bool = False, batch: int = 1
+) -> Cost:
+    """One pass of the stack over `tokens` new tokens behind `context` cached ones in each row, without the vocabulary:
+    each weight read once, of the experts those that are chosen at all, and the keys and values that are in view."""
+    weights, rows = Parameters.of(config), tokens * batch
+    cost = Cost(0.0, {})
+    for count, used, worked, kept in (
+        (weights.attention + weights.dense, 1.0, 1.0, precision.dense),
+        (0 if is_encode else weights.self_conditioning, 1.0, 1.0, precision.conditioning),
+        (weights.rest, 1.0, 1.0, precision.plain),
+        (weights.experts, distinct_experts(config, rows), weights.chosen, precision.experts),
+    ):
+        cost += Cost(count * used * kept.bits / 8, {kept.product: 2.0 * rows * count * worked})
     for layer in config.layers:
         held = context if layer.window is None else min(context, layer.window - 1)
         if is_encode:
             seen = sum(min(context + n, layer.window or context + n) for n in range(1, tokens + 1))
         else:
             seen = tokens * (held + tokens)
-        flops += 4.0 * config.num_heads * layer.head_dim * seen
-        read += 2.0 * held * layer.kv_heads * layer.head_dim * precision.cache_bytes
-    return Work(flops, read)
+        cost += Cost(
+            batch * 2.0 * held * layer.kv_heads * layer.head_dim * precision.width,
+            {precision.plain.product: batch * 4.0 * config.num_heads * layer.head_dim * seen},
+        )
+    return cost
 
 
-def vocabulary_work(config: ModelConfig, precision: Precision, tokens: int) -> Work:
+def vocabulary_work(config: ModelConfig, precision: Precision, tokens: int) -> Cost:
     """One product with the embedding: the logits of a read-out, or a soft embedding."""
-    size = config.vocab_size * config.hidden_size
-    return Work(2.0 * tokens * size, size * precision.other_bits / 8)
+    count = config.vocab_size * config.hidden_size
+    return Cost(count * precision.plain.bits / 8, {precision.plain.product: 2.0 * tokens * count})
 
 
-def step_work(config: ModelConfig, precision: Precision, context: int) -> Work:
+def step_work(config: ModelConfig, precision: Precision, context: int, batch: int = 1) -> Cost:
     """One denoising step: the pass, the logits, the soft embedding. The last two share one matrix, which a fused
-    kernel reads once (softmax(h ET) E is attention over the vocabulary); read twice, it costs that much more."""
-    canvas = config.canvas_length
-    logits = vocabulary_work(config, precision, canvas)
-    return pass_work(config, precision, canvas, context) + logits + Work(logits.flops, 0)
+    kernel reads once (softmax(h ET) E is attention over the vocabulary); read twice, it costs that much more. Where
+    the model has no canvas: one token, without the soft embedding."""
+    tokens = new_tokens(config)
+    logits = vocabulary_work(config, precision, tokens * batch)
+    work = pass_work(config, precision, tokens, context, not config.is_diffusion, batch) + logits
+    return work + Cost(0.0, logits.flops) if config.is_diffusion else work
 
 
 # ---- hardware -------------------------------------------------------------------------------------------------------
@@ -183,44 +351,63 @@ class Gpu:
     reported: tuple[str, ...] = ()
     """What CUDA calls exactly this one; slower relatives of a similar name are not taken for it."""
 
-    def rate(self, arithmetic: str | None) -> float | None:
-        """Operations a second."""
-        tera = {"bf16": self.bf16, "fp8": self.fp8}.get(arithmetic or "")
+    def rate(self, product: str) -> float | None:
+        """Operations a second of our products: int8 is unpacked to bf16, and fp8 where there are no such products."""
+        tera = {"bf16": self.bf16, "int8": self.bf16, "fp8": self.fp8 or self.bf16}.get(product)
         return tera * 1e12 if tera else None
+
+    def seconds(self, cost: Cost) -> tuple[float | None, float | None]:
+        """(of the bytes, of the arithmetic) at the published figures; None where there is none."""
+        rates = [(flops, self.rate(kind)) for kind, flops in cost.flops.items()]
+        arithmetic = None if any(rate is None for _, rate in rates) else sum(flops / rate for flops, rate in rates)  # type: ignore[operator]
+        return cost.bytes / self.bandwidth / 1e9 if self.bandwidth else None, arithmetic
+
+    @property
+    def room(self) -> float:
+        """Bytes for a model."""
+        return self.memory * 1e9 - RESERVE
 
 
 # The makers' published figures (data sheets and architecture papers), not measurements: an H200 measures about 4.3 of
 # its 4.8 TB/s and 790 of its 989 TFLOP/s. DGX Spark's dense figures are its "1 PFLOP FP4, sparse" halved to dense FP4,
-# then to FP8, then to bf16. DGX Station is its GB300 GPU alone, without the slower memory of its CPU.
+# then to FP8, then to bf16. DGX Station is its GB300 GPU alone, without the slower memory of its CPU. A100 80 GB is the
+# SXM module.
 GPUS = (
+    Gpu("RTX 4060 Ti 16 GB", 16, 288, reported=("NVIDIA GeForce RTX 4060 Ti",)),
+    Gpu("RTX 4080", 16, 716.8, 97.5, 194.9, ("NVIDIA GeForce RTX 4080",)),
+    Gpu("RTX 5070 Ti", 16, 896, 87.9, 175.8, ("NVIDIA GeForce RTX 5070 Ti",)),
+    Gpu("RTX 5080", 16, 960, 112.6, 225.1, ("NVIDIA GeForce RTX 5080",)),
+    Gpu("RTX 3090", 24, 936, 71, None, ("NVIDIA GeForce RTX 3090",)),
     Gpu("RTX 4090", 24, 1008, 165.2, 330.3, ("NVIDIA GeForce RTX 4090",)),
+    Gpu("L4", 24, 300, 121, 242, ("NVIDIA L4",)),
     Gpu("RTX 5090", 32, 1792, 209.5, 419, ("NVIDIA GeForce RTX 5090",)),
-    Gpu("RTX PRO 6000", 96, 1792, 503.8, 1007.6, ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition",)),
+    Gpu("A100 40 GB", 40, 1555, 312, None, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
+    Gpu("A100 80 GB", 80, 2039, 312, None, ("NVIDIA A100-SXM4-80GB",)),
     Gpu("H100", 80, 3350, 989.4, 1978.9, ("NVIDIA H100 80GB HBM3",)),
+    Gpu("RTX PRO 6000", 96, 1792, 503.8, 1007.6, ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition",)),
+    Gpu("DGX Spark", 128, 273, 125, 250, ("NVIDIA GB10",)),
     Gpu("H200", 141, 4800, 989.4, 1978.9, ("NVIDIA H200",)),
     Gpu("B200", 180, 8000, 2250, 4500, ("NVIDIA B200",)),
-    Gpu("DGX Spark", 128, 273, 125, 250, ("NVIDIA GB10",)),
     Gpu("DGX Station", 252, 7100, 2500, 5000, ("NVIDIA GB300",)),
 )
-RESERVE = 1e9
-"""Bytes kept free for the driver and for activations when asking whether a model fits."""
+RESERVE = 0.6e9
+"""Bytes kept free for the driver's context, and between the blocks of an allocator, when asking whether a model fits. A
+GB is taken as 10^9 bytes; most cards have a few hundredths more, which is left to a screen."""
 
 
 def named_gpu(name: str) -> Gpu:
-    """From the table, by name, case and spaces aside; InputError lists the names."""
+    """From the table, by name, case and spaces aside; without "RTX" or the memory where that leaves one. InputError
+    lists the names."""
     plain = lambda text: "".join(c for c in text.lower() if c.isalnum())  # noqa: E731
-    for gpu in GPUS:
-        if plain(name) in (plain(gpu.name), plain(gpu.name.removeprefix("RTX "))):
-            return gpu
+    for shorten in (str, lambda text: re.sub(r" \d+ GB$", "", text)):
+        found = [gpu for gpu in GPUS if plain(name).removeprefix("rtx") == plain(shorten(gpu.name)).removeprefix("rtx")]
+        if len(found) == 1:
+            return found[0]
     raise InputError(f"no figures for a GPU named {name!r}; choose one of {', '.join(gpu.name for gpu in GPUS)}")
 
 
 def detected_gpu() -> Gpu | None:
     """The CUDA device of this machine, with published figures if the table has it; None where there is none."""
-    try:
-        import torch
-    except ImportError:
-        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a driver too old for torch is no GPU, not an error
         if not torch.cuda.is_available():
@@ -258,3 +445,8 @@ def duration(seconds: float | None) -> str:
         return "–"
     scale, unit = next((s for s in ((1, "s"), (1e-3, "ms")) if seconds >= s[0]), (1e-6, "µs"))
     return f"{seconds / scale:.3g} {unit}" if seconds / scale < 999.5 else f"{seconds / scale:.0f} {unit}"
+
+
+def tokens(count: int) -> str:
+    """Of context: 256K, 1.5K, 640; never more than there are."""
+    return str(count) if count < 1024 else f"{math.floor(count / 102.4) / 10:g}K" if count < 10240 else f"{count >> 10}K"

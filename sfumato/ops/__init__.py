@@ -4,13 +4,16 @@
 
     reference   plain PyTorch, the specification and the oracle
     fused       torch's own fused calls, any device; differentiable, so that training uses it
-    cpu         a small compiled extension: AMX tiles for bf16 and int8, portable vectors for float32
-    triton      CUDA kernels: bf16, FP8 and int4 weights
+    cpu         a small compiled extension: AMX tiles for bf16, int8 and int4, portable vectors for float32
+    triton      CUDA kernels: bf16, int8, FP8, int4 and NVFP4 weights
+
+Every one of them takes a weight in fewer bits (`packed.Packed`) in place of a plain one, or says that it does not;
+reference and fused unpack it with every product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sfumato.events import InputError
+from sfumato.ops.packed import Packed
 
 NEVER = -1e30
 """A logit that stands for "impossible": finite, so that 0 x log 0 stays 0."""
@@ -96,13 +100,16 @@ NAMES = ("reference", "fused", "cpu", "triton")
 
 
 def load(
-    name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None, kind: str | None = None
+    name: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: Collection[Packed] = (),
 ) -> Ops:
-    """The implementation of this name. "auto" takes the fastest that this device can run with weights of this dtype, or
-    packed to this kind; where neither compiler nor kernels are there, that is fused.
+    """The implementation of this name. "auto" takes the fastest that this device can run with weights of this dtype,
+    some of them packed like these; where neither compiler nor kernels are there, that is fused.
     InputError for an unknown name, and for one that this machine cannot run: it says why."""
     if name == "auto":
-        name = _fastest(torch.device(device), dtype, kind)
+        name = _fastest(torch.device(device), dtype, packed)
     if name == "reference":
         from sfumato.ops import reference
 
@@ -122,11 +129,11 @@ def load(
     raise InputError(f"there are no operations named {name!r}; choose one of auto, {', '.join(NAMES)}")
 
 
-def _fastest(device: torch.device, dtype: torch.dtype | None, kind: str | None) -> str:
+def _fastest(device: torch.device, dtype: torch.dtype | None, packed: Collection[Packed]) -> str:
     if device.type == "cpu":
         from sfumato.ops import cpu
 
-        return "fused" if cpu.obstacle(None if kind else dtype) else "cpu"
+        return "fused" if cpu.obstacle(dtype, packed) else "cpu"
     if device.type == "cuda":
         from sfumato.ops import triton
 

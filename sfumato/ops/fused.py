@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.events import InputError
 from sfumato.masks import Mask
 from sfumato.ops import NEVER, Ops, ReadOut
+from sfumato.ops.packed import Packed, dense, met_by
 
 FEW_EXPERTS = 8
 """Up to here, with enough tokens, all experts as one product beat gathering: no index, no scatter, wider products."""
@@ -22,14 +22,15 @@ SWEEP = 2**24
 """Elements of the float32 logits that exist at once: the read-out goes through positions in groups of this size."""
 
 
-def pack(weight: Tensor, kind: str = "") -> Tensor:
-    if kind:
-        raise InputError(f"the fused operations have no {kind} weights; use cpu or triton operations")
+Weight = Tensor | Packed
+
+
+def pack(weight: Weight) -> Weight:
     return weight
 
 
-def linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    return tuple(F.linear(x, weight) for weight in weights)
+def linear(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
+    return tuple(F.linear(met_by(x, weight), dense(weight, x.dtype)) for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -59,8 +60,9 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0, enable_gqa=is_grouped).transpose(1, 2)
 
 
-def feed_forward(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
-    return F.linear(F.gelu(F.linear(x, gate_FD), approximate="tanh") * F.linear(x, up_FD), down_DF)
+def feed_forward(x: Tensor, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> Tensor:
+    gate, up = linear(x, gate_FD, up_FD)
+    return linear(F.gelu(gate, approximate="tanh") * up, down_DF)[0]
 
 
 def route(
@@ -73,10 +75,11 @@ def route(
     return index_NJ, weight_NJ * per_expert_E[index_NJ]
 
 
-def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weight, down_EDF: Weight) -> Tensor:
     count, double, width = gate_up_EFD.shape
     tokens = x_ND.shape[0]
-    if count <= FEW_EXPERTS and tokens >= 16 * count:
+    are_few = count <= FEW_EXPERTS and tokens >= 16 * count
+    if are_few and isinstance(gate_up_EFD, Tensor) and isinstance(down_EDF, Tensor):
         weight_NE = torch.zeros(tokens, count, dtype=weight_NJ.dtype, device=x_ND.device)
         weight_NE = weight_NE.scatter(1, index_NJ, weight_NJ).to(x_ND.dtype)
         gate_up = F.linear(x_ND, gate_up_EFD.reshape(count * double, width)).view(tokens, count, 2, double // 2)
@@ -89,8 +92,8 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tens
     start = 0
     for expert, size in enumerate(torch.bincount(index_NJ.flatten(), minlength=count).tolist()):
         if size:
-            gate, up = F.linear(gathered_MD[start : start + size], gate_up_EFD[expert]).chunk(2, dim=-1)
-            parts.append(F.linear(F.gelu(gate, approximate="tanh") * up, down_EDF[expert]))
+            gate, up = linear(gathered_MD[start : start + size], gate_up_EFD[expert])[0].chunk(2, dim=-1)
+            parts.append(linear(F.gelu(gate, approximate="tanh") * up, down_EDF[expert])[0])
             start += size
     part_MD = torch.cat(parts) * weight_NJ.flatten()[order_M, None].to(x_ND.dtype)
     return torch.zeros_like(x_ND).index_add(0, token_M, part_MD)

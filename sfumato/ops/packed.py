@@ -1,143 +1,120 @@
-"""Weights in fewer bits: quantise, unpack, and the record that carries them.
+"""Weights in fewer bits: the record that carries them, what it stands for, and how a product meets it.
 
-The layout of the Triton back end; `cpu` has its own. `int8` and `fp8` have one scale an output channel; `int4` has one
-for each group of inputs, two weights a byte. All three are symmetric: value = code x scale. This is the arithmetic
-alone: no calibration, no file format, no choice of what to quantise.
+One neutral layout, row by row as the weight itself lies, so that it can be mapped from a file: operations take it as it
+is, lay it out anew (`Ops.pack`), or unpack and multiply. How a weight comes into it is `quant.formats`.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfumato.events import InputError
-
-KINDS = ("int8", "fp8", "int4")
-GROUPS = (32, 64, 128)
-_CHUNK = 1 << 24
-"""Weights that are in float32 at one time: a stack of experts would not fit beside itself."""
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""int4: parts of the largest weight at which the range of a group may end."""
+KINDS = ("int8", "int4", "fp8", "nvfp4", "mxfp4")
+BLOCK = 128
+"""Rows and columns that share a scale in fp8 by blocks."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of a 4-bit float; bit 3 of a code is its sign."""
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight [O, I], or a stack [E, O, I], in fewer bits.
+    """A weight [O, I], or a stack [E, O, I], in fewer bits; `..` stands for E where there is one.
 
     kind   data                              scale
-    int8   int8 [.., O, I]                   float32 [.., O]
-    fp8    float8_e4m3fn [.., O, I]          float32 [.., O]
-    int4   uint8 [.., O, I / 2], code + 8;   float16 or bfloat16 [.., O, I / group]
-           low half of a byte: even input
-    """
+    int8   int8 [.., O, I]                   float32 [.., O]; or by groups [.., O, I / group]
+    int4   uint8 [.., O, I / 2]              [.., O, I / group], float16, bfloat16 or float32
+    fp8    float8_e4m3fn [.., O, I]          float32 [.., O]; or by blocks [.., ceil(O / 128), ceil(I / 128)], group 128
+    nvfp4  uint8 [.., O, I / 2], e2m1 codes  float8_e4m3fn [.., O, I / 16]; times `factor`, float32 [.., O]
+    mxfp4  uint8 [.., O, I / 2], e2m1 codes  uint8 [.., O, I / 32], exponents of two, 127 is one
+
+    In a byte of two codes the low half is the even input. Without `bias` an int4 code stands for code - 8, from 0 to
+    15; with one, of scale's shape and dtype, value = code x scale + bias, and so for int8 by groups, whose data is then
+    uint8."""
 
     kind: str
     shape: tuple[int, ...]
     data: Tensor
     scale: Tensor
     group: int
-    """Weights that share a scale: I for int8 and fp8."""
+    """Inputs that share a scale; all of them, I, where there is one an output."""
+    bias: Tensor | None = None
+    factor: Tensor | None = None
 
     @property
-    def bytes(self) -> int:
-        return self.data.nbytes + self.scale.nbytes
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors, by the name of their field."""
+        found = {"data": self.data, "scale": self.scale, "bias": self.bias, "factor": self.factor}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
 
     @property
     def device(self) -> torch.device:
         return self.data.device
 
+    def each(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> Packed:
+        """This with every tensor changed."""
+        tensors: dict[str, Any] = {name: change(part) for name, part in self.parts.items()}
+        return replace(self, shape=shape or self.shape, **tensors)
+
     def to(self, device: torch.device | str) -> Packed:
-        return replace(self, data=self.data.to(device), scale=self.scale.to(device))
+        return self.each(lambda part: part.to(device))
 
-
-def quantise(weight: Tensor, kind: str, group: int = 64) -> Packed:
-    """A weight [O, I] or [E, O, I] in this kind. `group` (int4) is 32, 64 or 128, and is lowered to what divides I.
-
-    InputError: an unknown kind or group, a shape that cannot be packed, weights that are not finite."""
-    if kind not in KINDS:
-        raise InputError(f"there is no kind of weight {kind!r}; choose one of {', '.join(KINDS)}")
-    if weight.dim() not in (2, 3) or not weight.is_floating_point() or weight.numel() == 0:
-        raise InputError(
-            f"a weight of shape {list(weight.shape)} and {weight.dtype} cannot be packed;"
-            " give floats [O, I] or [E, O, I]"
-        )
-    inputs = weight.shape[-1]
-    if kind == "int4":
-        if group not in GROUPS:
-            raise InputError(f"an int4 group of {group} weights is not supported; choose one of 32, 64, 128")
-        if inputs % 2:
-            raise InputError(f"int4 packs two inputs a byte and this weight has {inputs}; keep it in int8 or fp8")
-        group = math.gcd(group, inputs)
-    else:
-        group = inputs
-    rows = weight.reshape(-1, group)
-    largest = torch.cat([part.abs().amax(-1).float() for part in _parts(rows)])
-    if not bool(torch.isfinite(largest).all()):
-        bad = sum(int((~torch.isfinite(part)).sum()) for part in _parts(rows))
-        raise InputError(
-            f"{bad} of the {weight.numel()} weights are not finite (nan or infinity); repair the checkpoint first"
-        )
-    shape = tuple(weight.shape)
-    if kind == "int4":
-        store = _scale_dtype(largest)
-        pairs = [_nibbles(part.float(), store) for part in _parts(rows)]
-        data = torch.cat([code for code, _ in pairs]).reshape(*shape[:-1], inputs // 2)
-        return Packed(kind, shape, data, torch.cat([s for _, s in pairs]).reshape(*shape[:-1], inputs // group), group)
-    top, store = (127.0, torch.int8) if kind == "int8" else (448.0, torch.float8_e4m3fn)
-    scale = largest / top
-    codes, at = [], 0
-    for part in _parts(rows):
-        divisor = _no_zero(scale[at : at + len(part)])[:, None]
-        code = (part.float() / divisor).clamp_(-top, top)
-        codes.append((code.round_() if kind == "int8" else code).to(store))
-        at += len(part)
-    return Packed(kind, shape, torch.cat(codes).reshape(shape), scale.reshape(shape[:-1]), group)
+    def __getitem__(self, expert: int) -> Packed:
+        """One matrix of a stack."""
+        return self.each(lambda part: part[expert], self.shape[1:])
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight that these codes stand for, computed in float32 and rounded once to `dtype`."""
+    rows = (*packed.shape[:-1], -1, packed.group)
+    scale = packed.scale
+    if packed.kind == "fp8" and packed.group == BLOCK and scale.shape != packed.shape[:-1]:
+        wide = scale.repeat_interleave(BLOCK, -1)[..., : packed.shape[-1]]
+        return (packed.data.float() * wide.repeat_interleave(BLOCK, -2)[..., : packed.shape[-2], :]).to(dtype)
+    if packed.kind in ("int8", "fp8") and scale.dim() < len(packed.shape):
+        return (packed.data.float() * scale[..., None]).to(dtype)
+    if packed.kind == "int8":
+        code = packed.data.reshape(rows).float()
+    else:
+        code = torch.stack([packed.data & 15, packed.data >> 4], dim=-1).reshape(rows)
     if packed.kind == "int4":
-        low, high = packed.data & 15, packed.data >> 4
-        code = torch.stack([low, high], dim=-1).reshape(*packed.scale.shape, packed.group).float() - 8
-        return (code * packed.scale.float()[..., None]).reshape(packed.shape).to(dtype)
-    return (packed.data.float() * packed.scale[..., None]).to(dtype)
+        code = code.float() if packed.bias is not None else code.float() - 8
+    elif packed.kind in ("nvfp4", "mxfp4"):
+        table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
+        code = table[code.int()]
+        scale = power_of_two(scale) if packed.kind == "mxfp4" else scale
+    value = code * scale.float()[..., None]
+    if packed.bias is not None:
+        value += packed.bias.float()[..., None]
+    if packed.factor is not None:
+        value *= packed.factor[..., None, None]
+    return value.reshape(packed.shape).to(dtype)
 
 
-def _parts(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _CHUNK // rows.shape[-1]))
+def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """A weight that may be packed, in this dtype."""
+    return unpack(weight, dtype) if isinstance(weight, Packed) else weight
 
 
-def _no_zero(scale: Tensor) -> Tensor:
-    """A row of zeros has scale 0; it is divided by 1."""
-    return torch.where(scale > 0, scale, 1.0)
+def met_by(x: Tensor, weight: Tensor | Packed) -> Tensor:
+    """The left side of a product as this weight meets it: fp8 rounds each row of it to e4m3 too (W8A8, "dynamic
+    activations"); everything else leaves it alone."""
+    if not isinstance(weight, Packed) or weight.kind != "fp8":
+        return x
+    x32 = x.float()
+    scale = x32.abs().amax(-1, keepdim=True) / 448.0
+    scale = torch.where(scale > 0, scale, 1.0)
+    return ((x32 / scale).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
 
-def _scale_dtype(largest: Tensor) -> torch.dtype:
-    """float16 has three more bits; bfloat16 takes over where some scale would leave float16's normal numbers."""
-    smallest = torch.where(largest > 0, largest, torch.inf).amin()
-    fits = bool(largest.amax() / 7 < 65000) and bool(smallest * min(_CLIPS) / 7 >= 2**-14)
-    return torch.float16 if fits else torch.bfloat16
-
-
-def _nibbles(rows: Tensor, store: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes, two a byte, and scales of these groups. Of a few ends of the range, each group takes the one with the
-    least squared error: rounding loses less in a narrower range than clipping one weight costs."""
-    largest = rows.abs().amax(-1)
-    best = torch.full_like(largest, torch.inf)
-    codes, scales = torch.zeros_like(rows, dtype=torch.uint8), torch.zeros_like(largest, dtype=store)
-    for clip in _CLIPS:
-        # Codes are chosen for the scale as it will be stored, so that its rounding costs next to nothing.
-        scale = (largest * (clip / 7)).to(store)
-        divisor = _no_zero(scale.float())
-        exact = rows / divisor[:, None]
-        code = exact.round().clamp_(-8, 7)
-        # Relative to the group's largest: the squares of weights near 1e30 or 1e-30 are no numbers.
-        error = ((code - exact) * (divisor / _no_zero(largest))[:, None]).pow_(2).sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
-        codes = torch.where(better[:, None], (code + 8).to(torch.uint8), codes)
-        scales = torch.where(better, scale, scales)
-    return codes[:, 0::2] | codes[:, 1::2] << 4, scales
+def power_of_two(exponent: Tensor) -> Tensor:
+    """What e8m0 codes stand for, in float32: 2^(code - 127); 255 is nan."""
+    bits = torch.where(exponent == 0, 1 << 22, exponent.int() << 23)  # 2^-127 lies among the subnormal numbers
+    return torch.where(exponent == 255, 0x7FC00000, bits).int().view(torch.float32)

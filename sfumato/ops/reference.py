@@ -12,22 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.events import InputError
 from sfumato.masks import Mask
 from sfumato.ops import NEVER, Ops, ReadOut
+from sfumato.ops.packed import Packed, dense, met_by
+
+Weight = Tensor | Packed
 
 
-def pack(weight: Tensor, kind: str = "") -> Tensor:
-    """A weight [O, I] or a stack [E, O, I] in the form that `linear`, `feed_forward` and `experts` of this
-    implementation take. `kind` "" keeps the precision. Here: as it is."""
-    if kind:
-        raise InputError(f"the reference operations have no {kind} weights; use cpu or triton operations")
+def pack(weight: Weight) -> Weight:
+    """A weight [O, I] or a stack [E, O, I], plain or in fewer bits, in the form that `linear`, `feed_forward` and
+    `experts` of this implementation take. Here: as it is, and what is packed is unpacked with every product."""
     return weight
 
 
-def linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def linear(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
     """x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
-    return tuple(F.linear(x, weight) for weight in weights)
+    return tuple(F.linear(met_by(x, weight), dense(weight, x.dtype)) for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -72,9 +72,9 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-def feed_forward(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+def feed_forward(x: Tensor, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> Tensor:
     """down(gated(gate(x), up(x)))."""
-    return F.linear(gated(F.linear(x, gate_FD), F.linear(x, up_FD)), down_DF)
+    return linear(gated(*linear(x, gate_FD, up_FD)), down_DF)[0]
 
 
 def route(
@@ -89,13 +89,13 @@ def route(
     return index_NJ, weight_NJ * per_expert_E[index_NJ]
 
 
-def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weight, down_EDF: Weight) -> Tensor:
     """Sum over the J chosen experts of weight x down(gated(gate_up(x))). gate_up is [E, 2F, D], gate first."""
     out_ND = torch.zeros_like(x_ND)
     for expert in index_NJ.unique().tolist():
         token, choice = torch.where(index_NJ == expert)
-        gate, up = F.linear(x_ND[token], gate_up_EFD[expert]).chunk(2, dim=-1)
-        part = F.linear(gated(gate, up), down_EDF[expert]) * weight_NJ[token, choice, None]
+        gate, up = linear(x_ND[token], gate_up_EFD[expert])[0].chunk(2, dim=-1)
+        part = linear(gated(gate, up), down_EDF[expert])[0] * weight_NJ[token, choice, None]
         out_ND = out_ND.index_add(0, token, part.to(out_ND.dtype))
     return out_ND
 

@@ -1,8 +1,9 @@
 """The CPU implementation: a small compiled library (`kernels.cpp`) behind the contract of `reference.py`.
 
 bfloat16 and int8 products run on AMX tiles where the processor has them, at several times what torch's own reach at the
-sizes of a canvas; float32 runs on portable vector code. Weights are packed once, in the order in which they are read,
-into huge pages. Inference only: no gradients. Why it exists, with figures: docs/LOG.md.
+sizes of a canvas; float32 runs on portable vector code. Such weights are packed once, in the order in which they are
+read, into huge pages. Weights in groups (4 bits, or 8) stay as they lie, perhaps in a mapped file, and become bfloat16
+tiles on their way into a product. Inference only: no gradients. Why it exists, with figures: docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import math
 import mmap
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,26 +26,31 @@ from sfumato.events import InputError
 from sfumato.masks import Mask
 from sfumato.ops import Layer, Ops, ReadOut
 from sfumato.ops.cpu import build
+from sfumato.ops.packed import Packed as Quantised
 
 _IO = {torch.float32: 0, torch.bfloat16: 1}
-_KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_GROUPS = (32, 64, 128)
 _K = (16, 32, 64)
 HUGE = 1 << 21
 """Bytes of a huge page; smaller packed weights stay in ordinary memory."""
 
 
-def obstacle(dtype: torch.dtype | None) -> str | None:
-    """Why these operations are not the fastest here, None where they are. A compiler that fails is worth a warning."""
+def obstacle(dtype: torch.dtype | None, packed: Collection[Quantised] = ()) -> str | None:
+    """Why these operations are not the fastest here, for a model in this dtype with some weights packed like these;
+    None where they are. A compiler that fails is worth a warning."""
     if dtype is not None and dtype not in _IO:
         return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if reason := build.obstacle():
+    if reason := build.obstacle() or next(filter(None, map(_refusal, packed)), None):
         return reason
     try:
         build.library()
     except InputError as error:
         warnings.warn(f"{error} (auto does)", stacklevel=2)
         return str(error)
-    if dtype == torch.bfloat16 and not _has_amx():
+    is_tiled = any(_is_grouped(weight) for weight in packed) or (dtype == torch.bfloat16 and not packed)
+    if is_tiled and not _has_amx():
         return "this processor has no AMX tiles, without which bfloat16 is slow here"
     return None
 
@@ -76,6 +82,15 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+class _Given(ctypes.Structure):
+    """A weight as the library takes it: `Given` of packing.h."""
+
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("data", "scale", "bias")),
+        *((name, c_long) for name in ("kind", "group", "store")),
+    ]
 
 
 def empty_huge(count: int) -> Tensor:
@@ -113,25 +128,48 @@ def _give_back(pages: mmap.mmap, count: int) -> None:
     _FREE[count] = pages
 
 
-def pack(weight: Tensor, kind: str = "") -> Packed:
-    """See `reference.pack`; kind "int8" keeps 8 bits and a scale an output, and rounds what it multiplies the same
-    way, a scale a row."""
+def pack(weight: Tensor | Quantised | Packed) -> Packed | Quantised:
+    """See `reference.pack`. int8 with a scale an output rounds what it multiplies the same way, a scale a row; weights
+    in groups multiply bfloat16."""
+    if isinstance(weight, Packed):
+        return weight
+    if isinstance(weight, Quantised):
+        if reason := _refusal(weight):
+            raise InputError(
+                f"the cpu operations cannot take {reason}; choose ops='fused', or quantize='int8' or 'int4'"
+            )
+        return weight if _is_grouped(weight) else _in_panels(weight.data, weight.scale.contiguous())
     if weight.dtype not in _IO:
         raise InputError(f"the cpu operations take float32 and bfloat16 weights, not {weight.dtype}")
-    name = kind or str(weight.dtype).removeprefix("torch.")
-    if name not in _KINDS:
-        raise InputError(f"the cpu operations have no {kind} weights; choose int8")
-    code, (outputs, inputs) = _KINDS[name], weight.shape[-2:]
+    return _in_panels(weight.detach(), None)
+
+
+def _in_panels(weight: Tensor, scale: Tensor | None) -> Packed:
+    code, (outputs, inputs) = _KINDS[weight.dtype], weight.shape[-2:]
     count = weight.numel() // (outputs * inputs)
     size = build.library().sf_packed_bytes(code, c_long(outputs), c_long(inputs))
     data = empty_huge(count * size)
-    scale = torch.empty(weight.shape[:-1]) if code == 2 else None
-    source = weight.detach().contiguous()
+    source = weight.contiguous()
     for n in range(count):
         start = source.data_ptr() + n * outputs * inputs * source.element_size()
-        scales = c_void_p(scale.data_ptr() + 4 * n * outputs) if scale is not None else None
-        _call("sf_pack", _IO[source.dtype], code, c_void_p(start), outputs, inputs, data.data_ptr() + n * size, scales)
+        _call("sf_pack", code, c_void_p(start), outputs, inputs, c_void_p(data.data_ptr() + n * size))
     return Packed(code, tuple(weight.shape), data, scale)
+
+
+def _is_grouped(weight: Quantised) -> bool:
+    return weight.kind == "int4" or weight.scale.dim() == len(weight.shape)
+
+
+def _refusal(weight: Quantised) -> str | None:
+    """What these operations cannot take about a weight, as the object of a sentence."""
+    if weight.kind not in ("int8", "int4"):
+        return f"{weight.kind} weights"
+    if not _is_grouped(weight):
+        return None
+    if weight.group not in (_GROUPS if weight.kind == "int4" else (16, *_GROUPS)) or weight.shape[-1] % weight.group:
+        return f"{weight.kind} weights in groups of {weight.group} along {weight.shape[-1]} inputs"
+    is_known = weight.scale.dtype in _STORED and (weight.bias is None or weight.bias.dtype == weight.scale.dtype)
+    return None if is_known else f"scales and biases of {weight.scale.dtype}"
 
 
 def settle(weight: Tensor) -> None:
@@ -155,14 +193,15 @@ def unpack(packed: Packed) -> Tensor:
 # ---- the operations --------------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, *weights: Packed) -> tuple[Tensor, ...]:
+Weight = Packed | Quantised
+
+
+def linear(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
     flat, count = _rows(x), len(weights)
     out = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
-    data = (c_void_p * count)(*(w.data.data_ptr() for w in weights))
-    scale = (c_void_p * count)(*(_pointer(w.scale) for w in weights))
     outputs = (c_long * count)(*(w.shape[0] for w in weights))
     to = (c_void_p * count)(*(y.data_ptr() for y in out))
-    _call("sf_linear", _io(x), weights[0].kind, flat, flat.shape[0], flat.shape[1], count, data, scale, outputs, to)
+    _call("sf_linear", _io(x), flat, flat.shape[0], flat.shape[1], count, _given(*weights), outputs, to)
     return out
 
 
@@ -198,10 +237,10 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
     return out
 
 
-def feed_forward(x: Tensor, gate: Packed, up: Packed, down: Packed) -> Tensor:
+def feed_forward(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    _check_alike(gate, up)
     flat, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
-    weights = [part for w in (gate, up, down) for part in (w.data, w.scale)]
-    _call("sf_feed_forward", _io(x), gate.kind, flat, *flat.shape, gate.shape[0], *weights, out)
+    _call("sf_feed_forward", _io(x), flat, *flat.shape, gate.shape[0], _given(gate, up, down), out)
     return out
 
 
@@ -215,13 +254,12 @@ def route(
     return index_NJ, weight_NJ
 
 
-def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up: Packed, down: Packed) -> Tensor:
+def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     x, index_NJ, weight_NJ = x_ND.contiguous(), index_NJ.contiguous(), weight_NJ.float().contiguous()
     out, (count, width, inner) = torch.empty_like(x), down.shape
-    weights = gate_up.data, gate_up.scale, down.data, down.scale
     _call(
-        "sf_experts", _io(x), gate_up.kind, x, x.shape[0], width, index_NJ.shape[1], index_NJ, weight_NJ, count,
-        *weights, inner, out,
+        "sf_experts", _io(x), x, x.shape[0], width, index_NJ.shape[1], index_NJ, weight_NJ, count,
+        _given(gate_up, down), inner, out,
     )  # fmt: skip
     return out
 
@@ -305,7 +343,13 @@ def block(
     attention does."""
     x_BTD, scale_N1 = x_BTD.contiguous(), scale_N1.contiguous()
     (batch, new, width), (groups, head) = x_BTD.shape, k_XRGK.shape[2:]
-    pointers = [pointer for part in layer.weights for pointer in _pointers(part)]
+    _check_alike(layer.gate, layer.up)
+    products = layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down, layer.gate_up, layer.expert_down
+    others = [
+        layer.input_norm, layer.q_norm, layer.k_norm, layer.after_attention, layer.before_dense, layer.after_dense,
+        layer.router_scale, layer.router, layer.per_expert, layer.before_experts, layer.after_experts, layer.after,
+    ]  # fmt: skip
+    pointers = [part.data_ptr() for part in others]
     experts, _, expert_inner = layer.expert_down.shape
     heads = layer.q.shape[0] // head
     sizes = width, heads, groups, head, layer.gate.shape[0], experts, expert_inner, layer.top_k
@@ -315,7 +359,7 @@ def block(
     count, pages = _FREE.popitem() if _FREE else (0, None)
     lent = None if pages is None else c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)))
     _call(
-        "sf_block", _io(x_BTD), layer.q.kind, x_BTD, (c_void_p * len(pointers))(*pointers), (c_long * 8)(*sizes),
+        "sf_block", _io(x_BTD), x_BTD, (c_void_p * len(pointers))(*pointers), _given(*products), (c_long * 8)(*sizes),
         layer.eps, cos_BTK.contiguous(), sin_BTK.contiguous(), k_XRGK, v_XRGK, mask.rows_B, mask.lengths_B,
         mask.counts_B, batch, mask.encode, mask.canvas, mask.window or 0, mask.ring, scale_N1, scale_N1.numel(), y,
         k_BTGK, v_BTGK, lent, count,
@@ -354,11 +398,23 @@ def _argument(value: Any) -> Any:
     return c_long(value) if isinstance(value, int) else value
 
 
-def _pointers(weight: Tensor | Packed | None) -> tuple[int | None, ...]:
-    """Of a vector one; of a packed weight, or one that is not there, data and scales."""
-    if isinstance(weight, Tensor):
-        return (weight.data_ptr(),)
-    return (None, None) if weight is None else (weight.data.data_ptr(), _pointer(weight.scale))
+def _given(*weights: Weight | None) -> Any:
+    return (_Given * len(weights))(*map(_one_given, weights))
+
+
+def _one_given(weight: Weight | None) -> _Given:
+    if weight is None:
+        return _Given()
+    if isinstance(weight, Packed):
+        return _Given(weight.data.data_ptr(), _pointer(weight.scale), None, weight.kind, 0, 0)
+    bits, pointers = 4 if weight.kind == "int4" else 8, (weight.data.data_ptr(), weight.scale.data_ptr())
+    return _Given(*pointers, _pointer(weight.bias), bits, weight.group, _STORED[weight.scale.dtype])
+
+
+def _check_alike(gate: Weight, up: Weight) -> None:
+    kinds = [(one.kind, one.group if isinstance(one, Quantised) else 0) for one in (gate, up)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"gate and up are packed as {kinds[0]} and {kinds[1]}; pack both alike, or choose ops='fused'")
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {}

@@ -5,12 +5,11 @@
 #include "products.h"
 #include "rows.h"
 
-struct Layer { // in this order as pointers from outside; a packed weight is its data and its scales
-    const void *input_norm, *q, *q_scale, *k, *k_scale, *v, *v_scale, *o, *o_scale, *q_norm, *k_norm, *after_attention;
-    const void *before_dense, *gate, *gate_scale, *up, *up_scale, *down, *down_scale, *after_dense;
-    const void *router_scale, *router, *per_expert, *before_experts, *gate_up, *gate_up_scale, *expert_down;
-    const void *expert_down_scale, *after_experts, *after;
+struct Layer { // in this order as pointers from outside
+    const void *input_norm, *q_norm, *k_norm, *after_attention, *before_dense, *after_dense, *router_scale, *router;
+    const void *per_expert, *before_experts, *after_experts, *after;
 };
+enum { Q, KEYS_OF, VALUES_OF, O, GATE, UP, DOWN, GATE_UP, EXPERT_DOWN }; // weights of products, in this order
 struct Sizes {
     long width, heads, groups, head, inner, experts, expert_inner, chosen;
 };
@@ -18,8 +17,8 @@ struct Sizes {
 static thread_local Scratch between;
 
 // x and y are [batch, encode + canvas, width]; k and v come out normed and turned, for the cache.
-template <class T, class M>
-static void block(const T *x, const Layer &w, Sizes n, float eps, const T *cos, const T *sin, const T *k_ring,
+template <class T>
+static void block(const T *x, const Layer &w, const Given *products, Sizes n, float eps, const T *cos, const T *sin, const T *k_ring,
                   const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v, int threads) {
     const long rows = seen.batch * (seen.encode + seen.canvas), wide = n.heads * n.head, narrow = n.groups * n.head;
     // Columns of every row, one behind the other; what attention needed makes room for what comes after it.
@@ -33,29 +32,24 @@ static void block(const T *x, const Layer &w, Sizes n, float eps, const T *cos, 
     float *share = (float *)(index + rows * n.chosen);
 
     rms_norm<T>(x, rows, n.width, (const T *)w.input_norm, eps, normed, threads);
-    const Weight<M> three[3] = {weight_of<M>(w.q, w.q_scale, wide, n.width),
-                                weight_of<M>(w.k, w.k_scale, narrow, n.width),
-                                weight_of<M>(w.v, w.v_scale, narrow, n.width)};
     T *const to[3] = {q, k_raw, v_raw};
-    linear<T, M>(normed, rows, w.v ? 3 : 2, three, to, threads);
+    const long outputs[3] = {wide, narrow, narrow};
+    const bool has_values = products[VALUES_OF].data;
+    linear<T>(normed, rows, n.width, has_values ? 3 : 2, products + Q, outputs, to, threads);
     norm_rope<T>(q, rows, n.heads, n.head, (const T *)w.q_norm, eps, cos, sin, q, threads);
     norm_rope<T>(k_raw, rows, n.groups, n.head, (const T *)w.k_norm, eps, cos, sin, k, threads);
-    rms_norm<T>(w.v ? v_raw : k_raw, rows * n.groups, n.head, nullptr, eps, v, threads);
+    rms_norm<T>(has_values ? v_raw : k_raw, rows * n.groups, n.head, nullptr, eps, v, threads);
     attention<T>(q, k, v, k_ring, v_ring, seen, n.heads, n.groups, n.head, q, threads);
-    const Weight<M> o = weight_of<M>(w.o, w.o_scale, n.width, wide);
-    linear<T, M>(q, rows, 1, &o, &mixed, threads);
+    linear<T>(q, rows, wide, 1, products + O, &n.width, &mixed, threads);
     norm_add<T>(x, mixed, rows, n.width, (const T *)w.after_attention, eps, residual, threads);
 
     rms_norm<T>(residual, rows, n.width, (const T *)w.before_dense, eps, normed, threads);
-    feed_forward<T, M>(normed, rows, weight_of<M>(w.gate, w.gate_scale, n.inner, n.width),
-                       weight_of<M>(w.up, w.up_scale, n.inner, n.width),
-                       weight_of<M>(w.down, w.down_scale, n.width, n.inner), dense, threads);
+    feed_forward<T>(normed, rows, n.width, n.inner, products[GATE], products[UP], products[DOWN], dense, threads);
     route<T>(residual, rows, n.width, (const T *)w.router_scale, (const T *)w.router, n.experts,
              (const T *)w.per_expert, n.chosen, eps, index, share, threads);
     rms_norm<T>(residual, rows, n.width, (const T *)w.before_experts, eps, normed, threads);
-    experts<T, M>(normed, rows, n.width, n.chosen, index, share, n.experts, (const char *)w.gate_up,
-                  (const float *)w.gate_up_scale, (const char *)w.expert_down, (const float *)w.expert_down_scale,
-                  n.expert_inner, sparse, threads);
+    experts<T>(normed, rows, n.width, n.chosen, index, share, n.experts, products[GATE_UP], products[EXPERT_DOWN],
+               n.expert_inner, sparse, threads);
     join<T>(residual, dense, sparse, rows, n.width, (const T *)w.after_dense, (const T *)w.after_experts,
             (const T *)w.after, eps, scale, scales, y, threads);
 }

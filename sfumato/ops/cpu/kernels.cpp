@@ -19,18 +19,6 @@
         typedef float T; \
         __VA_ARGS__;     \
     }
-#define BY_BOTH(...)        \
-    if (kind == 2) {        \
-        typedef int8_t M;   \
-        BY_IO(__VA_ARGS__)  \
-    } else if (kind == 1) { \
-        typedef bf16 M;     \
-        BY_IO(__VA_ARGS__)  \
-    } else {                \
-        typedef float M;    \
-        BY_IO(__VA_ARGS__)  \
-    }
-
 extern "C" {
 
 int sf_start() { // asks the kernel for the tile registers; 1 where products run on them
@@ -59,34 +47,26 @@ long sf_packed_bytes(int kind, long outputs, long inputs) {
     return tiles_of(outputs, 32) * tiles_of(inputs, k) * 2 * TILE;
 }
 
-void sf_pack(int io, int kind, const void *from, long outputs, long inputs, void *to, float *scale, int threads) {
-    if (kind == 2) pack_weight<int8_t>(from, io, outputs, inputs, (char *)to, scale, threads);
-    else if (kind == 1) pack_weight<bf16>(from, io, outputs, inputs, (char *)to, scale, threads);
-    else pack_weight<float>(from, io, outputs, inputs, (char *)to, scale, threads);
+void sf_pack(int kind, const void *from, long outputs, long inputs, void *to, int threads) {
+    if (kind == 2) pack_weight<int8_t>((const int8_t *)from, outputs, inputs, (char *)to, threads);
+    else if (kind == 1) pack_weight<bf16>((const bf16 *)from, outputs, inputs, (char *)to, threads);
+    else pack_weight<float>((const float *)from, outputs, inputs, (char *)to, threads);
 }
 
-void sf_linear(int io, int kind, const void *x, long rows, long inputs, int count, const void *const *data,
-               const float *const *scale, const long *outputs, void *const *y, int threads) {
-    BY_BOTH({
-        Weight<M> w[4];
-        for (int i = 0; i < count; i++) w[i] = weight_of<M>(data[i], scale[i], outputs[i], inputs);
-        linear<T, M>((const T *)x, rows, count, w, (T *const *)y, threads);
-    })
+void sf_linear(int io, const void *x, long rows, long inputs, int count, const Given *given, const long *outputs,
+               void *const *y, int threads) {
+    BY_IO((linear<T>((const T *)x, rows, inputs, count, given, outputs, (T *const *)y, threads)))
 }
 
-void sf_feed_forward(int io, int kind, const void *x, long rows, long width, long inner, const void *gate,
-                     const float *gate_scale, const void *up_, const float *up_scale, const void *down,
-                     const float *down_scale, void *y, int threads) {
-    BY_BOTH((feed_forward<T, M>((const T *)x, rows, weight_of<M>(gate, gate_scale, inner, width),
-                                weight_of<M>(up_, up_scale, inner, width), weight_of<M>(down, down_scale, width, inner),
-                                (T *)y, threads)))
+void sf_feed_forward(int io, const void *x, long rows, long width, long inner, const Given *three, void *y,
+                     int threads) {
+    BY_IO((feed_forward<T>((const T *)x, rows, width, inner, three[0], three[1], three[2], (T *)y, threads)))
 }
 
-void sf_experts(int io, int kind, const void *x, long tokens, long width, long chosen, const int64_t *index,
-                const float *weight, long count, const void *gate_up, const float *gate_up_scale, const void *down,
-                const float *down_scale, long inner, void *y, int threads) {
-    BY_BOTH((experts<T, M>((const T *)x, tokens, width, chosen, index, weight, count, (const char *)gate_up,
-                           gate_up_scale, (const char *)down, down_scale, inner, (T *)y, threads)))
+void sf_experts(int io, const void *x, long tokens, long width, long chosen, const int64_t *index, const float *weight,
+                long count, const Given *two, long inner, void *y, int threads) {
+    BY_IO((experts<T>((const T *)x, tokens, width, chosen, index, weight, count, two[0], two[1], inner, (T *)y,
+                      threads)))
 }
 
 void sf_rms_norm(int io, const void *x, long rows, long n, const void *w, float eps, void *y, int threads) {
@@ -125,7 +105,7 @@ void sf_attention(int io, const void *q, const void *k, const void *v, const voi
                         groups, n, (T *)out, threads)))
 }
 
-void sf_block(int io, int kind, const void *x, const void *const *pointers, const long *sizes, float eps,
+void sf_block(int io, const void *x, const void *const *pointers, const Given *products, const long *sizes, float eps,
               const void *cos, const void *sin, const void *k_ring, const void *v_ring, const int64_t *rows,
               const int64_t *lengths, const int64_t *counts, long batch, long encode, long canvas, long window,
               long ring, const void *scale, long scales, void *y, void *k, void *v, void *lent, long lent_bytes,
@@ -137,7 +117,7 @@ void sf_block(int io, int kind, const void *x, const void *const *pointers, cons
     memcpy(&n, sizes, sizeof n);
     const long half = lent_bytes / 2 / 64 * 64;
     between.lend((char *)lent, half), shared.lend((char *)lent + half, half);
-    BY_BOTH((block<T, M>((const T *)x, w, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring, (const T *)v_ring,
+    BY_IO((block<T>((const T *)x, w, products, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring, (const T *)v_ring,
                          seen, (const T *)scale, scales, (T *)y, (T *)k, (T *)v, threads)))
     between.lend(nullptr, 0), shared.lend(nullptr, 0);
 }

@@ -74,18 +74,78 @@ static void pack_rows(const IO *const *rows, int count, long width, char *out, f
             row_as<IO, M>(r < count ? rows[r] : nullptr, width, out + 64 * r, TILE, scales + r);
 }
 
+// A weight as it comes from outside. Kinds: 0 float32, 1 bfloat16 and 2 int8 in panels, 4 and 8 bits in groups; `store` is
+// what scales and biases of groups are: 0 float32, 1 bfloat16, 2 float16.
+struct Given {
+    const void *data, *scale, *bias;
+    long kind, group, store;
+};
+
 template <class M> struct Weight {
     const char *data;
     const float *scale; // int8: one an output
     long outputs, inputs;
+    Weight(const Given &g, long outputs, long inputs)
+        : data((const char *)g.data), scale((const float *)g.scale), outputs(outputs), inputs(inputs) {}
+    Weight of(long expert) const { // one of a stack
+        Weight w = *this;
+        w.data += expert * panels() * kc() * 2 * TILE;
+        if (scale) w.scale += expert * outputs;
+        return w;
+    }
     long kc() const { return tiles_of(inputs, Kind<M>::K); }
     long panels() const { return tiles_of(outputs, 32); }
-    long bytes() const { return panels() * kc() * 2 * TILE; }
+    long side() const { return 16; } // what a tile of rows brings beside its elements: int8 a scale a row
     const char *panel(long p) const { return data + p * kc() * 2 * TILE; }
 };
+template <> struct Weight<Codes> {
+    const char *data, *scale, *bias;
+    long outputs, inputs, bits, group, store;
+    Weight(const Given &g, long outputs, long inputs)
+        : data((const char *)g.data), scale((const char *)g.scale), bias((const char *)g.bias), outputs(outputs),
+          inputs(inputs), bits(g.kind), group(g.group), store(g.store) {}
+    Weight of(long expert) const {
+        Weight w = *this;
+        const long scales = expert * outputs * groups() * (store ? 2 : 4);
+        w.data += expert * outputs * row_bytes(), w.scale += scales;
+        if (bias) w.bias += scales;
+        return w;
+    }
+    bool is_narrow() const { return group < 32; } // than a tile
+    long kc() const { return tiles_of(inputs, 32); }
+    long panels() const { return tiles_of(outputs, 32); }
+    long groups() const { return inputs / group; }
+    long side() const { return is_narrow() ? 16 : 16 * groups(); } // the sum of each group of a row
+    long row_bytes() const { return inputs * bits / 8; }
+    const char *panel(long p) const { return data + p * 32 * row_bytes(); }
+};
 
-template <class M> static Weight<M> weight_of(const void *data, const void *scale, long outputs, long inputs) {
-    return Weight<M>{(const char *)data, (const float *)scale, outputs, inputs};
+template <class F> static inline void by_kind(const Given &given, F f) {
+    if (given.kind >= 4) f(Codes());
+    else if (given.kind == 2) f(int8_t());
+    else if (given.kind == 1) f(bf16());
+    else f(float());
+}
+
+// Of a tile of rows the sum of each group, [group][16].
+static void group_sums(const char *a, const Weight<Codes> &w, float *sums) {
+    if (w.is_narrow()) return;
+    for (long g = 0; g < w.groups(); g++)
+        for (int r = 0; r < 16; r++) {
+            V sum = V{};
+            for (long k = g * w.group / 32; k < (g + 1) * w.group / 32; k++) {
+                const bf16 *x = (const bf16 *)(a + k * TILE + 64 * r);
+                sum += load(x) + load(x + 16);
+            }
+            sums[16 * g + r] = total(sum);
+        }
+}
+
+// Rows as a weight meets them: in A tiles, with what stands beside them.
+template <class IO, class M>
+static void pack_for(const Weight<M> &w, const IO *const *rows, int count, char *out, float *beside) {
+    pack_rows<IO, typename Kind<M>::Left>(rows, count, w.inputs, out, beside);
+    if constexpr (std::is_same_v<M, Codes>) group_sums(out, w, beside);
 }
 
 // For each of `count` panels C [row tiles x 16, 32], one behind the other, from all the rows in A. K goes in pieces, so
@@ -142,30 +202,12 @@ static inline void panel_product(long row_tiles, const char *a, const float *row
         }
 }
 
-template <class M>
-static void pack_weight(const void *from, int io, long outputs, long inputs, char *out, float *scale, int threads) {
+template <class M> static void pack_weight(const M *from, long outputs, long inputs, char *out, int threads) {
     const long kc = tiles_of(inputs, Kind<M>::K), panels = tiles_of(outputs, 32);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long p = 0; p < panels; p++) {
-        std::vector<M> copy(32 * inputs);
         const M *columns[32];
-        for (int c = 0; c < 32; c++) {
-            const long o = 32 * p + c;
-            columns[c] = nullptr;
-            if (o >= outputs) continue;
-            columns[c] = copy.data() + c * inputs;
-            float top = 0;
-            auto value = [&](long i) {
-                return io ? to_float(((const bf16 *)from)[o * inputs + i]) : ((const float *)from)[o * inputs + i];
-            };
-            if constexpr (std::is_same_v<M, int8_t>) {
-                for (long i = 0; i < inputs; i++) top = std::max(top, std::fabs(value(i)));
-                scale[o] = top / 127.0f;
-                for (long i = 0; i < inputs; i++)
-                    copy[c * inputs + i] = (int8_t)std::lrintf(top > 0 ? value(i) * (127.0f / top) : 0.0f);
-            } else
-                for (long i = 0; i < inputs; i++) from_float(&copy[c * inputs + i], value(i));
-        }
+        for (int c = 0; c < 32; c++) columns[c] = 32 * p + c < outputs ? from + (32 * p + c) * inputs : nullptr;
         for (long k = 0; k < kc; k++)
             for (int n = 0; n < 2; n++)
                 tile_columns<M>(columns + 16 * n, k * Kind<M>::K, inputs, out + ((p * kc + k) * 2 + n) * TILE);

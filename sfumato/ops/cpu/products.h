@@ -1,17 +1,16 @@
 // linear, feed_forward, experts.
 #pragma once
 
-#include "packing.h"
+#include "groups.h"
 
-template <class IO, class M>
-static void pack_all(const IO *x, long rows, long width, char *out, float *scales) { // inside a parallel region
-    const long kc = tiles_of(width, Kind<M>::K);
+template <class IO, class M> // inside a parallel region
+static void pack_all(const Weight<M> &w, const IO *x, long rows, char *out, float *beside) {
 #pragma omp for schedule(static)
     for (long t = 0; t < tiles_of(rows, 16); t++) {
         const IO *pointers[16];
         const int count = (int)std::min(16L, rows - 16 * t);
-        for (int r = 0; r < count; r++) pointers[r] = x + (16 * t + r) * width;
-        pack_rows<IO, M>(pointers, count, width, out + t * kc * TILE, scales + 16 * t);
+        for (int r = 0; r < count; r++) pointers[r] = x + (16 * t + r) * w.inputs;
+        pack_for<IO, M>(w, pointers, count, out + t * w.kc() * TILE, beside + t * w.side());
     }
 }
 
@@ -22,11 +21,12 @@ template <class IO> static inline void write_block(const float *c, IO *y, long r
     }
 }
 
+// Weights of one kind and group, which take the same rows.
 template <class IO, class M>
-static void linear(const IO *x, long rows, int count, const Weight<M> *w, IO *const *y, int threads) {
-    const long width = w[0].inputs, kc = w[0].kc(), row_tiles = tiles_of(rows, 16);
-    char *a = shared.get(row_tiles * kc * TILE + up(rows, 16) * 4);
-    float *scales = (float *)(a + row_tiles * kc * TILE);
+static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, IO *const *y, int threads) {
+    const long kc = w[0].kc(), side = w[0].side(), row_tiles = tiles_of(rows, 16);
+    char *a = shared.get(row_tiles * (kc * TILE + side * 4));
+    float *beside = (float *)(a + row_tiles * kc * TILE);
     long panels = 0;
     for (int i = 0; i < count; i++) panels += w[i].panels();
     const long bands = tiles_of(rows, BAND), chunk = std::max(1L, panels / (8 * threads));
@@ -34,7 +34,7 @@ static void linear(const IO *x, long rows, int count, const Weight<M> *w, IO *co
     {
         Tiles tiles;
         float *c = (float *)own.get(BAND * 32 * 4);
-        pack_all<IO, M>(x, rows, width, a, scales);
+        pack_all<IO, M>(w[0], x, rows, a, beside);
         for (long band = 0; band < bands; band++) {
             const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
 #pragma omp for schedule(dynamic, chunk) nowait
@@ -44,11 +44,26 @@ static void linear(const IO *x, long rows, int count, const Weight<M> *w, IO *co
                 while (p >= w[i].panels()) p -= w[i++].panels();
                 const char *next = p + 1 < w[i].panels() ? w[i].panel(p + 1) : i + 1 < count ? w[i + 1].data : nullptr;
                 const Panel<M> panel{w + i, p, next};
-                panel_product<M>(some, a + t * kc * TILE, scales + 16 * t, &panel, 1, c);
+                panel_product<M>(some, a + t * kc * TILE, beside + t * side, &panel, 1, c);
                 write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, std::min(16 * some, rows - 16 * t),
                             w[i].outputs - 32 * p, w[i].outputs);
             }
         }
+    }
+}
+
+template <class IO>
+static void linear(const IO *x, long rows, long inputs, int count, const Given *given, const long *outputs,
+                   IO *const *y, int threads) {
+    for (int from = 0, to; from < count; from = to) { // neighbours of one kind go together
+        for (to = from + 1; to < count && given[to].kind == given[from].kind && given[to].group == given[from].group;)
+            to++;
+        by_kind(given[from], [&](auto tag) {
+            typedef decltype(tag) M;
+            std::vector<Weight<M>> w;
+            for (int i = from; i < to; i++) w.emplace_back(given[i], outputs[i], inputs);
+            linear_of<IO, M>(x, rows, to - from, w.data(), y + from, threads);
+        });
     }
 }
 
@@ -64,53 +79,143 @@ static inline void gate_block(const float *gate, const float *up_, IO *h, long r
     }
 }
 
+static thread_local Scratch hidden;
+
+// gate and up are of one kind and group.
 template <class IO, class M>
-static void feed_forward(const IO *x, long rows, Weight<M> gate, Weight<M> up_, Weight<M> down, IO *y, int threads) {
-    const long kc = gate.kc(), inner = gate.outputs, kc2 = down.kc(), row_tiles = tiles_of(rows, 16);
-    const long first = row_tiles * kc * TILE, second = row_tiles * kc2 * TILE;
-    char *a = shared.get(first + second + 2 * up(rows, 16) * 4 + rows * inner * sizeof(IO));
-    float *scales = (float *)(a + first + second), *scales2 = scales + up(rows, 16);
-    IO *h = (IO *)(scales2 + up(rows, 16));
+static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weight<M> &up_, IO *h, int threads) {
+    const long kc = gate.kc(), side = gate.side(), inner = gate.outputs, row_tiles = tiles_of(rows, 16);
+    char *a = shared.get(row_tiles * (kc * TILE + side * 4));
+    float *beside = (float *)(a + row_tiles * kc * TILE);
     const long bands = tiles_of(rows, BAND);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
         float *c = (float *)own.get(2 * BAND * 32 * 4);
-        pack_all<IO, M>(x, rows, gate.inputs, a, scales);
+        pack_all<IO, M>(gate, x, rows, a, beside);
         for (long band = 0; band < bands; band++) {
             const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
 #pragma omp for schedule(dynamic, 1) nowait
             for (long p = 0; p < gate.panels(); p++) {
                 const long next = p + threads < gate.panels() ? p + threads : p;
                 const Panel<M> both[2] = {{&gate, p, gate.panel(next)}, {&up_, p, up_.panel(next)}};
-                panel_product<M>(some, a + t * kc * TILE, scales + 16 * t, both, 2, c);
+                panel_product<M>(some, a + t * kc * TILE, beside + t * side, both, 2, c);
                 gate_block(c, c + some * 16 * 32, h + 16 * t * inner + 32 * p, std::min(16 * some, rows - 16 * t),
                            inner - 32 * p, inner);
             }
         }
-#pragma omp barrier
-        pack_all<IO, M>(h, rows, inner, a + first, scales2);
-        for (long band = 0; band < bands; band++) {
-            const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
-#pragma omp for schedule(dynamic, 1) nowait
-            for (long p = 0; p < down.panels(); p++) {
-                const long next = p + threads < down.panels() ? p + threads : p;
-                const Panel<M> panel{&down, p, down.panel(next)};
-                panel_product<M>(some, a + first + t * kc2 * TILE, scales2 + 16 * t, &panel, 1, c);
-                write_block(c, y + 16 * t * down.outputs + 32 * p, std::min(16 * some, rows - 16 * t),
-                            down.outputs - 32 * p, down.outputs);
+    }
+}
+
+template <class IO>
+static void feed_forward(const IO *x, long rows, long width, long inner, const Given &gate, const Given &up_,
+                         const Given &down, IO *y, int threads) {
+    IO *h = (IO *)hidden.get(rows * inner * sizeof(IO));
+    by_kind(gate, [&](auto tag) {
+        typedef decltype(tag) M;
+        gate_up_of<IO, M>(x, rows, Weight<M>(gate, inner, width), Weight<M>(up_, inner, width), h, threads);
+    });
+    linear<IO>(h, rows, inner, 1, &down, &width, &y, threads);
+}
+
+// ---- experts --------------------------------------------------------------------------------------------------------
+
+struct Unit { // an expert, or some hundreds of its rows: what they need must fit the second cache
+    long expert, first, size;
+    const long *members; // of these rows: token x chosen + choice
+};
+static constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
+
+// h = gelu(gate(x)) x up(x) of a unit's rows. Where a token's row had to become another type, that is done: `as_left`,
+// `row_bytes` a token, with its scale.
+template <class IO, class M>
+static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weight<M> &g, const char *as_left,
+                         long row_bytes, const float *token_scales, IO *h, const char *after) {
+    typedef typename Kind<M>::Left L;
+    constexpr bool is_same = std::is_same_v<IO, L>;
+    const long kc = g.kc(), size = unit.size, row_tiles = tiles_of(size, 16), inner = g.outputs / 2;
+    const long block = row_tiles * 16 * 32, wide = up(2 * inner, 32);
+    const bool is_aligned = inner % 32 == 0; // then a panel is all gate or all up
+    const long mixed = is_aligned ? 0 : up(size, 16) * wide;
+    char *a = own.get(row_tiles * (kc * TILE + g.side() * 4) + (MANY * block + mixed) * 4);
+    float *beside = (float *)(a + row_tiles * kc * TILE), *c = beside + row_tiles * g.side();
+    float *gate_up = c + MANY * block; // where panels mix gate and up
+    for (long t = 0; t < row_tiles; t++) {
+        const L *pointers[16];
+        const int held = (int)std::min(16L, size - 16 * t);
+        for (int r = 0; r < held; r++) {
+            const long token = unit.members[16 * t + r] / chosen;
+            if constexpr (is_same) pointers[r] = x + token * g.inputs;
+            else pointers[r] = (const L *)(as_left + token * row_bytes);
+            if constexpr (std::is_same_v<M, int8_t>) beside[16 * t + r] = token_scales[token];
+        }
+        tile_rows<L>(pointers, held, is_same ? g.inputs : kc * Kind<M>::K, a + t * kc * TILE);
+        if constexpr (std::is_same_v<M, Codes>) group_sums(a + t * kc * TILE, g, beside + t * g.side());
+    }
+    Panel<M> panels[MANY];
+    if (is_aligned) {
+        const long half = inner / 32;
+        for (long p = 0; p < half; p += MANY / 2) {
+            const int pairs = (int)std::min((long)MANY / 2, half - p);
+            for (int i = 0; i < 2 * pairs; i++) {
+                const long here = p + i / 2 + i % 2 * half;
+                panels[i] = {&g, here, p + pairs < half ? g.panel(here + pairs) : after};
+            }
+            panel_product<M>(row_tiles, a, beside, panels, 2 * pairs, c);
+            for (int i = 0; i < pairs; i++)
+                gate_block(c + 2 * i * block, c + (2 * i + 1) * block, h + 32 * (p + i), size, 32, inner);
+        }
+        return;
+    }
+    for (long p = 0; p < g.panels(); p++) {
+        panels[0] = {&g, p, nullptr};
+        panel_product<M>(row_tiles, a, beside, panels, 1, c);
+        for (long r = 0; r < 16 * row_tiles; r++) memcpy(gate_up + r * wide + 32 * p, c + 32 * r, 128);
+    }
+    for (long r = 0; r < size; r++)
+        for (long i = 0; i < inner; i += 16) {
+            V gate = rounded(load_some(gate_up + r * wide + i, inner - i), IO());
+            V u = rounded(load_some(gate_up + r * wide + inner + i, inner - i), IO());
+            store_some(h + r * inner + i, rounded(gelu_tanh(gate), IO()) * u, inner - i);
+        }
+}
+
+// The rows of `parts` that belong to a unit: weight x down(h).
+template <class IO, class M>
+static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, const float *weight, IO *parts,
+                      const char *after) {
+    const long kc = w.kc(), size = unit.size, row_tiles = tiles_of(size, 16), width = w.outputs;
+    const long block = row_tiles * 16 * 32;
+    char *a = own.get(row_tiles * (kc * TILE + w.side() * 4) + MANY * block * 4);
+    float *beside = (float *)(a + row_tiles * kc * TILE), *c = beside + row_tiles * w.side();
+    for (long t = 0; t < row_tiles; t++) {
+        const IO *pointers[16];
+        const int held = (int)std::min(16L, size - 16 * t);
+        for (int r = 0; r < held; r++) pointers[r] = h + (16 * t + r) * w.inputs;
+        pack_for<IO, M>(w, pointers, held, a + t * kc * TILE, beside + t * w.side());
+    }
+    Panel<M> panels[MANY];
+    for (long p = 0; p < w.panels(); p += MANY) {
+        const int some = (int)std::min((long)MANY, w.panels() - p);
+        for (int i = 0; i < some; i++)
+            panels[i] = {&w, p + i, p + i + some < w.panels() ? w.panel(p + i + some) : after};
+        panel_product<M>(row_tiles, a, beside, panels, some, c);
+        for (long r = 0; r < size; r++) {
+            const long n = unit.members[r];
+            for (int i = 0; i < some; i++) {
+                float *at = c + i * block + 32 * r;
+                for (int j = 0; j < 32; j += 16) store(at + j, rounded(load(at + j), IO()) * weight[n]);
+                write_block(at, parts + n * width + 32 * (p + i), 1, width - 32 * (p + i), width);
             }
         }
     }
 }
 
 // Tokens grouped by expert; a thread takes an expert at a time, its weights are read once (unless it has very many).
-template <class IO, class M>
+template <class IO>
 static void experts(const IO *x, long tokens, long width, long chosen, const int64_t *index, const float *weight,
-                    long count, const char *gate_up_data, const float *gate_up_scale, const char *down_data,
-                    const float *down_scale, long inner, IO *y, int threads) {
+                    long count, const Given &gate_up, const Given &down, long inner, IO *y, int threads) {
     const long all = tokens * chosen;
-    Weight<M> gu{gate_up_data, gate_up_scale, 2 * inner, width}, dn{down_data, down_scale, width, inner};
     std::vector<long> starts(count + 1, 0), member(all);
     for (long n = 0; n < all; n++) starts[index[n] + 1]++;
     for (long e = 0; e < count; e++) starts[e + 1] += starts[e];
@@ -118,114 +223,53 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
         std::vector<long> next(starts.begin(), starts.end() - 1);
         for (long n = 0; n < all; n++) member[next[index[n]]++] = n;
     }
-    struct Unit {
-        long expert, first, size;
-    };
-    std::vector<Unit> units; // an expert, or some hundreds of its rows: what they need must fit the second cache
+    std::vector<Unit> units;
     for (long e = 0; e < count; e++)
         for (long n = starts[e]; n < starts[e + 1]; n += BAND)
-            units.push_back({e, n, std::min(BAND, starts[e + 1] - n)});
+            units.push_back({e, n, std::min(BAND, starts[e + 1] - n), member.data() + n});
     std::stable_sort(units.begin(), units.end(), // the largest first, so that no thread is left with one at the end
                      [](const Unit &a, const Unit &b) { return a.size > b.size; });
     const long unit_count = units.size();
-    const long kc = gu.kc(), kc2 = dn.kc();
-    constexpr bool is_same = std::is_same_v<IO, M>; // else every token becomes M once, and not once an expert
-    const long row_bytes = is_same ? 0 : kc * 64;
-    IO *parts = (IO *)shared.get(all * width * sizeof(IO) + tokens * (row_bytes + 4));
-    char *as_m = (char *)(parts + all * width);
-    float *token_scales = (float *)(as_m + tokens * row_bytes);
-    const bool is_aligned = inner % 32 == 0; // then a panel is all gate or all up
+    by_kind(gate_up, [&](auto first) {
+        typedef decltype(first) M;
+        typedef typename Kind<M>::Left L;
+        const Weight<M> gu(gate_up, 2 * inner, width);
+        constexpr bool is_same = std::is_same_v<IO, L>; // else every token becomes L once, and not once an expert
+        const long row_bytes = is_same ? 0 : gu.kc() * 64;
+        IO *parts = (IO *)shared.get(all * width * sizeof(IO) + tokens * (row_bytes + 4));
+        char *as_left = (char *)(parts + all * width);
+        float *token_scales = (float *)(as_left + tokens * row_bytes);
+        by_kind(down, [&](auto second) {
+            typedef decltype(second) N;
+            const Weight<N> dn(down, width, inner);
 #pragma omp parallel num_threads(threads)
-    {
-        Tiles tiles;
-        if constexpr (!is_same) {
+            {
+                Tiles tiles;
+                if constexpr (!is_same) {
 #pragma omp for schedule(static)
-            for (long n = 0; n < tokens; n++)
-                row_as<IO, M>(x + n * width, width, as_m + n * row_bytes, 64, token_scales + n);
-        }
+                    for (long n = 0; n < tokens; n++)
+                        row_as<IO, L>(x + n * width, width, as_left + n * row_bytes, 64, token_scales + n);
+                }
 #pragma omp for schedule(dynamic, 1)
-        for (long u = 0; u < unit_count; u++) {
-            const long e = units[u].expert, size = units[u].size, *members = &member[units[u].first];
-            Weight<M> g = gu, w = dn;
-            g.data += e * gu.bytes(), w.data += e * dn.bytes();
-            if (g.scale) g.scale += e * gu.outputs, w.scale += e * dn.outputs;
-            const long row_tiles = tiles_of(size, 16), first = row_tiles * kc * TILE, second = row_tiles * kc2 * TILE;
-            const long wide = up(2 * inner, 32);
-            constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
-            const long block = row_tiles * 16 * 32, mixed = is_aligned ? 0 : up(size, 16) * wide;
-            char *a =
-                own.get(first + second + (2 * up(size, 16) + MANY * block + mixed) * 4 + size * inner * sizeof(IO));
-            float *scales = (float *)(a + first + second), *scales2 = scales + up(size, 16);
-            float *c = scales2 + up(size, 16), *gate_up = c + MANY * block; // the latter where panels mix gate and up
-            IO *h = (IO *)(gate_up + mixed);
-            for (long t = 0; t < row_tiles; t++) {
-                const M *pointers[16];
-                const int held = (int)std::min(16L, size - 16 * t);
-                for (int r = 0; r < held; r++) {
-                    const long token = members[16 * t + r] / chosen;
-                    if constexpr (is_same) pointers[r] = x + token * width;
-                    else pointers[r] = (const M *)(as_m + token * row_bytes), scales[16 * t + r] = token_scales[token];
+                for (long u = 0; u < unit_count; u++) {
+                    const Unit &unit = units[u];
+                    const Weight<N> w = dn.of(unit.expert);
+                    IO *h = (IO *)hidden.get(unit.size * inner * sizeof(IO));
+                    unit_gate_up<IO, M>(unit, x, chosen, gu.of(unit.expert), as_left, row_bytes, token_scales, h,
+                                        w.panel(0));
+                    const bool goes_on = u + threads < unit_count; // most likely its next unit
+                    unit_down<IO, N>(unit, h, w, weight, parts,
+                                     goes_on ? gu.of(units[u + threads].expert).panel(0) : nullptr);
                 }
-                tile_rows<M>(pointers, held, is_same ? width : kc * Kind<M>::K, a + t * kc * TILE);
-            }
-            Panel<M> panels[MANY];
-            if (is_aligned) {
-                const long half = inner / 32;
-                for (long p = 0; p < half; p += MANY / 2) {
-                    const int pairs = (int)std::min((long)MANY / 2, half - p);
-                    for (int i = 0; i < 2 * pairs; i++) {
-                        const long here = p + i / 2 + i % 2 * half, then = here + pairs;
-                        panels[i] = {&g, here,
-                                     p + pairs < half ? g.panel(then) : w.panel(std::min((long)i, w.panels() - 1))};
-                    }
-                    panel_product<M>(row_tiles, a, scales, panels, 2 * pairs, c);
-                    for (int i = 0; i < pairs; i++)
-                        gate_block(c + 2 * i * block, c + (2 * i + 1) * block, h + 32 * (p + i), size, 32, inner);
-                }
-            } else {
-                for (long p = 0; p < g.panels(); p++) {
-                    panels[0] = {&g, p, nullptr};
-                    panel_product<M>(row_tiles, a, scales, panels, 1, c);
-                    for (long r = 0; r < 16 * row_tiles; r++) memcpy(gate_up + r * wide + 32 * p, c + 32 * r, 128);
-                }
-                for (long r = 0; r < size; r++)
-                    for (long i = 0; i < inner; i += 16) {
-                        V gate = rounded(load_some(gate_up + r * wide + i, inner - i), IO());
-                        V u = rounded(load_some(gate_up + r * wide + inner + i, inner - i), IO());
-                        store_some(h + r * inner + i, rounded(gelu_tanh(gate), IO()) * u, inner - i);
-                    }
-            }
-            for (long t = 0; t < row_tiles; t++) {
-                const IO *pointers[16];
-                const int held = (int)std::min(16L, size - 16 * t);
-                for (int r = 0; r < held; r++) pointers[r] = h + (16 * t + r) * inner;
-                pack_rows<IO, M>(pointers, held, inner, a + first + t * kc2 * TILE, scales2 + 16 * t);
-            }
-            const bool goes_on = u + threads < unit_count; // most likely its next unit
-            for (long p = 0; p < w.panels(); p += MANY) {
-                const int some = (int)std::min((long)MANY, w.panels() - p);
-                for (int i = 0; i < some; i++) {
-                    const char *after =
-                        goes_on ? gu.data + units[u + threads].expert * gu.bytes() + i * gu.kc() * 2 * TILE : nullptr;
-                    panels[i] = {&w, p + i, p + i + some < w.panels() ? w.panel(p + i + some) : after};
-                }
-                panel_product<M>(row_tiles, a + first, scales2, panels, some, c);
-                for (long r = 0; r < size; r++) {
-                    const long n = members[r];
-                    for (int i = 0; i < some; i++) {
-                        float *at = c + i * block + 32 * r;
-                        for (int j = 0; j < 32; j += 16) store(at + j, rounded(load(at + j), IO()) * weight[n]);
-                        write_block(at, parts + n * width + 32 * (p + i), 1, width - 32 * (p + i), width);
-                    }
-                }
-            }
-        }
 #pragma omp for schedule(static)
-        for (long n = 0; n < tokens; n++)
-            for (long i = 0; i < width; i += 16) {
-                V sum = V{};
-                for (long j = 0; j < chosen; j++) sum += load_some(parts + (n * chosen + j) * width + i, width - i);
-                store_some(y + n * width + i, sum, width - i);
+                for (long n = 0; n < tokens; n++)
+                    for (long i = 0; i < width; i += 16) {
+                        V sum = V{};
+                        for (long j = 0; j < chosen; j++)
+                            sum += load_some(parts + (n * chosen + j) * width + i, width - i);
+                        store_some(y + n * width + i, sum, width - i);
+                    }
             }
-    }
+        });
+    });
 }

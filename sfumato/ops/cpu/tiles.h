@@ -6,15 +6,23 @@
 template <class M> struct Kind; // M: what the elements of a product are
 template <> struct Kind<float> {
     static constexpr long K = 16, GROUP = 1; // elements a tile row; neighbours along k that lie together in B
-    typedef float Sum;
+    typedef float Sum, Left;                 // what is added up; what rows on the left side become
 };
 template <> struct Kind<bf16> {
     static constexpr long K = 32, GROUP = 2;
     typedef float Sum;
+    typedef bf16 Left;
 };
 template <> struct Kind<int8_t> {
     static constexpr long K = 64, GROUP = 4;
     typedef int32_t Sum;
+    typedef int8_t Left;
+};
+struct Codes {}; // in groups: groups.h
+template <> struct Kind<Codes> {
+    static constexpr long K = 32, GROUP = 2;
+    typedef float Sum;
+    typedef bf16 Left;
 };
 
 static bool has_amx = false;

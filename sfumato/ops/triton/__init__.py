@@ -1,8 +1,9 @@
 """CUDA kernels in Triton: one file an operation, the same signatures as `sfumato.ops.reference`.
 
-bfloat16, FP8 and int4 weights (`ops/packed.py`). A row's answer does not depend on its batch: tile sizes hang on the
-shape of the weights and the GPU (`tuned.json`), never on the number of rows, and no sum is split over programs without
-a fixed order. Nothing here waits for the host, so a step can be recorded as a CUDA graph.
+Weights in 16 or 32 bits, or packed (`ops/packed.py`): int8, FP8, int4, NVFP4, MXFP4. A row's answer does not depend on
+its batch: tile sizes hang on the shape of the weights and the GPU (`tuned.json`), never on the number of rows, and no
+sum is split over programs without a fixed order. Nothing here waits for the host, so a step can be recorded as a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ def load(device: torch.device | str = "cuda") -> Ops:
 
 def record() -> Ops:
     """The record, wherever it may run: on a GPU, or under Triton's interpreter on any machine."""
-    from sfumato.ops.triton import attention, experts, linear, norm, read_out, route, soft_embedding
+    from sfumato.ops.triton import attention, experts, linear, norm, product, read_out, route, soft_embedding
 
     return Ops(
         "triton",
-        linear.pack,
+        product.pack,
         linear.linear,
         norm.rms_norm,
         norm.norm_rope,

@@ -4,7 +4,7 @@ One small kernel sorts the assignments (token, choice) by expert into tiles of B
 each. How many tiles there can be follows from the shapes alone, so that the launch does not wait for the routing; the
 programs of surplus tiles leave at once. Then gate and up with the product in the epilogue, then down, each assignment
 into a row of its own, then one sum over a token's J rows with their weights, j ascending: no atomics, and a token's
-answer does not depend on who else is there. The loop over K is `linear.product`.
+answer does not depend on who else is there. The loop over K is `product`.
 
 Tiles of one expert lie side by side in the launch: the second finds the weights in L2. What this lacks: experts spread
 over several devices.
@@ -12,21 +12,21 @@ over several devices.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor, empty, int32
 
 from sfumato.ops.triton.ahead import POINTERS, Special
-from sfumato.ops.triton.linear import (
-    Form,
+from sfumato.ops.triton.linear import gate_and_up, gated, placed
+from sfumato.ops.triton.product import (
+    HALVES,
     Weight,
     blocks,
     dense_specials,
     form,
-    gate_and_up,
-    gated,
     operand_types,
-    placed,
     prepare,
     product,
     row_at,
@@ -44,6 +44,7 @@ _FP8 = {"BLOCK_N": 128, "BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stag
 # Four bits: a step brings 4 KiB of weights, so more steps are under way to cover the latency of memory.
 _INT4 = {"BLOCK_N": 128, "BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6}
 _EXPERTS = {"plain": _PLAIN, "float32": _FLOAT32, "fp8": _FP8, "fp8_wide": _PLAIN, "int8": _PLAIN, "int4": _INT4}
+_EXPERTS |= {"nvfp4": _INT4, "mxfp4": _INT4}
 DEFAULTS: dict[str, Config] = {
     # The tile of rows is shared by both products, so it stands apart from their sizes.
     "group": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
@@ -75,9 +76,8 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weig
     hidden_AF = empty(rows, hidden_size, dtype=x_ND.dtype, device=x_ND.device)
     down = form(down_EDF, hidden_AF)
     _experts_gate_up[(len(tile_T) * triton.cdiv(gate_up.outputs, tiles["BLOCK_N"]),)](
-        *prepare(x_ND, gate_up.kind),
-        gate_up.data,
-        gate_up.scale,
+        *prepare(x_ND, gate_up),
+        *gate_up.operands,
         hidden_AF,
         tile_T,
         slot_TM,
@@ -87,18 +87,16 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weig
         K=width,
         GROUP=gate_up.group,
         KIND=gate_up.kind,
-        SPLIT=down.kind == "int4",
+        SPLIT=down.kind in HALVES,
         **tiles,
         **launch,
     )
     part_AD = empty(rows, width, dtype=x_ND.dtype, device=x_ND.device)
-    ready = (hidden_AF, None) if down.kind == "int4" else prepare(hidden_AF, down.kind)
     again, launch = blocks("experts_down", tuple(down_EDF.shape), down, x_ND.dtype, x_ND.device, KINDS)
     again["BLOCK_M"] = tiles["BLOCK_M"]
     _experts_down[(len(tile_T) * triton.cdiv(width, again["BLOCK_N"]),)](
-        *ready,
-        down.data,
-        down.scale,
+        *prepare(hidden_AF, down, is_split=True),
+        *down.operands,
         part_AD,
         tile_T,
         slot_TM,
@@ -167,9 +165,10 @@ def _group(index_ptr, tile_ptr, slot_ptr, rows, tiles, E: tl.constexpr, BLOCK_M:
 @triton.jit
 def _experts_gate_up(
     x_ptr,
-    x_scale_ptr,
+    x_extra_ptr,
     w_ptr,
     scale_ptr,
+    extra_ptr,
     out_ptr,
     tile_ptr,
     slot_ptr,
@@ -191,11 +190,11 @@ def _experts_gate_up(
     if expert >= 0:
         slot_M = tl.load(slot_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
         token_M = tl.maximum(slot_M, 0) // J
-        x_M, x_scale_M = x_at(x_ptr, x_scale_ptr, token_M, K, KIND)
+        x_M, x_extra_M = x_at(x_ptr, x_extra_ptr, token_M, K, GROUP, KIND)
         within, is_up = gate_and_up(tl.arange(0, BLOCK_N))
         n = tl.minimum(first + within, F - 1) + tl.where(is_up, F, 0)
-        w_N, scale_N = row_at(w_ptr, scale_ptr, expert * (2 * F) + n, K, GROUP, KIND)
-        acc = product(x_M, x_scale_M, w_N, scale_N, K, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
+        w_N, scale_N, extra_N = row_at(w_ptr, scale_ptr, extra_ptr, expert * (2 * F) + n, K, GROUP, KIND)
+        acc = product(x_M, x_extra_M, w_N, scale_N, extra_N, K, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
         f = first + tl.arange(0, HALF)
         at = slot_M.to(tl.int64)[None, :] * F + placed(f, F, SPLIT)[:, None]
         hidden = gated(acc, BLOCK_N, BLOCK_M)
@@ -205,9 +204,10 @@ def _experts_gate_up(
 @triton.jit
 def _experts_down(
     x_ptr,
-    x_scale_ptr,
+    x_extra_ptr,
     w_ptr,
     scale_ptr,
+    extra_ptr,
     out_ptr,
     tile_ptr,
     slot_ptr,
@@ -225,9 +225,10 @@ def _experts_down(
     expert = tl.load(tile_ptr + tile)
     if expert >= 0:
         slot_M = tl.load(slot_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-        x_M, x_scale_M = x_at(x_ptr, x_scale_ptr, tl.maximum(slot_M, 0), K, KIND)
-        w_N, scale_N = row_at(w_ptr, scale_ptr, expert * N + tl.minimum(n, N - 1), K, GROUP, KIND)
-        acc = product(x_M, x_scale_M, w_N, scale_N, K, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
+        x_M, x_extra_M = x_at(x_ptr, x_extra_ptr, tl.maximum(slot_M, 0), K, GROUP, KIND)
+        row_N = expert * N + tl.minimum(n, N - 1)
+        w_N, scale_N, extra_N = row_at(w_ptr, scale_ptr, extra_ptr, row_N, K, GROUP, KIND)
+        acc = product(x_M, x_extra_M, w_N, scale_N, extra_N, K, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
         at = slot_M.to(tl.int64)[None, :] * N + n[:, None]
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), (slot_M >= 0)[None, :] & (n < N)[:, None])
 
@@ -247,19 +248,17 @@ def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: 128 experts of 704, 8 of them a token, width 2816."""
     found = []
     device, count, choices, width, hidden = f"sm_{arch}", 128, 8, 2816, 704
-    for name, kind, dtype in dense_specials(arch):
-        types, p = operand_types(kind, dtype), POINTERS[dtype]
-        size = 64 if kind == "int4" else 1
+    for name, like, dtype in dense_specials(arch):
+        types, p = operand_types(like.kind, dtype), POINTERS[dtype]
         pointers = {f"{k}_ptr": v for k, v in types.items()} | {"out_ptr": p, "tile_ptr": "*i32", "slot_ptr": "*i32"}
-        first = Form(kind, 2 * hidden, width, size)
+        same = {"GROUP": like.group, "KIND": like.kind}
+        first = replace(like, outputs=2 * hidden, inputs=width)
         tiles, launch = blocks("experts_gate_up", (count, 2 * hidden, width), first, dtype, device, KINDS)
-        constexprs = {"J": choices, "F": hidden, "K": width, "GROUP": size, "KIND": kind, "SPLIT": kind == "int4"}
-        found.append(
-            special(f"experts gate_up {name}", _experts_gate_up, pointers, ["tiles"], {**constexprs, **tiles}, launch)
-        )
-        block_m, last = tiles["BLOCK_M"], Form(kind, width, hidden, size)
+        constexprs = {"J": choices, "F": hidden, "K": width, **same, "SPLIT": like.kind in HALVES, **tiles}
+        found.append(special(f"experts gate_up {name}", _experts_gate_up, pointers, ["tiles"], constexprs, launch))
+        block_m, last = tiles["BLOCK_M"], replace(like, outputs=width, inputs=hidden)
         tiles, launch = blocks("experts_down", (count, width, hidden), last, dtype, device, KINDS)
-        constexprs = {"N": width, "K": hidden, "GROUP": size, "KIND": kind, **tiles, "BLOCK_M": block_m}
+        constexprs = {"N": width, "K": hidden, **same, **tiles, "BLOCK_M": block_m}
         found.append(special(f"experts down {name}", _experts_down, pointers, ["tiles"], constexprs, launch))
     chosen = config("group", (count,), "int64", device, DEFAULTS["group"])
     launch = {k: chosen[k] for k in ("num_warps", "num_stages")}

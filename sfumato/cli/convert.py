@@ -1,0 +1,56 @@
+"""`sfumato convert`: a checkpoint in another format, for us or for others."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sfumato import convert
+from sfumato.measure.work import size
+
+FORMATS = "; ".join(f"{name}: {what}" for name, what in convert.TARGETS.items())
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, .gguf file, or nano.")],
+    to: Annotated[str, typer.Option(help=f"{FORMATS}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; for GGUF a file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="A record instead of a sentence.")] = False,
+) -> None:
+    """Read a checkpoint in any known format and write it in another: safetensors, GGUF, MLX, compressed-tensors.
+
+    Known are the released layout, Sfumato's own, GGUF, compressed-tensors (FP8, NVFP4), modelopt NVFP4, MLX affine and
+    AWQ. What is in fewer bits is unpacked, and packed anew as the format wants it.
+
+    Example: sfumato convert google/diffusiongemma-26B-A4B-it --to mlx-4bit -o diffusiongemma-mlx
+
+    Example: sfumato convert diffusiongemma-Q8_0.gguf --to bf16 -o diffusiongemma
+    """
+    run(model, to, output, as_json)
+
+
+def run(model: str, to: str, output: Path, as_json: bool) -> None:
+    """Convert, with progress on stderr and what came of it on stdout."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (to, BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    began = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(to, total=None)
+        done = convert.convert(model, to, output, lambda some, all_: bar.update(task, completed=some, total=all_))
+    for notice in done.notices:
+        console.print(notice, style="dim")
+    seconds = time.perf_counter() - began
+    if as_json:
+        found = {"path": str(done.path), "from": done.source, "to": to, "seconds": round(seconds, 2)}
+        print(json.dumps({**found, "read_bytes": done.read_bytes, "written_bytes": done.written_bytes}))
+        return
+    print(
+        f"{done.path}: {size(done.written_bytes)} ({to}) from {size(done.read_bytes)} ({done.source}), {seconds:.1f} s"
+    )

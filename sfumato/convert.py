@@ -1,0 +1,181 @@
+"""Checkpoint → checkpoint: quantise, or change the format, tensor by tensor, in bounded memory.
+
+What comes out of any reader of `interop` goes into any of its writers, or into our own files in fewer bits. A weight is
+read, packed and written a part at a time, so that memory does not depend on the model's size; a run that is cut off is
+taken up where its last finished file ends (GGUF, one file, begins anew). It lacks vision in what it quantises: this
+engine reads text only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato import weights
+from sfumato.chat import ChatTemplate
+from sfumato.config import read_json
+from sfumato.events import CapacityError, CheckpointError, InputError
+from sfumato.interop import Checkpoint
+from sfumato.interop.detect import open_checkpoint
+from sfumato.interop.released import METHOD, plan_released
+from sfumato.interop.shards import Planned, as_json, write_shards
+from sfumato.quant import recipes
+from sfumato.tokenizer import Tokenizer
+
+TARGETS = {
+    **{name: f"Sfumato: {recipe.summary}" for name, recipe in recipes.RECIPES.items()},
+    "bf16": "the released layout in bfloat16, which transformers reads too",
+    "compressed-fp8": "compressed-tensors, FP8 with dynamic activations: vLLM",
+    "mlx-4bit": "MLX affine, 4 bits in groups of 64",
+    "mlx-8bit": "MLX affine, 8 bits in groups of 64",
+    "gguf-q8_0": "one GGUF file: llama.cpp",
+    "gguf-bf16": "one GGUF file in full precision",
+}
+"""What `convert` writes, by name."""
+TOKENIZER = (*weights.TOKENIZER, "preprocessor_config.json", "processor_config.json")
+_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a conversion left behind; sizes in bytes."""
+
+    path: Path
+    source: str
+    """The format that it came from."""
+    read_bytes: int
+    written_bytes: int
+    notices: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    to: str,
+    target: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+) -> Written:
+    """Write the checkpoint `source`, whatever `weights.resolve` and `interop` understand, as `to`, one of `TARGETS`.
+
+    `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `importance`, by our names,
+    is `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before anything is
+    written, CapacityError a disk that is too small; what `target` held stays until the new one is whole."""
+    if to not in TARGETS:
+        raise InputError(f"there is no format {to!r} to convert to; choose one of {', '.join(TARGETS)}")
+    target = Path(target).expanduser()
+    checkpoint = open_checkpoint(weights.resolve(source))
+    if target.resolve() == checkpoint.path.resolve():
+        raise InputError(f"{target} is the checkpoint itself; give another place to write to")
+    notices: list[str] = []
+    entries = weights.matched(checkpoint, notices.append)
+    read = sum(entry.nbytes for entry in entries.values())
+    if to.startswith("gguf-"):
+        _to_gguf(checkpoint, to, target, progress)
+        return Written(target, checkpoint.format, read, target.stat().st_size, tuple(notices))
+    if target.is_file():
+        raise InputError(f"{target} is a file; give a folder to write {to} to")
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
+    metadata: dict[str, str] = {}
+    if to in recipes.RECIPES:
+        planned, changes, metadata = _in_recipe(checkpoint, entries, recipes.RECIPES[to], importance)
+    elif to == "bf16":
+        planned, _ = plan_released(checkpoint, lambda name: None, dtype=torch.bfloat16)
+        changes = {"dtype": "bfloat16"}
+    elif to == "compressed-fp8":
+        from sfumato.interop.compressed import plan_compressed
+
+        planned, changes = plan_compressed(checkpoint)
+    else:
+        from sfumato.interop.mlx import plan_mlx
+
+        planned, changes = plan_mlx(checkpoint, 4 if to == "mlx-4bit" else 8)
+    _check_room(target, sum(tensor.nbytes for tensor in planned))
+    with tempfile.TemporaryDirectory() as temporary:
+        files = _files(checkpoint, Path(temporary))
+        files["config.json"] = as_json({**config, **changes})
+        write_shards(
+            target, planned, metadata, progress=progress, files=files, source=_fingerprint(checkpoint, to, importance)
+        )
+    written = sum(file.stat().st_size for file in target.glob("model*.safetensors"))
+    return Written(target, checkpoint.format, read, written, tuple(notices))
+
+
+def _in_recipe(
+    checkpoint: Checkpoint,
+    entries: Mapping[str, Any],
+    recipe: recipes.Recipe,
+    importance: Mapping[str, Tensor] | None,
+) -> tuple[list[Planned], dict[str, Any], dict[str, str]]:
+    released = {weights.released_name(own): entry for own, entry in entries.items()}
+    known = {weights.released_name(own): counts for own, counts in (importance or {}).items()}
+    text = replace(checkpoint, entries=released)
+    planned, metadata = plan_released(text, lambda name: recipe.format_of(weights.own_name(name) or ""), known)
+    rules = [list(rule) for rule in recipe.rules]
+    return planned, {"quantization_config": {"quant_method": METHOD, "recipe": recipe.name, "rules": rules}}, metadata
+
+
+def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[int, int], None] | None) -> None:
+    from sfumato.interop.gguf_model import vocabulary_of, write_gguf
+
+    if target.is_dir() or target.suffix != ".gguf":
+        raise InputError(f"{target} is no name for one GGUF file; give a path that ends in .gguf")
+    vocabulary = checkpoint.vocabulary
+    if vocabulary is None:
+        folder = checkpoint.path
+        tokenizer = Tokenizer.from_folder(folder)
+        has_template = (folder / _TEMPLATE).exists() or "chat_template" in _json(folder / "tokenizer_config.json")
+        template = ChatTemplate.from_folder(folder, tokenizer.special).source if has_template else None
+        vocabulary = vocabulary_of(tokenizer, template)
+    _check_room(target.parent, sum(entry.nbytes for entry in checkpoint.entries.values()) // 4)
+    write_gguf(checkpoint, target, to.removeprefix("gguf-").upper(), vocabulary, progress)
+
+
+def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
+    """What stands beside the weights: the tokenizer's files and generation_config.json."""
+    vocabulary = checkpoint.vocabulary
+    if vocabulary is None:
+        names = (*TOKENIZER, weights.GENERATION)
+        return {name: checkpoint.path / name for name in names if (checkpoint.path / name).is_file()}
+    tokenizer = weights.tokenizer_of(vocabulary)
+    tokenizer.save(temporary)
+    files: dict[str, str | Path] = {file.name: file for file in temporary.iterdir()}
+    if vocabulary.template is not None:
+        files[_TEMPLATE] = vocabulary.template
+    return files | {weights.GENERATION: as_json(checkpoint.generation)}
+
+
+def _fingerprint(checkpoint: Checkpoint, to: str, importance: Mapping[str, Tensor] | None) -> str:
+    """What the tensors are made of: a run that goes on must find the same."""
+    path = checkpoint.path
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+    seen = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    known = hashlib.sha256()
+    for name, counts in sorted((importance or {}).items()):
+        known.update(name.encode() + counts.float().numpy().tobytes())
+    return repr((to, str(path.resolve()), seen, known.hexdigest()))
+
+
+def _check_room(folder: Path, count: int) -> None:
+    there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+    written = sum(file.stat().st_size for file in folder.glob(".writing/*")) if folder.is_dir() else 0
+    free = shutil.disk_usage(there).free
+    if count - written > free:
+        raise CapacityError(
+            f"{there} has {free / 1e9:.1f} GB free and {count / 1e9:.1f} GB are to be written; free some, or write "
+            "elsewhere"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return {}

@@ -1,0 +1,67 @@
+"""Other people's checkpoints, read as ours: one file a format, and here what all of them give.
+
+A reader opens a file or a folder, checks every header, and names each tensor as the released checkpoint does. No weight
+is read before it is asked for, a part at a time; nothing in a file is executed. Which format a path has: `detect`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.ops.packed import Packed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor under its released name, wherever and however it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    """As the released checkpoint has it: [O, I], or [E, O, I] for a stack of experts."""
+    nbytes: int
+    """In the file: what progress counts."""
+    stored: str
+    """As the file calls it: "Q4_K", "BF16", "nvfp4"."""
+    read: Callable[[int, int], Tensor]
+    """read(first, last): the values of these places of the first axis, floating point on the CPU, exactly what the
+    format says they are (in float32, unless a smaller dtype holds them exactly)."""
+    packed: Callable[[int, int], Packed] | None = None
+    """The same as codes of ours, where one of our formats says the same; None where none does."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer that a file carries within itself (GGUF)."""
+
+    tokens: list[str]
+    kinds: list[int]
+    """GGUF's: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte."""
+    merges: list[str]
+    special: Mapping[str, int] = field(default_factory=dict)
+    """"bos", "eos", "pad", "unk" to ids."""
+    template: str | None = None
+    """The chat template."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, opened and checked: headers alone have been read."""
+
+    path: Path
+    format: str
+    """As a person calls it: "GGUF", "MLX affine 4-bit"."""
+    config: dict[str, Any]
+    """What config.json would say, for `ModelConfig.from_dict`."""
+    entries: dict[str, Entry]
+    """By released name."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """What generation_config.json would say."""
+    vocabulary: Vocabulary | None = None
+    """None: the tokenizer's files lie in the folder."""
+    notices: tuple[str, ...] = ()
+    """One sentence for each kind of thing that is left aside."""
