@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import sys
 import time
@@ -22,12 +21,11 @@ import torch
 
 from sfumato.config import LayerConfig, ModelConfig, Rope
 from sfumato.measure.machine import Shape, Timing, ceilings, environment
+from sfumato.measure.parts import quantize_some_
 from sfumato.measure.work import Cost, Precision, duration, pass_work, step_work, vocabulary_work
-from sfumato.model import Model, pack_, products, replace_
+from sfumato.model import Model, pack_
 from sfumato.ops import load
-from sfumato.ops.packed import Packed
 from sfumato.quant.apply import samples
-from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import named
 
 SHAPES: dict[str, Shape] = {
@@ -63,8 +61,9 @@ def random_packed(
     layer exist unpacked. Large weights repeat a block of prime length, and packed ones some of their rows: nothing
     here depends on what they say."""
     wanted = named(recipe) if recipe else None
+    record = load(ops, device, dtype, samples(wanted) if wanted else [])
     with torch.device("meta"):
-        model = Model(config, load(ops, device, dtype, samples(wanted) if wanted else [])).to(dtype)
+        model = Model(config, record).to(dtype)
     names = {module: name for name, module in model.named_modules()}
     block = torch.randn(4_194_301, device=device, generator=torch.Generator(device).manual_seed(0)).mul_(0.02).to(dtype)
     for part in filter(None, (model.embed_tokens, model.norm, model.self_conditioning, *model.layers)):
@@ -74,29 +73,10 @@ def random_packed(
                 _fill_(parameter, block)
             for buffer in part.buffers():
                 buffer.fill_(1.0)
-        for owner, leaf in list(products(part)) if wanted else []:
-            form = wanted.format_of(f"{names[owner]}.{leaf}") if wanted else None
-            if form is not None:
-                replace_(owner, leaf, _packed(getattr(owner, leaf).detach(), form))
+        if wanted is not None:
+            quantize_some_(part, wanted, names[part])
         pack_(part, model.ops)
     return model.requires_grad_(False).eval()
-
-
-_ROWS = 251
-"""Rows of a weight that are really packed."""
-
-
-def _packed(weight: torch.Tensor, form: Format) -> Packed:
-    """A weight [.., O, I] in this format: its first rows, again and again."""
-    rows, lead = weight.view(-1, weight.shape[-1])[:_ROWS], weight.shape[:-1]
-    place = (torch.arange(math.prod(lead), device=weight.device) % len(rows)).view(lead)
-
-    def repeated(part: torch.Tensor) -> torch.Tensor:
-        if part.dtype == torch.float8_e4m3fn:  # which cannot be looked up everywhere
-            return part.view(torch.uint8)[place].view(part.dtype)
-        return part[place]
-
-    return pack(rows, form).each(repeated, tuple(weight.shape))
 
 
 def _fill_(tensor: torch.Tensor, block: torch.Tensor) -> None:

@@ -89,8 +89,9 @@ def twin(model: Model) -> Any:
 
 def packed(plain: Model, kind: str, name: str) -> Model:
     """Our model of the same tensors, in this recipe (or none), in the form that these operations take."""
+    record = ops.load(name, plain.device, plain.dtype, samples(kind) if kind else [])
     with torch.device("meta"):
-        model = Model(plain.config, ops.load(name, plain.device, plain.dtype, samples(kind) if kind else []))
+        model = Model(plain.config, record)
     model.load_state_dict(plain.state_dict(), assign=True)
     model.requires_grad_(False).eval()
     return (quantize_(model, kind) if kind else model).pack_()

@@ -145,7 +145,9 @@ def beside_transformers(count: int, batches: list[int], rounds: int) -> dict[str
 def main() -> None:
     parser = common.arguments(__doc__, 10.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
-    parser.add_argument("--kinds", default="bf16,int8", help="of weights: bf16, float32, or recipes; empty leaves random models out")
+    parser.add_argument(
+        "--kinds", default="bf16,int8", help="of weights: bf16, float32, or recipes; empty leaves random models out"
+    )
     parser.add_argument("--ops", default="auto")
     parser.add_argument("--prompt", type=int, default=384)
     parser.add_argument("--tokens", type=int, default=512)

@@ -43,7 +43,7 @@ CONFIDENCE = 0.0
 
 
 def whole_steps(given: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a step, by the kind of weights: a number format or a recipe. Kinds that these operations lack are left out by name."""
+    """The parts of a step, by the kind of weights, a number format or a recipe. What fails is left out by name."""
     found: dict[str, Any] = {}
     for kind in given.kinds.split(","):
         config = random_config(given.size)

@@ -57,13 +57,13 @@ class Written:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     to: str,
     target: str | Path,
     progress: Callable[[int, int], None] | None = None,
     importance: Mapping[str, Tensor] | None = None,
 ) -> Written:
-    """Write the checkpoint `source`, whatever `weights.resolve` and `interop` understand, as `to`, one of `TARGETS`.
+    """Write the checkpoint `source`, an open one or whatever `weights.resolve` understands, as `to`, one of `TARGETS`.
 
     `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `importance`, by our names,
     is `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before anything is
@@ -71,7 +71,7 @@ def convert(
     if to not in TARGETS:
         raise InputError(f"there is no format {to!r} to convert to; choose one of {', '.join(TARGETS)}")
     target = Path(target).expanduser()
-    checkpoint = open_checkpoint(weights.resolve(source))
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(weights.resolve(source))
     if target.resolve() == checkpoint.path.resolve():
         raise InputError(f"{target} is the checkpoint itself; give another place to write to")
     notices: list[str] = []

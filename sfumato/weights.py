@@ -275,7 +275,7 @@ def _described(checkpoint: Checkpoint) -> Model:
     """The model that its configuration describes: names and shapes alone."""
     config = config_of(checkpoint)
     try:
-        return _blank(config, load_ops("reference"))
+        return blank(config, load_ops("reference"))
     except RuntimeError as error:  # sizes whose product has no place in 64 bits
         raise CheckpointError(f"{_config_of(checkpoint)} describes a model that is too large to exist") from error
 
@@ -351,7 +351,7 @@ def _matched(model: Model, checkpoint: Checkpoint, notice: Callable[[str], None]
     return {name: matched[name] for name in shapes}
 
 
-def _blank(config: ModelConfig, ops: Ops) -> Model:
+def blank(config: ModelConfig, ops: Ops) -> Model:
     """Names and shapes alone."""
     with torch.device("meta"):
         return Model(config, ops)
@@ -402,7 +402,7 @@ def save(
     `tokenizer_from`; `generation` is what generation_config.json is to say, None: what that folder's says. All is
     written beside first: a failure (SfumatoError) leaves what was there. Vision tensors were left aside by `load` and
     are not in it."""
-    expected = _blank(model.config, model.ops).state_dict()
+    expected = blank(model.config, model.ops).state_dict()
     for name in {**expected, **(tensors := model.state_dict())}:
         if name not in expected or name not in tensors or tensors[name].shape != expected[name].shape:
             raise InputError(f"{name} is not as the released layout has it; load with ops='fused' what is to be saved")

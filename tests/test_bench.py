@@ -18,6 +18,8 @@ from sfumato.measure import machine, parts, work
 from sfumato.measure.parts import Plan
 from sfumato.model import Model
 from sfumato.ops import cpu, load
+from sfumato.ops.packed import unpack
+from sfumato.quant.apply import samples
 
 PLAN = Plan(prompt=48, tokens=64, steps=2, seconds=0.05, streamed=2**22)
 PARTS = (
@@ -119,18 +121,46 @@ def test_measure_is_bounded_and_leaves_setup_out() -> None:
     assert machine.measure(lambda: time.sleep(0.05), 0, cpu).repeats == 1
 
 
+WIDE = dataclasses.replace(
+    parts.random_config("tiny"), hidden_size=128, expert_size=64, intermediate_size=128, num_heads=4
+)
+"""tiny with widths that groups of 64 divide."""
+
+
 def test_quantised_weights_cost_fewer_bytes_and_their_own_rate() -> None:
     if cpu.obstacle(torch.bfloat16):
         pytest.skip(str(cpu.obstacle(torch.bfloat16)))
-    config = dataclasses.replace(parts.random_config("tiny"), hidden_size=128, expert_size=64, intermediate_size=128)
-    plain, packed = (parts.random_model(config, torch.bfloat16, "cpu", "cpu", quantize=kind) for kind in (None, "int8"))
+    plain, packed = (parts.random_model(WIDE, torch.bfloat16, "cpu", "cpu", quantize=kind) for kind in (None, "int8"))
     one, other = (parts.Counted.of(model) for model in (plain, packed))
-    assert one.weights.expert_bits == 16 and 8 <= other.weights.expert_bits < 9
+    assert one.weights.experts.bits == 16 and 8 <= other.weights.experts.bits < 9
+    assert (one.weights.name, other.weights.name) == ("bf16", "int8")
     wide, narrow = one.step(16), other.step(16)
     assert set(wide.flops) == {"bf16"} and set(narrow.flops) == {"bf16", "int8"}
-    assert sum(wide.flops.values()) == sum(narrow.flops.values()) and narrow.bytes < wide.bytes
+    assert wide.all_flops == pytest.approx(narrow.all_flops) and narrow.bytes < wide.bytes
     most = {"bytes_per_second": {"best": 1e30}, "flops_per_second": {"bf16": {"best": 1.0}, "int8": {"best": 2.0}}}
     assert narrow.seconds(most) < wide.seconds(most)
+
+
+@pytest.mark.parametrize("name", ["fused", "cpu"])
+def test_experts_and_the_rest_are_counted_with_their_own_bits_and_rates(name: str) -> None:
+    if name == "cpu" and cpu.obstacle(torch.bfloat16, samples("int4")):
+        pytest.skip(str(cpu.obstacle(torch.bfloat16, samples("int4"))))
+    model = parts.random_model(WIDE, torch.bfloat16, "cpu", name, quantize="int4")
+    held = parts.Counted.of(model).weights
+    assert held.experts == work.Kept(4.25, "bf16")
+    assert held.dense.product == held.conditioning.product == "int8" and 8 < held.dense.bits < 9
+    assert held.plain == work.Kept(16, "bf16") and held.width == 2
+    assert held.name == "int4 and int8"
+    found, counted = parts.Counted.of(model).step(16), work.step_work(WIDE, work.Precision.of(WIDE, "int4"), 16)
+    assert found.flops == counted.flops and found.bytes == pytest.approx(counted.bytes, rel=0.02)
+
+
+def test_a_sample_of_every_format_of_a_recipe() -> None:
+    found = samples("int4")
+    assert [(one.kind, one.group, one.shape) for one in found] == [("int4", 64, (32, 128)), ("int8", 128, (32, 128))]
+    assert [one.kind for one in samples("nvfp4")] == ["nvfp4", "fp8"]
+    assert [(one.kind, one.group) for one in samples("int4-small")] == [("int4", 128), ("int4", 64), ("int8", 128)]
+    assert all(not unpack(one).any() for one in found)
 
 
 def test_a_command_names_no_path_of_this_machine() -> None:
@@ -174,6 +204,7 @@ def test_the_command_shows_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--dtype", "int3"], "choose bf16 or float32"),
         (["--device", "abacus"], "abacus"),
         (["--size", "tiny", "--ops", "magic"], "magic"),
+        (["--size", "tiny", "--quantize", "int3"], "choose one of int8, fp8, int4"),
         (["-o", "not/there/out.json"], "not/there"),
         (["nowhere/at/all"], "nowhere/at/all"),
     ],

@@ -233,6 +233,14 @@ def test_kinds_may_be_mixed(way: str, gate_up: str, down: str) -> None:
         assert (got - want).norm() / want.norm() < 0.03
 
 
+def test_parts_that_lie_with_gaps_are_moved_together() -> None:
+    packed = grouped(random(40, 128), "8 bits")
+    gaps = packed.each(lambda part: torch.stack([part, torch.zeros_like(part)], 1)[:, 0])
+    assert not gaps.data.is_contiguous()
+    x = random(5, 128)
+    assert torch.equal(cpu.linear(x, cpu.pack(gaps))[0], cpu.linear(x, cpu.pack(packed))[0])
+
+
 def test_gate_and_up_of_two_kinds_are_refused() -> None:
     gate, up, down = random(64, 128), formats.pack(random(64, 128), "int4"), random(128, 64)
     with pytest.raises(InputError, match="gate and up are packed as"):

@@ -227,7 +227,7 @@ def test_route_of_a_token_does_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.skipif(triton_interpreter.IS_ON, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("arch", ahead.ARCHS)
+@pytest.mark.parametrize("arch", [80, 89, 100])  # the others are `test_triton_ahead`'s, always
 def test_ahead(arch: int) -> None:
     for special in experts.ahead(arch) + route.ahead(arch):
         row = ahead.compile_one(special, arch)

@@ -282,7 +282,7 @@ def test_what_no_kernel_unpacks_is_refused(weight: Packed, why: str) -> None:
 
 
 @pytest.mark.skipif(triton_interpreter.IS_ON, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("arch", ahead.ARCHS)
+@pytest.mark.parametrize("arch", [80, 89, 100])  # the others are `test_triton_ahead`'s, always
 def test_ahead(arch: int) -> None:
     for special in linear.ahead(arch) + product.ahead(arch):
         if any(text in special.name for text in ("qkv", "gate_up", "evens", "rows", "groups")):

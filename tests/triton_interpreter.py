@@ -123,5 +123,5 @@ def _verdict(case: ElementTree.Element) -> tuple[str, str]:
     for tag, verdict in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
         found = case.find(tag)
         if found is not None:
-            return verdict, found.text or found.get("message", "")
+            return verdict, found.text or found.get("message") or ""
     return "passed", ""

@@ -170,7 +170,9 @@ def show(found: dict[str, Any]) -> None:
     console.print("\nMemory in use, with so many tokens of context")
     console.print(_memory(found))
     possible = [row for row in found["recipes"][1:] if "impossible" not in row]
-    notes = ["Weights take as much in the file as in memory. In use: weights, KV cache, one canvas of logits, a prompt's"]
+    notes = [
+        "Weights take as much in the file as in memory. In use: weights, KV cache, one canvas of logits, a prompt's"
+    ]
     notes.append("activations; beside them comes what a process or a GPU's driver takes without a model.")
     if found["gpu"] is None:
         groups = _groups(possible)
@@ -228,7 +230,7 @@ def _facts(found: dict[str, Any]) -> Any:
 
 
 def _memory(found: dict[str, Any]) -> Any:
-    table = _table("recipe", "weights", *map(tokens, found["contexts"]))
+    table = _table("recipe", "weights", *(f"{at:,}" if at % 1024 else tokens(at) for at in found["contexts"]))
     table.add_column("", style="dim")
     for row in found["recipes"][1:]:
         if "impossible" in row:
@@ -299,7 +301,7 @@ def _table(first: str, *others: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column(first, no_wrap=True)
     for column in others:
         table.add_column(column, justify="right", no_wrap=True)

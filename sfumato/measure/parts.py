@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from sfumato.cache import KVCache
 from sfumato.config import LayerConfig, ModelConfig, Rope
@@ -33,10 +34,12 @@ from sfumato.measure.work import (
     step_work,
     vocabulary_work,
 )
-from sfumato.model import Model, products
+from sfumato.model import Model, products, replace_
 from sfumato.ops import load as load_ops
 from sfumato.ops.packed import Packed
-from sfumato.quant.apply import quantize_, samples
+from sfumato.quant.apply import samples
+from sfumato.quant.formats import Format, pack
+from sfumato.quant.recipes import Recipe, named
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 Say = Callable[[str], None]
@@ -76,11 +79,39 @@ def random_config(name: str) -> ModelConfig:
 def random_model(
     config: ModelConfig, dtype: torch.dtype, device: str, ops: str, seed: int = 0, quantize: str | None = None
 ) -> Model:
-    """`quantize` names a recipe (`quant.recipes`)."""
-    packed = samples(quantize) if quantize else []
-    model = Model(config, load_ops(ops, device, dtype, packed)).init_(seed)
+    """`quantize` names a recipe (`quant.recipes`): see `quantize_some_`."""
+    recipe = named(quantize) if quantize else None
+    model = Model(config, load_ops(ops, device, dtype, samples(recipe) if recipe else [])).init_(seed)
     model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return (quantize_(model, quantize) if quantize else model).pack_()
+    if recipe is not None:
+        quantize_some_(model, recipe)
+    return model.pack_()
+
+
+_ROWS = 61
+"""Of a random weight, those that are really packed."""
+
+
+def quantize_some_(part: nn.Module, recipe: Recipe, prefix: str = "") -> None:
+    """`quantize_part_` for random weights, where nothing depends on what they say: the first rows of each are packed
+    and stand for all others, which takes seconds where a model in 4 bits would take minutes."""
+    names = {module: name for name, module in part.named_modules()}
+    for owner, leaf in list(products(part)):
+        form = recipe.format_of(".".join(filter(None, (prefix, names[owner], leaf))))
+        if form is not None:
+            replace_(owner, leaf, _repeated(getattr(owner, leaf).detach(), form))
+
+
+def _repeated(weight: torch.Tensor, form: Format) -> Packed:
+    rows, lead = weight.view(-1, weight.shape[-1])[:_ROWS], weight.shape[:-1]
+    place = (torch.arange(math.prod(lead), device=weight.device) % len(rows)).view(lead)
+
+    def all_rows(part: torch.Tensor) -> torch.Tensor:
+        if part.dtype == torch.float8_e4m3fn:  # which cannot be looked up everywhere
+            return part.view(torch.uint8)[place].view(part.dtype)
+        return part[place]
+
+    return pack(rows, form).each(all_rows, tuple(weight.shape))
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -242,7 +273,8 @@ class Counted:
             counts[group] += count
             stored[group] += min(weight.nbytes, count * model.dtype.itemsize)  # padding of panels is no work
             kinds[group][_stored_as(weight, plain.product)] += count
-        kept, labels = {}, {}
+        kept: dict[str, Kept] = {}
+        labels: dict[str, None] = {}
         for group in GROUPS[:-1]:
             label, product = kinds[group].most_common(1)[0][0] if counts[group] else (plain.product, plain.product)
             kept[group] = Kept(8 * stored[group] / counts[group], product) if counts[group] else plain

@@ -358,8 +358,8 @@ class Gpu:
 
     def seconds(self, cost: Cost) -> tuple[float | None, float | None]:
         """(of the bytes, of the arithmetic) at the published figures; None where there is none."""
-        rates = [(flops, self.rate(kind)) for kind, flops in cost.flops.items()]
-        arithmetic = None if any(rate is None for _, rate in rates) else sum(flops / rate for flops, rate in rates)  # type: ignore[operator]
+        rates = {kind: self.rate(kind) for kind in cost.flops}
+        arithmetic = None if None in rates.values() else sum(n / (rates[kind] or 1) for kind, n in cost.flops.items())
         return cost.bytes / self.bandwidth / 1e9 if self.bandwidth else None, arithmetic
 
     @property
@@ -449,4 +449,6 @@ def duration(seconds: float | None) -> str:
 
 def tokens(count: int) -> str:
     """Of context: 256K, 1.5K, 640; never more than there are."""
-    return str(count) if count < 1024 else f"{math.floor(count / 102.4) / 10:g}K" if count < 10240 else f"{count >> 10}K"
+    return (
+        str(count) if count < 1024 else f"{math.floor(count / 102.4) / 10:g}K" if count < 10240 else f"{count >> 10}K"
+    )

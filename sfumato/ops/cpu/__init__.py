@@ -138,7 +138,9 @@ def pack(weight: Tensor | Quantised | Packed) -> Packed | Quantised:
             raise InputError(
                 f"the cpu operations cannot take {reason}; choose ops='fused', or quantize='int8' or 'int4'"
             )
-        return weight if _is_grouped(weight) else _in_panels(weight.data, weight.scale.contiguous())
+        if _is_grouped(weight):
+            return weight if all(t.is_contiguous() for t in weight.parts.values()) else weight.each(Tensor.contiguous)
+        return _in_panels(weight.data, weight.scale.contiguous())
     if weight.dtype not in _IO:
         raise InputError(f"the cpu operations take float32 and bfloat16 weights, not {weight.dtype}")
     return _in_panels(weight.detach(), None)

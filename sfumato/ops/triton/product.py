@@ -365,7 +365,7 @@ def product(
         HALF: tl.constexpr = K // 2
         STEP: tl.constexpr = BLOCK_K // 2
         k = tl.arange(0, STEP)
-        # Few bytes a row are no matter for an asynchronous copy: the scale of the next step is fetched during this one.
+        # A row's few bytes do not suit an asynchronous copy: the scales of the next step are fetched during this one.
         if KIND == "nvfp4" or KIND == "mxfp4":
             MANY: tl.constexpr = BLOCK_K // GROUP
             nth = tl.arange(0, MANY)
@@ -422,6 +422,8 @@ def product(
             acc *= tl.load(extra_N)[:, None]
     else:
         k = tl.arange(0, BLOCK_K)
+        if GROUP > 1:  # FP8 by blocks
+            scale = tl.load(scale_N)
         for start in range(0, K, BLOCK_K):
             if K % BLOCK_K == 0:
                 w = tl.load(w_N[:, None] + start + k[None, :])
@@ -436,9 +438,11 @@ def product(
                 w = w.to(TYPE)
             elif KIND == "fp8_wide":
                 w = _widened(w, TYPE)
-            if GROUP > 1:  # FP8 by blocks
+            if GROUP > 1:
+                after = tl.load(scale_N + tl.minimum(start + BLOCK_K, K - 1) // GROUP)
                 part = tl.dot(w, x, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
-                acc += part * tl.load(scale_N + start // GROUP)[:, None]
+                acc += part * scale[:, None]
+                scale = after
             elif KIND == "fp8":
                 # Without a bound on imprecise sums, Hopper keeps about 14 bits of an FP8 sum along all of K.
                 acc = tl.dot(w, x, acc, max_num_imprecise_acc=BLOCK_K)

@@ -1,0 +1,294 @@
+"""The released model's true size on this machine: quantised, its memory watched, and one canvas run on the CPU.
+
+A random checkpoint of the released config comes into being tensor by tensor, so that its 52 GB never lie anywhere; the
+ordinary `convert` quantises it, or it becomes a GGUF as Q4_K_M has it, which is then quantised. Each phase is a process
+of its own, whose high-water mark of resident memory is the figure; mapped pages of the file count. What the weights say
+is nobody's business here: blocks of normal values, repeated.
+
+    .venv/bin/python benchmarks/full_size.py -o benchmarks/results/full_size.json      (about 50 GB of disk, an hour)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+
+from sfumato import convert, engine, ops, weights
+from sfumato.events import Done, Draft, Options
+from sfumato.interop import Checkpoint, Entry
+from sfumato.measure.machine import peak_bytes, resident_bytes
+from sfumato.measure.parts import Counted
+from sfumato.measure.work import duration, size
+
+GB = 1e9
+LIMITS = {"file": 15.5 * GB, "quantise": 6.0 * GB, "generate": 17.5 * GB}
+BLOCK = 4_194_301
+"""Values that are drawn; a prime, so that rows differ."""
+
+
+# ---- a checkpoint that lies nowhere ---------------------------------------------------------------------------------
+
+
+def imagined(layers: int) -> Checkpoint:
+    """The released layout in bfloat16, random, made as it is read."""
+    config = common.released_config(layers)
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    blank = weights.blank(config, ops.load("reference"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
+
+    def read(shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
+        if len(shape) < 2:
+            return torch.ones(last - first, *shape[1:], dtype=torch.bfloat16)
+        row = math.prod(shape[1:])
+        count, begin = (last - first) * row, first * row % BLOCK
+        return block.repeat(-(-(begin + count) // BLOCK))[begin : begin + count].view(last - first, *shape[1:])
+
+    entries = {}
+    for own, shape in shapes.items():
+        name = weights.released_name(own)
+        entries[name] = Entry(name, shape, 2 * math.prod(shape), "BF16", partial(read, shape))
+    return Checkpoint(Path("imagined"), "random", config.to_dict(), entries)
+
+
+def write_gguf(target: Path, layers: int, progress: Any) -> dict[str, float]:
+    """Q4_K_M as llama.cpp's quantiser chooses it: Q4_K, with Q6_K for every other value and down projection; rows that
+    are no multiple of 256 fall back to Q5_0 and Q8_0. Bytes of one encoded block, repeated. Returns bytes by kind."""
+    from sfumato.interop import gguf_model
+    from sfumato.interop.gguf import Planned, write_file
+    from sfumato.interop.gguf_blocks import KINDS, NUMBERS, encode
+
+    checkpoint = imagined(layers)
+    config = common.released_config(layers)
+    sample = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1)).mul_(0.02)
+    bytes_of: dict[str, torch.Tensor] = {}
+    sums: dict[str, float] = {}
+
+    def kind_of(name: str, shape: tuple[int, ...]) -> str:
+        if len(shape) == 1 or "ffn_gate_inp" in name:
+            return "F32"
+        layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
+        is_more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        is_fine = name.startswith("token_embd") or (is_more and ("attn_v" in name or "ffn_down" in name))
+        if shape[-1] % 256:
+            return "Q8_0" if is_fine else "Q5_0"
+        return "Q6_K" if is_fine else "Q4_K"
+
+    def parts(kind: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        if kind == "F32":
+            yield torch.ones(shape).view(torch.uint8)
+            return
+        if kind not in bytes_of:
+            bytes_of[kind] = encoded(kind, sample) if kind == "Q5_0" else encode(kind, sample)
+        block = bytes_of[kind].reshape(-1)
+        left = math.prod(shape) // KINDS[NUMBERS[kind]].values * KINDS[NUMBERS[kind]].nbytes
+        while left:
+            yield block[: min(left, len(block))]
+            left -= min(left, len(block))
+
+    planned = [
+        Planned("rope_freqs.weight", "F32", (256,), lambda: iter([gguf_model._divisors(config).view(torch.uint8)]))
+    ]
+    for theirs, _, shape in gguf_model.tensor_table(config):
+        kind = kind_of(theirs, shape)
+        planned.append(Planned(theirs, kind, shape, partial(parts, kind, shape)))
+        sums[kind] = sums.get(kind, 0) + planned[-1].nbytes
+    metadata = {**gguf_model._metadata(config, "full size"), **gguf_model._tokenizer(config, None)}
+    write_file(target, metadata, planned, progress)
+    del checkpoint
+    return sums
+
+
+def encoded(kind: str, values: torch.Tensor) -> torch.Tensor:
+    """Q5_0, which no writer of ours needs: a half-precision scale, the high bits, then pairs of low halves."""
+    groups = values.view(-1, 32)
+    scale = (groups.abs().amax(-1, keepdim=True) / 15).half()
+    codes = (groups / scale.float()).round().clamp(-16, 15).add(16).to(torch.uint8)
+    high = ((codes >> 4).long() << torch.arange(32)).sum(-1, keepdim=True)
+    high_bytes = torch.cat([(high >> 8 * n & 255).to(torch.uint8) for n in range(4)], -1)
+    low = codes & 15
+    return torch.cat([scale.view(torch.uint8), high_bytes, low[:, :16] | low[:, 16:] << 4], -1)
+
+
+# ---- phases: each in a process of its own ---------------------------------------------------------------------------
+
+
+def phase_quantise(given: argparse.Namespace) -> dict[str, Any]:
+    source = imagined(given.layers) if given.source == "random" else weights.resolve(given.source)
+    began = time.perf_counter()
+    done = convert.convert(source, given.recipe, given.target, bar("quantise"))
+    return {
+        "seconds": time.perf_counter() - began,
+        "read_bytes": done.read_bytes,
+        "file_bytes": sum(file.stat().st_size for file in Path(given.target).iterdir()),
+        "peak_bytes": peak_bytes(torch.device("cpu")),
+    }
+
+
+def phase_gguf(given: argparse.Namespace) -> dict[str, Any]:
+    began = time.perf_counter()
+    kinds = write_gguf(Path(given.target), given.layers, bar("gguf"))
+    return {"seconds": time.perf_counter() - began, "file_bytes": Path(given.target).stat().st_size, "kinds": kinds}
+
+
+def phase_generate(given: argparse.Namespace) -> dict[str, Any]:
+    """One canvas behind a long prompt, the denoising steps timed one by one."""
+    began = time.perf_counter()
+    model = common.without_eos(weights.load(given.source, ops="auto", dtype="bfloat16", progress=bar("load")).eval())
+    loaded = time.perf_counter() - began
+    dice = torch.Generator().manual_seed(2)
+    prompt = torch.randint(model.config.vocab_size, (given.context,), generator=dice).tolist()
+    options = Options(max_tokens=model.config.canvas_length, max_steps=given.steps, seed=3, drafts=True)
+    began = last = time.perf_counter()
+    steps: list[float] = []
+    done = None
+    for event in engine.generate(model, [prompt], options):
+        now = time.perf_counter()
+        if isinstance(event, Draft):
+            steps.append(now - last)
+            print(f"full_size: step {len(steps)}: {now - last:.2f} s", file=sys.stderr, flush=True)
+        elif isinstance(event, Done):
+            done = event
+        last = now
+    assert done is not None and len(done.tokens) == model.config.canvas_length
+    cost = Counted.of(model).step(given.context)
+    stack: Any = model.layers[0].get_submodule("experts").down_proj
+    return {
+        "load_seconds": loaded,
+        "ops": model.ops.name,
+        "experts": f"{stack.kind} by {stack.group}" if hasattr(stack, "group") else str(stack.dtype),
+        "context": given.context,
+        "first_step_seconds": steps[0],
+        "step_seconds": statistics.median(steps[1:]),
+        "steps_seconds": steps,
+        "seconds": last - began,
+        "peak_bytes": peak_bytes(torch.device("cpu")),
+        "resident_bytes": resident_bytes(torch.device("cpu")),
+        "step_cost": {"bytes": cost.bytes, "flops": cost.flops},
+    }
+
+
+PHASES = {"quantise": phase_quantise, "gguf": phase_gguf, "generate": phase_generate}
+
+
+def bar(what: str) -> Any:
+    seen = [0.0]
+
+    def progress(done: int, total: int) -> None:
+        if time.perf_counter() - seen[0] > 20 or done == total:
+            seen[0] = time.perf_counter()
+            print(f"full_size: {what}: {done / GB:.1f} of {total / GB:.1f} GB", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def child(phase: str, given: argparse.Namespace, **what: Any) -> dict[str, Any]:
+    common.say(f"{phase} {what}")
+    command = [sys.executable, __file__, "--phase", phase, "--layers", str(given.layers), "--steps", str(given.steps)]
+    command += ["--context", str(given.context), "--recipe", given.recipe]
+    for name, value in what.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+def run(given: argparse.Namespace, record: dict[str, Any]) -> None:
+    from sfumato.measure.parts import Cost
+
+    most = common.ceiling(given)
+    record["ceiling_bytes_per_second"] = most["bytes_per_second"]["best"]
+    with tempfile.TemporaryDirectory(dir=given.scratch, prefix="full-size-") as folder:
+        for source in given.sources.split(","):
+            given_source: str | Path = "random"
+            found: dict[str, Any] = record["sources"].setdefault(source, {})
+            if source == "gguf":
+                given_source = Path(folder) / "full-size-Q4_K_M.gguf"
+                found["gguf"] = child("gguf", given, target=given_source)
+            target = Path(folder) / given.recipe
+            found["quantise"] = child("quantise", given, source=given_source, target=target)
+            if source == "gguf":
+                Path(given_source).unlink()
+            found["generate"] = one = child("generate", given, source=target)
+            cost = Cost(**one["step_cost"])
+            one["floor_seconds"] = cost.seconds(most)
+            one["share_of_ceiling"] = one["floor_seconds"] / one["step_seconds"]
+            one["bytes_per_second"] = cost.bytes / one["step_seconds"]
+            shutil.rmtree(target)
+            if given.output:
+                common.finish(record, given)
+
+
+def targets(record: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for source, phases in record["sources"].items():
+        found[f"{source}: file, bytes"] = common.target(phases["quantise"]["file_bytes"], LIMITS["file"])
+        found[f"{source}: peak while quantising, bytes"] = common.target(
+            phases["quantise"]["peak_bytes"], LIMITS["quantise"]
+        )
+        found[f"{source}: peak while generating, bytes"] = common.target(
+            phases["generate"]["peak_bytes"], LIMITS["generate"]
+        )
+    return found
+
+
+def lines(record: dict[str, Any]) -> list[list[str]]:
+    found = []
+    for source, phases in record["sources"].items():
+        quantised, generated = phases["quantise"], phases["generate"]
+        found.append(
+            [
+                source,
+                size(quantised["file_bytes"]),
+                size(quantised["peak_bytes"]),
+                duration(quantised["seconds"]),
+                size(generated["peak_bytes"]),
+                duration(generated["step_seconds"]),
+                f"{generated['share_of_ceiling']:.0%}",
+            ]
+        )
+    return found
+
+
+HEAD = ["from", "file", "peak quantising", "in", "peak generating", "a step", "of the ceiling"]
+
+
+def main() -> None:
+    parser = common.arguments(__doc__ or "", 5.0)
+    parser.add_argument("--sources", default="random,gguf")
+    parser.add_argument("--recipe", default="int4")
+    parser.add_argument("--layers", type=int, default=30, help="fewer for a trial run")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--scratch", type=Path, help="a folder with about 50 GB free; default: the system's")
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    parser.add_argument("--source", help=argparse.SUPPRESS)
+    parser.add_argument("--target", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.phase:
+        print(json.dumps(PHASES[given.phase](given)))
+        return
+    record: dict[str, Any] = {"what": "the true size", "recipe": given.recipe, "layers": given.layers, "sources": {}}
+    run(given, record)
+    record["targets"] = targets(record)
+    print(common.table(HEAD, lines(record)))
+    common.finish(record, given)
+
+
+if __name__ == "__main__":
+    main()
