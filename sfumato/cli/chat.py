@@ -29,6 +29,7 @@ def command(
     dtype: opt.Dtype = None,
     ops: opt.Ops = "auto",
     quantize: opt.Quantize = None,
+    memory_limit: opt.MemoryLimit = None,
     delay: opt.Delay = 0.0,
 ) -> None:
     """Talk to a model; each answer denoises live. Piped, every line of input is a message and every answer is printed.
@@ -39,7 +40,7 @@ def command(
     given = {"max_tokens": max_tokens, "seed": seed, "mode": mode, "thinking": thinking}
     options = opt.build(pairs, **given)
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops, quantize)
+    llm = load(model, device, dtype, ops, quantize, memory_limit)
     from sfumato import chat
 
     messages: list[dict[str, Any]] = []

@@ -40,6 +40,7 @@ def command(
     dtype: opt.Dtype = None,
     ops: opt.Ops = "auto",
     quantize: opt.Quantize = None,
+    memory_limit: opt.MemoryLimit = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: each choice and all probabilities.")
     ] = False,
@@ -58,7 +59,7 @@ def command(
         prompt = texts.read("-")
     if not prompt:
         raise InputError("the text is empty; give at least one character")
-    llm = load(model, device, dtype, ops, quantize)
+    llm = load(model, device, dtype, ops, quantize, memory_limit)
     request: Any = prompt if raw else [{"role": "user", "content": prompt}]
     with working("deciding"):
         found = llm.decide(request, asked, steps, options)

@@ -38,6 +38,7 @@ def command(
     dtype: opt.Dtype = None,
     ops: opt.Ops = "auto",
     quantize: opt.Quantize = None,
+    memory_limit: opt.MemoryLimit = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the diff.")] = False,
 ) -> None:
     """Rewrite a file, or spans of it, and print what changed as a unified diff. The file itself changes only with
@@ -57,7 +58,7 @@ def command(
     if write:
         texts.check_writable(file)
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops, quantize)
+    llm = load(model, device, dtype, ops, quantize, memory_limit)
     began = time.perf_counter()
     with working("editing"):
         edited = llm.edit(text, instruction or None, places, strength, options)

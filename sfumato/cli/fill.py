@@ -31,6 +31,7 @@ def command(
     dtype: opt.Dtype = None,
     ops: opt.Ops = "auto",
     quantize: opt.Quantize = None,
+    memory_limit: opt.MemoryLimit = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, values, lengths, usage.")] = False,
 ) -> None:
     """Write the slots of a template, all of them together; the texts between stay byte for byte. A slot is an object:
@@ -47,7 +48,7 @@ def command(
 
     pieces = check_template(read_template(texts.read(template).removeprefix(texts.BOM)))
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops, quantize)
+    llm = load(model, device, dtype, ops, quantize, memory_limit)
     request: Any = prompt if raw or prompt is None else [{"role": "user", "content": prompt}]
     began = time.perf_counter()
     with working("writing"):

@@ -34,6 +34,7 @@ def command(
     dtype: opt.Dtype = None,
     ops: opt.Ops = "auto",
     quantize: opt.Quantize = None,
+    memory_limit: opt.MemoryLimit = None,
     delay: opt.Delay = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
@@ -53,7 +54,7 @@ def command(
     if not prompt:
         raise InputError("the text is empty; give at least one character")
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops, quantize)
+    llm = load(model, device, dtype, ops, quantize, memory_limit)
     request: Any = prompt if raw else [{"role": "user", "content": prompt}]
     is_live = console.is_terminal and not as_json
     has_drafts = is_live and llm.model.config.is_diffusion and options.mode != "autoregressive"
@@ -72,7 +73,7 @@ def command(
         print()
 
 
-def load(model: str, device: str, dtype: str | None, ops: str, quantize: str | None):
+def load(model: str, device: str, dtype: str | None, ops: str, quantize: str | None, memory_limit: float | None = None):
     """Load a model; what is left aside, and long loading, is told on stderr."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
@@ -88,6 +89,7 @@ def load(model: str, device: str, dtype: str | None, ops: str, quantize: str | N
             dtype=dtype,
             ops=ops,
             quantize=quantize,
+            memory_limit=opt.in_bytes(memory_limit),
             notice=lambda text: console.print(text, style="dim"),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

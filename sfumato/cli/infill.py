@@ -42,6 +42,7 @@ def command(
     dtype: opt.Dtype = None,
     ops: opt.Ops = "auto",
     quantize: opt.Quantize = None,
+    memory_limit: opt.MemoryLimit = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Write what is missing at one place of a file, between what stands before and behind it. Prints the whole new text
@@ -59,7 +60,7 @@ def command(
     if write:
         texts.check_writable(file)
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops, quantize)
+    llm = load(model, device, dtype, ops, quantize, memory_limit)
     began = time.perf_counter()
     with working("writing"):
         filled = llm.infill(prefix, suffix, length, options, at_most)

@@ -14,7 +14,14 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hu
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …; default: the checkpoint's.")]
 Ops = Annotated[str, typer.Option(help="auto, reference, fused, cpu or triton operations.")]
-Quantize = Annotated[str | None, typer.Option(help="int8 weights (cpu, triton); fp8 or int4 (triton).")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Pack weights while loading: int8, fp8, int4, nvfp4 or int4-small (sfumato quantize)."),
+]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(help="GB of weights on the device; what is above is streamed from the host in each pass."),
+]
 Delay = Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")]
 MaxTokens = Annotated[int | None, typer.Option(help="New tokens at most.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
@@ -32,6 +39,15 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Any other option as NAME=VALUE, e.g. -s max_steps=16 -s stop=END."),
 ]
+
+
+def in_bytes(gigabytes: float | None) -> int | None:
+    """A --memory-limit; InputError where it is none."""
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes < 1e6:
+        raise InputError(f"memory-limit is {gigabytes} GB; give GB of weights, for example 12")
+    return round(gigabytes * 1e9)
 
 
 def build(pairs: list[str] | None, **given: Any) -> Options:

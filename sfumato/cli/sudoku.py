@@ -37,6 +37,7 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     ops: opt.Ops = "auto",
     quantize: opt.Quantize = None,
+    memory_limit: opt.MemoryLimit = None,
     delay: Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")] = 0.12,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line a puzzle, nothing else.")] = False,
 ) -> None:
@@ -53,7 +54,7 @@ def command(
     from sfumato.evals import sudoku as task
     from sfumato.llm import LLM
 
-    llm = LLM.load(model, device=device, ops=ops, quantize=quantize)
+    llm = LLM.load(model, device=device, ops=ops, quantize=quantize, memory_limit=opt.in_bytes(memory_limit))
     options = task.answer_options(options, llm)
     is_live = console.is_terminal and not as_json and batch == 1
     found = []

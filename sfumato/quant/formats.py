@@ -12,7 +12,8 @@ search. It lacks a choice of what to pack (`quant.recipes`) and files (`interop`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -163,108 +164,137 @@ def _fp8(weight: Tensor, form: Format, group: int, peaks: Tensor, importance: Te
 
 
 def _int4(weight: Tensor, form: Format, group: int, peaks: Tensor, importance: Tensor | None) -> Packed:
+    low, high = (-8, 7) if form.is_symmetric else (0, 15)
+
+    def code_of(rows: Tensor, wide: list[Tensor]) -> Tensor:
+        exact = rows / _no_zero(wide[0]) if form.is_symmetric else (rows - wide[1]).div_(_no_zero(wide[0]))
+        return exact.round_().clamp_(low, high)
+
+    def value_of(code: Tensor, wide: list[Tensor]) -> Tensor:
+        return code * wide[0] if form.is_symmetric else (code * wide[0]).add_(wide[1])
+
+    def part(rows: Tensor, weigh: Tensor | None, first: int) -> list[Tensor]:
+        ends = _ends(rows) if form.is_symmetric else _narrowed(rows)
+        stored, wide = _best(rows, weigh, [(kept, [x.float() for x in kept]) for kept in ends], code_of, value_of)
+        return [code_of(rows, wide).sub_(low).to(torch.uint8), *stored]
+
     shape = tuple(weight.shape)
-    found = []
-    for rows, weigh in _groups(weight, group, importance):
-        tried = _symmetric(rows) if form.is_symmetric else _biased(rows)
-        found.append(_best(rows, weigh, tried))
-    codes, scales, *biases = zip(*found, strict=True)
-    scale = torch.cat(scales).view(*shape[:-1], -1)
-    bias = torch.cat(biases[0]).view(scale.shape) if biases else None
-    return Packed("int4", shape, _pairs(torch.cat(codes).view(shape)), scale, group, bias)
+    codes, scale, *bias = _over(weight, group, importance, part)
+    groups = (*shape[:-1], -1)
+    return Packed("int4", shape, _pairs(codes.view(shape)), scale.view(groups), group, *(b.view(groups) for b in bias))
 
 
 def _nvfp4(weight: Tensor, form: Format, group: int, peaks: Tensor, importance: Tensor | None) -> Packed:
     shape = tuple(weight.shape)
     factor = (peaks.amax(-1, keepdim=True) / (448.0 * 6.0)).expand(peaks.shape).contiguous()
     factors = _no_zero(factor).reshape(-1)
-    codes, scales, at = [], [], 0
-    for rows, weigh in _groups(weight, 16, importance):
+
+    def part(rows: Tensor, weigh: Tensor | None, first: int) -> list[Tensor]:
         count = len(rows) * 16 // shape[-1]
-        by = factors[at : at + count].repeat_interleave(shape[-1] // 16)[:, None]
-        at += count
+        by = factors[first : first + count].repeat_interleave(shape[-1] // 16)[:, None]
         peak = rows.abs().amax(-1, keepdim=True)
-        tried = []
-        for most in _PEAKS:
-            scale = (peak / most / by).clamp_(max=448.0).to(torch.float8_e4m3fn)
-            exact = rows / _no_zero(scale.float() * by)
-            code = _e2m1(exact)
-            tried.append(([code, scale], _value(code) * (scale.float() * by)))
-        code, scale = _best(rows, weigh, tried)
-        codes.append(code)
-        scales.append(scale)
-    return Packed(
-        "nvfp4", shape, _pairs(torch.cat(codes).view(shape)), torch.cat(scales).view(*shape[:-1], -1), 16, None, factor
-    )
+        tried = [(peak / most / by).clamp_(max=448.0).to(torch.float8_e4m3fn) for most in _PEAKS]
+        stored, wide = _best(rows, weigh, [([one], [one.float() * by]) for one in tried], _e2m1, _value)
+        return [_e2m1(rows, wide), *stored]
+
+    codes, scale = _over(weight, 16, importance, part)
+    return Packed("nvfp4", shape, _pairs(codes.view(shape)), scale.view(*shape[:-1], -1), 16, None, factor)
 
 
 def _mxfp4(weight: Tensor, form: Format, group: int, peaks: Tensor, importance: Tensor | None) -> Packed:
-    shape = tuple(weight.shape)
-    codes, scales = [], []
-    for rows, weigh in _groups(weight, 32, importance):
+    def part(rows: Tensor, weigh: Tensor | None, first: int) -> list[Tensor]:
         peak = rows.abs().amax(-1, keepdim=True)
         whole = torch.frexp(peak)[1] - 1 - 2 + 127  # so that the largest weight lies in [4, 8): clipped above 6
-        tried = []
-        for more in (0, 1):
-            exponent = torch.where(peak > 0, whole + more, 127).clamp_(0, 254).to(torch.uint8)
-            scale = power_of_two(exponent)
-            code = _e2m1(rows / scale)
-            tried.append(([code, exponent], _value(code) * scale))
-        code, exponent = _best(rows, weigh, tried)
-        codes.append(code)
-        scales.append(exponent)
-    return Packed("mxfp4", shape, _pairs(torch.cat(codes).view(shape)), torch.cat(scales).view(*shape[:-1], -1), 32)
+        tried = [torch.where(peak > 0, whole + more, 127).clamp_(0, 254).to(torch.uint8) for more in (0, 1)]
+        stored, wide = _best(rows, weigh, [([one], [power_of_two(one)]) for one in tried], _e2m1, _value)
+        return [_e2m1(rows, wide), *stored]
+
+    shape = tuple(weight.shape)
+    codes, scale = _over(weight, 32, importance, part)
+    return Packed("mxfp4", shape, _pairs(codes.view(shape)), scale.view(*shape[:-1], -1), 32)
 
 
 # ---- what they share ------------------------------------------------------------------------------------------------
 
-Tried = tuple[list[Tensor], Tensor]
-"""Codes [N, group], scales and perhaps biases [N, 1] as stored; and what they stand for, float32 [N, group]."""
+Scales = tuple[list[Tensor], list[Tensor]]
+"""Scales, and perhaps biases, of groups [N, 1]: as they are stored, and what they are in float32."""
 
 
-def _symmetric(rows: Tensor) -> Iterator[Tried]:
+def _over(
+    weight: Tensor,
+    group: int,
+    importance: Tensor | None,
+    part: Callable[[Tensor, Tensor | None, int], list[Tensor]],
+) -> list[Tensor]:
+    """`part(groups [N, group] in float32, how much each weight counts, number of the first row)` over all rows, some at
+    a time, its results joined. Each processor takes rows of its own: the tensors are too small to be shared."""
+    inputs, places, rows = weight.shape[-1], [], weight.detach().reshape(-1, weight.shape[-1])
+    counts = None if importance is None else importance.float().view(-1, inputs)
+    each = len(rows) // len(counts) if counts is not None and len(counts) > 1 else len(rows)
+    step = max(1, min(_CHUNK // inputs, each))
+    for begin in range(0, len(rows), each):
+        places += [(first, min(first + step, begin + each)) for first in range(begin, begin + each, step)]
+
+    def one(place: tuple[int, int]) -> list[Tensor]:
+        first, last = place
+        weigh = None if counts is None else counts[first // each].view(-1, group).repeat(last - first, 1)
+        return part(rows[first:last].reshape(-1, group).float(), weigh, first)
+
+    threads = torch.get_num_threads()
+    if threads == 1 or len(places) < 2 * threads:
+        found = [one(place) for place in places]
+    else:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = list(pool.map(one, places))
+        torch.set_num_threads(threads)
+    return [torch.cat([x.view(_plain(x)) for x in column]).view(column[0].dtype) for column in zip(*found, strict=True)]
+
+
+def _ends(rows: Tensor) -> Iterator[list[Tensor]]:
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     extreme = torch.where(high >= -low, high, low)
     for end in _ENDS:
-        # Codes are chosen for the scale as it will be stored, so that its rounding costs next to nothing.
-        scale = (extreme.abs() / end if end > 0 else extreme / end).to(_STORE)
-        wide = scale.float()
-        code = (rows / torch.where(wide == 0, 1.0, wide)).round_().clamp_(-8, 7)
-        yield [(code + 8).to(torch.uint8), scale], code * wide
+        yield [(extreme.abs() / end if end > 0 else extreme / end).to(_STORE)]
 
 
-def _biased(rows: Tensor) -> Iterator[Tried]:
+def _narrowed(rows: Tensor) -> Iterator[list[Tensor]]:
     low, high = rows.amin(-1, keepdim=True).clamp_(max=0), rows.amax(-1, keepdim=True).clamp_(min=0)
     for cut in _NARROW:
-        scale = ((high - low) * ((1 - cut) / 15)).to(_STORE)
-        bias = (low * (1 - cut)).to(_STORE)
-        code = ((rows - bias.float()) / _no_zero(scale.float())).round_().clamp_(0, 15)
-        yield [code.to(torch.uint8), scale, bias], code * scale.float() + bias.float()
+        yield [((high - low) * ((1 - cut) / 15)).to(_STORE), (low * (1 - cut)).to(_STORE)]
 
 
-def _best(rows: Tensor, weigh: Tensor | None, tried: Iterable[Tried]) -> list[Tensor]:
-    """For each group the attempt with the least squared error, relative to the group's largest weight: the squares of
-    weights near 1e30 or 1e-30 are no numbers."""
+def _best(
+    rows: Tensor,
+    weigh: Tensor | None,
+    tried: list[Scales],
+    code_of: Callable[[Tensor, list[Tensor]], Tensor],
+    value_of: Callable[[Tensor, list[Tensor]], Tensor],
+) -> Scales:
+    """For each group the scales with the least squared error, as they are stored: so their own rounding costs next to
+    nothing. Errors are relative to the group's largest weight: squares of weights near 1e30 or 1e-30 are no numbers."""
     largest = _no_zero(rows.abs().amax(-1, keepdim=True))
+    unit = rows / largest
     best: Tensor | None = None
-    found: list[Tensor] = []
-    for new, value in tried:
-        lost = ((value - rows) / largest).square_()
+    for number, (_, wide) in enumerate(tried):
+        relative = [x / largest for x in wide]
+        lost = value_of(code_of(unit, relative), relative).sub_(unit).square_()
         miss = (lost if weigh is None else lost.mul_(weigh)).sum(-1, keepdim=True)
         if best is None:
-            best, found = miss, new
-            continue
-        better = miss < best
-        best = torch.where(better, miss, best)
-        found = [
-            torch.where(better, b.view(_plain(b)), a.view(_plain(a))).view(a.dtype)
-            for a, b in zip(found, new, strict=True)
-        ]
-    return found
+            best, which = miss, torch.zeros_like(miss, dtype=torch.long)
+        else:
+            which = torch.where(miss < best, number, which)
+            best = torch.minimum(miss, best)
+
+    def chosen(options: Sequence[Tensor]) -> Tensor:
+        bits = torch.cat([x.view(_plain(x)) for x in options], -1)
+        return bits.gather(-1, which).view(options[0].dtype)
+
+    stored, wide = ([chosen(options) for options in zip(*side, strict=True)] for side in zip(*tried, strict=True))
+    return stored, wide
 
 
 def _plain(x: Tensor) -> torch.dtype:
-    """float8 has no `where`; bytes do."""
+    """float8 knows few functions; bytes do."""
     return torch.uint8 if x.element_size() == 1 else x.dtype
 
 
@@ -272,15 +302,16 @@ def _e4m3(x: Tensor) -> Tensor:
     return x.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
-def _e2m1(x: Tensor) -> Tensor:
+def _e2m1(rows: Tensor, wide: list[Tensor]) -> Tensor:
+    x = rows / _no_zero(wide[0])
     size, code = x.abs(), torch.zeros(x.shape, dtype=torch.uint8)
     for number, middle in enumerate(_MIDDLES):
         code += size > middle if number % 2 == 0 else size >= middle
     return code | (torch.signbit(x).to(torch.uint8) << 3)
 
 
-def _value(code: Tensor) -> Tensor:
-    return torch.tensor([*E2M1, *(-value for value in E2M1)])[code.int()]
+def _value(code: Tensor, wide: list[Tensor]) -> Tensor:
+    return torch.tensor([*E2M1, *(-value for value in E2M1)])[code.int()].mul_(wide[0])
 
 
 def _pairs(codes: Tensor) -> Tensor:
@@ -299,16 +330,3 @@ def _rows(weight: Tensor) -> tuple[Tensor, ...]:
 def _with(weight: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     parts = _rows(weight)
     return zip(parts, scale.reshape(-1, 1).split(len(parts[0])), strict=True)
-
-
-def _groups(weight: Tensor, group: int, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Groups [N, group] in float32, some whole rows at a time, and how much each weight counts."""
-    inputs = weight.shape[-1]
-    if importance is None:
-        for part in _rows(weight):
-            yield part.reshape(-1, group).float(), None
-        return
-    stack = weight if weight.dim() == 3 else weight[None]
-    for matrix, counts in zip(stack, importance.view(-1, inputs).expand(len(stack), inputs), strict=True):
-        for part in _rows(matrix):
-            yield part.reshape(-1, group).float(), counts.float().view(-1, group).repeat(len(part), 1)
