@@ -20,7 +20,7 @@ from sfumato.interop.mlx import open_mlx, plan_mlx, quantise
 from sfumato.interop.shards import write_shards
 from sfumato.ops import load
 from sfumato.ops.packed import unpack
-from tests.tiny import oracle_name, randomise_
+from tiny import oracle_name, randomise_
 
 FORMS = list(itertools.product((4, 6, 8), (32, 64, 128)))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
