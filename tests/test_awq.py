@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import tiny_config
 from torch import Tensor
 
 from sfumato.events import CheckpointError
 from sfumato.interop import Checkpoint
 from sfumato.interop.awq import open_awq
 from sfumato.ops.packed import unpack
-from tiny import tiny_config
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs lies in a word's lowest four bits, in the next, and so on."""

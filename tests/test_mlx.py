@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import oracle_name, randomise_
 from torch import Tensor
 
 from sfumato.config import LayerConfig, ModelConfig, Rope
@@ -20,7 +21,6 @@ from sfumato.interop.mlx import open_mlx, plan_mlx, quantise
 from sfumato.interop.shards import write_shards
 from sfumato.ops import load
 from sfumato.ops.packed import unpack
-from tiny import oracle_name, randomise_
 
 FORMS = list(itertools.product((4, 6, 8), (32, 64, 128)))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -18,8 +18,9 @@ static thread_local Scratch between;
 
 // x and y are [batch, encode + canvas, width]; k and v come out normed and turned, for the cache.
 template <class T>
-static void block(const T *x, const Layer &w, const Given *products, Sizes n, float eps, const T *cos, const T *sin, const T *k_ring,
-                  const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v, int threads) {
+static void block(const T *x, const Layer &w, const Given *products, Sizes n, float eps, const T *cos, const T *sin,
+                  const T *k_ring, const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v,
+                  int threads) {
     const long rows = seen.batch * (seen.encode + seen.canvas), wide = n.heads * n.head, narrow = n.groups * n.head;
     // Columns of every row, one behind the other; what attention needed makes room for what comes after it.
     const long column = up(rows * sizeof(T), 64), first = wide + 2 * narrow, second = 3 * n.width;

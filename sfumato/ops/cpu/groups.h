@@ -1,8 +1,8 @@
-// Weights in 4 or 8 bits with a scale for each group of 32, 64 or 128 inputs, read as they lie in a file: [output][byte],
-// a low half byte before its high one. 16 outputs x 128 inputs at a time become bfloat16 tiles (a code is an integer
-// that bfloat16 holds exactly), a group's product is made in float32 and meets its scale there. A bias, and what codes
-// are off by, is a multiple of the sum of the group's inputs. Groups of 16, narrower than a tile, meet their scale before
-// the product, and are rounded to bfloat16 there.
+// Weights in 4 or 8 bits with a scale for each group of 32, 64 or 128 inputs, read as they lie in a file:
+// [output][byte], a low half byte before its high one. 16 outputs x 128 inputs at a time become bfloat16 tiles (a code
+// is an integer that bfloat16 holds exactly), a group's product is made in float32 and meets its scale there. A bias,
+// and what codes are off by, is a multiple of the sum of the group's inputs. Groups of 16, narrower than a tile, meet
+// their scale before the product, and are rounded to bfloat16 there.
 #pragma once
 
 #include "packing.h"
@@ -105,7 +105,8 @@ inline void panel_product<Codes>(long row_tiles, const char *a, const float *sum
                                  int count, float *c) {
     for (int i = 0; i < count; i++, c += row_tiles * 16 * 32) {
         const Weight<Codes> &w = *panels[i].w;
-        const long p = panels[i].p, kc = w.kc(), side = w.side(), CHUNK = 4, wide = w.is_narrow() ? CHUNK : w.group / 32;
+        const long p = panels[i].p, kc = w.kc(), side = w.side(), CHUNK = 4,
+                   wide = w.is_narrow() ? CHUNK : w.group / 32;
         float *scales = (float *)turned.get(w.groups() * 256 + 4096 + CHUNK * 2 * TILE);
         float *part = scales + w.groups() * 64;
         char *b = (char *)(part + 1024);

@@ -65,8 +65,8 @@ void sf_feed_forward(int io, const void *x, long rows, long width, long inner, c
 
 void sf_experts(int io, const void *x, long tokens, long width, long chosen, const int64_t *index, const float *weight,
                 long count, const Given *two, long inner, void *y, int threads) {
-    BY_IO((experts<T>((const T *)x, tokens, width, chosen, index, weight, count, two[0], two[1], inner, (T *)y,
-                      threads)))
+    BY_IO(
+        (experts<T>((const T *)x, tokens, width, chosen, index, weight, count, two[0], two[1], inner, (T *)y, threads)))
 }
 
 void sf_rms_norm(int io, const void *x, long rows, long n, const void *w, float eps, void *y, int threads) {
@@ -117,8 +117,8 @@ void sf_block(int io, const void *x, const void *const *pointers, const Given *p
     memcpy(&n, sizes, sizeof n);
     const long half = lent_bytes / 2 / 64 * 64;
     between.lend((char *)lent, half), shared.lend((char *)lent + half, half);
-    BY_IO((block<T>((const T *)x, w, products, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring, (const T *)v_ring,
-                         seen, (const T *)scale, scales, (T *)y, (T *)k, (T *)v, threads)))
+    BY_IO((block<T>((const T *)x, w, products, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring,
+                    (const T *)v_ring, seen, (const T *)scale, scales, (T *)y, (T *)k, (T *)v, threads)))
     between.lend(nullptr, 0), shared.lend(nullptr, 0);
 }
 

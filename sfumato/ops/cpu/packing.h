@@ -74,8 +74,8 @@ static void pack_rows(const IO *const *rows, int count, long width, char *out, f
             row_as<IO, M>(r < count ? rows[r] : nullptr, width, out + 64 * r, TILE, scales + r);
 }
 
-// A weight as it comes from outside. Kinds: 0 float32, 1 bfloat16 and 2 int8 in panels, 4 and 8 bits in groups; `store` is
-// what scales and biases of groups are: 0 float32, 1 bfloat16, 2 float16.
+// A weight as it comes from outside. Kinds: 0 float32, 1 bfloat16 and 2 int8 in panels, 4 and 8 bits in groups; `store`
+// is what scales and biases of groups are: 0 float32, 1 bfloat16, 2 float16.
 struct Given {
     const void *data, *scale, *bias;
     long kind, group, store;
