@@ -3,12 +3,14 @@
     .venv/bin/python benchmarks/quantised.py           # quality; the machine may be busy
     .venv/bin/python benchmarks/quantised.py --time    # ms a step, into the same record; nothing else may run
     .venv/bin/python benchmarks/quantised.py --quick   # 50 puzzles a band, no half a billion; writes nothing
+    .venv/bin/python benchmarks/quantised.py --docs    # the record's tables into docs/quantisation.md
 
 Error, divergence and agreement are read on the canvases that the full-precision model meets on its own way, with its
 soft embeddings: both models see the same, pass by pass, and what is pinned does not count. Solve rates are free runs,
-each model on its own way. "calibrated" recipes weigh errors by what sample puzzles, of another seed, send through the
-weights. Half a billion random weights are compared with float32 arithmetic on the same bf16 weights. The record is
-written row by row, and a run that was cut off goes on.
+each model on its own way. "Calibrated" weights are rounded by what sample puzzles, of another seed, send through them;
+"weighed" ones have their scales searched by the mean squares of that alone, and are compared but not run.
+Half a billion random weights are compared with float32 arithmetic on the same bf16 weights. The record is written row
+by row, and a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -39,15 +41,23 @@ from sfumato.measure.parts import Plan, engine_step, random_config, random_model
 from sfumato.measure.work import size
 from sfumato.model import Model, Pass, products
 from sfumato.quant.apply import quantize_
-from sfumato.quant.calibrate import importance_of
+from sfumato.quant.calibrate import correlation_of, fit_, importance_of
+from sfumato.quant.recipes import named
 from sfumato.step import Canvases, step_
 
 Record = dict[str, Any]
-OUTPUT = ROOT / "benchmarks" / "results" / "quantised.json"
-CALIBRATED = ", calibrated"
+Seen = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Correlations, and mean squares."""
+OUTPUT, DOCS = ROOT / "benchmarks" / "results" / "quantised.json", ROOT / "docs" / "quantisation.md"
+BEGIN, END = "<!-- quantised -->", "<!-- /quantised -->"
+CALIBRATED, WEIGHED = ", calibrated", ", weighed"
 RECIPES = ("int8", "fp8", "int4", "nvfp4", "int4-small")
-ROWS = ("float32", "bf16", *RECIPES, *(f"{name}{CALIBRATED}" for name in ("int4", "nvfp4", "int4-small")))
-"""What is measured on nano; the half a billion has no float32 row, and random weights are not calibrated."""
+ROWS = (
+    *("float32", "bf16", *RECIPES),
+    *(f"{name}{CALIBRATED}" for name in RECIPES),
+    *(f"{name}{WEIGHED}" for name in RECIPES[2:]),  # 8 bits have no search that could weigh
+)
+"""What is measured on nano. The half a billion has no float32 row, and random weights no text to learn from."""
 SEED, BATCH = 7, 50
 FOLLOWED = 24
 """Puzzles a band that are followed pass by pass."""
@@ -127,6 +137,18 @@ def compare(model: Model, ways: Sequence[Way]) -> Record:
     }
 
 
+def released_bytes(row: str) -> int:
+    """Of the released model's text stack in bf16 or with this recipe: counted, not measured."""
+    with torch.device("meta"):
+        model = Model(common.released_config(), ops.load("reference"))
+    total = 0
+    for name, tensor in model.state_dict().items():
+        form = named(row).format_of(name) if row in RECIPES else None
+        parts = form.parts(tuple(tensor.shape)).values() if form else [(torch.bfloat16, tensor.shape)]
+        total += sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts)
+    return total
+
+
 def weight_bytes(model: Model) -> int:
     """Of all weights, as they lie in memory."""
     packed = [weight for owner, leaf in products(model) if not isinstance(weight := getattr(owner, leaf), Tensor)]
@@ -136,14 +158,24 @@ def weight_bytes(model: Model) -> int:
 # ---- nano ------------------------------------------------------------------------------------------------------------
 
 
-def nano(row: str, importance: dict[str, Tensor] | None) -> LLM:
-    llm = LLM.load("nano", device="cpu", dtype="bfloat16" if row == "bf16" else None)
-    recipe = row.removesuffix(CALIBRATED)
-    if recipe in RECIPES:
-        llm.model = weights.load(
-            "nano", ops="auto", quantize=recipe, importance=importance if row.endswith(CALIBRATED) else None
-        )
+def nano(row: str, seen: Seen | None = None) -> LLM:
+    """As a user gets it; `seen` is for the calibrated and weighed rows."""
+    recipe, _, how = row.partition(", ")
+    dtype = "bfloat16" if row == "bf16" else None
+    llm = LLM.load("nano", device="cpu", dtype=dtype, quantize=row if row in RECIPES else None)
+    if how:
+        assert seen is not None
+        correlations, importance = seen
+        model = weights.load("nano")
+        is_weighed = row.endswith(WEIGHED)
+        llm.model = laid_out(quantize_(model, recipe, importance) if is_weighed else fit_(model, recipe, correlations))
     return llm
+
+
+def laid_out(model: Model) -> Model:
+    """For the fastest operations that take its weights."""
+    packed = [weight for owner, leaf in products(model) if not isinstance(weight := getattr(owner, leaf), Tensor)]
+    return model.use_(ops.load("auto", "cpu", model.dtype, packed)).pack_()
 
 
 @torch.inference_mode()
@@ -163,8 +195,8 @@ def nano_ways(count: int) -> list[Way]:
 def sample_text(llm: LLM, count: int) -> list[list[int]]:
     """Puzzles with their solutions, as nano was trained on them; none of a benchmark's."""
     given = [puzzle for band in BANDS for puzzle in puzzles(band, -(-count // len(BANDS)), SEED + 1)][:count]
-    end = llm.tokenizer.id("<turn|>")
-    return [[*request(llm, puzzle)[0], *llm.tokenizer.encode(sudoku.solve(puzzle) or ""), end] for puzzle in given]
+    texts = [request(llm, puzzle)[0] + llm.tokenizer.encode(sudoku.solve(puzzle) or "") for puzzle in given]
+    return [[*text, *filter(None, [llm.tokenizer.id("<turn|>")])] for text in texts]
 
 
 def solved(llm: LLM, band: str, count: int) -> Record:
@@ -176,18 +208,23 @@ def solved(llm: LLM, band: str, count: int) -> Record:
     return {"solved": outcomes.count("1") / count, "mean_steps": statistics.mean(steps), "outcomes": outcomes}
 
 
-# ---- half a billion random weights -------------------------------------------------------------------------------------
+# ---- half a billion random weights -----------------------------------------------------------------------------------
 
 
 def mid(name: str, row: str) -> Model:
-    """The same bf16 weights in every row."""
+    """The same bf16 weights in every row; attention and routing about as decisive as trained ones. As they are drawn,
+    the one is so sharp and the other so even that bf16 alone changes all logits."""
     model = random_model(random_config(name), torch.bfloat16, "cpu", "fused")
+    for own, parameter in model.named_parameters():
+        if own.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.fill_(0.3)
+        elif own.endswith("router.scale"):
+            parameter.fill_(50.0)
     if row == "float32":
         return model.float()
     if row in RECIPES:
         quantize_(model, row)
-    packed = [weight for owner, leaf in products(model) if not isinstance(weight := getattr(owner, leaf), Tensor)]
-    return model.use_(ops.load("auto", "cpu", torch.bfloat16, packed)).pack_()
+    return laid_out(model)
 
 
 @torch.inference_mode()
@@ -200,33 +237,35 @@ def mid_ways(name: str) -> list[Way]:
     return [follow(model, prompt_BT, pin_BL, Rules.of(Options(max_steps=4, temperature_steps=48)))]
 
 
-# ---- the record --------------------------------------------------------------------------------------------------------
+# ---- the record ------------------------------------------------------------------------------------------------------
 
 
 def quality(record: Record, given: argparse.Namespace) -> Iterator[None]:
     """Fill in what the record lacks; yields whenever there is more to write."""
-    rows = [row for row in given.rows if not complete(record["nano"].get(row, {}), given)]
+    record["released_bytes"] = {row: released_bytes(row) for row in ("bf16", *RECIPES)}
+    rows = [row for row in given.rows if not complete(row, record["nano"].get(row, {}), given)]
     if rows:
         common.say("nano, the way of full precision")
         ways = nano_ways(min(FOLLOWED, given.count))
-        importance = None
-        if any(row.endswith(CALIBRATED) for row in rows):
+        seen = None
+        if any(", " in row for row in rows):
             common.say("nano, calibration")
-            plain = LLM(weights.load("nano"), *_text_of(LLM.load("nano", device="cpu")))
-            importance = importance_of(plain.model, sample_text(plain, SAMPLES))
+            llm = LLM.load("nano", device="cpu", ops="fused")
+            text = sample_text(llm, SAMPLES)
+            seen = correlation_of(llm.model, text), importance_of(llm.model, text)
         for row in rows:
-            llm = nano(row, importance)
+            llm = nano(row, seen)
             found = record["nano"].setdefault(row, {})
             if "divergence" not in found:
                 common.say(f"nano, {row}")
                 found |= {"ops": llm.model.ops.name, "bytes": weight_bytes(llm.model), **compare(llm.model, ways)}
                 yield
-            for band in given.bands:
+            for band in bands_of(row, given):
                 if band not in found.setdefault("bands", {}):
                     common.say(f"nano, {row}, {band}")
                     found["bands"][band] = solved(llm, band, given.count)
                     yield
-    rows = [row for row in given.rows if row != "float32" and not row.endswith(CALIBRATED)]
+    rows = [row for row in given.rows if row != "float32" and ", " not in row]
     rows = [row for row in rows if given.size and "divergence" not in record["mid"].get(row, {})]
     if rows:
         common.say(f"{given.size}, the way of full precision")
@@ -241,22 +280,22 @@ def quality(record: Record, given: argparse.Namespace) -> Iterator[None]:
             yield
 
 
-def _text_of(llm: LLM) -> tuple[Any, ...]:
-    return llm.tokenizer, llm.template, llm.defaults
+def bands_of(row: str, given: argparse.Namespace) -> list[str]:
+    return [] if row.endswith(WEIGHED) else given.bands
 
 
-def complete(row: Record, given: argparse.Namespace) -> bool:
-    return "divergence" in row and all(band in row.get("bands", {}) for band in given.bands)
+def complete(row: str, found: Record, given: argparse.Namespace) -> bool:
+    return "divergence" in found and all(band in found.get("bands", {}) for band in bands_of(row, given))
 
 
 def times(record: Record, given: argparse.Namespace) -> Iterator[None]:
     """A step of one canvas, in the engine's own loop; what is calibrated takes what its recipe takes."""
     plan = Plan(seconds=given.seconds)
     for row in given.rows:
-        if row.endswith(CALIBRATED):
+        if ", " in row:
             continue
         common.say(f"nano, {row}")
-        record["nano"].setdefault(row, {})["step"] = asdict(engine_step(nano(row, None).model, plan))
+        record["nano"].setdefault(row, {})["step"] = asdict(engine_step(nano(row).model, plan))
         yield
         if given.size and row != "float32":
             common.release()
@@ -265,7 +304,7 @@ def times(record: Record, given: argparse.Namespace) -> Iterator[None]:
             yield
 
 
-# ---- tables ------------------------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def flips(base: str, other: str) -> tuple[int, int, float]:
@@ -339,15 +378,21 @@ def page(record: Record) -> str:
                         continue
                     lost, won, chance = flips(base["bands"][band]["outcomes"], found[band]["outcomes"])
                     cells.append(f"-{lost} +{won} (p = {chance:.2f})")
-                pairs.append([name, *cells, verdict(row, base, name.removesuffix(CALIBRATED))])
+                pairs.append([name, *cells, verdict(row, base, name.partition(", ")[0])])
         blocks.append(markdown(head, lines))
         count = record["puzzles"]
-        blocks.append(f"The same {count} puzzles a band beside float32, lost and won; p: as large a difference by chance.")
+        blocks.append(
+            f"The same {count} puzzles a band beside float32, lost and won; p: as large a difference by chance."
+        )
         blocks.append(markdown(["nano", *bands, "target"], pairs))
     if record["mid"]:
         head = [record["size"], "ops", "bytes", "logit error", "KL, nats", "agreement", "ms a step"]
         lines = [[name, row.get("ops", "–"), *common_cells(row)] for name, row in record["mid"].items()]
         blocks.append(markdown(head, lines))
+    if record.get("released_bytes"):
+        base = record["released_bytes"]["bf16"]
+        lines = [[row, size(total), f"{total / base:.0%}"] for row, total in record["released_bytes"].items()]
+        blocks.append(markdown(["released, text only", "bytes, counted", "of bf16"], lines))
     return "\n\n".join(blocks)
 
 
@@ -373,12 +418,18 @@ def main() -> None:
     parser.add_argument("--size", default="mid", help="the random model; empty: none")
     parser.add_argument("--quick", action="store_true", help="50 puzzles a band, no random model")
     parser.add_argument("--time", action="store_true", help="measure ms a step, and nothing else")
+    parser.add_argument("--docs", action="store_true", help="write the tables into the page, and measure nothing")
     parser.add_argument("--seconds", type=float, default=20.0, help="about how long each timing may take")
     parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/quantised.json, unless --quick")
     given = parser.parse_args()
     if given.quick:
         given.count, given.size = 50, ""
     path = given.output or (None if given.quick else OUTPUT)
+    if given.docs:
+        before, rest = DOCS.read_text(encoding="utf-8").split(BEGIN)
+        tables = page(json.loads((path or OUTPUT).read_text(encoding="utf-8")))
+        DOCS.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        return
     record = load(path, given)
     for _ in times(record, given) if given.time else quality(record, given):
         record["time_environment" if given.time else "environment"] = environment()

@@ -327,5 +327,5 @@ def test_a_memory_limit_changes_no_answer(written: dict[str, Path], name: str) -
     prompt = [{"role": "user", "content": "Solve"}]
     options = Options(max_tokens=82, max_steps=3, seed=4)
     assert limited.chat(prompt, options=options).tokens == whole.chat(prompt, options=options).tokens
-    with pytest.raises(CapacityError, match="memory limit is .* give at least"):
+    with pytest.raises(CapacityError, match=r"memory limit is .* give at least"):
         LLM.load(written["int4"], ops=name, memory_limit=1000)
