@@ -1,0 +1,249 @@
+"""What a model's weights meet, learnt from sample text, and rounding that makes use of it.
+
+Rounding a weight costs what its error does to a product, and that depends on the inputs. There are two ways:
+
+    seen = importance_of(model, texts)     the mean square of each input: small, for a model of any size.
+                                           weights.load(path, quantize="int4", importance=seen), or apply.quantize_
+    seen = correlation_of(model, texts)    the mean products of all pairs of inputs, [I, I] a weight: large, and better.
+                                           fit_(model, "int4", seen), in memory
+
+`texts` are token ids of text as the model will meet it, answers included; some dozens do. Each is read in both ways:
+encoded, and its last canvas, with noise, denoised behind the rest, without and with a soft embedding. Experts are
+kept apart. It lacks the search for better scales (`formats.pack` has it) and other layouts of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.cache import KVCache
+from sfumato.events import InputError
+from sfumato.model import Model, products, replace_
+from sfumato.ops import Ops
+from sfumato.ops import load as load_ops
+from sfumato.ops.packed import E2M1, Packed, unpack
+from sfumato.quant.formats import Format, pack
+from sfumato.quant.recipes import Recipe, named
+
+PRIOR = 16
+"""Tokens' worth of what all experts see that is added to what each of them sees: some see hardly any."""
+DAMP = 0.01
+"""Of the mean square, added to that of every input: what sample text did not show may yet come."""
+_BLOCK = 128
+"""Inputs whose errors are handed on to all later ones together."""
+
+Progress = Callable[[int, int], None]
+Note = Callable[[tuple[str, ...], int | None, int, Tensor], None]
+"""Hears of every product: the names of the weights that meet these inputs, which expert of how many, inputs [N, I]."""
+
+
+# ---- what the weights meet -------------------------------------------------------------------------------------------
+
+
+def importance_of(
+    model: Model, texts: Sequence[Sequence[int]], seed: int = 0, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """A weight's own name -> the mean square of each of its inputs, float32 on the CPU: [I], or [E, I] for a stack.
+
+    Noise is drawn from `seed`; `progress(done, all)` counts texts. InputError for a model with packed weights, or for
+    no text."""
+    return _means(model, texts, lambda x_NI: x_NI.square().sum(0), ("*",), seed, progress)
+
+
+def correlation_of(
+    model: Model,
+    texts: Sequence[Sequence[int]],
+    patterns: Sequence[str] = ("*",),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """A weight's own name -> the mean product of each two of its inputs, float32 on the CPU: [I, I], or [E, I, I].
+
+    Only of weights whose name fits one of the `patterns` (a shell's), as all of a large model's would fill the memory;
+    weights with the same inputs share a tensor. Otherwise as `importance_of`."""
+    return _means(model, texts, lambda x_NI: x_NI.T @ x_NI, patterns, seed, progress)
+
+
+def _means(
+    model: Model,
+    texts: Sequence[Sequence[int]],
+    measure: Callable[[Tensor], Tensor],
+    patterns: Sequence[str],
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    totals: dict[tuple[str, ...], Tensor] = {}
+    counts: dict[tuple[str, ...], Tensor] = {}
+
+    def note(names: tuple[str, ...], expert: int | None, of: int, x_NI: Tensor) -> None:
+        names = tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+        if not names:
+            return
+        found = measure(x_NI.float())
+        if names not in totals:
+            stack = () if expert is None else (of,)
+            totals[names] = found.new_zeros(*stack, *found.shape)
+            counts[names] = found.new_zeros(*stack, *[1] * found.dim())
+        place = () if expert is None else expert
+        totals[names][place] += found
+        counts[names][place] += len(x_NI)
+
+    _read(model, texts, note, seed, progress)
+    means: dict[str, Tensor] = {}
+    for names, total in totals.items():
+        count = counts[names]
+        if count.numel() > 1:
+            total, count = total + PRIOR * total.sum(0) / count.sum(0), count + PRIOR
+        means |= dict.fromkeys(names, (total / count).cpu())
+    return means
+
+
+@torch.inference_mode()
+def _read(model: Model, texts: Sequence[Sequence[int]], note: Note, seed: int, progress: Progress | None) -> None:
+    texts = [list(ids) for ids in texts if len(ids)]
+    if not texts:
+        raise InputError("there is no text to calibrate on; give some prompts, best with their answers")
+    config, before, dice = model.config, model.ops, torch.Generator().manual_seed(seed)
+    model.use_(_listening(model, note))
+    try:
+        for number, ids in enumerate(texts):
+            canvas = min(config.canvas_length, len(ids) - 1) if config.is_diffusion else 0
+            tokens_BT = torch.tensor([ids], device=model.device)
+            cache = KVCache.allocate(config, 1, len(ids) + config.canvas_length, model.device, model.dtype)
+            model.encode(tokens_BT, cache)
+            if canvas > 0:
+                cache.truncate_(0, len(ids) - canvas)
+                noise_BL = torch.randint(config.vocab_size, (1, canvas), generator=dice)
+                is_noise_BL = torch.rand(1, canvas, generator=dice) < torch.rand(1, generator=dice)
+                canvas_BL = tokens_BT[:, -canvas:].cpu().where(~is_noise_BL, noise_BL).to(model.device)
+                logits_BLV = model.logits(model.denoise(canvas_BL, cache)).to(model.dtype)
+                embed_VD = model.embed_tokens.weight
+                model.denoise(canvas_BL, cache, before.soft_embedding(logits_BLV, embed_VD, model.embed_scale))
+            if progress:
+                progress(number + 1, len(texts))
+    finally:
+        model.use_(before)
+
+
+def _listening(model: Model, note: Note) -> Ops:
+    """The fused operations, telling of every product."""
+    ops, modules, names = load_ops("fused"), {m: name for name, m in model.named_modules()}, {}
+    for owner, leaf in products(model):
+        name, weight = f"{modules[owner]}.{leaf}", getattr(owner, leaf)
+        if not isinstance(weight, Tensor):
+            raise InputError(f"{name} is packed; calibrate the model in full precision, loaded with ops='fused'")
+        names[id(weight)] = name
+
+    def linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        note(tuple(names[id(weight)] for weight in weights), None, 1, x.reshape(-1, x.shape[-1]))
+        found: tuple[Tensor, ...] = ops.linear(x, *weights)
+        return found
+
+    def feed_forward(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+        gate, up = linear(x, gate_FD, up_FD)
+        return linear(F.gelu(gate, approximate="tanh") * up, down_DF)[0]
+
+    def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+        for expert in index_NJ.unique().tolist():
+            token, choice = torch.where(index_NJ == expert)
+            x_MD, share_M1 = x_ND[token], weight_NJ[token, choice, None].to(x_ND.dtype)
+            gate, up = F.linear(x_MD, gate_up_EFD[expert]).chunk(2, dim=-1)
+            # An expert's error reaches the residual by its share, so its inputs count by that.
+            note((names[id(gate_up_EFD)],), expert, len(gate_up_EFD), x_MD * share_M1)
+            note((names[id(down_EDF)],), expert, len(down_EDF), F.gelu(gate, approximate="tanh") * up * share_M1)
+        found: Tensor = ops.experts(x_ND, index_NJ, weight_NJ, gate_up_EFD, down_EDF)
+        return found
+
+    return replace(ops, linear=linear, feed_forward=feed_forward, experts=experts)
+
+
+# ---- rounding --------------------------------------------------------------------------------------------------------
+
+
+def fit_(model: Model, recipe: str | Recipe, seen: dict[str, Tensor]) -> Model:
+    """`apply.quantize_` with every weight that `seen` knows `rounded`; `seen` is `correlation_of`'s."""
+    recipe = named(recipe) if isinstance(recipe, str) else recipe
+    modules = {module: name for name, module in model.named_modules()}
+    for owner, leaf in list(products(model)):
+        name, weight = f"{modules[owner]}.{leaf}", getattr(owner, leaf)
+        form = recipe.format_of(name)
+        if form is None:
+            continue
+        if not isinstance(weight, Tensor):
+            raise InputError(f"{name} is packed already; load the checkpoint in full precision and quantise that")
+        plain = weight.detach()
+        replace_(owner, leaf, rounded(plain, form, seen[name]) if name in seen else pack(plain, form))
+    return model
+
+
+def rounded(weight: Tensor, form: str | Format, correlation: Tensor) -> Packed:
+    """A weight [O, I] or a stack [E, O, I] in this format, each code chosen knowing the errors of those before it.
+
+    Input after input, the largest first, is rounded, and its error handed on to the inputs not yet rounded, as far as
+    they move together with it (GPTQ, arXiv 2210.17323); scales are those of `pack`. `correlation` is [I, I] or
+    [E, I, I], symmetric, without negative eigenvalues. InputError as `pack`."""
+    if weight.dim() == 3:
+        parts = [rounded(one, form, seen) for one, seen in zip(weight, correlation, strict=True)]
+        tensors = {name: torch.stack([part.parts[name] for part in parts]) for name in parts[0].parts}
+        shape = tuple(weight.shape)
+        return Packed(parts[0].kind, shape, tensors.pop("data"), group=parts[0].group, **tensors)
+    correlation = correlation.to(weight.device, torch.float64)
+    square = correlation.diagonal()
+    mean = float(square.mean())
+    if mean <= 0:
+        return pack(weight, form)
+    packed = pack(weight, form, (square / mean + DAMP).float())
+    value, code, zero, one = _grid(packed)
+    start = unpack(_filled(packed, zero))
+    step = unpack(_filled(packed, one)) - start
+    order = square.argsort(descending=True)
+    damped = correlation[order][:, order] / mean
+    damped.diagonal().add_(DAMP)
+    # Row i of the upper factor of the inverse: what an error of input i asks of the inputs behind it.
+    asks = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    asks = asks / asks.diagonal()[:, None]
+    start, step, left = start[:, order], step[:, order], weight.float()[:, order]
+    by = torch.where(step != 0, step, 1.0)  # a group of zeros has scale 0
+    middles, chosen = (value[1:] + value[:-1]) / 2, torch.empty(weight.shape, dtype=torch.long, device=weight.device)
+    for first in range(0, len(order), _BLOCK):
+        last = min(first + _BLOCK, len(order))
+        lost = torch.empty_like(left[:, first:last])
+        for i in range(first, last):
+            at = torch.bucketize((left[:, i] - start[:, i]) / by[:, i], middles)
+            lost[:, i - first] = left[:, i] - (value[at] * step[:, i] + start[:, i])
+            left[:, i:last] -= lost[:, i - first, None] * asks[i, i:last]
+            chosen[:, order[i]] = at
+        left[:, last:] -= lost @ asks[first:last, last:]
+    codes = code[chosen]
+    if packed.data.shape[-1] != codes.shape[-1]:
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    return replace(packed, data=codes.view(packed.data.dtype))
+
+
+def _grid(packed: Packed) -> tuple[Tensor, Tensor, int, int]:
+    """The values that a code can stand for, ascending, before scale and bias; the codes; and bytes that hold nothing
+    but zeros, and ones."""
+    every = torch.arange(256, dtype=torch.uint8)
+    if packed.kind == "int8":
+        whole = torch.arange(-127, 128, dtype=torch.int8)
+        value, code, zero, one = whole.float(), whole.view(torch.uint8), 0, 1
+    elif packed.kind == "fp8":
+        value, code, zero, one = every.view(torch.float8_e4m3fn).float(), every, 0, 0x38
+    elif packed.kind == "int4":
+        low = 0 if packed.bias is not None else 8
+        value, code, zero, one = every[:16].float() - low, every[:16], 0x11 * low, 0x11 * (low + 1)
+    else:
+        value, code, zero, one = torch.tensor([*E2M1, *(-size for size in E2M1)]), every[:16], 0, 0x22
+    is_number = value.isfinite()
+    value, at = value[is_number].sort()
+    return value.to(packed.device), code[is_number][at].to(packed.device), zero, one
+
+
+def _filled(packed: Packed, byte: int) -> Packed:
+    return replace(packed, data=torch.full_like(packed.data.view(torch.uint8), byte).view(packed.data.dtype))
