@@ -32,7 +32,7 @@ from sfumato.events import Done, Draft, Options
 from sfumato.interop import Checkpoint, Entry
 from sfumato.measure.machine import peak_bytes, resident_bytes
 from sfumato.measure.parts import Counted
-from sfumato.measure.work import duration, size
+from sfumato.measure.work import duration, needs, size
 
 GB = 1e9
 LIMITS = {"file": 15.5 * GB, "quantise": 6.0 * GB, "generate": 17.5 * GB}
@@ -88,8 +88,9 @@ def write_gguf(target: Path, layers: int, progress: Any) -> dict[str, float]:
         return "Q6_K" if is_fine else "Q4_K"
 
     def parts(kind: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        if kind == "F32":
-            yield torch.ones(shape).view(torch.uint8)
+        if kind == "F32":  # a router of ones would choose the same experts for every token
+            values = torch.ones(shape) if len(shape) == 1 else sample[: math.prod(shape)].view(shape)
+            yield values.contiguous().view(torch.uint8)
             return
         if kind not in bytes_of:
             bytes_of[kind] = encoded(kind, sample) if kind == "Q5_0" else encode(kind, sample)
@@ -146,6 +147,7 @@ def phase_gguf(given: argparse.Namespace) -> dict[str, Any]:
 
 def phase_generate(given: argparse.Namespace) -> dict[str, Any]:
     """One canvas behind a long prompt, the denoising steps timed one by one."""
+    before = resident_bytes(torch.device("cpu"))
     began = time.perf_counter()
     model = common.without_eos(weights.load(given.source, ops="auto", dtype="bfloat16", progress=bar("load")).eval())
     loaded = time.perf_counter() - began
@@ -177,6 +179,7 @@ def phase_generate(given: argparse.Namespace) -> dict[str, Any]:
         "seconds": last - began,
         "peak_bytes": peak_bytes(torch.device("cpu")),
         "resident_bytes": resident_bytes(torch.device("cpu")),
+        "before_bytes": before,
         "step_cost": {"bytes": cost.bytes, "flops": cost.flops},
     }
 
@@ -234,6 +237,23 @@ def run(given: argparse.Namespace, record: dict[str, Any]) -> None:
                 common.finish(record, given)
 
 
+def conclude(record: dict[str, Any]) -> None:
+    """What follows from the phases: the targets, and how near `sfumato info` comes."""
+    config = common.released_config(record["layers"])
+    for phases in record["sources"].values():
+        quantised, generated = phases["quantise"], phases["generate"]
+        said = needs(config, record["recipe"], generated["context"] + config.canvas_length)
+        took = generated["peak_bytes"] - generated["before_bytes"]
+        phases["info"] = {
+            "file_bytes": said["file_bytes"],
+            "file_off_by": said["file_bytes"] / quantised["file_bytes"] - 1,
+            "total_bytes": said["total_bytes"],
+            "took_bytes": took,
+            "total_off_by": said["total_bytes"] / took - 1,
+        }
+    record["targets"] = targets(record)
+
+
 def targets(record: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for source, phases in record["sources"].items():
@@ -244,6 +264,9 @@ def targets(record: dict[str, Any]) -> dict[str, Any]:
         found[f"{source}: peak while generating, bytes"] = common.target(
             phases["generate"]["peak_bytes"], LIMITS["generate"]
         )
+        for what in ("file", "total"):
+            off_by = abs(phases["info"][f"{what}_off_by"])
+            found[f"{source}: {what}, as sfumato info computes it, off by"] = common.target(off_by, 0.03)
     return found
 
 
@@ -260,12 +283,22 @@ def lines(record: dict[str, Any]) -> list[list[str]]:
                 size(generated["peak_bytes"]),
                 duration(generated["step_seconds"]),
                 f"{generated['share_of_ceiling']:.0%}",
+                f"{size(phases['info']['took_bytes'])}, {size(phases['info']['total_bytes'])}",
             ]
         )
     return found
 
 
-HEAD = ["from", "file", "peak quantising", "in", "peak generating", "a step", "of the ceiling"]
+HEAD = [
+    "from",
+    "file",
+    "peak quantising",
+    "in",
+    "peak generating",
+    "a step",
+    "of the ceiling",
+    "beside torch itself, computed",
+]
 
 
 def main() -> None:
@@ -279,13 +312,20 @@ def main() -> None:
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
     parser.add_argument("--target", help=argparse.SUPPRESS)
+    parser.add_argument("--conclude", type=Path, metavar="RECORD", help="anew from a record's phases, without a run")
     given = parser.parse_args()
+    if given.conclude:
+        record = json.loads(given.conclude.read_text())
+        conclude(record)
+        common.write(given.conclude, record)
+        print(common.table(HEAD, lines(record)))
+        return
     if given.phase:
         print(json.dumps(PHASES[given.phase](given)))
         return
-    record: dict[str, Any] = {"what": "the true size", "recipe": given.recipe, "layers": given.layers, "sources": {}}
+    record = {"what": "the true size", "recipe": given.recipe, "layers": given.layers, "sources": {}}
     run(given, record)
-    record["targets"] = targets(record)
+    conclude(record)
     print(common.table(HEAD, lines(record)))
     common.finish(record, given)
 

@@ -41,7 +41,7 @@ from sfumato.measure.parts import Plan, engine_step, random_config, random_model
 from sfumato.measure.work import size
 from sfumato.model import Model, Pass, products
 from sfumato.quant.apply import quantize_
-from sfumato.quant.calibrate import correlation_of, fit_, importance_of
+from sfumato.quant.calibrate import correlation_of, importance_of
 from sfumato.quant.recipes import named
 from sfumato.step import Canvases, step_
 
@@ -168,7 +168,7 @@ def nano(row: str, seen: Seen | None = None) -> LLM:
         correlations, importance = seen
         model = weights.load("nano")
         is_weighed = row.endswith(WEIGHED)
-        llm.model = laid_out(quantize_(model, recipe, importance) if is_weighed else fit_(model, recipe, correlations))
+        llm.model = laid_out(quantize_(model, recipe, importance if is_weighed else correlations))
     return llm
 
 

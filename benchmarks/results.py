@@ -321,6 +321,33 @@ def constrain(record: Record) -> str:
     return text + f'\n\nA text of {record["tokens"]} tokens; "naive" takes a mask for each of its positions.'
 
 
+def quantised(record: Record) -> str:
+    from benchmarks.quantised import page as tables  # only now: it imports the engine
+
+    return tables(record)
+
+
+def full_size(record: Record) -> str:
+    head = [f"{record['recipe']}, {record['layers']} layers, from", "file", "peak quantising", "in"]
+    head += ["peak generating", "a step", "of ceiling", "beside torch itself", "as `info` computes it"]
+    lines = []
+    for source, phases in record["sources"].items():
+        made, ran, said = phases["quantise"], phases["generate"], phases["info"]
+        lines.append(
+            [
+                {"random": "52 GB of bf16, made as they are read", "gguf": "a GGUF like Q4_K_M"}.get(source, source),
+                *(size(made["file_bytes"]), size(made["peak_bytes"]), duration(made["seconds"])),
+                *(size(ran["peak_bytes"]), duration(ran["step_seconds"]), share(ran["share_of_ceiling"])),
+                *(size(said["took_bytes"]), f"{size(said['total_bytes'])} ({said['total_off_by']:+.1%})"),
+            ]
+        )
+    ran = next(iter(record["sources"].values()))["generate"]
+    text = (
+        f"\n\nOne canvas behind {ran['context']:,} tokens on the CPU, experts in a mapped file; a step is the median."
+    )
+    return table(head, lines) + text
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "peers": ("Beside transformers", peers),
     "step": ("A step", step),
@@ -329,6 +356,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "pins": ("The more is given, the fewer steps", pins),
     "early answers": ("Answers that arrive early", early),
     "constrain": ("Grammars", constrain),
+    "quantised": ("Fewer bits", quantised),
+    "the true size": ("The true size", full_size),
     "ops": ("Operations", ops),
     "gpu": ("On a GPU", gpu),
     "predicted": ("Predicted for an H200", predicted),

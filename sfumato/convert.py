@@ -61,12 +61,12 @@ def convert(
     to: str,
     target: str | Path,
     progress: Callable[[int, int], None] | None = None,
-    importance: Mapping[str, Tensor] | None = None,
+    seen: Mapping[str, Tensor] | None = None,
 ) -> Written:
     """Write the checkpoint `source`, an open one or whatever `weights.resolve` understands, as `to`, one of `TARGETS`.
 
-    `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `importance`, by our names,
-    is `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before anything is
+    `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `seen`, by our names, is
+    `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before anything is
     written, CapacityError a disk that is too small; what `target` held stays until the new one is whole."""
     if to not in TARGETS:
         raise InputError(f"there is no format {to!r} to convert to; choose one of {', '.join(TARGETS)}")
@@ -85,7 +85,7 @@ def convert(
     config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
     metadata: dict[str, str] = {}
     if to in recipes.RECIPES:
-        planned, changes, metadata = _in_recipe(checkpoint, entries, recipes.RECIPES[to], importance)
+        planned, changes, metadata = _in_recipe(checkpoint, entries, recipes.RECIPES[to], seen)
     elif to == "bf16":
         planned, _ = plan_released(checkpoint, lambda name: None, dtype=torch.bfloat16)
         changes = {"dtype": "bfloat16"}
@@ -102,7 +102,7 @@ def convert(
         files = _files(checkpoint, Path(temporary))
         files["config.json"] = as_json({**config, **changes})
         write_shards(
-            target, planned, metadata, progress=progress, files=files, source=_fingerprint(checkpoint, to, importance)
+            target, planned, metadata, progress=progress, files=files, source=_fingerprint(checkpoint, to, seen)
         )
     written = sum(file.stat().st_size for file in target.glob("model*.safetensors"))
     return Written(target, checkpoint.format, read, written, tuple(notices))
@@ -112,10 +112,10 @@ def _in_recipe(
     checkpoint: Checkpoint,
     entries: Mapping[str, Any],
     recipe: recipes.Recipe,
-    importance: Mapping[str, Tensor] | None,
+    seen: Mapping[str, Tensor] | None,
 ) -> tuple[list[Planned], dict[str, Any], dict[str, str]]:
     released = {weights.released_name(own): entry for own, entry in entries.items()}
-    known = {weights.released_name(own): counts for own, counts in (importance or {}).items()}
+    known = {weights.released_name(own): counts for own, counts in (seen or {}).items()}
     text = replace(checkpoint, entries=released)
     planned, metadata = plan_released(text, lambda name: recipe.format_of(weights.own_name(name) or ""), known)
     rules = [list(rule) for rule in recipe.rules]
@@ -152,15 +152,15 @@ def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
     return files | {weights.GENERATION: as_json(checkpoint.generation)}
 
 
-def _fingerprint(checkpoint: Checkpoint, to: str, importance: Mapping[str, Tensor] | None) -> str:
+def _fingerprint(checkpoint: Checkpoint, to: str, seen: Mapping[str, Tensor] | None) -> str:
     """What the tensors are made of: a run that goes on must find the same."""
     path = checkpoint.path
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
-    seen = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    found = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     known = hashlib.sha256()
-    for name, counts in sorted((importance or {}).items()):
+    for name, counts in sorted((seen or {}).items()):
         known.update(name.encode() + counts.float().numpy().tobytes())
-    return repr((to, str(path.resolve()), seen, known.hexdigest()))
+    return repr((to, str(path.resolve()), found, known.hexdigest()))
 
 
 def _check_room(folder: Path, count: int) -> None:

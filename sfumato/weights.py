@@ -160,7 +160,7 @@ def load(
     notice: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     quantize: str | Recipe | None = None,
-    importance: Mapping[str, Tensor] | None = None,
+    seen: Mapping[str, Tensor] | None = None,
     memory_limit: int | None = None,
 ) -> Model:
     """The Model of a checkpoint: one that is open, or whatever `resolve` understands, in any format that `interop`
@@ -168,7 +168,7 @@ def load(
 
     `ops` names operations (`ops.load`) or brings them. Weights are packed where these want that ("cpu", and so "auto"):
     such a model runs, but is neither saved nor trained. `quantize` names a recipe (`quant.recipes`): its weights are
-    packed to fewer bits as they are read, `importance` (`quant.calibrate`) weighing the errors; None keeps what the
+    packed to fewer bits as they are read, with regard to what `quant.calibrate` has `seen`; None keeps what the
     checkpoint has in fewer bits as it is. `memory_limit`, bytes of weights on the device, leaves what does not fit on
     the host, from where it is streamed in every pass (`offload`); `notice` hears what lies where.
 
@@ -198,7 +198,7 @@ def load(
             form = forms[own]
             weight: Tensor | Packed
             if form is not None:
-                weight = _packed(entry, form, place, (importance or {}).get(own))
+                weight = _packed(entry, form, place, (seen or {}).get(own))
             elif entry.packed is not None and own in laid_out:
                 weight = entry.packed(0, entry.shape[0]).to(place)
             else:
@@ -246,10 +246,10 @@ def _sizes(
     return sizes
 
 
-def _packed(entry: Entry, form: Format, place: torch.device, importance: Tensor | None) -> Packed:
+def _packed(entry: Entry, form: Format, place: torch.device, seen: Tensor | None) -> Packed:
     if entry.packed is not None and entry.stored == form.name:
         return entry.packed(0, entry.shape[0]).to(place)
-    return joined([part.to(place) for part in packed_parts(entry, form, importance)])
+    return joined([part.to(place) for part in packed_parts(entry, form, seen)])
 
 
 def _plain(entry: Entry, place: torch.device, wanted: torch.dtype) -> Tensor:

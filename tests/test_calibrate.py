@@ -26,7 +26,7 @@ from sfumato.ops.packed import Packed, unpack
 from sfumato.quant import calibrate
 from sfumato.quant.apply import quantize_
 from sfumato.quant.formats import FORMATS, pack
-from sfumato.quant.recipes import RECIPES, Recipe
+from sfumato.quant.recipes import RECIPES, Recipe, named
 
 WIDE = tiny_config(hidden_size=64, intermediate_size=64, expert_size=32)
 """Everything that a format packs together fits."""
@@ -156,7 +156,7 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         calibrate.importance_of(quantize_(tiny_model(WIDE), "int8"), texts(1, 12))
     model = quantize_(tiny_model(WIDE), "int8")
     with pytest.raises(InputError, match="packed already"):
-        calibrate.fit_(model, "int8", {})
+        quantize_(model, "int8", {})
 
 
 # ---- rounding --------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_a_fitted_model_is_nearer_to_its_original() -> None:
     exact = tiny_model(config)
     seen = calibrate.correlation_of(exact, texts(24, 24, vocabulary=24))
     recipe = Recipe("all in 4 bits", (("layers.*.*proj*", "int4"),))
-    fitted, plain = calibrate.fit_(tiny_model(config), recipe, seen), quantize_(tiny_model(config), recipe)
+    fitted, plain = quantize_(tiny_model(config), recipe, seen), quantize_(tiny_model(config), recipe)
     assert all(isinstance(getattr(*place), Packed) for place in products(fitted.layers))
     fresh = torch.tensor(texts(8, 24, seed=9, vocabulary=24))
 
@@ -252,8 +252,28 @@ def test_importance_reaches_the_search_for_scales() -> None:
     assert any(equal) and not all(equal)  # int8 has no search
 
 
+def test_what_fits_is_correlated_and_the_rest_weighed() -> None:
+    model, recipe = tiny_model(WIDE), named("int4")
+    sample = texts(4, 20)
+    everything = calibrate.learnt(model, recipe, sample)
+    pairs, squares = calibrate.correlation_of(model, sample), calibrate.importance_of(model, sample)
+    assert everything.keys() == pairs.keys()
+    assert all(torch.equal(seen, pairs[name]) for name, seen in everything.items())
+    calls: list[tuple[int, int]] = []
+    some = calibrate.learnt(model, recipe, sample, 100_000, lambda done, total: calls.append((done, total)))
+    assert calls == [(n, 8) for n in range(1, 9)]
+    kinds = {name: seen.dim() - (2 if "experts" in name else 1) for name, seen in some.items()}
+    assert set(kinds.values()) == {0, 1}  # mean squares, correlations
+    assert sum(some[name].nbytes for name, kind in kinds.items() if kind) <= 100_000
+    for name, seen in some.items():
+        assert torch.equal(seen, (pairs if kinds[name] else squares)[name])
+    none = calibrate.learnt(model, recipe, sample, 0)
+    assert all(torch.equal(seen, squares[name]) for name, seen in none.items())
+    quantize_(tiny_model(WIDE), recipe, some)  # takes both
+
+
 def test_what_was_not_seen_is_packed_plainly() -> None:
-    fitted, plain = calibrate.fit_(tiny_model(WIDE), "int8", {}), quantize_(tiny_model(WIDE), "int8")
+    fitted, plain = quantize_(tiny_model(WIDE), "int8", {}), quantize_(tiny_model(WIDE), "int8")
     for (one, leaf), (other, _) in zip(products(fitted), products(plain), strict=True):
         assert torch.equal(getattr(one, leaf).data, getattr(other, leaf).data)
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from sfumato import LLM, Options, convert, ops, weights
+from sfumato.cache import KVCache
+from sfumato.cli import main
 from sfumato.events import CapacityError, CheckpointError, InputError, SfumatoError
 from sfumato.interop import shards
 from sfumato.interop.detect import open_checkpoint
@@ -329,3 +331,75 @@ def test_a_memory_limit_changes_no_answer(written: dict[str, Path], name: str) -
     assert limited.chat(prompt, options=options).tokens == whole.chat(prompt, options=options).tokens
     with pytest.raises(CapacityError, match=r"memory limit is .* give at least"):
         LLM.load(written["int4"], ops=name, memory_limit=1000)
+
+
+# ---- on the command line --------------------------------------------------------------------------------------------
+
+
+def say(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_quantize_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two.gguf")
+    code, out, _ = say("quantize", "nano", "--to", "int4", "-o", one, capsys=capsys)
+    assert code == 0 and out.startswith(f"{one}: 1.70 MB (int4) from 6.31 MB (safetensors)")
+    code, out, _ = say("convert", one, "--to", "gguf-q8_0", "-o", two, "--json", capsys=capsys)
+    assert code == 0
+    record = json.loads(out)
+    assert record["from"] == "Sfumato int4" and record["written_bytes"] == Path(two).stat().st_size
+    assert say("sudoku", "--random", "--clues", "50", "--seed", "1", "--model", two, capsys=capsys)[0] == 0
+    code, _, err = say("quantize", "nano", "--to", "bf16", "-o", one, capsys=capsys)
+    assert code == 2 and "there is no recipe 'bf16'; choose one of int8" in err
+    code, _, err = say("convert", "nano", "--to", "int4", "-o", two, capsys=capsys)
+    assert code == 2 and "is a file; give a folder" in err
+
+
+def test_quantize_with_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Conversations with answers move the codes, and nearer to what the model says in full precision."""
+    digits = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
+    lines = []
+    for shift in range(8):
+        answer = "".join(str((int(digit) + shift) % 9 + 1) for digit in digits)
+        question = "".join(digit if n % 3 else "0" for n, digit in enumerate(answer))
+        turns = [("user", f"Solve this Sudoku:\n{question}"), ("assistant", answer)]
+        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text("\n".join(lines))
+    out = tmp_path / "out"
+    assert (
+        say("quantize", "nano", "--to", "int4-small", "-o", str(out), "--calibrate", str(samples), capsys=capsys)[0]
+        == 0
+    )
+    prompt = LLM.load("nano", ops="fused").encode([{"role": "user", "content": "Solve this Sudoku:\n" + digits}])
+    ids = torch.tensor([prompt])
+
+    def logits(model: Model) -> torch.Tensor:
+        with torch.inference_mode():
+            return model.logits(model.encode(ids, KVCache.allocate(model.config, 1, ids.shape[1])))
+
+    exact, fitted, plain = (logits(load(path, **how)) for path, how in (("nano", {}), (out, {}), ("nano", SMALL)))
+    assert (fitted - exact).norm() < 0.8 * (plain - exact).norm()
+
+
+SMALL = {"quantize": "int4-small"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n', r'line 1 has neither a "text" nor "messages"'),
+        ("a.jsonl", '{"text": "x"}\n{', "line 2 is not JSON"),
+        ("a.jsonl", "\n", "holds no text"),
+        ("a.txt", " \n\n ", "holds no text"),
+    ],
+)
+def test_samples_that_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, sentence: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    arguments = ("quantize", "nano", "--calibrate", str(tmp_path / name), "-o", str(tmp_path / "out"))
+    code, _, err = say(*arguments, capsys=capsys)
+    assert code == 2 and sentence in err and not (tmp_path / "out").exists()

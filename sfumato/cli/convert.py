@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from torch import Tensor
 
 from sfumato import convert
 from sfumato.measure.work import size
@@ -34,7 +36,7 @@ def command(
     run(model, to, output, as_json)
 
 
-def run(model: str, to: str, output: Path, as_json: bool) -> None:
+def run(model: str, to: str, output: Path, as_json: bool, seen: Mapping[str, Tensor] | None = None) -> None:
     """Convert, with progress on stderr and what came of it on stdout."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -43,7 +45,8 @@ def run(model: str, to: str, output: Path, as_json: bool) -> None:
     began = time.perf_counter()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(to, total=None)
-        done = convert.convert(model, to, output, lambda some, all_: bar.update(task, completed=some, total=all_))
+        progress = lambda some, all_: bar.update(task, completed=some, total=all_)  # noqa: E731
+        done = convert.convert(model, to, output, progress, seen)
     for notice in done.notices:
         console.print(notice, style="dim")
     seconds = time.perf_counter() - began

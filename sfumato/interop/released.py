@@ -21,7 +21,8 @@ from sfumato.events import CheckpointError
 from sfumato.interop import Checkpoint, Entry
 from sfumato.interop.shards import NAMES, PART, Planned, Stored, metadata, short, stored_tensors
 from sfumato.ops.packed import Packed, unpack
-from sfumato.quant.formats import Format, pack
+from sfumato.quant.calibrate import fitted
+from sfumato.quant.formats import Format
 
 METHOD = "sfumato"
 """What `quantization_config.quant_method` of config.json says of our own files."""
@@ -107,7 +108,7 @@ def _rows(form: Format, first: int, last: int, shape: tuple[int, ...]) -> tuple[
 def plan_released(
     checkpoint: Checkpoint,
     format_of: Callable[[str], Format | None],
-    importance: Mapping[str, Tensor] | None = None,
+    seen: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[list[Planned], dict[str, str]]:
     """Every entry of a checkpoint under its released name, packed where `format_of(name)` names a format, else in
@@ -121,7 +122,7 @@ def plan_released(
             planned.append(_plan_plain(entry, dtype))
             continue
         formats[name] = form.name, list(entry.shape)
-        made = _Making(entry, form, (importance or {}).get(name))
+        made = _Making(entry, form, (seen or {}).get(name))
         for part, (kept, shape) in form.parts(entry.shape).items():
             take = made.data if part == "data" else made.rest(part)
             planned.append(Planned(f"{name}.{part}", NAMES[kept], shape, take, part != "data"))
@@ -151,13 +152,13 @@ def _plan_plain(entry: Entry, dtype: torch.dtype | None) -> Planned:
 class _Making:
     """A weight being packed, a part at a time: its data go out as they come, the rest is kept until it is asked for."""
 
-    def __init__(self, entry: Entry, form: Format, importance: Tensor | None) -> None:
-        self.entry, self.form, self.importance = entry, form, importance
+    def __init__(self, entry: Entry, form: Format, seen: Tensor | None) -> None:
+        self.entry, self.form, self.seen = entry, form, seen
         self.kept: dict[str, list[Tensor]] = {}
 
     def data(self) -> Iterator[Tensor]:
         self.kept.clear()
-        for packed in packed_parts(self.entry, self.form, self.importance):
+        for packed in packed_parts(self.entry, self.form, self.seen):
             for part, tensor in packed.parts.items():
                 if part != "data":
                     self.kept.setdefault(part, []).append(tensor)
@@ -167,15 +168,15 @@ class _Making:
         return lambda: iter(self.kept.pop(part))
 
 
-def packed_parts(entry: Entry, form: Format, importance: Tensor | None = None) -> Iterator[Packed]:
+def packed_parts(entry: Entry, form: Format, seen: Tensor | None = None) -> Iterator[Packed]:
     """An entry in this format, some places of its first axis at a time; copied where it is stored so."""
     is_whole = len(entry.shape) == 2 and (form.scales != "channel" or form.kind == "nvfp4")  # one scale for all of it
     for first, last in [(0, entry.shape[0])] if is_whole else places(entry):
         if entry.packed is not None and entry.stored == form.name:
             yield entry.packed(first, last)
             continue
-        some = importance if importance is None or importance.dim() == 1 else importance[first:last]
-        yield pack(entry.read(first, last), form, some)
+        some = seen if seen is None or len(entry.shape) == 2 else seen[first:last]
+        yield fitted(entry.read(first, last), form, some)
 
 
 def joined(parts: list[Packed]) -> Packed:

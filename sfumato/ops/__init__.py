@@ -137,5 +137,5 @@ def _fastest(device: torch.device, dtype: torch.dtype | None, packed: Collection
     if device.type == "cuda":
         from sfumato.ops import triton
 
-        return "fused" if triton.obstacle(device) else "triton"
+        return "fused" if triton.obstacle(device, packed) else "triton"
     return "fused"

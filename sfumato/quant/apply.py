@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from sfumato.events import InputError
 from sfumato.model import Model, products, replace_
 from sfumato.ops.packed import Packed
+from sfumato.quant.calibrate import fitted
 from sfumato.quant.formats import pack
 from sfumato.quant.recipes import Recipe, named
 
 
-def quantize_(model: Model, recipe: str | Recipe, importance: Mapping[str, Tensor] | None = None) -> Model:
+def quantize_(model: Model, recipe: str | Recipe, seen: Mapping[str, Tensor] | None = None) -> Model:
     """Pack the weights that the recipe names, in place; before `Model.pack_`, which lays them out for the operations.
 
-    `importance` is `calibrate.importance_of`'s. A quantised model runs; it cannot be saved as a checkpoint in full
-    precision, or trained. InputError for a weight that the format cannot hold, or a model that is packed already."""
+    `seen` is what `calibrate` learnt of their inputs. A quantised model runs; it cannot be saved as a checkpoint in
+    full precision, or trained. InputError for a weight that the format cannot hold, or a model that is packed
+    already."""
     recipe = named(recipe) if isinstance(recipe, str) else recipe
-    quantize_part_(model, recipe, "", importance)
+    quantize_part_(model, recipe, "", seen)
     return model
 
 
-def quantize_part_(
-    part: nn.Module, recipe: Recipe, prefix: str, importance: Mapping[str, Tensor] | None = None
-) -> None:
+def quantize_part_(part: nn.Module, recipe: Recipe, prefix: str, seen: Mapping[str, Tensor] | None = None) -> None:
     """`quantize_` for a part of a model whose names begin with `prefix`."""
     names = {module: name for name, module in part.named_modules()}
     for owner, leaf in list(products(part)):
@@ -36,7 +36,7 @@ def quantize_part_(
             continue
         if not isinstance(weight, Tensor):
             raise InputError(f"{name} is packed already; load the checkpoint in full precision and quantise that")
-        replace_(owner, leaf, pack(weight.detach(), form, (importance or {}).get(name)))
+        replace_(owner, leaf, fitted(weight.detach(), form, (seen or {}).get(name)))
 
 
 def samples(recipe: str | Recipe) -> list[Packed]:

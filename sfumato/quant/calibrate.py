@@ -2,11 +2,11 @@
 
 Rounding a weight costs what its error does to a product, and that depends on the inputs. There are two ways:
 
-    seen = importance_of(model, texts)     the mean square of each input: small, for a model of any size.
-                                           weights.load(path, quantize="int4", importance=seen), or apply.quantize_
-    seen = correlation_of(model, texts)    the mean products of all pairs of inputs, [I, I] a weight: large, and better.
-                                           fit_(model, "int4", seen), in memory
+    seen = importance_of(model, texts)     the mean square of each input: small, for a model of any size
+    seen = correlation_of(model, texts)    the mean products of all pairs of inputs, [I, I] a weight: large, and better
+    seen = learnt(model, recipe, texts)    the second as far as it fits in memory, else the first
 
+Either is what `weights.load(path, quantize="int4", seen=seen)`, `apply.quantize_` and `convert.convert` take.
 `texts` are token ids of text as the model will meet it, answers included; some dozens do. Each is read in both ways:
 encoded, and its last canvas, with noise, denoised behind the rest, without and with a soft embedding. Experts are
 kept apart. It lacks the search for better scales (`formats.pack` has it) and other layouts of a model.
@@ -24,17 +24,19 @@ from torch import Tensor
 
 from sfumato.cache import KVCache
 from sfumato.events import InputError
-from sfumato.model import Model, products, replace_
+from sfumato.model import Model, products
 from sfumato.ops import Ops
 from sfumato.ops import load as load_ops
 from sfumato.ops.packed import E2M1, Packed, unpack
 from sfumato.quant.formats import Format, pack
-from sfumato.quant.recipes import Recipe, named
+from sfumato.quant.recipes import Recipe
 
 PRIOR = 16
 """Tokens' worth of what all experts see that is added to what each of them sees: some see hardly any."""
 DAMP = 0.01
 """Of the mean square, added to that of every input: what sample text did not show may yet come."""
+ROOM = 4 << 30
+"""Bytes of correlations that `learnt` keeps."""
 _BLOCK = 128
 """Inputs whose errors are handed on to all later ones together."""
 
@@ -68,6 +70,36 @@ def correlation_of(
     Only of weights whose name fits one of the `patterns` (a shell's), as all of a large model's would fill the memory;
     weights with the same inputs share a tensor. Otherwise as `importance_of`."""
     return _means(model, texts, lambda x_NI: x_NI.T @ x_NI, patterns, seed, progress)
+
+
+def learnt(
+    model: Model,
+    recipe: Recipe,
+    texts: Sequence[Sequence[int]],
+    room: int = ROOM,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """What `quantize_` by this recipe can make use of: correlations of as many weights as fit into `room` bytes, the
+    smallest first, and the mean squares of the others."""
+    sizes: dict[str, int] = {}
+    modules = {module: name for name, module in model.named_modules()}
+    for owner, leaf in products(model):
+        name, weight = f"{modules[owner]}.{leaf}", getattr(owner, leaf)
+        if recipe.format_of(name) is not None:
+            count = weight.shape[0] if len(weight.shape) == 3 else 1
+            sizes[name] = 4 * count * weight.shape[-1] ** 2
+    chosen = []
+    for name, size in sorted(sizes.items(), key=lambda pair: pair[1]):
+        room -= size
+        if room >= 0:
+            chosen.append(name)
+    total = 2 * len(texts) if len(chosen) < len(sizes) else len(texts)
+    tell = None if progress is None else lambda done, _: progress(done, total)
+    found = correlation_of(model, texts, chosen, progress=tell) if chosen else {}
+    if len(chosen) == len(sizes):
+        return found
+    tell = None if progress is None else lambda done, _: progress(len(texts) + done, total)
+    return {**importance_of(model, texts, progress=tell), **found}
 
 
 def _means(
@@ -166,20 +198,12 @@ def _listening(model: Model, note: Note) -> Ops:
 # ---- rounding --------------------------------------------------------------------------------------------------------
 
 
-def fit_(model: Model, recipe: str | Recipe, seen: dict[str, Tensor]) -> Model:
-    """`apply.quantize_` with every weight that `seen` knows `rounded`; `seen` is `correlation_of`'s."""
-    recipe = named(recipe) if isinstance(recipe, str) else recipe
-    modules = {module: name for name, module in model.named_modules()}
-    for owner, leaf in list(products(model)):
-        name, weight = f"{modules[owner]}.{leaf}", getattr(owner, leaf)
-        form = recipe.format_of(name)
-        if form is None:
-            continue
-        if not isinstance(weight, Tensor):
-            raise InputError(f"{name} is packed already; load the checkpoint in full precision and quantise that")
-        plain = weight.detach()
-        replace_(owner, leaf, rounded(plain, form, seen[name]) if name in seen else pack(plain, form))
-    return model
+def fitted(weight: Tensor, form: str | Format, seen: Tensor | None = None) -> Packed:
+    """A weight [O, I] or a stack [E, O, I] in this format, as well as what its inputs are known to be allows: `rounded`
+    by their correlations, its scales searched by their mean squares alone, or neither."""
+    if seen is not None and seen.dim() == weight.dim():
+        return rounded(weight.float(), form, seen)
+    return pack(weight, form, seen)
 
 
 def rounded(weight: Tensor, form: str | Format, correlation: Tensor) -> Packed:

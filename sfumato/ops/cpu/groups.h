@@ -7,12 +7,29 @@
 
 #include "packing.h"
 
-static inline V from_half(const char *p, long n) {
-    uint16_t t[16] = {};
-    memcpy(t, p, 2 * std::clamp(n, 0L, 16L));
-    VH h;
-    memcpy(&h, t, 32);
-    const VU u = __builtin_convertvector(h, VU);
+// Up to 64 bytes, zeros behind them.
+static inline VU load_bytes(const char *p, long n) {
+    if (n >= 64) {
+        VU all;
+        memcpy(&all, p, 64);
+        return all;
+    }
+#if defined(__AVX512BW__)
+    return (VU)_mm512_maskz_loadu_epi8((1ull << std::max(n, 0L)) - 1, p);
+#else
+    VU some = {};
+    if (n > 0) memcpy(&some, p, n);
+    return some;
+#endif
+}
+
+static inline V scales_at(const char *p, long n, long store) { // as they are stored: see Given
+    const VU bits = load_bytes(p, std::min(n, 16L) * (store ? 2 : 4));
+    if (!store) return (V)bits;
+    VH half;
+    memcpy(&half, &bits, 32);
+    const VU u = __builtin_convertvector(half, VU);
+    if (store == 1) return (V)(u << 16);
     const V size = (V)((u & 0x7fff) << 13) * 0x1p112f; // right for subnormal numbers too
     return (V)((VU)size | (u & 0x8000) << 16);
 }
@@ -21,9 +38,7 @@ static inline V from_half(const char *p, long n) {
 static void turn_scales(const Weight<Codes> &w, long p, float *out) {
     const long groups = w.groups(), wide = w.store ? 2 : 4;
     auto at = [&](const char *from, long output, long g) {
-        const char *row = from + (std::min(output, w.outputs - 1) * groups + g) * wide;
-        if (w.store == 2) return from_half(row, groups - g);
-        return w.store == 1 ? load_some((const bf16 *)row, groups - g) : load_some((const float *)row, groups - g);
+        return scales_at(from + (std::min(output, w.outputs - 1) * groups + g) * wide, groups - g, w.store);
     };
     for (int half = 0; half < 2; half++)
         for (long g = 0; g < groups; g += 16) {
@@ -56,8 +71,7 @@ static inline void unpack_tiles(const Weight<Codes> &w, long p, long k, long som
             VU x[16];
             for (int i = 0; i < 16; i++) {
                 const char *from = first + std::min(32 * p + 16 * half + i, w.outputs - 1) * row + piece;
-                if (left - piece >= 64) memcpy(&x[i], from, 64);
-                else x[i] = VU{}, memcpy(&x[i], from, left - piece);
+                x[i] = load_bytes(from, left - piece);
             }
             transpose(x, x);
             if (w.bits == 4) {
@@ -98,6 +112,24 @@ static inline void unpack_tiles(const Weight<Codes> &w, long p, long k, long som
     }
 }
 
+// c [rows, 32] (+)= the products of some groups [group][32, 32], each x its scale, and its offset x the rows' sums.
+template <int GROUPS>
+static inline void scale_groups(int pair, const float *part, const float *by, const float *sums, long side, float *c,
+                                bool adds) {
+    for (int half = 0; half < 32; half += 16) {
+        V scale[GROUPS], offset[GROUPS];
+        for (int g = 0; g < GROUPS; g++) scale[g] = load(by + 64 * g + half), offset[g] = load(by + 64 * g + 32 + half);
+        for (long r = 0; r < 16 * pair; r++) {
+            const float *sum = sums + r / 16 * side + r % 16;
+            float *to = c + 32 * r + half;
+            V x = adds ? load(to) : V{};
+            for (int g = 0; g < GROUPS; g++) x += load(part + 1024 * g + 32 * r + half) * scale[g];
+            for (int g = 0; g < GROUPS; g++) x += offset[g] * sum[16 * g];
+            store(to, x);
+        }
+    }
+}
+
 static thread_local Scratch turned;
 
 template <>
@@ -107,35 +139,31 @@ inline void panel_product<Codes>(long row_tiles, const char *a, const float *sum
         const Weight<Codes> &w = *panels[i].w;
         const long p = panels[i].p, kc = w.kc(), side = w.side(), CHUNK = 4,
                    wide = w.is_narrow() ? CHUNK : w.group / 32;
-        float *scales = (float *)turned.get(w.groups() * 256 + 4096 + CHUNK * 2 * TILE);
+        float *scales = (float *)turned.get(w.groups() * 256 + CHUNK * 4096 + CHUNK * 2 * TILE);
         float *part = scales + w.groups() * 64;
-        char *b = (char *)(part + 1024);
+        char *b = (char *)(part + CHUNK * 1024);
         turn_scales(w, p, scales);
         const long each = up(tiles_of(32 * w.row_bytes(), tiles_of(kc, CHUNK)), 64);
         for (long k = 0; k < kc; k += CHUNK) {
             if (panels[i].next) fetch(panels[i].next + k / CHUNK * each, each);
-            const long some = std::min(CHUNK, kc - k);
+            const long some = std::min(CHUNK, kc - k), count = w.is_narrow() ? 1 : some / wide;
             unpack_tiles(w, p, k, some, scales, b);
             for (long t = 0; t < row_tiles; t += 2) {
                 const int pair = t + 1 < row_tiles ? 2 : 1;
-                for (long d = 0; d < some; d += wide) {
-                    const char *at = a + (t * kc + k + d) * TILE;
-                    const bool begins = k + d == 0;
-                    if (w.is_narrow()) {
-                        product<bf16>(pair, at, at + kc * TILE, b, some, c + t * 512, 32, !begins);
-                        continue;
-                    }
-                    product<bf16>(pair, at, at + kc * TILE, b + d * 2 * TILE, wide, part, 32);
-                    const float *by = scales + (k + d) / wide * 64;
-                    const V s0 = load(by), s1 = load(by + 16), o0 = load(by + 32), o1 = load(by + 48);
-                    for (long r = 0; r < 16 * pair; r++) {
-                        const float sum = sums[(t + r / 16) * side + (k + d) / wide * 16 + r % 16];
-                        float *to = c + (16 * t + r) * 32;
-                        const V x = load(part + 32 * r) * s0 + o0 * sum, y = load(part + 32 * r + 16) * s1 + o1 * sum;
-                        store(to, begins ? x : load(to) + x);
-                        store(to + 16, begins ? y : load(to + 16) + y);
-                    }
+                const char *at = a + (t * kc + k) * TILE;
+                float *to = c + t * 512;
+                if (w.is_narrow()) {
+                    product<bf16>(pair, at, at + kc * TILE, b, some, to, 32, k > 0);
+                    continue;
                 }
+                for (long g = 0; g < count; g++)
+                    product<bf16>(pair, at + g * wide * TILE, at + (kc + g * wide) * TILE, b + g * wide * 2 * TILE,
+                                  wide, part + g * 1024, 32);
+                const float *by = scales + k / wide * 64, *sum = sums + t * side + k / wide * 16;
+                if (count == 1) scale_groups<1>(pair, part, by, sum, side, to, k > 0);
+                else if (count == 2) scale_groups<2>(pair, part, by, sum, side, to, k > 0);
+                else if (count == 3) scale_groups<3>(pair, part, by, sum, side, to, k > 0);
+                else scale_groups<4>(pair, part, by, sum, side, to, k > 0);
             }
         }
     }

@@ -127,10 +127,10 @@ struct Unit { // an expert, or some hundreds of its rows: what they need must fi
 static constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
 
 // h = gelu(gate(x)) x up(x) of a unit's rows. Where a token's row had to become another type, that is done: `as_left`,
-// `row_bytes` a token, with its scale.
-template <class IO, class M>
+// `row_bytes` a token, with its scale. after(i) is the panel that is read i-th when these are done.
+template <class IO, class M, class F>
 static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weight<M> &g, const char *as_left,
-                         long row_bytes, const float *token_scales, IO *h, const char *after) {
+                         long row_bytes, const float *token_scales, IO *h, F after) {
     typedef typename Kind<M>::Left L;
     constexpr bool is_same = std::is_same_v<IO, L>;
     const long kc = g.kc(), size = unit.size, row_tiles = tiles_of(size, 16), inner = g.outputs / 2;
@@ -159,7 +159,7 @@ static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weigh
             const int pairs = (int)std::min((long)MANY / 2, half - p);
             for (int i = 0; i < 2 * pairs; i++) {
                 const long here = p + i / 2 + i % 2 * half;
-                panels[i] = {&g, here, p + pairs < half ? g.panel(here + pairs) : after};
+                panels[i] = {&g, here, p + pairs < half ? g.panel(here + pairs) : after(i)};
             }
             panel_product<M>(row_tiles, a, beside, panels, 2 * pairs, c);
             for (int i = 0; i < pairs; i++)
@@ -181,9 +181,8 @@ static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weigh
 }
 
 // The rows of `parts` that belong to a unit: weight x down(h).
-template <class IO, class M>
-static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, const float *weight, IO *parts,
-                      const char *after) {
+template <class IO, class M, class F>
+static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, const float *weight, IO *parts, F after) {
     const long kc = w.kc(), size = unit.size, row_tiles = tiles_of(size, 16), width = w.outputs;
     const long block = row_tiles * 16 * 32;
     char *a = own.get(row_tiles * (kc * TILE + w.side() * 4) + MANY * block * 4);
@@ -198,7 +197,7 @@ static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, const f
     for (long p = 0; p < w.panels(); p += MANY) {
         const int some = (int)std::min((long)MANY, w.panels() - p);
         for (int i = 0; i < some; i++)
-            panels[i] = {&w, p + i, p + i + some < w.panels() ? w.panel(p + i + some) : after};
+            panels[i] = {&w, p + i, p + i + some < w.panels() ? w.panel(p + i + some) : after(i)};
         panel_product<M>(row_tiles, a, beside, panels, some, c);
         for (long r = 0; r < size; r++) {
             const long n = unit.members[r];
@@ -256,10 +255,14 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                     const Weight<N> w = dn.of(unit.expert);
                     IO *h = (IO *)hidden.get(unit.size * inner * sizeof(IO));
                     unit_gate_up<IO, M>(unit, x, chosen, gu.of(unit.expert), as_left, row_bytes, token_scales, h,
-                                        w.panel(0));
+                                        [&](int i) { return w.panel(std::min((long)i, w.panels() - 1)); });
                     const bool goes_on = u + threads < unit_count; // most likely its next unit
-                    unit_down<IO, N>(unit, h, w, weight, parts,
-                                     goes_on ? gu.of(units[u + threads].expert).panel(0) : nullptr);
+                    const Weight<M> then = gu.of(units[goes_on ? u + threads : u].expert);
+                    const long half = then.panels() / 2; // of gate and up in turns
+                    unit_down<IO, N>(unit, h, w, weight, parts, [&](int i) -> const char * {
+                        return goes_on ? then.panel(inner % 32 ? 0 : std::min(i / 2L, half - 1) + i % 2 * half)
+                                       : nullptr;
+                    });
                 }
 #pragma omp for schedule(static)
                 for (long n = 0; n < tokens; n++)

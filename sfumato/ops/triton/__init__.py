@@ -8,23 +8,27 @@ graph.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.util import find_spec
 
 import torch
 
 from sfumato.events import InputError
 from sfumato.ops import Ops
+from sfumato.ops.packed import Packed
 
 
-def obstacle(device: torch.device) -> str | None:
-    """Why these operations cannot run there, None where they can."""
+def obstacle(device: torch.device, packed: Collection[Packed] = ()) -> str | None:
+    """Why these operations cannot run there, or not with some weights packed like these; None where they can."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda":
         return "they need a CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "they need a GPU of compute capability 8.0 or later"
-    return None
+    from sfumato.ops.triton.product import refusal
+
+    return next(filter(None, map(refusal, packed)), None)
 
 
 def load(device: torch.device | str = "cuda") -> Ops:

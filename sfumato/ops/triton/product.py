@@ -48,22 +48,7 @@ def pack(weight: Weight) -> Weight:
     InputError: codes that no kernel here unpacks."""
     if not isinstance(weight, Packed):
         return weight.contiguous()
-    stacked, (outputs, inputs) = len(weight.shape) == 3, weight.shape[-2:]
-    is_grouped = weight.scale.dim() == len(weight.shape)
-    why = ""
-    if weight.kind not in KINDS:
-        why = f"only {', '.join(KINDS)}"
-    elif weight.kind == "int8" and (is_grouped or weight.bias is not None):
-        why = f"one scale an output, not one every {weight.group} inputs"
-    elif weight.kind == "fp8" and is_grouped and weight.group != BLOCK:
-        why = f"blocks of {BLOCK}, not of {weight.group}"
-    elif weight.kind == "fp8" and is_grouped and stacked and outputs % BLOCK:
-        why = f"stacks whose outputs fill blocks of {BLOCK}, not {outputs}"
-    elif weight.kind != "fp8" and inputs % weight.group:
-        why = f"groups that divide the {inputs} inputs, not groups of {weight.group}"
-    elif weight.group % _INPUTS[weight.kind]:
-        why = f"groups of a multiple of {_INPUTS[weight.kind]} inputs, not of {weight.group}"
-    if why:
+    if why := refusal(weight):
         raise InputError(
             f"the triton operations cannot take this {weight.kind} weight: they take {why};"
             ' choose ops="fused" or quantize="int4"'
@@ -71,6 +56,25 @@ def pack(weight: Weight) -> Weight:
     if weight.kind == "nvfp4" and weight.factor is None:
         weight = replace(weight, factor=torch.ones(weight.shape[:-1], device=weight.device))
     return weight.each(Tensor.contiguous)
+
+
+def refusal(weight: Packed) -> str | None:
+    """What the kernels take in place of such a weight; None where they take it."""
+    stacked, (outputs, inputs) = len(weight.shape) == 3, weight.shape[-2:]
+    is_grouped = weight.scale.dim() == len(weight.shape)
+    if weight.kind not in KINDS:
+        return f"only {', '.join(KINDS)}"
+    elif weight.kind == "int8" and (is_grouped or weight.bias is not None):
+        return f"one scale an output, not one every {weight.group} inputs"
+    elif weight.kind == "fp8" and is_grouped and weight.group != BLOCK:
+        return f"blocks of {BLOCK}, not of {weight.group}"
+    elif weight.kind == "fp8" and is_grouped and stacked and outputs % BLOCK:
+        return f"stacks whose outputs fill blocks of {BLOCK}, not {outputs}"
+    elif weight.kind != "fp8" and inputs % weight.group:
+        return f"groups that divide the {inputs} inputs, not groups of {weight.group}"
+    elif weight.group % _INPUTS[weight.kind]:
+        return f"groups of a multiple of {_INPUTS[weight.kind]} inputs, not of {weight.group}"
+    return None
 
 
 @dataclass(frozen=True, eq=False)
