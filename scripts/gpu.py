@@ -184,6 +184,19 @@ def check_engine(_: Path, __: float) -> dict[str, Any]:
     return result
 
 
+def check_offload(_: Path, __: float) -> dict[str, Any]:
+    """Layers streamed from the host give the tokens that resident ones give, and at what rate they come."""
+    from sfumato import offload
+
+    options = Options(max_tokens=82, max_steps=4, seed=1)
+    prompt = [{"role": "user", "content": "Solve this Sudoku:\n" + "530070000" * 9}]
+    whole = LLM.load("nano", device=DEVICE, ops=OPS, quantize="int4")
+    wanted, heard = whole.chat(prompt, options=options).tokens, []
+    limited = LLM.load("nano", device=DEVICE, ops=OPS, quantize="int4", memory_limit=1_000_000, notice=heard.append)
+    assert offload.is_streamed(limited.model) and limited.chat(prompt, options=options).tokens == wanted
+    return {"said": heard, "bytes_per_second": offload.bandwidth(torch.device(DEVICE))}
+
+
 def tokens_by_way(options: Options) -> dict[str, list[list[int]]]:
     """Way of running -> tokens of some puzzles, one after the other, then all at once."""
     from sfumato.evals.sudoku import request
@@ -554,6 +567,7 @@ def tasks(out: Path) -> Iterator[Task]:
             yield Task(f"check/{op} {size}", lambda _, __, op=op, size=size: check_op(op, size), 45)
     yield Task("check/engine", check_engine, 60)
     yield Task("check/device", check_device, 60)
+    yield Task("check/offload", check_offload, 60)
     every = list(cells(out))
     yield every[0]
     if OPS == "triton":
