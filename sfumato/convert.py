@@ -9,6 +9,7 @@ engine reads text only.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from sfumato import weights
 from sfumato.chat import ChatTemplate
-from sfumato.config import read_json
+from sfumato.config import GEMMA4, read_json
 from sfumato.events import CapacityError, CheckpointError, InputError
-from sfumato.interop import Checkpoint
+from sfumato.interop import Checkpoint, gemma4
 from sfumato.interop.detect import open_checkpoint
 from sfumato.interop.released import METHOD, plan_released
 from sfumato.interop.shards import Planned, as_json, write_shards
@@ -83,15 +84,20 @@ def convert(
     if target.is_file():
         raise InputError(f"{target} is a file; give a folder to write {to} to")
     config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
+    is_gemma4 = config.get("model_type") == GEMMA4
     metadata: dict[str, str] = {}
     if to in recipes.RECIPES:
         planned, changes, metadata = _in_recipe(checkpoint, entries, recipes.RECIPES[to], seen)
     elif to == "bf16":
         planned, _ = plan_released(checkpoint, lambda name: None, dtype=torch.bfloat16)
         changes = {"dtype": "bfloat16"}
+        if is_gemma4:  # under its own names, which its other readers know
+            planned = [replace(one, name=name) for one in planned if (name := gemma4.name_of(one.name))]
     elif to == "compressed-fp8":
         from sfumato.interop.compressed import plan_compressed
 
+        if is_gemma4:
+            raise InputError(f"{to} is written of DiffusionGemma alone; take bf16 or a recipe for a Gemma 4")
         planned, changes = plan_compressed(checkpoint)
     else:
         from sfumato.interop.mlx import plan_mlx
@@ -134,7 +140,8 @@ def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[
         has_template = (folder / _TEMPLATE).exists() or "chat_template" in _json(folder / "tokenizer_config.json")
         template = ChatTemplate.from_folder(folder, tokenizer.special).source if has_template else None
         vocabulary = vocabulary_of(tokenizer, template)
-    _check_room(target.parent, sum(entry.nbytes for entry in checkpoint.entries.values()) // 4)
+    each = 2 if to == "gguf-bf16" else 34 / 32  # bytes a weight
+    _check_room(target.parent, round(each * sum(math.prod(entry.shape) for entry in checkpoint.entries.values())))
     write_gguf(checkpoint, target, to.removeprefix("gguf-").upper(), vocabulary, progress)
 
 

@@ -15,7 +15,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from sfumato import ops
+from sfumato import convert, ops, weights
 from sfumato.cache import KVCache
 from sfumato.config import FULL, SLIDING, LayerConfig, ModelConfig, Rope
 from sfumato.engine import Run
@@ -461,3 +461,26 @@ def test_what_a_template_needs_is_refused_in_one_sentence(llm: Any) -> None:
             call()
     with pytest.raises(InputError, match="a template needs a canvas"):
         llm.infill("a", "b")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_converted_and_read_by_both(tmp_path: Path) -> None:
+    """transformers' files into bf16 under the same names, which it reads, and into 4 bits, which we do."""
+    from transformers import Gemma4ForConditionalGeneration
+
+    theirs = oracle(0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert.convert(tmp_path / "theirs", "bf16", tmp_path / "bf16")
+    back, report = Gemma4ForConditionalGeneration.from_pretrained(tmp_path / "bf16", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ours, stored = twin(theirs).state_dict(), twin(back).state_dict()
+    assert all(torch.equal(stored[name].float(), tensor.bfloat16().float()) for name, tensor in ours.items())
+    convert.convert(tmp_path / "theirs", "int8", tmp_path / "int8")
+    model = weights.load(tmp_path / "int8")
+    prompt = tokens(model.config, 1, 20, 0)
+    exact, found = (m.logits(m.encode(prompt, KVCache.allocate(m.config, 1, 32))) for m in (twin(theirs), model))
+    assert 0 < (found - exact).norm() / exact.norm() < 0.1
+    with pytest.raises(InputError, match="is written of DiffusionGemma alone"):
+        convert.convert(tmp_path / "theirs", "compressed-fp8", tmp_path / "other")
