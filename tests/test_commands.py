@@ -172,7 +172,7 @@ def test_finetune_trains_saves_and_goes_on(capsys, tmp_path: Path):
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
     assert len((out / "evals.jsonl").read_text().splitlines()) == 2
     assert (out / "checkpoint" / "model.safetensors").exists() and (out / "loss.png").exists()
-    assert "checkpoint" in err and LLM.load(out / "checkpoint").chat(
+    assert "checkpoint" in "".join(err.split()) and LLM.load(out / "checkpoint").chat(
         [{"role": "user", "content": "x"}], options=Options(max_tokens=5, max_steps=1)
     )
     code, _, err = call(capsys, "finetune", str(out), "-s", "speed=9")
