@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -54,7 +55,14 @@ def command(
     from sfumato.evals import sudoku as task
     from sfumato.llm import LLM
 
-    llm = LLM.load(model, device=device, ops=ops, quantize=quantize, memory_limit=opt.in_bytes(memory_limit))
+    llm = LLM.load(
+        model,
+        device=device,
+        ops=ops,
+        quantize=quantize,
+        memory_limit=opt.in_bytes(memory_limit),
+        notice=lambda text: print(text, file=sys.stderr),
+    )
     options = task.answer_options(options, llm)
     is_live = console.is_terminal and not as_json and batch == 1
     found = []

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sfumato.events import CheckpointError, InputError, SfumatoError
 from sfumato.interop.gguf_blocks import KINDS, NUMBERS, OTHERS
+from sfumato.interop.shards import read_into
 
 MAX_HEADER = 64 << 20
 """Bytes of metadata and tensor table. Gemma 4's, with its vocabulary, are 16 MB."""
@@ -62,17 +63,7 @@ class Stored:
             raise InputError(f"{self.name} has places 0 to {self.shape[0]}; {first} to {last} were asked for")
         each = self.nbytes // self.shape[0]
         raw = torch.empty((last - first) * each, dtype=torch.uint8)
-        left = raw.numpy().data
-        try:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.start + first * each)
-                while left.nbytes:
-                    count = file.readinto(left)
-                    if not count:
-                        raise CheckpointError(f"{self.file} ends inside {self.name}")
-                    left = left[count:]
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.name} from {self.file}: {error.strerror or error}") from error
+        read_into(raw, self.file, self.start + first * each, self.name)
         if len(self.shape) == 1:  # blocks may not be cut, so a vector's kind is one value a block
             return raw
         return raw.view(last - first, *self.shape[1:-1], -1)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.config import read_json
 from sfumato.events import CheckpointError
 from sfumato.interop import Checkpoint, Entry
 from sfumato.interop.shards import NAMES, PART, Planned, Stored, metadata, short, stored_tensors
@@ -186,9 +185,3 @@ def joined(parts: list[Packed]) -> Packed:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     tensors = {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts}
     return Packed(parts[0].kind, shape, tensors.pop("data"), group=parts[0].group, **tensors)
-
-
-def quantization_of(folder: Path) -> dict[str, Any]:
-    """config.json's quantization_config; {} where there is none."""
-    found = read_json(folder / "config.json").get("quantization_config")
-    return found if isinstance(found, dict) else {}

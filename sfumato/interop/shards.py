@@ -68,17 +68,7 @@ class Stored:
         last = whole if last is None else last
         shape = (last - first, *self.shape[1:]) if self.shape else ()
         tensor = torch.empty(shape, dtype=DTYPES[self.dtype])
-        left = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.start + (self.nbytes // whole * first if whole else 0))
-                while left.nbytes:
-                    count = file.readinto(left)
-                    if not count:
-                        raise CheckpointError(f"{self.file} ends inside {self.name}")
-                    left = left[count:]
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.name} from {self.file}: {error.strerror or error}") from error
+        read_into(tensor, self.file, self.start + (self.nbytes // whole * first if whole else 0), self.name)
         return tensor
 
     def map(self) -> Tensor:
@@ -94,6 +84,22 @@ class Stored:
         """True when dtype and shape account for the bytes."""
         known = DTYPES.get(self.dtype)
         return known is not None and self.nbytes == math.prod(self.shape) * known.itemsize
+
+
+def read_into(tensor: Tensor, path: Path, start: int, name: str) -> None:
+    """Fill a tensor with the bytes of a file from `start` on. CheckpointError where the file ends too early, or cannot
+    be read."""
+    left = tensor.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while left.nbytes:
+                count = file.readinto(left)
+                if not count:
+                    raise CheckpointError(f"{path} ends inside {name}")
+                left = left[count:]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {name} from {path}: {error.strerror or error}") from error
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
