@@ -12,18 +12,17 @@ It lacks on purpose: the model. `LLM.fill`, `infill`, `edit` and `decide` join t
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.constrain import Grammar
 from sfumato.engine import SHORT
-from sfumato.events import InputError, Usage
+from sfumato.events import InputError
 from sfumato.forms import KINDS
 from sfumato.guided import Span
 from sfumato.tokenizer import Tokenizer
@@ -241,41 +240,6 @@ def candidates(at_most: int) -> list[int]:
     return sorted(found)
 
 
-# ---- what comes back -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Filled:
-    """A filled template. `values` are the slots' texts by name; the whole `text` is all pieces joined."""
-
-    text: str
-    values: dict[str, str]
-    usage: Usage
-    seed: int
-    lengths: dict[str, int] = field(default_factory=dict)
-    """Tokens of each slot, padding not counted."""
-
-
-@dataclass(frozen=True)
-class Edited:
-    """An edited text beside the old one."""
-
-    text: str
-    old: str
-    usage: Usage
-    seed: int
-
-    def diff(self, name: str = "text") -> str:
-        """Unified, as `diff -u` prints it; "" where nothing changed."""
-        lines = difflib.unified_diff(_lines(self.old), _lines(self.text), f"a/{name}", f"b/{name}")
-        return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
-
-
-def _lines(text: str) -> list[str]:
-    """At line feeds alone, which stay: a carriage return is a change like any other."""
-    return [line + "\n" for line in text.split("\n")[:-1]] + ([last] if (last := text.split("\n")[-1]) else [])
-
-
 def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) -> list[str | Slot]:
     """A text with the spans (from character, to character) as warm slots. InputError where they do not fit."""
     pieces: list[str | Slot] = []
@@ -291,14 +255,6 @@ def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) 
 
 
 # ---- decisions -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One answer: the likeliest choice, and the probability of each."""
-
-    choice: str
-    probabilities: dict[str, float]
 
 
 def share_out(choices: Sequence[Sequence[int]], log_p: Sequence[Mapping[int, float]], after: int) -> list[float]:

@@ -7,6 +7,7 @@ the same stream. Options is one frozen record for Python, the command line and H
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +26,14 @@ class CheckpointError(InputError):
 
 class CapacityError(InputError):
     """The request is larger than the context, the cache or the memory allows."""
+
+
+class BusyError(SfumatoError):
+    """More requests wait than the queue holds; the same request can succeed a moment later."""
+
+
+class WorkerError(SfumatoError):
+    """The process that runs the model is not there, or ended while it worked; the request can be sent again."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Options:
     """Emit a Draft after every step (a device sync each)."""
     logprobs: bool = False
     """Log-probability of every committed token, from the encode pass that commits it."""
+    top_logprobs: int = 0
+    """With logprobs: the log-probabilities of so many of the likeliest tokens at each place, too."""
     early: bool = False
     """Answers that arrive early: a canvas commits what has settled at its beginning before the rest, and stops when all
     up to its first end, or to the budget's, has. False: as the reference does."""
@@ -82,6 +93,8 @@ class Options:
     """The answer is one of these."""
     strict: bool = False
     """Chat with tools only: a call names one of them, and its arguments obey that tool's schema."""
+    must_call: bool = False
+    """Chat with tools only: the answer is a call; implies strict."""
     thinking: bool = False
     """Chat only: ask the model to think before it answers."""
 
@@ -99,7 +112,7 @@ class Options:
                 raise InputError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number {why}")
             if not low <= value <= high:
                 raise InputError(f"{name} is {value!r}; give a number {why}")
-        for name in ("drafts", "logprobs", "early", "short", "strict", "thinking"):
+        for name in ("drafts", "logprobs", "early", "short", "strict", "must_call", "thinking"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is {getattr(self, name)!r}; give true or false")
         if isinstance(self.choices, list):
@@ -115,6 +128,8 @@ class Options:
             raise InputError(f"mode is {self.mode!r}; give 'diffusion' or 'autoregressive'")
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             raise InputError(f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max")
+        if self.top_logprobs and not self.logprobs:
+            raise InputError(f"top_logprobs is {self.top_logprobs} without logprobs; set logprobs to true")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InputError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it")
 
@@ -143,7 +158,7 @@ class Options:
 
 
 _BIG = 1 << 62
-_WHOLE = {"max_tokens", "min_tokens", "seed", "max_steps", "temperature_steps", "stability", "top_k"}
+_WHOLE = {"max_tokens", "min_tokens", "seed", "max_steps", "temperature_steps", "stability", "top_k", "top_logprobs"}
 _RANGES: list[tuple[str, float, float, str]] = [
     ("max_tokens", 1, _BIG, "from 1 to 2^62"),
     ("min_tokens", 0, _BIG, "from 0 to 2^62"),
@@ -157,6 +172,7 @@ _RANGES: list[tuple[str, float, float, str]] = [
     ("confidence", 0.0, 100.0, "from 0 to 100"),
     ("temperature", 0.0, 100.0, "from 0 to 100"),
     ("top_k", 0, _BIG, "from 0 to 2^62"),
+    ("top_logprobs", 0, 20, "from 0 to 20"),
     ("top_p", 1e-6, 1.0, "above 0, at most 1"),
 ]
 
@@ -182,11 +198,18 @@ class Draft:
     entropies: list[float]
     accepted: list[bool]
     text: str = ""
+    pieces: list[str] = field(default_factory=list)
+    """The text of each position's token; "" for a control token."""
+    end: int = 0
+    """Positions before the first end of the text."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """Tokens that are final: one canvas (or one token in autoregressive mode), cut at eos, stop and max_tokens."""
+    """Tokens that are final: one canvas (or one token in autoregressive mode), cut at eos, stop and max_tokens.
+
+    `text`, and in a chat `thought` and `tool_calls`, are what they add to the answer's. `pieces` (the text of each
+    token) and `top_logprobs` (piece -> log-probability) come with log-probabilities."""
 
     row: int
     canvas: int
@@ -194,6 +217,10 @@ class Commit:
     tokens: list[int]
     logprobs: list[float] | None = None
     text: str = ""
+    thought: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    pieces: list[str] | None = None
+    top_logprobs: list[dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -227,6 +254,8 @@ class Done:
     text: str = ""
     stop: str | None = None
     logprobs: list[float] | None = None
+    thought: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -245,4 +274,44 @@ class Completion:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Filled:
+    """A filled template. `values` are the slots' texts by name; the whole `text` is all pieces joined."""
+
+    text: str
+    values: dict[str, str]
+    usage: Usage
+    seed: int
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Tokens of each slot, padding not counted."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """An edited text beside the old one."""
+
+    text: str
+    old: str
+    usage: Usage
+    seed: int
+
+    def diff(self, name: str = "text") -> str:
+        """Unified, as `diff -u` prints it; "" where nothing changed."""
+        lines = difflib.unified_diff(_lines(self.old), _lines(self.text), f"a/{name}", f"b/{name}")
+        return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One answer: the likeliest choice, and the probability of each."""
+
+    choice: str
+    probabilities: dict[str, float]
+
+
 Event = Draft | Commit | Done
+
+
+def _lines(text: str) -> list[str]:
+    """At line feeds alone, which stay: a carriage return is a change like any other."""
+    return [line + "\n" for line in text.split("\n")[:-1]] + ([last] if (last := text.split("\n")[-1]) else [])

@@ -21,9 +21,6 @@ from sfumato.cache import KVCache
 from sfumato.constrain import Grammar
 from sfumato.edit import (
     MOST,
-    Decision,
-    Edited,
-    Filled,
     Sheet,
     Slot,
     Template,
@@ -35,7 +32,20 @@ from sfumato.edit import (
     spans_of,
 )
 from sfumato.engine import Run
-from sfumato.events import CapacityError, CheckpointError, Commit, Completion, Done, Draft, Event, InputError, Options
+from sfumato.events import (
+    CapacityError,
+    CheckpointError,
+    Commit,
+    Completion,
+    Decision,
+    Done,
+    Draft,
+    Edited,
+    Event,
+    Filled,
+    InputError,
+    Options,
+)
 from sfumato.forms import KINDS
 from sfumato.guided import Span
 from sfumato.interop import Checkpoint

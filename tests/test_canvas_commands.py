@@ -17,8 +17,7 @@ from rich.console import Console
 
 from sfumato import cli
 from sfumato.cli import decide, infill, options, text, view
-from sfumato.edit import Decision, Edited
-from sfumato.events import InputError, Options, SfumatoError, Usage
+from sfumato.events import Decision, Edited, InputError, Options, SfumatoError, Usage
 from sfumato.llm import LLM
 
 QUICK = ("--seed", "1", "-s", "max_steps=1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,10 +16,7 @@ from sfumato.cli import options as opt
 from sfumato.cli import text as texts
 from sfumato.cli.generate import load
 from sfumato.cli.view import SMOKE, visible, working
-from sfumato.events import InputError
-
-if TYPE_CHECKING:
-    from sfumato.edit import Decision
+from sfumato.events import Decision, InputError
 
 BAR = 24
 """Characters of a bar at probability 1."""
