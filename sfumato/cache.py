@@ -10,6 +10,7 @@ It lacks paging on purpose: capacity is asked for up front, and `fork` copies in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,13 @@ class KVCache:
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
 
+    @classmethod
+    def bytes_of(cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
+        """What a cache of this shape takes."""
+        shape = cls(config, [], [], [], [], capacity, config.canvas_length)
+        slots = (2 * (shape.ring(layer.window) + 1) * layer.kv_heads * layer.head_dim for layer in config.layers)
+        return batch * sum(slots) * dtype.itemsize
+
     def lengths_B(self, rows: list[int]) -> Tensor:
         return torch.tensor([self.lengths[row] for row in rows], device=self.device)
 
@@ -130,23 +138,42 @@ class KVCache:
         if length == 0:
             self.peaks[row] = 0
 
-    def fork(self, rows: list[int], capacity: int | None = None) -> KVCache:
-        """An independent copy of these rows, in this order, repeats allowed; `capacity` may grow."""
-        capacity = max(capacity or self.capacity, self.capacity)
-        if capacity == self.capacity:
-            index = torch.tensor(rows, device=self.device)
-            keys, values = ([t.index_select(0, index) for t in side] for side in (self.k, self.v))
-            lengths, peaks = ([of[row] for row in rows] for of in (self.lengths, self.peaks))
-            return KVCache(self.config, keys, values, lengths, peaks, capacity, self.slack)
+    def clear_(self, row: int) -> None:
+        """Forget all that a row holds."""
+        self.lengths[row] = self.peaks[row] = 0
+
+    def fork(self, rows: Sequence[int | None], capacity: int | None = None) -> KVCache:
+        """An independent copy of these rows, in this order, repeats allowed, None for an empty one. `capacity` may be
+        more or less than now; CapacityError where a row holds more."""
+        capacity = self.capacity if capacity is None else capacity
         other = KVCache.allocate(self.config, len(rows), capacity, self.device, self.k[0].dtype, self.slack)
-        for layer, layer_config in enumerate(self.config.layers):
-            window, index = layer_config.window, torch.tensor(rows, device=self.device)
-            ring, used = self.ring(window), self.used(window, rows)
-            held = Mask(rows, index, self.lengths_B(rows), self.lengths_B(rows), 0, 0, window, ring, used)
-            slots_BS = held.slots_BS()
-            target = torch.where(slots_BS >= 0, slots_BS % other.ring(window), -1)
-            row_B1 = torch.arange(len(rows), device=self.device)[:, None]
-            other.k[layer][row_B1, target] = self.k[layer][index, :used]  # slot -1 is the unseen one
-            other.v[layer][row_B1, target] = self.v[layer][index, :used]
-        other.lengths, other.peaks = ([of[row] for row in rows] for of in (self.lengths, self.peaks))
+        held = [(to, row) for to, row in enumerate(rows) if row is not None]
+        if held:
+            sources = [row for _, row in held]
+            other._copy([to for to, _ in held], self, sources, [self.lengths[row] for row in sources])
         return other
+
+    def take_(self, row: int, other: KVCache, length: int) -> None:
+        """The first `length` tokens of the one row of another cache become this row; `other.can_truncate` says whether
+        they can. CapacityError where they are more than fit."""
+        self._copy([row], other, [0], [length])
+
+    def _copy(self, rows: list[int], other: KVCache, others: list[int], lengths: list[int]) -> None:
+        """The beginnings of rows of another cache, as far as a ring here holds them, over rows of this one."""
+        peaks = [other.peaks[row] for row in others]
+        if max(lengths) > self.capacity:
+            raise CapacityError(f"a row of {max(lengths)} tokens does not fit a cache for {self.capacity}")
+        index, to_B, lengths_B = (torch.tensor(some, device=self.device) for some in (others, rows, lengths))
+        for layer, layer_config in enumerate(self.config.layers):
+            window = layer_config.window
+            ring, used = other.ring(window), other.used(window, others)
+            held = Mask(others, index, other.lengths_B(others), other.lengths_B(others), 0, 0, window, ring, used)
+            slots_BS, own = held.slots_BS(), self.ring(window)
+            is_kept = (slots_BS >= 0) & (slots_BS >= lengths_B[:, None] - own) & (slots_BS < lengths_B[:, None])
+            target = torch.where(is_kept, slots_BS % max(own, 1), own)  # the slot behind the ring is never seen
+            self.k[layer][to_B[:, None], target] = other.k[layer][index, :used]
+            self.v[layer][to_B[:, None], target] = other.v[layer][index, :used]
+        own, theirs = self.ring(self.config.window), other.ring(self.config.window)
+        for row, length, peak in zip(rows, lengths, peaks, strict=True):
+            first = max(0, length - own, peak - theirs)  # the first position that both rings hold
+            self.lengths[row], self.peaks[row] = length, max(length, first + own if first else 0)

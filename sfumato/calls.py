@@ -76,9 +76,10 @@ FORMATS = tuple(_FORMATS)
 """Values of `format` that are enforced; others are refused."""
 
 
-def grammar(tools: Sequence[Mapping[str, Any]]) -> str:
+def grammar(tools: Sequence[Mapping[str, Any]], must_call: bool = False) -> str:
     """The Lark grammar of an answer to a prompt with these tools (as `chat.check_tools` takes them): free text without
-    control tokens, at least a character of it, or free text, possibly none, and calls behind it.
+    control tokens, at least a character of it, or free text, possibly none, and calls behind it. `must_call`: calls
+    alone.
 
     An InputError names the tool and the place in its schema that cannot be guaranteed.
     """
@@ -95,7 +96,8 @@ def grammar(tools: Sequence[Mapping[str, Any]]) -> str:
             raise InputError(f"the tool name {name!r} cannot be called; use letters, digits and underscores")
         heads[name] = f"{_literal('call:' + name)} {writer.arguments(name, parameters)}"
     call = writer.rule(f"<|tool_call> ({' | '.join(heads.values())}) <tool_call|>")
-    return "\n".join([*writer.lines(), f"start: FREE | FREE? {call}+", "FREE: /(?s:.+)/", ""])
+    start = [f"start: {call}+"] if must_call else [f"start: FREE | FREE? {call}+", "FREE: /(?s:.+)/"]
+    return "\n".join([*writer.lines(), *start, ""])
 
 
 class _Writer:

@@ -48,7 +48,8 @@ class Rules:
         steps = full.temperature_steps or full.max_steps
         assert full.t_min is not None and full.t_max is not None and steps is not None and full.max_steps is not None
         assert full.entropy_bound is not None and full.stability is not None and full.confidence is not None
-        schedule = Schedule(full.t_min, full.t_max, steps)
+        scale = full.temperature or 1.0  # 0 asks for the same answer every time, which is the seed's affair
+        schedule = Schedule(full.t_min * scale, full.t_max * scale, steps)
         return cls(schedule, full.max_steps, full.entropy_bound, full.stability, full.confidence)
 
 
@@ -70,7 +71,20 @@ def is_stable(argmax_BL: Tensor, history_BHL: Tensor, stability_B: Tensor) -> Te
 
 def is_confident(entropy_BL: Tensor, confidence_B: Tensor) -> Tensor:
     """True where the mean entropy of the canvas is below the threshold (0: never)."""
-    return entropy_BL.mean(-1) < confidence_B
+    return entropy_BL.sum(-1) / entropy_BL.shape[-1] < confidence_B
+
+
+def pick_token(logits_V: Tensor, options: Options, uniform: Tensor) -> int:
+    """One token by temperature, top-k and top-p, from a uniform number in [0, 1); temperature 0 is greedy."""
+    if options.temperature < 1e-6:  # lower ones would overflow float32, and are greedy anyway
+        return int(logits_V.argmax())
+    p_V, order_V = torch.softmax(logits_V / options.temperature, -1).sort(descending=True, stable=True)
+    if options.top_k:
+        p_V = p_V[: options.top_k]
+    before_V = p_V.cumsum(-1) - p_V
+    p_V = p_V * (before_V < options.top_p * p_V.sum())
+    chosen = int(torch.searchsorted(p_V.cumsum(-1), uniform * p_V.sum(), right=True))
+    return int(order_V[min(chosen, int((p_V > 0).sum()) - 1)])
 
 
 class Dice(Protocol):

@@ -21,10 +21,10 @@ from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.constrain import Grammar
-from sfumato.engine import SHORT
 from sfumato.events import InputError
 from sfumato.forms import KINDS
 from sfumato.guided import Span
+from sfumato.rows import SHORT
 from sfumato.tokenizer import Tokenizer
 
 MOST = 64
@@ -97,6 +97,11 @@ def read_template(text: str) -> list[str | Slot]:
         pieces = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"the template is not JSON: {error}") from None
+    return pieces_of(pieces)
+
+
+def pieces_of(pieces: Any) -> list[str | Slot]:
+    """A template from plain data."""
     if not isinstance(pieces, list):
         raise InputError('a template is a list of texts and slots, such as ["Name: ", {"name": "name"}]')
     known = {f.name for f in fields(Slot)}

@@ -56,7 +56,9 @@ class Options:
     max_steps: int | None = None
     """Cap on denoising steps a canvas."""
     t_max: float | None = None
+    """Temperature of a canvas's first step."""
     t_min: float | None = None
+    """What it falls to, in even steps, at the end of the schedule."""
     temperature_steps: int | None = None
     """Length of the temperature schedule in steps; None: max_steps, as the reference does."""
     entropy_bound: float | None = None
@@ -66,7 +68,8 @@ class Options:
     confidence: float | None = None
     """Mean entropy in nats under which a stable canvas stops; 0 turns the adaptive stop off."""
     temperature: float = 1.0
-    """Autoregressive mode only: divides the logits; 0 is greedy."""
+    """Scales t_max and t_min: 1, and 0, leave them as they are. One token after another it divides the logits; 0 is
+    greedy."""
     top_k: int = 0
     """Autoregressive mode only: sample among the k most likely tokens; 0: all."""
     top_p: float = 1.0
@@ -221,6 +224,8 @@ class Commit:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     pieces: list[str] | None = None
     top_logprobs: list[dict[str, float]] | None = None
+    is_last: bool = False
+    """The row ends with it."""
 
 
 @dataclass(frozen=True)

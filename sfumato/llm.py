@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from sfumato.edit import (
     candidates,
     check_template,
     lay_out,
+    pieces_of,
     share_out,
     span_template,
     spans_of,
@@ -35,11 +38,9 @@ from sfumato.engine import Run
 from sfumato.events import (
     CapacityError,
     CheckpointError,
-    Commit,
     Completion,
     Decision,
     Done,
-    Draft,
     Edited,
     Event,
     Filled,
@@ -51,9 +52,14 @@ from sfumato.guided import Span
 from sfumato.interop import Checkpoint
 from sfumato.interop.detect import open_checkpoint
 from sfumato.model import Model
-from sfumato.tokenizer import Detokeniser, Tokenizer
+from sfumato.reader import Reader
+from sfumato.remote import Remote
+from sfumato.rows import Inspect, Request
+from sfumato.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
+
+T = TypeVar("T")
 
 GRAMMARS_KEPT = 16
 """Compiled constraints that are kept."""
@@ -65,12 +71,33 @@ LENGTH_BEHIND = 16
 """Fixed tokens behind a slot that have a say in its length."""
 
 
+MARKED = 64
+"""Tokens of instructions from which on it pays to keep them encoded for others."""
+
+_FIRST = ("system", "developer")
+
+
 @dataclass
 class _Kept:
     """The encoded beginning of the last conversation: row 0 of the cache holds exactly these tokens."""
 
     tokens: list[int]
     cache: KVCache
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """A request of the engine, and what makes text of its tokens."""
+
+    request: Request
+    reader: Reader
+    is_shown: bool = True
+    """Whether the caller sees its drafts; not those of a search on the way."""
+
+
+Plan = Generator[list[Ask], list[Done], T]
+"""What a method of `LLM` does, apart from running it: yields requests that run together, is sent what they ended with,
+and returns the method's result. So whoever has an engine, for one caller or for many, can carry it out."""
 
 
 class LLM:
@@ -88,6 +115,7 @@ class LLM:
         self.defaults = dict(defaults or {})
         self._kept: _Kept | None = None
         self._grammars: dict[tuple[str, str], Grammar] = {}
+        self._compiling = threading.Lock()
 
     @classmethod
     def load(
@@ -127,6 +155,12 @@ class LLM:
         defaults, _ = weights.generation_of(checkpoint)
         return cls(model, tokenizer, template, defaults, str(path))
 
+    @classmethod
+    def connect(cls, url: str, api_key: str | None = None, model: str | None = None) -> Remote:
+        """The model of a server at `url`, Sfumato's or any with OpenAI's API: the same methods and events. See
+        `Remote`."""
+        return Remote(url, api_key, model)
+
     @overload
     def complete(self, prompt: str, options: Options = ...) -> Completion: ...
     @overload
@@ -138,8 +172,8 @@ class LLM:
     ) -> Completion | list[Completion]:
         """Continue plain text, without a chat template; a list of texts runs as one batch."""
         texts = [prompt] if isinstance(prompt, str) else prompt
-        found = self._complete([self.encode(text) for text in texts], options)
-        return found[0] if isinstance(prompt, str) else found
+        found = self._carry_out(self._plan_answers([self.ask(self.encode(text), options) for text in texts]))
+        return _completion(found[0]) if isinstance(prompt, str) else [_completion(done) for done in found]
 
     def chat(
         self,
@@ -147,11 +181,9 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         options: Options = Options(),  # noqa: B008 - frozen
     ) -> Completion:
-        """Answer a conversation; thought and tool calls are parsed out of the answer's text."""
-        completion = self._complete([self.encode(messages, tools, options.thinking)], _strictly(options, tools))[0]
-        reply = chat.parse_ids(self.tokenizer, completion.tokens)
-        text = completion.text if completion.stop is not None else reply.text
-        return replace(completion, text=text, thought=reply.thought, tool_calls=reply.tool_calls)
+        """Answer a conversation; thought and tool calls are told apart from the answer's text."""
+        ask = self.ask(messages, replace(options, drafts=False), tools)
+        return _completion(self._carry_out(self._plan_answers([ask]))[0])
 
     def stream(
         self,
@@ -160,8 +192,9 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
     ) -> Iterator[Event]:
         """The events of one request: Draft (if options.drafts), Commit, Done. A string is continued, messages are
-        answered. The texts of the Commits joined are the text of Done."""
-        return self.events([self.encode(prompt, tools, options.thinking)], _strictly(options, tools))
+        answered, and then thoughts and tool calls are told apart from the text. The texts of the Commits joined are the
+        text of Done."""
+        return self._stream([self.ask(prompt, options, tools)])
 
     def encode(
         self, prompt: str | Messages, tools: list[dict[str, Any]] | None = None, thinking: bool = False
@@ -178,38 +211,86 @@ class LLM:
         prompts: Sequence[Sequence[int]],
         options: Options | Sequence[Options] = Options(),  # noqa: B008 - frozen
         pins: Sequence[Mapping[int, int]] | None = None,
-        warm: Sequence[Mapping[int, int]] | None = None,
-        spans: Sequence[Sequence[Span]] | None = None,
-        inspect: Callable[[list[int], Tensor], None] | None = None,
-        banned: Sequence[int] = (),
     ) -> Iterator[Event]:
-        """Events with text for a batch of prompts (token ids). The rest: see `engine.Run`."""
-        each = [options] * len(prompts) if isinstance(options, Options) else list(options)
-        each = [self._complete_options(o) for o in each]
-        if spans is None and any(o.constraint for o in each):
-            spans = [self._whole_answer(ids, o) for ids, o in zip(prompts, each, strict=True)]
-        readers = [_Reader(self.tokenizer, o.stop) for o in each]
-        run = Run(
-            self.model,
-            prompts,
-            each,
-            pins=pins,
-            warm=warm,
-            spans=spans,
-            inspect=inspect,
-            banned=banned,
-            watch=lambda row, tokens: readers[row].push(tokens),
-            cache=self._continue(prompts),
-        )
+        """Events with text for a batch of prompts (token ids), with positions of the answers that stay fixed."""
+        each = [options] * len(prompts) if isinstance(options, Options) else options
+        places = [{}] * len(prompts) if pins is None else pins
+        rows = zip(prompts, each, places, strict=True)
+        return self._stream([self.ask(list(ids), o, pins=some) for ids, o, some in rows])
+
+    # ---- requests, and plans of several -------------------------------------------------------------------------
+
+    def ask(
+        self,
+        prompt: str | Messages | list[int],
+        options: Options,
+        tools: list[dict[str, Any]] | None = None,
+        pins: Mapping[int, int] | None = None,
+        warm: Mapping[int, int] | None = None,
+        spans: Sequence[Span] | None = None,
+        banned: Sequence[int] = (),
+        inspect: Inspect | None = None,
+    ) -> Ask:
+        """What to give an engine for a prompt: a text to continue, a conversation to answer, or token ids."""
+        is_ids = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+        is_chat = not isinstance(prompt, str) and not is_ids
+        if is_chat:
+            options = _strictly(options, tools)
+        ids: Any = prompt if is_ids else self.encode(prompt, tools, options.thinking)  # type: ignore[arg-type]
+        options = self._complete_options(options)
+        if spans is None:
+            spans = self._whole_answer(ids, options)
+        reader = Reader(self.tokenizer, options.stop, self.model.config.eos_ids, is_chat)
+        marks = self._marks(ids) if is_chat and (tools or prompt[0].get("role") in _FIRST) else []  # type: ignore
+        return Ask(Request(ids, options, pins or {}, warm or {}, spans, banned, reader.push, inspect, marks), reader)
+
+    def _marks(self, ids: list[int]) -> list[int]:
+        """Where the instructions that open a conversation end: many conversations begin with the same."""
+        end = next((n for n, token in enumerate(ids) if token in self.model.config.eos_ids), 0) + 1
+        return [end] if MARKED <= end < len(ids) else []
+
+    def plan(self, kind: str, payload: Mapping[str, Any], options: Options) -> Plan[Any]:
+        """The plan of the method of this name ("complete" and "chat": of one answer, which its last event tells) with
+        these arguments, as plain data."""
+        if kind in ("chat", "complete"):
+            given = payload["messages"] if kind == "chat" else payload["prompt"]
+            return self._plan_answers([self.ask(given, options, payload.get("tools"))])
+        if kind == "infill":
+            template = _around(payload["prefix"], payload["suffix"], payload.get("length"), payload.get("at_most"))
+            return self._plan_fill(template, None, options)
+        if kind == "fill":
+            return self._plan_fill(pieces_of(payload["template"]), payload.get("prompt"), options)
+        if kind == "edit":
+            spans = payload.get("spans")
+            return self._plan_edit(
+                payload["text"],
+                payload.get("instruction"),
+                None if spans is None else [(first, last) for first, last in spans],
+                payload.get("strength"),
+                options,
+            )
+        if kind == "decide":
+            return self._plan_decide(payload["prompt"], payload["fields"], payload.get("steps", 1), options)
+        raise InputError(f"there is no method {kind!r}; there are chat, complete, infill, fill, edit, decide")
+
+    def _plan_answers(self, asks: list[Ask]) -> Plan[list[Done]]:
+        return (yield asks)
+
+    def _carry_out(self, plan: Plan[T]) -> T:
+        """Run a plan's requests on an engine of their own."""
+        try:
+            asks = next(plan)
+            while True:
+                ended = {event.row: event for event in self._stream(asks) if isinstance(event, Done)}
+                asks = plan.send([ended[row] for row in range(len(asks))])
+        except StopIteration as stop:
+            return stop.value
+
+    def _stream(self, asks: list[Ask]) -> Iterator[Event]:
+        prompts = [ask.request.prompt for ask in asks]
+        run = Run(self.model, [ask.request for ask in asks], cache=self._continue(prompts))
         for event in run:
-            if isinstance(event, Draft):
-                yield replace(event, text=self.tokenizer.decode(self._before_eos(event.tokens)))
-            elif isinstance(event, Commit):
-                is_over = run.rows[event.row].finish_reason is not None
-                yield replace(event, text=readers[event.row].take(is_over))
-            else:
-                reader = readers[event.row]
-                yield replace(event, text=reader.text, stop=reader.found)
+            yield asks[event.row].reader.tell(event)
         if len(prompts) == 1:
             held = [*run.rows[0].prompt, *run.rows[0].tokens][: run.cache.lengths[0]]
             self._kept = _Kept(held, run.cache) if len(held) == run.cache.lengths[0] else None
@@ -226,6 +307,9 @@ class LLM:
 
         `prompt` is what the template answers: messages through the chat template, or a text that it continues; None:
         it stands alone. InputError for a template or constraint that cannot be, CapacityError for one with no room."""
+        return self._carry_out(self._plan_fill(template, prompt, options))
+
+    def _plan_fill(self, template: Template, prompt: str | Messages | None, options: Options) -> Plan[Filled]:
         self.model.config.check_canvas("a template")
         pieces, options = check_template(template), self._complete_options(_of_templates(options))
         slots = {piece.name: piece for piece in pieces if isinstance(piece, Slot)}
@@ -234,9 +318,9 @@ class LLM:
         widths |= {name: 1 for name, slot in slots.items() if slot.is_open}
         for name, slot in slots.items():
             if slot.is_open:
-                widths[name] = self._find_width(pieces, slot, widths, prompt, options)
+                widths[name] = yield from self._find_width(pieces, slot, widths, prompt, options)
         sheet = self._sheet(pieces, widths, options)
-        done = self._denoise([(sheet, spans_of(sheet, grammars))], prompt, options)[0]
+        done = (yield [self._ask_sheet(sheet, prompt, options, spans_of(sheet, grammars))])[0]
         fillers = self._fillers
         values = sheet.texts(done.tokens, self.tokenizer, fillers)
         lengths = {
@@ -253,8 +337,7 @@ class LLM:
         at_most: int | None = None,
     ) -> Filled:
         """Write what stands between two texts, in `length` tokens; None finds the length, up to `at_most` (64)."""
-        slot = Slot("middle", length=length, at_most=at_most)
-        return self.fill([prefix, slot, suffix], None, options)
+        return self.fill(_around(prefix, suffix, length, at_most), None, options)
 
     def edit(
         self,
@@ -268,6 +351,16 @@ class LLM:
 
         With `spans` (from character, to character) only they change, each in as many tokens as it has; without, the
         `instruction` may change any position."""
+        return self._carry_out(self._plan_edit(text, instruction, spans, strength, options))
+
+    def _plan_edit(
+        self,
+        text: str,
+        instruction: str | None,
+        spans: Sequence[tuple[int, int]] | None,
+        strength: float | None,
+        options: Options,
+    ) -> Plan[Edited]:
         self.model.config.check_canvas("edit")
         if not text:
             raise InputError("the text is empty, so there is nothing to edit")
@@ -278,7 +371,7 @@ class LLM:
         if instruction is not None:
             prompt = [{"role": "user", "content": f"{instruction}\n\n{text}"}]
         if spans:
-            filled = self.fill(span_template(text, spans, strength), prompt, options)
+            filled = yield from self._plan_fill(span_template(text, spans, strength), prompt, options)
             return Edited(filled.text, text, filled.usage, filled.seed)
         pieces = check_template([Slot("text", text=text, strength=strength)])
         sheet = lay_out(pieces, self.tokenizer, self.model.config, {}, options.seed or 0, is_open_ended=True)
@@ -286,8 +379,7 @@ class LLM:
         whole = -(-(sheet.length + 1) // canvas) * canvas
         warm = sheet.warm | dict.fromkeys(range(sheet.length, whole), ends[0])
         ids = self._template_prompt(prompt, sheet)
-        options = replace(options, max_tokens=whole, drafts=False)
-        done = next(e for e in self.events([ids], options, warm=[warm]) if isinstance(e, Done))
+        done = (yield [self.ask(ids, replace(options, max_tokens=whole), warm=warm)])[0]
         return Edited(done.text, text, done.usage, done.seed)
 
     def decide(
@@ -300,6 +392,11 @@ class LLM:
         """Answer questions with given choices: field -> choices in, field -> likeliest choice and probabilities out.
 
         All fields stand on one canvas as "field: choice" lines and are read in one denoise pass (`steps` of them)."""
+        return self._carry_out(self._plan_decide(prompt, fields, steps, options))
+
+    def _plan_decide(
+        self, prompt: str | Messages, fields: Mapping[str, Sequence[str]], steps: int, options: Options
+    ) -> Plan[dict[str, Decision]]:
         self.model.config.check_canvas("decide")
         if not fields:
             raise InputError("there are no fields to decide; give at least one with its choices")
@@ -324,7 +421,7 @@ class LLM:
         read: list[Tensor] = []
         options = replace(_of_templates(options), max_steps=steps, t_max=1.0, t_min=1.0)
         options = self._complete_options(replace(options, temperature_steps=None))
-        self._denoise([(sheet, [])], prompt, options, lambda rows, logits_BLV: read.append(logits_BLV[0]))
+        yield [self._ask_sheet(sheet, prompt, options, [], read.append)]
         found = {}
         for place in sheet.places:
             log_p = torch.log_softmax(read[-1][place.start : place.start + place.width].float(), -1)
@@ -340,13 +437,14 @@ class LLM:
     def grammar(self, kind: str, value: Any) -> Grammar:
         """A compiled constraint, kept for the next time: see `constrain.Grammar.compile`."""
         key = kind, repr(value)
-        if key not in self._grammars:
-            config = self.model.config
-            compiled = Grammar.compile(kind, value, self.tokenizer, config.vocab_size, sorted(self._fillers))
-            while len(self._grammars) >= GRAMMARS_KEPT:
-                self._grammars.pop(next(iter(self._grammars)))
-            self._grammars[key] = compiled
-        return self._grammars[key]
+        with self._compiling:
+            if key not in self._grammars:
+                config = self.model.config
+                compiled = Grammar.compile(kind, value, self.tokenizer, config.vocab_size, sorted(self._fillers))
+                while len(self._grammars) >= GRAMMARS_KEPT:
+                    self._grammars.pop(next(iter(self._grammars)))
+                self._grammars[key] = compiled
+            return self._grammars[key]
 
     @property
     def _fillers(self) -> frozenset[int]:
@@ -370,62 +468,52 @@ class LLM:
 
     def _find_width(
         self, pieces: Template, slot: Slot, widths: dict[str, int], prompt: str | Messages | None, options: Options
-    ) -> int:
+    ) -> Plan[int]:
         """The length that agrees best with the rest, after a few steps in which all candidates are rows of one batch:
         how unsure the model is of the slot's tokens, and how surprised at the fixed ones behind it, in nats a token."""
         sizes = candidates(min(slot.at_most or MOST, self.model.config.canvas_length))
         each = [self._sheet(pieces, widths | {slot.name: size}, options) for size in sizes]
-        sheets: list[tuple[Sheet, list[Span]]] = [(sheet, []) for sheet in each]
         length, number = self.model.config.canvas_length, [p.slot.name for p in each[0].places].index(slot.name)
         steps, scores = [0] * len(sizes), [math.inf] * len(sizes)
 
-        def look(rows: list[int], logits_BLV: Tensor) -> None:
-            for n, row in enumerate(rows):
-                place, first = each[row].places[number], steps[row] // LENGTH_STEPS * length
-                steps[row] += 1
-                end = place.start + place.width
-                behind = [p for p in range(end, end + LENGTH_BEHIND) if p in each[row].pins]
-                inside = [
-                    p - first for p in (*range(place.start, end), *behind) if 0 <= p - first < logits_BLV.shape[1]
-                ]
-                if not 0 <= place.start - first < length:
-                    continue
-                log_p = torch.log_softmax(logits_BLV[n, inside].float(), -1)
-                split = sum(p + first < end for p in inside)
-                unsure = -(log_p[:split].exp() * log_p[:split]).sum(-1).mean()
-                tokens = torch.tensor([each[row].pins[p + first] for p in inside[split:]], device=log_p.device)
-                surprise = -log_p[split:].gather(1, tokens[:, None]).mean() if len(tokens) else torch.tensor(0.0)
-                scores[row] = float(unsure) + float(surprise)
+        def look(row: int, logits_LV: Tensor) -> None:
+            place, first = each[row].places[number], steps[row] // LENGTH_STEPS * length
+            steps[row] += 1
+            end = place.start + place.width
+            behind = [p for p in range(end, end + LENGTH_BEHIND) if p in each[row].pins]
+            inside = [p - first for p in (*range(place.start, end), *behind) if 0 <= p - first < len(logits_LV)]
+            if not 0 <= place.start - first < length:
+                return
+            log_p = torch.log_softmax(logits_LV[inside].float(), -1)
+            split = sum(p + first < end for p in inside)
+            unsure = -(log_p[:split].exp() * log_p[:split]).sum(-1).mean()
+            tokens = torch.tensor([each[row].pins[p + first] for p in inside[split:]], device=log_p.device)
+            surprise = -log_p[split:].gather(1, tokens[:, None]).mean() if len(tokens) else torch.tensor(0.0)
+            scores[row] = float(unsure) + float(surprise)
 
-        quick = replace(options, max_steps=LENGTH_STEPS, confidence=0.0, early=False, short=False)
-        self._denoise(sheets, prompt, quick, look)
+        quick = replace(options, max_steps=LENGTH_STEPS, confidence=0.0, early=False, short=False, drafts=False)
+        asks = [self._ask_sheet(sheet, prompt, quick, [], partial(look, row)) for row, sheet in enumerate(each)]
+        yield [replace(ask, is_shown=False) for ask in asks]
         return sizes[min(range(len(sizes)), key=lambda row: (scores[row], row))]
 
-    def _denoise(
+    def _ask_sheet(
         self,
-        sheets: Sequence[tuple[Sheet, list[Span]]],
+        sheet: Sheet,
         prompt: str | Messages | None,
         options: Options,
-        inspect: Callable[[list[int], Tensor], None] | None = None,
-    ) -> list[Done]:
-        """One row a sheet, to their ends."""
-        ids = [self._template_prompt(prompt, sheet) for sheet, _ in sheets]
-        plain = replace(options, stop=(), drafts=False)
-        each = [replace(plain, max_tokens=sheet.length, min_tokens=sheet.length) for sheet, _ in sheets]
-        found: dict[int, Done] = {}
-        pins, warm = [sheet.pins for sheet, _ in sheets], [sheet.warm for sheet, _ in sheets]
+        spans: list[Span],
+        inspect: Inspect | None = None,
+    ) -> Ask:
+        ids = self._template_prompt(prompt, sheet)
         canvas, most = self.model.config.canvas_length, self.model.config.max_position
-        for tokens, (sheet, _) in zip(ids, sheets, strict=True):
-            if len(tokens) + -(-sheet.length // canvas) * canvas > most:
-                raise CapacityError(
-                    f"the template takes {sheet.length} positions behind {len(tokens)} tokens, beyond the context of "
-                    f"{most}; shorten its slots or the text before them"
-                )
+        if len(ids) + -(-sheet.length // canvas) * canvas > most:
+            raise CapacityError(
+                f"the template takes {sheet.length} positions behind {len(ids)} tokens, beyond the context of "
+                f"{most}; shorten its slots or the text before them"
+            )
+        options = replace(options, stop=(), max_tokens=sheet.length, min_tokens=sheet.length)
         control = sorted(self.tokenizer.special_ids)  # a slot is text
-        for event in self.events(ids, each, pins, warm, [spans for _, spans in sheets], inspect, control):
-            if isinstance(event, Done):
-                found[event.row] = event
-        return [found[row] for row in range(len(sheets))]
+        return self.ask(ids, options, pins=sheet.pins, warm=sheet.warm, spans=spans, banned=control, inspect=inspect)
 
     def _template_prompt(self, prompt: str | Messages | None, sheet: Sheet) -> list[int]:
         """What the first canvas of a sheet stands behind: the prompt, then the sheet's lead."""
@@ -438,21 +526,6 @@ class LLM:
     def forget(self) -> None:
         """Free the cache of the last conversation."""
         self._kept = None
-
-    def _complete(self, prompts: list[list[int]], options: Options) -> list[Completion]:
-        found: dict[int, Completion] = {}
-        for event in self.events(prompts, replace(options, drafts=False)):
-            if isinstance(event, Done):
-                found[event.row] = Completion(
-                    event.text,
-                    event.tokens,
-                    event.finish_reason,
-                    event.usage,
-                    event.seed,
-                    event.logprobs,
-                    stop=event.stop,
-                )
-        return [found[row] for row in range(len(prompts))]
 
     def _complete_options(self, options: Options) -> Options:
         if options.constraint is not None:
@@ -475,10 +548,6 @@ class LLM:
         kept.cache.truncate_(0, shared)
         return kept.cache
 
-    def _before_eos(self, tokens: list[int]) -> list[int]:
-        ends = [n for n, token in enumerate(tokens) if token in self.model.config.eos_ids]
-        return tokens[: ends[0]] if ends else tokens
-
 
 def _words_of(checkpoint: Checkpoint) -> tuple[Tokenizer, chat.ChatTemplate | None]:
     """Tokenizer and chat template, from within the file or from the files beside it."""
@@ -495,51 +564,37 @@ def _words_of(checkpoint: Checkpoint) -> tuple[Tokenizer, chat.ChatTemplate | No
 
 def _strictly(options: Options, tools: list[dict[str, Any]] | None) -> Options:
     """With the grammar of calls of these tools, where that is asked for."""
-    return replace(options, strict=False, grammar=calls.grammar(tools)) if options.strict and tools else options
+    if not tools:
+        if options.must_call:
+            raise InputError("must_call asks for a call and there are no tools; give at least one")
+        return options
+    if not options.strict and not options.must_call:
+        return options
+    grammar = calls.grammar(tools, options.must_call)
+    return replace(options, strict=False, must_call=False, grammar=grammar)
+
+
+def _around(prefix: str, suffix: str, length: int | None, at_most: int | None) -> list[str | Slot]:
+    return [prefix, Slot("middle", length=length, at_most=at_most), suffix]
+
+
+def _completion(done: Done) -> Completion:
+    return Completion(
+        done.text,
+        done.tokens,
+        done.finish_reason,
+        done.usage,
+        done.seed,
+        done.logprobs,
+        done.stop,
+        done.thought,
+        done.tool_calls,
+    )
 
 
 def _of_templates(options: Options) -> Options:
     """InputError for an option that means nothing where a template says what is written."""
-    for name in ("max_tokens", "min_tokens", "stop", "mode", "logprobs", "strict", "thinking", *KINDS):
+    for name in ("max_tokens", "min_tokens", "stop", "mode", "logprobs", "strict", "must_call", "thinking", *KINDS):
         if getattr(options, name) != getattr(Options, name):
             raise InputError(f"{name} does not apply to a template, whose slots say what is written; leave it out")
     return options
-
-
-class _Reader:
-    """The text of one row as it grows: looks for stop strings, and holds back what may be the beginning of one."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-        self._detokeniser = Detokeniser(tokenizer)
-        self._stops = stops
-        self._longest = max((len(stop) for stop in stops), default=0)
-        self._given = 0
-        self.text = ""
-        self.found: str | None = None
-
-    def push(self, tokens: list[int]) -> int | None:
-        """Take new tokens; the number of them that stand before a stop string, None where there is none."""
-        for n, token in enumerate(tokens):
-            start = len(self.text)
-            self.text += self._detokeniser.push([token])
-            hits = [(at, s) for s in self._stops if (at := self.text.find(s, max(0, start - self._longest + 1))) >= 0]
-            if hits:
-                at, self.found = min(hits)
-                self.text = self.text[:at]
-                return n if at <= start else n + 1
-        return None
-
-    def take(self, is_over: bool) -> str:
-        """The text that is certain and was not given yet."""
-        if is_over and self.found is None:
-            self.text += self._detokeniser.flush()
-        end = len(self.text)
-        if not is_over:
-            held = (
-                size
-                for size in range(min(self._longest - 1, end), 0, -1)
-                if any(stop.startswith(self.text[end - size :]) for stop in self._stops)
-            )
-            end -= next(held, 0)
-        piece, self._given = self.text[self._given : end], max(end, self._given)
-        return piece

@@ -8,7 +8,7 @@ frozen: a step that was already under way when the host learns of it changes not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +53,8 @@ class Canvases:
     settled_X: Tensor
     """How many have."""
     eos_E: Tensor
-    banned_E: Tensor
-    """Tokens that banned positions may not take."""
     has_pins: bool
-    """Whether any row ever has one."""
+    """Whether any row of the next steps has one."""
     has_early: bool
 
     @classmethod
@@ -68,7 +66,6 @@ class Canvases:
         requests: Sequence[int],
         length: int | None = None,
         early: Sequence[bool] = (),
-        banned: Sequence[int] = (),
         has_pins: bool = False,
     ) -> Canvases:
         """One row for each of these rules, and the scratch row. `length` None: the model's own."""
@@ -104,10 +101,47 @@ class Canvases:
                 early_X=torch.tensor([*early, *[False] * (size - len(early))]),
                 settled_X=torch.zeros(size, dtype=torch.long),
                 eos_E=torch.tensor(config.eos_ids, dtype=torch.long),
-                banned_E=torch.tensor(sorted({*config.eos_ids, *banned}), dtype=torch.long),
                 has_pins=has_pins or any(early),
                 has_early=any(early),
             )
+
+    def seat_(self, row: int, rules: Rules, seed: int, is_early: bool = False) -> Canvases:
+        """Give a row to a new request. Returns the state, which is another where these rules need more room."""
+        state = self.resized(len(self.step_X) - 1, rules.max_steps, rules.stability)
+        heat = [rules.schedule.temperature(step) for step in range(state.heat_XS.shape[1])]
+        for whole_X, value in (
+            (state.words_X4, [seed & 0xFFFFFFFF, seed >> 32, 0, 0]),
+            (state.heat_XS, heat),
+            (state.bound_X, rules.entropy_bound),
+            (state.stability_X, rules.stability),
+            (state.confidence_X, rules.confidence),
+            (state.max_steps_X, rules.max_steps),
+            (state.early_X, is_early),
+        ):
+            whole_X[row] = torch.tensor(value, device=whole_X.device, dtype=whole_X.dtype)
+        return state
+
+    def resized(self, rows: int, steps: int, depth: int) -> Canvases:
+        """The same rows with room for so many of them, and at least so many steps and remembered canvases."""
+        steps = max(steps + 1, self.heat_XS.shape[1])
+        depth = max(depth, self.history_XHL.shape[1])
+        if (rows + 1, steps, depth) == (len(self.step_X), self.heat_XS.shape[1], self.history_XHL.shape[1]):
+            return self
+        kept, found = min(rows, len(self.step_X) - 1), {}
+        for field in fields(self):
+            old = found[field.name] = getattr(self, field.name)
+            if not field.name.split("_")[-1].startswith("X"):
+                continue
+            shape, width = [rows + 1, *old.shape[1:]], slice(None)
+            if old is self.heat_XS:
+                shape[1], width = steps, slice(old.shape[1])
+            elif old is self.history_XHL:
+                shape[1], width = depth, slice(depth - old.shape[1], None)
+            fill = -1 if old is self.history_XHL or old is self.pin_XL else 0
+            new = found[field.name] = torch.full(shape, fill, dtype=old.dtype, device=old.device)
+            part = new[:, width] if new.dim() > 1 else new
+            part[:kept], part[-1] = old[:kept], old[-1]  # the last is scratch
+        return Canvases(**found)
 
     def begin_(
         self,
@@ -162,14 +196,14 @@ def step_(
     dice: dict[str, Tensor] | None = None,
     noise_BL: Tensor | None = None,
     is_first: bool = False,
-    bans: bool = False,
+    bans: Tensor | None = None,
     project: Project | None = None,
 ) -> Tensor | None:
     """One step of the canvases `at_B`, whose cache rows are those of `run`. The caller advances the cache.
 
     `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
     `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
-    them they are counted from the state's own words. `bans`: some position is banned from some tokens.
+    them they are counted from the state's own words. `bans` are the tokens that banned positions may not take.
     `project` asks the host."""
     canvas_BL, old_B = state.canvas_XL[at_B], state.step_X[at_B]
     # 1. One pass over the canvases; what waits to be encoded comes along.
@@ -181,7 +215,7 @@ def step_(
     # 2. Read out: what would be sampled, what is most likely, how sure.
     if dice is None or noise_BL is None:
         dice, noise_BL = _count(state, at_B, model)
-    banned = (state.banned_XL[at_B], state.banned_E) if bans else None
+    banned = None if bans is None else (state.banned_XL[at_B], bans)
     heat_B = state.heat_XS[at_B, old_B]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
@@ -300,7 +334,14 @@ class Recorded:
     With `records=False` the same static buffers are used and the step runs as usual: for tests without a GPU."""
 
     def __init__(
-        self, model: Model, cache: KVCache, state: Canvases, batch: int, encode: int, bans: bool, records: bool = True
+        self,
+        model: Model,
+        cache: KVCache,
+        state: Canvases,
+        batch: int,
+        encode: int,
+        bans: Tensor | None = None,
+        records: bool = True,
     ) -> None:
         self.cache, self.batch, self.encode = cache, batch, encode
         self.scratch = state.canvas_XL.shape[0] - 1

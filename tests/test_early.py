@@ -11,7 +11,7 @@ import pytest
 from sfumato import LLM, Options, sudoku
 from sfumato.engine import Run
 from sfumato.evals.sudoku import request, solve
-from sfumato.events import Commit, Done, InputError
+from sfumato.events import Commit, Done
 
 EARLY = Options(seed=2, early=True, max_tokens=82)
 
@@ -62,14 +62,15 @@ def test_the_default_is_untouched_and_easy_answers_are_the_same(llm: LLM) -> Non
 def test_a_short_budget_takes_a_short_canvas(llm: LLM) -> None:
     ids, short = llm.encode("Solve"), Options(seed=2, short=True)
     run = Run(llm.model, [ids], [replace(short, max_tokens=10)])
-    assert run.length == 16
+    assert run.rows[0].length == 16
     events = list(run)
     assert len(events[-1].tokens) <= 10 and events[-1].usage.steps <= 16
-    assert Run(llm.model, [ids], [replace(short, max_tokens=70)]).length == 80
-    assert Run(llm.model, [ids], [short]).length == 82
-    assert Run(llm.model, [ids], [replace(EARLY, max_tokens=10)]).length == 82
-    with pytest.raises(InputError, match="canvases of 16 and 82 positions"):
-        Run(llm.model, [ids] * 2, [replace(short, max_tokens=10), short])
+    several = [replace(short, max_tokens=10), replace(short, max_tokens=70), short, replace(EARLY, max_tokens=10)]
+    together = Run(llm.model, [ids] * 4, several)
+    assert [row.length for row in together.rows] == [16, 80, 82, 82]
+    found = {e.row: e.tokens for e in together if isinstance(e, Done)}
+    for row, options in enumerate(several):
+        assert [found[row]] == [e.tokens for e in Run(llm.model, [ids], options) if isinstance(e, Done)]
 
 
 def test_a_canvas_stops_where_all_up_to_its_first_end_is_settled(llm: LLM) -> None:

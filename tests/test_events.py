@@ -32,9 +32,10 @@ LIMITS: dict[str, tuple[float, float, bool, bool, str]] = {
     "confidence": (0.0, 100.0, False, True, "from 0 to 100"),
     "temperature": (0.0, 100.0, False, False, "from 0 to 100"),
     "top_k": (0, 2**62, True, False, "from 0 to 2^62"),
+    "top_logprobs": (0, 20, True, False, "from 0 to 20"),
     "top_p": (1e-6, 1.0, False, False, "above 0, at most 1"),
 }
-FLAGS = ("drafts", "logprobs", "early", "short", "strict", "thinking")
+FLAGS = ("drafts", "logprobs", "early", "short", "strict", "must_call", "thinking")
 FORMS = ("schema", "regex", "grammar", "choices")
 
 
@@ -71,7 +72,11 @@ def test_an_answer_obeys_one_form(name: str) -> None:
 def test_both_limits_are_allowed(name: str) -> None:
     low, high, is_whole, is_open, _ = LIMITS[name]
     for value in (low, high, 1):
-        partner = {"min_tokens": {"max_tokens": None}, "t_min": {"t_max": None}}.get(name, {})
+        partner = {
+            "min_tokens": {"max_tokens": None},
+            "t_min": {"t_max": None},
+            "top_logprobs": {"logprobs": True},
+        }.get(name, {})
         assert getattr(Options(**{name: value}, **partner), name) == value
     if not is_whole:
         assert getattr(Options(**{name: 0.5}), name) == 0.5

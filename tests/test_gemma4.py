@@ -416,6 +416,7 @@ class Letters:
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sfumato import llm as module
+    from sfumato import reader
 
     class Detokeniser:
         def __init__(self, tokenizer: Letters) -> None:
@@ -427,7 +428,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Any:
         def flush(self) -> str:
             return ""
 
-    monkeypatch.setattr(module, "Detokeniser", Detokeniser)
+    monkeypatch.setattr(reader, "Detokeniser", Detokeniser)
     return module.LLM(bare(), Letters())  # type: ignore[arg-type]
 
 

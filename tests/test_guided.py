@@ -14,6 +14,7 @@ from test_constrain import generated, valid
 from sfumato import LLM, Options, Slot, calls
 from sfumato.chat import parse_ids
 from sfumato.config import read_generation_config
+from sfumato.engine import Run
 from sfumato.events import Commit, Done, InputError
 from sfumato.guided import Span, _pick_
 from sfumato.tokenizer import Tokenizer
@@ -178,14 +179,12 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     called = 0
     ids = nano.encode([{"role": "user", "content": "A table, please."}], [TOOL])
     lead = [wild.tokenizer.id("<|tool_call>") or 0]  # random weights never open a call by themselves
-    grammar = Options(grammar=calls.grammar([TOOL])).constraint
-    assert grammar is not None
+    grammar = wild.grammar("grammar", calls.grammar([TOOL]))
     for seed in range(12):
-        span = Span(0, None, wild.grammar(*grammar).start(70))
+        span = Span(0, None, grammar.start(70))
         options = Options(seed=seed, max_tokens=70, max_steps=3)
-        done = next(
-            e for e in wild.events([ids], options, [dict(enumerate(lead))], None, [[span]]) if isinstance(e, Done)
-        )
+        ask = wild.ask(ids, options, pins=dict(enumerate(lead)), spans=[span])
+        done = list(Run(wild.model, [ask.request]))[-1]
         assert done.finish_reason == "stop"
         for call in parse_ids(wild.tokenizer, done.tokens).tool_calls:
             called += 1

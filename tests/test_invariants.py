@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato import engine
+from sfumato import rows as requests
 from sfumato.cache import KVCache
-from sfumato.diffusion import CountedDice, Rules, Schedule, accept, is_confident, is_stable
+from sfumato.diffusion import CountedDice, Rules, Schedule, accept, is_confident, is_stable, pick_token
 from sfumato.events import CapacityError, Commit, Done, Draft, InputError, Options
 from sfumato.model import Model
 from sfumato.ops.reference import inverse_cdf
@@ -658,7 +659,7 @@ def test_a_token_is_picked_with_its_probability() -> None:
     grid = (torch.arange(2000) + 0.5) / 2000
 
     def shares(**options: Any) -> list[float]:
-        count = Counter(engine.pick_token(logits, Options(**options), uniform) for uniform in grid)
+        count = Counter(pick_token(logits, Options(**options), uniform) for uniform in grid)
         return [count[token] / 2000 for token in range(5)]
 
     def wanted(temperature: float, kept: Sequence[int]) -> list[float]:
@@ -687,7 +688,7 @@ def test_without_a_limit_the_answer_runs_to_the_end_of_the_context(monkeypatch: 
     for mode in ("diffusion", "autoregressive"):
         options = dataclasses.replace(SETTLES, seed=1, mode=mode)
         with monkeypatch.context() as small:
-            small.setattr(engine, "FIRST_ROOM", 4 * LENGTH)
+            small.setattr(requests, "FIRST_ROOM", 4 * LENGTH)
             run = engine.Run(ours, PROMPTS[:2], options)
         assert run.cache.capacity == len(PROMPTS[1]) + 4 * LENGTH
         done = {event.row: event for event in run if isinstance(event, Done)}

@@ -9,9 +9,9 @@ import pytest
 from sfumato import LLM, Options
 from sfumato.evals.sudoku import request, solve
 from sfumato.events import Commit, Done, Draft, InputError
-from sfumato.llm import _Reader
 from sfumato.ops import cpu
 from sfumato.ops.cpu import build
+from sfumato.reader import Reader
 from sfumato.sudoku import is_solved
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
@@ -77,13 +77,13 @@ def test_a_stop_string_ends_the_text_wherever_it_falls(llm: LLM, cut: int):
 
 
 def test_a_stream_holds_back_what_may_become_a_stop_string(llm: LLM):
-    reader = _Reader(llm.tokenizer, ("END!",))
+    reader = Reader(llm.tokenizer, ("END!",), ends=())
     pieces = []
     for part in ("abc E", "N", "D, no", " EN", "D!tail"):
-        if reader.push(llm.tokenizer.encode(part)) is not None:
-            break
-        pieces.append(reader.take(is_over=False))
-    pieces.append(reader.take(is_over=True))
+        tokens = llm.tokenizer.encode(part)
+        keep = reader.push(tokens)
+        told = reader.tell(Commit(0, 0, 1, tokens[:keep], is_last=keep is not None))
+        pieces.append(told.text)
     assert pieces[:2] == ["abc ", ""]
     assert "".join(pieces) == reader.text == "abc END, no " and reader.found == "END!"
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato import engine
+from sfumato import rows as requests
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Rules
 from sfumato.events import Commit, Done, Options
@@ -261,7 +262,7 @@ def test_a_recorded_step_for_four_serves_one(encode: int) -> None:
     hidden = step_(ours, cache, state, torch.tensor([1]), run, more)
     cache, state = recorded
     others = told(state, [0, 2]), content(cache, [0, 2])
-    step = Recorded(ours, cache, state, 4, LENGTH if encode else 0, bans=False, records=False)
+    step = Recorded(ours, cache, state, 4, LENGTH if encode else 0, records=False)
     found = step([1], [9], [encode], tokens if encode else None)
     assert same(told(state, [0, 2]), others[0])
     assert same(content(cache, [0, 2]), others[1])
@@ -354,7 +355,7 @@ def test_a_cache_that_grows_under_way_changes_nothing(way: str, monkeypatch: pyt
     """What was recorded for the smaller cache is not replayed on it."""
     options = [dataclasses.replace(o, max_tokens=5 * LENGTH) for o in each()]
     wanted = answers(talker(), PROMPTS[:2], options[:2])
-    monkeypatch.setattr(engine, "FIRST_ROOM", LENGTH)
+    monkeypatch.setattr(requests, "FIRST_ROOM", LENGTH)
     run = engine.Run(talker(), PROMPTS[:2], options[:2], **WAYS[way])
     small = run.cache.capacity
     tokens = {event.row: event.tokens for event in run if isinstance(event, Done)}
