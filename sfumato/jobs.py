@@ -1,0 +1,130 @@
+"""What `LLM`'s methods do, for many callers at once: their plans, carried out on one batch.
+
+`begin` does the slow part (templates, tokens, grammars) in whatever thread it is called; `turn` belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sfumato.batch import Batch, BatchLimits, Figures
+from sfumato.events import BusyError, Decision, Done, Draft, Edited, Event, Filled, Options, SfumatoError
+from sfumato.llm import LLM, Ask, Plan
+
+Told = Event | Filled | Edited | dict[str, Decision] | SfumatoError
+
+
+@dataclass(eq=False)
+class _Job:
+    key: int
+    plan: Plan[Any]
+    asks: list[Ask]
+    is_answer: bool
+    """Its events are what was asked for; of other jobs the result is."""
+    has_drafts: bool
+    tickets: list[int] = field(default_factory=list)
+    ended: dict[int, Done] = field(default_factory=dict)
+
+
+class Jobs:
+    """Jobs by the keys that their callers give them."""
+
+    def __init__(self, llm: LLM, limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
+        self.llm, self.limits = llm, limits
+        self.batch = Batch(llm.model, limits)
+        self._lock = threading.Lock()
+        self._begun: list[_Job] = []
+        self._cancelled: set[int] = set()
+        self._jobs: dict[int, _Job] = {}
+        self._by_ticket: dict[int, tuple[_Job, int]] = {}
+
+    def begin(self, key: int, kind: str, payload: Mapping[str, Any], options: Options) -> None:
+        """Take a job (see `LLM.plan`). InputError, CapacityError; BusyError where too many wait."""
+        self._check_queue(1)
+        plan = self.llm.plan(kind, payload, options)
+        job = _Job(key, plan, next(plan), kind in ("chat", "complete"), options.drafts)
+        with self._lock:
+            self._check_queue(len(job.asks))
+            self._begun.append(job)
+
+    def _check_queue(self, more: int) -> None:
+        waiting = self.batch.figures().queue + sum(len(job.asks) for job in self._begun)
+        if waiting + more > self.limits.queue:
+            raise BusyError(f"{waiting} requests wait already, of {self.limits.queue} that may; try again in a moment")
+
+    def cancel(self, key: int) -> None:
+        """Forget a job; before the next step its rows are free."""
+        with self._lock:
+            self._cancelled.add(key)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.batch.is_idle and not self._begun and not self._cancelled
+
+    def figures(self) -> Figures:
+        return self.batch.figures()
+
+    def turn(self) -> list[tuple[int, Told]]:
+        """One turn of the batch: what there is to tell of which job. An error, the last event of an answer, or a result
+        is the last of its job."""
+        with self._lock:
+            begun, self._begun = self._begun, []
+            cancelled, self._cancelled = self._cancelled, set()
+        told: list[tuple[int, Told]] = []
+        for job in begun:
+            if job.key not in cancelled:
+                self._jobs[job.key] = job
+                told += self._submit(job)
+        for key in cancelled & self._jobs.keys():
+            self._drop(self._jobs[key])
+        for event in self.batch.turn():
+            job, place = self._by_ticket[event.row]
+            told += self._tell(job, place, event)
+        return told
+
+    def _submit(self, job: _Job) -> list[tuple[int, Told]]:
+        job.ended, job.tickets = {}, []
+        try:
+            for place, ask in enumerate(job.asks):
+                ticket = self.batch.submit(ask.request)
+                job.tickets.append(ticket)
+                self._by_ticket[ticket] = job, place
+        except SfumatoError as error:
+            self._drop(job)
+            return [(job.key, error)]
+        return []
+
+    def _tell(self, job: _Job, place: int, event: Event) -> list[tuple[int, Told]]:
+        ask = job.asks[place]
+        event = replace(ask.reader.tell(event), row=place)
+        told: list[tuple[int, Told]] = []
+        if job.is_answer or (isinstance(event, Draft) and ask.is_shown and job.has_drafts):
+            told.append((job.key, event))
+        if isinstance(event, Done):
+            self._by_ticket.pop(job.tickets[place])
+            job.ended[place] = event
+            if len(job.ended) == len(job.asks):
+                told += self._go_on(job)
+        return told
+
+    def _go_on(self, job: _Job) -> list[tuple[int, Told]]:
+        """All that a plan asked for has ended: the next part of it, or its result."""
+        try:
+            job.asks = job.plan.send([job.ended[place] for place in range(len(job.asks))])
+        except StopIteration as stop:
+            self._jobs.pop(job.key)
+            return [] if job.is_answer else [(job.key, stop.value)]
+        except SfumatoError as error:
+            self._drop(job)
+            return [(job.key, error)]
+        return self._submit(job)
+
+    def _drop(self, job: _Job) -> None:
+        self._jobs.pop(job.key, None)
+        job.plan.close()
+        for ticket in job.tickets:
+            if self._by_ticket.pop(ticket, None) is not None:
+                self.batch.cancel(ticket)
