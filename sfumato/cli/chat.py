@@ -11,14 +11,19 @@ from rich.console import Console
 from rich.text import Text
 
 from sfumato.cli import options as opt
-from sfumato.cli.generate import load, show
-from sfumato.events import Commit, Done, InputError
+from sfumato.cli.generate import Api, ApiKey, ApiKeyFile, Model, connect_or_load, has_drafts, show
+from sfumato.cli.view import visible
+from sfumato.events import Commit, Done, InputError, SfumatoError
+from sfumato.remote import Remote
 
 HELP = "/new begins again · /seed N fixes the seed · /set NAME=VALUE changes an option · /quit ends"
 
 
 def command(
-    model: opt.Model = "nano",
+    model: Model = None,
+    api: Api = None,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_tokens: opt.MaxTokens = None,
     seed: opt.Seed = None,
@@ -35,19 +40,21 @@ def command(
     """Talk to a model; each answer denoises live. Piped, every line of input is a message and every answer is printed.
 
     Example: sfumato chat -m google/diffusiongemma-26B-A4B-it --system "Answer in one sentence."
+
+    Example: sfumato chat --api https://models.example.com --api-key-file key.txt
     """
     pairs = list(set_ or [])
     given = {"max_tokens": max_tokens, "seed": seed, "mode": mode, "thinking": thinking}
     options = opt.build(pairs, **given)
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops, quantize, memory_limit)
-    from sfumato import chat
-
+    llm = connect_or_load(api, api_key, api_key_file, model, device, dtype, ops, quantize, memory_limit)
+    if isinstance(llm, Remote):
+        llm.check(options)
     messages: list[dict[str, Any]] = []
     start = [{"role": "system", "content": system}] if system else []
     is_live = console.is_terminal and sys.stdin.isatty()
     if is_live:
-        console.print(Text(f"{llm.name} · {HELP}", style="dim"))
+        console.print(visible(f"{llm.name} · {HELP}", "dim"))
     while True:
         try:
             line = console.input("[bold]› [/bold]") if is_live else sys.stdin.readline()
@@ -64,10 +71,14 @@ def command(
                 break
             try:
                 if name == "new":
-                    messages, _ = [], llm.forget()  # type: ignore[func-returns-value]
+                    messages = []
+                    llm.forget()
                 elif name in ("seed", "set"):
                     pairs.append(value if name == "set" else f"seed={value}")
-                    options = opt.build(pairs, **given)
+                    wanted = opt.build(pairs, **given)
+                    if isinstance(llm, Remote):
+                        llm.check(wanted)
+                    options = wanted
                 else:
                     raise InputError(f"there is no command /{name}; {HELP}")
             except InputError as error:
@@ -76,20 +87,26 @@ def command(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            has_drafts = is_live and llm.model.config.is_diffusion and options.mode != "autoregressive"
-            wanted = replace(options, drafts=has_drafts)
+            wanted = replace(options, drafts=is_live and has_drafts(llm, options))
             events = llm.stream(start + messages, wanted)
             if is_live:
                 done = show(llm, events, console, delay)
             else:
                 for event in events:
                     if isinstance(event, Commit):
-                        print(event.text, end="", flush=True)
+                        text = visible(event.text).plain if console.is_terminal else event.text
+                        print(text, end="", flush=True)
                     elif isinstance(event, Done):
                         done = event
                 print()
-        except InputError as error:
+        except SfumatoError as error:
             console.print(Text(str(error), style="red"))
             messages.pop()
             continue
-        messages.append(chat.to_history(chat.parse_ids(llm.tokenizer, done.tokens)))
+        messages.append(_history(done))
+
+
+def _history(done: Done) -> dict[str, Any]:
+    """The message that carries an answer into the next prompt; its thought stays behind."""
+    calls = [{"type": "function", "function": call} for call in done.tool_calls]
+    return {"role": "assistant", "content": done.text} | ({"tool_calls": calls} if calls else {})

@@ -7,7 +7,6 @@ apart (`spent`), so that figures speak of the engine alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console, Group, RenderableType
@@ -54,24 +53,23 @@ class CanvasView:
             self._live = None
 
 
-def canvas_text(draft: Draft, piece: Callable[[int], str], ends: tuple[int, ...]) -> Text:
-    """The draft's tokens up to its end of text, coloured. `piece` gives a token's text."""
+def canvas_text(draft: Draft) -> Text:
+    """The draft's tokens up to its end of text, coloured."""
     text = Text()
-    for token, entropy, is_accepted in zip(draft.tokens, draft.entropies, draft.accepted, strict=True):
-        if token in ends:
-            text.append("▪", style=colour(entropy))
-            break
-        style = colour(entropy) + ("" if is_accepted else " italic")
-        text.append(piece(token), style=style)
+    marks = zip(draft.pieces[: draft.end], draft.entropies, draft.accepted, strict=False)
+    for piece, entropy, is_accepted in marks:
+        text.append_text(visible(piece, colour(entropy) + ("" if is_accepted else " italic")))
+    if draft.end < len(draft.pieces):
+        text.append("▪", style=colour(draft.entropies[draft.end]))
     return text
 
 
 def canvas_frame(draft: Draft, text: Text, height: int) -> RenderableType:
     """The canvas with a line below that says how far it is; cut to the terminal's height."""
     accepted = sum(draft.accepted)
-    mean = sum(draft.entropies) / len(draft.entropies)
+    mean = sum(draft.entropies) / max(1, len(draft.entropies))
     status = Text(
-        f"canvas {draft.canvas + 1} · step {draft.step} · {accepted}/{len(draft.tokens)} accepted · "
+        f"canvas {draft.canvas + 1} · step {draft.step} · {accepted}/{len(draft.accepted)} accepted · "
         f"entropy {mean:.3f} nats",
         style="dim",
     )
@@ -80,13 +78,15 @@ def canvas_frame(draft: Draft, text: Text, height: int) -> RenderableType:
 
 
 def summary(usage: Usage, seconds: float) -> str:
-    """One line after an answer."""
+    """One line after an answer. Steps and passes are left out where a host counts none."""
     speed = usage.tokens / seconds if seconds else 0.0
     kept = f", {usage.reused_tokens} of them reused" if usage.reused_tokens else ""
     canvases = f" on {usage.canvases} canvas{'es' if usage.canvases != 1 else ''}" if usage.canvases else ""
+    steps = f" in {usage.steps} steps{canvases}" if usage.passes else ""
+    each = f"{usage.tokens_per_pass:.1f} tokens per pass, " if usage.passes else ""
     return (
-        f"{usage.tokens} tokens in {usage.steps} steps{canvases}, {seconds:.2f} s, "
-        f"{usage.tokens_per_pass:.1f} tokens per pass, {speed:.0f} tokens/s (prompt {usage.prompt_tokens} tokens{kept})"
+        f"{usage.tokens} tokens{steps}, {seconds:.2f} s, {each}{speed:.0f} tokens/s "
+        f"(prompt {usage.prompt_tokens} tokens{kept})"
     )
 
 
