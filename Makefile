@@ -78,7 +78,7 @@ $(BIN)/python:
 $(VENV)/.demo-stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'setup: installing torch, then Sfumato and what it needs to run (the first time: a few minutes)'
 	@$(PIP_INSTALL) torch
-	@$(PIP_INSTALL) -e '.[constrain]'
+	@$(PIP_INSTALL) -e '.[serve]'
 	@touch $@
 
 # The test extras hold all that the demo needs, so this also makes the demo ready.

@@ -27,6 +27,7 @@ COMMANDS = {
     "fill": ("sfumato.cli.fill", "Write the slots of a template, all together."),
     "decide": ("sfumato.cli.decide", "Choose between given answers, with probabilities."),
     "sudoku": ("sfumato.cli.sudoku", "Solve Sudoku on a canvas, and check the answer."),
+    "serve": ("sfumato.cli.serve", "Serve the model over HTTP, with a page: OpenAI's routes, and ours."),
     "info": ("sfumato.cli.info", "What a model holds, needs, and could reach at best. Works without weights."),
     "bench": ("sfumato.cli.bench", "Time every part of a step, beside what this machine can do at all."),
     "quantize": ("sfumato.cli.quantize", "Write a checkpoint in fewer bits."),

@@ -1,12 +1,14 @@
-"""What the routes need of whatever runs the model: jobs in, events out; `worker.Worker` is the real one, tests pass a fake.
+"""What the routes need of whatever runs the model: jobs in, events out. `worker.Worker` is one; tests pass a fake.
 
 Nothing here imports torch, nor the web framework.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import traceback
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sfumato.events import Decision, Edited, Event, Filled, Options
@@ -73,6 +75,12 @@ class Stats:
     restarts: int = 0
 
 
+def where(error: Exception, depth: int = 8) -> str:
+    """The kind of an error and the last places it came through; not its words, which may be a prompt's."""
+    frames = traceback.extract_tb(error.__traceback__)[-depth:]
+    return " < ".join([type(error).__name__, *(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))])
+
+
 class Backend(Protocol):
     """Runs jobs. WorkerError while there is no worker, or when it ends under a job."""
 
@@ -84,7 +92,7 @@ class Backend(Protocol):
 
     async def card(self) -> ModelCard: ...
 
-    def run(self, job: Job) -> AsyncIterator[Event | Result]:
+    def run(self, job: Job) -> AsyncGenerator[Event | Result, None]:
         """Draft (if options.drafts), Commit and Done for chat and complete; for the others drafts and one `Result`.
 
         InputError, CapacityError and BusyError come before any event. Closing the iterator cancels the job: its row is

@@ -1,0 +1,151 @@
+"""Draws docs/ui/*.png: the page as a person sees it, in Debian's chromium, over scripted answers.
+
+    .venv/bin/python scripts/make_screenshots.py
+
+The answers and their drafts are written here, not by a model: nano, the embedded one, knows nothing but Sudoku.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Page, sync_playwright
+
+from sfumato import sudoku
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from ui_server import FLAGS, PageServer, Refusal, chat, draft, drafts, usage  # noqa: E402
+
+OUT = ROOT / "docs" / "ui"
+QUESTION = "How did Leonardo paint without lines?"
+ANSWER = """He let one tone pass into the next, like smoke. Sfumato he called it: “without lines or borders, in the \
+manner of smoke, or beyond the plane of focus.”
+
+Glaze lay upon glaze, each thinner than a hair, so that no edge was ever drawn. A corner of the mouth, an eyelid, the \
+far hills: they are found by the eye rather than given to it. What is certain stands in the light; what is not yet \
+decided stays in shadow until the whole picture has settled."""
+NOTE = "The valley lay quiet. {}By noon the hills had come back, one after another, each a little bluer than the last."
+MIDDLE = "Mist had filled it to the brim in the night, and nothing stood out but the bell tower. "
+
+
+def board(body: dict[str, Any], hold: threading.Event) -> list[Any]:
+    """A solved board in six steps; waits after the third."""
+    puzzle = body["messages"][0]["content"].split("\n")[1]
+    solution = sudoku.solve(puzzle)
+    assert solution is not None
+    dice = random.Random(3)
+    settles = [0.0 if clue != "0" else dice.uniform(0.5, 6) for clue in puzzle]
+    script: list[Any] = []
+    for step in range(1, 7):
+        left = [max(0.0, at - step) for at in settles]
+        pieces = [c if far < 1 else dice.choice("123456789") for c, far in zip(solution, left, strict=True)]
+        one = draft(pieces, [min(2.2, 0.75 * far) for far in left], step, padding=1)
+        script.append({"object": "fill", "draft": one})
+        if step == 3:
+            script.append(hold)
+    return [*script, {"object": "fill", "text": solution, "usage": usage(81, 6, 0.21)}]
+
+
+def infill(body: dict[str, Any]) -> list[Any]:
+    whole = body["prefix"] + MIDDLE + body["suffix"]
+    some = [{"object": "infill", "draft": one} for one in drafts(whole, 7)]
+    return [*some, {"object": "infill", "text": whole, "middle": MIDDLE, "usage": usage(19, 7, 0.62)}]
+
+
+def shoot(page: Page, name: str) -> None:
+    page.mouse.move(0, 0)
+    page.screenshot(path=OUT / f"{name}.png", animations="disabled")
+
+
+def say(page: Page, text: str) -> None:
+    page.locator("#message").fill(text)
+    page.locator("#message").press("Enter")
+
+
+def main() -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    server, hold = PageServer(), threading.Event()
+    server.scripts = {
+        "/v1/chat/completions": [chat(ANSWER, 12, hold, 5)],
+        "/v1/infill": [infill],
+        "/v1/fill": [lambda body: board(body, hold)],
+    }
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+
+        def open_page(width: int, height: int, scheme: Any, is_phone: bool = False) -> Page:
+            hold.clear()
+            page = browser.new_page(
+                viewport={"width": width, "height": height},
+                color_scheme=scheme,
+                device_scale_factor=1.5 if is_phone else 1,
+                is_mobile=is_phone,
+                has_touch=is_phone,
+                reduced_motion="reduce",
+            )
+            page.goto(server.url)
+            page.wait_for_selector("[data-state=ready]")
+            return page
+
+        page = open_page(1200, 720, "light")
+        say(page, QUESTION)
+        page.get_by_text("Canvas 1, step 5,").wait_for()
+        shoot(page, "chat")
+        hold.set()
+        page.get_by_role("button", name="Regenerate").wait_for()
+        page.emulate_media(color_scheme="dark")
+        page.locator(".replay").press("Home")
+        for _ in range(6):
+            page.locator(".replay").press("ArrowRight")
+        shoot(page, "replay-dark")
+        server.scripts["/v1/chat/completions"] = [
+            Refusal(503, "overloaded_error", "256 requests wait, as many as the queue holds.", {"Retry-After": "1"})
+        ]
+        page.locator(".replay").press("End")
+        say(page, "And the far hills?")
+        page.locator("#log .trouble").wait_for()
+        shoot(page, "busy-dark")
+
+        page = open_page(1200, 900, "light")
+        page.get_by_role("link", name="Editor").click()
+        text = page.locator("#text")
+        text.fill(NOTE.format(""))
+        text.evaluate("(field, at) => { field.focus(); field.setSelectionRange(at, at); }", NOTE.index("{"))
+        page.locator("#infill").click()
+        page.locator("#accept").wait_for()
+        page.evaluate("scrollTo(0, 0)")
+        shoot(page, "editor")
+
+        page = open_page(1200, 880, "dark")
+        page.get_by_role("link", name="Sudoku").click()
+        page.locator("#sample").select_option("3")
+        page.locator("#solve").click()
+        page.get_by_text("Canvas 1, step 3,").wait_for()
+        shoot(page, "sudoku-dark")
+        hold.set()
+
+        page = open_page(1200, 1040, "light")
+        page.get_by_role("link", name="Settings").click()
+        page.locator("#option-max_steps").fill("24")
+        page.evaluate("scrollTo(0, 0)")
+        shoot(page, "settings")
+
+        server.scripts["/v1/chat/completions"] = [chat(ANSWER, 12, hold, 6)]
+        page = open_page(360, 660, "light", is_phone=True)
+        say(page, QUESTION)
+        page.get_by_text("Canvas 1, step 6,").wait_for()
+        page.evaluate("scrollTo(0, 0)")
+        shoot(page, "phone")
+        hold.set()
+        browser.close()
+    server.close()
+
+
+if __name__ == "__main__":
+    main()

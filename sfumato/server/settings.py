@@ -1,0 +1,66 @@
+"""How the server is set up: who may come, what it is called, and how much one request may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sfumato.events import InputError
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Addresses that only this machine reaches."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. How many may wait is the backend's to say."""
+
+    max_body: int = 4 << 20
+    """Bytes of a request's body."""
+    max_depth: int = 64
+    """Nesting of a request's JSON."""
+    max_n: int = 16
+    """Answers to one prompt."""
+    max_prompts: int = 64
+    """Answers to one request, all its prompts together."""
+    max_stops: int = 16
+    max_tools: int = 128
+    timeout: float = 600.0
+    """Seconds from a request's last byte to its answer's."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """InputError for a server that would be open to others without a key."""
+
+    host: str = "127.0.0.1"
+    """The address it binds to. On a local one it answers only to local names."""
+    keys: tuple[str, ...] = ()
+    """Of whom one is needed for everything but health and the page; none: no key is asked for."""
+    name: str | None = None
+    """The model's name to clients; None: its own."""
+    aliases: tuple[str, ...] = ()
+    """More names by which the model may be asked for."""
+    cors: tuple[str, ...] = ()
+    """Origins whose pages may call the server from a browser; "*": any."""
+    log_prompts: bool = False
+    """Write what requests say to the log."""
+    write_timeout: float = 60.0
+    """Seconds for which a client may leave what it is sent unread, or what it sends unfinished."""
+    keep_alive: float = 15.0
+    """Seconds of silence in a stream after which it says that it is alive."""
+    drain: float = 30.0
+    """Seconds that requests under way have to finish when the server stops."""
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not self.is_local and not self.keys:
+            raise InputError(
+                f"the server would be open to others on {self.host}; give an API key, or bind to 127.0.0.1"
+            )
+        for key in self.keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise InputError("an API key is empty, or holds a space or what is not ASCII; use letters and digits")
+
+    @property
+    def is_local(self) -> bool:
+        return self.host in LOCAL

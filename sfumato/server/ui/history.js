@@ -1,0 +1,44 @@
+// Chats kept in this browser: newest first, at most MOST of them, the oldest given up where the browser is full.
+
+import { forget, load, save } from "./store.js";
+
+const MOST = 60;
+
+const read = () => load("chats", []).filter((chat) => chat && Array.isArray(chat.messages));
+
+function write(chats) {
+  let kept = chats.slice(0, MOST);
+  while (!save("chats", kept) && kept.length > 1) kept = kept.slice(0, -1);
+}
+
+export const list = () => read();
+export const find = (id) => read().find((chat) => chat.id === id) ?? null;
+
+/** Keep a chat and put it first. Read anew each time: another tab may have written meanwhile. */
+export function keep(chat) {
+  write([{ ...chat, updated: Date.now() }, ...read().filter((other) => other.id !== chat.id)]);
+}
+
+export function rename(id, title) {
+  write(read().map((chat) => (chat.id === id ? { ...chat, title } : chat)));
+}
+
+export function remove(id) {
+  write(read().filter((chat) => chat.id !== id));
+}
+
+export function removeAll() {
+  forget("chats");
+}
+
+export function fresh() {
+  const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+  return { id, title: "", updated: Date.now(), messages: [] };
+}
+
+/** A chat's name: the one given, or the beginning of its first message. */
+export function titleOf(chat) {
+  if (chat.title) return chat.title;
+  const first = chat.messages.find((message) => message.role === "user")?.content.trim().replace(/\s+/g, " ") ?? "";
+  return first.length > 48 ? `${first.slice(0, 47)}…` : first || "New chat";
+}

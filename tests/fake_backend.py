@@ -1,0 +1,286 @@
+"""A `Backend` without a model: what it answers follows from the job alone, so that tests can know it.
+
+A chat is answered with `reply(job)`, three words a canvas. With tools, and no result of one as the last message, it
+calls the first tool with `sample` arguments; a thought comes with `thinking`, a sample of the schema with `schema`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import uvicorn
+
+from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, SfumatoError, Usage
+from sfumato.server.backend import Job, ModelCard, Result, Stats
+
+CARD = ModelCard(
+    name="fake",
+    canvas_length=16,
+    max_position=4096,
+    vocab_size=1000,
+    is_diffusion=True,
+    has_chat=True,
+    parameters=1234,
+    dtype="float32",
+    ops="reference",
+    defaults={"max_steps": 24, "t_max": 0.7},
+)
+WORDS = 3
+"""Of a canvas."""
+STEPS = 3
+"""Of a canvas."""
+
+
+class FakeBackend:
+    """Counts its jobs; `pause` is slept before every event, `error` raised by every job after `error_after` events.
+    While `hold` is cleared, every job stops behind its first commit (a job on a template: before its result)."""
+
+    def __init__(
+        self,
+        card: ModelCard = CARD,
+        pause: float = 0.0,
+        error: Exception | None = None,
+        error_after: int = 0,
+        text: str | None = None,
+    ) -> None:
+        self.model, self.pause, self.error, self.error_after, self.text = card, pause, error, error_after, text
+        self.jobs: list[Job] = []
+        self.finished = self.cancelled = self.running = self.most_running = 0
+        self.is_loaded = True
+        self.start_error: SfumatoError | None = None
+        self.restarts = 0
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.changed = asyncio.Event()
+        """Pulses when a job begins, waits at `hold`, or ends."""
+
+    async def start(self) -> None:
+        if self.start_error is not None:
+            raise self.start_error
+
+    async def stop(self, drain_seconds: float) -> None:
+        self.is_loaded = False
+
+    async def card(self) -> ModelCard:
+        return self.model
+
+    def is_ready(self) -> bool:
+        return self.is_loaded
+
+    def stats(self) -> Stats:
+        done = self.finished
+        return Stats(rows=self.running, rows_max=8, tokens=6 * done, passes=4 * done, restarts=self.restarts)
+
+    async def until(self, name: str, value: int) -> None:
+        """Wait until a count has this value."""
+        while getattr(self, name) != value:
+            self.changed.clear()
+            async with asyncio.timeout(10):
+                await self.changed.wait()
+
+    async def run(self, job: Job) -> AsyncGenerator[Event | Result, None]:
+        self.jobs.append(job)
+        self._count("running", 1)
+        self.most_running = max(self.most_running, self.running)
+        try:
+            for sent, event in enumerate(events_of(job, self.text)):
+                if self.error is not None and sent >= self.error_after:
+                    raise self.error
+                await asyncio.sleep(self.pause)
+                if not isinstance(event, Draft | Commit | Done):
+                    await self.hold.wait()
+                yield event
+                if isinstance(event, Commit):
+                    await self.hold.wait()
+            if self.error is not None:
+                raise self.error
+            self._count("finished", 1)
+        except (asyncio.CancelledError, GeneratorExit):
+            self._count("cancelled", 1)
+            raise
+        finally:
+            self._count("running", -1)
+
+    def _count(self, name: str, by: int) -> None:
+        setattr(self, name, getattr(self, name) + by)
+        self.changed.set()
+
+
+def events_of(job: Job, text: str | None = None) -> list[Event | Result]:
+    """All that a job gives."""
+    usage, seed = Usage(5, 6, 2, 6, 8, 0.5, 0.2, 3), job.options.seed or 0
+    payload = job.payload
+    drafts: list[Event | Result] = []
+    if job.options.drafts:
+        drafts = [_draft(0, step, ["ab", " cd", ""]) for step in range(STEPS)]
+    if job.kind == "infill":
+        middle = " middle "
+        whole = payload["prefix"] + middle + payload["suffix"]
+        return [*drafts, Filled(whole, {"middle": middle}, usage, seed, {"middle": 2})]
+    if job.kind == "edit":
+        return [*drafts, Edited(payload["text"].upper(), payload["text"], usage, seed)]
+    if job.kind == "fill":
+        return [*drafts, _filled(payload["template"], usage, seed)]
+    if job.kind == "decide":
+        return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in payload["fields"].items()}]
+    return _answer(job, text)
+
+
+def _answer(job: Job, text: str | None) -> list[Event | Result]:
+    options, messages = job.options, job.payload.get("messages") or []
+    calls, thought = [], None
+    if job.kind == "chat" and job.payload["tools"] and messages[-1]["role"] != "tool":
+        function = job.payload["tools"][0]["function"]
+        calls = [{"name": function["name"], "arguments": sample(function.get("parameters") or {"type": "object"})}]
+        calls *= 2 if "twice" in str(messages[-1].get("content")) else 1
+        text = ""
+    elif text is None:
+        text = reply(job)
+    if options.thinking:
+        thought = "Let me think."
+    stop = next((s for s in options.stop if s in text), None)
+    if stop is not None:
+        text = text[: text.index(stop)]
+    pieces = re.findall(r"\s*\S+|\s+$", text)
+    is_cut = options.max_tokens is not None and len(pieces) > options.max_tokens
+    pieces = pieces[: options.max_tokens]
+    found: list[Event | Result] = []
+    canvases = [pieces[i : i + WORDS] for i in range(0, len(pieces), WORDS)] or [[]]
+    for canvas, words in enumerate(canvases):
+        if options.drafts:
+            found += [_draft(canvas, step, words) for step in range(STEPS)]
+        is_first, is_last = canvas == 0, canvas == len(canvases) - 1
+        logprobs = [-0.5 * (i + 1) for i in range(len(words))] if options.logprobs else None
+        tops = None
+        if options.top_logprobs:
+            tops = [{word: -0.5, " other": float("-inf")} for word in words]
+        found.append(
+            Commit(
+                row=0,
+                canvas=canvas,
+                steps=STEPS,
+                tokens=list(range(len(words))),
+                logprobs=logprobs,
+                text="".join(words),
+                thought=thought or "" if is_first else "",
+                tool_calls=calls if is_last else [],
+                pieces=words if options.logprobs else None,
+                top_logprobs=tops,
+            )
+        )
+    n = len(canvases)
+    usage = Usage(_size(job), len(pieces), n, STEPS * n, STEPS * n + 1, 0.5, 0.2, 1)
+    reason: Any = "length" if is_cut else "stop"
+    done = Done(0, reason, list(range(len(pieces))), usage, options.seed or 0, "".join(pieces), stop)
+    found.append(_with(done, thought, calls))
+    return found
+
+
+def _with(done: Done, thought: str | None, calls: list[dict[str, Any]]) -> Done:
+    return Done(
+        done.row, done.finish_reason, done.tokens, done.usage, done.seed, done.text, done.stop, None, thought, calls
+    )
+
+
+def reply(job: Job) -> str:
+    """What it says: a sample of the schema, the result of a tool, or what it was asked and by which seed."""
+    options = job.options
+    if options.schema is not None:
+        return json.dumps(sample(options.schema if isinstance(options.schema, dict) else {}))
+    if options.choices:
+        return options.choices[0]
+    if job.kind == "complete":
+        return f" one two three four five (seed {options.seed})."
+    last = job.payload["messages"][-1]
+    said = last.get("content") or ""
+    said = said if isinstance(said, str) else "".join(part["text"] for part in said)
+    return f"The tool says {said}" if last["role"] == "tool" else f"You said: {said} (seed {options.seed})."
+
+
+def sample(schema: Any, root: Any = None) -> Any:
+    """A small value that a simple schema allows."""
+    root = schema if root is None else root
+    if "$ref" in schema:
+        found = root
+        for step in schema["$ref"].removeprefix("#/").split("/"):
+            found = found[step]
+        return sample(found, root)
+    if "const" in schema:
+        return schema["const"]
+    for word in ("enum", "anyOf", "oneOf"):
+        if word in schema:
+            return schema["enum"][0] if word == "enum" else sample(schema[word][0], root)
+    kind = schema.get("type", "object")
+    if kind == "object":
+        return {name: sample(inner, root) for name, inner in schema.get("properties", {}).items()}
+    if kind == "array":
+        return [sample(schema.get("items", {"type": "string"}), root)]
+    return {"string": "text", "integer": 7, "number": 0.5, "boolean": True, "null": None}[kind]
+
+
+def _draft(canvas: int, step: int, words: list[str]) -> Draft:
+    n = len(words)
+    certain = [i * STEPS < n * (step + 1) for i in range(n)]
+    entropies = [0.01 if sure else 1.23456 for sure in certain]
+    pieces = [word if sure else " ?" for word, sure in zip(words, certain, strict=True)]
+    return Draft(0, canvas, step, list(range(n)), entropies, certain, "".join(pieces), pieces, n)
+
+
+def _filled(template: list[Any], usage: Usage, seed: int) -> Filled:
+    text, values = "", {}
+    for piece in template:
+        if isinstance(piece, str):
+            text += piece
+        else:
+            name = piece.get("name") or str(len(values) + 1)
+            values[name] = piece["choices"][0] if piece.get("choices") else f"<{name}>"
+            text += values[name]
+    return Filled(text, values, usage, seed, dict.fromkeys(values, 1))
+
+
+def _size(job: Job) -> int:
+    prompt = job.payload.get("prompt")
+    return len(prompt) if isinstance(prompt, list) else len(json.dumps(job.payload).split())
+
+
+@dataclass
+class Served:
+    """An application behind a real socket, in a thread of its own."""
+
+    url: str
+    port: int
+    loop: asyncio.AbstractEventLoop
+
+    def ask(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """What the work returns, in the server's own loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(20)
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[Served]:
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=1))
+    listener = socket.create_server(("127.0.0.1", 0))
+    loops: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()
+
+    async def main() -> None:
+        loops.put(asyncio.get_running_loop())
+        await server.serve(sockets=[listener])
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    port = listener.getsockname()[1]
+    try:
+        yield Served(f"http://127.0.0.1:{port}", port, loops.get(timeout=20))
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
