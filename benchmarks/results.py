@@ -348,6 +348,21 @@ def full_size(record: Record) -> str:
     return table(head, lines) + text
 
 
+def serve(record: Record) -> str:
+    from benchmarks.serve_page import PARTS  # only now: it imports the engine
+
+    texts = [
+        f"{text(record[part], table)}\n\n`{record[part]['environment'].get('command', '–')}`"
+        for part, text in PARTS.items()
+        if part in record
+    ]
+    pictures = {
+        "throughput": "![Latency and throughput by clients](docs/serve.png)",
+        "soak": "![The soak](docs/soak.png)",
+    }
+    return "\n\n".join([*texts, *(text for part, text in pictures.items() if part in record)])
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "peers": ("Beside transformers", peers),
     "step": ("A step", step),
@@ -358,6 +373,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "constrain": ("Grammars", constrain),
     "quantised": ("Fewer bits", quantised),
     "the true size": ("The true size", full_size),
+    "serve": ("Serving", serve),
     "ops": ("Operations", ops),
     "gpu": ("On a GPU", gpu),
     "predicted": ("Predicted for an H200", predicted),
