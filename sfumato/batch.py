@@ -23,6 +23,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +46,9 @@ LEAST_CHUNK = 16
 
 KEPT_FROM = 32
 """Tokens from which on a beginning is worth keeping."""
+
+MOST_KEPT = 256
+"""Beginnings that are kept at most, however short: each one is looked at that could be a prompt's."""
 
 ROUND = 256
 """Rows have room for a multiple of so many tokens, so that the cache seldom changes its shape."""
@@ -101,6 +105,11 @@ class _Waiting:
     ticket: int
     request: Request
     since: float = field(default_factory=time.perf_counter)
+
+
+class _Prefix(NamedTuple):
+    tokens: np.ndarray
+    cache: KVCache
 
 
 class Batch:
@@ -327,41 +336,53 @@ class Prefixes:
 
     def __init__(self, room: int) -> None:
         self.room, self.bytes = room, 0
-        self._held: OrderedDict[bytes, tuple[np.ndarray, KVCache]] = OrderedDict()
+        self._held: OrderedDict[bytes, _Prefix] = OrderedDict()
+        self._alike: dict[bytes, list[bytes]] = {}  # the first tokens -> what begins with them
 
     def find(self, prompt: Sequence[int]) -> tuple[KVCache | None, int]:
         """A cache of one row and how many of its tokens the prompt begins with: at most all but the last, of which
         something must be computed."""
-        best, most, asked = None, 0, np.asarray(prompt[:-1])
-        for key, (tokens, cache) in self._held.items():
+        best, most, asked = None, 0, np.asarray(prompt[:-1], dtype=np.int64)
+        for key in self._alike.get(asked[:KEPT_FROM].tobytes(), ()):
+            tokens, cache = self._held[key]
             size = min(len(tokens), len(asked))
             differs = np.flatnonzero(tokens[:size] != asked[:size])
             count = int(differs[0]) if len(differs) else size
             if count > most and cache.can_truncate(0, count):
                 best, most = key, count
-        if best is None or most < KEPT_FROM:
+        if best is None:
             return None, 0
         self._held.move_to_end(best)
-        return self._held[best][1], most
+        return self._held[best].cache, most
 
     def holds(self, tokens: Sequence[int]) -> bool:
         """Whether all these can be had already."""
         return self.find([*tokens, 0])[1] == len(tokens)
 
     def add(self, tokens: Sequence[int], cache: KVCache) -> None:
-        held = np.asarray(tokens)
-        for key, (other, of) in list(self._held.items()):  # what the new one holds as well
+        """Keep a cache of one row that holds these tokens, at least `KEPT_FROM`."""
+        held = np.asarray(tokens, dtype=np.int64)
+        for key in list(self._alike.get(held[:KEPT_FROM].tobytes(), ())):  # what the new one holds as well
+            other = self._held[key].tokens
             if len(other) <= len(held) and (held[: len(other)] == other).all() and cache.can_truncate(0, len(other)):
-                self._held.pop(key)
-                self.bytes -= of.bytes
-        self._held[held.tobytes()] = held, cache
+                self._drop(key)
+        self._held[held.tobytes()] = _Prefix(held, cache)
+        self._alike.setdefault(held[:KEPT_FROM].tobytes(), []).append(held.tobytes())
         self.bytes += cache.bytes
-        while self.bytes > self.room:
-            _, (_, oldest) = self._held.popitem(last=False)
-            self.bytes -= oldest.bytes
+        while self.bytes > self.room or len(self._held) > MOST_KEPT:
+            self._drop(next(iter(self._held)))
+
+    def _drop(self, key: bytes) -> None:
+        tokens, cache = self._held.pop(key)
+        self.bytes -= cache.bytes
+        alike = tokens[:KEPT_FROM].tobytes()
+        self._alike[alike].remove(key)
+        if not self._alike[alike]:
+            del self._alike[alike]
 
     def clear(self) -> None:
         self._held.clear()
+        self._alike.clear()
         self.bytes = 0
 
 
