@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,16 +164,16 @@ class KVCache:
         peaks = [other.peaks[row] for row in others]
         if max(lengths) > self.capacity:
             raise CapacityError(f"a row of {max(lengths)} tokens does not fit a cache for {self.capacity}")
-        index, to_B, lengths_B = (torch.tensor(some, device=self.device) for some in (others, rows, lengths))
         for layer, layer_config in enumerate(self.config.layers):
-            window = layer_config.window
-            ring, used = other.ring(window), other.used(window, others)
-            held = Mask(others, index, other.lengths_B(others), other.lengths_B(others), 0, 0, window, ring, used)
-            slots_BS, own = held.slots_BS(), self.ring(window)
-            is_kept = (slots_BS >= 0) & (slots_BS >= lengths_B[:, None] - own) & (slots_BS < lengths_B[:, None])
-            target = torch.where(is_kept, slots_BS % max(own, 1), own)  # the slot behind the ring is never seen
-            self.k[layer][to_B[:, None], target] = other.k[layer][index, :used]
-            self.v[layer][to_B[:, None], target] = other.v[layer][index, :used]
+            own, theirs = self.ring(layer_config.window), other.ring(layer_config.window)
+            for row, source, length in zip(rows, others, lengths, strict=True):
+                to: Any = slice(0, other.used(layer_config.window, [source]))
+                at = to
+                if own != theirs and other.peaks[source] > min(own, theirs):  # else a token has the same slot in both
+                    positions = torch.arange(max(0, length - min(own, theirs)), length, device=self.device)
+                    to, at = positions % own, positions % theirs
+                self.k[layer][row, to] = other.k[layer][source, at]
+                self.v[layer][row, to] = other.v[layer][source, at]
         own, theirs = self.ring(self.config.window), other.ring(self.config.window)
         for row, length, peak in zip(rows, lengths, peaks, strict=True):
             first = max(0, length - own, peak - theirs)  # the first position that both rings hold

@@ -7,7 +7,8 @@ beside the server, sends a conversation to the replica that has read its beginni
 A job whose replica ends under it is sent once more, to another. Its seed is set before the first try, so the second
 gives the same events; those that have been handed out are compared and left out.
 
-What Ray Serve does is not done here: there is no scheduler, and its HTTP proxy is not used, as ours has the limits.
+What Ray Serve does is not done here: there is no scheduler. Its HTTP proxy is not used, as ours has the limits, and
+what replicas print stays in Ray's logs; what matters of it is told by `RayBackend`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import random
 import re
 import secrets
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
@@ -32,12 +34,12 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
-from ray.serve.schema import LoggingConfig, RunTarget
+from ray.serve.schema import LoggingConfig
 
 from sfumato import events as family
 from sfumato.events import BusyError, Commit, Draft, Event, SfumatoError, WorkerError
 from sfumato.server.backend import Job, ModelCard, Result, Stats
-from sfumato.server.worker import COUNTERS, PATIENCE, Worker
+from sfumato.server.worker import COUNTERS, Worker
 
 log = logging.getLogger("sfumato.server")
 
@@ -60,7 +62,7 @@ STORE_BYTES = 80 << 20
 class Replica:
     """What runs in the actor. Errors are handed over as values: one that is raised, Ray would log and wrap."""
 
-    async def __init__(self, load: dict[str, Any], limits: dict[str, Any]) -> None:
+    async def __init__(self, load: dict[str, Any], limits: dict[str, Any]) -> None:  # type: ignore[misc]
         # The worker's process would import this actor's main file, which is Ray's own and of no use there.
         vars(sys.modules["__main__"]).pop("__file__", None)
         self.name = serve.get_replica_context().replica_id.unique_id
@@ -185,15 +187,19 @@ class Plan:
     drain: float
     address: str | None
 
-    def deploy(self) -> Any:
-        """Join the cluster, or start one, and ask it for the replicas. Returns their handle, before they are loaded."""
+    def join(self) -> None:
+        """Join the cluster, or start one."""
         try:
             self._join()
         except (ConnectionError, ValueError, RuntimeError, RayError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             where = "on this machine" if self.address is None else f"at {self.address}"
             raise SfumatoError(f"there is no Ray cluster {where}: {first}") from None
+
+    def deploy(self) -> Any:
+        """Ask for the replicas. Returns their handle, before they are loaded."""
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         rows, queue = self.limits["rows"], self.limits["queue"]
         count: dict[str, Any] = {"num_replicas": self.least}
@@ -202,7 +208,7 @@ class Plan:
                 min_replicas=self.least, max_replicas=self.most, target_ongoing_requests=float(rows)
             )
             count = {"autoscaling_config": scaling}
-        deployment = serve.deployment(
+        deployment: Any = serve.deployment(
             Replica,
             name="replica",
             # A replica holds what comes next as well, so that no row waits for the way here; the rest waits on this
@@ -214,13 +220,13 @@ class Plan:
             graceful_shutdown_timeout_s=self.drain,
             graceful_shutdown_wait_loop_s=0.5,
             max_constructor_retry_count=1,
-            request_router_config=RequestRouterConfig(
+            request_router_config=cast(Any, RequestRouterConfig)(
                 request_router_class=f"{__name__}:Router", request_router_kwargs={"bound": max(1, rows // 4)}
             ),
             logging_config=quiet,
             **count,
         )
-        target = RunTarget(deployment.bind(self.load, self.limits), name=APP, route_prefix=None)
+        target = serve.RunTarget(deployment.bind(self.load, self.limits), name=APP, route_prefix=None)
         serve.run_many([target], wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
         return serve.get_deployment_handle("replica", APP)
 
@@ -241,14 +247,15 @@ class Plan:
 
     def _join(self) -> None:
         if self.address is not None:
-            ray.init(self.address, logging_level=logging.WARNING)
+            ray.init(self.address, logging_level=logging.ERROR, log_to_driver=False)
             return
         ray.init(
             "local",
             num_cpus=max(os.cpu_count() or 1, self.most),
             include_dashboard=False,
             object_store_memory=STORE_BYTES,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
             # One idle process for each core otherwise.
             _system_config={"prestart_worker_first_driver": False},
         )
@@ -280,7 +287,7 @@ class RayBackend:
         self.plan = plan
         self.handle: Any = None
         """Ray Serve's, of the replicas."""
-        self._deploying: asyncio.Task[Any] | None = None
+        self._starting: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._card: ModelCard | None = None
         self._is_open = False
@@ -295,13 +302,10 @@ class RayBackend:
     async def start(self) -> None:
         """Return when the first replica is loaded; raise what it says where none can be."""
         self._is_open = True
-        self._deploying = asyncio.create_task(asyncio.to_thread(self.plan.deploy))
-        self.handle = await asyncio.shield(self._deploying)
-        while not self._ready:
-            await asyncio.to_thread(self.plan.check)
-            await self._look()
-            await asyncio.sleep(STATS_SECONDS / 4)
-        self._watching = asyncio.create_task(self._watch())
+        self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+        if self._is_open:
+            self._watching = asyncio.create_task(self._watch())
 
     async def stop(self, drain_seconds: float) -> None:
         self._is_open = False
@@ -310,10 +314,11 @@ class RayBackend:
                 while self._running:
                     self._quiet.clear()
                     await self._quiet.wait()
-        tasks = [task for task in (self._deploying, self._watching) if task is not None]
+        if self._starting is not None:  # its threads speak with Ray, so it ends by itself
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._watching is not None:
             self._watching.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(self._watching, return_exceptions=True)
         await asyncio.to_thread(self.plan.end)
 
     async def card(self) -> ModelCard:
@@ -401,6 +406,17 @@ class RayBackend:
                 self._waiting -= 1
             response.cancel()
 
+    async def _start(self) -> None:
+        await asyncio.to_thread(self.plan.join)
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put one of its own below Python's handlers
+            signal.signal(number, signal.getsignal(number))
+        if self._is_open:
+            self.handle = await asyncio.to_thread(self.plan.deploy)
+        while self._is_open and not self._ready:
+            await asyncio.to_thread(self.plan.check)
+            await self._look()
+            await asyncio.sleep(STATS_SECONDS / 4)
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(STATS_SECONDS)
@@ -417,10 +433,15 @@ class RayBackend:
 
     def _note(self, told: list[tuple[str, ModelCard, bool, Stats]]) -> None:
         for name in self._figures.keys() - {name for name, *_ in told}:
+            log.warning("replica %s is no longer there", name)
             counted = {counter: getattr(self._figures[name], counter) for counter in (*COUNTERS, "restarts")}
             self._before = _sum([self._before, Stats(**counted)])
             del self._figures[name]
         for name, card, _, stats in told:
+            if name not in self._figures:
+                log.info("replica %s takes requests", name)
+            elif stats.restarts > self._figures[name].restarts:
+                log.warning("replica %s: the engine's worker ended and is started again", name)
             self._card, self._figures[name] = self._card or card, stats
         self._ready = {name for name, _, is_ready, _ in told if is_ready}
 
