@@ -98,7 +98,8 @@ async def throughput(server: Server, given: argparse.Namespace) -> Record:
             these = [renamed(puzzle, rng) for puzzle in base]
             if not number:
                 these = these[: 2 * level]  # to warm up
-            bodies = [chat(sudoku.prompt(p), max_tokens=length, seed=n, **STREAM) for n, p in enumerate(these)]
+            more = {"max_tokens": length, **options_of(given), **STREAM}
+            bodies = [chat(sudoku.prompt(p), seed=n, **more) for n, p in enumerate(these)]
             answers, seconds = await load(server.url, bodies, level, given.key)
             row = summary(answers, these, seconds)
             say(
@@ -114,6 +115,7 @@ async def throughput(server: Server, given: argparse.Namespace) -> Record:
     return {
         "requests": given.requests,
         "rounds": given.rounds,
+        "options": options_of(given),
         "clues": [CLUES.start, CLUES.stop - 1],
         "levels": [{"clients": level, **pooled(rows[level])} for level in levels],
         "ratios": ratios,
@@ -124,6 +126,12 @@ async def throughput(server: Server, given: argparse.Namespace) -> Record:
             "requests that failed": common.target(sum(row["errors"] for each in rows.values() for row in each), 0),
         },
     }
+
+
+def options_of(given: argparse.Namespace) -> Record:
+    """The options that the command line adds to requests."""
+    pairs = (option.split("=", 1) for option in given.option)
+    return {name: json.loads(value) for name, value in pairs}
 
 
 def summary(answers: Sequence[Answer | Lost], given: Sequence[str], seconds: float) -> Record:
@@ -188,8 +196,7 @@ async def first(server: Server, given: argparse.Namespace) -> Record:
     """A new short request again and again: on the idle server, beside long answers, and so on in turns."""
     rng = random.Random(SEED)
     length = (await client.card(server.url, given.key))["canvas_length"]
-    options = dict(option.split("=", 1) for option in given.option)
-    short = {"max_tokens": given.tokens, "max_steps": given.steps, **{k: json.loads(v) for k, v in options.items()}}
+    short = {"max_tokens": given.tokens, "max_steps": given.steps, **options_of(given)}
     found: dict[str, list[float]] = {"idle": [], "beside": []}
 
     async def one(where: str, keep: bool = True) -> None:
@@ -367,22 +374,23 @@ def main() -> None:
         one = parts.add_parser(name)
         server_options(one)
         if name != "first":
-            one.add_argument("--requests", type=int, default=200 if name == "same" else 128)
+            one.add_argument("--requests", type=int, default=200 if name == "same" else 512)
         if name != "same":
-            one.add_argument("--rounds", type=int, default=5 if name == "throughput" else 3)
+            one.add_argument("--rounds", type=int, default=3)
         if name == "throughput":
             one.add_argument(
                 "--clients", default="1,2,4,8,16,32", help="numbers of clients; first and last are compared"
             )
         else:
             one.add_argument("--others", type=int, default=8 if name == "first" else 40, help="other requests beside")
+        if name != "same":
+            one.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="of the requests timed")
         if name == "first":
             one.add_argument("--repeats", type=int, default=4, help="short requests a round, idle and beside")
             one.add_argument("--tokens", type=int, default=64, help="of a short answer")
             one.add_argument("--long", type=int, default=40, help="canvases of a long answer")
             one.add_argument("--steps", type=int, default=12, help="a canvas")
             one.add_argument("--pause", type=float, default=1.0, help="seconds at most between short requests")
-            one.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="of the short request")
     one = parts.add_parser("draw")
     one.add_argument("-o", "--output", type=Path, default=RECORD, help="the record")
     one.add_argument("--folder", type=Path, default=ROOT / "docs", help="where the pictures go")

@@ -197,6 +197,28 @@ def check_offload(_: Path, __: float) -> dict[str, Any]:
     return {"said": heard, "bytes_per_second": offload.bandwidth(torch.device(DEVICE))}
 
 
+def check_batch(_: Path, __: float) -> dict[str, Any]:
+    """Requests that come one after the other, while others run, get the tokens that they get alone."""
+    from sfumato.jobs import Jobs
+
+    llm = LLM.load("nano", device=DEVICE, dtype="float32", ops=OPS)
+    puzzles = [sudoku.generate(40, np.random.default_rng(i)) for i in range(3 if TINY else 24)]
+    asked = [[{"role": "user", "content": sudoku.prompt(puzzle)}] for puzzle in puzzles]
+    options = [Options(seed=n, max_tokens=82, max_steps=16) for n in range(len(asked))]
+    jobs, found, began = Jobs(llm), {}, time.perf_counter()
+    left = list(enumerate(zip(asked, options, strict=True)))
+    while left or not jobs.is_idle:
+        for number, (messages, each) in left[:2]:
+            jobs.begin(number, "chat", {"messages": messages}, each)
+        left = left[2:]
+        found |= {number: told.tokens for number, told in jobs.turn() if isinstance(told, Done)}
+    seconds = time.perf_counter() - began
+    wanted = [llm.chat(messages, options=each).tokens for messages, each in zip(asked, options, strict=True)]
+    same = sum(found[number] == tokens for number, tokens in enumerate(wanted))
+    assert same == len(wanted), f"{len(wanted) - same} of {len(wanted)} answers depend on who else was there"
+    return {"answers": same, "seconds": seconds}
+
+
 def tokens_by_way(options: Options) -> dict[str, list[list[int]]]:
     """Way of running -> tokens of some puzzles, one after the other, then all at once."""
     from sfumato.evals.sudoku import request
@@ -567,6 +589,7 @@ def tasks(out: Path) -> Iterator[Task]:
             yield Task(f"check/{op} {size}", lambda _, __, op=op, size=size: check_op(op, size), 45)
     yield Task("check/engine", check_engine, 60)
     yield Task("check/device", check_device, 60)
+    yield Task("check/batch", check_batch, 60)
     yield Task("check/offload", check_offload, 60)
     every = list(cells(out))
     yield every[0]

@@ -47,6 +47,9 @@ LEAST_CHUNK = 16
 KEPT_FROM = 32
 """Tokens from which on a beginning is worth keeping."""
 
+KEPT_ROUND = 64
+"""A kept beginning has room for a multiple of so many tokens."""
+
 MOST_KEPT = 256
 """Beginnings that are kept at most, however short: each one is looked at that could be a prompt's."""
 
@@ -317,9 +320,11 @@ class Batch:
 
     def _keep(self, seat: int, tokens: list[int]) -> None:
         if len(tokens) >= KEPT_FROM and not self.prefixes.holds(tokens):
-            size = KVCache.bytes_of(self.config, 1, len(tokens), self.model.dtype)
+            # Of few sizes, so that what goes leaves room for what comes.
+            capacity = min(-(-len(tokens) // KEPT_ROUND) * KEPT_ROUND, self.config.max_position)
+            size = KVCache.bytes_of(self.config, 1, capacity, self.model.dtype)
             if size <= self.prefixes.room and self.engine.cache.bytes + self.prefixes.bytes + size <= self.memory:
-                self.prefixes.add(tokens, self.engine.cache.fork([seat], len(tokens)))
+                self.prefixes.add(tokens, self.engine.cache.fork([seat], capacity))
 
     def _leave(self, seat: int) -> None:
         self.engine.leave(seat)

@@ -12,9 +12,10 @@ import pytest
 import tiny
 import torch
 
-from sfumato import LLM, Options, batch
+from sfumato import LLM, Options, batch, rows
 from sfumato.batch import Batch, BatchLimits, Cost, Prefixes
 from sfumato.cache import KVCache
+from sfumato.edit import pieces_of
 from sfumato.engine import Engine, Run
 from sfumato.events import BusyError, CapacityError, Commit, Done, Draft, Event, InputError
 from sfumato.jobs import Jobs
@@ -199,18 +200,21 @@ def test_the_cache_stays_within_the_memory_and_all_get_their_turn() -> None:
     assert ended == set(tickets) and 2 <= most <= 3
 
 
-def test_an_answer_without_a_limit_ends_with_the_memory() -> None:
-    row, endless = batch.row_bytes(CONFIG, torch.float32), dataclasses.replace(SETTLES, max_tokens=None, seed=1)
-    memory = 2 * KVCache.bytes_of(CONFIG, 1, 256, torch.float32) + row + (6 << 10)
-    some = Batch(model(), BatchLimits(rows=1, memory=memory, context=390))
-    never = tiny.tiny_model(dataclasses.replace(CONFIG, eos_ids=(CONFIG.vocab_size - 1,)))
-    some.model = some.engine.model = never
-    with_room = Batch(model(), BatchLimits(rows=1, context=390))
-    for one in some, with_room:
-        one.submit(Request(text(9), dataclasses.replace(endless, min_tokens=300, max_tokens=381)))
-    ends = [next(e for e in finish(one) if isinstance(e, Done)) for one in (some, with_room)]
-    assert ends[1].finish_reason in ("stop", "length") and len(ends[1].tokens) >= 300
-    assert some.engine.cache.bytes + row <= memory
+def test_an_answer_that_outgrows_the_memory_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "FIRST_ROOM", 64)
+    asked = Request(text(9), dataclasses.replace(SETTLES, max_tokens=370, min_tokens=370, seed=1))
+    size = KVCache.bytes_of(CONFIG, 1, 256, torch.float32)
+    tight = size + batch.row_bytes(CONFIG, torch.float32) + size // 4  # no room for a second, larger one
+    ends = []
+    for memory in (tight, 1 << 30):
+        some = Batch(model(), BatchLimits(memory=memory))
+        some.submit(asked)
+        ends.append(finish(some)[-1])
+        assert some.engine.cache.bytes + batch.row_bytes(CONFIG, torch.float32) <= memory
+    short, whole = ends
+    assert isinstance(short, Done) and isinstance(whole, Done) and len(whole.tokens) == 370
+    assert short.finish_reason == "length" and 200 < len(short.tokens) <= 256 - 9
+    assert short.tokens == whole.tokens[: len(short.tokens)]
 
 
 def test_who_is_cancelled_leaves_at_once() -> None:
@@ -423,8 +427,6 @@ def test_jobs_give_what_the_methods_give(nano: LLM) -> None:
     assert "".join(event.text for event in found[0] if isinstance(event, Commit)) == done.text
     assert found[1][-1].text == nano.complete("1 2 3", asked[1][2]).text
     assert found[2][-1].text == nano.infill("12", "45", options=quick).text
-    from sfumato.edit import pieces_of
-
     assert found[3][-1].values == nano.fill(pieces_of(template), messages, quick).values
     assert found[4][-1].text == nano.edit("123456", spans=[(1, 3)], options=quick).text
     assert found[5][-1].text == nano.edit("123456", "Turn it around.", options=quick).text

@@ -235,6 +235,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "description": "A server-sent event",
+    "properties": {
+        "data": {"type": "string", "description": "JSON; at a stream's end, but for /v1/responses, [DONE]"},
+        "event": {"type": "string", "description": "What it tells; of /v1/responses alone"},
+    },
+    "required": ["data"],
+}
+
 _KINDS: dict[str, type[BaseModel]] = {}
 
 
@@ -242,7 +252,7 @@ def takes(kind: type[BaseModel], answer: Any, is_streamed: bool = True) -> dict[
     """What a POST route says of itself: its body, its answer, as a stream too, and its errors."""
     _KINDS[kind.__name__] = kind
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
-    stream = {"text/event-stream": {"schema": {"type": "string", "description": "Server-sent events"}}}
+    stream = {"text/event-stream": {"itemSchema": EVENT}}
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
         "responses": {200: {"model": answer, "content": stream if is_streamed else {}}, **ERRORS},

@@ -39,7 +39,10 @@ class Body(BaseModel):
     def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
         extra = cls.model_fields[str(info.field_name)].json_schema_extra
         allowed = extra["enum"] if isinstance(extra, dict) else None
-        if isinstance(allowed, list) and value not in allowed:
+        # By JSON's equality, not Python's: 0 is not false.
+        if isinstance(allowed, list) and (value, isinstance(value, bool)) not in [
+            (one, isinstance(one, bool)) for one in allowed
+        ]:
             raise ValueError(f"this is not supported; leave it out, or give {' or '.join(map(json.dumps, allowed))}")
         return value
 
