@@ -32,6 +32,7 @@ from sfumato.cache import KVCache
 from sfumato.config import ModelConfig
 from sfumato.engine import PREFILL_CHUNK, Engine
 from sfumato.events import BusyError, CapacityError, Done, Event, InputError
+from sfumato.guided import GuideError
 from sfumato.model import Model
 from sfumato.rows import Request, Row
 
@@ -103,6 +104,14 @@ class Figures:
     prefix_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A request that cannot go on; the others do."""
+
+    row: int
+    error: InputError
+
+
 @dataclass(eq=False)
 class _Waiting:
     ticket: int
@@ -170,7 +179,7 @@ class Batch:
             prefix_bytes=self.prefixes.bytes,
         )
 
-    def turn(self) -> list[Event]:
+    def turn(self) -> list[Event | Failure]:
         """One step of the rows whose turn it is. Returns what came of it."""
         self._admit()
         if not self._tickets:
@@ -178,7 +187,12 @@ class Batch:
         seats, limit = self._choose()
         work = self._positions(seats, limit)
         began = time.perf_counter()
-        events = self.engine.turn(seats, limit)
+        try:
+            events = self.engine.turn(seats, limit)
+        except GuideError as error:
+            failure = Failure(self._tickets[error.row], error)
+            self._leave(error.row)
+            return [failure]
         self.cost.learn(work, time.perf_counter() - began)
         for seat in seats:
             self._keep_marked(seat)

@@ -25,7 +25,7 @@ from torch import Tensor
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Dice, Rules, accept, pick_token
 from sfumato.events import Commit, Done, Draft, Event, InputError, Options, Usage
-from sfumato.guided import Span, Turn, project_
+from sfumato.guided import GuideError, Span, Turn, project_
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
 from sfumato.rows import Request, Row
@@ -126,7 +126,9 @@ class Engine:
     @torch.inference_mode()
     def turn(self, seats: Collection[int] | None = None, encode: int | None = None) -> list[Event]:
         """Take the rows in these seats (None: all) one step further; `encode` bounds the prompt tokens of the turn,
-        beside those that go along with a first step. Returns what came of it; `row` of an event is a seat."""
+        beside those that go along with a first step. Returns what came of it; `row` of an event is a seat.
+
+        GuideError where a row's grammar cannot be followed: once that row has left, the others can go on."""
         rows = [i for i in self.live if seats is None or i in seats]
         # 1. A chunk of the prompts; a row whose last chunk is left begins its first canvas.
         self._encode_prompts([i for i in rows if self._row(i).rest], encode)
@@ -135,9 +137,13 @@ class Engine:
         # 2. One step of all canvases; what waits to be encoded goes along in the same pass.
         events: list[Event] = []
         for some, bans in list(self._groups(denoising)):
-            self._step(some, bans)
-        for i in denoising:
-            self._row(i).step, self._row(i).passes = self._row(i).step + 1, self._row(i).passes + 1
+            try:
+                self._step(some, bans)
+            except GuideError as error:  # its group has not stepped
+                error.row = some[error.row]
+                raise
+            for row in map(self._row, some):
+                row.step, row.passes = row.step + 1, row.passes + 1
         events += self._drafts([i for i in denoising if self._row(i).options.drafts])
         # 3. Ask which have stopped, in this turn or in an earlier one while this one runs: they commit.
         if denoising:

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.constrain import Guide, Walk
+from sfumato.events import InputError
 from sfumato.step import Projected
+
+
+class GuideError(InputError):
+    """A grammar cannot be followed any further. `row` is the row of the pass whose text it rules."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 @dataclass
@@ -78,7 +87,10 @@ def project_(
         if turn.span.guide.is_over:
             walk = Walk([], [], {}, 0)
         else:
-            walk = turn.span.guide.walk(tokens[n][first:last], sure[n][first:last], pick, turn.bound, turn.is_last)
+            try:
+                walk = turn.span.guide.walk(tokens[n][first:last], sure[n][first:last], pick, turn.bound, turn.is_last)
+            except InputError as error:
+                raise GuideError(str(error), n) from error
         has_masked |= bool(walk.overruled)
         turn.span.walked = len(walk.tokens)
         path, until = walk.tokens, first + len(walk.tokens)

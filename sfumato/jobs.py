@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sfumato.batch import Batch, BatchLimits, Figures
+from sfumato.batch import Batch, BatchLimits, Failure, Figures
 from sfumato.events import BusyError, Decision, Done, Draft, Edited, Event, Filled, Options, SfumatoError
 from sfumato.llm import LLM, Ask, Plan
 
@@ -82,7 +82,11 @@ class Jobs:
             self._drop(self._jobs[key])
         for event in self.batch.turn():
             job, place = self._by_ticket[event.row]
-            told += self._tell(job, place, event)
+            if isinstance(event, Failure):
+                self._drop(job)
+                told.append((job.key, event.error))
+            else:
+                told += self._tell(job, place, event)
         return told
 
     def _submit(self, job: _Job) -> list[tuple[int, Told]]:

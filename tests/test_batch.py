@@ -15,6 +15,7 @@ import torch
 from sfumato import LLM, Options, batch, rows
 from sfumato.batch import Batch, BatchLimits, Cost, Prefixes
 from sfumato.cache import KVCache
+from sfumato.constrain import Guide
 from sfumato.edit import pieces_of
 from sfumato.engine import Engine, Run
 from sfumato.events import BusyError, CapacityError, Commit, Done, Draft, Event, InputError
@@ -436,6 +437,27 @@ def test_jobs_give_what_the_methods_give(nano: LLM) -> None:
         assert decision.probabilities == pytest.approx(decided[name].probabilities, abs=1e-4)
     assert found[7][-1].text == nano.complete("1 2 3", asked[7][2]).text
     assert jobs.figures().rows == 0
+
+
+def test_a_grammar_that_cannot_be_followed_ends_its_own_job(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, walked = Jobs(nano, BatchLimits()), []
+    plainly = Guide.walk
+
+    def walk(self: Guide, *args: Any, **more: Any) -> Any:
+        walked.append(self)
+        if self is walked[0] and len(walked) > 3:
+            raise InputError("the regex is too complex to follow; make it simpler")
+        return plainly(self, *args, **more)
+
+    monkeypatch.setattr(Guide, "walk", walk)
+    jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9 ]{60,80}", confidence=0.0))
+    jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=2, regex="[0-9]{5}"))
+    jobs.begin(3, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=82))
+    found = carried_out(jobs)
+    assert "too complex to follow" in str(found[1][-1])
+    monkeypatch.setattr(Guide, "walk", plainly)
+    assert found[2][-1].text == nano.complete("1", Options(seed=2, regex="[0-9]{5}")).text
+    assert found[3][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
 
 
 def test_a_job_that_is_cancelled_or_wrong_leaves_the_others_alone(nano: LLM) -> None:
