@@ -6,8 +6,9 @@ is refused at once, and an answer without a limit ends where the memory does.
 
 **Turns.** Between two steps of the rows under way a long prompt is encoded by as many tokens as take `stall` seconds.
 Where one more row in a pass costs little (a GPU reads the same weights for it), all rows share every pass. Where rows
-cost what they cost alone (a CPU), a row that has not committed anything yet goes first: the others keep a quarter of
-the time until it has. What a turn costs is learned from the turns before.
+cost what they cost alone (a CPU), a row that has not committed anything yet goes first, and of several such rows those
+whose whole answer is one canvas; the others keep a quarter of the time meanwhile. What a turn costs is learned from the
+turns before.
 
 **Prefixes.** What is encoded stays, by its content, as long as there is room: instructions that several conversations
 begin with (a request's `marks`), and each conversation so far. A request whose instructions another one is encoding
@@ -303,19 +304,22 @@ class Batch:
         """The seats of this turn, and the prompt tokens it may encode (None: any number, nobody waits)."""
         everyone = list(self._tickets)
         limit = None if len(everyone) == 1 else max(LEAST_CHUNK, self.cost.within(self.limits.stall))
-        fresh = [i for i in everyone if self._row(i).first_commit is None and self._is_short(self._row(i), limit)]
-        if not fresh or len(fresh) == len(everyone):
+        fresh = [i for i in everyone if self._is_fresh(self._row(i), limit)]
+        brief = [i for i in fresh if (self._row(i).room or self.context) <= self._row(i).length]
+        first = brief or fresh
+        if not first or len(first) == len(everyone):
             return everyone, limit
-        alone, together = (self.cost.of(self._positions(seats, limit)) for seats in (fresh, everyone))
+        alone, together = (self.cost.of(self._positions(seats, limit)) for seats in (first, everyone))
         if together <= CHEAP * alone or self._credit >= together - alone:
             self._credit = max(0.0, self._credit - max(0.0, together - alone))
             return everyone, limit
         self._credit += alone * OTHERS / (1 - OTHERS)
-        return fresh, limit
+        return first, limit
 
     @staticmethod
-    def _is_short(row: Row, limit: int | None) -> bool:
-        return limit is None or len(row.rest) <= limit
+    def _is_fresh(row: Row, limit: int | None) -> bool:
+        """Whether it has committed nothing yet, and no long prompt is in its way."""
+        return row.first_commit is None and (limit is None or len(row.rest) <= limit)
 
     def _positions(self, seats: Sequence[int], limit: int | None) -> int:
         """What a turn of these has to compute: canvas positions, and tokens to encode."""

@@ -276,6 +276,19 @@ def test_where_rows_cost_what_they_cost_alone_newcomers_go_first(monkeypatch: py
     assert all(len(seats) > 1 for seats, _ in turns[:6])
 
 
+def test_of_several_newcomers_a_brief_one_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = Batch(model(), BatchLimits(rows=9))
+    turns = turns_of(some, monkeypatch, 0.0, 1.0)
+    for n in range(8):
+        some.submit(Request(text(4, n), dataclasses.replace(LONG, seed=n)))
+    some.turn()
+    turns.clear()
+    late = some.submit(Request(text(5), dataclasses.replace(LONG, max_tokens=CONFIG.canvas_length)))
+    while not any(isinstance(event, Commit) and event.row == late for event in some.turn()):
+        pass
+    assert len(turns) == LONG.max_steps and sum(len(seats) > 1 for seats, _ in turns) == 0
+
+
 def test_newcomers_without_end_leave_the_others_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     some = Batch(model(), BatchLimits(rows=3))
     turns = turns_of(some, monkeypatch, 0.0, 1.0)
