@@ -39,16 +39,18 @@ class Body(BaseModel):
     def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
         extra = cls.model_fields[str(info.field_name)].json_schema_extra
         allowed = extra["enum"] if isinstance(extra, dict) else None
-        # By JSON's equality, not Python's: 0 is not false.
-        if isinstance(allowed, list) and (value, isinstance(value, bool)) not in [
-            (one, isinstance(one, bool)) for one in allowed
-        ]:
+        if isinstance(allowed, list) and not any(_is_same(value, one) for one in allowed):
             raise ValueError(f"this is not supported; leave it out, or give {' or '.join(map(json.dumps, allowed))}")
         return value
 
     def plain(self) -> dict[str, Any]:
         """As the JSON that it came from, nulls left out."""
         return self.model_dump(by_alias=True, exclude_none=True)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """As JSON has it: 0 is not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 T = TypeVar("T", bound=BaseModel)

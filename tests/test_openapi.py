@@ -1,0 +1,76 @@
+"""The OpenAPI document against the server that gives it, by schemathesis: no case may fail it, hang, or belie it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_backend import FakeBackend, Served, serving
+
+from sfumato.server.app import Settings, create
+
+schemathesis = pytest.importorskip("schemathesis", reason="needs the package schemathesis")
+
+PATIENCE = 10
+"""Seconds in which every case must be answered, to the end of its stream."""
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    schemathesis.checks.status_code_conformance,
+    schemathesis.checks.content_type_conformance,
+    schemathesis.checks.response_schema_conformance,
+    schemathesis.checks.response_headers_conformance,
+    schemathesis.checks.negative_data_rejection,
+]
+
+Seen = Counter[tuple[str, int]]
+"""Cases of each operation by the status they were answered with."""
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(create(FakeBackend(), Settings())) as found:
+        yield found
+
+
+def cases(examples: int, has_edges: bool) -> Any:
+    """The document, as a source of so many random cases an operation, always the same; edges are what each field just
+    allows and just forbids."""
+    phases = {"examples": False, "coverage": has_edges, "fuzzing": True, "stateful": False}
+    config = {
+        "max-stream-events": 10_000,
+        "phases": {name: {"enabled": is_on} for name, is_on in phases.items()},
+        "generation": {"deterministic": True, "max-examples": examples},
+    }
+    config = schemathesis.config.SchemathesisConfig.from_dict(config)
+    return schemathesis.openapi.from_dict(create(FakeBackend(), Settings()).openapi(), config=config)
+
+
+def ask(case: Any, served: Served) -> None:
+    response = case.call(base_url=served.url, timeout=PATIENCE)
+    case.validate_response(response, checks=CHECKS)
+    if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+        check_stream(response.text)
+
+
+def check_stream(text: str) -> None:
+    """It ends as a stream of its kind does, and not with an error."""
+    told = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    if "event: response." in text:
+        assert json.loads(told[-1])["type"] in ("response.completed", "response.incomplete")
+    else:
+        assert told.pop() == "[DONE]" and told
+    assert not any("error" in one and one["error"] for one in map(json.loads, told))
+
+
+@cases(35, has_edges=False).parametrize()
+def test_what_the_document_says_is_so(case: Any, served: Served) -> None:
+    ask(case, served)
+
+
+@pytest.mark.slow
+@cases(260, has_edges=True).parametrize()
+def test_what_the_document_says_is_so_in_thousands_of_cases(case: Any, served: Served) -> None:
+    ask(case, served)
