@@ -354,7 +354,7 @@ MID = "runs/bench/mid"
 PARTS: dict[str, tuple[Callable[[Server, argparse.Namespace], Awaitable[Record]], list[str]]] = {
     "throughput": (throughput, ["-m", "nano"]),
     "first": (first, ["-m", MID]),
-    "same": (same, ["-m", "nano", "--ops", "reference", "--dtype", "float32"]),
+    "same": (same, ["-m", "nano", "--ops", "reference", "--dtype", "float32", "--queue", "2048"]),
 }
 """What measures each part, and how its server is started."""
 

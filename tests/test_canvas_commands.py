@@ -232,7 +232,10 @@ def test_edit_that_changes_nothing_says_so(sfumato, put, nano, monkeypatch):
 
 def test_edit_on_a_terminal_colours_the_diff(sfumato, put, nano, monkeypatch):
     monkeypatch.setattr(
-        nano, "edit", lambda old, *_: Edited(old.replace("-- b", "++ [b]c"), old, Usage(tokens=3), 1), raising=False
+        nano,
+        "edit",
+        lambda old, *_: Edited(old.replace("-- b", "++ [b]c"), old, Usage(tokens=3, passes=1), 1),
+        raising=False,
     )
     shown = screen(monkeypatch)
     assert sfumato("edit", put("a\r\n-- b\r\n\x1b[31m\n"), "-i", "x")[0] == 0
