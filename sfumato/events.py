@@ -278,6 +278,12 @@ class Completion:
     thought: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, done: Done) -> Completion:
+        """What the last event of an answer says."""
+        told = {field.name: getattr(done, field.name) for field in dataclasses.fields(cls)}
+        return cls(**told)
+
 
 @dataclass(frozen=True)
 class Filled:

@@ -173,7 +173,7 @@ class LLM:
         """Continue plain text, without a chat template; a list of texts runs as one batch."""
         texts = [prompt] if isinstance(prompt, str) else prompt
         found = self._carry_out(self._plan_answers([self.ask(self.encode(text), options) for text in texts]))
-        return _completion(found[0]) if isinstance(prompt, str) else [_completion(done) for done in found]
+        return Completion.of(found[0]) if isinstance(prompt, str) else [Completion.of(done) for done in found]
 
     def chat(
         self,
@@ -183,7 +183,7 @@ class LLM:
     ) -> Completion:
         """Answer a conversation; thought and tool calls are told apart from the answer's text."""
         ask = self.ask(messages, replace(options, drafts=False), tools)
-        return _completion(self._carry_out(self._plan_answers([ask]))[0])
+        return Completion.of(self._carry_out(self._plan_answers([ask]))[0])
 
     def stream(
         self,
@@ -576,20 +576,6 @@ def _strictly(options: Options, tools: list[dict[str, Any]] | None) -> Options:
 
 def _around(prefix: str, suffix: str, length: int | None, at_most: int | None) -> list[str | Slot]:
     return [prefix, Slot("middle", length=length, at_most=at_most), suffix]
-
-
-def _completion(done: Done) -> Completion:
-    return Completion(
-        done.text,
-        done.tokens,
-        done.finish_reason,
-        done.usage,
-        done.seed,
-        done.logprobs,
-        done.stop,
-        done.thought,
-        done.tool_calls,
-    )
 
 
 def _of_templates(options: Options) -> Options:

@@ -143,18 +143,7 @@ def usage_of(told: Mapping[str, Any]) -> Usage:
 
 
 def completion_of(events: Iterable[Event]) -> Completion:
-    done = next(event for event in events if isinstance(event, Done))
-    return Completion(
-        done.text,
-        done.tokens,
-        done.finish_reason,
-        done.usage,
-        done.seed,
-        done.logprobs,
-        done.stop,
-        done.thought,
-        done.tool_calls,
-    )
+    return Completion.of(next(event for event in events if isinstance(event, Done)))
 
 
 def text_of(value: Any) -> str:
