@@ -341,8 +341,11 @@ class Batch:
             # Of few sizes, so that what goes leaves room for what comes.
             capacity = min(-(-len(tokens) // KEPT_ROUND) * KEPT_ROUND, self.config.max_position)
             size = KVCache.bytes_of(self.config, 1, capacity, self.model.dtype)
-            if size <= self.prefixes.room and self.engine.cache.bytes + self.prefixes.bytes + size <= self.memory:
+            rows = len(self.engine.rows)
+            taken = self._bytes(rows, self.engine.cache.capacity) + self.prefixes.bytes
+            if size <= self.prefixes.room and taken + size <= self.memory:
                 self.prefixes.add(tokens, self.engine.cache.fork([seat], capacity))
+                self.engine.most = self._most(rows)
 
     def _leave(self, seat: int) -> None:
         self.engine.leave(seat)

@@ -366,6 +366,16 @@ def test_instructions_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert done[n].usage.reused_tokens == (100 if n else 0)
 
 
+def test_what_is_kept_leaves_the_rows_their_read_outs() -> None:
+    row, size = (batch.row_bytes(CONFIG, torch.float32), KVCache.bytes_of(CONFIG, 1, 256, torch.float32))
+    for spare, kept in ((-1, 0), (0, 1)):
+        memory = size + row + KVCache.bytes_of(CONFIG, 1, 64, torch.float32) + spare
+        some = Batch(model(), BatchLimits(rows=1, memory=memory, prefixes=1 << 30))
+        some.submit(Request(text(40), dataclasses.replace(SETTLES, max_tokens=8, seed=1)))
+        finish(some)
+        assert (some.prefixes.bytes > 0) == kept
+
+
 def test_a_conversation_goes_on_from_what_is_kept() -> None:
     some = Batch(model(), BatchLimits())
     some.submit(Request(text(60), dataclasses.replace(SETTLES, max_tokens=24, seed=3)))
