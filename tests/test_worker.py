@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -499,6 +500,56 @@ def test_a_large_job_arrives_whole(opened):
             assert (await events(one, job(prompt="x" * (8 << 20))))[-1].text == str(8 << 20)
 
     running(test())
+
+
+class Slept(BaseException):
+    """Ends a loop that has none."""
+
+
+def test_freed_memory_goes_back_now_and_then_and_once_when_there_is_nothing_to_do(monkeypatch):
+    waits: list[float | None] = []
+
+    class News:
+        def clear(self) -> None: ...
+
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            if timeout is None:
+                raise Slept
+            return False
+
+    trimmed: list[int] = []
+    one = desk.Desk(SimpleNamespace(send_bytes=lambda data: None))  # type: ignore[arg-type]
+    script = Script({1: {"turn": "forever"}})
+    one.jobs, one.news = script, News()  # type: ignore[assignment]
+    monkeypatch.setattr(desk, "TRIM_SECONDS", 0.3)
+
+    def trim() -> None:
+        trimmed.append(len(waits))
+        if len(trimmed) == 2:
+            script.cancel(1)  # from here on it is idle
+
+    monkeypatch.setattr(desk, "trim", trim)
+    with pytest.raises(Slept):
+        one.serve()
+    assert trimmed == [0, 0, 1]  # twice at work, and once after a while without any
+    assert waits == [0.3, None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_a_heap_with_holes_is_given_back():
+    script = """
+import os
+from sfumato.server import desk
+held = [bytearray(100_000) for _ in range(2000)]  # below the size for which malloc asks the system
+del held[::2], held[:-1]
+before = desk._memory_bytes()
+desk.trim()
+print(before - desk._memory_bytes())
+"""
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert int(done.stdout) > 100_000_000
 
 
 def test_signals_to_all_leave_the_worker_to_its_parent(opened):

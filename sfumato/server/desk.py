@@ -9,6 +9,8 @@ Torch is imported only where the model is opened: `worker`, in the server's proc
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -16,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +32,9 @@ PREPARING = 2
 """Threads that prepare jobs."""
 STATS_SECONDS = 0.5
 PROGRESS_SECONDS = 0.1
+TRIM_SECONDS = 5.0
+"""How often the heap gives back what it no longer uses: tensors of ever other sizes leave holes, and it would grow by a
+twelfth within minutes."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Those that end the server; it ends the worker itself, after the drain."""
 
@@ -81,6 +87,7 @@ def run(connection: Connection, open_jobs: Callable[[Send], tuple[Jobs, ModelCar
         return desk.send(("failed", error))
     except Exception as error:
         return desk.send(("failed", SfumatoError(f"the model cannot be loaded: {_full(error)}")))
+    gc.freeze()  # a third of a million objects of libraries that will not go: not looked through again and again
     desk.send(("ready", card))
     for _ in range(PREPARING):
         _start(desk.prepare)
@@ -153,7 +160,7 @@ class Desk:
             self.news.set()
 
     def serve(self) -> None:
-        told = 0.0
+        told, trimmed = 0.0, time.monotonic()
         while True:
             self.news.clear()  # before the look, so that what comes after it is heard
             if is_idle := self.jobs.is_idle:
@@ -165,8 +172,11 @@ class Desk:
             if is_idle or time.monotonic() - told >= STATS_SECONDS:
                 self.send(("stats", self.stats()))
                 told = time.monotonic()
-            if is_idle:
-                self.news.wait()
+            if time.monotonic() - trimmed >= TRIM_SECONDS or (is_idle and not self.news.wait(TRIM_SECONDS)):
+                trim()
+                trimmed = time.monotonic()
+                if is_idle:
+                    self.news.wait()
 
     def stats(self) -> Stats:
         figures = vars(self.jobs.figures())
@@ -228,6 +238,12 @@ def _told(error: Exception) -> SfumatoError:
 
 def _full(error: Exception) -> str:
     return f"{next(iter(str(error).splitlines()), '')} ({where(error)})"
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library can (glibc)."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _memory_bytes() -> int:
