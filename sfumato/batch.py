@@ -19,6 +19,7 @@ It lacks paging on purpose: all rows of the cache have room for the same number 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -139,6 +140,7 @@ class Batch:
         self._tickets: dict[int, int] = {}  # seat -> ticket
         self._next, self._credit = 0, 0.0
         self._figures, self._recent = Figures(), (0, 0)
+        self._bytes = functools.lru_cache(4096)(self._count_bytes)
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -281,7 +283,7 @@ class Batch:
         engine.most = self._most(len(engine.rows))
         return True
 
-    def _bytes(self, rows: int, capacity: int) -> int:
+    def _count_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of a cache of this shape and of what the read-outs of its rows take."""
         cache = KVCache.bytes_of(self.config, rows, capacity, self.model.dtype)
         return cache + rows * row_bytes(self.config, self.model.dtype)
@@ -290,6 +292,8 @@ class Batch:
         """Tokens that each of so many rows could have room for, all of them growing, old and new cache together."""
         low, high = self.engine.cache.capacity, self.config.max_position
         held = self.engine.cache.bytes + self.prefixes.bytes
+        if self._bytes(rows, high) + held <= self.memory:
+            return high
         while low < high:
             middle = (low + high + 1) // 2
             if self._bytes(rows, middle) + held <= self.memory:

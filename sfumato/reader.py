@@ -36,6 +36,9 @@ class Reader:
 
     def push(self, tokens: list[int]) -> int | None:
         """Take new tokens; the number of them that stand before a stop string, None where there is none."""
+        if not self._stops:
+            self._raw += self._detokeniser.push(tokens)
+            return None
         for n, token in enumerate(tokens):
             start = len(self._raw)
             self._raw += self._detokeniser.push([token])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from sfumato import ops
 from sfumato.events import InputError
 from sfumato.masks import Mask
-from sfumato.ops import cpu, reference
+from sfumato.ops import Layer, cpu, reference
 from sfumato.ops.cpu import build
 from sfumato.ops.packed import Packed as Quantised
 from sfumato.ops.packed import unpack
@@ -313,9 +314,12 @@ def test_route_picks_the_same_experts(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window, ring", [(None, 320), (70, 138), (4, 20)])
 @pytest.mark.parametrize("encode, canvas", [(0, 40), (16, 0), (16, 40)])
-def test_attention(way: str, dtype: torch.dtype, window: int | None, ring: int, encode: int, canvas: int) -> None:
+@pytest.mark.parametrize("size", [8, 16, 40])
+def test_attention(
+    way: str, dtype: torch.dtype, window: int | None, ring: int, encode: int, canvas: int, size: int
+) -> None:
     """Rows of different length, full and short windows, encode, denoise and both in one pass."""
-    heads, groups, size, rows = 4, 2, 40, (2, 0, 1)
+    heads, groups, rows = 4, 2, (2, 0, 1)
     lengths, counts = (300, 0, 17), (encode, encode // 2, 0) if encode else (0, 0, 0)
     mask = Mask(
         [*rows], torch.tensor(rows), torch.tensor(lengths), torch.tensor(counts), encode, canvas, window, ring,
@@ -333,6 +337,72 @@ def test_attention(way: str, dtype: torch.dtype, window: int | None, ring: int, 
         if real:
             check_close(found[row, real], exact[row, real], plain[row, real], dtype, 16.0)
     assert found.isfinite().all()
+
+
+# ---- a layer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_values", [True, False])
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_a_row_takes_the_same_way_through_a_layer_alone_and_in_a_batch(
+    way: str, dtype: torch.dtype, has_values: bool, is_warm: bool
+) -> None:
+    """Of many rows and a layer that stays in the cache a thread takes one at a time; of few rows, or a layer that does
+    not, the threads share each operation."""
+    batch, encode, canvas, heads, groups, head, ring = 9, 6, 20, 4, 2, 16, 40
+    width, inner, experts, expert_inner = 48, 40 if is_warm else 4000, 3, 24
+    norms = iter([random(size, seed=n, dtype=dtype) for n, size in enumerate([width, head, head, *[width] * 7])])
+
+    def pack(*shape: int, seed: int) -> Any:
+        return cpu.pack(random(*shape, seed=seed, dtype=dtype, scale=0.1))
+
+    layer = Layer(
+        next(norms),
+        pack(heads * head, width, seed=11),
+        pack(groups * head, width, seed=12),
+        pack(groups * head, width, seed=13) if has_values else None,
+        pack(width, heads * head, seed=14),
+        next(norms),
+        next(norms),
+        next(norms),
+        next(norms),
+        pack(inner, width, seed=15),
+        pack(inner, width, seed=16),
+        pack(width, inner, seed=17),
+        next(norms),
+        next(norms),
+        random(experts, width, seed=18, dtype=dtype),
+        random(experts, seed=19, dtype=dtype),
+        next(norms),
+        pack(experts, 2 * expert_inner, width, seed=20),
+        pack(experts, width, expert_inner, seed=21),
+        next(norms),
+        next(norms),
+        2,
+        1e-6,
+    )
+    x, new = random(batch, encode + canvas, width, dtype=dtype), encode + canvas
+    cos, sin = (random(batch, new, head, seed=n, dtype=dtype) for n in (22, 23))
+    rings = [random(batch, ring + 1, groups, head, seed=n, dtype=dtype) for n in (24, 25)]
+    scale = random(batch * new, 1, seed=26, dtype=dtype)
+    lengths, counts = torch.arange(batch) * 7, torch.arange(batch) % (encode + 1)
+
+    def through(rows: list[int], threads: int) -> tuple[Tensor, ...]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        at = torch.tensor(rows)
+        mask = Mask(rows, at, lengths[at], counts[at], encode, canvas, 30, ring, ring)
+        try:
+            return cpu.block(x[at], layer, cos[at], sin[at], *rings, mask, scale.view(batch, -1)[at].reshape(-1, 1))
+        finally:
+            torch.set_num_threads(before)
+
+    everyone = [*range(batch)]
+    alone = [through([row], 1) for row in everyone]
+    for threads in (1, 2, 4):
+        for found, each in zip(through(everyone, threads), zip(*alone, strict=True), strict=True):
+            assert found.isfinite().all() and torch.equal(found, torch.cat(each))
 
 
 # ---- the vocabulary -------------------------------------------------------------------------------------------------

@@ -8,6 +8,41 @@ struct Seen {
     long batch, encode, canvas, window, ring; // window 0: none
 };
 
+// What one query sees of a chunk of keys, [low, high), and the largest of its scores there; those at the edges that it
+// does not see become nothing.
+static inline float peak(float *s, long low, long high) {
+    const long first = low / 16, last = tiles_of(high, 16);
+    const V ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if (low % 16) {
+        float *edge = s + 16 * first;
+        store(edge, ramp < splat((float)(low % 16)) ? splat(-1e30f) : load(edge));
+    }
+    if (high % 16) {
+        float *edge = s + 16 * (last - 1);
+        store(edge, ramp < splat((float)(high % 16)) ? load(edge) : splat(-1e30f));
+    }
+    V one = load(s + 16 * (last - 1)), two = one;
+    for (long i = first; i + 1 < last; i += 2)
+        one = bigger(one, load(s + 16 * i)), two = bigger(two, load(s + 16 * i + 16));
+    return largest(bigger(one, two));
+}
+
+// Scores s[low, high) as weights, under `top`, in a row p of A tiles, zeros elsewhere up to `used` tiles. Their sum.
+template <class T> static inline float weigh(const float *s, long low, long high, float top, T *p, long used) {
+    constexpr long PER = Kind<T>::K / 16;
+    auto at = [&](long i) { return (T *)((char *)p + i / PER * TILE) + i % PER * 16; };
+    const long first = low / 16, last = low < high ? tiles_of(high, 16) : first;
+    V sum = V{};
+    for (long i = 0; i < first; i++) store(at(i), V{});
+    for (long i = first; i < last; i++) {
+        const V e = exponential_below(load(s + 16 * i) - top);
+        sum += e;
+        store(at(i), e);
+    }
+    for (long i = last; i < used * PER; i++) store(at(i), V{});
+    return total(sum);
+}
+
 // The keys of a row are numbered by position: cached, newly encoded, canvas. What a query sees is then an interval.
 // A unit of work is some query blocks of one key-value head; for each chunk of keys it packs keys and values once.
 // `out` may be q: a unit has its queries packed before it writes, and they are nobody else's.
@@ -39,16 +74,16 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
             const long length = seen.lengths[b], count = seen.counts[b], start = length + count,
                        end = start + seen.canvas;
             long from = end, to = 0;
-            auto place = [&](long block, long r, long &h, long &t) {
+            auto place = [&](long block, long &h, long &t) { // the head of a block, and its first query
                 h = g * share + (first + block) / tiles_of(width, 32);
-                t = (first + block) % tiles_of(width, 32) * 32 + r;
-                return t < width;
+                t = (first + block) % tiles_of(width, 32) * 32;
             };
             for (long block = 0; block < held; block++) {
                 const T *pointers[32];
                 long h, t;
-                for (int r = 0; r < 32; r++) {
-                    const bool is_there = place(block, r, h, t);
+                place(block, h, t);
+                for (int r = 0; r < 32; r++, t++) {
+                    const bool is_there = t < width;
                     pointers[r] = is_there ? q + ((b * width + t) * heads + h) * n : nullptr;
                     int64_t &lo = low[block * 32 + r], &hi = high[block * 32 + r];
                     if (!is_there) lo = hi = 0;
@@ -65,17 +100,17 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
             memset(o, 0, held * o_bytes);
             for (long key = from; key < to; key += KEYS) {
                 const T *keys[KEYS], *values[KEYS];
-                for (long i = 0; i < KEYS; i++) {
+                const long filled = std::min(KEYS, to - key), panels = tiles_of(filled, 32),
+                           k_used = tiles_of(filled, Kind<T>::K);
+                for (long i = 0, turned = key % seen.ring; i < filled; i++, turned++) {
                     const long p = key + i;
-                    keys[i] = values[i] = nullptr;
-                    if (p >= to) continue;
                     const bool is_cached = p < length;
-                    const long slot = is_cached ? p % seen.ring : p < start ? p - length : seen.encode + p - start;
+                    if (turned == seen.ring) turned = 0;
+                    const long slot = is_cached ? turned : p < start ? p - length : seen.encode + p - start;
                     const long at = ((is_cached ? seen.rows[b] * (seen.ring + 1) : b * width) + slot) * groups + g;
                     keys[i] = (is_cached ? k_ring : k) + at * n, values[i] = (is_cached ? v_ring : v) + at * n;
                 }
-                const long filled = std::min(KEYS, to - key), panels = tiles_of(filled, 32),
-                           k_used = tiles_of(filled, Kind<T>::K);
+                for (long i = filled; i < 32 * panels; i++) keys[i] = values[i] = nullptr;
                 for (long p = 0; p < panels; p++)
                     for (long i = 0; i < kd; i++)
                         for (int half = 0; half < 2; half++)
@@ -86,58 +121,34 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                         tile_pair<T>(values + i * Kind<T>::K, 32 * p, n, v_tiles + (p * kk + i) * 2 * TILE);
                 for (long block = 0; block < held; block++) {
                     const int64_t *lo = low + block * 32, *hi = high + block * 32;
-                    int64_t least = INT64_MAX, most = 0, sure_low = 0, sure_high = INT64_MAX;
+                    int64_t least = INT64_MAX, most = 0;
                     for (int r = 0; r < 32; r++)
-                        if (lo[r] < hi[r]) {
-                            least = std::min(least, lo[r]), most = std::max(most, hi[r]);
-                            sure_low = std::max(sure_low, lo[r]), sure_high = std::min(sure_high, hi[r]);
-                        }
+                        if (lo[r] < hi[r]) least = std::min(least, lo[r]), most = std::max(most, hi[r]);
                     if (least >= key + filled || most <= key) continue;
-                    const bool is_whole = sure_low <= key && sure_high >= key + KEYS;
                     const char *qa = q_tiles + block * q_bytes;
                     for (long p = 0; p < panels; p++)
                         product<T>(2, qa, qa + kd * TILE, k_tiles + p * kd * 2 * TILE, kd, scores + 32 * p, KEYS);
                     float *block_o = o + block * 32 * wide;
-                    for (int r = 0; r < 32; r++) {
-                        float *s = scores + r * KEYS;
-                        V most_v = splat(-1e30f);
-                        const long vectors = 2 * panels;
-                        if (!is_whole) {
-                            const V ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                            const float l = (float)std::max<int64_t>(lo[r] - key, 0),
-                                        u = (float)std::max<int64_t>(0, std::min<int64_t>(hi[r] - key, KEYS));
-                            for (long i = 0; i < vectors; i++) {
-                                V at = ramp + (float)(16 * i), x = load(s + 16 * i);
-                                x = at < splat(l) ? splat(-1e30f) : x;
-                                x = at >= splat(u) ? splat(-1e30f) : x;
-                                store(s + 16 * i, x);
-                            }
+                    long seen_from[32], seen_to[32];
+                    for (int r = 0; r < 32; r++) { // the maxima first: no row then waits for its own
+                        const long l = seen_from[r] = std::min(std::max(lo[r] - key, 0L), filled),
+                                   h = seen_to[r] = std::min(std::max(hi[r] - key, 0L), filled);
+                        if (l >= h) continue;
+                        float &most_yet = top[block * 32 + r];
+                        const float now = peak(scores + r * KEYS, l, h);
+                        if (now <= most_yet) continue;
+                        if (most_yet > -1e29f) { // else there is nothing yet
+                            const float fade = std::exp(most_yet - now);
+                            sum[block * 32 + r] *= fade;
+                            for (long i = 0; i < wide; i += 16)
+                                store(block_o + r * wide + i, load(block_o + r * wide + i) * fade);
                         }
-                        for (long i = 0; i < vectors; i++) most_v = bigger(most_v, load(s + 16 * i));
-                        const float old = top[block * 32 + r], now = std::max(old, largest(most_v));
-                        T *p_row = (T *)(p_tiles + (r / 16) * kk * TILE) + (r % 16) * Kind<T>::K;
-                        V acc = V{};
-                        const long steps = k_used * Kind<T>::K / 16;
-                        constexpr long PER = Kind<T>::K / 16;
-                        const long seen_steps = now > -1e29f ? std::min(steps, vectors) : 0;
-                        for (long i = 0; i < seen_steps; i++) {
-                            const V e = exponential(load(s + 16 * i) - now);
-                            acc += e;
-                            store((T *)((char *)p_row + i / PER * TILE) + i % PER * 16, e);
-                        }
-                        for (long i = seen_steps; i < steps; i++)
-                            store((T *)((char *)p_row + i / PER * TILE) + i % PER * 16, V{});
-                        if (now > old) {
-                            top[block * 32 + r] = now;
-                            if (old > -1e29f) { // else there is nothing yet
-                                const float fade = std::exp(old - now);
-                                sum[block * 32 + r] *= fade;
-                                for (long i = 0; i < wide; i += 16)
-                                    store(block_o + r * wide + i, load(block_o + r * wide + i) * fade);
-                            }
-                        }
-                        sum[block * 32 + r] += total(acc);
+                        most_yet = now;
                     }
+                    for (int r = 0; r < 32; r++)
+                        sum[block * 32 + r] +=
+                            weigh<T>(scores + r * KEYS, seen_from[r], seen_to[r], top[block * 32 + r],
+                                     (T *)(p_tiles + (r / 16) * kk * TILE) + (r % 16) * Kind<T>::K, k_used);
                     for (long p = 0; p < d_panels; p++)
                         product<T>(2, p_tiles, p_tiles + kk * TILE, v_tiles + p * kk * 2 * TILE, k_used,
                                    block_o + 32 * p, wide, true, nullptr, 0, n - 32 * p);
@@ -145,13 +156,13 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
             }
             for (long block = 0; block < held; block++) {
                 long h, t;
-                for (int r = 0; r < 32; r++)
-                    if (place(block, r, h, t)) {
-                        const float s = sum[block * 32 + r], inverse = s > 0 ? 1.0f / s : 0.0f;
-                        for (long i = 0; i < n; i += 16)
-                            store_some(out + ((b * width + t) * heads + h) * n + i,
-                                       load(o + (block * 32 + r) * wide + i) * inverse, n - i);
-                    }
+                place(block, h, t);
+                for (long r = 0; r < std::min(32L, width - t); r++) {
+                    const float s = sum[block * 32 + r], inverse = s > 0 ? 1.0f / s : 0.0f;
+                    for (long i = 0; i < n; i += 16)
+                        store_some(out + ((b * width + t + r) * heads + h) * n + i,
+                                   load(o + (block * 32 + r) * wide + i) * inverse, n - i);
+                }
             }
         }
     }

@@ -18,9 +18,9 @@ static thread_local Scratch between;
 
 // x and y are [batch, encode + canvas, width]; k and v come out normed and turned, for the cache.
 template <class T>
-static void block(const T *x, const Layer &w, const Given *products, Sizes n, float eps, const T *cos, const T *sin,
-                  const T *k_ring, const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v,
-                  int threads) {
+static void block_of(const T *x, const Layer &w, const Given *products, Sizes n, float eps, const T *cos, const T *sin,
+                     const T *k_ring, const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v,
+                     int threads) {
     const long rows = seen.batch * (seen.encode + seen.canvas), wide = n.heads * n.head, narrow = n.groups * n.head;
     // Columns of every row, one behind the other; what attention needed makes room for what comes after it.
     const long column = up(rows * sizeof(T), 64), first = wide + 2 * narrow, second = 3 * n.width;
@@ -53,4 +53,35 @@ static void block(const T *x, const Layer &w, const Given *products, Sizes n, fl
                n.expert_inner, sparse, threads);
     join<T>(residual, dense, sparse, rows, n.width, (const T *)w.after_dense, (const T *)w.after_experts,
             (const T *)w.after, eps, scale, scales, y, threads);
+}
+
+static long bytes_of(const Given &w, long outputs, long inputs) {
+    const long elements = up(outputs, 32) * inputs;
+    return w.kind >= 4 ? elements * w.kind / 8 : w.kind == 2 ? elements : w.kind == 1 ? 2 * elements : 4 * elements;
+}
+
+// Where the weights of a layer stay in the second cache, a thread takes a row of the batch through all of the layer:
+// nothing of it leaves the nearest caches, and nobody waits for the other threads between two operations.
+template <class T>
+static void block(const T *x, const Layer &w, const Given *products, Sizes n, float eps, const T *cos, const T *sin,
+                  const T *k_ring, const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v,
+                  int threads) {
+    const long wide = n.heads * n.head, narrow = n.groups * n.head;
+    long weights =
+        bytes_of(products[Q], 2 * wide + 2 * narrow, n.width) + bytes_of(products[GATE], 3 * n.inner, n.width);
+    weights += n.experts * bytes_of(products[GATE_UP], 3 * n.expert_inner, n.width);
+    if (threads == 1 || seen.batch < 2 * threads || weights > WARM) {
+        block_of<T>(x, w, products, n, eps, cos, sin, k_ring, v_ring, seen, scale, scales, y, k, v, threads);
+        return;
+    }
+    const long rows = seen.encode + seen.canvas;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (long b = 0; b < seen.batch; b++) {
+        const Seen one{seen.rows + b, seen.lengths + b, seen.counts + b, 1,
+                       seen.encode,   seen.canvas,      seen.window,     seen.ring};
+        const long from = b * rows;
+        block_of<T>(x + from * n.width, w, products, n, eps, cos + from * n.head, sin + from * n.head, k_ring, v_ring,
+                    one, scale + (scales > 1 ? from : 0), scales > 1 ? rows : 1, y + from * n.width, k + from * narrow,
+                    v + from * narrow, 1);
+    }
 }

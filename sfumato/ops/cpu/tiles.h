@@ -96,18 +96,20 @@ static void plain_product(int mr, const char *a0, const char *a1, const char *b,
 }
 
 #if AMX
-#define PRODUCT(op, twice)                                                                                  \
+#define PRODUCT(op, twice, wide)                                                                            \
     for (long k = 0; k < kc; k++) {                                                                         \
         for (const char *until = ahead + each; ahead < until; ahead += 64) __builtin_prefetch(ahead, 0, 2); \
         _tile_loadd(6, b + 2 * k * TILE, 64);                                                               \
         _tile_loadd(4, a0 + k * TILE, 64);                                                                  \
         op(0, 4, 6);                                                                                        \
-        _tile_loadd(7, b + 2 * k * TILE + TILE, 64);                                                        \
-        op(1, 4, 7);                                                                                        \
+        if (wide) {                                                                                         \
+            _tile_loadd(7, b + 2 * k * TILE + TILE, 64);                                                    \
+            op(1, 4, 7);                                                                                    \
+        }                                                                                                   \
         if (twice) {                                                                                        \
             _tile_loadd(5, a1 + k * TILE, 64);                                                              \
             op(2, 5, 6);                                                                                    \
-            op(3, 5, 7);                                                                                    \
+            if (wide) op(3, 5, 7);                                                                          \
         }                                                                                                   \
     }
 #endif
@@ -118,6 +120,20 @@ static inline void product(int mr, const char *a0, const char *a1, const char *b
 #if AMX
     if constexpr (!std::is_same_v<M, float>)
         if (has_amx) {
+            if constexpr (std::is_same_v<M, bf16>)
+                if (mr == 2 && columns <= 16) { // a head of attention that is this small
+                    if (adds) {
+                        _tile_loadd(0, c, ldc * 4);
+                        _tile_loadd(2, c + 16 * ldc, ldc * 4);
+                    } else {
+                        _tile_zero(0);
+                        _tile_zero(2);
+                    }
+                    PRODUCT(_tile_dpbf16ps, true, false)
+                    _tile_stored(0, c, ldc * 4);
+                    _tile_stored(2, c + 16 * ldc, ldc * 4);
+                    return;
+                }
             if (adds) {
                 _tile_loadd(0, c, ldc * 4);
                 _tile_loadd(1, c + 16, ldc * 4);
@@ -133,14 +149,14 @@ static inline void product(int mr, const char *a0, const char *a1, const char *b
             }
             if constexpr (std::is_same_v<M, bf16>) {
                 if (mr == 2) {
-                    PRODUCT(_tile_dpbf16ps, true)
+                    PRODUCT(_tile_dpbf16ps, true, true)
                 } else {
-                    PRODUCT(_tile_dpbf16ps, false)
+                    PRODUCT(_tile_dpbf16ps, false, true)
                 }
             } else if (mr == 2) {
-                PRODUCT(_tile_dpbssd, true)
+                PRODUCT(_tile_dpbssd, true, true)
             } else {
-                PRODUCT(_tile_dpbssd, false)
+                PRODUCT(_tile_dpbssd, false, true)
             }
             _tile_stored(0, c, ldc * 4);
             _tile_stored(1, c + 16, ldc * 4);
@@ -181,14 +197,8 @@ template <class M> static void tile_rows(const M *const *rows, int count, long w
         const char *from = r < count ? (const char *)rows[r] : nullptr;
         const long bytes = width * (long)sizeof(M);
         for (long k = 0; k < kc; k++) {
-            char *to = out + k * TILE + r * 64;
-            const long left = bytes - k * 64;
-            if (!from) memset(to, 0, 64);
-            else if (left >= 64) memcpy(to, from + k * 64, 64);
-            else {
-                memset(to, 0, 64);
-                memcpy(to, from + k * 64, left);
-            }
+            const VU v = from ? load_bytes(from + k * 64, bytes - k * 64) : VU{};
+            memcpy(out + k * TILE + r * 64, &v, 64);
         }
     }
 }
@@ -198,10 +208,7 @@ template <class M> static void tile_rows(const M *const *rows, int count, long w
 template <class M> static inline void tile_columns(const M *const *columns, long first, long width, char *out) {
     VU in[16], turned[16];
     const long bytes = (width - first) * (long)sizeof(M);
-    for (int c = 0; c < 16; c++) {
-        in[c] = VU{};
-        if (columns[c]) memcpy(&in[c], columns[c] + first, bytes < 64 ? bytes : 64);
-    }
+    for (int c = 0; c < 16; c++) in[c] = columns[c] ? load_bytes(columns[c] + first, bytes) : VU{};
     transpose(in, turned); // words of 32 bits: a float, 2 bfloat16 or 4 int8 that stay together
     memcpy(out, turned, sizeof turned);
 }

@@ -26,11 +26,12 @@ struct bf16 {
     uint16_t bits;
 };
 
-static constexpr long TILE = 1024; // bytes of a tile
-static constexpr long KEYS = 256;  // keys that attention takes at once
-static constexpr long FEW = 4;     // row tiles beside which a product waits for memory, not for arithmetic
-static constexpr long PIECE = 8;   // tiles of k that stay in the nearest cache while the other side passes by
-static constexpr long BAND = 512;  // rows of a product that share a panel while it is warm
+static constexpr long TILE = 1024;    // bytes of a tile
+static constexpr long KEYS = 256;     // keys that attention takes at once
+static constexpr long FEW = 4;        // row tiles beside which a product waits for memory, not for arithmetic
+static constexpr long PIECE = 8;      // tiles of k that stay in the nearest cache while the other side passes by
+static constexpr long BAND = 512;     // rows of a product that share a panel while it is warm
+static constexpr long WARM = 1 << 20; // bytes of a layer's weights that stay in the second cache of each core
 
 static inline V splat(float x) { return x - V{}; }
 static inline V load(const float *p) {
@@ -58,17 +59,45 @@ static inline void store(bf16 *p, V v) {
     memcpy(p, &h, sizeof h);
 #endif
 }
+// The first n of 16; zeros behind them.
 template <class T> static inline V load_some(const T *p, long n) {
     if (n >= 16) return load(p);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const uint16_t some = (1u << std::max(n, 0L)) - 1;
+    if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_ps(some, p);
+    else return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16);
+#else
     T t[16] = {};
     if (n > 0) memcpy(t, p, n * sizeof(T));
     return load(t);
+#endif
 }
 template <class T> static inline void store_some(T *p, V v, long n) {
     if (n >= 16) return store(p, v);
     T t[16];
     store(t, v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const uint16_t some = (1u << std::max(n, 0L)) - 1;
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, some, (__m512)v);
+    else {
+        __m256i h;
+        memcpy(&h, t, sizeof h);
+        _mm256_mask_storeu_epi16(p, some, h);
+    }
+#else
     if (n > 0) memcpy(p, t, n * sizeof(T));
+#endif
+}
+// Up to 64 bytes; zeros behind them.
+static inline VU load_bytes(const void *p, long bytes) {
+    VU v = {};
+    if (bytes >= 64) memcpy(&v, p, 64);
+#if defined(__AVX512BW__)
+    else v = (VU)_mm512_maskz_loadu_epi8((1ull << bytes) - 1, p);
+#else
+    else memcpy(&v, p, bytes);
+#endif
+    return v;
 }
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16 x) {
@@ -86,7 +115,7 @@ static inline void from_float(bf16 *p, float x) {
 // Rounded to what the type can hold: the value that whoever reads it back will see.
 static inline V rounded(V v, float) { return v; }
 static inline V rounded(V v, bf16) {
-    bf16 t[16];
+    alignas(32) bf16 t[16];
     store(t, v);
     return load(t);
 }
@@ -96,17 +125,19 @@ static inline float total(V v) { // in halves: a fixed order
     v += __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
     return v[0] + v[1];
 }
-static inline float largest(V v) {
-    V w = __builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    v = v > w ? v : w;
-    w = __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    v = v > w ? v : w;
-    w = __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-    v = v > w ? v : w;
-    return std::max(v[0], v[1]);
-}
+#if defined(__AVX512F__)
+static inline V bigger(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline V smaller(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 static inline V bigger(V a, V b) { return a > b ? a : b; }
 static inline V smaller(V a, V b) { return a < b ? a : b; }
+#endif
+static inline float largest(V v) {
+    v = bigger(v, __builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+    v = bigger(v, __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+    v = bigger(v, __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+    return std::max(v[0], v[1]);
+}
 static inline V absolute(V a) { return (V)((VU)a & 0x7fffffffu); }
 
 // Within 1e-7 of e^x, relative; 0 below -87.3.
@@ -123,6 +154,20 @@ static inline V exponential(V x) {
     p = p * r * r + r + 1.0f;
     VI e = __builtin_convertvector(n, VI);
     V scaled = (V)((VI)p + (e << 23));
+    return x < splat(-87.3f) ? V{} : scaled;
+}
+// Within 3e-7 of e^x, relative, from -10 to 0 (exactly 1 at 0), and within 2e-6 down to -87.3; 0 below. A third fewer
+// operations than `exponential`.
+static inline V exponential_below(V x) {
+    const V shifted = x * 1.44269504f + 12582912.0f; // 1.5 x 2^23: the nearest integer is in the lowest bits
+    const V r = x * 1.44269504f - (shifted - 12582912.0f);
+    V p = splat(1.3264720656e-3f);
+    p = p * r + 9.6715135959e-3f;
+    p = p * r + 5.5507337695e-2f;
+    p = p * r + 2.4022242068e-1f;
+    p = p * r + 6.9314697758e-1f;
+    p = p * r + 1.0f;
+    const V scaled = (V)((VI)p + ((VI)shifted << 23));
     return x < splat(-87.3f) ? V{} : scaled;
 }
 static inline V over(V a, V b) { // a / b for b in [1, 1e38], within an ulp or two
