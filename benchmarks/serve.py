@@ -1,6 +1,8 @@
 """The server under load: throughput, time to the first text, and whether a seed's text depends on the neighbours.
 
-    .venv/bin/python benchmarks/serve.py throughput    # nano; 1 to 32 clients in turns, round after round
+    .venv/bin/python benchmarks/serve.py throughput        # nano; 1 to 32 clients in turns, round after round
+    .venv/bin/python benchmarks/serve.py throughput-bf16   # the same in bfloat16
+    .venv/bin/python benchmarks/serve.py throughput-tokens # and one token after another, without a canvas
     .venv/bin/python benchmarks/serve.py first         # mid, random: a short request, alone and beside 8 long answers
     .venv/bin/python benchmarks/serve.py same          # nano, reference operations: 200 seeds, alone and all at once
     .venv/bin/python benchmarks/serve.py draw          # docs/serve.png and docs/soak.png, from the record
@@ -353,6 +355,8 @@ def keep(part: str, found: Record, given: argparse.Namespace, flags: Sequence[st
 MID = "runs/bench/mid"
 PARTS: dict[str, tuple[Callable[[Server, argparse.Namespace], Awaitable[Record]], list[str]]] = {
     "throughput": (throughput, ["-m", "nano"]),
+    "throughput-bf16": (throughput, ["-m", "nano", "--dtype", "bfloat16"]),
+    "throughput-tokens": (throughput, ["-m", "nano", "--dtype", "bfloat16"]),
     "first": (first, ["-m", MID]),
     "same": (same, ["-m", "nano", "--ops", "reference", "--dtype", "float32", "--queue", "2048"]),
 }
@@ -374,17 +378,20 @@ def main() -> None:
         one = parts.add_parser(name)
         server_options(one)
         if name != "first":
-            one.add_argument("--requests", type=int, default=200 if name == "same" else 512)
+            one.add_argument("--requests", type=int, default={"same": 200, "throughput-tokens": 96}.get(name, 512))
         if name != "same":
             one.add_argument("--rounds", type=int, default=3)
-        if name == "throughput":
-            one.add_argument(
-                "--clients", default="1,2,4,8,16,32", help="numbers of clients; first and last are compared"
-            )
+        is_slow = name == "throughput-tokens"
+        if name.startswith("throughput"):
+            levels = "1,32" if is_slow else "1,2,4,8,16,32"
+            one.add_argument("--clients", default=levels, help="numbers of clients; first and last are compared")
         else:
             one.add_argument("--others", type=int, default=8 if name == "first" else 40, help="other requests beside")
         if name != "same":
-            one.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="of the requests timed")
+            preset = ['mode="autoregressive"'] if is_slow else []
+            one.add_argument(
+                "--option", action="append", default=preset, metavar="NAME=JSON", help="of the requests timed"
+            )
         if name == "first":
             one.add_argument("--repeats", type=int, default=4, help="short requests a round, idle and beside")
             one.add_argument("--tokens", type=int, default=64, help="of a short answer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,19 @@ BLUE, BROWN, WINE, GREY = "#2a6f97", "#b5651d", "#7d2a4d", "#888888"
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
+THROUGHPUTS = {
+    "throughput": "nano",
+    "throughput-bf16": "nano in bfloat16",
+    "throughput-tokens": "nano in bfloat16, one token after another",
+}
+
+
 def times(found: Record) -> list[str]:
     return ["–" if value is None else duration(value) for value in found.values()]
 
 
-def throughput(one: Record, table: Table) -> str:
-    head = [f"nano, {one['requests']} puzzles, {one['rounds']} rounds", "tokens/s", "p50", "p95", "p99"]
+def throughput(one: Record, table: Table, name: str) -> str:
+    head = [f"{name}, {one['requests']} puzzles, {one['rounds']} rounds", "tokens/s", "p50", "p95", "p99"]
     head += ["first text p50", "p95", "p99", "solved", "errors"]
     rows = [
         [
@@ -74,7 +82,7 @@ def soak(one: Record, table: Table) -> str:
 
 
 PARTS: dict[str, Callable[[Record, Table], str]] = {
-    "throughput": throughput,
+    **{part: partial(throughput, name=name) for part, name in THROUGHPUTS.items()},
     "first": first,
     "same": same,
     "soak": soak,
@@ -97,7 +105,7 @@ def draw(record: Record, folder: Path) -> None:
 
     matplotlib.use("agg")
     if "throughput" in record:
-        draw_throughput(record["throughput"], folder / "serve.png")
+        draw_throughput(record, folder / "serve.png")
     if "soak" in record:
         draw_soak(record["soak"], folder / "soak.png")
 
@@ -106,23 +114,31 @@ def from_zero(axes: Any) -> None:
     axes.set_ylim(0, 1.1 * axes.dataLim.y1 or 1)
 
 
-def draw_throughput(one: Record, path: Path) -> None:
+def draw_throughput(record: Record, path: Path) -> None:
     from matplotlib import pyplot
 
-    rows = one["levels"]
+    rows = record["throughput"]["levels"]
     clients = [row["clients"] for row in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
     for name, colour in (("p50", BLUE), ("p95", BROWN), ("p99", WINE)):
         left.plot(clients, [row["latency_seconds"][name] for row in rows], "o-", color=colour, label=name)
     left.set(xlabel="clients at once", ylabel="seconds to the whole answer")
+    left.set_title("nano", fontsize=9)
     left.legend()
-    right.plot(clients, [row["tokens_per_second"] for row in rows], "o-", color=BLUE)
-    for row in rows:
-        rounds = row["tokens_per_second_of_rounds"]
-        right.plot([row["clients"]] * len(rounds), rounds, ".", color=BLUE, alpha=0.35)
-    errors = sum(row["errors"] for row in rows)
+    levels = []
+    for (part, name), colour in zip(THROUGHPUTS.items(), (BLUE, BROWN, GREY), strict=True):
+        if part not in record:
+            continue
+        levels += (these := record[part]["levels"])
+        at = [row["clients"] for row in these]
+        right.plot(at, [row["tokens_per_second"] for row in these], "o-", color=colour, label=name)
+        for row in these:
+            rounds = row["tokens_per_second_of_rounds"]
+            right.plot([row["clients"]] * len(rounds), rounds, ".", color=colour, alpha=0.35)
+    right.legend(fontsize=8)
+    errors = sum(row["errors"] for row in levels)
     right.set(xlabel="clients at once", ylabel="tokens a second")
-    right.set_title(f"{errors} errors in {errors + sum(row['answered'] for row in rows):,} requests", fontsize=9)
+    right.set_title(f"{errors} errors in {errors + sum(row['answered'] for row in levels):,} requests", fontsize=9)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(clients, [str(count) for count in clients])

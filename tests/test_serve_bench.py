@@ -502,6 +502,7 @@ def record() -> dict[str, Any]:
         "same": {"requests": 9, "others": 1, "identical": 1.0, "alone_seconds": 1, "at_once_seconds": 1, "targets": {}},
         "soak": soaked,
     }
+    found |= {part: found["throughput"] for part in serve_page.THROUGHPUTS}
     return {"what": "serve", **{part: {**one, "environment": {"command": f"do {part}"}} for part, one in found.items()}}
 
 
