@@ -87,6 +87,7 @@ def run(connection: Connection, open_jobs: Callable[[Send], tuple[Jobs, ModelCar
         return desk.send(("failed", error))
     except Exception as error:
         return desk.send(("failed", SfumatoError(f"the model cannot be loaded: {_full(error)}")))
+    gc.collect()
     gc.freeze()  # a third of a million objects of libraries that will not go: not looked through again and again
     desk.send(("ready", card))
     for _ in range(PREPARING):

@@ -102,7 +102,7 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                 const T *keys[KEYS], *values[KEYS];
                 const long filled = std::min(KEYS, to - key), panels = tiles_of(filled, 32),
                            k_used = tiles_of(filled, Kind<T>::K);
-                for (long i = 0, turned = key % seen.ring; i < filled; i++, turned++) {
+                for (long i = 0, turned = key % std::max(seen.ring, 1L); i < filled; i++, turned++) {
                     const long p = key + i;
                     const bool is_cached = p < length;
                     if (turned == seen.ring) turned = 0;
