@@ -80,6 +80,8 @@ class Script:
             match job:
                 case {"turn": "raise"}:
                     raise RuntimeError("the device is lost")
+                case {"turn": "hang"}:
+                    time.sleep(60)
                 case {"turn": "fail"}:
                     happened.append((self._over(key), CapacityError("the cache is full")))
                 case {"turn": "break"}:
@@ -314,6 +316,24 @@ def test_an_engine_that_raises_ends_its_process(opened, impatient, capfd):
 
     running(test())
     assert "the engine failed: the device is lost (RuntimeError < test_worker.py:" in capfd.readouterr().err
+
+
+def test_a_worker_that_hangs_is_killed_and_another_takes_the_next(opened, impatient, monkeypatch, capfd):
+    monkeypatch.setattr(worker, "SILENCE", 0.4)
+
+    async def test() -> None:
+        async with opened() as one:
+            before = (await told(one))["pid"]
+            await asyncio.sleep(0.6)  # silence without jobs is no reason
+            assert (await told(one))["pid"] == before
+            slow = asyncio.create_task(events(one, job(left=1, turn="hang")))
+            with pytest.raises(WorkerError, match=r"was silent for 0\.4 s and was killed under this request"):
+                await slow
+            assert (await told(one))["pid"] != before
+            assert one.stats().restarts == 1
+
+    running(test())
+    assert "silent for 0.4 s" in capfd.readouterr().err
 
 
 async def kill(one: Worker) -> None:

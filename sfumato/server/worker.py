@@ -35,6 +35,9 @@ STEADY = 5.0
 """A worker that lived so many seconds is followed by another at once; one that did not, after a pause."""
 PAUSES = (1.0, 30.0)
 """The first pause in seconds, which doubles, and the longest."""
+SILENCE = 600.0
+"""Seconds without a word of a worker that has jobs, after which it is taken for hung and killed. More than its longest
+turn: a long prompt of a large model on a slow processor, kernels that are compiled first."""
 PARTING = 1.0
 """Seconds that a worker has to end by itself."""
 
@@ -73,6 +76,8 @@ class Worker:
         self._is_loaded = False
         self._news = asyncio.Event()
         """Set while there is nothing to wait for: a worker is there, or none will come."""
+        self._heard = 0.0
+        """When the worker last said something, or got a job after it had none."""
         self._quiet = asyncio.Event()
         """Set while the worker has no job."""
         self._quiet.set()
@@ -115,6 +120,8 @@ class Worker:
         process = await self._admitted()
         key, inbox = next(self._keys), asyncio.Queue[Event | Result | Exception]()
         process.send(("job", key, job))
+        if not self._inboxes:
+            self._heard = asyncio.get_running_loop().time()
         self._inboxes[key] = inbox
         self._quiet.clear()
         try:
@@ -206,7 +213,11 @@ class Worker:
             return 0.0, WorkerError(f"no process can be started for the engine: {error.strerror}")
         ready_at, failure = loop.time(), None
         while True:
-            match await messages.get():
+            message, self._heard = await self._message(messages), loop.time()
+            match message:
+                case None:
+                    failure = WorkerError(f"the engine's worker was silent for {SILENCE:g} s and was killed")
+                    self._process.process.kill()
                 case ("loading", done, total):
                     if self.loading is not None and self._card is None:
                         self.loading(done, total)
@@ -230,6 +241,17 @@ class Worker:
         self._now = Stats(restarts=self._before.restarts)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return steady, failure or WorkerError(f"the engine's worker ended ({how})")
+
+
+    async def _message(self, messages: asyncio.Queue[Any]) -> Any:
+        """The next one; None where a worker that has jobs is silent for too long."""
+        loop = asyncio.get_running_loop()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SILENCE):
+                    return await messages.get()
+            if self._is_loaded and self._inboxes and loop.time() - self._heard >= SILENCE:
+                return None
 
 
 class _Process:
