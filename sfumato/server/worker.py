@@ -242,7 +242,6 @@ class Worker:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return steady, failure or WorkerError(f"the engine's worker ended ({how})")
 
-
     async def _message(self, messages: asyncio.Queue[Any]) -> Any:
         """The next one; None where a worker that has jobs is silent for too long."""
         loop = asyncio.get_running_loop()
