@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 import pytest
 
@@ -41,3 +43,12 @@ def has_cuda() -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a driver too old for torch is no CUDA, not an error
         return torch.cuda.is_available()
+
+
+@pytest.fixture
+def untidy() -> Iterator[None]:
+    """For a client that leaves its own event loops and sockets unclosed: they go here, not amid a later test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+        gc.collect()

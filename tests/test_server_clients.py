@@ -6,10 +6,8 @@ Every test takes its server from the fixture `server`, and asserts of the text o
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -221,15 +219,6 @@ def test_errors(client: Any, server: Server) -> None:
     with pytest.raises(openai.AuthenticationError) as unknown:
         stranger.models.list()
     assert unknown.value.code == "invalid_api_key"
-
-
-@pytest.fixture
-def untidy() -> Iterator[None]:
-    """For a client that leaves its own event loops and sockets unclosed: they go here, not amid a later test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-        gc.collect()
 
 
 # --- litellm -------------------------------------------------------------------------------------------------------

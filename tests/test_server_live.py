@@ -6,7 +6,6 @@ nano knows nothing but Sudoku, so that a text is held to another run of the same
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -311,15 +309,6 @@ def test_errors(client: Any) -> None:
 
 
 # --- litellm and an agent ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def untidy() -> Iterator[None]:
-    """For a client that leaves its own event loops and sockets unclosed: they go here, not amid a later test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-        gc.collect()
 
 
 @pytest.mark.usefixtures("untidy")
