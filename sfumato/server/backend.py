@@ -73,6 +73,8 @@ class Stats:
     prefix_bytes: int = 0
     memory_bytes: int = 0
     restarts: int = 0
+    stalled: float = 0.0
+    """Seconds for which the job that has been prepared for longest has been prepared."""
 
 
 def where(error: Exception, depth: int = 8) -> str:
