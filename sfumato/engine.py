@@ -24,11 +24,11 @@ from torch import Tensor
 
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Dice, Rules, accept, pick_token
-from sfumato.events import Commit, Done, Draft, Event, InputError, Options, Usage
+from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError, Options, Usage
 from sfumato.guided import GuideError, Span, Turn, project_
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
-from sfumato.rows import Request, Row
+from sfumato.rows import Request, Row, RowError
 from sfumato.step import Canvases, Project, Projected, Recorded, step_
 
 DICE_AHEAD = 8
@@ -76,6 +76,7 @@ class Engine:
         self._recorded: dict[tuple[object, ...], Recorded] = {}
         self._counted: dict[int, tuple[Tensor, Tensor]] = {}
         self._passes: dict[tuple[object, ...], Pass] = {}
+        self._failed: dict[int, tuple[Row, NumericError]] = {}
 
     @property
     def live(self) -> list[int]:
@@ -128,7 +129,9 @@ class Engine:
         """Take the rows in these seats (None: all) one step further; `encode` bounds the prompt tokens of the turn,
         beside those that go along with a first step. Returns what came of it; `row` of an event is a seat.
 
-        GuideError where a row's grammar cannot be followed: once that row has left, the others can go on."""
+        GuideError where a row's grammar cannot be followed, RowError, before any work, where a row's numbers were not
+        finite in the turn before: once that row has left, the others can go on."""
+        self._raise_failed()
         rows = [i for i in self.live if seats is None or i in seats]
         # 1. A chunk of the prompts; a row whose last chunk is left begins its first canvas.
         self._encode_prompts([i for i in rows if self._row(i).rest], encode)
@@ -349,19 +352,23 @@ class Engine:
             return None
 
         def project(logits_BLV: Tensor, argmax_BL: Tensor, entropy_BL: Tensor) -> Projected:
+            is_finite = torch.isfinite(entropy_BL.sum(-1)).tolist()  # what is not fails after the step
             for n, inspect in watched:
-                inspect(logits_BLV[n])
+                if is_finite[n]:
+                    inspect(logits_BLV[n])
+            walked = [turn for turn in turns if is_finite[turn.row]]
             is_sure_BL = accept(entropy_BL, state.bound_X[at_B])
-            return project_(turns, self.config, logits_BLV, argmax_BL, entropy_BL, is_sure_BL)
+            return project_(walked, self.config, logits_BLV, argmax_BL, entropy_BL, is_sure_BL)
 
         return project
 
     def _drafts(self, rows: list[int]) -> Iterator[Event]:
         for length in sorted({self._row(i).length for i in rows}):
             some, state = [i for i in rows if self._row(i).length == length], self.states[length]
-            shown = [x[some].tolist() for x in (state.argmax_XL, state.entropy_XL, state.accepted_XL)]
-            for i, tokens, entropies, accepted in zip(some, *shown, strict=True):
-                yield Draft(i, self._row(i).canvas, self._row(i).step, tokens, entropies, accepted)
+            whole = state.is_finite_X, state.argmax_XL, state.entropy_XL, state.accepted_XL
+            for i, is_finite, *shown in zip(some, *(x[some].tolist() for x in whole), strict=True):
+                if is_finite:
+                    yield Draft(i, self._row(i).canvas, self._row(i).step, *shown)
 
     # ---- commits ------------------------------------------------------------------------------------------------
 
@@ -370,29 +377,52 @@ class Engine:
         found = []
         for length in sorted({self._row(i).length for i in rows}):
             state = self.states[length]
-            asked = torch.stack([state.is_done_X.long(), state.step_X, state.settled_X])
+            asked = torch.stack([state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()])
             on = {i: (self._row(i), self._row(i).canvas) for i in rows if self._row(i).length == length}
             found.append((length, on, _to_host(asked)))
         return found
 
     def _collect(self, flight: list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]) -> Iterator[Event]:
         for _, on, answer in flight:
-            is_done, steps, settled = _wait_for(answer)
+            is_done, steps, settled, is_finite = _wait_for(answer)
             # Whoever has left, or is on a later canvas by now, was answered before.
             current = [
                 i
                 for i, (row, canvas) in on.items()
                 if i < len(self.rows) and self.rows[i] is row and row.finish_reason is None and row.canvas == canvas
             ]
+            for i in (i for i in current if not is_finite[i]):
+                self._fail(i, f"in step {steps[i]} of canvas {self._row(i).canvas + 1}")
+            current = [i for i in current if is_finite[i]]
             stopped = [i for i in current if is_done[i]]
             # Commit the argmax canvas of those; who goes on begins the next canvas.
             if stopped:
                 yield from self._commit_canvases(stopped, [steps[i] for i in stopped])
-                self._begin([i for i in stopped if self._row(i).finish_reason is None])
+                self._begin([i for i in stopped if self._row(i).finish_reason is None and i not in self._failed])
             # Of the others, what has settled ahead of the rest.
             ahead = [i for i in current if not is_done[i] and settled[i] > self._row(i).given]
             if ahead := [i for i in ahead if not self._row(i).options.logprobs]:
                 yield from self._commit_prefixes(ahead, [settled[i] for i in ahead], [steps[i] for i in ahead])
+
+    def _fail(self, seat: int, where: str) -> None:
+        """A row whose numbers are not finite: the next turn raises it. What comes to its seat must not read them, not
+        even as keys that nobody sees: 0 times NaN is NaN."""
+        row = self._row(seat)
+        row.finish_reason = None
+        error = NumericError(
+            f"the model's numbers are not finite {where}: weights or activations are NaN or infinite; check the "
+            "checkpoint, or load it with another dtype"
+        )
+        self._failed[seat] = row, error
+        for whole_XRGK in (*self.cache.k, *self.cache.v):
+            whole_XRGK[seat] = 0
+
+    def _raise_failed(self) -> None:
+        """RowError for a row that failed and has not left."""
+        for seat in list(self._failed):
+            row, error = self._failed.pop(seat)
+            if seat < len(self.rows) and self.rows[seat] is row:
+                raise RowError(seat, error)
 
     def _commit_canvases(self, rows: list[int], steps: list[int]) -> Iterator[Event]:
         """Cut each canvas at its end. Where the row goes on it waits to be encoded with the next canvas's first step;
@@ -405,6 +435,8 @@ class Engine:
         kept = [self._cut(row, tokens[row.given :]) for row, tokens in zip(each, canvases, strict=True)]
         logprobs = self._logprobs([n for n, row in enumerate(each) if row.options.logprobs and kept[n]], rows, kept)
         for n, (i, row) in enumerate(zip(rows, each, strict=True)):
+            if i in self._failed:
+                continue
             row.steps += steps[n]
             row.pending = [] if n in logprobs else canvases[n][: row.given] + kept[n]
             yield from self._emit(i, kept[n], logprobs.get(n), steps[n])
@@ -421,6 +453,8 @@ class Engine:
                 self._row(rows[n]).passes += 1
                 seen_TD = torch.cat([before_BD[place : place + 1], hidden_BTD[place, : len(kept[n]) - 1]])
                 found[n] = torch.log_softmax(self.model.logits(seen_TD), -1)
+                if not bool(torch.isfinite(seen_TD.sum() + found[n].sum())):
+                    self._fail(rows[n], f"in the encoding of canvas {self._row(rows[n]).canvas + 1}")
         return found
 
     def _commit_prefixes(self, rows: list[int], settled: list[int], steps: list[int]) -> Iterator[Event]:
@@ -438,15 +472,19 @@ class Engine:
         """The autoregressive baseline with the same weights: one token a pass, from encode's own logits."""
         logits_BV = self.model.logits(self.last_XD[rows])
         log_p_BV = torch.log_softmax(logits_BV, -1)
+        is_finite = torch.isfinite(self.last_XD[rows].sum(-1) + log_p_BV.sum(-1)).tolist()
         for n, i in enumerate(rows):
             row = self._row(i)
+            if not is_finite[n]:
+                self._fail(i, f"before token {len(row.tokens) + 1} of the answer")
+                continue
             if row.lacking > 0:
                 logits_BV[n, list(self.config.eos_ids)] = -torch.inf
             thrown = self._dice(self.config.canvas_length).sample([i], [len(row.tokens)], [0])["uniform_BL"]
             token = pick_token(logits_BV[n], row.options, thrown[0, 0])
             row.steps, row.passes = row.steps + 1, row.passes + 1
             yield from self._emit(i, self._cut(row, [token]), log_p_BV[n : n + 1], 1)
-        if rows := [i for i in rows if self._row(i).finish_reason is None]:
+        if rows := [i for i in rows if self._row(i).finish_reason is None and i not in self._failed]:
             self._encode([[self._row(i).tokens[-1]] for i in rows], rows)
 
     def _cut(self, row: Row, tokens: list[int], is_whole: bool = True) -> list[int]:
@@ -566,7 +604,10 @@ class Run:
 
     def __iter__(self) -> Iterator[Event]:
         while self.engine.live:
-            yield from self.engine.turn()
+            try:
+                yield from self.engine.turn()
+            except RowError as error:
+                raise error.error from None
 
 
 def generate(

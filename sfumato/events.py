@@ -32,6 +32,10 @@ class BusyError(SfumatoError):
     """More requests wait than the queue holds; the same request can succeed a moment later."""
 
 
+class NumericError(SfumatoError):
+    """The model's numbers are not finite: weights or activations are NaN or infinite."""
+
+
 class WorkerError(SfumatoError):
     """The process that runs the model is not there, or ended while it worked; the request can be sent again."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.diffusion import Rules
-from sfumato.events import CapacityError, InputError, Options
+from sfumato.events import CapacityError, InputError, Options, SfumatoError
 from sfumato.guided import Span
 
 Watch = Callable[[list[int]], int | None]
@@ -27,6 +27,15 @@ FIRST_ROOM = 4096
 
 SHORT = 16
 """A canvas for a short budget is a multiple of this many positions."""
+
+
+class RowError(Exception):
+    """A row that cannot go on, while the others can: the `row` (the seat) and the `error` that its request ends with.
+    Whoever runs the rows catches it."""
+
+    def __init__(self, row: int, error: SfumatoError) -> None:
+        super().__init__(row, error)
+        self.row, self.error = row, error
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,8 @@ class Canvases:
     step_X: Tensor
     """Steps taken on this canvas."""
     is_done_X: Tensor
+    is_finite_X: Tensor
+    """Rows whose numbers were finite in every step on this canvas. One that is not is done, and never committed."""
     banned_XL: Tensor
     """Positions that may not end the answer (`min_tokens`), nor take what else is banned there."""
     words_X4: Tensor
@@ -90,6 +92,7 @@ class Canvases:
                 accepted_XL=torch.zeros(size, length, dtype=torch.bool),
                 step_X=torch.zeros(size, dtype=torch.long),
                 is_done_X=torch.zeros(size, dtype=torch.bool),
+                is_finite_X=torch.ones(size, dtype=torch.bool),
                 banned_XL=torch.zeros(size, length, dtype=torch.bool),
                 words_X4=torch.tensor(words),
                 heat_XS=torch.tensor(heat),
@@ -159,6 +162,7 @@ class Canvases:
         self.soft_XLD[rows] = 0
         self.step_X[rows] = 0
         self.is_done_X[rows] = False
+        self.is_finite_X[rows] = True
         self.words_X4[rows, 3] = torch.tensor(canvases, device=self.step_X.device)
         self.banned_XL[rows] = False if banned_BL is None else banned_BL
         self.settled_X[rows] = 0
@@ -236,6 +240,8 @@ def step_(
     if held.pin_BL is not None:
         pinned_BLD = embed_VD[held.pin_BL.clamp_min(0)] * model.embed_scale
         soft_BLD = torch.where((held.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)
+    # A row whose numbers are not finite stops here too, and the host hears of it.
+    is_finite_B = _are_finite(hidden_BLD, read.entropy_BL, soft_BLD)
     # 6. A row that had stopped before stays as it was.
     was_done_B = state.is_done_X[at_B]
     keep_B1 = was_done_B[:, None]
@@ -250,8 +256,15 @@ def step_(
     state.history_XHL[at_B] = history_BHL  # of rows that go on: what a stopped one remembers is not asked again
     state.soft_XLD[at_B] = soft_BLD
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
-    state.is_done_X[at_B] = was_done_B | is_done_B
+    state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B
+    state.is_finite_X[at_B] &= was_done_B | is_finite_B
     return encoded_BTD
+
+
+def _are_finite(hidden_BLD: Tensor, entropy_BL: Tensor, soft_BLD: Tensor) -> Tensor:
+    """Which rows are finite in all of these: a sum with NaN or infinity in it is one of them too."""
+    wide = [x.flatten(1).sum(-1, dtype=torch.float32) for x in (hidden_BLD, soft_BLD)]
+    return torch.isfinite(wide[0] + wide[1] + entropy_BL.sum(-1))
 
 
 class _Held(NamedTuple):
