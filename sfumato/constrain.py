@@ -11,6 +11,12 @@ completion is found by greedy search, and where none is short enough the walk go
 A schema's JSON is written on one line with ", " and ": ", as `json.dumps` does it: no other white space between tokens,
 so nothing can write it endlessly and nearly all of the scaffold is forced. Object keys come in the schema's order.
 
+**Hostile until checked.** A grammar is compiled first in a child process (`confined`), on a small stack, where its
+shortest text is searched for: what crashes, takes too long or too much memory there is refused. What llguidance keeps
+of a grammar is shared by all copies of a matcher, and one that exceeds its limits is of no use from then on; so every
+guide compiles its own, and what becomes of one text says nothing of another's. A walk is `Work`: it can be left between
+two calls of the library, so that a slow one need not hold up others.
+
 The grammars are llguidance's, an optional package, imported when the first grammar is compiled. Deliberately absent:
 control tokens inside a text, except those that a Lark grammar names by their text and where it does; remote `$ref`;
 and schema keywords that llguidance would ignore.
@@ -22,13 +28,15 @@ import copy
 import heapq
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from sfumato import confined
 from sfumato.events import CapacityError, InputError
 from sfumato.forms import llguidance, source_of
 from sfumato.tokenizer import Tokenizer
@@ -38,6 +46,12 @@ if TYPE_CHECKING:
 
 MAX_SHORTEST = 8192
 """Tokens within which a grammar must have a text."""
+STACK = 4 << 20
+"""Bytes of stack on which a grammar must compile: less than any thread here has."""
+TOKENIZERS_KEPT = 2
+"""That a child process keeps."""
+TOKENIZER_MEMORY = 4 << 30
+"""Bytes that a child may take for one: Gemma's, of a quarter of a million tokens, takes half a gigabyte."""
 
 _CAPS = (32, 256)  # tokens that a search goes deep before it goes to its limit: most loops without an end cost no more
 _EFFORT, _EFFORT_IN_WALK = 100_000, 1_000  # tries of a token, about 2 µs each, beyond a search's first way down
@@ -47,6 +61,21 @@ _PIECES = 200  # words and marks taken from a pattern
 _HINTS = 16
 _ALTERNATIVES = 8  # other ways tried at one point of a way
 _REPAIRS = 4  # times that a walk may go back for the room before it takes a completion to its end
+
+T = TypeVar("T")
+
+Work = Generator[None, None, T]
+"""What can be left for a while wherever it yields, which is between any two calls of the library."""
+
+
+def finish(work: Work[T]) -> T:
+    """What it returns, at once."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
 
 Pick = Callable[[int, np.ndarray], tuple[int, float]]
 """(position, mask: bool [vocab_size]) -> (a token of the mask, entropy in nats under the mask)."""
@@ -70,10 +99,10 @@ class Walk:
 class Grammar:
     """A compiled constraint; it holds no state of a text, and many guides may use it."""
 
-    def __init__(self, words: _Words, search: _Search, matcher: LLMatcher, shortest: list[int]) -> None:
+    def __init__(self, words: _Words, search: _Search, source: str, shortest: list[int]) -> None:
         self._words = words
         self._search = search
-        self._matcher = matcher
+        self._source = source
         self._shortest = shortest
 
     @classmethod
@@ -86,19 +115,10 @@ class Grammar:
         """
         source, hints = source_of(kind, value)
         words = _Words.of(tokenizer, vocab_size, ends)
-        if kind == "grammar":
-            words = words.naming(tokenizer, value)
-        matcher = words.matcher(source)
-        if matcher.is_error():
-            raise InputError(f"the {kind} cannot be used: {_sentence(matcher.get_error())}")
-        search = _Search(words, tokenizer, hints, kind == "schema")
-        shortest = search.completion(matcher, MAX_SHORTEST, 0, _EFFORT)
-        if shortest is None:
-            raise InputError(
-                f"no text of at most {MAX_SHORTEST} tokens was found that the {kind} allows; "
-                "see that it is satisfiable and asks for less"
-            )
-        return cls(words, search, matcher, shortest)
+        lark = value if kind == "grammar" else ""
+        shortest = _probed(words, tokenizer, (kind, source, hints, lark))
+        words = words.naming(tokenizer, lark)
+        return cls(words, _Search(words, tokenizer, hints, kind == "schema"), source, shortest)
 
     def shortest(self) -> int:
         """Tokens of the shortest valid text that was found, the end not counted."""
@@ -111,7 +131,53 @@ class Grammar:
                 f"the constraint needs at least {len(self._shortest)} tokens and has room for {room}; "
                 "raise max_tokens or ask for less"
             )
-        return Guide(self._words, self._search, self._matcher.deep_copy(), self._shortest, room)
+        return Guide(self._words, self._search, self._words.matcher(self._source), self._shortest, room)
+
+
+Terms = tuple[str, str, str, str]
+"""Of a grammar: its kind, source and hints, and its text where that is Lark's."""
+
+
+def _probed(words: _Words, tokenizer: Tokenizer, terms: Terms) -> list[int]:
+    """The shortest text of a grammar, found in a child process."""
+    size, ends = words.vocab_size, sorted(words.ends)
+    with confined.child(f"the {terms[0]}") as child:
+        shortest = child.run(_shortest_text, words.key, terms, stack=STACK)
+        if shortest is None:  # it does not have this tokenizer
+            child.run(_learn, words.key, tokenizer.to_json(), size, ends, memory=TOKENIZER_MEMORY)
+            shortest = child.run(_shortest_text, words.key, terms, stack=STACK)
+    if not isinstance(shortest, list):
+        raise InputError(f"the {terms[0]} could not be read; send the request again")
+    return shortest
+
+
+_learnt: dict[str, tuple[Tokenizer, _Words]] = {}  # of a child process
+
+
+def _learn(key: str, tokenizer_json: str, vocab_size: int, ends: list[int]) -> None:
+    while len(_learnt) >= TOKENIZERS_KEPT:
+        _learnt.pop(next(iter(_learnt)))
+    tokenizer = Tokenizer.from_json(tokenizer_json)
+    _learnt[key] = tokenizer, _Words.of(tokenizer, vocab_size, ends)
+
+
+def _shortest_text(key: str, terms: Terms) -> list[int] | None:
+    """The fewest tokens found that a grammar allows; None where the tokenizer is not known here. InputError for what is
+    no grammar or has no text."""
+    if key not in _learnt:
+        return None
+    kind, source, hints, lark = terms
+    tokenizer, words = _learnt[key]
+    words = words.naming(tokenizer, lark)
+    matcher = words.matcher(source)
+    search = _Search(words, tokenizer, hints, kind == "schema")
+    shortest = finish(search.completion(matcher, MAX_SHORTEST, 0, _EFFORT))
+    if shortest is None:
+        raise InputError(
+            f"no text of at most {MAX_SHORTEST} tokens was found that the {kind} allows; "
+            "see that it is satisfiable and asks for less"
+        )
+    return shortest
 
 
 @dataclass
@@ -156,13 +222,19 @@ class Guide:
     def walk(
         self, top: Sequence[int], is_sure: Sequence[bool], pick: Pick, bound: float, is_last: bool = False
     ) -> Walk:
+        """`walking`, at once."""
+        return finish(self.walking(top, is_sure, pick, bound, is_last))
+
+    def walking(
+        self, top: Sequence[int], is_sure: Sequence[bool], pick: Pick, bound: float, is_last: bool = False
+    ) -> Work[Walk]:
         """The path for the model's argmax tokens `top`, one for each position of the slot in this canvas.
 
         `is_sure` says whose entropy is low enough to be accepted; `bound` is the same for an entropy under a mask, in
         nats. `pick` is asked where the model's token is not allowed and all before it is settled: sure, forced, or
         picked within the bound; a second time for one position only with another mask, where the room is short. With
         `is_last` it is asked wherever it must be, and the path goes to the end of the text or of the positions.
-        InputError where the grammar exceeds llguidance's limits.
+        InputError where the grammar exceeds llguidance's limits; the guide is of no use from then on.
         """
         if self.is_over:
             return Walk([], [], {}, 0)
@@ -173,6 +245,7 @@ class Guide:
         detour: list[int] = []  # tokens of a completion that are taken next, where the room is short
         j, repairs = 0, 0
         while True:
+            yield
             place = self._places[j]
             token, end, is_sure_here = None, None, True
             if place.is_done or (place.is_accepting and j == self.room):
@@ -209,7 +282,7 @@ class Guide:
                         token, end = None, j
                 elif place.is_accepting:
                     end = j
-                elif self._fits(j) and place.completion:  # every other token leads too far
+                elif (yield from self._fits(j)) and place.completion:  # every other token leads too far
                     token = place.completion[0]
                     forced.append(j)
             if token is not None:
@@ -218,7 +291,7 @@ class Guide:
                 j += 1
                 continue
 
-            back = j if end is not None else self._last_within_room(j)
+            back = j if end is not None else (yield from self._last_within_room(j))
             if back == j:
                 break
             place = self._places[back]
@@ -294,24 +367,24 @@ class Guide:
             taken = self._matcher.try_consume_tokens([token])
             if self._matcher.is_error():
                 _give_up(self._matcher)
-            if taken != 1:
-                raise ValueError(f"token {token} was picked at position {j}, where the mask does not allow it")
+            if taken != 1:  # the lexer ran out of fuel on the way, which llguidance takes for a refusal
+                _give_up(self._matcher)
             self._tokens.append(token)
             self._places.append(self._look(place.forced[1:] if place.forced[:1] == [token] else []))
         if place.completion and place.completion[0] == token and self._places[j + 1].completion is None:
             self._places[j + 1].completion, self._places[j + 1].is_stuck = place.completion[1:], False
 
-    def _last_within_room(self, j: int) -> int:
+    def _last_within_room(self, j: int) -> Work[int]:
         """The last position up to j from which a completion fits into the room: j, or found by halving."""
         low, high, step = j, j + 1, 1
-        while low and not self._fits(low):
+        while low and not (yield from self._fits(low)):
             low, high, step = max(low - step, 0), low, 2 * step
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._fits(middle) else (low, middle)
+            low, high = (middle, high) if (yield from self._fits(middle)) else (low, middle)
         return low
 
-    def _fits(self, j: int) -> bool:
+    def _fits(self, j: int) -> Work[bool]:
         """Whether a completion from position j that fits into the room is known or found."""
         place, left = self._places[j], self.room - j
         if place.completion is None and not place.is_stuck:
@@ -319,7 +392,7 @@ class Guide:
             if len(self._known) <= left and self._search.is_completion(matcher, self._known):
                 place.completion = self._known
             else:
-                place.completion = self._search.completion(matcher, left, left, _EFFORT_IN_WALK)
+                place.completion = yield from self._search.completion(matcher, left, left, _EFFORT_IN_WALK)
             place.is_stuck = place.completion is None
             self._known = place.completion or self._known
         return not place.is_stuck
@@ -330,7 +403,9 @@ class _Words:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
         self._library = llguidance()
-        self._inner = self._library.LLTokenizer(tokenizer.to_json(), vocab_size, next(iter(ends), None))
+        source = tokenizer.to_json()
+        self.key = sha256(f"{vocab_size} {sorted(ends)} {source}".encode()).hexdigest()
+        self._inner = self._library.LLTokenizer(source, vocab_size, next(iter(ends), None))
         self._limits = self._library.LLParserLimits(verbose_errors=False)
         self.vocab_size = vocab_size
         self.ends = frozenset(ends)
@@ -376,8 +451,11 @@ class _Words:
         return set(self.named).isdisjoint(forced) or matcher.validate_tokens(forced) == len(forced)
 
     def matcher(self, source: str) -> LLMatcher:
-        """At the beginning of a text; in error where the source is no grammar."""
-        return self._library.LLMatcher(self._inner, source, log_level=0, limits=self._limits)
+        """At the beginning of a text; InputError where the source is no grammar."""
+        matcher = self._library.LLMatcher(self._inner, source, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise InputError(f"the constraint cannot be used: {_sentence(matcher.get_error())}")
+        return matcher
 
     def bits(self, matcher: LLMatcher) -> bytes:
         """What may come next, the end aside; no bit where nothing may, which breaks the matcher."""
@@ -427,22 +505,22 @@ class _Search:
         matcher = matcher.deep_copy()
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
-    def completion(self, matcher: LLMatcher, limit: int, wanted: int, effort: int) -> list[int] | None:
+    def completion(self, matcher: LLMatcher, limit: int, wanted: int, effort: int) -> Work[list[int] | None]:
         """At most `limit` tokens that complete the text: the first found of at most `wanted`, else the shortest found.
 
         None where nothing was found, which does not prove that there is nothing. `effort` is the number of tries of a
         token, about, that it may take beyond the first way down, which may take ten times as many.
         """
         for cap in sorted({min(limit, first) for first in (*_CAPS, limit)}):
-            if (found := self._search(matcher, cap, wanted, _Effort(effort))) is not None:
-                return found
+            if (way := (yield from self._search(matcher, cap, wanted, _Effort(effort)))) is not None:
+                return way
         return None
 
-    def _search(self, matcher: LLMatcher, cap: int, wanted: int, effort: _Effort) -> list[int] | None:
+    def _search(self, matcher: LLMatcher, cap: int, wanted: int, effort: _Effort) -> Work[list[int] | None]:
         """A greedy way down; then other choices on it, the first first, and then on the ways these led to. A shorter
         way takes the place of the best."""
         best: list[int] | None = None
-        way, choices, is_complete = self._descend(matcher.deep_copy(), [], cap, _Effort(10 * effort.left))
+        way, choices, is_complete = yield from self._descend(matcher.deep_copy(), [], cap, _Effort(10 * effort.left))
         if is_complete:
             best = way
         open_ = [(0, at, 0, way, choices) for at in choices]  # (other choices made, where to make the next, …): a heap
@@ -457,12 +535,13 @@ class _Search:
             state.try_consume_tokens(before)
             effort.left -= _MASK_TRIES
             for token in self._alternatives(state):
+                yield
                 key = (*before, token)
                 branch = state.deep_copy()
                 if effort.left < 0 or key in tried or branch.try_consume_tokens([token]) != 1:
                     continue
                 tried.add(key)
-                new, new_choices, is_complete = self._descend(branch, list(key), most, effort)
+                new, new_choices, is_complete = yield from self._descend(branch, list(key), most, effort)
                 if is_complete:
                     best = new
                     choices = [other for other in choices if other <= at] + new_choices
@@ -475,7 +554,7 @@ class _Search:
 
     def _descend(
         self, matcher: LLMatcher, before: list[int], cap: int, effort: _Effort
-    ) -> tuple[list[int], list[int], bool]:
+    ) -> Work[tuple[list[int], list[int], bool]]:
         """From the state behind `before`: end where the text may end; else what is forced, else what closes, else the
         way out of free text, else the same word again or the worthiest. Returns all tokens, the positions with a
         choice, and whether the text is complete."""
@@ -485,6 +564,7 @@ class _Search:
         again: list[int] = []
         used: Counter[int] = Counter()  # a loop is left by what it is not made of
         while not matcher.is_accepting():
+            yield
             if len(tokens) >= cap or effort.left < 0:
                 return tokens, choices, False
             if forced := matcher.compute_ff_tokens():
@@ -500,7 +580,7 @@ class _Search:
             if token is not None:
                 tokens.append(token)
                 again = again if [token] == again else []
-            elif is_free and not again and (out := self._way_out(matcher, effort)):
+            elif is_free and not again and (out := (yield from self._way_out(matcher, effort))):
                 matcher.try_consume_tokens(out)
                 tokens += out
             else:
@@ -516,7 +596,7 @@ class _Search:
                 again = [token] if is_free else []
         return tokens, choices, len(tokens) <= cap
 
-    def _way_out(self, matcher: LLMatcher, effort: _Effort) -> list[int]:
+    def _way_out(self, matcher: LLMatcher, effort: _Effort) -> Work[list[int]]:
         """Tokens that lead from free text to its end, its quote or what is not free: the fewest hints, else along the
         source, with a letter, a digit or a capital where its next piece may not come. [] if neither leads there."""
         level: list[tuple[LLMatcher, list[int]]] = [(matcher, [])]
@@ -525,6 +605,7 @@ class _Search:
             below = []
             for state, tokens in level:
                 for hint in self._hints:
+                    yield
                     left -= 1
                     effort.left -= 1
                     new = state.deep_copy()
@@ -535,6 +616,7 @@ class _Search:
             level = below
         state, way = matcher.deep_copy(), []
         for piece in self._source:
+            yield
             effort.left -= 2
             for tokens in (piece, *([hint, *piece] for hint in self._hints[:3])):
                 if state.validate_tokens(tokens) == len(tokens):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -21,6 +22,10 @@ MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 64
 """Nesting of a schema, its values included."""
 MAX_REGEX = 100_000
+MAX_NAMES = 10_000
+"""Rules and terminals of a Lark grammar."""
+MAX_CHAIN = 500
+"""Rules of a Lark grammar that are needed one for the other: the library follows them on its stack."""
 MAX_CHOICES = 10_000
 FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
 """Values of the schema keyword `format` that are enforced; others are refused."""
@@ -78,7 +83,52 @@ def _regex(value: Any) -> Source:
 
 def _lark(value: Any) -> Source:
     text = _text("grammar", value, MAX_CHARACTERS)
+    uses = _uses(text)
+    if len(uses) > MAX_NAMES:
+        raise InputError(f"the grammar has {len(uses)} rules, more than the {MAX_NAMES} allowed; give fewer")
+    if (chain := _longest_chain(uses)) > MAX_CHAIN:
+        raise InputError(
+            f"the grammar has a chain of {chain} rules that need one another, more than the {MAX_CHAIN} allowed; "
+            "flatten it"
+        )
     return json.dumps({"grammars": [{"lark_grammar": text}]}), text[:1000]
+
+
+_LARK = re.compile(
+    r""""(?:[^"\\\n]|\\.)*"|//[^\n]*|/(?![/*])(?:[^/\\\n]|\\.)+/|(?P<name>[A-Za-z_]\w*)(?P<colon>(?:\.-?\d+|\[[^\]\n]*\])*\s*:)?"""
+)
+
+
+def _uses(lark: str) -> dict[str, set[str]]:
+    """Rule or terminal -> those that stand in its body."""
+    uses: dict[str, set[str]] = {}
+    body: set[str] = set()
+    for match in _LARK.finditer(lark):
+        if match["colon"]:
+            body = uses.setdefault(match["name"], set())
+        elif match["name"]:
+            body.add(match["name"])
+    return uses
+
+
+def _longest_chain(uses: dict[str, set[str]]) -> int:
+    """How deep rules are followed one from the other, by whoever goes in depth first."""
+    depth: dict[str, int] = {}
+    deepest = 0
+    for first in uses:
+        way = [] if first in depth else [(first, iter(uses[first]))]
+        depth.setdefault(first, 1)
+        while way:
+            name, rest = way[-1]
+            following = next((other for other in rest if other in uses and other not in depth), None)
+            if following is not None:
+                depth[following] = 1
+                way.append((following, iter(uses[following])))
+                deepest = max(deepest, len(way))
+                continue
+            way.pop()
+            depth[name] = 1 + max((depth[other] for other in uses[name] if other in uses), default=0)
+    return max(deepest, *depth.values(), 0)
 
 
 def _choices(value: Any) -> Source:

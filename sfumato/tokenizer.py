@@ -89,6 +89,11 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer.json that can be read: {reason}") from None
 
     @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """What `to_json` wrote."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer of a checkpoint folder: tokenizer.json, and tokenizer_config.json where there is one."""
         folder = Path(folder)

@@ -99,7 +99,7 @@ def test_every_draft_begins_with_a_valid_path(nano: LLM) -> None:
         "required": ["a", "b"],
     }
     grammar = nano.grammar("schema", value)
-    matcher, longest = grammar._matcher, 0
+    matcher, longest = grammar._words.matcher(grammar._source), 0
     for event in nano.stream("Sudoku", Options(schema=value, max_tokens=40, seed=3, drafts=True)):
         if hasattr(event, "accepted"):
             until = next((n for n, flag in enumerate(event.accepted) if not flag), len(event.tokens))

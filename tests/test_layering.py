@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sfumato").rglob("*.py"))
 
 # Only from lower rows, or from one's own folder. events lies under its neighbours of row 0, because it holds the
-# error family, which every room may raise; masks, because an attention operation takes one; files, because ops/cpu keeps
-# a library.
+# error family, which every room may raise; masks, because an attention operation takes one; files, because ops/cpu
+# keeps a library.
 ROWS = [
     {"events", "masks"},
     {"files"},
-    {"config", "ops", "sudoku", "forms"},
+    {"config", "ops", "sudoku", "forms", "confined"},
     {"cache", "diffusion", "tokenizer"},
     {"model", "chat", "constrain"},
     {"calls"},

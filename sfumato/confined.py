@@ -1,0 +1,297 @@
+"""Work on what others wrote, in a child process that can be killed: templates, grammars, patterns.
+
+A library that reads hostile input can crash, run for ever or take all memory, and nothing in its own process stops it.
+So such work is a function of plain values that runs in a child with limits on seconds, bytes and stack: whatever
+becomes of the child is an `InputError` here, and the next call starts another. A child stays for the next call, because
+an interpreter takes a quarter of a second to start, and what its functions keep for later (a tokenizer) stays with it.
+
+The arguments are pickled; a result is read as JSON, so that a child which was taken over has no say here. Limits on
+memory are the system's (`RLIMIT_AS`): there are none on Windows, and macOS does not keep them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
+from typing import IO, Any
+
+from sfumato.events import CapacityError, CheckpointError, InputError
+
+SECONDS = 10.0
+"""That one call may take, as its child's processor counts them; four times as many by the clock."""
+MEMORY = 512 << 20
+"""Bytes that one call may take beyond what its child holds."""
+STACK = 8 << 20
+"""Bytes of stack of one call."""
+CHILDREN = 2
+"""That work at once; a call that finds all at work waits."""
+
+_LOOK = 0.05  # seconds between two looks at whether a call was cancelled
+_LENGTH = struct.Struct("<Q")
+_MOST = 256 << 20  # bytes of one result
+_ERRORS = {kind.__name__: kind for kind in (InputError, CapacityError, CheckpointError)}
+
+is_cancelled: ContextVar[Callable[[], bool]] = ContextVar("is_cancelled")
+"""Asked while a call is waited for; where it says so, the call is given up."""
+
+
+class Cancelled(InputError):
+    """Nobody waits for this call any more."""
+
+
+def run(function: Callable[..., Any], *arguments: Any, what: str, stack: int = STACK) -> Any:
+    """What a function of a module returns for these arguments, from a child. The result is what JSON can say.
+
+    InputError as the function raises it, or, with `what` as its subject, where a limit ends the call. Anything else
+    that the function raises is an InputError too."""
+    with child(what) as one:
+        return one.run(function, *arguments, stack=stack)
+
+
+@contextmanager
+def child(what: str) -> Iterator[Child]:
+    """A child for several calls: what one of them keeps, the next one finds. See `run`."""
+    deadline = time.monotonic() + 4 * SECONDS
+    one = _children.take(deadline)
+    one.what, one.deadline = what, deadline
+    try:
+        yield one
+    finally:
+        _children.give_back(one)
+
+
+def start() -> None:
+    """Begin to start a child, so that the first call need not wait for it."""
+    one = _children.take(time.monotonic() + SECONDS)
+    try:
+        one.start()
+    finally:
+        _children.give_back(one)
+
+
+class Child:
+    """One process, its input and its output. A call at a time."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.what, self.deadline, self.memory = "", 0.0, MEMORY
+        """Of the call that is made now."""
+
+    def run(self, function: Callable[..., Any], *arguments: Any, memory: int = MEMORY, stack: int = STACK) -> Any:
+        self.memory = memory
+        answer = self._call((function.__module__, function.__qualname__, arguments, SECONDS, memory, stack))
+        if "error" in answer:
+            kind, text = answer["error"]
+            if kind not in _ERRORS:
+                raise InputError(f"{self.what} cannot be used: {text}")
+            raise _ERRORS[kind](text)
+        return answer["result"]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        if self.process is None or self.process.poll() is not None:
+            code = "from sfumato.confined import serve; serve()"
+            root = str(Path(__file__).parents[1])
+            paths = [root, *(path for path in (os.environ.get("PYTHONPATH"),) if path)]
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,  # a panic's words may be a prompt's
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"},
+                    start_new_session=True,  # Ctrl-C is for us
+                )
+            except OSError as error:
+                raise InputError(
+                    f"no process can be started to read templates and grammars: {error.strerror}"
+                ) from None
+        return self.process
+
+    def end(self) -> None:
+        if (process := self.process) is not None:
+            self.process = None
+            process.kill()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with suppress(OSError):
+                        pipe.close()
+            process.wait()
+
+    def _call(self, job: tuple[Any, ...]) -> dict[str, Any]:
+        is_over = False
+        try:
+            process = self.start()
+            assert process.stdin is not None and process.stdout is not None
+            with suppress(BrokenPipeError):  # it has ended: the answer says how
+                _write(process.stdin, pickle.dumps(job, pickle.HIGHEST_PROTOCOL))
+            answer: dict[str, Any] = json.loads(self._read(process.stdout))
+            is_over = True
+            return answer
+        except InputError:
+            raise
+        except (EOFError, OSError, ValueError):
+            raise InputError(f"{self.what} {self._why()}") from None
+        finally:
+            if not is_over:
+                self.end()
+
+    def _read(self, pipe: IO[bytes]) -> bytes:
+        is_given_up = is_cancelled.get(lambda: False)
+        data, size = b"", _LENGTH.size
+        with DefaultSelector() as selector:
+            selector.register(pipe, EVENT_READ)
+            while len(data) < size:
+                if not selector.select(_LOOK):
+                    if is_given_up():
+                        raise Cancelled(f"{self.what} is no longer waited for")
+                    if time.monotonic() > self.deadline:
+                        raise InputError(
+                            f"{self.what} takes longer than the {SECONDS:g} seconds allowed; make it simpler"
+                        )
+                    continue
+                piece = os.read(pipe.fileno(), 1 << 20)
+                data += piece
+                if len(data) >= _LENGTH.size:
+                    size = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+                if not piece or size > _MOST:
+                    raise EOFError
+        return data[_LENGTH.size :]
+
+    def _why(self) -> str:
+        """How the process ended, as the end of a sentence."""
+        process = self.process
+        code = None
+        if process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(1.0)
+        if code == -_signal("SIGXCPU"):
+            return f"takes longer than the {SECONDS:g} seconds allowed; make it simpler"
+        if code == -_signal("SIGABRT"):
+            return f"takes more than the {self.memory >> 20} MiB of memory allowed; make it smaller"
+        return "makes the library that reads it crash; make it smaller or less nested"
+
+
+class Children:
+    """All there are. A child that is not at work is taken by whoever asks first."""
+
+    def __init__(self) -> None:
+        self._free = [Child() for _ in range(CHILDREN)]
+        self._change = threading.Condition()
+        self._owner = os.getpid()
+
+    def take(self, deadline: float) -> Child:
+        is_given_up = is_cancelled.get(lambda: False)
+        with self._change:
+            if self._owner != os.getpid():  # after a fork the children are the parent's
+                self._free, self._owner = [Child() for _ in range(CHILDREN)], os.getpid()
+            while not self._free:
+                if is_given_up():
+                    raise Cancelled("the request is no longer waited for")
+                if time.monotonic() > deadline:
+                    raise InputError("too many templates and grammars are being read; send the request again later")
+                self._change.wait(_LOOK)
+            return self._free.pop()  # the one that was used last: it is there, and may hold what is needed
+
+    def give_back(self, child: Child) -> None:
+        with self._change:
+            self._free.append(child)
+            self._change.notify()
+
+    def end(self) -> None:
+        if self._owner == os.getpid():
+            for child in self._free:
+                child.end()
+
+
+_children = Children()
+atexit.register(_children.end)
+
+
+# ---- in the child ----------------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """What a child runs: one call after the other, until its input ends."""
+    come, go = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    _step_aside()
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            (length,) = _LENGTH.unpack(_exactly(come, _LENGTH.size))
+            module, name, arguments, *limits = pickle.loads(_exactly(come, length))
+            answer = _limited(getattr(importlib.import_module(module), name), arguments, *limits)
+            _write(go, json.dumps(answer).encode())
+
+
+def _limited(
+    function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float, memory: int, stack: int
+) -> dict[str, Any]:
+    answer: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            answer["result"] = function(*arguments)
+        except MemoryError:
+            answer["error"] = "", f"it takes more than the {memory >> 20} MiB of memory allowed; make it smaller"
+        except BaseException as error:  # a panic of a Rust library is no Exception
+            text = next(iter(str(error).splitlines()), "") or type(error).__name__
+            answer["error"] = type(error).__name__, text[:2000] if isinstance(error, InputError) else text[:300]
+
+    _limit(seconds, memory)
+    before = threading.stack_size(stack)
+    thread = threading.Thread(target=work)
+    thread.start()
+    threading.stack_size(before)
+    thread.join()
+    return answer
+
+
+def _limit(seconds: float, memory: int) -> None:
+    """The seconds and the bytes of one call, beyond what this process took already."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        until = int(used.ru_utime + used.ru_stime + seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (until, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _step_aside() -> None:
+    """Run where nobody else wants the processor: the engine's threads wait for each other, and one that has lost its
+    core holds up all."""
+    with suppress(AttributeError, OSError):
+        os.nice(10)
+
+
+def _signal(name: str) -> int:
+    import signal
+
+    return int(getattr(signal, name, 0))
+
+
+def _exactly(pipe: IO[bytes], count: int) -> bytes:
+    data = pipe.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
+
+
+def _write(pipe: IO[bytes], data: bytes) -> None:
+    pipe.write(_LENGTH.pack(len(data)) + data)
+    pipe.flush()
