@@ -24,10 +24,11 @@ from sfumato import weights
 from sfumato.chat import ChatTemplate
 from sfumato.config import GEMMA4, read_json
 from sfumato.events import CapacityError, CheckpointError, InputError
+from sfumato.files import locked
 from sfumato.interop import Checkpoint, gemma4
 from sfumato.interop.detect import open_checkpoint
 from sfumato.interop.released import METHOD, plan_released
-from sfumato.interop.shards import Planned, as_json, write_shards
+from sfumato.interop.shards import WRITING, Planned, as_json, check_empty, write_shards
 from sfumato.quant import recipes
 from sfumato.tokenizer import Tokenizer
 
@@ -63,26 +64,64 @@ def convert(
     target: str | Path,
     progress: Callable[[int, int], None] | None = None,
     seen: Mapping[str, Tensor] | None = None,
+    force: bool = False,
 ) -> Written:
     """Write the checkpoint `source`, an open one or whatever `weights.resolve` understands, as `to`, one of `TARGETS`.
 
     `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `seen`, by our names, is
     `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before anything is
-    written, CapacityError a disk that is too small; what `target` held stays until the new one is whole."""
-    if to not in TARGETS:
-        raise InputError(f"there is no format {to!r} to convert to; choose one of {', '.join(TARGETS)}")
+    written, CapacityError a disk that is too small. What `target` holds already is an InputError, unless a run that was
+    cut off has left it; with `force` it is replaced, and stays until the new one is whole. SfumatoError where another
+    process writes there, or the disk says no."""
     target = Path(target).expanduser()
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(weights.resolve(source))
-    if target.resolve() == checkpoint.path.resolve():
-        raise InputError(f"{target} is the checkpoint itself; give another place to write to")
+    if not isinstance(source, Checkpoint):
+        _check_apart(target, Path(source).expanduser())
+        check_target(target, to, force)  # before a checkpoint is fetched from the hub
+        source = open_checkpoint(weights.resolve(source))
+    checkpoint = source
+    _check_apart(target, checkpoint.path)
     notices: list[str] = []
     entries = weights.matched(checkpoint, notices.append)
     read = sum(entry.nbytes for entry in entries.values())
+    with locked(target):
+        check_target(target, to, force)  # again: another process may just have ended
+        if to.startswith("gguf-"):
+            written = _to_gguf(checkpoint, to, target, progress)
+        else:
+            written = _to_folder(checkpoint, entries, to, target, progress, seen, force)
+    return Written(target, checkpoint.format, read, written, tuple(notices))
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    if target.resolve() == source.resolve():
+        raise InputError(f"{target} is the checkpoint itself; give another place to write to")
+
+
+def check_target(target: Path, to: str, force: bool) -> None:
+    """InputError where `target` is no place for this format, or holds something that must not vanish unasked."""
+    if to not in TARGETS:
+        raise InputError(f"there is no format {to!r} to convert to; choose one of {', '.join(TARGETS)}")
     if to.startswith("gguf-"):
-        _to_gguf(checkpoint, to, target, progress)
-        return Written(target, checkpoint.format, read, target.stat().st_size, tuple(notices))
+        if target.is_dir() or target.suffix != ".gguf":
+            raise InputError(f"{target} is no name for one GGUF file; give a path that ends in .gguf")
+        if target.exists() and not force:
+            raise InputError(f"{target} is there already; give another name, or --force (force=True) to replace it")
+        return
     if target.is_file():
         raise InputError(f"{target} is a file; give a folder to write {to} to")
+    if not force and not (target / WRITING).exists():
+        check_empty(target)
+
+
+def _to_folder(
+    checkpoint: Checkpoint,
+    entries: Mapping[str, Any],
+    to: str,
+    target: Path,
+    progress: Callable[[int, int], None] | None,
+    seen: Mapping[str, Tensor] | None,
+    force: bool,
+) -> int:
     config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
     is_gemma4 = config.get("model_type") == GEMMA4
     metadata: dict[str, str] = {}
@@ -107,11 +146,9 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         files = _files(checkpoint, Path(temporary))
         files["config.json"] = as_json({**config, **changes})
-        write_shards(
-            target, planned, metadata, progress=progress, files=files, source=_fingerprint(checkpoint, to, seen)
-        )
-    written = sum(file.stat().st_size for file in target.glob("model*.safetensors"))
-    return Written(target, checkpoint.format, read, written, tuple(notices))
+        source = _fingerprint(checkpoint, to, seen)
+        write_shards(target, planned, metadata, progress=progress, files=files, source=source, force=force)
+    return sum(file.stat().st_size for file in target.glob("model*.safetensors"))
 
 
 def _in_recipe(
@@ -128,11 +165,9 @@ def _in_recipe(
     return planned, {"quantization_config": {"quant_method": METHOD, "recipe": recipe.name, "rules": rules}}, metadata
 
 
-def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[int, int], None] | None) -> None:
+def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[int, int], None] | None) -> int:
     from sfumato.interop.gguf_model import vocabulary_of, write_gguf
 
-    if target.is_dir() or target.suffix != ".gguf":
-        raise InputError(f"{target} is no name for one GGUF file; give a path that ends in .gguf")
     vocabulary = checkpoint.vocabulary
     if vocabulary is None:
         folder = checkpoint.path
@@ -143,6 +178,7 @@ def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[
     each = 2 if to == "gguf-bf16" else 34 / 32  # bytes a weight
     _check_room(target.parent, round(each * sum(math.prod(entry.shape) for entry in checkpoint.entries.values())))
     write_gguf(checkpoint, target, to.removeprefix("gguf-").upper(), vocabulary, progress)
+    return target.stat().st_size
 
 
 def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
@@ -172,7 +208,7 @@ def _fingerprint(checkpoint: Checkpoint, to: str, seen: Mapping[str, Tensor] | N
 
 def _check_room(folder: Path, count: int) -> None:
     there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
-    written = sum(file.stat().st_size for file in folder.glob(".writing/*")) if folder.is_dir() else 0
+    written = sum(file.stat().st_size for file in folder.glob(f"{WRITING}/*")) if folder.is_dir() else 0
     free = shutil.disk_usage(there).free
     if count - written > free:
         raise CapacityError(

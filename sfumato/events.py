@@ -40,6 +40,11 @@ class WorkerError(SfumatoError):
     """The process that runs the model is not there, or ended while it worked; the request can be sent again."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust has panicked: pyo3's exception, which is no Exception and which no module exports."""
+    return type(error).__name__ == "PanicException"
+
+
 @dataclass(frozen=True)
 class Options:
     """How to generate. `None` means: what the checkpoint's generation_config says, else the released model's value.

@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfumato import offload
 from sfumato.config import ModelConfig, generation_values, read_generation_config, read_json
-from sfumato.events import CapacityError, CheckpointError, InputError
+from sfumato.events import CapacityError, CheckpointError, InputError, is_panic
+from sfumato.files import locked
 from sfumato.interop import Checkpoint, Entry, Vocabulary, gemma4
 from sfumato.interop.detect import open_checkpoint
 from sfumato.interop.released import joined, packed_parts, places
-from sfumato.interop.shards import as_json, plain, short, write_shards
+from sfumato.interop.shards import as_json, plain, short, write_file, write_shards
 from sfumato.model import Model, products, replace_
 from sfumato.ops import Ops
 from sfumato.ops import load as load_ops
@@ -109,7 +109,9 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
     try:
         # The hub's own rules: when the net is down or HF_HUB_OFFLINE is set, what the cache holds is taken.
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # of many families: the hub's, its HTTP library's, the disk's
+    except BaseException as error:  # of many families: the hub's, its HTTP library's, the disk's, a panic in hf_xet
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         kind = type(error).__name__
         known = {
             "RepositoryNotFoundError": "the hub has no such model, or it is private and needs `hf auth login`",
@@ -125,19 +127,10 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file: beside it first, then renamed, so that a reader never sees half a file."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, {"format": "pt", **(metadata or {})}
-        )
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)  # safetensors writes files that only their owner can read
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write tensors to a safetensors file: beside it first, then renamed, so that a reader never sees half a file.
+
+    SfumatoError where the disk says no."""
+    write_file(Path(path), tensors, metadata or {})
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -400,8 +393,8 @@ def save(
 
     `shard_bytes` bounds a file, unless a single tensor is larger. The tokenizer's files are copied from the folder
     `tokenizer_from`; `generation` is what generation_config.json is to say, None: what that folder's says. All is
-    written beside first: a failure (SfumatoError) leaves what was there. Vision tensors were left aside by `load` and
-    are not in it."""
+    written beside first: a failure (SfumatoError, also where another process writes there) leaves what was there.
+    Vision tensors were left aside by `load` and are not in it."""
     expected = blank(model.config, model.ops).state_dict()
     for name in {**expected, **(tensors := model.state_dict())}:
         if name not in expected or name not in tensors or tensors[name].shape != expected[name].shape:
@@ -426,4 +419,5 @@ def save(
     name_of = str if model.config.is_diffusion else gemma4.name_of
     names = {own: name_of(released_name(own)) for own in tensors}
     planned = [plain(name, tensors[own]) for own, name in names.items() if name]
-    write_shards(folder, planned, shard_bytes=shard_bytes, files=files)
+    with locked(folder):
+        write_shards(folder, planned, shard_bytes=shard_bytes, files=files)

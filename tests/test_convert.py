@@ -144,7 +144,7 @@ def test_large_parts_are_mapped_not_read(tmp_path: Path) -> None:
     with Path("/proc/self/maps").open() as maps:
         assert any(str(tmp_path / "int4" / "model.safetensors") in line for line in maps)
     before = held.data.clone()
-    convert.convert(tmp_path / "plain", "int8", tmp_path / "int4")
+    convert.convert(tmp_path / "plain", "int8", tmp_path / "int4", force=True)
     assert torch.equal(held.data, before)
 
 
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_what_was_there(
 
     monkeypatch.setattr(shards, "_write", full)
     with pytest.raises(SfumatoError, match=r"cannot write the checkpoint .*No space left"):
-        convert.convert("nano", "int4", tmp_path / "out")
+        convert.convert("nano", "int4", tmp_path / "out", force=True)
     for name, tensor in every_weight(load(tmp_path / "out")).items():
         assert torch.equal(before[name], tensor)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: os.statvfs_result([0] * 10) and _Usage())

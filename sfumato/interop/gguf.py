@@ -11,7 +11,6 @@ and files in several parts. Source: the GGUF specification (ggml, docs/gguf.md).
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sfumato.events import CheckpointError, InputError, SfumatoError
+from sfumato.files import replacing
 from sfumato.interop.gguf_blocks import KINDS, NUMBERS, OTHERS
 from sfumato.interop.shards import read_into
 
@@ -285,10 +285,9 @@ def write_file(
         head += _text(tensor.name) + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
         head += struct.pack("<IQ", NUMBERS[tensor.kind], offset)
         offset += tensor.nbytes + -tensor.nbytes % alignment
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     done, total = 0, sum(tensor.nbytes for tensor in tensors)
     try:
-        with beside.open("wb") as file:
+        with replacing(path) as file:
             file.write(head + bytes(-len(head) % alignment))
             for tensor in tensors:
                 written = 0
@@ -300,11 +299,8 @@ def write_file(
                     raise InputError(f"{tensor.name} takes {tensor.nbytes} bytes; {written} were given")
                 file.write(bytes(-written % alignment))
                 done += written
-        os.replace(beside, path)
     except OSError as error:
         raise SfumatoError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _text(text: str) -> bytes:

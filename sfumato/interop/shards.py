@@ -23,9 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato.config import read_json
-from sfumato.events import CheckpointError, SfumatoError
+from sfumato.events import CheckpointError, InputError, SfumatoError
+from sfumato.files import replacing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WRITING, PLAN = ".writing", "plan"
+"""The folder in which a folder of shards grows, and the file in it that says which ones these are."""
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -200,12 +203,15 @@ def write_shards(
     progress: Callable[[int, int], None] | None = None,
     files: Mapping[str, str | Path] | None = None,
     source: str | None = None,
+    force: bool = True,
 ) -> None:
     """Write a folder of tensors: model.safetensors, or numbered shards with their index; `files` are others that go in
-    with them, as text or as a path to copy. An older checkpoint there is replaced, at the very end.
+    with them, as text or as a path to copy. An older checkpoint there is replaced, at the very end; without `force` it
+    is an InputError, unless it is what this very plan has left.
 
     SfumatoError where the disk says no. With a `source`, what the tensors are made of, shards that are finished stay
-    then, and the next run of the same source, tensors and metadata goes on from there; without, nothing stays."""
+    then, and the next run of the same source, tensors and metadata goes on from there; without, nothing stays. Two
+    writers of one folder at one time need `files.locked`."""
     shards: list[list[Planned]] = [[]]
     room = shard_bytes
     for tensor in tensors:
@@ -218,25 +224,22 @@ def write_shards(
     names = names if len(shards) > 1 else [SINGLE]
     headers = [_head(shard, metadata or {}) for shard in shards]
     digest = hashlib.sha256(b"\0".join([(source or "").encode(), *headers])).hexdigest()
-    beside = folder / ".writing"
+    beside = folder / WRITING
     done, total = 0, sum(tensor.nbytes for tensor in tensors)
+    is_ours = _is_plan(beside / PLAN, digest)
+    if not force and not is_ours:
+        check_empty(folder)
     try:
-        if beside.exists() and (source is None or not _is_plan(beside / "plan", digest)):
+        if beside.exists() and (source is None or not is_ours):
             shutil.rmtree(beside)
         beside.mkdir(parents=True, exist_ok=True)
-        (beside / "plan").write_text(digest)
+        (beside / PLAN).write_text(digest)
         for name, shard, head in zip(names, shards, headers, strict=True):
             if (beside / name).exists():
                 done += sum(tensor.nbytes for tensor in shard)
                 continue
-            with (beside / f"{name}.part").open("wb") as file:
-                file.write(head)
-                for tensor, at in zip(shard, _places(shard), strict=True):
-                    file.seek(len(head) + at)
-                    done = _write(file, tensor, done, total, progress)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside / f"{name}.part", beside / name)
+            with replacing(beside / name) as file:
+                done = _fill(file, head, shard, done, total, progress)
         if len(shards) > 1:
             weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             index = as_json({"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -246,14 +249,35 @@ def write_shards(
                 shutil.copyfile(content, beside / name)
             else:
                 (beside / name).write_text(content, encoding="utf-8")
-        (beside / "plan").unlink()
         _move_in(beside, folder)
-        beside.rmdir()
+        shutil.rmtree(beside)
     except OSError as error:
         raise SfumatoError(f"cannot write the checkpoint {folder}: {short(error)}") from error
     finally:
         if source is None:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, which replaces an older one as a whole. SfumatoError where the disk says no."""
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError(f"metadata is {short(metadata)}; its values are texts")
+    planned = [plain(name, tensor) for name, tensor in tensors.items()]
+    try:
+        with replacing(path) as file:
+            _fill(file, _head(planned, metadata), planned, 0, 0, None)
+    except OSError as error:
+        raise SfumatoError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_empty(folder: Path) -> None:
+    """InputError where a folder holds files that writing might replace; what a killed run left there is none."""
+    held = sorted(file.name for file in folder.iterdir() if file.name != WRITING) if folder.is_dir() else []
+    if held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise InputError(
+            f"{folder} holds {short(held[0])}{more} already; give another place, or --force (force=True) to replace it"
+        )
 
 
 def _is_plan(path: Path, digest: str) -> bool:
@@ -280,6 +304,22 @@ def _places(shard: Sequence[Planned]) -> list[int]:
     return places
 
 
+def _fill(
+    file: Any,
+    head: bytes,
+    tensors: Sequence[Planned],
+    done: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """A file's header and its tensors; returns how many bytes are then done in all."""
+    file.write(head)
+    for tensor, at in zip(tensors, _places(tensors), strict=True):
+        file.seek(len(head) + at)
+        done = _write(file, tensor, done, total, progress)
+    return done
+
+
 def _write(file: Any, tensor: Planned, done: int, total: int, progress: Callable[[int, int], None] | None) -> int:
     begun = done
     for part in tensor.parts():
@@ -294,7 +334,8 @@ def _write(file: Any, tensor: Planned, done: int, total: int, progress: Callable
 
 def _move_in(beside: Path, folder: Path) -> None:
     """The file that says where the weights are goes first and comes last, so that old and new never pass for one."""
-    new = sorted(beside.iterdir(), key=lambda file: (file.name in (SINGLE, INDEX), file.name))
+    new = [file for file in beside.iterdir() if file.name != PLAN]
+    new.sort(key=lambda file: (file.name in (SINGLE, INDEX), file.name))
     for name in (SINGLE, INDEX):
         if name != new[-1].name or name == INDEX:
             (folder / name).unlink(missing_ok=True)
