@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-import uvicorn
-
 from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, SfumatoError, Usage
 from sfumato.server.backend import Job, ModelCard, Result, Stats
+from sfumato.server.http import Server
 
 CARD = ModelCard(
     name="fake",
@@ -267,19 +266,20 @@ class Served:
 
 @contextmanager
 def serving(app: Any) -> Iterator[Served]:
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=1))
     listener = socket.create_server(("127.0.0.1", 0))
-    loops: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()
+    servers: SimpleQueue[Server] = SimpleQueue()
 
     async def main() -> None:
-        loops.put(asyncio.get_running_loop())
+        server = Server(app, timeout_graceful_shutdown=1)
+        servers.put(server)
         await server.serve(sockets=[listener])
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
+    server = servers.get(timeout=20)
     port = listener.getsockname()[1]
     try:
-        yield Served(f"http://127.0.0.1:{port}", port, loops.get(timeout=20))
+        yield Served(f"http://127.0.0.1:{port}", port, server.loop)
     finally:
         server.should_exit = True
         thread.join()

@@ -59,7 +59,7 @@ def create(backend: Backend, settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
-        middleware=[Middleware(kind, service=service) for kind in (guard.Access, guard.Door, guard.Bounds)],
+        middleware=[Middleware(kind, service=service) for kind in (guard.Rest, guard.Access, guard.Door, guard.Bounds)],
         dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.keys else [],
     )
     app.state.service = service
@@ -133,7 +133,7 @@ def _routes(service: Service) -> APIRouter:
 
     @router.get("/ready", responses=either)
     async def ready() -> Response:
-        """Whether jobs are taken: "ready", or else why not."""
+        """Whether jobs are taken and prepared: "ready", or else why not."""
         state = service.state()
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 

@@ -55,7 +55,7 @@ class Talk:
         self.is_usage_asked = body.is_usage_asked()
         payload = {
             "messages": [message.plain() for message in body.messages],
-            "tools": tools_payload(body.functions_given, body.choice, limits),
+            "tools": tools_payload(body.functions_given, body.choice),
         }
         seed = options.seed or 0
         record = record_of(scope)

@@ -12,6 +12,11 @@ from starlette.responses import JSONResponse
 from sfumato.events import BusyError, CapacityError, InputError, SfumatoError, WorkerError
 
 
+def short(text: str, most: int) -> str:
+    """A text cut to so many characters: what repeats a request's words does not repeat megabytes of them."""
+    return text if len(text) <= most else text[:most] + "…"
+
+
 class Refusal(SfumatoError):
     """An error with the status and the words it is answered with."""
 
@@ -24,6 +29,7 @@ class Refusal(SfumatoError):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = short(message, 2000)
         super().__init__(message)
         self.status, self.headers = status, headers
         self.error = {"message": message, "type": type, "param": param, "code": code}

@@ -1,7 +1,8 @@
 """What every request passes on its way in, as plain ASGI: the log, who may come, how much may be sent.
 
-`Access` gives each request an id and writes one line about it, whatever becomes of it. `Door` checks host, origin and
-key. `Bounds` counts the body while it is read, and cuts off a client that neither reads nor writes.
+`Rest` reads what is left of a body that was answered early. `Access` gives each request an id and writes one line about
+it, whatever becomes of it. `Door` checks host, origin and key. `Bounds` counts the body and the time while it is read,
+and cuts off a client that neither reads nor writes. What comes before a request is whole is `connection`'s.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import hmac
 import re
 import secrets
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -19,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sfumato.server.backend import where
-from sfumato.server.errors import ClientGone, Refusal, refusal
+from sfumato.server.errors import RETRY, ClientGone, Refusal, refusal, short
 from sfumato.server.service import Record, Service, log
 from sfumato.server.settings import LOCAL
 
@@ -31,12 +33,57 @@ POLICY = (
 )
 CLOSE = {"connection": "close"}
 """For a body that is not read to its end: what follows is no request."""
+LINGER = 10.0
+"""Seconds for which the rest of a body is read behind its answer."""
+REST = 64 << 20
+"""Bytes of it, at most."""
 GONE = 499
 """The status in the log and the metrics of a request whose client left; nobody is sent it."""
 
 
 def is_page(path: str) -> bool:
     return path == "/" or path.startswith("/ui/")
+
+
+class Rest:
+    """Reads on behind an answer that came before its request's body was over, for a while: a connection closed with
+    bytes unread is reset, and a client that still sends would lose the answer."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _has_body(Headers(scope=scope)):
+            return await self.app(scope, receive, send)
+        is_over = is_early = False
+
+        async def receiving() -> Message:
+            nonlocal is_over
+            message = await receive()
+            is_over = not message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal is_early
+            if message["type"] == "http.response.start" and not is_over:
+                MutableHeaders(scope=message).update(CLOSE)
+            elif message["type"] == "http.response.body" and not (is_over or message.get("more_body", False)):
+                is_early = True
+                message = {**message, "more_body": True}
+            await send(message)
+
+        await self.app(scope, receiving, sending)
+        if is_early:
+            size = 0
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER):
+                    while not is_over and size < REST:
+                        size += len((await receiving()).get("body", b""))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 class Access:
@@ -78,7 +125,14 @@ class Access:
             self.service.metrics.request_seconds.observe(seconds)
             log.info(
                 "%s %s %s %d tokens=%d ms=%.0f %s",
-                *(record.id, scope["method"], quote(scope["path"]), record.status, record.tokens, seconds * 1000),
+                *(
+                    record.id,
+                    scope["method"],
+                    short(quote(scope["path"]), 500),
+                    record.status,
+                    record.tokens,
+                    seconds * 1000,
+                ),
                 (scope.get("client") or ("-",))[0],
             )
 
@@ -139,7 +193,7 @@ class Door:
 
     def _is_foreign(self, origin: str, headers: Headers) -> bool:
         """Whether a page of another origin asks; a Refusal where that one may not."""
-        if urlsplit(origin).netloc.lower() == headers.get("host", "").lower():
+        if (host := _host_of(origin)) and host == headers.get("host", "").lower():
             return False
         if origin in self.settings.cors or "*" in self.settings.cors:
             return True
@@ -156,10 +210,18 @@ class Door:
             raise Refusal(401, message, "authentication_error", code="invalid_api_key", headers=challenge)
 
 
+def _host_of(origin: str) -> str:
+    """Host and port of an origin; "" where it names none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
 def _name(host: str) -> str:
     """A Host header without its port."""
     if host.startswith("["):
-        return host[1 : host.find("]")]
+        return host[1:].partition("]")[0] if "]" in host else host
     return host.rpartition(":")[0] if ":" in host else host
 
 
@@ -178,31 +240,36 @@ async def _preflight(headers: Headers, allowed: dict[str, str], send: Send) -> N
 
 class Bounds:
     def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.settings = app, service.settings
+        self.app, self.service, self.settings = app, service, service.settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        limit, patience = self.settings.limits.max_body, self.settings.write_timeout
+        limits, patience = self.settings.limits, self.settings.write_timeout
         length = Headers(scope=scope).get("content-length", "0")
-        if length.isascii() and length.isdigit() and int(length) > limit:
-            raise _too_large(limit)
-        size, is_over = 0, False
+        if length.isascii() and length.isdigit() and (len(length) > 20 or int(length) > limits.max_body):
+            raise _too_large(limits.max_body)
+        begun, size, is_over = monotonic(), 0, False
 
         async def receiving() -> Message:
             nonlocal size, is_over
             if is_over:
                 return await receive()
+            left = begun + self.settings.body_timeout + size / self.settings.body_rate - monotonic()
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(min(patience, left)):
                     message = await receive()
             except TimeoutError:
-                text = f"nothing more of the body came within {patience:g} seconds; send it without a pause"
-                raise Refusal(408, text, "timeout_error", headers=CLOSE) from None
-            size += len(message.get("body", b""))
+                raise _too_slow(patience if patience < left else None) from None
+            part = len(message.get("body", b""))
+            size += part
+            self.service.body_bytes += part
             is_over = not message.get("more_body", False)
-            if size > limit:
-                raise _too_large(limit)
+            if size > limits.max_body:
+                raise _too_large(limits.max_body)
+            if self.service.body_bytes > limits.max_bodies:
+                text = "the bodies of all requests take more memory than the server has for them; try again in a while"
+                raise Refusal(503, text, "overloaded_error", headers=CLOSE | RETRY)
             return message
 
         async def sending(message: Message) -> None:
@@ -212,8 +279,16 @@ class Bounds:
             except TimeoutError:
                 raise ClientGone from None
 
-        await self.app(scope, receiving, sending)
+        try:
+            await self.app(scope, receiving, sending)
+        finally:
+            self.service.body_bytes -= size
 
 
 def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"the body is larger than the {limit} bytes allowed; send less", headers=CLOSE)
+
+
+def _too_slow(pause: float | None) -> Refusal:
+    why = "the body came too slowly" if pause is None else f"nothing more of the body came within {pause:g} seconds"
+    return Refusal(408, f"{why}; send it without a pause", "timeout_error", headers=CLOSE)

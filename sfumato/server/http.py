@@ -13,7 +13,10 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,10 +24,13 @@ from fastapi import FastAPI
 from sfumato.events import InputError, SfumatoError
 from sfumato.server.app import create
 from sfumato.server.backend import Backend, ModelCard
+from sfumato.server.connection import Connection, Lookout
 from sfumato.server.settings import Settings
 
 Ready = Callable[[ModelCard, str], None]
 """Called with the model and the server's address when it takes requests."""
+KEPT = 64
+"""Files that the process needs beside its connections."""
 PARTING = 3
 """Seconds that connections have to close when no request is left."""
 
@@ -69,20 +75,24 @@ def log_to_stderr() -> None:
     log.setLevel(logging.INFO)
 
 
+def descriptors() -> int:
+    """Files that this process may open, which is raised as far as the system lets it; many, where it does not say."""
+    try:
+        import resource  # here: there is none on Windows
+    except ImportError:
+        return 1 << 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # macOS calls a limit infinite that is not
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
 async def _serve(app: FastAPI, backend: Backend, settings: Settings, listener: socket.socket, ready: Ready) -> None:
-    config = uvicorn.Config(
-        app,
-        lifespan="off",  # it is entered here, where a load that fails can be raised
-        log_config=None,
-        log_level="critical",  # the application logs for itself, and without what requests say
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        timeout_graceful_shutdown=PARTING,
-    )
+    # The lifespan is entered here, where a load that fails can be raised.
     async with app.router.lifespan_context(app):
-        service, server = app.state.service, _Server(config)
+        service, server = app.state.service, Server(app, lifespan="off", timeout_graceful_shutdown=PARTING)
         serving = asyncio.create_task(server.serve([listener]))
         asked, hurried = (asyncio.create_task(event.wait()) for event in (server.asked, server.hurried))
         try:
@@ -107,13 +117,29 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class _Server(uvicorn.Server):
-    """Says that it was asked to stop, and goes on."""
+class Server(uvicorn.Server):
+    """uvicorn's, with our `Connection`s; asked to stop, it says so and goes on. `more` is uvicorn's configuration.
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    Made in the loop that it runs in."""
+
+    def __init__(self, app: FastAPI, **more: Any) -> None:
+        settings = app.state.service.settings
+        most = max(8, min(settings.limits.max_connections, (descriptors() - KEPT) * 3 // 4))
+        config = uvicorn.Config(
+            app,
+            http=cast(Any, partial(Connection, settings, most)),
+            log_config=None,
+            log_level="critical",  # the application logs for itself, and without what requests say
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            **more,
+        )
         super().__init__(config)
         self.asked, self.hurried = asyncio.Event(), asyncio.Event()
         self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(Lookout(self.server_state.connections))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.loop.call_soon_threadsafe((self.hurried if self.asked.is_set() else self.asked).set)

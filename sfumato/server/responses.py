@@ -23,7 +23,7 @@ from sfumato.server.backend import Job, ModelCard
 from sfumato.server.catalogue import field as option
 from sfumato.server.chat import check_chat
 from sfumato.server.errors import Refusal
-from sfumato.server.schema import Body, Effort, Function, only
+from sfumato.server.schema import Body, Effort, Function, Most, only
 from sfumato.server.service import EventStream, Service, data, record_of, usage_of
 from sfumato.server.settings import Limits
 
@@ -55,6 +55,9 @@ class Content(Body):
     logprobs: Any = only([])
 
 
+Contents = Annotated[list[Content], Most("max_parts", "parts")]
+
+
 class Item(Body):
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
@@ -63,7 +66,7 @@ class Item(Body):
 class MessageItem(Item):
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Content]
+    content: str | Contents
     phase: Literal["commentary", "final_answer"] | None = None
 
 
@@ -77,7 +80,7 @@ class CallItem(Item):
 class OutputItem(Item):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[Content]
+    output: str | Contents
 
 
 class Thought(Body):
@@ -87,8 +90,8 @@ class Thought(Body):
 
 class ThoughtItem(Item):
     type: Literal["reasoning"]
-    summary: list[Any] | None = None
-    content: list[Thought] | None = None
+    summary: Annotated[list[Any], Most("max_parts", "parts")] | None = None
+    content: Annotated[list[Thought], Most("max_parts", "parts")] | None = None
     encrypted_content: Any = only()
 
 
@@ -135,11 +138,11 @@ class Reasoning(Body):
 
 
 class ResponsesRequest(schema.Sampled):
-    input: str | Annotated[list[AnyItem], Field(min_length=1)]
+    input: str | Annotated[list[AnyItem], Field(min_length=1), Most("max_messages", "items")]
     instructions: str | None = None
     max_output_tokens: int | None = option("max_tokens")
     text: Text | None = None
-    tools: list[FlatTool] | None = None
+    tools: Annotated[list[FlatTool], Most("max_tools", "tools")] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
@@ -210,7 +213,7 @@ class ResponsesRequest(schema.Sampled):
         return found
 
 
-def _joined(content: str | list[Content]) -> str:
+def _joined(content: str | Contents) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
@@ -223,7 +226,7 @@ class Answer:
         options = body.answer_options(card, limits)
         payload = {
             "messages": body.messages(),
-            "tools": schema.tools_payload(body.functions, body.choice, limits),
+            "tools": schema.tools_payload(body.functions, body.choice),
         }
         self.service, self.scope = service, scope
         self.is_one_call = body.parallel_tool_calls is False

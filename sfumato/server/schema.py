@@ -7,32 +7,73 @@ of `Options` are in every request under their own names. Requests to /v1/respons
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    GetCoreSchemaHandler,
+    Tag,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from sfumato.events import InputError, Options
+from sfumato.events import _BIG, CapacityError, InputError, Options
 from sfumato.server import catalogue
 from sfumato.server.backend import ModelCard
 from sfumato.server.catalogue import field as option
-from sfumato.server.errors import Refusal
+from sfumato.server.errors import Refusal, short
 from sfumato.server.settings import Limits
 
 
+def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
+    """A pydantic schema and all within it."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("type"), str):
+            yield schema
+        for name, inner in schema.items():
+            if name != "metadata":
+                yield from schemas_in(inner)
+    elif isinstance(schema, (list, tuple)):
+        for inner in schema:
+            yield from schemas_in(inner)
+
+
 class Body(BaseModel):
+    """A request, or an object in one. What is wrong with it is said of its first fault: pydantic would look for all,
+    and a million of them take gigabytes."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        for inner in schemas_in(handler.resolve_ref_schema(schema)):
+            if inner["type"] in ("list", "tuple", "set", "frozenset"):
+                inner["fail_fast"] = True
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_stranger(cls, value: Any) -> Any:
+        """Of many unknown names only the first is left, to be refused."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        known = {info.alias or name for name, info in cls.model_fields.items()}
+        stranger = next(name for name in value if name not in known)
+        return {name: value[name] for name in (*known & value.keys(), stranger)}
 
     @field_validator("*")
     @classmethod
@@ -61,6 +102,28 @@ def only(*values: Any) -> Any:
     return Field(None, json_schema_extra={"enum": [None, *values]})
 
 
+@dataclass(frozen=True)
+class Most:
+    """Of a list or an object: at most so many as `Limits` has under this name, counted before any is looked at."""
+
+    limit: str
+    what: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_before_validator_function(self.check, handler(source))
+
+    def check(self, value: Any, info: Any) -> Any:
+        most = getattr(info.context, self.limit)
+        if isinstance(value, (list, dict)) and len(value) > most:
+            raise PydanticCustomError(TOO_MANY, f"{len(value)} {self.what}, more than the {most} allowed")
+        return value
+
+
+TOO_MANY = "too_many"
+Count = Annotated[int, Field(ge=1, le=_BIG)]
+Choices = Annotated[list[str], Most("max_choices", "choices")]
+
+
 # --- from bytes to a checked request -------------------------------------------------------------------------------
 
 
@@ -68,7 +131,7 @@ def read(data: bytes, kind: type[T], limits: Limits) -> T:
     """The request in a body; a Refusal says what is wrong with it, and where."""
     value = parse(data, limits.max_depth)
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(value, context=limits)
     except ValidationError as error:
         raise _refusal(error, value) from None
 
@@ -80,23 +143,29 @@ def parse(data: bytes, max_depth: int) -> Any:
         raise _too_deep(max_depth) from None
     except ValueError as error:
         raise Refusal(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    level, depth = [value], 0
-    while level := [one for one in level if isinstance(one, (dict, list))]:
-        depth += 1
-        if depth > max_depth:
-            raise _too_deep(max_depth)
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
-    if b"\\u" in data and not _is_text(value):
+    if data.count(b"[") + data.count(b"{") > max_depth and _depth(value, max_depth) > max_depth:
+        raise _too_deep(max_depth)
+    if any(match.lastindex for match in _ESCAPE.finditer(data)):
         raise Refusal(400, "the body has a lone surrogate, which is no character; remove it", code="invalid_json")
     return value
 
 
-def _is_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+_ESCAPE = re.compile(rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F])|.)", re.DOTALL)
+"""A backslash of JSON and what belongs to it; its group matches where that is half a surrogate pair."""
+
+
+def _depth(value: Any, most: int) -> int:
+    """Levels of lists and objects in a value, counted up to one more than `most`."""
+    level, depth = [value] if isinstance(value, (list, dict)) else [], 0
+    while level and depth <= most:
+        depth += 1
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, (list, dict))
+        ]
+    return depth
 
 
 def _too_deep(limit: int) -> Refusal:
@@ -119,17 +188,28 @@ def _refusal(error: ValidationError, value: Any) -> Refusal:
     for one in error.errors(include_url=False):
         found.setdefault(_place(one["loc"], value, one["type"] == "missing"), []).append(one)
     place = max(found, key=lambda name: name.count(".") + name.count("["))
-    first = found[place][0]
-    given = repr(first["input"])
-    given = given if len(given) <= 80 else given[:80] + "…"
+    faults = [one for one in found[place] if one["type"] == TOO_MANY] or found[place]
+    first, shown = faults[0], short(place, 200)
     if first["type"] == "extra_forbidden":
-        message = f"there is no field {place!r} in this request; leave it out"
+        message = f"there is no field {shown!r} in this request; leave it out"
     elif first["type"] == "missing":
-        message = f"{place} is missing; give it"
+        message = f"{shown} is missing; give it"
+    elif first["type"] == TOO_MANY:
+        message = f"{shown} has {first['msg']}; send fewer"
     else:
-        reasons = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in found[place])
-        message = f"{place or 'the body'} is {given}: {' – or: '.join(reasons)}"
-    return Refusal(400, message, param=place or None)
+        reasons = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in faults)
+        message = f"{shown or 'the body'} is {_shown(first['input'])}: {' – or: '.join(reasons)}"
+    return Refusal(400, message, param=shown or None)
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value; it may be as large as the body."""
+    if isinstance(value, (list, dict)):
+        return short("".join(islice(_JSON.iterencode(value), 100)), 80)
+    return short(repr(value[:100] if isinstance(value, str) else value), 80)
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 def _place(loc: tuple[int | str, ...], value: Any, is_missing: bool) -> str:
@@ -174,11 +254,11 @@ class Steps(Body):
         given |= more
         if given.get("drafts") and not self.stream:
             raise InputError("drafts needs stream; set stream to true, or leave drafts out")
-        if isinstance(stops := given.get("stop"), list) and len(stops) > limits.max_stops:
-            raise InputError(f"stop is a list of {len(stops)}, more than the {limits.max_stops} allowed; give fewer")
         given = {name: value for name, value in given.items() if value is not None}
         given.setdefault("seed", 0 if given.get("temperature") == 0 else secrets.randbits(32))
         options = Options.from_dict(given)
+        for name in ("max_tokens", "min_tokens"):
+            check_length(name, getattr(options, name), card)
         if (options.mode or ("diffusion" if card.is_diffusion else "autoregressive")) == "diffusion":
             for name in ("top_p", "top_k"):
                 if (value := getattr(options, name)) != getattr(Options, name):
@@ -186,12 +266,18 @@ class Steps(Body):
         return options
 
 
+def check_length(name: str, tokens: int | None, card: ModelCard) -> None:
+    """CapacityError for more tokens than the model's context holds; None asks for none in particular."""
+    if tokens is not None and tokens > card.max_position:
+        raise CapacityError(f"{name} is {tokens}, more than the context of {card.max_position} tokens; lower it")
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: Any = only(False)
 
 
-Stop = str | list[str] | None
+Stop = str | Annotated[list[str], Most("max_stops", "strings")] | None
 
 
 class Sampled(Steps):
@@ -207,8 +293,8 @@ class Sampled(Steps):
     schema_: dict[str, Any] | bool | None = option("schema", alias="schema")
     regex: str | None = option("regex")
     grammar: str | None = option("grammar")
-    choices: list[str] | None = option("choices")
-    metadata: dict[str, Any] | None = None
+    choices: Choices | None = option("choices")
+    metadata: Annotated[dict[str, Any], Most("max_metadata", "entries")] | None = None
     frequency_penalty: Any = only(0)
     presence_penalty: Any = only(0)
     repetition_penalty: Any = only(1)
@@ -221,7 +307,7 @@ class Sampled(Steps):
 
 
 class Generation(Sampled):
-    n: int | None = Field(None, ge=1)
+    n: Count | None = None
     max_tokens: int | None = option("max_tokens")
     stream_options: StreamOptions | None = None
 
@@ -267,14 +353,14 @@ class ToolCall(Body):
     id: str | None = None
     type: Literal["function"] | None = None
     function: CalledFunction
-    index: int | None = None
+    index: Annotated[int, Field(ge=0, le=_BIG)] | None = None
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Most("max_parts", "parts")] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Most("max_tools", "calls")] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     provider_specific_fields: dict[str, Any] | None = Field(None, description="litellm's echo of an answer; unread.")
@@ -288,7 +374,7 @@ class Message(Body):
         return {name: value for name, value in super().plain().items() if name not in unread}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1), Most("max_messages", "messages")]
 
 
 class Function(Body):
@@ -371,10 +457,8 @@ def chat_options(
     return more
 
 
-def tools_payload(tools: list[Function], choice: str, limits: Limits) -> list[dict[str, Any]] | None:
+def tools_payload(tools: list[Function], choice: str) -> list[dict[str, Any]] | None:
     """The tools that the model is shown."""
-    if len(tools) > limits.max_tools:
-        raise Refusal(400, f"there are {len(tools)} tools, more than the {limits.max_tools} allowed", param="tools")
     if choice not in ("none", "auto", "required"):
         tools = [tool for tool in tools if tool.name == choice]
     if choice == "none" or not tools:
@@ -387,7 +471,7 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = option("max_tokens")
     logprobs: bool | None = option("logprobs")
     top_logprobs: int | None = option("top_logprobs")
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Most("max_tools", "tools")] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="false: of several calls only the first is given.")
     response_format: ResponseFormat | None = None
@@ -427,15 +511,33 @@ class ChatRequest(Generation):
 
 # --- completions ---------------------------------------------------------------------------------------------------
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=_BIG)]], Field(min_length=1), Most("max_ids", "token ids")]
+Texts = Annotated[list[str], Field(min_length=1), Most("max_prompts", "prompts")]
+Lists = Annotated[list[Tokens], Field(min_length=1), Most("max_prompts", "prompts")]
+
+
+def _prompt_kind(prompt: Any) -> str:
+    """By its first item, so that what is said of it is said of the kind that it is."""
+    match prompt:
+        case list():
+            first = prompt[0] if prompt else ""
+            return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "tokens"
+        case _:
+            return "text"
 
 
 class CompletionRequest(Generation):
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[Texts, Tag("texts")]
+        | Annotated[Tokens, Tag("tokens")]
+        | Annotated[Lists, Tag("lists")],
+        Discriminator(_prompt_kind),
+    ]
     suffix: str | None = Field(None, description="What stands behind the text to write, which is then an infill.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
-    best_of: int | None = Field(None, ge=1)
+    best_of: Count | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -453,12 +555,15 @@ class CompletionRequest(Generation):
         if self.echo and self.logprobs is not None:
             raise InputError("echo cannot go with logprobs, which are of the answer alone; drop one of them")
         more: dict[str, Any] = {"logprobs": self.logprobs is not None, "top_logprobs": self.logprobs}
+        for prompt in self.prompts:
+            check_length("prompt", None if isinstance(prompt, str) else len(prompt), card)
         if self.suffix is None:
             return self.options(card, limits, **more)
         if len(self.prompts) > 1 or not isinstance(self.prompts[0], str):
             raise InputError("suffix needs one prompt, as text; send one request for each")
         if self.logprobs is not None:
             raise InputError("logprobs cannot go with suffix; drop one of them")
+        check_length("max_tokens", self.max_tokens, card)
         return self.options(card, limits, **more, max_tokens=None)
 
 
@@ -468,14 +573,17 @@ class CompletionRequest(Generation):
 class InfillRequest(Steps):
     prefix: str
     suffix: str
-    length: int | None = Field(None, ge=1, description="Tokens to write; null: the length is found.")
-    at_most: int | None = Field(None, ge=1, description="Tokens at most, where the length is found.")
+    length: Count | None = Field(None, description="Tokens to write; null: the length is found.")
+    at_most: Count | None = Field(None, description="Tokens at most, where the length is found.")
+
+
+Span = Annotated[list[Annotated[int, Field(ge=0, le=_BIG)]], Field(min_length=2, max_length=2)]
 
 
 class EditRequest(Steps):
     text: str
     instruction: str | None = None
-    spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(
+    spans: Annotated[list[Span], Most("max_spans", "spans")] | None = Field(
         None, description="What may change: from character, to character."
     )
     strength: float | None = Field(None, ge=0, le=1, description="The share of the text that is noise at first.")
@@ -485,14 +593,14 @@ class Slot(Body):
     """A place to be written, and at most one thing that it obeys."""
 
     name: str | None = None
-    length: int | None = Field(None, ge=1)
-    at_most: int | None = Field(None, ge=1)
+    length: Count | None = None
+    at_most: Count | None = None
     text: str | None = None
     strength: float | None = Field(None, ge=0, le=1)
     schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
     regex: str | None = None
     grammar: str | None = None
-    choices: list[str] | None = None
+    choices: Choices | None = None
 
 
 class Prompted(Body):
@@ -508,14 +616,14 @@ class Prompted(Body):
 
 
 class FillRequest(Prompted, Steps):
-    template: list[str | Slot] = Field(min_length=1)
+    template: Annotated[list[str | Slot], Field(min_length=1), Most("max_pieces", "pieces")]
 
 
 class DecisionsRequest(Prompted):
     model: str | None = None
-    fields_: dict[str, Annotated[list[str], Field(min_length=2)]] = Field(
-        alias="fields", min_length=1, description="Field -> its choices."
-    )
+    fields_: Annotated[
+        dict[str, Annotated[Choices, Field(min_length=2)]], Field(min_length=1), Most("max_fields", "fields")
+    ] = Field(alias="fields", description="Field -> its choices.")
     steps: int | None = Field(None, ge=1, le=4096)
     seed: int | None = option("seed")
     user: str | None = None

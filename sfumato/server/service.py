@@ -31,6 +31,9 @@ log = logging.getLogger("sfumato.server")
 T = TypeVar("T")
 B = TypeVar("B", bound=schema.Body)
 
+SMALL = 64 << 10
+"""Bytes of a body that are read at once, in milliseconds; a larger one is read in a thread, beside the others."""
+
 
 @dataclass
 class Record:
@@ -54,7 +57,11 @@ class Service:
         self.has_been_ready = False
         self.running = 0
         """Requests to /v1 under way."""
+        self.body_bytes = 0
+        """Of the bodies of requests under way."""
         self._idle, self._cut = asyncio.Event(), asyncio.Event()
+        self._reading = asyncio.Semaphore(2)
+        """For large bodies: each thread that reads one takes time from the loop."""
         self._card: ModelCard | None = None
         self.starting: asyncio.Task[None] | None = None
         """The backend's start; over when the model is loaded, or cannot be."""
@@ -82,7 +89,7 @@ class Service:
             return "draining"
         if self.backend.is_ready():
             self.has_been_ready = True
-            return "ready"
+            return "stalled" if self.backend.stats().stalled > self.settings.stall_limit else "ready"
         return "restarting" if self.has_been_ready or self.backend.stats().restarts else "loading"
 
     # ---- start and end ------------------------------------------------------------------------------------------
@@ -139,7 +146,11 @@ class Service:
         if media != "application/json":
             raise Refusal(415, f"the content type is {media or 'not given'!r}; send application/json")
         data = await request.body()
-        body = schema.read(data, kind, self.settings.limits)
+        if len(data) <= SMALL:
+            body = schema.read(data, kind, self.settings.limits)
+        else:
+            async with self._reading:
+                body = await asyncio.to_thread(schema.read, data, kind, self.settings.limits)
         if self.settings.log_prompts:
             log.info("%s says %s", record_of(request.scope).id, json.dumps(body.plain()))
         return body

@@ -14,8 +14,14 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 class Limits:
     """What one request may ask for. How many may wait is the backend's to say."""
 
+    max_head: int = 32 << 10
+    """Bytes of a request's line and headers."""
+    max_connections: int = 1024
+    """Connections at once; fewer where the process may not open so many files."""
     max_body: int = 4 << 20
     """Bytes of a request's body."""
+    max_bodies: int = 1 << 30
+    """Bytes of the bodies of all requests under way, which are kept until they are answered."""
     max_depth: int = 64
     """Nesting of a request's JSON."""
     max_n: int = 16
@@ -23,7 +29,27 @@ class Limits:
     max_prompts: int = 64
     """Answers to one request, all its prompts together."""
     max_stops: int = 16
+    """Strings that end an answer."""
     max_tools: int = 128
+    """Tools of a request, and calls of one message."""
+    max_messages: int = 4096
+    """Messages of a conversation, or items of /v1/responses."""
+    max_parts: int = 1024
+    """Parts of one message."""
+    max_pieces: int = 4096
+    """Texts and slots of a template."""
+    max_slots: int = 1024
+    """Slots of a template."""
+    max_spans: int = 1024
+    """Passages of a text to edit."""
+    max_fields: int = 256
+    """Fields of /v1/decisions."""
+    max_choices: int = 1024
+    """Texts among which one answer, slot or field may choose."""
+    max_ids: int = 1 << 20
+    """Token ids of a prompt; the model's context bounds them too."""
+    max_metadata: int = 64
+    """Entries of `metadata`."""
     timeout: float = 600.0
     """Seconds from a request's last byte to its answer's."""
 
@@ -48,6 +74,13 @@ class Settings:
     """Seconds for which a client may leave what it is sent unread, or what it sends unfinished."""
     keep_alive: float = 15.0
     """Seconds of silence in a stream after which it says that it is alive."""
+    head_timeout: float = 10.0
+    """Seconds that a client has to send a request's head, from the connection or the head's first byte on."""
+    body_timeout: float = 30.0
+    """Seconds that it has to send the body, and one more for every `body_rate` bytes."""
+    body_rate: int = 64 << 10
+    stall_limit: float = 10.0
+    """Seconds that preparing a job may take before GET /ready says that the worker is stalled."""
     drain: float = 30.0
     """Seconds that requests under way have to finish when the server stops."""
     limits: Limits = field(default_factory=Limits)

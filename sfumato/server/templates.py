@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,8 @@ from sfumato.events import Draft, Edited, Filled, InputError, Options
 from sfumato.server import answers
 from sfumato.server.backend import Job
 from sfumato.server.chat import check_chat
-from sfumato.server.schema import DecisionsRequest, EditRequest, FillRequest, InfillRequest, Steps
+from sfumato.server.errors import Refusal
+from sfumato.server.schema import DecisionsRequest, EditRequest, FillRequest, InfillRequest, Slot, Steps, check_length
 from sfumato.server.service import END, EventStream, Service, data, draft_of, record_of, usage_of
 
 
@@ -22,9 +24,16 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     async def answer(
-        request: Request, body: Steps, kind: Any, payload: dict[str, Any], told: Callable[[Any], dict[str, Any]]
+        request: Request,
+        body: Steps,
+        kind: Any,
+        payload: dict[str, Any],
+        told: Callable[[Any], dict[str, Any]],
+        lengths: Mapping[str, int | None] = MappingProxyType({}),
     ) -> Response:
         card = await service.card(body.model)
+        for name, tokens in lengths.items():
+            check_length(name, tokens, card)
         if kind == "edit" and payload["instruction"] is not None:
             check_chat(card)
         job = Job(kind, record_of(request.scope).id, payload, body.options(card, service.settings.limits))
@@ -40,7 +49,8 @@ def routes(service: Service) -> APIRouter:
         if body.length is not None and body.at_most is not None:
             raise InputError("length and at_most are given; at_most bounds a length that is found, drop one of them")
         payload = {"prefix": body.prefix, "suffix": body.suffix, "length": body.length, "at_most": body.at_most}
-        return await answer(request, body, "infill", payload, _infilled)
+        lengths = {"length": body.length, "at_most": body.at_most}
+        return await answer(request, body, "infill", payload, _infilled, lengths)
 
     @router.post("/v1/edit", **answers.takes(EditRequest, answers.Edit))
     async def edit(request: Request) -> Response:
@@ -59,7 +69,16 @@ def routes(service: Service) -> APIRouter:
         """Fill the slots of a template; its fixed texts stay byte for byte."""
         body = await service.read(request, FillRequest)
         template = [piece if isinstance(piece, str) else piece.plain() for piece in body.template]
-        return await answer(request, body, "fill", {"template": template, "prompt": body.before()}, _filled)
+        slots = [(number, piece) for number, piece in enumerate(body.template) if isinstance(piece, Slot)]
+        most = service.settings.limits.max_slots
+        if len(slots) > most:
+            raise Refusal(
+                400, f"template has {len(slots)} slots, more than the {most} allowed; send fewer", param="template"
+            )
+        lengths = {f"template[{number}].length": slot.length for number, slot in slots}
+        lengths |= {f"template[{number}].at_most": slot.at_most for number, slot in slots}
+        payload = {"template": template, "prompt": body.before()}
+        return await answer(request, body, "fill", payload, _filled, lengths)
 
     @router.post("/v1/decisions", **answers.takes(DecisionsRequest, answers.Decisions, is_streamed=False))
     async def decisions(request: Request) -> Response:
