@@ -415,7 +415,8 @@ class Model(nn.Module):
     def _stack(self, x_BTD: Tensor, run: Pass) -> Tensor:
         for block in self.layers:
             x_BTD = block(x_BTD, run)
-        return self.norm(x_BTD)
+        # Where squares overflow the norm makes zeros, which would pass for a state: 0 times infinity is NaN.
+        return self.norm(x_BTD) + 0 * torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
 
     @torch.no_grad()
     def init_(self, seed: int = 0, std: float = 0.02) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -110,6 +111,17 @@ def test_a_row_does_not_depend_on_its_batch(kind: str, dtype: torch.dtype) -> No
         for n in (0, 18):
             assert torch.equal(linear.linear(x[n : n + 1], gate)[0], many[n : n + 1])
             assert torch.equal(linear.feed_forward(x[n : n + 1], gate, up, down), wide[n : n + 1])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for the same numbers
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_finite_says_so(kind: str, value: float) -> None:
+    x = normal(3, 64)
+    x[1, 5] = value
+    with tuning.using("linear", **SMALL):
+        (out,) = linear.linear(x, packed(normal(32, 64, seed=1), kind))
+    assert torch.isfinite(out).all(-1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), PAIRS, ids=str)

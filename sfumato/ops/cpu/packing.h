@@ -45,10 +45,13 @@ static thread_local Scratch shared, own;
 template <class IO, class M> static void row_as(const IO *row, long width, char *out, long stride, float *scale) {
     float inverse = 1;
     if constexpr (std::is_same_v<M, int8_t>) {
-        V most = V{};
+        VI most = VI{};
         if (row)
-            for (long i = 0; i < width; i += 16) most = bigger(most, absolute(load_some(row + i, width - i)));
-        const float top = largest(most);
+            for (long i = 0; i < width; i += 16) {
+                const VI x = (VI)absolute(load_some(row + i, width - i));
+                most = x > most ? x : most;
+            }
+        const float top = largest_or_nan(most); // int8 cannot say NaN: the scale does
         inverse = top > 0 ? 127.0f / top : 0.0f, *scale = top / 127.0f;
     }
     for (long k = 0; k < tiles_of(width, Kind<M>::K); k++)

@@ -138,11 +138,22 @@ static inline float largest(V v) {
     v = bigger(v, __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
     return std::max(v[0], v[1]);
 }
+// Of lanes without a sign, read as integers: their order is the same, and NaN is above them all.
+static inline float largest_or_nan(VI v) {
+    auto with = [&](VI other) { v = other > v ? other : v; };
+    with(__builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+    with(__builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+    with(__builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+    const int32_t most = std::max(v[0], v[1]);
+    float f;
+    memcpy(&f, &most, 4);
+    return f;
+}
 static inline V absolute(V a) { return (V)((VU)a & 0x7fffffffu); }
 
-// Within 1e-7 of e^x, relative; 0 below -87.3.
+// Within 1e-7 of e^x, relative; 0 below -87.3, NaN of NaN.
 static inline V exponential(V x) {
-    x = smaller(x, splat(88.0f));
+    x = smaller(splat(88.0f), x); // of a pair with a NaN the second one is taken
     V n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; // nearest integer
     V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     V p = splat(1.9875691500e-4f);

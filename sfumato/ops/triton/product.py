@@ -212,6 +212,8 @@ def _quantise_rows(x_ptr, out_ptr, scale_ptr, K: tl.constexpr, BLOCK: tl.constex
     col = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + col, col < K, 0.0).to(tl.float32)
     scale = tl.max(tl.abs(x), 0) / 448.0
+    # A maximum and a clamp pass over NaN: the scale says it.
+    scale = tl.where(tl.max((x != x).to(tl.int32), 0) > 0, float("nan"), scale)
     x = x / tl.where(scale > 0, scale, 1.0)
     tl.store(out_ptr + row * K + col, tl.clamp(x, -448.0, 448.0).to(tl.float8e4nv), col < K)
     tl.store(scale_ptr + row, scale)
