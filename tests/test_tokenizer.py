@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,136 @@ def test_special_names_in_either_spelling(tmp_path: Path) -> None:
     assert loaded.special_id("eos_token") == 5
     alone = Tokenizer.from_file(NANO / "tokenizer.json")
     assert alone.special == NANO_TOKENIZER.special
+
+
+# --- what a tokenizer.json may do ---
+
+
+def changed(tmp_path: Path, **parts: Any) -> Path:
+    return folder(tmp_path, tokenizer=json.dumps(json.loads(NANO_JSON) | parts))
+
+
+def sequence(*stages: Any, of: str = "normalizers") -> dict[str, Any]:
+    return {"type": "Sequence", of: list(stages)}
+
+
+def replacing(old: str, new: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: old}, "content": new}
+
+
+def splitting(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+AGAIN = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+AGAIN["single"] = [{"Sequence": {"id": "A", "type_id": 0}}] * 9
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"normalizer": replacing(" ", "▁" * (1 << 20))}, "normalizer and pre-tokenizer can make a text more than 16"),
+        ({"normalizer": sequence(*[replacing("a", "aa")] * 40)}, "normalizer and pre-tokenizer can make a text"),
+        ({"normalizer": replacing("", "x" * 20)}, "can make a text"),
+        ({"normalizer": replacing("a*", "x" * 20, "Regex")}, "can make a text"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 100}}, "can make a text"),
+        ({"normalizer": sequence(*[{"type": "NFKC"}] * 2)}, "can make a text"),
+        ({"pre_tokenizer": sequence(*[METASPACE] * 3, of="pretokenizers")}, "can make a text"),
+        ({"pre_tokenizer": sequence(*[BYTES] * 40, of="pretokenizers")}, "can make a text"),
+        ({"normalizer": sequence(sequence(replacing("a", "a" * 9)), replacing("b", "aa"))}, "can make a text"),
+        ({"post_processor": AGAIN}, "can make a text"),
+        (
+            {"decoder": sequence(replacing("▁", " " * 99), {"type": "Fuse"}, of="decoders")},
+            "its decoder can",
+        ),
+        ({"normalizer": sequence(*[replacing("a", "b")] * 99)}, "stages, more than the 64 allowed"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "stage 'Precompiled' is not known"),
+        ({"pre_tokenizer": splitting("a|" * 3000)}, "has 6000 characters and counts to 1; at most 4096"),
+        ({"pre_tokenizer": splitting("((a{1,999}){999}){999}")}, "counts to 997002999; at most 4096 and 10000"),
+        ({"pre_tokenizer": splitting("a{99999999999999}")}, "counts to 999999999;"),
+        ({"normalizer": replacing("(a{101}){100}", "", "Regex")}, "counts to 10100;"),
+        ({"added_tokens": [{"id": 0, "content": "x" * 5000}]}, r"'xxxxxxxxxxxxxxxxxxxx'… has 5000 characters"),
+        ({"model": {"type": "BPE", "vocab": {"y" * 4097: 0}, "merges": []}}, "has 4097 characters, more than the 4096"),
+        ({"model": {"type": "Unigram", "vocab": [["z" * 4097, 0.5]]}}, "has 4097 characters"),
+        ({"model": {"type": "BPE", "continuing_subword_prefix": "w" * 5000, "vocab": {}}}, "has 5000 characters"),
+    ],
+)
+def test_a_tokenizer_that_could_end_the_process_is_refused(tmp_path: Path, parts: dict[str, Any], why: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "tokenizer.json")) + ".*" + why) as caught:
+        Tokenizer.from_folder(changed(tmp_path, **parts))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """The library would compile both."""
+    twice = NANO_JSON.replace('"normalizer":', '"normalizer": null, "normalizer":')
+    with pytest.raises(CheckpointError, match="names something twice"):
+        Tokenizer.from_folder(folder(tmp_path, tokenizer=twice))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": sequence({"type": "NFC"}, replacing(" ", "▁"))},
+        {"normalizer": sequence({"type": "Prepend", "prepend": "▁"}, replacing(" ", "▁"))},
+        {"normalizer": replacing(" {2,}", "▁", "Regex")},
+        {"pre_tokenizer": splitting(r"\p{N}{1,3}|[\x{3040}-\x{309F}]+|[^\r\n]?\p{L}+|\s+(?!\S)")},
+        {"normalizer": None, "pre_tokenizer": None},
+    ],
+)
+def test_a_usual_tokenizer_is_read(tmp_path: Path, parts: dict[str, Any]) -> None:
+    assert Tokenizer.from_folder(changed(tmp_path, **parts)).encode("Solve this 123")
+
+
+def test_a_vocabulary_in_lists_has_tokens_of_bounded_length() -> None:
+    with pytest.raises(CheckpointError, match="has 4097 characters"):
+        Tokenizer.from_vocabulary(["<unk>", "x" * 4097], [3, 1], [])
+
+
+def test_a_panic_of_the_library_is_an_input_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`(a+)+$` runs into the limit of the library for patterns, at which it panics; what follows is served."""
+    tokenizer = Tokenizer.from_folder(changed(tmp_path, pre_tokenizer=splitting("(a+)+$")))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"the tokenizer fails here: Onig: .*retry-limit.*; give another text, or"):
+            tokenizer.encode("a" * 60 + "b")
+        assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    capfd.readouterr()  # the library's own word on it
+
+
+def test_whatever_the_library_raises_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3 makes it: no Exception."""
+
+    class Failing:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
+        def __getattr__(self, name: str) -> Any:
+            def fail(*_: Any, **__: Any) -> None:
+                raise self.error
+
+            return fail
+
+    tokenizer = Tokenizer.from_folder(NANO)
+    for error in (PanicException("called `Option::unwrap()`\non a `None` value"), Exception("no unk token")):
+        monkeypatch.setattr(tokenizer, "_inner", Failing(error))
+        for call in (
+            lambda: tokenizer.encode("a"),
+            lambda: tokenizer.decode([20]),
+            lambda: tokenizer.id("a"),
+            lambda: tokenizer.token(20),
+            lambda: tokenizer.to_json(),
+            lambda: Detokeniser(tokenizer).push([20]),
+        ):
+            with pytest.raises(InputError, match=r"the tokenizer fails here: .*un.*; give another text") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+    for other in (KeyboardInterrupt(), SystemExit(), MemoryError()):
+        monkeypatch.setattr(tokenizer, "_inner", Failing(other))
+        with pytest.raises(type(other)):
+            tokenizer.encode("a")
 
 
 def test_truncation_and_padding_saved_in_the_file_do_nothing(tmp_path: Path) -> None:
