@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.constrain import Grammar
-from sfumato.events import InputError
+from sfumato.events import CapacityError, InputError
 from sfumato.forms import KINDS
 from sfumato.guided import Span
 from sfumato.rows import SHORT
@@ -29,6 +30,15 @@ from sfumato.tokenizer import Tokenizer
 
 MOST = 64
 """Tokens that a slot of open length may take, where nothing is said."""
+
+SLOTS = 1024
+"""Most slots of a template."""
+
+PIECES = 4096
+"""Most pieces of a template, texts and slots."""
+
+OPEN = 64
+"""Most slots of a template whose length is to be found: each takes a search of its own."""
 
 CANDIDATES = 12
 """Lengths that are tried for a slot of unknown length."""
@@ -57,26 +67,34 @@ class Slot:
         for name in ("length", "at_most"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} of slot {self.name!r} is {value!r}; give a whole number of tokens from 1 up")
+                raise InputError(
+                    f"{name} of slot {self._label} is {reprlib.repr(value)}; give a whole number of tokens from 1 up"
+                )
         if self.length is not None and self.at_most is not None:
-            raise InputError(f"slot {self.name!r} has a length and at_most; give one of them")
+            raise InputError(f"slot {self._label} has a length and at_most; give one of them")
         if not isinstance(self.name, str) or not isinstance(self.text, str | None):
-            raise InputError(f"name and text of slot {self.name!r} must be text")
+            raise InputError(f"name and text of slot {self._label} must be text")
         if self.text == "":
-            raise InputError(f"the text of slot {self.name!r} is empty; leave it out, and give a length if it has one")
+            raise InputError(f"the text of slot {self._label} is empty; leave it out, and give a length if it has one")
         if (
             isinstance(self.strength, bool)
             or not isinstance(self.strength, (int, float))
             or not 0 <= self.strength <= 1
         ):
-            raise InputError(f"strength of slot {self.name!r} is {self.strength!r}; give a number from 0 to 1")
+            raise InputError(
+                f"strength of slot {self._label} is {reprlib.repr(self.strength)}; give a number from 0 to 1"
+            )
         if isinstance(self.choices, list):
             object.__setattr__(self, "choices", tuple(self.choices))
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) > 1:
-            raise InputError(f"slot {self.name!r} has {' and '.join(given)}; a slot can obey one of them")
+            raise InputError(f"slot {self._label} has {' and '.join(given)}; a slot can obey one of them")
         if given and (self.length is not None or self.text is not None):
-            raise InputError(f"slot {self.name!r} has {given[0]} and a length or text; bound its length with at_most")
+            raise InputError(f"slot {self._label} has {given[0]} and a length or text; bound its length with at_most")
+
+    @property
+    def _label(self) -> str:
+        return reprlib.repr(self.name)
 
     @property
     def constraint(self) -> tuple[str, Any] | None:
@@ -104,39 +122,55 @@ def pieces_of(pieces: Any) -> list[str | Slot]:
     """A template from plain data."""
     if not isinstance(pieces, list):
         raise InputError('a template is a list of texts and slots, such as ["Name: ", {"name": "name"}]')
+    _check_count(len(pieces), PIECES, "pieces", "join texts that stand side by side")
     known = {f.name for f in fields(Slot)}
     found: list[str | Slot] = []
     for number, piece in enumerate(pieces, 1):
         if isinstance(piece, dict):
             if unknown := next((key for key in piece if key not in known), None):
                 raise InputError(
-                    f"piece {number} of the template has {unknown!r}; a slot has {', '.join(sorted(known))}"
+                    f"piece {number} of the template has {reprlib.repr(unknown)}; a slot has {', '.join(sorted(known))}"
                 )
             found.append(Slot(**piece))
         elif isinstance(piece, str):
             found.append(piece)
         else:
-            raise InputError(f"piece {number} of the template is {piece!r}; give a text or a slot (an object)")
+            raise InputError(
+                f"piece {number} of the template is {reprlib.repr(piece)}; give a text or a slot (an object)"
+            )
     return found
 
 
 def check_template(template: Template) -> list[str | Slot]:
-    """The template with its slots named, empty texts dropped; InputError where it has no slot, or a name twice."""
+    """The template with its slots named, empty texts dropped; InputError where it has no slot, too many, or a name
+    twice."""
+    if not isinstance(template, (list, tuple)):
+        raise InputError(f"a template is a list of texts and slots, not {type(template).__name__}")
+    _check_count(len(template), PIECES, "pieces", "join texts that stand side by side")
     pieces: list[str | Slot] = []
+    names: set[str] = set()
     for piece in template:
         if isinstance(piece, Slot):
-            number = sum(isinstance(p, Slot) for p in pieces) + 1
-            pieces.append(piece if piece.name else replace(piece, name=str(number)))
+            named = piece if piece.name else replace(piece, name=str(len(names) + 1))
+            if named.name in names:
+                raise InputError(f"two slots are named {reprlib.repr(named.name)}; give each its own name")
+            names.add(named.name)
+            pieces.append(named)
         elif not isinstance(piece, str):
             raise InputError(f"a template holds texts and slots, not {type(piece).__name__}")
         elif piece:
             pieces.append(piece)
-    names = [piece.name for piece in pieces if isinstance(piece, Slot)]
     if not names:
         raise InputError("the template has no slot, so there is nothing to write; give at least one")
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two slots are named {twice!r}; give each its own name")
+    _check_count(len(names), SLOTS, "slots", "fill it in parts")
+    count = sum(isinstance(piece, Slot) and piece.is_open for piece in pieces)
+    _check_count(count, OPEN, "slots without a length", "give the others a length")
     return pieces
+
+
+def _check_count(count: int, most: int, what: str, remedy: str) -> None:
+    if count > most:
+        raise InputError(f"the template has {count} {what}, more than the {most} allowed; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -176,6 +210,11 @@ class Sheet:
         return "".join(texts[piece.name] if isinstance(piece, Slot) else piece for piece in self.pieces)
 
 
+def tokens_of(template: Template, tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each piece: of a slot, those of the text that stands there now."""
+    return [tokenizer.encode(piece.text or "" if isinstance(piece, Slot) else piece) for piece in template]
+
+
 def lay_out(
     template: Template,
     tokenizer: Tokenizer,
@@ -184,36 +223,38 @@ def lay_out(
     seed: int = 0,
     is_open_ended: bool = False,
     is_short: bool = False,
+    tokens: Sequence[list[int]] | None = None,
 ) -> Sheet:
     """Lay out a template (checked: see `check_template`) with these widths of slots that have none of their own.
 
     A template that ends on its last canvas is followed by ends, unless it `is_open_ended`: up to the end of that canvas
-    or of a short one. The share of a warm text that starts as noise follows from `seed`."""
-    pieces = list(template)
-    tokens: list[int | None] = []
+    or of a short one. The share of a warm text that starts as noise follows from `seed`. `tokens` are the pieces' own,
+    where the caller has them. CapacityError where the slots do not fit the context, before anything of that size is
+    made."""
+    pieces, of_pieces = list(template), tokens_of(template, tokenizer) if tokens is None else tokens
+    places = _places(pieces, of_pieces, config, widths)
+    at_all: list[int | None] = []
     warm: dict[int, int] = {}
-    places: list[Place] = []
-    for number, piece in enumerate(pieces):
+    following = iter(places)
+    for number, (piece, own) in enumerate(zip(pieces, of_pieces, strict=True)):
         if isinstance(piece, str):
-            tokens += tokenizer.encode(piece)
+            at_all += own
             continue
-        start, width = len(tokens), piece.length or widths.get(piece.name, 0)
-        if piece.text is not None:
-            old = tokenizer.encode(piece.text)
-            width = piece.length or max(width, len(old))
+        place = next(following)
+        if own:
             dice = random.Random(f"{seed} {number}")
-            warm |= {start + n: token for n, token in enumerate(old[:width]) if dice.random() >= piece.strength}
-        places.append(Place(piece, start, width))
-        tokens += [None] * width
+            kept = enumerate(own[: place.width], place.start)
+            warm |= {at: token for at, token in kept if dice.random() >= piece.strength}
+        at_all += [None] * place.width
     first, length = places[0].start, config.canvas_length
     last = places[-1].start + places[-1].width
     # What stands before the first slot stays on the canvas where all fits; else it makes room for what stands behind.
-    cut = min(first, max(0, len(tokens) - length))
-    lead = [token for token in tokens[:cut] if token is not None]
+    cut = min(first, max(0, len(at_all) - length))
+    lead = [token for token in at_all[:cut] if token is not None]
     canvases = max(1, math.ceil((last - cut) / length))
-    until = min(len(tokens), cut + canvases * length)
-    pins = {at - cut: token for at, token in enumerate(tokens[cut:until], cut) if token is not None}
-    if until == len(tokens) and not is_open_ended:
+    until = min(len(at_all), cut + canvases * length)
+    pins = {at - cut: token for at, token in enumerate(at_all[cut:until], cut) if token is not None}
+    if until == len(at_all) and not is_open_ended:
         end = min(canvases * length, -(-(until - cut + 1) // SHORT) * SHORT) if is_short else canvases * length
         pins |= dict.fromkeys(range(until - cut, end), config.eos_ids[0])
     return Sheet(
@@ -223,8 +264,29 @@ def lay_out(
         warm={at - cut: token for at, token in warm.items()},
         places=[replace(place, start=place.start - cut) for place in places],
         length=until - cut,
-        beyond=tokenizer.decode([token for token in tokens[until:] if token is not None]),
+        beyond=tokenizer.decode([token for token in at_all[until:] if token is not None]),
     )
+
+
+def _places(
+    pieces: Sequence[str | Slot], tokens: Sequence[list[int]], config: ModelConfig, widths: Mapping[str, int]
+) -> list[Place]:
+    """Where each slot stands, counted from the first piece. CapacityError for one beyond the context."""
+    places: list[Place] = []
+    at = 0
+    for piece, own in zip(pieces, tokens, strict=True):
+        if isinstance(piece, str):
+            at += len(own)
+            continue
+        width = piece.length or max(widths.get(piece.name, 0), len(own))
+        places.append(Place(piece, at, width))
+        at += width
+        if at > config.max_position:
+            raise CapacityError(
+                f"the template takes {at} positions up to the end of slot {reprlib.repr(piece.name)} (of {width}), "
+                f"beyond the context of {config.max_position}; shorten its slots or the text before them"
+            )
+    return places
 
 
 def spans_of(sheet: Sheet, grammars: Mapping[str, Grammar]) -> list[Span]:
@@ -247,6 +309,7 @@ def candidates(at_most: int) -> list[int]:
 
 def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) -> list[str | Slot]:
     """A text with the spans (from character, to character) as warm slots. InputError where they do not fit."""
+    _check_spans(spans)
     pieces: list[str | Slot] = []
     end = 0
     for number, (start, stop) in enumerate(sorted(spans), 1):
@@ -257,6 +320,16 @@ def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) 
         pieces += [text[end:start], Slot(str(number), text=text[start:stop], strength=strength)]
         end = stop
     return check_template([*pieces, text[end:]])
+
+
+def _check_spans(spans: Any) -> None:
+    if not isinstance(spans, (list, tuple)):
+        raise InputError(f"the spans are of type {type(spans).__name__}; give a list of pairs of characters' numbers")
+    if len(spans) > SLOTS:
+        raise InputError(f"there are {len(spans)} spans, more than the {SLOTS} allowed; edit the text in parts")
+    for span in spans:
+        if not isinstance(span, (list, tuple)) or len(span) != 2 or {*map(type, span)} != {int}:
+            raise InputError(f"the span {reprlib.repr(span)} is not two whole numbers, from character, to character")
 
 
 # ---- decisions -------------------------------------------------------------------------------------------------------
@@ -279,9 +352,10 @@ def share_out(choices: Sequence[Sequence[int]], log_p: Sequence[Mapping[int, flo
             branches.setdefault(choices[n][depth] if depth < len(choices[n]) else after, []).append(n)
         top = max(log_p[depth][token] for token in branches)
         weights = {token: math.exp(log_p[depth][token] - top) for token in branches}
+        whole = sum(weights.values())
         for token, some in branches.items():
             for n in some:
-                probabilities[n] *= weights[token] / sum(weights.values())
+                probabilities[n] *= weights[token] / whole
             if len(some) > 1:
                 groups.append((some, depth + 1))
     return probabilities
