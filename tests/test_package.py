@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+from jinja2.sandbox import SandboxedEnvironment
+from packaging.requirements import Requirement
 
 import sfumato
 
@@ -23,3 +27,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_version_is_the_installed_one() -> None:
     assert sfumato.__version__ == version("sfumato")
+
+
+def test_jinja_has_no_way_out_of_its_sandbox() -> None:
+    """Before 3.1.6 a checkpoint's chat template could leave it (CVE-2025-27516)."""
+    root = Path(__file__).parents[1]
+    named = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    (wanted,) = [Requirement(line) for line in named if Requirement(line).name == "jinja2"]
+    (exact,) = [line for line in (root / "constraints.txt").read_text().lower().splitlines() if "jinja2==" in line]
+    assert not wanted.specifier.contains("3.1.5") and wanted.specifier.contains("3.1.6")
+    for pinned in (exact.removeprefix("jinja2=="), version("jinja2")):
+        assert wanted.specifier.contains(pinned)
+    template = SandboxedEnvironment().from_string("{{ ('<{0.__class__}>' | attr('format'))(1) }}")
+    assert template.render() == "<>"
