@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from sfumato import __version__, cli
+from sfumato.cli.text import harmless
 from sfumato.events import CapacityError, InputError, SfumatoError
 
 
@@ -88,6 +93,11 @@ def test_a_usage_error_is_one_line_with_code_2(
         (SfumatoError("it failed"), 1, "sfumato: it failed\n"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "sfumato: a.txt: No such file or directory\n"),
         (OSError("disk on fire"), 1, "sfumato: disk on fire\n"),
+        (
+            InputError("no \x1b[31mred\x9b0m\x7f \ud800 [bold]x[/nope]"),
+            2,
+            "sfumato: no ␛[31mred�0m␡ � [bold]x[/nope]\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
         (typer.Exit(1), 1, ""),
         (typer.Exit(0), 0, ""),
@@ -120,6 +130,77 @@ def test_an_unforeseen_error_says_where_and_shows_no_traceback(
     told = capsys.readouterr().err
     assert told.startswith("sfumato: RuntimeError: the first line (at test_cli.py, line ")
     assert told.count("\n") == 1
+
+
+class PanicException(BaseException):
+    """As pyo3 makes it: no Exception."""
+
+
+def test_a_panic_in_a_library_is_one_line(
+    commanding: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    commanding(command)
+    assert cli.main(["it"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("sfumato: PanicException: called `Option::unwrap()` on a `None` value (at test_cli.py, line")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["convert", "nano", "--to", "bf16", "-o", ""], "--output"),
+        (["convert", "nano", "--to", "gguf-q8_0", "-o", " "], "--output"),
+        (["quantize", "nano", "-o", ""], "--output"),
+        (["bench", "--size", "tiny", "-o", ""], "--output"),
+        (["finetune", ""], "OUT"),
+    ],
+)
+def test_an_empty_place_to_write_to_is_refused_by_name(
+    arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To Path it is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"sfumato: {name} is empty; give a path to write to\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_file_says_reaches_no_terminal_as_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of tensors, values of a config and paths: in errors, notices and reports; and none of it is markup."""
+    from sfumato import weights
+    from sfumato.interop.shards import stored_tensors
+
+    evil = "\x1b]0;owned\x07[red]\x9b2J[/nope]"
+    folder = tmp_path / f"a{evil.replace('/', '')}"
+    shutil.copytree(weights.NANO, folder)
+    stored = {name: one.read() for name, one in stored_tensors(folder).items()}
+
+    def call(*arguments: str, code: int | None) -> str:
+        assert cli.main(arguments) == code or code is None
+        told = capsys.readouterr()
+        assert not [c for c in told.out + told.err if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
+        return told.out + told.err
+
+    vision = {f"model.encoder.vision_tower.{evil}": torch.zeros(1)}
+    weights.write_tensors(folder / "model.safetensors", stored | vision)
+    for shown in (
+        call("convert", str(folder), "--to", "bf16", "-o", str(tmp_path / f"b{folder.name}"), code=0),
+        call("info", str(folder), code=0),
+        call("sudoku", "--random", "--clues", "55", "--model", str(folder), "--max-steps", "1", code=None),
+        call("generate", "x", "-m", str(folder), "--max-tokens", "2", "-s", "max_steps=1", code=0),
+    ):
+        assert "␛]0;owned␇[red]�2J[nope]" in "".join(shown.split())
+    weights.write_tensors(folder / "model.safetensors", stored | {evil: torch.zeros(1)})
+    assert f"unexpected tensor {harmless(evil)}" in call("generate", "x", "-m", str(folder), code=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": evil}}))
+    assert f"quant_method is {harmless(evil)}" in call("generate", "x", "-m", str(folder), code=2)
 
 
 def test_what_a_command_returns_is_the_exit_code(commanding: Callable[[Callable[..., object]], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from sfumato import LLM, Options, convert, ops, weights
+from sfumato import LLM, Options, convert, files, ops, weights
 from sfumato.cache import KVCache
 from sfumato.cli import main
 from sfumato.events import CapacityError, CheckpointError, InputError, SfumatoError
@@ -225,6 +226,120 @@ def test_a_full_disk_leaves_what_was_there(
 
 class _Usage:
     free = 1000
+
+
+def test_two_at_once_are_one_and_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the first writes is whole, and the second is told so; then the second is told that something is there."""
+    for name, to in (("out", "int4"), ("out.gguf", "gguf-q8_0")):
+        target = tmp_path / name
+        codes: list[int] = []
+
+        def meanwhile(done: int, total: int, target: Path = target, codes: list[int] = codes) -> None:
+            if not codes:
+                codes.append(
+                    main(["convert", "nano", "--to", "gguf-q8_0" if target.suffix else "bf16", "-o", str(target)])
+                )
+
+        convert.convert("nano", to, target, meanwhile)
+        assert codes == [1]
+        assert f"another process is writing {target}; wait until it has ended" in capsys.readouterr().err
+        assert main(["convert", "nano", "--to", to, "-o", str(target)]) == 2
+        assert " already; give another" in capsys.readouterr().err
+        load(target)
+    one, two = load(tmp_path / "out"), load("nano", quantize="int4")
+    for key, tensor in every_weight(two).items():
+        assert torch.equal(every_weight(one)[key], tensor)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.gguf"]
+
+
+def test_saving_where_another_writes_is_a_sentence(tmp_path: Path) -> None:
+    with files.locked(tmp_path / "out"), pytest.raises(SfumatoError, match="another process is writing"):
+        weights.save(load("nano"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_stays_unless_it_is_to_be_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.json").write_text("mine")
+    (target / "model-00001-of-00002.safetensors").write_text("mine too")
+    gguf = tmp_path / "it.gguf"
+    gguf.write_text("mine")
+    there = "holds config.json and 1 more already; give another place, or --force"
+    for arguments in (
+        ("quantize", "nano", "--to", "int4", "-o", str(target)),
+        ("quantize", "nano", "--to", "int4", "-o", str(target), "--calibrate", "nowhere"),
+        ("convert", "nano", "--to", "bf16", "-o", str(target)),
+        ("convert", "nobody/nothing", "--to", "bf16", "-o", str(target)),
+    ):
+        code, out, err = say(*arguments, capsys=capsys)
+        assert code == 2 and out == "" and there in err
+    code, _, err = say("convert", "nano", "--to", "gguf-bf16", "-o", str(gguf), capsys=capsys)
+    assert code == 2 and "is there already; give another name, or --force" in err
+    assert (target / "config.json").read_text() == gguf.read_text() == "mine" and len(list(target.iterdir())) == 2
+    assert say("convert", "nano", "--to", "bf16", "-o", str(target), "--force", capsys=capsys)[0] == 0
+    assert say("convert", "nano", "--to", "gguf-bf16", "-o", str(gguf), "--force", capsys=capsys)[0] == 0
+    load(target), load(gguf)
+    assert not (target / "model-00001-of-00002.safetensors").exists()
+
+
+def test_only_what_this_very_run_left_is_taken_up_beside_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replacement that was cut off goes on without being asked again; another one does not."""
+    convert.convert("nano", "bf16", tmp_path / "out")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert("nano", "int8", tmp_path / "out", stop, force=True)
+    with pytest.raises(InputError, match=r"holds chat_template\.jinja and \d more already"):
+        convert.convert("nano", "int4", tmp_path / "out")
+    convert.convert("nano", "int8", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").format == "Sfumato int8"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["int4", "gguf-q8_0"])
+def test_kills_at_any_moment_leave_the_old_or_the_new_and_it_goes_on(tmp_path: Path, to: str) -> None:
+    """SIGKILL, fifteen times, over a checkpoint that is replaced: what loads is one of the two, and the run after goes
+    through. (Between the first and the last of a folder's renames nothing loads: old and new never pass for one.)"""
+    target = tmp_path / ("out.gguf" if to.startswith("gguf") else "out")
+    old = "gguf-bf16" if to.startswith("gguf") else "bf16"
+    script = (
+        "import sys\nfrom sfumato import convert\nfrom sfumato.interop import shards\nprint('ready', flush=True)\n"
+        "write = shards.write_shards\n"
+        "convert.write_shards = lambda *a, **k: write(*a, **{**k, 'shard_bytes': 200_000})\n"
+        "convert.convert('nano', sys.argv[1], sys.argv[2], force=True)\n"
+    )
+    expected = {name: every_weight(load(_written(tmp_path / name, name, target.suffix))) for name in (old, to)}
+    convert.convert("nano", old, target)
+    dice, found = random.Random(1), set()
+    for _ in range(15):
+        process = subprocess.Popen([sys.executable, "-c", script, to, str(target)], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(dice.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        try:
+            now = every_weight(load(target))
+        except CheckpointError:
+            assert (target / ".writing").exists()
+            continue
+        (name,) = [name for name, wanted in expected.items() if all(torch.equal(now[k], wanted[k]) for k in wanted)]
+        found.add(name)
+    assert found
+    assert subprocess.run([sys.executable, "-c", script, to, str(target)], stdout=subprocess.PIPE).returncode == 0
+    now = every_weight(load(target))
+    assert all(torch.equal(now[k], tensor) for k, tensor in expected[to].items())
+    assert not [file for file in tmp_path.rglob(".*")]
+
+
+def _written(place: Path, to: str, suffix: str) -> Path:
+    place = place.with_name(place.name + suffix)
+    convert.convert("nano", to, place)
+    return place
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

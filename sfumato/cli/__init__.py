@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato import __version__
+from sfumato.cli.text import harmless
 from sfumato.events import InputError, SfumatoError
 
 COMMANDS = {
@@ -54,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
-    except Exception as error:
+    except BaseException as error:  # a panic in a library is no Exception
         text, code = explain(error)
-        print("sfumato: " + " ".join(text.split()), file=sys.stderr)
+        print("sfumato: " + harmless(" ".join(text.split())), file=sys.stderr)
         return code
 
 
@@ -83,7 +84,7 @@ def application(arguments: Sequence[str]) -> Any:
     return typer.main.get_command(app)
 
 
-def explain(error: Exception) -> tuple[str, int]:
+def explain(error: BaseException) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
     if isinstance(error, USAGE_ERROR):
         context = getattr(error, "ctx", None)

@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -41,7 +40,7 @@ def command(
     steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps for each canvas.")] = 12,
     seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record to this file too.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write the record to this file too.")] = None,
 ) -> None:
     """Time prefill, step, read-out, commit and whole answers, beside what this machine can do at all.
 
@@ -53,8 +52,11 @@ def command(
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; choose bf16 or float32")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InputError(f"{output} cannot be written: there is no folder {output.parent}")
+    target = None if output is None else opt.out_path(output, "--output")
+    if target is not None and target.is_dir():
+        raise InputError(f"{target} is a folder; give a file to write the record to")
+    if target is not None and not target.absolute().parent.is_dir():
+        raise InputError(f"{target} cannot be written: there is no folder {target.parent}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -71,8 +73,8 @@ def command(
             made = weights.load(model, device=device, dtype=kept, ops=ops, quantize=quantize).eval()
         found = record(made, plan, model or f"{size} (random weights)", say)
     text = json.dumps(found, indent=2)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
+    if target is not None:
+        target.write_text(text + "\n", encoding="utf-8")
     if as_json:
         print(text)
     else:
@@ -100,13 +102,17 @@ def show(found: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from sfumato.cli.view import visible
 
     console, hardware, model = Console(highlight=False), found["environment"]["hardware"], found["model"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    console.print(
-        f"\n[bold]{model['name']}[/]: {number(model['parameters'])} parameters, {number(model['active'])} active, "
+    described = (
+        f": {number(model['parameters'])} parameters, {number(model['active'])} active, "
         f"{found['dtype']}, {found['ops']} operations, on {where}\n"
     )
+    console.print(Text.assemble("\n", visible(model["name"], "bold"), visible(described)))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
     table.add_column(f"part, after {found['prompt']} tokens", no_wrap=True)
     for column in ("time", "fastest", "slowest", "floor", "of ceiling"):

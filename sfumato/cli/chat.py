@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from sfumato.cli import options as opt
 from sfumato.cli.generate import Api, ApiKey, ApiKeyFile, Model, connect_or_load, has_drafts, show
+from sfumato.cli.text import harmless
 from sfumato.cli.view import visible
 from sfumato.events import Commit, Done, InputError, SfumatoError
 from sfumato.remote import Remote
@@ -82,7 +82,7 @@ def command(
                 else:
                     raise InputError(f"there is no command /{name}; {HELP}")
             except InputError as error:
-                console.print(Text(str(error), style="red"))
+                console.print(visible(str(error), "red"))
                 pairs = pairs[:-1] if name in ("seed", "set") else pairs
             continue
         messages.append({"role": "user", "content": line})
@@ -94,13 +94,13 @@ def command(
             else:
                 for event in events:
                     if isinstance(event, Commit):
-                        text = visible(event.text).plain if console.is_terminal else event.text
+                        text = harmless(event.text) if console.is_terminal else event.text
                         print(text, end="", flush=True)
                     elif isinstance(event, Done):
                         done = event
                 print()
         except SfumatoError as error:
-            console.print(Text(str(error), style="red"))
+            console.print(visible(str(error), "red"))
             messages.pop()
             continue
         messages.append(_history(done))

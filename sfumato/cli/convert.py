@@ -13,6 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from sfumato import convert
+from sfumato.cli import options as opt
+from sfumato.cli.text import harmless
+from sfumato.cli.view import visible
 from sfumato.measure.work import size
 
 FORMATS = "; ".join(f"{name}: {what}" for name, what in convert.TARGETS.items())
@@ -21,39 +24,42 @@ FORMATS = "; ".join(f"{name}: {what}" for name, what in convert.TARGETS.items())
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, .gguf file, or nano.")],
     to: Annotated[str, typer.Option(help=f"{FORMATS}.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; for GGUF a file.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to write; for GGUF a file.")],
+    force: opt.Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="A record instead of a sentence.")] = False,
 ) -> None:
     """Read a checkpoint in any known format and write it in another: safetensors, GGUF, MLX, compressed-tensors.
 
     Known are the released layout, Sfumato's own, GGUF, compressed-tensors (FP8, NVFP4), modelopt NVFP4, MLX affine and
-    AWQ. What is in fewer bits is unpacked, and packed anew as the format wants it.
+    AWQ. What is in fewer bits is unpacked, and packed anew as the format wants it. Run it again after an interruption
+    and it goes on.
 
     Example: sfumato convert google/diffusiongemma-26B-A4B-it --to mlx-4bit -o diffusiongemma-mlx
 
     Example: sfumato convert diffusiongemma-Q8_0.gguf --to bf16 -o diffusiongemma
     """
-    run(model, to, output, as_json)
+    run(model, to, opt.out_path(output, "--output"), force, as_json)
 
 
-def run(model: str, to: str, output: Path, as_json: bool, seen: Mapping[str, Tensor] | None = None) -> None:
+def run(
+    model: str, to: str, output: Path, force: bool, as_json: bool, seen: Mapping[str, Tensor] | None = None
+) -> None:
     """Convert, with progress on stderr and what came of it on stdout."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True, highlight=False)
-    columns = (to, BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = ("writing", BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     began = time.perf_counter()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(to, total=None)
+        task = bar.add_task("", total=None)
         progress = lambda some, all_: bar.update(task, completed=some, total=all_)  # noqa: E731
-        done = convert.convert(model, to, output, progress, seen)
+        done = convert.convert(model, to, output, progress, seen, force)
     for notice in done.notices:
-        console.print(notice, style="dim")
+        console.print(visible(notice, "dim"))
     seconds = time.perf_counter() - began
     if as_json:
         found = {"path": str(done.path), "from": done.source, "to": to, "seconds": round(seconds, 2)}
         print(json.dumps({**found, "read_bytes": done.read_bytes, "written_bytes": done.written_bytes}))
         return
-    print(
-        f"{done.path}: {size(done.written_bytes)} ({to}) from {size(done.read_bytes)} ({done.source}), {seconds:.1f} s"
-    )
+    sizes = f"{size(done.written_bytes)} ({to}) from {size(done.read_bytes)} ({done.source})"
+    print(harmless(f"{done.path}: {sizes}, {seconds:.1f} s"))

@@ -11,12 +11,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from sfumato.cli import options as opt
 from sfumato.cli import text as texts
 from sfumato.cli.generate import load
-from sfumato.cli.view import diff_text, summary, working
+from sfumato.cli.view import diff_text, summary, visible, working
 from sfumato.events import InputError
 
 
@@ -51,12 +50,12 @@ def command(
     options = opt.build_free(set_, seed)
     if not instruction and not span:
         raise InputError("neither an --instruction nor a --span is given; say what to change, or where")
+    if write:
+        texts.check_writable(file)
     text = texts.read(file)
     if not text:
         raise InputError(f"{file} is empty, so there is nothing to edit")
     places = texts.spans(text, span or [])
-    if write:
-        texts.check_writable(file)
     console = Console(highlight=False)
     llm = load(model, device, dtype, ops, quantize, memory_limit)
     began = time.perf_counter()
@@ -73,7 +72,7 @@ def command(
     elif console.is_terminal:
         console.print(diff_text(diff), end="", soft_wrap=True)
         told = f"{summary(edited.usage, seconds)} · seed {edited.seed}"
-        console.print(Text(told + (f" · in {file}" if write and is_changed else ""), style="dim"))
+        console.print(visible(told + (f" · in {file}" if write and is_changed else ""), "dim"))
     else:
         texts.put(diff)
     if not is_changed:

@@ -84,7 +84,7 @@ def command(
         record |= {"finish_reason": done.finish_reason, "seed": done.seed}
         record |= {"usage": asdict(done.usage), "tokens_per_pass": done.usage.tokens_per_pass}
         line = json.dumps(record | ({"logprobs": done.logprobs} if done.logprobs else {}), ensure_ascii=False)
-        print(visible(line).plain if console.is_terminal else line)
+        print(texts.harmless(line) if console.is_terminal else line)
     elif is_live:
         show(llm, events, console, delay)
     else:
@@ -147,7 +147,7 @@ def load(model: str, device: str, dtype: str | None, ops: str, quantize: str | N
             ops=ops,
             quantize=quantize,
             memory_limit=opt.in_bytes(memory_limit),
-            notice=lambda text: console.print(text, style="dim"),
+            notice=lambda text: console.print(visible(text, "dim")),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 

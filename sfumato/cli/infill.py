@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from sfumato.cli import options as opt
 from sfumato.cli import text as texts
@@ -55,10 +54,10 @@ def command(
     options = opt.build_free(set_, seed)
     if length is not None and at_most is not None:
         raise InputError("--length and --at-most are given together; give one of them")
-    text = texts.read(file)
-    prefix, suffix = texts.cut(text, at, marker, "standard input" if file == "-" else file)
     if write:
         texts.check_writable(file)
+    text = texts.read(file)
+    prefix, suffix = texts.cut(text, at, marker, "standard input" if file == "-" else file)
     console = Console(highlight=False)
     llm = load(model, device, dtype, ops, quantize, memory_limit)
     began = time.perf_counter()
@@ -74,7 +73,7 @@ def command(
     elif console.is_terminal:
         console.print(visible(middle) if only else around(prefix, middle, suffix), soft_wrap=True)
         told = f"{filled.lengths['middle']} tokens written · {summary(filled.usage, seconds)} · seed {filled.seed}"
-        console.print(Text(told + (f" · in {file}" if write else ""), style="dim"))
+        console.print(visible(told + (f" · in {file}" if write else ""), "dim"))
     elif only:
         texts.put(middle)
     elif not write:

@@ -163,9 +163,12 @@ def command(
 def show(found: dict[str, Any]) -> None:
     """The report for a person, in a hundred columns."""
     from rich.console import Console
+    from rich.text import Text
+
+    from sfumato.cli.view import visible
 
     console = Console(highlight=False)
-    console.print(f"\n[bold]{found['model']}[/]\n")
+    console.print(Text.assemble("\n", visible(found["model"], "bold"), "\n"))
     console.print(_facts(found))
     console.print("\nMemory in use, with so many tokens of context")
     console.print(_memory(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +40,15 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Any other option as NAME=VALUE, e.g. -s max_steps=16 -s stop=END."),
 ]
+
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
+
+
+def out_path(given: str, name: str) -> Path:
+    """Where to write to, as the option or argument `name` says; InputError where it says nothing."""
+    if not given.strip():
+        raise InputError(f"{name} is empty; give a path to write to")
+    return Path(given)
 
 
 def in_bytes(gigabytes: float | None) -> int | None:

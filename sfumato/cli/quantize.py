@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato.cli import options as opt
 from sfumato.cli import text as texts
 from sfumato.cli.convert import run
+from sfumato.convert import check_target
 from sfumato.events import InputError
 from sfumato.quant import recipes
 
@@ -19,7 +20,7 @@ from sfumato.quant import recipes
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, .gguf file, or nano.")],
     to: Annotated[str, typer.Option(help=f"A recipe: {', '.join(recipes.RECIPES)}.")] = "int4",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -28,6 +29,7 @@ def command(
             "between. The model is loaded in full precision for it.",
         ),
     ] = None,
+    force: opt.Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="A record instead of a sentence.")] = False,
 ) -> None:
     """Write a checkpoint in fewer bits; it loads like any other, without a flag. docs/quantisation.md compares recipes.
@@ -40,8 +42,10 @@ def command(
     Example: sfumato quantize model-Q4_K_M.gguf --to int4 -o diffusiongemma-int4
     """
     recipe = recipes.named(to)
+    target = opt.out_path(f"{Path(model).stem}-{recipe.name}" if output is None else output, "--output")
+    check_target(target.expanduser(), recipe.name, force)  # before the samples are read, which takes long
     seen = learnt(model, recipe, read_samples(calibrate)) if calibrate else None
-    run(model, recipe.name, output or Path(f"{Path(model).stem}-{recipe.name}"), as_json, seen)
+    run(model, recipe.name, target, force, as_json, seen)
 
 
 def read_samples(path: Path) -> list[str | list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from sfumato import sudoku
 from sfumato.cli import options as opt
+from sfumato.cli.text import harmless
 from sfumato.cli.view import CLUE, CanvasView, colour
 from sfumato.events import Done, Draft, InputError, Options
 
@@ -61,7 +62,7 @@ def command(
         ops=ops,
         quantize=quantize,
         memory_limit=opt.in_bytes(memory_limit),
-        notice=lambda text: print(text, file=sys.stderr),
+        notice=lambda text: print(harmless(text), file=sys.stderr),
     )
     options = task.answer_options(options, llm)
     is_live = console.is_terminal and not as_json and batch == 1

@@ -26,6 +26,16 @@ MARKER = "<FILL>"
 BOM = "\ufeff"
 
 
+_PICTURES: dict[int, int] = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
+_PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
+
+
+def harmless(text: str) -> str:
+    """A text for the screen: a control character, which might command the terminal, becomes its picture, and what is no
+    character U+FFFD. Line feeds and tabs stay."""
+    return text.replace("\r\n", "\n").translate(_PICTURES)
+
+
 # ---- in and out ------------------------------------------------------------------------------------------------------
 
 
@@ -64,6 +74,8 @@ def check_writable(name: str) -> None:
     if name == "-":
         raise InputError("standard input cannot be written; give a file, or leave --write out")
     path = os.path.realpath(name)
+    if not os.path.exists(path):
+        return  # `read` says so
     if not os.path.isfile(path):
         raise InputError(f"{name} is not a regular file, so --write cannot replace it; leave --write out")
     if not os.access(path, os.W_OK):
@@ -73,13 +85,14 @@ def check_writable(name: str) -> None:
 
 
 def write(name: str, old: str, new: str) -> None:
-    """Replace a file's text, whole or not at all: written beside it, then renamed; its permissions stay, and a link
-    stays a link. SfumatoError where the file no longer holds `old`."""
+    """Replace a file's text, whole or not at all: written beside it, then renamed; its owner, permissions and extended
+    attributes stay as far as the system allows, and a link stays a link. SfumatoError where the file no longer holds
+    `old`, or is no regular file."""
     path = os.path.realpath(name)
-    with open(path, "rb") as file:
-        if file.read() != old.encode():
-            raise SfumatoError(f"{name} has changed since it was read, so it was left as it is; run this again")
+    with open(path, "rb", opener=_open_at_once) as file:
         was = os.fstat(file.fileno())
+        if not stat.S_ISREG(was.st_mode) or file.read() != old.encode():
+            raise SfumatoError(f"{name} has changed since it was read, so it was left as it is; run this again")
     handle, beside = tempfile.mkstemp(prefix=".sfumato-", dir=os.path.dirname(path))
     try:
         with open(handle, "wb") as file:
@@ -88,6 +101,7 @@ def write(name: str, old: str, new: str) -> None:
             with suppress(OSError, AttributeError):  # another's file, or a system without owners
                 os.chown(beside, was.st_uid, was.st_gid)
             os.chmod(beside, stat.S_IMODE(was.st_mode))
+            _copy_attributes(path, beside)
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
@@ -95,8 +109,25 @@ def write(name: str, old: str, new: str) -> None:
         raise
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe that took the file's place would have to wait for its other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _copy_attributes(source: str, target: str) -> None:
+    """Extended attributes, and with them access lists and labels, as far as they may be read and set."""
+    if not hasattr(os, "listxattr"):  # Linux alone has them in Python
+        return
+    with suppress(OSError):
+        for name in os.listxattr(source):
+            with suppress(OSError):
+                os.setxattr(target, name, os.getxattr(source, name))
+
+
 def put(text: str) -> None:
-    """To standard output, as UTF-8 and nothing else: no newline is added or changed."""
+    """To standard output, as UTF-8 and nothing else: no newline is added or changed. A terminal gets what is
+    `harmless`."""
+    text = harmless(text) if sys.stdout.isatty() else text
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))  # \ud800 in the JSON of a name, say
     sys.stdout.buffer.flush()

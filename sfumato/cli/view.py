@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from sfumato.cli.text import harmless
 from sfumato.events import Draft, Usage
 
 SMOKE = ("#ffffff", "#e4e0d4", "#c9b58c", "#a9854f", "#7d6a6a", "#5f5a73", "#474457")
@@ -98,16 +99,13 @@ def working(word: str) -> AbstractContextManager[object]:
 
 # ---- texts of others -------------------------------------------------------------------------------------------------
 
-_PICTURES = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
 NEAR_LINES, NEAR = 3, 400
 """Lines and characters at most that are shown on either side of what was written."""
 
 
 def visible(text: str, style: str = "") -> Text:
-    """A text for the screen: a control character, which might command the terminal, is shown as its picture."""
-    return Text(text.replace("\r\n", "\n").translate(_PICTURES), style=style)
+    """A text for the screen: `harmless`, and never markup."""
+    return Text(harmless(text), style=style)
 
 
 def around(before: str, middle: str, after: str) -> Text:
