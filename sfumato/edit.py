@@ -20,10 +20,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from sfumato.arguments import check_kind, check_text
 from sfumato.config import ModelConfig
 from sfumato.constrain import Grammar
 from sfumato.events import CapacityError, InputError
-from sfumato.forms import KINDS
+from sfumato.forms import KINDS, MAX_CHOICES
 from sfumato.guided import Span
 from sfumato.rows import SHORT
 from sfumato.tokenizer import Tokenizer
@@ -333,6 +334,30 @@ def _check_spans(spans: Any) -> None:
 
 
 # ---- decisions -------------------------------------------------------------------------------------------------------
+
+
+def choices_of(fields: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
+    """The tokens of each field's choices, as they stand in a sentence. InputError for fields that cannot be decided."""
+    check_kind("fields", fields, Mapping, "a record of fields, each with a list of choices")
+    if not fields:
+        raise InputError("there are no fields to decide; give at least one with its choices")
+    tokens: dict[str, list[list[int]]] = {}
+    left = MAX_CHOICES
+    for name, choices in fields.items():
+        check_text("a field's name", name)
+        label = reprlib.repr(name)
+        is_list = isinstance(choices, (list, tuple)) and all(isinstance(choice, str) and choice for choice in choices)
+        if not is_list or len(choices) < 2 or len(set(choices)) < len(choices):
+            raise InputError(
+                f"field {label} has the choices {reprlib.repr(choices)}; give a list of two or more different texts"
+            )
+        left -= len(choices)
+        if left < 0:
+            raise InputError(f"the fields have more than {MAX_CHOICES} choices together; ask fewer at a time")
+        tokens[name] = [tokenizer.encode(f" {choice}") for choice in choices]
+        if len({*map(tuple, tokens[name])}) < len(choices):
+            raise InputError(f"field {label} has two choices that are the same tokens; reword one of them")
+    return tokens
 
 
 def share_out(choices: Sequence[Sequence[int]], log_p: Sequence[Mapping[int, float]], after: int) -> list[float]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from sfumato import calls, chat, weights
+from sfumato import arguments, calls, chat, weights
 from sfumato.cache import KVCache
 from sfumato.constrain import Grammar
 from sfumato.edit import (
@@ -28,11 +28,13 @@ from sfumato.edit import (
     Template,
     candidates,
     check_template,
+    choices_of,
     lay_out,
     pieces_of,
     share_out,
     span_template,
     spans_of,
+    tokens_of,
 )
 from sfumato.engine import Run
 from sfumato.events import (
@@ -63,6 +65,9 @@ T = TypeVar("T")
 
 GRAMMARS_KEPT = 16
 """Compiled constraints that are kept."""
+
+MOST_STEPS = 4096
+"""Most steps of a decision."""
 
 LENGTH_STEPS = 2
 """Steps after which a slot's length is decided."""
@@ -171,7 +176,10 @@ class LLM:
         options: Options = Options(),  # noqa: B008 - frozen
     ) -> Completion | list[Completion]:
         """Continue plain text, without a chat template; a list of texts runs as one batch."""
+        arguments.check_kind("the prompt", prompt, (str, list, tuple), "a text, or a list of texts")
         texts = [prompt] if isinstance(prompt, str) else prompt
+        for text in texts:
+            arguments.check_text("the prompt", text)
         found = self._carry_out(self._plan_answers([self.ask(self.encode(text), options) for text in texts]))
         return Completion.of(found[0]) if isinstance(prompt, str) else [Completion.of(done) for done in found]
 
@@ -182,6 +190,8 @@ class LLM:
         options: Options = Options(),  # noqa: B008 - frozen
     ) -> Completion:
         """Answer a conversation; thought and tool calls are told apart from the answer's text."""
+        arguments.check_messages("the conversation", messages)
+        arguments.check_options(options)
         ask = self.ask(messages, replace(options, drafts=False), tools)
         return Completion.of(self._carry_out(self._plan_answers([ask]))[0])
 
@@ -213,8 +223,15 @@ class LLM:
         pins: Sequence[Mapping[int, int]] | None = None,
     ) -> Iterator[Event]:
         """Events with text for a batch of prompts (token ids), with positions of the answers that stay fixed."""
+        arguments.check_kind("the prompts", prompts, (list, tuple), "a list of prompts, each a list of token ids")
         each = [options] * len(prompts) if isinstance(options, Options) else options
         places = [{}] * len(prompts) if pins is None else pins
+        for name, some in ("options", each), ("pins", places):
+            arguments.check_kind(name, some, (list, tuple), f"a list, one for each of {len(prompts)} prompts")
+            if len(some) != len(prompts):
+                raise InputError(f"{len(prompts)} prompts came with {len(some)} {name}; give one for each prompt")
+        for ids in prompts:
+            arguments.check_ids("a prompt", ids, self.model.config.vocab_size)
         rows = zip(prompts, each, places, strict=True)
         return self._stream([self.ask(list(ids), o, pins=some) for ids, o, some in rows])
 
@@ -232,7 +249,10 @@ class LLM:
         inspect: Inspect | None = None,
     ) -> Ask:
         """What to give an engine for a prompt: a text to continue, a conversation to answer, or token ids."""
-        is_ids = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+        arguments.check_options(options)
+        is_ids = isinstance(prompt, (list, tuple)) and bool(prompt) and not isinstance(prompt[0], Mapping)
+        if is_ids:
+            arguments.check_ids("the prompt", prompt, self.model.config.vocab_size)
         is_chat = not isinstance(prompt, str) and not is_ids
         if is_chat:
             options = _strictly(options, tools)
@@ -254,6 +274,8 @@ class LLM:
         these arguments, as plain data."""
         if kind in ("chat", "complete"):
             given = payload["messages"] if kind == "chat" else payload["prompt"]
+            if kind == "chat":
+                arguments.check_messages("the conversation", given)
             return self._plan_answers([self.ask(given, options, payload.get("tools"))])
         if kind == "infill":
             template = _around(payload["prefix"], payload["suffix"], payload.get("length"), payload.get("at_most"))
@@ -261,14 +283,8 @@ class LLM:
         if kind == "fill":
             return self._plan_fill(pieces_of(payload["template"]), payload.get("prompt"), options)
         if kind == "edit":
-            spans = payload.get("spans")
-            return self._plan_edit(
-                payload["text"],
-                payload.get("instruction"),
-                None if spans is None else [(first, last) for first, last in spans],
-                payload.get("strength"),
-                options,
-            )
+            instruction, spans, strength = (payload.get(name) for name in ("instruction", "spans", "strength"))
+            return self._plan_edit(payload["text"], instruction, spans, strength, options)
         if kind == "decide":
             return self._plan_decide(payload["prompt"], payload["fields"], payload.get("steps", 1), options)
         raise InputError(f"there is no method {kind!r}; there are chat, complete, infill, fill, edit, decide")
@@ -311,15 +327,17 @@ class LLM:
 
     def _plan_fill(self, template: Template, prompt: str | Messages | None, options: Options) -> Plan[Filled]:
         self.model.config.check_canvas("a template")
+        arguments.check_template_prompt(prompt)
         pieces, options = check_template(template), self._complete_options(_of_templates(options))
+        tokens = tokens_of(pieces, self.tokenizer)
         slots = {piece.name: piece for piece in pieces if isinstance(piece, Slot)}
         grammars = {name: self.grammar(*slot.constraint) for name, slot in slots.items() if slot.constraint}
         widths = {name: self._width(slots[name], grammar) for name, grammar in grammars.items()}
         widths |= {name: 1 for name, slot in slots.items() if slot.is_open}
         for name, slot in slots.items():
             if slot.is_open:
-                widths[name] = yield from self._find_width(pieces, slot, widths, prompt, options)
-        sheet = self._sheet(pieces, widths, options)
+                widths[name] = yield from self._find_width(pieces, tokens, slot, widths, prompt, options)
+        sheet = self._sheet(pieces, tokens, widths, options)
         done = (yield [self._ask_sheet(sheet, prompt, options, spans_of(sheet, grammars))])[0]
         fillers = self._fillers
         values = sheet.texts(done.tokens, self.tokenizer, fillers)
@@ -362,6 +380,8 @@ class LLM:
         options: Options,
     ) -> Plan[Edited]:
         self.model.config.check_canvas("edit")
+        arguments.check_text("the text", text)
+        arguments.check_kind("the instruction", instruction, (str, type(None)), "text")
         if not text:
             raise InputError("the text is empty, so there is nothing to edit")
         if instruction is None and not spans:
@@ -379,6 +399,7 @@ class LLM:
         whole = -(-(sheet.length + 1) // canvas) * canvas
         warm = sheet.warm | dict.fromkeys(range(sheet.length, whole), ends[0])
         ids = self._template_prompt(prompt, sheet)
+        self._check_room(len(ids), whole)
         done = (yield [self.ask(ids, replace(options, max_tokens=whole), warm=warm)])[0]
         return Edited(done.text, text, done.usage, done.seed)
 
@@ -398,20 +419,12 @@ class LLM:
         self, prompt: str | Messages, fields: Mapping[str, Sequence[str]], steps: int, options: Options
     ) -> Plan[dict[str, Decision]]:
         self.model.config.check_canvas("decide")
-        if not fields:
-            raise InputError("there are no fields to decide; give at least one with its choices")
-        tokens: dict[str, list[list[int]]] = {}
+        arguments.check_template_prompt(prompt)
+        arguments.check_count("steps", steps, 1, MOST_STEPS)
+        tokens = choices_of(fields, self.tokenizer)
         pieces: list[str | Slot] = []
-        for name, choices in fields.items():
-            is_list = isinstance(choices, (list, tuple)) and all(
-                isinstance(choice, str) and choice for choice in choices
-            )
-            if not is_list or len(choices) < 2 or len(set(choices)) < len(choices):
-                raise InputError(
-                    f"field {name!r} has the choices {choices!r}; give a list of two or more different texts"
-                )
-            tokens[name] = [self.tokenizer.encode(f" {choice}") for choice in choices]  # as it stands in a sentence
-            pieces += [f"{name}:", Slot(name, length=max(map(len, tokens[name]))), "\n"]
+        for name, each in tokens.items():
+            pieces += [f"{name}:", Slot(name, length=max(map(len, each))), "\n"]
         sheet = lay_out(check_template(pieces), self.tokenizer, self.model.config, {})
         if sheet.length > self.model.config.canvas_length:
             raise CapacityError(
@@ -426,10 +439,7 @@ class LLM:
         for place in sheet.places:
             log_p = torch.log_softmax(read[-1][place.start : place.start + place.width].float(), -1)
             choices, after = fields[place.slot.name], sheet.pins[place.start + place.width]
-            asked = {token for choice in tokens[place.slot.name] for token in choice} | {after}
-            rows = [{token: float(row[token]) for token in asked} for row in log_p]
-            rows.append({token: 0.0 for token in asked})
-            probabilities = share_out(tokens[place.slot.name], rows, after)
+            probabilities = share_out(tokens[place.slot.name], _at_depths(tokens[place.slot.name], log_p, after), after)
             by_choice = dict(zip(choices, probabilities, strict=True))
             found[place.slot.name] = Decision(max(by_choice, key=by_choice.__getitem__), by_choice)
         return found
@@ -438,13 +448,15 @@ class LLM:
         """A compiled constraint, kept for the next time: see `constrain.Grammar.compile`."""
         key = kind, repr(value)
         with self._compiling:
-            if key not in self._grammars:
-                config = self.model.config
-                compiled = Grammar.compile(kind, value, self.tokenizer, config.vocab_size, sorted(self._fillers))
+            kept = self._grammars.get(key)
+        if kept is None:  # not under the lock: others need not wait for it
+            config = self.model.config
+            kept = Grammar.compile(kind, value, self.tokenizer, config.vocab_size, sorted(self._fillers))
+            with self._compiling:
                 while len(self._grammars) >= GRAMMARS_KEPT:
                     self._grammars.pop(next(iter(self._grammars)))
-                self._grammars[key] = compiled
-            return self._grammars[key]
+                self._grammars[key] = kept
+        return kept
 
     @property
     def _fillers(self) -> frozenset[int]:
@@ -463,17 +475,29 @@ class LLM:
     def _width(self, slot: Slot, grammar: Grammar) -> int:
         return slot.at_most or 2 * grammar.shortest() + 8
 
-    def _sheet(self, pieces: Template, widths: Mapping[str, int], options: Options) -> Sheet:
-        return lay_out(pieces, self.tokenizer, self.model.config, widths, options.seed or 0, is_short=options.short)
+    def _sheet(
+        self, pieces: Template, tokens: Sequence[list[int]], widths: Mapping[str, int], options: Options
+    ) -> Sheet:
+        config, seed = self.model.config, options.seed or 0
+        return lay_out(pieces, self.tokenizer, config, widths, seed, is_short=options.short, tokens=tokens)
 
     def _find_width(
-        self, pieces: Template, slot: Slot, widths: dict[str, int], prompt: str | Messages | None, options: Options
+        self,
+        pieces: Template,
+        tokens: Sequence[list[int]],
+        slot: Slot,
+        widths: dict[str, int],
+        prompt: str | Messages | None,
+        options: Options,
     ) -> Plan[int]:
         """The length that agrees best with the rest, after a few steps in which all candidates are rows of one batch:
         how unsure the model is of the slot's tokens, and how surprised at the fixed ones behind it, in nats a token."""
         sizes = candidates(min(slot.at_most or MOST, self.model.config.canvas_length))
-        each = [self._sheet(pieces, widths | {slot.name: size}, options) for size in sizes]
+        each = [self._sheet(pieces, tokens, widths | {slot.name: size}, options) for size in sizes]
         length, number = self.model.config.canvas_length, [p.slot.name for p in each[0].places].index(slot.name)
+        # Canvases behind the one that the slot begins on have no say in it.
+        until = [(sheet.places[number].start // length + 1) * length for sheet in each]
+        each = [replace(sheet, length=min(sheet.length, end)) for sheet, end in zip(each, until, strict=True)]
         steps, scores = [0] * len(sizes), [math.inf] * len(sizes)
 
         def look(row: int, logits_LV: Tensor) -> None:
@@ -505,15 +529,19 @@ class LLM:
         inspect: Inspect | None = None,
     ) -> Ask:
         ids = self._template_prompt(prompt, sheet)
-        canvas, most = self.model.config.canvas_length, self.model.config.max_position
-        if len(ids) + -(-sheet.length // canvas) * canvas > most:
-            raise CapacityError(
-                f"the template takes {sheet.length} positions behind {len(ids)} tokens, beyond the context of "
-                f"{most}; shorten its slots or the text before them"
-            )
+        self._check_room(len(ids), sheet.length)
         options = replace(options, stop=(), max_tokens=sheet.length, min_tokens=sheet.length)
         control = sorted(self.tokenizer.special_ids)  # a slot is text
         return self.ask(ids, options, pins=sheet.pins, warm=sheet.warm, spans=spans, banned=control, inspect=inspect)
+
+    def _check_room(self, before: int, length: int) -> None:
+        """CapacityError where so many positions, in whole canvases, do not fit behind so many tokens."""
+        canvas, most = self.model.config.canvas_length, self.model.config.max_position
+        if before + -(-length // canvas) * canvas > most:
+            raise CapacityError(
+                f"the template takes {length} positions behind {before} tokens, beyond the context of {most}; shorten "
+                "its slots or the text before them"
+            )
 
     def _template_prompt(self, prompt: str | Messages | None, sheet: Sheet) -> list[int]:
         """What the first canvas of a sheet stands behind: the prompt, then the sheet's lead."""
@@ -574,12 +602,24 @@ def _strictly(options: Options, tools: list[dict[str, Any]] | None) -> Options:
     return replace(options, strict=False, must_call=False, grammar=grammar)
 
 
+def _at_depths(choices: Sequence[Sequence[int]], log_p_TV: Tensor, after: int) -> list[dict[int, float]]:
+    """The log-probabilities at each position of the tokens that a choice has there, and of the one behind the slot."""
+    found = []
+    for depth, log_p_V in enumerate(log_p_TV):
+        asked = sorted({choice[depth] for choice in choices if depth < len(choice)} | {after})
+        found.append(dict(zip(asked, log_p_V[asked].tolist(), strict=True)))
+    return [*found, {after: 0.0}]
+
+
 def _around(prefix: str, suffix: str, length: int | None, at_most: int | None) -> list[str | Slot]:
+    arguments.check_text("the prefix", prefix)
+    arguments.check_text("the suffix", suffix)
     return [prefix, Slot("middle", length=length, at_most=at_most), suffix]
 
 
 def _of_templates(options: Options) -> Options:
     """InputError for an option that means nothing where a template says what is written."""
+    arguments.check_options(options)
     for name in ("max_tokens", "min_tokens", "stop", "mode", "logprobs", "strict", "must_call", "thinking", *KINDS):
         if getattr(options, name) != getattr(Options, name):
             raise InputError(f"{name} does not apply to a template, whose slots say what is written; leave it out")
