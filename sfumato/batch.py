@@ -34,9 +34,8 @@ from sfumato.cache import KVCache
 from sfumato.config import ModelConfig
 from sfumato.engine import PREFILL_CHUNK, Engine
 from sfumato.events import BusyError, CapacityError, Done, Event, InputError
-from sfumato.guided import GuideError
 from sfumato.model import Model
-from sfumato.rows import Request, Row
+from sfumato.rows import Failure, Request, Row
 
 CHEAP = 1.3
 """A pass with everyone in it may take so many times as long as one with the newcomers alone; above, they go first."""
@@ -104,14 +103,6 @@ class Figures:
     prefix_tokens: int = 0
     cache_bytes: int = 0
     prefix_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A request that cannot go on; the others do."""
-
-    row: int
-    error: InputError
 
 
 @dataclass(eq=False)
@@ -190,19 +181,16 @@ class Batch:
         seats, limit = self._choose()
         work = self._positions(seats, limit)
         began = time.perf_counter()
-        try:
-            events = self.engine.turn(seats, limit)
-        except GuideError as error:
-            failure = Failure(self._tickets[error.row], error)
-            self._leave(error.row)
-            return [failure]
-        self.cost.learn(work, time.perf_counter() - began)
+        events = self.engine.turn(seats, limit)
+        self.cost.learn(work, time.perf_counter() - began - self.engine.walked)
         for seat in seats:
             self._keep_marked(seat)
         return [self._told(event) for event in events]
 
-    def _told(self, event: Event) -> Event:
+    def _told(self, event: Event | Failure) -> Event | Failure:
         ticket = self._tickets[event.row]
+        if isinstance(event, Failure):
+            self._leave(event.row)
         if isinstance(event, Done):
             usage, figures = event.usage, self._figures
             figures.steps += usage.steps
@@ -330,7 +318,8 @@ class Batch:
         rows = [self._row(seat) for seat in seats]
         left = sum(len(row.rest) for row in rows)
         encoded = min(left, PREFILL_CHUNK * len(rows) if limit is None else limit)
-        stepping = (row for row in rows if len(row.rest) <= (limit or PREFILL_CHUNK))
+        going = [self._row(seat) for seat in seats if seat not in self.engine.walks]
+        stepping = (row for row in going if len(row.rest) <= (limit or PREFILL_CHUNK))
         return encoded + sum((row.length if row.request.is_diffusion else 1) + len(row.pending) for row in stepping)
 
     # ---- prefixes -----------------------------------------------------------------------------------------------

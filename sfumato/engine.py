@@ -4,7 +4,8 @@ The outer loop grows the text canvas by canvas, the inner one denoises a canvas 
 takes every row one step further: prompts by a chunk, canvases by a step, autoregressive rows by a token. Rows join and
 leave between turns, and every row is at its own length, canvas and step: one that stops commits and begins its next
 canvas while its neighbours go on. What is committed waits, and is encoded in the same pass as the next canvas's first
-step; so is the last chunk of a prompt. A row's text does not depend on its neighbours.
+step; so is the last chunk of a prompt. A row's text does not depend on its neighbours, and nor does its end: what fails
+in a row's own part (its grammar, its numbers, its watch) is a `Failure` of that row among the events.
 
 Nothing here knows text; what must look at text (stop strings) is asked through a request's `watch`. Who waits, who goes
 first and what fits into memory is `batch`'s.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,12 +26,12 @@ from torch import Tensor
 
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Dice, Rules, accept, pick_token
-from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError, Options, Usage
-from sfumato.guided import GuideError, Span, Turn, project_
+from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError, Options, Usage, contained
+from sfumato.guided import ALONE, SLICE, Span, Turn, Walks, projecting
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
-from sfumato.rows import Request, Row, RowError
-from sfumato.step import Canvases, Project, Projected, Recorded, step_
+from sfumato.rows import Failure, Request, Row
+from sfumato.step import Canvases, Look, Projected, Recorded, conclude_, look, step_
 
 DICE_AHEAD = 8
 """Steps whose dice are counted together: a count is forty small operations, however many numbers it makes."""
@@ -76,12 +78,15 @@ class Engine:
         self._recorded: dict[tuple[object, ...], Recorded] = {}
         self._counted: dict[int, tuple[Tensor, Tensor]] = {}
         self._passes: dict[tuple[object, ...], Pass] = {}
-        self._failed: dict[int, tuple[Row, NumericError]] = {}
+        self.walks = Walks()
+        self.walked = 0.0
+        """Seconds of the last turn that went to grammars."""
+        self._failures: list[Failure] = []
 
     @property
     def live(self) -> list[int]:
         """Seats of the rows that are not done."""
-        return [i for i, row in enumerate(self.rows) if row is not None and row.finish_reason is None]
+        return [i for i, row in enumerate(self.rows) if row is not None and not row.is_over]
 
     @torch.inference_mode()
     def join(self, request: Request, held: KVCache | None = None, count: int = 0) -> int:
@@ -108,6 +113,7 @@ class Engine:
     def leave(self, seat: int) -> None:
         """Free a seat, between turns, whether its row is done or not."""
         self.rows[seat] = None
+        self.walks.drop(seat)
         self.cache.clear_(seat)
 
     @torch.inference_mode()
@@ -125,39 +131,66 @@ class Engine:
         self._passes.clear()
 
     @torch.inference_mode()
-    def turn(self, seats: Collection[int] | None = None, encode: int | None = None) -> list[Event]:
+    def turn(self, seats: Collection[int] | None = None, encode: int | None = None) -> list[Event | Failure]:
         """Take the rows in these seats (None: all) one step further; `encode` bounds the prompt tokens of the turn,
-        beside those that go along with a first step. Returns what came of it; `row` of an event is a seat.
-
-        GuideError where a row's grammar cannot be followed, RowError, before any work, where a row's numbers were not
-        finite in the turn before: once that row has left, the others can go on."""
-        self._raise_failed()
+        beside those that go along with a first step. Returns what came of it; `row` of an event is a seat. A row that
+        has failed is over, like one that is done."""
+        began = time.perf_counter()
         rows = [i for i in self.live if seats is None or i in seats]
         # 1. A chunk of the prompts; a row whose last chunk is left begins its first canvas.
         self._encode_prompts([i for i in rows if self._row(i).rest], encode)
         rows = [i for i in rows if not self._row(i).rest]
         denoising = [i for i in rows if self._row(i).request.is_diffusion]
-        # 2. One step of all canvases; what waits to be encoded goes along in the same pass.
-        events: list[Event] = []
-        for some, bans in list(self._groups(denoising)):
-            try:
+        # 2. One step of all canvases; what waits to be encoded goes along in the same pass. Where a grammar rules, the
+        #    step ends when its walk does.
+        for some, bans in list(self._groups([i for i in denoising if i not in self.walks])):
+            if any(_is_hosted(self._row(i)) for i in some):
+                self._look(some, bans)
+            else:
                 self._step(some, bans)
-            except GuideError as error:  # its group has not stepped
-                error.row = some[error.row]
-                raise
-            for row in map(self._row, some):
-                row.step, row.passes = row.step + 1, row.passes + 1
-        events += self._drafts([i for i in denoising if self._row(i).options.drafts])
+                self._count(some)
+        self._walk([i for i in denoising if i in self.walks], time.perf_counter() - began)
+        stepped = [i for i in denoising if i not in self.walks and not self._row(i).is_over]
+        events: list[Event | Failure] = [*self._drafts([i for i in stepped if self._row(i).options.drafts])]
         # 3. Ask which have stopped, in this turn or in an earlier one while this one runs: they commit.
-        if denoising:
-            self._flights.append(self._ask(denoising))
+        if stepped:
+            self._flights.append(self._ask(stepped))
             lag = 0 if any(row is not None and _needs_host(row) for row in self.rows) else self.lag
             while len(self._flights) > lag:
                 events += self._collect(self._flights.popleft())
         # 4. One token of the rows that go without a canvas.
         if decoding := [i for i in rows if not self._row(i).request.is_diffusion]:
             events += self._decode(decoding)
-        return events
+        failures, self._failures = self._failures, []
+        return events + failures
+
+    # ---- what fails in one row --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _only(self, seat: int) -> Iterator[None]:
+        """What fails within is the end of this row, not of the others."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(seat, contained(error))
+
+    def _fail(self, seat: int, error: Exception) -> None:
+        row = self._row(seat)
+        if not row.has_failed:
+            row.has_failed = True
+            self.walks.drop(seat)
+            self._failures.append(Failure(seat, error))
+
+    def _fail_of_numbers(self, seat: int, where: str) -> None:
+        """A row whose numbers are not finite. What comes to its seat must not read them, not even as keys that nobody
+        sees: 0 times NaN is NaN."""
+        message = (
+            f"the model's numbers are not finite {where}: weights or activations are NaN or infinite; check the "
+            "checkpoint, or load it with another dtype"
+        )
+        self._fail(seat, NumericError(message))
+        for whole_XRGK in (*self.cache.k, *self.cache.v):
+            whole_XRGK[seat] = 0
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 
@@ -210,15 +243,18 @@ class Engine:
 
     def _groups(self, rows: list[int]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
         """Rows that can share a pass, with the tokens that their banned positions may not take: of one canvas length,
-        with something to encode or without. Rows without bans go along with any."""
-        for length in sorted({self._row(i).length for i in rows}):
-            for is_pending in (True, False):
-                some = [i for i in rows if self._row(i).length == length and bool(self._row(i).pending) is is_pending]
-                bans = {i: self._bans(self._row(i)) for i in some}
-                kinds = sorted(set(bans.values()) - {()}) or [()]
-                for n, kind in enumerate(kinds):
-                    if group := [i for i in some if bans[i] == kind or (n == 0 and not bans[i])]:
-                        yield group, kind
+        with something to encode or without, with a part of the host's or without. Rows without bans go along with
+        any."""
+        alike: dict[tuple[int, bool, bool], list[int]] = {}
+        for i in rows:
+            row = self._row(i)
+            alike.setdefault((row.length, not row.pending, _is_hosted(row)), []).append(i)
+        for _, some in sorted(alike.items()):
+            bans = {i: self._bans(self._row(i)) for i in some}
+            kinds = sorted(set(bans.values()) - {()}) or [()]
+            for n, kind in enumerate(kinds):
+                if group := [i for i in some if bans[i] == kind or (n == 0 and not bans[i])]:
+                    yield group, kind
 
     def _bans(self, row: Row) -> tuple[int, ...]:
         return tuple(sorted({*self.config.eos_ids, *row.request.banned})) if row.lacking > 0 else ()
@@ -281,37 +317,86 @@ class Engine:
         each = [self._row(i) for i in rows]
         tokens, length = [row.pending for row in each], each[0].length
         counts = self._make_room(tokens, rows)
-        width, lengths = max(counts), [self.cache.lengths[i] for i in rows]
-        state, dice = self._state(length), self._dice(length)
-        banned = torch.tensor(bans, device=self.model.device) if bans else None
-        is_hosted = any(row.request.spans or row.request.inspect for row in each)
-        if self.record and not is_hosted and width <= length:
+        width, lengths, state = max(counts), [self.cache.lengths[i] for i in rows], self._state(length)
+        if self.record and width <= length:
             batch, encode = 1 << (len(rows) - 1).bit_length(), length if width else 0
             key = (length, batch, encode, bans, state.has_pins, state.has_early)
             if key not in self._recorded:
-                is_cuda = self.model.device.type == "cuda"
+                is_cuda, banned = self.model.device.type == "cuda", self._banned_tokens(bans)
                 self._recorded[key] = Recorded(self.model, self.cache, state, batch, encode, banned, records=is_cuda)
             tokens_BT = self._padded(tokens, encode) if encode else None
             encoded_BTD = self._recorded[key](rows, lengths, counts, tokens_BT)
         else:
-            if isinstance(dice, CountedDice):
-                thrown, noise_BL = self._dice_of(dice, rows)
-            else:
-                place = [row.canvas for row in each], [row.step for row in each]
-                thrown, noise_BL = dice.sample(rows, *place), dice.renoise(rows, *place)
-            is_first = all(row.step == 0 for row in each)
-            at_B = torch.tensor(rows, device=self.model.device)
-            tokens_BT = self._padded(tokens, width) if width else None
-            run = self._pass_of(rows, counts, width, lengths, length)
-            encoded_BTD = step_(
-                self.model, self.cache, state, at_B, run, tokens_BT, thrown, noise_BL, is_first, banned,
-                self._project(each, state, at_B),
-            )  # fmt: skip
+            encoded_BTD = step_(self.model, self.cache, state, *self._places(rows, counts, bans))
+        self._advance(rows, counts, encoded_BTD)
+
+    def _look(self, rows: list[int], bans: tuple[int, ...]) -> None:
+        """The first half of a step of rows in which the host has a part; `_walk` ends it."""
+        each = [self._row(i) for i in rows]
+        counts, state = self._make_room([row.pending for row in each], rows), self._state(each[0].length)
+        seen = look(self.model, self.cache, state, *self._places(rows, counts, bans))
+        self._advance(rows, counts, seen.encoded_BTD)
+        read = seen.read
+        is_sure_BL = accept(read.entropy_BL, state.bound_X[seen.at_B])
+        for n, (i, is_finite) in enumerate(zip(rows, seen.is_finite_B.tolist(), strict=True)):
+            row = each[n]
+            turns: list[Turn] = []
+            if is_finite:  # what is not fails after the step
+                if row.request.inspect is not None:
+                    with self._only(i):
+                        row.request.inspect(read.logits_BLV[n])
+                is_last, bound = row.step + 1 >= row.rules.max_steps, row.rules.entropy_bound
+                turns = [Turn(first, last, span, bound, is_last) for span, first, last in row.spans_here()]
+            shown = read.logits_BLV[n], read.argmax_BL[n], read.entropy_BL[n], is_sure_BL[n]
+            self.walks.begin(i, seen, n, projecting(turns, self.config, *shown))
+
+    def _walk(self, seats: list[int], seconds: float) -> None:
+        """Go on with the grammars of these seats; the steps of those that have ended are concluded. Others are held up
+        for as long as their own part of this turn took, at most."""
+        began = time.perf_counter()
+        is_alone = len(self.walks) == len(self.live)
+        ended: dict[int, tuple[Look, list[tuple[int, int, Projected]]]] = {}  # by look, so that they share its products
+        for seat, seen, place, outcome in self.walks.go_on(seats, ALONE if is_alone else max(SLICE, seconds)):
+            if isinstance(outcome, Exception):
+                self._fail(seat, outcome)
+            elif not self._row(seat).is_over:
+                ended.setdefault(id(seen), (seen, []))[1].append((seat, place, outcome))
+        self.walked = time.perf_counter() - began
+        for seen, some in ended.values():
+            some.sort(key=lambda one: one[1])
+            said = Projected.joined([one for _, _, one in some])
+            conclude_(self.model, self._state(self._row(some[0][0]).length), seen.of([n for _, n, _ in some]), said)
+            self._count([seat for seat, _, _ in some])
+
+    def _places(self, rows: list[int], counts: list[int], bans: tuple[int, ...]) -> tuple[Any, ...]:
+        """What a step that is not recorded takes behind model, cache and state."""
+        each = [self._row(i) for i in rows]
+        width, length, lengths = max(counts), each[0].length, [self.cache.lengths[i] for i in rows]
+        dice = self._dice(length)
+        if isinstance(dice, CountedDice):
+            thrown, noise_BL = self._dice_of(dice, rows)
+        else:
+            place = [row.canvas for row in each], [row.step for row in each]
+            thrown, noise_BL = dice.sample(rows, *place), dice.renoise(rows, *place)
+        tokens_BT = self._padded([row.pending for row in each], width) if width else None
+        at_B = torch.tensor(rows, device=self.model.device)
+        run, is_first = self._pass_of(rows, counts, width, lengths, length), all(row.step == 0 for row in each)
+        return at_B, run, tokens_BT, thrown, noise_BL, is_first, self._banned_tokens(bans)
+
+    def _banned_tokens(self, bans: tuple[int, ...]) -> Tensor | None:
+        return torch.tensor(bans, device=self.model.device) if bans else None
+
+    def _advance(self, rows: list[int], counts: list[int], encoded_BTD: Tensor | None) -> None:
+        """What was pending is encoded."""
         if encoded_BTD is not None:
             self.cache.advance(rows, counts)
             self._keep_last(encoded_BTD, rows, counts)
-            for row in each:
-                row.pending = []
+            for i in rows:
+                self._row(i).pending = []
+
+    def _count(self, rows: list[int]) -> None:
+        for row in map(self._row, rows):
+            row.step, row.passes = row.step + 1, row.passes + 1
 
     def _dice_of(self, dice: CountedDice, rows: list[int]) -> tuple[dict[str, Tensor], Tensor]:
         """The dice of the step each row is at, some steps counted together."""
@@ -341,27 +426,6 @@ class Engine:
             self._passes[key] = Pass(self.model, self.cache, rows, counts, width, canvas)
         return self._passes[key]
 
-    def _project(self, rows: list[Row], state: Canvases, at_B: Tensor) -> Project | None:
-        """What grammars and `inspect` do with these rows' read-outs; None where there is nothing to do."""
-        turns = []
-        for n, row in enumerate(rows):
-            is_last, bound = row.step + 1 >= row.rules.max_steps, row.rules.entropy_bound
-            turns += [Turn(n, first, last, span, bound, is_last) for span, first, last in row.spans_here()]
-        watched = [(n, row.request.inspect) for n, row in enumerate(rows) if row.request.inspect is not None]
-        if not turns and not watched:
-            return None
-
-        def project(logits_BLV: Tensor, argmax_BL: Tensor, entropy_BL: Tensor) -> Projected:
-            is_finite = torch.isfinite(entropy_BL.sum(-1)).tolist()  # what is not fails after the step
-            for n, inspect in watched:
-                if is_finite[n]:
-                    inspect(logits_BLV[n])
-            walked = [turn for turn in turns if is_finite[turn.row]]
-            is_sure_BL = accept(entropy_BL, state.bound_X[at_B])
-            return project_(walked, self.config, logits_BLV, argmax_BL, entropy_BL, is_sure_BL)
-
-        return project
-
     def _drafts(self, rows: list[int]) -> Iterator[Event]:
         for length in sorted({self._row(i).length for i in rows}):
             some, state = [i for i in rows if self._row(i).length == length], self.states[length]
@@ -389,53 +453,36 @@ class Engine:
             current = [
                 i
                 for i, (row, canvas) in on.items()
-                if i < len(self.rows) and self.rows[i] is row and row.finish_reason is None and row.canvas == canvas
+                if i < len(self.rows) and self.rows[i] is row and not row.is_over and row.canvas == canvas
             ]
             for i in (i for i in current if not is_finite[i]):
-                self._fail(i, f"in step {steps[i]} of canvas {self._row(i).canvas + 1}")
+                self._fail_of_numbers(i, f"in step {steps[i]} of canvas {self._row(i).canvas + 1}")
             current = [i for i in current if is_finite[i]]
             stopped = [i for i in current if is_done[i]]
             # Commit the argmax canvas of those; who goes on begins the next canvas.
             if stopped:
                 yield from self._commit_canvases(stopped, [steps[i] for i in stopped])
-                self._begin([i for i in stopped if self._row(i).finish_reason is None and i not in self._failed])
+                self._begin([i for i in stopped if not self._row(i).is_over])
             # Of the others, what has settled ahead of the rest.
             ahead = [i for i in current if not is_done[i] and settled[i] > self._row(i).given]
             if ahead := [i for i in ahead if not self._row(i).options.logprobs]:
                 yield from self._commit_prefixes(ahead, [settled[i] for i in ahead], [steps[i] for i in ahead])
-
-    def _fail(self, seat: int, where: str) -> None:
-        """A row whose numbers are not finite: the next turn raises it. What comes to its seat must not read them, not
-        even as keys that nobody sees: 0 times NaN is NaN."""
-        row = self._row(seat)
-        row.finish_reason = None
-        error = NumericError(
-            f"the model's numbers are not finite {where}: weights or activations are NaN or infinite; check the "
-            "checkpoint, or load it with another dtype"
-        )
-        self._failed[seat] = row, error
-        for whole_XRGK in (*self.cache.k, *self.cache.v):
-            whole_XRGK[seat] = 0
-
-    def _raise_failed(self) -> None:
-        """RowError for a row that failed and has not left."""
-        for seat in list(self._failed):
-            row, error = self._failed.pop(seat)
-            if seat < len(self.rows) and self.rows[seat] is row:
-                raise RowError(seat, error)
 
     def _commit_canvases(self, rows: list[int], steps: list[int]) -> Iterator[Event]:
         """Cut each canvas at its end. Where the row goes on it waits to be encoded with the next canvas's first step;
         where its log-probabilities are wanted it is encoded now."""
         each = [self._row(i) for i in rows]
         canvases = self.states[each[0].length].argmax_XL[rows].tolist()
-        for row in each:
-            for span, _, _ in row.spans_here():
-                span.commit()
-        kept = [self._cut(row, tokens[row.given :]) for row, tokens in zip(each, canvases, strict=True)]
+        kept: list[list[int]] = []
+        for i, row, tokens in zip(rows, each, canvases, strict=True):
+            kept.append([])
+            with self._only(i):
+                for span, _, _ in row.spans_here():
+                    span.commit()
+                kept[-1] = self._cut(row, tokens[row.given :])
         logprobs = self._logprobs([n for n, row in enumerate(each) if row.options.logprobs and kept[n]], rows, kept)
         for n, (i, row) in enumerate(zip(rows, each, strict=True)):
-            if i in self._failed:
+            if row.has_failed:
                 continue
             row.steps += steps[n]
             row.pending = [] if n in logprobs else canvases[n][: row.given] + kept[n]
@@ -454,7 +501,7 @@ class Engine:
                 seen_TD = torch.cat([before_BD[place : place + 1], hidden_BTD[place, : len(kept[n]) - 1]])
                 found[n] = torch.log_softmax(self.model.logits(seen_TD), -1)
                 if not bool(torch.isfinite(seen_TD.sum() + found[n].sum())):
-                    self._fail(rows[n], f"in the encoding of canvas {self._row(rows[n]).canvas + 1}")
+                    self._fail_of_numbers(rows[n], f"in the encoding of canvas {self._row(rows[n]).canvas + 1}")
         return found
 
     def _commit_prefixes(self, rows: list[int], settled: list[int], steps: list[int]) -> Iterator[Event]:
@@ -462,7 +509,11 @@ class Engine:
         canvases = self.states[self._row(rows[0]).length].argmax_XL[rows].tolist()
         for i, tokens, until, taken in zip(rows, canvases, settled, steps, strict=True):
             row = self._row(i)
-            kept = self._cut(row, tokens[row.given : until], is_whole=False)
+            kept: list[int] = []
+            with self._only(i):
+                kept = self._cut(row, tokens[row.given : until], is_whole=False)
+            if row.has_failed:
+                continue
             row.given = until
             if row.finish_reason is not None:  # a stop string, an end or the limit: the rest does not matter
                 row.steps += taken
@@ -476,15 +527,19 @@ class Engine:
         for n, i in enumerate(rows):
             row = self._row(i)
             if not is_finite[n]:
-                self._fail(i, f"before token {len(row.tokens) + 1} of the answer")
+                self._fail_of_numbers(i, f"before token {len(row.tokens) + 1} of the answer")
                 continue
             if row.lacking > 0:
                 logits_BV[n, list(self.config.eos_ids)] = -torch.inf
             thrown = self._dice(self.config.canvas_length).sample([i], [len(row.tokens)], [0])["uniform_BL"]
             token = pick_token(logits_BV[n], row.options, thrown[0, 0])
             row.steps, row.passes = row.steps + 1, row.passes + 1
-            yield from self._emit(i, self._cut(row, [token]), log_p_BV[n : n + 1], 1)
-        if rows := [i for i in rows if self._row(i).finish_reason is None and i not in self._failed]:
+            kept: list[int] = []
+            with self._only(i):
+                kept = self._cut(row, [token])
+            if not row.has_failed:
+                yield from self._emit(i, kept, log_p_BV[n : n + 1], 1)
+        if rows := [i for i in rows if not self._row(i).is_over]:
             self._encode([[self._row(i).tokens[-1]] for i in rows], rows)
 
     def _cut(self, row: Row, tokens: list[int], is_whole: bool = True) -> list[int]:
@@ -604,10 +659,10 @@ class Run:
 
     def __iter__(self) -> Iterator[Event]:
         while self.engine.live:
-            try:
-                yield from self.engine.turn()
-            except RowError as error:
-                raise error.error from None
+            for event in self.engine.turn():
+                if isinstance(event, Failure):
+                    raise event.error
+                yield event
 
 
 def generate(
@@ -625,7 +680,12 @@ def generate(
 def _needs_host(row: Row) -> bool:
     """Whether the host has a part in every step of this row, so that it is asked at once."""
     request = row.request
-    return bool(request.options.drafts or request.spans or request.inspect) and row.finish_reason is None
+    return bool(request.options.drafts or request.spans or request.inspect) and not row.is_over
+
+
+def _is_hosted(row: Row) -> bool:
+    """Whether the host has a part within each of its steps."""
+    return bool(row.request.spans or row.request.inspect)
 
 
 def _likelihoods(tokens: list[int], log_p_TV: Tensor | None, top: int) -> dict[str, Any]:

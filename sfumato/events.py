@@ -45,6 +45,16 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def contained(error: BaseException) -> Exception:
+    """An error that ends one request alone: itself, or an InputError for the panic of a Rust library, which is no
+    Exception. What ends the program is raised again."""
+    if isinstance(error, Exception):
+        return error
+    if type(error).__name__ != "PanicException":
+        raise error
+    return InputError("a library failed at this request, which it should have refused; change its text or constraint")
+
+
 @dataclass(frozen=True)
 class Options:
     """How to generate. `None` means: what the checkpoint's generation_config says, else the released model's value.

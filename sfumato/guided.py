@@ -3,11 +3,15 @@
 Where the model's own tokens are allowed, nothing changes. Where one is not, the word that is most likely among the
 allowed ones takes its place, and the logits lose all others, so that the soft embedding says the same. What the
 grammar alone determines is pinned. A grammar is walked on the host, so steps that have one are not recorded as graphs.
+
+A walk takes microseconds, or with an unkind grammar minutes. So it has a share of each turn (`Walks`), and the rest of
+it waits for the next: what comes of it does not depend on when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +19,14 @@ import torch
 from torch import Tensor
 
 from sfumato.config import ModelConfig
-from sfumato.constrain import Guide, Walk
-from sfumato.events import InputError
-from sfumato.step import Projected
+from sfumato.constrain import Guide, Walk, Work
+from sfumato.events import contained
+from sfumato.step import Look, Projected
 
-
-class GuideError(InputError):
-    """A grammar cannot be followed any further. `row` is the row of the pass whose text it rules."""
-
-    def __init__(self, message: str, row: int) -> None:
-        super().__init__(message)
-        self.row = row
+SLICE = 0.005
+"""Seconds that a walk has at a time."""
+ALONE = 0.05
+"""Seconds that walks have in a turn with nothing else in it."""
 
 
 @dataclass
@@ -47,9 +48,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Turn:
-    """A span's part of one step: positions `first` to `last` of a row's canvas."""
+    """A span's part of one step: positions `first` to `last` of a canvas."""
 
-    row: int
     first: int
     last: int
     span: Span
@@ -59,38 +59,37 @@ class Turn:
     """No step comes after this one: the path must be whole."""
 
 
-def project_(
+def projecting(
     turns: Sequence[Turn],
     config: ModelConfig,
-    logits_BLV: Tensor,
-    argmax_BL: Tensor,
-    entropy_BL: Tensor,
-    is_sure_BL: Tensor,
-) -> Projected:
-    """Walk every span over its positions. Logits of words that are not allowed become -inf in place, where asked."""
-    sure, tokens, entropies = is_sure_BL.tolist(), argmax_BL.tolist(), entropy_BL.tolist()
-    count, length = argmax_BL.shape
-    is_guided, is_open, is_forced = ([[start] * length for _ in range(count)] for start in (False, True, False))
-    is_whole, has_masked = [True] * count, False
-    said: dict[tuple[int, int], Tensor] = {}  # the model's own logits where they were masked: a pick may be taken back
+    logits_LV: Tensor,
+    argmax_L: Tensor,
+    entropy_L: Tensor,
+    is_sure_L: Tensor,
+) -> Work[Projected]:
+    """Walk every span of a canvas over its positions; the result has one row. Logits of words that are not allowed
+    become -inf in place, where asked. InputError where a grammar cannot be followed any further."""
+    sure, tokens, entropies = is_sure_L.tolist(), argmax_L.tolist(), entropy_L.tolist()
+    length = len(tokens)
+    is_guided, is_open, is_forced = [False] * length, [True] * length, [False] * length
+    is_whole, has_masked = True, False
+    plain: dict[int, Tensor] = {}  # the model's own logits where they were masked: a pick may be taken back
     for turn in turns:
-        n, first, last = turn.row, turn.first, turn.last
+        first, last = turn.first, turn.last
 
-        def pick(at: int, mask: np.ndarray, n: int = n, first: int = first) -> tuple[int, float]:
-            place = n, first + at
-            if place in said:
-                logits_BLV[place] = said[place]
+        def pick(at: int, mask: np.ndarray, first: int = first) -> tuple[int, float]:
+            place = first + at
+            if place in plain:
+                logits_LV[place] = plain[place]
             else:
-                said[place] = logits_BLV[place].clone()
-            return _pick_(logits_BLV[place], torch.from_numpy(mask))
+                plain[place] = logits_LV[place].clone()
+            return _pick_(logits_LV[place], torch.from_numpy(mask))
 
         if turn.span.guide.is_over:
             walk = Walk([], [], {}, 0)
         else:
-            try:
-                walk = turn.span.guide.walk(tokens[n][first:last], sure[n][first:last], pick, turn.bound, turn.is_last)
-            except InputError as error:
-                raise GuideError(str(error), n) from error
+            walking = turn.span.guide.walking
+            walk = yield from walking(tokens[first:last], sure[first:last], pick, turn.bound, turn.is_last)
         has_masked |= bool(walk.overruled)
         turn.span.walked = len(walk.tokens)
         path, until = walk.tokens, first + len(walk.tokens)
@@ -101,15 +100,14 @@ def project_(
                 rest[0] = config.eos_ids[0]
             forced |= set(range(until, last))
             path, until = path + rest, last
-        tokens[n][first:until] = path
+        tokens[first:until] = path
         for at, entropy in walk.overruled.items():
-            entropies[n][first + at] = entropy
+            entropies[first + at] = entropy
         for at in range(first, last):
-            is_guided[n][at], is_open[n][at], is_forced[n][at] = True, at < until, at in forced
-        is_whole[n] &= until == last
-    lists = (tokens, entropies, is_guided, is_open, is_forced, is_whole)
-    found: list[Tensor] = [torch.tensor(x, device=argmax_BL.device) for x in lists]
-    return Projected(found[0], found[1], found[2], found[3], found[4], found[5], has_masked)
+            is_guided[at], is_open[at], is_forced[at] = True, at < until, at in forced
+        is_whole &= until == last
+    lists = ([tokens], [entropies], [is_guided], [is_open], [is_forced], [is_whole])
+    return Projected._make([*(torch.tensor(x, device=argmax_L.device) for x in lists), has_masked])
 
 
 def _pick_(logits_V: Tensor, mask_V: Tensor) -> tuple[int, float]:
@@ -119,3 +117,74 @@ def _pick_(logits_V: Tensor, mask_V: Tensor) -> tuple[int, float]:
     log_p_V = torch.log_softmax(logits_V.float(), -1)
     entropy = -(log_p_V.exp() * log_p_V.masked_fill(is_banned_V, 0.0)).sum()
     return int(logits_V.argmax()), max(float(entropy), 0.0)
+
+
+@dataclass(eq=False)
+class _Walking:
+    look: Look
+    place: int
+    """Of its row in the look."""
+    work: Work[Projected]
+    seconds: float = 0.0
+
+
+class Walks:
+    """Read-outs whose grammars are being walked, by seat."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, _Walking] = {}
+        self._credit = 0.0
+        """Seconds that walks may still take in this turn; below 0 where they took more, since a single call of the
+        library can be longer than a slice."""
+
+    def __contains__(self, seat: int) -> bool:
+        return seat in self._of
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def begin(self, seat: int, look: Look, place: int, work: Work[Projected]) -> None:
+        self._of[seat] = _Walking(look, place, work)
+
+    def drop(self, seat: int) -> None:
+        """Its row has left."""
+        if (one := self._of.pop(seat, None)) is not None:
+            one.work.close()
+
+    def go_on(self, seats: Collection[int], seconds: float) -> Iterator[tuple[int, Look, int, Projected | Exception]]:
+        """Walk on for these seats: a slice for each that begins, then for so many seconds those that have walked least.
+        Yields each that has ended: its seat, its look and the place in that, and what came of it."""
+        self._credit = min(self._credit + seconds, seconds)
+        left = [seat for seat in seats if seat in self._of]
+        for seat in [seat for seat in left if not self._of[seat].seconds]:
+            began = time.perf_counter()
+            ended = self._advance(seat)
+            self._credit -= max(0.0, time.perf_counter() - began - SLICE)
+            if ended is not None:
+                left.remove(seat)
+                yield seat, *ended
+        while left and self._credit > 0:
+            seat = min(left, key=lambda seat: self._of[seat].seconds)
+            began = time.perf_counter()
+            ended = self._advance(seat)
+            self._credit -= time.perf_counter() - began
+            if ended is not None:
+                left.remove(seat)
+                yield seat, *ended
+
+    def _advance(self, seat: int) -> tuple[Look, int, Projected | Exception] | None:
+        """A slice of one walk; what came of it, if that was its end."""
+        one = self._of[seat]
+        began = time.perf_counter()
+        try:
+            while time.perf_counter() < began + SLICE:
+                next(one.work)
+            return None
+        except StopIteration as stop:
+            outcome: Projected | Exception = stop.value
+        except BaseException as error:
+            outcome = contained(error)
+        finally:
+            one.seconds += time.perf_counter() - began
+        del self._of[seat]
+        return one.look, one.place, outcome

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sfumato.batch import Batch, BatchLimits, Failure, Figures
-from sfumato.events import BusyError, Decision, Done, Draft, Edited, Event, Filled, Options, SfumatoError
+from sfumato.batch import Batch, BatchLimits, Figures
+from sfumato.events import BusyError, Decision, Done, Draft, Edited, Event, Filled, Options, contained
 from sfumato.llm import LLM, Ask, Plan
+from sfumato.rows import Failure
 
-Told = Event | Filled | Edited | dict[str, Decision] | SfumatoError
+Told = Event | Filled | Edited | dict[str, Decision] | Exception
 
 
 @dataclass(eq=False)
@@ -81,12 +82,18 @@ class Jobs:
         for key in cancelled & self._jobs.keys():
             self._drop(self._jobs[key])
         for event in self.batch.turn():
+            if event.row not in self._by_ticket:  # of a job that failed at an earlier event of this turn
+                continue
             job, place = self._by_ticket[event.row]
             if isinstance(event, Failure):
                 self._drop(job)
                 told.append((job.key, event.error))
             else:
-                told += self._tell(job, place, event)
+                try:
+                    told += self._tell(job, place, event)
+                except BaseException as error:  # of its text or its plan, and of nobody else's
+                    self._drop(job)
+                    told.append((job.key, contained(error)))
         return told
 
     def _submit(self, job: _Job) -> list[tuple[int, Told]]:
@@ -96,7 +103,7 @@ class Jobs:
                 ticket = self.batch.submit(ask.request)
                 job.tickets.append(ticket)
                 self._by_ticket[ticket] = job, place
-        except SfumatoError as error:
+        except Exception as error:
             self._drop(job)
             return [(job.key, error)]
         return []
@@ -121,9 +128,6 @@ class Jobs:
         except StopIteration as stop:
             self._jobs.pop(job.key)
             return [] if job.is_answer else [(job.key, stop.value)]
-        except SfumatoError as error:
-            self._drop(job)
-            return [(job.key, error)]
         return self._submit(job)
 
     def _drop(self, job: _Job) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.diffusion import Rules
-from sfumato.events import CapacityError, InputError, Options, SfumatoError
+from sfumato.events import CapacityError, InputError, Options
 from sfumato.guided import Span
 
 Watch = Callable[[list[int]], int | None]
@@ -29,13 +29,12 @@ SHORT = 16
 """A canvas for a short budget is a multiple of this many positions."""
 
 
-class RowError(Exception):
-    """A row that cannot go on, while the others can: the `row` (the seat) and the `error` that its request ends with.
-    Whoever runs the rows catches it."""
+@dataclass(frozen=True)
+class Failure:
+    """A row (its seat) that cannot go on, while the others can, and the error that its request ends with."""
 
-    def __init__(self, row: int, error: SfumatoError) -> None:
-        super().__init__(row, error)
-        self.row, self.error = row, error
+    row: int
+    error: Exception
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +146,7 @@ class Row:
     began: float = field(default_factory=time.perf_counter)
     first_commit: float | None = None
     finish_reason: str | None = None
+    has_failed: bool = False
     given: int = 0
     """Leading tokens of this canvas that were committed before the rest."""
 
@@ -157,6 +157,10 @@ class Row:
         if request.options.short:  # a step accepts one position at least, so more steps than positions are no use
             rules = replace(rules, max_steps=min(rules.max_steps, length))
         return cls(request, rules, length, list(request.prompt[held:]), held)
+
+    @property
+    def is_over(self) -> bool:
+        return self.has_failed or self.finish_reason is not None
 
     @property
     def options(self) -> Options:

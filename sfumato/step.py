@@ -3,6 +3,9 @@
 Nothing here waits for the host, and every shape follows from host integers alone. So the same function runs as it is on
 a CPU and is recorded as CUDA graphs on a GPU (`Recorded`), for rows up to powers of two. A row that has stopped is
 frozen: a step that was already under way when the host learns of it changes nothing.
+
+A step has two halves, `look` (pass and read-out) and `conclude_` (accept, renoise, stop). Between them a grammar may
+have its say, which takes as long as it takes: a row whose read-out waits is left out meanwhile.
 """
 
 from __future__ import annotations
@@ -171,7 +174,7 @@ class Canvases:
 
 
 class Projected(NamedTuple):
-    """A read-out after a grammar had its say. What is not guided stays what it was."""
+    """Read-outs after grammars had their say. Where none rules, a read-out stays what it was."""
 
     tokens_BL: Tensor
     entropy_BL: Tensor
@@ -185,9 +188,32 @@ class Projected(NamedTuple):
     has_masked: bool
     """Logits were changed in place."""
 
+    @classmethod
+    def joined(cls, some: Sequence[Projected]) -> Projected:
+        """One behind the other."""
+        parts = [torch.cat(list(columns)) for columns in zip(*(one[:6] for one in some), strict=True)]
+        return cls._make([*parts, any(one.has_masked for one in some)])
 
-Project = Callable[[Tensor, Tensor, Tensor], Projected]
-"""(logits [B, L, V], argmax [B, L], entropy [B, L]) to what a grammar makes of them."""
+
+class Look(NamedTuple):
+    """The first half of a step: what one pass over these rows' canvases shows."""
+
+    at_B: Tensor
+    read: ReadOut
+    """Positions that are pinned are read as their tokens, with no entropy."""
+    noise_BL: Tensor
+    is_finite_B: Tensor
+    encoded_BTD: Tensor | None
+    """Hidden states of the tokens that were encoded in the same pass."""
+
+    def of(self, places: list[int]) -> Look:
+        """Of some of its rows; of one row the logits themselves, not a copy."""
+        if places == list(range(len(self.at_B))):
+            return self
+        some: Any = slice(places[0], places[0] + 1) if len(places) == 1 else places
+        read = self.read
+        part = ReadOut(read.sample_BL[some], read.argmax_BL[some], read.entropy_BL[some], read.logits_BLV[some])
+        return Look(self.at_B[some], part, self.noise_BL[some], self.is_finite_B[some], None)
 
 
 def step_(
@@ -201,15 +227,31 @@ def step_(
     noise_BL: Tensor | None = None,
     is_first: bool = False,
     bans: Tensor | None = None,
-    project: Project | None = None,
 ) -> Tensor | None:
-    """One step of the canvases `at_B`, whose cache rows are those of `run`. The caller advances the cache.
+    """One step of the canvases `at_B`: `look`, then `conclude_`. Returns the encoded tokens' hidden states."""
+    seen = look(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
+    conclude_(model, state, seen)
+    return seen.encoded_BTD
+
+
+def look(
+    model: Model,
+    cache: KVCache,
+    state: Canvases,
+    at_B: Tensor,
+    run: Pass,
+    tokens_BT: Tensor | None = None,
+    dice: dict[str, Tensor] | None = None,
+    noise_BL: Tensor | None = None,
+    is_first: bool = False,
+    bans: Tensor | None = None,
+) -> Look:
+    """Pass and read-out of the canvases `at_B`, whose cache rows are those of `run`. The caller advances the cache.
 
     `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
     `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
-    them they are counted from the state's own words. `bans` are the tokens that banned positions may not take.
-    `project` asks the host."""
-    canvas_BL, old_B = state.canvas_XL[at_B], state.step_X[at_B]
+    them they are counted from the state's own words. `bans` are the tokens that banned positions may not take."""
+    canvas_BL = state.canvas_XL[at_B]
     # 1. One pass over the canvases; what waits to be encoded comes along.
     encoded_BTD = None
     if tokens_BT is not None:
@@ -220,28 +262,43 @@ def step_(
     if dice is None or noise_BL is None:
         dice, noise_BL = _count(state, at_B, model)
     banned = None if bans is None else (state.banned_XL[at_B], bans)
-    heat_B = state.heat_XS[at_B, old_B]
+    heat_B = state.heat_XS[at_B, state.step_X[at_B]]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
-    held = _hold(state, at_B, read, project)
+    is_finite_B = _are_finite(hidden_BLD, read.entropy_BL)
+    if state.has_pins:
+        pin_BL = state.pin_XL[at_B]
+        is_pinned_BL = pin_BL >= 0
+        sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (read.sample_BL, read.argmax_BL))
+        entropy_BL = read.entropy_BL.masked_fill(is_pinned_BL, 0.0)
+        read = read._replace(sample_BL=sample_BL, argmax_BL=argmax_BL, entropy_BL=entropy_BL)
+    return Look(at_B, read, noise_BL, is_finite_B, encoded_BTD)
+
+
+def conclude_(model: Model, state: Canvases, seen: Look, said: Projected | None = None) -> None:
+    """Accept, renoise, stop and the soft embedding of what a look shows, and what grammars `said` of it."""
+    at_B, read = seen.at_B, seen.read
+    old_B = state.step_X[at_B]
+    held = _hold(state, at_B, read, said)
     argmax_BL, entropy_BL = held.argmax_BL, held.entropy_BL
     # 3. Accept the surest positions, renoise the rest.
     accepted_BL = accept(entropy_BL, state.bound_X[at_B])
-    if held.said is not None:
-        accepted_BL &= held.said.is_open_BL
+    if said is not None:
+        accepted_BL &= said.is_open_BL
     if held.pin_BL is not None:
         accepted_BL |= held.pin_BL >= 0
-    next_BL = torch.where(accepted_BL, held.sample_BL, noise_BL)
+    next_BL = torch.where(accepted_BL, held.sample_BL, seen.noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     history_BHL = state.history_XHL[at_B]
     is_done_B = _is_settled(state, at_B, held, history_BHL) | (old_B + 1 >= state.max_steps_X[at_B])
     # 5. The next step sees the soft embedding of this one.
+    embed_VD = model.embed_tokens.weight
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, held.tiles)
     if held.pin_BL is not None:
         pinned_BLD = embed_VD[held.pin_BL.clamp_min(0)] * model.embed_scale
         soft_BLD = torch.where((held.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)
     # A row whose numbers are not finite stops here too, and the host hears of it.
-    is_finite_B = _are_finite(hidden_BLD, read.entropy_BL, soft_BLD)
+    is_finite_B = seen.is_finite_B & _are_finite(soft_BLD)
     # 6. A row that had stopped before stays as it was.
     was_done_B = state.is_done_X[at_B]
     keep_B1 = was_done_B[:, None]
@@ -258,13 +315,12 @@ def step_(
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B
     state.is_finite_X[at_B] &= was_done_B | is_finite_B
-    return encoded_BTD
 
 
-def _are_finite(hidden_BLD: Tensor, entropy_BL: Tensor, soft_BLD: Tensor) -> Tensor:
+def _are_finite(*some: Tensor) -> Tensor:
     """Which rows are finite in all of these: a sum with NaN or infinity in it is one of them too."""
-    wide = [x.flatten(1).sum(-1, dtype=torch.float32) for x in (hidden_BLD, soft_BLD)]
-    return torch.isfinite(wide[0] + wide[1] + entropy_BL.sum(-1))
+    sums = [x.flatten(1).sum(-1, dtype=torch.float32) for x in some]
+    return torch.isfinite(sum(sums[1:], sums[0]))
 
 
 class _Held(NamedTuple):
@@ -279,23 +335,20 @@ class _Held(NamedTuple):
     tiles: Any
 
 
-def _hold(state: Canvases, at_B: Tensor, read: ReadOut, project: Project | None) -> _Held:
-    """What is pinned is read as itself, and surely; a grammar is shown it so, and what it forces is pinned too."""
-    sample_BL, argmax_BL, entropy_BL, tiles = read.sample_BL, read.argmax_BL, read.entropy_BL, read.tiles
-    if not state.has_pins and project is None:
-        return _Held(sample_BL, argmax_BL, entropy_BL, None, None, tiles)
-    pin_BL, said = state.pin_XL[at_B], None
-    if project is not None:
-        is_free_BL = pin_BL < 0
-        argmax_BL = torch.where(is_free_BL, argmax_BL, pin_BL)
-        said = project(read.logits_BLV, argmax_BL, entropy_BL.masked_fill(~is_free_BL, 0.0))
-        argmax_BL, entropy_BL = said.tokens_BL, said.entropy_BL
-        sample_BL = torch.where(said.is_guided_BL, argmax_BL, sample_BL)
-        pin_BL = torch.where(said.is_forced_BL & is_free_BL, argmax_BL, pin_BL)
-        tiles = None if said.has_masked else tiles
+def _hold(state: Canvases, at_B: Tensor, read: ReadOut, said: Projected | None) -> _Held:
+    """A read-out after a grammar had its say: what it forces is pinned too."""
+    sample_BL, argmax_BL, entropy_BL = read.sample_BL, read.argmax_BL, read.entropy_BL
+    if said is None:
+        pin_BL = state.pin_XL[at_B] if state.has_pins else None
+        return _Held(sample_BL, argmax_BL, entropy_BL, pin_BL, None, read.tiles)
+    pin_BL = state.pin_XL[at_B]
+    argmax_BL, entropy_BL = said.tokens_BL, said.entropy_BL
+    sample_BL = torch.where(said.is_guided_BL, argmax_BL, sample_BL)
+    pin_BL = torch.where(said.is_forced_BL & (pin_BL < 0), argmax_BL, pin_BL)
     is_pinned_BL = pin_BL >= 0
     sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (sample_BL, argmax_BL))
-    return _Held(sample_BL, argmax_BL, entropy_BL.masked_fill(is_pinned_BL, 0.0), pin_BL, said, tiles)
+    entropy_BL = entropy_BL.masked_fill(is_pinned_BL, 0.0)
+    return _Held(sample_BL, argmax_BL, entropy_BL, pin_BL, said, None if said.has_masked else read.tiles)
 
 
 def _is_settled(state: Canvases, at_B: Tensor, held: _Held, history_BHL: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from sfumato.engine import Engine, Run
 from sfumato.events import BusyError, CapacityError, Commit, Done, Draft, Event, InputError
 from sfumato.jobs import Jobs
 from sfumato.model import Model
+from sfumato.reader import Reader
 from sfumato.rows import Request
 
 CONFIG = tiny.tiny_config(eos_ids=(38, 45), max_position=400)
@@ -462,25 +464,108 @@ def test_jobs_give_what_the_methods_give(nano: LLM) -> None:
     assert jobs.figures().rows == 0
 
 
-def test_a_grammar_that_cannot_be_followed_ends_its_own_job(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs, walked = Jobs(nano, BatchLimits()), []
-    plainly = Guide.walk
+PANIC = type("PanicException", (BaseException,), {})
+"""As pyo3's: no Exception."""
 
-    def walk(self: Guide, *args: Any, **more: Any) -> Any:
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (InputError("the regex is too complex to follow; make it simpler"), "too complex to follow"),
+        (ValueError("a fault of ours"), "a fault of ours"),
+        (PANIC("index out of bounds"), "a library failed at this request"),
+    ],
+)
+def test_a_grammar_that_cannot_be_followed_ends_its_own_job(
+    error: BaseException, words: str, nano: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, walked = Jobs(nano, BatchLimits()), []
+    plainly = Guide.walking
+
+    def walking(self: Guide, *args: Any, **more: Any) -> Any:
         walked.append(self)
         if self is walked[0] and len(walked) > 3:
-            raise InputError("the regex is too complex to follow; make it simpler")
-        return plainly(self, *args, **more)
+            raise error
+        return (yield from plainly(self, *args, **more))
 
-    monkeypatch.setattr(Guide, "walk", walk)
+    monkeypatch.setattr(Guide, "walking", walking)
     jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9 ]{60,80}", confidence=0.0))
     jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=2, regex="[0-9]{5}"))
     jobs.begin(3, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=82))
     found = carried_out(jobs)
-    assert "too complex to follow" in str(found[1][-1])
-    monkeypatch.setattr(Guide, "walk", plainly)
+    assert words in str(found[1][-1]) and isinstance(found[1][-1], Exception)
+    monkeypatch.setattr(Guide, "walking", plainly)
     assert found[2][-1].text == nano.complete("1", Options(seed=2, regex="[0-9]{5}")).text
     assert found[3][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
+
+
+@pytest.mark.parametrize("place", ["watch", "tell", "commit", "inspect", "plan"])
+def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    jobs = Jobs(nano, BatchLimits())
+    plainly = {"watch": Reader.push, "tell": Reader.tell}
+    marked: list[Any] = []
+    if place in plainly:
+        name = {"watch": "push", "tell": "tell"}[place]
+
+        def some(self: Reader, *args: Any) -> Any:
+            return fail() if self._stops == ("mark",) else plainly[place](self, *args)
+
+        monkeypatch.setattr(Reader, name, some)
+        jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, max_tokens=82, stop=("mark",)))
+    elif place == "commit":
+        monkeypatch.setattr(Guide, "commit", fail)
+        jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9]{5}"))
+    else:
+        monkeypatch.setattr("sfumato.llm.share_out", fail)
+        if place == "inspect":
+            plan = nano._plan_decide
+
+            def planned(*args: Any) -> Any:
+                asks = next(whole := plan(*args))
+                marked.append(whole)
+                yield [dataclasses.replace(ask, request=dataclasses.replace(ask.request, inspect=fail)) for ask in asks]
+
+            monkeypatch.setattr(nano, "_plan_decide", planned)
+        jobs.begin(1, "decide", {"prompt": "1", "fields": {"mood": ["good", "bad"]}, "steps": 1}, Options(seed=1))
+    jobs.begin(2, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=82))
+    found = carried_out(jobs)
+    assert isinstance(found[1][-1], RuntimeError)
+    monkeypatch.undo()
+    assert found[2][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
+    assert jobs.figures().rows == 0
+
+
+def test_a_slow_walk_leaves_the_others_most_of_each_turn(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts are the same as without it: when a walk ends is nothing to anybody."""
+    regex, plain = Options(seed=1, regex="[0-9]{5}"), Options(seed=3, max_tokens=82)
+    alone = nano.complete("1", regex).text, nano.complete("1 2 3", plain).text
+    plainly, turns = Guide.walking, 0
+
+    def walking(self: Guide, *args: Any, **more: Any) -> Any:
+        end = time.perf_counter() + 0.4
+        while time.perf_counter() < end:
+            time.sleep(0.001)
+            yield
+        return (yield from plainly(self, *args, **more))
+
+    monkeypatch.setattr(Guide, "walking", walking)
+    jobs, longest = Jobs(nano, BatchLimits()), 0.0
+    ended: dict[int, Done] = {}
+    jobs.begin(1, "complete", {"prompt": "1"}, regex)
+    jobs.begin(2, "complete", {"prompt": "1 2 3"}, plain)
+    while not jobs.is_idle:
+        began = time.perf_counter()
+        happened = jobs.turn()
+        turns += 1
+        if 2 not in ended:
+            longest = max(longest, time.perf_counter() - began)
+        ended |= {key: event for key, event in happened if isinstance(event, Done)}
+    assert list(ended) == [2, 1]  # it did not wait for the walk, of at least two steps
+    assert (ended[1].text, ended[2].text) == alone
+    assert longest < 0.3
 
 
 def test_a_job_that_is_cancelled_or_wrong_leaves_the_others_alone(nano: LLM) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 
 import pytest
 
+import sfumato
 from sfumato.events import (
     BusyError,
     CapacityError,
@@ -45,6 +49,23 @@ COUNTERS = worker.COUNTERS
 # ---- the engine in the child -----------------------------------------------------------------------------------------
 
 
+class Strange(InputError):
+    """An error that pickles, and cannot be made anew from what it pickles to."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+class Panic(BaseException):
+    """As a Rust library's: no Exception."""
+
+
+class Unreadable:
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
 @dataclass
 class Script:
     """`sfumato.jobs.Jobs`, of which every job is told in its payload what happens to it."""
@@ -60,6 +81,14 @@ class Script:
                 raise CapacityError("the prompt has 900 tokens; at most 512 fit")
             case "break":
                 raise ValueError("a secret of the prompt")
+            case "panic":
+                raise Panic("a secret of the prompt")
+            case "exit":
+                raise SystemExit(3)
+            case "strange":
+                raise Strange("the prompt is strange", 7)
+            case "never":
+                time.sleep(60)
             case "wait" if not self.released.wait(20):
                 raise InputError("nobody released this job")
             case "release":
@@ -84,6 +113,12 @@ class Script:
                     time.sleep(60)
                 case {"turn": "fail"}:
                     happened.append((self._over(key), CapacityError("the cache is full")))
+                case {"turn": "strange"}:
+                    happened.append((self._over(key), Strange("the prompt is strange", 7)))
+                case {"turn": "unsendable"}:
+                    happened.append((self._over(key), Decision("red", {"red": threading.Lock()})))  # type: ignore
+                case {"turn": "unreadable"}:
+                    happened.append((self._over(key), Unreadable()))  # type: ignore[arg-type]
                 case {"turn": "break"}:
                     happened.append((self._over(key), KeyError("a secret of the prompt")))
                 case {"turn": "forever"} | {"until": _} if not Path(job.get("until", "/none")).exists():
@@ -130,6 +165,8 @@ def scripted(connection: Connection, load: dict[str, Any], limits: Mapping[str, 
         send(("loading", 5, 10))
         return Script(), CARD
 
+    desk.PREPARE_SECONDS = load.get("prepare_seconds", desk.PREPARE_SECONDS)
+    desk.LOST = load.get("lost", desk.LOST)
     desk.run(connection, open_jobs)
 
 
@@ -147,10 +184,12 @@ def opened(tmp_path: Path) -> Callable[..., Any]:
     """Opens a worker around a test, and ends it."""
 
     @asynccontextmanager
-    async def open_worker(rows: int = 4, queue: int = 8, **load: Any) -> AsyncIterator[Worker]:
+    async def open_worker(
+        rows: int = 4, queue: int = 8, silence: float = worker.SILENCE, **load: Any
+    ) -> AsyncIterator[Worker]:
         (tmp_path / "loads").touch()
         load |= {"loads": str(tmp_path / "loads"), "gate": str(tmp_path / "gate")}
-        one = Worker(load, {"rows": rows, "queue": queue}, child=scripted)
+        one = Worker(load, {"rows": rows, "queue": queue}, child=scripted, silence=silence)
         try:
             await one.start()
             yield one
@@ -218,6 +257,12 @@ def test_jobs_run_side_by_side_and_events_find_their_own(opened):
         ({"turn": "fail"}, CapacityError, "the cache is full"),
         ({"begin": "break"}, SfumatoError, "ValueError < test_worker.py:"),
         ({"turn": "break"}, SfumatoError, "(KeyError)"),
+        ({"begin": "panic"}, SfumatoError, "Panic < test_worker.py:"),
+        ({"begin": "exit"}, SfumatoError, "SystemExit < test_worker.py:"),
+        ({"begin": "strange"}, InputError, "the prompt is strange"),
+        ({"turn": "strange"}, InputError, "the prompt is strange"),
+        ({"turn": "unsendable"}, SfumatoError, "TypeError"),
+        ({"turn": "unreadable"}, SfumatoError, "ValueError"),
     ],
 )
 def test_an_error_of_one_job_is_its_own_and_tells_no_prompt(opened, capfd, payload, kind, part):
@@ -318,11 +363,9 @@ def test_an_engine_that_raises_ends_its_process(opened, impatient, capfd):
     assert "the engine failed: the device is lost (RuntimeError < test_worker.py:" in capfd.readouterr().err
 
 
-def test_a_worker_that_hangs_is_killed_and_another_takes_the_next(opened, impatient, monkeypatch, capfd):
-    monkeypatch.setattr(worker, "SILENCE", 1.0)
-
+def test_a_worker_that_hangs_is_killed_and_another_takes_the_next(opened, impatient, capfd):
     async def test() -> None:
-        async with opened() as one:
+        async with opened(silence=1.0) as one:
             before = (await told(one))["pid"]
             await asyncio.sleep(1.3)  # silence without jobs is no reason
             assert (await told(one))["pid"] == before
@@ -609,3 +652,90 @@ def test_the_server_side_imports_no_torch():
     code = "import sys, sfumato.server.worker; print('torch' in sys.modules, 'numpy' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.stdout.split() == ["False", "False"]
+
+
+# ---- what one job cannot do to the others ----------------------------------------------------------------------------
+
+
+def test_every_error_of_ours_crosses_the_border() -> None:
+    """As itself where `events` has it, else as the nearest that it has, words and all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that others wrote
+        for name in (name for _, name, _ in pkgutil.walk_packages(sfumato.__path__, "sfumato.")):
+            if "triton" not in name:
+                with suppress(ImportError, OSError):
+                    importlib.import_module(name)
+    kinds, level = {SfumatoError}, [SfumatoError]
+    while level := [kind for above in level for kind in above.__subclasses__()]:
+        kinds |= set(level)
+    assert len(kinds) >= 9
+    for kind in kinds:
+        error = kind.__new__(kind)
+        Exception.__init__(error, "the value 7 is above 5; give less")
+        arrived = desk.unpacked(desk._parcel(error))
+        assert isinstance(error, type(arrived)) and type(arrived).__module__ == "sfumato.events"
+        assert str(arrived) == str(error)
+
+
+def test_after_jobs_that_fail_in_any_way_the_same_process_goes_on(opened):
+    async def test() -> None:
+        async with opened() as one:
+            before = (await told(one))["pid"]
+            for _ in range(4):  # more than there are threads
+                for payload in (
+                    *({"begin": how} for how in ("panic", "exit", "strange", "break")),
+                    *({"turn": how} for how in ("strange", "unsendable", "unreadable", "break")),
+                ):
+                    with pytest.raises(SfumatoError):
+                        await events(one, job(**payload))
+            assert (await told(one))["pid"] == before and one.stats().restarts == 0
+
+    running(test())
+
+
+def test_a_job_that_is_never_prepared_is_given_up_and_its_thread_replaced(opened):
+    async def test() -> None:
+        async with opened(prepare_seconds=0.3) as one:
+            before = (await told(one))["pid"]
+            for _ in range(2):  # both threads each time
+                stuck = [asyncio.create_task(events(one, job(begin="never"))) for _ in range(2)]
+                await asyncio.sleep(0.1)
+                begun = time.monotonic()
+                for task in stuck:
+                    with pytest.raises(
+                        InputError, match=r"was not prepared within 0.3 seconds; make its texts smaller"
+                    ):
+                        await task
+                assert time.monotonic() - begun < 5
+                assert (await told(one))["pid"] == before
+            assert one.stats().restarts == 0
+
+    running(test())
+
+
+def test_a_process_that_has_lost_too_many_threads_is_replaced(opened, impatient):
+    async def test() -> None:
+        async with opened(prepare_seconds=0.2, lost=1) as one:
+            before = (await told(one))["pid"]
+            for _ in range(2):
+                with pytest.raises((InputError, WorkerError)):
+                    await events(one, job(begin="never"))
+            while not one.stats().restarts:
+                await asyncio.sleep(0.01)
+            assert (await told(one))["pid"] != before
+
+    running(test())
+
+
+def test_who_waits_to_be_prepared_shows_in_the_figures_and_is_no_silence(opened):
+    async def test() -> None:
+        async with opened(silence=1.5) as one:
+            stuck = [asyncio.create_task(events(one, job(begin="never"))) for _ in range(3)]
+            await asyncio.sleep(2.5)
+            assert 1.5 < one.stats().stalled < 4 and one.stats().queue == 3
+            assert one.is_ready() and one.stats().restarts == 0
+            for task in stuck:
+                task.cancel()
+            await asyncio.gather(*stuck, return_exceptions=True)
+
+    running(test())

@@ -77,7 +77,7 @@ class Stats:
     """Seconds for which the job that has been prepared for longest has been prepared."""
 
 
-def where(error: Exception, depth: int = 8) -> str:
+def where(error: BaseException, depth: int = 8) -> str:
     """The kind of an error and the last places it came through; not its words, which may be a prompt's."""
     frames = traceback.extract_tb(error.__traceback__)[-depth:]
     return " < ".join([type(error).__name__, *(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))])

@@ -4,6 +4,9 @@ Four kinds of thread. One reads the connection, from before the model is loaded,
 parent whatever it is doing. Two prepare jobs (template, tokens, grammar), so that small ones need not wait for one slow
 grammar. The main thread runs the engine, a turn after the other, and sends each turn's events as one message.
 
+What a job meets ends that job. One that is not prepared in time is given up, and another thread takes the place of the
+one that is lost to it. What is sent to the parent is plain: each event by itself, errors of our own family alone.
+
 Torch is imported only where the model is opened: `worker`, in the server's process, imports this file.
 """
 
@@ -19,17 +22,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from sfumato.events import Draft, Event, Options, SfumatoError
+from sfumato import confined
+from sfumato.events import Draft, Event, InputError, Options, SfumatoError
 from sfumato.server.backend import Job, ModelCard, Result, Stats, where
 
 PREPARING = 2
 """Threads that prepare jobs."""
+PREPARE_SECONDS = 60.0
+"""After which a job that is still being prepared is given up."""
+LOST = 8
+"""Threads that may be lost to such jobs; with one more the process ends, and is started again."""
+STACK = 16 << 20
+"""Bytes of stack of a thread: what a grammar needs was measured on less."""
 STATS_SECONDS = 0.5
 PROGRESS_SECONDS = 0.1
 TRIM_SECONDS = 5.0
@@ -84,8 +94,8 @@ def run(connection: Connection, open_jobs: Callable[[Send], tuple[Jobs, ModelCar
     try:
         desk.jobs, card = open_jobs(desk.send)
     except SfumatoError as error:
-        return desk.send(("failed", error))
-    except Exception as error:
+        return desk.send(("failed", plain(error)))
+    except BaseException as error:
         return desk.send(("failed", SfumatoError(f"the model cannot be loaded: {_full(error)}")))
     gc.collect()
     gc.freeze()  # a third of a million objects of libraries that will not go: not looked through again and again
@@ -94,9 +104,18 @@ def run(connection: Connection, open_jobs: Callable[[Send], tuple[Jobs, ModelCar
         _start(desk.prepare)
     try:
         desk.serve()
-    except Exception as error:
+    except BaseException as error:
         print(f"sfumato: the engine failed: {_full(error)}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: other threads may stand in the engine
+
+
+@dataclass(eq=False)
+class _Preparing:
+    """A job that has come and has not begun."""
+
+    came: float = field(default_factory=time.monotonic)
+    is_cancelled: bool = False
+    is_given_up: bool = False
 
 
 class Desk:
@@ -110,8 +129,10 @@ class Desk:
         self.news = threading.Event()
         self.queue: SimpleQueue[tuple[int, Job]] = SimpleQueue()
         self.lock = threading.Lock()
-        self.preparing: dict[int, bool] = {}
-        """Jobs that have not begun, and whether they have been cancelled since."""
+        self.preparing: dict[int, _Preparing] = {}
+        self.at_work: dict[int, float] = {}
+        """Of these, those that a thread prepares, and since when."""
+        self.lost = 0
 
     def send(self, message: Any) -> None:
         """From any thread; the process ends where nobody listens any more."""
@@ -122,58 +143,94 @@ class Desk:
         except OSError:
             os._exit(0)
 
+    def tell(self, happened: Sequence[tuple[int, Event | Result | BaseException]]) -> None:
+        """Each in a parcel of its own: what cannot be sent, or read, is its own job's error."""
+        self.send(("events", [(key, _parcel(what)) for key, what in happened]))
+
     def read(self) -> None:
         while True:
             try:
                 message = self.connection.recv()
             except (EOFError, OSError):  # the parent has ended
                 os._exit(0)
+            except Exception as error:
+                print(f"sfumato: a message could not be read: {where(error)}", file=sys.stderr, flush=True)
+                continue
             match message:
                 case ("job", key, job):
                     with self.lock:
-                        self.preparing[key] = False
+                        self.preparing[key] = _Preparing()
                     self.queue.put((key, job))
+                    self.news.set()
                 case ("cancel", key):
                     with self.lock:
-                        is_begun = key not in self.preparing
-                        if not is_begun:
-                            self.preparing[key] = True
-                    if is_begun:
+                        if (one := self.preparing.get(key)) is not None:
+                            one.is_cancelled = True
+                    if one is None:
                         self.jobs.cancel(key)
                         self.news.set()
                 case ("stop",):
                     os._exit(0)
 
     def prepare(self) -> None:
-        while True:
+        """Until a job takes so long that another thread has taken this one's place."""
+        one = _Preparing()
+        while not one.is_given_up:
             key, job = self.queue.get()
-            is_begun = False
+            with self.lock:
+                one, self.at_work[key] = self.preparing[key], time.monotonic()
+            confined.is_cancelled.set(lambda one=one: one.is_cancelled or one.is_given_up)  # type: ignore[misc]
+            is_begun, failure = False, None
             try:
-                if not self.preparing[key]:
+                if not one.is_cancelled:
                     self.jobs.begin(key, job.kind, job.payload, job.options)
                     is_begun = True
-            except Exception as error:
-                self.send(("events", [(key, _told(error))]))
+            except BaseException as error:  # a panic of a Rust library is no Exception
+                failure = error
             with self.lock:
-                is_cancelled = self.preparing.pop(key)
-            if is_begun and is_cancelled:
+                self.preparing.pop(key)
+                self.at_work.pop(key)
+            if is_begun and (one.is_cancelled or one.is_given_up):
                 self.jobs.cancel(key)
+            if failure is not None and not one.is_given_up:
+                self.tell([(key, failure)])
             self.news.set()
+
+    def give_up(self) -> None:
+        """Jobs that are not prepared in time; each has cost a thread, which another one takes the place of."""
+        late = time.monotonic() - PREPARE_SECONDS
+        with self.lock:
+            overdue = [
+                key for key, since in self.at_work.items() if since < late and not self.preparing[key].is_given_up
+            ]
+            for key in overdue:
+                self.preparing[key].is_given_up = True
+        for key in overdue:
+            text = f"the request was not prepared within {PREPARE_SECONDS:g} seconds; make its texts smaller"
+            self.tell([(key, InputError(text))])
+            self.lost += 1
+            if self.lost > LOST:
+                print(f"sfumato: {LOST} threads are lost to requests that take too long", file=sys.stderr, flush=True)
+                os._exit(1)
+            _start(self.prepare)
 
     def serve(self) -> None:
         told, trimmed = 0.0, time.monotonic()
         while True:
             self.news.clear()  # before the look, so that what comes after it is heard
             if is_idle := self.jobs.is_idle:
-                happened = []
+                happened: Sequence[tuple[int, Any]] = []
             else:
-                happened = [(key, _lighter(what)) for key, what in self.jobs.turn()]
+                happened = self.jobs.turn()
             if happened:
-                self.send(("events", happened))
+                self.tell(happened)
+            self.give_up()
             if is_idle or time.monotonic() - told >= STATS_SECONDS:
                 self.send(("stats", self.stats()))
                 told = time.monotonic()
-            if time.monotonic() - trimmed >= TRIM_SECONDS or (is_idle and not self.news.wait(TRIM_SECONDS)):
+            if is_idle and self.preparing:  # say so now and then: a parent that hears nothing takes this for a hang
+                self.news.wait(STATS_SECONDS)
+            elif time.monotonic() - trimmed >= TRIM_SECONDS or (is_idle and not self.news.wait(TRIM_SECONDS)):
                 trim()
                 trimmed = time.monotonic()
                 if is_idle:
@@ -181,7 +238,14 @@ class Desk:
 
     def stats(self) -> Stats:
         figures = vars(self.jobs.figures())
-        return Stats(**figures | {"queue": figures["queue"] + len(self.preparing), "memory_bytes": _memory_bytes()})
+        with self.lock:
+            came = [one.came for one in self.preparing.values() if not one.is_given_up]
+        more = {
+            "queue": figures["queue"] + len(came),
+            "memory_bytes": _memory_bytes(),
+            "stalled": time.monotonic() - min(came) if came else 0.0,
+        }
+        return Stats(**figures | more)
 
 
 class Progress:
@@ -220,24 +284,39 @@ def card_of(llm: Any, quantize: str | None) -> ModelCard:
 
 
 def _start(run: Callable[[], None]) -> None:
+    before = threading.stack_size(STACK)
     threading.Thread(target=run, daemon=True, name=run.__name__).start()
+    threading.stack_size(before)
 
 
-def _lighter(what: Event | Result | Exception) -> Event | Result | Exception:
+def _parcel(what: Event | Result | BaseException) -> bytes:
     if isinstance(what, Draft):
-        return replace(what, entropies=[round(entropy, 4) for entropy in what.entropies])
-    return _told(what) if isinstance(what, Exception) else what
+        what = replace(what, entropies=[round(entropy, 4) for entropy in what.entropies])
+    try:
+        return pickle.dumps(plain(what) if isinstance(what, BaseException) else what, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        return pickle.dumps(plain(error), pickle.HIGHEST_PROTOCOL)
 
 
-def _told(error: Exception) -> SfumatoError:
-    """One of our own as it is. Of another only its kind and place: its words may be a prompt's."""
+def unpacked(parcel: bytes) -> Event | Result | SfumatoError:
+    """What a parcel holds, on the parent's side."""
+    try:
+        return pickle.loads(parcel)  # type: ignore[no-any-return]
+    except Exception as error:
+        return plain(error)
+
+
+def plain(error: BaseException) -> SfumatoError:
+    """An error that any process can read: one of those that `events` has. Of another only its kind and place: its words
+    may be a prompt's."""
     if isinstance(error, SfumatoError):
-        return error
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == SfumatoError.__module__)
+        return error if kind is type(error) else kind(str(error))
     print(f"sfumato: a request failed: {where(error)}", file=sys.stderr, flush=True)
     return SfumatoError(f"the engine failed at this request ({where(error, 1)}); it is a fault of the server")
 
 
-def _full(error: Exception) -> str:
+def _full(error: BaseException) -> str:
     return f"{next(iter(str(error).splitlines()), '')} ({where(error)})"
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from sfumato.events import BusyError, Commit, Draft, Event, SfumatoError, WorkerError
 from sfumato.server import desk
-from sfumato.server.backend import Job, ModelCard, Result, Stats
+from sfumato.server.backend import Job, ModelCard, Result, Stats, where
 
 PATIENCE = 30.0
 """Seconds that a job waits for a worker that is being started."""
@@ -35,9 +35,10 @@ STEADY = 5.0
 """A worker that lived so many seconds is followed by another at once; one that did not, after a pause."""
 PAUSES = (1.0, 30.0)
 """The first pause in seconds, which doubles, and the longest."""
-SILENCE = 600.0
+SILENCE = 300.0
 """Seconds without a word of a worker that has jobs, after which it is taken for hung and killed. More than its longest
-turn: a long prompt of a large model on a slow processor, kernels that are compiled first."""
+turn (a long prompt of a large model on a slow processor, kernels that are compiled first), less than the longest
+request: that one is told of it."""
 PARTING = 1.0
 """Seconds that a worker has to end by itself."""
 
@@ -54,7 +55,8 @@ class Worker:
 
     `load` are the arguments of `LLM.load` by name, `limits` the fields of `batch.BatchLimits`, of which `rows` and
     `queue` must be given; plain values, as torch stays out of this process. `loading(done, all)` hears of bytes while
-    the first worker loads. `child` is what the process runs: a function that a fresh interpreter can import."""
+    the first worker loads. `child` is what the process runs: a function that a fresh interpreter can import. `silence`:
+    seconds without a word after which it is killed."""
 
     def __init__(
         self,
@@ -62,8 +64,10 @@ class Worker:
         limits: Mapping[str, Any],
         loading: Callable[[int, int], None] | None = None,
         child: Child = desk.main,
+        silence: float = SILENCE,
     ) -> None:
         self.load, self.limits, self.loading, self.child = load, dict(limits), loading, child
+        self.silence = silence
         self._keys = itertools.count()
         self._inboxes: dict[int, asyncio.Queue[Event | Result | Exception]] = {}
         """Of the jobs that the worker has."""
@@ -216,7 +220,7 @@ class Worker:
             message, self._heard = await self._message(messages), loop.time()
             match message:
                 case None:
-                    failure = WorkerError(f"the engine's worker was silent for {SILENCE:g} s and was killed")
+                    failure = WorkerError(f"the engine's worker was silent for {self.silence:g} s and was killed")
                     self._process.process.kill()
                 case ("loading", done, total):
                     if self.loading is not None and self._card is None:
@@ -227,8 +231,8 @@ class Worker:
                     ready_at, self._card, self._is_loaded = loop.time(), card, True
                     self._news.set()
                 case ("events", happened):
-                    for key, what in happened:
-                        self._take(key, what)
+                    for key, parcel in happened:
+                        self._take(key, desk.unpacked(parcel))
                 case ("stats", figures):
                     self._now = replace(figures, restarts=self._before.restarts)
                 case ("ended", code):
@@ -247,9 +251,9 @@ class Worker:
         loop = asyncio.get_running_loop()
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(SILENCE):
+                async with asyncio.timeout(self.silence):
                     return await messages.get()
-            if self._is_loaded and self._inboxes and loop.time() - self._heard >= SILENCE:
+            if self._is_loaded and self._inboxes and loop.time() - self._heard >= self.silence:
                 return None
 
 
@@ -290,7 +294,14 @@ class _Process:
         try:
             with suppress(EOFError, OSError):
                 while self.connection in wait([self.connection, self.process.sentinel]):
-                    hear(self.connection.recv())
+                    try:
+                        message = self.connection.recv()
+                    except (EOFError, OSError):
+                        raise
+                    except Exception as error:  # no message may end this thread
+                        print(f"sfumato: a message could not be read: {where(error)}", file=sys.stderr)
+                    else:
+                        hear(message)
         finally:
             self.process.join(PARTING)  # it may have closed its end and live
             self.process.kill()
