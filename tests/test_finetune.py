@@ -5,6 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +20,9 @@ import torch.nn.functional as F
 from tiny import tiny_config, tiny_model
 from torch import Tensor
 
-from sfumato import ops
+from sfumato import ops, weights
 from sfumato.cache import KVCache
+from sfumato.cli import main
 from sfumato.events import CheckpointError, InputError
 from sfumato.finetune.data import SudokuSource
 from sfumato.finetune.loss import IGNORE, Batch, Corruption, Problem, losses, problem
@@ -162,6 +171,140 @@ def test_log_lines_past_the_last_save_are_forgotten(tmp_path):
         log.write(json.dumps({"step": 4}) + "\n")
     Trainer(trainable(), source_of(batch()), recipe, tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_lines_that_a_kill_tore_or_doubled_are_forgotten(tmp_path):
+    """Also where it came before the first save, and of the checks too."""
+    recipe = Recipe(steps=3, batch=2)
+    list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
+    log, evals = tmp_path / "log.jsonl", tmp_path / "evals.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(b'{"step": 1, "old": 1}\n' + whole + b'\n[1]\n{"step": "4"}\n{"step": 4}\n\xff{"step": 2, "diff')
+    evals.write_text('{"step": 2, "rate": 1}\n{"step": 9}\n{"st')
+    Trainer(trainable(), source_of(batch()), recipe, tmp_path)
+    assert log.read_bytes() == whole and evals.read_text() == '{"step": 2, "rate": 1}\n'
+    before = log.stat().st_mtime_ns
+    Trainer(trainable(), source_of(batch()), recipe, tmp_path)
+    assert log.stat().st_mtime_ns == before
+    (tmp_path / "state.safetensors").unlink()
+    list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+    assert evals.read_text() == ""
+
+
+def test_a_step_that_is_half_taken_is_not_saved(tmp_path):
+    """Else some weights would take it twice."""
+    recipe = Recipe(steps=3, batch=2, optimizer="muon")
+    trainer = Trainer(trainable(), source_of(batch()), recipe, tmp_path)
+    run = trainer.run()
+    next(run)
+    trainer.save()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    trainer.optimizers[1].step = stop  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        next(run)
+    again = Trainer(trainable().init_(9), source_of(batch()), recipe, tmp_path)
+    whole = trainable()
+    list(Trainer(whole, source_of(batch()), recipe, tmp_path / "whole").run())
+    list(again.run())
+    assert again.step == 3 and all(whole.state_dict()[n].equal(t) for n, t in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("note", [{}, {"step": "1"}, {"step": "x", "recipe": "{}"}, {"step": "1", "recipe": "[1]"}])
+def test_a_file_that_is_no_state_is_one_sentence(tmp_path, note: dict[str, str]):
+    model = trainable()
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    weights.write_tensors(tmp_path / "state.safetensors", tensors, note)
+    for call in (lambda: recipe_of(tmp_path), lambda: Trainer(model, source_of(batch()), Recipe(), tmp_path)):
+        with pytest.raises(CheckpointError, match="is not the state of a run; choose another folder or remove it"):
+            call()
+
+
+# ---- on the command line --------------------------------------------------------------------------------------------
+
+
+def started(out: Path) -> subprocess.Popen[str]:
+    """`sfumato finetune` on nano, small and long."""
+    command = [sys.executable, "-c", "import sys; from sfumato.cli import main; sys.exit(main())", "finetune", str(out)]
+    command += ["--pool", "60", "--eval-every", "0", "-s", "steps=500", "-s", "batch=2", "-s", "warmup=1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines_of(out: Path) -> list[int]:
+    log = out / "log.jsonl"
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number: int, code: int):
+    out = tmp_path / "run"
+    process = started(out)
+    until(lambda: len(lines_of(out)) >= 3)
+    second = started(out)
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 1 and f"another process is writing {out}; wait" in said
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    steps = lines_of(out)
+    assert process.returncode == code and "saved; the same command goes on from here" in said
+    assert recipe_of(out).steps == 500 and steps == list(range(1, len(steps) + 1))
+    assert weights.read_tensors(out / "state.safetensors")[1]["step"] == str(len(steps))
+    assert (out / "checkpoint" / "model.safetensors").exists() and os.listdir(tmp_path) == ["run"]
+    process = started(out)
+    until(lambda: len(lines_of(out)) >= len(steps) + 2)
+    process.send_signal(number)
+    assert f"going on from step {len(steps)} of 500" in process.communicate(timeout=120)[1]
+    assert lines_of(out) == list(range(1, len(lines_of(out)) + 1))
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path):
+    """SIGKILL, eight times: before the first save, and in the middle of saves, of which there is one a step."""
+    out, dice, reached = tmp_path / "run", random.Random(1), 0
+    code = "import sys; from sfumato.finetune.train import Trainer; from sfumato.cli import main\n"
+    code += "plain = Trainer.__init__\n"
+    code += "Trainer.__init__ = lambda *a, **k: plain(*a, **{**k, 'checkpoint_seconds': 0.0})\nsys.exit(main())"
+    given = ["finetune", str(out), "--pool", "60", "--eval-every", "0", "-s", "steps=500", "-s", "batch=2"]
+    for turn in range(8):
+        process = subprocess.Popen([sys.executable, "-c", code, *given], stderr=subprocess.PIPE, text=True)
+        if turn:
+            until(lambda goal=reached: len(lines_of(out)) > goal)
+        time.sleep(dice.uniform(0, 0.3) if turn else 0.5)
+        process.kill()
+        said = process.communicate()[1]
+        assert f"going on from step {reached} of 500" in said or not reached
+        state = out / "state.safetensors"
+        reached = int(weights.read_tensors(state)[1]["step"]) if state.exists() else 0
+    assert reached > 3
+    process = subprocess.Popen([sys.executable, "-c", code, *given], stderr=subprocess.PIPE, text=True)
+    until(lambda: len(lines_of(out)) > reached + 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate()[1] is not None and process.returncode == 143
+    assert lines_of(out) == list(range(1, len(lines_of(out)) + 1))
+    assert sorted(os.listdir(out)) == ["checkpoint", "log.jsonl", "loss.png", "state.safetensors"]
+
+
+def test_a_folder_with_files_of_others_is_refused(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "log.jsonl").write_text("mine")
+    assert main(["finetune", str(tmp_path)]) == 2
+    assert "holds notes.txt and no run to go on with; give another folder, or --force" in capsys.readouterr().err
+    given = ["finetune", str(tmp_path), "-s", "steps=1", "-s", "batch=2", "--pool", "60", "--eval-every", "0"]
+    assert main([*given, "--force"]) == 0 and lines_of(tmp_path) == [1]
+    assert main([*given]) == 0 and lines_of(tmp_path) == [1] and "going on from step 1" in capsys.readouterr().err
+    assert main([*given, "--force"]) == 0 and lines_of(tmp_path) == [1] and "going on" not in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_another_models_state_is_refused(tmp_path):

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sfumato.cli import options as opt
+from sfumato.cli.view import visible
 from sfumato.events import InputError
+from sfumato.files import locked
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="Folder of the run: state, log, plot, and the finished checkpoint.")],
+    out: Annotated[str, typer.Argument(help="Folder of the run: state, log, plot, and the finished checkpoint.")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Checkpoint to begin from; nano:new begins from random weights.")
     ] = "nano",
@@ -32,34 +39,96 @@ def command(
         bool, typer.Option("--compile", help="torch.compile the step: minutes to start, faster.")
     ] = False,
     device: opt.Device = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin anew in a folder that holds something; an earlier run there is lost.")
+    ] = False,
 ) -> None:
-    """Train; run the same command again to go on where it stopped. Ctrl-C saves first.
+    """Train; run the same command again to go on where it stopped. Ctrl-C and SIGTERM end the step and save first.
 
     Example: sfumato finetune runs/nano -m nano:new -s steps=3000 -s optimizer=muon --minutes 60
     """
+    if task != "sudoku":
+        raise InputError(f"there is no task {task!r}; the tasks are: sudoku")
+    folder = opt.out_path(out, "OUT")
+    with locked(folder):
+        _make_place(folder, force)
+        with Stop() as stop:
+            _train(folder, model, set_ or [], minutes, eval_every, pool, threads, compile, device, stop)
+    if stop.number:
+        raise typer.Exit(128 + stop.number)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, remembered: the step in progress ends and is saved. The second one ends the work at once."""
+
+    number = 0
+    """The signal that has come."""
+
+    def __enter__(self) -> Stop:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set them
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before or signal.SIG_DFL)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+def _make_place(folder: Path, force: bool) -> None:
+    """The run's folder, empty or as a run has left it. InputError where it holds files of others."""
+    from sfumato.finetune.train import LOGS, STATE
+
+    ours = (STATE, *LOGS, "loss.png", f".{STATE}.part")
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sorted(file.name for file in folder.iterdir())
+    if force:
+        for name in ours:
+            (folder / name).unlink(missing_ok=True)
+    elif STATE not in held and (others := [name for name in held if name not in ours]):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise InputError(
+            f"{folder} holds {others[0]}{more} and no run to go on with; give another folder, or --force to train there"
+        )
+
+
+def _train(
+    out: Path,
+    model: str,
+    changes: list[str],
+    minutes: float | None,
+    eval_every: int,
+    pool: int,
+    threads: int | None,
+    compile: bool,
+    device: str,
+    stop: Stop,
+) -> None:
     import torch
 
     from sfumato import ops, weights
     from sfumato.chat import ChatTemplate
     from sfumato.config import ModelConfig, read_generation_config
-    from sfumato.evals.sudoku import solve
-    from sfumato.events import Options
     from sfumato.finetune.data import SudokuSource
     from sfumato.finetune.plot import plot
-    from sfumato.finetune.train import Recipe, Trainer, recipe_of
+    from sfumato.finetune.train import STATE, Recipe, Trainer, recipe_of
     from sfumato.llm import LLM
     from sfumato.model import Model
     from sfumato.tokenizer import Tokenizer
 
-    if task != "sudoku":
-        raise InputError(f"there is no task {task!r}; the tasks are: sudoku")
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = weights.resolve(model.removesuffix(":new"))
-    base = recipe_of(out) if (out / "state.safetensors").exists() else Recipe()
-    recipe = replace(base, **_numbers(set_ or [], {f.name for f in fields(Recipe)}))
+    base = recipe_of(out) if (out / STATE).exists() else Recipe()
+    recipe = replace(base, **_numbers(changes, {f.name for f in fields(Recipe)}))
     if model.endswith(":new"):
         start = Model(ModelConfig.from_file(folder / "config.json"), ops.load("fused")).to(device)
         start.init_(recipe.seed, std=0.05)
@@ -70,29 +139,44 @@ def command(
     console = Console(stderr=True, highlight=False)
     source = SudokuSource(tokenizer, template, pool=pool, progress=_counter(console))
     trainer = Trainer(start, source, recipe, out, compile)
-    defaults, _ = read_generation_config(folder)
-    llm = LLM(start, tokenizer, template, defaults, str(out))
+    llm = LLM(start, tokenizer, template, read_generation_config(folder)[0], str(out))
     held_out = SudokuSource(tokenizer, template, seed=source.stream.seed + 1, pool=60, clues=(30, 39))
     if trainer.step:
         console.print(f"going on from step {trainer.step} of {recipe.steps}", style="dim")
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
+    until = 0.0 if stop.number else until
     try:
-        for progress in _with_bar(trainer.run(until), recipe.steps, console):
-            if eval_every and progress.step % eval_every == 0:
-                puzzles, _ = held_out.stream.sample(60, 35, 0)
-                texts = ["".join(map(str, row)) for row in puzzles]
-                found = list(solve(llm, texts, Options(seed=0), batch=60))
-                rate = sum(s.solved for s in found) / len(found)
-                steps = sum(s.steps for s in found) / len(found)
-                with (out / "evals.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": progress.step, "solve_rate": rate, "mean_steps": steps}) + "\n")
-                console.print(f"step {progress.step}: {rate:.0%} of 60 puzzles with 35 clues, {steps:.1f} steps")
-    except KeyboardInterrupt:
+        # The run saves as it ends.
+        with closing(trainer.run(until)) as steps, closing(_with_bar(steps, recipe.steps, console)) as shown:
+            for progress in shown:
+                if eval_every and progress.step % eval_every == 0:
+                    _check(llm, held_out, out, progress.step, console)
+                if stop.number:
+                    break
+    except KeyboardInterrupt:  # the second one
+        console.print("ended at once; the same command goes on from what was saved", style="dim")
+        return
+    if stop.number:
         console.print("saved; the same command goes on from here", style="dim")
-    finally:
-        drawn = plot(out)
+    drawn = plot(out)
     weights.save(start, out / "checkpoint", tokenizer_from=folder)
-    console.print(f"{out / 'checkpoint'} holds the model after step {trainer.step}; {drawn}")
+    told = f"{out / 'checkpoint'} holds the model after step {trainer.step}; {drawn}"
+    console.print(visible(told))
+
+
+def _check(llm: Any, held_out: Any, out: Path, step: int, console: Console) -> None:
+    """The solve rate on puzzles that are not trained on, into evals.jsonl."""
+    from sfumato.evals.sudoku import solve
+    from sfumato.events import Options
+
+    puzzles, _ = held_out.stream.sample(60, 35, 0)
+    texts = ["".join(map(str, row)) for row in puzzles]
+    found = list(solve(llm, texts, Options(seed=0), batch=60))
+    rate = sum(s.solved for s in found) / len(found)
+    steps = sum(s.steps for s in found) / len(found)
+    with (out / "evals.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "solve_rate": rate, "mean_steps": steps}) + "\n")
+    console.print(f"step {step}: {rate:.0%} of 60 puzzles with 35 clues, {steps:.1f} steps")
 
 
 def _numbers(pairs: list[str], known: set[str]) -> dict[str, Any]:
@@ -113,7 +197,7 @@ def _counter(console: Console):
     return show
 
 
-def _with_bar(steps, total: int, console: Console):
+def _with_bar(steps: Any, total: int, console: Console) -> Generator[Any, None, None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))

@@ -15,9 +15,10 @@ def plot(folder: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    evals = folder / "evals.jsonl"
-    checks = [json.loads(line) for line in evals.read_text().splitlines()] if evals.exists() else []
+    log, checks = (
+        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for path in (folder / "log.jsonl", folder / "evals.jsonl")
+    )
     if not log:
         return "there is nothing to draw yet"
     figure, axes = pyplot.subplots(figsize=(8, 4.5))

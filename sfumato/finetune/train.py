@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,13 @@ from torch import Tensor
 
 from sfumato import weights
 from sfumato.events import CheckpointError, InputError
+from sfumato.files import replacing
 from sfumato.finetune.data import Source
 from sfumato.finetune.loss import Corruption, losses, problem
 from sfumato.model import Model
+
+STATE, LOGS = "state.safetensors", ("log.jsonl", "evals.jsonl")
+"""What a run's folder holds; the logs have a line for each step, and for each check of what was learnt."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Trainer:
     """A model, its optimisers and a place on disk.
 
     `folder` holds `state.safetensors` (weights, optimiser state, step) and `log.jsonl`; where they are there already,
-    training continues from them."""
+    training continues from them. Two runs in one folder at one time need `files.locked`."""
 
     def __init__(
         self,
@@ -122,11 +125,15 @@ class Trainer:
             )
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
         self._losses: Callable[..., tuple[Tensor, Tensor]] = torch.compile(losses, dynamic=False) if compile else losses
-        if (self.folder / "state.safetensors").exists():
+        self._is_between_steps = True
+        if (self.folder / STATE).exists():
             self._restore()
+        for name in LOGS:
+            _cut(self.folder / name, self.step)
 
-    def run(self, until: float = math.inf) -> Iterator[Progress]:
-        """Train up to the recipe's last step, or until `time.monotonic()` passes `until`; saves on the way out."""
+    def run(self, until: float = math.inf) -> Generator[Progress, None, None]:
+        """Train up to the recipe's last step, or until `time.monotonic()` passes `until`; saves on the way out, and so
+        when it is closed."""
         saved = time.monotonic()
         try:
             while self.step < self.recipe.steps and time.monotonic() < until:
@@ -138,7 +145,8 @@ class Trainer:
                     saved = time.monotonic()
                 yield progress
         finally:
-            self.save()
+            if self._is_between_steps:  # else some weights have taken the step and some have not
+                self.save()
 
     def _advance(self) -> Progress:
         began, recipe, step = time.perf_counter(), self.recipe, self.step
@@ -157,10 +165,12 @@ class Trainer:
             diffusion_loss, encode_loss = self._losses(self.model, given, recipe.leave_one_out)
         (diffusion_loss + encode_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        self._is_between_steps = False
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._is_between_steps = True
         return Progress(
             step=self.step,
             diffusion_loss=diffusion_loss.item(),
@@ -178,10 +188,10 @@ class Trainer:
             for parameter, state in optimizer.state.items():
                 tensors |= {f"optimizer.{self._names[parameter]}.{key}": value for key, value in state.items()}
         note = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
-        weights.write_tensors(self.folder / "state.safetensors", tensors, note)
+        weights.write_tensors(self.folder / STATE, tensors, note)
 
     def _restore(self) -> None:
-        path = self.folder / "state.safetensors"
+        path = self.folder / STATE
         tensors, note = weights.read_tensors(path)
         own = self.model.state_dict()
         read = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
@@ -197,21 +207,40 @@ class Trainer:
                         optimizer.state[parameter] = {
                             key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
                         }
-        self.step = int(note["step"])
-        self._cut_log()
-
-    def _cut_log(self) -> None:
-        """Forget log lines of steps that were done after the last save and will be done again."""
-        path = self.folder / "log.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            beside = path.with_suffix(".tmp")
-            beside.write_text("".join(line + "\n" for line in kept))
-            os.replace(beside, path)
+        self.step = _noted(path, note)[0]
 
 
 def recipe_of(folder: Path | str, **changes: Any) -> Recipe:
-    """The recipe that a folder was last trained with, with changes."""
-    _, note = weights.read_tensors(Path(folder) / "state.safetensors")
-    stored = json.loads(note["recipe"])
-    return replace(Recipe(**{**stored, "betas": tuple(stored["betas"])}), **changes)
+    """The recipe that a folder was last trained with, with changes. CheckpointError where its state is none."""
+    path = Path(folder) / STATE
+    return replace(_noted(path, weights.read_tensors(path)[1])[1], **changes)
+
+
+def _noted(path: Path, note: dict[str, str]) -> tuple[int, Recipe]:
+    """Step and recipe of a state."""
+    try:
+        stored = json.loads(note["recipe"])
+        return int(note["step"]), Recipe(**{**stored, "betas": tuple(stored["betas"])})
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not the state of a run; choose another folder or remove it") from error
+
+
+def _cut(path: Path, step: int) -> None:
+    """Forget a log's lines of steps that were done after the last save and will be done again, lines that a kill has
+    torn, and all but the last line of a step."""
+    if not path.exists():
+        return
+    held = path.read_bytes()
+    kept = {at: line for line in held.splitlines() if (at := _step_of(line)) is not None and at <= step}
+    data = b"".join(line + b"\n" for line in kept.values())
+    if data != held:
+        with replacing(path) as file:
+            file.write(data)
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
