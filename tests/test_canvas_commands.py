@@ -6,8 +6,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import stat
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -189,6 +192,23 @@ def test_files_that_cannot_be_read_or_written(sfumato, no_model, put, tmp_path, 
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stdin", terminal)
     assert "there is no text on standard input" in refused("-")
+
+
+@pytest.mark.parametrize("command", ["infill", "edit"])
+def test_a_pipe_is_not_written_and_not_waited_for(sfumato, no_model, put, tmp_path, monkeypatch, command):
+    """Opened to be read, it would wait for its other end."""
+    put("ab")
+    os.mkfifo("pipe")
+    os.symlink("pipe", "link")
+    more = ("--span", "1:1-1:2") if command == "edit" else ("--at", "1:1")
+    for name in ("pipe", "link", "/dev/null"):
+        code, out, err = sfumato(command, name, "--write", *more)
+        assert code == 2 and out == "" and f"{name} is not a regular file" in err and err.count("\n") == 1
+    os.unlink("a.txt")
+    os.rename("pipe", "a.txt")  # in the meantime
+    with pytest.raises(SfumatoError, match="has changed since it was read"):
+        text.write("a.txt", "ab", "new")
+    assert stat.S_ISFIFO(os.stat("a.txt").st_mode)
 
 
 # ---- edit ------------------------------------------------------------------------------------------------------------
@@ -508,6 +528,52 @@ def test_a_file_that_changed_meanwhile_is_left(put):
     with pytest.raises(SfumatoError, match="has changed since it was read"):
         text.write("a.txt", "old", "new")
     assert Path("a.txt").read_text() == "mine" and os.listdir() == ["a.txt"]
+
+
+def test_a_write_keeps_extended_attributes(put, tmp_path):
+    put("old")
+    try:
+        os.setxattr("a.txt", "user.origin", b"here\0there")
+        os.setxattr("a.txt", "user.empty", b"")
+    except (AttributeError, OSError):
+        pytest.skip("this system, or this drive, has no extended attributes")
+    os.chmod("a.txt", 0o751)
+    os.symlink("a.txt", "link")
+    text.write("link", "old", "new")
+    assert Path("a.txt").read_text() == "new" and os.path.islink("link")
+    assert os.getxattr("a.txt", "user.origin") == b"here\0there" and os.getxattr("a.txt", "user.empty") == b""
+    assert stat.S_IMODE(os.stat("a.txt").st_mode) == 0o751
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_leave_the_old_text_or_the_new(put, tmp_path):
+    """SIGKILL, thirty times, in the middle of writes of 8 MB."""
+    texts_ = ["a" * (8 << 20), "b" * (8 << 20)]
+    put(texts_[0])
+    script = (
+        "from sfumato.cli import text\na, b = 'a' * (8 << 20), 'b' * (8 << 20)\n"
+        "held = text.read('a.txt')\nprint(flush=True)\n"
+        "while True:\n    held, old = (b if held == a else a), held\n    text.write('a.txt', old, held)\n"
+    )
+    dice, found = random.Random(1), set()
+    for _ in range(30):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        time.sleep(dice.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        found.add(texts_.index(Path("a.txt").read_text()))
+    assert found == {0, 1}
+
+
+def test_a_terminal_gets_json_without_control_characters(monkeypatch):
+    """JSON of a text may hold those above 127 as they are."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    text.put('{"text": "\x9b2J\x7f"}\n')
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    text.put('{"text": "\x9b2J\x7f"}\n')
+    assert terminal.buffer.getvalue().decode() == '{"text": "\x9b2J\x7f"}\n{"text": "\ufffd2J␡"}\n'
 
 
 def test_a_write_that_fails_leaves_the_file_and_nothing_beside(put, monkeypatch):
