@@ -1,13 +1,12 @@
 """Messages, tools and thinking to prompt text and ids, and the model's answer back into thought, text and calls.
 
-The prompt is the checkpoint's own jinja template, rendered in a sandbox. **What a message says stays what it says**:
-`ChatTemplate.encode` marks the places in the caller's strings where a control token could begin or end, finds the
-control tokens in the marked rendering, and takes the marks out of the ordinary text between them. So every control
-token in a prompt was put there by the template, and `parse_ids` likewise trusts only real control tokens in an answer.
+The prompt is the checkpoint's own jinja template, rendered in a sandbox in a child process (`template`). **What a
+message says stays what it says**: `ChatTemplate.encode` marks the places in the caller's strings where a control token
+could begin or end, finds the control tokens in the marked rendering, and takes the marks out of the ordinary text
+between them. So every control token in a prompt was put there by the template, and `parse_ids` likewise trusts only
+real control tokens in an answer.
 
-Deliberately absent: images (this engine reads text), an incremental parser (a canvas arrives whole), and a jail: a
-template reaches nothing outside itself and its loops, calls and output are bounded, but one that piles up memory on
-purpose (`{% set x = x ~ x %}`, forty times) is not stopped.
+Deliberately absent: images (this engine reads text), and an incremental parser (a canvas arrives whole).
 """
 
 from __future__ import annotations
@@ -16,32 +15,21 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from sfumato import confined, template
 from sfumato.config import read_json
 from sfumato.events import CheckpointError, InputError
 from sfumato.tokenizer import Tokenizer, read_text
 
 MAX_TEMPLATE = 256 << 10
 """Characters of template source; Gemma 4's has 17 thousand."""
-MAX_RENDERED = 16 << 20
-"""Characters of one prompt, 64 for each token of the longest context."""
-MAX_WORK = 20_000_000
-"""Loop turns, calls and characters returned by calls in one rendering: some seconds."""
 MAX_DEPTH = 64
 """Lists within records within lists, in a message or a tool."""
 
+_WHAT = "the chat template"
 ROLES = ("system", "user", "assistant", "tool")
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 
@@ -55,98 +43,7 @@ class Reply:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
-# --- the template, sandboxed ---------------------------------------------------------------------------------------
-
-
-class _TooMuchWork(jinja2.TemplateError):
-    pass
-
-
-_work: ContextVar[int] = ContextVar("work of the rendering under way")
-
-
-def _spend(amount: int) -> None:
-    done = _work.get() + amount
-    if done > MAX_WORK:
-        raise _TooMuchWork(f"more than {MAX_WORK} loop turns and calls")
-    _work.set(done)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with transformers' settings and functions, and a budget for loops, calls and multiplication."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
-        self.filters |= {"tojson": _to_json, "counted": _counted}
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda form: datetime.now().strftime(form),
-        }
-
-    def compile_bounded(self, source: str) -> jinja2.Template:
-        tree = self.parse(source)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None)
-        return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
-
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _spend(1)
-        if isinstance(obj, LoopContext):  # a recursive loop over these
-            args = tuple(_counted(context, one) for one in args)
-        result = super().call(context, obj, *args, **kwargs)
-        _spend(len(result) if isinstance(result, (str, list, range)) else 0)
-        return result
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for many, times in ((left, right), (right, left)):
-                if hasattr(many, "__len__") and isinstance(times, int) and len(many) * times > MAX_RENDERED:
-                    raise _TooMuchWork(f"a sequence of {len(many) * times} elements")
-        if operator == "**" and not (abs(left) <= 1 << 64 and abs(right) <= 64):
-            raise _TooMuchWork("a power of large numbers")
-        return super().call_binop(context, operator, left, right)
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's part for trainers; here it is what it encloses."""
-
-    tags = {"generation"}  # noqa: RUF012 — the base class declares it so
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-@jinja2.pass_context  # and so never computed while compiling
-def _counted(context: Any, items: Any) -> Any:
-    """The same items, each counted before the loop sees it; a sequence stays what it is, for `loop.last`."""
-    if hasattr(items, "__len__"):
-        _spend(len(items))
-        return items
-    return _counting(items)
-
-
-def _counting(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _spend(1)
-        yield item
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+# --- the template ---------------------------------------------------------------------------------------
 
 
 class ChatTemplate:
@@ -162,11 +59,9 @@ class ChatTemplate:
                 f"the chat template has {len(source)} characters, more than the {MAX_TEMPLATE} allowed"
             )
         try:
-            self._template = _Sandbox().compile_bounded(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise CheckpointError(f"the chat template is no jinja: {error.message} in line {error.lineno}") from None
-        except (RecursionError, SyntaxError, MemoryError, ValueError, OverflowError) as error:
-            raise CheckpointError(f"the chat template cannot be compiled: {type(error).__name__}") from None
+            confined.run(template.check, source, what=_WHAT)
+        except InputError as error:
+            raise CheckpointError(str(error)) from None
         self.source = source
         self.special = dict(special or {})
 
@@ -221,29 +116,9 @@ class ChatTemplate:
 
     def _render(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> str:
         names = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
-        _work.set(0)
-        pieces, length = [], 0
-        try:
-            for piece in self._template.generate(**self.special, **names, enable_thinking=thinking):
-                pieces.append(piece)
-                length += len(piece)
-                if length > MAX_RENDERED:
-                    raise _TooMuchWork(f"more than {MAX_RENDERED} characters of prompt")
-        except _TooMuchWork as error:
-            raise InputError(f"the chat template was stopped: {error.message}") from None
-        except RecursionError:
-            raise InputError("the chat template was stopped: its calls nest too deeply") from None
-        except jinja2.TemplateError as error:
-            raise InputError(f"the chat template refuses: {_one_line(error)}") from None
-        except Exception as error:  # whatever the template's own expressions raise: types, keys, division by zero
-            raise InputError(
-                f"the chat template fails on these messages: {type(error).__name__}: {_one_line(error)}"
-            ) from None
-        return "".join(pieces)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        names |= {**self.special, "enable_thinking": thinking}
+        text: str = confined.run(template.render, self.source, names, what=_WHAT)
+        return text
 
 
 class _Guard:

@@ -22,7 +22,7 @@ FILES = sorted((ROOT / "sfumato").rglob("*.py"))
 ROWS = [
     {"events", "masks"},
     {"files"},
-    {"arguments", "config", "ops", "sudoku", "forms", "confined"},
+    {"arguments", "config", "ops", "sudoku", "forms", "confined", "template"},
     {"cache", "diffusion", "tokenizer"},
     {"model", "chat", "constrain"},
     {"calls"},
