@@ -5,7 +5,7 @@ Only kinds are checked here; what a value may be is for whoever uses it."""
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sfumato.events import InputError, Options
@@ -46,7 +46,27 @@ def check_count(name: str, value: Any, least: int, most: int) -> None:
 def check_ids(name: str, ids: Any, vocab_size: int) -> None:
     """Token ids of a model with so many."""
     check_kind(name, ids, (list, tuple), "a list of token ids")
-    if {*map(type, ids)} <= {int} and (not ids or (min(ids) >= 0 and max(ids) < vocab_size)):
+    if not _are_below(ids, vocab_size):
+        bad = next(token for token in ids if not _is_below(token, vocab_size))
+        raise InputError(f"{name} holds token {reprlib.repr(bad)}; the vocabulary has ids from 0 to {vocab_size - 1}")
+
+
+def check_places(what: str, owner: str, places: Any, most: int, vocab_size: int) -> None:
+    """Positions of an answer, so many at most, each with a token, which is `what`; `owner` is what it answers."""
+    check_kind(f"{what}s of {owner}", places, Mapping, "a record of positions and tokens")
+    if _are_below(places.keys(), most) and _are_below(places.values(), vocab_size):
         return
-    bad = next(t for t in ids if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < vocab_size)
-    raise InputError(f"{name} holds token {reprlib.repr(bad)}; the vocabulary has ids from 0 to {vocab_size - 1}")
+    for position, token in places.items():
+        if not _is_below(position, most) or not _is_below(token, vocab_size):
+            raise InputError(
+                f"{what} {reprlib.repr(token)} at position {reprlib.repr(position)} of {owner} does not fit; positions "
+                f"go to {most - 1}, tokens to {vocab_size - 1}"
+            )
+
+
+def _is_below(value: Any, limit: int) -> bool:
+    return type(value) is int and 0 <= value < limit
+
+
+def _are_below(values: Collection[Any], limit: int) -> bool:
+    return not values or ({*map(type, values)} == {int} and min(values) >= 0 and max(values) < limit)

@@ -345,6 +345,8 @@ def choices_of(fields: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dic
     left = MAX_CHOICES
     for name, choices in fields.items():
         check_text("a field's name", name)
+        if not name:
+            raise InputError("a field has an empty name; say what it asks")
         label = reprlib.repr(name)
         is_list = isinstance(choices, (list, tuple)) and all(isinstance(choice, str) and choice for choice in choices)
         if not is_list or len(choices) < 2 or len(set(choices)) < len(choices):

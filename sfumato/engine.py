@@ -298,10 +298,9 @@ class Engine:
         length = rows[0].length
         table = torch.full((len(rows), length), -1)
         for n, (row, some) in enumerate(zip(rows, places, strict=True)):
-            first = row.canvas * length
-            for position, token in some.items():
-                if 0 <= position - first < length:
-                    table[n, position - first] = token
+            if some:
+                first = row.canvas * length
+                table[n] = torch.tensor([some.get(position, -1) for position in range(first, first + length)])
         return table.to(self.model.device)
 
     def _banned(self, rows: list[Row]) -> Tensor:

@@ -548,7 +548,11 @@ class LLM:
         if sheet.beyond and self.template is not None and not isinstance(prompt, str):
             hint = f"The text goes on later with:\n\n{sheet.beyond}"
             prompt = [*(prompt or [{"role": "user", "content": "Write the text."}])]
-            prompt[-1] = {**prompt[-1], "content": f"{prompt[-1]['content']}\n\n{hint}"}
+            content = prompt[-1].get("content")
+            if isinstance(content, str):  # what is neither is refused below
+                prompt[-1] = {**prompt[-1], "content": f"{content}\n\n{hint}"}
+            elif isinstance(content, list):
+                prompt[-1] = {**prompt[-1], "content": [*content, {"type": "text", "text": hint}]}
         return [*self.encode(prompt or ""), *sheet.lead]
 
     def forget(self) -> None:

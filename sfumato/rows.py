@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from sfumato.arguments import check_ids, check_places
 from sfumato.config import ModelConfig
 from sfumato.diffusion import Rules
 from sfumato.events import CapacityError, InputError, Options
@@ -64,8 +65,9 @@ class Request:
         mode = "diffusion" if config.is_diffusion else "autoregressive"
         request = replace(self, options=self.options.with_defaults({"mode": mode}))
         request._check_canvas(config)
-        request._check_prompt(config)
+        request._check_tokens(config)
         request._check_places(config)
+        request._check_room(config)
         return request
 
     @property
@@ -97,30 +99,30 @@ class Request:
         for what in (what for what, is_asked in asked.items() if is_asked):
             config.check_canvas(what)
 
-    def _check_prompt(self, config: ModelConfig) -> None:
+    def _check_tokens(self, config: ModelConfig) -> None:
+        check_ids(self.name, self.prompt, config.vocab_size)
         if not self.prompt:
             raise InputError(f"{self.name} is empty; give at least one token (the begin-of-text token, say)")
-        bad = next((t for t in self.prompt if not 0 <= t < config.vocab_size), None)
-        if bad is not None:
-            raise InputError(f"{self.name} holds token {bad}; the vocabulary has ids from 0 to {config.vocab_size - 1}")
+
+    def _check_room(self, config: ModelConfig) -> None:
         need = len(self.prompt) + (self.canvas_length(config) if self.is_diffusion else 1)
         if need > config.max_position:
             raise CapacityError(
                 f"{self.name} has {len(self.prompt)} tokens and a canvas needs {need - len(self.prompt)} more, beyond "
                 f"the context of {config.max_position}; shorten the prompt"
             )
+        if len(self.prompt) + self.options.min_tokens > config.max_position:
+            raise CapacityError(
+                f"min_tokens is {self.options.min_tokens} behind the {len(self.prompt)} tokens of {self.name}, beyond "
+                f"the context of {config.max_position}; lower it"
+            )
 
     def _check_places(self, config: ModelConfig) -> None:
         for what, places in ("pin", self.pins), ("warm token", self.warm):
             if places and not self.is_diffusion:
                 raise InputError(f"{self.name} has {what}s in mode {self.options.mode!r}; they need 'diffusion'")
-            most = config.max_position - len(self.prompt)
-            for position, token in places.items():
-                if not 0 <= position < most or not 0 <= token < config.vocab_size:
-                    raise InputError(
-                        f"{what} {token} at position {position} of {self.name} does not fit; positions go to "
-                        f"{most - 1}, tokens to {config.vocab_size - 1}"
-                    )
+            most = max(1, config.max_position - len(self.prompt))
+            check_places(what, self.name, places, most, config.vocab_size)
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import time
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sfumato import LLM, Options, Slot, sudoku
-from sfumato.edit import candidates, check_template, lay_out, read_template, share_out, span_template
+from sfumato import LLM, Options, Slot, edit, sudoku
+from sfumato.edit import candidates, check_template, lay_out, pieces_of, read_template, share_out, span_template
 from sfumato.evals.sudoku import solve
 from sfumato.events import CapacityError, InputError
 
@@ -253,6 +254,33 @@ def test_a_decision_reads_its_own_positions(llm: LLM) -> None:
         (lambda llm: llm.fill([Slot(regex="[0-9]{40}", at_most=3)]), "room"),
         (lambda llm: llm.fill(["1" * 5000, Slot(length=1)]), "beyond the context of 4096; shorten"),
         (lambda llm: llm.fill([Slot(length=5000), "x"]), "the template takes"),
+        (lambda llm: llm.fill(["a", Slot("x", at_most=10**9, regex="a*")]), "slot 'x' (of 1000000000), beyond the con"),
+        (lambda llm: llm.fill([Slot("x", length=2**62)]), "beyond the context of 4096; shorten its slots"),
+        (
+            lambda llm: llm.fill([Slot(length=3000), Slot(length=3000)]),
+            "takes 6000 positions up to the end of slot '2'",
+        ),
+        (lambda llm: llm.fill(["a", Slot(), Slot("y", length=2 * 10**8)]), "beyond the context"),
+        (lambda llm: llm.infill("a", "b", 2 * 10**8), "beyond the context of 4096; shorten"),
+        (lambda llm: llm.edit("1" * 5000, spans=[(0, 1), (4500, 4501)]), "beyond the context"),
+        (lambda llm: llm.edit("1" * 5000, "x"), "beyond the context of 4096; shorten"),
+        (lambda llm: llm.edit("1" * 4050, "x"), "beyond the context of 4096; shorten"),
+        (
+            lambda llm: llm.edit("a" * 5000, spans=[(n, n + 1) for n in range(0, 3000, 2)]),
+            "1500 spans, more than the 1024",
+        ),
+        (lambda llm: llm.fill([Slot(length=1)] * 1025), "1025 slots, more than the 1024 allowed; fill it in parts"),
+        (lambda llm: llm.fill([Slot()] * 65), "65 slots without a length, more than the 64 allowed; give the others"),
+        (lambda llm: llm.fill(["a"] * 5000), "5000 pieces, more than the 4096 allowed; join texts"),
+        (lambda llm: pieces_of([0] * 10**6), "1000000 pieces, more than the 4096 allowed"),
+        (lambda llm: pieces_of([["a" * 10**6]]), "piece 1 of the template is ['aaa"),
+        (lambda llm: llm.decide("x", {"a": [str(n) for n in range(10001)]}), "more than 10000 choices together"),
+        (
+            lambda llm: llm.decide("x", {"a": ["b"] * 10**5}),
+            "has the choices ['b', 'b', 'b', 'b', 'b', 'b', ...]; give",
+        ),
+        (lambda llm: llm.decide("x", {"": ["b", "c"]}), "a field has an empty name"),
+        (lambda llm: llm.decide("x", {"a": ["b", "c"]}, steps=0), "steps is 0; give a whole number from 1 to 4096"),
         (lambda llm: Slot(text=""), "the text of slot '' is empty"),
         (lambda llm: read_template("[" + "9" * 5000 + "]"), "the template is not JSON"),
         (lambda llm: read_template("{}"), "a list of texts and slots"),
@@ -266,7 +294,7 @@ def test_a_decision_reads_its_own_positions(llm: LLM) -> None:
 def test_bad_input_is_one_sentence(llm: LLM, call: Any, sentence: str) -> None:
     with pytest.raises(InputError, match=re.escape(sentence)) as caught:
         call(llm)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_too_small_a_budget_is_reported_before_any_work(llm: LLM) -> None:
@@ -285,6 +313,43 @@ def test_a_slot_is_text_and_never_a_control_token(llm: LLM) -> None:
     for seed in range(6):
         filled = llm.fill(["a", Slot("x", length=6), "b"], options=Options(seed=seed, max_steps=2))
         assert filled.lengths["x"] == 6 and len(filled.values["x"]) >= 1
+
+
+def test_checks_are_linear(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "SLOTS", "PIECES", "OPEN":
+        monkeypatch.setattr(edit, name, 10**6)
+    began = time.perf_counter()
+    pieces = span_template("ab" * 50_000, [(2 * n, 2 * n + 1) for n in range(50_000)], 0.5)
+    assert len(pieces) == 100_000
+    assert len(check_template([Slot() for _ in range(100_000)])) == 100_000
+    assert time.perf_counter() - began < 10
+    share_out([[n] for n in range(20_000)], [dict.fromkeys(range(20_001), 0.0)], 20_000)
+    assert time.perf_counter() - began < 12
+
+
+def test_a_search_for_a_length_ends_with_the_canvas_that_the_slot_begins_on(llm: LLM) -> None:
+    length = llm.model.config.canvas_length
+    plan = llm.plan("fill", {"template": ["a", {"name": "x"}, "b" * 300, {"length": 3}]}, ONE)
+    asks = next(plan)
+    assert len(asks) > 5 and all(ask.request.options.max_tokens == length for ask in asks)
+    plan.close()
+
+
+def test_text_behind_a_template_may_be_longer_than_the_context(llm: LLM) -> None:
+    tail = "b" * 3000
+    filled = llm.fill([Slot("x", length=2), tail], "a text that goes on", ONE)
+    assert filled.text == filled.values["x"] + tail
+
+
+def test_a_hint_at_what_lies_beyond_joins_content_in_parts(llm: LLM) -> None:
+    for content in "Write.", [{"type": "text", "text": "Write."}]:
+        assert llm.fill([Slot(length=1), "1" * 300], [{"role": "user", "content": content}], ONE).text[1:] == "1" * 300
+
+
+def test_choices_that_are_the_same_tokens_are_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda text, **more: [7, 8])
+    with pytest.raises(InputError, match="field 'a' has two choices that are the same tokens"):
+        llm.decide("x", {"a": ["b", "c"]})
 
 
 def test_spans_become_warm_slots() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from sfumato import LLM, Options
+from sfumato import LLM, Options, Slot
+from sfumato.engine import Run
 from sfumato.evals.sudoku import request, solve
 from sfumato.events import Commit, Done, Draft, InputError
 from sfumato.ops import cpu
 from sfumato.ops.cpu import build
 from sfumato.reader import Reader
+from sfumato.rows import Request
 from sfumato.sudoku import is_solved
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
@@ -151,6 +155,18 @@ def test_batches_solve_what_single_requests_solve(llm: LLM):
         (lambda llm: llm.complete([]), "0 prompts"),
         (lambda llm: llm.complete("9" * 5000), "context of 4096"),
         (lambda llm: llm.chat([{"role": "robot", "content": "x"}]), "robot"),
+        (lambda llm: llm.chat("x"), "the conversation is 'x'; give a list of messages"),
+        (lambda llm: llm.complete("x", None), "options is None; give an Options"),
+        (
+            lambda llm: llm.complete("x", Options(min_tokens=2**62)),
+            "min_tokens is 4611686018427387904 behind the 2 tok",
+        ),
+        (lambda llm: list(llm.events([[5]], [ONE, ONE])), "1 prompts came with 2 options"),
+        (
+            lambda llm: list(llm.events([[5]], ONE, [{2**62: 5}])),
+            "pin 5 at position 4611686018427387904 of prompt 0 do",
+        ),
+        (lambda llm: list(llm.events([[5]], ONE, [{1: True}])), "pin True at position 1 of prompt 0 does not fit"),
         (lambda llm: LLM.load("nano", dtype="int3"), "int3"),
         (lambda llm: LLM.load("nano", ops="fastest"), "fastest"),
         (lambda llm: LLM.load("no/such/folder"), "no/such/folder"),
@@ -160,6 +176,63 @@ def test_bad_input_is_one_sentence_that_names_the_value(llm: LLM, call, words: s
     with pytest.raises(InputError) as caught:
         call(llm)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+WRONG = (None, -3, 1.5, True, b"x", {"a": 1}, [None], [[None]], {1, 2})
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_what_is_of_another_kind_is_refused_by_name(llm: LLM, wrong: Any):
+    say, slot, once = ask(), Slot(length=1), Options(seed=1, max_steps=1)
+    calls: dict[str, Callable[[], object]] = {
+        "complete": lambda: llm.complete(wrong),
+        "complete several": lambda: llm.complete(["a", wrong]),
+        "complete options": lambda: llm.complete("a", wrong),
+        "chat": lambda: llm.chat(wrong),
+        "chat options": lambda: llm.chat(say, options=wrong),
+        "stream": lambda: list(llm.stream(wrong)),
+        "encode": lambda: llm.encode(wrong),
+        "events": lambda: list(llm.events(wrong)),
+        "events several": lambda: list(llm.events([wrong])),
+        "events options": lambda: list(llm.events([[5]], wrong)),
+        "events pins": lambda: list(llm.events([[5]], once, [{0: wrong}])),
+        "fill": lambda: llm.fill(wrong),
+        "fill piece": lambda: llm.fill([wrong, slot]),
+        "fill options": lambda: llm.fill([slot], None, wrong),
+        "infill": lambda: llm.infill(wrong, "b", 1, once),
+        "infill suffix": lambda: llm.infill("a", wrong, 1, once),
+        "edit": lambda: llm.edit(wrong, "b", options=once),
+        "edit span": lambda: llm.edit("abc", None, [wrong], options=once),
+        "edit options": lambda: llm.edit("abc", "b", options=wrong),
+        "decide": lambda: llm.decide("x", wrong, options=once),
+        "decide choices": lambda: llm.decide("x", {"a": wrong}, options=once),
+        "decide choice": lambda: llm.decide("x", {"a": ["b", wrong]}, options=once),
+        "decide options": lambda: llm.decide("x", {"a": ["b", "c"]}, options=wrong),
+        "decide steps": lambda: llm.decide("x", {"a": ["b", "c"]}, wrong, options=once),
+    }
+    if wrong is not None:  # which means that there is none
+        calls |= {
+            "chat tools": lambda: llm.chat(say, wrong),
+            "fill prompt": lambda: llm.fill([slot], wrong, once),
+            "edit instruction": lambda: llm.edit("abc", wrong, options=once),
+            "edit spans": lambda: llm.edit("abc", None, wrong, options=once),
+        }
+    for name, call in calls.items():
+        with pytest.raises(InputError) as caught:
+            call()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300, name
+
+
+@pytest.mark.parametrize("ids", [[True], [5, "a"], ["a", 5], [-1], [1.5], [5, None], [10**9], [10**30], (5, False)])
+def test_ids_are_whole_numbers_of_the_vocabulary(llm: LLM, ids: list[Any]):
+    bad = next(x for x in ids if x != 5 or x is True)
+    for call in (lambda: list(llm.stream(ids, ONE)), lambda: list(llm.events([ids], ONE)), lambda: run(llm, ids)):
+        with pytest.raises(InputError, match=rf"holds token {bad!r}; the vocabulary has ids from 0 to 511"):
+            call()
+
+
+def run(llm: LLM, ids: list[Any]) -> None:
+    Run(llm.model, [Request(ids, ONE)])
 
 
 # ---- fewer bits -----------------------------------------------------------------------------------------------------
