@@ -193,9 +193,10 @@ class _Transport:
         self._transport.close()
 
 
-def part_idle(connections: Collection[Any], count: int, besides: Any = None) -> int:
-    """Close so many of the longest idle; the number that there were."""
-    idle = [one for one in connections if one is not besides and one.is_idle]
+def part_idle(connections: Collection[Any], count: int, besides: Any = None, age: float = 0.0) -> int:
+    """Close so many of the longest idle, of those that have been for `age` seconds; the number that there were."""
+    before = monotonic() - age
+    idle = [one for one in connections if one is not besides and one.is_idle and one.since <= before]
     for one in sorted(idle, key=lambda one: one.since)[:count]:
         one.transport.abort()
     return min(len(idle), count)
@@ -219,7 +220,7 @@ class Lookout:
         if now - self._acted < 0.5:
             return
         self._acted = now
-        part_idle(self._connections, max(1, len(self._connections) // 4))
+        part_idle(self._connections, len(self._connections), age=0.5)
         if now - self._said >= AGAIN:
             self._said = now
             log.warning("no more connections: %s; idle ones are closed, new ones wait", error.strerror)

@@ -220,8 +220,8 @@ def _host_of(origin: str) -> str:
 
 def _name(host: str) -> str:
     """A Host header without its port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0] if "]" in host else host
+    if match := re.fullmatch(r"\[([0-9a-fA-F:.]*)\](:[0-9]*)?", host):
+        return match[1]
     return host.rpartition(":")[0] if ":" in host else host
 
 

@@ -31,6 +31,10 @@ Ready = Callable[[ModelCard, str], None]
 """Called with the model and the server's address when it takes requests."""
 KEPT = 64
 """Files that the process needs beside its connections."""
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
+AT_ONCE = 32
+"""Of which so many are accepted before any of them is looked at."""
 PARTING = 3
 """Seconds that connections have to close when no request is left."""
 
@@ -48,7 +52,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket bound to that address; the first one that a name stands for."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
         # What it accepts inherits this. asyncio sets it only on sockets that name their protocol, and without it an
         # answer in two parts waits 40 ms for the client's delayed acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -134,12 +138,18 @@ class Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             ws="none",
+            backlog=AT_ONCE,
             **more,
         )
         super().__init__(config)
         self.asked, self.hurried = asyncio.Event(), asyncio.Event()
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(Lookout(self.server_state.connections))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # asyncio set it to what it accepts at a time
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.loop.call_soon_threadsafe((self.hurried if self.asked.is_set() else self.asked).set)

@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from sfumato.events import _BIG, CapacityError, InputError, Options
+from sfumato.events import _BIG, InputError, Options
 from sfumato.server import catalogue
 from sfumato.server.backend import ModelCard
 from sfumato.server.catalogue import field as option
@@ -267,9 +267,10 @@ class Steps(Body):
 
 
 def check_length(name: str, tokens: int | None, card: ModelCard) -> None:
-    """CapacityError for more tokens than the model's context holds; None asks for none in particular."""
+    """Refusal of more tokens than the model's context holds; None asks for none in particular."""
     if tokens is not None and tokens > card.max_position:
-        raise CapacityError(f"{name} is {tokens}, more than the context of {card.max_position} tokens; lower it")
+        message = f"{name} is {tokens}, more than the context of {card.max_position} tokens; lower it"
+        raise Refusal(400, message, param=name, code="context_length_exceeded")
 
 
 class StreamOptions(Body):
