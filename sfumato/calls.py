@@ -349,7 +349,7 @@ class _Writer:
             body = ' "," '.join(rules)
             return self.rule(f'"[" {body} "]"', 1 + max((self._heights[rule] for rule in rules), default=0))
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value) or len(str(value)) > 300:
+            if abs(value) > _MOST or value != value or len(str(value)) > 300:
                 self.refuse(at, f"the number {_short(value)} cannot be written")
             return self.rule(_literal(str(value)))
         return self.rule(_literal(json.dumps(value)))
@@ -430,7 +430,8 @@ class _Writer:
             value = schema.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+            if isinstance(value, bool) or not is_number or abs(value) > _MOST:
                 self.refuse(f"{at}/{name}", f"{name} is {_short(value)}; give a number")
             new = (Decimal(str(value)), is_strict)
             if found is None or (new[0] > found[0]) == (word == "inimum") or new[0] == found[0]:
@@ -443,6 +444,8 @@ class _Writer:
 
 
 _Bound = tuple[Decimal, bool] | None
+_MOST = 10**300
+"""A bound may be: what a float holds."""
 """A bound and whether it is itself outside."""
 
 
@@ -524,7 +527,8 @@ def _types_of(value: Any) -> set[str]:
     if isinstance(value, bool):
         return {"boolean"}
     if isinstance(value, (int, float)):
-        return {"integer", "number"} if float(value).is_integer() else {"number"}
+        is_whole = isinstance(value, int) or value.is_integer()
+        return {"integer", "number"} if is_whole else {"number"}
     return {{str: "string", list: "array", dict: "object", type(None): "null"}[type(value)]}
 
 

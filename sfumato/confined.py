@@ -77,7 +77,8 @@ def start() -> None:
     """Begin to start a child, so that the first call need not wait for it."""
     one = _children.take(time.monotonic() + SECONDS)
     try:
-        one.start()
+        with suppress(InputError):  # the first call says so
+            one.start()
     finally:
         _children.give_back(one)
 

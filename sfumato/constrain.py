@@ -650,7 +650,8 @@ def _worth(text: bytes) -> int:
 
 
 def _give_up(matcher: LLMatcher) -> NoReturn:
-    raise InputError(f"the constraint is too complex to follow: {_sentence(matcher.get_error())}; make it simpler")
+    why = _sentence(matcher.get_error()) if matcher.is_error() else "its automaton grows too fast"
+    raise InputError(f"the constraint is too complex to follow: {why}; make it simpler")
 
 
 def _sentence(error: str) -> str:

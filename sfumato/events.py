@@ -50,7 +50,7 @@ def contained(error: BaseException) -> Exception:
     Exception. What ends the program is raised again."""
     if isinstance(error, Exception):
         return error
-    if type(error).__name__ != "PanicException":
+    if not is_panic(error):
         raise error
     return InputError("a library failed at this request, which it should have refused; change its text or constraint")
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from sfumato import arguments, calls, chat, weights
+from sfumato import arguments, calls, chat, confined, weights
 from sfumato.cache import KVCache
 from sfumato.constrain import Grammar
 from sfumato.edit import (
@@ -143,6 +143,7 @@ class LLM:
         device, streams the rest from the host. `notice` hears of what is left aside and what lies where;
         `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError what is wrong
         with an argument, CapacityError a limit that is too low."""
+        confined.start()  # which reads the template, while this process reads the rest
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         checkpoint = open_checkpoint(weights.resolve(path))

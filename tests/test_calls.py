@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from decimal import Decimal
@@ -357,3 +358,16 @@ def test_with_gemmas_vocabulary() -> None:
     for call in made:
         check(SCHEMAS[call["name"]], call["arguments"])
     assert made
+
+
+def test_numbers_that_no_float_holds_are_refused() -> None:
+    def tool(schema: dict[str, Any]) -> list[dict[str, Any]]:
+        parameters = {"type": "object", "properties": {"n": schema}, "required": ["n"]}
+        return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+    with pytest.raises(InputError, match=r"minimum is 10+.*give a number, at /properties/n/minimum"):
+        calls.grammar(tool({"type": "integer", "minimum": 10**400}))
+    for value in (10**400, math.nan, -math.inf):
+        with pytest.raises(InputError, match="at /properties/n"):
+            calls.grammar(tool({"const": value}))
+    assert str(10**299) in calls.grammar(tool({"const": 10**299}))
