@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -570,6 +571,32 @@ def test_silence_has_an_end(ours: Scripted):
             Remote(ours.url, timeout=0.2).chat(USER)
     finally:
         is_over.set()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 413 No\r\ncontent-length: 22\r\n\r\n" + b'{"detail":"send less"}', r"\(413\): send less"),
+        (b"", r"broke off while a request of \d+ bytes was sent; send less"),
+    ],
+)
+def test_an_answer_that_comes_before_all_is_sent_is_the_answer(ours: Scripted, answer: bytes, words: str):
+    remote = Remote(ours.url)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+                time.sleep(0.3)  # and goes, with most of the request unread
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        remote._host = host.Host(f"http://127.0.0.1:{listener.getsockname()[1]}", None, 20)
+        with pytest.raises(SfumatoError, match=words):
+            remote.complete("a" * (32 << 20))
+        thread.join()
 
 
 def test_who_speaks_no_tls_is_told_so(ours: Scripted):

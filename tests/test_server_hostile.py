@@ -176,7 +176,7 @@ def test_wrong_bodies_do_not_hold_up_a_bystander() -> None:
             connection.close()
             slowest = max(slowest, time.perf_counter() - begun)
             time.sleep(0.01)
-        assert found == [400] * 4 and slowest < 1.5
+        assert found == [400] * 4 and slowest < 3
 
 
 # --- counts and numbers --------------------------------------------------------------------------------------------

@@ -149,14 +149,34 @@ class Host:
             except TimeoutError:
                 raise WorkerError(f"{self.url} was not reached within {seconds:g} s; check the URL") from None
             connection.sock.settimeout(self.timeout)
-            connection.request(method, self._path + path, data, headers)
-            response = connection.getresponse()
+            response = self._answer(connection, method, self._path + path, data, headers)
             if connection.sock is not None:
                 connection.sock.close()  # the response holds it too, and so ends the connection when it is closed
             return response
         except BaseException:
             connection.close()
             raise
+
+    def _answer(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        data: bytes | None,
+        headers: dict[str, str],
+    ) -> http.client.HTTPResponse:
+        """The response; also that of a host that answers, and reads no more, before all is sent."""
+        try:
+            connection.request(method, path, data, headers)
+        except (BrokenPipeError, ConnectionResetError, ConnectionAbortedError):
+            try:
+                return connection.getresponse()
+            except (OSError, http.client.HTTPException):
+                size = f"{len(data or b'')} bytes"
+                raise WorkerError(
+                    f"{self.url} broke off while a request of {size} was sent; send less, or try again"
+                ) from None
+        return connection.getresponse()
 
     @contextmanager
     def _connection(self) -> Iterator[None]:
@@ -194,12 +214,10 @@ class Host:
         """The body of an error, parsed where it is JSON; where a redirect points."""
         if 300 <= response.status < 400:
             return {"message": response.headers.get("Location", "")}
-        with self._connection():
-            data = response.read(ERROR_LIMIT)
         try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            return None
+            return json.loads(response.read(ERROR_LIMIT))
+        except (OSError, http.client.HTTPException, ValueError, RecursionError):
+            return None  # the status has come, and says most
 
     def refusal(self, status: int | None, told: Any, path: str) -> SfumatoError:
         """The error that a host's answer stands for. `status` None: it came within a stream."""
