@@ -46,7 +46,11 @@ def command(
         float, typer.Option(min=1, metavar="MS", help="How long a part of one prompt may hold up the others.")
     ] = 200.0,
     max_body: Annotated[float, typer.Option(metavar="MIB", help="Size of a request, at most.")] = 4.0,
+    max_connections: Annotated[int, typer.Option(min=8, help="Connections at once, at most.")] = 1024,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time for a request, at most.")] = 600.0,
+    unready_after: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="/ready fails when preparing a request takes longer.")
+    ] = 10.0,
     drain: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Time for what is under way when the server ends.")
     ] = 30.0,
@@ -85,7 +89,13 @@ def command(
         cors=tuple(cors or ()),
         log_prompts=log_prompts,
         drain=drain,
-        limits=Limits(max_body=round(max_body * 2**20), timeout=timeout),
+        stall_limit=unready_after,
+        limits=Limits(
+            max_body=round(max_body * 2**20),
+            max_bodies=max(Limits.max_bodies, 4 * round(max_body * 2**20)),
+            max_connections=max_connections,
+            timeout=timeout,
+        ),
     )
     load: dict[str, Any] = {"path": model, "device": device, "dtype": dtype, "ops": ops, "quantize": quantize}
     load["memory_limit"] = opt.in_bytes(memory_limit)

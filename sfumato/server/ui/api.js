@@ -13,14 +13,15 @@ export class ApiError extends Error {
   }
 }
 
+/** The key that is kept; no other could stand in a header. */
 export function key() {
-  return load("key", "", sessionStorage) || load("key", "");
+  return [load("key", "", "sessionStorage"), load("key", "")].find((found) => /^[!-~]+$/.test(found)) ?? "";
 }
 
 export function setKey(value, isRemembered) {
-  forget("key", sessionStorage);
+  forget("key", "sessionStorage");
   forget("key");
-  if (value) save("key", value, isRemembered ? localStorage : sessionStorage);
+  if (value) save("key", value, isRemembered ? "localStorage" : "sessionStorage");
 }
 
 export const isKeyRemembered = () => Boolean(load("key", ""));

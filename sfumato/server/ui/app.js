@@ -23,10 +23,12 @@ function enter() {
   if (room === "chat") chat.enter();
 }
 
-function showTheme(theme) {
-  if (theme === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = theme;
-  byId("theme").textContent = `Theme: ${theme}`;
+const theme = () => THEMES.find((name) => name === load("theme", "")) ?? "auto";
+
+function showTheme() {
+  if (theme() === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme();
+  byId("theme").textContent = `Theme: ${theme()}`;
 }
 
 let again;
@@ -49,11 +51,10 @@ async function look() {
   }
 }
 
-showTheme(load("theme", "auto"));
+showTheme();
 byId("theme").addEventListener("click", () => {
-  const next = THEMES[(THEMES.indexOf(load("theme", "auto")) + 1) % THEMES.length];
-  save("theme", next);
-  showTheme(next);
+  save("theme", THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]);
+  showTheme();
 });
 document.addEventListener("sfumato:look", look); // after every answer and trouble: what it told may be old
 document.querySelector(".skip").addEventListener("click", (event) => {

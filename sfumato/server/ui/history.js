@@ -4,7 +4,15 @@ import { forget, load, save } from "./store.js";
 
 const MOST = 60;
 
-const read = () => load("chats", []).filter((chat) => chat && Array.isArray(chat.messages));
+const isCall = (call) => typeof call?.function?.name === "string";
+
+const isMessage = (message) => typeof message?.role === "string" && typeof message.content === "string"
+  && (message.tool_calls === undefined || (Array.isArray(message.tool_calls) && message.tool_calls.every(isCall)));
+
+const isChat = (chat) => typeof chat?.id === "string" && typeof chat.title === "string"
+  && Array.isArray(chat.messages) && chat.messages.every(isMessage);
+
+const read = () => load("chats", []).filter(isChat);
 
 function write(chats) {
   let kept = chats.slice(0, MOST);

@@ -21,6 +21,7 @@ const OF_ANSWERS = new Set(words(`max_tokens min_tokens stop thinking mode schem
 /** The page decides these itself. */
 const OWN = new Set(["drafts"]);
 
+/** What was kept of the options; only fetchOptions knows which of it the server takes. */
 let values = load("options", {});
 let models = [];
 
@@ -40,8 +41,8 @@ export function tools() {
 
 /** What goes along with every request: the model's name and all changed options. */
 export function request({ isTemplate = false } = {}) {
-  const changed = Object.entries(values).filter(([name]) => !isTemplate || !OF_ANSWERS.has(name));
-  return { ...(model() ? { model: model() } : {}), stream: true, ...(showsDrafts() ? { drafts: true } : {}), ...Object.fromEntries(changed) };
+  const changed = Object.entries(values).filter(([name]) => !OWN.has(name) && !(isTemplate && OF_ANSWERS.has(name)));
+  return { ...Object.fromEntries(changed), ...(model() ? { model: model() } : {}), stream: true, ...(showsDrafts() ? { drafts: true } : {}) };
 }
 
 function model() {
@@ -56,6 +57,14 @@ export function setModels(found) {
   choice.value = model() ?? "";
   const one = found.find((other) => other.id === model());
   byId("model-doc").textContent = one ? `Canvas of ${one.canvas_length} tokens, context of ${one.max_model_len}.` : "";
+}
+
+/** Whether a value that was kept is one of this option. */
+export function isOf(option, value) {
+  if (value === undefined || value === null) return false;
+  if (option.type === "array") return Array.isArray(value) && value.every((text) => typeof text === "string");
+  if (option.type === "integer" || option.type === "number") return typeof value === "number";
+  return option.type === "object" || (typeof value === option.type && (!option.choices || option.choices.includes(value)));
 }
 
 /** A field's text as the option's value; undefined for “as the default”; throws what is wrong with it. */
@@ -156,8 +165,8 @@ export async function fetchOptions() {
   const box = byId("options");
   try {
     const { options } = await get("v1/options");
-    const known = new Set(options.map((option) => option.name));
-    values = Object.fromEntries(Object.entries(values).filter(([name]) => known.has(name)));
+    values = Object.fromEntries(options.filter((option) => isOf(option, values[option.name])).map(({ name }) => [name, values[name]]));
+    save("options", values);
     const named = (name) => options.filter((option) => option.name === name);
     const grouped = Object.entries(GROUPS).map(([title, names]) => [title, names.flatMap(named)]);
     const placed = new Set(Object.values(GROUPS).flat());

@@ -1,29 +1,33 @@
-// What the browser keeps: small JSON values by name. A browser that keeps nothing (private mode, full) is no error.
+// What the browser keeps: small JSON values by name. A browser that keeps nothing (private mode, full) is no error, and
+// what it kept is believed only as far as it can be: another program, or another version of this page, may have written.
 
 const name = (key) => `sfumato.${key}`;
 
-export function load(key, otherwise, storage = localStorage) {
+const kindOf = (value) => (Array.isArray(value) ? "array" : value === null ? "null" : typeof value);
+
+/** What was kept, if it is of the same kind as `otherwise`. `storage` is a name: merely to look at it may throw. */
+export function load(key, otherwise, storage = "localStorage") {
   try {
-    const text = storage.getItem(name(key));
-    return text === null ? otherwise : JSON.parse(text);
+    const found = JSON.parse(globalThis[storage].getItem(name(key)));
+    return kindOf(found) === kindOf(otherwise) ? found : otherwise;
   } catch {
     return otherwise;
   }
 }
 
 /** Whether it could be kept. */
-export function save(key, value, storage = localStorage) {
+export function save(key, value, storage = "localStorage") {
   try {
-    storage.setItem(name(key), JSON.stringify(value));
+    globalThis[storage].setItem(name(key), JSON.stringify(value));
     return true;
   } catch {
     return false;
   }
 }
 
-export function forget(key, storage = localStorage) {
+export function forget(key, storage = "localStorage") {
   try {
-    storage.removeItem(name(key));
+    globalThis[storage].removeItem(name(key));
   } catch {
     // Nothing was kept.
   }
