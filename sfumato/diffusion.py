@@ -61,12 +61,15 @@ def accept(entropy_BL: Tensor, bound_B: Tensor) -> Tensor:
     return torch.zeros_like(is_within_BL).scatter(-1, order_BL, is_within_BL)
 
 
-def is_stable(argmax_BL: Tensor, history_BHL: Tensor, stability_B: Tensor) -> Tensor:
-    """True where the argmax canvas equals each of the last `stability` ones; history is oldest first, -1 for none."""
-    depth = history_BHL.shape[1]
-    is_same_BH = (history_BHL == argmax_BL[:, None]).all(-1)
-    is_asked_BH = torch.arange(depth, 0, -1, device=argmax_BL.device)[None] <= stability_B[:, None]
-    return (is_same_BH | ~is_asked_BH).all(-1)
+def stood(argmax_BL: Tensor, last_BL: Tensor, stood_BL: Tensor) -> Tensor:
+    """For how many steps before this one each position had the token that it has now: from the last step's tokens (-1
+    for none) and what it said."""
+    return torch.where(argmax_BL == last_BL, stood_BL + 1, 0)
+
+
+def is_stable(stood_BL: Tensor, stability_B: Tensor) -> Tensor:
+    """True where the argmax canvas equals each of the last `stability` ones."""
+    return (stood_BL >= stability_B[:, None]).all(-1)
 
 
 def is_confident(entropy_BL: Tensor, confidence_B: Tensor) -> Tensor:

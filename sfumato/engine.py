@@ -126,7 +126,7 @@ class Engine:
         more = seats - len(self.rows)
         self.rows, self.seeds = (self.rows + [None] * more)[:seats], (self.seeds + [0] * more)[:seats]
         self.last_XD = torch.cat([self.last_XD, self.last_XD.new_zeros(max(0, more), self.last_XD.shape[1])])[:seats]
-        self.states = {length: state.resized(seats, 0, 0) for length, state in self.states.items()}
+        self.states = {length: state.resized(seats) for length, state in self.states.items()}
         self._recorded.clear()
         self._passes.clear()
 
@@ -282,10 +282,7 @@ class Engine:
             state, each = self._state(length), [self._row(i) for i in some]
             if is_first:
                 for i, row in zip(some, each, strict=True):
-                    state = state.seat_(i, row.rules, self.seeds[i], row.options.early)
-                if state is not self.states[length]:
-                    self.states[length] = state
-                    self._recorded = {key: one for key, one in self._recorded.items() if key[0] != length}
+                    state.seat_(i, row.rules, self.seeds[i], row.options.early)
             canvases = [row.canvas for row in each]
             rooms = [min(length, length if row.room is None else row.room) for row in each]
             warm_BL = self._here([row.request.warm for row in each], each)

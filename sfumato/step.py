@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from sfumato.cache import KVCache
-from sfumato.diffusion import CountedDice, Rules, accept, is_confident, is_stable
+from sfumato.diffusion import CountedDice, Rules, accept, is_confident, is_stable, stood
 from sfumato.model import Model, Pass
 from sfumato.ops import ReadOut
+
+STEPS = 4096
+"""Most steps of a canvas that a request may ask for: see `Options`."""
 
 
 @dataclass
@@ -28,12 +31,13 @@ class Canvases:
     """The state of X rows' canvases. The last row is scratch: what fills up a recorded batch is computed there."""
 
     canvas_XL: Tensor
-    history_XHL: Tensor
-    """The argmax canvases of the last steps, oldest first, -1 for none."""
     soft_XLD: Tensor
     pin_XL: Tensor
     """Tokens that stay fixed, -1 where free."""
     argmax_XL: Tensor
+    """-1 before the first step."""
+    stood_XL: Tensor
+    """For how many steps before the last one a position had the same token."""
     entropy_XL: Tensor
     accepted_XL: Tensor
     step_X: Tensor
@@ -46,7 +50,7 @@ class Canvases:
     words_X4: Tensor
     """Seed (low, high), request and canvas: what the dice are counted from, beside the step."""
     heat_XS: Tensor
-    """The temperature of each step."""
+    """The temperature of each step, of as many as a request may ask for."""
     bound_X: Tensor
     stability_X: Tensor
     confidence_X: Tensor
@@ -77,9 +81,8 @@ class Canvases:
         config, size = model.config, len(rules) + 1
         rules = [*rules, rules[-1]]
         words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
-        length, depth = length or config.canvas_length, max(1, *(r.stability for r in rules))
-        most = max(r.max_steps for r in rules)
-        heat = [[r.schedule.temperature(step) for step in range(most + 1)] for r in rules]
+        length, most = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
+        heat = [_heat(r, most + 1) for r in rules]
 
         def of(values: list[int] | list[float]) -> Tensor:
             return torch.tensor(values, device=model.device)
@@ -87,10 +90,10 @@ class Canvases:
         with torch.device(model.device):
             return cls(
                 canvas_XL=torch.zeros(size, length, dtype=torch.long),
-                history_XHL=torch.full((size, depth, length), -1),
                 soft_XLD=torch.zeros(size, length, config.hidden_size, dtype=model.dtype),
                 pin_XL=torch.full((size, length), -1),
-                argmax_XL=torch.zeros(size, length, dtype=torch.long),
+                argmax_XL=torch.full((size, length), -1),
+                stood_XL=torch.zeros(size, length, dtype=torch.long),
                 entropy_XL=torch.zeros(size, length),
                 accepted_XL=torch.zeros(size, length, dtype=torch.bool),
                 step_X=torch.zeros(size, dtype=torch.long),
@@ -111,42 +114,30 @@ class Canvases:
                 has_early=any(early),
             )
 
-    def seat_(self, row: int, rules: Rules, seed: int, is_early: bool = False) -> Canvases:
-        """Give a row to a new request. Returns the state, which is another where these rules need more room."""
-        state = self.resized(len(self.step_X) - 1, rules.max_steps, rules.stability)
-        heat = [rules.schedule.temperature(step) for step in range(state.heat_XS.shape[1])]
+    def seat_(self, row: int, rules: Rules, seed: int, is_early: bool = False) -> None:
+        """Give a row to a new request. No request's numbers change a shape, which is everybody's."""
         for whole_X, value in (
-            (state.words_X4, [seed & 0xFFFFFFFF, seed >> 32, 0, 0]),
-            (state.heat_XS, heat),
-            (state.bound_X, rules.entropy_bound),
-            (state.stability_X, rules.stability),
-            (state.confidence_X, rules.confidence),
-            (state.max_steps_X, rules.max_steps),
-            (state.early_X, is_early),
+            (self.words_X4, [seed & 0xFFFFFFFF, seed >> 32, 0, 0]),
+            (self.heat_XS, _heat(rules, self.heat_XS.shape[1])),
+            (self.bound_X, rules.entropy_bound),
+            (self.stability_X, rules.stability),
+            (self.confidence_X, rules.confidence),
+            (self.max_steps_X, rules.max_steps),
+            (self.early_X, is_early),
         ):
             whole_X[row] = torch.tensor(value, device=whole_X.device, dtype=whole_X.dtype)
-        return state
 
-    def resized(self, rows: int, steps: int, depth: int) -> Canvases:
-        """The same rows with room for so many of them, and at least so many steps and remembered canvases."""
-        steps = max(steps + 1, self.heat_XS.shape[1])
-        depth = max(depth, self.history_XHL.shape[1])
-        if (rows + 1, steps, depth) == (len(self.step_X), self.heat_XS.shape[1], self.history_XHL.shape[1]):
+    def resized(self, rows: int) -> Canvases:
+        """The same rows with room for so many of them."""
+        if rows + 1 == len(self.step_X):
             return self
         kept, found = min(rows, len(self.step_X) - 1), {}
         for field in fields(self):
             old = found[field.name] = getattr(self, field.name)
             if not field.name.split("_")[-1].startswith("X"):
                 continue
-            shape, width = [rows + 1, *old.shape[1:]], slice(None)
-            if old is self.heat_XS:
-                shape[1], width = steps, slice(old.shape[1])
-            elif old is self.history_XHL:
-                shape[1], width = depth, slice(depth - old.shape[1], None)
-            fill = -1 if old is self.history_XHL or old is self.pin_XL else 0
-            new = found[field.name] = torch.full(shape, fill, dtype=old.dtype, device=old.device)
-            part = new[:, width] if new.dim() > 1 else new
-            part[:kept], part[-1] = old[:kept], old[-1]  # the last is scratch
+            new = found[field.name] = old[-1:].repeat(rows + 1, *[1] * (old.dim() - 1))  # the last is scratch
+            new[:kept] = old[:kept]
         return Canvases(**found)
 
     def begin_(
@@ -161,7 +152,7 @@ class Canvases:
         """Give these rows a canvas of noise (or of what it is to start from), pins in place."""
         self.pin_XL[rows] = pin_BL
         self.canvas_XL[rows] = torch.where(pin_BL >= 0, pin_BL, fresh_BL)
-        self.history_XHL[rows] = -1
+        self.argmax_XL[rows] = -1
         self.soft_XLD[rows] = 0
         self.step_X[rows] = 0
         self.is_done_X[rows] = False
@@ -289,8 +280,8 @@ def conclude_(model: Model, state: Canvases, seen: Look, said: Projected | None 
         accepted_BL |= held.pin_BL >= 0
     next_BL = torch.where(accepted_BL, held.sample_BL, seen.noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
-    history_BHL = state.history_XHL[at_B]
-    is_done_B = _is_settled(state, at_B, held, history_BHL) | (old_B + 1 >= state.max_steps_X[at_B])
+    stood_BL = stood(argmax_BL, state.argmax_XL[at_B], state.stood_XL[at_B])
+    is_done_B = _is_settled(state, at_B, held, stood_BL) | (old_B + 1 >= state.max_steps_X[at_B])
     # 5. The next step sees the soft embedding of this one.
     embed_VD = model.embed_tokens.weight
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, held.tiles)
@@ -302,7 +293,6 @@ def conclude_(model: Model, state: Canvases, seen: Look, said: Projected | None 
     # 6. A row that had stopped before stays as it was.
     was_done_B = state.is_done_X[at_B]
     keep_B1 = was_done_B[:, None]
-    history_BHL = torch.cat([history_BHL[:, 1:], argmax_BL[:, None]], dim=1)
     for whole_XL, new_BL in (
         (state.canvas_XL, next_BL),
         (state.argmax_XL, argmax_BL),
@@ -310,7 +300,7 @@ def conclude_(model: Model, state: Canvases, seen: Look, said: Projected | None 
         (state.accepted_XL, accepted_BL),
     ):
         whole_XL[at_B] = torch.where(keep_B1, whole_XL[at_B], new_BL)
-    state.history_XHL[at_B] = history_BHL  # of rows that go on: what a stopped one remembers is not asked again
+    state.stood_XL[at_B] = stood_BL  # of rows that go on: a stopped one is not asked again
     state.soft_XLD[at_B] = soft_BLD
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B
@@ -321,6 +311,12 @@ def _are_finite(*some: Tensor) -> Tensor:
     """Which rows are finite in all of these: a sum with NaN or infinity in it is one of them too."""
     sums = [x.flatten(1).sum(-1, dtype=torch.float32) for x in some]
     return torch.isfinite(sum(sums[1:], sums[0]))
+
+
+def _heat(rules: Rules, width: int) -> list[float]:
+    """The temperatures of a canvas's steps, the last one repeated up to this width."""
+    heat = [rules.schedule.temperature(step) for step in range(rules.max_steps + 1)]
+    return heat + heat[-1:] * (width - len(heat))
 
 
 class _Held(NamedTuple):
@@ -351,19 +347,19 @@ def _hold(state: Canvases, at_B: Tensor, read: ReadOut, said: Projected | None) 
     return _Held(sample_BL, argmax_BL, entropy_BL, pin_BL, said, None if said.has_masked else read.tiles)
 
 
-def _is_settled(state: Canvases, at_B: Tensor, held: _Held, history_BHL: Tensor) -> Tensor:
+def _is_settled(state: Canvases, at_B: Tensor, held: _Held, stood_BL: Tensor) -> Tensor:
     """Which rows stand still and are sure, and, where a grammar rules, valid as they stand."""
     argmax_BL, entropy_BL, said = held.argmax_BL, held.entropy_BL, held.said
     if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
         unsure_BL = entropy_BL if said is None else entropy_BL.masked_fill(~said.is_open_BL, torch.inf)
-        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, history_BHL)
+        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, stood_BL)
     else:
-        is_settled_B = is_stable(argmax_BL, history_BHL, state.stability_X[at_B])
+        is_settled_B = is_stable(stood_BL, state.stability_X[at_B])
         is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
     return is_settled_B if said is None else is_settled_B & said.is_whole_B
 
 
-def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, history_BHL: Tensor) -> Tensor:
+def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, stood_BL: Tensor) -> Tensor:
     """Which rows stand still and are sure. Of a row that may settle early only what can become its answer is asked:
     all up to its first end, and no more than its room; and its leading positions that stand still, each of them sure,
     are pinned from now on."""
@@ -373,13 +369,11 @@ def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tenso
     counts_BL = (is_end_BL.cumsum(-1) - is_end_BL.long() == 0) & (position_L < state.room_X[at_B, None])
     counts_BL |= ~early_B[:, None]
     mean_B = entropy_BL.masked_fill(~counts_BL, 0.0).sum(-1) / counts_BL.sum(-1)
-    asked_BL, asked_BHL = argmax_BL.masked_fill(~counts_BL, 0), history_BHL.masked_fill(~counts_BL[:, None], 0)
-    is_settled_B = is_stable(asked_BL, asked_BHL, stability_B) & (mean_B < bound_B)
-    # The leading positions: the same token as in the last steps, one by one.
-    depth = history_BHL.shape[1]
-    is_asked_BH1 = (torch.arange(depth, 0, -1, device=argmax_BL.device)[None] <= stability_B[:, None])[..., None]
-    is_still_BL = ((history_BHL == argmax_BL[:, None]) | ~is_asked_BH1).all(1) & (entropy_BL < bound_B[:, None])
-    settled_B = (is_still_BL & counts_BL & early_B[:, None]).long().cumprod(-1).sum(-1)
+    is_still_BL = stood_BL >= stability_B[:, None]
+    is_settled_B = (is_still_BL | ~counts_BL).all(-1) & (mean_B < bound_B)
+    # The leading positions, one by one.
+    is_sure_BL = is_still_BL & (entropy_BL < bound_B[:, None])
+    settled_B = (is_sure_BL & counts_BL & early_B[:, None]).long().cumprod(-1).sum(-1)
     state.settled_X[at_B] = settled_B
     state.pin_XL[at_B] = torch.where(position_L < settled_B[:, None], argmax_BL, state.pin_XL[at_B])
     return is_settled_B

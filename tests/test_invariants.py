@@ -22,7 +22,7 @@ from torch import Tensor
 from sfumato import engine
 from sfumato import rows as requests
 from sfumato.cache import KVCache
-from sfumato.diffusion import CountedDice, Rules, Schedule, accept, is_confident, is_stable, pick_token
+from sfumato.diffusion import CountedDice, Rules, Schedule, accept, is_confident, is_stable, pick_token, stood
 from sfumato.events import CapacityError, Commit, Done, Draft, InputError, Options
 from sfumato.model import Model
 from sfumato.ops.reference import inverse_cdf
@@ -826,10 +826,13 @@ def test_stable_looks_back_as_far_as_asked() -> None:
     canvas = torch.tensor([[1, 2]] * 5)
     same, other, none = [1, 2], [1, 3], [-1, -1]
     history = torch.tensor([[same, same], [other, same], [none, same], [same, other], [none, none]])
-    assert is_stable(canvas, history, torch.full((5,), 1)).tolist() == [True, True, True, False, False]
-    assert is_stable(canvas, history, torch.full((5,), 2)).tolist() == [True, False, False, False, False]
-    assert is_stable(canvas, history, torch.full((5,), 0)).tolist() == [True] * 5
-    assert is_stable(canvas, history, torch.tensor([2, 1, 2, 0, 1])).tolist() == [True, True, False, True, False]
+    seen, last = torch.zeros_like(canvas), torch.full_like(canvas, -1)
+    for step in (*history.unbind(1), canvas):
+        seen, last = stood(step, last, seen), step
+    assert is_stable(seen, torch.full((5,), 1)).tolist() == [True, True, True, False, False]
+    assert is_stable(seen, torch.full((5,), 2)).tolist() == [True, False, False, False, False]
+    assert is_stable(seen, torch.full((5,), 0)).tolist() == [True] * 5
+    assert is_stable(seen, torch.tensor([2, 1, 2, 0, 1])).tolist() == [True, True, False, True, False]
 
 
 def test_confident_is_strictly_below() -> None:

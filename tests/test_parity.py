@@ -27,7 +27,7 @@ from torch import Tensor
 from sfumato import engine
 from sfumato.cache import KVCache
 from sfumato.config import ModelConfig
-from sfumato.diffusion import Rules, accept, is_confident, is_stable
+from sfumato.diffusion import Rules, accept, is_confident, is_stable, stood
 from sfumato.events import Commit, Done, Draft, Options
 from sfumato.model import Model, frequencies
 
@@ -535,7 +535,7 @@ def compare(run: Record, ours: Model) -> Tally:
     bound_B, confidence_B = torch.full((rows,), rules.entropy_bound), torch.full((rows,), rules.confidence)
     stability_B = torch.full((rows,), rules.stability)
     for index, steps in enumerate(run.canvases):
-        history_BHL = torch.full((rows, max(rules.stability, 1), length), -1)
+        last_BL, stood_BL = torch.full((rows, length), -1), torch.zeros(rows, length)
         committed_BL = torch.full((rows, length), -1)
         committed_margin_BL = torch.zeros(rows, length)
         has_flipped_B = torch.zeros(rows, dtype=torch.bool)
@@ -564,12 +564,12 @@ def compare(run: Record, ours: Model) -> Tally:
             count(f"{where}, argmax", read.argmax_BL == step.argmax_BL, margin["argmax"])
             either_BL = torch.minimum(margin["sample"], margin["accept"])
             count(f"{where}, renoised", next_BL == step.next_BL, either_BL)
-            is_done_B = is_stable(read.argmax_BL, history_BHL, stability_B)
+            is_done_B = is_stable(stood(read.argmax_BL, last_BL, stood_BL), stability_B)
             is_done_B &= is_confident(read.entropy_BL, confidence_B)
             narrowest_B = torch.minimum(margin["stop"], margin["argmax"].amin(-1))
             count(f"{where}, stop", is_done_B == step.is_done_B, narrowest_B)
             # Each step begins from the oracle's own state.
-            history_BHL = torch.cat([history_BHL[:, 1:], step.argmax_BL[:, None]], dim=1)
+            stood_BL, last_BL = stood(step.argmax_BL, last_BL, stood_BL), step.argmax_BL
             committed_BL[is_live_B] = read.argmax_BL[is_live_B]
             committed_margin_BL[is_live_B] = margin["argmax"][is_live_B]
             has_flipped_B |= is_live_B & is_flipped_B

@@ -416,3 +416,18 @@ def test_a_pass_is_a_step(rows: list[int], chunk: int, lag: int, passes: Counter
     assert passes["encode_and_denoise"] + passes["denoise"] == steps + lag * canvases
     assert passes["encode"] == sum((len(prompt) - 1) // chunk for prompt in prompts)
     assert all(usage.passes == usage.steps + lag * usage.canvases for usage in usages)
+
+
+def test_no_request_changes_a_shape_that_is_everybodys() -> None:
+    """The most steps, and the longest memory, that a request may ask for: what is recorded stays, no step takes longer
+    for the others."""
+    one = engine.Engine(talker(), 2, 64, record=True)
+    for options in SETTLES, Options(max_tokens=8, max_steps=4096, stability=4096, temperature_steps=4096):
+        one.join(requests.Request([7, 8, 9], options))
+        one.turn()
+        shapes = {f.name: getattr(one.states[LENGTH], f.name) for f in dataclasses.fields(Canvases)}
+        if options is SETTLES:
+            before, recorded = shapes, dict(one._recorded)
+    assert all(before[name] is tensor for name, tensor in shapes.items() if isinstance(tensor, Tensor))
+    assert all(one._recorded[key] is kept for key, kept in recorded.items())
+    assert sum(tensor.numel() for name, tensor in shapes.items() if isinstance(tensor, Tensor)) < 3 * 2 * 4096

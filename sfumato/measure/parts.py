@@ -18,7 +18,7 @@ from torch import nn
 
 from sfumato.cache import KVCache
 from sfumato.config import LayerConfig, ModelConfig, Rope
-from sfumato.diffusion import CountedDice, accept, is_confident, is_stable
+from sfumato.diffusion import CountedDice, accept, is_confident, is_stable, stood
 from sfumato.engine import PREFILL_CHUNK, Run
 from sfumato.events import Commit, Done, Draft, InputError, Options
 from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
@@ -138,7 +138,7 @@ def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tu
     def decide() -> None:
         accepted_BL = accept(read.entropy_BL, torch.tensor([0.1], device=device))
         torch.where(accepted_BL, read.sample_BL, dice.renoise([0], [0], [0]))
-        is_stable(read.argmax_BL, history_BHL, torch.tensor([1], device=device))
+        is_stable(stood(read.argmax_BL, read.argmax_BL, still_BL), torch.tensor([1], device=device))
         is_confident(read.entropy_BL, torch.tensor([0.005], device=device))
 
     def commit() -> None:
@@ -158,7 +158,7 @@ def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tu
     cache = prefill()
     hidden_BLD = model.denoise(canvas_BL, cache)
     read = read_out()
-    history_BHL = read.argmax_BL[:, None].clone()
+    still_BL = torch.zeros_like(read.argmax_BL)
     soft_BLD = ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale)
     yield timed(
         "denoise pass",
