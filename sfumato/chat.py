@@ -30,6 +30,8 @@ MAX_DEPTH = 64
 """Lists within records within lists, in a message or a tool."""
 
 _WHAT = "the chat template"
+CHILDREN = confined.Pool()
+"""Who renders."""
 ROLES = ("system", "user", "assistant", "tool")
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 
@@ -59,7 +61,7 @@ class ChatTemplate:
                 f"the chat template has {len(source)} characters, more than the {MAX_TEMPLATE} allowed"
             )
         try:
-            confined.run(template.check, source, what=_WHAT)
+            CHILDREN.run(template.check, source, what=_WHAT)
         except InputError as error:
             raise CheckpointError(str(error)) from None
         self.source = source
@@ -117,7 +119,7 @@ class ChatTemplate:
     def _render(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> str:
         names = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
         names |= {**self.special, "enable_thinking": thinking}
-        text: str = confined.run(template.render, self.source, names, what=_WHAT)
+        text: str = CHILDREN.run(template.render, self.source, names, what=_WHAT)
         return text
 
 

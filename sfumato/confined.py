@@ -3,7 +3,7 @@
 A library that reads hostile input can crash, run for ever or take all memory, and nothing in its own process stops it.
 So such work is a function of plain values that runs in a child with limits on seconds, bytes and stack: whatever
 becomes of the child is an `InputError` here, and the next call starts another. A child stays for the next call, because
-an interpreter takes a quarter of a second to start, and what its functions keep for later (a tokenizer) stays with it.
+an interpreter takes a while to start, and what its functions keep for later (a tokenizer) stays with it.
 
 The arguments are pickled; a result is read as JSON, so that a child which was taken over has no say here. Limits on
 memory are the system's (`RLIMIT_AS`): there are none on Windows, and macOS does not keep them.
@@ -30,14 +30,14 @@ from typing import IO, Any
 
 from sfumato.events import CapacityError, CheckpointError, InputError
 
-SECONDS = 10.0
+SECONDS = 5.0
 """That one call may take, as its child's processor counts them; four times as many by the clock."""
 MEMORY = 512 << 20
 """Bytes that one call may take beyond what its child holds."""
 STACK = 8 << 20
 """Bytes of stack of one call."""
 CHILDREN = 2
-"""That work at once; a call that finds all at work waits."""
+"""Of a pool, that work at once; a call that finds all at work waits."""
 
 _LOOK = 0.05  # seconds between two looks at whether a call was cancelled
 _LENGTH = struct.Struct("<Q")
@@ -52,41 +52,11 @@ class Cancelled(InputError):
     """Nobody waits for this call any more."""
 
 
-def run(function: Callable[..., Any], *arguments: Any, what: str, stack: int = STACK) -> Any:
-    """What a function of a module returns for these arguments, from a child. The result is what JSON can say.
-
-    InputError as the function raises it, or, with `what` as its subject, where a limit ends the call. Anything else
-    that the function raises is an InputError too."""
-    with child(what) as one:
-        return one.run(function, *arguments, stack=stack)
-
-
-@contextmanager
-def child(what: str) -> Iterator[Child]:
-    """A child for several calls: what one of them keeps, the next one finds. See `run`."""
-    deadline = time.monotonic() + 4 * SECONDS
-    one = _children.take(deadline)
-    one.what, one.deadline = what, deadline
-    try:
-        yield one
-    finally:
-        _children.give_back(one)
-
-
-def start() -> None:
-    """Begin to start a child, so that the first call need not wait for it."""
-    one = _children.take(time.monotonic() + SECONDS)
-    try:
-        with suppress(InputError):  # the first call says so
-            one.start()
-    finally:
-        _children.give_back(one)
-
-
 class Child:
     """One process, its input and its output. A call at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, nice: int = 0) -> None:
+        self.nice = nice
         self.process: subprocess.Popen[bytes] | None = None
         self.what, self.deadline, self.memory = "", 0.0, MEMORY
         """Of the call that is made now."""
@@ -103,7 +73,8 @@ class Child:
 
     def start(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:
-            code = "from sfumato.confined import serve; serve()"
+            step_aside = f"import os; os.nice({self.nice}); " if self.nice and hasattr(os, "nice") else ""
+            code = f"{step_aside}from sfumato.confined import serve; serve()"
             root = str(Path(__file__).parents[1])
             paths = [root, *(path for path in (os.environ.get("PYTHONPATH"),) if path)]
             try:
@@ -185,40 +156,62 @@ class Child:
         return "makes the library that reads it crash; make it smaller or less nested"
 
 
-class Children:
-    """All there are. A child that is not at work is taken by whoever asks first."""
+class Pool:
+    """Children for one kind of work, so that none of it waits for another kind. `nice`: how far they step aside for
+    whoever wants the processor, from 0 to 19. They start with the first call, and end with this process."""
 
-    def __init__(self) -> None:
-        self._free = [Child() for _ in range(CHILDREN)]
+    def __init__(self, nice: int = 0) -> None:
+        self._free = [Child(nice) for _ in range(CHILDREN)]
+        self._nice = nice
         self._change = threading.Condition()
         self._owner = os.getpid()
+        atexit.register(self.end)
 
-    def take(self, deadline: float) -> Child:
-        is_given_up = is_cancelled.get(lambda: False)
-        with self._change:
-            if self._owner != os.getpid():  # after a fork the children are the parent's
-                self._free, self._owner = [Child() for _ in range(CHILDREN)], os.getpid()
-            while not self._free:
-                if is_given_up():
-                    raise Cancelled("the request is no longer waited for")
-                if time.monotonic() > deadline:
-                    raise InputError("too many templates and grammars are being read; send the request again later")
-                self._change.wait(_LOOK)
-            return self._free.pop()  # the one that was used last: it is there, and may hold what is needed
+    def run(self, function: Callable[..., Any], *arguments: Any, what: str, stack: int = STACK) -> Any:
+        """What a function of a module returns for these arguments, from a child. The result is what JSON can say.
 
-    def give_back(self, child: Child) -> None:
-        with self._change:
-            self._free.append(child)
-            self._change.notify()
+        InputError as the function raises it, or, with `what` as its subject, where a limit ends the call. Anything else
+        that the function raises is an InputError too."""
+        with self.child(what) as child:
+            return child.run(function, *arguments, stack=stack)
+
+    @contextmanager
+    def child(self, what: str) -> Iterator[Child]:
+        """A child for several calls: what one of them keeps, the next one finds. See `run`."""
+        child = self._take(what)
+        child.what, child.deadline = what, time.monotonic() + 4 * SECONDS
+        try:
+            yield child
+        finally:
+            self._give_back(child)
+
+    def start(self) -> None:
+        """Begin to start a child, so that the first call need not wait for it."""
+        with suppress(InputError), self.child("the first call") as child:  # the first call says so
+            child.start()
 
     def end(self) -> None:
         if self._owner == os.getpid():
             for child in self._free:
                 child.end()
 
+    def _take(self, what: str) -> Child:
+        is_given_up, until = is_cancelled.get(lambda: False), time.monotonic() + 4 * SECONDS
+        with self._change:
+            if self._owner != os.getpid():  # after a fork the children are the parent's
+                self._free, self._owner = [Child(self._nice) for _ in range(CHILDREN)], os.getpid()
+            while not self._free:
+                if is_given_up():
+                    raise Cancelled(f"{what} is no longer waited for")
+                if time.monotonic() > until:
+                    raise InputError(f"{what} had to wait too long for others like it; send the request again later")
+                self._change.wait(_LOOK)
+            return self._free.pop()  # the one that was used last: it is there, and may hold what is needed
 
-_children = Children()
-atexit.register(_children.end)
+    def _give_back(self, child: Child) -> None:
+        with self._change:
+            self._free.append(child)
+            self._change.notify()
 
 
 # ---- in the child ----------------------------------------------------------------------------------------------------
@@ -228,7 +221,6 @@ def serve() -> None:
     """What a child runs: one call after the other, until its input ends."""
     come, go = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
-    _step_aside()
     with suppress(EOFError, BrokenPipeError):
         while True:
             (length,) = _LENGTH.unpack(_exactly(come, _LENGTH.size))
@@ -271,13 +263,6 @@ def _limit(seconds: float, memory: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-def _step_aside() -> None:
-    """Run where nobody else wants the processor: the engine's threads wait for each other, and one that has lost its
-    core holds up all."""
-    with suppress(AttributeError, OSError):
-        os.nice(10)
 
 
 def _signal(name: str) -> int:

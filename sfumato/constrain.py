@@ -48,6 +48,8 @@ MAX_SHORTEST = 8192
 """Tokens within which a grammar must have a text."""
 STACK = 4 << 20
 """Bytes of stack on which a grammar must compile: less than any thread here has."""
+CHILDREN = confined.Pool(nice=10)
+"""Who tries grammars. They step aside for the engine's threads, of which one that has lost its core holds up all."""
 TOKENIZERS_KEPT = 2
 """That a child process keeps."""
 TOKENIZER_MEMORY = 4 << 30
@@ -141,7 +143,7 @@ Terms = tuple[str, str, str, str]
 def _probed(words: _Words, tokenizer: Tokenizer, terms: Terms) -> list[int]:
     """The shortest text of a grammar, found in a child process."""
     size, ends = words.vocab_size, sorted(words.ends)
-    with confined.child(f"the {terms[0]}") as child:
+    with CHILDREN.child(f"the {terms[0]}") as child:
         shortest = child.run(_shortest_text, words.key, terms, stack=STACK)
         if shortest is None:  # it does not have this tokenizer
             child.run(_learn, words.key, tokenizer.to_json(), size, ends, memory=TOKENIZER_MEMORY)

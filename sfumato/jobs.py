@@ -51,6 +51,10 @@ class Jobs:
             self._check_queue(len(job.asks))
             self._begun.append(job)
 
+    def is_slow(self, kind: str, payload: Mapping[str, Any], options: Options) -> bool:
+        """Whether `begin` may take seconds."""
+        return self.llm.must_compile(kind, payload, options)
+
     def _check_queue(self, more: int) -> None:
         waiting = self.batch.figures().queue + sum(len(job.asks) for job in self._begun)
         if waiting + more > self.limits.queue:

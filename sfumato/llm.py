@@ -18,7 +18,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from sfumato import arguments, calls, chat, confined, weights
+from sfumato import arguments, calls, chat, weights
 from sfumato.cache import KVCache
 from sfumato.constrain import Grammar
 from sfumato.edit import (
@@ -143,7 +143,7 @@ class LLM:
         device, streams the rest from the host. `notice` hears of what is left aside and what lies where;
         `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError what is wrong
         with an argument, CapacityError a limit that is too low."""
-        confined.start()  # which reads the template, while this process reads the rest
+        chat.CHILDREN.start()  # which reads the template, while this process reads the rest
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         checkpoint = open_checkpoint(weights.resolve(path))
@@ -458,6 +458,14 @@ class LLM:
                     self._grammars.pop(next(iter(self._grammars)))
                 self._grammars[key] = kept
         return kept
+
+    def must_compile(self, kind: str, payload: Mapping[str, Any], options: Options) -> bool:
+        """Whether a request (see `plan`) holds a constraint that is not compiled yet, which may take seconds."""
+        asked = [options.constraint, ("tools", None) if options.strict or options.must_call else None]
+        if kind == "fill":
+            slots = [piece for piece in payload["template"] if isinstance(piece, dict)]
+            asked += [(name, slot[name]) for slot in slots for name in KINDS if slot.get(name) is not None]
+        return any((one[0], repr(one[1])) not in self._grammars for one in asked if one is not None)
 
     @property
     def _fillers(self) -> frozenset[int]:

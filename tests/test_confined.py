@@ -14,14 +14,15 @@ import pytest
 from sfumato import confined
 from sfumato.events import CapacityError, InputError
 
+POOL = confined.Pool(nice=5)
+
 
 @pytest.fixture(autouse=True)
 def in_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The functions below are imported by a child that knows where they are."""
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
-    confined._children.end()
     yield
-    confined._children.end()
+    POOL.end()
 
 
 def add(left: int, right: int) -> int:
@@ -63,18 +64,18 @@ def spin() -> None:
 
 
 def test_a_result_comes_back_and_the_child_stays() -> None:
-    assert confined.run(add, 2, 3, what="the sum") == 5
-    assert confined.run(pid, what="it") == confined.run(pid, what="it") != os.getpid()
+    assert POOL.run(add, 2, 3, what="the sum") == 5
+    assert POOL.run(pid, what="it") == POOL.run(pid, what="it") != os.getpid()
 
 
 def test_errors_come_back_as_what_they_are() -> None:
     with pytest.raises(CapacityError, match=r"^12 tokens are more than 8; ask for less$"):
-        confined.run(say, "capacity", what="the text")
+        POOL.run(say, "capacity", what="the text")
     with pytest.raises(InputError, match=r"^the text cannot be used: 'a fault'$"):
-        confined.run(say, "secret", what="the text")
+        POOL.run(say, "secret", what="the text")
     with pytest.raises(InputError, match=r"^the text cannot be used: a panic$"):
-        confined.run(say, "panic", what="the text")
-    assert confined.run(add, 1, 1, what="it") == 2
+        POOL.run(say, "panic", what="the text")
+    assert POOL.run(add, 1, 1, what="it") == 2
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,8 @@ def test_a_limit_ends_the_call_alone(
 ) -> None:
     monkeypatch.setattr(confined, "SECONDS", 1)
     with pytest.raises(InputError, match=f"^the thing .*({sentence})"):
-        confined.run(attack, *arguments, what="the thing")  # type: ignore[arg-type]
-    assert confined.run(add, 1, 1, what="it") == 2
+        POOL.run(attack, *arguments, what="the thing")  # type: ignore[arg-type]
+    assert POOL.run(add, 1, 1, what="it") == 2
 
 
 def test_one_that_nobody_waits_for_is_given_up() -> None:
@@ -102,7 +103,7 @@ def test_one_that_nobody_waits_for_is_given_up() -> None:
     held = confined.is_cancelled.set(lambda: time.monotonic() > begun + 0.3)
     try:
         with pytest.raises(confined.Cancelled):
-            confined.run(time.sleep, 60, what="the thing")
+            POOL.run(time.sleep, 60, what="the thing")
     finally:
         confined.is_cancelled.reset(held)
     assert time.monotonic() < begun + 5
@@ -110,7 +111,7 @@ def test_one_that_nobody_waits_for_is_given_up() -> None:
 
 def test_many_threads_share_few_children() -> None:
     seen: list[int] = []
-    threads = [threading.Thread(target=lambda: seen.append(confined.run(pid, what="it"))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: seen.append(POOL.run(pid, what="it"))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -119,8 +120,22 @@ def test_many_threads_share_few_children() -> None:
 
 
 def test_a_child_ends_with_its_parent() -> None:
-    child = confined.run(pid, what="it")
-    with confined.child("it") as one:
+    child = POOL.run(pid, what="it")
+    with POOL.child("it") as one:
         assert one.process is not None and one.process.stdin is not None
         one.process.stdin.close()
         assert one.process.wait(5) == 0 and one.process.pid == child
+
+
+def test_pools_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = confined.Pool()
+    with POOL.child("it"), POOL.child("it"):
+        assert other.run(add, 1, 2, what="it") == 3
+        monkeypatch.setattr(confined, "SECONDS", 0.05)
+        with pytest.raises(InputError, match="it had to wait too long for others like it"):
+            POOL.run(add, 1, 2, what="it")
+    other.end()
+
+
+def test_children_step_aside() -> None:
+    assert POOL.run(os.nice, 0, what="it") >= 5

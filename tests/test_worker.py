@@ -95,6 +95,9 @@ class Script:
                 self.released.set()
         self.active[key] = {"left": 0, "kind": kind, "drafts": options.drafts} | payload
 
+    def is_slow(self, kind: str, payload: dict[str, Any], options: Options) -> bool:
+        return bool(payload.get("slow"))
+
     def cancel(self, key: int) -> None:
         self.cancelled.append(key)
         self.active.pop(key, None)
@@ -737,5 +740,23 @@ def test_who_waits_to_be_prepared_shows_in_the_figures_and_is_no_silence(opened)
             for task in stuck:
                 task.cancel()
             await asyncio.gather(*stuck, return_exceptions=True)
+
+    running(test())
+
+
+def test_what_is_slow_to_prepare_or_large_holds_up_nothing_small(opened):
+    async def test() -> None:
+        async with opened() as one:
+            await told(one)
+            slow = [asyncio.create_task(events(one, job(begin="never", slow=True))) for _ in range(4)]
+            large = asyncio.create_task(events(one, job(prompt="x" * 100_000)))
+            await asyncio.sleep(0.2)
+            begun = time.monotonic()
+            for _ in range(10):
+                await told(one)
+            assert time.monotonic() - begun < 2 and not large.done()  # it waits behind the slow ones
+            for task in (*slow, large):
+                task.cancel()
+            await asyncio.gather(*slow, large, return_exceptions=True)
 
     running(test())

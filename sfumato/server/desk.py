@@ -1,8 +1,9 @@
 """The worker process's side: takes jobs from the connection, runs them, sends what comes of them.
 
 Four kinds of thread. One reads the connection, from before the model is loaded, so that the process ends with its
-parent whatever it is doing. Two prepare jobs (template, tokens, grammar), so that small ones need not wait for one slow
-grammar. The main thread runs the engine, a turn after the other, and sends each turn's events as one message.
+parent whatever it is doing. Others prepare jobs (template, tokens, grammar) in two lanes, so that small ones need not
+wait for a new grammar or a long text. The main thread runs the engine, a turn after the other, and sends each turn's
+events as one message.
 
 What a job meets ends that job. One that is not prepared in time is given up, and another thread takes the place of the
 one that is lost to it. What is sent to the parent is plain: each event by itself, errors of our own family alone.
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,7 +35,11 @@ from sfumato.events import Draft, Event, InputError, Options, SfumatoError
 from sfumato.server.backend import Job, ModelCard, Result, Stats, where
 
 PREPARING = 2
-"""Threads that prepare jobs."""
+"""Threads that prepare jobs, in each lane."""
+LARGE = 64 << 10
+"""Bytes of a job from which on it goes into the slow lane."""
+NICE = 10
+"""How far the slow lane's threads step aside, where the system has that of threads (Linux)."""
 PREPARE_SECONDS = 60.0
 """After which a job that is still being prepared is given up."""
 LOST = 8
@@ -55,6 +61,10 @@ class Jobs(Protocol):
     """What runs the jobs: `sfumato.jobs.Jobs`; tests give another. `begin` and `cancel` are safe against `turn`."""
 
     def begin(self, key: int, kind: str, payload: dict[str, Any], options: Options) -> None: ...
+
+    def is_slow(self, kind: str, payload: dict[str, Any], options: Options) -> bool:
+        """Whether `begin` may take seconds; at once."""
+        ...
 
     def cancel(self, key: int) -> None:
         """Of a job that has ended: nothing."""
@@ -100,8 +110,9 @@ def run(connection: Connection, open_jobs: Callable[[Send], tuple[Jobs, ModelCar
     gc.collect()
     gc.freeze()  # a third of a million objects of libraries that will not go: not looked through again and again
     desk.send(("ready", card))
-    for _ in range(PREPARING):
-        _start(desk.prepare)
+    for lane in Lane:
+        for _ in range(PREPARING):
+            _start(desk.prepare, lane)
     try:
         desk.serve()
     except BaseException as error:
@@ -109,9 +120,16 @@ def run(connection: Connection, open_jobs: Callable[[Send], tuple[Jobs, ModelCar
         os._exit(1)  # at once: other threads may stand in the engine
 
 
+class Lane(Enum):
+    QUICK = 0
+    SLOW = NICE
+
+
 @dataclass(eq=False)
 class _Preparing:
     """A job that has come and has not begun."""
+
+    lane: Lane
 
     came: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
@@ -127,7 +145,7 @@ class Desk:
         self.connection = connection
         self.is_sending = threading.Lock()
         self.news = threading.Event()
-        self.queue: SimpleQueue[tuple[int, Job]] = SimpleQueue()
+        self.queues: dict[Lane, SimpleQueue[tuple[int, Job]]] = {lane: SimpleQueue() for lane in Lane}
         self.lock = threading.Lock()
         self.preparing: dict[int, _Preparing] = {}
         self.at_work: dict[int, float] = {}
@@ -150,7 +168,8 @@ class Desk:
     def read(self) -> None:
         while True:
             try:
-                message = self.connection.recv()
+                data = self.connection.recv_bytes()
+                message = pickle.loads(data)
             except (EOFError, OSError):  # the parent has ended
                 os._exit(0)
             except Exception as error:
@@ -158,9 +177,10 @@ class Desk:
                 continue
             match message:
                 case ("job", key, job):
+                    lane = self.lane_of(job, len(data))
                     with self.lock:
-                        self.preparing[key] = _Preparing()
-                    self.queue.put((key, job))
+                        self.preparing[key] = _Preparing(lane)
+                    self.queues[lane].put((key, job))
                     self.news.set()
                 case ("cancel", key):
                     with self.lock:
@@ -172,11 +192,20 @@ class Desk:
                 case ("stop",):
                     os._exit(0)
 
-    def prepare(self) -> None:
+    def lane_of(self, job: Job, size: int) -> Lane:
+        try:
+            return Lane.SLOW if size >= LARGE or self.jobs.is_slow(job.kind, job.payload, job.options) else Lane.QUICK
+        except Exception:  # whatever is wrong with it, `begin` says it
+            return Lane.SLOW
+
+    def prepare(self, lane: Lane) -> None:
         """Until a job takes so long that another thread has taken this one's place."""
-        one = _Preparing()
+        if lane.value:
+            with suppress(AttributeError, OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lane.value)
+        one = _Preparing(lane)
         while not one.is_given_up:
-            key, job = self.queue.get()
+            key, job = self.queues[lane].get()
             with self.lock:
                 one, self.at_work[key] = self.preparing[key], time.monotonic()
             confined.is_cancelled.set(lambda one=one: one.is_cancelled or one.is_given_up)  # type: ignore[misc]
@@ -200,19 +229,18 @@ class Desk:
         """Jobs that are not prepared in time; each has cost a thread, which another one takes the place of."""
         late = time.monotonic() - PREPARE_SECONDS
         with self.lock:
-            overdue = [
-                key for key, since in self.at_work.items() if since < late and not self.preparing[key].is_given_up
-            ]
-            for key in overdue:
-                self.preparing[key].is_given_up = True
-        for key in overdue:
+            late_ones = {key: self.preparing[key] for key, since in self.at_work.items() if since < late}
+            overdue = {key: one for key, one in late_ones.items() if not one.is_given_up}
+            for one in overdue.values():
+                one.is_given_up = True
+        for key, one in overdue.items():
             text = f"the request was not prepared within {PREPARE_SECONDS:g} seconds; make its texts smaller"
             self.tell([(key, InputError(text))])
             self.lost += 1
             if self.lost > LOST:
                 print(f"sfumato: {LOST} threads are lost to requests that take too long", file=sys.stderr, flush=True)
                 os._exit(1)
-            _start(self.prepare)
+            _start(self.prepare, one.lane)
 
     def serve(self) -> None:
         told, trimmed = 0.0, time.monotonic()
@@ -283,9 +311,9 @@ def card_of(llm: Any, quantize: str | None) -> ModelCard:
     )
 
 
-def _start(run: Callable[[], None]) -> None:
+def _start(run: Callable[..., None], *arguments: Any) -> None:
     before = threading.stack_size(STACK)
-    threading.Thread(target=run, daemon=True, name=run.__name__).start()
+    threading.Thread(target=run, args=arguments, daemon=True, name=run.__name__).start()
     threading.stack_size(before)
 
 
