@@ -130,8 +130,8 @@ def check_bodies(size: int, seconds: float, memory: int, names: tuple[str, ...] 
     ("size", "names"),
     [
         (1 << 17, ("template", "prompt", "messages", "spans", "input", "fields")),
-        pytest.param(LARGE, ("template", "prompt", "messages", "spans", "input", "fields"), marks=pytest.mark.slow),
-        pytest.param(LARGE, (), marks=pytest.mark.slow),
+        pytest.param(1 << 17, (), marks=pytest.mark.slow),
+        pytest.param(LARGE, ("template", "prompt", "input", "fields"), marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_body_costs_little(size: int, names: tuple[str, ...]) -> None:

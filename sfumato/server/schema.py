@@ -6,10 +6,12 @@ of `Options` are in every request under their own names. Requests to /v1/respons
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -138,7 +140,8 @@ def read(data: bytes, kind: type[T], limits: Limits) -> T:
 
 def parse(data: bytes, max_depth: int) -> Any:
     try:
-        value = json.loads(data.decode(), parse_constant=_no_number, parse_float=_finite)
+        with _without_collector():
+            value = json.loads(data.decode(), parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise _too_deep(max_depth) from None
     except ValueError as error:
@@ -148,6 +151,18 @@ def parse(data: bytes, max_depth: int) -> Any:
     if any(match.lastindex for match in _ESCAPE.finditer(data)):
         raise Refusal(400, "the body has a lone surrogate, which is no character; remove it", code="invalid_json")
     return value
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """JSON holds no circles, and looking for them takes seven times as long as to read it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F])|.)", re.DOTALL)
