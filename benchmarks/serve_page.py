@@ -81,11 +81,39 @@ def soak(one: Record, table: Table) -> str:
     return table(head, rows)
 
 
+def attacks(one: Record, table: Table) -> str:
+    head = ["attack", "answers", "took", "bystander's requests", "failed", "median", "worst", "times idle"]
+    alone = one["idle"]
+    rows = [["none (idle)", "–", "–", str(alone["requests"]), str(len(alone["failures"]))]]
+    rows[0] += [duration(alone["median"]), duration(alone["worst"]), f"{alone['worst'] / alone['median']:.1f}"]
+    for row in one["attacks"]:
+        statuses = ", ".join(str(status) for status in row["statuses"])
+        cells = [row["attack"], statuses, duration(row["seconds"]), str(row["requests"]), str(len(row["failures"]))]
+        cells += [duration(row["median"]), duration(row["worst"]), f"{row['worst'] / alone['median']:.1f}"]
+        rows.append(cells)
+    return table(head, rows)
+
+
+def fuzz(one: Record, table: Table) -> str:
+    statuses = ", ".join(f"{count} × {status}" for status, count in one["statuses"].items())
+    beside, alone, memory = one["bystander"], one["idle"], one["memory"]
+    rows = [
+        ["answers", f"{statuses} in {duration(one['seconds'])}"],
+        ["bystander's requests, failed", f"{beside['requests']}, {len(beside['failures'])}"],
+        ["its p50, p95, p99, worst", ", ".join(duration(beside[name]) for name in ("p50", "p95", "p99", "worst"))],
+        ["on the idle server: median, worst", f"{duration(alone['median'])}, {duration(alone['worst'])}"],
+        ["memory of the worker before, after", f"{size(memory['before'])}, {size(memory['after'])}"],
+    ]
+    return table([f"{one['patterns']} patterns and {one['grammars']} grammars, {one['clients']} at a time", ""], rows)
+
+
 PARTS: dict[str, Callable[[Record, Table], str]] = {
     **{part: partial(throughput, name=name) for part, name in THROUGHPUTS.items()},
     "first": first,
     "same": same,
     "soak": soak,
+    "attacks": attacks,
+    "fuzz": fuzz,
 }
 
 

@@ -33,7 +33,7 @@ import torch
 from sfumato.cache import KVCache
 from sfumato.config import ModelConfig
 from sfumato.engine import PREFILL_CHUNK, Engine
-from sfumato.events import BusyError, CapacityError, Done, Event, InputError
+from sfumato.events import BusyError, CapacityError, Done, Event, InputError, NumericError
 from sfumato.model import Model
 from sfumato.rows import Failure, Request, Row
 
@@ -190,6 +190,8 @@ class Batch:
     def _told(self, event: Event | Failure) -> Event | Failure:
         ticket = self._tickets[event.row]
         if isinstance(event, Failure):
+            if isinstance(event.error, NumericError):  # its keys may be part of what others begin with
+                self.prefixes.clear()
             self._leave(event.row)
         if isinstance(event, Done):
             usage, figures = event.usage, self._figures

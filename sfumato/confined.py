@@ -58,12 +58,21 @@ class Child:
     def __init__(self, nice: int = 0) -> None:
         self.nice = nice
         self.process: subprocess.Popen[bytes] | None = None
-        self.what, self.deadline, self.memory = "", 0.0, MEMORY
+        self.what, self.deadline, self.seconds, self.memory = "", 0.0, SECONDS, MEMORY
         """Of the call that is made now."""
 
-    def run(self, function: Callable[..., Any], *arguments: Any, memory: int = MEMORY, stack: int = STACK) -> Any:
-        self.memory = memory
-        answer = self._call((function.__module__, function.__qualname__, arguments, SECONDS, memory, stack))
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        seconds: float | None = None,
+        memory: int = MEMORY,
+        stack: int = STACK,
+    ) -> Any:
+        """See `Pool.run`. `seconds` None: `SECONDS`."""
+        self.seconds, self.memory = SECONDS if seconds is None else seconds, memory
+        self.deadline = time.monotonic() + 4 * self.seconds
+        answer = self._call((function.__module__, function.__qualname__, arguments, self.seconds, memory, stack))
         if "error" in answer:
             kind, text = answer["error"]
             if kind not in _ERRORS:
@@ -73,8 +82,7 @@ class Child:
 
     def start(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:
-            step_aside = f"import os; os.nice({self.nice}); " if self.nice and hasattr(os, "nice") else ""
-            code = f"{step_aside}from sfumato.confined import serve; serve()"
+            code = f"{_step_aside(self.nice)}from sfumato.confined import serve; serve()"
             root = str(Path(__file__).parents[1])
             paths = [root, *(path for path in (os.environ.get("PYTHONPATH"),) if path)]
             try:
@@ -84,7 +92,7 @@ class Child:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,  # a panic's words may be a prompt's
                     env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"},
-                    start_new_session=True,  # Ctrl-C is for us
+                    process_group=0,  # Ctrl-C is for us; a session of its own would have a share of its own
                 )
             except OSError as error:
                 raise InputError(
@@ -131,7 +139,7 @@ class Child:
                         raise Cancelled(f"{self.what} is no longer waited for")
                     if time.monotonic() > self.deadline:
                         raise InputError(
-                            f"{self.what} takes longer than the {SECONDS:g} seconds allowed; make it simpler"
+                            f"{self.what} takes longer than the {self.seconds:g} seconds allowed; make it simpler"
                         )
                     continue
                 piece = os.read(pipe.fileno(), 1 << 20)
@@ -150,7 +158,7 @@ class Child:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(1.0)
         if code == -_signal("SIGXCPU"):
-            return f"takes longer than the {SECONDS:g} seconds allowed; make it simpler"
+            return f"takes longer than the {self.seconds:g} seconds allowed; make it simpler"
         if code == -_signal("SIGABRT"):
             return f"takes more than the {self.memory >> 20} MiB of memory allowed; make it smaller"
         return "makes the library that reads it crash; make it smaller or less nested"
@@ -179,7 +187,7 @@ class Pool:
     def child(self, what: str) -> Iterator[Child]:
         """A child for several calls: what one of them keeps, the next one finds. See `run`."""
         child = self._take(what)
-        child.what, child.deadline = what, time.monotonic() + 4 * SECONDS
+        child.what = what
         try:
             yield child
         finally:
@@ -212,6 +220,16 @@ class Pool:
         with self._change:
             self._free.append(child)
             self._change.notify()
+
+
+def _step_aside(nice: int) -> str:
+    """The beginning of a child's code: from its first moment on it steps aside."""
+    code = ["import os"] if nice else []
+    if nice and hasattr(os, "nice"):
+        code.append(f"os.nice({nice})")
+    if nice and hasattr(os, "SCHED_IDLE"):
+        code.append("os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))")
+    return "".join(f"{line}; " for line in code)
 
 
 # ---- in the child ----------------------------------------------------------------------------------------------------

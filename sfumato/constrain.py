@@ -48,12 +48,12 @@ MAX_SHORTEST = 8192
 """Tokens within which a grammar must have a text."""
 STACK = 4 << 20
 """Bytes of stack on which a grammar must compile: less than any thread here has."""
-CHILDREN = confined.Pool(nice=10)
+CHILDREN = confined.Pool(nice=19)
 """Who tries grammars. They step aside for the engine's threads, of which one that has lost its core holds up all."""
 TOKENIZERS_KEPT = 2
 """That a child process keeps."""
-TOKENIZER_MEMORY = 4 << 30
-"""Bytes that a child may take for one: Gemma's, of a quarter of a million tokens, takes half a gigabyte."""
+TOKENIZER_SECONDS, TOKENIZER_MEMORY = 30.0, 4 << 30
+"""What a child may take for one: Gemma's, of a quarter of a million tokens, takes three seconds and half a gigabyte."""
 
 _CAPS = (32, 256)  # tokens that a search goes deep before it goes to its limit: most loops without an end cost no more
 _EFFORT, _EFFORT_IN_WALK = 100_000, 1_000  # tries of a token, about 2 µs each, beyond a search's first way down
@@ -146,7 +146,9 @@ def _probed(words: _Words, tokenizer: Tokenizer, terms: Terms) -> list[int]:
     with CHILDREN.child(f"the {terms[0]}") as child:
         shortest = child.run(_shortest_text, words.key, terms, stack=STACK)
         if shortest is None:  # it does not have this tokenizer
-            child.run(_learn, words.key, tokenizer.to_json(), size, ends, memory=TOKENIZER_MEMORY)
+            child.run(
+                _learn, words.key, tokenizer.to_json(), size, ends, seconds=TOKENIZER_SECONDS, memory=TOKENIZER_MEMORY
+            )
             shortest = child.run(_shortest_text, words.key, terms, stack=STACK)
     if not isinstance(shortest, list):
         raise InputError(f"the {terms[0]} could not be read; send the request again")

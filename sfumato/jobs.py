@@ -47,6 +47,8 @@ class Jobs:
         self._check_queue(1)
         plan = self.llm.plan(kind, payload, options)
         job = _Job(key, plan, next(plan), kind in ("chat", "complete"), options.drafts)
+        for ask in job.asks:  # here rather than between two turns
+            ask.request.checked(self.llm.model.config)
         with self._lock:
             self._check_queue(len(job.asks))
             self._begun.append(job)

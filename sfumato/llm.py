@@ -143,7 +143,7 @@ class LLM:
         device, streams the rest from the host. `notice` hears of what is left aside and what lies where;
         `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError what is wrong
         with an argument, CapacityError a limit that is too low."""
-        chat.CHILDREN.start()  # which reads the template, while this process reads the rest
+        chat.CHILDREN.start()  # it reads the template, while this process reads the rest
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         checkpoint = open_checkpoint(weights.resolve(path))
@@ -212,10 +212,22 @@ class LLM:
     ) -> list[int]:
         """Prompt to token ids: plain text behind the begin-of-text token, or a conversation through the template."""
         if isinstance(prompt, str):
+            self._check_length("the prompt", [prompt])
             return self.tokenizer.encode(prompt, bos=True)
         if self.template is None:
             raise InputError(f"{self.name or 'this checkpoint'} has no chat template; give plain text instead")
+        said = [message.get("content") for message in prompt if isinstance(message, Mapping)]
+        self._check_length("the conversation", [text for text in said if isinstance(text, str)])
         return self.template.encode(self.tokenizer, prompt, tools, thinking)
+
+    def _check_length(self, what: str, texts: Sequence[str]) -> None:
+        """CapacityError for texts that are too long for the context, however they are encoded."""
+        least, most = sum(map(self.tokenizer.least, texts)), self.model.config.max_position
+        if least > most:
+            raise CapacityError(
+                f"{what} has {sum(map(len, texts))} characters, which are at least {least} tokens, beyond the context "
+                f"of {most}; shorten it"
+            )
 
     def events(
         self,

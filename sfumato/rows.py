@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from sfumato.arguments import check_ids, check_places
+from sfumato.arguments import check_ids, check_kind, check_places
 from sfumato.config import ModelConfig
 from sfumato.diffusion import Rules
 from sfumato.events import CapacityError, InputError, Options
@@ -65,9 +65,10 @@ class Request:
         mode = "diffusion" if config.is_diffusion else "autoregressive"
         request = replace(self, options=self.options.with_defaults({"mode": mode}))
         request._check_canvas(config)
-        request._check_tokens(config)
+        check_kind(self.name, self.prompt, (list, tuple), "a list of token ids")
+        request._check_room(config)  # before each token is looked at: there may be millions
+        check_ids(self.name, self.prompt, config.vocab_size)
         request._check_places(config)
-        request._check_room(config)
         return request
 
     @property
@@ -99,12 +100,9 @@ class Request:
         for what in (what for what, is_asked in asked.items() if is_asked):
             config.check_canvas(what)
 
-    def _check_tokens(self, config: ModelConfig) -> None:
-        check_ids(self.name, self.prompt, config.vocab_size)
+    def _check_room(self, config: ModelConfig) -> None:
         if not self.prompt:
             raise InputError(f"{self.name} is empty; give at least one token (the begin-of-text token, say)")
-
-    def _check_room(self, config: ModelConfig) -> None:
         need = len(self.prompt) + (self.canvas_length(config) if self.is_diffusion else 1)
         if need > config.max_position:
             raise CapacityError(

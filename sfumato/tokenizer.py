@@ -46,6 +46,9 @@ MAX_REPEATS = 10_000
 NAMED = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 """What Gemma calls them, for a checkpoint without a tokenizer_config.json."""
 
+LONG = 16 << 10
+"""Characters from which on a text is encoded as a batch of one: the library lets other threads run only then."""
+
 _CONTROL_FORM = re.compile(r"<\|.*>|<.*\|>", re.DOTALL)
 _BAD_IDS = "token ids are whole numbers from 0 up; give a flat list of them"
 _CUTTABLE_DECODERS = {"Replace", "ByteFallback"}
@@ -215,6 +218,21 @@ class Tokenizer:
             ids += self._encode_plain(piece) if control is None else [control]
         return ids
 
+    def least(self, text: str) -> int:
+        """Tokens that a text gives at least, without encoding it: 0 where that cannot be told."""
+        return len(text) // self._longest if self._longest else 0
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token; 0 where what comes before the model could make a text shorter."""
+        normalizer = self._inner.normalizer
+        stages = [] if normalizer is None else list(_stages(json.loads(normalizer.__getstate__())))
+        for stage in stages:
+            pattern = (stage.get("pattern") or {}).get("String")
+            if stage.get("type") != "Replace" or not pattern or len(stage.get("content") or "") < len(pattern):
+                return 0
+        return max(map(len, self._inner.get_vocab()), default=0)
+
     def pieces(self, text: str) -> Iterator[tuple[str, int | None]]:
         """The text cut at its control tokens: (text, None) or (control token, its id); joined they are the text."""
         end = 0
@@ -274,6 +292,8 @@ class Tokenizer:
     @_answered
     def _ids_of(self, text: str) -> list[int]:
         try:
+            if isinstance(text, str) and len(text) > LONG:
+                return self._inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
             return self._inner.encode(text, add_special_tokens=False).ids
         except TypeError:
             lone = re.search("[\ud800-\udfff]", text) if isinstance(text, str) else None

@@ -11,7 +11,7 @@ import pytest
 from sfumato import LLM, Options, Slot
 from sfumato.engine import Run
 from sfumato.evals.sudoku import request, solve
-from sfumato.events import Commit, Done, Draft, InputError
+from sfumato.events import CapacityError, Commit, Done, Draft, InputError
 from sfumato.ops import cpu
 from sfumato.ops.cpu import build
 from sfumato.reader import Reader
@@ -263,3 +263,14 @@ def test_bits_that_operations_lack_are_refused_with_a_remedy(ops: str, quantize:
     with pytest.raises(InputError) as caught:
         LLM.load("nano", quantize=quantize, ops=ops)
     assert str(caught.value) == sentence
+
+
+def test_a_text_that_no_context_holds_is_refused_before_it_is_encoded(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(llm.tokenizer, "_encode_plain", fail)
+    text = "word " * 800_000
+    for prompt in (text, [{"role": "user", "content": text}]):
+        with pytest.raises(CapacityError, match=r"has 4000000 characters, which are at least \d+ tokens, beyond the"):
+            llm.encode(prompt)

@@ -61,6 +61,13 @@ def test_the_defaults_are_local_and_bounded(call: Call, served):
     assert worker.limits == {"rows": 32, "queue": 256, "stall": 0.2, "context": None, "memory": None}
 
 
+def test_silence_is_shorter_than_the_longest_request(call: Call, served):
+    for flags, silence in (((), 300), (("--timeout", "100"), 50)):
+        served.clear()
+        assert call(*flags) == (0, "", "")
+        assert served[0].silence == silence < served[1].limits.timeout
+
+
 def test_options_reach_worker_and_settings(call: Call, served, tmp_path: Path):
     (tmp_path / "keys").write_text("# ours\nthree\n\n  four \n")
     limits = "--rows 4 --queue 5 --memory 1.5 --context 600 --stall 50 --max-body 0.5 --timeout 9 --drain 2".split()

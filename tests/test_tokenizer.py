@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -439,3 +441,39 @@ def test_truncation_and_padding_saved_in_the_file_do_nothing(tmp_path: Path) -> 
     inner.enable_padding(length=64)
     inner.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.from_folder(tmp_path).encode(DIGITS) == NANO_TOKENIZER.encode(DIGITS)
+
+
+def test_a_long_text_is_encoded_like_a_short_one_and_lets_other_threads_run() -> None:
+    tokenizer = NANO_TOKENIZER
+    text = "Über den Wolken 12 <|turn> " * 40_000
+    gaps, is_over = [0.0], threading.Event()
+
+    def watch() -> None:
+        last = time.perf_counter()
+        while not is_over.is_set():
+            time.sleep(0.001)
+            gaps.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    began = time.perf_counter()
+    ids = tokenizer.encode(text)
+    took = time.perf_counter() - began
+    is_over.set()
+    thread.join()
+    assert ids == [
+        token for start in range(0, len(text), 27 * 400) for token in tokenizer.encode(text[start : start + 27 * 400])
+    ]
+    assert max(gaps) < max(0.5 * took, 0.2)
+    with pytest.raises(InputError, match=r"lone surrogate \(U\+D800\) at character 20000"):
+        tokenizer.encode("a" * 20_000 + "\ud800")
+
+
+def test_the_least_number_of_tokens_is_never_more_than_there_are() -> None:
+    for text in ("", "a", " " * 500, "word " * 5000, "Über " * 100, "1234567890" * 50, "<|turn>" * 99):
+        assert NANO_TOKENIZER.least(text) <= len(NANO_TOKENIZER.encode(text))
+    assert NANO_TOKENIZER.least("word " * 100_000) > 10_000
+    inner = tokenizers.Tokenizer.from_str(NANO_JSON)
+    inner.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Replace("aaaa", "")])
+    assert Tokenizer(inner).least("a" * 1000) == 0

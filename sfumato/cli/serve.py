@@ -14,7 +14,7 @@ from sfumato.cli import text as texts
 from sfumato.events import InputError
 from sfumato.server.backend import ModelCard
 from sfumato.server.settings import Limits, Settings
-from sfumato.server.worker import Worker
+from sfumato.server.worker import SILENCE, Worker
 
 
 def command(
@@ -117,7 +117,8 @@ def command(
             bar.stop()
             tell(card, address)
 
-        http.run(Worker(load, limits, loading), settings, port, ready)
+        silence = min(SILENCE, timeout / 2)  # so that who waits longest is told of a hang
+        http.run(Worker(load, limits, loading, silence=silence), settings, port, ready)
 
 
 def keys_of(file: str | None) -> list[str]:

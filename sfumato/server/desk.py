@@ -38,10 +38,12 @@ PREPARING = 2
 """Threads that prepare jobs, in each lane."""
 LARGE = 64 << 10
 """Bytes of a job from which on it goes into the slow lane."""
-NICE = 10
+NICE = 19
 """How far the slow lane's threads step aside, where the system has that of threads (Linux)."""
 PREPARE_SECONDS = 60.0
 """After which a job that is still being prepared is given up."""
+SWITCH_SECONDS = 0.0005
+"""After which a thread that prepares hands the interpreter to the engine's, which asks for it many times a turn."""
 LOST = 8
 """Threads that may be lost to such jobs; with one more the process ends, and is started again."""
 STACK = 16 << 20
@@ -83,12 +85,15 @@ def main(connection: Connection, load: dict[str, Any], limits: Mapping[str, Any]
 
     def open_jobs(send: Send) -> tuple[Jobs, ModelCard]:
         from sfumato.batch import BatchLimits
+        from sfumato.forms import llguidance
         from sfumato.jobs import Jobs
         from sfumato.llm import LLM
 
         llm = LLM.load(
             **load, notice=lambda text: print(f"sfumato: {text}", file=sys.stderr, flush=True), progress=Progress(send)
         )
+        with suppress(InputError):
+            llguidance()  # now rather than between two turns, where it is installed
         return Jobs(llm, BatchLimits(**limits)), card_of(llm, load.get("quantize"))
 
     run(connection, open_jobs)
@@ -96,6 +101,9 @@ def main(connection: Connection, load: dict[str, Any], limits: Mapping[str, Any]
 
 def run(connection: Connection, open_jobs: Callable[[Send], tuple[Jobs, ModelCard]]) -> None:
     """Open the model, then run jobs until the parent says stop or closes the connection."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the thread that asks, which may have stepped aside
+    sys.setswitchinterval(SWITCH_SECONDS)
+    _hold_cores()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the parent blocked them until they are ignored
@@ -200,6 +208,7 @@ class Desk:
 
     def prepare(self, lane: Lane) -> None:
         """Until a job takes so long that another thread has taken this one's place."""
+        _leave_cores()
         if lane.value:
             with suppress(AttributeError, OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lane.value)
@@ -309,6 +318,26 @@ def card_of(llm: Any, quantize: str | None) -> ModelCard:
         quantised=quantize or ", ".join(sorted(kind for kind in kinds if isinstance(kind, str))) or None,
         defaults=llm.defaults,
     )
+
+
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+"""Where this process may run, as it was at first."""
+
+
+def _hold_cores() -> None:
+    """Each of the engine's threads keeps a core, and sleeps soon where it waits for another. Otherwise two of them meet
+    on one core as soon as anything else runs, and each spins while the other should compute: a step then takes up to ten
+    times as long. OpenMP reads this as torch is loaded."""
+    if "OMP_NUM_THREADS" not in os.environ and not Path("/proc/driver/nvidia").exists():
+        os.environ.setdefault("OMP_PROC_BIND", "true")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _leave_cores() -> None:
+    """The calling thread, and what it starts, may run anywhere: it began on its parent's core."""
+    if CORES is not None:
+        with suppress(OSError):
+            os.sched_setaffinity(0, CORES)
 
 
 def _start(run: Callable[..., None], *arguments: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from sfumato.events import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.events import BusyError, CapacityError, InputError, NumericError, SfumatoError, WorkerError
 
 
 def short(text: str, most: int) -> str:
@@ -58,6 +58,8 @@ def refusal(error: Exception) -> Refusal:
             return Refusal(400, str(error), code="context_length_exceeded")
         case InputError():
             return Refusal(400, str(error), param=_named(str(error)))
+        case NumericError():
+            return Refusal(500, str(error), "server_error")
         case BusyError():
             return Refusal(503, str(error), "overloaded_error", headers=RETRY)
         case WorkerError():

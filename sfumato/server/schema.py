@@ -131,6 +131,7 @@ Choices = Annotated[list[str], Most("max_choices", "choices")]
 
 def read(data: bytes, kind: type[T], limits: Limits) -> T:
     """The request in a body; a Refusal says what is wrong with it, and where."""
+    _count_values(data, limits.max_values)
     value = parse(data, limits.max_depth)
     try:
         return kind.model_validate(value, context=limits)
@@ -151,6 +152,22 @@ def parse(data: bytes, max_depth: int) -> Any:
     if any(match.lastindex for match in _ESCAPE.finditer(data)):
         raise Refusal(400, "the body has a lone surrogate, which is no character; remove it", code="invalid_json")
     return value
+
+
+def _count_values(data: bytes, most: int) -> None:
+    """Refusal for a body of more values, before it is read: reading them would hold up everybody."""
+    count = _separators(data)
+    if count > most and (count := _separators(_STRING.sub(b"", data))) > most:
+        text = f"the body has about {count} values, more than the {most} allowed; send fewer"
+        raise Refusal(400, text, code="invalid_json")
+
+
+def _separators(data: bytes) -> int:
+    return sum(data.count(mark) for mark in (b",", b"[", b"{"))
+
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)', re.DOTALL)
+"""Of JSON; one that is not closed goes to the end."""
 
 
 @contextmanager

@@ -24,6 +24,8 @@ class Limits:
     """Bytes of the bodies of all requests under way, which are kept until they are answered."""
     max_depth: int = 64
     """Nesting of a request's JSON."""
+    max_values: int = 400_000
+    """Values in a request's JSON, text not counted: ids of the longest context are fewer."""
     max_n: int = 16
     """Answers to one prompt."""
     max_prompts: int = 64

@@ -241,7 +241,7 @@ class Worker:
         self._is_loaded = False
         if self._is_open:
             self._news.clear()
-        self._before = replace(self.stats(), restarts=self._before.restarts + 1)
+        self._before = replace(self.stats(), restarts=self._before.restarts + 1, stalled=0.0)
         self._now = Stats(restarts=self._before.restarts)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return steady, failure or WorkerError(f"the engine's worker ended ({how})")
