@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.nano import puzzles
 from sfumato import LLM, Options, sudoku
-from sfumato.engine import generate
 from sfumato.evals.sudoku import request
 from sfumato.events import Commit, Done
 from sfumato.measure.parts import random_config, random_model
 from sfumato.measure.work import duration
 from sfumato.model import Model
+from sfumato.run import generate
 
 SETTINGS: dict[str, dict[str, bool]] = {
     "reference": {},

@@ -27,12 +27,13 @@ from typing import Any
 import common
 import torch
 
-from sfumato import convert, engine, ops, weights
+from sfumato import convert, ops, weights
 from sfumato.events import Done, Draft, Options
 from sfumato.interop import Checkpoint, Entry
 from sfumato.measure.machine import peak_bytes, resident_bytes
 from sfumato.measure.parts import Counted
 from sfumato.measure.work import duration, needs, size
+from sfumato.run import generate
 
 GB = 1e9
 LIMITS = {"file": 15.5 * GB, "quantise": 6.0 * GB, "generate": 17.5 * GB}
@@ -157,7 +158,7 @@ def phase_generate(given: argparse.Namespace) -> dict[str, Any]:
     began = last = time.perf_counter()
     steps: list[float] = []
     done = None
-    for event in engine.generate(model, [prompt], options):
+    for event in generate(model, [prompt], options):
         now = time.perf_counter()
         if isinstance(event, Draft):
             steps.append(now - last)

@@ -118,7 +118,7 @@ def attacks() -> list[Attack]:
 
 ATOMS = [
     *("a", "b", "xyz", ".", r"\d", r"\w", r"\s", r"\S", r"\D", r"\W", "[a-z]", "[^a]", "[0-9a-f]", "[a-zA-Z0-9_.-]"),
-    *("é", "日本", r"\.", r"\\", r"\u00e9", "[^\\n]", r"[\s\S]", r"\x41", " ", "-", "[🙂-🙏]", "(?i)a", "a|", ""),
+    *("é", "日本", r"\.", r"\\", r"\u00e9", "[^\\n]", r"[\s\S]", r"\x41", " ", "-", "[🙂-🙏]", "(?i:a)", "(a|)", "()"),
 ]
 QUANTIFIERS = ["", "", "", "?", "*", "+", "{2}", "{0,9}", "{3,}", "{1,30}", "{5,200}", "{0,1000}", "{1000}", "*?", "+?"]
 
@@ -129,7 +129,8 @@ def pattern(dice: random.Random, depth: int = 0) -> str:
     for _ in range(dice.randint(1, 4)):
         if depth < 4 and dice.random() < 0.45:
             inner = "|".join(pattern(dice, depth + 1) for _ in range(dice.choice((1, 1, 2, 3))))
-            atom = f"{dice.choice(('(', '(', '(?:', '(?=', '(?P<n>'))}{inner})"
+            opening = dice.choice(("(?=", "(?P<n>", "(?!")) if dice.random() < 0.01 else dice.choice(("(", "(?:"))
+            atom = f"{opening}{inner})"
         else:
             atom = dice.choice(ATOMS)
         parts.append(atom + dice.choice(QUANTIFIERS))

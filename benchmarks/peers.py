@@ -39,13 +39,13 @@ from benchmarks import common
 from sfumato import ops, weights
 from sfumato.cache import KVCache
 from sfumato.config import ModelConfig
-from sfumato.engine import Run
 from sfumato.events import Done, Draft, Options
 from sfumato.measure.machine import Timing, environment, measure
 from sfumato.measure.parts import Plan, prompt_ids, random_config, random_model
 from sfumato.measure.work import duration
 from sfumato.model import Model
 from sfumato.quant.apply import quantize_, samples
+from sfumato.run import Run
 
 FORWARD, STEP, ANSWER = "denoise forward", "whole step", "whole answer"
 STATIC = "compiled generate, static cache"

@@ -47,7 +47,6 @@ from benchmarks import common, ops
 from sfumato import sudoku, weights
 from sfumato.cache import KVCache
 from sfumato.config import ModelConfig
-from sfumato.engine import Run
 from sfumato.events import Commit, Done, Draft, Options
 from sfumato.llm import LLM
 from sfumato.measure.machine import environment, forget_peak, peak_bytes
@@ -56,6 +55,7 @@ from sfumato.model import Model
 from sfumato.ops import load
 from sfumato.ops.packed import Packed, dense
 from sfumato.quant import formats
+from sfumato.run import Run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = "triton" if DEVICE == "cuda" else "cpu"

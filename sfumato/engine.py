@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Dice, Rules, accept, pick_token
 from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError, Options, Usage, contained
-from sfumato.guided import ALONE, SLICE, Span, Turn, Walks, projecting
+from sfumato.guided import ALONE, SLICE, Turn, Walks, projecting
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
 from sfumato.rows import Failure, Request, Row
@@ -594,83 +593,6 @@ class Engine:
         row = self.rows[seat]
         assert row is not None, f"seat {seat} is free"
         return row
-
-
-class Run:
-    """A generation of its own: iterate it for its events; `cache` afterwards holds what was encoded.
-
-    `cache` continues from earlier work: row i of it must hold exactly the first cache.lengths[i] tokens of prompt i,
-    and not all of them. `dice` take the place of those that are counted from the seeds. `chunk`, `record`, `lag`: see
-    `Engine`. InputError and CapacityError before any work."""
-
-    def __init__(
-        self,
-        model: Model,
-        prompts: Sequence[Sequence[int]] | Sequence[Request],
-        options: Options | Sequence[Options] = Options(),  # noqa: B008 - frozen
-        *,
-        pins: Sequence[Mapping[int, int]] | None = None,
-        warm: Sequence[Mapping[int, int]] | None = None,
-        spans: Sequence[Sequence[Span]] | None = None,
-        watch: Callable[[int, list[int]], int | None] | None = None,
-        cache: KVCache | None = None,
-        **more: Any,
-    ) -> None:
-        each = [options] * len(prompts) if isinstance(options, Options) else list(options)
-        if not prompts or len(each) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts with {len(each)} sets of options; give one set for each prompt")
-        requests = []
-        given: dict[str, Any] = {"pins": pins, "warm": warm, "spans": spans}
-        for name, what in ("pins", "pins"), ("warm", "warm starts"), ("spans", "spans"):
-            if given[name] is not None and len(given[name]) != len(prompts):
-                raise InputError(
-                    f"{len(prompts)} prompts came with {len(given[name])} sets of {what}; give one for each prompt"
-                )
-        for i, prompt in enumerate(prompts):
-            if isinstance(prompt, Request):
-                request = prompt
-            else:
-                own: dict[str, Any] = {name: some[i] for name, some in given.items() if some is not None}
-                own["watch"] = None if watch is None else partial(watch, i)
-                request = Request(list(prompt), each[i], **own)  # type: ignore[call-overload]
-            requests.append(replace(request, name=f"prompt {i}").checked(model.config))
-        if cache is not None and cache.batch != len(prompts):
-            raise InputError(
-                f"{len(prompts)} prompts came with a cache of {cache.batch} rows; give one for each prompt"
-            )
-        need = max(request.capacity(model.config) for request in requests)
-        if cache is not None and cache.capacity < need:
-            cache = cache.fork(list(range(cache.batch)), need)
-        self.engine = Engine(model, len(prompts), need, cache=cache, **more)
-        for request in requests:
-            self.engine.join(request)
-
-    @property
-    def rows(self) -> list[Row]:
-        return [row for row in self.engine.rows if row is not None]
-
-    @property
-    def cache(self) -> KVCache:
-        return self.engine.cache
-
-    def __iter__(self) -> Iterator[Event]:
-        while self.engine.live:
-            for event in self.engine.turn():
-                if isinstance(event, Failure):
-                    raise event.error
-                yield event
-
-
-def generate(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    options: Options | Sequence[Options] = Options(),  # noqa: B008 - frozen
-    **more: Any,
-) -> Iterator[Event]:
-    """Generate for one or more prompts (token ids); yields Draft (if asked for), Commit and, once a row, Done.
-
-    `more` goes to `Run`. InputError and CapacityError before any work."""
-    return iter(Run(model, prompts, options, **more))
 
 
 def _needs_host(row: Row) -> bool:

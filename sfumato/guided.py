@@ -20,13 +20,15 @@ from torch import Tensor
 
 from sfumato.config import ModelConfig
 from sfumato.constrain import Guide, Walk, Work
-from sfumato.events import contained
+from sfumato.events import InputError, contained
 from sfumato.step import Look, Projected
 
 SLICE = 0.005
 """Seconds that a walk has at a time."""
 ALONE = 0.05
 """Seconds that walks have in a turn with nothing else in it."""
+LONGEST = 10.0
+"""Seconds that one walk may take in all; most take less than a thousandth of one."""
 
 
 @dataclass
@@ -179,9 +181,12 @@ class Walks:
         try:
             while time.perf_counter() < began + SLICE:
                 next(one.work)
-            return None
+            if one.seconds < LONGEST:
+                return None
+            text = f"the constraint takes longer than {LONGEST:g} seconds to follow through one step; make it simpler"
+            outcome: Projected | Exception = InputError(text)
         except StopIteration as stop:
-            outcome: Projected | Exception = stop.value
+            outcome = stop.value
         except BaseException as error:
             outcome = contained(error)
         finally:

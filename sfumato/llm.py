@@ -36,7 +36,6 @@ from sfumato.edit import (
     spans_of,
     tokens_of,
 )
-from sfumato.engine import Run
 from sfumato.events import (
     CapacityError,
     CheckpointError,
@@ -57,6 +56,7 @@ from sfumato.model import Model
 from sfumato.reader import Reader
 from sfumato.remote import Remote
 from sfumato.rows import Inspect, Request
+from sfumato.run import Run
 from sfumato.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]

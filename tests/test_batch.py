@@ -18,12 +18,13 @@ from sfumato.batch import Batch, BatchLimits, Cost, Prefixes
 from sfumato.cache import KVCache
 from sfumato.constrain import Guide
 from sfumato.edit import pieces_of
-from sfumato.engine import Engine, Run
+from sfumato.engine import Engine
 from sfumato.events import BusyError, CapacityError, Commit, Done, Draft, Event, InputError
 from sfumato.jobs import Jobs
 from sfumato.model import Model
 from sfumato.reader import Reader
 from sfumato.rows import Request
+from sfumato.run import Run
 
 CONFIG = tiny.tiny_config(eos_ids=(38, 45), max_position=400)
 SETTLES = Options(max_steps=8, t_min=0.2, t_max=0.4, entropy_bound=0.5, confidence=0.5)
@@ -585,3 +586,14 @@ def test_a_job_that_is_cancelled_or_wrong_leaves_the_others_alone(nano: LLM) -> 
     assert isinstance(
         carried_out(Jobs(nano, BatchLimits(context=100)) if False else jobs)[6][-1], (Done, CapacityError)
     )
+
+
+def test_a_walk_without_end_ends_its_own_request(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def walking(self: Guide, *args: Any, **more: Any) -> Any:
+        while True:
+            yield
+
+    monkeypatch.setattr(Guide, "walking", walking)
+    monkeypatch.setattr("sfumato.guided.LONGEST", 0.3)
+    with pytest.raises(InputError, match=r"takes longer than 0.3 seconds to follow through one step; make it simpler"):
+        nano.complete("1", Options(seed=1, regex="[0-9]{5}"))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sfumato import LLM, Options, sudoku
-from sfumato.engine import Run
 from sfumato.evals.sudoku import request, solve
 from sfumato.events import Commit, Done
+from sfumato.run import Run
 
 EARLY = Options(seed=2, early=True, max_tokens=82)
 

@@ -13,12 +13,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from sfumato.engine import Engine, Run
+from sfumato.engine import Engine
 from sfumato.events import Done, Draft, Event, NumericError, Options
 from sfumato.model import Model
 from sfumato.ops import cpu, reference
 from sfumato.quant import formats
 from sfumato.rows import Failure, Request
+from sfumato.run import Run
 
 CONFIG = tiny.tiny_config()
 QUICK = Options(max_tokens=16, max_steps=4, seed=1, entropy_bound=0.5)

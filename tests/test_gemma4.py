@@ -18,10 +18,10 @@ from torch import Tensor
 from sfumato import convert, ops, weights
 from sfumato.cache import KVCache
 from sfumato.config import FULL, SLIDING, LayerConfig, ModelConfig, Rope
-from sfumato.engine import Run
 from sfumato.events import CheckpointError, Commit, Done, Draft, InputError, Options
 from sfumato.interop import Entry, gemma4
 from sfumato.model import Model
+from sfumato.run import Run
 
 SEEDS = range(4)
 CLOSE = 1e-4

@@ -14,9 +14,9 @@ from test_constrain import generated, valid
 from sfumato import LLM, Options, Slot, calls
 from sfumato.chat import parse_ids
 from sfumato.config import read_generation_config
-from sfumato.engine import Run
 from sfumato.events import Commit, Done, InputError
 from sfumato.guided import Span, _pick_
+from sfumato.run import Run
 from sfumato.tokenizer import Tokenizer
 from sfumato.weights import NANO
 

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfumato import engine
 from sfumato import rows as requests
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Rules, Schedule, accept, is_confident, is_stable, pick_token, stood
 from sfumato.events import CapacityError, Commit, Done, Draft, InputError, Options
 from sfumato.model import Model
 from sfumato.ops.reference import inverse_cdf
+from sfumato.run import Run, generate
 
 SAME = 1e-4
 CONFIG = tiny.tiny_config()
@@ -359,7 +359,7 @@ def tell(ours: Model, prompts: Sequence[Sequence[int]], options: Any = SETTLES, 
     """Run to the end, and hold every run to what all runs have in common."""
     told = [Told() for _ in prompts]
     each = [options] * len(prompts) if isinstance(options, Options) else options
-    for event in engine.generate(ours, prompts, options, **more):
+    for event in generate(ours, prompts, options, **more):
         assert not torch.is_inference_mode_enabled(), "the engine's mode leaks into the caller's code"
         row = told[event.row]
         assert not row.done, "nothing after Done"
@@ -428,7 +428,7 @@ def test_the_cache_afterwards_holds_the_committed_text() -> None:
     """Cached equals recomputed, after a run with rows of different length and growth; and a chat goes on from it."""
     ours = talker()
     options = [dataclasses.replace(SETTLES, max_tokens=limit, seed=limit) for limit in (12, 44)]
-    run = engine.Run(ours, PROMPTS[:2], options, cache=KVCache.allocate(ours.config, 2, 30))
+    run = Run(ours, PROMPTS[:2], options, cache=KVCache.allocate(ours.config, 2, 30))
     answers = {event.row: event.tokens for event in run if isinstance(event, Done)}
     assert run.cache.lengths == [len(PROMPTS[0]) + 8, len(PROMPTS[1]) + 40]
     for row in range(2):
@@ -689,7 +689,7 @@ def test_without_a_limit_the_answer_runs_to_the_end_of_the_context(monkeypatch: 
         options = dataclasses.replace(SETTLES, seed=1, mode=mode)
         with monkeypatch.context() as small:
             small.setattr(requests, "FIRST_ROOM", 4 * LENGTH)
-            run = engine.Run(ours, PROMPTS[:2], options)
+            run = Run(ours, PROMPTS[:2], options)
         assert run.cache.capacity == len(PROMPTS[1]) + 4 * LENGTH
         done = {event.row: event for event in run if isinstance(event, Done)}
         assert run.cache.capacity > len(PROMPTS[1]) + 4 * LENGTH
@@ -707,10 +707,10 @@ def test_a_prompt_must_leave_room_for_a_canvas() -> None:
     with pytest.raises(
         CapacityError, match=r"prompt 1 has 33 tokens and a canvas needs 8 more, beyond the context of 40"
     ):
-        engine.generate(ours, [text(4), text(41 - LENGTH)], SETTLES)
+        generate(ours, [text(4), text(41 - LENGTH)], SETTLES)
     assert len(tell(ours, [text(39)], Options(mode="autoregressive"))[0].tokens) == 1
     with pytest.raises(CapacityError, match="context of 40"):
-        engine.generate(ours, [text(40)], Options(mode="autoregressive"))
+        generate(ours, [text(40)], Options(mode="autoregressive"))
 
 
 # ---- pins ---------------------------------------------------------------------------------------------------------
@@ -792,18 +792,18 @@ def test_a_canvas_of_pins_is_that_canvas() -> None:
 )
 def test_bad_input_is_named_before_any_work(prompts: Any, more: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        engine.generate(talker(), prompts, **more)
+        generate(talker(), prompts, **more)
 
 
 def test_a_cache_that_holds_the_whole_prompt_is_refused() -> None:
     ours = talker()
     cache = encode(ours, PROMPTS[0])
     with pytest.raises(InputError, match=r"the cache holds 4 tokens of a prompt of 4; truncate it to fewer first"):
-        engine.generate(ours, PROMPTS[:1], SETTLES, cache=cache)
+        generate(ours, PROMPTS[:1], SETTLES, cache=cache)
 
 
 def test_an_abandoned_run_leaves_no_mode_behind() -> None:
-    events = engine.generate(talker(), PROMPTS[:1], SETTLES)
+    events = generate(talker(), PROMPTS[:1], SETTLES)
     next(events)
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
@@ -956,9 +956,9 @@ def test_the_inverse_of_the_distribution() -> None:
 def test_pins_and_cache_must_fit_the_prompts() -> None:
     model = tiny.tiny_model()
     with pytest.raises(InputError, match="1 prompts came with 2 sets of pins"):
-        engine.Run(model, [[3, 4]], Options(max_tokens=8), pins=[{}, {}])
+        Run(model, [[3, 4]], Options(max_tokens=8), pins=[{}, {}])
     cache = KVCache.allocate(model.config, 3, 64)
     with pytest.raises(InputError, match="a cache of 3 rows"):
-        engine.Run(model, [[3, 4]], Options(max_tokens=8), cache=cache)
+        Run(model, [[3, 4]], Options(max_tokens=8), cache=cache)
     with pytest.raises(InputError, match="autoregressive"):
-        engine.Run(model, [[3, 4]], Options(max_tokens=8, mode="autoregressive"), pins=[{0: 7}])
+        Run(model, [[3, 4]], Options(max_tokens=8, mode="autoregressive"), pins=[{0: 7}])

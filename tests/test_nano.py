@@ -10,9 +10,9 @@ import torch
 from tiny import TorchDice
 
 from sfumato import LLM, Options, sudoku
-from sfumato.engine import generate
 from sfumato.evals.sudoku import request, solve
 from sfumato.events import Done
+from sfumato.run import generate
 from sfumato.weights import NANO
 
 PUZZLES = 200

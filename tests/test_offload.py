@@ -21,12 +21,12 @@ from torch import Tensor
 
 from sfumato import offload, weights
 from sfumato.cache import KVCache
-from sfumato.engine import generate
 from sfumato.events import CapacityError, Done, InputError, Options
 from sfumato.model import Model
 from sfumato.offload import Placement, attach_, is_streamed, offload_, packed_bytes, plan, sizes_of, to_host
 from sfumato.ops import reference
 from sfumato.ops.packed import Packed
+from sfumato.run import generate
 
 SLACK = 4 * 256
 """What a buffer reserves beside each tensor, so that its parts can be aligned."""

@@ -24,12 +24,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from sfumato import engine
 from sfumato.cache import KVCache
 from sfumato.config import ModelConfig
 from sfumato.diffusion import Rules, accept, is_confident, is_stable, stood
 from sfumato.events import Commit, Done, Draft, Options
 from sfumato.model import Model, frequencies
+from sfumato.run import generate
 
 SEEDS = range(8)
 OPS = tiny.OPS
@@ -690,7 +690,7 @@ def run_ours(ours: Model, places: Sequence[tuple[Record, int]], dice: Any) -> li
     options = dataclasses.replace(places[0][0].options, max_tokens=limit, drafts=True)
     prompts = [run.prompt_BT[row].tolist() for run, row in places]
     each: list[dict[str, Any]] = [{"steps": [], "drafts": {}} for _ in places]
-    for event in engine.generate(ours, prompts, options, dice=dice):
+    for event in generate(ours, prompts, options, dice=dice):
         row = each[event.row]
         if isinstance(event, Draft):
             row["drafts"][event.canvas, event.step - 1] = (event.tokens, event.accepted)
@@ -816,7 +816,7 @@ def test_done_events_carry_the_oracles_counts() -> None:
     ours = with_eos(theirs, "fused", run.eos)
     done = {
         event.row: event
-        for event in engine.generate(ours, [run.prompt_BT[r].tolist() for _, r in places], options, dice=Replay(places))
+        for event in generate(ours, [run.prompt_BT[r].tolist() for _, r in places], options, dice=Replay(places))
         if isinstance(event, Done)
     }
     for row in range(run.rows):

@@ -25,8 +25,8 @@ from sfumato.events import SfumatoError
 from sfumato.server import schema
 from sfumato.server.app import Limits, Settings, create
 from sfumato.server.backend import Stats
+from sfumato.server.body import Body, Most, read, schemas_in
 from sfumato.server.responses import ResponsesRequest
-from sfumato.server.schema import Body, Most
 
 CHAT = "/v1/chat/completions"
 SAY = {"messages": [{"role": "user", "content": "Hello there"}]}
@@ -77,11 +77,11 @@ def every_request() -> list[type[Body]]:
 def test_no_field_of_a_request_is_without_bounds(kind: type[Body]) -> None:
     """Lists stop at the first fault and are counted before they are looked at; numbers have a most."""
     counted = []
-    for inner in schema.schemas_in(kind.__pydantic_core_schema__):
+    for inner in schemas_in(kind.__pydantic_core_schema__):
         if inner["type"] == "function-before" and isinstance(
             getattr(inner["function"]["function"], "__self__", None), Most
         ):
-            counted += [id(one) for one in schema.schemas_in(inner["schema"])]
+            counted += [id(one) for one in schemas_in(inner["schema"])]
         is_typed = inner["type"] == "dict" and inner.get("values_schema", {"type": "any"})["type"] != "any"
         if inner["type"] == "list" or is_typed:
             assert id(inner) in counted or "max_length" in inner, inner
@@ -117,7 +117,7 @@ def check_bodies(size: int, seconds: float, memory: int, names: tuple[str, ...] 
                 continue
             begun = time.perf_counter()
             try:
-                schema.read(body, kind, Limits())
+                read(body, kind, Limits())
             except SfumatoError as error:
                 assert len(str(error)) < 2100
             took = time.perf_counter() - begun

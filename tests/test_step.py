@@ -22,6 +22,7 @@ from sfumato.diffusion import CountedDice, Rules
 from sfumato.events import Commit, Done, Options
 from sfumato.masks import Mask
 from sfumato.model import Model, Pass
+from sfumato.run import Run, generate
 from sfumato.step import Canvases, Recorded, step_
 
 SAME = 1e-4
@@ -304,7 +305,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def answers(ours: Model, prompts: Sequence[list[int]], options: list[Options], **more: Any) -> list[list[Any]]:
     """Each row's events, but for the row's number, times, passes and log-probabilities."""
     found: list[list[Any]] = [[] for _ in prompts]
-    for event in engine.generate(ours, prompts, options, **more):
+    for event in generate(ours, prompts, options, **more):
         plain = dataclasses.replace(event, row=0, logprobs=None)
         if isinstance(plain, Done):
             usage = dataclasses.replace(plain.usage, seconds=0.0, first_commit_seconds=None, passes=0)
@@ -342,7 +343,7 @@ def test_rows_stop_for_every_reason_at_different_steps() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_no_way_of_stepping_changes_log_probabilities(way: str) -> None:
     def logprobs(**more: Any) -> list[Any]:
-        events = engine.generate(talker(), PROMPTS, each(logprobs=True), **more)
+        events = generate(talker(), PROMPTS, each(logprobs=True), **more)
         done = {event.row: event.logprobs for event in events if isinstance(event, Done)}
         return [done[row] for row in range(len(PROMPTS))]
 
@@ -356,7 +357,7 @@ def test_a_cache_that_grows_under_way_changes_nothing(way: str, monkeypatch: pyt
     options = [dataclasses.replace(o, max_tokens=5 * LENGTH) for o in each()]
     wanted = answers(talker(), PROMPTS[:2], options[:2])
     monkeypatch.setattr(requests, "FIRST_ROOM", LENGTH)
-    run = engine.Run(talker(), PROMPTS[:2], options[:2], **WAYS[way])
+    run = Run(talker(), PROMPTS[:2], options[:2], **WAYS[way])
     small = run.cache.capacity
     tokens = {event.row: event.tokens for event in run if isinstance(event, Done)}
     assert tokens == {row: events[-1].tokens for row, events in enumerate(wanted)}
@@ -408,7 +409,7 @@ def test_a_pass_is_a_step(rows: list[int], chunk: int, lag: int, passes: Counter
     """Commits and the last chunk of a prompt go along with a canvas's first step; only earlier chunks take a pass of
     their own. Asked a step late, each canvas takes one more."""
     options, prompts = each(), [PROMPTS[row] for row in rows]
-    events = list(engine.generate(talker(), prompts, [options[row] for row in rows], chunk=chunk, lag=lag))
+    events = list(generate(talker(), prompts, [options[row] for row in rows], chunk=chunk, lag=lag))
     usages = [event.usage for event in events if isinstance(event, Done)]
     canvases, steps = (sum(getattr(usage, name) for usage in usages) for name in ("canvases", "steps"))
     assert canvases > 2 * len(rows)

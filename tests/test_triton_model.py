@@ -9,9 +9,9 @@ import tiny
 import torch
 
 from sfumato.config import LayerConfig, ModelConfig, Rope
-from sfumato.engine import Run
 from sfumato.events import Done, Options
 from sfumato.model import Model
+from sfumato.run import Run
 
 pytest.importorskip("triton")
 import triton_interpreter

@@ -19,7 +19,7 @@ from torch import nn
 from sfumato.cache import KVCache
 from sfumato.config import LayerConfig, ModelConfig, Rope
 from sfumato.diffusion import CountedDice, accept, is_confident, is_stable, stood
-from sfumato.engine import PREFILL_CHUNK, Run
+from sfumato.engine import PREFILL_CHUNK
 from sfumato.events import Commit, Done, Draft, InputError, Options
 from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
 from sfumato.measure.work import (
@@ -40,6 +40,7 @@ from sfumato.ops.packed import Packed
 from sfumato.quant.apply import samples
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import Recipe, named
+from sfumato.run import Run
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 Say = Callable[[str], None]

@@ -326,8 +326,8 @@ CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 def _hold_cores() -> None:
     """Each of the engine's threads keeps a core, and sleeps soon where it waits for another. Otherwise two of them meet
-    on one core as soon as anything else runs, and each spins while the other should compute: a step then takes up to ten
-    times as long. OpenMP reads this as torch is loaded."""
+    on one core as soon as anything else runs, and each spins while the other should compute: a step then takes up to
+    ten times as long. OpenMP reads this as torch is loaded."""
     if "OMP_NUM_THREADS" not in os.environ and not Path("/proc/driver/nvidia").exists():
         os.environ.setdefault("OMP_PROC_BIND", "true")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

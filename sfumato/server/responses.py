@@ -20,10 +20,11 @@ from starlette.types import Scope
 from sfumato.events import Commit, Done, InputError, Options
 from sfumato.server import answers, schema
 from sfumato.server.backend import Job, ModelCard
+from sfumato.server.body import Body, Most, only
 from sfumato.server.catalogue import field as option
 from sfumato.server.chat import check_chat
 from sfumato.server.errors import Refusal
-from sfumato.server.schema import Body, Effort, Function, Most, only
+from sfumato.server.schema import Effort, Function
 from sfumato.server.service import EventStream, Service, data, record_of, usage_of
 from sfumato.server.settings import Limits
 

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sfumato.events import Draft, Event, Usage, WorkerError
-from sfumato.server import schema
 from sfumato.server.backend import Backend, Job, ModelCard, Result, where
+from sfumato.server.body import Body, read
 from sfumato.server.errors import RETRY, ClientGone, Refusal, refusal
 from sfumato.server.metrics import Metrics
 from sfumato.server.settings import Settings
@@ -29,7 +29,7 @@ from sfumato.server.settings import Settings
 log = logging.getLogger("sfumato.server")
 
 T = TypeVar("T")
-B = TypeVar("B", bound=schema.Body)
+B = TypeVar("B", bound=Body)
 
 SMALL = 64 << 10
 """Bytes of a body that are read at once, in milliseconds; a larger one is read in a thread, beside the others."""
@@ -147,10 +147,10 @@ class Service:
             raise Refusal(415, f"the content type is {media or 'not given'!r}; send application/json")
         data = await request.body()
         if len(data) <= SMALL:
-            body = schema.read(data, kind, self.settings.limits)
+            body = read(data, kind, self.settings.limits)
         else:
             async with self._reading:
-                body = await asyncio.to_thread(schema.read, data, kind, self.settings.limits)
+                body = await asyncio.to_thread(read, data, kind, self.settings.limits)
         if self.settings.log_prompts:
             log.info("%s says %s", record_of(request.scope).id, json.dumps(body.plain()))
         return body

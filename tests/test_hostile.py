@@ -1,0 +1,83 @@
+"""A live server under attack (benchmarks/hostile.py): every attacker is answered, and so is everybody beside it.
+
+How long a bystander waits is measured by the benchmark, on a machine at rest; here it is only held that nothing waits
+for an attack to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("llguidance", reason="needs the extra constrain")
+
+from benchmarks import client, hostile
+from benchmarks.client import Server
+
+PATIENCE = 10.0
+"""Seconds that a bystander may wait on two cores with other tests on them; the attacks of old took minutes."""
+
+
+@contextmanager
+def serving(log: Path) -> Iterator[tuple[asyncio.AbstractEventLoop, Server]]:
+    loop, server = asyncio.new_event_loop(), Server(["-m", "nano"], log)
+    try:
+        loop.run_until_complete(server.__aenter__())
+        yield loop, server
+        loop.run_until_complete(server.__aexit__())
+        assert server.exit_code == 0
+    finally:
+        loop.run_until_complete(server.__aexit__())
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.AbstractEventLoop, Server]]:
+    with serving(tmp_path_factory.mktemp("hostile") / "log") as both:
+        yield both
+
+
+async def attacked(url: str, attack: hostile.Attack) -> tuple[list[tuple[int, str]], hostile.Bystander]:
+    async with hostile.bystander(url) as one:
+        answers = await asyncio.gather(
+            *(hostile.send(url, path, hostile.encoded(body)) for path, body in attack.requests)
+        )
+        await asyncio.sleep(0.1)
+    return answers, one
+
+
+@pytest.mark.parametrize("attack", hostile.attacks(), ids=lambda attack: attack.name.replace(" ", "-"))
+def test_an_attack_ends_itself_alone(served: Any, attack: hostile.Attack) -> None:
+    loop, server = served
+    answers, bystander = loop.run_until_complete(attacked(server.url, attack))
+    for status, text in answers:
+        assert 400 <= status < 500 if attack.is_refused else 200 <= status < 500, text
+        if status >= 400:
+            assert text.startswith('{"error":{"message":"') and "fault of the server" not in text
+    assert bystander.failures == [] and bystander.seconds and max(bystander.seconds) < PATIENCE
+    assert loop.run_until_complete(client.metric(server.url, "sfumato_worker_restarts_total")) == 0
+    assert loop.run_until_complete(client.get(server.url, "/ready")).status == 200
+
+
+def test_generated_patterns_and_grammars_are_most_of_them_valid() -> None:
+    """So that the fuzz reaches what it is for; the same seed gives the same."""
+    asked = list(hostile.generated(60, 20))
+    assert asked == list(hostile.generated(60, 20)) and len(asked) == 80
+    assert sum("grammar" in body for _, body in asked) == 20
+
+
+@pytest.mark.slow
+def test_fuzz_leaves_the_worker_and_the_bystander_alone(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as (loop, server):
+        given = argparse.Namespace(patterns=500, grammars=200, clients=4, seed=2, seconds=2.0, key=None)
+        record = loop.run_until_complete(hostile.measure_fuzz(server, given))
+    assert sum(record["statuses"].values()) == 700 and record["statuses"]["200"] > 150
+    for name, target in record["targets"].items():
+        assert target["reached"], (name, target, record["bad"])
