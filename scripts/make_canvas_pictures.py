@@ -25,6 +25,7 @@ from sfumato.constrain import Guide, Pick, Walk
 from sfumato.diffusion import CountedDice
 from sfumato.edit import Sheet, check_template, lay_out, spans_of
 from sfumato.guided import Span
+from sfumato.search import Work
 
 PAPER, INK, GREY, LINE = "#fbfaf6", "#1c1a22", "#77727f", "#b9b4a8"
 FREE, WARM, FORCED, OVERRULED, UNKNOWN, END = "#ffffff", "#f0dfb8", "#cfe0dd", "#e9a58b", "#f1eee6", "#dcd8cc"
@@ -199,10 +200,10 @@ class Recorder:
         self._guide = guide
         self.walks: list[tuple[list[int], Walk]] = []
 
-    def walk(
+    def walking(
         self, top: Sequence[int], is_sure: Sequence[bool], pick: Pick, bound: float, is_last: bool = False
-    ) -> Walk:
-        walk = self._guide.walk(top, is_sure, pick, bound, is_last)
+    ) -> Work[Walk]:
+        walk = yield from self._guide.walking(top, is_sure, pick, bound, is_last)
         self.walks.append((list(top), replace(walk, tokens=walk.tokens[:])))
         return walk
 

@@ -24,21 +24,16 @@ and schema keywords that llguidance would ignore.
 
 from __future__ import annotations
 
-import copy
-import heapq
-import re
-from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sfumato import confined
 from sfumato.events import CapacityError, InputError
-from sfumato.forms import llguidance, source_of
+from sfumato.forms import source_of
+from sfumato.search import EFFORT, EFFORT_IN_WALK, Search, Words, Work, finish, give_up
 from sfumato.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -55,29 +50,7 @@ TOKENIZERS_KEPT = 2
 TOKENIZER_SECONDS, TOKENIZER_MEMORY = 30.0, 4 << 30
 """What a child may take for one: Gemma's, of a quarter of a million tokens, takes three seconds and half a gigabyte."""
 
-_CAPS = (32, 256)  # tokens that a search goes deep before it goes to its limit: most loops without an end cost no more
-_EFFORT, _EFFORT_IN_WALK = 100_000, 1_000  # tries of a token, about 2 µs each, beyond a search's first way down
-_MASK_TRIES = 50  # what a mask costs, in tries
-_WAY_OUT = 400  # hints tried to find a way out of free text
-_PIECES = 200  # words and marks taken from a pattern
-_HINTS = 16
-_ALTERNATIVES = 8  # other ways tried at one point of a way
 _REPAIRS = 4  # times that a walk may go back for the room before it takes a completion to its end
-
-T = TypeVar("T")
-
-Work = Generator[None, None, T]
-"""What can be left for a while wherever it yields, which is between any two calls of the library."""
-
-
-def finish(work: Work[T]) -> T:
-    """What it returns, at once."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-
 
 Pick = Callable[[int, np.ndarray], tuple[int, float]]
 """(position, mask: bool [vocab_size]) -> (a token of the mask, entropy in nats under the mask)."""
@@ -101,7 +74,7 @@ class Walk:
 class Grammar:
     """A compiled constraint; it holds no state of a text, and many guides may use it."""
 
-    def __init__(self, words: _Words, search: _Search, source: str, shortest: list[int]) -> None:
+    def __init__(self, words: Words, search: Search, source: str, shortest: list[int]) -> None:
         self._words = words
         self._search = search
         self._source = source
@@ -116,11 +89,11 @@ class Grammar:
         with the value is an InputError of one sentence. The first grammar of a tokenizer takes a second or two.
         """
         source, hints = source_of(kind, value)
-        words = _Words.of(tokenizer, vocab_size, ends)
+        words = Words.of(tokenizer, vocab_size, ends)
         lark = value if kind == "grammar" else ""
         shortest = _probed(words, tokenizer, (kind, source, hints, lark))
         words = words.naming(tokenizer, lark)
-        return cls(words, _Search(words, tokenizer, hints, kind == "schema"), source, shortest)
+        return cls(words, Search(words, tokenizer, hints, kind == "schema"), source, shortest)
 
     def shortest(self) -> int:
         """Tokens of the shortest valid text that was found, the end not counted."""
@@ -140,7 +113,7 @@ Terms = tuple[str, str, str, str]
 """Of a grammar: its kind, source and hints, and its text where that is Lark's."""
 
 
-def _probed(words: _Words, tokenizer: Tokenizer, terms: Terms) -> list[int]:
+def _probed(words: Words, tokenizer: Tokenizer, terms: Terms) -> list[int]:
     """The shortest text of a grammar, found in a child process."""
     size, ends = words.vocab_size, sorted(words.ends)
     with CHILDREN.child(f"the {terms[0]}") as child:
@@ -155,14 +128,14 @@ def _probed(words: _Words, tokenizer: Tokenizer, terms: Terms) -> list[int]:
     return shortest
 
 
-_learnt: dict[str, tuple[Tokenizer, _Words]] = {}  # of a child process
+_learnt: dict[str, tuple[Tokenizer, Words]] = {}  # of a child process
 
 
 def _learn(key: str, tokenizer_json: str, vocab_size: int, ends: list[int]) -> None:
     while len(_learnt) >= TOKENIZERS_KEPT:
         _learnt.pop(next(iter(_learnt)))
     tokenizer = Tokenizer.from_json(tokenizer_json)
-    _learnt[key] = tokenizer, _Words.of(tokenizer, vocab_size, ends)
+    _learnt[key] = tokenizer, Words.of(tokenizer, vocab_size, ends)
 
 
 def _shortest_text(key: str, terms: Terms) -> list[int] | None:
@@ -174,8 +147,8 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
     tokenizer, words = _learnt[key]
     words = words.naming(tokenizer, lark)
     matcher = words.matcher(source)
-    search = _Search(words, tokenizer, hints, kind == "schema")
-    shortest = finish(search.completion(matcher, MAX_SHORTEST, 0, _EFFORT))
+    search = Search(words, tokenizer, hints, kind == "schema")
+    shortest = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT))
     if shortest is None:
         raise InputError(
             f"no text of at most {MAX_SHORTEST} tokens was found that the {kind} allows; "
@@ -210,7 +183,7 @@ class Guide:
     complete, and `masks` counts the masks computed so far.
     """
 
-    def __init__(self, words: _Words, search: _Search, matcher: LLMatcher, completion: list[int], room: int) -> None:
+    def __init__(self, words: Words, search: Search, matcher: LLMatcher, completion: list[int], room: int) -> None:
         self.room = room
         self.is_over = False
         self.masks = 0
@@ -329,7 +302,7 @@ class Guide:
         forced = forced or self._matcher.compute_ff_tokens()
         place = _Place(self._matcher.is_accepting(), self._matcher.is_stopped(), forced)
         if self._matcher.is_error():
-            _give_up(self._matcher)
+            give_up(self._matcher)
         if not self._words.are_said(self._matcher, forced):
             place.forced, place.is_stuck = [], True
         return place
@@ -370,9 +343,9 @@ class Guide:
         if j == len(self._tokens):
             taken = self._matcher.try_consume_tokens([token])
             if self._matcher.is_error():
-                _give_up(self._matcher)
+                give_up(self._matcher)
             if taken != 1:  # the lexer ran out of fuel on the way, which llguidance takes for a refusal
-                _give_up(self._matcher)
+                give_up(self._matcher)
             self._tokens.append(token)
             self._places.append(self._look(place.forced[1:] if place.forced[:1] == [token] else []))
         if place.completion and place.completion[0] == token and self._places[j + 1].completion is None:
@@ -396,272 +369,7 @@ class Guide:
             if len(self._known) <= left and self._search.is_completion(matcher, self._known):
                 place.completion = self._known
             else:
-                place.completion = yield from self._search.completion(matcher, left, left, _EFFORT_IN_WALK)
+                place.completion = yield from self._search.completion(matcher, left, left, EFFORT_IN_WALK)
             place.is_stuck = place.completion is None
             self._known = place.completion or self._known
         return not place.is_stuck
-
-
-class _Words:
-    """A tokenizer as llguidance sees it, and what a search for the shortest text needs to know of its tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
-        self._library = llguidance()
-        source = tokenizer.to_json()
-        self.key = sha256(f"{vocab_size} {sorted(ends)} {source}".encode()).hexdigest()
-        self._inner = self._library.LLTokenizer(source, vocab_size, next(iter(ends), None))
-        self._limits = self._library.LLParserLimits(verbose_errors=False)
-        self.vocab_size = vocab_size
-        self.ends = frozenset(ends)
-        self.end_ids = sorted(self.ends)
-        self.control = tokenizer.special_ids | self.ends
-        texts = [b"" if i in self.control else self._inner.decode_bytes([i]) for i in range(vocab_size)]
-        self._is_plain = np.array([i not in self.control for i in range(vocab_size)])
-        self.worth = np.array([_worth(text) for text in texts], np.int16)
-        self.first = np.array([text[0] if text else 0 for text in texts], np.uint8)
-        closers = [i for i, text in enumerate(texts) if text and not text.strip(b'"}])')]
-        closers.sort(key=lambda i: -len(texts[i]))
-        self.quotes = [i for i in closers if b'"' in texts[i]]
-        self.brackets = [i for i in closers if b'"' not in texts[i]]
-        self.named: list[int] = []  # control tokens that may come where the grammar has them, closing ones first
-        self._probe = tokenizer.encode("q")[:1]
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> _Words:
-        """Made once for a tokenizer and a model; it takes seconds for a large vocabulary."""
-        made = _MADE.setdefault(tokenizer, {})
-        key = (vocab_size, *ends)
-        if key not in made:
-            made[key] = cls(tokenizer, vocab_size, ends)
-        return made[key]
-
-    def naming(self, tokenizer: Tokenizer, lark: str) -> _Words:
-        """The same for a grammar that names control tokens by their text: these may come, an end aside."""
-        named = {i for i in self.control - self.ends if (tokenizer.token(i) or "<>") in lark}
-        if not named:
-            return self
-        made = copy.copy(self)
-        made.named = sorted(named, reverse=True)
-        made.control = self.control - named
-        made._is_plain = self._is_plain.copy()
-        made._is_plain[made.named] = True
-        return made
-
-    def are_said(self, matcher: LLMatcher, forced: list[int]) -> bool:
-        """Whether forced tokens hold no control token but those that the grammar names, and these where it does: where
-        its text merely spells one, llguidance forces the token itself, and would not take it."""
-        if not self.control.isdisjoint(forced):
-            return False
-        return set(self.named).isdisjoint(forced) or matcher.validate_tokens(forced) == len(forced)
-
-    def matcher(self, source: str) -> LLMatcher:
-        """At the beginning of a text; InputError where the source is no grammar."""
-        matcher = self._library.LLMatcher(self._inner, source, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise InputError(f"the constraint cannot be used: {_sentence(matcher.get_error())}")
-        return matcher
-
-    def bits(self, matcher: LLMatcher) -> bytes:
-        """What may come next, the end aside; no bit where nothing may, which breaks the matcher."""
-        bits = matcher.compute_bitmask()
-        if matcher.is_error():
-            if not matcher.get_error().startswith("NoExtension"):
-                _give_up(matcher)
-            return bytes(len(bits))
-        return bits
-
-    def is_free(self, matcher: LLMatcher) -> bool:
-        """Whether text may go on in words: a q may come, which no JSON outside strings has."""
-        return matcher.validate_tokens(self._probe) == 1
-
-    def mask(self, bits: bytes) -> np.ndarray:
-        """Bits as bool [vocab_size], ends cleared, and control tokens but the named."""
-        mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=self.vocab_size, bitorder="little").view(np.bool_)
-        mask &= self._is_plain
-        return mask
-
-
-_MADE: WeakKeyDictionary[Tokenizer, dict[tuple[int, ...], _Words]] = WeakKeyDictionary()
-
-
-@dataclass
-class _Effort:
-    left: int
-
-
-class _Search:
-    """Looks for short texts of one grammar. `hints` are tokens that its source speaks of, and a few for whole classes:
-    where nearly everything is allowed, the way on is likely to be made of them. In JSON a quote ends a string."""
-
-    def __init__(self, words: _Words, tokenizer: Tokenizer, text: str, is_json: bool) -> None:
-        pieces = re.findall(r"[^\W_]+|[\W_]", text)[:_PIECES]
-        known = ["a", "1", "A", *pieces] if pieces else []
-        hints = dict.fromkeys(token for piece in dict.fromkeys(known) for token in tokenizer.encode(piece)[:4])
-        self._words = words
-        self._source = [tokenizer.encode(piece) for piece in pieces]
-        self._hints = [token for token in hints if token not in words.control][:_HINTS]
-        self._quotes = words.quotes if is_json else words.named
-
-    def is_completion(self, matcher: LLMatcher, tokens: list[int]) -> bool:
-        """Whether these tokens complete the text."""
-        if matcher.validate_tokens(tokens) < len(tokens):
-            return False
-        matcher = matcher.deep_copy()
-        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
-
-    def completion(self, matcher: LLMatcher, limit: int, wanted: int, effort: int) -> Work[list[int] | None]:
-        """At most `limit` tokens that complete the text: the first found of at most `wanted`, else the shortest found.
-
-        None where nothing was found, which does not prove that there is nothing. `effort` is the number of tries of a
-        token, about, that it may take beyond the first way down, which may take ten times as many.
-        """
-        for cap in sorted({min(limit, first) for first in (*_CAPS, limit)}):
-            if (way := (yield from self._search(matcher, cap, wanted, _Effort(effort)))) is not None:
-                return way
-        return None
-
-    def _search(self, matcher: LLMatcher, cap: int, wanted: int, effort: _Effort) -> Work[list[int] | None]:
-        """A greedy way down; then other choices on it, the first first, and then on the ways these led to. A shorter
-        way takes the place of the best."""
-        best: list[int] | None = None
-        way, choices, is_complete = yield from self._descend(matcher.deep_copy(), [], cap, _Effort(10 * effort.left))
-        if is_complete:
-            best = way
-        open_ = [(0, at, 0, way, choices) for at in choices]  # (other choices made, where to make the next, …): a heap
-        tried: set[tuple[int, ...]] = set()
-        while open_ and effort.left > 0 and (best is None or len(best) > wanted):
-            turns, at, _, way, choices = heapq.heappop(open_)
-            most = cap if best is None else len(best) - 1
-            if at >= most:
-                continue
-            before = way[:at]
-            state = matcher.deep_copy()
-            state.try_consume_tokens(before)
-            effort.left -= _MASK_TRIES
-            for token in self._alternatives(state):
-                yield
-                key = (*before, token)
-                branch = state.deep_copy()
-                if effort.left < 0 or key in tried or branch.try_consume_tokens([token]) != 1:
-                    continue
-                tried.add(key)
-                new, new_choices, is_complete = yield from self._descend(branch, list(key), most, effort)
-                if is_complete:
-                    best = new
-                    choices = [other for other in choices if other <= at] + new_choices
-                    for other in choices:
-                        heapq.heappush(open_, (0, other, len(tried), new, choices))
-                    break
-                for other in new_choices:
-                    heapq.heappush(open_, (turns + 1, other, len(tried), new, new_choices))
-        return best
-
-    def _descend(
-        self, matcher: LLMatcher, before: list[int], cap: int, effort: _Effort
-    ) -> Work[tuple[list[int], list[int], bool]]:
-        """From the state behind `before`: end where the text may end; else what is forced, else what closes, else the
-        way out of free text, else the same word again or the worthiest. Returns all tokens, the positions with a
-        choice, and whether the text is complete."""
-        words = self._words
-        tokens = before[:]
-        choices: list[int] = []
-        again: list[int] = []
-        used: Counter[int] = Counter()  # a loop is left by what it is not made of
-        while not matcher.is_accepting():
-            yield
-            if len(tokens) >= cap or effort.left < 0:
-                return tokens, choices, False
-            if forced := matcher.compute_ff_tokens():
-                if not words.are_said(matcher, forced) or matcher.try_consume_tokens(forced) < len(forced):
-                    return tokens, choices, False
-                tokens += forced
-                continue
-            choices.append(len(tokens))
-            effort.left -= 10
-            is_free = words.is_free(matcher)
-            closers = self._quotes if is_free else self._quotes + words.brackets
-            token = next((t for t in (*closers, *again) if matcher.try_consume_tokens([t])), None)
-            if token is not None:
-                tokens.append(token)
-                again = again if [token] == again else []
-            elif is_free and not again and (out := (yield from self._way_out(matcher, effort))):
-                matcher.try_consume_tokens(out)
-                tokens += out
-            else:
-                effort.left -= _MASK_TRIES
-                worth = (words.worth * words.mask(words.bits(matcher.deep_copy()))).astype(np.float32)
-                if used and not is_free:
-                    worth[list(used)] /= 1.0 + np.array(list(used.values()))
-                token = int(worth.argmax())
-                used[token] += 1
-                if not worth[token] or not matcher.try_consume_tokens([token]):
-                    return tokens, choices, False
-                tokens.append(token)
-                again = [token] if is_free else []
-        return tokens, choices, len(tokens) <= cap
-
-    def _way_out(self, matcher: LLMatcher, effort: _Effort) -> Work[list[int]]:
-        """Tokens that lead from free text to its end, its quote or what is not free: the fewest hints, else along the
-        source, with a letter, a digit or a capital where its next piece may not come. [] if neither leads there."""
-        level: list[tuple[LLMatcher, list[int]]] = [(matcher, [])]
-        left = _WAY_OUT
-        while level and left > 0:
-            below = []
-            for state, tokens in level:
-                for hint in self._hints:
-                    yield
-                    left -= 1
-                    effort.left -= 1
-                    new = state.deep_copy()
-                    if new.try_consume_tokens([hint]):
-                        if self._is_out(new):
-                            return [*tokens, hint]
-                        below.append((new, [*tokens, hint]))
-            level = below
-        state, way = matcher.deep_copy(), []
-        for piece in self._source:
-            yield
-            effort.left -= 2
-            for tokens in (piece, *([hint, *piece] for hint in self._hints[:3])):
-                if state.validate_tokens(tokens) == len(tokens):
-                    state.try_consume_tokens(tokens)
-                    way += tokens
-                    if self._is_out(state):
-                        return way
-                    break
-        return []
-
-    def _is_out(self, matcher: LLMatcher) -> bool:
-        closes = any(matcher.validate_tokens([token]) for token in self._quotes)
-        return closes or matcher.is_accepting() or not self._words.is_free(matcher)
-
-    def _alternatives(self, matcher: LLMatcher) -> list[int]:
-        """Tokens that may come next: the hints, and the worthiest, each of those with another first byte."""
-        words = self._words
-        allowed = np.flatnonzero(words.mask(words.bits(matcher.deep_copy())))
-        allowed = allowed[np.argsort(-words.worth[allowed], kind="stable")]
-        firsts = np.unique(words.first[allowed], return_index=True)[1]
-        return [*self._hints, *(int(token) for token in allowed[np.sort(firsts)[:_ALTERNATIVES]])]
-
-
-def _worth(text: bytes) -> int:
-    """How gladly the search takes a token: a long one, but nothing that opens, no blanks, and rather 1 than 0."""
-    if not text:
-        return 0
-    if any(mark in text for mark in b"{[(") or not text.strip():
-        return 1
-    return 2 * len(text) + (2 if text.strip(b"0") else 0)
-
-
-def _give_up(matcher: LLMatcher) -> NoReturn:
-    why = _sentence(matcher.get_error()) if matcher.is_error() else "its automaton grows too fast"
-    raise InputError(f"the constraint is too complex to follow: {why}; make it simpler")
-
-
-def _sentence(error: str) -> str:
-    """The line of llguidance's report that says what is wrong."""
-    lines = [line.strip() for line in error.splitlines()] or [""]
-    line = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
-    if line.startswith("oneOf"):
-        return "the schemas of a oneOf may overlap, and only disjoint ones are supported; use anyOf"
-    return line[:300] or "llguidance gives no reason"

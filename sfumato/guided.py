@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from sfumato.config import ModelConfig
-from sfumato.constrain import Guide, Walk, Work
+from sfumato.constrain import Guide, Walk
 from sfumato.events import InputError, contained
+from sfumato.search import Work
 from sfumato.step import Look, Projected
 
 SLICE = 0.005

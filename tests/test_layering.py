@@ -24,8 +24,8 @@ ROWS = [
     {"files"},
     {"arguments", "config", "ops", "sudoku", "forms", "confined", "template"},
     {"cache", "diffusion", "tokenizer"},
-    {"model", "chat", "constrain"},
-    {"calls"},
+    {"model", "chat", "search"},
+    {"calls", "constrain"},
     {"quant", "adapters", "offload"},
     {"interop"},
     {"step"},
@@ -62,7 +62,7 @@ FENCES = {
     "gguf": {"interop"},
     "mlx": {"interop"},
     "lm_eval": {"evals"},
-    "llguidance": {"constrain", "forms"},
+    "llguidance": {"constrain", "forms", "search"},
 }
 
 
