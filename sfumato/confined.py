@@ -6,7 +6,7 @@ becomes of the child is an `InputError` here, and the next call starts another. 
 an interpreter takes a while to start, and what its functions keep for later (a tokenizer) stays with it.
 
 The arguments are pickled; a result is read as JSON, so that a child which was taken over has no say here. Limits on
-memory are the system's (`RLIMIT_AS`): there are none on Windows, and macOS does not keep them.
+memory are the system's (`RLIMIT_AS`), which macOS does not keep. On Windows there is no child: calls run in place.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Child:
         stack: int = STACK,
     ) -> Any:
         """See `Pool.run`. `seconds` None: `SECONDS`."""
+        if sys.platform == "win32":  # whose pipes cannot be waited for
+            return function(*arguments)
         self.seconds, self.memory = SECONDS if seconds is None else seconds, memory
         self.deadline = time.monotonic() + 4 * self.seconds
         answer = self._call((function.__module__, function.__qualname__, arguments, self.seconds, memory, stack))

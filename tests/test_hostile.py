@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +24,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("llguidance", reason="needs the extra constrain")
 
-from benchmarks import client, hostile
+from benchmarks import client, hostile, serve
 from benchmarks.client import Server
 
 PATIENCE = 10.0
@@ -81,3 +87,57 @@ def test_fuzz_leaves_the_worker_and_the_bystander_alone(tmp_path: Path) -> None:
     assert sum(record["statuses"].values()) == 700 and record["statuses"]["200"] > 150
     for name, target in record["targets"].items():
         assert target["reached"], (name, target, record["bad"])
+
+
+SAME = """
+import sys, torch
+from sfumato import LLM, Options
+torch.set_num_threads(int(sys.argv[2]))
+llm = LLM.load("nano", ops=sys.argv[1])
+puzzle = "020008000908045603450391800301409270507082000204703901710500438045837090832010000"
+print(llm.chat([{"role": "user", "content": "Solve this Sudoku:\\n" + puzzle}], options=Options(seed=3)).text)
+for options in (Options(seed=1, max_tokens=82), Options(seed=2, regex="[0-9]{3}(-[a-z]{2,9}){2,5}"),
+                Options(seed=4, schema={"enum": ["a", "b", {"c": [1, 2]}]})):
+    print(repr(llm.complete("1 2 3", options).text))
+print(repr(llm.infill("12", "45", options=Options(seed=5)).text))
+"""
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_text_whatever_the_threads() -> None:
+    """And the Sudoku, of which the model is sure, with any operations."""
+    texts = {}
+    for ops, threads in itertools.product(("reference", "fused", "cpu"), (1, 2)):
+        child = subprocess.run(
+            [sys.executable, "-c", SAME, ops, str(threads)],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        texts[ops, threads] = child.stdout.splitlines()
+    for ops in ("reference", "fused", "cpu"):
+        assert texts[ops, 1] == texts[ops, 2], ops
+    assert len({lines[0] for lines in texts.values()}) == 1
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_text_after_a_restart(tmp_path: Path) -> None:
+    async def asked(url: str) -> list[str]:
+        bodies = [
+            serve.chat(f"Solve this Sudoku:\n{hostile.PUZZLE}", seed=3),
+            serve.chat("hello", seed=4, max_tokens=82),
+        ]
+        bodies += [serve.chat("hello", seed=5, max_tokens=82, regex="[0-9]{3}(-[a-z]{2,9}){2,5}")]
+        with client.Connection(url) as connection:
+            answers = [await connection.ask("POST", "/v1/chat/completions", body) for body in bodies]
+        return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+
+    with serving(tmp_path / "log") as (loop, server):
+        before = loop.run_until_complete(asked(server.url))
+        worker = server.worker()
+        assert worker is not None
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(0.5)
+        loop.run_until_complete(server._until_ready(60))
+        assert loop.run_until_complete(asked(server.url)) == before

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import json
 import os
+import pickle
 import pkgutil
 import signal
 import subprocess
@@ -171,6 +172,13 @@ def scripted(connection: Connection, load: dict[str, Any], limits: Mapping[str, 
     desk.PREPARE_SECONDS = load.get("prepare_seconds", desk.PREPARE_SECONDS)
     desk.LOST = load.get("lost", desk.LOST)
     desk.run(connection, open_jobs)
+
+
+def garbled(connection: Connection, load: dict[str, Any], limits: Mapping[str, Any]) -> None:
+    """A worker that first says what cannot be read: no pickle, one cut short, one of a class that is nowhere."""
+    for data in (b"", b"garbage", pickle.dumps(("ready", CARD))[:-3], b"csfumato.nowhere\nThing\n."):
+        connection.send_bytes(data)
+    scripted(connection, load, limits)
 
 
 def deaf(connection: Connection, load: dict[str, Any], limits: Mapping[str, Any]) -> None:
@@ -678,6 +686,18 @@ def test_every_error_of_ours_crosses_the_border() -> None:
         arrived = desk.unpacked(desk._parcel(error))
         assert isinstance(error, type(arrived)) and type(arrived).__module__ == "sfumato.events"
         assert str(arrived) == str(error)
+
+
+def test_no_message_ends_the_reader(tmp_path: Path, capfd):
+    async def test() -> None:
+        (tmp_path / "loads").touch()
+        one = Worker({"loads": str(tmp_path / "loads")}, {"rows": 1, "queue": 1}, child=garbled)
+        await one.start()
+        assert (await told(one))["active"] == [0] and one.stats().restarts == 0
+        await one.stop(0)
+
+    running(test())
+    assert capfd.readouterr().err.count("a message could not be read") == 4
 
 
 def test_after_jobs_that_fail_in_any_way_the_same_process_goes_on(opened):

@@ -142,4 +142,5 @@ def room(name: str) -> Any:
 
 
 def tell(card: ModelCard, address: str) -> None:
-    print(f"Sfumato serves {card.name} on {address} (page, /v1, /metrics); Ctrl-C ends it", flush=True)
+    line = f"Sfumato serves {card.name} on {address} (page, /v1, /metrics); Ctrl-C ends it"
+    print(texts.harmless(line), flush=True)

@@ -177,9 +177,10 @@ class Desk:
         while True:
             try:
                 data = self.connection.recv_bytes()
-                message = pickle.loads(data)
             except (EOFError, OSError):  # the parent has ended
                 os._exit(0)
+            try:
+                message = pickle.loads(data)
             except Exception as error:
                 print(f"sfumato: a message could not be read: {where(error)}", file=sys.stderr, flush=True)
                 continue

@@ -294,10 +294,9 @@ class _Process:
         try:
             with suppress(EOFError, OSError):
                 while self.connection in wait([self.connection, self.process.sentinel]):
+                    data = self.connection.recv_bytes()
                     try:
-                        message = self.connection.recv()
-                    except (EOFError, OSError):
-                        raise
+                        message = pickle.loads(data)
                     except Exception as error:  # no message may end this thread
                         print(f"sfumato: a message could not be read: {where(error)}", file=sys.stderr)
                     else:
