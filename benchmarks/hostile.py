@@ -174,10 +174,10 @@ def grammar(dice: random.Random) -> str:
 
 def generated(patterns: int, grammars: int, seed: int = 1) -> Iterator[tuple[str, Body]]:
     dice = random.Random(seed)
+    is_lark = dice.sample(range(patterns + grammars), grammars)
     for number in range(patterns + grammars):
         more: dict[str, Any] = {"max_tokens": dice.choice((20, 82, 200, 400)), "seed": dice.randrange(1 << 30)}
-        if number % max(1, (patterns + grammars) // max(1, grammars)) == 0 and grammars:
-            grammars -= 1
+        if number in is_lark:
             yield complete(grammar=grammar(dice), **more)
         elif dice.random() < 0.3:
             yield chat(**more, **form({"type": "string", "pattern": pattern(dice)}))

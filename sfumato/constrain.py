@@ -146,7 +146,7 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
     kind, source, hints, lark = terms
     tokenizer, words = _learnt[key]
     words = words.naming(tokenizer, lark)
-    matcher = words.matcher(source)
+    matcher = words.matcher(source, f"the {kind}")
     search = Search(words, tokenizer, hints, kind == "schema")
     shortest = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT))
     if shortest is None:

@@ -216,7 +216,8 @@ class LLM:
             return self.tokenizer.encode(prompt, bos=True)
         if self.template is None:
             raise InputError(f"{self.name or 'this checkpoint'} has no chat template; give plain text instead")
-        said = [message.get("content") for message in prompt if isinstance(message, Mapping)]
+        messages = prompt if isinstance(prompt, (list, tuple)) else []
+        said = [message.get("content") for message in messages if isinstance(message, Mapping)]
         self._check_length("the conversation", [text for text in said if isinstance(text, str)])
         return self.template.encode(self.tokenizer, prompt, tools, thinking)
 

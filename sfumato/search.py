@@ -103,11 +103,11 @@ class Words:
             return False
         return set(self.named).isdisjoint(forced) or matcher.validate_tokens(forced) == len(forced)
 
-    def matcher(self, source: str) -> LLMatcher:
+    def matcher(self, source: str, what: str = "the constraint") -> LLMatcher:
         """At the beginning of a text; InputError where the source is no grammar."""
         matcher = self._library.LLMatcher(self._inner, source, log_level=0, limits=self._limits)
         if matcher.is_error():
-            raise InputError(f"the constraint cannot be used: {_sentence(matcher.get_error())}")
+            raise InputError(f"{what} cannot be used: {_sentence(matcher.get_error())}")
         return matcher
 
     def bits(self, matcher: LLMatcher) -> bytes:

@@ -406,6 +406,9 @@ class Letters:
 
     special_ids: Sequence[int] = ()
 
+    def least(self, text: str) -> int:
+        return len(text)
+
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return [2, *(ord(letter) % 50 + 10 for letter in text)] if bos else [ord(letter) % 50 + 10 for letter in text]
 

@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import client, results, serve, serve_page, soak
+from benchmarks import client, hostile, results, serve, serve_page, soak
 from benchmarks.client import Connection, Events, Lost, Server
 from benchmarks.soak import CHAT, Accounts, Ask, Entry
 from sfumato import sudoku
@@ -502,6 +502,12 @@ def record() -> dict[str, Any]:
         "same": {"requests": 9, "others": 1, "identical": 1.0, "alone_seconds": 1, "at_once_seconds": 1, "targets": {}},
         "soak": soaked,
     }
+    beside = hostile.Bystander([0.01, 0.02, 0.03]).told()
+    attack = {"attack": "a chain of rules", "statuses": [400, 400], "seconds": 0.5, **beside}
+    found["attacks"] = {"idle": beside, "attacks": [attack], "restarts": 0, "targets": {}}
+    found["fuzz"] = {"patterns": 5, "grammars": 2, "clients": 4, "seconds": 9, "statuses": {"200": 3, "400": 4}}
+    found["fuzz"] |= {"idle": beside, "bystander": {**beside, "p50": 0.02, "p95": 0.03, "p99": 0.03}}
+    found["fuzz"] |= {"memory": {"before": 10**8, "after": 10**8}, "targets": {}}
     found |= {part: found["throughput"] for part in serve_page.THROUGHPUTS}
     return {"what": "serve", **{part: {**one, "environment": {"command": f"do {part}"}} for part, one in found.items()}}
 
@@ -511,6 +517,8 @@ def test_every_part_has_its_place_on_the_page(capsys: pytest.CaptureFixture[str]
     page = results.page({"serve.json": found})
     assert "## Serving" in page and "| 32 clients | 900 |" in page and "requests lost" in page
     assert all(f"`do {part}`" in page for part in serve_page.PARTS)
+    assert "| a chain of rules | 400, 400 | 500 ms | 3 | 0 | 20 ms | 30 ms | 1.5 |" in page
+    assert "3 × 200, 4 × 400 in 9 s" in page
     assert "## Serving" in results.page({"serve.json": {"what": "serve", "same": found["same"]}})
     serve_page.show(found, "soak")
     assert "(target ≤ 0.03)" in capsys.readouterr().out

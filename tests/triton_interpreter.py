@@ -11,7 +11,8 @@ triton there. So the tests of a module run in one child process, and the parent'
 With TRITON_INTERPRET=1 in the environment they run where they are: for a debugger, or `pytest -k`.
 
 The interpreter of Triton 3.6 keeps bfloat16 as 16-bit integers: it cuts where a GPU rounds, and its `tl.dot` multiplies
-the integers. Both are put right below, and bounds of loops that were loaded, which a newer numpy refuses. Arithmetic
+the integers. Both are put right below, float32 products that depend on a row's place in its tile, and bounds of loops
+that were loaded, which a newer numpy refuses. Arithmetic
 between bfloat16 tensors is still wrong there: cast to float32 first.
 """
 
@@ -104,6 +105,10 @@ def _put_right() -> None:
 
     def new_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         a, b = (handle(widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        if {a.data.dtype, b.data.dtype, d.data.dtype} == {np.dtype(np.float32)}:
+            # numpy's library sums a row in an order that depends on where it stands, a GPU's units do not.
+            product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+            return handle((product + d.data).astype(np.float32), d.dtype.scalar)
         return dot(self, a, b, d, *options)
 
     patch = interpreter._patch_lang_tensor
