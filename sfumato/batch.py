@@ -141,7 +141,7 @@ class Batch:
         request = self._bounded(request.checked(self.config))
         if len(self._waiting) >= self.limits.queue:
             raise BusyError(f"{len(self._waiting)} requests wait already, the most that may; try again in a moment")
-        need = self._bytes(1, request.capacity(self.config))
+        need = self._bytes(1, min(-(-request.capacity(self.config) // ROUND) * ROUND, self.config.max_position))
         if need > self.memory:
             raise CapacityError(
                 f"{request.name} and its answer need {need / 1e9:.2f} GB of memory, {self.memory / 1e9:.2f} are set "
@@ -182,7 +182,8 @@ class Batch:
         work = self._positions(seats, limit)
         began = time.perf_counter()
         events = self.engine.turn(seats, limit)
-        self.cost.learn(work, time.perf_counter() - began - self.engine.walked)
+        if work:
+            self.cost.learn(work, time.perf_counter() - began - self.engine.walked)
         for seat in seats:
             self._keep_marked(seat)
         return [self._told(event) for event in events]
@@ -296,19 +297,20 @@ class Batch:
 
     def _choose(self) -> tuple[list[int], int | None]:
         """The seats of this turn, and the prompt tokens it may encode (None: any number, nobody waits)."""
-        everyone = list(self._tickets)
-        limit = None if len(everyone) == 1 else max(LEAST_CHUNK, self.cost.within(self.limits.stall))
+        walking = [seat for seat in self._tickets if seat in self.engine.walks]  # they cost no pass, and take their own
+        everyone = [seat for seat in self._tickets if seat not in self.engine.walks]
+        limit = None if len(self._tickets) == 1 else max(LEAST_CHUNK, self.cost.within(self.limits.stall))
         fresh = [i for i in everyone if self._is_fresh(self._row(i), limit)]
         brief = [i for i in fresh if (self._row(i).room or self.context) <= self._row(i).length]
         first = brief or fresh
         if not first or len(first) == len(everyone):
-            return everyone, limit
+            return everyone + walking, limit
         alone, together = (self.cost.of(self._positions(seats, limit)) for seats in (first, everyone))
         if together <= CHEAP * alone or self._credit >= together - alone:
             self._credit = max(0.0, self._credit - max(0.0, together - alone))
-            return everyone, limit
+            return everyone + walking, limit
         self._credit += alone * OTHERS / (1 - OTHERS)
-        return first, limit
+        return first + walking, limit
 
     @staticmethod
     def _is_fresh(row: Row, limit: int | None) -> bool:

@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from selectors import EVENT_READ, DefaultSelector
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import IO, Any
 
-from sfumato.events import CapacityError, CheckpointError, InputError
+from sfumato.events import BusyError, CapacityError, CheckpointError, InputError
 
 SECONDS = 5.0
 """That one call may take, as its child's processor counts them; four times as many by the clock."""
@@ -42,6 +42,7 @@ CHILDREN = 2
 _LOOK = 0.05  # seconds between two looks at whether a call was cancelled
 _LENGTH = struct.Struct("<Q")
 _MOST = 256 << 20  # bytes of one result
+_PIECE = 1 << 16  # bytes that are sent or received at once
 _ERRORS = {kind.__name__: kind for kind in (InputError, CapacityError, CheckpointError)}
 
 is_cancelled: ContextVar[Callable[[], bool]] = ContextVar("is_cancelled")
@@ -75,21 +76,26 @@ class Child:
         self.seconds, self.memory = SECONDS if seconds is None else seconds, memory
         self.deadline = time.monotonic() + 4 * self.seconds
         answer = self._call((function.__module__, function.__qualname__, arguments, self.seconds, memory, stack))
-        if "error" in answer:
-            kind, text = answer["error"]
-            if kind not in _ERRORS:
-                raise InputError(f"{self.what} cannot be used: {text}")
-            raise _ERRORS[kind](text)
-        return answer["result"]
+        match answer:
+            case {"result": result}:
+                return result
+            case {"error": [str(kind), str(text)]}:
+                raise _ERRORS[kind](text) if kind in _ERRORS else InputError(f"{self.what} cannot be used: {text}")
+            case _:
+                self.end()
+                raise InputError(f"{self.what} makes the process that reads it fail; make it smaller")
 
     def start(self) -> subprocess.Popen[bytes]:
-        if self.process is None or self.process.poll() is not None:
+        if self.process is not None and self.process.poll() is not None:
+            self.end()
+        if self.process is None:
             code = f"{_step_aside(self.nice)}from sfumato.confined import serve; serve()"
             root = str(Path(__file__).parents[1])
             paths = [root, *(path for path in (os.environ.get("PYTHONPATH"),) if path)]
             try:
                 self.process = subprocess.Popen(
                     [sys.executable, "-c", code],
+                    bufsize=0,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,  # a panic's words may be a prompt's
@@ -97,8 +103,8 @@ class Child:
                     process_group=0,  # Ctrl-C is for us; a session of its own would have a share of its own
                 )
             except OSError as error:
-                raise InputError(
-                    f"no process can be started to read templates and grammars: {error.strerror}"
+                raise BusyError(
+                    f"no process can be started to read templates and grammars: {error.strerror}; try again in a moment"
                 ) from None
         return self.process
 
@@ -117,12 +123,11 @@ class Child:
         try:
             process = self.start()
             assert process.stdin is not None and process.stdout is not None
-            with suppress(BrokenPipeError):  # it has ended: the answer says how
-                _write(process.stdin, pickle.dumps(job, pickle.HIGHEST_PROTOCOL))
-            answer: dict[str, Any] = json.loads(self._read(process.stdout))
+            data = pickle.dumps(job, pickle.HIGHEST_PROTOCOL)
+            answer: dict[str, Any] = json.loads(self._exchange(process, _LENGTH.pack(len(data)) + data))
             is_over = True
             return answer
-        except InputError:
+        except (InputError, BusyError):
             raise
         except (EOFError, OSError, ValueError):
             raise InputError(f"{self.what} {self._why()}") from None
@@ -130,27 +135,38 @@ class Child:
             if not is_over:
                 self.end()
 
-    def _read(self, pipe: IO[bytes]) -> bytes:
+    def _exchange(self, process: subprocess.Popen[bytes], data: bytes) -> bytes:
+        """Send these bytes and receive the answer's, neither for longer than is allowed."""
         is_given_up = is_cancelled.get(lambda: False)
-        data, size = b"", _LENGTH.size
+        left, answer, size = memoryview(data), bytearray(), _LENGTH.size
+        assert process.stdin is not None and process.stdout is not None
+        for pipe in (process.stdin, process.stdout):
+            os.set_blocking(pipe.fileno(), False)
         with DefaultSelector() as selector:
-            selector.register(pipe, EVENT_READ)
-            while len(data) < size:
-                if not selector.select(_LOOK):
-                    if is_given_up():
-                        raise Cancelled(f"{self.what} is no longer waited for")
-                    if time.monotonic() > self.deadline:
-                        raise InputError(
-                            f"{self.what} takes longer than the {self.seconds:g} seconds allowed; make it simpler"
-                        )
-                    continue
-                piece = os.read(pipe.fileno(), 1 << 20)
-                data += piece
-                if len(data) >= _LENGTH.size:
-                    size = _LENGTH.size + _LENGTH.unpack_from(data)[0]
-                if not piece or size > _MOST:
-                    raise EOFError
-        return data[_LENGTH.size :]
+            selector.register(process.stdin, EVENT_WRITE)
+            selector.register(process.stdout, EVENT_READ)
+            while len(answer) < size:
+                ready = selector.select(_LOOK)
+                if is_given_up():
+                    raise Cancelled(f"{self.what} is no longer waited for")
+                if time.monotonic() > self.deadline:
+                    raise InputError(
+                        f"{self.what} takes longer than the {self.seconds:g} seconds allowed; make it simpler"
+                    )
+                for key, _ in ready:
+                    if key.fileobj is process.stdin:
+                        with suppress(BrokenPipeError, BlockingIOError):  # it may have ended: its output says how
+                            left = left[os.write(key.fd, left[:_PIECE]) :]
+                        if not left or process.poll() is not None:
+                            selector.unregister(process.stdin)
+                        continue
+                    piece = os.read(key.fd, _PIECE)
+                    answer += piece
+                    if len(answer) >= _LENGTH.size:
+                        size = _LENGTH.size + _LENGTH.unpack_from(answer)[0]
+                    if not piece or size > _MOST:
+                        raise EOFError
+        return bytes(answer[_LENGTH.size :])
 
     def _why(self) -> str:
         """How the process ended, as the end of a sentence."""
@@ -197,7 +213,7 @@ class Pool:
 
     def start(self) -> None:
         """Begin to start a child, so that the first call need not wait for it."""
-        with suppress(InputError), self.child("the first call") as child:  # the first call says so
+        with suppress(BusyError), self.child("the first call") as child:  # the first call says so
             child.start()
 
     def end(self) -> None:
@@ -214,7 +230,7 @@ class Pool:
                 if is_given_up():
                     raise Cancelled(f"{what} is no longer waited for")
                 if time.monotonic() > until:
-                    raise InputError(f"{what} had to wait too long for others like it; send the request again later")
+                    raise BusyError(f"{what} had to wait too long for others like it; send the request again later")
                 self._change.wait(_LOOK)
             return self._free.pop()  # the one that was used last: it is there, and may hold what is needed
 
@@ -269,6 +285,8 @@ def _limited(
     thread.start()
     threading.stack_size(before)
     thread.join()
+    if not answer:  # not even the memory to say so
+        os.abort()
     return answer
 
 

@@ -31,6 +31,10 @@ class Schedule:
         return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)
 
 
+LEAST = 1e-6
+"""The lowest temperature: logits over less are no longer finite."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """All the rules of one request."""
@@ -49,7 +53,8 @@ class Rules:
         assert full.t_min is not None and full.t_max is not None and steps is not None and full.max_steps is not None
         assert full.entropy_bound is not None and full.stability is not None and full.confidence is not None
         scale = full.temperature or 1.0  # 0 asks for the same answer every time, which is the seed's affair
-        schedule = Schedule(full.t_min * scale, full.t_max * scale, steps)
+        low, high = (max(t * scale, LEAST) for t in (full.t_min, full.t_max))
+        schedule = Schedule(low, high, steps)
         return cls(schedule, full.max_steps, full.entropy_bound, full.stability, full.confidence)
 
 

@@ -329,11 +329,11 @@ class Engine:
         """The first half of a step of rows in which the host has a part; `_walk` ends it."""
         each = [self._row(i) for i in rows]
         counts, state = self._make_room([row.pending for row in each], rows), self._state(each[0].length)
-        seen = look(self.model, self.cache, state, *self._places(rows, counts, bans))
-        self._advance(rows, counts, seen.encoded_BTD)
-        read = seen.read
-        is_sure_BL = accept(read.entropy_BL, state.bound_X[seen.at_B])
-        for n, (i, is_finite) in enumerate(zip(rows, seen.is_finite_B.tolist(), strict=True)):
+        view = look(self.model, self.cache, state, *self._places(rows, counts, bans))
+        self._advance(rows, counts, view.encoded_BTD)
+        read = view.read
+        is_sure_BL = accept(read.entropy_BL, state.bound_X[view.at_B])
+        for n, (i, is_finite) in enumerate(zip(rows, view.is_finite_B.tolist(), strict=True)):
             row = each[n]
             turns: list[Turn] = []
             if is_finite:  # what is not fails after the step
@@ -343,7 +343,7 @@ class Engine:
                 is_last, bound = row.step + 1 >= row.rules.max_steps, row.rules.entropy_bound
                 turns = [Turn(first, last, span, bound, is_last) for span, first, last in row.spans_here()]
             shown = read.logits_BLV[n], read.argmax_BL[n], read.entropy_BL[n], is_sure_BL[n]
-            self.walks.begin(i, seen, n, projecting(turns, self.config, *shown))
+            self.walks.begin(i, view, n, projecting(turns, self.config, *shown))
 
     def _walk(self, seats: list[int], seconds: float) -> None:
         """Go on with the grammars of these seats; the steps of those that have ended are concluded. Others are held up
@@ -351,16 +351,16 @@ class Engine:
         began = time.perf_counter()
         is_alone = len(self.walks) == len(self.live)
         ended: dict[int, tuple[Look, list[tuple[int, int, Projected]]]] = {}  # by look, so that they share its products
-        for seat, seen, place, outcome in self.walks.go_on(seats, ALONE if is_alone else max(SLICE, seconds)):
+        for seat, view, place, outcome in self.walks.go_on(seats, ALONE if is_alone else max(SLICE, seconds)):
             if isinstance(outcome, Exception):
                 self._fail(seat, outcome)
             elif not self._row(seat).is_over:
-                ended.setdefault(id(seen), (seen, []))[1].append((seat, place, outcome))
+                ended.setdefault(id(view), (view, []))[1].append((seat, place, outcome))
         self.walked = time.perf_counter() - began
-        for seen, some in ended.values():
+        for view, some in ended.values():
             some.sort(key=lambda one: one[1])
             said = Projected.joined([one for _, _, one in some])
-            conclude_(self.model, self._state(self._row(some[0][0]).length), seen.of([n for _, n, _ in some]), said)
+            conclude_(self.model, self._state(self._row(some[0][0]).length), view.of([n for _, n, _ in some]), said)
             self._count([seat for seat, _, _ in some])
 
     def _places(self, rows: list[int], counts: list[int], bans: tuple[int, ...]) -> tuple[Any, ...]:

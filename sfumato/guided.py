@@ -28,8 +28,9 @@ SLICE = 0.005
 """Seconds that a walk has at a time."""
 ALONE = 0.05
 """Seconds that walks have in a turn with nothing else in it."""
-LONGEST = 10.0
-"""Seconds that one walk may take in all; most take less than a thousandth of one."""
+LONGEST, A_STEP = 10.0, 0.02
+"""Seconds that all the walks of one request may take: so many, and as many more for each of its steps. Most walks take
+a few thousandths."""
 
 
 @dataclass
@@ -136,6 +137,8 @@ class Walks:
 
     def __init__(self) -> None:
         self._of: dict[int, _Walking] = {}
+        self._left: dict[int, float] = {}
+        """Seconds that each seat's row has left."""
         self._credit = 0.0
         """Seconds that walks may still take in this turn; below 0 where they took more, since a single call of the
         library can be longer than a slice."""
@@ -148,9 +151,11 @@ class Walks:
 
     def begin(self, seat: int, look: Look, place: int, work: Work[Projected]) -> None:
         self._of[seat] = _Walking(look, place, work)
+        self._left[seat] = self._left.get(seat, LONGEST) + A_STEP
 
     def drop(self, seat: int) -> None:
         """Its row has left."""
+        self._left.pop(seat, None)
         if (one := self._of.pop(seat, None)) is not None:
             one.work.close()
 
@@ -182,15 +187,16 @@ class Walks:
         try:
             while time.perf_counter() < began + SLICE:
                 next(one.work)
-            if one.seconds < LONGEST:
+            if self._left[seat] > 0:
                 return None
-            text = f"the constraint takes longer than {LONGEST:g} seconds to follow through one step; make it simpler"
+            text = f"the constraint takes longer than the {LONGEST:g} seconds allowed to follow; make it simpler"
             outcome: Projected | Exception = InputError(text)
         except StopIteration as stop:
             outcome = stop.value
         except BaseException as error:
             outcome = contained(error)
         finally:
-            one.seconds += time.perf_counter() - began
+            took = time.perf_counter() - began
+            one.seconds, self._left[seat] = one.seconds + took, self._left[seat] - took
         del self._of[seat]
         return one.look, one.place, outcome

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sfumato import confined
 from sfumato.batch import Batch, BatchLimits, Figures
 from sfumato.events import BusyError, Decision, Done, Draft, Edited, Event, Filled, Options, contained
 from sfumato.llm import LLM, Ask, Plan
 from sfumato.rows import Failure
+
+PLANNING = 2
+"""Threads in which plans go on."""
+PAUSE = 0.005
+"""Seconds that a turn waits for them where nothing else is to be done."""
 
 Told = Event | Filled | Edited | dict[str, Decision] | Exception
 
@@ -26,6 +33,7 @@ class _Job:
     is_answer: bool
     """Its events are what was asked for; of other jobs the result is."""
     has_drafts: bool
+    is_dropped: bool = False
     tickets: list[int] = field(default_factory=list)
     ended: dict[int, Done] = field(default_factory=dict)
 
@@ -37,6 +45,9 @@ class Jobs:
         self.llm, self.limits = llm, limits
         self.batch = Batch(llm.model, limits)
         self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(PLANNING, "plans")
+        self._going: dict[Future[tuple[bool, Any]], _Job] = {}
+        """Plans that go on in a thread of their own: they lay out, encode and compile."""
         self._begun: list[_Job] = []
         self._cancelled: set[int] = set()
         self._jobs: dict[int, _Job] = {}
@@ -69,7 +80,7 @@ class Jobs:
 
     @property
     def is_idle(self) -> bool:
-        return self.batch.is_idle and not self._begun and not self._cancelled
+        return self.batch.is_idle and not self._begun and not self._cancelled and not self._going
 
     def figures(self) -> Figures:
         return self.batch.figures()
@@ -87,6 +98,10 @@ class Jobs:
                 told += self._submit(job)
         for key in cancelled & self._jobs.keys():
             self._drop(self._jobs[key])
+        if self._going and self.batch.is_idle:
+            wait(self._going, PAUSE, FIRST_COMPLETED)
+        for going in [going for going in self._going if going.done()]:
+            told += self._gone_on(self._going.pop(going), going)
         for event in self.batch.turn():
             if event.row not in self._by_ticket:  # of a job that failed at an earlier event of this turn
                 continue
@@ -128,17 +143,44 @@ class Jobs:
         return told
 
     def _go_on(self, job: _Job) -> list[tuple[int, Told]]:
-        """All that a plan asked for has ended: the next part of it, or its result."""
-        try:
-            job.asks = job.plan.send([job.ended[place] for place in range(len(job.asks))])
-        except StopIteration as stop:
+        """All that a plan asked for has ended. An answer has no more parts; another plan goes on in a thread."""
+        if job.is_answer:
             self._jobs.pop(job.key)
-            return [] if job.is_answer else [(job.key, stop.value)]
+            return []
+        self._going[self._threads.submit(self._send, job)] = job
+        return []
+
+    def _send(self, job: _Job) -> tuple[bool, Any]:
+        """Whether a plan is over, and its result or what it asks for next."""
+        confined.is_cancelled.set(lambda: job.is_dropped)
+        try:
+            asks = job.plan.send([job.ended[place] for place in range(len(job.asks))])
+        except StopIteration as stop:
+            return True, stop.value
+        for ask in asks:
+            ask.request.checked(self.llm.model.config)
+        return False, asks
+
+    def _gone_on(self, job: _Job, going: Future[tuple[bool, Any]]) -> list[tuple[int, Told]]:
+        if job.is_dropped:
+            job.plan.close()
+            return []
+        try:
+            is_over, what = going.result()
+        except BaseException as error:
+            self._drop(job)
+            return [(job.key, contained(error))]
+        if is_over:
+            self._jobs.pop(job.key)
+            return [(job.key, what)]
+        job.asks = what
         return self._submit(job)
 
     def _drop(self, job: _Job) -> None:
         self._jobs.pop(job.key, None)
-        job.plan.close()
+        job.is_dropped = True
+        if job not in self._going.values():  # else when it comes back
+            job.plan.close()
         for ticket in job.tickets:
             if self._by_ticket.pop(ticket, None) is not None:
                 self.batch.cancel(ticket)

@@ -220,9 +220,9 @@ def step_(
     bans: Tensor | None = None,
 ) -> Tensor | None:
     """One step of the canvases `at_B`: `look`, then `conclude_`. Returns the encoded tokens' hidden states."""
-    seen = look(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
-    conclude_(model, state, seen)
-    return seen.encoded_BTD
+    view = look(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
+    conclude_(model, state, view)
+    return view.encoded_BTD
 
 
 def look(
@@ -266,9 +266,9 @@ def look(
     return Look(at_B, read, noise_BL, is_finite_B, encoded_BTD)
 
 
-def conclude_(model: Model, state: Canvases, seen: Look, said: Projected | None = None) -> None:
+def conclude_(model: Model, state: Canvases, view: Look, said: Projected | None = None) -> None:
     """Accept, renoise, stop and the soft embedding of what a look shows, and what grammars `said` of it."""
-    at_B, read = seen.at_B, seen.read
+    at_B, read = view.at_B, view.read
     old_B = state.step_X[at_B]
     held = _hold(state, at_B, read, said)
     argmax_BL, entropy_BL = held.argmax_BL, held.entropy_BL
@@ -278,7 +278,7 @@ def conclude_(model: Model, state: Canvases, seen: Look, said: Projected | None 
         accepted_BL &= said.is_open_BL
     if held.pin_BL is not None:
         accepted_BL |= held.pin_BL >= 0
-    next_BL = torch.where(accepted_BL, held.sample_BL, seen.noise_BL)
+    next_BL = torch.where(accepted_BL, held.sample_BL, view.noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     stood_BL = stood(argmax_BL, state.argmax_XL[at_B], state.stood_XL[at_B])
     is_done_B = _is_settled(state, at_B, held, stood_BL) | (old_B + 1 >= state.max_steps_X[at_B])
@@ -289,7 +289,7 @@ def conclude_(model: Model, state: Canvases, seen: Look, said: Projected | None 
         pinned_BLD = embed_VD[held.pin_BL.clamp_min(0)] * model.embed_scale
         soft_BLD = torch.where((held.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)
     # A row whose numbers are not finite stops here too, and the host hears of it.
-    is_finite_B = seen.is_finite_B & _are_finite(soft_BLD)
+    is_finite_B = view.is_finite_B & _are_finite(soft_BLD)
     # 6. A row that had stopped before stays as it was.
     was_done_B = state.is_done_X[at_B]
     keep_B1 = was_done_B[:, None]

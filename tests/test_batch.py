@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -595,5 +596,71 @@ def test_a_walk_without_end_ends_its_own_request(nano: LLM, monkeypatch: pytest.
 
     monkeypatch.setattr(Guide, "walking", walking)
     monkeypatch.setattr("sfumato.guided.LONGEST", 0.3)
-    with pytest.raises(InputError, match=r"takes longer than 0.3 seconds to follow through one step; make it simpler"):
+    with pytest.raises(InputError, match=r"takes longer than the 0.3 seconds allowed to follow; make it simpler"):
         nano.complete("1", Options(seed=1, regex="[0-9]{5}"))
+
+
+def test_a_slow_walk_does_not_hold_up_who_has_committed_already(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    plainly = Guide.walking
+
+    def walking(self: Guide, *args: Any, **more: Any) -> Any:
+        end = time.perf_counter() + 1.5
+        while time.perf_counter() < end:
+            time.sleep(0.001)
+            yield
+        return (yield from plainly(self, *args, **more))
+
+    monkeypatch.setattr(Guide, "walking", walking)
+    jobs, ended = Jobs(nano, BatchLimits()), []
+    jobs.begin(1, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=400, max_steps=4))
+    while not any(isinstance(event, Commit) for _, event in jobs.turn()):
+        pass
+    jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9]{5}"))
+    while not jobs.is_idle:
+        ended += [key for key, event in jobs.turn() if isinstance(event, Done)]
+    assert ended == [1, 2]
+
+
+def test_the_later_parts_of_a_plan_run_beside_the_engine(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    laid, sheet = [], nano._ask_sheet
+
+    def ask_sheet(*args: Any, **more: Any) -> Any:
+        laid.append(threading.current_thread() is threading.main_thread())
+        return sheet(*args, **more)
+
+    monkeypatch.setattr(nano, "_ask_sheet", ask_sheet)
+    jobs = Jobs(nano, BatchLimits())
+    template = ["1", {"name": "a"}, "2", {"name": "b", "regex": "[0-9]{3}"}]
+    jobs.begin(1, "fill", {"template": template}, Options(seed=1, max_steps=4))
+    first = len(laid)
+    found = carried_out(jobs)
+    assert first and len(laid) > first and not any(laid[first:])
+    monkeypatch.undo()
+    assert found[1][-1].text == nano.fill(pieces_of(template), options=Options(seed=1, max_steps=4)).text
+    # One that is cancelled meanwhile, or fails there, leaves nothing behind.
+    for attack in ("cancel", "fail"):
+        monkeypatch.setattr(nano, "_sheet", lambda *_: 1 / 0) if attack == "fail" else None
+        if attack == "cancel":
+            jobs.begin(2, "fill", {"template": template}, Options(seed=1, max_steps=4))
+            while not jobs._going:
+                jobs.turn()
+            jobs.cancel(2)
+            assert carried_out(jobs) == {}
+        else:
+            with pytest.raises(ZeroDivisionError):
+                jobs.begin(3, "fill", {"template": template}, Options(seed=1))
+    assert jobs.is_idle and jobs.figures().rows == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-9, 1e-3])
+def test_no_temperature_is_too_low(temperature: float, nano: LLM) -> None:
+    assert nano.complete("1 2 3", Options(seed=1, max_tokens=82, min_tokens=5, temperature=temperature)).tokens
+
+
+def test_what_is_admitted_has_room_as_it_is_rounded() -> None:
+    """Else it would stand at the head of the queue for ever."""
+    one = Batch(model(), BatchLimits(memory=10**9))
+    capacity = Request(text(300), Options(max_tokens=10)).capacity(CONFIG)
+    assert capacity % batch.ROUND
+    with pytest.raises(CapacityError, match="GB of memory"):
+        Batch(model(), BatchLimits(memory=one._bytes(1, capacity))).submit(Request(text(300), Options(max_tokens=10)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from sfumato import confined
-from sfumato.events import CapacityError, InputError
+from sfumato.events import BusyError, CapacityError, InputError
 
 POOL = confined.Pool(nice=5)
 
@@ -132,10 +133,23 @@ def test_pools_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> N
     with POOL.child("it"), POOL.child("it"):
         assert other.run(add, 1, 2, what="it") == 3
         monkeypatch.setattr(confined, "SECONDS", 0.05)
-        with pytest.raises(InputError, match="it had to wait too long for others like it"):
+        with pytest.raises(BusyError, match="it had to wait too long for others like it"):
             POOL.run(add, 1, 2, what="it")
     other.end()
 
 
 def test_children_step_aside() -> None:
     assert POOL.run(os.nice, 0, what="it") >= 5
+
+
+def test_much_goes_both_ways_and_a_child_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "ä" * 3_000_000
+    assert POOL.run(str, text, what="it") == text
+    with POOL.child("the thing") as child:
+        os.kill(child.start().pid, signal.SIGSTOP)
+        monkeypatch.setattr(confined, "SECONDS", 0.1)
+        with pytest.raises(InputError, match=r"the thing takes longer than the 0.1 seconds allowed"):
+            child.run(len, text)
+    monkeypatch.undo()
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    assert POOL.run(add, 1, 1, what="it") == 2

@@ -85,7 +85,7 @@ def _make_place(folder: Path, force: bool) -> None:
     """The run's folder, empty or as a run has left it. InputError where it holds files of others."""
     from sfumato.finetune.train import LOGS, STATE
 
-    ours = (STATE, *LOGS, "loss.png", f".{STATE}.part")
+    ours = (STATE, *LOGS, "loss.png", *(f".{name}.part" for name in (STATE, *LOGS)))
     folder.mkdir(parents=True, exist_ok=True)
     held = sorted(file.name for file in folder.iterdir())
     if force:

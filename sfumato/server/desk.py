@@ -31,7 +31,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from sfumato import confined
-from sfumato.events import Draft, Event, InputError, Options, SfumatoError
+from sfumato.events import Draft, Event, InputError, Options, SfumatoError, contained, is_panic
 from sfumato.server.backend import Job, ModelCard, Result, Stats, where
 
 PREPARING = 2
@@ -185,8 +185,13 @@ class Desk:
                 print(f"sfumato: a message could not be read: {where(error)}", file=sys.stderr, flush=True)
                 continue
             match message:
-                case ("job", key, job):
-                    lane = self.lane_of(job, len(data))
+                case ("job", key, parcel):
+                    try:
+                        job = pickle.loads(parcel)
+                    except Exception as error:
+                        self.tell([(key, error)])
+                        continue
+                    lane = self.lane_of(job, len(parcel))
                     with self.lock:
                         self.preparing[key] = _Preparing(lane)
                     self.queues[lane].put((key, job))
@@ -231,7 +236,10 @@ class Desk:
                 self.at_work.pop(key)
             if is_begun and (one.is_cancelled or one.is_given_up):
                 self.jobs.cancel(key)
-            if failure is not None and not one.is_given_up:
+            if one.is_given_up:  # and this thread is not lost after all
+                with self.lock:
+                    self.lost -= 1
+            elif failure is not None:
                 self.tell([(key, failure)])
             self.news.set()
 
@@ -246,7 +254,8 @@ class Desk:
         for key, one in overdue.items():
             text = f"the request was not prepared within {PREPARE_SECONDS:g} seconds; make its texts smaller"
             self.tell([(key, InputError(text))])
-            self.lost += 1
+            with self.lock:
+                self.lost += 1
             if self.lost > LOST:
                 print(f"sfumato: {LOST} threads are lost to requests that take too long", file=sys.stderr, flush=True)
                 os._exit(1)
@@ -371,6 +380,8 @@ def plain(error: BaseException) -> SfumatoError:
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ == SfumatoError.__module__)
         return error if kind is type(error) else kind(str(error))
     print(f"sfumato: a request failed: {where(error)}", file=sys.stderr, flush=True)
+    if is_panic(error):
+        return plain(contained(error))
     return SfumatoError(f"the engine failed at this request ({where(error, 1)}); it is a fault of the server")
 
 

@@ -123,7 +123,7 @@ class Worker:
     async def run(self, job: Job) -> AsyncIterator[Event | Result]:
         process = await self._admitted()
         key, inbox = next(self._keys), asyncio.Queue[Event | Result | Exception]()
-        process.send(("job", key, job))
+        process.send(("job", key, pickle.dumps(job, pickle.HIGHEST_PROTOCOL)))
         if not self._inboxes:
             self._heard = asyncio.get_running_loop().time()
         self._inboxes[key] = inbox
