@@ -615,7 +615,7 @@ def test_a_slow_walk_does_not_hold_up_who_has_committed_already(nano: LLM, monke
     jobs.begin(1, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=400, max_steps=4))
     while not any(isinstance(event, Commit) for _, event in jobs.turn()):
         pass
-    jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9]{5}"))
+    jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9]{5}", max_steps=3))
     while not jobs.is_idle:
         ended += [key for key, event in jobs.turn() if isinstance(event, Done)]
     assert ended == [1, 2]
