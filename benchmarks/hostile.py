@@ -5,7 +5,7 @@
 
 The bystander asks nano for the same small Sudoku, again and again, over one connection; its latency on an idle server
 is measured first. Each part starts `sfumato serve -m nano`, or takes the one at `--url`, and replaces its own part of
-the record of benchmarks/serve.py. The client runs on the same cores as the server. tests/test_hostile.py runs the same
+the record. The client runs on the same cores as the server. tests/test_hostile.py runs the same
 attacks and holds the answers; times are only measured here.
 """
 
@@ -30,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import client, common, serve, serve_page
 from benchmarks.client import Connection, Lost, Server, say
+from sfumato.measure.machine import ROOT
 
 PUZZLE = "020008000908045603450391800301409270507082000204703901710500438045837090832010000"
+RECORD = ROOT / "benchmarks" / "results" / "hostile.json"
 PAUSE = 0.01
 """Seconds between two requests of the bystander."""
 AROUND = 0.3
@@ -341,7 +343,7 @@ async def measure(given: argparse.Namespace) -> None:
     flags = ["-m", "nano", *shlex.split(given.server)]
     async with Server(flags, given.log / f"hostile-{given.part}.log", given.url) as server:
         found = await PARTS[given.part](server, given)
-    serve.keep(given.part, found, given, flags)
+    serve.keep(given.part, found, given, flags, "under attack")
 
 
 def main() -> None:
@@ -349,7 +351,7 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     for name in PARTS:
         one = parts.add_parser(name)
-        serve.server_options(one)
+        serve.server_options(one, RECORD)
         one.add_argument("--seconds", type=float, default=5, help="for which the idle server is asked first")
         if name == "fuzz":
             one.add_argument("--patterns", type=int, default=500)

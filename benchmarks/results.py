@@ -348,14 +348,24 @@ def full_size(record: Record) -> str:
     return table(head, lines) + text
 
 
+def parts_of(record: Record, parts: dict[str, Callable[..., str]]) -> list[str]:
+    return [
+        f"{text(record[part], table)}\n\n`{record[part]['environment'].get('command', '–')}`"
+        for part, text in parts.items()
+        if part in record
+    ]
+
+
+def attacks(record: Record) -> str:
+    from benchmarks.serve_page import ATTACKS  # only now: it imports the engine
+
+    return "\n\n".join(parts_of(record, ATTACKS))
+
+
 def serve(record: Record) -> str:
     from benchmarks.serve_page import PARTS  # only now: it imports the engine
 
-    texts = [
-        f"{text(record[part], table)}\n\n`{record[part]['environment'].get('command', '–')}`"
-        for part, text in PARTS.items()
-        if part in record
-    ]
+    texts = parts_of(record, PARTS)
     pictures = {
         "throughput": "![Latency and throughput by clients](docs/serve.png)",
         "soak": "![The soak](docs/soak.png)",
@@ -374,6 +384,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "quantised": ("Fewer bits", quantised),
     "the true size": ("The true size", full_size),
     "serve": ("Serving", serve),
+    "under attack": ("Under attack", attacks),
     "ops": ("Operations", ops),
     "gpu": ("On a GPU", gpu),
     "predicted": ("Predicted for an H200", predicted),

@@ -340,9 +340,9 @@ async def same(server: Server, given: argparse.Namespace) -> Record:
 # ---- the record -----------------------------------------------------------------------------------------------------
 
 
-def keep(part: str, found: Record, given: argparse.Namespace, flags: Sequence[str]) -> None:
+def keep(part: str, found: Record, given: argparse.Namespace, flags: Sequence[str], what: str = "serve") -> None:
     """Replace one part of the record."""
-    record = json.loads(given.output.read_text()) if given.output.exists() else {"what": "serve"}
+    record = json.loads(given.output.read_text()) if given.output.exists() else {"what": what}
     here = environment("cpu")
     record[part] = {**found, "server": shlex.join(flags), "environment": here}
     record["environment"] = here
@@ -363,12 +363,12 @@ PARTS: dict[str, tuple[Callable[[Server, argparse.Namespace], Awaitable[Record]]
 """What measures each part, and how its server is started."""
 
 
-def server_options(parser: argparse.ArgumentParser) -> None:
+def server_options(parser: argparse.ArgumentParser, record: Path = RECORD) -> None:
     parser.add_argument("--url", help="a server that runs; default: one is started, and ended")
     parser.add_argument("--key", help="its API key")
     parser.add_argument("--server", default="", metavar="FLAGS", help="more flags for `sfumato serve`")
     parser.add_argument("--log", type=Path, default=Path("runs/bench"), help="a folder for the server's log")
-    parser.add_argument("-o", "--output", type=Path, default=RECORD, help="the record")
+    parser.add_argument("-o", "--output", type=Path, default=record, help="the record")
 
 
 def main() -> None:

@@ -514,9 +514,10 @@ def record() -> dict[str, Any]:
 
 def test_every_part_has_its_place_on_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     found = record()
-    page = results.page({"serve.json": found})
+    attacked = {"what": "under attack", **{part: found.pop(part) for part in serve_page.ATTACKS}}
+    page = results.page({"serve.json": found, "hostile.json": attacked})
     assert "## Serving" in page and "| 32 clients | 900 |" in page and "requests lost" in page
-    assert all(f"`do {part}`" in page for part in serve_page.PARTS)
+    assert all(f"`do {part}`" in page for part in (*serve_page.PARTS, *serve_page.ATTACKS))
     assert "| a chain of rules | 400, 400 | 500 ms | 3 | 0 | 20 ms | 30 ms | 1.5 |" in page
     assert "3 × 200, 4 × 400 in 9 s" in page
     assert "## Serving" in results.page({"serve.json": {"what": "serve", "same": found["same"]}})
