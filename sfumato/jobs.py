@@ -152,6 +152,7 @@ class Jobs:
 
     def _send(self, job: _Job) -> tuple[bool, Any]:
         """Whether a plan is over, and its result or what it asks for next."""
+        confined.leave_cores()
         confined.is_cancelled.set(lambda: job.is_dropped)
         try:
             asks = job.plan.send([job.ended[place] for place in range(len(job.asks))])

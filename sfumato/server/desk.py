@@ -214,7 +214,7 @@ class Desk:
 
     def prepare(self, lane: Lane) -> None:
         """Until a job takes so long that another thread has taken this one's place."""
-        _leave_cores()
+        confined.leave_cores()
         if lane.value:
             with suppress(AttributeError, OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lane.value)
@@ -330,10 +330,6 @@ def card_of(llm: Any, quantize: str | None) -> ModelCard:
     )
 
 
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-"""Where this process may run, as it was at first."""
-
-
 def _hold_cores() -> None:
     """Each of the engine's threads keeps a core, and sleeps soon where it waits for another. Otherwise two of them meet
     on one core as soon as anything else runs, and each spins while the other should compute: a step then takes up to
@@ -341,13 +337,6 @@ def _hold_cores() -> None:
     if "OMP_NUM_THREADS" not in os.environ and not Path("/proc/driver/nvidia").exists():
         os.environ.setdefault("OMP_PROC_BIND", "true")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def _leave_cores() -> None:
-    """The calling thread, and what it starts, may run anywhere: it began on its parent's core."""
-    if CORES is not None:
-        with suppress(OSError):
-            os.sched_setaffinity(0, CORES)
 
 
 def _start(run: Callable[..., None], *arguments: Any) -> None:
