@@ -780,3 +780,20 @@ def test_what_is_slow_to_prepare_or_large_holds_up_nothing_small(opened):
             await asyncio.gather(*slow, large, return_exceptions=True)
 
     running(test())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be kept to cores here")
+def test_the_server_leaves_the_first_core_to_the_engine_and_its_worker_may_run_anywhere(opened, monkeypatch):
+    every = os.sched_getaffinity(0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(desk, "holds_cores", lambda: True)
+
+    async def test() -> None:
+        async with opened() as one:
+            assert os.sched_getaffinity(0) == (every - {min(every)} or every)
+            assert os.sched_getaffinity((await told(one))["pid"]) == every
+
+    try:
+        running(test())
+    finally:
+        os.sched_setaffinity(0, every)

@@ -334,9 +334,23 @@ def _hold_cores() -> None:
     """Each of the engine's threads keeps a core, and sleeps soon where it waits for another. Otherwise two of them meet
     on one core as soon as anything else runs, and each spins while the other should compute: a step then takes up to
     ten times as long. OpenMP reads this as torch is loaded."""
-    if "OMP_NUM_THREADS" not in os.environ and not Path("/proc/driver/nvidia").exists():
-        os.environ.setdefault("OMP_PROC_BIND", "true")
+    if holds_cores():
+        os.environ["OMP_PROC_BIND"] = "true"
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def holds_cores() -> bool:
+    """Whether the engine's threads are to keep a core each: they compute on all of them, and nobody says otherwise."""
+    is_free = "OMP_NUM_THREADS" not in os.environ and os.environ.get("OMP_PROC_BIND", "true") == "true"
+    return is_free and confined.CORES is not None and not Path("/proc/driver/nvidia").exists()
+
+
+def leave_first_core() -> None:
+    """The calling thread keeps off the core of the engine's main thread, which cannot make way."""
+    others = (confined.CORES or set()) - {min(confined.CORES or {0})}
+    if others:
+        with suppress(OSError):
+            os.sched_setaffinity(0, others)
 
 
 def _start(run: Callable[..., None], *arguments: Any) -> None:

@@ -25,6 +25,7 @@ from multiprocessing.connection import wait
 from queue import SimpleQueue
 from typing import Any
 
+from sfumato import confined
 from sfumato.events import BusyError, Commit, Draft, Event, SfumatoError, WorkerError
 from sfumato.server import desk
 from sfumato.server.backend import Job, ModelCard, Result, Stats, where
@@ -269,10 +270,15 @@ class _Process:
         # process, lets them through again as it starts, so it starts before.
         resource_tracker.ensure_running()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, desk.SIGNALS)
+        is_held = desk.holds_cores()
+        if is_held:
+            confined.leave_cores()  # it begins where this thread may run
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            if is_held:
+                desk.leave_first_core()
             theirs.close()
         atexit.register(self.process.kill)  # multiprocessing would wait for it
         self.writer = threading.Thread(target=self._write, daemon=True, name="worker's writer")
