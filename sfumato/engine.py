@@ -29,8 +29,9 @@ from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError,
 from sfumato.guided import ALONE, SLICE, Turn, Walks, projecting
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
+from sfumato.recorded import Recorded
 from sfumato.rows import Failure, Request, Row
-from sfumato.step import Canvases, Look, Projected, Recorded, conclude_, look, step_
+from sfumato.step import Canvases, Look, Projected, conclude_, look, step_
 
 DICE_AHEAD = 8
 """Steps whose dice are counted together: a count is forty small operations, however many numbers it makes."""

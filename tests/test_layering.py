@@ -29,7 +29,7 @@ ROWS = [
     {"quant", "adapters", "offload"},
     {"interop"},
     {"step"},
-    {"guided"},
+    {"guided", "recorded"},
     {"rows"},
     {"engine", "weights"},
     {"reader", "run"},

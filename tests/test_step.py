@@ -22,8 +22,9 @@ from sfumato.diffusion import CountedDice, Rules
 from sfumato.events import Commit, Done, Options
 from sfumato.masks import Mask
 from sfumato.model import Model, Pass
+from sfumato.recorded import Recorded
 from sfumato.run import Run, generate
-from sfumato.step import Canvases, Recorded, step_
+from sfumato.step import Canvases, step_
 
 SAME = 1e-4
 CONFIG = tiny.tiny_config()
