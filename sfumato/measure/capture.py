@@ -60,6 +60,11 @@ class Node:
     is_kernel: bool = False
     grid: tuple[int, ...] = ()
     sizes: dict[str, Any] = field(default_factory=dict)
+    standing: int = 0
+    """Bytes of the tensors it takes that were there before: weights, the cache, the state."""
+    passing: int = 0
+    """Bytes of those that the graph itself makes."""
+    launch: Any = field(default=None, repr=False)
 
 
 @dataclass
@@ -144,8 +149,12 @@ class _Dispatch(TorchDispatchMode):
         return out
 
     def launch(self, launch: Any) -> None:
-        self._account(list(tensors(launch.arguments)), [])
-        self.watched.nodes.append(Node(launch.name, True, launch.grid, launch.sizes))
+        taken = list(tensors(launch.arguments))
+        self._account(taken, [])
+        each = {_address(x): x.nbytes for x in taken}
+        own = sum(size for address, size in each.items() if address in self._own)
+        node = Node(launch.name, True, launch.grid, launch.sizes, sum(each.values()) - own, own, launch)
+        self.watched.nodes.append(node)
 
     def _account(self, read: list[Tensor], made: list[Tensor]) -> None:
         known = {_address(x) for x in read}
@@ -196,6 +205,8 @@ class Variant:
     bans: int = 0
     has_pins: bool = False
     has_early: bool = False
+    context: int = 1024
+    """Tokens that the cache has room for."""
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -223,7 +234,7 @@ def meta_step(config: ModelConfig, ops: Ops, variant: Variant) -> tuple[Watched,
     """What a recording of this variant holds and refuses: the step, and what is made anew once a canvas."""
     model = meta_model(config, ops, variant.recipe, variant.dtype)
     count, length = variant.rows, config.canvas_length
-    cache = KVCache.allocate(config, count, min(2048, config.max_position), "meta", variant.dtype)
+    cache = KVCache.allocate(config, count, min(variant.context, config.max_position), "meta", variant.dtype)
     rules, early = [Rules.of(Options())] * count, [variant.has_early] * count
     state = Canvases.allocate(model, rules, [0] * count, [0] * count, length, early, variant.has_pins)
     seen: list[Watched] = []

@@ -74,8 +74,8 @@ def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None) -> list[d
 
 
 def compile_one(special: Special, arch: int) -> dict[str, Any]:
-    """Of this kernel: registers and spills (bytes) of a thread, shared memory (bytes), warps and stages, instructions in
-    all and in its largest innermost loop (a warp, one turn), which matrix instructions and copies stand in it, size
+    """Of this kernel: registers and spills (bytes) of a thread, shared memory (bytes), warps and stages; instructions
+    in all and in its largest innermost loop (a warp, one turn), which matrix instructions and copies stand in it; size
     (bytes of cubin), seconds. RuntimeError where it does not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -103,6 +103,11 @@ def compile_one(special: Special, arch: int) -> dict[str, Any]:
         )
     except Exception as error:
         raise RuntimeError(f"{special.name} does not compile for sm_{arch}: {error}") from error
+    return {**read(made), "seconds": round(time.perf_counter() - began, 2)}
+
+
+def read(made: Any) -> dict[str, Any]:
+    """What `compile_one` says, of a compiled kernel."""
     usage = _usage(made.asm["cubin"])
     instructions, labels = disassembled(made.asm["cubin"])
     return {
@@ -111,10 +116,9 @@ def compile_one(special: Special, arch: int) -> dict[str, Any]:
         "instructions": len(instructions),
         **largest_loop(instructions, labels),
         "shared": made.metadata.shared,
-        "warps": special.num_warps,
-        "stages": special.num_stages,
+        "warps": made.metadata.num_warps,
+        "stages": made.metadata.num_stages,
         "size": len(made.asm["cubin"]),
-        "seconds": round(time.perf_counter() - began, 2),
     }
 
 
