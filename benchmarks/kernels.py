@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/kernels.py [--arch 90 --kind int4 ...] [-o benchmarks/results/kernels.json]
 
 Nothing runs. A step is traced on tensors of which nothing exists but shapes, exactly as it would be recorded on a GPU
-of that architecture, and each kernel is compiled as that GPU would have it compiled. A row is one kernel at one size: how
-often a step launches it, programs (CTAs) a launch, registers and spills of a thread, shared memory, and the instructions
-that a warp executes in one turn of the innermost loop. Nodes are kernels and operations of torch together.
+of that architecture, and each kernel is compiled as that GPU would have it compiled. A row is one kernel at one size:
+how often a step launches it, programs (CTAs) a launch, registers and spills of a thread, shared memory, and the
+instructions that a warp executes in one turn of the innermost loop. Nodes are kernels and torch's operations together.
 """
 
 from __future__ import annotations
