@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 from collections import Counter
@@ -34,7 +35,6 @@ OUTPUT = Path(__file__).parent / "results" / "kernels.json"
 KINDS = {"int4": "int4", "fp8": "fp8", "bf16": "", "int8": "int8", "nvfp4": "nvfp4"}
 """Weights -> recipe."""
 SHOWN = ("int4", "fp8", "bf16")
-BEFORE = "nodes_before"
 
 
 def config() -> ModelConfig:
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, action="append", choices=ahead.ARCHS)
     parser.add_argument("--kind", action="append", choices=list(KINDS))
     parser.add_argument("--nodes", action="store_true", help="count nodes alone, compile nothing")
+    parser.add_argument("--before", type=Path, help="a record of an older version, to stand beside this one")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,6 +101,9 @@ def main() -> None:
         for kind in kinds:
             common.say(f"sm_{arch} {kind}")
             record["rows"] += rows_of(kind, arch)
+    if given.before:
+        older = json.loads(given.before.read_text())
+        record |= {"steps_before": older["steps"], "rows_before": older["rows"]}
     if given.output:
         common.write(given.output, {**record, "environment": environment()})
     print(show(record))

@@ -2,20 +2,21 @@
 
     .venv/bin/python benchmarks/predict.py [-o benchmarks/results/predicted.json]
 
-A step is traced as it would be recorded (`benchmarks/kernels.py`): which kernels, how many programs each, in which tiles,
-with which weights. For a kernel the longest of four times counts, of as many waves of programs as the processors need:
+A step is traced as it would be recorded (`benchmarks/kernels.py`): which kernels, how many programs each, in which
+tiles, with which weights. For a kernel the longest of four times counts, of as many waves of programs as the processors
+need:
 
     memory        what lies in memory and not in L2 (weights, cache, embedding, logits), read once
     L2            what each program draws from there: tiles of weights, and of what they are multiplied with
     tensor cores  multiplications
     issue         the instructions of the innermost loop, as compiled (`benchmarks/results/kernels.json`)
 
-and beside it each node's own cost: the gap behind the node before it, and filling and draining a program. What stands on
-a second stream costs what is left of it. Routing is taken as uniform.
+and beside it each node's own cost: the gap behind the node before it, and filling and draining a program. What stands
+on a second stream costs what is left of it. Routing is taken as uniform.
 
 Beside the prediction stands the floor: every weight read once, all arithmetic behind it. Constants are public
-measurements, named where they stand; kernels of ours were never measured on a GPU, so each is taken to do as well as its
-kind does elsewhere.
+measurements, named where they stand; kernels of ours were never measured on a GPU, so each is taken to do as well as
+its kind does elsewhere.
 """
 
 from __future__ import annotations
