@@ -25,8 +25,9 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ ISSUE = 0.8
 """Of the issue slots, what a loop with copies under way uses."""
 BARRIER = 100
 """Clocks that a turn waits for copies and neighbours, shared by the programs on a processor."""
+BESIDE = 0.15
+"""Of the shorter of two streams, what the longer one loses to it where no resource is short."""
 SHARED = 227 * 1024
 REGISTERS = 65536
 
@@ -74,19 +77,18 @@ MILLISECONDS = {"bf16": 15.5, "fp8": 8.5, "int4": 6.5}
 GAIN = {"fp8": 3.0}
 STEPS = 16
 """Steps a canvas in tokens a second."""
-SIDE = ("_gate_up", "_dense_down")
-"""Kernels that a second stream runs beside router and experts."""
 HERE = Path(__file__).parent / "results"
 OUTPUT, KERNELS = HERE / "predicted.json", HERE / "kernels.json"
 
 
 @dataclass(frozen=True)
 class Time:
-    """Of one launch, in seconds: how long, and the share of the processors that it keeps busy meanwhile."""
+    """Of one launch, in seconds: how long; how long each resource would take by itself, were all processors at it; and
+    which one binds."""
 
     seconds: float
-    busy: float
     bound: str
+    uses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _tiles(node: Node) -> str:
 def time_of(node: Node, step: Step) -> Time:
     """Of one node."""
     if not node.is_kernel:
-        return Time(TINY, 1 / PROCESSORS, "launch")
+        return Time(TINY, "launch")
     if "KIND" in node.sizes:
         return product_time(node, step)
     special = SPECIAL.get(node.name)
@@ -135,7 +137,7 @@ def time_of(node: Node, step: Step) -> Time:
 def small_time(node: Node, step: Step) -> Time:
     """A kernel that reads and writes once."""
     seconds = SMALL + node.passing / NEAR + node.standing / MEMORY
-    return Time(seconds, min(1.0, math.prod(node.grid) / PROCESSORS), "bytes" if seconds > 2 * SMALL else "launch")
+    return Time(seconds, "bytes" if seconds > 2 * SMALL else "launch", {"memory": node.standing / MEMORY})
 
 
 def product_time(node: Node, step: Step) -> Time:
@@ -172,9 +174,11 @@ def programs(
     turn = clocks[bound] + BARRIER / a_processor
     waves = ctas / PROCESSORS if ctas > 3 * PROCESSORS else math.ceil(ctas / PROCESSORS / a_processor) * a_processor
     busy = waves * (turns * turn + rest) / CLOCK
-    if standing / MEMORY > busy:
-        busy, bound = standing / MEMORY, "memory"
-    return Time(busy + FILL, min(1.0, ctas / PROCESSORS), bound)
+    uses = {name: one * turns * ctas / PROCESSORS / CLOCK for name, one in clocks.items()}
+    uses["memory"] = standing / MEMORY
+    if uses["memory"] > busy:
+        busy, bound = uses["memory"], "memory"
+    return Time(busy + FILL, bound, uses)
 
 
 def held_at_once(made: dict[str, Any]) -> int:
@@ -206,7 +210,7 @@ def attention_time(node: Node, step: Step) -> Time:
     ctas = math.prod(node.grid)
     time = programs(ctas, turns, products + 0.5 * made["loop"] * made["warps"] / 4, drawn, made, node.standing)
     joined = 2.0 * node.passing / NEAR if node.name == "_attention" and sizes["SPLITS"] > 1 else 0.0
-    return Time(time.seconds + 2 * FILL + joined * 0.25, time.busy, time.bound)
+    return replace(time, seconds=time.seconds + 2 * FILL + joined * 0.25)
 
 
 def sweep_time(node: Node, step: Step) -> Time:
@@ -224,7 +228,7 @@ def sweep_time(node: Node, step: Step) -> Time:
 def walk_time(node: Node, step: Step) -> Time:
     """A position's own tile of words, in float32: a row of the embedding after the other."""
     drawn = 2.0 * step.rows * node.sizes["TILE"] * node.sizes["D"]
-    return Time(SMALL + FILL + drawn / MEMORY, 1.0, "memory")
+    return Time(SMALL + FILL + drawn / MEMORY, "memory", {"memory": drawn / MEMORY})
 
 
 def multiply_time(node: Node, step: Step) -> Time:
@@ -243,11 +247,11 @@ def route_time(node: Node, step: Step) -> Time:
     turns = 2 * math.ceil(step.config.hidden_size / sizes["BLOCK_K"] / splits)
     drawn = 2.0 * sizes["BLOCK_K"] * (step.config.num_experts + 2 * sizes["BLOCK_M"]) / 2
     time = programs(math.prod(node.grid), turns, 0.0, drawn, made, node.standing)
-    return Time(time.seconds + 2 * FILL, time.busy, time.bound)
+    return replace(time, seconds=time.seconds + 2 * FILL)
 
 
 def group_time(node: Node, step: Step) -> Time:
-    return Time(4e-6 + 1e-6 * step.batch, 1.0, "latency")
+    return Time(4e-6 + 1e-6 * step.batch, "latency")
 
 
 SPECIAL: dict[str, Callable[[Node, Step], Time]] = {
@@ -270,8 +274,11 @@ def timed(nodes: list[Node], step: Step) -> tuple[float, list[dict[str, Any]]]:
     for main, side in branches(nodes):
         times = [[time_of(node, step) for node in branch] for branch in (main, side)]
         lengths = [sum(time.seconds + GAP for time in each) for each in times]
-        busy = sum(time.seconds * time.busy for each in times for time in each)
-        whole += max(*lengths, busy if side else 0.0)
+        uses = Counter[str]()
+        for each in times:
+            for time in each:
+                uses.update(time.uses)  # type: ignore[arg-type]
+        whole += max(*lengths, max(uses.values()) if side else 0.0) + BESIDE * min(lengths)
         for node, time in zip((*main, *side), (*times[0], *times[1]), strict=True):
             name = node.name.strip("_") if node.is_kernel else "operations of torch"
             row = rows.setdefault(
@@ -284,32 +291,22 @@ def timed(nodes: list[Node], step: Step) -> tuple[float, list[dict[str, Any]]]:
 
 
 def branches(nodes: list[Node]) -> Iterator[tuple[list[Node], list[Node]]]:
-    """Groups of nodes: what runs in a row, and what a second stream runs beside it: between a block's second norm and
-    its end."""
-    names = {node.name for node in nodes}
-    if "_between" not in names or "_end" not in names:
-        yield nodes, []
-        return
+    """Groups of nodes: what runs in a row, and what a second stream runs beside it: in each block the dense
+    feed-forward, which is traced first, beside router and experts."""
     main: list[Node] = []
     side: list[Node] = []
-    inside = False
+    place = "before"
     for node in nodes:
-        if node.name == "_end" and inside:
+        if node.name == "_route" and place == "side":
+            place = "beside"
+        elif node.name == "_end" and place == "beside":
             yield main, side
-            main, side, inside = [], [], False
-        if inside and is_dense(node):
-            side.append(node)
-        else:
-            main.append(node)
+            main, side, place = [], [], "before"
+        (side if place == "side" else main).append(node)
         if node.name == "_between":
             yield main, []
-            main, inside = [], True
+            main, place = [], "side"
     yield main, side
-
-
-def is_dense(node: Node) -> bool:
-    """Whether this belongs to the dense feed-forward, within a block's second half."""
-    return not node.name.startswith(("_experts", "_route", "_group"))
 
 
 def floor_of(config: ModelConfig, kind: str, batch: int, context: int) -> Cost:

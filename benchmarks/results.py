@@ -260,7 +260,9 @@ def predicted(record: Record) -> str:
         "nodes",
         "tokens/s",
     ]
-    text = f"**Nothing of this was run.** Predicted from counts, ± {record['within']:.0%} (`benchmarks/predict.py`).\n\n"
+    text = (
+        f"**Nothing of this was run.** Predicted from counts, ± {record['within']:.0%} (`benchmarks/predict.py`).\n\n"
+    )
     text += table(head, lines)
     aims = [
         f"{name}: {target['value']:.2f} (aim {'at most' if target['is_at_most'] else 'at least'} {target['target']:g})"

@@ -254,7 +254,7 @@ def test_a_prediction_follows_its_counts() -> None:
     made = {"loop": 200, "warps": 4, "registers": 128, "shared": 64 << 10}
     one = predict.programs(132, 40, 512, 8192, made, 0)
     assert predict.programs(264, 40, 512, 8192, made, 0).seconds > 1.5 * one.seconds - predict.FILL
-    assert predict.programs(66, 40, 512, 8192, made, 0).busy == pytest.approx(0.5)
+    assert predict.programs(66, 40, 512, 8192, made, 0).uses["issue"] == pytest.approx(one.uses["issue"] / 2)
     bound = predict.programs(132, 40, 512, 8192, made, 10**9)
     assert bound.bound == "memory" and bound.seconds == pytest.approx(10**9 / predict.MEMORY + predict.FILL)
     assert predict.held_at_once(made) == 3
