@@ -241,7 +241,7 @@ def test_predicted_is_committed_and_up_to_date() -> None:
     assert all(row["predicted_ms"] >= row["floor_ms"] for row in found["rows"])
 
 
-@pytest.mark.parametrize("recipe", ["", "int8", "int4", "nvfp4", "int4-small"])
+@pytest.mark.parametrize("recipe", ["", "int8", "int4", "int4-fp8", "nvfp4", "int4-small"])
 def test_a_model_made_layer_by_layer_runs(recipe: str) -> None:
     from sfumato.cache import KVCache
     from sfumato.measure.parts import Counted, random_config
