@@ -262,7 +262,7 @@ def test_a_prediction_follows_its_counts() -> None:
     assert 128 < tiles < 134 and filled == pytest.approx(2048 / (32 * tiles))
 
 
-@pytest.mark.parametrize("recipe", ["", "int8", "int4", "nvfp4", "int4-small"])
+@pytest.mark.parametrize("recipe", ["", "int8", "int4", "int4-fp8", "nvfp4", "int4-small"])
 def test_a_model_made_layer_by_layer_runs(recipe: str) -> None:
     from sfumato.cache import KVCache
     from sfumato.measure.parts import Counted, random_config
