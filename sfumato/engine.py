@@ -24,17 +24,15 @@ import torch
 from torch import Tensor
 
 from sfumato.cache import KVCache
-from sfumato.diffusion import CountedDice, Dice, Rules, accept, pick_token
+from sfumato.dice import HostDice, first_uniform
+from sfumato.diffusion import Dice, Rules, accept, pick_token
 from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError, Options, Usage, contained
 from sfumato.guided import ALONE, SLICE, Turn, Walks, projecting
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
 from sfumato.recorded import Capture, CudaCapture, Recordings
 from sfumato.rows import Failure, Request, Row
-from sfumato.step import Canvases, Look, Projected, conclude_, look, step_
-
-DICE_AHEAD = 8
-"""Steps whose dice are counted together: a count is forty small operations, however many numbers it makes."""
+from sfumato.step import Canvases, Look, Projected, conclude_, look, step_, to_device
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per encode pass: bounds the memory of a long prompt; any value gives the same result."""
@@ -77,7 +75,7 @@ class Engine:
         self.last_XD = torch.zeros(self.cache.batch, model.config.hidden_size, dtype=model.dtype, device=model.device)
         self._flights: deque[list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]] = deque()
         self.recordings = Recordings(capture or (CudaCapture(model.device) if is_cuda and self.record else None))
-        self._counted: dict[int, tuple[Tensor, Tensor]] = {}
+        self._dice: dict[int, HostDice] = {}
         self._passes: dict[tuple[object, ...], Pass] = {}
         self.walks = Walks()
         self.walked = 0.0
@@ -120,7 +118,6 @@ class Engine:
             self.cache.take_(seat, held, count)
         self.rows[seat] = Row.of(request, self.config, count)
         self.seeds[seat] = request.options.seed or 0
-        self._counted.pop(seat, None)
         return seat
 
     def leave(self, seat: int, keep: int = 0) -> None:
@@ -288,43 +285,51 @@ class Engine:
         state.has_pins = state.has_early or any(row.request.pins for row in here)
         return state
 
-    def _dice(self, length: int) -> Dice:
-        if self._given_dice is not None:
-            return self._given_dice
-        return CountedDice(self.seeds, [0] * len(self.seeds), length, self.config.vocab_size, self.model.device)
-
     def _begin(self, rows: list[int], is_first: bool = False) -> None:
         """Give rows a fresh canvas of noise, pins in place."""
         for length in sorted({self._row(i).length for i in rows}):
             some = [i for i in rows if self._row(i).length == length]
             state, each = self._state(length), [self._row(i) for i in some]
+            seeds, canvases = [self.seeds[i] for i in some], [row.canvas for row in each]
             if is_first:
-                for i, row in zip(some, each, strict=True):
-                    state.seat_(i, row.rules, self.seeds[i], row.options.early)
-            canvases = [row.canvas for row in each]
+                state.seat_(some, [row.rules for row in each], seeds, [row.options.early for row in each])
             rooms = [min(length, length if row.room is None else row.room) for row in each]
-            warm_BL = self._here([row.request.warm for row in each], each)
+            if self._given_dice is not None:
+                fresh_BL = self._given_dice.canvas(some, canvases)
+            else:
+                fresh_BL = self._dice_of(length).canvas(some, seeds, canvases, ahead=not self.record)
+            if (warm_BL := self._here([row.request.warm for row in each], each)) is not None:
+                fresh_BL = torch.where(warm_BL >= 0, warm_BL, fresh_BL.cpu())
             pin_BL = self._here([row.request.pins for row in each], each)
-            fresh_BL = torch.where(warm_BL >= 0, warm_BL, self._dice(length).canvas(some, canvases))
             state.begin_(some, fresh_BL, pin_BL, canvases, self._banned(each), rooms)
 
-    def _here(self, places: Sequence[Mapping[int, int]], rows: list[Row]) -> Tensor:
-        """What these say of the canvas each row is on: tokens [B, L], -1 for nothing."""
+    def _dice_of(self, length: int) -> HostDice:
+        if length not in self._dice:
+            self._dice[length] = HostDice(length, self.config.vocab_size)
+        return self._dice[length]
+
+    def _here(self, places: Sequence[Mapping[int, int]], rows: list[Row]) -> Tensor | None:
+        """What these say of the canvas each row is on: tokens [B, L], -1 for nothing. None: nothing of any."""
+        if not any(places):
+            return None
         length = rows[0].length
         table = torch.full((len(rows), length), -1)
         for n, (row, some) in enumerate(zip(rows, places, strict=True)):
             if some:
                 first = row.canvas * length
                 table[n] = torch.tensor([some.get(position, -1) for position in range(first, first + length)])
-        return table.to(self.model.device)
+        return table
 
-    def _banned(self, rows: list[Row]) -> Tensor:
-        """Positions [B, L] that may not end the answer; a grammar knows by itself where its text may end."""
+    def _banned(self, rows: list[Row]) -> Tensor | None:
+        """Positions [B, L] that may not end the answer (None: no position of any); a grammar knows by itself where its
+        text may end."""
+        if all(row.lacking <= 0 for row in rows):
+            return None
         banned_BL = torch.arange(rows[0].length) < torch.tensor([row.lacking for row in rows])[:, None]
         for n, row in enumerate(rows):
             for _, first, last in row.spans_here():
                 banned_BL[n, first:last] = False
-        return banned_BL.to(self.model.device)
+        return banned_BL
 
     def _step(self, rows: list[int], bans: tuple[int, ...]) -> None:
         """One step of rows of one length that either all have something to encode or all have nothing."""
@@ -383,12 +388,13 @@ class Engine:
         """What a step that is not recorded takes behind model, cache and state."""
         each = [self._row(i) for i in rows]
         width, length, lengths = max(counts), each[0].length, [self.cache.lengths[i] for i in rows]
-        dice = self._dice(length)
-        if isinstance(dice, CountedDice):
-            thrown, noise_BL = self._dice_of(dice, rows)
+        place = [row.canvas for row in each], [row.step for row in each]
+        if self._given_dice is not None:
+            thrown, noise_BL = self._given_dice.sample(rows, *place), self._given_dice.renoise(rows, *place)
         else:
-            place = [row.canvas for row in each], [row.step for row in each]
-            thrown, noise_BL = dice.sample(rows, *place), dice.renoise(rows, *place)
+            pair = self._dice_of(length).step(rows, [self.seeds[i] for i in rows], *place)
+            uniform_BL, noise_BL = (to_device(x, self.model.device) for x in pair)
+            thrown = {"uniform_BL": uniform_BL}
         tokens_BT = self._padded([row.pending for row in each], width) if width else None
         at_B = torch.tensor(rows, device=self.model.device)
         run, is_first = self._pass_of(rows, counts, width, lengths, length), all(row.step == 0 for row in each)
@@ -408,25 +414,6 @@ class Engine:
     def _count(self, rows: list[int]) -> None:
         for row in map(self._row, rows):
             row.step, row.passes = row.step + 1, row.passes + 1
-
-    def _dice_of(self, dice: CountedDice, rows: list[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """The dice of the step each row is at, some steps counted together."""
-        due = [i for i in rows if self._row(i).step % DICE_AHEAD == 0]
-        if due:
-            again = [i for i in due for _ in range(DICE_AHEAD)]
-            place = (
-                [self._row(i).canvas for i in again],
-                [self._row(i).step + n for i in due for n in range(DICE_AHEAD)],
-            )
-            shape = len(due), DICE_AHEAD, -1
-            counted = dice.sample(again, *place)["uniform_BL"].view(shape), dice.renoise(again, *place).view(shape)
-            for n, i in enumerate(due):
-                self._counted[i] = counted[0][n], counted[1][n]
-        steps = [self._row(i).step % DICE_AHEAD for i in rows]
-        uniform_BL, noise_BL = (
-            torch.stack([self._counted[i][side][step] for i, step in zip(rows, steps, strict=True)]) for side in (0, 1)
-        )
-        return {"uniform_BL": uniform_BL}, noise_BL
 
     def _pass_of(self, rows: list[int], counts: list[int], width: int, lengths: list[int], canvas: int) -> Pass:
         """What the layers share, made once for all the steps of a canvas."""
@@ -535,6 +522,7 @@ class Engine:
         logits_BV = self.model.logits(self.last_XD[rows])
         log_p_BV = torch.log_softmax(logits_BV, -1)
         is_finite = torch.isfinite(self.last_XD[rows].sum(-1) + log_p_BV.sum(-1)).tolist()
+        uniform_B = self._uniform_of(rows)
         for n, i in enumerate(rows):
             row = self._row(i)
             if not is_finite[n]:
@@ -542,8 +530,7 @@ class Engine:
                 continue
             if row.lacking > 0:
                 logits_BV[n, list(self.config.eos_ids)] = -torch.inf
-            thrown = self._dice(self.config.canvas_length).sample([i], [len(row.tokens)], [0])["uniform_BL"]
-            token = pick_token(logits_BV[n], row.options, thrown[0, 0])
+            token = pick_token(logits_BV[n], row.options, uniform_B[n])
             row.steps, row.passes = row.steps + 1, row.passes + 1
             kept: list[int] = []
             with self._only(i):
@@ -552,6 +539,13 @@ class Engine:
                 yield from self._emit(i, kept, log_p_BV[n : n + 1], 1)
         if rows := [i for i in rows if not self._row(i).is_over]:
             self._encode([[self._row(i).tokens[-1]] for i in rows], rows)
+
+    def _uniform_of(self, rows: list[int]) -> Tensor:
+        """What the next token of each of these is sampled with: in the dice, a canvas's first position."""
+        canvases = [len(self._row(i).tokens) for i in rows]
+        if self._given_dice is not None:
+            return self._given_dice.sample(rows, canvases, [0] * len(rows))["uniform_BL"][:, 0]
+        return to_device(first_uniform([self.seeds[i] for i in rows], canvases), self.model.device)
 
     def _cut(self, row: Row, tokens: list[int], is_whole: bool = True) -> list[int]:
         """The tokens that count: up to eos, a stop string, the token limit or the end of the context. `is_whole`: the

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from sfumato import engine
 from sfumato import rows as requests
 from sfumato import run as runs
 from sfumato.cache import KVCache
+from sfumato.dice import HostDice, first_uniform
 from sfumato.diffusion import CountedDice, Rules
 from sfumato.events import Commit, Done, Options
 from sfumato.masks import Mask
@@ -275,6 +277,55 @@ def test_a_recorded_step_for_four_serves_one(encode: int) -> None:
     if found is not None and hidden is not None:
         assert found.shape == (1, LENGTH, CONFIG.hidden_size)
         assert same([found[:, :encode]], [hidden], SAME)
+
+
+def test_rows_begin_as_they_are_allocated() -> None:
+    """A seat that another request had: nothing of that is left, and its neighbour's state stays as it was."""
+    ours, rules = talker(), [Rules.of(o) for o in (SETTLES, Options(max_steps=3, stability=2, entropy_bound=0.3))]
+    seeds, early, length = [2**40 + 5, 3], [True, False], LENGTH
+    wanted = Canvases.allocate(ours, rules, seeds, [0, 0], early=early)
+    found = canvases(ours, 3)
+    cache = cache_of(ours, [5, 9, 2])
+    step_(ours, cache, found, torch.arange(3), Pass(ours, cache, [0, 1, 2], [0] * 3, 0, LENGTH))
+    before = {f.name: getattr(found, f.name)[1].clone() for f in dataclasses.fields(Canvases) if "_X" in f.name}
+    fresh, pins = torch.arange(2 * length).view(2, length), torch.full((2, length), -1)
+    pins[1, 2] = 7
+    found.seat_([2, 0], rules, seeds, early)
+    for state, rows in (wanted, [0, 1]), (found, [2, 0]):
+        state.begin_(rows, fresh, pins, [4, 5], pins == 7, [3, length])
+    for name, neighbour in before.items():
+        whole = getattr(found, name)
+        assert torch.equal(whole[1], neighbour), name
+        if name not in ("stood_XL", "entropy_XL", "accepted_XL"):  # these are read only after a step has written them
+            assert torch.equal(whole[[2, 0]], getattr(wanted, name)[:2]), name
+    found.begin_([0], fresh[:1], None, [0])  # it had a pin and a ban
+    assert torch.equal(found.canvas_XL[0], fresh[0]) and bool((found.pin_XL[0] == -1).all())
+    assert not found.banned_XL[0].any()
+
+
+# ---- dice on the host -----------------------------------------------------------------------------------------------
+
+
+def test_dice_on_the_host_are_the_counted_ones() -> None:
+    """Whoever is asked for when, beside whom, and on which seat; also where a seat changes hands."""
+    draw, host = random.Random(3), HostDice(7, 262144)
+    seeds = {seat: draw.randrange(1 << 62) for seat in range(12)}
+    for _ in range(60):
+        seats = draw.sample(range(12), draw.randrange(1, 9))
+        if draw.random() < 0.3:
+            seeds[seats[0]] = draw.randrange(1 << 62)
+        own = [seeds[seat] for seat in seats]
+        counted = CountedDice(own, [0] * len(own), 7, 262144)
+        rows, canvases = list(range(len(own))), [draw.choice([0, 1, 1 << 33]) for _ in own]
+        assert torch.equal(host.canvas(seats, own, canvases, draw.random() < 0.5), counted.canvas(rows, canvases))
+        for _ in range(3):
+            steps = [draw.choice([0, 1, 7, 8, 9, 4095]) for _ in own]
+            uniform, noise = host.step(seats, own, canvases, steps)
+            assert torch.equal(uniform, counted.sample(rows, canvases, steps)["uniform_BL"])
+            assert torch.equal(noise, counted.renoise(rows, canvases, steps))
+            assert uniform.dtype == torch.float32 and noise.dtype == torch.int64
+        first = counted.sample(rows, canvases, [0] * len(own))["uniform_BL"][:, 0]
+        assert torch.equal(first_uniform(own, canvases), first)
 
 
 # ---- the engine's loop ----------------------------------------------------------------------------------------------
