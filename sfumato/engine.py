@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Engine:
     `capacity` is what the cache has room for at first, in tokens a row; it grows with the rows, up to `most`. `record`
     (default: on a CUDA device whose operations can be recorded) replays steps as CUDA graphs, which `capture` makes;
     `lag` (default: 1 on a CUDA device, else 0) is how many turns late the host asks which rows have stopped. None of
-    them changes an answer; a late question costs a canvas up to `lag` passes."""
+    them changes an answer; a late question costs a canvas that stops before its cap up to `lag` passes."""
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class Engine:
         # 1. A chunk of the prompts; a row whose last chunk is left begins its first canvas.
         self._encode_prompts([i for i in rows if self._row(i).rest], encode)
         rows = [i for i in rows if not self._row(i).rest]
-        denoising = [i for i in rows if self._row(i).request.is_diffusion]
+        denoising = [i for i in rows if self._row(i).request.is_diffusion and not self._row(i).is_at_cap]
         # 2. One step of all canvases; what waits to be encoded goes along in the same pass. Where a grammar rules, the
         #    step ends when its walk does.
         for some, bans in list(self._groups([i for i in denoising if i not in self.walks])):
@@ -167,12 +168,14 @@ class Engine:
         self._walk([i for i in denoising if i in self.walks], time.perf_counter() - began)
         stepped = [i for i in denoising if i not in self.walks and not self._row(i).is_over]
         events: list[Event | Failure] = [*self._drafts([i for i in stepped if self._row(i).options.drafts])]
-        # 3. Ask which have stopped, in this turn or in an earlier one while this one runs: they commit.
+        # 3. Ask which have stopped, in this turn or in an earlier one while this one runs: they commit. A row at its
+        #    cap has, and takes no further pass; where no other goes on meanwhile, the answer is waited for.
         if stepped:
             self._flights.append(self._ask(stepped))
-            lag = 0 if any(row is not None and _needs_host(row) for row in self.rows) else self.lag
-            while len(self._flights) > lag:
-                events += self._collect(self._flights.popleft())
+        is_late = any(not self._row(i).is_at_cap for i in stepped)
+        lag = self.lag if is_late and not any(row is not None and _needs_host(row) for row in self.rows) else 0
+        while len(self._flights) > lag:
+            events += self._collect(self._flights.popleft())
         # 4. One token of the rows that go without a canvas.
         if decoding := [i for i in rows if not self._row(i).request.is_diffusion]:
             events += self._decode(decoding)
@@ -232,7 +235,7 @@ class Engine:
         self._begin(begins, is_first=True)
 
     def _encode(self, tokens: list[list[int]], rows: list[int]) -> Tensor:
-        """Encode ragged tokens; hidden states [B, T, D], and the last real one of each row goes into last_XD."""
+        """Encode ragged tokens; hidden states [B, T, D], and the last real one of a row that reads it into last_XD."""
         counts = self._make_room(tokens, rows)
         hidden_BTD = self.model.encode(self._padded(tokens, max(counts)), self.cache, rows, counts)
         self._keep_last(hidden_BTD, rows, counts)
@@ -251,8 +254,11 @@ class Engine:
         return torch.tensor(padded, device=self.model.device)
 
     def _keep_last(self, hidden_BTD: Tensor, rows: list[int], counts: list[int]) -> None:
-        last_B = torch.tensor(counts, device=hidden_BTD.device) - 1
-        self.last_XD[rows] = hidden_BTD[torch.arange(len(rows), device=hidden_BTD.device), last_B]
+        """The last real hidden state of each row, where the row will read it."""
+        places = [n for n, i in enumerate(rows) if _reads_encoded(self._row(i))]
+        if places:
+            last = to_device(torch.tensor([places, [counts[n] - 1 for n in places]]), hidden_BTD.device)
+            self.last_XD[[rows[n] for n in places]] = hidden_BTD[last[0], last[1]]
 
     # ---- canvases -----------------------------------------------------------------------------------------------
 
@@ -435,18 +441,22 @@ class Engine:
     # ---- commits ------------------------------------------------------------------------------------------------
 
     def _ask(self, rows: list[int]) -> list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]:
-        """For each length of canvases: which rows were on which canvas, and, on its way, how each stands."""
+        """For each length of canvases: which rows were on which canvas, and, on its way, how each stands and what it
+        would commit."""
         found = []
         for length in sorted({self._row(i).length for i in rows}):
             state = self.states[length]
-            asked = torch.stack([state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()])
+            stands_X4 = torch.stack(
+                [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()], 1
+            )
             on = {i: (self._row(i), self._row(i).canvas) for i in rows if self._row(i).length == length}
-            found.append((length, on, _to_host(asked)))
+            found.append((length, on, _to_host(torch.cat([stands_X4, state.argmax_XL], 1))))
         return found
 
     def _collect(self, flight: list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]) -> Iterator[Event]:
         for _, on, answer in flight:
-            is_done, steps, settled, is_finite = _wait_for(answer)
+            asked = _wait_for(answer)
+            is_done, steps, settled, is_finite = asked[:, :4].T.tolist()
             # Whoever has left, or is on a later canvas by now, was answered before.
             current = [
                 i
@@ -459,18 +469,18 @@ class Engine:
             stopped = [i for i in current if is_done[i]]
             # Commit the argmax canvas of those; who goes on begins the next canvas.
             if stopped:
-                yield from self._commit_canvases(stopped, [steps[i] for i in stopped])
+                yield from self._commit_canvases(stopped, [steps[i] for i in stopped], asked[stopped, 4:].tolist())
                 self._begin([i for i in stopped if not self._row(i).is_over])
             # Of the others, what has settled ahead of the rest.
             ahead = [i for i in current if not is_done[i] and settled[i] > self._row(i).given]
             if ahead := [i for i in ahead if not self._row(i).options.logprobs]:
-                yield from self._commit_prefixes(ahead, [settled[i] for i in ahead], [steps[i] for i in ahead])
+                places = [settled[i] for i in ahead], [steps[i] for i in ahead]
+                yield from self._commit_prefixes(ahead, *places, asked[ahead, 4:].tolist())
 
-    def _commit_canvases(self, rows: list[int], steps: list[int]) -> Iterator[Event]:
+    def _commit_canvases(self, rows: list[int], steps: list[int], canvases: list[list[int]]) -> Iterator[Event]:
         """Cut each canvas at its end. Where the row goes on it waits to be encoded with the next canvas's first step;
         where its log-probabilities are wanted it is encoded now."""
         each = [self._row(i) for i in rows]
-        canvases = self.states[each[0].length].argmax_XL[rows].tolist()
         kept: list[list[int]] = []
         for i, row, tokens in zip(rows, each, canvases, strict=True):
             kept.append([])
@@ -502,9 +512,10 @@ class Engine:
                     self._fail_of_numbers(rows[n], f"in the encoding of canvas {self._row(rows[n]).canvas + 1}")
         return found
 
-    def _commit_prefixes(self, rows: list[int], settled: list[int], steps: list[int]) -> Iterator[Event]:
+    def _commit_prefixes(
+        self, rows: list[int], settled: list[int], steps: list[int], canvases: list[list[int]]
+    ) -> Iterator[Event]:
         """What is pinned by now is final, though its canvas goes on; it is encoded with the whole canvas."""
-        canvases = self.states[self._row(rows[0]).length].argmax_XL[rows].tolist()
         for i, tokens, until, taken in zip(rows, canvases, settled, steps, strict=True):
             row = self._row(i)
             kept: list[int] = []
@@ -616,6 +627,11 @@ def _is_hosted(row: Row) -> bool:
     return bool(row.request.spans or row.request.inspect)
 
 
+def _reads_encoded(row: Row) -> bool:
+    """Whether it reads hidden states of what is encoded: the next token, or log-probabilities, follow from them."""
+    return row.options.logprobs or not row.request.is_diffusion
+
+
 def _likelihoods(tokens: list[int], log_p_TV: Tensor | None, top: int) -> dict[str, Any]:
     """What a commit says of its tokens' log-probabilities."""
     if log_p_TV is None:
@@ -640,8 +656,8 @@ def _to_host(x: Tensor) -> tuple[Tensor, Any]:
     return target, event
 
 
-def _wait_for(copy: tuple[Tensor, Any]) -> list[Any]:
+def _wait_for(copy: tuple[Tensor, Any]) -> np.ndarray:
     target, event = copy
     if event is not None:
         event.synchronize()
-    return target.tolist()
+    return target.numpy()

@@ -163,6 +163,11 @@ class Row:
         return self.has_failed or self.finish_reason is not None
 
     @property
+    def is_at_cap(self) -> bool:
+        """Every step that this canvas may take was begun: it stops, whatever the last one says."""
+        return self.step >= self.rules.max_steps
+
+    @property
     def options(self) -> Options:
         return self.request.options
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato import engine
 from sfumato import rows as requests
@@ -461,16 +462,89 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]])
 def test_a_pass_is_a_step(rows: list[int], chunk: int, lag: int, passes: Counter[str]) -> None:
     """Commits and the last chunk of a prompt go along with a canvas's first step; only earlier chunks take a pass of
-    their own. Asked a step late, each canvas takes one more."""
+    their own. Asked a step late, each canvas takes one more, unless it ends at the cap."""
     options, prompts = each(), [PROMPTS[row] for row in rows]
     events = list(generate(talker(), prompts, [options[row] for row in rows], chunk=chunk, lag=lag))
-    usages = [event.usage for event in events if isinstance(event, Done)]
-    canvases, steps = (sum(getattr(usage, name) for usage in usages) for name in ("canvases", "steps"))
+    usages = {event.row: event.usage for event in events if isinstance(event, Done)}
+    late = Counter(e.row for e in events if isinstance(e, Commit) and lag and e.steps < SETTLES.max_steps)
+    canvases, steps = (sum(getattr(usage, name) for usage in usages.values()) for name in ("canvases", "steps"))
     assert canvases > 2 * len(rows)
     assert passes["encode_and_denoise"] == canvases
-    assert passes["encode_and_denoise"] + passes["denoise"] == steps + lag * canvases
+    assert passes["encode_and_denoise"] + passes["denoise"] == steps + late.total()
     assert passes["encode"] == sum((len(prompt) - 1) // chunk for prompt in prompts)
-    assert all(usage.passes == usage.steps + lag * usage.canvases for usage in usages)
+    assert all(usage.passes == usage.steps + late[row] for row, usage in usages.items())
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+@pytest.mark.parametrize("rows", [[0], [1], [2, 3], [0, 1, 2, 3]])
+def test_no_pass_is_lost_at_the_cap(rows: list[int], lag: int, passes: Counter[str]) -> None:
+    """That a row stops there is known without asking, however late the question and whoever goes on beside it."""
+    options, _ = KINDS["capped"]
+    run = Run(talker(), [PROMPTS[row] for row in rows], [options[row] for row in rows], lag=lag)
+    usages = [event.usage for event in run if isinstance(event, Done)]
+    assert len(usages) == len(rows) and all(usage.passes == usage.steps for usage in usages)
+    assert passes["encode_and_denoise"] + passes["denoise"] == sum(usage.steps for usage in usages)
+
+
+def test_a_row_at_its_cap_is_answered_though_nobody_else_steps() -> None:
+    one = engine.Engine(talker(), 2, 64, lag=1)
+    capped, long = (one.join(requests.Request([7, 8, 9], dataclasses.replace(SETTLES, max_steps=n))) for n in (1, 8))
+    assert one.turn() == []  # the other one goes on, so the answer is late
+    assert [type(event) for event in one.turn([capped])] == [Commit] and one.live == [capped, long]
+
+
+def test_what_is_encoded_is_kept_only_where_it_is_read() -> None:
+    """The last hidden states stay zeros for a row that asks neither for log-probabilities nor for token by token."""
+    for change, is_read in ({}, False), ({"logprobs": True}, True), ({"mode": "autoregressive"}, True):
+        one = engine.Engine(talker(), 1, 64, chunk=4)
+        one.join(requests.Request(PROMPTS[1], dataclasses.replace(SETTLES, **change)))
+        one.turn()
+        assert bool(one.last_XD.any()) is is_read
+
+
+def test_a_commit_asks_nothing_but_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that stop, commit and begin again read nothing of the device beside the step but the answer that was asked
+    for: a copy each turn, waited for a turn later."""
+    copies, inside, plainly, stepping = [], [False], engine._to_host, engine.step_
+    reads = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert inside[0] or func.overloadpacket.__name__ not in reads, func
+            return func(*args, **(kwargs or {}))
+
+    def read(name: str) -> Any:
+        plain = getattr(Tensor, name)
+
+        def call(self: Tensor, *args: Any) -> Any:
+            assert inside[0], f"a tensor was read: {name}"
+            return plain(self, *args)
+
+        return call
+
+    def step(*args: Any) -> Any:
+        inside[0] = True
+        try:
+            return stepping(*args)
+        finally:
+            inside[0] = False
+
+    def to_host(x: Tensor) -> Any:
+        copies.append(x.shape)
+        return plainly(x)
+
+    for name in ("tolist", "cpu", "item"):
+        monkeypatch.setattr(Tensor, name, read(name))
+    monkeypatch.setattr(engine, "_to_host", to_host)
+    monkeypatch.setattr(engine, "step_", step)
+    one = engine.Engine(talker(), 2, 64, lag=1)
+    for seed in (0, 1):
+        one.join(requests.Request(PROMPTS[seed], dataclasses.replace(SETTLES, seed=seed, max_tokens=3 * LENGTH)))
+    commits, turns = 0, 0
+    with Reads():
+        while one.live:
+            commits, turns = commits + sum(isinstance(event, Commit) for event in one.turn()), turns + 1
+    assert commits > 3 and copies == [(3, 4 + LENGTH)] * len(copies) and len(copies) <= turns
 
 
 def test_no_request_changes_a_shape_that_is_everybodys() -> None:
