@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato import engine
+from sfumato import engine, ops
+from sfumato import model as network
 from sfumato import rows as requests
 from sfumato import run as runs
 from sfumato.cache import KVCache
@@ -121,6 +122,25 @@ def test_a_mask_follows_the_ring_and_skips_padding() -> None:
     mask = mask_of([5, 2], [1, 0], encode=2, canvas=2, window=3, ring=4)
     assert drawn(mask, 0, "ebcd", "f-", "uv") == TURNED
     assert drawn(mask, 1, "ab..", "--", "uv") == NOTHING_NEW
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_that_are_kept_are_those_of_the_position(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up or worked out: the same bits, for rows before, at and beyond the last position that is kept."""
+    ours = Model(CONFIG, ops.load("reference")).to(dtype)
+    cache = KVCache.allocate(CONFIG, 4, 200)
+    cache.lengths = [0, 100, 109, 140]
+    rows, counts = [2, 0, 3, 1], [1, 3, 0, 2]
+    plain = [Pass(ours, cache, [row], [count], 3, LENGTH) for row, count in zip(rows, counts, strict=True)]
+    for near in (121, 120, 0):  # the longest of the first three brings positions up to 119
+        monkeypatch.setattr(network, "NEAR", near)
+        network._table.cache_clear()
+        for some in (slice(0, 4), slice(0, 2)):
+            run = Pass(ours, cache, rows[some], counts[some], 3, LENGTH)
+            for kind, (_, *angles) in run.kinds.items():
+                for n, one in enumerate(plain[some]):
+                    assert all(torch.equal(a[n], b[0]) for a, b in zip(angles, one.kinds[kind][1:], strict=True))
+    network._table.cache_clear()
 
 
 # ---- what a pass writes to the cache --------------------------------------------------------------------------------
