@@ -220,7 +220,7 @@ class Batch:
                 f"{request.name} of {len(request.prompt)} tokens{asked} exceed the context of {self.context}; "
                 "shorten the prompt or lower max_tokens"
             )
-        return replace(request, options=replace(request.options, max_tokens=given or left))
+        return request if given else replace(request, options=replace(request.options, max_tokens=left))
 
     # ---- admission ----------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+        return sum(t.nbytes for t in ([whole for _, whole in self.stacks] or (*self.k, *self.v)))
 
     @classmethod
     def bytes_of(cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:

@@ -235,7 +235,9 @@ class Pass:
         if places is None:
             places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
         self.rows_B, lengths_B, counts_B = places
-        self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
+        self.is_canvas_N1: Tensor | None = None
+        if encode and canvas:
+            self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
         # The common first prompt: one slice instead of a scatter.
         is_whole = not self.is_static and rows == list(range(cache.batch)) and set(counts) == {encode}
         self.is_fresh = is_whole and not any(cache.lengths)
@@ -269,7 +271,7 @@ class Pass:
 
     def scale(self, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
         """The layer scalar of each position, or the one of all."""
-        if not self.encode or not self.canvas:
+        if self.is_canvas_N1 is None:
             return denoise_1 if self.canvas else encode_1
         return torch.where(self.is_canvas_N1, denoise_1, encode_1)
 
