@@ -468,8 +468,8 @@ class Engine:
             stands_X4 = torch.stack(
                 [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()], 1
             )
-            on = {i: (self._row(i), self._row(i).canvas) for i in rows if self._row(i).length == length}
-            found.append((length, on, _to_host(torch.cat([stands_X4, state.argmax_XL], 1))))
+            asked_of = {i: (self._row(i), self._row(i).canvas) for i in rows if self._row(i).length == length}
+            found.append((length, asked_of, _to_host(torch.cat([stands_X4, state.argmax_XL], 1))))
         return found
 
     def _collect(self, flight: list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]) -> Iterator[Event]:
