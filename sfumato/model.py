@@ -235,6 +235,7 @@ class Pass:
         if places is None:
             places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
         self.rows_B, lengths_B, counts_B = places
+        self._new_slots: dict[int, Tensor] = {}
         self.is_canvas_N1: Tensor | None = None
         if encode and canvas:
             self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
@@ -267,7 +268,16 @@ class Pass:
     def append(self, index: int, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> None:
         """What a layer encoded goes into the cache; of the canvas nothing does."""
         if self.encode:
-            self.cache.append(index, k_BTGK[:, : self.encode], v_BTGK[:, : self.encode], mask, self.is_fresh)
+            new = k_BTGK[:, : self.encode], v_BTGK[:, : self.encode]
+            self.cache.append(index, *new, mask, self.is_fresh, self._slots(mask))
+
+    def _slots(self, mask: Mask) -> Tensor | None:
+        """Where new tokens go in the layers with this mask; they share it, unless places change under the pass."""
+        if self.is_static or self.is_fresh:
+            return None
+        if mask.ring not in self._new_slots:
+            self._new_slots[mask.ring] = mask.new_slots_BT()
+        return self._new_slots[mask.ring]
 
     def scale(self, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
         """The layer scalar of each position, or the one of all."""
