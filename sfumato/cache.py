@@ -34,7 +34,7 @@ class KVCache:
     """The most tokens each row has held: what lies a whole ring further back is overwritten, truncated or not."""
     capacity: int
     slack: int
-    stacks: list[tuple[int | None, Tensor]] = field(default_factory=list)
+    stacks: list[tuple[int | None, Tensor]] = field(default_factory=list, repr=False)
     """The window of each kind of layer, and its keys and values in one tensor [2, layers, B, R + 1, G, K], of which `k`
     and `v` are parts: rows are copied by the kind. Empty where gradients flow through the layers, each by itself."""
 
