@@ -30,6 +30,12 @@ from sfumato.ops.triton.between import between, end
 from sfumato.ops.triton.heads import append_, heads
 from sfumato.ops.triton.norm import rms_norm
 from sfumato.ops.triton.product import HALVES, Form, Ready, form, prepare
+from sfumato.ops.triton.tuning import Config, config
+
+DEFAULTS: dict[str, Config] = {
+    # SIDE: the dense feed-forward on a stream of its own.
+    "block": {"SIDE": 1},
+}
 
 
 def block(
@@ -140,7 +146,8 @@ def _sparse(
 
 def _side_by_side(device: torch.device, one: Callable[[], Any], two: Callable[[], Any]) -> tuple[Any, Any]:
     """Both, on two streams where a CUDA graph is recorded: launches without one would only wait for the host twice."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not is_recorded or not config("block", (), "", device, DEFAULTS["block"])["SIDE"]:
         return one(), two()
     main, side = torch.cuda.current_stream(device), _side(device)
     side.wait_stream(main)

@@ -35,7 +35,7 @@ from sfumato.ops.triton.product import (
     special,
     x_at,
 )
-from sfumato.ops.triton.tuning import Config, processors
+from sfumato.ops.triton.tuning import Config, config, processors
 
 # A weight in 16 bits: 128 x 128 tiles, because with 256 rows the traffic between L2 and the multiprocessors,
 # (rows / BLOCK_M) x weights + (outputs / BLOCK_N) x activations, is what binds next. FP8: the same bytes a step.
@@ -162,16 +162,21 @@ def splits(weight: Form, dtype: torch.dtype | str, device: torch.device | str) -
     shape alone, so that a row's sums do not hang on its batch."""
     if weight.kind in HALVES:
         return 1
-    tiles, _ = blocks("linear", (weight.outputs, weight.inputs), weight, dtype, device, DEFAULTS)
+    shape = weight.outputs, weight.inputs
+    tiles, _ = blocks("linear", shape, weight, dtype, device, DEFAULTS)
     programs = triton.cdiv(CANVAS, tiles["BLOCK_M"]) * triton.cdiv(weight.outputs, tiles["BLOCK_N"])
-    step, most = tiles["BLOCK_K"], 3 * processors(str(device)) // 2
-    for parts in (4, 3, 2):
-        share, is_even = weight.inputs // parts, weight.inputs % parts == 0
-        # A share ends where a step does, unless the whole does not either; and groups are not cut.
-        is_whole = share % step == 0 or (weight.inputs % step and share % 16 == 0 and weight.group == 1)
-        if is_even and is_whole and share >= 4 * step and programs * parts <= most and share % weight.group == 0:
-            return parts
-    return 1
+    most = 3 * processors(str(device)) // 2
+    fitting = [parts for parts in (4, 3, 2) if programs * parts <= most and _is_even(weight, parts, tiles["BLOCK_K"])]
+    return config("parts", shape, f"{weight.kind} {dtype}", device, {"PARTS": fitting[0] if fitting else 1})["PARTS"]
+
+
+def _is_even(weight: Form, parts: int, step: int) -> bool:
+    """Whether a share of the inputs is worth a program: four steps or more, a whole number of them, or nearly so where
+    the inputs are not either; and no group is cut."""
+    share = weight.inputs // parts
+    steps, whole = parts * triton.cdiv(share, step), triton.cdiv(weight.inputs, step)
+    is_whole = share % step == 0 if weight.inputs % step == 0 else share % 16 == 0 and steps <= 1.1 * whole
+    return weight.inputs % parts == 0 and is_whole and share >= 4 * step and share % weight.group == 0
 
 
 @triton.jit
