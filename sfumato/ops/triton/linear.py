@@ -149,7 +149,7 @@ def multiply(
         N1=counts[1],
         N2=counts[2],
         K=width,
-        PARTS=parts,
+        SPLIT_K=parts,
         GROUP=first.group,
         KIND=first.kind,
         **tiles,
@@ -227,7 +227,7 @@ def _linear(
     N1: tl.constexpr,
     N2: tl.constexpr,
     K: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -260,8 +260,8 @@ def _linear(
         extra_N = tl.where(tile >= SKIP2, extra2_N, extra_N)
         out_N, width = tl.where(tile >= SKIP2, out2_ptr + n2, out_N), tl.where(tile >= SKIP2, N2, width)
         is_live = tl.where(tile >= SKIP2, n2 < N2, is_live)
-    SHARE: tl.constexpr = K // PARTS
-    if PARTS > 1:
+    SHARE: tl.constexpr = K // SPLIT_K
+    if SPLIT_K > 1:
         part = tl.program_id(1)
         x_M, w_N = x_M + part * SHARE, w_N + part * SHARE
         if GROUP > 1:
@@ -340,7 +340,7 @@ def ahead(arch: int) -> list[Special]:
             parts = splits(blank, dtype, device) if len(outputs) == 1 else 1
             if parts > 1:
                 pointers["out0_ptr"] = "*fp32"
-            constexprs = {**sizes, "PARTS": parts, **same, **tiles}
+            constexprs = {**sizes, "SPLIT_K": parts, **same, **tiles}
             found.append(special(f"linear {what} {name}", _linear, pointers, ["rows"], constexprs, launch))
         blank = replace(like, outputs=2112, inputs=2816)
         tiles, launch = blocks("gate_up", (2112, 2816), blank, dtype, device, DEFAULTS)
