@@ -35,7 +35,7 @@ from sfumato.ops.triton.product import (
     special,
     x_at,
 )
-from sfumato.ops.triton.tuning import Config, config, processors
+from sfumato.ops.triton.tuning import SHARED_KIB, Config, chip, config, processors
 
 # A weight in 16 bits: 128 x 128 tiles, because with 256 rows the traffic between L2 and the multiprocessors,
 # (rows / BLOCK_M) x weights + (outputs / BLOCK_N) x activations, is what binds next. FP8: the same bytes a step.
@@ -140,6 +140,8 @@ def multiply(
         operands += [*forms[i].operands, outs[i]] if i < len(forms) else [None] * 4
     columns = sum(triton.cdiv(n, tiles["BLOCK_N"]) for n in counts)
     parts = len(outs[0]) if outs[0].dim() == 3 else 1
+    if parts > 1:
+        launch["num_stages"] = _stages(first, tiles, launch, dtype, x_MK.device) or launch["num_stages"]
     _linear[(triton.cdiv(rows, tiles["BLOCK_M"]) * columns, parts)](
         x_MK,
         x_extra,
@@ -163,11 +165,30 @@ def splits(weight: Form, dtype: torch.dtype | str, device: torch.device | str) -
     if weight.kind in HALVES:
         return 1
     shape = weight.outputs, weight.inputs
-    tiles, _ = blocks("linear", shape, weight, dtype, device, DEFAULTS)
+    tiles, launch = blocks("linear", shape, weight, dtype, device, DEFAULTS)
     programs = triton.cdiv(CANVAS, tiles["BLOCK_M"]) * triton.cdiv(weight.outputs, tiles["BLOCK_N"])
-    most = 3 * processors(str(device)) // 2
+    # All of them at once, or a second wave would cost what the first has gained. Two on a multiprocessor hide each
+    # other's waiting, but those that have one alone should not be many.
+    many = processors(str(device))
+    most = many if _stages(weight, tiles, launch, dtype, device) is None else 3 * many // 2
     fitting = [parts for parts in (4, 3, 2) if programs * parts <= most and _is_even(weight, parts, tiles["BLOCK_K"])]
-    return config("parts", shape, f"{weight.kind} {dtype}", device, {"PARTS": fitting[0] if fitting else 1})["PARTS"]
+    short = str(dtype).removeprefix("torch.")
+    named = short if weight.kind == "plain" else f"{weight.kind} {short}"
+    return config("parts", shape, named, device, {"PARTS": fitting[0] if fitting else 1})["PARTS"]
+
+
+def _stages(
+    weight: Form, tiles: Config, launch: Config, dtype: torch.dtype | str, device: torch.device | str
+) -> int | None:
+    """Stages with which two programs of a product in parts fit one multiprocessor; None where they do not. Those in FP8
+    hold their sum twice, and so fill the registers alone."""
+    if weight.kind == "fp8":
+        return None
+    of_x = 4 if "float32" in str(dtype) else 2
+    of_w = of_x if weight.kind == "plain" else 1
+    step = tiles["BLOCK_K"] * (of_w * tiles["BLOCK_N"] + of_x * tiles["BLOCK_M"])
+    most = SHARED_KIB.get(chip(str(device))[1], 99) * 1024 // 2 - 1024
+    return next((n for n in (launch["num_stages"], launch["num_stages"] - 1) if n > 2 and n * step <= most), None)
 
 
 def _is_even(weight: Form, parts: int, step: int) -> bool:
@@ -340,6 +361,7 @@ def ahead(arch: int) -> list[Special]:
             parts = splits(blank, dtype, device) if len(outputs) == 1 else 1
             if parts > 1:
                 pointers["out0_ptr"] = "*fp32"
+                launch["num_stages"] = _stages(blank, tiles, launch, dtype, device) or launch["num_stages"]
             constexprs = {**sizes, "SPLIT_K": parts, **same, **tiles}
             found.append(special(f"linear {what} {name}", _linear, pointers, ["rows"], constexprs, launch))
         blank = replace(like, outputs=2112, inputs=2816)
