@@ -162,7 +162,7 @@ class Block(nn.Module):
             self.post_feedforward_layernorm_2.weight,
             self.post_feedforward_layernorm.weight,
             self.eps,
-            run.scale(self.encode_scalar, self.denoise_scalar),
+            run.scale(self.index, self.encode_scalar, self.denoise_scalar),
         )
         return joined_ND.view_as(x_BTD), None
 
@@ -175,7 +175,10 @@ class Block(nn.Module):
     def _whole(self, x_BTD: Tensor, run: Pass, handed: Any, after: After | None) -> tuple[Tensor, Any]:
         """`forward` in one call of an implementation that has it."""
         assert self.ops.block is not None
-        (mask, cos_BTK, sin_BTK), scale_N1 = run.of(self.index), run.scale(self.encode_scalar, self.denoise_scalar)
+        (mask, cos_BTK, sin_BTK), scale_N1 = (
+            run.of(self.index),
+            run.scale(self.index, self.encode_scalar, self.denoise_scalar),
+        )
         rings = run.cache.ring_of(self.index)
         x_BTD, k_BTGK, v_BTGK, handed = self.ops.block(
             x_BTD, self._layer(), cos_BTK, sin_BTK, *rings, mask, scale_N1, handed, after
@@ -255,6 +258,7 @@ class Pass:
         is_whole = not self.is_static and rows == list(range(cache.batch)) and set(counts) == {encode}
         self.is_fresh = is_whole and not any(cache.lengths)
         is_near = not self.is_static and max(cache.lengths[row] for row in rows) + encode + canvas <= NEAR
+        self._scales: dict[int, Tensor] = {}
         self.kinds: dict[tuple[int | None, Rope, int], tuple[Mask, Tensor, Tensor]] = {}
         positions_BT: Tensor | None = None
         for layer in self.config.layers:
@@ -291,11 +295,13 @@ class Pass:
             self._new_slots[mask.ring] = mask.new_slots_BT()
         return self._new_slots[mask.ring]
 
-    def scale(self, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
+    def scale(self, index: int, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
         """The layer scalar of each position, or the one of all."""
         if self.is_canvas_N1 is None:
             return denoise_1 if self.canvas else encode_1
-        return torch.where(self.is_canvas_N1, denoise_1, encode_1)
+        if index not in self._scales:
+            self._scales[index] = torch.where(self.is_canvas_N1, denoise_1, encode_1)
+        return self._scales[index]
 
 
 def products(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
