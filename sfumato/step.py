@@ -381,7 +381,10 @@ def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tenso
 
 def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor]:
     """The dice of this step, from the state's words: what `CountedDice` gives for the same seed, canvas and step."""
+    length, vocab_size = state.canvas_XL.shape[1], model.config.vocab_size
+    if model.ops.noise is not None:
+        uniform_BL, tokens_BL = model.ops.noise(state.words_X4, state.step_X, at_B, length, vocab_size)
+        return {"uniform_BL": uniform_BL}, tokens_BL
     words_B5 = torch.cat([state.words_X4[at_B], state.step_X[at_B, None]], dim=1)
-    length, config = state.canvas_XL.shape[1], model.config
     uniform_BL = CountedDice.uniform(words_B5, length, stream=1)
-    return {"uniform_BL": uniform_BL}, CountedDice.tokens(words_B5, length, config.vocab_size, stream=2)
+    return {"uniform_BL": uniform_BL}, CountedDice.tokens(words_B5, length, vocab_size, stream=2)

@@ -94,6 +94,9 @@ class Ops:
     block: Callable[..., Any] | None = None
     """(x_BTD, Layer, cos, sin, k ring, v ring, mask, scalar) -> x_BTD and the new k_BTGK, v_BTGK: the operations of a
     block in one call, where that pays. None: the model calls them one by one."""
+    noise: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(words_X4, step_X, at_B, length, vocab_size) -> uniform_BL and tokens_BL: the bits of `diffusion.CountedDice` in
+    one call. None: that class itself counts them."""
 
 
 NAMES = ("reference", "fused", "cpu", "triton")
