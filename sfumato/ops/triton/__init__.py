@@ -40,7 +40,18 @@ def load(device: torch.device | str = "cuda") -> Ops:
 
 def record() -> Ops:
     """The record, wherever it may run: on a GPU, or under Triton's interpreter on any machine."""
-    from sfumato.ops.triton import attention, experts, linear, noise, norm, product, read_out, route, soft_embedding
+    from sfumato.ops.triton import (
+        attention,
+        conclude,
+        experts,
+        linear,
+        noise,
+        norm,
+        product,
+        read_out,
+        route,
+        soft_embedding,
+    )
 
     return Ops(
         "triton",
@@ -57,4 +68,5 @@ def record() -> Ops:
         read_out.read_out,
         soft_embedding.soft_embedding,
         noise=noise.noise,
+        conclude_=conclude.conclude_,
     )
