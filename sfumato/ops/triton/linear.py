@@ -32,6 +32,7 @@ from sfumato.ops.triton.product import (
     product,
     row_at,
     special,
+    spread,
     x_at,
 )
 from sfumato.ops.triton.tuning import Config
@@ -164,8 +165,8 @@ def gated(acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def placed(f, F: tl.constexpr, SPLIT: tl.constexpr):
-    """Where hidden value f is stored: evens first, then odd ones, if weights of two a byte come next."""
-    return (f % 2) * (F // 2) + f // 2 if SPLIT else f
+    """Where hidden value f is stored: in its class, if weights of two a byte come next."""
+    return spread(f, F) if SPLIT else f
 
 
 @triton.jit
