@@ -118,11 +118,13 @@ def test_the_whole_vocabulary(dtype: torch.dtype) -> None:
     check(fast, plain, *exactly(hidden, embed, temperature), dice)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sharp", [0.3, 3.0])
-def test_samples_follow_the_distribution(sharp: float) -> None:
-    """One hidden state and evenly spaced targets: how often each word comes is its probability, to one count."""
+def test_samples_follow_the_distribution(sharp: float, dtype: torch.dtype) -> None:
+    """One hidden state and evenly spaced targets: how often each word comes is its probability, to one count. In
+    bfloat16 too: the logits that leave are rounded, those that are walked are not, where they weigh anything."""
     count = 96
-    hidden, embed, temperature = inputs((1, 1, 200, 16), sharp=sharp)
+    hidden, embed, temperature = inputs((1, 1, 200, 16), dtype, sharp=sharp)
     dice = ((torch.arange(count) + 0.5) / count)[None]
     fast = read_out(hidden.expand(1, count, -1), embed, SOFTCAP, temperature, uniform_BL=dice)
     _, p, _ = exactly(hidden.expand(1, count, -1), embed, temperature)
