@@ -42,6 +42,7 @@ def record() -> Ops:
     """The record, wherever it may run: on a GPU, or under Triton's interpreter on any machine."""
     from sfumato.ops.triton import (
         attention,
+        block,
         conclude,
         experts,
         linear,
@@ -67,6 +68,7 @@ def record() -> Ops:
         norm.join,
         read_out.read_out,
         soft_embedding.soft_embedding,
+        block=block.block,
         noise=noise.noise,
         conclude_=conclude.conclude_,
     )
