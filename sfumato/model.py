@@ -8,6 +8,7 @@ The model knows its config, masks, cache and operations, and nothing of sampling
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -241,26 +242,35 @@ class Pass:
         places: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         self.cache, self.rows, self.counts, self.encode, self.canvas = cache, rows, counts, encode, canvas
-        self.config, device = model.config, model.device
+        self.config, self.dtype, device = model.config, model.dtype, model.device
         self.is_static = places is not None
         if places is None:
             places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
         self.rows_B, lengths_B, counts_B = places
-        self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
+        self.is_canvas_N1: Tensor | None = None
+        if encode and canvas:
+            self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
         # The common first prompt: one slice instead of a scatter.
         is_whole = not self.is_static and rows == list(range(cache.batch)) and set(counts) == {encode}
         self.is_fresh = is_whole and not any(cache.lengths)
+        is_near = not self.is_static and max(cache.lengths[row] for row in rows) + encode + canvas <= NEAR
         self.kinds: dict[tuple[int | None, Rope, int], tuple[Mask, Tensor, Tensor]] = {}
+        positions_BT: Tensor | None = None
         for layer in self.config.layers:
             window, key = layer.window, (layer.window, layer.rope, layer.head_dim)
             if key not in self.kinds:
                 ring = cache.ring(window)
                 used = ring if self.is_static else cache.used(window, rows)
                 mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used)
-                turns_K = frequencies(layer.rope, layer.head_dim, device)
-                angles_BTK = mask.positions_BT()[..., None].float() * turns_K
-                angles_BTK = torch.cat([angles_BTK, angles_BTK], dim=-1)
-                self.kinds[key] = (mask, angles_BTK.cos().to(model.dtype), angles_BTK.sin().to(model.dtype))
+                positions_BT = mask.positions_BT() if positions_BT is None else positions_BT  # those of every kind
+                angles = _near if is_near else _angles
+                self.kinds[key] = (mask, *angles(positions_BT, layer.rope, layer.head_dim, self.dtype))
+
+    def refresh_(self) -> None:
+        """Make anew, in place, what hangs on `places`, after they have changed."""
+        for (_, rope, head_dim), (mask, *old) in self.kinds.items():
+            for to, made in zip(old, _angles(mask.positions_BT(), rope, head_dim, self.dtype), strict=True):
+                to.copy_(made)
 
     def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
         layer = self.config.layers[index]
@@ -273,7 +283,7 @@ class Pass:
 
     def scale(self, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
         """The layer scalar of each position, or the one of all."""
-        if not self.encode or not self.canvas:
+        if self.is_canvas_N1 is None:
             return denoise_1 if self.canvas else encode_1
         return torch.where(self.is_canvas_N1, denoise_1, encode_1)
 
@@ -286,6 +296,17 @@ def products(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield from ((module, name) for name in ("gate_up_proj", "down_proj"))
         elif isinstance(module, (Attention, Gated)):
             yield from ((child, "weight") for child in module.children() if isinstance(child, nn.Linear))
+
+
+def weights_of(model: Model) -> Iterator[Tensor]:
+    """Every tensor that a pass reads, whatever form its weight has."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for owner, name in products(model):
+        weight = getattr(owner, name)
+        if not isinstance(weight, Tensor):
+            yield from (part for part in vars(weight).values() if isinstance(part, Tensor))
+    yield model.embed_scale
 
 
 def replace_(owner: nn.Module, name: str, weight: Any) -> None:
@@ -315,6 +336,30 @@ def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
     return torch.cat([turns, turns.new_zeros(head_dim // 2 - turning)])
 
 
+NEAR = 4096
+"""Positions whose angles are kept; those beyond are worked out anew by every pass."""
+
+
+def _angles(positions: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, [..., K]."""
+    angles = positions[..., None].float() * frequencies(rope, head_dim, positions.device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _near(positions_BT: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same of positions below NEAR, looked up."""
+    flat_N, shape = positions_BT.reshape(-1), (*positions_BT.shape, head_dim)
+    cos_PK, sin_PK = _table(rope, head_dim, dtype, positions_BT.device)
+    return cos_PK.index_select(0, flat_N).view(shape), sin_PK.index_select(0, flat_N).view(shape)
+
+
+@functools.lru_cache(8)
+def _table(rope: Rope, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # training reads it too
+        return _angles(torch.arange(NEAR, device=device), rope, head_dim, dtype)
+
+
 class Model(nn.Module):
     """DiffusionGemma's text model, or Gemma 4's: that without self-conditioning, for encode alone. Weights start
     uninitialised except norms and scalars: load them or call `init_`."""
@@ -326,6 +371,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(config, index, ops) for index in range(len(config.layers)))
         self.norm = Norm(config.hidden_size, config.eps, ops)
         self.self_conditioning = SelfConditioning(config, ops) if config.is_diffusion else None
+        self._embed_scale: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -337,8 +383,14 @@ class Model(nn.Module):
 
     @property
     def embed_scale(self) -> Tensor:
-        """sqrt(D), rounded to the weights' dtype as the reference does."""
-        return torch.tensor(math.sqrt(self.config.hidden_size), dtype=self.dtype, device=self.device)
+        """sqrt(D), rounded to the weights' dtype as the reference does. Made once: a step that is recorded as a graph
+        may not bring numbers from the host."""
+        kept = self._embed_scale
+        if kept is None or (kept.dtype, kept.device) != (self.dtype, self.device):
+            with torch.inference_mode(False):  # training reads it too
+                kept = torch.full((), math.sqrt(self.config.hidden_size), dtype=self.dtype, device=self.device)
+            self._embed_scale = kept
+        return kept
 
     def use_(self, ops: Ops) -> Model:
         """Run with these operations from now on; before `pack_`, which is theirs."""

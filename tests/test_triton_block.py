@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton_fp8
 import triton_interpreter
+from triton.runtime import interpreter
 
 from sfumato.cache import KVCache
 from sfumato.config import LayerConfig, ModelConfig, Rope
@@ -47,6 +48,7 @@ def small() -> Iterator[None]:
         tuning.using("experts_down", BLOCK_N=64, BLOCK_K=32),
         tuning.using("route", BLOCK_K=32, SPLITS=2),
         tuning.using("attention", BLOCK_M=16, BLOCK_N=16, SPLITS=3),
+        tuning.using("parts", PARTS=2),
         tuning.using("between", VALUES=1024),
         tuning.using("end", VALUES=1024),
     ):
@@ -245,12 +247,36 @@ def test_a_row_that_is_not_finite_says_so(value: float) -> None:
     assert torch.equal(hidden[0, others], sound[0, others])
 
 
+def test_the_order_in_which_programs_come_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes last joins the parts, in their own order; an expert's list may stand in any."""
+    layer, (x, cos, sin, rings, mask, scale) = layer_of("int8", torch.bfloat16), inputs("both", torch.bfloat16)
+    given = x, layer, cos, sin, *rings, mask, scale, None, After(layer.input_norm, ())
+    first, *_, hidden = block(*given)
+    kind = type(interpreter.interpreter_builder)
+    forward = kind.set_grid_idx
+
+    def backward(self: Any, *at: int) -> None:
+        forward(self, *(size - 1 - one for size, one in zip(self.grid_dim, at, strict=True)))
+
+    monkeypatch.setattr(kind, "set_grid_idx", backward)
+    second, *_, again = block(*given)
+    assert torch.equal(first, second) and torch.equal(hidden, again)
+
+
+def test_joined_by_a_kernel_of_its_own() -> None:
+    layer, given = layer_of("int8", torch.bfloat16), inputs("both", torch.bfloat16)
+    x, cos, sin, rings, mask, scale = given
+    one, *_ = block(x, layer, cos, sin, *rings, mask, scale)
+    with tuning.using("attention_combine", LAST=0):
+        two, *_ = block(x, layer, cos, sin, *inputs("both", torch.bfloat16)[3], mask, scale)
+    assert torch.equal(one[real(mask)], two[real(mask)])
+
+
 def test_parts_add_up() -> None:
     for kind, dtype in (("", torch.float32), ("int8", torch.bfloat16), ("fp8", torch.bfloat16)):
         x = normal(5, 384).to(dtype)
         one = normal(40, 384, seed=1, scale=0.1).to(dtype)
         weight = product.form(product.pack(formats.pack(one, kind) if kind else one), x)
-        assert linear.splits(weight, dtype, x.device) == 3  # 384 = 3 shares of 4 steps of 32
         ready = product.prepare(x, weight)
         whole, parts = torch.empty(5, 40), torch.empty(3, 5, 40)
         linear.multiply(*ready, [weight], [whole], dtype)
@@ -266,12 +292,33 @@ def test_the_parts_of_the_released_model() -> None:
         ("plain", 8192, 4),
         ("plain", 2112, 3),
         ("int8", 2112, 3),
-        ("fp8", 4096, 4),
-        ("fp8", 2112, 4),
+        ("fp8", 4096, 2),
+        ("fp8", 2112, 3),
+        ("plain", 704, 1),
         ("int4", 4096, 1),
     ):
         weight = product.Form(kind, 2816, inputs, 64 if kind == "int4" else 1)
         assert linear.splits(weight, "bfloat16", "sm_90") == expected, (kind, inputs)
+    # Where two programs do not fit one processor, no more than there are.
+    assert linear.splits(product.Form("plain", 2816, 4096), "bfloat16", "sm_89") == 2
+
+
+def test_nothing_is_handed_to_a_block_with_a_hook() -> None:
+    """Its weights may not have come yet (offload.py)."""
+    plain, seen = tiny.tiny_model(tiny.tiny_config(), seed=3, name="reference"), []
+
+    def whole(x: Tensor, *others: Any) -> tuple[Tensor, None, None, Any]:
+        seen.append(others[-2:])
+        return x, None, None, others[-1] and len(seen)
+
+    plain.use_(dataclasses.replace(reference.OPS, block=whole))
+    plain.layers[2].register_forward_pre_hook(lambda *_: None)
+    last = plain.denoise(torch.zeros(1, 8, dtype=torch.long), KVCache.allocate(plain.config, 1, 8))
+    count = len(plain.layers)
+    assert [handed for handed, _ in seen] == [None, 1, None, *range(3, count)] and last == count
+    assert [after is None for _, after in seen] == [False, True, *[False] * (count - 2)]
+    assert seen[0][1].norm is plain.layers[1].input_layernorm.weight and len(seen[0][1].products) >= 2
+    assert seen[-1][1].norm is plain.norm.weight and seen[-1][1].products == ()
 
 
 THIN: ModelConfig = tiny.tiny_config(

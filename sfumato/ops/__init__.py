@@ -106,6 +106,8 @@ class Ops:
     k and v are None where the block has put them into the rings itself. Handed on is x_BTD behind the norm that comes
     next, in whatever form the next block takes; at the end of the stack the hidden states themselves, in which a row
     that is not finite stays so. None: whoever comes next takes x_BTD. After is None where nothing may be handed on."""
+    is_recordable: bool = False
+    """Nothing in a step waits for the host, no shape hangs on a number on the device: a CUDA graph can hold it."""
     noise: Callable[..., tuple[Tensor, Tensor]] | None = None
     """(words_X4, step_X, at_B, length, vocab_size) -> uniform_BL and tokens_BL: the bits of `diffusion.CountedDice` in
     one call. None: that class itself counts them."""

@@ -6,8 +6,8 @@ first position inside the window to the row's length; the positions encoded in t
 are read on the device, so bounds are dynamic and the grid is not.
 
 A canvas alone has too few tiles for a large GPU (64 for one row of 256 positions), so its keys are dealt in turn to
-SPLITS programs, whose parts are joined in their order: by the program of a tile that comes last, or by the kernel that
-quantises whole positions for what comes next. Which tile of keys goes to whom depends on the
+SPLITS programs, whose parts are joined in their order: by the program of a tile that comes last, or by a kernel that
+takes whole positions and may quantise them for what comes next. Which tile of keys goes to whom depends on the
 row's own length and count alone: a row's answer does not depend on its batch. Encoded positions are not split.
 
 What this lacks: gradients, dropout, a scale other than 1, copies through the tensor copy engine (the ring may wrap
@@ -53,7 +53,8 @@ CHOICES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (16, 32, 64), "SPLITS": (1, 2, 4
 # Products of float32 are exact ones, without tensor cores: small tiles, and no hurry.
 EXACT: Config = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 1, "num_warps": 4, "num_stages": 1}
 
-COMBINE: Config = {"num_warps": 8, "num_stages": 1}
+# LAST: parts are joined by the program of a tile that comes last, or else (0) by a kernel of its own.
+COMBINE: Config = {"LAST": 1, "num_warps": 8, "num_stages": 1}
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
@@ -61,18 +62,20 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
     (`k_XRGK`: all cache rows X, R = mask.ring + 1 slots) and the new ones; `mask` says who sees whom. What padding
     attends to is nobody's business, but it is finite."""
     come = torch.zeros(zeros_for(q_BTHK, k_BTGK, mask), dtype=torch.int32, device=q_BTHK.device)
-    out_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
-    if out_BTHK.numel():
-        _launch(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask, out_BTHK, come)
-    return out_BTHK
+    return joined(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask, come)
 
 
 def joined(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask, come: Tensor
 ) -> Tensor:
     """`attention`, where `come`, `zeros_for` it, are zeros already."""
-    out_BTHK = torch.empty_like(q_BTHK)
-    _launch(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask, out_BTHK, come)
+    out_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
+    if out_BTHK.numel():
+        is_last = config("attention_combine", q_BTHK.shape[-1:], q_BTHK.dtype, q_BTHK.device, COMBINE)["LAST"]
+        qkv = q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK
+        parts, stats = _launch(*qkv, mask, out_BTHK, come if is_last else None)
+        if parts is not out_BTHK and not is_last and mask.canvas:
+            _launch_combine(parts, stats, out_BTHK, mask, None, None)
     return out_BTHK
 
 
@@ -80,12 +83,21 @@ def quantised(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask
 ) -> tuple[Tensor, Tensor]:
     """`attention` as weights in FP8 meet it: all heads of a position in FP8, [N, H x K], and their scale, [N]."""
-    batch, tokens, heads, size = q_BTHK.shape
+    rows, width = q_BTHK.shape[:2].numel(), q_BTHK.shape[2:].numel()
     out_BTHK = torch.empty_like(q_BTHK)
     parts, stats = _launch(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask, out_BTHK, None)
-    code_NK = torch.empty((batch * tokens, heads * size), dtype=torch.float8_e4m3fn, device=q_BTHK.device)
-    scale_N = torch.empty(batch * tokens, dtype=torch.float32, device=q_BTHK.device)
-    chosen = config("attention_combine", (size,), q_BTHK.dtype, q_BTHK.device, COMBINE)
+    code_NK = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=q_BTHK.device)
+    scale_N = torch.empty(rows, dtype=torch.float32, device=q_BTHK.device)
+    _launch_combine(parts, stats, out_BTHK, mask, code_NK, scale_N)
+    return code_NK, scale_N
+
+
+def _launch_combine(
+    parts: Tensor, stats: Tensor, out_BTHK: Tensor, mask: Mask, code_NK: Tensor | None, scale_N: Tensor | None
+) -> None:
+    """Into codes and scales, or where there are none into `out_BTHK`."""
+    batch, tokens, heads, size = out_BTHK.shape
+    chosen = config("attention_combine", (size,), out_BTHK.dtype, out_BTHK.device, COMBINE)
     _combine[(batch * tokens,)](
         parts,
         stats,
@@ -100,9 +112,9 @@ def quantised(
         SPLITS=1 if parts is out_BTHK else len(parts),
         BLOCK_H=triton.next_power_of_2(heads),
         BLOCK_K=triton.next_power_of_2(size),
-        **chosen,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
     )
-    return code_NK, scale_N
 
 
 def zeros_for(q_BTHK: Tensor, k_BTGK: Tensor, mask: Mask) -> int:
@@ -307,7 +319,7 @@ def _attention(
             nth = (b * tl.num_programs(1) + g) * tl.cdiv(canvas * GROUP, BLOCK_M) + tile
             if is_last(come_ptr + nth, SPLITS):
                 # Some columns at a time, because registers hold the tile once and not twice.
-                CHUNK: tl.constexpr = BLOCK_K if BLOCK_K < 64 else 64
+                CHUNK: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
                 for start in range(0, BLOCK_K, CHUNK):
                     few = start + tl.arange(0, CHUNK)
                     is_few = is_query[:, None] & (few < SIZE)[None, :]
@@ -374,9 +386,12 @@ def _combine(
         out = out.to(out_ptr.dtype.element_ty)
     else:
         out = tl.load(out_ptr + at, live, 0.0)
-    code, scale = in_fp8(tl.where(live, out.to(tl.float32), 0.0).reshape(1, BLOCK_H * BLOCK_K))
-    tl.store(code_ptr + at, code.reshape(BLOCK_H, BLOCK_K), live)
-    tl.store(scale_ptr + n + tl.arange(0, 1), scale)
+    if code_ptr is None:
+        tl.store(out_ptr + at, out, live)
+    else:
+        code, scale = in_fp8(tl.where(live, out.to(tl.float32), 0.0).reshape(1, BLOCK_H * BLOCK_K))
+        tl.store(code_ptr + at, code.reshape(BLOCK_H, BLOCK_K), live)
+        tl.store(scale_ptr + n + tl.arange(0, 1), scale)
 
 
 def ahead(arch: int) -> list[Special]:
@@ -402,17 +417,16 @@ def ahead(arch: int) -> list[Special]:
             for what, come in (("attention", "*i32"), ("attention in parts", None)):
                 pointer = {"come_ptr": come}
                 found.append(special(f"{what} {name} {dtype}", _attention, signature | pointer, [], values, warps))
-            if dtype == "bfloat16" and arch >= 89:
-                joint: dict[str, int] = config("attention_combine", (size,), dtype, device, COMBINE)
+            for code in ("*fp8e4nv", None):
+                if (code and (arch < 89 or dtype != "bfloat16")) or (not code and chosen["SPLITS"] == 1):
+                    continue
+                joint = config("attention_combine", (size,), dtype, device, COMBINE)
+                joint = {key: joint[key] for key in ("num_warps", "num_stages")}
                 parts = "*fp32" if chosen["SPLITS"] > 1 else p
-                pointers: dict[str, str | None] = {
-                    "parts_ptr": parts,
-                    "stats_ptr": parts,
-                    "out_ptr": p,
-                    "code_ptr": "*fp8e4nv",
-                }
-                pointers |= {"scale_ptr": "*fp32"}
+                pointers: dict[str, str | None] = {"parts_ptr": parts, "stats_ptr": parts, "out_ptr": p}
+                pointers |= {"code_ptr": code, "scale_ptr": "*fp32" if code else None}
                 numbers = ["cells", "encode", "canvas"]
                 values = {"HEADS": 16, "SIZE": size, "SPLITS": chosen["SPLITS"], "BLOCK_H": 16, "BLOCK_K": size}
-                found.append(special(f"combine {name} {dtype}", _combine, pointers, numbers, values, joint))
+                what = f"combine {name} {'fp8' if code else dtype}"
+                found.append(special(what, _combine, pointers, numbers, values, joint))
     return found

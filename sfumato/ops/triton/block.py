@@ -30,6 +30,12 @@ from sfumato.ops.triton.between import between, end
 from sfumato.ops.triton.heads import append_, heads
 from sfumato.ops.triton.norm import rms_norm
 from sfumato.ops.triton.product import HALVES, Form, Ready, form, prepare
+from sfumato.ops.triton.tuning import Config, config
+
+DEFAULTS: dict[str, Config] = {
+    # SIDE: the dense feed-forward on a stream of its own.
+    "block": {"SIDE": 1},
+}
 
 
 def block(
@@ -58,7 +64,7 @@ def block(
     x_ND, root_N, for_dense, for_experts = between(mixed_PND, x_ND, norms, layer.eps, [gate], [gate_up], zeros)
 
     dense_PND, (part_AD, weight_NJ) = _side_by_side(
-        x_ND.device,
+        x_ND,
         lambda: _dense(for_dense, gate, up, layer, x_ND),
         lambda: _sparse(for_experts, gate_up, layer, x_ND, root_N, zeros),
     )
@@ -138,9 +144,11 @@ def _sparse(
     return part_AD, weight_NJ
 
 
-def _side_by_side(device: torch.device, one: Callable[[], Any], two: Callable[[], Any]) -> tuple[Any, Any]:
+def _side_by_side(x_ND: Tensor, one: Callable[[], Any], two: Callable[[], Any]) -> tuple[Any, Any]:
     """Both, on two streams where a CUDA graph is recorded: launches without one would only wait for the host twice."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    device = x_ND.device
+    is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not is_recorded or not config("block", x_ND.shape[1:], x_ND.dtype, device, DEFAULTS["block"])["SIDE"]:
         return one(), two()
     main, side = torch.cuda.current_stream(device), _side(device)
     side.wait_stream(main)

@@ -36,7 +36,7 @@ from sfumato.ops.triton.product import (
     spread,
     x_at,
 )
-from sfumato.ops.triton.tuning import Config, processors
+from sfumato.ops.triton.tuning import SHARED_KIB, Config, chip, config, processors
 
 # A weight in 16 bits: 128 x 128 tiles, because with 256 rows the traffic between L2 and the multiprocessors,
 # (rows / BLOCK_M) x weights + (outputs / BLOCK_N) x activations, is what binds next. FP8: the same bytes a step.
@@ -141,6 +141,8 @@ def multiply(
         operands += [*forms[i].operands, outs[i]] if i < len(forms) else [None] * 4
     columns = sum(triton.cdiv(n, tiles["BLOCK_N"]) for n in counts)
     parts = len(outs[0]) if outs[0].dim() == 3 else 1
+    if parts > 1:
+        launch["num_stages"] = _stages(first, tiles, launch, dtype, x_MK.device) or launch["num_stages"]
     _linear[(triton.cdiv(rows, tiles["BLOCK_M"]) * columns, parts)](
         x_MK,
         x_extra,
@@ -150,7 +152,7 @@ def multiply(
         N1=counts[1],
         N2=counts[2],
         K=width,
-        PARTS=parts,
+        SPLIT_K=parts,
         GROUP=first.group,
         KIND=first.kind,
         **tiles,
@@ -163,16 +165,40 @@ def splits(weight: Form, dtype: torch.dtype | str, device: torch.device | str) -
     shape alone, so that a row's sums do not hang on its batch."""
     if weight.kind in HALVES:
         return 1
-    tiles, _ = blocks("linear", (weight.outputs, weight.inputs), weight, dtype, device, DEFAULTS)
+    shape = weight.outputs, weight.inputs
+    tiles, launch = blocks("linear", shape, weight, dtype, device, DEFAULTS)
     programs = triton.cdiv(CANVAS, tiles["BLOCK_M"]) * triton.cdiv(weight.outputs, tiles["BLOCK_N"])
-    step, most = tiles["BLOCK_K"], 3 * processors(str(device)) // 2
-    for parts in (4, 3, 2):
-        share, is_even = weight.inputs // parts, weight.inputs % parts == 0
-        # A share ends where a step does, unless the whole does not either; and groups are not cut.
-        is_whole = share % step == 0 or (weight.inputs % step and share % 16 == 0 and weight.group == 1)
-        if is_even and is_whole and share >= 4 * step and programs * parts <= most and share % weight.group == 0:
-            return parts
-    return 1
+    # All of them at once, or a second wave would cost what the first has gained. Two on a multiprocessor hide each
+    # other's waiting, but those that have one alone should not be many.
+    many = processors(str(device))
+    most = many if _stages(weight, tiles, launch, dtype, device) is None else 3 * many // 2
+    fitting = [parts for parts in (4, 3, 2) if programs * parts <= most and _is_even(weight, parts, tiles["BLOCK_K"])]
+    short = str(dtype).removeprefix("torch.")
+    named = short if weight.kind == "plain" else f"{weight.kind} {short}"
+    return config("parts", shape, named, device, {"PARTS": fitting[0] if fitting else 1})["PARTS"]
+
+
+def _stages(
+    weight: Form, tiles: Config, launch: Config, dtype: torch.dtype | str, device: torch.device | str
+) -> int | None:
+    """Stages with which two programs of a product in parts fit one multiprocessor; None where they do not. Those in FP8
+    hold their sum twice, and so fill the registers alone."""
+    if weight.kind == "fp8":
+        return None
+    of_x = 4 if "float32" in str(dtype) else 2
+    of_w = of_x if weight.kind == "plain" else 1
+    step = tiles["BLOCK_K"] * (of_w * tiles["BLOCK_N"] + of_x * tiles["BLOCK_M"])
+    most = SHARED_KIB.get(chip(str(device))[1], 99) * 1024 // 2 - 1024
+    return next((n for n in (launch["num_stages"], launch["num_stages"] - 1) if n > 2 and n * step <= most), None)
+
+
+def _is_even(weight: Form, parts: int, step: int) -> bool:
+    """Whether a share of the inputs is worth a program: four steps or more, a whole number of them, or nearly so where
+    the inputs are not either; and no group is cut."""
+    share = weight.inputs // parts
+    steps, whole = parts * triton.cdiv(share, step), triton.cdiv(weight.inputs, step)
+    is_whole = share % step == 0 if weight.inputs % step == 0 else share % 16 == 0 and steps <= 1.1 * whole
+    return weight.inputs % parts == 0 and is_whole and share >= 4 * step and share % weight.group == 0
 
 
 @triton.jit
@@ -223,7 +249,7 @@ def _linear(
     N1: tl.constexpr,
     N2: tl.constexpr,
     K: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -256,8 +282,8 @@ def _linear(
         extra_N = tl.where(tile >= SKIP2, extra2_N, extra_N)
         out_N, width = tl.where(tile >= SKIP2, out2_ptr + n2, out_N), tl.where(tile >= SKIP2, N2, width)
         is_live = tl.where(tile >= SKIP2, n2 < N2, is_live)
-    SHARE: tl.constexpr = K // PARTS
-    if PARTS > 1:
+    SHARE: tl.constexpr = K // SPLIT_K
+    if SPLIT_K > 1:
         part = tl.program_id(1)
         x_M, w_N = x_M + part * SHARE, w_N + part * SHARE
         if GROUP > 1:
@@ -336,7 +362,8 @@ def ahead(arch: int) -> list[Special]:
             parts = splits(blank, dtype, device) if len(outputs) == 1 else 1
             if parts > 1:
                 pointers["out0_ptr"] = "*fp32"
-            constexprs = {**sizes, "PARTS": parts, **same, **tiles}
+                launch["num_stages"] = _stages(blank, tiles, launch, dtype, device) or launch["num_stages"]
+            constexprs = {**sizes, "SPLIT_K": parts, **same, **tiles}
             found.append(special(f"linear {what} {name}", _linear, pointers, ["rows"], constexprs, launch))
         blank = replace(like, outputs=2112, inputs=2816)
         tiles, launch = blocks("gate_up", (2112, 2816), blank, dtype, device, DEFAULTS)
