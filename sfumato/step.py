@@ -317,9 +317,10 @@ def _see(
         hidden_BLD = model.denoise(canvas_BL, cache, None if is_first else state.soft_XLD[at_B], run=run)
     # 2. Read out: what would be sampled, what is most likely, how sure.
     if dice is None or noise_BL is None:
-        dice, noise_BL = _count(state, at_B, model)
+        dice, noise_BL, heat_B = _count(state, at_B, model)
+    else:
+        heat_B = state.heat_XS[at_B, state.step_X[at_B]]
     banned = None if bans is None else (state.banned_XL[at_B], bans)
-    heat_B = state.heat_XS[at_B, state.step_X[at_B]]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
     return _Seen(encoded_BTD, hidden_BLD, read, noise_BL)
@@ -450,12 +451,17 @@ def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tenso
     return is_settled_B
 
 
-def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor]:
-    """The dice of this step, from the state's words: what `CountedDice` gives for the same seed, canvas and step."""
+def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The dice of this step, from the state's words: what `CountedDice` gives for the same seed, canvas and step; and
+    its temperature."""
     length, vocab_size = state.canvas_XL.shape[1], model.config.vocab_size
     if model.ops.noise is not None:
-        uniform_BL, tokens_BL = model.ops.noise(state.words_X4, state.step_X, at_B, length, vocab_size)
-        return {"uniform_BL": uniform_BL}, tokens_BL
-    words_B5 = torch.cat([state.words_X4[at_B], state.step_X[at_B, None]], dim=1)
-    uniform_BL = CountedDice.uniform(words_B5, length, stream=1)
-    return {"uniform_BL": uniform_BL}, CountedDice.tokens(words_B5, length, vocab_size, stream=2)
+        places = state.words_X4, state.step_X, state.heat_XS, at_B
+        uniform_BL, tokens_BL, heat_B = model.ops.noise(*places, length, vocab_size)
+    else:
+        step_B = state.step_X[at_B]
+        words_B5 = torch.cat([state.words_X4[at_B], step_B[:, None]], dim=1)
+        uniform_BL = CountedDice.uniform(words_B5, length, stream=1)
+        tokens_BL = CountedDice.tokens(words_B5, length, vocab_size, stream=2)
+        heat_B = state.heat_XS[at_B, step_B]
+    return {"uniform_BL": uniform_BL}, tokens_BL, heat_B

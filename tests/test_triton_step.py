@@ -34,7 +34,9 @@ def test_the_noise_has_the_bits_of_counted_dice(length: int, vocab_size: int) ->
         [[s & 0xFFFFFFFF, s >> 32, r, c] for s, r, c in zip(seeds, requests, canvases, strict=True)]
     )
     at = [4, 0, 2, 2, 1, 3]
-    uniform_BL, tokens_BL = noise(words_X4, torch.tensor(steps), torch.tensor(at), length, vocab_size)
+    heat_XS = torch.rand(5, 4096)
+    uniform_BL, tokens_BL, heat_B = noise(words_X4, torch.tensor(steps), heat_XS, torch.tensor(at), length, vocab_size)
+    assert torch.equal(heat_B, heat_XS[at, [steps[i] for i in at]])
     places = at, [canvases[i] for i in at], [steps[i] for i in at]
     assert torch.equal(uniform_BL, dice.sample(*places)["uniform_BL"])
     assert torch.equal(tokens_BL, dice.renoise(*places))
@@ -42,7 +44,8 @@ def test_the_noise_has_the_bits_of_counted_dice(length: int, vocab_size: int) ->
 
 def test_no_rows_no_noise() -> None:
     words_X4, nothing = torch.zeros(2, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    assert [x.shape for x in noise(words_X4, words_X4[:, 0], nothing, 8, 61)] == [(0, 8), (0, 8)]
+    found = noise(words_X4, words_X4[:, 0], torch.ones(2, 3), nothing, 8, 61)
+    assert [x.shape for x in found] == [(0, 8), (0, 8), (0,)]
 
 
 LENGTH, WIDTH, WORDS, ROWS = 20, 24, 61, 5
