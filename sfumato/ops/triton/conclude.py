@@ -54,8 +54,8 @@ def conclude_(
         read.entropy_BL.contiguous(),
         hidden_BLD.contiguous(),
         soft_BLD.contiguous(),
-        embed_VD.contiguous(),
-        scale,
+        embed_VD.contiguous() if has_pins else None,
+        scale if has_pins else None,
         entropy_BL,
         finite_BL,
         state.soft_XLD,
@@ -259,7 +259,9 @@ def ahead(arch: int) -> list[Special]:
     found = []
     for what, flag in (("", False), (" pins early", True)):
         sizes = {"L": 256, "D": 2816, "PINS": flag, "BLOCK": 1024}
-        found.append(Special(f"place{what}", _place, place, sizes))
+        nothing = {} if flag else {"embed_ptr": None, "scale_ptr": None}
+        pointers = {name: kind for name, kind in place.items() if name not in nothing}
+        found.append(Special(f"place{what}", _place, pointers, {**sizes, **nothing}))
         sizes = {"L": 256, "E": 3, "PINS": flag, "EARLY": flag, "BLOCK": 256, "CHUNK": CHUNK}
         found.append(Special(f"conclude{what}", _conclude, {**conclude, "scratch": "i32"}, sizes, 8))
     return found
