@@ -203,7 +203,7 @@ def attention_time(node: Node, step: Step) -> Time:
     sizes, config = node.sizes, step.config
     held = min(step.context, sizes["WINDOW"] - 1) if sizes["WINDOW"] else step.context
     turns = math.ceil((held + config.canvas_length) / sizes["BLOCK_N"] / sizes["SPLITS"])
-    width = sizes.get("BLOCK_V", sizes["BLOCK_K"])
+    width = sizes["BLOCK_K"] // sizes["COLUMNS"]
     products = 2.0 * sizes["BLOCK_M"] * sizes["BLOCK_N"] * (sizes["BLOCK_K"] + width) / TENSOR["bf16"]
     made = step.made(node)
     drawn = 2.0 * sizes["BLOCK_N"] * (sizes["BLOCK_K"] + width)
@@ -214,11 +214,11 @@ def attention_time(node: Node, step: Step) -> Time:
 
 
 def sweep_time(node: Node, step: Step) -> Time:
-    """Every position with every word, then the logits: 13,000 clocks of exponentials a tile of 256 x 128."""
+    """Every position with every word, then the logits: 8,500 clocks of exponentials a tile of 256 x 128."""
     sizes, made = node.sizes, step.made(node)
     n, words, k = sizes["BLOCK_N"], sizes["TILE"], sizes["BLOCK_K"]
     tensor = 2.0 * n * words * k / TENSOR["bf16"]
-    rest = 13_000 * n * words / (256 * 128)
+    rest = 8_500 * n * words / (256 * 128)
     logits = 2.0 * step.rows * step.config.vocab_size
     return programs(
         math.prod(node.grid), sizes["D"] / k, tensor, 2.0 * k * (n + words), made, node.standing + logits, rest

@@ -91,11 +91,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("splits", "columns"), [(1, 2), (3, 1), (3, 2)])
 @pytest.mark.parametrize("case", CASES)
-def test_against_the_reference(case: str, splits: int) -> None:
+def test_against_the_reference(case: str, splits: int, columns: int) -> None:
     *data, ring = CASES[case]
-    with tuning.using("attention", **TILES, SPLITS=splits):
+    with tuning.using("attention", **TILES, SPLITS=splits, COLUMNS=columns):
         check(mask_of(*data, ring, rows=[2, 0, 3, 1][: len(data[0])]))
 
 

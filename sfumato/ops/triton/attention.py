@@ -37,7 +37,10 @@ DEFAULTS: dict[int, dict[int, Config]] = {
     },
     90: {
         256: {"BLOCK_M": 128, "BLOCK_N": 64, "SPLITS": 4, "num_warps": 8, "num_stages": 2},
-        512: {"BLOCK_M": 64, "BLOCK_N": 32, "SPLITS": 2, "num_warps": 8, "num_stages": 2},
+        # Of 64 queries both groups of four warps would compute all scores, 16 keys an instruction, which shared memory
+        # holds up. So 128 queries, and values' columns over two programs: each computes the scores once, 32 keys an
+        # instruction, and reads all keys but half the values. 224 KiB.
+        512: {"BLOCK_M": 128, "BLOCK_N": 32, "SPLITS": 2, "COLUMNS": 2, "num_warps": 8, "num_stages": 2},
     },
     100: {
         256: {"BLOCK_M": 128, "BLOCK_N": 32, "SPLITS": 4, "num_warps": 8, "num_stages": 2},
@@ -121,7 +124,7 @@ def zeros_for(q_BTHK: Tensor, k_BTGK: Tensor, mask: Mask) -> int:
     """Integers in which the programs of each tile of a canvas are counted."""
     batch, _, heads, size = q_BTHK.shape
     chosen, kv_heads = tiles(size, q_BTHK.dtype, q_BTHK.device), k_BTGK.shape[2]
-    return batch * kv_heads * triton.cdiv(mask.canvas * (heads // kv_heads), chosen["BLOCK_M"])
+    return batch * kv_heads * chosen["COLUMNS"] * triton.cdiv(mask.canvas * (heads // kv_heads), chosen["BLOCK_M"])
 
 
 def _launch(
@@ -153,7 +156,7 @@ def _launch(
         stats = torch.empty((splits, 2, cells), dtype=torch.float32, device=q_BTHK.device)
     encode_tiles = triton.cdiv(mask.encode * group, chosen["BLOCK_M"])
     canvas_tiles = triton.cdiv(mask.canvas * group, chosen["BLOCK_M"])
-    _attention[(encode_tiles + canvas_tiles * splits, kv_heads, batch)](
+    _attention[(encode_tiles + canvas_tiles * splits, kv_heads * chosen["COLUMNS"], batch)](
         q_BTHK,
         k_BTGK,
         v_BTGK,
@@ -183,12 +186,12 @@ def _launch(
 
 
 def tiles(size: int, dtype: torch.dtype | str, device: torch.device | str) -> Config:
-    """The configuration for heads of this size."""
+    """The configuration for heads of this size; COLUMNS programs share those of its values."""
     if str(dtype).removeprefix("torch.") == "float32":
-        return config("attention", (size,), dtype, device, EXACT)
+        return {"COLUMNS": 1, **config("attention", (size,), dtype, device, EXACT)}
     padded = 256 if size <= 256 else 512
     arch = max(known for known in DEFAULTS if known <= max(chip(str(device))[1], 80))
-    return config("attention", (size,), dtype, device, DEFAULTS[arch][padded], SMALL[padded])
+    return {"COLUMNS": 1, **config("attention", (size,), dtype, device, DEFAULTS[arch][padded], SMALL[padded])}
 
 
 @triton.jit(do_not_specialize=["encode", "canvas", "ring"])
@@ -225,8 +228,9 @@ def _attention(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    g, b = tl.program_id(1) // COLUMNS, tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + b).to(tl.int32)
     count = tl.load(counts_ptr + b).to(tl.int32)
     x = tl.load(rows_ptr + b).to(tl.int64)
@@ -244,6 +248,9 @@ def _attention(
     is_query = t < tl.where(is_canvas, canvas, encode)
     col = tl.arange(0, BLOCK_K)
     is_col = col < SIZE
+    BLOCK_V: tl.constexpr = BLOCK_K // COLUMNS
+    v_col = tl.program_id(1) % COLUMNS * BLOCK_V + tl.arange(0, BLOCK_V)
+    is_v_col = v_col < SIZE
     at = t + tl.where(is_canvas, encode, 0)
     q_at = q_ptr + b * q_b + at.to(tl.int64)[:, None] * q_t + head[:, None] * q_h + col[None, :]
     q = tl.load(q_at, is_query[:, None] & is_col[None, :], 0.0)
@@ -272,7 +279,7 @@ def _attention(
     LOG2E: tl.constexpr = 1.4426950408889634
     highest = tl.full((BLOCK_M,), -1e30, tl.float32)
     total_p = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for i in range(0, mine):
         n = split + i * step
         is_cached = n < cached_tiles
@@ -299,29 +306,31 @@ def _attention(
         p = tl.exp2(s - higher[:, None])
         decay = tl.exp2(highest - higher)
         total_p = total_p * decay + tl.sum(p, 1)
+        offset, is_loaded = index[:, None] + v_col[None, :], is_key[:, None] & is_v_col[None, :]
         v = tl.load(tl.where(is_cached, ring_v_ptr, v_ptr) + offset, is_loaded, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         highest = higher
 
     # Padding may have seen nothing: its sum is 0, and so is its answer.
     out = acc / tl.maximum(total_p, 1e-30)[:, None]
-    is_out = is_query[:, None] & is_col[None, :]
+    is_out = is_query[:, None] & is_v_col[None, :]
     row = (b * (encode + canvas) + at) * HEADS + head
     if SPLITS == 1 or not is_canvas:
-        tl.store(out_ptr + row[:, None] * SIZE + col[None, :], out.to(out_ptr.dtype.element_ty), is_out)
+        tl.store(out_ptr + row[:, None] * SIZE + v_col[None, :], out.to(out_ptr.dtype.element_ty), is_out)
     else:
         cells = tl.num_programs(2).to(tl.int64) * canvas * HEADS
         cell = (b * canvas + t) * HEADS + head
-        tl.store(parts_ptr + (split * cells + cell)[:, None] * SIZE + col[None, :], out, is_out)
+        tl.store(parts_ptr + (split * cells + cell)[:, None] * SIZE + v_col[None, :], out, is_out)
+        # All programs of these queries store the same numbers.
         tl.store(stats_ptr + split * 2 * cells + cell, highest, is_query)
         tl.store(stats_ptr + (split * 2 + 1) * cells + cell, total_p, is_query)
         if come_ptr is not None:
-            nth = (b * tl.num_programs(1) + g) * tl.cdiv(canvas * GROUP, BLOCK_M) + tile
+            nth = (b * tl.num_programs(1) + tl.program_id(1)) * tl.cdiv(canvas * GROUP, BLOCK_M) + tile
             if is_last(come_ptr + nth, SPLITS):
                 # Some columns at a time, because registers hold the tile once and not twice.
-                CHUNK: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
-                for start in range(0, BLOCK_K, CHUNK):
-                    few = start + tl.arange(0, CHUNK)
+                CHUNK: tl.constexpr = BLOCK_V if BLOCK_V < 32 else 32
+                for start in range(0, BLOCK_V, CHUNK):
+                    few = tl.program_id(1) % COLUMNS * BLOCK_V + start + tl.arange(0, CHUNK)
                     is_few = is_query[:, None] & (few < SIZE)[None, :]
                     whole = _whole(parts_ptr, stats_ptr, cell, cells, few, is_few, is_query, SIZE, SPLITS)
                     tl.store(out_ptr + row[:, None] * SIZE + few[None, :], whole.to(out_ptr.dtype.element_ty), is_few)
@@ -412,7 +421,7 @@ def ahead(arch: int) -> list[Special]:
                 **dict.fromkeys(strides, "i32:16"),
             }
             values = {"HEADS": 16, "GROUP": group, "SIZE": size, "WINDOW": window, "BLOCK_K": size}
-            values |= {key: chosen[key] for key in ("BLOCK_M", "BLOCK_N", "SPLITS")}
+            values |= {key: chosen[key] for key in ("BLOCK_M", "BLOCK_N", "SPLITS", "COLUMNS")}
             warps = {key: chosen[key] for key in ("num_warps", "num_stages")}
             for what, come in (("attention", "*i32"), ("attention in parts", None)):
                 pointer = {"come_ptr": come}
