@@ -241,11 +241,11 @@ def multiply_time(node: Node, step: Step) -> Time:
 
 
 def route_time(node: Node, step: Step) -> Time:
-    """Each program draws its share of the router's weights; twice over its rows."""
+    """Each program draws its share of the router's weights, and of its rows."""
     sizes, made = node.sizes, step.made(node)
     splits = sizes.get("SPLITS", sizes.get("SPLIT_K", 1))
-    turns = 2 * math.ceil(step.config.hidden_size / sizes["BLOCK_K"] / splits)
-    drawn = 2.0 * sizes["BLOCK_K"] * (step.config.num_experts + 2 * sizes["BLOCK_M"]) / 2
+    turns = math.ceil(step.config.hidden_size / sizes["BLOCK_K"] / splits)
+    drawn = 2.0 * sizes["BLOCK_K"] * (step.config.num_experts + sizes["BLOCK_M"])
     time = programs(math.prod(node.grid), turns, 0.0, drawn, made, node.standing)
     return replace(time, seconds=time.seconds + 2 * FILL)
 
@@ -256,17 +256,12 @@ def place_time(node: Node, step: Step) -> Time:
     return Time(seconds, "launch")
 
 
-def group_time(node: Node, step: Step) -> Time:
-    return Time(4e-6 + 1e-6 * step.batch, "latency")
-
-
 SPECIAL: dict[str, Callable[[Node, Step], Time]] = {
     "_attention": attention_time,
     "_sweep": sweep_time,
     "_walk": walk_time,
     "_multiply": multiply_time,
     "_route": route_time,
-    "_group": group_time,
     "_place": place_time,
 }
 
