@@ -96,9 +96,11 @@ class Call:
         wrong = [row["name"] for row in one["rows"] if row.get("ok") is False]
         one["ok"] = one["outcome"] == "done" and not wrong
         one["says"] = _said(one["outcome"], one["rows"], wrong)
-        if said := next((row["stop"] for row in one["rows"] if row.get("stop")), None):
-            return str(said)
-        return f"{step.name}: {one['says']}" if step.is_gate and one["outcome"] != "done" else ""
+        if stops := [str(row["stop"]) for row in one["rows"] if row.get("stop")]:
+            return "; ".join(stops)
+        is_only_slow = one["outcome"] == "killed" and not wrong and any(row.get("ok") for row in one["rows"])
+        is_shut = step.is_gate and one["outcome"] != "done" and not is_only_slow
+        return f"{step.name}: {one['says']}" if is_shut else ""
 
     def _child(
         self, command: Sequence[str], rows: Path, printed: Path, until: float, one: dict[str, Any]

@@ -214,6 +214,7 @@ def whole(setting: Setting, kind: str, before: dict[str, Any]) -> Iterator[Row]:
                     is_slower |= batch == 1 and name == "the new table" and row["of_base"] > 1.01
                 row["ok"] = None  # what does not fit this GPU is no fault
                 yield row
+                common.release()
     finally:
         if is_slower and not setting.is_dry:  # each is faster by itself and the step is not: nothing of it is kept
             after.write_text(json.dumps(before))

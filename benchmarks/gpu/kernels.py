@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, ops
+from benchmarks.gpu.interpreted import in_a_child
 from benchmarks.gpu.setting import FILES, Row, Setting, each_within, tried
 from benchmarks.ops.norms import SIZES as NORMS
 from sfumato.ops import NEVER, Ops, load
@@ -43,6 +44,8 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
         for part, one in row.get("errors", {}).items():
             count, worst = count + 1, max(worst, (one["error"] / one["bound"], f"{row['name']} {part}".strip()))
         yield row
+    if setting.is_dry:
+        yield in_a_child(setting)
     yield {"name": "worst", "says": f"{count} outputs; {worst[1]} takes {worst[0]:.0%} of its bound"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.setting import Row, Setting, tried
+from benchmarks.gpu.setting import Row, Setting, each_within, tried
 from sfumato import sudoku
 from sfumato.edit import Slot
 from sfumato.evals.sudoku import request
@@ -45,15 +45,16 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
     torch.backends.cuda.matmul.allow_tf32 = False
     name = setting.ops(torch.float32)
     llms = {ops: LLM.load("nano", device=setting.device, dtype="float32", ops=ops) for ops in (name, "fused")}
-    wrong = []
-    for variant in VARIANTS[:1] if setting.left < 8 else VARIANTS:
-        row = tried(variant.name, lambda variant=variant: compare(setting, llms, name, variant))  # type: ignore[misc]
-        if not row.get("is_same_recorded") or not row.get("is_same_alone") or 2 * row["as_fused"] < row["of"]:
-            wrong.append(variant.name)
-        yield row
-    yield tried("templates", lambda: templates(llms, name))
-    if wrong:
-        yield {"name": "gate", "ok": False, "stop": f"nano is not right: {', '.join(wrong)}"}
+    each = {variant.name: variant for variant in VARIANTS}
+
+    def row(variant: str) -> Row:
+        found = tried(variant, lambda: compare(setting, llms, name, each[variant]))
+        if not found.get("is_same_recorded") or not found.get("is_same_alone") or 2 * found["as_fused"] < found["of"]:
+            found["stop"] = f"nano is not right: {variant}"
+        return found
+
+    yield from each_within(setting, list(each), row)
+    yield from each_within(setting, ["templates"], lambda _: tried("templates", lambda: templates(llms, name)))
 
 
 def compare(setting: Setting, llms: dict[str, LLM], name: str, variant: Variant) -> dict[str, Any]:

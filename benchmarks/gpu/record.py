@@ -31,6 +31,7 @@ def write(out: Path, target: Path) -> int:
 
 def record(found: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
     tasks = [task for step in found["steps"] for task in tasks_of(step)]
+    results = {task["task"]: task.get("result", {}) for task in tasks}
     place = found.get("environment") or environment()
     place["command"] = "python scripts/gpu.py" + (" --more" if found["plan"] == "more" else "")
     return {
@@ -39,9 +40,7 @@ def record(found: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
         "state": found["state"],
         "seconds": found["seconds"],
         "tasks": tasks,
-        "targets": targets({task["task"]: task.get("result", {}) for task in tasks})
-        if found["plan"] == "first"
-        else {},
+        "targets": targets(results) if found["plan"] == "first" else {},
         "kernels": {name: rows[:KEPT] for name, rows in kernels.items()},
         "environment": place,
     }
