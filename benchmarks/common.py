@@ -103,7 +103,7 @@ def step_cost(config: ModelConfig, kind: str, batch: int, context: int, is_encod
 
 def wait(device: torch.device | str) -> None:
     if torch.device(device).type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def alternate(

@@ -80,8 +80,6 @@ def targets(found: Record, record: Record, name: str) -> Iterator[list[str]]:
 
 def hardware(record: Record) -> str:
     found = record.get("environment", {}).get("hardware", {})
-    if record.get("what") == "predicted":
-        return "H200, predicted"
     return found.get("gpu") or (f"{found['cpu']}, {found['threads']} threads" if found.get("cpu") else "–")
 
 
@@ -242,16 +240,79 @@ def nano(record: Record) -> str:
 
 
 def predicted(record: Record) -> str:
+    """Predictions, apart from all that was measured: what a count says of a target is no verdict."""
+    before, lines = record.get("before_ms", {}), []
+    for row in record["rows"]:
+        name, most = f"{row['kind']}, batch {row['batch']}", row.get("targets", {}).get("ms a step", {}).get("target")
+        figures = [
+            f"{row['floor_ms']:.2f}",
+            f"{before[name]:.1f}" if name in before else "–",
+            f"{row['predicted_ms']:.1f}",
+        ]
+        lines.append([name, *figures, "–" if most is None else f"{most:g}", str(row["nodes"])])
+        lines[-1].append(f"{row['tokens_per_second']:.0f}")
+    head = [
+        "released size on an H200, 1K context",
+        "floor, ms",
+        "before, ms",
+        "predicted, ms",
+        "aim, ms",
+        "nodes",
+        "tokens/s",
+    ]
+    text = (
+        f"**Nothing of this was run.** Predicted from counts, ± {record['within']:.0%} (`benchmarks/predict.py`).\n\n"
+    )
+    text += table(head, lines)
+    aims = [
+        f"{name}: {target['value']:.2f} (aim {'at most' if target['is_at_most'] else 'at least'} {target['target']:g})"
+        for name, target in record["targets"].items()
+    ]
+    text += "\n\nBy this count: " + "; ".join(aims) + "."
+    for row in record["rows"]:
+        if row["batch"] == 1:
+            most = [f"{k['kernel']} {k['ms']:.2f} ms ({k['launches']} ×, {k['bound']})" for k in row["kernels"][:6]]
+            text += f"\n\n{row['kind']}, the longest: " + ", ".join(most) + "."
+    return text
+
+
+def kernels(record: Record) -> str:
+    """Nodes a step, and what the compiler made of each kernel."""
+    before = {(row["kind"], row["rows"], row["encodes"]): row["nodes"] for row in record.get("steps_before", [])}
+    lines = [
+        [
+            f"{row['kind']}, {row['rows']} row{'s' * (row['rows'] > 1)}"
+            + (", with tokens to encode" if row["encodes"] else ""),
+            str(before.get((row["kind"], row["rows"], row["encodes"]), "–")),
+            str(row["nodes"]),
+            str(sum(row["kernels"].values())),
+            str(sum(row["torch"].values())),
+        ]
+        for row in record["steps"]
+    ]
+    text = table(
+        ["a recorded step of the released size", "nodes before", "nodes", "kernels", "operations of torch"], lines
+    )
+    older = {
+        (row["kind"], row["kernel"], row["tiles"]): row for row in record.get("rows_before", []) if row["arch"] == 90
+    }
+    head = ["sm_90, batch 1", "weights", "times", "CTAs", "registers", "spills", "shared", "loop", "loop before"]
     lines = []
     for row in record["rows"]:
-        most = row.get("targets", {}).get("ms a pass", {}).get("target")
-        figures = [f"{row['floor_ms']:.2f}", f"{row['predicted_ms']:.2f}", "–" if most is None else f"{most:g}"]
-        lines.append([f"{row['kind']}, batch {row['batch']}, 1K context", *figures, f"{row['tokens_per_second']:.0f}"])
-    text = table(["released size on an H200, predicted", "floor, ms", "predicted, ms", "target, ms", "tokens/s"], lines)
-    return (
-        text
-        + "\n\nNothing of this was run: bytes and operations are counted, at the bandwidth and rates of the machine."
-    )
+        if row["arch"] == 90:
+            was = older.get((row["kind"], row["kernel"], row["tiles"]))
+            name = f"{row['kernel'].strip('_')} {row['tiles']}".strip()
+            values = [row["launches"], row["ctas"], row["registers"], row["spills"], row["shared"], row["loop"]]
+            lines.append([name, row["kind"], *map(str, values), "–" if was is None else str(was["loop"])])
+    text += "\n\n" + table(head, lines)
+    worst = []
+    for arch in sorted({row["arch"] for row in record["rows"]}):
+        mine = [row for row in record["rows"] if row["arch"] == arch]
+        spilt = [f"{row['kernel'].strip('_')} ({row['kind']}) {row['spills']} B" for row in mine if row["spills"] > 16]
+        worst.append(
+            [f"sm_{arch}", str(len(mine)), str(max(row["registers"] for row in mine)), ", ".join(spilt) or "none"]
+        )
+    return text + "\n\n" + table(["architecture", "kernels", "most registers", "spills above 16 bytes"], worst)
 
 
 def gpu(record: Record) -> str:
@@ -390,7 +451,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "under attack": ("Under attack", attacks),
     "ops": ("Operations", ops),
     "gpu": ("On a GPU", gpu),
-    "predicted": ("Predicted for an H200", predicted),
+    "kernels": ("Kernels of a step, compiled", kernels),
+    "predicted": ("Predictions, not run", predicted),
 }
 """In the order of the page."""
 
@@ -411,7 +473,8 @@ def records(folder: Path) -> dict[str, Record]:
 def page(found: dict[str, Record]) -> str:
     """RESULTS.md."""
     blocks = [HEAD]
-    lines = [line for name, record in found.items() for line in targets(all_targets(record), record, name)]
+    measured = {name: record for name, record in found.items() if record.get("what") != "predicted"}
+    lines = [line for name, record in measured.items() for line in targets(all_targets(record), record, name)]
     if lines:
         blocks.append("## Targets\n\n" + table(["figure", "value", "target", "", "hardware", "record"], lines) + "\n")
     for what, (title, text) in SECTIONS.items():

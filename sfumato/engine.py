@@ -29,7 +29,7 @@ from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError,
 from sfumato.guided import ALONE, SLICE, Turn, Walks, projecting
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
-from sfumato.recorded import Recorded
+from sfumato.recorded import Capture, CudaCapture, Recordings
 from sfumato.rows import Failure, Request, Row
 from sfumato.step import Canvases, Look, Projected, conclude_, look, step_
 
@@ -47,9 +47,9 @@ class Engine:
     """Rows under way on one model. `rows` holds them by seat; `cache` what is encoded of each, seat by seat.
 
     `capacity` is what the cache has room for at first, in tokens a row; it grows with the rows, up to `most`. `record`
-    (default: on a CUDA device) replays steps as CUDA graphs; `lag` (default: 1 there, else 0) is how many turns late
-    the host asks which rows have stopped. Neither changes an answer; a late question costs a canvas up to `lag`
-    passes."""
+    (default: on a CUDA device whose operations can be recorded) replays steps as CUDA graphs, which `capture` makes;
+    `lag` (default: 1 on a CUDA device, else 0) is how many turns late the host asks which rows have stopped. None of
+    them changes an answer; a late question costs a canvas up to `lag` passes."""
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class Engine:
         chunk: int = PREFILL_CHUNK,
         record: bool | None = None,
         lag: int | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.model, self.config, self.chunk = model, model.config, chunk
         self.cache = cache or KVCache.allocate(model.config, seats, capacity, model.device, model.dtype)
@@ -71,17 +72,28 @@ class Engine:
         self.states: dict[int, Canvases] = {}
         self._given_dice = dice
         is_cuda = model.device.type == "cuda"
-        self.record = (is_cuda if record is None else record) and dice is None and not is_streamed(model)
+        self.record = self._records(record) and dice is None and not is_streamed(model)
         self.lag = 0 if is_streamed(model) else int(is_cuda) if lag is None else lag
         self.last_XD = torch.zeros(self.cache.batch, model.config.hidden_size, dtype=model.dtype, device=model.device)
         self._flights: deque[list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]] = deque()
-        self._recorded: dict[tuple[object, ...], Recorded] = {}
+        self.recordings = Recordings(capture or (CudaCapture(model.device) if is_cuda and self.record else None))
         self._counted: dict[int, tuple[Tensor, Tensor]] = {}
         self._passes: dict[tuple[object, ...], Pass] = {}
         self.walks = Walks()
         self.walked = 0.0
         """Seconds of the last turn that went to grammars."""
         self._failures: list[Failure] = []
+
+    def _records(self, wanted: bool | None) -> bool:
+        """Whether steps are recorded. On other devices a recorded step is an ordinary one with static buffers."""
+        if self.model.device.type != "cuda":
+            return bool(wanted)
+        if wanted and not self.model.ops.is_recordable:
+            raise InputError(
+                f"record is true, but the {self.model.ops.name} operations wait for the host within a step, which no "
+                "CUDA graph can hold; leave record out, or load the model with ops='triton'"
+            )
+        return self.model.ops.is_recordable if wanted is None else wanted
 
     @property
     def live(self) -> list[int]:
@@ -94,6 +106,7 @@ class Engine:
         tokens are the prompt's; without one, what its seat holds is taken for its beginning. InputError before any
         work."""
         request = request.checked(self.config)
+        self.recordings.check(self.model)
         seat = next((i for i, row in enumerate(self.rows) if row is None), len(self.rows))
         if held is None:
             count = self.cache.lengths[seat] if seat < len(self.rows) else 0
@@ -110,24 +123,29 @@ class Engine:
         self._counted.pop(seat, None)
         return seat
 
-    def leave(self, seat: int) -> None:
-        """Free a seat, between turns, whether its row is done or not."""
+    def leave(self, seat: int, keep: int = 0) -> None:
+        """Free a seat, between turns, whether its row is done or not. The first `keep` tokens that it has encoded stay,
+        for a row that begins with them; ValueError where the cache cannot go back to them."""
         self.rows[seat] = None
         self.walks.drop(seat)
-        self.cache.clear_(seat)
+        if keep:
+            self.cache.truncate_(seat, keep)
+        else:
+            self.cache.clear_(seat)
 
     @torch.inference_mode()
     def resize(self, seats: int, capacity: int) -> None:
-        """So many seats (no fewer than the last one taken needs) of so many tokens each."""
-        kept: list[int | None] = [i if row is not None else None for i, row in enumerate(self.rows[:seats])]
-        if not any(row is not None for row in self.rows):  # nothing to keep: not both at once
+        """So many seats (no fewer than the last one taken needs) of so many tokens each. What seats hold stays."""
+        lengths = self.cache.lengths
+        kept = [i if row is not None or lengths[i] else None for i, row in enumerate(self.rows[:seats])]
+        if all(seat is None for seat in kept):  # not both at once
             self.cache = KVCache.allocate(self.config, 0, 1, self.model.device, self.model.dtype)
         self.cache = self.cache.fork(kept + [None] * (seats - len(kept)), capacity)
         more = seats - len(self.rows)
         self.rows, self.seeds = (self.rows + [None] * more)[:seats], (self.seeds + [0] * more)[:seats]
         self.last_XD = torch.cat([self.last_XD, self.last_XD.new_zeros(max(0, more), self.last_XD.shape[1])])[:seats]
         self.states = {length: state.resized(seats) for length, state in self.states.items()}
-        self._recorded.clear()
+        self.recordings.clear()
         self._passes.clear()
 
     @torch.inference_mode()
@@ -315,13 +333,10 @@ class Engine:
         counts = self._make_room(tokens, rows)
         width, lengths, state = max(counts), [self.cache.lengths[i] for i in rows], self._state(length)
         if self.record and width <= length:
-            batch, encode = 1 << (len(rows) - 1).bit_length(), length if width else 0
-            key = (length, batch, encode, bans, state.has_pins, state.has_early)
-            if key not in self._recorded:
-                is_cuda, banned = self.model.device.type == "cuda", self._banned_tokens(bans)
-                self._recorded[key] = Recorded(self.model, self.cache, state, batch, encode, banned, records=is_cuda)
+            encode = length if width else 0
+            recorded = self.recordings.of(self.model, self.cache, state, len(rows), encode, bans)
             tokens_BT = self._padded(tokens, encode) if encode else None
-            encoded_BTD = self._recorded[key](rows, lengths, counts, tokens_BT)
+            encoded_BTD = recorded(rows, lengths, counts, tokens_BT, bans)
         else:
             encoded_BTD = step_(self.model, self.cache, state, *self._places(rows, counts, bans))
         self._advance(rows, counts, encoded_BTD)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from sfumato import arguments, calls, chat, weights
-from sfumato.cache import KVCache
 from sfumato.constrain import Grammar
 from sfumato.edit import (
     MOST,
@@ -36,6 +35,7 @@ from sfumato.edit import (
     spans_of,
     tokens_of,
 )
+from sfumato.engine import Engine
 from sfumato.events import (
     CapacityError,
     CheckpointError,
@@ -76,6 +76,9 @@ LENGTH_BEHIND = 16
 """Fixed tokens behind a slot that have a say in its length."""
 
 
+MOST_IDLE = 1 << 30
+"""Bytes of a cache that holds nothing, beyond which it is given back between two calls."""
+
 MARKED = 64
 """Tokens of instructions from which on it pays to keep them encoded for others."""
 
@@ -84,10 +87,11 @@ _FIRST = ("system", "developer")
 
 @dataclass
 class _Kept:
-    """The encoded beginning of the last conversation: row 0 of the cache holds exactly these tokens."""
+    """The engine of the last call, without rows: warm, its steps recorded where they can be."""
 
+    engine: Engine
     tokens: list[int]
-    cache: KVCache
+    """The beginning of the last conversation: what its first seat still holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,13 +321,23 @@ class LLM:
             return stop.value
 
     def _stream(self, asks: list[Ask]) -> Iterator[Event]:
-        prompts = [ask.request.prompt for ask in asks]
-        run = Run(self.model, [ask.request for ask in asks], cache=self._continue(prompts))
-        for event in run:
-            yield asks[event.row].reader.tell(event)
-        if len(prompts) == 1:
-            held = [*run.rows[0].prompt, *run.rows[0].tokens][: run.cache.lengths[0]]
-            self._kept = _Kept(held, run.cache) if len(held) == run.cache.lengths[0] else None
+        requests = [ask.request for ask in asks]
+        engine = self._take([request.prompt for request in requests])
+        try:
+            run = Run(self.model, requests, engine=engine)
+        except InputError:  # refused before any work
+            if engine is not None:
+                self._give(engine, [])
+            raise
+        try:
+            for event in run:
+                yield asks[event.row].reader.tell(event)
+        except GeneratorExit:  # the caller has seen enough
+            self._give(run.engine, [])
+            raise
+        row = run.rows[0]
+        held = [*row.prompt, *row.tokens][: run.cache.lengths[0]]
+        self._give(run.engine, held if len(asks) == 1 and len(held) == run.cache.lengths[0] else [])
 
     # ---- templates ----------------------------------------------------------------------------------------------
 
@@ -578,7 +592,7 @@ class LLM:
         return [*self.encode(prompt or ""), *sheet.lead]
 
     def forget(self) -> None:
-        """Free the cache of the last conversation."""
+        """Free what the last call left: the cache of its conversation, and the steps that were recorded for it."""
         self._kept = None
 
     def _complete_options(self, options: Options) -> Options:
@@ -587,20 +601,28 @@ class LLM:
         seed = secrets.randbits(32) if options.seed is None else options.seed
         return replace(options.with_defaults(self.defaults), seed=seed)
 
-    def _continue(self, prompts: Sequence[Sequence[int]]) -> KVCache | None:
-        """The kept cache, cut back to what it has in common with the prompt, if that is anything."""
+    def _take(self, prompts: Sequence[Sequence[int]]) -> Engine | None:
+        """The engine of the last call, if there is one and no other call has it now. Its first seat keeps what it has
+        in common with the prompt, if there is one prompt."""
         kept, self._kept = self._kept, None
-        if kept is None or len(prompts) != 1:
+        if kept is None or kept.engine.model is not self.model:
             return None
         shared = 0
-        for ours, theirs in zip(kept.tokens, prompts[0][:-1], strict=False):
+        for ours, theirs in zip(kept.tokens, prompts[0][:-1] if len(prompts) == 1 else [], strict=False):
             if ours != theirs:
                 break
             shared += 1
-        if not shared or not kept.cache.can_truncate(0, shared):
-            return None
-        kept.cache.truncate_(0, shared)
-        return kept.cache
+        engine = kept.engine
+        engine.leave(0, shared if engine.cache.can_truncate(0, shared) else 0)
+        return engine
+
+    def _give(self, engine: Engine, held: list[int]) -> None:
+        """Keep an engine for the next call, and these tokens in its first seat."""
+        for seat in range(len(engine.rows)):
+            engine.leave(seat, len(held) if seat == 0 else 0)
+        if engine.cache.bytes > MOST_IDLE and not held:
+            engine.resize(1, 1)
+        self._kept = _Kept(engine, held)
 
 
 def _words_of(checkpoint: Checkpoint) -> tuple[Tokenizer, chat.ChatTemplate | None]:

@@ -229,7 +229,7 @@ class Pass:
         places: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         self.cache, self.rows, self.counts, self.encode, self.canvas = cache, rows, counts, encode, canvas
-        self.config, device = model.config, model.device
+        self.config, self.dtype, device = model.config, model.dtype, model.device
         self.is_static = places is not None
         if places is None:
             places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
@@ -245,10 +245,21 @@ class Pass:
                 ring = cache.ring(window)
                 used = ring if self.is_static else cache.used(window, rows)
                 mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used)
-                turns_K = frequencies(layer.rope, layer.head_dim, device)
-                angles_BTK = mask.positions_BT()[..., None].float() * turns_K
-                angles_BTK = torch.cat([angles_BTK, angles_BTK], dim=-1)
-                self.kinds[key] = (mask, angles_BTK.cos().to(model.dtype), angles_BTK.sin().to(model.dtype))
+                self.kinds[key] = (mask, *self._angles(mask, layer))
+
+    def _angles(self, mask: Mask, layer: LayerConfig) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each new position's angles, [B, T, K]."""
+        turns_K = frequencies(layer.rope, layer.head_dim, self.rows_B.device)
+        angles_BTK = mask.positions_BT()[..., None].float() * turns_K
+        angles_BTK = torch.cat([angles_BTK, angles_BTK], dim=-1)
+        return angles_BTK.cos().to(self.dtype), angles_BTK.sin().to(self.dtype)
+
+    def refresh_(self) -> None:
+        """Make anew, in place, what hangs on `places`, after they have changed."""
+        for layer in {(one.window, one.rope, one.head_dim): one for one in self.config.layers}.values():
+            mask, *old = self.kinds[layer.window, layer.rope, layer.head_dim]
+            for to, made in zip(old, self._angles(mask, layer), strict=True):
+                to.copy_(made)
 
     def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
         layer = self.config.layers[index]
@@ -274,6 +285,17 @@ def products(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield from ((module, name) for name in ("gate_up_proj", "down_proj"))
         elif isinstance(module, (Attention, Gated)):
             yield from ((child, "weight") for child in module.children() if isinstance(child, nn.Linear))
+
+
+def weights_of(model: Model) -> Iterator[Tensor]:
+    """Every tensor that a pass reads, whatever form its weight has."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for owner, name in products(model):
+        weight = getattr(owner, name)
+        if not isinstance(weight, Tensor):
+            yield from (part for part in vars(weight).values() if isinstance(part, Tensor))
+    yield model.embed_scale
 
 
 def replace_(owner: nn.Module, name: str, weight: Any) -> None:
@@ -314,6 +336,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(config, index, ops) for index in range(len(config.layers)))
         self.norm = Norm(config.hidden_size, config.eps, ops)
         self.self_conditioning = SelfConditioning(config, ops) if config.is_diffusion else None
+        self._embed_scale: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -325,8 +348,14 @@ class Model(nn.Module):
 
     @property
     def embed_scale(self) -> Tensor:
-        """sqrt(D), rounded to the weights' dtype as the reference does."""
-        return torch.tensor(math.sqrt(self.config.hidden_size), dtype=self.dtype, device=self.device)
+        """sqrt(D), rounded to the weights' dtype as the reference does. Made once: a step that is recorded as a graph
+        may not bring numbers from the host."""
+        kept = self._embed_scale
+        if kept is None or (kept.dtype, kept.device) != (self.dtype, self.device):
+            with torch.inference_mode(False):  # training reads it too
+                kept = torch.full((), math.sqrt(self.config.hidden_size), dtype=self.dtype, device=self.device)
+            self._embed_scale = kept
+        return kept
 
     def use_(self, ops: Ops) -> Model:
         """Run with these operations from now on; before `pack_`, which is theirs."""

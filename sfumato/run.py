@@ -14,13 +14,17 @@ from sfumato.guided import Span
 from sfumato.model import Model
 from sfumato.rows import Failure, Request, Row
 
+ROUND = 256
+"""Rows have room for a multiple of so many tokens: an engine that runs again seldom needs a larger cache."""
+
 
 class Run:
     """A generation of its own: iterate it for its events; `cache` afterwards holds what was encoded.
 
     `cache` continues from earlier work: row i of it must hold exactly the first cache.lengths[i] tokens of prompt i,
-    and not all of them. `dice` take the place of those that are counted from the seeds. `chunk`, `record`, `lag`: see
-    `Engine`. InputError and CapacityError before any work."""
+    and not all of them. `engine` is one without rows, that has run before and is warm: its first seats may hold the
+    beginnings of the prompts. `dice` take the place of those that are counted from the seeds. `chunk`, `record`, `lag`:
+    see `Engine`. InputError and CapacityError before any work."""
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class Run:
         spans: Sequence[Sequence[Span]] | None = None,
         watch: Callable[[int, list[int]], int | None] | None = None,
         cache: KVCache | None = None,
+        engine: Engine | None = None,
         **more: Any,
     ) -> None:
         each = [options] * len(prompts) if isinstance(options, Options) else list(options)
@@ -58,9 +63,12 @@ class Run:
                 f"{len(prompts)} prompts came with a cache of {cache.batch} rows; give one for each prompt"
             )
         need = max(request.capacity(model.config) for request in requests)
+        need = max(need, min(-(-need // ROUND) * ROUND, model.config.max_position))
         if cache is not None and cache.capacity < need:
             cache = cache.fork(list(range(cache.batch)), need)
-        self.engine = Engine(model, len(prompts), need, cache=cache, **more)
+        self.engine = engine or Engine(model, len(prompts), need, cache=cache, **more)
+        if engine is not None and (len(engine.rows) < len(prompts) or engine.cache.capacity < need):
+            engine.resize(max(len(engine.rows), len(prompts)), max(engine.cache.capacity, need))
         for request in requests:
             self.engine.join(request)
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from test_config import RELEASED
 
-from benchmarks import common, ops, predict, results
+from benchmarks import common, kernels, ops, predict, results
 from sfumato.config import ModelConfig
 from sfumato.measure import machine
 from sfumato.measure.work import Parameters, step_work
@@ -232,12 +232,33 @@ def test_the_predicted_floor_is_that_of_a_step() -> None:
 
 
 def test_predicted_is_committed_and_up_to_date() -> None:
+    pytest.importorskip("triton")
     kept = json.loads((ROOT / "benchmarks" / "results" / "predicted.json").read_text())
-    found = json.loads(json.dumps(predict.predict(common.released_config())))
-    assert {key: kept[key] for key in found} == found
+    found = json.loads(json.dumps(predict.predict()))
+    assert {key: kept[key] for key in found} == found, "run benchmarks/kernels.py and then benchmarks/predict.py"
     floor = {row["kind"]: row["floor_ms"] for row in found["rows"] if row["batch"] == 1}
     assert floor["bf16"] == pytest.approx(11.7, rel=0.05) and floor["fp8"] == pytest.approx(5.9, rel=0.05)
     assert all(row["predicted_ms"] >= row["floor_ms"] for row in found["rows"])
+
+
+def test_nodes_are_counted_on_what_is_committed() -> None:
+    pytest.importorskip("triton")
+    kept = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())
+    assert kernels.counts(["int4"]) == [row for row in kept["steps"] if row["kind"] == "int4"]
+    assert {row["arch"] for row in kept["rows"]} == {80, 89, 90, 100, 120}
+
+
+def test_a_prediction_follows_its_counts() -> None:
+    """More programs than processors take turns; few cannot use them all; bytes bound what arithmetic does not."""
+    made = {"loop": 200, "warps": 4, "registers": 128, "shared": 64 << 10}
+    one = predict.programs(132, 40, 512, 8192, made, 0)
+    assert predict.programs(264, 40, 512, 8192, made, 0).seconds > 1.5 * one.seconds - predict.FILL
+    assert predict.programs(66, 40, 512, 8192, made, 0).uses["issue"] == pytest.approx(one.uses["issue"] / 2)
+    bound = predict.programs(132, 40, 512, 8192, made, 10**9)
+    assert bound.bound == "memory" and bound.seconds == pytest.approx(10**9 / predict.MEMORY + predict.FILL)
+    assert predict.held_at_once(made) == 3
+    tiles, filled = predict.expert_tiles(common.released_config(), 256, 32)
+    assert 128 < tiles < 134 and filled == pytest.approx(2048 / (32 * tiles))
 
 
 @pytest.mark.parametrize("recipe", ["", "int8", "int4", "nvfp4", "int4-small"])
@@ -283,14 +304,20 @@ def test_committed_records_name_no_path_of_a_machine() -> None:
 def test_the_page_shows_targets_and_replaces_readmes_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
-    record = {**predict.predict(common.released_config()), "environment": machine.environment()}
-    common.write(folder / "predicted.json", record)
+    reached = {"a": common.target(1.0, 2.0), "b": common.target(3.0, 2.0)}
+    record = {"what": "step", "mid": {}, "targets": reached, "environment": machine.environment()}
+    common.write(folder / "step.json", record)
+    rows = [{"kind": "fp8", "batch": 1, "floor_ms": 6.0, "predicted_ms": 8.0, "nodes": 300, "tokens_per_second": 2e3}]
+    record = {"what": "predicted", "within": 0.25, "rows": [{**rows[0], "kernels": []}], "targets": reached}
+    common.write(folder / "predicted.json", {**record, "environment": machine.environment()})
     (folder / "old.json").write_text('{"what": "something of before"}')
     (tmp_path / "README.md").write_text("# A\n<!-- results -->\nstale\n<!-- /results -->\nrest\n")
     monkeypatch.setattr(sys, "argv", ["results.py", "--root", str(tmp_path)])
     assert results.main() == 0
     page, readme = (tmp_path / "RESULTS.md").read_text(), (tmp_path / "README.md").read_text()
-    assert "## Targets" in page and "reached" in page and "`old.json`" in page
+    assert "## Targets" in page and "**not reached**" in page and "`old.json`" in page
+    predictions = page[page.index("## Predictions, not run") :]
+    assert "Nothing of this was run" in predictions and "reached" not in predictions
     assert "stale" not in readme and readme.startswith("# A\n") and readme.endswith("rest\n")
     monkeypatch.setattr(sys, "argv", ["results.py", "--check", "--root", str(tmp_path)])
     assert results.main() == 0

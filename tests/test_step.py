@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sfumato import engine
 from sfumato import rows as requests
+from sfumato import run as runs
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Rules
 from sfumato.events import Commit, Done, Options
@@ -264,7 +265,7 @@ def test_a_recorded_step_for_four_serves_one(encode: int) -> None:
     hidden = step_(ours, cache, state, torch.tensor([1]), run, more)
     cache, state = recorded
     others = told(state, [0, 2]), content(cache, [0, 2])
-    step = Recorded(ours, cache, state, 4, LENGTH if encode else 0, records=False)
+    step = Recorded(ours, cache, state, 4, LENGTH if encode else 0)
     found = step([1], [9], [encode], tokens if encode else None)
     assert same(told(state, [0, 2]), others[0])
     assert same(content(cache, [0, 2]), others[1])
@@ -358,6 +359,7 @@ def test_a_cache_that_grows_under_way_changes_nothing(way: str, monkeypatch: pyt
     options = [dataclasses.replace(o, max_tokens=5 * LENGTH) for o in each()]
     wanted = answers(talker(), PROMPTS[:2], options[:2])
     monkeypatch.setattr(requests, "FIRST_ROOM", LENGTH)
+    monkeypatch.setattr(runs, "ROUND", 1)
     run = Run(talker(), PROMPTS[:2], options[:2], **WAYS[way])
     small = run.cache.capacity
     tokens = {event.row: event.tokens for event in run if isinstance(event, Done)}
@@ -429,7 +431,7 @@ def test_no_request_changes_a_shape_that_is_everybodys() -> None:
         one.turn()
         shapes = {f.name: getattr(one.states[LENGTH], f.name) for f in dataclasses.fields(Canvases)}
         if options is SETTLES:
-            before, recorded = shapes, dict(one._recorded)
+            before, recorded = shapes, dict(one.recordings._kept)
     assert all(before[name] is tensor for name, tensor in shapes.items() if isinstance(tensor, Tensor))
-    assert all(one._recorded[key] is kept for key, kept in recorded.items())
+    assert all(one.recordings._kept[key] is kept for key, kept in recorded.items())
     assert sum(tensor.numel() for name, tensor in shapes.items() if isinstance(tensor, Tensor)) < 3 * 2 * 4096

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def measure(
     """Time a call: once to warm up, then `repeats` times or until `seconds` have passed in all, but at least once; a
     call that takes longer than `seconds` is not made again. What `setup` returns is handed to each call; its own time
     does not count."""
-    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+    wait = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
     until, found = time.perf_counter() + seconds, []
     for call in range(repeats + 1):
         given = () if setup is None else (setup(),)

@@ -95,6 +95,8 @@ class Ops:
     block: Callable[..., Any] | None = None
     """(x_BTD, Layer, cos, sin, k ring, v ring, mask, scalar) -> x_BTD and the new k_BTGK, v_BTGK: the operations of a
     block in one call, where that pays. None: the model calls them one by one."""
+    is_recordable: bool = False
+    """Nothing in a step waits for the host, no shape hangs on a number on the device: a CUDA graph can hold it."""
 
 
 NAMES = ("reference", "fused", "cpu", "triton")

@@ -8,8 +8,11 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import fields, replace
+from functools import wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -24,6 +27,8 @@ def obstacle(device: torch.device, packed: Collection[Packed] = ()) -> str | Non
         return "triton is not installed"
     if device.type != "cuda":
         return "they need a CUDA device"
+    if torch.version.hip:
+        return "they are written for NVIDIA's GPUs, and this build of torch is for AMD's (ROCm)"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "they need a GPU of compute capability 8.0 or later"
     from sfumato.ops.triton.product import refusal
@@ -42,7 +47,7 @@ def record() -> Ops:
     """The record, wherever it may run: on a GPU, or under Triton's interpreter on any machine."""
     from sfumato.ops.triton import attention, experts, linear, norm, product, read_out, route, soft_embedding
 
-    return Ops(
+    plain = Ops(
         "triton",
         product.pack,
         linear.linear,
@@ -56,4 +61,22 @@ def record() -> Ops:
         norm.join,
         read_out.read_out,
         soft_embedding.soft_embedding,
+        is_recordable=True,
     )
+    each = {f.name: getattr(plain, f.name) for f in fields(plain) if f.name != "pack"}
+    launching: dict[str, Any] = {name: on_its_device(one) for name, one in each.items() if callable(one)}
+    return replace(plain, **launching)
+
+
+def on_its_device(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whatever device the tensors are on: here it is that of the first one."""
+
+    @wraps(operation)
+    def guarded(*args: Any, **more: Any) -> Any:
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return operation(*args, **more)
+        with torch.cuda.device(device):
+            return operation(*args, **more)
+
+    return guarded

@@ -1,8 +1,9 @@
 """Compile every kernel without a GPU, for every architecture, and read what became of it.
 
 Each file of this package that holds kernels has `ahead(arch) -> list[Special]`: its specialisations at the released
-model's sizes. Triton makes cubins of them with the ptxas in its own wheel, and cuobjdump tells their registers, spills
-and shared memory. Nothing runs here: that a kernel fits says nothing about its answers, which the interpreter checks.
+model's sizes. Triton makes cubins of them with the ptxas in its own wheel; cuobjdump tells their registers, spills and
+shared memory, nvdisasm the instructions of each loop. Nothing runs here: that a kernel fits says nothing about its
+answers, which the interpreter checks.
 
     python -m sfumato.ops.triton.ahead --arch 90 --only attention -o runs/ahead.json
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +62,8 @@ def specials(arch: int) -> dict[str, list[Special]]:
 
 
 def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None) -> list[dict[str, Any]]:
-    """A row for each specialisation and architecture: op, name, arch, registers, spills (bytes), shared (bytes), size
-    (bytes of cubin), seconds. `only` keeps the names and files in which this text stands."""
+    """A row for each specialisation and architecture: op, name, arch, and what `compile_one` says. `only`
+    keeps the names and files in which this text stands."""
     rows = []
     for arch in archs:
         for op, each in specials(arch).items():
@@ -72,7 +74,9 @@ def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None) -> list[d
 
 
 def compile_one(special: Special, arch: int) -> dict[str, Any]:
-    """Registers, spills, shared memory and size of this kernel. RuntimeError where it does not compile."""
+    """Of this kernel: registers and spills (bytes) of a thread, shared memory (bytes), warps and stages; instructions
+    in all and in its largest innermost loop (a warp, one turn), which matrix instructions and copies stand in it; size
+    (bytes of cubin), seconds. RuntimeError where it does not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -99,27 +103,81 @@ def compile_one(special: Special, arch: int) -> dict[str, Any]:
         )
     except Exception as error:
         raise RuntimeError(f"{special.name} does not compile for sm_{arch}: {error}") from error
+    return {**read(made), "seconds": round(time.perf_counter() - began, 2)}
+
+
+def read(made: Any) -> dict[str, Any]:
+    """What `compile_one` says, of a compiled kernel."""
     usage = _usage(made.asm["cubin"])
+    instructions, labels = disassembled(made.asm["cubin"])
     return {
         "registers": usage["REG"],
         "spills": usage["STACK"] + usage["LOCAL"],
+        "instructions": len(instructions),
+        **largest_loop(instructions, labels),
         "shared": made.metadata.shared,
-        "warps": special.num_warps,
-        "stages": special.num_stages,
+        "warps": made.metadata.num_warps,
+        "stages": made.metadata.num_stages,
         "size": len(made.asm["cubin"]),
-        "seconds": round(time.perf_counter() - began, 2),
     }
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
+    text = _tool("cuobjdump", "-res-usage", cubin)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def disassembled(cubin: bytes) -> tuple[list[str], dict[str, int]]:
+    """The instructions in order, and where each label stands."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in _tool("nvdisasm", "-c", cubin).splitlines():
+        if label := re.match(r"\s*(\.L_\S+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(instruction[1].strip())
+    return instructions, labels
+
+
+MATRIX = ("HGMMA", "QGMMA", "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA")
+"""Instructions of the tensor cores."""
+COPIES = ("LDGSTS", "UTMALDG", "LDG", "LDSM", "LDS", "STS", "STSM")
+
+
+def largest_loop(instructions: Sequence[str], labels: Mapping[str, int]) -> dict[str, Any]:
+    """Of the loops that hold no other one the longest with tensor cores in it, or else the longest of all: a branch
+    backwards ends a loop."""
+    loops = []
+    for at, instruction in enumerate(instructions):
+        branch = re.search(r"BRA.*?`\((\.L\S+)\)", instruction)
+        if branch and labels.get(branch[1], at + 1) <= at:
+            loops.append((labels[branch[1]], at))
+    inner = [
+        one for one in loops if not any(one != other and one[0] <= other[0] <= other[1] <= one[1] for other in loops)
+    ]
+    counted = [Counter(map(_operation, instructions[first : last + 1])) for first, last in inner]
+    if not counted:
+        return {"loop": 0, "loop_matrix": 0, "loop_copies": {}}
+    best = max(counted, key=lambda one: (any(one[name] for name in MATRIX), one.total()))
+    return {
+        "loop": best.total(),
+        "loop_matrix": sum(best[name] for name in MATRIX),
+        "loop_copies": {name: best[name] for name in COPIES if best[name]},
+    }
+
+
+def _operation(instruction: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,14 +186,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="files and names in which this text stands")
     parser.add_argument("-o", "--output", type=Path, help="write the rows as JSON too")
     options = parser.parse_args(arguments)
-    print(f"{'op':<16}{'name':<40}{'arch':>6}{'regs':>6}{'spills':>8}{'shared':>8}{'warps':>6}{'seconds':>9}")
+    print(
+        f"{'op':<16}{'name':<40}{'arch':>6}{'regs':>6}{'spills':>8}{'shared':>8}{'warps':>6}{'loop':>6}{'seconds':>9}"
+    )
     rows = []
     for arch in options.arch or ARCHS:
         for row in compile_all([arch], options.only):
             rows.append(row)
             print(
                 f"{row['op']:<16}{row['name']:<40}{row['arch']:>6}{row['registers']:>6}{row['spills']:>8}"
-                f"{row['shared']:>8}{row['warps']:>6}{row['seconds']:>9}",
+                f"{row['shared']:>8}{row['warps']:>6}{row['loop']:>6}{row['seconds']:>9}",
                 flush=True,
             )
     if options.output:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor
 from sfumato.events import InputError
 from sfumato.ops.packed import BLOCK, KINDS, Packed
 from sfumato.ops.triton.ahead import POINTERS, Special
-from sfumato.ops.triton.tuning import Config, config
+from sfumato.ops.triton.tuning import Config, chip, config
 
 Weight = Tensor | Packed
 
@@ -123,10 +122,9 @@ def form(weight: Weight, x: Tensor) -> Form:
     return Form(kind, outputs, inputs, group, data, scale, weight.bias)
 
 
-@cache
 def has_fp8(device: str) -> bool:
     """Whether this device multiplies float8_e4m3fn: from sm_89 on; and the interpreter does."""
-    return not device.startswith("cuda") or torch.cuda.get_device_capability(device) >= (8, 9)
+    return chip(device)[1] >= 89
 
 
 def blocks(

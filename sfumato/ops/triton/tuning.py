@@ -53,16 +53,21 @@ def key(shape: Sequence[int], dtype: torch.dtype | str) -> str:
     return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
-@cache
+STAND_IN = 90
+"""The architecture that devices without one count as: the processor under the interpreter, meta tensors."""
+
+
 def chip(device: str) -> tuple[str, int]:
-    """The GPU's name and architecture (90 for sm_90). The processor, where only the interpreter runs, counts as an
-    sm_90 called "cpu"."""
+    """The GPU's name and architecture (90 for sm_90)."""
     if device.startswith("sm_"):
         return device, int(device.removeprefix("sm_"))
-    if device.startswith("cuda"):
-        major, minor = torch.cuda.get_device_capability(device)
-        return torch.cuda.get_device_name(device), 10 * major + minor
-    return device, 90
+    return _gpu(device) if device.startswith("cuda") else (device, STAND_IN)
+
+
+@cache
+def _gpu(device: str) -> tuple[str, int]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), 10 * major + minor
 
 
 @contextmanager
