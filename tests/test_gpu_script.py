@@ -479,7 +479,7 @@ def test_compiled_kernels_are_found_again_by_other_processes(tmp_path: Path) -> 
         )
         assert done.returncode == 0, done.stderr
         compiled, left, steps, errors = done.stdout.split()
-        assert (compiled, steps, errors) == ("2", "0", "None") and int(left) > 10
+        assert (compiled, steps, errors) == ("2", "0", "None") and int(left) > 10, done.stdout
         counts.append(sorted(path.name for path in (tmp_path / "cache").iterdir()))
     assert counts[0] == counts[1]
 

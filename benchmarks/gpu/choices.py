@@ -26,6 +26,7 @@ from benchmarks.gpu.kernels import packed
 from benchmarks.gpu.setting import Row, Setting, tried
 from benchmarks.step import Steps
 from sfumato.config import ModelConfig
+from sfumato.measure.capture import Variant
 from sfumato.model import Model
 from sfumato.ops import load
 from sfumato.ops.packed import Packed
@@ -58,8 +59,9 @@ def _compiled(setting: Setting, config: ModelConfig, kind: str, each: dict[str, 
     """All cores compile what is tried, as `prepare` does."""
     if find_spec("triton") is None:
         return {"name": "compile", "skipped": "triton is not installed"}
-    wanted = [Wanted(config, kind, using={op: values}) for op, some in each.items() for values in some]
-    wanted += [Wanted(config, kind, using=values) for values in WHOLE.values()]
+    one = Variant(kind.replace("bf16", ""))
+    wanted = [Wanted(config, one, {op: values}) for op, some in each.items() for values in some]
+    wanted += [Wanted(config, one, values) for values in WHOLE.values()]
     wanted, most = (wanted[:2], 0) if setting.is_dry else (wanted, None)
     found = Compiling(wanted, chip_of(setting), time.time() + 0.3 * setting.left, most).wait()
     says = f"{found['compiled']} compiled"  # a choice that cannot be compiled is none, not a fault

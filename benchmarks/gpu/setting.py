@@ -21,6 +21,7 @@ from sfumato.ops import load
 from sfumato.ops.packed import Packed
 from sfumato.ops.triton import tuning
 from sfumato.quant.apply import samples
+from sfumato.recorded import CudaCapture
 
 Row = dict[str, Any]
 FILES = ("linear", "experts", "attention", "norms", "read_out", "soft_embedding")
@@ -74,23 +75,16 @@ class Setting:
         common.wait(self.device)
 
     def recorded(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """The call as a CUDA graph, after it has run twice; on a processor the call itself."""
+        """The call as a CUDA graph, as the engine records its steps; on a processor the call itself."""
         if self.device == "cpu":
             return call
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        capture = CudaCapture(torch.device(self.device))
+        replay, _ = capture(call)
 
-        def replay(held: Callable[[], Any] = call) -> None:  # what a graph reads lives as long as it
-            graph.replay()
+        def held(reads: Any = (call, capture)) -> None:  # what a graph reads lives as long as it
+            replay()
 
-        return replay
+        return held
 
     def milliseconds(self, call: Callable[[], Any], seconds: float) -> float:
         """Of one call, the median of five groups of calls within so many seconds, after one that does not count."""
