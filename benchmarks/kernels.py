@@ -32,9 +32,9 @@ from sfumato.ops.triton import ahead
 from sfumato.ops.triton.launches import as_if
 
 OUTPUT = Path(__file__).parent / "results" / "kernels.json"
-KINDS = {"int4": "int4", "fp8": "fp8", "bf16": "", "int8": "int8", "nvfp4": "nvfp4"}
+KINDS = {"int4": "int4", "int4-fp8": "int4-fp8", "fp8": "fp8", "bf16": "", "int8": "int8", "nvfp4": "nvfp4"}
 """Weights -> recipe."""
-SHOWN = ("int4", "fp8", "bf16")
+SHOWN = ("int4", "int4-fp8", "fp8", "bf16")
 
 
 def config() -> ModelConfig:

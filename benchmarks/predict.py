@@ -70,9 +70,9 @@ BESIDE = 0.15
 SHARED = 227 * 1024
 REGISTERS = 65536
 
-BITS = {"bf16": 16.0, "fp8": 8.0, "int4": 4.25}
-RATE = {"bf16": "bf16", "fp8": "fp8", "int4": "bf16"}
-MILLISECONDS = {"bf16": 15.5, "fp8": 8.5, "int4": 6.5}
+BITS = {"bf16": 16.0, "fp8": 8.0, "int4": 4.25, "int4-fp8": 4.25}
+RATE = {"bf16": "bf16", "fp8": "fp8", "int4": "bf16", "int4-fp8": "bf16"}
+MILLISECONDS = {"bf16": 15.5, "fp8": 8.5, "int4": 6.5, "int4-fp8": 6.5}
 """The issue's limits for a step at batch 1 and 1K context, by this count."""
 GAIN = {"fp8": 3.0}
 STEPS = 16

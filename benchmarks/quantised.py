@@ -51,7 +51,7 @@ Seen = tuple[dict[str, Tensor], dict[str, Tensor]]
 OUTPUT, DOCS = ROOT / "benchmarks" / "results" / "quantised.json", ROOT / "docs" / "quantisation.md"
 BEGIN, END = "<!-- quantised -->", "<!-- /quantised -->"
 CALIBRATED, WEIGHED = ", calibrated", ", weighed"
-RECIPES = ("int8", "fp8", "int4", "nvfp4", "int4-small")
+RECIPES = ("int8", "fp8", "int4", "int4-fp8", "nvfp4", "int4-small")
 ROWS = (
     *("float32", "bf16", *RECIPES),
     *(f"{name}{CALIBRATED}" for name in RECIPES),

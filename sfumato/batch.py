@@ -220,7 +220,7 @@ class Batch:
                 f"{request.name} of {len(request.prompt)} tokens{asked} exceed the context of {self.context}; "
                 "shorten the prompt or lower max_tokens"
             )
-        return replace(request, options=replace(request.options, max_tokens=given or left))
+        return request if given else replace(request, options=replace(request.options, max_tokens=left))
 
     # ---- admission ----------------------------------------------------------------------------------------------
 
@@ -323,7 +323,7 @@ class Batch:
         left = sum(len(row.rest) for row in rows)
         encoded = min(left, PREFILL_CHUNK * len(rows) if limit is None else limit)
         going = [self._row(seat) for seat in seats if seat not in self.engine.walks]
-        stepping = (row for row in going if len(row.rest) <= (limit or PREFILL_CHUNK))
+        stepping = (row for row in going if len(row.rest) <= (limit or PREFILL_CHUNK) and not row.is_at_cap)
         return encoded + sum((row.length if row.request.is_diffusion else 1) + len(row.pending) for row in stepping)
 
     # ---- prefixes -----------------------------------------------------------------------------------------------

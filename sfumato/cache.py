@@ -10,8 +10,8 @@ It lacks paging on purpose: capacity is asked for up front, and `fork` copies in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class KVCache:
     """The most tokens each row has held: what lies a whole ring further back is overwritten, truncated or not."""
     capacity: int
     slack: int
+    stacks: list[tuple[int | None, Tensor]] = field(default_factory=list)
+    """The window of each kind of layer, and its keys and values in one tensor [2, layers, B, R + 1, G, K], of which `k`
+    and `v` are parts: rows are copied by the kind. Empty where gradients flow through the layers, each by itself."""
 
     @classmethod
     def allocate(
@@ -44,9 +47,11 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         slack: int | None = None,
+        trains: bool = False,
     ) -> KVCache:
         """Room for `capacity` tokens a row. `slack` (tokens, default one canvas) bounds how far sliding layers can be
-        truncated once they are full. CapacityError beyond the model's context."""
+        truncated once they are full. `trains`: gradients are to flow through it. CapacityError beyond the model's
+        context."""
         if capacity > config.max_position:
             raise CapacityError(
                 f"{capacity} tokens of context are asked for, the model's limit is {config.max_position}; shorten the "
@@ -54,10 +59,22 @@ class KVCache:
             )
         slack = config.canvas_length if slack is None else slack
         cache = cls(config, [], [], [0] * batch, [0] * batch, capacity, slack)
-        for layer in config.layers:
-            shape = (batch, cache.ring(layer.window) + 1, layer.kv_heads, layer.head_dim)
-            cache.k.append(torch.zeros(shape, device=device, dtype=dtype))
-            cache.v.append(torch.zeros(shape, device=device, dtype=dtype))
+        shapes = [(layer.window, layer.kv_heads, layer.head_dim) for layer in config.layers]
+        if trains:
+            for window, *heads in shapes:
+                k, v = (torch.zeros(batch, cache.ring(window) + 1, *heads, device=device, dtype=dtype) for _ in "kv")
+                cache.k.append(k)
+                cache.v.append(v)
+            return cache
+        parts: dict[tuple[int | None, int, int], Iterator[tuple[Tensor, Tensor]]] = {}
+        for kind in dict.fromkeys(shapes):
+            window, *heads = kind
+            shape = 2, shapes.count(kind), batch, cache.ring(window) + 1, *heads
+            whole = torch.zeros(shape, device=device, dtype=dtype)
+            cache.stacks.append((window, whole))
+            parts[kind] = zip(*(side.unbind() for side in whole.unbind()), strict=True)
+        pairs = [next(parts[kind]) for kind in shapes]
+        cache.k, cache.v = [k for k, _ in pairs], [v for _, v in pairs]
         return cache
 
     def ring(self, window: int | None) -> int:
@@ -74,7 +91,7 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+        return sum(t.nbytes for t in ([whole for _, whole in self.stacks] or (*self.k, *self.v)))
 
     @classmethod
     def bytes_of(cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype) -> int:
@@ -147,7 +164,8 @@ class KVCache:
         """An independent copy of these rows, in this order, repeats allowed, None for an empty one. `capacity` may be
         more or less than now; CapacityError where a row holds more."""
         capacity = self.capacity if capacity is None else capacity
-        other = KVCache.allocate(self.config, len(rows), capacity, self.device, self.k[0].dtype, self.slack)
+        like = self.device, self.k[0].dtype, self.slack, not self.stacks
+        other = KVCache.allocate(self.config, len(rows), capacity, *like)
         held = [(to, row) for to, row in enumerate(rows) if row is not None]
         if held:
             sources = [row for _, row in held]
@@ -159,21 +177,27 @@ class KVCache:
         they can. CapacityError where they are more than fit."""
         self._copy([row], other, [0], [length])
 
+    def _by_kind(self, other: KVCache) -> Iterable[tuple[int | None, Tensor]]:
+        """Windows, and tensors [..., B, R + 1, G, K] that hold all there is: as few as both caches have."""
+        if self.stacks and other.stacks:
+            return self.stacks
+        windows = [layer.window for layer in self.config.layers]
+        return zip([*windows, *windows], [*self.k, *self.v], strict=True)
+
     def _copy(self, rows: list[int], other: KVCache, others: list[int], lengths: list[int]) -> None:
         """The beginnings of rows of another cache, as far as a ring here holds them, over rows of this one."""
         peaks = [other.peaks[row] for row in others]
         if max(lengths) > self.capacity:
             raise CapacityError(f"a row of {max(lengths)} tokens does not fit a cache for {self.capacity}")
-        for layer, layer_config in enumerate(self.config.layers):
-            own, theirs = self.ring(layer_config.window), other.ring(layer_config.window)
+        for (window, to_all), (_, from_all) in zip(self._by_kind(other), other._by_kind(self), strict=True):
+            own, theirs = self.ring(window), other.ring(window)
             for row, source, length in zip(rows, others, lengths, strict=True):
-                to: Any = slice(0, other.used(layer_config.window, [source]))
+                to: Any = slice(0, other.used(window, [source]))
                 at = to
                 if own != theirs and other.peaks[source] > min(own, theirs):  # else a token has the same slot in both
                     positions = torch.arange(max(0, length - min(own, theirs)), length, device=self.device)
                     to, at = positions % own, positions % theirs
-                self.k[layer][row, to] = other.k[layer][source, at]
-                self.v[layer][row, to] = other.v[layer][source, at]
+                to_all[..., row, :, :, :][..., to, :, :] = from_all[..., source, :, :, :][..., at, :, :]
         own, theirs = self.ring(self.config.window), other.ring(self.config.window)
         for row, length, peak in zip(rows, lengths, peaks, strict=True):
             first = max(0, length - own, peak - theirs)  # the first position that both rings hold

@@ -20,21 +20,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.cache import KVCache
-from sfumato.diffusion import CountedDice, Dice, Rules, accept, pick_token
+from sfumato.dice import HostDice, first_uniform
+from sfumato.diffusion import Dice, Rules, accept, pick_token
 from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError, Options, Usage, contained
 from sfumato.guided import ALONE, SLICE, Turn, Walks, projecting
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
 from sfumato.recorded import Capture, CudaCapture, Recordings
 from sfumato.rows import Failure, Request, Row
-from sfumato.step import Canvases, Look, Projected, conclude_, look, step_
-
-DICE_AHEAD = 8
-"""Steps whose dice are counted together: a count is forty small operations, however many numbers it makes."""
+from sfumato.step import Canvases, Look, Projected, conclude_, look, step_, to_device
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per encode pass: bounds the memory of a long prompt; any value gives the same result."""
@@ -49,7 +48,7 @@ class Engine:
     `capacity` is what the cache has room for at first, in tokens a row; it grows with the rows, up to `most`. `record`
     (default: on a CUDA device whose operations can be recorded) replays steps as CUDA graphs, which `capture` makes;
     `lag` (default: 1 on a CUDA device, else 0) is how many turns late the host asks which rows have stopped. None of
-    them changes an answer; a late question costs a canvas up to `lag` passes."""
+    them changes an answer; a late question costs a canvas that stops before its cap up to `lag` passes."""
 
     def __init__(
         self,
@@ -77,7 +76,7 @@ class Engine:
         self.last_XD = torch.zeros(self.cache.batch, model.config.hidden_size, dtype=model.dtype, device=model.device)
         self._flights: deque[list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]] = deque()
         self.recordings = Recordings(capture or (CudaCapture(model.device) if is_cuda and self.record else None))
-        self._counted: dict[int, tuple[Tensor, Tensor]] = {}
+        self._dice: dict[int, HostDice] = {}
         self._passes: dict[tuple[object, ...], Pass] = {}
         self.walks = Walks()
         self.walked = 0.0
@@ -120,7 +119,6 @@ class Engine:
             self.cache.take_(seat, held, count)
         self.rows[seat] = Row.of(request, self.config, count)
         self.seeds[seat] = request.options.seed or 0
-        self._counted.pop(seat, None)
         return seat
 
     def leave(self, seat: int, keep: int = 0) -> None:
@@ -158,7 +156,7 @@ class Engine:
         # 1. A chunk of the prompts; a row whose last chunk is left begins its first canvas.
         self._encode_prompts([i for i in rows if self._row(i).rest], encode)
         rows = [i for i in rows if not self._row(i).rest]
-        denoising = [i for i in rows if self._row(i).request.is_diffusion]
+        denoising = [i for i in rows if self._row(i).request.is_diffusion and not self._row(i).is_at_cap]
         # 2. One step of all canvases; what waits to be encoded goes along in the same pass. Where a grammar rules, the
         #    step ends when its walk does.
         for some, bans in list(self._groups([i for i in denoising if i not in self.walks])):
@@ -170,12 +168,14 @@ class Engine:
         self._walk([i for i in denoising if i in self.walks], time.perf_counter() - began)
         stepped = [i for i in denoising if i not in self.walks and not self._row(i).is_over]
         events: list[Event | Failure] = [*self._drafts([i for i in stepped if self._row(i).options.drafts])]
-        # 3. Ask which have stopped, in this turn or in an earlier one while this one runs: they commit.
+        # 3. Ask which have stopped, in this turn or in an earlier one while this one runs: they commit. A row at its
+        #    cap has, and takes no further pass; where no other goes on meanwhile, the answer is waited for.
         if stepped:
             self._flights.append(self._ask(stepped))
-            lag = 0 if any(row is not None and _needs_host(row) for row in self.rows) else self.lag
-            while len(self._flights) > lag:
-                events += self._collect(self._flights.popleft())
+        is_late = any(not self._row(i).is_at_cap for i in stepped)
+        lag = self.lag if is_late and not any(row is not None and _needs_host(row) for row in self.rows) else 0
+        while len(self._flights) > lag:
+            events += self._collect(self._flights.popleft())
         # 4. One token of the rows that go without a canvas.
         if decoding := [i for i in rows if not self._row(i).request.is_diffusion]:
             events += self._decode(decoding)
@@ -235,7 +235,7 @@ class Engine:
         self._begin(begins, is_first=True)
 
     def _encode(self, tokens: list[list[int]], rows: list[int]) -> Tensor:
-        """Encode ragged tokens; hidden states [B, T, D], and the last real one of each row goes into last_XD."""
+        """Encode ragged tokens; hidden states [B, T, D], and the last real one of a row that reads it into last_XD."""
         counts = self._make_room(tokens, rows)
         hidden_BTD = self.model.encode(self._padded(tokens, max(counts)), self.cache, rows, counts)
         self._keep_last(hidden_BTD, rows, counts)
@@ -254,8 +254,11 @@ class Engine:
         return torch.tensor(padded, device=self.model.device)
 
     def _keep_last(self, hidden_BTD: Tensor, rows: list[int], counts: list[int]) -> None:
-        last_B = torch.tensor(counts, device=hidden_BTD.device) - 1
-        self.last_XD[rows] = hidden_BTD[torch.arange(len(rows), device=hidden_BTD.device), last_B]
+        """The last real hidden state of each row, where the row will read it."""
+        places = [n for n, i in enumerate(rows) if _reads_encoded(self._row(i))]
+        if places:
+            last = to_device(torch.tensor([places, [counts[n] - 1 for n in places]]), hidden_BTD.device)
+            self.last_XD[[rows[n] for n in places]] = hidden_BTD[last[0], last[1]]
 
     # ---- canvases -----------------------------------------------------------------------------------------------
 
@@ -288,43 +291,51 @@ class Engine:
         state.has_pins = state.has_early or any(row.request.pins for row in here)
         return state
 
-    def _dice(self, length: int) -> Dice:
-        if self._given_dice is not None:
-            return self._given_dice
-        return CountedDice(self.seeds, [0] * len(self.seeds), length, self.config.vocab_size, self.model.device)
-
     def _begin(self, rows: list[int], is_first: bool = False) -> None:
         """Give rows a fresh canvas of noise, pins in place."""
         for length in sorted({self._row(i).length for i in rows}):
             some = [i for i in rows if self._row(i).length == length]
             state, each = self._state(length), [self._row(i) for i in some]
+            seeds, canvases = [self.seeds[i] for i in some], [row.canvas for row in each]
             if is_first:
-                for i, row in zip(some, each, strict=True):
-                    state.seat_(i, row.rules, self.seeds[i], row.options.early)
-            canvases = [row.canvas for row in each]
+                state.seat_(some, [row.rules for row in each], seeds, [row.options.early for row in each])
             rooms = [min(length, length if row.room is None else row.room) for row in each]
-            warm_BL = self._here([row.request.warm for row in each], each)
+            if self._given_dice is not None:
+                fresh_BL = self._given_dice.canvas(some, canvases)
+            else:
+                fresh_BL = self._dice_of(length).canvas(some, seeds, canvases, ahead=not self.record)
+            if (warm_BL := self._here([row.request.warm for row in each], each)) is not None:
+                fresh_BL = torch.where(warm_BL >= 0, warm_BL, fresh_BL.cpu())
             pin_BL = self._here([row.request.pins for row in each], each)
-            fresh_BL = torch.where(warm_BL >= 0, warm_BL, self._dice(length).canvas(some, canvases))
             state.begin_(some, fresh_BL, pin_BL, canvases, self._banned(each), rooms)
 
-    def _here(self, places: Sequence[Mapping[int, int]], rows: list[Row]) -> Tensor:
-        """What these say of the canvas each row is on: tokens [B, L], -1 for nothing."""
+    def _dice_of(self, length: int) -> HostDice:
+        if length not in self._dice:
+            self._dice[length] = HostDice(length, self.config.vocab_size)
+        return self._dice[length]
+
+    def _here(self, places: Sequence[Mapping[int, int]], rows: list[Row]) -> Tensor | None:
+        """What these say of the canvas each row is on: tokens [B, L], -1 for nothing. None: nothing of any."""
+        if not any(places):
+            return None
         length = rows[0].length
         table = torch.full((len(rows), length), -1)
         for n, (row, some) in enumerate(zip(rows, places, strict=True)):
             if some:
                 first = row.canvas * length
                 table[n] = torch.tensor([some.get(position, -1) for position in range(first, first + length)])
-        return table.to(self.model.device)
+        return table
 
-    def _banned(self, rows: list[Row]) -> Tensor:
-        """Positions [B, L] that may not end the answer; a grammar knows by itself where its text may end."""
+    def _banned(self, rows: list[Row]) -> Tensor | None:
+        """Positions [B, L] that may not end the answer (None: no position of any); a grammar knows by itself where its
+        text may end."""
+        if all(row.lacking <= 0 for row in rows):
+            return None
         banned_BL = torch.arange(rows[0].length) < torch.tensor([row.lacking for row in rows])[:, None]
         for n, row in enumerate(rows):
             for _, first, last in row.spans_here():
                 banned_BL[n, first:last] = False
-        return banned_BL.to(self.model.device)
+        return banned_BL
 
     def _step(self, rows: list[int], bans: tuple[int, ...]) -> None:
         """One step of rows of one length that either all have something to encode or all have nothing."""
@@ -383,12 +394,13 @@ class Engine:
         """What a step that is not recorded takes behind model, cache and state."""
         each = [self._row(i) for i in rows]
         width, length, lengths = max(counts), each[0].length, [self.cache.lengths[i] for i in rows]
-        dice = self._dice(length)
-        if isinstance(dice, CountedDice):
-            thrown, noise_BL = self._dice_of(dice, rows)
+        place = [row.canvas for row in each], [row.step for row in each]
+        if self._given_dice is not None:
+            thrown, noise_BL = self._given_dice.sample(rows, *place), self._given_dice.renoise(rows, *place)
         else:
-            place = [row.canvas for row in each], [row.step for row in each]
-            thrown, noise_BL = dice.sample(rows, *place), dice.renoise(rows, *place)
+            pair = self._dice_of(length).step(rows, [self.seeds[i] for i in rows], *place)
+            uniform_BL, noise_BL = (to_device(x, self.model.device) for x in pair)
+            thrown = {"uniform_BL": uniform_BL}
         tokens_BT = self._padded([row.pending for row in each], width) if width else None
         at_B = torch.tensor(rows, device=self.model.device)
         run, is_first = self._pass_of(rows, counts, width, lengths, length), all(row.step == 0 for row in each)
@@ -408,25 +420,6 @@ class Engine:
     def _count(self, rows: list[int]) -> None:
         for row in map(self._row, rows):
             row.step, row.passes = row.step + 1, row.passes + 1
-
-    def _dice_of(self, dice: CountedDice, rows: list[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """The dice of the step each row is at, some steps counted together."""
-        due = [i for i in rows if self._row(i).step % DICE_AHEAD == 0]
-        if due:
-            again = [i for i in due for _ in range(DICE_AHEAD)]
-            place = (
-                [self._row(i).canvas for i in again],
-                [self._row(i).step + n for i in due for n in range(DICE_AHEAD)],
-            )
-            shape = len(due), DICE_AHEAD, -1
-            counted = dice.sample(again, *place)["uniform_BL"].view(shape), dice.renoise(again, *place).view(shape)
-            for n, i in enumerate(due):
-                self._counted[i] = counted[0][n], counted[1][n]
-        steps = [self._row(i).step % DICE_AHEAD for i in rows]
-        uniform_BL, noise_BL = (
-            torch.stack([self._counted[i][side][step] for i, step in zip(rows, steps, strict=True)]) for side in (0, 1)
-        )
-        return {"uniform_BL": uniform_BL}, noise_BL
 
     def _pass_of(self, rows: list[int], counts: list[int], width: int, lengths: list[int], canvas: int) -> Pass:
         """What the layers share, made once for all the steps of a canvas."""
@@ -448,18 +441,22 @@ class Engine:
     # ---- commits ------------------------------------------------------------------------------------------------
 
     def _ask(self, rows: list[int]) -> list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]:
-        """For each length of canvases: which rows were on which canvas, and, on its way, how each stands."""
+        """For each length of canvases: which rows were on which canvas, and, on its way, how each stands and what it
+        would commit."""
         found = []
         for length in sorted({self._row(i).length for i in rows}):
             state = self.states[length]
-            asked = torch.stack([state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()])
+            stands_X4 = torch.stack(
+                [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()], 1
+            )
             on = {i: (self._row(i), self._row(i).canvas) for i in rows if self._row(i).length == length}
-            found.append((length, on, _to_host(asked)))
+            found.append((length, on, _to_host(torch.cat([stands_X4, state.argmax_XL], 1))))
         return found
 
     def _collect(self, flight: list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]) -> Iterator[Event]:
         for _, on, answer in flight:
-            is_done, steps, settled, is_finite = _wait_for(answer)
+            asked = _wait_for(answer)
+            is_done, steps, settled, is_finite = asked[:, :4].T.tolist()
             # Whoever has left, or is on a later canvas by now, was answered before.
             current = [
                 i
@@ -472,18 +469,18 @@ class Engine:
             stopped = [i for i in current if is_done[i]]
             # Commit the argmax canvas of those; who goes on begins the next canvas.
             if stopped:
-                yield from self._commit_canvases(stopped, [steps[i] for i in stopped])
+                yield from self._commit_canvases(stopped, [steps[i] for i in stopped], asked[stopped, 4:].tolist())
                 self._begin([i for i in stopped if not self._row(i).is_over])
             # Of the others, what has settled ahead of the rest.
             ahead = [i for i in current if not is_done[i] and settled[i] > self._row(i).given]
             if ahead := [i for i in ahead if not self._row(i).options.logprobs]:
-                yield from self._commit_prefixes(ahead, [settled[i] for i in ahead], [steps[i] for i in ahead])
+                places = [settled[i] for i in ahead], [steps[i] for i in ahead]
+                yield from self._commit_prefixes(ahead, *places, asked[ahead, 4:].tolist())
 
-    def _commit_canvases(self, rows: list[int], steps: list[int]) -> Iterator[Event]:
+    def _commit_canvases(self, rows: list[int], steps: list[int], canvases: list[list[int]]) -> Iterator[Event]:
         """Cut each canvas at its end. Where the row goes on it waits to be encoded with the next canvas's first step;
         where its log-probabilities are wanted it is encoded now."""
         each = [self._row(i) for i in rows]
-        canvases = self.states[each[0].length].argmax_XL[rows].tolist()
         kept: list[list[int]] = []
         for i, row, tokens in zip(rows, each, canvases, strict=True):
             kept.append([])
@@ -515,9 +512,10 @@ class Engine:
                     self._fail_of_numbers(rows[n], f"in the encoding of canvas {self._row(rows[n]).canvas + 1}")
         return found
 
-    def _commit_prefixes(self, rows: list[int], settled: list[int], steps: list[int]) -> Iterator[Event]:
+    def _commit_prefixes(
+        self, rows: list[int], settled: list[int], steps: list[int], canvases: list[list[int]]
+    ) -> Iterator[Event]:
         """What is pinned by now is final, though its canvas goes on; it is encoded with the whole canvas."""
-        canvases = self.states[self._row(rows[0]).length].argmax_XL[rows].tolist()
         for i, tokens, until, taken in zip(rows, canvases, settled, steps, strict=True):
             row = self._row(i)
             kept: list[int] = []
@@ -535,6 +533,7 @@ class Engine:
         logits_BV = self.model.logits(self.last_XD[rows])
         log_p_BV = torch.log_softmax(logits_BV, -1)
         is_finite = torch.isfinite(self.last_XD[rows].sum(-1) + log_p_BV.sum(-1)).tolist()
+        uniform_B = self._uniform_of(rows)
         for n, i in enumerate(rows):
             row = self._row(i)
             if not is_finite[n]:
@@ -542,8 +541,7 @@ class Engine:
                 continue
             if row.lacking > 0:
                 logits_BV[n, list(self.config.eos_ids)] = -torch.inf
-            thrown = self._dice(self.config.canvas_length).sample([i], [len(row.tokens)], [0])["uniform_BL"]
-            token = pick_token(logits_BV[n], row.options, thrown[0, 0])
+            token = pick_token(logits_BV[n], row.options, uniform_B[n])
             row.steps, row.passes = row.steps + 1, row.passes + 1
             kept: list[int] = []
             with self._only(i):
@@ -552,6 +550,13 @@ class Engine:
                 yield from self._emit(i, kept, log_p_BV[n : n + 1], 1)
         if rows := [i for i in rows if not self._row(i).is_over]:
             self._encode([[self._row(i).tokens[-1]] for i in rows], rows)
+
+    def _uniform_of(self, rows: list[int]) -> Tensor:
+        """What the next token of each of these is sampled with: in the dice, a canvas's first position."""
+        canvases = [len(self._row(i).tokens) for i in rows]
+        if self._given_dice is not None:
+            return self._given_dice.sample(rows, canvases, [0] * len(rows))["uniform_BL"][:, 0]
+        return to_device(first_uniform([self.seeds[i] for i in rows], canvases), self.model.device)
 
     def _cut(self, row: Row, tokens: list[int], is_whole: bool = True) -> list[int]:
         """The tokens that count: up to eos, a stop string, the token limit or the end of the context. `is_whole`: the
@@ -622,6 +627,11 @@ def _is_hosted(row: Row) -> bool:
     return bool(row.request.spans or row.request.inspect)
 
 
+def _reads_encoded(row: Row) -> bool:
+    """Whether it reads hidden states of what is encoded: the next token, or log-probabilities, follow from them."""
+    return row.options.logprobs or not row.request.is_diffusion
+
+
 def _likelihoods(tokens: list[int], log_p_TV: Tensor | None, top: int) -> dict[str, Any]:
     """What a commit says of its tokens' log-probabilities."""
     if log_p_TV is None:
@@ -646,8 +656,8 @@ def _to_host(x: Tensor) -> tuple[Tensor, Any]:
     return target, event
 
 
-def _wait_for(copy: tuple[Tensor, Any]) -> list[Any]:
+def _wait_for(copy: tuple[Tensor, Any]) -> np.ndarray:
     target, event = copy
     if event is not None:
         event.synchronize()
-    return target.tolist()
+    return target.numpy()

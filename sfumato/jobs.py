@@ -58,8 +58,7 @@ class Jobs:
         self._check_queue(1)
         plan = self.llm.plan(kind, payload, options)
         job = _Job(key, plan, next(plan), kind in ("chat", "complete"), options.drafts)
-        for ask in job.asks:  # here rather than between two turns
-            ask.request.checked(self.llm.model.config)
+        job.asks = self._checked(job.asks)  # here rather than between two turns
         with self._lock:
             self._check_queue(len(job.asks))
             self._begun.append(job)
@@ -67,6 +66,9 @@ class Jobs:
     def is_slow(self, kind: str, payload: Mapping[str, Any], options: Options) -> bool:
         """Whether `begin` may take seconds."""
         return self.llm.must_compile(kind, payload, options)
+
+    def _checked(self, asks: list[Ask]) -> list[Ask]:
+        return [replace(ask, request=ask.request.checked(self.llm.model.config)) for ask in asks]
 
     def _check_queue(self, more: int) -> None:
         waiting = self.batch.figures().queue + sum(len(job.asks) for job in self._begun)
@@ -158,9 +160,7 @@ class Jobs:
             asks = job.plan.send([job.ended[place] for place in range(len(job.asks))])
         except StopIteration as stop:
             return True, stop.value
-        for ask in asks:
-            ask.request.checked(self.llm.model.config)
-        return False, asks
+        return False, self._checked(asks)
 
     def _gone_on(self, job: _Job, going: Future[tuple[bool, Any]]) -> list[tuple[int, Told]]:
         if job.is_dropped:

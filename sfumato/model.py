@@ -8,6 +8,7 @@ The model knows its config, masks, cache and operations, and nothing of sampling
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -234,31 +235,29 @@ class Pass:
         if places is None:
             places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
         self.rows_B, lengths_B, counts_B = places
-        self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
+        self.is_canvas_N1: Tensor | None = None
+        if encode and canvas:
+            self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
         # The common first prompt: one slice instead of a scatter.
         is_whole = not self.is_static and rows == list(range(cache.batch)) and set(counts) == {encode}
         self.is_fresh = is_whole and not any(cache.lengths)
+        is_near = not self.is_static and max(cache.lengths[row] for row in rows) + encode + canvas <= NEAR
         self.kinds: dict[tuple[int | None, Rope, int], tuple[Mask, Tensor, Tensor]] = {}
+        positions_BT: Tensor | None = None
         for layer in self.config.layers:
             window, key = layer.window, (layer.window, layer.rope, layer.head_dim)
             if key not in self.kinds:
                 ring = cache.ring(window)
                 used = ring if self.is_static else cache.used(window, rows)
                 mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used)
-                self.kinds[key] = (mask, *self._angles(mask, layer))
-
-    def _angles(self, mask: Mask, layer: LayerConfig) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each new position's angles, [B, T, K]."""
-        turns_K = frequencies(layer.rope, layer.head_dim, self.rows_B.device)
-        angles_BTK = mask.positions_BT()[..., None].float() * turns_K
-        angles_BTK = torch.cat([angles_BTK, angles_BTK], dim=-1)
-        return angles_BTK.cos().to(self.dtype), angles_BTK.sin().to(self.dtype)
+                positions_BT = mask.positions_BT() if positions_BT is None else positions_BT  # those of every kind
+                angles = _near if is_near else _angles
+                self.kinds[key] = (mask, *angles(positions_BT, layer.rope, layer.head_dim, self.dtype))
 
     def refresh_(self) -> None:
         """Make anew, in place, what hangs on `places`, after they have changed."""
-        for layer in {(one.window, one.rope, one.head_dim): one for one in self.config.layers}.values():
-            mask, *old = self.kinds[layer.window, layer.rope, layer.head_dim]
-            for to, made in zip(old, self._angles(mask, layer), strict=True):
+        for (_, rope, head_dim), (mask, *old) in self.kinds.items():
+            for to, made in zip(old, _angles(mask.positions_BT(), rope, head_dim, self.dtype), strict=True):
                 to.copy_(made)
 
     def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
@@ -272,7 +271,7 @@ class Pass:
 
     def scale(self, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
         """The layer scalar of each position, or the one of all."""
-        if not self.encode or not self.canvas:
+        if self.is_canvas_N1 is None:
             return denoise_1 if self.canvas else encode_1
         return torch.where(self.is_canvas_N1, denoise_1, encode_1)
 
@@ -323,6 +322,30 @@ def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
     exponent = torch.arange(0, 2 * turning, 2, device=device, dtype=torch.float32) / head_dim
     turns = 1.0 / (rope.theta**exponent) / rope.factor
     return torch.cat([turns, turns.new_zeros(head_dim // 2 - turning)])
+
+
+NEAR = 4096
+"""Positions whose angles are kept; those beyond are worked out anew by every pass."""
+
+
+def _angles(positions: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, [..., K]."""
+    angles = positions[..., None].float() * frequencies(rope, head_dim, positions.device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _near(positions_BT: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same of positions below NEAR, looked up."""
+    flat_N, shape = positions_BT.reshape(-1), (*positions_BT.shape, head_dim)
+    cos_PK, sin_PK = _table(rope, head_dim, dtype, positions_BT.device)
+    return cos_PK.index_select(0, flat_N).view(shape), sin_PK.index_select(0, flat_N).view(shape)
+
+
+@functools.lru_cache(8)
+def _table(rope: Rope, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # training reads it too
+        return _angles(torch.arange(NEAR, device=device), rope, head_dim, dtype)
 
 
 class Model(nn.Module):

@@ -31,12 +31,15 @@ class Reader:
         self._tokens: list[int] = []
         self._given, self._thought, self._calls = 0, 0, 0
         self._raw, self._tail = "", ""
+        self._parsed: tuple[tuple[int, bool], chat.Reply] | None = None
         self.text = ""
         self.found: str | None = None
 
     def push(self, tokens: list[int]) -> int | None:
         """Take new tokens; the number of them that stand before a stop string, None where there is none."""
         if not self._stops:
+            if self.is_chat:  # its text is read from the reply
+                return None
             self._raw += self._detokeniser.push(tokens)
             return None
         for n, token in enumerate(tokens):
@@ -83,7 +86,13 @@ class Reader:
         return replace(event, text=self._certain(event.is_last), thought=thought, tool_calls=calls)
 
     def _reply(self, is_over: bool) -> chat.Reply:
-        """What is said so far; of what is not over, as much as is certain."""
+        """What is said so far; of what is not over, as much as is certain. The end of an answer is asked for twice."""
+        key = len(self._tokens), is_over
+        if self._parsed is None or self._parsed[0] != key:
+            self._parsed = key, self._parse(is_over)
+        return self._parsed[1]
+
+    def _parse(self, is_over: bool) -> chat.Reply:
         tokens = self._tokens
         if not is_over:
             opened = [n for n, token in enumerate(tokens) if token == self._tokenizer.id("<|tool_call>")]

@@ -59,9 +59,14 @@ class Request:
     """Places in the prompt where a chunk ends, so that what is encoded up to there can be kept for others."""
     name: str = "the prompt"
     """What messages call it."""
+    _checked_for: ModelConfig | None = field(default=None, init=False, repr=False)
+    """A copy with changes (`replace`) is unchecked again."""
 
     def checked(self, config: ModelConfig) -> Request:
-        """With its mode decided; InputError or CapacityError for what this model cannot run."""
+        """With its mode decided; InputError or CapacityError for what this model cannot run. What was checked before is
+        not looked at again."""
+        if self._checked_for is config:
+            return self
         mode = "diffusion" if config.is_diffusion else "autoregressive"
         request = replace(self, options=self.options.with_defaults({"mode": mode}))
         request._check_canvas(config)
@@ -69,6 +74,7 @@ class Request:
         request._check_room(config)  # before each token is looked at: there may be millions
         check_ids(self.name, self.prompt, config.vocab_size)
         request._check_places(config)
+        object.__setattr__(request, "_checked_for", config)
         return request
 
     @property
@@ -161,6 +167,11 @@ class Row:
     @property
     def is_over(self) -> bool:
         return self.has_failed or self.finish_reason is not None
+
+    @property
+    def is_at_cap(self) -> bool:
+        """Every step that this canvas may take was begun: it stops, whatever the last one says."""
+        return self.step >= self.rules.max_steps
 
     @property
     def options(self) -> Options:

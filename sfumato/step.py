@@ -10,6 +10,7 @@ have its say, which takes as long as it takes: a row whose read-out waits is lef
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -82,7 +83,6 @@ class Canvases:
         rules = [*rules, rules[-1]]
         words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
         length, most = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
-        heat = [_heat(r, most + 1) for r in rules]
 
         def of(values: list[int] | list[float]) -> Tensor:
             return torch.tensor(values, device=model.device)
@@ -101,7 +101,7 @@ class Canvases:
                 is_finite_X=torch.ones(size, dtype=torch.bool),
                 banned_XL=torch.zeros(size, length, dtype=torch.bool),
                 words_X4=torch.tensor(words),
-                heat_XS=torch.tensor(heat),
+                heat_XS=torch.stack([_heat_of(r, most + 1) for r in rules]).to(model.device),
                 bound_X=of([r.entropy_bound for r in rules]),
                 stability_X=of([r.stability for r in rules]),
                 confidence_X=of([r.confidence for r in rules]),
@@ -114,18 +114,30 @@ class Canvases:
                 has_early=any(early),
             )
 
-    def seat_(self, row: int, rules: Rules, seed: int, is_early: bool = False) -> None:
-        """Give a row to a new request. No request's numbers change a shape, which is everybody's."""
-        for whole_X, value in (
-            (self.words_X4, [seed & 0xFFFFFFFF, seed >> 32, 0, 0]),
-            (self.heat_XS, _heat(rules, self.heat_XS.shape[1])),
-            (self.bound_X, rules.entropy_bound),
-            (self.stability_X, rules.stability),
-            (self.confidence_X, rules.confidence),
-            (self.max_steps_X, rules.max_steps),
-            (self.early_X, is_early),
+    def seat_(self, rows: list[int], rules: Sequence[Rules], seeds: Sequence[int], early: Sequence[bool]) -> None:
+        """Give rows to new requests. No request's numbers change a shape, which is everybody's."""
+        whole = [
+            [seed & 0xFFFFFFFF, seed >> 32, 0, 0, own.stability, own.max_steps, is_early]
+            for own, seed, is_early in zip(rules, seeds, early, strict=True)
+        ]
+        heat_NS = torch.stack([_heat_of(own, self.heat_XS.shape[1]) for own in rules])
+        some = (
+            torch.tensor(rows),
+            torch.tensor(whole),
+            torch.tensor([[own.entropy_bound, own.confidence] for own in rules], dtype=self.bound_X.dtype),
+            heat_NS,
+        )
+        at_N, whole_N7, real_N2, heat_NS = (to_device(x, self.step_X.device) for x in some)
+        for state_X, new_N in (
+            (self.words_X4, whole_N7[:, :4]),
+            (self.stability_X, whole_N7[:, 4]),
+            (self.max_steps_X, whole_N7[:, 5]),
+            (self.early_X, whole_N7[:, 6].bool()),
+            (self.bound_X, real_N2[:, 0]),
+            (self.confidence_X, real_N2[:, 1]),
+            (self.heat_XS, heat_NS),
         ):
-            whole_X[row] = torch.tensor(value, device=whole_X.device, dtype=whole_X.dtype)
+            state_X.index_copy_(0, at_N, new_N)
 
     def resized(self, rows: int) -> Canvases:
         """The same rows with room for so many of them."""
@@ -144,24 +156,36 @@ class Canvases:
         self,
         rows: list[int],
         fresh_BL: Tensor,
-        pin_BL: Tensor,
+        pin_BL: Tensor | None,
         canvases: list[int],
         banned_BL: Tensor | None = None,
         rooms: list[int] | None = None,
     ) -> None:
-        """Give these rows a canvas of noise (or of what it is to start from), pins in place."""
-        self.pin_XL[rows] = pin_BL
-        self.canvas_XL[rows] = torch.where(pin_BL >= 0, pin_BL, fresh_BL)
-        self.argmax_XL[rows] = -1
-        self.soft_XLD[rows] = 0
-        self.step_X[rows] = 0
-        self.is_done_X[rows] = False
-        self.is_finite_X[rows] = True
-        self.words_X4[rows, 3] = torch.tensor(canvases, device=self.step_X.device)
-        self.banned_XL[rows] = False if banned_BL is None else banned_BL
-        self.settled_X[rows] = 0
+        """Give these rows a canvas of noise (or of what it is to start from), pins (None: no row has one) in place.
+        Tensors may lie on the host: nothing here waits for the device."""
+        device = self.step_X.device
+        at_B, canvas_B, room_B = to_device(torch.tensor([rows, canvases, rooms or rows]), device)  # one copy for three
+        canvas_BL = to_device(fresh_BL, device)
+        if pin_BL is None:
+            self.pin_XL.index_fill_(0, at_B, -1)
+        else:
+            pin_BL = to_device(pin_BL, device)
+            canvas_BL = torch.where(pin_BL >= 0, pin_BL, canvas_BL)
+            self.pin_XL.index_copy_(0, at_B, pin_BL)
+        self.canvas_XL.index_copy_(0, at_B, canvas_BL)
+        if banned_BL is None:
+            self.banned_XL.index_fill_(0, at_B, False)
+        else:
+            self.banned_XL.index_copy_(0, at_B, to_device(banned_BL, device))
+        self.argmax_XL.index_fill_(0, at_B, -1)
+        self.soft_XLD.index_fill_(0, at_B, 0.0)
+        self.step_X.index_fill_(0, at_B, 0)
+        self.is_done_X.index_fill_(0, at_B, False)
+        self.is_finite_X.index_fill_(0, at_B, True)
+        self.settled_X.index_fill_(0, at_B, 0)
+        self.words_X4[:, 3].index_copy_(0, at_B, canvas_B)
         if rooms is not None:
-            self.room_X[rows] = torch.tensor(rooms, device=self.step_X.device)
+            self.room_X.index_copy_(0, at_B, room_B)
 
 
 class Projected(NamedTuple):
@@ -310,13 +334,25 @@ def conclude_(model: Model, state: Canvases, view: Look, said: Projected | None 
 def _are_finite(*some: Tensor) -> Tensor:
     """Which rows are finite in all of these: a sum with NaN or infinity in it is one of them too."""
     sums = [x.flatten(1).sum(-1, dtype=torch.float32) for x in some]
-    return torch.isfinite(sum(sums[1:], sums[0]))
+    total_B = sum(sums[1:], sums[0])
+    return total_B - total_B == 0  # what `isfinite` says, in two operations
 
 
-def _heat(rules: Rules, width: int) -> list[float]:
-    """The temperatures of a canvas's steps, the last one repeated up to this width."""
+@functools.lru_cache(64)
+def _heat_of(rules: Rules, width: int) -> Tensor:
+    """The temperatures of a canvas's steps, the last one repeated up to this width. Kept: most requests have the
+    checkpoint's rules."""
     heat = [rules.schedule.temperature(step) for step in range(rules.max_steps + 1)]
-    return heat + heat[-1:] * (width - len(heat))
+    heat_S = torch.full((width,), heat[-1], device="cpu")
+    heat_S[: len(heat)] = torch.tensor(heat, device="cpu")
+    return heat_S
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device. From the host it comes in the order of the device's work, and nobody waits for it."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class _Held(NamedTuple):

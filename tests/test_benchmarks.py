@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,7 +24,7 @@ from benchmarks import common, kernels, ops, predict, results
 from sfumato.config import ModelConfig
 from sfumato.measure import machine
 from sfumato.measure.work import Parameters, step_work
-from sfumato.model import products
+from sfumato.model import Model, products
 from sfumato.ops.packed import Packed
 
 ROOT = machine.ROOT
@@ -161,6 +162,18 @@ def test_request_and_sudoku(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is inside a step and what is outside it is all of a turn; the model is left as it was."""
+    path, module = tmp_path / "turns.json", load("benchmarks/turns.py")
+    with tiny.one_thread():
+        found = run(module, monkeypatch, path, "--rows", "1,2", "--requests", "3", "--rounds", "1", "--ops", "fused")
+    assert [one["rows"] for one in found["levels"]] == [1, 2]
+    for one in found["levels"]:
+        assert one["step_ms_a_turn"] > 0 and one["outside_ms_a_turn"] > 0 and one["tokens_per_second"] > 0
+        assert one["calls_a_turn"] == pytest.approx(sum(one["calls"].values()), rel=0.01)
+    assert all(getattr(Model, name).__qualname__ == f"Model.{name}" for name in module.PASSES)
+
+
 def test_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     module = importlib.import_module("benchmarks.peers")
@@ -261,7 +274,7 @@ def test_a_prediction_follows_its_counts() -> None:
     assert 128 < tiles < 134 and filled == pytest.approx(2048 / (32 * tiles))
 
 
-@pytest.mark.parametrize("recipe", ["", "int8", "int4", "nvfp4", "int4-small"])
+@pytest.mark.parametrize("recipe", ["", "int8", "int4", "int4-fp8", "nvfp4", "int4-small"])
 def test_a_model_made_layer_by_layer_runs(recipe: str) -> None:
     from sfumato.cache import KVCache
     from sfumato.measure.parts import Counted, random_config

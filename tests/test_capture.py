@@ -94,7 +94,7 @@ def experts_arguments(model: Any) -> list[Tensor]:
     return [x, index, weight, experts.gate_up_proj, experts.down_proj]
 
 
-RECIPES = ("", "int8", "fp8", "int4", "nvfp4", "int4-small")
+RECIPES = ("", "int8", "fp8", "int4", "int4-fp8", "nvfp4", "int4-small")
 BOTH = (False, True)
 FLAGS: list[dict[str, Any]] = [
     {"bans": bans, "has_pins": pins, "has_early": early} for bans, pins, early in product((0, 4), BOTH, BOTH)

@@ -23,7 +23,7 @@ ROWS = [
     {"events", "masks"},
     {"files"},
     {"arguments", "config", "ops", "sudoku", "forms", "confined", "template"},
-    {"cache", "diffusion", "tokenizer"},
+    {"cache", "dice", "diffusion", "tokenizer"},
     {"model", "chat", "search"},
     {"calls", "constrain"},
     {"quant", "adapters", "offload"},

@@ -256,7 +256,7 @@ def test_nano_in_8_bits_answers_with_the_solution():
             "the cpu operations cannot take fp8 weights; choose ops='fused', or quantize='int8' or 'int4'",
             marks=needs_cpu,
         ),
-        ("fused", "int3", "there is no recipe 'int3'; choose one of int8, fp8, int4, nvfp4, int4-small"),
+        ("fused", "int3", "there is no recipe 'int3'; choose one of int8, fp8, int4, int4-fp8, nvfp4, int4-small"),
     ],
 )
 def test_bits_that_operations_lack_are_refused_with_a_remedy(ops: str, quantize: str, sentence: str):

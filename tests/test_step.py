@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,11 +15,14 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato import engine
+from sfumato import engine, ops
+from sfumato import model as network
 from sfumato import rows as requests
 from sfumato import run as runs
 from sfumato.cache import KVCache
+from sfumato.dice import HostDice, first_uniform
 from sfumato.diffusion import CountedDice, Rules
 from sfumato.events import Commit, Done, Options
 from sfumato.masks import Mask
@@ -120,6 +124,25 @@ def test_a_mask_follows_the_ring_and_skips_padding() -> None:
     assert drawn(mask, 1, "ab..", "--", "uv") == NOTHING_NEW
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_that_are_kept_are_those_of_the_position(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up or worked out: the same bits, for rows before, at and beyond the last position that is kept."""
+    ours = Model(CONFIG, ops.load("reference")).to(dtype)
+    cache = KVCache.allocate(CONFIG, 4, 200)
+    cache.lengths = [0, 100, 109, 140]
+    rows, counts = [2, 0, 3, 1], [1, 3, 0, 2]
+    plain = [Pass(ours, cache, [row], [count], 3, LENGTH) for row, count in zip(rows, counts, strict=True)]
+    for near in (121, 120, 0):  # the longest of the first three brings positions up to 119
+        monkeypatch.setattr(network, "NEAR", near)
+        network._table.cache_clear()
+        for some in (slice(0, 4), slice(0, 2)):
+            run = Pass(ours, cache, rows[some], counts[some], 3, LENGTH)
+            for kind, (_, *angles) in run.kinds.items():
+                for n, one in enumerate(plain[some]):
+                    assert all(torch.equal(a[n], b[0]) for a, b in zip(angles, one.kinds[kind][1:], strict=True))
+    network._table.cache_clear()
+
+
 # ---- what a pass writes to the cache --------------------------------------------------------------------------------
 
 LENGTHS, SLACK, PADDING = [9, 0, 3], 2, 999.0
@@ -190,6 +213,35 @@ def test_a_fresh_append_is_any_append(count: int) -> None:
             append(cache, layer, [0, 1], [count, count], is_fresh)
     assert same(content(caches[0]), content(caches[1]))
     assert all(bool(caches[0].k[layer].any()) for layer in (SLIDING, FULL))
+
+
+@pytest.mark.parametrize("capacity", [64, 40, 90])
+@pytest.mark.parametrize("trains", [(False, False), (True, True), (True, False)])
+def test_rows_are_copied_alike_by_the_kind_and_by_the_layer(trains: tuple[bool, bool], capacity: int) -> None:
+    """Into a cache of the same size, a smaller and a larger one, whose window's ring is as long or shorter."""
+    caches = []
+    for is_apart in trains:
+        cache = KVCache.allocate(CONFIG, 3, 64, slack=SLACK, trains=is_apart)
+        model().encode(padded([text(n, n) for n in (9, 0, 30)], 30), cache, counts=[9, 0, 30])
+        assert bool(cache.stacks) is not is_apart
+        caches.append(cache)
+    forks = [cache.fork([2, None, 0, 2], capacity) for cache in caches]
+    assert [bool(fork.stacks) for fork in forks] == [not is_apart for is_apart in trains]
+    for fork, other in zip(forks, reversed(caches), strict=True):
+        fork.take_(1, other, 7)
+    assert same(content(forks[0]), content(forks[1])) and forks[0].lengths == forks[1].lengths == [30, 7, 9, 30]
+    for row, source, count in (0, 2, 30), (1, 0, 7), (2, 0, 9), (3, 2, 30):
+        assert torch.equal(forks[0].k[FULL][row, :count], caches[0].k[FULL][source, :count])
+        assert bool(forks[0].v[SLIDING][row, :5].any())
+
+
+def test_gradients_flow_through_a_fork() -> None:
+    """Of every layer, though all of them are written in place."""
+    ours = tiny.tiny_model(CONFIG, seed=3, name="reference").requires_grad_(True)
+    cache = KVCache.allocate(CONFIG, 1, 32, trains=True)
+    ours.encode(torch.tensor([text(5)]), cache)
+    ours.denoise(torch.tensor([text(LENGTH)] * 2), cache.fork([0, 0])).sum().backward()
+    assert all(bool(block.self_attn.k_proj.weight.grad.any()) for block in ours.layers)
 
 
 # ---- encode and denoise in one pass ---------------------------------------------------------------------------------
@@ -275,6 +327,55 @@ def test_a_recorded_step_for_four_serves_one(encode: int) -> None:
     if found is not None and hidden is not None:
         assert found.shape == (1, LENGTH, CONFIG.hidden_size)
         assert same([found[:, :encode]], [hidden], SAME)
+
+
+def test_rows_begin_as_they_are_allocated() -> None:
+    """A seat that another request had: nothing of that is left, and its neighbour's state stays as it was."""
+    ours, rules = talker(), [Rules.of(o) for o in (SETTLES, Options(max_steps=3, stability=2, entropy_bound=0.3))]
+    seeds, early, length = [2**40 + 5, 3], [True, False], LENGTH
+    wanted = Canvases.allocate(ours, rules, seeds, [0, 0], early=early)
+    found = canvases(ours, 3)
+    cache = cache_of(ours, [5, 9, 2])
+    step_(ours, cache, found, torch.arange(3), Pass(ours, cache, [0, 1, 2], [0] * 3, 0, LENGTH))
+    before = {f.name: getattr(found, f.name)[1].clone() for f in dataclasses.fields(Canvases) if "_X" in f.name}
+    fresh, pins = torch.arange(2 * length).view(2, length), torch.full((2, length), -1)
+    pins[1, 2] = 7
+    found.seat_([2, 0], rules, seeds, early)
+    for state, rows in (wanted, [0, 1]), (found, [2, 0]):
+        state.begin_(rows, fresh, pins, [4, 5], pins == 7, [3, length])
+    for name, neighbour in before.items():
+        whole = getattr(found, name)
+        assert torch.equal(whole[1], neighbour), name
+        if name not in ("stood_XL", "entropy_XL", "accepted_XL"):  # these are read only after a step has written them
+            assert torch.equal(whole[[2, 0]], getattr(wanted, name)[:2]), name
+    found.begin_([0], fresh[:1], None, [0])  # it had a pin and a ban
+    assert torch.equal(found.canvas_XL[0], fresh[0]) and bool((found.pin_XL[0] == -1).all())
+    assert not found.banned_XL[0].any()
+
+
+# ---- dice on the host -----------------------------------------------------------------------------------------------
+
+
+def test_dice_on_the_host_are_the_counted_ones() -> None:
+    """Whoever is asked for when, beside whom, and on which seat; also where a seat changes hands."""
+    draw, host = random.Random(3), HostDice(7, 262144)
+    seeds = {seat: draw.randrange(1 << 62) for seat in range(12)}
+    for _ in range(60):
+        seats = draw.sample(range(12), draw.randrange(1, 9))
+        if draw.random() < 0.3:
+            seeds[seats[0]] = draw.randrange(1 << 62)
+        own = [seeds[seat] for seat in seats]
+        counted = CountedDice(own, [0] * len(own), 7, 262144)
+        rows, canvases = list(range(len(own))), [draw.choice([0, 1, 1 << 33]) for _ in own]
+        assert torch.equal(host.canvas(seats, own, canvases, draw.random() < 0.5), counted.canvas(rows, canvases))
+        for _ in range(3):
+            steps = [draw.choice([0, 1, 7, 8, 9, 4095]) for _ in own]
+            uniform, noise = host.step(seats, own, canvases, steps)
+            assert torch.equal(uniform, counted.sample(rows, canvases, steps)["uniform_BL"])
+            assert torch.equal(noise, counted.renoise(rows, canvases, steps))
+            assert uniform.dtype == torch.float32 and noise.dtype == torch.int64
+        first = counted.sample(rows, canvases, [0] * len(own))["uniform_BL"][:, 0]
+        assert torch.equal(first_uniform(own, canvases), first)
 
 
 # ---- the engine's loop ----------------------------------------------------------------------------------------------
@@ -410,16 +511,89 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]])
 def test_a_pass_is_a_step(rows: list[int], chunk: int, lag: int, passes: Counter[str]) -> None:
     """Commits and the last chunk of a prompt go along with a canvas's first step; only earlier chunks take a pass of
-    their own. Asked a step late, each canvas takes one more."""
+    their own. Asked a step late, each canvas takes one more, unless it ends at the cap."""
     options, prompts = each(), [PROMPTS[row] for row in rows]
     events = list(generate(talker(), prompts, [options[row] for row in rows], chunk=chunk, lag=lag))
-    usages = [event.usage for event in events if isinstance(event, Done)]
-    canvases, steps = (sum(getattr(usage, name) for usage in usages) for name in ("canvases", "steps"))
+    usages = {event.row: event.usage for event in events if isinstance(event, Done)}
+    late = Counter(e.row for e in events if isinstance(e, Commit) and lag and e.steps < SETTLES.max_steps)
+    canvases, steps = (sum(getattr(usage, name) for usage in usages.values()) for name in ("canvases", "steps"))
     assert canvases > 2 * len(rows)
     assert passes["encode_and_denoise"] == canvases
-    assert passes["encode_and_denoise"] + passes["denoise"] == steps + lag * canvases
+    assert passes["encode_and_denoise"] + passes["denoise"] == steps + late.total()
     assert passes["encode"] == sum((len(prompt) - 1) // chunk for prompt in prompts)
-    assert all(usage.passes == usage.steps + lag * usage.canvases for usage in usages)
+    assert all(usage.passes == usage.steps + late[row] for row, usage in usages.items())
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+@pytest.mark.parametrize("rows", [[0], [1], [2, 3], [0, 1, 2, 3]])
+def test_no_pass_is_lost_at_the_cap(rows: list[int], lag: int, passes: Counter[str]) -> None:
+    """That a row stops there is known without asking, however late the question and whoever goes on beside it."""
+    options, _ = KINDS["capped"]
+    run = Run(talker(), [PROMPTS[row] for row in rows], [options[row] for row in rows], lag=lag)
+    usages = [event.usage for event in run if isinstance(event, Done)]
+    assert len(usages) == len(rows) and all(usage.passes == usage.steps for usage in usages)
+    assert passes["encode_and_denoise"] + passes["denoise"] == sum(usage.steps for usage in usages)
+
+
+def test_a_row_at_its_cap_is_answered_though_nobody_else_steps() -> None:
+    one = engine.Engine(talker(), 2, 64, lag=1)
+    capped, long = (one.join(requests.Request([7, 8, 9], dataclasses.replace(SETTLES, max_steps=n))) for n in (1, 8))
+    assert one.turn() == []  # the other one goes on, so the answer is late
+    assert [type(event) for event in one.turn([capped])] == [Commit] and one.live == [capped, long]
+
+
+def test_what_is_encoded_is_kept_only_where_it_is_read() -> None:
+    """The last hidden states stay zeros for a row that asks neither for log-probabilities nor for token by token."""
+    for change, is_read in ({}, False), ({"logprobs": True}, True), ({"mode": "autoregressive"}, True):
+        one = engine.Engine(talker(), 1, 64, chunk=4)
+        one.join(requests.Request(PROMPTS[1], dataclasses.replace(SETTLES, **change)))
+        one.turn()
+        assert bool(one.last_XD.any()) is is_read
+
+
+def test_a_commit_asks_nothing_but_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that stop, commit and begin again read nothing of the device beside the step but the answer that was asked
+    for: a copy each turn, waited for a turn later."""
+    copies, inside, plainly, stepping = [], [False], engine._to_host, engine.step_
+    reads = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert inside[0] or func.overloadpacket.__name__ not in reads, func
+            return func(*args, **(kwargs or {}))
+
+    def read(name: str) -> Any:
+        plain = getattr(Tensor, name)
+
+        def call(self: Tensor, *args: Any) -> Any:
+            assert inside[0], f"a tensor was read: {name}"
+            return plain(self, *args)
+
+        return call
+
+    def step(*args: Any) -> Any:
+        inside[0] = True
+        try:
+            return stepping(*args)
+        finally:
+            inside[0] = False
+
+    def to_host(x: Tensor) -> Any:
+        copies.append(x.shape)
+        return plainly(x)
+
+    for name in ("tolist", "cpu", "item"):
+        monkeypatch.setattr(Tensor, name, read(name))
+    monkeypatch.setattr(engine, "_to_host", to_host)
+    monkeypatch.setattr(engine, "step_", step)
+    one = engine.Engine(talker(), 2, 64, lag=1)
+    for seed in (0, 1):
+        one.join(requests.Request(PROMPTS[seed], dataclasses.replace(SETTLES, seed=seed, max_tokens=3 * LENGTH)))
+    commits, turns = 0, 0
+    with Reads():
+        while one.live:
+            commits, turns = commits + sum(isinstance(event, Commit) for event in one.turn()), turns + 1
+    assert commits > 3 and copies == [(3, 4 + LENGTH)] * len(copies) and len(copies) <= turns
 
 
 def test_no_request_changes_a_shape_that_is_everybodys() -> None:

@@ -27,8 +27,8 @@ from sfumato.quant.apply import samples
 from sfumato.quant.recipes import named
 from sfumato.run import Run
 
-KINDS = ("int4", "fp8", "bf16")
-ENOUGH = {"int4": 0.05, "fp8": 0.15, "int8": 0.1, "bf16": 0.0}
+KINDS = ("int4", "fp8", "int4-fp8", "bf16")
+ENOUGH = {"int4": 0.05, "fp8": 0.15, "int4-fp8": 0.15, "int8": 0.1, "bf16": 0.0}
 """Relative error of the hidden states where x too is rounded to 8 bits, once a product."""
 STEPS = 3
 

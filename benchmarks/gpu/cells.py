@@ -26,7 +26,7 @@ from sfumato.measure.machine import forget_peak, peak_bytes
 from sfumato.model import Model
 from sfumato.run import Run
 
-BATCHES = {"int4": (1, 16), "fp8": (1, 16), "bf16": (1,)}
+BATCHES = {"int4": (1, 16), "fp8": (1, 16), "int4-fp8": (1,), "bf16": (1,)}
 STEPS, CANVASES, PROFILED = 16, 3, 8
 Kernel = dict[str, Any]
 

@@ -23,10 +23,11 @@ FIRST = (
     Step("nano", 60, is_gate=True),  # recorded = eager = fused, in float32
     Step("kernels", 115),  # every operation at the released size against the reference
     Step("blocks", 140),  # whole steps of two layers against the reference; recorded = eager, exactly
-    Step("cells int4", 185, 15),  # the released size, timed, with a profile by kernel
-    Step("cells fp8", 225, 15),
-    Step("cells bf16", 260, 15),
-    Step("choices int4", 340, 10),  # prepared A/B choices; the faster go into tuned.json
+    Step("cells int4", 180, 15),  # the released size, timed, with a profile by kernel
+    Step("cells fp8", 218, 15),
+    Step("cells int4-fp8", 242, 12),
+    Step("cells bf16", 268, 12),
+    Step("choices int4", 345, 10),  # prepared A/B choices; the faster go into tuned.json
     Step("choices fp8", 420, 10),
     Step("again int4", 446, 15),  # the released size with the winners
     Step("again fp8", 470, 15),

@@ -24,7 +24,7 @@ SHAPES = {
 }
 """Products of a step: rows, inputs, outputs."""
 TINY = {"queries": (8, 64, 96), "output": (8, 96, 64)}
-KINDS = ("int4", "fp8", "bf16")
+KINDS = ("int4", "fp8", "int4-fp8", "bf16")
 MOVED = 512 * 2**20
 """Bytes of weights that a measurement goes through, so that none is still in the L2 cache."""
 

@@ -12,7 +12,7 @@ from sfumato.measure.machine import environment
 
 KEPT = 12
 """Kernels of each profile."""
-MOST_MS = {"int4": 6.5, "fp8": 8.5, "bf16": 15.5}
+MOST_MS = {"int4": 6.5, "int4-fp8": 6.5, "fp8": 8.5, "bf16": 15.5}
 """Of a pass at one canvas, behind 1,024 tokens."""
 TIMES = 3.0
 """The tokens of sixteen canvases together, in those of one, in fp8."""

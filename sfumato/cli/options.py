@@ -17,7 +17,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …; default
 Ops = Annotated[str, typer.Option(help="auto, reference, fused, cpu or triton operations.")]
 Quantize = Annotated[
     str | None,
-    typer.Option(help="Pack weights while loading: int8, fp8, int4, nvfp4 or int4-small (sfumato quantize)."),
+    typer.Option(help="Pack weights while loading: int8, fp8, int4, int4-fp8, nvfp4 or int4-small (sfumato quantize)."),
 ]
 MemoryLimit = Annotated[
     float | None,
