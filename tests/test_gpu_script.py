@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import common, results
 from benchmarks.gpu import cells, choices, counters, kernels, nano, record
-from benchmarks.gpu.alternatives import ALTERNATIVES, WHOLE, entries
+from benchmarks.gpu.alternatives import ALTERNATIVES, APART, WITHOUT, Entry, entries, standing
 from benchmarks.gpu.plan import PLANS, SECONDS, Step
 from benchmarks.gpu.setting import Setting
 from sfumato.ops import Ops, ReadOut, load
@@ -407,61 +407,121 @@ def test_bans_that_touch_other_positions_are_seen(setting: Setting, monkeypatch:
 # ---- choices ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["int4", "fp8", "bf16"])
+@pytest.mark.parametrize("kind", ["int4", "int4-fp8", "fp8", "bf16"])
 def test_choices_know_every_shape_of_a_pass(kind: str) -> None:
     found = [one.name for one in entries(common.released_config(), kind)]
-    dense, experts = {"int4": ("int8", "int4"), "fp8": ("fp8", "fp8"), "bf16": ("bf16", "bf16")}[kind]
+    dense = {"int4": "int8", "int4-fp8": "fp8"}.get(kind, kind)
+    experts = kind.removesuffix("-fp8")
     assert len(found) == len(set(found))
     products = {"8192x2816", "9216x2816", "2816x4096", "2816x8192", "2816x2112"}
     assert {name for name in found if name.startswith("linear")} == {f"linear {shape} {dense}" for shape in products}
     assert {f"experts_gate_up 128x1408x2816 {experts}", f"experts_down 128x2816x704 {experts}"} <= set(found)
     assert ("attention 512 bf16" in found) == ("read_out 262144x2816 bf16" in found) == (kind == "int4")
-    assert {one.op for one in entries(common.released_config(), "int4")} == set(ALTERNATIVES)
-    assert all(set(using) <= set(ALTERNATIVES) for using in WHOLE.values())
+    assert {one.op for one in entries(common.released_config(), kind)} <= set(ALTERNATIVES)
 
 
-def test_only_what_is_faster_and_right_is_chosen(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By made-up times: the fastest is wrong, the next does not fit, the next is slower at sixteen canvases."""
-    made = {32: (10.0, 1.5), 64: (None, 1.0), 128: (50.0, 1.0), 256: (80.0, 1.0), 512: (99.0, 1.0)}
-    calls = []
+@pytest.fixture
+def trial(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., choices.Trial]:
+    """Steps whose time hangs on what the table says of one entry: `made` is BLOCK_N -> (of the base, entropy)."""
 
-    def timed(setting: Setting, call: Any, count: int) -> tuple[float, torch.Tensor]:
-        size = tuning._overridden.get("linear", {}).get("BLOCK_N")
-        calls.append(size)
-        us, worth = (100.0, 1.0) if size is None else made[size]
-        if us is None:
-            raise RuntimeError("out of resource: shared memory")
-        return us, torch.full((4,), worth)
+    def make(entry: Entry, made: dict[int, tuple[float | None, float]]) -> choices.Trial:
+        found = choices.Trial(setting, setting.model("bf16", 2), tmp_path)
+        place = tuning.key(entry.shape, entry.dtype)
 
-    monkeypatch.setattr(choices, "_timed", timed)
-    monkeypatch.setattr(choices, "_is_fine", lambda setting, entry, row: row["values"] != {"BLOCK_N": 128})
-    entry = next(one for one in entries(setting.config(2), "int4") if one.op == "linear")
-    each = tuple({"BLOCK_N": size} for size in made)
-    found = choices._best(setting, entry, each)
-    assert calls == [None, *made]
-    assert found["chosen"] == {"BLOCK_N": 256} and found["gain"] == pytest.approx(0.25)
-    assert "shared memory" in found["tried"][1]["cannot"] and not found["tried"][0]["same_bits"]
-    pytest.importorskip("triton")
+        def recorded(table: choices.Table, batch: int) -> choices.Recorded:
+            size = table.get(entry.op, {}).get(place, {}).get("BLOCK_N", 0)
+            took, entropy = made.get(size, (1.0, 1.0))
+            if took is None:
+                raise RuntimeError("out of resource: shared memory")
+            return (lambda: took), [torch.ones(2), torch.full((2,), entropy), torch.ones(2)]
+
+        def beside(base: choices.Recorded, other: choices.Recorded) -> dict[str, Any]:
+            return {
+                "of_base": other[0]() / base[0](),
+                "entropy_difference": float((other[1][1] - base[1][1]).abs().max()),
+            }
+
+        monkeypatch.setattr(found, "recorded", recorded)
+        monkeypatch.setattr(found, "beside", beside)
+        return found
+
+    return make
+
+
+def test_only_what_is_faster_and_right_is_chosen(setting: Setting, trial: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest is wrong, the next does not fit, the next is slower at sixteen canvases."""
+    entry = next(one for one in entries(setting.config(2), "bf16") if one.op == "linear")
+    made = {32: (0.2, 1.5), 64: (None, 1.0), 128: (0.5, 1.0), 256: (0.8, 1.0), 512: (0.999, 1.0)}
+    found = trial(entry, made)
+    monkeypatch.setattr(found, "_is_fine", lambda entry, row: row["values"] != {"BLOCK_N": 128})
+    row = found.best(entry, tuple({"BLOCK_N": size} for size in made))
+    assert row["chosen"] == {"BLOCK_N": 256} and "shared memory" in row["tried"][1]["cannot"]
     table = json.loads((setting.out / "tuned.json").read_text())
     assert table["cpu"]["linear"] == {tuning.key(entry.shape, entry.dtype): {"BLOCK_N": 256}}
-    assert choices._best(setting, entry, ({"BLOCK_N": 512},))["chosen"] is None  # 1 % is no reason
+    assert found.best(entry, ({"BLOCK_N": 512},))["chosen"] is None  # slower than what is known by now
+    again = json.loads((setting.out / "tuned.json").read_text())
+    assert again == table
 
 
-def test_a_step_that_is_slower_with_the_new_table_keeps_the_old(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = [torch.ones(1), torch.ones(1), torch.ones(1)]
+def test_what_is_gained_by_chance_or_lost_at_sixteen_is_not_chosen(setting: Setting, trial: Any) -> None:
+    entry = next(one for one in entries(setting.config(2), "bf16") if one.op == "linear")
+    found = trial(entry, {64: (0.9, 1.0)})
+    found.setting = replace(setting, is_dry=False)
+    said = iter([1.0, 0.9, 1.2, 0.9, 0.9, 1.0])
+    seen = []
 
-    def steps(setting: Setting, model: Any, batch: int, using: Any) -> dict[str, Any]:
-        return {"ms": 1.0 if tuning.TABLE.name == "before.json" else 1.1, "state": state}
+    def beside(base: Any, other: Any) -> dict[str, Any]:
+        if other[0]() < 1:
+            seen.append(next(said))
+            return {"of_base": seen[-1], "entropy_difference": 0.0}
+        return {"of_base": 1.0, "entropy_difference": 0.0}
 
-    monkeypatch.setattr(choices, "_steps", steps)
-    monkeypatch.setattr(Setting, "model", lambda self, kind, layers: None)
-    tuning.TABLE.write_text('{"new": {}}')
-    real = replace(setting, is_dry=False)
-    found = list(choices.whole(real, "int4", {"old": {}}))
-    assert json.loads(tuning.TABLE.read_text()) == {"old": {}} and "put back" in found[-1]["says"]
-    assert found[1]["of_base"] == pytest.approx(1.1) and found[1]["same_bits"]
+    found.beside = beside
+    assert found.best(entry, ({"BLOCK_N": 64},))["chosen"] is None and seen == [1.0]  # no gain
+    assert found.best(entry, ({"BLOCK_N": 64},))["chosen"] is None and seen == [1.0, 0.9, 1.2]  # not again
+    assert found.best(entry, ({"BLOCK_N": 64},))["chosen"] == {"BLOCK_N": 64} and len(seen) == 6
+
+
+def test_a_table_is_what_a_step_looks_up(setting: Setting, tmp_path: Path) -> None:
+    """Trial tables reach `tuning.config`, and what others wrote into the table stays."""
+    tuning.TABLE.write_text(json.dumps({"cpu": {"linear": {"1x2 bfloat16": {"BLOCK_K": 32}}}, "other": {"x": {}}}))
+    found = choices.Trial(setting, setting.model("bf16", 2), tmp_path)
+    entry = Entry("linear", "", (1, 2))
+    file = found._file(found._with(entry, {"BLOCK_N": 64}))
+    before = tuning.TABLE
+    tuning.TABLE = file
+    try:
+        chosen = tuning.config("linear", (1, 2), torch.bfloat16, "cpu", {"BLOCK_N": 128, "BLOCK_K": 64})
+    finally:
+        tuning.TABLE = before
+    assert chosen == {"BLOCK_N": 64, "BLOCK_K": 32}
+    found.known = found._with(entry, {"BLOCK_N": 64})
+    found.write()
+    table = json.loads((setting.out / "tuned.json").read_text())
+    assert table["other"] == {"x": {}} and table["cpu"]["linear"] == {"1x2 bfloat16": {"BLOCK_K": 32, "BLOCK_N": 64}}
+
+
+@pytest.mark.parametrize("name", [*APART, *WITHOUT])
+def test_a_choice_that_is_no_number_is_put_back(name: str, setting: Setting) -> None:
+    """And says where this tree has nothing to choose."""
+    model = setting.model("bf16", 2)
+    ops = model.ops
+    if name in APART:
+        pytest.importorskip("triton")
+        file, _, function = APART[name][0].partition(".")
+        try:
+            module = importlib.import_module(f"sfumato.ops.triton.{file}")
+        except ImportError:
+            module = None
+        before = getattr(module, function, None)
+        with standing(name, model) as is_there:
+            assert is_there == (before is not None)
+            assert not is_there or getattr(module, function) is APART[name][1]
+        assert getattr(module, function, None) is before
+    else:
+        with standing(name, model) as is_there:
+            assert not is_there or model.ops is not ops
+    assert model.ops is ops
 
 
 def test_compiled_kernels_are_found_again_by_other_processes(tmp_path: Path) -> None:
