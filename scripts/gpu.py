@@ -10,6 +10,7 @@ begins:
     results.json   every step and what became of it        tuned.json   tile sizes that were faster
     profile.json   kernels by count, time and grid         log.txt      what the steps printed
 
+A table that is worth keeping is copied to sfumato/ops/triton/tuned.json; then every engine on such a GPU reads it.
 `--dry` is the same on any machine, at toy sizes on the processor: to see that the script itself works. `--record FILE`
 writes what is in `--out` as one record for RESULTS.md, and runs nothing. Exit codes: 0 all was right, 1 something was
 not, 2 nothing could run, 3 stopped early.
@@ -75,7 +76,7 @@ class Call:
             else:
                 stopped = self._step(step, one, self.began + until, command)
             self._write()
-            print(f"{step.name:<14}{one['outcome']:<9}{one.get('seconds', 0):6.1f} s  {one['says']}", flush=True)
+            print(f"{step.name:<16}{one['outcome']:<9}{one.get('seconds', 0):6.1f} s  {one['says']}", flush=True)
         bad = [one for one in self.found["steps"] if one["ok"] is False]
         self.found["state"] = f"stopped: {stopped}" if stopped else "done"
         self._write()

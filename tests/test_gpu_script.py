@@ -482,6 +482,26 @@ def test_what_is_gained_by_chance_or_lost_at_sixteen_is_not_chosen(setting: Sett
     assert found.best(entry, ({"BLOCK_N": 64},))["chosen"] == {"BLOCK_N": 64} and len(seen) == 6
 
 
+def test_a_table_that_is_slower_as_a_whole_is_put_back(setting: Setting, trial: Any) -> None:
+    entry = next(one for one in entries(setting.config(2), "bf16") if one.op == "linear")
+    found = trial(entry, {64: (0.9, 1.0)})
+    assert found.best(entry, ({"BLOCK_N": 64},))["chosen"]
+    assert "put back" not in found.table(1)["says"] and found.known != found.before
+    found.beside = lambda base, other: {"of_base": 1.02, "entropy_difference": 0.0}
+    assert "put back" not in found.table(16)["says"]
+    assert "put back" in found.table(1)["says"] and found.known == found.before
+    assert json.loads((setting.out / "tuned.json").read_text()) == {"cpu": {}}
+
+
+def test_a_cell_without_a_profile_keeps_its_times(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(setting: Setting, run_: Any, turns: int) -> list[dict[str, Any]]:
+        raise RuntimeError("CUPTI could not be loaded")
+
+    monkeypatch.setattr(cells, "profile", broken)
+    found = cells.cell(setting, setting.model("bf16", 2), "bf16", 1, 16)
+    assert found["ms_a_pass"] > 0 and "CUPTI" in found["profile"] and "kernels" not in found
+
+
 def test_a_table_is_what_a_step_looks_up(setting: Setting, tmp_path: Path) -> None:
     """Trial tables reach `tuning.config`, and what others wrote into the table stays."""
     tuning.TABLE.write_text(json.dumps({"cpu": {"linear": {"1x2 bfloat16": {"BLOCK_K": 32}}}, "other": {"x": {}}}))

@@ -78,7 +78,7 @@ class Setting:
         """The call as a CUDA graph, as the engine records its steps; on a processor the call itself."""
         if self.device == "cpu":
             return call
-        capture = CudaCapture(torch.device(self.device))
+        capture = CudaCapture(torch.device("cuda", 0))
         replay, _ = capture(call)
 
         def held(reads: Any = (call, capture)) -> None:  # what a graph reads lives as long as it
