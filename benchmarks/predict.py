@@ -164,7 +164,7 @@ def programs(
     from L2 each, and `rest` clocks behind it."""
     each = L2 / CLOCK / min(PROCESSORS, ctas)
     a_processor = min(held_at_once(made), math.ceil(ctas / PROCESSORS))
-    issue = made["loop"] * made["warps"] / 4
+    issue = (made["loop"] or made["instructions"] / turns) * made["warps"] / 4  # unrolled, it has no loop
     clocks = {
         "tensor cores": tensor,
         "issue": issue / ISSUE,

@@ -35,7 +35,9 @@ from sfumato.config import ModelConfig
 from sfumato.engine import PREFILL_CHUNK, Engine
 from sfumato.events import BusyError, CapacityError, Done, Event, InputError, NumericError
 from sfumato.model import Model
+from sfumato.recorded import GRAPH_BYTES, MOST
 from sfumato.rows import Failure, Request, Row
+from sfumato.run import ROUND
 
 CHEAP = 1.3
 """A pass with everyone in it may take so many times as long as one with the newcomers alone; above, they go first."""
@@ -54,9 +56,6 @@ KEPT_ROUND = 64
 
 MOST_KEPT = 256
 """Beginnings that are kept at most, however short: each one is looked at that could be a prompt's."""
-
-ROUND = 256
-"""Rows have room for a multiple of so many tokens, so that the cache seldom changes its shape."""
 
 FORGET = 0.95
 """What earlier turns weigh, at each new one, in what a turn costs."""
@@ -277,7 +276,8 @@ class Batch:
     def _count_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of a cache of this shape and of what the read-outs of its rows take."""
         cache = KVCache.bytes_of(self.config, rows, capacity, self.model.dtype)
-        return cache + rows * row_bytes(self.config, self.model.dtype)
+        recordings = MOST * GRAPH_BYTES if self.engine.record else 0  # what their steps need, they share
+        return cache + rows * row_bytes(self.config, self.model.dtype) + recordings
 
     def _most(self, rows: int) -> int:
         """Tokens that each of so many rows could have room for, all of them growing, old and new cache together."""

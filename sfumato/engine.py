@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError,
 from sfumato.guided import ALONE, SLICE, Turn, Walks, projecting
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
-from sfumato.recorded import Capture, CudaCapture, Recordings
+from sfumato.recorded import Capture, CudaCapture, Recordings, on
 from sfumato.rows import Failure, Request, Row
 from sfumato.step import Canvases, Look, Projected, conclude_, look, step_, to_device
 
@@ -40,6 +41,24 @@ PREFILL_CHUNK = 2048
 
 PASSES_KEPT = 8
 """Masks and angles of so many groups of rows are kept from step to step."""
+
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+def _on_its_device(
+    method: Callable[Concatenate[Engine, Given], Made],
+) -> Callable[Concatenate[Engine, Given], Made]:
+    """Without gradients, and with the model's device as the current one: kernels, streams and events are those of the
+    current device, and a process may hold models on several."""
+
+    @wraps(method)
+    def run(self: Engine, *args: Given.args, **more: Given.kwargs) -> Made:
+        with torch.inference_mode(), on(self.model.device):
+            return method(self, *args, **more)
+
+    return run
 
 
 class Engine:
@@ -99,7 +118,7 @@ class Engine:
         """Seats of the rows that are not done."""
         return [i for i, row in enumerate(self.rows) if row is not None and not row.is_over]
 
-    @torch.inference_mode()
+    @_on_its_device
     def join(self, request: Request, held: KVCache | None = None, count: int = 0) -> int:
         """Give a request a seat; it takes part from the next turn on. `held` is a cache of one row whose first `count`
         tokens are the prompt's; without one, what its seat holds is taken for its beginning. InputError before any
@@ -131,7 +150,7 @@ class Engine:
         else:
             self.cache.clear_(seat)
 
-    @torch.inference_mode()
+    @_on_its_device
     def resize(self, seats: int, capacity: int) -> None:
         """So many seats (no fewer than the last one taken needs) of so many tokens each. What seats hold stays."""
         lengths = self.cache.lengths
@@ -146,7 +165,7 @@ class Engine:
         self.recordings.clear()
         self._passes.clear()
 
-    @torch.inference_mode()
+    @_on_its_device
     def turn(self, seats: Collection[int] | None = None, encode: int | None = None) -> list[Event | Failure]:
         """Take the rows in these seats (None: all) one step further; `encode` bounds the prompt tokens of the turn,
         beside those that go along with a first step. Returns what came of it; `row` of an event is a seat. A row that
@@ -449,18 +468,18 @@ class Engine:
             stands_X4 = torch.stack(
                 [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()], 1
             )
-            on = {i: (self._row(i), self._row(i).canvas) for i in rows if self._row(i).length == length}
-            found.append((length, on, _to_host(torch.cat([stands_X4, state.argmax_XL], 1))))
+            asked_of = {i: (self._row(i), self._row(i).canvas) for i in rows if self._row(i).length == length}
+            found.append((length, asked_of, _to_host(torch.cat([stands_X4, state.argmax_XL], 1))))
         return found
 
     def _collect(self, flight: list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]) -> Iterator[Event]:
-        for _, on, answer in flight:
+        for _, asked_of, answer in flight:
             asked = _wait_for(answer)
             is_done, steps, settled, is_finite = asked[:, :4].T.tolist()
             # Whoever has left, or is on a later canvas by now, was answered before.
             current = [
                 i
-                for i, (row, canvas) in on.items()
+                for i, (row, canvas) in asked_of.items()
                 if i < len(self.rows) and self.rows[i] is row and not row.is_over and row.canvas == canvas
             ]
             for i in (i for i in current if not is_finite[i]):

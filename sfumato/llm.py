@@ -143,8 +143,8 @@ class LLM:
 
         `dtype` None keeps the checkpoint's own; `ops` "auto" takes the fastest operations for device, dtype and
         formats; `quantize` packs weights to fewer bits while they are loaded, by a recipe: "int8", "fp8", "int4",
-        "int4-fp8", "nvfp4", "int4-small". A quantised checkpoint needs no such word. `memory_limit`, bytes of weights on the
-        device, streams the rest from the host. `notice` hears of what is left aside and what lies where;
+        "int4-fp8", "nvfp4", "int4-small". A quantised checkpoint needs no such word. `memory_limit`, bytes of weights
+        on the device, streams the rest from the host. `notice` hears of what is left aside and what lies where;
         `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError what is wrong
         with an argument, CapacityError a limit that is too low."""
         chat.CHILDREN.start()  # it reads the template, while this process reads the rest

@@ -15,7 +15,7 @@ from sfumato.model import Model
 from sfumato.rows import Failure, Request, Row
 
 ROUND = 256
-"""Rows have room for a multiple of so many tokens: an engine that runs again seldom needs a larger cache."""
+"""Rows have room for a multiple of so many tokens: a cache seldom changes its shape, and what was recorded stays."""
 
 
 class Run:

@@ -3,8 +3,10 @@ memory. What a recording gives, what it keeps alive, how many there are; and an 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import tiny
 import torch
 from tape import Tape
 
+from sfumato import engine as engine_module
 from sfumato import recorded
 from sfumato.cache import KVCache
 from sfumato.diffusion import Rules
@@ -158,6 +161,25 @@ def test_operations_that_wait_for_the_host_are_not_recorded() -> None:
     model.use_(dataclasses.replace(model.ops, is_recordable=True))
     assert engine._records(None) is engine._records(True) is True
     assert engine._records(False) is False
+
+
+def test_an_engine_works_on_its_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the current one: streams, events and kernels are those of the current device."""
+    within: list[torch.device] = []
+    seen: list[list[torch.device]] = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        within.append(device)
+        yield
+        within.pop()
+
+    monkeypatch.setattr("sfumato.engine.on", on)
+    step = engine_module.step_
+    monkeypatch.setattr(engine_module, "step_", lambda *args: (seen.append(list(within)), step(*args))[1])
+    model = model_of()
+    assert list(Run(model, PROMPTS[:1], OPTIONS[:1]))
+    assert seen and all(one == [model.device] for one in seen) and not within
 
 
 # ---- an engine that stays -------------------------------------------------------------------------------------------

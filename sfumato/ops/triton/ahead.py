@@ -155,12 +155,12 @@ COPIES = ("LDGSTS", "UTMALDG", "LDG", "LDSM", "LDS", "STS", "STSM")
 
 
 def largest_loop(instructions: Sequence[str], labels: Mapping[str, int]) -> dict[str, Any]:
-    """Of the loops that hold no other one the longest with tensor cores in it, or else the longest of all: a branch
-    backwards ends a loop."""
+    """Of the loops that hold no other one the longest with tensor cores in it, or else the longest of all; 0 where
+    there is none, or it is unrolled. A branch backwards ends a loop; the one to itself behind the end is none."""
     loops = []
     for at, instruction in enumerate(instructions):
         branch = re.search(r"BRA.*?`\((\.L\S+)\)", instruction)
-        if branch and labels.get(branch[1], at + 1) <= at:
+        if branch and labels.get(branch[1], at + 1) < at:
             loops.append((labels[branch[1]], at))
     inner = [
         one for one in loops if not any(one != other and one[0] <= other[0] <= other[1] <= one[1] for other in loops)
