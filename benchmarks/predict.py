@@ -250,6 +250,12 @@ def route_time(node: Node, step: Step) -> Time:
     return replace(time, seconds=time.seconds + 2 * FILL)
 
 
+def place_time(node: Node, step: Step) -> Time:
+    """Rows of the embedding, one a position."""
+    seconds = SMALL + 2.0 * 3 * step.rows * step.config.hidden_size / NEAR
+    return Time(seconds, "launch")
+
+
 def group_time(node: Node, step: Step) -> Time:
     return Time(4e-6 + 1e-6 * step.batch, "latency")
 
@@ -261,6 +267,7 @@ SPECIAL: dict[str, Callable[[Node, Step], Time]] = {
     "_multiply": multiply_time,
     "_route": route_time,
     "_group": group_time,
+    "_place": place_time,
 }
 
 

@@ -333,7 +333,8 @@ class Batch:
         if row is not None and (count := self.engine.cache.lengths[seat]) in row.request.marks and row.rest:
             self._keep(seat, list(row.prompt[:count]))
 
-    def _keep(self, seat: int, tokens: list[int]) -> None:
+    def _keep(self, seat: int, given: list[int]) -> None:
+        tokens = np.asarray(given, dtype=np.int64)
         if len(tokens) >= KEPT_FROM and not self.prefixes.holds(tokens):
             # Of few sizes, so that what goes leaves room for what comes.
             capacity = min(-(-len(tokens) // KEPT_ROUND) * KEPT_ROUND, self.config.max_position)
@@ -365,7 +366,10 @@ class Prefixes:
     def find(self, prompt: Sequence[int]) -> tuple[KVCache | None, int]:
         """A cache of one row and how many of its tokens the prompt begins with: at most all but the last, of which
         something must be computed."""
-        best, most, asked = None, 0, np.asarray(prompt[:-1], dtype=np.int64)
+        return self._begins(np.asarray(prompt[:-1], dtype=np.int64))
+
+    def _begins(self, asked: np.ndarray) -> tuple[KVCache | None, int]:
+        best, most = None, 0
         for key in self._alike.get(asked[:KEPT_FROM].tobytes(), ()):
             tokens, cache = self._held[key]
             size = min(len(tokens), len(asked))
@@ -378,11 +382,11 @@ class Prefixes:
         self._held.move_to_end(best)
         return self._held[best].cache, most
 
-    def holds(self, tokens: Sequence[int]) -> bool:
+    def holds(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """Whether all these can be had already."""
-        return self.find([*tokens, 0])[1] == len(tokens)
+        return self._begins(np.asarray(tokens, dtype=np.int64))[1] == len(tokens)
 
-    def add(self, tokens: Sequence[int], cache: KVCache) -> None:
+    def add(self, tokens: Sequence[int] | np.ndarray, cache: KVCache) -> None:
         """Keep a cache of one row that holds these tokens, at least `KEPT_FROM`."""
         held = np.asarray(tokens, dtype=np.int64)
         for key in list(self._alike.get(held[:KEPT_FROM].tobytes(), ())):  # what the new one holds as well

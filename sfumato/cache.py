@@ -34,7 +34,7 @@ class KVCache:
     """The most tokens each row has held: what lies a whole ring further back is overwritten, truncated or not."""
     capacity: int
     slack: int
-    stacks: list[tuple[int | None, Tensor]] = field(default_factory=list)
+    stacks: list[tuple[int | None, Tensor]] = field(default_factory=list, repr=False)
     """The window of each kind of layer, and its keys and values in one tensor [2, layers, B, R + 1, G, K], of which `k`
     and `v` are parts: rows are copied by the kind. Empty where gradients flow through the layers, each by itself."""
 
@@ -120,17 +120,23 @@ class KVCache:
                     "allocate more or generate fewer"
                 )
 
-    def append(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask, is_fresh: bool = False) -> None:
+    def append(
+        self,
+        layer: int,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        mask: Mask,
+        is_fresh: bool = False,
+        slot_BT: Tensor | None = None,
+    ) -> None:
         """Write the real ones of each row's new tokens behind what it holds. `advance` then makes them count.
-        `is_fresh`: all rows, all empty, without padding."""
+        `is_fresh`: all rows, all empty, without padding. `slot_BT`: `mask.new_slots_BT()`, where layers share it."""
         width = k_BTGK.shape[1]
         if is_fresh and width <= mask.ring:
             self.k[layer][:, :width] = k_BTGK
             self.v[layer][:, :width] = v_BTGK
             return
-        new_T, count_B1 = torch.arange(width, device=self.device), mask.counts_B[:, None]
-        is_kept = (new_T < count_B1) & (new_T >= count_B1 - mask.ring)
-        slot_BT = torch.where(is_kept, (mask.lengths_B[:, None] + new_T) % max(mask.ring, 1), mask.ring)
+        slot_BT = mask.new_slots_BT() if slot_BT is None else slot_BT
         self.k[layer][mask.rows_B[:, None], slot_BT] = k_BTGK
         self.v[layer][mask.rows_B[:, None], slot_BT] = v_BTGK
 

@@ -67,6 +67,13 @@ class Mask:
         position_BS = last_B1 - (last_B1 - slot_S) % max(self.ring, 1)
         return torch.where((position_BS >= 0) & (last_B1 >= 0), position_BS, -1)
 
+    def new_slots_BT(self) -> Tensor:
+        """The slot that each token to be encoded goes to, [B, encode]. Padding goes behind the ring, and so do the
+        first ones of a row that brings more than the ring holds."""
+        new_T, count_B1 = torch.arange(self.encode, device=self.lengths_B.device), self.counts_B[:, None]
+        is_kept = (new_T < count_B1) & (new_T >= count_B1 - self.ring)
+        return torch.where(is_kept, (self.lengths_B[:, None] + new_T) % max(self.ring, 1), self.ring)
+
     def positions_BT(self) -> Tensor:
         """The position of each new token, [B, encode + canvas]."""
         new_T = torch.arange(self.encode + self.canvas, device=self.lengths_B.device)

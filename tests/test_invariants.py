@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato import rows as requests
+from sfumato import run as runs
 from sfumato.cache import KVCache
 from sfumato.diffusion import CountedDice, Rules, Schedule, accept, is_confident, is_stable, pick_token, stood
 from sfumato.events import CapacityError, Commit, Done, Draft, InputError, Options
@@ -689,6 +690,7 @@ def test_without_a_limit_the_answer_runs_to_the_end_of_the_context(monkeypatch: 
         options = dataclasses.replace(SETTLES, seed=1, mode=mode)
         with monkeypatch.context() as small:
             small.setattr(requests, "FIRST_ROOM", 4 * LENGTH)
+            small.setattr(runs, "ROUND", 1)
             run = Run(ours, PROMPTS[:2], options)
         assert run.cache.capacity == len(PROMPTS[1]) + 4 * LENGTH
         done = {event.row: event for event in run if isinstance(event, Done)}
