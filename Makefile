@@ -11,12 +11,12 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-inp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench gpu clean
+.PHONY: help setup demo test check bench gpu gpu-more gpu-dry clean
 
 help: ## this list
 	@echo 'Sfumato. Every target sets up what it needs in $(VENV); PYTHON=... chooses the interpreter (3.11 to 3.13).'
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
-	    while IFS='|' read -r name text; do printf '  make %-6s  %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	    while IFS='|' read -r name text; do printf '  make %-8s  %s\n' "$$name" "$$text"; done
 
 setup: $(VENV)/.demo-stamp ## install Sfumato and what it needs to run into .venv
 	@echo 'setup: ready: $(BIN)/sfumato --help'
@@ -50,9 +50,18 @@ bench: $(VENV)/.test-stamp ## the CPU benchmarks, under ten minutes: operations,
 	@echo 'bench: cp $(BENCH)/*.json benchmarks/results && $(BIN)/python benchmarks/results.py makes RESULTS.md of them'
 
 # Not the venv: a machine lent for its GPU may have no network, and has torch of its own.
-gpu: ## on a CUDA machine, without network or .venv: a slice of what is pending there (needs torch, triton, safetensors, tokenizers, numpy)
-	@echo 'gpu: a slice of pending GPU work with $(PYTHON), nine minutes at most; run it again for the next'
+gpu: ## on a CUDA machine, without network or .venv: all that only a GPU can say, in eight minutes (needs torch, triton, safetensors, tokenizers, numpy)
+	@echo 'gpu: with $(PYTHON), eight minutes at most; results go to runs/gpu'
 	$(PYTHON) scripts/gpu.py
+
+gpu-more: ## the same, four minutes more: long contexts, a memory checker, hardware counters, offloading, transformers
+	@echo 'gpu-more: with $(PYTHON), four minutes at most; results go to runs/gpu-more'
+	$(PYTHON) scripts/gpu.py --more
+
+gpu-dry: $(VENV)/.test-stamp ## both on any machine, at toy sizes on the processor, in about two minutes: that the scripts themselves work
+	@echo 'gpu-dry: about two minutes; results go to runs/gpu-dry and runs/gpu-more-dry'
+	$(BIN)/python scripts/gpu.py --dry
+	$(BIN)/python scripts/gpu.py --more --dry
 
 clean: ## remove .venv, caches and build leftovers; runs/ and anything tracked stay
 	@echo 'clean: removing $(VENV), caches and build leftovers'

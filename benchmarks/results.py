@@ -316,34 +316,37 @@ def kernels(record: Record) -> str:
 
 
 def gpu(record: Record) -> str:
-    """The cells of scripts/gpu.py's task "full", and what became of every other task."""
+    """The cells of scripts/gpu.py, and what became of every step."""
     lines, others = [], []
     for row in record["tasks"]:
         result = row.get("result", {})
         if "step_ms" in result:
             times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result["step_ms"].items())
-            others.append(f"{row['task']}: a step {times}")
+            others.append(f"{row['task'].removeprefix('full/')}: a step {times}")
         elif "first_step_ms" in result:
-            others.append(f"{row['task']}: {result['first_step_ms']:.1f} ms")
+            others.append(f"{row['task'].removeprefix('full/')}: {result['first_step_ms']:.1f} ms")
         elif "ms_a_pass" not in result:
             others.append(f"{row['task']}: {'ok' if row['ok'] else row.get('error', 'failed')}")
         if "ms_a_pass" not in result:
             continue
-        peak = size(result["peak_bytes"]) if result.get("peak_bytes") else "–"
+        peak, busy = (result.get(key) for key in ("peak_bytes", "busy_ms_a_step"))
         lines.append(
             [
                 row["task"].removeprefix("full/"),
                 f"{result['ms_a_pass']:.2f}",
+                "–" if busy is None else f"{busy:.2f}",
+                f"{result.get('kernels_a_step', 0):.0f}",
                 f"{result['tokens_per_second']:.0f}",
                 share(result.get("share_of_ceiling")),
-                peak,
+                size(peak) if peak else "–",
             ]
         )
     texts = []
     if lines:
-        texts.append(table(["released size, random weights", "ms a pass", "tokens/s", "of ceiling", "peak"], lines))
+        head = ["ms a pass", "kernels, ms", "kernels", "tokens/s", "of ceiling", "peak"]
+        texts.append(table(["released size, random weights", *head], lines))
     if others:
-        texts.append("Tasks: " + "; ".join(others) + ".")
+        texts.append("Steps: " + "; ".join(others) + ".")
     return "\n\n".join(texts)
 
 

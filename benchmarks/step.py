@@ -78,21 +78,23 @@ def whole_steps(given: argparse.Namespace, most: dict[str, Any]) -> dict[str, An
 
 
 class Steps:
-    """Steps of one canvas behind a cache that is filled, not encoded: no pass has run before the first."""
+    """Steps of a canvas, or of several side by side, behind a cache that is filled, not encoded: no pass has run
+    before the first."""
 
-    def __init__(self, model: Model, prompt: int) -> None:
-        config, device = model.config, model.device
+    def __init__(self, model: Model, prompt: int, batch: int = 1) -> None:
+        config, device, rows = model.config, model.device, list(range(batch))
         self.model, self.prompt = model, prompt
-        self.cache = KVCache.allocate(config, 1, prompt + config.canvas_length, device, model.dtype)
+        self.cache = KVCache.allocate(config, batch, prompt + config.canvas_length, device, model.dtype)
         for held in (*self.cache.k, *self.cache.v):
             held.normal_()
-        self.cache.advance([0], [prompt])
-        self.state = Canvases.allocate(model, [Rules.of(Options(max_steps=4096, confidence=CONFIDENCE))], [0], [0])
-        free = torch.full((1, config.canvas_length), -1, device=device)
+        self.cache.advance(rows, [prompt] * batch)
+        rules = [Rules.of(Options(max_steps=4096, confidence=CONFIDENCE))] * batch
+        self.state = Canvases.allocate(model, rules, [0] * batch, rows)
+        free = torch.full((batch, config.canvas_length), -1, device=device)
         fresh = torch.randint(config.vocab_size, free.shape, device=device)
-        self.state.begin_([0], fresh, free, [0])
-        self.at_B = torch.zeros(1, dtype=torch.long, device=device)
-        self.run = Pass(model, self.cache, [0], [0], 0, config.canvas_length)
+        self.state.begin_(rows, fresh, free, [0] * batch)
+        self.at_B = torch.arange(batch, device=device)
+        self.run = Pass(model, self.cache, rows, [0] * batch, 0, config.canvas_length)
 
     def __call__(self) -> None:
         step_(self.model, self.cache, self.state, self.at_B, self.run)

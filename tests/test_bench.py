@@ -186,6 +186,9 @@ def test_the_command_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(told.out) == json.loads(path.read_text())
     assert json.loads(told.out)["dtype"] == "bfloat16"
     assert "bench: denoise pass" in told.err
+    found = json.loads(told.out)
+    assert [one["name"] for one in found["implementations"]] == ["reference", "fused", "cpu", "triton"]
+    assert [one["name"] for one in found["implementations"] if one["is_auto"]] == [found["ops"]]
 
 
 @pytest.mark.usefixtures("quick")
@@ -195,6 +198,17 @@ def test_the_command_shows_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for part in (*PARTS, "diffusion", "autoregressive", "of ceiling", "Measured ceiling"):
         assert part in text
+    assert "as auto does here" in text and "triton (" in text
+
+
+def test_what_ran_is_told_beside_what_auto_takes() -> None:
+    each = [
+        {"name": "fused", "obstacle": None, "is_auto": False},
+        {"name": "cpu", "obstacle": None, "is_auto": True},
+        {"name": "triton", "obstacle": "they need a CUDA device", "is_auto": False},
+    ]
+    text = bench.standing({"ops": "fused", "implementations": each})
+    assert text == "Ran: fused, where auto takes cpu. Not for these weights here: triton (they need a CUDA device)."
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
-"""benchmarks/ and scripts/gpu.py at toy sizes: they run, write what they promise, and resume. No figure is checked."""
+"""benchmarks/ at toy sizes: they run and write what they promise. No figure is checked."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -337,102 +336,3 @@ def test_the_page_shows_targets_and_replaces_readmes_table(tmp_path: Path, monke
     assert results.main() == 0
     (tmp_path / "RESULTS.md").write_text("by hand")
     assert results.main() == 1
-
-
-# ---- scripts/gpu.py -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    module = load("scripts/gpu.py")
-    module.DEVICE, module.OPS, module.TINY = "cpu", "cpu", True  # type: ignore[attr-defined]
-    return module
-
-
-def test_it_needs_only_what_it_says(tmp_path: Path) -> None:
-    """torch, triton, safetensors, tokenizers, numpy, and what torch itself brings."""
-    missing = "typer", "rich", "click", "huggingface_hub", "transformers"
-    arguments = ["gpu.py", "--list", "--out", str(tmp_path)]
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); sys.argv = {arguments!r}; import runpy; "
-    code += "runpy.run_path('scripts/gpu.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "waits" in done.stdout
-
-
-def test_tasks_that_a_processor_can_do(gpu: ModuleType, tmp_path: Path, ceilings: Path) -> None:
-    (tmp_path / "ceilings.json").write_text(ceilings.read_text())
-    each = list(gpu.tasks(tmp_path))
-    names = [task.name for task in each]
-    assert len(names) == len(set(names))
-    assert [name.split("/")[0] for name in names][:: len(names) - 1] == ["check", "eval"]
-    only = [
-        "check/linear odd",
-        "check/engine",
-        "ops/experts",
-        "mid/bf16 batch 1",
-        next(n for n in names if n.startswith("full/")),
-    ]
-    assert gpu.slice_of(tmp_path, 5, only, each) == 0
-    done = [row for row in gpu.read(tmp_path / "results.jsonl") if "ok" in row]
-    assert all(row["ok"] for row in done) and len(done) == 5
-    assert gpu.slice_of(tmp_path, 5, only, each) == 0
-    assert len([row for row in gpu.read(tmp_path / "results.jsonl") if "ok" in row]) == 5  # nothing is done again
-    record = gpu.as_record(tmp_path)
-    text = results.gpu(json.loads(json.dumps(record)))
-    assert "batch 1" in text and "check/engine: ok" in text
-
-
-def test_a_slice_that_is_cut_off_goes_on(gpu: ModuleType, tmp_path: Path) -> None:
-    began: list[str] = []
-
-    def good(*_: object) -> dict[str, Any]:
-        began.append("good")
-        return {"x": 1}
-
-    def lost(*_: object) -> dict[str, Any]:
-        began.append("lost")
-        raise KeyboardInterrupt
-
-    def bad(*_: object) -> dict[str, Any]:
-        began.append("bad")
-        raise ValueError("no")
-
-    each = [
-        gpu.Task("a/good", good, 0),
-        gpu.Task("b/lost", lost, 0),
-        gpu.Task("c/bad", bad, 0),
-        gpu.Task("d/good", good, 0),
-    ]
-    results_file = tmp_path / "results.jsonl"
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            gpu.slice_of(tmp_path, 1, [], each)
-    with results_file.open("a") as file:
-        file.write('{"task": "c/bad", "ha')  # a machine that went away while it wrote
-    assert gpu.slice_of(tmp_path, 1, [], each) == 1
-    assert gpu.slice_of(tmp_path, 1, [], each) == 1
-    assert gpu.slice_of(tmp_path, 1, [], each) == 0
-    assert began == ["good", "lost", "lost", "bad", "good", "bad"]
-    assert gpu.is_over("d/good", gpu.read(results_file))
-
-
-def test_a_task_that_takes_too_long_is_cut_off(gpu: ModuleType, tmp_path: Path) -> None:
-    slow = gpu.Task("slow/one", lambda *_: time.sleep(20) or {}, 0, 0.05)
-    record = gpu.perform(slow, tmp_path, time.monotonic() + 100)
-    assert not record["ok"] and "cut off" in record["error"] and record["seconds"] < 5
-
-
-def test_there_is_no_time_for_what_needs_more(gpu: ModuleType, tmp_path: Path) -> None:
-    called: list[int] = []
-    each = [gpu.Task("a/long", lambda *_: called.append(1) or {}, 1000), gpu.Task("b/short", lambda *_: {}, 0)]
-    assert gpu.slice_of(tmp_path, 1, [], each) == 0
-    assert not called and [row["task"] for row in gpu.read(tmp_path / "results.jsonl") if "ok" in row] == ["b/short"]
-
-
-def test_tuning_knows_every_shape_of_a_pass(gpu: ModuleType) -> None:
-    found = gpu.tunings(common.released_config())
-    names = [one.name for one in found]
-    assert len(names) == len(set(names))
-    assert "tune/experts_gate_up 128x1408x2816 int4" in names and "tune/linear 8192x2816 bf16" in names
-    assert "tune/linear 9216x2816 fp8" in names and "tune/attention 512 bf16" in names

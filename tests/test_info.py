@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from sfumato.events import InputError
 from sfumato.measure import work
 from sfumato.measure.parts import Counted
 from sfumato.model import Model, products
+from sfumato.ops import cpu
 from sfumato.ops.packed import Packed
-from sfumato.quant.apply import quantize_
+from sfumato.quant.apply import quantize_, samples
 from sfumato.quant.recipes import RECIPES
 
 RELEASED: dict[str, Any] = {
@@ -278,7 +280,7 @@ def test_json_holds_the_figures(config_json: Path, is_folder: bool, capsys: pyte
     assert found["context"] == 4096
     assert found["gpu"]["name"] == "H200"
     assert [r["recipe"] for r in found["recipes"]] == ["float32", "bf16", *RECIPES]
-    assert [r["fits"] for r in found["recipes"]] == [True] * 7
+    assert [r["fits"] for r in found["recipes"]] == [True] * (2 + len(RECIPES))
     for one in found["recipes"]:
         assert [n["context"] for n in one["needs"]] == [4096, 8192, 32_768, 262_144]
         assert set(one["needs"][0]) == {"context", "fits", *work.needs(ModelConfig.from_dict(RELEASED), "bf16", 1)}
@@ -322,6 +324,52 @@ def test_an_unknown_gpu_of_this_machine_has_a_fit_and_no_floor(
     text = capsys.readouterr().out
     assert "No published figures for Some Card" in text
     assert "floor" not in text
+
+
+def test_operations_are_told_by_kind_of_weights() -> None:
+    found = info.operations("cpu")
+    assert list(found["obstacles"]) == list(ops.NAMES) and set(found["auto"]) == set(info.KINDS)
+    for kind in info.KINDS:
+        assert found["obstacles"]["reference"][kind] is None and found["obstacles"]["fused"][kind] is None
+        assert "CUDA" in found["obstacles"]["triton"][kind] or "installed" in found["obstacles"]["triton"][kind]
+        assert found["obstacles"][found["auto"][kind]][kind] is None
+    assert "fp8" in found["obstacles"]["cpu"]["fp8"]
+    if cpu.obstacle(torch.bfloat16, samples("int8")) is None:
+        assert found["auto"]["int8"] == "cpu" and found["obstacles"]["cpu"]["int8"] is None
+
+
+def test_auto_takes_triton_where_nothing_is_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has no FP8 but everything else."""
+    refusal = lambda device, packed=(): "no FP8 here" if any(w.kind == "fp8" for w in packed) else None  # noqa: E731
+    monkeypatch.setattr("sfumato.ops.triton.obstacle", refusal)
+    found = info.operations("cuda")
+    assert found["auto"] == {"bf16": "triton", "int8": "triton", "fp8": "fused", "int4": "triton"}
+    assert found["obstacles"]["triton"] == {"bf16": None, "int8": None, "fp8": "no FP8 here", "int4": None}
+    assert "processor" in found["obstacles"]["cpu"]["bf16"]
+    assert info._reasons(found["obstacles"]["triton"]) == "fp8: no FP8 here"
+
+
+def test_a_survey_says_what_load_does_and_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def obstacle(dtype: torch.dtype | None, packed: Any = ()) -> str:
+        warnings.warn("the compiler failed", stacklevel=2)
+        return "the compiler failed"
+
+    monkeypatch.setattr("sfumato.ops.cpu.obstacle", obstacle)
+    found = {one.name: one for one in ops.survey("cpu", torch.bfloat16)}
+    assert found["cpu"] == ("cpu", "the compiler failed", False)
+    assert [name for name, one in found.items() if one.is_auto] == ["fused"]
+
+
+def test_json_and_screen_tell_of_the_operations(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(config_json), "--gpu", "H200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["operations"]
+    assert found == info.operations()
+    assert cli.main(["info", str(config_json), "--gpu", "H200"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Operations on this machine, device" in text
+    for name in ops.NAMES:
+        assert f"{name} " in text
+    assert "auto" in text
 
 
 @pytest.mark.parametrize(

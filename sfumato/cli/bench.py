@@ -22,6 +22,8 @@ from sfumato.cli import options as opt
 from sfumato.events import InputError
 from sfumato.measure.parts import DTYPES, Plan, Say, random_config, random_model, record
 from sfumato.measure.work import duration, number, size
+from sfumato.ops import survey
+from sfumato.quant.apply import samples
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
@@ -72,6 +74,8 @@ def command(
             kept = DTYPES[dtype] if dtype else None
             made = weights.load(model, device=device, dtype=kept, ops=ops, quantize=quantize).eval()
         found = record(made, plan, model or f"{size} (random weights)", say)
+    standings = survey(device, made.dtype, samples(quantize) if quantize else [])
+    found["implementations"] = [one._asdict() for one in standings]
     text = json.dumps(found, indent=2)
     if target is not None:
         target.write_text(text + "\n", encoding="utf-8")
@@ -113,6 +117,8 @@ def show(found: dict[str, Any]) -> None:
         f"{found['dtype']}, {found['ops']} operations, on {where}\n"
     )
     console.print(Text.assemble("\n", visible(model["name"], "bold"), visible(described)))
+    if "implementations" in found:
+        console.print(visible(standing(found), "dim"), "\n", sep="")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
     table.add_column(f"part, after {found['prompt']} tokens", no_wrap=True)
     for column in ("time", "fastest", "slowest", "floor", "of ceiling"):
@@ -141,6 +147,15 @@ def show(found: dict[str, Any]) -> None:
         + "\n",
         style="dim",
     )
+
+
+def standing(found: dict[str, Any]) -> str:
+    """What ran, beside what auto takes for such weights and what is in the way of the others."""
+    ran, each = found["ops"], found["implementations"]
+    auto = next(one["name"] for one in each if one["is_auto"])
+    text = f"Ran: {ran}, " + ("as auto does here." if ran == auto else f"where auto takes {auto}.")
+    left = ", ".join(f"{one['name']} ({one['obstacle']})" for one in each if one["obstacle"])
+    return f"{text} Not for these weights here: {left}." if left else text
 
 
 def _share(share: float | None) -> str:

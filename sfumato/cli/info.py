@@ -8,6 +8,7 @@ figures. A floor lacks activations, kernels and everything else that only makes 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,6 +123,31 @@ def _row(config: ModelConfig, name: str, context: int, contexts: list[int], gpu:
     return row
 
 
+KINDS = ("bf16", "int8", "fp8", "int4")
+"""Weights that operations are told for: in bfloat16, and by recipe."""
+
+
+def operations(device: str | None = None) -> dict[str, Any]:
+    """Which operations can run on this machine (its GPU, if it has one), for weights of each kind: `obstacles`, a
+    sentence or None by implementation and kind, and what `auto` takes."""
+    import torch
+
+    from sfumato.ops import survey
+    from sfumato.quant.apply import samples
+
+    if device is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a driver too old for torch is no GPU, not an error
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {kind: survey(device, torch.bfloat16, samples(kind) if kind != "bf16" else []) for kind in KINDS}
+    names = [one.name for one in found["bf16"]]
+    return {
+        "device": device,
+        "obstacles": {name: {kind: found[kind][n].obstacle for kind in KINDS} for n, name in enumerate(names)},
+        "auto": {kind: next(one.name for one in found[kind] if one.is_auto) for kind in KINDS},
+    }
+
+
 def read_config(model: str) -> tuple[ModelConfig, str]:
     """The config of a config.json, a folder, "nano" or a hub id (of which no weights are fetched), and its name."""
     path = Path(model)
@@ -143,7 +169,8 @@ def command(
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of context to reckon with. Default: 8192.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same figures as JSON.")] = False,
 ) -> None:
-    """Parameters, what each recipe needs and where it fits, and the floor that a GPU sets under one denoising step.
+    """Parameters, what each recipe needs and where it fits, the floor that a GPU sets under one denoising step, and
+    which operations can run on this machine.
 
     Works from config.json alone: no weights are read, or fetched from the hub.
 
@@ -154,6 +181,7 @@ def command(
     config, name = read_config(model)
     chosen = named_gpu(gpu) if gpu is not None else detected_gpu()
     found = report(config, context or min(8192, config.max_position), chosen, name)
+    found["operations"] = operations()
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -191,7 +219,10 @@ def show(found: dict[str, Any]) -> None:
             notes.append(_floor_note(found))
         else:
             notes.append(f"No published figures for {found['gpu']['name']}: sfumato bench measures its ceiling.")
-    console.print("\n" + " ".join(notes) + "\n", style="dim")
+    if "operations" in found:
+        console.print(f"Operations on this machine, device {found['operations']['device']}")
+        console.print(_operations(found["operations"]))
+    console.print(("" if "operations" in found else "\n") + " ".join(notes) + "\n", style="dim")
 
 
 def _facts(found: dict[str, Any]) -> Any:
@@ -242,6 +273,30 @@ def _memory(found: dict[str, Any]) -> Any:
         sizes = [size(one["total_bytes"]) for one in row["needs"]]
         table.add_row(row["recipe"], size(row["weight_bytes"]), *sizes, row["summary"])
     return table
+
+
+def _operations(found: dict[str, Any]) -> Any:
+    """A row for each implementation, with what is in its way."""
+    table = _table("operations", *KINDS)
+    table.add_column("", style="dim")
+    for name, obstacles in found["obstacles"].items():
+        table.add_row(
+            name,
+            *("–" if obstacles[kind] else "auto" if found["auto"][kind] == name else "yes" for kind in KINDS),
+            _reasons(obstacles),
+        )
+    return table
+
+
+def _reasons(obstacles: dict[str, str | None]) -> str:
+    """Each reason once, behind the kinds that it is for unless it is for all."""
+    kinds: dict[str, list[str]] = {}
+    for kind, reason in obstacles.items():
+        if reason:
+            kinds.setdefault(reason, []).append(kind)
+    return "; ".join(
+        reason if len(some) == len(obstacles) else f"{', '.join(some)}: {reason}" for reason, some in kinds.items()
+    )
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[float, list[str]]:

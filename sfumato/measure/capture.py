@@ -13,6 +13,7 @@ that is not of the graph's pool. Refusals name the line.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -225,7 +226,7 @@ def meta_model(config: ModelConfig, ops: Ops, recipe: str, dtype: torch.dtype = 
 
 def _packed(form: Format, shape: tuple[int, ...]) -> Packed:
     parts = {name: torch.empty(size, dtype=kind, device="meta") for name, (kind, size) in form.parts(shape).items()}
-    group = form.group or shape[-1]
+    group = math.gcd(form.group, shape[-1]) if form.group else shape[-1]  # as `pack` lowers it
     return Packed(form.kind, shape, parts["data"], parts["scale"], group, parts.get("bias"), parts.get("factor"))
 
 

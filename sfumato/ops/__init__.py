@@ -13,6 +13,7 @@ reference and fused unpack it with every product.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -160,3 +161,37 @@ def _fastest(device: torch.device, dtype: torch.dtype | None, packed: Collection
 
         return "fused" if triton.obstacle(device, packed) else "triton"
     return "fused"
+
+
+class Standing(NamedTuple):
+    """How one implementation stands on a device."""
+
+    name: str
+    obstacle: str | None
+    """Why it cannot run there, or only slower than another; None where nothing is in its way."""
+    is_auto: bool
+    """Whether "auto" takes it."""
+
+
+def survey(
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, packed: Collection[Packed] = ()
+) -> tuple[Standing, ...]:
+    """Every implementation on this device, for a model in this dtype with some weights packed like these. Says what
+    `load` would do, and loads nothing; a warning on the way is part of the answer, and is not given twice."""
+    device = torch.device(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = _fastest(device, dtype, packed)
+        return tuple(Standing(name, _obstacle(name, device, dtype, packed), name == chosen) for name in NAMES)
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype | None, packed: Collection[Packed]) -> str | None:
+    if name == "cpu":
+        from sfumato.ops import cpu
+
+        return cpu.obstacle(dtype, packed) if device.type == "cpu" else "they need a processor as the device"
+    if name == "triton":
+        from sfumato.ops import triton
+
+        return triton.obstacle(device, packed)
+    return None

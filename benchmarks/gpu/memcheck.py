@@ -1,0 +1,24 @@
+"""compute-sanitizer on one eager step of nano: reads and writes beside what was allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from benchmarks.gpu.setting import Row, Setting
+from benchmarks.gpu.tools import around
+
+ERROR = 9
+"""The exit code that it is asked for."""
+
+
+def run(setting: Setting, _: str) -> Iterator[Row]:
+    arguments = ["--tool", "memcheck", "--error-exitcode", str(ERROR), "--print-limit", "20"]
+    found = around(setting, "compute-sanitizer", arguments, "nano")
+    if isinstance(found, dict):
+        yield found
+        return
+    summary = re.findall(r"ERROR SUMMARY: .*", found.text)
+    says = summary[-1] if summary else "no summary: " + " ".join(found.text.split())[-200:]
+    says = "its time was over" if found.code is None else says
+    yield {"name": "nano", "ok": found.code == 0, "says": says, "text": found.text[-8000:]}
