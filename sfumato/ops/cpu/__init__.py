@@ -1,9 +1,10 @@
 """The CPU implementation: a small compiled library (`kernels.cpp`) behind the contract of `reference.py`.
 
-bfloat16 and int8 products run on AMX tiles where the processor has them, at several times what torch's own reach at the
-sizes of a canvas, or on AVX-512's dot products; float32 runs on portable vector code. Such weights are packed once, in the order in which they are
-read, into huge pages. Weights in groups (4 bits, or 8) stay as they lie, perhaps in a mapped file, and become bfloat16
-tiles on their way into a product. Inference only: no gradients. Why it exists, with figures: docs/LOG.md.
+bfloat16 and int8 products run on AMX tiles where the processor has them, else on AVX-512's dot products, at several
+times what torch's own reach at the sizes of a canvas; float32 runs on portable vector code. Such weights are packed
+once, in the order in which they are read, into huge pages. Weights in groups (4 bits, or 8) stay as they lie, perhaps in
+a mapped file, and become bfloat16 tiles on their way into a product. Inference only: no gradients. Why it exists, with
+figures: docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -53,9 +54,7 @@ def obstacle(dtype: torch.dtype | None, packed: Collection[Quantised] = ()) -> s
         return str(error)
     is_tiled = any(_is_grouped(weight) for weight in packed) or (dtype == torch.bfloat16 and not packed)
     if is_tiled and _way() == PLAIN:
-        return (
-            "this processor has neither AMX tiles nor AVX-512 with BF16 and VNNI, without which bfloat16 is slow here"
-        )
+        return "this processor has neither AMX nor AVX-512 with BF16 and VNNI, without which bfloat16 is slow here"
     return None
 
 

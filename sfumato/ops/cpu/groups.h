@@ -1,7 +1,7 @@
 // Weights in 4 or 8 bits with a scale for each group of 32, 64 or 128 inputs, read as they lie in a file:
 // [output][byte], a low half byte before its high one. 16 outputs x 128 inputs at a time become bfloat16 tiles (a code
-// is an integer that bfloat16 holds exactly), a group's product is made in float32 and meets its scale there. A bias is a
-// multiple of the sum of the group's inputs. Groups of 16, narrower than a tile, meet their scale before the product,
+// is an integer that bfloat16 holds exactly), a group's product is made in float32 and meets its scale there. A bias is
+// a multiple of the sum of the group's inputs. Groups of 16, narrower than a tile, meet their scale before the product,
 // and are rounded to bfloat16 there.
 #pragma once
 
@@ -27,7 +27,8 @@ static void turn_scales(const Weight<Codes> &w, long p, float *out) {
                 VU x[16];
                 for (int i = 0; i < 16; i++) {
                     const long output = std::min(32 * p + 16 * half + i, w.outputs - 1);
-                    x[i] = (VU)scales_at((which ? w.bias : w.scale) + (output * groups + g) * wide, groups - g, w.store);
+                    const char *from = which ? w.bias : w.scale;
+                    x[i] = (VU)scales_at(from + (output * groups + g) * wide, groups - g, w.store);
                 }
                 transpose(x, x);
                 for (long i = 0; i < std::min(16L, groups - g); i++)
@@ -134,10 +135,11 @@ static inline void scale_groups(long rows, const float *part, const float *by, f
 #if DOT_PRODUCTS
 // The same where a group's product need not leave the registers before it meets its scale.
 template <int R>
-static void dot_groups(const char *a, const char *b, long count, long wide, const float *by, float *c, bool adds) {
-    for (; count > 0; count--, a += wide * TILE, b += wide * 2 * TILE, by += 64, adds = true) {
+static void dot_groups(const char *a, const char *b, long count, long wide, const float *by, float *c, bool adds,
+                       const char *ahead, long each) {
+    for (; count > 0; count--, a += wide * TILE, b += wide * 2 * TILE, by += 64, ahead += wide * each, adds = true) {
         V sum[R][2] = {};
-        dots<bf16, R, 2>(sum, a, b, wide, nullptr, 0);
+        dots<bf16, R, 2>(sum, a, b, wide, ahead, each);
         const V one = load(by), two = load(by + 16);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
@@ -150,18 +152,19 @@ static void dot_groups(const char *a, const char *b, long count, long wide, cons
 #endif
 
 static inline void groups_product(long rows, const char *a0, const char *a1, const char *b, long count, long wide,
-                                  const float *by, float *part, float *c, bool adds) {
+                                  const float *by, float *part, float *c, bool adds, const char *ahead, long each) {
 #if DOT_PRODUCTS
     if (way == DOTS) {
         by_rows(rows, [&](auto some, long first) {
-            dot_groups<some.value>(row_of(a0, a1, first), b, count, wide, by, c + 32 * first, adds);
+            dot_groups<some.value>(row_of(a0, a1, first), b, count, wide, by, c + 32 * first, adds, ahead,
+                                   first ? 0 : each);
         });
         return;
     }
 #endif
     for (long g = 0; g < count; g++)
         product<bf16>(rows, a0 + g * wide * TILE, a1 + g * wide * TILE, b + g * wide * 2 * TILE, wide, part + g * 1024,
-                      32);
+                      32, false, ahead + g * wide * each, each);
     if (count == 1) scale_groups<1>(rows, part, by, c, adds);
     else if (count == 2) scale_groups<2>(rows, part, by, c, adds);
     else if (count == 3) scale_groups<3>(rows, part, by, c, adds);
@@ -183,8 +186,8 @@ static thread_local Scratch turned;
 
 template <>
 inline void panel_product<Codes>(long rows, const char *a, const float *sums, const Panel<Codes> *panels,
-                                 int count, float *c) {
-    for (int i = 0; i < count; i++, c += up(rows, 16) * 32) {
+                                 int count_of_panels, float *c) {
+    for (int i = 0; i < count_of_panels; i++, c += up(rows, 16) * 32) {
         const Weight<Codes> &w = *panels[i].w;
         const long p = panels[i].p, kc = w.kc(), side = w.side(), CHUNK = 4,
                    wide = w.is_narrow() ? CHUNK : w.group / 32;
@@ -192,21 +195,26 @@ inline void panel_product<Codes>(long rows, const char *a, const float *sums, co
         float *part = scales + w.groups() * 64;
         char *b = (char *)(part + CHUNK * 1024);
         turn_scales(w, p, scales);
-        const long each = up(tiles_of(32 * w.row_bytes(), tiles_of(kc, CHUNK)), 64);
+        const Ahead &next = panels[i].next; // as much of it as there is of this one
+        const long each = next.data ? up(tiles_of(32 * w.row_bytes(), kc), 64) : 0, // with a tile of k
+            scale_each = up(tiles_of(32 * w.scale_bytes(), tiles_of(kc, CHUNK)), 64);
         for (long k = 0; k < kc; k += CHUNK) {
-            if (panels[i].next) fetch(panels[i].next + k / CHUNK * each, each);
+            if (next.scale) fetch(next.scale + k / CHUNK * scale_each, scale_each);
+            if (next.bias) fetch(next.bias + k / CHUNK * scale_each, scale_each);
             const long some = std::min(CHUNK, kc - k), count = w.is_narrow() ? 1 : some / wide;
             unpack_tiles(w, p, k, some, scales, b);
             for (long t = 0; 16 * t < rows; t += 2) {
                 const long some_rows = std::min(32L, rows - 16 * t);
                 const char *at = a + (t * kc + k) * TILE;
                 float *to = c + t * 512;
+                const char *ahead = next.data + k * each;
+                const long here = t ? 0 : each;
                 if (w.is_narrow()) {
-                    product<bf16>(some_rows, at, at + kc * TILE, b, some, to, 32, k > 0);
+                    product<bf16>(some_rows, at, at + kc * TILE, b, some, to, 32, k > 0, ahead, here);
                     continue;
                 }
                 const float *by = scales + k / wide * 64;
-                groups_product(some_rows, at, at + kc * TILE, b, count, wide, by, part, to, k > 0);
+                groups_product(some_rows, at, at + kc * TILE, b, count, wide, by, part, to, k > 0, ahead, here);
                 if (w.bias) add_biases(some_rows, count, by, sums + t * side + k / wide * 16, side, to);
             }
         }

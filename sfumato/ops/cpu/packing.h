@@ -84,6 +84,10 @@ struct Given {
     long kind, group, store;
 };
 
+struct Ahead { // where a panel begins that is read soon, and its scales and biases if they are many
+    const char *data = nullptr, *scale = nullptr, *bias = nullptr;
+};
+
 template <class M> struct Weight {
     const char *data;
     const float *scale; // int8: one an output
@@ -100,6 +104,7 @@ template <class M> struct Weight {
     long panels() const { return tiles_of(outputs, 32); }
     long side() const { return 32; } // what a tile of rows brings beside its elements: int8 scales and sums of rows
     const char *panel(long p) const { return data + p * kc() * 2 * TILE; }
+    Ahead ahead(long p) const { return {panel(p)}; }
 };
 template <> struct Weight<Codes> {
     const char *data, *scale, *bias;
@@ -109,7 +114,7 @@ template <> struct Weight<Codes> {
           inputs(inputs), bits(g.kind), group(g.group), store(g.store) {}
     Weight of(long expert) const {
         Weight w = *this;
-        const long scales = expert * outputs * groups() * (store ? 2 : 4);
+        const long scales = expert * outputs * scale_bytes();
         w.data += expert * outputs * row_bytes(), w.scale += scales;
         if (bias) w.bias += scales;
         return w;
@@ -120,7 +125,11 @@ template <> struct Weight<Codes> {
     long groups() const { return inputs / group; }
     long side() const { return bias && !is_narrow() ? 16 * groups() : 16; } // the sum of each group of a row
     long row_bytes() const { return inputs * bits / 8; }
+    long scale_bytes() const { return groups() * (store ? 2 : 4); } // of an output
     const char *panel(long p) const { return data + p * 32 * row_bytes(); }
+    Ahead ahead(long p) const {
+        return {panel(p), scale + p * 32 * scale_bytes(), bias ? bias + p * 32 * scale_bytes() : nullptr};
+    }
 };
 
 template <class F> static inline void by_kind(const Given &given, F f) {
@@ -162,7 +171,7 @@ template <class M> static void finish_rows(const Weight<M> &w, char *a, float *b
         if (w.bits == 4) pair_rows(a, w.kc());
     }
     if constexpr (std::is_same_v<M, int8_t>)
-        for (int r = 0; r < 16; r++) {
+        for (int r = 0; way == DOTS && r < 16; r++) {
             VI sum = VI{};
             for (long k = 0; k < w.kc(); k++)
                 for (int part = 0; part < 64; part += 16) {
@@ -184,14 +193,14 @@ static void pack_for(const Weight<M> &w, const IO *const *rows, int count, char 
     finish_rows(w, out, beside);
 }
 
-// For each of `count` panels C [rows, 32], up to the next row tile, one behind the other, from all the rows in A. K goes in pieces, so
-// that what meets again and again stays in the nearest cache. What comes next is fetched meanwhile: beside few rows
-// only memory's delay has to be hidden, so it is the next tile of k; beside many, the panels that come `next`, spread
-// over all the products. Integer sums are scaled.
+// For each of `count` panels C [rows, 32], up to the next row tile, one behind the other, from all the rows in A. K
+// goes in pieces, so that what meets again and again stays in the nearest cache. What comes next is fetched meanwhile:
+// beside few rows only memory's delay has to be hidden, so it is the next tile of k; beside many, the panels that come
+// `next`, spread over all the products. Integer sums are scaled.
 template <class M> struct Panel {
     const Weight<M> *w;
     long p;
-    const char *next;
+    Ahead next;
 };
 template <class M>
 static inline void panel_product(long rows, const char *a, const float *beside, const Panel<M> *panels, int count,
@@ -206,11 +215,11 @@ static inline void panel_product(long rows, const char *a, const float *beside, 
     for (long k = 0; k < kc; k += piece)
         for (int i = 0; i < count; i++) {
             const long some = std::min(piece, kc - k);
-            const char *b = begins(i, k), *next = panels[i].next;
+            const char *b = begins(i, k), *next = panels[i].next.data;
             if (is_few) {
                 const char *then = i + 1 < count    ? begins(i + 1, k)
                                    : k + piece < kc ? begins(0, k + piece)
-                                                    : panels[0].next;
+                                                    : panels[0].next.data;
                 if (then) fetch(then, 2 * TILE);
                 next = b + 2 * TILE;
             } else if (next) next += k * tiles_of(row_tiles, 2) * each;

@@ -1,8 +1,8 @@
 // Tiles of 16 rows x 64 bytes: their product, and how rows and columns become tiles.
 //
 // The product comes in three ways over one layout. AMX: an instruction a pair of tiles. Without it, AVX-512's dot
-// products of 2 bfloat16 or 4 int8, for which neighbours along k already lie together in a word. Else plain vector code,
-// which runs anywhere. AVX-512's bfloat16 products take subnormal numbers as zeros, and AMX's too.
+// products of 2 bfloat16 or 4 int8, for which neighbours along k already lie together in a word. Else plain vector
+// code, which runs anywhere. The first two take subnormal numbers in bfloat16 as zeros.
 #pragma once
 
 #include "vectors.h"
@@ -204,8 +204,8 @@ static void dot_product(long rows, const char *a0, const char *a1, const char *b
 #endif
 
 // C [rows, 32] (+)= A (rows of two row tiles, at most 32) x B (a panel), over kc tiles of k; of `columns` up to 16 the
-// first half alone. Up to the next tile more rows of C may be written. `each` bytes from `ahead` on are fetched into the
-// cache with every tile of k: what comes next arrives while this is computed. Of int8 see `dots`.
+// first half alone. More rows of C may be written, up to the next tile. `each` bytes from `ahead` on are fetched into
+// the cache with every tile of k: what comes next arrives while this is computed. Of int8 see `dots`.
 template <class M>
 static inline void product(long rows, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
                            long ldc, bool adds = false, const char *ahead = nullptr, long each = 0, long columns = 32) {
