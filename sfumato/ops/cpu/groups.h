@@ -195,7 +195,8 @@ inline void panel_product<Codes>(long rows, const char *a, const float *sums, co
         float *part = scales + w.groups() * 64;
         char *b = (char *)(part + CHUNK * 1024);
         turn_scales(w, p, scales);
-        const Ahead &next = panels[i].next; // as much of it as there is of this one
+        // Of the panel that comes next, as much as there is of this one.
+        const Ahead next = i + 1 < count_of_panels ? panels[i + 1].w->ahead(panels[i + 1].p) : panels[0].next;
         const long each = next.data ? up(tiles_of(32 * w.row_bytes(), kc), 64) : 0, // with a tile of k
             scale_each = up(tiles_of(32 * w.scale_bytes(), tiles_of(kc, CHUNK)), 64);
         for (long k = 0; k < kc; k += CHUNK) {

@@ -220,8 +220,11 @@ static inline void panel_product(long rows, const char *a, const float *beside, 
                 const char *then = i + 1 < count    ? begins(i + 1, k)
                                    : k + piece < kc ? begins(0, k + piece)
                                                     : panels[0].next.data;
-                if (then) fetch(then, 2 * TILE);
-                next = b + 2 * TILE;
+                if (way == DOTS) next = then; // the first rows meet all of a piece, the next tile of which is too near
+                else {
+                    if (then) fetch(then, 2 * TILE);
+                    next = b + 2 * TILE;
+                }
             } else if (next) next += k * tiles_of(row_tiles, 2) * each;
             for (long t = 0; t < row_tiles; t += 2) {
                 const char *at = a + (t * kc + k) * TILE;
