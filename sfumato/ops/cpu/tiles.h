@@ -177,7 +177,9 @@ static void dot_rows(const char *a, const char *b, long kc, typename Kind<M>::Su
 template <class M, int HALVES>
 static void dot_product(long rows, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
                         long ldc, bool adds, const char *ahead, long each) {
-    const long share = ahead ? up(tiles_of(each * 8, rows), 64) : 0; // of what is ahead, with all rows
+    long turns = 0;
+    by_rows(rows, [&](auto, long) { turns++; });
+    const long share = ahead ? up(tiles_of(each, turns), 64) : 0; // of what is ahead, with all rows
     by_rows(rows, [&](auto some, long first) {
         dot_rows<M, some.value, HALVES>(row_of(a0, a1, first), b, kc, c + first * ldc, ldc, adds, ahead, share);
         ahead += kc * share;
