@@ -36,6 +36,8 @@ static void turn_scales(const Weight<Codes> &w, long p, float *out) {
             }
 }
 
+static constexpr long LATE = 512; // bytes of a tile of k whose codes are looked up with the product
+
 // 16 bytes of each of 16 rows that lie `apart`, as 4 vectors of words: a word of every row.
 static inline void transpose_words(const char *from, long apart, VU out[4]) {
 #if defined(__AVX512F__)
@@ -61,29 +63,40 @@ static inline void transpose_words(const char *from, long apart, VU out[4]) {
 #endif
 }
 
-// The codes of 32 outputs and some tiles of k (at most 4), as B tiles. 4 bits are looked up: what they stand for in
-// bfloat16, twice, so that the bit above them may be anything. A word of 8 codes gives the pairs (0, 4), (1, 5), (2, 6)
-// and (3, 7), in whose order the rows lie too.
-static inline void unpack_tiles(const Weight<Codes> &w, long p, long k, long some, const float *scales, char *out) {
-    const long row = w.row_bytes(), apart = 32 * p + 31 < w.outputs ? row : 0;
+// What codes of 4 bits stand for in bfloat16, twice, so that the bit above them may be anything.
+static inline VS code_values(const Weight<Codes> &w) {
     constexpr VS plain = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
                           0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
                           0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
     constexpr VS less_8 = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0,      0x3f80, 0x4000,
                            0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
                            0xc000, 0xbf80, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-    const VS values = w.bias ? plain : less_8;
+    return w.bias ? plain : less_8;
+}
+
+// 16 bytes of each of 16 outputs of a panel from byte `at` of their rows on, as words; see `transpose_words`.
+static inline void turn_codes(const Weight<Codes> &w, long output, long at, VU out[4]) {
+    const long row = w.row_bytes();
+    const char *from = w.data + output * row + at;
+    if (output + 16 <= w.outputs) return transpose_words(from, row, out);
+    char rows[16][16]; // outputs that do not exist are the last one's
+    for (int i = 0; i < 16; i++) memcpy(rows[i], from + (std::min(output + i, w.outputs - 1) - output) * row, 16);
+    transpose_words(rows[0], 16, out);
+}
+
+// The codes of 32 outputs and some tiles of k (at most 4), as B tiles; where `is_late`, 4 bits as words that are looked
+// up with the product, [k tile][4][half]. A word of 8 codes gives the pairs (0, 4), (1, 5), (2, 6) and (3, 7), in whose
+// order the rows lie too.
+static inline void unpack_tiles(const Weight<Codes> &w, long p, long k, long some, bool is_late, const float *scales,
+                                char *out) {
+    const VS values = code_values(w);
     for (int half = 0; half < 2; half++)
         for (long part = 0; part < some * w.bits / 4; part++) { // 16 bytes of a row
-            const char *from = w.data + (32 * p + 16 * half) * row + k * 4 * w.bits + 16 * part;
             VU x[4];
-            if (apart) transpose_words(from, apart, x);
-            else { // outputs that do not exist are the last one's
-                char rows[16][16];
-                for (int i = 0; i < 16; i++)
-                    memcpy(rows[i], from + (std::min(32 * p + 16 * half + i, w.outputs - 1) - 32 * p - 16 * half) * row,
-                           16);
-                transpose_words(rows[0], 16, x);
+            turn_codes(w, 32 * p + 16 * half, k * 4 * w.bits + 16 * part, x);
+            if (is_late) {
+                for (int d = 0; d < 4; d++) memcpy(out + part * LATE + (2 * d + half) * 64, x + d, 64);
+                continue;
             }
             if (w.bits == 4) {
                 char *tile = out + part * 2 * TILE + half * TILE;
@@ -133,13 +146,43 @@ static inline void scale_groups(long rows, const float *part, const float *by, f
 }
 
 #if DOT_PRODUCTS
-// The same where a group's product need not leave the registers before it meets its scale.
+// `dots` of codes of 4 bits that are looked up on their way into the product: beside few rows, storing them as tiles
+// would take a fifth of the time.
 template <int R>
-static void dot_groups(const char *a, const char *b, long count, long wide, const float *by, float *c, bool adds,
-                       const char *ahead, long each) {
-    for (; count > 0; count--, a += wide * TILE, b += wide * 2 * TILE, by += 64, ahead += wide * each, adds = true) {
+static inline __attribute__((always_inline)) void dots_of_codes(V (&sum)[R][2], const char *a, const char *b, long kc,
+                                                                VS values, const char *ahead, long each) {
+    for (long k = 0; k < kc; k++, a += TILE, b += LATE) {
+        for (const char *until = ahead + each; ahead < until; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+        for (int d = 0; d < 4; d++) {
+            VU one, two;
+            memcpy(&one, b + 128 * d, 64), memcpy(&two, b + 128 * d + 64, 64);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const __m512bh w[2] = {(__m512bh)__builtin_shuffle(values, (VS)(one >> 4 * i)),
+                                       (__m512bh)__builtin_shuffle(values, (VS)(two >> 4 * i))};
+#pragma GCC unroll 12
+                for (int r = 0; r < R; r++) {
+                    int32_t word;
+                    memcpy(&word, a + 64 * r + 16 * d + 4 * i, 4);
+                    const __m512bh x = (__m512bh)_mm512_set1_epi32(word);
+                    sum[r][0] = (V)_mm512_dpbf16_ps((__m512)sum[r][0], x, w[0]);
+                    sum[r][1] = (V)_mm512_dpbf16_ps((__m512)sum[r][1], x, w[1]);
+                }
+            }
+        }
+    }
+}
+
+// `scale_groups` where a group's product need not leave the registers before it meets its scale. `values`: of codes
+// that are late, or null.
+template <int R>
+static void dot_groups(const char *a, const char *b, const VS *values, long count, long wide, const float *by, float *c,
+                       bool adds, const char *ahead, long each) {
+    for (; count > 0; count--, a += wide * TILE, by += 64, ahead += wide * each, adds = true) {
         V sum[R][2] = {};
-        dots<bf16, R, 2>(sum, a, b, wide, ahead, each);
+        if (values) dots_of_codes<R>(sum, a, b, wide, *values, ahead, each);
+        else dots<bf16, R, 2>(sum, a, b, wide, ahead, each);
+        b += wide * (values ? LATE : 2 * TILE);
         const V one = load(by), two = load(by + 16);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
@@ -151,12 +194,13 @@ static void dot_groups(const char *a, const char *b, long count, long wide, cons
 }
 #endif
 
-static inline void groups_product(long rows, const char *a0, const char *a1, const char *b, long count, long wide,
-                                  const float *by, float *part, float *c, bool adds, const char *ahead, long each) {
+static inline void groups_product(long rows, const char *a0, const char *a1, const char *b, const VS *values,
+                                  long count, long wide, const float *by, float *part, float *c, bool adds,
+                                  const char *ahead, long each) {
 #if DOT_PRODUCTS
     if (way == DOTS) {
         by_rows(rows, [&](auto some, long first) {
-            dot_groups<some.value>(row_of(a0, a1, first), b, count, wide, by, c + 32 * first, adds, ahead,
+            dot_groups<some.value>(row_of(a0, a1, first), b, values, count, wide, by, c + 32 * first, adds, ahead,
                                    first ? 0 : each);
         });
         return;
@@ -195,6 +239,8 @@ inline void panel_product<Codes>(long rows, const char *a, const float *sums, co
         float *part = scales + w.groups() * 64;
         char *b = (char *)(part + CHUNK * 1024);
         turn_scales(w, p, scales);
+        const bool is_late = way == DOTS && w.bits == 4;
+        const VS values = code_values(w);
         // Of the panel that comes next, as much as there is of this one.
         const Ahead next = i + 1 < count_of_panels ? panels[i + 1].w->ahead(panels[i + 1].p) : panels[0].next;
         const long each = next.data ? up(tiles_of(32 * w.row_bytes(), kc), 64) : 0, // with a tile of k
@@ -203,7 +249,7 @@ inline void panel_product<Codes>(long rows, const char *a, const float *sums, co
             if (next.scale) fetch(next.scale + k / CHUNK * scale_each, scale_each);
             if (next.bias) fetch(next.bias + k / CHUNK * scale_each, scale_each);
             const long some = std::min(CHUNK, kc - k), count = w.is_narrow() ? 1 : some / wide;
-            unpack_tiles(w, p, k, some, scales, b);
+            unpack_tiles(w, p, k, some, is_late, scales, b);
             for (long t = 0; 16 * t < rows; t += 2) {
                 const long some_rows = std::min(32L, rows - 16 * t);
                 const char *at = a + (t * kc + k) * TILE;
@@ -215,7 +261,8 @@ inline void panel_product<Codes>(long rows, const char *a, const float *sums, co
                     continue;
                 }
                 const float *by = scales + k / wide * 64;
-                groups_product(some_rows, at, at + kc * TILE, b, count, wide, by, part, to, k > 0, ahead, here);
+                groups_product(some_rows, at, at + kc * TILE, b, is_late ? &values : nullptr, count, wide, by, part, to,
+                               k > 0, ahead, here);
                 if (w.bias) add_biases(some_rows, count, by, sums + t * side + k / wide * 16, side, to);
             }
         }
