@@ -302,8 +302,9 @@ def kernels(record: Record) -> str:
         if row["arch"] == 90:
             was = older.get((row["kind"], row["kernel"], row["tiles"]))
             name = f"{row['kernel'].strip('_')} {row['tiles']}".strip()
-            values = [row["launches"], row["ctas"], row["registers"], row["spills"], row["shared"], row["loop"]]
-            lines.append([name, row["kind"], *map(str, values), "–" if was is None else str(was["loop"])])
+            values = [row["launches"], row["ctas"], row["registers"], row["spills"], row["shared"]]
+            loops = [one["loop"] if one and one["loop_matrix"] else "–" for one in (row, was)]
+            lines.append([name, row["kind"], *map(str, (*values, *loops))])
     text += "\n\n" + table(head, lines)
     worst = []
     for arch in sorted({row["arch"] for row in record["rows"]}):
