@@ -51,12 +51,12 @@ bench: $(VENV)/.test-stamp ## the CPU benchmarks, under ten minutes: operations,
 
 # Not the venv: a machine lent for its GPU may have no network, and has torch of its own.
 gpu: ## on a CUDA machine, without network or .venv: all that only a GPU can say, in eight minutes (needs torch, triton, safetensors, tokenizers, numpy)
-	@echo 'gpu: with $(PYTHON), eight minutes at most; results go to runs/gpu'
-	$(PYTHON) scripts/gpu.py
+	@echo 'gpu: with $(PYTHON), eight minutes at most; results go to $(or $(OUT),runs/gpu)'
+	$(PYTHON) scripts/gpu.py --out $(or $(OUT),runs/gpu)
 
 gpu-more: ## the same, four minutes more: long contexts, a memory checker, hardware counters, offloading, transformers
-	@echo 'gpu-more: with $(PYTHON), four minutes at most; results go to runs/gpu-more'
-	$(PYTHON) scripts/gpu.py --more
+	@echo 'gpu-more: with $(PYTHON), four minutes at most; results go to $(or $(OUT),runs/gpu-more)'
+	$(PYTHON) scripts/gpu.py --more --out $(or $(OUT),runs/gpu-more)
 
 gpu-dry: $(VENV)/.test-stamp ## both on any machine, at toy sizes on the processor, in about two minutes: that the scripts themselves work
 	@echo 'gpu-dry: about two minutes; results go to runs/gpu-dry and runs/gpu-more-dry'

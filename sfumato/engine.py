@@ -14,6 +14,7 @@ first and what fits into memory is `batch`'s.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from sfumato.events import Commit, Done, Draft, Event, InputError, NumericError,
 from sfumato.guided import ALONE, SLICE, Turn, Walks, projecting
 from sfumato.model import Model, Pass
 from sfumato.offload import is_streamed
-from sfumato.recorded import Capture, CudaCapture, Recordings, on
+from sfumato.recorded import Capture, CudaCapture, Recorded, Recordings, on
 from sfumato.rows import Failure, Request, Row
 from sfumato.step import Canvases, Look, Projected, conclude_, look, step_, to_device
 
@@ -270,7 +271,7 @@ class Engine:
 
     def _padded(self, tokens: list[list[int]], width: int) -> Tensor:
         padded = [row + [self.config.pad_id] * (width - len(row)) for row in tokens]
-        return torch.tensor(padded, device=self.model.device)
+        return to_device(torch.tensor(padded), self.model.device)
 
     def _keep_last(self, hidden_BTD: Tensor, rows: list[int], counts: list[int]) -> None:
         """The last real hidden state of each row, where the row will read it."""
@@ -362,14 +363,28 @@ class Engine:
         tokens, length = [row.pending for row in each], each[0].length
         counts = self._make_room(tokens, rows)
         width, lengths, state = max(counts), [self.cache.lengths[i] for i in rows], self._state(length)
-        if self.record and width <= length:
-            encode = length if width else 0
-            recorded = self.recordings.of(self.model, self.cache, state, len(rows), encode, bans)
+        encode = length if width else 0
+        recorded = self._recording(state, len(rows), encode, bans) if self.record and width <= length else None
+        if recorded is not None:
             tokens_BT = self._padded(tokens, encode) if encode else None
             encoded_BTD = recorded(rows, lengths, counts, tokens_BT, bans)
         else:
             encoded_BTD = step_(self.model, self.cache, state, *self._places(rows, counts, bans))
         self._advance(rows, counts, encoded_BTD)
+
+    def _recording(self, state: Canvases, rows: int, encode: int, bans: tuple[int, ...]) -> Recorded | None:
+        """None from the first one on that cannot be made, for want of memory perhaps: what torch keeps of a capture
+        that failed may spoil the next, while steps run one by one give the same."""
+        try:
+            return self.recordings.of(self.model, self.cache, state, rows, encode, bans)
+        except RuntimeError as error:
+            if self.recordings.capture is None:
+                raise
+            self.record = False
+            self.recordings.clear()
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"a step could not be recorded, so steps run one by one from now on: {why}", stacklevel=2)
+            return None
 
     def _look(self, rows: list[int], bans: tuple[int, ...]) -> None:
         """The first half of a step of rows in which the host has a part; `_walk` ends it."""

@@ -12,9 +12,11 @@ and the step runs as usual. `measure.capture` holds a step to what a capture all
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,17 +41,33 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """That captures run on. One for all: torch gives streams out in turns, and the one that a block runs beside
+    (`ops.triton.block`) must be another."""
+    return torch.cuda.Stream(device)
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""A capture waits for the device, which would break one that another thread is in."""
+
+
 class CudaCapture:
     """CUDA graphs on one device, in one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with on(device):
-            self._stream = torch.cuda.Stream(device)
+            self._stream = _stream(device)
+        self.renew_()
+
+    def renew_(self) -> None:
+        """A pool of its own for what is recorded from now on: torch refuses one whose graphs are all gone."""
+        with on(self.device):
             self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor | None]) -> tuple[Replay, Tensor | None]:
-        with on(self.device):
+        with _ONE_AT_A_TIME, on(self.device):
             here = torch.cuda.current_stream(self.device)
             self._stream.wait_stream(here)
             with torch.cuda.stream(self._stream):  # compiles what is not yet, and fills caches
@@ -57,8 +75,10 @@ class CudaCapture:
                     run()
             here.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Without a stream of its own, torch takes one of the first device that ever recorded.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Without a stream of its own, torch takes one of the first device that ever recorded. What torch keeps of
+            # a capture may be no inference tensor, or others' captures outside that mode fail.
+            own = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+            with torch.inference_mode(False), own, torch.inference_mode():
                 result = run()
 
         def replay() -> None:
@@ -182,6 +202,8 @@ class Recordings:
     def clear(self) -> None:
         """The cache or the state has been replaced."""
         self._kept.clear()
+        if isinstance(self.capture, CudaCapture):
+            self.capture.renew_()
 
     def __len__(self) -> int:
         return len(self._kept)

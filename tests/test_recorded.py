@@ -182,6 +182,16 @@ def test_an_engine_works_on_its_models_device(monkeypatch: pytest.MonkeyPatch) -
     assert seen and all(one == [model.device] for one in seen) and not within
 
 
+def test_a_capture_that_fails_ends_recording_and_nothing_else() -> None:
+    def capture(run: Any) -> Any:
+        run()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much\nand more lines")
+
+    wanted = answers(OPTIONS, {})
+    with pytest.warns(UserWarning, match="one by one from now on: CUDA out of memory. Tried to allocate much$"):
+        assert answers(OPTIONS, {}, record=True, capture=capture) == wanted
+
+
 # ---- an engine that stays -------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from sfumato import weights
 from sfumato.config import ModelConfig
 from sfumato.measure.capture import Variant, meta_step
 from sfumato.ops.triton import tuning
+from sfumato.recorded import padded
 
 Chip = tuple[str, int]
 """A GPU's name and architecture."""
@@ -50,7 +51,12 @@ class Wanted:
 
 def of_nano() -> list[Wanted]:
     config = ModelConfig.from_file(weights.resolve("nano") / "config.json")
-    kinds: list[dict[str, Any]] = [{}, {"has_pins": True}, {"has_early": True, "has_pins": True}, {"bans": 3}]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"has_pins": True},
+        {"has_early": True, "has_pins": True},
+        {"bans": padded(len(config.eos_ids))},
+    ]
     return [
         Wanted(config, Variant(rows=rows, is_encoding=is_encoding, dtype=torch.float32, **more))
         for more in kinds
@@ -143,7 +149,7 @@ class Compiling:
                     continue
                 began, made = time.perf_counter(), made + 1
                 try:
-                    launch.compiled()
+                    _with_its_launcher(launch.compiled())
                     yield {"kernel": launch.name, "seconds": round(time.perf_counter() - began, 2)}
                 except Exception as error:
                     yield {"error": f"{launch.name} {launch.sizes}: {_line(error)}"}
@@ -162,6 +168,14 @@ class Compiling:
             table = json.loads(tuning.TABLE.read_text())
             tuning.TABLE = self.folder / f"table-{os.getpid()}.json"
             tuning.TABLE.write_text(json.dumps({"meta": table.get(self.chip[0], {})}))
+
+
+def _with_its_launcher(made: Any) -> None:
+    """Triton builds a small C library for each signature, at the first launch; it needs the driver's."""
+    if torch.cuda.is_available():
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(made.src, made.metadata)
 
 
 def _key(launch: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -48,9 +49,11 @@ def around(setting: Setting, name: str, arguments: list[str], kind: str) -> Told
 
 
 def _run(command: list[str], seconds: float) -> Told:
+    # A memory checker sees what the driver gave, which torch's allocator would cut up.
+    alone = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "memcheck" in command else {})
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=max(1.0, seconds), errors="replace", check=False
+            command, capture_output=True, text=True, timeout=max(1.0, seconds), errors="replace", check=False, env=alone
         )
     except subprocess.TimeoutExpired as error:
         return Told(None, str(error.stdout or "")[-20_000:])

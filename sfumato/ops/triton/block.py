@@ -152,10 +152,12 @@ def _side_by_side(x_ND: Tensor, one: Callable[[], Any], two: Callable[[], Any]) 
         return one(), two()
     main, side = torch.cuda.current_stream(device), _side(device)
     side.wait_stream(main)
-    with torch.cuda.stream(side):
-        found = one()
-    other = two()
-    main.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            found = one()
+        other = two()
+    finally:  # a capture that ends with a stream not joined cannot be ended at all
+        main.wait_stream(side)
     return found, other
 
 
