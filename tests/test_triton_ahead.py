@@ -49,7 +49,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_every_file_with_kernels_is_compiled(rows: list[dict[str, Any]]) -> None:
     files = {file.stem for file in Path(ahead.__file__).parent.glob("*.py") if "\n@triton.jit" in file.read_text()}
     assert {"norm", "attention"} <= files
-    assert {row["op"] for row in rows} == files
+    assert {row["op"] for row in rows} == files - {"dependent"}  # a part of every kernel, and none by itself
 
 
 def test_nothing_needs_more_shared_memory_than_there_is(rows: list[dict[str, Any]]) -> None:

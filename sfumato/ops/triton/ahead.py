@@ -40,7 +40,7 @@ class Special:
     """Types of the arguments that are passed when it runs: "*bf16", "i32", "fp32". Pointers count as aligned to 16
     bytes, as torch allocates them; "i32:16" is an integer that 16 divides, such as a stride."""
     constexprs: Mapping[str, Any] = field(default_factory=dict)
-    """Values of all other arguments."""
+    """Values of all other arguments, but for PDL, which is for all kernels alike (`dependent`)."""
     num_warps: int = 4
     num_stages: int = 1
 
@@ -77,13 +77,23 @@ def compile_one(special: Special, arch: int) -> dict[str, Any]:
     """Of this kernel: registers and spills (bytes) of a thread, shared memory (bytes), warps and stages; instructions
     in all and in its largest innermost loop (a warp, one turn), which matrix instructions and copies stand in it; size
     (bytes of cubin), seconds. RuntimeError where it does not compile."""
+    began = time.perf_counter()
+    made = compiled(special, arch)
+    return {**read(made), "seconds": round(time.perf_counter() - began, 2)}
+
+
+def compiled(special: Special, arch: int) -> Any:
+    """This kernel as Triton returns it. RuntimeError where it does not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from sfumato.ops.triton.dependent import is_on
+
     names = special.kernel.arg_names
-    wrong = set(names) ^ (set(special.signature) | set(special.constexprs))
-    if wrong or set(special.signature) & set(special.constexprs):
+    constexprs = {**special.constexprs, **({"PDL": is_on(f"sm_{arch}")} if "PDL" in names else {})}
+    wrong = set(names) ^ (set(special.signature) | set(constexprs))
+    if wrong or set(special.signature) & set(constexprs):
         raise RuntimeError(f"{special.name}: each argument once, in signature or constexprs; see {sorted(wrong)}")
     signature = {name: special.signature.get(name, "constexpr").removesuffix(":16") for name in names}
     aligned = [i for i, name in enumerate(names) if special.signature.get(name, "").startswith("*")]
@@ -91,19 +101,17 @@ def compile_one(special: Special, arch: int) -> dict[str, Any]:
     source = ASTSource(
         special.kernel,
         signature,
-        dict(special.constexprs),
+        constexprs,
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    began = time.perf_counter()
     try:
-        made = triton.compile(
+        return triton.compile(
             source,
             target=GPUTarget("cuda", arch, 32),
             options={"num_warps": special.num_warps, "num_stages": special.num_stages},
         )
     except Exception as error:
         raise RuntimeError(f"{special.name} does not compile for sm_{arch}: {error}") from error
-    return {**read(made), "seconds": round(time.perf_counter() - began, 2)}
 
 
 def read(made: Any) -> dict[str, Any]:

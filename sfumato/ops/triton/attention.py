@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sfumato.masks import Mask
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.product import in_fp8, is_last, special
 from sfumato.ops.triton.tuning import Config, chip, config
 
@@ -117,6 +118,7 @@ def _launch_combine(
         BLOCK_K=triton.next_power_of_2(size),
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
+        **overlap(out_BTHK.device),
     )
 
 
@@ -181,6 +183,7 @@ def _launch(
         WINDOW=mask.window or 0,
         BLOCK_K=max(16, triton.next_power_of_2(size)),
         **chosen,
+        **overlap(q_BTHK.device),
     )
     return parts, stats
 
@@ -229,7 +232,9 @@ def _attention(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     g, b = tl.program_id(1) // COLUMNS, tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + b).to(tl.int32)
     count = tl.load(counts_ptr + b).to(tl.int32)
@@ -380,8 +385,10 @@ def _combine(
     SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """All heads of a position: what was encoded, or not split, is whole already."""
+    enter(PDL)
     n = tl.program_id(0)
     t = n % (encode + canvas)
     head = tl.arange(0, BLOCK_H)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.norm import joined, normed, shape
 from sfumato.ops.triton.product import HALVES, Form, Ready, dense_specials, lay_out, layout, special
 from sfumato.ops.triton.tuning import Config, config
@@ -70,6 +71,7 @@ def between(
         SPARSE_GROUP=two.group,
         **tiles,
         **warps,
+        **overlap(residual_ND.device),
     )
     return out_ND, root_N, one, two
 
@@ -112,6 +114,7 @@ def end(
         NEXT_GROUP=1 if ready is None else ready.group,
         **tiles,
         **warps,
+        **overlap(residual_ND.device),
     )
     return out_ND, ready
 
@@ -150,7 +153,9 @@ def _between(
     SPARSE_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     kind: tl.constexpr = out_ptr.dtype.element_ty
     for at in range(tl.program_id(0), zeros, tl.num_programs(0)):
         tl.store(zero_ptr + at, 0)
@@ -200,7 +205,9 @@ def _end(
     NEXT_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     kind: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     col = tl.arange(0, BLOCK)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sfumato.ops import ReadOut
 from sfumato.ops.triton.ahead import Special
+from sfumato.ops.triton.dependent import enter, overlap
 
 CHUNK = 32
 """Positions that are compared with all others at a time."""
@@ -65,6 +66,7 @@ def conclude_(
         PINS=has_pins,
         BLOCK=min(1024, triton.next_power_of_2(width)),
         num_warps=4,
+        **overlap(at_B.device),
     )
     _conclude[(batch,)](
         at_B,
@@ -98,6 +100,7 @@ def conclude_(
         BLOCK=triton.next_power_of_2(length),
         CHUNK=min(CHUNK, triton.next_power_of_2(length)),
         num_warps=8,
+        **overlap(at_B.device),
     )
 
 
@@ -119,8 +122,10 @@ def _place(
     D: tl.constexpr,
     PINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One position: its soft embedding, its entropy with pins in place, and whether all its numbers are finite."""
+    enter(PDL)
     n = tl.program_id(0).to(tl.int64)
     row = tl.load(at_ptr + n // L)
     entropy = tl.load(entropy_ptr + n)
@@ -177,8 +182,10 @@ def _conclude(
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row: all its positions."""
+    enter(PDL)
     b = tl.program_id(0).to(tl.int64)
     row = tl.load(at_ptr + b)
     if row != scratch:

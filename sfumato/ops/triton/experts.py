@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor, empty, float32, int32, zeros
 
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.linear import gate_and_up, gated, placed
 from sfumato.ops.triton.product import (
     HALVES,
@@ -89,7 +90,7 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weig
     part_AD = products(*ready, count_E, list_EN, choices, gate_up, down, hidden_AF)
     chosen = config("combine", (width,), x_ND.dtype, x_ND.device, DEFAULTS["combine"])
     _combine[(tokens, triton.cdiv(width, chosen["BLOCK"]))](
-        part_AD, weight_NJ.contiguous(), out_ND, D=width, J=choices, **chosen
+        part_AD, weight_NJ.contiguous(), out_ND, D=width, J=choices, **chosen, **overlap(x_ND.device)
     )
     return out_ND
 
@@ -131,6 +132,7 @@ def products(
         **same,
         **tiles,
         **launch,
+        **overlap(device),
     )
     part_AD = empty(rows, down.outputs, dtype=dtype, device=device)
     again, launch = _tiles("experts_down", height, (count, down.outputs, hidden_size), down, dtype, device)
@@ -150,6 +152,7 @@ def products(
         **same,
         **again,
         **launch,
+        **overlap(device),
     )
     return part_AD
 
@@ -186,12 +189,15 @@ def listed(index_NJ: Tensor, count: int) -> tuple[Tensor, Tensor]:
     list_EN = empty(count, tokens, dtype=int32, device=index_NJ.device)
     chosen = config("listed", (count,), index_NJ.dtype, index_NJ.device, DEFAULTS["listed"])
     rows = tokens * choices
-    _listed[(triton.cdiv(rows, chosen["BLOCK"]),)](index_NJ.contiguous(), count_E, list_EN, rows, tokens, **chosen)
+    _listed[(triton.cdiv(rows, chosen["BLOCK"]),)](
+        index_NJ.contiguous(), count_E, list_EN, rows, tokens, **chosen, **overlap(index_NJ.device)
+    )
     return count_E, list_EN
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
-def _listed(index_ptr, count_ptr, list_ptr, rows, tokens, BLOCK: tl.constexpr):
+def _listed(index_ptr, count_ptr, list_ptr, rows, tokens, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
     assignment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_live = assignment < rows
     append(tl.load(index_ptr + assignment, is_live, 0).to(tl.int32), assignment, is_live, count_ptr, list_ptr, tokens)
@@ -241,7 +247,9 @@ def _experts_gate_up(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     HALF: tl.constexpr = BLOCK_N // 2
     tile = tl.program_id(0) % tiles
     first = (tl.program_id(0) // tiles) * HALF
@@ -280,7 +288,9 @@ def _experts_down(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     tile = tl.program_id(0) % tiles
     n = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_tile, expert, slot_M = rows_of(tile, count_ptr, list_ptr, tokens, E, BLOCK_E, BLOCK_M)
@@ -294,7 +304,8 @@ def _experts_down(
 
 
 @triton.jit
-def _combine(part_ptr, weight_ptr, out_ptr, D: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(part_ptr, weight_ptr, out_ptr, D: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato.masks import Mask
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.norm import heads_a_program, turned
 from sfumato.ops.triton.tuning import Config, config
 
@@ -65,6 +66,7 @@ def heads(
         BLOCK=triton.next_power_of_2(size // 2),
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
+        **overlap(q_BTHK.device),
     )
     return outs
 
@@ -89,6 +91,7 @@ def append_(k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask
         WIDTH=groups * size,
         BLOCK=triton.next_power_of_2(groups * size),
         **chosen,
+        **overlap(k_BTGK.device),
     )
 
 
@@ -114,7 +117,9 @@ def _heads(
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     SIZE: tl.constexpr = 2 * HALF
     OF_Q: tl.constexpr = (HEADS + ROWS - 1) // ROWS
     OF_K: tl.constexpr = (GROUPS + ROWS - 1) // ROWS
@@ -161,7 +166,9 @@ def _append(
     ring_r,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     t, b = tl.program_id(0), tl.program_id(1)
     count = tl.load(counts_ptr + b).to(tl.int32)
     # Padding goes nowhere, nor does what a later one of these positions would replace.

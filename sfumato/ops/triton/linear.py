@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sfumato.ops.packed import BLOCK
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.product import (
     HALVES,
     Form,
@@ -119,6 +120,7 @@ def gate_up(x_MK: Tensor, x_extra: Tensor | None, gate: Form, up: Form, hidden_M
         SPLIT=is_split,
         **tiles,
         **launch,
+        **overlap(x_MK.device),
     )
 
 
@@ -157,6 +159,7 @@ def multiply(
         KIND=first.kind,
         **tiles,
         **launch,
+        **overlap(x_MK.device),
     )
 
 
@@ -255,7 +258,9 @@ def _linear(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(0) // tiles_m
@@ -314,7 +319,9 @@ def _gate_up(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     HALF: tl.constexpr = BLOCK_N // 2
     tiles_m = tl.cdiv(rows, BLOCK_M)
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfumato.ops.triton.ahead import Special
+from sfumato.ops.triton.dependent import enter, overlap
 
 SAMPLE, RENOISE = 1, 2
 """The streams of `CountedDice.sample` and `CountedDice.renoise`."""
@@ -46,6 +47,7 @@ def noise(
             FIRST=SAMPLE,
             SECOND=RENOISE,
             num_warps=4,
+            **overlap(device),
         )
     return uniform_BL, tokens_BL, heat_B
 
@@ -80,7 +82,9 @@ def _noise(
     BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     n = tl.program_id(0)
     row = tl.load(at_ptr + n)
     l_L = tl.arange(0, BLOCK)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.tuning import Config, config
 
 DEFAULTS = {
@@ -46,6 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
             WEIGHTED=weight is not None,
             **tiles,
             **warps,
+            **overlap(x.device),
         )
     return out
 
@@ -83,6 +85,7 @@ def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin
             BLOCK=triton.next_power_of_2(size // 2),
             num_warps=chosen["num_warps"],
             num_stages=chosen["num_stages"],
+            **overlap(x_BTHK.device),
         )
     return out
 
@@ -95,7 +98,9 @@ def norm_add(residual: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> Tenso
         width = x.shape[-1]
         rows = x.numel() // width
         tiles, warps = _tiles("norm_add", width, x)
-        _norm_add[(triton.cdiv(rows, tiles["ROWS"]),)](residual, x, weight_D, out, rows, eps, width, **tiles, **warps)
+        _norm_add[(triton.cdiv(rows, tiles["ROWS"]),)](
+            residual, x, weight_D, out, rows, eps, width, **tiles, **warps, **overlap(x.device)
+        )
     return out
 
 
@@ -133,6 +138,7 @@ def join(
             width,
             **tiles,
             **warps,
+            **overlap(residual_ND.device),
         )
     return out_ND
 
@@ -209,7 +215,9 @@ def _rms_norm(
     WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     col = tl.arange(0, BLOCK)
     live = (row < rows)[:, None] & (col < WIDTH)[None, :]
@@ -265,7 +273,9 @@ def _norm_rope(
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     token = tl.program_id(0)
     b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -282,8 +292,18 @@ def _norm_rope(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_add(
-    residual_ptr, x_ptr, weight_ptr, out_ptr, rows, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    residual_ptr,
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     col = tl.arange(0, BLOCK)
     live = (row < rows)[:, None] & (col < WIDTH)[None, :]
@@ -311,7 +331,9 @@ def _join(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     col = tl.arange(0, BLOCK)
     live = (row < rows)[:, None] & (col < WIDTH)[None, :]

@@ -32,6 +32,7 @@ from torch import Tensor
 from sfumato.events import InputError
 from sfumato.ops.packed import BLOCK, KINDS, Packed
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.tuning import Config, chip, config
 
 Weight = Tensor | Packed
@@ -164,18 +165,20 @@ def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor,
     if weight.kind in HALVES:
         if not is_split:
             plain_MK, x_MK = x_MK, torch.empty_like(x_MK)
-            _in_classes[(rows,)](plain_MK, x_MK, K=width, BLOCK=block, num_warps=warps)
+            _in_classes[(rows,)](plain_MK, x_MK, K=width, BLOCK=block, num_warps=warps, **overlap(x_MK.device))
         if weight.kind != "int4_bias":
             return x_MK, None
         sum_MG = torch.empty(rows, width // weight.group, dtype=torch.float32, device=x_MK.device)
         sizes = _sum_sizes(width, weight.group)
-        _sum_groups[(rows,)](x_MK, sum_MG, K=width, GROUP=weight.group, **sizes, num_warps=warps)
+        _sum_groups[(rows,)](
+            x_MK, sum_MG, K=width, GROUP=weight.group, **sizes, num_warps=warps, **overlap(x_MK.device)
+        )
         return x_MK, sum_MG
     if weight.kind != "fp8":
         return x_MK, None
     out_MK = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x_MK.device)
     scale_M = torch.empty(rows, dtype=torch.float32, device=x_MK.device)
-    _quantise_rows[(rows,)](x_MK, out_MK, scale_M, K=width, BLOCK=block, num_warps=warps)
+    _quantise_rows[(rows,)](x_MK, out_MK, scale_M, K=width, BLOCK=block, num_warps=warps, **overlap(x_MK.device))
     return out_MK, scale_M
 
 
@@ -231,7 +234,8 @@ def spread(i, K: tl.constexpr):
 
 
 @triton.jit
-def _in_classes(x_ptr, out_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
+def _in_classes(x_ptr, out_ptr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
     row = tl.program_id(0).to(tl.int64) * K
     col = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row + col, col < K)
@@ -239,8 +243,11 @@ def _in_classes(x_ptr, out_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_groups(x_ptr, sum_ptr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr):
+def _sum_groups(
+    x_ptr, sum_ptr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr
+):
     """The sum of each group of a row that lies in its four classes."""
+    enter(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     word = tl.arange(0, WORDS)[None, :]
@@ -253,7 +260,8 @@ def _sum_groups(x_ptr, sum_ptr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl
 
 
 @triton.jit
-def _quantise_rows(x_ptr, out_ptr, scale_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_rows(x_ptr, out_ptr, scale_ptr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
     row = tl.program_id(0) + tl.arange(0, 1).to(tl.int64)
     col = tl.arange(0, BLOCK)[None, :]
     x = tl.load(x_ptr + row[:, None] * K + col, col < K, 0.0).to(tl.float32)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sfumato.ops import NEVER, ReadOut
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.product import IN_ASSEMBLY
 from sfumato.ops.triton.tuning import Config, chip, config
 
@@ -146,6 +147,7 @@ def read_out(
         **bans,
         **sweep,
         **warps,
+        **overlap(device),
     )
 
     argmax_BL, sample_BL = integers(batch, length), integers(batch, length)
@@ -173,6 +175,7 @@ def read_out(
         TILE=tile,
         BLOCK=triton.next_power_of_2(count),
         num_warps=_combine_warps(count),
+        **overlap(device),
     )
     if has_dice:
         _walk[(rows,)](
@@ -193,6 +196,7 @@ def read_out(
             TILE=tile,
             **bans,
             **walk,
+            **overlap(device),
         )
     return ReadOut(sample_BL, argmax_BL, entropy_BL, logits_BLV, Tiles(mass, peak_BL, log_sum_BL, tile))
 
@@ -278,7 +282,9 @@ def _sweep(
     PART: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     # Programs that run at one time share GROUP blocks of positions and few tiles: E streams, the hidden states stay
     # in L2 however many rows there are.
     program = tl.program_id(0)
@@ -413,9 +419,11 @@ def _combine(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One position: all its tiles. Sums are taken in units of exp(peak), so that the entropy, log(sum) - moment / sum,
     is a sum of two numbers that are never negative."""
+    enter(PDL)
     n = tl.program_id(0)
     start = n.to(tl.int64) * TILES
     c_C = tl.arange(0, BLOCK)
@@ -481,11 +489,13 @@ def _walk(
     BANS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One position, the one tile that its sample lies in: its logits as the sweep had them, in float32, and the first
     word at which their sum passes what is left of the target. What weighs less than 2^-24 of the tile, by the rounded
     logits, is taken as rounded, and its row of E not read: all of it is less than 2^-17, and less wrong than
     2^-18."""
+    enter(PDL)
     n = tl.program_id(0).to(tl.int64)
     inside = tl.load(inside_ptr + n)
     if inside >= 0:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.experts import append
 from sfumato.ops.triton.product import is_last, special
 from sfumato.ops.triton.tuning import Config, config
@@ -116,6 +117,7 @@ def _launch(
         BLOCK_E=block,
         BLOCK_J=triton.next_power_of_2(top_k),
         **chosen,
+        **overlap(residual_ND.device),
     )
 
 
@@ -151,7 +153,9 @@ def _route(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     TYPE: tl.constexpr = residual_ptr.dtype.element_ty
     # Steps are dealt in runs, the last of which may be shorter.
     SHARE: tl.constexpr = ((D + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K

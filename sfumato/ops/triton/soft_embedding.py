@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.read_out import Tiles, sizes
 from sfumato.ops.triton.tuning import Config, chip, config
 
@@ -72,7 +73,7 @@ def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: T
     if tiles is None:
         size, listed, counts = chosen["BLOCK_K"], None, None
         peak_BL, log_sum_BL = (torch.empty(batch, length, dtype=torch.float32, device=device) for _ in range(2))
-        _normalise[(rows,)](logits_BLV, peak_BL, log_sum_BL, V=words, BLOCK=_SCAN, num_warps=8)
+        _normalise[(rows,)](logits_BLV, peak_BL, log_sum_BL, V=words, BLOCK=_SCAN, num_warps=8, **overlap(device))
     else:
         size, peak_BL, log_sum_BL = tiles.size, tiles.peak_BL, tiles.log_sum_BL
         listed, counts = _list(tiles, blocks, chosen["BLOCK_N"], threshold(embed_VD.dtype, tiles.mass_BLC.shape[-1]))
@@ -93,9 +94,10 @@ def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: T
         TILE=size,
         **chosen,
         **warps,
+        **overlap(device),
     )
     _add[(triton.cdiv(rows * width, _ADD),)](
-        partial_SBLD, scale, out_BLD, rows * width, SPLITS=splits, BLOCK=_ADD, num_warps=4
+        partial_SBLD, scale, out_BLD, rows * width, SPLITS=splits, BLOCK=_ADD, num_warps=4, **overlap(device)
     )
     return out_BLD
 
@@ -113,9 +115,19 @@ def _list(tiles: Tiles, blocks: int, block_n: int, threshold: float) -> tuple[Te
     listed = torch.empty(batch * blocks, count, dtype=torch.int32, device=device)
     counts = torch.empty(batch * blocks, dtype=torch.int32, device=device)
     _mark[(triton.cdiv(count, _CHUNK), batch * blocks)](
-        tiles.mass_BLC, holds, threshold, length, TILES=count, BLOCK_N=block_n, CHUNK=_CHUNK, num_warps=4
+        tiles.mass_BLC,
+        holds,
+        threshold,
+        length,
+        TILES=count,
+        BLOCK_N=block_n,
+        CHUNK=_CHUNK,
+        num_warps=4,
+        **overlap(device),
     )
-    _compact[(batch * blocks,)](holds, listed, counts, TILES=count, BLOCK=triton.next_power_of_2(count), num_warps=4)
+    _compact[(batch * blocks,)](
+        holds, listed, counts, TILES=count, BLOCK=triton.next_power_of_2(count), num_warps=4, **overlap(device)
+    )
     return listed, counts
 
 
@@ -130,8 +142,9 @@ _COUNTS = ["length", "rows", "values"]
 
 
 @triton.jit
-def _normalise(logits_ptr, peak_ptr, log_sum_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+def _normalise(logits_ptr, peak_ptr, log_sum_ptr, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One position: the largest logit and the logarithm of the sum of exp(logit - largest)."""
+    enter(PDL)
     n = tl.program_id(0)
     v_K = tl.arange(0, BLOCK)
     at = logits_ptr + n.to(tl.int64) * V + v_K
@@ -148,8 +161,18 @@ def _normalise(logits_ptr, peak_ptr, log_sum_ptr, V: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def _mark(mass_ptr, holds_ptr, threshold, length, TILES: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+def _mark(
+    mass_ptr,
+    holds_ptr,
+    threshold,
+    length,
+    TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Which of CHUNK tiles hold something at one of the positions of one block."""
+    enter(PDL)
     block = tl.program_id(1)
     blocks = tl.cdiv(length, BLOCK_N)
     l_N = tl.minimum(block % blocks * BLOCK_N + tl.arange(0, BLOCK_N), length - 1)
@@ -162,8 +185,9 @@ def _mark(mass_ptr, holds_ptr, threshold, length, TILES: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def _compact(holds_ptr, list_ptr, count_ptr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+def _compact(holds_ptr, list_ptr, count_ptr, TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The numbers of the tiles that hold something, ascending."""
+    enter(PDL)
     block = tl.program_id(0)
     start = block.to(tl.int64) * TILES
     c_C = tl.arange(0, BLOCK)
@@ -192,7 +216,9 @@ def _multiply(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    enter(PDL)
     split = tl.program_id(1)
     columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     block = tl.program_id(0) // columns
@@ -243,8 +269,9 @@ def _multiply(
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def _add(partial_ptr, scale_ptr, out_ptr, values, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _add(partial_ptr, scale_ptr, out_ptr, values, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The splits in order, rounded and scaled as the reference does."""
+    enter(PDL)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.load(partial_ptr + i, i < values, 0.0)
     for split in tl.static_range(1, SPLITS):
