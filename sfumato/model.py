@@ -9,6 +9,7 @@ The model knows its config, masks, cache and operations, and nothing of sampling
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from sfumato.cache import KVCache
 from sfumato.config import LayerConfig, ModelConfig, Rope
 from sfumato.masks import Mask
-from sfumato.ops import Layer, Ops
+from sfumato.ops import After, Layer, Ops
 
 
 class Norm(nn.Module):
@@ -145,9 +146,11 @@ class Block(nn.Module):
         self.register_buffer("denoise_scalar", torch.ones(1))
         self.index, self.eps, self.ops = index, config.eps, ops
 
-    def forward(self, x_BTD: Tensor, run: Pass) -> Tensor:
+    def forward(self, x_BTD: Tensor, run: Pass, handed: Any = None, after: After | None = None) -> tuple[Tensor, Any]:
+        """x behind this block, and what it hands on to the one `after` it, which takes that as `handed` (`Ops.block`):
+        None where operations run one by one."""
         if self.ops.block is not None:
-            return self._whole(x_BTD, run)
+            return self._whole(x_BTD, run, handed, after)
         mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), run, self.index)
         x_BTD = self.ops.norm_add(x_BTD, mixed_BTD, self.post_attention_layernorm.weight, self.eps)
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -161,16 +164,25 @@ class Block(nn.Module):
             self.eps,
             run.scale(self.encode_scalar, self.denoise_scalar),
         )
-        return joined_ND.view_as(x_BTD)
+        return joined_ND.view_as(x_BTD), None
 
-    def _whole(self, x_BTD: Tensor, run: Pass) -> Tensor:
+    def before(self) -> After:
+        """What the block before must know to hand over."""
+        mixer = self.self_attn
+        products = [layer.weight for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj) if layer is not None]
+        return After(self.input_layernorm.weight, tuple(products))
+
+    def _whole(self, x_BTD: Tensor, run: Pass, handed: Any, after: After | None) -> tuple[Tensor, Any]:
         """`forward` in one call of an implementation that has it."""
         assert self.ops.block is not None
         (mask, cos_BTK, sin_BTK), scale_N1 = run.of(self.index), run.scale(self.encode_scalar, self.denoise_scalar)
         rings = run.cache.ring_of(self.index)
-        x_BTD, k_BTGK, v_BTGK = self.ops.block(x_BTD, self._layer(), cos_BTK, sin_BTK, *rings, mask, scale_N1)
-        run.append(self.index, k_BTGK, v_BTGK, mask)
-        return x_BTD
+        x_BTD, k_BTGK, v_BTGK, handed = self.ops.block(
+            x_BTD, self._layer(), cos_BTK, sin_BTK, *rings, mask, scale_N1, handed, after
+        )
+        if k_BTGK is not None:
+            run.append(self.index, k_BTGK, v_BTGK, mask)
+        return x_BTD, handed
 
     def _layer(self) -> Layer:
         mixer, dense, router, experts = self.self_attn, self.mlp, self.router, self.experts
@@ -475,8 +487,15 @@ class Model(nn.Module):
         return self.self_conditioning.condition(self._embed(canvas_BL), soft_BLD)
 
     def _stack(self, x_BTD: Tensor, run: Pass) -> Tensor:
-        for block in self.layers:
-            x_BTD = block(x_BTD, run)
+        handed = None
+        blocks: list[Any] = list(self.layers)
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            after = After(self.norm.weight, ()) if following is None else following.before()
+            # A block with a hook may not have its weights yet (offload.py).
+            is_ready = following is None or not following._forward_pre_hooks
+            x_BTD, handed = block(x_BTD, run, handed, after if is_ready else None)
+        if handed is not None:
+            return handed
         # Where squares overflow the norm makes zeros, which would pass for a state: 0 times infinity is NaN.
         return self.norm(x_BTD) + 0 * torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
 

@@ -32,8 +32,8 @@ def small() -> Iterator[None]:
     with (
         tuning.using("experts_gate_up", BLOCK_N=64, BLOCK_M=16, BLOCK_K=64),
         tuning.using("experts_down", BLOCK_N=64, BLOCK_K=64),
-        tuning.using("route", BLOCK_K=64),
-        tuning.using("group", BLOCK=32),
+        tuning.using("route", BLOCK_K=64, SPLITS=2),
+        tuning.using("listed", BLOCK=32),
         tuning.using("combine", BLOCK=64),
     ):
         yield
@@ -134,7 +134,6 @@ def test_no_token() -> None:
     assert out.shape == (0, 64)
 
 
-@pytest.mark.parametrize("block", [16, 32])
 @pytest.mark.parametrize(
     ("tokens", "count", "choices", "how"),
     [
@@ -146,19 +145,25 @@ def test_no_token() -> None:
         (6, 6, 6, "all"),
     ],
 )
-def test_group(tokens: int, count: int, choices: int, how: str, block: int) -> None:
+def test_listed(tokens: int, count: int, choices: int, how: str) -> None:
     index, _ = routed(tokens, count, choices, how)
-    with tuning.using("group", BLOCK=256):
-        tile, slot = experts.group(index, count, block)
-    each = index.flatten().bincount(minlength=count)
-    needed = (each + block - 1) // block
-    assert len(tile) >= needed.sum()
-    assert torch.equal(tile[tile >= 0].long(), torch.arange(count).repeat_interleave(needed))
-    assert (tile[needed.sum() :] == -1).all()
-    for e in range(count):
-        mine = slot[tile == e].flatten()
-        assert torch.equal(mine[: each[e]].long(), torch.where(index.flatten() == e)[0])
-        assert (mine[each[e] :] == -1).all()
+    check_lists(index, *experts.listed(index, count))
+
+
+def check_lists(index: Tensor, count_E: Tensor, list_EN: Tensor) -> None:
+    assert torch.equal(count_E.long(), index.flatten().bincount(minlength=len(count_E)))
+    for e, each in enumerate(count_E.tolist()):
+        assert torch.equal(list_EN[e, :each].long().sort().values, torch.where(index.flatten() == e)[0])
+
+
+@pytest.mark.parametrize(("tokens", "width", "count", "choices"), [(19, 200, 6, 2), (33, 96, 128, 8), (5, 40, 3, 3)])
+def test_route_writes_the_lists(tokens: int, width: int, count: int, choices: int) -> None:
+    residual, scale, proj = normal(tokens, width), normal(width, seed=1), normal(count, width, seed=2)
+    index, weight = route.route(residual, scale, proj, torch.ones(count), choices, EPS)
+    root, zeros = (residual.square().mean(-1) + EPS).rsqrt(), torch.zeros(route.zeros_for(tokens, count)).int()
+    *lists, same = route.listed(residual, root, scale, proj, torch.ones(count), choices, zeros)
+    check_lists(index, *lists)
+    assert torch.allclose(same, weight, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -213,8 +218,10 @@ def test_route_of_equals_takes_the_lowest_index() -> None:
 def test_route_of_what_is_no_number_stays_in_bounds() -> None:
     residual = normal(3, 32)
     residual[1] = torch.nan
-    index, _ = route.route(residual, torch.ones(32), normal(6, 32), torch.ones(6), 2, EPS)
+    index, weight = route.route(residual, torch.ones(32), normal(6, 32), torch.ones(6), 2, EPS)
     assert ((index >= 0) & (index < 6)).all()
+    assert index[1, 0] != index[1, 1]  # an expert's list has room for each token once
+    assert weight[1].isnan().all() and weight[[0, 2]].isfinite().all()
 
 
 def test_route_of_a_token_does_not_depend_on_the_others() -> None:

@@ -72,6 +72,13 @@ class Layer(NamedTuple):
         return self[:-2]
 
 
+class After(NamedTuple):
+    """What comes behind a block: a norm, and the products that take what it gives; none at the end of the stack."""
+
+    norm: Any
+    products: tuple[Any, ...]
+
+
 @dataclass(frozen=True)
 class Ops:
     """One implementation of every operation. Shapes and meaning are documented in `reference.py`."""
@@ -92,8 +99,13 @@ class Ops:
     settle: Callable[[Tensor], None] | None = None
     """Make a weight that is read as it lies, the embedding, faster to read; its place and numbers stay."""
     block: Callable[..., Any] | None = None
-    """(x_BTD, Layer, cos, sin, k ring, v ring, mask, scalar) -> x_BTD and the new k_BTGK, v_BTGK: the operations of a
-    block in one call, where that pays. None: the model calls them one by one."""
+    """(x_BTD, Layer, cos, sin, k ring, v ring, mask, scalar, what the block before handed on, After) -> x_BTD, the new
+    k_BTGK and v_BTGK, and what it hands on: the operations of a block in one call, where that pays. None: the model
+    calls them one by one.
+
+    k and v are None where the block has put them into the rings itself. Handed on is x_BTD behind the norm that comes
+    next, in whatever form the next block takes; at the end of the stack the hidden states themselves, in which a row
+    that is not finite stays so. None: whoever comes next takes x_BTD. After is None where nothing may be handed on."""
     is_recordable: bool = False
     """Nothing in a step waits for the host, no shape hangs on a number on the device: a CUDA graph can hold it."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sfumato.events import InputError
 from sfumato.masks import Mask
-from sfumato.ops import Layer, Ops, ReadOut
+from sfumato.ops import After, Layer, Ops, ReadOut
 from sfumato.ops.cpu import build
 from sfumato.ops.packed import Packed as Quantised
 
@@ -340,9 +340,11 @@ def block(
     v_XRGK: Tensor,
     mask: Mask,
     scale_N1: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.Layer`. Between operations of tenths of a millisecond, a dozen calls from Python would cost as much as
-    attention does."""
+    handed: None = None,
+    after: After | None = None,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """See `ops.Ops.block`; nothing is handed on. Between operations of tenths of a millisecond, a dozen calls from
+    Python would cost as much as attention does."""
     x_BTD, scale_N1 = x_BTD.contiguous(), scale_N1.contiguous()
     (batch, new, width), (groups, head) = x_BTD.shape, k_XRGK.shape[2:]
     _check_alike(layer.gate, layer.up)
@@ -368,7 +370,7 @@ def block(
     )  # fmt: skip
     if pages is not None:
         _give_back(pages, count)
-    return y, k_BTGK, v_BTGK
+    return y, k_BTGK, v_BTGK, None
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------------

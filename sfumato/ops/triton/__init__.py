@@ -45,7 +45,7 @@ def load(device: torch.device | str = "cuda") -> Ops:
 
 def record() -> Ops:
     """The record, wherever it may run: on a GPU, or under Triton's interpreter on any machine."""
-    from sfumato.ops.triton import attention, experts, linear, norm, product, read_out, route, soft_embedding
+    from sfumato.ops.triton import attention, block, experts, linear, norm, product, read_out, route, soft_embedding
 
     plain = Ops(
         "triton",
@@ -61,6 +61,7 @@ def record() -> Ops:
         norm.join,
         read_out.read_out,
         soft_embedding.soft_embedding,
+        block=block.block,
         is_recordable=True,
     )
     each = {f.name: getattr(plain, f.name) for f in fields(plain) if f.name != "pack"}

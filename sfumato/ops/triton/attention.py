@@ -6,7 +6,8 @@ first position inside the window to the row's length; the positions encoded in t
 are read on the device, so bounds are dynamic and the grid is not.
 
 A canvas alone has too few tiles for a large GPU (64 for one row of 256 positions), so its keys are dealt in turn to
-SPLITS programs, and a second kernel joins their parts in a fixed order. Which tile of keys goes to whom depends on the
+SPLITS programs, whose parts are joined in their order: by the program of a tile that comes last, or by a kernel that
+takes whole positions and may quantise them for what comes next. Which tile of keys goes to whom depends on the
 row's own length and count alone: a row's answer does not depend on its batch. Encoded positions are not split.
 
 What this lacks: gradients, dropout, a scale other than 1, copies through the tensor copy engine (the ring may wrap
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from sfumato.masks import Mask
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.product import in_fp8, is_last, special
 from sfumato.ops.triton.tuning import Config, chip, config
 
 # By the architecture from which on they hold, and the padded head size. Shared memory holds the queries and, for each
@@ -51,14 +53,90 @@ CHOICES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (16, 32, 64), "SPLITS": (1, 2, 4
 # Products of float32 are exact ones, without tensor cores: small tiles, and no hurry.
 EXACT: Config = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 1, "num_warps": 4, "num_stages": 1}
 
-COMBINE: Config = {"VALUES": 2048, "num_warps": 4, "num_stages": 1}
+# LAST: parts are joined by the program of a tile that comes last, or else (0) by a kernel of its own.
+COMBINE: Config = {"LAST": 1, "num_warps": 8, "num_stages": 1}
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
     """softmax(q kT) v with grouped key-value heads and scale 1, [B, T, H, K]. Keys and values are those of the ring
     (`k_XRGK`: all cache rows X, R = mask.ring + 1 slots) and the new ones; `mask` says who sees whom. What padding
     attends to is nobody's business, but it is finite."""
-    batch, tokens, heads, size = q_BTHK.shape
+    come = torch.zeros(zeros_for(q_BTHK, k_BTGK, mask), dtype=torch.int32, device=q_BTHK.device)
+    return joined(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask, come)
+
+
+def joined(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask, come: Tensor
+) -> Tensor:
+    """`attention`, where `come`, `zeros_for` it, are zeros already."""
+    out_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
+    if out_BTHK.numel():
+        is_last = config("attention_combine", q_BTHK.shape[-1:], q_BTHK.dtype, q_BTHK.device, COMBINE)["LAST"]
+        qkv = q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK
+        parts, stats = _launch(*qkv, mask, out_BTHK, come if is_last else None)
+        if parts is not out_BTHK and not is_last and mask.canvas:
+            _launch_combine(parts, stats, out_BTHK, mask, None, None)
+    return out_BTHK
+
+
+def quantised(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask
+) -> tuple[Tensor, Tensor]:
+    """`attention` as weights in FP8 meet it: all heads of a position in FP8, [N, H x K], and their scale, [N]."""
+    rows, width = q_BTHK.shape[:2].numel(), q_BTHK.shape[2:].numel()
+    out_BTHK = torch.empty_like(q_BTHK)
+    parts, stats = _launch(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask, out_BTHK, None)
+    code_NK = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=q_BTHK.device)
+    scale_N = torch.empty(rows, dtype=torch.float32, device=q_BTHK.device)
+    _launch_combine(parts, stats, out_BTHK, mask, code_NK, scale_N)
+    return code_NK, scale_N
+
+
+def _launch_combine(
+    parts: Tensor, stats: Tensor, out_BTHK: Tensor, mask: Mask, code_NK: Tensor | None, scale_N: Tensor | None
+) -> None:
+    """Into codes and scales, or where there are none into `out_BTHK`."""
+    batch, tokens, heads, size = out_BTHK.shape
+    chosen = config("attention_combine", (size,), out_BTHK.dtype, out_BTHK.device, COMBINE)
+    _combine[(batch * tokens,)](
+        parts,
+        stats,
+        out_BTHK,
+        code_NK,
+        scale_N,
+        batch * mask.canvas * heads,
+        mask.encode,
+        mask.canvas,
+        HEADS=heads,
+        SIZE=size,
+        SPLITS=1 if parts is out_BTHK else len(parts),
+        BLOCK_H=triton.next_power_of_2(heads),
+        BLOCK_K=triton.next_power_of_2(size),
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+    )
+
+
+def zeros_for(q_BTHK: Tensor, k_BTGK: Tensor, mask: Mask) -> int:
+    """Integers in which the programs of each tile of a canvas are counted."""
+    batch, _, heads, size = q_BTHK.shape
+    chosen, kv_heads = tiles(size, q_BTHK.dtype, q_BTHK.device), k_BTGK.shape[2]
+    return batch * kv_heads * triton.cdiv(mask.canvas * (heads // kv_heads), chosen["BLOCK_M"])
+
+
+def _launch(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    k_XRGK: Tensor,
+    v_XRGK: Tensor,
+    mask: Mask,
+    out_BTHK: Tensor,
+    come: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Into `out_BTHK`; without `come` to count in, the parts of canvases into tensors of their own, and the highest
+    score and the sum of each."""
+    batch, _, heads, size = q_BTHK.shape
     kv_heads = k_BTGK.shape[2]
     group = heads // kv_heads
     q_BTHK = q_BTHK if q_BTHK.stride(-1) == 1 else q_BTHK.contiguous()
@@ -66,10 +144,6 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
         k_BTGK, v_BTGK = k_BTGK.contiguous(), v_BTGK.contiguous()
     if k_XRGK.stride() != v_XRGK.stride() or k_XRGK.stride(-1) != 1:
         raise ValueError(f"the ring's keys and values must lie alike: strides {k_XRGK.stride()}, {v_XRGK.stride()}")
-    out_BTHK = torch.empty((batch, tokens, heads, size), dtype=q_BTHK.dtype, device=q_BTHK.device)
-    if not out_BTHK.numel():
-        return out_BTHK
-
     chosen = tiles(size, q_BTHK.dtype, q_BTHK.device)
     splits = chosen["SPLITS"]
     parts, stats = out_BTHK, out_BTHK
@@ -91,6 +165,7 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
         out_BTHK,
         parts,
         stats,
+        come if splits > 1 else None,
         mask.encode,
         mask.canvas,
         mask.ring,
@@ -104,25 +179,7 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
         BLOCK_K=max(16, triton.next_power_of_2(size)),
         **chosen,
     )
-    if splits > 1 and mask.canvas:
-        joined = config("attention_combine", (size,), q_BTHK.dtype, q_BTHK.device, COMBINE)
-        rows = _rows_a_program(size, joined)
-        _combine[(triton.cdiv(batch * mask.canvas * heads, rows),)](
-            parts,
-            stats,
-            out_BTHK,
-            batch * mask.canvas * heads,
-            mask.encode,
-            mask.canvas,
-            HEADS=heads,
-            SIZE=size,
-            SPLITS=splits,
-            ROWS=rows,
-            BLOCK_K=triton.next_power_of_2(size),
-            num_warps=joined["num_warps"],
-            num_stages=joined["num_stages"],
-        )
-    return out_BTHK
+    return parts, stats
 
 
 def tiles(size: int, dtype: torch.dtype | str, device: torch.device | str) -> Config:
@@ -132,10 +189,6 @@ def tiles(size: int, dtype: torch.dtype | str, device: torch.device | str) -> Co
     padded = 256 if size <= 256 else 512
     arch = max(known for known in DEFAULTS if known <= max(chip(str(device))[1], 80))
     return config("attention", (size,), dtype, device, DEFAULTS[arch][padded], SMALL[padded])
-
-
-def _rows_a_program(size: int, chosen: Config) -> int:
-    return max(1, chosen["VALUES"] // triton.next_power_of_2(size))
 
 
 @triton.jit(do_not_specialize=["encode", "canvas", "ring"])
@@ -151,6 +204,7 @@ def _attention(
     out_ptr,
     parts_ptr,
     stats_ptr,
+    come_ptr,
     encode,
     canvas,
     ring,
@@ -252,8 +306,8 @@ def _attention(
     # Padding may have seen nothing: its sum is 0, and so is its answer.
     out = acc / tl.maximum(total_p, 1e-30)[:, None]
     is_out = is_query[:, None] & is_col[None, :]
+    row = (b * (encode + canvas) + at) * HEADS + head
     if SPLITS == 1 or not is_canvas:
-        row = (b * (encode + canvas) + at) * HEADS + head
         tl.store(out_ptr + row[:, None] * SIZE + col[None, :], out.to(out_ptr.dtype.element_ty), is_out)
     else:
         cells = tl.num_programs(2).to(tl.int64) * canvas * HEADS
@@ -261,6 +315,45 @@ def _attention(
         tl.store(parts_ptr + (split * cells + cell)[:, None] * SIZE + col[None, :], out, is_out)
         tl.store(stats_ptr + split * 2 * cells + cell, highest, is_query)
         tl.store(stats_ptr + (split * 2 + 1) * cells + cell, total_p, is_query)
+        if come_ptr is not None:
+            nth = (b * tl.num_programs(1) + g) * tl.cdiv(canvas * GROUP, BLOCK_M) + tile
+            if is_last(come_ptr + nth, SPLITS):
+                # Some columns at a time, because registers hold the tile once and not twice.
+                CHUNK: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
+                for start in range(0, BLOCK_K, CHUNK):
+                    few = start + tl.arange(0, CHUNK)
+                    is_few = is_query[:, None] & (few < SIZE)[None, :]
+                    whole = _whole(parts_ptr, stats_ptr, cell, cells, few, is_few, is_query, SIZE, SPLITS)
+                    tl.store(out_ptr + row[:, None] * SIZE + few[None, :], whole.to(out_ptr.dtype.element_ty), is_few)
+
+
+@triton.jit
+def _whole(
+    parts_ptr,
+    stats_ptr,
+    cell,
+    cells,
+    col,
+    live,
+    is_cell,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """These columns of these cells from their parts, in float32: each part's average counts by its share of the
+    softmax's denominator."""
+    ROWS: tl.constexpr = cell.shape[0]
+    highest = tl.full((ROWS,), -1e30, tl.float32)
+    for split in tl.static_range(SPLITS):
+        highest = tl.maximum(highest, tl.load(stats_ptr + split * 2 * cells + cell, is_cell, -1e30))
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, col.shape[0]), tl.float32)
+    for split in tl.static_range(SPLITS):
+        high = tl.load(stats_ptr + split * 2 * cells + cell, is_cell, -1e30)
+        share = tl.load(stats_ptr + (split * 2 + 1) * cells + cell, is_cell, 0.0) * tl.exp2(high - highest)
+        part = tl.load(parts_ptr + (split * cells + cell)[:, None] * SIZE + col[None, :], live, 0.0)
+        total += share
+        acc += part * share[:, None]
+    return acc / tl.maximum(total, 1e-30)[:, None]
 
 
 @triton.jit(do_not_specialize=["cells", "encode", "canvas"])
@@ -268,37 +361,37 @@ def _combine(
     parts_ptr,
     stats_ptr,
     out_ptr,
+    code_ptr,
+    scale_ptr,
     cells,
     encode,
     canvas,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Each part's average counts by its share of the softmax's denominator."""
-    cell32 = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_cell = cell32 < cells
-    cell = cell32.to(tl.int64)
+    """All heads of a position: what was encoded, or not split, is whole already."""
+    n = tl.program_id(0)
+    t = n % (encode + canvas)
+    head = tl.arange(0, BLOCK_H)
     col = tl.arange(0, BLOCK_K)
-    live = is_cell[:, None] & (col < SIZE)[None, :]
-    highest = tl.full((ROWS,), -1e30, tl.float32)
-    for split in tl.static_range(SPLITS):
-        highest = tl.maximum(highest, tl.load(stats_ptr + split * 2 * cells + cell, is_cell, -1e30))
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_K), tl.float32)
-    for split in tl.static_range(SPLITS):
-        high = tl.load(stats_ptr + split * 2 * cells + cell, is_cell, -1e30)
-        share = tl.load(stats_ptr + (split * 2 + 1) * cells + cell, is_cell, 0.0) * tl.exp2(high - highest)
-        part = tl.load(parts_ptr + (split * cells.to(tl.int64) + cell)[:, None] * SIZE + col[None, :], live, 0.0)
-        total += share
-        acc += part * share[:, None]
-    # Cells of the canvas stand behind what their row encodes.
-    position = cell32 // HEADS
-    row = cell + (position // canvas + 1).to(tl.int64) * encode * HEADS
-    out = acc / tl.maximum(total, 1e-30)[:, None]
-    tl.store(out_ptr + row[:, None] * SIZE + col[None, :], out.to(out_ptr.dtype.element_ty), live)
+    is_head = head < HEADS
+    live = is_head[:, None] & (col < SIZE)[None, :]
+    at = (n.to(tl.int64) * HEADS + head)[:, None] * SIZE + col[None, :]
+    if SPLITS > 1 and t >= encode:
+        cell = ((n // (encode + canvas)).to(tl.int64) * canvas + t - encode) * HEADS + head
+        out = _whole(parts_ptr, stats_ptr, cell, cells.to(tl.int64), col, live, is_head, SIZE, SPLITS)
+        out = out.to(out_ptr.dtype.element_ty)
+    else:
+        out = tl.load(out_ptr + at, live, 0.0)
+    if code_ptr is None:
+        tl.store(out_ptr + at, out, live)
+    else:
+        code, scale = in_fp8(tl.where(live, out.to(tl.float32), 0.0).reshape(1, BLOCK_H * BLOCK_K))
+        tl.store(code_ptr + at, code.reshape(BLOCK_H, BLOCK_K), live)
+        tl.store(scale_ptr + n + tl.arange(0, 1), scale)
 
 
 def ahead(arch: int) -> list[Special]:
@@ -311,7 +404,7 @@ def ahead(arch: int) -> list[Special]:
             chosen = tiles(size, dtype, device)
             tensors = "q_ptr k_ptr v_ptr ring_k_ptr ring_v_ptr out_ptr".split()
             strides = "q_b q_t q_h new_b new_t new_g ring_x ring_r ring_g".split()
-            signature = {
+            signature: dict[str, str | None] = {
                 **dict.fromkeys(tensors, p),
                 **dict.fromkeys(("rows_ptr", "lengths_ptr", "counts_ptr"), "*i64"),
                 **dict.fromkeys(("parts_ptr", "stats_ptr"), "*fp32" if chosen["SPLITS"] > 1 else p),
@@ -321,13 +414,19 @@ def ahead(arch: int) -> list[Special]:
             values = {"HEADS": 16, "GROUP": group, "SIZE": size, "WINDOW": window, "BLOCK_K": size}
             values |= {key: chosen[key] for key in ("BLOCK_M", "BLOCK_N", "SPLITS")}
             warps = {key: chosen[key] for key in ("num_warps", "num_stages")}
-            found.append(Special(f"attention {name} {dtype}", _attention, signature, values, **warps))
-            if chosen["SPLITS"] > 1:
-                joined = config("attention_combine", (size,), dtype, device, COMBINE)
-                pointers = {"parts_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": p}
-                values = {"HEADS": 16, "SIZE": size, "SPLITS": chosen["SPLITS"], "BLOCK_K": size}
-                values["ROWS"] = _rows_a_program(size, joined)
-                warps = {key: joined[key] for key in ("num_warps", "num_stages")}
-                numbers = dict.fromkeys(("cells", "encode", "canvas"), "i32")
-                found.append(Special(f"combine {name} {dtype}", _combine, pointers | numbers, values, **warps))
+            for what, come in (("attention", "*i32"), ("attention in parts", None)):
+                pointer = {"come_ptr": come}
+                found.append(special(f"{what} {name} {dtype}", _attention, signature | pointer, [], values, warps))
+            for code in ("*fp8e4nv", None):
+                if (code and (arch < 89 or dtype != "bfloat16")) or (not code and chosen["SPLITS"] == 1):
+                    continue
+                joint = config("attention_combine", (size,), dtype, device, COMBINE)
+                joint = {key: joint[key] for key in ("num_warps", "num_stages")}
+                parts = "*fp32" if chosen["SPLITS"] > 1 else p
+                pointers: dict[str, str | None] = {"parts_ptr": parts, "stats_ptr": parts, "out_ptr": p}
+                pointers |= {"code_ptr": code, "scale_ptr": "*fp32" if code else None}
+                numbers = ["cells", "encode", "canvas"]
+                values = {"HEADS": 16, "SIZE": size, "SPLITS": chosen["SPLITS"], "BLOCK_H": 16, "BLOCK_K": size}
+                what = f"combine {name} {'fp8' if code else dtype}"
+                found.append(special(what, _combine, pointers, numbers, values, joint))
     return found

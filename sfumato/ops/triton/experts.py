@@ -1,10 +1,11 @@
 """experts: each token through its J experts, each expert's weights read once.
 
-One small kernel sorts the assignments (token, choice) by expert into tiles of BLOCK_M rows that belong to one expert
-each. How many tiles there can be follows from the shapes alone, so that the launch does not wait for the routing; the
+Each assignment (token, choice) stands in the list of its expert, which the router writes itself (`route.listed`), or
+one small kernel. Tiles of BLOCK_M rows belong to one expert each; which one, a program reads from the experts' counts.
+How many tiles there can be follows from the shapes alone, so that the launch does not wait for the routing; the
 programs of surplus tiles leave at once. Then gate and up with the product in the epilogue, then down, each assignment
-into a row of its own, then one sum over a token's J rows with their weights, j ascending: no atomics, and a token's
-answer does not depend on who else is there. The loop over K is `product`.
+into a row of its own, then one sum over a token's J rows with their weights, j ascending. The order of a list is that
+in which programs came, and changes no number: every row is summed by itself. The loop over K is `product`.
 
 Tiles of one expert lie side by side in the launch: the second finds the weights in L2. What this lacks: experts spread
 over several devices.
@@ -16,12 +17,13 @@ from dataclasses import replace
 
 import triton
 import triton.language as tl
-from torch import Tensor, empty, int32
+from torch import Tensor, empty, int32, zeros
 
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.linear import gate_and_up, gated, placed
 from sfumato.ops.triton.product import (
     HALVES,
+    Form,
     Weight,
     blocks,
     dense_specials,
@@ -46,8 +48,7 @@ _INT4 = {"BLOCK_N": 128, "BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stag
 _EXPERTS = {"plain": _PLAIN, "float32": _FLOAT32, "fp8": _FP8, "fp8_wide": _PLAIN, "int8": _PLAIN, "int4": _INT4}
 _EXPERTS |= {"nvfp4": _INT4, "mxfp4": _INT4}
 DEFAULTS: dict[str, Config] = {
-    # The tile of rows is shared by both products, so it stands apart from their sizes.
-    "group": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+    "listed": {"BLOCK": 256, "num_warps": 4, "num_stages": 1},
     "combine": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
 }
 KINDS: dict[str, dict[str, Config]] = {"experts_gate_up": _EXPERTS, "experts_down": _EXPERTS}
@@ -70,44 +71,11 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weig
         return out_ND
     gate_up = form(gate_up_EFD, x_ND)
     hidden_size = gate_up.outputs // 2
-    # Tiles of rows are cut once for both products; gate and up, the larger, decide.
-    tiles, launch = blocks("experts_gate_up", tuple(gate_up_EFD.shape), gate_up, x_ND.dtype, x_ND.device, KINDS)
-    tile_T, slot_TM = group(index_NJ, count, tiles["BLOCK_M"])
+    count_E, list_EN = listed(index_NJ, count)
     hidden_AF = empty(rows, hidden_size, dtype=x_ND.dtype, device=x_ND.device)
     down = form(down_EDF, hidden_AF)
-    _experts_gate_up[(len(tile_T) * triton.cdiv(gate_up.outputs, tiles["BLOCK_N"]),)](
-        *prepare(x_ND, gate_up),
-        *gate_up.operands,
-        hidden_AF,
-        tile_T,
-        slot_TM,
-        len(tile_T),
-        J=choices,
-        F=hidden_size,
-        K=width,
-        GROUP=gate_up.group,
-        KIND=gate_up.kind,
-        SPLIT=down.kind in HALVES,
-        **tiles,
-        **launch,
-    )
-    part_AD = empty(rows, width, dtype=x_ND.dtype, device=x_ND.device)
-    again, launch = blocks("experts_down", tuple(down_EDF.shape), down, x_ND.dtype, x_ND.device, KINDS)
-    again["BLOCK_M"] = tiles["BLOCK_M"]
-    _experts_down[(len(tile_T) * triton.cdiv(width, again["BLOCK_N"]),)](
-        *prepare(hidden_AF, down, is_split=True),
-        *down.operands,
-        part_AD,
-        tile_T,
-        slot_TM,
-        len(tile_T),
-        N=width,
-        K=hidden_size,
-        GROUP=down.group,
-        KIND=down.kind,
-        **again,
-        **launch,
-    )
+    ready = prepare(x_ND, gate_up)
+    part_AD = products(*ready, count_E, list_EN, choices, gate_up, down, hidden_AF)
     chosen = config("combine", (width,), x_ND.dtype, x_ND.device, DEFAULTS["combine"])
     _combine[(tokens, triton.cdiv(width, chosen["BLOCK"]))](
         part_AD, weight_NJ.contiguous(), out_ND, D=width, J=choices, **chosen
@@ -115,54 +83,106 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weig
     return out_ND
 
 
-def group(index_NJ: Tensor, count: int, block_m: int) -> tuple[Tensor, Tensor]:
-    """The assignments n x J + j sorted by expert: the expert of each tile, [T] int32, -1 for a surplus tile, and the
-    assignments of each tile, [T, block_m] int32, -1 where an expert's last tile is not full."""
-    rows = index_NJ.numel()
-    most = min(rows, (rows + count * (block_m - 1)) // block_m)
-    tile_T = empty(most, dtype=int32, device=index_NJ.device)
-    slot_TM = empty(most, block_m, dtype=int32, device=index_NJ.device)
-    chosen = config("group", (count,), index_NJ.dtype, index_NJ.device, DEFAULTS["group"])
-    _group[(count,)](
-        index_NJ.contiguous(), tile_T, slot_TM, rows, most, E=triton.next_power_of_2(count), BLOCK_M=block_m, **chosen
+def products(
+    x_ND: Tensor,
+    x_extra: Tensor | None,
+    count_E: Tensor,
+    list_EN: Tensor,
+    choices: int,
+    gate_up: Form,
+    down: Form,
+    hidden_AF: Tensor,
+) -> Tensor:
+    """down(gated(gate_up(x))) of every assignment, [N x J, D]; `hidden_AF` is where to keep the hidden layer. x is
+    prepared."""
+    (tokens, width), (rows, hidden_size), count = x_ND.shape, hidden_AF.shape, len(count_E)
+    dtype, device = hidden_AF.dtype, x_ND.device
+    # Tiles of rows are cut once for both products; gate and up, the larger, decide.
+    tiles, launch = blocks("experts_gate_up", (count, gate_up.outputs, width), gate_up, dtype, device, KINDS)
+    most = min(rows, (rows + count * (tiles["BLOCK_M"] - 1)) // tiles["BLOCK_M"])
+    same = {"E": count, "BLOCK_E": triton.next_power_of_2(count)}
+    _experts_gate_up[(most * triton.cdiv(gate_up.outputs, tiles["BLOCK_N"]),)](
+        x_ND,
+        x_extra,
+        *gate_up.operands,
+        hidden_AF,
+        count_E,
+        list_EN,
+        most,
+        tokens,
+        J=choices,
+        F=hidden_size,
+        K=width,
+        GROUP=gate_up.group,
+        KIND=gate_up.kind,
+        SPLIT=down.kind in HALVES,
+        **same,
+        **tiles,
+        **launch,
     )
-    return tile_T, slot_TM
+    part_AD = empty(rows, down.outputs, dtype=dtype, device=device)
+    again, launch = blocks("experts_down", (count, down.outputs, hidden_size), down, dtype, device, KINDS)
+    again["BLOCK_M"] = tiles["BLOCK_M"]
+    _experts_down[(most * triton.cdiv(down.outputs, again["BLOCK_N"]),)](
+        *prepare(hidden_AF, down, is_split=True),
+        *down.operands,
+        part_AD,
+        count_E,
+        list_EN,
+        most,
+        tokens,
+        N=down.outputs,
+        K=hidden_size,
+        GROUP=down.group,
+        KIND=down.kind,
+        **same,
+        **again,
+        **launch,
+    )
+    return part_AD
+
+
+def listed(index_NJ: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The assignments n x J + j of each expert: how many, [E] int32, and which, [E, N] int32, in no order. The experts
+    of a token differ."""
+    tokens, choices = index_NJ.shape
+    count_E = zeros(count, dtype=int32, device=index_NJ.device)
+    list_EN = empty(count, tokens, dtype=int32, device=index_NJ.device)
+    chosen = config("listed", (count,), index_NJ.dtype, index_NJ.device, DEFAULTS["listed"])
+    rows = tokens * choices
+    _listed[(triton.cdiv(rows, chosen["BLOCK"]),)](index_NJ.contiguous(), count_E, list_EN, rows, tokens, **chosen)
+    return count_E, list_EN
+
+
+@triton.jit(do_not_specialize=["rows", "tokens"])
+def _listed(index_ptr, count_ptr, list_ptr, rows, tokens, BLOCK: tl.constexpr):
+    assignment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_live = assignment < rows
+    append(tl.load(index_ptr + assignment, is_live, 0).to(tl.int32), assignment, is_live, count_ptr, list_ptr, tokens)
 
 
 @triton.jit
-def _group(index_ptr, tile_ptr, slot_ptr, rows, tiles, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    # A program for each expert. Each counts all experts, rather than wait for another launch that counts them.
-    expert = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    count_E = tl.zeros((E,), tl.int32)
-    for start in range(0, rows, BLOCK):
-        index = tl.load(index_ptr + start + lane, start + lane < rows, 0).to(tl.int32)
-        count_E += tl.histogram(index, E, start + lane < rows)
-    each = tl.arange(0, E)
+def append(expert, assignment, is_live, count_ptr, list_ptr, tokens):
+    """Each of these assignments into its expert's list."""
+    at = tl.atomic_add(count_ptr + expert, 1, is_live, sem="relaxed")
+    tl.store(list_ptr + expert * tokens + at, assignment, is_live)
+
+
+@triton.jit
+def rows_of(tile, count_ptr, list_ptr, tokens, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of a tile: whether there is one, its expert, and its assignments, -1 where it is not full."""
+    e = tl.arange(0, BLOCK_E)
+    count_E = tl.load(count_ptr + e, e < E, 0)
     tiles_E = (count_E + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(each < expert, tiles_E, 0), 0)
-    mine = tl.sum(tl.where(each == expert, tiles_E, 0), 0)
-    used = tl.sum(tiles_E, 0)
-
-    at = first * BLOCK_M
-    for start in range(0, rows, BLOCK):
-        index = tl.load(index_ptr + start + lane, start + lane < rows, -1).to(tl.int32)
-        is_mine = (index == expert).to(tl.int32)
-        place = at + tl.cumsum(is_mine, 0) - is_mine
-        tl.store(slot_ptr + place, start + lane, is_mine == 1)
-        at += tl.sum(is_mine, 0)
-    end = (first + mine) * BLOCK_M
-    rest = at + tl.arange(0, BLOCK_M)
-    tl.store(slot_ptr + rest, tl.full((BLOCK_M,), -1, tl.int32), rest < end)
-    for start in range(0, mine, BLOCK):
-        tile = start + lane
-        tl.store(tile_ptr + first + tile, tl.zeros((BLOCK,), tl.int32) + expert, tile < mine)
-    if expert == 0:
-        for start in range(used, tiles, BLOCK):
-            tl.store(tile_ptr + start + lane, tl.full((BLOCK,), -1, tl.int32), start + lane < tiles)
+    expert = tl.sum((tl.cumsum(tiles_E, 0) <= tile).to(tl.int32), 0)
+    first = tl.sum(tl.where(e < expert, tiles_E, 0), 0)
+    mine = tl.sum(tl.where(e == expert, count_E, 0), 0)
+    place = (tile - first) * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot_M = tl.load(list_ptr + expert * tokens + place, place < mine, -1)
+    return expert < E, expert, slot_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tokens"])
 def _experts_gate_up(
     x_ptr,
     x_extra_ptr,
@@ -170,15 +190,18 @@ def _experts_gate_up(
     scale_ptr,
     extra_ptr,
     out_ptr,
-    tile_ptr,
-    slot_ptr,
+    count_ptr,
+    list_ptr,
     tiles,
+    tokens,
     J: tl.constexpr,
     F: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
     SPLIT: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -186,9 +209,8 @@ def _experts_gate_up(
     HALF: tl.constexpr = BLOCK_N // 2
     tile = tl.program_id(0) % tiles
     first = (tl.program_id(0) // tiles) * HALF
-    expert = tl.load(tile_ptr + tile)
-    if expert >= 0:
-        slot_M = tl.load(slot_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    is_tile, expert, slot_M = rows_of(tile, count_ptr, list_ptr, tokens, E, BLOCK_E, BLOCK_M)
+    if is_tile:
         token_M = tl.maximum(slot_M, 0) // J
         x_M, x_extra_M = x_at(x_ptr, x_extra_ptr, token_M, K, GROUP, KIND)
         within, is_up = gate_and_up(tl.arange(0, BLOCK_N))
@@ -201,7 +223,7 @@ def _experts_gate_up(
         tl.store(out_ptr + at, hidden.to(out_ptr.dtype.element_ty), (slot_M >= 0)[None, :] & (f < F)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tokens"])
 def _experts_down(
     x_ptr,
     x_extra_ptr,
@@ -209,22 +231,24 @@ def _experts_down(
     scale_ptr,
     extra_ptr,
     out_ptr,
-    tile_ptr,
-    slot_ptr,
+    count_ptr,
+    list_ptr,
     tiles,
+    tokens,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     n = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert = tl.load(tile_ptr + tile)
-    if expert >= 0:
-        slot_M = tl.load(slot_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    is_tile, expert, slot_M = rows_of(tile, count_ptr, list_ptr, tokens, E, BLOCK_E, BLOCK_M)
+    if is_tile:
         x_M, x_extra_M = x_at(x_ptr, x_extra_ptr, tl.maximum(slot_M, 0), K, GROUP, KIND)
         row_N = expert * N + tl.minimum(n, N - 1)
         w_N, scale_N, extra_N = row_at(w_ptr, scale_ptr, extra_ptr, row_N, K, GROUP, KIND)
@@ -250,21 +274,23 @@ def ahead(arch: int) -> list[Special]:
     device, count, choices, width, hidden = f"sm_{arch}", 128, 8, 2816, 704
     for name, like, dtype in dense_specials(arch):
         types, p = operand_types(like.kind, dtype), POINTERS[dtype]
-        pointers = {f"{k}_ptr": v for k, v in types.items()} | {"out_ptr": p, "tile_ptr": "*i32", "slot_ptr": "*i32"}
-        same = {"GROUP": like.group, "KIND": like.kind}
+        pointers = {f"{k}_ptr": v for k, v in types.items()} | {"out_ptr": p, "count_ptr": "*i32", "list_ptr": "*i32"}
+        same = {"GROUP": like.group, "KIND": like.kind, "E": count, "BLOCK_E": count}
         first = replace(like, outputs=2 * hidden, inputs=width)
         tiles, launch = blocks("experts_gate_up", (count, 2 * hidden, width), first, dtype, device, KINDS)
         constexprs = {"J": choices, "F": hidden, "K": width, **same, "SPLIT": like.kind in HALVES, **tiles}
-        found.append(special(f"experts gate_up {name}", _experts_gate_up, pointers, ["tiles"], constexprs, launch))
+        found.append(
+            special(f"experts gate_up {name}", _experts_gate_up, pointers, ["tiles", "tokens"], constexprs, launch)
+        )
         block_m, last = tiles["BLOCK_M"], replace(like, outputs=width, inputs=hidden)
         tiles, launch = blocks("experts_down", (count, width, hidden), last, dtype, device, KINDS)
         constexprs = {"N": width, "K": hidden, **same, **tiles, "BLOCK_M": block_m}
-        found.append(special(f"experts down {name}", _experts_down, pointers, ["tiles"], constexprs, launch))
-    chosen = config("group", (count,), "int64", device, DEFAULTS["group"])
+        found.append(special(f"experts down {name}", _experts_down, pointers, ["tiles", "tokens"], constexprs, launch))
+    chosen = config("listed", (count,), "int64", device, DEFAULTS["listed"])
     launch = {k: chosen[k] for k in ("num_warps", "num_stages")}
-    three: dict[str, str | None] = {"index_ptr": "*i64", "tile_ptr": "*i32", "slot_ptr": "*i32"}
-    constexprs = {"E": count, "BLOCK_M": 32, "BLOCK": chosen["BLOCK"]}
-    found.append(special("experts group", _group, three, ["rows", "tiles"], constexprs, launch))
+    three: dict[str, str | None] = {"index_ptr": "*i64", "count_ptr": "*i32", "list_ptr": "*i32"}
+    sizes = {"BLOCK": chosen["BLOCK"]}
+    found.append(special("experts listed", _listed, three, ["rows", "tokens"], sizes, launch))
     chosen = config("combine", (width,), "bfloat16", device, DEFAULTS["combine"])
     launch = {k: chosen[k] for k in ("num_warps", "num_stages")}
     three = {"part_ptr": "*bf16", "weight_ptr": "*fp32", "out_ptr": "*bf16"}

@@ -4,8 +4,9 @@ With the 256 rows of a canvas these are bound by the bytes of the weights, so ea
 all tiles of rows of one tile of outputs stand side by side in the launch, and the later ones find the weights in L2.
 How each kind is multiplied stands in `product`, the one loop over K, which serves the experts too.
 
-What this lacks: split K (a single row, as in autoregressive mode, leaves most of a large GPU idle), tensor memory
-descriptors.
+A product with few outputs leaves half of a large GPU idle: `splits` says over how many programs its inputs are shared
+where the kernel behind it sums the parts, in their order (`block`). What this lacks: that for weights of two a byte,
+and where nobody is there to sum; tensor memory descriptors.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sfumato.ops.triton.product import (
     special,
     x_at,
 )
-from sfumato.ops.triton.tuning import Config
+from sfumato.ops.triton.tuning import SHARED_KIB, Config, chip, config, processors
 
 # A weight in 16 bits: 128 x 128 tiles, because with 256 rows the traffic between L2 and the multiprocessors,
 # (rows / BLOCK_M) x weights + (outputs / BLOCK_N) x activations, is what binds next. FP8: the same bytes a step.
@@ -54,6 +55,8 @@ CHOICES = {
     "num_warps": (4, 8),
     "num_stages": (3, 4, 5),
 }
+CANVAS = 256
+"""Rows that the released model's canvas has."""
 AT_ONCE = 3
 """Weights that one launch takes: queries, keys, values."""
 
@@ -71,42 +74,51 @@ def linear(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
             if (first.kind, first.group) not in prepared:
                 prepared[first.kind, first.group] = prepare(x_MK, first)
             ready = prepared[first.kind, first.group]
-            _launch_linear(*ready, forms[at : at + count], outs[at : at + count], x.dtype)
+            multiply(*ready, forms[at : at + count], outs[at : at + count], x.dtype)
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
 def feed_forward(x: Tensor, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> Tensor:
     """down(gated(gate(x), up(x))). gate and up are of one kind."""
     x_MK = x.reshape(-1, x.shape[-1])
-    gate, up = form(gate_FD, x), form(up_FD, x)
-    if (gate.kind, gate.group, gate.outputs) != (up.kind, up.group, up.outputs):
-        raise ValueError(
-            f"gate and up differ: {gate.kind} x {gate.outputs} and {up.kind} x {up.outputs}; pack both alike"
-        )
-    if gate.launch != up.launch:  # scales of two dtypes
-        gate, up = _in_float32(gate), _in_float32(up)
+    gate, up = pair(form(gate_FD, x), form(up_FD, x))
     hidden_MF = torch.empty(len(x_MK), gate.outputs, dtype=x.dtype, device=x.device)
     down = form(down_DF, hidden_MF)
     out_MD = torch.empty(len(x_MK), down.outputs, dtype=x.dtype, device=x.device)
     if x.numel():
-        tiles, launch = blocks("gate_up", (gate.outputs, gate.inputs), gate, x.dtype, x.device, DEFAULTS)
-        grid = (triton.cdiv(len(x_MK), tiles["BLOCK_M"]) * triton.cdiv(2 * gate.outputs, tiles["BLOCK_N"]),)
-        _gate_up[grid](
-            *prepare(x_MK, gate),
-            *gate.operands,
-            *up.operands,
-            hidden_MF,
-            len(x_MK),
-            F=gate.outputs,
-            K=gate.inputs,
-            GROUP=gate.group,
-            KIND=gate.kind,
-            SPLIT=down.kind in HALVES,
-            **tiles,
-            **launch,
-        )
-        _launch_linear(*prepare(hidden_MF, down, is_split=True), [down], [out_MD], x.dtype)
+        gate_up(*prepare(x_MK, gate), gate, up, hidden_MF, down.kind in HALVES)
+        multiply(*prepare(hidden_MF, down, is_split=True), [down], [out_MD], x.dtype)
     return out_MD.view(*x.shape[:-1], down.outputs)
+
+
+def pair(gate: Form, up: Form) -> tuple[Form, Form]:
+    """gate and up as one launch takes them. ValueError where they are not of one kind."""
+    if (gate.kind, gate.group, gate.outputs) != (up.kind, up.group, up.outputs):
+        raise ValueError(
+            f"gate and up differ: {gate.kind} x {gate.outputs} and {up.kind} x {up.outputs}; pack both alike"
+        )
+    return (gate, up) if gate.launch == up.launch else (_in_float32(gate), _in_float32(up))  # scales of two dtypes
+
+
+def gate_up(x_MK: Tensor, x_extra: Tensor | None, gate: Form, up: Form, hidden_MF: Tensor, is_split: bool) -> None:
+    """gelu(gate(x)) x up(x) into `hidden_MF`, evens first if `is_split`. x is prepared."""
+    tiles, launch = blocks("gate_up", (gate.outputs, gate.inputs), gate, hidden_MF.dtype, x_MK.device, DEFAULTS)
+    grid = (triton.cdiv(len(x_MK), tiles["BLOCK_M"]) * triton.cdiv(2 * gate.outputs, tiles["BLOCK_N"]),)
+    _gate_up[grid](
+        x_MK,
+        x_extra,
+        *gate.operands,
+        *up.operands,
+        hidden_MF,
+        len(x_MK),
+        F=gate.outputs,
+        K=gate.inputs,
+        GROUP=gate.group,
+        KIND=gate.kind,
+        SPLIT=is_split,
+        **tiles,
+        **launch,
+    )
 
 
 def _in_float32(weight: Form) -> Form:
@@ -114,9 +126,11 @@ def _in_float32(weight: Form) -> Form:
     return replace(weight, scale=None if weight.scale is None else weight.scale.float(), extra=extra)
 
 
-def _launch_linear(
+def multiply(
     x_MK: Tensor, x_extra: Tensor | None, forms: Sequence[Form], outs: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
+    """x Wᵀ of weights that one launch takes, into `outs`. x is prepared, and was of this dtype. One weight may have an
+    output [P, M, N] in float32: a part of the sum each, over as many shares of the inputs."""
     first = forms[0]
     rows, width = x_MK.shape
     tiles, launch = blocks("linear", (sum(f.outputs for f in forms), width), first, dtype, x_MK.device, DEFAULTS)
@@ -125,7 +139,10 @@ def _launch_linear(
     for i in range(AT_ONCE):
         operands += [*forms[i].operands, outs[i]] if i < len(forms) else [None] * 4
     columns = sum(triton.cdiv(n, tiles["BLOCK_N"]) for n in counts)
-    _linear[(triton.cdiv(rows, tiles["BLOCK_M"]) * columns,)](
+    parts = len(outs[0]) if outs[0].dim() == 3 else 1
+    if parts > 1:
+        launch["num_stages"] = _stages(first, tiles, launch, dtype, x_MK.device) or launch["num_stages"]
+    _linear[(triton.cdiv(rows, tiles["BLOCK_M"]) * columns, parts)](
         x_MK,
         x_extra,
         *operands,
@@ -134,11 +151,53 @@ def _launch_linear(
         N1=counts[1],
         N2=counts[2],
         K=width,
+        SPLIT_K=parts,
         GROUP=first.group,
         KIND=first.kind,
         **tiles,
         **launch,
     )
+
+
+def splits(weight: Form, dtype: torch.dtype | str, device: torch.device | str) -> int:
+    """Over how many programs to share the inputs of this product: what it takes for one canvas to fill the GPU, by the
+    shape alone, so that a row's sums do not hang on its batch."""
+    if weight.kind in HALVES:
+        return 1
+    shape = weight.outputs, weight.inputs
+    tiles, launch = blocks("linear", shape, weight, dtype, device, DEFAULTS)
+    programs = triton.cdiv(CANVAS, tiles["BLOCK_M"]) * triton.cdiv(weight.outputs, tiles["BLOCK_N"])
+    # All of them at once, or a second wave would cost what the first has gained. Two on a multiprocessor hide each
+    # other's waiting, but those that have one alone should not be many.
+    many = processors(str(device))
+    most = many if _stages(weight, tiles, launch, dtype, device) is None else 3 * many // 2
+    fitting = [parts for parts in (4, 3, 2) if programs * parts <= most and _is_even(weight, parts, tiles["BLOCK_K"])]
+    short = str(dtype).removeprefix("torch.")
+    named = short if weight.kind == "plain" else f"{weight.kind} {short}"
+    return config("parts", shape, named, device, {"PARTS": fitting[0] if fitting else 1})["PARTS"]
+
+
+def _stages(
+    weight: Form, tiles: Config, launch: Config, dtype: torch.dtype | str, device: torch.device | str
+) -> int | None:
+    """Stages with which two programs of a product in parts fit one multiprocessor; None where they do not. Those in FP8
+    hold their sum twice, and so fill the registers alone."""
+    if weight.kind == "fp8":
+        return None
+    of_x = 4 if "float32" in str(dtype) else 2
+    of_w = of_x if weight.kind == "plain" else 1
+    step = tiles["BLOCK_K"] * (of_w * tiles["BLOCK_N"] + of_x * tiles["BLOCK_M"])
+    most = SHARED_KIB.get(chip(str(device))[1], 99) * 1024 // 2 - 1024
+    return next((n for n in (launch["num_stages"], launch["num_stages"] - 1) if n > 2 and n * step <= most), None)
+
+
+def _is_even(weight: Form, parts: int, step: int) -> bool:
+    """Whether a share of the inputs is worth a program: four steps or more, a whole number of them, or nearly so where
+    the inputs are not either; and no group is cut."""
+    share = weight.inputs // parts
+    steps, whole = parts * triton.cdiv(share, step), triton.cdiv(weight.inputs, step)
+    is_whole = share % step == 0 if weight.inputs % step == 0 else share % 16 == 0 and steps <= 1.1 * whole
+    return weight.inputs % parts == 0 and is_whole and share >= 4 * step and share % weight.group == 0
 
 
 @triton.jit
@@ -189,6 +248,7 @@ def _linear(
     N1: tl.constexpr,
     N2: tl.constexpr,
     K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -221,7 +281,14 @@ def _linear(
         extra_N = tl.where(tile >= SKIP2, extra2_N, extra_N)
         out_N, width = tl.where(tile >= SKIP2, out2_ptr + n2, out_N), tl.where(tile >= SKIP2, N2, width)
         is_live = tl.where(tile >= SKIP2, n2 < N2, is_live)
-    acc = product(x_M, x_extra_M, w_N, scale_N, extra_N, K, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
+    SHARE: tl.constexpr = K // SPLIT_K
+    if SPLIT_K > 1:
+        part = tl.program_id(1)
+        x_M, w_N = x_M + part * SHARE, w_N + part * SHARE
+        if GROUP > 1:
+            scale_N += part * (SHARE // GROUP)
+        out_N += part * (rows.to(tl.int64) * N0)
+    acc = product(x_M, x_extra_M, w_N, scale_N, extra_N, SHARE, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
     at = out_N[:, None] + (m.to(tl.int64) * width)[None, :]
     tl.store(at, acc.to(out0_ptr.dtype.element_ty), (m < rows)[None, :] & is_live[:, None])
 
@@ -291,7 +358,11 @@ def ahead(arch: int) -> list[Special]:
                     pointers[f"{part}{i}_ptr"] = types[part] if count else None
                 pointers[f"out{i}_ptr"] = p if count else None
             sizes = {"N0": counts[0], "N1": counts[1], "N2": counts[2], "K": inputs}
-            constexprs = {**sizes, **same, **tiles}
+            parts = splits(blank, dtype, device) if len(outputs) == 1 else 1
+            if parts > 1:
+                pointers["out0_ptr"] = "*fp32"
+                launch["num_stages"] = _stages(blank, tiles, launch, dtype, device) or launch["num_stages"]
+            constexprs = {**sizes, "SPLIT_K": parts, **same, **tiles}
             found.append(special(f"linear {what} {name}", _linear, pointers, ["rows"], constexprs, launch))
         blank = replace(like, outputs=2112, inputs=2816)
         tiles, launch = blocks("gate_up", (2112, 2816), blank, dtype, device, DEFAULTS)

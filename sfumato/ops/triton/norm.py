@@ -63,7 +63,7 @@ def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin
     out = torch.empty(x_BTHK.shape, dtype=torch.promote_types(x_BTHK.dtype, cos_BTK.dtype), device=x_BTHK.device)
     if out.numel():
         chosen = config("norm_rope", (size,), x_BTHK.dtype, x_BTHK.device, DEFAULTS["norm_rope"])
-        rows = _heads_a_program(heads, size, chosen)
+        rows = heads_a_program(heads, size, chosen)
         _norm_rope[(batch * tokens, triton.cdiv(heads, rows))](
             x_BTHK,
             weight_K,
@@ -153,25 +153,46 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _tiles(op: str, width: int, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    return _shape(width, config(op, (width,), x.dtype, x.device, DEFAULTS[op]))
+    return shape(width, config(op, (width,), x.dtype, x.device, DEFAULTS[op]))
 
 
-def _shape(width: int, chosen: Config) -> tuple[dict[str, int], dict[str, int]]:
+def shape(width: int, chosen: Config) -> tuple[dict[str, int], dict[str, int]]:
     """The block of a program, and how it is launched."""
     block = triton.next_power_of_2(width)
     warps = {name: chosen[name] for name in ("num_warps", "num_stages")}
     return {"ROWS": max(1, chosen["VALUES"] // block), "BLOCK": block}, warps
 
 
-def _heads_a_program(heads: int, size: int, chosen: Config) -> int:
+def heads_a_program(heads: int, size: int, chosen: Config) -> int:
     return min(triton.next_power_of_2(heads), max(1, chosen["VALUES"] // triton.next_power_of_2(size)))
 
 
 @triton.jit
-def _normed(x, weight, eps, WIDTH: tl.constexpr):
+def normed(x, weight, eps, WIDTH: tl.constexpr):
     """rms_norm of [ROWS, BLOCK] in float32; masked values are 0 and add nothing to the mean."""
     mean = tl.sum(x * x, 1) / WIDTH
     return x * tl.rsqrt(mean + eps)[:, None] * weight[None, :]
+
+
+@triton.jit
+def joined(
+    residual,
+    dense,
+    sparse,
+    dense_norm,
+    sparse_norm,
+    norm,
+    scale,
+    eps,
+    WIDTH: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """The end of a block, [ROWS, BLOCK] in float32, rounded to TYPE where the reference rounds but for the last."""
+    dense = normed(dense, dense_norm, eps, WIDTH).to(TYPE).to(tl.float32)
+    sparse = normed(sparse, sparse_norm, eps, WIDTH).to(TYPE).to(tl.float32)
+    both = (dense + sparse).to(TYPE).to(tl.float32)
+    out = residual + normed(both, norm, eps, WIDTH).to(TYPE).to(tl.float32)
+    return out.to(TYPE).to(tl.float32) * scale
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -198,8 +219,32 @@ def _rms_norm(
         weight = tl.load(weight_ptr + col, col < WIDTH, 0.0).to(tl.float32)
     else:
         weight = tl.full((BLOCK,), 1.0, tl.float32)
-    out = _normed(x, weight, eps, WIDTH)
+    out = normed(x, weight, eps, WIDTH)
     tl.store(out_ptr + row[:, None] * WIDTH + col[None, :], out.to(out_ptr.dtype.element_ty), live)
+
+
+@triton.jit
+def turned(x_at, live, weight_ptr, cos_ptr, sin_ptr, eps, HALF: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr):
+    """Heads of one position, each normed and its pairs turned: both halves, [ROWS, BLOCK] of TYPE. They lie in the
+    same lanes, so that turning a pair needs no exchange between threads."""
+    col = tl.arange(0, BLOCK)
+    is_col = col < HALF
+    one = tl.load(x_at, live, 0.0)
+    FROM: tl.constexpr = one.dtype
+    one = one.to(tl.float32)
+    two = tl.load(x_at + HALF, live, 0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / (2 * HALF) + eps)[:, None]
+    weight_one = tl.load(weight_ptr + col, is_col, 0.0).to(tl.float32)
+    weight_two = tl.load(weight_ptr + HALF + col, is_col, 0.0).to(tl.float32)
+    one = (one * scale * weight_one[None, :]).to(FROM).to(tl.float32)
+    two = (two * scale * weight_two[None, :]).to(FROM).to(tl.float32)
+    cos_one = tl.load(cos_ptr + col, is_col, 0.0).to(tl.float32)[None, :]
+    cos_two = tl.load(cos_ptr + col + HALF, is_col, 0.0).to(tl.float32)[None, :]
+    sin_one = tl.load(sin_ptr + col, is_col, 0.0).to(tl.float32)[None, :]
+    sin_two = tl.load(sin_ptr + col + HALF, is_col, 0.0).to(tl.float32)[None, :]
+    new_one = (one * cos_one).to(TYPE).to(tl.float32) - (two * sin_one).to(TYPE).to(tl.float32)
+    new_two = (two * cos_two).to(TYPE).to(tl.float32) + (one * sin_two).to(TYPE).to(tl.float32)
+    return new_one.to(TYPE), new_two.to(TYPE)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -221,32 +266,18 @@ def _norm_rope(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # The two halves of a head lie in the same lanes, so that turning a pair needs no exchange between threads.
     token = tl.program_id(0)
     b, t = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     live = (head < HEADS)[:, None] & (col < HALF)[None, :]
     x_at = x_ptr + b * stride_b + t * stride_t + head[:, None].to(tl.int64) * stride_h + col[None, :]
-    one = tl.load(x_at, live, 0.0).to(tl.float32)
-    two = tl.load(x_at + HALF, live, 0.0).to(tl.float32)
-    scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / (2 * HALF) + eps)[:, None]
-    weight_one = tl.load(weight_ptr + col, col < HALF, 0.0).to(tl.float32)
-    weight_two = tl.load(weight_ptr + HALF + col, col < HALF, 0.0).to(tl.float32)
-    one = (one * scale * weight_one[None, :]).to(x_ptr.dtype.element_ty).to(tl.float32)
-    two = (two * scale * weight_two[None, :]).to(x_ptr.dtype.element_ty).to(tl.float32)
-
-    angle = b * angle_b + t * angle_t + col
-    cos_one = tl.load(cos_ptr + angle, col < HALF, 0.0).to(tl.float32)[None, :]
-    cos_two = tl.load(cos_ptr + angle + HALF, col < HALF, 0.0).to(tl.float32)[None, :]
-    sin_one = tl.load(sin_ptr + angle, col < HALF, 0.0).to(tl.float32)[None, :]
-    sin_two = tl.load(sin_ptr + angle + HALF, col < HALF, 0.0).to(tl.float32)[None, :]
+    angle = b * angle_b + t * angle_t
     kind: tl.constexpr = out_ptr.dtype.element_ty
-    new_one = (one * cos_one).to(kind).to(tl.float32) - (two * sin_one).to(kind).to(tl.float32)
-    new_two = (two * cos_two).to(kind).to(tl.float32) + (one * sin_two).to(kind).to(tl.float32)
+    one, two = turned(x_at, live, weight_ptr, cos_ptr + angle, sin_ptr + angle, eps, HALF, BLOCK, kind)
     out_at = out_ptr + token.to(tl.int64) * (HEADS * 2 * HALF) + head[:, None] * (2 * HALF) + col[None, :]
-    tl.store(out_at, new_one.to(kind), live)
-    tl.store(out_at + HALF, new_two.to(kind), live)
+    tl.store(out_at, one, live)
+    tl.store(out_at + HALF, two, live)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -260,8 +291,8 @@ def _norm_add(
     x = tl.load(x_ptr + at, live, 0.0).to(tl.float32)
     residual = tl.load(residual_ptr + at, live, 0.0).to(tl.float32)
     weight = tl.load(weight_ptr + col, col < WIDTH, 0.0).to(tl.float32)
-    normed = _normed(x, weight, eps, WIDTH).to(x_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + at, (residual + normed).to(out_ptr.dtype.element_ty), live)
+    x = normed(x, weight, eps, WIDTH).to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + at, (residual + x).to(out_ptr.dtype.element_ty), live)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -294,11 +325,7 @@ def _join(
     sparse_norm = tl.load(sparse_norm_ptr + col, col < WIDTH, 0.0).to(tl.float32)
     norm = tl.load(norm_ptr + col, col < WIDTH, 0.0).to(tl.float32)
 
-    dense = _normed(dense, dense_norm, eps, WIDTH).to(kind).to(tl.float32)
-    sparse = _normed(sparse, sparse_norm, eps, WIDTH).to(kind).to(tl.float32)
-    both = (dense + sparse).to(kind).to(tl.float32)
-    out = residual + _normed(both, norm, eps, WIDTH).to(kind).to(tl.float32)
-    out = out.to(kind).to(tl.float32) * scale
+    out = joined(residual, dense, sparse, dense_norm, sparse_norm, norm, scale, eps, WIDTH, kind)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), live)
 
 
@@ -309,7 +336,7 @@ def ahead(arch: int) -> list[Special]:
     for dtype in ("bfloat16", "float32") if arch == 90 else ("bfloat16",):
         p = POINTERS[dtype]
         for size, heads, weighted in ((width, 1, True), (256, 8, False), (512, 2, False)):
-            tiles, warps = _shape(size, config("rms_norm", (size,), dtype, device, DEFAULTS["rms_norm"]))
+            tiles, warps = shape(size, config("rms_norm", (size,), dtype, device, DEFAULTS["rms_norm"]))
             signature = {"x_ptr": p, "out_ptr": p, "rows": "i32", "stride_n": "i32:16", "stride_h": "i32:16"}
             constexprs: dict[str, int | None] = {"HEADS": heads, "WIDTH": size, "WEIGHTED": weighted, **tiles}
             if weighted:
@@ -331,14 +358,14 @@ def ahead(arch: int) -> list[Special]:
                     {
                         "HEADS": heads,
                         "HALF": size // 2,
-                        "ROWS": _heads_a_program(heads, size, chosen),
+                        "ROWS": heads_a_program(heads, size, chosen),
                         "BLOCK": size // 2,
                     },
                     chosen["num_warps"],
                     chosen["num_stages"],
                 )
             )
-        tiles, warps = _shape(width, config("norm_add", (width,), dtype, device, DEFAULTS["norm_add"]))
+        tiles, warps = shape(width, config("norm_add", (width,), dtype, device, DEFAULTS["norm_add"]))
         pointers = dict.fromkeys(("residual_ptr", "x_ptr", "weight_ptr", "out_ptr"), p)
         found.append(
             Special(
@@ -349,7 +376,7 @@ def ahead(arch: int) -> list[Special]:
                 **warps,
             )
         )
-        tiles, warps = _shape(width, config("join", (width,), dtype, device, DEFAULTS["join"]))
+        tiles, warps = shape(width, config("join", (width,), dtype, device, DEFAULTS["join"]))
         names = "residual_ptr dense_ptr sparse_ptr dense_norm_ptr sparse_norm_ptr norm_ptr scale_ptr out_ptr".split()
         found.append(
             Special(

@@ -175,6 +175,42 @@ def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor,
     return out_MK, scale_M
 
 
+def layout(weight: Form) -> tuple[str, int]:
+    """How this weight meets its x, and the group of which x's sums stand beside it."""
+    if weight.kind == "int4_bias" and weight.group & (weight.group - 1) == 0:
+        return "sums", weight.group
+    return ("halves" if weight.kind in HALVES else "fp8" if weight.kind == "fp8" else "plain"), 1
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """x as one of the kernels before a product lays it out (`lay_out`), so that no kernel of its own does."""
+
+    layout: str
+    group: int
+    x_MK: Tensor
+    extra: Tensor | None
+
+    @classmethod
+    def room(cls, rows: int, weights: Sequence[Form], width: int, like: Tensor) -> Ready:
+        """Uninitialised, for x of `like`'s dtype: as all of these weights meet it, or else plain."""
+        wanted = {layout(weight) for weight in weights}
+        name, group = wanted.pop() if len(wanted) == 1 else ("plain", 1)
+        dtype = torch.float8_e4m3fn if name == "fp8" else like.dtype
+        x_MK, extra = like.new_empty((rows, width), dtype=dtype), None
+        if name == "fp8":
+            extra = like.new_empty(rows, dtype=torch.float32)
+        elif name == "sums":
+            extra = like.new_empty((rows, width // group), dtype=torch.float32)
+        return cls(name, group, x_MK, extra)
+
+    def meet(self, weight: Form) -> tuple[Tensor, Tensor | None]:
+        """`prepare`, where something is left to do."""
+        if (layout(weight) == (self.layout, self.group) and weight.kind != "int4_bias") or self.layout == "sums":
+            return self.x_MK, self.extra
+        return prepare(self.x_MK, weight, is_split=self.layout == "halves")
+
+
 def _sum_sizes(width: int, group: int) -> dict[str, int]:
     return {"GROUPS": triton.next_power_of_2(width // group), "PAIRS": triton.next_power_of_2(group // 2)}
 
@@ -206,15 +242,64 @@ def _sum_groups(x_ptr, sum_ptr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl
 
 @triton.jit
 def _quantise_rows(x_ptr, out_ptr, scale_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * K + col, col < K, 0.0).to(tl.float32)
-    scale = tl.max(tl.abs(x), 0) / 448.0
+    row = tl.program_id(0) + tl.arange(0, 1).to(tl.int64)
+    col = tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + row[:, None] * K + col, col < K, 0.0).to(tl.float32)
+    lay_out(x, out_ptr, scale_ptr, row, row >= 0, K, 1, "fp8", 1, BLOCK)
+
+
+@triton.jit
+def in_fp8(x):
+    """Rows of float32 in FP8, and the scale of each."""
+    scale = tl.max(tl.abs(x), 1) / 448.0
     # A maximum and a clamp pass over NaN: the scale says it.
-    scale = tl.where(tl.max((x != x).to(tl.int32), 0) > 0, float("nan"), scale)
-    x = x / tl.where(scale > 0, scale, 1.0)
-    tl.store(out_ptr + row * K + col, tl.clamp(x, -448.0, 448.0).to(tl.float8e4nv), col < K)
-    tl.store(scale_ptr + row, scale)
+    scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
+    x = x / tl.where(scale > 0, scale, 1.0)[:, None]
+    return tl.clamp(x, -448.0, 448.0).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def is_last(come_ptr, COUNT: tl.constexpr):
+    """Whether this program is the last of so many to come here, which then sees what all of them have stored: every
+    thread's stores stand before the barrier, and the barrier before the count. The count was zero."""
+    tl.debug_barrier()
+    return tl.atomic_add(come_ptr, 1, sem="acq_rel") == COUNT - 1
+
+
+@triton.jit
+def lay_out(
+    x,
+    out_ptr,
+    extra_ptr,
+    row,
+    is_row,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store these rows, [ROWS, BLOCK] in float32 with zeros beyond K, as weights of this layout meet them."""
+    col = tl.arange(0, BLOCK)[None, :]
+    out_at = out_ptr + row[:, None] * K
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    if LAYOUT == "fp8":
+        code, scale = in_fp8(x)
+        tl.store(out_at + col, code, is_row[:, None] & (col < K))
+        tl.store(extra_ptr + row, scale, is_row)
+    elif LAYOUT == "plain":
+        tl.store(out_at + col, x.to(kind), is_row[:, None] & (col < K))
+    else:
+        even, odd = tl.split(x.reshape(ROWS, BLOCK // 2, 2))
+        half = tl.arange(0, BLOCK // 2)[None, :]
+        is_live = is_row[:, None] & (half < K // 2)
+        tl.store(out_at + half, even.to(kind), is_live)
+        tl.store(out_at + K // 2 + half, odd.to(kind), is_live)
+        if LAYOUT == "sums":
+            group = tl.arange(0, BLOCK // GROUP)[None, :]
+            total = tl.sum(x.reshape(ROWS, BLOCK // GROUP, GROUP), 2)
+            sum_at = extra_ptr + row[:, None] * (K // GROUP) + group
+            tl.store(sum_at, total, is_row[:, None] & (group < K // GROUP))
 
 
 @triton.jit

@@ -1,12 +1,16 @@
 """route: norm, scale, product with the router, softmax, top k and renormalisation in one kernel.
 
-A program holds BLOCK_M tokens against all experts: one pass over the residual for its mean square, one for the
-product. The input is rounded after each factor as the reference rounds it; the logits stay in float32, where the
-reference rounds them to the weights' dtype once more. Of equal probabilities the lowest index comes first. What this
-lacks: a split along D; with the 256 tokens of a canvas only sixteen programs stream the router's weights.
+A program holds BLOCK_M tokens against all experts, along a share of the width: the 256 tokens of a canvas alone would
+be sixteen programs. It leaves its part of the logits in memory; whichever program of a tile comes last adds the parts
+in their order and goes on to the experts. The input is rounded after each factor as the reference rounds it; the logits
+stay in float32, where the reference rounds them to the weights' dtype once more. Of equal probabilities the lowest
+index comes first. Within a block the norm is known already, and each assignment goes into its expert's list at once
+(`listed`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -14,15 +18,25 @@ import triton.language as tl
 from torch import Tensor
 
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.experts import append
+from sfumato.ops.triton.product import is_last, special
 from sfumato.ops.triton.tuning import Config, config
 
 DEFAULTS: dict[str, Config] = {
     # 16 tokens are the short side of the tensor cores' tile, 128 experts the long one. The loop is bound by what one
     # multiprocessor draws from L2 (128 experts x 128 inputs x 2 bytes a step), so loads run three steps ahead.
-    "route": {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
-    "route float32": {"BLOCK_M": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    "route": {"BLOCK_M": 16, "BLOCK_K": 128, "SPLITS": 4, "num_warps": 4, "num_stages": 4},
+    "route float32": {"BLOCK_M": 16, "BLOCK_K": 32, "SPLITS": 4, "num_warps": 8, "num_stages": 3},
 }
-CHOICES = {"route": {"BLOCK_M": (16, 32), "BLOCK_K": (64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4)}}
+CHOICES = {
+    "route": {
+        "BLOCK_M": (16, 32),
+        "BLOCK_K": (64, 128, 256),
+        "SPLITS": (2, 4, 8),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    }
+}
 
 
 def route(
@@ -30,48 +44,102 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """The J = top_k experts of each token, [N, J] int64, and their weights, [N, J] float32: renormalised
     probabilities x the scale of each expert. The input is the raw residual, normed here without a learned scale."""
-    residual_ND = residual_ND.contiguous()
-    tokens, width = residual_ND.shape
-    count = proj_ED.shape[0]
+    tokens = len(residual_ND)
     index_NJ = torch.empty(tokens, top_k, dtype=torch.int64, device=residual_ND.device)
     weight_NJ = torch.empty(tokens, top_k, dtype=torch.float32, device=residual_ND.device)
     if tokens:
-        chosen = _blocks(count, width, residual_ND.dtype, residual_ND.device)
-        _route[(triton.cdiv(tokens, chosen["BLOCK_M"]),)](
-            residual_ND,
-            scale_D.contiguous(),
-            proj_ED.contiguous(),
-            per_expert_E.contiguous(),
-            index_NJ,
-            weight_NJ,
-            tokens,
-            eps,
-            D=width,
-            E=count,
-            FACTOR=width**-0.5,
-            J=top_k,
-            BLOCK_E=max(16, triton.next_power_of_2(count)),
-            BLOCK_J=triton.next_power_of_2(top_k),
-            **chosen,
-        )
+        come = torch.zeros(tokens, dtype=torch.int32, device=residual_ND.device)
+        _launch(residual_ND.contiguous(), scale_D, proj_ED, per_expert_E, eps, come, weight_NJ, index_NJ=index_NJ)
     return index_NJ, weight_NJ
+
+
+def listed(
+    residual_ND: Tensor,
+    root_N: Tensor,
+    scale_D: Tensor,
+    proj_ED: Tensor,
+    per_expert_E: Tensor,
+    top_k: int,
+    zeros: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`route` as a block wants it: how many assignments n x J + j each expert has, [E] int32, which they are, [E, N]
+    int32 in no order, and their weights, [N, J]. `root_N` is the reciprocal of the residual's root mean square, and
+    `zeros` are `zeros_for` so many tokens."""
+    tokens, count = len(residual_ND), proj_ED.shape[0]
+    weight_NJ = torch.empty(tokens, top_k, dtype=torch.float32, device=residual_ND.device)
+    list_EN = torch.empty(count, tokens, dtype=torch.int32, device=residual_ND.device)
+    count_E, come = zeros[:count], zeros[count:]
+    _launch(residual_ND, scale_D, proj_ED, per_expert_E, 0.0, come, weight_NJ, root_N, count_E, list_EN)
+    return count_E, list_EN, weight_NJ
+
+
+def zeros_for(tokens: int, count: int) -> int:
+    """Integers that `listed` counts in: assignments of each expert, and programs of each tile of tokens."""
+    return count + tokens
+
+
+def _launch(
+    residual_ND: Tensor,
+    scale_D: Tensor,
+    proj_ED: Tensor,
+    per_expert_E: Tensor,
+    eps: float,
+    come: Tensor,
+    weight_NJ: Tensor,
+    root_N: Tensor | None = None,
+    count_E: Tensor | None = None,
+    list_EN: Tensor | None = None,
+    index_NJ: Tensor | None = None,
+) -> None:
+    (tokens, width), count, top_k = residual_ND.shape, proj_ED.shape[0], weight_NJ.shape[1]
+    chosen = _blocks(count, width, residual_ND.dtype, residual_ND.device)
+    splits, block = chosen["SPLITS"], max(16, triton.next_power_of_2(count))
+    part_SNE = torch.empty(splits, tokens, block, dtype=torch.float32, device=residual_ND.device)
+    _route[(triton.cdiv(tokens, chosen["BLOCK_M"]), splits)](
+        residual_ND,
+        root_N,
+        scale_D.contiguous(),
+        proj_ED.contiguous(),
+        per_expert_E.contiguous(),
+        part_SNE,
+        come,
+        index_NJ,
+        weight_NJ,
+        count_E,
+        list_EN,
+        tokens,
+        eps,
+        D=width,
+        E=count,
+        FACTOR=width**-0.5,
+        J=top_k,
+        BLOCK_E=block,
+        BLOCK_J=triton.next_power_of_2(top_k),
+        **chosen,
+    )
 
 
 def _blocks(count: int, width: int, dtype: torch.dtype | str, device: torch.device | str) -> Config:
     default = DEFAULTS["route float32" if "float32" in str(dtype) else "route"]
     small = {**default, "num_stages": min(2, default["num_stages"])}
     chosen = config("route", (count, width), dtype, device, default, small)
-    return {**chosen, "BLOCK_K": min(chosen["BLOCK_K"], max(32, triton.next_power_of_2(width)))}
+    step = min(chosen["BLOCK_K"], max(32, triton.next_power_of_2(width)))
+    return {**chosen, "BLOCK_K": step, "SPLITS": min(chosen["SPLITS"], triton.cdiv(width, step))}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _route(
     residual_ptr,
+    root_ptr,
     scale_ptr,
     proj_ptr,
     per_expert_ptr,
+    part_ptr,
+    come_ptr,
     index_ptr,
     weight_ptr,
+    count_ptr,
+    list_ptr,
     tokens,
     eps,
     D: tl.constexpr,
@@ -82,21 +150,28 @@ def _route(
     BLOCK_J: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     TYPE: tl.constexpr = residual_ptr.dtype.element_ty
+    # Steps are dealt in runs, the last of which may be shorter.
+    SHARE: tl.constexpr = ((D + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_M = residual_ptr + tl.minimum(m, tokens - 1).to(tl.int64) * D
     k = tl.arange(0, BLOCK_K)
-    squares = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        x = tl.load(x_M[None, :] + start + k[:, None], (start + k < D)[:, None], 0.0).to(tl.float32)
-        squares += x * x
-    norm_M = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+    if root_ptr is None:
+        squares = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+        for start in range(0, D, BLOCK_K):
+            x = tl.load(x_M[None, :] + start + k[:, None], (start + k < D)[:, None], 0.0).to(tl.float32)
+            squares += x * x
+        norm_M = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+    else:
+        norm_M = tl.load(root_ptr + tl.minimum(m, tokens - 1))
 
     e = tl.arange(0, BLOCK_E)
     w_E = proj_ptr + tl.minimum(e, E - 1) * D
     logits = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
-    for start in range(0, D, BLOCK_K):
+    begin = tl.program_id(1) * SHARE
+    for start in range(begin, tl.minimum(begin + SHARE, D), BLOCK_K):
         x = tl.load(x_M[None, :] + start + k[:, None], (start + k < D)[:, None], 0.0).to(tl.float32)
         scale = tl.load(scale_ptr + start + k, start + k < D, 0.0).to(tl.float32)
         x = (x * norm_M[None, :]).to(TYPE).to(tl.float32)
@@ -105,9 +180,45 @@ def _route(
         w = tl.load(w_E[:, None] + start + k[None, :], (start + k < D)[None, :], 0.0)
         logits = tl.dot(w, x, logits, input_precision="ieee")
 
+    if SPLITS == 1:
+        _choose(logits, m, per_expert_ptr, index_ptr, weight_ptr, count_ptr, list_ptr, tokens, E, J, BLOCK_E, BLOCK_J)
+    else:
+        part_at = part_ptr + m.to(tl.int64)[None, :] * BLOCK_E + e[:, None]
+        live = (m < tokens)[None, :]
+        stride = tokens.to(tl.int64) * BLOCK_E
+        tl.store(part_at + tl.program_id(1) * stride, logits, live)
+        if is_last(come_ptr + tl.program_id(0), SPLITS):
+            logits = tl.load(part_at, live, 0.0)
+            for part in tl.static_range(1, SPLITS):
+                logits += tl.load(part_at + part * stride, live, 0.0)
+            _choose(
+                logits, m, per_expert_ptr, index_ptr, weight_ptr, count_ptr, list_ptr, tokens, E, J, BLOCK_E, BLOCK_J
+            )
+
+
+@triton.jit
+def _choose(
+    logits,
+    m,
+    per_expert_ptr,
+    index_ptr,
+    weight_ptr,
+    count_ptr,
+    list_ptr,
+    tokens,
+    E: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """From logits [BLOCK_E, BLOCK_M] to the experts of tokens m."""
+    BLOCK_M: tl.constexpr = logits.shape[1]
+    e = tl.arange(0, BLOCK_E)
     logits = tl.where((e < E)[:, None], logits, float("-inf"))
     p = tl.exp(logits - tl.max(logits, 0)[None, :])
     p = p / tl.sum(p, 0)[None, :]
+    # What is no number is 0: some experts, but such that exist, and all different. Its weights, 0 / 0, say it.
+    p = tl.where(p == p, p, 0.0)
     p = tl.where((e < E)[:, None], p, -1.0)
     j = tl.arange(0, BLOCK_J)
     index = tl.zeros((BLOCK_M, BLOCK_J), tl.int32)
@@ -115,7 +226,6 @@ def _route(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for i in tl.static_range(J):
         best = tl.max(p, 0)
-        # Where nothing equals the largest, it is no number: some expert that exists, rather than memory that does not.
         which = tl.min(tl.where(p == best[None, :], e[:, None], E - 1), 0)
         index = tl.where((j == i)[None, :], which[:, None], index)
         weight = tl.where((j == i)[None, :], best[:, None], weight)
@@ -124,8 +234,11 @@ def _route(
     weight = weight / total[:, None] * tl.load(per_expert_ptr + index).to(tl.float32)
     at = m.to(tl.int64)[:, None] * J + j[None, :]
     live = (m < tokens)[:, None] & (j < J)[None, :]
-    tl.store(index_ptr + at, index.to(tl.int64), live)
     tl.store(weight_ptr + at, weight, live)
+    if index_ptr is not None:
+        tl.store(index_ptr + at, index.to(tl.int64), live)
+    if list_ptr is not None:
+        append(index, at.to(tl.int32), live, count_ptr, list_ptr, tokens)
 
 
 def ahead(arch: int) -> list[Special]:
@@ -134,8 +247,13 @@ def ahead(arch: int) -> list[Special]:
     for dtype in ("bfloat16", "float32") if arch == 90 else ("bfloat16",):
         chosen = _blocks(128, 2816, dtype, f"sm_{arch}")
         launch = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
-        pointers = dict.fromkeys(("residual_ptr", "scale_ptr", "proj_ptr", "per_expert_ptr"), POINTERS[dtype])
-        signature = {**pointers, "index_ptr": "*i64", "weight_ptr": "*fp32", "tokens": "i32", "eps": "fp32"}
-        sizes = {"D": 2816, "E": 128, "FACTOR": 2816**-0.5, "J": 8, "BLOCK_E": 128, "BLOCK_J": 8}
-        found.append(Special(f"route {dtype}", _route, signature, {**sizes, **chosen}, **launch))
+        pointers: dict[str, str | None] = dict.fromkeys(_route.arg_names[:11], None)
+        pointers |= dict.fromkeys(("residual_ptr", "scale_ptr", "proj_ptr", "per_expert_ptr"), POINTERS[dtype])
+        pointers |= {"part_ptr": "*fp32", "come_ptr": "*i32", "weight_ptr": "*fp32"}
+        sizes = {"D": 2816, "E": 128, "FACTOR": 2816**-0.5, "J": 8, "BLOCK_E": 128, "BLOCK_J": 8, **chosen}
+        alone = {**pointers, "index_ptr": "*i64"}
+        within = {**pointers, "root_ptr": "*fp32", "count_ptr": "*i32", "list_ptr": "*i32"}
+        for name, each in (("route", alone), ("route listed", within)):
+            one = special(f"{name} {dtype}", _route, each, ["tokens"], sizes, launch)
+            found.append(replace(one, signature={**one.signature, "eps": "fp32"}))
     return found

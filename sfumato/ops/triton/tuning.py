@@ -70,6 +70,12 @@ def _gpu(device: str) -> tuple[str, int]:
     return torch.cuda.get_device_name(device), 10 * major + minor
 
 
+@cache
+def processors(device: str) -> int:
+    """Multiprocessors of the GPU; an H100's or H200's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.startswith("cuda") else 132
+
+
 @contextmanager
 def using(op: str, **values: int) -> Iterator[None]:
     """Within, this operation takes these values whatever the table says: for tests and for `tune`."""
