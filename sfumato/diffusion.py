@@ -60,8 +60,8 @@ class Rules:
 
 def accept(entropy_BL: Tensor, bound_B: Tensor) -> Tensor:
     """True where a position is accepted: from the lowest entropy upwards, while the entropies before it sum to at most
-    the bound. The lowest of all is always accepted."""
-    ordered_BL, order_BL = entropy_BL.sort(dim=-1)
+    the bound. The lowest of all is always accepted; of equal ones the first position comes first, on every device."""
+    ordered_BL, order_BL = entropy_BL.sort(dim=-1, stable=True)
     is_within_BL = ordered_BL.cumsum(-1) - ordered_BL <= bound_B[:, None]
     return torch.zeros_like(is_within_BL).scatter(-1, order_BL, is_within_BL)
 

@@ -244,9 +244,16 @@ def step_(
     bans: Tensor | None = None,
 ) -> Tensor | None:
     """One step of the canvases `at_B`: `look`, then `conclude_`. Returns the encoded tokens' hidden states."""
-    view = look(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
-    conclude_(model, state, view)
-    return view.encoded_BTD
+    conclude = model.ops.conclude_
+    if conclude is None:
+        view = look(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
+        conclude_(model, state, view)
+        return view.encoded_BTD
+    seen = _see(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
+    embed_VD, scale, read = model.embed_tokens.weight, model.embed_scale, seen.read
+    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, scale, read.tiles)
+    conclude(state, at_B, read, seen.noise_BL, seen.hidden_BLD, soft_BLD, embed_VD, scale)
+    return seen.encoded_BTD
 
 
 def look(
@@ -266,6 +273,41 @@ def look(
     `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
     `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
     them they are counted from the state's own words. `bans` are the tokens that banned positions may not take."""
+    encoded_BTD, hidden_BLD, read, noise_BL = _see(
+        model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans
+    )
+    is_finite_B = _are_finite(hidden_BLD, read.entropy_BL)
+    if state.has_pins:
+        pin_BL = state.pin_XL[at_B]
+        is_pinned_BL = pin_BL >= 0
+        sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (read.sample_BL, read.argmax_BL))
+        entropy_BL = read.entropy_BL.masked_fill(is_pinned_BL, 0.0)
+        read = read._replace(sample_BL=sample_BL, argmax_BL=argmax_BL, entropy_BL=entropy_BL)
+    return Look(at_B, read, noise_BL, is_finite_B, encoded_BTD)
+
+
+class _Seen(NamedTuple):
+    """What a pass shows before anything is pinned."""
+
+    encoded_BTD: Tensor | None
+    hidden_BLD: Tensor
+    read: ReadOut
+    noise_BL: Tensor
+
+
+def _see(
+    model: Model,
+    cache: KVCache,
+    state: Canvases,
+    at_B: Tensor,
+    run: Pass,
+    tokens_BT: Tensor | None,
+    dice: dict[str, Tensor] | None,
+    noise_BL: Tensor | None,
+    is_first: bool,
+    bans: Tensor | None,
+) -> _Seen:
+    """Pass and read-out, as of `look`."""
     canvas_BL = state.canvas_XL[at_B]
     # 1. One pass over the canvases; what waits to be encoded comes along.
     encoded_BTD = None
@@ -280,14 +322,7 @@ def look(
     heat_B = state.heat_XS[at_B, state.step_X[at_B]]
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
-    is_finite_B = _are_finite(hidden_BLD, read.entropy_BL)
-    if state.has_pins:
-        pin_BL = state.pin_XL[at_B]
-        is_pinned_BL = pin_BL >= 0
-        sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (read.sample_BL, read.argmax_BL))
-        entropy_BL = read.entropy_BL.masked_fill(is_pinned_BL, 0.0)
-        read = read._replace(sample_BL=sample_BL, argmax_BL=argmax_BL, entropy_BL=entropy_BL)
-    return Look(at_B, read, noise_BL, is_finite_B, encoded_BTD)
+    return _Seen(encoded_BTD, hidden_BLD, read, noise_BL)
 
 
 def conclude_(model: Model, state: Canvases, view: Look, said: Projected | None = None) -> None:
@@ -417,7 +452,10 @@ def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tenso
 
 def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor]:
     """The dice of this step, from the state's words: what `CountedDice` gives for the same seed, canvas and step."""
+    length, vocab_size = state.canvas_XL.shape[1], model.config.vocab_size
+    if model.ops.noise is not None:
+        uniform_BL, tokens_BL = model.ops.noise(state.words_X4, state.step_X, at_B, length, vocab_size)
+        return {"uniform_BL": uniform_BL}, tokens_BL
     words_B5 = torch.cat([state.words_X4[at_B], state.step_X[at_B, None]], dim=1)
-    length, config = state.canvas_XL.shape[1], model.config
     uniform_BL = CountedDice.uniform(words_B5, length, stream=1)
-    return {"uniform_BL": uniform_BL}, CountedDice.tokens(words_B5, length, config.vocab_size, stream=2)
+    return {"uniform_BL": uniform_BL}, CountedDice.tokens(words_B5, length, vocab_size, stream=2)

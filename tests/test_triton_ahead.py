@@ -60,6 +60,11 @@ def test_next_to_nothing_spills(rows: list[dict[str, Any]]) -> None:
     assert [row for row in rows if row["spills"] > SPILLS] == []
 
 
+def test_no_kernel_is_a_trap(rows: list[dict[str, Any]]) -> None:
+    """The compiler makes one, and says nothing, of a kernel that needs more tensor memory than there is."""
+    assert [row for row in rows if row["registers"] < 10] == []
+
+
 def test_registers_fit_the_threads(rows: list[dict[str, Any]]) -> None:
     assert [row for row in rows if row["registers"] * row["warps"] * 32 > 65536] == []
 

@@ -193,7 +193,7 @@ def test_what_is_handed_on_is_the_next_blocks_input(kind: str) -> None:
     following = layer._replace(input_norm=norm)
     alone, *_ = block(x, following, cos, sin, *rings, mask, scale)
     found, *_ = block(x, following, cos, sin, *rings, mask, scale, handed=handed)
-    assert isinstance(handed, Ready) and handed.layout == {"": "plain", "fp8": "fp8", "int4": "halves"}.get(
+    assert isinstance(handed, Ready) and handed.layout == {"": "plain", "fp8": "fp8", "int4": "classes"}.get(
         kind, "sums"
     )
     assert relative(found, alone) <= 4e-3

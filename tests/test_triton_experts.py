@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def small() -> Iterator[None]:
     with (
         tuning.using("experts_gate_up", BLOCK_N=64, BLOCK_M=16, BLOCK_K=64),
         tuning.using("experts_down", BLOCK_N=64, BLOCK_K=64),
+        tuning.using("experts_gate_up_128", BLOCK_N=64, BLOCK_K=128),
         tuning.using("route", BLOCK_K=64, SPLITS=2),
         tuning.using("listed", BLOCK=32),
         tuning.using("combine", BLOCK=64),
@@ -233,12 +235,34 @@ def test_route_of_a_token_does_not_depend_on_the_others() -> None:
         assert torch.equal(alone[0][0], index[n]) and torch.equal(alone[1][0], weight[n])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_height_of_a_tile_changes_no_number(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Higher tiles are for more rows; whoever stands in one of them gets the same bits as in a low one."""
+    x, gate_up, down = normal(37, 128).to(dtype), normal(4, 128, 128, seed=1, scale=0.2), normal(4, 128, 64, seed=2)
+    index, weight = routed(37, 4, 2, "random")
+    stacks = packed(gate_up.to(dtype), kind), packed(down.to(dtype), kind)
+    low, tiles = experts.experts(x, index, weight, *stacks), []
+    cut = experts._tiles
+
+    def recorded(*arguments: Any) -> Any:
+        tiles.append(cut(*arguments)[0])
+        return cut(*arguments)
+
+    monkeypatch.setattr(experts, "_tiles", recorded)
+    for name in ("_64", "_128"):
+        monkeypatch.setattr(experts, "TALL", ((0, name),))
+        assert torch.equal(experts.experts(x, index, weight, *stacks), low)
+    assert [one["BLOCK_M"] for one in tiles] == [64, 64, 128, 128]
+    assert {one["BLOCK_K"] for one in tiles} == {64}  # else sums would differ, if not always in these few numbers
+
+
 @pytest.mark.skipif(triton_interpreter.IS_ON, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("arch", [80, 89, 100])  # the others are `test_triton_ahead`'s, always
 def test_ahead(arch: int) -> None:
     for special in experts.ahead(arch) + route.ahead(arch):
         row = ahead.compile_one(special, arch)
-        assert row["spills"] <= 32, special.name
+        assert row["spills"] <= 32 and row["registers"] >= 10, special.name
         assert row["shared"] <= tuning.SHARED_KIB[arch] * 1024, special.name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import ptx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def packed(weight: Tensor, kind: str) -> Tensor | Packed:
 
 def fitted(size: int, kind: str) -> int:
     """So many inputs, or a few more where the kind packs some together."""
-    least = {"nvfp4": 16, "mxfp4": 32}.get(kind, 1)
+    least = {"int4": 4, "int4-asym": 4, "nvfp4": 16, "mxfp4": 32}.get(kind, 1)
     return -(-size // least) * least
 
 
@@ -279,25 +280,54 @@ def test_pack() -> None:
     [
         (Packed("int8", (8, 64), torch.zeros(8, 64, dtype=torch.int8), torch.ones(8, 2), 32), "not one every 32"),
         (Packed("int3", (8, 64), torch.zeros(8, 24, dtype=torch.uint8), torch.ones(8, 2), 32), "int3.*only int8"),
-        (Packed("int4", (8, 66), torch.zeros(8, 33, dtype=torch.uint8), torch.ones(8, 2), 33), "groups .* of 2 .* 33"),
+        (Packed("int4", (8, 66), torch.zeros(8, 33, dtype=torch.uint8), torch.ones(8, 2), 33), "groups .* of 4 .* 33"),
+        (Packed("int4", (8, 22), torch.zeros(8, 11, dtype=torch.uint8), torch.ones(8, 1), 22), "groups .* of 4 .* 22"),
         (Packed("int4", (8, 64), torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 2), 48), "divide the 64 inputs"),
         (
             Packed("fp8", (2, 8, 64), torch.zeros(2, 8, 64).to(torch.float8_e4m3fn), torch.ones(2, 1, 1), 128),
             "blocks of 128, not 8",
         ),
     ],
-    ids=["int8 by groups", "unknown", "odd group", "group does not divide", "blocks across experts"],
+    ids=[
+        "int8 by groups",
+        "unknown",
+        "odd group",
+        "words cut in two",
+        "group does not divide",
+        "blocks across experts",
+    ],
 )
 def test_what_no_kernel_unpacks_is_refused(weight: Packed, why: str) -> None:
     with pytest.raises(InputError, match=f'{why}.*choose ops="fused" or quantize="int4"'):
         product.pack(weight)
 
 
+def test_the_assembly_says_what_the_plain_way_says() -> None:
+    """All words, in both halves of a register; every scale that e2m1 may have."""
+    word = torch.arange(65536)
+    register = ptx.pair(word, word.flip(0))
+    codes = torch.stack([word >> 4 * place & 15 for place in range(4)])
+    for text, dtype in zip(ptx.assemblies(product, "_quarters"), DTYPES[1:], strict=True):
+        for found, code in zip(ptx.run(text, {"$4": register}, 4), codes, strict=True):
+            numbers = ptx.halves(found, dtype).float()
+            assert torch.equal(numbers[:, 0], code - 8.0) and torch.equal(numbers[:, 1], code.flip(0) - 8.0)
+
+    e2m1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    e2m1 = torch.cat([e2m1, -e2m1])
+    (text,) = ptx.assemblies(product, "_e2m1_quarters")
+    for scale in (2.0**-127, 2.0**-9, 1.0, 1.125, 448.0, 2.0**120):
+        bits = torch.tensor(scale, dtype=torch.bfloat16).view(torch.int16).expand(65536)
+        for found, code in zip(ptx.run(text, {"$4": register, "$5": ptx.pair(bits, bits)}, 4), codes, strict=True):
+            numbers = ptx.halves(found, torch.bfloat16)
+            exact = (e2m1.double() * scale).to(torch.bfloat16)
+            assert torch.equal(numbers[:, 0], exact[code]) and torch.equal(numbers[:, 1], exact[code.flip(0)])
+
+
 @pytest.mark.skipif(triton_interpreter.IS_ON, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("arch", [80, 89, 100])  # the others are `test_triton_ahead`'s, always
 def test_ahead(arch: int) -> None:
     for special in linear.ahead(arch) + product.ahead(arch):
-        if any(text in special.name for text in ("qkv", "gate_up", "evens", "rows", "groups")):
+        if any(text in special.name for text in ("qkv", "gate_up", "classes", "rows", "groups")):
             row = ahead.compile_one(special, arch)
             assert row["spills"] <= 32, special.name
             assert row["shared"] <= tuning.SHARED_KIB[arch] * 1024, special.name

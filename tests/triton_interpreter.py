@@ -105,6 +105,7 @@ def _put_right() -> None:
 
     def new_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         a, b = (handle(widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        a, b = (handle(x.data.astype(np.float32), tl.float32) if x.dtype.scalar == tl.float16 else x for x in (a, b))
         if {a.data.dtype, b.data.dtype, d.data.dtype} == {np.dtype(np.float32)}:
             # numpy's library sums a row in an order that depends on where it stands, a GPU's units do not.
             product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))

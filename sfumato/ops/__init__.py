@@ -108,6 +108,12 @@ class Ops:
     that is not finite stays so. None: whoever comes next takes x_BTD. After is None where nothing may be handed on."""
     is_recordable: bool = False
     """Nothing in a step waits for the host, no shape hangs on a number on the device: a CUDA graph can hold it."""
+    noise: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(words_X4, step_X, at_B, length, vocab_size) -> uniform_BL and tokens_BL: the bits of `diffusion.CountedDice` in
+    one call. None: that class itself counts them."""
+    conclude_: Callable[..., None] | None = None
+    """(state, at_B, ReadOut, noise_BL, hidden_BLD, soft_BLD, embed_VD, scale): the end of a step in which no grammar
+    has a say, written to the state. None: `step.conclude_`, which is what it means."""
 
 
 NAMES = ("reference", "fused", "cpu", "triton")

@@ -45,7 +45,19 @@ def load(device: torch.device | str = "cuda") -> Ops:
 
 def record() -> Ops:
     """The record, wherever it may run: on a GPU, or under Triton's interpreter on any machine."""
-    from sfumato.ops.triton import attention, block, experts, linear, norm, product, read_out, route, soft_embedding
+    from sfumato.ops.triton import (
+        attention,
+        block,
+        conclude,
+        experts,
+        linear,
+        noise,
+        norm,
+        product,
+        read_out,
+        route,
+        soft_embedding,
+    )
 
     plain = Ops(
         "triton",
@@ -63,6 +75,8 @@ def record() -> Ops:
         soft_embedding.soft_embedding,
         block=block.block,
         is_recordable=True,
+        noise=noise.noise,
+        conclude_=conclude.conclude_,
     )
     each = {f.name: getattr(plain, f.name) for f in fields(plain) if f.name != "pack"}
     launching: dict[str, Any] = {name: on_its_device(one) for name, one in each.items() if callable(one)}

@@ -238,7 +238,7 @@ def ahead(arch: int) -> list[Special]:
     for name, like, dtype in dense_specials(arch):
         p, (kind, group) = POINTERS[dtype], layout(like)
         parts = 1 if like.kind in HALVES else 4
-        laid, extra = "*fp8e4nv" if kind == "fp8" else p, None if kind in ("plain", "halves") else "*fp32"
+        laid, extra = "*fp8e4nv" if kind == "fp8" else p, None if kind in ("plain", "classes") else "*fp32"
         tiles, launch = shape(width, config("between", (width,), dtype, device, DEFAULTS["between"]))
         pointers: dict[str, str | None] = dict.fromkeys(_between.arg_names[:6], p)
         pointers |= {"part_ptr": "*fp32" if parts > 1 else p, "root_ptr": "*fp32", "zero_ptr": "*i32", "eps": "fp32"}

@@ -14,10 +14,12 @@ over several devices.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor, empty, int32, zeros
+from torch import Tensor, empty, float32, int32, zeros
 
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.linear import gate_and_up, gated, placed
@@ -35,7 +37,7 @@ from sfumato.ops.triton.product import (
     special,
     x_at,
 )
-from sfumato.ops.triton.tuning import Config, config
+from sfumato.ops.triton.tuning import Config, chip, config
 
 # 256 tokens x 8 choices over 128 experts: sixteen rows an expert on average, thirty in a popular one. With 32 rows a
 # tile nearly every expert is one tile, so its weights cross from L2 once and are unpacked once; the tensor cores spend
@@ -51,7 +53,16 @@ DEFAULTS: dict[str, Config] = {
     "listed": {"BLOCK": 256, "num_warps": 4, "num_stages": 1},
     "combine": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
 }
-KINDS: dict[str, dict[str, Config]] = {"experts_gate_up": _EXPERTS, "experts_down": _EXPERTS}
+# With more rows an expert, higher tiles: weights cross from L2 and are unpacked fewer times. A tile that is not full
+# costs the tensor cores as much as a full one, so a tile is about as high as an expert has rows.
+_HEIGHTS: dict[str, Config] = {"": {}, "_64": {"BLOCK_M": 64}, "_128": {"BLOCK_M": 128, "num_warps": 8}}
+KINDS: dict[str, dict[str, Config]] = {
+    op + height: {kind: {**sizes, **more} for kind, sizes in _EXPERTS.items()}
+    for op in ("experts_gate_up", "experts_down")
+    for height, more in _HEIGHTS.items()
+}
+TALL = ((128, "_128"), (48, "_64"))
+"""The height of tiles, from so many rows an expert on average."""
 CHOICES = {
     "BLOCK_N": (64, 128),
     "BLOCK_M": (16, 32, 64),
@@ -98,7 +109,8 @@ def products(
     (tokens, width), (rows, hidden_size), count = x_ND.shape, hidden_AF.shape, len(count_E)
     dtype, device = hidden_AF.dtype, x_ND.device
     # Tiles of rows are cut once for both products; gate and up, the larger, decide.
-    tiles, launch = blocks("experts_gate_up", (count, gate_up.outputs, width), gate_up, dtype, device, KINDS)
+    height = _height(rows / count, (gate_up, down), dtype, device)
+    tiles, launch = _tiles("experts_gate_up", height, (count, gate_up.outputs, width), gate_up, dtype, device)
     most = min(rows, (rows + count * (tiles["BLOCK_M"] - 1)) // tiles["BLOCK_M"])
     same = {"E": count, "BLOCK_E": triton.next_power_of_2(count)}
     _experts_gate_up[(most * triton.cdiv(gate_up.outputs, tiles["BLOCK_N"]),)](
@@ -121,7 +133,7 @@ def products(
         **launch,
     )
     part_AD = empty(rows, down.outputs, dtype=dtype, device=device)
-    again, launch = blocks("experts_down", (count, down.outputs, hidden_size), down, dtype, device, KINDS)
+    again, launch = _tiles("experts_down", height, (count, down.outputs, hidden_size), down, dtype, device)
     again["BLOCK_M"] = tiles["BLOCK_M"]
     _experts_down[(most * triton.cdiv(down.outputs, again["BLOCK_N"]),)](
         *prepare(hidden_AF, down, is_split=True),
@@ -140,6 +152,30 @@ def products(
         **launch,
     )
     return part_AD
+
+
+def _height(rows: float, weights: tuple[Form, Form], dtype: torch.dtype, device: torch.device) -> str:
+    """How high tiles are for so many rows an expert. In float32 always low: its sums lie in registers one by one."""
+    name = "" if dtype == float32 else next((name for least, name in TALL if rows >= least), "")
+    is_halved = any(weight.kind in HALVES for weight in weights)
+    return "_64" if name == "_128" and is_halved and _has_tensor_memory(device) else name
+
+
+def _has_tensor_memory(device: torch.device | str) -> bool:
+    """Where it is, four classes of inputs in 128 rows do not fit it; the compiler makes a trap of such a kernel."""
+    return 100 <= chip(str(device))[1] < 110
+
+
+def _tiles(
+    op: str, height: str, shape: tuple[int, ...], weight: Form, dtype: torch.dtype | str, device: torch.device | str
+) -> tuple[dict[str, int], dict[str, int]]:
+    """`blocks` for tiles of this height. Inputs are cut as they are in tiles of any other height: a row's sum is then
+    the same to the bit, however many rows stand beside it."""
+    tiles, launch = blocks(op, shape, weight, dtype, device, KINDS)
+    if height:
+        tall, launch = blocks(op + height, shape, weight, dtype, device, KINDS)
+        tiles = {**tall, "BLOCK_K": tiles["BLOCK_K"]}
+    return tiles, launch
 
 
 def listed(index_NJ: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -275,17 +311,21 @@ def ahead(arch: int) -> list[Special]:
     for name, like, dtype in dense_specials(arch):
         types, p = operand_types(like.kind, dtype), POINTERS[dtype]
         pointers = {f"{k}_ptr": v for k, v in types.items()} | {"out_ptr": p, "count_ptr": "*i32", "list_ptr": "*i32"}
-        same = {"GROUP": like.group, "KIND": like.kind, "E": count, "BLOCK_E": count}
-        first = replace(like, outputs=2 * hidden, inputs=width)
-        tiles, launch = blocks("experts_gate_up", (count, 2 * hidden, width), first, dtype, device, KINDS)
-        constexprs = {"J": choices, "F": hidden, "K": width, **same, "SPLIT": like.kind in HALVES, **tiles}
-        found.append(
-            special(f"experts gate_up {name}", _experts_gate_up, pointers, ["tiles", "tokens"], constexprs, launch)
-        )
-        block_m, last = tiles["BLOCK_M"], replace(like, outputs=width, inputs=hidden)
-        tiles, launch = blocks("experts_down", (count, width, hidden), last, dtype, device, KINDS)
-        constexprs = {"N": width, "K": hidden, **same, **tiles, "BLOCK_M": block_m}
-        found.append(special(f"experts down {name}", _experts_down, pointers, ["tiles", "tokens"], constexprs, launch))
+        same: dict[str, Any] = {"GROUP": like.group, "KIND": like.kind, "E": count, "BLOCK_E": count}
+        first, last = replace(like, outputs=2 * hidden, inputs=width), replace(like, outputs=width, inputs=hidden)
+        heights = list(_HEIGHTS) if name in ("bfloat16", "fp8", "int4", "nvfp4") else [""]
+        for height in heights[:2] if like.kind in HALVES and _has_tensor_memory(device) else heights:
+            tiles, launch = _tiles("experts_gate_up", height, (count, 2 * hidden, width), first, dtype, device)
+            constexprs = {"J": choices, "F": hidden, "K": width, **same, "SPLIT": like.kind in HALVES, **tiles}
+            what = f"gate_up{height} {name}"
+            found.append(
+                special(f"experts {what}", _experts_gate_up, pointers, ["tiles", "tokens"], constexprs, launch)
+            )
+            block_m = tiles["BLOCK_M"]
+            tiles, launch = _tiles("experts_down", height, (count, width, hidden), last, dtype, device)
+            constexprs = {"N": width, "K": hidden, **same, **tiles, "BLOCK_M": block_m}
+            what = f"down{height} {name}"
+            found.append(special(f"experts {what}", _experts_down, pointers, ["tiles", "tokens"], constexprs, launch))
     chosen = config("listed", (count,), "int64", device, DEFAULTS["listed"])
     launch = {k: chosen[k] for k in ("num_warps", "num_stages")}
     three: dict[str, str | None] = {"index_ptr": "*i64", "count_ptr": "*i32", "list_ptr": "*i32"}

@@ -33,6 +33,7 @@ from sfumato.ops.triton.product import (
     product,
     row_at,
     special,
+    spread,
     x_at,
 )
 from sfumato.ops.triton.tuning import SHARED_KIB, Config, chip, config, processors
@@ -101,7 +102,7 @@ def pair(gate: Form, up: Form) -> tuple[Form, Form]:
 
 
 def gate_up(x_MK: Tensor, x_extra: Tensor | None, gate: Form, up: Form, hidden_MF: Tensor, is_split: bool) -> None:
-    """gelu(gate(x)) x up(x) into `hidden_MF`, evens first if `is_split`. x is prepared."""
+    """gelu(gate(x)) x up(x) into `hidden_MF`, in its four classes if `is_split`. x is prepared."""
     tiles, launch = blocks("gate_up", (gate.outputs, gate.inputs), gate, hidden_MF.dtype, x_MK.device, DEFAULTS)
     grid = (triton.cdiv(len(x_MK), tiles["BLOCK_M"]) * triton.cdiv(2 * gate.outputs, tiles["BLOCK_N"]),)
     _gate_up[grid](
@@ -223,8 +224,8 @@ def gated(acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def placed(f, F: tl.constexpr, SPLIT: tl.constexpr):
-    """Where hidden value f is stored: evens first, then odd ones, if weights of two a byte come next."""
-    return (f % 2) * (F // 2) + f // 2 if SPLIT else f
+    """Where hidden value f is stored: in its class, if weights of two a byte come next."""
+    return spread(f, F) if SPLIT else f
 
 
 @triton.jit

@@ -11,9 +11,10 @@ expert's sixteen) are the short side, where the tensor cores allow 8 steps.
            sum in float32, and its bias, if there is one, the sum of its x
     nvfp4, mxfp4   unpacked in registers too, with the scale of their few inputs: 2 bits times 4 are exact in bfloat16
 
-x of four bits is laid out beforehand as even inputs, then odd ones: what the halves of a byte meet. One order of
-summation along K whatever the number of rows. What this lacks: int8 by groups, x in four bits, the tensor cores'
-own block scales (sm_100).
+Weights of four bits are read as 16-bit words, four weights each, which come from shared memory as the tensor cores'
+registers want them. So their x is laid out beforehand in four classes (`spread`): inputs 0, 4, 8 and so on, which the
+first quarters of the words meet, then 1, 5, 9 for the second quarters. One order of summation along K whatever the
+number of rows. What this lacks: int8 by groups, x in four bits, the tensor cores' own block scales (sm_100).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ Weight = Tensor | Packed
 
 HALVES = ("int4", "int4_bias", "nvfp4", "mxfp4")
 """Kinds of two weights a byte."""
-_INPUTS = {"int8": 1, "fp8": 1, "int4": 2, "nvfp4": 16, "mxfp4": 32}
-"""What each kind packs together."""
+_INPUTS = {"int8": 1, "fp8": 1, "int4": 4, "nvfp4": 16, "mxfp4": 32}
+"""What each kind packs together, or is read together."""
 
 
 def pack(weight: Weight) -> Weight:
@@ -115,6 +116,8 @@ def form(weight: Weight, x: Tensor) -> Form:
     # Bytes, where the compiler does not know the type on every device.
     if kind == "fp8" and not has_fp8(str(x.device)):
         kind, data = "fp8_wide", data.view(torch.uint8)
+    if weight.kind in HALVES:
+        data = data.view(torch.int16)
     if kind == "nvfp4":
         return Form(kind, outputs, inputs, group, data, scale.view(torch.uint8), weight.factor)
     if weight.bias is not None:
@@ -143,16 +146,17 @@ def blocks(
     named = short if kind == "plain" else f"{kind} {short}"
     chosen = config(op, shape, named, device, default, small)
     tiles = {name: value for name, value in chosen.items() if name.startswith("BLOCK_")}
-    tiles["BLOCK_K"] = min(tiles["BLOCK_K"], max(32, triton.next_power_of_2(weight.inputs)))
+    least = 64 if weight.kind in HALVES else 32  # a product of the tensor cores takes 16 inputs, of one class each
+    tiles["BLOCK_K"] = max(least, min(tiles["BLOCK_K"], triton.next_power_of_2(weight.inputs)))
     share = weight.group & -weight.group  # the largest power of two in it
-    if kind not in ("nvfp4", "mxfp4") and share >= 32:
+    if kind not in ("nvfp4", "mxfp4") and share >= least:
         tiles["BLOCK_K"] = min(tiles["BLOCK_K"], share)  # one scale for the whole step
     return tiles, {name: chosen[name] for name in ("num_warps", "num_stages")}
 
 
 def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor, Tensor | None]:
     """x as this weight meets it, and what goes with it: the scale of a row (fp8), the sum of each group (int4_bias).
-    `is_split`: evens come first already, if halves of bytes want that."""
+    `is_split`: it lies in its four classes already, if words of four weights want that."""
     x_MK = x_MK.contiguous()
     rows, width = x_MK.shape
     block = triton.next_power_of_2(width)
@@ -160,7 +164,7 @@ def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor,
     if weight.kind in HALVES:
         if not is_split:
             plain_MK, x_MK = x_MK, torch.empty_like(x_MK)
-            _evens_first[(rows,)](plain_MK, x_MK, K=width, BLOCK=block, num_warps=warps)
+            _in_classes[(rows,)](plain_MK, x_MK, K=width, BLOCK=block, num_warps=warps)
         if weight.kind != "int4_bias":
             return x_MK, None
         sum_MG = torch.empty(rows, width // weight.group, dtype=torch.float32, device=x_MK.device)
@@ -179,7 +183,7 @@ def layout(weight: Form) -> tuple[str, int]:
     """How this weight meets its x, and the group of which x's sums stand beside it."""
     if weight.kind == "int4_bias" and weight.group & (weight.group - 1) == 0:
         return "sums", weight.group
-    return ("halves" if weight.kind in HALVES else "fp8" if weight.kind == "fp8" else "plain"), 1
+    return ("classes" if weight.kind in HALVES else "fp8" if weight.kind == "fp8" else "plain"), 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,11 +212,11 @@ class Ready:
         """`prepare`, where something is left to do."""
         if (layout(weight) == (self.layout, self.group) and weight.kind != "int4_bias") or self.layout == "sums":
             return self.x_MK, self.extra
-        return prepare(self.x_MK, weight, is_split=self.layout == "halves")
+        return prepare(self.x_MK, weight, is_split=self.layout == "classes")
 
 
 def _sum_sizes(width: int, group: int) -> dict[str, int]:
-    return {"GROUPS": triton.next_power_of_2(width // group), "PAIRS": triton.next_power_of_2(group // 2)}
+    return {"GROUPS": triton.next_power_of_2(width // group), "WORDS": triton.next_power_of_2(group // 4)}
 
 
 IN_ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
@@ -220,24 +224,32 @@ IN_ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @triton.jit
-def _evens_first(x_ptr, out_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * K
-    col = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row + col, col < K)
-    tl.store(out_ptr + row + (col % 2) * (K // 2) + col // 2, x, col < K)
+def spread(i, K: tl.constexpr):
+    """Where input i of K is stored for weights of two a byte: by its place in a word of four weights, then by the word.
+    Whoever writes such an x asks here, but for `lay_out`, which has its own way to the same places."""
+    return (i % 4) * (K // 4) + i // 4
 
 
 @triton.jit
-def _sum_groups(x_ptr, sum_ptr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr):
-    """The sum of each group of a row that has its evens first."""
+def _in_classes(x_ptr, out_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * K
+    col = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row + col, col < K)
+    tl.store(out_ptr + row + spread(col, K), x, col < K)
+
+
+@triton.jit
+def _sum_groups(x_ptr, sum_ptr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr):
+    """The sum of each group of a row that lies in its four classes."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
-    pair = tl.arange(0, PAIRS)[None, :]
-    is_live = (group < K // GROUP)[:, None] & (pair < GROUP // 2)
-    at = x_ptr + row * K + group[:, None] * (GROUP // 2) + pair
-    even = tl.load(at, is_live, 0.0).to(tl.float32)
-    odd = tl.load(at + K // 2, is_live, 0.0).to(tl.float32)
-    tl.store(sum_ptr + row * (K // GROUP) + group, tl.sum(even + odd, 1), group < K // GROUP)
+    word = tl.arange(0, WORDS)[None, :]
+    is_live = (group < K // GROUP)[:, None] & (word < GROUP // 4)
+    at = x_ptr + row * K + group[:, None] * (GROUP // 4) + word
+    total = tl.zeros((GROUPS, WORDS), tl.float32)
+    for place in tl.static_range(4):
+        total += tl.load(at + place * (K // 4), is_live, 0.0).to(tl.float32)
+    tl.store(sum_ptr + row * (K // GROUP) + group, tl.sum(total, 1), group < K // GROUP)
 
 
 @triton.jit
@@ -290,11 +302,16 @@ def lay_out(
     elif LAYOUT == "plain":
         tl.store(out_at + col, x.to(kind), is_row[:, None] & (col < K))
     else:
-        even, odd = tl.split(x.reshape(ROWS, BLOCK // 2, 2))
-        half = tl.arange(0, BLOCK // 2)[None, :]
-        is_live = is_row[:, None] & (half < K // 2)
-        tl.store(out_at + half, even.to(kind), is_live)
-        tl.store(out_at + K // 2 + half, odd.to(kind), is_live)
+        # As `spread` says, in four stores of neighbours each.
+        even, odd = tl.split(x.reshape(ROWS, BLOCK // 4, 2, 2))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        word = tl.arange(0, BLOCK // 4)[None, :]
+        is_live = is_row[:, None] & (word < K // 4)
+        tl.store(out_at + word, x0.to(kind), is_live)
+        tl.store(out_at + K // 4 + word, x1.to(kind), is_live)
+        tl.store(out_at + 2 * (K // 4) + word, x2.to(kind), is_live)
+        tl.store(out_at + 3 * (K // 4) + word, x3.to(kind), is_live)
         if LAYOUT == "sums":
             group = tl.arange(0, BLOCK // GROUP)[None, :]
             total = tl.sum(x.reshape(ROWS, BLOCK // GROUP, GROUP), 2)
@@ -303,63 +320,65 @@ def lay_out(
 
 
 @triton.jit
-def _halves(packed, TYPE: tl.constexpr):
-    """The codes of these bytes, low halves and high halves, less 8, in TYPE."""
+def _quarters(word, TYPE: tl.constexpr):
+    """The four codes of each of these words, less 8, in TYPE."""
     if IN_ASSEMBLY and tl.float32 != TYPE:
-        # A half byte under the exponent of 128 (float16: 1024) is the number 128 + code: byte permutations build two
-        # at a time, and one fused multiply-add takes 136 (1032) away. Four bytes, eight weights: eleven instructions.
+        # Four bits under the exponent of 128 (float16: 1024) are the number 128 + code: one operation puts two there,
+        # and one fused multiply-add takes 136 (1032) away. Two words, eight weights: eleven instructions.
         if tl.bfloat16 == TYPE:
-            low, high = tl.inline_asm_elementwise(
+            a, b, c, d = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 l, h, one, less;
+                .reg .b32 s, one, less;
                 mov.b32 one, 0x3F803F80;
                 mov.b32 less, 0xC308C308;
-                and.b32 l, $4, 0x0F0F0F0F;
-                shr.u32 h, $4, 4;
-                and.b32 h, h, 0x0F0F0F0F;
-                prmt.b32 $0, l, 0x43434343, 0x4140;
-                prmt.b32 $1, l, 0x43434343, 0x4342;
-                prmt.b32 $2, h, 0x43434343, 0x4140;
-                prmt.b32 $3, h, 0x43434343, 0x4342;
+                lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+                shr.u32 s, $4, 4;
+                lop3.b32 $1, s, 0x000F000F, 0x43004300, 0xEA;
+                shr.u32 s, $4, 8;
+                lop3.b32 $2, s, 0x000F000F, 0x43004300, 0xEA;
+                shr.u32 s, $4, 12;
+                lop3.b32 $3, s, 0x000F000F, 0x43004300, 0xEA;
                 fma.rn.bf16x2 $0, $0, one, less;
                 fma.rn.bf16x2 $1, $1, one, less;
                 fma.rn.bf16x2 $2, $2, one, less;
                 fma.rn.bf16x2 $3, $3, one, less;
                 }""",
                 "=&r,=&r,=&r,=&r,r",
-                [packed],
-                dtype=(tl.bfloat16, tl.bfloat16),
+                [word],
+                dtype=(tl.bfloat16,) * 4,
                 is_pure=True,
-                pack=4,
+                pack=2,
             )
         else:
-            low, high = tl.inline_asm_elementwise(
+            a, b, c, d = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 l, h, one, less;
+                .reg .b32 s, one, less;
                 mov.b32 one, 0x3C003C00;
                 mov.b32 less, 0xE408E408;
-                and.b32 l, $4, 0x0F0F0F0F;
-                shr.u32 h, $4, 4;
-                and.b32 h, h, 0x0F0F0F0F;
-                prmt.b32 $0, l, 0x64646464, 0x4140;
-                prmt.b32 $1, l, 0x64646464, 0x4342;
-                prmt.b32 $2, h, 0x64646464, 0x4140;
-                prmt.b32 $3, h, 0x64646464, 0x4342;
+                lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+                shr.u32 s, $4, 4;
+                lop3.b32 $1, s, 0x000F000F, 0x64006400, 0xEA;
+                shr.u32 s, $4, 8;
+                lop3.b32 $2, s, 0x000F000F, 0x64006400, 0xEA;
+                shr.u32 s, $4, 12;
+                lop3.b32 $3, s, 0x000F000F, 0x64006400, 0xEA;
                 fma.rn.f16x2 $0, $0, one, less;
                 fma.rn.f16x2 $1, $1, one, less;
                 fma.rn.f16x2 $2, $2, one, less;
                 fma.rn.f16x2 $3, $3, one, less;
                 }""",
                 "=&r,=&r,=&r,=&r,r",
-                [packed],
-                dtype=(tl.float16, tl.float16),
+                [word],
+                dtype=(tl.float16,) * 4,
                 is_pure=True,
-                pack=4,
+                pack=2,
             )
     else:
-        low = ((packed & 15).to(tl.float32) - 8).to(TYPE)
-        high = ((packed >> 4).to(tl.float32) - 8).to(TYPE)
-    return low, high
+        a = ((word & 15).to(tl.float32) - 8).to(TYPE)
+        b = ((word >> 4 & 15).to(tl.float32) - 8).to(TYPE)
+        c = ((word >> 8 & 15).to(tl.float32) - 8).to(TYPE)
+        d = ((word >> 12 & 15).to(tl.float32) - 8).to(TYPE)
+    return a, b, c, d
 
 
 @triton.jit
@@ -384,51 +403,62 @@ def _e2m1(code):
 
 
 @triton.jit
-def _e2m1_halves(byte, scale, TYPE: tl.constexpr):
-    """The 4-bit floats of these bytes, low halves and high halves, times their scale, in TYPE."""
+def _e2m1_quarters(word, scale, TYPE: tl.constexpr):
+    """The four 4-bit floats of each of these words times their scale, in TYPE."""
     if IN_ASSEMBLY and tl.bfloat16 == TYPE:
-        # As in `_e2m1`, two at a time: a half byte at the top of each 16 bits, its sign left there, the rest moved
-        # down by 6. The scale is bfloat16 and the product exact.
-        low, high = tl.inline_asm_elementwise(
+        # As in `_e2m1`, two at a time: sign, and three bits where exponent and mantissa meet, moved to their places in
+        # 16 bits. The scale is bfloat16 and the product exact.
+        a, b, c, d = tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, m, up, nothing;
+            .reg .b32 m, s, up, nothing;
             mov.b32 up, 0x7E807E80;
             mov.b32 nothing, 0x80008000;
-            prmt.b32 a, $4, 0, 0x1404;
-            prmt.b32 b, $4, 0, 0x3424;
-            shr.u32 m, a, 6;
+            shl.b32 m, $4, 6;
             and.b32 m, m, 0x01C001C0;
-            lop3.b32 $2, a, 0x80008000, m, 0xEA;
-            shr.u32 m, b, 6;
+            shl.b32 s, $4, 12;
+            lop3.b32 $0, s, 0x80008000, m, 0xEA;
+            shl.b32 m, $4, 2;
             and.b32 m, m, 0x01C001C0;
-            lop3.b32 $3, b, 0x80008000, m, 0xEA;
-            shl.b32 a, a, 4;
-            shl.b32 b, b, 4;
-            shr.u32 m, a, 6;
+            shl.b32 s, $4, 8;
+            lop3.b32 $1, s, 0x80008000, m, 0xEA;
+            shr.u32 m, $4, 2;
             and.b32 m, m, 0x01C001C0;
-            lop3.b32 $0, a, 0x80008000, m, 0xEA;
-            shr.u32 m, b, 6;
+            shl.b32 s, $4, 4;
+            lop3.b32 $2, s, 0x80008000, m, 0xEA;
+            shr.u32 m, $4, 6;
             and.b32 m, m, 0x01C001C0;
-            lop3.b32 $1, b, 0x80008000, m, 0xEA;
+            lop3.b32 $3, $4, 0x80008000, m, 0xEA;
             fma.rn.bf16x2 $0, $0, up, nothing;
             fma.rn.bf16x2 $1, $1, up, nothing;
             fma.rn.bf16x2 $2, $2, up, nothing;
             fma.rn.bf16x2 $3, $3, up, nothing;
             fma.rn.bf16x2 $0, $0, $5, nothing;
-            fma.rn.bf16x2 $1, $1, $6, nothing;
+            fma.rn.bf16x2 $1, $1, $5, nothing;
             fma.rn.bf16x2 $2, $2, $5, nothing;
-            fma.rn.bf16x2 $3, $3, $6, nothing;
+            fma.rn.bf16x2 $3, $3, $5, nothing;
             }""",
-            "=&r,=&r,=&r,=&r,r,r,r",
-            [byte, scale],
-            dtype=(tl.bfloat16, tl.bfloat16),
+            "=&r,=&r,=&r,=&r,r,r",
+            [word, scale],
+            dtype=(tl.bfloat16,) * 4,
             is_pure=True,
-            pack=4,
+            pack=2,
         )
     else:
-        low = (_e2m1(byte & 15) * scale.to(tl.float32)).to(TYPE)
-        high = (_e2m1(byte >> 4) * scale.to(tl.float32)).to(TYPE)
-    return low, high
+        each = scale.to(tl.float32)
+        a = (_e2m1(word & 15) * each).to(TYPE)
+        b = (_e2m1(word >> 4 & 15) * each).to(TYPE)
+        c = (_e2m1(word >> 8 & 15) * each).to(TYPE)
+        d = (_e2m1(word >> 12 & 15) * each).to(TYPE)
+    return a, b, c, d
+
+
+@triton.jit
+def _four(a, b, c, d, x0, x1, x2, x3, acc):
+    """Four products, one a class of inputs, onto acc; always in this order."""
+    acc = tl.dot(a, x0, acc, input_precision="ieee")
+    acc = tl.dot(b, x1, acc, input_precision="ieee")
+    acc = tl.dot(c, x2, acc, input_precision="ieee")
+    return tl.dot(d, x3, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -451,8 +481,8 @@ def product(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     TYPE: tl.constexpr = x_M.dtype.scalar.element_ty
     if KIND == "int4" or KIND == "int4_bias" or KIND == "nvfp4" or KIND == "mxfp4":
-        HALF: tl.constexpr = K // 2
-        STEP: tl.constexpr = BLOCK_K // 2
+        WORDS: tl.constexpr = K // 4
+        STEP: tl.constexpr = BLOCK_K // 4
         k = tl.arange(0, STEP)
         # A row's few bytes do not suit an asynchronous copy: the scales of the next step are fetched during this one.
         if KIND == "nvfp4" or KIND == "mxfp4":
@@ -461,40 +491,39 @@ def product(
             few = tl.load(scale_N[:, None] + tl.minimum(nth, K // GROUP - 1)[None, :])
         elif GROUP % BLOCK_K == 0:
             scale = tl.load(scale_N)
-        for start in range(0, HALF, STEP):
-            even_at = x_M[None, :] + start + k[:, None]
-            if HALF % STEP == 0:
-                byte = tl.load(w_N[:, None] + start + k[None, :])
-                even = tl.load(even_at)
-                odd = tl.load(even_at + HALF)
+        for start in range(0, WORDS, STEP):
+            at = x_M[None, :] + start + k[:, None]
+            if WORDS % STEP == 0:
+                word = tl.load(w_N[:, None] + start + k[None, :])
+                x0, x1 = tl.load(at), tl.load(at + WORDS)
+                x2, x3 = tl.load(at + 2 * WORDS), tl.load(at + 3 * WORDS)
             else:
-                byte = tl.load(w_N[:, None] + start + k[None, :], (start + k < HALF)[None, :], 0)
-                even = tl.load(even_at, (start + k < HALF)[:, None], 0.0)
-                odd = tl.load(even_at + HALF, (start + k < HALF)[:, None], 0.0)
+                is_live = (start + k < WORDS)[:, None]
+                word = tl.load(w_N[:, None] + start + k[None, :], (start + k < WORDS)[None, :], 0)
+                x0, x1 = tl.load(at, is_live, 0.0), tl.load(at + WORDS, is_live, 0.0)
+                x2, x3 = tl.load(at + 2 * WORDS, is_live, 0.0), tl.load(at + 3 * WORDS, is_live, 0.0)
             if KIND == "nvfp4" or KIND == "mxfp4":
-                at = tl.minimum(2 * (start + STEP) // GROUP + nth, K // GROUP - 1)
-                after = tl.load(scale_N[:, None] + at[None, :])
+                nearest = tl.minimum(4 * (start + STEP) // GROUP + nth, K // GROUP - 1)
+                after = tl.load(scale_N[:, None] + nearest[None, :])
                 each = _widened(few, tl.float32) if KIND == "nvfp4" else _power_of_two(few)
                 each = each.to(tl.bfloat16) if tl.bfloat16 == TYPE else each
-                each = tl.broadcast_to(each[:, :, None], (BLOCK_N, MANY, GROUP // 2)).reshape(BLOCK_N, STEP)
-                low, high = _e2m1_halves(byte, each, TYPE)
-                acc = tl.dot(low, even, acc, input_precision="ieee")
-                acc = tl.dot(high, odd, acc, input_precision="ieee")
+                each = tl.broadcast_to(each[:, :, None], (BLOCK_N, MANY, GROUP // 4)).reshape(BLOCK_N, STEP)
+                a, b, c, d = _e2m1_quarters(word, each, TYPE)
+                acc = _four(a, b, c, d, x0, x1, x2, x3, acc)
                 few = after
             elif GROUP % BLOCK_K == 0:
-                low, high = _halves(byte, TYPE)
-                at = tl.minimum(2 * (start + STEP), K - 1) // GROUP
-                after = tl.load(scale_N + at)
-                part = tl.dot(low, even, input_precision="ieee")
-                part = tl.dot(high, odd, part, input_precision="ieee")
+                a, b, c, d = _quarters(word, TYPE)
+                after = tl.load(scale_N + tl.minimum(4 * (start + STEP), K - 1) // GROUP)
+                part = _four(a, b, c, d, x0, x1, x2, x3, None)
                 acc += part * scale.to(tl.float32)[:, None]
                 scale = after
             else:  # groups shorter than a step: a scale for each weight
-                low, high = _halves(byte, TYPE)
-                group = tl.minimum(2 * (start + k), K - 1) // GROUP
+                a, b, c, d = _quarters(word, TYPE)
+                group = tl.minimum(4 * (start + k), K - 1) // GROUP
                 each = tl.load(scale_N[:, None] + group[None, :]).to(tl.float32)
-                acc = tl.dot((low.to(tl.float32) * each).to(TYPE), even, acc, input_precision="ieee")
-                acc = tl.dot((high.to(tl.float32) * each).to(TYPE), odd, acc, input_precision="ieee")
+                a, b = (a.to(tl.float32) * each).to(TYPE), (b.to(tl.float32) * each).to(TYPE)
+                c, d = (c.to(tl.float32) * each).to(TYPE), (d.to(tl.float32) * each).to(TYPE)
+                acc = _four(a, b, c, d, x0, x1, x2, x3, acc)
         if KIND == "int4_bias":
             # A product of its own along the groups: the bias of each times the sum of its x, in three parts of TF32,
             # which is float32 but for its last bits. Codes lack 8: what that leaves of the bias is small, the middle
@@ -552,7 +581,7 @@ def row_at(w_ptr, scale_ptr, extra_ptr, n, K: tl.constexpr, GROUP: tl.constexpr,
     if KIND == "plain":
         w_N, scale_N = w_ptr + n * K, n
     elif KIND == "int4" or KIND == "int4_bias" or KIND == "nvfp4" or KIND == "mxfp4":
-        w_N, scale_N = w_ptr + n * (K // 2), scale_ptr + n * (K // GROUP)
+        w_N, scale_N = w_ptr + n * (K // 4), scale_ptr + n * (K // GROUP)
         if KIND == "int4_bias":
             extra_N = extra_ptr + n * (K // GROUP)
         elif KIND == "nvfp4":
@@ -597,10 +626,10 @@ def operand_types(kind: str, dtype: str) -> dict[str, str | None]:
         "int8": (p, None, "*i8", "*fp32", None),
         "fp8": ("*fp8e4nv", "*fp32", "*fp8e4nv", "*fp32", None),
         "fp8_wide": (p, None, "*u8", "*fp32", None),
-        "int4": (p, None, "*u8", "*fp16", None),
-        "int4_bias": (p, "*fp32", "*u8", "*bf16", "*bf16"),
-        "nvfp4": (p, None, "*u8", "*u8", "*fp32"),
-        "mxfp4": (p, None, "*u8", "*u8", None),
+        "int4": (p, None, "*i16", "*fp16", None),
+        "int4_bias": (p, "*fp32", "*i16", "*bf16", "*bf16"),
+        "nvfp4": (p, None, "*i16", "*u8", "*fp32"),
+        "mxfp4": (p, None, "*i16", "*u8", None),
     }
     return dict(zip(("x", "x_extra", "w", "scale", "extra"), table[kind], strict=True))
 
@@ -624,7 +653,7 @@ def ahead(arch: int) -> list[Special]:
     found = []
     two: dict[str, str | None] = {"x_ptr": "*bf16", "out_ptr": "*bf16"}
     sizes = {"K": 2816, "BLOCK": 4096}
-    found.append(special("evens_first", _evens_first, two, [], sizes, {"num_warps": 8}))
+    found.append(special("in_classes", _in_classes, two, [], sizes, {"num_warps": 8}))
     sums: dict[str, str | None] = {"x_ptr": "*bf16", "sum_ptr": "*fp32"}
     sizes = {"K": 2816, "GROUP": 64, **_sum_sizes(2816, 64)}
     found.append(special("sum_groups", _sum_groups, sums, [], sizes, {"num_warps": 8}))

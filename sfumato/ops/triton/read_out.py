@@ -1,10 +1,11 @@
 """The read-out: one sweep over the vocabulary, which writes the logits and what is needed of every tile of words.
 
 A program of the sweep owns a block of positions and one tile of words. Softcap, temperature and banned words are
-applied to the float32 sums in registers; the logits leave rounded, once, and with them go five numbers a position and
-tile. A second kernel puts the tiles together in a fixed order: argmax, entropy, the tile that the sample lies in. A
-third one computes that one tile's logits again, in float32, and walks it. So E is read once, no [B, L, V] float32
-exists, and the sample follows the float32 distribution, not the rounded one.
+applied to the float32 sums in registers, where they stay until the tile's peak is known; the logits leave rounded,
+once, and with them go five numbers a position and tile. A second kernel puts the tiles together in a fixed order:
+argmax, entropy, the tile that the sample lies in. A third one computes that one tile's logits again, in float32, those
+of words that weigh anything, and walks it. So E is read once, no [B, L, V] float32 exists, and the sample follows the
+float32 distribution, not the rounded one.
 
 Beside them, the sweep sums exp over the *rounded* logits: the soft embedding is softmax of those, and a rounding by
 half a place of 75 is a factor of 1.28 in exp, which only the same sum takes out again.
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from sfumato.ops import NEVER, ReadOut
 from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.product import IN_ASSEMBLY
 from sfumato.ops.triton.tuning import Config, chip, config
 
 DEFAULTS = {
@@ -35,12 +37,12 @@ DEFAULTS = {
 }
 BLACKWELL = {
     # The sums lie in tensor memory: wide tiles cost no registers, and 128 positions are one instruction's.
-    "read_out": {"BLOCK_N": 128, "TILE": 256, "PART": 32, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+    "read_out": {"BLOCK_N": 128, "TILE": 256, "PART": 16, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
     "read_out_walk": {"BLOCK_K": 64, "STAGES": 3, "num_warps": 8},
 }
 SMALL = {
     # Without asynchronous matrix units the operands pass through registers too: 64 of each thread for the sums.
-    "read_out": {"BLOCK_N": 128, "TILE": 128, "PART": 16, "BLOCK_K": 32, "GROUP": 16, "num_warps": 8, "num_stages": 4},
+    "read_out": {"BLOCK_N": 128, "TILE": 128, "PART": 8, "BLOCK_K": 32, "GROUP": 16, "num_warps": 8, "num_stages": 4},
     "read_out_walk": {"BLOCK_K": 64, "STAGES": 4, "num_warps": 4},
 }
 FLOAT32 = {
@@ -52,14 +54,20 @@ CHOICES = {
     "read_out": {
         "BLOCK_N": (128, 256),
         "TILE": (128, 256),
-        "PART": (16, 32),
+        "PART": (8, 16, 32),
         "BLOCK_K": (32, 64),
         "num_stages": (3, 4),
     },
     "read_out_walk": {"BLOCK_K": (64, 128), "STAGES": (3, 4, 5), "num_warps": (4, 8)},
 }
 
+LOUD = 128
+"""Positions in a program that adds a caller's noise to each word: beside more of them, the noise fits no register."""
+FEW = 8
+"""Up to so many banned words are compared with each word; more are marked in a table of all words first."""
+
 _NEVER = tl.constexpr(NEVER)
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tiles(NamedTuple):
@@ -91,13 +99,17 @@ def read_out(
     rows, device = batch * length, hidden_BLD.device
     hidden_BLD, embed_VD = hidden_BLD.contiguous(), embed_VD.contiguous()
     sweep, walk = (sizes(op, embed_VD.shape, embed_VD.dtype, device) for op in ("read_out", "read_out_walk"))
+    if gumbel_BLV is not None:
+        sweep["BLOCK_N"] = min(sweep["BLOCK_N"], LOUD)
     tile, warps = sweep["TILE"], {name: sweep.pop(name) for name in ("num_warps", "num_stages")}
     count = triton.cdiv(words, tile)
     temperature_B = temperature_B.to(torch.float32).contiguous()
-    where_BL = flags_V = None
-    if banned is not None:
-        where_BL = banned[0].contiguous().view(torch.uint8)
-        flags_V = torch.zeros(words, dtype=torch.uint8, device=device).index_fill_(0, banned[1].to(torch.int64), 1)
+    where_BL = banned_ptr = None
+    if banned is not None and len(banned[1]):
+        where_BL, banned_ptr = banned[0].contiguous().view(torch.uint8), banned[1].to(torch.int64).contiguous()
+        if len(banned[1]) > FEW:
+            banned_ptr = torch.zeros(words, dtype=torch.uint8, device=device).index_fill_(0, banned_ptr, 1)
+    bans = {"BANS": len(banned[1]) if banned is not None and len(banned[1]) <= FEW else 0}
     gumbel_BLV = None if gumbel_BLV is None else gumbel_BLV.contiguous()
 
     def floats(*shape: int) -> Tensor:
@@ -115,7 +127,7 @@ def read_out(
         embed_VD,
         temperature_B,
         where_BL,
-        flags_V,
+        banned_ptr,
         gumbel_BLV,
         logits_BLV,
         peak,
@@ -131,6 +143,7 @@ def read_out(
         V=words,
         D=width,
         TILES=count,
+        **bans,
         **sweep,
         **warps,
     )
@@ -167,7 +180,8 @@ def read_out(
             embed_VD,
             temperature_B,
             where_BL,
-            flags_V,
+            banned_ptr,
+            logits_BLV,
             peak_BL,
             inside_BL,
             rest_BL,
@@ -177,6 +191,7 @@ def read_out(
             V=words,
             D=width,
             TILE=tile,
+            **bans,
             **walk,
         )
     return ReadOut(sample_BL, argmax_BL, entropy_BL, logits_BLV, Tiles(mass, peak_BL, log_sum_BL, tile))
@@ -201,7 +216,38 @@ _COUNTS = ["rows", "length"]
 def _scaled(product, softcap, inverse):
     """softcap x tanh(product / softcap) / temperature; right at both ends, where exp is 0 or infinite. Its own error is
     up to 3e-7 x softcap / temperature: small beside the product's, but more than tanh's where logits are small."""
-    return (softcap - 2.0 * softcap / (tl.exp(product * (2.0 / softcap)) + 1.0)) * inverse
+    whole = tl.exp2(product * (2.0 * _LOG2E / softcap)) + 1.0
+    if IN_ASSEMBLY:  # A division would mind denominators above 2^126, whose inverses may as well be 0.
+        part = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [whole], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        part = 1.0 / whole
+    most = softcap * inverse
+    return most - part * (2.0 * most)
+
+
+@triton.jit
+def _rounded(x, TYPE: tl.constexpr):
+    """x in TYPE; to bfloat16 two at a time, which the compiler does not do of its own, and which is faster."""
+    if IN_ASSEMBLY and tl.bfloat16 == TYPE:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return x.to(TYPE)
+
+
+@triton.jit
+def _are_banned(banned_ptr, v_P, BANS: tl.constexpr):
+    """Which of these words are banned: by the few ids, or (BANS 0) by a flag for each word."""
+    if BANS:
+        is_banned_P = v_P == tl.load(banned_ptr)
+        for i in tl.static_range(1, BANS):
+            is_banned_P |= v_P == tl.load(banned_ptr + i)
+    else:
+        is_banned_P = tl.load(banned_ptr + v_P) != 0
+    return is_banned_P
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -210,7 +256,7 @@ def _sweep(
     embed_ptr,
     temperature_ptr,
     where_ptr,
-    flags_ptr,
+    banned_ptr,
     gumbel_ptr,
     logits_ptr,
     peak_ptr,
@@ -226,6 +272,7 @@ def _sweep(
     V: tl.constexpr,
     D: tl.constexpr,
     TILES: tl.constexpr,
+    BANS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
     PART: tl.constexpr,
@@ -265,57 +312,47 @@ def _sweep(
         hidden_at += BLOCK_K
         embed_at += BLOCK_K
 
-    # The sums become logits PART columns at a time: all at once, four values of each would not fit the registers.
+    # The sums become logits in their place, PART columns at a time: all at once, what each needs beside it would not
+    # fit the registers. What is taken of a row stays PART wide until the end, so that threads need not meet before.
     inverse_N = 1.0 / tl.load(temperature_ptr + (first_n + near_N) // length)
     corner = first_n.to(tl.int64) * V + first_v
-    peak_N = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-    total_N = tl.zeros((BLOCK_N,), tl.float32)
-    moment_N = tl.zeros((BLOCK_N,), tl.float32)
-    mass_N = tl.zeros((BLOCK_N,), tl.float32)
-    best_N = tl.zeros((BLOCK_N,), tl.int32)
-    noisy_N = peak_N
-    noisy_best_N = best_N
+    p_P = tl.arange(0, PART)
+    if where_ptr is not None:
+        is_where_N = tl.load(where_ptr + first_n + near_N) != 0
+    most_NP = tl.full((BLOCK_N, PART), -float("inf"), tl.float32)
+    nth_NP = tl.zeros((BLOCK_N, PART), tl.int32)
     parts = _columns(product, TILE // PART)
+    logits = ()
     for i in tl.static_range(TILE // PART):
-        word_P = i * PART + tl.arange(0, PART)
-        near_P = tl.minimum(word_P, V - first_v - 1) if V % TILE else word_P
-        is_word_P = word_P < V - first_v
-        is_live = is_row_N[:, None] & is_word_P[None, :] if V % TILE else is_row_N[:, None]
-        at = near_N[:, None] * V + near_P[None, :]
-
         x = _scaled(parts[i], softcap, inverse_N[:, None])
         if where_ptr is not None:
-            is_where_N = tl.load(where_ptr + first_n + near_N) != 0
-            is_banned_P = tl.load(flags_ptr + first_v + near_P) != 0
+            is_banned_P = _are_banned(banned_ptr, tl.minimum(first_v + i * PART + p_P, V - 1), BANS)
             x = tl.where(is_where_N[:, None] & is_banned_P[None, :], _NEVER * inverse_N[:, None], x)
-        rounded = x.to(logits_ptr.dtype.element_ty)
-        tl.store(logits_ptr + corner + at, rounded, is_live)
         if V % TILE:  # Words past the end: a peak of -1e38 would do, but 0 x it must stay 0.
-            x = tl.where(is_word_P[None, :], x, -1e38)
+            x = tl.where((i * PART + p_P < V - first_v)[None, :], x, -1e38)
+        nth_NP = tl.where(x > most_NP, i, nth_NP)
+        most_NP = tl.maximum(most_NP, x)
+        logits += (x,)  # type: ignore[assignment]
+    peak_N, best_N = _first(most_NP, nth_NP, TILE, PART)
 
-        higher_N = tl.max(x, 1)
-        best_P = tl.min(tl.where(x == higher_N[:, None], word_P[None, :], TILE), 1)
-        best_N = tl.where(higher_N > peak_N, best_P, best_N)
-        # Sums so far move to the new peak: a sum of (x - old) e^(x - old) becomes one of (x - new) e^(x - new).
-        new_N = tl.maximum(peak_N, higher_N)
-        fall_N = tl.maximum(peak_N - new_N, -1e30)
-        shrink_N = tl.exp(fall_N)
-        below = x - new_N[:, None]
-        weight = tl.exp(below)
-        moment_N = (moment_N + fall_N * total_N) * shrink_N + tl.sum(below * weight, 1)
-        total_N = total_N * shrink_N + tl.sum(weight, 1)
+    total_NP = tl.zeros((BLOCK_N, PART), tl.float32)
+    moment_NP = total_NP
+    mass_NP = total_NP
+    for i in tl.static_range(TILE // PART):
+        near_P = tl.minimum(i * PART + p_P, V - first_v - 1) if V % TILE else i * PART + p_P
+        is_word_P = i * PART + p_P < V - first_v
+        is_live = is_row_N[:, None] & is_word_P[None, :] if V % TILE else is_row_N[:, None]
+        kept = tl.where(is_word_P[None, :], logits[i], 0.0) if V % TILE else logits[i]
+        rounded = _rounded(kept, logits_ptr.dtype.element_ty)
+        tl.store(logits_ptr + corner + near_N[:, None] * V + near_P[None, :], rounded, is_live)
+        below = logits[i] - peak_N[:, None]
+        weight = tl.exp2(below * _LOG2E)
+        total_NP += weight
+        moment_NP += below * weight
         # Rounded, a logit passes the peak by a little; where all words are banned, NEVER passes itself by 1e28.
-        weight = tl.exp(tl.minimum(rounded.to(tl.float32) - new_N[:, None], 60.0))
-        if V % TILE:
-            weight = tl.where(is_word_P[None, :], weight, 0.0)
-        mass_N = mass_N * shrink_N + tl.sum(weight, 1)
-        peak_N = new_N
-        if gumbel_ptr is not None:
-            x += tl.load(gumbel_ptr + corner + at, is_live, 0.0).to(tl.float32)
-            higher_N = tl.max(x, 1)
-            best_P = tl.min(tl.where(x == higher_N[:, None], word_P[None, :], TILE), 1)
-            noisy_best_N = tl.where(higher_N > noisy_N, best_P, noisy_best_N)
-            noisy_N = tl.maximum(noisy_N, higher_N)
+        weight = tl.exp2(tl.minimum((rounded.to(tl.float32) - peak_N[:, None]) * _LOG2E, 86.0))
+        mass_NP += tl.where(is_word_P[None, :], weight, 0.0) if V % TILE else weight
+    total_N, moment_N, mass_N = tl.sum(total_NP, 1), tl.sum(moment_NP, 1), tl.sum(mass_NP, 1)
 
     slot_N = (first_n + near_N).to(tl.int64) * TILES + tile
     tl.store(peak_ptr + slot_N, peak_N, is_row_N)
@@ -324,8 +361,25 @@ def _sweep(
     tl.store(moment_ptr + slot_N, moment_N, is_row_N)
     tl.store(mass_ptr + slot_N, mass_N, is_row_N)
     if gumbel_ptr is not None:
+        noisy_N = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        noisy_best_N = tl.zeros((BLOCK_N,), tl.int32)
+        for i in tl.static_range(TILE // PART):
+            near_P = tl.minimum(i * PART + p_P, V - first_v - 1) if V % TILE else i * PART + p_P
+            loud = tl.load(gumbel_ptr + corner + near_N[:, None] * V + near_P[None, :]).to(tl.float32) + logits[i]
+            higher_N = tl.max(loud, 1)
+            best_P = tl.min(tl.where(loud == higher_N[:, None], (i * PART + p_P)[None, :], TILE), 1)
+            noisy_best_N = tl.where(higher_N > noisy_N, best_P, noisy_best_N)
+            noisy_N = tl.maximum(noisy_N, higher_N)
         tl.store(noisy_ptr + slot_N, noisy_N, is_row_N)
         tl.store(noisy_best_ptr + slot_N, noisy_best_N.to(tl.int16), is_row_N)
+
+
+@triton.jit
+def _first(most_NP, nth_NP, TILE: tl.constexpr, PART: tl.constexpr):
+    """The largest of each row and the first word that has it, from what each of PART columns has, and in which part."""
+    peak_N = tl.max(most_NP, 1)
+    word_NP = nth_NP * PART + tl.arange(0, PART)[None, :]
+    return peak_N, tl.min(tl.where(most_NP == peak_N[:, None], word_NP, TILE - 1), 1)
 
 
 @triton.jit
@@ -377,7 +431,7 @@ def _combine(
     tl.store(argmax_ptr + n, argmax)
 
     below_C = tl.where(live_C, peak_C - peak, 0.0)
-    weight_C = tl.where(live_C, tl.exp(below_C), 0.0)
+    weight_C = tl.where(live_C, tl.exp2(below_C * _LOG2E), 0.0)
     total = tl.sum(weight_C * total_C, 0)
     moment = tl.sum(weight_C * (moment_C + below_C * total_C), 0)
     tl.store(entropy_ptr + n, tl.log(total) - moment / total)
@@ -413,7 +467,8 @@ def _walk(
     embed_ptr,
     temperature_ptr,
     where_ptr,
-    flags_ptr,
+    banned_ptr,
+    logits_ptr,
     peak_ptr,
     inside_ptr,
     rest_ptr,
@@ -423,24 +478,32 @@ def _walk(
     V: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
+    BANS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One position, the one tile that its sample lies in: its logits as the sweep had them, in float32, and the first
-    word at which their sum passes what is left of the target."""
+    word at which their sum passes what is left of the target. What weighs less than 2^-24 of the tile, by the rounded
+    logits, is taken as rounded, and its row of E not read: all of it is less than 2^-17, and less wrong than
+    2^-18."""
     n = tl.program_id(0).to(tl.int64)
     inside = tl.load(inside_ptr + n)
     if inside >= 0:
         word_C = tl.arange(0, TILE)
         v_C = inside * TILE + word_C
         near_C = tl.minimum(v_C, V - 1)
+        peak = tl.load(peak_ptr + n)
+        rounded_C = tl.load(logits_ptr + n * V + near_C).to(tl.float32)
+        weight_C = tl.exp2(tl.minimum((rounded_C - peak) * _LOG2E, 86.0))
+        weighs_C = ~(weight_C < tl.max(weight_C, 0) * 2.0**-24)
         k_K = tl.arange(0, BLOCK_K)
         embed_at = embed_ptr + near_C[:, None] * D + k_K[None, :]
         hidden_at = hidden_ptr + n * D + k_K
         product = tl.zeros((TILE, BLOCK_K), tl.float32)
         for start in tl.range(0, D, BLOCK_K, num_stages=STAGES):  # Stages, given here: loads without a tl.dot want it.
             live_K = start + k_K < D
-            embed = tl.load(embed_at, live_K[None, :], 0.0) if D % BLOCK_K else tl.load(embed_at)
+            is_live = weighs_C[:, None] & live_K[None, :] if D % BLOCK_K else weighs_C[:, None]
+            embed = tl.load(embed_at, is_live, 0.0)
             hidden_K = tl.load(hidden_at, live_K, 0.0) if D % BLOCK_K else tl.load(hidden_at)
             product += embed.to(tl.float32) * hidden_K.to(tl.float32)[None, :]
             embed_at += BLOCK_K
@@ -448,11 +511,11 @@ def _walk(
         product_C = tl.sum(product, 1)
 
         inverse = 1.0 / tl.load(temperature_ptr + n // length)
-        x_C = _scaled(product_C, softcap, inverse)
+        x_C = tl.where(weighs_C, _scaled(product_C, softcap, inverse), rounded_C)
         if where_ptr is not None:
-            is_banned_C = (tl.load(flags_ptr + near_C) != 0) & (tl.load(where_ptr + n) != 0)
+            is_banned_C = _are_banned(banned_ptr, near_C, BANS) & (tl.load(where_ptr + n) != 0)
             x_C = tl.where(is_banned_C, _NEVER * inverse, x_C)
-        weight_C = tl.where(v_C < V, tl.exp(x_C - tl.load(peak_ptr + n)), 0.0)
+        weight_C = tl.where(v_C < V, tl.exp2((x_C - peak) * _LOG2E), 0.0)
         passed_C = tl.cumsum(weight_C, 0)
         found = tl.min(tl.where(passed_C > tl.load(rest_ptr + n), word_C, TILE), 0)
         # Where rounding leaves the target a hair beyond the sum: the last word that can come out at all.
@@ -471,9 +534,10 @@ def ahead(arch: int) -> list[Special]:
         warps = {key: sweep.pop(key) for key in ("num_warps", "num_stages")}
         walk_warps = walk.pop("num_warps")
         tiles = triton.cdiv(words, sweep["TILE"])
-        bans: dict[str, str] = {"where_ptr": "*u8", "flags_ptr": "*u8"}
+        bans: dict[str, str] = {"where_ptr": "*u8", "banned_ptr": i}
         noise: dict[str, str] = {"gumbel_ptr": f, "noisy_ptr": f, "noisy_best_ptr": "*i16"}
         for what, more in (("", {}), (" banned", bans), (" gumbel", noise)):
+            loud = {"BLOCK_N": min(sweep["BLOCK_N"], LOUD)} if more is noise else {}
             found.append(
                 Special(
                     f"sweep{what} {name}",
@@ -482,7 +546,7 @@ def ahead(arch: int) -> list[Special]:
                     | dict.fromkeys(("peak_ptr", "total_ptr", "moment_ptr", "mass_ptr"), f)
                     | {"rows": "i32", "length": "i32", "softcap": "fp32", **more},
                     {key: None for key in (*bans, *noise) if key not in more}
-                    | {"V": words, "D": width, "TILES": tiles, **sweep},
+                    | {"V": words, "D": width, "TILES": tiles, "BANS": 3 if more is bans else 0, **sweep, **loud},
                     **warps,
                 )
             )
@@ -503,8 +567,9 @@ def ahead(arch: int) -> list[Special]:
                 f"walk {name}",
                 _walk,
                 {"hidden_ptr": p, "embed_ptr": p, "temperature_ptr": f, "peak_ptr": f, "inside_ptr": i}
-                | {"rest_ptr": f, "sample_ptr": i, "length": "i32", "softcap": "fp32"},
-                {"where_ptr": None, "flags_ptr": None, "V": words, "D": width, "TILE": sweep["TILE"], **walk},
+                | {"logits_ptr": p, "rest_ptr": f, "sample_ptr": i, "length": "i32", "softcap": "fp32"},
+                {"where_ptr": None, "banned_ptr": None, "BANS": 0}
+                | {"V": words, "D": width, "TILE": sweep["TILE"], **walk},
                 walk_warps,
             )
         )
