@@ -1,4 +1,5 @@
-"""The CPU library against the specification: every operation, odd shapes, three precisions, with AMX and without.
+"""The CPU library against the specification: every operation, odd shapes, three precisions, and every way of
+multiplying tiles that this processor has; AMX on every processor, if need be in plain code (`amx.h`).
 
 Errors are measured against the reference in float64 on the same (rounded) weights, and held against what plain PyTorch
 makes of it in the same dtype: an operation may not be less exact than that, beyond what one rounding more costs.
@@ -7,7 +8,10 @@ makes of it in the same dtype: an operation may not be less exact than that, bey
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import os
+import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -33,13 +37,35 @@ DTYPES = (torch.float32, torch.bfloat16)
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 
 
-@pytest.fixture(params=["tiles", "plain"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """With the tile registers, where the processor has them, and without."""
-    library = build.library()
-    library.sf_plain(int(request.param == "plain"))
-    yield request.param
-    library.sf_plain(0)
+WAYS = {"amx": cpu.AMX, "avx512": cpu.DOTS, "plain": cpu.PLAIN}
+AMX_IN_CODE = Path(__file__).with_name("amx.h")
+
+
+@functools.cache
+def library_with_amx() -> ctypes.CDLL:
+    """The library with tile registers that are arrays: kept beside the others, under a name of its own."""
+    content = hashlib.sha256(AMX_IN_CODE.read_bytes()).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "FLAGS", [*build.FLAGS, "-include", str(AMX_IN_CODE), f"-DAMX_IN_CODE={content[:7]}"])
+        return build.library.__wrapped__()
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How tiles are multiplied: as the processor can, as it could if it were an older one, and by AMX in any case."""
+    library, wanted = build.library(), WAYS[request.param]
+    if wanted == cpu.AMX and library.sf_start() != wanted:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip("this processor's compiler has no AMX")
+        library = library_with_amx()
+        monkeypatch.setattr(build, "library", lambda: library)
+    monkeypatch.setattr(cpu, "_FUNCTIONS", {})
+    try:
+        if library.sf_limit(wanted) != wanted:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+    finally:
+        library.sf_start()
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -611,6 +637,35 @@ def test_a_full_cache_and_a_library_that_cannot_be_loaded_are_a_sentence(
             build.library()
 
 
+@pytest.mark.parametrize("rows", [*range(1, 34), 47, 48, 49])
+def test_rows_that_there_are_and_no_others(way: str, rows: int) -> None:
+    """Products of AVX-512 take as many rows at a time as fit the registers: every number of them."""
+    x, weight = random(49, 96, dtype=torch.bfloat16), random(40, 96, seed=1, dtype=torch.bfloat16)
+    for kind in ("", "int8", "int4-g32", "int4-g32-asym"):
+        packed = cpu.pack(formats.pack(weight, kind) if kind else weight)
+        assert torch.equal(cpu.linear(x[:rows], packed)[0], cpu.linear(x, packed)[0][:rows])
+
+
+def test_int8_at_its_ends(way: str) -> None:
+    """The largest sums, of both signs: exact in integers, though AVX-512 multiplies bytes of which one has no sign."""
+    codes = torch.tensor([127, -127, 127, -127])[:, None].expand(4, 4096).to(torch.int8)
+    packed = cpu.pack(Quantised("int8", (4, 4096), codes.contiguous(), torch.ones(4), 4096))
+    x = torch.cat([torch.ones(1, 4096), -torch.ones(1, 4096), torch.ones(1, 2048).repeat(1, 2)])
+    x[2, ::2] = -1
+    y = cpu.linear(x, packed)[0]
+    assert torch.equal(y[0], 127 * 4096 * torch.tensor([1.0, -1, 1, -1])) and torch.equal(y[1], -y[0])
+    assert not y[2].any()
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_way", lambda: cpu.PLAIN)
+    assert "neither AMX nor AVX-512 with BF16 and VNNI" in str(cpu.obstacle(torch.bfloat16))
+    assert "neither AMX" in str(cpu.obstacle(torch.bfloat16, [formats.pack(random(4, 64), "int4")]))
+    assert cpu.obstacle(torch.float32) is None
+    monkeypatch.setattr(cpu, "_way", lambda: cpu.DOTS)
+    assert cpu.obstacle(torch.bfloat16) is None
+
+
 def test_auto_takes_it_where_it_is_the_fastest() -> None:
     assert ops.load("auto", "cpu", torch.float32) is cpu.OPS
-    assert (ops.load("auto", "cpu", torch.bfloat16) is cpu.OPS) == bool(build.library().sf_start())
+    assert (ops.load("auto", "cpu", torch.bfloat16) is cpu.OPS) == (build.library().sf_start() != cpu.PLAIN)

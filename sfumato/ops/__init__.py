@@ -4,7 +4,7 @@
 
     reference   plain PyTorch, the specification and the oracle
     fused       torch's own fused calls, any device; differentiable, so that training uses it
-    cpu         a small compiled extension: AMX tiles for bf16, int8 and int4, portable vectors for float32
+    cpu         a small compiled extension: AMX or AVX-512 for bf16, int8 and int4, portable vectors for float32
     triton      CUDA kernels: bf16, int8, FP8, int4 and NVFP4 weights
 
 Every one of them takes a weight in fewer bits (`packed.Packed`) in place of a plain one, or says that it does not;

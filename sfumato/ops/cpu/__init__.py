@@ -1,9 +1,10 @@
 """The CPU implementation: a small compiled library (`kernels.cpp`) behind the contract of `reference.py`.
 
-bfloat16 and int8 products run on AMX tiles where the processor has them, at several times what torch's own reach at the
-sizes of a canvas; float32 runs on portable vector code. Such weights are packed once, in the order in which they are
-read, into huge pages. Weights in groups (4 bits, or 8) stay as they lie, perhaps in a mapped file, and become bfloat16
-tiles on their way into a product. Inference only: no gradients. Why it exists, with figures: docs/LOG.md.
+bfloat16 and int8 products run on AMX tiles where the processor has them, else on AVX-512's dot products, at several
+times what torch's own reach at the sizes of a canvas; float32 runs on portable vector code. Such weights are packed
+once, in the order in which they are read, into huge pages. Weights in groups (4 bits, or 8) stay as they lie, perhaps
+in a mapped file, and become bfloat16 tiles on their way into a product. Inference only: no gradients. Why it exists,
+with figures: docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GROUPS = (32, 64, 128)
 _K = (16, 32, 64)
+PLAIN, DOTS, AMX = range(3)
+"""The ways in which the library multiplies tiles: portable code, AVX-512's dot products, AMX."""
 HUGE = 1 << 21
 """Bytes of a huge page; smaller packed weights stay in ordinary memory."""
 
@@ -50,8 +53,8 @@ def obstacle(dtype: torch.dtype | None, packed: Collection[Quantised] = ()) -> s
         warnings.warn(f"{error} (auto does)", stacklevel=2)
         return str(error)
     is_tiled = any(_is_grouped(weight) for weight in packed) or (dtype == torch.bfloat16 and not packed)
-    if is_tiled and not _has_amx():
-        return "this processor has no AMX tiles, without which bfloat16 is slow here"
+    if is_tiled and _way() == PLAIN:
+        return "this processor has neither AMX nor AVX-512 with BF16 and VNNI, without which bfloat16 is slow here"
     return None
 
 
@@ -59,13 +62,13 @@ def load(dtype: torch.dtype | None = None) -> Ops:
     """The record. InputError where the library cannot be built or does not know the dtype."""
     if dtype is not None and dtype not in _IO:
         raise InputError(f"the cpu operations take float32 and bfloat16, not {dtype}; choose fused")
-    _has_amx()
+    _way()
     return OPS
 
 
 @functools.cache
-def _has_amx() -> bool:
-    return bool(build.library().sf_start())
+def _way() -> int:
+    return int(build.library().sf_start())
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                     if (least >= key + filled || most <= key) continue;
                     const char *qa = q_tiles + block * q_bytes;
                     for (long p = 0; p < panels; p++)
-                        product<T>(2, qa, qa + kd * TILE, k_tiles + p * kd * 2 * TILE, kd, scores + 32 * p, KEYS);
+                        product<T>(32, qa, qa + kd * TILE, k_tiles + p * kd * 2 * TILE, kd, scores + 32 * p, KEYS);
                     float *block_o = o + block * 32 * wide;
                     long seen_from[32], seen_to[32];
                     for (int r = 0; r < 32; r++) { // the maxima first: no row then waits for its own
@@ -150,7 +150,7 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                             weigh<T>(scores + r * KEYS, seen_from[r], seen_to[r], top[block * 32 + r],
                                      (T *)(p_tiles + (r / 16) * kk * TILE) + (r % 16) * Kind<T>::K, k_used);
                     for (long p = 0; p < d_panels; p++)
-                        product<T>(2, p_tiles, p_tiles + kk * TILE, v_tiles + p * kk * 2 * TILE, k_used,
+                        product<T>(32, p_tiles, p_tiles + kk * TILE, v_tiles + p * kk * 2 * TILE, k_used,
                                    block_o + 32 * p, wide, true, nullptr, 0, n - 32 * p);
                 }
             }

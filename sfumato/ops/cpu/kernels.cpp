@@ -21,16 +21,18 @@
     }
 extern "C" {
 
-int sf_start() { // asks the kernel for the tile registers; 1 where products run on them
+int sf_start() { // asks the kernel for the tile registers; says which way products go: see tiles.h
+    way = DOT_PRODUCTS ? DOTS : PLAIN;
 #if AMX
-    has_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0; // ARCH_REQ_XCOMP_PERM, XTILEDATA
+    if (syscall(SYS_arch_prctl, 0x1023, 18) == 0) way = AMX_TILES; // ARCH_REQ_XCOMP_PERM, XTILEDATA
 #endif
-    return has_amx;
+    return way;
 }
 
-void sf_plain(int is_plain) { // tests: walk the tiles without AMX
-    if (is_plain) has_amx = false;
-    else sf_start();
+int sf_limit(int most) { // tests: no further way than this
+    way = std::min((Way)sf_start(), (Way)most);
+    if (way == DOTS && !DOT_PRODUCTS) way = PLAIN;
+    return way;
 }
 
 void sf_settle(void *data, long bytes,

@@ -84,6 +84,10 @@ struct Given {
     long kind, group, store;
 };
 
+struct Ahead { // where a panel begins that is read soon, and its scales and biases if they are many
+    const char *data = nullptr, *scale = nullptr, *bias = nullptr;
+};
+
 template <class M> struct Weight {
     const char *data;
     const float *scale; // int8: one an output
@@ -98,8 +102,9 @@ template <class M> struct Weight {
     }
     long kc() const { return tiles_of(inputs, Kind<M>::K); }
     long panels() const { return tiles_of(outputs, 32); }
-    long side() const { return 16; } // what a tile of rows brings beside its elements: int8 a scale a row
+    long side() const { return 32; } // what a tile of rows brings beside its elements: int8 scales and sums of rows
     const char *panel(long p) const { return data + p * kc() * 2 * TILE; }
+    Ahead ahead(long p) const { return {panel(p)}; }
 };
 template <> struct Weight<Codes> {
     const char *data, *scale, *bias;
@@ -109,7 +114,7 @@ template <> struct Weight<Codes> {
           inputs(inputs), bits(g.kind), group(g.group), store(g.store) {}
     Weight of(long expert) const {
         Weight w = *this;
-        const long scales = expert * outputs * groups() * (store ? 2 : 4);
+        const long scales = expert * outputs * scale_bytes();
         w.data += expert * outputs * row_bytes(), w.scale += scales;
         if (bias) w.bias += scales;
         return w;
@@ -118,9 +123,13 @@ template <> struct Weight<Codes> {
     long kc() const { return tiles_of(inputs, 32); }
     long panels() const { return tiles_of(outputs, 32); }
     long groups() const { return inputs / group; }
-    long side() const { return is_narrow() ? 16 : 16 * groups(); } // the sum of each group of a row
+    long side() const { return bias && !is_narrow() ? 16 * groups() : 16; } // the sum of each group of a row
     long row_bytes() const { return inputs * bits / 8; }
+    long scale_bytes() const { return groups() * (store ? 2 : 4); } // of an output
     const char *panel(long p) const { return data + p * 32 * row_bytes(); }
+    Ahead ahead(long p) const {
+        return {panel(p), scale + p * 32 * scale_bytes(), bias ? bias + p * 32 * scale_bytes() : nullptr};
+    }
 };
 
 template <class F> static inline void by_kind(const Given &given, F f) {
@@ -132,7 +141,6 @@ template <class F> static inline void by_kind(const Given &given, F f) {
 
 // Of a tile of rows the sum of each group, [group][16].
 static void group_sums(const char *a, const Weight<Codes> &w, float *sums) {
-    if (w.is_narrow()) return;
     for (long g = 0; g < w.groups(); g++)
         for (int r = 0; r < 16; r++) {
             V sum = V{};
@@ -144,27 +152,62 @@ static void group_sums(const char *a, const Weight<Codes> &w, float *sums) {
         }
 }
 
+// A tile of rows in the order in which `unpack_tiles` makes pairs.
+static void pair_rows(char *a, long kc) {
+    constexpr VS order = {0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
+                          16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31};
+    for (char *row = a; row < a + kc * TILE; row += 64) {
+        VS x;
+        memcpy(&x, row, 64);
+        x = __builtin_shuffle(x, order);
+        memcpy(row, &x, 64);
+    }
+}
+
+// The last of a tile of rows: what stands beside it, but for int8's scales, and the order that codes of 4 bits come in.
+template <class M> static void finish_rows(const Weight<M> &w, char *a, float *beside) {
+    if constexpr (std::is_same_v<M, Codes>) {
+        if (w.bias && !w.is_narrow()) group_sums(a, w, beside);
+        if (w.bits == 4) pair_rows(a, w.kc());
+    }
+    if constexpr (std::is_same_v<M, int8_t>)
+        for (int r = 0; way == DOTS && r < 16; r++) {
+            VI sum = VI{};
+            for (long k = 0; k < w.kc(); k++)
+                for (int part = 0; part < 64; part += 16) {
+                    typedef int8_t VB __attribute__((vector_size(16)));
+                    VB x;
+                    memcpy(&x, a + k * TILE + 64 * r + part, 16);
+                    sum += __builtin_convertvector(x, VI);
+                }
+            int32_t all = 0;
+            for (int i = 0; i < 16; i++) all += sum[i];
+            memcpy(beside + 16 + r, &all, 4);
+        }
+}
+
 // Rows as a weight meets them: in A tiles, with what stands beside them.
 template <class IO, class M>
 static void pack_for(const Weight<M> &w, const IO *const *rows, int count, char *out, float *beside) {
     pack_rows<IO, typename Kind<M>::Left>(rows, count, w.inputs, out, beside);
-    if constexpr (std::is_same_v<M, Codes>) group_sums(out, w, beside);
+    finish_rows(w, out, beside);
 }
 
-// For each of `count` panels C [row tiles x 16, 32], one behind the other, from all the rows in A. K goes in pieces, so
-// that what meets again and again stays in the nearest cache. What comes next is fetched meanwhile: beside few rows
-// only memory's delay has to be hidden, so it is the next tile of k; beside many, the panels that come `next`, spread
-// over all the products. Integer sums are scaled.
+// For each of `count` panels C [rows, 32], up to the next row tile, one behind the other, from all the rows in A. K
+// goes in pieces, so that what meets again and again stays in the nearest cache. What comes next is fetched meanwhile:
+// beside few rows only memory's delay has to be hidden, so it is the next tile of k; beside many, the panels that come
+// `next`, spread over all the products. Integer sums are scaled.
 template <class M> struct Panel {
     const Weight<M> *w;
     long p;
-    const char *next;
+    Ahead next;
 };
 template <class M>
-static inline void panel_product(long row_tiles, const char *a, const float *row_scale, const Panel<M> *panels,
-                                 int count, float *c) {
+static inline void panel_product(long rows, const char *a, const float *beside, const Panel<M> *panels, int count,
+                                 float *c) {
     typedef typename Kind<M>::Sum S;
-    const long kc = panels[0].w->kc(), piece = kc > 12 ? PIECE : kc, size = row_tiles * 16 * 32;
+    const long kc = panels[0].w->kc(), piece = kc > 12 ? PIECE : kc, row_tiles = tiles_of(rows, 16);
+    const long size = row_tiles * 16 * 32;
     const bool is_few = row_tiles <= FEW;
     const long each = is_few ? 2 * TILE : up(2 * TILE / tiles_of(row_tiles, 2), 64); // over all passes: one panel
     auto begins = [&](int i, long k) { return panels[i].w->panel(panels[i].p) + 2 * k * TILE; };
@@ -172,18 +215,21 @@ static inline void panel_product(long row_tiles, const char *a, const float *row
     for (long k = 0; k < kc; k += piece)
         for (int i = 0; i < count; i++) {
             const long some = std::min(piece, kc - k);
-            const char *b = begins(i, k), *next = panels[i].next;
+            const char *b = begins(i, k), *next = panels[i].next.data;
             if (is_few) {
                 const char *then = i + 1 < count    ? begins(i + 1, k)
                                    : k + piece < kc ? begins(0, k + piece)
-                                                    : panels[0].next;
-                if (then) fetch(then, 2 * TILE);
-                next = b + 2 * TILE;
+                                                    : panels[0].next.data;
+                if (way == DOTS) next = then; // the first rows meet all of a piece, the next tile of which is too near
+                else {
+                    if (then) fetch(then, 2 * TILE);
+                    next = b + 2 * TILE;
+                }
             } else if (next) next += k * tiles_of(row_tiles, 2) * each;
             for (long t = 0; t < row_tiles; t += 2) {
                 const char *at = a + (t * kc + k) * TILE;
                 const bool fetches = next && (t == 0 || !is_few);
-                product<M>(t + 1 < row_tiles ? 2 : 1, at, at + kc * TILE, b, some, sums + i * size + t * 16 * 32, 32,
+                product<M>(std::min(32L, rows - 16 * t), at, at + kc * TILE, b, some, sums + i * size + t * 16 * 32, 32,
                            k > 0, next, fetches ? each : 0);
                 if (next) next += some * each;
             }
@@ -195,12 +241,15 @@ static inline void panel_product(long row_tiles, const char *a, const float *row
             V one = load_some(w.scale + 32 * p, w.outputs - 32 * p),
               two = load_some(w.scale + 32 * p + 16, w.outputs - 32 * p - 16);
             float *to = c + i * size;
-            for (long r = 0; r < 16 * row_tiles; r++) {
+            for (long r = 0; r < rows; r++) {
+                const float *scale = beside + r / 16 * w.side() + r % 16;
+                int32_t excess = 0; // see `dots`
+                if (way == DOTS) memcpy(&excess, scale + 16, 4);
                 VI x, y;
                 memcpy(&x, to + 32 * r, 64);
                 memcpy(&y, to + 32 * r + 16, 64);
-                store(to + 32 * r, __builtin_convertvector(x, V) * row_scale[r] * one);
-                store(to + 32 * r + 16, __builtin_convertvector(y, V) * row_scale[r] * two);
+                store(to + 32 * r, __builtin_convertvector(x - 128 * excess, V) * *scale * one);
+                store(to + 32 * r + 16, __builtin_convertvector(y - 128 * excess, V) * *scale * two);
             }
         }
 }

@@ -36,17 +36,17 @@ static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, IO 
         float *c = (float *)own.get(BAND * 32 * 4);
         pack_all<IO, M>(w[0], x, rows, a, beside);
         for (long band = 0; band < bands; band++) {
-            const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
+            const long t = band * BAND / 16, some = std::min(rows - band * BAND, BAND);
 #pragma omp for schedule(dynamic, chunk) nowait
             for (long n = 0; n < panels; n++) {
                 int i = 0;
                 long p = n;
                 while (p >= w[i].panels()) p -= w[i++].panels();
-                const char *next = p + 1 < w[i].panels() ? w[i].panel(p + 1) : i + 1 < count ? w[i + 1].data : nullptr;
+                const bool is_last = p + 1 == w[i].panels();
+                const Ahead next = !is_last ? w[i].ahead(p + 1) : i + 1 < count ? w[i + 1].ahead(0) : Ahead();
                 const Panel<M> panel{w + i, p, next};
                 panel_product<M>(some, a + t * kc * TILE, beside + t * side, &panel, 1, c);
-                write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, std::min(16 * some, rows - 16 * t),
-                            w[i].outputs - 32 * p, w[i].outputs);
+                write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, some, w[i].outputs - 32 * p, w[i].outputs);
             }
         }
     }
@@ -94,14 +94,13 @@ static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weig
         float *c = (float *)own.get(2 * BAND * 32 * 4);
         pack_all<IO, M>(gate, x, rows, a, beside);
         for (long band = 0; band < bands; band++) {
-            const long t = band * BAND / 16, some = std::min(row_tiles - t, BAND / 16);
+            const long t = band * BAND / 16, some = std::min(rows - band * BAND, BAND);
 #pragma omp for schedule(dynamic, 1) nowait
             for (long p = 0; p < gate.panels(); p++) {
                 const long next = p + threads < gate.panels() ? p + threads : p;
-                const Panel<M> both[2] = {{&gate, p, gate.panel(next)}, {&up_, p, up_.panel(next)}};
+                const Panel<M> both[2] = {{&gate, p, gate.ahead(next)}, {&up_, p, up_.ahead(next)}};
                 panel_product<M>(some, a + t * kc * TILE, beside + t * side, both, 2, c);
-                gate_block(c, c + some * 16 * 32, h + 16 * t * inner + 32 * p, std::min(16 * some, rows - 16 * t),
-                           inner - 32 * p, inner);
+                gate_block(c, c + up(some, 16) * 32, h + 16 * t * inner + 32 * p, some, inner - 32 * p, inner);
             }
         }
     }
@@ -147,10 +146,10 @@ static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weigh
             const long token = unit.members[16 * t + r] / chosen;
             if constexpr (is_same) pointers[r] = x + token * g.inputs;
             else pointers[r] = (const L *)(as_left + token * row_bytes);
-            if constexpr (std::is_same_v<M, int8_t>) beside[16 * t + r] = token_scales[token];
+            if constexpr (std::is_same_v<M, int8_t>) beside[t * g.side() + r] = token_scales[token];
         }
         tile_rows<L>(pointers, held, is_same ? g.inputs : kc * Kind<M>::K, a + t * kc * TILE);
-        if constexpr (std::is_same_v<M, Codes>) group_sums(a + t * kc * TILE, g, beside + t * g.side());
+        finish_rows(g, a + t * kc * TILE, beside + t * g.side());
     }
     Panel<M> panels[MANY];
     if (is_aligned) {
@@ -159,18 +158,18 @@ static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weigh
             const int pairs = (int)std::min((long)MANY / 2, half - p);
             for (int i = 0; i < 2 * pairs; i++) {
                 const long here = p + i / 2 + i % 2 * half;
-                panels[i] = {&g, here, p + pairs < half ? g.panel(here + pairs) : after(i)};
+                panels[i] = {&g, here, p + pairs < half ? g.ahead(here + pairs) : after(i)};
             }
-            panel_product<M>(row_tiles, a, beside, panels, 2 * pairs, c);
+            panel_product<M>(size, a, beside, panels, 2 * pairs, c);
             for (int i = 0; i < pairs; i++)
                 gate_block(c + 2 * i * block, c + (2 * i + 1) * block, h + 32 * (p + i), size, 32, inner);
         }
         return;
     }
     for (long p = 0; p < g.panels(); p++) {
-        panels[0] = {&g, p, nullptr};
-        panel_product<M>(row_tiles, a, beside, panels, 1, c);
-        for (long r = 0; r < 16 * row_tiles; r++) memcpy(gate_up + r * wide + 32 * p, c + 32 * r, 128);
+        panels[0] = {&g, p, {}};
+        panel_product<M>(size, a, beside, panels, 1, c);
+        for (long r = 0; r < size; r++) memcpy(gate_up + r * wide + 32 * p, c + 32 * r, 128);
     }
     for (long r = 0; r < size; r++)
         for (long i = 0; i < inner; i += 16) {
@@ -197,8 +196,8 @@ static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, const f
     for (long p = 0; p < w.panels(); p += MANY) {
         const int some = (int)std::min((long)MANY, w.panels() - p);
         for (int i = 0; i < some; i++)
-            panels[i] = {&w, p + i, p + i + some < w.panels() ? w.panel(p + i + some) : after(i)};
-        panel_product<M>(row_tiles, a, beside, panels, some, c);
+            panels[i] = {&w, p + i, p + i + some < w.panels() ? w.ahead(p + i + some) : after(i)};
+        panel_product<M>(size, a, beside, panels, some, c);
         for (long r = 0; r < size; r++) {
             const long n = unit.members[r];
             for (int i = 0; i < some; i++) {
@@ -255,13 +254,13 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                     const Weight<N> w = dn.of(unit.expert);
                     IO *h = (IO *)hidden.get(unit.size * inner * sizeof(IO));
                     unit_gate_up<IO, M>(unit, x, chosen, gu.of(unit.expert), as_left, row_bytes, token_scales, h,
-                                        [&](int i) { return w.panel(std::min((long)i, w.panels() - 1)); });
+                                        [&](int i) { return w.ahead(std::min((long)i, w.panels() - 1)); });
                     const bool goes_on = u + threads < unit_count; // most likely its next unit
                     const Weight<M> then = gu.of(units[goes_on ? u + threads : u].expert);
                     const long half = then.panels() / 2; // of gate and up in turns
-                    unit_down<IO, N>(unit, h, w, weight, parts, [&](int i) -> const char * {
-                        return goes_on ? then.panel(inner % 32 ? 0 : std::min(i / 2L, half - 1) + i % 2 * half)
-                                       : nullptr;
+                    unit_down<IO, N>(unit, h, w, weight, parts, [&](int i) {
+                        return goes_on ? then.ahead(inner % 32 ? 0 : std::min(i / 2L, half - 1) + i % 2 * half)
+                                       : Ahead();
                     });
                 }
 #pragma omp for schedule(static)

@@ -1,4 +1,8 @@
-// Tiles of 16 rows x 64 bytes: their product, with AMX and without, and how rows and columns become tiles.
+// Tiles of 16 rows x 64 bytes: their product, and how rows and columns become tiles.
+//
+// The product comes in three ways over one layout. AMX: an instruction a pair of tiles. Without it, AVX-512's dot
+// products of 2 bfloat16 or 4 int8, for which neighbours along k already lie together in a word. Else plain vector
+// code, which runs anywhere. The first two take subnormal numbers in bfloat16 as zeros.
 #pragma once
 
 #include "vectors.h"
@@ -25,13 +29,20 @@ template <> struct Kind<Codes> {
     typedef bf16 Left;
 };
 
-static bool has_amx = false;
+enum Way { PLAIN, DOTS, AMX_TILES };
+static Way way = PLAIN;
+
+#if defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#define DOT_PRODUCTS 1
+#else
+#define DOT_PRODUCTS 0
+#endif
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define AMX 1
 struct Tiles { // the tile registers of this thread, for as long as it lives
     Tiles() {
-        if (!has_amx) return;
+        if (way != AMX_TILES) return;
         alignas(64) static const struct Config {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -40,7 +51,7 @@ struct Tiles { // the tile registers of this thread, for as long as it lives
         asm volatile("ldtilecfg %0" : : "m"(config));
     }
     ~Tiles() {
-        if (has_amx) _tile_release();
+        if (way == AMX_TILES) _tile_release();
     }
 };
 #else
@@ -48,52 +59,131 @@ struct Tiles { // the tile registers of this thread, for as long as it lives
 struct Tiles {};
 #endif
 
-// C [mr x 16, 32] (+)= A (mr row tiles) x B (a panel), over kc tiles of k. `each` bytes from `ahead` on are fetched
-// into the cache with every tile of k: what comes next arrives while this is computed.
+// Rows r, r + 1, … of the two tiles of rows.
+static inline const char *row_of(const char *a0, const char *a1, long r) {
+    return (r < 16 ? a0 : a1) + r % 16 * 64;
+}
+
 template <class M, int HALVES>
-static void plain_product(int mr, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
+static void plain_product(long rows, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
                           long ldc, bool adds) {
     typedef typename Kind<M>::Sum S;
     typedef S VS __attribute__((vector_size(64)));
-    for (int t = 0; t < mr; t++) {
-        const char *a = t ? a1 : a0;
-        for (int half = 0; half < 16; half += 8) {
-            VS sum[8][HALVES];
-            for (int r = 0; r < 8; r++)
-                for (int n = 0; n < HALVES; n++) {
-                    if (adds) memcpy(&sum[r][n], c + (16 * t + half + r) * ldc + 16 * n, 64);
-                    else sum[r][n] = VS{};
-                }
-            for (long k = 0; k < kc; k++) {
-                const M *at = (const M *)(a + k * TILE);
-                const M *bt = (const M *)(b + 2 * k * TILE);
-                constexpr long G = Kind<M>::GROUP;
-                for (int j = 0; j < 16; j++)
-                    for (int g = 0; g < G; g++) {
-                        VS w[HALVES];
-                        for (int n = 0; n < HALVES; n++) {
-                            const M *row = bt + n * 16 * Kind<M>::K + j * 16 * G + g;
-                            if constexpr (std::is_same_v<M, float>) memcpy(&w[n], row, 64);
-                            else
-                                for (int i = 0; i < 16; i++) {
-                                    if constexpr (std::is_same_v<M, bf16>) w[n][i] = to_float(row[i * G]);
-                                    else w[n][i] = row[i * G];
-                                }
-                        }
-                        for (int r = 0; r < 8; r++) {
-                            M x = at[(half + r) * Kind<M>::K + j * G + g];
-                            S value;
-                            if constexpr (std::is_same_v<M, bf16>) value = to_float(x);
-                            else value = x;
-                            for (int n = 0; n < HALVES; n++) sum[r][n] += value * w[n];
-                        }
-                    }
+    for (long first = 0; first < rows; first += 8, c += 8 * ldc) {
+        const char *a = row_of(a0, a1, first);
+        VS sum[8][HALVES];
+        for (int r = 0; r < 8; r++)
+            for (int n = 0; n < HALVES; n++) {
+                if (adds) memcpy(&sum[r][n], c + r * ldc + 16 * n, 64);
+                else sum[r][n] = VS{};
             }
-            for (int r = 0; r < 8; r++)
-                for (int n = 0; n < HALVES; n++) memcpy(c + (16 * t + half + r) * ldc + 16 * n, &sum[r][n], 64);
+        for (long k = 0; k < kc; k++) {
+            const M *at = (const M *)(a + k * TILE);
+            const M *bt = (const M *)(b + 2 * k * TILE);
+            constexpr long G = Kind<M>::GROUP;
+            for (int j = 0; j < 16; j++)
+                for (int g = 0; g < G; g++) {
+                    VS w[HALVES];
+                    for (int n = 0; n < HALVES; n++) {
+                        const M *row = bt + n * 16 * Kind<M>::K + j * 16 * G + g;
+                        if constexpr (std::is_same_v<M, float>) memcpy(&w[n], row, 64);
+                        else
+                            for (int i = 0; i < 16; i++) {
+                                if constexpr (std::is_same_v<M, bf16>) w[n][i] = to_float(row[i * G]);
+                                else w[n][i] = row[i * G];
+                            }
+                    }
+                    for (int r = 0; r < 8; r++) {
+                        M x = at[r * Kind<M>::K + j * G + g];
+                        S value;
+                        if constexpr (std::is_same_v<M, bf16>) value = to_float(x);
+                        else value = x;
+                        for (int n = 0; n < HALVES; n++) sum[r][n] += value * w[n];
+                    }
+                }
+        }
+        for (int r = 0; r < 8; r++)
+            for (int n = 0; n < HALVES; n++) memcpy(c + r * ldc + 16 * n, &sum[r][n], 64);
+    }
+}
+
+#if DOT_PRODUCTS
+// Sums in the very type of the numbers: cast to another, GCC 12 copies them from register to register.
+template <class M> using Sums = std::conditional_t<std::is_same_v<M, bf16>, V, VI>;
+
+// sum [R, HALVES] += A (R rows of a tile) x B, over kc tiles of k. int8 has no product of two signed bytes: B's become
+// 128 more, and what comes out is more by 128 x the sum of A's row.
+template <class M, int R, int HALVES>
+static inline __attribute__((always_inline)) void dots(Sums<M> (&sum)[R][HALVES], const char *a, const char *b, long kc,
+                                                       const char *ahead, long each) {
+    for (long k = 0; k < kc; k++, a += TILE, b += 2 * TILE) {
+        for (const char *until = ahead + each; ahead < until; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 2
+        for (int j = 0; j < 16; j++) {
+            __m512i w[HALVES];
+#pragma GCC unroll 2
+            for (int n = 0; n < HALVES; n++) {
+                w[n] = _mm512_loadu_si512(b + n * TILE + 64 * j);
+                if constexpr (std::is_same_v<M, int8_t>) w[n] = _mm512_xor_si512(w[n], _mm512_set1_epi8((char)0x80));
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+                int32_t word;
+                memcpy(&word, a + 64 * r + 4 * j, 4);
+                const __m512i x = _mm512_set1_epi32(word);
+#pragma GCC unroll 2
+                for (int n = 0; n < HALVES; n++) {
+                    if constexpr (std::is_same_v<M, bf16>)
+                        sum[r][n] = (V)_mm512_dpbf16_ps((__m512)sum[r][n], (__m512bh)x, (__m512bh)w[n]);
+                    else sum[r][n] = (VI)_mm512_dpbusd_epi32((__m512i)sum[r][n], w[n], x);
+                }
+            }
         }
     }
 }
+
+// f(as many rows as fit the registers, rounded up to two, and the first of them) for all of some rows, tile by tile.
+template <class F> static inline void by_rows(long rows, F f) {
+    for (long t = 0; t < rows; t += 16) {
+        long first = t, left = std::min(16L, rows - t);
+        if (left > 12) f(std::integral_constant<int, 8>(), first), first += 8, left -= 8;
+        if (left > 10) f(std::integral_constant<int, 12>(), first);
+        else if (left > 8) f(std::integral_constant<int, 10>(), first);
+        else if (left > 6) f(std::integral_constant<int, 8>(), first);
+        else if (left > 4) f(std::integral_constant<int, 6>(), first);
+        else if (left > 2) f(std::integral_constant<int, 4>(), first);
+        else f(std::integral_constant<int, 2>(), first);
+    }
+}
+
+template <class M, int R, int HALVES>
+static void dot_rows(const char *a, const char *b, long kc, typename Kind<M>::Sum *c, long ldc, bool adds,
+                     const char *ahead, long each) {
+    Sums<M> sum[R][HALVES];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < HALVES; n++) {
+            if (adds) memcpy(&sum[r][n], c + r * ldc + 16 * n, 64);
+            else sum[r][n] = Sums<M>{};
+        }
+    dots<M, R, HALVES>(sum, a, b, kc, ahead, each);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < HALVES; n++) memcpy(c + r * ldc + 16 * n, &sum[r][n], 64);
+}
+
+template <class M, int HALVES>
+static void dot_product(long rows, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
+                        long ldc, bool adds, const char *ahead, long each) {
+    const long share = ahead ? up(tiles_of(each * 8, rows), 64) : 0; // of what is ahead, with all rows
+    by_rows(rows, [&](auto some, long first) {
+        dot_rows<M, some.value, HALVES>(row_of(a0, a1, first), b, kc, c + first * ldc, ldc, adds, ahead, share);
+        ahead += kc * share;
+    });
+}
+#endif
 
 #if AMX
 #define PRODUCT(op, twice, wide)                                                                            \
@@ -114,14 +204,18 @@ static void plain_product(int mr, const char *a0, const char *a1, const char *b,
     }
 #endif
 
+// C [rows, 32] (+)= A (rows of two row tiles, at most 32) x B (a panel), over kc tiles of k; of `columns` up to 16 the
+// first half alone. More rows of C may be written, up to the next tile. `each` bytes from `ahead` on are fetched into
+// the cache with every tile of k: what comes next arrives while this is computed. Of int8 see `dots`.
 template <class M>
-static inline void product(int mr, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
+static inline void product(long rows, const char *a0, const char *a1, const char *b, long kc, typename Kind<M>::Sum *c,
                            long ldc, bool adds = false, const char *ahead = nullptr, long each = 0, long columns = 32) {
 #if AMX
     if constexpr (!std::is_same_v<M, float>)
-        if (has_amx) {
+        if (way == AMX_TILES) {
+            const bool is_pair = rows > 16;
             if constexpr (std::is_same_v<M, bf16>)
-                if (mr == 2 && columns <= 16) { // a head of attention that is this small
+                if (is_pair && columns <= 16) { // a head of attention that is this small
                     if (adds) {
                         _tile_loadd(0, c, ldc * 4);
                         _tile_loadd(2, c + 16 * ldc, ldc * 4);
@@ -137,7 +231,7 @@ static inline void product(int mr, const char *a0, const char *a1, const char *b
             if (adds) {
                 _tile_loadd(0, c, ldc * 4);
                 _tile_loadd(1, c + 16, ldc * 4);
-                if (mr == 2) {
+                if (is_pair) {
                     _tile_loadd(2, c + 16 * ldc, ldc * 4);
                     _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
                 }
@@ -148,27 +242,35 @@ static inline void product(int mr, const char *a0, const char *a1, const char *b
                 _tile_zero(3);
             }
             if constexpr (std::is_same_v<M, bf16>) {
-                if (mr == 2) {
+                if (is_pair) {
                     PRODUCT(_tile_dpbf16ps, true, true)
                 } else {
                     PRODUCT(_tile_dpbf16ps, false, true)
                 }
-            } else if (mr == 2) {
+            } else if (is_pair) {
                 PRODUCT(_tile_dpbssd, true, true)
             } else {
                 PRODUCT(_tile_dpbssd, false, true)
             }
             _tile_stored(0, c, ldc * 4);
             _tile_stored(1, c + 16, ldc * 4);
-            if (mr == 2) {
+            if (is_pair) {
                 _tile_stored(2, c + 16 * ldc, ldc * 4);
                 _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
             }
             return;
         }
 #endif
-    if (columns <= 16) plain_product<M, 1>(mr, a0, a1, b, kc, c, ldc, adds);
-    else plain_product<M, 2>(mr, a0, a1, b, kc, c, ldc, adds);
+#if DOT_PRODUCTS
+    if constexpr (!std::is_same_v<M, float>)
+        if (way == DOTS) {
+            if (columns <= 16) dot_product<M, 1>(rows, a0, a1, b, kc, c, ldc, adds, ahead, each);
+            else dot_product<M, 2>(rows, a0, a1, b, kc, c, ldc, adds, ahead, each);
+            return;
+        }
+#endif
+    if (columns <= 16) plain_product<M, 1>(rows, a0, a1, b, kc, c, ldc, adds);
+    else plain_product<M, 2>(rows, a0, a1, b, kc, c, ldc, adds);
 }
 
 // 16 x 16 words of 32 bits, rows to columns.
@@ -235,7 +337,6 @@ template <class M> static inline void tile_across(const M *const *rows, long col
 template <class M> static inline void tile_pair(const M *const *rows, long column, long width, char *out) {
     if constexpr (std::is_same_v<M, bf16>)
         if (column + 32 <= width && rows[Kind<M>::K - 1]) {
-            typedef uint16_t VS __attribute__((vector_size(64)));
             constexpr VS low = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
             for (int pair = 0; pair < 16; pair++) {

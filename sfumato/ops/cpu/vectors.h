@@ -21,6 +21,7 @@ typedef float V __attribute__((vector_size(64)));
 typedef int32_t VI __attribute__((vector_size(64)));
 typedef uint32_t VU __attribute__((vector_size(64)));
 typedef uint16_t VH __attribute__((vector_size(32)));
+typedef uint16_t VS __attribute__((vector_size(64)));
 
 struct bf16 {
     uint16_t bits;

@@ -187,7 +187,7 @@ static void read_out(const T *hidden, long n, const T *embed, const Places &at, 
                         for (long p = 0; p < some; p++) {
                             for (const long until = fetched + share; fetched < until && fetched < WORDS; fetched++)
                                 if (next_row + fetched < at.words) fetch(next + fetched * n, PART * 64);
-                            product<T>(2, a + r * PART * TILE, a + (r + 1) * PART * TILE,
+                            product<T>(32, a + r * PART * TILE, a + (r + 1) * PART * TILE,
                                        b + ((p0 + p) * kc + k) * 2 * TILE, deep, x + (p * WORDS + 16 * r) * 32, 32,
                                        k > 0);
                         }
@@ -309,7 +309,7 @@ static void soft_embedding(const T *logits, long batch, long length, long words,
                             long until = i;
                             while (until < run && needs[list[first + until] * places + p]) until++;
                             if (until > i)
-                                product<T>(2, a0 + i * PER * TILE, a1 + i * PER * TILE,
+                                product<T>(32, a0 + i * PER * TILE, a1 + i * PER * TILE,
                                            b + (d * deep + i * PER) * 2 * TILE, (until - i) * PER, c, 32, true);
                             i = until + (until == i);
                         }
