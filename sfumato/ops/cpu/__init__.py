@@ -376,6 +376,29 @@ def block(
     return y, k_BTGK, v_BTGK, None
 
 
+def conclude_(
+    state: Any,
+    at_B: Tensor,
+    read: ReadOut,
+    noise_BL: Tensor,
+    hidden_BLD: Tensor,
+    soft_BLD: Tensor,
+    embed_VD: Tensor,
+    scale: Tensor,
+) -> None:
+    """See `ops.Ops.conclude_`; the state is `step.Canvases`. What is pinned is read as its token, with no entropy."""
+    pass_ = at_B, read.sample_BL, read.argmax_BL, noise_BL, read.entropy_BL, hidden_BLD, soft_BLD, embed_VD, scale
+    held = [x.contiguous() for x in pass_]  # as long as the call
+    held += (
+        state.canvas_XL, state.pin_XL, state.argmax_XL, state.stood_XL, state.step_X, state.settled_X,
+        state.stability_X, state.max_steps_X, state.room_X, state.eos_E, state.entropy_XL, state.bound_X,
+        state.confidence_X, state.accepted_XL, state.is_done_X, state.is_finite_X, state.early_X, state.soft_XLD,
+    )  # fmt: skip
+    sizes = *hidden_BLD.shape, len(state.step_X), len(state.eos_E), state.has_pins, state.has_early
+    pointers = (c_void_p * len(held))(*(x.data_ptr() for x in held))
+    _call("sf_conclude", _io(hidden_BLD), pointers, (c_long * len(sizes))(*sizes))
+
+
 # ---- calls ----------------------------------------------------------------------------------------------------------
 
 
@@ -452,4 +475,5 @@ OPS = Ops(
     soft_embedding,
     settle,
     block,
+    conclude_=conclude_,
 )
