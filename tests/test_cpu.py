@@ -7,11 +7,13 @@ makes of it in the same dtype: an operation may not be less exact than that, bey
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import hashlib
 import math
 import os
+import pickle
 import platform
 from collections import Counter
 from collections.abc import Iterator
@@ -22,12 +24,15 @@ from typing import Any
 
 import endings
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from sfumato import ops
+from sfumato.cache import KVCache
 from sfumato.events import InputError
 from sfumato.masks import Mask
+from sfumato.model import replace_
 from sfumato.ops import Layer, cpu, reference
 from sfumato.ops.cpu import build
 from sfumato.ops.packed import Packed as Quantised
@@ -117,6 +122,18 @@ def test_large_weights_lie_in_memory_of_their_own() -> None:
     data = cpu.empty_huge(cpu.HUGE + 5)
     data.fill_(7)
     assert data.numel() == cpu.HUGE + 5 and (data == 7).all()
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_a_copy_of_a_packed_weight_is_read_where_it_lies(kind: str) -> None:
+    """Pointers are kept with a weight once it is used, and do not go along."""
+    weight, x = random(40, 33), random(5, 33)
+    packed = cpu.pack(formats.pack(weight, kind) if kind else weight)
+    y = cpu.linear(x, packed)[0]
+    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), replace(packed, data=packed.data.clone())):
+        assert torch.equal(cpu.linear(x, again)[0], y)
+        again.data.zero_()
+        assert not cpu.linear(x, again)[0].any() and torch.equal(cpu.linear(x, packed)[0], y)
 
 
 def test_what_it_cannot_pack_is_said() -> None:
@@ -435,6 +452,47 @@ def test_a_row_takes_the_same_way_through_a_layer_alone_and_in_a_batch(
     for threads in (1, 2, 4):
         for found, each in zip(through(everyone, threads), zip(*alone, strict=True), strict=True):
             assert found.isfinite().all() and torch.equal(found, torch.cat(each))
+
+
+@pytest.mark.parametrize(
+    "of, how",
+    [
+        ("self_attn.k_proj", "in its place"),
+        ("mlp.down_proj", "in fewer bits"),
+        ("mlp.gate_proj", "with its module"),
+        ("input_layernorm", "its numbers"),
+        ("router.proj", "its memory"),
+        ("self_attn.q_norm", "with its module"),
+    ],
+)
+def test_a_weight_that_was_replaced_is_not_read_again(of: str, how: str) -> None:
+    """However it is replaced between two passes, the model gives what one gives that never ran with another."""
+    used, fresh = (tiny.tiny_model(seed=3, name="cpu") for _ in range(2))
+    place, child = "layers.1." + of.rpartition(".")[0], of.rpartition(".")[2]
+    tokens, canvas = torch.arange(12)[None] % 7, torch.arange(used.config.canvas_length)[None] % 5
+    weight = random(*used.get_submodule(f"layers.1.{of}").weight.shape, seed=8)
+
+    def run(model: Any) -> Tensor:
+        cache = KVCache.allocate(model.config, 1, 64)
+        return torch.cat([model.encode(tokens, cache), model.denoise(canvas, cache)], 1)
+
+    def change(model: Any) -> None:
+        parent = model.get_submodule(place.rstrip("."))
+        if how == "with its module":
+            setattr(parent, child, copy.deepcopy(getattr(parent, child)))
+        owner = getattr(parent, child)
+        if of.endswith("_proj"):
+            kept = formats.pack(weight, "int8") if how == "in fewer bits" else weight
+            replace_(owner, "weight", cpu.pack(kept))
+        elif how == "its memory":
+            owner.weight.data = weight
+        else:
+            owner.weight.data.copy_(weight)
+
+    with torch.inference_mode():
+        before = run(used)
+        change(used), change(fresh)
+        assert torch.equal(run(used), run(fresh)) and not torch.equal(run(used), before)
 
 
 # ---- the vocabulary -------------------------------------------------------------------------------------------------

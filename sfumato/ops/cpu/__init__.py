@@ -86,6 +86,14 @@ class Packed:
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
+    @functools.cached_property
+    def given(self) -> _Given:
+        """As the library takes it; made once, as its memory stays where it is."""
+        return _Given(self.data.data_ptr(), _pointer(self.scale), None, self.kind, 0, 0)
+
+    def __reduce__(self) -> Any:  # a copy has memory of its own
+        return Packed, (self.kind, self.shape, self.data, self.scale)
+
 
 class _Given(ctypes.Structure):
     """A weight as the library takes it: `Given` of packing.h."""
@@ -436,7 +444,7 @@ def _one_given(weight: Weight | None) -> _Given:
     if weight is None:
         return _Given()
     if isinstance(weight, Packed):
-        return _Given(weight.data.data_ptr(), _pointer(weight.scale), None, weight.kind, 0, 0)
+        return weight.given
     bits, pointers = 4 if weight.kind == "int4" else 8, (weight.data.data_ptr(), weight.scale.data_ptr())
     return _Given(*pointers, _pointer(weight.bias), bits, weight.group, _STORED[weight.scale.dtype])
 
