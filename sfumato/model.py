@@ -168,9 +168,9 @@ class Block(nn.Module):
 
     def before(self) -> After:
         """What the block before must know to hand over."""
-        mixer = self.self_attn
-        products = [layer.weight for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj) if layer is not None]
-        return After(self.input_layernorm.weight, tuple(products))
+        own: Any = self._modules
+        products = [_weight(layer) for layer in map(own["self_attn"]._modules.get, _MIXER[:3]) if layer is not None]
+        return After(_weight(own["input_layernorm"]), tuple(products))
 
     def _whole(self, x_BTD: Tensor, run: Pass, handed: Any, after: After | None) -> tuple[Tensor, Any]:
         """`forward` in one call of an implementation that has it."""
@@ -188,32 +188,47 @@ class Block(nn.Module):
         return x_BTD, handed
 
     def _layer(self) -> Layer:
-        mixer, dense, router, experts = self.self_attn, self.mlp, self.router, self.experts
+        """The weights as they are now: they may have been replaced since the last pass. Every step asks this of every
+        block, and looking each up as an attribute of a module would take as long as a norm does."""
+        own: Any = self._modules
+        mixer, dense, router, experts = (own[name] for name in ("self_attn", "mlp", "router", "experts"))
+        q, k, v, o, q_norm, k_norm = map(mixer._modules.get, _MIXER)
+        gate, up, down = map(dense._modules.get, _DENSE)
         return Layer(
-            self.input_layernorm.weight,
-            mixer.q_proj.weight,
-            mixer.k_proj.weight,
-            None if mixer.v_proj is None else mixer.v_proj.weight,
-            mixer.o_proj.weight,
-            mixer.q_norm.weight,
-            mixer.k_norm.weight,
-            self.post_attention_layernorm.weight,
-            self.pre_feedforward_layernorm.weight,
-            dense.gate_proj.weight,
-            dense.up_proj.weight,
-            dense.down_proj.weight,
-            self.post_feedforward_layernorm_1.weight,
-            router.scale,
-            router.proj.weight,
-            router.per_expert_scale,
-            self.pre_feedforward_layernorm_2.weight,
-            experts.gate_up_proj,
-            experts.down_proj,
-            self.post_feedforward_layernorm_2.weight,
-            self.post_feedforward_layernorm.weight,
+            _weight(own["input_layernorm"]),
+            _weight(q),
+            _weight(k),
+            None if v is None else _weight(v),
+            _weight(o),
+            _weight(q_norm),
+            _weight(k_norm),
+            _weight(own["post_attention_layernorm"]),
+            _weight(own["pre_feedforward_layernorm"]),
+            _weight(gate),
+            _weight(up),
+            _weight(down),
+            _weight(own["post_feedforward_layernorm_1"]),
+            _weight(router, "scale"),
+            _weight(router._modules["proj"]),
+            _weight(router, "per_expert_scale"),
+            _weight(own["pre_feedforward_layernorm_2"]),
+            _weight(experts, "gate_up_proj"),
+            _weight(experts, "down_proj"),
+            _weight(own["post_feedforward_layernorm_2"]),
+            _weight(own["post_feedforward_layernorm"]),
             router.top_k,
             self.eps,
         )
+
+
+_MIXER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+_DENSE = ("gate_proj", "up_proj", "down_proj")
+
+
+def _weight(module: Any, name: str = "weight") -> Any:
+    """`getattr`, in a fifth of the time where it is a parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 _BLOCK_NORMS = (
@@ -270,6 +285,7 @@ class Pass:
                 positions_BT = mask.positions_BT() if positions_BT is None else positions_BT  # those of every kind
                 angles = _near if is_near else _angles
                 self.kinds[key] = (mask, *angles(positions_BT, layer.rope, layer.head_dim, self.dtype))
+        self._each = [self.kinds[layer.window, layer.rope, layer.head_dim] for layer in self.config.layers]
 
     def refresh_(self) -> None:
         """Make anew, in place, what hangs on `places`, after they have changed."""
@@ -278,8 +294,7 @@ class Pass:
                 to.copy_(made)
 
     def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
-        layer = self.config.layers[index]
-        return self.kinds[layer.window, layer.rope, layer.head_dim]
+        return self._each[index]
 
     def append(self, index: int, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> None:
         """What a layer encoded goes into the cache; of the canvas nothing does."""

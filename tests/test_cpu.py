@@ -7,24 +7,32 @@ makes of it in the same dtype: an operation may not be less exact than that, bey
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import hashlib
+import math
 import os
+import pickle
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import endings
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from sfumato import ops
+from sfumato.cache import KVCache
 from sfumato.events import InputError
 from sfumato.masks import Mask
+from sfumato.model import replace_
 from sfumato.ops import Layer, cpu, reference
 from sfumato.ops.cpu import build
 from sfumato.ops.packed import Packed as Quantised
@@ -114,6 +122,18 @@ def test_large_weights_lie_in_memory_of_their_own() -> None:
     data = cpu.empty_huge(cpu.HUGE + 5)
     data.fill_(7)
     assert data.numel() == cpu.HUGE + 5 and (data == 7).all()
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_a_copy_of_a_packed_weight_is_read_where_it_lies(kind: str) -> None:
+    """Pointers are kept with a weight once it is used, and do not go along."""
+    weight, x = random(40, 33), random(5, 33)
+    packed = cpu.pack(formats.pack(weight, kind) if kind else weight)
+    y = cpu.linear(x, packed)[0]
+    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), replace(packed, data=packed.data.clone())):
+        assert torch.equal(cpu.linear(x, again)[0], y)
+        again.data.zero_()
+        assert not cpu.linear(x, again)[0].any() and torch.equal(cpu.linear(x, packed)[0], y)
 
 
 def test_what_it_cannot_pack_is_said() -> None:
@@ -434,6 +454,47 @@ def test_a_row_takes_the_same_way_through_a_layer_alone_and_in_a_batch(
             assert found.isfinite().all() and torch.equal(found, torch.cat(each))
 
 
+@pytest.mark.parametrize(
+    "of, how",
+    [
+        ("self_attn.k_proj", "in its place"),
+        ("mlp.down_proj", "in fewer bits"),
+        ("mlp.gate_proj", "with its module"),
+        ("input_layernorm", "its numbers"),
+        ("router.proj", "its memory"),
+        ("self_attn.q_norm", "with its module"),
+    ],
+)
+def test_a_weight_that_was_replaced_is_not_read_again(of: str, how: str) -> None:
+    """However it is replaced between two passes, the model gives what one gives that never ran with another."""
+    used, fresh = (tiny.tiny_model(seed=3, name="cpu") for _ in range(2))
+    place, child = "layers.1." + of.rpartition(".")[0], of.rpartition(".")[2]
+    tokens, canvas = torch.arange(12)[None] % 7, torch.arange(used.config.canvas_length)[None] % 5
+    weight = random(*used.get_submodule(f"layers.1.{of}").weight.shape, seed=8)
+
+    def run(model: Any) -> Tensor:
+        cache = KVCache.allocate(model.config, 1, 64)
+        return torch.cat([model.encode(tokens, cache), model.denoise(canvas, cache)], 1)
+
+    def change(model: Any) -> None:
+        parent = model.get_submodule(place.rstrip("."))
+        if how == "with its module":
+            setattr(parent, child, copy.deepcopy(getattr(parent, child)))
+        owner = getattr(parent, child)
+        if of.endswith("_proj"):
+            kept = formats.pack(weight, "int8") if how == "in fewer bits" else weight
+            replace_(owner, "weight", cpu.pack(kept))
+        elif how == "its memory":
+            owner.weight.data = weight
+        else:
+            owner.weight.data.copy_(weight)
+
+    with torch.inference_mode():
+        before = run(used)
+        change(used), change(fresh)
+        assert torch.equal(run(used), run(fresh)) and not torch.equal(run(used), before)
+
+
 # ---- the vocabulary -------------------------------------------------------------------------------------------------
 
 
@@ -531,6 +592,95 @@ def test_memory_of_logits_comes_back() -> None:
     assert cpu.read_out(hidden, embed, 30.0, heat).logits_BLV.data_ptr() != place  # a view keeps it
     del view
     assert cpu.read_out(hidden, embed, 30.0, heat).logits_BLV.data_ptr() == place
+
+
+# ---- the end of a step ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_pins, has_early", [(False, False), (True, False), (True, True)])
+def test_a_step_ends_as_the_specification_says(
+    has_pins: bool, has_early: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All to the bit, with one thread and with two. Three steps each, of which the last has the argmax tokens of the
+    one before it; equal entropies, or as they come; rows in any order, one that had stopped among them."""
+    reasons, threads = Counter[str](), torch.get_num_threads()
+    for seed in range(24):
+        form = {"length": (20, 1, 7, 82)[seed % 4], "width": (24, 5, 70)[seed % 3]}
+        plain, fused = (endings.canvases(seed, has_pins, has_early, dtype, **form) for _ in range(2))
+        at, is_tied = [[0, 1, 2, 3, 4], [4, 2, 0], [3]][seed % 5 % 3], seed % 2 == 0
+        view, soft = endings.seen(at, 100 + seed, is_tied, dtype, **form)
+        torch.set_num_threads(1 + seed % 2)
+        for turn in range(3):
+            if turn < 2:
+                view, soft = endings.seen(at, 100 * turn + seed, is_tied, dtype, **form)
+            before = plain.is_done_X.clone()
+            endings.concluded(monkeypatch, None, plain, at, view, soft)
+            endings.concluded(monkeypatch, cpu.conclude_, fused, at, view, soft)
+            assert endings.differing(plain, fused) == []
+            stopped_X = plain.is_done_X & ~before
+            reasons["stopped"] += int(stopped_X.sum())
+            reasons["before the cap"] += int((stopped_X & (plain.step_X < plain.max_steps_X)).sum())
+            reasons["settled"] += int((plain.settled_X > 0).sum())
+    torch.set_num_threads(threads)
+    assert reasons["stopped"] > reasons["before the cap"] > 2
+    assert (reasons["settled"] > 5) is has_early
+
+
+@pytest.mark.parametrize("where", ["hidden", "soft", "entropy", "a pinned entropy"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_stops(where: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the number stands, even where a pin hides it; but not what a pin puts in place of a soft embedding."""
+    plain, fused = (endings.canvases(4, True, False) for _ in range(2))
+    at, (view, soft) = [0, 1, 4], endings.seen([0, 1, 4], 7, exact=True)
+    plain.pin_XL[1, 3:5] = fused.pin_XL[1, 3:5] = torch.tensor([9, -1])
+    soft[1, 3, 2] = value
+    {
+        "hidden": view.hidden_BLD[1, 3],
+        "soft": soft[1, 4],
+        "entropy": view.read.entropy_BL[1, 4:5],
+        "a pinned entropy": view.read.entropy_BL[1, 3:4],
+    }[where][-1] = value
+    endings.concluded(monkeypatch, None, plain, at, view, soft)
+    endings.concluded(monkeypatch, cpu.conclude_, fused, at, view, soft)
+    assert fused.is_finite_X[:-1].tolist() == plain.is_finite_X[:-1].tolist() == [True, False, False, True, True]
+    assert fused.is_done_X[1] and torch.equal(plain.accepted_XL, fused.accepted_XL)
+
+
+def test_entropies_of_every_kind_are_accepted_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros of both signs, what rounding left below zero, subnormal numbers, infinity, no numbers at all."""
+    kinds = torch.tensor([0.0, -0.0, -1e-7, 1e-40, 1e-3, 0.25, 12.5, math.inf, math.nan])
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        plain, fused = (endings.canvases(seed, False, False) for _ in range(2))
+        view, soft = endings.seen([0, 1, 2, 4], seed, exact=True)
+        kind_BL = torch.randint(0, len(kinds) - seed % 3, view.read.entropy_BL.shape, generator=draw)
+        view.read.entropy_BL[:] = kinds[kind_BL]
+        endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], view, soft)
+        endings.concluded(monkeypatch, cpu.conclude_, fused, [0, 1, 2, 4], view, soft)
+        assert torch.equal(plain.accepted_XL, fused.accepted_XL) and torch.equal(plain.canvas_XL, fused.canvas_XL)
+
+
+def test_sums_that_are_the_bound_itself_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last bit of a sum decides here: it is that of torch's sum along a row."""
+    for seed in range(10):
+        plain, fused = (endings.canvases(seed, False, False, length=82) for _ in range(2))
+        view, soft = endings.seen([0, 1, 2, 4], seed, exact=False, length=82)
+        ordered_BL = view.read.entropy_BL.sort(-1).values
+        plain.bound_X[[0, 1, 2, 4]] = (ordered_BL.cumsum(-1) - ordered_BL)[:, 40 + seed]
+        fused.bound_X[:] = plain.bound_X
+        endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], view, soft)
+        endings.concluded(monkeypatch, cpu.conclude_, fused, [0, 1, 2, 4], view, soft)
+        assert torch.equal(plain.accepted_XL, fused.accepted_XL)
+        assert fused.accepted_XL[[0, 1, 2, 4]].sum(-1).min() > 40 + seed
+
+
+def test_scratch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, before = (endings.canvases(1, True, True) for _ in range(2))
+    endings.concluded(monkeypatch, cpu.conclude_, state, [5, 5, 0], *endings.seen([5, 5, 0], 1, exact=False))
+    whole = [f.name for f in fields(state) if "_X" in f.name]
+    assert all(torch.equal(getattr(state, name)[-1], getattr(before, name)[-1]) for name in whole)
+    assert not torch.equal(state.canvas_XL[0], before.canvas_XL[0])
 
 
 def test_a_folder_that_cannot_be_written_and_a_compiler_that_fails(

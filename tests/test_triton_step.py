@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import fields
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 import triton_interpreter
+from endings import ROWS, canvases, concluded, differing, seen
 
-from sfumato import step
 from sfumato.diffusion import CountedDice, accept
-from sfumato.ops import ReadOut
 from sfumato.ops.triton.conclude import conclude_
 from sfumato.ops.triton.noise import noise
-from sfumato.step import Canvases
 
 
 @pytest.mark.parametrize("length", [1, 6, 256])
@@ -46,78 +41,6 @@ def test_no_rows_no_noise() -> None:
     words_X4, nothing = torch.zeros(2, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long)
     found = noise(words_X4, words_X4[:, 0], torch.ones(2, 3), nothing, 8, 61)
     assert [x.shape for x in found] == [(0, 8), (0, 8), (0,)]
-
-
-LENGTH, WIDTH, WORDS, ROWS = 20, 24, 61, 5
-
-
-def seen(at: list[int], seed: int, exact: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """What a pass shows of these rows, and its soft embedding. `exact`: entropies whose sums are exact in any order,
-    many of them equal."""
-    draw, rows = torch.Generator().manual_seed(seed), len(at)
-    entropy_BL = torch.rand(rows, LENGTH, generator=draw) ** 4
-    if exact:
-        entropy_BL = (entropy_BL * 16).floor() / 64
-    sample_BL, argmax_BL, noise_BL = (torch.randint(0, WORDS, (rows, LENGTH), generator=draw) for _ in range(3))
-    hidden_BLD, soft_BLD = (torch.randn(rows, LENGTH, WIDTH, generator=draw).to(dtype) for _ in range(2))
-    read = ReadOut(sample_BL, argmax_BL, entropy_BL, torch.empty(0))
-    return step._Seen(None, hidden_BLD, read, noise_BL), soft_BLD
-
-
-def canvases(seed: int, has_pins: bool, has_early: bool) -> Canvases:
-    """Rows in the midst of a canvas: some with pins, some early, one that has stopped; and the scratch row."""
-    draw, size, shape = torch.Generator().manual_seed(seed), ROWS + 1, (ROWS + 1, LENGTH)
-
-    def integers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=draw)
-
-    def flags(share: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=draw) < share
-
-    return Canvases(
-        canvas_XL=integers(0, WORDS, *shape),
-        soft_XLD=torch.zeros(*shape, WIDTH, dtype=torch.bfloat16),
-        pin_XL=torch.where(flags(0.2 * has_pins, *shape), integers(0, WORDS, *shape), -1),
-        argmax_XL=integers(0, WORDS, *shape),
-        stood_XL=integers(0, 3, *shape),
-        entropy_XL=torch.zeros(shape),
-        accepted_XL=flags(0.5, *shape),
-        step_X=integers(0, 6, size),
-        is_done_X=torch.arange(size) == 3,
-        is_finite_X=torch.arange(size) != 2,
-        banned_XL=flags(0.0, *shape),
-        words_X4=torch.zeros(size, 4, dtype=torch.long),
-        heat_XS=torch.ones(size, 8),
-        bound_X=torch.tensor([0.0, 0.125, 0.5, 2.0, 1e9, 0.1]),
-        stability_X=integers(0, 2, size),
-        confidence_X=torch.tensor([0.0, 0.1, 0.2, 1.0, 5.0, 1.0]),
-        max_steps_X=integers(3, 9, size),
-        room_X=integers(0, LENGTH + 1, size),
-        early_X=flags(0.7 * has_early, size),
-        settled_X=torch.zeros(size, dtype=torch.long),
-        eos_E=torch.tensor([1, 7]),
-        has_pins=has_pins,
-        has_early=has_early,
-    )
-
-
-def concluded(
-    monkeypatch: pytest.MonkeyPatch, by: Any, state: Canvases, at: list[int], view: Any, soft: Tensor
-) -> None:
-    """The end of a step by the kernels, or (None) by the specification, where such a pass came before it."""
-    embed_VD = torch.randn(WORDS, WIDTH, generator=torch.Generator().manual_seed(99)).to(soft.dtype)
-    ops = SimpleNamespace(conclude_=by, soft_embedding=lambda *_: soft)
-    weight = SimpleNamespace(weight=embed_VD)
-    model: Any = SimpleNamespace(ops=ops, embed_tokens=weight, embed_scale=torch.tensor(6.3).to(soft.dtype))
-    monkeypatch.setattr(step, "_see", lambda *_: view)
-    nothing: Any = None
-    step.step_(model, nothing, state, torch.tensor(at), nothing)
-
-
-def differing(one: Canvases, two: Canvases) -> list[str]:
-    """The parts of the state that are not equal to the bit, of all rows but scratch."""
-    pairs = {f.name: (getattr(one, f.name), getattr(two, f.name)) for f in fields(one) if "_X" in f.name}
-    return [name for name, (a, b) in pairs.items() if not torch.equal(a[:-1], b[:-1])]
 
 
 @pytest.mark.parametrize("has_early", [False, True])

@@ -86,6 +86,14 @@ class Packed:
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
+    @functools.cached_property
+    def given(self) -> _Given:
+        """As the library takes it; made once, as its memory stays where it is."""
+        return _Given(self.data.data_ptr(), _pointer(self.scale), None, self.kind, 0, 0)
+
+    def __reduce__(self) -> Any:  # a copy has memory of its own
+        return Packed, (self.kind, self.shape, self.data, self.scale)
+
 
 class _Given(ctypes.Structure):
     """A weight as the library takes it: `Given` of packing.h."""
@@ -376,6 +384,29 @@ def block(
     return y, k_BTGK, v_BTGK, None
 
 
+def conclude_(
+    state: Any,
+    at_B: Tensor,
+    read: ReadOut,
+    noise_BL: Tensor,
+    hidden_BLD: Tensor,
+    soft_BLD: Tensor,
+    embed_VD: Tensor,
+    scale: Tensor,
+) -> None:
+    """See `ops.Ops.conclude_`; the state is `step.Canvases`. What is pinned is read as its token, with no entropy."""
+    pass_ = at_B, read.sample_BL, read.argmax_BL, noise_BL, read.entropy_BL, hidden_BLD, soft_BLD, embed_VD, scale
+    held = [x.contiguous() for x in pass_]  # as long as the call
+    held += (
+        state.canvas_XL, state.pin_XL, state.argmax_XL, state.stood_XL, state.step_X, state.settled_X,
+        state.stability_X, state.max_steps_X, state.room_X, state.eos_E, state.entropy_XL, state.bound_X,
+        state.confidence_X, state.accepted_XL, state.is_done_X, state.is_finite_X, state.early_X, state.soft_XLD,
+    )  # fmt: skip
+    sizes = *hidden_BLD.shape, len(state.step_X), len(state.eos_E), state.has_pins, state.has_early
+    pointers = (c_void_p * len(held))(*(x.data_ptr() for x in held))
+    _call("sf_conclude", _io(hidden_BLD), pointers, (c_long * len(sizes))(*sizes))
+
+
 # ---- calls ----------------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +444,7 @@ def _one_given(weight: Weight | None) -> _Given:
     if weight is None:
         return _Given()
     if isinstance(weight, Packed):
-        return _Given(weight.data.data_ptr(), _pointer(weight.scale), None, weight.kind, 0, 0)
+        return weight.given
     bits, pointers = 4 if weight.kind == "int4" else 8, (weight.data.data_ptr(), weight.scale.data_ptr())
     return _Given(*pointers, _pointer(weight.bias), bits, weight.group, _STORED[weight.scale.dtype])
 
@@ -452,4 +483,5 @@ OPS = Ops(
     soft_embedding,
     settle,
     block,
+    conclude_=conclude_,
 )

@@ -9,6 +9,7 @@
 // Sums have a fixed order that depends neither on the number of threads nor on the other rows of a batch.
 
 #include "block.h"
+#include "conclude.h"
 #include "vocabulary.h"
 
 #define BY_IO(...)       \
@@ -140,5 +141,13 @@ void sf_soft_embedding(int io, const void *logits, long batch, long length, long
                        const float *peak, const float *mass, float least, float scale, void *y, int threads) {
     BY_IO((soft_embedding<T>((const T *)logits, batch, length, words, (const T *)embed, n, peak, mass, least, scale,
                              (T *)y, threads)))
+}
+
+void sf_conclude(int io, const void *const *pointers, const long *sizes, int threads) {
+    Ending step;
+    Extent extent;
+    memcpy(&step, pointers, sizeof step);
+    memcpy(&extent, sizes, sizeof extent);
+    BY_IO((conclude<T>(step, extent, threads)))
 }
 }
