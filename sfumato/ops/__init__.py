@@ -113,9 +113,6 @@ class Ops:
     """(words_X4, step_X, heat_XS, at_B, length, vocab_size) -> uniform_BL, tokens_BL and heat_B: the bits that
     `diffusion.CountedDice` has for the steps of these rows, and their temperatures, in one call. None: that class
     itself counts."""
-    noise: Callable[..., tuple[Tensor, Tensor]] | None = None
-    """(words_X4, step_X, at_B, length, vocab_size) -> uniform_BL and tokens_BL: the bits of `diffusion.CountedDice` in
-    one call. None: that class itself counts them."""
     conclude_: Callable[..., None] | None = None
     """(state, at_B, ReadOut, noise_BL, hidden_BLD, soft_BLD, embed_VD, scale): the end of a step in which no grammar
     has a say, written to the state. None: `step.conclude_`, which is what it means."""
