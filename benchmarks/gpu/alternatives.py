@@ -52,15 +52,17 @@ ALTERNATIVES: dict[str, tuple[Config, ...]] = {
     "read_out": ({"BLOCK_N": 128}, {"TILE": 256, "BLOCK_N": 128}, {"PART": 32}, {"BLOCK_K": 32, "num_stages": 4}),
     "read_out_walk": ({"BLOCK_K": 32}, {"STAGES": 3}, {"num_warps": 8}),
     "soft_embedding": (
-        {"BLOCK_D": 256, "num_stages": 3},
-        {"SPLITS": 2},
-        {"SPLITS": 4},
+        {"BLOCK_D": 128, "SPLITS": 3, "num_stages": 4},
+        {"SPLITS": 3},
+        {"SPLITS": 12},
         {"BLOCK_K": 32},
         {"num_stages": 3},
     ),
     "between": _SMALL,
     "end": _SMALL,
     "heads": _SMALL,
+    "pdl": ({"ON": 1},),  # each kernel launched while the one before it drains
+    "attention_combine": ({"LAST": 0},),  # a kernel joins the parts, not the program that comes last
 }
 
 
@@ -101,7 +103,8 @@ def entries(config: ModelConfig, kind: str) -> list[Entry]:
         found += [Entry("linear", dense, (joined, width)), Entry("linear", dense, (width, queries))]
     found += [Entry("gate_up", dense, (inner, width)), Entry("linear", dense, (width, inner))]
     if kind == "int4":
-        found += [Entry("attention", "", (size,)) for size in sizes]
+        found += [Entry("pdl", "", (1,)), *(Entry("attention", "", (size,)) for size in sizes)]
+        found += [Entry("attention_combine", "", (size,)) for size in sizes]
         small = [("between", width), ("end", width), *(("heads", size) for size in sizes)]
         found += [Entry(op, "", (at,)) for op, at in small if find_spec(f"sfumato.ops.triton.{op}")]
     return list(dict.fromkeys(found))
