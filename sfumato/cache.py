@@ -36,7 +36,7 @@ class KVCache:
     slack: int
     stacks: list[tuple[int | None, Tensor]] = field(default_factory=list, repr=False)
     """The window of each kind of layer, and its keys and values in one tensor [2, layers, B, R + 1, G, K], of which `k`
-    and `v` are parts: rows are copied by the kind. Empty where gradients flow through the layers, each by itself."""
+    and `v` are parts: rows are copied by the kind, but where gradients flow through the layers, each by itself."""
 
     @classmethod
     def allocate(
@@ -47,11 +47,9 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         slack: int | None = None,
-        trains: bool = False,
     ) -> KVCache:
         """Room for `capacity` tokens a row. `slack` (tokens, default one canvas) bounds how far sliding layers can be
-        truncated once they are full. `trains`: gradients are to flow through it. CapacityError beyond the model's
-        context."""
+        truncated once they are full. CapacityError beyond the model's context."""
         if capacity > config.max_position:
             raise CapacityError(
                 f"{capacity} tokens of context are asked for, the model's limit is {config.max_position}; shorten the "
@@ -60,19 +58,13 @@ class KVCache:
         slack = config.canvas_length if slack is None else slack
         cache = cls(config, [], [], [0] * batch, [0] * batch, capacity, slack)
         shapes = [(layer.window, layer.kv_heads, layer.head_dim) for layer in config.layers]
-        if trains:
-            for window, *heads in shapes:
-                k, v = (torch.zeros(batch, cache.ring(window) + 1, *heads, device=device, dtype=dtype) for _ in "kv")
-                cache.k.append(k)
-                cache.v.append(v)
-            return cache
         parts: dict[tuple[int | None, int, int], Iterator[tuple[Tensor, Tensor]]] = {}
         for kind in dict.fromkeys(shapes):
             window, *heads = kind
             shape = 2, shapes.count(kind), batch, cache.ring(window) + 1, *heads
             whole = torch.zeros(shape, device=device, dtype=dtype)
             cache.stacks.append((window, whole))
-            parts[kind] = zip(*(side.unbind() for side in whole.unbind()), strict=True)
+            parts[kind] = zip(*(map(_apart, side.unbind()) for side in whole.unbind()), strict=True)
         pairs = [next(parts[kind]) for kind in shapes]
         cache.k, cache.v = [k for k, _ in pairs], [v for _, v in pairs]
         return cache
@@ -170,7 +162,7 @@ class KVCache:
         """An independent copy of these rows, in this order, repeats allowed, None for an empty one. `capacity` may be
         more or less than now; CapacityError where a row holds more."""
         capacity = self.capacity if capacity is None else capacity
-        like = self.device, self.k[0].dtype, self.slack, not self.stacks
+        like = self.device, self.k[0].dtype, self.slack
         other = KVCache.allocate(self.config, len(rows), capacity, *like)
         held = [(to, row) for to, row in enumerate(rows) if row is not None]
         if held:
@@ -185,7 +177,7 @@ class KVCache:
 
     def _by_kind(self, other: KVCache) -> Iterable[tuple[int | None, Tensor]]:
         """Windows, and tensors [..., B, R + 1, G, K] that hold all there is: as few as both caches have."""
-        if self.stacks and other.stacks:
+        if self.stacks and other.stacks and not (self.k[0].requires_grad or other.k[0].requires_grad):
             return self.stacks
         windows = [layer.window for layer in self.config.layers]
         return zip([*windows, *windows], [*self.k, *self.v], strict=True)
@@ -208,3 +200,10 @@ class KVCache:
         for row, length, peak in zip(rows, lengths, peaks, strict=True):
             first = max(0, length - own, peak - theirs)  # the first position that both rings hold
             self.lengths[row], self.peaks[row] = length, max(length, first + own if first else 0)
+
+
+def _apart(part: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: views of one tensor share a count of changes, which stops gradients, and
+    those made without gradients refuse changes with them."""
+    own = torch.empty(0, dtype=part.dtype, device=part.device)
+    return own.set_(part.untyped_storage(), part.storage_offset(), part.shape, part.stride())

@@ -82,7 +82,7 @@ def test_what_was_written_is_what_loading_makes(written: dict[str, Path], name: 
     ("to", "most"),
     [
         *(("bf16", 0.003), ("compressed-fp8", 0.03), ("mlx-8bit", 0.006), ("mlx-4bit", 0.1), ("gguf-q8_0", 0.006)),
-        *(("gguf-bf16", 0.003), ("int8", 0.01), ("fp8", 0.03), ("int4", 0.1), ("nvfp4", 0.1), ("int4-small", 0.12)),
+        *(("gguf-bf16", 0.003), ("int8", 0.01), ("fp8", 0.03), ("int4", 0.1), ("int4-fp8", 0.1), ("nvfp4", 0.1), ("int4-small", 0.12)),
     ],
 )
 def test_every_target_loads_without_a_flag_and_holds_the_weights(
@@ -346,7 +346,7 @@ def _written(place: Path, to: str, suffix: str) -> Path:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no format 'int3' to convert to; choose one of int8, fp8, int4, nvfp4"):
+    with pytest.raises(InputError, match="no format 'int3' to convert to; choose one of int8, fp8, int4, int4-fp8"):
         convert.convert("nano", "int3", tmp_path / "x")
     with pytest.raises(InputError, match=r"no name for one GGUF file; give a path that ends in \.gguf"):
         convert.convert("nano", "gguf-q8_0", tmp_path / "x")

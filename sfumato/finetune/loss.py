@@ -124,7 +124,7 @@ def losses(model: Model, given: Problem, leave_one_out: bool = False) -> tuple[T
     `leave_one_out` adds log(1 + V a/(1 - a)), a = 1 - t, to the logit of the observed token before the cross-entropy
     (arXiv 2605.22765)."""
     config, width = model.config, given.tokens_BT.shape[1]
-    cache = KVCache.allocate(config, len(given.counts), width, model.device, model.dtype, slack=width, trains=True)
+    cache = KVCache.allocate(config, len(given.counts), width, model.device, model.dtype, slack=width)
     hidden_BTD = model.encode(given.tokens_BT, cache, counts=given.counts)
     logits_BTV = model.logits(hidden_BTD[:, :-1])
     encode_loss = F.cross_entropy(logits_BTV.flatten(0, 1), given.next_BT.flatten(), ignore_index=IGNORE)
