@@ -99,7 +99,7 @@ class Call:
         one["says"] = _said(one["outcome"], one["rows"], wrong)
         if stops := [str(row["stop"]) for row in one["rows"] if row.get("stop")]:
             return "; ".join(stops)
-        is_only_slow = one["outcome"] == "killed" and not wrong
+        is_only_slow = one["outcome"] == "killed" and not wrong and any(row.get("ok") for row in one["rows"])
         is_shut = step.is_gate and one["outcome"] != "done" and not is_only_slow
         return f"{step.name}: {one['says']}" if is_shut else ""
 

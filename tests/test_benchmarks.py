@@ -318,7 +318,7 @@ def test_the_page_shows_targets_and_replaces_readmes_table(tmp_path: Path, monke
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
     reached = {"a": common.target(1.0, 2.0), "b": common.target(3.0, 2.0)}
-    record = {"what": "pins", "holes": [], "targets": reached, "environment": machine.environment()}
+    record = {"what": "pins", "holes": [], "beside": {}, "targets": reached, "environment": machine.environment()}
     common.write(folder / "pins.json", record)
     rows = [{"kind": "fp8", "batch": 1, "floor_ms": 6.0, "predicted_ms": 8.0, "nodes": 300, "tokens_per_second": 2e3}]
     record = {"what": "predicted", "within": 0.25, "rows": [{**rows[0], "kernels": []}], "targets": reached}

@@ -65,7 +65,7 @@ def test_a_short_budget_takes_a_short_canvas(llm: LLM) -> None:
     assert run.rows[0].length == 16
     events = list(run)
     assert len(events[-1].tokens) <= 10 and events[-1].usage.steps <= 16
-    several = [replace(short, max_tokens=10), replace(short, max_tokens=70), short, replace(EARLY, max_tokens=10)]
+    several = [replace(short, max_tokens=most) for most in (10, 70, 100)] + [replace(EARLY, max_tokens=10)]
     together = Run(llm.model, [ids] * 4, several)
     assert [row.length for row in together.rows] == [16, 80, 82, 82]
     found = {e.row: e.tokens for e in together if isinstance(e, Done)}

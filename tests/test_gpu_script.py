@@ -59,7 +59,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
 # ---- the plan at toy sizes -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["first", pytest.param("more", marks=pytest.mark.slow)])
 def test_every_step_runs_on_a_processor(plan: str, tmp_path: Path) -> None:
     """As `make gpu-dry` does: the same child processes, the same files, nothing left out without a reason."""
     more = ["--more"] if plan == "more" else []
