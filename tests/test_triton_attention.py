@@ -91,7 +91,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("splits", "columns"), [(1, 2), (3, 1), (3, 2)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("splits", "columns"), [pytest.param(1, 2, marks=SLOW), pytest.param(3, 1, marks=SLOW), (3, 2)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_reference(case: str, splits: int, columns: int) -> None:
     *data, ring = CASES[case]

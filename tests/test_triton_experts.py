@@ -82,7 +82,12 @@ def plain_fp8(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: T
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("tokens", "count", "choices", "how"),
-    [(17, 4, 2, "all"), (1, 8, 3, "all"), (20, 4, 1, "one"), (6, 7, 2, "few")],
+    [
+        (17, 4, 2, "all"),
+        pytest.param(1, 8, 3, "all", marks=pytest.mark.slow),
+        pytest.param(20, 4, 1, "one", marks=pytest.mark.slow),
+        (6, 7, 2, "few"),
+    ],
 )
 def test_experts(kind: str, dtype: torch.dtype, tokens: int, count: int, choices: int, how: str) -> None:
     width, hidden = 96, 48 if kind == "nvfp4" else 40

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -37,9 +36,6 @@ SECONDS = 600
 def in_a_child(module: dict[str, Any]) -> None:
     """Make each test of this module a look at what became of it in the child."""
     if not IS_ON:
-        # One process runs them all: a second one would only run the same child.
-        group = pytest.mark.xdist_group(Path(module["__file__"]).stem)
-        module["pytestmark"] = [*module.get("pytestmark", []), group]
         for name, value in list(module.items()):
             if name.startswith("test_") and callable(value):
                 module[name] = _looked_up(value, module["__file__"])
@@ -49,7 +45,6 @@ def _looked_up(test: Callable[..., None], file: str) -> Callable[..., None]:
     @functools.wraps(test)
     def look_up(*args: object, **kwargs: object) -> None:
         name = os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0].split("::", 1)[1]
-        name = name.removesuffix(f"@{Path(file).stem}")  # its group
         outcomes, output = _outcomes(file)
         verdict, text = outcomes.get(name, ("failed", output))
         if verdict == "skipped":
