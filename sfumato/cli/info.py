@@ -220,7 +220,7 @@ def show(found: dict[str, Any]) -> None:
         else:
             notes.append(f"No published figures for {found['gpu']['name']}: sfumato bench measures its ceiling.")
     if "operations" in found:
-        console.print(f"Operations on this machine, device {found['operations']['device']}")
+        console.print(f"\nOperations on this machine, device {found['operations']['device']}")
         console.print(_operations(found["operations"]))
     console.print(("" if "operations" in found else "\n") + " ".join(notes) + "\n", style="dim")
 

@@ -50,7 +50,7 @@ RECIPES = {
         _recipe("int8", "int8", "int8", "int8", "8 bits, a scale an output"),
         _recipe("fp8", "fp8", "fp8", "fp8", "e4m3 on both sides of a product"),
         _recipe("int4", "int4", "int8", "int8", "experts in 4 bits, groups of 64; the rest in 8"),
-        _recipe("int4-fp8", "int4", "fp8", "fp8", "experts in 4 bits, groups of 64; the rest in fp8"),
+        _recipe("int4-fp8", "int4", "fp8", "fp8", "experts in 4 bits by 64; the rest in fp8"),
         _recipe("nvfp4", "nvfp4", "fp8", "fp8", "experts in 4-bit floats by 16; the rest in fp8"),
         _recipe("int4-small", "int4-g128", "int4", "int8", "experts, attention and dense layers in 4 bits"),
     )
