@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from sfumato.config import LayerConfig, ModelConfig, Rope
 from sfumato.measure.machine import Shape, Timing, ceilings, environment
 from sfumato.measure.parts import quantize_some_
 from sfumato.measure.work import Cost, Precision, duration, pass_work, step_work, vocabulary_work
-from sfumato.model import Model, pack_
+from sfumato.model.config import LayerConfig, ModelConfig, Rope
+from sfumato.model.network import Model, pack_
 from sfumato.ops import load
 from sfumato.quant.apply import samples
 from sfumato.quant.recipes import named

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import gemma_vocab
 
 from benchmarks import common
-from sfumato.constrain import Grammar, Guide
-from sfumato.tokenizer import Tokenizer
+from sfumato.constraints.constrain import Grammar, Guide
+from sfumato.text.tokenizer import Tokenizer
 
 LENGTH, STEPS, BOUND = 256, 16, 0.1
 ITEM = {

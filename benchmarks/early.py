@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.nano import puzzles
-from sfumato import LLM, Options, sudoku
+from sfumato import LLM, Options
+from sfumato.engine.run import generate
 from sfumato.evals.sudoku import request
 from sfumato.events import Commit, Done
 from sfumato.measure.parts import random_config, random_model
 from sfumato.measure.work import duration
-from sfumato.model import Model
-from sfumato.run import generate
+from sfumato.model.network import Model
+from sfumato.tasks import sudoku
 
 SETTINGS: dict[str, dict[str, bool]] = {
     "reference": {},

@@ -27,13 +27,15 @@ from typing import Any
 import common
 import torch
 
-from sfumato import convert, ops, weights
-from sfumato.events import Done, Draft, Options
-from sfumato.interop import Checkpoint, Entry
+from sfumato import ops
+from sfumato.checkpoints import convert, weights
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.engine.run import generate
+from sfumato.events import Done, Draft
 from sfumato.measure.machine import peak_bytes, resident_bytes
 from sfumato.measure.parts import Counted
 from sfumato.measure.work import duration, needs, size
-from sfumato.run import generate
+from sfumato.options import Options
 
 GB = 1e9
 LIMITS = {"file": 15.5 * GB, "quantise": 6.0 * GB, "generate": 17.5 * GB}
@@ -68,9 +70,9 @@ def imagined(layers: int) -> Checkpoint:
 def write_gguf(target: Path, layers: int, progress: Any) -> dict[str, float]:
     """Q4_K_M as llama.cpp's quantiser chooses it: Q4_K, with Q6_K for every other value and down projection; rows that
     are no multiple of 256 fall back to Q5_0 and Q8_0. Bytes of one encoded block, repeated. Returns bytes by kind."""
-    from sfumato.interop import gguf_model
-    from sfumato.interop.gguf import Planned, write_file
-    from sfumato.interop.gguf_blocks import KINDS, NUMBERS, encode
+    from sfumato.checkpoints.formats import gguf_model
+    from sfumato.checkpoints.formats.gguf import Planned, write_file
+    from sfumato.checkpoints.formats.gguf_blocks import KINDS, NUMBERS, encode
 
     checkpoint = imagined(layers)
     config = common.released_config(layers)

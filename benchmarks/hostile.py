@@ -5,7 +5,7 @@
 
 The bystander asks nano for the same small Sudoku, again and again, over one connection; its latency on an idle server
 is measured first. Each part starts `sfumato serve -m nano`, or takes the one at `--url`, and replaces its own part of
-the record. The client runs on the same cores as the server. tests/test_hostile.py runs the same
+the record. The client runs on the same cores as the server. tests/server/test_hostile.py runs the same
 attacks and holds the answers; times are only measured here.
 """
 

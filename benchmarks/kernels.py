@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import common
-from sfumato.config import ModelConfig
 from sfumato.measure.capture import Node, Variant, meta_step
 from sfumato.measure.machine import environment
+from sfumato.model.config import ModelConfig
 from sfumato.ops import triton
 from sfumato.ops.triton import ahead
 from sfumato.ops.triton.launches import as_if

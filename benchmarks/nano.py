@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sfumato import sudoku
 from sfumato.evals.sudoku import Solved, solve
-from sfumato.events import Options
 from sfumato.llm import LLM
+from sfumato.options import Options
+from sfumato.tasks import sudoku
 
 BANDS = {"easy": (40, 55), "medium": (30, 39), "hard": (24, 29)}
 """Clues of the fresh puzzles, both ends included."""

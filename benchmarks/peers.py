@@ -36,16 +36,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from sfumato import ops, weights
-from sfumato.cache import KVCache
-from sfumato.config import ModelConfig
-from sfumato.events import Done, Draft, Options
+from sfumato import ops
+from sfumato.checkpoints import weights
+from sfumato.engine.run import Run
+from sfumato.events import Done, Draft
 from sfumato.measure.machine import Timing, environment, measure
 from sfumato.measure.parts import Plan, prompt_ids, random_config, random_model
 from sfumato.measure.work import duration
-from sfumato.model import Model
+from sfumato.model.cache import KVCache
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model
+from sfumato.options import Options
 from sfumato.quant.apply import quantize_, samples
-from sfumato.run import Run
 
 FORWARD, STEP, ANSWER = "denoise forward", "whole step", "whole answer"
 STATIC = "compiled generate, static cache"

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.nano import puzzles
-from sfumato import LLM, Options, Slot, sudoku
+from sfumato import LLM, Options, Slot
 from sfumato.evals.sudoku import solve
+from sfumato.tasks import sudoku
 
 SEED = 9
 HOLES = (1, 5, 10, 20, 30, 40, 50, 60)

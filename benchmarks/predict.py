@@ -34,10 +34,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from sfumato.config import ModelConfig
 from sfumato.measure.capture import Node
 from sfumato.measure.machine import environment
 from sfumato.measure.work import Cost, Parameters, distinct_experts
+from sfumato.model.config import ModelConfig
 
 H200 = {
     "bytes_per_second": {"best": 4.3e12},

@@ -32,18 +32,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.nano import BANDS, puzzles
-from sfumato import LLM, Options, ops, sudoku, weights
-from sfumato.cache import KVCache
-from sfumato.diffusion import CountedDice, Rules
+from sfumato import LLM, Options, ops
+from sfumato.checkpoints import weights
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure.machine import ROOT, environment
 from sfumato.measure.parts import Plan, engine_step, random_config, random_model
 from sfumato.measure.work import size
-from sfumato.model import Model, Pass, products
+from sfumato.model.cache import KVCache
+from sfumato.model.network import Model, Pass, products
 from sfumato.quant.apply import quantize_
 from sfumato.quant.calibrate import correlation_of, importance_of
 from sfumato.quant.recipes import named
-from sfumato.step import Canvases, step_
+from sfumato.sampling.diffusion import CountedDice, Rules
+from sfumato.sampling.step import Canvases, step_
+from sfumato.tasks import sudoku
 
 Record = dict[str, Any]
 Seen = tuple[dict[str, Tensor], dict[str, Tensor]]

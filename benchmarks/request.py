@@ -26,12 +26,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from sfumato import LLM, Options, sudoku
+from sfumato import LLM, Options
+from sfumato.checkpoints.weights import NANO
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure import parts
 from sfumato.measure.parts import Plan, random_config, random_model
 from sfumato.measure.work import duration
-from sfumato.weights import NANO
+from sfumato.tasks import sudoku
 
 SEED = 11
 

@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import client, common, serve_page
 from benchmarks.client import Answer, Connection, Lost, Server, percentiles, say
-from sfumato import sudoku
 from sfumato.measure.machine import ROOT, environment
+from sfumato.tasks import sudoku
 
 RECORD = ROOT / "benchmarks" / "results" / "serve.json"
 CLUES = range(30, 56)
@@ -178,7 +178,7 @@ def make_mid(folder: Path) -> None:
     is nano's and then words that nothing says, so that every token has a text."""
     import torch
 
-    from sfumato import weights
+    from sfumato.checkpoints import weights
     from sfumato.measure.parts import random_config, random_model
 
     config = random_config("mid")

@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import client, common, serve_page
 from benchmarks.client import END, Answer, Connection, HungUp, Lost, Server, percentile, say
 from benchmarks.serve import SEED, STREAM, chat, keep, puzzles, renamed, server_options
-from sfumato import sudoku
 from sfumato.measure.work import size
+from sfumato.tasks import sudoku
 
 Body = dict[str, Any]
 Record = dict[str, Any]

@@ -23,17 +23,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from sfumato.cache import KVCache
-from sfumato.config import ModelConfig
-from sfumato.diffusion import Rules
-from sfumato.events import Options
 from sfumato.measure.machine import forget_peak, peak_bytes, products, resident_bytes
 from sfumato.measure.parts import Counted, Plan, part_row, random_config, random_model
 from sfumato.measure.parts import parts as parts_of
 from sfumato.measure.work import Parameters, duration
 from sfumato.measure.work import size as in_bytes
-from sfumato.model import Model, Pass
-from sfumato.step import Canvases, step_
+from sfumato.model.cache import KVCache
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model, Pass
+from sfumato.options import Options
+from sfumato.sampling.diffusion import Rules
+from sfumato.sampling.step import Canvases, step_
 
 CONFIDENCE = 0.0
 """Never reached: every canvas takes all its steps."""

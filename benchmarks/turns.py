@@ -28,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.serve import SEED, puzzles, renamed
-from sfumato import LLM, Options, sudoku
-from sfumato.batch import BatchLimits
+from sfumato import LLM, Options
+from sfumato.engine.batch import BatchLimits
+from sfumato.engine.jobs import Jobs
 from sfumato.events import Done
-from sfumato.jobs import Jobs
-from sfumato.model import Model
+from sfumato.model.network import Model
+from sfumato.tasks import sudoku
 
 PASSES = ("encode", "denoise", "encode_and_denoise")
 

@@ -9,9 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sfumato import ops, weights
-from sfumato.config import ModelConfig
-from sfumato.model import Model
+from sfumato import ops
+from sfumato.checkpoints import weights
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model
 
 run, package = Path(sys.argv[1]), Path("sfumato/nano")
 tensors, note = weights.read_tensors(run / "state.safetensors")

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from sfumato import LLM, Done, Draft, Options, Slot, sudoku
+from sfumato import LLM, Done, Draft, Options, Slot
 from sfumato.cli.view import CLUE, SMOKE, colour
-from sfumato.constrain import Guide, Pick, Walk
-from sfumato.diffusion import CountedDice
-from sfumato.edit import Sheet, check_template, lay_out, spans_of
-from sfumato.guided import Span
-from sfumato.search import Work
+from sfumato.constraints.constrain import Guide, Pick, Walk
+from sfumato.constraints.search import Work
+from sfumato.engine.guided import Span
+from sfumato.sampling.diffusion import CountedDice
+from sfumato.tasks import sudoku
+from sfumato.templates.layout import Sheet, check_template, lay_out, spans_of
 
 PAPER, INK, GREY, LINE = "#fbfaf6", "#1c1a22", "#77727f", "#b9b4a8"
 FREE, WARM, FORCED, OVERRULED, UNKNOWN, END = "#ffffff", "#f0dfb8", "#cfe0dd", "#e9a58b", "#f1eee6", "#dcd8cc"

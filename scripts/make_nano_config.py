@@ -8,7 +8,7 @@ Temperatures lie near 1 because training takes its soft embeddings at 1, and 24 
 import json
 from pathlib import Path
 
-from sfumato.config import LayerConfig, ModelConfig, Rope
+from sfumato.model.config import LayerConfig, ModelConfig, Rope
 
 sliding = LayerConfig(head_dim=16, kv_heads=4, window=128, rope=Rope(314.6))
 full = LayerConfig(head_dim=32, kv_heads=2, window=None, rope=Rope(314.6, partial=0.25, proportional=True))

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sfumato import sudoku
 from sfumato.cli.view import CLUE, colour
 from sfumato.evals import sudoku as task
-from sfumato.events import Done, Draft, Options
+from sfumato.events import Done, Draft
 from sfumato.llm import LLM
+from sfumato.options import Options
+from sfumato.tasks import sudoku
 
 CELL, GAP, TOP = 22, 26, 34
 

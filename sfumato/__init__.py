@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfumato.edit import Slot
-    from sfumato.events import Commit, Completion, Done, Draft, Options, Usage
+    from sfumato.events import Commit, Completion, Done, Draft, Usage
     from sfumato.llm import LLM
+    from sfumato.options import Options
+    from sfumato.templates.layout import Slot
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Commit", "Completion", "Done", "Draft", "Options", "Slot", "Usage"]
@@ -21,8 +22,8 @@ _HOME = {
     "Completion": "events",
     "Done": "events",
     "Draft": "events",
-    "Options": "events",
-    "Slot": "edit",
+    "Options": "options",
+    "Slot": "templates.layout",
     "Usage": "events",
 }
 

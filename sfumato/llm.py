@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,24 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from sfumato import arguments, calls, chat, weights
-from sfumato.constrain import Grammar
-from sfumato.edit import (
+from sfumato.checkpoints import weights
+from sfumato.checkpoints.checkpoint import Checkpoint
+from sfumato.checkpoints.detect import open_checkpoint
+from sfumato.constraints import calls
+from sfumato.constraints.constrain import Grammar
+from sfumato.constraints.forms import KINDS
+from sfumato.engine import arguments
+from sfumato.engine.engine import Engine
+from sfumato.engine.guided import Span
+from sfumato.engine.plan import Ask, Plan
+from sfumato.engine.request import Inspect, Request
+from sfumato.engine.run import Run
+from sfumato.errors import CapacityError, CheckpointError, InputError
+from sfumato.events import Completion, Decision, Done, Edited, Event, Filled
+from sfumato.model.network import Model
+from sfumato.options import Options
+from sfumato.remote import Remote
+from sfumato.templates.layout import (
     MOST,
     Sheet,
     Slot,
@@ -35,29 +50,9 @@ from sfumato.edit import (
     spans_of,
     tokens_of,
 )
-from sfumato.engine import Engine
-from sfumato.events import (
-    CapacityError,
-    CheckpointError,
-    Completion,
-    Decision,
-    Done,
-    Edited,
-    Event,
-    Filled,
-    InputError,
-    Options,
-)
-from sfumato.forms import KINDS
-from sfumato.guided import Span
-from sfumato.interop import Checkpoint
-from sfumato.interop.detect import open_checkpoint
-from sfumato.model import Model
-from sfumato.reader import Reader
-from sfumato.remote import Remote
-from sfumato.rows import Inspect, Request
-from sfumato.run import Run
-from sfumato.tokenizer import Tokenizer
+from sfumato.text import chat
+from sfumato.text.reader import Reader
+from sfumato.text.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
 
@@ -92,21 +87,6 @@ class _Kept:
     engine: Engine
     tokens: list[int]
     """The beginning of the last conversation: what its first seat still holds."""
-
-
-@dataclass(frozen=True, eq=False)
-class Ask:
-    """A request of the engine, and what makes text of its tokens."""
-
-    request: Request
-    reader: Reader
-    is_shown: bool = True
-    """Whether the caller sees its drafts; not those of a search on the way."""
-
-
-Plan = Generator[list[Ask], list[Done], T]
-"""What a method of `LLM` does, apart from running it: yields requests that run together, is sent what they ended with,
-and returns the method's result. So whoever has an engine, for one caller or for many, can carry it out."""
 
 
 class LLM:

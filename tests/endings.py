@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato import step
-from sfumato.ops import ReadOut
-from sfumato.step import Canvases
+from sfumato.ops.contract import ReadOut
+from sfumato.sampling import step
+from sfumato.sampling.step import Canvases
 
 LENGTH, WIDTH, WORDS, ROWS = 20, 24, 61, 5
 

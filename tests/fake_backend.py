@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, SfumatoError, Usage
+from sfumato.errors import SfumatoError
+from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, Usage
 from sfumato.server.backend import Job, ModelCard, Result, Stats
-from sfumato.server.http import Server
+from sfumato.server.http.listen import Server
 
 CARD = ModelCard(
     name="fake",

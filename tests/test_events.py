@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
-from sfumato.events import (
-    FALLBACK_DEFAULTS,
-    CapacityError,
-    CheckpointError,
-    InputError,
-    Options,
-    SfumatoError,
-    Usage,
-)
+from sfumato.errors import CapacityError, CheckpointError, InputError, SfumatoError
+from sfumato.events import Usage
+from sfumato.options import FALLBACK_DEFAULTS, Options
 
 # name: (lowest, highest, is a whole number, may be left open, the words of the limit)
 LIMITS: dict[str, tuple[float, float, bool, bool, str]] = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from jsonschema import validate
 
-from sfumato.edit import read_template
+from sfumato.templates.layout import read_template
 
 pytest.importorskip("llguidance")
 ROOT = Path(__file__).parents[1]

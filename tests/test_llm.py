@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from sfumato import LLM, Options, Slot
+from sfumato.engine.request import Request
+from sfumato.engine.run import Run
+from sfumato.errors import CapacityError, InputError
 from sfumato.evals.sudoku import request, solve
-from sfumato.events import CapacityError, Commit, Done, Draft, InputError
+from sfumato.events import Commit, Done, Draft
 from sfumato.ops import cpu
 from sfumato.ops.cpu import build
-from sfumato.reader import Reader
-from sfumato.rows import Request
-from sfumato.run import Run
-from sfumato.sudoku import is_solved
+from sfumato.tasks.sudoku import is_solved
+from sfumato.text.reader import Reader
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
 """50 clues: nano solves it in a few steps."""

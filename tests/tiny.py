@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sfumato import ops
-from sfumato.config import LayerConfig, ModelConfig, Rope
-from sfumato.model import Model
+from sfumato.model.config import LayerConfig, ModelConfig, Rope
+from sfumato.model.network import Model
 from sfumato.ops import cpu
 
 VISION = {

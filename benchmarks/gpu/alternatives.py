@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from typing import Any
 
-from sfumato.config import ModelConfig
-from sfumato.model import Model
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model
 
 Config = dict[str, int]
 

@@ -19,14 +19,15 @@ from torch import Tensor
 from benchmarks import common, ops
 from benchmarks.gpu.alternatives import WITHOUT, standing
 from benchmarks.gpu.setting import Row, Setting, each_within, tried
-from sfumato.cache import KVCache
-from sfumato.events import Draft, Options
+from sfumato.engine.run import Run
+from sfumato.events import Draft
 from sfumato.measure.parts import quantize_some_
-from sfumato.model import Model
+from sfumato.model.cache import KVCache
+from sfumato.model.network import Model
 from sfumato.ops import load
+from sfumato.options import Options
 from sfumato.quant.apply import samples
 from sfumato.quant.recipes import named
-from sfumato.run import Run
 
 KINDS = ("int4", "fp8", "int4-fp8", "bf16")
 ENOUGH = {"int4": 0.05, "fp8": 0.15, "int4-fp8": 0.15, "int8": 0.1, "bf16": 0.0}

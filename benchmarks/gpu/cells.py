@@ -20,11 +20,12 @@ import torch
 
 from benchmarks import common
 from benchmarks.gpu.setting import Row, Setting, ceilings_of, each_within, tried
-from sfumato.cache import KVCache
-from sfumato.events import Commit, Draft, Options
+from sfumato.engine.run import Run
+from sfumato.events import Commit, Draft
 from sfumato.measure.machine import forget_peak, peak_bytes
-from sfumato.model import Model
-from sfumato.run import Run
+from sfumato.model.cache import KVCache
+from sfumato.model.network import Model
+from sfumato.options import Options
 
 BATCHES = {"int4": (1, 16), "fp8": (1, 16), "int4-fp8": (1,), "bf16": (1,)}
 STEPS, CANVASES, PROFILED = 16, 3, 8

@@ -27,9 +27,9 @@ from benchmarks.gpu.alternatives import ALTERNATIVES, APART, WITHOUT, Config, En
 from benchmarks.gpu.compile import Compiling, Wanted, chip_of
 from benchmarks.gpu.setting import Row, Setting, tried
 from benchmarks.step import Steps
-from sfumato.config import ModelConfig
 from sfumato.measure.capture import Variant
-from sfumato.model import Model
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model
 from sfumato.ops.triton import tuning
 
 FASTER, NO_SLOWER, RIGHT = 0.997, 1.005, 0.02

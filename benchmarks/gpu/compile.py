@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.setting import Setting, cores
-from sfumato import weights
-from sfumato.config import ModelConfig
+from sfumato.checkpoints import weights
 from sfumato.measure.capture import Variant, meta_step
+from sfumato.model.config import ModelConfig
 from sfumato.ops.triton import tuning
-from sfumato.recorded import padded
+from sfumato.sampling.recorded import padded
 
 Chip = tuple[str, int]
 """A GPU's name and architecture."""

@@ -18,7 +18,8 @@ from benchmarks import common, ops
 from benchmarks.gpu.interpreted import in_a_child
 from benchmarks.gpu.setting import FILES, Row, Setting, each_within, tried
 from benchmarks.ops.norms import SIZES as NORMS
-from sfumato.ops import NEVER, Ops, load
+from sfumato.ops import load
+from sfumato.ops.contract import NEVER, Ops
 from sfumato.ops.packed import Packed, dense
 from sfumato.quant import formats
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.setting import Row, Setting, each_within, tried
-from sfumato import sudoku
-from sfumato.edit import Slot
+from sfumato.engine.run import Run
 from sfumato.evals.sudoku import request
-from sfumato.events import Done, Options
+from sfumato.events import Done
 from sfumato.llm import LLM
-from sfumato.run import Run
+from sfumato.options import Options
+from sfumato.tasks import sudoku
+from sfumato.templates.layout import Slot
 
 Texts = dict[str, list[list[int]]]
 """Way of running -> tokens of each answer: first of some rows alone, then of all at once."""

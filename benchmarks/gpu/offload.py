@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.setting import Row, Setting, tried
-from sfumato import offload
-from sfumato.events import Options
 from sfumato.llm import LLM
 from sfumato.measure.work import size
+from sfumato.model import offload
+from sfumato.options import Options
 
 
 def run(setting: Setting, _: str) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.setting import Row, Setting
 from benchmarks.step import Steps
-from sfumato import weights
+from sfumato.checkpoints import weights
 
 
 @torch.inference_mode()

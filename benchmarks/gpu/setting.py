@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from sfumato.config import ModelConfig
 from sfumato.measure.parts import random_config
-from sfumato.model import Model
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model
 from sfumato.ops import load
 from sfumato.ops.packed import Packed
 from sfumato.ops.triton import tuning
 from sfumato.quant.apply import samples
-from sfumato.recorded import CudaCapture
+from sfumato.sampling.recorded import CudaCapture
 
 Row = dict[str, Any]
 FILES = ("linear", "experts", "attention", "norms", "read_out", "soft_embedding")

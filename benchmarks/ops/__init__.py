@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from sfumato.events import InputError
+from sfumato.errors import InputError
 from sfumato.measure.machine import measure
 from sfumato.measure.parts import part_row
 from sfumato.measure.work import PLAIN, Cost, duration, multiplied_as
-from sfumato.ops import Ops, load
+from sfumato.ops import load
+from sfumato.ops.contract import Ops
 from sfumato.quant.formats import Format, pack
 
 Call = Callable[[], Tensor]

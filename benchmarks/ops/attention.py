@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.ops import Case, exactly, main
-from sfumato.masks import Mask
+from sfumato.ops.masks import Mask
 
 SIZES = {
     "mid": (256, 384, 8, {"sliding": (128, 4, 512), "full": (256, 2, None)}),

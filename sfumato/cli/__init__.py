@@ -18,7 +18,7 @@ import typer
 
 from sfumato import __version__
 from sfumato.cli.text import harmless
-from sfumato.events import InputError, SfumatoError
+from sfumato.errors import InputError, SfumatoError
 
 COMMANDS = {
     "generate": ("sfumato.cli.generate", "Continue a text, or answer one prompt."),

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sfumato import weights
+from sfumato.checkpoints import weights
 from sfumato.cli import options as opt
-from sfumato.events import InputError
+from sfumato.errors import InputError
 from sfumato.measure.parts import DTYPES, Plan, Say, random_config, random_model, record
 from sfumato.measure.work import duration, number, size
 from sfumato.ops import survey

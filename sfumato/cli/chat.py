@@ -13,7 +13,8 @@ from sfumato.cli import options as opt
 from sfumato.cli.generate import Api, ApiKey, ApiKeyFile, Model, connect_or_load, has_drafts, show
 from sfumato.cli.text import harmless
 from sfumato.cli.view import visible
-from sfumato.events import Commit, Done, InputError, SfumatoError
+from sfumato.errors import InputError, SfumatoError
+from sfumato.events import Commit, Done
 from sfumato.remote import Remote
 
 HELP = "/new begins again · /seed N fixes the seed · /set NAME=VALUE changes an option · /quit ends"

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from sfumato import convert
+from sfumato.checkpoints import convert
 from sfumato.cli import options as opt
 from sfumato.cli.text import harmless
 from sfumato.cli.view import visible

@@ -16,7 +16,8 @@ from sfumato.cli import options as opt
 from sfumato.cli import text as texts
 from sfumato.cli.generate import load
 from sfumato.cli.view import SMOKE, visible, working
-from sfumato.events import Decision, InputError
+from sfumato.errors import InputError
+from sfumato.events import Decision
 
 BAR = 24
 """Characters of a bar at probability 1."""

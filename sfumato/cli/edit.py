@@ -16,7 +16,7 @@ from sfumato.cli import options as opt
 from sfumato.cli import text as texts
 from sfumato.cli.generate import load
 from sfumato.cli.view import diff_text, summary, visible, working
-from sfumato.events import InputError
+from sfumato.errors import InputError
 
 
 def command(

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from sfumato.cli import options as opt
 from sfumato.cli.view import visible
-from sfumato.events import InputError
-from sfumato.files import locked
+from sfumato.errors import InputError
+from sfumato.system.files import locked
 
 
 def command(
@@ -83,7 +83,7 @@ class Stop:
 
 def _make_place(folder: Path, force: bool) -> None:
     """The run's folder, empty or as a run has left it. InputError where it holds files of others."""
-    from sfumato.finetune.train import LOGS, STATE
+    from sfumato.training.train import LOGS, STATE
 
     ours = (STATE, *LOGS, "loss.png", *(f".{name}.part" for name in (STATE, *LOGS)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,15 +112,16 @@ def _train(
 ) -> None:
     import torch
 
-    from sfumato import ops, weights
-    from sfumato.chat import ChatTemplate
-    from sfumato.config import ModelConfig, read_generation_config
-    from sfumato.finetune.data import SudokuSource
-    from sfumato.finetune.plot import plot
-    from sfumato.finetune.train import STATE, Recipe, Trainer, recipe_of
+    from sfumato import ops
+    from sfumato.checkpoints import weights
     from sfumato.llm import LLM
-    from sfumato.model import Model
-    from sfumato.tokenizer import Tokenizer
+    from sfumato.model.config import ModelConfig, read_generation_config
+    from sfumato.model.network import Model
+    from sfumato.text.chat import ChatTemplate
+    from sfumato.text.tokenizer import Tokenizer
+    from sfumato.training.data import SudokuSource
+    from sfumato.training.plot import plot
+    from sfumato.training.train import STATE, Recipe, Trainer, recipe_of
 
     if threads:
         torch.set_num_threads(threads)
@@ -167,7 +168,7 @@ def _train(
 def _check(llm: Any, held_out: Any, out: Path, step: int, console: Console) -> None:
     """The solve rate on puzzles that are not trained on, into evals.jsonl."""
     from sfumato.evals.sudoku import solve
-    from sfumato.events import Options
+    from sfumato.options import Options
 
     puzzles, _ = held_out.stream.sample(60, 35, 0)
     texts = ["".join(map(str, row)) for row in puzzles]

@@ -17,7 +17,9 @@ from rich.text import Text
 from sfumato.cli import options as opt
 from sfumato.cli import text as texts
 from sfumato.cli.view import CanvasView, canvas_frame, canvas_text, summary, visible
-from sfumato.events import Commit, Done, Draft, Event, InputError, Options
+from sfumato.errors import InputError
+from sfumato.events import Commit, Done, Draft, Event
+from sfumato.options import Options
 from sfumato.remote import Remote
 
 Model = Annotated[

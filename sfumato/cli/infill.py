@@ -14,7 +14,7 @@ from sfumato.cli import options as opt
 from sfumato.cli import text as texts
 from sfumato.cli.generate import load
 from sfumato.cli.view import around, summary, visible, working
-from sfumato.events import InputError
+from sfumato.errors import InputError
 
 
 def command(

@@ -15,8 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.config import ModelConfig
-from sfumato.events import InputError
+from sfumato.errors import InputError
 from sfumato.measure.work import (
     GPUS,
     PRECISIONS,
@@ -38,6 +37,7 @@ from sfumato.measure.work import (
     tokens,
     vocabulary_work,
 )
+from sfumato.model.config import ModelConfig
 from sfumato.quant.recipes import RECIPES
 
 CONTEXTS = (8192, 32_768, 262_144)
@@ -154,7 +154,7 @@ def read_config(model: str) -> tuple[ModelConfig, str]:
     if path.is_file():
         return ModelConfig.from_file(path), str(path)
     if not path.is_dir():
-        from sfumato import weights  # only now: this costs the import of torch
+        from sfumato.checkpoints import weights  # only now: this costs the import of torch
 
         return ModelConfig.from_file(weights.resolve(model, weights=False) / "config.json"), model
     return ModelConfig.from_file(path / "config.json"), path.resolve().name

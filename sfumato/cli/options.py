@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.cli import text as texts
-from sfumato.events import InputError, Options
+from sfumato.errors import InputError
+from sfumato.options import Options
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hub id, or nano.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]

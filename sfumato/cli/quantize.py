@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
+from sfumato.checkpoints.convert import check_target
 from sfumato.cli import options as opt
 from sfumato.cli import text as texts
 from sfumato.cli.convert import run
-from sfumato.convert import check_target
-from sfumato.events import InputError
+from sfumato.errors import InputError
 from sfumato.quant import recipes
 
 

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from sfumato.cli import options as opt
 from sfumato.cli import text as texts
-from sfumato.events import InputError
+from sfumato.errors import InputError
 from sfumato.server.backend import ModelCard
 from sfumato.server.settings import Limits, Settings
-from sfumato.server.worker import SILENCE, Worker
+from sfumato.server.worker.supervisor import SILENCE, Worker
 
 
 def command(

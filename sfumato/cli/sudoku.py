@@ -13,11 +13,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from sfumato import sudoku
 from sfumato.cli import options as opt
 from sfumato.cli.text import harmless
 from sfumato.cli.view import CLUE, CanvasView, colour
-from sfumato.events import Done, Draft, InputError, Options
+from sfumato.errors import InputError
+from sfumato.events import Done, Draft
+from sfumato.options import Options
+from sfumato.tasks import sudoku
 
 
 def command(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 
-from sfumato.events import InputError, SfumatoError
+from sfumato.errors import InputError, SfumatoError
 
 LIMIT = 16 << 20
 """Bytes of a file that is read."""

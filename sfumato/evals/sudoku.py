@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sfumato import sudoku
-from sfumato.events import Done, InputError, Options
+from sfumato.errors import InputError
+from sfumato.events import Done
 from sfumato.llm import LLM
+from sfumato.options import Options
+from sfumato.tasks import sudoku
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.cache import KVCache
-from sfumato.config import ModelConfig
-from sfumato.diffusion import Rules
-from sfumato.events import Options
-from sfumato.model import Model, products, replace_
-from sfumato.ops import Ops
+from sfumato.model.cache import KVCache
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model, products, replace_
+from sfumato.ops.contract import Ops
 from sfumato.ops.packed import Packed
+from sfumato.options import Options
 from sfumato.quant.formats import Format
 from sfumato.quant.recipes import named
-from sfumato.recorded import Recorded, Replay
-from sfumato.step import Canvases
+from sfumato.sampling.diffusion import Rules
+from sfumato.sampling.recorded import Recorded, Replay
+from sfumato.sampling.step import Canvases
 
 MAKES = frozenset("empty empty_like new_empty empty_strided new_empty_strided".split())
 HOST = frozenset("item tolist cpu numpy __bool__ __int__ __float__ __index__ pin_memory".split())

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfumato.cache import KVCache
-from sfumato.config import LayerConfig, ModelConfig, Rope
-from sfumato.diffusion import CountedDice, accept, is_confident, is_stable, stood
-from sfumato.engine import PREFILL_CHUNK
-from sfumato.events import Commit, Done, Draft, InputError, Options
+from sfumato.engine.engine import PREFILL_CHUNK
+from sfumato.engine.run import Run
+from sfumato.errors import InputError
+from sfumato.events import Commit, Done, Draft
 from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
 from sfumato.measure.work import (
     GROUPS,
@@ -34,13 +33,16 @@ from sfumato.measure.work import (
     step_work,
     vocabulary_work,
 )
-from sfumato.model import Model, products, replace_
+from sfumato.model.cache import KVCache
+from sfumato.model.config import LayerConfig, ModelConfig, Rope
+from sfumato.model.network import Model, products, replace_
 from sfumato.ops import load as load_ops
 from sfumato.ops.packed import Packed
+from sfumato.options import Options
 from sfumato.quant.apply import samples
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import Recipe, named
-from sfumato.run import Run
+from sfumato.sampling.diffusion import CountedDice, accept, is_confident, is_stable, stood
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 Say = Callable[[str], None]

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from sfumato import ops
-from sfumato.config import LayerConfig, ModelConfig
-from sfumato.engine import PREFILL_CHUNK
-from sfumato.events import InputError
-from sfumato.model import Model
+from sfumato.engine.engine import PREFILL_CHUNK
+from sfumato.errors import InputError
+from sfumato.model.config import LayerConfig, ModelConfig
+from sfumato.model.network import Model
 from sfumato.quant import recipes
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import RECIPES

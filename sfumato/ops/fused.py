@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.masks import Mask
-from sfumato.ops import NEVER, Ops, ReadOut
+from sfumato.ops.contract import NEVER, Ops, ReadOut
+from sfumato.ops.masks import Mask
 from sfumato.ops.packed import Packed, dense, met_by
 
 FEW_EXPERTS = 8

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sfumato.events import InputError
-from sfumato.model import Model, products, replace_
+from sfumato.errors import InputError
+from sfumato.model.network import Model, products, replace_
 from sfumato.ops.packed import Packed
 from sfumato.quant.calibrate import fitted
 from sfumato.quant.formats import pack

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.cache import KVCache
-from sfumato.events import InputError
-from sfumato.model import Model, products
-from sfumato.ops import Ops
+from sfumato.errors import InputError
+from sfumato.model.cache import KVCache
+from sfumato.model.network import Model, products
 from sfumato.ops import load as load_ops
+from sfumato.ops.contract import Ops
 from sfumato.ops.packed import E2M1, Packed, unpack
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import Recipe

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.events import InputError
+from sfumato.errors import InputError
 from sfumato.ops.packed import BLOCK, E2M1, KINDS, Packed, power_of_two, unpack
 
 __all__ = ["FORMATS", "KINDS", "Format", "Packed", "error", "pack", "unpack"]

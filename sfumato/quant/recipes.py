@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from sfumato.events import InputError
+from sfumato.errors import InputError
 from sfumato.quant.formats import Format
 
 _EXPERTS = "layers.*.experts.*"

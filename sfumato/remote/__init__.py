@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
-from sfumato.events import Completion, Decision, Edited, Event, Filled, InputError, Options, WorkerError
+from sfumato.errors import InputError, WorkerError
+from sfumato.events import Completion, Decision, Edited, Event, Filled
+from sfumato.options import Options
 from sfumato.remote.answer import Answer, Messages, completion_of, given, messages_out, text_of, tools_out, usage_of
 from sfumato.remote.host import Host, NoSuchRoute
 

@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sfumato.events import Commit, Completion, Done, Draft, Event, InputError, Options, SfumatoError, Usage
+from sfumato.errors import InputError, SfumatoError
+from sfumato.events import Commit, Completion, Done, Draft, Event, Usage
+from sfumato.options import Options
 
 Messages = list[dict[str, Any]]
 

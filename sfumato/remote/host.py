@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from sfumato.events import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
 
 LIMIT = 16 << 20
 """Bytes of one event of a stream, or of one whole answer."""

@@ -21,12 +21,15 @@ from starlette.middleware import Middleware
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from sfumato.events import SfumatoError
-from sfumato.server import answers, chat, completions, guard, responses, schema, templates
+from sfumato.errors import SfumatoError
+from sfumato.server import answers
 from sfumato.server.backend import Backend, ModelCard
+from sfumato.server.canvas import routes as templates
 from sfumato.server.catalogue import options
-from sfumato.server.errors import refusal
-from sfumato.server.service import Service
+from sfumato.server.http import guard
+from sfumato.server.http.errors import refusal
+from sfumato.server.http.service import Service
+from sfumato.server.openai import chat, completions, responses, schema
 from sfumato.server.settings import Limits, Settings
 
 __all__ = ["Limits", "Settings", "create"]

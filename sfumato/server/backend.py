@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from sfumato.events import Decision, Edited, Event, Filled, Options
+from sfumato.events import Decision, Edited, Event, Filled
+from sfumato.options import Options
 
 Result = Filled | Edited | dict[str, Decision]
 """What a job on a template ends with."""

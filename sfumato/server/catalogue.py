@@ -1,6 +1,6 @@
 """`Options` as data: each option's type, range and meaning, for the requests' fields and for GET /v1/options.
 
-The words are the docstrings in events.py, read from its source, so that there is one text of each.
+The words are the docstrings in options.py, read from its source, so that there is one text of each.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import Field
 
-from sfumato import events
-from sfumato.events import Options
+from sfumato import options as declared
+from sfumato.options import Options
 
 NARROWER = {"temperature": (0.0, 2.0)}
 """Ranges of requests that are not those of `Options`: an OpenAI client's temperature ends at 2."""
@@ -37,7 +37,7 @@ class Option:
 def options() -> dict[str, Option]:
     """Every option by its name, in the order of `Options`."""
     hints, docs = get_type_hints(Options), _docs()
-    ranges = {name: (low, high) for name, low, high, _ in events._RANGES} | NARROWER
+    ranges = {name: (low, high) for name, low, high, _ in declared._RANGES} | NARROWER
     found = {}
     for field in dataclasses.fields(Options):
         kinds = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)]
@@ -50,7 +50,7 @@ def options() -> dict[str, Option]:
             _TYPES.get(get_origin(kinds[0]) or kinds[0], "string"),
             list(field.default) if isinstance(field.default, tuple) else field.default,
             low,
-            None if high == events._BIG else high,
+            None if high == declared._BIG else high,
             choices,
             docs.get(field.name, ""),
         )
@@ -62,7 +62,7 @@ def field(name: str, **more: Any) -> Any:
     option = options()[name]
     bounds: dict[str, Any] = {}
     if option.minimum is not None:
-        bounds = {"ge": option.minimum, "le": events._BIG if option.maximum is None else option.maximum}
+        bounds = {"ge": option.minimum, "le": declared._BIG if option.maximum is None else option.maximum}
     return Field(None, **{"description": option.doc or None, **bounds, **more})
 
 

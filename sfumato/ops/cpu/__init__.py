@@ -23,10 +23,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sfumato.events import InputError
-from sfumato.masks import Mask
-from sfumato.ops import After, Layer, Ops, ReadOut
+from sfumato.errors import InputError
+from sfumato.ops.contract import After, Layer, Ops, ReadOut
 from sfumato.ops.cpu import build
+from sfumato.ops.masks import Mask
 from sfumato.ops.packed import Packed as Quantised
 
 _IO = {torch.float32: 0, torch.bfloat16: 1}

@@ -18,8 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sfumato.events import InputError, SfumatoError
-from sfumato.files import locked, replacing
+from sfumato.errors import InputError, SfumatoError
+from sfumato.system.files import locked, replacing
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi"]

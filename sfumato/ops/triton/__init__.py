@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sfumato.events import InputError
-from sfumato.ops import Ops
+from sfumato.errors import InputError
+from sfumato.ops.contract import Ops
 from sfumato.ops.packed import Packed
 
 

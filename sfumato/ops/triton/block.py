@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.masks import Mask
-from sfumato.ops import After, Layer
+from sfumato.ops.contract import After, Layer
+from sfumato.ops.masks import Mask
 from sfumato.ops.triton import attention, experts, linear, route
 from sfumato.ops.triton.between import between, end
 from sfumato.ops.triton.heads import append_, heads

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfumato.ops import ReadOut
+from sfumato.ops.contract import ReadOut
 from sfumato.ops.triton.ahead import Special
 from sfumato.ops.triton.dependent import enter, overlap
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfumato.events import InputError
+from sfumato.errors import InputError
 from sfumato.ops.packed import BLOCK, KINDS, Packed
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfumato.ops import NEVER, ReadOut
+from sfumato.ops.contract import NEVER, ReadOut
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.product import IN_ASSEMBLY

@@ -1,0 +1,225 @@
+"""Checkpoint → checkpoint: quantise, or change the format, tensor by tensor, in bounded memory.
+
+What comes out of any reader of `interop` goes into any of its writers, or into our own files in fewer bits. A weight is
+read, packed and written a part at a time, so that memory does not depend on the model's size; a run that is cut off is
+taken up where its last finished file ends (GGUF, one file, begins anew). It lacks vision in what it quantises: this
+engine reads text only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints import weights
+from sfumato.checkpoints.checkpoint import Checkpoint
+from sfumato.checkpoints.detect import open_checkpoint
+from sfumato.checkpoints.formats import gemma4
+from sfumato.checkpoints.formats.released import METHOD, plan_released
+from sfumato.checkpoints.shards import WRITING, Planned, as_json, check_empty, write_shards
+from sfumato.errors import CapacityError, CheckpointError, InputError
+from sfumato.model.config import GEMMA4, read_json
+from sfumato.quant import recipes
+from sfumato.system.files import locked
+from sfumato.text.chat import ChatTemplate
+from sfumato.text.tokenizer import Tokenizer
+
+TARGETS = {
+    **{name: f"Sfumato: {recipe.summary}" for name, recipe in recipes.RECIPES.items()},
+    "bf16": "the released layout in bfloat16, which transformers reads too",
+    "compressed-fp8": "compressed-tensors, FP8 with dynamic activations: vLLM",
+    "mlx-4bit": "MLX affine, 4 bits in groups of 64",
+    "mlx-8bit": "MLX affine, 8 bits in groups of 64",
+    "gguf-q8_0": "one GGUF file: llama.cpp",
+    "gguf-bf16": "one GGUF file in full precision",
+}
+"""What `convert` writes, by name."""
+TOKENIZER = (*weights.TOKENIZER, "preprocessor_config.json", "processor_config.json")
+_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a conversion left behind; sizes in bytes."""
+
+    path: Path
+    source: str
+    """The format that it came from."""
+    read_bytes: int
+    written_bytes: int
+    notices: tuple[str, ...]
+
+
+def convert(
+    source: str | Path | Checkpoint,
+    to: str,
+    target: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    seen: Mapping[str, Tensor] | None = None,
+    force: bool = False,
+) -> Written:
+    """Write the checkpoint `source`, an open one or whatever `weights.resolve` understands, as `to`, one of `TARGETS`.
+
+    `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `seen`, by our names, is
+    `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before anything is
+    written, CapacityError a disk that is too small. What `target` holds already is an InputError, unless a run that was
+    cut off has left it; with `force` it is replaced, and stays until the new one is whole. SfumatoError where another
+    process writes there, or the disk says no."""
+    target = Path(target).expanduser()
+    if not isinstance(source, Checkpoint):
+        _check_apart(target, Path(source).expanduser())
+        check_target(target, to, force)  # before a checkpoint is fetched from the hub
+        source = open_checkpoint(weights.resolve(source))
+    checkpoint = source
+    _check_apart(target, checkpoint.path)
+    notices: list[str] = []
+    entries = weights.matched(checkpoint, notices.append)
+    read = sum(entry.nbytes for entry in entries.values())
+    with locked(target):
+        check_target(target, to, force)  # again: another process may just have ended
+        if to.startswith("gguf-"):
+            written = _to_gguf(checkpoint, to, target, progress)
+        else:
+            written = _to_folder(checkpoint, entries, to, target, progress, seen, force)
+    return Written(target, checkpoint.format, read, written, tuple(notices))
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    if target.resolve() == source.resolve():
+        raise InputError(f"{target} is the checkpoint itself; give another place to write to")
+
+
+def check_target(target: Path, to: str, force: bool) -> None:
+    """InputError where `target` is no place for this format, or holds something that must not vanish unasked."""
+    if to not in TARGETS:
+        raise InputError(f"there is no format {to!r} to convert to; choose one of {', '.join(TARGETS)}")
+    if to.startswith("gguf-"):
+        if target.is_dir() or target.suffix != ".gguf":
+            raise InputError(f"{target} is no name for one GGUF file; give a path that ends in .gguf")
+        if target.exists() and not force:
+            raise InputError(f"{target} is there already; give another name, or --force (force=True) to replace it")
+        return
+    if target.is_file():
+        raise InputError(f"{target} is a file; give a folder to write {to} to")
+    if not force and not (target / WRITING).exists():
+        check_empty(target)
+
+
+def _to_folder(
+    checkpoint: Checkpoint,
+    entries: Mapping[str, Any],
+    to: str,
+    target: Path,
+    progress: Callable[[int, int], None] | None,
+    seen: Mapping[str, Tensor] | None,
+    force: bool,
+) -> int:
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
+    is_gemma4 = config.get("model_type") == GEMMA4
+    metadata: dict[str, str] = {}
+    if to in recipes.RECIPES:
+        planned, changes, metadata = _in_recipe(checkpoint, entries, recipes.RECIPES[to], seen)
+    elif to == "bf16":
+        planned, _ = plan_released(checkpoint, lambda name: None, dtype=torch.bfloat16)
+        changes = {"dtype": "bfloat16"}
+        if is_gemma4:  # under its own names, which its other readers know
+            planned = [replace(one, name=name) for one in planned if (name := gemma4.name_of(one.name))]
+    elif to == "compressed-fp8":
+        from sfumato.checkpoints.formats.compressed import plan_compressed
+
+        if is_gemma4:
+            raise InputError(f"{to} is written of DiffusionGemma alone; take bf16 or a recipe for a Gemma 4")
+        planned, changes = plan_compressed(checkpoint)
+    else:
+        from sfumato.checkpoints.formats.mlx import plan_mlx
+
+        planned, changes = plan_mlx(checkpoint, 4 if to == "mlx-4bit" else 8)
+    _check_room(target, sum(tensor.nbytes for tensor in planned))
+    with tempfile.TemporaryDirectory() as temporary:
+        files = _files(checkpoint, Path(temporary))
+        files["config.json"] = as_json({**config, **changes})
+        source = _fingerprint(checkpoint, to, seen)
+        write_shards(target, planned, metadata, progress=progress, files=files, source=source, force=force)
+    return sum(file.stat().st_size for file in target.glob("model*.safetensors"))
+
+
+def _in_recipe(
+    checkpoint: Checkpoint,
+    entries: Mapping[str, Any],
+    recipe: recipes.Recipe,
+    seen: Mapping[str, Tensor] | None,
+) -> tuple[list[Planned], dict[str, Any], dict[str, str]]:
+    released = {weights.released_name(own): entry for own, entry in entries.items()}
+    known = {weights.released_name(own): counts for own, counts in (seen or {}).items()}
+    text = replace(checkpoint, entries=released)
+    planned, metadata = plan_released(text, lambda name: recipe.format_of(weights.own_name(name) or ""), known)
+    rules = [list(rule) for rule in recipe.rules]
+    return planned, {"quantization_config": {"quant_method": METHOD, "recipe": recipe.name, "rules": rules}}, metadata
+
+
+def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[int, int], None] | None) -> int:
+    from sfumato.checkpoints.formats.gguf_model import vocabulary_of, write_gguf
+
+    vocabulary = checkpoint.vocabulary
+    if vocabulary is None:
+        folder = checkpoint.path
+        tokenizer = Tokenizer.from_folder(folder)
+        has_template = (folder / _TEMPLATE).exists() or "chat_template" in _json(folder / "tokenizer_config.json")
+        template = ChatTemplate.from_folder(folder, tokenizer.special).source if has_template else None
+        vocabulary = vocabulary_of(tokenizer, template)
+    each = 2 if to == "gguf-bf16" else 34 / 32  # bytes a weight
+    _check_room(target.parent, round(each * sum(math.prod(entry.shape) for entry in checkpoint.entries.values())))
+    write_gguf(checkpoint, target, to.removeprefix("gguf-").upper(), vocabulary, progress)
+    return target.stat().st_size
+
+
+def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
+    """What stands beside the weights: the tokenizer's files and generation_config.json."""
+    vocabulary = checkpoint.vocabulary
+    if vocabulary is None:
+        names = (*TOKENIZER, weights.GENERATION)
+        return {name: checkpoint.path / name for name in names if (checkpoint.path / name).is_file()}
+    tokenizer = weights.tokenizer_of(vocabulary)
+    tokenizer.save(temporary)
+    files: dict[str, str | Path] = {file.name: file for file in temporary.iterdir()}
+    if vocabulary.template is not None:
+        files[_TEMPLATE] = vocabulary.template
+    return files | {weights.GENERATION: as_json(checkpoint.generation)}
+
+
+def _fingerprint(checkpoint: Checkpoint, to: str, seen: Mapping[str, Tensor] | None) -> str:
+    """What the tensors are made of: a run that goes on must find the same."""
+    path = checkpoint.path
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+    found = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    known = hashlib.sha256()
+    for name, counts in sorted((seen or {}).items()):
+        known.update(name.encode() + counts.float().numpy().tobytes())
+    return repr((to, str(path.resolve()), found, known.hexdigest()))
+
+
+def _check_room(folder: Path, count: int) -> None:
+    there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+    written = sum(file.stat().st_size for file in folder.glob(f"{WRITING}/*")) if folder.is_dir() else 0
+    free = shutil.disk_usage(there).free
+    if count - written > free:
+        raise CapacityError(
+            f"{there} has {free / 1e9:.1f} GB free and {count / 1e9:.1f} GB are to be written; free some, or write "
+            "elsewhere"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return {}

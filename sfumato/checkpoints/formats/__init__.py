@@ -1,0 +1,1 @@
+"""Other programs' checkpoints, read as ours: one file a format."""

@@ -1,0 +1,119 @@
+"""Experts that a file keeps apart, as the stacks that the release has: gate over up, all experts in one tensor.
+
+The result is put together when it is read, and as codes where all its parts are codes of one form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.checkpoint import Entry
+from sfumato.checkpoints.shards import short
+from sfumato.errors import CheckpointError
+from sfumato.ops.packed import BLOCK, Packed
+
+_ONE = re.compile(r"(.*\.experts)\.(\d{1,6})\.((?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
+_ALL = re.compile(r"(.*\.experts\.(?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
+
+
+def fused(entries: Mapping[str, Entry], count: int) -> dict[str, Entry]:
+    """Entries in which `experts.gate_up_proj [E, 2F, D]` and `experts.down_proj [E, D, F]` stand for whatever the file
+    has in their place: a matrix an expert (`experts.7.up_proj.weight`), gate and up in stacks of their own, or the
+    stacks themselves with `.weight` after their name. All else is passed through.
+
+    `count` is the number of experts. CheckpointError names an expert that is missing, twice there or of another
+    shape."""
+    found: dict[str, Entry] = {}
+    alone: dict[str, dict[int, Entry]] = {}
+    for name, entry in entries.items():
+        if match := _ONE.fullmatch(name):
+            stack, number = f"{match[1]}.{match[3]}", int(match[2])
+            if number in alone.setdefault(stack, {}) or number >= count:
+                raise CheckpointError(f"{short(name)} is one expert too many; config.json asks for {count}")
+            alone[stack][number] = entry
+        else:
+            match = _ALL.fullmatch(name)
+            _add(found, match[1] if match else name, entry)
+    for stack, parts in alone.items():
+        if len(parts) < count:
+            missing = next(number for number in range(count) if number not in parts)
+            raise CheckpointError(f"{short(stack)} lacks expert {missing} of {count}")
+        _add(found, stack, stacked(stack, [parts[number] for number in range(count)]))
+    for name in [name for name in found if name.endswith(".experts.gate_proj")]:
+        prefix = name.removesuffix("gate_proj")
+        if prefix + "up_proj" not in found:
+            raise CheckpointError(f"{short(name)} is there without its up_proj")
+        together = prefix + "gate_up_proj"
+        gate, up = replace(found.pop(name), name=name), found.pop(prefix + "up_proj")
+        _add(found, together, joined(together, gate, up))
+    return {name: replace(entry, name=name) for name, entry in found.items()}
+
+
+def stacked(name: str, parts: Sequence[Entry]) -> Entry:
+    """Matrices [O, I] of one shape, as [E, O, I]."""
+    shape = parts[0].shape
+    for part in parts:
+        if part.shape != shape or len(shape) != 2:
+            raise CheckpointError(
+                f"{short(part.name)} has the shape {list(part.shape)}, expert 0 {list(shape)}; all experts of a "
+                "layer must be matrices of one shape"
+            )
+
+    def read(first: int, last: int) -> Tensor:
+        return torch.stack([part.read(0, shape[0]) for part in parts[first:last]])
+
+    def packed(first: int, last: int) -> Packed:
+        forms = [part.packed(0, shape[0]) for part in parts[first:last] if part.packed]
+        return _combined(forms, (len(forms), *shape), torch.stack)
+
+    nbytes = sum(part.nbytes for part in parts)
+    return Entry(name, (len(parts), *shape), nbytes, parts[0].stored, read, packed if _alike(parts) else None)
+
+
+def joined(name: str, gate: Entry, up: Entry) -> Entry:
+    """Stacks [E, F, D], as one [E, 2F, D], the first above."""
+    if gate.shape != up.shape or len(gate.shape) != 3:
+        raise CheckpointError(
+            f"{short(gate.name)} has the shape {list(gate.shape)}, and {short(up.name)} {list(up.shape)}; they must "
+            "be stacks [experts, outputs, inputs] of one shape"
+        )
+    _, outputs, inputs = gate.shape
+
+    def read(first: int, last: int) -> Tensor:
+        return torch.cat([gate.read(first, last), up.read(first, last)], 1)
+
+    def packed(first: int, last: int) -> Packed:
+        forms = [part.packed(first, last) for part in (gate, up) if part.packed]
+        return _combined(forms, (last - first, 2 * outputs, inputs), lambda tensors: torch.cat(tensors, 1))
+
+    # Blocks of rows do not go on over the seam, unless it lies between two of them.
+    has_codes = _alike([gate, up]) and not ("blocks" in gate.stored and outputs % BLOCK)
+    shape = (gate.shape[0], 2 * outputs, inputs)
+    return Entry(name, shape, gate.nbytes + up.nbytes, gate.stored, read, packed if has_codes else None)
+
+
+def _alike(parts: Sequence[Entry]) -> bool:
+    """Whether all have codes, of what the file calls the same form."""
+    return all(part.packed is not None and part.stored == parts[0].stored for part in parts)
+
+
+def _combined(forms: Sequence[Packed], shape: tuple[int, ...], join: Callable[[list[Tensor]], Tensor]) -> Packed:
+    def form_of(form: Packed) -> tuple[Any, ...]:
+        return form.kind, form.group, [(name, part.dtype) for name, part in form.parts.items()]
+
+    if any(form_of(form) != form_of(forms[0]) for form in forms):
+        raise CheckpointError("the experts of one layer are quantised in different ways; they must be alike")
+    whole: dict[str, Any] = {name: join([form.parts[name] for form in forms]) for name in forms[0].parts}
+    return replace(forms[0], shape=shape, **whole)
+
+
+def _add(found: dict[str, Entry], name: str, entry: Entry) -> None:
+    if name in found:
+        raise CheckpointError(f"{short(name)} is there twice: whole, and in parts")
+    found[name] = entry

@@ -1,0 +1,187 @@
+"""The released layout, and our own in fewer bits: plain safetensors under the released names.
+
+A weight that is packed lies as `NAME.data`, `NAME.scale` and what else its format has; which format is in the header's
+metadata under "sfumato.formats". Large parts are mapped, not read: pages of the file that the system fetches when they
+are looked at, and that all processes share. Every writer here replaces such a file by renaming a new one over it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.shards import NAMES, PART, Planned, Stored, metadata, short, stored_tensors
+from sfumato.errors import CheckpointError
+from sfumato.ops.packed import Packed, unpack
+from sfumato.quant.calibrate import fitted
+from sfumato.quant.formats import Format
+
+METHOD = "sfumato"
+"""What `quantization_config.quant_method` of config.json says of our own files."""
+FLOATS = ("BF16", "F16", "F32", "F64")
+_FORMATS = "sfumato.formats"
+_MAPPED = 1 << 20
+"""Bytes from which on a part is mapped."""
+
+
+def open_released(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    """A folder of safetensors under the released names. CheckpointError names what is wrong with a file or a tensor."""
+    stored = stored_tensors(folder)
+    quantization = config.get("quantization_config") or {}
+    if not quantization:
+        return Checkpoint(folder, "safetensors", config, {name: plain_entry(name, one) for name, one in stored.items()})
+    formats = _formats(folder, metadata(folder).get(_FORMATS, ""))
+    entries = {}
+    for name, (form, shape) in formats.items():
+        entries[name] = _packed_entry(folder, name, form, shape, stored)
+    entries |= {name: plain_entry(name, one) for name, one in stored.items()}
+    return Checkpoint(folder, f"Sfumato {quantization.get('recipe', '')}".strip(), config, entries)
+
+
+def plain_entry(name: str, stored: Stored, at: str = "") -> Entry:
+    """A tensor as it lies, of floats. CheckpointError where it is none."""
+    if stored.dtype not in FLOATS or not stored.is_whole:
+        raise CheckpointError(
+            f"{at or name} in {stored.file} is stored as {short(stored.dtype)}; weights must be {', '.join(FLOATS)}"
+        )
+    return Entry(name, stored.shape, stored.nbytes, stored.dtype, stored.read)
+
+
+def _formats(folder: Path, text: str) -> dict[str, tuple[Format, tuple[int, ...]]]:
+    try:
+        found = {}
+        for name, (form, shape) in dict(json.loads(text)).items():
+            if not (isinstance(shape, list) and len(shape) in (2, 3) and all(type(n) is int and n > 0 for n in shape)):
+                raise ValueError(f"{name} has the shape {shape}")
+            found[str(name)] = Format.named(form), tuple(shape)
+        return found
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder} says that it is quantised, but its header's {_FORMATS} cannot be read: {short(error)}"
+        ) from error
+
+
+def _packed_entry(folder: Path, name: str, form: Format, shape: tuple[int, ...], stored: dict[str, Stored]) -> Entry:
+    """Takes its parts out of `stored`."""
+    parts = {}
+    for part, (dtype, wanted) in form.parts(shape).items():
+        one = stored.pop(f"{name}.{part}", None)
+        if one is None:
+            raise CheckpointError(f"{folder} lacks {name}.{part}, which {form.name} needs")
+        if one.shape != wanted or one.dtype != NAMES[dtype] or not one.is_whole:
+            raise CheckpointError(
+                f"{one.name} in {one.file} is {short(one.dtype)} {short(list(one.shape))}; {form.name} needs "
+                f"{NAMES[dtype]} {list(wanted)}"
+            )
+        parts[part] = one
+    group = math.gcd(form.group, shape[-1]) if form.group else shape[-1]
+
+    def packed(first: int, last: int) -> Packed:
+        is_all = (first, last) == (0, shape[0])
+        tensors = {
+            part: one.map() if is_all and one.nbytes >= _MAPPED else one.read(*_rows(form, first, last, shape))
+            for part, one in parts.items()
+        }
+        return Packed(form.kind, (last - first, *shape[1:]), tensors.pop("data"), group=group, **tensors)
+
+    nbytes = sum(one.nbytes for one in parts.values())
+    return Entry(name, shape, nbytes, form.name, lambda first, last: unpack(packed(first, last)), packed)
+
+
+def _rows(form: Format, first: int, last: int, shape: tuple[int, ...]) -> tuple[int, int]:
+    if form.scales == "block" and len(shape) == 2 and (first, last) != (0, shape[0]):
+        raise ValueError("a matrix with scales by blocks is read as a whole")
+    return first, last
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def plan_released(
+    checkpoint: Checkpoint,
+    format_of: Callable[[str], Format | None],
+    seen: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Planned], dict[str, str]]:
+    """Every entry of a checkpoint under its released name, packed where `format_of(name)` names a format, else in
+    `dtype` (None: bfloat16, or what it is stored in); and the header's metadata. A weight that the checkpoint holds in
+    that very format is copied."""
+    planned: list[Planned] = []
+    formats: dict[str, tuple[str, list[int]]] = {}
+    for name, entry in checkpoint.entries.items():
+        form = format_of(name) if len(entry.shape) in (2, 3) else None
+        if form is None:
+            planned.append(_plan_plain(entry, dtype))
+            continue
+        formats[name] = form.name, list(entry.shape)
+        made = _Making(entry, form, (seen or {}).get(name))
+        for part, (kept, shape) in form.parts(entry.shape).items():
+            take = made.data if part == "data" else made.rest(part)
+            planned.append(Planned(f"{name}.{part}", NAMES[kept], shape, take, part != "data"))
+    return planned, {_FORMATS: json.dumps(formats, separators=(",", ":"))} if formats else {}
+
+
+def places(entry: Entry, itemsize: int = 4) -> Iterator[tuple[int, int]]:
+    """Parts of the first axis of which each is at most `PART` bytes, at so many bytes an element, or a single place."""
+    if not entry.shape:
+        yield 0, 1
+        return
+    step = max(1, PART // max(1, math.prod(entry.shape[1:]) * itemsize))
+    for first in range(0, entry.shape[0], step):
+        yield first, min(first + step, entry.shape[0])
+
+
+def _plan_plain(entry: Entry, dtype: torch.dtype | None) -> Planned:
+    kept = dtype or {"F16": torch.float16, "F32": torch.float32}.get(entry.stored, torch.bfloat16)
+
+    def parts() -> Iterator[Tensor]:
+        for first, last in places(entry):
+            yield entry.read(first, last).to(kept)
+
+    return Planned(entry.name, NAMES[kept], entry.shape, parts)
+
+
+class _Making:
+    """A weight being packed, a part at a time: its data go out as they come, the rest is kept until it is asked for."""
+
+    def __init__(self, entry: Entry, form: Format, seen: Tensor | None) -> None:
+        self.entry, self.form, self.seen = entry, form, seen
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def data(self) -> Iterator[Tensor]:
+        self.kept.clear()
+        for packed in packed_parts(self.entry, self.form, self.seen):
+            for part, tensor in packed.parts.items():
+                if part != "data":
+                    self.kept.setdefault(part, []).append(tensor)
+            yield packed.data
+
+    def rest(self, part: str) -> Callable[[], Iterator[Tensor]]:
+        return lambda: iter(self.kept.pop(part))
+
+
+def packed_parts(entry: Entry, form: Format, seen: Tensor | None = None) -> Iterator[Packed]:
+    """An entry in this format, some places of its first axis at a time; copied where it is stored so."""
+    is_whole = len(entry.shape) == 2 and (form.scales != "channel" or form.kind == "nvfp4")  # one scale for all of it
+    for first, last in [(0, entry.shape[0])] if is_whole else places(entry):
+        if entry.packed is not None and entry.stored == form.name:
+            yield entry.packed(first, last)
+            continue
+        some = seen if seen is None or len(entry.shape) == 2 else seen[first:last]
+        yield fitted(entry.read(first, last), form, some)
+
+
+def joined(parts: list[Packed]) -> Packed:
+    """Parts of the first axis, together again."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    tensors = {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts}
+    return Packed(parts[0].kind, shape, tensors.pop("data"), group=parts[0].group, **tensors)

@@ -1,0 +1,356 @@
+"""safetensors folders: every header checked before a byte is believed, tensors read a part at a time, folders written
+as a stream.
+
+A folder is written beside first, shard by shard, and moved in when it is whole: who reads it sees the old or the new.
+What a killed run leaves is taken up by the next one of the same plan. It lacks the meaning of names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sfumato.errors import CheckpointError, InputError, SfumatoError
+from sfumato.model.config import read_json
+from sfumato.system.files import replacing
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WRITING, PLAN = ".writing", "plan"
+"""The folder in which a folder of shards grows, and the file in it that says which ones these are."""
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "BOOL": torch.bool,
+}
+"""What tensors may be stored as; the names are safetensors'."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PART = 1 << 28
+"""Bytes that are read or made at one time, unless a single place of the first axis is larger."""
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in a file; `dtype` is safetensors' name, `start` counts from the file's first byte."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The tensor, or these places of its first axis, on the CPU, as it is stored. CheckpointError when the file
+        has changed or cannot be read."""
+        whole = self.shape[0] if self.shape else 1
+        last = whole if last is None else last
+        shape = (last - first, *self.shape[1:]) if self.shape else ()
+        tensor = torch.empty(shape, dtype=DTYPES[self.dtype])
+        read_into(tensor, self.file, self.start + (self.nbytes // whole * first if whole else 0), self.name)
+        return tensor
+
+    def map(self) -> Tensor:
+        """The tensor where it lies: pages of the file, read by the system when they are first looked at."""
+        try:
+            with safe_open(str(self.file), "pt") as file:
+                return file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot map {self.name} of {self.file}: {short(error)}") from error
+
+    @property
+    def is_whole(self) -> bool:
+        """True when dtype and shape account for the bytes."""
+        known = DTYPES.get(self.dtype)
+        return known is not None and self.nbytes == math.prod(self.shape) * known.itemsize
+
+
+def read_into(tensor: Tensor, path: Path, start: int, name: str) -> None:
+    """Fill a tensor with the bytes of a file from `start` on. CheckpointError where the file ends too early, or cannot
+    be read."""
+    left = tensor.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while left.nbytes:
+                count = file.readinto(left)
+                if not count:
+                    raise CheckpointError(f"{path} ends inside {name}")
+                left = left[count:]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {name} from {path}: {error.strerror or error}") from error
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder by its name in the file, from the headers alone.
+
+    model.safetensors comes before an index, as in transformers. CheckpointError names a missing, truncated or damaged
+    file, a tensor in two files, one that the index promises."""
+    found: dict[str, Stored] = {}
+    weight_map = {} if (folder / SINGLE).is_file() else _weight_map(folder)
+    for shard in sorted(set(weight_map.values())) or [SINGLE]:
+        for stored in header(folder / shard):
+            if stored.name in found:
+                other = found[stored.name].file
+                raise CheckpointError(f"{short(stored.name)} is both in {other} and in {stored.file.name}")
+            found[stored.name] = stored
+    for name, shard in weight_map.items():
+        if name not in found or found[name].file.name != shard:
+            raise CheckpointError(f"{folder / INDEX} says that {short(name)} is in {shard}, where it is not")
+    return found
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    """What the first shard's header says beside its tensors."""
+    path = folder / SINGLE
+    if not path.is_file():
+        path = folder / min(_weight_map(folder).values())
+    try:
+        with safe_open(str(path), "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged: {short(error)}") from error
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    if not path.exists():
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; pickled weights (.bin, .pt) are never read")
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map from tensor names to files")
+    for name, shard in weight_map.items():
+        # A plain name: an index must not lead out of its folder.
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}", shard, re.ASCII):
+            raise CheckpointError(f"{path} puts {short(name)} in {short(shard)}, which is no plain file name")
+    return weight_map
+
+
+def header(path: Path) -> Iterator[Stored]:
+    """The tensors of one file. CheckpointError where it is missing, truncated or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        with safe_open(str(path), "pt"):  # the library's own check: sizes, offsets, nothing missing, nothing left over
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(size))
+        for name, entry in table.items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                if math.prod(size or 1 for size in entry["shape"]) >> 60:  # an empty tensor may say so; torch cannot
+                    raise ValueError(f"{short(name)} has a shape too large to exist")
+                yield Stored(name, path, str(entry["dtype"]), tuple(entry["shape"]), 8 + size + first, last - first)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged: {short(error)}") from error
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: what the header says of it, and where its bytes come from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[Tensor]]
+    """Tensors whose bytes, one after the other, are this tensor's."""
+    follows: bool = False
+    """It is made together with the one before it, and goes into the same file, right after that one."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def plain(name: str, tensor: Tensor) -> Planned:
+    """A tensor that is there already."""
+    return Planned(name, NAMES[tensor.dtype], tuple(tensor.shape), lambda: iter([tensor]))
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[Planned],
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = 2 << 30,
+    progress: Callable[[int, int], None] | None = None,
+    files: Mapping[str, str | Path] | None = None,
+    source: str | None = None,
+    force: bool = True,
+) -> None:
+    """Write a folder of tensors: model.safetensors, or numbered shards with their index; `files` are others that go in
+    with them, as text or as a path to copy. An older checkpoint there is replaced, at the very end; without `force` it
+    is an InputError, unless it is what this very plan has left.
+
+    SfumatoError where the disk says no. With a `source`, what the tensors are made of, shards that are finished stay
+    then, and the next run of the same source, tensors and metadata goes on from there; without, nothing stays. Two
+    writers of one folder at one time need `files.locked`."""
+    shards: list[list[Planned]] = [[]]
+    room = shard_bytes
+    for tensor in tensors:
+        if tensor.nbytes > room and shards[-1] and not tensor.follows:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE]
+    headers = [_head(shard, metadata or {}) for shard in shards]
+    digest = hashlib.sha256(b"\0".join([(source or "").encode(), *headers])).hexdigest()
+    beside = folder / WRITING
+    done, total = 0, sum(tensor.nbytes for tensor in tensors)
+    is_ours = _is_plan(beside / PLAN, digest)
+    if not force and not is_ours:
+        check_empty(folder)
+    try:
+        if beside.exists() and (source is None or not is_ours):
+            shutil.rmtree(beside)
+        beside.mkdir(parents=True, exist_ok=True)
+        (beside / PLAN).write_text(digest)
+        for name, shard, head in zip(names, shards, headers, strict=True):
+            if (beside / name).exists():
+                done += sum(tensor.nbytes for tensor in shard)
+                continue
+            with replacing(beside / name) as file:
+                done = _fill(file, head, shard, done, total, progress)
+        if len(shards) > 1:
+            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            index = as_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+            (beside / INDEX).write_text(index, encoding="utf-8")
+        for name, content in (files or {}).items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, beside / name)
+            else:
+                (beside / name).write_text(content, encoding="utf-8")
+        _move_in(beside, folder)
+        shutil.rmtree(beside)
+    except OSError as error:
+        raise SfumatoError(f"cannot write the checkpoint {folder}: {short(error)}") from error
+    finally:
+        if source is None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, which replaces an older one as a whole. SfumatoError where the disk says no."""
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError(f"metadata is {short(metadata)}; its values are texts")
+    planned = [plain(name, tensor) for name, tensor in tensors.items()]
+    try:
+        with replacing(path) as file:
+            _fill(file, _head(planned, metadata), planned, 0, 0, None)
+    except OSError as error:
+        raise SfumatoError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_empty(folder: Path) -> None:
+    """InputError where a folder holds files that writing might replace; what a killed run left there is none."""
+    held = sorted(file.name for file in folder.iterdir() if file.name != WRITING) if folder.is_dir() else []
+    if held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise InputError(
+            f"{folder} holds {short(held[0])}{more} already; give another place, or --force (force=True) to replace it"
+        )
+
+
+def _is_plan(path: Path, digest: str) -> bool:
+    return path.is_file() and path.read_text() == digest
+
+
+def _head(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    for tensor, at in sorted(zip(shard, _places(shard), strict=True), key=lambda pair: pair[1]):
+        ends = [at, at + tensor.nbytes]
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": ends}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)  # the data begin at a cache line, after the eight bytes of this length
+    return len(text).to_bytes(8, "little") + text
+
+
+def _places(shard: Sequence[Planned]) -> list[int]:
+    """Where each tensor begins: those of wide elements first, so that each lies as its elements want it."""
+    order = sorted(range(len(shard)), key=lambda i: -DTYPES[shard[i].dtype].itemsize)
+    places, at = [0] * len(shard), 0
+    for i in order:
+        places[i] = at
+        at += shard[i].nbytes
+    return places
+
+
+def _fill(
+    file: Any,
+    head: bytes,
+    tensors: Sequence[Planned],
+    done: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """A file's header and its tensors; returns how many bytes are then done in all."""
+    file.write(head)
+    for tensor, at in zip(tensors, _places(tensors), strict=True):
+        file.seek(len(head) + at)
+        done = _write(file, tensor, done, total, progress)
+    return done
+
+
+def _write(file: Any, tensor: Planned, done: int, total: int, progress: Callable[[int, int], None] | None) -> int:
+    begun = done
+    for part in tensor.parts():
+        file.write(part.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        done += part.nbytes
+        if progress:
+            progress(done, total)
+    if done - begun != tensor.nbytes:
+        raise SfumatoError(f"{tensor.name} came with {done - begun} bytes instead of {tensor.nbytes}; this is a bug")
+    return done
+
+
+def _move_in(beside: Path, folder: Path) -> None:
+    """The file that says where the weights are goes first and comes last, so that old and new never pass for one."""
+    new = [file for file in beside.iterdir() if file.name != PLAN]
+    new.sort(key=lambda file: (file.name in (SINGLE, INDEX), file.name))
+    for name in (SINGLE, INDEX):
+        if name != new[-1].name or name == INDEX:
+            (folder / name).unlink(missing_ok=True)
+    for old in folder.glob("model-?????-of-?????.safetensors"):
+        if not (beside / old.name).exists():
+            old.unlink()
+    for file in new:
+        os.replace(file, folder / file.name)
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def short(value: object) -> str:
+    """A value as a sentence may quote it."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else text[:199] + "…"

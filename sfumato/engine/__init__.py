@@ -1,0 +1,1 @@
+"""The engine: requests become rows, rows take steps together, one caller or many."""

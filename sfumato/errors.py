@@ -1,0 +1,46 @@
+"""The error family: what Sfumato raises on purpose. Nothing here imports anything."""
+
+from __future__ import annotations
+
+
+class SfumatoError(Exception):
+    """The root of the family: catch this to catch everything Sfumato raises on purpose."""
+
+
+class InputError(SfumatoError, ValueError):
+    """Something the caller gave is wrong; the sentence names the value, the limit and the remedy. Exit code 2."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint, config or tokenizer file is missing, damaged or of another kind; the sentence names it."""
+
+
+class CapacityError(InputError):
+    """The request is larger than the context, the cache or the memory allows."""
+
+
+class BusyError(SfumatoError):
+    """More requests wait than the queue holds; the same request can succeed a moment later."""
+
+
+class NumericError(SfumatoError):
+    """The model's numbers are not finite: weights or activations are NaN or infinite."""
+
+
+class WorkerError(SfumatoError):
+    """The process that runs the model is not there, or ended while it worked; the request can be sent again."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust has panicked: pyo3's exception, which is no Exception and which no module exports."""
+    return type(error).__name__ == "PanicException"
+
+
+def contained(error: BaseException) -> Exception:
+    """An error that ends one request alone: itself, or an InputError for the panic of a Rust library, which is no
+    Exception. What ends the program is raised again."""
+    if isinstance(error, Exception):
+        return error
+    if not is_panic(error):
+        raise error
+    return InputError("a library failed at this request, which it should have refused; change its text or constraint")

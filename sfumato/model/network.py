@@ -1,0 +1,532 @@
+"""The whole network: one stack of Gemma 4 blocks that runs in two ways.
+
+`encode` is causal and writes the cache; `denoise` is bidirectional inside the canvas and only reads it. Both walk the
+same modules; what differs is the mask, who owns the new keys, the layer scalar, and the self-conditioning at denoise's
+entrance. The module tree carries the released checkpoint's tensor names, so that `weights.py` needs one short table.
+The model knows its config, masks, cache and operations, and nothing of sampling, quantisation or training.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.model.cache import KVCache
+from sfumato.model.config import LayerConfig, ModelConfig, Rope
+from sfumato.ops.contract import After, Layer, Ops
+from sfumato.ops.masks import Mask
+
+
+class Norm(nn.Module):
+    """RMS norm with a learned scale."""
+
+    def __init__(self, size: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.ops = eps, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class Gated(nn.Module):
+    """down(gelu(gate(x)) x up(x)), the dense feed-forward."""
+
+    def __init__(self, width: int, inner: int, ops: Ops) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+
+class SelfConditioning(Gated):
+    """Adds what the model thought a step ago (the soft embedding) to the canvas's embedding. Denoise only."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__(config.hidden_size, config.intermediate_size, ops)
+        self.pre_norm = Norm(config.hidden_size, config.eps, ops)
+        self.eps = config.eps
+
+    def condition(self, embedded_BLD: Tensor, soft_BLD: Tensor | None) -> Tensor:
+        """The norm at the end applies on the first step too, where there is no soft embedding yet."""
+        if soft_BLD is not None:
+            embedded_BLD = embedded_BLD + self(self.pre_norm(soft_BLD))
+        return self.ops.rms_norm(embedded_BLD, None, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries, keys and values, scale 1. Full layers have no v_proj: V is the
+    key projection through its own unscaled norm, without rope."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, ops: Ops) -> None:
+        super().__init__()
+        width, head = config.hidden_size, layer.head_dim
+        self.q_proj = nn.Linear(width, config.num_heads * head, bias=False)
+        self.k_proj = nn.Linear(width, layer.kv_heads * head, bias=False)
+        self.v_proj = nn.Linear(width, layer.kv_heads * head, bias=False) if layer.is_sliding else None
+        self.o_proj = nn.Linear(config.num_heads * head, width, bias=False)
+        self.q_norm = Norm(head, config.eps, ops)
+        self.k_norm = Norm(head, config.eps, ops)
+        self.head, self.eps, self.ops = head, config.eps, ops
+
+    def forward(self, x_BTD: Tensor, run: Pass, index: int) -> Tensor:
+        ops, (mask, cos_BTK, sin_BTK) = self.ops, run.of(index)
+        heads = (*x_BTD.shape[:-1], -1, self.head)
+        weights = [layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj) if layer is not None]
+        q_BTHK, raw_BTGK, *v = (y.view(heads) for y in ops.linear(x_BTD, *weights))
+        q_BTHK = ops.norm_rope(q_BTHK, self.q_norm.weight, self.eps, cos_BTK, sin_BTK)
+        k_BTGK = ops.norm_rope(raw_BTGK, self.k_norm.weight, self.eps, cos_BTK, sin_BTK)
+        v_BTGK = ops.rms_norm(v[0] if v else raw_BTGK, None, self.eps)
+        mixed_BTHK = ops.attention(q_BTHK, k_BTGK, v_BTGK, *run.cache.ring_of(index), mask)
+        run.append(index, k_BTGK, v_BTGK, mask)  # only now: in a ring they replace keys that were still seen
+        return ops.linear(mixed_BTHK.reshape(*x_BTD.shape[:-1], -1), self.o_proj.weight)[0]
+
+
+class Router(nn.Module):
+    """Which experts, and how much of each. Reads the raw residual: a normed input here never converges (FACTS 2.3)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+        self.top_k, self.eps, self.ops = config.top_k_experts, config.eps, ops
+
+    def forward(self, residual_ND: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ops.route(residual_ND, self.scale, self.proj.weight, self.per_expert_scale, self.top_k, self.eps)
+
+
+class Experts(nn.Module):
+    """All experts of a layer in two tensors; gate and up are one matrix, gate first."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        count, inner, width = config.num_experts, config.expert_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(count, width, inner))
+        self.ops = ops
+
+    def forward(self, x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor) -> Tensor:
+        return self.ops.experts(x_ND, index_NJ, weight_NJ, self.gate_up_proj, self.down_proj)
+
+
+class Block(nn.Module):
+    """Attention, then a dense feed-forward and experts side by side, each between norms; scaled per direction."""
+
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+    pre_feedforward_layernorm: Norm
+    post_feedforward_layernorm: Norm
+    post_feedforward_layernorm_1: Norm
+    pre_feedforward_layernorm_2: Norm
+    post_feedforward_layernorm_2: Norm
+    encode_scalar: Tensor
+    denoise_scalar: Tensor
+
+    def __init__(self, config: ModelConfig, index: int, ops: Ops) -> None:
+        super().__init__()
+        width = config.hidden_size
+        for name in _BLOCK_NORMS:
+            setattr(self, name, Norm(width, config.eps, ops))
+        self.self_attn = Attention(config, config.layers[index], ops)
+        self.mlp = Gated(width, config.intermediate_size, ops)
+        self.router = Router(config, ops)
+        self.experts = Experts(config, ops)
+        self.register_buffer("encode_scalar", torch.ones(1))
+        self.register_buffer("denoise_scalar", torch.ones(1))
+        self.index, self.eps, self.ops = index, config.eps, ops
+
+    def forward(self, x_BTD: Tensor, run: Pass, handed: Any = None, after: After | None = None) -> tuple[Tensor, Any]:
+        """x behind this block, and what it hands on to the one `after` it, which takes that as `handed` (`Ops.block`):
+        None where operations run one by one."""
+        if self.ops.block is not None:
+            return self._whole(x_BTD, run, handed, after)
+        mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), run, self.index)
+        x_BTD = self.ops.norm_add(x_BTD, mixed_BTD, self.post_attention_layernorm.weight, self.eps)
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        joined_ND = self.ops.join(
+            x_ND,
+            self.mlp(self.pre_feedforward_layernorm(x_ND)),
+            self.experts(self.pre_feedforward_layernorm_2(x_ND), *self.router(x_ND)),
+            self.post_feedforward_layernorm_1.weight,
+            self.post_feedforward_layernorm_2.weight,
+            self.post_feedforward_layernorm.weight,
+            self.eps,
+            run.scale(self.index, self.encode_scalar, self.denoise_scalar),
+        )
+        return joined_ND.view_as(x_BTD), None
+
+    def before(self) -> After:
+        """What the block before must know to hand over."""
+        own: Any = self._modules
+        products = [_weight(layer) for layer in map(own["self_attn"]._modules.get, _MIXER[:3]) if layer is not None]
+        return After(_weight(own["input_layernorm"]), tuple(products))
+
+    def _whole(self, x_BTD: Tensor, run: Pass, handed: Any, after: After | None) -> tuple[Tensor, Any]:
+        """`forward` in one call of an implementation that has it."""
+        assert self.ops.block is not None
+        (mask, cos_BTK, sin_BTK), scale_N1 = (
+            run.of(self.index),
+            run.scale(self.index, self.encode_scalar, self.denoise_scalar),
+        )
+        rings = run.cache.ring_of(self.index)
+        x_BTD, k_BTGK, v_BTGK, handed = self.ops.block(
+            x_BTD, self._layer(), cos_BTK, sin_BTK, *rings, mask, scale_N1, handed, after
+        )
+        if k_BTGK is not None:
+            run.append(self.index, k_BTGK, v_BTGK, mask)
+        return x_BTD, handed
+
+    def _layer(self) -> Layer:
+        """The weights as they are now: they may have been replaced since the last pass. Every step asks this of every
+        block, and looking each up as an attribute of a module would take as long as a norm does."""
+        own: Any = self._modules
+        mixer, dense, router, experts = (own[name] for name in ("self_attn", "mlp", "router", "experts"))
+        q, k, v, o, q_norm, k_norm = map(mixer._modules.get, _MIXER)
+        gate, up, down = map(dense._modules.get, _DENSE)
+        return Layer(
+            _weight(own["input_layernorm"]),
+            _weight(q),
+            _weight(k),
+            None if v is None else _weight(v),
+            _weight(o),
+            _weight(q_norm),
+            _weight(k_norm),
+            _weight(own["post_attention_layernorm"]),
+            _weight(own["pre_feedforward_layernorm"]),
+            _weight(gate),
+            _weight(up),
+            _weight(down),
+            _weight(own["post_feedforward_layernorm_1"]),
+            _weight(router, "scale"),
+            _weight(router._modules["proj"]),
+            _weight(router, "per_expert_scale"),
+            _weight(own["pre_feedforward_layernorm_2"]),
+            _weight(experts, "gate_up_proj"),
+            _weight(experts, "down_proj"),
+            _weight(own["post_feedforward_layernorm_2"]),
+            _weight(own["post_feedforward_layernorm"]),
+            router.top_k,
+            self.eps,
+        )
+
+
+_MIXER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+_DENSE = ("gate_proj", "up_proj", "down_proj")
+
+
+def _weight(module: Any, name: str = "weight") -> Any:
+    """`getattr`, in a fifth of the time where it is a parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
+_BLOCK_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "post_feedforward_layernorm_1",
+    "pre_feedforward_layernorm_2",
+    "post_feedforward_layernorm_2",
+)
+
+
+class Pass:
+    """What every layer of a pass shares: rows, counts, and per kind of layer the mask and the rope angles.
+
+    Each row brings `encode` tokens (counts[i] of them real) and then `canvas` positions. As long as the cache's rows
+    keep their lengths a pass may be run again: one serves all the steps of a canvas. `places` are rows, lengths and
+    counts as tensors that alone are looked at, where a recorded step needs them to change under it."""
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        rows: list[int],
+        counts: list[int],
+        encode: int,
+        canvas: int,
+        places: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        self.cache, self.rows, self.counts, self.encode, self.canvas = cache, rows, counts, encode, canvas
+        self.config, self.dtype, device = model.config, model.dtype, model.device
+        self.is_static = places is not None
+        if places is None:
+            places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
+        self.rows_B, lengths_B, counts_B = places
+        self._new_slots: dict[int, Tensor] = {}
+        self.is_canvas_N1: Tensor | None = None
+        if encode and canvas:
+            self.is_canvas_N1 = torch.arange(encode + canvas, device=device).ge(encode).repeat(len(rows))[:, None]
+        # The common first prompt: one slice instead of a scatter.
+        is_whole = not self.is_static and rows == list(range(cache.batch)) and set(counts) == {encode}
+        self.is_fresh = is_whole and not any(cache.lengths)
+        is_near = not self.is_static and max(cache.lengths[row] for row in rows) + encode + canvas <= NEAR
+        self._scales: dict[int, Tensor] = {}
+        self.kinds: dict[tuple[int | None, Rope, int], tuple[Mask, Tensor, Tensor]] = {}
+        positions_BT: Tensor | None = None
+        for layer in self.config.layers:
+            window, key = layer.window, (layer.window, layer.rope, layer.head_dim)
+            if key not in self.kinds:
+                ring = cache.ring(window)
+                used = ring if self.is_static else cache.used(window, rows)
+                mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used)
+                positions_BT = mask.positions_BT() if positions_BT is None else positions_BT  # those of every kind
+                angles = _near if is_near else _angles
+                self.kinds[key] = (mask, *angles(positions_BT, layer.rope, layer.head_dim, self.dtype))
+        self._each = [self.kinds[layer.window, layer.rope, layer.head_dim] for layer in self.config.layers]
+
+    def refresh_(self) -> None:
+        """Make anew, in place, what hangs on `places`, after they have changed."""
+        for (_, rope, head_dim), (mask, *old) in self.kinds.items():
+            for to, made in zip(old, _angles(mask.positions_BT(), rope, head_dim, self.dtype), strict=True):
+                to.copy_(made)
+
+    def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
+        return self._each[index]
+
+    def append(self, index: int, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> None:
+        """What a layer encoded goes into the cache; of the canvas nothing does."""
+        if self.encode:
+            new = k_BTGK[:, : self.encode], v_BTGK[:, : self.encode]
+            self.cache.append(index, *new, mask, self.is_fresh, self._slots(mask))
+
+    def _slots(self, mask: Mask) -> Tensor | None:
+        """Where new tokens go in the layers with this mask; they share it, unless places change under the pass."""
+        if self.is_static or self.is_fresh:
+            return None
+        if mask.ring not in self._new_slots:
+            self._new_slots[mask.ring] = mask.new_slots_BT()
+        return self._new_slots[mask.ring]
+
+    def scale(self, index: int, encode_1: Tensor, denoise_1: Tensor) -> Tensor:
+        """The layer scalar of each position, or the one of all."""
+        if self.is_canvas_N1 is None:
+            return denoise_1 if self.canvas else encode_1
+        if index not in self._scales:
+            self._scales[index] = torch.where(self.is_canvas_N1, denoise_1, encode_1)
+        return self._scales[index]
+
+
+def products(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every weight of a matrix product that operations may want in a form of their own, as its module and its name;
+    router and embedding are none of them."""
+    for module in part.modules():
+        if isinstance(module, Experts):
+            yield from ((module, name) for name in ("gate_up_proj", "down_proj"))
+        elif isinstance(module, (Attention, Gated)):
+            yield from ((child, "weight") for child in module.children() if isinstance(child, nn.Linear))
+
+
+def weights_of(model: Model) -> Iterator[Tensor]:
+    """Every tensor that a pass reads, whatever form its weight has."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for owner, name in products(model):
+        weight = getattr(owner, name)
+        if not isinstance(weight, Tensor):
+            yield from (part for part in vars(weight).values() if isinstance(part, Tensor))
+    yield model.embed_scale
+
+
+def replace_(owner: nn.Module, name: str, weight: Any) -> None:
+    """Put a weight of any form where a parameter, or another form, stands."""
+    owner._parameters.pop(name, None)
+    setattr(owner, name, weight)
+
+
+def pack_(part: nn.Module, ops: Ops) -> None:
+    """`Model.pack_` for a part of a model."""
+    for owner, name in products(part):
+        weight = getattr(owner, name)
+        plain = weight.data if isinstance(weight, nn.Parameter) else weight
+        packed = ops.pack(plain)
+        if packed is not plain:
+            replace_(owner, name, packed)
+    for module in part.modules():
+        if isinstance(module, nn.Embedding) and ops.settle is not None:
+            ops.settle(module.weight.data)
+
+
+def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
+    """Radians per position of the K/2 angles. "Proportional": only the first share turns, spaced as if all did."""
+    turning = int(rope.partial * head_dim // 2)
+    exponent = torch.arange(0, 2 * turning, 2, device=device, dtype=torch.float32) / head_dim
+    turns = 1.0 / (rope.theta**exponent) / rope.factor
+    return torch.cat([turns, turns.new_zeros(head_dim // 2 - turning)])
+
+
+NEAR = 4096
+"""Positions whose angles are kept; those beyond are worked out anew by every pass."""
+
+
+def _angles(positions: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, [..., K]."""
+    angles = positions[..., None].float() * frequencies(rope, head_dim, positions.device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _near(positions_BT: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same of positions below NEAR, looked up."""
+    flat_N, shape = positions_BT.reshape(-1), (*positions_BT.shape, head_dim)
+    cos_PK, sin_PK = _table(rope, head_dim, dtype, positions_BT.device)
+    return cos_PK.index_select(0, flat_N).view(shape), sin_PK.index_select(0, flat_N).view(shape)
+
+
+@functools.lru_cache(8)
+def _table(rope: Rope, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # training reads it too
+        return _angles(torch.arange(NEAR, device=device), rope, head_dim, dtype)
+
+
+class Model(nn.Module):
+    """DiffusionGemma's text model, or Gemma 4's: that without self-conditioning, for encode alone. Weights start
+    uninitialised except norms and scalars: load them or call `init_`."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index, ops) for index in range(len(config.layers)))
+        self.norm = Norm(config.hidden_size, config.eps, ops)
+        self.self_conditioning = SelfConditioning(config, ops) if config.is_diffusion else None
+        self._embed_scale: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """sqrt(D), rounded to the weights' dtype as the reference does. Made once: a step that is recorded as a graph
+        may not bring numbers from the host."""
+        kept = self._embed_scale
+        if kept is None or (kept.dtype, kept.device) != (self.dtype, self.device):
+            with torch.inference_mode(False):  # training reads it too
+                kept = torch.full((), math.sqrt(self.config.hidden_size), dtype=self.dtype, device=self.device)
+            self._embed_scale = kept
+        return kept
+
+    def use_(self, ops: Ops) -> Model:
+        """Run with these operations from now on; before `pack_`, which is theirs."""
+        for module in self.modules():
+            if "ops" in vars(module):
+                vars(module)["ops"] = ops
+        return self
+
+    def pack_(self) -> Model:
+        """Bring every weight of a matrix product, plain or in fewer bits (`quant.apply`), into the form that the
+        operations take. A no-op where they take weights as they are. A packed model runs; it cannot be saved or
+        trained."""
+        pack_(self, self.ops)
+        return self
+
+    def encode(
+        self, tokens_BT: Tensor, cache: KVCache, rows: list[int] | None = None, counts: list[int] | None = None
+    ) -> Tensor:
+        """Append tokens to the cache; returns the normed hidden states [B, T, D].
+
+        `rows` are the cache rows that tokens_BT's rows belong to (all, in order); `counts` how many of the T tokens of
+        each are real (all), the rest being padding on the right. CapacityError when the cache is full."""
+        rows = list(range(cache.batch)) if rows is None else rows
+        counts = [tokens_BT.shape[1]] * len(rows) if counts is None else counts
+        cache.check_room(rows, counts)
+        run = Pass(self, cache, rows, counts, tokens_BT.shape[1], 0)
+        hidden_BTD = self._stack(self._embed(tokens_BT), run)
+        cache.advance(rows, counts)
+        return hidden_BTD
+
+    def denoise(
+        self,
+        canvas_BL: Tensor,
+        cache: KVCache,
+        soft_BLD: Tensor | None = None,
+        rows: list[int] | None = None,
+        run: Pass | None = None,
+    ) -> Tensor:
+        """One pass over the canvases; returns the normed hidden states [B, L, D] and leaves the cache as it is.
+
+        `soft_BLD` is the soft embedding of the step before: None on a first step, zeros for rows that begin. `run` is
+        a `Pass` made for these rows at these lengths, where a caller keeps one. InputError for a model without a
+        canvas."""
+        if run is None:
+            rows = list(range(cache.batch)) if rows is None else rows
+            run = Pass(self, cache, rows, [0] * len(rows), 0, canvas_BL.shape[1])
+        return self._stack(self._condition(canvas_BL, soft_BLD), run)
+
+    def encode_and_denoise(
+        self,
+        tokens_BT: Tensor,
+        counts: list[int],
+        canvas_BL: Tensor,
+        cache: KVCache,
+        rows: list[int] | None = None,
+        run: Pass | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both in one pass: append tokens, and take the first step of the canvas behind them, which sees them: layer
+        by layer their keys are there when the canvas reads. The weights are read once instead of twice. Returns the
+        hidden states of both, [B, T, D] and [B, L, D]: those of `encode` and then `denoise` without a soft embedding.
+        Whoever brings a `run` of their own checks the cache's room before and advances it after."""
+        width, given = tokens_BT.shape[1], run
+        if run is None:
+            rows = list(range(cache.batch)) if rows is None else rows
+            cache.check_room(rows, counts)
+            run = Pass(self, cache, rows, counts, width, canvas_BL.shape[1])
+        embedded_BLD = self._condition(canvas_BL, None)
+        hidden_BTD = self._stack(torch.cat([self._embed(tokens_BT), embedded_BLD], dim=1), run)
+        if given is None:
+            cache.advance(run.rows, counts)
+        return hidden_BTD[:, :width], hidden_BTD[:, width:]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [..., V], softcapped."""
+        cap = self.config.softcap
+        return torch.tanh(nn.functional.linear(hidden, self.embed_tokens.weight).float() / cap) * cap
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        return self.embed_tokens(tokens_BT) * self.embed_scale
+
+    def _condition(self, canvas_BL: Tensor, soft_BLD: Tensor | None) -> Tensor:
+        self.config.check_canvas("denoise")
+        assert self.self_conditioning is not None
+        return self.self_conditioning.condition(self._embed(canvas_BL), soft_BLD)
+
+    def _stack(self, x_BTD: Tensor, run: Pass) -> Tensor:
+        handed = None
+        blocks: list[Any] = list(self.layers)
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            after = After(self.norm.weight, ()) if following is None else following.before()
+            # A block with a hook may not have its weights yet (offload.py).
+            is_ready = following is None or not following._forward_pre_hooks
+            x_BTD, handed = block(x_BTD, run, handed, after if is_ready else None)
+        if handed is not None:
+            return handed
+        # Where squares overflow the norm makes zeros, which would pass for a state: 0 times infinity is NaN.
+        return self.norm(x_BTD) + 0 * torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
+
+    @torch.no_grad()
+    def init_(self, seed: int = 0, std: float = 0.02) -> Model:
+        """Random weights for tests, benchmarks and training from scratch: normal(0, std), norms and scales one."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0.0, std, generator=generator)
+            else:
+                parameter.fill_(1.0)
+        return self

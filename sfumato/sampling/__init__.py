@@ -1,0 +1,1 @@
+"""The rules of sampling, and a step of many canvases on the device."""

@@ -1,0 +1,214 @@
+"""Recorded steps: a step of many canvases as a CUDA graph, for rows up to powers of two.
+
+A graph reads and writes the very memory that it was recorded with, and repeats what Python decided then. So what may
+change under it lies in static buffers (rows, lengths, counts, tokens to encode, banned tokens), what it reads lives as
+long as it does, and what hangs on the lengths alone, masks' numbers and rope's angles, is made anew only when they
+change: once a canvas. All graphs of an engine share one pool of memory, because they run one after the other; those
+that were not used for longest go.
+
+How a graph is made is a `Capture`: `CudaCapture` on a GPU; nothing on other devices, where the same buffers are used
+and the step runs as usual. `measure.capture` holds a step to what a capture allows, without a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sfumato.model.cache import KVCache
+from sfumato.model.network import Model, Pass, weights_of
+from sfumato.sampling.step import Canvases, step_
+
+Replay = Callable[[], object]
+Capture = Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]]
+"""Records what a function does; returns how to do it again, and where its result then lies."""
+
+MOST = 24
+"""Recordings that an engine keeps: six powers of two of rows, each with and without tokens to encode, pins or bans."""
+
+GRAPH_BYTES = 4 << 20
+"""What one recording takes beside the pool: about 400 nodes with their arguments, on the host and the device."""
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Within, this is the device that streams and graphs are made on: a process may hold models on several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """That captures run on. One for all: torch gives streams out in turns, and the one that a block runs beside
+    (`ops.triton.block`) must be another."""
+    return torch.cuda.Stream(device)
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""A capture waits for the device, which would break one that another thread is in."""
+
+
+class CudaCapture:
+    """CUDA graphs on one device, in one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with on(device):
+            self._stream = _stream(device)
+        self.renew_()
+
+    def renew_(self) -> None:
+        """A pool of its own for what is recorded from now on: torch refuses one whose graphs are all gone."""
+        with on(self.device):
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor | None]) -> tuple[Replay, Tensor | None]:
+        with _ONE_AT_A_TIME, on(self.device):
+            here = torch.cuda.current_stream(self.device)
+            self._stream.wait_stream(here)
+            with torch.cuda.stream(self._stream):  # compiles what is not yet, and fills caches
+                for _ in range(2):
+                    run()
+            here.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Without a stream of its own, torch takes one of the first device that ever recorded. What torch keeps of
+            # a capture may be no inference tensor, or others' captures outside that mode fail.
+            own = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+            with torch.inference_mode(False), own, torch.inference_mode():
+                result = run()
+
+        def replay() -> None:
+            with on(self.device):
+                graph.replay()
+
+        return replay, result
+
+
+class Recorded:
+    """A step for up to `batch` rows, with `encode` tokens a row in the same pass (0: none) and room for `bans` banned
+    tokens (0: no position bans any).
+
+    Everything that is read is held here, the weights too, whatever becomes of the model. The cache's and the state's
+    tensors are part of the recording: it serves for as long as neither is replaced by a larger one. Pins and early
+    answers are as the state has them now."""
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        state: Canvases,
+        batch: int,
+        encode: int,
+        bans: int = 0,
+        capture: Capture | None = None,
+    ) -> None:
+        self.weights, self.cache, self.state = list(weights_of(model)), cache, state
+        self.batch, self.encode = batch, encode
+        device, length = model.device, state.canvas_XL.shape[1]
+        self.scratch = len(state.canvas_XL) - 1
+        self.places_4B = torch.zeros(4, batch, dtype=torch.long, device=device)
+        self.places_4B[0] = self.scratch
+        self.tokens_BT = torch.zeros(batch, encode, dtype=torch.long, device=device) if encode else None
+        self.bans_N = torch.zeros(bans, dtype=torch.long, device=device) if bans else None
+        at_B, *places = self.places_4B.unbind()
+        counts = [encode] * batch
+        self.run = Pass(model, cache, [0] * batch, counts, encode, length, (places[0], places[1], places[2]))
+
+        def refresh() -> None:
+            self.run.refresh_()
+
+        def step() -> Tensor | None:
+            return step_(model, cache, state, at_B, self.run, self.tokens_BT, bans=self.bans_N)
+
+        self._held: tuple[list[list[int]] | None, Sequence[int]] = None, ()
+        self._refresh: Replay = refresh
+        self._step: Replay = step
+        self._encoded_BTD: Tensor | None = None
+        if capture is not None:
+            self._refresh, _ = capture(refresh)
+            self._step, self._encoded_BTD = capture(step)
+
+    def __call__(
+        self,
+        rows: list[int],
+        lengths: list[int],
+        counts: list[int],
+        tokens_BT: Tensor | None = None,
+        bans: Sequence[int] = (),
+    ) -> Tensor | None:
+        """Step these rows (at most `batch`), whose cache rows have these lengths. Returns the encoded tokens' hidden
+        states, [rows, T, D], which the next step of any recording overwrites."""
+        left = self.batch - len(rows)
+        # A filler reads cache row 0 and writes, with a count of 0, to the slot that takes padding.
+        places = [rows + [self.scratch] * left, rows + [0] * left, lengths + [0] * left, counts + [0] * left]
+        if places != self._held[0]:
+            self.places_4B.copy_(_staged(places, self.places_4B), non_blocking=True)
+            self._refresh()
+        if self.bans_N is not None and bans != self._held[1]:  # the last one again where there is room for more
+            ids = [*bans, *[bans[-1]] * (len(self.bans_N) - len(bans))]
+            self.bans_N.copy_(_staged(ids, self.bans_N), non_blocking=True)
+        self._held = places, bans
+        if tokens_BT is not None and self.tokens_BT is not None:
+            self.tokens_BT[: len(rows)] = tokens_BT
+        found = self._step()
+        encoded_BTD = found if isinstance(found, Tensor) else self._encoded_BTD
+        return None if encoded_BTD is None else encoded_BTD[: len(rows)]
+
+
+def _staged(values: Sequence[object], like: Tensor) -> Tensor:
+    """On the host, where a copy to the device need not wait for it."""
+    return torch.tensor(values, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+
+
+class Recordings:
+    """The recordings of one engine, by what was decided for each; the least recently used goes first."""
+
+    def __init__(self, capture: Capture | None) -> None:
+        self.capture = capture
+        self._kept: OrderedDict[Hashable, Recorded] = OrderedDict()
+
+    def of(
+        self,
+        model: Model,
+        cache: KVCache,
+        state: Canvases,
+        rows: int,
+        encode: int,
+        bans: Sequence[int],
+    ) -> Recorded:
+        """The recording that serves so many rows; made where there is none."""
+        seats = len(state.canvas_XL) - 1
+        batch, width = min(padded(rows), seats), padded(len(bans))
+        key = state.canvas_XL.shape[1], batch, encode, width, state.has_pins, state.has_early
+        if key not in self._kept:
+            while len(self._kept) >= MOST:
+                self._kept.popitem(last=False)
+            self._kept[key] = Recorded(model, cache, state, batch, encode, width, self.capture)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def check(self, model: Model) -> None:
+        """Drop what was recorded with weights that the model has no longer."""
+        if self._kept:
+            held = next(iter(self._kept.values())).weights
+            now = list(weights_of(model))
+            if len(held) != len(now) or any(one is not other for one, other in zip(held, now, strict=True)):
+                self.clear()
+
+    def clear(self) -> None:
+        """The cache or the state has been replaced."""
+        self._kept.clear()
+        if isinstance(self.capture, CudaCapture):
+            self.capture.renew_()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def padded(count: int) -> int:
+    """The next power of two; 0 for none."""
+    return 1 << (count - 1).bit_length() if count else 0

@@ -1,0 +1,468 @@
+"""One step of many canvases as a function of tensors on the device: pass, read-out, accept, renoise, stop.
+
+Nothing here waits for the host, and every shape follows from host integers alone. So the same function runs as it is on
+a CPU and is recorded as CUDA graphs on a GPU (`recorded`). A row that has stopped is frozen: a step that was already
+under way when the host learns of it changes nothing.
+
+A step has two halves, `look` (pass and read-out) and `conclude_` (accept, renoise, stop). Between them a grammar may
+have its say, which takes as long as it takes: a row whose read-out waits is left out meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfumato.model.cache import KVCache
+from sfumato.model.network import Model, Pass
+from sfumato.ops.contract import ReadOut
+from sfumato.sampling.diffusion import CountedDice, Rules, accept, is_confident, is_stable, stood
+
+STEPS = 4096
+"""Most steps of a canvas that a request may ask for: see `Options`."""
+
+
+@dataclass
+class Canvases:
+    """The state of X rows' canvases. The last row is scratch: what fills up a recorded batch is computed there."""
+
+    canvas_XL: Tensor
+    soft_XLD: Tensor
+    pin_XL: Tensor
+    """Tokens that stay fixed, -1 where free."""
+    argmax_XL: Tensor
+    """-1 before the first step."""
+    stood_XL: Tensor
+    """For how many steps before the last one a position had the same token."""
+    entropy_XL: Tensor
+    accepted_XL: Tensor
+    step_X: Tensor
+    """Steps taken on this canvas."""
+    is_done_X: Tensor
+    is_finite_X: Tensor
+    """Rows whose numbers were finite in every step on this canvas. One that is not is done, and never committed."""
+    banned_XL: Tensor
+    """Positions that may not end the answer (`min_tokens`), nor take what else is banned there."""
+    words_X4: Tensor
+    """Seed (low, high), request and canvas: what the dice are counted from, beside the step."""
+    heat_XS: Tensor
+    """The temperature of each step, of as many as a request may ask for."""
+    bound_X: Tensor
+    stability_X: Tensor
+    confidence_X: Tensor
+    max_steps_X: Tensor
+    room_X: Tensor
+    """Leading positions that can become part of the answer."""
+    early_X: Tensor
+    """Rows whose leading positions may settle before the rest."""
+    settled_X: Tensor
+    """How many have."""
+    eos_E: Tensor
+    has_pins: bool
+    """Whether any row of the next steps has one."""
+    has_early: bool
+
+    @classmethod
+    def allocate(
+        cls,
+        model: Model,
+        rules: Sequence[Rules],
+        seeds: Sequence[int],
+        requests: Sequence[int],
+        length: int | None = None,
+        early: Sequence[bool] = (),
+        has_pins: bool = False,
+    ) -> Canvases:
+        """One row for each of these rules, and the scratch row. `length` None: the model's own."""
+        config, size = model.config, len(rules) + 1
+        rules = [*rules, rules[-1]]
+        words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
+        length, most = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
+
+        def of(values: list[int] | list[float]) -> Tensor:
+            return torch.tensor(values, device=model.device)
+
+        with torch.device(model.device):
+            return cls(
+                canvas_XL=torch.zeros(size, length, dtype=torch.long),
+                soft_XLD=torch.zeros(size, length, config.hidden_size, dtype=model.dtype),
+                pin_XL=torch.full((size, length), -1),
+                argmax_XL=torch.full((size, length), -1),
+                stood_XL=torch.zeros(size, length, dtype=torch.long),
+                entropy_XL=torch.zeros(size, length),
+                accepted_XL=torch.zeros(size, length, dtype=torch.bool),
+                step_X=torch.zeros(size, dtype=torch.long),
+                is_done_X=torch.zeros(size, dtype=torch.bool),
+                is_finite_X=torch.ones(size, dtype=torch.bool),
+                banned_XL=torch.zeros(size, length, dtype=torch.bool),
+                words_X4=torch.tensor(words),
+                heat_XS=torch.stack([_heat_of(r, most + 1) for r in rules]).to(model.device),
+                bound_X=of([r.entropy_bound for r in rules]),
+                stability_X=of([r.stability for r in rules]),
+                confidence_X=of([r.confidence for r in rules]),
+                max_steps_X=of([r.max_steps for r in rules]),
+                room_X=torch.full((size,), length),
+                early_X=torch.tensor([*early, *[False] * (size - len(early))]),
+                settled_X=torch.zeros(size, dtype=torch.long),
+                eos_E=torch.tensor(config.eos_ids, dtype=torch.long),
+                has_pins=has_pins or any(early),
+                has_early=any(early),
+            )
+
+    def seat_(self, rows: list[int], rules: Sequence[Rules], seeds: Sequence[int], early: Sequence[bool]) -> None:
+        """Give rows to new requests. No request's numbers change a shape, which is everybody's."""
+        whole = [
+            [seed & 0xFFFFFFFF, seed >> 32, 0, 0, own.stability, own.max_steps, is_early]
+            for own, seed, is_early in zip(rules, seeds, early, strict=True)
+        ]
+        heat_NS = torch.stack([_heat_of(own, self.heat_XS.shape[1]) for own in rules])
+        some = (
+            torch.tensor(rows),
+            torch.tensor(whole),
+            torch.tensor([[own.entropy_bound, own.confidence] for own in rules], dtype=self.bound_X.dtype),
+            heat_NS,
+        )
+        at_N, whole_N7, real_N2, heat_NS = (to_device(x, self.step_X.device) for x in some)
+        for state_X, new_N in (
+            (self.words_X4, whole_N7[:, :4]),
+            (self.stability_X, whole_N7[:, 4]),
+            (self.max_steps_X, whole_N7[:, 5]),
+            (self.early_X, whole_N7[:, 6].bool()),
+            (self.bound_X, real_N2[:, 0]),
+            (self.confidence_X, real_N2[:, 1]),
+            (self.heat_XS, heat_NS),
+        ):
+            state_X.index_copy_(0, at_N, new_N)
+
+    def resized(self, rows: int) -> Canvases:
+        """The same rows with room for so many of them."""
+        if rows + 1 == len(self.step_X):
+            return self
+        kept, found = min(rows, len(self.step_X) - 1), {}
+        for field in fields(self):
+            old = found[field.name] = getattr(self, field.name)
+            if not field.name.split("_")[-1].startswith("X"):
+                continue
+            new = found[field.name] = old[-1:].repeat(rows + 1, *[1] * (old.dim() - 1))  # the last is scratch
+            new[:kept] = old[:kept]
+        return Canvases(**found)
+
+    def begin_(
+        self,
+        rows: list[int],
+        fresh_BL: Tensor,
+        pin_BL: Tensor | None,
+        canvases: list[int],
+        banned_BL: Tensor | None = None,
+        rooms: list[int] | None = None,
+    ) -> None:
+        """Give these rows a canvas of noise (or of what it is to start from), pins (None: no row has one) in place.
+        Tensors may lie on the host: nothing here waits for the device."""
+        device = self.step_X.device
+        at_B, canvas_B, room_B = to_device(torch.tensor([rows, canvases, rooms or rows]), device)  # one copy for three
+        canvas_BL = to_device(fresh_BL, device)
+        if pin_BL is None:
+            self.pin_XL.index_fill_(0, at_B, -1)
+        else:
+            pin_BL = to_device(pin_BL, device)
+            canvas_BL = torch.where(pin_BL >= 0, pin_BL, canvas_BL)
+            self.pin_XL.index_copy_(0, at_B, pin_BL)
+        self.canvas_XL.index_copy_(0, at_B, canvas_BL)
+        if banned_BL is None:
+            self.banned_XL.index_fill_(0, at_B, False)
+        else:
+            self.banned_XL.index_copy_(0, at_B, to_device(banned_BL, device))
+        self.argmax_XL.index_fill_(0, at_B, -1)
+        self.soft_XLD.index_fill_(0, at_B, 0.0)
+        self.step_X.index_fill_(0, at_B, 0)
+        self.is_done_X.index_fill_(0, at_B, False)
+        self.is_finite_X.index_fill_(0, at_B, True)
+        self.settled_X.index_fill_(0, at_B, 0)
+        self.words_X4[:, 3].index_copy_(0, at_B, canvas_B)
+        if rooms is not None:
+            self.room_X.index_copy_(0, at_B, room_B)
+
+
+class Projected(NamedTuple):
+    """Read-outs after grammars had their say. Where none rules, a read-out stays what it was."""
+
+    tokens_BL: Tensor
+    entropy_BL: Tensor
+    is_guided_BL: Tensor
+    is_open_BL: Tensor
+    """Positions that may be accepted."""
+    is_forced_BL: Tensor
+    """Positions whose token is certain."""
+    is_whole_B: Tensor
+    """Rows that would be valid as they stand."""
+    has_masked: bool
+    """Logits were changed in place."""
+
+    @classmethod
+    def joined(cls, some: Sequence[Projected]) -> Projected:
+        """One behind the other."""
+        parts = [torch.cat(list(columns)) for columns in zip(*(one[:6] for one in some), strict=True)]
+        return cls._make([*parts, any(one.has_masked for one in some)])
+
+
+class Look(NamedTuple):
+    """The first half of a step: what one pass over these rows' canvases shows."""
+
+    at_B: Tensor
+    read: ReadOut
+    """Positions that are pinned are read as their tokens, with no entropy."""
+    noise_BL: Tensor
+    is_finite_B: Tensor
+    encoded_BTD: Tensor | None
+    """Hidden states of the tokens that were encoded in the same pass."""
+
+    def of(self, places: list[int]) -> Look:
+        """Of some of its rows; of one row the logits themselves, not a copy."""
+        if places == list(range(len(self.at_B))):
+            return self
+        some: Any = slice(places[0], places[0] + 1) if len(places) == 1 else places
+        read = self.read
+        part = ReadOut(read.sample_BL[some], read.argmax_BL[some], read.entropy_BL[some], read.logits_BLV[some])
+        return Look(self.at_B[some], part, self.noise_BL[some], self.is_finite_B[some], None)
+
+
+def step_(
+    model: Model,
+    cache: KVCache,
+    state: Canvases,
+    at_B: Tensor,
+    run: Pass,
+    tokens_BT: Tensor | None = None,
+    dice: dict[str, Tensor] | None = None,
+    noise_BL: Tensor | None = None,
+    is_first: bool = False,
+    bans: Tensor | None = None,
+) -> Tensor | None:
+    """One step of the canvases `at_B`: `look`, then `conclude_`. Returns the encoded tokens' hidden states."""
+    conclude = model.ops.conclude_
+    if conclude is None:
+        view = look(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
+        conclude_(model, state, view)
+        return view.encoded_BTD
+    seen = _see(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
+    embed_VD, scale, read = model.embed_tokens.weight, model.embed_scale, seen.read
+    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, scale, read.tiles)
+    conclude(state, at_B, read, seen.noise_BL, seen.hidden_BLD, soft_BLD, embed_VD, scale)
+    return seen.encoded_BTD
+
+
+def look(
+    model: Model,
+    cache: KVCache,
+    state: Canvases,
+    at_B: Tensor,
+    run: Pass,
+    tokens_BT: Tensor | None = None,
+    dice: dict[str, Tensor] | None = None,
+    noise_BL: Tensor | None = None,
+    is_first: bool = False,
+    bans: Tensor | None = None,
+) -> Look:
+    """Pass and read-out of the canvases `at_B`, whose cache rows are those of `run`. The caller advances the cache.
+
+    `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
+    `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
+    them they are counted from the state's own words. `bans` are the tokens that banned positions may not take."""
+    encoded_BTD, hidden_BLD, read, noise_BL = _see(
+        model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans
+    )
+    is_finite_B = _are_finite(hidden_BLD, read.entropy_BL)
+    if state.has_pins:
+        pin_BL = state.pin_XL[at_B]
+        is_pinned_BL = pin_BL >= 0
+        sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (read.sample_BL, read.argmax_BL))
+        entropy_BL = read.entropy_BL.masked_fill(is_pinned_BL, 0.0)
+        read = read._replace(sample_BL=sample_BL, argmax_BL=argmax_BL, entropy_BL=entropy_BL)
+    return Look(at_B, read, noise_BL, is_finite_B, encoded_BTD)
+
+
+class _Seen(NamedTuple):
+    """What a pass shows before anything is pinned."""
+
+    encoded_BTD: Tensor | None
+    hidden_BLD: Tensor
+    read: ReadOut
+    noise_BL: Tensor
+
+
+def _see(
+    model: Model,
+    cache: KVCache,
+    state: Canvases,
+    at_B: Tensor,
+    run: Pass,
+    tokens_BT: Tensor | None,
+    dice: dict[str, Tensor] | None,
+    noise_BL: Tensor | None,
+    is_first: bool,
+    bans: Tensor | None,
+) -> _Seen:
+    """Pass and read-out, as of `look`."""
+    canvas_BL = state.canvas_XL.index_select(0, at_B)
+    # 1. One pass over the canvases; what waits to be encoded comes along.
+    encoded_BTD = None
+    if tokens_BT is not None:
+        encoded_BTD, hidden_BLD = model.encode_and_denoise(tokens_BT, run.counts, canvas_BL, cache, run=run)
+    else:
+        soft_BLD = None if is_first else state.soft_XLD.index_select(0, at_B)  # on a CPU in a quarter of [at_B]'s time
+        hidden_BLD = model.denoise(canvas_BL, cache, soft_BLD, run=run)
+    # 2. Read out: what would be sampled, what is most likely, how sure.
+    if dice is None or noise_BL is None:
+        dice, noise_BL, heat_B = _count(state, at_B, model)
+    else:
+        heat_B = state.heat_XS[at_B, state.step_X[at_B]]
+    banned = None if bans is None else (state.banned_XL[at_B], bans)
+    embed_VD = model.embed_tokens.weight
+    read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
+    return _Seen(encoded_BTD, hidden_BLD, read, noise_BL)
+
+
+def conclude_(model: Model, state: Canvases, view: Look, said: Projected | None = None) -> None:
+    """Accept, renoise, stop and the soft embedding of what a look shows, and what grammars `said` of it."""
+    at_B, read = view.at_B, view.read
+    old_B = state.step_X[at_B]
+    held = _hold(state, at_B, read, said)
+    argmax_BL, entropy_BL = held.argmax_BL, held.entropy_BL
+    # 3. Accept the surest positions, renoise the rest.
+    accepted_BL = accept(entropy_BL, state.bound_X[at_B])
+    if said is not None:
+        accepted_BL &= said.is_open_BL
+    if held.pin_BL is not None:
+        accepted_BL |= held.pin_BL >= 0
+    next_BL = torch.where(accepted_BL, held.sample_BL, view.noise_BL)
+    # 4. Stop where the canvas stands still and is sure, or at the cap.
+    stood_BL = stood(argmax_BL, state.argmax_XL[at_B], state.stood_XL[at_B])
+    is_done_B = _is_settled(state, at_B, held, stood_BL) | (old_B + 1 >= state.max_steps_X[at_B])
+    # 5. The next step sees the soft embedding of this one.
+    embed_VD = model.embed_tokens.weight
+    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, held.tiles)
+    if held.pin_BL is not None:
+        pinned_BLD = embed_VD[held.pin_BL.clamp_min(0)] * model.embed_scale
+        soft_BLD = torch.where((held.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)
+    # A row whose numbers are not finite stops here too, and the host hears of it.
+    is_finite_B = view.is_finite_B & _are_finite(soft_BLD)
+    # 6. A row that had stopped before stays as it was.
+    was_done_B = state.is_done_X[at_B]
+    keep_B1 = was_done_B[:, None]
+    for whole_XL, new_BL in (
+        (state.canvas_XL, next_BL),
+        (state.argmax_XL, argmax_BL),
+        (state.entropy_XL, entropy_BL),
+        (state.accepted_XL, accepted_BL),
+    ):
+        whole_XL[at_B] = torch.where(keep_B1, whole_XL[at_B], new_BL)
+    state.stood_XL[at_B] = stood_BL  # of rows that go on: a stopped one is not asked again
+    state.soft_XLD[at_B] = soft_BLD
+    state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
+    state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B
+    state.is_finite_X[at_B] &= was_done_B | is_finite_B
+
+
+def _are_finite(*some: Tensor) -> Tensor:
+    """Which rows are finite in all of these: a sum with NaN or infinity in it is one of them too."""
+    sums = [x.flatten(1).sum(-1, dtype=torch.float32) for x in some]
+    total_B = sum(sums[1:], sums[0])
+    return total_B - total_B == 0  # what `isfinite` says, in two operations
+
+
+@functools.lru_cache(64)
+def _heat_of(rules: Rules, width: int) -> Tensor:
+    """The temperatures of a canvas's steps, the last one repeated up to this width. Kept: most requests have the
+    checkpoint's rules."""
+    heat = [rules.schedule.temperature(step) for step in range(rules.max_steps + 1)]
+    heat_S = torch.full((width,), heat[-1], device="cpu")
+    heat_S[: len(heat)] = torch.tensor(heat, device="cpu")
+    return heat_S
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device. From the host it comes in the order of the device's work, and nobody waits for it."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+class _Held(NamedTuple):
+    """A read-out with what is pinned and what a grammar says."""
+
+    sample_BL: Tensor
+    argmax_BL: Tensor
+    entropy_BL: Tensor
+    pin_BL: Tensor | None
+    """-1 where free; None where nothing is pinned."""
+    said: Projected | None
+    tiles: Any
+
+
+def _hold(state: Canvases, at_B: Tensor, read: ReadOut, said: Projected | None) -> _Held:
+    """A read-out after a grammar had its say: what it forces is pinned too."""
+    sample_BL, argmax_BL, entropy_BL = read.sample_BL, read.argmax_BL, read.entropy_BL
+    if said is None:
+        pin_BL = state.pin_XL[at_B] if state.has_pins else None
+        return _Held(sample_BL, argmax_BL, entropy_BL, pin_BL, None, read.tiles)
+    pin_BL = state.pin_XL[at_B]
+    argmax_BL, entropy_BL = said.tokens_BL, said.entropy_BL
+    sample_BL = torch.where(said.is_guided_BL, argmax_BL, sample_BL)
+    pin_BL = torch.where(said.is_forced_BL & (pin_BL < 0), argmax_BL, pin_BL)
+    is_pinned_BL = pin_BL >= 0
+    sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (sample_BL, argmax_BL))
+    entropy_BL = entropy_BL.masked_fill(is_pinned_BL, 0.0)
+    return _Held(sample_BL, argmax_BL, entropy_BL, pin_BL, said, None if said.has_masked else read.tiles)
+
+
+def _is_settled(state: Canvases, at_B: Tensor, held: _Held, stood_BL: Tensor) -> Tensor:
+    """Which rows stand still and are sure, and, where a grammar rules, valid as they stand."""
+    argmax_BL, entropy_BL, said = held.argmax_BL, held.entropy_BL, held.said
+    if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
+        unsure_BL = entropy_BL if said is None else entropy_BL.masked_fill(~said.is_open_BL, torch.inf)
+        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, stood_BL)
+    else:
+        is_settled_B = is_stable(stood_BL, state.stability_X[at_B])
+        is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
+    return is_settled_B if said is None else is_settled_B & said.is_whole_B
+
+
+def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, stood_BL: Tensor) -> Tensor:
+    """Which rows stand still and are sure. Of a row that may settle early only what can become its answer is asked:
+    all up to its first end, and no more than its room; and its leading positions that stand still, each of them sure,
+    are pinned from now on."""
+    early_B, stability_B, bound_B = state.early_X[at_B], state.stability_X[at_B], state.confidence_X[at_B]
+    position_L = torch.arange(argmax_BL.shape[1], device=argmax_BL.device)
+    is_end_BL = torch.isin(argmax_BL, state.eos_E)
+    counts_BL = (is_end_BL.cumsum(-1) - is_end_BL.long() == 0) & (position_L < state.room_X[at_B, None])
+    counts_BL |= ~early_B[:, None]
+    mean_B = entropy_BL.masked_fill(~counts_BL, 0.0).sum(-1) / counts_BL.sum(-1)
+    is_still_BL = stood_BL >= stability_B[:, None]
+    is_settled_B = (is_still_BL | ~counts_BL).all(-1) & (mean_B < bound_B)
+    # The leading positions, one by one.
+    is_sure_BL = is_still_BL & (entropy_BL < bound_B[:, None])
+    settled_B = (is_sure_BL & counts_BL & early_B[:, None]).long().cumprod(-1).sum(-1)
+    state.settled_X[at_B] = settled_B
+    state.pin_XL[at_B] = torch.where(position_L < settled_B[:, None], argmax_BL, state.pin_XL[at_B])
+    return is_settled_B
+
+
+def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The dice of this step, from the state's words: what `CountedDice` gives for the same seed, canvas and step; and
+    its temperature."""
+    length, vocab_size = state.canvas_XL.shape[1], model.config.vocab_size
+    if model.ops.noise is not None:
+        places = state.words_X4, state.step_X, state.heat_XS, at_B
+        uniform_BL, tokens_BL, heat_B = model.ops.noise(*places, length, vocab_size)
+    else:
+        step_B = state.step_X[at_B]
+        words_B5 = torch.cat([state.words_X4[at_B], step_B[:, None]], dim=1)
+        uniform_BL = CountedDice.uniform(words_B5, length, stream=1)
+        tokens_BL = CountedDice.tokens(words_B5, length, vocab_size, stream=2)
+        heat_B = state.heat_XS[at_B, step_B]
+    return {"uniform_BL": uniform_BL}, tokens_BL, heat_B

@@ -1,0 +1,1 @@
+"""The routes that only a canvas can offer."""

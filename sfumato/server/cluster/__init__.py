@@ -1,0 +1,1 @@
+"""Copies of the model on a Ray cluster."""

@@ -1,0 +1,247 @@
+"""From bytes to a checked request: what bodies are made of, how they are read, and what is said of the first fault.
+
+A body is hostile until it is checked: its values are counted before it is parsed, its lists and objects before any of
+their items is looked at, and of all that is wrong the first thing is said.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from sfumato.options import _BIG
+from sfumato.server.http.errors import Refusal, short
+from sfumato.server.settings import Limits
+
+
+def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
+    """A pydantic schema and all within it."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("type"), str):
+            yield schema
+        for name, inner in schema.items():
+            if name != "metadata":
+                yield from schemas_in(inner)
+    elif isinstance(schema, (list, tuple)):
+        for inner in schema:
+            yield from schemas_in(inner)
+
+
+class Body(BaseModel):
+    """A request, or an object in one. What is wrong with it is said of its first fault: pydantic would look for all,
+    and a million of them take gigabytes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        for inner in schemas_in(handler.resolve_ref_schema(schema)):
+            if inner["type"] in ("list", "tuple", "set", "frozenset"):
+                inner["fail_fast"] = True
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_stranger(cls, value: Any) -> Any:
+        """Of many unknown names only the first is left, to be refused."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        known = {info.alias or name for name, info in cls.model_fields.items()}
+        stranger = next(name for name in value if name not in known)
+        return {name: value[name] for name in (*known & value.keys(), stranger)}
+
+    @field_validator("*")
+    @classmethod
+    def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        extra = cls.model_fields[str(info.field_name)].json_schema_extra
+        allowed = extra["enum"] if isinstance(extra, dict) else None
+        if isinstance(allowed, list) and not any(_is_same(value, one) for one in allowed):
+            raise ValueError(f"this is not supported; leave it out, or give {' or '.join(map(json.dumps, allowed))}")
+        return value
+
+    def plain(self) -> dict[str, Any]:
+        """As the JSON that it came from, nulls left out."""
+        return self.model_dump(by_alias=True, exclude_none=True)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """As JSON has it: 0 is not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def only(*values: Any) -> Any:
+    """A field that may be sent, but not to ask for anything: it is null or one of these values."""
+    return Field(None, json_schema_extra={"enum": [None, *values]})
+
+
+@dataclass(frozen=True)
+class Most:
+    """Of a list or an object: at most so many as `Limits` has under this name, counted before any is looked at."""
+
+    limit: str
+    what: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_before_validator_function(self.check, handler(source))
+
+    def check(self, value: Any, info: Any) -> Any:
+        most = getattr(info.context, self.limit)
+        if isinstance(value, (list, dict)) and len(value) > most:
+            raise PydanticCustomError(TOO_MANY, f"{len(value)} {self.what}, more than the {most} allowed")
+        return value
+
+
+TOO_MANY = "too_many"
+Count = Annotated[int, Field(ge=1, le=_BIG)]
+Choices = Annotated[list[str], Most("max_choices", "choices")]
+
+
+def read(data: bytes, kind: type[T], limits: Limits) -> T:
+    """The request in a body; a Refusal says what is wrong with it, and where."""
+    _count_values(data, limits.max_values)
+    value = parse(data, limits.max_depth)
+    try:
+        return kind.model_validate(value, context=limits)
+    except ValidationError as error:
+        raise _refusal(error, value) from None
+
+
+def parse(data: bytes, max_depth: int) -> Any:
+    try:
+        with _without_collector():
+            value = json.loads(data.decode(), parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise _too_deep(max_depth) from None
+    except ValueError as error:
+        raise Refusal(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    if data.count(b"[") + data.count(b"{") > max_depth and _depth(value, max_depth) > max_depth:
+        raise _too_deep(max_depth)
+    if any(match.lastindex for match in _ESCAPE.finditer(data)):
+        raise Refusal(400, "the body has a lone surrogate, which is no character; remove it", code="invalid_json")
+    return value
+
+
+def _count_values(data: bytes, most: int) -> None:
+    """Refusal for a body of more values, before it is read: reading them would hold up everybody."""
+    count = _separators(data)
+    if count > most and (count := _separators(_STRING.sub(b"", data))) > most:
+        text = f"the body has about {count} values, more than the {most} allowed; send fewer"
+        raise Refusal(400, text, code="invalid_json")
+
+
+def _separators(data: bytes) -> int:
+    return sum(data.count(mark) for mark in (b",", b"[", b"{"))
+
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)', re.DOTALL)
+"""Of JSON; one that is not closed goes to the end."""
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """JSON holds no circles, and looking for them takes seven times as long as to read it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+_ESCAPE = re.compile(rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F])|.)", re.DOTALL)
+"""A backslash of JSON and what belongs to it; its group matches where that is half a surrogate pair."""
+
+
+def _depth(value: Any, most: int) -> int:
+    """Levels of lists and objects in a value, counted up to one more than `most`."""
+    level, depth = [value] if isinstance(value, (list, dict)) else [], 0
+    while level and depth <= most:
+        depth += 1
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, (list, dict))
+        ]
+    return depth
+
+
+def _too_deep(limit: int) -> Refusal:
+    return Refusal(400, f"the body nests deeper than the {limit} levels allowed; flatten it", code="invalid_json")
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _finite(text: str) -> float:
+    if abs(number := float(text)) == float("inf"):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
+def _refusal(error: ValidationError, value: Any) -> Refusal:
+    """What is wrong at the deepest place: a text that may be a list fails as both, and the list's reason says more."""
+    found: dict[str, list[Any]] = {}
+    for one in error.errors(include_url=False):
+        found.setdefault(_place(one["loc"], value, one["type"] == "missing"), []).append(one)
+    place = max(found, key=lambda name: name.count(".") + name.count("["))
+    faults = [one for one in found[place] if one["type"] == TOO_MANY] or found[place]
+    first, shown = faults[0], short(place, 200)
+    if first["type"] == "extra_forbidden":
+        message = f"there is no field {shown!r} in this request; leave it out"
+    elif first["type"] == "missing":
+        message = f"{shown} is missing; give it"
+    elif first["type"] == TOO_MANY:
+        message = f"{shown} has {first['msg']}; send fewer"
+    else:
+        reasons = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in faults)
+        message = f"{shown or 'the body'} is {_shown(first['input'])}: {' – or: '.join(reasons)}"
+    return Refusal(400, message, param=shown or None)
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value; it may be as large as the body."""
+    if isinstance(value, (list, dict)):
+        return short("".join(islice(_JSON.iterencode(value), 100)), 80)
+    return short(repr(value[:100] if isinstance(value, str) else value), 80)
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
+def _place(loc: tuple[int | str, ...], value: Any, is_missing: bool) -> str:
+    """A place in the request, such as messages[0].role: pydantic's own, less the names of the types it tried."""
+    name = ""
+    for number, step in enumerate(loc):
+        if isinstance(step, int) and isinstance(value, list) and step < len(value):
+            name, value = f"{name}[{step}]", value[step]
+        elif isinstance(step, str) and isinstance(value, dict):
+            if step in value:
+                name, value = f"{name}.{step}" if name else step, value[step]
+            elif is_missing and number == len(loc) - 1:
+                name = f"{name}.{step}" if name else step
+    return name

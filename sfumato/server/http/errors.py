@@ -1,0 +1,82 @@
+"""Every error as an answer: one body, OpenAI's, and the status that says whose fault it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from sfumato.errors import BusyError, CapacityError, InputError, NumericError, SfumatoError, WorkerError
+
+
+def short(text: str, most: int) -> str:
+    """A text cut to so many characters: what repeats a request's words does not repeat megabytes of them."""
+    return text if len(text) <= most else text[:most] + "…"
+
+
+class Refusal(SfumatoError):
+    """An error with the status and the words it is answered with."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        message = short(message, 2000)
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.error = {"message": message, "type": type, "param": param, "code": code}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self.error}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer: the client closed the connection, or does not read."""
+
+
+RETRY = {"retry-after": "1"}
+
+
+def refusal(error: Exception) -> Refusal:
+    """Any error as an answer. What nobody foresaw is a 500 that says nothing of the inside."""
+    match error:
+        case Refusal():
+            return error
+        case CapacityError():
+            return Refusal(400, str(error), code="context_length_exceeded")
+        case InputError():
+            return Refusal(400, str(error), param=_named(str(error)))
+        case NumericError():
+            return Refusal(500, str(error), "server_error")
+        case BusyError():
+            return Refusal(503, str(error), "overloaded_error", headers=RETRY)
+        case WorkerError():
+            return Refusal(503, str(error), "worker_error", headers=RETRY)
+        case HTTPException():
+            return Refusal(error.status_code, _WORDS.get(error.status_code, error.detail), headers=error.headers)
+        case _:
+            return Refusal(500, "the server failed at this request; its log says how", "server_error")
+
+
+_WORDS = {
+    404: "there is nothing at this address; /openapi.json lists what there is",
+    405: "this address does not take that method; the header Allow names what it takes",
+}
+
+
+def _named(message: str) -> str | None:
+    """The option that a sentence begins with, as all of `Options`' do."""
+    found = re.match(r"([a-z_]+) (is|needs|cannot|does not|and)\b", message)
+    return found[1] if found else None

@@ -1,0 +1,328 @@
+"""The backend over a worker process: starts it, gives it jobs, hands out what comes, and starts it again when it dies.
+
+The asyncio side never waits for the pipe: a thread writes what is in the outbox, another reads and hands each message
+to the loop. That thread waits for the process's end too, so that a death is known at once, however it came.
+
+A job is sent once. When the worker dies under it, the client is told and may send it again: parts of an answer may
+have been read already, so doing it over here would not be the same answer twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import multiprocessing
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from queue import SimpleQueue
+from typing import Any
+
+from sfumato.errors import BusyError, SfumatoError, WorkerError
+from sfumato.events import Commit, Draft, Event
+from sfumato.server.backend import Job, ModelCard, Result, Stats, where
+from sfumato.server.worker import child as desk
+from sfumato.system import confined
+
+PATIENCE = 30.0
+"""Seconds that a job waits for a worker that is being started."""
+STEADY = 5.0
+"""A worker that lived so many seconds is followed by another at once; one that did not, after a pause."""
+PAUSES = (1.0, 30.0)
+"""The first pause in seconds, which doubles, and the longest."""
+SILENCE = 300.0
+"""Seconds without a word of a worker that has jobs, after which it is taken for hung and killed. More than its longest
+turn (a long prompt of a large model on a slow processor, kernels that are compiled first), less than the longest
+request: that one is told of it."""
+PARTING = 1.0
+"""Seconds that a worker has to end by itself."""
+
+COUNTERS = ("steps", "canvases", "tokens", "passes", "prefix_hits", "prefix_tokens")
+"""The figures of `Stats` that only grow."""
+
+Hear = Callable[[tuple[Any, ...]], object]
+"""Called in another thread with each message of a worker, and with ("ended", exit code) at last."""
+Child = Callable[[Any, dict[str, Any], Mapping[str, Any]], None]
+
+
+class Worker:
+    """`Backend` over one worker process.
+
+    `load` are the arguments of `LLM.load` by name, `limits` the fields of `batch.BatchLimits`, of which `rows` and
+    `queue` must be given; plain values, as torch stays out of this process. `loading(done, all)` hears of bytes while
+    the first worker loads. `child` is what the process runs: a function that a fresh interpreter can import. `silence`:
+    seconds without a word after which it is killed."""
+
+    def __init__(
+        self,
+        load: dict[str, Any],
+        limits: Mapping[str, Any],
+        loading: Callable[[int, int], None] | None = None,
+        child: Child = desk.main,
+        silence: float = SILENCE,
+    ) -> None:
+        self.load, self.limits, self.loading, self.child = load, dict(limits), loading, child
+        self.silence = silence
+        self._keys = itertools.count()
+        self._inboxes: dict[int, asyncio.Queue[Event | Result | Exception]] = {}
+        """Of the jobs that the worker has."""
+        self._waiting = 0
+        """Jobs that wait for a worker."""
+        self._process: _Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._card: ModelCard | None = None
+        self._is_open = False
+        self._is_loaded = False
+        self._news = asyncio.Event()
+        """Set while there is nothing to wait for: a worker is there, or none will come."""
+        self._heard = 0.0
+        """When the worker last said something, or got a job after it had none."""
+        self._quiet = asyncio.Event()
+        """Set while the worker has no job."""
+        self._quiet.set()
+        self._before, self._now = Stats(), Stats()
+        """Figures of the workers that have ended, and of this one."""
+
+    # ---- what the routes call ----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Return when the model is loaded; raise what the worker says where it cannot be."""
+        self._is_open = True
+        self._keeper = asyncio.create_task(self._keep())
+        news = asyncio.create_task(self._news.wait())
+        try:
+            await asyncio.wait([self._keeper, news], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            news.cancel()
+        if self._keeper.done() and not self._keeper.cancelled():
+            self._keeper.result()
+
+    async def stop(self, drain_seconds: float) -> None:
+        self._is_open = False
+        self._news.set()
+        try:
+            await asyncio.wait_for(self._quiet.wait(), drain_seconds)
+        except TimeoutError:
+            self._fail("the server stops, and this request took longer than it waits; send it to another, or later")
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        if self._process is not None:
+            await asyncio.to_thread(self._process.end)
+
+    async def card(self) -> ModelCard:
+        if self._card is None:
+            raise WorkerError("the model is still being loaded; ask again when the server is ready")
+        return self._card
+
+    async def run(self, job: Job) -> AsyncIterator[Event | Result]:
+        process = await self._admitted()
+        key, inbox = next(self._keys), asyncio.Queue[Event | Result | Exception]()
+        process.send(("job", key, pickle.dumps(job, pickle.HIGHEST_PROTOCOL)))
+        if not self._inboxes:
+            self._heard = asyncio.get_running_loop().time()
+        self._inboxes[key] = inbox
+        self._quiet.clear()
+        try:
+            while True:
+                what = await inbox.get()
+                if isinstance(what, Exception):
+                    raise what
+                yield what
+                if _is_last(what):
+                    return
+        finally:
+            if self._inboxes.pop(key, None) is not None:
+                process.send(("cancel", key))
+                self._rest()
+
+    def is_ready(self) -> bool:
+        return self._is_open and self._is_loaded
+
+    def stats(self) -> Stats:
+        grown = {name: getattr(self._before, name) + getattr(self._now, name) for name in COUNTERS}
+        return replace(self._now, **grown, queue=self._now.queue + self._waiting)
+
+    # ---- jobs --------------------------------------------------------------------------------------------------------
+
+    async def _admitted(self) -> _Process:
+        """The worker, when it takes jobs; BusyError where too many want it, WorkerError where it does not come."""
+        queue, rows = self.limits["queue"], self.limits["rows"]
+        if self._waiting >= queue or len(self._inboxes) >= rows + queue:
+            raise BusyError(f"{queue} requests are waiting, as many as the queue holds; send the request again later")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while self._is_open and not self._is_loaded:
+                    await self._news.wait()
+        except TimeoutError:
+            raise WorkerError(f"there was no worker for {PATIENCE:.0f} s; send the request again later") from None
+        finally:
+            self._waiting -= 1
+        if not self._is_open or self._process is None:
+            raise WorkerError("the server takes no requests: it is stopping; send the request to another, or later")
+        return self._process
+
+    def _take(self, key: int, what: Event | Result | Exception) -> None:
+        inbox = self._inboxes.get(key)
+        if inbox is None:  # cancelled
+            return
+        inbox.put_nowait(what)
+        if _is_last(what):
+            del self._inboxes[key]
+            self._rest()
+
+    def _fail(self, sentence: str) -> None:
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(WorkerError(sentence))
+        self._inboxes.clear()
+        self._rest()
+
+    def _rest(self) -> None:
+        if not self._inboxes:
+            self._quiet.set()
+
+    # ---- the process -------------------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        """Keep a worker alive; raises where the first one could not load."""
+        pause = 0.0
+        while True:
+            steady, why = await self._live()
+            if self._card is None:
+                raise why
+            self._fail(f"{why} under this request; send the request again")
+            if not self._is_open:
+                return
+            pause = 0.0 if steady >= STEADY else min(max(PAUSES[0], 2 * pause), PAUSES[1])
+            print(f"sfumato: {why}; it is started again" + f" in {pause:.0f} s" * (pause > 0), file=sys.stderr)
+            await asyncio.sleep(pause)
+
+    async def _live(self) -> tuple[float, SfumatoError]:
+        """One worker, from its start to its end: the seconds in which it took jobs, and why it ended."""
+        loop = asyncio.get_running_loop()
+        messages: asyncio.Queue[Any] = asyncio.Queue()
+
+        def hear(message: tuple[Any, ...]) -> None:
+            loop.call_soon_threadsafe(messages.put_nowait, message)
+
+        try:
+            self._process = _Process(hear, self.child, self.load, self.limits)
+        except OSError as error:
+            return 0.0, WorkerError(f"no process can be started for the engine: {error.strerror}")
+        ready_at, failure = loop.time(), None
+        while True:
+            message, self._heard = await self._message(messages), loop.time()
+            match message:
+                case None:
+                    failure = WorkerError(f"the engine's worker was silent for {self.silence:g} s and was killed")
+                    self._process.process.kill()
+                case ("loading", done, total):
+                    if self.loading is not None and self._card is None:
+                        self.loading(done, total)
+                case ("failed", error):
+                    failure = error
+                case ("ready", card):
+                    ready_at, self._card, self._is_loaded = loop.time(), card, True
+                    self._news.set()
+                case ("events", happened):
+                    for key, parcel in happened:
+                        self._take(key, desk.unpacked(parcel))
+                case ("stats", figures):
+                    self._now = replace(figures, restarts=self._before.restarts)
+                case ("ended", code):
+                    break
+        steady = loop.time() - ready_at if self._is_loaded else 0.0
+        self._is_loaded = False
+        if self._is_open:
+            self._news.clear()
+        self._before = replace(self.stats(), restarts=self._before.restarts + 1, stalled=0.0)
+        self._now = Stats(restarts=self._before.restarts)
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return steady, failure or WorkerError(f"the engine's worker ended ({how})")
+
+    async def _message(self, messages: asyncio.Queue[Any]) -> Any:
+        """The next one; None where a worker that has jobs is silent for too long."""
+        loop = asyncio.get_running_loop()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.silence):
+                    return await messages.get()
+            if self._is_loaded and self._inboxes and loop.time() - self._heard >= self.silence:
+                return None
+
+
+class _Process:
+    """A worker process, and the two threads that speak with it."""
+
+    def __init__(self, hear: Hear, child: Child, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=child, args=(theirs, *arguments), name="sfumato worker")
+        self.outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        # The worker begins with the signals blocked that it then ignores. The tracker, which comes along with the first
+        # process, lets them through again as it starts, so it starts before.
+        resource_tracker.ensure_running()
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, desk.SIGNALS)
+        is_held = desk.holds_cores()
+        if is_held:
+            confined.leave_cores()  # it begins where this thread may run
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            if is_held:
+                desk.leave_first_core()
+            theirs.close()
+        atexit.register(self.process.kill)  # multiprocessing would wait for it
+        self.writer = threading.Thread(target=self._write, daemon=True, name="worker's writer")
+        self.reader = threading.Thread(target=self._read, args=(hear,), daemon=True, name="worker's reader")
+        self.writer.start()
+        self.reader.start()
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        """Return at once. A message that cannot be pickled is the caller's error; a dead worker is not."""
+        self.outbox.put(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    def end(self) -> None:
+        self.send(("stop",))
+        self.reader.join(PARTING)
+        self.process.kill()
+        self.reader.join()
+
+    def _read(self, hear: Hear) -> None:
+        try:
+            with suppress(EOFError, OSError):
+                while self.connection in wait([self.connection, self.process.sentinel]):
+                    data = self.connection.recv_bytes()
+                    try:
+                        message = pickle.loads(data)
+                    except Exception as error:  # no message may end this thread
+                        print(f"sfumato: a message could not be read: {where(error)}", file=sys.stderr)
+                    else:
+                        hear(message)
+        finally:
+            self.process.join(PARTING)  # it may have closed its end and live
+            self.process.kill()
+            self.process.join()
+            atexit.unregister(self.process.kill)
+            self.outbox.put(None)
+            self.writer.join()
+            self.connection.close()
+            hear(("ended", self.process.exitcode))
+
+    def _write(self) -> None:
+        with suppress(OSError):
+            while (data := self.outbox.get()) is not None:
+                self.connection.send_bytes(data)
+
+
+def _is_last(what: Event | Result | Exception) -> bool:
+    return not isinstance(what, (Draft, Commit))

@@ -1,0 +1,1 @@
+"""Problems with an exact checker. Pure."""

@@ -1,0 +1,388 @@
+"""Templates: text with fixed parts and free parts, laid out on canvases and read back.
+
+A template is a list of pieces, each a text that stays as it is or a `Slot` to be written. `lay_out` gives every slot
+its positions: fixed text becomes pins, an old text to start from becomes a warm canvas, what a slot must obey becomes a
+span. Slots are filled jointly, seeing what stands before and behind them. Fixed text is never decoded: `Sheet.read`
+joins the pieces as they were given with the slots' new text, so that outside the slots every byte is what went in.
+
+A template longer than a canvas: text before the first slot is encoded with the prompt as far as it does not fit on the
+canvas, text behind it is pinned as far as it fits, and `Sheet.beyond` is what no canvas of a slot can see.
+It lacks on purpose: the model. `LLM.fill`, `infill`, `edit` and `decide` join the two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sfumato.constraints.constrain import Grammar
+from sfumato.constraints.forms import KINDS, MAX_CHOICES
+from sfumato.engine.arguments import check_kind, check_text
+from sfumato.engine.guided import Span
+from sfumato.engine.request import SHORT
+from sfumato.errors import CapacityError, InputError
+from sfumato.model.config import ModelConfig
+from sfumato.text.tokenizer import Tokenizer
+
+MOST = 64
+"""Tokens that a slot of open length may take, where nothing is said."""
+
+SLOTS = 1024
+"""Most slots of a template."""
+
+PIECES = 4096
+"""Most pieces of a template, texts and slots."""
+
+OPEN = 64
+"""Most slots of a template whose length is to be found: each takes a search of its own."""
+
+CANDIDATES = 12
+"""Lengths that are tried for a slot of unknown length."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place to be written. At most one of `schema`, `regex`, `grammar`, `choices` says what it must obey."""
+
+    name: str = ""
+    """Under which its text comes back; "" : its number among the slots, from 1."""
+    length: int | None = None
+    """Exactly so many tokens. None: the length is found."""
+    at_most: int | None = None
+    """Bound on a length that is found; None: 64 tokens, or about twice what a constraint needs at least."""
+    text: str | None = None
+    """What stands there now: the canvas starts from it, and its length in tokens is the slot's, if none is given."""
+    strength: float = 0.5
+    """The share of `text` that is noise at first: 0 starts from all of it, 1 from none."""
+    schema: dict[str, Any] | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choices: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("length", "at_most"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(
+                    f"{name} of slot {self._label} is {reprlib.repr(value)}; give a whole number of tokens from 1 up"
+                )
+        if self.length is not None and self.at_most is not None:
+            raise InputError(f"slot {self._label} has a length and at_most; give one of them")
+        if not isinstance(self.name, str) or not isinstance(self.text, str | None):
+            raise InputError(f"name and text of slot {self._label} must be text")
+        if self.text == "":
+            raise InputError(f"the text of slot {self._label} is empty; leave it out, and give a length if it has one")
+        if (
+            isinstance(self.strength, bool)
+            or not isinstance(self.strength, (int, float))
+            or not 0 <= self.strength <= 1
+        ):
+            raise InputError(
+                f"strength of slot {self._label} is {reprlib.repr(self.strength)}; give a number from 0 to 1"
+            )
+        if isinstance(self.choices, list):
+            object.__setattr__(self, "choices", tuple(self.choices))
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise InputError(f"slot {self._label} has {' and '.join(given)}; a slot can obey one of them")
+        if given and (self.length is not None or self.text is not None):
+            raise InputError(f"slot {self._label} has {given[0]} and a length or text; bound its length with at_most")
+
+    @property
+    def _label(self) -> str:
+        return reprlib.repr(self.name)
+
+    @property
+    def constraint(self) -> tuple[str, Any] | None:
+        return next(((kind, value) for kind in KINDS if (value := getattr(self, kind)) is not None), None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its length has to be found."""
+        return self.length is None and self.text is None and self.constraint is None
+
+
+Template = Sequence[str | Slot]
+
+
+def read_template(text: str) -> list[str | Slot]:
+    """A template from JSON: a list of strings and of objects, each a slot with the fields of `Slot`."""
+    try:
+        pieces = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the template is not JSON: {error}") from None
+    return pieces_of(pieces)
+
+
+def pieces_of(pieces: Any) -> list[str | Slot]:
+    """A template from plain data."""
+    if not isinstance(pieces, list):
+        raise InputError('a template is a list of texts and slots, such as ["Name: ", {"name": "name"}]')
+    _check_count(len(pieces), PIECES, "pieces", "join texts that stand side by side")
+    known = {f.name for f in fields(Slot)}
+    found: list[str | Slot] = []
+    for number, piece in enumerate(pieces, 1):
+        if isinstance(piece, dict):
+            if unknown := next((key for key in piece if key not in known), None):
+                raise InputError(
+                    f"piece {number} of the template has {reprlib.repr(unknown)}; a slot has {', '.join(sorted(known))}"
+                )
+            found.append(Slot(**piece))
+        elif isinstance(piece, str):
+            found.append(piece)
+        else:
+            raise InputError(
+                f"piece {number} of the template is {reprlib.repr(piece)}; give a text or a slot (an object)"
+            )
+    return found
+
+
+def check_template(template: Template) -> list[str | Slot]:
+    """The template with its slots named, empty texts dropped; InputError where it has no slot, too many, or a name
+    twice."""
+    if not isinstance(template, (list, tuple)):
+        raise InputError(f"a template is a list of texts and slots, not {type(template).__name__}")
+    _check_count(len(template), PIECES, "pieces", "join texts that stand side by side")
+    pieces: list[str | Slot] = []
+    names: set[str] = set()
+    for piece in template:
+        if isinstance(piece, Slot):
+            named = piece if piece.name else replace(piece, name=str(len(names) + 1))
+            if named.name in names:
+                raise InputError(f"two slots are named {reprlib.repr(named.name)}; give each its own name")
+            names.add(named.name)
+            pieces.append(named)
+        elif not isinstance(piece, str):
+            raise InputError(f"a template holds texts and slots, not {type(piece).__name__}")
+        elif piece:
+            pieces.append(piece)
+    if not names:
+        raise InputError("the template has no slot, so there is nothing to write; give at least one")
+    _check_count(len(names), SLOTS, "slots", "fill it in parts")
+    count = sum(isinstance(piece, Slot) and piece.is_open for piece in pieces)
+    _check_count(count, OPEN, "slots without a length", "give the others a length")
+    return pieces
+
+
+def _check_count(count: int, most: int, what: str, remedy: str) -> None:
+    if count > most:
+        raise InputError(f"the template has {count} {what}, more than the {most} allowed; {remedy}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A slot's positions in the answer."""
+
+    slot: Slot
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A template laid out. Positions count from the first of the answer's first canvas."""
+
+    pieces: list[str | Slot]
+    lead: list[int]
+    """Tokens of the template that come with the prompt."""
+    pins: dict[int, int]
+    warm: dict[int, int]
+    places: list[Place]
+    length: int
+    """Positions that have to be denoised."""
+    beyond: str
+    """Text that no canvas with a slot has room for."""
+
+    def texts(self, tokens: Sequence[int], tokenizer: Tokenizer, fillers: frozenset[int]) -> dict[str, str]:
+        """Slot name -> its text, from the answer's tokens; padding and ends (`fillers`) disappear."""
+        found = {}
+        for place in self.places:
+            held = [token for token in tokens[place.start : place.start + place.width] if token not in fillers]
+            found[place.slot.name] = tokenizer.decode(held)
+        return found
+
+    def read(self, texts: Mapping[str, str]) -> str:
+        """The whole text: fixed pieces as they were given, slots with these texts."""
+        return "".join(texts[piece.name] if isinstance(piece, Slot) else piece for piece in self.pieces)
+
+
+def tokens_of(template: Template, tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each piece: of a slot, those of the text that stands there now."""
+    return [tokenizer.encode(piece.text or "" if isinstance(piece, Slot) else piece) for piece in template]
+
+
+def lay_out(
+    template: Template,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    widths: Mapping[str, int],
+    seed: int = 0,
+    is_open_ended: bool = False,
+    is_short: bool = False,
+    tokens: Sequence[list[int]] | None = None,
+) -> Sheet:
+    """Lay out a template (checked: see `check_template`) with these widths of slots that have none of their own.
+
+    A template that ends on its last canvas is followed by ends, unless it `is_open_ended`: up to the end of that canvas
+    or of a short one. The share of a warm text that starts as noise follows from `seed`. `tokens` are the pieces' own,
+    where the caller has them. CapacityError where the slots do not fit the context, before anything of that size is
+    made."""
+    pieces, of_pieces = list(template), tokens_of(template, tokenizer) if tokens is None else tokens
+    places = _places(pieces, of_pieces, config, widths)
+    at_all: list[int | None] = []
+    warm: dict[int, int] = {}
+    following = iter(places)
+    for number, (piece, own) in enumerate(zip(pieces, of_pieces, strict=True)):
+        if isinstance(piece, str):
+            at_all += own
+            continue
+        place = next(following)
+        if own:
+            dice = random.Random(f"{seed} {number}")
+            kept = enumerate(own[: place.width], place.start)
+            warm |= {at: token for at, token in kept if dice.random() >= piece.strength}
+        at_all += [None] * place.width
+    first, length = places[0].start, config.canvas_length
+    last = places[-1].start + places[-1].width
+    # What stands before the first slot stays on the canvas where all fits; else it makes room for what stands behind.
+    cut = min(first, max(0, len(at_all) - length))
+    lead = [token for token in at_all[:cut] if token is not None]
+    canvases = max(1, math.ceil((last - cut) / length))
+    until = min(len(at_all), cut + canvases * length)
+    pins = {at - cut: token for at, token in enumerate(at_all[cut:until], cut) if token is not None}
+    if until == len(at_all) and not is_open_ended:
+        end = min(canvases * length, -(-(until - cut + 1) // SHORT) * SHORT) if is_short else canvases * length
+        pins |= dict.fromkeys(range(until - cut, end), config.eos_ids[0])
+    return Sheet(
+        pieces=pieces,
+        lead=lead,
+        pins=pins,
+        warm={at - cut: token for at, token in warm.items()},
+        places=[replace(place, start=place.start - cut) for place in places],
+        length=until - cut,
+        beyond=tokenizer.decode([token for token in at_all[until:] if token is not None]),
+    )
+
+
+def _places(
+    pieces: Sequence[str | Slot], tokens: Sequence[list[int]], config: ModelConfig, widths: Mapping[str, int]
+) -> list[Place]:
+    """Where each slot stands, counted from the first piece. CapacityError for one beyond the context."""
+    places: list[Place] = []
+    at = 0
+    for piece, own in zip(pieces, tokens, strict=True):
+        if isinstance(piece, str):
+            at += len(own)
+            continue
+        width = piece.length or max(widths.get(piece.name, 0), len(own))
+        places.append(Place(piece, at, width))
+        at += width
+        if at > config.max_position:
+            raise CapacityError(
+                f"the template takes {at} positions up to the end of slot {reprlib.repr(piece.name)} (of {width}), "
+                f"beyond the context of {config.max_position}; shorten its slots or the text before them"
+            )
+    return places
+
+
+def spans_of(sheet: Sheet, grammars: Mapping[str, Grammar]) -> list[Span]:
+    """The constrained slots of a sheet, each with a guide of its own."""
+    return [
+        Span(place.start, place.width, grammars[place.slot.name].start(place.width))
+        for place in sheet.places
+        if place.slot.name in grammars
+    ]
+
+
+def candidates(at_most: int) -> list[int]:
+    """Lengths to try for a slot of up to `at_most` tokens: dense where short, then in even ratios."""
+    if at_most <= CANDIDATES:
+        return list(range(1, at_most + 1))
+    ratio = at_most ** (1 / (CANDIDATES - 1))
+    found = {max(1, min(at_most, round(ratio**n))) for n in range(CANDIDATES)}
+    return sorted(found)
+
+
+def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) -> list[str | Slot]:
+    """A text with the spans (from character, to character) as warm slots. InputError where they do not fit."""
+    _check_spans(spans)
+    pieces: list[str | Slot] = []
+    end = 0
+    for number, (start, stop) in enumerate(sorted(spans), 1):
+        if not 0 <= start < stop <= len(text):
+            raise InputError(f"the span {start}–{stop} is not in the text of {len(text)} characters, or is empty")
+        if start < end:
+            raise InputError(f"the span {start}–{stop} overlaps the one before, which ends at {end}; join them")
+        pieces += [text[end:start], Slot(str(number), text=text[start:stop], strength=strength)]
+        end = stop
+    return check_template([*pieces, text[end:]])
+
+
+def _check_spans(spans: Any) -> None:
+    if not isinstance(spans, (list, tuple)):
+        raise InputError(f"the spans are of type {type(spans).__name__}; give a list of pairs of characters' numbers")
+    if len(spans) > SLOTS:
+        raise InputError(f"there are {len(spans)} spans, more than the {SLOTS} allowed; edit the text in parts")
+    for span in spans:
+        if not isinstance(span, (list, tuple)) or len(span) != 2 or {*map(type, span)} != {int}:
+            raise InputError(f"the span {reprlib.repr(span)} is not two whole numbers, from character, to character")
+
+
+# ---- decisions -------------------------------------------------------------------------------------------------------
+
+
+def choices_of(fields: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
+    """The tokens of each field's choices, as they stand in a sentence. InputError for fields that cannot be decided."""
+    check_kind("fields", fields, Mapping, "a record of fields, each with a list of choices")
+    if not fields:
+        raise InputError("there are no fields to decide; give at least one with its choices")
+    tokens: dict[str, list[list[int]]] = {}
+    left = MAX_CHOICES
+    for name, choices in fields.items():
+        check_text("a field's name", name)
+        if not name:
+            raise InputError("a field has an empty name; say what it asks")
+        label = reprlib.repr(name)
+        is_list = isinstance(choices, (list, tuple)) and all(isinstance(choice, str) and choice for choice in choices)
+        if not is_list or len(choices) < 2 or len(set(choices)) < len(choices):
+            raise InputError(
+                f"field {label} has the choices {reprlib.repr(choices)}; give a list of two or more different texts"
+            )
+        left -= len(choices)
+        if left < 0:
+            raise InputError(f"the fields have more than {MAX_CHOICES} choices together; ask fewer at a time")
+        tokens[name] = [tokenizer.encode(f" {choice}") for choice in choices]
+        if len({*map(tuple, tokens[name])}) < len(choices):
+            raise InputError(f"field {label} has two choices that are the same tokens; reword one of them")
+    return tokens
+
+
+def share_out(choices: Sequence[Sequence[int]], log_p: Sequence[Mapping[int, float]], after: int) -> list[float]:
+    """Probabilities of choices, each given as tokens, from the log-probabilities at the slot's positions.
+
+    The choices are a tree of tokens; at every fork the branches share what the model gives to the forking tokens alone,
+    so a choice gains or loses nothing by being long. `after` is the token behind the slot: a choice that is the
+    beginning of another ends with it."""
+    probabilities = [1.0] * len(choices)
+    groups: list[tuple[list[int], int]] = [(list(range(len(choices))), 0)]
+    while groups:
+        group, depth = groups.pop()
+        if len(group) == 1:
+            continue
+        branches: dict[int, list[int]] = {}
+        for n in group:
+            branches.setdefault(choices[n][depth] if depth < len(choices[n]) else after, []).append(n)
+        top = max(log_p[depth][token] for token in branches)
+        weights = {token: math.exp(log_p[depth][token] - top) for token in branches}
+        whole = sum(weights.values())
+        for token, some in branches.items():
+            for n in some:
+                probabilities[n] *= weights[token] / whole
+            if len(some) > 1:
+                groups.append((some, depth + 1))
+    return probabilities

@@ -1,0 +1,64 @@
+"""Where examples come from. A source is a function of the step number, so that a resumed run sees the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from sfumato.tasks import sudoku
+from sfumato.text.chat import ChatTemplate
+from sfumato.text.tokenizer import Tokenizer
+from sfumato.training.loss import Batch
+
+
+class Source(Protocol):
+    """What the training loop asks of data."""
+
+    def batch(self, step: int, size: int, device: torch.device) -> Batch:
+        """The examples of this step: the same ones for the same arguments, always."""
+        ...
+
+
+class SudokuSource:
+    """Endless Sudoku: puzzles dug by the project, given more clues and turned by symmetries, as a chat of two turns.
+
+    The pool of `pool` puzzles is rebuilt from `seed` (6 ms each); clues are uniform in `clues`, both ends included."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        seed: int = 20261121,
+        pool: int = 6000,
+        clues: tuple[int, int] = (24, 50),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.stream = sudoku.Stream(sudoku.minimal_puzzles(pool, np.random.default_rng(seed), progress), seed)
+        self.clues = clues
+        blank = "0" * 81
+        ids = template.encode(tokenizer, [{"role": "user", "content": sudoku.prompt(blank)}])
+        digit_ids = tokenizer.encode("0123456789")
+        start = next(i for i in range(len(ids)) if ids[i : i + 81] == [digit_ids[0]] * 81)
+        self.head, self.tail = torch.tensor(ids[:start]), torch.tensor(ids[start + 81 :])
+        self.digits = torch.tensor(digit_ids)
+        self.end = torch.tensor([tokenizer.id("<turn|>")])
+
+    def batch(self, step: int, size: int, device: torch.device) -> Batch:
+        wanted = np.random.default_rng([self.stream.seed, step]).integers(self.clues[0], self.clues[1] + 1, size)
+        puzzles, solutions = self.stream.sample(size, wanted, step)
+        repeat = lambda ids: ids.expand(size, -1)  # noqa: E731
+        tokens = torch.cat(
+            [
+                repeat(self.head),
+                self.digits[torch.from_numpy(puzzles).long()],
+                repeat(self.tail),
+                self.digits[torch.from_numpy(solutions).long()],
+                repeat(self.end),
+            ],
+            dim=1,
+        )
+        prompt = len(self.head) + 81 + len(self.tail)
+        return Batch(tokens.to(device), [tokens.shape[1]] * size, [prompt] * size, [False] * size)

@@ -1,0 +1,149 @@
+"""The objective of block diffusion (FACTS 4): denoise one canvas of the example, and predict its next tokens.
+
+The encode pass over prompt and response gives the next-token loss and fills a cache; cut back to what stands before
+the chosen canvas, that cache is what the denoise passes read, gradients included. Nothing here knows about tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.model.cache import KVCache
+from sfumato.model.network import Model
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples on their way into the model. Tokens are padded on the right with the pad id."""
+
+    tokens_BT: Tensor
+    """Prompt and response (the response up to its eos)."""
+    counts: list[int]
+    """Real tokens of each row of tokens_BT."""
+    prompts: list[int]
+    """Prompt tokens of each row."""
+    is_cut: list[bool]
+    """The length limit cut this example: what would follow is unknown, so no eos fill is supervised."""
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """The dice of one training step, so that a resumed run throws the same ones."""
+
+    canvas_B: Tensor
+    """Which canvas of the row, as a uniform number in [0, 1)."""
+    level_B: Tensor
+    """t in (0, 1): the share of positions that become noise."""
+    keep_BL: Tensor
+    """Uniform numbers: a position keeps its token where this is at least t."""
+    noise_BL: Tensor
+    conditioned: int
+    """This many rows, the first ones, see the soft embedding of a first pass: an exact share, not a coin a row."""
+
+    @classmethod
+    def draw(cls, batch: int, length: int, vocab: int, generator: torch.Generator, share: float = 0.5) -> Corruption:
+        uniform = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device)  # noqa: E731
+        return cls(
+            canvas_B=uniform(batch),
+            level_B=uniform(batch) * (1 - 2e-4) + 1e-4,
+            keep_BL=uniform(batch, length),
+            noise_BL=torch.randint(vocab, (batch, length), generator=generator, device=generator.device),
+            conditioned=round(batch * share),
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch after its dice have fallen: all that the two losses need, with every size known to the host."""
+
+    tokens_BT: Tensor
+    next_BT: Tensor
+    """Next-token targets of the encode pass, [B, T - 1], IGNORE where there is none."""
+    counts: list[int]
+    rows: list[int]
+    """Which row of tokens_BT each canvas belongs to: with `repeats` above 1, a row has several canvases."""
+    starts: list[int]
+    """Tokens before each chosen canvas."""
+    canvas_BL: Tensor
+    """The noisy canvases."""
+    target_BL: Tensor
+    level_B: Tensor
+    conditioned: int
+
+
+def problem(batch: Batch, corruption: Corruption, length: int, eos: int, encode_response: bool = True) -> Problem:
+    """Choose a canvas of each row, fill it with eos, and noise it; IGNORE is the target where the text was cut.
+
+    `encode_response=False` leaves everything from the chosen canvas on out of the encode pass: cheaper, and the
+    next-token loss then covers what stands before it alone. The dice may be a multiple of the batch: each row is then
+    encoded once and denoised that many times."""
+    tokens_BT, device = batch.tokens_BT, batch.tokens_BT.device
+    size = len(batch.counts)
+    rows = [i % size for i in range(len(corruption.level_B))]
+    clean_rows, target_rows, starts = [], [], []
+    for i, row in enumerate(rows):
+        count, prompt = batch.counts[row], batch.prompts[row]
+        number = max(1, -(-(count - prompt) // length))
+        start = prompt + length * min(int(corruption.canvas_B[i] * number), number - 1)
+        clean = torch.full((length,), eos, dtype=torch.long, device=device)
+        known = min(count - start, length)
+        clean[:known] = tokens_BT[row, start : start + known]
+        target = clean.clone()
+        if batch.is_cut[row]:
+            target[known:] = IGNORE
+        clean_rows.append(clean)
+        target_rows.append(target)
+        starts.append(start)
+    before = [max(start for start, r in zip(starts, rows, strict=True) if r == row) for row in range(size)]
+    counts = batch.counts if encode_response else before
+    tokens_BT = tokens_BT[:, : max(counts)]
+    is_past_BT = torch.arange(1, max(counts), device=device)[None] >= torch.tensor(counts, device=device)[:, None]
+    is_noise_BL = corruption.keep_BL < corruption.level_B[:, None]
+    return Problem(
+        tokens_BT=tokens_BT,
+        next_BT=tokens_BT[:, 1:].masked_fill(is_past_BT, IGNORE),
+        counts=counts,
+        rows=rows,
+        starts=starts,
+        canvas_BL=torch.where(is_noise_BL, corruption.noise_BL, torch.stack(clean_rows)),
+        target_BL=torch.stack(target_rows),
+        level_B=corruption.level_B,
+        conditioned=corruption.conditioned,
+    )
+
+
+def losses(model: Model, given: Problem, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
+    """(L_diff, L_enc), two scalars whose sum is the objective.
+
+    `leave_one_out` adds log(1 + V a/(1 - a)), a = 1 - t, to the logit of the observed token before the cross-entropy
+    (arXiv 2605.22765)."""
+    config, width = model.config, given.tokens_BT.shape[1]
+    cache = KVCache.allocate(config, len(given.counts), width, model.device, model.dtype, slack=width)
+    hidden_BTD = model.encode(given.tokens_BT, cache, counts=given.counts)
+    logits_BTV = model.logits(hidden_BTD[:, :-1])
+    encode_loss = F.cross_entropy(logits_BTV.flatten(0, 1), given.next_BT.flatten(), ignore_index=IGNORE)
+    if len(given.rows) > cache.batch:
+        cache = cache.fork(given.rows)
+    for row, start in enumerate(given.starts):
+        cache.truncate_(row, start)
+
+    canvas_BL = given.canvas_BL
+    soft_BLD = torch.zeros(*canvas_BL.shape, config.hidden_size, device=model.device, dtype=model.dtype)
+    if some := list(range(given.conditioned)):
+        with torch.no_grad():
+            logits = model.logits(model.denoise(canvas_BL[: len(some)], cache, None, rows=some))
+            soft = model.ops.soft_embedding(logits, model.embed_tokens.weight, model.embed_scale)
+        soft_BLD = torch.cat([soft.to(soft_BLD.dtype), soft_BLD[len(some) :]])
+    logits_BLV = model.logits(model.denoise(canvas_BL, cache, soft_BLD))
+    if leave_one_out:
+        kept_B = 1 - given.level_B
+        bonus_B11 = torch.log1p(config.vocab_size * kept_B / (1 - kept_B))[:, None, None]
+        logits_BLV = logits_BLV.scatter_add(2, canvas_BL[..., None], bonus_B11.expand(*canvas_BL.shape, 1))
+    diffusion_loss = F.cross_entropy(logits_BLV.flatten(0, 1), given.target_BL.flatten(), ignore_index=IGNORE)
+    return diffusion_loss, encode_loss

@@ -1,0 +1,712 @@
+"""GGUF: blocks against the gguf package and against the format's formulas, the container, DiffusionGemma in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gemma_vocab
+import numpy as np
+import pytest
+import torch
+from tiny import oracle_name, tiny_config, tiny_model
+from torch import Tensor
+
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
+from sfumato.checkpoints.formats import gguf_blocks as blocks
+from sfumato.checkpoints.formats import gguf_model as model
+from sfumato.checkpoints.formats.gguf import MAX_COUNT, Planned, read_header, write_file
+from sfumato.checkpoints.formats.gguf_model import open_gguf, tensor_table, vocabulary_of, write_gguf
+from sfumato.errors import CheckpointError, InputError, SfumatoError
+from sfumato.model.config import LayerConfig, ModelConfig, Rope
+from sfumato.ops.packed import unpack
+from sfumato.text.tokenizer import Tokenizer
+
+NANO = Path(__file__).parents[3] / "sfumato" / "nano"
+QUANTISED = [kind.name for kind in blocks.KINDS.values() if kind.name not in blocks.PLAIN]
+SCALES = {  # where a block's float16 numbers lie
+    **dict.fromkeys(["Q4_0", "Q5_0", "Q8_0"], (0,)),
+    **dict.fromkeys(["Q4_1", "Q5_1", "Q4_K", "Q5_K"], (0, 2)),
+    "Q6_K": (208,),
+}
+HALVES = [0.0, -0.0, 1.0, -1.0, 65504.0, -65504.0, 2.0**-24, -(2.0**-24), 2.0**-14, 6.1e-5, 0.0123, -3.7]
+"""What a scale may be: zeros, the largest, the least subnormal, the least normal, a negative one."""
+
+
+def library() -> Any:
+    return pytest.importorskip("gguf", reason="needs the gguf package, the format's own library")
+
+
+def random_blocks(kind: str, rows: int, count: int, seed: int = 0, scale: float | None = None) -> Tensor:
+    """Rows of blocks: random bytes, and in every float16 place one of HALVES (or `scale`, varied, where given)."""
+    dice = np.random.default_rng(seed)
+    size = blocks.KINDS[blocks.NUMBERS[kind]].nbytes
+    raw = dice.integers(0, 256, (rows, count, size), dtype=np.uint8)
+    for at in SCALES[kind]:
+        values = dice.choice(HALVES, (rows, count)) if scale is None else scale * dice.uniform(0.5, 1, (rows, count))
+        raw[..., at : at + 2] = values.astype(np.float16)[..., None].view(np.uint8)
+    return torch.from_numpy(raw.reshape(rows, -1))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.int32), other.contiguous().view(torch.int32))
+
+
+# --- blocks ---
+
+
+def formula(kind: str, block: bytes, i: int) -> np.float32:
+    """Value i of a block, as ggml-common.h describes the layout; one number at a time."""
+
+    def half(at: int) -> np.float32:
+        return np.float32(np.frombuffer(block, np.float16, 1, at)[0])
+
+    def nibble(start: int, run: int) -> int:
+        return block[start + i // (2 * run) * run + i % run] >> 4 * (i // run % 2) & 15
+
+    def small(start: int, group: int) -> tuple[np.float32, np.float32]:
+        s = block[start : start + 12]
+        if group < 4:
+            return np.float32(s[group] & 63), np.float32(s[group + 4] & 63)
+        scale = s[group + 4] & 15 | s[group - 4] >> 6 << 4
+        return np.float32(scale), np.float32(s[group + 4] >> 4 | s[group] >> 6 << 4)
+
+    f = np.float32
+    if kind == "Q4_0":
+        return half(0) * f(nibble(2, 16) - 8)
+    if kind == "Q4_1":
+        return half(0) * f(nibble(4, 16)) + half(2)
+    if kind == "Q5_0":
+        high = struct.unpack_from("<I", block, 2)[0] >> i & 1
+        return half(0) * f((nibble(6, 16) | high << 4) - 16)
+    if kind == "Q5_1":
+        high = struct.unpack_from("<I", block, 4)[0] >> i & 1
+        return half(0) * f(nibble(8, 16) | high << 4) + half(2)
+    if kind == "Q8_0":
+        return half(0) * f(struct.unpack_from("<b", block, 2 + i)[0])
+    if kind in ("Q4_K", "Q5_K"):
+        scale, least = small(4, i // 32)
+        code = nibble(16 if kind == "Q4_K" else 48, 32)
+        if kind == "Q5_K":
+            code |= (block[16 + i % 32] >> i // 32 & 1) << 4
+        return half(0) * scale * f(code) - half(2) * least
+    assert kind == "Q6_K"
+    part, quarter, place = i // 128, i // 32 % 4, i % 32
+    low = block[64 * part + 32 * (quarter % 2) + place] >> 4 * (quarter // 2) & 15
+    high = block[128 + 32 * part + place] >> 2 * quarter & 3
+    return half(208) * f(struct.unpack_from("<b", block, 192 + i // 16)[0]) * f((low | high << 4) - 32)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_decode_is_the_formula(kind: str) -> None:
+    raw = random_blocks(kind, 3, 4, seed=1)
+    size = blocks.KINDS[blocks.NUMBERS[kind]]
+    whole = raw.numpy().tobytes()
+    wanted = [
+        formula(kind, whole[at : at + size.nbytes], i)
+        for at in range(0, len(whole), size.nbytes)
+        for i in range(size.values)
+    ]
+    assert same_bits(blocks.decode(kind, raw).reshape(-1), torch.from_numpy(np.array(wanted, np.float32)))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_decode_is_the_librarys_bit_for_bit(kind: str) -> None:
+    gguf = library()
+    raws = [random_blocks(kind, 20, 8, seed) for seed in range(8)]
+    for fill in (0, 255, 0x80):  # all codes and small scales at an end, under every scale
+        raw = random_blocks(kind, 20, 8, seed=9)
+        kept = raw.clone().unflatten(-1, (8, -1))
+        raw.fill_(fill)
+        for at in SCALES[kind]:
+            raw.unflatten(-1, (8, -1))[..., at : at + 2] = kept[..., at : at + 2]
+        raws.append(raw)
+    for raw in raws:
+        wanted = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind])
+        assert same_bits(blocks.decode(kind, raw), torch.from_numpy(wanted))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_packed_is_decode_bit_for_bit(kind: str) -> None:
+    for seed in range(4):
+        raw = random_blocks(kind, 12, 4, seed)
+        packed = blocks.packed(kind, raw)
+        assert same_bits(unpack(packed), blocks.decode(kind, raw))
+        stack = blocks.packed(kind, raw.view(3, 4, -1))
+        assert stack.shape == (3, *blocks.decode(kind, raw.view(3, 4, -1)).shape[1:])
+        assert same_bits(unpack(stack[1]), blocks.decode(kind, raw[4:8]))
+    wanted = {"Q4": "int4", "Q5": "int8", "Q6": "int8", "Q8": "int8"}[kind[:2]]
+    assert (packed.kind, packed.group) == (wanted, 16 if kind == "Q6_K" else 32)
+    assert packed.data.dtype == (torch.int8 if wanted == "int8" and packed.bias is None else torch.uint8)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_scales_that_are_no_numbers_are_passed_on(kind: str) -> None:
+    raw = random_blocks(kind, 6, 2, scale=1.0)
+    for row, bits in enumerate((0x7C00, 0xFC00, 0x7E00)):
+        for at in SCALES[kind]:
+            raw[row].unflatten(-1, (2, -1))[0, at : at + 2] = torch.tensor([bits & 255, bits >> 8], dtype=torch.uint8)
+    values = blocks.decode(kind, raw)
+    half = values.shape[1] // 2
+    assert not values[:3, :half].isfinite().any()
+    assert values[3:].isfinite().all() and values[:3, half:].isfinite().all()
+    assert torch.equal(values.isnan(), unpack(blocks.packed(kind, raw)).isnan())
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_plain_kinds_keep_their_dtype(kind: str) -> None:
+    values = torch.tensor([[1.0, -2.5, 3e-5, 65504.0]])
+    raw = blocks.encode(kind, values)
+    assert raw.shape == (1, 4 * blocks.KINDS[blocks.NUMBERS[kind]].nbytes)
+    assert torch.equal(blocks.decode(kind, raw), values.to(blocks.PLAIN[kind]))
+
+
+def hard_values(columns: int) -> Tensor:
+    """Rows of every size (below these the library itself overflows), with halves, zeros and single large values."""
+    dice = torch.Generator().manual_seed(3)
+    rows = [torch.randn(columns, generator=dice) * 10.0**power for power in range(-30, 7)]
+    rows += [torch.zeros(columns), torch.full((columns,), -0.0), torch.full((columns,), 3.5)]
+    rows.append(torch.arange(columns).float() - columns / 2 + 0.5)  # with 127 the largest of 32: halves
+    rows.append(torch.cat([torch.tensor([127.0]), torch.arange(columns - 1) % 100 + 0.5]))
+    rows.append(torch.cat([torch.tensor([-1e6]), torch.full((columns - 1,), 1e-3)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
+def test_encode_is_the_librarys_bit_for_bit(kind: str) -> None:
+    gguf = library()
+    values = hard_values(256)
+    wanted = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[kind])
+    assert torch.equal(blocks.encode(kind, values), torch.from_numpy(wanted))
+
+
+def test_q8_0_rounds_halves_away_from_zero() -> None:
+    row = torch.tensor([[127.0, 0.5, -0.5, 1.5, 2.49, -126.5, *[0.0] * 26]])
+    raw = blocks.encode("Q8_0", row)
+    assert raw.shape == (1, 34)
+    assert raw[0, 2:].view(torch.int8).tolist() == [127, 1, -1, 2, 2, -127, *[0] * 26]
+    assert blocks.decode("Q8_0", blocks.encode("Q8_0", torch.zeros(2, 64))).eq(0).all()
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("Q8_0", 0.006), ("Q6_K", 0.022), ("Q4_K", 0.09)])
+def test_encoders_come_close(kind: str, bound: float) -> None:
+    dice = torch.Generator().manual_seed(0)
+    values = torch.randn(64, 512, generator=dice) * torch.logspace(-1, 2, 64)[:, None]
+    error = (blocks.decode(kind, blocks.encode(kind, values)) - values).norm(dim=1) / values.norm(dim=1)
+    assert error.max() < bound
+    assert blocks.decode(kind, blocks.encode(kind, torch.zeros(2, 512))).eq(0).all()
+    with pytest.raises(InputError, match="cannot hold it"):
+        blocks.encode(kind, torch.full((1, 256), 1e12))
+    with pytest.raises(InputError, match="cannot hold it"):
+        blocks.encode(kind, torch.full((1, 256), torch.nan))
+
+
+# --- a model in a file ---
+
+
+def wide_config(**changes: Any) -> ModelConfig:
+    """A small configuration whose rows the K kinds can take (256), but not all of them, as in the release."""
+    sliding, full = LayerConfig(32, 2, 6, Rope(10_000.0)), LayerConfig(64, 1, None, Rope(1e6, 0.25, 1.0, True))
+    shape = {"hidden_size": 256, "intermediate_size": 288, "num_heads": 4, "num_experts": 3, "expert_size": 64}
+    return tiny_config(**{"vocab_size": 70, **shape, "layers": (sliding, full), **changes})
+
+
+def rows_of(tensor: Tensor, first: int, last: int) -> Tensor:
+    return tensor[first:last]
+
+
+def whole(raw: Tensor) -> Iterator[Tensor]:
+    """A tensor's only part."""
+    yield raw
+
+
+def copied(path: Path) -> tuple[dict[str, Any], list[Planned]]:
+    """What it takes to write a file again."""
+    header = read_header(path)
+    stored = header.tensors.values()
+    return header.metadata, [Planned(one.name, one.kind, one.shape, partial(whole, one.read())) for one in stored]
+
+
+def checkpoint_of(config: ModelConfig, vocabulary: Vocabulary | None = None, **generation: Any) -> Checkpoint:
+    """A tiny model in memory as a Checkpoint."""
+    entries = {}
+    for name, tensor in tiny_model(config).state_dict().items():
+        released, kept = oracle_name(name), tensor.detach().bfloat16().float()
+        entries[released] = Entry(released, tuple(kept.shape), kept.nbytes, "F32", partial(rows_of, kept))
+    return Checkpoint(Path("memory"), "memory", config.to_dict(), entries, generation, vocabulary)
+
+
+GENERATION: dict[str, Any] = {
+    "max_denoising_steps": 24,
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+}
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    config = wide_config()
+    source = checkpoint_of(config, **GENERATION)
+    heard: list[tuple[int, int]] = []
+    for kind in ("BF16", "Q8_0"):
+        write_gguf(source, tmp_path / "it.gguf", kind, progress=lambda done, total: heard.append((done, total)))
+        found = open_gguf(tmp_path / "it.gguf")
+        assert ModelConfig.from_dict(found.config) == config
+        assert found.format == "GGUF" and found.vocabulary is None and found.notices == ()
+        ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": [1, 5]}
+        assert found.generation == {**GENERATION, **ids}
+        assert list(found.entries) == [ours for _, ours, _ in tensor_table(config)]
+        assert set(found.entries) == set(source.entries)
+        for name, entry in found.entries.items():
+            wanted = source.entries[name].read(0, entry.shape[0])
+            if entry.stored == "Q8_0":
+                wanted = blocks.decode("Q8_0", blocks.encode("Q8_0", wanted))
+            assert entry.shape == source.entries[name].shape == tuple(wanted.shape)
+            assert torch.equal(entry.read(0, entry.shape[0]).float(), wanted), name
+        kinds = {entry.stored for entry in found.entries.values()}
+        assert kinds == {"F32", kind}
+        assert found.entries["model.decoder.layers.0.router.proj.weight"].stored == "F32"
+        assert sum(entry.nbytes for entry in found.entries.values()) + 4 * 32 == heard[-1][0] == heard[-1][1]
+    assert heard == sorted(heard[: len(heard) // 2]) + sorted(heard[len(heard) // 2 :])
+    assert [file.name for file in tmp_path.iterdir()] == ["it.gguf"]
+
+
+def test_large_tensors_are_converted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoint_of(wide_config())
+    write_gguf(source, tmp_path / "whole.gguf")
+    asked: list[int] = []
+
+    def counting(entry: Entry) -> Entry:
+        def read(first: int, last: int) -> Tensor:
+            asked.append((last - first) * int(np.prod(entry.shape[1:])))
+            return entry.read(first, last)
+
+        return dataclasses.replace(entry, read=read)
+
+    monkeypatch.setattr(model, "PART", 5000)
+    entries = {name: counting(entry) for name, entry in source.entries.items()}
+    write_gguf(dataclasses.replace(source, entries=entries), tmp_path / "parts.gguf")
+    one, other = (read_header(tmp_path / f"{name}.gguf") for name in ("whole", "parts"))
+    for name, stored in one.tensors.items():
+        assert torch.equal(stored.read(), other.tensors[name].read()), name
+    assert len(asked) > len(source.entries)
+    assert max(asked) == 2 * 64 * 256  # one expert: no place of an axis is cut
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_the_library_reads_what_is_written(tmp_path: Path, kind: str) -> None:
+    gguf = library()
+    vocabulary = vocabulary_of(Tokenizer.from_folder(NANO), "the template")
+    source = checkpoint_of(wide_config(vocab_size=512), vocabulary, **GENERATION)
+    path = tmp_path / "it.gguf"
+    write_gguf(source, path, kind)
+    reader = gguf.GGUFReader(path)
+    own = read_header(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert set(fields) == set(own.metadata)
+    for name, value in fields.items():
+        mine = own.metadata[name]
+        assert (mine.tolist() if isinstance(mine, np.ndarray) else mine) == value, name
+    names = {theirs: ours for theirs, ours, _ in tensor_table(ModelConfig.from_dict(source.config))}
+    assert {tensor.name for tensor in reader.tensors} == {*names, "rope_freqs.weight"}
+    for tensor in reader.tensors:
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        if tensor.name == "rope_freqs.weight":
+            assert values.tolist() == [1.0] * 8 + [np.float32(1e30)] * 24
+            continue
+        entry = open_gguf(path).entries[names[tensor.name]]
+        assert tuple(values.shape) == entry.shape
+        assert same_bits(values, entry.read(0, entry.shape[0]).float()), tensor.name
+    assert fields["general.file_type"] == {"Q8_0": 7, "BF16": 32}[kind]
+    assert fields["diffusion-gemma.attention.head_count_kv"] == [2, 1]
+    assert fields["diffusion-gemma.attention.sliding_window_pattern"] == [True, False]
+    assert fields["tokenizer.chat_template"] == "the template"
+
+
+def mixed_kind(name: str, shape: tuple[int, ...]) -> str:
+    """What llama-quantize's Q4_K_M gives a tensor, fallbacks for rows of no multiple of 256 included."""
+    if len(shape) == 1 or "gate_inp" in name:
+        return "F32"
+    if shape[-1] % 256:
+        return "Q5_0" if "exps" in name else "Q8_0"
+    if "token_embd" in name or "attn_v" in name:
+        return "Q6_K"
+    return "Q5_K" if "attn_k." in name else "Q4_K"
+
+
+def write_mixed(path: Path, config: ModelConfig, **changes: Any) -> dict[str, Tensor]:
+    """A file like a Q4_K_M, every number in it random; the released names to what is stored. `changes` of metadata have
+    dots written as two underlines, and None takes a key away."""
+    raws: dict[str, Tensor] = {}
+    planned = []
+    for at, (theirs, ours, shape) in enumerate(tensor_table(config)):
+        kind = mixed_kind(theirs, shape)
+        if kind == "F32":
+            raws[ours] = blocks.encode("F32", torch.randn(shape, generator=torch.Generator().manual_seed(at)))
+        else:
+            rows = int(np.prod(shape[:-1]))
+            count = shape[-1] // blocks.KINDS[blocks.NUMBERS[kind]].values
+            raws[ours] = random_blocks(kind, rows, count, at, 1e-3).view(*shape[:-1], -1)
+        planned.append(Planned(theirs, kind, shape, partial(whole, raws[ours])))
+    divisors = model._divisors(config)
+    planned.append(
+        Planned("rope_freqs.weight", "F32", tuple(divisors.shape), partial(whole, blocks.encode("F32", divisors)))
+    )
+    metadata = {**model._metadata(config, "mixed"), **model._tokenizer(config, None)}
+    for key, value in changes.items():
+        metadata[key.replace("__", ".")] = value
+    write_file(path, {key: value for key, value in metadata.items() if value is not None}, planned)
+    return raws
+
+
+def test_a_mixed_file_opens(tmp_path: Path) -> None:
+    config = wide_config()
+    raws = write_mixed(tmp_path / "mixed.gguf", config)
+    found = open_gguf(tmp_path / "mixed.gguf")
+    assert ModelConfig.from_dict(found.config) == config
+    assert {entry.stored for entry in found.entries.values()} == {"F32", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q8_0"}
+    for name, entry in found.entries.items():
+        whole = entry.read(0, entry.shape[0])
+        assert tuple(whole.shape) == entry.shape and whole.dtype == torch.float32
+        assert torch.equal(whole, blocks.decode(entry.stored, raws[name]).view(entry.shape))
+        first, last = entry.shape[0] // 3, entry.shape[0] // 3 + (entry.shape[0] + 1) // 2
+        assert torch.equal(entry.read(first, last), whole[first:last])
+        assert (entry.packed is None) == (entry.stored == "F32")
+        if entry.packed:
+            part = entry.packed(first, last)
+            assert part.shape == (last - first, *entry.shape[1:])
+            assert same_bits(unpack(part), whole[first:last])
+    with pytest.raises(InputError, match="places 0 to 70; 0 to 71 were asked for"):
+        found.entries["model.decoder.embed_tokens.weight"].read(0, 71)
+
+
+@pytest.mark.parametrize("head", [16, 24, 64, 512])
+@pytest.mark.parametrize("share", [0.25, 0.3, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_the_angles_that_turn_survive(tmp_path: Path, head: int, share: float, factor: float) -> None:
+    rope = Rope(5e5, share, factor, True)
+    config = tiny_config(layers=(tiny_config().layers[0], LayerConfig(head, 1, None, rope)))
+    write_gguf(checkpoint_of(config), tmp_path / "it.gguf")
+    found = ModelConfig.from_dict(open_gguf(tmp_path / "it.gguf").config).layers[1].rope
+    assert int(found.partial * head // 2) == int(share * head // 2)
+    assert (found.theta, found.factor, found.proportional) == (5e5, factor, True)
+    if share in (0.25, 0.5, 1.0) and head * share % 2 == 0:
+        assert found == rope
+
+
+def test_rows_of_no_multiple_of_32_stay_bf16(tmp_path: Path) -> None:
+    write_gguf(checkpoint_of(tiny_config()), tmp_path / "it.gguf")
+    entries = open_gguf(tmp_path / "it.gguf").entries
+    assert entries["model.decoder.embed_tokens.weight"].stored == "BF16"
+    assert entries["model.decoder.layers.0.self_attn.o_proj.weight"].stored == "Q8_0"
+    assert entries["model.decoder.embed_tokens.weight"].read(0, 3).dtype == torch.bfloat16
+
+
+# --- what is refused ---
+
+
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        open_gguf(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+REFUSED = [
+    ("general.architecture", "gemma4", "its architecture is 'gemma4'; only 'diffusion-gemma' is read"),
+    ("general.architecture", None, "its architecture is None"),
+    ("general.alignment", 48, "general.alignment is 48; it must be a power of two"),
+    ("split.count", 3, "one of 3 parts; merge them first with llama-gguf-split --merge"),
+    ("block_count", None, "block_count is None; it must be a whole number"),
+    ("block_count", 5, "sliding_window_pattern has 2 entries; 5 are needed"),
+    ("block_count", 10**6, "block_count is 1000000"),
+    ("embedding_length", 512, r"output_norm.weight has the shape \[256\]; its metadata asks for \[512\]|token_embd"),
+    ("embedding_length", 0, "hidden_size is 0"),
+    ("attention.head_count", 0, "num_attention_heads is 0"),
+    ("attention.head_count_kv", "two", "attention.head_count_kv is 'two'"),
+    ("attention.head_count_kv", [2, 3], "heads must be a multiple"),
+    ("attention.sliding_window", 0, "sliding_window is 0"),
+    ("attention.sliding_window_pattern", [True, True], "the last layer of this model is always full"),
+    ("attention.value_length", 32, "attention.value_length is 32, but attention.key_length is 64"),
+    ("attention.layer_norm_rms_epsilon", -1.0, "rms_norm_eps is -1.0"),
+    ("attention.layer_norm_rms_epsilon", float("nan"), "attention.layer_norm_rms_epsilon is nan"),
+    ("attention.shared_kv_layers", 2, "attention.shared_kv_layers is 2; only 0 is supported"),
+    ("rope.scaling.type", "yarn", "rope.scaling.type is 'yarn'"),
+    ("rope.dimension_count_swa", 16, "rope.dimension_count_swa is 16"),
+    ("expert_used_count", 4, "top_k_experts is 4, more than num_experts 3"),
+    ("diffusion.canvas_length", None, "diffusion.canvas_length is None"),
+    ("diffusion.eb_t_min", float("inf"), "diffusion.eb_t_min is inf"),
+    ("diffusion.eb_t_min", "hot", "diffusion.eb_t_min is 'hot'"),
+    ("diffusion.eb_t_max", -0.5, "t_max is -0.5; give a number above 0"),
+    ("diffusion.eb_max_steps", 5000, "max_denoising_steps is 5000"),
+    ("tokenizer.ggml.eos_token_ids", [1, 99], "eos_token_id is"),
+    ("tokenizer.ggml.eos_token_ids", [1] * 101, "has 101 entries; at most 100"),
+    ("tokenizer.ggml.bos_token_id", 70, "bos_token_id is 70"),
+    ("tokenizer.ggml.tokens", ["a"], "its tokenizer is None; only 'gemma4' is read"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "match"), REFUSED)
+def test_metadata_is_held_to_its_limits(tmp_path: Path, key: str, value: Any, match: str) -> None:
+    known = key.split(".")[0] in ("general", "diffusion", "tokenizer", "split")
+    path = tmp_path / "it.gguf"
+    changes = {key if known else f"diffusion-gemma.{key}": value}
+    if key == "general.alignment":  # the writer pads as it is told
+        write_mixed(path, wide_config(), general__alignment=32)
+        data = path.read_bytes()
+        at = data.index(b"general.alignment") + len("general.alignment") + 4
+        path.write_bytes(data[:at] + struct.pack("<I", value) + data[at + 4 :])
+    else:
+        write_mixed(path, wide_config(), **changes)
+    refused(path, match)
+
+
+def edited(path: Path, *edits: tuple[bytes, int, bytes]) -> None:
+    """Overwrite bytes some way behind the end of a text in the file."""
+    data = bytearray(path.read_bytes())
+    for text, behind, new in edits:
+        at = data.index(text) + len(text) + behind
+        data[at : at + len(new)] = new
+    path.write_bytes(data)
+
+
+NORM = struct.pack("<Q", 18) + b"output_norm.weight"
+EMBD = struct.pack("<Q", 17) + b"token_embd.weight"
+
+
+@pytest.mark.parametrize(
+    ("edits", "match"),
+    [
+        ([(b"", 0, b"GGML")], "does not begin like a GGUF file"),
+        ([(b"GGUF", 0, struct.pack("<I", 1))], "its GGUF version is 1; versions 2 and 3 are read"),
+        ([(b"GGUF", 0, struct.pack(">I", 3))], "big-endian; convert it on the machine"),
+        ([(b"GGUF", 4, struct.pack("<Q", 1 << 40))], f"announces {1 << 40} tensors; at most {MAX_COUNT}"),
+        ([(b"GGUF", 4, struct.pack("<Q", 65000))], "announces 65000 tensors|it is damaged"),
+        ([(b"GGUF", 12, struct.pack("<Q", 1 << 63))], "metadata entries; at most"),
+        ([(b"general.architecture", 4, struct.pack("<Q", 1 << 62))], "has 4611686018427387904 bytes; at most"),
+        ([(b"general.architecture", 0, struct.pack("<I", 77))], "has the unknown type 77"),
+        ([(b"general.architecture", 12, b"\xff\xfe")], "'general.architecture' is not UTF-8 text"),
+        ([(b"head_count_kv", 4, struct.pack("<I", 9))], "an array of type 9; arrays hold numbers or strings"),
+        ([(b"head_count_kv", 8, struct.pack("<Q", 1 << 60))], "numbers in .*at most"),
+        ([(b"head_count_kv", 8, struct.pack("<Q", 1 << 25))], "it is damaged"),
+        ([(b"general.type", -12, b"general.name")], "the metadata key 'general.name' is there twice"),
+        ([(NORM, 0, struct.pack("<I", 0))], "'output_norm.weight' has 0 axes"),
+        ([(NORM, 0, struct.pack("<I", 5))], "'output_norm.weight' has 5 axes"),
+        ([(NORM, 4, struct.pack("<Q", 0))], r"'output_norm.weight' has the shape \[0\]"),
+        ([(NORM, 4, struct.pack("<Q", 1 << 63))], "the file has .* it is truncated"),
+        ([(NORM, 12, struct.pack("<I", 8))], "has the shape .*Q8_0 takes rows of a multiple of 32"),
+        ([(NORM, 12, struct.pack("<I", 23))], "is stored as IQ4_XS; F32, .*quantise it to one of these"),
+        ([(NORM, 12, struct.pack("<I", 99))], "is stored as 99;"),
+        ([(NORM, 16, struct.pack("<Q", 33))], "no multiple of the alignment 32"),
+        ([(NORM, 16, struct.pack("<Q", 0))], "overlaps"),
+        ([(NORM, 16, struct.pack("<Q", (1 << 64) - 32))], "it is truncated"),
+        ([(EMBD, 4, struct.pack("<Q", 255))], "Q6_K takes rows of a multiple of 256"),
+        ([(NORM, -18, b"output_norm.weighs")], "lacks the tensor output_norm.weight"),
+        ([(NORM, -18, b"rope_freqs.weight\0")], "lacks the tensor output_norm.weight"),
+    ],
+)
+def test_damage_is_one_sentence(tmp_path: Path, edits: list[tuple[bytes, int, bytes]], match: str) -> None:
+    path = tmp_path / "it.gguf"
+    write_mixed(path, wide_config())
+    edited(path, *edits)
+    refused(path, match)
+
+
+def test_truncated_files_and_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "it.gguf"
+    write_mixed(path, wide_config())
+    data = path.read_bytes()
+    for count in (0, 3, 20, 100, 3000, len(data) // 2, len(data) - 1000):
+        path.write_bytes(data[:count])
+        refused(path, "damaged|begin like|truncated|ends inside")
+    for other in (tmp_path, tmp_path / "none.gguf"):
+        with pytest.raises(CheckpointError, match="there is no file"):
+            open_gguf(other)
+
+
+def test_tensors_twice_and_unexpected(tmp_path: Path) -> None:
+    def one(name: str) -> Planned:
+        return Planned(name, "F32", (32,), partial(whole, torch.zeros(128, dtype=torch.uint8)))
+
+    write_file(tmp_path / "it.gguf", {"general.architecture": "diffusion-gemma"}, [one("a"), one("a")])
+    refused(tmp_path / "it.gguf", "the tensor 'a' is there twice")
+    config = wide_config()
+    source = checkpoint_of(config)
+    write_gguf(source, tmp_path / "it.gguf")
+    metadata, plan = copied(tmp_path / "it.gguf")
+    write_file(tmp_path / "more.gguf", metadata, [*plan, one("blk.2.attn_norm.weight")])
+    refused(tmp_path / "more.gguf", "unexpected tensor 'blk.2.attn_norm.weight'")
+    write_file(tmp_path / "head.gguf", metadata, [*plan, one("output.weight")])
+    found = open_gguf(tmp_path / "head.gguf")
+    assert set(found.entries) == set(source.entries)
+    assert len(found.notices) == 1 and "the embedding is used for both" in found.notices[0]
+
+
+@pytest.mark.parametrize(
+    "divisors", [[1e30] * 32, [1.0, 2.0, *[1e30] * 30], [1.0, 1e30, 1.0, *[1e30] * 29], [float("nan")] * 32]
+)
+def test_divisors_that_say_nothing(tmp_path: Path, divisors: list[float]) -> None:
+    path = tmp_path / "it.gguf"
+    write_gguf(checkpoint_of(wide_config()), path)
+    stored = read_header(path).tensors["rope_freqs.weight"]
+    data = bytearray(path.read_bytes())
+    data[stored.start : stored.start + stored.nbytes] = np.array(divisors, "<f4").tobytes()
+    path.write_bytes(data)
+    refused(path, "must hold one divisor for the angles that turn")
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    source, path = checkpoint_of(wide_config()), tmp_path / "it.gguf"
+    with pytest.raises(InputError, match="kind is 'Q2_K'; a GGUF is written as Q8_0 or BF16"):
+        write_gguf(source, path, "Q2_K")
+    first, *rest = source.entries
+    with pytest.raises(InputError, match="is needed; memory lacks it"):
+        write_gguf(dataclasses.replace(source, entries={name: source.entries[name] for name in rest}), path)
+    odd = dataclasses.replace(source.entries[first], shape=(1, 2))
+    with pytest.raises(InputError, match=r"memory has it as \[1, 2\]"):
+        write_gguf(dataclasses.replace(source, entries={**source.entries, first: odd}), path)
+    with pytest.raises(InputError, match="the vocabulary has 512 tokens, the model 70"):
+        write_gguf(source, path, vocabulary=vocabulary_of(Tokenizer.from_folder(NANO)))
+    turning = LayerConfig(8, 2, 6, Rope(1e4, 0.5, 1.0, True))
+    with pytest.raises(InputError, match="sliding layers turn only a part"):
+        write_gguf(checkpoint_of(tiny_config(layers=(turning, tiny_config().layers[1]))), path)
+    with pytest.raises(SfumatoError, match=r"cannot write .*No such file"):
+        write_gguf(source, tmp_path / "nowhere" / "it.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    source, path = checkpoint_of(wide_config()), tmp_path / "it.gguf"
+    path.write_bytes(b"what was there")
+
+    def broken(first: int, last: int) -> Tensor:
+        raise CheckpointError("the disk is gone")
+
+    last = list(source.entries)[-1]
+    entries = {**source.entries, last: dataclasses.replace(source.entries[last], read=broken)}
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        write_gguf(dataclasses.replace(source, entries=entries), path)
+    assert path.read_bytes() == b"what was there" and os.listdir(tmp_path) == ["it.gguf"]
+    short = dataclasses.replace(source.entries[last], read=lambda first, last: torch.zeros(0))
+    with pytest.raises(InputError, match="0 were given"):
+        write_gguf(dataclasses.replace(source, entries={**source.entries, last: short}), path)
+    assert path.read_bytes() == b"what was there" and os.listdir(tmp_path) == ["it.gguf"]
+
+
+def test_a_file_that_changes_while_it_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "it.gguf"
+    write_gguf(checkpoint_of(wide_config()), path)
+    entry = list(open_gguf(path).entries.values())[-2]
+    os.truncate(path, 20_000)
+    with pytest.raises(CheckpointError, match=r"ends inside blk"):
+        entry.read(0, 1)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read blk.*No such file"):
+        entry.read(0, 1)
+
+
+# --- the vocabulary ---
+
+
+def test_a_vocabulary_travels_in_the_file(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(NANO)
+    template = (NANO / "chat_template.jinja").read_text(encoding="utf-8")
+    vocabulary = vocabulary_of(tokenizer, template)
+    config = wide_config(vocab_size=512, eos_ids=(1, 5, 13))
+    write_gguf(checkpoint_of(config, **GENERATION), tmp_path / "it.gguf", vocabulary=vocabulary)
+    found = open_gguf(tmp_path / "it.gguf")
+    assert found.vocabulary == vocabulary
+    assert found.generation["eos_token_id"] == [1, 5, 13]
+    assert vocabulary.special == {"bos": 2, "eos": 1, "pad": 0, "unk": 3}
+    built = Tokenizer.from_vocabulary(vocabulary.tokens, vocabulary.kinds, vocabulary.merges)
+    built.save(tmp_path)
+    saved = Tokenizer.from_folder(tmp_path)
+    for one in (built, saved):
+        assert one.special == tokenizer.special and one.special_ids == tokenizer.special_ids
+        assert one.vocab_size == tokenizer.vocab_size
+        for text in ("Solve this Sudoku: 53", "naïve  café\n\n\t🦙", "<|turn>user\nhi<turn|>"):
+            for parse in (False, True):
+                assert one.encode(text, parse_special=parse) == tokenizer.encode(text, parse_special=parse)
+            assert one.decode(one.encode(text)) == text
+    assert json.loads(saved.to_json()) == json.loads(built.to_json())
+    metadata = read_header(tmp_path / "it.gguf").metadata
+    assert metadata["tokenizer.ggml.model"] == "gemma4"
+    assert metadata["tokenizer.ggml.eot_token_id"] == 5 and metadata["tokenizer.ggml.eos_token_id"] == 1
+
+
+def test_the_sampler_of_a_folder_comes_along(tmp_path: Path) -> None:
+    source = dataclasses.replace(checkpoint_of(wide_config()), path=NANO)
+    write_gguf(source, tmp_path / "it.gguf")
+    wanted = json.loads((NANO / "generation_config.json").read_text(encoding="utf-8"))
+    del wanted["max_new_tokens"]  # it would cap every answer
+    assert open_gguf(tmp_path / "it.gguf").generation == wanted
+
+
+def test_ends_of_an_answer_without_their_array(tmp_path: Path) -> None:
+    """As llama.cpp's converter leaves it: one id, and two tokens that are known to end an answer."""
+    vocabulary = vocabulary_of(Tokenizer.from_folder(NANO))
+    config = wide_config(vocab_size=512, eos_ids=(1,))
+    more = {key: value for key, value in model._tokenizer(config, vocabulary).items() if not key.endswith("token_ids")}
+    write_mixed(tmp_path / "it.gguf", config, **{**more, "tokenizer.ggml.eos_token_ids": None})
+    found = open_gguf(tmp_path / "it.gguf")
+    assert found.generation["eos_token_id"] == [1, 5, 13]
+    assert ModelConfig.from_dict(found.config).eos_ids == (1, 5, 13)
+
+
+def test_vocabularies_that_do_not_fit_together() -> None:
+    good = (["<unk>", "a", "b", "ab"], [3, 1, 1, 1], ["a b"])
+    assert Tokenizer.from_vocabulary(*good).encode("ab") == [3]
+    for tokens, kinds, merges, why in (
+        (["<unk>", "a", "a", "ab"], *good[1:], "3 of them different"),
+        (good[0], [3, 1], good[2], "and 2 kinds"),
+        (*good[:2], ["a c"], "merges do not fit"),
+        (*good[:2], ["ab"], "merges do not fit"),
+        (*good[:2], ["b a"], "merges do not fit"),
+        (*good[:2], [""], "merges do not fit"),
+        (["<unk>", "a", "b", "ab"], [3, 1, 1, 3], ["a b"], "spell the control token 'ab'"),
+    ):
+        with pytest.raises(CheckpointError, match=why):
+            Tokenizer.from_vocabulary(tokens, kinds, merges)
+    Tokenizer.from_vocabulary(["", "<unk>", "\0\0", "<0x00>"], [4, 3, 3, 6], [])
+
+
+def test_a_tokenizer_cannot_be_saved_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(SfumatoError, match=r"cannot write the tokenizer to .*No such file"):
+        Tokenizer.from_folder(NANO).save(tmp_path / "none")
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Iterator[tuple[dict[str, Any], float]]:
+    gemma_vocab.needs_file()
+    begin = time.process_time()
+    header = read_header(gemma_vocab.FILE)
+    yield header.metadata, time.process_time() - begin
+
+
+def test_gemmas_vocabulary(gemma: tuple[dict[str, Any], float]) -> None:
+    metadata, seconds = gemma
+    assert seconds < 5
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
+    assert (len(tokens), len(merges)) == (262_144, 514_906)
+    assert lists(metadata) == gemma_vocab.metadata()
+    tokenizer = Tokenizer.from_vocabulary(tokens, metadata["tokenizer.ggml.token_type"].tolist(), merges)
+    for text, ids in gemma_vocab.vectors():
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.vocab_size == 262_144 and len(tokenizer.control_tokens) == 24
+    vocabulary = vocabulary_of(tokenizer, metadata["tokenizer.chat_template"])
+    assert vocabulary.tokens == tokens and vocabulary.merges == merges
+    assert vocabulary.kinds == metadata["tokenizer.ggml.token_type"].tolist()
+    assert vocabulary.special == {"bos": 2, "eos": 1, "pad": 0, "unk": 3}
+
+
+def lists(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()}

@@ -1,0 +1,374 @@
+"""Grammars of tool calls: what random walks under them write is read back by chat.py and obeys the tools' schemas."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import gemma_vocab
+import jsonschema
+import numpy as np
+import pytest
+
+from sfumato.constraints import calls
+from sfumato.constraints.constrain import Grammar
+from sfumato.errors import InputError
+from sfumato.text import chat
+from sfumato.text.tokenizer import Tokenizer
+
+pytest.importorskip("llguidance")
+
+NANO = Tokenizer.from_folder(Path(calls.__file__).parents[1] / "nano")
+ENDS = [0, 1, 5, 13]  # nano's <pad>, <eos>, <turn|> and <|tool_response>
+OPEN, CLOSE = 11, 12  # its <|tool_call> and <tool_call|>
+
+TEXT, WHOLE, NUMBER, BOOL, NULL = ({"type": t} for t in ("string", "integer", "number", "boolean", "null"))
+POINT = {"type": "object", "properties": {"x": NUMBER, "y": NUMBER}, "required": ["x", "y"]}
+
+
+def record(required: str = "", /, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required.split()}
+
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "nothing": {"type": "object", "properties": {}},
+    "text": record("a", a=TEXT),
+    "optional": record("", a=TEXT, b=WHOLE, c=BOOL),
+    "middle": record("c", a=WHOLE, b=BOOL, c=NULL, d=BOOL),
+    "ends": record("a d", a=BOOL, b=BOOL, c=BOOL, d=BOOL),
+    "lengths": record("a b c d", a=TEXT | {"minLength": 3, "maxLength": 5}, b=TEXT | {"maxLength": 2},
+                      c=TEXT | {"minLength": 5}, d=TEXT | {"maxLength": 0}),
+    "enum": record("a", a=TEXT | {"enum": ["celsius", "c", "", "two words", "{a:1},", 'quote "']}),
+    "mixed_enum": record("a", a={"enum": ["x", 3, -2.5, 1e30, None, True, [1, {"b": "c"}], {"k": [], "a b": ""}]}),
+    "enum_of_type": record("a b", a={"type": "integer", "enum": ["x", 3, 4.0, None]}, b=NULL | {"const": None}),
+    "const": record("a b", a={"const": "fixed"}, b={"const": 7}),
+    "whole": record("a b c d", a=WHOLE, b=WHOLE | {"minimum": -17, "maximum": 23}, c=WHOLE | {"exclusiveMinimum": 99},
+                    d=WHOLE | {"exclusiveMaximum": -8, "minimum": -1000}),
+    "safe_whole": record("a", a=WHOLE | {"minimum": -9007199254740991, "maximum": 9007199254740991}),
+    "fractions": record("a b c d e", a=NUMBER, b=NUMBER | {"minimum": -0.25, "maximum": 1.5},
+                        c=NUMBER | {"exclusiveMinimum": 0, "exclusiveMaximum": 1}, d=NUMBER | {"minimum": 1e-7},
+                        e=NUMBER | {"maximum": -3.14}),
+    "one_number": record("a b", a=NUMBER | {"minimum": 2.5, "maximum": 2.5},
+                         b=WHOLE | {"minimum": 0.5, "maximum": 1.5}),
+    "pattern": record("a b c", a=TEXT | {"pattern": "^[A-Z]{2}-\\d+$"}, b=TEXT | {"pattern": "a[^\\w]b|^x"},
+                      c=TEXT | {"pattern": "^(?:/[a-z\\-]+)+/?$", "maxLength": 12}),
+    "format": record("a b c d", a=TEXT | {"format": "date"}, b=TEXT | {"format": "ipv4"}, c=TEXT | {"format": "uuid"},
+                     d=TEXT | {"format": "email", "maxLength": 40}),
+    "array": record("a b", a={"type": "array", "items": WHOLE}, b={"type": "array", "items": TEXT, "minItems": 2}),
+    "array_counts": record("a b c d", a={"type": "array", "items": BOOL, "maxItems": 3},
+                           b={"type": "array", "items": BOOL, "minItems": 2, "maxItems": 2},
+                           c={"type": "array", "maxItems": 0}, d={"type": "array", "items": NULL, "maxItems": 1}),
+    "array_of_any": record("a", a={"type": "array", "minItems": 1}),
+    "nested": record("p", p=record("q", q=record("r", r=WHOLE, s=TEXT), t=BOOL)),
+    "records": record("list", list={"type": "array", "items": record("id", id=WHOLE, tag=TEXT), "minItems": 1}),
+    "matrix": record("m", m={"type": "array", "items": {"type": "array", "items": NUMBER, "maxItems": 3}}),
+    "map": record("m", m={"type": "object", "additionalProperties": WHOLE}),
+    "free_record": record("m", m={"type": "object"}),
+    "more_keys": record("b", a=BOOL, b=BOOL) | {"additionalProperties": {"type": "number", "minimum": 5}},
+    "only_more_keys": record("", a=BOOL) | {"additionalProperties": True},
+    "closed": record("a", a=BOOL, never=False) | {"additionalProperties": False},
+    "unnamed_required": {"type": "object", "properties": {"a": BOOL}, "required": ["a", "z"]},
+    "any": record("a b", a={}, b={"description": "anything"}),
+    "any_of": record("a b", a={"anyOf": [TEXT | {"maxLength": 3}, WHOLE, NULL]},
+                     b={"anyOf": [record("x", x=BOOL), POINT]}),
+    "any_of_type": record("a", a=TEXT | {"anyOf": [{"maxLength": 2}, {"type": "integer"}, {"const": "long one"}]}),
+    "types": record("a b", a={"type": ["string", "null"]},
+                    b={"type": ["integer", "array"], "items": NULL, "minimum": 5}),
+    "no_type": record("a b c", a={"minimum": 3}, b={"maxLength": 2}, c={"properties": {"q": BOOL}, "required": ["q"]}),
+    "refs": {"$defs": {"point": POINT, "line": record("a b", a={"$ref": "#/$defs/point"}, b={"$ref": "#/$defs/point"})},
+             **record("l", l={"$ref": "#/$defs/line"}, p={"allOf": [{"$ref": "#/$defs/point"}]})},
+    "root_any_of": {"anyOf": [record("a", a=BOOL), record("b", b=WHOLE)]},
+    "root_ref": {"$ref": "#/$defs/r", "$defs": {"r": record("a", a=BOOL)}},
+    "odd_keys": {"type": "object", "properties": {k: BOOL for k in ("a b", " c", "d:e", "", "[", "ü", '"', "\\n", "-")},
+                 "required": ["a b", " c", "d:e", "", "[", "ü", '"', "\\n", "-"]},
+}  # fmt: skip
+
+
+def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+
+
+def compile_(*tools: dict[str, Any], tokenizer: Tokenizer = NANO, ends: list[int] = ENDS) -> Grammar:
+    return Grammar.compile("grammar", calls.grammar(tools), tokenizer, tokenizer.vocab_size, ends)
+
+
+def walk(
+    grammar: Grammar, seed: int, room: int, tokenizer: Tokenizer = NANO, ends: list[int] = ENDS, calling: float = 0.5
+) -> list[int]:
+    """The tokens of a model that errs nearly everywhere: random words, and random picks under the mask."""
+    rng, guide, tokens = random.Random(seed), grammar.start(room), []
+    control = np.array(sorted(tokenizer.special_ids - set(ends)))
+
+    def pick(at: int, mask: np.ndarray) -> tuple[int, float]:
+        for favoured, chance in ((control, calling), (np.array(ends), 0.2)):
+            allowed = favoured[mask[favoured]]
+            if len(allowed) and rng.random() < chance:
+                return int(rng.choice(allowed)), 0.0
+        return int(rng.choice(np.flatnonzero(mask))), rng.choice([0.0, 5.0])
+
+    while guide.room and not guide.is_over:
+        width = min(rng.choice([1, 7, 32]), guide.room)
+        is_last = False
+        while not is_last:  # steps on one canvas
+            is_last = rng.random() < 0.6
+            top = [
+                int(rng.choice(control)) if rng.random() < calling / 3 else rng.randrange(tokenizer.vocab_size)
+                for _ in range(width)
+            ]
+            found = guide.walk(top, [rng.random() < 0.7 for _ in top], pick, 1.0, is_last)
+        tokens += found.tokens
+        guide.commit(len(found.tokens))
+    assert guide.is_over or grammar.start(room).walk(tokens, [True] * len(tokens), pick, 1.0).tokens == tokens
+    return tokens
+
+
+def is_allowed(grammar: Grammar, ids: list[int]) -> bool:
+    """Whether the whole answer may be these tokens."""
+
+    def pick(at: int, mask: np.ndarray) -> tuple[int, float]:
+        return int(np.flatnonzero(mask)[0]), 0.0
+
+    found = grammar.start(len(ids) + 200).walk([*ids, ENDS[1]], [True] * (len(ids) + 1), pick, 1.0)
+    return found.tokens == ids and found.end == len(ids)
+
+
+def says(grammar: Grammar, text: str) -> bool:
+    return is_allowed(grammar, NANO.encode(text, parse_special=True))
+
+
+def check(schema: dict[str, Any], arguments: Any) -> None:
+    jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(arguments)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_arguments_obey_the_schema(name: str) -> None:
+    schema = SCHEMAS[name]
+    grammar, made = compile_(tool(name, schema)), []
+    for seed in range(3 if name in ("lengths", "format") else 9):
+        ids = walk(grammar, seed, room=(3, 90, 200)[seed % 3], calling=0.8)
+        assert {NANO.token(i) for i in NANO.special_ids.intersection(ids)} <= {"<|tool_call>", "<tool_call|>", '<|"|>'}
+        reply = chat.parse_ids(NANO, ids)
+        assert len(reply.tool_calls) == ids.count(OPEN) == ids.count(CLOSE)
+        for call in reply.tool_calls:
+            assert call["name"] == name
+            check(schema, call["arguments"])
+        made += reply.tool_calls
+    assert made
+
+
+def test_all_tools_together() -> None:
+    grammar = compile_(*(tool(name, schema) for name, schema in SCHEMAS.items()))
+    names: set[str] = set()
+    most = 0
+    for seed in range(6):
+        reply = chat.parse_ids(NANO, walk(grammar, seed, 200, calling=0.9))
+        for call in reply.tool_calls:
+            check(SCHEMAS[call["name"]], call["arguments"])
+        names |= {call["name"] for call in reply.tool_calls}
+        most = max(most, len(reply.tool_calls))
+    assert len(names) > 5 and most > 1
+
+
+def test_text_stays_possible() -> None:
+    grammar = compile_(tool("f"))
+    assert grammar.shortest() == 1
+    assert says(grammar, "Just words.\n\n{not a call:f{}}, “quoted” call:f{} <b>")
+    assert says(grammar, "First words, then a call.<|tool_call>call:f{}<tool_call|>")
+    for seed in range(5):
+        ids = walk(grammar, seed, 40, calling=0)
+        assert ids and NANO.special_ids.isdisjoint(ids)
+    for text in ("", "<|channel>", "words<|channel>thought", "<|tool_call>call:f{}<tool_call|>words", '<|"|>a<|"|>'):
+        assert not says(grammar, text)
+
+
+def test_what_the_template_writes_is_allowed() -> None:
+    arguments: dict[str, Any] = {
+        "city": "São Paulo, {x:1}", "days": 3, "deep": {"a": [1, 2.5, -3, "z"], "b": None}, "hot": True
+    }  # fmt: skip
+    schema = record("city", city=TEXT, days=WHOLE, deep={}, hot=BOOL)
+    template = chat.ChatTemplate.from_folder(Path(calls.__file__).parents[1] / "nano")
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
+    said = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}] * 2}
+    before = template.encode(NANO, messages)
+    ids = template.encode(NANO, [*messages, said], add_generation_prompt=False)[len(before) :]
+    ids = ids[: len(ids) - ids[::-1].index(CLOSE)]
+    assert [call["arguments"] for call in chat.parse_ids(NANO, ids).tool_calls] == [arguments] * 2
+    assert is_allowed(compile_(tool("g"), tool("f", schema)), ids)
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["f{}", "f{b:1}", "f{a:1}", 'f{b:1,a:<|"|>x<|"|>}', 'f{a:<|"|>x<|"|>,b:-1}', 'f{a:<|"|>x<|"|>,b:1.5}', "g{}",
+     'f{a:<|"|>x<|"|>,c:1}', 'f{a:<|"|>x<|"|>', "f", "f{a:x}", 'f{a:<|"|>x<|"|>,a:<|"|>x<|"|>}', 'f{a:<|"|>xyz<|"|>}'],
+)  # fmt: skip
+def test_wrong_calls_are_not_allowed(call: str) -> None:
+    grammar = compile_(tool("f", record("a", a=TEXT | {"maxLength": 2}, b=WHOLE | {"minimum": 0})))
+    assert says(grammar, '<|tool_call>call:f{a:<|"|>x<|"|>,b:1}<tool_call|>')
+    assert not says(grammar, f"<|tool_call>call:{call}<tool_call|>")
+
+
+def test_numbers_between_bounds() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        low, high = sorted(rng.choice([rng.randint(-1200, 1200), round(rng.uniform(-20, 20), 3)]) for _ in range(2))
+        low_is_strict, high_is_strict = rng.random() < 0.5, rng.random() < 0.5
+        bounds = (Decimal(str(low)), low_is_strict), (Decimal(str(high)), high_is_strict)
+        above, below = (
+            calls._between(*bounds),
+            calls._between((-bounds[1][0], high_is_strict), (-bounds[0][0], low_is_strict)),
+        )
+        near = [
+            Decimal(n) + Decimal(d) / 1000 for n in (str(low), str(high), "0") for d in (-1000, -10, -1, 0, 1, 10, 1000)
+        ]
+        for number in (
+            *near,
+            *(Decimal(str(rng.choice([rng.randint(-1500, 1500), rng.uniform(-30, 30)]))) for _ in range(20)),
+        ):
+            text = f"{abs(number):f}"
+            found = below if number < 0 else above
+            is_in = found is not None and all(
+                re.fullmatch(part.strip("/"), text) for part in found.split(" & ") if part
+            )
+            assert (
+                is_in
+                == (
+                    (number > bounds[0][0] if low_is_strict else number >= bounds[0][0])
+                    and (number < bounds[1][0] if high_is_strict else number <= bounds[1][0])
+                )
+                or number == 0
+            ), (low, high, low_is_strict, high_is_strict, number)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("b+", ["b", "abba", "\nb\n"], ["", "ac"]),
+        ("^ab?$", ["a", "ab"], ["abb", "xa"]),
+        ("^a|b$", ["ax", "xb"], ["xax"]),
+        ("^(?:a|b)$", ["a", "b"], ["ab"]),
+        ("^(?<year>\\d{4})-\\d\\d?$", ["1999-1"], ["1999-", "199-1"]),
+        ("^[\\w.]+@x\\.y$", ["a.b@x.y"], ["@x.y", "a@xzy"]),
+        ("^[^\\s/]{2,}?$", ["ab"], ["a b", "a/b", "a"]),
+        ("^\\u0041\\x42[\\]\\[&-]*$", ["AB[&-]"], ["ABC"]),
+        ("^.$", ["ä"], ["\n", "ab"]),
+        ("^\\$\\^\\.\\/\\\\$", ["$^./\\"], ["$^x/\\"]),
+        ("^\\S\\D\\W$", ["aa-"], ["aaa", "a1-"]),
+        ("", ["", "x"], []),
+    ],
+)
+def test_patterns(pattern: str, yes: list[str], no: list[str]) -> None:
+    grammar = compile_(tool("f", record("a", a=TEXT | {"pattern": pattern})))
+    for texts, is_right in ((yes, True), (no, False)):
+        for text in texts:
+            assert says(grammar, f'<|tool_call>call:f{{a:<|"|>{text}<|"|>}}<tool_call|>') == is_right, text
+            if "?<" not in pattern:
+                assert bool(re.search(pattern, text)) == is_right
+
+
+def test_nullable() -> None:
+    grammar = compile_(tool("f", record("a", a=TEXT | {"nullable": True})))
+    assert says(grammar, "<|tool_call>call:f{a:null}<tool_call|>")
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ({"uniqueItems": True}, "the schema keyword 'uniqueItems' is not supported; leave it out, at /properties/a/uniq"),
+    ({"items": {"not": {}}}, "'not' is not supported; leave it out, at /properties/a/items/not of the parameters of"),
+    ({"oneOf": [TEXT]}, "'oneOf' is not supported"),
+    ({"type": "int"}, "the type 'int' is unknown; choose from null, boolean"),
+    ({"type": "string", "format": "iri"}, "the format 'iri' is not supported; choose from date, date-time"),
+    ({"minLength": 3, "maxLength": 2}, "minLength 3 is above maxLength 2"),
+    ({"minLength": -1}, "minLength is -1; give a whole number from 0"),
+    ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems 3 is above maxItems 2"),
+    ({"minimum": 3, "maximum": 2}, "no number lies between the bounds, at /properties/a of"),
+    ({"type": "integer", "minimum": 0.2, "maximum": 0.8}, "no number lies between"),
+    ({"type": "number", "minimum": 1, "exclusiveMaximum": 1}, "no number lies between"),
+    ({"minimum": 1e20}, "a minimum of 1.000e.20 is beyond the 19 digits"),
+    ({"minimum": "1"}, "minimum is '1'; give a number"),
+    ({"pattern": "(?=a)b"}, r"the pattern '\(\?=a\)b' has the group '\(\?=a'…, which is not supported"),
+    ({"pattern": "\\bword"}, "has the escape"),
+    ({"pattern": "(a)\\1"}, "has the escape"),
+    ({"pattern": "(^a|b)c"}, r"has a \^ or \$ elsewhere than at an end"),
+    ({"pattern": "(a"}, r"has a \( without its \)"),
+    ({"pattern": "[a"}, r"has a \[ without its \]"),
+    ({"pattern": "*"}, r"has the repetition '\*' of nothing"),
+    ({"pattern": 3}, "a pattern is text, not 3"),
+    ({"enum": []}, "enum is a list of at least one"),
+    ({"type": "null", "enum": ["a"]}, "no value is allowed, at /properties/a"),
+    ({"const": "a<|turn>b"}, "spells a control token"),
+    ({"anyOf": [TEXT], "minLength": 3}, "anyOf together with minLength is not supported"),
+    ({"allOf": [TEXT, TEXT]}, "allOf of more than one schema"),
+    ({"$ref": "http://x/y"}, "is not within the schema"),
+    ({"$ref": "#/$defs/z"}, "leads nowhere"),
+    ({"$ref": "#"}, "leads back to itself"),
+    (False, "a schema that allows nothing, at /properties/a"),
+    (3, "no schema but 3"),
+    ({"items": [TEXT]}, "no schema but"),
+    ({"properties": []}, "properties is an object of schemas"),
+    ({"required": "a"}, "required is a list of keys"),
+    ({"required": ["z"], "additionalProperties": False}, "the key 'z' is required and not allowed"),
+    (record("", **{'<|"|>': TEXT}), "spells a control token; rename it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "sentence"), REFUSED, ids=[str(number) for number in range(len(REFUSED))])
+def test_refusals_name_the_place(schema: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as error:
+        calls.grammar([tool("f", record("a", a=schema))])
+    assert "\n" not in str(error.value) and "tool 'f'" in str(error.value)
+
+
+def test_refused_tools() -> None:
+    for tools, sentence in (
+        ([], "at least one tool"),
+        ([tool("f"), tool("f")], "two tools are called 'f'"),
+        ([tool("f g")], "the tool name 'f g' cannot be called"),
+        ([tool("f", {"type": "string"})], "no value is allowed, at the top of the parameters of tool 'f'"),
+        ([{"name": 3}], "tool 0 is not"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            calls.grammar(tools)
+    deep: dict[str, Any] = {"$defs": {"d0": BOOL}, "type": "object", "properties": {"a": {"$ref": "#/$defs/d70"}}}
+    deep["$defs"] |= {f"d{n}": record("a", a={"$ref": f"#/$defs/d{n - 1}"}) for n in range(1, 71)}
+    with pytest.raises(InputError, match="nest deeper than the 64 levels"):
+        calls.grammar([tool("f", deep)])
+
+
+def test_control_tokens_come_only_where_named() -> None:
+    quoted = Grammar.compile("grammar", 'start: <|"|> /[a-z]+/ <|"|>', NANO, 512, ENDS)
+    assert says(quoted, '<|"|>abc<|"|>') and not says(quoted, '<|"|>abc<|tool_call>')
+    for text in ('start: <|"|> "<|\\"|>" <|"|>', "start: <turn|>"):  # spelled as text; an end
+        with pytest.raises(InputError):
+            Grammar.compile("grammar", text, NANO, 512, ENDS)
+    free = Grammar.compile("regex", "(?s:.*)", NANO, 512, ENDS)
+    assert not says(free, '<|"|>')
+
+
+def test_with_gemmas_vocabulary() -> None:
+    gemma_vocab.needs_file()
+    tokenizer = Tokenizer(gemma_vocab.build())
+    ends = [i for t in ("<pad>", "<eos>", "<turn|>", "<|tool_response>") if (i := tokenizer.id(t)) is not None]
+    names = ["fractions", "pattern", "records", "any_of", "odd_keys", "mixed_enum"]
+    grammar = compile_(*(tool(name, SCHEMAS[name]) for name in names), tokenizer=tokenizer, ends=ends)
+    made = []
+    for seed in range(2):
+        made += chat.parse_ids(tokenizer, walk(grammar, seed, 300, tokenizer, ends, calling=0.9)).tool_calls
+    for call in made:
+        check(SCHEMAS[call["name"]], call["arguments"])
+    assert made
+
+
+def test_numbers_that_no_float_holds_are_refused() -> None:
+    def tool(schema: dict[str, Any]) -> list[dict[str, Any]]:
+        parameters = {"type": "object", "properties": {"n": schema}, "required": ["n"]}
+        return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+    with pytest.raises(InputError, match=r"minimum is 10+.*give a number, at /properties/n/minimum"):
+        calls.grammar(tool({"type": "integer", "minimum": 10**400}))
+    for value in (10**400, math.nan, -math.inf):
+        with pytest.raises(InputError, match="at /properties/n"):
+            calls.grammar(tool({"const": value}))
+    assert str(10**299) in calls.grammar(tool({"const": 10**299}))

@@ -1,0 +1,679 @@
+"""Many requests on one engine: no text depends on who else is there, memory stays bounded, nobody is forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from sfumato import LLM, Options
+from sfumato.constraints.constrain import Guide
+from sfumato.engine import batch
+from sfumato.engine import request as rows
+from sfumato.engine.batch import Batch, BatchLimits, Cost, Prefixes
+from sfumato.engine.engine import Engine
+from sfumato.engine.jobs import Jobs
+from sfumato.engine.request import Request
+from sfumato.engine.run import Run
+from sfumato.errors import BusyError, CapacityError, InputError
+from sfumato.events import Commit, Done, Draft, Event
+from sfumato.model.cache import KVCache
+from sfumato.model.network import Model
+from sfumato.templates.layout import pieces_of
+from sfumato.text.reader import Reader
+
+CONFIG = tiny.tiny_config(eos_ids=(38, 45), max_position=400)
+SETTLES = Options(max_steps=8, t_min=0.2, t_max=0.4, entropy_bound=0.5, confidence=0.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with tiny.one_thread():
+        yield
+
+
+@functools.cache
+def model() -> Model:
+    """Canvases of it settle after a few steps."""
+    return tiny.tiny_model(CONFIG, seed=1, name="fused", sharp=3.0, mix=0.2)
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    draw = random.Random(f"{length} {seed}")
+    return [draw.randrange(6, CONFIG.vocab_size) for _ in range(length)]
+
+
+def requests(count: int) -> list[Request]:
+    """Of all sorts: lengths, caps, pins, least lengths, short canvases, log-probabilities, tokens one by one."""
+    sorts: list[dict[str, Any]] = [
+        {},
+        {"logprobs": True},
+        {"mode": "autoregressive"},
+        {"min_tokens": 9},
+        {"early": True},
+        {"short": True, "max_tokens": 5},
+        {"max_steps": 11, "stability": 2},
+        {"drafts": True},
+    ]
+    found = []
+    for n in range(count):
+        options = dataclasses.replace(SETTLES, seed=n, max_tokens=9 + n % 17, **{})
+        options = dataclasses.replace(options, **sorts[n % len(sorts)])
+        pins = {2: 7} if n % 3 == 0 and options.mode is None else {}
+        found.append(Request(text(3 + 7 * n % 60, n), options, pins, banned=(9,) if n % 5 == 0 else ()))
+    return found
+
+
+def plain(event: Event) -> Event:
+    event = dataclasses.replace(event, row=0)
+    if isinstance(event, Done):
+        usage = dataclasses.replace(event.usage, seconds=0.0, first_commit_seconds=None, reused_tokens=0)
+        event = dataclasses.replace(event, usage=usage, logprobs=near(event.logprobs))
+    elif isinstance(event, Commit):
+        event = dataclasses.replace(event, logprobs=near(event.logprobs))
+    else:
+        event = dataclasses.replace(event, entropies=near(event.entropies))
+    return event
+
+
+class Near(list[float]):
+    """Equal to what differs by less than a thousandth: floats are summed in other orders beside others."""
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, Near)
+        return len(self) == len(other) and all(abs(a - b) < 1e-3 for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def near(values: list[float] | None) -> Any:
+    return None if values is None else Near(values)
+
+
+@functools.cache
+def alone(number: int) -> list[Event]:
+    return [plain(event) for event in Run(model(), [requests(number + 1)[number]])]
+
+
+def finish(some: Batch) -> list[Event]:
+    events = []
+    while not some.is_idle:
+        events += some.turn()
+    return events
+
+
+# ---- the engine, rows coming and going -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("way", [{}, {"lag": 1}, {"record": True, "lag": 1}], ids=["plain", "late", "static and late"])
+def test_a_row_is_the_same_whoever_joins_leaves_or_waits(seed: int, way: dict[str, Any]) -> None:
+    draw, asked = random.Random(seed), requests(24)
+    engine, seats, events = Engine(model(), 2, 16, **way), {}, {n: [] for n in range(24)}
+    dropped, left = set(draw.sample(range(24), 4)), list(range(24))
+    draw.shuffle(left)
+    while left or seats:
+        while left and (not seats or (len(seats) < 9 and draw.random() < 0.6)):
+            number = left.pop()
+            seats[engine.join(asked[number])] = number
+        some = [seat for seat in seats if draw.random() < 0.7] or list(seats)
+        for event in engine.turn(some, draw.choice([None, 3, 20])):
+            events[seats[event.row]].append(event)
+        for seat, number in list(seats.items()):
+            row = engine.rows[seat]
+            assert row is not None
+            if row.finish_reason is not None or (number in dropped and draw.random() < 0.3):
+                engine.leave(seat)
+                del seats[seat]
+    for number in set(range(24)) - dropped:
+        found = [plain(event) for event in events[number]]
+        if way:
+            found = [told_late(event) for event in found if not isinstance(event, Draft)]
+            assert found == [told_late(event) for event in alone(number) if not isinstance(event, Draft)]
+        else:
+            assert found == alone(number)
+
+
+def told_late(event: Event) -> Event:
+    """Without what a late question changes: passes."""
+    return (
+        dataclasses.replace(event, usage=dataclasses.replace(event.usage, passes=0))
+        if isinstance(event, Done)
+        else event
+    )
+
+
+def test_a_cache_changes_its_shape_both_ways() -> None:
+    """Rows keep what they hold as long as it fits, and go back only as far as a shorter ring can."""
+    ours, tokens = model(), text(40)
+    cache = KVCache.allocate(CONFIG, 2, 300, slack=4)
+    ours.encode(torch.tensor([tokens]), cache, [1])
+    for capacity in (300, 60, 400, 40):
+        cache = cache.fork([None, 1], capacity)
+        assert cache.lengths == [0, 40]
+        fresh = KVCache.allocate(CONFIG, 1, 400)
+        ours.encode(torch.tensor([tokens]), fresh)
+        canvas = torch.tensor([text(8)])
+        assert torch.allclose(ours.denoise(canvas, cache, None, [1]), ours.denoise(canvas, fresh), atol=1e-5)
+    assert not cache.can_truncate(1, 20) and cache.can_truncate(1, 38)
+    with pytest.raises(CapacityError, match="a row of 40 tokens does not fit a cache for 30"):
+        cache.fork([1], 30)
+
+
+# ---- the batch -----------------------------------------------------------------------------------------------------
+
+
+def test_no_text_depends_on_its_neighbours() -> None:
+    some, tickets = Batch(model(), BatchLimits(rows=5, memory=1 << 30, stall=1e-4)), {}
+    for number, request in enumerate(requests(24)):
+        tickets[some.submit(request)] = number
+    events: dict[int, list[Event]] = {n: [] for n in range(24)}
+    for event in finish(some):
+        events[tickets[event.row]].append(plain(event))
+    for number, found in events.items():
+        assert found == alone(number)
+    figures = some.figures()
+    done = [event.usage for some in events.values() for event in some if isinstance(event, Done)]
+    assert figures.tokens == sum(usage.tokens for usage in done) and figures.steps == sum(u.steps for u in done)
+    assert (figures.rows, figures.queue, figures.rows_max) == (0, 0, 5)
+
+
+def test_a_queue_is_bounded_and_what_can_never_fit_is_refused() -> None:
+    some = Batch(model(), BatchLimits(rows=1, queue=2, memory=1 << 30))
+    tickets = [some.submit(request) for request in requests(2)]
+    with pytest.raises(BusyError, match="2 requests wait already"):
+        some.submit(requests(3)[2])
+    assert {event.row for event in finish(some)} == set(tickets)
+    small = Batch(model(), BatchLimits(memory=batch.row_bytes(CONFIG, torch.float32) + (40 << 10)))
+    with pytest.raises(CapacityError, match=r"need 0\.\d+ GB of memory, 0\.\d+ are set aside"):
+        small.submit(Request(text(300), SETTLES))
+    with pytest.raises(CapacityError, match="exceed the context of 50; shorten the prompt or lower max_tokens"):
+        Batch(model(), BatchLimits(context=50)).submit(Request(text(30), dataclasses.replace(SETTLES, max_tokens=40)))
+    with pytest.raises(InputError, match="the prompt is empty"):
+        small.submit(Request([], SETTLES))
+
+
+def test_the_cache_stays_within_the_memory_and_all_get_their_turn() -> None:
+    row = batch.row_bytes(CONFIG, torch.float32)
+    memory = 3 * (KVCache.bytes_of(CONFIG, 1, 256, torch.float32) + row)
+    some, asked = Batch(model(), BatchLimits(rows=16, memory=memory)), requests(24)
+    tickets = {some.submit(request): number for number, request in enumerate(asked)}
+    most, ended = 0, set()
+    while not some.is_idle:
+        for event in some.turn():
+            if isinstance(event, Done):
+                ended.add(event.row)
+                assert plain(event) == alone(tickets[event.row])[-1]
+        engine, rows = some.engine, some.figures().rows
+        assert engine.cache.bytes + len(engine.rows) * row + some.prefixes.bytes <= memory
+        most = max(most, rows)
+    assert ended == set(tickets) and 2 <= most <= 3
+
+
+def test_an_answer_that_outgrows_the_memory_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "FIRST_ROOM", 64)
+    asked = Request(text(9), dataclasses.replace(SETTLES, max_tokens=370, min_tokens=370, seed=1))
+    size = KVCache.bytes_of(CONFIG, 1, 256, torch.float32)
+    tight = size + batch.row_bytes(CONFIG, torch.float32) + size // 4  # no room for a second, larger one
+    ends = []
+    for memory in (tight, 1 << 30):
+        some = Batch(model(), BatchLimits(memory=memory))
+        some.submit(asked)
+        ends.append(finish(some)[-1])
+        assert some.engine.cache.bytes + batch.row_bytes(CONFIG, torch.float32) <= memory
+    short, whole = ends
+    assert isinstance(short, Done) and isinstance(whole, Done) and len(whole.tokens) == 370
+    assert short.finish_reason == "length" and 200 < len(short.tokens) <= 256 - 9
+    assert short.tokens == whole.tokens[: len(short.tokens)]
+
+
+def test_who_is_cancelled_leaves_at_once() -> None:
+    some = Batch(model(), BatchLimits(rows=2))
+    first, second, third = (some.submit(request) for request in requests(3))
+    some.turn()
+    some.cancel(first)
+    some.cancel(third)
+    assert some.figures().rows == 1 and some.figures().queue == 0
+    assert {event.row for event in finish(some)} == {second}
+
+
+# ---- turns ---------------------------------------------------------------------------------------------------------
+
+
+def turns_of(
+    some: Batch, monkeypatch: pytest.MonkeyPatch, start: float, slope: float
+) -> list[tuple[list[int], int | None]]:
+    """What the engine is asked to do, on a machine whose turns cost so many seconds."""
+    turns: list[tuple[list[int], int | None]] = []
+    plainly = some.engine.turn
+
+    def turn(seats: list[int], limit: int | None) -> list[Event]:
+        turns.append((list(seats), limit))
+        return plainly(seats, limit)
+
+    monkeypatch.setattr(some.engine, "turn", turn)
+    monkeypatch.setattr(some.cost, "line", lambda: (start, slope))
+    return turns
+
+
+def settle(some: Batch) -> None:
+    """Until everyone has committed something."""
+    waiting = True
+    while waiting:
+        some.turn()
+        waiting = any(row is not None and row.first_commit is None for row in some.engine.rows)
+
+
+LONG = dataclasses.replace(SETTLES, max_tokens=64, confidence=0.0, seed=1)
+
+
+def test_where_rows_cost_what_they_cost_alone_newcomers_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = Batch(model(), BatchLimits(rows=9))
+    turns = turns_of(some, monkeypatch, 0.0, 1.0)
+    for n in range(8):
+        some.submit(Request(text(4, n), dataclasses.replace(LONG, seed=n)))
+    settle(some)
+    turns.clear()
+    some._credit = 0.0
+    late = some.submit(Request(text(5), LONG))
+    while not any(isinstance(event, Commit) and event.row == late for event in some.turn()):
+        pass
+    shared = sum(len(seats) > 1 for seats, _ in turns)
+    assert len(turns) == LONG.max_steps and shared == 0  # a turn of the others costs as much as all of these steps
+    turns.clear()
+    finish(some)
+    assert all(len(seats) > 1 for seats, _ in turns[:6])
+
+
+def test_of_several_newcomers_a_brief_one_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = Batch(model(), BatchLimits(rows=9))
+    turns = turns_of(some, monkeypatch, 0.0, 1.0)
+    for n in range(8):
+        some.submit(Request(text(4, n), dataclasses.replace(LONG, seed=n)))
+    some.turn()
+    turns.clear()
+    late = some.submit(Request(text(5), dataclasses.replace(LONG, max_tokens=CONFIG.canvas_length)))
+    while not any(isinstance(event, Commit) and event.row == late for event in some.turn()):
+        pass
+    assert len(turns) == LONG.max_steps and sum(len(seats) > 1 for seats, _ in turns) == 0
+
+
+def test_newcomers_without_end_leave_the_others_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = Batch(model(), BatchLimits(rows=3))
+    turns = turns_of(some, monkeypatch, 0.0, 1.0)
+    old = [some.submit(Request(text(4, n), dataclasses.replace(LONG, max_tokens=300, seed=n))) for n in range(2)]
+    settle(some)
+    turns.clear()
+    for n in range(200):
+        if some.figures().rows < 3:
+            some.submit(Request(text(5, n), dataclasses.replace(LONG, max_tokens=8, seed=n)))
+        some.turn()
+    shared = sum(len(seats) == 3 for seats, _ in turns)
+    assert 20 <= shared <= 60 and old  # of the time a quarter: each costs three, of which two are theirs
+
+
+def test_where_rows_cost_little_everyone_shares_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = Batch(model(), BatchLimits(rows=9))
+    turns = turns_of(some, monkeypatch, 1.0, 1e-5)
+    for n in range(9):
+        some.submit(Request(text(4, n), dataclasses.replace(LONG, seed=n)))
+        some.turn()
+    finish(some)
+    assert [len(seats) for seats, _ in turns[:9]] == list(range(1, 10))
+
+
+def test_a_long_prompt_is_encoded_between_the_others_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = Batch(model(), BatchLimits(rows=2, stall=0.02))
+    turns = turns_of(some, monkeypatch, 0.0, 0.001)
+    some.submit(Request(text(4), dataclasses.replace(LONG, max_tokens=300)))
+    settle(some)
+    late = some.submit(Request(text(200), dataclasses.replace(LONG, max_tokens=8)))
+    turns.clear()
+    events = finish(some)
+    assert all(limit == 20 for seats, limit in turns if len(seats) == 2)
+    assert [len(seats) for seats, _ in turns[:9]] == [2] * 9  # nine chunks, and the others step in each of those turns
+    assert [e for e in events if isinstance(e, Done) and e.row == late]
+
+
+def test_what_a_turn_costs_is_learned() -> None:
+    cost = Cost()
+    assert cost.of(100) == 0 and cost.within(0.1) == 2048
+    for n in range(50):
+        cost.learn(100 + 10 * (n % 7), 0.02 + 0.001 * (100 + 10 * (n % 7)))
+    assert cost.of(200) == pytest.approx(0.22) and cost.within(0.5) == pytest.approx(500, abs=1)
+    for _ in range(60):
+        cost.learn(100, 0.5)
+    assert cost.of(100) == pytest.approx(0.5, rel=0.05)
+
+
+# ---- prefixes ------------------------------------------------------------------------------------------------------
+
+
+def test_instructions_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    plainly = Model.encode
+
+    def encode(self: Model, tokens: torch.Tensor, cache: KVCache, rows: Any = None, counts: Any = None) -> Any:
+        encoded.append(sum(counts or [tokens.shape[1]] * len(tokens)))
+        return plainly(self, tokens, cache, rows, counts)
+
+    monkeypatch.setattr(Model, "encode", encode)
+    shared, some = text(100), Batch(model(), BatchLimits(rows=4))
+    asked = [
+        Request([*shared, *text(5, n)], dataclasses.replace(SETTLES, max_tokens=16, seed=n), marks=[100])
+        for n in range(6)
+    ]
+    done = {}
+    for request in asked:
+        some.submit(request)
+    for event in finish(some):
+        if isinstance(event, Done):
+            done[event.seed] = event
+    assert sum(encoded) == 100 and some.figures().prefix_hits == 5 and some.figures().prefix_tokens == 500
+    for n, request in enumerate(asked):
+        assert done[n].tokens == list(Run(model(), [request]))[-1].tokens
+        assert done[n].usage.reused_tokens == (100 if n else 0)
+
+
+def test_what_is_kept_leaves_the_rows_their_read_outs() -> None:
+    row, size = (batch.row_bytes(CONFIG, torch.float32), KVCache.bytes_of(CONFIG, 1, 256, torch.float32))
+    for spare, kept in ((-1, 0), (0, 1)):
+        memory = size + row + KVCache.bytes_of(CONFIG, 1, 64, torch.float32) + spare
+        some = Batch(model(), BatchLimits(rows=1, memory=memory, prefixes=1 << 30))
+        some.submit(Request(text(40), dataclasses.replace(SETTLES, max_tokens=8, seed=1)))
+        finish(some)
+        assert (some.prefixes.bytes > 0) == kept
+
+
+def test_a_conversation_goes_on_from_what_is_kept() -> None:
+    some = Batch(model(), BatchLimits())
+    some.submit(Request(text(60), dataclasses.replace(SETTLES, max_tokens=24, seed=3)))
+    first = finish(some)[-1]
+    assert isinstance(first, Done)
+    more = Request([*text(60), *first.tokens, *text(4)], dataclasses.replace(SETTLES, max_tokens=8, seed=4))
+    some.submit(more)
+    second = finish(some)[-1]
+    assert isinstance(second, Done) and second.usage.reused_tokens >= 60 + len(first.tokens) - 8
+    assert second.tokens == list(Run(model(), [more]))[-1].tokens
+
+
+def test_what_was_not_used_for_longest_goes_first() -> None:
+    def entry(tokens: list[int]) -> KVCache:
+        cache = KVCache.allocate(CONFIG, 1, len(tokens))
+        model().encode(torch.tensor([tokens]), cache)
+        return cache
+
+    size = entry(text(40)).bytes
+    held = Prefixes(2 * size)
+    for n in range(2):
+        held.add(text(40, n), entry(text(40, n)))
+    assert held.find([*text(40, 0), 1])[1] == 40
+    held.add(text(40, 2), entry(text(40, 2)))
+    assert [held.find([*text(40, n), 1])[1] for n in range(3)] == [40, 0, 40] and held.bytes == 2 * size
+    assert held.holds(text(40, 2)) and not held.holds(text(41, 2))
+    held.clear()
+    assert held.bytes == 0 and held.find([*text(40, 0), 1]) == (None, 0)
+
+
+# ---- jobs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nano() -> LLM:
+    return LLM.load("nano", ops="fused")
+
+
+def carried_out(jobs: Jobs) -> dict[int, list[Any]]:
+    found: dict[int, list[Any]] = {}
+    while not jobs.is_idle:
+        for key, told in jobs.turn():
+            found.setdefault(key, []).append(told)
+    return found
+
+
+def test_jobs_give_what_the_methods_give(nano: LLM) -> None:
+    puzzle = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
+    messages = [{"role": "user", "content": "Solve this Sudoku:\n" + puzzle}]
+    one, quick = Options(seed=3, max_tokens=82), Options(seed=3)
+    jobs = Jobs(nano, BatchLimits(rows=24))
+    template = ["1 2 ", {"name": "x", "choices": ["3", "4"]}, " 5 ", {"name": "y"}, " 6"]
+    asked: list[tuple[str, dict[str, Any], Options]] = [
+        ("chat", {"messages": messages}, dataclasses.replace(one, drafts=True)),
+        ("complete", {"prompt": "1 2 3"}, dataclasses.replace(one, stop=("7",))),
+        ("infill", {"prefix": "12", "suffix": "45"}, quick),
+        ("fill", {"template": template, "prompt": messages}, quick),
+        ("edit", {"text": "123456", "spans": [[1, 3]]}, quick),
+        ("edit", {"text": "123456", "instruction": "Turn it around."}, quick),
+        ("decide", {"prompt": messages, "fields": {"a": ["1", "2"], "b": ["3", "45"]}}, quick),
+        (
+            "complete",
+            {"prompt": nano.tokenizer.encode("1 2 3", bos=True)},
+            dataclasses.replace(one, mode="autoregressive"),
+        ),
+    ]
+    for key, (kind, payload, options) in enumerate(asked):
+        jobs.begin(key, kind, payload, options)
+    found = carried_out(jobs)
+    done = found[0][-1]
+    assert isinstance(done, Done) and done.text == nano.chat(messages, options=one).text
+    assert any(isinstance(event, Draft) and event.pieces for event in found[0])
+    assert "".join(event.text for event in found[0] if isinstance(event, Commit)) == done.text
+    assert found[1][-1].text == nano.complete("1 2 3", asked[1][2]).text
+    assert found[2][-1].text == nano.infill("12", "45", options=quick).text
+    assert found[3][-1].values == nano.fill(pieces_of(template), messages, quick).values
+    assert found[4][-1].text == nano.edit("123456", spans=[(1, 3)], options=quick).text
+    assert found[5][-1].text == nano.edit("123456", "Turn it around.", options=quick).text
+    decided = nano.decide(messages, asked[6][1]["fields"], options=quick)
+    for name, decision in found[6][-1].items():
+        assert decision.choice == decided[name].choice
+        assert decision.probabilities == pytest.approx(decided[name].probabilities, abs=1e-4)
+    assert found[7][-1].text == nano.complete("1 2 3", asked[7][2]).text
+    assert jobs.figures().rows == 0
+
+
+PANIC = type("PanicException", (BaseException,), {})
+"""As pyo3's: no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (InputError("the regex is too complex to follow; make it simpler"), "too complex to follow"),
+        (ValueError("a fault of ours"), "a fault of ours"),
+        (PANIC("index out of bounds"), "a library failed at this request"),
+    ],
+)
+def test_a_grammar_that_cannot_be_followed_ends_its_own_job(
+    error: BaseException, words: str, nano: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, walked = Jobs(nano, BatchLimits()), []
+    plainly = Guide.walking
+
+    def walking(self: Guide, *args: Any, **more: Any) -> Any:
+        walked.append(self)
+        if self is walked[0] and len(walked) > 3:
+            raise error
+        return (yield from plainly(self, *args, **more))
+
+    monkeypatch.setattr(Guide, "walking", walking)
+    jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9 ]{60,80}", confidence=0.0))
+    jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=2, regex="[0-9]{5}"))
+    jobs.begin(3, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=82))
+    found = carried_out(jobs)
+    assert words in str(found[1][-1]) and isinstance(found[1][-1], Exception)
+    monkeypatch.setattr(Guide, "walking", plainly)
+    assert found[2][-1].text == nano.complete("1", Options(seed=2, regex="[0-9]{5}")).text
+    assert found[3][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
+
+
+@pytest.mark.parametrize("place", ["watch", "tell", "commit", "inspect", "plan"])
+def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    jobs = Jobs(nano, BatchLimits())
+    plainly = {"watch": Reader.push, "tell": Reader.tell}
+    marked: list[Any] = []
+    if place in plainly:
+        name = {"watch": "push", "tell": "tell"}[place]
+
+        def some(self: Reader, *args: Any) -> Any:
+            return fail() if self._stops == ("mark",) else plainly[place](self, *args)
+
+        monkeypatch.setattr(Reader, name, some)
+        jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, max_tokens=82, stop=("mark",)))
+    elif place == "commit":
+        monkeypatch.setattr(Guide, "commit", fail)
+        jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9]{5}"))
+    else:
+        monkeypatch.setattr("sfumato.llm.share_out", fail)
+        if place == "inspect":
+            plan = nano._plan_decide
+
+            def planned(*args: Any) -> Any:
+                asks = next(whole := plan(*args))
+                marked.append(whole)
+                yield [dataclasses.replace(ask, request=dataclasses.replace(ask.request, inspect=fail)) for ask in asks]
+
+            monkeypatch.setattr(nano, "_plan_decide", planned)
+        jobs.begin(1, "decide", {"prompt": "1", "fields": {"mood": ["good", "bad"]}, "steps": 1}, Options(seed=1))
+    jobs.begin(2, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=82))
+    found = carried_out(jobs)
+    assert isinstance(found[1][-1], RuntimeError)
+    monkeypatch.undo()
+    assert found[2][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
+    assert jobs.figures().rows == 0
+
+
+def test_a_slow_walk_leaves_the_others_most_of_each_turn(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts are the same as without it: when a walk ends is nothing to anybody."""
+    regex, plain = Options(seed=1, regex="[0-9]{5}"), Options(seed=3, max_tokens=82)
+    alone = nano.complete("1", regex).text, nano.complete("1 2 3", plain).text
+    plainly, turns = Guide.walking, 0
+
+    def walking(self: Guide, *args: Any, **more: Any) -> Any:
+        end = time.perf_counter() + 0.4
+        while time.perf_counter() < end:
+            time.sleep(0.001)
+            yield
+        return (yield from plainly(self, *args, **more))
+
+    monkeypatch.setattr(Guide, "walking", walking)
+    jobs, longest = Jobs(nano, BatchLimits()), 0.0
+    ended: dict[int, Done] = {}
+    jobs.begin(1, "complete", {"prompt": "1"}, regex)
+    jobs.begin(2, "complete", {"prompt": "1 2 3"}, plain)
+    while not jobs.is_idle:
+        began = time.perf_counter()
+        happened = jobs.turn()
+        turns += 1
+        if 2 not in ended:
+            longest = max(longest, time.perf_counter() - began)
+        ended |= {key: event for key, event in happened if isinstance(event, Done)}
+    assert list(ended) == [2, 1]  # it did not wait for the walk, of at least two steps
+    assert (ended[1].text, ended[2].text) == alone
+    assert longest < 0.3
+
+
+def test_a_job_that_is_cancelled_or_wrong_leaves_the_others_alone(nano: LLM) -> None:
+    jobs = Jobs(nano, BatchLimits(rows=2, queue=3))
+    with pytest.raises(InputError, match="there is no method 'sing'"):
+        jobs.begin(1, "sing", {}, Options())
+    for key in range(2, 5):
+        jobs.begin(key, "complete", {"prompt": "1 2 3"}, Options(seed=key, max_tokens=82))
+    with pytest.raises(BusyError, match="3 requests wait already, of 3"):
+        jobs.begin(5, "complete", {"prompt": "1"}, Options())
+    jobs.turn()
+    jobs.cancel(2)
+    jobs.cancel(99)
+    found = carried_out(jobs)
+    assert set(found) == {3, 4} and all(isinstance(events[-1], Done) for events in found.values())
+    jobs.begin(6, "complete", {"prompt": "1" * 4000}, Options(max_tokens=82))
+    assert isinstance(
+        carried_out(Jobs(nano, BatchLimits(context=100)) if False else jobs)[6][-1], (Done, CapacityError)
+    )
+
+
+def test_a_walk_without_end_ends_its_own_request(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def walking(self: Guide, *args: Any, **more: Any) -> Any:
+        while True:
+            yield
+
+    monkeypatch.setattr(Guide, "walking", walking)
+    monkeypatch.setattr("sfumato.engine.guided.LONGEST", 0.3)
+    with pytest.raises(InputError, match=r"takes longer than the 0.3 seconds allowed to follow; make it simpler"):
+        nano.complete("1", Options(seed=1, regex="[0-9]{5}"))
+
+
+def test_a_slow_walk_does_not_hold_up_who_has_committed_already(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    plainly = Guide.walking
+
+    def walking(self: Guide, *args: Any, **more: Any) -> Any:
+        end = time.perf_counter() + 1.5
+        while time.perf_counter() < end:
+            time.sleep(0.001)
+            yield
+        return (yield from plainly(self, *args, **more))
+
+    monkeypatch.setattr(Guide, "walking", walking)
+    jobs, ended = Jobs(nano, BatchLimits()), []
+    jobs.begin(1, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=400, max_steps=4))
+    while not any(isinstance(event, Commit) for _, event in jobs.turn()):
+        pass
+    jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9]{5}", max_steps=3))
+    while not jobs.is_idle:
+        ended += [key for key, event in jobs.turn() if isinstance(event, Done)]
+    assert ended == [1, 2]
+
+
+def test_the_later_parts_of_a_plan_run_beside_the_engine(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    laid, sheet = [], nano._ask_sheet
+
+    def ask_sheet(*args: Any, **more: Any) -> Any:
+        laid.append(threading.current_thread() is threading.main_thread())
+        return sheet(*args, **more)
+
+    monkeypatch.setattr(nano, "_ask_sheet", ask_sheet)
+    jobs = Jobs(nano, BatchLimits())
+    template = ["1", {"name": "a"}, "2", {"name": "b", "regex": "[0-9]{3}"}]
+    jobs.begin(1, "fill", {"template": template}, Options(seed=1, max_steps=4))
+    first = len(laid)
+    found = carried_out(jobs)
+    assert first and len(laid) > first and not any(laid[first:])
+    monkeypatch.undo()
+    assert found[1][-1].text == nano.fill(pieces_of(template), options=Options(seed=1, max_steps=4)).text
+    # One that is cancelled meanwhile, or fails there, leaves nothing behind.
+    for attack in ("cancel", "fail"):
+        monkeypatch.setattr(nano, "_sheet", lambda *_: 1 / 0) if attack == "fail" else None
+        if attack == "cancel":
+            jobs.begin(2, "fill", {"template": template}, Options(seed=1, max_steps=4))
+            while not jobs._going:
+                jobs.turn()
+            jobs.cancel(2)
+            assert carried_out(jobs) == {}
+        else:
+            with pytest.raises(ZeroDivisionError):
+                jobs.begin(3, "fill", {"template": template}, Options(seed=1))
+    assert jobs.is_idle and jobs.figures().rows == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-9, 1e-3])
+def test_no_temperature_is_too_low(temperature: float, nano: LLM) -> None:
+    assert nano.complete("1 2 3", Options(seed=1, max_tokens=82, min_tokens=5, temperature=temperature)).tokens
+
+
+def test_what_is_admitted_has_room_as_it_is_rounded() -> None:
+    """Else it would stand at the head of the queue for ever."""
+    one = Batch(model(), BatchLimits(memory=10**9))
+    capacity = Request(text(300), Options(max_tokens=10)).capacity(CONFIG)
+    assert capacity % batch.ROUND
+    with pytest.raises(CapacityError, match="GB of memory"):
+        Batch(model(), BatchLimits(memory=one._bytes(1, capacity))).submit(Request(text(300), Options(max_tokens=10)))

@@ -1,0 +1,191 @@
+"""Numbers that are not finite: the row that meets them ends with an error, and the rows beside it go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from sfumato.engine.engine import Engine
+from sfumato.engine.request import Failure, Request
+from sfumato.engine.run import Run
+from sfumato.errors import NumericError
+from sfumato.events import Done, Draft, Event
+from sfumato.model.network import Model
+from sfumato.ops import cpu, reference
+from sfumato.options import Options
+from sfumato.quant import formats
+
+CONFIG = tiny.tiny_config()
+QUICK = Options(max_tokens=16, max_steps=4, seed=1, entropy_bound=0.5)
+PROMPT = [7, 8, 9, 10]
+DTYPES = (torch.float32, torch.bfloat16)
+NEEDS_CPU = pytest.mark.skipif("cpu" not in tiny.OPS, reason="the cpu operations cannot run here")
+
+PLACES = (
+    "embed_tokens.weight",
+    "layers.0.self_attn.v_proj.weight",
+    "layers.0.self_attn.q_norm.weight",
+    "layers.1.input_layernorm.weight",
+    "layers.1.router.proj.weight",
+    "layers.1.mlp.down_proj.weight",
+    "layers.2.experts.gate_up_proj",
+    "layers.2.experts.down_proj",
+    "norm.weight",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with tiny.one_thread():
+        yield
+
+
+def broken(
+    name: str, value: float, ops: str = "reference", dtype: torch.dtype = torch.float32, is_all: bool = False
+) -> Model:
+    """A tiny model of which the last number of one tensor is this value, or all of it."""
+    model = Model(CONFIG, tiny.ops.load(ops))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tiny.randomise_(tensors, 3, 1.5, 1.0)
+    with torch.no_grad():
+        dict(tensors)[name].view(-1)[0 if is_all else -1 :] = value
+    return model.to(dtype).requires_grad_(False).eval().pack_()
+
+
+def events(model: Model, options: Options = QUICK) -> list[Event]:
+    return list(Run(model, [PROMPT], options))
+
+
+def answer(engine: Engine, seat: int) -> list[int]:
+    while engine.live:
+        for event in engine.turn():
+            if isinstance(event, Done) and event.row == seat:
+                return event.tokens
+    raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ops", tiny.OPS)
+def test_a_broken_weight_is_an_error_wherever_it_stands(ops: str, dtype: torch.dtype, value: float) -> None:
+    for name in PLACES:
+        with pytest.raises(NumericError, match=r"not finite in step [12] of canvas 1: .* check the checkpoint, or"):
+            events(broken(name, value, ops, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ops", tiny.OPS)
+def test_weights_too_large_are_an_error(ops: str, dtype: torch.dtype) -> None:
+    """Their products overflow; and where only the squares of the last norm do, it says nothing but zeros."""
+    for name in "embed_tokens.weight", "layers.0.self_attn.v_proj.weight", "layers.1.post_feedforward_layernorm.weight":
+        with pytest.raises(NumericError):
+            events(broken(name, 1e38, ops, dtype, is_all=True))
+
+
+@pytest.mark.parametrize("ops", tiny.OPS)
+def test_nothing_that_is_not_finite_is_said_before_the_error(ops: str) -> None:
+    for options in QUICK, replace(QUICK, early=True), replace(QUICK, logprobs=True, top_logprobs=2):
+        said: list[Event] = []
+        with pytest.raises(NumericError):
+            for event in Run(
+                broken("layers.2.experts.down_proj", math.nan, ops), [PROMPT], replace(options, drafts=True)
+            ):
+                said.append(event)
+        json.dumps([asdict(event) for event in said], allow_nan=False)
+        assert all(isinstance(event, Draft) for event in said)
+
+
+@pytest.mark.parametrize("ops", tiny.OPS)
+def test_what_is_only_encoded_is_asked_too(ops: str) -> None:
+    """The last layer's scalar spoils the hidden states of what is encoded, but no key that a canvas sees."""
+    model = broken("layers.3.encode_scalar", math.nan, ops)
+    assert isinstance(events(model)[-1], Done)
+    with pytest.raises(NumericError, match="in the encoding of canvas 1"):
+        events(model, replace(QUICK, logprobs=True))
+    with pytest.raises(NumericError, match="before token 1 of the answer"):
+        events(model, replace(QUICK, mode="autoregressive"))
+
+
+@pytest.mark.parametrize("more", [{}, {"lag": 1}, {"record": True, "lag": 1}])
+@pytest.mark.parametrize("ops", tiny.OPS)
+def test_the_rows_beside_go_on_and_the_seat_is_clean(ops: str, more: dict[str, int]) -> None:
+    model = tiny.tiny_model(seed=3, name=ops)
+    texts = [[7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17], [18, 19, 20, 21, 22, 23, 24]]
+    alone = [next(e.tokens for e in Run(model, [text], QUICK) if isinstance(e, Done)) for text in texts]
+    engine = Engine(model, 3, 64, chunk=4, **more)
+    for text in texts:
+        engine.join(Request(text, QUICK))
+    engine.turn()  # a first chunk of each
+    for whole_XRGK in engine.cache.v:
+        whole_XRGK[1, 0] = math.nan
+    ended: dict[int, list[int]] = {}
+    failed: list[Failure] = []
+    while engine.live:
+        for event in engine.turn():
+            if isinstance(event, Failure):
+                failed.append(event)
+                engine.leave(event.row)
+            elif isinstance(event, Done):
+                ended[event.row] = event.tokens
+    assert [one.row for one in failed] == [1] and isinstance(failed[0].error, NumericError)
+    assert ended == {0: alone[0], 2: alone[2]}
+    for seat in 0, 2:
+        engine.leave(seat)
+    # A shorter text beside a longer one: its masked keys are where the others' were.
+    for text in (texts[0], texts[1]):
+        engine.join(Request(text, QUICK))
+    assert answer(engine, 1) == alone[1]
+
+
+def test_a_grammar_is_not_asked_about_numbers_that_are_none() -> None:
+    model = broken("norm.weight", math.nan)
+    seen: list[Tensor] = []
+    with pytest.raises(NumericError):
+        list(Run(model, [Request(PROMPT, QUICK, inspect=seen.append)]))
+    assert not seen
+
+
+def test_it_goes_through_pickle() -> None:
+    error = pickle.loads(pickle.dumps(NumericError("not finite")))
+    assert isinstance(error, NumericError) and str(error) == "not finite"
+
+
+# ---- the cpu operations, which compare ------------------------------------------------------------------------------
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_says_that_a_row_is_none(dtype: torch.dtype) -> None:
+    weight = torch.randn(40, 64)
+    for value in math.nan, -math.nan, math.inf:
+        x = torch.randn(3, 64, dtype=dtype)
+        x[1, 5] = value
+        (y,) = cpu.linear(x, cpu.pack(formats.pack(weight, "int8")))
+        assert torch.isfinite(y).all(-1).tolist() == [True, False, True]
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_router_and_a_read_out_say_it(dtype: torch.dtype) -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype)
+
+    proj, embed = random(8, 32), random(600, 32)
+    proj[3, 7] = embed[500, 7] = math.nan
+    index, weight = cpu.route(random(5, 32), torch.ones(32, dtype=dtype), proj, torch.ones(8, dtype=dtype), 2, 1e-6)
+    assert weight.isnan().any(-1).all() and int(index.min()) >= 0 and int(index.max()) < 8
+    for ops in cpu, reference:
+        read = ops.read_out(random(1, 4, 32), embed, 30.0, torch.ones(1), uniform_BL=torch.rand(1, 4))
+        assert read.entropy_BL.isnan().all()
+        for tokens in read.sample_BL, read.argmax_BL:
+            assert int(tokens.min()) >= 0 and int(tokens.max()) < 600
+        soft = ops.soft_embedding(read.logits_BLV, embed, torch.tensor(2.0), read.tiles)
+        assert not torch.isfinite(soft).any(-1).all()

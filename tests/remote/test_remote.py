@@ -1,0 +1,770 @@
+"""The client for a server, against a small scripted one that plays a Sfumato server or another host."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sfumato import cli
+from sfumato.cli.generate import show
+from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.events import Commit, Decision, Done, Draft
+from sfumato.options import Options
+from sfumato.remote import Remote, host
+from sfumato.remote.host import events_of
+
+KEY = "sk-very-secret-0123"
+USER = [{"role": "user", "content": "Hello?"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+USAGE = {
+    **{"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 3}},
+    **{"steps": 4, "passes": 5, "canvases": 1, "tokens_per_pass": 1.0, "seconds": 0.5, "first_commit_seconds": 0.4},
+}
+DRAFT = {
+    **{"index": 0, "canvas": 0, "step": 2, "pieces": ["Gr", "ün", "", "x"]},
+    **{"entropies": [0.0, 0.5, 1.0, 3.0], "accepted": [True, True, False, False], "end": 2},
+}
+
+
+# ---- the scripted server --------------------------------------------------------------------------------------------
+
+
+Script = Callable[[BaseHTTPRequestHandler, Any], object]
+"""Answers a request, of which it gets the body, by itself."""
+
+
+@dataclass
+class Reply:
+    """What one request is answered. A list goes out as chunks; `is_cut`: the connection ends in the middle."""
+
+    body: bytes | list[bytes] = b""
+    status: int = 200
+    kind: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+    is_cut: bool = False
+
+
+@dataclass
+class Scripted:
+    url: str
+    replies: dict[str, list[Reply | Script]] = field(default_factory=dict)
+    """Path -> what comes, one after the other; the last one again and again."""
+    requests: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
+    """Path, headers, body."""
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return self.requests[-1][2]
+
+    def says(self, path: str, *replies: Reply | Script) -> None:
+        self.replies[f"/v1{path}"] = list(replies)
+
+
+def as_json(told: Any, status: int = 200, **headers: str) -> Reply:
+    return Reply(json.dumps(told).encode(), status, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def stream(*told: Any, end: bytes = b"data: [DONE]\n\n", is_cut: bool = False) -> Reply:
+    pieces = [b"data: " + json.dumps(one, ensure_ascii=False).encode() + b"\n\n" for one in told]
+    return Reply([*pieces, end] if end else pieces, kind="text/event-stream", is_cut=is_cut)
+
+
+def delta(finish_reason: str | None = None, logprobs: Any = None, **told: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": told, "logprobs": logprobs, "finish_reason": finish_reason}]}
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            with lock:
+                scripted.requests.append((self.path, dict(self.headers), body))
+                waiting = scripted.replies.get(self.path) or [as_json({"detail": "Not Found"}, 404)]
+                reply = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            self.close_connection = True
+            if not isinstance(reply, Reply):
+                reply(self, body)
+                return
+            self.send_response(reply.status)
+            self.send_header("Content-Type", reply.kind)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
+            is_chunked = isinstance(reply.body, list)
+            self.send_header(
+                *(("Transfer-Encoding", "chunked") if is_chunked else ("Content-Length", str(len(reply.body))))
+            )
+            self.end_headers()
+            for piece in reply.body if isinstance(reply.body, list) else []:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            if isinstance(reply.body, bytes):
+                self.wfile.write(reply.body)
+            elif not reply.is_cut:
+                self.wfile.write(b"0\r\n\r\n")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None: ...  # a client that goes away is part of the script
+
+    httpd = Server(("127.0.0.1", 0), Handler)
+    scripted = Scripted(f"http://127.0.0.1:{httpd.server_port}")
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield scripted
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+@pytest.fixture
+def ours(server: Scripted) -> Scripted:
+    card = {"id": "nano", "object": "model", "owned_by": "sfumato", "canvas_length": 16, "max_model_len": 512}
+    server.says("/models", as_json({"object": "list", "data": [card | {"is_diffusion": True}]}))
+    return server
+
+
+@pytest.fixture
+def theirs(server: Scripted) -> Scripted:
+    server.says("/models", as_json({"data": [{"id": "gemma", "owned_by": "vllm", "max_model_len": 4096}]}))
+    return server
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits before a request is sent again, which here take no time."""
+    found: list[float] = []
+    monkeypatch.setattr(host.time, "sleep", found.append)
+    return found
+
+
+def hello(**told: Any) -> Reply:
+    last = {"choices": [], "usage": USAGE}
+    return stream(delta(role="assistant", content=""), delta(content="Hello"), delta("stop") | told, last)
+
+
+# ---- a Sfumato server -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+def test_the_card_tells_what_the_host_is(ours: Scripted, ending: str):
+    remote = Remote(ours.url + ending)
+    assert (remote.name, remote.canvas_length, remote.max_position) == ("nano", 16, 512)
+    assert remote.is_sfumato and remote.has_drafts and remote.url == ours.url
+    assert [path for path, _, _ in ours.requests] == ["/v1/models"]
+
+
+def test_a_stream_is_drafts_commits_and_done(ours: Scripted):
+    ours.says(
+        "/chat/completions",
+        stream(
+            delta(role="assistant", content=""),
+            {"choices": [], "draft": DRAFT},
+            delta(reasoning_content="hm"),
+            delta(content="Grün "),
+            delta(content="ja"),
+            delta("stop") | {"seed": 11},
+            {"choices": [], "usage": USAGE},
+        ),
+    )
+    events = list(Remote(ours.url).stream(USER, Options(drafts=True, max_steps=8, stop=("END",))))
+    assert [type(event) for event in events] == [Draft, Commit, Commit, Commit, Done]
+    draft, thought, first, _, done = events
+    assert isinstance(draft, Draft) and draft.text == "Grün" and draft.pieces == DRAFT["pieces"] and draft.end == 2
+    assert (draft.step, draft.entropies, draft.accepted) == (2, DRAFT["entropies"], DRAFT["accepted"])
+    assert isinstance(thought, Commit) and (thought.thought, thought.text) == ("hm", "")
+    assert isinstance(first, Commit) and (first.text, first.steps) == ("Grün ", 2)
+    assert isinstance(done, Done) and (done.text, done.thought, done.seed) == ("Grün ja", "hm", 11)
+    assert (done.usage.tokens_per_pass, done.usage.reused_tokens, done.usage.first_commit_seconds) == (1.0, 3, 0.4)
+    sent = ours.body
+    assert sent.pop("messages") == USER and sent.pop("stream_options") == {"include_usage": True}
+    assert sent == {"model": "nano", "stream": True, "drafts": True, "max_steps": 8, "stop": ["END"]}
+
+
+def test_every_option_goes_out_under_its_own_name(ours: Scripted):
+    ours.says("/chat/completions", hello())
+    options = Options(max_tokens=9, seed=0, t_max=0.5, confidence=0.0, early=True, choices=("a", "b"), temperature=0.2)
+    assert Remote(ours.url).chat(USER, options=options).text == "Hello"
+    sent = {name: ours.body[name] for name in ("max_tokens", "seed", "t_max", "confidence", "early", "temperature")}
+    assert sent == {"max_tokens": 9, "seed": 0, "t_max": 0.5, "confidence": 0.0, "early": True, "temperature": 0.2}
+    assert ours.body["choices"] == ["a", "b"] and "top_p" not in ours.body and "drafts" not in ours.body
+
+
+def test_plain_text_is_continued_with_logprobs(ours: Scripted):
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [-0.5, -1], "top_logprobs": [{"a": -0.5}, {"b": -1}]}
+    choice = {"index": 0, "text": "ab", "logprobs": logprobs, "finish_reason": "length"}
+    ours.says("/completions", stream({"choices": [choice], "seed": 4}))
+    options = Options(logprobs=True, top_logprobs=1)
+    commit, done = Remote(ours.url).stream("once", options)
+    assert isinstance(commit, Commit) and isinstance(done, Done)
+    assert (commit.pieces, commit.logprobs, commit.top_logprobs) == (
+        ["a", "b"],
+        [-0.5, -1.0],
+        [{"a": -0.5}, {"b": -1.0}],
+    )
+    assert (done.text, done.finish_reason, done.logprobs, done.seed) == ("ab", "length", [-0.5, -1.0], 4)
+    assert ours.body["prompt"] == "once" and ours.body["logprobs"] == 1 and "top_logprobs" not in ours.body
+
+
+def test_a_list_of_prompts_is_answered_in_its_order(ours: Scripted):
+    is_second_here = threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        if body["prompt"] == "first":
+            assert is_second_here.wait(20)  # so they are under way together
+        else:
+            is_second_here.set()
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.end_headers()
+        choice = {"text": body["prompt"].upper(), "finish_reason": "stop"}
+        handler.wfile.write(json.dumps({"choices": [choice]}).encode())
+
+    ours.says("/completions", answer)
+    remote = Remote(ours.url)
+    assert [one.text for one in remote.complete(["first", "second"])] == ["FIRST", "SECOND"]
+    assert remote.complete("alone").text == "ALONE" and remote.complete([]) == []
+
+
+def test_tools_go_out_and_calls_come_back(ours: Scripted):
+    call = {
+        "index": 0,
+        "id": "call_x",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"at": "Ulm"}'},
+    }
+    ours.says("/chat/completions", stream(delta(tool_calls=[call]), delta("tool_calls")))
+    commit, done = Remote(ours.url).stream(USER, Options(must_call=True), [TOOL])
+    asked = [{"name": "weather", "arguments": {"at": "Ulm"}}]
+    assert isinstance(commit, Commit) and isinstance(done, Done)
+    assert commit.tool_calls == done.tool_calls == asked and done.finish_reason == "stop" and done.text == ""
+    assert ours.body["tool_choice"] == "required" and ours.body["tools"][0]["function"]["strict"] is True
+    assert "must_call" not in ours.body and "strict" not in TOOL["function"]
+
+    ours.says("/chat/completions", hello())
+    history = [
+        *USER,
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": asked[0]}] * 2},
+        {"role": "tool", "name": "weather", "content": "wet"},
+        {"role": "tool", "name": "weather", "content": "dry"},
+    ]
+    Remote(ours.url).chat(history, [TOOL])
+    calls = ours.body["messages"][1]["tool_calls"]
+    assert [one["function"]["arguments"] for one in calls] == ['{"at": "Ulm"}'] * 2
+    assert [one["id"] for one in calls] == [one["tool_call_id"] for one in ours.body["messages"][2:]]
+    assert calls[0]["id"] != calls[1]["id"] and "id" not in history[1]["tool_calls"][0]
+
+
+def test_templates_are_asked_for_and_read(ours: Scripted):
+    @dataclass(frozen=True)
+    class Slot:  # as edit.Slot, which needs torch
+        name: str = ""
+        length: int | None = None
+
+    tail = {"seed": 3, "usage": USAGE}
+    ours.says("/fill", as_json({"text": "A: x.", "values": {"who": "x"}, "lengths": {"who": 1}} | tail))
+    ours.says("/infill", as_json({"text": "a b c", "middle": " b ", "length": 3} | tail))
+    ours.says("/edit", as_json({"text": "new", "diff": ""} | tail))
+    ours.says("/decisions", as_json({"decisions": {"mood": {"choice": "bad", "probabilities": {"bad": 1, "good": 0}}}}))
+    remote, options = Remote(ours.url), Options(seed=3, drafts=True)
+    filled = remote.fill(["A: ", Slot("who"), "."], "p", options)
+    assert (filled.text, filled.values, filled.lengths, filled.seed) == ("A: x.", {"who": "x"}, {"who": 1}, 3)
+    assert ours.body == {"model": "nano", "template": ["A: ", {"name": "who"}, "."], "prompt": "p", "seed": 3}
+    infilled = remote.infill("a", "c", at_most=5)
+    assert (infilled.values, infilled.lengths, infilled.usage.steps) == ({"middle": " b "}, {"middle": 3}, 4)
+    assert ours.body == {"model": "nano", "prefix": "a", "suffix": "c", "at_most": 5}
+    edited = remote.edit("old", spans=[(0, 3)])
+    assert (edited.text, edited.old) == ("new", "old") and "-old" in edited.diff()
+    assert ours.body == {"model": "nano", "text": "old", "spans": [[0, 3]]}
+    assert remote.decide(USER, {"mood": ("bad", "good")}) == {"mood": Decision("bad", {"bad": 1.0, "good": 0.0})}
+    assert ours.body == {"model": "nano", "messages": USER, "fields": {"mood": ["bad", "good"]}, "steps": 1}
+
+
+def test_closing_the_stream_ends_the_request(ours: Scripted):
+    is_gone = threading.Event()
+
+    def endless(handler: BaseHTTPRequestHandler, _: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(b"data: " + json.dumps(delta(content="x" * 1000)).encode() + b"\n\n")
+        except OSError:
+            is_gone.set()
+
+    ours.says("/chat/completions", endless)
+    events = Remote(ours.url).stream(USER)
+    assert isinstance(next(events), Commit)
+    events.close()  # type: ignore[attr-defined]
+    assert is_gone.wait(20)
+
+
+# ---- other hosts ----------------------------------------------------------------------------------------------------
+
+
+def test_another_host_gets_standard_fields_alone(theirs: Scripted):
+    theirs.says("/chat/completions", stream(delta(content="Hi"), delta("stop"), {"choices": [], "usage": {}}))
+    remote = Remote(theirs.url, KEY)
+    assert not remote.is_sfumato and not remote.has_drafts and remote.max_position == 4096
+    options = Options(
+        max_tokens=5, temperature=0.5, top_p=0.9, stop=("X",), seed=2, schema={"type": "object"}, drafts=True
+    )
+    said = [{**USER[0]}, {"role": "assistant", "content": "Hm", "reasoning_content": "secret"}, *USER]
+    events = list(remote.stream(said, options))
+    assert [type(event) for event in events] == [Commit, Done]
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}}
+    assert theirs.body == {
+        **{"model": "gemma", "stream": True, "stream_options": {"include_usage": True}, "response_format": form},
+        **{"messages": [USER[0], {"role": "assistant", "content": "Hm"}, USER[0]]},
+        **{"max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "stop": ["X"], "seed": 2},
+    }
+    done = events[-1]
+    assert isinstance(done, Done) and done.usage.passes == 0 and done.usage.seconds > 0
+    assert theirs.requests[-1][1]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (Options(max_steps=4), "max_steps"),
+        (Options(regex="a+"), "regex"),
+        (Options(choices=("a",)), "choices"),
+        (Options(thinking=True), "thinking"),
+        (Options(mode="diffusion"), "mode"),
+        (Options(schema=False), "schema"),
+    ],
+)
+def test_what_cannot_be_said_to_another_host_is_refused_by_name(theirs: Scripted, options: Options, name: str):
+    with pytest.raises(InputError, match=f"^{name} cannot be said"):
+        Remote(theirs.url).chat(USER, options=options)
+    assert len(theirs.requests) == 1
+
+
+def test_another_host_has_no_templates(theirs: Scripted):
+    remote = Remote(theirs.url)
+    asks: list[Callable[[], object]] = [
+        lambda: remote.fill(["a", {}]),
+        lambda: remote.infill("a", "b"),
+        lambda: remote.edit("a", "b"),
+        lambda: remote.decide("a", {"b": ["c", "d"]}),
+    ]
+    for ask in asks:
+        with pytest.raises(InputError, match="no Sfumato server"):
+            ask()
+    with pytest.raises(InputError, match="schema cannot be said with plain text"):
+        remote.complete("a", Options(schema={}))
+    with pytest.raises(InputError, match="chat only"):
+        remote.complete("a")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_and_calls_in_fragments_are_put_together(theirs: Scripted, name: str):
+    def part(index: int, **function: str) -> dict[str, Any]:
+        return delta(tool_calls=[{"index": index, "function": function}])
+
+    theirs.says(
+        "/chat/completions",
+        stream(
+            delta(**{name: "let me "}),
+            delta(**{name: "see"}, content=None),
+            part(0, name="weather", arguments=""),
+            part(0, arguments='{"at": '),
+            part(0, arguments='"Ulm"}'),
+            part(1, name="time"),
+            delta("tool_calls"),
+        ),
+    )
+    found = Remote(theirs.url).chat(USER, [TOOL])
+    assert found.thought == "let me see" and found.text == ""
+    assert found.tool_calls == [{"name": "weather", "arguments": {"at": "Ulm"}}, {"name": "time", "arguments": {}}]
+
+
+def test_a_host_that_does_not_stream_is_understood(theirs: Scripted):
+    content = [{"token": "Hi", "logprob": -0.25, "top_logprobs": [{"token": "Hi", "logprob": -0.25}]}]
+    message = {
+        "message": {"role": "assistant", "content": "Hi"},
+        "finish_reason": "stop",
+        "logprobs": {"content": content},
+    }
+    theirs.says("/chat/completions", as_json({"choices": [message], "usage": {"completion_tokens": 1}}))
+    found = Remote(theirs.url).chat(USER, options=Options(logprobs=True))
+    assert (found.text, found.usage.tokens, found.logprobs) == ("Hi", 1, [-0.25])
+
+
+def test_a_host_without_a_list_of_models_needs_a_name(server: Scripted):
+    with pytest.raises(InputError, match="has no /v1/models"):
+        Remote(server.url)
+    server.says("/chat/completions", hello())
+    assert Remote(server.url, model="gemma").chat(USER).text == "Hello"
+
+
+def test_a_host_with_many_models_needs_a_name(server: Scripted):
+    server.says("/models", as_json({"data": [{"id": f"model-{n}"} for n in range(8)]}))
+    with pytest.raises(InputError, match=r"offers 8 models; name one: model-0, .*model-4 and 3 more"):
+        Remote(server.url)
+    assert Remote(server.url, model="model-6").name == "model-6"
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def refused(message: str, status: int, kind: str = "", code: Any = None, **headers: str) -> Reply:
+    return as_json({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, **headers)
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "words"),
+    [
+        (refused("unknown field 'x'", 400, "invalid_request_error"), InputError, "refuses the request (400): unknown"),
+        (refused("too long", 400, code="context_length_exceeded"), CapacityError, "too long"),
+        (refused("no", 404, code="model_not_found"), InputError, "has no such model: no; name another: nano"),
+        (
+            as_json({"object": "error", "message": "The model `x` does not exist."}, 404),
+            InputError,
+            "has no such model",
+        ),
+        (as_json({"detail": "Not Found"}, 404), InputError, "has no /v1/chat/completions"),
+        (refused("later", 429), BusyError, "is busy (429): later"),
+        (refused("dead", 500, "worker_error"), WorkerError, "failed (500): dead"),
+        (Reply(b"<html>Bad gateway</html>", 502), WorkerError, "failed (502); send"),
+        (Reply(b"", 301, headers={"Location": "https://elsewhere.example/v1"}), InputError, "elsewhere.example"),
+        (Reply(b"<html>welcome</html>", kind="text/html"), InputError, "no JSON object"),
+        (stream({"choices": "none"}), InputError, "another shape"),
+        (stream(delta(content=7)), InputError, "another shape"),
+        (stream({"choices": [], "draft": DRAFT | {"end": 9}}), InputError, "another shape"),
+        (
+            stream(delta(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]), delta("stop")),
+            SfumatoError,
+            "'f'",
+        ),
+        (Reply([b"data: {nonsense\n\n"], kind="text/event-stream"), InputError, "no JSON object"),
+        (stream({"error": {"message": "it died", "type": "worker_error"}}, end=b""), WorkerError, "failed: it died"),
+        (
+            stream({"error": {"message": "bad", "type": "invalid_request_error"}}),
+            InputError,
+            "refuses the request: bad",
+        ),
+        (stream(delta(content="Hel")), WorkerError, "in the middle"),
+        (stream(delta(content="Hel"), end=b""), WorkerError, "in the middle"),
+        (stream(delta(content="Hel"), end=b"", is_cut=True), WorkerError, "broke off"),
+    ],
+)
+def test_an_error_is_one_sentence_of_its_kind(ours: Scripted, reply: Reply, error: type[SfumatoError], words: str):
+    ours.says("/chat/completions", reply)
+    remote = Remote(ours.url)
+    with pytest.raises(SfumatoError) as caught:
+        remote.chat(USER)
+    assert isinstance(caught.value, error) and isinstance(caught.value, InputError) == issubclass(error, InputError)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_came_before_a_cut_was_given(ours: Scripted):
+    ours.says("/chat/completions", stream(delta(content="Hel"), end=b"", is_cut=True))
+    events = Remote(ours.url).stream(USER)
+    first = next(events)
+    assert isinstance(first, Commit) and first.text == "Hel"
+    with pytest.raises(WorkerError, match="broke off"):
+        next(events)
+
+
+def test_a_wrong_key_is_never_repeated(server: Scripted):
+    server.says("/models", refused(f"Incorrect API key provided: {KEY}\x1b[2J.", 401, "authentication_error"))
+    with pytest.raises(InputError, match=r"refuses this API key \(401\): Incorrect .*; give another") as caught:
+        Remote(server.url, KEY)
+    assert KEY not in str(caught.value) and "\x1b" not in str(caught.value)
+    with pytest.raises(InputError, match="wants an API key"):
+        Remote(server.url)
+    with pytest.raises(InputError, match="API key") as caught:
+        Remote(server.url, KEY + "\n")
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://h/",
+        "http://",
+        "http://h:99999",
+        "http://h/?q",
+        "http://h/a b",
+        "http://h\n/",
+        "http://[::",
+    ],
+)
+def test_a_url_that_cannot_be_is_refused(url: str):
+    with pytest.raises(InputError, match=r"^the URL .*; (give|write)"):
+        Remote(url)
+
+
+def test_a_password_in_a_url_is_not_repeated():
+    with pytest.raises(InputError, match="user name or password") as caught:
+        Remote(f"http://me:{KEY}@localhost:1")
+    assert KEY not in str(caught.value)
+
+
+def test_a_busy_host_is_asked_again_when_it_says(ours: Scripted, naps: list[float]):
+    busy = refused("queue full", 503, "overloaded_error", Retry_After="3")
+    ours.says("/chat/completions", busy, Reply(b"", 503), hello())
+    remote = Remote(ours.url)
+    assert remote.chat(USER).text == "Hello" and naps == [3.0, 0.5]
+    ours.says("/chat/completions", busy)
+    with pytest.raises(BusyError, match=r"is busy \(503\): queue full"):
+        remote.chat(USER)
+    assert naps[2:] == [3.0, 3.0]
+    ours.says("/chat/completions", refused("closed", 503, "worker_error", Retry_After="3600"))
+    with pytest.raises(WorkerError, match="closed"):
+        remote.chat(USER)
+    assert len(naps) == 4
+
+
+def test_a_stream_that_has_begun_is_not_asked_for_again(ours: Scripted, naps: list[float]):
+    ours.says("/chat/completions", stream({"error": {"message": "full", "type": "overloaded_error"}}), hello())
+    with pytest.raises(BusyError):
+        Remote(ours.url).chat(USER)
+    assert naps == []
+
+
+def test_nobody_there_is_tried_three_times(naps: list[float]):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
+        with pytest.raises(WorkerError, match=r"no server at http://127.0.0.1:\d+ \(connection refused\)"):
+            Remote(f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert naps == [0.25, 0.5]
+
+
+def test_silence_has_an_end(ours: Scripted):
+    is_over = threading.Event()
+    ours.says("/chat/completions", lambda *_: is_over.wait(20))
+    try:
+        with pytest.raises(WorkerError, match=r"was silent for 0.2 s"):
+            Remote(ours.url, timeout=0.2).chat(USER)
+    finally:
+        is_over.set()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 413 No\r\ncontent-length: 22\r\n\r\n" + b'{"detail":"send less"}', r"\(413\): send less"),
+        (b"", r"broke off while a request of \d+ bytes was sent; send less"),
+    ],
+)
+def test_an_answer_that_comes_before_all_is_sent_is_the_answer(ours: Scripted, answer: bytes, words: str):
+    remote = Remote(ours.url)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+                time.sleep(0.3)  # and goes, with most of the request unread
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        remote._host = host.Host(f"http://127.0.0.1:{listener.getsockname()[1]}", None, 20)
+        with pytest.raises(SfumatoError, match=words):
+            remote.complete("a" * (32 << 20))
+        thread.join()
+
+
+def test_who_speaks_no_tls_is_told_so(ours: Scripted):
+    with pytest.raises(SfumatoError, match="check the URL"):
+        Remote(ours.url.replace("http:", "https:"))
+
+
+@pytest.mark.parametrize(
+    ("url", "is_exposed"),
+    [
+        *[("http://127.0.0.1", 0), ("http://10.1.2.3", 0), ("http://localhost", 0), ("https://h.example", 0)],
+        *[("http://h.example", 1), ("http://8.8.8.8", 1), ("http://[::1]", 0)],
+    ],
+)
+def test_a_key_in_the_clear_is_noticed(url: str, is_exposed: int):
+    assert host.Host(url, KEY, 1.0).is_key_exposed is bool(is_exposed)
+    assert not host.Host(url, None, 1.0).is_key_exposed
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (["hello"], "message 0 is str"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "tool call 0 of message 0"),
+        ([{"role": "user", "content": {1, 2}}], "cannot be written as JSON"),
+        ([{"role": "user", "content": float("nan")}], "cannot be written as JSON"),
+    ],
+)
+def test_a_conversation_that_cannot_be_sent_is_an_input_error(ours: Scripted, messages: Any, words: str):
+    with pytest.raises(InputError, match=words):
+        Remote(ours.url).chat(messages)
+    assert len(ours.requests) == 1
+
+
+# ---- server-sent events ---------------------------------------------------------------------------------------------
+
+STREAM = "\ufeff: hi\n\ndata: Grün 🎨\r\n\r\nevent: x\rdata:two\rdata:  lines\r\rid: 1\n\ndata\n\ndata: cut".encode()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, len(STREAM)])
+def test_events_are_the_same_wherever_the_bytes_are_split(size: int):
+    chunks = [STREAM[n : n + size] for n in range(0, len(STREAM), size)]
+    assert list(events_of(chunks)) == ["Grün 🎨", "two\n lines", ""]
+
+
+def test_bytes_that_are_no_text_do_not_stop_a_stream():
+    assert list(events_of([b"data: a\xffb\n", b"", b"\n"])) == ["a\ufffdb"]
+
+
+@pytest.mark.parametrize("piece", [b"x" * 65536, b"data: " + b"x" * 65530 + b"\n"])
+def test_an_event_has_a_bound(piece: bytes):
+    taken = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal taken
+        yield b"data: "
+        while True:
+            taken += len(piece)
+            yield piece
+
+    assert list(events_of(endless())) == [None]
+    assert taken <= host.LIMIT + 2 * len(piece)
+
+
+def test_a_stream_may_be_longer_than_the_bound_of_an_event():
+    piece = b": " + b"x" * 65533 + b"\n" + b"data: y\n\n"
+    assert sum(event == "y" for event in events_of(piece for _ in range(300))) == 300
+
+
+def test_an_answer_has_a_bound(ours: Scripted, monkeypatch: pytest.MonkeyPatch):
+    remote = Remote(ours.url)
+    monkeypatch.setattr(host, "LIMIT", 1 << 20)
+    ours.says("/infill", Reply(b'"' + b"x" * (1 << 20) + b'"'))
+    ours.says("/chat/completions", Reply([b"data: ", *[b"x" * 65536] * 17], kind="text/event-stream"))
+    with pytest.raises(InputError, match="larger than 1 MiB"):
+        remote.infill("a", "b")
+    with pytest.raises(InputError, match="larger than 1 MiB"):
+        remote.chat(USER)
+
+
+def test_split_bytes_through_http(ours: Scripted):
+    data = b"".join(stream(delta(content="Grün 🎨"), delta("stop")).body)  # type: ignore[arg-type]
+    ours.says("/chat/completions", Reply([data[n : n + 1] for n in range(len(data))], kind="text/event-stream"))
+    assert Remote(ours.url).chat(USER).text == "Grün 🎨"
+
+
+# ---- in the terminal ------------------------------------------------------------------------------------------------
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_the_live_view_draws_the_hosts_drafts_and_no_control_characters(ours: Scripted):
+    draft = DRAFT | {"pieces": ["Gr", "\x1b[2J", "", "x"]}
+    answer = stream({"choices": [], "draft": draft}, delta(content="Gr\x9b1m"), delta("stop"), {"usage": USAGE})
+    ours.says("/chat/completions", answer)
+    remote, screen = Remote(ours.url), io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, height=40, color_system="truecolor")
+    done = show(remote, remote.stream(USER, Options(drafts=True)), console, 0.0)
+    drawn = screen.getvalue()
+    assert "canvas 1 · step 2 · 2/4 accepted · entropy 1.125 nats" in drawn and "▪" in drawn
+    assert "\x1b[2J[" not in drawn and "␛[2J" in drawn and "\x9b" not in drawn
+    assert "5 tokens in 4 steps on 1 canvas, 0.50 s, 1.0 tokens per pass" in drawn and done.text == "Gr\x9b1m"
+
+
+def test_a_host_that_counts_no_passes_gets_a_shorter_line_of_figures(theirs: Scripted):
+    usage = {"prompt_tokens": 3, "completion_tokens": 2}
+    theirs.says("/chat/completions", stream(delta(content="Hi"), delta("length"), {"choices": [], "usage": usage}))
+    remote, screen = Remote(theirs.url), io.StringIO()
+    show(remote, remote.stream(USER), Console(file=screen, force_terminal=True, width=120), 0.0)
+    assert "2 tokens, 0." in screen.getvalue() and "prompt 3 tokens" in screen.getvalue()
+    assert "pass" not in screen.getvalue() and "seed" not in screen.getvalue() and "cut at" in screen.getvalue()
+
+
+def test_chat_keeps_the_conversation_and_survives_errors(ours: Scripted, capsys, monkeypatch):
+    thought = stream(delta(reasoning_content="hm"), delta(content="One"), delta("stop"))
+    ours.says("/chat/completions", thought, refused("it ended", 500, "worker_error"), hello(), hello())
+    lines = "first\nlost\n/seed 5\n/set warmth=1\nsecond\n/new\nthird\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    code, out, err = call(capsys, "chat", "--api", ours.url, "--system", "Be brief.")
+    assert code == 0 and err == "" and "hm" not in out
+    assert out.startswith("One\n") and "it ended" in out and "warmth" in out and out.endswith("Hello\nHello\n")
+    sent = [body for path, _, body in ours.requests if path.endswith("completions")]
+    system, first = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "first"}
+    answer, second = {"role": "assistant", "content": "One"}, {"role": "user", "content": "second"}
+    assert sent[2]["messages"] == [system, first, answer, second] and sent[2]["seed"] == 5
+    assert sent[3]["messages"] == [system, {"role": "user", "content": "third"}] and sent[3]["model"] == "nano"
+
+
+def test_chat_refuses_an_option_that_the_host_cannot_be_told(theirs: Scripted, capsys, monkeypatch):
+    theirs.says("/chat/completions", hello())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/set max_steps=3\nhi\n"))
+    code, out, _ = call(capsys, "chat", "--api", theirs.url)
+    assert code == 0 and "max_steps cannot be said" in out.replace("\n", " ") and out.endswith("Hello\n")
+    code, _, err = call(capsys, "chat", "--api", theirs.url, "-s", "max_steps=3")
+    assert code == 2 and "max_steps" in err
+
+
+def test_generate_over_the_wire(ours: Scripted, capsys, tmp_path: Path):
+    ours.says("/chat/completions", hello(seed=8))
+    (tmp_path / "key").write_text(KEY + "\n")
+    arguments = ("generate", "Hi", "--api", ours.url, "--api-key-file", str(tmp_path / "key"), "--json")
+    code, out, err = call(capsys, *arguments)
+    record = json.loads(out)
+    assert code == 0 and err == "" and record["text"] == "Hello" and record["seed"] == 8 and record["tokens"] is None
+    assert record["tokens_per_pass"] == 1.0
+    assert ours.requests[-1][1]["Authorization"] == f"Bearer {KEY}"
+    ours.says("/completions", stream({"choices": [{"text": "more", "finish_reason": "stop"}]}))
+    assert call(capsys, "generate", "Hi", "--raw", "--api", ours.url, "-m", "alias") == (0, "more\n", "")
+    assert ours.body["prompt"] == "Hi" and ours.body["model"] == "alias"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--api", "nowhere"], "http://HOST:PORT"),
+        (["--api-key", KEY], "without --api"),
+        (["--api", "http://localhost:1", "--ops", "cpu"], "--ops"),
+        (["--api", "http://localhost:1", "--memory-limit", "3"], "--memory-limit"),
+        (["--api", "http://localhost:1", "--api-key", KEY, "--api-key-file", "x"], "give one of them"),
+        (["--api", "http://localhost:1", "--api-key-file", "no-such-file"], "no-such-file"),
+    ],
+)
+def test_bad_api_arguments_are_one_line_and_code_2(capsys, arguments: list[str], words: str):
+    code, out, err = call(capsys, "generate", "Hi", *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and words in err and KEY not in err
+
+
+def test_a_remote_chat_imports_no_torch(ours: Scripted):
+    ours.says("/chat/completions", hello())
+    code = (
+        "import sys; from sfumato.cli import main; code = main(['chat', '--api', sys.argv[1]]);"
+        "print(code, [name for name in ('torch', 'numpy', 'tokenizers', 'jinja2') if name in sys.modules])"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, ours.url]
+    found = subprocess.run(command, input="Hi\n", capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr) == ("Hello\n0 []\n", "")

@@ -1,0 +1,338 @@
+"""benchmarks/ at toy sizes: they run and write what they promise. No figure is checked."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from test_config import RELEASED
+
+from benchmarks import common, kernels, ops, predict, results
+from sfumato.measure import machine
+from sfumato.measure.work import Parameters, step_work
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model, products
+from sfumato.ops.packed import Packed
+
+ROOT = machine.ROOT
+FILES = ("linear", "experts", "attention", "norms", "read_out", "soft_embedding")
+ENVIRONMENT = {"hardware", "versions", "commit", "command", "date"}
+
+
+@pytest.fixture(scope="module")
+def ceilings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Measured once, with little memory, and shared as `make bench` does."""
+    path = tmp_path_factory.mktemp("bench") / "ceilings.json"
+    small = {"one": (8, 64, 96)}
+    most = machine.ceilings(small, 0.01, torch.device("cpu"), 2**20)
+    common.write(path, {"what": "ceilings", "ceilings": most})
+    return path
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> dict[str, Any]:
+    """A benchmark's command; its record."""
+    name = str(Path(str(module.__file__)).resolve())
+    monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", *arguments, "-o", str(path)])
+    module.main()
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert set(found["environment"]) == ENVIRONMENT
+    command = found["environment"]["command"]
+    assert command.startswith("python benchmarks/") and str(ROOT) not in command and "/tmp" not in command
+    return found
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", FILES)
+@pytest.mark.parametrize("size", ["tiny", "odd"])
+def test_every_implementation_of_an_operation_is_timed_beside_its_error(op: str, size: str, ceilings: Path) -> None:
+    most = json.loads(ceilings.read_text())["ceilings"]
+    wanted = {(name, ops.kind_of(dtype, kind)) for name, dtype, kind in ops.implementations("cpu")}
+    for case in importlib.import_module(f"benchmarks.ops.{op}").cases(size, "cpu"):
+        found = list(ops.rows(op, case, "cpu", 0.001, most))
+        plain = {pair for pair in wanted if pair[1] in ("float32", "bf16")}
+        assert {(row["ops"], row["kind"]) for row in found} == plain | {
+            (name, kind) for name, kind in wanted - plain if case.takes(kind)
+        }
+        for row in found:
+            assert "failed" not in row, row
+            assert row["seconds"] > 0 and row["bytes"] > 0 and row["share_of_ceiling"] > 0
+            limit = {"float32": 1e-5, "bf16": max(2 * row["error_of_plain_bf16"], 2e-6), "int8": 0.06}
+            assert row["error"] <= limit.get(row["kind"], 0.25), row  # 4 bits
+
+
+def test_formats_are_timed_where_their_groups_divide_the_widths() -> None:
+    tiny, odd = (next(importlib.import_module("benchmarks.ops.linear").cases(size, "cpu")) for size in ("tiny", "odd"))
+    assert [kind for kind in ops.CPU if tiny.takes(kind)] == ["int8", "int4-g32", "int4"]
+    assert [kind for kind in ops.CPU if odd.takes(kind)] == ["int8"]
+    norm = next(importlib.import_module("benchmarks.ops.norms").cases("tiny", "cpu"))
+    assert norm.takes("") and not norm.takes("int8")
+    weights = sum(w.numel() for w in tiny.weights.values())
+    moved = 2 * tiny.moved
+    assert tiny.cost("int4").bytes - moved == weights * 4.25 / 8 and set(tiny.cost("int4").flops) == {"bf16"}
+    assert tiny.cost("bf16").bytes - moved == 2 * weights
+    assert weights < tiny.cost("int8").bytes - moved < 1.1 * weights and set(tiny.cost("int8").flops) == {"int8"}
+
+
+def test_an_operations_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ceilings: Path) -> None:
+    module = importlib.import_module("benchmarks.ops.experts")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["experts.py", "--sizes", "tiny", "--seconds", "0.01", "--device", "cpu", "--ceilings", str(ceilings)],
+    )
+    sys.argv += ["-o", str(tmp_path / "experts.json")]
+    ops.main("experts", module.cases, str(module.__doc__))
+    found = json.loads((tmp_path / "experts.json").read_text())
+    assert (
+        found["what"] == "ops"
+        and found["op"] == "experts"
+        and found["rows"]
+        and set(found["environment"]) == ENVIRONMENT
+    )
+
+
+# ---- steps, answers, peers ------------------------------------------------------------------------------------------
+
+
+def test_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ceilings: Path) -> None:
+    module = importlib.import_module("benchmarks.step")
+    small = ("--size", "tiny", "--slice", "tiny", "--prompt", "16", "--seconds", "0.02", "--kinds", "bf16,magic")
+    found = run(module, monkeypatch, tmp_path / "step.json", *small, "--ceilings", str(ceilings))
+    assert found["what"] == "step" and "failed" in found["mid"]["magic"]
+    assert found["mid"]["bf16"]["parts"]["whole step"]["share_of_ceiling"] > 0
+    one = found["slice"]
+    assert one["logits_buffer_bytes"] == 32 * 512 * 2
+    assert one["peak_beyond_bytes"] is not None and one["products_seconds"] > 0
+    assert all("torch.matmul" in means for means in one["products"].values())
+    assert len(one["targets"]) == 2 and {target["reached"] for target in one["targets"].values()} <= {True, False}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # raised inside transformers
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_request_and_sudoku(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    module = importlib.import_module("benchmarks.request")
+    small = (
+        "--size",
+        "tiny",
+        "--prompt",
+        "16",
+        "--tokens",
+        "64",
+        "--steps",
+        "2",
+        "--seconds",
+        "0.05",
+        "--kinds",
+        "float32",
+    )
+    found = run(module, monkeypatch, tmp_path / "r.json", *small, "--sudoku", "2", "--batches", "1,2", "--rounds", "1")
+    one = found["answers"]["float32"]
+    assert one["diffusion"]["passes_per_canvas"] == one["diffusion"]["steps_per_canvas"] == 2
+    assert one["autoregressive"]["tokens_per_second"] > 0
+    engines = found["sudoku"]["engines"]
+    assert set(engines) == {"sfumato", "transformers", "sfumato, clues pinned"}
+    assert all([row["batch"] for row in rows] == [1, 2] for rows in engines.values())
+    assert all(row["solved"] == 1 for rows in engines.values() for row in rows)  # many clues: nobody fails these
+    assert set(found["sudoku"]["ratios_at_the_same_batch"]) == {"1", "2"}
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is inside a step and what is outside it is all of a turn; the model is left as it was."""
+    path, module = tmp_path / "turns.json", load("benchmarks/turns.py")
+    with tiny.one_thread():
+        found = run(module, monkeypatch, path, "--rows", "1,2", "--requests", "3", "--rounds", "1", "--ops", "fused")
+    assert [one["rows"] for one in found["levels"]] == [1, 2]
+    for one in found["levels"]:
+        assert one["step_ms_a_turn"] > 0 and one["outside_ms_a_turn"] > 0 and one["tokens_per_second"] > 0
+        assert one["calls_a_turn"] == pytest.approx(sum(one["calls"].values()), rel=0.01)
+    assert all(getattr(Model, name).__qualname__ == f"Model.{name}" for name in module.PASSES)
+
+
+def test_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    module = importlib.import_module("benchmarks.peers")
+    small = ("--size", "tiny", "--prompt", "16", "--tokens", "64", "--steps", "2", "--seconds", "0.05")
+    absent = str(tmp_path / "python")
+    found = run(module, monkeypatch, tmp_path / "p.json", *small, "--dtype", "float32", "--kinds", "", "--mlx", absent)
+    assert found["logits"]["sfumato float32"]["largest_difference_from_transformers"] < 2e-4
+    assert found["logits"]["transformers"]["error_against_float32"] < 1e-5
+    assert set(found["parts"]) == set(found["ratios"]) == {"denoise forward", "whole step", "whole answer"}
+    for rows in found["parts"].values():
+        assert set(rows) == {"transformers", "sfumato float32"}
+        assert len({row["repeats"] for row in rows.values()}) == 1  # they took turns
+    assert absent in found["ways of mlx-vlm"]["float32"]["failed"]
+    assert module.table(found).endswith(f"mlx-vlm: {found['mlx-vlm']}")
+
+
+def test_the_peer_holds_the_same_weights() -> None:
+    pytest.importorskip("transformers")
+    peers = importlib.import_module("benchmarks.peers")
+    plain, _ = peers.model_of("tiny", "float32", "cpu")
+    common.without_eos(plain)
+    plan = peers.Plan(48, 64, 2, 0.05)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers', about its own code
+        theirs = peers.twin(plain)
+        assert theirs.lm_head.weight.data_ptr() == plain.embed_tokens.weight.data_ptr()
+        assert peers.difference(theirs, plain, plan) < 2e-4
+        assert peers.difference(theirs, peers.packed(plain, "", "auto"), plan) < 2e-4
+        assert peers.generate(theirs, plain, plan, 64, 2) == 64
+        assert len(peers.steps_of(plain, plan, 4)) == len(peers.steps_of_theirs(theirs, plain, plan, 4)) == 3
+
+
+# ---- counted figures ------------------------------------------------------------------------------------------------
+
+
+def test_the_released_config_is_the_release() -> None:
+    theirs, ours = ModelConfig.from_dict(RELEASED), common.released_config()
+    for name in (
+        "layers",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_experts",
+        "expert_size",
+        "canvas_length",
+    ):
+        assert getattr(theirs, name) == getattr(ours, name)
+    assert [layer.is_sliding for layer in common.released_config(2).layers] == [True, False]
+    assert Parameters.of(ours).total == pytest.approx(25.2e9, rel=0.01)
+
+
+def test_the_cost_of_a_step_is_infos() -> None:
+    from sfumato.measure.work import Precision
+
+    config = common.released_config()
+    for kind in ("bf16", "int4"):
+        cost, work = common.step_cost(config, kind, 1, 1024), step_work(config, Precision.of(config, kind), 1024)
+        assert cost == work
+        many, token = common.step_cost(config, kind, 16, 1024), common.step_cost(config, kind, 1, 1024, True)
+        assert many.all_flops == pytest.approx(16 * work.all_flops) and many.bytes < 2 * cost.bytes
+        assert token.all_flops < cost.all_flops / 256 and token.bytes < cost.bytes / 2
+
+
+def test_the_predicted_floor_is_that_of_a_step() -> None:
+    config = common.released_config()
+    for batch in (1, 16):
+        one, other = predict.floor_of(config, "bf16", batch, 1024), common.step_cost(config, "bf16", batch, 1024)
+        assert one.bytes == pytest.approx(other.bytes) and one.all_flops == pytest.approx(other.all_flops)
+
+
+def test_predicted_is_committed_and_up_to_date() -> None:
+    pytest.importorskip("triton")
+    kept = json.loads((ROOT / "benchmarks" / "results" / "predicted.json").read_text())
+    found = json.loads(json.dumps(predict.predict()))
+    assert {key: kept[key] for key in found} == found, "run benchmarks/kernels.py and then benchmarks/predict.py"
+    floor = {row["kind"]: row["floor_ms"] for row in found["rows"] if row["batch"] == 1}
+    assert floor["bf16"] == pytest.approx(11.7, rel=0.05) and floor["fp8"] == pytest.approx(5.9, rel=0.05)
+    assert all(row["predicted_ms"] >= row["floor_ms"] for row in found["rows"])
+
+
+def test_nodes_are_counted_on_what_is_committed() -> None:
+    pytest.importorskip("triton")
+    kept = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())
+    assert kernels.counts(["int4"]) == [row for row in kept["steps"] if row["kind"] == "int4"]
+    assert {row["arch"] for row in kept["rows"]} == {80, 89, 90, 100, 120}
+
+
+def test_a_prediction_follows_its_counts() -> None:
+    """More programs than processors take turns; few cannot use them all; bytes bound what arithmetic does not."""
+    made = {"loop": 200, "warps": 4, "registers": 128, "shared": 64 << 10}
+    one = predict.programs(132, 40, 512, 8192, made, 0)
+    assert predict.programs(264, 40, 512, 8192, made, 0).seconds > 1.5 * one.seconds - predict.FILL
+    assert predict.programs(66, 40, 512, 8192, made, 0).uses["issue"] == pytest.approx(one.uses["issue"] / 2)
+    bound = predict.programs(132, 40, 512, 8192, made, 10**9)
+    assert bound.bound == "memory" and bound.seconds == pytest.approx(10**9 / predict.MEMORY + predict.FILL)
+    assert predict.held_at_once(made) == 3
+    tiles, filled = predict.expert_tiles(common.released_config(), 256, 32)
+    assert 128 < tiles < 134 and filled == pytest.approx(2048 / (32 * tiles))
+
+
+@pytest.mark.parametrize("recipe", ["", "int8", "int4", "int4-fp8", "nvfp4", "int4-small"])
+def test_a_model_made_layer_by_layer_runs(recipe: str) -> None:
+    from sfumato.measure.parts import Counted, random_config
+    from sfumato.measure.work import needs
+    from sfumato.model.cache import KVCache
+
+    model = common.random_packed(random_config("tiny"), "cpu", "fused", recipe, dtype=torch.bfloat16)
+    cache = KVCache.allocate(model.config, 1, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        hidden = model.encode(torch.arange(8)[None], cache)
+    assert torch.isfinite(hidden).all() and float(model.layers[0].encode_scalar) == 1.0  # type: ignore[union-attr, arg-type]
+    packed = [getattr(owner, leaf) for owner, leaf in products(model)]
+    held = sum(w.nbytes for w in packed if isinstance(w, Packed)) + sum(t.nbytes for t in model.state_dict().values())
+    assert held == needs(model.config, recipe or "bf16", 64)["weight_bytes"]
+    assert Counted.of(model).weights.experts.bits < 16 if recipe else True
+
+
+def test_what_takes_turns_is_bounded() -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a") or time.sleep(0.01), "b": lambda: order.append("b")}  # type: ignore[func-returns-value]
+    found = common.alternate(calls, 0.05, "cpu", repeats=1000)
+    assert order[:4] == ["a", "b", "a", "b"] and 1 <= found["a"].repeats == found["b"].repeats < 20
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_are_up_to_date() -> None:
+    found = results.records(ROOT / "benchmarks" / "results")
+    assert (ROOT / "RESULTS.md").read_text(encoding="utf-8") == results.page(found), "run python benchmarks/results.py"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.readme(text, found) == text, "run python benchmarks/results.py"
+
+
+def test_committed_records_name_no_path_of_a_machine() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        text = path.read_text()
+        assert not any(part in text for part in ("/tmp/", "/home/", "/root/", "/work/")), path.name
+
+
+def test_the_page_shows_targets_and_replaces_readmes_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    reached = {"a": common.target(1.0, 2.0), "b": common.target(3.0, 2.0)}
+    record = {"what": "pins", "holes": [], "beside": {}, "targets": reached, "environment": machine.environment()}
+    common.write(folder / "pins.json", record)
+    rows = [{"kind": "fp8", "batch": 1, "floor_ms": 6.0, "predicted_ms": 8.0, "nodes": 300, "tokens_per_second": 2e3}]
+    record = {"what": "predicted", "within": 0.25, "rows": [{**rows[0], "kernels": []}], "targets": reached}
+    common.write(folder / "predicted.json", {**record, "environment": machine.environment()})
+    (folder / "old.json").write_text('{"what": "something of before"}')
+    (tmp_path / "README.md").write_text("# A\n<!-- results -->\nstale\n<!-- /results -->\nrest\n")
+    monkeypatch.setattr(sys, "argv", ["results.py", "--root", str(tmp_path)])
+    assert results.main() == 0
+    page, readme = (tmp_path / "RESULTS.md").read_text(), (tmp_path / "README.md").read_text()
+    assert "## Targets" in page and "**not reached**" in page and "`old.json`" in page
+    predictions = page[page.index("## Predictions, not run") :]
+    assert "Nothing of this was run" in predictions and "reached" not in predictions
+    assert "stale" not in readme and readme.startswith("# A\n") and readme.endswith("rest\n")
+    monkeypatch.setattr(sys, "argv", ["results.py", "--check", "--root", str(tmp_path)])
+    assert results.main() == 0
+    (tmp_path / "RESULTS.md").write_text("by hand")
+    assert results.main() == 1

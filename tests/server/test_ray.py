@@ -1,0 +1,438 @@
+"""Replicas on Ray: which one a job goes to, what becomes of it when that one ends, and two of them under load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+import warnings
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sfumato import cli
+from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.events import Commit, Done, Draft, Usage
+from sfumato.options import Options
+from sfumato.server.backend import Job, ModelCard, Stats
+
+pytest.importorskip("ray", reason="needs ray[serve]")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its own use of pydantic, which is no business of ours
+    from ray.exceptions import ActorDiedError
+    from ray.serve.exceptions import BackPressureError
+
+    from sfumato.server.cluster import replicas
+    from sfumato.server.cluster.replicas import Plan, RayBackend, Router
+
+CARD = ModelCard("scripted", 32, 512, 100, True, True, 12, "float32", "reference")
+
+
+def job(kind: Any = "complete", seed: int | None = 0, drafts: bool = False, **payload: Any) -> Job:
+    return Job(kind, "r1", payload, Options(seed=seed, drafts=drafts))
+
+
+# ---- which replica ---------------------------------------------------------------------------------------------------
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+SYSTEM, ASKED = said("system", "You are brief."), said("user", "What is a canvas?")
+LATER = [said("assistant", "Text."), said("user", "And a step?")]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        (job("chat", messages=[SYSTEM, ASKED]), job("chat", messages=[SYSTEM, ASKED, *LATER]), True),
+        (job("chat", messages=[SYSTEM, ASKED]), job("decide", prompt=[SYSTEM, ASKED], fields={}), True),
+        (job("chat", messages=[SYSTEM, ASKED]), job("chat", messages=[ASKED]), False),
+        (job("chat", messages=[SYSTEM, ASKED]), job("chat", messages=[SYSTEM, LATER[1]]), False),
+        (job("chat", messages=[SYSTEM]), job("chat", messages=[SYSTEM, LATER[0]]), True),
+        (job(prompt="x" * 512 + "a"), job(prompt="x" * 512 + "b"), True),
+        (job(prompt="x" * 511 + "a"), job(prompt="x" * 511 + "b"), False),
+        (job(prompt=[*range(512), 1]), job(prompt=[*range(512), 2]), True),
+        (job("infill", prefix="def f():", suffix="a"), job("infill", prefix="def f():", suffix="b"), True),
+        (job("infill", prefix="def f():", suffix=""), job(prompt="def f():"), True),
+        (job("edit", text="a"), job("edit", text="b"), False),
+        (job("fill", template=["a", {"name": "b"}]), job("fill", template=["a", {"name": "c"}]), False),
+        (job("fill", template=["a"], prompt="p"), job("fill", template=["b"], prompt="p"), True),
+    ],
+)
+def test_jobs_that_begin_alike_have_one_key(one: Job, other: Job, is_same: bool):
+    assert (replicas.key_of(one) == replicas.key_of(other)) is is_same
+
+
+def test_a_job_that_begins_with_nothing_has_no_key():
+    assert replicas.key_of(job(prompt="")) == replicas.key_of(job("infill", prefix="", suffix="b")) == ""
+
+
+def test_homes_are_spread_and_stay_when_others_come_and_go():
+    keys, names = [str(number) for number in range(3000)], ["a", "b", "c"]
+    before = {key: replicas.home(key, names) for key in keys}
+    assert all(900 < count < 1100 for count in Counter(before.values()).values())
+    assert all(before[key] == replicas.home(key, names[::-1]) for key in keys)
+    grown = {key: replicas.home(key, [*names, "d"]) for key in keys}
+    moved = [key for key in keys if grown[key] != before[key]]
+    assert 650 < len(moved) < 850 and {grown[key] for key in moved} == {"d"}
+
+
+def test_a_home_comes_first_unless_it_has_more_to_do_than_another_by_over_the_bound():
+    names = ["a", "b", "c", "d"]
+    at = replicas.home("key", names)
+    first, two = replicas.ranks("key", dict.fromkeys(names, 5) | {at: 13}, bound=8)
+    assert first == [at] and len(set(two)) == 2 and set(two) <= set(names)
+    [two] = replicas.ranks("key", dict.fromkeys(names, 5) | {at: 14}, bound=8)
+    assert len(set(two)) == 2
+    drawn = [replicas.ranks("", dict.fromkeys(names, 0), bound=8) for _ in range(200)]
+    assert {name for [pair] in drawn for name in pair} == set(names)
+    assert replicas.ranks("key", {"a": 50}, bound=8) == [["a"], ["a"]]
+
+
+def chosen(names: str, queues: dict[str, int], what: Job, avoid: str | None = None) -> list[list[str]]:
+    """What the router answers, by names."""
+    there = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in names]
+    cache = SimpleNamespace(get=lambda replica: queues.get(replica.unique_id))
+    request = SimpleNamespace(args=(what, avoid), routing_context=SimpleNamespace(should_backoff=False))
+    router: Any = SimpleNamespace(bound=2, replica_queue_len_cache=cache)
+    found = asyncio.run(Router.choose_replicas(router, there, request))  # type: ignore[arg-type]
+    assert request.routing_context.should_backoff
+    return [[one.replica_id.unique_id for one in group] for group in found]
+
+
+def test_the_router_takes_the_home_but_not_the_replica_to_avoid_while_there_is_another():
+    what = job(prompt="Once upon a time")
+    at = replicas.home(replicas.key_of(what), ["a", "b"])
+    other = "b" if at == "a" else "a"
+    assert chosen("ab", {}, what)[0] == [at]
+    assert [sorted(group) for group in chosen("ab", {at: 3}, what)] == [["a", "b"]]
+    assert chosen("ab", {other: 9}, what, avoid=at) == [[other], [other]]
+    assert chosen(at, {}, what, avoid=at) == [[at], [at]]
+    assert chosen("", {}, what) == []
+
+
+# ---- a replica that ends under a job ---------------------------------------------------------------------------------
+
+
+class Response:
+    """What Ray Serve gives for a streaming call; the last of the script may be an error."""
+
+    def __init__(self, script: list[Any]) -> None:
+        self.script, self.is_cancelled = script, False
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for one in self.script:
+            if isinstance(one, Raised):
+                raise one.error
+            yield one
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Raised:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class Handle:
+    """Ray Serve's handle of the replicas, by a script: one list for each call."""
+
+    def __init__(self, *scripts: list[Any]) -> None:
+        self.responses = [Response(script) for script in scripts]
+        self.calls: list[tuple[Job, str | None]] = []
+
+    def options(self, method_name: str, stream: bool) -> Handle:
+        assert (method_name, stream) == ("run", True)
+        return self
+
+    def remote(self, job: Job, avoid: str | None) -> Response:
+        self.calls.append((job, avoid))
+        return self.responses[len(self.calls) - 1]
+
+
+def over(*scripts: list[Any]) -> RayBackend:
+    backend = RayBackend(Plan({}, {"rows": 4, "queue": 8}, 2, 2, 1.0, None))
+    backend.handle, backend._is_open = Handle(*scripts), True
+    return backend
+
+
+def outcome(backend: RayBackend, what: Job) -> tuple[list[Any], Exception | None]:
+    """What was handed out, and the error that ended it."""
+
+    async def collect() -> tuple[list[Any], Exception | None]:
+        found: list[Any] = []
+        try:
+            async for one in backend.run(what):
+                found.append(one)
+        except Exception as error:
+            return found, error
+        return found, None
+
+    result = asyncio.run(collect())
+    assert all(response.is_cancelled for response in backend.handle.responses[: len(backend.handle.calls)])
+    assert backend._running == backend._waiting == 0
+    return result
+
+
+ONE, TWO, END = Commit(0, 0, 3, [1, 2]), Commit(0, 1, 3, [3]), Done(0, "stop", [1, 2, 3], Usage())
+SKETCH = Draft(0, 0, 1, [9, 9], [0.1, 0.2], [True, False])
+ENDED = WorkerError("the engine's worker ended (signal 9) under this request; send the request again")
+DIED = Raised(ActorDiedError())
+
+
+@pytest.mark.parametrize("death", [[DIED], ["a", DIED], ["a", ENDED], ["a"]])
+def test_a_job_whose_replica_ends_before_an_event_is_sent_once_more(death: list[Any], caplog):
+    backend = over(death, ["b", ONE, TWO, END])
+    assert outcome(backend, job()) == ([ONE, TWO, END], None)
+    assert [avoid for _, avoid in backend.handle.calls] == [None, "a" if "a" in death else None]
+    assert caplog.text.count("r1 is sent again: replica") == 1
+
+
+@pytest.mark.parametrize("death", [DIED, ENDED])
+def test_events_handed_out_are_not_handed_out_again(death):
+    backend = over(["a", SKETCH, ONE, death], ["b", SKETCH, ONE, TWO, END])
+    assert outcome(backend, job(drafts=True)) == ([SKETCH, ONE, TWO, END], None)
+
+
+@pytest.mark.parametrize("again", [[TWO, END], [SKETCH, ONE, END], [END]])
+def test_a_second_run_that_differs_is_an_error_and_no_mixture(again: list[Any]):
+    found, error = outcome(over(["a", ONE, DIED], ["b", *again]), job())
+    assert found == [ONE] and isinstance(error, WorkerError) and "goes on differently; send it again" in str(error)
+
+
+def test_there_is_no_third_try():
+    backend = over(["a", ONE, DIED], ["b", ONE, ENDED], ["c", ONE, TWO, END])
+    found, error = outcome(backend, job())
+    assert found == [ONE] and len(backend.handle.calls) == 2 and isinstance(error, WorkerError)
+    assert str(error) == (
+        "replica b: the engine's worker ended (signal 9) under this request, and before that another one; "
+        "send the request again"
+    )
+
+
+def test_a_seed_is_chosen_before_the_first_try():
+    backend = over([DIED], ["b", END])
+    outcome(backend, job(seed=None))
+    (first, _), (second, _) = backend.handle.calls
+    assert first == second and isinstance(first.options.seed, int)
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "part"),
+    [
+        (["a", CapacityError("the prompt has 900 tokens")], CapacityError, "900 tokens"),
+        (["a", BusyError("the queue is full")], BusyError, "the queue is full"),
+        ([Raised(BackPressureError(8, 8))], BusyError, "8 requests are waiting"),
+        (["a", SfumatoError("a fault")], SfumatoError, "a fault"),
+    ],
+)
+def test_errors_that_another_replica_would_not_cure_are_not_tried_again(script: list[Any], kind: type, part: str):
+    backend = over(script)
+    found, error = outcome(backend, job())
+    assert found == [] and type(error) is kind and part in str(error) and len(backend.handle.calls) == 1
+
+
+def test_closing_the_iterator_cancels_the_call():
+    async def test() -> None:
+        backend = over(["a", ONE, TWO, END])
+        events: Any = backend.run(job())
+        assert await anext(events) == ONE
+        await events.aclose()
+        assert backend.handle.responses[0].is_cancelled
+
+    asyncio.run(test())
+
+
+def test_counters_only_grow_and_what_is_at_the_moment_is_of_those_that_are_there():
+    backend = over()
+    backend._note([("a", CARD, True, Stats(rows=1, rows_max=4, steps=10, tokens_per_pass=4.0, restarts=1))])
+    backend._note([(name, CARD, True, Stats(rows=2, rows_max=4, steps=20, tokens_per_pass=2.0)) for name in "ab"])
+    assert backend.stats() == Stats(rows=4, rows_max=8, steps=40, tokens_per_pass=2.0)
+    backend._note([("b", CARD, False, Stats(rows=1, rows_max=4, steps=25))])
+    assert backend.stats() == Stats(rows=1, rows_max=4, steps=45) and not backend.is_ready()
+    assert asyncio.run(backend.card()) == CARD
+
+
+@pytest.mark.parametrize("error", [InputError("there is no model 'x'; give a folder"), SfumatoError("two\nlines")])
+def test_why_a_model_cannot_be_loaded_survives_rays_account_of_it(error: SfumatoError):
+    account = (
+        f"The deployment failed to start.\n  raise RuntimeError(told(error))\nRuntimeError: {replicas.told(error)}\n"
+    )
+    found = replicas.heard(account)
+    assert type(found) is type(error) and str(found) == str(error).replace("\n", " ")
+    assert "Ray cannot start the model: no GPU" in str(replicas.heard("One.\n  no GPU\n"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("--max-replicas 2", "max-replicas is 2 without --ray"),
+        ("--ray-address auto", "ray-address is auto without --ray"),
+        ("--ray --replicas 3 --max-replicas 2", "max-replicas is 2, below replicas 3; give at least 3"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments: str, part: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["serve", *arguments.split()]) == 2
+    assert part in capsys.readouterr().err
+
+
+# ---- two replicas of nano --------------------------------------------------------------------------------------------
+
+psutil = pytest.importorskip("psutil")
+REQUESTS = 16
+
+
+class Serving:
+    """`sfumato serve --ray` in a process of its own."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        arguments = "serve --ray --replicas 2 -m nano --ops reference --dtype float32 --port 0"
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from sfumato.cli import main; raise SystemExit(main())", *arguments.split()],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        self.address = ""
+
+    def wait(self) -> None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line + self.log.read_text()
+        self.address = found[0]
+
+    def family(self) -> list[Any]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def actors(self) -> list[Any]:
+        return [one for one in self.family() if " ".join(one.cmdline()).startswith("ray::ServeReplica")]
+
+    def workers(self) -> list[Any]:
+        return [
+            child
+            for actor in self.actors()
+            for child in actor.children()
+            if "multiprocessing.spawn" in " ".join(child.cmdline())
+        ]
+
+    def figure(self, name: str) -> float:
+        with urllib.request.urlopen(self.address + "/metrics", timeout=30) as answer:
+            found = re.search(rf"^sfumato_{name} (\S+)$", answer.read().decode(), re.MULTILINE)
+        assert found
+        return float(found[1])
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        pause = threading.Event()
+        for _ in range(600):
+            if is_so():
+                return
+            pause.wait(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def ask(self, number: int, id: str, begun: threading.Event) -> str:
+        """One chat of two canvases; every other one is a stream."""
+        is_stream = number % 2 == 0
+        body: dict[str, Any] = {"messages": [said("user", f"Number {number}")], "max_tokens": 150, "seed": number}
+        headers = {"content-type": "application/json", "x-request-id": id}
+        data = json.dumps(body | {"stream": is_stream}).encode()
+        request = urllib.request.Request(self.address + "/v1/chat/completions", data, headers)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert answer.status == 200
+            if not is_stream:
+                return json.load(answer)["choices"][0]["message"]["content"]
+            text, lines = "", []
+            for line in answer:
+                lines.append(line)
+                if line.startswith(b"data: {"):
+                    text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+                    if text:
+                        begun.set()
+            assert lines[-2] == b"data: [DONE]\n", lines[-3:]
+            return text
+
+    def leave(self) -> None:
+        """Go away from a long answer when it has a row and its first words."""
+        body = {"messages": [ASKED], "stream": True}
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(self.address + "/v1/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            while b'"content":"' not in (line := answer.readline()) or b'"content":""' in line:
+                assert line
+            self.until(lambda: self.figure("rows") == 1)
+
+    def load(self, round: str, disturb: Callable[[], None] = lambda: None) -> list[str]:
+        """The texts of all requests at once; when the first has begun, something happens."""
+        begun = threading.Event()
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            asked = [pool.submit(self.ask, number, f"{round}-{number}", begun) for number in range(REQUESTS)]
+            assert begun.wait(60)
+            disturb()
+            return [one.result() for one in asked]
+
+    def again(self, round: str) -> Counter[str]:
+        """How often each request was sent again."""
+        return Counter(re.findall(rf" ({round}-\d+) is sent again: ", self.log.read_text()))
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    one = Serving(tmp_path / "log")
+    try:
+        one.wait()
+        yield one
+    finally:
+        left = one.family() if one.process.poll() is None else []
+        one.process.kill()
+        one.process.communicate()
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def test_every_request_is_answered_while_a_worker_and_then_a_replica_is_killed(serving: Serving):
+    serving.until(lambda: serving.figure("rows_max") == 64)
+    texts = serving.load("calm")
+    assert all(texts) and len(set(texts)) == REQUESTS and not serving.again("calm")
+
+    tokens = sum(map(int, re.findall(r" calm-\d+ .* tokens=(\d+) ", serving.log.read_text())))
+    serving.leave()
+    serving.until(lambda: serving.figure("rows") == 0)
+    assert serving.figure("tokens_total") < tokens + 1000  # of 4000
+
+    assert serving.load("worker", lambda: serving.workers()[0].kill()) == texts
+    serving.until(lambda: serving.figure("worker_restarts_total") == 1 and len(serving.workers()) == 2)
+    serving.until(lambda: serving.figure("rows_max") == 64)
+
+    dead = serving.actors()[0]
+    assert serving.load("replica", dead.kill) == texts
+    serving.until(lambda: len(serving.actors()) == 2 and dead not in serving.actors())
+    serving.until(lambda: serving.figure("rows_max") == 64)  # another one has taken its place
+
+    for round in ("worker", "replica"):
+        counts = serving.again(round)
+        print(f"{round} killed: {REQUESTS} of {REQUESTS} answered, {len(counts)} sent again")
+        assert counts and set(counts.values()) == {1}
+
+    family = serving.family()
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.process.wait(30) == 0
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert "Traceback" not in serving.log.read_text()

@@ -1,0 +1,371 @@
+"""Templates on the embedded model: what is fixed stays byte for byte, what is free is written, decisions are fair."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sfumato import LLM, Options, Slot
+from sfumato.errors import CapacityError, InputError
+from sfumato.evals.sudoku import solve
+from sfumato.tasks import sudoku
+from sfumato.templates import layout as edit
+from sfumato.templates.layout import (
+    candidates,
+    check_template,
+    lay_out,
+    pieces_of,
+    read_template,
+    share_out,
+    span_template,
+)
+
+ONE = Options(seed=1, max_steps=1)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM.load("nano")
+
+
+def ask(puzzle: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": sudoku.prompt(puzzle)}]
+
+
+def cells(puzzle: str) -> list[str | Slot]:
+    return [cell if cell != "0" else Slot(length=1) for cell in puzzle]
+
+
+# ---- byte for byte ---------------------------------------------------------------------------------------------------
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=120)
+
+
+@st.composite
+def texts_and_spans(draw: st.DrawFn) -> tuple[str, list[tuple[int, int]]]:
+    text = draw(
+        texts
+        | st.lists(
+            st.sampled_from(["\r\n", "\n", "\t", " ", "  ", "ﬁ", "é", "e\u0301", "👩‍👩‍👧", "\ufeff", "\x00", "ab"]),
+            min_size=1,
+            max_size=40,
+        ).map("".join)
+    )
+    cuts = sorted(draw(st.sets(st.integers(0, len(text)), min_size=2, max_size=6)))
+    if len(cuts) < 2 or not text:
+        cuts = [0, len(text)]
+    return text, [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if a < b]
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts_and_spans())
+def test_outside_the_spans_every_byte_stays(llm: LLM, case: tuple[str, list[tuple[int, int]]]) -> None:
+    text, spans = case
+    edited = llm.edit(text, spans=spans, strength=1.0, options=ONE).text.encode()
+    kept, end = [], 0
+    for start, stop in spans:
+        kept.append(text[end:start].encode())
+        end = stop
+    kept.append(text[end:].encode())
+    pattern = b"(?s)" + b".*".join(map(re.escape, kept))
+    assert re.fullmatch(pattern, edited)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts, texts)
+def test_an_infill_keeps_both_sides(llm: LLM, before: str, after: str) -> None:
+    text = llm.infill(before, after, length=3, options=ONE).text
+    assert text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)
+
+
+def test_text_longer_than_a_canvas_keeps_its_bytes_and_its_order(llm: LLM) -> None:
+    before, after = "The beginning.\r\n" * 30, "\tthe end … " * 40
+    template = [before, Slot("one", length=5), " and ", Slot("two", length=90), after]
+    filled = llm.fill(template, options=ONE)
+    assert filled.text == before + filled.values["one"] + " and " + filled.values["two"] + after
+    assert filled.usage.canvases == 2 and filled.lengths == {"one": 5, "two": 90}
+
+
+# ---- layout ----------------------------------------------------------------------------------------------------------
+
+
+def layout(llm: LLM, template: list[str | Slot], **more: Any) -> Any:
+    return lay_out(check_template(template), llm.tokenizer, llm.model.config, {}, **more)
+
+
+def test_a_template_that_fits_stays_on_one_canvas_with_ends_behind_it(llm: LLM) -> None:
+    sheet = layout(llm, ["12", Slot(length=2), "34"])
+    digits = llm.tokenizer.encode("1234")
+    assert [sheet.pins[n] for n in (0, 1, 4, 5)] == digits and sheet.length == 6 and not sheet.lead
+    assert {sheet.pins[n] for n in range(6, 82)} == {llm.model.config.eos_ids[0]} and set(sheet.pins) == {
+        *range(82)
+    } - {2, 3}
+
+
+def test_what_does_not_fit_before_the_slot_goes_into_the_cache(llm: LLM) -> None:
+    sheet = layout(llm, ["1" * 100, Slot(length=2), "2" * 40])
+    assert len(sheet.lead) == 60 and sheet.places[0].start == 40 and sheet.length == 82 and sheet.beyond == ""
+    sheet = layout(llm, ["1" * 100, Slot(length=2), "2" * 100])
+    assert len(sheet.lead) == 100 and sheet.places[0].start == 0 and sheet.beyond == "2" * 20
+
+
+def test_a_short_canvas_has_ends_up_to_a_multiple_of_sixteen(llm: LLM) -> None:
+    sheet = layout(llm, ["12", Slot(length=2), "34"], is_short=True)
+    assert max(sheet.pins) == 15
+    early = llm.fill(["12", Slot("x", length=2), "34"], options=Options(seed=1, short=True, max_steps=3))
+    assert early.text.startswith("12") and early.text.endswith("34")
+
+
+def test_strength_is_the_share_of_noise_and_follows_the_seed(llm: LLM) -> None:
+    text = "5" * 60
+    none, some, all_ = (layout(llm, [Slot(text=text, strength=s)], seed=3).warm for s in (1.0, 0.5, 0.0))
+    assert not none and 15 < len(some) < 45 and len(all_) == 60
+    assert some == layout(llm, [Slot(text=text, strength=0.5)], seed=3).warm
+    assert some != layout(llm, [Slot(text=text, strength=0.5)], seed=4).warm
+
+
+def test_candidate_lengths_are_dense_where_short_and_reach_the_bound() -> None:
+    assert candidates(3) == [1, 2, 3]
+    for most in (13, 40, 64, 256):
+        found = candidates(most)
+        assert found[0] == 1 and found[-1] == most and found == sorted(set(found)) and len(found) <= 12
+
+
+# ---- Sudoku through templates ----------------------------------------------------------------------------------------
+
+
+def test_pinned_clues_through_a_template_solve_as_the_sudoku_command_does(llm: LLM) -> None:
+    rng = np.random.default_rng(5)
+    puzzles = [sudoku.generate(42, rng) for _ in range(30)]
+    theirs = [s.answer for s in solve(llm, puzzles, Options(seed=7))]
+    ours = [llm.fill(cells(p), ask(p), Options(seed=7)).text for p in puzzles]
+    solved = [sum(sudoku.is_solved(a, p) for a, p in zip(some, puzzles, strict=True)) for some in (ours, theirs)]
+    assert solved[0] >= solved[1] - 1 and solved[1] >= 27
+    assert (
+        sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 28
+    )  # where the end is pinned too, a step may differ
+
+
+def test_any_twenty_cells_of_a_solved_grid_are_filled_in(llm: LLM) -> None:
+    rng, dice = np.random.default_rng(6), random.Random(6)
+    right = 0
+    for _ in range(25):
+        grid = sudoku.random_grid(rng)
+        holes = set(dice.sample(range(81), 20))
+        puzzle = "".join("0" if n in holes else cell for n, cell in enumerate(grid))
+        right += sudoku.is_solved(llm.fill(cells(puzzle), ask(puzzle), Options(seed=1)).text, puzzle)
+    assert right >= 24
+
+
+def test_a_length_is_found_where_the_model_knows_the_text(llm: LLM) -> None:
+    rng = np.random.default_rng(8)
+    found = []
+    for _ in range(5):
+        grid = sudoku.random_grid(rng)
+        puzzle = grid[:40] + "000" + grid[43:]
+        slot = Slot("cells", at_most=6)
+        found.append(llm.fill([grid[:40], slot, grid[43:]], ask(puzzle), Options(seed=1)).lengths["cells"])
+    assert found.count(3) >= 4
+
+
+def test_a_warm_canvas_with_little_noise_keeps_a_right_answer(llm: LLM) -> None:
+    grid = sudoku.random_grid(np.random.default_rng(9))
+    puzzle = "".join(cell if n % 2 else "0" for n, cell in enumerate(grid))
+    slot = Slot("board", text=grid, strength=0.1)
+    filled = llm.fill([slot], ask(puzzle), Options(seed=1))
+    assert filled.text == grid and filled.usage.steps <= 3
+
+
+def test_an_edit_by_instruction_comes_back_as_text_and_diff(llm: LLM) -> None:
+    grid = sudoku.random_grid(np.random.default_rng(10))
+    edited = llm.edit(grid, instruction="Solve this Sudoku:", strength=0.1, options=Options(seed=1))
+    assert sum(a == b for a, b in zip(edited.text, grid, strict=True)) > 70
+    assert (edited.diff() == "") == (edited.text == grid)
+    other = llm.edit("a\r\nb\nc", spans=[(3, 4)], strength=1.0, options=ONE)
+    assert other.text.startswith("a\r\n") and other.text.endswith("\nc")
+    assert other.diff("x").startswith("--- a/x\n+++ b/x\n@@ -1,3 +1,") and " a\r\n" in other.diff("x")
+
+
+# ---- decisions -------------------------------------------------------------------------------------------------------
+
+
+def test_shares_follow_the_tree_of_tokens_and_not_the_length() -> None:
+    even = {1: 0.0, 2: 0.0, 3: 0.0, 9: 0.0}
+    assert share_out([[1], [2, 3, 3]], [even] * 4, 9) == [0.5, 0.5]
+    fork = [
+        {1: math.log(0.6), 2: math.log(0.2), 3: 0.0, 9: 0.0},
+        {1: 0.0, 2: math.log(3.0), 3: 0.0, 9: 0.0},
+        even,
+        even,
+    ]
+    assert share_out([[1, 1], [1, 2], [2, 3]], fork, 9) == pytest.approx([0.75 / 4, 0.75 * 3 / 4, 0.25])
+    begun = [{1: 0.0, 9: 0.0}, {2: math.log(0.3), 9: math.log(0.1)}, {}]
+    assert share_out([[1], [1, 2]], begun, 9) == pytest.approx([0.25, 0.75])
+
+
+def test_a_decision_reads_its_own_positions(llm: LLM) -> None:
+    """nano reads cell n at position n, whatever stands around it: a question's digit is that of the cell it lies on."""
+    rng, right = np.random.default_rng(11), {"x": 0, "y": 0}
+    places = {"x": len(llm.tokenizer.encode("x:")) + 1}
+    places["y"] = places["x"] + 1 + len(llm.tokenizer.encode("\n")) + len(llm.tokenizer.encode("y:")) + 1
+    assert len(llm.tokenizer.encode(" 7")) == 2  # a blank, which all choices share, and the digit
+    for _ in range(10):
+        grid = sudoku.random_grid(rng)
+        read = llm.decide(ask(grid), {name: list("123456789") for name in places}, options=Options(seed=1))
+        for name, decision in read.items():
+            assert sum(decision.probabilities.values()) == pytest.approx(1.0)
+            right[name] += decision.choice == grid[places[name]]
+            assert decision.probabilities[decision.choice] == max(decision.probabilities.values())
+    assert right["x"] >= 9 and right["y"] >= 9
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda llm: llm.fill(["only text"]), "has no slot"),
+        (lambda llm: llm.fill([Slot("a"), Slot("a")]), "two slots are named 'a'"),
+        (lambda llm: llm.fill([3, Slot("a")]), "holds texts and slots, not int"),
+        (lambda llm: Slot(length=0), "length of slot '' is 0"),
+        (lambda llm: Slot(length=3, at_most=4), "has a length and at_most"),
+        (lambda llm: Slot(regex="a", choices=("a",)), "has regex and choices"),
+        (lambda llm: Slot(regex="a", length=3), "bound its length with at_most"),
+        (lambda llm: Slot(text="a", strength=1.5), "strength of slot '' is 1.5"),
+        (lambda llm: llm.edit("", "x"), "the text is empty"),
+        (lambda llm: llm.edit("abc"), "neither an instruction nor spans"),
+        (lambda llm: llm.edit("abc", spans=[(1, 5)]), "the span 1–5 is not in the text of 3 characters"),
+        (lambda llm: llm.edit("abc", spans=[(2, 2)]), "or is empty"),
+        (
+            lambda llm: llm.edit("abcdef", spans=[(1, 4), (3, 5)]),
+            "the span 3–5 overlaps the one before, which ends at 4",
+        ),
+        (lambda llm: llm.edit("a\ud800b", spans=[(0, 1)]), "lone surrogate"),
+        (lambda llm: llm.decide("x", {}), "no fields"),
+        (lambda llm: llm.decide("x", {"a": ["b"]}), "two or more different"),
+        (lambda llm: llm.decide("x", {"a": ["b", "b"]}), "two or more different"),
+        (lambda llm: llm.decide("x", {"a": "yes"}), "give a list of two or more different"),
+        (
+            lambda llm: llm.fill([Slot(length=1)], options=Options(max_tokens=5)),
+            "max_tokens does not apply to a template",
+        ),
+        (lambda llm: llm.edit("a", "b", options=Options(stop=("x",))), "stop does not apply to a template"),
+        (lambda llm: llm.fill([Slot(length=1)], options=Options(schema={})), "schema does not apply to a template"),
+        (lambda llm: llm.fill([Slot(regex="[0-9]{40}", at_most=3)]), "room"),
+        (lambda llm: llm.fill(["1" * 5000, Slot(length=1)]), "beyond the context of 4096; shorten"),
+        (lambda llm: llm.fill([Slot(length=5000), "x"]), "the template takes"),
+        (lambda llm: llm.fill(["a", Slot("x", at_most=10**9, regex="a*")]), "slot 'x' (of 1000000000), beyond the con"),
+        (lambda llm: llm.fill([Slot("x", length=2**62)]), "beyond the context of 4096; shorten its slots"),
+        (
+            lambda llm: llm.fill([Slot(length=3000), Slot(length=3000)]),
+            "takes 6000 positions up to the end of slot '2'",
+        ),
+        (lambda llm: llm.fill(["a", Slot(), Slot("y", length=2 * 10**8)]), "beyond the context"),
+        (lambda llm: llm.infill("a", "b", 2 * 10**8), "beyond the context of 4096; shorten"),
+        (lambda llm: llm.edit("1" * 5000, spans=[(0, 1), (4500, 4501)]), "beyond the context"),
+        (lambda llm: llm.edit("1" * 5000, "x"), "beyond the context of 4096; shorten"),
+        (lambda llm: llm.edit("1" * 4050, "x"), "beyond the context of 4096; shorten"),
+        (
+            lambda llm: llm.edit("a" * 5000, spans=[(n, n + 1) for n in range(0, 3000, 2)]),
+            "1500 spans, more than the 1024",
+        ),
+        (lambda llm: llm.fill([Slot(length=1)] * 1025), "1025 slots, more than the 1024 allowed; fill it in parts"),
+        (lambda llm: llm.fill([Slot()] * 65), "65 slots without a length, more than the 64 allowed; give the others"),
+        (lambda llm: llm.fill(["a"] * 5000), "5000 pieces, more than the 4096 allowed; join texts"),
+        (lambda llm: pieces_of([0] * 10**6), "1000000 pieces, more than the 4096 allowed"),
+        (lambda llm: pieces_of([["a" * 10**6]]), "piece 1 of the template is ['aaa"),
+        (lambda llm: llm.decide("x", {"a": [str(n) for n in range(10001)]}), "more than 10000 choices together"),
+        (
+            lambda llm: llm.decide("x", {"a": ["b"] * 10**5}),
+            "has the choices ['b', 'b', 'b', 'b', 'b', 'b', ...]; give",
+        ),
+        (lambda llm: llm.decide("x", {"": ["b", "c"]}), "a field has an empty name"),
+        (lambda llm: llm.decide("x", {"a": ["b", "c"]}, steps=0), "steps is 0; give a whole number from 1 to 4096"),
+        (lambda llm: Slot(text=""), "the text of slot '' is empty"),
+        (lambda llm: read_template("[" + "9" * 5000 + "]"), "the template is not JSON"),
+        (lambda llm: read_template("{}"), "a list of texts and slots"),
+        (lambda llm: read_template("["), "not JSON"),
+        (lambda llm: read_template('[{"size": 3}]'), "piece 1 of the template has 'size'; a slot has"),
+        (lambda llm: read_template("[3]"), "piece 1 of the template is 3"),
+        (lambda llm: Options(schema={}, regex="a"), "schema and regex are given together"),
+        (lambda llm: Options(regex="a", mode="autoregressive"), "needs mode 'diffusion'"),
+    ],
+)
+def test_bad_input_is_one_sentence(llm: LLM, call: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)) as caught:
+        call(llm)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_too_small_a_budget_is_reported_before_any_work(llm: LLM) -> None:
+    with pytest.raises(CapacityError, match="4"):
+        llm.complete("x", Options(schema={"type": "string", "minLength": 60}, max_tokens=4))
+
+
+def test_a_template_from_json_is_the_template(llm: LLM) -> None:
+    text = json.dumps(["a ", {"name": "x", "length": 2}, {"name": "y", "choices": ["b", "c"]}])
+    assert read_template(text) == ["a ", Slot("x", length=2), Slot("y", choices=("b", "c"))]
+    filled = llm.fill(read_template(text), options=ONE)
+    assert filled.values["y"] in ("b", "c") and filled.text == "a " + filled.values["x"] + filled.values["y"]
+
+
+def test_a_slot_is_text_and_never_a_control_token(llm: LLM) -> None:
+    for seed in range(6):
+        filled = llm.fill(["a", Slot("x", length=6), "b"], options=Options(seed=seed, max_steps=2))
+        assert filled.lengths["x"] == 6 and len(filled.values["x"]) >= 1
+
+
+def test_checks_are_linear(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "SLOTS", "PIECES", "OPEN":
+        monkeypatch.setattr(edit, name, 10**6)
+    began = time.perf_counter()
+    pieces = span_template("ab" * 50_000, [(2 * n, 2 * n + 1) for n in range(50_000)], 0.5)
+    assert len(pieces) == 100_000
+    assert len(check_template([Slot() for _ in range(100_000)])) == 100_000
+    assert time.perf_counter() - began < 10
+    share_out([[n] for n in range(20_000)], [dict.fromkeys(range(20_001), 0.0)], 20_000)
+    assert time.perf_counter() - began < 12
+
+
+def test_a_search_for_a_length_ends_with_the_canvas_that_the_slot_begins_on(llm: LLM) -> None:
+    length = llm.model.config.canvas_length
+    plan = llm.plan("fill", {"template": ["a", {"name": "x"}, "b" * 300, {"length": 3}]}, ONE)
+    asks = next(plan)
+    assert len(asks) > 5 and all(ask.request.options.max_tokens == length for ask in asks)
+    plan.close()
+
+
+def test_text_behind_a_template_may_be_longer_than_the_context(llm: LLM) -> None:
+    tail = "b" * 3000
+    filled = llm.fill([Slot("x", length=2), tail], "a text that goes on", ONE)
+    assert filled.text == filled.values["x"] + tail
+
+
+def test_a_hint_at_what_lies_beyond_joins_content_in_parts(llm: LLM) -> None:
+    for content in "Write.", [{"type": "text", "text": "Write."}]:
+        assert llm.fill([Slot(length=1), "1" * 300], [{"role": "user", "content": content}], ONE).text[1:] == "1" * 300
+
+
+def test_choices_that_are_the_same_tokens_are_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda text, **more: [7, 8])
+    with pytest.raises(InputError, match="field 'a' has two choices that are the same tokens"):
+        llm.decide("x", {"a": ["b", "c"]})
+
+
+def test_spans_become_warm_slots() -> None:
+    assert span_template("abcd", [(2, 3), (0, 1)], 0.3) == [
+        Slot("1", text="a", strength=0.3),
+        "b",
+        Slot("2", text="c", strength=0.3),
+        "d",
+    ]
