@@ -43,8 +43,10 @@ from sfumato.model.network import Model, Pass, products
 from sfumato.quant.apply import quantize_
 from sfumato.quant.calibrate import correlation_of, importance_of
 from sfumato.quant.recipes import named
-from sfumato.sampling.diffusion import CountedDice, Rules
-from sfumato.sampling.step import Canvases, step_
+from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.rules import Rules
+from sfumato.sampling.step import step_
 from sfumato.tasks import sudoku
 
 Record = dict[str, Any]
@@ -91,7 +93,7 @@ def follow(model: Model, prompt_BT: Tensor, pin_BL: Tensor, rules: Rules) -> Way
     cache = encoded(model, prompt_BT)
     seeds = [SEED] * batch
     state = Canvases.allocate(model, [rules] * batch, seeds, rows, has_pins=True)
-    dice = CountedDice(seeds, rows, pin_BL.shape[1], model.config.vocab_size)
+    dice = CountedNoise(seeds, rows, pin_BL.shape[1], model.config.vocab_size)
     state.begin_(rows, dice.canvas(rows, [0] * batch), pin_BL, [0] * batch)
     passes: list[tuple[list[int], Tensor, Tensor | None]] = []
     while rows:

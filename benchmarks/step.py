@@ -32,8 +32,9 @@ from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model, Pass
 from sfumato.options import Options
-from sfumato.sampling.diffusion import Rules
-from sfumato.sampling.step import Canvases, step_
+from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.rules import Rules
+from sfumato.sampling.step import step_
 
 CONFIDENCE = 0.0
 """Never reached: every canvas takes all its steps."""
@@ -151,13 +152,13 @@ def vocabulary(model: Model, given: argparse.Namespace) -> tuple[Any, dict[str, 
     config, device = model.config, model.device
     embed_VD, length = model.embed_tokens.weight, config.canvas_length
     hidden_BLD = torch.randn(1, length, config.hidden_size, device=device).to(model.dtype)
-    uniform_BL, heat_B = torch.rand(1, length, device=device), torch.full((1,), 0.8, device=device)
+    uniform_BL, temperature_B = torch.rand(1, length, device=device), torch.full((1,), 0.8, device=device)
 
     def ours() -> None:
-        read = model.ops.read_out(hidden_BLD, embed_VD, config.softcap, heat_B, uniform_BL)
+        read = model.ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, uniform_BL)
         model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, read.tiles)
 
-    read = model.ops.read_out(hidden_BLD, embed_VD, config.softcap, heat_B, uniform_BL)
+    read = model.ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, uniform_BL)
     p_NV = torch.softmax(read.logits_BLV[0], -1, dtype=torch.float32).to(model.dtype)
     del read
     kind = "float32" if model.dtype == torch.float32 else "bf16"

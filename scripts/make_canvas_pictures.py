@@ -24,9 +24,10 @@ from sfumato.cli.view import CLUE, SMOKE, colour
 from sfumato.constraints.constrain import Guide, Pick, Walk
 from sfumato.constraints.search import Work
 from sfumato.engine.guided import Span
-from sfumato.sampling.diffusion import CountedDice
+from sfumato.sampling.noise import CountedNoise
 from sfumato.tasks import sudoku
-from sfumato.templates.layout import Sheet, check_template, lay_out, spans_of
+from sfumato.templates.layout import Sheet, lay_out, spans_of
+from sfumato.templates.slots import check_template
 
 PAPER, INK, GREY, LINE = "#fbfaf6", "#1c1a22", "#77727f", "#b9b4a8"
 FREE, WARM, FORCED, OVERRULED, UNKNOWN, END = "#ffffff", "#f0dfb8", "#cfe0dd", "#e9a58b", "#f1eee6", "#dcd8cc"
@@ -156,7 +157,7 @@ def sudoku_picture(llm: LLM, clues: int, seed: int, frames: int) -> tuple[str, s
     filled = llm.fill(template, prompt, options)
     assert filled.text == llm.tokenizer.decode(done.tokens[:81]), "the picture is not what fill does"
     config = llm.model.config
-    noise = CountedDice([seed], [0], config.canvas_length, config.vocab_size, llm.model.device).canvas([0], [0])[0]
+    noise = CountedNoise([seed], [0], config.canvas_length, config.vocab_size, llm.model.device).canvas([0], [0])[0]
     boards: list[tuple[str, list[int], list[float] | None]] = [("step 0: noise", noise.tolist(), None)]
     for at in sorted({round(i * (len(drafts) - 1) / (frames - 2)) for i in range(frames - 1)}):
         boards.append((f"step {drafts[at].step} of {len(drafts)}", drafts[at].tokens, drafts[at].entropies))

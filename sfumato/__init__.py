@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sfumato.events import Commit, Completion, Done, Draft, Usage
     from sfumato.llm import LLM
     from sfumato.options import Options
-    from sfumato.templates.layout import Slot
+    from sfumato.templates.slots import Slot
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Commit", "Completion", "Done", "Draft", "Options", "Slot", "Usage"]
@@ -23,7 +23,7 @@ _HOME = {
     "Done": "events",
     "Draft": "events",
     "Options": "options",
-    "Slot": "templates.layout",
+    "Slot": "templates.slots",
     "Usage": "events",
 }
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class SfumatoError(Exception):
-    """The root of the family: catch this to catch everything Sfumato raises on purpose."""
+    """The root of the family: catch this to catch everything Sfumato raises on purpose.
+
+    `option` is the name of the option or argument that is at fault, where one is."""
+
+    def __init__(self, message: str = "", *, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class InputError(SfumatoError, ValueError):

@@ -23,7 +23,6 @@ from sfumato.checkpoints.checkpoint import Checkpoint
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.constraints import calls
 from sfumato.constraints.constrain import Grammar
-from sfumato.constraints.forms import KINDS
 from sfumato.engine import arguments
 from sfumato.engine.engine import Engine
 from sfumato.engine.guided import Span
@@ -33,23 +32,20 @@ from sfumato.engine.run import Run
 from sfumato.errors import CapacityError, CheckpointError, InputError
 from sfumato.events import Completion, Decision, Done, Edited, Event, Filled
 from sfumato.model.network import Model
-from sfumato.options import Options
+from sfumato.options import CONSTRAINTS, OPTIONS, Options
 from sfumato.remote import Remote
 from sfumato.templates.layout import (
     MOST,
     Sheet,
-    Slot,
-    Template,
     candidates,
-    check_template,
     choices_of,
     lay_out,
-    pieces_of,
     share_out,
     span_template,
     spans_of,
     tokens_of,
 )
+from sfumato.templates.slots import Slot, Template, check_template, pieces_of
 from sfumato.text import chat
 from sfumato.text.reader import Reader
 from sfumato.text.tokenizer import Tokenizer
@@ -471,7 +467,7 @@ class LLM:
         asked = [options.constraint, ("tools", None) if options.strict or options.must_call else None]
         if kind == "fill":
             slots = [piece for piece in payload["template"] if isinstance(piece, dict)]
-            asked += [(name, slot[name]) for slot in slots for name in KINDS if slot.get(name) is not None]
+            asked += [(name, slot[name]) for slot in slots for name in CONSTRAINTS if slot.get(name) is not None]
         return any((one[0], repr(one[1])) not in self._grammars for one in asked if one is not None)
 
     @property
@@ -648,7 +644,8 @@ def _around(prefix: str, suffix: str, length: int | None, at_most: int | None) -
 def _of_templates(options: Options) -> Options:
     """InputError for an option that means nothing where a template says what is written."""
     arguments.check_options(options)
-    for name in ("max_tokens", "min_tokens", "stop", "mode", "logprobs", "strict", "must_call", "thinking", *KINDS):
-        if getattr(options, name) != getattr(Options, name):
-            raise InputError(f"{name} does not apply to a template, whose slots say what is written; leave it out")
+    for name, option in OPTIONS.items():
+        if "templates" not in option.about.uses and getattr(options, name) != option.default:
+            message = f"{name} does not apply to a template, whose slots say what is written; leave it out"
+            raise InputError(message, option=name)
     return options

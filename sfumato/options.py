@@ -1,12 +1,121 @@
-"""Options: how to generate, one frozen record for Python, the command line and HTTP. Nothing here imports torch."""
+"""Every choice, declared once: how to generate (`Options`) and how to load a model (`LoadOptions`).
+
+A field is annotated with its type and an `About`: its range, where it applies, and its sentence. Checks, the command
+line, the HTTP schema, the page's settings and the tables in docs/ are made from these (`OPTIONS`, `LOAD_OPTIONS`); a
+new option is one more field here, and its use. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sfumato.errors import InputError
+
+BIG = 1 << 62
+"""What a whole number without a limit of its own may be."""
+
+LEAST = 1e-6
+"""The least of a number that must be above 0."""
+
+Use = Literal["canvas", "autoregressive", "complete", "chat", "templates"]
+"""Where an option applies: in which mode (on a canvas, or one token after another), and in which kind of request
+(`complete`, `chat`, or a template: `fill`, `infill`, `edit`, `decide`)."""
+
+_MODES: tuple[Use, ...] = ("canvas", "autoregressive")
+_ANSWER: tuple[Use, ...] = ("complete", "chat")
+_ALL: tuple[Use, ...] = ("complete", "chat", "templates")
+_CANVAS: tuple[Use, ...] = ("canvas", *_ALL)
+_EVERYWHERE: tuple[Use, ...] = (*_MODES, *_ALL)
+
+
+@dataclass(frozen=True)
+class About:
+    """What is declared of an option beside its type and its default."""
+
+    sentence: str
+    """What it does, to whoever sets it."""
+    uses: tuple[Use, ...] = _EVERYWHERE
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as data, read from its field."""
+
+    name: str
+    kind: type
+    """int, float, bool, str, tuple (of texts) or dict."""
+    default: Any
+    choices: tuple[str, ...]
+    """The values that it can take; () where it has no such list."""
+    is_optional: bool
+    """Whether it may be None, which leaves the choice open."""
+    about: About
+
+    @property
+    def range(self) -> str:
+        """The range in words, to end "give a number …" with; "" where there is none."""
+        low, high = self.about.minimum, self.about.maximum
+        if low is None or high is None:
+            return ""
+        return f"above 0, at most {_short(high)}" if low == LEAST else f"from {_short(low)} to {_short(high)}"
+
+    @property
+    def brief(self) -> str:
+        """The first part of its sentence, for a line of help."""
+        return self.about.sentence.partition(";")[0].partition(". ")[0].rstrip(".") + "."
+
+    def checked(self, value: Any) -> Any:
+        """The value as it is kept; InputError, which names the option, for one that it cannot have."""
+        if value is None and self.is_optional:
+            return None
+        if self.choices:
+            if value not in self.choices:
+                allowed = " or ".join(map(repr, self.choices))
+                raise InputError(f"{self.name} is {value!r}; give {allowed}", option=self.name)
+        elif self.kind is bool:
+            if not isinstance(value, bool):
+                raise InputError(f"{self.name} is {value!r}; give true or false", option=self.name)
+        elif self.kind in (int, float):
+            self._check_number(value)
+        elif self.kind is tuple and isinstance(value, list):
+            return tuple(value)
+        return value
+
+    def _check_number(self, value: Any) -> None:
+        is_whole = self.kind is int
+        if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
+            message = f"{self.name} is {value!r}; give {'a whole' if is_whole else 'a'} number {self.range}"
+            raise InputError(message, option=self.name)
+        assert self.about.minimum is not None and self.about.maximum is not None
+        if not self.about.minimum <= value <= self.about.maximum:
+            raise InputError(f"{self.name} is {value!r}; give a number {self.range}", option=self.name)
+
+
+def _short(number: float) -> str:
+    return {BIG: "2^62", 1e9: "1e9"}.get(number, f"{number:g}")
+
+
+def declared(record: type) -> dict[str, Option]:
+    """The options that a record of annotated fields declares, by name, in their order."""
+    hints = get_type_hints(record, include_extras=True)
+    options = {}
+    for field in dataclasses.fields(record):
+        hint, *extras = get_args(hints[field.name])
+        about = next(extra for extra in extras if isinstance(extra, About))
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        first = next(kind for kind in kinds if kind is not type(None))
+        origin = get_origin(first)
+        choices = get_args(first) if origin is Literal else ()
+        kind = str if choices else origin or first
+        options[field.name] = Option(field.name, kind, field.default, choices, type(None) in kinds, about)
+    return options
 
 
 @dataclass(frozen=True)
@@ -16,141 +125,207 @@ class Options:
     Sampling rules and their defaults come from the reference (transformers `generation_diffusion_gemma.py`).
     """
 
-    max_tokens: int | None = None
-    """New tokens at most; None: one answer may run to the end of the context."""
-    min_tokens: int = 0
-    """No end of turn among the first `min_tokens` tokens; 1 already guards against an empty answer."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the answer, wherever they fall in a canvas; they are not part of the text."""
-    seed: int | None = None
-    """Same seed, same text, alone or in a batch; None: a fresh seed, reported in the result."""
-    mode: Literal["diffusion", "autoregressive"] | None = None
-    """None: diffusion, where the model has a canvas."""
-    max_steps: int | None = None
-    """Cap on denoising steps a canvas."""
-    t_max: float | None = None
-    """Temperature of a canvas's first step."""
-    t_min: float | None = None
-    """What it falls to, in even steps, at the end of the schedule."""
-    temperature_steps: int | None = None
-    """Length of the temperature schedule in steps; None: max_steps, as the reference does."""
-    entropy_bound: float | None = None
-    """Nats of joint entropy that one step may accept."""
-    stability: int | None = None
-    """Steps for which the argmax canvas must stand still before the canvas stops."""
-    confidence: float | None = None
-    """Mean entropy in nats under which a stable canvas stops; 0 turns the adaptive stop off."""
-    temperature: float = 1.0
-    """Scales t_max and t_min: 1, and 0, leave them as they are. One token after another it divides the logits; 0 is
-    greedy."""
-    top_k: int = 0
-    """Autoregressive mode only: sample among the k most likely tokens; 0: all."""
-    top_p: float = 1.0
-    """Autoregressive mode only: sample among the smallest set of tokens with this much probability."""
-    drafts: bool = False
-    """Emit a Draft after every step (a device sync each)."""
-    logprobs: bool = False
-    """Log-probability of every committed token, from the encode pass that commits it."""
-    top_logprobs: int = 0
-    """With logprobs: the log-probabilities of so many of the likeliest tokens at each place, too."""
-    early: bool = False
-    """Answers that arrive early: a canvas commits what has settled at its beginning before the rest, and stops when all
-    up to its first end, or to the budget's, has. False: as the reference does."""
-    short: bool = False
-    """A budget below a canvas takes a canvas no longer than that: much faster, but the model sees fewer positions at
-    once than it was trained with."""
-    schema: dict[str, Any] | bool | None = None
-    """The answer is JSON that obeys this JSON Schema."""
-    regex: str | None = None
-    """The answer matches this regular expression, as a whole."""
-    grammar: str | None = None
-    """The answer obeys this Lark grammar."""
-    choices: tuple[str, ...] | None = None
-    """The answer is one of these."""
-    strict: bool = False
-    """Chat with tools only: a call names one of them, and its arguments obey that tool's schema."""
-    must_call: bool = False
-    """Chat with tools only: the answer is a call; implies strict."""
-    thinking: bool = False
-    """Chat only: ask the model to think before it answers."""
+    max_tokens: Annotated[
+        int | None,
+        About("New tokens at most; None: one answer may run to the end of the context.", (*_MODES, *_ANSWER), 1, BIG),
+    ] = None
+    min_tokens: Annotated[
+        int,
+        About(
+            "No end of turn among the first `min_tokens` tokens; 1 already guards against an empty answer.",
+            (*_MODES, *_ANSWER),
+            0,
+            BIG,
+        ),
+    ] = 0
+    stop: Annotated[
+        tuple[str, ...],
+        About(
+            "Strings that end the answer, wherever they fall in a canvas; they are not part of the text.",
+            (*_MODES, *_ANSWER),
+        ),
+    ] = ()
+    seed: Annotated[
+        int | None,
+        About(
+            "Same seed, same text, alone or in a batch; None: a fresh seed, reported in the result.",
+            _EVERYWHERE,
+            0,
+            BIG,
+        ),
+    ] = None
+    mode: Annotated[
+        Literal["diffusion", "autoregressive"] | None,
+        About("Whole canvases, or one token after another; None: diffusion, where the model has a canvas.", _ANSWER),
+    ] = None
+    max_steps: Annotated[int | None, About("Denoising steps of a canvas at most.", _CANVAS, 1, 4096)] = None
+    t_max: Annotated[float | None, About("Temperature of a canvas's first step.", _CANVAS, LEAST, 100.0)] = None
+    t_min: Annotated[
+        float | None, About("Temperature at the end of the schedule, reached in even steps.", _CANVAS, LEAST, 100.0)
+    ] = None
+    temperature_steps: Annotated[
+        int | None,
+        About("Length of the temperature schedule in steps; None: max_steps, as the reference does.", _CANVAS, 1, 4096),
+    ] = None
+    entropy_bound: Annotated[
+        float | None, About("Nats of joint entropy that one step may accept.", _CANVAS, 0.0, 1e9)
+    ] = None
+    stability: Annotated[
+        int | None,
+        About("Steps for which the argmax canvas must stand still before the canvas stops.", _CANVAS, 0, 4096),
+    ] = None
+    confidence: Annotated[
+        float | None,
+        About(
+            "Mean entropy in nats under which a stable canvas stops; 0 turns the adaptive stop off.",
+            _CANVAS,
+            0.0,
+            100.0,
+        ),
+    ] = None
+    temperature: Annotated[
+        float,
+        About(
+            "Scales t_max and t_min; 1, and 0, leave them as they are. One token after another it divides the logits; "
+            "0 is greedy.",
+            _EVERYWHERE,
+            0.0,
+            100.0,
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        About(
+            "Sample among the k most likely tokens; 0: all. Autoregressive mode only.",
+            ("autoregressive", *_ALL),
+            0,
+            BIG,
+        ),
+    ] = 0
+    top_p: Annotated[
+        float,
+        About(
+            "Sample among the smallest set of tokens with this much probability. Autoregressive mode only.",
+            ("autoregressive", *_ALL),
+            LEAST,
+            1.0,
+        ),
+    ] = 1.0
+    drafts: Annotated[bool, About("Emit a Draft after every step; each waits for the device.", _CANVAS)] = False
+    logprobs: Annotated[
+        bool,
+        About("Log-probability of every committed token, from the encode pass that commits it.", (*_MODES, *_ANSWER)),
+    ] = False
+    top_logprobs: Annotated[
+        int,
+        About(
+            "With logprobs: the log-probabilities of so many of the likeliest tokens at each place, too.",
+            (*_MODES, *_ANSWER),
+            0,
+            20,
+        ),
+    ] = 0
+    early: Annotated[
+        bool,
+        About(
+            "Answers that arrive early: a canvas commits what has settled at its beginning before the rest, and stops "
+            "when all up to its first end, or to the budget's, has. False: as the reference does.",
+            _CANVAS,
+        ),
+    ] = False
+    short: Annotated[
+        bool,
+        About(
+            "A budget below a canvas takes a canvas no longer than that: much faster, but the model sees fewer "
+            "positions at once than it was trained with.",
+            _CANVAS,
+        ),
+    ] = False
+    schema: Annotated[
+        dict[str, Any] | bool | None, About("The answer is JSON that obeys this JSON Schema.", ("canvas", *_ANSWER))
+    ] = None
+    regex: Annotated[
+        str | None, About("The answer matches this regular expression, as a whole.", ("canvas", *_ANSWER))
+    ] = None
+    grammar: Annotated[str | None, About("The answer obeys this Lark grammar.", ("canvas", *_ANSWER))] = None
+    choices: Annotated[tuple[str, ...] | None, About("The answer is one of these.", ("canvas", *_ANSWER))] = None
+    strict: Annotated[
+        bool,
+        About(
+            "A call names one of the tools, and its arguments obey that tool's schema. Chat with tools only.",
+            (*_MODES, "chat"),
+        ),
+    ] = False
+    must_call: Annotated[
+        bool, About("The answer is a call; implies strict. Chat with tools only.", (*_MODES, "chat"))
+    ] = False
+    thinking: Annotated[bool, About("Ask the model to think before it answers. Chat only.", (*_MODES, "chat"))] = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
-            raise InputError(f"stop is {self.stop!r}; give strings of at least one character")
+            raise InputError(f"stop is {self.stop!r}; give strings of at least one character", option="stop")
         object.__setattr__(self, "stop", tuple(stop))
-        for name, low, high, why in _RANGES:
+        for name, option in OPTIONS.items():
             value = getattr(self, name)
-            if value is None and getattr(Options, name) is None:
-                continue
-            whole = name in _WHOLE
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise InputError(f"{name} is {value!r}; give {'a whole' if whole else 'a'} number {why}")
-            if not low <= value <= high:
-                raise InputError(f"{name} is {value!r}; give a number {why}")
-        for name in ("drafts", "logprobs", "early", "short", "strict", "must_call", "thinking"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} is {getattr(self, name)!r}; give true or false")
-        if isinstance(self.choices, list):
-            object.__setattr__(self, "choices", tuple(self.choices))
-        given = [name for name in ("schema", "regex", "grammar", "choices") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} are given together; an answer can obey one of them")
-        if given and self.mode not in (None, "diffusion"):
-            raise InputError(f"{given[0]} needs mode 'diffusion'; the mode is {self.mode!r}")
-        if given and (self.thinking or self.min_tokens > 1):
-            raise InputError(f"{given[0]} cannot go with thinking or min_tokens above 1; drop one of them")
-        if self.mode not in (None, "diffusion", "autoregressive"):
-            raise InputError(f"mode is {self.mode!r}; give 'diffusion' or 'autoregressive'")
+            if (checked := option.checked(value)) is not value:
+                object.__setattr__(self, name, checked)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """InputError for options that contradict each other."""
+        constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(constraints) > 1:
+            raise InputError(
+                f"{' and '.join(constraints)} are given together; an answer can obey one of them",
+                option=constraints[0],
+            )
+        if constraints and self.mode not in (None, "diffusion"):
+            message = f"{constraints[0]} needs mode 'diffusion'; the mode is {self.mode!r}"
+            raise InputError(message, option=constraints[0])
+        if constraints and (self.thinking or self.min_tokens > 1):
+            message = f"{constraints[0]} cannot go with thinking or min_tokens above 1; drop one of them"
+            raise InputError(message, option=constraints[0])
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
-            raise InputError(f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max")
+            message = f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max"
+            raise InputError(message, option="t_min")
         if self.top_logprobs and not self.logprobs:
-            raise InputError(f"top_logprobs is {self.top_logprobs} without logprobs; set logprobs to true")
+            message = f"top_logprobs is {self.top_logprobs} without logprobs; set logprobs to true"
+            raise InputError(message, option="top_logprobs")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InputError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it")
+            message = f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it"
+            raise InputError(message, option="min_tokens")
 
     @property
     def constraint(self) -> tuple[str, Any] | None:
         """What the answer obeys: the name of that option and its value."""
-        for name in ("schema", "regex", "grammar", "choices"):
+        for name in CONSTRAINTS:
             if (value := getattr(self, name)) is not None:
                 return name, value
         return None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Options:
+    def from_dict(cls, values: Mapping[str, Any]) -> Options:
         """Options from a mapping (a request, a JSON file); an unknown name is an InputError that lists the names."""
-        known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
-            if name not in known:
-                raise InputError(f"there is no option {name!r}; the options are {', '.join(sorted(known))}")
+            if name not in OPTIONS:
+                raise InputError(
+                    f"there is no option {name!r}; the options are {', '.join(sorted(OPTIONS))}", option=name
+                )
         return cls(**values)
 
-    def with_defaults(self, defaults: dict[str, Any]) -> Options:
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Options:
         """A copy in which every `None` that `defaults` (option name -> value) knows is filled in."""
         return dataclasses.replace(
             self, **{k: v for k, v in defaults.items() if getattr(self, k) is None and v is not None}
         )
 
 
-_BIG = 1 << 62
-_WHOLE = {"max_tokens", "min_tokens", "seed", "max_steps", "temperature_steps", "stability", "top_k", "top_logprobs"}
-_RANGES: list[tuple[str, float, float, str]] = [
-    ("max_tokens", 1, _BIG, "from 1 to 2^62"),
-    ("min_tokens", 0, _BIG, "from 0 to 2^62"),
-    ("seed", 0, _BIG, "from 0 to 2^62"),
-    ("max_steps", 1, 4096, "from 1 to 4096"),
-    ("t_max", 1e-6, 100.0, "above 0, at most 100"),
-    ("t_min", 1e-6, 100.0, "above 0, at most 100"),
-    ("temperature_steps", 1, 4096, "from 1 to 4096"),
-    ("entropy_bound", 0.0, 1e9, "from 0 to 1e9"),
-    ("stability", 0, 4096, "from 0 to 4096"),
-    ("confidence", 0.0, 100.0, "from 0 to 100"),
-    ("temperature", 0.0, 100.0, "from 0 to 100"),
-    ("top_k", 0, _BIG, "from 0 to 2^62"),
-    ("top_logprobs", 0, 20, "from 0 to 20"),
-    ("top_p", 1e-6, 1.0, "above 0, at most 1"),
-]
+CONSTRAINTS = ("schema", "regex", "grammar", "choices")
+"""The options that say what an answer must obey; one of them at most is given."""
+
+OPTIONS = declared(Options)
+"""Every option of `Options` by its name, in their order."""
 
 FALLBACK_DEFAULTS: dict[str, Any] = {
     "max_steps": 48,
@@ -161,3 +336,33 @@ FALLBACK_DEFAULTS: dict[str, Any] = {
     "confidence": 0.005,
 }
 """The released model's generation_config, in our names; used where a checkpoint's own says nothing."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model: one value from the command line to the loader, and into the server's worker."""
+
+    model: Annotated[
+        str | Path,
+        About(
+            'A checkpoint folder in any known format, a .gguf file, a hub id ("owner/name"), or nano, the model '
+            "inside this package."
+        ),
+    ] = "nano"
+    device: Annotated[str, About("auto, cpu, cuda, cuda:1, …; auto: a GPU where there is one.")] = "auto"
+    dtype: Annotated[str | None, About("float32, bfloat16, …; None: the checkpoint's own.")] = None
+    ops: Annotated[str, About("auto, reference, fused, cpu or triton operations; auto: the fastest that can run.")] = (
+        "auto"
+    )
+    quantize: Annotated[
+        str | None,
+        About("Pack weights while loading: int8, fp8, int4, int4-fp8, nvfp4 or int4-small."),
+    ] = None
+    memory_limit: Annotated[
+        int | None,
+        About("Bytes of weights on the device; what is above is streamed from the host in each pass."),
+    ] = None
+
+
+LOAD_OPTIONS = declared(LoadOptions)
+"""Every option of `LoadOptions` by its name, in their order."""

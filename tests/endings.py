@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato.ops.contract import ReadOut
 from sfumato.sampling import step
-from sfumato.sampling.step import Canvases
+from sfumato.sampling.canvases import Canvases
 
 LENGTH, WIDTH, WORDS, ROWS = 20, 24, 61, 5
 
@@ -60,16 +60,16 @@ def canvases(
         soft_XLD=torch.zeros(*shape, width, dtype=dtype),
         pin_XL=torch.where(flags(0.2 * has_pins, *shape), integers(0, WORDS, *shape), -1),
         argmax_XL=integers(0, WORDS, *shape),
-        stood_XL=integers(0, 3, *shape),
+        still_XL=integers(0, 3, *shape),
         entropy_XL=torch.zeros(shape),
         accepted_XL=flags(0.5, *shape),
         step_X=integers(0, 6, size),
         is_done_X=torch.arange(size) == 3,
         is_finite_X=torch.arange(size) != 2,
         banned_XL=flags(0.0, *shape),
-        words_X4=torch.zeros(size, 4, dtype=torch.long),
-        heat_XS=torch.ones(size, 8),
-        bound_X=torch.tensor([0.0, 0.125, 0.5, 2.0, 1e9, 0.1]),
+        rng_counter_X4=torch.zeros(size, 4, dtype=torch.long),
+        temperature_XS=torch.ones(size, 8),
+        entropy_bound_X=torch.tensor([0.0, 0.125, 0.5, 2.0, 1e9, 0.1]),
         stability_X=integers(0, 2, size),
         confidence_X=torch.tensor([0.0, 0.1, 0.2, 1.0, 5.0, 1.0]),
         max_steps_X=integers(3, 9, size),

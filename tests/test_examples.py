@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from jsonschema import validate
 
-from sfumato.templates.layout import read_template
+from sfumato.templates.slots import read_template
 
 pytest.importorskip("llguidance")
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def said_by(module: ModuleType, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_infill_keeps_both_sides(capsys):
+def test_infill_keeps_both_sides(capsys) -> None:
     module = example("infill")
     said = said_by(module, capsys)
     assert said.startswith(module.BEFORE)
@@ -41,7 +41,7 @@ def test_infill_keeps_both_sides(capsys):
     assert text.endswith(module.BEHIND) and " tokens in " in note
 
 
-def test_rewrite_changes_nothing_but_the_spans(capsys):
+def test_rewrite_changes_nothing_but_the_spans(capsys) -> None:
     module = example("rewrite")
     said = said_by(module, capsys)
     lines = said.splitlines()
@@ -54,14 +54,14 @@ def test_rewrite_changes_nothing_but_the_spans(capsys):
     assert " proposals beforehand, and bring " in new
 
 
-def test_extract_gives_a_record_of_the_schema(capsys):
+def test_extract_gives_a_record_of_the_schema(capsys) -> None:
     module = example("extract")
     record = json.loads(said_by(module, capsys))
     validate(record, module.SCHEMA)
     assert list(record) == list(module.SCHEMA["properties"])
 
 
-def test_decide_gives_a_choice_to_every_question(capsys):
+def test_decide_gives_a_choice_to_every_question(capsys) -> None:
     module = example("decide")
     lines = said_by(module, capsys).splitlines()
     assert [line for line in lines if not line.startswith("  ")] == module.TEXTS
@@ -71,12 +71,12 @@ def test_decide_gives_a_choice_to_every_question(capsys):
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
-def test_each_is_short_and_says_how_it_is_run(path: Path):
+def test_each_is_short_and_says_how_it_is_run(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 60 and f"python examples/{path.name} [MODEL]" in text
 
 
-def test_the_page_runs_as_it_stands(capsys):
+def test_the_page_runs_as_it_stands(capsys) -> None:
     page = (ROOT / "docs" / "canvas.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)

@@ -35,7 +35,7 @@ def ask(puzzle: str = PUZZLE) -> list[dict]:
     return [{"role": "user", "content": f"Solve this Sudoku:\n{puzzle}"}]
 
 
-def test_a_chat_answers_with_the_solution(llm: LLM):
+def test_a_chat_answers_with_the_solution(llm: LLM) -> None:
     answer = llm.chat(ask(), options=ONE)
     assert is_solved(answer.text, PUZZLE)
     assert answer.finish_reason == "stop" and answer.tokens[-1] in llm.model.config.eos_ids
@@ -45,7 +45,7 @@ def test_a_chat_answers_with_the_solution(llm: LLM):
     assert answer.seed == 3 and answer.thought is None and answer.tool_calls == []
 
 
-def test_a_stream_is_drafts_then_commits_then_done_and_its_texts_join(llm: LLM):
+def test_a_stream_is_drafts_then_commits_then_done_and_its_texts_join(llm: LLM) -> None:
     events = list(llm.stream(ask(), replace(ONE, drafts=True)))
     drafts = [e for e in events if isinstance(e, Draft)]
     commits = [e for e in events if isinstance(e, Commit)]
@@ -56,7 +56,7 @@ def test_a_stream_is_drafts_then_commits_then_done_and_its_texts_join(llm: LLM):
     assert not any(isinstance(e, Draft) for e in llm.stream(ask(), ONE))
 
 
-def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM):
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM) -> None:
     texts = ["Solve this", "Sudoku: 1", "user 53", "7"]
     options = Options(max_tokens=100, seed=11, max_steps=4)
     alone = [llm.complete(text, options).tokens for text in texts]
@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM):
     assert alone[0] != llm.complete(texts[0], replace(options, seed=12)).tokens
 
 
-def test_without_a_seed_the_one_used_is_told_and_repeats_the_text(llm: LLM):
+def test_without_a_seed_the_one_used_is_told_and_repeats_the_text(llm: LLM) -> None:
     options = Options(max_tokens=82, max_steps=2)
     first = llm.complete("Solve", options)
     assert llm.complete("Solve", replace(options, seed=first.seed)).tokens == first.tokens
@@ -73,7 +73,7 @@ def test_without_a_seed_the_one_used_is_told_and_repeats_the_text(llm: LLM):
 
 
 @pytest.mark.parametrize("cut", [1, 4, 20, 80])
-def test_a_stop_string_ends_the_text_wherever_it_falls(llm: LLM, cut: int):
+def test_a_stop_string_ends_the_text_wherever_it_falls(llm: LLM, cut: int) -> None:
     whole = llm.chat(ask(), options=ONE).text
     stop = whole[cut : cut + 3]
     answer = llm.chat(ask(), options=replace(ONE, stop=(stop, "never")))
@@ -81,7 +81,7 @@ def test_a_stop_string_ends_the_text_wherever_it_falls(llm: LLM, cut: int):
     assert answer.finish_reason == "stop" and answer.stop == stop
 
 
-def test_a_stream_holds_back_what_may_become_a_stop_string(llm: LLM):
+def test_a_stream_holds_back_what_may_become_a_stop_string(llm: LLM) -> None:
     reader = Reader(llm.tokenizer, ("END!",), ends=())
     pieces = []
     for part in ("abc E", "N", "D, no", " EN", "D!tail"):
@@ -93,12 +93,12 @@ def test_a_stream_holds_back_what_may_become_a_stop_string(llm: LLM):
     assert "".join(pieces) == reader.text == "abc END, no " and reader.found == "END!"
 
 
-def test_max_tokens_cuts_and_says_so(llm: LLM):
+def test_max_tokens_cuts_and_says_so(llm: LLM) -> None:
     answer = llm.chat(ask(), options=replace(ONE, max_tokens=10))
     assert answer.finish_reason == "length" and len(answer.tokens) == 10 and len(answer.text) == 10
 
 
-def test_a_second_turn_reuses_what_is_encoded_and_answers_the_same(llm: LLM):
+def test_a_second_turn_reuses_what_is_encoded_and_answers_the_same(llm: LLM) -> None:
     first = ask()
     llm.forget()
     answer = llm.chat(first, options=ONE)
@@ -110,27 +110,27 @@ def test_a_second_turn_reuses_what_is_encoded_and_answers_the_same(llm: LLM):
     assert fresh.usage.reused_tokens == 0 and fresh.tokens == continued.tokens
 
 
-def test_another_conversation_reuses_only_what_is_the_same(llm: LLM):
+def test_another_conversation_reuses_only_what_is_the_same(llm: LLM) -> None:
     llm.forget()
     llm.chat(ask(), options=ONE)
     other = llm.chat(ask(PUZZLE[:5] + "1" * 76), options=replace(ONE, max_steps=1))
     assert other.usage.reused_tokens == 9 + 5  # the header and five clues
 
 
-def test_logprobs_come_with_every_token(llm: LLM):
+def test_logprobs_come_with_every_token(llm: LLM) -> None:
     answer = llm.chat(ask(), options=replace(ONE, logprobs=True))
     assert answer.logprobs is not None and len(answer.logprobs) == len(answer.tokens)
     assert all(p <= 0 for p in answer.logprobs)
     assert answer.usage.passes == answer.usage.steps + 1  # the encode pass they come from
 
 
-def test_autoregressive_mode_takes_a_pass_a_token(llm: LLM):
+def test_autoregressive_mode_takes_a_pass_a_token(llm: LLM) -> None:
     answer = llm.chat(ask(), options=Options(mode="autoregressive", temperature=0, max_tokens=82))
     assert answer.usage.passes == len(answer.tokens)
     assert llm.chat(ask(), options=Options(mode="autoregressive", top_k=1, max_tokens=82)).tokens == answer.tokens
 
 
-def test_pinned_clues_stand_in_every_draft(llm: LLM):
+def test_pinned_clues_stand_in_every_draft(llm: LLM) -> None:
     ids, pins = request(llm, PUZZLE)
     for event in llm.events([ids], Options(max_tokens=82, seed=1, drafts=True, max_steps=3), [pins]):
         if isinstance(event, Draft):
@@ -141,7 +141,7 @@ def test_pinned_clues_stand_in_every_draft(llm: LLM):
     assert done.text[0] == "9"
 
 
-def test_batches_solve_what_single_requests_solve(llm: LLM):
+def test_batches_solve_what_single_requests_solve(llm: LLM) -> None:
     puzzles = [PUZZLE, "0" + PUZZLE[1:], PUZZLE[:80] + "0", PUZZLE]
     options = Options(seed=5)
     alone = [s.answer for s in solve(llm, puzzles, options)]
@@ -173,7 +173,7 @@ def test_batches_solve_what_single_requests_solve(llm: LLM):
         (lambda llm: LLM.load("no/such/folder"), "no/such/folder"),
     ],
 )
-def test_bad_input_is_one_sentence_that_names_the_value(llm: LLM, call, words: str):
+def test_bad_input_is_one_sentence_that_names_the_value(llm: LLM, call, words: str) -> None:
     with pytest.raises(InputError) as caught:
         call(llm)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -183,7 +183,7 @@ WRONG = (None, -3, 1.5, True, b"x", {"a": 1}, [None], [[None]], {1, 2})
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
-def test_what_is_of_another_kind_is_refused_by_name(llm: LLM, wrong: Any):
+def test_what_is_of_another_kind_is_refused_by_name(llm: LLM, wrong: Any) -> None:
     say, slot, once = ask(), Slot(length=1), Options(seed=1, max_steps=1)
     calls: dict[str, Callable[[], object]] = {
         "complete": lambda: llm.complete(wrong),
@@ -225,7 +225,7 @@ def test_what_is_of_another_kind_is_refused_by_name(llm: LLM, wrong: Any):
 
 
 @pytest.mark.parametrize("ids", [[True], [5, "a"], ["a", 5], [-1], [1.5], [5, None], [10**9], [10**30], (5, False)])
-def test_ids_are_whole_numbers_of_the_vocabulary(llm: LLM, ids: list[Any]):
+def test_ids_are_whole_numbers_of_the_vocabulary(llm: LLM, ids: list[Any]) -> None:
     bad = next(x for x in ids if x != 5 or x is True)
     for call in (lambda: list(llm.stream(ids, ONE)), lambda: list(llm.events([ids], ONE)), lambda: run(llm, ids)):
         with pytest.raises(InputError, match=rf"holds token {bad!r}; the vocabulary has ids from 0 to 511"):
@@ -240,7 +240,7 @@ def run(llm: LLM, ids: list[Any]) -> None:
 
 
 @needs_cpu
-def test_nano_in_8_bits_answers_with_the_solution():
+def test_nano_in_8_bits_answers_with_the_solution() -> None:
     llm = LLM.load("nano", quantize="int8", ops="cpu")
     weight = llm.model.get_submodule("layers.0.mlp.gate_proj").weight
     assert isinstance(weight, cpu.Packed) and weight.scale is not None
@@ -260,13 +260,15 @@ def test_nano_in_8_bits_answers_with_the_solution():
         ("fused", "int3", "there is no recipe 'int3'; choose one of int8, fp8, int4, int4-fp8, nvfp4, int4-small"),
     ],
 )
-def test_bits_that_operations_lack_are_refused_with_a_remedy(ops: str, quantize: str, sentence: str):
+def test_bits_that_operations_lack_are_refused_with_a_remedy(ops: str, quantize: str, sentence: str) -> None:
     with pytest.raises(InputError) as caught:
         LLM.load("nano", quantize=quantize, ops=ops)
     assert str(caught.value) == sentence
 
 
-def test_a_text_that_no_context_holds_is_refused_before_it_is_encoded(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+def test_a_text_that_no_context_holds_is_refused_before_it_is_encoded(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it was encoded")
 

@@ -172,8 +172,8 @@ def oracle_name(ours: str) -> str:
     return "model.decoder." + ours.replace("denoise_scalar", "layer_scalar")
 
 
-class TorchDice:
-    """Dice drawn from torch's generator as the oracle draws them: the canvas, then a step's sample and renoise tokens.
+class TorchNoise:
+    """Noise drawn from torch's generator as the oracle draws them: the canvas, then a step's sample and renoise tokens.
 
     torch.multinomial takes the argmax of p / q with q exponential: -log q is the Gumbel noise of that race."""
 

@@ -148,9 +148,9 @@ def read_out(setting: Setting, size: str) -> dict[str, Any]:
     )
 
     def read(implementation: Ops, x: dict[str, Any], banned: tuple[Tensor, Tensor] | None = None, rows: int = 9) -> Any:
-        hidden, heat, uniform = (x[name][:rows] for name in ("hidden", "heat", "uniform"))
+        hidden, temperature, uniform = (x[name][:rows] for name in ("hidden", "temperature", "uniform"))
         banned = banned and (banned[0][:rows], banned[1])
-        return implementation.read_out(hidden, x["embed"], SOFTCAP, heat, uniform_BL=uniform, banned=banned)
+        return implementation.read_out(hidden, x["embed"], SOFTCAP, temperature, uniform_BL=uniform, banned=banned)
 
     wrong: dict[str, Any] = {}
     errors: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from sfumato.events import Done
 from sfumato.llm import LLM
 from sfumato.options import Options
 from sfumato.tasks import sudoku
-from sfumato.templates.layout import Slot
+from sfumato.templates.slots import Slot
 
 Texts = dict[str, list[list[int]]]
 """Way of running -> tokens of each answer: first of some rows alone, then of all at once."""

@@ -25,17 +25,17 @@ def cases(size: str, device: str) -> Iterator[Case]:
         {
             "hidden": exactly(batch, length, width, device=device),
             "uniform": uniform,
-            "heat": torch.full((batch,), 0.8, device=device),
+            "temperature": torch.full((batch,), 0.8, device=device),
         },
         {},
         lambda ops, x, _: (
-            lambda: ops.read_out(x["hidden"], x["embed"], 30.0, x["heat"], uniform_BL=x["uniform"]).entropy_BL
+            lambda: ops.read_out(x["hidden"], x["embed"], 30.0, x["temperature"], uniform_BL=x["uniform"]).entropy_BL
         ),
         2.0 * batch * length * width * words,
-        kept=("uniform", "heat"),
+        kept=("uniform", "temperature"),
         quantised=False,
         moved=batch * length * (width + words),
-        rows=lambda x: {**x, **{name: x[name][:1] for name in ("hidden", "uniform", "heat")}},
+        rows=lambda x: {**x, **{name: x[name][:1] for name in ("hidden", "uniform", "temperature")}},
         dense={"embed": exactly(words, width, seed=1, scale=0.05, device=device)},
     )
 

@@ -25,21 +25,21 @@ def cases(size: str, device: str) -> Iterator[Case]:
     for name, hidden in (("early", exactly(batch, length, width, device=device)), ("settled", settled)):
         yield Case(
             f"{name}, {length} positions, {words} words",
-            {"hidden": hidden, "heat": torch.full((batch,), 0.8, device=device), "scale": scale},
+            {"hidden": hidden, "temperature": torch.full((batch,), 0.8, device=device), "scale": scale},
             {},
             prepare,
             2.0 * batch * length * width * words,
-            kept=("heat",),
+            kept=("temperature",),
             quantised=False,
             moved=batch * length * (width + words),
-            rows=lambda x: {**x, **{name: x[name][:1] for name in ("hidden", "heat")}},
+            rows=lambda x: {**x, **{name: x[name][:1] for name in ("hidden", "temperature")}},
             dense={"embed": embed},
         )
 
 
 def prepare(ops, x, _):  # type: ignore[no-untyped-def]
     """The read-out before it is not timed; what it learned of the tiles is used."""
-    read = ops.read_out(x["hidden"], x["embed"], 30.0, x["heat"])
+    read = ops.read_out(x["hidden"], x["embed"], 30.0, x["temperature"])
     return lambda: ops.soft_embedding(read.logits_BLV, x["embed"], x["scale"], read.tiles)
 
 

@@ -44,7 +44,7 @@ def command(
     options = opt.build_free(set_, seed)
     if prompt == "" or (raw and prompt is None):
         raise InputError("--prompt is empty or missing; give a text, or leave --prompt and --raw out")
-    from sfumato.templates.layout import Slot, check_template, read_template
+    from sfumato.templates.slots import Slot, check_template, read_template
 
     pieces = check_template(read_template(texts.read(template).removeprefix(texts.BOM)))
     console = Console(highlight=False)

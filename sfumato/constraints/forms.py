@@ -13,9 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from sfumato.errors import InputError
-
-KINDS = ("schema", "regex", "grammar", "choices")
-"""What a text can be held to."""
+from sfumato.options import CONSTRAINTS
 
 MAX_CHARACTERS = 1_000_000
 """Of a schema as JSON, of a Lark grammar, and of all choices together."""
@@ -51,8 +49,8 @@ Source = tuple[str, str]
 
 def source_of(kind: str, value: Any) -> Source:
     """The grammar that llguidance is given. InputError, one sentence, for whatever is wrong with the value."""
-    if kind not in KINDS:
-        raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(KINDS)}")
+    if kind not in CONSTRAINTS:
+        raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")
     return _SOURCES[kind](value)
 
 

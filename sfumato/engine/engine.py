@@ -34,10 +34,12 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, Pass
 from sfumato.model.offload import is_streamed
 from sfumato.options import Options
-from sfumato.sampling.dice import HostDice, first_uniform
-from sfumato.sampling.diffusion import Dice, Rules, accept, pick_token
+from sfumato.sampling.canvases import Canvases, to_device
+from sfumato.sampling.host_noise import HostNoise, first_uniform
+from sfumato.sampling.noise import NoiseSource
 from sfumato.sampling.recorded import Capture, CudaCapture, Recorded, Recordings, on
-from sfumato.sampling.step import Canvases, Look, Projected, conclude_, look, step_, to_device
+from sfumato.sampling.rules import Rules, accept, pick_token
+from sfumato.sampling.step import Look, Projected, conclude_, look, step_
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per encode pass: bounds the memory of a long prompt; any value gives the same result."""
@@ -79,7 +81,7 @@ class Engine:
         capacity: int = 1,
         *,
         cache: KVCache | None = None,
-        dice: Dice | None = None,
+        dice: NoiseSource | None = None,
         chunk: int = PREFILL_CHUNK,
         record: bool | None = None,
         lag: int | None = None,
@@ -98,7 +100,7 @@ class Engine:
         self.last_XD = torch.zeros(self.cache.batch, model.config.hidden_size, dtype=model.dtype, device=model.device)
         self._flights: deque[list[tuple[int, dict[int, tuple[Row, int]], tuple[Tensor, Any]]]] = deque()
         self.recordings = Recordings(capture or (CudaCapture(model.device) if is_cuda and self.record else None))
-        self._dice: dict[int, HostDice] = {}
+        self._dice: dict[int, HostNoise] = {}
         self._passes: dict[tuple[object, ...], Pass] = {}
         self.walks = Walks()
         self.walked = 0.0
@@ -331,9 +333,9 @@ class Engine:
             pin_BL = self._here([row.request.pins for row in each], each)
             state.begin_(some, fresh_BL, pin_BL, canvases, self._banned(each), rooms)
 
-    def _dice_of(self, length: int) -> HostDice:
+    def _dice_of(self, length: int) -> HostNoise:
         if length not in self._dice:
-            self._dice[length] = HostDice(length, self.config.vocab_size)
+            self._dice[length] = HostNoise(length, self.config.vocab_size)
         return self._dice[length]
 
     def _here(self, places: Sequence[Mapping[int, int]], rows: list[Row]) -> Tensor | None:
@@ -395,7 +397,7 @@ class Engine:
         view = look(self.model, self.cache, state, *self._places(rows, counts, bans))
         self._advance(rows, counts, view.encoded_BTD)
         read = view.read
-        is_sure_BL = accept(read.entropy_BL, state.bound_X[view.at_B])
+        is_sure_BL = accept(read.entropy_BL, state.entropy_bound_X[view.at_B])
         for n, (i, is_finite) in enumerate(zip(rows, view.is_finite_B.tolist(), strict=True)):
             row = each[n]
             turns: list[Turn] = []

@@ -16,7 +16,7 @@ from sfumato.engine.guided import Span
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
 from sfumato.options import Options
-from sfumato.sampling.diffusion import Rules
+from sfumato.sampling.rules import Rules
 
 Watch = Callable[[list[int]], int | None]
 """Newly committed tokens -> how many of them to keep if the answer ends here, None to go on."""

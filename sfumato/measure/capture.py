@@ -34,9 +34,9 @@ from sfumato.ops.packed import Packed
 from sfumato.options import Options
 from sfumato.quant.formats import Format
 from sfumato.quant.recipes import named
-from sfumato.sampling.diffusion import Rules
+from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.recorded import Recorded, Replay
-from sfumato.sampling.step import Canvases
+from sfumato.sampling.rules import Rules
 
 MAKES = frozenset("empty empty_like new_empty empty_strided new_empty_strided".split())
 HOST = frozenset("item tolist cpu numpy __bool__ __int__ __float__ __index__ pin_memory".split())

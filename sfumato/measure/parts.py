@@ -42,7 +42,8 @@ from sfumato.options import Options
 from sfumato.quant.apply import samples
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import Recipe, named
-from sfumato.sampling.diffusion import CountedDice, accept, is_confident, is_stable, stood
+from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.rules import accept, count_still, is_confident, is_stable
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 Say = Callable[[str], None]
@@ -124,7 +125,7 @@ def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tu
     """(name, time, least work) of every part of a request, at the context that the prompt leaves."""
     config, ops, device = model.config, model.ops, model.device
     embed_VD, length, counted = model.embed_tokens.weight, config.canvas_length, Counted.of(model)
-    dice = CountedDice([plan.seed], [0], length, config.vocab_size, device)
+    dice = CountedNoise([plan.seed], [0], length, config.vocab_size, device)
     prompt_BT = torch.tensor([prompt_ids(config, plan)], device=device)
     canvas_BL, temperature_B = dice.canvas([0], [0]), torch.tensor([0.8], device=device)
 
@@ -141,7 +142,7 @@ def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tu
     def decide() -> None:
         accepted_BL = accept(read.entropy_BL, torch.tensor([0.1], device=device))
         torch.where(accepted_BL, read.sample_BL, dice.renoise([0], [0], [0]))
-        is_stable(stood(read.argmax_BL, read.argmax_BL, still_BL), torch.tensor([1], device=device))
+        is_stable(count_still(read.argmax_BL, read.argmax_BL, still_BL), torch.tensor([1], device=device))
         is_confident(read.entropy_BL, torch.tensor([0.005], device=device))
 
     def commit() -> None:

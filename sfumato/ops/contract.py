@@ -94,9 +94,9 @@ class Ops:
     is_recordable: bool = False
     """Nothing in a step waits for the host, no shape hangs on a number on the device: a CUDA graph can hold it."""
     noise: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
-    """(words_X4, step_X, heat_XS, at_B, length, vocab_size) -> uniform_BL, tokens_BL and heat_B: the bits that
-    `diffusion.CountedDice` has for the steps of these rows, and their temperatures, in one call. None: that class
-    itself counts."""
+    """(rng_counter_X4, step_X, temperature_XS, at_B, length, vocab_size) -> uniform_BL, tokens_BL and temperature_B:
+    the bits that `noise.CountedNoise` has for the steps of these rows, and their temperatures, in one call. None: that
+    class itself counts."""
     conclude_: Callable[..., None] | None = None
     """(state, at_B, ReadOut, noise_BL, hidden_BLD, soft_BLD, embed_VD, scale): the end of a step in which no grammar
     has a say, written to the state. None: `step.conclude_`, which is what it means."""

@@ -126,7 +126,7 @@ def read_out(
     batch, length, width = hidden_BLD.shape
     vocabulary = embed_VD.shape[0]
     hidden_ND, count = hidden_BLD.reshape(-1, width), batch * length
-    heat_N1 = temperature_B[:, None].expand(batch, length).reshape(-1, 1)
+    temperature_N1 = temperature_B[:, None].expand(batch, length).reshape(-1, 1)
     logits_NV = hidden_BLD.new_empty(count, vocabulary, dtype=embed_VD.dtype)
     sample_N, argmax_N = (torch.empty(count, dtype=torch.long, device=hidden_BLD.device) for _ in range(2))
     entropy_N = torch.empty(count, device=hidden_BLD.device)
@@ -138,7 +138,7 @@ def read_out(
         if banned is not None:
             where_BL, ids = banned
             x[:, ids] = x[:, ids].masked_fill(where_BL.reshape(-1, 1)[part], NEVER)
-        x = x.div_(heat_N1[part])
+        x = x.div_(temperature_N1[part])
         logits_NV[part] = x
         lse_N1 = x.logsumexp(-1, keepdim=True)
         argmax_N[part] = x.argmax(-1)

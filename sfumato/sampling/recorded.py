@@ -23,7 +23,8 @@ from torch import Tensor
 
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, Pass, weights_of
-from sfumato.sampling.step import Canvases, step_
+from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.step import step_
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]]

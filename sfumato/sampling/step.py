@@ -10,9 +10,7 @@ have its say, which takes as long as it takes: a row whose read-out waits is lef
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -21,171 +19,9 @@ from torch import Tensor
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, Pass
 from sfumato.ops.contract import ReadOut
-from sfumato.sampling.diffusion import CountedDice, Rules, accept, is_confident, is_stable, stood
-
-STEPS = 4096
-"""Most steps of a canvas that a request may ask for: see `Options`."""
-
-
-@dataclass
-class Canvases:
-    """The state of X rows' canvases. The last row is scratch: what fills up a recorded batch is computed there."""
-
-    canvas_XL: Tensor
-    soft_XLD: Tensor
-    pin_XL: Tensor
-    """Tokens that stay fixed, -1 where free."""
-    argmax_XL: Tensor
-    """-1 before the first step."""
-    stood_XL: Tensor
-    """For how many steps before the last one a position had the same token."""
-    entropy_XL: Tensor
-    accepted_XL: Tensor
-    step_X: Tensor
-    """Steps taken on this canvas."""
-    is_done_X: Tensor
-    is_finite_X: Tensor
-    """Rows whose numbers were finite in every step on this canvas. One that is not is done, and never committed."""
-    banned_XL: Tensor
-    """Positions that may not end the answer (`min_tokens`), nor take what else is banned there."""
-    words_X4: Tensor
-    """Seed (low, high), request and canvas: what the dice are counted from, beside the step."""
-    heat_XS: Tensor
-    """The temperature of each step, of as many as a request may ask for."""
-    bound_X: Tensor
-    stability_X: Tensor
-    confidence_X: Tensor
-    max_steps_X: Tensor
-    room_X: Tensor
-    """Leading positions that can become part of the answer."""
-    early_X: Tensor
-    """Rows whose leading positions may settle before the rest."""
-    settled_X: Tensor
-    """How many have."""
-    eos_E: Tensor
-    has_pins: bool
-    """Whether any row of the next steps has one."""
-    has_early: bool
-
-    @classmethod
-    def allocate(
-        cls,
-        model: Model,
-        rules: Sequence[Rules],
-        seeds: Sequence[int],
-        requests: Sequence[int],
-        length: int | None = None,
-        early: Sequence[bool] = (),
-        has_pins: bool = False,
-    ) -> Canvases:
-        """One row for each of these rules, and the scratch row. `length` None: the model's own."""
-        config, size = model.config, len(rules) + 1
-        rules = [*rules, rules[-1]]
-        words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
-        length, most = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
-
-        def of(values: list[int] | list[float]) -> Tensor:
-            return torch.tensor(values, device=model.device)
-
-        with torch.device(model.device):
-            return cls(
-                canvas_XL=torch.zeros(size, length, dtype=torch.long),
-                soft_XLD=torch.zeros(size, length, config.hidden_size, dtype=model.dtype),
-                pin_XL=torch.full((size, length), -1),
-                argmax_XL=torch.full((size, length), -1),
-                stood_XL=torch.zeros(size, length, dtype=torch.long),
-                entropy_XL=torch.zeros(size, length),
-                accepted_XL=torch.zeros(size, length, dtype=torch.bool),
-                step_X=torch.zeros(size, dtype=torch.long),
-                is_done_X=torch.zeros(size, dtype=torch.bool),
-                is_finite_X=torch.ones(size, dtype=torch.bool),
-                banned_XL=torch.zeros(size, length, dtype=torch.bool),
-                words_X4=torch.tensor(words),
-                heat_XS=torch.stack([_heat_of(r, most + 1) for r in rules]).to(model.device),
-                bound_X=of([r.entropy_bound for r in rules]),
-                stability_X=of([r.stability for r in rules]),
-                confidence_X=of([r.confidence for r in rules]),
-                max_steps_X=of([r.max_steps for r in rules]),
-                room_X=torch.full((size,), length),
-                early_X=torch.tensor([*early, *[False] * (size - len(early))]),
-                settled_X=torch.zeros(size, dtype=torch.long),
-                eos_E=torch.tensor(config.eos_ids, dtype=torch.long),
-                has_pins=has_pins or any(early),
-                has_early=any(early),
-            )
-
-    def seat_(self, rows: list[int], rules: Sequence[Rules], seeds: Sequence[int], early: Sequence[bool]) -> None:
-        """Give rows to new requests. No request's numbers change a shape, which is everybody's."""
-        whole = [
-            [seed & 0xFFFFFFFF, seed >> 32, 0, 0, own.stability, own.max_steps, is_early]
-            for own, seed, is_early in zip(rules, seeds, early, strict=True)
-        ]
-        heat_NS = torch.stack([_heat_of(own, self.heat_XS.shape[1]) for own in rules])
-        some = (
-            torch.tensor(rows),
-            torch.tensor(whole),
-            torch.tensor([[own.entropy_bound, own.confidence] for own in rules], dtype=self.bound_X.dtype),
-            heat_NS,
-        )
-        at_N, whole_N7, real_N2, heat_NS = (to_device(x, self.step_X.device) for x in some)
-        for state_X, new_N in (
-            (self.words_X4, whole_N7[:, :4]),
-            (self.stability_X, whole_N7[:, 4]),
-            (self.max_steps_X, whole_N7[:, 5]),
-            (self.early_X, whole_N7[:, 6].bool()),
-            (self.bound_X, real_N2[:, 0]),
-            (self.confidence_X, real_N2[:, 1]),
-            (self.heat_XS, heat_NS),
-        ):
-            state_X.index_copy_(0, at_N, new_N)
-
-    def resized(self, rows: int) -> Canvases:
-        """The same rows with room for so many of them."""
-        if rows + 1 == len(self.step_X):
-            return self
-        kept, found = min(rows, len(self.step_X) - 1), {}
-        for field in fields(self):
-            old = found[field.name] = getattr(self, field.name)
-            if not field.name.split("_")[-1].startswith("X"):
-                continue
-            new = found[field.name] = old[-1:].repeat(rows + 1, *[1] * (old.dim() - 1))  # the last is scratch
-            new[:kept] = old[:kept]
-        return Canvases(**found)
-
-    def begin_(
-        self,
-        rows: list[int],
-        fresh_BL: Tensor,
-        pin_BL: Tensor | None,
-        canvases: list[int],
-        banned_BL: Tensor | None = None,
-        rooms: list[int] | None = None,
-    ) -> None:
-        """Give these rows a canvas of noise (or of what it is to start from), pins (None: no row has one) in place.
-        Tensors may lie on the host: nothing here waits for the device."""
-        device = self.step_X.device
-        at_B, canvas_B, room_B = to_device(torch.tensor([rows, canvases, rooms or rows]), device)  # one copy for three
-        canvas_BL = to_device(fresh_BL, device)
-        if pin_BL is None:
-            self.pin_XL.index_fill_(0, at_B, -1)
-        else:
-            pin_BL = to_device(pin_BL, device)
-            canvas_BL = torch.where(pin_BL >= 0, pin_BL, canvas_BL)
-            self.pin_XL.index_copy_(0, at_B, pin_BL)
-        self.canvas_XL.index_copy_(0, at_B, canvas_BL)
-        if banned_BL is None:
-            self.banned_XL.index_fill_(0, at_B, False)
-        else:
-            self.banned_XL.index_copy_(0, at_B, to_device(banned_BL, device))
-        self.argmax_XL.index_fill_(0, at_B, -1)
-        self.soft_XLD.index_fill_(0, at_B, 0.0)
-        self.step_X.index_fill_(0, at_B, 0)
-        self.is_done_X.index_fill_(0, at_B, False)
-        self.is_finite_X.index_fill_(0, at_B, True)
-        self.settled_X.index_fill_(0, at_B, 0)
-        self.words_X4[:, 3].index_copy_(0, at_B, canvas_B)
-        if rooms is not None:
-            self.room_X.index_copy_(0, at_B, room_B)
+from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.rules import accept, count_still, is_confident, is_stable
 
 
 class Projected(NamedTuple):
@@ -318,12 +154,12 @@ def _see(
         hidden_BLD = model.denoise(canvas_BL, cache, soft_BLD, run=run)
     # 2. Read out: what would be sampled, what is most likely, how sure.
     if dice is None or noise_BL is None:
-        dice, noise_BL, heat_B = _count(state, at_B, model)
+        dice, noise_BL, temperature_B = _count(state, at_B, model)
     else:
-        heat_B = state.heat_XS[at_B, state.step_X[at_B]]
+        temperature_B = state.temperature_XS[at_B, state.step_X[at_B]]
     banned = None if bans is None else (state.banned_XL[at_B], bans)
     embed_VD = model.embed_tokens.weight
-    read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, heat_B, **dice, banned=banned)
+    read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, temperature_B, **dice, banned=banned)
     return _Seen(encoded_BTD, hidden_BLD, read, noise_BL)
 
 
@@ -334,15 +170,15 @@ def conclude_(model: Model, state: Canvases, view: Look, said: Projected | None 
     held = _hold(state, at_B, read, said)
     argmax_BL, entropy_BL = held.argmax_BL, held.entropy_BL
     # 3. Accept the surest positions, renoise the rest.
-    accepted_BL = accept(entropy_BL, state.bound_X[at_B])
+    accepted_BL = accept(entropy_BL, state.entropy_bound_X[at_B])
     if said is not None:
         accepted_BL &= said.is_open_BL
     if held.pin_BL is not None:
         accepted_BL |= held.pin_BL >= 0
     next_BL = torch.where(accepted_BL, held.sample_BL, view.noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
-    stood_BL = stood(argmax_BL, state.argmax_XL[at_B], state.stood_XL[at_B])
-    is_done_B = _is_settled(state, at_B, held, stood_BL) | (old_B + 1 >= state.max_steps_X[at_B])
+    still_BL = count_still(argmax_BL, state.argmax_XL[at_B], state.still_XL[at_B])
+    is_done_B = _is_settled(state, at_B, held, still_BL) | (old_B + 1 >= state.max_steps_X[at_B])
     # 5. The next step sees the soft embedding of this one.
     embed_VD = model.embed_tokens.weight
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, held.tiles)
@@ -361,7 +197,7 @@ def conclude_(model: Model, state: Canvases, view: Look, said: Projected | None 
         (state.accepted_XL, accepted_BL),
     ):
         whole_XL[at_B] = torch.where(keep_B1, whole_XL[at_B], new_BL)
-    state.stood_XL[at_B] = stood_BL  # of rows that go on: a stopped one is not asked again
+    state.still_XL[at_B] = still_BL  # of rows that go on: a stopped one is not asked again
     state.soft_XLD[at_B] = soft_BLD
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B
@@ -373,23 +209,6 @@ def _are_finite(*some: Tensor) -> Tensor:
     sums = [x.flatten(1).sum(-1, dtype=torch.float32) for x in some]
     total_B = sum(sums[1:], sums[0])
     return total_B - total_B == 0  # what `isfinite` says, in two operations
-
-
-@functools.lru_cache(64)
-def _heat_of(rules: Rules, width: int) -> Tensor:
-    """The temperatures of a canvas's steps, the last one repeated up to this width. Kept: most requests have the
-    checkpoint's rules."""
-    heat = [rules.schedule.temperature(step) for step in range(rules.max_steps + 1)]
-    heat_S = torch.full((width,), heat[-1], device="cpu")
-    heat_S[: len(heat)] = torch.tensor(heat, device="cpu")
-    return heat_S
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device. From the host it comes in the order of the device's work, and nobody waits for it."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 class _Held(NamedTuple):
@@ -420,19 +239,19 @@ def _hold(state: Canvases, at_B: Tensor, read: ReadOut, said: Projected | None) 
     return _Held(sample_BL, argmax_BL, entropy_BL, pin_BL, said, None if said.has_masked else read.tiles)
 
 
-def _is_settled(state: Canvases, at_B: Tensor, held: _Held, stood_BL: Tensor) -> Tensor:
+def _is_settled(state: Canvases, at_B: Tensor, held: _Held, still_BL: Tensor) -> Tensor:
     """Which rows stand still and are sure, and, where a grammar rules, valid as they stand."""
     argmax_BL, entropy_BL, said = held.argmax_BL, held.entropy_BL, held.said
     if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
         unsure_BL = entropy_BL if said is None else entropy_BL.masked_fill(~said.is_open_BL, torch.inf)
-        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, stood_BL)
+        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, still_BL)
     else:
-        is_settled_B = is_stable(stood_BL, state.stability_X[at_B])
+        is_settled_B = is_stable(still_BL, state.stability_X[at_B])
         is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
     return is_settled_B if said is None else is_settled_B & said.is_whole_B
 
 
-def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, stood_BL: Tensor) -> Tensor:
+def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, still_BL: Tensor) -> Tensor:
     """Which rows stand still and are sure. Of a row that may settle early only what can become its answer is asked:
     all up to its first end, and no more than its room; and its leading positions that stand still, each of them sure,
     are pinned from now on."""
@@ -442,7 +261,7 @@ def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tenso
     counts_BL = (is_end_BL.cumsum(-1) - is_end_BL.long() == 0) & (position_L < state.room_X[at_B, None])
     counts_BL |= ~early_B[:, None]
     mean_B = entropy_BL.masked_fill(~counts_BL, 0.0).sum(-1) / counts_BL.sum(-1)
-    is_still_BL = stood_BL >= stability_B[:, None]
+    is_still_BL = still_BL >= stability_B[:, None]
     is_settled_B = (is_still_BL | ~counts_BL).all(-1) & (mean_B < bound_B)
     # The leading positions, one by one.
     is_sure_BL = is_still_BL & (entropy_BL < bound_B[:, None])
@@ -453,16 +272,16 @@ def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tenso
 
 
 def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The dice of this step, from the state's words: what `CountedDice` gives for the same seed, canvas and step; and
+    """The dice of this step, from the state's words: what `CountedNoise` gives for the same seed, canvas and step; and
     its temperature."""
     length, vocab_size = state.canvas_XL.shape[1], model.config.vocab_size
     if model.ops.noise is not None:
-        places = state.words_X4, state.step_X, state.heat_XS, at_B
-        uniform_BL, tokens_BL, heat_B = model.ops.noise(*places, length, vocab_size)
+        places = state.rng_counter_X4, state.step_X, state.temperature_XS, at_B
+        uniform_BL, tokens_BL, temperature_B = model.ops.noise(*places, length, vocab_size)
     else:
         step_B = state.step_X[at_B]
-        words_B5 = torch.cat([state.words_X4[at_B], step_B[:, None]], dim=1)
-        uniform_BL = CountedDice.uniform(words_B5, length, stream=1)
-        tokens_BL = CountedDice.tokens(words_B5, length, vocab_size, stream=2)
-        heat_B = state.heat_XS[at_B, step_B]
-    return {"uniform_BL": uniform_BL}, tokens_BL, heat_B
+        counter_B5 = torch.cat([state.rng_counter_X4[at_B], step_B[:, None]], dim=1)
+        uniform_BL = CountedNoise.uniform(counter_B5, length, stream=1)
+        tokens_BL = CountedNoise.tokens(counter_B5, length, vocab_size, stream=2)
+        temperature_B = state.temperature_XS[at_B, step_B]
+    return {"uniform_BL": uniform_BL}, tokens_BL, temperature_B

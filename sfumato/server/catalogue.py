@@ -1,22 +1,18 @@
 """`Options` as data: each option's type, range and meaning, for the requests' fields and for GET /v1/options.
 
-The words are the docstrings in options.py, read from its source, so that there is one text of each.
+All of it is derived from `sfumato.options`.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import textwrap
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from pydantic import Field
 
 from sfumato import options as declared
-from sfumato.options import Options
+from sfumato.options import BIG, OPTIONS
 
 NARROWER = {"temperature": (0.0, 2.0)}
 """Ranges of requests that are not those of `Options`: an OpenAI client's temperature ends at 2."""
@@ -36,25 +32,22 @@ class Option:
 @cache
 def options() -> dict[str, Option]:
     """Every option by its name, in the order of `Options`."""
-    hints, docs = get_type_hints(Options), _docs()
-    ranges = {name: (low, high) for name, low, high, _ in declared._RANGES} | NARROWER
-    found = {}
-    for field in dataclasses.fields(Options):
-        kinds = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)]
-        if get_origin(hints[field.name]) is tuple:
-            kinds = [hints[field.name]]
-        low, high = ranges.get(field.name, (None, None))
-        choices = [str(one) for one in get_args(kinds[0])] if get_origin(kinds[0]) is Literal else None
-        found[field.name] = Option(
-            field.name,
-            _TYPES.get(get_origin(kinds[0]) or kinds[0], "string"),
-            list(field.default) if isinstance(field.default, tuple) else field.default,
-            low,
-            None if high == declared._BIG else high,
-            choices,
-            docs.get(field.name, ""),
-        )
-    return found
+    return {name: _entry(option) for name, option in OPTIONS.items()}
+
+
+def _entry(option: declared.Option) -> Option:
+    about = option.about
+    low, high = NARROWER.get(option.name, (about.minimum, about.maximum))
+    default = list(option.default) if isinstance(option.default, tuple) else option.default
+    return Option(
+        option.name,
+        _TYPES.get(option.kind, "string"),
+        default,
+        low,
+        None if high == BIG else high,
+        list(option.choices) or None,
+        about.sentence,
+    )
 
 
 def field(name: str, **more: Any) -> Any:
@@ -62,19 +55,8 @@ def field(name: str, **more: Any) -> Any:
     option = options()[name]
     bounds: dict[str, Any] = {}
     if option.minimum is not None:
-        bounds = {"ge": option.minimum, "le": declared._BIG if option.maximum is None else option.maximum}
+        bounds = {"ge": option.minimum, "le": BIG if option.maximum is None else option.maximum}
     return Field(None, **{"description": option.doc or None, **bounds, **more})
 
 
 _TYPES: dict[Any, Any] = {int: "integer", float: "number", bool: "boolean", tuple: "array", dict: "object"}
-
-
-def _docs() -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(Options))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for before, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            assert isinstance(before.target, ast.Name)
-            found[before.target.id] = " ".join(str(after.value.value).split())
-    return found

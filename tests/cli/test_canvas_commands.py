@@ -85,7 +85,7 @@ def screen(monkeypatch) -> io.StringIO:
 # ---- infill ----------------------------------------------------------------------------------------------------------
 
 
-def test_infill_prints_the_whole_text_byte_for_byte(sfumato, put):
+def test_infill_prints_the_whole_text_byte_for_byte(sfumato, put) -> None:
     before, after = NASTY.split("<FILL>")
     code, out, err = sfumato("infill", put(NASTY), "--length", "3", *QUICK)
     assert code == 0 and err == ""
@@ -95,7 +95,7 @@ def test_infill_prints_the_whole_text_byte_for_byte(sfumato, put):
     assert sfumato("infill", "a.txt", "--length", "3", "--only", *QUICK)[1] == middle
 
 
-def test_infill_json_and_standard_input(sfumato):
+def test_infill_json_and_standard_input(sfumato) -> None:
     code, out, _ = sfumato("infill", "-", "--at", "2:2", "--length", "2", "--json", *QUICK, stdin=b"ab\r\ncd")
     found = json.loads(out)
     assert code == 0 and set(found) == {"text", "middle", "length", "seed", "usage", "tokens_per_pass"}
@@ -103,12 +103,12 @@ def test_infill_json_and_standard_input(sfumato):
     assert found["usage"]["steps"] == 1
 
 
-def test_infill_finds_a_length(sfumato):
+def test_infill_finds_a_length(sfumato) -> None:
     found = json.loads(sfumato("infill", "-", "--at-most", "2", "--json", *QUICK, stdin=b"a<FILL>b")[1])
     assert found["length"] in (1, 2)
 
 
-def test_infill_writes_the_file_only_when_asked_and_leaves_nothing_beside(sfumato, put):
+def test_infill_writes_the_file_only_when_asked_and_leaves_nothing_beside(sfumato, put) -> None:
     name = put("a\r\n@@b", "a file")
     os.chmod(name, 0o640)
     os.symlink(name, "link")
@@ -120,7 +120,7 @@ def test_infill_writes_the_file_only_when_asked_and_leaves_nothing_beside(sfumat
     assert sorted(os.listdir()) == ["a file", "link"]
 
 
-def test_infill_write_goes_with_only_and_json(sfumato, put):
+def test_infill_write_goes_with_only_and_json(sfumato, put) -> None:
     put("<FILL>\n")
     assert sfumato("infill", "a.txt", "--length", "1", "--write", "--only", *QUICK)[1] == Path("a.txt").read_text()[:-1]
     put("<FILL>\n")
@@ -128,7 +128,7 @@ def test_infill_write_goes_with_only_and_json(sfumato, put):
     assert found["text"] == Path("a.txt").read_text()
 
 
-def test_infill_on_a_terminal_marks_what_was_written(sfumato, put, monkeypatch):
+def test_infill_on_a_terminal_marks_what_was_written(sfumato, put, monkeypatch) -> None:
     shown = screen(monkeypatch)
     lines = [f"line {n}\x1b[31m" for n in range(1, 12)]
     lines[5] = "here <FILL>."
@@ -165,13 +165,13 @@ def test_infill_on_a_terminal_marks_what_was_written(sfumato, put, monkeypatch):
         (b" " * (text.LIMIT + 1), ["--at", "1:1"], "a.txt is larger than 16 MiB"),
     ],
 )
-def test_bad_infill_input_is_one_line_and_code_2(sfumato, no_model, put, content, arguments, words):
+def test_bad_infill_input_is_one_line_and_code_2(sfumato, no_model, put, content, arguments, words) -> None:
     code, out, err = sfumato("infill", put(content), *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
 @pytest.mark.parametrize("command", ["infill", "edit"])
-def test_files_that_cannot_be_read_or_written(sfumato, no_model, put, tmp_path, monkeypatch, command):
+def test_files_that_cannot_be_read_or_written(sfumato, no_model, put, tmp_path, monkeypatch, command) -> None:
     more = ("--span", "1:1-1:2") if command == "edit" else ("--at", "1:1")
 
     def refused(*arguments: str, stdin: bytes | None = None) -> str:
@@ -197,7 +197,7 @@ def test_files_that_cannot_be_read_or_written(sfumato, no_model, put, tmp_path, 
 
 
 @pytest.mark.parametrize("command", ["infill", "edit"])
-def test_a_pipe_is_not_written_and_not_waited_for(sfumato, no_model, put, tmp_path, monkeypatch, command):
+def test_a_pipe_is_not_written_and_not_waited_for(sfumato, no_model, put, tmp_path, monkeypatch, command) -> None:
     """Opened to be read, it would wait for its other end."""
     put("ab")
     os.mkfifo("pipe")
@@ -216,7 +216,7 @@ def test_a_pipe_is_not_written_and_not_waited_for(sfumato, no_model, put, tmp_pa
 # ---- edit ------------------------------------------------------------------------------------------------------------
 
 
-def test_edit_prints_a_diff_and_leaves_the_file(sfumato, put):
+def test_edit_prints_a_diff_and_leaves_the_file(sfumato, put) -> None:
     old = "\ufeff12345678\r\nkeep\n12"
     code, out, err = sfumato("edit", put(old), "--span", "1:1-1:5", "--strength", "1", *QUICK)
     lines = out.split("\n")
@@ -227,7 +227,7 @@ def test_edit_prints_a_diff_and_leaves_the_file(sfumato, put):
     assert Path("a.txt").read_bytes() == old.encode()
 
 
-def test_edit_writes_when_asked_and_json_says_the_same(sfumato, put):
+def test_edit_writes_when_asked_and_json_says_the_same(sfumato, put) -> None:
     put("12345678\r\nkeep")
     os.chmod("a.txt", 0o604)
     arguments = ("edit", "a.txt", "--span", "2:4-2:5", "--span", "1:1-1:3", "--strength", "1", "--json", *QUICK)
@@ -238,12 +238,12 @@ def test_edit_writes_when_asked_and_json_says_the_same(sfumato, put):
     assert stat.S_IMODE(os.stat("a.txt").st_mode) == 0o604 and os.listdir() == ["a.txt"]
 
 
-def test_edit_by_instruction(sfumato, put):
+def test_edit_by_instruction(sfumato, put) -> None:
     found = json.loads(sfumato("edit", put("12345678"), "--instruction", "Count down.", "--json", *QUICK)[1])
     assert found["seed"] == 1 and (found["diff"] == "") == (found["text"] == "12345678")
 
 
-def test_edit_that_changes_nothing_says_so(sfumato, put, nano, monkeypatch):
+def test_edit_that_changes_nothing_says_so(sfumato, put, nano, monkeypatch) -> None:
     monkeypatch.setattr(nano, "edit", lambda old, *_: Edited(old, old, Usage(), 1), raising=False)
     put("ab")
     before = os.stat("a.txt")
@@ -252,7 +252,7 @@ def test_edit_that_changes_nothing_says_so(sfumato, put, nano, monkeypatch):
     assert json.loads(sfumato("edit", "-", "-i", "x", "--json", stdin=b"ab")[1])["diff"] == ""
 
 
-def test_edit_on_a_terminal_colours_the_diff(sfumato, put, nano, monkeypatch):
+def test_edit_on_a_terminal_colours_the_diff(sfumato, put, nano, monkeypatch) -> None:
     monkeypatch.setattr(
         nano,
         "edit",
@@ -282,7 +282,7 @@ def test_edit_on_a_terminal_colours_the_diff(sfumato, put, nano, monkeypatch):
         ("ab", ["-i", "x", "--strength", "1.5"], "--strength"),
     ],
 )
-def test_bad_edit_input_is_one_line_and_code_2(sfumato, no_model, put, content, arguments, words):
+def test_bad_edit_input_is_one_line_and_code_2(sfumato, no_model, put, content, arguments, words) -> None:
     code, out, err = sfumato("edit", put(content), *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
@@ -292,7 +292,7 @@ def test_bad_edit_input_is_one_line_and_code_2(sfumato, no_model, put, content, 
 FORM = json.dumps(["\ufeffa\r\n", {"length": 2}, " é<eos>", {"name": "digit", "choices": ["1", "22"]}, ""])
 
 
-def test_fill_writes_slots_and_keeps_the_rest(sfumato, put):
+def test_fill_writes_slots_and_keeps_the_rest(sfumato, put) -> None:
     code, out, err = sfumato("fill", put(FORM), *QUICK)
     assert code == 0 and err == ""
     found = json.loads(sfumato("fill", "a.txt", "--json", *QUICK)[1])
@@ -302,7 +302,7 @@ def test_fill_writes_slots_and_keeps_the_rest(sfumato, put):
     assert found["values"]["digit"] in ("1", "22")
 
 
-def test_fill_takes_a_prompt_as_a_message_or_as_it_is(sfumato, nano, monkeypatch):
+def test_fill_takes_a_prompt_as_a_message_or_as_it_is(sfumato, nano, monkeypatch) -> None:
     asked = []
     fill = nano.fill
     monkeypatch.setattr(nano, "fill", lambda *given: asked.append(given[1]) or fill(*given), raising=False)
@@ -312,7 +312,7 @@ def test_fill_takes_a_prompt_as_a_message_or_as_it_is(sfumato, nano, monkeypatch
     assert asked == [None, [{"role": "user", "content": "x"}], "x"]
 
 
-def test_fill_on_a_terminal_marks_the_slots(sfumato, put, monkeypatch):
+def test_fill_on_a_terminal_marks_the_slots(sfumato, put, monkeypatch) -> None:
     shown = screen(monkeypatch)
     assert sfumato("fill", put('["[b]a ", {"choices": ["y", "n"]}, "."]'), *QUICK)[0] == 0
     seen = shown.getvalue()
@@ -333,12 +333,12 @@ def test_fill_on_a_terminal_marks_the_slots(sfumato, put, monkeypatch):
         ("[{}]", ["--prompt", ""], "--prompt is empty or missing"),
     ],
 )
-def test_bad_fill_input_is_one_line_and_code_2(sfumato, no_model, put, form, arguments, words):
+def test_bad_fill_input_is_one_line_and_code_2(sfumato, no_model, put, form, arguments, words) -> None:
     code, out, err = sfumato("fill", put(form), *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
-def test_fill_refuses_a_schema_that_cannot_be(sfumato, put):
+def test_fill_refuses_a_schema_that_cannot_be(sfumato, put) -> None:
     code, out, err = sfumato("fill", put('[{"schema": {"type": "wish"}}]'), *QUICK)
     assert code == 2 and out == "" and err.count("\n") == 1 and "schema" in err
 
@@ -346,7 +346,7 @@ def test_fill_refuses_a_schema_that_cannot_be(sfumato, put):
 # ---- decide ----------------------------------------------------------------------------------------------------------
 
 
-def test_decide_json_has_choice_and_probabilities(sfumato, put):
+def test_decide_json_has_choice_and_probabilities(sfumato, put) -> None:
     fields = ("--field", "mood=happy | sad", "--field", "n=1|2|3")
     code, out, err = sfumato("decide", "x", *fields, "--json", "--seed", "1")
     found = json.loads(out)
@@ -360,12 +360,12 @@ def test_decide_json_has_choice_and_probabilities(sfumato, put):
     assert json.loads(sfumato("decide", "x", *fields, "--json", "--raw", "--steps", "2")[1])["n"]
 
 
-def test_decide_shows_bars(sfumato):
+def test_decide_shows_bars(sfumato) -> None:
     code, out, _ = sfumato("decide", "x", "--field", "[b]=yes|no", "--seed", "1")
     assert code == 0 and "[b]" in out and "%" in out and "█" in out
 
 
-def test_the_likeliest_choice_stands_first():
+def test_the_likeliest_choice_stands_first() -> None:
     console = Console(file=io.StringIO(), width=60)
     console.print(decide.table({"q": Decision("b", {"a": 0.0, "b": 0.75, "c": 0.25}), "r": Decision("x", {"x": 1.0})}))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -375,7 +375,7 @@ def test_the_likeliest_choice_stands_first():
 
 @settings(deadline=None)
 @given(st.floats(0, 1))
-def test_a_bar_is_always_as_wide(p: float):
+def test_a_bar_is_always_as_wide(p: float) -> None:
     assert len(decide.bar(p).plain) == decide.BAR
 
 
@@ -396,7 +396,7 @@ def test_a_bar_is_always_as_wide(p: float):
         (["--fields", "-"], "cannot be both"),
     ],
 )
-def test_bad_decide_input_is_one_line_and_code_2(sfumato, no_model, put, arguments, words):
+def test_bad_decide_input_is_one_line_and_code_2(sfumato, no_model, put, arguments, words) -> None:
     code, out, err = sfumato("decide", *arguments, stdin=b'{"a": ["b", "c"]}')
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
@@ -414,7 +414,7 @@ def test_bad_decide_input_is_one_line_and_code_2(sfumato, no_model, put, argumen
         ("[" * 100000, "fields is not JSON"),
     ],
 )
-def test_fields_that_are_none(content: str, words: str):
+def test_fields_that_are_none(content: str, words: str) -> None:
     with pytest.raises(InputError, match=words.replace("|", r"\|")):
         decide.read_fields(content, "fields")
 
@@ -422,7 +422,7 @@ def test_fields_that_are_none(content: str, words: str):
 # ---- generate --------------------------------------------------------------------------------------------------------
 
 
-def test_generate_obeys_choice_regex_and_schema(sfumato, put):
+def test_generate_obeys_choice_regex_and_schema(sfumato, put) -> None:
     assert sfumato("generate", "x", "--choice", "yes", "--choice", "no", *QUICK)[1] in ("yes\n", "no\n")
     code, out, err = sfumato("generate", "x", "--regex", "[0-9]{3}", "--early", *QUICK)
     assert code == 0 and err == "" and len(out) == 4 and out[:3].isdigit()
@@ -447,18 +447,18 @@ def test_generate_obeys_choice_regex_and_schema(sfumato, put):
         (["--regex", "a", "--thinking"], "regex cannot go with thinking"),
     ],
 )
-def test_bad_constraints_are_one_line_and_code_2(sfumato, no_model, put, arguments, words):
+def test_bad_constraints_are_one_line_and_code_2(sfumato, no_model, put, arguments, words) -> None:
     put("[1]", "s.json")
     code, out, err = sfumato("generate", "x", *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
-def test_a_regex_that_is_none_is_one_line_and_code_2(sfumato):
+def test_a_regex_that_is_none_is_one_line_and_code_2(sfumato) -> None:
     code, _, err = sfumato("generate", "x", "--regex", "(", *QUICK)
     assert code == 2 and err.count("\n") == 1 and "regex" in err
 
 
-def test_constraints_from_pairs():
+def test_constraints_from_pairs() -> None:
     assert options.build(["regex=12"]) == Options(regex="12")
     assert options.build(["choices=1", "choices=b"]) == Options(choices=("1", "b"))
     assert options.build(None, choices=["a", "b"], early=True) == Options(choices=("a", "b"), early=True)
@@ -470,13 +470,13 @@ def test_constraints_from_pairs():
 
 @settings(deadline=None)
 @given(texts.filter(lambda held: "\0" not in held))
-def test_bytes_go_in_and_come_out(held: str):
+def test_bytes_go_in_and_come_out(held: str) -> None:
     assert text.decode(held.encode(), "it").encode() == held.encode()
 
 
 @settings(deadline=None)
 @given(texts, texts, texts.filter(bool))
-def test_a_marker_cuts_and_every_other_byte_stays(before: str, after: str, marker: str):
+def test_a_marker_cuts_and_every_other_byte_stays(before: str, after: str, marker: str) -> None:
     whole = before + marker + after
     if whole.find(marker, whole.find(marker) + 1) >= 0:
         with pytest.raises(InputError, match="more than once"):
@@ -487,7 +487,7 @@ def test_a_marker_cuts_and_every_other_byte_stays(before: str, after: str, marke
 
 @settings(deadline=None)
 @given(texts, st.data())
-def test_a_place_cuts_and_every_byte_stays(held: str, data):
+def test_a_place_cuts_and_every_byte_stays(held: str, data) -> None:
     lines = held.split("\n")
     line = data.draw(st.integers(1, len(lines)))
     shown = lines[line - 1].removeprefix("\ufeff") if line == 1 else lines[line - 1]
@@ -501,7 +501,7 @@ def test_a_place_cuts_and_every_byte_stays(held: str, data):
 
 @settings(deadline=None)
 @given(texts, texts)
-def test_a_place_is_in_the_text_or_an_error(held: str, place: str):
+def test_a_place_is_in_the_text_or_an_error(held: str, place: str) -> None:
     for given_ in (place, f"{len(place)}:{len(held) % 5}"):
         try:
             assert 0 <= text.offset(held, given_) <= len(held)
@@ -511,7 +511,7 @@ def test_a_place_is_in_the_text_or_an_error(held: str, place: str):
 
 @settings(deadline=None)
 @given(texts, st.lists(st.tuples(*[st.integers(1, 4)] * 4), min_size=1, max_size=4))
-def test_spans_are_sorted_apart_and_hold_something(held: str, places):
+def test_spans_are_sorted_apart_and_hold_something(held: str, places) -> None:
     try:
         found = text.spans(held, [f"{a}:{b}-{c}:{d}" for a, b, c, d in places])
     except InputError as error:
@@ -521,18 +521,18 @@ def test_spans_are_sorted_apart_and_hold_something(held: str, places):
         assert flat == sorted(flat) and len(found) == len(places) and all(a < b for a, b in found)
 
 
-def test_spans_that_touch_do_not_overlap():
+def test_spans_that_touch_do_not_overlap() -> None:
     assert text.spans("abc\nd", ["1:3-2:1", "1:1-1:3"]) == [(0, 2), (2, 4)]
 
 
-def test_a_file_that_changed_meanwhile_is_left(put):
+def test_a_file_that_changed_meanwhile_is_left(put) -> None:
     put("mine")
     with pytest.raises(SfumatoError, match="has changed since it was read"):
         text.write("a.txt", "old", "new")
     assert Path("a.txt").read_text() == "mine" and os.listdir() == ["a.txt"]
 
 
-def test_a_write_keeps_extended_attributes(put, tmp_path):
+def test_a_write_keeps_extended_attributes(put, tmp_path) -> None:
     put("old")
     try:
         os.setxattr("a.txt", "user.origin", b"here\0there")
@@ -548,7 +548,7 @@ def test_a_write_keeps_extended_attributes(put, tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment_leave_the_old_text_or_the_new(put, tmp_path):
+def test_kills_at_any_moment_leave_the_old_text_or_the_new(put, tmp_path) -> None:
     """SIGKILL, thirty times, in the middle of writes of 8 MB."""
     texts_ = ["a" * (8 << 20), "b" * (8 << 20)]
     put(texts_[0])
@@ -568,7 +568,7 @@ def test_kills_at_any_moment_leave_the_old_text_or_the_new(put, tmp_path):
     assert found == {0, 1}
 
 
-def test_a_terminal_gets_json_without_control_characters(monkeypatch):
+def test_a_terminal_gets_json_without_control_characters(monkeypatch) -> None:
     """JSON of a text may hold those above 127 as they are."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -578,7 +578,7 @@ def test_a_terminal_gets_json_without_control_characters(monkeypatch):
     assert terminal.buffer.getvalue().decode() == '{"text": "\x9b2J\x7f"}\n{"text": "\ufffd2J␡"}\n'
 
 
-def test_a_write_that_fails_leaves_the_file_and_nothing_beside(put, monkeypatch):
+def test_a_write_that_fails_leaves_the_file_and_nothing_beside(put, monkeypatch) -> None:
     put("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
@@ -588,12 +588,12 @@ def test_a_write_that_fails_leaves_the_file_and_nothing_beside(put, monkeypatch)
 
 @settings(deadline=None)
 @given(texts, texts, texts)
-def test_the_screen_gets_no_control_character(before: str, middle: str, after: str):
+def test_the_screen_gets_no_control_character(before: str, middle: str, after: str) -> None:
     for shown in (view.around(before, middle, after), view.diff_text(Edited(before, after, Usage(), 0).diff())):
         assert not [c for c in shown.plain if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
 
 
-def test_little_is_shown_around_what_was_written():
+def test_little_is_shown_around_what_was_written() -> None:
     lines = "".join(f"{n}\n" for n in range(10))
     assert view.around(lines + "a", "B", "c\n" + lines).plain == "…\n7\n8\n9\naBc\n0\n1\n2\n…"
     assert view.around("x" * 900, "B", "y" * 900).plain == "…" + "x" * 400 + "B" + "y" * 400 + "…"

@@ -46,7 +46,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_the_defaults_are_local_and_bounded(call: Call, served):
+def test_the_defaults_are_local_and_bounded(call: Call, served) -> None:
     assert call() == (0, "", "")
     worker, settings, port = served
     assert settings == Settings() and port == 8000
@@ -61,14 +61,14 @@ def test_the_defaults_are_local_and_bounded(call: Call, served):
     assert worker.limits == {"rows": 32, "queue": 256, "stall": 0.2, "context": None, "memory": None}
 
 
-def test_silence_is_shorter_than_the_longest_request(call: Call, served):
+def test_silence_is_shorter_than_the_longest_request(call: Call, served) -> None:
     for flags, silence in (((), 300), (("--timeout", "100"), 50)):
         served.clear()
         assert call(*flags) == (0, "", "")
         assert served[0].silence == silence < served[1].limits.timeout
 
 
-def test_options_reach_worker_and_settings(call: Call, served, tmp_path: Path):
+def test_options_reach_worker_and_settings(call: Call, served, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# ours\nthree\n\n  four \n")
     limits = "--rows 4 --queue 5 --memory 1.5 --context 600 --stall 50 --max-body 0.5 --timeout 9 --drain 2".split()
     names = "--alias gpt --alias other --cors https://a.example --log-prompts --port 0 --host 0.0.0.0".split()
@@ -101,14 +101,16 @@ def test_options_reach_worker_and_settings(call: Call, served, tmp_path: Path):
         ("--api-key", "--api-key"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_nothing_starts(call: Call, served, arguments: str, part: str):
+def test_a_wrong_argument_is_one_line_and_nothing_starts(call: Call, served, arguments: str, part: str) -> None:
     code, out, err = call(*arguments.split())
     assert (code, out, served) == (2, "", [])
     assert err.startswith("sfumato: ") and err.count("\n") == 1 and part in err
 
 
 @pytest.mark.parametrize(("arguments", "extra"), [([], "sfumato[serve]"), (["--ray"], "sfumato[ray]")])
-def test_a_missing_extra_is_named(call: Call, monkeypatch: pytest.MonkeyPatch, arguments: list[str], extra: str):
+def test_a_missing_extra_is_named(
+    call: Call, monkeypatch: pytest.MonkeyPatch, arguments: list[str], extra: str
+) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setitem(sys.modules, "ray", None)
     for name in ("http", "ray"):
@@ -117,7 +119,7 @@ def test_a_missing_extra_is_named(call: Call, monkeypatch: pytest.MonkeyPatch, a
     assert (code, out) == (2, "") and err.count("\n") == 1 and f"is not installed; pip install '{extra}'" in err
 
 
-def test_a_port_in_use_is_one_line_before_anything_is_loaded(call: Call):
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(call: Call) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, out, err = call("--port", str(port), "-m", "/no/such/model")
@@ -125,7 +127,7 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(call: Call):
     assert err == f"sfumato: port {port} on 127.0.0.1 is in use; give another with --port, or 0 for any that is free\n"
 
 
-def test_addresses_that_cannot_be():
+def test_addresses_that_cannot_be() -> None:
     with pytest.raises(InputError, match=r"host is 'no\.such\.host\.invalid'"):
         http.listen("no.such.host.invalid", 0)
     with pytest.raises(SfumatoError, match=r"cannot listen on port 0 of 192\.0\.2\.1"):
@@ -183,7 +185,7 @@ def address_of(server: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_says_where_it_is_and_ends_well_on_a_signal(serving, number: signal.Signals):
+def test_it_says_where_it_is_and_ends_well_on_a_signal(serving, number: signal.Signals) -> None:
     server = serving()
     with urllib.request.urlopen(address_of(server) + "/ready", timeout=30) as answer:
         assert answer.status == 200
@@ -202,7 +204,7 @@ def streaming(address: str) -> Any:
     return answer
 
 
-def test_a_stop_tells_newcomers_and_waits_for_the_rest_until_its_time_is_up(serving):
+def test_a_stop_tells_newcomers_and_waits_for_the_rest_until_its_time_is_up(serving) -> None:
     server = serving(held=True, drain=1)
     address = address_of(server)
     with streaming(address) as answer:
@@ -219,7 +221,7 @@ def test_a_stop_tells_newcomers_and_waits_for_the_rest_until_its_time_is_up(serv
     assert (server.returncode, out) == (0, "ended 1\n") and "Traceback" not in err
 
 
-def test_a_second_signal_does_not_wait(serving):
+def test_a_second_signal_does_not_wait(serving) -> None:
     server = serving(held=True, drain=600)
     address = address_of(server)
     with streaming(address) as answer:
@@ -234,7 +236,7 @@ def test_a_second_signal_does_not_wait(serving):
     assert (server.returncode, out) == (0, "ended 1\n") and "Traceback" not in err
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(serving):
+def test_a_model_that_cannot_be_loaded_ends_the_server(serving) -> None:
     server = serving(failing=True)
     out, err = server.communicate(timeout=30)
     assert (server.returncode, out) == (1, "") and "sfumato: there is no such model\n" in err

@@ -27,7 +27,7 @@ from sfumato.errors import BusyError, CapacityError, InputError
 from sfumato.events import Commit, Done, Draft, Event
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
-from sfumato.templates.layout import pieces_of
+from sfumato.templates.slots import pieces_of
 from sfumato.text.reader import Reader
 
 CONFIG = tiny.tiny_config(eos_ids=(38, 45), max_position=400)

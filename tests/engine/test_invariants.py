@@ -28,7 +28,8 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.ops.reference import inverse_cdf
 from sfumato.options import Options
-from sfumato.sampling.diffusion import CountedDice, Rules, Schedule, accept, is_confident, is_stable, pick_token, stood
+from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.rules import Rules, Schedule, accept, count_still, is_confident, is_stable, pick_token
 
 SAME = 1e-4
 CONFIG = tiny.tiny_config()
@@ -832,7 +833,7 @@ def test_stable_looks_back_as_far_as_asked() -> None:
     history = torch.tensor([[same, same], [other, same], [none, same], [same, other], [none, none]])
     seen, last = torch.zeros_like(canvas), torch.full_like(canvas, -1)
     for step in (*history.unbind(1), canvas):
-        seen, last = stood(step, last, seen), step
+        seen, last = count_still(step, last, seen), step
     assert is_stable(seen, torch.full((5,), 1)).tolist() == [True, True, True, False, False]
     assert is_stable(seen, torch.full((5,), 2)).tolist() == [True, False, False, False, False]
     assert is_stable(seen, torch.full((5,), 0)).tolist() == [True] * 5
@@ -849,8 +850,8 @@ def test_confident_is_strictly_below() -> None:
 
 def dice(
     seeds: Sequence[int] = (0,), requests: Sequence[int] | None = None, length: int = 64, v: int = 61
-) -> CountedDice:
-    return CountedDice(seeds, requests or [0] * len(seeds), length, v)
+) -> CountedNoise:
+    return CountedNoise(seeds, requests or [0] * len(seeds), length, v)
 
 
 def chi_square(counts: Tensor) -> float:

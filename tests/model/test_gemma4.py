@@ -453,7 +453,7 @@ def test_text_is_written_one_token_after_another(llm: Any) -> None:
 
 
 def test_what_a_template_needs_is_refused_in_one_sentence(llm: Any) -> None:
-    from sfumato.templates.layout import Slot
+    from sfumato.templates.slots import Slot
 
     asked = {
         "a template": lambda: [llm.fill(["a", Slot("b", length=1)]), llm.infill("a", "b")],

@@ -30,7 +30,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model, frequencies
 from sfumato.options import Options
-from sfumato.sampling.diffusion import Rules, accept, is_confident, is_stable, stood
+from sfumato.sampling.rules import Rules, accept, count_still, is_confident, is_stable
 
 SEEDS = range(8)
 OPS = tiny.OPS
@@ -536,7 +536,7 @@ def compare(run: Record, ours: Model) -> Tally:
     bound_B, confidence_B = torch.full((rows,), rules.entropy_bound), torch.full((rows,), rules.confidence)
     stability_B = torch.full((rows,), rules.stability)
     for index, steps in enumerate(run.canvases):
-        last_BL, stood_BL = torch.full((rows, length), -1), torch.zeros(rows, length)
+        last_BL, still_BL = torch.full((rows, length), -1), torch.zeros(rows, length)
         committed_BL = torch.full((rows, length), -1)
         committed_margin_BL = torch.zeros(rows, length)
         has_flipped_B = torch.zeros(rows, dtype=torch.bool)
@@ -565,12 +565,12 @@ def compare(run: Record, ours: Model) -> Tally:
             count(f"{where}, argmax", read.argmax_BL == step.argmax_BL, margin["argmax"])
             either_BL = torch.minimum(margin["sample"], margin["accept"])
             count(f"{where}, renoised", next_BL == step.next_BL, either_BL)
-            is_done_B = is_stable(stood(read.argmax_BL, last_BL, stood_BL), stability_B)
+            is_done_B = is_stable(count_still(read.argmax_BL, last_BL, still_BL), stability_B)
             is_done_B &= is_confident(read.entropy_BL, confidence_B)
             narrowest_B = torch.minimum(margin["stop"], margin["argmax"].amin(-1))
             count(f"{where}, stop", is_done_B == step.is_done_B, narrowest_B)
             # Each step begins from the oracle's own state.
-            stood_BL, last_BL = stood(step.argmax_BL, last_BL, stood_BL), step.argmax_BL
+            still_BL, last_BL = count_still(step.argmax_BL, last_BL, still_BL), step.argmax_BL
             committed_BL[is_live_B] = read.argmax_BL[is_live_B]
             committed_margin_BL[is_live_B] = margin["argmax"][is_live_B]
             has_flipped_B |= is_live_B & is_flipped_B
@@ -752,7 +752,7 @@ def test_free_running_with_torchs_dice(kind: str, name: str) -> None:
         run, row = solo_run(kind, seed, 17)
         ours = with_eos(free_run(kind, seed)[1], name, run.eos)
         torch.manual_seed(50 + seed)
-        (got,) = run_ours(ours, [(run, row)], tiny.TorchDice(ours.config))
+        (got,) = run_ours(ours, [(run, row)], tiny.TorchNoise(ours.config))
         canvases += len(run.canvases)
         parted += parting(run, row, got)
     assert canvases >= 4 * len(SEEDS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import TorchDice
+from tiny import TorchNoise
 
 from sfumato import LLM, Options
 from sfumato.checkpoints.weights import NANO
@@ -32,7 +32,7 @@ def theirs():
     return DiffusionGemmaForBlockDiffusion.from_pretrained(NANO, dtype=torch.float32).eval()
 
 
-def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs):
+def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs) -> None:
     """With torch's own calls: every one. The CPU library sums in another order, no less exactly; over twenty steps that
     grows until, once in hundreds of answers, an entropy falls on the other side of its threshold."""
     ours = {name: LLM.load("nano", ops=name) for name in ("fused", *tiny.OPS[2:])}
@@ -49,7 +49,7 @@ def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs):
         for name, llm in ours.items():
             torch.manual_seed(number)
             options = llm._complete_options(Options(max_tokens=82))
-            done = list(generate(llm.model, [ids], options, dice=TorchDice(llm.model.config)))[-1]
+            done = list(generate(llm.model, [ids], options, dice=TorchNoise(llm.model.config)))[-1]
             assert isinstance(done, Done)
             if done.tokens + [0] * (82 - len(done.tokens)) != expected or done.usage.steps != steps:
                 differing[name].append((number, puzzle, done.usage.steps, steps))
@@ -57,7 +57,7 @@ def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs):
     assert len(differing.get("cpu", [])) <= PUZZLES / 100, differing
 
 
-def test_nano_is_small_and_says_how_it_was_made(llm: LLM):
+def test_nano_is_small_and_says_how_it_was_made(llm: LLM) -> None:
     assert (NANO / "model.safetensors").stat().st_size <= 20e6
     kinds = {layer.is_sliding for layer in llm.model.config.layers}
     assert kinds == {True, False} and llm.model.config.num_experts > 1
@@ -66,7 +66,7 @@ def test_nano_is_small_and_says_how_it_was_made(llm: LLM):
 
 
 @pytest.mark.parametrize(("clues", "least"), [((40, 55), 0.9), ((30, 39), 0.6)])
-def test_nano_solves_what_its_card_says(llm: LLM, clues: tuple[int, int], least: float):
+def test_nano_solves_what_its_card_says(llm: LLM, clues: tuple[int, int], least: float) -> None:
     """A guard, not the measurement: 60 puzzles a band, thresholds below the card's figures."""
     rng = np.random.default_rng(5)
     puzzles = [sudoku.generate(int(n), rng) for n in rng.integers(clues[0], clues[1] + 1, 60)]

@@ -503,12 +503,12 @@ def test_a_weight_that_was_replaced_is_not_read_again(of: str, how: str) -> None
 @pytest.mark.parametrize("words, length, size", [(61, 8, 24), (300, 33, 70), (1000, 70, 64)])
 def test_read_out_and_soft_embedding(way: str, dtype: torch.dtype, words: int, length: int, size: int) -> None:
     hidden, embed = random(2, length, size, dtype=dtype), random(words, size, dtype=dtype, scale=size**-0.5)
-    heat, uniform = torch.tensor([0.8, 0.4]), torch.rand(2, length, generator=torch.Generator().manual_seed(1))
+    temperature, uniform = torch.tensor([0.8, 0.4]), torch.rand(2, length, generator=torch.Generator().manual_seed(1))
     where = torch.rand(2, length, generator=torch.Generator().manual_seed(2)) < 0.5
     banned = where, torch.tensor([0, words - 1, words // 2])
-    found = cpu.read_out(hidden, embed, 30.0, heat, uniform, None, banned)
-    exact = reference.read_out(hidden.double(), embed.double(), 30.0, heat, uniform, None, banned)
-    plain = reference.read_out(hidden, embed, 30.0, heat, uniform, None, banned)
+    found = cpu.read_out(hidden, embed, 30.0, temperature, uniform, None, banned)
+    exact = reference.read_out(hidden.double(), embed.double(), 30.0, temperature, uniform, None, banned)
+    plain = reference.read_out(hidden, embed, 30.0, temperature, uniform, None, banned)
     live = exact.logits_BLV > contract.NEVER / 2
     assert (found.logits_BLV[~live].float() < -1e29).all()
     check_close(
@@ -571,12 +571,12 @@ def test_a_rows_read_out_and_soft_embedding_do_not_depend_on_its_batch(way: str,
     """Rows whose length is no multiple of a block, some sure and some not: what is left out is a row's own matter."""
     hidden, embed = random(3, 45, 64, dtype=dtype), random(3000, 64, dtype=dtype)
     hidden[1] *= 8
-    heat, uniform, scale = torch.tensor([0.8, 0.4, 0.6]), torch.rand(3, 45), torch.tensor(8.0)
-    whole = cpu.read_out(hidden, embed, 30.0, heat, uniform)
+    temperature, uniform, scale = torch.tensor([0.8, 0.4, 0.6]), torch.rand(3, 45), torch.tensor(8.0)
+    whole = cpu.read_out(hidden, embed, 30.0, temperature, uniform)
     soft = cpu.soft_embedding(whole.logits_BLV, embed, scale, whole.tiles)
     for row in range(3):
         some = slice(row, row + 1)
-        alone = cpu.read_out(hidden[some], embed, 30.0, heat[some], uniform[some])
+        alone = cpu.read_out(hidden[some], embed, 30.0, temperature[some], uniform[some])
         for one, two in zip(alone[:4], whole[:4], strict=True):
             assert torch.equal(one, two[some])
         assert torch.equal(cpu.soft_embedding(alone.logits_BLV, embed, scale, alone.tiles), soft[some])
@@ -584,15 +584,15 @@ def test_a_rows_read_out_and_soft_embedding_do_not_depend_on_its_batch(way: str,
 
 def test_memory_of_logits_comes_back() -> None:
     """Large logits take the memory of those that are gone, never of those that live."""
-    hidden, embed, heat = random(1, 64, 16), random(20000, 16), torch.tensor([1.0])
-    one = cpu.read_out(hidden, embed, 30.0, heat).logits_BLV
-    two = cpu.read_out(hidden * 2, embed, 30.0, heat).logits_BLV
+    hidden, embed, temperature = random(1, 64, 16), random(20000, 16), torch.tensor([1.0])
+    one = cpu.read_out(hidden, embed, 30.0, temperature).logits_BLV
+    two = cpu.read_out(hidden * 2, embed, 30.0, temperature).logits_BLV
     assert one.nbytes >= cpu.HUGE and one.data_ptr() != two.data_ptr() and not torch.equal(one, two)
     view, place = two[:, :1], two.data_ptr()
     del two
-    assert cpu.read_out(hidden, embed, 30.0, heat).logits_BLV.data_ptr() != place  # a view keeps it
+    assert cpu.read_out(hidden, embed, 30.0, temperature).logits_BLV.data_ptr() != place  # a view keeps it
     del view
-    assert cpu.read_out(hidden, embed, 30.0, heat).logits_BLV.data_ptr() == place
+    assert cpu.read_out(hidden, embed, 30.0, temperature).logits_BLV.data_ptr() == place
 
 
 # ---- the end of a step ----------------------------------------------------------------------------------------------
@@ -668,8 +668,8 @@ def test_sums_that_are_the_bound_itself_are_accepted(monkeypatch: pytest.MonkeyP
         plain, fused = (endings.canvases(seed, False, False, length=82) for _ in range(2))
         view, soft = endings.seen([0, 1, 2, 4], seed, exact=False, length=82)
         ordered_BL = view.read.entropy_BL.sort(-1).values
-        plain.bound_X[[0, 1, 2, 4]] = (ordered_BL.cumsum(-1) - ordered_BL)[:, 40 + seed]
-        fused.bound_X[:] = plain.bound_X
+        plain.entropy_bound_X[[0, 1, 2, 4]] = (ordered_BL.cumsum(-1) - ordered_BL)[:, 40 + seed]
+        fused.entropy_bound_X[:] = plain.entropy_bound_X
         endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], view, soft)
         endings.concluded(monkeypatch, cpu.conclude_, fused, [0, 1, 2, 4], view, soft)
         assert torch.equal(plain.accepted_XL, fused.accepted_XL)

@@ -15,7 +15,8 @@ from endings import ROWS, canvases, concluded, differing, seen
 
 from sfumato.ops.triton.conclude import conclude_
 from sfumato.ops.triton.noise import noise
-from sfumato.sampling.diffusion import CountedDice, accept
+from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.rules import accept
 
 
 @pytest.mark.parametrize("length", [1, 6, 256])
@@ -24,22 +25,24 @@ def test_the_noise_has_the_bits_of_counted_dice(length: int, vocab_size: int) ->
     """Seeds and requests at the ends of what they may be, rows in any order and twice."""
     seeds, requests = [0, 1, 2**32 - 1, 2**32, 2**63 - 1], [0, 7, 1 << 31, 3, 2**32 - 1]
     canvases, steps = [0, 3, 1023, 1, 70_000], [0, 1, 47, 4095, 2]
-    dice = CountedDice(seeds, requests, length, vocab_size)
-    words_X4 = torch.tensor(
+    dice = CountedNoise(seeds, requests, length, vocab_size)
+    rng_counter_X4 = torch.tensor(
         [[s & 0xFFFFFFFF, s >> 32, r, c] for s, r, c in zip(seeds, requests, canvases, strict=True)]
     )
     at = [4, 0, 2, 2, 1, 3]
-    heat_XS = torch.rand(5, 4096)
-    uniform_BL, tokens_BL, heat_B = noise(words_X4, torch.tensor(steps), heat_XS, torch.tensor(at), length, vocab_size)
-    assert torch.equal(heat_B, heat_XS[at, [steps[i] for i in at]])
+    temperature_XS = torch.rand(5, 4096)
+    uniform_BL, tokens_BL, temperature_B = noise(
+        rng_counter_X4, torch.tensor(steps), temperature_XS, torch.tensor(at), length, vocab_size
+    )
+    assert torch.equal(temperature_B, temperature_XS[at, [steps[i] for i in at]])
     places = at, [canvases[i] for i in at], [steps[i] for i in at]
     assert torch.equal(uniform_BL, dice.sample(*places)["uniform_BL"])
     assert torch.equal(tokens_BL, dice.renoise(*places))
 
 
 def test_no_rows_no_noise() -> None:
-    words_X4, nothing = torch.zeros(2, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    found = noise(words_X4, words_X4[:, 0], torch.ones(2, 3), nothing, 8, 61)
+    rng_counter_X4, nothing = torch.zeros(2, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    found = noise(rng_counter_X4, rng_counter_X4[:, 0], torch.ones(2, 3), nothing, 8, 61)
     assert [x.shape for x in found] == [(0, 8), (0, 8), (0,)]
 
 
@@ -105,16 +108,16 @@ def test_a_position_is_accepted_by_what_stands_before_it(monkeypatch: pytest.Mon
     near = 0
     for seed in range(8):
         state, at = canvases(seed, False, False), [0, 1, 2, 4]
-        state.bound_X[:] = torch.rand(ROWS + 1, generator=torch.Generator().manual_seed(seed)) * 2
+        state.entropy_bound_X[:] = torch.rand(ROWS + 1, generator=torch.Generator().manual_seed(seed)) * 2
         view, soft = seen(at, seed, exact=False)
         concluded(monkeypatch, conclude_, state, at, view, soft)
         ordered_BL, order_BL = view.read.entropy_BL.double().sort(dim=-1, stable=True)
         before_BL = torch.zeros_like(ordered_BL).scatter(-1, order_BL, ordered_BL.cumsum(-1) - ordered_BL)
-        bound_B1 = state.bound_X[at, None].double()
+        bound_B1 = state.entropy_bound_X[at, None].double()
         is_clear_BL = (before_BL - bound_B1).abs() > 1e-6 * bound_B1
         assert torch.equal(state.accepted_XL[at] & is_clear_BL, (before_BL <= bound_B1) & is_clear_BL)
         assert torch.equal(
-            state.accepted_XL[at] & is_clear_BL, accept(view.read.entropy_BL, state.bound_X[at]) & is_clear_BL
+            state.accepted_XL[at] & is_clear_BL, accept(view.read.entropy_BL, state.entropy_bound_X[at]) & is_clear_BL
         )
         near += int((~is_clear_BL).sum())
     assert near < 5

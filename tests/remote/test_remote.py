@@ -167,14 +167,14 @@ def hello(**told: Any) -> Reply:
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
-def test_the_card_tells_what_the_host_is(ours: Scripted, ending: str):
+def test_the_card_tells_what_the_host_is(ours: Scripted, ending: str) -> None:
     remote = Remote(ours.url + ending)
     assert (remote.name, remote.canvas_length, remote.max_position) == ("nano", 16, 512)
     assert remote.is_sfumato and remote.has_drafts and remote.url == ours.url
     assert [path for path, _, _ in ours.requests] == ["/v1/models"]
 
 
-def test_a_stream_is_drafts_commits_and_done(ours: Scripted):
+def test_a_stream_is_drafts_commits_and_done(ours: Scripted) -> None:
     ours.says(
         "/chat/completions",
         stream(
@@ -201,7 +201,7 @@ def test_a_stream_is_drafts_commits_and_done(ours: Scripted):
     assert sent == {"model": "nano", "stream": True, "drafts": True, "max_steps": 8, "stop": ["END"]}
 
 
-def test_every_option_goes_out_under_its_own_name(ours: Scripted):
+def test_every_option_goes_out_under_its_own_name(ours: Scripted) -> None:
     ours.says("/chat/completions", hello())
     options = Options(max_tokens=9, seed=0, t_max=0.5, confidence=0.0, early=True, choices=("a", "b"), temperature=0.2)
     assert Remote(ours.url).chat(USER, options=options).text == "Hello"
@@ -210,7 +210,7 @@ def test_every_option_goes_out_under_its_own_name(ours: Scripted):
     assert ours.body["choices"] == ["a", "b"] and "top_p" not in ours.body and "drafts" not in ours.body
 
 
-def test_plain_text_is_continued_with_logprobs(ours: Scripted):
+def test_plain_text_is_continued_with_logprobs(ours: Scripted) -> None:
     logprobs = {"tokens": ["a", "b"], "token_logprobs": [-0.5, -1], "top_logprobs": [{"a": -0.5}, {"b": -1}]}
     choice = {"index": 0, "text": "ab", "logprobs": logprobs, "finish_reason": "length"}
     ours.says("/completions", stream({"choices": [choice], "seed": 4}))
@@ -226,7 +226,7 @@ def test_plain_text_is_continued_with_logprobs(ours: Scripted):
     assert ours.body["prompt"] == "once" and ours.body["logprobs"] == 1 and "top_logprobs" not in ours.body
 
 
-def test_a_list_of_prompts_is_answered_in_its_order(ours: Scripted):
+def test_a_list_of_prompts_is_answered_in_its_order(ours: Scripted) -> None:
     is_second_here = threading.Event()
 
     def answer(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
@@ -246,7 +246,7 @@ def test_a_list_of_prompts_is_answered_in_its_order(ours: Scripted):
     assert remote.complete("alone").text == "ALONE" and remote.complete([]) == []
 
 
-def test_tools_go_out_and_calls_come_back(ours: Scripted):
+def test_tools_go_out_and_calls_come_back(ours: Scripted) -> None:
     call = {
         "index": 0,
         "id": "call_x",
@@ -275,7 +275,7 @@ def test_tools_go_out_and_calls_come_back(ours: Scripted):
     assert calls[0]["id"] != calls[1]["id"] and "id" not in history[1]["tool_calls"][0]
 
 
-def test_templates_are_asked_for_and_read(ours: Scripted):
+def test_templates_are_asked_for_and_read(ours: Scripted) -> None:
     @dataclass(frozen=True)
     class Slot:  # as edit.Slot, which needs torch
         name: str = ""
@@ -300,7 +300,7 @@ def test_templates_are_asked_for_and_read(ours: Scripted):
     assert ours.body == {"model": "nano", "messages": USER, "fields": {"mood": ["bad", "good"]}, "steps": 1}
 
 
-def test_closing_the_stream_ends_the_request(ours: Scripted):
+def test_closing_the_stream_ends_the_request(ours: Scripted) -> None:
     is_gone = threading.Event()
 
     def endless(handler: BaseHTTPRequestHandler, _: Any) -> None:
@@ -323,7 +323,7 @@ def test_closing_the_stream_ends_the_request(ours: Scripted):
 # ---- other hosts ----------------------------------------------------------------------------------------------------
 
 
-def test_another_host_gets_standard_fields_alone(theirs: Scripted):
+def test_another_host_gets_standard_fields_alone(theirs: Scripted) -> None:
     theirs.says("/chat/completions", stream(delta(content="Hi"), delta("stop"), {"choices": [], "usage": {}}))
     remote = Remote(theirs.url, KEY)
     assert not remote.is_sfumato and not remote.has_drafts and remote.max_position == 4096
@@ -355,13 +355,13 @@ def test_another_host_gets_standard_fields_alone(theirs: Scripted):
         (Options(schema=False), "schema"),
     ],
 )
-def test_what_cannot_be_said_to_another_host_is_refused_by_name(theirs: Scripted, options: Options, name: str):
+def test_what_cannot_be_said_to_another_host_is_refused_by_name(theirs: Scripted, options: Options, name: str) -> None:
     with pytest.raises(InputError, match=f"^{name} cannot be said"):
         Remote(theirs.url).chat(USER, options=options)
     assert len(theirs.requests) == 1
 
 
-def test_another_host_has_no_templates(theirs: Scripted):
+def test_another_host_has_no_templates(theirs: Scripted) -> None:
     remote = Remote(theirs.url)
     asks: list[Callable[[], object]] = [
         lambda: remote.fill(["a", {}]),
@@ -379,7 +379,7 @@ def test_another_host_has_no_templates(theirs: Scripted):
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
-def test_thoughts_and_calls_in_fragments_are_put_together(theirs: Scripted, name: str):
+def test_thoughts_and_calls_in_fragments_are_put_together(theirs: Scripted, name: str) -> None:
     def part(index: int, **function: str) -> dict[str, Any]:
         return delta(tool_calls=[{"index": index, "function": function}])
 
@@ -400,7 +400,7 @@ def test_thoughts_and_calls_in_fragments_are_put_together(theirs: Scripted, name
     assert found.tool_calls == [{"name": "weather", "arguments": {"at": "Ulm"}}, {"name": "time", "arguments": {}}]
 
 
-def test_a_host_that_does_not_stream_is_understood(theirs: Scripted):
+def test_a_host_that_does_not_stream_is_understood(theirs: Scripted) -> None:
     content = [{"token": "Hi", "logprob": -0.25, "top_logprobs": [{"token": "Hi", "logprob": -0.25}]}]
     message = {
         "message": {"role": "assistant", "content": "Hi"},
@@ -412,14 +412,14 @@ def test_a_host_that_does_not_stream_is_understood(theirs: Scripted):
     assert (found.text, found.usage.tokens, found.logprobs) == ("Hi", 1, [-0.25])
 
 
-def test_a_host_without_a_list_of_models_needs_a_name(server: Scripted):
+def test_a_host_without_a_list_of_models_needs_a_name(server: Scripted) -> None:
     with pytest.raises(InputError, match="has no /v1/models"):
         Remote(server.url)
     server.says("/chat/completions", hello())
     assert Remote(server.url, model="gemma").chat(USER).text == "Hello"
 
 
-def test_a_host_with_many_models_needs_a_name(server: Scripted):
+def test_a_host_with_many_models_needs_a_name(server: Scripted) -> None:
     server.says("/models", as_json({"data": [{"id": f"model-{n}"} for n in range(8)]}))
     with pytest.raises(InputError, match=r"offers 8 models; name one: model-0, .*model-4 and 3 more"):
         Remote(server.url)
@@ -470,7 +470,9 @@ def refused(message: str, status: int, kind: str = "", code: Any = None, **heade
         (stream(delta(content="Hel"), end=b"", is_cut=True), WorkerError, "broke off"),
     ],
 )
-def test_an_error_is_one_sentence_of_its_kind(ours: Scripted, reply: Reply, error: type[SfumatoError], words: str):
+def test_an_error_is_one_sentence_of_its_kind(
+    ours: Scripted, reply: Reply, error: type[SfumatoError], words: str
+) -> None:
     ours.says("/chat/completions", reply)
     remote = Remote(ours.url)
     with pytest.raises(SfumatoError) as caught:
@@ -479,7 +481,7 @@ def test_an_error_is_one_sentence_of_its_kind(ours: Scripted, reply: Reply, erro
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_came_before_a_cut_was_given(ours: Scripted):
+def test_what_came_before_a_cut_was_given(ours: Scripted) -> None:
     ours.says("/chat/completions", stream(delta(content="Hel"), end=b"", is_cut=True))
     events = Remote(ours.url).stream(USER)
     first = next(events)
@@ -488,7 +490,7 @@ def test_what_came_before_a_cut_was_given(ours: Scripted):
         next(events)
 
 
-def test_a_wrong_key_is_never_repeated(server: Scripted):
+def test_a_wrong_key_is_never_repeated(server: Scripted) -> None:
     server.says("/models", refused(f"Incorrect API key provided: {KEY}\x1b[2J.", 401, "authentication_error"))
     with pytest.raises(InputError, match=r"refuses this API key \(401\): Incorrect .*; give another") as caught:
         Remote(server.url, KEY)
@@ -513,18 +515,18 @@ def test_a_wrong_key_is_never_repeated(server: Scripted):
         "http://[::",
     ],
 )
-def test_a_url_that_cannot_be_is_refused(url: str):
+def test_a_url_that_cannot_be_is_refused(url: str) -> None:
     with pytest.raises(InputError, match=r"^the URL .*; (give|write)"):
         Remote(url)
 
 
-def test_a_password_in_a_url_is_not_repeated():
+def test_a_password_in_a_url_is_not_repeated() -> None:
     with pytest.raises(InputError, match="user name or password") as caught:
         Remote(f"http://me:{KEY}@localhost:1")
     assert KEY not in str(caught.value)
 
 
-def test_a_busy_host_is_asked_again_when_it_says(ours: Scripted, naps: list[float]):
+def test_a_busy_host_is_asked_again_when_it_says(ours: Scripted, naps: list[float]) -> None:
     busy = refused("queue full", 503, "overloaded_error", Retry_After="3")
     ours.says("/chat/completions", busy, Reply(b"", 503), hello())
     remote = Remote(ours.url)
@@ -539,14 +541,14 @@ def test_a_busy_host_is_asked_again_when_it_says(ours: Scripted, naps: list[floa
     assert len(naps) == 4
 
 
-def test_a_stream_that_has_begun_is_not_asked_for_again(ours: Scripted, naps: list[float]):
+def test_a_stream_that_has_begun_is_not_asked_for_again(ours: Scripted, naps: list[float]) -> None:
     ours.says("/chat/completions", stream({"error": {"message": "full", "type": "overloaded_error"}}), hello())
     with pytest.raises(BusyError):
         Remote(ours.url).chat(USER)
     assert naps == []
 
 
-def test_nobody_there_is_tried_three_times(naps: list[float]):
+def test_nobody_there_is_tried_three_times(naps: list[float]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but not listening
         with pytest.raises(WorkerError, match=r"no server at http://127.0.0.1:\d+ \(connection refused\)"):
@@ -554,7 +556,7 @@ def test_nobody_there_is_tried_three_times(naps: list[float]):
     assert naps == [0.25, 0.5]
 
 
-def test_silence_has_an_end(ours: Scripted):
+def test_silence_has_an_end(ours: Scripted) -> None:
     is_over = threading.Event()
     ours.says("/chat/completions", lambda *_: is_over.wait(20))
     try:
@@ -571,7 +573,7 @@ def test_silence_has_an_end(ours: Scripted):
         (b"", r"broke off while a request of \d+ bytes was sent; send less"),
     ],
 )
-def test_an_answer_that_comes_before_all_is_sent_is_the_answer(ours: Scripted, answer: bytes, words: str):
+def test_an_answer_that_comes_before_all_is_sent_is_the_answer(ours: Scripted, answer: bytes, words: str) -> None:
     remote = Remote(ours.url)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -590,7 +592,7 @@ def test_an_answer_that_comes_before_all_is_sent_is_the_answer(ours: Scripted, a
         thread.join()
 
 
-def test_who_speaks_no_tls_is_told_so(ours: Scripted):
+def test_who_speaks_no_tls_is_told_so(ours: Scripted) -> None:
     with pytest.raises(SfumatoError, match="check the URL"):
         Remote(ours.url.replace("http:", "https:"))
 
@@ -602,7 +604,7 @@ def test_who_speaks_no_tls_is_told_so(ours: Scripted):
         *[("http://h.example", 1), ("http://8.8.8.8", 1), ("http://[::1]", 0)],
     ],
 )
-def test_a_key_in_the_clear_is_noticed(url: str, is_exposed: int):
+def test_a_key_in_the_clear_is_noticed(url: str, is_exposed: int) -> None:
     assert host.Host(url, KEY, 1.0).is_key_exposed is bool(is_exposed)
     assert not host.Host(url, None, 1.0).is_key_exposed
 
@@ -616,7 +618,7 @@ def test_a_key_in_the_clear_is_noticed(url: str, is_exposed: int):
         ([{"role": "user", "content": float("nan")}], "cannot be written as JSON"),
     ],
 )
-def test_a_conversation_that_cannot_be_sent_is_an_input_error(ours: Scripted, messages: Any, words: str):
+def test_a_conversation_that_cannot_be_sent_is_an_input_error(ours: Scripted, messages: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         Remote(ours.url).chat(messages)
     assert len(ours.requests) == 1
@@ -628,17 +630,17 @@ STREAM = "\ufeff: hi\n\ndata: Grün 🎨\r\n\r\nevent: x\rdata:two\rdata:  lines
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, len(STREAM)])
-def test_events_are_the_same_wherever_the_bytes_are_split(size: int):
+def test_events_are_the_same_wherever_the_bytes_are_split(size: int) -> None:
     chunks = [STREAM[n : n + size] for n in range(0, len(STREAM), size)]
     assert list(events_of(chunks)) == ["Grün 🎨", "two\n lines", ""]
 
 
-def test_bytes_that_are_no_text_do_not_stop_a_stream():
+def test_bytes_that_are_no_text_do_not_stop_a_stream() -> None:
     assert list(events_of([b"data: a\xffb\n", b"", b"\n"])) == ["a\ufffdb"]
 
 
 @pytest.mark.parametrize("piece", [b"x" * 65536, b"data: " + b"x" * 65530 + b"\n"])
-def test_an_event_has_a_bound(piece: bytes):
+def test_an_event_has_a_bound(piece: bytes) -> None:
     taken = 0
 
     def endless() -> Iterator[bytes]:
@@ -652,12 +654,12 @@ def test_an_event_has_a_bound(piece: bytes):
     assert taken <= host.LIMIT + 2 * len(piece)
 
 
-def test_a_stream_may_be_longer_than_the_bound_of_an_event():
+def test_a_stream_may_be_longer_than_the_bound_of_an_event() -> None:
     piece = b": " + b"x" * 65533 + b"\n" + b"data: y\n\n"
     assert sum(event == "y" for event in events_of(piece for _ in range(300))) == 300
 
 
-def test_an_answer_has_a_bound(ours: Scripted, monkeypatch: pytest.MonkeyPatch):
+def test_an_answer_has_a_bound(ours: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = Remote(ours.url)
     monkeypatch.setattr(host, "LIMIT", 1 << 20)
     ours.says("/infill", Reply(b'"' + b"x" * (1 << 20) + b'"'))
@@ -668,7 +670,7 @@ def test_an_answer_has_a_bound(ours: Scripted, monkeypatch: pytest.MonkeyPatch):
         remote.chat(USER)
 
 
-def test_split_bytes_through_http(ours: Scripted):
+def test_split_bytes_through_http(ours: Scripted) -> None:
     data = b"".join(stream(delta(content="Grün 🎨"), delta("stop")).body)  # type: ignore[arg-type]
     ours.says("/chat/completions", Reply([data[n : n + 1] for n in range(len(data))], kind="text/event-stream"))
     assert Remote(ours.url).chat(USER).text == "Grün 🎨"
@@ -683,7 +685,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, told.out, told.err
 
 
-def test_the_live_view_draws_the_hosts_drafts_and_no_control_characters(ours: Scripted):
+def test_the_live_view_draws_the_hosts_drafts_and_no_control_characters(ours: Scripted) -> None:
     draft = DRAFT | {"pieces": ["Gr", "\x1b[2J", "", "x"]}
     answer = stream({"choices": [], "draft": draft}, delta(content="Gr\x9b1m"), delta("stop"), {"usage": USAGE})
     ours.says("/chat/completions", answer)
@@ -696,7 +698,7 @@ def test_the_live_view_draws_the_hosts_drafts_and_no_control_characters(ours: Sc
     assert "5 tokens in 4 steps on 1 canvas, 0.50 s, 1.0 tokens per pass" in drawn and done.text == "Gr\x9b1m"
 
 
-def test_a_host_that_counts_no_passes_gets_a_shorter_line_of_figures(theirs: Scripted):
+def test_a_host_that_counts_no_passes_gets_a_shorter_line_of_figures(theirs: Scripted) -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 2}
     theirs.says("/chat/completions", stream(delta(content="Hi"), delta("length"), {"choices": [], "usage": usage}))
     remote, screen = Remote(theirs.url), io.StringIO()
@@ -705,7 +707,7 @@ def test_a_host_that_counts_no_passes_gets_a_shorter_line_of_figures(theirs: Scr
     assert "pass" not in screen.getvalue() and "seed" not in screen.getvalue() and "cut at" in screen.getvalue()
 
 
-def test_chat_keeps_the_conversation_and_survives_errors(ours: Scripted, capsys, monkeypatch):
+def test_chat_keeps_the_conversation_and_survives_errors(ours: Scripted, capsys, monkeypatch) -> None:
     thought = stream(delta(reasoning_content="hm"), delta(content="One"), delta("stop"))
     ours.says("/chat/completions", thought, refused("it ended", 500, "worker_error"), hello(), hello())
     lines = "first\nlost\n/seed 5\n/set warmth=1\nsecond\n/new\nthird\n"
@@ -720,7 +722,7 @@ def test_chat_keeps_the_conversation_and_survives_errors(ours: Scripted, capsys,
     assert sent[3]["messages"] == [system, {"role": "user", "content": "third"}] and sent[3]["model"] == "nano"
 
 
-def test_chat_refuses_an_option_that_the_host_cannot_be_told(theirs: Scripted, capsys, monkeypatch):
+def test_chat_refuses_an_option_that_the_host_cannot_be_told(theirs: Scripted, capsys, monkeypatch) -> None:
     theirs.says("/chat/completions", hello())
     monkeypatch.setattr(sys, "stdin", io.StringIO("/set max_steps=3\nhi\n"))
     code, out, _ = call(capsys, "chat", "--api", theirs.url)
@@ -729,7 +731,7 @@ def test_chat_refuses_an_option_that_the_host_cannot_be_told(theirs: Scripted, c
     assert code == 2 and "max_steps" in err
 
 
-def test_generate_over_the_wire(ours: Scripted, capsys, tmp_path: Path):
+def test_generate_over_the_wire(ours: Scripted, capsys, tmp_path: Path) -> None:
     ours.says("/chat/completions", hello(seed=8))
     (tmp_path / "key").write_text(KEY + "\n")
     arguments = ("generate", "Hi", "--api", ours.url, "--api-key-file", str(tmp_path / "key"), "--json")
@@ -754,12 +756,12 @@ def test_generate_over_the_wire(ours: Scripted, capsys, tmp_path: Path):
         (["--api", "http://localhost:1", "--api-key-file", "no-such-file"], "no-such-file"),
     ],
 )
-def test_bad_api_arguments_are_one_line_and_code_2(capsys, arguments: list[str], words: str):
+def test_bad_api_arguments_are_one_line_and_code_2(capsys, arguments: list[str], words: str) -> None:
     code, out, err = call(capsys, "generate", "Hi", *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err and KEY not in err
 
 
-def test_a_remote_chat_imports_no_torch(ours: Scripted):
+def test_a_remote_chat_imports_no_torch(ours: Scripted) -> None:
     ours.says("/chat/completions", hello())
     code = (
         "import sys; from sfumato.cli import main; code = main(['chat', '--api', sys.argv[1]]);"

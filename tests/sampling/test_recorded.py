@@ -25,9 +25,9 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, replace_
 from sfumato.options import Options
 from sfumato.sampling import recorded
-from sfumato.sampling.diffusion import Rules
+from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.recorded import Recorded, Recordings
-from sfumato.sampling.step import Canvases
+from sfumato.sampling.rules import Rules
 
 # Two experts, and enough tokens, are one product of fixed shapes in the fused operations.
 CONFIG = tiny.tiny_config(num_experts=2, top_k_experts=1, canvas_length=32)

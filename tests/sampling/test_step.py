@@ -28,10 +28,12 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, Pass
 from sfumato.ops.masks import Mask
 from sfumato.options import Options
-from sfumato.sampling.dice import HostDice, first_uniform
-from sfumato.sampling.diffusion import CountedDice, Rules
+from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.host_noise import HostNoise, first_uniform
+from sfumato.sampling.noise import CountedNoise
 from sfumato.sampling.recorded import Recorded
-from sfumato.sampling.step import Canvases, step_
+from sfumato.sampling.rules import Rules
+from sfumato.sampling.step import step_
 
 SAME = 1e-4
 CONFIG = tiny.tiny_config()
@@ -287,7 +289,7 @@ def canvases(ours: Model, rows: int) -> Canvases:
     """Rows that have just begun."""
     state = Canvases.allocate(ours, [Rules.of(SETTLES)] * rows, range(rows), [0] * rows)
     every, zeros = list(range(rows)), [0] * rows
-    fresh = CountedDice(range(rows), zeros, LENGTH, CONFIG.vocab_size).canvas(every, zeros)
+    fresh = CountedNoise(range(rows), zeros, LENGTH, CONFIG.vocab_size).canvas(every, zeros)
     state.begin_(every, fresh, torch.full_like(fresh, -1), zeros)
     return state
 
@@ -350,7 +352,7 @@ def test_rows_begin_as_they_are_allocated() -> None:
     for name, neighbour in before.items():
         whole = getattr(found, name)
         assert torch.equal(whole[1], neighbour), name
-        if name not in ("stood_XL", "entropy_XL", "accepted_XL"):  # these are read only after a step has written them
+        if name not in ("still_XL", "entropy_XL", "accepted_XL"):  # these are read only after a step has written them
             assert torch.equal(whole[[2, 0]], getattr(wanted, name)[:2]), name
     found.begin_([0], fresh[:1], None, [0])  # it had a pin and a ban
     assert torch.equal(found.canvas_XL[0], fresh[0]) and bool((found.pin_XL[0] == -1).all())
@@ -362,14 +364,14 @@ def test_rows_begin_as_they_are_allocated() -> None:
 
 def test_dice_on_the_host_are_the_counted_ones() -> None:
     """Whoever is asked for when, beside whom, and on which seat; also where a seat changes hands."""
-    draw, host = random.Random(3), HostDice(7, 262144)
+    draw, host = random.Random(3), HostNoise(7, 262144)
     seeds = {seat: draw.randrange(1 << 62) for seat in range(12)}
     for _ in range(60):
         seats = draw.sample(range(12), draw.randrange(1, 9))
         if draw.random() < 0.3:
             seeds[seats[0]] = draw.randrange(1 << 62)
         own = [seeds[seat] for seat in seats]
-        counted = CountedDice(own, [0] * len(own), 7, 262144)
+        counted = CountedNoise(own, [0] * len(own), 7, 262144)
         rows, canvases = list(range(len(own))), [draw.choice([0, 1, 1 << 33]) for _ in own]
         assert torch.equal(host.canvas(seats, own, canvases, draw.random() < 0.5), counted.canvas(rows, canvases))
         for _ in range(3):

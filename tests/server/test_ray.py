@@ -72,15 +72,15 @@ LATER = [said("assistant", "Text."), said("user", "And a step?")]
         (job("fill", template=["a"], prompt="p"), job("fill", template=["b"], prompt="p"), True),
     ],
 )
-def test_jobs_that_begin_alike_have_one_key(one: Job, other: Job, is_same: bool):
+def test_jobs_that_begin_alike_have_one_key(one: Job, other: Job, is_same: bool) -> None:
     assert (replicas.key_of(one) == replicas.key_of(other)) is is_same
 
 
-def test_a_job_that_begins_with_nothing_has_no_key():
+def test_a_job_that_begins_with_nothing_has_no_key() -> None:
     assert replicas.key_of(job(prompt="")) == replicas.key_of(job("infill", prefix="", suffix="b")) == ""
 
 
-def test_homes_are_spread_and_stay_when_others_come_and_go():
+def test_homes_are_spread_and_stay_when_others_come_and_go() -> None:
     keys, names = [str(number) for number in range(3000)], ["a", "b", "c"]
     before = {key: replicas.home(key, names) for key in keys}
     assert all(900 < count < 1100 for count in Counter(before.values()).values())
@@ -90,7 +90,7 @@ def test_homes_are_spread_and_stay_when_others_come_and_go():
     assert 650 < len(moved) < 850 and {grown[key] for key in moved} == {"d"}
 
 
-def test_a_home_comes_first_unless_it_has_more_to_do_than_another_by_over_the_bound():
+def test_a_home_comes_first_unless_it_has_more_to_do_than_another_by_over_the_bound() -> None:
     names = ["a", "b", "c", "d"]
     at = replicas.home("key", names)
     first, two = replicas.ranks("key", dict.fromkeys(names, 5) | {at: 13}, bound=8)
@@ -113,7 +113,7 @@ def chosen(names: str, queues: dict[str, int], what: Job, avoid: str | None = No
     return [[one.replica_id.unique_id for one in group] for group in found]
 
 
-def test_the_router_takes_the_home_but_not_the_replica_to_avoid_while_there_is_another():
+def test_the_router_takes_the_home_but_not_the_replica_to_avoid_while_there_is_another() -> None:
     what = job(prompt="Once upon a time")
     at = replicas.home(replicas.key_of(what), ["a", "b"])
     other = "b" if at == "a" else "a"
@@ -195,7 +195,7 @@ DIED = Raised(ActorDiedError())
 
 
 @pytest.mark.parametrize("death", [[DIED], ["a", DIED], ["a", ENDED], ["a"]])
-def test_a_job_whose_replica_ends_before_an_event_is_sent_once_more(death: list[Any], caplog):
+def test_a_job_whose_replica_ends_before_an_event_is_sent_once_more(death: list[Any], caplog) -> None:
     backend = over(death, ["b", ONE, TWO, END])
     assert outcome(backend, job()) == ([ONE, TWO, END], None)
     assert [avoid for _, avoid in backend.handle.calls] == [None, "a" if "a" in death else None]
@@ -203,18 +203,18 @@ def test_a_job_whose_replica_ends_before_an_event_is_sent_once_more(death: list[
 
 
 @pytest.mark.parametrize("death", [DIED, ENDED])
-def test_events_handed_out_are_not_handed_out_again(death):
+def test_events_handed_out_are_not_handed_out_again(death) -> None:
     backend = over(["a", SKETCH, ONE, death], ["b", SKETCH, ONE, TWO, END])
     assert outcome(backend, job(drafts=True)) == ([SKETCH, ONE, TWO, END], None)
 
 
 @pytest.mark.parametrize("again", [[TWO, END], [SKETCH, ONE, END], [END]])
-def test_a_second_run_that_differs_is_an_error_and_no_mixture(again: list[Any]):
+def test_a_second_run_that_differs_is_an_error_and_no_mixture(again: list[Any]) -> None:
     found, error = outcome(over(["a", ONE, DIED], ["b", *again]), job())
     assert found == [ONE] and isinstance(error, WorkerError) and "goes on differently; send it again" in str(error)
 
 
-def test_there_is_no_third_try():
+def test_there_is_no_third_try() -> None:
     backend = over(["a", ONE, DIED], ["b", ONE, ENDED], ["c", ONE, TWO, END])
     found, error = outcome(backend, job())
     assert found == [ONE] and len(backend.handle.calls) == 2 and isinstance(error, WorkerError)
@@ -224,7 +224,7 @@ def test_there_is_no_third_try():
     )
 
 
-def test_a_seed_is_chosen_before_the_first_try():
+def test_a_seed_is_chosen_before_the_first_try() -> None:
     backend = over([DIED], ["b", END])
     outcome(backend, job(seed=None))
     (first, _), (second, _) = backend.handle.calls
@@ -240,13 +240,15 @@ def test_a_seed_is_chosen_before_the_first_try():
         (["a", SfumatoError("a fault")], SfumatoError, "a fault"),
     ],
 )
-def test_errors_that_another_replica_would_not_cure_are_not_tried_again(script: list[Any], kind: type, part: str):
+def test_errors_that_another_replica_would_not_cure_are_not_tried_again(
+    script: list[Any], kind: type, part: str
+) -> None:
     backend = over(script)
     found, error = outcome(backend, job())
     assert found == [] and type(error) is kind and part in str(error) and len(backend.handle.calls) == 1
 
 
-def test_closing_the_iterator_cancels_the_call():
+def test_closing_the_iterator_cancels_the_call() -> None:
     async def test() -> None:
         backend = over(["a", ONE, TWO, END])
         events: Any = backend.run(job())
@@ -257,7 +259,7 @@ def test_closing_the_iterator_cancels_the_call():
     asyncio.run(test())
 
 
-def test_counters_only_grow_and_what_is_at_the_moment_is_of_those_that_are_there():
+def test_counters_only_grow_and_what_is_at_the_moment_is_of_those_that_are_there() -> None:
     backend = over()
     backend._note([("a", CARD, True, Stats(rows=1, rows_max=4, steps=10, tokens_per_pass=4.0, restarts=1))])
     backend._note([(name, CARD, True, Stats(rows=2, rows_max=4, steps=20, tokens_per_pass=2.0)) for name in "ab"])
@@ -268,7 +270,7 @@ def test_counters_only_grow_and_what_is_at_the_moment_is_of_those_that_are_there
 
 
 @pytest.mark.parametrize("error", [InputError("there is no model 'x'; give a folder"), SfumatoError("two\nlines")])
-def test_why_a_model_cannot_be_loaded_survives_rays_account_of_it(error: SfumatoError):
+def test_why_a_model_cannot_be_loaded_survives_rays_account_of_it(error: SfumatoError) -> None:
     account = (
         f"The deployment failed to start.\n  raise RuntimeError(told(error))\nRuntimeError: {replicas.told(error)}\n"
     )
@@ -285,7 +287,7 @@ def test_why_a_model_cannot_be_loaded_survives_rays_account_of_it(error: Sfumato
         ("--ray --replicas 3 --max-replicas 2", "max-replicas is 2, below replicas 3; give at least 3"),
     ],
 )
-def test_a_wrong_argument_is_one_line(arguments: str, part: str, capsys: pytest.CaptureFixture[str]):
+def test_a_wrong_argument_is_one_line(arguments: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", *arguments.split()]) == 2
     assert part in capsys.readouterr().err
 
@@ -407,7 +409,7 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
                 process.kill()
 
 
-def test_every_request_is_answered_while_a_worker_and_then_a_replica_is_killed(serving: Serving):
+def test_every_request_is_answered_while_a_worker_and_then_a_replica_is_killed(serving: Serving) -> None:
     serving.until(lambda: serving.figure("rows_max") == 64)
     texts = serving.load("calm")
     assert all(texts) and len(set(texts)) == REQUESTS and not serving.again("calm")

@@ -29,7 +29,7 @@ from sfumato import LLM, Options
 from sfumato.events import Commit, Done, Draft
 from sfumato.remote import Remote
 from sfumato.tasks.sudoku import is_solved
-from sfumato.templates.layout import Slot
+from sfumato.templates.slots import Slot
 
 os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MODE": "PRODUCTION", "DO_NOT_TRACK": "1"}
 

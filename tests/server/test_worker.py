@@ -227,7 +227,7 @@ async def until(is_so: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_events_arrive_in_order_and_a_done_or_a_result_is_the_last(opened):
+def test_events_arrive_in_order_and_a_done_or_a_result_is_the_last(opened) -> None:
     async def test() -> None:
         async with opened() as one:
             assert one.is_ready() and await one.card() == CARD
@@ -240,7 +240,7 @@ def test_events_arrive_in_order_and_a_done_or_a_result_is_the_last(opened):
     running(test())
 
 
-def test_jobs_run_side_by_side_and_events_find_their_own(opened):
+def test_jobs_run_side_by_side_and_events_find_their_own(opened) -> None:
     async def test() -> None:
         async with opened() as one:  # none of the three moves unless all are there
             found = await asyncio.gather(*(events(one, job(left=left, company=3)) for left in (4, 4, 4)))
@@ -266,7 +266,7 @@ def test_jobs_run_side_by_side_and_events_find_their_own(opened):
         ({"turn": "unreadable"}, SfumatoError, "ValueError"),
     ],
 )
-def test_an_error_of_one_job_is_its_own_and_tells_no_prompt(opened, capfd, payload, kind, part):
+def test_an_error_of_one_job_is_its_own_and_tells_no_prompt(opened, capfd, payload, kind, part) -> None:
     async def test() -> None:
         async with opened() as one:
             with pytest.raises(kind) as refused:
@@ -279,7 +279,7 @@ def test_an_error_of_one_job_is_its_own_and_tells_no_prompt(opened, capfd, paylo
     assert "secret" not in log and log.count("a request failed") == (kind is SfumatoError)
 
 
-def test_a_small_job_does_not_wait_behind_one_that_is_slow_to_prepare(opened):
+def test_a_small_job_does_not_wait_behind_one_that_is_slow_to_prepare(opened) -> None:
     async def test() -> None:
         async with opened() as one:
             slow = asyncio.create_task(events(one, job(begin="wait")))
@@ -290,7 +290,7 @@ def test_a_small_job_does_not_wait_behind_one_that_is_slow_to_prepare(opened):
     running(test())
 
 
-def test_a_cancel_reaches_the_engine_whether_the_iterator_is_closed_or_its_task_cancelled(opened):
+def test_a_cancel_reaches_the_engine_whether_the_iterator_is_closed_or_its_task_cancelled(opened) -> None:
     async def test() -> None:
         async with opened() as one:
             closed = one.run(job(turn="forever"))
@@ -315,7 +315,7 @@ def test_a_cancel_reaches_the_engine_whether_the_iterator_is_closed_or_its_task_
     running(test())
 
 
-def test_a_job_cancelled_while_it_is_prepared_does_not_stay(opened):
+def test_a_job_cancelled_while_it_is_prepared_does_not_stay(opened) -> None:
     async def test() -> None:
         async with opened() as one:
             task = asyncio.create_task(events(one, job(begin="wait", turn="forever")))
@@ -331,7 +331,7 @@ def test_a_job_cancelled_while_it_is_prepared_does_not_stay(opened):
     running(test())
 
 
-def test_a_killed_worker_fails_its_jobs_at_once_and_another_takes_the_next(opened, impatient, capfd):
+def test_a_killed_worker_fails_its_jobs_at_once_and_another_takes_the_next(opened, impatient, capfd) -> None:
     async def test() -> None:
         async with opened() as one:
             pid = (await told(one))["pid"]
@@ -353,7 +353,7 @@ def test_a_killed_worker_fails_its_jobs_at_once_and_another_takes_the_next(opene
     assert "sfumato: the engine's worker ended (signal 9); it is started again" in capfd.readouterr().err
 
 
-def test_an_engine_that_raises_ends_its_process(opened, impatient, capfd):
+def test_an_engine_that_raises_ends_its_process(opened, impatient, capfd) -> None:
     async def test() -> None:
         async with opened() as one:
             with pytest.raises(WorkerError, match=r"exit code 1\)"):
@@ -364,7 +364,7 @@ def test_an_engine_that_raises_ends_its_process(opened, impatient, capfd):
     assert "the engine failed: the device is lost (RuntimeError < test_worker.py:" in capfd.readouterr().err
 
 
-def test_a_worker_that_hangs_is_killed_and_another_takes_the_next(opened, impatient, capfd):
+def test_a_worker_that_hangs_is_killed_and_another_takes_the_next(opened, impatient, capfd) -> None:
     async def test() -> None:
         async with opened(silence=1.0) as one:
             before = (await told(one))["pid"]
@@ -390,7 +390,9 @@ async def kill(one: Worker) -> None:
             pass
 
 
-def test_a_worker_that_lived_long_is_followed_at_once_and_others_after_pauses_that_double(opened, monkeypatch, capfd):
+def test_a_worker_that_lived_long_is_followed_at_once_and_others_after_pauses_that_double(
+    opened, monkeypatch, capfd
+) -> None:
     pauses: list[float] = []
     sleep = asyncio.sleep
 
@@ -421,7 +423,7 @@ def test_a_worker_that_lived_long_is_followed_at_once_and_others_after_pauses_th
         ("die", WorkerError, "(exit code 7)"),
     ],
 )
-def test_a_first_load_that_fails_is_told_by_start(opened, how, kind, part):
+def test_a_first_load_that_fails_is_told_by_start(opened, how, kind, part) -> None:
     async def test() -> None:
         with pytest.raises(kind) as refused:
             async with opened(**{"load 1": how}):
@@ -431,7 +433,7 @@ def test_a_first_load_that_fails_is_told_by_start(opened, how, kind, part):
     running(test())
 
 
-def test_loading_is_heard_once(tmp_path: Path, impatient):
+def test_loading_is_heard_once(tmp_path: Path, impatient) -> None:
     heard: list[tuple[int, int]] = []
 
     async def test() -> None:
@@ -451,7 +453,9 @@ def test_loading_is_heard_once(tmp_path: Path, impatient):
     assert heard == [(5, 10)]
 
 
-def test_jobs_wait_for_a_worker_within_the_queue_and_not_for_ever(opened, impatient, monkeypatch, tmp_path: Path):
+def test_jobs_wait_for_a_worker_within_the_queue_and_not_for_ever(
+    opened, impatient, monkeypatch, tmp_path: Path
+) -> None:
     async def test() -> None:
         async with opened(queue=2, **{"load 2": "wait"}) as one:
             await kill(one)
@@ -469,7 +473,7 @@ def test_jobs_wait_for_a_worker_within_the_queue_and_not_for_ever(opened, impati
     running(test())
 
 
-def test_more_jobs_than_rows_and_queue_are_refused_before_any_event(opened):
+def test_more_jobs_than_rows_and_queue_are_refused_before_any_event(opened) -> None:
     async def test() -> None:
         async with opened(rows=1, queue=1) as one:
             streams = [one.run(job(turn="forever")) for _ in range(2)]
@@ -483,7 +487,7 @@ def test_more_jobs_than_rows_and_queue_are_refused_before_any_event(opened):
     running(test())
 
 
-def test_figures_only_grow(opened, impatient):
+def test_figures_only_grow(opened, impatient) -> None:
     async def test() -> None:
         async with opened() as one:
             seen: list[Stats] = []
@@ -506,7 +510,7 @@ def test_figures_only_grow(opened, impatient):
     running(test())
 
 
-def test_a_stop_waits_for_what_is_under_way_and_takes_no_more(opened, tmp_path: Path):
+def test_a_stop_waits_for_what_is_under_way_and_takes_no_more(opened, tmp_path: Path) -> None:
     async def test() -> None:
         async with opened() as one:
             stream = one.run(job(until=str(tmp_path / "enough")))
@@ -523,7 +527,7 @@ def test_a_stop_waits_for_what_is_under_way_and_takes_no_more(opened, tmp_path: 
     running(test())
 
 
-def test_a_stop_that_has_waited_long_enough_cuts_and_one_during_a_load_is_quick(opened, tmp_path: Path):
+def test_a_stop_that_has_waited_long_enough_cuts_and_one_during_a_load_is_quick(opened, tmp_path: Path) -> None:
     async def test() -> None:
         async with opened() as one:
             stream = one.run(job(turn="forever"))
@@ -543,7 +547,7 @@ def test_a_stop_that_has_waited_long_enough_cuts_and_one_during_a_load_is_quick(
     running(test())
 
 
-def test_a_worker_that_does_not_read_holds_up_neither_the_loop_nor_the_stop(monkeypatch):
+def test_a_worker_that_does_not_read_holds_up_neither_the_loop_nor_the_stop(monkeypatch) -> None:
     async def test() -> None:
         one = Worker({}, {"rows": 1, "queue": 1}, child=deaf)
         await one.start()
@@ -558,7 +562,7 @@ def test_a_worker_that_does_not_read_holds_up_neither_the_loop_nor_the_stop(monk
     running(test())
 
 
-def test_a_large_job_arrives_whole(opened):
+def test_a_large_job_arrives_whole(opened) -> None:
     async def test() -> None:
         async with opened() as one:
             assert (await events(one, job(prompt="x" * (8 << 20))))[-1].text == str(8 << 20)
@@ -570,7 +574,7 @@ class Slept(BaseException):
     """Ends a loop that has none."""
 
 
-def test_freed_memory_goes_back_now_and_then_and_once_when_there_is_nothing_to_do(monkeypatch):
+def test_freed_memory_goes_back_now_and_then_and_once_when_there_is_nothing_to_do(monkeypatch) -> None:
     waits: list[float | None] = []
 
     class News:
@@ -601,7 +605,7 @@ def test_freed_memory_goes_back_now_and_then_and_once_when_there_is_nothing_to_d
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_a_heap_with_holes_is_given_back():
+def test_a_heap_with_holes_is_given_back() -> None:
     script = """
 import os
 from sfumato.server import desk
@@ -616,7 +620,7 @@ print(before - desk._memory_bytes())
     assert int(done.stdout) > 100_000_000
 
 
-def test_signals_to_all_leave_the_worker_to_its_parent(opened):
+def test_signals_to_all_leave_the_worker_to_its_parent(opened) -> None:
     async def test() -> None:
         async with opened() as one:
             pid = (await told(one))["pid"]
@@ -628,7 +632,7 @@ def test_signals_to_all_leave_the_worker_to_its_parent(opened):
 
 
 @pytest.mark.parametrize("ending", ["os.kill(os.getpid(), 9)", "sys.exit(3)", "raise ValueError('a bug')"])
-def test_a_worker_does_not_outlive_its_server(tmp_path: Path, ending: str):
+def test_a_worker_does_not_outlive_its_server(tmp_path: Path, ending: str) -> None:
     """However that ends. The pipe to this test closes when both have."""
     (tmp_path / "loads").touch()
     script = tmp_path / "server.py"
@@ -649,7 +653,7 @@ def test_a_worker_does_not_outlive_its_server(tmp_path: Path, ending: str):
     assert ended.stdout.strip().isdigit() and ended.returncode != 0
 
 
-def test_the_server_side_imports_no_torch():
+def test_the_server_side_imports_no_torch() -> None:
     code = "import sys, sfumato.server.worker.supervisor; print('torch' in sys.modules, 'numpy' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.stdout.split() == ["False", "False"]
@@ -678,7 +682,7 @@ def test_every_error_of_ours_crosses_the_border() -> None:
         assert str(arrived) == str(error)
 
 
-def test_no_message_ends_the_reader(tmp_path: Path, capfd):
+def test_no_message_ends_the_reader(tmp_path: Path, capfd) -> None:
     async def test() -> None:
         (tmp_path / "loads").touch()
         one = Worker({"loads": str(tmp_path / "loads")}, {"rows": 1, "queue": 1}, child=garbled)
@@ -690,7 +694,7 @@ def test_no_message_ends_the_reader(tmp_path: Path, capfd):
     assert capfd.readouterr().err.count("a message could not be read") == 4
 
 
-def test_after_jobs_that_fail_in_any_way_the_same_process_goes_on(opened):
+def test_after_jobs_that_fail_in_any_way_the_same_process_goes_on(opened) -> None:
     async def test() -> None:
         async with opened() as one:
             before = (await told(one))["pid"]
@@ -706,7 +710,7 @@ def test_after_jobs_that_fail_in_any_way_the_same_process_goes_on(opened):
     running(test())
 
 
-def test_a_job_that_is_never_prepared_is_given_up_and_its_thread_replaced(opened):
+def test_a_job_that_is_never_prepared_is_given_up_and_its_thread_replaced(opened) -> None:
     async def test() -> None:
         async with opened(prepare_seconds=0.3) as one:
             before = (await told(one))["pid"]
@@ -726,7 +730,7 @@ def test_a_job_that_is_never_prepared_is_given_up_and_its_thread_replaced(opened
     running(test())
 
 
-def test_a_process_that_has_lost_too_many_threads_is_replaced(opened, impatient):
+def test_a_process_that_has_lost_too_many_threads_is_replaced(opened, impatient) -> None:
     async def test() -> None:
         async with opened(prepare_seconds=0.2, lost=1) as one:
             before = (await told(one))["pid"]
@@ -740,7 +744,7 @@ def test_a_process_that_has_lost_too_many_threads_is_replaced(opened, impatient)
     running(test())
 
 
-def test_who_waits_to_be_prepared_shows_in_the_figures_and_is_no_silence(opened):
+def test_who_waits_to_be_prepared_shows_in_the_figures_and_is_no_silence(opened) -> None:
     async def test() -> None:
         async with opened(silence=1.5) as one:
             stuck = [asyncio.create_task(events(one, job(begin="never"))) for _ in range(3)]
@@ -754,7 +758,7 @@ def test_who_waits_to_be_prepared_shows_in_the_figures_and_is_no_silence(opened)
     running(test())
 
 
-def test_what_is_slow_to_prepare_or_large_holds_up_nothing_small(opened):
+def test_what_is_slow_to_prepare_or_large_holds_up_nothing_small(opened) -> None:
     async def test() -> None:
         async with opened() as one:
             await told(one)
@@ -773,7 +777,7 @@ def test_what_is_slow_to_prepare_or_large_holds_up_nothing_small(opened):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be kept to cores here")
-def test_the_server_leaves_the_first_core_to_the_engine_and_its_worker_may_run_anywhere(opened, monkeypatch):
+def test_the_server_leaves_the_first_core_to_the_engine_and_its_worker_may_run_anywhere(opened, monkeypatch) -> None:
     every = os.sched_getaffinity(0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(desk, "holds_cores", lambda: True)

@@ -85,7 +85,7 @@ def pool() -> sudoku.Pool:
 # Text in
 
 
-def test_parse_takes_dots_spaces_and_line_breaks():
+def test_parse_takes_dots_spaces_and_line_breaks() -> None:
     lines = [PUZZLE[i : i + 9] for i in range(0, 81, 9)]
     assert sudoku.parse(PUZZLE) == PUZZLE
     assert sudoku.parse("\n".join(" ".join(line) for line in lines).replace("0", ".") + "\r\n") == PUZZLE
@@ -105,7 +105,7 @@ def test_parse_takes_dots_spaces_and_line_breaks():
         ("0" * 30 + "7" + "0" * 9 + "7" + "0" * 40, ["digit 7", "box 5"]),
     ],
 )
-def test_parse_refuses_in_one_sentence(given, words):
+def test_parse_refuses_in_one_sentence(given, words) -> None:
     with pytest.raises(InputError) as caught:
         sudoku.parse(given)
     for word in words:
@@ -113,7 +113,7 @@ def test_parse_refuses_in_one_sentence(given, words):
     assert "\n" not in str(caught.value)
 
 
-def test_parse_file():
+def test_parse_file() -> None:
     other = next(iter(FAMOUS))
     board = "\n".join(PUZZLE[i : i + 9] for i in range(0, 81, 9))
     assert sudoku.parse_file(f"# two\n\n{PUZZLE}\n  # more\n{other.replace('0', '.')}\n") == [PUZZLE, other]
@@ -129,7 +129,7 @@ def test_parse_file():
         ("# nothing\n\n", ["0 puzzles", "at least 1"]),
     ],
 )
-def test_parse_file_names_the_line(given, words):
+def test_parse_file_names_the_line(given, words) -> None:
     with pytest.raises(InputError) as caught:
         sudoku.parse_file(given)
     for word in words:
@@ -139,13 +139,13 @@ def test_parse_file_names_the_line(given, words):
 # Text out
 
 
-def test_prompt_and_answer_are_bare_digits():
+def test_prompt_and_answer_are_bare_digits() -> None:
     assert sudoku.prompt(PUZZLE) == "Solve this Sudoku:\n" + PUZZLE
     assert sudoku.prompt(PUZZLE.replace("0", ".")) == sudoku.prompt(array(PUZZLE)) == sudoku.prompt(PUZZLE)
     assert sudoku.answer_text(SOLUTION) == sudoku.answer_text(array(SOLUTION)) == SOLUTION
 
 
-def test_render():
+def test_render() -> None:
     lines = sudoku.render(PUZZLE).splitlines()
     assert len(lines) == 13
     assert lines[0] == lines[4] == lines[8] == lines[12] == "+-------+-------+-------+"
@@ -156,7 +156,7 @@ def test_render():
     assert len(sudoku.render(PUZZLE, SOLUTION * 2)) == len(sudoku.render(PUZZLE))
 
 
-def test_bands():
+def test_bands() -> None:
     for clues, name in [(55, "easy"), (40, "easy"), (39, "medium"), (30, "medium"), (29, "hard"), (17, "hard")]:
         assert sudoku.band(SOLUTION[:clues] + "0" * (81 - clues)) == name
         assert sudoku.band(SOLUTION[:clues] + "." * (81 - clues)) == name
@@ -166,13 +166,13 @@ def test_bands():
 
 
 @pytest.mark.parametrize(("puzzle", "solution"), [(PUZZLE, SOLUTION), *FAMOUS.items()])
-def test_known_puzzles_have_their_known_solution(puzzle, solution):
+def test_known_puzzles_have_their_known_solution(puzzle, solution) -> None:
     assert sudoku.solve(puzzle) == solution
     assert sudoku.count_solutions(puzzle) == 1
     assert sudoku.is_solved(solution, puzzle)
 
 
-def test_a_puzzle_with_two_solutions():
+def test_a_puzzle_with_two_solutions() -> None:
     """Where two digits stand crosswise in two boxes, blanking the four cells leaves exactly two ways."""
     cells = list(SOLUTION)
     for cell in CROSS:
@@ -184,7 +184,7 @@ def test_a_puzzle_with_two_solutions():
     assert sudoku.count_solutions(puzzle[: CROSS[0]] + SOLUTION[CROSS[0]] + puzzle[CROSS[0] + 1 :]) == 1
 
 
-def test_no_solution():
+def test_no_solution() -> None:
     assert sudoku.solve("55" + "0" * 79) is None
     assert sudoku.count_solutions("55" + "0" * 79) == 0
     blocked = "123456780" + "000000009" + "0" * 63  # no clue twice anywhere, and no digit for the last cell of row 1
@@ -192,7 +192,7 @@ def test_no_solution():
     assert sudoku.solve(blocked) is None
 
 
-def test_counting_stops_at_the_limit():
+def test_counting_stops_at_the_limit() -> None:
     assert sudoku.count_solutions("0" * 81, limit=25) == 25
     with pytest.raises(InputError, match="limit is 0"):
         sudoku.count_solutions("0" * 81, limit=0)
@@ -202,7 +202,7 @@ def test_counting_stops_at_the_limit():
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(GRIDS), st.permutations(range(81)), st.integers(28, 60))
-def test_counts_agree_with_a_naive_solver(grid, order, clues):
+def test_counts_agree_with_a_naive_solver(grid, order, clues) -> None:
     kept = set(order[:clues])
     puzzle = "".join(digit if cell in kept else "0" for cell, digit in enumerate(grid))
     assert sudoku.count_solutions(puzzle, limit=3) == naive_count(puzzle, limit=3)
@@ -210,7 +210,7 @@ def test_counts_agree_with_a_naive_solver(grid, order, clues):
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(GRIDS), st.integers(0, 80), st.integers(1, 9), st.integers(20, 60))
-def test_wrong_clues_agree_with_a_naive_solver(grid, cell, digit, clues):
+def test_wrong_clues_agree_with_a_naive_solver(grid, cell, digit, clues) -> None:
     """One clue made wrong (or not): contradictions found late, which true clues never show."""
     puzzle = grid[:clues] + "0" * (81 - clues)
     puzzle = puzzle[:cell] + str(digit) + puzzle[cell + 1 :]
@@ -222,7 +222,7 @@ def test_wrong_clues_agree_with_a_naive_solver(grid, cell, digit, clues):
         assert sudoku.count_solutions(puzzle) == naive_count(puzzle)
 
 
-def test_is_solved_refuses_wrong_answers():
+def test_is_solved_refuses_wrong_answers() -> None:
     assert sudoku.is_solved(SOLUTION, PUZZLE.replace("0", "."))
     assert not sudoku.is_solved(GRIDS[0], PUZZLE), "a valid grid that ignores the clues"
     assert not sudoku.is_solved(SOLUTION, "6" + "0" * 80)
@@ -246,21 +246,21 @@ def test_is_solved_refuses_wrong_answers():
         5,
     ],
 )
-def test_is_solved_never_raises(answer):
+def test_is_solved_never_raises(answer) -> None:
     assert sudoku.is_solved(answer, PUZZLE) is False
 
 
 # The generator
 
 
-def test_random_grids_are_valid_and_differ():
+def test_random_grids_are_valid_and_differ() -> None:
     assert all(is_grid(array(grid)) for grid in GRIDS)
     assert len(set(GRIDS)) == len(GRIDS)
     assert sudoku.random_grid(np.random.default_rng(3)) == GRIDS[3]
 
 
 @pytest.mark.parametrize("clues", [24, 25, 30, 39, 40, 55])
-def test_generate_gives_exactly_the_clues_and_one_solution(clues):
+def test_generate_gives_exactly_the_clues_and_one_solution(clues) -> None:
     puzzle = sudoku.generate(clues, np.random.default_rng(clues))
     assert sudoku.parse(puzzle) == puzzle
     assert sum(cell != "0" for cell in puzzle) == clues
@@ -268,12 +268,12 @@ def test_generate_gives_exactly_the_clues_and_one_solution(clues):
 
 
 @pytest.mark.parametrize("clues", [-1, 0, 16, 23, 56, 81])
-def test_generate_says_its_range(clues):
+def test_generate_says_its_range(clues) -> None:
     with pytest.raises(InputError, match=f"{clues} clues.* 24 to 55"):
         sudoku.generate(clues, np.random.default_rng(0))
 
 
-def test_minimal_puzzles(pool):
+def test_minimal_puzzles(pool) -> None:
     puzzles, solutions = pool
     assert puzzles.shape == solutions.shape == (40, 81)
     assert puzzles.dtype == solutions.dtype == np.uint8
@@ -286,7 +286,7 @@ def test_minimal_puzzles(pool):
     assert all(naive_count(text(puzzle)) == 1 for puzzle in puzzles[:15])
 
 
-def test_minimal_puzzles_repeat_and_report():
+def test_minimal_puzzles_repeat_and_report() -> None:
     seen = []
     first, _ = sudoku.minimal_puzzles(3, np.random.default_rng(7), lambda done, count: seen.append((done, count)))
     again, _ = sudoku.minimal_puzzles(3, np.random.default_rng(7))
@@ -294,7 +294,7 @@ def test_minimal_puzzles_repeat_and_report():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_above_the_floor_no_clue_can_go(pool):
+def test_above_the_floor_no_clue_can_go(pool) -> None:
     """A puzzle that kept more than 24 clues kept them because each is needed."""
     puzzle = text(next(puzzle for puzzle in pool[0] if (puzzle > 0).sum() > 24))
     for cell in range(81):
@@ -305,7 +305,7 @@ def test_above_the_floor_no_clue_can_go(pool):
 # The stream
 
 
-def test_samples_are_unique_puzzles_with_their_solution(pool):
+def test_samples_are_unique_puzzles_with_their_solution(pool) -> None:
     clues = np.random.default_rng(0).integers(24, 56, 128)
     puzzles, solutions = sudoku.sample(pool, 128, clues, seed=1, index=2)
     assert puzzles.shape == solutions.shape == (128, 81)
@@ -321,7 +321,7 @@ def test_samples_are_unique_puzzles_with_their_solution(pool):
     assert all(naive_count(text(puzzle)) == 1 for puzzle in puzzles[:15])
 
 
-def test_clues_are_bounded_by_the_pool_and_the_board(pool):
+def test_clues_are_bounded_by_the_pool_and_the_board(pool) -> None:
     fewest = {int(clues) for clues in (pool[0] > 0).sum(axis=1)}
     assert len(fewest) > 1
     puzzles, _ = sudoku.sample(pool, 400, 0, seed=0, index=0)
@@ -330,7 +330,7 @@ def test_clues_are_bounded_by_the_pool_and_the_board(pool):
     assert (puzzles == solutions).all()
 
 
-def test_batches_are_counted(pool):
+def test_batches_are_counted(pool) -> None:
     def batch(seed: int, index: int) -> bytes:
         return b"".join(part.tobytes() for part in sudoku.sample(pool, 16, 30, seed, index))
 
@@ -340,7 +340,7 @@ def test_batches_are_counted(pool):
     assert b"".join(part.tobytes() for part in stream.sample(16, 30, 5)) == batch(3, 5)
 
 
-def test_the_stream_stays_what_it_was():
+def test_the_stream_stays_what_it_was() -> None:
     """A resumed run needs the same batches from a later version; a change here must be meant."""
     one = (array(PUZZLE)[None], array(SOLUTION)[None])
     puzzles, solutions = sudoku.sample(one, 4, np.array([0, 32, 40, 55]), seed=20261121, index=9)
@@ -348,7 +348,7 @@ def test_the_stream_stays_what_it_was():
     assert digest[:16] == "432c92b99baf316e"
 
 
-def test_every_symmetry_is_used():
+def test_every_symmetry_is_used() -> None:
     """From one puzzle alone: all kinds of symmetry must show, and what all of them keep must be kept."""
     puzzle_, solution_ = list(FAMOUS.items())[1]  # its bands differ in their clues
     one = (array(puzzle_)[None], array(solution_)[None])
@@ -382,7 +382,7 @@ def test_every_symmetry_is_used():
             assert inside == {order for band in start for order in permutations(band)}
 
 
-def test_added_clues_differ_between_rows_of_a_batch():
+def test_added_clues_differ_between_rows_of_a_batch() -> None:
     one = (array(PUZZLE)[None], array(SOLUTION)[None])
     puzzles, _ = sudoku.sample(one, 50, 31, seed=0, index=0)  # 30 clues and one more
     solved = {tuple(sorted(np.bincount(puzzle, minlength=10)[1:])) for puzzle in puzzles}

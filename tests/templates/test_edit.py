@@ -18,16 +18,9 @@ from sfumato import LLM, Options, Slot
 from sfumato.errors import CapacityError, InputError
 from sfumato.evals.sudoku import solve
 from sfumato.tasks import sudoku
-from sfumato.templates import layout as edit
-from sfumato.templates.layout import (
-    candidates,
-    check_template,
-    lay_out,
-    pieces_of,
-    read_template,
-    share_out,
-    span_template,
-)
+from sfumato.templates import slots
+from sfumato.templates.layout import candidates, lay_out, share_out, span_template
+from sfumato.templates.slots import check_template, pieces_of, read_template
 
 ONE = Options(seed=1, max_steps=1)
 
@@ -327,7 +320,7 @@ def test_a_slot_is_text_and_never_a_control_token(llm: LLM) -> None:
 
 def test_checks_are_linear(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "SLOTS", "PIECES", "OPEN":
-        monkeypatch.setattr(edit, name, 10**6)
+        monkeypatch.setattr(slots, name, 10**6)
     began = time.perf_counter()
     pieces = span_template("ab" * 50_000, [(2 * n, 2 * n + 1) for n in range(50_000)], 0.5)
     assert len(pieces) == 100_000

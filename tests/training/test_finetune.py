@@ -52,7 +52,7 @@ def trainable() -> Model:
     return tiny_model().requires_grad_(True)
 
 
-def test_the_chosen_canvas_is_filled_with_eos_and_its_start_counts_whole_canvases():
+def test_the_chosen_canvas_is_filled_with_eos_and_its_start_counts_whole_canvases() -> None:
     given = batch()
     corruption = dataclasses.replace(dice(2), canvas_B=torch.tensor([0.9, 0.9]), level_B=torch.tensor([1e-9, 1e-9]))
     made = problem(given, corruption, L, EOS)
@@ -64,14 +64,14 @@ def test_the_chosen_canvas_is_filled_with_eos_and_its_start_counts_whole_canvase
     assert first.canvas_BL[0].equal(given.tokens_BT[0, 5:13])
 
 
-def test_a_cut_example_has_no_target_behind_its_end():
+def test_a_cut_example_has_no_target_behind_its_end() -> None:
     corruption = dataclasses.replace(dice(2), canvas_B=torch.tensor([0.9, 0.9]))
     made = problem(batch(cut=(True, False)), corruption, L, EOS)
     assert made.target_BL[0].tolist()[1:] == [IGNORE] * 7
     assert (made.target_BL[1] != IGNORE).all()
 
 
-def test_noise_replaces_about_the_share_of_positions_it_should():
+def test_noise_replaces_about_the_share_of_positions_it_should() -> None:
     size = 400
     given = batch(counts=(14,) * size, prompts=(5,) * size, cut=(False,) * size)
     corruption = dataclasses.replace(dice(size), level_B=torch.full((size,), 0.7))
@@ -108,7 +108,9 @@ def by_hand(model: Model, given: Problem, leave_one_out: bool = False) -> tuple[
 @pytest.mark.parametrize("encode_response", [True, False])
 @pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("leave_one_out", [False, True])
-def test_losses_equal_the_objective_written_row_by_row(encode_response: bool, repeats: int, leave_one_out: bool):
+def test_losses_equal_the_objective_written_row_by_row(
+    encode_response: bool, repeats: int, leave_one_out: bool
+) -> None:
     model = tiny_model()
     given = problem(batch(cut=(True, False)), dice(2 * repeats, seed=5), L, EOS, encode_response)
     found = losses(model, given, leave_one_out)
@@ -116,7 +118,7 @@ def test_losses_equal_the_objective_written_row_by_row(encode_response: bool, re
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
-def test_gradients_flow_through_the_cache_and_not_through_the_first_pass():
+def test_gradients_flow_through_the_cache_and_not_through_the_first_pass() -> None:
     model = trainable()
     given = problem(batch(), dice(2, share=0.0), L, EOS)
     losses(model, given)[0].backward()
@@ -145,7 +147,7 @@ def source_of(tokens: Batch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_continues_exactly(tmp_path, optimizer: str):
+def test_a_resumed_run_continues_exactly(tmp_path, optimizer: str) -> None:
     recipe = Recipe(steps=6, batch=2, lr=3e-3, warmup=2, optimizer=optimizer, encode_response_every=2)
     whole = trainable()
     log = list(Trainer(whole, source_of(batch()), recipe, tmp_path / "whole").run())
@@ -165,7 +167,7 @@ def test_a_resumed_run_continues_exactly(tmp_path, optimizer: str):
     assert recipe_of(tmp_path / "parts") == recipe
 
 
-def test_log_lines_past_the_last_save_are_forgotten(tmp_path):
+def test_log_lines_past_the_last_save_are_forgotten(tmp_path) -> None:
     recipe = Recipe(steps=3, batch=2)
     list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
     with (tmp_path / "log.jsonl").open("a") as log:
@@ -174,7 +176,7 @@ def test_log_lines_past_the_last_save_are_forgotten(tmp_path):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
 
 
-def test_lines_that_a_kill_tore_or_doubled_are_forgotten(tmp_path):
+def test_lines_that_a_kill_tore_or_doubled_are_forgotten(tmp_path) -> None:
     """Also where it came before the first save, and of the checks too."""
     recipe = Recipe(steps=3, batch=2)
     list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
@@ -193,7 +195,7 @@ def test_lines_that_a_kill_tore_or_doubled_are_forgotten(tmp_path):
     assert evals.read_text() == ""
 
 
-def test_a_step_that_is_half_taken_is_not_saved(tmp_path):
+def test_a_step_that_is_half_taken_is_not_saved(tmp_path) -> None:
     """Else some weights would take it twice."""
     recipe = Recipe(steps=3, batch=2, optimizer="muon")
     trainer = Trainer(trainable(), source_of(batch()), recipe, tmp_path)
@@ -215,7 +217,7 @@ def test_a_step_that_is_half_taken_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("note", [{}, {"step": "1"}, {"step": "x", "recipe": "{}"}, {"step": "1", "recipe": "[1]"}])
-def test_a_file_that_is_no_state_is_one_sentence(tmp_path, note: dict[str, str]):
+def test_a_file_that_is_no_state_is_one_sentence(tmp_path, note: dict[str, str]) -> None:
     model = trainable()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     weights.write_tensors(tmp_path / "state.safetensors", tensors, note)
@@ -248,7 +250,7 @@ def until(condition: Callable[[], object], seconds: float = 120) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number: int, code: int):
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number: int, code: int) -> None:
     out = tmp_path / "run"
     process = started(out)
     until(lambda: len(lines_of(out)) >= 3)
@@ -270,7 +272,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number: int, code
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path):
+def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path) -> None:
     """SIGKILL, eight times: before the first save, and in the middle of saves, of which there is one a step."""
     out, dice, reached = tmp_path / "run", random.Random(1), 0
     code = "import sys; from sfumato.training.train import Trainer; from sfumato.cli import main\n"
@@ -296,7 +298,7 @@ def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path):
     assert sorted(os.listdir(out)) == ["checkpoint", "log.jsonl", "loss.png", "state.safetensors"]
 
 
-def test_a_folder_with_files_of_others_is_refused(tmp_path, capsys):
+def test_a_folder_with_files_of_others_is_refused(tmp_path, capsys) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "log.jsonl").write_text("mine")
     assert main(["finetune", str(tmp_path)]) == 2
@@ -308,7 +310,7 @@ def test_a_folder_with_files_of_others_is_refused(tmp_path, capsys):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_another_models_state_is_refused(tmp_path):
+def test_another_models_state_is_refused(tmp_path) -> None:
     recipe = Recipe(steps=1, batch=2)
     list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
     other = Model(tiny_config(hidden_size=32), ops.load("reference")).init_()
@@ -316,7 +318,7 @@ def test_another_models_state_is_refused(tmp_path):
         Trainer(other, source_of(batch()), recipe, tmp_path)
 
 
-def test_training_lowers_both_losses(tmp_path):
+def test_training_lowers_both_losses(tmp_path) -> None:
     class Same:
         def batch(self, step: int, size: int, device: torch.device) -> Batch:
             return batch()
@@ -327,7 +329,7 @@ def test_training_lowers_both_losses(tmp_path):
         assert mean(log[-8:], name) < 0.6 * mean(log[:8], name)
 
 
-def test_the_schedule_warms_up_holds_and_decays():
+def test_the_schedule_warms_up_holds_and_decays() -> None:
     recipe = Recipe(steps=100, lr=1.0, warmup=10, hold=50, floor=0.1)
     rates = [recipe.rate(step) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[49] == 1.0
@@ -336,12 +338,12 @@ def test_the_schedule_warms_up_holds_and_decays():
 
 
 @pytest.mark.parametrize("wrong", [{"optimizer": "sgd"}, {"precision": "int8"}, {"steps": 0}, {"batch": 0}])
-def test_an_impossible_recipe_is_one_sentence(wrong: dict):
+def test_an_impossible_recipe_is_one_sentence(wrong: dict) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         Recipe(**wrong)
 
 
-def test_the_sudoku_source_gives_prompt_and_solution_as_the_chat_does():
+def test_the_sudoku_source_gives_prompt_and_solution_as_the_chat_does() -> None:
     from sfumato.checkpoints.weights import resolve
     from sfumato.tasks.sudoku import is_solved, prompt
     from sfumato.text.chat import ChatTemplate

@@ -311,11 +311,11 @@ def read_out(
     mass_WN, peak_N = torch.empty(tiles, -(-count // 32) * 32), torch.empty(count)
     sample_BL, argmax_BL = (torch.empty(batch, length, dtype=torch.long) for _ in range(2))
     entropy_BL = torch.empty(batch, length)
-    heat = (1.0 / temperature_B.float())[:, None].expand(batch, length).contiguous()
+    temperature = (1.0 / temperature_B.float())[:, None].expand(batch, length).contiguous()
     where, ids = (None, None) if banned is None else (banned[0].to(torch.uint8).contiguous(), banned[1].contiguous())
     uniform = None if uniform_BL is None else uniform_BL.float().contiguous()
     _call(
-        "sf_read_out", _io(hidden), hidden, count, size, embed_VD, words, softcap, heat, where, ids,
+        "sf_read_out", _io(hidden), hidden, count, size, embed_VD, words, softcap, temperature, where, ids,
         0 if ids is None else ids.numel(), uniform, logits_BLV, mass_WN, sample_BL, argmax_BL, entropy_BL, peak_N,
     )  # fmt: skip
     if gumbel_BLV is not None:
@@ -394,12 +394,12 @@ def conclude_(
     embed_VD: Tensor,
     scale: Tensor,
 ) -> None:
-    """See `ops.Ops.conclude_`; the state is `step.Canvases`. What is pinned is read as its token, with no entropy."""
+    """See `ops.Ops.conclude_`; the state is a `Canvases`. What is pinned is read as its token, with no entropy."""
     pass_ = at_B, read.sample_BL, read.argmax_BL, noise_BL, read.entropy_BL, hidden_BLD, soft_BLD, embed_VD, scale
     held = [x.contiguous() for x in pass_]  # as long as the call
     held += (
-        state.canvas_XL, state.pin_XL, state.argmax_XL, state.stood_XL, state.step_X, state.settled_X,
-        state.stability_X, state.max_steps_X, state.room_X, state.eos_E, state.entropy_XL, state.bound_X,
+        state.canvas_XL, state.pin_XL, state.argmax_XL, state.still_XL, state.step_X, state.settled_X,
+        state.stability_X, state.max_steps_X, state.room_X, state.eos_E, state.entropy_XL, state.entropy_bound_X,
         state.confidence_X, state.accepted_XL, state.is_done_X, state.is_finite_X, state.early_X, state.soft_XLD,
     )  # fmt: skip
     sizes = *hidden_BLD.shape, len(state.step_X), len(state.eos_E), state.has_pins, state.has_early

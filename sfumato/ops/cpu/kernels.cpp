@@ -128,11 +128,11 @@ void sf_block(int io, const void *x, const void *const *pointers, const Given *p
 long sf_words() { return WORDS; }
 
 void sf_read_out(int io, const void *hidden, long positions, long n, const void *embed, long words, float cap,
-                 const float *inverse_heat, const uint8_t *is_banned, const int64_t *banned, long bans,
+                 const float *inverse_temperature, const uint8_t *is_banned, const int64_t *banned, long bans,
                  const float *uniform, void *logits, float *mass, int64_t *sample, int64_t *argmax, float *entropy,
                  float *peak, int threads) {
     between.release(4 << 20), shared.release(4 << 20); // before the logits are there
-    Places at{positions, words, cap, inverse_heat, is_banned, banned, bans};
+    Places at{positions, words, cap, inverse_temperature, is_banned, banned, bans};
     BY_IO((read_out<T>((const T *)hidden, n, (const T *)embed, at, uniform, (T *)logits, mass, sample, argmax, entropy,
                        peak, threads)))
 }

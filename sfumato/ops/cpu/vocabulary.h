@@ -12,7 +12,7 @@ static constexpr long PLACES = 16; // blocks of 32 positions whose logits are he
 struct Places { // of the canvas, and what their distributions are told
     long count, words;
     float cap;
-    const float *inverse_heat;
+    const float *inverse_temperature;
     const uint8_t *is_banned;
     const int64_t *banned;
     long bans;
@@ -28,10 +28,10 @@ struct Stats {
 // Logits of 16 positions and the words of a tile, x [WORDS, 32]: softcap, temperature, bans, and what they say.
 template <bool is_near>
 static inline void read_tile(float *x, long first_word, long here, long lane, const Places &at, const Stats &to) {
-    const V heat = load_some(at.inverse_heat + lane, at.count - lane);
+    const V temperature = load_some(at.inverse_temperature + lane, at.count - lane);
     V top = splat(-3e38f), best = V{};
     for (long i = 0; i < here; i++) {
-        V y = softcapped<is_near>(load(x + 32 * i), at.cap) * heat;
+        V y = softcapped<is_near>(load(x + 32 * i), at.cap) * temperature;
         best = y > top ? splat((float)i) : best;
         top = bigger(top, y);
         store(x + 32 * i, y);

@@ -40,7 +40,7 @@ def conclude_(
     embed_VD: Tensor,
     scale: Tensor,
 ) -> None:
-    """Accept, renoise and stop the rows `at_B` of this state (`step.Canvases`), whose pass gave these hidden states,
+    """Accept, renoise and stop the rows `at_B` of this state (a `Canvases`), whose pass gave these hidden states,
     this read-out and this soft embedding. What is pinned is read as its token, with no entropy."""
     (batch, length, width), rows = hidden_BLD.shape, state.step_X.shape[0]
     at_B, scratch = at_B.contiguous(), rows - 1
@@ -78,13 +78,13 @@ def conclude_(
         state.canvas_XL,
         state.pin_XL,
         state.argmax_XL,
-        state.stood_XL,
+        state.still_XL,
         state.entropy_XL,
         state.accepted_XL.view(torch.uint8),
         state.step_X,
         state.is_done_X.view(torch.uint8),
         state.is_finite_X.view(torch.uint8),
-        state.bound_X,
+        state.entropy_bound_X,
         state.stability_X,
         state.confidence_X,
         state.max_steps_X,
@@ -161,7 +161,7 @@ def _conclude(
     canvas_ptr,
     pin_ptr,
     last_ptr,
-    stood_ptr,
+    still_ptr,
     entropy_out_ptr,
     accepted_ptr,
     step_ptr,
@@ -198,7 +198,7 @@ def _conclude(
         noise_L = tl.load(noise_ptr + here_L, is_live_L, 0)
         is_fit = tl.min(tl.load(finite_ptr + here_L, is_live_L, 1).to(tl.int32), 0) > 0
         last_L = tl.load(last_ptr + there_L, is_live_L, 0)
-        stood_L = tl.load(stood_ptr + there_L, is_live_L, 0)
+        still_L = tl.load(still_ptr + there_L, is_live_L, 0)
         pin_L = tl.load(pin_ptr + there_L, is_live_L, -1) if PINS else tl.full((BLOCK,), -1, tl.int64)
         step, was_done = tl.load(step_ptr + row), tl.load(is_done_ptr + row) != 0
 
@@ -218,8 +218,8 @@ def _conclude(
         next_L = tl.where(is_accepted_L, sample_L, noise_L)
 
         # Stop where the canvas stands still and is sure, or at the cap.
-        stood_L = tl.where(argmax_L == last_L, stood_L + 1, 0)
-        is_still_L = stood_L >= tl.load(stability_ptr + row)
+        still_L = tl.where(argmax_L == last_L, still_L + 1, 0)
+        is_still_L = still_L >= tl.load(stability_ptr + row)
         confidence = tl.load(confidence_ptr + row)
         counts_L = is_live_L
         if EARLY:  # all up to the first end, and no more than the row's room
@@ -243,7 +243,7 @@ def _conclude(
         tl.store(last_ptr + there_L, argmax_L, is_open_L)
         tl.store(entropy_out_ptr + there_L, entropy_L, is_open_L)
         tl.store(accepted_ptr + there_L, is_accepted_L.to(tl.uint8), is_open_L)
-        tl.store(stood_ptr + there_L, stood_L, is_live_L)
+        tl.store(still_ptr + there_L, still_L, is_live_L)
         if EARLY:  # the leading positions that stand still, each of them sure, are pinned from now on
             is_sure_L = is_still_L & (entropy_L < confidence) & counts_L & is_early
             settled = tl.min(tl.where(is_sure_L, L, l_L), 0)

@@ -1,8 +1,8 @@
 """The noise of a step: what a position samples with and the token that may take its place, in one kernel; and the
 temperature of the step, which lies in the same places.
 
-`diffusion.CountedDice` is the specification: splitmix64 over (seed low, seed high, request, canvas, step), a stream and
-a position. It counts with some 240 small operations a step, each of which costs a launch; here a program counts a row.
+`noise.CountedNoise` is the specification: splitmix64 over (seed low, seed high, request, canvas, step), a stream and a
+position. It counts with some 240 small operations a step, each of which costs a launch; here a program counts a row.
 The words are read where the state of the canvases holds them, so that nothing is gathered first. The bits are the same.
 
 What it lacks: fresh canvases, which are made once each, on the host.
@@ -19,28 +19,28 @@ from sfumato.ops.triton.ahead import Special
 from sfumato.ops.triton.dependent import enter, overlap
 
 SAMPLE, RENOISE = 1, 2
-"""The streams of `CountedDice.sample` and `CountedDice.renoise`."""
+"""The streams of `CountedNoise.sample` and `CountedNoise.renoise`."""
 
 
 def noise(
-    words_X4: Tensor, step_X: Tensor, heat_XS: Tensor, at_B: Tensor, length: int, vocab_size: int
+    rng_counter_X4: Tensor, step_X: Tensor, temperature_XS: Tensor, at_B: Tensor, length: int, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers in [0, 1), float32 [B, length], and tokens, int64 [B, length], of the rows `at_B`: counted from their
     words (seed low, seed high, request, canvas) and their step. And the temperature of that step, float32 [B]."""
-    rows, device = len(at_B), words_X4.device
+    rows, device = len(at_B), rng_counter_X4.device
     uniform_BL = torch.empty(rows, length, dtype=torch.float32, device=device)
     tokens_BL = torch.empty(rows, length, dtype=torch.int64, device=device)
-    heat_B = torch.empty(rows, dtype=torch.float32, device=device)
+    temperature_B = torch.empty(rows, dtype=torch.float32, device=device)
     if rows:
         _noise[(rows,)](
-            words_X4.contiguous(),
+            rng_counter_X4.contiguous(),
             step_X.contiguous(),
-            heat_XS.contiguous(),
+            temperature_XS.contiguous(),
             at_B.contiguous(),
             uniform_BL,
             tokens_BL,
-            heat_B,
-            heat_XS.shape[1],
+            temperature_B,
+            temperature_XS.shape[1],
             L=length,
             V=vocab_size,
             BLOCK=triton.next_power_of_2(length),
@@ -49,7 +49,7 @@ def noise(
             num_warps=4,
             **overlap(device),
         )
-    return uniform_BL, tokens_BL, heat_B
+    return uniform_BL, tokens_BL, temperature_B
 
 
 @triton.jit
@@ -71,11 +71,11 @@ def _bits(state_L, l_L, STREAM: tl.constexpr):
 def _noise(
     words_ptr,
     step_ptr,
-    heat_ptr,
+    temperature_ptr,
     at_ptr,
     uniform_ptr,
     tokens_ptr,
-    heat_out_ptr,
+    temperature_out_ptr,
     steps,
     L: tl.constexpr,
     V: tl.constexpr,
@@ -93,7 +93,7 @@ def _noise(
         state_L = _mix(state_L * 31 + tl.load(words_ptr + row * 4 + word))
     step = tl.load(step_ptr + row)
     state_L = _mix(state_L * 31 + step)
-    tl.store(heat_out_ptr + n, tl.load(heat_ptr + row * steps + step))
+    tl.store(temperature_out_ptr + n, tl.load(temperature_ptr + row * steps + step))
     uniform_L = (_bits(state_L, l_L, FIRST) >> 8).to(tl.float32) * 2.0**-24
     token_L = (_bits(state_L, l_L, SECOND) * V) >> 32
     tl.store(uniform_ptr + n.to(tl.int64) * L + l_L, uniform_L, l_L < L)
@@ -104,7 +104,7 @@ def ahead(arch: int) -> list[Special]:
     """A canvas of the released model."""
     i = "*i64"
     f = "*fp32"
-    pointers = {"words_ptr": i, "step_ptr": i, "heat_ptr": f, "at_ptr": i, "uniform_ptr": f, "tokens_ptr": i}
-    pointers |= {"heat_out_ptr": f, "steps": "i32"}
+    pointers = {"words_ptr": i, "step_ptr": i, "temperature_ptr": f, "at_ptr": i, "uniform_ptr": f, "tokens_ptr": i}
+    pointers |= {"temperature_out_ptr": f, "steps": "i32"}
     sizes = {"L": 256, "V": 262_144, "BLOCK": 256, "FIRST": SAMPLE, "SECOND": RENOISE}
     return [Special("noise", _noise, pointers, sizes)]

@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from sfumato.options import _BIG
+from sfumato.options import BIG
 from sfumato.server.http.errors import Refusal, short
 from sfumato.server.settings import Limits
 
@@ -114,7 +114,7 @@ class Most:
 
 
 TOO_MANY = "too_many"
-Count = Annotated[int, Field(ge=1, le=_BIG)]
+Count = Annotated[int, Field(ge=1, le=BIG)]
 Choices = Annotated[list[str], Most("max_choices", "choices")]
 
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sfumato.errors import InputError
-from sfumato.options import _BIG, Options
+from sfumato.options import BIG, Options
 from sfumato.server import catalogue
 from sfumato.server.backend import ModelCard
 from sfumato.server.catalogue import field as option
@@ -156,7 +156,7 @@ class ToolCall(Body):
     id: str | None = None
     type: Literal["function"] | None = None
     function: CalledFunction
-    index: Annotated[int, Field(ge=0, le=_BIG)] | None = None
+    index: Annotated[int, Field(ge=0, le=BIG)] | None = None
 
 
 class Message(Body):
@@ -314,7 +314,7 @@ class ChatRequest(Generation):
 
 # --- completions ---------------------------------------------------------------------------------------------------
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=_BIG)]], Field(min_length=1), Most("max_ids", "token ids")]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=BIG)]], Field(min_length=1), Most("max_ids", "token ids")]
 Texts = Annotated[list[str], Field(min_length=1), Most("max_prompts", "prompts")]
 Lists = Annotated[list[Tokens], Field(min_length=1), Most("max_prompts", "prompts")]
 
@@ -380,7 +380,7 @@ class InfillRequest(Steps):
     at_most: Count | None = Field(None, description="Tokens at most, where the length is found.")
 
 
-Span = Annotated[list[Annotated[int, Field(ge=0, le=_BIG)]], Field(min_length=2, max_length=2)]
+Span = Annotated[list[Annotated[int, Field(ge=0, le=BIG)]], Field(min_length=2, max_length=2)]
 
 
 class EditRequest(Steps):

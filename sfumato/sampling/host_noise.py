@@ -1,4 +1,4 @@
-"""Counted dice on the host, some steps at a time: the numbers of `diffusion.CountedDice` for rows that come and go.
+"""Counted dice on the host, some steps at a time: the numbers of `noise.CountedNoise` for rows that come and go.
 
 A count is about fifty small operations, however many numbers it makes. So a row's fresh canvas and the dice of its next
 steps are counted together, for all rows that need some, and kept in tables with a place for every seat, from which a
@@ -20,10 +20,10 @@ AHEAD = 8
 _LOW = np.uint64(0xFFFFFFFF)
 _STRIDE = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_CANVAS, _SAMPLE, _RENOISE = 0, 1, 2  # the streams of `CountedDice`
+_CANVAS, _SAMPLE, _RENOISE = 0, 1, 2  # the streams of `CountedNoise`
 
 
-class HostDice:
+class HostNoise:
     """What rows at their seats draw. Each is named by its seat, its seed and where it is: canvas and step, from 0."""
 
     def __init__(self, length: int, vocab_size: int) -> None:

@@ -1,0 +1,194 @@
+"""The state of the canvases under way, on the device. `step` moves it on; nothing here waits for the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from sfumato.model.network import Model
+from sfumato.sampling.rules import Rules
+
+STEPS = 4096
+"""Most steps of a canvas that a request may ask for: see `Options`."""
+
+
+@dataclass
+class Canvases:
+    """The state of X rows' canvases. The last row is scratch: what fills up a recorded batch is computed there."""
+
+    canvas_XL: Tensor
+    soft_XLD: Tensor
+    pin_XL: Tensor
+    """Tokens that stay fixed, -1 where free."""
+    argmax_XL: Tensor
+    """-1 before the first step."""
+    still_XL: Tensor
+    """For how many steps before the last one a position had the same token."""
+    entropy_XL: Tensor
+    accepted_XL: Tensor
+    step_X: Tensor
+    """Steps taken on this canvas."""
+    is_done_X: Tensor
+    is_finite_X: Tensor
+    """Rows whose numbers were finite in every step on this canvas. One that is not is done, and never committed."""
+    banned_XL: Tensor
+    """Positions that may not end the answer (`min_tokens`), nor take what else is banned there."""
+    rng_counter_X4: Tensor
+    """Seed (low, high), request and canvas: what the dice are counted from, beside the step."""
+    temperature_XS: Tensor
+    """The temperature of each step, of as many as a request may ask for."""
+    entropy_bound_X: Tensor
+    stability_X: Tensor
+    confidence_X: Tensor
+    max_steps_X: Tensor
+    room_X: Tensor
+    """Leading positions that can become part of the answer."""
+    early_X: Tensor
+    """Rows whose leading positions may settle before the rest."""
+    settled_X: Tensor
+    """How many have."""
+    eos_E: Tensor
+    has_pins: bool
+    """Whether any row of the next steps has one."""
+    has_early: bool
+
+    @classmethod
+    def allocate(
+        cls,
+        model: Model,
+        rules: Sequence[Rules],
+        seeds: Sequence[int],
+        requests: Sequence[int],
+        length: int | None = None,
+        early: Sequence[bool] = (),
+        has_pins: bool = False,
+    ) -> Canvases:
+        """One row for each of these rules, and the scratch row. `length` None: the model's own."""
+        config, size = model.config, len(rules) + 1
+        rules = [*rules, rules[-1]]
+        words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
+        length, most = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
+
+        def of(values: list[int] | list[float]) -> Tensor:
+            return torch.tensor(values, device=model.device)
+
+        with torch.device(model.device):
+            return cls(
+                canvas_XL=torch.zeros(size, length, dtype=torch.long),
+                soft_XLD=torch.zeros(size, length, config.hidden_size, dtype=model.dtype),
+                pin_XL=torch.full((size, length), -1),
+                argmax_XL=torch.full((size, length), -1),
+                still_XL=torch.zeros(size, length, dtype=torch.long),
+                entropy_XL=torch.zeros(size, length),
+                accepted_XL=torch.zeros(size, length, dtype=torch.bool),
+                step_X=torch.zeros(size, dtype=torch.long),
+                is_done_X=torch.zeros(size, dtype=torch.bool),
+                is_finite_X=torch.ones(size, dtype=torch.bool),
+                banned_XL=torch.zeros(size, length, dtype=torch.bool),
+                rng_counter_X4=torch.tensor(words),
+                temperature_XS=torch.stack([_temperatures_of(r, most + 1) for r in rules]).to(model.device),
+                entropy_bound_X=of([r.entropy_bound for r in rules]),
+                stability_X=of([r.stability for r in rules]),
+                confidence_X=of([r.confidence for r in rules]),
+                max_steps_X=of([r.max_steps for r in rules]),
+                room_X=torch.full((size,), length),
+                early_X=torch.tensor([*early, *[False] * (size - len(early))]),
+                settled_X=torch.zeros(size, dtype=torch.long),
+                eos_E=torch.tensor(config.eos_ids, dtype=torch.long),
+                has_pins=has_pins or any(early),
+                has_early=any(early),
+            )
+
+    def seat_(self, rows: list[int], rules: Sequence[Rules], seeds: Sequence[int], early: Sequence[bool]) -> None:
+        """Give rows to new requests. No request's numbers change a shape, which is everybody's."""
+        whole = [
+            [seed & 0xFFFFFFFF, seed >> 32, 0, 0, own.stability, own.max_steps, is_early]
+            for own, seed, is_early in zip(rules, seeds, early, strict=True)
+        ]
+        temperature_NS = torch.stack([_temperatures_of(own, self.temperature_XS.shape[1]) for own in rules])
+        some = (
+            torch.tensor(rows),
+            torch.tensor(whole),
+            torch.tensor([[own.entropy_bound, own.confidence] for own in rules], dtype=self.entropy_bound_X.dtype),
+            temperature_NS,
+        )
+        at_N, whole_N7, real_N2, temperature_NS = (to_device(x, self.step_X.device) for x in some)
+        for state_X, new_N in (
+            (self.rng_counter_X4, whole_N7[:, :4]),
+            (self.stability_X, whole_N7[:, 4]),
+            (self.max_steps_X, whole_N7[:, 5]),
+            (self.early_X, whole_N7[:, 6].bool()),
+            (self.entropy_bound_X, real_N2[:, 0]),
+            (self.confidence_X, real_N2[:, 1]),
+            (self.temperature_XS, temperature_NS),
+        ):
+            state_X.index_copy_(0, at_N, new_N)
+
+    def resized(self, rows: int) -> Canvases:
+        """The same rows with room for so many of them."""
+        if rows + 1 == len(self.step_X):
+            return self
+        kept, found = min(rows, len(self.step_X) - 1), {}
+        for field in fields(self):
+            old = found[field.name] = getattr(self, field.name)
+            if not field.name.split("_")[-1].startswith("X"):
+                continue
+            new = found[field.name] = old[-1:].repeat(rows + 1, *[1] * (old.dim() - 1))  # the last is scratch
+            new[:kept] = old[:kept]
+        return Canvases(**found)
+
+    def begin_(
+        self,
+        rows: list[int],
+        fresh_BL: Tensor,
+        pin_BL: Tensor | None,
+        canvases: list[int],
+        banned_BL: Tensor | None = None,
+        rooms: list[int] | None = None,
+    ) -> None:
+        """Give these rows a canvas of noise (or of what it is to start from), pins (None: no row has one) in place.
+        Tensors may lie on the host: nothing here waits for the device."""
+        device = self.step_X.device
+        at_B, canvas_B, room_B = to_device(torch.tensor([rows, canvases, rooms or rows]), device)  # one copy for three
+        canvas_BL = to_device(fresh_BL, device)
+        if pin_BL is None:
+            self.pin_XL.index_fill_(0, at_B, -1)
+        else:
+            pin_BL = to_device(pin_BL, device)
+            canvas_BL = torch.where(pin_BL >= 0, pin_BL, canvas_BL)
+            self.pin_XL.index_copy_(0, at_B, pin_BL)
+        self.canvas_XL.index_copy_(0, at_B, canvas_BL)
+        if banned_BL is None:
+            self.banned_XL.index_fill_(0, at_B, False)
+        else:
+            self.banned_XL.index_copy_(0, at_B, to_device(banned_BL, device))
+        self.argmax_XL.index_fill_(0, at_B, -1)
+        self.soft_XLD.index_fill_(0, at_B, 0.0)
+        self.step_X.index_fill_(0, at_B, 0)
+        self.is_done_X.index_fill_(0, at_B, False)
+        self.is_finite_X.index_fill_(0, at_B, True)
+        self.settled_X.index_fill_(0, at_B, 0)
+        self.rng_counter_X4[:, 3].index_copy_(0, at_B, canvas_B)
+        if rooms is not None:
+            self.room_X.index_copy_(0, at_B, room_B)
+
+
+@functools.lru_cache(64)
+def _temperatures_of(rules: Rules, width: int) -> Tensor:
+    """The temperatures of a canvas's steps, the last one repeated up to this width. Kept: most requests have the
+    checkpoint's rules."""
+    temperature = [rules.schedule.temperature(step) for step in range(rules.max_steps + 1)]
+    temperature_S = torch.full((width,), temperature[-1], device="cpu")
+    temperature_S[: len(temperature)] = torch.tensor(temperature, device="cpu")
+    return temperature_S
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device. From the host it comes in the order of the device's work, and nobody waits for it."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -1,0 +1,92 @@
+"""The rules of sampling: when a token is accepted, what takes its place if not, and when a canvas stops.
+
+Small frozen objects over pure tensor functions; no model, no state kept on self. Where the random numbers come from is
+`noise`. Source of the rules: transformers `generation_diffusion_gemma.py`; the entropy bound is from arXiv 2505.24857.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.options import FALLBACK_DEFAULTS, Options
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Temperature falls linearly from t_max to t_min over `steps` steps, whatever the cap on steps is."""
+
+    t_min: float
+    t_max: float
+    steps: int
+
+    def temperature(self, step: int) -> float:
+        """Of a step counted from 0. Past the end of the schedule the last temperature stays."""
+        remaining = max(self.steps - step, 1)
+        return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)
+
+
+LEAST = 1e-6
+"""The lowest temperature: logits over less are no longer finite."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All the rules of one request."""
+
+    schedule: Schedule
+    max_steps: int
+    entropy_bound: float
+    stability: int
+    confidence: float
+
+    @classmethod
+    def of(cls, options: Options) -> Rules:
+        """From options; what they leave open takes the released model's values."""
+        full = options.with_defaults(FALLBACK_DEFAULTS)
+        steps = full.temperature_steps or full.max_steps
+        assert full.t_min is not None and full.t_max is not None and steps is not None and full.max_steps is not None
+        assert full.entropy_bound is not None and full.stability is not None and full.confidence is not None
+        scale = full.temperature or 1.0  # 0 asks for the same answer every time, which is the seed's affair
+        low, high = (max(t * scale, LEAST) for t in (full.t_min, full.t_max))
+        schedule = Schedule(low, high, steps)
+        return cls(schedule, full.max_steps, full.entropy_bound, full.stability, full.confidence)
+
+
+def accept(entropy_BL: Tensor, bound_B: Tensor) -> Tensor:
+    """True where a position is accepted: from the lowest entropy upwards, while the entropies before it sum to at most
+    the bound. The lowest of all is always accepted; of equal ones the first position comes first, on every device."""
+    ordered_BL, order_BL = entropy_BL.sort(dim=-1, stable=True)
+    is_within_BL = ordered_BL.cumsum(-1) - ordered_BL <= bound_B[:, None]
+    return torch.zeros_like(is_within_BL).scatter(-1, order_BL, is_within_BL)
+
+
+def count_still(argmax_BL: Tensor, last_BL: Tensor, still_BL: Tensor) -> Tensor:
+    """For how many steps before this one each position had the token that it has now: from the last step's tokens (-1
+    for none) and what it said."""
+    return torch.where(argmax_BL == last_BL, still_BL + 1, 0)
+
+
+def is_stable(still_BL: Tensor, stability_B: Tensor) -> Tensor:
+    """True where the argmax canvas equals each of the last `stability` ones."""
+    return (still_BL >= stability_B[:, None]).all(-1)
+
+
+def is_confident(entropy_BL: Tensor, confidence_B: Tensor) -> Tensor:
+    """True where the mean entropy of the canvas is below the threshold (0: never)."""
+    return entropy_BL.sum(-1) / entropy_BL.shape[-1] < confidence_B
+
+
+def pick_token(logits_V: Tensor, options: Options, uniform: Tensor) -> int:
+    """One token by temperature, top-k and top-p, from a uniform number in [0, 1); temperature 0 is greedy."""
+    if options.temperature < 1e-6:  # lower ones would overflow float32, and are greedy anyway
+        return int(logits_V.argmax())
+    p_V, order_V = torch.softmax(logits_V / options.temperature, -1).sort(descending=True, stable=True)
+    if options.top_k:
+        p_V = p_V[: options.top_k]
+    before_V = p_V.cumsum(-1) - p_V
+    p_V = p_V * (before_V < options.top_p * p_V.sum())
+    chosen = int(torch.searchsorted(p_V.cumsum(-1), uniform * p_V.sum(), right=True))
+    return int(order_V[min(chosen, int((p_V > 0).sum()) - 1)])

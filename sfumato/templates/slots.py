@@ -1,0 +1,150 @@
+"""Templates as their callers write them: pieces of fixed text, and slots to be written. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sfumato.errors import InputError
+from sfumato.options import CONSTRAINTS
+
+SLOTS = 1024
+"""Most slots of a template."""
+
+PIECES = 4096
+"""Most pieces of a template, texts and slots."""
+
+OPEN = 64
+"""Most slots of a template whose length is to be found: each takes a search of its own."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place to be written. At most one of `schema`, `regex`, `grammar`, `choices` says what it must obey."""
+
+    name: str = ""
+    """Under which its text comes back; "" : its number among the slots, from 1."""
+    length: int | None = None
+    """Exactly so many tokens. None: the length is found."""
+    at_most: int | None = None
+    """Bound on a length that is found; None: 64 tokens, or about twice what a constraint needs at least."""
+    text: str | None = None
+    """What stands there now: the canvas starts from it, and its length in tokens is the slot's, if none is given."""
+    strength: float = 0.5
+    """The share of `text` that is noise at first: 0 starts from all of it, 1 from none."""
+    schema: dict[str, Any] | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choices: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("length", "at_most"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(
+                    f"{name} of slot {self._label} is {reprlib.repr(value)}; give a whole number of tokens from 1 up"
+                )
+        if self.length is not None and self.at_most is not None:
+            raise InputError(f"slot {self._label} has a length and at_most; give one of them")
+        if not isinstance(self.name, str) or not isinstance(self.text, str | None):
+            raise InputError(f"name and text of slot {self._label} must be text")
+        if self.text == "":
+            raise InputError(f"the text of slot {self._label} is empty; leave it out, and give a length if it has one")
+        if (
+            isinstance(self.strength, bool)
+            or not isinstance(self.strength, (int, float))
+            or not 0 <= self.strength <= 1
+        ):
+            raise InputError(
+                f"strength of slot {self._label} is {reprlib.repr(self.strength)}; give a number from 0 to 1"
+            )
+        if isinstance(self.choices, list):
+            object.__setattr__(self, "choices", tuple(self.choices))
+        given = [kind for kind in CONSTRAINTS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise InputError(f"slot {self._label} has {' and '.join(given)}; a slot can obey one of them")
+        if given and (self.length is not None or self.text is not None):
+            raise InputError(f"slot {self._label} has {given[0]} and a length or text; bound its length with at_most")
+
+    @property
+    def _label(self) -> str:
+        return reprlib.repr(self.name)
+
+    @property
+    def constraint(self) -> tuple[str, Any] | None:
+        return next(((kind, value) for kind in CONSTRAINTS if (value := getattr(self, kind)) is not None), None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its length has to be found."""
+        return self.length is None and self.text is None and self.constraint is None
+
+
+Template = Sequence[str | Slot]
+
+
+def read_template(text: str) -> list[str | Slot]:
+    """A template from JSON: a list of strings and of objects, each a slot with the fields of `Slot`."""
+    try:
+        pieces = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the template is not JSON: {error}") from None
+    return pieces_of(pieces)
+
+
+def pieces_of(pieces: Any) -> list[str | Slot]:
+    """A template from plain data."""
+    if not isinstance(pieces, list):
+        raise InputError('a template is a list of texts and slots, such as ["Name: ", {"name": "name"}]')
+    _check_count(len(pieces), PIECES, "pieces", "join texts that stand side by side")
+    known = {f.name for f in fields(Slot)}
+    found: list[str | Slot] = []
+    for number, piece in enumerate(pieces, 1):
+        if isinstance(piece, dict):
+            if unknown := next((key for key in piece if key not in known), None):
+                raise InputError(
+                    f"piece {number} of the template has {reprlib.repr(unknown)}; a slot has {', '.join(sorted(known))}"
+                )
+            found.append(Slot(**piece))
+        elif isinstance(piece, str):
+            found.append(piece)
+        else:
+            raise InputError(
+                f"piece {number} of the template is {reprlib.repr(piece)}; give a text or a slot (an object)"
+            )
+    return found
+
+
+def check_template(template: Template) -> list[str | Slot]:
+    """The template with its slots named, empty texts dropped; InputError where it has no slot, too many, or a name
+    twice."""
+    if not isinstance(template, (list, tuple)):
+        raise InputError(f"a template is a list of texts and slots, not {type(template).__name__}")
+    _check_count(len(template), PIECES, "pieces", "join texts that stand side by side")
+    pieces: list[str | Slot] = []
+    names: set[str] = set()
+    for piece in template:
+        if isinstance(piece, Slot):
+            named = piece if piece.name else replace(piece, name=str(len(names) + 1))
+            if named.name in names:
+                raise InputError(f"two slots are named {reprlib.repr(named.name)}; give each its own name")
+            names.add(named.name)
+            pieces.append(named)
+        elif not isinstance(piece, str):
+            raise InputError(f"a template holds texts and slots, not {type(piece).__name__}")
+        elif piece:
+            pieces.append(piece)
+    if not names:
+        raise InputError("the template has no slot, so there is nothing to write; give at least one")
+    _check_count(len(names), SLOTS, "slots", "fill it in parts")
+    count = sum(isinstance(piece, Slot) and piece.is_open for piece in pieces)
+    _check_count(count, OPEN, "slots without a length", "give the others a length")
+    return pieces
+
+
+def _check_count(count: int, most: int, what: str, remedy: str) -> None:
+    if count > most:
+        raise InputError(f"the template has {count} {what}, more than the {most} allowed; {remedy}")
