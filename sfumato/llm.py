@@ -46,7 +46,7 @@ from sfumato.templates.layout import (
     tokens_of,
 )
 from sfumato.templates.slots import Slot, Template, check_template, pieces_of
-from sfumato.text import chat
+from sfumato.text import template as chat_template
 from sfumato.text.reader import Reader
 from sfumato.text.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ class LLM:
         self,
         model: Model,
         tokenizer: Tokenizer,
-        template: chat.ChatTemplate | None = None,
+        template: chat_template.ChatTemplate | None = None,
         defaults: Mapping[str, Any] | None = None,
         name: str = "",
     ) -> None:
@@ -123,7 +123,7 @@ class LLM:
         on the device, streams the rest from the host. `notice` hears of what is left aside and what lies where;
         `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError what is wrong
         with an argument, CapacityError a limit that is too low."""
-        chat.CHILDREN.start()  # it reads the template, while this process reads the rest
+        chat_template.CHILDREN.start()  # it reads the template, while this process reads the rest
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         checkpoint = open_checkpoint(weights.resolve(path))
@@ -307,7 +307,7 @@ class LLM:
             raise
         try:
             for event in run:
-                yield asks[event.row].reader.tell(event)
+                yield asks[event.row].reader.with_text(event)
         except GeneratorExit:  # the caller has seen enough
             self._give(run.engine, [])
             raise
@@ -601,17 +601,18 @@ class LLM:
         self._kept = _Kept(engine, held)
 
 
-def _words_of(checkpoint: Checkpoint) -> tuple[Tokenizer, chat.ChatTemplate | None]:
+def _words_of(checkpoint: Checkpoint) -> tuple[Tokenizer, chat_template.ChatTemplate | None]:
     """Tokenizer and chat template, from within the file or from the files beside it."""
     held, folder = checkpoint.vocabulary, checkpoint.path
     if held is not None:
         tokenizer = weights.tokenizer_of(held)
-        return tokenizer, None if held.template is None else chat.ChatTemplate(held.template, tokenizer.special)
+        source = held.template
+        return tokenizer, None if source is None else chat_template.ChatTemplate(source, tokenizer.special)
     if folder.is_file():
         raise CheckpointError(f"{folder} carries no tokenizer; convert it from a checkpoint that has one")
     tokenizer = Tokenizer.from_folder(folder)
     has_template = any((folder / name).exists() for name in ("chat_template.jinja", "tokenizer_config.json"))
-    return tokenizer, chat.ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None
+    return tokenizer, chat_template.ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None
 
 
 def _strictly(options: Options, tools: list[dict[str, Any]] | None) -> Options:

@@ -17,7 +17,6 @@ from sfumato.events import Commit, Done, Draft
 from sfumato.ops import cpu
 from sfumato.ops.cpu import build
 from sfumato.tasks.sudoku import is_solved
-from sfumato.text.reader import Reader
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
 """50 clues: nano solves it in a few steps."""
@@ -79,18 +78,6 @@ def test_a_stop_string_ends_the_text_wherever_it_falls(llm: LLM, cut: int) -> No
     answer = llm.chat(ask(), options=replace(ONE, stop=(stop, "never")))
     assert answer.text == whole[: whole.index(stop)]
     assert answer.finish_reason == "stop" and answer.stop == stop
-
-
-def test_a_stream_holds_back_what_may_become_a_stop_string(llm: LLM) -> None:
-    reader = Reader(llm.tokenizer, ("END!",), ends=())
-    pieces = []
-    for part in ("abc E", "N", "D, no", " EN", "D!tail"):
-        tokens = llm.tokenizer.encode(part)
-        keep = reader.push(tokens)
-        told = reader.tell(Commit(0, 0, 1, tokens[:keep], is_last=keep is not None))
-        pieces.append(told.text)
-    assert pieces[:2] == ["abc ", ""]
-    assert "".join(pieces) == reader.text == "abc END, no " and reader.found == "END!"
 
 
 def test_max_tokens_cuts_and_says_so(llm: LLM) -> None:

@@ -30,7 +30,7 @@ from sfumato.errors import CapacityError, CheckpointError, InputError
 from sfumato.model.config import GEMMA4, read_json
 from sfumato.quant import recipes
 from sfumato.system.files import locked
-from sfumato.text.chat import ChatTemplate
+from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
 TARGETS = {

@@ -117,7 +117,7 @@ def _train(
     from sfumato.llm import LLM
     from sfumato.model.config import ModelConfig, read_generation_config
     from sfumato.model.network import Model
-    from sfumato.text.chat import ChatTemplate
+    from sfumato.text.template import ChatTemplate
     from sfumato.text.tokenizer import Tokenizer
     from sfumato.training.data import SudokuSource
     from sfumato.training.plot import plot

@@ -146,7 +146,7 @@ class Jobs:
 
     def _tell(self, job: _Job, place: int, event: Event) -> list[tuple[int, Told]]:
         ask = job.asks[place]
-        event = replace(ask.reader.tell(event), row=place)
+        event = replace(ask.reader.with_text(event), row=place)
         told: list[tuple[int, Told]] = []
         if job.is_answer or (isinstance(event, Draft) and ask.is_shown and job.has_drafts):
             told.append((job.key, event))

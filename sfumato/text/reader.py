@@ -1,7 +1,10 @@
-"""The tokens of one row as text while they come: stop strings, characters in several tokens, thoughts and calls.
+"""The tokens of one row as text while they come: stop strings, split characters, thoughts and tool calls.
 
-Text is given as soon as it is certain: what may be the beginning of a stop string, of a character or of a tool call is
-held back until more of it is there. The pieces that are given, joined, are the text of the end.
+Text is passed on as soon as it is certain. What may be the beginning of a stop string, of a character or of a tool call
+is held back until the next tokens decide it. All pieces, joined, are the text of the finished answer.
+
+Two ways lead to the text: a plain completion is detokenised as it comes; a chat answer is parsed again with each commit
+(`replies`), which tells thoughts and tool calls from the answer.
 """
 
 from __future__ import annotations
@@ -11,52 +14,61 @@ from dataclasses import replace
 from typing import Any
 
 from sfumato.events import Commit, Done, Draft, Event
-from sfumato.text import chat
+from sfumato.text.replies import Reply, parse_ids
 from sfumato.text.tokenizer import Detokeniser, Tokenizer
 
-_HALF = "\ufffd"
-"""What stands for the bytes of a character that is not whole yet."""
+_REPLACEMENT = "\ufffd"
+"""What stands for the bytes of a character that is not complete yet."""
 
 
 class Reader:
-    """Give `push` to the engine as a request's `watch`, then let `tell` put text into its events. `is_chat`: the text
-    is a model's turn, whose thoughts and tool calls are told apart from its answer."""
+    """Reads one row: `push` finds stop strings in its tokens, `with_text` puts text into its events.
+
+    `push` is a request's `watch`: the engine calls it with tokens before it commits them. `stops` are the stop strings,
+    `ends` the token ids that end a text. `is_chat`: the text is a model's turn with thoughts and tool calls.
+
+    After the last commit, `text` is the text of the answer and `stop` the stop string that ended it, or None.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, stops: tuple[str, ...], ends: Sequence[int], is_chat: bool = False
     ) -> None:
         self._tokenizer, self._detokeniser = tokenizer, Detokeniser(tokenizer)
         self._stops, self._ends, self.is_chat = stops, frozenset(ends), is_chat
-        self._longest = max((len(stop) for stop in stops), default=0)
+        self._longest_stop = max((len(stop) for stop in stops), default=0)
         self._tokens: list[int] = []
-        self._given, self._thought, self._calls = 0, 0, 0
-        self._raw, self._tail = "", ""
-        self._parsed: tuple[tuple[int, bool], chat.Reply] | None = None
+        self._sent, self._thought_sent, self._calls_sent = 0, 0, 0
+        """Characters of text and thought, and calls, that events already carry."""
+        self._raw = ""
+        """The detokenised text, up to the stop string."""
+        self._tail = ""
+        """Text of the stop string, and behind it, that belongs to tokens which are kept."""
+        self._parsed: tuple[tuple[int, bool], Reply] | None = None
         self.text = ""
-        self.found: str | None = None
+        self.stop: str | None = None
 
     def push(self, tokens: list[int]) -> int | None:
-        """Take new tokens; the number of them that stand before a stop string, None where there is none."""
+        """Take new tokens; returns how many of them stand before a stop string, None where there is none."""
         if not self._stops:
-            if self.is_chat:  # its text is read from the reply
+            if self.is_chat:  # its text comes from the reply
                 return None
             self._raw += self._detokeniser.push(tokens)
             return None
         for n, token in enumerate(tokens):
             start = len(self._raw)
             self._raw += self._detokeniser.push([token])
-            first = max(0, start - self._longest + 1)
-            hits = [(at, s) for s in self._stops if (at := self._raw.find(s, first)) >= 0]
+            first = max(0, start - self._longest_stop + 1)
+            hits = [(at, stop) for stop in self._stops if (at := self._raw.find(stop, first)) >= 0]
             if hits:
-                at, self.found = min(hits)
+                at, self.stop = min(hits)
                 keep = n if at <= start else n + 1
-                self._tail = self._raw[at:start] if keep == n else self._raw[at:]  # of what is kept, behind the text
+                self._tail = self._raw[at:start] if keep == n else self._raw[at:]
                 self._raw = self._raw[:at]
                 return keep
         return None
 
-    def tell(self, event: Event) -> Event:
-        """The event with its text."""
+    def with_text(self, event: Event) -> Event:
+        """The event with its text; a commit's is what it adds to the answer."""
         if isinstance(event, Draft):
             pieces = [self._piece(token) for token in event.tokens]
             end = next((n for n, token in enumerate(event.tokens) if token in self._ends), len(pieces))
@@ -66,73 +78,75 @@ class Reader:
             if self.is_chat:
                 reply = self._reply(True)
                 more = {"thought": reply.thought, "tool_calls": reply.tool_calls}
-            return replace(event, text=self.text, stop=self.found, **more)
+            return replace(event, text=self.text, stop=self.stop, **more)
         self._tokens += event.tokens
         if event.logprobs is not None:
             top = event.top_logprobs
             event = replace(
                 event,
                 pieces=[self._tokenizer.decode([token], skip_special=False) for token in event.tokens],
-                top_logprobs=None if top is None else [self._named(words) for words in top],
+                top_logprobs=None if top is None else [self._by_piece(log_p) for log_p in top],
             )
-        return self._tell_reply(event) if self.is_chat else replace(event, text=self._take(event.is_last))
+        if self.is_chat:
+            return self._with_reply(event)
+        self._finish_plain_text(event.is_last)
+        return replace(event, text=self._new_text(event.is_last))
 
-    def _tell_reply(self, event: Commit) -> Commit:
+    def _with_reply(self, event: Commit) -> Commit:
         reply = self._reply(event.is_last)
         self.text = reply.text
-        thought = (reply.thought or "")[self._thought :]
-        calls = reply.tool_calls[self._calls :]
-        self._thought, self._calls = self._thought + len(thought), len(reply.tool_calls)
-        return replace(event, text=self._certain(event.is_last), thought=thought, tool_calls=calls)
+        thought = (reply.thought or "")[self._thought_sent :]
+        calls = reply.tool_calls[self._calls_sent :]
+        self._thought_sent, self._calls_sent = self._thought_sent + len(thought), len(reply.tool_calls)
+        return replace(event, text=self._new_text(event.is_last), thought=thought, tool_calls=calls)
 
-    def _reply(self, is_over: bool) -> chat.Reply:
-        """What is said so far; of what is not over, as much as is certain. The end of an answer is asked for twice."""
+    def _reply(self, is_over: bool) -> Reply:
+        """The reply in the tokens so far; before the end, the certain part of it. The end asks twice: it is cached."""
         key = len(self._tokens), is_over
         if self._parsed is None or self._parsed[0] != key:
             self._parsed = key, self._parse(is_over)
         return self._parsed[1]
 
-    def _parse(self, is_over: bool) -> chat.Reply:
+    def _parse(self, is_over: bool) -> Reply:
         tokens = self._tokens
         if not is_over:
             opened = [n for n, token in enumerate(tokens) if token == self._tokenizer.id("<|tool_call>")]
             closed = self._tokenizer.id("<tool_call|>")
             if opened and closed not in tokens[opened[-1] :]:
                 tokens = tokens[: opened[-1]]
-        reply = chat.parse_ids(self._tokenizer, tokens)
+        reply = parse_ids(self._tokenizer, tokens)
         text, thought = reply.text, reply.thought or ""
-        if self.found is not None:
+        if self.stop is not None:
             text, thought = text.removesuffix(self._tail), thought.removesuffix(self._tail)
         if not is_over:
-            text, thought = text.rstrip(_HALF), thought.rstrip(_HALF)
-            thought = "" if "thought".startswith(thought) else thought  # its label, on its way
+            text, thought = text.rstrip(_REPLACEMENT), thought.rstrip(_REPLACEMENT)
+            thought = "" if "thought".startswith(thought) else thought  # the channel's label is not complete yet
         return replace(reply, text=text, thought=thought or None)
 
-    def _take(self, is_over: bool) -> str:
-        if is_over and self.found is None:
+    def _finish_plain_text(self, is_over: bool) -> None:
+        if is_over and self.stop is None:
             self._raw += self._detokeniser.flush()
         self.text = self._raw
-        return self._certain(is_over)
 
-    def _certain(self, is_over: bool) -> str:
-        """The text that is certain and was not given yet."""
+    def _new_text(self, is_over: bool) -> str:
+        """The text that is certain and that no event carries yet."""
         end = len(self.text)
         if not is_over:
-            held = (
+            sizes = (
                 size
-                for size in range(min(self._longest - 1, end), 0, -1)
+                for size in range(min(self._longest_stop - 1, end), 0, -1)
                 if any(stop.startswith(self.text[end - size :]) for stop in self._stops)
             )
-            end -= next(held, 0)
-        piece, self._given = self.text[self._given : end], max(end, self._given)
+            end -= next(sizes, 0)  # the end of the text may be the beginning of a stop string
+        piece, self._sent = self.text[self._sent : end], max(end, self._sent)
         return piece
 
-    def _named(self, words: dict[Any, float]) -> dict[str, float]:
-        """By piece; of two tokens that look the same the likelier counts."""
-        found: dict[str, float] = {}
-        for token, value in words.items():
-            found.setdefault(self._tokenizer.decode([token], skip_special=False), value)
-        return found
+    def _by_piece(self, log_p: dict[Any, float]) -> dict[str, float]:
+        """Log-probabilities by the tokens' text; of two tokens with the same text the likelier counts."""
+        by_piece: dict[str, float] = {}
+        for token, value in log_p.items():
+            by_piece.setdefault(self._tokenizer.decode([token], skip_special=False), value)
+        return by_piece
 
     def _piece(self, token: int) -> str:
         return "" if token in self._tokenizer.special_ids else self._tokenizer.decode([token])

@@ -1,104 +1,170 @@
-"""A checkpoint's jinja template: compiled and rendered in jinja's sandbox, in a child process.
+"""The checkpoint's chat template: messages, tools and thinking to the text and token ids of a prompt.
 
-A template is somebody else's program. The sandbox keeps it from reaching anything outside itself; the child
-(`confined`) bounds its time and memory, whatever its loops, filters and operators do. So `check` and `render` are for
-`confined.run`, not to be called here. What they raise is a sentence for the user.
+The template is the checkpoint's own jinja, rendered in a sandbox in a child process (`rendering`). **A message cannot
+inject control tokens**: `ChatTemplate.encode` marks the places in the caller's strings where a control token could
+begin or end, looks for control tokens in the marked rendering, and removes the marks from the ordinary text between
+them. So every control token in a prompt was put there by the template.
+
+Deliberately absent: images (this engine reads text), and templates of our own for checkpoints that have none.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from datetime import datetime
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sfumato.errors import CheckpointError, InputError
+from sfumato.model.config import read_json
+from sfumato.system import confined
+from sfumato.text import rendering
+from sfumato.text.messages import check_messages, check_tools
+from sfumato.text.tokenizer import Tokenizer
+from sfumato.text.tokenizer_file import read_text
 
-from sfumato.errors import InputError
+MAX_TEMPLATE = 256 << 10
+"""Characters of template source; Gemma 4's has 17 thousand."""
+CHILDREN = confined.Pool()
+"""The child processes that render."""
 
-MAX_RENDERED = 16 << 20
-"""Characters of one prompt, 64 for each token of the longest context."""
-KEPT = 4
-"""Compiled templates that a child keeps."""
-
-
-def check(source: str) -> None:
-    """InputError for what is no template."""
-    _compiled(source)
+_WHAT = "the chat template"
+_PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 
 
-def render(source: str, names: dict[str, Any]) -> str:
-    """The text of a template with these names. InputError where it refuses, or fails on them."""
-    pieces, length = [], 0
-    try:
-        for piece in _compiled(source).generate(**names):
-            pieces.append(piece)
-            length += len(piece)
-            if length > MAX_RENDERED:
-                raise InputError(f"the chat template was stopped at {MAX_RENDERED} characters of prompt; send less")
-    except (InputError, MemoryError):
-        raise
-    except RecursionError:
-        raise InputError("the chat template was stopped: its calls nest too deeply") from None
-    except jinja2.TemplateError as error:
-        raise InputError(f"the chat template refuses: {_one_line(error)}") from None
-    except Exception as error:  # whatever the template's own expressions raise: types, keys, division by zero
-        raise InputError(
-            f"the chat template fails on these messages: {type(error).__name__}: {_one_line(error)}"
-        ) from None
-    return "".join(pieces)
+class ChatTemplate:
+    """A checkpoint's chat template. `special` gives it `bos_token` and its like by name (`Tokenizer.special`).
+
+    A source that is too long or is not jinja is a CheckpointError. Messages and tools that do not fit are InputErrors
+    that say which one.
+    """
+
+    def __init__(self, source: str, special: Mapping[str, str] | None = None) -> None:
+        if len(source) > MAX_TEMPLATE:
+            raise CheckpointError(
+                f"the chat template has {len(source)} characters, more than the {MAX_TEMPLATE} allowed"
+            )
+        try:
+            CHILDREN.run(rendering.check, source, what=_WHAT)
+        except InputError as error:
+            raise CheckpointError(str(error)) from None
+        self.source = source
+        self.special = dict(special or {})
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, special: Mapping[str, str] | None = None) -> ChatTemplate:
+        """The template of a checkpoint folder: chat_template.jinja, else the one in tokenizer_config.json.
+
+        CheckpointError where the folder has none, or one that cannot be used.
+        """
+        folder = Path(folder)
+        path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        if path.is_file():
+            source: Any = read_text(path)
+        else:
+            source = read_json(config).get("chat_template") if config.is_file() else None
+            if isinstance(source, list):  # several, by name
+                sources = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+                source = sources.get("default")
+        if not isinstance(source, str):
+            raise CheckpointError(f"{folder} has no chat template; complete plain text instead, or add {path.name}")
+        try:
+            return cls(source, special)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt as text, for reading.
+
+        Do not tokenise it: what a user wrote may look like a control token.
+        """
+        return self._render(check_messages(messages), check_tools(tools), thinking, add_generation_prompt)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The prompt as token ids.
+
+        Every control token in them was put there by the template, none by a message or tool.
+        """
+        messages, tools = check_messages(messages), check_tools(tools)
+        guard = _Guard(tokenizer.control_tokens, [self.source, messages, tools, self.special])
+        try:
+            text = self._render(guard.mark(messages), guard.mark(tools), thinking, add_generation_prompt)
+        except InputError as error:
+            raise InputError(guard.unmark(str(error))) from None
+        ids: list[int] = []
+        for piece, control in tokenizer.pieces(text):
+            ids += tokenizer.encode(guard.unmark(piece)) if control is None else [control]
+        return ids
+
+    def _render(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> str:
+        variables = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
+        variables |= {**self.special, "enable_thinking": thinking}
+        text: str = CHILDREN.run(rendering.render, self.source, variables, what=_WHAT)
+        return text
 
 
-@functools.lru_cache(KEPT)
-def _compiled(source: str) -> jinja2.Template:
-    try:
-        return _Sandbox().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"the chat template is no jinja: {error.message} in line {error.lineno}") from None
-    except (RecursionError, SyntaxError, ValueError, OverflowError) as error:
-        raise InputError(f"the chat template cannot be compiled: {type(error).__name__}") from None
+class _Guard:
+    """Marks, in the caller's strings, every place where a control token could begin or end.
+
+    The mark is one private-use character that nothing else in the rendering contains. It goes after each character that
+    begins some control token and before each that ends one. So no control token starts or stops in a caller's string,
+    however the template joins them.
+    """
+
+    def __init__(self, control: Iterable[str], inputs: Any) -> None:
+        """`control` are the texts of the control tokens; `inputs` is everything that goes into the rendering."""
+        control = [token for token in control if token]
+        for token in control:
+            if len(token) == 1:
+                raise CheckpointError(f"the control token {token!r} is one character long: text cannot avoid it")
+        used: set[str] = set()
+        for text in _strings([*control, inputs]):
+            used.update(text)
+        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+        self._mark = next(free, "")
+        if not self._mark:
+            raise InputError("the messages use every private-use character of Unicode; remove some")
+        first = "".join(re.escape(character) for character in sorted({token[0] for token in control}))
+        last = "".join(re.escape(character) for character in sorted({token[-1] for token in control}))
+        self._places = re.compile(f"(?<=[{first}])|(?=[{last}])" if control else "(?!)")
+
+    def mark(self, value: Any) -> Any:
+        """A copy of plain data, marked."""
+        if isinstance(value, str):
+            return self._places.sub(self._mark, value)
+        if isinstance(value, dict):
+            # A role is one of `messages.ROLES`, never the caller's own words, and the template compares it.
+            return {self.mark(key): inner if key == "role" else self.mark(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.mark(inner) for inner in value]
+        return value
+
+    def unmark(self, text: str) -> str:
+        """The text without marks."""
+        return text.replace(self._mark, "")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with transformers' settings and functions."""
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
-        self.filters["tojson"] = _to_json
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda form: datetime.now().strftime(form),
-        }
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's part for trainers; here it is what it encloses."""
-
-    tags = {"generation"}  # noqa: RUF012 — the base class declares it so
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in plain data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)

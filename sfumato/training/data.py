@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sfumato.tasks import sudoku
-from sfumato.text.chat import ChatTemplate
+from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.loss import Batch
 

@@ -19,7 +19,7 @@ from sfumato.engine.run import Run
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done
 from sfumato.model.config import read_generation_config
-from sfumato.text.chat import parse_ids
+from sfumato.text.replies import parse_ids
 from sfumato.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")

@@ -346,7 +346,7 @@ def test_an_impossible_recipe_is_one_sentence(wrong: dict) -> None:
 def test_the_sudoku_source_gives_prompt_and_solution_as_the_chat_does() -> None:
     from sfumato.checkpoints.weights import resolve
     from sfumato.tasks.sudoku import is_solved, prompt
-    from sfumato.text.chat import ChatTemplate
+    from sfumato.text.template import ChatTemplate
     from sfumato.text.tokenizer import Tokenizer
 
     folder = resolve("nano")

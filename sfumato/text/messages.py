@@ -1,0 +1,142 @@
+"""Messages and tools, checked: plain data in the shape that chat templates expect.
+
+Messages come from outside and are hostile until checked: what is wrong is an InputError that names the message or the
+tool by its number. What passes is a deep copy of plain data, so that nothing runs code when a template asks for it.
+
+Deliberately absent: images and other attachments (this engine reads text), and the rules of a conversation (whether a
+tool result follows a call), which are the template's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sfumato.errors import InputError
+
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles that a message can have; `developer` is read as `system`."""
+MAX_DEPTH = 64
+"""Lists within records within lists, in a message, a tool or the arguments of a call."""
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A deep copy of a conversation, in the shape that templates expect.
+
+    The role `developer` becomes `system`. Content is text, or a list of text parts; the parts of a system message are
+    joined, because older templates print the list. Arguments of calls that are JSON text are parsed. Thoughts are
+    removed from what the assistant said. An InputError names the message that is wrong.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise InputError('messages must be a list of at least one {"role": …, "content": …}')
+    return [_check_message(message, f"message {index}") for index, message in enumerate(messages)]
+
+
+def _check_message(message: object, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InputError(f'{where} is {type(message).__name__}; give a record with "role" and "content"')
+    checked: dict[str, Any] = _plain_copy(message, where)
+    role = "system" if checked.get("role") == "developer" else checked.get("role")
+    if role not in ROLES:
+        raise InputError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
+    checked["role"] = role
+    content = _check_content(checked.get("content"), where)
+    if role == "system" and isinstance(content, list):
+        content = "\n".join(part["text"] for part in content)
+    elif role == "assistant" and isinstance(content, list):
+        content = [{**part, "text": without_thoughts(part["text"])} for part in content]
+    elif role == "assistant" and isinstance(content, str):
+        content = without_thoughts(content)
+    checked["content"] = content
+    calls = checked.get("tool_calls")
+    if calls is not None:
+        if role != "assistant":
+            raise InputError(f"{where} is a {role} message with tool_calls; only an assistant calls tools")
+        if not isinstance(calls, list):
+            raise InputError(f"{where} has tool_calls of type {type(calls).__name__}; give a list")
+        for number, call in enumerate(calls):
+            _check_call(call, f"tool call {number} of {where}")
+    return checked
+
+
+def _check_content(content: Any, where: str) -> str | list[dict[str, Any]]:
+    """Text, or a list of text parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InputError(f"{where} has content of type {type(content).__name__}; give text or a list of text parts")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file")):
+            raise InputError(f"{where} holds a part of type {kind!r}; Sfumato reads text only, leave the part out")
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InputError(
+                f'{where} holds a part that is not {{"type": "text", "text": …}}; only text parts are read'
+            )
+    return content
+
+
+def _check_call(call: Any, where: str) -> None:
+    """Check one tool call of a message and replace its arguments by a record."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InputError(f'{where} is not {{"function": {{"name": …, "arguments": …}}}}')
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise InputError(f"{where} has arguments that are no JSON: {arguments[:80]!r}") from None
+    if not isinstance(arguments, (dict, type(None))):
+        raise InputError(f"{where} has arguments of type {type(arguments).__name__}; give a record")
+    function["arguments"] = _plain_copy(arguments or {}, where)
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """A deep copy of the tools, each {"type": "function", "function": {"name", "description", "parameters"}}.
+
+    A bare function record is taken as well. An InputError names the tool that is wrong.
+    """
+    if tools is None:
+        return []
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
+        raise InputError("tools must be a list of function declarations")
+    checked = []
+    for index, tool in enumerate(tools):
+        where = f"tool {index}"
+        declaration = _plain_copy(tool, where)
+        function = declaration.get("function", declaration) if isinstance(declaration, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise InputError(f'{where} is not {{"type": "function", "function": {{"name": …, "parameters": …}}}}')
+        if not isinstance(function.get("parameters"), (dict, type(None))):
+            raise InputError(f"{where} ({function['name']}) has parameters that are no JSON schema record")
+        function = {name: value for name, value in function.items() if value is not None}
+        function.setdefault("description", "")
+        checked.append({"type": "function", "function": function})
+    return checked
+
+
+def without_thoughts(text: str) -> str:
+    """The text without its thoughts, by the rule of Gemma's own template."""
+    return "".join(piece.split("<|channel>")[0] for piece in text.split("<channel|>"))
+
+
+def _plain_copy(value: object, where: str, depth: int = 0) -> Any:
+    """A deep copy in dicts, lists, text, numbers, booleans and None: nothing that runs code when a template asks."""
+    if depth > MAX_DEPTH:
+        raise InputError(f"{where} nests more than {MAX_DEPTH} levels deep")
+    if isinstance(value, str):
+        return str(value)  # a subclass such as Markup would escape the text that it is joined with
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(f"{where} has the key {key!r}; keys are text")
+        return {key: _plain_copy(inner, where, depth + 1) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_copy(inner, where, depth + 1) for inner in value]
+    raise InputError(f"{where} holds a {type(value).__name__}; give text, numbers, booleans, lists and records")
