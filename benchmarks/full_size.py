@@ -28,14 +28,18 @@ import common
 import torch
 
 from sfumato import ops
-from sfumato.checkpoints import convert, weights
+from sfumato.checkpoints import convert
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.contents import blank
+from sfumato.checkpoints.load import load
+from sfumato.checkpoints.locate import resolve
+from sfumato.checkpoints.names import released_name
 from sfumato.engine.run import generate
 from sfumato.events import Done, Draft
 from sfumato.measure.machine import peak_bytes, resident_bytes
 from sfumato.measure.parts import Counted
 from sfumato.measure.work import duration, needs, size
-from sfumato.options import Options
+from sfumato.options import LoadOptions, Options
 
 GB = 1e9
 LIMITS = {"file": 15.5 * GB, "quantise": 6.0 * GB, "generate": 17.5 * GB}
@@ -50,8 +54,8 @@ def imagined(layers: int) -> Checkpoint:
     """The released layout in bfloat16, random, made as it is read."""
     config = common.released_config(layers)
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    blank = weights.blank(config, ops.load("reference"))
-    shapes = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
+    model = blank(config, ops.load("reference"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def read(shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
         if len(shape) < 2:
@@ -62,7 +66,7 @@ def imagined(layers: int) -> Checkpoint:
 
     entries = {}
     for own, shape in shapes.items():
-        name = weights.released_name(own)
+        name = released_name(own)
         entries[name] = Entry(name, shape, 2 * math.prod(shape), "BF16", partial(read, shape))
     return Checkpoint(Path("imagined"), "random", config.to_dict(), entries)
 
@@ -70,7 +74,7 @@ def imagined(layers: int) -> Checkpoint:
 def write_gguf(target: Path, layers: int, progress: Any) -> dict[str, float]:
     """Q4_K_M as llama.cpp's quantiser chooses it: Q4_K, with Q6_K for every other value and down projection; rows that
     are no multiple of 256 fall back to Q5_0 and Q8_0. Bytes of one encoded block, repeated. Returns bytes by kind."""
-    from sfumato.checkpoints.formats import gguf_model
+    from sfumato.checkpoints.formats import gguf_names, gguf_writer
     from sfumato.checkpoints.formats.gguf import Planned, write_file
     from sfumato.checkpoints.formats.gguf_blocks import KINDS, NUMBERS, encode
 
@@ -104,13 +108,13 @@ def write_gguf(target: Path, layers: int, progress: Any) -> dict[str, float]:
             left -= min(left, len(block))
 
     planned = [
-        Planned("rope_freqs.weight", "F32", (256,), lambda: iter([gguf_model._divisors(config).view(torch.uint8)]))
+        Planned("rope_freqs.weight", "F32", (256,), lambda: iter([gguf_writer.divisors_of(config).view(torch.uint8)]))
     ]
-    for theirs, _, shape in gguf_model.tensor_table(config):
+    for theirs, _, shape in gguf_names.tensor_table(config):
         kind = kind_of(theirs, shape)
         planned.append(Planned(theirs, kind, shape, partial(parts, kind, shape)))
         sums[kind] = sums.get(kind, 0) + planned[-1].nbytes
-    metadata = {**gguf_model._metadata(config, "full size"), **gguf_model._tokenizer(config, None)}
+    metadata = {**gguf_writer.metadata_of(config, "full size"), **gguf_writer.tokenizer_of(config, None)}
     write_file(target, metadata, planned, progress)
     del checkpoint
     return sums
@@ -131,7 +135,7 @@ def encoded(kind: str, values: torch.Tensor) -> torch.Tensor:
 
 
 def phase_quantise(given: argparse.Namespace) -> dict[str, Any]:
-    source = imagined(given.layers) if given.source == "random" else weights.resolve(given.source)
+    source = imagined(given.layers) if given.source == "random" else resolve(given.source)
     began = time.perf_counter()
     done = convert.convert(source, given.recipe, given.target, bar("quantise"))
     return {
@@ -152,7 +156,8 @@ def phase_generate(given: argparse.Namespace) -> dict[str, Any]:
     """One canvas behind a long prompt, the denoising steps timed one by one."""
     before = resident_bytes(torch.device("cpu"))
     began = time.perf_counter()
-    model = common.without_eos(weights.load(given.source, ops="auto", dtype="bfloat16", progress=bar("load")).eval())
+    model = load(given.source, LoadOptions(device="cpu", dtype="bfloat16"), progress=bar("load"))
+    model = common.without_eos(model.eval())
     loaded = time.perf_counter() - began
     dice = torch.Generator().manual_seed(2)
     prompt = torch.randint(model.config.vocab_size, (given.context,), generator=dice).tolist()

@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from sfumato import ops
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.names import own_name
+from sfumato.checkpoints.save import save
 from sfumato.engine.run import Run
 from sfumato.events import Done, Draft
 from sfumato.measure.machine import Timing, environment, measure
@@ -72,8 +73,8 @@ def twin(model: Model) -> Any:
     shared = {}
     for name in theirs.state_dict():
         if "vision" not in name:
-            source = "embed_tokens.weight" if name == "lm_head.weight" else weights.own_name(name)
-            source = source or weights.own_name(name.replace("encoder.language_model.", "decoder."))
+            source = "embed_tokens.weight" if name == "lm_head.weight" else own_name(name)
+            source = source or own_name(name.replace("encoder.language_model.", "decoder."))
             shared[name] = own[source or name]
     theirs.load_state_dict(shared, strict=False, assign=True)
     for module in list(theirs.modules()):  # what no checkpoint holds, and meta therefore lost
@@ -440,7 +441,7 @@ def ways_of_mlx(command: str, plain: Model, plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        weights.save(plain, folder / "model")
+        save(plain, folder / "model")
         config = folder / "model" / "config.json"  # with a vision tower it would want the tower's weights
         config.write_text(json.dumps(json.loads(config.read_text()) | {"vision_config": None}))
         np.savez(folder / "inputs.npz", prompt=prompt, canvas=canvas, previous=previous)

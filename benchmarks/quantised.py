@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.nano import BANDS, puzzles
 from sfumato import LLM, Options, ops
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.load import PLAIN
+from sfumato.checkpoints.load import load as load_model
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure.machine import ROOT, environment
 from sfumato.measure.parts import Plan, engine_step, random_config, random_model
@@ -170,7 +171,7 @@ def nano(row: str, seen: Seen | None = None) -> LLM:
     if how:
         assert seen is not None
         correlations, importance = seen
-        model = weights.load("nano")
+        model = load_model("nano", PLAIN)
         is_weighed = row.endswith(WEIGHED)
         llm.model = laid_out(quantize_(model, recipe, importance if is_weighed else correlations))
     return llm

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from sfumato import LLM, Options
-from sfumato.checkpoints.weights import NANO
+from sfumato.checkpoints.locate import NANO
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure import parts
 from sfumato.measure.parts import Plan, random_config, random_model

@@ -178,7 +178,8 @@ def make_mid(folder: Path) -> None:
     is nano's and then words that nothing says, so that every token has a text."""
     import torch
 
-    from sfumato.checkpoints import weights
+    from sfumato.checkpoints.locate import NANO
+    from sfumato.checkpoints.save import save
     from sfumato.measure.parts import random_config, random_model
 
     config = random_config("mid")
@@ -186,12 +187,12 @@ def make_mid(folder: Path) -> None:
     model = common.without_eos(random_model(config, torch.bfloat16, "cpu", "reference"))
     with tempfile.TemporaryDirectory() as beside:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            (Path(beside) / name).write_bytes((weights.NANO / name).read_bytes())
-        words = json.loads((weights.NANO / "tokenizer.json").read_text())
+            (Path(beside) / name).write_bytes((NANO / name).read_bytes())
+        words = json.loads((NANO / "tokenizer.json").read_text())
         known = words["model"]["vocab"]
         known |= {f"▁w{n}": n for n in range(len(known), config.vocab_size)}
         (Path(beside) / "tokenizer.json").write_text(json.dumps(words))
-        weights.save(model, folder, tokenizer_from=beside, generation={})
+        save(model, folder, tokenizer_from=beside, generation={})
 
 
 async def first(server: Server, given: argparse.Namespace) -> Record:

@@ -10,16 +10,17 @@ import tempfile
 from pathlib import Path
 
 from sfumato import ops
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.save import save
+from sfumato.checkpoints.shards import read_tensors
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
 
 run, package = Path(sys.argv[1]), Path("sfumato/nano")
-tensors, note = weights.read_tensors(run / "state.safetensors")
+tensors, note = read_tensors(run / "state.safetensors")
 model = Model(ModelConfig.from_file(package / "config.json"), ops.load("reference"))
 model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
 with tempfile.TemporaryDirectory(dir=package.parent) as folder:
-    weights.save(model, Path(folder))
+    save(model, Path(folder))
     os.replace(Path(folder) / "model.safetensors", package / "model.safetensors")
 size = (package / "model.safetensors").stat().st_size
 print(f"{package / 'model.safetensors'}: {size / 1e6:.1f} MB, step {note['step']}")

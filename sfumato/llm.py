@@ -18,9 +18,11 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints import weights
 from sfumato.checkpoints.checkpoint import Checkpoint
+from sfumato.checkpoints.contents import generation_of, tokenizer_of
 from sfumato.checkpoints.detect import open_checkpoint
+from sfumato.checkpoints.load import load
+from sfumato.checkpoints.locate import resolve
 from sfumato.constraints import calls
 from sfumato.constraints.constrain import Grammar
 from sfumato.engine import arguments
@@ -32,7 +34,7 @@ from sfumato.engine.run import Run
 from sfumato.errors import CapacityError, CheckpointError, InputError
 from sfumato.events import Completion, Decision, Done, Edited, Event, Filled
 from sfumato.model.network import Model
-from sfumato.options import CONSTRAINTS, OPTIONS, Options
+from sfumato.options import CONSTRAINTS, OPTIONS, LoadOptions, Options
 from sfumato.remote import Remote
 from sfumato.templates.layout import (
     MOST,
@@ -124,21 +126,12 @@ class LLM:
         `progress(done, all)` counts bytes. CheckpointError names what is wrong with a file, InputError what is wrong
         with an argument, CapacityError a limit that is too low."""
         chat_template.CHILDREN.start()  # it reads the template, while this process reads the rest
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        checkpoint = open_checkpoint(weights.resolve(path))
+        checkpoint = open_checkpoint(resolve(path))
         tokenizer, template = _words_of(checkpoint)
-        model = weights.load(
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            ops=ops,
-            notice=notice,
-            progress=progress,
-            quantize=quantize,
-            memory_limit=memory_limit,
-        )
-        defaults, _ = weights.generation_of(checkpoint)
+        named = None if dtype is None else str(dtype).removeprefix("torch.")
+        options = LoadOptions(path, str(device), named, ops, quantize, memory_limit)
+        model = load(checkpoint, options, notice=notice, progress=progress)
+        defaults, _ = generation_of(checkpoint)
         return cls(model, tokenizer, template, defaults, str(path))
 
     @classmethod
@@ -605,9 +598,8 @@ def _words_of(checkpoint: Checkpoint) -> tuple[Tokenizer, chat_template.ChatTemp
     """Tokenizer and chat template, from within the file or from the files beside it."""
     held, folder = checkpoint.vocabulary, checkpoint.path
     if held is not None:
-        tokenizer = weights.tokenizer_of(held)
-        source = held.template
-        return tokenizer, None if source is None else chat_template.ChatTemplate(source, tokenizer.special)
+        tokenizer = tokenizer_of(held)
+        return tokenizer, None if held.template is None else chat_template.ChatTemplate(held.template, tokenizer.special)
     if folder.is_file():
         raise CheckpointError(f"{folder} carries no tokenizer; convert it from a checkpoint that has one")
     tokenizer = Tokenizer.from_folder(folder)

@@ -189,3 +189,20 @@ class TorchNoise:
 
     def renoise(self, rows: Sequence[int], canvas: Sequence[int], step: Sequence[int]) -> Tensor:
         return torch.randint(0, self.vocab_size, (len(rows), self.length))
+
+
+THIN_SLIDING, THIN_FULL = LayerConfig(32, 2, 64, Rope(10_000.0)), LayerConfig(64, 1, None, Rope(1e6, 0.25, 1.0, True))
+THIN: ModelConfig = tiny_config(
+    vocab_size=1024,
+    hidden_size=128,
+    intermediate_size=192,
+    num_heads=4,
+    num_experts=128,
+    top_k_experts=8,
+    expert_size=128,
+    canvas_length=64,
+    max_position=4096,
+    eos_ids=(1, 106),
+    layers=(*[THIN_SLIDING] * 5, THIN_FULL) * 5,
+)
+"""As many layers, experts and chosen experts as the released model has, all of them small."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.setting import Setting, cores
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.locate import resolve
 from sfumato.measure.capture import Variant, meta_step
 from sfumato.model.config import ModelConfig
 from sfumato.ops.triton import tuning
@@ -50,7 +50,7 @@ class Wanted:
 
 
 def of_nano() -> list[Wanted]:
-    config = ModelConfig.from_file(weights.resolve("nano") / "config.json")
+    config = ModelConfig.from_file(resolve("nano") / "config.json")
     kinds: list[dict[str, Any]] = [
         {},
         {"has_pins": True},

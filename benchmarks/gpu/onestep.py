@@ -8,14 +8,15 @@ import torch
 
 from benchmarks.gpu.setting import Row, Setting
 from benchmarks.step import Steps
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.load import load
+from sfumato.options import LoadOptions
 
 
 @torch.inference_mode()
 def run(setting: Setting, kind: str) -> Iterator[Row]:
     if kind == "nano":
         ops = setting.ops(torch.float32)
-        model = weights.load("nano", device=setting.device, dtype="float32", ops=ops)
+        model = load("nano", LoadOptions(device=setting.device, dtype="float32", ops=ops))
         Steps(model, 20)()
     else:
         model = setting.model(kind, 2)

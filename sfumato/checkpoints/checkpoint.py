@@ -65,3 +65,16 @@ class Checkpoint:
     """None: the tokenizer's files lie in the folder."""
     notices: tuple[str, ...] = ()
     """One sentence for each kind of thing that is left aside."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How folders of one format are known and opened; each file of `formats` gives one."""
+
+    name: str
+    """As a sentence lists it: "awq"."""
+    reads: Callable[[Path, dict[str, Any]], bool]
+    """reads(folder, quantization): whether it is this format, where config.json says so of its quantization ({} where
+    it says nothing)."""
+    open: Callable[[Path, dict[str, Any]], Checkpoint]
+    """open(folder, config): the checkpoint, its headers checked; `config` is what config.json says."""

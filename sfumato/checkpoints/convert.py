@@ -1,6 +1,6 @@
 """Checkpoint → checkpoint: quantise, or change the format, tensor by tensor, in bounded memory.
 
-What comes out of any reader of `interop` goes into any of its writers, or into our own files in fewer bits. A weight is
+What comes out of any reader of `formats` goes into any of its writers, or into our own files in fewer bits. A weight is
 read, packed and written a part at a time, so that memory does not depend on the model's size; a run that is cut off is
 taken up where its last finished file ends (GGUF, one file, begins anew). It lacks vision in what it quantises: this
 engine reads text only.
@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints import weights
 from sfumato.checkpoints.checkpoint import Checkpoint
+from sfumato.checkpoints.contents import GENERATION, entries_of, tokenizer_of
+from sfumato.checkpoints.contents import TOKENIZER as TOKENIZER_FILES
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.formats import gemma4
 from sfumato.checkpoints.formats.released import METHOD, plan_released
-from sfumato.checkpoints.shards import WRITING, Planned, as_json, check_empty, write_shards
+from sfumato.checkpoints.locate import resolve
+from sfumato.checkpoints.names import own_name, released_name
+from sfumato.checkpoints.shards import WRITING, Planned, PlannedFolder, as_json, check_empty, write_shards
 from sfumato.errors import CapacityError, CheckpointError, InputError
 from sfumato.model.config import GEMMA4, read_json
 from sfumato.quant import recipes
@@ -43,7 +46,7 @@ TARGETS = {
     "gguf-bf16": "one GGUF file in full precision",
 }
 """What `convert` writes, by name."""
-TOKENIZER = (*weights.TOKENIZER, "preprocessor_config.json", "processor_config.json")
+TOKENIZER = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -64,32 +67,32 @@ def convert(
     to: str,
     target: str | Path,
     progress: Callable[[int, int], None] | None = None,
-    seen: Mapping[str, Tensor] | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
     force: bool = False,
 ) -> Written:
-    """Write the checkpoint `source`, an open one or whatever `weights.resolve` understands, as `to`, one of `TARGETS`.
+    """Write the checkpoint `source`, an open one or whatever `resolve` understands, as `to`, one of `TARGETS`.
 
-    `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `seen`, by our names, is
-    `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before anything is
-    written, CapacityError a disk that is too small. What `target` holds already is an InputError, unless a run that was
-    cut off has left it; with `force` it is replaced, and stays until the new one is whole. SfumatoError where another
-    process writes there, or the disk says no."""
+    `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `calibration`, by the model's
+    names, is `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before
+    anything is written, CapacityError a disk that is too small. What `target` holds already is an InputError, unless a
+    run that was cut off has left it; with `force` it is replaced, and stays until the new one is whole. SfumatoError
+    where another process writes there, or the disk says no."""
     target = Path(target).expanduser()
     if not isinstance(source, Checkpoint):
         _check_apart(target, Path(source).expanduser())
         check_target(target, to, force)  # before a checkpoint is fetched from the hub
-        source = open_checkpoint(weights.resolve(source))
+        source = open_checkpoint(resolve(source))
     checkpoint = source
     _check_apart(target, checkpoint.path)
     notices: list[str] = []
-    entries = weights.matched(checkpoint, notices.append)
+    entries = entries_of(checkpoint, notices.append)
     read = sum(entry.nbytes for entry in entries.values())
     with locked(target):
         check_target(target, to, force)  # again: another process may just have ended
         if to.startswith("gguf-"):
             written = _to_gguf(checkpoint, to, target, progress)
         else:
-            written = _to_folder(checkpoint, entries, to, target, progress, seen, force)
+            written = _to_folder(checkpoint, entries, to, target, progress, calibration, force)
     return Written(target, checkpoint.format, read, written, tuple(notices))
 
 
@@ -120,14 +123,14 @@ def _to_folder(
     to: str,
     target: Path,
     progress: Callable[[int, int], None] | None,
-    seen: Mapping[str, Tensor] | None,
+    calibration: Mapping[str, Tensor] | None,
     force: bool,
 ) -> int:
     config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
     is_gemma4 = config.get("model_type") == GEMMA4
     metadata: dict[str, str] = {}
     if to in recipes.RECIPES:
-        planned, changes, metadata = _in_recipe(checkpoint, entries, recipes.RECIPES[to], seen)
+        planned, changes, metadata = _in_recipe(checkpoint, entries, recipes.RECIPES[to], calibration)
     elif to == "bf16":
         planned, _ = plan_released(checkpoint, lambda name: None, dtype=torch.bfloat16)
         changes = {"dtype": "bfloat16"}
@@ -147,8 +150,8 @@ def _to_folder(
     with tempfile.TemporaryDirectory() as temporary:
         files = _files(checkpoint, Path(temporary))
         files["config.json"] = as_json({**config, **changes})
-        source = _fingerprint(checkpoint, to, seen)
-        write_shards(target, planned, metadata, progress=progress, files=files, source=source, force=force)
+        plan = PlannedFolder(planned, metadata, files, source=_fingerprint(checkpoint, to, calibration))
+        write_shards(target, plan, progress, force)
     return sum(file.stat().st_size for file in target.glob("model*.safetensors"))
 
 
@@ -156,18 +159,18 @@ def _in_recipe(
     checkpoint: Checkpoint,
     entries: Mapping[str, Any],
     recipe: recipes.Recipe,
-    seen: Mapping[str, Tensor] | None,
+    calibration: Mapping[str, Tensor] | None,
 ) -> tuple[list[Planned], dict[str, Any], dict[str, str]]:
-    released = {weights.released_name(own): entry for own, entry in entries.items()}
-    known = {weights.released_name(own): counts for own, counts in (seen or {}).items()}
+    released = {released_name(own): entry for own, entry in entries.items()}
+    known = {released_name(own): counts for own, counts in (calibration or {}).items()}
     text = replace(checkpoint, entries=released)
-    planned, metadata = plan_released(text, lambda name: recipe.format_of(weights.own_name(name) or ""), known)
+    planned, metadata = plan_released(text, lambda name: recipe.format_of(own_name(name) or ""), known)
     rules = [list(rule) for rule in recipe.rules]
     return planned, {"quantization_config": {"quant_method": METHOD, "recipe": recipe.name, "rules": rules}}, metadata
 
 
 def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[int, int], None] | None) -> int:
-    from sfumato.checkpoints.formats.gguf_model import vocabulary_of, write_gguf
+    from sfumato.checkpoints.formats.gguf_writer import vocabulary_of, write_gguf
 
     vocabulary = checkpoint.vocabulary
     if vocabulary is None:
@@ -186,25 +189,25 @@ def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
     """What stands beside the weights: the tokenizer's files and generation_config.json."""
     vocabulary = checkpoint.vocabulary
     if vocabulary is None:
-        names = (*TOKENIZER, weights.GENERATION)
+        names = (*TOKENIZER, GENERATION)
         return {name: checkpoint.path / name for name in names if (checkpoint.path / name).is_file()}
-    tokenizer = weights.tokenizer_of(vocabulary)
+    tokenizer = tokenizer_of(vocabulary)
     tokenizer.save(temporary)
     files: dict[str, str | Path] = {file.name: file for file in temporary.iterdir()}
     if vocabulary.template is not None:
         files[_TEMPLATE] = vocabulary.template
-    return files | {weights.GENERATION: as_json(checkpoint.generation)}
+    return files | {GENERATION: as_json(checkpoint.generation)}
 
 
-def _fingerprint(checkpoint: Checkpoint, to: str, seen: Mapping[str, Tensor] | None) -> str:
+def _fingerprint(checkpoint: Checkpoint, to: str, calibration: Mapping[str, Tensor] | None) -> str:
     """What the tensors are made of: a run that goes on must find the same."""
     path = checkpoint.path
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
-    found = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    known = hashlib.sha256()
-    for name, counts in sorted((seen or {}).items()):
-        known.update(name.encode() + counts.float().numpy().tobytes())
-    return repr((to, str(path.resolve()), found, known.hexdigest()))
+    facts = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    digest = hashlib.sha256()
+    for name, counts in sorted((calibration or {}).items()):
+        digest.update(name.encode() + counts.float().numpy().tobytes())
+    return repr((to, str(path.resolve()), facts, digest.hexdigest()))
 
 
 def _check_room(folder: Path, count: int) -> None:

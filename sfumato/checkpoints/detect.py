@@ -1,67 +1,48 @@
-"""Whose format a path holds, and its checkpoint, opened by the reader of that format."""
+"""Which format a path holds, and its checkpoint, opened by the reader of that format.
+
+A new format is one more file of `formats`, and its reader in `READERS`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints.checkpoint import Checkpoint
-from sfumato.checkpoints.formats.released import METHOD, open_released
+from sfumato.checkpoints.checkpoint import Checkpoint, Reader
+from sfumato.checkpoints.formats import awq, compressed, gemma4, mlx, modelopt, released
+from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
 from sfumato.model.config import GEMMA4, read_generation_config, read_json
 
+READERS = (released.READER, compressed.READER, modelopt.READER, awq.READER, mlx.READER)
+"""The readers of folders. Ours reads whatever says nothing of a quantization, so that it is asked last."""
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A folder or a .gguf file. Headers are read and checked, weights are not.
+    """The checkpoint in a folder or a .gguf file. Headers are read and checked, weights are not.
 
     CheckpointError where the format is unknown, or something in it is not as the format has it."""
     if path.is_file():
-        from sfumato.checkpoints.formats.gguf_model import open_gguf
-
         return open_gguf(path)
     config = read_json(path / "config.json")
     read_generation_config(path)  # refused early, if at all
-    found = _reader(path, config)(path, config)
+    checkpoint = _reader(path, config).open(path, config)
     if config.get("model_type") != GEMMA4:
-        return found
-    from dataclasses import replace
-
-    from sfumato.checkpoints.formats.gemma4 import released
-
-    return replace(found, entries=released(found.entries))
+        return checkpoint
+    return replace(checkpoint, entries=gemma4.released(checkpoint.entries))
 
 
-def _reader(path: Path, config: dict[str, Any]) -> Any:
+def _reader(path: Path, config: dict[str, Any]) -> Reader:
     quantization = config.get("quantization_config", config.get("quantization"))
     if not isinstance(quantization, dict | None):
         raise CheckpointError(f"{path / 'config.json'}: quantization_config is {short(quantization)}; it is no object")
-    if not quantization:
-        if (path / "hf_quant_config.json").exists():
-            from sfumato.checkpoints.formats.modelopt import open_modelopt
-
-            return open_modelopt
-        return open_released
-    method = quantization.get("quant_method")
-    if method == METHOD:
-        return open_released
-    if method == "compressed-tensors":
-        from sfumato.checkpoints.formats.compressed import open_compressed
-
-        return open_compressed
-    if method == "modelopt":
-        from sfumato.checkpoints.formats.modelopt import open_modelopt
-
-        return open_modelopt
-    if method == "awq":
-        from sfumato.checkpoints.formats.awq import open_awq
-
-        return open_awq
-    if method is None and "bits" in quantization:
-        from sfumato.checkpoints.formats.mlx import open_mlx
-
-        return open_mlx
+    for reader in reversed(READERS):
+        if reader.reads(path, quantization or {}):
+            return reader
+    names = [reader.name for reader in READERS]
     raise CheckpointError(
-        f"{path / 'config.json'}: quant_method is {short(method)}; readable are sfumato, compressed-tensors, modelopt, "
-        "awq and mlx"
+        f"{path / 'config.json'}: quant_method is {short((quantization or {}).get('quant_method'))}; readable are "
+        f"{', '.join(names[:-1])} and {names[-1]}"
     )

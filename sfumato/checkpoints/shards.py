@@ -14,9 +14,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,7 +78,8 @@ class Stored:
         """The tensor where it lies: pages of the file, read by the system when they are first looked at."""
         try:
             with safe_open(str(self.file), "pt") as file:
-                return file.get_tensor(self.name)
+                tensor: Tensor = file.get_tensor(self.name)
+                return tensor
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot map {self.name} of {self.file}: {short(error)}") from error
 
@@ -170,6 +171,15 @@ def header(path: Path) -> Iterator[Stored]:
         raise CheckpointError(f"{path} is truncated or damaged: {short(error)}") from error
 
 
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file; CheckpointError names a file that is none."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -195,56 +205,81 @@ def plain(name: str, tensor: Tensor) -> Planned:
     return Planned(name, NAMES[tensor.dtype], tuple(tensor.shape), lambda: iter([tensor]))
 
 
-def write_shards(
-    folder: Path,
-    tensors: Sequence[Planned],
-    metadata: Mapping[str, str] | None = None,
-    shard_bytes: int = 2 << 30,
-    progress: Callable[[int, int], None] | None = None,
-    files: Mapping[str, str | Path] | None = None,
-    source: str | None = None,
-    force: bool = True,
-) -> None:
-    """Write a folder of tensors: model.safetensors, or numbered shards with their index; `files` are others that go in
-    with them, as text or as a path to copy. An older checkpoint there is replaced, at the very end; without `force` it
-    is an InputError, unless it is what this very plan has left.
+@dataclass(frozen=True)
+class PlannedFolder:
+    """A folder of tensors to be written: model.safetensors, or numbered shards with their index."""
 
-    SfumatoError where the disk says no. With a `source`, what the tensors are made of, shards that are finished stay
-    then, and the next run of the same source, tensors and metadata goes on from there; without, nothing stays. Two
-    writers of one folder at one time need `files.locked`."""
-    shards: list[list[Planned]] = [[]]
-    room = shard_bytes
-    for tensor in tensors:
-        if tensor.nbytes > room and shards[-1] and not tensor.follows:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE]
-    headers = [_head(shard, metadata or {}) for shard in shards]
-    digest = hashlib.sha256(b"\0".join([(source or "").encode(), *headers])).hexdigest()
+    tensors: Sequence[Planned]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Of every shard's header."""
+    files: Mapping[str, str | Path] = field(default_factory=dict)
+    """Others that go in with them, by name: as text, or as a path to copy."""
+    shard_bytes: int = 2 << 30
+    """Bounds a file, unless a single tensor is larger."""
+    source: str | None = None
+    """What the tensors are made of. With it, shards that are finished stay where a run is cut off, and the next run of
+    the same source, tensors and metadata goes on from there; without, nothing stays."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def shards(self) -> list[Shard]:
+        """The files of tensors, in their order."""
+        groups: list[list[Planned]] = [[]]
+        room = self.shard_bytes
+        for tensor in self.tensors:
+            if tensor.nbytes > room and groups[-1] and not tensor.follows:
+                groups.append([])
+                room = self.shard_bytes
+            groups[-1].append(tensor)
+            room -= tensor.nbytes
+        names = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+        names = names if len(groups) > 1 else [SINGLE]
+        return [Shard(name, group, self.metadata) for name, group in zip(names, groups, strict=True)]
+
+
+class Shard:
+    """A file of tensors to be written."""
+
+    def __init__(self, name: str, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> None:
+        self.name, self.tensors = name, tensors
+        self.head = _head(tensors, metadata)
+        """The bytes of its header."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def write_shards(
+    folder: Path, plan: PlannedFolder, progress: Callable[[int, int], None] | None = None, force: bool = True
+) -> None:
+    """Write a folder of tensors. An older checkpoint there is replaced, at the very end; without `force` it is an
+    InputError, unless it is what this very plan has left.
+
+    `progress(done, all)` counts bytes. SfumatoError where the disk says no. Two writers of one folder at one time need
+    `files.locked`."""
+    shards = plan.shards()
+    heads = [shard.head for shard in shards]
+    digest = hashlib.sha256(b"\0".join([(plan.source or "").encode(), *heads])).hexdigest()
     beside = folder / WRITING
-    done, total = 0, sum(tensor.nbytes for tensor in tensors)
     is_ours = _is_plan(beside / PLAN, digest)
     if not force and not is_ours:
         check_empty(folder)
     try:
-        if beside.exists() and (source is None or not is_ours):
+        if beside.exists() and (plan.source is None or not is_ours):
             shutil.rmtree(beside)
         beside.mkdir(parents=True, exist_ok=True)
         (beside / PLAN).write_text(digest)
-        for name, shard, head in zip(names, shards, headers, strict=True):
-            if (beside / name).exists():
-                done += sum(tensor.nbytes for tensor in shard)
-                continue
-            with replacing(beside / name) as file:
-                done = _fill(file, head, shard, done, total, progress)
+        _write_all(beside, shards, _Progress(plan.nbytes, progress))
         if len(shards) > 1:
-            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            index = as_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+            weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+            index = as_json({"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map})
             (beside / INDEX).write_text(index, encoding="utf-8")
-        for name, content in (files or {}).items():
+        for name, content in plan.files.items():
             if isinstance(content, Path):
                 shutil.copyfile(content, beside / name)
             else:
@@ -254,18 +289,21 @@ def write_shards(
     except OSError as error:
         raise SfumatoError(f"cannot write the checkpoint {folder}: {short(error)}") from error
     finally:
-        if source is None:
+        if plan.source is None:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, which replaces an older one as a whole. SfumatoError where the disk says no."""
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file: beside it first, then renamed, so that a reader never sees half a file.
+
+    SfumatoError where the disk says no."""
+    metadata = metadata or {}
     if not all(isinstance(value, str) for value in metadata.values()):
         raise TypeError(f"metadata is {short(metadata)}; its values are texts")
-    planned = [plain(name, tensor) for name, tensor in tensors.items()]
+    shard = Shard(Path(path).name, [plain(name, tensor) for name, tensor in tensors.items()], metadata)
     try:
-        with replacing(path) as file:
-            _fill(file, _head(planned, metadata), planned, 0, 0, None)
+        with replacing(Path(path)) as file:
+            _fill(file, shard, _Progress(shard.nbytes))
     except OSError as error:
         raise SfumatoError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -304,32 +342,44 @@ def _places(shard: Sequence[Planned]) -> list[int]:
     return places
 
 
-def _fill(
-    file: Any,
-    head: bytes,
-    tensors: Sequence[Planned],
-    done: int,
-    total: int,
-    progress: Callable[[int, int], None] | None,
-) -> int:
-    """A file's header and its tensors; returns how many bytes are then done in all."""
-    file.write(head)
-    for tensor, at in zip(tensors, _places(tensors), strict=True):
-        file.seek(len(head) + at)
-        done = _write(file, tensor, done, total, progress)
-    return done
+class _Progress:
+    """How many bytes of all are written, and who wants to know."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None = None) -> None:
+        self.done, self.total, self._progress = 0, total, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self._progress:
+            self._progress(self.done, self.total)
 
 
-def _write(file: Any, tensor: Planned, done: int, total: int, progress: Callable[[int, int], None] | None) -> int:
-    begun = done
+def _write_all(folder: Path, shards: Sequence[Shard], progress: _Progress) -> None:
+    """Write the shards that are not there yet."""
+    for shard in shards:
+        if (folder / shard.name).exists():
+            progress.done += shard.nbytes
+        else:
+            with replacing(folder / shard.name) as file:
+                _fill(file, shard, progress)
+
+
+def _fill(file: IO[bytes], shard: Shard, progress: _Progress) -> None:
+    """A file's header and its tensors."""
+    file.write(shard.head)
+    for tensor, at in zip(shard.tensors, _places(shard.tensors), strict=True):
+        file.seek(len(shard.head) + at)
+        _write(file, tensor, progress)
+
+
+def _write(file: IO[bytes], tensor: Planned, progress: _Progress) -> None:
+    written = 0
     for part in tensor.parts():
         file.write(part.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-        done += part.nbytes
-        if progress:
-            progress(done, total)
-    if done - begun != tensor.nbytes:
-        raise SfumatoError(f"{tensor.name} came with {done - begun} bytes instead of {tensor.nbytes}; this is a bug")
-    return done
+        written += part.nbytes
+        progress.add(part.nbytes)
+    if written != tensor.nbytes:
+        raise SfumatoError(f"{tensor.name} came with {written} bytes instead of {tensor.nbytes}; this is a bug")
 
 
 def _move_in(beside: Path, folder: Path) -> None:

@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.load import load
 from sfumato.cli import options as opt
 from sfumato.errors import InputError
 from sfumato.measure.parts import DTYPES, Plan, Say, random_config, random_model, record
 from sfumato.measure.work import duration, number, size
 from sfumato.ops import survey
+from sfumato.options import LoadOptions
 from sfumato.quant.apply import samples
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def command(
             made = random_model(random_config(size), DTYPES[dtype or "bf16"], device, ops, quantize=quantize)
         else:
             kept = DTYPES[dtype] if dtype else None
-            made = weights.load(model, device=device, dtype=kept, ops=ops, quantize=quantize).eval()
+            made = load(model, LoadOptions(device=device, dtype=kept, ops=ops, quantize=quantize)).eval()
         found = record(made, plan, model or f"{size} (random weights)", say)
     standings = survey(device, made.dtype, samples(quantize) if quantize else [])
     found["implementations"] = [one._asdict() for one in standings]

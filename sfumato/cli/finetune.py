@@ -113,10 +113,13 @@ def _train(
     import torch
 
     from sfumato import ops
-    from sfumato.checkpoints import weights
+    from sfumato.checkpoints.load import load
+    from sfumato.checkpoints.locate import resolve
+    from sfumato.checkpoints.save import save
     from sfumato.llm import LLM
     from sfumato.model.config import ModelConfig, read_generation_config
     from sfumato.model.network import Model
+    from sfumato.options import LoadOptions
     from sfumato.text.template import ChatTemplate
     from sfumato.text.tokenizer import Tokenizer
     from sfumato.training.data import SudokuSource
@@ -127,14 +130,14 @@ def _train(
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = weights.resolve(model.removesuffix(":new"))
+    folder = resolve(model.removesuffix(":new"))
     base = recipe_of(out) if (out / STATE).exists() else Recipe()
     recipe = replace(base, **_numbers(changes, {f.name for f in fields(Recipe)}))
     if model.endswith(":new"):
         start = Model(ModelConfig.from_file(folder / "config.json"), ops.load("fused")).to(device)
         start.init_(recipe.seed, std=0.05)
     else:
-        start = weights.load(folder, device=device, dtype="float32", ops="fused")
+        start = load(folder, LoadOptions(device=device, dtype="float32", ops="fused"))
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder, tokenizer.special)
     console = Console(stderr=True, highlight=False)
@@ -160,7 +163,7 @@ def _train(
     if stop.number:
         console.print("saved; the same command goes on from here", style="dim")
     drawn = plot(out)
-    weights.save(start, out / "checkpoint", tokenizer_from=folder)
+    save(start, out / "checkpoint", tokenizer_from=folder)
     told = f"{out / 'checkpoint'} holds the model after step {trainer.step}; {drawn}"
     console.print(visible(told))
 

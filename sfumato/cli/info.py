@@ -154,9 +154,9 @@ def read_config(model: str) -> tuple[ModelConfig, str]:
     if path.is_file():
         return ModelConfig.from_file(path), str(path)
     if not path.is_dir():
-        from sfumato.checkpoints import weights  # only now: this costs the import of torch
+        from sfumato.checkpoints.locate import resolve  # only now: this costs the import of torch
 
-        return ModelConfig.from_file(weights.resolve(model, weights=False) / "config.json"), model
+        return ModelConfig.from_file(resolve(model, weights=False) / "config.json"), model
     return ModelConfig.from_file(path / "config.json"), path.resolve().name
 
 

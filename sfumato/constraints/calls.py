@@ -22,7 +22,7 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from sfumato.errors import InputError
-from sfumato.text.chat import MAX_DEPTH, check_tools
+from sfumato.text.messages import MAX_DEPTH, check_tools
 
 MAX_LENGTH = 100_000
 """What minLength, minItems and maxItems may be."""

@@ -6,7 +6,7 @@ Rounding a weight costs what its error does to a product, and that depends on th
     seen = correlation_of(model, texts)    the mean products of all pairs of inputs, [I, I] a weight: large, and better
     seen = learnt(model, recipe, texts)    the second as far as it fits in memory, else the first
 
-Either is what `weights.load(path, quantize="int4", seen=seen)`, `apply.quantize_` and `convert.convert` take.
+Either is what `load(path, options, calibration=seen)`, `apply.quantize_` and `convert.convert` take.
 `texts` are token ids of text as the model will meet it, answers included; some dozens do. Each is read in both ways:
 encoded, and its last canvas, with noise, denoised behind the rest, without and with a soft embedding. Experts are
 kept apart. It lacks the search for better scales (`formats.pack` has it) and other layouts of a model.

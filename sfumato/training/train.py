@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.shards import read_tensors, write_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.network import Model
 from sfumato.system.files import replacing
@@ -188,11 +188,11 @@ class Trainer:
             for parameter, state in optimizer.state.items():
                 tensors |= {f"optimizer.{self._names[parameter]}.{key}": value for key, value in state.items()}
         note = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
-        weights.write_tensors(self.folder / STATE, tensors, note)
+        write_tensors(self.folder / STATE, tensors, note)
 
     def _restore(self) -> None:
         path = self.folder / STATE
-        tensors, note = weights.read_tensors(path)
+        tensors, note = read_tensors(path)
         own = self.model.state_dict()
         read = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         if read.keys() != own.keys() or any(read[name].shape != own[name].shape for name in own):
@@ -213,7 +213,7 @@ class Trainer:
 def recipe_of(folder: Path | str, **changes: Any) -> Recipe:
     """The recipe that a folder was last trained with, with changes. CheckpointError where its state is none."""
     path = Path(folder) / STATE
-    return replace(_noted(path, weights.read_tensors(path)[1])[1], **changes)
+    return replace(_noted(path, read_tensors(path)[1])[1], **changes)
 
 
 def _noted(path: Path, note: dict[str, str]) -> tuple[int, Recipe]:

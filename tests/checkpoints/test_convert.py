@@ -8,17 +8,23 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sfumato import LLM, Options, ops
-from sfumato.checkpoints import convert, shards, weights
+from sfumato.checkpoints import convert, shards
+from sfumato.checkpoints.contents import config_of
 from sfumato.checkpoints.detect import open_checkpoint
+from sfumato.checkpoints.load import PLAIN
+from sfumato.checkpoints.load import load as load_with
+from sfumato.checkpoints.locate import NANO
+from sfumato.checkpoints.save import save
 from sfumato.cli import main
 from sfumato.errors import CapacityError, CheckpointError, InputError, SfumatoError
 from sfumato.model.cache import KVCache
@@ -30,11 +36,10 @@ from sfumato.quant.formats import pack, unpack
 from sfumato.system import files
 
 RECIPES = list(recipes.RECIPES)
-NANO = weights.NANO
 
 
-def load(path: Any, **how: Any) -> Model:
-    return weights.load(path, ops="fused", dtype="float32", **how)
+def load(path: Any, calibration: Mapping[str, Tensor] | None = None, **changes: Any) -> Model:
+    return load_with(path, replace(PLAIN, dtype="float32", **changes), calibration=calibration)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +143,11 @@ def test_quantising_a_quantised_model_packs_anew(written: dict[str, Path]) -> No
 
 def test_large_parts_are_mapped_not_read(tmp_path: Path) -> None:
     """A weight that is mapped costs no memory until it is looked at, and one that is replaced stays what it was."""
-    config = replace(weights.config_of(open_checkpoint(NANO)), hidden_size=256, expert_size=512, num_experts=16)
+    config = replace(config_of(open_checkpoint(NANO)), hidden_size=256, expert_size=512, num_experts=16)
     model = Model(config, ops.load("fused")).init_()
-    weights.save(model, tmp_path / "plain")
+    save(model, tmp_path / "plain")
     convert.convert(tmp_path / "plain", "int4", tmp_path / "int4")
-    held = weights.load(tmp_path / "int4", ops="fused").layers[0].get_submodule("experts").gate_up_proj
+    held = load_with(tmp_path / "int4", PLAIN).layers[0].get_submodule("experts").gate_up_proj
     assert isinstance(held, Packed) and held.data.nbytes >= 1 << 20
     with Path("/proc/self/maps").open() as maps:
         assert any(str(tmp_path / "int4" / "model.safetensors") in line for line in maps)
@@ -157,9 +162,9 @@ def test_large_parts_are_mapped_not_read(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle (SIGKILL): nothing can be seen of it; the next run keeps the finished shards."""
     script = (
-        "import sys, os, signal\nfrom sfumato import convert\nfrom sfumato.interop import shards\n"
+        "import sys, os, signal\nfrom dataclasses import replace\nfrom sfumato.checkpoints import convert, shards\n"
         "write = shards.write_shards\n"
-        "convert.write_shards = lambda *a, **k: write(*a, **{**k, 'shard_bytes': 200_000})\n"
+        "convert.write_shards = lambda folder, plan, *a: write(folder, replace(plan, shard_bytes=200_000), *a)\n"
         "def progress(done, total):\n    if done > total // 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"convert.convert('nano', 'int4', {str(tmp_path / 'out')!r}, progress if sys.argv[1] == 'kill' else None)\n"
     )
@@ -172,7 +177,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / ".writing").glob("*.safetensors")}
     assert len(kept) >= 2
     with pytest.raises(CheckpointError):
-        weights.load(tmp_path / "out")
+        load_with(tmp_path / "out", PLAIN)
     time.sleep(0.01)
     assert run("go on") == 0
     now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.safetensors")}
@@ -185,9 +190,13 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_another_source_left_is_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other"
-    weights.save(load("nano").init_(5), other, tokenizer_from=NANO)
+    save(load("nano").init_(5), other, tokenizer_from=NANO)
     write = shards.write_shards
-    monkeypatch.setattr(convert, "write_shards", lambda *a, **k: write(*a, **{**k, "shard_bytes": 200_000}))
+
+    def in_small_shards(folder: Path, plan: shards.PlannedFolder, *rest: Any) -> None:
+        write(folder, replace(plan, shard_bytes=200_000), *rest)
+
+    monkeypatch.setattr(convert, "write_shards", in_small_shards)
     seen: list[int] = []
 
     def stop(done: int, total: int) -> None:
@@ -210,17 +219,17 @@ def test_a_full_disk_leaves_what_was_there(
     before = every_weight(load(tmp_path / "out"))
     real = shards._write
 
-    def full(file: Any, tensor: Any, done: int, *rest: Any) -> int:
-        if done > 500_000:
+    def full(file: Any, tensor: Any, progress: Any) -> None:
+        if progress.done > 500_000:
             raise OSError(28, "No space left on device")
-        return real(file, tensor, done, *rest)
+        real(file, tensor, progress)
 
     monkeypatch.setattr(shards, "_write", full)
     with pytest.raises(SfumatoError, match=r"cannot write the checkpoint .*No space left"):
         convert.convert("nano", "int4", tmp_path / "out", force=True)
     for name, tensor in every_weight(load(tmp_path / "out")).items():
         assert torch.equal(before[name], tensor)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: os.statvfs_result([0] * 10) and _Usage())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result([0] * 10) and _Usage())
     with pytest.raises(CapacityError, match=r"GB free and .* GB are to be written"):
         convert.convert("nano", "int4", tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -256,7 +265,7 @@ def test_two_at_once_are_one_and_a_sentence(tmp_path: Path, capsys: pytest.Captu
 
 def test_saving_where_another_writes_is_a_sentence(tmp_path: Path) -> None:
     with files.locked(tmp_path / "out"), pytest.raises(SfumatoError, match="another process is writing"):
-        weights.save(load("nano"), tmp_path / "out")
+        save(load("nano"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,9 +319,10 @@ def test_kills_at_any_moment_leave_the_old_or_the_new_and_it_goes_on(tmp_path: P
     target = tmp_path / ("out.gguf" if to.startswith("gguf") else "out")
     old = "gguf-bf16" if to.startswith("gguf") else "bf16"
     script = (
-        "import sys\nfrom sfumato import convert\nfrom sfumato.interop import shards\nprint('ready', flush=True)\n"
+        "import sys\nfrom dataclasses import replace\nfrom sfumato.checkpoints import convert, shards\n"
+        "print('ready', flush=True)\n"
         "write = shards.write_shards\n"
-        "convert.write_shards = lambda *a, **k: write(*a, **{**k, 'shard_bytes': 200_000})\n"
+        "convert.write_shards = lambda folder, plan, *a: write(folder, replace(plan, shard_bytes=200_000), *a)\n"
         "convert.convert('nano', sys.argv[1], sys.argv[2], force=True)\n"
     )
     expected = {name: every_weight(load(_written(tmp_path / name, name, target.suffix))) for name in (old, to)}
@@ -376,7 +386,7 @@ def test_unknown_methods_are_refused_by_name(
     change(config["quantization_config"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=sentence):
-        weights.load(tmp_path)
+        load_with(tmp_path, PLAIN)
 
 
 def damaged(folder: Path, target: Path, change: Any) -> Path:
@@ -415,7 +425,7 @@ DOWN = "model.decoder.layers.0.experts.down_proj"
 def test_damage_is_named(written: dict[str, Path], tmp_path: Path, change: Any, sentence: str) -> None:
     folder = damaged(written["int4"], tmp_path / "damaged", change)
     with pytest.raises(CheckpointError, match=sentence) as caught:
-        weights.load(folder)
+        load_with(folder, PLAIN)
     assert "\n" not in str(caught.value)
 
 
@@ -426,6 +436,7 @@ def test_a_part_of_a_stack_is_read_alone(written: dict[str, Path]) -> None:
     assert torch.equal(unpack(entry.packed(1, 3)), unpack(whole)[1:3])
     assert torch.equal(entry.read(2, 3), unpack(whole)[2:3])
     exact = load("nano").layers[0].get_submodule("experts").down_proj
+    assert isinstance(exact, Tensor)
     assert torch.equal(unpack(whole), unpack(pack(exact.detach(), "int4")))
 
 
@@ -497,11 +508,9 @@ def test_quantize_with_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str
         with torch.inference_mode():
             return model.logits(model.encode(ids, KVCache.allocate(model.config, 1, ids.shape[1])))
 
-    exact, fitted, plain = (logits(load(path, **how)) for path, how in (("nano", {}), (out, {}), ("nano", SMALL)))
+    exact, fitted = logits(load("nano")), logits(load(out))
+    plain = logits(load("nano", quantize="int4-small"))
     assert (fitted - exact).norm() < 0.8 * (plain - exact).norm()
-
-
-SMALL = {"quantize": "int4-small"}
 
 
 @pytest.mark.parametrize(

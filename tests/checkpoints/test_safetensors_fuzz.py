@@ -151,7 +151,7 @@ def change_bytes(dice: random.Random, file: bytes) -> bytes:
             size = dice.choice(
                 [*(n for n in NUMBERS if 0 <= n < 2**64), len(file), len(file) - 8, len(file) - 9, 10**8]
             )
-            return max(size, 0).to_bytes(8, "little") + file[8:]
+            return int(max(size, 0)).to_bytes(8, "little") + file[8:]
         case _:
             changed = bytearray(file or b"\0")
             changed[dice.randrange(min(len(changed), 400))] = dice.randrange(256)

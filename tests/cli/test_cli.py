@@ -173,12 +173,12 @@ def test_what_a_file_says_reaches_no_terminal_as_a_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Names of tensors, values of a config and paths: in errors, notices and reports; and none of it is markup."""
-    from sfumato.checkpoints import weights
-    from sfumato.checkpoints.shards import stored_tensors
+    from sfumato.checkpoints.locate import NANO
+    from sfumato.checkpoints.shards import stored_tensors, write_tensors
 
     evil = "\x1b]0;owned\x07[red]\x9b2J[/nope]"
     folder = tmp_path / f"a{evil.replace('/', '')}"
-    shutil.copytree(weights.NANO, folder)
+    shutil.copytree(NANO, folder)
     stored = {name: one.read() for name, one in stored_tensors(folder).items()}
 
     def call(*arguments: str, code: int | None) -> str:
@@ -188,7 +188,7 @@ def test_what_a_file_says_reaches_no_terminal_as_a_command(
         return told.out + told.err
 
     vision = {f"model.encoder.vision_tower.{evil}": torch.zeros(1)}
-    weights.write_tensors(folder / "model.safetensors", stored | vision)
+    write_tensors(folder / "model.safetensors", stored | vision)
     for shown in (
         call("convert", str(folder), "--to", "bf16", "-o", str(tmp_path / f"b{folder.name}"), code=0),
         call("info", str(folder), code=0),
@@ -196,7 +196,7 @@ def test_what_a_file_says_reaches_no_terminal_as_a_command(
         call("generate", "x", "-m", str(folder), "--max-tokens", "2", "-s", "max_steps=1", code=0),
     ):
         assert "␛]0;owned␇[red]�2J[nope]" in "".join(shown.split())
-    weights.write_tensors(folder / "model.safetensors", stored | {evil: torch.zeros(1)})
+    write_tensors(folder / "model.safetensors", stored | {evil: torch.zeros(1)})
     assert f"unexpected tensor {harmless(evil)}" in call("generate", "x", "-m", str(folder), code=2)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": evil}}))

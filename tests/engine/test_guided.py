@@ -12,7 +12,7 @@ import torch
 from test_constrain import generated, valid
 
 from sfumato import LLM, Options, Slot
-from sfumato.checkpoints.weights import NANO
+from sfumato.checkpoints.locate import NANO
 from sfumato.constraints import calls
 from sfumato.engine.guided import Span, _pick_
 from sfumato.engine.run import Run

@@ -16,24 +16,11 @@ import torch
 from torch import Tensor
 
 from sfumato.measure.capture import Variant, meta_model, meta_step, watch
-from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.ops import load, triton
 
 pytest.importorskip("triton")
-SLIDING, FULL = LayerConfig(32, 2, 64, Rope(10_000.0)), LayerConfig(64, 1, None, Rope(1e6, 0.25, 1.0, True))
-THIN: ModelConfig = tiny.tiny_config(
-    vocab_size=1024,
-    hidden_size=128,
-    intermediate_size=192,
-    num_heads=4,
-    num_experts=128,
-    top_k_experts=8,
-    expert_size=128,
-    canvas_length=64,
-    max_position=4096,
-    eos_ids=(1, 106),
-    layers=(*[SLIDING] * 5, FULL) * 5,
-)
+SLIDING, FULL = tiny.THIN_SLIDING, tiny.THIN_FULL
+THIN = tiny.THIN
 
 X = torch.empty(4, 6, device="meta")
 PLACES = torch.empty(4, dtype=torch.long, device="meta")

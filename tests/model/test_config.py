@@ -13,58 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from released_config import RELEASED
 
 from sfumato import ops
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.names import released_name
 from sfumato.errors import CheckpointError
 from sfumato.model.config import FULL, SLIDING, LayerConfig, ModelConfig, Rope, read_generation_config, read_json
 from sfumato.model.network import Model
 from sfumato.options import FALLBACK_DEFAULTS
-
-RELEASED: dict[str, Any] = {
-    "architectures": ["DiffusionGemmaForBlockDiffusion"],
-    "model_type": "diffusion_gemma",
-    "dtype": "bfloat16",
-    "canvas_length": 256,
-    "image_token_id": 258880,
-    "boi_token_id": 255999,
-    "eoi_token_id": 258882,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
-    "text_config": {
-        "model_type": "diffusion_gemma_text",
-        "vocab_size": 262144,
-        "hidden_size": 2816,
-        "intermediate_size": 2112,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "global_head_dim": 512,
-        "num_global_key_value_heads": 2,
-        "sliding_window": 1024,
-        "layer_types": ([SLIDING] * 5 + [FULL]) * 5,
-        "rope_parameters": {
-            SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
-            FULL: {"rope_type": "proportional", "rope_theta": 1000000.0, "partial_rotary_factor": 0.25},
-        },
-        "num_experts": 128,
-        "top_k_experts": 8,
-        "moe_intermediate_size": 704,
-        "max_position_embeddings": 262144,
-        "rms_norm_eps": 1e-06,
-        "final_logit_softcapping": 30.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "use_bidirectional_attention": "vision",
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-        "tie_word_embeddings": True,
-    },
-    "vision_config": {"model_type": "gemma4_vision", "hidden_size": 1152, "num_hidden_layers": 27},
-}
-"""The release's config.json, by hand from shared/FACTS.md section 1; of the vision tower only two numbers."""
 
 GENERATION: dict[str, Any] = {
     "max_new_tokens": 256,
@@ -357,7 +313,7 @@ def test_true_size(on_meta: dict[str, tuple[int, ...]]) -> None:
     """Exactly the released names and shapes, and 25.2 B parameters (25.25, of which self-conditioning is 0.018)."""
     with torch.device("meta"):
         model = Model(ModelConfig.from_dict(RELEASED), ops.load("reference"))
-    ours = {weights.released_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours = {released_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     is_vision = {name: ".vision_tower." in name or ".embed_vision." in name for name in on_meta}
     theirs = {name: shape for name, shape in on_meta.items() if not is_vision[name]}
     assert ours == theirs

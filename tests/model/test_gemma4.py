@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from sfumato import ops
-from sfumato.checkpoints import convert, weights
+from sfumato.checkpoints import convert
 from sfumato.checkpoints.checkpoint import Entry
 from sfumato.checkpoints.formats import gemma4
+from sfumato.checkpoints.load import PLAIN, load
 from sfumato.engine.run import Run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.events import Commit, Done, Draft
@@ -486,7 +487,7 @@ def test_a_checkpoint_is_converted_and_read_by_both(tmp_path: Path) -> None:
     ours, stored = twin(theirs).state_dict(), twin(back).state_dict()
     assert all(torch.equal(stored[name].float(), tensor.bfloat16().float()) for name, tensor in ours.items())
     convert.convert(tmp_path / "theirs", "int8", tmp_path / "int8")
-    model = weights.load(tmp_path / "int8")
+    model = load(tmp_path / "int8", PLAIN)
     prompt = tokens(model.config, 1, 20, 0)
     exact, found = (m.logits(m.encode(prompt, KVCache.allocate(m.config, 1, 32))) for m in (twin(theirs), model))
     assert 0 < (found - exact).norm() / exact.norm() < 0.1

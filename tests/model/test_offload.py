@@ -11,6 +11,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.load import PLAIN, load
+from sfumato.checkpoints.save import save
 from sfumato.engine.run import generate
 from sfumato.errors import CapacityError, InputError
 from sfumato.events import Done
@@ -216,10 +218,10 @@ def test_the_engine_writes_the_same(name: str) -> None:
         events += generate(model, prompts[1:], Options(max_tokens=4, mode="autoregressive", temperature=0.0))
         return [(event.tokens, event.usage.passes) for event in events if isinstance(event, Done)]
 
-    expected = answers(weights.load("nano", ops=name))
+    expected = answers(load("nano", replace(PLAIN, ops=name)))
     assert len(expected) == 3 and all(tokens for tokens, _ in expected)
     for streamed in (3, 8, None):
-        model = weights.load("nano", ops=name)
+        model = load("nano", replace(PLAIN, ops=name))
         placement = offload_(model, least_limit(model) if streamed is None else limit_for(model, streamed))
         assert len(placement.streamed) == (streamed or 8) and bool(placement.whole) is (streamed is None)
         assert answers(model) == expected
@@ -449,7 +451,7 @@ def test_a_streamed_model_is_not_saved(tmp_path: Any) -> None:
     model = tiny.tiny_model()
     offload_(model, limit_for(model, 3))
     with pytest.raises(InputError, match="is not as the released layout has it"):
-        weights.save(model, tmp_path / "saved")
+        save(model, tmp_path / "saved")
 
 
 def test_all_stays_usable_where_inference_mode_was_on() -> None:
@@ -513,7 +515,7 @@ def test_cuda_engine_writes_the_same() -> None:
         events = list(generate(model, [[2, *range(20, 60)]], Options(max_tokens=82, seed=5), record=False))
         return next(event.tokens for event in events if isinstance(event, Done))
 
-    expected, model = answer(weights.load("nano", "cuda")), weights.load("nano", "cuda")
+    expected, model = answer(load("nano", replace(PLAIN, device="cuda"))), load("nano", replace(PLAIN, device="cuda"))
     offload_(model, limit_for(model, 5))
     assert answer(model) == expected
     assert offload.bandwidth("cuda") > 1e8

@@ -10,7 +10,7 @@ import torch
 from tiny import TorchNoise
 
 from sfumato import LLM, Options
-from sfumato.checkpoints.weights import NANO
+from sfumato.checkpoints.locate import NANO
 from sfumato.engine.run import generate
 from sfumato.evals.sudoku import request, solve
 from sfumato.events import Done

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_capture import THIN
+from tiny import THIN
 
 pytest.importorskip("triton")
 

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from test_config import RELEASED
+from released_config import RELEASED
 
 from benchmarks import common, kernels, ops, predict, results
 from sfumato.measure import machine

@@ -21,7 +21,7 @@ from tiny import tiny_config, tiny_model
 from torch import Tensor
 
 from sfumato import ops
-from sfumato.checkpoints import weights
+from sfumato.checkpoints.shards import read_tensors, write_tensors
 from sfumato.cli import main
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.cache import KVCache
@@ -220,7 +220,7 @@ def test_a_step_that_is_half_taken_is_not_saved(tmp_path) -> None:
 def test_a_file_that_is_no_state_is_one_sentence(tmp_path, note: dict[str, str]) -> None:
     model = trainable()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    weights.write_tensors(tmp_path / "state.safetensors", tensors, note)
+    write_tensors(tmp_path / "state.safetensors", tensors, note)
     for call in (lambda: recipe_of(tmp_path), lambda: Trainer(model, source_of(batch()), Recipe(), tmp_path)):
         with pytest.raises(CheckpointError, match="is not the state of a run; choose another folder or remove it"):
             call()
@@ -262,7 +262,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number: int, code
     steps = lines_of(out)
     assert process.returncode == code and "saved; the same command goes on from here" in said
     assert recipe_of(out).steps == 500 and steps == list(range(1, len(steps) + 1))
-    assert weights.read_tensors(out / "state.safetensors")[1]["step"] == str(len(steps))
+    assert read_tensors(out / "state.safetensors")[1]["step"] == str(len(steps))
     assert (out / "checkpoint" / "model.safetensors").exists() and os.listdir(tmp_path) == ["run"]
     process = started(out)
     until(lambda: len(lines_of(out)) >= len(steps) + 2)
@@ -288,7 +288,7 @@ def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path) -> None:
         said = process.communicate()[1]
         assert f"going on from step {reached} of 500" in said or not reached
         state = out / "state.safetensors"
-        reached = int(weights.read_tensors(state)[1]["step"]) if state.exists() else 0
+        reached = int(read_tensors(state)[1]["step"]) if state.exists() else 0
     assert reached > 3
     process = subprocess.Popen([sys.executable, "-c", code, *given], stderr=subprocess.PIPE, text=True)
     until(lambda: len(lines_of(out)) > reached + 1)
@@ -344,7 +344,7 @@ def test_an_impossible_recipe_is_one_sentence(wrong: dict) -> None:
 
 
 def test_the_sudoku_source_gives_prompt_and_solution_as_the_chat_does() -> None:
-    from sfumato.checkpoints.weights import resolve
+    from sfumato.checkpoints.locate import resolve
     from sfumato.tasks.sudoku import is_solved, prompt
     from sfumato.text.template import ChatTemplate
     from sfumato.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Reader
 from sfumato.checkpoints.formats.experts import fused
 from sfumato.checkpoints.shards import Stored, short, stored_tensors
 from sfumato.errors import CheckpointError
@@ -62,6 +62,13 @@ def open_awq(folder: Path, config: dict[str, Any]) -> Checkpoint:
         entries=fused(entries, model.num_experts),
         generation=read_json(generation) if generation.exists() else {},
     )
+
+
+def _is_awq(folder: Path, quantization: dict[str, Any]) -> bool:
+    return quantization.get("quant_method") == "awq"
+
+
+READER = Reader("awq", _is_awq, open_awq)
 
 
 def _settings(settings: Any, source: str) -> tuple[int, bool]:
@@ -128,7 +135,8 @@ def _awq(name: str, weight: Stored, scales: Stored, zeros: Stored | None, group:
             return unpack(packed(first, last))
         code, scale, zero = parts(first, last)
         assert zero is not None
-        return ((code.unflatten(1, (-1, group)).float() - zero[..., None]) * scale[..., None]).flatten(1)
+        values: Tensor = code.unflatten(1, (-1, group)).float() - zero[..., None]
+        return (values * scale[..., None]).flatten(1)
 
     return Entry(
         name=name,

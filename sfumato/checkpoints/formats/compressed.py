@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Reader
 from sfumato.checkpoints.formats.linears import FLOATS, open_linears
 from sfumato.checkpoints.shards import DTYPES, PART, Planned, short
 from sfumato.errors import CheckpointError
@@ -57,6 +57,13 @@ def open_compressed(folder: Path, config: dict[str, Any]) -> Checkpoint:
     if quantization.get("kv_cache_scheme"):
         notices.append(f"{source} asks for a quantised cache (kv_cache_scheme); it is left aside")
     return open_linears(folder, config, f"compressed-tensors {label}", notices)
+
+
+def _is_compressed(folder: Path, quantization: dict[str, Any]) -> bool:
+    return quantization.get("quant_method") == "compressed-tensors"
+
+
+READER = Reader("compressed-tensors", _is_compressed, open_compressed)
 
 
 def _one_of(label: Any, source: Path) -> str:

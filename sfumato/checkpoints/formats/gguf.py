@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.checkpoints.formats.gguf_blocks import KINDS, NUMBERS, OTHERS
@@ -172,11 +173,12 @@ class _Reader:
             raise self.wrong(f"{show(key)} is an array of type {inner}; arrays hold numbers or strings")
         return self.numbers(inner, self.count(f"numbers in {show(key)}", _NUMBERS[inner].itemsize), key)
 
-    def numbers(self, kind: int, count: int, key: str) -> np.ndarray:
+    def numbers(self, kind: int, count: int, key: str) -> NDArray[Any]:
         form = _NUMBERS[kind]
         data = self.take(count * form.itemsize, show(key))
         if form.kind == "b":  # a byte that is neither 0 nor 1 is no truth value to numpy
-            return np.frombuffer(data, np.uint8) != 0
+            flags: NDArray[Any] = np.frombuffer(data, np.uint8) != 0
+            return flags
         return np.frombuffer(data, form)
 
     def strings(self, count: int, key: str) -> list[str]:
@@ -323,7 +325,7 @@ def _typed(value: Any) -> bytes:
     return struct.pack("<I", _numbered(one.dtype)) + one.tobytes()
 
 
-def _numbered(form: np.dtype) -> int:
+def _numbered(form: np.dtype[Any]) -> int:
     return next(number for number, known in _NUMBERS.items() if known == form)
 
 

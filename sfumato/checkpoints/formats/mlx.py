@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Reader
 from sfumato.checkpoints.formats.experts import fused
 from sfumato.checkpoints.shards import Planned, Stored, short, stored_tensors
 from sfumato.errors import CheckpointError, InputError
@@ -67,6 +67,13 @@ def open_mlx(folder: Path, config: dict[str, Any]) -> Checkpoint:
         entries=fused(entries, model.num_experts),
         generation=read_json(generation) if generation.exists() else {},
     )
+
+
+def _is_mlx(folder: Path, quantization: dict[str, Any]) -> bool:
+    return quantization.get("quant_method") is None and "bits" in quantization
+
+
+READER = Reader("mlx", _is_mlx, open_mlx)
 
 
 def _settings(settings: dict[str, Any], module: str, source: str) -> tuple[int, int]:

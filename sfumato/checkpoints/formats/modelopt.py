@@ -12,12 +12,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints.checkpoint import Checkpoint
+from sfumato.checkpoints.checkpoint import Checkpoint, Reader
 from sfumato.checkpoints.formats.linears import open_linears
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
 from sfumato.model.config import read_json
 
+HF_CONFIG = "hf_quant_config.json"
+"""Where modelopt says how weights are quantised, if config.json does not."""
 ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")
 
 
@@ -28,7 +30,7 @@ def open_modelopt(folder: Path, config: dict[str, Any]) -> Checkpoint:
     names an algorithm that is not read, or the tensor that is not as its layout has it."""
     quantization, source = config.get("quantization_config"), folder / "config.json"
     if quantization is None:
-        source = folder / "hf_quant_config.json"
+        source = folder / HF_CONFIG
         quantization = read_json(source).get("quantization")
     if isinstance(quantization, dict):
         # Older releases repeat the other file's content in config.json, a level down.
@@ -47,3 +49,12 @@ def open_modelopt(folder: Path, config: dict[str, Any]) -> Checkpoint:
         if group not in (None, 16) and "NVFP4" in algorithm:
             raise CheckpointError(f"{source}: group_size is {short(group)}; NVFP4 has groups of 16")
     return open_linears(folder, config, f"modelopt {quantization['quant_algo']}")
+
+
+def _is_modelopt(folder: Path, quantization: dict[str, Any]) -> bool:
+    if not quantization:
+        return (folder / HF_CONFIG).exists()
+    return quantization.get("quant_method") == "modelopt"
+
+
+READER = Reader("modelopt", _is_modelopt, open_modelopt)

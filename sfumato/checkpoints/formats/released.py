@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Reader
 from sfumato.checkpoints.shards import NAMES, PART, Planned, Stored, metadata, short, stored_tensors
 from sfumato.errors import CheckpointError
 from sfumato.ops.packed import Packed, unpack
@@ -43,6 +43,13 @@ def open_released(folder: Path, config: dict[str, Any]) -> Checkpoint:
         entries[name] = _packed_entry(folder, name, form, shape, stored)
     entries |= {name: plain_entry(name, one) for name, one in stored.items()}
     return Checkpoint(folder, f"Sfumato {quantization.get('recipe', '')}".strip(), config, entries)
+
+
+def _is_released(folder: Path, quantization: dict[str, Any]) -> bool:
+    return not quantization or quantization.get("quant_method") == METHOD
+
+
+READER = Reader(METHOD, _is_released, open_released)
 
 
 def plain_entry(name: str, stored: Stored, at: str = "") -> Entry:

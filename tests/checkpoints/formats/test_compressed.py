@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
 from sfumato.checkpoints.formats.compressed import FORMATS, open_compressed, plan_compressed
-from sfumato.checkpoints.shards import stored_tensors, write_shards
-from sfumato.checkpoints.weights import released_name
+from sfumato.checkpoints.names import released_name
+from sfumato.checkpoints.shards import PlannedFolder, stored_tensors, write_shards
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import ModelConfig
 from sfumato.ops.packed import E2M1, unpack
@@ -143,14 +143,16 @@ def decompressed(case: str, module: dict[str, Tensor]) -> Tensor:
     if label == "nvfp4-pack-quantized":
         rows, columns = module["weight_packed"].shape
         codes = unpack_fp4_from_uint8(module["weight_packed"], rows, columns * 2, torch.float32)
-        return dequantize(
+        values: Tensor = dequantize(
             codes,
             module["weight_scale"].float(),
             args=scheme.weights,
             dtype=torch.float32,
             global_scale=module["weight_global_scale"],
         )
-    return BaseCompressor.get_value_from_registry(label).decompress(dict(module), scheme)["weight"]
+    else:
+        values = BaseCompressor.get_value_from_registry(label).decompress(dict(module), scheme)["weight"]
+    return values
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
@@ -266,8 +268,8 @@ def plain_checkpoint(path: Path, config: ModelConfig = CONFIG, dtype: torch.dtyp
 def written(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """The folder, and what its config.json says."""
     planned, changes = plan_compressed(checkpoint)
-    write_shards(folder, planned)
-    config = json.loads(json.dumps({**checkpoint.config, **changes}))
+    write_shards(folder, PlannedFolder(planned))
+    config: dict[str, Any] = json.loads(json.dumps({**checkpoint.config, **changes}))
     (folder / "config.json").write_text(json.dumps(config))
     return config
 

@@ -16,14 +16,17 @@ import gemma_vocab
 import numpy as np
 import pytest
 import torch
+from gguf_files import SCALES, copied, random_blocks, whole
 from tiny import oracle_name, tiny_config, tiny_model
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
 from sfumato.checkpoints.formats import gguf_blocks as blocks
-from sfumato.checkpoints.formats import gguf_model as model
+from sfumato.checkpoints.formats import gguf_writer
 from sfumato.checkpoints.formats.gguf import MAX_COUNT, Planned, read_header, write_file
-from sfumato.checkpoints.formats.gguf_model import open_gguf, tensor_table, vocabulary_of, write_gguf
+from sfumato.checkpoints.formats.gguf_model import open_gguf
+from sfumato.checkpoints.formats.gguf_names import tensor_table
+from sfumato.checkpoints.formats.gguf_writer import vocabulary_of, write_gguf
 from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.ops.packed import unpack
@@ -31,28 +34,10 @@ from sfumato.text.tokenizer import Tokenizer
 
 NANO = Path(__file__).parents[3] / "sfumato" / "nano"
 QUANTISED = [kind.name for kind in blocks.KINDS.values() if kind.name not in blocks.PLAIN]
-SCALES = {  # where a block's float16 numbers lie
-    **dict.fromkeys(["Q4_0", "Q5_0", "Q8_0"], (0,)),
-    **dict.fromkeys(["Q4_1", "Q5_1", "Q4_K", "Q5_K"], (0, 2)),
-    "Q6_K": (208,),
-}
-HALVES = [0.0, -0.0, 1.0, -1.0, 65504.0, -65504.0, 2.0**-24, -(2.0**-24), 2.0**-14, 6.1e-5, 0.0123, -3.7]
-"""What a scale may be: zeros, the largest, the least subnormal, the least normal, a negative one."""
 
 
 def library() -> Any:
     return pytest.importorskip("gguf", reason="needs the gguf package, the format's own library")
-
-
-def random_blocks(kind: str, rows: int, count: int, seed: int = 0, scale: float | None = None) -> Tensor:
-    """Rows of blocks: random bytes, and in every float16 place one of HALVES (or `scale`, varied, where given)."""
-    dice = np.random.default_rng(seed)
-    size = blocks.KINDS[blocks.NUMBERS[kind]].nbytes
-    raw = dice.integers(0, 256, (rows, count, size), dtype=np.uint8)
-    for at in SCALES[kind]:
-        values = dice.choice(HALVES, (rows, count)) if scale is None else scale * dice.uniform(0.5, 1, (rows, count))
-        raw[..., at : at + 2] = values.astype(np.float16)[..., None].view(np.uint8)
-    return torch.from_numpy(raw.reshape(rows, -1))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -222,18 +207,6 @@ def rows_of(tensor: Tensor, first: int, last: int) -> Tensor:
     return tensor[first:last]
 
 
-def whole(raw: Tensor) -> Iterator[Tensor]:
-    """A tensor's only part."""
-    yield raw
-
-
-def copied(path: Path) -> tuple[dict[str, Any], list[Planned]]:
-    """What it takes to write a file again."""
-    header = read_header(path)
-    stored = header.tensors.values()
-    return header.metadata, [Planned(one.name, one.kind, one.shape, partial(whole, one.read())) for one in stored]
-
-
 def checkpoint_of(config: ModelConfig, vocabulary: Vocabulary | None = None, **generation: Any) -> Checkpoint:
     """A tiny model in memory as a Checkpoint."""
     entries = {}
@@ -292,7 +265,7 @@ def test_large_tensors_are_converted_in_parts(tmp_path: Path, monkeypatch: pytes
 
         return dataclasses.replace(entry, read=read)
 
-    monkeypatch.setattr(model, "PART", 5000)
+    monkeypatch.setattr(gguf_writer, "PART", 5000)
     entries = {name: counting(entry) for name, entry in source.entries.items()}
     write_gguf(dataclasses.replace(source, entries=entries), tmp_path / "parts.gguf")
     one, other = (read_header(tmp_path / f"{name}.gguf") for name in ("whole", "parts"))
@@ -357,11 +330,11 @@ def write_mixed(path: Path, config: ModelConfig, **changes: Any) -> dict[str, Te
             count = shape[-1] // blocks.KINDS[blocks.NUMBERS[kind]].values
             raws[ours] = random_blocks(kind, rows, count, at, 1e-3).view(*shape[:-1], -1)
         planned.append(Planned(theirs, kind, shape, partial(whole, raws[ours])))
-    divisors = model._divisors(config)
+    divisors = gguf_writer.divisors_of(config)
     planned.append(
         Planned("rope_freqs.weight", "F32", tuple(divisors.shape), partial(whole, blocks.encode("F32", divisors)))
     )
-    metadata = {**model._metadata(config, "mixed"), **model._tokenizer(config, None)}
+    metadata = {**gguf_writer.metadata_of(config, "mixed"), **gguf_writer.tokenizer_of(config, None)}
     for key, value in changes.items():
         metadata[key.replace("__", ".")] = value
     write_file(path, {key: value for key, value in metadata.items() if value is not None}, planned)
@@ -654,7 +627,11 @@ def test_ends_of_an_answer_without_their_array(tmp_path: Path) -> None:
     """As llama.cpp's converter leaves it: one id, and two tokens that are known to end an answer."""
     vocabulary = vocabulary_of(Tokenizer.from_folder(NANO))
     config = wide_config(vocab_size=512, eos_ids=(1,))
-    more = {key: value for key, value in model._tokenizer(config, vocabulary).items() if not key.endswith("token_ids")}
+    more = {
+        key: value
+        for key, value in gguf_writer.tokenizer_of(config, vocabulary).items()
+        if not key.endswith("token_ids")
+    }
     write_mixed(tmp_path / "it.gguf", config, **{**more, "tokenizer.ggml.eos_token_ids": None})
     found = open_gguf(tmp_path / "it.gguf")
     assert found.generation["eos_token_id"] == [1, 5, 13]

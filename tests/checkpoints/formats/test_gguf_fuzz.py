@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_gguf import copied, random_blocks, whole
+from gguf_files import copied, random_blocks, whole
 from tiny import tiny_config
 
 from sfumato.checkpoints.checkpoint import Vocabulary
 from sfumato.checkpoints.formats import gguf_blocks as blocks
-from sfumato.checkpoints.formats import gguf_model as model
+from sfumato.checkpoints.formats import gguf_names, gguf_writer
 from sfumato.checkpoints.formats.gguf import Planned, write_file
-from sfumato.checkpoints.formats.gguf_model import open_gguf, tensor_table
+from sfumato.checkpoints.formats.gguf_model import open_gguf
+from sfumato.checkpoints.formats.gguf_names import tensor_table
 from sfumato.errors import InputError
 from sfumato.model.config import LayerConfig, Rope
 from sfumato.text.tokenizer import Tokenizer
@@ -68,13 +69,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             raw = random_blocks(kind, int(np.prod(shape[:-1])), shape[-1] // 32, at, 1e-3).view(*shape[:-1], -1)
         planned.append(Planned(theirs, kind, shape, partial(whole, raw)))
-    divisors = model._divisors(config)
-    planned.append(Planned(model.ROPE, "F32", (8,), partial(whole, blocks.encode("F32", divisors))))
+    divisors = gguf_writer.divisors_of(config)
+    planned.append(Planned(gguf_names.ROPE, "F32", (8,), partial(whole, blocks.encode("F32", divisors))))
     letters = [chr(ord("a") + at) for at in range(26)]
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<turn|>", *letters, *(a + "é" for a in letters), "é"]
     kinds, merges = [3] * 6 + [1] * (len(tokens) - 6), [f"{a} é" for a in letters]
     vocabulary = Vocabulary(tokens, kinds, merges, {"bos": 2, "eos": 1, "pad": 0, "unk": 3}, "{{ messages }}")
-    metadata = {**model._metadata(config, "base"), **SAMPLER, **model._tokenizer(config, vocabulary)}
+    metadata = {**gguf_writer.metadata_of(config, "base"), **SAMPLER, **gguf_writer.tokenizer_of(config, vocabulary)}
     write_file(path, {"general.alignment": 32, **metadata}, planned)
     assert open_gguf(path).vocabulary == vocabulary
     return path
@@ -88,7 +89,7 @@ def landmarks(data: bytes) -> list[tuple[int, str]]:
         nonlocal at
         places.append((at, form))
         at += struct.calcsize(form)
-        return struct.unpack_from("<" + form, data, at - struct.calcsize(form))[0]
+        return int(struct.unpack_from("<" + form, data, at - struct.calcsize(form))[0])
 
     def text() -> None:
         nonlocal at

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
 from sfumato.checkpoints.formats.mlx import open_mlx, plan_mlx, quantise
-from sfumato.checkpoints.shards import write_shards
+from sfumato.checkpoints.shards import PlannedFolder, write_shards
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.ops import load
@@ -68,7 +68,7 @@ def write(folder: Path, checkpoint: Checkpoint, bits: int, group: int) -> dict[s
     """The checkpoint as MLX, into a folder; its config.json."""
     planned, changes = plan_mlx(checkpoint, bits, group)
     config = checkpoint.config | changes
-    write_shards(folder, planned)
+    write_shards(folder, PlannedFolder(planned))
     (folder / "config.json").write_text(json.dumps(config))
     return config
 
@@ -312,7 +312,7 @@ def test_what_repeats_and_what_shows_images() -> None:
     tensors["model.encoder.vision_tower.input_max"] = torch.tensor(7.0)
     planned, changes = plan_mlx(checkpoint_of(config, tensors, "BF16"))
     clip = next(tensor for tensor in planned if tensor.name.endswith("input_max"))
-    assert clip.shape == () and [part.tolist() for part in clip.parts()] == [7.0]
+    assert clip.shape == () and [part.item() for part in clip.parts()] == [7.0]
     names = {tensor.name: tensor.dtype for tensor in planned}
     assert "lm_head.weight" not in names and "model.encoder.language_model.norm.weight" not in names
     assert names["model.encoder.vision_tower.patch.weight"] == "BF16" and "vision_config" not in changes
