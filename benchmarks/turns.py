@@ -34,6 +34,7 @@ from sfumato.engine.jobs import Jobs
 from sfumato.events import Done
 from sfumato.model.network import Model
 from sfumato.tasks import sudoku
+from sfumato.templates.requests import Chat
 
 PASSES = ("encode", "denoise", "encode_and_denoise")
 
@@ -84,17 +85,19 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def answer(jobs: Jobs, prompts: Sequence[str], rows: int, inside: Inside, calls: Calls | None = None) -> dict[str, Any]:
+def answer(
+    jobs: Jobs[Chat], prompts: Sequence[str], rows: int, inside: Inside, calls: Calls | None = None
+) -> dict[str, Any]:
     """All these, so many at once: tokens, turns, and CPU seconds of turns, of the step in them, and of beginnings."""
-    length = jobs.llm.model.config.canvas_length
+    length = jobs.planner.model.config.canvas_length
     left, found = list(enumerate(prompts)), Counter[str]()
     seconds, begins, under_way, inside.seconds = 0.0, 0.0, 0, 0.0
     while left or under_way:
         began = time.thread_time()
         while left and under_way < rows:
             number, prompt = left.pop()
-            chat = {"messages": [{"role": "user", "content": prompt}]}
-            jobs.begin(number, "chat", chat, Options(max_tokens=length, seed=number))
+            messages = [{"role": "user", "content": prompt}]
+            jobs.begin(str(number), Chat(messages, options=Options(max_tokens=length, seed=number)))
             under_way += 1
         turned = time.thread_time()
         if calls is None:

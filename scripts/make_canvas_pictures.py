@@ -24,9 +24,11 @@ from sfumato.cli.view import CLUE, SMOKE, colour
 from sfumato.constraints.constrain import Guide, Pick, Walk
 from sfumato.constraints.search import Work
 from sfumato.engine.guided import Span
+from sfumato.engine.request import Request
+from sfumato.engine.run import Run
 from sfumato.sampling.noise import CountedNoise
 from sfumato.tasks import sudoku
-from sfumato.templates.layout import Sheet, lay_out, spans_of
+from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
 from sfumato.templates.slots import check_template
 
 PAPER, INK, GREY, LINE = "#fbfaf6", "#1c1a22", "#77727f", "#b9b4a8"
@@ -77,8 +79,9 @@ def stream(
 ) -> tuple[list[Draft], Done]:
     """What `LLM.fill` runs for a sheet, with its drafts."""
     options = replace(options, max_tokens=sheet.length, min_tokens=sheet.length, drafts=True)
-    ids = [*llm.encode(prompt), *sheet.lead]
-    events = list(llm.events([ids], options, [sheet.pins], [sheet.warm], [list(spans)]))
+    ids = llm.planner.prompts.encode_before(prompt, sheet)
+    ask = llm.planner.ask(Request(ids, options, sheet.pins, sheet.warm, list(spans)))
+    events = [ask.reader.tell(event) for event in Run(llm.model, [ask.request])]
     return [e for e in events if isinstance(e, Draft)], next(e for e in events if isinstance(e, Done))
 
 
@@ -97,8 +100,10 @@ def template_picture(llm: LLM) -> tuple[str, str]:
         ]
     )
     slots = {piece.name: piece for piece in template if isinstance(piece, Slot)}
-    grammar = llm.grammar("regex", slots["value"].regex)
-    sheet = lay_out(template, llm.tokenizer, llm.model.config, {"value": grammar.shortest()}, seed=4)
+    grammar = llm.planner.grammars.compile("regex", slots["value"].regex)
+    sheet = lay_out(
+        EncodedTemplate.of(template, llm.tokenizer), llm.model.config, {"value": grammar.shortest()}, seed=4
+    )
     kinds = {"name": "4 tokens", "remark": "old text, strength 0.4", "value": "regex"}
     fills = {"name": FREE, "remark": WARM, "value": FORCED}
     start = {position: place for place in sheet.places for position in range(place.start, place.start + place.width)}
@@ -152,7 +157,7 @@ def sudoku_picture(llm: LLM, clues: int, seed: int, frames: int) -> tuple[str, s
     puzzle = sudoku.generate(clues, np.random.default_rng(seed))
     prompt, options = [{"role": "user", "content": sudoku.prompt(puzzle)}], Options(seed=seed)
     template = check_template(puzzle_template(puzzle))
-    sheet = lay_out(template, llm.tokenizer, llm.model.config, {}, seed)
+    sheet = lay_out(EncodedTemplate.of(template, llm.tokenizer), llm.model.config, {}, seed)
     drafts, done = stream(llm, sheet, prompt, options)
     filled = llm.fill(template, prompt, options)
     assert filled.text == llm.tokenizer.decode(done.tokens[:81]), "the picture is not what fill does"
@@ -216,13 +221,15 @@ class Recorder:
 def schema_picture(llm: LLM, seed: int, room: int, wanted: Sequence[int]) -> tuple[str, str]:
     prompt = [{"role": "user", "content": "Extract the record: Ada, who flies us, sits at the window."}]
     template = check_template([Slot("record", schema=SCHEMA, at_most=room)])
-    sheet = lay_out(template, llm.tokenizer, llm.model.config, {"record": room}, seed)
-    (span,) = spans_of(sheet, {"record": llm.grammar("schema", SCHEMA)})
+    sheet = lay_out(EncodedTemplate.of(template, llm.tokenizer), llm.model.config, {"record": room}, seed)
+    (span,) = spans_of(sheet, {"record": llm.planner.grammars.compile("schema", SCHEMA)})
     recorder = Recorder(span.guide)
     span.guide = recorder  # type: ignore[assignment]
     _, done = stream(llm, sheet, prompt, Options(seed=seed), [span])
     text = llm.fill(template, prompt, Options(seed=seed)).text
-    assert text == sheet.texts(done.tokens, llm.tokenizer, llm._fillers)["record"], "the picture is not what fill does"
+    assert text == sheet.texts(done.tokens, llm.tokenizer, llm.planner.fillers)["record"], (
+        "the picture is not what fill does"
+    )
     parts: list[str] = []
     right, left = 0.0, 84
     steps = [step for step in wanted if step <= len(recorder.walks)]

@@ -1,4 +1,4 @@
-"""Text in, text out, on the embedded model: prompts, streams, stop strings, seeds, batches, reuse between turns."""
+"""llm.py: text in, text out, on the embedded model: prompts, streams, stop strings, seeds, batches, what is kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def llm() -> LLM:
     return LLM.load("nano")
 
 
-def ask(puzzle: str = PUZZLE) -> list[dict]:
+def ask(puzzle: str = PUZZLE) -> list[dict[str, Any]]:
     return [{"role": "user", "content": f"Solve this Sudoku:\n{puzzle}"}]
 
 
@@ -160,7 +160,7 @@ def test_batches_solve_what_single_requests_solve(llm: LLM) -> None:
         (lambda llm: LLM.load("no/such/folder"), "no/such/folder"),
     ],
 )
-def test_bad_input_is_one_sentence_that_names_the_value(llm: LLM, call, words: str) -> None:
+def test_bad_input_is_one_sentence_that_names_the_value(llm: LLM, call: Callable[[LLM], object], words: str) -> None:
     with pytest.raises(InputError) as caught:
         call(llm)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -221,6 +221,12 @@ def test_ids_are_whole_numbers_of_the_vocabulary(llm: LLM, ids: list[Any]) -> No
 
 def run(llm: LLM, ids: list[Any]) -> None:
     Run(llm.model, [Request(ids, ONE)])
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-9, 1e-3])
+def test_no_temperature_is_too_low(temperature: float) -> None:
+    nano = LLM.load("nano", ops="fused")
+    assert nano.complete("1 2 3", Options(seed=1, max_tokens=82, min_tokens=5, temperature=temperature)).tokens
 
 
 # ---- fewer bits -----------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
-"""What `LLM`'s methods do, for many callers at once: their plans, carried out on one batch.
+"""Plans for many callers at once, carried out on one batch.
 
 `begin` does the slow part (templates, tokens, grammars) in whatever thread it is called; `turn` belongs to one thread.
+It deliberately lacks any knowledge of requests: a planner (`LLM`) makes plans of them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from sfumato.engine.batch import Batch, BatchLimits, Figures
 from sfumato.engine.plan import Ask, Plan
@@ -17,7 +17,6 @@ from sfumato.engine.request import Failure
 from sfumato.errors import BusyError, contained
 from sfumato.events import Decision, Done, Draft, Edited, Event, Filled
 from sfumato.model.network import Model
-from sfumato.options import Options
 from sfumato.system import confined
 
 PLANNING = 2
@@ -25,115 +24,123 @@ PLANNING = 2
 PAUSE = 0.005
 """Seconds that a turn waits for them where nothing else is to be done."""
 
-Told = Event | Filled | Edited | dict[str, Decision] | Exception
+Outcome = Event | Filled | Edited | dict[str, Decision] | Exception
+"""What a turn says about a job: an event, the result that it ends with, or the error that ends it."""
+
+Query = TypeVar("Query", contravariant=True)
 
 
 @dataclass(eq=False)
 class _Job:
-    key: int
+    id: str
     plan: Plan[Any]
     asks: list[Ask]
-    is_answer: bool
-    """Its events are what was asked for; of other jobs the result is."""
-    has_drafts: bool
     is_dropped: bool = False
     tickets: list[int] = field(default_factory=list)
-    ended: dict[int, Done] = field(default_factory=dict)
+    endings: dict[int, Done] = field(default_factory=dict)
+    """Place of an ask -> what it ended with."""
 
 
-class Planner(Protocol):
-    """What makes plans: `LLM`."""
+class Planner(Protocol[Query]):
+    """What makes plans of requests: `LLM`."""
 
     model: Model
 
-    def plan(self, kind: str, payload: Mapping[str, Any], options: Options) -> Plan[Any]: ...
+    def plan(self, query: Query, /) -> Plan[Any]:
+        """The plan of a request; InputError or CapacityError for one that is wrong, here or at its first step."""
+        ...
 
-    def must_compile(self, kind: str, payload: Mapping[str, Any], options: Options) -> bool: ...
+    def must_compile(self, query: Query, /) -> bool:
+        """Whether the plan's first step may take seconds."""
+        ...
 
 
-class Jobs:
-    """Jobs by the keys that their callers give them."""
+class Jobs(Generic[Query]):
+    """Jobs by the ids that their callers give them."""
 
-    def __init__(self, llm: Planner, limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
-        self.llm, self.limits = llm, limits
-        self.batch = Batch(llm.model, limits)
+    def __init__(self, planner: Planner[Query], limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
+        self.planner, self.limits = planner, limits
+        self.batch = Batch(planner.model, limits)
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PLANNING, "plans")
-        self._going: dict[Future[tuple[bool, Any]], _Job] = {}
+        self._planning: dict[Future[tuple[bool, Any]], _Job] = {}
         """Plans that go on in a thread of their own: they lay out, encode and compile."""
-        self._begun: list[_Job] = []
-        self._cancelled: set[int] = set()
-        self._jobs: dict[int, _Job] = {}
+        self._waiting: list[_Job] = []
+        """Jobs that the next turn submits."""
+        self._cancelled: set[str] = set()
+        self._jobs: dict[str, _Job] = {}
         self._by_ticket: dict[int, tuple[_Job, int]] = {}
 
-    def begin(self, key: int, kind: str, payload: Mapping[str, Any], options: Options) -> None:
-        """Take a job (see `LLM.plan`). InputError, CapacityError; BusyError where too many wait."""
+    def begin(self, id: str, query: Query) -> None:
+        """Take a job. InputError, CapacityError; BusyError where too many wait."""
         self._check_queue(1)
-        plan = self.llm.plan(kind, payload, options)
-        job = _Job(key, plan, next(plan), kind in ("chat", "complete"), options.drafts)
-        job.asks = self._checked(job.asks)  # here rather than between two turns
+        plan = self.planner.plan(query)
+        job = _Job(id, plan, self._checked(next(plan)))  # checked here rather than between two turns
         with self._lock:
             self._check_queue(len(job.asks))
-            self._begun.append(job)
+            self._waiting.append(job)
 
-    def is_slow(self, kind: str, payload: Mapping[str, Any], options: Options) -> bool:
+    def is_slow(self, query: Query) -> bool:
         """Whether `begin` may take seconds."""
-        return self.llm.must_compile(kind, payload, options)
+        return self.planner.must_compile(query)
 
     def _checked(self, asks: list[Ask]) -> list[Ask]:
-        return [replace(ask, request=ask.request.checked(self.llm.model.config)) for ask in asks]
+        return [replace(ask, request=ask.request.checked(self.planner.model.config)) for ask in asks]
 
     def _check_queue(self, more: int) -> None:
-        waiting = self.batch.figures().queue + sum(len(job.asks) for job in self._begun)
+        waiting = self.batch.figures().queue + sum(len(job.asks) for job in self._waiting)
         if waiting + more > self.limits.queue:
             raise BusyError(f"{waiting} requests wait already, of {self.limits.queue} that may; try again in a moment")
 
-    def cancel(self, key: int) -> None:
+    def cancel(self, id: str) -> None:
         """Forget a job; before the next step its rows are free."""
         with self._lock:
-            self._cancelled.add(key)
+            self._cancelled.add(id)
 
     @property
     def is_idle(self) -> bool:
-        return self.batch.is_idle and not self._begun and not self._cancelled and not self._going
+        """Whether a turn has nothing to do."""
+        return self.batch.is_idle and not self._waiting and not self._cancelled and not self._planning
 
     def figures(self) -> Figures:
+        """The batch's figures."""
         return self.batch.figures()
 
-    def turn(self) -> list[tuple[int, Told]]:
-        """One turn of the batch: what there is to tell of which job. An error, the last event of an answer, or a result
-        is the last of its job."""
+    def turn(self) -> list[tuple[str, Outcome]]:
+        """One turn of the batch: job ids, each with what has come of it.
+
+        An error, the last event of an answer, or a result is the last of its job."""
         with self._lock:
-            begun, self._begun = self._begun, []
+            waiting, self._waiting = self._waiting, []
             cancelled, self._cancelled = self._cancelled, set()
-        told: list[tuple[int, Told]] = []
-        for job in begun:
-            if job.key not in cancelled:
-                self._jobs[job.key] = job
-                told += self._submit(job)
-        for key in cancelled & self._jobs.keys():
-            self._drop(self._jobs[key])
-        if self._going and self.batch.is_idle:
-            wait(self._going, PAUSE, FIRST_COMPLETED)
-        for going in [going for going in self._going if going.done()]:
-            told += self._gone_on(self._going.pop(going), going)
+        outcomes: list[tuple[str, Outcome]] = []
+        for job in waiting:
+            if job.id not in cancelled:
+                self._jobs[job.id] = job
+                outcomes += self._submit(job)
+        for id in cancelled & self._jobs.keys():
+            self._drop(self._jobs[id])
+        if self._planning and self.batch.is_idle:
+            wait(self._planning, PAUSE, FIRST_COMPLETED)
+        for future in [future for future in self._planning if future.done()]:
+            outcomes += self._continue(self._planning.pop(future), future)
         for event in self.batch.turn():
             if event.row not in self._by_ticket:  # of a job that failed at an earlier event of this turn
                 continue
             job, place = self._by_ticket[event.row]
             if isinstance(event, Failure):
                 self._drop(job)
-                told.append((job.key, event.error))
+                outcomes.append((job.id, event.error))
             else:
                 try:
-                    told += self._tell(job, place, event)
+                    outcomes += self._take_event(job, place, event)
                 except BaseException as error:  # of its text or its plan, and of nobody else's
                     self._drop(job)
-                    told.append((job.key, contained(error)))
-        return told
+                    outcomes.append((job.id, contained(error)))
+        return outcomes
 
-    def _submit(self, job: _Job) -> list[tuple[int, Told]]:
-        job.ended, job.tickets = {}, []
+    def _submit(self, job: _Job) -> list[tuple[str, Outcome]]:
+        job.endings, job.tickets = {}, []
         try:
             for place, ask in enumerate(job.asks):
                 ticket = self.batch.submit(ask.request)
@@ -141,59 +148,59 @@ class Jobs:
                 self._by_ticket[ticket] = job, place
         except Exception as error:
             self._drop(job)
-            return [(job.key, error)]
+            return [(job.id, error)]
         return []
 
-    def _tell(self, job: _Job, place: int, event: Event) -> list[tuple[int, Told]]:
+    def _take_event(self, job: _Job, place: int, event: Event) -> list[tuple[str, Outcome]]:
         ask = job.asks[place]
         event = replace(ask.reader.with_text(event), row=place)
-        told: list[tuple[int, Told]] = []
-        if job.is_answer or (isinstance(event, Draft) and ask.is_shown and job.has_drafts):
-            told.append((job.key, event))
+        outcomes: list[tuple[str, Outcome]] = []
+        if ask.is_answer or isinstance(event, Draft):
+            outcomes.append((job.id, event))
         if isinstance(event, Done):
             self._by_ticket.pop(job.tickets[place])
-            job.ended[place] = event
-            if len(job.ended) == len(job.asks):
-                told += self._go_on(job)
-        return told
+            job.endings[place] = event
+            if len(job.endings) == len(job.asks):
+                self._advance(job)
+        return outcomes
 
-    def _go_on(self, job: _Job) -> list[tuple[int, Told]]:
-        """All that a plan asked for has ended. An answer has no more parts; another plan goes on in a thread."""
-        if job.is_answer:
-            self._jobs.pop(job.key)
-            return []
-        self._going[self._threads.submit(self._send, job)] = job
-        return []
+    def _advance(self, job: _Job) -> None:
+        """After all that a plan asked for has ended: an answer is over; another plan goes on in a thread."""
+        if all(ask.is_answer for ask in job.asks):
+            self._jobs.pop(job.id)
+            return
+        self._planning[self._threads.submit(self._send, job)] = job
 
     def _send(self, job: _Job) -> tuple[bool, Any]:
         """Whether a plan is over, and its result or what it asks for next."""
         confined.leave_cores()
         confined.is_cancelled.set(lambda: job.is_dropped)
         try:
-            asks = job.plan.send([job.ended[place] for place in range(len(job.asks))])
+            asks = job.plan.send([job.endings[place] for place in range(len(job.asks))])
         except StopIteration as stop:
             return True, stop.value
         return False, self._checked(asks)
 
-    def _gone_on(self, job: _Job, going: Future[tuple[bool, Any]]) -> list[tuple[int, Told]]:
+    def _continue(self, job: _Job, future: Future[tuple[bool, Any]]) -> list[tuple[str, Outcome]]:
+        """After a plan went on in a thread: its result, or its next requests."""
         if job.is_dropped:
             job.plan.close()
             return []
         try:
-            is_over, what = going.result()
+            is_over, value = future.result()
         except BaseException as error:
             self._drop(job)
-            return [(job.key, contained(error))]
+            return [(job.id, contained(error))]
         if is_over:
-            self._jobs.pop(job.key)
-            return [(job.key, what)]
-        job.asks = what
+            self._jobs.pop(job.id)
+            return [(job.id, value)]
+        job.asks = value
         return self._submit(job)
 
     def _drop(self, job: _Job) -> None:
-        self._jobs.pop(job.key, None)
+        self._jobs.pop(job.id, None)
         job.is_dropped = True
-        if job not in self._going.values():  # else when it comes back
+        if job not in self._planning.values():  # else when it comes back
             job.plan.close()
         for ticket in job.tickets:
             if self._by_ticket.pop(ticket, None) is not None:

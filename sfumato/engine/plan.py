@@ -1,4 +1,7 @@
-"""What a method asks of an engine, apart from running it: requests with their readers, and plans of several."""
+"""What a caller wants of an engine, apart from running it: requests with their readers, and plans of several.
+
+A plan is a generator, so that whoever has an engine can carry it out: `LLM` for one caller, `jobs.Jobs` for many.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from sfumato.engine.request import Request
 from sfumato.events import Done
 from sfumato.text.reader import Reader
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +22,9 @@ class Ask:
 
     request: Request
     reader: Reader
-    is_shown: bool = True
-    """Whether the caller sees its drafts; not those of a search on the way."""
+    is_answer: bool = False
+    """Whether its events are what the caller wants. If not, only its drafts are shown, and the plan's result counts."""
 
 
-Plan = Generator[list[Ask], list[Done], T]
-"""What a method of `LLM` does, apart from running it: yields requests that run together, is sent what they ended with,
-and returns the method's result. So whoever has an engine, for one caller or for many, can carry it out."""
+Plan = Generator[list[Ask], list[Done], Result]
+"""Yields requests that run together, is sent what each of them ended with, in their order, and returns a result."""

@@ -1,7 +1,7 @@
 """Requests to one host, and what comes back: JSON, streams of it, and errors in one sentence.
 
 Everything from outside is bounded and checked, and a host's own words in an error are cleaned of the key and of what a
-terminal would obey. It lacks on purpose: proxies, and redirects, because the key goes to one host alone.
+terminal would obey. It deliberately lacks proxies, and redirects, because the key goes to one host alone.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ class NoSuchRoute(InputError):
     """The host has no such route."""
 
 
-class _Refused(WorkerError):
+class _NoListener(WorkerError):
     """Nobody listens, so nothing was sent."""
 
 
 class Host:
-    """A host with OpenAI's API at `url` ("/v1" at its end or not). Each request has a connection of its own, so that
-    several threads may ask at once. `timeout` is the longest silence, in seconds."""
+    """A host with OpenAI's API at `url` ("/v1" at its end or not); `timeout` is the longest silence, in seconds.
+
+    Each request has a connection of its own, so that several threads may ask at once."""
 
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
         self._is_secure, self._name, self._port, self._path = _split(url)
@@ -72,7 +73,7 @@ class Host:
             return
         for data in events_of(self._chunks(response)):
             if data is None:
-                raise self.strange(f"one event is larger than {LIMIT >> 20} MiB")
+                raise self.unlike_openai(f"one event is larger than {LIMIT >> 20} MiB")
             if data.strip() == "[DONE]":
                 return
             yield self._parse(data)
@@ -86,6 +87,7 @@ class Host:
             yield chunk
 
     def json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object that a route answers."""
         with self.request(method, path, body) as response:
             return self._parse(self._read(response))
 
@@ -93,18 +95,18 @@ class Host:
         with self._connection():
             data = response.read(LIMIT + 1)
         if len(data) > LIMIT:
-            raise self.strange(f"the answer is larger than {LIMIT >> 20} MiB")
+            raise self.unlike_openai(f"the answer is larger than {LIMIT >> 20} MiB")
         return data
 
     def _parse(self, data: str | bytes) -> dict[str, Any]:
         try:
-            told = json.loads(data)
+            payload = json.loads(data)
         except (ValueError, RecursionError):
-            told = None
-        if not isinstance(told, dict):
+            payload = None
+        if not isinstance(payload, dict):
             start = data[:60] if isinstance(data, str) else data[:60].decode(errors="replace")
-            raise self.strange(f"{self.clean(start)!r} is no JSON object")
-        return told
+            raise self.unlike_openai(f"{self.clean(start)!r} is no JSON object")
+        return payload
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
         """A response whose status is 200; everything else is raised."""
@@ -112,21 +114,21 @@ class Host:
             data = None if body is None else json.dumps(body, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the request cannot be written as JSON: {error}") from None
-        for left in range(RETRIES, -1, -1):
-            wait = 0.25 * 2 ** (RETRIES - left)
+        for tries_left in range(RETRIES, -1, -1):
+            wait = 0.25 * 2 ** (RETRIES - tries_left)
             try:
                 with self._connection():
                     response = self._send(method, path, data)
-            except _Refused:
-                if not left:
+            except _NoListener:
+                if not tries_left:
                     raise
             else:
                 if response.status == 200:
                     return response
                 with response:
-                    asked = response.headers.get("Retry-After", "")
-                    wait = float(asked) if re.fullmatch("[0-9]{1,6}", asked) else wait
-                    if response.status != 503 or not left or wait > LONGEST_WAIT:
+                    pause = response.headers.get("Retry-After", "")
+                    wait = float(pause) if re.fullmatch("[0-9]{1,6}", pause) else wait
+                    if response.status != 503 or not tries_left or wait > LONGEST_WAIT:
                         raise self.refusal(response.status, self._error(response), path)
             time.sleep(wait)
         raise AssertionError("the last try returns or raises")
@@ -186,7 +188,7 @@ class Host:
         except TimeoutError:
             raise WorkerError(f"{self.url} was silent for {self.timeout:g} s; send the request again") from None
         except ConnectionRefusedError:
-            raise _Refused(
+            raise _NoListener(
                 f"there is no server at {self.url} (connection refused); start it, or check the URL"
             ) from None
         except ssl.SSLError as error:
@@ -205,9 +207,10 @@ class Host:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
-            raise self.strange("its answer has another shape") from None
+            raise self.unlike_openai("its answer has another shape") from None
 
-    def strange(self, what: str) -> InputError:
+    def unlike_openai(self, what: str) -> InputError:
+        """The error for an answer that no OpenAI-compatible host gives."""
         return InputError(f"{self.url} does not answer as an OpenAI-compatible host does: {what}; check the URL")
 
     def _error(self, response: http.client.HTTPResponse) -> Any:
@@ -219,10 +222,10 @@ class Host:
         except (OSError, http.client.HTTPException, ValueError, RecursionError):
             return None  # the status has come, and says most
 
-    def refusal(self, status: int | None, told: Any, path: str) -> SfumatoError:
+    def refusal(self, status: int | None, body: Any, path: str) -> SfumatoError:
         """The error that a host's answer stands for. `status` None: it came within a stream."""
-        told = told if isinstance(told, dict) else {}
-        inner = told.get("error", told)  # other hosts' error bodies are flat, or only a text
+        body = body if isinstance(body, dict) else {}
+        inner = body.get("error", body)  # other hosts' error bodies are flat, or only a text
         inner = inner if isinstance(inner, dict) else {"message": inner}
         message = inner.get("message") or inner.get("detail") or ""
         message = self.clean(message if isinstance(message, str) else json.dumps(message)).rstrip(".")

@@ -63,11 +63,13 @@ class Slot:
             )
         if isinstance(self.choices, list):
             object.__setattr__(self, "choices", tuple(self.choices))
-        given = [kind for kind in CONSTRAINTS if getattr(self, kind) is not None]
-        if len(given) > 1:
-            raise InputError(f"slot {self._label} has {' and '.join(given)}; a slot can obey one of them")
-        if given and (self.length is not None or self.text is not None):
-            raise InputError(f"slot {self._label} has {given[0]} and a length or text; bound its length with at_most")
+        constraints = [kind for kind in CONSTRAINTS if getattr(self, kind) is not None]
+        if len(constraints) > 1:
+            raise InputError(f"slot {self._label} has {' and '.join(constraints)}; a slot can obey one of them")
+        if constraints and (self.length is not None or self.text is not None):
+            raise InputError(
+                f"slot {self._label} has {constraints[0]} and a length or text; bound its length with at_most"
+            )
 
     @property
     def _label(self) -> str:
@@ -75,6 +77,7 @@ class Slot:
 
     @property
     def constraint(self) -> tuple[str, Any] | None:
+        """What its text obeys: the name of that field and its value."""
         return next(((kind, value) for kind in CONSTRAINTS if (value := getattr(self, kind)) is not None), None)
 
     @property
@@ -101,26 +104,27 @@ def pieces_of(pieces: Any) -> list[str | Slot]:
         raise InputError('a template is a list of texts and slots, such as ["Name: ", {"name": "name"}]')
     _check_count(len(pieces), PIECES, "pieces", "join texts that stand side by side")
     known = {f.name for f in fields(Slot)}
-    found: list[str | Slot] = []
+    template: list[str | Slot] = []
     for number, piece in enumerate(pieces, 1):
         if isinstance(piece, dict):
             if unknown := next((key for key in piece if key not in known), None):
                 raise InputError(
                     f"piece {number} of the template has {reprlib.repr(unknown)}; a slot has {', '.join(sorted(known))}"
                 )
-            found.append(Slot(**piece))
+            template.append(Slot(**piece))
         elif isinstance(piece, str):
-            found.append(piece)
+            template.append(piece)
         else:
             raise InputError(
                 f"piece {number} of the template is {reprlib.repr(piece)}; give a text or a slot (an object)"
             )
-    return found
+    return template
 
 
 def check_template(template: Template) -> list[str | Slot]:
-    """The template with its slots named, empty texts dropped; InputError where it has no slot, too many, or a name
-    twice."""
+    """The template with its slots named and empty texts dropped.
+
+    InputError where it has no slot, too many, or a name twice."""
     if not isinstance(template, (list, tuple)):
         raise InputError(f"a template is a list of texts and slots, not {type(template).__name__}")
     _check_count(len(template), PIECES, "pieces", "join texts that stand side by side")
@@ -148,3 +152,28 @@ def check_template(template: Template) -> list[str | Slot]:
 def _check_count(count: int, most: int, what: str, remedy: str) -> None:
     if count > most:
         raise InputError(f"the template has {count} {what}, more than the {most} allowed; {remedy}")
+
+
+def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) -> list[str | Slot]:
+    """A text with the spans (from character, to character) as warm slots. InputError where they do not fit."""
+    _check_spans(spans)
+    pieces: list[str | Slot] = []
+    end = 0
+    for number, (start, stop) in enumerate(sorted(spans), 1):
+        if not 0 <= start < stop <= len(text):
+            raise InputError(f"the span {start}–{stop} is not in the text of {len(text)} characters, or is empty")
+        if start < end:
+            raise InputError(f"the span {start}–{stop} overlaps the one before, which ends at {end}; join them")
+        pieces += [text[end:start], Slot(str(number), text=text[start:stop], strength=strength)]
+        end = stop
+    return check_template([*pieces, text[end:]])
+
+
+def _check_spans(spans: Any) -> None:
+    if not isinstance(spans, (list, tuple)):
+        raise InputError(f"the spans are of type {type(spans).__name__}; give a list of pairs of characters' numbers")
+    if len(spans) > SLOTS:
+        raise InputError(f"there are {len(spans)} spans, more than the {SLOTS} allowed; edit the text in parts")
+    for span in spans:
+        if not isinstance(span, (list, tuple)) or len(span) != 2 or {*map(type, span)} != {int}:
+            raise InputError(f"the span {reprlib.repr(span)} is not two whole numbers, from character, to character")

@@ -17,7 +17,7 @@ import pytest
 from sfumato.constraints import calls
 from sfumato.constraints.constrain import Grammar
 from sfumato.errors import InputError
-from sfumato.text import chat
+from sfumato.text import replies, template
 from sfumato.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
@@ -151,7 +151,7 @@ def test_arguments_obey_the_schema(name: str) -> None:
     for seed in range(3 if name in ("lengths", "format") else 9):
         ids = walk(grammar, seed, room=(3, 90, 200)[seed % 3], calling=0.8)
         assert {NANO.token(i) for i in NANO.special_ids.intersection(ids)} <= {"<|tool_call>", "<tool_call|>", '<|"|>'}
-        reply = chat.parse_ids(NANO, ids)
+        reply = replies.parse_ids(NANO, ids)
         assert len(reply.tool_calls) == ids.count(OPEN) == ids.count(CLOSE)
         for call in reply.tool_calls:
             assert call["name"] == name
@@ -165,7 +165,7 @@ def test_all_tools_together() -> None:
     names: set[str] = set()
     most = 0
     for seed in range(6):
-        reply = chat.parse_ids(NANO, walk(grammar, seed, 200, calling=0.9))
+        reply = replies.parse_ids(NANO, walk(grammar, seed, 200, calling=0.9))
         for call in reply.tool_calls:
             check(SCHEMAS[call["name"]], call["arguments"])
         names |= {call["name"] for call in reply.tool_calls}
@@ -190,13 +190,13 @@ def test_what_the_template_writes_is_allowed() -> None:
         "city": "São Paulo, {x:1}", "days": 3, "deep": {"a": [1, 2.5, -3, "z"], "b": None}, "hot": True
     }  # fmt: skip
     schema = record("city", city=TEXT, days=WHOLE, deep={}, hot=BOOL)
-    template = chat.ChatTemplate.from_folder(Path(calls.__file__).parents[1] / "nano")
+    template = template.ChatTemplate.from_folder(Path(calls.__file__).parents[1] / "nano")
     messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
     said = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}] * 2}
     before = template.encode(NANO, messages)
     ids = template.encode(NANO, [*messages, said], add_generation_prompt=False)[len(before) :]
     ids = ids[: len(ids) - ids[::-1].index(CLOSE)]
-    assert [call["arguments"] for call in chat.parse_ids(NANO, ids).tool_calls] == [arguments] * 2
+    assert [call["arguments"] for call in replies.parse_ids(NANO, ids).tool_calls] == [arguments] * 2
     assert is_allowed(compile_(tool("g"), tool("f", schema)), ids)
 
 
@@ -355,7 +355,7 @@ def test_with_gemmas_vocabulary() -> None:
     grammar = compile_(*(tool(name, SCHEMAS[name]) for name in names), tokenizer=tokenizer, ends=ends)
     made = []
     for seed in range(2):
-        made += chat.parse_ids(tokenizer, walk(grammar, seed, 300, tokenizer, ends, calling=0.9)).tool_calls
+        made += replies.parse_ids(tokenizer, walk(grammar, seed, 300, tokenizer, ends, calling=0.9)).tool_calls
     for call in made:
         check(SCHEMAS[call["name"]], call["arguments"])
     assert made

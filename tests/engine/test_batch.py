@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,21 +12,17 @@ import pytest
 import tiny
 import torch
 
-from sfumato import LLM, Options
-from sfumato.constraints.constrain import Guide
+from sfumato import Options
 from sfumato.engine import batch
 from sfumato.engine import request as rows
 from sfumato.engine.batch import Batch, BatchLimits, Cost, Prefixes
 from sfumato.engine.engine import Engine
-from sfumato.engine.jobs import Jobs
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import BusyError, CapacityError, InputError
 from sfumato.events import Commit, Done, Draft, Event
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
-from sfumato.templates.slots import pieces_of
-from sfumato.text.reader import Reader
 
 CONFIG = tiny.tiny_config(eos_ids=(38, 45), max_position=400)
 SETTLES = Options(max_steps=8, t_min=0.2, t_max=0.4, entropy_bound=0.5, confidence=0.5)
@@ -421,253 +415,6 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert held.holds(text(40, 2)) and not held.holds(text(41, 2))
     held.clear()
     assert held.bytes == 0 and held.find([*text(40, 0), 1]) == (None, 0)
-
-
-# ---- jobs ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def nano() -> LLM:
-    return LLM.load("nano", ops="fused")
-
-
-def carried_out(jobs: Jobs) -> dict[int, list[Any]]:
-    found: dict[int, list[Any]] = {}
-    while not jobs.is_idle:
-        for key, told in jobs.turn():
-            found.setdefault(key, []).append(told)
-    return found
-
-
-def test_jobs_give_what_the_methods_give(nano: LLM) -> None:
-    puzzle = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
-    messages = [{"role": "user", "content": "Solve this Sudoku:\n" + puzzle}]
-    one, quick = Options(seed=3, max_tokens=82), Options(seed=3)
-    jobs = Jobs(nano, BatchLimits(rows=24))
-    template = ["1 2 ", {"name": "x", "choices": ["3", "4"]}, " 5 ", {"name": "y"}, " 6"]
-    asked: list[tuple[str, dict[str, Any], Options]] = [
-        ("chat", {"messages": messages}, dataclasses.replace(one, drafts=True)),
-        ("complete", {"prompt": "1 2 3"}, dataclasses.replace(one, stop=("7",))),
-        ("infill", {"prefix": "12", "suffix": "45"}, quick),
-        ("fill", {"template": template, "prompt": messages}, quick),
-        ("edit", {"text": "123456", "spans": [[1, 3]]}, quick),
-        ("edit", {"text": "123456", "instruction": "Turn it around."}, quick),
-        ("decide", {"prompt": messages, "fields": {"a": ["1", "2"], "b": ["3", "45"]}}, quick),
-        (
-            "complete",
-            {"prompt": nano.tokenizer.encode("1 2 3", bos=True)},
-            dataclasses.replace(one, mode="autoregressive"),
-        ),
-    ]
-    for key, (kind, payload, options) in enumerate(asked):
-        jobs.begin(key, kind, payload, options)
-    found = carried_out(jobs)
-    done = found[0][-1]
-    assert isinstance(done, Done) and done.text == nano.chat(messages, options=one).text
-    assert any(isinstance(event, Draft) and event.pieces for event in found[0])
-    assert "".join(event.text for event in found[0] if isinstance(event, Commit)) == done.text
-    assert found[1][-1].text == nano.complete("1 2 3", asked[1][2]).text
-    assert found[2][-1].text == nano.infill("12", "45", options=quick).text
-    assert found[3][-1].values == nano.fill(pieces_of(template), messages, quick).values
-    assert found[4][-1].text == nano.edit("123456", spans=[(1, 3)], options=quick).text
-    assert found[5][-1].text == nano.edit("123456", "Turn it around.", options=quick).text
-    decided = nano.decide(messages, asked[6][1]["fields"], options=quick)
-    for name, decision in found[6][-1].items():
-        assert decision.choice == decided[name].choice
-        assert decision.probabilities == pytest.approx(decided[name].probabilities, abs=1e-4)
-    assert found[7][-1].text == nano.complete("1 2 3", asked[7][2]).text
-    assert jobs.figures().rows == 0
-
-
-PANIC = type("PanicException", (BaseException,), {})
-"""As pyo3's: no Exception."""
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (InputError("the regex is too complex to follow; make it simpler"), "too complex to follow"),
-        (ValueError("a fault of ours"), "a fault of ours"),
-        (PANIC("index out of bounds"), "a library failed at this request"),
-    ],
-)
-def test_a_grammar_that_cannot_be_followed_ends_its_own_job(
-    error: BaseException, words: str, nano: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs, walked = Jobs(nano, BatchLimits()), []
-    plainly = Guide.walking
-
-    def walking(self: Guide, *args: Any, **more: Any) -> Any:
-        walked.append(self)
-        if self is walked[0] and len(walked) > 3:
-            raise error
-        return (yield from plainly(self, *args, **more))
-
-    monkeypatch.setattr(Guide, "walking", walking)
-    jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9 ]{60,80}", confidence=0.0))
-    jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=2, regex="[0-9]{5}"))
-    jobs.begin(3, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=82))
-    found = carried_out(jobs)
-    assert words in str(found[1][-1]) and isinstance(found[1][-1], Exception)
-    monkeypatch.setattr(Guide, "walking", plainly)
-    assert found[2][-1].text == nano.complete("1", Options(seed=2, regex="[0-9]{5}")).text
-    assert found[3][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
-
-
-@pytest.mark.parametrize("place", ["watch", "tell", "commit", "inspect", "plan"])
-def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("a fault of ours")
-
-    jobs = Jobs(nano, BatchLimits())
-    plainly = {"watch": Reader.push, "tell": Reader.tell}
-    marked: list[Any] = []
-    if place in plainly:
-        name = {"watch": "push", "tell": "tell"}[place]
-
-        def some(self: Reader, *args: Any) -> Any:
-            return fail() if self._stops == ("mark",) else plainly[place](self, *args)
-
-        monkeypatch.setattr(Reader, name, some)
-        jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, max_tokens=82, stop=("mark",)))
-    elif place == "commit":
-        monkeypatch.setattr(Guide, "commit", fail)
-        jobs.begin(1, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9]{5}"))
-    else:
-        monkeypatch.setattr("sfumato.llm.share_out", fail)
-        if place == "inspect":
-            plan = nano._plan_decide
-
-            def planned(*args: Any) -> Any:
-                asks = next(whole := plan(*args))
-                marked.append(whole)
-                yield [dataclasses.replace(ask, request=dataclasses.replace(ask.request, inspect=fail)) for ask in asks]
-
-            monkeypatch.setattr(nano, "_plan_decide", planned)
-        jobs.begin(1, "decide", {"prompt": "1", "fields": {"mood": ["good", "bad"]}, "steps": 1}, Options(seed=1))
-    jobs.begin(2, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=82))
-    found = carried_out(jobs)
-    assert isinstance(found[1][-1], RuntimeError)
-    monkeypatch.undo()
-    assert found[2][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
-    assert jobs.figures().rows == 0
-
-
-def test_a_slow_walk_leaves_the_others_most_of_each_turn(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The texts are the same as without it: when a walk ends is nothing to anybody."""
-    regex, plain = Options(seed=1, regex="[0-9]{5}"), Options(seed=3, max_tokens=82)
-    alone = nano.complete("1", regex).text, nano.complete("1 2 3", plain).text
-    plainly, turns = Guide.walking, 0
-
-    def walking(self: Guide, *args: Any, **more: Any) -> Any:
-        end = time.perf_counter() + 0.4
-        while time.perf_counter() < end:
-            time.sleep(0.001)
-            yield
-        return (yield from plainly(self, *args, **more))
-
-    monkeypatch.setattr(Guide, "walking", walking)
-    jobs, longest = Jobs(nano, BatchLimits()), 0.0
-    ended: dict[int, Done] = {}
-    jobs.begin(1, "complete", {"prompt": "1"}, regex)
-    jobs.begin(2, "complete", {"prompt": "1 2 3"}, plain)
-    while not jobs.is_idle:
-        began = time.perf_counter()
-        happened = jobs.turn()
-        turns += 1
-        if 2 not in ended:
-            longest = max(longest, time.perf_counter() - began)
-        ended |= {key: event for key, event in happened if isinstance(event, Done)}
-    assert list(ended) == [2, 1]  # it did not wait for the walk, of at least two steps
-    assert (ended[1].text, ended[2].text) == alone
-    assert longest < 0.3
-
-
-def test_a_job_that_is_cancelled_or_wrong_leaves_the_others_alone(nano: LLM) -> None:
-    jobs = Jobs(nano, BatchLimits(rows=2, queue=3))
-    with pytest.raises(InputError, match="there is no method 'sing'"):
-        jobs.begin(1, "sing", {}, Options())
-    for key in range(2, 5):
-        jobs.begin(key, "complete", {"prompt": "1 2 3"}, Options(seed=key, max_tokens=82))
-    with pytest.raises(BusyError, match="3 requests wait already, of 3"):
-        jobs.begin(5, "complete", {"prompt": "1"}, Options())
-    jobs.turn()
-    jobs.cancel(2)
-    jobs.cancel(99)
-    found = carried_out(jobs)
-    assert set(found) == {3, 4} and all(isinstance(events[-1], Done) for events in found.values())
-    jobs.begin(6, "complete", {"prompt": "1" * 4000}, Options(max_tokens=82))
-    assert isinstance(
-        carried_out(Jobs(nano, BatchLimits(context=100)) if False else jobs)[6][-1], (Done, CapacityError)
-    )
-
-
-def test_a_walk_without_end_ends_its_own_request(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def walking(self: Guide, *args: Any, **more: Any) -> Any:
-        while True:
-            yield
-
-    monkeypatch.setattr(Guide, "walking", walking)
-    monkeypatch.setattr("sfumato.engine.guided.LONGEST", 0.3)
-    with pytest.raises(InputError, match=r"takes longer than the 0.3 seconds allowed to follow; make it simpler"):
-        nano.complete("1", Options(seed=1, regex="[0-9]{5}"))
-
-
-def test_a_slow_walk_does_not_hold_up_who_has_committed_already(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    plainly = Guide.walking
-
-    def walking(self: Guide, *args: Any, **more: Any) -> Any:
-        end = time.perf_counter() + 1.5
-        while time.perf_counter() < end:
-            time.sleep(0.001)
-            yield
-        return (yield from plainly(self, *args, **more))
-
-    monkeypatch.setattr(Guide, "walking", walking)
-    jobs, ended = Jobs(nano, BatchLimits()), []
-    jobs.begin(1, "complete", {"prompt": "1 2 3"}, Options(seed=3, max_tokens=400, max_steps=4))
-    while not any(isinstance(event, Commit) for _, event in jobs.turn()):
-        pass
-    jobs.begin(2, "complete", {"prompt": "1"}, Options(seed=1, regex="[0-9]{5}", max_steps=3))
-    while not jobs.is_idle:
-        ended += [key for key, event in jobs.turn() if isinstance(event, Done)]
-    assert ended == [1, 2]
-
-
-def test_the_later_parts_of_a_plan_run_beside_the_engine(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    laid, sheet = [], nano._ask_sheet
-
-    def ask_sheet(*args: Any, **more: Any) -> Any:
-        laid.append(threading.current_thread() is threading.main_thread())
-        return sheet(*args, **more)
-
-    monkeypatch.setattr(nano, "_ask_sheet", ask_sheet)
-    jobs = Jobs(nano, BatchLimits())
-    template = ["1", {"name": "a"}, "2", {"name": "b", "regex": "[0-9]{3}"}]
-    jobs.begin(1, "fill", {"template": template}, Options(seed=1, max_steps=4))
-    first = len(laid)
-    found = carried_out(jobs)
-    assert first and len(laid) > first and not any(laid[first:])
-    monkeypatch.undo()
-    assert found[1][-1].text == nano.fill(pieces_of(template), options=Options(seed=1, max_steps=4)).text
-    # One that is cancelled meanwhile, or fails there, leaves nothing behind.
-    for attack in ("cancel", "fail"):
-        monkeypatch.setattr(nano, "_sheet", lambda *_: 1 / 0) if attack == "fail" else None
-        if attack == "cancel":
-            jobs.begin(2, "fill", {"template": template}, Options(seed=1, max_steps=4))
-            while not jobs._going:
-                jobs.turn()
-            jobs.cancel(2)
-            assert carried_out(jobs) == {}
-        else:
-            with pytest.raises(ZeroDivisionError):
-                jobs.begin(3, "fill", {"template": template}, Options(seed=1))
-    assert jobs.is_idle and jobs.figures().rows == 0
-
-
-@pytest.mark.parametrize("temperature", [1e-40, 1e-9, 1e-3])
-def test_no_temperature_is_too_low(temperature: float, nano: LLM) -> None:
-    assert nano.complete("1 2 3", Options(seed=1, max_tokens=82, min_tokens=5, temperature=temperature)).tokens
 
 
 def test_what_is_admitted_has_room_as_it_is_rounded() -> None:

@@ -15,6 +15,7 @@ from sfumato import LLM, Options, Slot
 from sfumato.checkpoints.locate import NANO
 from sfumato.constraints import calls
 from sfumato.engine.guided import Span, _pick_
+from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done
@@ -43,7 +44,7 @@ def nano() -> LLM:
 def asked(llm: LLM, value: Any, **more: Any) -> Options:
     """With twice the shortest valid text as the budget."""
     kind = "regex" if isinstance(value, str) else "schema"
-    budget = 2 * llm.grammar(kind, value).shortest()
+    budget = 2 * llm.planner.grammars.compile(kind, value).shortest()
     return Options(**{kind: value}, max_tokens=max(budget, 1), max_steps=3, **more)
 
 
@@ -100,12 +101,12 @@ def test_every_draft_begins_with_a_valid_path(nano: LLM) -> None:
         "properties": {"a": {"enum": ["x", "yy"]}, "b": {"type": "integer"}},
         "required": ["a", "b"],
     }
-    grammar = nano.grammar("schema", value)
+    grammar = nano.planner.grammars.compile("schema", value)
     matcher, longest = grammar._words.matcher(grammar._source), 0
     for event in nano.stream("Sudoku", Options(schema=value, max_tokens=40, seed=3, drafts=True)):
         if hasattr(event, "accepted"):
             until = next((n for n, flag in enumerate(event.accepted) if not flag), len(event.tokens))
-            ends = [n for n, token in enumerate(event.tokens) if token in nano._fillers]
+            ends = [n for n, token in enumerate(event.tokens) if token in nano.planner.fillers]
             prefix = event.tokens[: min([until, *ends])]
             assert matcher.deep_copy().validate_tokens(prefix) == len(prefix)
             longest = max(longest, len(prefix))
@@ -125,7 +126,7 @@ def test_a_schema_that_is_no_json_is_refused_by_a_sentence(nano: LLM) -> None:
 
 
 def test_a_budget_that_just_fits_stops_and_says_so(nano: LLM) -> None:
-    fits = nano.grammar("regex", "[0-9]{5}").shortest()
+    fits = nano.planner.grammars.compile("regex", "[0-9]{5}").shortest()
     done = nano.complete("x", Options(regex="[0-9]{5}", max_tokens=fits, seed=1))
     assert done.finish_reason == "stop" and len(done.text) == 5
     with pytest.raises(InputError, match=str(fits)):
@@ -181,11 +182,11 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     called = 0
     ids = nano.encode([{"role": "user", "content": "A table, please."}], [TOOL])
     lead = [wild.tokenizer.id("<|tool_call>") or 0]  # random weights never open a call by themselves
-    grammar = wild.grammar("grammar", calls.grammar([TOOL]))
+    grammar = wild.planner.grammars.compile("grammar", calls.grammar([TOOL]))
     for seed in range(12):
         span = Span(0, None, grammar.start(70))
         options = Options(seed=seed, max_tokens=70, max_steps=3)
-        ask = wild.ask(ids, options, pins=dict(enumerate(lead)), spans=[span])
+        ask = wild.planner.ask(Request(ids, options, pins=dict(enumerate(lead)), spans=[span]))
         done = list(Run(wild.model, [ask.request]))[-1]
         assert done.finish_reason == "stop"
         for call in parse_ids(wild.tokenizer, done.tokens).tool_calls:

@@ -48,7 +48,7 @@ def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs) -> None:
         steps = round(len(valid) / float(found.tokens_per_forward))
         for name, llm in ours.items():
             torch.manual_seed(number)
-            options = llm._complete_options(Options(max_tokens=82))
+            options = llm.planner.resolve(Options(max_tokens=82))
             done = list(generate(llm.model, [ids], options, dice=TorchNoise(llm.model.config)))[-1]
             assert isinstance(done, Done)
             if done.tokens + [0] * (82 - len(done.tokens)) != expected or done.usage.steps != steps:

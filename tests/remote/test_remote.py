@@ -1,4 +1,4 @@
-"""The client for a server, against a small scripted one that plays a Sfumato server or another host."""
+"""remote/: the client for a server, against a small scripted one that plays a Sfumato server or another host."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from sfumato.events import Commit, Decision, Done, Draft
 from sfumato.options import Options
 from sfumato.remote import Remote, host
 from sfumato.remote.host import events_of
+from sfumato.templates.slots import Slot
 
 KEY = "sk-very-secret-0123"
 USER = [{"role": "user", "content": "Hello?"}]
@@ -67,23 +68,24 @@ class Scripted:
 
     @property
     def body(self) -> dict[str, Any]:
-        return self.requests[-1][2]
+        body: dict[str, Any] = self.requests[-1][2]
+        return body
 
     def says(self, path: str, *replies: Reply | Script) -> None:
         self.replies[f"/v1{path}"] = list(replies)
 
 
-def as_json(told: Any, status: int = 200, **headers: str) -> Reply:
-    return Reply(json.dumps(told).encode(), status, headers={k.replace("_", "-"): v for k, v in headers.items()})
+def as_json(body: Any, status: int = 200, **headers: str) -> Reply:
+    return Reply(json.dumps(body).encode(), status, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
 
-def stream(*told: Any, end: bytes = b"data: [DONE]\n\n", is_cut: bool = False) -> Reply:
-    pieces = [b"data: " + json.dumps(one, ensure_ascii=False).encode() + b"\n\n" for one in told]
+def stream(*payloads: Any, end: bytes = b"data: [DONE]\n\n", is_cut: bool = False) -> Reply:
+    pieces = [b"data: " + json.dumps(one, ensure_ascii=False).encode() + b"\n\n" for one in payloads]
     return Reply([*pieces, end] if end else pieces, kind="text/event-stream", is_cut=is_cut)
 
 
-def delta(finish_reason: str | None = None, logprobs: Any = None, **told: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": told, "logprobs": logprobs, "finish_reason": finish_reason}]}
+def delta(finish_reason: str | None = None, logprobs: Any = None, **fields: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": fields, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
 
 @pytest.fixture
@@ -153,14 +155,14 @@ def theirs(server: Scripted) -> Scripted:
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits before a request is sent again, which here take no time."""
-    found: list[float] = []
-    monkeypatch.setattr(host.time, "sleep", found.append)
-    return found
+    waits: list[float] = []
+    monkeypatch.setattr("sfumato.remote.host.time.sleep", waits.append)
+    return waits
 
 
-def hello(**told: Any) -> Reply:
+def hello(**last_fields: Any) -> Reply:
     last = {"choices": [], "usage": USAGE}
-    return stream(delta(role="assistant", content=""), delta(content="Hello"), delta("stop") | told, last)
+    return stream(delta(role="assistant", content=""), delta(content="Hello"), delta("stop") | last_fields, last)
 
 
 # ---- a Sfumato server -----------------------------------------------------------------------------------------------
@@ -255,32 +257,27 @@ def test_tools_go_out_and_calls_come_back(ours: Scripted) -> None:
     }
     ours.says("/chat/completions", stream(delta(tool_calls=[call]), delta("tool_calls")))
     commit, done = Remote(ours.url).stream(USER, Options(must_call=True), [TOOL])
-    asked = [{"name": "weather", "arguments": {"at": "Ulm"}}]
+    calls = [{"name": "weather", "arguments": {"at": "Ulm"}}]
     assert isinstance(commit, Commit) and isinstance(done, Done)
-    assert commit.tool_calls == done.tool_calls == asked and done.finish_reason == "stop" and done.text == ""
+    assert commit.tool_calls == done.tool_calls == calls and done.finish_reason == "stop" and done.text == ""
     assert ours.body["tool_choice"] == "required" and ours.body["tools"][0]["function"]["strict"] is True
     assert "must_call" not in ours.body and "strict" not in TOOL["function"]
 
     ours.says("/chat/completions", hello())
-    history = [
+    history: list[dict[str, Any]] = [
         *USER,
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": asked[0]}] * 2},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": calls[0]}] * 2},
         {"role": "tool", "name": "weather", "content": "wet"},
         {"role": "tool", "name": "weather", "content": "dry"},
     ]
     Remote(ours.url).chat(history, [TOOL])
-    calls = ours.body["messages"][1]["tool_calls"]
-    assert [one["function"]["arguments"] for one in calls] == ['{"at": "Ulm"}'] * 2
-    assert [one["id"] for one in calls] == [one["tool_call_id"] for one in ours.body["messages"][2:]]
-    assert calls[0]["id"] != calls[1]["id"] and "id" not in history[1]["tool_calls"][0]
+    sent = ours.body["messages"][1]["tool_calls"]
+    assert [one["function"]["arguments"] for one in sent] == ['{"at": "Ulm"}'] * 2
+    assert [one["id"] for one in sent] == [one["tool_call_id"] for one in ours.body["messages"][2:]]
+    assert sent[0]["id"] != sent[1]["id"] and "id" not in history[1]["tool_calls"][0]
 
 
 def test_templates_are_asked_for_and_read(ours: Scripted) -> None:
-    @dataclass(frozen=True)
-    class Slot:  # as edit.Slot, which needs torch
-        name: str = ""
-        length: int | None = None
-
     tail = {"seed": 3, "usage": USAGE}
     ours.says("/fill", as_json({"text": "A: x.", "values": {"who": "x"}, "lengths": {"who": 1}} | tail))
     ours.says("/infill", as_json({"text": "a b c", "middle": " b ", "length": 3} | tail))
@@ -330,8 +327,8 @@ def test_another_host_gets_standard_fields_alone(theirs: Scripted) -> None:
     options = Options(
         max_tokens=5, temperature=0.5, top_p=0.9, stop=("X",), seed=2, schema={"type": "object"}, drafts=True
     )
-    said = [{**USER[0]}, {"role": "assistant", "content": "Hm", "reasoning_content": "secret"}, *USER]
-    events = list(remote.stream(said, options))
+    messages = [{**USER[0]}, {"role": "assistant", "content": "Hm", "reasoning_content": "secret"}, *USER]
+    events = list(remote.stream(messages, options))
     assert [type(event) for event in events] == [Commit, Done]
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}}
     assert theirs.body == {
@@ -395,9 +392,9 @@ def test_thoughts_and_calls_in_fragments_are_put_together(theirs: Scripted, name
             delta("tool_calls"),
         ),
     )
-    found = Remote(theirs.url).chat(USER, [TOOL])
-    assert found.thought == "let me see" and found.text == ""
-    assert found.tool_calls == [{"name": "weather", "arguments": {"at": "Ulm"}}, {"name": "time", "arguments": {}}]
+    answer = Remote(theirs.url).chat(USER, [TOOL])
+    assert answer.thought == "let me see" and answer.text == ""
+    assert answer.tool_calls == [{"name": "weather", "arguments": {"at": "Ulm"}}, {"name": "time", "arguments": {}}]
 
 
 def test_a_host_that_does_not_stream_is_understood(theirs: Scripted) -> None:
@@ -408,8 +405,8 @@ def test_a_host_that_does_not_stream_is_understood(theirs: Scripted) -> None:
         "logprobs": {"content": content},
     }
     theirs.says("/chat/completions", as_json({"choices": [message], "usage": {"completion_tokens": 1}}))
-    found = Remote(theirs.url).chat(USER, options=Options(logprobs=True))
-    assert (found.text, found.usage.tokens, found.logprobs) == ("Hi", 1, [-0.25])
+    answer = Remote(theirs.url).chat(USER, options=Options(logprobs=True))
+    assert (answer.text, answer.usage.tokens, answer.logprobs) == ("Hi", 1, [-0.25])
 
 
 def test_a_host_without_a_list_of_models_needs_a_name(server: Scripted) -> None:
@@ -549,10 +546,10 @@ def test_a_stream_that_has_begun_is_not_asked_for_again(ours: Scripted, naps: li
 
 
 def test_nobody_there_is_tried_three_times(naps: list[float]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, but not listening
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # bound, but not listening
         with pytest.raises(WorkerError, match=r"no server at http://127.0.0.1:\d+ \(connection refused\)"):
-            Remote(f"http://127.0.0.1:{taken.getsockname()[1]}")
+            Remote(f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert naps == [0.25, 0.5]
 
 
@@ -641,17 +638,17 @@ def test_bytes_that_are_no_text_do_not_stop_a_stream() -> None:
 
 @pytest.mark.parametrize("piece", [b"x" * 65536, b"data: " + b"x" * 65530 + b"\n"])
 def test_an_event_has_a_bound(piece: bytes) -> None:
-    taken = 0
+    size = 0
 
     def endless() -> Iterator[bytes]:
-        nonlocal taken
+        nonlocal size
         yield b"data: "
         while True:
-            taken += len(piece)
+            size += len(piece)
             yield piece
 
     assert list(events_of(endless())) == [None]
-    assert taken <= host.LIMIT + 2 * len(piece)
+    assert size <= host.LIMIT + 2 * len(piece)
 
 
 def test_a_stream_may_be_longer_than_the_bound_of_an_event() -> None:
@@ -681,8 +678,8 @@ def test_split_bytes_through_http(ours: Scripted) -> None:
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = cli.main(arguments)
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    output = capsys.readouterr()
+    return code, output.out, output.err
 
 
 def test_the_live_view_draws_the_hosts_drafts_and_no_control_characters(ours: Scripted) -> None:
@@ -707,7 +704,9 @@ def test_a_host_that_counts_no_passes_gets_a_shorter_line_of_figures(theirs: Scr
     assert "pass" not in screen.getvalue() and "seed" not in screen.getvalue() and "cut at" in screen.getvalue()
 
 
-def test_chat_keeps_the_conversation_and_survives_errors(ours: Scripted, capsys, monkeypatch) -> None:
+def test_chat_keeps_the_conversation_and_survives_errors(
+    ours: Scripted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     thought = stream(delta(reasoning_content="hm"), delta(content="One"), delta("stop"))
     ours.says("/chat/completions", thought, refused("it ended", 500, "worker_error"), hello(), hello())
     lines = "first\nlost\n/seed 5\n/set warmth=1\nsecond\n/new\nthird\n"
@@ -722,7 +721,9 @@ def test_chat_keeps_the_conversation_and_survives_errors(ours: Scripted, capsys,
     assert sent[3]["messages"] == [system, {"role": "user", "content": "third"}] and sent[3]["model"] == "nano"
 
 
-def test_chat_refuses_an_option_that_the_host_cannot_be_told(theirs: Scripted, capsys, monkeypatch) -> None:
+def test_chat_refuses_an_option_that_the_host_cannot_be_told(
+    theirs: Scripted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs.says("/chat/completions", hello())
     monkeypatch.setattr(sys, "stdin", io.StringIO("/set max_steps=3\nhi\n"))
     code, out, _ = call(capsys, "chat", "--api", theirs.url)
@@ -731,7 +732,7 @@ def test_chat_refuses_an_option_that_the_host_cannot_be_told(theirs: Scripted, c
     assert code == 2 and "max_steps" in err
 
 
-def test_generate_over_the_wire(ours: Scripted, capsys, tmp_path: Path) -> None:
+def test_generate_over_the_wire(ours: Scripted, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ours.says("/chat/completions", hello(seed=8))
     (tmp_path / "key").write_text(KEY + "\n")
     arguments = ("generate", "Hi", "--api", ours.url, "--api-key-file", str(tmp_path / "key"), "--json")
@@ -756,7 +757,9 @@ def test_generate_over_the_wire(ours: Scripted, capsys, tmp_path: Path) -> None:
         (["--api", "http://localhost:1", "--api-key-file", "no-such-file"], "no-such-file"),
     ],
 )
-def test_bad_api_arguments_are_one_line_and_code_2(capsys, arguments: list[str], words: str) -> None:
+def test_bad_api_arguments_are_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
     code, out, err = call(capsys, "generate", "Hi", *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err and KEY not in err
 
@@ -768,5 +771,5 @@ def test_a_remote_chat_imports_no_torch(ours: Scripted) -> None:
         "print(code, [name for name in ('torch', 'numpy', 'tokenizers', 'jinja2') if name in sys.modules])"
     )
     command = [sys.executable, "-W", "error", "-c", code, ours.url]
-    found = subprocess.run(command, input="Hi\n", capture_output=True, text=True, timeout=60)
-    assert (found.stdout, found.stderr) == ("Hello\n0 []\n", "")
+    process = subprocess.run(command, input="Hi\n", capture_output=True, text=True, timeout=60)
+    assert (process.stdout, process.stderr) == ("Hello\n0 []\n", "")

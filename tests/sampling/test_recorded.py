@@ -15,6 +15,7 @@ import torch
 from tape import Tape
 
 from sfumato.engine import engine as engine_module
+from sfumato.engine import kept as kept_module
 from sfumato.engine.engine import Engine
 from sfumato.engine.run import Run
 from sfumato.errors import InputError
@@ -229,7 +230,8 @@ def test_a_stream_that_is_left_leaves_a_clean_engine(nano: LLM) -> None:
     stream = nano.stream("something else", options)
     next(stream)
     stream.close()
-    assert nano._kept is not None and not nano._kept.tokens and not any(nano._kept.engine.cache.lengths)
+    kept = nano._engines.kept
+    assert kept is not None and not kept.tokens and not any(kept.engine.cache.lengths)
     assert nano.complete("the same", options).tokens == wanted
 
 
@@ -251,18 +253,16 @@ def test_two_calls_at_a_time_have_an_engine_each(nano: LLM) -> None:
 
 def test_a_request_that_is_refused_leaves_the_engine(nano: LLM) -> None:
     nano.complete("ab", Options(max_tokens=5, seed=1))
-    before = nano._kept
+    before = nano._engines.kept
     with pytest.raises(InputError):
         nano.complete("ab" * 9000, Options(max_tokens=5))
-    assert before is not None and nano._kept is not None and nano._kept.engine is before.engine
+    assert before is not None and nano._engines.kept is not None and nano._engines.kept.engine is before.engine
 
 
 def test_an_idle_engine_gives_a_large_cache_back(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sfumato.llm
-
-    monkeypatch.setattr(sfumato.llm, "MOST_IDLE", 1000)
+    monkeypatch.setattr(kept_module, "MOST_IDLE", 1000)
     nano.chat([{"role": "user", "content": "a"}], options=Options(max_tokens=5, seed=1))
-    assert nano._kept is not None and nano._kept.tokens  # a conversation stays
-    nano._give(nano._kept.engine, [])
-    assert nano._kept.engine.cache.capacity == 1
+    assert nano._engines.kept is not None and nano._engines.kept.tokens  # a conversation stays
+    nano._engines.put_back(nano._engines.kept.engine, [])
+    assert nano._engines.kept.engine.cache.capacity == 1
     assert nano.complete("ab", Options(max_tokens=5, seed=1)).tokens

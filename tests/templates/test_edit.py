@@ -19,8 +19,11 @@ from sfumato.errors import CapacityError, InputError
 from sfumato.evals.sudoku import solve
 from sfumato.tasks import sudoku
 from sfumato.templates import slots
-from sfumato.templates.layout import candidates, lay_out, share_out, span_template
-from sfumato.templates.slots import check_template, pieces_of, read_template
+from sfumato.templates.decisions import share_out
+from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out
+from sfumato.templates.lengths import candidates
+from sfumato.templates.requests import Fill
+from sfumato.templates.slots import check_template, pieces_of, read_template, span_template
 
 ONE = Options(seed=1, max_steps=1)
 
@@ -40,7 +43,7 @@ def cells(puzzle: str) -> list[str | Slot]:
 
 # ---- byte for byte ---------------------------------------------------------------------------------------------------
 
-texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=120)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=120)
 
 
 @st.composite
@@ -82,7 +85,7 @@ def test_an_infill_keeps_both_sides(llm: LLM, before: str, after: str) -> None:
 
 def test_text_longer_than_a_canvas_keeps_its_bytes_and_its_order(llm: LLM) -> None:
     before, after = "The beginning.\r\n" * 30, "\tthe end … " * 40
-    template = [before, Slot("one", length=5), " and ", Slot("two", length=90), after]
+    template: list[str | Slot] = [before, Slot("one", length=5), " and ", Slot("two", length=90), after]
     filled = llm.fill(template, options=ONE)
     assert filled.text == before + filled.values["one"] + " and " + filled.values["two"] + after
     assert filled.usage.canvases == 2 and filled.lengths == {"one": 5, "two": 90}
@@ -91,8 +94,8 @@ def test_text_longer_than_a_canvas_keeps_its_bytes_and_its_order(llm: LLM) -> No
 # ---- layout ----------------------------------------------------------------------------------------------------------
 
 
-def layout(llm: LLM, template: list[str | Slot], **more: Any) -> Any:
-    return lay_out(check_template(template), llm.tokenizer, llm.model.config, {}, **more)
+def layout(llm: LLM, template: list[str | Slot], **more: Any) -> Sheet:
+    return lay_out(EncodedTemplate.of(check_template(template), llm.tokenizer), llm.model.config, {}, **more)
 
 
 def test_a_template_that_fits_stays_on_one_canvas_with_ends_behind_it(llm: LLM) -> None:
@@ -332,7 +335,7 @@ def test_checks_are_linear(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_search_for_a_length_ends_with_the_canvas_that_the_slot_begins_on(llm: LLM) -> None:
     length = llm.model.config.canvas_length
-    plan = llm.plan("fill", {"template": ["a", {"name": "x"}, "b" * 300, {"length": 3}]}, ONE)
+    plan = llm.plan(Fill(["a", Slot("x"), "b" * 300, Slot(length=3)], options=ONE))
     asks = next(plan)
     assert len(asks) > 5 and all(ask.request.options.max_tokens == length for ask in asks)
     plan.close()

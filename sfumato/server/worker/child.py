@@ -35,6 +35,8 @@ from sfumato.events import Draft, Event
 from sfumato.options import Options
 from sfumato.server.backend import Job, ModelCard, Result, Stats, where
 from sfumato.system import confined
+from sfumato.templates import requests
+from sfumato.templates.slots import pieces_of
 
 PREPARING = 2
 """Threads that prepare jobs, in each lane."""
@@ -96,7 +98,7 @@ def main(connection: Connection, load: dict[str, Any], limits: Mapping[str, Any]
         )
         with suppress(InputError):
             llguidance()  # now rather than between two turns, where it is installed
-        return Jobs(llm, BatchLimits(**limits)), card_of(llm, load.get("quantize"))
+        return JobsByKey(Jobs(llm, BatchLimits(**limits))), card_of(llm, load.get("quantize"))
 
     run(connection, open_jobs)
 
@@ -295,6 +297,52 @@ class Desk:
             "stalled": time.monotonic() - min(came) if came else 0.0,
         }
         return Stats(**figures | more)
+
+
+class JobsByKey:
+    """The engine's jobs by the numbers of this connection, made from a job's kind and payload."""
+
+    def __init__(self, jobs: Any) -> None:
+        self.jobs = jobs
+
+    def begin(self, key: int, kind: str, payload: dict[str, Any], options: Options) -> None:
+        self.jobs.begin(str(key), query_of(kind, payload, options))
+
+    def is_slow(self, kind: str, payload: dict[str, Any], options: Options) -> bool:
+        is_slow: bool = self.jobs.is_slow(query_of(kind, payload, options))
+        return is_slow
+
+    def cancel(self, key: int) -> None:
+        self.jobs.cancel(str(key))
+
+    def turn(self) -> Sequence[tuple[int, Event | Result | Exception]]:
+        return [(int(id), outcome) for id, outcome in self.jobs.turn()]
+
+    @property
+    def is_idle(self) -> bool:
+        is_idle: bool = self.jobs.is_idle
+        return is_idle
+
+    def figures(self) -> Any:
+        return self.jobs.figures()
+
+
+def query_of(kind: str, payload: Mapping[str, Any], options: Options) -> requests.Query:
+    """The request that a job stands for."""
+    match kind:
+        case "complete":
+            return requests.Complete(payload["prompt"], options)
+        case "chat":
+            return requests.Chat(payload["messages"], payload.get("tools"), options)
+        case "infill":
+            return requests.Infill(**payload, options=options)
+        case "edit":
+            return requests.Edit(**payload, options=options)
+        case "fill":
+            return requests.Fill(pieces_of(payload["template"]), payload.get("prompt"), options)
+        case "decide":
+            return requests.Decide(payload["prompt"], payload["fields"], payload.get("steps", 1), options)
+    raise InputError(f"there is no method {kind!r}; there are chat, complete, infill, fill, edit, decide")
 
 
 class Progress:

@@ -1,0 +1,122 @@
+"""A request as it is sent: the route and the JSON body, in OpenAI's words where OpenAI's API has such a request.
+
+The counterpart of `templates.plans`: a new kind of request is one more case here and in `results.result_of`. Options
+that cannot be said to a host are refused by `Remote.check`, not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sfumato.errors import InputError
+from sfumato.templates.requests import Answer, Chat, Decide, Edit, Fill, Infill, Messages, Returns
+
+
+def answer_route(query: Answer) -> str:
+    """The route that a request for an answer goes to."""
+    return "/chat/completions" if isinstance(query, Chat) else "/completions"
+
+
+def answer_body(query: Answer, is_sfumato: bool, has_drafts: bool) -> dict[str, Any]:
+    """The body that asks for an answer as a stream. Drafts are left out where the host has none."""
+    body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    fields = changed_fields(query.options)
+    is_strict = fields.pop("strict", False) or query.options.must_call
+    if isinstance(query, Chat):
+        body["messages"] = messages_out(query.messages, is_sfumato)
+        if query.tools:
+            body["tools"] = tools_out(query.tools, is_strict)
+        if fields.pop("must_call", False):
+            body["tool_choice"] = "required"
+    else:
+        body["prompt"] = query.prompt
+        if query.options.logprobs:
+            fields["logprobs"] = fields.pop("top_logprobs", 0)
+    if not has_drafts:
+        fields.pop("drafts", None)
+    if not is_sfumato and (schema := fields.pop("schema", None)) is not None:
+        form = {"name": "answer", "schema": schema, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": form}
+    return body | fields
+
+
+def template_route_and_body(query: Returns[Any]) -> tuple[str, dict[str, Any]]:
+    """Route and body of a request that a Sfumato server alone takes; it is answered at once, without drafts."""
+    match query:
+        case Infill():
+            route, body = "/infill", _fields(query, "prefix", "suffix", "length", "at_most")
+        case Edit():
+            route, body = "/edit", _fields(query, "text", "instruction", "spans", "strength")
+        case Fill():
+            pieces = [changed_fields(piece) if dataclasses.is_dataclass(piece) else piece for piece in query.template]
+            route, body = "/fill", {"template": pieces} | _prompt(query.prompt)
+        case Decide():
+            choices = {name: list(choices) for name, choices in query.fields.items()}
+            route, body = "/decisions", {"fields": choices, "steps": query.steps} | _prompt(query.prompt)
+        case _:
+            raise InputError(f"there is no request {query!r}; give one of templates.requests")
+    return route, body | changed_fields(dataclasses.replace(query.options, drafts=False))
+
+
+def _fields(query: Infill | Edit, *names: str) -> dict[str, Any]:
+    """These fields, without those that are open."""
+    return {name: value for name in names if (value := getattr(query, name)) is not None}
+
+
+def _prompt(prompt: str | Messages | None) -> dict[str, Any]:
+    if prompt is None:
+        return {}
+    return {"prompt": prompt} if isinstance(prompt, str) else {"messages": messages_out(prompt, True)}
+
+
+def changed_fields(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    return {f.name: value for f in dataclasses.fields(record) if (value := getattr(record, f.name)) != f.default}
+
+
+def tools_out(tools: Iterable[Mapping[str, Any]], is_strict: bool) -> list[dict[str, Any]]:
+    """Tools as OpenAI's API has them; `is_strict`: arguments obey their schema."""
+    extra = {"strict": True} if is_strict else {}
+    return [{"type": "function", "function": {**tool.get("function", tool), **extra}} for tool in tools]
+
+
+def messages_out(messages: Messages, is_sfumato: bool) -> list[dict[str, Any]]:
+    """A conversation as OpenAI's API has it: arguments as JSON text, an id on every call and on what answers it.
+
+    A thought goes to a Sfumato server alone, whose template decides. InputError names the message that is wrong."""
+    sent: list[dict[str, Any]] = []
+    open_calls: list[tuple[str, str]] = []  # (name, id) of calls without an answer yet
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f'message {number} is {type(message).__name__}; give a record with "role" and "content"')
+        copy = dict(message)
+        if not is_sfumato:
+            copy.pop("reasoning_content", None)
+        if copy.get("tool_calls"):
+            copy["tool_calls"] = [_call_out(call, number, place) for place, call in enumerate(copy["tool_calls"])]
+            open_calls += [(call["function"]["name"], call["id"]) for call in copy["tool_calls"]]
+        if copy.get("role") == "tool":
+            for call in open_calls:
+                if copy.get("name", call[0]) == call[0] and copy.get("tool_call_id", call[1]) == call[1]:
+                    copy["tool_call_id"] = call[1]
+                    open_calls.remove(call)
+                    break
+        sent.append(copy)
+    return sent
+
+
+def _call_out(call: Any, number: int, place: int) -> dict[str, Any]:
+    try:
+        name = call["function"]["name"]
+        if not isinstance(name, str):
+            raise TypeError
+        function = {**call["function"], "name": name}
+        if not isinstance(function.get("arguments"), str):
+            function["arguments"] = json.dumps(function.get("arguments") or {})
+        return {"id": call.get("id") or f"call_{number}_{place}", "type": "function", "function": function}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        where = f"tool call {place} of message {number}"
+        raise InputError(f'{where} is not {{"function": {{"name": …, "arguments": …}}}} with JSON in it') from None

@@ -1,0 +1,279 @@
+"""Plans: what each kind of request asks of an engine, and what it makes of the answers.
+
+`Planner.plan` is the one place that matches a request by its type; a new kind of request is a class in `requests` and a
+plan here. A plan yields requests of the engine and is sent what they ended with (`engine.plan`), so that one caller's
+engine and everybody's batch carry out the same. It deliberately lacks the model: a planner runs nothing.
+"""
+
+from __future__ import annotations
+
+import reprlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.constraints import calls
+from sfumato.engine import arguments
+from sfumato.engine.guided import Span
+from sfumato.engine.plan import Ask, Plan
+from sfumato.engine.request import Inspect, Request
+from sfumato.errors import CapacityError, InputError
+from sfumato.events import Completion, Decision, Edited, Filled
+from sfumato.model.config import ModelConfig
+from sfumato.options import OPTIONS, Options
+from sfumato.templates.decisions import MOST_STEPS, choices_of, decisions_of, form_of
+from sfumato.templates.grammars import GrammarCache
+from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
+from sfumato.templates.lengths import LENGTH_STEPS, LONGEST, LengthScore, candidates
+from sfumato.templates.prompts import PromptEncoder
+from sfumato.templates.requests import Answer, Chat, Complete, Decide, Edit, Fill, Infill, Messages, Returns, Tools
+from sfumato.templates.slots import Slot, check_template, span_template
+from sfumato.text.reader import Reader
+from sfumato.text.template import ChatTemplate
+from sfumato.text.tokenizer import Tokenizer
+
+STRENGTH = 0.5
+"""The share of an edited text that starts as noise, where the caller leaves it open."""
+
+
+class Planner:
+    """Plans requests for one model. `defaults` are the checkpoint's own values of options that are left open.
+
+    It may be used from several threads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        defaults: Mapping[str, Any],
+        name: str,
+    ) -> None:
+        self.config, self.tokenizer, self.defaults = config, tokenizer, defaults
+        self.prompts = PromptEncoder(config, tokenizer, template, name)
+        self.fillers = frozenset((*config.eos_ids, config.pad_id))
+        """Tokens that end an answer, or pad what it leaves of its canvas."""
+        self.grammars = GrammarCache(tokenizer, config.vocab_size, sorted(self.fillers))
+
+    def plan(self, query: Returns[Any]) -> Plan[Any]:
+        """The plan of a request, which ends with the request's result.
+
+        What is wrong with the request is an InputError or CapacityError, here or at the plan's first step."""
+        match query:
+            case Complete() | Chat():
+                return self.answer(query)
+            case Infill():
+                return self.infill(query)
+            case Fill():
+                return self.fill(query)
+            case Edit():
+                return self.edit(query)
+            case Decide():
+                return self.decide(query)
+        raise InputError(
+            f"there is no request {reprlib.repr(query)}; there are Chat, Complete, Infill, Fill, Edit, Decide"
+        )
+
+    def must_compile(self, query: Returns[Any]) -> bool:
+        """Whether a request holds a constraint that is not compiled yet, which may take seconds."""
+        options: Options = getattr(query, "options", Options())
+        if options.strict or options.must_call:
+            return True
+        constraints = [options.constraint]
+        if isinstance(query, Fill):
+            constraints += [piece.constraint for piece in query.template if isinstance(piece, Slot)]
+        return any(one is not None and not self.grammars.has(*one) for one in constraints)
+
+    # ---- answers ----------------------------------------------------------------------------------------------------
+
+    def answer(self, query: Answer) -> Plan[Completion]:
+        """The plan of one answer."""
+        (completion,) = yield from self.answers([query])
+        return completion
+
+    def answers(self, queries: Sequence[Answer]) -> Plan[list[Completion]]:
+        """The plan of several answers that run together."""
+        endings = yield [self.ask_answer(query) for query in queries]
+        return [Completion.of(done) for done in endings]
+
+    def ask_answer(self, query: Answer) -> Ask:
+        """What to give an engine for an answer."""
+        arguments.check_options(query.options)
+        if isinstance(query, Complete):
+            if not isinstance(ids := query.prompt, str):
+                arguments.check_ids("the prompt", ids, self.config.vocab_size)
+            else:
+                ids = self.prompts.encode(ids)
+            return replace(self.ask(Request(ids, query.options)), is_answer=True)
+        arguments.check_messages("the conversation", query.messages)
+        options = _with_calls(query.options, query.tools)
+        ids = self.prompts.encode(query.messages, query.tools, options.thinking)
+        marks = self.prompts.marks(ids, query.messages, query.tools)
+        return replace(self.ask(Request(ids, options, marks=marks), is_chat=True), is_answer=True)
+
+    def ask(self, request: Request, is_chat: bool = False) -> Ask:
+        """A request of the engine with its options filled in, and a reader of its text.
+
+        A constraint in its options rules the whole answer, unless it has spans of its own."""
+        arguments.check_options(request.options)
+        options = self.resolve(request.options)
+        reader = Reader(self.tokenizer, options.stop, self.config.eos_ids, is_chat)
+        spans = request.spans or self._whole_answer(len(request.prompt), options)
+        return Ask(replace(request, options=options, spans=spans, watch=reader.push), reader)
+
+    def resolve(self, options: Options) -> Options:
+        """Options with a seed, and the checkpoint's own values where they are left open."""
+        if options.constraint is not None:
+            self.config.check_canvas(options.constraint[0])
+        seed = secrets.randbits(32) if options.seed is None else options.seed
+        return replace(options.with_defaults(self.defaults), seed=seed)
+
+    def _whole_answer(self, prompt_tokens: int, options: Options) -> list[Span]:
+        if options.constraint is None:
+            return []
+        canvas = self.config.canvas_length
+        room = (self.config.max_position - prompt_tokens) // canvas * canvas
+        if options.max_tokens is not None:
+            room = min(room, options.max_tokens)
+        return [Span(0, None, self.grammars.compile(*options.constraint).start(room))]
+
+    # ---- templates --------------------------------------------------------------------------------------------------
+
+    def infill(self, query: Infill) -> Plan[Filled]:
+        """The plan of a template with one slot between two texts."""
+        arguments.check_text("the prefix", query.prefix)
+        arguments.check_text("the suffix", query.suffix)
+        middle = Slot("middle", length=query.length, at_most=query.at_most)
+        return (yield from self.fill(Fill([query.prefix, middle, query.suffix], None, query.options)))
+
+    def fill(self, query: Fill) -> Plan[Filled]:
+        """The plan of a template: the lengths that are open one after the other, then all slots together."""
+        self.config.check_canvas("a template")
+        arguments.check_template_prompt(query.prompt)
+        pieces, options = check_template(query.template), self.resolve(_of_templates(query.options))
+        query = replace(query, template=pieces, options=options)
+        template = EncodedTemplate.of(pieces, self.tokenizer)
+        slots = {piece.name: piece for piece in pieces if isinstance(piece, Slot)}
+        grammars = {name: self.grammars.compile(*slot.constraint) for name, slot in slots.items() if slot.constraint}
+        widths = {name: slots[name].at_most or 2 * grammar.shortest() + 8 for name, grammar in grammars.items()}
+        widths |= {name: 1 for name, slot in slots.items() if slot.is_open}
+        for name, slot in slots.items():
+            if slot.is_open:
+                widths[name] = yield from self._search_width(query, template, slot, widths)
+        sheet = self._sheet(template, widths, options)
+        (done,) = yield [self._ask_sheet(sheet, query.prompt, options, spans_of(sheet, grammars))]
+        values, lengths = (
+            sheet.texts(done.tokens, self.tokenizer, self.fillers),
+            sheet.lengths(done.tokens, self.fillers),
+        )
+        return Filled(sheet.read(values), values, done.usage, done.seed, lengths)
+
+    def edit(self, query: Edit) -> Plan[Edited]:
+        """The plan of a text that starts as it is: spans of it as slots, or the whole of it as a warm canvas."""
+        self.config.check_canvas("edit")
+        text, instruction, spans = query.text, query.instruction, query.spans
+        arguments.check_text("the text", text)
+        arguments.check_kind("the instruction", instruction, (str, type(None)), "text")
+        if not text:
+            raise InputError("the text is empty, so there is nothing to edit")
+        if instruction is None and not spans:
+            raise InputError("neither an instruction nor spans are given; say what to change, or where")
+        strength = STRENGTH if query.strength is None else query.strength
+        options = self.resolve(_of_templates(query.options))
+        prompt = None if instruction is None else [{"role": "user", "content": f"{instruction}\n\n{text}"}]
+        if spans:
+            filled = yield from self.fill(Fill(span_template(text, spans, strength), prompt, options))
+            return Edited(filled.text, text, filled.usage, filled.seed)
+        template = EncodedTemplate.of(check_template([Slot("text", text=text, strength=strength)]), self.tokenizer)
+        sheet = lay_out(template, self.config, {}, options.seed or 0, is_open_ended=True)
+        canvas, ends = self.config.canvas_length, self.config.eos_ids
+        whole = -(-(sheet.length + 1) // canvas) * canvas
+        warm = sheet.warm | dict.fromkeys(range(sheet.length, whole), ends[0])
+        ids = self.prompts.encode_before(prompt, sheet)
+        self._check_room(len(ids), whole)
+        (done,) = yield [self.ask(Request(ids, replace(options, max_tokens=whole), warm=warm))]
+        return Edited(done.text, text, done.usage, done.seed)
+
+    def decide(self, query: Decide) -> Plan[dict[str, Decision]]:
+        """The plan of decisions: one canvas with a line for each field, whose logits are read after `steps`."""
+        self.config.check_canvas("decide")
+        arguments.check_template_prompt(query.prompt)
+        arguments.check_count("steps", query.steps, 1, MOST_STEPS)
+        tokens = choices_of(query.fields, self.tokenizer)
+        sheet = lay_out(EncodedTemplate.of(form_of(tokens), self.tokenizer), self.config, {})
+        if sheet.length > self.config.canvas_length:
+            raise CapacityError(
+                f"the fields take {sheet.length} tokens and must fit one canvas of {self.config.canvas_length}; "
+                "ask fewer at a time"
+            )
+        read_outs: list[Tensor] = []
+        options = replace(_of_templates(query.options), max_steps=query.steps, t_max=1.0, t_min=1.0)
+        options = self.resolve(replace(options, temperature_steps=None))
+        yield [self._ask_sheet(sheet, query.prompt, options, [], read_outs.append)]
+        return decisions_of(sheet, query.fields, tokens, read_outs[-1])
+
+    def _search_width(self, query: Fill, template: EncodedTemplate, slot: Slot, widths: Mapping[str, int]) -> Plan[int]:
+        """The width of a slot that agrees best with the rest of its template: see `lengths`."""
+        canvas = self.config.canvas_length
+        sizes = candidates(min(slot.at_most or LONGEST, canvas))
+        sheets = [self._sheet(template, {**widths, slot.name: size}, query.options) for size in sizes]
+        number = [place.slot.name for place in sheets[0].places].index(slot.name)
+        # Canvases behind the one that the slot begins on have no say in it.
+        ends = [(sheet.places[number].start // canvas + 1) * canvas for sheet in sheets]
+        sheets = [replace(sheet, length=min(sheet.length, end)) for sheet, end in zip(sheets, ends, strict=True)]
+        scores = [LengthScore(sheet, number, canvas) for sheet in sheets]
+        quick = replace(query.options, max_steps=LENGTH_STEPS, confidence=0.0, early=False, short=False, drafts=False)
+        rows = zip(sheets, scores, strict=True)
+        yield [self._ask_sheet(sheet, query.prompt, quick, [], score) for sheet, score in rows]
+        return sizes[min(range(len(sizes)), key=lambda row: (scores[row].value, row))]
+
+    def _sheet(self, template: EncodedTemplate, widths: Mapping[str, int], options: Options) -> Sheet:
+        return lay_out(template, self.config, widths, options.seed or 0, is_short=options.short)
+
+    def _ask_sheet(
+        self,
+        sheet: Sheet,
+        prompt: str | Messages | None,
+        options: Options,
+        spans: list[Span],
+        inspect: Inspect | None = None,
+    ) -> Ask:
+        ids = self.prompts.encode_before(prompt, sheet)
+        self._check_room(len(ids), sheet.length)
+        options = replace(options, stop=(), max_tokens=sheet.length, min_tokens=sheet.length)
+        control = sorted(self.tokenizer.special_ids)  # a slot is text
+        return self.ask(Request(ids, options, sheet.pins, sheet.warm, spans, control, inspect=inspect))
+
+    def _check_room(self, before: int, length: int) -> None:
+        """CapacityError where so many positions, in whole canvases, do not fit behind so many tokens."""
+        canvas, most = self.config.canvas_length, self.config.max_position
+        if before + -(-length // canvas) * canvas > most:
+            raise CapacityError(
+                f"the template takes {length} positions behind {before} tokens, beyond the context of {most}; shorten "
+                "its slots or the text before them"
+            )
+
+
+def _with_calls(options: Options, tools: Tools | None) -> Options:
+    """With the grammar of calls of these tools, where the options want that."""
+    if not tools:
+        if options.must_call:
+            raise InputError("must_call asks for a call and there are no tools; give at least one")
+        return options
+    if not options.strict and not options.must_call:
+        return options
+    grammar = calls.grammar(tools, options.must_call)
+    return replace(options, strict=False, must_call=False, grammar=grammar)
+
+
+def _of_templates(options: Options) -> Options:
+    """The options; InputError for one that means nothing where a template says what is written."""
+    arguments.check_options(options)
+    for name, option in OPTIONS.items():
+        if "templates" not in option.about.uses and getattr(options, name) != option.default:
+            message = f"{name} does not apply to a template, whose slots say what is written; leave it out"
+            raise InputError(message, option=name)
+    return options
