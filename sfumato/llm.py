@@ -567,6 +567,24 @@ class LLM:
                 prompt[-1] = {**prompt[-1], "content": [*content, {"type": "text", "text": hint}]}
         return [*self.encode(prompt or ""), *sheet.lead]
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether answers on a canvas can come with a draft of every step."""
+        return self.model.config.is_diffusion
+
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether results carry token ids beside the text: here they do."""
+        return True
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model runs elsewhere: this one runs in this process."""
+        return False
+
+    def check(self, options: Options, is_chat: bool = True) -> None:
+        """Refuse options that this model can never take: there are none."""
+
     def forget(self) -> None:
         """Free what the last call left: the cache of its conversation, and the steps that were recorded for it."""
         self._kept = None

@@ -58,6 +58,16 @@ class Remote:
         return self._host.url
 
     @property
+    def has_token_ids(self) -> bool:
+        """Whether results carry token ids beside the text: hosts send texts alone."""
+        return False
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model runs elsewhere: this one does."""
+        return True
+
+    @property
     def is_key_exposed(self) -> bool:
         """Whether the key crosses a network in the clear, beyond this machine and private networks."""
         return self._host.is_key_exposed
