@@ -1,8 +1,9 @@
-"""The command line: a table of commands, each imported only when it is asked for, and one habit for errors.
+"""The command line: a table of commands, each imported only when it is called, and one way to report errors.
 
-A command is a module with a plain function `command(...)`, annotated for typer, whose docstring is its help. It may
-raise whatever it likes: `main` turns that into one line on stderr and an exit code, 2 where the input is at fault, 1
-where something failed, 130 on Ctrl-C. There is never a traceback, and no environment variable that brings one back.
+A command is a module with a function `command(...)`, annotated for typer, whose docstring is its help. Options that
+commands share come as records (`flags`, `options`). A command may raise any error: `main` turns it into one line on
+stderr and an exit code, 2 where the input is at fault, 1 where something failed, 130 on Ctrl-C. There is never a
+traceback, and no environment variable that brings one back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato import __version__
-from sfumato.cli.text import harmless
+from sfumato.cli.output import harmless
 from sfumato.errors import InputError, SfumatoError
 
 COMMANDS = {
@@ -43,9 +44,9 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own); returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = application(given).main(args=given, prog_name="sfumato", standalone_mode=False)
+        code = application(words).main(args=words, prog_name="sfumato", standalone_mode=False)
         sys.stdout.flush()  # here, where a closed pipe can still be met quietly
         return code if isinstance(code, int) else 0
     except BrokenPipeError:  # the reader has seen enough
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def application(arguments: Sequence[str]) -> Any:
-    """The click group for this command line: all commands by name and help, and only the wanted one with its code."""
+    """The click group for this command line: every command by name and help, and the called one with its code."""
     app = typer.Typer(
         help="Sfumato, the local engine for DiffusionGemma: text that emerges from noise, a whole canvas at a time.",
         epilog="Each command has its own --help, with an example: sfumato info --help",
@@ -77,15 +78,15 @@ def application(arguments: Sequence[str]) -> Any:
         ] = False,
     ) -> None: ...
 
-    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    called = next((word for word in arguments if not word.startswith("-")), None)
     for name, (module, line) in COMMANDS.items():
-        function = import_module(module).command if name == wanted else _not_wanted
+        function = import_module(module).command if name == called else _placeholder
         app.command(name, short_help=line)(function)
     return typer.main.get_command(app)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the exit code."""
+    """The line that reports an error, and the exit code."""
     if isinstance(error, USAGE_ERROR):
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "sfumato"
@@ -101,10 +102,10 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {first} (at {os.path.basename(last.filename)}, line {last.lineno})", 1
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print(f"sfumato {__version__}")
         raise typer.Exit
 
 
-def _not_wanted() -> None: ...
+def _placeholder() -> None: ...

@@ -10,38 +10,83 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
-from sfumato.checkpoints.load import load
+from sfumato.checkpoints.load import load as load_checkpoint
+from sfumato.cli import files, flags
 from sfumato.cli import options as opt
+from sfumato.cli.view import visible
 from sfumato.errors import InputError
-from sfumato.measure.parts import DTYPES, Plan, Say, random_config, random_model, record
+from sfumato.measure.parts import DTYPES, Plan, random_config, random_model, record
 from sfumato.measure.work import duration, number, size
+from sfumato.model.network import Model
 from sfumato.ops import survey
 from sfumato.options import LoadOptions
 from sfumato.quant.apply import samples
 
-# ---- the command ----------------------------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which weights to time: a checkpoint's, or random ones."""
 
-def command(
     model: Annotated[
         str | None, typer.Argument(help="A checkpoint folder, a hub id, or nano. Default: random weights.")
-    ] = None,
-    size: Annotated[str, typer.Option(help="Of the random weights: mid (half a billion) or tiny.")] = "mid",
-    dtype: Annotated[str | None, typer.Option(help="bf16 or float32. Default: the checkpoint's; bf16.")] = None,
-    ops: opt.Ops = "auto",
-    quantize: opt.Quantize = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 384,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps for each canvas.")] = 12,
-    seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = 20.0,
+    ] = None
+    size: Annotated[str, typer.Option(help="Of the random weights: mid (half a billion) or tiny.")] = "mid"
+    dtype: Annotated[str | None, typer.Option(help="bf16 or float32. Default: the checkpoint's; bf16.")] = None
+
+    @property
+    def name(self) -> str:
+        """What the record calls the model."""
+        return self.model or f"{self.size} (random weights)"
+
+    def check(self) -> None:
+        """InputError for a dtype that is not timed."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}; choose bf16 or float32")
+
+    def model_on(self, device: str, load: LoadOptions) -> Model:
+        """The model on this device."""
+        dtype = DTYPES[self.dtype] if self.dtype else None
+        if self.model is None:
+            plain = dtype or DTYPES["bf16"]
+            return random_model(random_config(self.size), plain, device, load.ops, quantize=load.quantize)
+        named = None if self.dtype is None else "bfloat16" if self.dtype == "bf16" else self.dtype
+        return load_checkpoint(self.model, replace(load, device=device, dtype=named)).eval()
+
+
+@dataclass(frozen=True)
+class WorkFlags:
+    """How much work to time, and for how long."""
+
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = Plan.prompt
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = Plan.tokens
+    steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps for each canvas.")] = Plan.steps
+    seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = Plan.seconds
+
+
+@flags.takes(
+    source=flags.group_of(ModelFlags),
+    load=opt.load_flags_of(without=("model", "dtype", "memory_limit")),
+    amount=flags.group_of(WorkFlags),
+)
+def command(
+    *,
+    source: ModelFlags,
+    load: LoadOptions,
+    amount: WorkFlags,
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON.")] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write the record to this file too.")] = None,
 ) -> None:
@@ -53,45 +98,49 @@ def command(
 
     Example: sfumato bench nano --steps 8 --json -o bench.json
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; choose bf16 or float32")
-    target = None if output is None else opt.out_path(output, "--output")
-    if target is not None and target.is_dir():
-        raise InputError(f"{target} is a folder; give a file to write the record to")
-    if target is not None and not target.absolute().parent.is_dir():
-        raise InputError(f"{target} cannot be written: there is no folder {target.parent}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    plan = Plan(prompt, tokens, steps, seconds)
-    with progress() as say:
-        say("weights")
-        if model is None:
-            made = random_model(random_config(size), DTYPES[dtype or "bf16"], device, ops, quantize=quantize)
-        else:
-            kept = DTYPES[dtype] if dtype else None
-            made = load(model, LoadOptions(device=device, dtype=kept, ops=ops, quantize=quantize)).eval()
-        found = record(made, plan, model or f"{size} (random weights)", say)
-    standings = survey(device, made.dtype, samples(quantize) if quantize else [])
-    found["implementations"] = [one._asdict() for one in standings]
-    text = json.dumps(found, indent=2)
+    source.check()
+    target = None if output is None else _target(output)
+    device = _device(load.device)
+    plan = Plan(amount.prompt, amount.tokens, amount.steps, amount.seconds)
+    with progress() as report:
+        report("weights")
+        model = source.model_on(device, load)
+        results = record(model, plan, source.name, report)
+    standings = survey(device, model.dtype, samples(load.quantize) if load.quantize else [])
+    results["implementations"] = [one._asdict() for one in standings]
+    text = json.dumps(results, indent=2)
     if target is not None:
         target.write_text(text + "\n", encoding="utf-8")
     if as_json:
         print(text)
     else:
-        show(found)
+        show(results)
+
+
+def _target(output: str) -> Path:
+    """The file to write the record to; InputError where that cannot be, better known before the work."""
+    target = files.out_path(output, "--output")
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; give a file to write the record to")
+    if not target.absolute().parent.is_dir():
+        raise InputError(f"{target} cannot be written: there is no folder {target.parent}")
+    return target
+
+
+def _device(name: str) -> str:
+    """The device to time; InputError for one that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
 
 
 @contextmanager
-def progress() -> Iterator[Say]:
-    """Names what is being measured: a spinner with a clock on a terminal, a line each where stderr is a file."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
+def progress() -> Iterator[Callable[[str], None]]:
+    """Names the part that is measured: a spinner with a clock on a terminal, else a line each on stderr."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda name: print(f"bench: {name}", file=sys.stderr, flush=True)
@@ -102,61 +151,63 @@ def progress() -> Iterator[Say]:
         yield lambda name: bar.update(task, description=name)
 
 
-def show(found: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     """The record for a person."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from sfumato.cli.view import visible
-
-    console, hardware, model = Console(highlight=False), found["environment"]["hardware"], found["model"]
+    console, hardware, model = Console(highlight=False), results["environment"]["hardware"], results["model"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     described = (
         f": {number(model['parameters'])} parameters, {number(model['active'])} active, "
-        f"{found['dtype']}, {found['ops']} operations, on {where}\n"
+        f"{results['dtype']}, {results['ops']} operations, on {where}\n"
     )
     console.print(Text.assemble("\n", visible(model["name"], "bold"), visible(described)))
-    if "implementations" in found:
-        console.print(visible(standing(found), "dim"), "\n", sep="")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
-    table.add_column(f"part, after {found['prompt']} tokens", no_wrap=True)
-    for column in ("time", "fastest", "slowest", "floor", "of ceiling"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, row in found["parts"].items():
-        times = [duration(row[key]) for key in ("seconds", "fastest", "slowest", "floor_seconds")]
-        table.add_row(name, *times, _share(row["share_of_ceiling"]))
-    console.print(table)
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
-    table.add_column("whole answer", no_wrap=True)
-    for column in ("tokens", "time", "first", "per pass", "per second"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, row in found["requests"].items():
-        steps = f", {row['steps_per_canvas']} steps" if "steps_per_canvas" in row else ""
-        cells = [str(row["tokens"]), duration(row["seconds"]), duration(row["first_tokens_seconds"])]
-        table.add_row(name + steps, *cells, f"{row['tokens_per_pass']:.1f}", f"{row['tokens_per_second']:.3g}")
-    console.print(table)
-
-    bandwidth, products = found["ceilings"]["bytes_per_second"], found["ceilings"]["flops_per_second"]
+    if "implementations" in results:
+        console.print(visible(standing(results), "dim"), "\n", sep="")
+    console.print(_parts_table(results))
+    console.print(_answers_table(results))
+    bandwidth, products = results["ceilings"]["bytes_per_second"], results["ceilings"]["flops_per_second"]
     console.print(
         f"Measured ceiling: {size(bandwidth['read'])}/s read, {size(bandwidth['copy'])}/s copied; "
-        + ", ".join(f"{number(found['best'], 'FLOP')}/s {kind}" for kind, found in products.items())
+        + ", ".join(f"{number(rate['best'], 'FLOP')}/s {kind}" for kind, rate in products.items())
         + "."
-        + (f" Peak memory {size(found['peak_bytes'])}." if found["peak_bytes"] else "")
+        + (f" Peak memory {size(results['peak_bytes'])}." if results["peak_bytes"] else "")
         + "\n",
         style="dim",
     )
 
 
-def standing(found: dict[str, Any]) -> str:
-    """What ran, beside what auto takes for such weights and what is in the way of the others."""
-    ran, each = found["ops"], found["implementations"]
+def _parts_table(results: dict[str, Any]) -> Table:
+    columns = ("time", "fastest", "slowest", "floor", "of ceiling")
+    table = _table(f"part, after {results['prompt']} tokens", columns)
+    for name, row in results["parts"].items():
+        times = [duration(row[key]) for key in ("seconds", "fastest", "slowest", "floor_seconds")]
+        table.add_row(name, *times, _share(row["share_of_ceiling"]))
+    return table
+
+
+def _answers_table(results: dict[str, Any]) -> Table:
+    table = _table("whole answer", ("tokens", "time", "first", "per pass", "per second"))
+    for name, row in results["requests"].items():
+        steps = f", {row['steps_per_canvas']} steps" if "steps_per_canvas" in row else ""
+        cells = [str(row["tokens"]), duration(row["seconds"]), duration(row["first_tokens_seconds"])]
+        table.add_row(name + steps, *cells, f"{row['tokens_per_pass']:.1f}", f"{row['tokens_per_second']:.3g}")
+    return table
+
+
+def _table(first: str, others: Iterable[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
+    table.add_column(first, no_wrap=True)
+    for column in others:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def standing(results: dict[str, Any]) -> str:
+    """The operations that ran, beside those that auto takes and the obstacles of the others."""
+    used, each = results["ops"], results["implementations"]
     auto = next(one["name"] for one in each if one["is_auto"])
-    text = f"Ran: {ran}, " + ("as auto does here." if ran == auto else f"where auto takes {auto}.")
-    left = ", ".join(f"{one['name']} ({one['obstacle']})" for one in each if one["obstacle"])
-    return f"{text} Not for these weights here: {left}." if left else text
+    text = f"Ran: {used}, " + ("as auto does here." if used == auto else f"where auto takes {auto}.")
+    others = ", ".join(f"{one['name']} ({one['obstacle']})" for one in each if one["obstacle"])
+    return f"{text} Not for these weights here: {others}." if others else text
 
 
 def _share(share: float | None) -> str:

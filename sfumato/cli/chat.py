@@ -1,41 +1,38 @@
-"""`sfumato chat`: a conversation in the terminal; what was said stays encoded from turn to turn."""
+"""`sfumato chat`: a conversation in the terminal; its text stays encoded from turn to turn."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from sfumato.cli import flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli.generate import Api, ApiKey, ApiKeyFile, Model, connect_or_load, has_drafts, show
-from sfumato.cli.text import harmless
-from sfumato.cli.view import visible
+from sfumato.cli.output import harmless
+from sfumato.cli.view import show, visible
 from sfumato.errors import InputError, SfumatoError
 from sfumato.events import Commit, Done
-from sfumato.remote import Remote
+from sfumato.options import LoadOptions, Options
+from sfumato.templates.interface import LanguageModel
 
 HELP = "/new begins again · /seed N fixes the seed · /set NAME=VALUE changes an option · /quit ends"
 
 
+@flags.takes(
+    api=flags.group_of(loading.ApiFlags),
+    options=opt.flags_of("max_tokens", "seed", "mode", "thinking"),
+    load=opt.load_flags_of(without=("model",)),
+)
 def command(
-    model: Model = None,
-    api: Api = None,
-    api_key: ApiKey = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    api: loading.ApiFlags,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    max_tokens: opt.MaxTokens = None,
-    seed: opt.Seed = None,
-    mode: opt.Mode = None,
-    thinking: opt.Thinking = False,
-    set_: opt.Set = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = None,
-    ops: opt.Ops = "auto",
-    quantize: opt.Quantize = None,
-    memory_limit: opt.MemoryLimit = None,
+    options: Options,
+    load: LoadOptions,
     delay: opt.Delay = 0.0,
 ) -> None:
     """Talk to a model; each answer denoises live. Piped, every line of input is a message and every answer is printed.
@@ -44,67 +41,81 @@ def command(
 
     Example: sfumato chat --api https://models.example.com --api-key-file key.txt
     """
-    pairs = list(set_ or [])
-    given = {"max_tokens": max_tokens, "seed": seed, "mode": mode, "thinking": thinking}
-    options = opt.build(pairs, **given)
     console = Console(highlight=False)
-    llm = connect_or_load(api, api_key, api_key_file, model, device, dtype, ops, quantize, memory_limit)
-    if isinstance(llm, Remote):
-        llm.check(options)
-    messages: list[dict[str, Any]] = []
-    start = [{"role": "system", "content": system}] if system else []
-    is_live = console.is_terminal and sys.stdin.isatty()
-    if is_live:
+    llm = loading.connect_or_load(api, load)
+    llm.check(options)
+    conversation = Conversation(llm, options, console, delay, system)
+    if conversation.is_live:
         console.print(visible(f"{llm.name} · {HELP}", "dim"))
-    while True:
-        try:
-            line = console.input("[bold]› [/bold]") if is_live else sys.stdin.readline()
-        except EOFError:
+    for line in conversation.lines():
+        if not line.startswith("/"):
+            conversation.answer(line)
+        elif line[1:].partition(" ")[0] in ("quit", "exit"):
             break
-        if not is_live and not line:
-            break
-        line = line.strip()
-        if not line:
-            continue
-        if line.startswith("/"):
-            name, _, value = line[1:].partition(" ")
-            if name in ("quit", "exit"):
-                break
+        else:
+            conversation.obey(line)
+
+
+class Conversation:
+    """The messages so far, and the options of the next answer."""
+
+    def __init__(
+        self, llm: LanguageModel, options: Options, console: Console, delay: float, system: str | None = None
+    ) -> None:
+        self.llm, self.options, self.console, self.delay = llm, options, console, delay
+        self.start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, Any]] = []
+        self.is_live = console.is_terminal and sys.stdin.isatty()
+        """Whether a person types and watches."""
+
+    def lines(self) -> Iterator[str]:
+        """The lines that are typed or piped in, without those that are blank."""
+        while True:
             try:
-                if name == "new":
-                    messages = []
-                    llm.forget()
-                elif name in ("seed", "set"):
-                    pairs.append(value if name == "set" else f"seed={value}")
-                    wanted = opt.build(pairs, **given)
-                    if isinstance(llm, Remote):
-                        llm.check(wanted)
-                    options = wanted
-                else:
-                    raise InputError(f"there is no command /{name}; {HELP}")
-            except InputError as error:
-                console.print(visible(str(error), "red"))
-                pairs = pairs[:-1] if name in ("seed", "set") else pairs
-            continue
-        messages.append({"role": "user", "content": line})
+                line = self.console.input("[bold]› [/bold]") if self.is_live else sys.stdin.readline()
+            except EOFError:
+                return
+            if not self.is_live and not line:
+                return
+            if line := line.strip():
+                yield line
+
+    def obey(self, line: str) -> None:
+        """Carry out a line that begins with a slash; what is wrong with it is printed, and nothing changes."""
+        name, _, value = line[1:].partition(" ")
         try:
-            wanted = replace(options, drafts=is_live and has_drafts(llm, options))
-            events = llm.stream(start + messages, wanted)
-            if is_live:
-                done = show(llm, events, console, delay)
+            if name == "new":
+                self.messages = []
+                self.llm.forget()
+            elif name in ("seed", "set"):
+                options = opt.changed(self.options, value if name == "set" else f"seed={value}")
+                self.llm.check(options)
+                self.options = options
+            else:
+                raise InputError(f"there is no command /{name}; {HELP}")
+        except InputError as error:
+            self.console.print(visible(str(error), "red"))
+
+    def answer(self, line: str) -> None:
+        """Answer a message; where that fails, the error is printed and the message is dropped."""
+        message = {"role": "user", "content": line}
+        has_drafts = self.is_live and self.llm.has_drafts and self.options.mode != "autoregressive"
+        try:
+            events = self.llm.stream([*self.start, *self.messages, message], replace(self.options, drafts=has_drafts))
+            if self.is_live:
+                done = show(self.llm, events, self.console, self.delay)
             else:
                 for event in events:
                     if isinstance(event, Commit):
-                        text = harmless(event.text) if console.is_terminal else event.text
+                        text = harmless(event.text) if self.console.is_terminal else event.text
                         print(text, end="", flush=True)
                     elif isinstance(event, Done):
                         done = event
                 print()
         except SfumatoError as error:
-            console.print(visible(str(error), "red"))
-            messages.pop()
-            continue
-        messages.append(_history(done))
+            self.console.print(visible(str(error), "red"))
+            return
+        self.messages += [message, _history(done)]
 
 
 def _history(done: Done) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`sfumato convert`: a checkpoint in another format, for us or for others."""
+"""`sfumato convert`: write a checkpoint in another format, for Sfumato or for other programs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from sfumato.checkpoints import convert
+from sfumato.cli import files
 from sfumato.cli import options as opt
-from sfumato.cli.text import harmless
+from sfumato.cli.output import harmless
 from sfumato.cli.view import visible
 from sfumato.measure.work import size
 
@@ -31,20 +32,25 @@ def command(
     """Read a checkpoint in any known format and write it in another: safetensors, GGUF, MLX, compressed-tensors.
 
     Known are the released layout, Sfumato's own, GGUF, compressed-tensors (FP8, NVFP4), modelopt NVFP4, MLX affine and
-    AWQ. What is in fewer bits is unpacked, and packed anew as the format wants it. Run it again after an interruption
+    AWQ. Weights in fewer bits are unpacked, and packed anew for the other format. After an interruption, run it again
     and it goes on.
 
     Example: sfumato convert google/diffusiongemma-26B-A4B-it --to mlx-4bit -o diffusiongemma-mlx
 
     Example: sfumato convert diffusiongemma-Q8_0.gguf --to bf16 -o diffusiongemma
     """
-    run(model, to, opt.out_path(output, "--output"), force, as_json)
+    run(model, to, files.out_path(output, "--output"), force, as_json)
 
 
 def run(
-    model: str, to: str, output: Path, force: bool, as_json: bool, seen: Mapping[str, Tensor] | None = None
+    model: str,
+    to: str,
+    output: Path,
+    force: bool,
+    as_json: bool,
+    calibration: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Convert, with progress on stderr and what came of it on stdout."""
+    """Convert, with progress on stderr and the result on stdout. `calibration`: what samples say of each weight."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True, highlight=False)
@@ -52,14 +58,17 @@ def run(
     began = time.perf_counter()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        progress = lambda some, all_: bar.update(task, completed=some, total=all_)  # noqa: E731
-        done = convert.convert(model, to, output, progress, seen, force)
-    for notice in done.notices:
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        result = convert.convert(model, to, output, progress, calibration, force)
+    for notice in result.notices:
         console.print(visible(notice, "dim"))
     seconds = time.perf_counter() - began
     if as_json:
-        found = {"path": str(done.path), "from": done.source, "to": to, "seconds": round(seconds, 2)}
-        print(json.dumps({**found, "read_bytes": done.read_bytes, "written_bytes": done.written_bytes}))
+        record = {"path": str(result.path), "from": result.source, "to": to, "seconds": round(seconds, 2)}
+        print(json.dumps({**record, "read_bytes": result.read_bytes, "written_bytes": result.written_bytes}))
         return
-    sizes = f"{size(done.written_bytes)} ({to}) from {size(done.read_bytes)} ({done.source})"
-    print(harmless(f"{done.path}: {sizes}, {seconds:.1f} s"))
+    sizes = f"{size(result.written_bytes)} ({to}) from {size(result.read_bytes)} ({result.source})"
+    print(harmless(f"{result.path}: {sizes}, {seconds:.1f} s"))

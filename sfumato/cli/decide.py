@@ -1,4 +1,4 @@
-"""`sfumato decide`: questions with given choices, all answered on one canvas, with the probability of every choice."""
+"""`sfumato decide`: choices for several questions on one canvas, with the probability of each."""
 
 from __future__ import annotations
 
@@ -12,33 +12,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli import text as texts
-from sfumato.cli.generate import load
+from sfumato.cli.output import put
 from sfumato.cli.view import SMOKE, visible, working
 from sfumato.errors import InputError
 from sfumato.events import Decision
+from sfumato.options import LoadOptions, Options
 
 BAR = 24
 """Characters of a bar at probability 1."""
 
 
+@flags.takes(options=opt.flags_of("seed", is_template=True), load=opt.load_flags_of())
 def command(
     prompt: Annotated[str | None, typer.Argument(help="The text; '-' or nothing reads standard input.")] = None,
+    *,
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=A|B|…", help="A question and its choices; repeatable.")
     ] = None,
     fields: Annotated[str | None, typer.Option(metavar="FILE", help='Or a JSON file: {"name": ["a", "b"], …}.')] = None,
     steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Behind the text as it is, without the chat template.")] = False,
-    model: opt.Model = "nano",
-    seed: opt.Seed = None,
-    set_: opt.Set = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = None,
-    ops: opt.Ops = "auto",
-    quantize: opt.Quantize = None,
-    memory_limit: opt.MemoryLimit = None,
+    options: Options,
+    load: LoadOptions,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: each choice and all probabilities.")
     ] = False,
@@ -47,50 +44,49 @@ def command(
 
     Example: sfumato decide "The soup was cold." --field "mood=happy|unhappy" --field "about=food|service|price"
     """
-    options = opt.build_free(set_, seed)
     if (fields is None) == (not field):
         raise InputError('give one of: --field "NAME=A|B|…", as often as needed, or --fields FILE.json')
-    asked = read_fields(texts.read(fields), fields) if fields is not None else parse_fields(field or [])
+    questions = read_fields(files.read(fields), fields) if fields is not None else parse_fields(field or [])
     if prompt in (None, "-") and fields == "-":
         raise InputError("standard input cannot be both the text and --fields; give one of them as it is")
     if prompt in (None, "-"):
-        prompt = texts.read("-")
+        prompt = files.read("-")
     if not prompt:
         raise InputError("the text is empty; give at least one character")
-    llm = load(model, device, dtype, ops, quantize, memory_limit)
+    llm = loading.load_model(load)
     request: Any = prompt if raw else [{"role": "user", "content": prompt}]
     with working("deciding"):
-        found = llm.decide(request, asked, steps, options)
+        decisions = llm.decide(request, questions, steps, options)
     if as_json:
-        record = {name: asdict(decision) for name, decision in found.items()}
-        texts.put(json.dumps(record, ensure_ascii=False) + "\n")
+        record = {name: asdict(decision) for name, decision in decisions.items()}
+        put(json.dumps(record, ensure_ascii=False) + "\n")
     else:
-        Console(highlight=False).print(table(found))
+        Console(highlight=False).print(table(decisions))
 
 
-def parse_fields(given: Sequence[str]) -> dict[str, list[str]]:
-    """NAME=A|B each, spaces around a choice left out, to field -> choices."""
-    found: dict[str, list[str]] = {}
-    for pair in given:
+def parse_fields(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """Field -> choices from NAME=A|B each, spaces around a choice left out."""
+    fields: dict[str, list[str]] = {}
+    for pair in pairs:
         name, is_pair, choices = pair.partition("=")
         if not name or not is_pair:
             raise InputError(f'--field is {pair!r}; give NAME=A|B|…, such as "mood=happy|unhappy"')
-        if name in found:
+        if name in fields:
             raise InputError(f"two fields are named {name!r}; give each its own name")
-        found[name] = [choice.strip() for choice in choices.split("|")]
-    return _checked(found)
+        fields[name] = [choice.strip() for choice in choices.split("|")]
+    return _checked(fields)
 
 
 def read_fields(text: str, file: str) -> dict[str, list[str]]:
     """Field -> choices from JSON text."""
-    found = opt.read_json(text, file)
-    if not isinstance(found, dict) or not all(isinstance(choices, list) for choices in found.values()):
+    fields = files.parse_json(text, file)
+    if not isinstance(fields, dict) or not all(isinstance(choices, list) for choices in fields.values()):
         raise InputError(f'{file} must be an object of names and lists, such as {{"mood": ["happy", "unhappy"]}}')
-    return _checked(found)
+    return _checked(fields)
 
 
 def _checked(fields: dict[str, list[str]]) -> dict[str, list[str]]:
-    """What `LLM.decide` would refuse, before a model is loaded."""
+    """The same fields; InputError for those that `LLM.decide` would refuse, before a model is loaded."""
     if not fields:
         raise InputError("there are no fields to decide; give at least one with its choices")
     for name, choices in fields.items():
@@ -101,22 +97,22 @@ def _checked(fields: dict[str, list[str]]) -> dict[str, list[str]]:
     return fields
 
 
-def table(found: Mapping[str, Decision]) -> Table:
+def table(decisions: Mapping[str, Decision]) -> Table:
     """A line a choice, likeliest first; the bars are probabilities."""
-    shown = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    shown.add_column(style="bold", overflow="fold")
-    shown.add_column(overflow="fold")
-    shown.add_column(no_wrap=True)
-    shown.add_column(justify="right", no_wrap=True)
-    for number, (name, decision) in enumerate(found.items()):
+    rows = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    rows.add_column(style="bold", overflow="fold")
+    rows.add_column(overflow="fold")
+    rows.add_column(no_wrap=True)
+    rows.add_column(justify="right", no_wrap=True)
+    for number, (name, decision) in enumerate(decisions.items()):
         if number:
-            shown.add_row()
+            rows.add_row()
         ranked = sorted(decision.probabilities.items(), key=lambda item: -item[1])
         for rank, (choice, p) in enumerate(ranked):
             style = "bold" if choice == decision.choice else "dim"
             cells = visible("" if rank else name), visible(choice, style), bar(p), Text(f"{p:.1%}", style)
-            shown.add_row(*cells)
-    return shown
+            rows.add_row(*cells)
+    return rows
 
 
 def bar(p: float) -> Text:

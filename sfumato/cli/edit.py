@@ -6,21 +6,23 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from sfumato.cli import files, flags, loading, places
 from sfumato.cli import options as opt
-from sfumato.cli import text as texts
-from sfumato.cli.generate import load
+from sfumato.cli.output import put, usage_record
 from sfumato.cli.view import diff_text, summary, visible, working
 from sfumato.errors import InputError
+from sfumato.options import LoadOptions, Options
 
 
+@flags.takes(options=opt.flags_of("seed", is_template=True), load=opt.load_flags_of())
 def command(
     file: Annotated[str, typer.Argument(help="A text file; '-' reads standard input.")],
+    *,
     instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="What to change.")] = None,
     span: Annotated[
         list[str] | None,
@@ -30,57 +32,50 @@ def command(
         float | None, typer.Option(min=0, max=1, help="Share of the text that starts as noise; 0.5 if not given.")
     ] = None,
     write: Annotated[bool, typer.Option("--write", "-w", help="Write the file too.")] = False,
-    model: opt.Model = "nano",
-    seed: opt.Seed = None,
-    set_: opt.Set = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = None,
-    ops: opt.Ops = "auto",
-    quantize: opt.Quantize = None,
-    memory_limit: opt.MemoryLimit = None,
+    options: Options,
+    load: LoadOptions,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the diff.")] = False,
 ) -> None:
-    """Rewrite a file, or spans of it, and print what changed as a unified diff. The file itself changes only with
-    --write.
+    """Rewrite a file, or spans of it, and print what changed as a unified diff.
+
+    The file itself changes only with --write.
 
     Example: sfumato edit letter.txt --instruction "Make it more polite." --write
 
     Example: sfumato edit main.py --span 3:5-3:12 --strength 0.8 | git apply
     """
-    options = opt.build_free(set_, seed)
     if not instruction and not span:
         raise InputError("neither an --instruction nor a --span is given; say what to change, or where")
     if write:
-        texts.check_writable(file)
-    text = texts.read(file)
+        files.check_writable(file)
+    text = files.read(file)
     if not text:
         raise InputError(f"{file} is empty, so there is nothing to edit")
-    places = texts.spans(text, span or [])
+    passages = places.spans(text, span or [])
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops, quantize, memory_limit)
+    llm = loading.load_model(load)
     began = time.perf_counter()
     with working("editing"):
-        edited = llm.edit(text, instruction or None, places, strength, options)
+        edited = llm.edit(text, instruction or None, passages, strength, options)
     seconds, is_changed = time.perf_counter() - began, edited.text != text
     if write and is_changed:
-        texts.write(file, text, edited.text)
+        files.write(file, text, edited.text)
     diff = edited.diff(_in_diff(file))
     if as_json:
-        record = {"text": edited.text, "diff": diff, "seed": edited.seed, "usage": asdict(edited.usage)}
-        record["tokens_per_pass"] = edited.usage.tokens_per_pass
-        texts.put(json.dumps(record, ensure_ascii=False) + "\n")
+        record = {"text": edited.text, "diff": diff, "seed": edited.seed} | usage_record(edited.usage)
+        put(json.dumps(record, ensure_ascii=False) + "\n")
     elif console.is_terminal:
         console.print(diff_text(diff), end="", soft_wrap=True)
-        told = f"{summary(edited.usage, seconds)} · seed {edited.seed}"
-        console.print(visible(told + (f" · in {file}" if write and is_changed else ""), "dim"))
+        figures = f"{summary(edited.usage, seconds)} · seed {edited.seed}"
+        console.print(visible(figures + (f" · in {file}" if write and is_changed else ""), "dim"))
     else:
-        texts.put(diff)
+        put(diff)
     if not is_changed:
         print("sfumato: nothing changed", file=sys.stderr)
 
 
 def _in_diff(file: str) -> str:
-    """A file's name as a diff has it behind a/ and b/: readable by `git apply` where the name is relative."""
+    """A file's name as a diff has it behind a/ and b/; `git apply` reads it where it is relative."""
     if file == "-":
         return "text"
     return os.fsencode(os.path.normpath(file)).decode("utf-8", "replace").lstrip("/")

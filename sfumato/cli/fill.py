@@ -4,51 +4,47 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli import text as texts
-from sfumato.cli.generate import load
+from sfumato.cli.output import put, usage_record
 from sfumato.cli.view import WRITTEN, summary, visible, working
 from sfumato.errors import InputError
+from sfumato.options import LoadOptions, Options
+from sfumato.templates.slots import Slot, check_template, read_template
 
 
+@flags.takes(options=opt.flags_of("seed", is_template=True), load=opt.load_flags_of())
 def command(
     template: Annotated[str, typer.Argument(help="A JSON file: a list of texts and slots; '-' reads standard input.")],
+    *,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the template answers.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="The template continues the prompt as it is, without the chat template.")
     ] = False,
-    model: opt.Model = "nano",
-    seed: opt.Seed = None,
-    set_: opt.Set = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = None,
-    ops: opt.Ops = "auto",
-    quantize: opt.Quantize = None,
-    memory_limit: opt.MemoryLimit = None,
+    options: Options,
+    load: LoadOptions,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, values, lengths, usage.")] = False,
 ) -> None:
-    """Write the slots of a template, all of them together; the texts between stay byte for byte. A slot is an object:
-    name, length or at_most (in tokens), text and strength, or one of schema, regex, grammar, choices.
+    """Write the slots of a template, all of them together; the texts between stay byte for byte.
+
+    A slot is an object: name, length or at_most (in tokens), text and strength, or one of schema, regex, grammar,
+    choices.
 
     Example: sfumato fill form.json --prompt "Who wrote the first program?"
 
     Example: echo '["Name: ", {"name": "who", "at_most": 8}, "."]' | sfumato fill -
     """
-    options = opt.build_free(set_, seed)
     if prompt == "" or (raw and prompt is None):
         raise InputError("--prompt is empty or missing; give a text, or leave --prompt and --raw out")
-    from sfumato.templates.slots import Slot, check_template, read_template
-
-    pieces = check_template(read_template(texts.read(template).removeprefix(texts.BOM)))
+    pieces = check_template(read_template(files.read(template).removeprefix(files.BOM)))
     console = Console(highlight=False)
-    llm = load(model, device, dtype, ops, quantize, memory_limit)
+    llm = loading.load_model(load)
     request: Any = prompt if raw or prompt is None else [{"role": "user", "content": prompt}]
     began = time.perf_counter()
     with working("writing"):
@@ -56,8 +52,7 @@ def command(
     seconds = time.perf_counter() - began
     if as_json:
         record = {"text": filled.text, "values": filled.values, "lengths": filled.lengths, "seed": filled.seed}
-        record |= {"usage": asdict(filled.usage), "tokens_per_pass": filled.usage.tokens_per_pass}
-        texts.put(json.dumps(record, ensure_ascii=False) + "\n")
+        put(json.dumps(record | usage_record(filled.usage), ensure_ascii=False) + "\n")
     elif console.is_terminal:
         shown = (
             visible(filled.values[piece.name], WRITTEN) if isinstance(piece, Slot) else visible(piece)
@@ -67,4 +62,4 @@ def command(
         written = f"{sum(filled.lengths.values())} tokens written · "
         console.print(Text(written + summary(filled.usage, seconds) + f" · seed {filled.seed}", style="dim"))
     else:
-        texts.put(filled.text)
+        put(filled.text)

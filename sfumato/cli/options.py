@@ -1,123 +1,128 @@
-"""Command-line options that commands share: one function call turns them into `Options`."""
+"""The flags of `Options` and `LoadOptions`, read from their declarations, and options as NAME=VALUE.
+
+A few options have a flag of their own in some commands, which the command names (`flags_of`); every option can be set
+with --set NAME=VALUE. A new field of either record needs no change here.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from sfumato.cli import text as texts
+from sfumato.cli import files
+from sfumato.cli.flags import Group, flag
 from sfumato.errors import InputError
-from sfumato.options import Options
+from sfumato.options import LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hub id, or nano.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …; default: the checkpoint's.")]
-Ops = Annotated[str, typer.Option(help="auto, reference, fused, cpu or triton operations.")]
-Quantize = Annotated[
-    str | None,
-    typer.Option(help="Pack weights while loading: int8, fp8, int4, int4-fp8, nvfp4 or int4-small (sfumato quantize)."),
-]
-MemoryLimit = Annotated[
-    float | None,
-    typer.Option(help="GB of weights on the device; what is above is streamed from the host in each pass."),
-]
 Delay = Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")]
-MaxTokens = Annotated[int | None, typer.Option(help="New tokens at most.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
-Mode = Annotated[
-    str | None, typer.Option(help="diffusion or autoregressive; default: diffusion, if the model has a canvas.")
-]
-Thinking = Annotated[bool, typer.Option(help="Ask the model to think before it answers.")]
-Schema = Annotated[
-    str | None, typer.Option(metavar="FILE|JSON", help="The answer is JSON that obeys this JSON Schema.")
-]
-Regex = Annotated[str | None, typer.Option(help="The answer matches this regular expression, as a whole.")]
-Choice = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="The answer is one of these; repeatable.")]
-Early = Annotated[bool, typer.Option("--early", help="What has settled is committed before the rest of a canvas.")]
-Set = Annotated[
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
+
+HELP = 120
+"""Characters of a sentence from which on only its first part is shown as help."""
+_NAMES = {"choices": ("--choice",), "model": ("--model", "-m")}
+"""The flags that are not just the option's name."""
+_METAVARS: dict[type, str] = {dict: "FILE|JSON", tuple: "TEXT"}
+_IN_GIGABYTES = ("memory_limit",)
+"""Declared in bytes, and in GB on the command line."""
+_SET = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Any other option as NAME=VALUE, e.g. -s max_steps=16 -s stop=END."),
 ]
 
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
+# ---- flags ----------------------------------------------------------------------------------------------------------
 
 
-def out_path(given: str, name: str) -> Path:
-    """Where to write to, as the option or argument `name` says; InputError where it says nothing."""
-    if not given.strip():
-        raise InputError(f"{name} is empty; give a path to write to")
-    return Path(given)
+def flag_of(option: Option) -> inspect.Parameter:
+    """The flag of one option, by its declared name, type, default and sentence."""
+    kind: Any = option.kind if option.kind in (bool, int, float) else str
+    default, sentence = option.default, option.about.sentence
+    help_ = (sentence if len(sentence) <= HELP else option.brief).replace("None:", "default:")
+    if option.kind is tuple:
+        kind, default, help_ = list[str], None, f"{help_} Repeatable."
+    elif option.name in _IN_GIGABYTES:
+        kind, help_ = float, "GB" + help_.removeprefix("Bytes")
+    names = _NAMES.get(option.name, () if kind is bool else (f"--{option.name.replace('_', '-')}",))
+    metavar = "|".join(option.choices) or _METAVARS.get(option.kind)
+    annotation = kind | None if option.is_optional or kind == list[str] else kind
+    return flag(option.name, Annotated[annotation, typer.Option(*names, metavar=metavar, help=help_)], default)
 
 
-def in_bytes(gigabytes: float | None) -> int | None:
-    """A --memory-limit; InputError where it is none."""
+def flags_of(*names: str, is_template: bool = False) -> Group:
+    """The flags that make `Options`: one for each of these options, and --set for every other.
+
+    In a template each slot has a constraint of its own, so options that constrain the whole answer are refused.
+    """
+    parameters = (*(flag_of(OPTIONS[name]) for name in names), flag("set_", _SET, None))
+
+    def make(set_: list[str] | None, **values: Any) -> Options:
+        options = build(set_, **values)
+        if is_template and options.constraint is not None:
+            name, _ = options.constraint
+            raise InputError(f"{name} is an option of generate; in a template a slot has its own (fill)", option=name)
+        return options
+
+    return Group(parameters, make)
+
+
+def load_flags_of(*, without: Sequence[str] = ()) -> Group:
+    """The flags that make `LoadOptions`; a command that asks for an option in another way leaves its flag out."""
+    parameters = tuple(flag_of(option) for name, option in LOAD_OPTIONS.items() if name not in without)
+
+    def make(**values: Any) -> LoadOptions:
+        for name in values.keys() & _IN_GIGABYTES:
+            values[name] = in_bytes(values[name], name)
+        return LoadOptions(**values)
+
+    return Group(parameters, make)
+
+
+def in_bytes(gigabytes: float | None, name: str = "memory_limit") -> int | None:
+    """Bytes of the limit called `name`, in GB on the command line; InputError for a number that is no limit."""
     if gigabytes is None:
         return None
     if not 0 < gigabytes < 1e6:
-        raise InputError(f"memory-limit is {gigabytes} GB; give GB of weights, for example 12")
+        raise InputError(f"{name.replace('_', '-')} is {gigabytes} GB; give GB of weights, for example 12", option=name)
     return round(gigabytes * 1e9)
 
 
-def build(pairs: list[str] | None, **given: Any) -> Options:
-    """Options from named values (None: not given) and NAME=VALUE pairs; InputError names what is wrong. A schema is
-    text here: JSON, or a file's name."""
-    values = {name: value for name, value in given.items() if value is not None}
-    for pair in pairs or []:
+# ---- NAME=VALUE -----------------------------------------------------------------------------------------------------
+
+
+def build(pairs: Sequence[str] | None, **values: Any) -> Options:
+    """Options from named values (None: left open) and NAME=VALUE pairs; InputError names what is wrong."""
+    return Options.from_dict(
+        _set({name: value for name, value in values.items() if value not in (None, [])}, pairs or ())
+    )
+
+
+def changed(options: Options, pair: str) -> Options:
+    """The same options but one, as NAME=VALUE says; InputError names what is wrong."""
+    return Options.from_dict(_set({name: getattr(options, name) for name in OPTIONS}, (pair,)))
+
+
+def _set(values: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
+    """The values with NAME=VALUE pairs, read as the declared type of each option says. Texts of a list add up."""
+    values = dict(values)
+    for pair in pairs:
         name, is_pair, text = pair.partition("=")
-        if name in ("stop", "choices"):
-            values[name] = (*values.get(name, ()), text)
-        elif name in ("schema", "regex", "grammar"):
+        kind = OPTIONS[name].kind if name in OPTIONS else None
+        if kind is tuple:
+            values[name] = (*(values.get(name) or ()), text)
+        elif kind in (str, dict):
             values[name] = text
         else:
-            values[name] = read(text) if is_pair else True
-    if "schema" in values:
+            values[name] = read_value(text) if is_pair else True
+    if isinstance(values.get("schema"), str):
         values["schema"] = read_schema(values["schema"])
-    return Options.from_dict(values)
+    return values
 
 
-def build_free(pairs: list[str] | None, seed: int | None) -> Options:
-    """Options for a text with places of its own to write: InputError for what the answer as a whole would obey."""
-    options = build(pairs, seed=seed)
-    if options.constraint is not None:
-        raise InputError(f"{options.constraint[0]} is an option of generate; in a template a slot has its own (fill)")
-    return options
-
-
-def read_schema(given: str) -> dict[str, Any] | bool:
-    """A JSON Schema from text that begins with a brace, else from the file of that name."""
-    if not given.strip():
-        raise InputError("schema is empty; give JSON that begins with a brace, or a file's name")
-    is_json = given.lstrip().startswith("{")
-    name = "--schema" if is_json else given
-    schema = read_json(given if is_json else texts.read(given), name)
-    if not isinstance(schema, (dict, bool)):
-        raise InputError(f"{name} holds {json.dumps(schema)[:80]}; a schema is an object, true or false")
-    return schema
-
-
-def read_json(text: str, name: str) -> Any:
-    """What JSON text says; InputError where it is none, or says a name twice."""
-
-    def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise InputError(f"{name} says {key!r} twice; give each name once")
-            found[key] = value
-        return found
-
-    try:
-        return json.loads(text.removeprefix(texts.BOM), object_pairs_hook=named_once)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON: {error}") from None
-
-
-def read(text: str) -> Any:
+def read_value(text: str) -> bool | int | float | str:
+    """A number, true or false, where the text is one; else the text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -126,3 +131,16 @@ def read(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def read_schema(text: str) -> dict[str, Any] | bool:
+    """A JSON Schema from text that begins with a brace, else from the file of that name."""
+    if not text.strip():
+        raise InputError("schema is empty; give JSON that begins with a brace, or a file's name", option="schema")
+    is_json = text.lstrip().startswith("{")
+    name = "--schema" if is_json else text
+    schema = files.parse_json(text if is_json else files.read(text), name)
+    if not isinstance(schema, (dict, bool)):
+        message = f"{name} holds {json.dumps(schema)[:80]}; a schema is an object, true or false"
+        raise InputError(message, option="schema")
+    return schema

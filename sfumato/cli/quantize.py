@@ -1,4 +1,4 @@
-"""`sfumato quantize`: a checkpoint in fewer bits, streamed, in bounded memory; cut off, it goes on where it was."""
+"""`sfumato quantize`: write a checkpoint in fewer bits, streamed, in bounded memory, and resumable."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import typer
 from torch import Tensor
 
 from sfumato.checkpoints.convert import check_target
+from sfumato.cli import files, loading
 from sfumato.cli import options as opt
-from sfumato.cli import text as texts
 from sfumato.cli.convert import run
 from sfumato.errors import InputError
+from sfumato.options import LoadOptions
 from sfumato.quant import recipes
 
 
@@ -42,45 +43,43 @@ def command(
     Example: sfumato quantize model-Q4_K_M.gguf --to int4 -o diffusiongemma-int4
     """
     recipe = recipes.named(to)
-    target = opt.out_path(f"{Path(model).stem}-{recipe.name}" if output is None else output, "--output")
+    target = files.out_path(f"{Path(model).stem}-{recipe.name}" if output is None else output, "--output")
     check_target(target.expanduser(), recipe.name, force)  # before the samples are read, which takes long
-    seen = learnt(model, recipe, read_samples(calibrate)) if calibrate else None
-    run(model, recipe.name, target, force, as_json, seen)
+    calibration = calibration_of(model, recipe, read_samples(calibrate)) if calibrate else None
+    run(model, recipe.name, target, force, as_json, calibration)
 
 
 def read_samples(path: Path) -> list[str | list[dict[str, Any]]]:
     """Texts and conversations of a file. InputError for a line that is neither, or no text at all."""
-    content = texts.read(str(path))
+    content = files.read(str(path))
+    samples: list[str | list[dict[str, Any]]] = []
     if path.suffix != ".jsonl":
-        found: list[Any] = [part.strip() for part in content.split("\n\n") if part.strip()]
+        samples += [part.strip() for part in content.split("\n\n") if part.strip()]
     else:
-        found = []
         for number, line in enumerate(content.splitlines(), 1):
             if not line.strip():
                 continue
-            value = opt.read_json(line, f"{path}, line {number}")
-            one = value.get("messages", value.get("text")) if isinstance(value, dict) else None
-            if not isinstance(one, str | list):
+            value = files.parse_json(line, f"{path}, line {number}")
+            sample = value.get("messages", value.get("text")) if isinstance(value, dict) else None
+            if not isinstance(sample, str | list):
                 raise InputError(f'{path}, line {number} has neither a "text" nor "messages"; give one of them')
-            found.append(one)
-    if not found:
+            samples.append(sample)
+    if not samples:
         raise InputError(f"{path} holds no text; give some dozens of prompts with their answers")
-    return found
+    return samples
 
 
-def learnt(model: str, recipe: recipes.Recipe, samples: list[str | list[dict[str, Any]]]) -> dict[str, Tensor]:
-    """What `quant.calibrate` learns of these samples."""
-    from sfumato.llm import LLM
+def calibration_of(model: str, recipe: recipes.Recipe, samples: list[str | list[dict[str, Any]]]) -> dict[str, Tensor]:
+    """What `quant.calibrate` learns of these samples, with the model in full precision."""
     from sfumato.quant import calibrate
 
-    llm = LLM.load(model, ops="fused", quantize=None)
+    llm = loading.load_model(LoadOptions(model, ops="fused"))
     most = llm.model.config.max_position
     ids = [llm.encode(sample)[:most] for sample in samples]
 
-    def tell(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
-            print(
-                f"\rreading samples: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True
-            )
+            end = "\n" if done == total else ""
+            print(f"\rreading samples: {done} of {total}", end=end, file=sys.stderr, flush=True)
 
-    return calibrate.learnt(llm.model, recipe, ids, progress=tell)
+    return calibrate.learnt(llm.model, recipe, ids, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -9,102 +10,151 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+from sfumato.cli import files, flags
 from sfumato.cli import options as opt
-from sfumato.cli import text as texts
+from sfumato.cli.loading import arguments_of
+from sfumato.cli.output import harmless
 from sfumato.errors import InputError
+from sfumato.options import LoadOptions
 from sfumato.server.backend import ModelCard
 from sfumato.server.settings import Limits, Settings
 from sfumato.server.worker.supervisor import SILENCE, Worker
 
 
-def command(
-    model: opt.Model = "nano",
+@dataclass(frozen=True)
+class HttpFlags:
+    """Where the server listens, who may call it, and what one request may ask for."""
+
     host: Annotated[str, typer.Option(help="Address to listen on; one that others reach needs an API key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+        Settings.host
+    )
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000
     api_key: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY", help="Clients must give one; repeatable. Others on this machine can see it here."),
-    ] = None,
+    ] = None
     api_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Keys, one a line; lines with # are left out.")
-    ] = None,
-    alias: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="One more name of the model; repeatable.")
-    ] = None,
+    ] = None
+    alias: Annotated[list[str] | None, typer.Option(metavar="NAME", help="One more name of the model; repeatable.")] = (
+        None
+    )
     cors: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="A site whose pages may call; repeatable.")
-    ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Requests that run at once, at most.")] = 32,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that wait, at most; more are refused.")] = 256,
-    memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="For caches and work; default: half of what is free.")
-    ] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a request and its answer, at most.")] = None,
-    stall: Annotated[
-        float, typer.Option(min=1, metavar="MS", help="How long a part of one prompt may hold up the others.")
-    ] = 200.0,
-    max_body: Annotated[float, typer.Option(metavar="MIB", help="Size of a request, at most.")] = 4.0,
-    max_connections: Annotated[int, typer.Option(min=8, help="Connections at once, at most.")] = 1024,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time for a request, at most.")] = 600.0,
+    ] = None
+    max_body: Annotated[float, typer.Option(metavar="MIB", help="Size of a request, at most.")] = (
+        Limits.max_body / 2**20
+    )
+    max_connections: Annotated[int, typer.Option(min=8, help="Connections at once, at most.")] = Limits.max_connections
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time for a request, at most.")] = Limits.timeout
     unready_after: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="/ready fails when preparing a request takes longer.")
-    ] = 10.0,
+    ] = Settings.stall_limit
     drain: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Time for what is under way when the server ends.")
-    ] = 30.0,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = None,
-    ops: opt.Ops = "auto",
-    quantize: opt.Quantize = None,
-    memory_limit: opt.MemoryLimit = None,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write to the log what requests say.")] = False,
-    ray: Annotated[bool, typer.Option("--ray", help="Run on a Ray cluster.")] = False,
-    replicas: Annotated[int | None, typer.Option(min=1, help="With --ray: copies of the model.")] = None,
+    ] = Settings.drain
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write to the log what requests say.")] = False
+
+    def settings(self) -> Settings:
+        """The server's settings; InputError for a value out of range."""
+        _check_range("max-body", self.max_body, 1024)
+        _check_range("timeout", self.timeout, 1e6)
+        body = round(self.max_body * 2**20)
+        return Settings(
+            host=self.host,
+            keys=(*(self.api_key or ()), *keys_of(self.api_key_file)),
+            aliases=tuple(self.alias or ()),
+            cors=tuple(self.cors or ()),
+            log_prompts=self.log_prompts,
+            drain=self.drain,
+            stall_limit=self.unready_after,
+            limits=Limits(
+                max_body=body,
+                max_bodies=max(Limits.max_bodies, 4 * body),
+                max_connections=self.max_connections,
+                timeout=self.timeout,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    """How many requests run at once, and how much memory they may take."""
+
+    rows: Annotated[int, typer.Option(min=1, help="Requests that run at once, at most.")] = 32
+    queue: Annotated[int, typer.Option(min=1, help="Requests that wait, at most; more are refused.")] = 256
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="For caches and work; default: half of what is free.")
+    ] = None
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a request and its answer, at most.")] = None
+    stall: Annotated[
+        float, typer.Option(min=1, metavar="MS", help="How long a part of one prompt may hold up the others.")
+    ] = 200.0
+
+    def limits(self) -> dict[str, Any]:
+        """The fields of `BatchLimits` by name; InputError for a value out of range."""
+        memory = None
+        if self.memory is not None:
+            _check_range("memory", self.memory, 1e6)
+            memory = round(self.memory * 1e9)
+        stall = self.stall / 1e3
+        return {"rows": self.rows, "queue": self.queue, "stall": stall, "context": self.context, "memory": memory}
+
+
+@dataclass(frozen=True)
+class RayFlags:
+    """Whether copies of the model run on a Ray cluster, and how many."""
+
+    ray: Annotated[bool, typer.Option("--ray", help="Run on a Ray cluster.")] = False
+    replicas: Annotated[int | None, typer.Option(min=1, help="With --ray: copies of the model.")] = None
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="With --ray: as many copies, at most, while requests wait.")
-    ] = None,
+    ] = None
     ray_address: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="A running cluster; auto: this machine's; default: one of its own."),
-    ] = None,
-) -> None:
+    ] = None
+
+    def check(self) -> None:
+        """InputError for a flag of the cluster without --ray."""
+        for name in ("replicas", "max_replicas", "ray_address"):
+            if (value := getattr(self, name)) is not None and not self.ray:
+                raise InputError(f"{name.replace('_', '-')} is {value} without --ray; give --ray too")
+
+
+@flags.takes(
+    load=opt.load_flags_of(),
+    http=flags.group_of(HttpFlags),
+    batch=flags.group_of(BatchFlags),
+    cluster=flags.group_of(RayFlags),
+)
+def command(*, load: LoadOptions, http: HttpFlags, batch: BatchFlags, cluster: RayFlags) -> None:
     """Serve the model over HTTP: OpenAI's routes, those that only a canvas can offer, and a page to try them.
 
     Example: sfumato serve -m google/diffusiongemma-26B-A4B-it --port 8000
 
     Example: sfumato serve --host 0.0.0.0 --api-key-file keys.txt
     """
-    for name, given in (("replicas", replicas), ("max-replicas", max_replicas), ("ray-address", ray_address)):
-        if given is not None and not ray:
-            raise InputError(f"{name} is {given} without --ray; give --ray too")
-    for name, value, most in (("max-body", max_body, 1024), ("timeout", timeout, 1e6), ("memory", memory, 1e6)):
-        if value is not None and not 0 < value <= most:
-            raise InputError(f"{name} is {value:g}; give a number above 0, at most {most:g}")
-    settings = Settings(
-        host=host,
-        keys=(*(api_key or ()), *keys_of(api_key_file)),
-        aliases=tuple(alias or ()),
-        cors=tuple(cors or ()),
-        log_prompts=log_prompts,
-        drain=drain,
-        stall_limit=unready_after,
-        limits=Limits(
-            max_body=round(max_body * 2**20),
-            max_bodies=max(Limits.max_bodies, 4 * round(max_body * 2**20)),
-            max_connections=max_connections,
-            timeout=timeout,
-        ),
-    )
-    load: dict[str, Any] = {"path": model, "device": device, "dtype": dtype, "ops": ops, "quantize": quantize}
-    load["memory_limit"] = opt.in_bytes(memory_limit)
-    limits: dict[str, Any] = {"rows": rows, "queue": queue, "stall": stall / 1e3, "context": context}
-    limits["memory"] = None if memory is None else round(memory * 1e9)
-    if ray:
-        room("ray").run(load, limits, settings, port, replicas or 1, tell, max_replicas, ray_address)
-        return
-    http = room("http")
+    cluster.check()
+    settings, limits = http.settings(), batch.limits()
+    if cluster.ray:
+        server_module("cluster.launch").run(
+            arguments_of(load),
+            limits,
+            settings,
+            http.port,
+            cluster.replicas or 1,
+            tell,
+            max_replicas=cluster.max_replicas,
+            address=cluster.ray_address,
+        )
+    else:
+        _serve_here(load, limits, settings, http.port)
+
+
+def _serve_here(load: LoadOptions, limits: dict[str, Any], settings: Settings, port: int) -> None:
+    """Serve from this process and one worker, with a bar of progress while the worker loads the model."""
+    listen = server_module("http.listen")
     columns = ("loading", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -117,24 +167,29 @@ def command(
             bar.stop()
             tell(card, address)
 
-        silence = min(SILENCE, timeout / 2)  # so that who waits longest is told of a hang
-        http.run(Worker(load, limits, loading, silence=silence), settings, port, ready)
+        silence = min(SILENCE, settings.limits.timeout / 2)  # the request that waits longest is told of a hang
+        listen.run(Worker(arguments_of(load), limits, loading, silence=silence), settings, port, ready)
+
+
+def _check_range(name: str, value: float, most: float) -> None:
+    if not 0 < value <= most:
+        raise InputError(f"{name} is {value:g}; give a number above 0, at most {most:g}")
 
 
 def keys_of(file: str | None) -> list[str]:
     """The keys in a file; InputError where there is none."""
     if file is None:
         return []
-    keys = [line.strip() for line in texts.read(file).removeprefix(texts.BOM).splitlines()]
+    keys = [line.strip() for line in files.read(file).removeprefix(files.BOM).splitlines()]
     keys = [key for key in keys if key and not key.startswith("#")]
     if not keys:
         raise InputError(f"{file} holds no key; write one a line")
     return keys
 
 
-def room(name: str) -> Any:
-    """A module of the server that needs an extra; InputError, which names it, where that is not installed."""
-    extra = "ray" if name == "ray" else "serve"
+def server_module(name: str) -> Any:
+    """A module of the server that needs an extra; InputError, which names the extra, where that is not installed."""
+    extra = "ray" if name.startswith("cluster") else "serve"
     try:
         return import_module(f"sfumato.server.{name}")
     except ModuleNotFoundError as error:
@@ -142,5 +197,6 @@ def room(name: str) -> Any:
 
 
 def tell(card: ModelCard, address: str) -> None:
+    """Say on standard output which model the server has, and where."""
     line = f"Sfumato serves {card.name} on {address} (page, /v1, /metrics); Ctrl-C ends it"
-    print(texts.harmless(line), flush=True)
+    print(harmless(line), flush=True)

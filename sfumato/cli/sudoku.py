@@ -3,46 +3,69 @@
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from sfumato.cli import flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli.text import harmless
 from sfumato.cli.view import CLUE, CanvasView, colour
 from sfumato.errors import InputError
 from sfumato.events import Done, Draft
-from sfumato.options import Options
+from sfumato.options import LoadOptions, Options
 from sfumato.tasks import sudoku
 
+if TYPE_CHECKING:
+    from sfumato.evals.sudoku import Solved
+    from sfumato.llm import LLM
 
-def command(
+
+@dataclass(frozen=True)
+class PuzzleFlags:
+    """Which puzzles to solve."""
+
     puzzle: Annotated[
         str | None, typer.Argument(help="81 characters, 0 or . for blank; line breaks and spaces are ignored.")
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="A file with one puzzle a line, or one board of nine lines.")
-    ] = None,
-    random: Annotated[bool, typer.Option("--random", help="Make a new puzzle.")] = False,
-    clues: Annotated[int, typer.Option(help="Clues of a random puzzle, 24 to 55.")] = 36,
-    count: Annotated[int, typer.Option(min=1, help="How many random puzzles.")] = 1,
+    ] = None
+    file: Annotated[Path | None, typer.Option(help="A file with one puzzle a line, or one board of nine lines.")] = None
+    random: Annotated[bool, typer.Option("--random", help="Make a new puzzle.")] = False
+    clues: Annotated[int, typer.Option(help="Clues of a random puzzle, 24 to 55.")] = 36
+    count: Annotated[int, typer.Option(min=1, help="How many random puzzles.")] = 1
+
+    def puzzles(self, seed: int) -> list[str]:
+        """The puzzles as 81 digits each; InputError where there is none, or more than one source."""
+        if sum((self.puzzle is not None, self.file is not None, self.random)) != 1:
+            raise InputError("give one of: a puzzle of 81 characters, --file FILE, or --random")
+        if self.puzzle is not None:
+            return [sudoku.parse(self.puzzle)]
+        if (file := self.file) is not None:
+            try:
+                return sudoku.parse_file(file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError:
+                raise InputError(f"{file} is not a text file; give one puzzle of 81 characters a line") from None
+            except OSError as error:
+                raise InputError(f"cannot read {file}: {error.strerror}; give a file with a puzzle a line") from None
+        rng = np.random.default_rng(seed)
+        return [sudoku.generate(self.clues, rng) for _ in range(self.count)]
+
+
+@flags.takes(source=flags.group_of(PuzzleFlags), load=opt.load_flags_of())
+def command(
+    *,
+    source: PuzzleFlags,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random puzzles and of the sampling.")] = 0,
-    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or nano.")] = "nano",
     mode: Annotated[str, typer.Option(help="diffusion or autoregressive.")] = "diffusion",
     max_steps: Annotated[int | None, typer.Option(help="Cap on denoising steps.")] = None,
     pins: Annotated[bool, typer.Option(help="Keep the clues fixed on the canvas.")] = True,
     batch: Annotated[int, typer.Option(min=1, help="Puzzles solved at once; above 1 nothing is drawn live.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    ops: opt.Ops = "auto",
-    quantize: opt.Quantize = None,
-    memory_limit: opt.MemoryLimit = None,
-    delay: Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")] = 0.12,
+    load: LoadOptions,
+    delay: opt.Delay = 0.12,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line a puzzle, nothing else.")] = False,
 ) -> None:
     """Solve Sudoku on a canvas, and check the answer. Exit code 1 if any puzzle stays unsolved.
@@ -51,65 +74,47 @@ def command(
 
     Example: sfumato sudoku --file puzzles.txt --json
     """
-    puzzles = _puzzles(puzzle, file, random, clues, count, seed)
-    options = Options(seed=seed, mode=mode, max_steps=max_steps)  # type: ignore[arg-type]
+    puzzles = source.puzzles(seed)
+    options = opt.build(None, seed=seed, mode=mode, max_steps=max_steps)
     console = Console(highlight=False)
 
     from sfumato.evals import sudoku as task
-    from sfumato.llm import LLM
 
-    llm = LLM.load(
-        model,
-        device=device,
-        ops=ops,
-        quantize=quantize,
-        memory_limit=opt.in_bytes(memory_limit),
-        notice=lambda text: print(harmless(text), file=sys.stderr),
-    )
+    llm = loading.load_model(load)
     options = task.answer_options(options, llm)
-    is_live = console.is_terminal and not as_json and batch == 1
-    found = []
-    if is_live:
-        for text in puzzles:
-            found.append(_solve_live(llm, text, options, pins, console, delay))
+    if console.is_terminal and not as_json and batch == 1:
+        results = [_solve_live(llm, text, options, pins, console, delay) for text in puzzles]
     else:
-        for solved in task.solve(llm, puzzles, options, pins, batch):
-            found.append(solved)
-            if as_json:
-                print(json.dumps(asdict(solved)), flush=True)
-            else:
-                print(sudoku.render(solved.puzzle, solved.answer))
-                print(_verdict(solved), flush=True)
-    right = sum(solved.solved for solved in found)
-    if len(found) > 1 and not as_json:
-        mean = lambda name: sum(getattr(s, name) for s in found) / len(found)  # noqa: E731
-        print(
-            f"{right} of {len(found)} solved, {mean('steps'):.1f} steps, {mean('seconds'):.3f} s, "
-            f"{mean('tokens_per_pass'):.1f} tokens per pass on average"
-        )
-    if right < len(found):
+        results = _print_each(task.solve(llm, puzzles, options, pins, batch), as_json)
+    right = sum(result.solved for result in results)
+    if len(results) > 1 and not as_json:
+        print(f"{right} of {len(results)} solved, {_means(results)} on average")
+    if right < len(results):
         raise typer.Exit(1)
 
 
-def _puzzles(puzzle: str | None, file: Path | None, random: bool, clues: int, count: int, seed: int) -> list[str]:
-    if sum((puzzle is not None, file is not None, random)) != 1:
-        raise InputError("give one of: a puzzle of 81 characters, --file FILE, or --random")
-    if puzzle is not None:
-        return [sudoku.parse(puzzle)]
-    if file is not None:
-        try:
-            return sudoku.parse_file(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise InputError(f"{file} is not a text file; give one puzzle of 81 characters a line") from None
-        except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror}; give a file with a puzzle a line") from None
-    rng = np.random.default_rng(seed)
-    return [sudoku.generate(clues, rng) for _ in range(count)]
+def _print_each(results: Iterable[Solved], as_json: bool) -> list[Solved]:
+    """Print each result as it comes; returns them all."""
+    printed = []
+    for result in results:
+        printed.append(result)
+        if as_json:
+            print(json.dumps(asdict(result)), flush=True)
+        else:
+            print(sudoku.render(result.puzzle, result.answer))
+            print(_verdict(result), flush=True)
+    return printed
 
 
-def _solve_live(llm, puzzle: str, options: Options, pinned: bool, console: Console, delay: float):
-    from dataclasses import replace
+def _means(results: list[Solved]) -> str:
+    def mean(name: str) -> float:
+        return sum(float(getattr(result, name)) for result in results) / len(results)
 
+    return f"{mean('steps'):.1f} steps, {mean('seconds'):.3f} s, {mean('tokens_per_pass'):.1f} tokens per pass"
+
+
+def _solve_live(llm: LLM, puzzle: str, options: Options, pinned: bool, console: Console, delay: float) -> Solved:
+    """Solve one puzzle while its board is drawn after every step."""
     from sfumato.evals import sudoku as task
 
     view = CanvasView(console, delay)
@@ -136,7 +141,7 @@ def _solve_live(llm, puzzle: str, options: Options, pinned: bool, console: Conso
     return solved
 
 
-def _verdict(solved) -> str:
+def _verdict(solved: Solved) -> str:
     state = "solved" if solved.solved else "NOT solved"
     return (
         f"{state} in {solved.steps} steps, {solved.seconds:.3f} s, {solved.tokens_per_pass:.1f} tokens per pass "

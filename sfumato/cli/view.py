@@ -1,27 +1,29 @@
 """What a person sees while a canvas denoises: the draft, each token coloured by how sure the model is of it.
 
-On a terminal the canvas is redrawn in place; piped, only the finished text comes out. The time spent drawing is kept
-apart (`spent`), so that figures speak of the engine alone.
+On a terminal the canvas is redrawn in place; piped, only the finished text comes out. The time spent drawing is counted
+apart (`spent`), so that the figures are those of the engine alone.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from sfumato.cli.text import harmless
-from sfumato.events import Draft, Usage
+from sfumato.cli.output import harmless
+from sfumato.events import Commit, Done, Draft, Event, Usage
+from sfumato.templates.interface import LanguageModel
 
 SMOKE = ("#ffffff", "#e4e0d4", "#c9b58c", "#a9854f", "#7d6a6a", "#5f5a73", "#474457")
 """From certain to undecided: ivory, ochre, smoke."""
 CLUE = "#6fb3a7"
-"""What was given and stays: no shade of the scale above."""
+"""A clue, which stays: no shade of the scale above."""
 WRITTEN = f"bold #1d1a16 on {SMOKE[2]}"
-"""What was written into a text: its own ground, so that spaces and empty lines are seen."""
+"""Text that the model wrote into a file: a ground of its own shows spaces and empty lines too."""
 _LEVELS = (0.005, 0.05, 0.2, 0.6, 1.2, 2.4)
 
 
@@ -38,6 +40,7 @@ class CanvasView:
         self._live: Live | None = None
 
     def show(self, frame: RenderableType) -> None:
+        """Draw a frame in the place of the last one."""
         began = time.perf_counter()
         if self._live is None:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
@@ -78,16 +81,41 @@ def canvas_frame(draft: Draft, text: Text, height: int) -> RenderableType:
     return Group(text, status)
 
 
+def show(llm: LanguageModel, events: Iterable[Event], console: Console, delay: float) -> Done:
+    """Draw drafts live, print what is committed, end with a line of figures."""
+    view = CanvasView(console, delay)
+    done = None
+    try:
+        for event in events:
+            if isinstance(event, Draft):
+                view.show(canvas_frame(event, canvas_text(event), console.height))
+            elif isinstance(event, Commit):
+                view.close()
+                console.print(visible(event.thought, "dim italic"), end="", soft_wrap=True)
+                console.print(visible(event.text), end="", soft_wrap=True)
+            else:
+                done = event
+    finally:
+        view.close()
+    assert done is not None
+    console.print()
+    seconds = done.usage.seconds if llm.is_remote else done.usage.seconds - view.spent
+    ending = "" if done.finish_reason == "stop" else " · cut at the length limit"
+    seed = f" · seed {done.seed}" if done.usage.passes else ""  # a host that counts no passes names no seed
+    console.print(Text(summary(done.usage, seconds) + seed + ending, style="dim"))
+    return done
+
+
 def summary(usage: Usage, seconds: float) -> str:
     """One line after an answer. Steps and passes are left out where a host counts none."""
     speed = usage.tokens / seconds if seconds else 0.0
-    kept = f", {usage.reused_tokens} of them reused" if usage.reused_tokens else ""
+    reused = f", {usage.reused_tokens} of them reused" if usage.reused_tokens else ""
     canvases = f" on {usage.canvases} canvas{'es' if usage.canvases != 1 else ''}" if usage.canvases else ""
     steps = f" in {usage.steps} steps{canvases}" if usage.passes else ""
     each = f"{usage.tokens_per_pass:.1f} tokens per pass, " if usage.passes else ""
     return (
         f"{usage.tokens} tokens{steps}, {seconds:.2f} s, {each}{speed:.0f} tokens/s "
-        f"(prompt {usage.prompt_tokens} tokens{kept})"
+        f"(prompt {usage.prompt_tokens} tokens{reused})"
     )
 
 
@@ -97,10 +125,10 @@ def working(word: str) -> AbstractContextManager[object]:
     return console.status(Text(f"{word} …", style="dim")) if console.is_terminal else nullcontext()
 
 
-# ---- texts of others -------------------------------------------------------------------------------------------------
+# ---- texts on the screen ---------------------------------------------------------------------------------------------
 
 NEAR_LINES, NEAR = 3, 400
-"""Lines and characters at most that are shown on either side of what was written."""
+"""The most lines and characters that are shown on either side of a text that was written."""
 
 
 def visible(text: str, style: str = "") -> Text:
@@ -109,7 +137,7 @@ def visible(text: str, style: str = "") -> Text:
 
 
 def around(before: str, middle: str, after: str) -> Text:
-    """What was written, marked, within a few lines of what stands around it."""
+    """The text that was written, marked, within a few lines of the text around it."""
     above, below = before.split("\n"), after.split("\n")
     head = "\n".join(above[-NEAR_LINES - 1 :])[-NEAR:]
     tail = "\n".join(below[: NEAR_LINES + 1])[:NEAR]
@@ -123,7 +151,7 @@ def around(before: str, middle: str, after: str) -> Text:
 
 
 def diff_text(diff: str) -> Text:
-    """A unified diff, coloured; a carriage return that comes or goes is seen."""
+    """A unified diff, coloured; it shows a carriage return that comes or goes."""
     text = Text()
     for number, line in enumerate(diff.split("\n")[:-1]):
         if number < 2:  # the two names

@@ -73,19 +73,19 @@ class Remote:
         return self._host.url
 
     @property
-    def is_key_exposed(self) -> bool:
-        """Whether the key crosses a network in the clear, beyond this machine and private networks."""
-        return self._host.is_key_exposed
-
-    @property
     def has_token_ids(self) -> bool:
-        """Hosts send texts alone."""
+        """Whether results carry token ids beside the text: hosts send texts alone."""
         return False
 
     @property
     def is_remote(self) -> bool:
-        """The model works on while the caller looks at an event."""
+        """Whether the model runs elsewhere: this one does."""
         return True
+
+    @property
+    def is_key_exposed(self) -> bool:
+        """Whether the key crosses a network in the clear, beyond this machine and private networks."""
+        return self._host.is_key_exposed
 
     def check(self, options: Options, is_chat: bool = True) -> None:
         """InputError for an option that cannot be said to this host; drafts can be left away."""

@@ -1,91 +1,48 @@
-"""infill, edit, fill, decide, and generate under a constraint, as a person or a program calls them, on nano; and the
-bytes and places of text files that these commands share."""
+"""cli/infill.py, edit.py, fill.py, decide.py, and generate.py under a constraint: on nano, as a person or a program
+calls them."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import random
 import stat
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sfumato import cli
-from sfumato.cli import decide, infill, options, text, view
+from sfumato.cli import decide, files
 from sfumato.errors import InputError, SfumatoError
-from sfumato.events import Decision, Edited, Usage
+from sfumato.events import Decision, Edited, Filled, Usage
 from sfumato.llm import LLM
-from sfumato.options import Options
+
+Call = Callable[..., tuple[int, str, str]]
+Put = Callable[..., str]
 
 QUICK = ("--seed", "1", "-s", "max_steps=1")
 NASTY = "\ufeffone <FILL>\r\n\ttwo\u2028 ⟨é🙂⟩\rthree\n\n<eos>four"
 """A byte order mark, line ends of three kinds, wide and special characters, no newline at the end."""
 
-texts = st.text(st.one_of(st.sampled_from("\r\n\t \ufeffé🙂\u2028a1:-"), st.characters(exclude_categories=["Cs"])))
 
-
-@pytest.fixture(scope="module")
-def nano() -> LLM:
-    return LLM.load("nano")
-
-
-@pytest.fixture
-def sfumato(nano: LLM, monkeypatch, capsysbinary):
-    """Runs a command line on nano, loaded once: (code, standard output, standard error)."""
-    monkeypatch.setattr(LLM, "load", lambda *_, **__: nano)
-
-    def call(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        code = cli.main(arguments)
-        told = capsysbinary.readouterr()
-        return code, told.out.decode(), told.err.decode()
-
-    return call
-
-
-@pytest.fixture
-def no_model(monkeypatch) -> None:
-    """Loading is a failure: what is wrong with the input has to be said before."""
-    monkeypatch.setattr(LLM, "load", lambda *_, **__: pytest.fail("a model was loaded"))
-
-
-@pytest.fixture
-def put(tmp_path: Path, monkeypatch):
-    """Makes a file in an empty current folder; gives its name."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(content: str | bytes, name: str = "a.txt") -> str:
-        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return name
-
-    return make
-
-
-def screen(monkeypatch) -> io.StringIO:
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """Makes the commands believe in a terminal."""
     shown = io.StringIO()
-    monkeypatch.setattr(
-        "sfumato.cli.infill.Console",
-        lambda **_: Console(file=shown, force_terminal=True, color_system="truecolor", width=200),
-    )
-    monkeypatch.setattr("sfumato.cli.edit.Console", infill.Console)
-    monkeypatch.setattr("sfumato.cli.fill.Console", infill.Console)
+    console = lambda **_: Console(file=shown, force_terminal=True, color_system="truecolor", width=200)  # noqa: E731
+    for command in ("infill", "edit", "fill"):
+        monkeypatch.setattr(f"sfumato.cli.{command}.Console", console)
     return shown
 
 
 # ---- infill ----------------------------------------------------------------------------------------------------------
 
 
-def test_infill_prints_the_whole_text_byte_for_byte(sfumato, put) -> None:
+def test_infill_prints_the_whole_text_byte_for_byte(sfumato: Call, put: Put) -> None:
     before, after = NASTY.split("<FILL>")
     code, out, err = sfumato("infill", put(NASTY), "--length", "3", *QUICK)
     assert code == 0 and err == ""
@@ -95,49 +52,49 @@ def test_infill_prints_the_whole_text_byte_for_byte(sfumato, put) -> None:
     assert sfumato("infill", "a.txt", "--length", "3", "--only", *QUICK)[1] == middle
 
 
-def test_infill_json_and_standard_input(sfumato) -> None:
+def test_infill_json_and_standard_input(sfumato: Call) -> None:
     code, out, _ = sfumato("infill", "-", "--at", "2:2", "--length", "2", "--json", *QUICK, stdin=b"ab\r\ncd")
-    found = json.loads(out)
-    assert code == 0 and set(found) == {"text", "middle", "length", "seed", "usage", "tokens_per_pass"}
-    assert found["text"] == f"ab\r\nc{found['middle']}d" and found["length"] <= 2 and found["seed"] == 1
-    assert found["usage"]["steps"] == 1
+    record = json.loads(out)
+    assert code == 0 and set(record) == {"text", "middle", "length", "seed", "usage", "tokens_per_pass"}
+    assert record["text"] == f"ab\r\nc{record['middle']}d" and record["length"] <= 2 and record["seed"] == 1
+    assert record["usage"]["steps"] == 1
 
 
-def test_infill_finds_a_length(sfumato) -> None:
-    found = json.loads(sfumato("infill", "-", "--at-most", "2", "--json", *QUICK, stdin=b"a<FILL>b")[1])
-    assert found["length"] in (1, 2)
+def test_infill_finds_a_length(sfumato: Call) -> None:
+    record = json.loads(sfumato("infill", "-", "--at-most", "2", "--json", *QUICK, stdin=b"a<FILL>b")[1])
+    assert record["length"] in (1, 2)
 
 
-def test_infill_writes_the_file_only_when_asked_and_leaves_nothing_beside(sfumato, put) -> None:
+def test_infill_writes_the_file_only_when_asked_and_leaves_nothing_beside(sfumato: Call, put: Put) -> None:
     name = put("a\r\n@@b", "a file")
     os.chmod(name, 0o640)
     os.symlink(name, "link")
     code, out, err = sfumato("infill", "link", "--marker", "@@", "--length", "2", "--write", *QUICK)
-    held = Path(name).read_bytes()
+    content = Path(name).read_bytes()
     assert (code, out, err) == (0, "", "")
-    assert held.startswith(b"a\r\n") and held.endswith(b"b") and b"@@" not in held
+    assert content.startswith(b"a\r\n") and content.endswith(b"b") and b"@@" not in content
     assert stat.S_IMODE(os.stat(name).st_mode) == 0o640 and os.path.islink("link")
     assert sorted(os.listdir()) == ["a file", "link"]
 
 
-def test_infill_write_goes_with_only_and_json(sfumato, put) -> None:
+def test_infill_write_goes_with_only_and_json(sfumato: Call, put: Put) -> None:
     put("<FILL>\n")
     assert sfumato("infill", "a.txt", "--length", "1", "--write", "--only", *QUICK)[1] == Path("a.txt").read_text()[:-1]
     put("<FILL>\n")
-    found = json.loads(sfumato("infill", "a.txt", "--length", "1", "--write", "--json", *QUICK)[1])
-    assert found["text"] == Path("a.txt").read_text()
+    record = json.loads(sfumato("infill", "a.txt", "--length", "1", "--write", "--json", *QUICK)[1])
+    assert record["text"] == Path("a.txt").read_text()
 
 
-def test_infill_on_a_terminal_marks_what_was_written(sfumato, put, monkeypatch) -> None:
+def test_infill_on_a_terminal_marks_what_was_written(sfumato: Call, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = screen(monkeypatch)
     lines = [f"line {n}\x1b[31m" for n in range(1, 12)]
     lines[5] = "here <FILL>."
     code, out, _ = sfumato("infill", put("\n".join(lines)), "--length", "2", *QUICK)
-    seen = shown.getvalue()
+    drawn = shown.getvalue()
     assert code == 0 and out == ""
-    assert "line 3" in seen and "line 2" not in seen and "line 9" in seen and "line 10" not in seen
-    assert "\x1b[31m" not in seen and "␛[31m" in seen  # a file does not command the terminal
-    assert "48;2;201;181;140m" in seen and "tokens per pass" in seen and "seed 1" in seen
+    assert "line 3" in drawn and "line 2" not in drawn and "line 9" in drawn and "line 10" not in drawn
+    assert "\x1b[31m" not in drawn and "␛[31m" in drawn  # a file does not command the terminal
+    assert "48;2;201;181;140m" in drawn and "tokens per pass" in drawn and "seed 1" in drawn
 
 
 @pytest.mark.parametrize(
@@ -162,16 +119,20 @@ def test_infill_on_a_terminal_marks_what_was_written(sfumato, put, monkeypatch) 
         ("a\0b", ["--at", "1:1"], "a.txt is not a text file: byte 1 is NUL"),
         (b"ab\xff", ["--at", "1:1"], "a.txt is not a text file: byte 2 (0xff) is not UTF-8"),
         ("é\n".encode("utf-16"), ["--at", "1:1"], "not a text file"),
-        (b" " * (text.LIMIT + 1), ["--at", "1:1"], "a.txt is larger than 16 MiB"),
+        (b" " * (files.LIMIT + 1), ["--at", "1:1"], "a.txt is larger than 16 MiB"),
     ],
 )
-def test_bad_infill_input_is_one_line_and_code_2(sfumato, no_model, put, content, arguments, words) -> None:
+def test_bad_infill_input_is_one_line_and_code_2(
+    sfumato: Call, no_model: None, put: Put, content: str | bytes, arguments: list[str], words: str
+) -> None:
     code, out, err = sfumato("infill", put(content), *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
 @pytest.mark.parametrize("command", ["infill", "edit"])
-def test_files_that_cannot_be_read_or_written(sfumato, no_model, put, tmp_path, monkeypatch, command) -> None:
+def test_files_that_cannot_be_read_or_written(
+    sfumato: Call, no_model: None, put: Put, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     more = ("--span", "1:1-1:2") if command == "edit" else ("--at", "1:1")
 
     def refused(*arguments: str, stdin: bytes | None = None) -> str:
@@ -197,7 +158,9 @@ def test_files_that_cannot_be_read_or_written(sfumato, no_model, put, tmp_path, 
 
 
 @pytest.mark.parametrize("command", ["infill", "edit"])
-def test_a_pipe_is_not_written_and_not_waited_for(sfumato, no_model, put, tmp_path, monkeypatch, command) -> None:
+def test_a_pipe_is_not_written_and_not_waited_for(
+    sfumato: Call, no_model: None, put: Put, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     """Opened to be read, it would wait for its other end."""
     put("ab")
     os.mkfifo("pipe")
@@ -209,14 +172,14 @@ def test_a_pipe_is_not_written_and_not_waited_for(sfumato, no_model, put, tmp_pa
     os.unlink("a.txt")
     os.rename("pipe", "a.txt")  # in the meantime
     with pytest.raises(SfumatoError, match="has changed since it was read"):
-        text.write("a.txt", "ab", "new")
+        files.write("a.txt", "ab", "new")
     assert stat.S_ISFIFO(os.stat("a.txt").st_mode)
 
 
 # ---- edit ------------------------------------------------------------------------------------------------------------
 
 
-def test_edit_prints_a_diff_and_leaves_the_file(sfumato, put) -> None:
+def test_edit_prints_a_diff_and_leaves_the_file(sfumato: Call, put: Put) -> None:
     old = "\ufeff12345678\r\nkeep\n12"
     code, out, err = sfumato("edit", put(old), "--span", "1:1-1:5", "--strength", "1", *QUICK)
     lines = out.split("\n")
@@ -227,23 +190,23 @@ def test_edit_prints_a_diff_and_leaves_the_file(sfumato, put) -> None:
     assert Path("a.txt").read_bytes() == old.encode()
 
 
-def test_edit_writes_when_asked_and_json_says_the_same(sfumato, put) -> None:
+def test_edit_writes_when_asked_and_json_says_the_same(sfumato: Call, put: Put) -> None:
     put("12345678\r\nkeep")
     os.chmod("a.txt", 0o604)
     arguments = ("edit", "a.txt", "--span", "2:4-2:5", "--span", "1:1-1:3", "--strength", "1", "--json", *QUICK)
-    found = json.loads(sfumato(*arguments)[1])
-    assert set(found) == {"text", "diff", "seed", "usage", "tokens_per_pass"}
-    assert "345678\r\nkee" in found["text"] and Path("a.txt").read_bytes() == b"12345678\r\nkeep"
+    record = json.loads(sfumato(*arguments)[1])
+    assert set(record) == {"text", "diff", "seed", "usage", "tokens_per_pass"}
+    assert "345678\r\nkee" in record["text"] and Path("a.txt").read_bytes() == b"12345678\r\nkeep"
     assert json.loads(sfumato(*arguments, "--write")[1])["text"].encode() == Path("a.txt").read_bytes()
     assert stat.S_IMODE(os.stat("a.txt").st_mode) == 0o604 and os.listdir() == ["a.txt"]
 
 
-def test_edit_by_instruction(sfumato, put) -> None:
-    found = json.loads(sfumato("edit", put("12345678"), "--instruction", "Count down.", "--json", *QUICK)[1])
-    assert found["seed"] == 1 and (found["diff"] == "") == (found["text"] == "12345678")
+def test_edit_by_instruction(sfumato: Call, put: Put) -> None:
+    record = json.loads(sfumato("edit", put("12345678"), "--instruction", "Count down.", "--json", *QUICK)[1])
+    assert record["seed"] == 1 and (record["diff"] == "") == (record["text"] == "12345678")
 
 
-def test_edit_that_changes_nothing_says_so(sfumato, put, nano, monkeypatch) -> None:
+def test_edit_that_changes_nothing_says_so(sfumato: Call, put: Put, nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nano, "edit", lambda old, *_: Edited(old, old, Usage(), 1), raising=False)
     put("ab")
     before = os.stat("a.txt")
@@ -252,7 +215,9 @@ def test_edit_that_changes_nothing_says_so(sfumato, put, nano, monkeypatch) -> N
     assert json.loads(sfumato("edit", "-", "-i", "x", "--json", stdin=b"ab")[1])["diff"] == ""
 
 
-def test_edit_on_a_terminal_colours_the_diff(sfumato, put, nano, monkeypatch) -> None:
+def test_edit_on_a_terminal_colours_the_diff(
+    sfumato: Call, put: Put, nano: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         nano,
         "edit",
@@ -261,9 +226,9 @@ def test_edit_on_a_terminal_colours_the_diff(sfumato, put, nano, monkeypatch) ->
     )
     shown = screen(monkeypatch)
     assert sfumato("edit", put("a\r\n-- b\r\n\x1b[31m\n"), "-i", "x")[0] == 0
-    seen = shown.getvalue()
-    assert "\x1b[31m--- b␍" in seen and "\x1b[32m+++ [b]c␍" in seen and "\x1b[2m a\x1b" in seen
-    assert "␛[31m" in seen and "tokens per pass" in seen
+    drawn = shown.getvalue()
+    assert "\x1b[31m--- b␍" in drawn and "\x1b[32m+++ [b]c␍" in drawn and "\x1b[2m a\x1b" in drawn
+    assert "␛[31m" in drawn and "tokens per pass" in drawn
 
 
 @pytest.mark.parametrize(
@@ -282,7 +247,9 @@ def test_edit_on_a_terminal_colours_the_diff(sfumato, put, nano, monkeypatch) ->
         ("ab", ["-i", "x", "--strength", "1.5"], "--strength"),
     ],
 )
-def test_bad_edit_input_is_one_line_and_code_2(sfumato, no_model, put, content, arguments, words) -> None:
+def test_bad_edit_input_is_one_line_and_code_2(
+    sfumato: Call, no_model: None, put: Put, content: str, arguments: list[str], words: str
+) -> None:
     code, out, err = sfumato("edit", put(content), *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
@@ -292,31 +259,38 @@ def test_bad_edit_input_is_one_line_and_code_2(sfumato, no_model, put, content, 
 FORM = json.dumps(["\ufeffa\r\n", {"length": 2}, " é<eos>", {"name": "digit", "choices": ["1", "22"]}, ""])
 
 
-def test_fill_writes_slots_and_keeps_the_rest(sfumato, put) -> None:
+def test_fill_writes_slots_and_keeps_the_rest(sfumato: Call, put: Put) -> None:
     code, out, err = sfumato("fill", put(FORM), *QUICK)
     assert code == 0 and err == ""
-    found = json.loads(sfumato("fill", "a.txt", "--json", *QUICK)[1])
-    assert set(found) == {"text", "values", "lengths", "seed", "usage", "tokens_per_pass"}
-    assert set(found["values"]) == set(found["lengths"]) == {"1", "digit"}
-    assert out == found["text"] == f"\ufeffa\r\n{found['values']['1']} é<eos>{found['values']['digit']}"
-    assert found["values"]["digit"] in ("1", "22")
+    record = json.loads(sfumato("fill", "a.txt", "--json", *QUICK)[1])
+    assert set(record) == {"text", "values", "lengths", "seed", "usage", "tokens_per_pass"}
+    assert set(record["values"]) == set(record["lengths"]) == {"1", "digit"}
+    assert out == record["text"] == f"\ufeffa\r\n{record['values']['1']} é<eos>{record['values']['digit']}"
+    assert record["values"]["digit"] in ("1", "22")
 
 
-def test_fill_takes_a_prompt_as_a_message_or_as_it_is(sfumato, nano, monkeypatch) -> None:
-    asked = []
+def test_fill_takes_a_prompt_as_a_message_or_as_it_is(
+    sfumato: Call, nano: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[Any] = []
     fill = nano.fill
-    monkeypatch.setattr(nano, "fill", lambda *given: asked.append(given[1]) or fill(*given), raising=False)
+
+    def noted(*arguments: Any) -> Filled:
+        prompts.append(arguments[1])
+        return fill(*arguments)
+
+    monkeypatch.setattr(nano, "fill", noted, raising=False)
     form = b'\xef\xbb\xbf["a", {"length": 1}]'
     for arguments in ((), ("--prompt", "x"), ("--prompt", "x", "--raw")):
         assert sfumato("fill", "-", *arguments, *QUICK, stdin=form)[0] == 0
-    assert asked == [None, [{"role": "user", "content": "x"}], "x"]
+    assert prompts == [None, [{"role": "user", "content": "x"}], "x"]
 
 
-def test_fill_on_a_terminal_marks_the_slots(sfumato, put, monkeypatch) -> None:
+def test_fill_on_a_terminal_marks_the_slots(sfumato: Call, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = screen(monkeypatch)
     assert sfumato("fill", put('["[b]a ", {"choices": ["y", "n"]}, "."]'), *QUICK)[0] == 0
-    seen = shown.getvalue()
-    assert "[b]a " in seen and "48;2;201;181;140m" in seen and "tokens per pass" in seen
+    drawn = shown.getvalue()
+    assert "[b]a " in drawn and "48;2;201;181;140m" in drawn and "tokens per pass" in drawn
 
 
 @pytest.mark.parametrize(
@@ -333,12 +307,14 @@ def test_fill_on_a_terminal_marks_the_slots(sfumato, put, monkeypatch) -> None:
         ("[{}]", ["--prompt", ""], "--prompt is empty or missing"),
     ],
 )
-def test_bad_fill_input_is_one_line_and_code_2(sfumato, no_model, put, form, arguments, words) -> None:
+def test_bad_fill_input_is_one_line_and_code_2(
+    sfumato: Call, no_model: None, put: Put, form: str, arguments: list[str], words: str
+) -> None:
     code, out, err = sfumato("fill", put(form), *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
-def test_fill_refuses_a_schema_that_cannot_be(sfumato, put) -> None:
+def test_fill_refuses_a_schema_that_cannot_be(sfumato: Call, put: Put) -> None:
     code, out, err = sfumato("fill", put('[{"schema": {"type": "wish"}}]'), *QUICK)
     assert code == 2 and out == "" and err.count("\n") == 1 and "schema" in err
 
@@ -346,12 +322,12 @@ def test_fill_refuses_a_schema_that_cannot_be(sfumato, put) -> None:
 # ---- decide ----------------------------------------------------------------------------------------------------------
 
 
-def test_decide_json_has_choice_and_probabilities(sfumato, put) -> None:
+def test_decide_json_has_choice_and_probabilities(sfumato: Call, put: Put) -> None:
     fields = ("--field", "mood=happy | sad", "--field", "n=1|2|3")
     code, out, err = sfumato("decide", "x", *fields, "--json", "--seed", "1")
-    found = json.loads(out)
-    assert code == 0 and err == "" and list(found) == ["mood", "n"]
-    for decision, choices in zip(found.values(), (["happy", "sad"], ["1", "2", "3"]), strict=True):
+    decisions = json.loads(out)
+    assert code == 0 and err == "" and list(decisions) == ["mood", "n"]
+    for decision, choices in zip(decisions.values(), (["happy", "sad"], ["1", "2", "3"]), strict=True):
         assert set(decision) == {"choice", "probabilities"} and list(decision["probabilities"]) == choices
         assert sum(decision["probabilities"].values()) == pytest.approx(1)
         assert decision["choice"] == max(choices, key=decision["probabilities"].__getitem__)
@@ -360,7 +336,7 @@ def test_decide_json_has_choice_and_probabilities(sfumato, put) -> None:
     assert json.loads(sfumato("decide", "x", *fields, "--json", "--raw", "--steps", "2")[1])["n"]
 
 
-def test_decide_shows_bars(sfumato) -> None:
+def test_decide_shows_bars(sfumato: Call) -> None:
     code, out, _ = sfumato("decide", "x", "--field", "[b]=yes|no", "--seed", "1")
     assert code == 0 and "[b]" in out and "%" in out and "█" in out
 
@@ -396,7 +372,9 @@ def test_a_bar_is_always_as_wide(p: float) -> None:
         (["--fields", "-"], "cannot be both"),
     ],
 )
-def test_bad_decide_input_is_one_line_and_code_2(sfumato, no_model, put, arguments, words) -> None:
+def test_bad_decide_input_is_one_line_and_code_2(
+    sfumato: Call, no_model: None, put: Put, arguments: list[str], words: str
+) -> None:
     code, out, err = sfumato("decide", *arguments, stdin=b'{"a": ["b", "c"]}')
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
@@ -422,7 +400,7 @@ def test_fields_that_are_none(content: str, words: str) -> None:
 # ---- generate --------------------------------------------------------------------------------------------------------
 
 
-def test_generate_obeys_choice_regex_and_schema(sfumato, put) -> None:
+def test_generate_obeys_choice_regex_and_schema(sfumato: Call, put: Put) -> None:
     assert sfumato("generate", "x", "--choice", "yes", "--choice", "no", *QUICK)[1] in ("yes\n", "no\n")
     code, out, err = sfumato("generate", "x", "--regex", "[0-9]{3}", "--early", *QUICK)
     assert code == 0 and err == "" and len(out) == 4 and out[:3].isdigit()
@@ -447,156 +425,14 @@ def test_generate_obeys_choice_regex_and_schema(sfumato, put) -> None:
         (["--regex", "a", "--thinking"], "regex cannot go with thinking"),
     ],
 )
-def test_bad_constraints_are_one_line_and_code_2(sfumato, no_model, put, arguments, words) -> None:
+def test_bad_constraints_are_one_line_and_code_2(
+    sfumato: Call, no_model: None, put: Put, arguments: list[str], words: str
+) -> None:
     put("[1]", "s.json")
     code, out, err = sfumato("generate", "x", *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
-def test_a_regex_that_is_none_is_one_line_and_code_2(sfumato) -> None:
+def test_a_regex_that_is_none_is_one_line_and_code_2(sfumato: Call) -> None:
     code, _, err = sfumato("generate", "x", "--regex", "(", *QUICK)
     assert code == 2 and err.count("\n") == 1 and "regex" in err
-
-
-def test_constraints_from_pairs() -> None:
-    assert options.build(["regex=12"]) == Options(regex="12")
-    assert options.build(["choices=1", "choices=b"]) == Options(choices=("1", "b"))
-    assert options.build(None, choices=["a", "b"], early=True) == Options(choices=("a", "b"), early=True)
-    assert options.build([' schema= {"type": "null"}'.strip()]) == Options(schema={"type": "null"})
-
-
-# ---- bytes and places ------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(texts.filter(lambda held: "\0" not in held))
-def test_bytes_go_in_and_come_out(held: str) -> None:
-    assert text.decode(held.encode(), "it").encode() == held.encode()
-
-
-@settings(deadline=None)
-@given(texts, texts, texts.filter(bool))
-def test_a_marker_cuts_and_every_other_byte_stays(before: str, after: str, marker: str) -> None:
-    whole = before + marker + after
-    if whole.find(marker, whole.find(marker) + 1) >= 0:
-        with pytest.raises(InputError, match="more than once"):
-            text.cut(whole, None, marker, "it")
-    else:
-        assert text.cut(whole, None, marker, "it") == (before, after)
-
-
-@settings(deadline=None)
-@given(texts, st.data())
-def test_a_place_cuts_and_every_byte_stays(held: str, data) -> None:
-    lines = held.split("\n")
-    line = data.draw(st.integers(1, len(lines)))
-    shown = lines[line - 1].removeprefix("\ufeff") if line == 1 else lines[line - 1]
-    shown = shown.removesuffix("\r") if line < len(lines) else shown
-    column = data.draw(st.integers(1, len(shown) + 1))
-    before, after = text.cut(held, f"{line}:{column}", None, "it")
-    assert before + after == held
-    assert before.split("\n")[-1].removeprefix("\ufeff" if line == 1 else "") == shown[: column - 1]
-    assert before.count("\n") == line - 1 and after.startswith(shown[column - 1 :])
-
-
-@settings(deadline=None)
-@given(texts, texts)
-def test_a_place_is_in_the_text_or_an_error(held: str, place: str) -> None:
-    for given_ in (place, f"{len(place)}:{len(held) % 5}"):
-        try:
-            assert 0 <= text.offset(held, given_) <= len(held)
-        except InputError as error:
-            assert "--at" in str(error)
-
-
-@settings(deadline=None)
-@given(texts, st.lists(st.tuples(*[st.integers(1, 4)] * 4), min_size=1, max_size=4))
-def test_spans_are_sorted_apart_and_hold_something(held: str, places) -> None:
-    try:
-        found = text.spans(held, [f"{a}:{b}-{c}:{d}" for a, b, c, d in places])
-    except InputError as error:
-        assert "--span" in str(error)
-    else:
-        flat = [at for span in found for at in span]
-        assert flat == sorted(flat) and len(found) == len(places) and all(a < b for a, b in found)
-
-
-def test_spans_that_touch_do_not_overlap() -> None:
-    assert text.spans("abc\nd", ["1:3-2:1", "1:1-1:3"]) == [(0, 2), (2, 4)]
-
-
-def test_a_file_that_changed_meanwhile_is_left(put) -> None:
-    put("mine")
-    with pytest.raises(SfumatoError, match="has changed since it was read"):
-        text.write("a.txt", "old", "new")
-    assert Path("a.txt").read_text() == "mine" and os.listdir() == ["a.txt"]
-
-
-def test_a_write_keeps_extended_attributes(put, tmp_path) -> None:
-    put("old")
-    try:
-        os.setxattr("a.txt", "user.origin", b"here\0there")
-        os.setxattr("a.txt", "user.empty", b"")
-    except (AttributeError, OSError):
-        pytest.skip("this system, or this drive, has no extended attributes")
-    os.chmod("a.txt", 0o751)
-    os.symlink("a.txt", "link")
-    text.write("link", "old", "new")
-    assert Path("a.txt").read_text() == "new" and os.path.islink("link")
-    assert os.getxattr("a.txt", "user.origin") == b"here\0there" and os.getxattr("a.txt", "user.empty") == b""
-    assert stat.S_IMODE(os.stat("a.txt").st_mode) == 0o751
-
-
-@pytest.mark.slow
-def test_kills_at_any_moment_leave_the_old_text_or_the_new(put, tmp_path) -> None:
-    """SIGKILL, thirty times, in the middle of writes of 8 MB."""
-    texts_ = ["a" * (8 << 20), "b" * (8 << 20)]
-    put(texts_[0])
-    script = (
-        "from sfumato.cli import text\na, b = 'a' * (8 << 20), 'b' * (8 << 20)\n"
-        "held = text.read('a.txt')\nprint(flush=True)\n"
-        "while True:\n    held, old = (b if held == a else a), held\n    text.write('a.txt', old, held)\n"
-    )
-    dice, found = random.Random(1), set()
-    for _ in range(30):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline() == b"\n"
-        time.sleep(dice.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        found.add(texts_.index(Path("a.txt").read_text()))
-    assert found == {0, 1}
-
-
-def test_a_terminal_gets_json_without_control_characters(monkeypatch) -> None:
-    """JSON of a text may hold those above 127 as they are."""
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    text.put('{"text": "\x9b2J\x7f"}\n')
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
-    text.put('{"text": "\x9b2J\x7f"}\n')
-    assert terminal.buffer.getvalue().decode() == '{"text": "\x9b2J\x7f"}\n{"text": "\ufffd2J␡"}\n'
-
-
-def test_a_write_that_fails_leaves_the_file_and_nothing_beside(put, monkeypatch) -> None:
-    put("old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        text.write("a.txt", "old", "new")
-    assert Path("a.txt").read_text() == "old" and os.listdir() == ["a.txt"]
-
-
-@settings(deadline=None)
-@given(texts, texts, texts)
-def test_the_screen_gets_no_control_character(before: str, middle: str, after: str) -> None:
-    for shown in (view.around(before, middle, after), view.diff_text(Edited(before, after, Usage(), 0).diff())):
-        assert not [c for c in shown.plain if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
-
-
-def test_little_is_shown_around_what_was_written() -> None:
-    lines = "".join(f"{n}\n" for n in range(10))
-    assert view.around(lines + "a", "B", "c\n" + lines).plain == "…\n7\n8\n9\naBc\n0\n1\n2\n…"
-    assert view.around("x" * 900, "B", "y" * 900).plain == "…" + "x" * 400 + "B" + "y" * 400 + "…"
-    assert view.around("a", "B", "c\n").plain == "aBc"
-    assert view.around("", "B", "\r\n" * 9).plain == view.around("", "B", "\n" * 9).plain == "B\n\n\n"
-    assert view.around("a\rb", "", "c\r\n").plain == "a␍bc"

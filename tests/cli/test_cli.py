@@ -1,4 +1,4 @@
-"""The command line's frame: what is imported when, what --help shows, and what every kind of failure looks like."""
+"""cli/__init__.py: what is imported when, what --help shows, and what every kind of failure looks like."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import typer
 
 from sfumato import __version__, cli
-from sfumato.cli.text import harmless
+from sfumato.cli.output import harmless
 from sfumato.errors import CapacityError, InputError, SfumatoError
 
 
@@ -38,14 +38,14 @@ def commanding(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., objec
 
 
 def test_help_lists_all_commands_and_imports_none() -> None:
-    found = run("import sys; from sfumato.cli import main; print(main(['--help'])); print(sorted(sys.modules))")
+    process = run("import sys; from sfumato.cli import main; print(main(['--help'])); print(sorted(sys.modules))")
     for name, (module, line) in cli.COMMANDS.items():
-        assert name in found.stdout
-        assert line.split()[0] in found.stdout
-        assert f"'{module}'" not in found.stdout
-    assert "'torch'" not in found.stdout
-    assert "'numpy'" not in found.stdout
-    assert found.stderr == ""
+        assert name in process.stdout
+        assert line.split()[0] in process.stdout
+        assert f"'{module}'" not in process.stdout
+    assert "'torch'" not in process.stdout
+    assert "'numpy'" not in process.stdout
+    assert process.stderr == ""
 
 
 def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,12 +77,12 @@ def test_a_usage_error_is_one_line_with_code_2(
     arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("sfumato: ")
-    assert told.err.count("\n") == 1
-    assert part in told.err
-    assert "--help" in told.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("sfumato: ")
+    assert output.err.count("\n") == 1
+    assert part in output.err
+    assert "--help" in output.err
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_an_unforeseen_error_says_where_and_shows_no_traceback(
 
     commanding(command)
     assert cli.main(["it"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("sfumato: RuntimeError: the first line (at test_cli.py, line ")
-    assert told.count("\n") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("sfumato: RuntimeError: the first line (at test_cli.py, line ")
+    assert err.count("\n") == 1
 
 
 class PanicException(BaseException):
@@ -144,9 +144,9 @@ def test_a_panic_in_a_library_is_one_line(
 
     commanding(command)
     assert cli.main(["it"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("sfumato: PanicException: called `Option::unwrap()` on a `None` value (at test_cli.py, line")
-    assert told.count("\n") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("sfumato: PanicException: called `Option::unwrap()` on a `None` value (at test_cli.py, line")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,9 @@ def test_what_a_file_says_reaches_no_terminal_as_a_command(
 
     def call(*arguments: str, code: int | None) -> str:
         assert cli.main(arguments) == code or code is None
-        told = capsys.readouterr()
-        assert not [c for c in told.out + told.err if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
-        return told.out + told.err
+        output = capsys.readouterr()
+        assert not [c for c in output.out + output.err if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
+        return output.out + output.err
 
     vision = {f"model.encoder.vision_tower.{evil}": torch.zeros(1)}
     write_tensors(folder / "model.safetensors", stored | vision)
@@ -210,7 +210,7 @@ def test_what_a_command_returns_is_the_exit_code(commanding: Callable[[Callable[
     assert cli.main(["it"]) == 0
 
 
-def test_only_the_wanted_command_is_imported(commanding: Callable[[Callable[..., object]], None]) -> None:
+def test_only_the_called_command_is_imported(commanding: Callable[[Callable[..., object]], None]) -> None:
     commanding(lambda: None)
     assert cli.main(["it"]) == 0  # "other" names a module that does not exist
 

@@ -1,4 +1,4 @@
-"""generate, chat, sudoku and finetune as a person or a program calls them, on the embedded model."""
+"""cli/generate.py, chat.py, sudoku.py, finetune.py and view.py: as a person or a program calls them, on nano."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from sfumato import cli
-from sfumato.cli.generate import show
-from sfumato.cli.options import build
 from sfumato.cli.sudoku import board
-from sfumato.cli.view import SMOKE, colour, summary
-from sfumato.errors import InputError
-from sfumato.events import Draft, Usage
+from sfumato.events import Draft
 from sfumato.llm import LLM
 from sfumato.options import Options
 from sfumato.tasks.sudoku import is_solved
+
+Capture = pytest.CaptureFixture[str]
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
 """50 clues: nano solves it."""
@@ -27,20 +24,20 @@ BROKEN = "12" + "0" * 79
 """Two clues: no unique solution, and nano will not find one."""
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def call(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
     code = cli.main(arguments)
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    output = capsys.readouterr()
+    return code, output.out, output.err
 
 
-def test_sudoku_prints_a_checked_board(capsys) -> None:
+def test_sudoku_prints_a_checked_board(capsys: Capture) -> None:
     code, out, err = call(capsys, "sudoku", PUZZLE)
     assert code == 0 and err == ""
     assert "solved in" in out and "tokens per pass" in out
     assert is_solved("".join(c for c in out.split("solved in")[0] if c.isdigit()), PUZZLE)
 
 
-def test_sudoku_json_is_a_line_a_puzzle_and_code_1_if_one_is_unsolved(capsys, tmp_path: Path) -> None:
+def test_sudoku_json_is_a_line_a_puzzle_and_code_1_if_one_is_unsolved(capsys: Capture, tmp_path: Path) -> None:
     file = tmp_path / "some.txt"
     file.write_text(f"# two\n{PUZZLE}\n{BROKEN.replace('0', '.')}\n")
     code, out, _ = call(capsys, "sudoku", "--file", str(file), "--json", "--max-steps", "3")
@@ -51,14 +48,14 @@ def test_sudoku_json_is_a_line_a_puzzle_and_code_1_if_one_is_unsolved(capsys, tm
     assert {"steps", "seconds", "tokens_per_pass"} <= set(first)
 
 
-def test_sudoku_random_is_the_same_for_the_same_seed(capsys) -> None:
+def test_sudoku_random_is_the_same_for_the_same_seed(capsys: Capture) -> None:
     first = json.loads(call(capsys, "sudoku", "--random", "--clues", "50", "--seed", "4", "--json")[1])
     again = json.loads(call(capsys, "sudoku", "--random", "--clues", "50", "--seed", "4", "--json")[1])
     assert first["puzzle"] == again["puzzle"] and first["answer"] == again["answer"]
     assert 81 - first["puzzle"].count("0") == 50
 
 
-def test_sudoku_counts_a_batch(capsys) -> None:
+def test_sudoku_counts_a_batch(capsys: Capture) -> None:
     code, out, _ = call(capsys, "sudoku", "--random", "--clues", "55", "--count", "3", "--batch", "3")
     assert code in (0, 1) and "of 3 solved" in out
 
@@ -77,17 +74,17 @@ def test_sudoku_counts_a_batch(capsys) -> None:
         ([PUZZLE, "--model", "no/where/at-all"], "no/where/at-all"),
     ],
 )
-def test_bad_sudoku_input_is_one_line_and_code_2(capsys, arguments: list[str], words: str) -> None:
+def test_bad_sudoku_input_is_one_line_and_code_2(capsys: Capture, arguments: list[str], words: str) -> None:
     code, out, err = call(capsys, "sudoku", *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
 
 
-def test_generate_piped_prints_the_text_alone(capsys) -> None:
+def test_generate_piped_prints_the_text_alone(capsys: Capture) -> None:
     code, out, err = call(capsys, "generate", f"Solve this Sudoku:\n{PUZZLE}", "--seed", "1")
     assert code == 0 and err == "" and is_solved(out.strip(), PUZZLE)
 
 
-def test_generate_json_has_text_tokens_and_usage(capsys) -> None:
+def test_generate_json_has_text_tokens_and_usage(capsys: Capture) -> None:
     arguments = ("generate", f"Solve this Sudoku:\n{PUZZLE}", "--seed", "1", "--json", "-s", "logprobs=true")
     code, out, _ = call(capsys, *arguments)
     record = json.loads(out)
@@ -95,7 +92,7 @@ def test_generate_json_has_text_tokens_and_usage(capsys) -> None:
     assert record["usage"]["tokens"] == len(record["tokens"]) == len(record["logprobs"])
 
 
-def test_generate_reads_standard_input(capsys, monkeypatch) -> None:
+def test_generate_reads_standard_input(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"Solve this Sudoku:\n{PUZZLE}"))
     assert is_solved(call(capsys, "generate", "-", "--seed", "1")[1].strip(), PUZZLE)
 
@@ -112,12 +109,12 @@ def test_generate_reads_standard_input(capsys, monkeypatch) -> None:
         (["x", "--device", "abacus"], "abacus"),
     ],
 )
-def test_bad_generate_input_is_one_line_and_code_2(capsys, arguments: list[str], words: str) -> None:
+def test_bad_generate_input_is_one_line_and_code_2(capsys: Capture, arguments: list[str], words: str) -> None:
     code, _, err = call(capsys, "generate", *arguments)
     assert code == 2 and err.count("\n") == 1 and words in err
 
 
-def test_chat_piped_answers_every_line(capsys, monkeypatch) -> None:
+def test_chat_piped_answers_every_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     line = f"Solve this Sudoku:{PUZZLE}"
     monkeypatch.setattr(
         sys, "stdin", io.StringIO(f"{line}\n\n/new\n/nonsense\n/set t_max=oops\n{line}\n/quit\n{line}\n")
@@ -130,17 +127,6 @@ def test_chat_piped_answers_every_line(capsys, monkeypatch) -> None:
     assert answers[0] == answers[1]  # /new forgot the first turn
 
 
-def test_the_live_view_draws_every_draft_and_leaves_text_and_figures() -> None:
-    llm = LLM.load("nano")
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=120, height=40, color_system="truecolor")
-    messages = [{"role": "user", "content": f"Solve this Sudoku:\n{PUZZLE}"}]
-    done = show(llm, llm.stream(messages, Options(seed=1, drafts=True)), console, 0.0)
-    drawn = screen.getvalue()
-    assert drawn.count("accepted · entropy") >= done.usage.steps
-    assert done.text in drawn and "tokens per pass" in drawn
-
-
 def test_board_shows_clues_and_draft_in_their_places() -> None:
     draft = Draft(0, 0, 1, [0] * 81, [0.0] * 81, [True] * 81)
     text = board(PUZZLE, draft, ["7"] * 81, "status").plain
@@ -148,24 +134,7 @@ def test_board_shows_clues_and_draft_in_their_places() -> None:
     assert digits == [c if c != "0" else "7" for c in PUZZLE]
 
 
-def test_colours_run_from_certain_to_undecided() -> None:
-    assert colour(0.0) == SMOKE[0] and colour(9.0) == SMOKE[-1]
-    assert [SMOKE.index(colour(h)) for h in (0.01, 0.1, 0.3, 1.0, 2.0)] == [1, 2, 3, 4, 5]
-
-
-def test_the_summary_counts_tokens_per_pass() -> None:
-    line = summary(Usage(prompt_tokens=10, tokens=60, canvases=1, steps=5, passes=6), seconds=2.0)
-    assert "60 tokens in 5 steps on 1 canvas" in line and "10.0 tokens per pass" in line and "30 tokens/s" in line
-
-
-def test_options_from_pairs() -> None:
-    found = build(["max_steps=16", "stop=END", "stop=7", "drafts=true", "t_max=0.5"], seed=3, max_tokens=None)
-    assert found == Options(max_steps=16, stop=("END", "7"), drafts=True, t_max=0.5, seed=3)
-    with pytest.raises(InputError, match="entropy"):
-        build(["entropy=1"])
-
-
-def test_finetune_trains_saves_and_goes_on(capsys, tmp_path: Path) -> None:
+def test_finetune_trains_saves_and_goes_on(capsys: Capture, tmp_path: Path) -> None:
     out = tmp_path / "run"
     common = ("--eval-every", "1", "-s", "batch=2", "-s", "warmup=1", "--pool", "70")
     assert call(capsys, "finetune", str(out), "-s", "steps=1", *common)[0] == 0

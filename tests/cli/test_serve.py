@@ -1,4 +1,4 @@
-"""`sfumato serve`: what it makes of its arguments, which errors are one line, and how it comes up and goes down."""
+"""cli/serve.py: its arguments, the errors that are one line, and how it comes up and goes down."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ import pytest
 
 from sfumato import cli
 from sfumato.errors import InputError, SfumatoError
-from sfumato.server.http import listen as http
+from sfumato.server.http import listen
 from sfumato.server.settings import Settings
 from sfumato.server.worker.supervisor import Worker
 
 Call = Callable[..., tuple[int, str, str]]
+Serving = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     def call(*arguments: str) -> tuple[int, str, str]:
         code = cli.main(["serve", *arguments])
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return call
 
@@ -37,16 +38,16 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What would be served; nothing is."""
-    found: list[Any] = []
+    arguments: list[Any] = []
 
-    def run(backend: Worker, settings: Settings, port: int, ready: http.Ready) -> None:
-        found.extend((backend, settings, port))
+    def run(backend: Worker, settings: Settings, port: int, ready: listen.Ready) -> None:
+        arguments.extend((backend, settings, port))
 
-    monkeypatch.setattr(http, "run", run)
-    return found
+    monkeypatch.setattr(listen, "run", run)
+    return arguments
 
 
-def test_the_defaults_are_local_and_bounded(call: Call, served) -> None:
+def test_the_defaults_are_local_and_bounded(call: Call, served: list[Any]) -> None:
     assert call() == (0, "", "")
     worker, settings, port = served
     assert settings == Settings() and port == 8000
@@ -61,14 +62,14 @@ def test_the_defaults_are_local_and_bounded(call: Call, served) -> None:
     assert worker.limits == {"rows": 32, "queue": 256, "stall": 0.2, "context": None, "memory": None}
 
 
-def test_silence_is_shorter_than_the_longest_request(call: Call, served) -> None:
+def test_silence_is_shorter_than_the_longest_request(call: Call, served: list[Any]) -> None:
     for flags, silence in (((), 300), (("--timeout", "100"), 50)):
         served.clear()
         assert call(*flags) == (0, "", "")
         assert served[0].silence == silence < served[1].limits.timeout
 
 
-def test_options_reach_worker_and_settings(call: Call, served, tmp_path: Path) -> None:
+def test_options_reach_worker_and_settings(call: Call, served: list[Any], tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# ours\nthree\n\n  four \n")
     limits = "--rows 4 --queue 5 --memory 1.5 --context 600 --stall 50 --max-body 0.5 --timeout 9 --drain 2".split()
     names = "--alias gpt --alias other --cors https://a.example --log-prompts --port 0 --host 0.0.0.0".split()
@@ -101,7 +102,9 @@ def test_options_reach_worker_and_settings(call: Call, served, tmp_path: Path) -
         ("--api-key", "--api-key"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_nothing_starts(call: Call, served, arguments: str, part: str) -> None:
+def test_a_wrong_argument_is_one_line_and_nothing_starts(
+    call: Call, served: list[Any], arguments: str, part: str
+) -> None:
     code, out, err = call(*arguments.split())
     assert (code, out, served) == (2, "", [])
     assert err.startswith("sfumato: ") and err.count("\n") == 1 and part in err
@@ -113,15 +116,15 @@ def test_a_missing_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setitem(sys.modules, "ray", None)
-    for name in ("http", "ray"):
+    for name in ("http.listen", "cluster.launch"):
         monkeypatch.delitem(sys.modules, f"sfumato.server.{name}", raising=False)
     code, out, err = call(*arguments)
     assert (code, out) == (2, "") and err.count("\n") == 1 and f"is not installed; pip install '{extra}'" in err
 
 
 def test_a_port_in_use_is_one_line_before_anything_is_loaded(call: Call) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
         code, out, err = call("--port", str(port), "-m", "/no/such/model")
     assert (code, out) == (1, "")
     assert err == f"sfumato: port {port} on 127.0.0.1 is in use; give another with --port, or 0 for any that is free\n"
@@ -129,11 +132,11 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(call: Call) -> None
 
 def test_addresses_that_cannot_be() -> None:
     with pytest.raises(InputError, match=r"host is 'no\.such\.host\.invalid'"):
-        http.listen("no.such.host.invalid", 0)
+        listen.listen("no.such.host.invalid", 0)
     with pytest.raises(SfumatoError, match=r"cannot listen on port 0 of 192\.0\.2\.1"):
-        http.listen("192.0.2.1", 0)
-    with http.listen("127.0.0.1", 0) as one:
-        assert re.fullmatch(r"http://127\.0\.0\.1:[1-9][0-9]*", http.address(one))
+        listen.listen("192.0.2.1", 0)
+    with listen.listen("127.0.0.1", 0) as one:
+        assert re.fullmatch(r"http://127\.0\.0\.1:[1-9][0-9]*", listen.address(one))
 
 
 # ---- a server in a process of its own, around a backend without a model ----------------------------------------------
@@ -143,8 +146,8 @@ import asyncio, json, sys
 sys.path.insert(0, {tests!r})
 from fake_backend import FakeBackend
 from sfumato.cli.serve import tell
-from sfumato.events import InputError
-from sfumato.server import http
+from sfumato.errors import InputError
+from sfumato.server.http import listen
 from sfumato.server.settings import Settings
 
 backend = FakeBackend()
@@ -153,7 +156,7 @@ if {failing}:
 if {held}:
     backend.hold.clear()
 try:
-    http.run(backend, Settings(drain={drain}), 0, tell)
+    listen.run(backend, Settings(drain={drain}), 0, tell)
 except InputError as error:
     sys.exit(f"sfumato: {{error}}")
 print("ended", backend.cancelled)
@@ -161,7 +164,7 @@ print("ended", backend.cancelled)
 
 
 @pytest.fixture
-def serving() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def serving() -> Iterator[Serving]:
     started: list[subprocess.Popen[str]] = []
 
     def start(failing: bool = False, held: bool = False, drain: float = 30) -> subprocess.Popen[str]:
@@ -179,13 +182,13 @@ def serving() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def address_of(server: subprocess.Popen[str]) -> str:
     assert server.stdout is not None
     line = server.stdout.readline()
-    found = re.fullmatch(r"Sfumato serves fake on (http://127\.0\.0\.1:\d+) \(page, /v1, /metrics\); .*\n", line)
-    assert found, line
-    return found[1]
+    match = re.fullmatch(r"Sfumato serves fake on (http://127\.0\.0\.1:\d+) \(page, /v1, /metrics\); .*\n", line)
+    assert match, line
+    return match[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_says_where_it_is_and_ends_well_on_a_signal(serving, number: signal.Signals) -> None:
+def test_it_says_where_it_is_and_ends_well_on_a_signal(serving: Serving, number: signal.Signals) -> None:
     server = serving()
     with urllib.request.urlopen(address_of(server) + "/ready", timeout=30) as answer:
         assert answer.status == 200
@@ -204,7 +207,7 @@ def streaming(address: str) -> Any:
     return answer
 
 
-def test_a_stop_tells_newcomers_and_waits_for_the_rest_until_its_time_is_up(serving) -> None:
+def test_a_stop_tells_newcomers_and_waits_for_the_rest_until_its_time_is_up(serving: Serving) -> None:
     server = serving(held=True, drain=1)
     address = address_of(server)
     with streaming(address) as answer:
@@ -221,7 +224,7 @@ def test_a_stop_tells_newcomers_and_waits_for_the_rest_until_its_time_is_up(serv
     assert (server.returncode, out) == (0, "ended 1\n") and "Traceback" not in err
 
 
-def test_a_second_signal_does_not_wait(serving) -> None:
+def test_a_second_signal_does_not_wait(serving: Serving) -> None:
     server = serving(held=True, drain=600)
     address = address_of(server)
     with streaming(address) as answer:
@@ -236,7 +239,7 @@ def test_a_second_signal_does_not_wait(serving) -> None:
     assert (server.returncode, out) == (0, "ended 1\n") and "Traceback" not in err
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(serving) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_server(serving: Serving) -> None:
     server = serving(failing=True)
     out, err = server.communicate(timeout=30)
     assert (server.returncode, out) == (1, "") and "sfumato: there is no such model\n" in err

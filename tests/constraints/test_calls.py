@@ -17,7 +17,8 @@ import pytest
 from sfumato.constraints import calls
 from sfumato.constraints.constrain import Grammar
 from sfumato.errors import InputError
-from sfumato.text import replies, template
+from sfumato.text import replies
+from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
@@ -190,11 +191,11 @@ def test_what_the_template_writes_is_allowed() -> None:
         "city": "São Paulo, {x:1}", "days": 3, "deep": {"a": [1, 2.5, -3, "z"], "b": None}, "hot": True
     }  # fmt: skip
     schema = record("city", city=TEXT, days=WHOLE, deep={}, hot=BOOL)
-    template = template.ChatTemplate.from_folder(Path(calls.__file__).parents[1] / "nano")
+    shown = ChatTemplate.from_folder(Path(calls.__file__).parents[1] / "nano")
     messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
     said = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}] * 2}
-    before = template.encode(NANO, messages)
-    ids = template.encode(NANO, [*messages, said], add_generation_prompt=False)[len(before) :]
+    before = shown.encode(NANO, messages)
+    ids = shown.encode(NANO, [*messages, said], add_generation_prompt=False)[len(before) :]
     ids = ids[: len(ids) - ids[::-1].index(CLOSE)]
     assert [call["arguments"] for call in replies.parse_ids(NANO, ids).tool_calls] == [arguments] * 2
     assert is_allowed(compile_(tool("g"), tool("f", schema)), ids)

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from sfumato import cli
-from sfumato.cli.generate import show
+from sfumato.cli.view import show
 from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
 from sfumato.events import Commit, Decision, Done, Draft
 from sfumato.options import Options

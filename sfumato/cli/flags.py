@@ -1,0 +1,67 @@
+"""Several flags of the command line that reach a command as one record.
+
+A command is a function annotated for typer. `takes` replaces one of its parameters, say `load`, by a group of flags,
+and calls the command with the record that these flags make. What the flags of `Options` and `LoadOptions` are is
+declared in `sfumato.options` and read in `cli.options`; a record of a command's own is a dataclass whose fields are
+annotated for typer (`group_of`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, get_type_hints
+
+Command = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Flags, and the record that they make together."""
+
+    parameters: tuple[inspect.Parameter, ...]
+    """One parameter a flag, as `flag` makes it."""
+    make: Callable[..., object]
+    """Called with the flags' values by name."""
+
+
+def flag(name: str, annotation: object, default: object = inspect.Parameter.empty) -> inspect.Parameter:
+    """A parameter that typer reads: `annotation` is `Annotated[type, typer.Option(…)]`; no default: it is required."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def group_of(record: type) -> Group:
+    """The group of a dataclass whose fields are annotated for typer, one flag a field."""
+    hints, parameters = get_type_hints(record, include_extras=True), []
+    for field in dataclasses.fields(record):
+        is_required = field.default is dataclasses.MISSING
+        default = inspect.Parameter.empty if is_required else field.default
+        parameters.append(flag(field.name, hints[field.name], default))
+    return Group(tuple(parameters), record)
+
+
+def takes(**groups: Group) -> Callable[[Command], Command]:
+    """Decorate a command: its parameters of these names are given by the groups' flags, which stand in their places."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in signature.parameters.items():
+            parameters += (
+                groups[name].parameters if name in groups else [flag(name, parameter.annotation, parameter.default)]
+            )
+
+        @wraps(command)
+        def call(**arguments: Any) -> object:
+            for name, group in groups.items():
+                arguments[name] = group.make(**{one.name: arguments.pop(one.name) for one in group.parameters})
+            return command(**arguments)
+
+        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return decorate
