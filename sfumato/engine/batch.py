@@ -96,7 +96,7 @@ class _Prefix(NamedTuple):
 class Batch:
     """Requests on one model: `submit` them, and take turns while there is work; not for several threads at once."""
 
-    def __init__(self, model: Model, limits: BatchLimits = BatchLimits()) -> None:
+    def __init__(self, model: Model, limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
         self.model, self.config, self.limits = model, model.config, limits
         self.memory = limits.memory or free_memory(model.device) // 2
         self.prefixes = Prefixes(self.memory // 8 if limits.prefixes is None else limits.prefixes)

@@ -147,7 +147,7 @@ class Block(nn.Module):
         self.index, self.eps, self.ops = index, config.eps, ops
 
     def forward(self, x_BTD: Tensor, run: Pass, handed: Any = None, after: After | None = None) -> tuple[Tensor, Any]:
-        """X behind this block, and what it hands on to the one `after` it, which takes that as `handed` (`Ops.block`):
+        """x behind this block, and what it hands on to the one `after` it, which takes that as `handed` (`Ops.block`):
         None where operations run one by one."""
         if self.ops.block is not None:
             return self._whole(x_BTD, run, handed, after)
