@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.serve import SEED, puzzles, renamed
 from sfumato import LLM, Options
-from sfumato.engine.batch import BatchLimits
 from sfumato.engine.jobs import Jobs
+from sfumato.engine.limits import BatchLimits
 from sfumato.events import Done
 from sfumato.model.network import Model
 from sfumato.tasks import sudoku

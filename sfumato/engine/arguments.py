@@ -41,7 +41,8 @@ def check_template_prompt(prompt: Any) -> None:
 def check_count(name: str, value: Any, least: int, most: int) -> None:
     """A whole number in these limits."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InputError(f"{name} is {reprlib.repr(value)}; give a whole number from {least} to {most}")
+        message = f"{name} is {reprlib.repr(value)}; give a whole number from {least} to {most}"
+        raise InputError(message, option=name)
 
 
 def check_ids(name: str, ids: Any, vocab_size: int) -> None:

@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from sfumato.engine.engine import PREFILL_CHUNK, Engine
+from sfumato.engine.limits import BatchLimits
 from sfumato.engine.request import Failure, Request, Row
 from sfumato.engine.run import ROUND
-from sfumato.errors import BusyError, CapacityError, InputError, NumericError
+from sfumato.errors import BusyError, CapacityError, NumericError
 from sfumato.events import Done, Event
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
@@ -60,31 +61,6 @@ MOST_KEPT = 256
 
 FORGET = 0.95
 """What earlier turns weigh, at each new one, in what a turn costs."""
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """What a batch may take."""
-
-    rows: int = 32
-    """Most rows under way at once."""
-    queue: int = 256
-    """Most requests that wait; one more is a BusyError."""
-    memory: int | None = None
-    """Bytes for the cache, kept prefixes and the rows' read-outs; None: half of what is free."""
-    stall: float = 0.2
-    """Seconds that encoding a prompt may hold up the others in one turn."""
-    context: int | None = None
-    """Most tokens of one request, prompt and answer; None: the model's own limit."""
-    prefixes: int | None = None
-    """Bytes of the memory for kept prefixes; None: an eighth."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "queue", "context", "memory"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name} is {value}; give a number from 1 up")
-        if self.stall <= 0:
-            raise InputError(f"stall is {self.stall}; give seconds above 0")
 
 
 @dataclass
@@ -120,7 +96,7 @@ class _Prefix(NamedTuple):
 class Batch:
     """Requests on one model: `submit` them, and take turns while there is work; not for several threads at once."""
 
-    def __init__(self, model: Model, limits: BatchLimits = BatchLimits()) -> None:
+    def __init__(self, model: Model, limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
         self.model, self.config, self.limits = model, model.config, limits
         self.memory = limits.memory or free_memory(model.device) // 2
         self.prefixes = Prefixes(self.memory // 8 if limits.prefixes is None else limits.prefixes)

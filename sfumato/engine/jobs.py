@@ -11,7 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from sfumato.engine.batch import Batch, BatchLimits, Figures
+from sfumato.engine.batch import Batch, Figures
+from sfumato.engine.limits import BatchLimits
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.request import Failure
 from sfumato.errors import BusyError, contained

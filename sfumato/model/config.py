@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import CheckpointError, InputError
-from sfumato.options import Options
+from sfumato.options import OPTIONS, Options
 
 DIFFUSION, GEMMA4 = "diffusion_gemma", "gemma4"
 """What config.json calls the models that load."""
@@ -83,7 +83,8 @@ class ModelConfig:
         if not self.is_diffusion:
             raise InputError(
                 f"{what} needs a canvas, and Gemma 4 has none; go without it in mode 'autoregressive', or load a "
-                "DiffusionGemma checkpoint"
+                "DiffusionGemma checkpoint",
+                option=what if what in OPTIONS else None,
             )
 
     @classmethod

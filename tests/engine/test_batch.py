@@ -15,8 +15,9 @@ import torch
 from sfumato import Options
 from sfumato.engine import batch
 from sfumato.engine import request as rows
-from sfumato.engine.batch import Batch, BatchLimits, Cost, Prefixes
+from sfumato.engine.batch import Batch, Cost, Prefixes
 from sfumato.engine.engine import Engine
+from sfumato.engine.limits import BatchLimits
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import BusyError, CapacityError, InputError
