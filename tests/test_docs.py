@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import shlex
@@ -31,6 +30,7 @@ from typing import Any
 import pytest
 
 from sfumato import cli
+from sfumato.templates.slots import read_template
 
 pytest.importorskip("llguidance")
 ROOT = Path(__file__).parents[1]
@@ -211,8 +211,8 @@ def test_commands_and_their_flags_exist(page: str) -> None:
         check_program(words)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/server.md"])
-def test_python_runs_as_it_stands(page: str, here: Path) -> None:
+def names_of(page: str) -> dict[str, Any]:
+    """What the Python of a page defines when it has run, block by block in one module."""
     names: dict[str, Any] = {}
     for block in blocks_of(page):
         if block.language == "python":
@@ -220,8 +220,20 @@ def test_python_runs_as_it_stands(page: str, here: Path) -> None:
             if not block.reason:
                 with contextlib.redirect_stdout(io.StringIO()):
                     exec(code, names)
-        elif block.language == "json":
-            json.loads(block.text)
+    return names
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("docs/server.md", "docs/canvas.md")])
+def test_python_runs_as_it_stands(page: str, here: Path) -> None:
+    names_of(page)
+
+
+def test_the_page_of_templates_runs_as_it_stands(here: Path) -> None:
+    names = names_of("docs/canvas.md")
+    (as_json,) = [block.text for block in blocks_of("docs/canvas.md") if block.language == "json"]
+    assert read_template(as_json) == names["template"]
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text_of("docs/canvas.md"))
+    assert pictures and all((ROOT / "docs" / name).stat().st_size < 100_000 for name in pictures)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/server.md"])
