@@ -25,12 +25,12 @@ demo: $(VENV)/.demo-stamp ## solve a random Sudoku with the embedded model, live
 	@echo 'demo: a random Sudoku with 40 clues, denoised by the embedded model'
 	$(BIN)/sfumato sudoku --random --clues 40 --seed 1
 
-test: $(VENV)/.test-stamp ## format, lint, types, layering, then every test that is not slow
+test: $(VENV)/.test-stamp ## format, lint, types, layering, pages, then every test that is not slow
 	@echo 'test: scripts/check, then scripts/test'
 	@scripts/check
 	@scripts/test
 
-check: $(VENV)/.test-stamp ## format, lint, types and layering only
+check: $(VENV)/.test-stamp ## format, lint, types, layering and pages only
 	@scripts/check
 
 # One process after the other; the machine's ceiling is measured once, first, and shared.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 
 class SfumatoError(Exception):
-    """The root of the family: catch this to catch everything Sfumato raises on purpose.
+    """The root of the family: catch this to catch everything that Sfumato raises on purpose.
 
-    `option` is the name of the option or argument that is at fault, where one is."""
+    `option` is the name of the option or argument that is at fault, where one is.
+    """
 
     def __init__(self, message: str = "", *, option: str | None = None) -> None:
         super().__init__(message)
@@ -14,7 +15,10 @@ class SfumatoError(Exception):
 
 
 class InputError(SfumatoError, ValueError):
-    """Something the caller gave is wrong; the sentence names the value, the limit and the remedy. Exit code 2."""
+    """An argument, option or file of the caller is wrong; the sentence names the value, the limit and the remedy.
+
+    The command line exits with code 2, a server answers with a 4xx.
+    """
 
 
 class CheckpointError(InputError):
@@ -34,7 +38,7 @@ class NumericError(SfumatoError):
 
 
 class WorkerError(SfumatoError):
-    """The process that runs the model is not there, or ended while it worked; the request can be sent again."""
+    """The process or host that runs the model is not there, or ended while it worked; the request can be sent again."""
 
 
 def is_panic(error: BaseException) -> bool:
@@ -43,8 +47,10 @@ def is_panic(error: BaseException) -> bool:
 
 
 def contained(error: BaseException) -> Exception:
-    """An error that ends one request alone: itself, or an InputError for the panic of a Rust library, which is no
-    Exception. What ends the program is raised again."""
+    """An error that ends one request alone: the error itself, or an InputError for the panic of a Rust library.
+
+    A panic is no Exception. What ends the program (KeyboardInterrupt, SystemExit) is raised again.
+    """
     if isinstance(error, Exception):
         return error
     if not is_panic(error):

@@ -14,15 +14,22 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Draft:
-    """The argmax canvas after one step. `entropies` in nats, `accepted` as flags, both one a position."""
+    """The argmax canvas after one step; only with `Options(drafts=True)`."""
 
     row: int
+    """The row of the batch, from 0."""
     canvas: int
+    """The canvas of this row, from 0."""
     step: int
+    """The step of this canvas, from 1."""
     tokens: list[int]
+    """The likeliest token of each position."""
     entropies: list[float]
+    """The entropy of each position, in nats."""
     accepted: list[bool]
+    """Whether the step accepted each position."""
     text: str = ""
+    """The text of the canvas up to its first end."""
     pieces: list[str] = field(default_factory=list)
     """The text of each position's token; "" for a control token."""
     end: int = 0
@@ -33,19 +40,24 @@ class Draft:
 class Commit:
     """Tokens that are final: one canvas (or one token in autoregressive mode), cut at eos, stop and max_tokens.
 
-    `text`, and in a chat `thought` and `tool_calls`, are what they add to the answer's. `pieces` (the text of each
-    token) and `top_logprobs` (piece -> log-probability) come with log-probabilities."""
+    `text`, and in a chat `thought` and `tool_calls`, are what they add to the answer's.
+    """
 
     row: int
     canvas: int
     steps: int
+    """Denoising steps that this canvas took."""
     tokens: list[int]
     logprobs: list[float] | None = None
+    """With `Options(logprobs=True)`: the log-probability of each token, in nats."""
     text: str = ""
     thought: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    """Each with "name" and "arguments", a mapping."""
     pieces: list[str] | None = None
+    """With log-probabilities: the text of each token."""
     top_logprobs: list[dict[str, float]] | None = None
+    """With log-probabilities: for each token, the text of the likeliest ones -> log-probability in nats."""
     is_last: bool = False
     """The row ends with it."""
 
@@ -56,12 +68,17 @@ class Usage:
 
     prompt_tokens: int = 0
     tokens: int = 0
+    """Committed tokens."""
     canvases: int = 0
     steps: int = 0
+    """Denoising steps, of all canvases together."""
     passes: int = 0
     seconds: float = 0.0
+    """From the request's start to its end."""
     first_commit_seconds: float | None = None
+    """From the request's start to its first tokens; None where there are none."""
     reused_tokens: int = 0
+    """Tokens of the prompt that were encoded already."""
 
     @property
     def tokens_per_pass(self) -> float:
@@ -71,15 +88,18 @@ class Usage:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of one row. finish_reason: "stop" (end of turn or a stop string) or "length"."""
+    """The end of one row, with its whole answer."""
 
     row: int
     finish_reason: Literal["stop", "length"]
+    """At "stop" the turn has ended, or a stop string came; at "length" the budget or the context is used up."""
     tokens: list[int]
     usage: Usage
     seed: int = 0
+    """The seed of the answer: the one of the options, or the one that was drawn."""
     text: str = ""
     stop: str | None = None
+    """The stop string that ended the answer, if one did."""
     logprobs: list[float] | None = None
     thought: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
@@ -87,7 +107,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished answer. `text` is the answer alone; `thought` and `tool_calls` are filled by `LLM.chat`."""
+    """A finished answer. `thought` and `tool_calls` are filled by `LLM.chat`; `text` is the rest."""
 
     text: str
     tokens: list[int]
@@ -103,16 +123,17 @@ class Completion:
     @classmethod
     def of(cls, done: Done) -> Completion:
         """What the last event of an answer says."""
-        told = {field.name: getattr(done, field.name) for field in dataclasses.fields(cls)}
-        return cls(**told)
+        return cls(**{field.name: getattr(done, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A filled template. `values` are the slots' texts by name; the whole `text` is all pieces joined."""
+    """A filled template."""
 
     text: str
+    """The whole: the texts of the template and of its slots, joined."""
     values: dict[str, str]
+    """The text of each slot by its name."""
     usage: Usage
     seed: int
     lengths: dict[str, int] = field(default_factory=dict)
@@ -125,6 +146,7 @@ class Edited:
 
     text: str
     old: str
+    """The text before."""
     usage: Usage
     seed: int
 
@@ -136,13 +158,16 @@ class Edited:
 
 @dataclass(frozen=True)
 class Decision:
-    """One answer: the likeliest choice, and the probability of each."""
+    """The answer to one question of `decide`."""
 
     choice: str
+    """The likeliest choice."""
     probabilities: dict[str, float]
+    """The probability of each choice; they add up to 1."""
 
 
 Event = Draft | Commit | Done
+"""What a run yields, in order."""
 
 
 def _lines(text: str) -> list[str]:

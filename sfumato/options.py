@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from sfumato.errors import InputError
 
 BIG = 1 << 62
-"""What a whole number without a limit of its own may be."""
+"""The largest value of a whole number that has no limit of its own."""
 
 LEAST = 1e-6
-"""The least of a number that must be above 0."""
+"""The smallest value of a number that must be above 0."""
 
 Use = Literal["canvas", "autoregressive", "complete", "chat", "templates"]
 """Where an option applies: in which mode (on a canvas, or one token after another), and in which kind of request
@@ -186,7 +186,7 @@ class Options:
     temperature: Annotated[
         float,
         About(
-            "Scales t_max and t_min; 1, and 0, leave them as they are. One token after another it divides the logits; "
+            "Scales t_max and t_min; 1, and 0, leave them as they are. In autoregressive mode it divides the logits; "
             "0 is greedy.",
             _EVERYWHERE,
             0.0,
@@ -228,8 +228,9 @@ class Options:
     early: Annotated[
         bool,
         About(
-            "Answers that arrive early: a canvas commits what has settled at its beginning before the rest, and stops "
-            "when all up to its first end, or to the budget's, has. False: as the reference does.",
+            "Answers that arrive early: a canvas commits the positions at its beginning that have settled before the "
+            "rest, and stops when all positions up to its first end, or to the end of the budget, have settled. "
+            "False: as the reference does.",
             _CANVAS,
         ),
     ] = False

@@ -1,171 +1,8 @@
-"""Options: what is accepted, what is refused and in which words; the events' own arithmetic; the error family."""
+"""events.py: the arithmetic of the events and the results."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from typing import Any
-
-import pytest
-
-from sfumato.errors import CapacityError, CheckpointError, InputError, SfumatoError
-from sfumato.events import Usage
-from sfumato.options import FALLBACK_DEFAULTS, Options
-
-# name: (lowest, highest, is a whole number, may be left open, the words of the limit)
-LIMITS: dict[str, tuple[float, float, bool, bool, str]] = {
-    "max_tokens": (1, 2**62, True, True, "from 1 to 2^62"),
-    "min_tokens": (0, 2**62, True, False, "from 0 to 2^62"),
-    "seed": (0, 2**62, True, True, "from 0 to 2^62"),
-    "max_steps": (1, 4096, True, True, "from 1 to 4096"),
-    "t_max": (1e-6, 100.0, False, True, "above 0, at most 100"),
-    "t_min": (1e-6, 100.0, False, True, "above 0, at most 100"),
-    "temperature_steps": (1, 4096, True, True, "from 1 to 4096"),
-    "entropy_bound": (0.0, 1e9, False, True, "from 0 to 1e9"),
-    "stability": (0, 4096, True, True, "from 0 to 4096"),
-    "confidence": (0.0, 100.0, False, True, "from 0 to 100"),
-    "temperature": (0.0, 100.0, False, False, "from 0 to 100"),
-    "top_k": (0, 2**62, True, False, "from 0 to 2^62"),
-    "top_logprobs": (0, 20, True, False, "from 0 to 20"),
-    "top_p": (1e-6, 1.0, False, False, "above 0, at most 1"),
-}
-FLAGS = ("drafts", "logprobs", "early", "short", "strict", "must_call", "thinking")
-FORMS = ("schema", "regex", "grammar", "choices")
-
-
-def refusal(**options: Any) -> str:
-    """The one sentence with which these options are refused, from the constructor and from a mapping alike."""
-    with pytest.raises(InputError) as error:
-        Options(**options)
-    with pytest.raises(InputError) as same:
-        Options.from_dict(options)
-    assert str(same.value) == str(error.value)
-    assert "\n" not in str(error.value)
-    assert str(error.value).count(";") == 1  # what is wrong; what is allowed
-    return str(error.value)
-
-
-def test_every_option_is_covered_here() -> None:
-    names = {field.name for field in dataclasses.fields(Options)}
-    assert names == {*LIMITS, *FLAGS, *FORMS, "stop", "mode"}
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_an_answer_obeys_one_form(name: str) -> None:
-    value: Any = {"schema": {}, "regex": "a", "grammar": "start: /a/", "choices": ["a", "b"]}[name]
-    assert Options().constraint is None
-    assert Options(**{name: value}).constraint == (name, tuple(value) if name == "choices" else value)
-    other = "regex" if name != "regex" else "choices"
-    both = {name: value, other: "a" if other == "regex" else ("a",)}
-    assert "given together" in refusal(**both)
-    assert "needs mode 'diffusion'" in refusal(**{name: value, "mode": "autoregressive"})
-    assert "thinking" in refusal(**{name: value, "thinking": True})
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_both_limits_are_allowed(name: str) -> None:
-    low, high, is_whole, is_open, _ = LIMITS[name]
-    for value in (low, high, 1):
-        partner = {
-            "min_tokens": {"max_tokens": None},
-            "t_min": {"t_max": None},
-            "top_logprobs": {"logprobs": True},
-        }.get(name, {})
-        assert getattr(Options(**{name: value}, **partner), name) == value
-    if not is_whole:
-        assert getattr(Options(**{name: 0.5}), name) == 0.5
-    assert (getattr(Options(), name) is None) is is_open
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_what_is_out_of_range_is_named_with_its_limit(name: str) -> None:
-    low, high, is_whole, _, words = LIMITS[name]
-    outside: list[Any] = [low - 1, high + 1, -1, -(10**9)]
-    outside += [] if is_whole else [math.nan, math.inf, -math.inf, high * 1.001, low - 1e-9]
-    for value in outside:
-        assert refusal(**{name: value}) == f"{name} is {value!r}; give a number {words}"
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_what_is_no_number_is_named(name: str) -> None:
-    _, _, is_whole, is_open, words = LIMITS[name]
-    others: list[Any] = ["1", True, False, [1], {}, b"1"]
-    others += [1.0, 2.5, math.nan] if is_whole else [1j]
-    others += [] if is_open else [None]
-    for value in others:
-        assert refusal(**{name: value}) == f"{name} is {value!r}; give {'a whole' if is_whole else 'a'} number {words}"
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_a_flag_is_true_or_false(name: str) -> None:
-    for value in ("no", "true", 1, 0, None):
-        assert refusal(**{name: value}) == f"{name} is {value!r}; give true or false"
-    assert getattr(Options(**{name: True}), name) is True
-    assert getattr(Options(), name) is False
-
-
-def test_the_mode_is_one_of_two() -> None:
-    for value in ("greedy", "", "Diffusion", 3, ["diffusion"]):
-        assert refusal(mode=value) == f"mode is {value!r}; give 'diffusion' or 'autoregressive'"
-    assert [Options(mode=mode).mode for mode in ("diffusion", "autoregressive")] == ["diffusion", "autoregressive"]
-    assert Options().mode is None  # as the model is made
-
-
-def test_stop_strings() -> None:
-    assert Options(stop="END").stop == ("END",)  # type: ignore[arg-type] - one string is a kindness of its own
-    assert Options(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type] - as JSON brings it
-    assert Options(stop=[]).stop == Options().stop == ()  # type: ignore[arg-type]
-    for value in ("", ("a", ""), ("a", 3), [None], None, 5, {"a": 1}):
-        assert refusal(stop=value) == f"stop is {value!r}; give strings of at least one character"
-
-
-def test_options_that_contradict_each_other() -> None:
-    assert refusal(t_min=0.9, t_max=0.8) == "t_min is 0.9, above t_max 0.8; give t_min at most t_max"
-    assert refusal(min_tokens=9, max_tokens=8) == "min_tokens is 9, above max_tokens 8; lower it"
-    assert Options(t_min=0.8, t_max=0.8, min_tokens=8, max_tokens=8).t_min == 0.8
-
-
-def test_an_unknown_name_lists_the_names() -> None:
-    with pytest.raises(InputError) as error:
-        Options.from_dict({"max_tokens": 5, "max_new_tokens": 5})
-    names = ", ".join(sorted(field.name for field in dataclasses.fields(Options)))
-    assert str(error.value) == f"there is no option 'max_new_tokens'; the options are {names}"
-    for name in (*LIMITS, *FLAGS, "stop", "mode"):
-        assert name in names
-
-
-def test_from_dict_is_the_constructor() -> None:
-    values = {"max_tokens": 7, "stop": ["x"], "mode": "autoregressive", "drafts": True, "t_min": None, "top_p": 0.9}
-    assert Options.from_dict(values) == Options(7, 0, ("x",), mode="autoregressive", drafts=True, top_p=0.9)
-    assert Options.from_dict({}) == Options()
-
-
-def test_options_are_frozen_and_hashable() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Options().seed = 3  # type: ignore[misc]
-    assert len({Options(), Options(seed=None), Options(seed=1)}) == 2
-
-
-def test_defaults_fill_only_what_is_open() -> None:
-    given = Options(max_steps=7, confidence=0.0)
-    filled = given.with_defaults({**FALLBACK_DEFAULTS, "seed": 5, "max_tokens": None})
-    assert (filled.max_steps, filled.confidence) == (7, 0.0)
-    assert (filled.t_min, filled.t_max, filled.entropy_bound, filled.stability) == (0.4, 0.8, 0.1, 1)
-    assert (filled.seed, filled.max_tokens, filled.temperature_steps) == (5, None, None)
-    assert given == Options(max_steps=7, confidence=0.0)
-    with pytest.raises(InputError, match=r"t_min is 0\.9, above t_max 0\.8"):
-        Options(t_min=0.9).with_defaults(FALLBACK_DEFAULTS)
-
-
-def test_the_fallback_is_the_released_generation_config() -> None:
-    assert FALLBACK_DEFAULTS == {
-        "max_steps": 48,
-        "t_min": 0.4,
-        "t_max": 0.8,
-        "entropy_bound": 0.1,
-        "stability": 1,
-        "confidence": 0.005,
-    }
+from sfumato.events import Completion, Done, Edited, Usage
 
 
 def test_tokens_per_pass() -> None:
@@ -173,8 +10,22 @@ def test_tokens_per_pass() -> None:
     assert Usage(prompt_tokens=9).tokens_per_pass == 0
 
 
-def test_one_family_of_errors() -> None:
-    for kind in (CheckpointError, CapacityError):
-        assert issubclass(kind, InputError)
-    assert issubclass(InputError, SfumatoError)
-    assert issubclass(InputError, ValueError)
+def test_a_completion_is_what_the_last_event_says() -> None:
+    done = Done(3, "stop", [1, 2], Usage(tokens=2), 7, "ab", "END", [-0.5, -0.25], "hm", [{"name": "f"}])
+    expected = Completion("ab", [1, 2], "stop", Usage(tokens=2), 7, [-0.5, -0.25], "END", "hm", [{"name": "f"}])
+    assert Completion.of(done) == expected
+
+
+def test_a_diff_is_unified_and_knows_line_feeds_alone() -> None:
+    edited = Edited("one\r\ntwo", "one\ntwo\n", Usage(), 0)
+    assert edited.diff("a.txt").splitlines(keepends=True) == [
+        "--- a/a.txt\n",
+        "+++ b/a.txt\n",
+        "@@ -1,2 +1,2 @@\n",
+        "-one\n",
+        "-two\n",
+        "+one\r\n",
+        "+two\n",
+        "\\ No newline at end of file\n",
+    ]
+    assert Edited("same", "same", Usage(), 0).diff() == ""

@@ -13,8 +13,8 @@ import tiny
 
 from sfumato import LLM, Options, Slot
 from sfumato.constraints.constrain import Guide
-from sfumato.engine.batch import BatchLimits
 from sfumato.engine.jobs import Jobs
+from sfumato.engine.limits import BatchLimits
 from sfumato.errors import BusyError, CapacityError, InputError
 from sfumato.events import Commit, Done, Draft
 from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query

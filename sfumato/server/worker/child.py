@@ -89,8 +89,8 @@ def main(connection: Connection, load: dict[str, Any], limits: Mapping[str, Any]
 
     def open_jobs(send: Send) -> tuple[Jobs, ModelCard]:
         from sfumato.constraints.forms import llguidance
-        from sfumato.engine.limits import BatchLimits
         from sfumato.engine.jobs import Jobs
+        from sfumato.engine.limits import BatchLimits
         from sfumato.llm import LLM
 
         llm = LLM.load(

@@ -1,0 +1,263 @@
+"""DESIGN's rules of names, sizes and places, held over the whole repository: sfumato/, and what stands beside it.
+
+A folder is a case of its own, so that what breaks a rule shows where. What ruff and mypy hold is not held again.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sfumato"
+
+BESIDE = ("benchmarks", "examples", "scripts", "tests")
+"""The folders with code beside the package."""
+
+ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
+FOLDERS = ["sfumato", *(f"sfumato/{room}" for room in ROOMS), *BESIDE]
+
+NO_NAMES = {
+    *("found", "told", "given", "seen", "made", "heard", "said", "asked", "thrown", "handed", "begun", "taken"),
+    *("lost", "wanted"),
+}
+"""Verbs in the past: no names, as a noun says what a value is."""
+
+LONGEST_FUNCTION = 60
+MOST_METHODS = 20
+LONGEST_FILE = 550
+"""Lines of a file of the package outside ops/triton; DESIGN says about 500."""
+
+VARIABLES = {
+    "XDG_CACHE_HOME": "where the user keeps caches: a place, no behaviour",
+    "PYTHONPATH": "passed on to a child process",
+    "OMP_NUM_THREADS": "OpenMP's own: the user has said how many threads",
+    "OMP_PROC_BIND": "OpenMP's own: the user has said where threads run",
+    "TRITON_INTERPRET": "Triton's own, for the tests of kernels: assembly cannot be interpreted",
+}
+"""The environment variables that the package may read; none of them is its own."""
+
+
+def files_of(folder: str) -> list[Path]:
+    """The Python files of a case: those at the package's root alone, or all below a folder."""
+    here = ROOT / folder
+    return sorted(here.glob("*.py") if folder == "sfumato" else here.rglob("*.py"))
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def place(path: Path, node: ast.stmt | ast.expr | ast.arg | ast.pattern | ast.excepthandler) -> str:
+    return f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def names_bound(tree: ast.AST) -> Iterator[tuple[str, ast.stmt | ast.expr | ast.arg | ast.pattern | ast.excepthandler]]:
+    """Every name that a file defines: functions, classes, arguments, variables, attributes. Imports keep theirs."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.name, node
+            case ast.arg():
+                yield node.arg, node
+            case ast.Name(ctx=ast.Store()):
+                yield node.id, node
+            case ast.Attribute(ctx=ast.Store()):
+                yield node.attr, node
+            case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.ExceptHandler(name=str(name)):
+                yield name, node
+
+
+def is_vague(name: str) -> bool:
+    """found, _found, found_tokens; not is_found, as a question may hold any word."""
+    return name.strip("_").lower().partition("_")[0] in NO_NAMES
+
+
+def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator).replace("(", ".").split(".") for decorator in node.decorator_list)
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def lines_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_names_are_nouns_and_questions(folder: str) -> None:
+    vague = [
+        f"{place(path, node)} {name}"
+        for path in files_of(folder)
+        for name, node in names_bound(tree_of(path))
+        if is_vague(name)
+    ]
+    assert vague == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_function_fits_on_a_screen(folder: str) -> None:
+    long = [
+        f"{place(path, node)} {node.name}: {lines_of(node)} lines"
+        for path in files_of(folder)
+        for node in functions(tree_of(path))
+        if lines_of(node) > LONGEST_FUNCTION and not is_kernel(node)
+    ]
+    assert long == []
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder not in BESIDE])
+def test_a_file_and_a_class_do_one_thing(folder: str) -> None:
+    large = []
+    for path in files_of(folder):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > LONGEST_FILE and "ops/triton" not in path.as_posix():
+            large.append(f"{path.relative_to(ROOT)}: {lines} lines")
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                methods = len({f.name for f in node.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))})
+                if methods > MOST_METHODS:
+                    large.append(f"{place(path, node)} {node.name}: {methods} methods")
+    assert large == []
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder not in BESIDE])
+def test_what_is_public_has_a_docstring(folder: str) -> None:
+    assert [name for path in files_of(folder) for name in undocumented(path)] == []
+
+
+def undocumented(path: Path) -> Iterator[str]:
+    """Public modules, classes, functions and methods without a docstring. An overload has its implementation's."""
+    tree = tree_of(path)
+    if ast.get_docstring(tree) is None:
+        yield f"{path.relative_to(ROOT)}:1"
+    scopes: list[ast.Module | ast.ClassDef] = [tree]
+    while scopes:
+        for node in scopes.pop().body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.name[0] != "_":
+                if isinstance(node, ast.ClassDef):
+                    scopes.append(node)
+                decorators = {ast.unparse(decorator).rpartition(".")[2] for decorator in node.decorator_list}
+                if ast.get_docstring(node) is None and not decorators & {"overload", "override", "setter"}:
+                    yield f"{place(path, node)} {node.name}"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places = defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                places[node.name.strip("_")].append(place(path, node))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_the_packages_root_holds_five_files() -> None:
+    files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
+    assert files == {"__init__.py", "llm.py", "options.py", "events.py", "errors.py", "py.typed"}
+    assert not [path for path in ROOT.glob("sfumato/**/*.py") if path.stem in ("utils", "util", "helpers", "common")]
+
+
+def variables_read(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """Every environment variable that a file asks for, as it is written: a name, or the expression of one."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(value=ast.Attribute(attr="environ"), slice=name, ctx=ast.Load()):
+                pass
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="get" | "pop"), args=[name, *_]):
+                pass
+            case ast.Call(func=ast.Attribute(attr="getenv"), args=[name, *_]):
+                pass
+            case ast.Compare(left=name, comparators=[ast.Attribute(attr="environ")]):
+                pass
+            case _:
+                continue
+        yield (str(name.value) if isinstance(name, ast.Constant) else ast.unparse(name)), node
+
+
+def test_no_environment_variable_changes_what_it_does() -> None:
+    read = {
+        f"{place(path, node)} {name}"
+        for path in PACKAGE.rglob("*.py")
+        for name, node in variables_read(tree_of(path))
+        if name not in VARIABLES
+    }
+    assert read == set()
+
+
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+def test_a_tests_file_has_a_name_of_its_own() -> None:
+    assert [name for name, count in Counter(path.name for path in TESTS).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent.relative_to(ROOT).as_posix() for path in TESTS}))
+def test_a_test_says_which_file_it_tests(folder: str) -> None:
+    """Its docstring begins with it: `sampling/step.py: …`, or a folder, or several; or a file beside the package."""
+    silent = []
+    for path in (path for path in TESTS if path.parent == ROOT / folder):
+        subject, _, rest = (ast.get_docstring(tree_of(path)) or "").partition(":")
+        names = [name.strip("`,.") for name in subject.split()]
+        is_there = any(
+            re.search(r"[./]", name) and ((PACKAGE / name).exists() or (ROOT / name).exists()) for name in names
+        )
+        if not (is_there and rest):
+            silent.append(path.name)
+    assert silent == []
+
+
+def test_tests_do_not_import_one_another() -> None:
+    modules = {path.stem for path in TESTS}
+    imports = [
+        place(path, node)
+        for path in TESTS
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+        if {*alias.name.split("."), *((node.module or "").split(".") if isinstance(node, ast.ImportFrom) else ())}
+        & modules
+    ]
+    assert imports == []
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("found = 1", ["found"]),
+        ("def f(_told, seen_before=2): pass", ["_told", "seen_before"]),
+        ("for given in x: pass", ["given"]),
+        ("self.lost = 1", ["lost"]),
+        ("class Made: pass", ["Made"]),
+        ("match x:\n    case [*said]: pass", ["said"]),
+        ("try: pass\nexcept E as wanted: pass", ["wanted"]),
+        ("is_found = lambda thrown: 1", ["thrown"]),
+        ("from hypothesis import given\nx.found\ndone = made_up.seen", []),
+    ],
+)
+def test_a_vague_name_is_seen(source: str, names: list[str]) -> None:
+    assert sorted(name for name, _ in names_bound(ast.parse(source)) if is_vague(name)) == sorted(names)
+
+
+def test_a_long_function_is_seen_and_a_kernel_is_not() -> None:
+    body = "\n    x = 1" * LONGEST_FUNCTION
+    sources = {f"def f():{body}": [LONGEST_FUNCTION + 1, False], f"@triton.jit\ndef f():{body}": [61, True]}
+    sources |= {f"@triton.jit(do_not_specialize=[])\ndef f():{body}": [61, True]}
+    for source, expected in sources.items():
+        (node,) = functions(ast.parse(source))
+        assert [lines_of(node), is_kernel(node)] == expected
+
+
+@pytest.mark.parametrize(
+    "source", ["os.environ['A']", "os.environ.get('A', 'b')", "os.getenv('A')", "'A' not in environ.environ"]
+)
+def test_a_variable_read_is_seen(source: str) -> None:
+    assert [name for name, _ in variables_read(ast.parse(source))] == ["A"]
