@@ -69,8 +69,8 @@ def load_model(load: LoadOptions) -> LLM:
     columns = ("loading", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-        return LLM.load(
-            **arguments_of(load),
+        return LLM.open(
+            load,
             notice=lambda text: console.print(visible(text, "dim")),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -121,7 +121,7 @@ def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, mo
         raise RuntimeError("a fault of ours")
 
     jobs: Jobs[Query] = Jobs(nano, BatchLimits())
-    plainly: dict[str, Any] = {"watch": Reader.push, "tell": Reader.tell}
+    plainly: dict[str, Any] = {"watch": Reader.push, "tell": Reader.with_text}
     whole: list[Any] = []
     if place in plainly:
         name = {"watch": "push", "tell": "tell"}[place]
