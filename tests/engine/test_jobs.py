@@ -124,7 +124,7 @@ def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, mo
     plainly: dict[str, Any] = {"watch": Reader.push, "tell": Reader.with_text}
     whole: list[Any] = []
     if place in plainly:
-        name = {"watch": "push", "tell": "tell"}[place]
+        name = {"watch": "push", "tell": "with_text"}[place]
 
         def some(self: Reader, *args: Any) -> Any:
             return fail() if self._stops == ("mark",) else plainly[place](self, *args)
