@@ -83,4 +83,4 @@ def learnt(model: str, recipe: recipes.Recipe, samples: list[str | list[dict[str
                 f"\rreading samples: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True
             )
 
-    return calibrate.learnt(llm.model, recipe, ids, progress=tell)
+    return calibrate.calibration_of(llm.model, recipe, ids, progress=tell)
