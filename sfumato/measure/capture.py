@@ -13,7 +13,6 @@ that is not of the graph's pool. Refusals name the line.
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
