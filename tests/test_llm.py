@@ -236,7 +236,7 @@ def test_no_temperature_is_too_low(temperature: float) -> None:
 def test_nano_in_8_bits_answers_with_the_solution() -> None:
     llm = LLM.load("nano", quantize="int8", ops="cpu")
     weight = llm.model.get_submodule("layers.0.mlp.gate_proj").weight
-    assert isinstance(weight, cpu.Packed) and weight.scale is not None
+    assert isinstance(weight, cpu.Panels) and weight.scale is not None
     assert is_solved(llm.chat(ask(), options=ONE).text, PUZZLE)
     assert len(llm.complete("Solve", Options(max_tokens=20, seed=1, max_steps=2)).tokens) == 20
 

@@ -19,8 +19,8 @@ from benchmarks.gpu.interpreted import in_a_child
 from benchmarks.gpu.setting import FILES, Row, Setting, each_within, tried
 from benchmarks.ops.norms import SIZES as NORMS
 from sfumato.ops import load
-from sfumato.ops.contract import NEVER, Ops
-from sfumato.ops.packed import Packed, dense
+from sfumato.ops.contract import NEVER, Ops, dense
+from sfumato.ops.packed import Packed
 from sfumato.quant import formats
 
 USED, RARE = ("", "int4", "int8", "fp8"), ("nvfp4", "mxfp4", "int4-asym")

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.ops import Case, exactly, main
+from sfumato.ops.contract import JoinNorms
 
 SIZES = {
     "mid": (256, 1024, 8, 128, 32, 4),
@@ -45,7 +46,7 @@ def cases(size: str, device: str) -> Iterator[Case]:
         "join",
         {"x": x, "y": y, "z": z},
         {"a": a, "b": b, "c": c, "one": torch.ones(1, device=device)},
-        lambda ops, x, _: lambda: ops.join(x["x"], x["y"], x["z"], x["a"], x["b"], x["c"], EPS, x["one"]),
+        lambda ops, x, _: lambda: ops.join(x["x"], x["y"], x["z"], JoinNorms(x["a"], x["b"], x["c"]), EPS, x["one"]),
         4 * rows * width,
     )
     turns = torch.arange(rows, device=device)[:, None] * torch.rand(head // 2, device=device)

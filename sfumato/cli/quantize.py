@@ -82,4 +82,4 @@ def calibration_of(model: str, recipe: recipes.Recipe, samples: list[str | list[
             end = "\n" if done == total else ""
             print(f"\rreading samples: {done} of {total}", end=end, file=sys.stderr, flush=True)
 
-    return calibrate.learnt(llm.model, recipe, ids, progress=progress)
+    return calibrate.calibration_of(llm.model, recipe, ids, progress=progress)

@@ -13,7 +13,6 @@ that is not of the graph's pool. Refusals name the line.
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -226,7 +225,7 @@ def meta_model(config: ModelConfig, ops: Ops, recipe: str, dtype: torch.dtype = 
 
 def _packed(form: Format, shape: tuple[int, ...]) -> Packed:
     parts = {name: torch.empty(size, dtype=kind, device="meta") for name, (kind, size) in form.parts(shape).items()}
-    group = math.gcd(form.group, shape[-1]) if form.group else shape[-1]  # as `pack` lowers it
+    group = form.group_of(shape[-1])
     return Packed(form.kind, shape, parts["data"], parts["scale"], group, parts.get("bias"), parts.get("factor"))
 
 

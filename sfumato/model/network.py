@@ -2,7 +2,7 @@
 
 `encode` is causal and writes the cache; `denoise` is bidirectional inside the canvas and only reads it. Both walk the
 same modules; what differs is the mask, who owns the new keys, the layer scalar, and the self-conditioning at denoise's
-entrance. The module tree carries the released checkpoint's tensor names, so that `weights.py` needs one short table.
+entrance. The module tree carries the released checkpoint's tensor names, so that `checkpoints` needs one short table.
 The model knows its config, masks, cache and operations, and nothing of sampling, quantisation or training.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sfumato.model.cache import KVCache
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
-from sfumato.ops.contract import After, Layer, Ops
+from sfumato.ops.contract import After, BlockPass, JoinNorms, Layer, Matrix, Ops
 from sfumato.ops.masks import Mask
 
 
@@ -32,6 +32,7 @@ class Norm(nn.Module):
         self.eps, self.ops = eps, ops
 
     def forward(self, x: Tensor) -> Tensor:
+        """[.., size], as x is."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
@@ -46,11 +47,12 @@ class Gated(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
+        """[.., D], as x is."""
         return self.ops.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class SelfConditioning(Gated):
-    """Adds what the model thought a step ago (the soft embedding) to the canvas's embedding. Denoise only."""
+    """Adds the soft embedding, what the model predicted a step ago, to the canvas's embedding. Denoise only."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__(config.hidden_size, config.intermediate_size, ops)
@@ -65,8 +67,9 @@ class SelfConditioning(Gated):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normed queries, keys and values, scale 1. Full layers have no v_proj: V is the
-    key projection through its own unscaled norm, without rope."""
+    """Grouped-query attention with normed queries, keys and values, scale 1.
+
+    Full layers have no v_proj: V is the key projection through its own unscaled norm, without rope."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, ops: Ops) -> None:
         super().__init__()
@@ -80,6 +83,7 @@ class Attention(nn.Module):
         self.head, self.eps, self.ops = head, config.eps, ops
 
     def forward(self, x_BTD: Tensor, run: Pass, index: int) -> Tensor:
+        """[B, T, D]; appends what layer `index` encodes to the cache of the pass."""
         ops, (mask, cos_BTK, sin_BTK) = self.ops, run.of(index)
         heads = (*x_BTD.shape[:-1], -1, self.head)
         weights = [layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj) if layer is not None]
@@ -88,7 +92,7 @@ class Attention(nn.Module):
         k_BTGK = ops.norm_rope(raw_BTGK, self.k_norm.weight, self.eps, cos_BTK, sin_BTK)
         v_BTGK = ops.rms_norm(v[0] if v else raw_BTGK, None, self.eps)
         mixed_BTHK = ops.attention(q_BTHK, k_BTGK, v_BTGK, *run.cache.ring_of(index), mask)
-        run.append(index, k_BTGK, v_BTGK, mask)  # only now: in a ring they replace keys that were still seen
+        run.append(index, k_BTGK, v_BTGK, mask)  # only now: in a ring they replace keys that attention still reads
         return ops.linear(mixed_BTHK.reshape(*x_BTD.shape[:-1], -1), self.o_proj.weight)[0]
 
 
@@ -103,6 +107,7 @@ class Router(nn.Module):
         self.top_k, self.eps, self.ops = config.top_k_experts, config.eps, ops
 
     def forward(self, residual_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices [N, J] of experts, and their weights."""
         return self.ops.route(residual_ND, self.scale, self.proj.weight, self.per_expert_scale, self.top_k, self.eps)
 
 
@@ -117,6 +122,7 @@ class Experts(nn.Module):
         self.ops = ops
 
     def forward(self, x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor) -> Tensor:
+        """[N, D]: the weighted sum of each token's experts."""
         return self.ops.experts(x_ND, index_NJ, weight_NJ, self.gate_up_proj, self.down_proj)
 
 
@@ -146,11 +152,14 @@ class Block(nn.Module):
         self.register_buffer("denoise_scalar", torch.ones(1))
         self.index, self.eps, self.ops = index, config.eps, ops
 
-    def forward(self, x_BTD: Tensor, run: Pass, handed: Any = None, after: After | None = None) -> tuple[Tensor, Any]:
-        """x behind this block, and what it hands on to the one `after` it, which takes that as `handed` (`Ops.block`):
-        None where operations run one by one."""
+    def forward(
+        self, x_BTD: Tensor, run: Pass, next_input: Any = None, after: After | None = None
+    ) -> tuple[Tensor, Any]:
+        """Hidden states [B, T, D] behind this block, and `BlockResult.next_input` for the one behind it.
+
+        `next_input` is what the block before gave; None where operations run one by one."""
         if self.ops.block is not None:
-            return self._whole(x_BTD, run, handed, after)
+            return self._whole(x_BTD, run, next_input, after)
         mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), run, self.index)
         x_BTD = self.ops.norm_add(x_BTD, mixed_BTD, self.post_attention_layernorm.weight, self.eps)
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -158,38 +167,38 @@ class Block(nn.Module):
             x_ND,
             self.mlp(self.pre_feedforward_layernorm(x_ND)),
             self.experts(self.pre_feedforward_layernorm_2(x_ND), *self.router(x_ND)),
-            self.post_feedforward_layernorm_1.weight,
-            self.post_feedforward_layernorm_2.weight,
-            self.post_feedforward_layernorm.weight,
+            JoinNorms(
+                self.post_feedforward_layernorm_1.weight,
+                self.post_feedforward_layernorm_2.weight,
+                self.post_feedforward_layernorm.weight,
+            ),
             self.eps,
             run.scale(self.index, self.encode_scalar, self.denoise_scalar),
         )
         return joined_ND.view_as(x_BTD), None
 
     def before(self) -> After:
-        """What the block before must know to hand over."""
+        """What the block before this one must know to prepare its input."""
         own: Any = self._modules
         products = [_weight(layer) for layer in map(own["self_attn"]._modules.get, _MIXER[:3]) if layer is not None]
         return After(_weight(own["input_layernorm"]), tuple(products))
 
-    def _whole(self, x_BTD: Tensor, run: Pass, handed: Any, after: After | None) -> tuple[Tensor, Any]:
+    def _whole(self, x_BTD: Tensor, run: Pass, next_input: Any, after: After | None) -> tuple[Tensor, Any]:
         """`forward` in one call of an implementation that has it."""
         assert self.ops.block is not None
-        (mask, cos_BTK, sin_BTK), scale_N1 = (
-            run.of(self.index),
-            run.scale(self.index, self.encode_scalar, self.denoise_scalar),
-        )
-        rings = run.cache.ring_of(self.index)
-        x_BTD, k_BTGK, v_BTGK, handed = self.ops.block(
-            x_BTD, self._layer(), cos_BTK, sin_BTK, *rings, mask, scale_N1, handed, after
-        )
-        if k_BTGK is not None:
+        mask, cos_BTK, sin_BTK = run.of(self.index)
+        scale_N1 = run.scale(self.index, self.encode_scalar, self.denoise_scalar)
+        block_pass = BlockPass(cos_BTK, sin_BTK, *run.cache.ring_of(self.index), mask, scale_N1)
+        x_BTD, k_BTGK, v_BTGK, next_input = self.ops.block(x_BTD, self._layer(), block_pass, next_input, after)
+        if k_BTGK is not None and v_BTGK is not None:
             run.append(self.index, k_BTGK, v_BTGK, mask)
-        return x_BTD, handed
+        return x_BTD, next_input
 
     def _layer(self) -> Layer:
-        """The weights as they are now: they may have been replaced since the last pass. Every step asks this of every
-        block, and looking each up as an attribute of a module would take as long as a norm does."""
+        """The weights as they are now: they may have been replaced since the last pass.
+
+        Every step asks this of every block, and looking each up as an attribute of a module would take as long as a
+        norm does."""
         own: Any = self._modules
         mixer, dense, router, experts = (own[name] for name in ("self_attn", "mlp", "router", "experts"))
         q, k, v, o, q_norm, k_norm = map(mixer._modules.get, _MIXER)
@@ -227,8 +236,8 @@ _DENSE = ("gate_proj", "up_proj", "down_proj")
 
 def _weight(module: Any, name: str = "weight") -> Any:
     """`getattr`, in a fifth of the time where it is a parameter."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
 
 
 _BLOCK_NORMS = (
@@ -247,7 +256,7 @@ class Pass:
 
     Each row brings `encode` tokens (counts[i] of them real) and then `canvas` positions. As long as the cache's rows
     keep their lengths a pass may be run again: one serves all the steps of a canvas. `places` are rows, lengths and
-    counts as tensors that alone are looked at, where a recorded step needs them to change under it."""
+    counts as tensors, and only they are read where a recorded step needs them to change under it."""
 
     def __init__(
         self,
@@ -288,16 +297,17 @@ class Pass:
         self._each = [self.kinds[layer.window, layer.rope, layer.head_dim] for layer in self.config.layers]
 
     def refresh_(self) -> None:
-        """Make anew, in place, what hangs on `places`, after they have changed."""
+        """Compute again, in place, what depends on `places`, after they have changed."""
         for (_, rope, head_dim), (mask, *old) in self.kinds.items():
-            for to, made in zip(old, _angles(mask.positions_BT(), rope, head_dim, self.dtype), strict=True):
-                to.copy_(made)
+            for kept, angles in zip(old, _angles(mask.positions_BT(), rope, head_dim, self.dtype), strict=True):
+                kept.copy_(angles)
 
     def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
+        """The mask of a layer, and the cosines and sines of its positions, [B, T, K]."""
         return self._each[index]
 
     def append(self, index: int, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> None:
-        """What a layer encoded goes into the cache; of the canvas nothing does."""
+        """Append the encoded positions' keys and values to the cache; the canvas's never go there."""
         if self.encode:
             new = k_BTGK[:, : self.encode], v_BTGK[:, : self.encode]
             self.cache.append(index, *new, mask, self.is_fresh, self._slots(mask))
@@ -320,8 +330,9 @@ class Pass:
 
 
 def products(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every weight of a matrix product that operations may want in a form of their own, as its module and its name;
-    router and embedding are none of them."""
+    """Every weight of a matrix product that operations may want in a form of their own, as its module and its name.
+
+    Router and embedding are none of them."""
     for module in part.modules():
         if isinstance(module, Experts):
             yield from ((module, name) for name in ("gate_up_proj", "down_proj"))
@@ -340,7 +351,7 @@ def weights_of(model: Model) -> Iterator[Tensor]:
     yield model.embed_scale
 
 
-def replace_(owner: nn.Module, name: str, weight: Any) -> None:
+def replace_(owner: nn.Module, name: str, weight: Matrix) -> None:
     """Put a weight of any form where a parameter, or another form, stands."""
     owner._parameters.pop(name, None)
     setattr(owner, name, weight)
@@ -368,7 +379,7 @@ def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
 
 
 NEAR = 4096
-"""Positions whose angles are kept; those beyond are worked out anew by every pass."""
+"""Positions whose angles are kept; those beyond are computed by every pass."""
 
 
 def _angles(positions: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -392,8 +403,9 @@ def _table(rope: Rope, head_dim: int, dtype: torch.dtype, device: torch.device) 
 
 
 class Model(nn.Module):
-    """DiffusionGemma's text model, or Gemma 4's: that without self-conditioning, for encode alone. Weights start
-    uninitialised except norms and scalars: load them or call `init_`."""
+    """DiffusionGemma's text model, or Gemma 4's: that without self-conditioning, for encode alone.
+
+    Weights start uninitialised except norms and scalars: load them or call `init_`."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -406,16 +418,19 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the embedding lies, and so all that is not streamed."""
         return self.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of plain weights and of hidden states."""
         return self.embed_tokens.weight.dtype
 
     @property
     def embed_scale(self) -> Tensor:
-        """sqrt(D), rounded to the weights' dtype as the reference does. Made once: a step that is recorded as a graph
-        may not bring numbers from the host."""
+        """The root of D, rounded to the weights' dtype as the reference does.
+
+        It is made once: a step that is recorded as a graph may not bring numbers from the host."""
         kept = self._embed_scale
         if kept is None or (kept.dtype, kept.device) != (self.dtype, self.device):
             with torch.inference_mode(False):  # training reads it too
@@ -431,9 +446,9 @@ class Model(nn.Module):
         return self
 
     def pack_(self) -> Model:
-        """Bring every weight of a matrix product, plain or in fewer bits (`quant.apply`), into the form that the
-        operations take. A no-op where they take weights as they are. A packed model runs; it cannot be saved or
-        trained."""
+        """Bring every weight of a matrix product, plain or in fewer bits, into the form that the operations take.
+
+        A no-op where they take weights as they are. A packed model runs; it cannot be saved or trained."""
         pack_(self, self.ops)
         return self
 
@@ -479,18 +494,19 @@ class Model(nn.Module):
         rows: list[int] | None = None,
         run: Pass | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both in one pass: append tokens, and take the first step of the canvas behind them, which sees them: layer
-        by layer their keys are there when the canvas reads. The weights are read once instead of twice. Returns the
-        hidden states of both, [B, T, D] and [B, L, D]: those of `encode` and then `denoise` without a soft embedding.
-        Whoever brings a `run` of their own checks the cache's room before and advances it after."""
-        width, given = tokens_BT.shape[1], run
+        """Both in one pass: append tokens, and take the first step of the canvas behind them, which sees them.
+
+        Layer by layer their keys are there when the canvas reads. The weights are read once instead of twice. Returns
+        the hidden states of both, [B, T, D] and [B, L, D]: those of `encode` and then `denoise` without a soft
+        embedding. A caller with a `run` of its own checks the cache's room before and advances it after."""
+        width, own_run = tokens_BT.shape[1], run
         if run is None:
             rows = list(range(cache.batch)) if rows is None else rows
             cache.check_room(rows, counts)
             run = Pass(self, cache, rows, counts, width, canvas_BL.shape[1])
         embedded_BLD = self._condition(canvas_BL, None)
         hidden_BTD = self._stack(torch.cat([self._embed(tokens_BT), embedded_BLD], dim=1), run)
-        if given is None:
+        if own_run is None:
             cache.advance(run.rows, counts)
         return hidden_BTD[:, :width], hidden_BTD[:, width:]
 
@@ -500,7 +516,8 @@ class Model(nn.Module):
         return torch.tanh(nn.functional.linear(hidden, self.embed_tokens.weight).float() / cap) * cap
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
-        return self.embed_tokens(tokens_BT) * self.embed_scale
+        embedded_BTD: Tensor = self.embed_tokens(tokens_BT)
+        return embedded_BTD * self.embed_scale
 
     def _condition(self, canvas_BL: Tensor, soft_BLD: Tensor | None) -> Tensor:
         self.config.check_canvas("denoise")
@@ -508,17 +525,20 @@ class Model(nn.Module):
         return self.self_conditioning.condition(self._embed(canvas_BL), soft_BLD)
 
     def _stack(self, x_BTD: Tensor, run: Pass) -> Tensor:
-        handed = None
+        next_input = None
         blocks: list[Any] = list(self.layers)
         for block, following in itertools.zip_longest(blocks, blocks[1:]):
             after = After(self.norm.weight, ()) if following is None else following.before()
             # A block with a hook may not have its weights yet (offload.py).
             is_ready = following is None or not following._forward_pre_hooks
-            x_BTD, handed = block(x_BTD, run, handed, after if is_ready else None)
-        if handed is not None:
-            return handed
+            x_BTD, next_input = block(x_BTD, run, next_input, after if is_ready else None)
+        if next_input is not None:
+            final_BTD: Tensor = next_input
+            return final_BTD
         # Where squares overflow the norm makes zeros, which would pass for a state: 0 times infinity is NaN.
-        return self.norm(x_BTD) + 0 * torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
+        normed_BTD: Tensor = self.norm(x_BTD)
+        size_BT1: Tensor = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
+        return normed_BTD + 0 * size_BT1
 
     @torch.no_grad()
     def init_(self, seed: int = 0, std: float = 0.02) -> Model:

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.ops.contract import NEVER, Ops, ReadOut
+from sfumato.ops.contract import NEVER, JoinNorms, Matrix, Ops, ReadOut, dense, round_input
 from sfumato.ops.masks import Mask
-from sfumato.ops.packed import Packed, dense, met_by
 
 FEW_EXPERTS = 8
 """Up to here, with enough tokens, all experts as one product beat gathering: no index, no scatter, wider products."""
@@ -22,15 +21,12 @@ SWEEP = 2**24
 """Elements of the float32 logits that exist at once: the read-out goes through positions in groups of this size."""
 
 
-Weight = Tensor | Packed
-
-
-def pack(weight: Weight) -> Weight:
+def pack(weight: Matrix) -> Matrix:
     return weight
 
 
-def linear(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
-    return tuple(F.linear(met_by(x, weight), dense(weight, x.dtype)) for weight in weights)
+def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
+    return tuple(F.linear(round_input(x, weight), dense(weight, x.dtype)) for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -60,7 +56,7 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0, enable_gqa=is_grouped).transpose(1, 2)
 
 
-def feed_forward(x: Tensor, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> Tensor:
+def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> Tensor:
     gate, up = linear(x, gate_FD, up_FD)
     return linear(F.gelu(gate, approximate="tanh") * up, down_DF)[0]
 
@@ -75,7 +71,7 @@ def route(
     return index_NJ, weight_NJ * per_expert_E[index_NJ]
 
 
-def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weight, down_EDF: Weight) -> Tensor:
+def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matrix, down_EDF: Matrix) -> Tensor:
     count, double, width = gate_up_EFD.shape
     tokens = x_ND.shape[0]
     are_few = count <= FEW_EXPERTS and tokens >= 16 * count
@@ -103,14 +99,12 @@ def join(
     residual_ND: Tensor,
     dense_ND: Tensor,
     sparse_ND: Tensor,
-    dense_norm_D: Tensor,
-    sparse_norm_D: Tensor,
-    norm_D: Tensor,
+    norms: JoinNorms,
     eps: float,
     scale_N1: Tensor,
 ) -> Tensor:
-    both_ND = rms_norm(dense_ND, dense_norm_D, eps) + rms_norm(sparse_ND, sparse_norm_D, eps)
-    return (residual_ND + rms_norm(both_ND, norm_D, eps)) * scale_N1
+    both_ND = rms_norm(dense_ND, norms.dense_D, eps) + rms_norm(sparse_ND, norms.sparse_D, eps)
+    return (residual_ND + rms_norm(both_ND, norms.joined_D, eps)) * scale_N1
 
 
 def read_out(
@@ -166,17 +160,17 @@ def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: A
 
 
 OPS = Ops(
-    "fused",
-    pack,
-    linear,
-    rms_norm,
-    norm_rope,
-    norm_add,
-    attention,
-    feed_forward,
-    route,
-    experts,
-    join,
-    read_out,
-    soft_embedding,
+    name="fused",
+    pack=pack,
+    linear=linear,
+    rms_norm=rms_norm,
+    norm_rope=norm_rope,
+    norm_add=norm_add,
+    attention=attention,
+    feed_forward=feed_forward,
+    route=route,
+    experts=experts,
+    join=join,
+    read_out=read_out,
+    soft_embedding=soft_embedding,
 )

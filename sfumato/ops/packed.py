@@ -1,19 +1,20 @@
-"""Weights in fewer bits: the record that carries them, what it stands for, and how a product meets it.
+"""Weights in fewer bits: the record that carries them, and for each format what its codes stand for.
 
 One neutral layout, row by row as the weight itself lies, so that it can be mapped from a file: operations take it as it
-is, lay it out anew (`Ops.pack`), or unpack and multiply. How a weight comes into it is `quant.formats`.
+is, lay it out anew (`Ops.pack`), or unpack and multiply. Each format is one `Code`, in `CODES`; how a weight is rounded
+to its codes is `quant.formats`. It lacks the layouts of implementations, and those of other programs' files.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-KINDS = ("int8", "int4", "fp8", "nvfp4", "mxfp4")
 BLOCK = 128
 """Rows and columns that share a scale in fp8 by blocks."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -45,18 +46,38 @@ class Packed:
     factor: Tensor | None = None
 
     @property
+    def code(self) -> Code:
+        """What its codes stand for. KeyError for a kind that there is not."""
+        return CODES[self.kind]
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether an output has several scales along its inputs, or scales are by blocks; else it has one."""
+        return self.scale.dim() == len(self.shape)
+
+    @property
     def parts(self) -> dict[str, Tensor]:
         """The tensors, by the name of their field."""
-        found = {"data": self.data, "scale": self.scale, "bias": self.bias, "factor": self.factor}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        fields = {"data": self.data, "scale": self.scale, "bias": self.bias, "factor": self.factor}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors."""
         return sum(part.nbytes for part in self.parts.values())
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors lie."""
         return self.data.device
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that these codes stand for, computed in float32 and rounded once to `dtype`."""
+        return self.code.unpack(self).to(dtype)
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """The left side of a product with this weight as its format defines it."""
+        return self.code.round_input(x)
 
     def each(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> Packed:
         """This with every tensor changed."""
@@ -64,6 +85,7 @@ class Packed:
         return replace(self, shape=shape or self.shape, **tensors)
 
     def to(self, device: torch.device | str) -> Packed:
+        """This on another device."""
         return self.each(lambda part: part.to(device))
 
     def __getitem__(self, expert: int) -> Packed:
@@ -72,49 +94,163 @@ class Packed:
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight that these codes stand for, computed in float32 and rounded once to `dtype`."""
-    rows = (*packed.shape[:-1], -1, packed.group)
-    scale = packed.scale
-    if packed.kind == "fp8" and packed.group == BLOCK and scale.shape != packed.shape[:-1]:
-        wide = scale.repeat_interleave(BLOCK, -1)[..., : packed.shape[-1]]
-        return (packed.data.float() * wide.repeat_interleave(BLOCK, -2)[..., : packed.shape[-2], :]).to(dtype)
-    if packed.kind in ("int8", "fp8") and scale.dim() < len(packed.shape):
-        return (packed.data.float() * scale[..., None]).to(dtype)
-    if packed.kind == "int8":
-        code = packed.data.reshape(rows).float()
-    else:
-        code = torch.stack([packed.data & 15, packed.data >> 4], dim=-1).reshape(rows)
-    if packed.kind == "int4":
-        code = code.float() if packed.bias is not None else code.float() - 8
-    elif packed.kind in ("nvfp4", "mxfp4"):
-        table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
-        code = table[code.int()]
-        scale = power_of_two(scale) if packed.kind == "mxfp4" else scale
-    value = code * scale.float()[..., None]
-    if packed.bias is not None:
-        value += packed.bias.float()[..., None]
-    if packed.factor is not None:
-        value *= packed.factor[..., None, None]
-    return value.reshape(packed.shape).to(dtype)
+    """`Packed.dense`, as a function."""
+    return packed.dense(dtype)
 
 
-def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    """A weight that may be packed, in this dtype."""
-    return unpack(weight, dtype) if isinstance(weight, Packed) else weight
+# ---- what the codes of a format stand for ----------------------------------------------------------------------------
 
 
-def met_by(x: Tensor, weight: Tensor | Packed) -> Tensor:
-    """The left side of a product as this weight meets it: fp8 rounds each row of it to e4m3 too (W8A8, "dynamic
-    activations"); everything else leaves it alone."""
-    if not isinstance(weight, Packed) or weight.kind != "fp8":
+class Grid(NamedTuple):
+    """What a code can stand for before scale and bias."""
+
+    values: Tensor
+    """Finite and ascending, float32."""
+    codes: Tensor
+    """The code of each, uint8."""
+    zero: int
+    """A byte that holds nothing but zeros."""
+    one: int
+    """A byte that holds nothing but ones."""
+
+
+class Code(ABC):
+    """The definition of one format's codes.
+
+    A new format is a subclass here, listed in `CODES`, and a packer in `quant.formats`; an implementation without
+    kernels for it either unpacks it or refuses it."""
+
+    name: ClassVar[str]
+    bits: ClassVar[int]
+    least: ClassVar[int] = 1
+    """Inputs that are packed together at least."""
+
+    @abstractmethod
+    def unpack(self, packed: Packed) -> Tensor:
+        """The weight, in float32."""
+
+    @abstractmethod
+    def grid(self, packed: Packed) -> Grid:
+        """The finite values that codes of this weight can stand for, on its device."""
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """The left side of a product: x as it is."""
         return x
-    x32 = x.float()
-    scale = x32.abs().amax(-1, keepdim=True) / 448.0
-    scale = torch.where(scale > 0, scale, 1.0)
-    return ((x32 / scale).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+class _Int8(Code):
+    name, bits = "int8", 8
+
+    def unpack(self, packed: Packed) -> Tensor:
+        if not packed.is_grouped:
+            return packed.data.float() * packed.scale[..., None]
+        return _scaled(packed, packed.data.reshape(_in_groups(packed)).float(), packed.scale)
+
+    def grid(self, packed: Packed) -> Grid:
+        whole = torch.arange(-127, 128, dtype=torch.int8)
+        return _grid(packed, whole.float(), whole.view(torch.uint8), 0, 1)
+
+
+class _Int4(Code):
+    name, bits, least = "int4", 4, 2
+
+    def unpack(self, packed: Packed) -> Tensor:
+        return _scaled(packed, _halves(packed).float() - self._zero(packed), packed.scale)
+
+    def grid(self, packed: Packed) -> Grid:
+        zero, codes = self._zero(packed), torch.arange(16, dtype=torch.uint8)
+        return _grid(packed, codes.float() - zero, codes, 0x11 * zero, 0x11 * (zero + 1))
+
+    @staticmethod
+    def _zero(packed: Packed) -> int:
+        """The code that stands for zero, before the bias."""
+        return 0 if packed.bias is not None else 8
+
+
+class _FP8(Code):
+    name, bits = "fp8", 8
+
+    def unpack(self, packed: Packed) -> Tensor:
+        scale = packed.scale
+        if not packed.is_grouped:
+            return packed.data.float() * scale[..., None]
+        wide = scale.repeat_interleave(BLOCK, -1)[..., : packed.shape[-1]]
+        return packed.data.float() * wide.repeat_interleave(BLOCK, -2)[..., : packed.shape[-2], :]
+
+    def grid(self, packed: Packed) -> Grid:
+        codes = torch.arange(256, dtype=torch.uint8)
+        return _grid(packed, codes.view(torch.float8_e4m3fn).float(), codes, 0, 0x38)
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """Each row rounded to e4m3 with a scale of its own (W8A8, "dynamic activations")."""
+        x32 = x.float()
+        scale = x32.abs().amax(-1, keepdim=True) / 448.0
+        scale = torch.where(scale > 0, scale, 1.0)
+        return ((x32 / scale).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+class _E2M1(Code):
+    """4-bit floats; what differs is their scale."""
+
+    bits = 4
+
+    def unpack(self, packed: Packed) -> Tensor:
+        return _scaled(packed, e2m1_values(packed.device)[_halves(packed).int()], self._scale(packed))
+
+    def grid(self, packed: Packed) -> Grid:
+        codes = torch.arange(16, dtype=torch.uint8)
+        return _grid(packed, e2m1_values(), codes, 0, 0x22)
+
+    def _scale(self, packed: Packed) -> Tensor:
+        return packed.scale
+
+
+class _NVFP4(_E2M1):
+    name, least = "nvfp4", 16
+
+
+class _MXFP4(_E2M1):
+    name, least = "mxfp4", 32
+
+    def _scale(self, packed: Packed) -> Tensor:
+        return power_of_two(packed.scale)
+
+
+CODES: dict[str, Code] = {code.name: code for code in (_Int8(), _Int4(), _FP8(), _NVFP4(), _MXFP4())}
+"""The formats there are, by `Packed.kind`."""
+
+
+def e2m1_values(device: torch.device | str = "cpu") -> Tensor:
+    """What the 16 codes of a 4-bit float stand for, [16] in float32."""
+    return torch.tensor([*E2M1, *(-size for size in E2M1)], device=device)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """What e8m0 codes stand for, in float32: 2^(code - 127); 255 is nan."""
     bits = torch.where(exponent == 0, 1 << 22, exponent.int() << 23)  # 2^-127 lies among the subnormal numbers
     return torch.where(exponent == 255, 0x7FC00000, bits).int().view(torch.float32)
+
+
+def _in_groups(packed: Packed) -> tuple[int, ...]:
+    return (*packed.shape[:-1], -1, packed.group)
+
+
+def _halves(packed: Packed) -> Tensor:
+    """The codes of bytes of two, in their groups."""
+    return torch.stack([packed.data & 15, packed.data >> 4], dim=-1).reshape(_in_groups(packed))
+
+
+def _scaled(packed: Packed, value: Tensor, scale: Tensor) -> Tensor:
+    """Values in groups times their scale, with bias and factor where there are any."""
+    value = value * scale.float()[..., None]
+    if packed.bias is not None:
+        value += packed.bias.float()[..., None]
+    if packed.factor is not None:
+        value *= packed.factor[..., None, None]
+    return value.reshape(packed.shape)
+
+
+def _grid(packed: Packed, values: Tensor, codes: Tensor, zero: int, one: int) -> Grid:
+    is_number = values.isfinite()
+    values, order = values[is_number].sort()
+    return Grid(values.to(packed.device), codes[is_number][order].to(packed.device), zero, one)

@@ -12,22 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.ops.contract import NEVER, Ops, ReadOut
+from sfumato.ops.contract import NEVER, JoinNorms, Matrix, Ops, ReadOut, dense, round_input
 from sfumato.ops.masks import Mask
-from sfumato.ops.packed import Packed, dense, met_by
-
-Weight = Tensor | Packed
 
 
-def pack(weight: Weight) -> Weight:
+def pack(weight: Matrix) -> Matrix:
     """A weight [O, I] or a stack [E, O, I], plain or in fewer bits, in the form that `linear`, `feed_forward` and
     `experts` of this implementation take. Here: as it is, and what is packed is unpacked with every product."""
     return weight
 
 
-def linear(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
+def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
     """x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
-    return tuple(F.linear(met_by(x, weight), dense(weight, x.dtype)) for weight in weights)
+    return tuple(F.linear(round_input(x, weight), dense(weight, x.dtype)) for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -72,7 +69,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-def feed_forward(x: Tensor, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> Tensor:
+def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> Tensor:
     """down(gated(gate(x), up(x)))."""
     return linear(gated(*linear(x, gate_FD, up_FD)), down_DF)[0]
 
@@ -89,10 +86,10 @@ def route(
     return index_NJ, weight_NJ * per_expert_E[index_NJ]
 
 
-def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weight, down_EDF: Weight) -> Tensor:
+def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matrix, down_EDF: Matrix) -> Tensor:
     """Sum over the J chosen experts of weight x down(gated(gate_up(x))). gate_up is [E, 2F, D], gate first."""
     out_ND = torch.zeros_like(x_ND)
-    for expert in index_NJ.unique().tolist():
+    for expert in torch.unique(index_NJ).tolist():
         token, choice = torch.where(index_NJ == expert)
         gate, up = linear(x_ND[token], gate_up_EFD[expert])[0].chunk(2, dim=-1)
         part = linear(gated(gate, up), down_EDF[expert])[0] * weight_NJ[token, choice, None]
@@ -104,16 +101,14 @@ def join(
     residual_ND: Tensor,
     dense_ND: Tensor,
     sparse_ND: Tensor,
-    dense_norm_D: Tensor,
-    sparse_norm_D: Tensor,
-    norm_D: Tensor,
+    norms: JoinNorms,
     eps: float,
     scale_N1: Tensor,
 ) -> Tensor:
     """The end of a block: (residual + rms_norm(rms_norm(dense) + rms_norm(sparse))) x the layer's scalar, one a
     token, or one for all as a tensor [1]."""
-    both_ND = rms_norm(dense_ND, dense_norm_D, eps) + rms_norm(sparse_ND, sparse_norm_D, eps)
-    return (residual_ND + rms_norm(both_ND, norm_D, eps)) * scale_N1
+    both_ND = rms_norm(dense_ND, norms.dense_D, eps) + rms_norm(sparse_ND, norms.sparse_D, eps)
+    return (residual_ND + rms_norm(both_ND, norms.joined_D, eps)) * scale_N1
 
 
 def read_out(
@@ -168,17 +163,17 @@ def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: A
 
 
 OPS = Ops(
-    "reference",
-    pack,
-    linear,
-    rms_norm,
-    norm_rope,
-    norm_add,
-    attention,
-    feed_forward,
-    route,
-    experts,
-    join,
-    read_out,
-    soft_embedding,
+    name="reference",
+    pack=pack,
+    linear=linear,
+    rms_norm=rms_norm,
+    norm_rope=norm_rope,
+    norm_add=norm_add,
+    attention=attention,
+    feed_forward=feed_forward,
+    route=route,
+    experts=experts,
+    join=join,
+    read_out=read_out,
+    soft_embedding=soft_embedding,
 )

@@ -1,4 +1,8 @@
-"""Quantisation as a pass over a finished model, or over one weight after the other while a model is loaded."""
+"""Quantisation as a pass over a finished model or a part of one.
+
+A recipe says which weight gets which format; the pass puts each packed weight where the plain one stood. It lacks the
+loading of a checkpoint weight by weight, which `checkpoints` does with the same functions.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,20 @@ from sfumato.quant.formats import pack
 from sfumato.quant.recipes import Recipe, named
 
 
-def quantize_(model: Model, recipe: str | Recipe, seen: Mapping[str, Tensor] | None = None) -> Model:
+def quantize_(model: Model, recipe: str | Recipe, calibration: Mapping[str, Tensor] | None = None) -> Model:
     """Pack the weights that the recipe names, in place; before `Model.pack_`, which lays them out for the operations.
 
-    `seen` is what `calibrate` learnt of their inputs. A quantised model runs; it cannot be saved as a checkpoint in
-    full precision, or trained. InputError for a weight that the format cannot hold, or a model that is packed
-    already."""
+    `calibration` is statistics of their inputs by the weights' own names (`quant.calibrate`). A quantised model runs;
+    it cannot be saved as a checkpoint in full precision, or trained. InputError for a weight that the format cannot
+    hold, or a model that is packed already."""
     recipe = named(recipe) if isinstance(recipe, str) else recipe
-    quantize_part_(model, recipe, "", seen)
+    quantize_part_(model, recipe, "", calibration)
     return model
 
 
-def quantize_part_(part: nn.Module, recipe: Recipe, prefix: str, seen: Mapping[str, Tensor] | None = None) -> None:
+def quantize_part_(
+    part: nn.Module, recipe: Recipe, prefix: str, calibration: Mapping[str, Tensor] | None = None
+) -> None:
     """`quantize_` for a part of a model whose names begin with `prefix`."""
     names = {module: name for name, module in part.named_modules()}
     for owner, leaf in list(products(part)):
@@ -36,7 +42,7 @@ def quantize_part_(part: nn.Module, recipe: Recipe, prefix: str, seen: Mapping[s
             continue
         if not isinstance(weight, Tensor):
             raise InputError(f"{name} is packed already; load the checkpoint in full precision and quantise that")
-        replace_(owner, leaf, fitted(weight.detach(), form, (seen or {}).get(name)))
+        replace_(owner, leaf, fitted(weight.detach(), form, (calibration or {}).get(name)))
 
 
 def samples(recipe: str | Recipe) -> list[Packed]:

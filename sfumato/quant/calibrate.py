@@ -1,15 +1,15 @@
-"""What a model's weights meet, learnt from sample text, and rounding that makes use of it.
+"""Calibration: statistics of the inputs of a model's weights, from sample text, and rounding that uses them.
 
-Rounding a weight costs what its error does to a product, and that depends on the inputs. There are two ways:
+Rounding a weight costs what its error does to a product, and that depends on the inputs. There are two statistics:
 
-    seen = importance_of(model, texts)     the mean square of each input: small, for a model of any size
-    seen = correlation_of(model, texts)    the mean products of all pairs of inputs, [I, I] a weight: large, and better
-    seen = learnt(model, recipe, texts)    the second as far as it fits in memory, else the first
+    importance_of(model, texts)              the mean square of each input: small, for a model of any size
+    correlation_of(model, texts)             the mean products of all pairs of inputs, [I, I]: large, and better
+    calibration_of(model, recipe, texts)     the second as far as it fits in memory, else the first
 
-Either is what `load(path, options, calibration=seen)`, `apply.quantize_` and `convert.convert` take.
-`texts` are token ids of text as the model will meet it, answers included; some dozens do. Each is read in both ways:
-encoded, and its last canvas, with noise, denoised behind the rest, without and with a soft embedding. Experts are
-kept apart. It lacks the search for better scales (`formats.pack` has it) and other layouts of a model.
+Any of them is what `apply.quantize_` and the loaders and converters of `checkpoints` take. `texts` are token ids of
+text as the model will read it, answers included; some dozens do. Each is read in both ways: encoded, and its last
+canvas, with noise, denoised behind the rest, without and with a soft embedding. Each expert has statistics of its own.
+It lacks the search for better scales (`formats.pack` has it) and other layouts of a model.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from sfumato.errors import InputError
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products
 from sfumato.ops import load as load_ops
-from sfumato.ops.contract import Ops
-from sfumato.ops.packed import E2M1, Packed, unpack
+from sfumato.ops.contract import Matrix, Ops
+from sfumato.ops.packed import Packed, unpack
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import Recipe
 
 PRIOR = 16
-"""Tokens' worth of what all experts see that is added to what each of them sees: some see hardly any."""
+"""Tokens' worth of all experts' inputs that are added to those of each expert: some get hardly any."""
 DAMP = 0.01
-"""Of the mean square, added to that of every input: what sample text did not show may yet come."""
+"""Share of the mean square that is added to that of every input: other text may use what sample text did not."""
 ROOM = 4 << 30
-"""Bytes of correlations that `learnt` keeps."""
+"""Bytes of correlations that `calibration_of` keeps."""
 _BLOCK = 128
-"""Inputs whose errors are handed on to all later ones together."""
+"""Inputs whose errors are passed on to all later ones together."""
 
 Progress = Callable[[int, int], None]
 Note = Callable[[tuple[str, ...], int | None, int, Tensor], None]
-"""Hears of every product: the names of the weights that meet these inputs, which expert of how many, inputs [N, I]."""
+"""Called with every product: names of the weights, which expert of how many, inputs [N, I]."""
 
 
-# ---- what the weights meet -------------------------------------------------------------------------------------------
+# ---- statistics of inputs ---------------------------------------------------------------------------------------------
 
 
 def importance_of(
@@ -72,15 +72,16 @@ def correlation_of(
     return _means(model, texts, lambda x_NI: x_NI.T @ x_NI, patterns, seed, progress)
 
 
-def learnt(
+def calibration_of(
     model: Model,
     recipe: Recipe,
     texts: Sequence[Sequence[int]],
     room: int = ROOM,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """What `quantize_` by this recipe can make use of: correlations of as many weights as fit into `room` bytes, the
-    smallest first, and the mean squares of the others."""
+    """The statistics that `quantize_` by this recipe can use.
+
+    Correlations of as many weights as fit into `room` bytes, the smallest first, and the mean squares of the others."""
     sizes: dict[str, int] = {}
     modules = {module: name for name, module in model.named_modules()}
     for owner, leaf in products(model):
@@ -94,12 +95,12 @@ def learnt(
         if room >= 0:
             chosen.append(name)
     total = 2 * len(texts) if len(chosen) < len(sizes) else len(texts)
-    tell = None if progress is None else lambda done, _: progress(done, total)
-    found = correlation_of(model, texts, chosen, progress=tell) if chosen else {}
+    report = None if progress is None else lambda done, _: progress(done, total)
+    correlations = correlation_of(model, texts, chosen, progress=report) if chosen else {}
     if len(chosen) == len(sizes):
-        return found
-    tell = None if progress is None else lambda done, _: progress(len(texts) + done, total)
-    return {**importance_of(model, texts, progress=tell), **found}
+        return correlations
+    report = None if progress is None else lambda done, _: progress(len(texts) + done, total)
+    return {**importance_of(model, texts, progress=report), **correlations}
 
 
 def _means(
@@ -117,13 +118,13 @@ def _means(
         names = tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
         if not names:
             return
-        found = measure(x_NI.float())
+        measured = measure(x_NI.float())
         if names not in totals:
             stack = () if expert is None else (of,)
-            totals[names] = found.new_zeros(*stack, *found.shape)
-            counts[names] = found.new_zeros(*stack, *[1] * found.dim())
+            totals[names] = measured.new_zeros(*stack, *measured.shape)
+            counts[names] = measured.new_zeros(*stack, *[1] * measured.dim())
         place = () if expert is None else expert
-        totals[names][place] += found
+        totals[names][place] += measured
         counts[names][place] += len(x_NI)
 
     _read(model, texts, note, seed, progress)
@@ -141,8 +142,8 @@ def _read(model: Model, texts: Sequence[Sequence[int]], note: Note, seed: int, p
     texts = [list(ids) for ids in texts if len(ids)]
     if not texts:
         raise InputError("there is no text to calibrate on; give some prompts, best with their answers")
-    config, before, dice = model.config, model.ops, torch.Generator().manual_seed(seed)
-    model.use_(_listening(model, note))
+    config, before, generator = model.config, model.ops, torch.Generator().manual_seed(seed)
+    model.use_(_noting(model, note))
     try:
         for number, ids in enumerate(texts):
             canvas = min(config.canvas_length, len(ids) - 1) if config.is_diffusion else 0
@@ -151,8 +152,8 @@ def _read(model: Model, texts: Sequence[Sequence[int]], note: Note, seed: int, p
             model.encode(tokens_BT, cache)
             if canvas > 0:
                 cache.truncate_(0, len(ids) - canvas)
-                noise_BL = torch.randint(config.vocab_size, (1, canvas), generator=dice)
-                is_noise_BL = torch.rand(1, canvas, generator=dice) < torch.rand(1, generator=dice)
+                noise_BL = torch.randint(config.vocab_size, (1, canvas), generator=generator)
+                is_noise_BL = torch.rand(1, canvas, generator=generator) < torch.rand(1, generator=generator)
                 canvas_BL = tokens_BT[:, -canvas:].cpu().where(~is_noise_BL, noise_BL).to(model.device)
                 logits_BLV = model.logits(model.denoise(canvas_BL, cache)).to(model.dtype)
                 embed_VD = model.embed_tokens.weight
@@ -163,34 +164,33 @@ def _read(model: Model, texts: Sequence[Sequence[int]], note: Note, seed: int, p
         model.use_(before)
 
 
-def _listening(model: Model, note: Note) -> Ops:
-    """The fused operations, telling of every product."""
-    ops, modules, names = load_ops("fused"), {m: name for name, m in model.named_modules()}, {}
+def _noting(model: Model, note: Note) -> Ops:
+    """The fused operations, which call `note` with every product."""
+    ops, modules, names = load_ops("fused"), {m: name for name, m in model.named_modules()}, dict[int, str]()
     for owner, leaf in products(model):
         name, weight = f"{modules[owner]}.{leaf}", getattr(owner, leaf)
         if not isinstance(weight, Tensor):
             raise InputError(f"{name} is packed; calibrate the model in full precision, loaded with ops='fused'")
         names[id(weight)] = name
 
-    def linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def linear(x: Tensor, /, *weights: Matrix) -> tuple[Tensor, ...]:
         note(tuple(names[id(weight)] for weight in weights), None, 1, x.reshape(-1, x.shape[-1]))
-        found: tuple[Tensor, ...] = ops.linear(x, *weights)
-        return found
+        return ops.linear(x, *weights)
 
-    def feed_forward(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> Tensor:
         gate, up = linear(x, gate_FD, up_FD)
         return linear(F.gelu(gate, approximate="tanh") * up, down_DF)[0]
 
-    def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-        for expert in index_NJ.unique().tolist():
+    def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matrix, down_EDF: Matrix) -> Tensor:
+        for expert in torch.unique(index_NJ).tolist():
             token, choice = torch.where(index_NJ == expert)
             x_MD, share_M1 = x_ND[token], weight_NJ[token, choice, None].to(x_ND.dtype)
-            gate, up = F.linear(x_MD, gate_up_EFD[expert]).chunk(2, dim=-1)
+            gate, up = ops.linear(x_MD, gate_up_EFD[expert])[0].chunk(2, dim=-1)
             # An expert's error reaches the residual by its share, so its inputs count by that.
-            note((names[id(gate_up_EFD)],), expert, len(gate_up_EFD), x_MD * share_M1)
-            note((names[id(down_EDF)],), expert, len(down_EDF), F.gelu(gate, approximate="tanh") * up * share_M1)
-        found: Tensor = ops.experts(x_ND, index_NJ, weight_NJ, gate_up_EFD, down_EDF)
-        return found
+            note((names[id(gate_up_EFD)],), expert, gate_up_EFD.shape[0], x_MD * share_M1)
+            inner_MF = F.gelu(gate, approximate="tanh") * up * share_M1
+            note((names[id(down_EDF)],), expert, down_EDF.shape[0], inner_MF)
+        return ops.experts(x_ND, index_NJ, weight_NJ, gate_up_EFD, down_EDF)
 
     return replace(ops, linear=linear, feed_forward=feed_forward, experts=experts)
 
@@ -198,22 +198,24 @@ def _listening(model: Model, note: Note) -> Ops:
 # ---- rounding --------------------------------------------------------------------------------------------------------
 
 
-def fitted(weight: Tensor, form: str | Format, seen: Tensor | None = None) -> Packed:
-    """A weight [O, I] or a stack [E, O, I] in this format, as well as what its inputs are known to be allows: `rounded`
-    by their correlations, its scales searched by their mean squares alone, or neither."""
-    if seen is not None and seen.dim() == weight.dim():
-        return rounded(weight.float(), form, seen)
-    return pack(weight, form, seen)
+def fitted(weight: Tensor, form: str | Format, calibration: Tensor | None = None) -> Packed:
+    """A weight [O, I] or a stack [E, O, I] in this format, as well as the statistics of its inputs allow.
+
+    `calibration` is correlations, by which it is `rounded`, or mean squares, by which alone its scales are searched;
+    or None."""
+    if calibration is not None and calibration.dim() == weight.dim():
+        return rounded(weight.float(), form, calibration)
+    return pack(weight, form, calibration)
 
 
 def rounded(weight: Tensor, form: str | Format, correlation: Tensor) -> Packed:
     """A weight [O, I] or a stack [E, O, I] in this format, each code chosen knowing the errors of those before it.
 
-    Input after input, the largest first, is rounded, and its error handed on to the inputs not yet rounded, as far as
-    they move together with it (GPTQ, arXiv 2210.17323); scales are those of `pack`. `correlation` is [I, I] or
+    Input after input, the largest first, is rounded, and its error passed on to the inputs not yet rounded, as far as
+    they are correlated with it (GPTQ, arXiv 2210.17323); scales are those of `pack`. `correlation` is [I, I] or
     [E, I, I], symmetric, without negative eigenvalues. InputError as `pack`."""
     if weight.dim() == 3:
-        parts = [rounded(one, form, seen) for one, seen in zip(weight, correlation, strict=True)]
+        parts = [rounded(one, form, own) for one, own in zip(weight, correlation, strict=True)]
         tensors = {name: torch.stack([part.parts[name] for part in parts]) for name in parts[0].parts}
         shape = tuple(weight.shape)
         return Packed(parts[0].kind, shape, tensors.pop("data"), group=parts[0].group, **tensors)
@@ -223,50 +225,31 @@ def rounded(weight: Tensor, form: str | Format, correlation: Tensor) -> Packed:
     if mean <= 0:
         return pack(weight, form)
     packed = pack(weight, form, (square / mean + DAMP).float())
-    value, code, zero, one = _grid(packed)
-    start = unpack(_filled(packed, zero))
-    step = unpack(_filled(packed, one)) - start
+    grid = packed.code.grid(packed)
+    value, start = grid.values, unpack(_filled(packed, grid.zero))
+    step = unpack(_filled(packed, grid.one)) - start
     order = square.argsort(descending=True)
     damped = correlation[order][:, order] / mean
     damped.diagonal().add_(DAMP)
-    # Row i of the upper factor of the inverse: what an error of input i asks of the inputs behind it.
-    asks = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
-    asks = asks / asks.diagonal()[:, None]
-    start, step, left = start[:, order], step[:, order], weight.float()[:, order]
+    # Row i of the upper factor of the inverse: how an error of input i is shared among the inputs behind it.
+    shares = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    shares = shares / shares.diagonal()[:, None]
+    start, step, rest = start[:, order], step[:, order], weight.float()[:, order]
     by = torch.where(step != 0, step, 1.0)  # a group of zeros has scale 0
     middles, chosen = (value[1:] + value[:-1]) / 2, torch.empty(weight.shape, dtype=torch.long, device=weight.device)
     for first in range(0, len(order), _BLOCK):
         last = min(first + _BLOCK, len(order))
-        lost = torch.empty_like(left[:, first:last])
+        errors = torch.empty_like(rest[:, first:last])
         for i in range(first, last):
-            at = torch.bucketize((left[:, i] - start[:, i]) / by[:, i], middles)
-            lost[:, i - first] = left[:, i] - (value[at] * step[:, i] + start[:, i])
-            left[:, i:last] -= lost[:, i - first, None] * asks[i, i:last]
+            at = torch.bucketize((rest[:, i] - start[:, i]) / by[:, i], middles)
+            errors[:, i - first] = rest[:, i] - (value[at] * step[:, i] + start[:, i])
+            rest[:, i:last] -= errors[:, i - first, None] * shares[i, i:last]
             chosen[:, order[i]] = at
-        left[:, last:] -= lost @ asks[first:last, last:]
-    codes = code[chosen]
+        rest[:, last:] -= errors @ shares[first:last, last:]
+    codes = grid.codes[chosen]
     if packed.data.shape[-1] != codes.shape[-1]:
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
     return replace(packed, data=codes.view(packed.data.dtype))
-
-
-def _grid(packed: Packed) -> tuple[Tensor, Tensor, int, int]:
-    """The values that a code can stand for, ascending, before scale and bias; the codes; and bytes that hold nothing
-    but zeros, and ones."""
-    every = torch.arange(256, dtype=torch.uint8)
-    if packed.kind == "int8":
-        whole = torch.arange(-127, 128, dtype=torch.int8)
-        value, code, zero, one = whole.float(), whole.view(torch.uint8), 0, 1
-    elif packed.kind == "fp8":
-        value, code, zero, one = every.view(torch.float8_e4m3fn).float(), every, 0, 0x38
-    elif packed.kind == "int4":
-        low = 0 if packed.bias is not None else 8
-        value, code, zero, one = every[:16].float() - low, every[:16], 0x11 * low, 0x11 * (low + 1)
-    else:
-        value, code, zero, one = torch.tensor([*E2M1, *(-size for size in E2M1)]), every[:16], 0, 0x22
-    is_number = value.isfinite()
-    value, at = value[is_number].sort()
-    return value.to(packed.device), code[is_number][at].to(packed.device), zero, one
 
 
 def _filled(packed: Packed, byte: int) -> Packed:

@@ -36,6 +36,7 @@ class Recipe:
 
     @property
     def kinds(self) -> frozenset[str]:
+        """The kinds of codes in its formats."""
         return frozenset(Format.named(form).kind for _, form in self.rules)
 
 

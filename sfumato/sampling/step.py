@@ -88,7 +88,7 @@ def step_(
     seen = _see(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
     embed_VD, scale, read = model.embed_tokens.weight, model.embed_scale, seen.read
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, scale, read.tiles)
-    conclude(state, at_B, read, seen.noise_BL, seen.hidden_BLD, soft_BLD, embed_VD, scale)
+    conclude(state, at_B, read, seen.noise_BL, seen.hidden_BLD, soft_BLD, (embed_VD, scale))
     return seen.encoded_BTD
 
 

@@ -29,7 +29,8 @@ from sfumato.cli import main
 from sfumato.errors import CapacityError, CheckpointError, InputError, SfumatoError
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products
-from sfumato.ops.packed import Packed, dense
+from sfumato.ops.contract import dense
+from sfumato.ops.packed import Packed
 from sfumato.quant import recipes
 from sfumato.quant.apply import quantize_
 from sfumato.quant.formats import pack, unpack

@@ -1,4 +1,4 @@
-"""The CPU library against the specification: every operation, odd shapes, three precisions, and every way of
+"""ops/cpu: the library against the specification: every operation, odd shapes, three precisions, and every way of
 multiplying tiles that this processor has; AMX on every processor, if need be in plain code (`amx.h`).
 
 Errors are measured against the reference in float64 on the same (rounded) weights, and held against what plain PyTorch
@@ -33,11 +33,10 @@ from sfumato.errors import InputError
 from sfumato.model.cache import KVCache
 from sfumato.model.network import replace_
 from sfumato.ops import contract, cpu, reference
-from sfumato.ops.contract import Layer
-from sfumato.ops.cpu import build
+from sfumato.ops.contract import BlockPass, JoinNorms, Layer, dense
+from sfumato.ops.cpu import build, calls, memory
 from sfumato.ops.masks import Mask
-from sfumato.ops.packed import Packed as Quantised
-from sfumato.ops.packed import unpack
+from sfumato.ops.packed import Packed, unpack
 from sfumato.quant import formats
 
 pytestmark = pytest.mark.skipif(build.obstacle() is not None, reason=f"the library cannot be built: {build.obstacle()}")
@@ -62,15 +61,15 @@ def library_with_amx() -> ctypes.CDLL:
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """How tiles are multiplied: as the processor can, as it could if it were an older one, and by AMX in any case."""
-    library, wanted = build.library(), WAYS[request.param]
-    if wanted == cpu.AMX and library.sf_start() != wanted:
+    library, tier = build.library(), WAYS[request.param]
+    if tier == cpu.AMX and library.sf_start() != tier:
         if platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip("this processor's compiler has no AMX")
         library = library_with_amx()
         monkeypatch.setattr(build, "library", lambda: library)
-    monkeypatch.setattr(cpu, "_FUNCTIONS", {})
+    monkeypatch.setattr(calls, "_FUNCTIONS", {})
     try:
-        if library.sf_limit(wanted) != wanted:
+        if library.sf_limit(tier) != tier:
             pytest.skip(f"this processor has no {request.param}")
         yield request.param
     finally:
@@ -78,14 +77,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    dice = torch.Generator().manual_seed(seed + sum(shape))
-    return (torch.randn(*shape, generator=dice) * scale).to(dtype)
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
-def check_close(found: Tensor, exact: Tensor, plain: Tensor | None, dtype: torch.dtype, slack: float = 4.0) -> None:
+def check_close(result: Tensor, exact: Tensor, plain: Tensor | None, dtype: torch.dtype, slack: float = 4.0) -> None:
     """The largest error is at most twice plain PyTorch's in this dtype and `slack` last places of the largest value."""
-    assert found.shape == exact.shape and found.isfinite().all()
-    error = (found.double() - exact.double()).abs().max()
+    assert result.shape == exact.shape and result.isfinite().all()
+    error = (result.double() - exact.double()).abs().max()
     allowed = slack * EPS[dtype] * exact.double().abs().max()
     if plain is not None:
         allowed = allowed + 2 * (plain.double() - exact.double()).abs().max()
@@ -99,7 +98,7 @@ def check_close(found: Tensor, exact: Tensor, plain: Tensor | None, dtype: torch
 @pytest.mark.parametrize("shape", [(1, 1), (32, 64), (33, 65), (5, 48, 24), (3, 70, 130)])
 def test_packing_keeps_every_number(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     weight = random(*shape, dtype=dtype)
-    assert torch.equal(cpu.unpack(cpu.pack(weight)), weight.float())
+    assert torch.equal(dense(cpu.pack(weight), torch.float32), weight.float())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (33, 65), (3, 70, 130)])
@@ -107,7 +106,7 @@ def test_int8_is_within_half_a_step(shape: tuple[int, ...]) -> None:
     weight = random(*shape)
     packed = cpu.pack(formats.pack(weight, "int8"))
     step = weight.abs().amax(-1, keepdim=True) / 127
-    assert ((cpu.unpack(packed) - weight).abs() <= step * 0.5001).all()
+    assert ((dense(packed, torch.float32) - weight).abs() <= step * 0.5001).all()
     assert packed.nbytes == packed.data.nbytes + 4 * weight[..., 0].numel()
 
 
@@ -115,12 +114,12 @@ def test_a_row_of_zeros_stays_zero_in_int8() -> None:
     weight = random(4, 20)
     weight[2] = 0
     packed = cpu.pack(formats.pack(weight, "int8"))
-    assert not cpu.unpack(packed)[2].any()
+    assert not dense(packed, torch.float32)[2].any()
     assert not cpu.linear(torch.zeros(3, 20), packed)[0].any()
 
 
 def test_large_weights_lie_in_memory_of_their_own() -> None:
-    data = cpu.empty_huge(cpu.HUGE + 5)
+    data = memory.empty_huge(cpu.HUGE + 5)
     data.fill_(7)
     assert data.numel() == cpu.HUGE + 5 and (data == 7).all()
 
@@ -153,7 +152,7 @@ GROUPED = ("8 bits", "8 bits with a bias", "8 bits by 16")
 """What other people's files have beside our own formats."""
 
 
-def grouped(weight: Tensor, name: str) -> Quantised:
+def grouped(weight: Tensor, name: str) -> Packed:
     """A format of ours by its name, or 8 bits in groups of 32."""
     if name not in GROUPED:
         return formats.pack(weight, name)
@@ -162,14 +161,14 @@ def grouped(weight: Tensor, name: str) -> Quantised:
     if name != "8 bits with a bias":
         scale = groups.abs().amax(-1) / 127
         codes = (groups / scale[..., None]).round().to(torch.int8)
-        return Quantised("int8", tuple(weight.shape), codes.reshape(weight.shape), scale, group)
+        return Packed("int8", tuple(weight.shape), codes.reshape(weight.shape), scale, group)
     bias = groups.amin(-1)
     scale = (groups.amax(-1) - bias) / 255
     codes = ((groups - bias[..., None]) / scale[..., None]).round().to(torch.uint8)
-    return Quantised("int8", tuple(weight.shape), codes.reshape(weight.shape), scale, 32, bias)
+    return Packed("int8", tuple(weight.shape), codes.reshape(weight.shape), scale, 32, bias)
 
 
-def rows_of(weight: Tensor | Quantised, first: int, last: int) -> Tensor | Quantised:
+def rows_of(weight: Tensor | Packed, first: int, last: int) -> Tensor | Packed:
     if isinstance(weight, Tensor):
         return weight[first:last].contiguous()
     return weight.each(lambda part: part[first:last].contiguous(), (last - first, *weight.shape[1:]))
@@ -182,10 +181,10 @@ def rows_of(weight: Tensor | Quantised, first: int, last: int) -> Tensor | Quant
 @pytest.mark.parametrize("rows, inputs", [(1, 1), (5, 24), (33, 97), (600, 70)])
 def test_linear(way: str, dtype: torch.dtype, rows: int, inputs: int) -> None:
     x, weights = random(rows, inputs, dtype=dtype), [random(n, inputs, seed=n, dtype=dtype) for n in (1, 33, 64)]
-    found = cpu.linear(x, *map(cpu.pack, weights))
+    result = cpu.linear(x, *map(cpu.pack, weights))
     exact = reference.linear(x.double(), *(w.double() for w in weights))
     plain = reference.linear(x, *weights)
-    for one, two, three in zip(found, exact, plain, strict=True):
+    for one, two, three in zip(result, exact, plain, strict=True):
         check_close(one, two, three, dtype)
 
 
@@ -195,7 +194,7 @@ def test_linear_in_int8(way: str, dtype: torch.dtype) -> None:
     x, weight = random(37, 150, dtype=dtype), random(45, 150, seed=1, dtype=dtype)
     packed = cpu.pack(formats.pack(weight, "int8"))
     steps = x.float().abs().amax(-1, keepdim=True) / 127
-    exact = (x.double() / steps).round() * steps @ cpu.unpack(packed).double().T
+    exact = (x.double() / steps).round() * steps @ dense(packed, torch.float32).double().T
     check_close(cpu.linear(x, packed)[0], exact, None, dtype)
 
 
@@ -206,9 +205,9 @@ def test_feed_forward(way: str, dtype: torch.dtype, rows: int, width: int, inner
     gate, up, down = (
         random(*s, seed=s[0], dtype=dtype, scale=0.3) for s in ((inner, width), (inner, width), (width, inner))
     )
-    found = cpu.feed_forward(x, cpu.pack(gate), cpu.pack(up), cpu.pack(down))
+    result = cpu.feed_forward(x, cpu.pack(gate), cpu.pack(up), cpu.pack(down))
     exact = reference.feed_forward(x.double(), gate.double(), up.double(), down.double())
-    check_close(found, exact, reference.feed_forward(x, gate, up, down), dtype)
+    check_close(result, exact, reference.feed_forward(x, gate, up, down), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,9 +222,9 @@ def test_experts(way: str, dtype: torch.dtype, count: int, tokens: int, width: i
     index = torch.stack([torch.arange(chosen) + (n % max(1, count - chosen)) * (chosen < count) for n in range(tokens)])
     index[:, 0] = 0
     weight = random(tokens, chosen, seed=3).abs()
-    found = cpu.experts(x, index, weight, cpu.pack(gate_up), cpu.pack(down))
+    result = cpu.experts(x, index, weight, cpu.pack(gate_up), cpu.pack(down))
     exact = reference.experts(x.double(), index, weight.double(), gate_up.double(), down.double())
-    check_close(found, exact, reference.experts(x, index, weight, gate_up, down), dtype)
+    check_close(result, exact, reference.experts(x, index, weight, gate_up, down), dtype)
 
 
 def test_experts_and_feed_forward_in_int8_are_near(way: str) -> None:
@@ -238,8 +237,8 @@ def test_experts_and_feed_forward_in_int8_are_near(way: str) -> None:
     pairs.append(
         (cpu.feed_forward(x, *(cpu.pack(formats.pack(w, "int8")) for w in three)), reference.feed_forward(x, *three))
     )
-    for found, exact in pairs:
-        assert (found - exact).norm() / exact.norm() < 0.02
+    for result, exact in pairs:
+        assert (result - exact).norm() / exact.norm() < 0.02
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -273,8 +272,8 @@ def test_kinds_may_be_mixed(way: str, gate_up: str, down: str) -> None:
     plain = [grouped(w, name) if name else w for w, name in zip(weights, (gate_up, down), strict=True)]
     first, second = map(cpu.pack, plain)
     exact = reference.experts(x, index, share, *plain)
-    found = cpu.experts(x, index, share, first, second)
-    assert (found - exact).norm() / exact.norm() < 0.03
+    result = cpu.experts(x, index, share, first, second)
+    assert (result - exact).norm() / exact.norm() < 0.03
     one = [part[0] for part in plain]
     both = [rows_of(one[0], 0, 96), rows_of(one[0], 96, 192), one[1]]
     exact = reference.feed_forward(x, *both)
@@ -295,7 +294,7 @@ def test_parts_that_lie_with_gaps_are_moved_together() -> None:
 def test_gate_and_up_of_two_kinds_are_refused() -> None:
     gate, up, down = random(64, 128), formats.pack(random(64, 128), "int4"), random(128, 64)
     with pytest.raises(InputError, match="gate and up are packed as"):
-        cpu.feed_forward(random(3, 128), *map(cpu.pack, (gate, up, down)))
+        cpu.feed_forward(random(3, 128), cpu.pack(gate), cpu.pack(up), cpu.pack(down))
 
 
 @pytest.mark.parametrize("kind", ["", "int8", "int4", "int4-g32-asym", *GROUPED])
@@ -320,16 +319,17 @@ def test_a_rows_answer_depends_neither_on_its_batch_nor_on_threads(way: str, kin
 def test_norms(dtype: torch.dtype, width: int) -> None:
     x, other, third = (random(7, width, seed=n, dtype=dtype) for n in range(3))
     weights = [1 + random(width, seed=9 + n, dtype=dtype, scale=0.3) for n in range(3)]
-    double = [w.double() for w in weights]
+    norms, double = JoinNorms(*weights), JoinNorms(*(w.double() for w in weights))
     for weight in (weights[0], None):
         exact = reference.rms_norm(x.double(), None if weight is None else weight.double(), 1e-6)
         check_close(cpu.rms_norm(x, weight, 1e-6), exact, reference.rms_norm(x, weight, 1e-6), dtype)
     exact = reference.norm_add(x.double(), other.double(), double[0], 1e-6)
     check_close(cpu.norm_add(x, other, weights[0], 1e-6), exact, reference.norm_add(x, other, weights[0], 1e-6), dtype)
     for scale in (torch.tensor([0.7]), torch.linspace(0.5, 1.2, 7)[:, None]):
-        exact = reference.join(x.double(), other.double(), third.double(), *double, 1e-6, scale.to(dtype).double())
-        arguments = (x, other, third, *weights, 1e-6, scale.to(dtype))
-        check_close(cpu.join(*arguments), exact, reference.join(*arguments), dtype)
+        scale = scale.to(dtype)
+        exact = reference.join(x.double(), other.double(), third.double(), double, 1e-6, scale.double())
+        plain = reference.join(x, other, third, norms, 1e-6, scale)
+        check_close(cpu.join(x, other, third, norms, 1e-6, scale), exact, plain, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -379,14 +379,14 @@ def test_attention(
     q = random(3, width, heads, size, dtype=dtype)
     k, v = (random(3, width, groups, size, seed=n, dtype=dtype) for n in (1, 2))
     k_ring, v_ring = (random(3, ring + 1, groups, size, seed=n, dtype=dtype) for n in (3, 4))
-    found = cpu.attention(q, k, v, k_ring, v_ring, mask)
+    result = cpu.attention(q, k, v, k_ring, v_ring, mask)
     exact = reference.attention(q.double(), k.double(), v.double(), k_ring.double(), v_ring.double(), mask)
     plain = reference.attention(q, k, v, k_ring, v_ring, mask)
     for row, count in enumerate(counts):
         real = [*range(count), *range(encode, width)]
         if real:
-            check_close(found[row, real], exact[row, real], plain[row, real], dtype, 16.0)
-    assert found.isfinite().all()
+            check_close(result[row, real], exact[row, real], plain[row, real], dtype, 16.0)
+    assert result.isfinite().all()
 
 
 # ---- a layer --------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_a_row_takes_the_same_way_through_a_layer_alone_and_in_a_batch(
     )
     x, new = random(batch, encode + canvas, width, dtype=dtype), encode + canvas
     cos, sin = (random(batch, new, head, seed=n, dtype=dtype) for n in (22, 23))
-    rings = [random(batch, ring + 1, groups, head, seed=n, dtype=dtype) for n in (24, 25)]
+    k_ring, v_ring = (random(batch, ring + 1, groups, head, seed=n, dtype=dtype) for n in (24, 25))
     scale = random(batch * new, 1, seed=26, dtype=dtype)
     lengths, counts = torch.arange(batch) * 7, torch.arange(batch) % (encode + 1)
 
@@ -444,15 +444,18 @@ def test_a_row_takes_the_same_way_through_a_layer_alone_and_in_a_batch(
         at = torch.tensor(rows)
         mask = Mask(rows, at, lengths[at], counts[at], encode, canvas, 30, ring, ring)
         try:
-            return cpu.block(x[at], layer, cos[at], sin[at], *rings, mask, scale.view(batch, -1)[at].reshape(-1, 1))[:3]
+            own_scale = scale.view(batch, -1)[at].reshape(-1, 1)
+            result = cpu.block(x[at], layer, BlockPass(cos[at], sin[at], k_ring, v_ring, mask, own_scale))
+            assert result.k_BTGK is not None and result.v_BTGK is not None
+            return result.x_BTD, result.k_BTGK, result.v_BTGK
         finally:
             torch.set_num_threads(before)
 
     everyone = [*range(batch)]
     alone = [through([row], 1) for row in everyone]
     for threads in (1, 2, 4):
-        for found, each in zip(through(everyone, threads), zip(*alone, strict=True), strict=True):
-            assert found.isfinite().all() and torch.equal(found, torch.cat(each))
+        for result, each in zip(through(everyone, threads), zip(*alone, strict=True), strict=True):
+            assert result.isfinite().all() and torch.equal(result, torch.cat(each))
 
 
 @pytest.mark.parametrize(
@@ -471,7 +474,8 @@ def test_a_weight_that_was_replaced_is_not_read_again(of: str, how: str) -> None
     used, fresh = (tiny.tiny_model(seed=3, name="cpu") for _ in range(2))
     place, child = "layers.1." + of.rpartition(".")[0], of.rpartition(".")[2]
     tokens, canvas = torch.arange(12)[None] % 7, torch.arange(used.config.canvas_length)[None] % 5
-    weight = random(*used.get_submodule(f"layers.1.{of}").weight.shape, seed=8)
+    module: Any = used.get_submodule(f"layers.1.{of}")
+    weight = random(*module.weight.shape, seed=8)
 
     def run(model: Any) -> Tensor:
         cache = KVCache.allocate(model.config, 1, 64)
@@ -492,7 +496,8 @@ def test_a_weight_that_was_replaced_is_not_read_again(of: str, how: str) -> None
 
     with torch.inference_mode():
         before = run(used)
-        change(used), change(fresh)
+        change(used)
+        change(fresh)
         assert torch.equal(run(used), run(fresh)) and not torch.equal(run(used), before)
 
 
@@ -506,39 +511,39 @@ def test_read_out_and_soft_embedding(way: str, dtype: torch.dtype, words: int, l
     temperature, uniform = torch.tensor([0.8, 0.4]), torch.rand(2, length, generator=torch.Generator().manual_seed(1))
     where = torch.rand(2, length, generator=torch.Generator().manual_seed(2)) < 0.5
     banned = where, torch.tensor([0, words - 1, words // 2])
-    found = cpu.read_out(hidden, embed, 30.0, temperature, uniform, None, banned)
+    result = cpu.read_out(hidden, embed, 30.0, temperature, uniform, None, banned)
     exact = reference.read_out(hidden.double(), embed.double(), 30.0, temperature, uniform, None, banned)
     plain = reference.read_out(hidden, embed, 30.0, temperature, uniform, None, banned)
     live = exact.logits_BLV > contract.NEVER / 2
-    assert (found.logits_BLV[~live].float() < -1e29).all()
+    assert (result.logits_BLV[~live].float() < -1e29).all()
     check_close(
-        found.logits_BLV[live], exact.logits_BLV[live], plain.logits_BLV[live], dtype, 10.0
+        result.logits_BLV[live], exact.logits_BLV[live], plain.logits_BLV[live], dtype, 10.0
     )  # softcap's own places
-    check_close(found.entropy_BL, exact.entropy_BL, plain.entropy_BL, torch.float32, 64.0)
+    check_close(result.entropy_BL, exact.entropy_BL, plain.entropy_BL, torch.float32, 64.0)
     p = exact.logits_BLV.double().softmax(-1)
-    best = p.gather(-1, found.argmax_BL[..., None])[..., 0]
+    best = p.gather(-1, result.argmax_BL[..., None])[..., 0]
     assert (best >= p.amax(-1) * (1 - 16 * EPS[dtype])).all()
     # The sample is where the cumulative distribution passes the number, within the logits' own rounding.
     cdf = p.cumsum(-1)
-    upper = cdf.gather(-1, found.sample_BL[..., None])[..., 0]
-    lower = upper - p.gather(-1, found.sample_BL[..., None])[..., 0]
+    upper = cdf.gather(-1, result.sample_BL[..., None])[..., 0]
+    lower = upper - p.gather(-1, result.sample_BL[..., None])[..., 0]
     slack = 1e-5 if dtype == torch.float32 else 0.05
     assert (lower - slack <= uniform).all() and (uniform <= upper + slack).all()
-    assert not (torch.isin(found.sample_BL, banned[1]) & where).any()
-    assert not (torch.isin(found.argmax_BL, banned[1]) & where).any()
+    assert not (torch.isin(result.sample_BL, banned[1]) & where).any()
+    assert not (torch.isin(result.argmax_BL, banned[1]) & where).any()
 
     scale = torch.tensor(size**0.5)
-    soft = cpu.soft_embedding(found.logits_BLV, embed, scale, found.tiles)
-    exact_soft = reference.soft_embedding(found.logits_BLV.double(), embed.double(), scale.double())
-    plain_soft = reference.soft_embedding(found.logits_BLV, embed, scale)
+    soft = cpu.soft_embedding(result.logits_BLV, embed, scale, result.tiles)
+    exact_soft = reference.soft_embedding(result.logits_BLV.double(), embed.double(), scale.double())
+    plain_soft = reference.soft_embedding(result.logits_BLV, embed, scale)
     check_close(soft, exact_soft, plain_soft, dtype, 8.0)
-    check_close(cpu.soft_embedding(found.logits_BLV, embed, scale), exact_soft, plain_soft, dtype, 8.0)
+    check_close(cpu.soft_embedding(result.logits_BLV, embed, scale), exact_soft, plain_soft, dtype, 8.0)
 
 
-def test_the_oracles_dice_meet_the_stored_logits(way: str) -> None:
+def test_the_oracles_noise_is_added_to_the_stored_logits(way: str) -> None:
     hidden, embed, gumbel = random(1, 9, 24), random(61, 24), random(1, 9, 61, seed=3)
-    found = cpu.read_out(hidden, embed, 30.0, torch.tensor([0.5]), None, gumbel)
-    assert torch.equal(found.sample_BL, (found.logits_BLV.float() + gumbel).argmax(-1))
+    result = cpu.read_out(hidden, embed, 30.0, torch.tensor([0.5]), None, gumbel)
+    assert torch.equal(result.sample_BL, (result.logits_BLV.float() + gumbel).argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -729,17 +734,17 @@ def started(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, str
 @pytest.mark.parametrize("damage", ["truncated", "zeros", "empty", "checksum"])
 def test_a_damaged_library_is_built_anew(small: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Loaded, the truncated one would end the process."""
-    path, said = started(small, capsys)
+    path, message = started(small, capsys)
     whole, place = path.read_bytes(), path.stat().st_ino
-    assert said == "" and started(small, capsys) == (path, "") and path.stat().st_ino == place
+    assert message == "" and started(small, capsys) == (path, "") and path.stat().st_ino == place
     broken = {"truncated": whole[:4096], "zeros": whole[:4096] + bytes(len(whole) - 4096), "empty": b""}
     if damage == "checksum":
         path.with_suffix(".sha256").write_bytes(b"\xff\0")
     else:
         path.unlink()  # the old one is still loaded, and its pages are the file's
         path.write_bytes(broken[damage])
-    _, said = started(small, capsys)
-    assert said == f"sfumato: {path} is damaged; the cpu operations are built anew\n"
+    _, message = started(small, capsys)
+    assert message == f"sfumato: {path} is damaged; the cpu operations are built anew\n"
     assert path.read_bytes() == whole and started(small, capsys)[1] == ""
 
 
@@ -800,7 +805,7 @@ def test_rows_that_there_are_and_no_others(way: str, rows: int) -> None:
 def test_int8_at_its_ends(way: str) -> None:
     """The largest sums, of both signs: exact in integers, though AVX-512 multiplies bytes of which one has no sign."""
     codes = torch.tensor([127, -127, 127, -127])[:, None].expand(4, 4096).to(torch.int8)
-    packed = cpu.pack(Quantised("int8", (4, 4096), codes.contiguous(), torch.ones(4), 4096))
+    packed = cpu.pack(Packed("int8", (4, 4096), codes.contiguous(), torch.ones(4), 4096))
     x = torch.cat([torch.ones(1, 4096), -torch.ones(1, 4096), torch.ones(1, 2048).repeat(1, 2)])
     x[2, ::2] = -1
     y = cpu.linear(x, packed)[0]

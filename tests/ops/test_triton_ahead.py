@@ -42,7 +42,8 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         timeout=600,
     )
     assert child.returncode == 0, child.stdout
-    return json.loads((folder / "rows.json").read_text())
+    compiled: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text())
+    return compiled
 
 
 def test_every_file_with_kernels_is_compiled(rows: list[dict[str, Any]]) -> None:
@@ -95,20 +96,17 @@ def test_the_default_stands_where_nothing_was_measured(table: Path) -> None:
 
 
 def test_tuning_writes_the_fastest_and_config_reads_it(table: Path) -> None:
-    seen = []
+    used: list[tuning.Config] = []
 
-    def run() -> None:
-        seen.append(tuning.config("op", (8, 16), torch.bfloat16, "cpu", DEFAULT))
-
-    def milliseconds(run: Any) -> float:
-        run()
-        return abs(seen[-1]["BLOCK"] - 33.0)
+    def measure() -> float:
+        used.append(tuning.config("op", (8, 16), torch.bfloat16, "cpu", DEFAULT))
+        return abs(used[-1]["BLOCK"] - 33.0)
 
     tried = tuning.candidates(DEFAULT, {"BLOCK": (16, 32, 64), "num_warps": (4,)})
     assert [one["BLOCK"] for one in tried] == [64, 16, 32]
-    measured = tuning.tune("op", (8, 16), torch.bfloat16, "cpu", run, tried, table, milliseconds)
+    measured = tuning.tune("op", (8, 16), torch.bfloat16, "cpu", measure, tried, table)
     assert [one["BLOCK"] for _, one in measured] == [32, 16, 64]
-    assert seen == tried
+    assert used == tried
     assert tuning.config("op", (8, 16), "bfloat16", "cpu", DEFAULT) == {"BLOCK": 32, "num_warps": 4}
     assert tuning.config("op", (8, 17), "bfloat16", "cpu", DEFAULT) == DEFAULT
     assert tuning.config("op", (8, 16), "float32", "cpu", DEFAULT) == DEFAULT
@@ -119,11 +117,11 @@ def test_tuning_writes_the_fastest_and_config_reads_it(table: Path) -> None:
 def test_what_does_not_fit_is_left_out(table: Path) -> None:
     from triton.runtime.errors import OutOfResources
 
-    def milliseconds(run: Any) -> float:
+    def measure() -> float:
         raise OutOfResources(300, 227, "shared memory")
 
     with pytest.raises(ValueError, match="none of the 1 configurations of op runs on cpu"):
-        tuning.tune("op", (8,), "bfloat16", "cpu", lambda: None, [DEFAULT], table, milliseconds)
+        tuning.tune("op", (8,), "bfloat16", "cpu", measure, [DEFAULT], table)
     assert not table.exists()
 
 

@@ -18,6 +18,7 @@ from sfumato.ops.triton.attention import attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TILES = {"BLOCK_M": 16, "BLOCK_N": 16}
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def mask_of(
@@ -36,17 +37,18 @@ def mask_of(
     )
 
 
-def tensors_for(mask: Mask, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def tensors_for(mask: Mask, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> Tensors:
     """Queries, new keys and values, and a ring for them, small enough for a softmax that is not one key's alone."""
-    dice = torch.Generator().manual_seed(len(mask.rows) + mask.encode + size)
+    generator = torch.Generator().manual_seed(len(mask.rows) + mask.encode + size)
     batch, new = len(mask.rows), mask.encode + mask.canvas
     shapes = [(batch, new, heads), (batch, new, kv_heads), (batch, new, kv_heads)]
     shapes += [(max(mask.rows) + 2, mask.ring + 1, kv_heads)] * 2
     scales = (2 * size**-0.5, 1, 1, 1, 1)
-    return [
-        (torch.randn(*shape, size, generator=dice) * scale).to(dtype)
+    q, k, v, k_ring, v_ring = (
+        (torch.randn(*shape, size, generator=generator) * scale).to(dtype)
         for shape, scale in zip(shapes, scales, strict=True)
-    ]
+    )
+    return q, k, v, k_ring, v_ring
 
 
 def spoiled(ring: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -59,10 +61,10 @@ def spoiled(ring: torch.Tensor, mask: Mask) -> torch.Tensor:
 
 
 def check(mask: Mask, heads: int = 4, kv_heads: int = 2, size: int = 16, dtype: torch.dtype = torch.float32) -> None:
-    tensors = tensors_for(mask, heads, kv_heads, size, dtype)
-    fast = attention(*tensors[:3], *(spoiled(ring, mask) for ring in tensors[3:]), mask)
-    plain = reference.attention(*tensors, mask)
-    exact = reference.attention(*(tensor.float() for tensor in tensors), mask)
+    q, k, v, k_ring, v_ring = tensors_for(mask, heads, kv_heads, size, dtype)
+    fast = attention(q, k, v, spoiled(k_ring, mask), spoiled(v_ring, mask), mask)
+    plain = reference.attention(q, k, v, k_ring, v_ring, mask)
+    exact = reference.attention(q.float(), k.float(), v.float(), k_ring.float(), v_ring.float(), mask)
     assert fast.shape == plain.shape and fast.dtype == plain.dtype
     assert fast.isfinite().all()
     new_T = torch.arange(mask.encode + mask.canvas)
@@ -71,7 +73,7 @@ def check(mask: Mask, heads: int = 4, kv_heads: int = 2, size: int = 16, dtype: 
     assert (fast.float() - exact)[real_BT].abs().max() <= allowed
 
 
-CASES = {
+CASES: dict[str, tuple[list[int], list[int], int, int, int | None, int]] = {
     "one token, nothing cached": ([0], [1], 1, 0, None, 64),
     "one token": ([37], [1], 1, 0, None, 64),
     "encode, padded": ([0, 5, 33], [19, 7, 0], 19, 0, None, 64),
@@ -99,9 +101,9 @@ SLOW = pytest.mark.slow
 )
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_reference(case: str, splits: int, columns: int) -> None:
-    *data, ring = CASES[case]
+    lengths, counts, encode, canvas, window, ring = CASES[case]
     with tuning.using("attention", **TILES, SPLITS=splits, COLUMNS=columns):
-        check(mask_of(*data, ring, rows=[2, 0, 3, 1][: len(data[0])]))
+        check(mask_of(lengths, counts, encode, canvas, window, ring, rows=[2, 0, 3, 1][: len(lengths)]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,14 +123,15 @@ def test_a_full_window_with_the_released_tiles(window: int | None) -> None:
 def test_a_row_does_not_depend_on_its_batch(splits: int) -> None:
     """Not on the other rows, not on how far they pad its encoded tokens, not on what they have cached."""
     whole = mask_of([40, 4, 9], [3, 17, 0], 17, 20, 12, 16, rows=[2, 0, 1])
-    tensors = tensors_for(whole, 4, 2, 16, torch.bfloat16)
+    q, k, v, k_ring, v_ring = tensors_for(whole, 4, 2, 16, torch.bfloat16)
     with tuning.using("attention", **TILES, SPLITS=splits):
-        together = attention(*tensors, whole)
+        together = attention(q, k, v, k_ring, v_ring, whole)
         for b, (length, count) in enumerate(zip([40, 4, 9], [3, 17, 0], strict=True)):
             for encode in {count, 17}:
                 alone = mask_of([length], [count], encode, 20, 12, 16, rows=[whole.rows[b]])
                 new_T = list(itertools.chain(range(encode), range(17, 37)))
-                out = attention(*(tensor[b : b + 1, new_T] for tensor in tensors[:3]), *tensors[3:], alone)
+                q_T, k_T, v_T = (tensor[b : b + 1, new_T] for tensor in (q, k, v))
+                out = attention(q_T, k_T, v_T, k_ring, v_ring, alone)
                 assert torch.equal(out[0, :count], together[b, :count])
                 assert torch.equal(out[0, encode:], together[b, 17:])
 
@@ -138,10 +141,10 @@ def test_slices_are_read_in_place() -> None:
     q, k, v, ring_k, ring_v = tensors_for(mask, 4, 2, 16, torch.float32)
     joined = torch.cat([q, k, v], dim=2)
     exact = reference.attention(q, k, v, ring_k, ring_v, mask)
-    slices = joined[:, :, :4], joined[:, :, 4:6], joined[:, :, 6:]
-    assert torch.allclose(attention(*slices, ring_k, ring_v, mask), exact, atol=2e-6)
-    turned = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v)]
-    assert torch.allclose(attention(*turned, ring_k, ring_v, mask), exact, atol=2e-6)
+    q, k, v = joined[:, :, :4], joined[:, :, 4:6], joined[:, :, 6:]
+    assert torch.allclose(attention(q, k, v, ring_k, ring_v, mask), exact, atol=2e-6)
+    q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v))
+    assert torch.allclose(attention(q, k, v, ring_k, ring_v, mask), exact, atol=2e-6)
 
 
 def test_a_ring_that_would_have_to_be_copied_is_an_error() -> None:

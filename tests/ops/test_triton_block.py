@@ -1,5 +1,6 @@
-"""A whole block of the Triton back end, under the interpreter, against the reference's operations one by one; what it
-hands on, what it leaves in the rings; products in parts; and a model of thirty layers."""
+"""ops/triton/block.py, between.py and heads.py: a whole block, under the interpreter, against the reference's
+operations one by one; what it prepares for the next block, what it leaves in the rings; products in parts; and a model
+of thirty layers."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from triton.runtime import interpreter
 
 from sfumato.model.cache import KVCache
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
-from sfumato.model.network import Model
+from sfumato.model.network import Block, Model
 from sfumato.ops import reference
 from sfumato.ops import triton as kernels
-from sfumato.ops.contract import After, Layer
+from sfumato.ops.contract import After, BlockPass, BlockResult, JoinNorms, Layer, Matrix
 from sfumato.ops.masks import Mask
 from sfumato.ops.packed import Packed
-from sfumato.ops.triton import linear, product, tuning
+from sfumato.ops.triton import forms, linear, product, tuning
 from sfumato.ops.triton.block import block
 from sfumato.ops.triton.product import Ready
 from sfumato.quant import formats
@@ -66,7 +67,7 @@ def layer_of(kind: str, dtype: torch.dtype, has_values: bool = True) -> Layer:
 
     def weight(*shape: int, seed: int) -> Any:
         one = normal(*shape, seed=seed, scale=shape[-1] ** -0.5).to(dtype)
-        return product.pack(formats.pack(one, kind) if kind else one)
+        return forms.pack(formats.pack(one, kind) if kind else one)
 
     return Layer(
         norm(WIDTH, 1),
@@ -95,32 +96,36 @@ def layer_of(kind: str, dtype: torch.dtype, has_values: bool = True) -> Layer:
     )
 
 
+def products_of(layer: Layer) -> tuple[Matrix, ...]:
+    """What takes the input of a block with this layer."""
+    return tuple(weight for weight in (layer.q, layer.k, layer.v) if weight is not None)
+
+
 def in_float32(layer: Layer) -> Layer:
     def widened(part: Any) -> Any:
         if isinstance(part, Packed):
-            return part  # reference unpacks it to x's dtype, after x met it
+            return part  # reference unpacks it to x's dtype
         return part.float() if isinstance(part, Tensor) else part
 
     return Layer(*map(widened, layer))
 
 
-def by_reference(
-    x_BTD: Tensor, layer: Layer, cos: Tensor, sin: Tensor, rings: list[Tensor], mask: Mask, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def by_reference(x_BTD: Tensor, layer: Layer, block_pass: BlockPass) -> tuple[Tensor, Tensor, Tensor]:
     """The block's output and its new keys and values, operation by operation."""
+    cos, sin, _, _, mask, scale = block_pass
     ops, (batch, tokens, _) = reference, x_BTD.shape
     normed = ops.rms_norm(x_BTD, layer.input_norm, EPS)
     weights = [each for each in (layer.q, layer.k, layer.v) if each is not None]
     q, k, *v = (y.view(batch, tokens, -1, HEAD) for y in ops.linear(normed, *weights))
     value = ops.rms_norm(v[0] if v else k, None, EPS)
     q, key = (ops.norm_rope(*pair, EPS, cos, sin) for pair in ((q, layer.q_norm), (k, layer.k_norm)))
-    mixed = ops.attention(q, key, value, *rings, mask).reshape(batch, tokens, -1)
+    mixed = ops.attention(q, key, value, block_pass.k_XRGK, block_pass.v_XRGK, mask).reshape(batch, tokens, -1)
     x = ops.norm_add(x_BTD, ops.linear(mixed, layer.o)[0], layer.after_attention, EPS).view(-1, WIDTH)
     dense = ops.feed_forward(ops.rms_norm(x, layer.before_dense, EPS), layer.gate, layer.up, layer.down)
     routed = ops.route(x, layer.router_scale, layer.router, layer.per_expert, TOP_K, EPS)
     sparse = ops.experts(ops.rms_norm(x, layer.before_experts, EPS), *routed, layer.gate_up, layer.expert_down)
-    norms = layer.after_dense, layer.after_experts, layer.after
-    return ops.join(x, dense, sparse, *norms, EPS, scale).view_as(x_BTD), key, value
+    norms = JoinNorms(layer.after_dense, layer.after_experts, layer.after)
+    return ops.join(x, dense, sparse, norms, EPS, scale).view_as(x_BTD), key, value
 
 
 ROWS = {
@@ -130,8 +135,8 @@ ROWS = {
 }
 
 
-def inputs(rows: str, dtype: torch.dtype, window: int | None = 12) -> tuple[Any, ...]:
-    """x, cos, sin, rings, mask, scalar."""
+def inputs(rows: str, dtype: torch.dtype, window: int | None = 12) -> tuple[Tensor, BlockPass]:
+    """The block's x, and what it takes from its pass."""
     lengths, counts, encode, canvas = ROWS[rows]
     batch, tokens = len(lengths), encode + canvas
     ring = 24 if window else 64
@@ -140,14 +145,19 @@ def inputs(rows: str, dtype: torch.dtype, window: int | None = 12) -> tuple[Any,
     mask = Mask(order, *places, encode, canvas, window, ring, min(ring, max(lengths)))
     angles = normal(batch, tokens, HEAD, seed=30) * 5
     angles = torch.cat([angles[..., : HEAD // 2]] * 2, -1)
-    rings = [normal(4, ring + 1, GROUPS, HEAD, seed=n).to(dtype) for n in (31, 32)]
+    k, v = (normal(4, ring + 1, GROUPS, HEAD, seed=n).to(dtype) for n in (31, 32))
     scale = normal(batch * tokens, 1, seed=33) if encode and canvas else torch.tensor([0.7])
     x = normal(batch, tokens, WIDTH, seed=34)
-    return x.to(dtype), angles.cos().to(dtype), angles.sin().to(dtype), rings, mask, scale.to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return x.to(dtype), BlockPass(cos, sin, k, v, mask, scale.to(dtype))
+
+
+def rings(block_pass: BlockPass) -> tuple[Tensor, Tensor]:
+    return block_pass.k_XRGK, block_pass.v_XRGK
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    return ((got.float() - exact.float()).norm() / exact.float().norm()).item()
+    return float((got.float() - exact.float()).norm() / exact.float().norm())
 
 
 def real(mask: Mask) -> Tensor:
@@ -161,20 +171,21 @@ CASES += [(kind, "canvas", torch.bfloat16) for kind in ("", "int8", "fp8", "int4
 
 @pytest.mark.parametrize(("kind", "rows", "dtype"), CASES, ids=str)
 def test_a_block_is_its_operations(kind: str, rows: str, dtype: torch.dtype) -> None:
-    layer, (x, cos, sin, rings, mask, scale) = layer_of(kind, dtype, rows != "encode"), inputs(rows, dtype)
-    plain, key, value = by_reference(x, layer, cos, sin, rings, mask, scale)
-    floats = [cos.float(), sin.float(), [ring.float() for ring in rings], mask, scale.float()]
-    exact, _, _ = by_reference(x.float(), in_float32(layer), *floats)
-    before = [ring.clone() for ring in rings]
-    fast, none, nothing, handed = block(x, layer, cos, sin, *rings, mask, scale)
-    assert none is None and nothing is None and handed is None and fast.dtype == dtype
-    seen = real(mask)
+    layer, (x, block_pass) = layer_of(kind, dtype, rows != "encode"), inputs(rows, dtype)
+    plain, key, value = by_reference(x, layer, block_pass)
+    cos, sin, k, v, mask, scale = block_pass
+    floats = BlockPass(cos.float(), sin.float(), k.float(), v.float(), mask, scale.float())
+    exact, _, _ = by_reference(x.float(), in_float32(layer), floats)
+    before = [ring.clone() for ring in rings(block_pass)]
+    fast, none, nothing, next_input = block(x, layer, block_pass)
+    assert none is None and nothing is None and next_input is None and fast.dtype == dtype
+    is_real = real(mask)
     # FP8 rounds x itself, another way where x differs in its last place.
     least = 0.02 if kind == "fp8" else 1e-5 if dtype == torch.float32 else 4e-3
-    assert relative(fast[seen], exact[seen]) <= max(2 * relative(plain[seen], exact[seen]), least)
+    assert relative(fast[is_real], exact[is_real]) <= max(2 * relative(plain[is_real], exact[is_real]), least)
 
     # In the rings: of canvases nothing, of what is encoded the real ones.
-    for ring, old, new in zip(rings, before, (key, value), strict=True):
+    for ring, old, new in zip(rings(block_pass), before, (key, value), strict=True):
         expected = old.clone()
         for b, row in enumerate(mask.rows):
             for t in range(count := int(mask.counts_B[b])):
@@ -186,33 +197,33 @@ def test_a_block_is_its_operations(kind: str, rows: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("kind", ["", "fp8", "int4", "int4-asym"])
-def test_what_is_handed_on_is_the_next_blocks_input(kind: str) -> None:
-    layer, (x, *rest) = layer_of(kind, torch.bfloat16), inputs("canvas", torch.bfloat16)
-    cos, sin, rings, mask, scale = rest
+def test_what_is_prepared_is_the_next_blocks_input(kind: str) -> None:
+    layer, (x, block_pass) = layer_of(kind, torch.bfloat16), inputs("canvas", torch.bfloat16)
     norm = (1 + normal(WIDTH, seed=40, scale=0.2)).bfloat16()
-    x, _, _, handed = block(x, layer, cos, sin, *rings, mask, scale, after=After(norm, (layer.q, layer.k, layer.v)))
+    x, _, _, prepared = block(x, layer, block_pass, after=After(norm, products_of(layer)))
     following = layer._replace(input_norm=norm)
-    alone, *_ = block(x, following, cos, sin, *rings, mask, scale)
-    found, *_ = block(x, following, cos, sin, *rings, mask, scale, handed=handed)
-    assert isinstance(handed, Ready) and handed.layout == {"": "plain", "fp8": "fp8", "int4": "classes"}.get(
+    alone = block(x, following, block_pass).x_BTD
+    result = block(x, following, block_pass, prepared).x_BTD
+    assert isinstance(prepared, Ready) and prepared.layout == {"": "plain", "fp8": "fp8", "int4": "classes"}.get(
         kind, "sums"
     )
-    assert relative(found, alone) <= 4e-3
+    assert relative(result, alone) <= 4e-3
     # Weights that meet x in two ways get it plain.
     if kind:
         two = (layer.q, layer_of("", torch.bfloat16).k)
-        *_, plain = block(x, layer, cos, sin, *rings, mask, scale, after=After(norm, two))
+        plain = block(x, layer, block_pass, after=After(norm, two)).next_input
         assert plain.layout == "plain"
-        found, *_ = block(x, following._replace(k=two[1], v=None), cos, sin, *rings, mask, scale, handed=plain)
-        assert found.isfinite().all()
+        result = block(x, following._replace(k=two[1], v=None), block_pass, plain).x_BTD
+        assert result.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["", "int8", "fp8", "int4-asym"])
 def test_a_row_does_not_depend_on_its_batch(kind: str) -> None:
-    layer, (x, cos, sin, rings, mask, scale) = layer_of(kind, torch.bfloat16), inputs("both", torch.bfloat16)
-    after = After(layer.input_norm, (layer.q, layer.k, layer.v))
-    held = [ring.clone() for ring in rings]
-    many, _, _, handed = block(x, layer, cos, sin, *rings, mask, scale, after=after)
+    layer, (x, block_pass) = layer_of(kind, torch.bfloat16), inputs("both", torch.bfloat16)
+    cos, sin, *_, mask, scale = block_pass
+    after = After(layer.input_norm, products_of(layer))
+    before = [ring.clone() for ring in rings(block_pass)]
+    many, _, _, prepared = block(x, layer, block_pass, after=after)
     scale_BT1 = scale.view(*x.shape[:2], 1)
     for b in range(len(x)):
         one = slice(b, b + 1)
@@ -220,14 +231,14 @@ def test_a_row_does_not_depend_on_its_batch(kind: str) -> None:
         alone = dataclasses.replace(
             mask, rows=mask.rows[one], rows_B=places[0], lengths_B=places[1], counts_B=places[2]
         )
-        own = [ring.clone() for ring in held]
-        each = x[one], layer, cos[one], sin[one], *own, alone, scale_BT1[one].reshape(-1, 1)
-        found, _, _, ready = block(*each, after=after)
-        seen = real(alone)
-        assert torch.equal(found[seen], many[one][seen])
-        mine = handed.x_MK.view(*x.shape)[one][seen].float()
-        assert torch.equal(ready.x_MK.view(*found.shape)[seen].float(), mine)
-        for ring, whole in zip(own, rings, strict=True):
+        k, v = (ring.clone() for ring in before)
+        own = BlockPass(cos[one], sin[one], k, v, alone, scale_BT1[one].reshape(-1, 1))
+        result, _, _, ready = block(x[one], layer, own, after=after)
+        is_real = real(alone)
+        assert torch.equal(result[is_real], many[one][is_real])
+        mine = prepared.x_MK.view(*x.shape)[one][is_real].float()
+        assert torch.equal(ready.x_MK.view(*result.shape)[is_real].float(), mine)
+        for ring, whole in zip((k, v), rings(block_pass), strict=True):
             assert torch.equal(ring[mask.rows[b]], whole[mask.rows[b]])
 
 
@@ -235,14 +246,14 @@ def test_a_row_does_not_depend_on_its_batch(kind: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_row_that_is_not_finite_says_so(value: float) -> None:
     """And spoils no other row, nor memory: the lists of its experts have room."""
-    layer, (x, cos, sin, rings, mask, scale) = layer_of("int8", torch.float32), inputs("canvas", torch.float32)
+    layer, (x, block_pass) = layer_of("int8", torch.float32), inputs("canvas", torch.float32)
     after = After(layer.input_norm, ())
     # A position that nobody sees: padding behind what a row encodes.
-    places = {"encode": 4, "canvas": 7, "counts_B": torch.tensor([2])}
-    mask = dataclasses.replace(mask, **places)
-    *_, sound = block(x, layer, cos, sin, *rings, mask, scale, after=after)
+    mask = dataclasses.replace(block_pass.mask, encode=4, canvas=7, counts_B=torch.tensor([2]))
+    block_pass = block_pass._replace(mask=mask)
+    *_, sound = block(x, layer, block_pass, after=after)
     x[0, 3] = value
-    *_, hidden = block(x, layer, cos, sin, *rings, mask, scale, after=after)
+    *_, hidden = block(x, layer, block_pass, after=after)
     assert not hidden[0, 3].isfinite().all()
     others = [t for t in range(11) if t != 3]
     assert torch.equal(hidden[0, others], sound[0, others])
@@ -250,9 +261,9 @@ def test_a_row_that_is_not_finite_says_so(value: float) -> None:
 
 def test_the_order_in_which_programs_come_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever comes last joins the parts, in their own order; an expert's list may stand in any."""
-    layer, (x, cos, sin, rings, mask, scale) = layer_of("int8", torch.bfloat16), inputs("both", torch.bfloat16)
-    given = x, layer, cos, sin, *rings, mask, scale, None, After(layer.input_norm, ())
-    first, *_, hidden = block(*given)
+    layer, (x, block_pass) = layer_of("int8", torch.bfloat16), inputs("both", torch.bfloat16)
+    after = After(layer.input_norm, ())
+    first, *_, hidden = block(x, layer, block_pass, after=after)
     kind = type(interpreter.interpreter_builder)
     forward = kind.set_grid_idx
 
@@ -260,24 +271,25 @@ def test_the_order_in_which_programs_come_changes_nothing(monkeypatch: pytest.Mo
         forward(self, *(size - 1 - one for size, one in zip(self.grid_dim, at, strict=True)))
 
     monkeypatch.setattr(kind, "set_grid_idx", backward)
-    second, *_, again = block(*given)
+    second, *_, again = block(x, layer, block_pass, after=after)
     assert torch.equal(first, second) and torch.equal(hidden, again)
 
 
 def test_joined_by_a_kernel_of_its_own() -> None:
-    layer, given = layer_of("int8", torch.bfloat16), inputs("both", torch.bfloat16)
-    x, cos, sin, rings, mask, scale = given
-    one, *_ = block(x, layer, cos, sin, *rings, mask, scale)
+    layer, (x, block_pass) = layer_of("int8", torch.bfloat16), inputs("both", torch.bfloat16)
+    one = block(x, layer, block_pass).x_BTD
+    _, again = inputs("both", torch.bfloat16)
     with tuning.using("attention_combine", LAST=0):
-        two, *_ = block(x, layer, cos, sin, *inputs("both", torch.bfloat16)[3], mask, scale)
-    assert torch.equal(one[real(mask)], two[real(mask)])
+        two = block(x, layer, again).x_BTD
+    is_real = real(block_pass.mask)
+    assert torch.equal(one[is_real], two[is_real])
 
 
 def test_parts_add_up() -> None:
     for kind, dtype in (("", torch.float32), ("int8", torch.bfloat16), ("fp8", torch.bfloat16)):
         x = normal(5, 384).to(dtype)
         one = normal(40, 384, seed=1, scale=0.1).to(dtype)
-        weight = product.form(product.pack(formats.pack(one, kind) if kind else one), x)
+        weight = forms.form(forms.pack(formats.pack(one, kind) if kind else one), x)
         ready = product.prepare(x, weight)
         whole, parts = torch.empty(5, 40), torch.empty(3, 5, 40)
         linear.multiply(*ready, [weight], [whole], dtype)
@@ -298,28 +310,33 @@ def test_the_parts_of_the_released_model() -> None:
         ("plain", 704, 1),
         ("int4", 4096, 1),
     ):
-        weight = product.Form(kind, 2816, inputs, 64 if kind == "int4" else 1)
+        weight = forms.Form(kind, 2816, inputs, 64 if kind == "int4" else 1)
         assert linear.splits(weight, "bfloat16", "sm_90") == expected, (kind, inputs)
     # Where two programs do not fit one processor, no more than there are.
-    assert linear.splits(product.Form("plain", 2816, 4096), "bfloat16", "sm_89") == 2
+    assert linear.splits(forms.Form("plain", 2816, 4096), "bfloat16", "sm_89") == 2
 
 
-def test_nothing_is_handed_to_a_block_with_a_hook() -> None:
+def test_nothing_is_prepared_for_a_block_with_a_hook() -> None:
     """Its weights may not have come yet (offload.py)."""
-    plain, seen = tiny.tiny_model(tiny.tiny_config(), seed=3, name="reference"), []
+    plain = tiny.tiny_model(tiny.tiny_config(), seed=3, name="reference")
+    calls: list[tuple[Any, After | None]] = []
 
-    def whole(x: Tensor, *others: Any) -> tuple[Tensor, None, None, Any]:
-        seen.append(others[-2:])
-        return x, None, None, others[-1] and len(seen)
+    def whole(
+        x: Tensor, layer: Layer, block_pass: BlockPass, next_input: Any = None, after: After | None = None
+    ) -> BlockResult:
+        calls.append((next_input, after))
+        return BlockResult(x, None, None, after and len(calls))
 
     plain.use_(dataclasses.replace(reference.OPS, block=whole))
     plain.layers[2].register_forward_pre_hook(lambda *_: None)
     last = plain.denoise(torch.zeros(1, 8, dtype=torch.long), KVCache.allocate(plain.config, 1, 8))
     count = len(plain.layers)
-    assert [handed for handed, _ in seen] == [None, 1, None, *range(3, count)] and last == count
-    assert [after is None for _, after in seen] == [False, True, *[False] * (count - 2)]
-    assert seen[0][1].norm is plain.layers[1].input_layernorm.weight and len(seen[0][1].products) >= 2
-    assert seen[-1][1].norm is plain.norm.weight and seen[-1][1].products == ()
+    assert [next_input for next_input, _ in calls] == [None, 1, None, *range(3, count)] and last == count
+    assert [after is None for _, after in calls] == [False, True, *[False] * (count - 2)]
+    (_, first), (_, final), second_block = calls[0], calls[-1], plain.layers[1]
+    assert first is not None and final is not None and isinstance(second_block, Block)
+    assert first.norm is second_block.input_layernorm.weight and len(first.products) >= 2
+    assert final.norm is plain.norm.weight and final.products == ()
 
 
 THIN: ModelConfig = tiny.tiny_config(
@@ -337,14 +354,14 @@ THIN: ModelConfig = tiny.tiny_config(
 
 @pytest.mark.slow  # a minute
 def test_thirty_layers_of_many_experts() -> None:
-    """Two rows of different length encode a little more and denoise in one pass; the chain of blocks hands on from the
-    first layer to the final norm."""
+    """Two rows of different length encode a little more and denoise in one pass; each block prepares the next
+    one's input, from the first layer to the final norm."""
     plain = tiny.tiny_model(THIN, seed=3, name="reference")
     with torch.device("meta"):
         model = Model(THIN, kernels.record())
     model.load_state_dict(plain.state_dict(), assign=True)
     model = model.requires_grad_(False).eval().pack_()
-    found = []
+    results: list[tuple[Tensor, KVCache]] = []
     for one in (plain, model):
         cache = KVCache.allocate(THIN, 2, 32)
         for layer in range(30):  # seven tokens of one row, two of the other, whatever they were
@@ -353,12 +370,12 @@ def test_thirty_layers_of_many_experts() -> None:
         cache.lengths[:] = cache.peaks[:] = [7, 2]
         tokens, canvas = torch.tensor([[5, 9], [4, 0]]), torch.tensor([[3, 1, 4], [9, 2, 6]])
         _, hidden = one.encode_and_denoise(tokens, [2, 1], canvas, cache)
-        found.append((hidden, cache))
-    (exact, old), (fast, new) = found
+        results.append((hidden, cache))
+    (exact, old), (fast, new) = results
     assert relative(fast, exact) < 1e-4
     for layer in range(30):
-        for one, two in zip(old.ring_of(layer), new.ring_of(layer), strict=True):
-            assert relative(two[:, :-1], one[:, :-1]) < 1e-4  # the last slot is for padding
+        for expected, got in zip(old.ring_of(layer), new.ring_of(layer), strict=True):
+            assert relative(got[:, :-1], expected[:, :-1]) < 1e-4  # the last slot is for padding
 
 
 _of_the_package = test_the_parts_of_the_released_model  # here: the child has small tiles

@@ -16,7 +16,7 @@ import triton_interpreter
 
 from sfumato.ops import reference
 from sfumato.ops.packed import Packed, unpack
-from sfumato.ops.triton import ahead, experts, product, route, tuning
+from sfumato.ops.triton import ahead, experts, forms, route, tuning
 from sfumato.quant import formats
 
 if triton_interpreter.IS_ON:
@@ -46,7 +46,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def packed(weight: Tensor, kind: str) -> Tensor | Packed:
-    return product.pack(formats.pack(weight, kind) if kind else weight)
+    return forms.pack(formats.pack(weight, kind) if kind else weight)
 
 
 def whole(weight: Tensor | Packed) -> Tensor:
@@ -54,7 +54,7 @@ def whole(weight: Tensor | Packed) -> Tensor:
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    return ((got.float() - exact).norm() / exact.norm()).item()
+    return float((got.float() - exact).norm() / exact.norm())
 
 
 def routed(tokens: int, count: int, choices: int, how: str) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,8 @@ def test_route_writes_the_lists(tokens: int, width: int, count: int, choices: in
     residual, scale, proj = normal(tokens, width), normal(width, seed=1), normal(count, width, seed=2)
     index, weight = route.route(residual, scale, proj, torch.ones(count), choices, EPS)
     root, zeros = (residual.square().mean(-1) + EPS).rsqrt(), torch.zeros(route.zeros_for(tokens, count)).int()
-    *lists, same = route.listed(residual, root, scale, proj, torch.ones(count), choices, zeros)
+    router = route.Router(scale, proj, torch.ones(count))
+    *lists, same = route.listed(residual, root, router, choices, zeros)
     check_lists(index, *lists)
     assert torch.allclose(same, weight, rtol=1e-5)
 

@@ -18,7 +18,7 @@ import triton_interpreter
 from sfumato.errors import InputError
 from sfumato.ops import reference
 from sfumato.ops.packed import Packed, unpack
-from sfumato.ops.triton import ahead, linear, product, tuning
+from sfumato.ops.triton import ahead, forms, linear, product, tuning
 from sfumato.quant import formats
 
 if triton_interpreter.IS_ON:
@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def packed(weight: Tensor, kind: str) -> Tensor | Packed:
-    return product.pack(formats.pack(weight, kind) if kind else weight)
+    return forms.pack(formats.pack(weight, kind) if kind else weight)
 
 
 def fitted(size: int, kind: str) -> int:
@@ -55,7 +55,7 @@ def met(x: Tensor, kind: str) -> Tensor:
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    return ((got.float() - exact).norm() / exact.norm()).item()
+    return float((got.float() - exact).norm() / exact.norm())
 
 
 def bound(plain: Tensor, exact: Tensor) -> float:
@@ -168,7 +168,7 @@ def test_one_group_for_all_inputs() -> None:
     code, scale = formats.pack(normal(20, 96, seed=1), "int4").data, normal(20, 1, seed=2).abs()
     x, weight = normal(3, 96), Packed("int4", (20, 96), code, scale, 96, bias=normal(20, 1, seed=3))
     with tuning.using("linear", **{**SMALL, "BLOCK_K": 128}):
-        (out,) = linear.linear(x, product.pack(weight))
+        (out,) = linear.linear(x, forms.pack(weight))
     assert relative(out, F.linear(x, unpack(weight))) < 1e-6
 
 
@@ -211,9 +211,9 @@ def test_every_code_of_four_bits_with_every_scale_is_exact(kind: str, dtype: tor
     data = torch.stack([code[17 * i : 17 * i + group // 2] for i in range(8)]).repeat_interleave(len(scale), 0)
     scale = scale.repeat(8)[:, None]
     scale = scale.view(torch.float8_e4m3fn) if kind == "nvfp4" else scale
-    weight = product.pack(Packed(kind, (len(data), group), data, scale, group))
+    weight = forms.pack(Packed(kind, (len(data), group), data, scale, group))
     (out,) = linear.linear(torch.eye(group, dtype=dtype), weight)
-    assert torch.equal(out, whole(weight).T.to(dtype)) and whole(weight).unique().numel() > 300
+    assert torch.equal(out, whole(weight).T.to(dtype)) and torch.unique(whole(weight)).numel() > 300
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -267,12 +267,12 @@ def test_refusals() -> None:
 
 def test_pack() -> None:
     weight = normal(3, 8, 64)
-    assert product.pack(weight) is weight
+    assert forms.pack(weight) is weight
     for kind in KINDS[1:]:
         codes = formats.pack(weight, kind)
-        form = product.pack(codes.each(lambda part: part.repeat_interleave(2, 1)[:, ::2]))
-        assert isinstance(form, Packed) and form.kind == codes.kind and form.shape == (3, 8, 64)
-        assert all(part.is_contiguous() for part in form.parts.values()) and torch.equal(whole(form), unpack(codes))
+        laid = forms.pack(codes.each(lambda part: part.repeat_interleave(2, 1)[:, ::2]))
+        assert isinstance(laid, Packed) and laid.kind == codes.kind and laid.shape == (3, 8, 64)
+        assert all(part.is_contiguous() for part in laid.parts.values()) and torch.equal(whole(laid), unpack(codes))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_pack() -> None:
 )
 def test_what_no_kernel_unpacks_is_refused(weight: Packed, why: str) -> None:
     with pytest.raises(InputError, match=f'{why}.*choose ops="fused" or quantize="int4"'):
-        product.pack(weight)
+        forms.pack(weight)
 
 
 def test_the_assembly_says_what_the_plain_way_says() -> None:
@@ -308,8 +308,8 @@ def test_the_assembly_says_what_the_plain_way_says() -> None:
     register = ptx.pair(word, word.flip(0))
     codes = torch.stack([word >> 4 * place & 15 for place in range(4)])
     for text, dtype in zip(ptx.assemblies(product, "_quarters"), DTYPES[1:], strict=True):
-        for found, code in zip(ptx.run(text, {"$4": register}, 4), codes, strict=True):
-            numbers = ptx.halves(found, dtype).float()
+        for quarter, code in zip(ptx.run(text, {"$4": register}, 4), codes, strict=True):
+            numbers = ptx.halves(quarter, dtype).float()
             assert torch.equal(numbers[:, 0], code - 8.0) and torch.equal(numbers[:, 1], code.flip(0) - 8.0)
 
     e2m1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -317,8 +317,8 @@ def test_the_assembly_says_what_the_plain_way_says() -> None:
     (text,) = ptx.assemblies(product, "_e2m1_quarters")
     for scale in (2.0**-127, 2.0**-9, 1.0, 1.125, 448.0, 2.0**120):
         bits = torch.tensor(scale, dtype=torch.bfloat16).view(torch.int16).expand(65536)
-        for found, code in zip(ptx.run(text, {"$4": register, "$5": ptx.pair(bits, bits)}, 4), codes, strict=True):
-            numbers = ptx.halves(found, torch.bfloat16)
+        for quarter, code in zip(ptx.run(text, {"$4": register, "$5": ptx.pair(bits, bits)}, 4), codes, strict=True):
+            numbers = ptx.halves(quarter, torch.bfloat16)
             exact = (e2m1.double() * scale).to(torch.bfloat16)
             assert torch.equal(numbers[:, 0], exact[code]) and torch.equal(numbers[:, 1], exact[code.flip(0)])
 

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 import triton_interpreter
 
 from sfumato.ops import reference
+from sfumato.ops.contract import JoinNorms
 from sfumato.ops.triton import norm, tuning
 
 EPS = 1e-6
@@ -93,18 +94,20 @@ def test_norm_add(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(1, 2816), (6, 48), (7, 5)])
 @pytest.mark.parametrize("scales", ["one", "each"])
 def test_join(shape: tuple[int, ...], dtype: torch.dtype, scales: str) -> None:
-    three = [randn(*shape, dtype=dtype, seed=i) for i in range(3)]
-    norms = [randn(shape[-1], dtype=dtype, seed=3 + i) for i in range(3)]
+    parts = [randn(*shape, dtype=dtype, seed=i) for i in range(3)]
+    norms = JoinNorms(*(randn(shape[-1], dtype=dtype, seed=3 + i) for i in range(3)))
+    wide = JoinNorms(*(weight.float() for weight in norms))
     scale = randn(*((1,) if scales == "one" else (shape[0], 1)), dtype=dtype, seed=9)
-    exact = reference.join(*(t.float() for t in three), *(t.float() for t in norms), EPS, scale.float())
-    check(norm.join(*three, *norms, EPS, scale), reference.join(*three, *norms, EPS, scale), exact)
+    one, two, three = parts
+    exact = reference.join(one.float(), two.float(), three.float(), wide, EPS, scale.float())
+    check(norm.join(one, two, three, norms, EPS, scale), reference.join(one, two, three, norms, EPS, scale), exact)
 
 
 def test_join_with_float32_scales_gives_float32() -> None:
-    three = [randn(3, 16, dtype=torch.bfloat16, seed=i) for i in range(3)]
-    norms = [randn(16, dtype=torch.bfloat16, seed=3 + i) for i in range(3)]
+    one, two, three = (randn(3, 16, dtype=torch.bfloat16, seed=i) for i in range(3))
+    norms = JoinNorms(*(randn(16, dtype=torch.bfloat16, seed=3 + i) for i in range(3)))
     scale = randn(3, 1, dtype=torch.float32, seed=9)
-    fast, plain = norm.join(*three, *norms, EPS, scale), reference.join(*three, *norms, EPS, scale)
+    fast, plain = (ops.join(one, two, three, norms, EPS, scale) for ops in (norm, reference))
     assert fast.dtype == plain.dtype == torch.float32
     assert torch.allclose(fast, plain, rtol=2e-2, atol=2e-2)
 

@@ -205,7 +205,7 @@ def test_tiles_are_of_the_rounded_logits(dtype: torch.dtype, sharp: float) -> No
     p = fast.logits_BLV.double().softmax(-1)
     again = (fast.logits_BLV.double() - tiles.peak_BL[..., None] - tiles.log_sum_BL[..., None]).exp()
     assert (again - p).abs().max() < 1e-5
-    mass = torch.stack([part.sum(-1) for part in p.split(tiles.size, dim=-1)], dim=-1)
+    mass = torch.stack([part.sum(-1) for part in torch.split(p, tiles.size, dim=-1)], dim=-1)
     assert tiles.mass_BLC.shape == mass.shape
     assert (tiles.mass_BLC - mass).abs().max() < 2e-6
 

@@ -43,7 +43,7 @@ def tiles_of(logits_BLV: Tensor, size: int = SIZE) -> Tiles:
     """As the read-out gives them."""
     logits = logits_BLV.double()
     peak = logits.max(-1).values
-    mass = torch.stack([part.sum(-1) for part in logits.softmax(-1).split(size, dim=-1)], dim=-1)
+    mass = torch.stack([part.sum(-1) for part in torch.split(logits.softmax(-1), size, dim=-1)], dim=-1)
     return Tiles(mass.float(), peak.float(), (logits.logsumexp(-1) - peak).float(), size)
 
 

@@ -255,19 +255,19 @@ def test_importance_reaches_the_search_for_scales() -> None:
 def test_what_fits_is_correlated_and_the_rest_weighed() -> None:
     model, recipe = tiny_model(WIDE), named("int4")
     sample = texts(4, 20)
-    everything = calibrate.learnt(model, recipe, sample)
+    everything = calibrate.calibration_of(model, recipe, sample)
     pairs, squares = calibrate.correlation_of(model, sample), calibrate.importance_of(model, sample)
     assert everything.keys() == pairs.keys()
     assert all(torch.equal(seen, pairs[name]) for name, seen in everything.items())
     calls: list[tuple[int, int]] = []
-    some = calibrate.learnt(model, recipe, sample, 100_000, lambda done, total: calls.append((done, total)))
+    some = calibrate.calibration_of(model, recipe, sample, 100_000, lambda done, total: calls.append((done, total)))
     assert calls == [(n, 8) for n in range(1, 9)]
     kinds = {name: seen.dim() - (2 if "experts" in name else 1) for name, seen in some.items()}
     assert set(kinds.values()) == {0, 1}  # mean squares, correlations
     assert sum(some[name].nbytes for name, kind in kinds.items() if kind) <= 100_000
     for name, seen in some.items():
         assert torch.equal(seen, (pairs if kinds[name] else squares)[name])
-    none = calibrate.learnt(model, recipe, sample, 0)
+    none = calibrate.calibration_of(model, recipe, sample, 0)
     assert all(torch.equal(seen, squares[name]) for name, seen in none.items())
     quantize_(tiny_model(WIDE), recipe, some)  # takes both
 

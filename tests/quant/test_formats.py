@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sfumato.errors import InputError
-from sfumato.ops.packed import dense, met_by
+from sfumato.ops.contract import dense, round_input
 from sfumato.quant import formats
 from sfumato.quant.formats import FORMATS, Format, Packed, error, pack, unpack
 
@@ -216,11 +216,11 @@ def test_unpack_rounds_once(name: str) -> None:
 
 def test_fp8_rounds_what_it_multiplies() -> None:
     x, weight = weights(5, 64), weights(7, 64)
-    met = met_by(x, pack(weight, "fp8"))
+    met = round_input(x, pack(weight, "fp8"))
     assert 0.01 < ((met - x).norm() / x.norm()).item() < 0.04
-    assert torch.equal(met_by(met, pack(weight, "fp8")), met)  # what is rounded stays
-    assert met_by(x, pack(weight, "int8")) is x and met_by(x, weight) is x
-    assert not met_by(torch.zeros(2, 64), pack(weight, "fp8")).any()
+    assert torch.equal(round_input(met, pack(weight, "fp8")), met)  # what is rounded stays
+    assert round_input(x, pack(weight, "int8")) is x and round_input(x, weight) is x
+    assert not round_input(torch.zeros(2, 64), pack(weight, "fp8")).any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

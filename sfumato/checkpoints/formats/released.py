@@ -88,7 +88,7 @@ def _packed_entry(folder: Path, name: str, form: Format, shape: tuple[int, ...],
                 f"{NAMES[dtype]} {list(wanted)}"
             )
         parts[part] = one
-    group = math.gcd(form.group, shape[-1]) if form.group else shape[-1]
+    group = form.group_of(shape[-1])
 
     def packed(first: int, last: int) -> Packed:
         is_all = (first, last) == (0, shape[0])
@@ -103,7 +103,7 @@ def _packed_entry(folder: Path, name: str, form: Format, shape: tuple[int, ...],
 
 
 def _rows(form: Format, first: int, last: int, shape: tuple[int, ...]) -> tuple[int, int]:
-    if form.scales == "block" and len(shape) == 2 and (first, last) != (0, shape[0]):
+    if form.is_in_blocks and len(shape) == 2 and (first, last) != (0, shape[0]):
         raise ValueError("a matrix with scales by blocks is read as a whole")
     return first, last
 
@@ -176,7 +176,7 @@ class _Making:
 
 def packed_parts(entry: Entry, form: Format, seen: Tensor | None = None) -> Iterator[Packed]:
     """An entry in this format, some places of its first axis at a time; copied where it is stored so."""
-    is_whole = len(entry.shape) == 2 and (form.scales != "channel" or form.kind == "nvfp4")  # one scale for all of it
+    is_whole = len(entry.shape) == 2 and not form.rows_are_apart
     for first, last in [(0, entry.shape[0])] if is_whole else places(entry):
         if entry.packed is not None and entry.stored == form.name:
             yield entry.packed(first, last)

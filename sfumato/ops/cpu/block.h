@@ -18,9 +18,9 @@ static thread_local Scratch between;
 
 // x and y are [batch, encode + canvas, width]; k and v come out normed and turned, for the cache.
 template <class T>
-static void block_of(const T *x, const Layer &w, const Given *products, Sizes n, float eps, const T *cos, const T *sin,
-                     const T *k_ring, const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v,
-                     int threads) {
+static void block_of(const T *x, const Layer &w, const Operand *products, Sizes n, float eps, const T *cos,
+                     const T *sin, const T *k_ring, const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k,
+                     T *v, int threads) {
     const long rows = seen.batch * (seen.encode + seen.canvas), wide = n.heads * n.head, narrow = n.groups * n.head;
     // Columns of every row, one behind the other; what attention needed makes room for what comes after it.
     const long column = up(rows * sizeof(T), 64), first = wide + 2 * narrow, second = 3 * n.width;
@@ -55,7 +55,7 @@ static void block_of(const T *x, const Layer &w, const Given *products, Sizes n,
             (const T *)w.after, eps, scale, scales, y, threads);
 }
 
-static long bytes_of(const Given &w, long outputs, long inputs) {
+static long bytes_of(const Operand &w, long outputs, long inputs) {
     const long elements = up(outputs, 32) * inputs;
     return w.kind >= 4 ? elements * w.kind / 8 : w.kind == 2 ? elements : w.kind == 1 ? 2 * elements : 4 * elements;
 }
@@ -63,7 +63,7 @@ static long bytes_of(const Given &w, long outputs, long inputs) {
 // Where the weights of a layer stay in the second cache, a thread takes a row of the batch through all of the layer:
 // nothing of it leaves the nearest caches, and nobody waits for the other threads between two operations.
 template <class T>
-static void block(const T *x, const Layer &w, const Given *products, Sizes n, float eps, const T *cos, const T *sin,
+static void block(const T *x, const Layer &w, const Operand *products, Sizes n, float eps, const T *cos, const T *sin,
                   const T *k_ring, const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v,
                   int threads) {
     const long wide = n.heads * n.head, narrow = n.groups * n.head;

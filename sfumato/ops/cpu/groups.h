@@ -7,7 +7,7 @@
 
 #include "packing.h"
 
-static inline V scales_at(const char *p, long n, long store) { // as they are stored: see Given
+static inline V scales_at(const char *p, long n, long store) { // as they are stored: see Operand
     const VU bits = load_bytes(p, std::min(n, 16L) * (store ? 2 : 4));
     if (!store) return (V)bits;
     VH half;

@@ -56,18 +56,18 @@ void sf_pack(int kind, const void *from, long outputs, long inputs, void *to, in
     else pack_weight<float>((const float *)from, outputs, inputs, (char *)to, threads);
 }
 
-void sf_linear(int io, const void *x, long rows, long inputs, int count, const Given *given, const long *outputs,
+void sf_linear(int io, const void *x, long rows, long inputs, int count, const Operand *operands, const long *outputs,
                void *const *y, int threads) {
-    BY_IO((linear<T>((const T *)x, rows, inputs, count, given, outputs, (T *const *)y, threads)))
+    BY_IO((linear<T>((const T *)x, rows, inputs, count, operands, outputs, (T *const *)y, threads)))
 }
 
-void sf_feed_forward(int io, const void *x, long rows, long width, long inner, const Given *three, void *y,
+void sf_feed_forward(int io, const void *x, long rows, long width, long inner, const Operand *three, void *y,
                      int threads) {
     BY_IO((feed_forward<T>((const T *)x, rows, width, inner, three[0], three[1], three[2], (T *)y, threads)))
 }
 
 void sf_experts(int io, const void *x, long tokens, long width, long chosen, const int64_t *index, const float *weight,
-                long count, const Given *two, long inner, void *y, int threads) {
+                long count, const Operand *two, long inner, void *y, int threads) {
     BY_IO(
         (experts<T>((const T *)x, tokens, width, chosen, index, weight, count, two[0], two[1], inner, (T *)y, threads)))
 }
@@ -108,7 +108,7 @@ void sf_attention(int io, const void *q, const void *k, const void *v, const voi
                         groups, n, (T *)out, threads)))
 }
 
-void sf_block(int io, const void *x, const void *const *pointers, const Given *products, const long *sizes, float eps,
+void sf_block(int io, const void *x, const void *const *pointers, const Operand *products, const long *sizes, float eps,
               const void *cos, const void *sin, const void *k_ring, const void *v_ring, const int64_t *rows,
               const int64_t *lengths, const int64_t *counts, long batch, long encode, long canvas, long window,
               long ring, const void *scale, long scales, void *y, void *k, void *v, void *lent, long lent_bytes,

@@ -79,7 +79,7 @@ static void pack_rows(const IO *const *rows, int count, long width, char *out, f
 
 // A weight as it comes from outside. Kinds: 0 float32, 1 bfloat16 and 2 int8 in panels, 4 and 8 bits in groups; `store`
 // is what scales and biases of groups are: 0 float32, 1 bfloat16, 2 float16.
-struct Given {
+struct Operand {
     const void *data, *scale, *bias;
     long kind, group, store;
 };
@@ -92,7 +92,7 @@ template <class M> struct Weight {
     const char *data;
     const float *scale; // int8: one an output
     long outputs, inputs;
-    Weight(const Given &g, long outputs, long inputs)
+    Weight(const Operand &g, long outputs, long inputs)
         : data((const char *)g.data), scale((const float *)g.scale), outputs(outputs), inputs(inputs) {}
     Weight of(long expert) const { // one of a stack
         Weight w = *this;
@@ -109,7 +109,7 @@ template <class M> struct Weight {
 template <> struct Weight<Codes> {
     const char *data, *scale, *bias;
     long outputs, inputs, bits, group, store;
-    Weight(const Given &g, long outputs, long inputs)
+    Weight(const Operand &g, long outputs, long inputs)
         : data((const char *)g.data), scale((const char *)g.scale), bias((const char *)g.bias), outputs(outputs),
           inputs(inputs), bits(g.kind), group(g.group), store(g.store) {}
     Weight of(long expert) const {
@@ -132,10 +132,10 @@ template <> struct Weight<Codes> {
     }
 };
 
-template <class F> static inline void by_kind(const Given &given, F f) {
-    if (given.kind >= 4) f(Codes());
-    else if (given.kind == 2) f(int8_t());
-    else if (given.kind == 1) f(bf16());
+template <class F> static inline void by_kind(const Operand &operand, F f) {
+    if (operand.kind >= 4) f(Codes());
+    else if (operand.kind == 2) f(int8_t());
+    else if (operand.kind == 1) f(bf16());
     else f(float());
 }
 

@@ -53,15 +53,16 @@ static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, IO 
 }
 
 template <class IO>
-static void linear(const IO *x, long rows, long inputs, int count, const Given *given, const long *outputs,
+static void linear(const IO *x, long rows, long inputs, int count, const Operand *operands, const long *outputs,
                    IO *const *y, int threads) {
     for (int from = 0, to; from < count; from = to) { // neighbours of one kind go together
-        for (to = from + 1; to < count && given[to].kind == given[from].kind && given[to].group == given[from].group;)
+        const Operand &first = operands[from];
+        for (to = from + 1; to < count && operands[to].kind == first.kind && operands[to].group == first.group;)
             to++;
-        by_kind(given[from], [&](auto tag) {
+        by_kind(first, [&](auto tag) {
             typedef decltype(tag) M;
             std::vector<Weight<M>> w;
-            for (int i = from; i < to; i++) w.emplace_back(given[i], outputs[i], inputs);
+            for (int i = from; i < to; i++) w.emplace_back(operands[i], outputs[i], inputs);
             linear_of<IO, M>(x, rows, to - from, w.data(), y + from, threads);
         });
     }
@@ -107,8 +108,8 @@ static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weig
 }
 
 template <class IO>
-static void feed_forward(const IO *x, long rows, long width, long inner, const Given &gate, const Given &up_,
-                         const Given &down, IO *y, int threads) {
+static void feed_forward(const IO *x, long rows, long width, long inner, const Operand &gate, const Operand &up_,
+                         const Operand &down, IO *y, int threads) {
     IO *h = (IO *)hidden.get(rows * inner * sizeof(IO));
     by_kind(gate, [&](auto tag) {
         typedef decltype(tag) M;
@@ -212,7 +213,7 @@ static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, const f
 // Tokens grouped by expert; a thread takes an expert at a time, its weights are read once (unless it has very many).
 template <class IO>
 static void experts(const IO *x, long tokens, long width, long chosen, const int64_t *index, const float *weight,
-                    long count, const Given &gate_up, const Given &down, long inner, IO *y, int threads) {
+                    long count, const Operand &gate_up, const Operand &down, long inner, IO *y, int threads) {
     const long all = tokens * chosen;
     std::vector<long> starts(count + 1, 0), member(all);
     for (long n = 0; n < all; n++) starts[index[n] + 1]++;

@@ -9,10 +9,9 @@ graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import fields, replace
 from functools import wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -31,7 +30,7 @@ def obstacle(device: torch.device, packed: Collection[Packed] = ()) -> str | Non
         return "they are written for NVIDIA's GPUs, and this build of torch is for AMD's (ROCm)"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "they need a GPU of compute capability 8.0 or later"
-    from sfumato.ops.triton.product import refusal
+    from sfumato.ops.triton.forms import refusal
 
     return next(filter(None, map(refusal, packed)), None)
 
@@ -50,48 +49,48 @@ def record() -> Ops:
         block,
         conclude,
         experts,
+        forms,
         linear,
         noise,
         norm,
-        product,
         read_out,
         route,
         soft_embedding,
     )
 
-    plain = Ops(
-        "triton",
-        product.pack,
-        linear.linear,
-        norm.rms_norm,
-        norm.norm_rope,
-        norm.norm_add,
-        attention.attention,
-        linear.feed_forward,
-        route.route,
-        experts.experts,
-        norm.join,
-        read_out.read_out,
-        soft_embedding.soft_embedding,
-        block=block.block,
+    return Ops(
+        name="triton",
+        pack=forms.pack,
+        linear=on_its_device(linear.linear),
+        rms_norm=on_its_device(norm.rms_norm),
+        norm_rope=on_its_device(norm.norm_rope),
+        norm_add=on_its_device(norm.norm_add),
+        attention=on_its_device(attention.attention),
+        feed_forward=on_its_device(linear.feed_forward),
+        route=on_its_device(route.route),
+        experts=on_its_device(experts.experts),
+        join=on_its_device(norm.join),
+        read_out=on_its_device(read_out.read_out),
+        soft_embedding=on_its_device(soft_embedding.soft_embedding),
+        block=on_its_device(block.block),
         is_recordable=True,
-        noise=noise.noise,
-        conclude_=conclude.conclude_,
+        noise=on_its_device(noise.noise),
+        conclude_=on_its_device(conclude.conclude_),
     )
-    each = {f.name: getattr(plain, f.name) for f in fields(plain) if f.name != "pack"}
-    launching: dict[str, Any] = {name: on_its_device(one) for name, one in each.items() if callable(one)}
-    return replace(plain, **launching)
 
 
-def on_its_device(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, whatever device the tensors are on: here it is that of the first one."""
+Operation = TypeVar("Operation", bound=Callable[..., Any])
+
+
+def on_its_device(operation: Operation) -> Operation:
+    """This operation, launched on the device of its first tensor; Triton by itself takes the current one."""
 
     @wraps(operation)
-    def guarded(*args: Any, **more: Any) -> Any:
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return operation(*args, **more)
+            return operation(*arguments, **named)
         with torch.cuda.device(device):
-            return operation(*args, **more)
+            return operation(*arguments, **named)
 
-    return guarded
+    return cast(Operation, guarded)

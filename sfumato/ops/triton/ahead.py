@@ -52,13 +52,13 @@ POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 def specials(arch: int) -> dict[str, list[Special]]:
     """The specialisations of each file of this package that has `ahead`, by the file's name."""
     here = Path(__file__).parent
-    found = {}
+    by_file = {}
     for name in sorted(module.name for module in pkgutil.iter_modules([str(here)])):
         if name != Path(__file__).stem:
             module = importlib.import_module(f"{__spec__.parent}.{name}")
             if hasattr(module, "ahead"):
-                found[name] = module.ahead(arch)
-    return found
+                by_file[name] = module.ahead(arch)
+    return by_file
 
 
 def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None) -> list[dict[str, Any]]:
@@ -78,8 +78,7 @@ def compile_one(special: Special, arch: int) -> dict[str, Any]:
     in all and in its largest innermost loop (a warp, one turn), which matrix instructions and copies stand in it; size
     (bytes of cubin), seconds. RuntimeError where it does not compile."""
     began = time.perf_counter()
-    made = compiled(special, arch)
-    return {**read(made), "seconds": round(time.perf_counter() - began, 2)}
+    return {**read(compiled(special, arch)), "seconds": round(time.perf_counter() - began, 2)}
 
 
 def compiled(special: Special, arch: int) -> Any:
@@ -114,19 +113,19 @@ def compiled(special: Special, arch: int) -> Any:
         raise RuntimeError(f"{special.name} does not compile for sm_{arch}: {error}") from error
 
 
-def read(made: Any) -> dict[str, Any]:
+def read(kernel: Any) -> dict[str, Any]:
     """What `compile_one` says, of a compiled kernel."""
-    usage = _usage(made.asm["cubin"])
-    instructions, labels = disassembled(made.asm["cubin"])
+    usage = _usage(kernel.asm["cubin"])
+    instructions, labels = disassembled(kernel.asm["cubin"])
     return {
         "registers": usage["REG"],
         "spills": usage["STACK"] + usage["LOCAL"],
         "instructions": len(instructions),
         **largest_loop(instructions, labels),
-        "shared": made.metadata.shared,
-        "warps": made.metadata.num_warps,
-        "stages": made.metadata.num_stages,
-        "size": len(made.asm["cubin"]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "size": len(kernel.asm["cubin"]),
     }
 
 

@@ -16,6 +16,8 @@ inside a tile), float32 at any speed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -65,34 +67,42 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
     """softmax(q kT) v with grouped key-value heads and scale 1, [B, T, H, K]. Keys and values are those of the ring
     (`k_XRGK`: all cache rows X, R = mask.ring + 1 slots) and the new ones; `mask` says who sees whom. What padding
     attends to is nobody's business, but it is finite."""
-    come = torch.zeros(zeros_for(q_BTHK, k_BTGK, mask), dtype=torch.int32, device=q_BTHK.device)
-    return joined(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask, come)
+    counters = torch.zeros(zeros_for(q_BTHK, k_BTGK, mask), dtype=torch.int32, device=q_BTHK.device)
+    return joined(Inputs(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask), counters)
 
 
-def joined(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask, come: Tensor
-) -> Tensor:
-    """`attention`, where `come`, `zeros_for` it, are zeros already."""
+class Inputs(NamedTuple):
+    """What `attention` takes."""
+
+    q_BTHK: Tensor
+    k_BTGK: Tensor
+    v_BTGK: Tensor
+    k_XRGK: Tensor
+    v_XRGK: Tensor
+    mask: Mask
+
+
+def joined(inputs: Inputs, counters: Tensor) -> Tensor:
+    """`attention`, where `counters`, `zeros_for` it, are zeros already."""
+    q_BTHK, mask = inputs.q_BTHK, inputs.mask
     out_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
     if out_BTHK.numel():
         is_last = config("attention_combine", q_BTHK.shape[-1:], q_BTHK.dtype, q_BTHK.device, COMBINE)["LAST"]
-        qkv = q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK
-        parts, stats = _launch(*qkv, mask, out_BTHK, come if is_last else None)
+        parts, stats = _launch(inputs, out_BTHK, counters if is_last else None)
         if parts is not out_BTHK and not is_last and mask.canvas:
             _launch_combine(parts, stats, out_BTHK, mask, None, None)
     return out_BTHK
 
 
-def quantised(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask
-) -> tuple[Tensor, Tensor]:
-    """`attention` as weights in FP8 meet it: all heads of a position in FP8, [N, H x K], and their scale, [N]."""
+def quantised(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """`attention` laid out for weights in FP8: all heads of a position in FP8, [N, H x K], and their scale, [N]."""
+    q_BTHK = inputs.q_BTHK
     rows, width = q_BTHK.shape[:2].numel(), q_BTHK.shape[2:].numel()
     out_BTHK = torch.empty_like(q_BTHK)
-    parts, stats = _launch(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask, out_BTHK, None)
+    parts, stats = _launch(inputs, out_BTHK, None)
     code_NK = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=q_BTHK.device)
     scale_N = torch.empty(rows, dtype=torch.float32, device=q_BTHK.device)
-    _launch_combine(parts, stats, out_BTHK, mask, code_NK, scale_N)
+    _launch_combine(parts, stats, out_BTHK, inputs.mask, code_NK, scale_N)
     return code_NK, scale_N
 
 
@@ -126,21 +136,15 @@ def zeros_for(q_BTHK: Tensor, k_BTGK: Tensor, mask: Mask) -> int:
     """Integers in which the programs of each tile of a canvas are counted."""
     batch, _, heads, size = q_BTHK.shape
     chosen, kv_heads = tiles(size, q_BTHK.dtype, q_BTHK.device), k_BTGK.shape[2]
-    return batch * kv_heads * chosen["COLUMNS"] * triton.cdiv(mask.canvas * (heads // kv_heads), chosen["BLOCK_M"])
+    rows: int = triton.cdiv(mask.canvas * (heads // kv_heads), chosen["BLOCK_M"])
+    return batch * kv_heads * chosen["COLUMNS"] * rows
 
 
-def _launch(
-    q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGK: Tensor,
-    k_XRGK: Tensor,
-    v_XRGK: Tensor,
-    mask: Mask,
-    out_BTHK: Tensor,
-    come: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Into `out_BTHK`; without `come` to count in, the parts of canvases into tensors of their own, and the highest
-    score and the sum of each."""
+def _launch(inputs: Inputs, out_BTHK: Tensor, counters: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Into `out_BTHK`; without `counters`, the parts of canvases into tensors of their own.
+
+    Returned are the parts, and the highest score and the sum of each."""
+    q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask = inputs
     batch, _, heads, size = q_BTHK.shape
     kv_heads = k_BTGK.shape[2]
     group = heads // kv_heads
@@ -170,7 +174,7 @@ def _launch(
         out_BTHK,
         parts,
         stats,
-        come if splits > 1 else None,
+        counters if splits > 1 else None,
         mask.encode,
         mask.canvas,
         mask.ring,
@@ -412,7 +416,7 @@ def _combine(
 
 def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: sliding layers with 8 KV heads of 256, full ones with 2 of 512."""
-    found = []
+    specials = []
     device = f"sm_{arch}"
     for dtype in ("bfloat16", "float16", "float32") if arch == 90 else ("bfloat16",):
         p = POINTERS[dtype]
@@ -432,7 +436,7 @@ def ahead(arch: int) -> list[Special]:
             warps = {key: chosen[key] for key in ("num_warps", "num_stages")}
             for what, come in (("attention", "*i32"), ("attention in parts", None)):
                 pointer = {"come_ptr": come}
-                found.append(special(f"{what} {name} {dtype}", _attention, signature | pointer, [], values, warps))
+                specials.append(special(f"{what} {name} {dtype}", _attention, signature | pointer, [], values, warps))
             for code in ("*fp8e4nv", None):
                 if (code and (arch < 89 or dtype != "bfloat16")) or (not code and chosen["SPLITS"] == 1):
                     continue
@@ -444,5 +448,5 @@ def ahead(arch: int) -> list[Special]:
                 numbers = ["cells", "encode", "canvas"]
                 values = {"HEADS": 16, "SIZE": size, "SPLITS": chosen["SPLITS"], "BLOCK_H": 16, "BLOCK_K": size}
                 what = f"combine {name} {'fp8' if code else dtype}"
-                found.append(special(what, _combine, pointers, numbers, values, joint))
-    return found
+                specials.append(special(what, _combine, pointers, numbers, values, joint))
+    return specials

@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sfumato.ops.contract import JoinNorms
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
+from sfumato.ops.triton.forms import Form, dense_specials
 from sfumato.ops.triton.norm import joined, normed, shape
-from sfumato.ops.triton.product import HALVES, Form, Ready, dense_specials, lay_out, layout, special
+from sfumato.ops.triton.product import Ready, lay_out, special
 from sfumato.ops.triton.tuning import Config, config
 
 DEFAULTS: dict[str, Config] = {
@@ -77,18 +79,19 @@ def between(
 
 
 def end(
-    part_AD: Tensor,
-    weight_NJ: Tensor,
+    sparse: tuple[Tensor, Tensor],
     dense_PND: Tensor,
     residual_ND: Tensor,
-    norms: tuple[Tensor, Tensor, Tensor],
+    norms: JoinNorms,
     scale_N1: Tensor,
     eps: float,
-    next_norm_D: Tensor | None = None,
-    products: Sequence[Form] = (),
+    behind: tuple[Tensor, Sequence[Form]] | None = None,
 ) -> tuple[Tensor, Ready | None]:
-    """`norm.join` of the dense feed-forward and of the sum over a token's J experts; and the norm that comes next, if
-    it is known, as these products meet it."""
+    """`norm.join` of the dense feed-forward and of the sum over a token's J experts; and the norm that comes next.
+
+    `sparse` is what the experts gave, [N x J, D], and their weights, [N, J]. `behind` is the next norm and the products
+    for which its result is laid out, where they are known."""
+    (part_AD, weight_NJ), (next_norm_D, products) = sparse, (None, []) if behind is None else behind
     count, rows, width = dense_PND.shape
     out_ND = torch.empty_like(residual_ND)
     ready = None if next_norm_D is None else Ready.room(rows, products, width, residual_ND)
@@ -240,11 +243,11 @@ def _end(
 
 def ahead(arch: int) -> list[Special]:
     """At the released model's width, products in every kind, the parts of weights in 8 or 16 bits."""
-    found = []
+    specials = []
     width, choices, device = 2816, 8, f"sm_{arch}"
     for name, like, dtype in dense_specials(arch):
-        p, (kind, group) = POINTERS[dtype], layout(like)
-        parts = 1 if like.kind in HALVES else 4
+        p, (kind, group) = POINTERS[dtype], like.layout
+        parts = 1 if like.is_halved else 4
         laid, extra = "*fp8e4nv" if kind == "fp8" else p, None if kind in ("plain", "classes") else "*fp32"
         tiles, launch = shape(width, config("between", (width,), dtype, device, DEFAULTS["between"]))
         pointers: dict[str, str | None] = dict.fromkeys(_between.arg_names[:6], p)
@@ -252,11 +255,11 @@ def ahead(arch: int) -> list[Special]:
         pointers |= {"dense_ptr": laid, "dense_extra_ptr": extra, "sparse_ptr": laid, "sparse_extra_ptr": extra}
         sizes: dict[str, Any] = {"PARTS": parts, "WIDTH": width, **tiles}
         layouts = {"DENSE": kind, "DENSE_GROUP": group, "SPARSE": kind, "SPARSE_GROUP": group}
-        found.append(special(f"between {name}", _between, pointers, ["rows", "zeros"], sizes | layouts, launch))
+        specials.append(special(f"between {name}", _between, pointers, ["rows", "zeros"], sizes | layouts, launch))
         tiles, launch = shape(width, config("end", (width,), dtype, device, DEFAULTS["end"]))
         pointers = dict.fromkeys(_end.arg_names[:10], p)
         pointers |= {"weight_ptr": "*fp32", "dense_ptr": "*fp32" if parts > 1 else p, "eps": "fp32"}
         pointers |= {"next_ptr": laid, "next_extra_ptr": extra}
         sizes |= {"J": choices, "NEXT": kind, "NEXT_GROUP": group, **tiles}
-        found.append(special(f"end {name}", _end, pointers, ["rows", "scale_stride"], sizes, launch))
-    return found
+        specials.append(special(f"end {name}", _end, pointers, ["rows", "scale_stride"], sizes, launch))
+    return specials

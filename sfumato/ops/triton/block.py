@@ -18,18 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sfumato.ops.contract import After, Layer
-from sfumato.ops.masks import Mask
+from sfumato.ops.contract import After, BlockPass, BlockResult, JoinNorms, Layer, Matrix
 from sfumato.ops.triton import attention, experts, linear, route
 from sfumato.ops.triton.between import between, end
+from sfumato.ops.triton.forms import Form, form
 from sfumato.ops.triton.heads import append_, heads
 from sfumato.ops.triton.norm import rms_norm
-from sfumato.ops.triton.product import HALVES, Form, Ready, form, prepare
+from sfumato.ops.triton.product import Ready, prepare
 from sfumato.ops.triton.tuning import Config, config
 
 DEFAULTS: dict[str, Config] = {
@@ -37,77 +37,67 @@ DEFAULTS: dict[str, Config] = {
     "block": {"SIDE": 1},
 }
 
+First = TypeVar("First")
+Second = TypeVar("Second")
+
 
 def block(
     x_BTD: Tensor,
     layer: Layer,
-    cos_BTK: Tensor,
-    sin_BTK: Tensor,
-    k_XRGK: Tensor,
-    v_XRGK: Tensor,
-    mask: Mask,
-    scale_N1: Tensor,
-    handed: Ready | None = None,
+    block_pass: BlockPass,
+    next_input: Ready | None = None,
     after: After | None = None,
-) -> tuple[Tensor, None, None, Any]:
-    """See `ops.Ops.block`. What was encoded is in the rings when this returns."""
+) -> BlockResult:
+    """As `contract.RunBlock`. What was encoded is in the rings when this returns."""
     batch, tokens, width = x_BTD.shape
     x_ND = x_BTD.reshape(-1, width)
-    if handed is None:
-        handed = Ready("plain", 1, rms_norm(x_ND, layer.input_norm, layer.eps), None)
-    mixed_PND = _mix(handed, layer, (batch, tokens), x_BTD.dtype, cos_BTK, sin_BTK, k_XRGK, v_XRGK, mask)
+    if next_input is None:
+        next_input = Ready("plain", 1, rms_norm(x_ND, layer.input_norm, layer.eps), None)
+    mixed_PND = _mix(next_input, layer, (batch, tokens), x_BTD.dtype, block_pass)
 
     gate, up = linear.pair(form(layer.gate, x_ND), form(layer.up, x_ND))
     gate_up = form(layer.gate_up, x_ND)
     zeros = x_ND.new_empty(route.zeros_for(len(x_ND), layer.router.shape[0]), dtype=torch.int32)
-    norms = layer.after_attention, layer.before_dense, layer.before_experts
-    x_ND, root_N, for_dense, for_experts = between(mixed_PND, x_ND, norms, layer.eps, [gate], [gate_up], zeros)
+    first_norms = layer.after_attention, layer.before_dense, layer.before_experts
+    x_ND, root_N, for_dense, for_experts = between(mixed_PND, x_ND, first_norms, layer.eps, [gate], [gate_up], zeros)
 
-    dense_PND, (part_AD, weight_NJ) = _side_by_side(
+    dense_PND, sparse = _side_by_side(
         x_ND,
         lambda: _dense(for_dense, gate, up, layer, x_ND),
         lambda: _sparse(for_experts, gate_up, layer, x_ND, root_N, zeros),
     )
 
-    norms = layer.after_dense, layer.after_experts, layer.after
-    next_norm_D, products = (None, []) if after is None else (after.norm, [form(each, x_ND) for each in after.products])
-    x_ND, ready = end(part_AD, weight_NJ, dense_PND, x_ND, norms, scale_N1, layer.eps, next_norm_D, products)
-    if ready is not None and not products:
-        return x_ND.view_as(x_BTD), None, None, ready.x_MK.view_as(x_BTD)
-    return x_ND.view_as(x_BTD), None, None, ready
+    norms = JoinNorms(layer.after_dense, layer.after_experts, layer.after)
+    behind = None if after is None else (after.norm, [form(each, x_ND) for each in after.products])
+    x_ND, ready = end(sparse, dense_PND, x_ND, norms, block_pass.scale_N1, layer.eps, behind)
+    x_BTD = x_ND.view_as(x_BTD)
+    if ready is not None and after is not None and not after.products:
+        return BlockResult(x_BTD, None, None, ready.x_MK.view_as(x_BTD))
+    return BlockResult(x_BTD, None, None, ready)
 
 
-def _mix(
-    x: Ready,
-    layer: Layer,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    cos_BTK: Tensor,
-    sin_BTK: Tensor,
-    k_XRGK: Tensor,
-    v_XRGK: Tensor,
-    mask: Mask,
-) -> Tensor:
+def _mix(x: Ready, layer: Layer, shape: tuple[int, int], dtype: torch.dtype, block_pass: BlockPass) -> Tensor:
     """Attention from the normed input to its output, [P, N, D] in parts."""
+    cos_BTK, sin_BTK, k_XRGK, v_XRGK, mask, _ = block_pass
     size = k_XRGK.shape[-1]
     weights = [weight for weight in (layer.q, layer.k, layer.v) if weight is not None]
     q_BTHK, k_BTGK, *v = (y.view(*shape, -1, size) for y in _products(x, weights, dtype))
-    come = q_BTHK.new_empty(attention.zeros_for(q_BTHK, k_BTGK, mask), dtype=torch.int32)
-    norms = layer.q_norm, layer.k_norm
-    q_BTHK, k_BTGK, v_BTGK = heads(q_BTHK, k_BTGK, v[0] if v else None, *norms, layer.eps, cos_BTK, sin_BTK, come)
-    qkv = q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask
+    counters = q_BTHK.new_empty(attention.zeros_for(q_BTHK, k_BTGK, mask), dtype=torch.int32)
+    norms, angles = (layer.q_norm, layer.k_norm), (cos_BTK, sin_BTK)
+    q_BTHK, k_BTGK, v_BTGK = heads(q_BTHK, k_BTGK, v[0] if v else None, norms, layer.eps, angles, counters)
+    inputs = attention.Inputs(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask)
     flat = shape[0] * shape[1], q_BTHK.shape[2] * size
     output = form(layer.o, q_BTHK.view(flat))
-    if output.kind == "fp8":
-        ready: tuple[Tensor, Tensor | None] = attention.quantised(*qkv)
+    if output.layout[0] == "fp8":
+        ready: tuple[Tensor, Tensor | None] = attention.quantised(inputs)
     else:
-        ready = prepare(attention.joined(*qkv, come).view(flat), output)
+        ready = prepare(attention.joined(inputs, counters).view(flat), output)
     if mask.encode:
         append_(k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask)
     return _in_parts(ready, output, dtype)
 
 
-def _products(x: Ready, weights: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
+def _products(x: Ready, weights: Sequence[Matrix], dtype: torch.dtype) -> list[Tensor]:
     forms = [form(weight, x.x_MK) for weight in weights]
     outs = [x.x_MK.new_empty((len(x.x_MK), one.outputs), dtype=dtype) for one in forms]
     count = len(forms) if len({one.launch for one in forms}) == 1 else 1
@@ -128,23 +118,22 @@ def _in_parts(x: tuple[Tensor, Tensor | None], weight: Form, dtype: torch.dtype)
 def _dense(x: Ready, gate: Form, up: Form, layer: Layer, like_ND: Tensor) -> Tensor:
     hidden_NF = like_ND.new_empty(len(like_ND), gate.outputs)
     down = form(layer.down, hidden_NF)
-    linear.gate_up(*x.meet(gate), gate, up, hidden_NF, down.kind in HALVES)
+    linear.gate_up(*x.meet(gate), gate, up, hidden_NF, down.is_halved)
     return _in_parts(prepare(hidden_NF, down, is_split=True), down, like_ND.dtype)
 
 
 def _sparse(
     x: Ready, gate_up: Form, layer: Layer, residual_ND: Tensor, root_N: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    count_E, list_EN, weight_NJ = route.listed(
-        residual_ND, root_N, layer.router_scale, layer.router, layer.per_expert, layer.top_k, zeros
-    )
+    router = route.Router(layer.router_scale, layer.router, layer.per_expert)
+    count_E, list_EN, weight_NJ = route.listed(residual_ND, root_N, router, layer.top_k, zeros)
     hidden_AF = residual_ND.new_empty(weight_NJ.numel(), gate_up.outputs // 2)
     down = form(layer.expert_down, hidden_AF)
-    part_AD = experts.products(*x.meet(gate_up), count_E, list_EN, layer.top_k, gate_up, down, hidden_AF)
+    part_AD = experts.products(x.meet(gate_up), (count_E, list_EN), layer.top_k, gate_up, down, hidden_AF)
     return part_AD, weight_NJ
 
 
-def _side_by_side(x_ND: Tensor, one: Callable[[], Any], two: Callable[[], Any]) -> tuple[Any, Any]:
+def _side_by_side(x_ND: Tensor, one: Callable[[], First], two: Callable[[], Second]) -> tuple[First, Second]:
     """Both, on two streams where a CUDA graph is recorded: launches without one would only wait for the host twice."""
     device = x_ND.device
     is_recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -154,11 +143,11 @@ def _side_by_side(x_ND: Tensor, one: Callable[[], Any], two: Callable[[], Any]) 
     side.wait_stream(main)
     try:
         with torch.cuda.stream(side):
-            found = one()
-        other = two()
+            first = one()
+        second = two()
     finally:  # a capture that ends with a stream not joined cannot be ended at all
         main.wait_stream(side)
-    return found, other
+    return first, second
 
 
 @cache

@@ -15,14 +15,12 @@ What it lacks: grammars, whose steps are concluded by the specification.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfumato.ops.contract import ReadOut
+from sfumato.ops.contract import CanvasState, ReadOut
 from sfumato.ops.triton.ahead import Special
 from sfumato.ops.triton.dependent import enter, overlap
 
@@ -31,36 +29,46 @@ CHUNK = 32
 
 
 def conclude_(
-    state: Any,
+    state: CanvasState,
     at_B: Tensor,
     read: ReadOut,
     noise_BL: Tensor,
     hidden_BLD: Tensor,
     soft_BLD: Tensor,
-    embed_VD: Tensor,
-    scale: Tensor,
+    embedding: tuple[Tensor, Tensor],
 ) -> None:
-    """Accept, renoise and stop the rows `at_B` of this state (a `Canvases`), whose pass gave these hidden states,
-    this read-out and this soft embedding. What is pinned is read as its token, with no entropy."""
-    (batch, length, width), rows = hidden_BLD.shape, state.step_X.shape[0]
-    at_B, scratch = at_B.contiguous(), rows - 1
-    entropy_BL = torch.empty(batch, length, dtype=torch.float32, device=at_B.device)
+    """As `contract.Conclude`."""
+    at_B = at_B.contiguous()
+    if len(at_B):
+        entropy_BL, finite_BL = _place_(state, at_B, read.entropy_BL, hidden_BLD, soft_BLD, embedding)
+        _conclude_(state, at_B, read, noise_BL, entropy_BL, finite_BL)
+
+
+def _place_(
+    state: CanvasState,
+    at_B: Tensor,
+    entropy_BL: Tensor,
+    hidden_BLD: Tensor,
+    soft_BLD: Tensor,
+    embedding: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Soft embeddings into the state; entropies with pins in place, and which positions are finite."""
+    (batch, length, width), has_pins = hidden_BLD.shape, bool(state.has_pins)
+    embed_VD, scale = embedding
+    entropy_out_BL = torch.empty(batch, length, dtype=torch.float32, device=at_B.device)
     finite_BL = torch.empty(batch, length, dtype=torch.uint8, device=at_B.device)
-    if not batch:
-        return
-    has_pins, has_early = bool(state.has_pins), bool(state.has_early)
     _place[(batch * length,)](
         at_B,
         state.pin_XL,
-        read.entropy_BL.contiguous(),
+        entropy_BL.contiguous(),
         hidden_BLD.contiguous(),
         soft_BLD.contiguous(),
         embed_VD.contiguous() if has_pins else None,
         scale if has_pins else None,
-        entropy_BL,
+        entropy_out_BL,
         finite_BL,
         state.soft_XLD,
-        scratch,
+        len(state.step_X) - 1,
         L=length,
         D=width,
         PINS=has_pins,
@@ -68,6 +76,13 @@ def conclude_(
         num_warps=4,
         **overlap(at_B.device),
     )
+    return entropy_out_BL, finite_BL
+
+
+def _conclude_(
+    state: CanvasState, at_B: Tensor, read: ReadOut, noise_BL: Tensor, entropy_BL: Tensor, finite_BL: Tensor
+) -> None:
+    batch, length = entropy_BL.shape
     _conclude[(batch,)](
         at_B,
         entropy_BL,
@@ -92,11 +107,11 @@ def conclude_(
         state.early_X.view(torch.uint8),
         state.settled_X,
         state.eos_E,
-        scratch,
+        len(state.step_X) - 1,
         L=length,
         E=len(state.eos_E),
-        PINS=has_pins,
-        EARLY=has_early,
+        PINS=bool(state.has_pins),
+        EARLY=bool(state.has_early),
         BLOCK=triton.next_power_of_2(length),
         CHUNK=min(CHUNK, triton.next_power_of_2(length)),
         num_warps=8,
@@ -263,12 +278,12 @@ def ahead(arch: int) -> list[Special]:
     conclude = {f"{name}_ptr": i for name in (*names, "room", "settled", "eos")}
     conclude |= {f"{name}_ptr": f for name in ("entropy", "entropy_out", "bound", "confidence")}
     conclude |= {f"{name}_ptr": u for name in ("finite", "accepted", "is_done", "is_finite", "early")}
-    found = []
+    specials = []
     for what, flag in (("", False), (" pins early", True)):
         sizes = {"L": 256, "D": 2816, "PINS": flag, "BLOCK": 1024}
         nothing = {} if flag else {"embed_ptr": None, "scale_ptr": None}
         pointers = {name: kind for name, kind in place.items() if name not in nothing}
-        found.append(Special(f"place{what}", _place, pointers, {**sizes, **nothing}))
+        specials.append(Special(f"place{what}", _place, pointers, {**sizes, **nothing}))
         sizes = {"L": 256, "E": 3, "PINS": flag, "EARLY": flag, "BLOCK": 256, "CHUNK": CHUNK}
-        found.append(Special(f"conclude{what}", _conclude, {**conclude, "scratch": "i32"}, sizes, 8))
-    return found
+        specials.append(Special(f"conclude{what}", _conclude, {**conclude, "scratch": "i32"}, sizes, 8))
+    return specials

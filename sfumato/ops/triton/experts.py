@@ -21,23 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty, float32, int32, zeros
 
+from sfumato.ops.contract import Matrix
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
+from sfumato.ops.triton.forms import Form, blocks, dense_specials, form, operand_types
 from sfumato.ops.triton.linear import gate_and_up, gated, placed
-from sfumato.ops.triton.product import (
-    HALVES,
-    Form,
-    Weight,
-    blocks,
-    dense_specials,
-    form,
-    operand_types,
-    prepare,
-    product,
-    row_at,
-    special,
-    x_at,
-)
+from sfumato.ops.triton.product import prepare, product, row_at, special, x_at
 from sfumato.ops.triton.tuning import Config, chip, config
 
 # 256 tokens x 8 choices over 128 experts: sixteen rows an expert on average, thirty in a popular one. With 32 rows a
@@ -73,7 +62,7 @@ CHOICES = {
 }
 
 
-def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weight, down_EDF: Weight) -> Tensor:
+def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matrix, down_EDF: Matrix) -> Tensor:
     """Sum over the J chosen experts of weight x down(gated(gate_up(x))). gate_up is [E, 2F, D], gate first."""
     tokens, width = x_ND.shape
     choices, count = index_NJ.shape[1], gate_up_EFD.shape[0]
@@ -83,11 +72,10 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weig
         return out_ND
     gate_up = form(gate_up_EFD, x_ND)
     hidden_size = gate_up.outputs // 2
-    count_E, list_EN = listed(index_NJ, count)
+    lists = listed(index_NJ, count)
     hidden_AF = empty(rows, hidden_size, dtype=x_ND.dtype, device=x_ND.device)
     down = form(down_EDF, hidden_AF)
-    ready = prepare(x_ND, gate_up)
-    part_AD = products(*ready, count_E, list_EN, choices, gate_up, down, hidden_AF)
+    part_AD = products(prepare(x_ND, gate_up), lists, choices, gate_up, down, hidden_AF)
     chosen = config("combine", (width,), x_ND.dtype, x_ND.device, DEFAULTS["combine"])
     _combine[(tokens, triton.cdiv(width, chosen["BLOCK"]))](
         part_AD, weight_NJ.contiguous(), out_ND, D=width, J=choices, **chosen, **overlap(x_ND.device)
@@ -96,17 +84,17 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Weig
 
 
 def products(
-    x_ND: Tensor,
-    x_extra: Tensor | None,
-    count_E: Tensor,
-    list_EN: Tensor,
+    x: tuple[Tensor, Tensor | None],
+    lists: tuple[Tensor, Tensor],
     choices: int,
     gate_up: Form,
     down: Form,
     hidden_AF: Tensor,
 ) -> Tensor:
-    """down(gated(gate_up(x))) of every assignment, [N x J, D]; `hidden_AF` is where to keep the hidden layer. x is
-    prepared."""
+    """down(gated(gate_up(x))) of every assignment, [N x J, D].
+
+    x is as `prepare` gives it, `lists` are `listed`; `hidden_AF` is where to keep the hidden layer."""
+    (x_ND, x_extra), (count_E, list_EN) = x, lists
     (tokens, width), (rows, hidden_size), count = x_ND.shape, hidden_AF.shape, len(count_E)
     dtype, device = hidden_AF.dtype, x_ND.device
     # Tiles of rows are cut once for both products; gate and up, the larger, decide.
@@ -128,7 +116,7 @@ def products(
         K=width,
         GROUP=gate_up.group,
         KIND=gate_up.kind,
-        SPLIT=down.kind in HALVES,
+        SPLIT=down.is_halved,
         **same,
         **tiles,
         **launch,
@@ -160,7 +148,7 @@ def products(
 def _height(rows: float, weights: tuple[Form, Form], dtype: torch.dtype, device: torch.device) -> str:
     """How high tiles are for so many rows an expert. In float32 always low: its sums lie in registers one by one."""
     name = "" if dtype == float32 else next((name for least, name in TALL if rows >= least), "")
-    is_halved = any(weight.kind in HALVES for weight in weights)
+    is_halved = any(weight.is_halved for weight in weights)
     return "_64" if name == "_128" and is_halved and _has_tensor_memory(device) else name
 
 
@@ -317,7 +305,7 @@ def _combine(part_ptr, weight_ptr, out_ptr, D: tl.constexpr, J: tl.constexpr, BL
 
 def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: 128 experts of 704, 8 of them a token, width 2816."""
-    found = []
+    specials = []
     device, count, choices, width, hidden = f"sm_{arch}", 128, 8, 2816, 704
     for name, like, dtype in dense_specials(arch):
         types, p = operand_types(like.kind, dtype), POINTERS[dtype]
@@ -325,26 +313,28 @@ def ahead(arch: int) -> list[Special]:
         same: dict[str, Any] = {"GROUP": like.group, "KIND": like.kind, "E": count, "BLOCK_E": count}
         first, last = replace(like, outputs=2 * hidden, inputs=width), replace(like, outputs=width, inputs=hidden)
         heights = list(_HEIGHTS) if name in ("bfloat16", "fp8", "int4", "nvfp4") else [""]
-        for height in heights[:2] if like.kind in HALVES and _has_tensor_memory(device) else heights:
+        for height in heights[:2] if like.is_halved and _has_tensor_memory(device) else heights:
             tiles, launch = _tiles("experts_gate_up", height, (count, 2 * hidden, width), first, dtype, device)
-            constexprs = {"J": choices, "F": hidden, "K": width, **same, "SPLIT": like.kind in HALVES, **tiles}
+            constexprs = {"J": choices, "F": hidden, "K": width, **same, "SPLIT": like.is_halved, **tiles}
             what = f"gate_up{height} {name}"
-            found.append(
+            specials.append(
                 special(f"experts {what}", _experts_gate_up, pointers, ["tiles", "tokens"], constexprs, launch)
             )
             block_m = tiles["BLOCK_M"]
             tiles, launch = _tiles("experts_down", height, (count, width, hidden), last, dtype, device)
             constexprs = {"N": width, "K": hidden, **same, **tiles, "BLOCK_M": block_m}
             what = f"down{height} {name}"
-            found.append(special(f"experts {what}", _experts_down, pointers, ["tiles", "tokens"], constexprs, launch))
+            specials.append(
+                special(f"experts {what}", _experts_down, pointers, ["tiles", "tokens"], constexprs, launch)
+            )
     chosen = config("listed", (count,), "int64", device, DEFAULTS["listed"])
     launch = {k: chosen[k] for k in ("num_warps", "num_stages")}
     three: dict[str, str | None] = {"index_ptr": "*i64", "count_ptr": "*i32", "list_ptr": "*i32"}
     sizes = {"BLOCK": chosen["BLOCK"]}
-    found.append(special("experts listed", _listed, three, ["rows", "tokens"], sizes, launch))
+    specials.append(special("experts listed", _listed, three, ["rows", "tokens"], sizes, launch))
     chosen = config("combine", (width,), "bfloat16", device, DEFAULTS["combine"])
     launch = {k: chosen[k] for k in ("num_warps", "num_stages")}
     three = {"part_ptr": "*bf16", "weight_ptr": "*fp32", "out_ptr": "*bf16"}
     constexprs = {"D": width, "J": choices, "BLOCK": chosen["BLOCK"]}
-    found.append(special("experts combine", _combine, three, [], constexprs, launch))
-    return found
+    specials.append(special("experts combine", _combine, three, [], constexprs, launch))
+    return specials

@@ -30,18 +30,18 @@ def heads(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
     v_BTGK: Tensor | None,
-    q_norm_K: Tensor,
-    k_norm_K: Tensor,
+    norms: tuple[Tensor, Tensor],
     eps: float,
-    cos_BTK: Tensor,
-    sin_BTK: Tensor,
+    angles: tuple[Tensor, Tensor],
     zeros: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """norm_rope of contiguous queries and keys, rms_norm of the values, which without any are the raw keys. `zeros`,
-    integers, becomes zeros."""
+    """The norm_rope of contiguous queries and keys, the rms_norm of the values, which without any are the raw keys.
+
+    `norms` are those of queries and keys, [K]; `angles` cosines and sines, [B, T, K]; `zeros`, integers, becomes
+    zeros."""
     batch, tokens, count, size = q_BTHK.shape
     groups = k_BTGK.shape[2]
-    cos_BTK, sin_BTK = cos_BTK.contiguous(), sin_BTK.contiguous()
+    cos_BTK, sin_BTK = (angle.contiguous() for angle in angles)
     outs = torch.empty_like(q_BTHK), torch.empty_like(k_BTGK), torch.empty_like(k_BTGK)
     chosen = config("heads", (size,), q_BTHK.dtype, q_BTHK.device, DEFAULTS["heads"])
     rows = heads_a_program(max(count, groups), size, chosen)
@@ -49,8 +49,7 @@ def heads(
         q_BTHK,
         k_BTGK,
         k_BTGK if v_BTGK is None else v_BTGK,
-        q_norm_K,
-        k_norm_K,
+        *norms,
         cos_BTK,
         sin_BTK,
         *outs,
@@ -183,7 +182,7 @@ def _append(
 
 def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: sliding layers with 8 KV heads of 256, full ones with 2 of 512."""
-    found = []
+    specials = []
     device = f"sm_{arch}"
     for dtype in ("bfloat16", "float32") if arch == 90 else ("bfloat16",):
         p = POINTERS[dtype]
@@ -194,10 +193,10 @@ def ahead(arch: int) -> list[Special]:
             signature |= {"tokens": "i32", "angle_b": "i32:16", "eps": "fp32"}
             sizes = {"HEADS": 16, "GROUPS": groups, "HALF": size // 2, "BLOCK": size // 2}
             sizes["ROWS"] = heads_a_program(16, size, chosen)
-            found.append(Special(f"heads {name} {dtype}", _heads, signature, sizes, **warps))
+            specials.append(Special(f"heads {name} {dtype}", _heads, signature, sizes, **warps))
             warps = config("append", (size,), dtype, device, DEFAULTS["append"])
             signature = dict.fromkeys(_append.arg_names[:4], p) | dict.fromkeys(_append.arg_names[4:7], "*i64")
             signature |= {"tokens": "i32", "ring": "i32", "ring_x": "i32:16", "ring_r": "i32:16"}
             sizes = {"WIDTH": groups * size, "BLOCK": groups * size}
-            found.append(Special(f"append {name} {dtype}", _append, signature, sizes, **warps))
-    return found
+            specials.append(Special(f"append {name} {dtype}", _append, signature, sizes, **warps))
+    return specials

@@ -56,12 +56,12 @@ def noted(note: Callable[[Launch], None], runs: bool = False) -> Iterator[None]:
         return run
 
     for kind in kept:
-        kind.run = of(kind)  # type: ignore[method-assign, union-attr]
+        kind.run = of(kind)
     try:
         yield
     finally:
         for kind, before in kept.items():
-            kind.run = before  # type: ignore[method-assign, union-attr]
+            kind.run = before
 
 
 @contextmanager

@@ -19,24 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sfumato.ops.contract import Matrix
 from sfumato.ops.packed import BLOCK
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
-from sfumato.ops.triton.product import (
-    HALVES,
-    Form,
-    Weight,
-    blocks,
-    dense_specials,
-    form,
-    operand_types,
-    prepare,
-    product,
-    row_at,
-    special,
-    spread,
-    x_at,
-)
+from sfumato.ops.triton.forms import Form, blocks, dense_specials, form, operand_types
+from sfumato.ops.triton.product import prepare, product, row_at, special, spread, x_at
 from sfumato.ops.triton.tuning import SHARED_KIB, Config, chip, config, processors
 
 # A weight in 16 bits: 128 x 128 tiles, because with 256 rows the traffic between L2 and the multiprocessors,
@@ -63,7 +51,7 @@ AT_ONCE = 3
 """Weights that one launch takes: queries, keys, values."""
 
 
-def linear(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
+def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
     """x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
     x_MK = x.reshape(-1, x.shape[-1])
     forms = [form(weight, x) for weight in weights]
@@ -80,7 +68,7 @@ def linear(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
-def feed_forward(x: Tensor, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> Tensor:
+def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> Tensor:
     """down(gated(gate(x), up(x))). gate and up are of one kind."""
     x_MK = x.reshape(-1, x.shape[-1])
     gate, up = pair(form(gate_FD, x), form(up_FD, x))
@@ -88,7 +76,7 @@ def feed_forward(x: Tensor, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> 
     down = form(down_DF, hidden_MF)
     out_MD = torch.empty(len(x_MK), down.outputs, dtype=x.dtype, device=x.device)
     if x.numel():
-        gate_up(*prepare(x_MK, gate), gate, up, hidden_MF, down.kind in HALVES)
+        gate_up(*prepare(x_MK, gate), gate, up, hidden_MF, down.is_halved)
         multiply(*prepare(hidden_MF, down, is_split=True), [down], [out_MD], x.dtype)
     return out_MD.view(*x.shape[:-1], down.outputs)
 
@@ -166,7 +154,7 @@ def multiply(
 def splits(weight: Form, dtype: torch.dtype | str, device: torch.device | str) -> int:
     """Over how many programs to share the inputs of this product: what it takes for one canvas to fill the GPU, by the
     shape alone, so that a row's sums do not hang on its batch."""
-    if weight.kind in HALVES:
+    if weight.is_halved:
         return 1
     shape = weight.outputs, weight.inputs
     tiles, launch = blocks("linear", shape, weight, dtype, device, DEFAULTS)
@@ -343,7 +331,7 @@ def _gate_up(
 def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: queries, keys and values of a sliding layer, and of a full one; the attention's
     output; the dense layer. Of the rarer kinds one product stands for all."""
-    found = []
+    specials = []
     products = (
         ("qkv sliding", (4096, 2048, 2048), 2816),
         ("qk full", (8192, 1024), 2816),
@@ -371,12 +359,12 @@ def ahead(arch: int) -> list[Special]:
                 pointers["out0_ptr"] = "*fp32"
                 launch["num_stages"] = _stages(blank, tiles, launch, dtype, device) or launch["num_stages"]
             constexprs = {**sizes, "SPLIT_K": parts, **same, **tiles}
-            found.append(special(f"linear {what} {name}", _linear, pointers, ["rows"], constexprs, launch))
+            specials.append(special(f"linear {what} {name}", _linear, pointers, ["rows"], constexprs, launch))
         blank = replace(like, outputs=2112, inputs=2816)
         tiles, launch = blocks("gate_up", (2112, 2816), blank, dtype, device, DEFAULTS)
         pointers = {"x_ptr": types["x"], "x_extra_ptr": types["x_extra"], "out_ptr": p}
         pointers |= {"gate_ptr": types["w"], "gate_scale_ptr": types["scale"], "gate_extra_ptr": types["extra"]}
         pointers |= {"up_ptr": types["w"], "up_scale_ptr": types["scale"], "up_extra_ptr": types["extra"]}
-        constexprs = {"F": 2112, "K": 2816, **same, "SPLIT": like.kind in HALVES, **tiles}
-        found.append(special(f"gate_up {name}", _gate_up, pointers, ["rows"], constexprs, launch))
-    return found
+        constexprs = {"F": 2112, "K": 2816, **same, "SPLIT": like.is_halved, **tiles}
+        specials.append(special(f"gate_up {name}", _gate_up, pointers, ["rows"], constexprs, launch))
+    return specials

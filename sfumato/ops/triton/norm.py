@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sfumato.ops.contract import JoinNorms
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.tuning import Config, config
@@ -108,9 +109,7 @@ def join(
     residual_ND: Tensor,
     dense_ND: Tensor,
     sparse_ND: Tensor,
-    dense_norm_D: Tensor,
-    sparse_norm_D: Tensor,
-    norm_D: Tensor,
+    norms: JoinNorms,
     eps: float,
     scale_N1: Tensor,
 ) -> Tensor:
@@ -127,9 +126,7 @@ def join(
             residual_ND,
             dense_ND,
             sparse_ND,
-            dense_norm_D,
-            sparse_norm_D,
-            norm_D,
+            *norms,
             scale_N1,
             out_ND,
             rows,
@@ -170,7 +167,9 @@ def shape(width: int, chosen: Config) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def heads_a_program(heads: int, size: int, chosen: Config) -> int:
-    return min(triton.next_power_of_2(heads), max(1, chosen["VALUES"] // triton.next_power_of_2(size)))
+    """How many heads of this size one program norms."""
+    block: int = triton.next_power_of_2(size)
+    return min(int(triton.next_power_of_2(heads)), max(1, chosen["VALUES"] // block))
 
 
 @triton.jit
@@ -353,7 +352,7 @@ def _join(
 
 def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: rows of 2816, heads of 256 and 512."""
-    found = []
+    specials = []
     width, device = 2816, f"sm_{arch}"
     for dtype in ("bfloat16", "float32") if arch == 90 else ("bfloat16",):
         p = POINTERS[dtype]
@@ -365,14 +364,14 @@ def ahead(arch: int) -> list[Special]:
                 signature["weight_ptr"] = p
             else:
                 constexprs["weight_ptr"] = None
-            found.append(
+            specials.append(
                 Special(f"rms_norm {size} {dtype}", _rms_norm, signature | {"eps": "fp32"}, constexprs, **warps)
             )
         for size, heads in ((256, 16), (512, 16)):
             chosen = config("norm_rope", (size,), dtype, device, DEFAULTS["norm_rope"])
             pointers = dict.fromkeys(("x_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "out_ptr"), p)
             strides = dict.fromkeys(("stride_b", "stride_t", "stride_h", "angle_b", "angle_t"), "i32:16")
-            found.append(
+            specials.append(
                 Special(
                     f"norm_rope {heads}x{size} {dtype}",
                     _norm_rope,
@@ -389,7 +388,7 @@ def ahead(arch: int) -> list[Special]:
             )
         tiles, warps = shape(width, config("norm_add", (width,), dtype, device, DEFAULTS["norm_add"]))
         pointers = dict.fromkeys(("residual_ptr", "x_ptr", "weight_ptr", "out_ptr"), p)
-        found.append(
+        specials.append(
             Special(
                 f"norm_add {width} {dtype}",
                 _norm_add,
@@ -400,7 +399,7 @@ def ahead(arch: int) -> list[Special]:
         )
         tiles, warps = shape(width, config("join", (width,), dtype, device, DEFAULTS["join"]))
         names = "residual_ptr dense_ptr sparse_ptr dense_norm_ptr sparse_norm_ptr norm_ptr scale_ptr out_ptr".split()
-        found.append(
+        specials.append(
             Special(
                 f"join {width} {dtype}",
                 _join,
@@ -409,4 +408,4 @@ def ahead(arch: int) -> list[Special]:
                 **warps,
             )
         )
-    return found
+    return specials

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,130 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfumato.errors import InputError
-from sfumato.ops.packed import BLOCK, KINDS, Packed
-from sfumato.ops.triton.ahead import POINTERS, Special
+from sfumato.ops.triton.ahead import Special
 from sfumato.ops.triton.dependent import enter, overlap
-from sfumato.ops.triton.tuning import Config, chip, config
-
-Weight = Tensor | Packed
-
-HALVES = ("int4", "int4_bias", "nvfp4", "mxfp4")
-"""Kinds of two weights a byte."""
-_INPUTS = {"int8": 1, "fp8": 1, "int4": 4, "nvfp4": 16, "mxfp4": 32}
-"""What each kind packs together, or is read together."""
-
-
-def pack(weight: Weight) -> Weight:
-    """A weight [O, I] or a stack [E, O, I], plain or `Packed`, as these operations take it.
-
-    InputError: codes that no kernel here unpacks."""
-    if not isinstance(weight, Packed):
-        return weight.contiguous()
-    if why := refusal(weight):
-        raise InputError(
-            f"the triton operations cannot take this {weight.kind} weight: they take {why};"
-            ' choose ops="fused" or quantize="int4"'
-        )
-    if weight.kind == "nvfp4" and weight.factor is None:
-        weight = replace(weight, factor=torch.ones(weight.shape[:-1], device=weight.device))
-    return weight.each(Tensor.contiguous)
-
-
-def refusal(weight: Packed) -> str | None:
-    """What the kernels take in place of such a weight; None where they take it."""
-    stacked, (outputs, inputs) = len(weight.shape) == 3, weight.shape[-2:]
-    is_grouped = weight.scale.dim() == len(weight.shape)
-    if weight.kind not in KINDS:
-        return f"only {', '.join(KINDS)}"
-    elif weight.kind == "int8" and (is_grouped or weight.bias is not None):
-        return f"one scale an output, not one every {weight.group} inputs"
-    elif weight.kind == "fp8" and is_grouped and weight.group != BLOCK:
-        return f"blocks of {BLOCK}, not of {weight.group}"
-    elif weight.kind == "fp8" and is_grouped and stacked and outputs % BLOCK:
-        return f"stacks whose outputs fill blocks of {BLOCK}, not {outputs}"
-    elif weight.kind != "fp8" and inputs % weight.group:
-        return f"groups that divide the {inputs} inputs, not groups of {weight.group}"
-    elif weight.group % _INPUTS[weight.kind]:
-        return f"groups of a multiple of {_INPUTS[weight.kind]} inputs, not of {weight.group}"
-    return None
-
-
-@dataclass(frozen=True, eq=False)
-class Form:
-    """A weight as the kernels take it: which way it is multiplied, its sizes, its codes and what they are worth."""
-
-    kind: str
-    """One of Packed's, "plain", "fp8_wide" (FP8 where the hardware has none) or "int4_bias"."""
-    outputs: int
-    inputs: int
-    group: int = 1
-    """Inputs that share a scale; 1 where there is one an output."""
-    data: Tensor | None = None
-    scale: Tensor | None = None
-    extra: Tensor | None = None
-    """int4_bias: the bias of each group. nvfp4: the factor of each output."""
-
-    @property
-    def operands(self) -> tuple[Tensor | None, ...]:
-        return self.data, self.scale, self.extra
-
-    @property
-    def launch(self) -> tuple[Any, ...]:
-        """Weights for which this is equal may be multiplied by one launch."""
-        return self.kind, self.group, self.scale is not None and self.scale.dtype
-
-
-def form(weight: Weight, x: Tensor) -> Form:
-    """How this weight is multiplied on x's device. ValueError where x does not fit."""
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"x has width {x.shape[-1]} and the weight takes {weight.shape[-1]}")
-    outputs, inputs = weight.shape[-2:]
-    if not isinstance(weight, Packed):
-        if weight.dtype != x.dtype:
-            raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}; give both one dtype")
-        return Form("plain", outputs, inputs, 1, weight.contiguous())
-    kind, data, scale = weight.kind, weight.data, weight.scale
-    group = weight.group if scale.dim() == len(weight.shape) else 1
-    # Bytes, where the compiler does not know the type on every device.
-    if kind == "fp8" and not has_fp8(str(x.device)):
-        kind, data = "fp8_wide", data.view(torch.uint8)
-    if weight.kind in HALVES:
-        data = data.view(torch.int16)
-    if kind == "nvfp4":
-        return Form(kind, outputs, inputs, group, data, scale.view(torch.uint8), weight.factor)
-    if weight.bias is not None:
-        kind = f"{kind}_bias"
-    return Form(kind, outputs, inputs, group, data, scale, weight.bias)
-
-
-def has_fp8(device: str) -> bool:
-    """Whether this device multiplies float8_e4m3fn: from sm_89 on; and the interpreter does."""
-    return chip(device)[1] >= 89
-
-
-def blocks(
-    op: str,
-    shape: Sequence[int],
-    weight: Form,
-    dtype: torch.dtype | str,
-    device: torch.device | str,
-    defaults: dict[str, dict[str, Config]],
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Tile sizes that fit this weight, and how the kernel is launched."""
-    short = str(dtype).removeprefix("torch.")
-    kind = weight.kind.removesuffix("_bias")  # the same bytes, the same tiles
-    default = defaults[op]["float32" if short == "float32" and kind != "fp8" else kind]
-    small = {**default, "num_stages": min(default["num_stages"], 3)}
-    named = short if kind == "plain" else f"{kind} {short}"
-    chosen = config(op, shape, named, device, default, small)
-    tiles = {name: value for name, value in chosen.items() if name.startswith("BLOCK_")}
-    least = 64 if weight.kind in HALVES else 32  # a product of the tensor cores takes 16 inputs, of one class each
-    tiles["BLOCK_K"] = max(least, min(tiles["BLOCK_K"], triton.next_power_of_2(weight.inputs)))
-    share = weight.group & -weight.group  # the largest power of two in it
-    if kind not in ("nvfp4", "mxfp4") and share >= least:
-        tiles["BLOCK_K"] = min(tiles["BLOCK_K"], share)  # one scale for the whole step
-    return tiles, {name: chosen[name] for name in ("num_warps", "num_stages")}
+from sfumato.ops.triton.forms import Form
 
 
 def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -162,7 +41,7 @@ def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor,
     rows, width = x_MK.shape
     block = triton.next_power_of_2(width)
     warps = max(1, min(8, block // 512))
-    if weight.kind in HALVES:
+    if weight.is_halved:
         if not is_split:
             plain_MK, x_MK = x_MK, torch.empty_like(x_MK)
             _in_classes[(rows,)](plain_MK, x_MK, K=width, BLOCK=block, num_warps=warps, **overlap(x_MK.device))
@@ -182,13 +61,6 @@ def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor,
     return out_MK, scale_M
 
 
-def layout(weight: Form) -> tuple[str, int]:
-    """How this weight meets its x, and the group of which x's sums stand beside it."""
-    if weight.kind == "int4_bias" and weight.group & (weight.group - 1) == 0:
-        return "sums", weight.group
-    return ("classes" if weight.kind in HALVES else "fp8" if weight.kind == "fp8" else "plain"), 1
-
-
 @dataclass(frozen=True, eq=False)
 class Ready:
     """x as one of the kernels before a product lays it out (`lay_out`), so that no kernel of its own does."""
@@ -201,8 +73,8 @@ class Ready:
     @classmethod
     def room(cls, rows: int, weights: Sequence[Form], width: int, like: Tensor) -> Ready:
         """Uninitialised, for x of `like`'s dtype: as all of these weights meet it, or else plain."""
-        wanted = {layout(weight) for weight in weights}
-        name, group = wanted.pop() if len(wanted) == 1 else ("plain", 1)
+        layouts = {weight.layout for weight in weights}
+        name, group = layouts.pop() if len(layouts) == 1 else ("plain", 1)
         dtype = torch.float8_e4m3fn if name == "fp8" else like.dtype
         x_MK, extra = like.new_empty((rows, width), dtype=dtype), None
         if name == "fp8":
@@ -213,7 +85,7 @@ class Ready:
 
     def meet(self, weight: Form) -> tuple[Tensor, Tensor | None]:
         """`prepare`, where something is left to do."""
-        if (layout(weight) == (self.layout, self.group) and weight.kind != "int4_bias") or self.layout == "sums":
+        if (weight.layout == (self.layout, self.group) and weight.kind != "int4_bias") or self.layout == "sums":
             return self.x_MK, self.extra
         return prepare(self.x_MK, weight, is_split=self.layout == "classes")
 
@@ -614,34 +486,6 @@ def x_at(x_ptr, x_extra_ptr, m, K: tl.constexpr, GROUP: tl.constexpr, KIND: tl.c
     return x_ptr + m * K, extra_M
 
 
-def dense_specials(arch: int) -> list[tuple[str, Form, str]]:
-    """What is compiled ahead: (name, a form of no size, dtype of x)."""
-    kinds = [("bfloat16", "plain", 1), ("fp8", "fp8" if arch >= 89 else "fp8_wide", 1), ("int8", "int8", 1)]
-    kinds += [("int4", "int4", 64), ("int4 bias", "int4_bias", 64), ("nvfp4", "nvfp4", 16)]
-    found = [(name, Form(kind, 0, 0, group), "bfloat16") for name, kind, group in kinds]
-    if arch == 90:
-        found += [("float32", Form("plain", 0, 0), "float32"), ("int4 float16", Form("int4", 0, 0, 64), "float16")]
-        found += [("fp8 block", Form("fp8", 0, 0, BLOCK), "bfloat16"), ("mxfp4", Form("mxfp4", 0, 0, 32), "bfloat16")]
-    return found
-
-
-def operand_types(kind: str, dtype: str) -> dict[str, str | None]:
-    """Pointers, as Special spells them, of x, what goes with it, a weight, its scale, and what else it has; None where
-    there is none."""
-    p = POINTERS[dtype]
-    table: dict[str, tuple[str | None, ...]] = {
-        "plain": (p, None, p, None, None),
-        "int8": (p, None, "*i8", "*fp32", None),
-        "fp8": ("*fp8e4nv", "*fp32", "*fp8e4nv", "*fp32", None),
-        "fp8_wide": (p, None, "*u8", "*fp32", None),
-        "int4": (p, None, "*i16", "*fp16", None),
-        "int4_bias": (p, "*fp32", "*i16", "*bf16", "*bf16"),
-        "nvfp4": (p, None, "*i16", "*u8", "*fp32"),
-        "mxfp4": (p, None, "*i16", "*u8", None),
-    }
-    return dict(zip(("x", "x_extra", "w", "scale", "extra"), table[kind], strict=True))
-
-
 def special(
     name: str,
     kernel: Any,
@@ -658,15 +502,15 @@ def special(
 
 def ahead(arch: int) -> list[Special]:
     """What lays activations out, at the width of the released model."""
-    found = []
+    specials = []
     two: dict[str, str | None] = {"x_ptr": "*bf16", "out_ptr": "*bf16"}
     sizes = {"K": 2816, "BLOCK": 4096}
-    found.append(special("in_classes", _in_classes, two, [], sizes, {"num_warps": 8}))
+    specials.append(special("in_classes", _in_classes, two, [], sizes, {"num_warps": 8}))
     sums: dict[str, str | None] = {"x_ptr": "*bf16", "sum_ptr": "*fp32"}
     sizes = {"K": 2816, "GROUP": 64, **_sum_sizes(2816, 64)}
-    found.append(special("sum_groups", _sum_groups, sums, [], sizes, {"num_warps": 8}))
+    specials.append(special("sum_groups", _sum_groups, sums, [], sizes, {"num_warps": 8}))
     if arch >= 89:
         three = {**two, "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
         sizes = {"K": 2816, "BLOCK": 4096}
-        found.append(special("quantise_rows", _quantise_rows, three, [], sizes, {"num_warps": 8}))
-    return found
+        specials.append(special("quantise_rows", _quantise_rows, three, [], sizes, {"num_warps": 8}))
+    return specials

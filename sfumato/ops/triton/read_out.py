@@ -527,16 +527,16 @@ def _walk(
             x_C = tl.where(is_banned_C, _NEVER * inverse, x_C)
         weight_C = tl.where(v_C < V, tl.exp2((x_C - peak) * _LOG2E), 0.0)
         passed_C = tl.cumsum(weight_C, 0)
-        found = tl.min(tl.where(passed_C > tl.load(rest_ptr + n), word_C, TILE), 0)
+        specials = tl.min(tl.where(passed_C > tl.load(rest_ptr + n), word_C, TILE), 0)
         # Where rounding leaves the target a hair beyond the sum: the last word that can come out at all.
         last = tl.max(tl.where(weight_C > 0, word_C, 0), 0)
-        tl.store(sample_ptr + n, inside * TILE + tl.minimum(found, last))
+        tl.store(sample_ptr + n, inside * TILE + tl.minimum(specials, last))
 
 
 def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: 262,144 words of 2816."""
     words, width, device = 262_144, 2816, f"sm_{arch}"
-    found = []
+    specials = []
     for dtype in (torch.bfloat16, torch.float32) if arch == 90 else (torch.bfloat16,):
         name = str(dtype).removeprefix("torch.")
         p, f, i = POINTERS[name], "*fp32", "*i64"
@@ -548,7 +548,7 @@ def ahead(arch: int) -> list[Special]:
         noise: dict[str, str] = {"gumbel_ptr": f, "noisy_ptr": f, "noisy_best_ptr": "*i16"}
         for what, more in (("", {}), (" banned", bans), (" gumbel", noise)):
             loud = {"BLOCK_N": min(sweep["BLOCK_N"], LOUD)} if more is noise else {}
-            found.append(
+            specials.append(
                 Special(
                     f"sweep{what} {name}",
                     _sweep,
@@ -561,7 +561,7 @@ def ahead(arch: int) -> list[Special]:
                 )
             )
         outs = {"argmax_ptr": i, "sample_ptr": i, "entropy_ptr": f, "peak_out_ptr": f, "log_sum_ptr": f}
-        found.append(
+        specials.append(
             Special(
                 f"combine {name}",
                 _combine,
@@ -572,7 +572,7 @@ def ahead(arch: int) -> list[Special]:
                 _combine_warps(tiles),
             )
         )
-        found.append(
+        specials.append(
             Special(
                 f"walk {name}",
                 _walk,
@@ -583,4 +583,4 @@ def ahead(arch: int) -> list[Special]:
                 walk_warps,
             )
         )
-    return found
+    return specials

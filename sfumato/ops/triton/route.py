@@ -11,6 +11,7 @@ index comes first. Within a block the norm is known already, and each assignment
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -49,28 +50,43 @@ def route(
     index_NJ = torch.empty(tokens, top_k, dtype=torch.int64, device=residual_ND.device)
     weight_NJ = torch.empty(tokens, top_k, dtype=torch.float32, device=residual_ND.device)
     if tokens:
-        come = torch.zeros(tokens, dtype=torch.int32, device=residual_ND.device)
-        _launch(residual_ND.contiguous(), scale_D, proj_ED, per_expert_E, eps, come, weight_NJ, index_NJ=index_NJ)
+        counters = torch.zeros(tokens, dtype=torch.int32, device=residual_ND.device)
+        router, results = Router(scale_D, proj_ED, per_expert_E), _Results(weight_NJ, counters, index_NJ)
+        _launch(residual_ND.contiguous(), router, eps, None, results)
     return index_NJ, weight_NJ
 
 
+class Router(NamedTuple):
+    """The weights of a router."""
+
+    scale_D: Tensor
+    proj_ED: Tensor
+    per_expert_E: Tensor
+
+
+class _Results(NamedTuple):
+    """Where a launch writes: weights, counters of programs, and indices or the lists of experts."""
+
+    weight_NJ: Tensor
+    counters: Tensor
+    index_NJ: Tensor | None = None
+    count_E: Tensor | None = None
+    list_EN: Tensor | None = None
+
+
 def listed(
-    residual_ND: Tensor,
-    root_N: Tensor,
-    scale_D: Tensor,
-    proj_ED: Tensor,
-    per_expert_E: Tensor,
-    top_k: int,
-    zeros: Tensor,
+    residual_ND: Tensor, root_N: Tensor, router: Router, top_k: int, zeros: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`route` as a block wants it: how many assignments n x J + j each expert has, [E] int32, which they are, [E, N]
-    int32 in no order, and their weights, [N, J]. `root_N` is the reciprocal of the residual's root mean square, and
-    `zeros` are `zeros_for` so many tokens."""
-    tokens, count = len(residual_ND), proj_ED.shape[0]
+    """`route` for a block: assignments by expert.
+
+    How many assignments n x J + j each expert has, [E] int32, which they are, [E, N] int32 in no order, and their
+    weights, [N, J]. `root_N` is the reciprocal of the residual's root mean square, and `zeros` are `zeros_for` so many
+    tokens."""
+    tokens, count = len(residual_ND), router.proj_ED.shape[0]
     weight_NJ = torch.empty(tokens, top_k, dtype=torch.float32, device=residual_ND.device)
     list_EN = torch.empty(count, tokens, dtype=torch.int32, device=residual_ND.device)
-    count_E, come = zeros[:count], zeros[count:]
-    _launch(residual_ND, scale_D, proj_ED, per_expert_E, 0.0, come, weight_NJ, root_N, count_E, list_EN)
+    count_E = zeros[:count]
+    _launch(residual_ND, router, 0.0, root_N, _Results(weight_NJ, zeros[count:], None, count_E, list_EN))
     return count_E, list_EN, weight_NJ
 
 
@@ -79,35 +95,21 @@ def zeros_for(tokens: int, count: int) -> int:
     return count + tokens
 
 
-def _launch(
-    residual_ND: Tensor,
-    scale_D: Tensor,
-    proj_ED: Tensor,
-    per_expert_E: Tensor,
-    eps: float,
-    come: Tensor,
-    weight_NJ: Tensor,
-    root_N: Tensor | None = None,
-    count_E: Tensor | None = None,
-    list_EN: Tensor | None = None,
-    index_NJ: Tensor | None = None,
-) -> None:
-    (tokens, width), count, top_k = residual_ND.shape, proj_ED.shape[0], weight_NJ.shape[1]
+def _launch(residual_ND: Tensor, router: Router, eps: float, root_N: Tensor | None, results: _Results) -> None:
+    (tokens, width), count, top_k = residual_ND.shape, router.proj_ED.shape[0], results.weight_NJ.shape[1]
     chosen = _blocks(count, width, residual_ND.dtype, residual_ND.device)
     splits, block = chosen["SPLITS"], max(16, triton.next_power_of_2(count))
     part_SNE = torch.empty(splits, tokens, block, dtype=torch.float32, device=residual_ND.device)
     _route[(triton.cdiv(tokens, chosen["BLOCK_M"]), splits)](
         residual_ND,
         root_N,
-        scale_D.contiguous(),
-        proj_ED.contiguous(),
-        per_expert_E.contiguous(),
+        *(weight.contiguous() for weight in router),
         part_SNE,
-        come,
-        index_NJ,
-        weight_NJ,
-        count_E,
-        list_EN,
+        results.counters,
+        results.index_NJ,
+        results.weight_NJ,
+        results.count_E,
+        results.list_EN,
         tokens,
         eps,
         D=width,
@@ -247,7 +249,7 @@ def _choose(
 
 def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: 128 experts, 8 a token, width 2816."""
-    found = []
+    specials = []
     for dtype in ("bfloat16", "float32") if arch == 90 else ("bfloat16",):
         chosen = _blocks(128, 2816, dtype, f"sm_{arch}")
         launch = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
@@ -259,5 +261,5 @@ def ahead(arch: int) -> list[Special]:
         within = {**pointers, "root_ptr": "*fp32", "count_ptr": "*i32", "list_ptr": "*i32"}
         for name, each in (("route", alone), ("route listed", within)):
             one = special(f"{name} {dtype}", _route, each, ["tokens"], sizes, launch)
-            found.append(replace(one, signature={**one.signature, "eps": "fp32"}))
-    return found
+            specials.append(replace(one, signature={**one.signature, "eps": "fp32"}))
+    return specials

@@ -284,7 +284,7 @@ def _add(partial_ptr, scale_ptr, out_ptr, values, SPLITS: tl.constexpr, BLOCK: t
 def ahead(arch: int) -> list[Special]:
     """At the released model's sizes: 262,144 words of 2816, in the read-out's tiles."""
     words, width, device = 262_144, 2816, f"sm_{arch}"
-    found = []
+    specials = []
     for dtype in (torch.bfloat16, torch.float32) if arch == 90 else (torch.bfloat16,):
         name = str(dtype).removeprefix("torch.")
         p, f, i = POINTERS[name], "*fp32", "*i32"
@@ -296,7 +296,7 @@ def ahead(arch: int) -> list[Special]:
         both = {"logits_ptr": p, "embed_ptr": p, "peak_ptr": f, "log_sum_ptr": f, "partial_ptr": f}
         both |= {"length": "i32", "rows": "i32"}
         lists = {"list_ptr": i, "count_ptr": i}
-        found += [
+        specials += [
             Special(
                 f"multiply {name}",
                 _multiply,
@@ -338,4 +338,4 @@ def ahead(arch: int) -> list[Special]:
                 {"SPLITS": chosen["SPLITS"], "BLOCK": _ADD},
             ),
         ]
-    return found
+    return specials

@@ -105,20 +105,21 @@ def tune(
     shape: Sequence[int],
     dtype: torch.dtype | str,
     device: torch.device | str,
-    run: Callable[[], object],
+    measure: Callable[[], float],
     configs: Sequence[Config],
     table: Path = TABLE,
-    milliseconds: Callable[[Callable[[], object]], float] | None = None,
 ) -> list[tuple[float, Config]]:
-    """Time `run`, one call of this operation, under each configuration; write the fastest to the table. Returns what
-    was measured, fastest first. A configuration that does not fit this GPU is left out."""
+    """Measure this operation under each configuration, and write the fastest to the table.
+
+    `measure` gives the milliseconds of one call (`milliseconds`). Returns what was measured, fastest first. A
+    configuration that does not fit this GPU is left out."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
     measured: list[tuple[float, Config]] = []
     for one in configs:
         with using(op, **one):
             try:
-                measured.append(((milliseconds or _milliseconds)(run), one))
+                measured.append((measure(), one))
             except (OutOfResources, PTXASError):
                 continue
     if not measured:
@@ -128,7 +129,8 @@ def tune(
     return measured
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
+    """The median time of a call on the GPU."""
     from triton.testing import do_bench
 
     return float(do_bench(run, return_mode="median"))
@@ -136,7 +138,8 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 @cache
 def _read(table: Path) -> dict[str, Any]:
-    return json.loads(table.read_text()) if table.exists() else {}
+    entries: dict[str, Any] = json.loads(table.read_text()) if table.exists() else {}
+    return entries
 
 
 def _write(table: Path, name: str, op: str, entry: str, chosen: Config) -> None:
