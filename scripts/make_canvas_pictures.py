@@ -21,7 +21,7 @@ import numpy as np
 
 from sfumato import LLM, Done, Draft, Options, Slot
 from sfumato.cli.view import CLUE, SMOKE, colour
-from sfumato.constraints.constrain import Guide, Pick, Walk
+from sfumato.constraints.guide import Guide, Pick, Walk
 from sfumato.constraints.search import Work
 from sfumato.engine.guided import Span
 from sfumato.sampling.noise import CountedNoise

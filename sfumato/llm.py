@@ -21,8 +21,8 @@ from torch import Tensor
 from sfumato.checkpoints import weights
 from sfumato.checkpoints.checkpoint import Checkpoint
 from sfumato.checkpoints.detect import open_checkpoint
-from sfumato.constraints import calls
-from sfumato.constraints.constrain import Grammar
+from sfumato.constraints.grammar import Grammar
+from sfumato.constraints.tools import tool_grammar
 from sfumato.engine import arguments
 from sfumato.engine.engine import Engine
 from sfumato.engine.guided import Span
@@ -449,7 +449,7 @@ class LLM:
         return found
 
     def grammar(self, kind: str, value: Any) -> Grammar:
-        """A compiled constraint, kept for the next time: see `constrain.Grammar.compile`."""
+        """A compiled constraint, kept for the next time: see `Grammar.compile`."""
         key = kind, repr(value)
         with self._compiling:
             kept = self._grammars.get(key)
@@ -623,7 +623,7 @@ def _strictly(options: Options, tools: list[dict[str, Any]] | None) -> Options:
         return options
     if not options.strict and not options.must_call:
         return options
-    grammar = calls.grammar(tools, options.must_call)
+    grammar = tool_grammar(tools, options.must_call)
     return replace(options, strict=False, must_call=False, grammar=grammar)
 
 

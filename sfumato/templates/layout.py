@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sfumato.constraints.constrain import Grammar
 from sfumato.constraints.forms import MAX_CHOICES
+from sfumato.constraints.grammar import Grammar
 from sfumato.engine.arguments import check_kind, check_text
 from sfumato.engine.guided import Span
 from sfumato.engine.request import SHORT

@@ -15,7 +15,7 @@ import tiny
 import torch
 
 from sfumato import LLM, Options
-from sfumato.constraints.constrain import Guide
+from sfumato.constraints.guide import Guide
 from sfumato.engine import batch
 from sfumato.engine import request as rows
 from sfumato.engine.batch import Batch, BatchLimits, Cost, Prefixes
