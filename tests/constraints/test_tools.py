@@ -13,7 +13,19 @@ import gemma_vocab
 import jsonschema
 import numpy as np
 import pytest
-from tool_grammars import ENDS, NANO, NANO_FOLDER, TEXT, allows, allows_ids, compiled_tools, record, tool
+from tool_grammars import (
+    CLOSE,
+    ENDS,
+    NANO,
+    NANO_FOLDER,
+    OPEN,
+    TEXT,
+    allows,
+    allows_ids,
+    compiled_tools,
+    record,
+    tool,
+)
 
 from sfumato.constraints.grammar import Grammar
 from sfumato.constraints.tools import tool_grammar
@@ -23,8 +35,6 @@ from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
-
-OPEN, CLOSE = 11, 12  # nano's <|tool_call> and <tool_call|>
 
 WHOLE, NUMBER, BOOL, NULL = ({"type": kind} for kind in ("integer", "number", "boolean", "null"))
 POINT = {"type": "object", "properties": {"x": NUMBER, "y": NUMBER}, "required": ["x", "y"]}
