@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import gemma_vocab
 
 from benchmarks import common
-from sfumato.constraints.constrain import Grammar, Guide
+from sfumato.constraints.grammar import Grammar
+from sfumato.constraints.guide import Guide, Pick
 from sfumato.text.tokenizer import Tokenizer
 
 LENGTH, STEPS, BOUND = 256, 16, 0.1
@@ -51,7 +52,7 @@ PEOPLE: list[dict[str, Any]] = [
 
 
 class Fake:
-    """Right words, a share of them replaced; picks are the masked argmax of a row of bfloat16 logits."""
+    """A model whose words are right, a share of them replaced; picks are the masked argmax of bfloat16 logits."""
 
     def __init__(self, right: list[int], vocab_size: int, eos: int) -> None:
         self.rng = random.Random(0)
@@ -95,12 +96,16 @@ def run(guide: Guide, fake: Fake, shares: list[float], is_last: bool) -> dict[st
 def naive(grammar: Grammar, fake: Fake) -> dict[str, Any]:
     """A mask and a pick for each position of each step, from the left, nothing kept."""
     seconds, masks = [], 0
-    nothing = fake.vocab_size  # no token: every position needs its mask
+    no_token = fake.vocab_size  # every position needs its mask
+
+    def picker(position: int) -> Pick:
+        return lambda _, mask: fake.pick(position, mask)
+
     for _ in range(2):
         guide = grammar.start(LENGTH)
         began = time.perf_counter()
         for position in range(LENGTH):
-            walk = guide.walk([nothing], [True], lambda _, mask, at=position: fake.pick(at, mask), BOUND, True)
+            walk = guide.walk([no_token], [True], picker(position), BOUND, True)
             guide.commit(len(walk.tokens))
             if guide.is_over:
                 break
@@ -110,7 +115,7 @@ def naive(grammar: Grammar, fake: Fake) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = common.arguments(__doc__, 5.0).parse_args()
+    arguments = common.arguments(__doc__, 5.0).parse_args()
     common.say("the vocabulary")
     tokenizer = Tokenizer(gemma_vocab.build())
     eos = tokenizer.special_id("eos_token")
@@ -140,7 +145,7 @@ def main() -> None:
         "rows": rows,
         "targets": {"mean ms a step": common.target(rows["settles"]["ms_mean"], 20.0)},
     }
-    common.finish(record, given)
+    common.finish(record, arguments)
     lines = [
         [name, f"{row['ms_mean']:.2f}", f"{row['ms_worst']:.2f}", f"{row['masks_mean']:.1f}"]
         for name, row in rows.items()
@@ -151,7 +156,8 @@ def main() -> None:
 
 def spelled(grammar: Grammar, tokenizer: Tokenizer, text: str, eos: int) -> list[int]:
     """The tokens of a text as the tokenizer writes them, where the grammar does not force others."""
-    guide, tokens, data = grammar.start(LENGTH), [], text.encode()
+    guide, data = grammar.start(LENGTH), text.encode()
+    tokens: list[int] = []
     while not guide.is_over:
         left = data[len(tokenizer.decode(tokens).encode()) :].decode()
         top = tokenizer.encode(left) or [eos]

@@ -21,7 +21,7 @@ import numpy as np
 
 from sfumato import LLM, Done, Draft, Options, Slot
 from sfumato.cli.view import CLUE, SMOKE, colour
-from sfumato.constraints.constrain import Guide, Pick, Walk
+from sfumato.constraints.guide import Guide, Pick, Walk
 from sfumato.constraints.search import Work
 from sfumato.engine.guided import Span
 from sfumato.engine.request import Request
@@ -81,7 +81,7 @@ def stream(
     options = replace(options, max_tokens=sheet.length, min_tokens=sheet.length, drafts=True)
     ids = llm.planner.prompts.encode_before(prompt, sheet)
     ask = llm.planner.ask(Request(ids, options, sheet.pins, sheet.warm, list(spans)))
-    events = [ask.reader.tell(event) for event in Run(llm.model, [ask.request])]
+    events = [ask.reader.with_text(event) for event in Run(llm.model, [ask.request])]
     return [e for e in events if isinstance(e, Draft)], next(e for e in events if isinstance(e, Done))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.constraints.constrain import Guide, Walk
+from sfumato.constraints.guide import Guide, Walk
 from sfumato.constraints.search import Work
 from sfumato.errors import InputError, contained
 from sfumato.model.config import ModelConfig

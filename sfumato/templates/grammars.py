@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from sfumato.constraints.constrain import Grammar
+from sfumato.constraints.grammar import Grammar
 from sfumato.text.tokenizer import Tokenizer
 
 GRAMMARS_KEPT = 16

@@ -18,7 +18,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sfumato.constraints.constrain import Grammar
+from sfumato.constraints.grammar import Grammar
 from sfumato.engine.guided import Span
 from sfumato.engine.request import SHORT
 from sfumato.errors import CapacityError

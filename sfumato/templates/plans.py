@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.constraints import calls
+from sfumato.constraints.tools import tool_grammar
 from sfumato.engine import arguments
 from sfumato.engine.guided import Span
 from sfumato.engine.plan import Ask, Plan
@@ -265,7 +265,7 @@ def _with_calls(options: Options, tools: Tools | None) -> Options:
         return options
     if not options.strict and not options.must_call:
         return options
-    grammar = calls.grammar(tools, options.must_call)
+    grammar = tool_grammar(tools, options.must_call)
     return replace(options, strict=False, must_call=False, grammar=grammar)
 
 

@@ -9,11 +9,11 @@ import jsonschema
 import pytest
 import tiny
 import torch
-from test_constrain import generated, valid
+from random_schemas import generated, valid
 
 from sfumato import LLM, Options, Slot
 from sfumato.checkpoints.locate import NANO
-from sfumato.constraints import calls
+from sfumato.constraints.tools import tool_grammar
 from sfumato.engine.guided import Span, _pick_
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
@@ -102,7 +102,7 @@ def test_every_draft_begins_with_a_valid_path(nano: LLM) -> None:
         "required": ["a", "b"],
     }
     grammar = nano.planner.grammars.compile("schema", value)
-    matcher, longest = grammar._words.matcher(grammar._source), 0
+    matcher, longest = grammar._vocabulary.matcher(grammar._source), 0
     for event in nano.stream("Sudoku", Options(schema=value, max_tokens=40, seed=3, drafts=True)):
         if hasattr(event, "accepted"):
             until = next((n for n, flag in enumerate(event.accepted) if not flag), len(event.tokens))
@@ -182,7 +182,7 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     called = 0
     ids = nano.encode([{"role": "user", "content": "A table, please."}], [TOOL])
     lead = [wild.tokenizer.id("<|tool_call>") or 0]  # random weights never open a call by themselves
-    grammar = wild.planner.grammars.compile("grammar", calls.grammar([TOOL]))
+    grammar = wild.planner.grammars.compile("grammar", tool_grammar([TOOL]))
     for seed in range(12):
         span = Span(0, None, grammar.start(70))
         options = Options(seed=seed, max_tokens=70, max_steps=3)

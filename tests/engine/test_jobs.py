@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from sfumato import LLM, Options, Slot
-from sfumato.constraints.constrain import Guide
+from sfumato.constraints.guide import Guide
 from sfumato.engine.jobs import Jobs
 from sfumato.engine.limits import BatchLimits
 from sfumato.errors import BusyError, CapacityError, InputError

@@ -1,39 +1,43 @@
-"""Grammars of tool calls: what random walks under them write is read back by chat.py and obeys the tools' schemas."""
+"""constraints/tools.py, rules.py and scalars.py: random walks under tools' grammars write calls that obey the schemas.
+
+What they write is read back by `replies.parse_ids`.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-import re
-from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import gemma_vocab
 import jsonschema
 import numpy as np
 import pytest
+from tool_grammars import (
+    CLOSE,
+    ENDS,
+    NANO,
+    NANO_FOLDER,
+    OPEN,
+    TEXT,
+    allows,
+    allows_ids,
+    compiled_tools,
+    record,
+    tool,
+)
 
-from sfumato.constraints import calls
-from sfumato.constraints.constrain import Grammar
+from sfumato.constraints.grammar import Grammar
+from sfumato.constraints.tools import tool_grammar
 from sfumato.errors import InputError
-from sfumato.text import replies
+from sfumato.text.replies import parse_ids
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
 
-NANO = Tokenizer.from_folder(Path(calls.__file__).parents[1] / "nano")
-ENDS = [0, 1, 5, 13]  # nano's <pad>, <eos>, <turn|> and <|tool_response>
-OPEN, CLOSE = 11, 12  # its <|tool_call> and <tool_call|>
-
-TEXT, WHOLE, NUMBER, BOOL, NULL = ({"type": t} for t in ("string", "integer", "number", "boolean", "null"))
+WHOLE, NUMBER, BOOL, NULL = ({"type": kind} for kind in ("integer", "number", "boolean", "null"))
 POINT = {"type": "object", "properties": {"x": NUMBER, "y": NUMBER}, "required": ["x", "y"]}
-
-
-def record(required: str = "", /, **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": required.split()}
-
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "nothing": {"type": "object", "properties": {}},
@@ -89,19 +93,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
-
-
-def compile_(*tools: dict[str, Any], tokenizer: Tokenizer = NANO, ends: list[int] = ENDS) -> Grammar:
-    return Grammar.compile("grammar", calls.grammar(tools), tokenizer, tokenizer.vocab_size, ends)
-
-
 def walk(
     grammar: Grammar, seed: int, room: int, tokenizer: Tokenizer = NANO, ends: list[int] = ENDS, calling: float = 0.5
 ) -> list[int]:
     """The tokens of a model that errs nearly everywhere: random words, and random picks under the mask."""
-    rng, guide, tokens = random.Random(seed), grammar.start(room), []
+    rng, guide = random.Random(seed), grammar.start(room)
+    tokens: list[int] = []
     control = np.array(sorted(tokenizer.special_ids - set(ends)))
 
     def pick(at: int, mask: np.ndarray) -> tuple[int, float]:
@@ -120,25 +117,11 @@ def walk(
                 int(rng.choice(control)) if rng.random() < calling / 3 else rng.randrange(tokenizer.vocab_size)
                 for _ in range(width)
             ]
-            found = guide.walk(top, [rng.random() < 0.7 for _ in top], pick, 1.0, is_last)
-        tokens += found.tokens
-        guide.commit(len(found.tokens))
+            path = guide.walk(top, [rng.random() < 0.7 for _ in top], pick, 1.0, is_last)
+        tokens += path.tokens
+        guide.commit(len(path.tokens))
     assert guide.is_over or grammar.start(room).walk(tokens, [True] * len(tokens), pick, 1.0).tokens == tokens
     return tokens
-
-
-def is_allowed(grammar: Grammar, ids: list[int]) -> bool:
-    """Whether the whole answer may be these tokens."""
-
-    def pick(at: int, mask: np.ndarray) -> tuple[int, float]:
-        return int(np.flatnonzero(mask)[0]), 0.0
-
-    found = grammar.start(len(ids) + 200).walk([*ids, ENDS[1]], [True] * (len(ids) + 1), pick, 1.0)
-    return found.tokens == ids and found.end == len(ids)
-
-
-def says(grammar: Grammar, text: str) -> bool:
-    return is_allowed(grammar, NANO.encode(text, parse_special=True))
 
 
 def check(schema: dict[str, Any], arguments: Any) -> None:
@@ -148,25 +131,26 @@ def check(schema: dict[str, Any], arguments: Any) -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_arguments_obey_the_schema(name: str) -> None:
     schema = SCHEMAS[name]
-    grammar, made = compile_(tool(name, schema)), []
+    grammar = compiled_tools(tool(name, schema))
+    calls: list[dict[str, Any]] = []
     for seed in range(3 if name in ("lengths", "format") else 9):
         ids = walk(grammar, seed, room=(3, 90, 200)[seed % 3], calling=0.8)
         assert {NANO.token(i) for i in NANO.special_ids.intersection(ids)} <= {"<|tool_call>", "<tool_call|>", '<|"|>'}
-        reply = replies.parse_ids(NANO, ids)
+        reply = parse_ids(NANO, ids)
         assert len(reply.tool_calls) == ids.count(OPEN) == ids.count(CLOSE)
         for call in reply.tool_calls:
             assert call["name"] == name
             check(schema, call["arguments"])
-        made += reply.tool_calls
-    assert made
+        calls += reply.tool_calls
+    assert calls
 
 
 def test_all_tools_together() -> None:
-    grammar = compile_(*(tool(name, schema) for name, schema in SCHEMAS.items()))
+    grammar = compiled_tools(*(tool(name, schema) for name, schema in SCHEMAS.items()))
     names: set[str] = set()
     most = 0
     for seed in range(6):
-        reply = replies.parse_ids(NANO, walk(grammar, seed, 200, calling=0.9))
+        reply = parse_ids(NANO, walk(grammar, seed, 200, calling=0.9))
         for call in reply.tool_calls:
             check(SCHEMAS[call["name"]], call["arguments"])
         names |= {call["name"] for call in reply.tool_calls}
@@ -175,30 +159,34 @@ def test_all_tools_together() -> None:
 
 
 def test_text_stays_possible() -> None:
-    grammar = compile_(tool("f"))
+    grammar = compiled_tools(tool("f"))
     assert grammar.shortest() == 1
-    assert says(grammar, "Just words.\n\n{not a call:f{}}, “quoted” call:f{} <b>")
-    assert says(grammar, "First words, then a call.<|tool_call>call:f{}<tool_call|>")
+    assert allows(grammar, "Just words.\n\n{not a call:f{}}, “quoted” call:f{} <b>")
+    assert allows(grammar, "First words, then a call.<|tool_call>call:f{}<tool_call|>")
     for seed in range(5):
         ids = walk(grammar, seed, 40, calling=0)
         assert ids and NANO.special_ids.isdisjoint(ids)
     for text in ("", "<|channel>", "words<|channel>thought", "<|tool_call>call:f{}<tool_call|>words", '<|"|>a<|"|>'):
-        assert not says(grammar, text)
+        assert not allows(grammar, text)
 
 
-def test_what_the_template_writes_is_allowed() -> None:
+def test_what_the_template_writes_allows_ids() -> None:
     arguments: dict[str, Any] = {
         "city": "São Paulo, {x:1}", "days": 3, "deep": {"a": [1, 2.5, -3, "z"], "b": None}, "hot": True
     }  # fmt: skip
     schema = record("city", city=TEXT, days=WHOLE, deep={}, hot=BOOL)
-    shown = ChatTemplate.from_folder(Path(calls.__file__).parents[1] / "nano")
+    template = ChatTemplate.from_folder(NANO_FOLDER)
     messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
-    said = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}] * 2}
-    before = shown.encode(NANO, messages)
-    ids = shown.encode(NANO, [*messages, said], add_generation_prompt=False)[len(before) :]
+    answer = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": arguments}}] * 2,
+    }
+    before = template.encode(NANO, messages)
+    ids = template.encode(NANO, [*messages, answer], add_generation_prompt=False)[len(before) :]
     ids = ids[: len(ids) - ids[::-1].index(CLOSE)]
-    assert [call["arguments"] for call in replies.parse_ids(NANO, ids).tool_calls] == [arguments] * 2
-    assert is_allowed(compile_(tool("g"), tool("f", schema)), ids)
+    assert [call["arguments"] for call in parse_ids(NANO, ids).tool_calls] == [arguments] * 2
+    assert allows_ids(compiled_tools(tool("g"), tool("f", schema)), ids)
 
 
 @pytest.mark.parametrize(
@@ -207,72 +195,14 @@ def test_what_the_template_writes_is_allowed() -> None:
      'f{a:<|"|>x<|"|>,c:1}', 'f{a:<|"|>x<|"|>', "f", "f{a:x}", 'f{a:<|"|>x<|"|>,a:<|"|>x<|"|>}', 'f{a:<|"|>xyz<|"|>}'],
 )  # fmt: skip
 def test_wrong_calls_are_not_allowed(call: str) -> None:
-    grammar = compile_(tool("f", record("a", a=TEXT | {"maxLength": 2}, b=WHOLE | {"minimum": 0})))
-    assert says(grammar, '<|tool_call>call:f{a:<|"|>x<|"|>,b:1}<tool_call|>')
-    assert not says(grammar, f"<|tool_call>call:{call}<tool_call|>")
-
-
-def test_numbers_between_bounds() -> None:
-    rng = random.Random(0)
-    for _ in range(300):
-        low, high = sorted(rng.choice([rng.randint(-1200, 1200), round(rng.uniform(-20, 20), 3)]) for _ in range(2))
-        low_is_strict, high_is_strict = rng.random() < 0.5, rng.random() < 0.5
-        bounds = (Decimal(str(low)), low_is_strict), (Decimal(str(high)), high_is_strict)
-        above, below = (
-            calls._between(*bounds),
-            calls._between((-bounds[1][0], high_is_strict), (-bounds[0][0], low_is_strict)),
-        )
-        near = [
-            Decimal(n) + Decimal(d) / 1000 for n in (str(low), str(high), "0") for d in (-1000, -10, -1, 0, 1, 10, 1000)
-        ]
-        for number in (
-            *near,
-            *(Decimal(str(rng.choice([rng.randint(-1500, 1500), rng.uniform(-30, 30)]))) for _ in range(20)),
-        ):
-            text = f"{abs(number):f}"
-            found = below if number < 0 else above
-            is_in = found is not None and all(
-                re.fullmatch(part.strip("/"), text) for part in found.split(" & ") if part
-            )
-            assert (
-                is_in
-                == (
-                    (number > bounds[0][0] if low_is_strict else number >= bounds[0][0])
-                    and (number < bounds[1][0] if high_is_strict else number <= bounds[1][0])
-                )
-                or number == 0
-            ), (low, high, low_is_strict, high_is_strict, number)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "yes", "no"),
-    [
-        ("b+", ["b", "abba", "\nb\n"], ["", "ac"]),
-        ("^ab?$", ["a", "ab"], ["abb", "xa"]),
-        ("^a|b$", ["ax", "xb"], ["xax"]),
-        ("^(?:a|b)$", ["a", "b"], ["ab"]),
-        ("^(?<year>\\d{4})-\\d\\d?$", ["1999-1"], ["1999-", "199-1"]),
-        ("^[\\w.]+@x\\.y$", ["a.b@x.y"], ["@x.y", "a@xzy"]),
-        ("^[^\\s/]{2,}?$", ["ab"], ["a b", "a/b", "a"]),
-        ("^\\u0041\\x42[\\]\\[&-]*$", ["AB[&-]"], ["ABC"]),
-        ("^.$", ["ä"], ["\n", "ab"]),
-        ("^\\$\\^\\.\\/\\\\$", ["$^./\\"], ["$^x/\\"]),
-        ("^\\S\\D\\W$", ["aa-"], ["aaa", "a1-"]),
-        ("", ["", "x"], []),
-    ],
-)
-def test_patterns(pattern: str, yes: list[str], no: list[str]) -> None:
-    grammar = compile_(tool("f", record("a", a=TEXT | {"pattern": pattern})))
-    for texts, is_right in ((yes, True), (no, False)):
-        for text in texts:
-            assert says(grammar, f'<|tool_call>call:f{{a:<|"|>{text}<|"|>}}<tool_call|>') == is_right, text
-            if "?<" not in pattern:
-                assert bool(re.search(pattern, text)) == is_right
+    grammar = compiled_tools(tool("f", record("a", a=TEXT | {"maxLength": 2}, b=WHOLE | {"minimum": 0})))
+    assert allows(grammar, '<|tool_call>call:f{a:<|"|>x<|"|>,b:1}<tool_call|>')
+    assert not allows(grammar, f"<|tool_call>call:{call}<tool_call|>")
 
 
 def test_nullable() -> None:
-    grammar = compile_(tool("f", record("a", a=TEXT | {"nullable": True})))
-    assert says(grammar, "<|tool_call>call:f{a:null}<tool_call|>")
+    grammar = compiled_tools(tool("f", record("a", a=TEXT | {"nullable": True})))
+    assert allows(grammar, "<|tool_call>call:f{a:null}<tool_call|>")
 
 
 REFUSED: list[tuple[Any, str]] = [
@@ -318,7 +248,7 @@ REFUSED: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("schema", "sentence"), REFUSED, ids=[str(number) for number in range(len(REFUSED))])
 def test_refusals_name_the_place(schema: Any, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence) as error:
-        calls.grammar([tool("f", record("a", a=schema))])
+        tool_grammar([tool("f", record("a", a=schema))])
     assert "\n" not in str(error.value) and "tool 'f'" in str(error.value)
 
 
@@ -331,21 +261,21 @@ def test_refused_tools() -> None:
         ([{"name": 3}], "tool 0 is not"),
     ):
         with pytest.raises(InputError, match=sentence):
-            calls.grammar(tools)
+            tool_grammar(tools)
     deep: dict[str, Any] = {"$defs": {"d0": BOOL}, "type": "object", "properties": {"a": {"$ref": "#/$defs/d70"}}}
     deep["$defs"] |= {f"d{n}": record("a", a={"$ref": f"#/$defs/d{n - 1}"}) for n in range(1, 71)}
     with pytest.raises(InputError, match="nest deeper than the 64 levels"):
-        calls.grammar([tool("f", deep)])
+        tool_grammar([tool("f", deep)])
 
 
 def test_control_tokens_come_only_where_named() -> None:
     quoted = Grammar.compile("grammar", 'start: <|"|> /[a-z]+/ <|"|>', NANO, 512, ENDS)
-    assert says(quoted, '<|"|>abc<|"|>') and not says(quoted, '<|"|>abc<|tool_call>')
+    assert allows(quoted, '<|"|>abc<|"|>') and not allows(quoted, '<|"|>abc<|tool_call>')
     for text in ('start: <|"|> "<|\\"|>" <|"|>', "start: <turn|>"):  # spelled as text; an end
         with pytest.raises(InputError):
             Grammar.compile("grammar", text, NANO, 512, ENDS)
     free = Grammar.compile("regex", "(?s:.*)", NANO, 512, ENDS)
-    assert not says(free, '<|"|>')
+    assert not allows(free, '<|"|>')
 
 
 def test_with_gemmas_vocabulary() -> None:
@@ -353,13 +283,13 @@ def test_with_gemmas_vocabulary() -> None:
     tokenizer = Tokenizer(gemma_vocab.build())
     ends = [i for t in ("<pad>", "<eos>", "<turn|>", "<|tool_response>") if (i := tokenizer.id(t)) is not None]
     names = ["fractions", "pattern", "records", "any_of", "odd_keys", "mixed_enum"]
-    grammar = compile_(*(tool(name, SCHEMAS[name]) for name in names), tokenizer=tokenizer, ends=ends)
-    made = []
+    grammar = compiled_tools(*(tool(name, SCHEMAS[name]) for name in names), tokenizer=tokenizer, ends=ends)
+    calls = []
     for seed in range(2):
-        made += replies.parse_ids(tokenizer, walk(grammar, seed, 300, tokenizer, ends, calling=0.9)).tool_calls
-    for call in made:
+        calls += parse_ids(tokenizer, walk(grammar, seed, 300, tokenizer, ends, calling=0.9)).tool_calls
+    for call in calls:
         check(SCHEMAS[call["name"]], call["arguments"])
-    assert made
+    assert calls
 
 
 def test_numbers_that_no_float_holds_are_refused() -> None:
@@ -368,8 +298,8 @@ def test_numbers_that_no_float_holds_are_refused() -> None:
         return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
 
     with pytest.raises(InputError, match=r"minimum is 10+.*give a number, at /properties/n/minimum"):
-        calls.grammar(tool({"type": "integer", "minimum": 10**400}))
+        tool_grammar(tool({"type": "integer", "minimum": 10**400}))
     for value in (10**400, math.nan, -math.inf):
         with pytest.raises(InputError, match="at /properties/n"):
-            calls.grammar(tool({"const": value}))
-    assert str(10**299) in calls.grammar(tool({"const": 10**299}))
+            tool_grammar(tool({"const": value}))
+    assert str(10**299) in tool_grammar(tool({"const": 10**299}))

@@ -1,0 +1,147 @@
+"""A compiled constraint: the grammar that a text must obey, tried in a child process before anything else.
+
+**Hostile until checked.** A grammar comes from outside. It is compiled first in a child process (`confined`), on a
+small stack, and its shortest text is searched for there: a grammar that crashes, or takes too long or too much memory,
+is refused. What llguidance keeps of a grammar is shared by all copies of a matcher, and one that exceeds its limits is
+of no use from then on; so every guide compiles its own, and what happens to one text does not affect another's.
+
+Deliberately absent: control tokens inside a text, except those that a Lark grammar names by their text, and only where
+it does; remote `$ref`; and schema keywords that llguidance would ignore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sfumato.constraints.forms import Source, source_of_choices, source_of_lark, source_of_regex
+from sfumato.constraints.guide import Guide
+from sfumato.constraints.schema import source_of_schema
+from sfumato.constraints.search import EFFORT, Search, finish
+from sfumato.constraints.vocabulary import Vocabulary
+from sfumato.errors import CapacityError, InputError
+from sfumato.options import CONSTRAINTS
+from sfumato.system import confined
+from sfumato.text.tokenizer import Tokenizer
+
+MAX_SHORTEST = 8192
+"""Tokens within which a grammar must have a text."""
+STACK = 4 << 20
+"""Bytes of stack on which a grammar must compile: less than any thread here has."""
+CHILDREN = confined.Pool(nice=19)
+"""The child processes that try grammars. Their priority is low: the engine's threads wait for each other, so that one
+that loses its core holds up all."""
+TOKENIZERS_KEPT = 2
+"""Tokenizers that a child process keeps."""
+TOKENIZER_SECONDS, TOKENIZER_MEMORY = 30.0, 4 << 30
+"""Seconds and bytes that a child may take for a tokenizer. Gemma's, of a quarter of a million tokens, takes three
+seconds and half a gigabyte."""
+
+_SOURCES: dict[str, Callable[[Any], Source]] = {
+    "schema": source_of_schema,
+    "regex": source_of_regex,
+    "grammar": source_of_lark,
+    "choices": source_of_choices,
+}
+
+
+class Grammar:
+    """A compiled constraint; it holds no state of a text, and many guides may use it."""
+
+    def __init__(self, vocabulary: Vocabulary, search: Search, source: str, shortest: list[int]) -> None:
+        self._vocabulary = vocabulary
+        self._search = search
+        self._source = source
+        self._shortest = shortest
+
+    @classmethod
+    def compile(cls, kind: str, value: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> Grammar:
+        """The grammar of a constraint of one of the kinds in `options.CONSTRAINTS`.
+
+        `value` is a schema (a dict, a bool, or JSON text of one), a regex (text, to match as a whole), a Lark grammar
+        (text) or choices (list of texts). `vocab_size` is the model's, the length of masks; `ends` are the token ids
+        that end a text. Whatever is wrong with the value is an InputError of one sentence. The first grammar of a
+        tokenizer takes a second or two.
+        """
+        source, hints = source_of(kind, value)
+        vocabulary = Vocabulary.of(tokenizer, vocab_size, ends)
+        lark = value if kind == "grammar" else ""
+        shortest = _tried(vocabulary, tokenizer, (kind, source, hints, lark))
+        vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
+        return cls(vocabulary, Search(vocabulary, tokenizer, hints, kind == "schema"), source, shortest)
+
+    def shortest(self) -> int:
+        """Tokens of the shortest known text that the grammar allows, the end not counted."""
+        return len(self._shortest)
+
+    def start(self, room: int) -> Guide:
+        """A guide for one text of at most `room` tokens, the end not counted; CapacityError if that is too few."""
+        if room < len(self._shortest):
+            raise CapacityError(
+                f"the constraint needs at least {len(self._shortest)} tokens and has room for {room}; "
+                "raise max_tokens or ask for less"
+            )
+        matcher = self._vocabulary.matcher(self._source)
+        return Guide(self._vocabulary, self._search, matcher, self._shortest, room)
+
+
+def source_of(kind: str, value: Any) -> Source:
+    """The grammar in llguidance's form; InputError, one sentence, for whatever is wrong with the value."""
+    if kind not in CONSTRAINTS:
+        raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")
+    return _SOURCES[kind](value)
+
+
+Terms = tuple[str, str, str, str]
+"""A grammar's kind, source and hints, and its own text where it is Lark's (else "")."""
+
+
+def _tried(vocabulary: Vocabulary, tokenizer: Tokenizer, terms: Terms) -> list[int]:
+    """The shortest text of a grammar, searched for in a child process."""
+    size, ends = vocabulary.vocab_size, sorted(vocabulary.ends)
+    with CHILDREN.child(f"the {terms[0]}") as child:
+        shortest = child.run(_shortest_text, vocabulary.key, terms, stack=STACK)
+        if shortest is None:  # the child does not have this tokenizer
+            child.run(
+                _keep_tokenizer,
+                *(vocabulary.key, tokenizer.to_json(), size, ends),
+                seconds=TOKENIZER_SECONDS,
+                memory=TOKENIZER_MEMORY,
+            )
+            shortest = child.run(_shortest_text, vocabulary.key, terms, stack=STACK)
+    if not isinstance(shortest, list):
+        raise InputError(f"the {terms[0]} could not be read; send the request again")
+    return shortest
+
+
+# ---- in the child process -------------------------------------------------------------------------------------------
+
+_tokenizers: dict[str, tuple[Tokenizer, Vocabulary]] = {}
+
+
+def _keep_tokenizer(key: str, tokenizer_json: str, vocab_size: int, ends: list[int]) -> None:
+    while len(_tokenizers) >= TOKENIZERS_KEPT:
+        _tokenizers.pop(next(iter(_tokenizers)))
+    tokenizer = Tokenizer.from_json(tokenizer_json)
+    _tokenizers[key] = tokenizer, Vocabulary.of(tokenizer, vocab_size, ends)
+
+
+def _shortest_text(key: str, terms: Terms) -> list[int] | None:
+    """The shortest token list that the search finds for a grammar; None where the child does not have the tokenizer.
+
+    InputError for a source that is not a grammar, or has no text.
+    """
+    if key not in _tokenizers:
+        return None
+    kind, source, hints, lark = terms
+    tokenizer, vocabulary = _tokenizers[key]
+    vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
+    matcher = vocabulary.matcher(source, f"the {kind}")
+    search = Search(vocabulary, tokenizer, hints, kind == "schema")
+    shortest = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT))
+    if shortest is None:
+        raise InputError(
+            f"no text of at most {MAX_SHORTEST} tokens was found that the {kind} allows; "
+            "see that it is satisfiable and asks for less"
+        )
+    return shortest
