@@ -20,7 +20,7 @@ import typer
 from sfumato.checkpoints.load import load
 from sfumato.cli import options as opt
 from sfumato.errors import InputError
-from sfumato.measure.parts import DTYPES, Plan, Say, random_config, random_model, record
+from sfumato.measure.parts import DTYPES, Announce, Plan, random_config, random_model, record
 from sfumato.measure.work import duration, number, size
 from sfumato.ops import survey
 from sfumato.options import LoadOptions
@@ -72,7 +72,7 @@ def command(
         if model is None:
             made = random_model(random_config(size), DTYPES[dtype or "bf16"], device, ops, quantize=quantize)
         else:
-            kept = DTYPES[dtype] if dtype else None
+            kept = str(DTYPES[dtype]).removeprefix("torch.") if dtype else None
             made = load(model, LoadOptions(device=device, dtype=kept, ops=ops, quantize=quantize)).eval()
         found = record(made, plan, model or f"{size} (random weights)", say)
     standings = survey(device, made.dtype, samples(quantize) if quantize else [])
@@ -87,7 +87,7 @@ def command(
 
 
 @contextmanager
-def progress() -> Iterator[Say]:
+def progress() -> Iterator[Announce]:
     """Names what is being measured: a spinner with a clock on a terminal, a line each where stderr is a file."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato.tasks import sudoku
 from sfumato.text.chat import ChatTemplate
@@ -47,9 +48,13 @@ class SudokuSource:
         self.end = torch.tensor([tokenizer.id("<turn|>")])
 
     def batch(self, step: int, size: int, device: torch.device) -> Batch:
-        wanted = np.random.default_rng([self.stream.seed, step]).integers(self.clues[0], self.clues[1] + 1, size)
-        puzzles, solutions = self.stream.sample(size, wanted, step)
-        repeat = lambda ids: ids.expand(size, -1)  # noqa: E731
+        """See `Source.batch`."""
+        clues = np.random.default_rng([self.stream.seed, step]).integers(self.clues[0], self.clues[1] + 1, size)
+        puzzles, solutions = self.stream.sample(size, clues, step)
+
+        def repeat(ids: Tensor) -> Tensor:
+            return ids.expand(size, -1)
+
         tokens = torch.cat(
             [
                 repeat(self.head),

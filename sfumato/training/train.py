@@ -25,7 +25,7 @@ from sfumato.training.data import Source
 from sfumato.training.loss import Corruption, losses, problem
 
 STATE, LOGS = "state.safetensors", ("log.jsonl", "evals.jsonl")
-"""What a run's folder holds; the logs have a line for each step, and for each check of what was learnt."""
+"""What a run's folder holds; the logs have a line for each step, and for each check of the model."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,9 @@ class Trainer:
             _cut(self.folder / name, self.step)
 
     def run(self, until: float = math.inf) -> Generator[Progress, None, None]:
-        """Train up to the recipe's last step, or until `time.monotonic()` passes `until`; saves on the way out, and so
-        when it is closed."""
+        """Train up to the recipe's last step, or until `time.monotonic()` passes `until`.
+
+        It saves on the way out, and so when it is closed."""
         saved = time.monotonic()
         try:
             while self.step < self.recipe.steps and time.monotonic() < until:
@@ -156,13 +157,13 @@ class Trainer:
         canvases = recipe.batch * recipe.repeats
         dice = Corruption.draw(canvases, config.canvas_length, config.vocab_size, generator, recipe.conditioned)
         is_whole = (step + 1) % recipe.encode_response_every == 0
-        given = problem(batch, dice, config.canvas_length, config.eos_ids[0], is_whole)
+        noisy = problem(batch, dice, config.canvas_length, config.eos_ids[0], is_whole)
         rate = recipe.rate(step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            diffusion_loss, encode_loss = self._losses(self.model, given, recipe.leave_one_out)
+            diffusion_loss, encode_loss = self._losses(self.model, noisy, recipe.leave_one_out)
         (diffusion_loss + encode_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self._is_between_steps = False
@@ -226,8 +227,9 @@ def _noted(path: Path, note: dict[str, str]) -> tuple[int, Recipe]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Forget a log's lines of steps that were done after the last save and will be done again, lines that a kill has
-    torn, and all but the last line of a step."""
+    """Remove a log's lines of steps after the last save, which are run again, and lines that a kill has cut off.
+
+    Of each step only the last line stays."""
     if not path.exists():
         return
     held = path.read_bytes()
