@@ -222,7 +222,7 @@ def child(phase: str, given: argparse.Namespace, **what: Any) -> dict[str, Any]:
 
 
 def run(given: argparse.Namespace, record: dict[str, Any]) -> None:
-    from sfumato.measure.parts import Cost
+    from sfumato.measure.parts import Work
 
     most = common.ceiling(given)
     record["ceiling_bytes_per_second"] = most["bytes_per_second"]["best"]
@@ -238,7 +238,7 @@ def run(given: argparse.Namespace, record: dict[str, Any]) -> None:
             if source == "gguf":
                 Path(given_source).unlink()
             found["generate"] = one = child("generate", given, source=target)
-            cost = Cost(**one["step_cost"])
+            cost = Work(**one["step_cost"])
             one["floor_seconds"] = cost.seconds(most)
             one["share_of_ceiling"] = one["floor_seconds"] / one["step_seconds"]
             one["bytes_per_second"] = cost.bytes / one["step_seconds"]

@@ -20,7 +20,7 @@ import typer
 from sfumato.checkpoints.load import load
 from sfumato.cli import options as opt
 from sfumato.errors import InputError
-from sfumato.measure.parts import DTYPES, Announce, Plan, random_config, random_model, record
+from sfumato.measure.parts import DTYPES, Announce, BenchPlan, random_config, random_model, record
 from sfumato.measure.work import duration, number, size
 from sfumato.ops import survey
 from sfumato.options import LoadOptions
@@ -66,7 +66,7 @@ def command(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    plan = Plan(prompt, tokens, steps, seconds)
+    plan = BenchPlan(prompt, tokens, steps, seconds)
     with progress() as say:
         say("weights")
         if model is None:

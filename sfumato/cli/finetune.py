@@ -124,15 +124,15 @@ def _train(
     from sfumato.text.tokenizer import Tokenizer
     from sfumato.training.data import SudokuSource
     from sfumato.training.plot import plot
-    from sfumato.training.train import STATE, Recipe, Trainer, recipe_of
+    from sfumato.training.train import STATE, TrainingRecipe, Trainer, recipe_of
 
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = resolve(model.removesuffix(":new"))
-    base = recipe_of(out) if (out / STATE).exists() else Recipe()
-    recipe = replace(base, **_numbers(changes, {f.name for f in fields(Recipe)}))
+    base = recipe_of(out) if (out / STATE).exists() else TrainingRecipe()
+    recipe = replace(base, **_numbers(changes, {f.name for f in fields(TrainingRecipe)}))
     if model.endswith(":new"):
         start = Model(ModelConfig.from_file(folder / "config.json"), ops.load("fused")).to(device)
         start.init_(recipe.seed, std=0.05)

@@ -23,7 +23,7 @@ from sfumato.events import Commit, Done, Draft
 from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
 from sfumato.measure.work import (
     GROUPS,
-    Cost,
+    Work,
     Kept,
     Parameters,
     Precision,
@@ -55,7 +55,7 @@ def _quietly(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What to measure: prompt and answer in tokens, denoising steps a canvas, and about how long to take for each."""
 
     prompt: int = 384
@@ -126,7 +126,7 @@ def _repeated(weight: torch.Tensor, form: Format) -> Packed:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def parts(model: Model, plan: Plan, announce: Announce = _quietly) -> Iterator[tuple[str, Timing, Cost | None]]:
+def parts(model: Model, plan: BenchPlan, announce: Announce = _quietly) -> Iterator[tuple[str, Timing, Work | None]]:
     """(name, time, least work) of every part of a request, at the context that the prompt leaves."""
     config, ops, device = model.config, model.ops, model.device
     embed_VD, length, counted = model.embed_tokens.weight, config.canvas_length, Counted.of(model)
@@ -158,7 +158,7 @@ def parts(model: Model, plan: Plan, announce: Announce = _quietly) -> Iterator[t
         cache.truncate_(0, plan.prompt)
         model.encode_and_denoise(canvas_BL, [length], canvas_BL, cache)
 
-    def timed(name: str, function: Callable[[], Any], cost: Cost | None) -> tuple[str, Timing, Cost | None]:
+    def timed(name: str, function: Callable[[], Any], cost: Work | None) -> tuple[str, Timing, Work | None]:
         announce(name)
         return name, measure(function, plan.seconds, device), cost
 
@@ -185,7 +185,7 @@ def parts(model: Model, plan: Plan, announce: Announce = _quietly) -> Iterator[t
     yield "whole step", engine_step(model, plan), counted.step(plan.prompt)
 
 
-def engine_step(model: Model, plan: Plan) -> Timing:
+def engine_step(model: Model, plan: BenchPlan) -> Timing:
     """One step in the engine's own loop: from one Draft to the next, which is after everything a step does."""
     until, times, last = time.perf_counter() + plan.seconds, [], 0.0
     for event in Run(model, [prompt_ids(model.config, plan)], _fixed(plan, model.config.canvas_length, drafts=True)):
@@ -198,7 +198,7 @@ def engine_step(model: Model, plan: Plan) -> Timing:
     return Timing.of(times)
 
 
-def requests(model: Model, plan: Plan, announce: Announce = _quietly, step: float = 0.0) -> dict[str, dict[str, Any]]:
+def requests(model: Model, plan: BenchPlan, announce: Announce = _quietly, step: float = 0.0) -> dict[str, dict[str, Any]]:
     """A whole answer in both modes, within three times plan.seconds each.
 
     `step` is what a step takes: from it follows how many of the canvases, and if need be of the steps, there is time
@@ -241,13 +241,13 @@ def requests(model: Model, plan: Plan, announce: Announce = _quietly, step: floa
     return {"diffusion": diffusion, "autoregressive": autoregressive}
 
 
-def _fixed(plan: Plan, tokens: int, drafts: bool = False) -> Options:
+def _fixed(plan: BenchPlan, tokens: int, drafts: bool = False) -> Options:
     """Always plan.steps steps a canvas: a confidence of 0 is never reached."""
     steps = max(4, plan.steps) if drafts else plan.steps
     return Options(max_tokens=tokens, seed=plan.seed, max_steps=steps, confidence=0.0, drafts=drafts)
 
 
-def prompt_ids(config: ModelConfig, plan: Plan) -> list[int]:
+def prompt_ids(config: ModelConfig, plan: BenchPlan) -> list[int]:
     """Random tokens, the same for the same plan."""
     generator = torch.Generator().manual_seed(plan.seed)
     return torch.randint(config.vocab_size, (plan.prompt,), generator=generator).tolist()
@@ -292,15 +292,15 @@ class Counted:
             labels[label] = None
         return cls(model.config, Precision(" and ".join(labels), **kept, plain=plain))
 
-    def one_pass(self, tokens: int, context: int, is_encode: bool = False) -> Cost:
+    def one_pass(self, tokens: int, context: int, is_encode: bool = False) -> Work:
         """See `work.pass_work`."""
         return pass_work(self.config, self.weights, tokens, context, is_encode)
 
-    def vocabulary(self, tokens: int) -> Cost:
+    def vocabulary(self, tokens: int) -> Work:
         """See `work.vocabulary_work`."""
         return vocabulary_work(self.config, self.weights, tokens)
 
-    def step(self, context: int) -> Cost:
+    def step(self, context: int) -> Work:
         """See `work.step_work`."""
         return step_work(self.config, self.weights, context)
 
@@ -319,7 +319,7 @@ def _stored_as(weight: Any, plain: str) -> tuple[str, str]:
 
 @torch.inference_mode()
 def record(
-    model: Model, plan: Plan, name: str, announce: Announce = _quietly, most: dict[str, Any] | None = None
+    model: Model, plan: BenchPlan, name: str, announce: Announce = _quietly, most: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Everything, as JSON would hold it: seconds, bytes, operations a second, shares of the ceiling from 0 to 1.
 
@@ -365,7 +365,7 @@ def record(
     }
 
 
-def part_row(timing: Timing, cost: Cost | None, most: dict[str, Any]) -> dict[str, Any]:
+def part_row(timing: Timing, cost: Work | None, most: dict[str, Any]) -> dict[str, Any]:
     """One part as JSON, with its floor under these ceilings and the share of it that was reached."""
     floor = cost.seconds(most) if cost else None
     return {

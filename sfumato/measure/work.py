@@ -272,16 +272,16 @@ def new_tokens(config: ModelConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Work:
     """The least work of a part: bytes to read, and floating-point operations by the kind of product ("bf16", …)."""
 
     bytes: float
     flops: dict[str, float]
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: Work) -> Work:
         kinds = {**self.flops, **other.flops}
         flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in kinds}
-        return Cost(self.bytes + other.bytes, flops)
+        return Work(self.bytes + other.bytes, flops)
 
     @property
     def all_flops(self) -> float:
@@ -303,39 +303,39 @@ def distinct_experts(config: ModelConfig, tokens: int) -> float:
 
 def pass_work(
     config: ModelConfig, precision: Precision, tokens: int, context: int, is_encode: bool = False, batch: int = 1
-) -> Cost:
+) -> Work:
     """One pass of the stack over `tokens` new tokens behind `context` cached ones in each row, without the vocabulary.
 
     Each weight is read once, of the experts those that are chosen at all, and the keys and values that are in view."""
     weights, rows = Parameters.of(config), tokens * batch
-    cost = Cost(0.0, {})
+    cost = Work(0.0, {})
     for count, used, worked, kept in (
         (weights.attention + weights.dense, 1.0, 1.0, precision.dense),
         (0 if is_encode else weights.self_conditioning, 1.0, 1.0, precision.conditioning),
         (weights.rest, 1.0, 1.0, precision.plain),
         (weights.experts, distinct_experts(config, rows), weights.chosen, precision.experts),
     ):
-        cost += Cost(count * used * kept.bits / 8, {kept.product: 2.0 * rows * count * worked})
+        cost += Work(count * used * kept.bits / 8, {kept.product: 2.0 * rows * count * worked})
     for layer in config.layers:
         held = context if layer.window is None else min(context, layer.window - 1)
         if is_encode:
             in_view = sum(min(context + n, layer.window or context + n) for n in range(1, tokens + 1))
         else:
             in_view = tokens * (held + tokens)
-        cost += Cost(
+        cost += Work(
             batch * 2.0 * held * layer.kv_heads * layer.head_dim * precision.width,
             {precision.plain.product: batch * 4.0 * config.num_heads * layer.head_dim * in_view},
         )
     return cost
 
 
-def vocabulary_work(config: ModelConfig, precision: Precision, tokens: int) -> Cost:
+def vocabulary_work(config: ModelConfig, precision: Precision, tokens: int) -> Work:
     """One product with the embedding: the logits of a read-out, or a soft embedding."""
     count = config.vocab_size * config.hidden_size
-    return Cost(count * precision.plain.bits / 8, {precision.plain.product: 2.0 * tokens * count})
+    return Work(count * precision.plain.bits / 8, {precision.plain.product: 2.0 * tokens * count})
 
 
-def step_work(config: ModelConfig, precision: Precision, context: int, batch: int = 1) -> Cost:
+def step_work(config: ModelConfig, precision: Precision, context: int, batch: int = 1) -> Work:
     """One denoising step: the pass, the logits, the soft embedding.
 
     The last two share one matrix, which a fused kernel reads once (softmax(h ET) E is attention over the vocabulary);
@@ -343,7 +343,7 @@ def step_work(config: ModelConfig, precision: Precision, context: int, batch: in
     tokens = new_tokens(config)
     logits = vocabulary_work(config, precision, tokens * batch)
     work = pass_work(config, precision, tokens, context, not config.is_diffusion, batch) + logits
-    return work + Cost(0.0, logits.flops) if config.is_diffusion else work
+    return work + Work(0.0, logits.flops) if config.is_diffusion else work
 
 
 # ---- hardware -------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ class Gpu:
         tera = {"bf16": self.bf16, "int8": self.bf16, "fp8": self.fp8 or self.bf16}.get(product)
         return tera * 1e12 if tera else None
 
-    def seconds(self, cost: Cost) -> tuple[float | None, float | None]:
+    def seconds(self, cost: Work) -> tuple[float | None, float | None]:
         """(of the bytes, of the arithmetic) at the published figures; None where there is none."""
         rates = {kind: self.rate(kind) for kind in cost.flops}
         arithmetic = None if None in rates.values() else sum(n / (rates[kind] or 1) for kind, n in cost.flops.items())

@@ -19,7 +19,7 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Batch:
+class Examples:
     """Examples on their way into the model. Tokens are padded on the right with the pad id."""
 
     tokens_BT: Tensor
@@ -81,7 +81,7 @@ class Problem:
     conditioned: int
 
 
-def problem(batch: Batch, corruption: Corruption, length: int, eos: int, encode_response: bool = True) -> Problem:
+def problem(batch: Examples, corruption: Corruption, length: int, eos: int, encode_response: bool = True) -> Problem:
     """Choose a canvas of each row, fill it with eos, and noise it; IGNORE is the target where the text was cut.
 
     `encode_response=False` leaves everything from the chosen canvas on out of the encode pass: cheaper, and the

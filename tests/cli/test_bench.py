@@ -15,13 +15,13 @@ from sfumato import cli
 from sfumato.cli import bench
 from sfumato.errors import InputError
 from sfumato.measure import machine, parts, work
-from sfumato.measure.parts import Plan
+from sfumato.measure.parts import BenchPlan
 from sfumato.model.network import Model
 from sfumato.ops import cpu, load
 from sfumato.ops.packed import unpack
 from sfumato.quant.apply import samples
 
-PLAN = Plan(prompt=48, tokens=64, steps=2, seconds=0.05, streamed=2**22)
+PLAN = BenchPlan(prompt=48, tokens=64, steps=2, seconds=0.05, streamed=2**22)
 PARTS = (
     "prefill", "denoise pass", "read-out", "soft embedding", "accept, renoise, stop", "commit", "commit and first pass",
     "whole step",
@@ -36,7 +36,7 @@ def model() -> Model:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command with a small bandwidth buffer."""
-    monkeypatch.setattr(bench, "Plan", partial(Plan, streamed=2**22))
+    monkeypatch.setattr(bench, "BenchPlan", partial(BenchPlan, streamed=2**22))
 
 
 def test_mid_is_the_model_of_the_first_reading() -> None:
@@ -88,7 +88,7 @@ def test_the_record_has_everything_in_a_few_seconds(model: Model) -> None:
 
 
 def test_an_answer_without_hurry_is_done_in_full(model: Model) -> None:
-    plan = Plan(prompt=8, tokens=40, steps=3, seconds=20)
+    plan = BenchPlan(prompt=8, tokens=40, steps=3, seconds=20)
     model.config = dataclasses.replace(model.config, eos_ids=())
     with torch.inference_mode():
         found = parts.requests(model, plan, step=1e-6)
@@ -98,7 +98,7 @@ def test_an_answer_without_hurry_is_done_in_full(model: Model) -> None:
 
 
 def test_an_answer_in_a_hurry_is_cut_and_says_so(model: Model) -> None:
-    plan = Plan(prompt=8, tokens=320, steps=10, seconds=0.001)
+    plan = BenchPlan(prompt=8, tokens=320, steps=10, seconds=0.001)
     model.config = dataclasses.replace(model.config, eos_ids=())
     with torch.inference_mode():
         found = parts.requests(model, plan, step=0.002)
@@ -174,7 +174,7 @@ def test_a_command_names_no_path_of_this_machine() -> None:
 
 def test_more_than_the_context_holds_is_refused(model: Model) -> None:
     with pytest.raises(InputError, match="need 5008 tokens of context; the model has 4096"):
-        parts.record(model, Plan(prompt=4976, tokens=1), "tiny")
+        parts.record(model, BenchPlan(prompt=4976, tokens=1), "tiny")
 
 
 @pytest.mark.usefixtures("quick")

@@ -90,12 +90,12 @@ def read_header(path: Path) -> Header:
             raise CheckpointError(f"there is no file {path}")
         size = path.stat().st_size
         with path.open("rb", buffering=1 << 18) as file:
-            return _Reader(path, file, size).header()
+            return _HeaderReader(path, file, size).header()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-class _Reader:
+class _HeaderReader:
     """A cursor over the header: nothing is taken that is not there."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
