@@ -21,7 +21,7 @@ import torch
 
 from sfumato.measure.machine import Shape, Timing, ceilings, environment
 from sfumato.measure.parts import quantize_some_
-from sfumato.measure.work import Cost, Precision, duration, pass_work, step_work, vocabulary_work
+from sfumato.measure.work import Precision, Work, duration, pass_work, step_work, vocabulary_work
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.model.network import Model, pack_
 from sfumato.ops import load
@@ -88,7 +88,7 @@ def _fill_(tensor: torch.Tensor, block: torch.Tensor) -> None:
         flat[start : start + len(block)] = block[: len(flat) - start]
 
 
-def step_cost(config: ModelConfig, kind: str, batch: int, context: int, is_encode: bool = False) -> Cost:
+def step_cost(config: ModelConfig, kind: str, batch: int, context: int, is_encode: bool = False) -> Work:
     """The least work of one step of `batch` rows (in encode: of one token a row, logits included), with weights in this
     recipe, "bf16" or "float32". Every weight is read once, of the experts those that are chosen; the embedding once,
     though logits and soft embedding need it."""

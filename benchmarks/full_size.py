@@ -75,7 +75,7 @@ def write_gguf(target: Path, layers: int, progress: Any) -> dict[str, float]:
     """Q4_K_M as llama.cpp's quantiser chooses it: Q4_K, with Q6_K for every other value and down projection; rows that
     are no multiple of 256 fall back to Q5_0 and Q8_0. Bytes of one encoded block, repeated. Returns bytes by kind."""
     from sfumato.checkpoints.formats import gguf_names, gguf_writer
-    from sfumato.checkpoints.formats.gguf import Planned, write_file
+    from sfumato.checkpoints.formats.gguf import PlannedBlocks, write_file
     from sfumato.checkpoints.formats.gguf_blocks import KINDS, NUMBERS, encode
 
     checkpoint = imagined(layers)
@@ -108,11 +108,13 @@ def write_gguf(target: Path, layers: int, progress: Any) -> dict[str, float]:
             left -= min(left, len(block))
 
     planned = [
-        Planned("rope_freqs.weight", "F32", (256,), lambda: iter([gguf_writer.divisors_of(config).view(torch.uint8)]))
+        PlannedBlocks(
+            "rope_freqs.weight", "F32", (256,), lambda: iter([gguf_writer.divisors_of(config).view(torch.uint8)])
+        )
     ]
     for theirs, _, shape in gguf_names.tensor_table(config):
         kind = kind_of(theirs, shape)
-        planned.append(Planned(theirs, kind, shape, partial(parts, kind, shape)))
+        planned.append(PlannedBlocks(theirs, kind, shape, partial(parts, kind, shape)))
         sums[kind] = sums.get(kind, 0) + planned[-1].nbytes
     metadata = {**gguf_writer.metadata_of(config, "full size"), **gguf_writer.tokenizer_of(config, None)}
     write_file(target, metadata, planned, progress)
@@ -220,7 +222,7 @@ def child(phase: str, given: argparse.Namespace, **what: Any) -> dict[str, Any]:
 
 
 def run(given: argparse.Namespace, record: dict[str, Any]) -> None:
-    from sfumato.measure.parts import Cost
+    from sfumato.measure.parts import Work
 
     most = common.ceiling(given)
     record["ceiling_bytes_per_second"] = most["bytes_per_second"]["best"]
@@ -236,7 +238,7 @@ def run(given: argparse.Namespace, record: dict[str, Any]) -> None:
             if source == "gguf":
                 Path(given_source).unlink()
             found["generate"] = one = child("generate", given, source=target)
-            cost = Cost(**one["step_cost"])
+            cost = Work(**one["step_cost"])
             one["floor_seconds"] = cost.seconds(most)
             one["share_of_ceiling"] = one["floor_seconds"] / one["step_seconds"]
             one["bytes_per_second"] = cost.bytes / one["step_seconds"]

@@ -42,7 +42,7 @@ from sfumato.checkpoints.save import save
 from sfumato.engine.run import Run
 from sfumato.events import Done, Draft
 from sfumato.measure.machine import Timing, environment, measure
-from sfumato.measure.parts import Plan, prompt_ids, random_config, random_model
+from sfumato.measure.parts import BenchPlan, prompt_ids, random_config, random_model
 from sfumato.measure.work import duration
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
@@ -100,7 +100,7 @@ def packed(plain: Model, kind: str, name: str) -> Model:
     return (quantize_(model, kind) if kind else model).pack_()
 
 
-def inputs(model: Model, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(model: Model, plan: BenchPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prompt, canvas, and the logits of a step before: the same for everyone."""
     config, generator = model.config, torch.Generator().manual_seed(plan.seed)
     canvas_BL = torch.randint(config.vocab_size, (1, config.canvas_length), generator=generator)
@@ -112,7 +112,7 @@ def inputs(model: Model, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.
 # ---- one forward -----------------------------------------------------------------------------------------------------
 
 
-def forward_of(model: Model, plan: Plan) -> Callable[[], torch.Tensor]:
+def forward_of(model: Model, plan: BenchPlan) -> Callable[[], torch.Tensor]:
     """The work of transformers' forward on our model: soft embedding, pass, float32 logits."""
     prompt_BT, canvas_BL, logits_BLV = inputs(model, plan)
     cache = KVCache.allocate(model.config, 1, plan.prompt + model.config.canvas_length, model.device, model.dtype)
@@ -126,7 +126,7 @@ def forward_of(model: Model, plan: Plan) -> Callable[[], torch.Tensor]:
 
 
 def forward_of_theirs(
-    theirs: Any, model: Model, plan: Plan, forward: Callable[..., Any] | None = None
+    theirs: Any, model: Model, plan: BenchPlan, forward: Callable[..., Any] | None = None
 ) -> Callable[[], torch.Tensor]:
     from transformers import DynamicCache
 
@@ -138,12 +138,12 @@ def forward_of_theirs(
     return lambda: run(**given).logits
 
 
-def difference(theirs: Any, model: Model, plan: Plan) -> float:
+def difference(theirs: Any, model: Model, plan: BenchPlan) -> float:
     """Largest difference of the two engines' logits for the same canvas, after the same prompt."""
     return float((forward_of_theirs(theirs, model, plan)() - forward_of(model, plan)()).abs().max())
 
 
-def logits_beside(theirs: Any, plain: Model, each: dict[str, Model], plan: Plan) -> dict[str, Any]:
+def logits_beside(theirs: Any, plain: Model, each: dict[str, Model], plan: BenchPlan) -> dict[str, Any]:
     """Logits of everyone against float32 on the same weights, and against each other."""
     exact_model = packed(plain, "", "fused").float()
     exact = forward_of(exact_model, plan)().float()
@@ -182,7 +182,7 @@ class Clock:
     def end(self) -> None: ...
 
 
-def steps_of(model: Model, plan: Plan, steps: int) -> list[float]:
+def steps_of(model: Model, plan: BenchPlan, steps: int) -> list[float]:
     """Seconds from one draft to the next in our engine, without the first step, which has no soft embedding."""
     options = Options(
         max_tokens=model.config.canvas_length, seed=plan.seed, max_steps=steps, confidence=0.0, drafts=True
@@ -191,7 +191,7 @@ def steps_of(model: Model, plan: Plan, steps: int) -> list[float]:
     return _gaps([time.perf_counter() for event in run if isinstance(event, Draft)])
 
 
-def steps_of_theirs(theirs: Any, model: Model, plan: Plan, steps: int, cache: str = "dynamic") -> list[float]:
+def steps_of_theirs(theirs: Any, model: Model, plan: BenchPlan, steps: int, cache: str = "dynamic") -> list[float]:
     clock = Clock()
     generate(theirs, model, plan, model.config.canvas_length, steps, cache, clock)
     return _gaps(clock.moments)
@@ -202,7 +202,7 @@ def _gaps(moments: list[float]) -> list[float]:
 
 
 def generate(
-    theirs: Any, model: Model, plan: Plan, tokens: int, steps: int, cache: str = "dynamic", streamer: Any = None
+    theirs: Any, model: Model, plan: BenchPlan, tokens: int, steps: int, cache: str = "dynamic", streamer: Any = None
 ) -> int:
     """Their own generate with exactly so many steps a canvas; the number of new tokens."""
     prompt_BT = torch.tensor([prompt_ids(model.config, plan)], device=model.device)
@@ -212,7 +212,7 @@ def generate(
     return int(out.sequences.shape[1]) - plan.prompt
 
 
-def answer(model: Model, plan: Plan) -> int:
+def answer(model: Model, plan: BenchPlan) -> int:
     options = Options(max_tokens=plan.tokens, seed=plan.seed, max_steps=plan.steps, confidence=0.0)
     events = Run(model, [prompt_ids(model.config, plan)], options)
     return next(len(event.tokens) for event in events if isinstance(event, Done))
@@ -221,7 +221,7 @@ def answer(model: Model, plan: Plan) -> int:
 # ---- transformers' ways ----------------------------------------------------------------------------------------------
 
 
-def ways(theirs: Any, model: Model, plan: Plan, seconds: float) -> dict[str, Any]:
+def ways(theirs: Any, model: Model, plan: BenchPlan, seconds: float) -> dict[str, Any]:
     """Its forward in each way that it has on this machine; an implementation that fails says why."""
     found: dict[str, Any] = {}
     for attention in ("sdpa", "eager"):
@@ -250,7 +250,7 @@ def choose(theirs: Any, attention: str, experts: str) -> None:
     theirs.set_experts_implementation(experts)
 
 
-def compiled(theirs: Any, model: Model, plan: Plan, limit: int, steps: int) -> dict[str, Any]:
+def compiled(theirs: Any, model: Model, plan: BenchPlan, limit: int, steps: int) -> dict[str, Any]:
     """Its compiled ways, given up after `limit` seconds each: that, or a compiler that fails, is a finding."""
 
     def stop(*_: object) -> None:
@@ -316,7 +316,7 @@ def pooled(runs: dict[str, Callable[[], list[float]]], seconds: float, rounds: i
 @torch.inference_mode()
 def compare(
     plain: Model,
-    plan: Plan,
+    plan: BenchPlan,
     name: str,
     kinds: list[str],
     own_ops: str,
@@ -431,7 +431,7 @@ def ratios(found: dict[str, Any], base: str) -> tuple[dict[str, Any], dict[str, 
 PATIENCE = 300  # seconds that mlx-vlm has in each number format: to load, read the prompt, warm and be timed
 
 
-def ways_of_mlx(command: str, plain: Model, plan: Plan) -> dict[str, Any]:
+def ways_of_mlx(command: str, plain: Model, plan: BenchPlan) -> dict[str, Any]:
     """Its denoise forward in each number format, in a process of its own; its logits beside our float32 ones."""
     exact_model = packed(plain, "", "fused").float()
     prompt, canvas, previous = (tensor.cpu().numpy() for tensor in inputs(exact_model, plan))
@@ -528,7 +528,7 @@ def main() -> None:
     parser.add_argument("--compile-seconds", type=int, default=0, help="limit for each compiled way; 0 leaves them out")
     parser.add_argument("--mlx", default="", metavar="PYTHON", help="a Python that has mlx-vlm, to time it too")
     given = parser.parse_args()
-    plan = Plan(given.prompt, given.tokens, given.steps, given.seconds)
+    plan = BenchPlan(given.prompt, given.tokens, given.steps, given.seconds)
     plain, _ = model_of(given.size, given.dtype, given.device)
     kinds = [kind for kind in given.kinds.split(",") if kind]
     found = compare(

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from sfumato.measure.capture import Node
 from sfumato.measure.machine import environment
-from sfumato.measure.work import Cost, Parameters, distinct_experts
+from sfumato.measure.work import Parameters, Work, distinct_experts
 from sfumato.model.config import ModelConfig
 
 H200 = {
@@ -311,7 +311,7 @@ def branches(nodes: list[Node]) -> Iterator[tuple[list[Node], list[Node]]]:
     yield main, side
 
 
-def floor_of(config: ModelConfig, kind: str, batch: int, context: int) -> Cost:
+def floor_of(config: ModelConfig, kind: str, batch: int, context: int) -> Work:
     """One step under one roof: every weight read once, and the cache, with nothing between the operations. All but the
     embedding are of this kind."""
     weights, tokens = Parameters.of(config), config.canvas_length * batch
@@ -323,8 +323,8 @@ def floor_of(config: ModelConfig, kind: str, batch: int, context: int) -> Cost:
         held = context if layer.window is None else min(context, layer.window - 1)
         seen += batch * 2.0 * held * layer.kv_heads * layer.head_dim * 2
         flops += 4.0 * config.num_heads * layer.head_dim * tokens * (held + config.canvas_length)
-    other = Cost(2.0 * vocabulary, {"bf16": flops + 4.0 * tokens * vocabulary})
-    return Cost(read + seen, {RATE[kind]: products}) + other
+    other = Work(2.0 * vocabulary, {"bf16": flops + 4.0 * tokens * vocabulary})
+    return Work(read + seen, {RATE[kind]: products}) + other
 
 
 def predict(context: int = 1024, kernels: Path = KERNELS) -> dict[str, Any]:

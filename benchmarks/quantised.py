@@ -37,7 +37,7 @@ from sfumato.checkpoints.load import PLAIN
 from sfumato.checkpoints.load import load as load_model
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure.machine import ROOT, environment
-from sfumato.measure.parts import Plan, engine_step, random_config, random_model
+from sfumato.measure.parts import BenchPlan, engine_step, random_config, random_model
 from sfumato.measure.work import size
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, Pass, products
@@ -295,7 +295,7 @@ def complete(row: str, found: Record, given: argparse.Namespace) -> bool:
 
 def times(record: Record, given: argparse.Namespace) -> Iterator[None]:
     """A step of one canvas, in the engine's own loop; what is calibrated takes what its recipe takes."""
-    plan = Plan(seconds=given.seconds)
+    plan = BenchPlan(seconds=given.seconds)
     for row in given.rows:
         if ", " in row:
             continue

@@ -30,7 +30,7 @@ from sfumato import LLM, Options
 from sfumato.checkpoints.locate import NANO
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure import parts
-from sfumato.measure.parts import Plan, random_config, random_model
+from sfumato.measure.parts import BenchPlan, random_config, random_model
 from sfumato.measure.work import duration
 from sfumato.tasks import sudoku
 
@@ -49,8 +49,8 @@ def answers(given: argparse.Namespace) -> dict[str, Any]:
             found[kind] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
         common.without_eos(model)
-        plan = Plan(given.prompt, given.tokens, given.steps, given.seconds)
-        step = parts.engine_step(model, Plan(given.prompt, config.canvas_length, 2, 0.0)).median
+        plan = BenchPlan(given.prompt, given.tokens, given.steps, given.seconds)
+        step = parts.engine_step(model, BenchPlan(given.prompt, config.canvas_length, 2, 0.0)).median
         each = parts.requests(model, plan, lambda part, kind=kind: common.say(f"{kind}: {part}"), step)
         excess = each["diffusion"]["passes_per_canvas"] / each["diffusion"]["steps_per_canvas"]
         found[kind] = {

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from sfumato.measure.machine import forget_peak, peak_bytes, products, resident_bytes
-from sfumato.measure.parts import Counted, Plan, part_row, random_config, random_model
+from sfumato.measure.parts import BenchPlan, Counted, part_row, random_config, random_model
 from sfumato.measure.parts import parts as parts_of
 from sfumato.measure.work import Parameters, duration
 from sfumato.measure.work import size as in_bytes
@@ -55,7 +55,7 @@ def whole_steps(given: argparse.Namespace, most: dict[str, Any]) -> dict[str, An
         except Exception as error:
             found[kind] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
-        plan = Plan(given.prompt, config.canvas_length, 2, given.seconds, streamed=given.streamed)
+        plan = BenchPlan(given.prompt, config.canvas_length, 2, given.seconds, streamed=given.streamed)
         common.without_eos(model)
         say = lambda part, kind=kind: common.say(f"{kind}: {part}")  # noqa: E731
         parts = {name: part_row(timing, cost, most) for name, timing, cost in parts_of(model, plan, say)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.formats import gguf_blocks as blocks
-from sfumato.checkpoints.formats.gguf import Planned, read_header
+from sfumato.checkpoints.formats.gguf import PlannedBlocks, read_header
 
 SCALES = {  # where a block's float16 numbers lie
     **dict.fromkeys(["Q4_0", "Q5_0", "Q8_0"], (0,)),
@@ -39,8 +39,8 @@ def whole(raw: Tensor) -> Iterator[Tensor]:
     yield raw
 
 
-def copied(path: Path) -> tuple[dict[str, Any], list[Planned]]:
+def copied(path: Path) -> tuple[dict[str, Any], list[PlannedBlocks]]:
     """What it takes to write a file again."""
     header = read_header(path)
     stored = header.tensors.values()
-    return header.metadata, [Planned(one.name, one.kind, one.shape, partial(whole, one.read())) for one in stored]
+    return header.metadata, [PlannedBlocks(one.name, one.kind, one.shape, partial(whole, one.read())) for one in stored]

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.gpu.setting import Row, Setting, tried
-from sfumato.measure.parts import Plan
+from sfumato.measure.parts import BenchPlan
 
 STEPS = 5
 
@@ -28,7 +28,7 @@ def beside(setting: Setting) -> dict[str, Any]:
 
     # Its weights are ours, as they lie: of operations that lay them out anew there are none to share.
     model = common.random_packed(setting.config(), setting.device, "fused" if setting.is_dry else "triton")
-    plan = Plan(16 if setting.is_dry else 1024, model.config.canvas_length, STEPS + 1, 5.0)
+    plan = BenchPlan(16 if setting.is_dry else 1024, model.config.canvas_length, STEPS + 1, 5.0)
     theirs = peers.twin(model)
     theirs.set_attn_implementation("sdpa")
     calls = {"transformers": peers.forward_of_theirs(theirs, model, plan), "sfumato": peers.forward_of(model, plan)}

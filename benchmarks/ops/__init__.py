@@ -21,7 +21,7 @@ from benchmarks import common
 from sfumato.errors import InputError
 from sfumato.measure.machine import measure
 from sfumato.measure.parts import part_row
-from sfumato.measure.work import PLAIN, Cost, duration, multiplied_as
+from sfumato.measure.work import PLAIN, Work, duration, multiplied_as
 from sfumato.ops import load
 from sfumato.ops.contract import Ops
 from sfumato.quant.formats import Format, pack
@@ -54,12 +54,12 @@ class Case:
     dense: dict[str, Tensor] = field(default_factory=dict)
     """Parameters that stay in the dtype whatever the weights are: read once, never packed."""
 
-    def cost(self, kind: str) -> Cost:
+    def cost(self, kind: str) -> Work:
         value = 4.0 if kind == "float32" else 2.0
         stacks = sum(_stored(w, kind) for w in self.weights.values()) * self.read
         dense = sum(w.numel() for w in self.dense.values()) * value
         product = multiplied_as(kind, "float32" if kind == "float32" else "bf16")
-        return Cost(stacks + dense + self.moved * value, {product: self.flops})
+        return Work(stacks + dense + self.moved * value, {product: self.flops})
 
     def ready(self, ops: Ops, dtype: torch.dtype, kind: str = "", inputs: Named | None = None) -> Call:
         """The call for this implementation, everything packed; `kind` is a format's name, "" none."""

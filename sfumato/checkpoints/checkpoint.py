@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Reader:
+class FormatReader:
     """How folders of one format are known and opened; each file of `formats` gives one."""
 
     name: str

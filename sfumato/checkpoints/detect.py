@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Reader
+from sfumato.checkpoints.checkpoint import Checkpoint, FormatReader
 from sfumato.checkpoints.formats import awq, compressed, gemma4, mlx, modelopt, released
 from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.shards import short
@@ -34,7 +34,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return replace(checkpoint, entries=gemma4.released(checkpoint.entries))
 
 
-def _reader(path: Path, config: dict[str, Any]) -> Reader:
+def _reader(path: Path, config: dict[str, Any]) -> FormatReader:
     quantization = config.get("quantization_config", config.get("quantization"))
     if not isinstance(quantization, dict | None):
         raise CheckpointError(f"{path / 'config.json'}: quantization_config is {short(quantization)}; it is no object")

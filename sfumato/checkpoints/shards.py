@@ -1,5 +1,4 @@
-"""safetensors folders: every header checked before a byte is believed, tensors read a part at a time, folders written
-as a stream.
+"""safetensors folders: headers are checked first, tensors are read a part at a time, folders are written as a stream.
 
 A folder is written beside first, shard by shard, and moved in when it is whole: who reads it sees the old or the new.
 What a killed run leaves is taken up by the next one of the same plan. It lacks the meaning of names.
@@ -65,8 +64,9 @@ class Stored:
     nbytes: int
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """The tensor, or these places of its first axis, on the CPU, as it is stored. CheckpointError when the file
-        has changed or cannot be read."""
+        """The tensor, or these places of its first axis, on the CPU, as it is stored.
+
+        CheckpointError when the file has changed or cannot be read."""
         whole = self.shape[0] if self.shape else 1
         last = whole if last is None else last
         shape = (last - first, *self.shape[1:]) if self.shape else ()
@@ -91,8 +91,9 @@ class Stored:
 
 
 def read_into(tensor: Tensor, path: Path, start: int, name: str) -> None:
-    """Fill a tensor with the bytes of a file from `start` on. CheckpointError where the file ends too early, or cannot
-    be read."""
+    """Fill a tensor with the bytes of a file from `start` on; `name` is the tensor's, for errors.
+
+    CheckpointError where the file ends too early, or cannot be read."""
     left = tensor.reshape(-1).view(torch.uint8).numpy().data
     try:
         with path.open("rb", buffering=0) as file:
@@ -111,18 +112,18 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
     model.safetensors comes before an index, as in transformers. CheckpointError names a missing, truncated or damaged
     file, a tensor in two files, one that the index promises."""
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     weight_map = {} if (folder / SINGLE).is_file() else _weight_map(folder)
     for shard in sorted(set(weight_map.values())) or [SINGLE]:
         for stored in header(folder / shard):
-            if stored.name in found:
-                other = found[stored.name].file
+            if stored.name in tensors:
+                other = tensors[stored.name].file
                 raise CheckpointError(f"{short(stored.name)} is both in {other} and in {stored.file.name}")
-            found[stored.name] = stored
+            tensors[stored.name] = stored
     for name, shard in weight_map.items():
-        if name not in found or found[name].file.name != shard:
+        if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointError(f"{folder / INDEX} says that {short(name)} is in {shard}, where it is not")
-    return found
+    return tensors
 
 
 def metadata(folder: Path) -> dict[str, str]:
@@ -197,6 +198,7 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -257,11 +259,10 @@ class Shard:
 def write_shards(
     folder: Path, plan: PlannedFolder, progress: Callable[[int, int], None] | None = None, force: bool = True
 ) -> None:
-    """Write a folder of tensors. An older checkpoint there is replaced, at the very end; without `force` it is an
-    InputError, unless it is what this very plan has left.
+    """Write a folder of tensors; an older checkpoint there is replaced at the very end.
 
-    `progress(done, all)` counts bytes. SfumatoError where the disk says no. Two writers of one folder at one time need
-    `files.locked`."""
+    Without `force` an older one is an InputError, unless it is what this very plan has left. `progress(done, all)`
+    counts bytes. SfumatoError where the disk says no. Two writers of one folder at one time need `files.locked`."""
     shards = plan.shards()
     heads = [shard.head for shard in shards]
     digest = hashlib.sha256(b"\0".join([(plan.source or "").encode(), *heads])).hexdigest()
@@ -397,6 +398,7 @@ def _move_in(beside: Path, folder: Path) -> None:
 
 
 def as_json(value: Mapping[str, Any]) -> str:
+    """A mapping as the text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"
 
 

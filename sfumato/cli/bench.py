@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from sfumato.cli import files, flags
 from sfumato.cli import options as opt
 from sfumato.cli.view import visible
 from sfumato.errors import InputError
-from sfumato.measure.parts import DTYPES, Plan, random_config, random_model, record
+from sfumato.measure.parts import DTYPES, Announce, BenchPlan, random_config, random_model, record
 from sfumato.measure.work import duration, number, size
 from sfumato.model.network import Model
 from sfumato.ops import survey
@@ -71,10 +71,10 @@ class ModelFlags:
 class WorkFlags:
     """How much work to time, and for how long."""
 
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = Plan.prompt
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = Plan.tokens
-    steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps for each canvas.")] = Plan.steps
-    seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = Plan.seconds
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = BenchPlan.prompt
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = BenchPlan.tokens
+    steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps for each canvas.")] = BenchPlan.steps
+    seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = BenchPlan.seconds
 
 
 @flags.takes(
@@ -101,7 +101,7 @@ def command(
     source.check()
     target = None if output is None else _target(output)
     device = _device(load.device)
-    plan = Plan(amount.prompt, amount.tokens, amount.steps, amount.seconds)
+    plan = BenchPlan(amount.prompt, amount.tokens, amount.steps, amount.seconds)
     with progress() as report:
         report("weights")
         model = source.model_on(device, load)
@@ -139,7 +139,7 @@ def _device(name: str) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
+def progress() -> Iterator[Announce]:
     """Names the part that is measured: a spinner with a clock on a terminal, else a line each on stderr."""
     console = Console(stderr=True)
     if not console.is_terminal:

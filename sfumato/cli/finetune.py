@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sfumato.llm import LLM
     from sfumato.model.network import Model
     from sfumato.training.data import SudokuSource
-    from sfumato.training.train import Progress, Recipe
+    from sfumato.training.train import StepReport, TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,15 @@ def _train(out: Path, run: RunFlags, stop: Stop) -> None:
     console.print(visible(f"{out / 'checkpoint'} holds the model after step {trainer.step}; {picture}"))
 
 
-def _recipe(out: Path, changes: list[str]) -> Recipe:
+def _recipe(out: Path, changes: list[str]) -> TrainingRecipe:
     """The recipe of the run in the folder, or a new one, with changes as NAME=VALUE."""
-    from sfumato.training.train import STATE, Recipe, recipe_of
+    from sfumato.training.train import STATE, TrainingRecipe, recipe_of
 
-    base = recipe_of(out) if (out / STATE).exists() else Recipe()
-    return replace(base, **_numbers(changes, {field.name for field in fields(Recipe)}))
+    base = recipe_of(out) if (out / STATE).exists() else TrainingRecipe()
+    return replace(base, **_numbers(changes, {field.name for field in fields(TrainingRecipe)}))
 
 
-def _model(run: RunFlags, folder: Path, recipe: Recipe) -> Model:
+def _model(run: RunFlags, folder: Path, recipe: TrainingRecipe) -> Model:
     """The model to train, in float32: of a checkpoint, or with random weights where the name ends with ":new"."""
     import torch
 
@@ -222,7 +222,7 @@ def _counter(console: Console) -> Callable[[int, int], None]:
     return show
 
 
-def _with_bar(steps: Iterable[Progress], total: int, console: Console) -> Generator[Progress, None, None]:
+def _with_bar(steps: Iterable[StepReport], total: int, console: Console) -> Generator[StepReport, None, None]:
     """The same steps, with a bar on the terminal that follows them."""
     from rich import progress as bars
 

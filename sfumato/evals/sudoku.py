@@ -64,8 +64,8 @@ def solve(llm: LLM, puzzles: Sequence[str], options: Options, pinned: bool = Tru
     for start in range(0, len(puzzles), batch):
         some = puzzles[start : start + batch]
         ids, pins = zip(*(request(llm, puzzle, pinned) for puzzle in some), strict=True)
-        found: dict[int, Solved] = {}
+        results: dict[int, Solved] = {}
         for event in llm.events(ids, options, pins):
             if isinstance(event, Done):
-                found[event.row] = result(some[event.row], event)
-        yield from (found[row] for row in range(len(some)))
+                results[event.row] = result(some[event.row], event)
+        yield from (results[row] for row in range(len(some)))

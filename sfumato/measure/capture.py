@@ -69,7 +69,7 @@ class Node:
 
 @dataclass
 class Watched:
-    """What was seen."""
+    """What a graph of a function would hold, and what a capture would refuse."""
 
     nodes: list[Node] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
@@ -77,14 +77,16 @@ class Watched:
     """Memory that is read or written and was there before: a graph is right for as long as all of it lives."""
 
     def refuse(self, what: str) -> None:
+        """Note a refusal, with the line of the package that it comes from."""
         frames = [f for f in traceback.extract_stack() if "/sfumato/" in f.filename and "/measure/" not in f.filename]
         where = f"{frames[-1].filename.split('/sfumato/')[-1]}:{frames[-1].lineno}" if frames else "outside sfumato"
         self.refusals.append(f"{what} ({where})")
 
 
 def watch(run: Callable[[], object], device: str = "meta") -> Watched:
-    """Run this once under the modes, on tensors of this device. What is refused is noted, not raised; an error of
-    torch's own is a refusal too."""
+    """Run this once under the modes, on tensors of this device.
+
+    What is refused is noted, not raised; an error of torch's own is a refusal too."""
     watched = Watched()
     dispatch = _Dispatch(watched, device)
     with ExitStack() as stack:
@@ -118,7 +120,7 @@ class _Dispatch(TorchDispatchMode):
     """What reaches the device."""
 
     def __init__(self, watched: Watched, device: str) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.watched, self.device = watched, device
         self._own: set[int] = set()
         self._held: list[Tensor] = []  # while this runs no address is given out twice
@@ -149,26 +151,26 @@ class _Dispatch(TorchDispatchMode):
         return out
 
     def launch(self, launch: Any) -> None:
-        taken = list(tensors(launch.arguments))
-        self._account(taken, [])
-        each = {_address(x): x.nbytes for x in taken}
+        arguments = list(tensors(launch.arguments))
+        self._account(arguments, [])
+        each = {_address(x): x.nbytes for x in arguments}
         own = sum(size for address, size in each.items() if address in self._own)
         node = Node(launch.name, True, launch.grid, launch.sizes, sum(each.values()) - own, own, launch)
         self.watched.nodes.append(node)
 
-    def _account(self, read: list[Tensor], made: list[Tensor]) -> None:
-        known = {_address(x) for x in read}
-        for x in read:
+    def _account(self, before: list[Tensor], after: list[Tensor]) -> None:
+        known = {_address(x) for x in before}
+        for x in before:
             if _address(x) not in self._own:
                 self.watched.outside.setdefault(_address(x), StorageWeakRef(x.untyped_storage()))
-        for x in made:
+        for x in after:
             if _address(x) not in known and _address(x) not in self.watched.outside:
                 self._own.add(_address(x))
                 self._held.append(x)
 
 
 def _address(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
 
 
 class _Calls(TorchFunctionMode):
@@ -215,9 +217,9 @@ def meta_model(config: ModelConfig, ops: Ops, recipe: str, dtype: torch.dtype = 
     with torch.device("meta"):
         model = Model(config, ops).to(dtype).requires_grad_(False).eval()
     if recipe:
-        wanted, names = named(recipe), {module: name for name, module in model.named_modules()}
+        chosen, names = named(recipe), {module: name for name, module in model.named_modules()}
         for owner, leaf in list(products(model)):
-            form = wanted.format_of(".".join(filter(None, (names[owner], leaf))))
+            form = chosen.format_of(".".join(filter(None, (names[owner], leaf))))
             if form is not None:
                 replace_(owner, leaf, ops.pack(_packed(form, tuple(getattr(owner, leaf).shape))))
     return model
@@ -237,16 +239,16 @@ def meta_step(config: ModelConfig, ops: Ops, variant: Variant) -> tuple[Watched,
     cache = KVCache.allocate(config, count, min(variant.context, config.max_position), "meta", variant.dtype)
     rules, early = [Rules.of(Options())] * count, [variant.has_early] * count
     state = Canvases.allocate(model, rules, [0] * count, [0] * count, length, early, variant.has_pins)
-    seen: list[Watched] = []
+    watched: list[Watched] = []
 
     def capture(run: Callable[[], Tensor | None]) -> tuple[Replay, Tensor | None]:
         run()  # as before a capture: what is made once exists then
-        seen.append(watch(run))
+        watched.append(watch(run))
         return run, None
 
     with _quiet():
         Recorded(model, cache, state, count, length if variant.is_encoding else 0, variant.bans, capture)
-    refreshed, stepped = seen
+    refreshed, stepped = watched
     return stepped, refreshed
 
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from sfumato import __version__
 from sfumato.ops import cpu
+from sfumato.ops.cpu.memory import empty_huge
 from sfumato.quant.formats import pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
+        """The timing of calls that took so long each."""
         return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
@@ -55,33 +57,37 @@ def measure(
     repeats: int = 10,
     setup: Callable[[], Any] | None = None,
 ) -> Timing:
-    """Time a call: once to warm up, then `repeats` times or until `seconds` have passed in all, but at least once; a
-    call that takes longer than `seconds` is not made again. What `setup` returns is handed to each call; its own time
-    does not count."""
-    wait = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
-    until, found = time.perf_counter() + seconds, []
+    """Time a call: once to warm up, then `repeats` times or until `seconds` have passed in all, but at least once.
+
+    A call that takes longer than `seconds` is not repeated. Each call gets what `setup` returns as its argument; the
+    time of `setup` does not count."""
+    wait: Callable[[], None] = lambda: None  # noqa: E731
+    if device.type != "cpu":
+        wait = partial(torch.accelerator.synchronize, device)
+    until, times = time.perf_counter() + seconds, []
     for call in range(repeats + 1):
-        given = () if setup is None else (setup(),)
+        arguments = () if setup is None else (setup(),)
         wait()
         began = time.perf_counter()
-        function(*given)
+        function(*arguments)
         wait()
         took = time.perf_counter() - began
         if call or took > seconds:
-            found.append(took)
+            times.append(took)
             if time.perf_counter() > until:
                 break
-    return Timing.of(found)
+    return Timing.of(times)
 
 
 def ceilings(shapes: dict[str, Shape], seconds: float, device: torch.device, most: int = 2**30) -> dict[str, Any]:
-    """What this machine does at best: bytes a second of a copy and of a streaming read of `most` bytes (beyond any
-    cache, if memory allows), and operations a second of matrix products of these shapes, by kind and by means. "best"
-    is the fastest read (on a GPU the copy counts too) and the fastest of all means, our own product among them;
-    "library" the fastest that is not ours."""
+    """What this machine does at best: bytes a second of memory, and operations a second of matrix products.
+
+    Memory is measured by a copy and by a streaming read of `most` bytes (beyond any cache, if memory allows), products
+    in these shapes, by kind and by means. "best" is the fastest read (on a GPU the copy counts too) and the fastest of
+    all means, our own product among them; "library" the fastest that is not ours."""
     return {
         "bytes_per_second": _bandwidth(seconds, device, min(most, free_bytes(device) // 8)),
-        "flops_per_second": {kind: found for kind in KINDS if (found := _products(shapes, kind, seconds, device))},
+        "flops_per_second": {kind: rates for kind in KINDS if (rates := _products(shapes, kind, seconds, device))},
     }
 
 
@@ -92,16 +98,16 @@ KINDS = ("float32", "bf16", "int8", "fp8")
 def _bandwidth(seconds: float, device: torch.device, count: int) -> dict[str, float]:
     source_RC = torch.ones(max(1, count // 2**14), 2**12, device=device)
     count = source_RC.numel() * source_RC.element_size()
-    found = {"read": count / _read(source_RC, seconds)}
+    rates = {"read": count / _read(source_RC, seconds)}
     if device.type == "cpu":
-        huge_RC = cpu.empty_huge(count).view(torch.float32).view_as(source_RC)
+        huge_RC = empty_huge(count).view(torch.float32).view_as(source_RC)
         huge_RC.fill_(1.0)
-        found["read from huge pages"] = count / _read(huge_RC, seconds)
+        rates["read from huge pages"] = count / _read(huge_RC, seconds)
         del huge_RC
     target_RC = torch.empty_like(source_RC)
     copied = 2 * count / measure(lambda: target_RC.copy_(source_RC), seconds, device).median
-    best = max(found.values()) if device.type == "cpu" else max(copied, *found.values())
-    return {"best": best, **found, "copy": copied}
+    best = max(rates.values()) if device.type == "cpu" else max(copied, *rates.values())
+    return {"best": best, **rates, "copy": copied}
 
 
 def _read(source_RC: torch.Tensor, seconds: float) -> float:
@@ -111,7 +117,7 @@ def _read(source_RC: torch.Tensor, seconds: float) -> float:
 
 
 def _products(shapes: dict[str, Shape], kind: str, seconds: float, device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    rates: dict[str, Any] = {}
     for name, (rows, inner, outer) in shapes.items():
         x, w = torch.randn(rows, inner, device=device), torch.randn(outer, inner, device=device)
         for means, make in products(kind, device).items():
@@ -119,13 +125,13 @@ def _products(shapes: dict[str, Shape], kind: str, seconds: float, device: torch
                 timing = measure(make(x, w), seconds, device, repeats=50)
             except (RuntimeError, NotImplementedError):  # this build of torch, this shape: one means less
                 continue
-            found.setdefault(means, {})[name] = 2.0 * rows * inner * outer / timing.median
-    if not found:
+            rates.setdefault(means, {})[name] = 2.0 * rows * inner * outer / timing.median
+    if not rates:
         return {}
-    best = {means: max(rates.values()) for means, rates in found.items()}
+    best = {means: max(by_shape.values()) for means, by_shape in rates.items()}
     by = max(best, key=lambda means: best[means])
     library = max((rate for means, rate in best.items() if means != OURS), default=None)
-    return {"best": best[by], "by": by, "library": library, **found}
+    return {"best": best[by], "by": by, "library": library, **rates}
 
 
 OURS = "sfumato cpu"
@@ -254,6 +260,7 @@ def _commit() -> str | None:
 
 
 def free_bytes(device: torch.device) -> int:
+    """Memory that is free now: of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -23,10 +23,10 @@ from sfumato.events import Commit, Done, Draft
 from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
 from sfumato.measure.work import (
     GROUPS,
-    Cost,
     Kept,
     Parameters,
     Precision,
+    Work,
     group_of,
     multiplied_as,
     pass_work,
@@ -46,12 +46,16 @@ from sfumato.sampling.noise import CountedNoise
 from sfumato.sampling.rules import accept, count_still, is_confident, is_stable
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
-Say = Callable[[str], None]
-"""Hears the name of each measurement as it begins."""
+Announce = Callable[[str], None]
+"""Gets the name of each measurement as it begins."""
+
+
+def _quietly(name: str) -> None:
+    """Announce nothing."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What to measure: prompt and answer in tokens, denoising steps a canvas, and about how long to take for each."""
 
     prompt: int = 384
@@ -83,7 +87,7 @@ def random_config(name: str) -> ModelConfig:
 def random_model(
     config: ModelConfig, dtype: torch.dtype, device: str, ops: str, seed: int = 0, quantize: str | None = None
 ) -> Model:
-    """`quantize` names a recipe (`quant.recipes`): see `quantize_some_`."""
+    """A model of random weights; `quantize` names a recipe (`quant.recipes`), applied by `quantize_some_`."""
     recipe = named(quantize) if quantize else None
     model = Model(config, load_ops(ops, device, dtype, samples(recipe) if recipe else [])).init_(seed)
     model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
@@ -97,8 +101,9 @@ _ROWS = 61
 
 
 def quantize_some_(part: nn.Module, recipe: Recipe, prefix: str = "") -> None:
-    """`quantize_part_` for random weights, where nothing depends on what they say: the first rows of each are packed
-    and stand for all others, which takes seconds where a model in 4 bits would take minutes."""
+    """Quantize random weights in place, quickly: the first rows of each are packed and stand for all others.
+
+    Nothing depends on what such weights say, and this takes seconds where packing all rows takes minutes."""
     names = {module: name for name, module in part.named_modules()}
     for owner, leaf in list(products(part)):
         form = recipe.format_of(".".join(filter(None, (prefix, names[owner], leaf))))
@@ -121,7 +126,7 @@ def _repeated(weight: torch.Tensor, form: Format) -> Packed:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tuple[str, Timing, Cost | None]]:
+def parts(model: Model, plan: BenchPlan, announce: Announce = _quietly) -> Iterator[tuple[str, Timing, Work | None]]:
     """(name, time, least work) of every part of a request, at the context that the prompt leaves."""
     config, ops, device = model.config, model.ops, model.device
     embed_VD, length, counted = model.embed_tokens.weight, config.canvas_length, Counted.of(model)
@@ -153,8 +158,8 @@ def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tu
         cache.truncate_(0, plan.prompt)
         model.encode_and_denoise(canvas_BL, [length], canvas_BL, cache)
 
-    def timed(name: str, function: Callable[[], Any], cost: Cost | None) -> tuple[str, Timing, Cost | None]:
-        say(name)
+    def timed(name: str, function: Callable[[], Any], cost: Work | None) -> tuple[str, Timing, Work | None]:
+        announce(name)
         return name, measure(function, plan.seconds, device), cost
 
     vocabulary = counted.vocabulary(length)
@@ -176,32 +181,34 @@ def parts(model: Model, plan: Plan, say: Say = lambda name: None) -> Iterator[tu
     yield timed("commit", commit, counted.one_pass(length, plan.prompt, is_encode=True))
     both = counted.one_pass(length, plan.prompt) + counted.one_pass(length, plan.prompt, is_encode=True)
     yield timed("commit and first pass", commit_and_step, replace(both, bytes=both.bytes / 2))
-    say("whole step")
+    announce("whole step")
     yield "whole step", engine_step(model, plan), counted.step(plan.prompt)
 
 
-def engine_step(model: Model, plan: Plan) -> Timing:
+def engine_step(model: Model, plan: BenchPlan) -> Timing:
     """One step in the engine's own loop: from one Draft to the next, which is after everything a step does."""
-    until, found, last = time.perf_counter() + plan.seconds, [], 0.0
+    until, times, last = time.perf_counter() + plan.seconds, [], 0.0
     for event in Run(model, [prompt_ids(model.config, plan)], _fixed(plan, model.config.canvas_length, drafts=True)):
         now = time.perf_counter()
         if isinstance(event, Draft) and event.step > 1:  # the first one has no soft embedding
-            found.append(now - last)
+            times.append(now - last)
         last = time.perf_counter()
-        if found and now > until:
+        if times and now > until:
             break
-    return Timing.of(found)
+    return Timing.of(times)
 
 
-def requests(model: Model, plan: Plan, say: Say = lambda name: None, step: float = 0.0) -> dict[str, dict[str, Any]]:
-    """A whole answer in both modes, within three times plan.seconds each. `step` is what a step takes: from it follows
-    how many of the canvases, and if need be of the steps, there is time for; the record says what was done."""
+def requests(model: Model, plan: BenchPlan, announce: Announce = _quietly, step: float = 0.0) -> dict[str, dict[str, Any]]:
+    """A whole answer in both modes, within three times plan.seconds each.
+
+    `step` is what a step takes: from it follows how many of the canvases, and if need be of the steps, there is time
+    for; the record says what was done."""
     length, prompt, seconds = model.config.canvas_length, prompt_ids(model.config, plan), 3 * plan.seconds
     canvases = -(-plan.tokens // length)
     if step * (plan.steps + 1) * canvases > seconds:
         canvases = max(1, int(seconds / (step * (plan.steps + 1))))
         plan = replace(plan, steps=min(plan.steps, max(1, int(seconds / step) - 1)))
-    say("request, diffusion")
+    announce("request, diffusion")
     done = next(
         event for event in Run(model, [prompt], _fixed(plan, canvases * length)) if isinstance(event, Done)
     ).usage
@@ -215,7 +222,7 @@ def requests(model: Model, plan: Plan, say: Say = lambda name: None, step: float
         "tokens_per_second": done.tokens / done.seconds,
         "tokens_per_pass": done.tokens_per_pass,
     }
-    say("request, autoregressive")
+    announce("request, autoregressive")
     began, moments = time.perf_counter(), []
     options = Options(max_tokens=max(2, plan.tokens), mode="autoregressive", temperature=0.0)
     for event in Run(model, [prompt], options):
@@ -234,13 +241,13 @@ def requests(model: Model, plan: Plan, say: Say = lambda name: None, step: float
     return {"diffusion": diffusion, "autoregressive": autoregressive}
 
 
-def _fixed(plan: Plan, tokens: int, drafts: bool = False) -> Options:
+def _fixed(plan: BenchPlan, tokens: int, drafts: bool = False) -> Options:
     """Always plan.steps steps a canvas: a confidence of 0 is never reached."""
     steps = max(4, plan.steps) if drafts else plan.steps
     return Options(max_tokens=tokens, seed=plan.seed, max_steps=steps, confidence=0.0, drafts=drafts)
 
 
-def prompt_ids(config: ModelConfig, plan: Plan) -> list[int]:
+def prompt_ids(config: ModelConfig, plan: BenchPlan) -> list[int]:
     """Random tokens, the same for the same plan."""
     generator = torch.Generator().manual_seed(plan.seed)
     return torch.randint(config.vocab_size, (plan.prompt,), generator=generator).tolist()
@@ -285,13 +292,16 @@ class Counted:
             labels[label] = None
         return cls(model.config, Precision(" and ".join(labels), **kept, plain=plain))
 
-    def one_pass(self, tokens: int, context: int, is_encode: bool = False) -> Cost:
+    def one_pass(self, tokens: int, context: int, is_encode: bool = False) -> Work:
+        """See `work.pass_work`."""
         return pass_work(self.config, self.weights, tokens, context, is_encode)
 
-    def vocabulary(self, tokens: int) -> Cost:
+    def vocabulary(self, tokens: int) -> Work:
+        """See `work.vocabulary_work`."""
         return vocabulary_work(self.config, self.weights, tokens)
 
-    def step(self, context: int) -> Cost:
+    def step(self, context: int) -> Work:
+        """See `work.step_work`."""
         return step_work(self.config, self.weights, context)
 
 
@@ -309,22 +319,23 @@ def _stored_as(weight: Any, plain: str) -> tuple[str, str]:
 
 @torch.inference_mode()
 def record(
-    model: Model, plan: Plan, name: str, say: Say = lambda name: None, most: dict[str, Any] | None = None
+    model: Model, plan: BenchPlan, name: str, announce: Announce = _quietly, most: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Everything, as JSON would hold it: seconds, bytes, operations a second, shares of the ceiling from 0 to 1.
+
     `most` are ceilings that were measured on this machine before."""
     config = model.config = replace(model.config, eos_ids=())  # answers of a known length
     need = plan.prompt + -(-plan.tokens // config.canvas_length) * config.canvas_length
     if need > config.max_position:
         raise InputError(f"prompt and answer need {need} tokens of context; the model has {config.max_position}")
     forget_peak(model.device)
-    found = list(parts(model, plan, say))
-    answers = requests(model, plan, say, step=found[-1][1].median)
+    rows = list(parts(model, plan, announce))
+    answers = requests(model, plan, announce, step=rows[-1][1].median)
     peak = peak_bytes(model.device)
     if most is None:
-        say("ceilings")
+        announce("ceilings")
         most = ceilings(shapes(config), min(plan.seconds, 3.0), model.device, plan.streamed)
-    table = {part: part_row(timing, cost, most) for part, timing, cost in found}
+    table = {part: part_row(timing, cost, most) for part, timing, cost in rows}
     counted = Counted.of(model)
     token = (counted.one_pass(1, plan.prompt, is_encode=True) + counted.vocabulary(1)).seconds(most)
     share = answers["autoregressive"]["tokens_per_second_after_first"] * token
@@ -354,7 +365,7 @@ def record(
     }
 
 
-def part_row(timing: Timing, cost: Cost | None, most: dict[str, Any]) -> dict[str, Any]:
+def part_row(timing: Timing, cost: Work | None, most: dict[str, Any]) -> dict[str, Any]:
     """One part as JSON, with its floor under these ceilings and the share of it that was reached."""
     floor = cost.seconds(most) if cost else None
     return {

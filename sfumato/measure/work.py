@@ -47,6 +47,7 @@ class Parameters:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Parameters:
+        """The parameters of a model of this configuration."""
         width, count, inner = config.hidden_size, len(config.layers), config.intermediate_size
         return cls(
             embedding=config.vocab_size * width,
@@ -60,6 +61,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
+        """All of them."""
         return self.embedding + self.experts + self.other
 
     @property
@@ -116,8 +118,9 @@ class Precision:
 
     @classmethod
     def of(cls, config: ModelConfig, name: str) -> Precision:
-        """What this recipe, or "bf16" or "float32", makes of the model. InputError for another name, and where the
-        model's sizes do not fit the recipe's formats."""
+        """What this recipe, or "bf16" or "float32", makes of the model.
+
+        InputError for another name, and where the model's sizes do not fit the recipe's formats."""
         bits, product = 8 * _width(name), "float32" if name == "float32" else "bf16"
         plain = Kept(bits, product)
         stored, counts, kinds = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, product)
@@ -139,8 +142,8 @@ def group_of(own: str) -> str:
     """The group that a tensor of `Model.state_dict()` belongs to."""
     if own.startswith("self_conditioning."):
         return "conditioning"
-    found = next((part for part in (".experts.", ".self_attn.", ".mlp.") if part in own), "")
-    return {"": "plain", ".experts.": "experts"}.get(found, "dense")
+    place = next((part for part in (".experts.", ".self_attn.", ".mlp.") if part in own), "")
+    return {"": "plain", ".experts.": "experts"}.get(place, "dense")
 
 
 def multiplied_as(kind: str, plain: str, is_grouped: bool = False) -> str:
@@ -183,8 +186,9 @@ def _width(name: str) -> int:
 
 @functools.lru_cache(maxsize=64)
 def weight_bytes(config: ModelConfig, name: str) -> int:
-    """What all tensors of the text model take, exactly: in "float32" or "bf16", or after `sfumato quantize` by the
-    recipe of this name, in the file (whose headers are some ten thousandths more) as in memory."""
+    """Bytes of all tensors of the text model, exactly: in "float32" or "bf16", or by the recipe of this name.
+
+    It is the same in memory and in the file, whose headers are some ten thousandths more."""
     width = _width(name)
     return sum(_bytes(shape, format_of(own, shape, name), width) for own, shape in tensors(config).items())
 
@@ -209,14 +213,14 @@ def needs(config: ModelConfig, recipe: str, context: int) -> dict[str, int]:
     if not 1 <= context <= config.max_position:
         raise InputError(f"a context of {context} tokens is outside the model's 1 to {config.max_position}")
     width, weights = _width(recipe), weight_bytes(config, recipe)
-    found = {
+    sizes = {
         "file_bytes": weights,
         "weight_bytes": weights,
         "cache_bytes": cache_bytes(config, context, width)[1],
         "logits_bytes": logits_bytes(config, width),
         "activation_bytes": activation_bytes(config, context, width),
     }
-    return found | {"total_bytes": sum(found.values()) - found["file_bytes"]}
+    return sizes | {"total_bytes": sum(sizes.values()) - sizes["file_bytes"]}
 
 
 def most_context(config: ModelConfig, recipe: str, room: float) -> int:
@@ -232,8 +236,10 @@ def most_context(config: ModelConfig, recipe: str, room: float) -> int:
 
 
 def cache_bytes(config: ModelConfig, context: int, element: int = 2) -> tuple[int, int]:
-    """(bytes of one more token of context, bytes of the whole KV cache at `context` tokens): what `KVCache.allocate`
-    takes for one row. Full layers grow; sliding layers stop at their window, with a canvas of slack."""
+    """(bytes of one more token of context, bytes of the whole KV cache at `context` tokens), of one row.
+
+    The second is what `KVCache.allocate` takes. Full layers grow; sliding layers stop at their window, with a canvas of
+    slack."""
 
     def of(layer: LayerConfig, slots: int) -> int:
         return 2 * slots * layer.kv_heads * layer.head_dim * element
@@ -266,26 +272,28 @@ def new_tokens(config: ModelConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Work:
     """The least work of a part: bytes to read, and floating-point operations by the kind of product ("bf16", …)."""
 
     bytes: float
     flops: dict[str, float]
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: Work) -> Work:
         kinds = {**self.flops, **other.flops}
         flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in kinds}
-        return Cost(self.bytes + other.bytes, flops)
+        return Work(self.bytes + other.bytes, flops)
 
     @property
     def all_flops(self) -> float:
+        """Operations of all kinds together."""
         return sum(self.flops.values())
 
     def seconds(self, most: dict[str, Any]) -> float:
         """The floor: memory and arithmetic at the best that `machine.ceilings` found, perfectly overlapped."""
         rates = most["flops_per_second"]
-        arithmetic = sum(flops / rates[kind if kind in rates else "bf16"]["best"] for kind, flops in self.flops.items())
-        return max(self.bytes / most["bytes_per_second"]["best"], arithmetic)
+        best = {kind: float(rates[kind if kind in rates else "bf16"]["best"]) for kind in self.flops}
+        arithmetic = sum(flops / best[kind] for kind, flops in self.flops.items())
+        return max(self.bytes / float(most["bytes_per_second"]["best"]), arithmetic)
 
 
 def distinct_experts(config: ModelConfig, tokens: int) -> float:
@@ -295,45 +303,47 @@ def distinct_experts(config: ModelConfig, tokens: int) -> float:
 
 def pass_work(
     config: ModelConfig, precision: Precision, tokens: int, context: int, is_encode: bool = False, batch: int = 1
-) -> Cost:
-    """One pass of the stack over `tokens` new tokens behind `context` cached ones in each row, without the vocabulary:
-    each weight read once, of the experts those that are chosen at all, and the keys and values that are in view."""
+) -> Work:
+    """One pass of the stack over `tokens` new tokens behind `context` cached ones in each row, without the vocabulary.
+
+    Each weight is read once, of the experts those that are chosen at all, and the keys and values that are in view."""
     weights, rows = Parameters.of(config), tokens * batch
-    cost = Cost(0.0, {})
+    cost = Work(0.0, {})
     for count, used, worked, kept in (
         (weights.attention + weights.dense, 1.0, 1.0, precision.dense),
         (0 if is_encode else weights.self_conditioning, 1.0, 1.0, precision.conditioning),
         (weights.rest, 1.0, 1.0, precision.plain),
         (weights.experts, distinct_experts(config, rows), weights.chosen, precision.experts),
     ):
-        cost += Cost(count * used * kept.bits / 8, {kept.product: 2.0 * rows * count * worked})
+        cost += Work(count * used * kept.bits / 8, {kept.product: 2.0 * rows * count * worked})
     for layer in config.layers:
         held = context if layer.window is None else min(context, layer.window - 1)
         if is_encode:
-            seen = sum(min(context + n, layer.window or context + n) for n in range(1, tokens + 1))
+            in_view = sum(min(context + n, layer.window or context + n) for n in range(1, tokens + 1))
         else:
-            seen = tokens * (held + tokens)
-        cost += Cost(
+            in_view = tokens * (held + tokens)
+        cost += Work(
             batch * 2.0 * held * layer.kv_heads * layer.head_dim * precision.width,
-            {precision.plain.product: batch * 4.0 * config.num_heads * layer.head_dim * seen},
+            {precision.plain.product: batch * 4.0 * config.num_heads * layer.head_dim * in_view},
         )
     return cost
 
 
-def vocabulary_work(config: ModelConfig, precision: Precision, tokens: int) -> Cost:
+def vocabulary_work(config: ModelConfig, precision: Precision, tokens: int) -> Work:
     """One product with the embedding: the logits of a read-out, or a soft embedding."""
     count = config.vocab_size * config.hidden_size
-    return Cost(count * precision.plain.bits / 8, {precision.plain.product: 2.0 * tokens * count})
+    return Work(count * precision.plain.bits / 8, {precision.plain.product: 2.0 * tokens * count})
 
 
-def step_work(config: ModelConfig, precision: Precision, context: int, batch: int = 1) -> Cost:
-    """One denoising step: the pass, the logits, the soft embedding. The last two share one matrix, which a fused
-    kernel reads once (softmax(h ET) E is attention over the vocabulary); read twice, it costs that much more. Where
-    the model has no canvas: one token, without the soft embedding."""
+def step_work(config: ModelConfig, precision: Precision, context: int, batch: int = 1) -> Work:
+    """One denoising step: the pass, the logits, the soft embedding.
+
+    The last two share one matrix, which a fused kernel reads once (softmax(h ET) E is attention over the vocabulary);
+    read twice, it costs that much more. Where the model has no canvas: one token, without the soft embedding."""
     tokens = new_tokens(config)
     logits = vocabulary_work(config, precision, tokens * batch)
     work = pass_work(config, precision, tokens, context, not config.is_diffusion, batch) + logits
-    return work + Cost(0.0, logits.flops) if config.is_diffusion else work
+    return work + Work(0.0, logits.flops) if config.is_diffusion else work
 
 
 # ---- hardware -------------------------------------------------------------------------------------------------------
@@ -356,7 +366,7 @@ class Gpu:
         tera = {"bf16": self.bf16, "int8": self.bf16, "fp8": self.fp8 or self.bf16}.get(product)
         return tera * 1e12 if tera else None
 
-    def seconds(self, cost: Cost) -> tuple[float | None, float | None]:
+    def seconds(self, cost: Work) -> tuple[float | None, float | None]:
         """(of the bytes, of the arithmetic) at the published figures; None where there is none."""
         rates = {kind: self.rate(kind) for kind in cost.flops}
         arithmetic = None if None in rates.values() else sum(n / (rates[kind] or 1) for kind, n in cost.flops.items())
@@ -396,13 +406,17 @@ GB is taken as 10^9 bytes; most cards have a few hundredths more, which is left 
 
 
 def named_gpu(name: str) -> Gpu:
-    """From the table, by name, case and spaces aside; without "RTX" or the memory where that leaves one. InputError
-    lists the names."""
-    plain = lambda text: "".join(c for c in text.lower() if c.isalnum())  # noqa: E731
-    for shorten in (str, lambda text: re.sub(r" \d+ GB$", "", text)):
-        found = [gpu for gpu in GPUS if plain(name).removeprefix("rtx") == plain(shorten(gpu.name)).removeprefix("rtx")]
-        if len(found) == 1:
-            return found[0]
+    """A GPU of the table, by name; case and spaces do not count.
+
+    "RTX" and the memory may be left out where one GPU remains. InputError lists the names."""
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum()).removeprefix("rtx")
+
+    for names in ({gpu: gpu.name for gpu in GPUS}, {gpu: re.sub(r" \d+ GB$", "", gpu.name) for gpu in GPUS}):
+        matches = [gpu for gpu in GPUS if plain(name) == plain(names[gpu])]
+        if len(matches) == 1:
+            return matches[0]
     raise InputError(f"no figures for a GPU named {name!r}; choose one of {', '.join(gpu.name for gpu in GPUS)}")
 
 
@@ -412,9 +426,9 @@ def detected_gpu() -> Gpu | None:
         warnings.simplefilter("ignore")  # a driver too old for torch is no GPU, not an error
         if not torch.cuda.is_available():
             return None
-        found = torch.cuda.get_device_properties(0)
-    known = next((gpu for gpu in GPUS if found.name in gpu.reported), Gpu(found.name, 0))
-    return Gpu(known.name, found.total_memory / 1e9, known.bandwidth, known.bf16, known.fp8)
+        device = torch.cuda.get_device_properties(0)
+    known = next((gpu for gpu in GPUS if device.name in gpu.reported), Gpu(device.name, 0))
+    return Gpu(known.name, device.total_memory / 1e9, known.bandwidth, known.bf16, known.fp8)
 
 
 # ---- words for people ------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ MEMORY = 512 << 20
 STACK = 8 << 20
 """Bytes of stack of one call."""
 CHILDREN = 2
-"""Of a pool, that work at once; a call that finds all at work waits."""
+"""Of a pool, that work at once; a call waits while all are at work."""
 
 _LOOK = 0.05  # seconds between two looks at whether a call was cancelled
 _LENGTH = struct.Struct("<Q")
@@ -46,7 +46,7 @@ _PIECE = 1 << 16  # bytes that are sent or received at once
 _ERRORS = {kind.__name__: kind for kind in (InputError, CapacityError, CheckpointError)}
 
 is_cancelled: ContextVar[Callable[[], bool]] = ContextVar("is_cancelled")
-"""Asked while a call is waited for; where it says so, the call is given up."""
+"""Called while a call is waited for; where it returns True, waiting ends."""
 
 
 class Cancelled(InputError):
@@ -86,6 +86,7 @@ class Child:
                 raise InputError(f"{self.what} makes the process that reads it fail; make it smaller")
 
     def start(self) -> subprocess.Popen[bytes]:
+        """The process, started if it does not run. BusyError where the system starts none."""
         if self.process is not None and self.process.poll() is not None:
             self.end()
         if self.process is None:
@@ -109,6 +110,7 @@ class Child:
         return self.process
 
     def end(self) -> None:
+        """Kill the process, if it runs, and close its pipes."""
         if (process := self.process) is not None:
             self.process = None
             process.kill()
@@ -183,8 +185,10 @@ class Child:
 
 
 class Pool:
-    """Children for one kind of work, so that none of it waits for another kind. `nice`: how far they step aside for
-    whoever wants the processor, from 0 to 19. They start with the first call, and end with this process."""
+    """Children for one kind of work, so that none of it waits for another kind.
+
+    `nice` is how far they step aside for other processes, from 0 to 19. They start with the first call, and end with
+    this process."""
 
     def __init__(self, nice: int = 0) -> None:
         self._free = [Child(nice) for _ in range(CHILDREN)]
@@ -217,6 +221,7 @@ class Pool:
             child.start()
 
     def end(self) -> None:
+        """End every child that is not at work."""
         if self._owner == os.getpid():
             for child in self._free:
                 child.end()

@@ -1,5 +1,4 @@
-"""Files that others may read or write at the same time: who writes holds a lock, and a file is there whole or not at
-all.
+"""Files that others may read or write at the same time: a lock for the writer, and files that are whole or not there.
 
 Both hold where a process is killed: its lock goes with it, and the file that it wrote beside is replaced by the next
 writer. Lacks: what to do about files of others, which each caller decides for itself.
@@ -26,13 +25,13 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @contextmanager
 def locked(target: Path, wait: bool = False) -> Iterator[None]:
-    """Within the block no other process (and no other block of this one) writes `target`, a file or a folder, which
-    need not be there yet; its parents are made.
+    """Within the block no other process, and no other block of this one, writes `target`.
 
-    The lock is the system's, on a file beside the target, `.NAME.lock`, which is removed at the end; a process that is
-    killed leaves at most that file, and no lock. Where another holds it: SfumatoError, or with `wait` its end is waited
-    for. SfumatoError too where the lock's file cannot be written. A system or a drive without such locks (Windows, some
-    networks) has none here either."""
+    `target` is a file or a folder and need not exist yet; its parents are created. The lock is the system's, on a file
+    beside the target, `.NAME.lock`, which is removed at the end; a process that is killed leaves at most that file, and
+    no lock. Where another holds it: SfumatoError, or with `wait` its end is waited for. SfumatoError too where the
+    lock's file cannot be written. A system or a drive without such locks (Windows, some networks) has none here
+    either."""
     if fcntl is None:
         yield
         return
@@ -41,11 +40,11 @@ def locked(target: Path, wait: bool = False) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            handle = _taken(held, wait)
+            handle = _lock(held, wait)
         except OSError as error:
             if error.errno not in _REFUSED or not path.is_dir():
                 raise
-            held, handle = path, _taken(path, wait)  # a volume, say, mounted where nothing else is writable
+            held, handle = path, _lock(path, wait)  # a volume, say, mounted where nothing else is writable
     except BlockingIOError:
         raise SfumatoError(
             f"another process is writing {target}; wait until it has ended, or give another place"
@@ -61,7 +60,7 @@ def locked(target: Path, wait: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def _taken(path: Path, wait: bool) -> int:
+def _lock(path: Path, wait: bool) -> int:
     """The file or folder of this name, locked. Who held it before may have removed it: the name is another's then."""
     while True:
         how = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT

@@ -57,13 +57,14 @@ def _kept_by_candidate() -> list[int]:
 
 _KEPT = _kept_by_candidate()
 
+_UNIT_OF: dict[str, Callable[[int], int]] = {
+    "row": lambda cell: cell // 9,
+    "column": lambda cell: cell % 9,
+    "box": lambda cell: cell // 27 * 3 + cell % 9 // 3,
+}
 _UNITS = tuple(
     (name, number, tuple(cell for cell in range(81) if unit_of(cell) == number))
-    for name, unit_of in (
-        ("row", lambda cell: cell // 9),
-        ("column", lambda cell: cell % 9),
-        ("box", lambda cell: cell // 27 * 3 + cell % 9 // 3),
-    )
+    for name, unit_of in _UNIT_OF.items()
     for number in range(9)
 )
 
@@ -202,30 +203,30 @@ def _branches(state: int) -> list[int]:
         if not open_:
             continue
         start = (open_ & -open_).bit_length() - 1
-        found = [start + offset for offset in offsets if state >> (start + offset) & 1]
+        candidates = [start + offset for offset in offsets if state >> (start + offset) & 1]
         if two:
-            return found
-        if not fewest or len(found) < len(fewest):
-            fewest = found
+            return candidates
+        if not fewest or len(candidates) < len(fewest):
+            fewest = candidates
     return fewest
 
 
 def _search(state: int, limit: int, rng: np.random.Generator | None = None) -> list[int]:
     """Up to `limit` solved states below `state`; with `rng`, branches are tried in random order."""
-    found: list[int] = []
+    solved: list[int] = []
     stack = [(state, 0)]
-    while stack and len(found) < limit:
+    while stack and len(solved) < limit:
         state, placed = _place_forced(*stack.pop())
         if not state:
             continue
         if state == placed:
-            found.append(state)
+            solved.append(state)
             continue
         branches = _branches(state)
         if rng is not None:
             rng.shuffle(branches)
         stack.extend((state & _KEPT[candidate], placed) for candidate in branches)
-    return found
+    return solved
 
 
 def _state(puzzle: str) -> int:
@@ -258,8 +259,8 @@ def count_solutions(puzzle: str, limit: int = 2) -> int:
 
 def solve(puzzle: str) -> str | None:
     """The solution, 81 digits; None where there is none, one of them where there are several. InputError as above."""
-    found = _search(_state(_cells(puzzle)), 1)
-    return _grid(found[0]) if found else None
+    states = _search(_state(_cells(puzzle)), 1)
+    return _grid(states[0]) if states else None
 
 
 def random_grid(rng: np.random.Generator) -> str:
@@ -333,12 +334,12 @@ def sample(pool: Pool, count: int, clues: np.ndarray | int, seed: int, index: in
         return np.argsort(rng.random((count, *shape)), axis=-1, kind="stable")
 
     rows = (rng.random(count) * len(puzzles)).astype(np.int64)
-    solution, given = solutions[rows], puzzles[rows] > 0
+    solution, is_clue = solutions[rows], puzzles[rows] > 0
     # The pool's own clues rank first, the others in random order behind them.
-    order = np.argsort(rng.random((count, 81)) - given, axis=1, kind="stable")
-    wanted = np.maximum(np.broadcast_to(clues, count), given.sum(axis=1))
+    order = np.argsort(rng.random((count, 81)) - is_clue, axis=1, kind="stable")
+    clue_counts = np.maximum(np.broadcast_to(clues, count), is_clue.sum(axis=1))
     shown = np.zeros((count, 81), bool)
-    np.put_along_axis(shown, order, np.arange(81) < wanted[:, None], axis=1)
+    np.put_along_axis(shown, order, np.arange(81) < clue_counts[:, None], axis=1)
 
     down = (3 * permutations(3)[:, :, None] + permutations(3, 3)).reshape(count, 9, 1)
     across = (3 * permutations(3)[:, :, None] + permutations(3, 3)).reshape(count, 1, 9)

@@ -7,17 +7,18 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato.tasks import sudoku
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
-from sfumato.training.loss import Batch
+from sfumato.training.loss import Examples
 
 
 class Source(Protocol):
     """What the training loop asks of data."""
 
-    def batch(self, step: int, size: int, device: torch.device) -> Batch:
+    def batch(self, step: int, size: int, device: torch.device) -> Examples:
         """The examples of this step: the same ones for the same arguments, always."""
         ...
 
@@ -46,10 +47,14 @@ class SudokuSource:
         self.digits = torch.tensor(digit_ids)
         self.end = torch.tensor([tokenizer.id("<turn|>")])
 
-    def batch(self, step: int, size: int, device: torch.device) -> Batch:
-        wanted = np.random.default_rng([self.stream.seed, step]).integers(self.clues[0], self.clues[1] + 1, size)
-        puzzles, solutions = self.stream.sample(size, wanted, step)
-        repeat = lambda ids: ids.expand(size, -1)  # noqa: E731
+    def batch(self, step: int, size: int, device: torch.device) -> Examples:
+        """See `Source.batch`."""
+        clues = np.random.default_rng([self.stream.seed, step]).integers(self.clues[0], self.clues[1] + 1, size)
+        puzzles, solutions = self.stream.sample(size, clues, step)
+
+        def repeat(ids: Tensor) -> Tensor:
+            return ids.expand(size, -1)
+
         tokens = torch.cat(
             [
                 repeat(self.head),
@@ -61,4 +66,4 @@ class SudokuSource:
             dim=1,
         )
         prompt = len(self.head) + 81 + len(self.tail)
-        return Batch(tokens.to(device), [tokens.shape[1]] * size, [prompt] * size, [False] * size)
+        return Examples(tokens.to(device), [tokens.shape[1]] * size, [prompt] * size, [False] * size)

@@ -19,7 +19,7 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Batch:
+class Examples:
     """Examples on their way into the model. Tokens are padded on the right with the pad id."""
 
     tokens_BT: Tensor
@@ -34,7 +34,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Corruption:
-    """The dice of one training step, so that a resumed run throws the same ones."""
+    """The random numbers of one training step, so that a resumed run draws the same ones."""
 
     canvas_B: Tensor
     """Which canvas of the row, as a uniform number in [0, 1)."""
@@ -48,7 +48,11 @@ class Corruption:
 
     @classmethod
     def draw(cls, batch: int, length: int, vocab: int, generator: torch.Generator, share: float = 0.5) -> Corruption:
-        uniform = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device)  # noqa: E731
+        """Random numbers for `batch` canvases; `share` of them see the soft embedding of a first pass."""
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, device=generator.device)
+
         return cls(
             canvas_B=uniform(batch),
             level_B=uniform(batch) * (1 - 2e-4) + 1e-4,
@@ -60,7 +64,7 @@ class Corruption:
 
 @dataclass(frozen=True)
 class Problem:
-    """A batch after its dice have fallen: all that the two losses need, with every size known to the host."""
+    """A batch with its random numbers applied: all that the two losses need, with every size known to the host."""
 
     tokens_BT: Tensor
     next_BT: Tensor
@@ -77,12 +81,12 @@ class Problem:
     conditioned: int
 
 
-def problem(batch: Batch, corruption: Corruption, length: int, eos: int, encode_response: bool = True) -> Problem:
+def problem(batch: Examples, corruption: Corruption, length: int, eos: int, encode_response: bool = True) -> Problem:
     """Choose a canvas of each row, fill it with eos, and noise it; IGNORE is the target where the text was cut.
 
     `encode_response=False` leaves everything from the chosen canvas on out of the encode pass: cheaper, and the
-    next-token loss then covers what stands before it alone. The dice may be a multiple of the batch: each row is then
-    encoded once and denoised that many times."""
+    next-token loss then covers what stands before it alone. `corruption` may hold a multiple of the batch: each row is
+    then encoded once and denoised that many times."""
     tokens_BT, device = batch.tokens_BT, batch.tokens_BT.device
     size = len(batch.counts)
     rows = [i % size for i in range(len(corruption.level_B))]
@@ -118,32 +122,32 @@ def problem(batch: Batch, corruption: Corruption, length: int, eos: int, encode_
     )
 
 
-def losses(model: Model, given: Problem, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
+def losses(model: Model, problem: Problem, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
     """(L_diff, L_enc), two scalars whose sum is the objective.
 
     `leave_one_out` adds log(1 + V a/(1 - a)), a = 1 - t, to the logit of the observed token before the cross-entropy
     (arXiv 2605.22765)."""
-    config, width = model.config, given.tokens_BT.shape[1]
-    cache = KVCache.allocate(config, len(given.counts), width, model.device, model.dtype, slack=width)
-    hidden_BTD = model.encode(given.tokens_BT, cache, counts=given.counts)
+    config, width = model.config, problem.tokens_BT.shape[1]
+    cache = KVCache.allocate(config, len(problem.counts), width, model.device, model.dtype, slack=width)
+    hidden_BTD = model.encode(problem.tokens_BT, cache, counts=problem.counts)
     logits_BTV = model.logits(hidden_BTD[:, :-1])
-    encode_loss = F.cross_entropy(logits_BTV.flatten(0, 1), given.next_BT.flatten(), ignore_index=IGNORE)
-    if len(given.rows) > cache.batch:
-        cache = cache.fork(given.rows)
-    for row, start in enumerate(given.starts):
+    encode_loss = F.cross_entropy(logits_BTV.flatten(0, 1), problem.next_BT.flatten(), ignore_index=IGNORE)
+    if len(problem.rows) > cache.batch:
+        cache = cache.fork(problem.rows)
+    for row, start in enumerate(problem.starts):
         cache.truncate_(row, start)
 
-    canvas_BL = given.canvas_BL
+    canvas_BL = problem.canvas_BL
     soft_BLD = torch.zeros(*canvas_BL.shape, config.hidden_size, device=model.device, dtype=model.dtype)
-    if some := list(range(given.conditioned)):
+    if some := list(range(problem.conditioned)):
         with torch.no_grad():
             logits = model.logits(model.denoise(canvas_BL[: len(some)], cache, None, rows=some))
             soft = model.ops.soft_embedding(logits, model.embed_tokens.weight, model.embed_scale)
         soft_BLD = torch.cat([soft.to(soft_BLD.dtype), soft_BLD[len(some) :]])
     logits_BLV = model.logits(model.denoise(canvas_BL, cache, soft_BLD))
     if leave_one_out:
-        kept_B = 1 - given.level_B
+        kept_B = 1 - problem.level_B
         bonus_B11 = torch.log1p(config.vocab_size * kept_B / (1 - kept_B))[:, None, None]
         logits_BLV = logits_BLV.scatter_add(2, canvas_BL[..., None], bonus_B11.expand(*canvas_BL.shape, 1))
-    diffusion_loss = F.cross_entropy(logits_BLV.flatten(0, 1), given.target_BL.flatten(), ignore_index=IGNORE)
+    diffusion_loss = F.cross_entropy(logits_BLV.flatten(0, 1), problem.target_BL.flatten(), ignore_index=IGNORE)
     return diffusion_loss, encode_loss

@@ -1,4 +1,4 @@
-"""The training loop: Recipe in, checkpoints and a log out, continued exactly where it was cut off.
+"""The training loop: TrainingRecipe in, checkpoints and a log out, continued exactly where it was cut off.
 
 Everything random is a function of (seed, step): the batch from its source, the corruption from a generator made anew
 each step. So a checkpoint needs only weights, optimiser state and the step's number. Checkpoints are safetensors.
@@ -25,11 +25,11 @@ from sfumato.training.data import Source
 from sfumato.training.loss import Corruption, losses, problem
 
 STATE, LOGS = "state.safetensors", ("log.jsonl", "evals.jsonl")
-"""What a run's folder holds; the logs have a line for each step, and for each check of what was learnt."""
+"""What a run's folder holds; the logs have a line for each step, and for each check of the model."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """The numbers of a run. The schedule warms up, holds the peak until `hold`, then follows a cosine to `floor`."""
 
     steps: int = 1000
@@ -73,7 +73,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepReport:
     """What a step tells: losses in nats a token, examples seen so far, seconds it took."""
 
     step: int
@@ -95,7 +95,7 @@ class Trainer:
         self,
         model: Model,
         source: Source,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         folder: Path | str,
         compile: bool = False,
         checkpoint_seconds: float = 300.0,
@@ -131,9 +131,10 @@ class Trainer:
         for name in LOGS:
             _cut(self.folder / name, self.step)
 
-    def run(self, until: float = math.inf) -> Generator[Progress, None, None]:
-        """Train up to the recipe's last step, or until `time.monotonic()` passes `until`; saves on the way out, and so
-        when it is closed."""
+    def run(self, until: float = math.inf) -> Generator[StepReport, None, None]:
+        """Train up to the recipe's last step, or until `time.monotonic()` passes `until`.
+
+        It saves on the way out, and so when it is closed."""
         saved = time.monotonic()
         try:
             while self.step < self.recipe.steps and time.monotonic() < until:
@@ -148,7 +149,7 @@ class Trainer:
             if self._is_between_steps:  # else some weights have taken the step and some have not
                 self.save()
 
-    def _advance(self) -> Progress:
+    def _advance(self) -> StepReport:
         began, recipe, step = time.perf_counter(), self.recipe, self.step
         device, config = self.model.device, self.model.config
         batch = self.source.batch(step, recipe.batch, device)
@@ -156,13 +157,13 @@ class Trainer:
         canvases = recipe.batch * recipe.repeats
         dice = Corruption.draw(canvases, config.canvas_length, config.vocab_size, generator, recipe.conditioned)
         is_whole = (step + 1) % recipe.encode_response_every == 0
-        given = problem(batch, dice, config.canvas_length, config.eos_ids[0], is_whole)
+        noisy = problem(batch, dice, config.canvas_length, config.eos_ids[0], is_whole)
         rate = recipe.rate(step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            diffusion_loss, encode_loss = self._losses(self.model, given, recipe.leave_one_out)
+            diffusion_loss, encode_loss = self._losses(self.model, noisy, recipe.leave_one_out)
         (diffusion_loss + encode_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self._is_between_steps = False
@@ -171,7 +172,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._is_between_steps = True
-        return Progress(
+        return StepReport(
             step=self.step,
             diffusion_loss=diffusion_loss.item(),
             encode_loss=encode_loss.item(),
@@ -210,24 +211,25 @@ class Trainer:
         self.step = _noted(path, note)[0]
 
 
-def recipe_of(folder: Path | str, **changes: Any) -> Recipe:
+def recipe_of(folder: Path | str, **changes: Any) -> TrainingRecipe:
     """The recipe that a folder was last trained with, with changes. CheckpointError where its state is none."""
     path = Path(folder) / STATE
     return replace(_noted(path, read_tensors(path)[1])[1], **changes)
 
 
-def _noted(path: Path, note: dict[str, str]) -> tuple[int, Recipe]:
+def _noted(path: Path, note: dict[str, str]) -> tuple[int, TrainingRecipe]:
     """Step and recipe of a state."""
     try:
         stored = json.loads(note["recipe"])
-        return int(note["step"]), Recipe(**{**stored, "betas": tuple(stored["betas"])})
+        return int(note["step"]), TrainingRecipe(**{**stored, "betas": tuple(stored["betas"])})
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the state of a run; choose another folder or remove it") from error
 
 
 def _cut(path: Path, step: int) -> None:
-    """Forget a log's lines of steps that were done after the last save and will be done again, lines that a kill has
-    torn, and all but the last line of a step."""
+    """Remove a log's lines of steps after the last save, which are run again, and lines that a kill has cut off.
+
+    Of each step only the last line stays."""
     if not path.exists():
         return
     held = path.read_bytes()

@@ -10,7 +10,7 @@ import pytest
 
 from sfumato import cli
 from sfumato.cli import bench
-from sfumato.measure.parts import Plan
+from sfumato.measure.parts import BenchPlan
 
 PARTS = (
     "prefill", "denoise pass", "read-out", "soft embedding", "accept, renoise, stop", "commit", "commit and first pass",
@@ -21,7 +21,7 @@ PARTS = (
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command with a small bandwidth buffer."""
-    monkeypatch.setattr(bench, "Plan", partial(Plan, streamed=2**22))
+    monkeypatch.setattr(bench, "BenchPlan", partial(BenchPlan, streamed=2**22))
 
 
 @pytest.mark.usefixtures("quick")

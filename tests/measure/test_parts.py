@@ -11,12 +11,12 @@ import torch
 
 from sfumato.errors import InputError
 from sfumato.measure import parts, work
-from sfumato.measure.parts import Plan
+from sfumato.measure.parts import BenchPlan
 from sfumato.model.network import Model
 from sfumato.ops import cpu, load
 from sfumato.quant.apply import samples
 
-PLAN = Plan(prompt=48, tokens=64, steps=2, seconds=0.05, streamed=2**22)
+PLAN = BenchPlan(prompt=48, tokens=64, steps=2, seconds=0.05, streamed=2**22)
 PARTS = (
     "prefill", "denoise pass", "read-out", "soft embedding", "accept, renoise, stop", "commit", "commit and first pass",
     "whole step",
@@ -77,7 +77,7 @@ def test_the_record_has_everything_in_a_few_seconds(model: Model) -> None:
 
 
 def test_an_answer_without_hurry_is_done_in_full(model: Model) -> None:
-    plan = Plan(prompt=8, tokens=40, steps=3, seconds=20)
+    plan = BenchPlan(prompt=8, tokens=40, steps=3, seconds=20)
     model.config = dataclasses.replace(model.config, eos_ids=())
     with torch.inference_mode():
         answers = parts.requests(model, plan, step=1e-6)
@@ -87,7 +87,7 @@ def test_an_answer_without_hurry_is_done_in_full(model: Model) -> None:
 
 
 def test_an_answer_in_a_hurry_is_cut_and_says_so(model: Model) -> None:
-    plan = Plan(prompt=8, tokens=320, steps=10, seconds=0.001)
+    plan = BenchPlan(prompt=8, tokens=320, steps=10, seconds=0.001)
     model.config = dataclasses.replace(model.config, eos_ids=())
     with torch.inference_mode():
         answers = parts.requests(model, plan, step=0.002)
@@ -98,7 +98,7 @@ def test_an_answer_in_a_hurry_is_cut_and_says_so(model: Model) -> None:
 
 def test_more_than_the_context_holds_is_refused(model: Model) -> None:
     with pytest.raises(InputError, match="need 5008 tokens of context; the model has 4096"):
-        parts.record(model, Plan(prompt=4976, tokens=1), "tiny")
+        parts.record(model, BenchPlan(prompt=4976, tokens=1), "tiny")
 
 
 WIDE = dataclasses.replace(

@@ -114,7 +114,7 @@ def test_each_product_has_its_own_rate(released: ModelConfig) -> None:
     assert flops["int4"]["int8"] == flops["nvfp4"]["fp8"] == dense
     assert flops["fp8"]["fp8"] == dense + 2.0 * 256 * weights.experts * weights.chosen
     assert all(sum(one.values()) == pytest.approx(sum(flops["bf16"].values())) for one in flops.values())
-    cost = work.Cost(1e12, {"bf16": 1e12, "fp8": 2e12, "int8": 1e12})
+    cost = work.Work(1e12, {"bf16": 1e12, "fp8": 2e12, "int8": 1e12})
     assert work.Gpu("a", 1, 1000, 1, 2).seconds(cost) == pytest.approx((1.0, 3.0))
     assert work.Gpu("a", 1, 1000, 1).seconds(cost) == pytest.approx((1.0, 4.0))  # fp8 is unpacked there
     assert work.Gpu("a", 1, 1000).seconds(cost) == (1.0, None)

@@ -27,8 +27,8 @@ from sfumato.errors import CheckpointError, InputError
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.training.data import SudokuSource
-from sfumato.training.loss import IGNORE, Batch, Corruption, Problem, losses, problem
-from sfumato.training.train import Recipe, Trainer, recipe_of
+from sfumato.training.loss import IGNORE, Corruption, Examples, Problem, losses, problem
+from sfumato.training.train import Trainer, TrainingRecipe, recipe_of
 
 L = 8
 EOS = 1
@@ -41,7 +41,7 @@ def batch(
     tokens = torch.randint(6, 61, (len(counts), max(counts)), generator=dice)
     for row, count in enumerate(counts):
         tokens[row, count:] = 0
-    return Batch(tokens, list(counts), list(prompts), list(cut))
+    return Examples(tokens, list(counts), list(prompts), list(cut))
 
 
 def dice(size: int, seed: int = 0, share: float = 0.5) -> Corruption:
@@ -135,9 +135,9 @@ def test_gradients_flow_through_the_cache_and_not_through_the_first_pass() -> No
     assert gate.grad.abs().sum() > 0
 
 
-def source_of(tokens: Batch):
+def source_of(tokens: Examples):
     class Source:
-        def batch(self, step: int, size: int, device: torch.device) -> Batch:
+        def batch(self, step: int, size: int, device: torch.device) -> Examples:
             dice = torch.Generator().manual_seed(step)
             return dataclasses.replace(
                 tokens, tokens_BT=torch.randint(6, 61, tokens.tokens_BT.shape, generator=dice).to(device)
@@ -148,7 +148,7 @@ def source_of(tokens: Batch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_continues_exactly(tmp_path, optimizer: str) -> None:
-    recipe = Recipe(steps=6, batch=2, lr=3e-3, warmup=2, optimizer=optimizer, encode_response_every=2)
+    recipe = TrainingRecipe(steps=6, batch=2, lr=3e-3, warmup=2, optimizer=optimizer, encode_response_every=2)
     whole = trainable()
     log = list(Trainer(whole, source_of(batch()), recipe, tmp_path / "whole").run())
     first = Trainer(trainable(), source_of(batch()), recipe, tmp_path / "parts")
@@ -168,7 +168,7 @@ def test_a_resumed_run_continues_exactly(tmp_path, optimizer: str) -> None:
 
 
 def test_log_lines_past_the_last_save_are_forgotten(tmp_path) -> None:
-    recipe = Recipe(steps=3, batch=2)
+    recipe = TrainingRecipe(steps=3, batch=2)
     list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": 4}) + "\n")
@@ -178,7 +178,7 @@ def test_log_lines_past_the_last_save_are_forgotten(tmp_path) -> None:
 
 def test_lines_that_a_kill_tore_or_doubled_are_forgotten(tmp_path) -> None:
     """Also where it came before the first save, and of the checks too."""
-    recipe = Recipe(steps=3, batch=2)
+    recipe = TrainingRecipe(steps=3, batch=2)
     list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
     log, evals = tmp_path / "log.jsonl", tmp_path / "evals.jsonl"
     whole = log.read_bytes()
@@ -197,7 +197,7 @@ def test_lines_that_a_kill_tore_or_doubled_are_forgotten(tmp_path) -> None:
 
 def test_a_step_that_is_half_taken_is_not_saved(tmp_path) -> None:
     """Else some weights would take it twice."""
-    recipe = Recipe(steps=3, batch=2, optimizer="muon")
+    recipe = TrainingRecipe(steps=3, batch=2, optimizer="muon")
     trainer = Trainer(trainable(), source_of(batch()), recipe, tmp_path)
     run = trainer.run()
     next(run)
@@ -221,7 +221,7 @@ def test_a_file_that_is_no_state_is_one_sentence(tmp_path, note: dict[str, str])
     model = trainable()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     write_tensors(tmp_path / "state.safetensors", tensors, note)
-    for call in (lambda: recipe_of(tmp_path), lambda: Trainer(model, source_of(batch()), Recipe(), tmp_path)):
+    for call in (lambda: recipe_of(tmp_path), lambda: Trainer(model, source_of(batch()), TrainingRecipe(), tmp_path)):
         with pytest.raises(CheckpointError, match="is not the state of a run; choose another folder or remove it"):
             call()
 
@@ -311,7 +311,7 @@ def test_a_folder_with_files_of_others_is_refused(tmp_path, capsys) -> None:
 
 
 def test_another_models_state_is_refused(tmp_path) -> None:
-    recipe = Recipe(steps=1, batch=2)
+    recipe = TrainingRecipe(steps=1, batch=2)
     list(Trainer(trainable(), source_of(batch()), recipe, tmp_path).run())
     other = Model(tiny_config(hidden_size=32), ops.load("reference")).init_()
     with pytest.raises(CheckpointError, match="another model"):
@@ -320,17 +320,17 @@ def test_another_models_state_is_refused(tmp_path) -> None:
 
 def test_training_lowers_both_losses(tmp_path) -> None:
     class Same:
-        def batch(self, step: int, size: int, device: torch.device) -> Batch:
+        def batch(self, step: int, size: int, device: torch.device) -> Examples:
             return batch()
 
-    log = list(Trainer(trainable(), Same(), Recipe(steps=40, batch=2, lr=1e-2, warmup=4), tmp_path).run())
+    log = list(Trainer(trainable(), Same(), TrainingRecipe(steps=40, batch=2, lr=1e-2, warmup=4), tmp_path).run())
     mean = lambda part, name: sum(getattr(p, name) for p in part) / len(part)  # noqa: E731
     for name in ("diffusion_loss", "encode_loss"):
         assert mean(log[-8:], name) < 0.6 * mean(log[:8], name)
 
 
 def test_the_schedule_warms_up_holds_and_decays() -> None:
-    recipe = Recipe(steps=100, lr=1.0, warmup=10, hold=50, floor=0.1)
+    recipe = TrainingRecipe(steps=100, lr=1.0, warmup=10, hold=50, floor=0.1)
     rates = [recipe.rate(step) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[49] == 1.0
     assert rates[75] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
@@ -340,7 +340,7 @@ def test_the_schedule_warms_up_holds_and_decays() -> None:
 @pytest.mark.parametrize("wrong", [{"optimizer": "sgd"}, {"precision": "int8"}, {"steps": 0}, {"batch": 0}])
 def test_an_impossible_recipe_is_one_sentence(wrong: dict) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
-        Recipe(**wrong)
+        TrainingRecipe(**wrong)
 
 
 def test_the_sudoku_source_gives_prompt_and_solution_as_the_chat_does() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Reader
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.formats.experts import fused
 from sfumato.checkpoints.shards import Stored, short, stored_tensors
 from sfumato.errors import CheckpointError
@@ -68,7 +68,7 @@ def _is_awq(folder: Path, quantization: dict[str, Any]) -> bool:
     return quantization.get("quant_method") == "awq"
 
 
-READER = Reader("awq", _is_awq, open_awq)
+READER = FormatReader("awq", _is_awq, open_awq)
 
 
 def _settings(settings: Any, source: str) -> tuple[int, bool]:
@@ -99,11 +99,11 @@ def _awq(name: str, weight: Stored, scales: Stored, zeros: Stored | None, group:
             )
     inputs, outputs = weight.shape[0], weight.shape[1] * 8
     group = inputs if group == -1 else group
-    for part, wanted in ((scales, (inputs // group, outputs)), (zeros, (inputs // group, outputs // 8))):
-        if part and (part.shape != wanted or inputs % group or group % 2):
+    for part, expected in ((scales, (inputs // group, outputs)), (zeros, (inputs // group, outputs // 8))):
+        if part and (part.shape != expected or inputs % group or group % 2):
             raise CheckpointError(
                 f"{short(part.name)} in {part.file} has the shape {list(part.shape)}; qweight of {list(weight.shape)} "
-                f"in groups of {group} asks for {list(wanted)}, and the groups must be whole and even"
+                f"in groups of {group} asks for {list(expected)}, and the groups must be whole and even"
             )
     # A product with a float32 scale is rounded, and code x scale + bias would be three times.
     is_exact = scales.dtype != "F32" or zeros is None

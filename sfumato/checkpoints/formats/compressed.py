@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Reader
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.formats.linears import FLOATS, open_linears
 from sfumato.checkpoints.shards import DTYPES, PART, Planned, short
 from sfumato.errors import CheckpointError
@@ -38,10 +38,10 @@ _BLOCKS = (None, [128, 128], "128x128")
 
 
 def open_compressed(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    """A folder whose quantization_config has the quant_method "compressed-tensors" or "fp8", its headers checked;
-    `config` is what config.json says.
+    """The checkpoint of a folder whose quant_method is "compressed-tensors" or "fp8"; headers alone are read.
 
-    CheckpointError names a format that is not read, or the tensor that is not as its layout has it."""
+    `config` is what config.json says. CheckpointError names a format that is not read, or the tensor that is not as its
+    layout has it."""
     quantization, source = config.get("quantization_config"), folder / "config.json"
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{source} has no quantization_config, an object that says how the weights are stored")
@@ -63,7 +63,7 @@ def _is_compressed(folder: Path, quantization: dict[str, Any]) -> bool:
     return quantization.get("quant_method") == "compressed-tensors"
 
 
-READER = Reader("compressed-tensors", _is_compressed, open_compressed)
+READER = FormatReader("compressed-tensors", _is_compressed, open_compressed)
 
 
 def _one_of(label: Any, source: Path) -> str:
@@ -116,12 +116,12 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def plan_compressed(checkpoint: Checkpoint) -> tuple[list[Planned], dict[str, Any]]:
-    """The tensors of an FP8-dynamic checkpoint, and what config.json must say besides: `quantization_config`, and
-    `dtype` where it is not there yet.
+    """The tensors of an FP8-dynamic checkpoint, and the entries that config.json needs for them.
 
-    Every Linear of the layers, each expert's too, has e4m3 codes and a bfloat16 scale an output; what vLLM and the
-    library leave as it is (embeddings, router, self-conditioning, norms, vision) keeps its dtype, bfloat16 where it had
-    none of its own. One matrix is in float32 at a time. CheckpointError, while writing: a weight that is not finite."""
+    These are `quantization_config`, and `dtype` where it is not there yet. Every Linear of the layers, each expert's
+    too, has e4m3 codes and a bfloat16 scale an output; what vLLM and the library leave as it is (embeddings, router,
+    self-conditioning, norms, vision) keeps its dtype, bfloat16 where it had none of its own. One matrix is in float32
+    at a time. CheckpointError, while writing: a weight that is not finite."""
     entries = checkpoint.entries
 
     @lru_cache(maxsize=1)  # a matrix's codes and scales are asked for one after the other
@@ -132,10 +132,10 @@ def plan_compressed(checkpoint: Checkpoint) -> tuple[list[Planned], dict[str, An
         weight = entry.read(expert, expert + 1)[0]
         prefix, _, stack = name.rpartition(".")
         kinds = ("gate", "up") if stack == "gate_up_proj" else ("down",)
-        made: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
         for kind, part in zip(kinds, weight.chunk(len(kinds)), strict=True):
-            made |= _quantised(f"{prefix}.{expert}.{kind}_proj.", part)
-        return made
+            parts |= _quantised(f"{prefix}.{expert}.{kind}_proj.", part)
+        return parts
 
     planned: list[Planned] = []
     for name, entry in entries.items():
@@ -156,9 +156,9 @@ def plan_compressed(checkpoint: Checkpoint) -> tuple[list[Planned], dict[str, An
     return planned, changes
 
 
-def _module(prefix: str, rows: int, columns: int, made: Callable[[], dict[str, Tensor]]) -> list[Planned]:
+def _module(prefix: str, rows: int, columns: int, tensors: Callable[[], dict[str, Tensor]]) -> list[Planned]:
     def part(name: str) -> Iterator[Tensor]:
-        yield made()[name]
+        yield tensors()[name]
 
     codes, scale = f"{prefix}weight", f"{prefix}weight_scale"
     return [
@@ -168,8 +168,9 @@ def _module(prefix: str, rows: int, columns: int, made: Callable[[], dict[str, T
 
 
 def _quantised(prefix: str, weight: Tensor) -> dict[str, Tensor]:
-    """Codes and scales [O, 1] of a weight [O, I]. The scale is rounded to bfloat16, as readers in that dtype will,
-    before the codes are made for it."""
+    """Codes and scales [O, 1] of a weight [O, I].
+
+    The scale is rounded to bfloat16, as readers in that dtype will, before the codes are made for it."""
     weight = weight.float()
     peak = weight.abs().amax(-1, keepdim=True)
     if not bool(torch.isfinite(peak).all()):

@@ -23,13 +23,12 @@ _ALL = re.compile(r"(.*\.experts\.(?:gate|up|gate_up|down)_proj)\.weight", re.AS
 
 
 def fused(entries: Mapping[str, Entry], count: int) -> dict[str, Entry]:
-    """Entries in which `experts.gate_up_proj [E, 2F, D]` and `experts.down_proj [E, D, F]` stand for whatever the file
-    has in their place: a matrix an expert (`experts.7.up_proj.weight`), gate and up in stacks of their own, or the
-    stacks themselves with `.weight` after their name. All else is passed through.
+    """Entries with each layer's experts in two stacks, `gate_up_proj [E, 2F, D]` and `down_proj [E, D, F]`.
 
-    `count` is the number of experts. CheckpointError names an expert that is missing, twice there or of another
-    shape."""
-    found: dict[str, Entry] = {}
+    The file may have in their place a matrix an expert (`experts.7.up_proj.weight`), gate and up in stacks of their
+    own, or the stacks themselves with `.weight` after their name. All else is passed through. `count` is the number of
+    experts. CheckpointError names an expert that is missing, twice there or of another shape."""
+    whole: dict[str, Entry] = {}
     alone: dict[str, dict[int, Entry]] = {}
     for name, entry in entries.items():
         if match := _ONE.fullmatch(name):
@@ -39,20 +38,20 @@ def fused(entries: Mapping[str, Entry], count: int) -> dict[str, Entry]:
             alone[stack][number] = entry
         else:
             match = _ALL.fullmatch(name)
-            _add(found, match[1] if match else name, entry)
+            _add(whole, match[1] if match else name, entry)
     for stack, parts in alone.items():
         if len(parts) < count:
             missing = next(number for number in range(count) if number not in parts)
             raise CheckpointError(f"{short(stack)} lacks expert {missing} of {count}")
-        _add(found, stack, stacked(stack, [parts[number] for number in range(count)]))
-    for name in [name for name in found if name.endswith(".experts.gate_proj")]:
+        _add(whole, stack, stacked(stack, [parts[number] for number in range(count)]))
+    for name in [name for name in whole if name.endswith(".experts.gate_proj")]:
         prefix = name.removesuffix("gate_proj")
-        if prefix + "up_proj" not in found:
+        if prefix + "up_proj" not in whole:
             raise CheckpointError(f"{short(name)} is there without its up_proj")
         together = prefix + "gate_up_proj"
-        gate, up = replace(found.pop(name), name=name), found.pop(prefix + "up_proj")
-        _add(found, together, joined(together, gate, up))
-    return {name: replace(entry, name=name) for name, entry in found.items()}
+        gate, up = replace(whole.pop(name), name=name), whole.pop(prefix + "up_proj")
+        _add(whole, together, joined(together, gate, up))
+    return {name: replace(entry, name=name) for name, entry in whole.items()}
 
 
 def stacked(name: str, parts: Sequence[Entry]) -> Entry:
@@ -113,7 +112,7 @@ def _combined(forms: Sequence[Packed], shape: tuple[int, ...], join: Callable[[l
     return replace(forms[0], shape=shape, **whole)
 
 
-def _add(found: dict[str, Entry], name: str, entry: Entry) -> None:
-    if name in found:
+def _add(entries: dict[str, Entry], name: str, entry: Entry) -> None:
+    if name in entries:
         raise CheckpointError(f"{short(name)} is there twice: whole, and in parts")
-    found[name] = entry
+    entries[name] = entry

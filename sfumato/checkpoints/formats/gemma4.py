@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sfumato.checkpoints.checkpoint import Entry
+from sfumato.checkpoints.names import DECODER, ENCODER
 from sfumato.errors import CheckpointError
 
-_TEXT, _DECODER, _ENCODER = "model.language_model.", "model.decoder.", "model.encoder.language_model."
+_TEXT = "model.language_model."
 _SCALAR = re.compile(r"layers\.\d+\.layer_scalar", re.ASCII)
 _IMAGES = ("vision_tower.", "embed_vision.")
 
@@ -26,23 +27,24 @@ def released_name_of(name: str) -> str | None:
     if name == "lm_head.weight":
         return name
     if name.startswith(_TEXT):
-        return _DECODER + name.removeprefix(_TEXT)
+        return DECODER + name.removeprefix(_TEXT)
     inner = name.removeprefix("model.")
     return f"model.encoder.{inner}" if inner != name and inner.startswith(_IMAGES) else None
 
 
 def name_of(released: str) -> str | None:
-    """The other way, for what is saved; None for what a Gemma 4 checkpoint does not hold: self-conditioning, and the
-    decoder's layer_scalar, since the encoder's is the one that runs."""
+    """Gemma 4's name of a tensor under its released name, for what is saved; None: Gemma 4 holds no such tensor.
+
+    It holds no self-conditioning and no layer_scalar of the decoder, since the encoder's is the one that runs."""
     if released == "lm_head.weight":
         return released
-    inner = released.removeprefix(_ENCODER)
+    inner = released.removeprefix(ENCODER)
     if inner != released:
         return _TEXT + inner if _SCALAR.fullmatch(inner) else None
     inner = released.removeprefix("model.encoder.")
     if inner != released:
         return f"model.{inner}" if inner.startswith(_IMAGES) else None
-    inner = released.removeprefix(_DECODER)
+    inner = released.removeprefix(DECODER)
     if inner == released or inner.startswith("self_conditioning.") or _SCALAR.fullmatch(inner):
         return None
     return _TEXT + inner
@@ -53,16 +55,16 @@ def released(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
     What bears such a name already, as our own files do, keeps it. CheckpointError names a tensor that has no place, or
     whose place is taken."""
-    found: dict[str, Entry] = {}
+    renamed: dict[str, Entry] = {}
     for name, entry in entries.items():
-        new = name if name.startswith((_DECODER, "model.encoder.")) else released_name_of(name)
+        new = name if name.startswith((DECODER, "model.encoder.")) else released_name_of(name)
         if new is None:
             raise CheckpointError(f"there is an unexpected tensor {name[:200]!r}; Gemma 4 has none of that name")
-        if new in found:
+        if new in renamed:
             raise CheckpointError(f"the tensors {name[:200]!r} and {new[:200]!r} are the same one; there must be one")
-        found[new] = replace(entry, name=new)
-    for name in list(found):
-        inner = name.removeprefix(_DECODER)
+        renamed[new] = replace(entry, name=new)
+    for name in list(renamed):
+        inner = name.removeprefix(DECODER)
         if inner != name and _SCALAR.fullmatch(inner):
-            found.setdefault(_ENCODER + inner, replace(found[name], name=_ENCODER + inner))
-    return found
+            renamed.setdefault(ENCODER + inner, replace(renamed[name], name=ENCODER + inner))
+    return renamed

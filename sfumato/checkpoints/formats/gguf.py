@@ -45,7 +45,7 @@ _NUMBERS = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredBlocks:
     """A tensor as it lies in the file. `shape` has the slowest axis first, as ours do; GGUF writes it last."""
 
     name: str
@@ -77,7 +77,7 @@ class Header:
     path: Path
     version: int
     metadata: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredBlocks]
 
 
 # ---- read -----------------------------------------------------------------------------------------------------------
@@ -90,12 +90,12 @@ def read_header(path: Path) -> Header:
             raise CheckpointError(f"there is no file {path}")
         size = path.stat().st_size
         with path.open("rb", buffering=1 << 18) as file:
-            return _Reader(path, file, size).header()
+            return _HeaderReader(path, file, size).header()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-class _Reader:
+class _HeaderReader:
     """A cursor over the header: nothing is taken that is not there."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
@@ -183,7 +183,7 @@ class _Reader:
 
     def strings(self, count: int, key: str) -> list[str]:
         """A vocabulary has hundreds of thousands of these, so the loop does nothing twice."""
-        found: list[str] = []
+        texts: list[str] = []
         read, left, unpack = self.file.read, self.left, struct.Struct("<Q").unpack
         try:
             for _ in range(count):
@@ -191,13 +191,13 @@ class _Reader:
                 left -= 8 + length
                 if left < 0:
                     raise self.wrong(f"a string in {show(key)} has {length} bytes, more than {self.bound} has left")
-                found.append(read(length).decode())
+                texts.append(read(length).decode())
         except UnicodeDecodeError:
-            raise self.wrong(f"string {len(found)} in {show(key)} is not UTF-8 text") from None
+            raise self.wrong(f"string {len(texts)} in {show(key)} is not UTF-8 text") from None
         except struct.error:
             raise self.wrong(f"it ends inside {show(key)}") from None
         self.left = left
-        return found
+        return texts
 
     def entry(self) -> tuple[str, int, list[int], int]:
         """Name, kind, dimensions and offset of one tensor."""
@@ -209,13 +209,15 @@ class _Reader:
         *sizes, kind, start = form.unpack(self.take(form.size, show(name)))
         return name, kind, sizes, start
 
-    def placed(self, table: list[tuple[str, int, list[int], int]], metadata: Mapping[str, Any]) -> dict[str, Stored]:
+    def placed(
+        self, table: list[tuple[str, int, list[int], int]], metadata: Mapping[str, Any]
+    ) -> dict[str, StoredBlocks]:
         """The tensors, each inside the file and apart from the others."""
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment not in (1 << bit for bit in range(17)):
             raise self.wrong(f"general.alignment is {show(alignment)}; it must be a power of two up to 65536")
         begin = -(-self.file.tell() // alignment) * alignment
-        found: dict[str, Stored] = {}
+        tensors: dict[str, StoredBlocks] = {}
         for name, number, sizes, offset in table:
             if number not in KINDS:
                 raise self.wrong(
@@ -236,22 +238,22 @@ class _Reader:
                     f"{show(name)} ends at byte {begin + offset + nbytes}, but the file has {self.size}; "
                     "it is truncated, get it again"
                 )
-            if name in found:
+            if name in tensors:
                 raise self.wrong(f"the tensor {show(name)} is there twice")
-            found[name] = Stored(name, self.path, kind.name, tuple(sizes[::-1]), begin + offset, nbytes)
+            tensors[name] = StoredBlocks(name, self.path, kind.name, tuple(sizes[::-1]), begin + offset, nbytes)
         end, before = begin, ""
-        for stored in sorted(found.values(), key=lambda one: one.start):
+        for stored in sorted(tensors.values(), key=lambda one: one.start):
             if stored.start < end:
                 raise self.wrong(f"{show(stored.name)} overlaps {show(before)}")
             end, before = stored.start + stored.nbytes, stored.name
-        return found
+        return tensors
 
 
 # ---- write ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedBlocks:
     """A tensor that is to be written; `parts` gives uint8 tensors whose bytes joined are its own."""
 
     name: str
@@ -261,6 +263,7 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file, without what aligns the next one."""
         kind = KINDS[NUMBERS[self.kind]]
         return math.prod(self.shape) // kind.values * kind.nbytes
 
@@ -268,7 +271,7 @@ class Planned:
 def write_file(
     path: Path,
     metadata: Mapping[str, Any],
-    tensors: Sequence[Planned],
+    tensors: Sequence[PlannedBlocks],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a GGUF file, version 3, part by part; beside its place first, then renamed.

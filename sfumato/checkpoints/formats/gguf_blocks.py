@@ -151,10 +151,10 @@ def _q8_0(block: Tensor) -> Tensor:
 
 def _q6_k(block: Tensor) -> Tensor:
     groups = block.unflatten(-1, (16, 16))
-    wanted = groups.abs().amax(-1) / 31
-    d = wanted.amax(-1, keepdim=True) / 127
+    scales = groups.abs().amax(-1) / 31
+    d = scales.amax(-1, keepdim=True) / 127
     half = d.half().float()
-    small = (wanted * _inverse(half)).round().clamp(0, 127)
+    small = (scales * _inverse(half)).round().clamp(0, 127)
     code = (groups * _inverse(half * small)[..., None]).round().clamp(-32, 31).add(32).to(torch.uint8).flatten(-2)
     low, high = (code & 15).unflatten(-1, (2, 2, 64)), (code >> 4).unflatten(-1, (2, 4, 32))
     high = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6
@@ -165,9 +165,9 @@ def _q6_k(block: Tensor) -> Tensor:
 def _q4_k(block: Tensor) -> Tensor:
     groups = block.unflatten(-1, (8, 32))
     least = -groups.amin(-1).clamp(max=0)
-    wanted = (groups.amax(-1).clamp(min=0) + least) / 15
-    d, dmin = (part.amax(-1, keepdim=True) / 63 for part in (wanted, least))
-    small = (wanted * _inverse(d.half().float())).round().clamp(0, 63)
+    scales = (groups.amax(-1).clamp(min=0) + least) / 15
+    d, dmin = (part.amax(-1, keepdim=True) / 63 for part in (scales, least))
+    small = (scales * _inverse(d.half().float())).round().clamp(0, 63)
     lows = (least * _inverse(dmin.half().float())).round().clamp(0, 63)
     moved = groups + (dmin.half().float() * lows)[..., None]
     code = (moved * _inverse(d.half().float() * small)[..., None]).round().clamp(0, 15).to(torch.uint8)

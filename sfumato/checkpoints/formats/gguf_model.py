@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
-from sfumato.checkpoints.formats.gguf import Header, Stored, read_header, show
+from sfumato.checkpoints.formats.gguf import Header, StoredBlocks, read_header, show
 from sfumato.checkpoints.formats.gguf_blocks import PLAIN, decode, packed
 from sfumato.checkpoints.formats.gguf_names import (
     EMBEDDING,
@@ -63,11 +63,11 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, "GGUF", config.to_dict(), entries, _generation(keys, config), vocabulary, notices)
 
 
-def _values(stored: Stored, first: int, last: int) -> Tensor:
+def _values(stored: StoredBlocks, first: int, last: int) -> Tensor:
     return decode(stored.kind, stored.read(first, last))
 
 
-def _packed(stored: Stored, first: int, last: int) -> Packed:
+def _packed(stored: StoredBlocks, first: int, last: int) -> Packed:
     return packed(stored.kind, stored.read(first, last))
 
 
@@ -81,7 +81,7 @@ class _Keys:
     def wrong(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {why}")
 
-    def tensor(self, name: str) -> Stored:
+    def tensor(self, name: str) -> StoredBlocks:
         if name not in self.unread:
             raise self.wrong(f"it lacks the tensor {name}")
         return self.unread[name]

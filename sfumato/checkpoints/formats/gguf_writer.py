@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
-from sfumato.checkpoints.formats.gguf import Planned, write_file
+from sfumato.checkpoints.formats.gguf import PlannedBlocks, write_file
 from sfumato.checkpoints.formats.gguf_blocks import KINDS, NUMBERS, encode
 from sfumato.checkpoints.formats.gguf_names import NAME, ROPE, SAMPLER, SPECIAL, STILL, tensor_table
 from sfumato.errors import InputError
@@ -66,7 +66,7 @@ def write_gguf(
         **tokenizer_of(config, vocabulary),
     }
     divisors = divisors_of(config)
-    tensors = [Planned(ROPE, "F32", tuple(divisors.shape), lambda: iter([encode("F32", divisors)]))]
+    tensors = [PlannedBlocks(ROPE, "F32", tuple(divisors.shape), lambda: iter([encode("F32", divisors)]))]
     for theirs, ours, shape in tensor_table(config):
         entry = checkpoint.entries.get(ours)
         if entry is None or entry.shape != shape:
@@ -74,7 +74,7 @@ def write_gguf(
             raise InputError(f"{ours} of the shape {list(shape)} is needed; {checkpoint.path} {there}")
         stored = kind if not shape[-1] % KINDS[NUMBERS[kind]].values else "BF16"
         stored = "F32" if len(shape) == 1 or ours.endswith("router.proj.weight") else stored
-        tensors.append(Planned(theirs, stored, shape, partial(_parts, entry, stored)))
+        tensors.append(PlannedBlocks(theirs, stored, shape, partial(_parts, entry, stored)))
     write_file(path, metadata, tensors, progress)
 
 

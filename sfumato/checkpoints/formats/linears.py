@@ -1,9 +1,9 @@
-"""Quantised Linear modules as safetensors folders keep them: a weight in codes, its scales beside it under the module's
-name; every expert has modules of its own.
+"""Quantised Linear modules as safetensors folders keep them: codes, and their scales beside them.
 
-What a module holds is told by its own tensors (names, dtypes, shapes), so that one reader serves every tool that
-writes them; the tool's config is checked in the tool's own file. All is settled from headers; scales are looked at when
-they are read. It lacks stacks of experts that are quantised while fused: no tool writes these for this model.
+Both stand under the module's name, and every expert has modules of its own. A module's own tensors (names, dtypes,
+shapes) say what it holds, so that one reader serves every tool that writes them; the tool's config is checked in the
+tool's own file. Everything is decided from headers; scales are checked when they are read. It lacks stacks of experts
+that are quantised while fused: no tool writes these for this model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
 from sfumato.checkpoints.formats.experts import fused
+from sfumato.checkpoints.names import VISION
 from sfumato.checkpoints.shards import Stored, short, stored_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import ModelConfig, read_json
@@ -34,7 +35,6 @@ _ASIDE = re.compile(
 )
 _LONGEST = 200
 """Characters of a name, which sentences then may quote."""
-_VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 
 
 def open_linears(folder: Path, config: dict[str, Any], label: str, notices: Sequence[str] = ()) -> Checkpoint:
@@ -52,14 +52,14 @@ def open_linears(folder: Path, config: dict[str, Any], label: str, notices: Sequ
     )
 
 
-def linears(found: Mapping[str, Stored]) -> tuple[dict[str, Entry], list[str]]:
+def linears(stored_by_name: Mapping[str, Stored]) -> tuple[dict[str, Entry], list[str]]:
     """Every weight by its released name, a module's codes and scales made one; and what is left aside, a sentence each.
 
     CheckpointError names codes without scales, scales without codes, shapes and dtypes that do not go together."""
     entries: dict[str, Entry] = {}
     aside: Counter[str] = Counter()
-    taken: set[str] = set()
-    for name, stored in found.items():
+    paired: set[str] = set()
+    for name, stored in stored_by_name.items():
         module, _, part = name.rpartition(".")
         if len(name) > _LONGEST or not name.isprintable():
             raise CheckpointError(
@@ -70,23 +70,23 @@ def linears(found: Mapping[str, Stored]) -> tuple[dict[str, Entry], list[str]]:
         if _ASIDE.fullmatch(part):
             aside[part] += 1
             continue
-        parts = {key: found[f"{module}.{key}"] for key in _COMPANIONS if f"{module}.{key}" in found}
+        parts = {key: stored_by_name[f"{module}.{key}"] for key in _COMPANIONS if f"{module}.{key}" in stored_by_name}
         if part == "weight_packed" or (part == "weight" and parts):
-            if f"{module}.weight" in entries or (part == "weight_packed" and f"{module}.weight" in found):
+            if f"{module}.weight" in entries or (part == "weight_packed" and f"{module}.weight" in stored_by_name):
                 raise CheckpointError(f"{module} has both weight and weight_packed in {stored.file}; one must go")
-            taken.update(one.name for one in parts.values())
+            paired.update(one.name for one in parts.values())
             entries[f"{module}.weight"] = _coded(f"{module}.weight", stored, parts)
         else:
             entries[name] = _plain(stored)
-    for name, stored in found.items():
-        if name.rpartition(".")[2] in _COMPANIONS and name not in taken:
+    for name, stored in stored_by_name.items():
+        if name.rpartition(".")[2] in _COMPANIONS and name not in paired:
             raise CheckpointError(f"{stored.file} has the scales {name} without the weight that they belong to")
     sentences = [f"{part}, in {count} places, is left aside: nothing here needs it" for part, count in aside.items()]
     return entries, sorted(sentences)
 
 
 def _plain(stored: Stored) -> Entry:
-    vision = stored.name.startswith(_VISION)  # passed on as it is: no text is read with it
+    vision = stored.name.startswith(VISION)  # passed on as it is: no text is read with it
     if not stored.is_whole or (stored.dtype not in FLOATS and not vision):
         raise CheckpointError(
             f"{stored.name} in {stored.file} is stored as {short(stored.dtype)} and has no scales beside it; "
@@ -192,8 +192,9 @@ def _fp4(codes: Stored, scale: Stored, outer: Stored | None) -> _Built:
 
 
 def _divided(codes: Stored, scale: Stored, outer: Stored) -> Callable[[int, int], Tensor]:
-    """compressed-tensors divides each scale by the global one, rounds, and multiplies the code by that; multiplying
-    by the inverse, all that a factor can say, may differ from it by the last bits."""
+    """Values as compressed-tensors computes them: each scale divided by the global one, rounded, times the code.
+
+    A factor can only multiply by the inverse, which may differ in the last bits."""
 
     def read(first: int, last: int) -> Tensor:
         scales = _finite(scale, first, last).float() / _whole(outer)

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Reader
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.formats.experts import fused
+from sfumato.checkpoints.names import DECODER, ENCODER, VISION
 from sfumato.checkpoints.shards import Planned, Stored, short, stored_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import ModelConfig, read_json
@@ -73,7 +74,7 @@ def _is_mlx(folder: Path, quantization: dict[str, Any]) -> bool:
     return quantization.get("quant_method") is None and "bits" in quantization
 
 
-READER = Reader("mlx", _is_mlx, open_mlx)
+READER = FormatReader("mlx", _is_mlx, open_mlx)
 
 
 def _settings(settings: dict[str, Any], module: str, source: str) -> tuple[int, int]:
@@ -197,13 +198,11 @@ def plan_mlx(checkpoint: Checkpoint, bits: int = 4, group: int = 64) -> tuple[li
     planned: list[Planned] = []
     has_images = False
     for name, entry in checkpoint.entries.items():
-        if name == "lm_head.weight" or (
-            name.startswith("model.encoder.language_model.") and not name.endswith(".layer_scalar")
-        ):
+        if name == "lm_head.weight" or (name.startswith(ENCODER) and not name.endswith(".layer_scalar")):
             continue  # repeats what the decoder has
-        has_images |= name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
+        has_images |= name.startswith(VISION)
         module = name.removesuffix(".weight")
-        own_group = _group(entry.shape[-1], group) if len(entry.shape) > 1 and name.startswith("model.decoder.") else 0
+        own_group = _group(entry.shape[-1], group) if len(entry.shape) > 1 and name.startswith(DECODER) else 0
         if not own_group:
             planned.append(_planned_plain(f"{module}.weight" if ".experts." in name else name, entry, stored))
             continue

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Reader
+from sfumato.checkpoints.checkpoint import Checkpoint, FormatReader
 from sfumato.checkpoints.formats.linears import open_linears
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
@@ -57,4 +57,4 @@ def _is_modelopt(folder: Path, quantization: dict[str, Any]) -> bool:
     return quantization.get("quant_method") == "modelopt"
 
 
-READER = Reader("modelopt", _is_modelopt, open_modelopt)
+READER = FormatReader("modelopt", _is_modelopt, open_modelopt)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Reader
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.shards import NAMES, PART, Planned, Stored, metadata, short, stored_tensors
 from sfumato.errors import CheckpointError
 from sfumato.ops.packed import Packed, unpack
@@ -49,7 +49,7 @@ def _is_released(folder: Path, quantization: dict[str, Any]) -> bool:
     return not quantization or quantization.get("quant_method") == METHOD
 
 
-READER = Reader(METHOD, _is_released, open_released)
+READER = FormatReader(METHOD, _is_released, open_released)
 
 
 def plain_entry(name: str, stored: Stored, at: str = "") -> Entry:
@@ -63,12 +63,12 @@ def plain_entry(name: str, stored: Stored, at: str = "") -> Entry:
 
 def _formats(folder: Path, text: str) -> dict[str, tuple[Format, tuple[int, ...]]]:
     try:
-        found = {}
+        formats = {}
         for name, (form, shape) in dict(json.loads(text)).items():
             if not (isinstance(shape, list) and len(shape) in (2, 3) and all(type(n) is int and n > 0 for n in shape)):
                 raise ValueError(f"{name} has the shape {shape}")
-            found[str(name)] = Format.named(form), tuple(shape)
-        return found
+            formats[str(name)] = Format.named(form), tuple(shape)
+        return formats
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} says that it is quantised, but its header's {_FORMATS} cannot be read: {short(error)}"
@@ -78,14 +78,14 @@ def _formats(folder: Path, text: str) -> dict[str, tuple[Format, tuple[int, ...]
 def _packed_entry(folder: Path, name: str, form: Format, shape: tuple[int, ...], stored: dict[str, Stored]) -> Entry:
     """Takes its parts out of `stored`."""
     parts = {}
-    for part, (dtype, wanted) in form.parts(shape).items():
+    for part, (dtype, expected) in form.parts(shape).items():
         one = stored.pop(f"{name}.{part}", None)
         if one is None:
             raise CheckpointError(f"{folder} lacks {name}.{part}, which {form.name} needs")
-        if one.shape != wanted or one.dtype != NAMES[dtype] or not one.is_whole:
+        if one.shape != expected or one.dtype != NAMES[dtype] or not one.is_whole:
             raise CheckpointError(
                 f"{one.name} in {one.file} is {short(one.dtype)} {short(list(one.shape))}; {form.name} needs "
-                f"{NAMES[dtype]} {list(wanted)}"
+                f"{NAMES[dtype]} {list(expected)}"
             )
         parts[part] = one
     group = form.group_of(shape[-1])
@@ -114,12 +114,13 @@ def _rows(form: Format, first: int, last: int, shape: tuple[int, ...]) -> tuple[
 def plan_released(
     checkpoint: Checkpoint,
     format_of: Callable[[str], Format | None],
-    seen: Mapping[str, Tensor] | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[list[Planned], dict[str, str]]:
-    """Every entry of a checkpoint under its released name, packed where `format_of(name)` names a format, else in
-    `dtype` (None: bfloat16, or what it is stored in); and the header's metadata. A weight that the checkpoint holds in
-    that very format is copied."""
+    """Every entry of a checkpoint under its released name, as a tensor to be written; and the header's metadata.
+
+    Where `format_of(name)` names a format the weight is packed, or copied if the checkpoint holds it in that very
+    format; elsewhere it is in `dtype` (None: bfloat16, or what it is stored in)."""
     planned: list[Planned] = []
     formats: dict[str, tuple[str, list[int]]] = {}
     for name, entry in checkpoint.entries.items():
@@ -128,9 +129,9 @@ def plan_released(
             planned.append(_plan_plain(entry, dtype))
             continue
         formats[name] = form.name, list(entry.shape)
-        made = _Making(entry, form, (seen or {}).get(name))
+        packing = _Packing(entry, form, (calibration or {}).get(name))
         for part, (kept, shape) in form.parts(entry.shape).items():
-            take = made.data if part == "data" else made.rest(part)
+            take = packing.data if part == "data" else packing.rest(part)
             planned.append(Planned(f"{name}.{part}", NAMES[kept], shape, take, part != "data"))
     return planned, {_FORMATS: json.dumps(formats, separators=(",", ":"))} if formats else {}
 
@@ -155,16 +156,16 @@ def _plan_plain(entry: Entry, dtype: torch.dtype | None) -> Planned:
     return Planned(entry.name, NAMES[kept], entry.shape, parts)
 
 
-class _Making:
+class _Packing:
     """A weight being packed, a part at a time: its data go out as they come, the rest is kept until it is asked for."""
 
-    def __init__(self, entry: Entry, form: Format, seen: Tensor | None) -> None:
-        self.entry, self.form, self.seen = entry, form, seen
+    def __init__(self, entry: Entry, form: Format, calibration: Tensor | None) -> None:
+        self.entry, self.form, self.calibration = entry, form, calibration
         self.kept: dict[str, list[Tensor]] = {}
 
     def data(self) -> Iterator[Tensor]:
         self.kept.clear()
-        for packed in packed_parts(self.entry, self.form, self.seen):
+        for packed in packed_parts(self.entry, self.form, self.calibration):
             for part, tensor in packed.parts.items():
                 if part != "data":
                     self.kept.setdefault(part, []).append(tensor)
@@ -174,14 +175,14 @@ class _Making:
         return lambda: iter(self.kept.pop(part))
 
 
-def packed_parts(entry: Entry, form: Format, seen: Tensor | None = None) -> Iterator[Packed]:
+def packed_parts(entry: Entry, form: Format, calibration: Tensor | None = None) -> Iterator[Packed]:
     """An entry in this format, some places of its first axis at a time; copied where it is stored so."""
     is_whole = len(entry.shape) == 2 and not form.rows_are_apart
     for first, last in [(0, entry.shape[0])] if is_whole else places(entry):
         if entry.packed is not None and entry.stored == form.name:
             yield entry.packed(first, last)
             continue
-        some = seen if seen is None or len(entry.shape) == 2 else seen[first:last]
+        some = calibration if calibration is None or len(entry.shape) == 2 else calibration[first:last]
         yield fitted(entry.read(first, last), form, some)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
 from sfumato.checkpoints.formats import gguf_blocks as blocks
 from sfumato.checkpoints.formats import gguf_writer
-from sfumato.checkpoints.formats.gguf import MAX_COUNT, Planned, read_header, write_file
+from sfumato.checkpoints.formats.gguf import MAX_COUNT, PlannedBlocks, read_header, write_file
 from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.formats.gguf_names import tensor_table
 from sfumato.checkpoints.formats.gguf_writer import vocabulary_of, write_gguf
@@ -329,10 +329,10 @@ def write_mixed(path: Path, config: ModelConfig, **changes: Any) -> dict[str, Te
             rows = int(np.prod(shape[:-1]))
             count = shape[-1] // blocks.KINDS[blocks.NUMBERS[kind]].values
             raws[ours] = random_blocks(kind, rows, count, at, 1e-3).view(*shape[:-1], -1)
-        planned.append(Planned(theirs, kind, shape, partial(whole, raws[ours])))
+        planned.append(PlannedBlocks(theirs, kind, shape, partial(whole, raws[ours])))
     divisors = gguf_writer.divisors_of(config)
     planned.append(
-        Planned("rope_freqs.weight", "F32", tuple(divisors.shape), partial(whole, blocks.encode("F32", divisors)))
+        PlannedBlocks("rope_freqs.weight", "F32", tuple(divisors.shape), partial(whole, blocks.encode("F32", divisors)))
     )
     metadata = {**gguf_writer.metadata_of(config, "mixed"), **gguf_writer.tokenizer_of(config, None)}
     for key, value in changes.items():
@@ -506,8 +506,8 @@ def test_truncated_files_and_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_tensors_twice_and_unexpected(tmp_path: Path) -> None:
-    def one(name: str) -> Planned:
-        return Planned(name, "F32", (32,), partial(whole, torch.zeros(128, dtype=torch.uint8)))
+    def one(name: str) -> PlannedBlocks:
+        return PlannedBlocks(name, "F32", (32,), partial(whole, torch.zeros(128, dtype=torch.uint8)))
 
     write_file(tmp_path / "it.gguf", {"general.architecture": "diffusion-gemma"}, [one("a"), one("a")])
     refused(tmp_path / "it.gguf", "the tensor 'a' is there twice")

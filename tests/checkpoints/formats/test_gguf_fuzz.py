@@ -27,7 +27,7 @@ from tiny import tiny_config
 from sfumato.checkpoints.checkpoint import Vocabulary
 from sfumato.checkpoints.formats import gguf_blocks as blocks
 from sfumato.checkpoints.formats import gguf_names, gguf_writer
-from sfumato.checkpoints.formats.gguf import Planned, write_file
+from sfumato.checkpoints.formats.gguf import PlannedBlocks, write_file
 from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.formats.gguf_names import tensor_table
 from sfumato.errors import InputError
@@ -68,9 +68,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             raw = blocks.encode(kind, torch.rand(shape))
         else:
             raw = random_blocks(kind, int(np.prod(shape[:-1])), shape[-1] // 32, at, 1e-3).view(*shape[:-1], -1)
-        planned.append(Planned(theirs, kind, shape, partial(whole, raw)))
+        planned.append(PlannedBlocks(theirs, kind, shape, partial(whole, raw)))
     divisors = gguf_writer.divisors_of(config)
-    planned.append(Planned(gguf_names.ROPE, "F32", (8,), partial(whole, blocks.encode("F32", divisors))))
+    planned.append(PlannedBlocks(gguf_names.ROPE, "F32", (8,), partial(whole, blocks.encode("F32", divisors))))
     letters = [chr(ord("a") + at) for at in range(26)]
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<turn|>", *letters, *(a + "é" for a in letters), "é"]
     kinds, merges = [3] * 6 + [1] * (len(tokens) - 6), [f"{a} é" for a in letters]
