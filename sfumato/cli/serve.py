@@ -11,8 +11,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from sfumato.cli import options as opt
 from sfumato.cli import text as texts
+from sfumato.engine.limits import BatchLimits
 from sfumato.errors import InputError
+from sfumato.options import LoadOptions
 from sfumato.server.backend import ModelCard
+from sfumato.server.cluster.plan import ClusterPlan
 from sfumato.server.settings import Limits, Settings
 from sfumato.server.worker.supervisor import SILENCE, Worker
 
@@ -97,14 +100,13 @@ def command(
             timeout=timeout,
         ),
     )
-    load: dict[str, Any] = {"path": model, "device": device, "dtype": dtype, "ops": ops, "quantize": quantize}
-    load["memory_limit"] = opt.in_bytes(memory_limit)
-    limits: dict[str, Any] = {"rows": rows, "queue": queue, "stall": stall / 1e3, "context": context}
-    limits["memory"] = None if memory is None else round(memory * 1e9)
+    load = LoadOptions(model, device, dtype, ops, quantize, opt.in_bytes(memory_limit))
+    limits = BatchLimits(rows, queue, None if memory is None else round(memory * 1e9), stall / 1e3, context)
     if ray:
-        room("ray").run(load, limits, settings, port, replicas or 1, tell, max_replicas, ray_address)
+        plan = ClusterPlan(load, limits, replicas or 1, max_replicas, ray_address)
+        room("cluster.launch").run(plan, settings, port, tell)
         return
-    http = room("http")
+    http = room("http.listen")
     columns = ("loading", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -134,7 +136,7 @@ def keys_of(file: str | None) -> list[str]:
 
 def room(name: str) -> Any:
     """A module of the server that needs an extra; InputError, which names it, where that is not installed."""
-    extra = "ray" if name == "ray" else "serve"
+    extra = "ray" if name == "cluster.launch" else "serve"
     try:
         return import_module(f"sfumato.server.{name}")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Who may come and how much may be sent; what becomes of jobs whose client leaves, and of requests as it stops."""
+"""server/http/: who may call and how much may be sent; what becomes of jobs whose client leaves, and of a stop."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 from fake_backend import FakeBackend, Served, serving
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from sfumato.errors import InputError
-from sfumato.server import app as application
+from sfumato.server import status as status_routes
 from sfumato.server.app import Limits, Settings, create
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello there you"}], "seed": 5}
@@ -123,7 +124,7 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_page(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(application, "UI", tmp_path)
+    monkeypatch.setattr(status_routes, "UI", tmp_path)
     with connect(Settings()) as client:
         assert status(client.get("/")) == 404
         (tmp_path / "index.html").write_text("<p>hello")
@@ -141,28 +142,29 @@ def test_the_page(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Caller:
-    """Speaks ASGI to the application: sends a body, reads, leaves when told, and may not read at all."""
+    """Speaks ASGI to the application: sends a body, reads, leaves when `gone` is set, and may not read at all."""
 
     def __init__(self, body: Any, path: str = PATH) -> None:
         self.body = body if isinstance(body, list) else [json.dumps(body).encode()]
-        self.path, self.sent, self.gone = path, [], asyncio.Event()  # type: ignore[var-annotated]
+        self.path, self.gone = path, asyncio.Event()
+        self.sent: list[Message] = []
         self.read = asyncio.Event()
         self.read.set()
 
-    async def receive(self) -> dict[str, Any]:
+    async def receive(self) -> Message:
         if self.body:
             part = self.body.pop(0)
             return {"type": "http.request", "body": part, "more_body": bool(self.body)}
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         self.sent.append(message)
         await self.read.wait()
 
     async def call(self, app: FastAPI) -> None:
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",

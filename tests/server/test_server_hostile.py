@@ -24,20 +24,22 @@ from starlette.testclient import TestClient
 from sfumato.errors import SfumatoError
 from sfumato.server.app import Limits, Settings, create
 from sfumato.server.backend import Stats
-from sfumato.server.http.body import Body, Most, read, schemas_in
-from sfumato.server.openai import schema
-from sfumato.server.openai.responses import ResponsesRequest
+from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest
+from sfumato.server.http import limits as http_limits
+from sfumato.server.http.bodies import Body, Most, read, schemas_in
+from sfumato.server.openai.bodies import ChatRequest, CompletionRequest
+from sfumato.server.openai.items import ResponsesRequest
 
 CHAT = "/v1/chat/completions"
 SAY = {"messages": [{"role": "user", "content": "Hello there"}]}
 KINDS: dict[str, type[Body]] = {
-    CHAT: schema.ChatRequest,
-    "/v1/completions": schema.CompletionRequest,
+    CHAT: ChatRequest,
+    "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
-    "/v1/infill": schema.InfillRequest,
-    "/v1/edit": schema.EditRequest,
-    "/v1/fill": schema.FillRequest,
-    "/v1/decisions": schema.DecisionsRequest,
+    "/v1/infill": InfillRequest,
+    "/v1/edit": EditRequest,
+    "/v1/fill": FillRequest,
+    "/v1/decisions": DecisionsRequest,
 }
 LARGE = 4 << 20
 
@@ -467,7 +469,7 @@ import asyncio, os, resource, sys
 sys.path.insert(0, {tests!r})
 from fake_backend import FakeBackend
 from sfumato.cli.serve import tell
-from sfumato.server import http
+from sfumato.server.http import listen as http
 from sfumato.server.settings import Settings
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 held = [os.open(os.devnull, os.O_RDONLY) for _ in range({held})]
@@ -513,9 +515,7 @@ def test_an_answer_that_comes_early_reaches_a_client_that_still_sends(settings: 
 
 
 def test_who_sends_on_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato.server.http import guard
-
-    monkeypatch.setattr(guard, "REST", 1 << 20)
+    monkeypatch.setattr(http_limits, "REMAINDER", 1 << 20)
     with served() as server, connected(server) as connection:
         connection.sendall(head("content-length: 1000000000"))
         assert answer_of(connection)[0] == 413

@@ -441,7 +441,7 @@ def test_the_remote_stream_has_the_drafts_of_the_local_one(remote: Remote, local
     assert [type(event) for event in there] == [type(event) for event in here]
     assert isinstance(there[-1], Done) and isinstance(there[-2], Commit) and isinstance(there[0], Draft)
     for one, other in zip(there, here, strict=True):
-        assert one.text == other.text  # type: ignore[union-attr]
+        assert one.text == other.text
         if isinstance(one, Draft) and isinstance(other, Draft):
             assert (one.canvas, one.step, one.pieces, one.accepted) == (
                 *(other.canvas, other.step),

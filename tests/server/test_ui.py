@@ -46,7 +46,7 @@ def test_a_draft_is_shown_and_then_what_is_committed(page: Any, server: PageServ
 
 def test_the_slider_replays_every_step(page: Any, server: PageServer) -> None:
     first, second = "Smoke rises. ", "Then it clears."
-    script = [{"choices": [], "draft": one} for one in drafts(first, 3)]
+    script: list[Any] = [{"choices": [], "draft": one} for one in drafts(first, 3)]
     script += [{"choices": [{"index": 0, "delta": {"content": first}}]}]
     script += [{"choices": [], "draft": one} for one in drafts(second, 2, canvas=1)]
     script += [{"choices": [{"index": 0, "delta": {"content": second}}]}, {"choices": [], "usage": usage(9, 5)}]

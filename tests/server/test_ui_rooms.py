@@ -241,7 +241,7 @@ def test_a_changed_setting_is_sent_and_a_default_is_not(page: Any, server: PageS
 
 def test_the_theme_is_switched_and_kept(page: Any) -> None:
     def paper() -> str:
-        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
     page.emulate_media(color_scheme="dark")
     dark = paper()

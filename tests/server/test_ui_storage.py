@@ -66,7 +66,7 @@ def read(tmp_path: Path, kept: dict[str, str], is_denied: bool = False) -> Any:
     return json.loads(child.stdout)
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     **{
         "key": "",
         "titles": [],
@@ -95,7 +95,7 @@ def test_a_storage_that_may_not_be_looked_at_is_an_empty_one(tmp_path: Path) -> 
 
 
 def test_of_the_chats_those_that_are_whole_are_shown(tmp_path: Path) -> None:
-    broken = [{**CHAT, "messages": [message]} for message in MESSAGES]
+    broken: list[Any] = [{**CHAT, "messages": [message]} for message in MESSAGES]
     broken += [{**CHAT, "id": 3}, {**CHAT, "title": {}}, {**CHAT, "messages": {}}, *WRONG]
     call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
     whole = {"role": "assistant", "content": "", "thought": "", "tool_calls": [call], "usage": {"steps": 3}}
