@@ -38,8 +38,8 @@ def backend() -> FakeBackend:
 
 @pytest.fixture
 def client(backend: FakeBackend) -> Iterator[TestClient]:
-    with connect(backend) as found:
-        yield found
+    with connect(backend) as one:
+        yield one
 
 
 def connect(backend: FakeBackend, settings: Settings = Settings()) -> TestClient:  # noqa: B008 - frozen
@@ -101,15 +101,15 @@ def test_chat(client: TestClient, backend: FakeBackend) -> None:
 
 
 def test_chat_streams(client: TestClient) -> None:
-    found = events(chat(client, seed=5, stream=True, stream_options={"include_usage": True}))
-    assert len({one["id"] for one in found}) == 1
-    assert {one["object"] for one in found} == {"chat.completion.chunk"} and {one["seed"] for one in found} == {5}
-    assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    texts = [one["choices"][0]["delta"].get("content", "") for one in found[:-1]]
+    chunks = events(chat(client, seed=5, stream=True, stream_options={"include_usage": True}))
+    assert len({one["id"] for one in chunks}) == 1
+    assert {one["object"] for one in chunks} == {"chat.completion.chunk"} and {one["seed"] for one in chunks} == {5}
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    texts = [one["choices"][0]["delta"].get("content", "") for one in chunks[:-1]]
     assert texts == ["", "You said: Hello", " there (seed 5).", ""]
-    assert [one["choices"][0]["finish_reason"] for one in found[:-1]] == [None, None, None, "stop"]
-    assert [one["usage"] for one in found[:-1]] == [None] * 4
-    assert found[-1]["choices"] == [] and found[-1]["usage"]["completion_tokens"] == 6
+    assert [one["choices"][0]["finish_reason"] for one in chunks[:-1]] == [None, None, None, "stop"]
+    assert [one["usage"] for one in chunks[:-1]] == [None] * 4
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 6
 
 
 def test_chat_stream_without_usage(client: TestClient) -> None:
@@ -117,9 +117,9 @@ def test_chat_stream_without_usage(client: TestClient) -> None:
 
 
 def test_drafts(client: TestClient) -> None:
-    found = events(chat(client, seed=5, stream=True, drafts=True))
-    drafts = [one["draft"] for one in found if "draft" in one]
-    assert all(one["choices"] == [] for one in found if "draft" in one)
+    chunks = events(chat(client, seed=5, stream=True, drafts=True))
+    drafts = [one["draft"] for one in chunks if "draft" in one]
+    assert all(one["choices"] == [] for one in chunks if "draft" in one)
     assert len(drafts) == 6 and drafts[0] == {
         "index": 0,
         "canvas": 0,
@@ -143,6 +143,18 @@ def test_choices_run_side_by_side_each_with_its_seed(backend: FakeBackend, clien
         [choice] = one["choices"]
         streamed[choice["index"]] = streamed.get(choice["index"], "") + choice["delta"].get("content", "")
     assert streamed == {c["index"]: c["message"]["content"] for c in body["choices"]}
+
+
+def test_a_job_has_one_id_which_begins_with_the_requests(backend: FakeBackend, client: TestClient) -> None:
+    id = chat(client).headers["x-request-id"]
+    assert [job.id for job in backend.jobs] == [id]
+    id = chat(client, n=2).headers["x-request-id"]
+    assert [job.id for job in backend.jobs[1:]] == [f"{id}/0", f"{id}/1"]
+    body, headers = {"messages": MESSAGES, "n": 2}, {"x-request-id": "mine"}
+    for _ in range(3):  # a client may send the same again, while the worker still ends the one before
+        assert client.post("/v1/chat/completions", json=body, headers=headers).headers["x-request-id"] == "mine"
+    assert len({job.id for job in backend.jobs}) == 9
+    assert [job.request for job in backend.jobs[3:]] == ["mine"] * 6 and backend.jobs[1].request == id
 
 
 def test_seeds(client: TestClient) -> None:
@@ -208,12 +220,12 @@ def test_tools(client: TestClient, backend: FakeBackend) -> None:
     assert call["type"] == "function" and call["id"].startswith("call_")
     assert call["function"] == {"name": "weather", "arguments": '{"place": "text"}'}
     assert chats(backend)[0].tools == [WEATHER] and not backend.queries[0].options.must_call
-    found = events(chat(client, tools=[WEATHER], stream=True))
+    chunks = events(chat(client, tools=[WEATHER], stream=True))
     [[delta]] = [
-        one["choices"][0]["delta"]["tool_calls"] for one in found if "tool_calls" in one["choices"][0]["delta"]
+        one["choices"][0]["delta"]["tool_calls"] for one in chunks if "tool_calls" in one["choices"][0]["delta"]
     ]
     assert delta["index"] == 0 and delta["function"] == call["function"]
-    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
     after = [*MESSAGES, choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}]
     [last] = client.post("/v1/chat/completions", json={"messages": after, "tools": [WEATHER]}).json()["choices"]
@@ -416,29 +428,32 @@ def test_several_prompts(client: TestClient, backend: FakeBackend) -> None:
 
 def test_completion_logprobs(client: TestClient) -> None:
     [choice] = complete(client, prompt="x", logprobs=2, seed=1).json()["choices"]
-    found = choice["logprobs"]
-    assert "".join(found["tokens"]) == choice["text"]
-    assert [choice["text"][at : at + 4] for at in found["text_offset"][:2]] == [" one", " two"]
-    assert found["token_logprobs"][:2] == [-0.5, -1.0] and found["top_logprobs"][0] == {" one": -0.5, " other": -9999.0}
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert [choice["text"][at : at + 4] for at in logprobs["text_offset"][:2]] == [" one", " two"]
+    assert logprobs["token_logprobs"][:2] == [-0.5, -1.0] and logprobs["top_logprobs"][0] == {
+        " one": -0.5,
+        " other": -9999.0,
+    }
     chunks = [
         one["choices"][0]["logprobs"] for one in events(complete(client, prompt="x", logprobs=2, seed=1, stream=True))
     ]
     for name in ("tokens", "text_offset"):
-        assert [value for one in chunks if one for value in one[name]] == found[name]
+        assert [value for one in chunks if one for value in one[name]] == logprobs[name]
     [choice] = complete(client, prompt="x", logprobs=0).json()["choices"]
     assert choice["logprobs"]["top_logprobs"] is None
     assert refused(complete(client, prompt="x", logprobs=6))["param"] == "logprobs"
 
 
 def test_completions_stream(client: TestClient) -> None:
-    asked = {"include_usage": True}
-    found = events(complete(client, prompt=["a", "b"], seed=1, stream=True, echo=True, stream_options=asked))
+    usage_options = {"include_usage": True}
+    chunks = events(complete(client, prompt=["a", "b"], seed=1, stream=True, echo=True, stream_options=usage_options))
     texts = {0: "", 1: ""}
-    for one in found[:-1]:
+    for one in chunks[:-1]:
         texts[one["choices"][0]["index"]] += one["choices"][0]["text"]
     answer = " one two three four five (seed 1)."
     assert texts == {0: "a" + answer, 1: "b" + answer}
-    assert found[-1]["usage"]["completion_tokens"] == 14
+    assert chunks[-1]["usage"]["completion_tokens"] == 14
 
 
 def test_suffix_is_an_infill(client: TestClient, backend: FakeBackend) -> None:
@@ -482,15 +497,15 @@ def test_responses_stream_what_they_end_with(client: TestClient) -> None:
     tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
     for more in ({"input": "Hi", "thinking": True, "seed": 3}, {"input": "twice", "tools": [tool], "thinking": True}):
         response = respond(client, **more, stream=True)
-        found = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
-        assert [one["sequence_number"] for one in found] == list(range(len(found)))
+        sent = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+        assert [one["sequence_number"] for one in sent] == list(range(len(sent)))
         names = [line[7:] for line in response.text.splitlines() if line.startswith("event: ")]
-        assert names == [one["type"] for one in found]
+        assert names == [one["type"] for one in sent]
         assert names[:2] == ["response.created", "response.in_progress"] and names[-1] == "response.completed"
-        output = found[-1]["response"]["output"]
-        done = [one["item"] for one in found if one["type"] == "response.output_item.done"]
-        assert done == output and [one["output_index"] for one in found if "item" in one][-1] == len(output) - 1
-        text = "".join(one["delta"] for one in found if one["type"] == "response.output_text.delta")
+        output = sent[-1]["response"]["output"]
+        done = [one["item"] for one in sent if one["type"] == "response.output_item.done"]
+        assert done == output and [one["output_index"] for one in sent if "item" in one][-1] == len(output) - 1
+        text = "".join(one["delta"] for one in sent if one["type"] == "response.output_text.delta")
         assert text == "".join(item["content"][0]["text"] for item in output if item["type"] == "message")
         kinds = [item["type"] for item in respond(client, **more).json()["output"]]
         assert kinds == [item["type"] for item in output] and kinds[0] == "reasoning"
@@ -548,14 +563,14 @@ def test_infill(client: TestClient, backend: FakeBackend) -> None:
 
 
 def test_edit_streams_drafts_and_then_the_whole(client: TestClient, backend: FakeBackend) -> None:
-    asked = {"text": "ab", "spans": [[0, 1]], "instruction": "shout", "stream": True, "drafts": True, "seed": 1}
-    *drafts, last = events(client.post("/v1/edit", json=asked))
+    body = {"text": "ab", "spans": [[0, 1]], "instruction": "shout", "stream": True, "drafts": True, "seed": 1}
+    *drafts, last = events(client.post("/v1/edit", json=body))
     assert len(drafts) == 3 and all(set(one) == {"object", "draft"} for one in drafts)
     assert last["object"] == "edit" and last["text"] == "AB" and "+AB" in last["diff"]
     assert backend.queries == [Edit("ab", "shout", [(0, 1)], None, Options(seed=1, drafts=True))]
     assert refused(client.post("/v1/edit", json={"text": "a", "spans": [[1]]}))["param"] == "spans[0]"
-    asked = {"text": "ab", "instruction": "shout", "stream": True}
-    assert len(events(client.post("/v1/edit", json=asked))) == 1
+    body = {"text": "ab", "instruction": "shout", "stream": True}
+    assert len(events(client.post("/v1/edit", json=body))) == 1
 
 
 def test_fill(client: TestClient, backend: FakeBackend) -> None:
@@ -590,8 +605,8 @@ def test_decisions(client: TestClient, backend: FakeBackend) -> None:
 
 def test_models(backend: FakeBackend) -> None:
     with connect(backend, Settings(name="mine", aliases=("gpt/x",))) as client:
-        found = client.get("/v1/models").json()
-        assert found["object"] == "list" and [one["id"] for one in found["data"]] == ["mine", "fake", "gpt/x"]
+        models = client.get("/v1/models").json()
+        assert models["object"] == "list" and [one["id"] for one in models["data"]] == ["mine", "fake", "gpt/x"]
         one = client.get("/v1/models/gpt/x").json()
         assert one["canvas_length"] == 16 and one["max_model_len"] == 4096 and one["is_diffusion"] is True
         assert chat(client, model="gpt/x").json()["model"] == "mine"
@@ -600,8 +615,8 @@ def test_models(backend: FakeBackend) -> None:
 
 
 def test_options(client: TestClient) -> None:
-    found = {one["name"]: one for one in client.get("/v1/options").json()["options"]}
-    assert found["max_steps"] == {
+    options = {one["name"]: one for one in client.get("/v1/options").json()["options"]}
+    assert options["max_steps"] == {
         "name": "max_steps",
         "type": "integer",
         "default": 24,
@@ -610,9 +625,9 @@ def test_options(client: TestClient) -> None:
         "choices": None,
         "doc": "Denoising steps of a canvas at most.",
     }
-    assert found["mode"]["choices"] == ["diffusion", "autoregressive"] and found["t_max"]["default"] == 0.7
-    assert found["stop"]["type"] == "array" and found["schema"]["type"] == "object"
-    assert found["temperature"]["maximum"] == 2 and "must_call" not in found
+    assert options["mode"]["choices"] == ["diffusion", "autoregressive"] and options["t_max"]["default"] == 0.7
+    assert options["stop"]["type"] == "array" and options["schema"]["type"] == "object"
+    assert options["temperature"]["maximum"] == 2 and "must_call" not in options
 
 
 def test_health_and_ready(backend: FakeBackend, client: TestClient) -> None:
@@ -672,8 +687,8 @@ def test_metrics(backend: FakeBackend, client: TestClient) -> None:
 def test_errors(error: Exception, status: int, type: str, code: str | None, is_stream: bool) -> None:
     with connect(FakeBackend(error=error)) as client:
         response = chat(client, stream=is_stream)
-        found = refused(response, status)
-        assert (found["type"], found["code"]) == (type, code) and "secret" not in found["message"]
+        body = refused(response, status)
+        assert (body["type"], body["code"]) == (type, code) and "secret" not in body["message"]
         assert (response.headers.get("retry-after") == "1") is (status == 503)
         assert response.headers["x-request-id"]
 

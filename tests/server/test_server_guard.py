@@ -87,14 +87,14 @@ def test_origins() -> None:
             response = client.post(PATH, json=body, headers={"origin": "https://app.example"})
             assert status(response) == expected and response.headers["vary"] == "Origin"
             assert response.headers["access-control-allow-origin"] == "https://app.example"
-        asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-        response = client.options(PATH, headers={"origin": "https://app.example", **asked})
+        headers = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        response = client.options(PATH, headers={"origin": "https://app.example", **headers})
         assert response.status_code == 204 and response.headers["access-control-allow-headers"] == "authorization"
-        assert status(client.options(PATH, headers={"origin": "https://evil.example", **asked})) == 403
+        assert status(client.options(PATH, headers={"origin": "https://evil.example", **headers})) == 403
     with connect(Settings(cors=("*",), keys=("k",))) as client:
         response = client.post(PATH, json=BODY, headers={"origin": "null"})
         assert status(response) == 401 and response.headers["access-control-allow-origin"] == "null"
-        assert client.options(PATH, headers={"origin": "null", **asked}).status_code == 204
+        assert client.options(PATH, headers={"origin": "null", **headers}).status_code == 204
 
 
 # --- ids, the log, the page ----------------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ def test_request_ids() -> None:
     with connect(Settings()) as client:
         assert client.get("/health", headers={"x-request-id": "my-id_1"}).headers["x-request-id"] == "my-id_1"
         for wrong in ("a b", "x" * 65, "a\tb", ""):
-            made = client.get("/nothing", headers={"x-request-id": wrong}).headers["x-request-id"]
-            assert made != wrong and made.startswith("req_")
+            id = client.get("/nothing", headers={"x-request-id": wrong}).headers["x-request-id"]
+            assert id != wrong and id.startswith("req_")
 
 
 def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -328,8 +328,8 @@ def test_a_server_that_stops(is_stream: bool, is_in_time: bool) -> None:
 
 @contextmanager
 def served(backend: FakeBackend, settings: Settings = Settings()) -> Iterator[Served]:  # noqa: B008 - frozen
-    with serving(create(backend, settings)) as found:
-        yield found
+    with serving(create(backend, settings)) as one:
+        yield one
 
 
 def request(body: dict[str, Any]) -> bytes:
