@@ -1,6 +1,6 @@
-"""A `Backend` without a model: what it answers follows from the job alone, so that tests can know it.
+"""A `Backend` without a model: what it answers follows from the query alone, so that tests can know it.
 
-A chat is answered with `reply(job)`, three words a canvas. With tools, and no result of one as the last message, it
+A chat is answered with `reply(query)`, three words a canvas. With tools, and no result of one as the last message, it
 calls the first tool with `sample` arguments; a thought comes with `thinking`, a sample of the schema with `schema`.
 """
 
@@ -11,16 +11,22 @@ import json
 import re
 import socket
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
 
 from sfumato.errors import SfumatoError
 from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, Usage
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
+from sfumato.templates.requests import Answer, Chat, Complete, Decide, Edit, Fill, Infill, Query
+from sfumato.templates.slots import Slot
+
+T = TypeVar("T")
 
 CARD = ModelCard(
     name="fake",
@@ -54,6 +60,7 @@ class FakeBackend:
     ) -> None:
         self.model, self.pause, self.error, self.error_after, self.text = card, pause, error, error_after, text
         self.jobs: list[Job] = []
+        """Every job so far."""
         self.finished = self.cancelled = self.running = self.most_running = 0
         self.is_loaded = True
         self.start_error: SfumatoError | None = None
@@ -62,6 +69,11 @@ class FakeBackend:
         self.hold.set()
         self.changed = asyncio.Event()
         """Pulses when a job begins, waits at `hold`, or ends."""
+
+    @property
+    def queries(self) -> list[Query]:
+        """The queries of its jobs."""
+        return [job.query for job in self.jobs]
 
     async def start(self) -> None:
         if self.start_error is not None:
@@ -92,8 +104,8 @@ class FakeBackend:
         self._count("running", 1)
         self.most_running = max(self.most_running, self.running)
         try:
-            for sent, event in enumerate(events_of(job, self.text)):
-                if self.error is not None and sent >= self.error_after:
+            for number, event in enumerate(events_of(job.query, self.text)):
+                if self.error is not None and number >= self.error_after:
                     raise self.error
                 await asyncio.sleep(self.pause)
                 if not isinstance(event, Draft | Commit | Done):
@@ -115,36 +127,37 @@ class FakeBackend:
         self.changed.set()
 
 
-def events_of(job: Job, text: str | None = None) -> list[Event | Result]:
-    """All that a job gives."""
-    usage, seed = Usage(5, 6, 2, 6, 8, 0.5, 0.2, 3), job.options.seed or 0
-    payload = job.payload
+def events_of(query: Query, text: str | None = None) -> list[Event | Result]:
+    """All events of a query, or its drafts and its result."""
+    usage, seed = Usage(5, 6, 2, 6, 8, 0.5, 0.2, 3), query.options.seed or 0
     drafts: list[Event | Result] = []
-    if job.options.drafts:
+    if query.options.drafts:
         drafts = [_draft(0, step, ["ab", " cd", ""]) for step in range(STEPS)]
-    if job.kind == "infill":
-        middle = " middle "
-        whole = payload["prefix"] + middle + payload["suffix"]
-        return [*drafts, Filled(whole, {"middle": middle}, usage, seed, {"middle": 2})]
-    if job.kind == "edit":
-        return [*drafts, Edited(payload["text"].upper(), payload["text"], usage, seed)]
-    if job.kind == "fill":
-        return [*drafts, _filled(payload["template"], usage, seed)]
-    if job.kind == "decide":
-        return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in payload["fields"].items()}]
-    return _answer(job, text)
+    match query:
+        case Infill(prefix=prefix, suffix=suffix):
+            middle = " middle "
+            return [*drafts, Filled(prefix + middle + suffix, {"middle": middle}, usage, seed, {"middle": 2})]
+        case Edit(text=before):
+            return [*drafts, Edited(before.upper(), before, usage, seed)]
+        case Fill(template=template):
+            return [*drafts, _filled(template, usage, seed)]
+        case Decide(fields=fields):
+            return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in fields.items()}]
+        case _:
+            return _answer(query, text)
 
 
-def _answer(job: Job, text: str | None) -> list[Event | Result]:
-    options, messages = job.options, job.payload.get("messages") or []
-    calls, thought = [], None
-    if job.kind == "chat" and job.payload["tools"] and messages[-1]["role"] != "tool":
-        function = job.payload["tools"][0]["function"]
+def _answer(query: Answer, text: str | None) -> list[Event | Result]:
+    options = query.options
+    calls: list[dict[str, Any]] = []
+    thought = None
+    if isinstance(query, Chat) and query.tools and query.messages[-1]["role"] != "tool":
+        function = query.tools[0]["function"]
         calls = [{"name": function["name"], "arguments": sample(function.get("parameters") or {"type": "object"})}]
-        calls *= 2 if "twice" in str(messages[-1].get("content")) else 1
+        calls *= 2 if "twice" in str(query.messages[-1].get("content")) else 1
         text = ""
     elif text is None:
-        text = reply(job)
+        text = reply(query)
     if options.thinking:
         thought = "Let me think."
     stop = next((s for s in options.stop if s in text), None)
@@ -153,17 +166,17 @@ def _answer(job: Job, text: str | None) -> list[Event | Result]:
     pieces = re.findall(r"\s*\S+|\s+$", text)
     is_cut = options.max_tokens is not None and len(pieces) > options.max_tokens
     pieces = pieces[: options.max_tokens]
-    found: list[Event | Result] = []
+    events: list[Event | Result] = []
     canvases = [pieces[i : i + WORDS] for i in range(0, len(pieces), WORDS)] or [[]]
     for canvas, words in enumerate(canvases):
         if options.drafts:
-            found += [_draft(canvas, step, words) for step in range(STEPS)]
+            events += [_draft(canvas, step, words) for step in range(STEPS)]
         is_first, is_last = canvas == 0, canvas == len(canvases) - 1
         logprobs = [-0.5 * (i + 1) for i in range(len(words))] if options.logprobs else None
         tops = None
         if options.top_logprobs:
             tops = [{word: -0.5, " other": float("-inf")} for word in words]
-        found.append(
+        events.append(
             Commit(
                 row=0,
                 canvas=canvas,
@@ -178,42 +191,35 @@ def _answer(job: Job, text: str | None) -> list[Event | Result]:
             )
         )
     n = len(canvases)
-    usage = Usage(_size(job), len(pieces), n, STEPS * n, STEPS * n + 1, 0.5, 0.2, 1)
+    usage = Usage(_size(query), len(pieces), n, STEPS * n, STEPS * n + 1, 0.5, 0.2, 1)
     reason: Any = "length" if is_cut else "stop"
     done = Done(0, reason, list(range(len(pieces))), usage, options.seed or 0, "".join(pieces), stop)
-    found.append(_with(done, thought, calls))
-    return found
+    return [*events, replace(done, thought=thought, tool_calls=calls)]
 
 
-def _with(done: Done, thought: str | None, calls: list[dict[str, Any]]) -> Done:
-    return Done(
-        done.row, done.finish_reason, done.tokens, done.usage, done.seed, done.text, done.stop, None, thought, calls
-    )
-
-
-def reply(job: Job) -> str:
-    """What it says: a sample of the schema, the result of a tool, or what it was asked and by which seed."""
-    options = job.options
+def reply(query: Answer) -> str:
+    """The text of an answer: a sample of the schema, the result of a tool, or the question and the seed."""
+    options = query.options
     if options.schema is not None:
         return json.dumps(sample(options.schema if isinstance(options.schema, dict) else {}))
     if options.choices:
         return options.choices[0]
-    if job.kind == "complete":
+    if isinstance(query, Complete):
         return f" one two three four five (seed {options.seed})."
-    last = job.payload["messages"][-1]
-    said = last.get("content") or ""
-    said = said if isinstance(said, str) else "".join(part["text"] for part in said)
-    return f"The tool says {said}" if last["role"] == "tool" else f"You said: {said} (seed {options.seed})."
+    last = query.messages[-1]
+    content = last.get("content") or ""
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return f"The tool says {text}" if last["role"] == "tool" else f"You said: {text} (seed {options.seed})."
 
 
 def sample(schema: Any, root: Any = None) -> Any:
     """A small value that a simple schema allows."""
     root = schema if root is None else root
     if "$ref" in schema:
-        found = root
+        inner = root
         for step in schema["$ref"].removeprefix("#/").split("/"):
-            found = found[step]
-        return sample(found, root)
+            inner = inner[step]
+        return sample(inner, root)
     if "const" in schema:
         return schema["const"]
     for word in ("enum", "anyOf", "oneOf"):
@@ -235,21 +241,25 @@ def _draft(canvas: int, step: int, words: list[str]) -> Draft:
     return Draft(0, canvas, step, list(range(n)), entropies, certain, "".join(pieces), pieces, n)
 
 
-def _filled(template: list[Any], usage: Usage, seed: int) -> Filled:
-    text, values = "", {}
+def _filled(template: Sequence[str | Slot], usage: Usage, seed: int) -> Filled:
+    text = ""
+    values: dict[str, str] = {}
     for piece in template:
         if isinstance(piece, str):
             text += piece
         else:
-            name = piece.get("name") or str(len(values) + 1)
-            values[name] = piece["choices"][0] if piece.get("choices") else f"<{name}>"
+            name = piece.name or str(len(values) + 1)
+            values[name] = piece.choices[0] if piece.choices else f"<{name}>"
             text += values[name]
     return Filled(text, values, usage, seed, dict.fromkeys(values, 1))
 
 
-def _size(job: Job) -> int:
-    prompt = job.payload.get("prompt")
-    return len(prompt) if isinstance(prompt, list) else len(json.dumps(job.payload).split())
+def _size(query: Answer) -> int:
+    """A number that grows with the prompt."""
+    if isinstance(query, Complete) and not isinstance(query.prompt, str):
+        return len(query.prompt)
+    fields = {name: value for name, value in asdict(query).items() if name != "options"}
+    return len(json.dumps(fields).split())
 
 
 @dataclass
@@ -260,13 +270,13 @@ class Served:
     port: int
     loop: asyncio.AbstractEventLoop
 
-    def ask(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def ask(self, work: Coroutine[Any, Any, T]) -> T:
         """What the work returns, in the server's own loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(20)
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[Served]:
+def serving(app: FastAPI) -> Iterator[Served]:
     listener = socket.create_server(("127.0.0.1", 0))
     servers: SimpleQueue[Server] = SimpleQueue()
 

@@ -24,23 +24,22 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
 --disable-component-update --disable-sync""".split()
 """For chromium: no sandbox in a container, and no traffic of its own."""
 
-OPTIONS: list[dict[str, Any]] = [
-    dict(zip(("name", "type", "default", "minimum", "maximum", "choices", "doc"), option, strict=True))
-    for option in [
-        ("max_tokens", "integer", None, 1, None, None, "New tokens at most; none: up to the end of the context."),
-        ("stop", "array", [], None, None, None, "Strings that end the answer, wherever they fall in a canvas."),
-        ("seed", "integer", None, 0, None, None, "Same seed, same text; none: a fresh seed, reported in the result."),
-        ("mode", "string", None, None, None, ["diffusion", "autoregressive"], "None: diffusion, if there is a canvas."),
-        ("max_steps", "integer", 48, 1, 4096, None, "Cap on denoising steps a canvas."),
-        ("t_max", "number", 0.8, 0.000001, 100, None, "The temperature of a canvas's first step."),
-        ("entropy_bound", "number", 0.1, 0, 1e9, None, "Nats of joint entropy that one step may accept."),
-        ("early", "boolean", False, None, None, None, "Answers that arrive early: a canvas commits what has settled."),
-        ("schema", "object", None, None, None, None, "The answer is JSON that obeys this JSON Schema."),
-        ("thinking", "boolean", False, None, None, None, "Chat only: ask the model to think before it answers."),
-        ("drafts", "boolean", False, None, None, None, "Emit a Draft after every step (a device sync each)."),
-        ("logprobs", "boolean", False, None, None, None, "Log-probability of every committed token."),
-    ]
+NAMES = ("name", "type", "default", "minimum", "maximum", "choices", "doc")
+ROWS: list[tuple[Any, ...]] = [
+    ("max_tokens", "integer", None, 1, None, None, "New tokens at most; none: up to the end of the context."),
+    ("stop", "array", [], None, None, None, "Strings that end the answer, wherever they fall in a canvas."),
+    ("seed", "integer", None, 0, None, None, "Same seed, same text; none: a fresh seed, reported in the result."),
+    ("mode", "string", None, None, None, ["diffusion", "autoregressive"], "None: diffusion, if there is a canvas."),
+    ("max_steps", "integer", 48, 1, 4096, None, "Cap on denoising steps a canvas."),
+    ("t_max", "number", 0.8, 0.000001, 100, None, "The temperature of a canvas's first step."),
+    ("entropy_bound", "number", 0.1, 0, 1e9, None, "Nats of joint entropy that one step may accept."),
+    ("early", "boolean", False, None, None, None, "Answers that arrive early: a canvas commits what has settled."),
+    ("schema", "object", None, None, None, None, "The answer is JSON that obeys this JSON Schema."),
+    ("thinking", "boolean", False, None, None, None, "Chat only: ask the model to think before it answers."),
+    ("drafts", "boolean", False, None, None, None, "Emit a Draft after every step (a device sync each)."),
+    ("logprobs", "boolean", False, None, None, None, "Log-probability of every committed token."),
 ]
+OPTIONS: list[dict[str, Any]] = [dict(zip(NAMES, row, strict=True)) for row in ROWS]
 
 
 @dataclass
@@ -86,13 +85,13 @@ def drafts(text: str, steps: int, canvas: int = 0, fixed: range = range(0), padd
     pieces = re.findall(r"\s?\w+|\s|[^\w\s]", text)
     dice = random.Random(text)
     settles = [0.0 if at in fixed else dice.uniform(0.15, 1) ** 0.8 * (steps - 1) for at in range(len(pieces))]
-    found = []
+    all_drafts = []
     for step in range(1, steps + 1):
         left = [at - step + 1 for at in settles]
         shown = [piece if far <= 0.6 else dice.choice(pieces) for piece, far in zip(pieces, left, strict=True)]
         entropies = [0.001 if far <= 0 else min(3.2, 0.12 + 0.42 * far * dice.uniform(0.6, 1.4)) for far in left]
-        found.append(draft(shown, entropies, step, canvas, padding))
-    return found
+        all_drafts.append(draft(shown, entropies, step, canvas, padding))
+    return all_drafts
 
 
 def chat(text: str, steps: int = 6, hold: threading.Event | None = None, hold_at: int = 3) -> list[Any]:
@@ -130,8 +129,9 @@ class PageServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def asked(self, path: str) -> list[dict[str, Any]]:
-        return [body for where, body in self.requests if where == path]
+    def bodies(self, path: str) -> list[dict[str, Any]]:
+        """The bodies of the requests to a path, in order."""
+        return [body for place, body in self.requests if place == path]
 
     def _next(self, path: str, body: dict[str, Any]) -> list[Any] | Refusal:
         scripts = self.scripts[path]
@@ -145,8 +145,8 @@ class PageServer:
             def _send(self, status: int, kind: str, data: bytes, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)
                 policy = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'"
-                given = {"Content-Type": kind, "Content-Length": str(len(data)), "Content-Security-Policy": policy}
-                for name, value in (given | (headers or {})).items():
+                defaults = {"Content-Type": kind, "Content-Length": str(len(data)), "Content-Security-Policy": policy}
+                for name, value in (defaults | (headers or {})).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)

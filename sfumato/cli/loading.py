@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -74,9 +74,3 @@ def load_model(load: LoadOptions) -> LLM:
             notice=lambda text: console.print(visible(text, "dim")),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-
-
-def arguments_of(load: LoadOptions) -> dict[str, Any]:
-    """The arguments of `LLM.load` by name."""
-    values = asdict(load)
-    return {"path": values.pop("model"), **values}

@@ -12,11 +12,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from sfumato.cli import files, flags
 from sfumato.cli import options as opt
-from sfumato.cli.loading import arguments_of
 from sfumato.cli.output import harmless
+from sfumato.engine.limits import BatchLimits
 from sfumato.errors import InputError
 from sfumato.options import LoadOptions
 from sfumato.server.backend import ModelCard
+from sfumato.server.cluster.plan import ClusterPlan
 from sfumato.server.settings import Limits, Settings
 from sfumato.server.worker.supervisor import SILENCE, Worker
 
@@ -91,14 +92,13 @@ class BatchFlags:
         float, typer.Option(min=1, metavar="MS", help="How long a part of one prompt may hold up the others.")
     ] = 200.0
 
-    def limits(self) -> dict[str, Any]:
-        """The fields of `BatchLimits` by name; InputError for a value out of range."""
+    def limits(self) -> BatchLimits:
+        """The limits of a batch; InputError for a value out of range."""
         memory = None
         if self.memory is not None:
             _check_range("memory", self.memory, 1e6)
             memory = round(self.memory * 1e9)
-        stall = self.stall / 1e3
-        return {"rows": self.rows, "queue": self.queue, "stall": stall, "context": self.context, "memory": memory}
+        return BatchLimits(self.rows, self.queue, memory, self.stall / 1e3, self.context)
 
 
 @dataclass(frozen=True)
@@ -138,21 +138,13 @@ def command(*, load: LoadOptions, http: HttpFlags, batch: BatchFlags, cluster: R
     cluster.check()
     settings, limits = http.settings(), batch.limits()
     if cluster.ray:
-        server_module("cluster.launch").run(
-            arguments_of(load),
-            limits,
-            settings,
-            http.port,
-            cluster.replicas or 1,
-            tell,
-            max_replicas=cluster.max_replicas,
-            address=cluster.ray_address,
-        )
+        plan = ClusterPlan(load, limits, cluster.replicas or 1, cluster.max_replicas, cluster.ray_address)
+        server_module("cluster.launch").run(plan, settings, http.port, tell)
     else:
         _serve_here(load, limits, settings, http.port)
 
 
-def _serve_here(load: LoadOptions, limits: dict[str, Any], settings: Settings, port: int) -> None:
+def _serve_here(load: LoadOptions, limits: BatchLimits, settings: Settings, port: int) -> None:
     """Serve from this process and one worker, with a bar of progress while the worker loads the model."""
     listen = server_module("http.listen")
     columns = ("loading", BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -168,7 +160,7 @@ def _serve_here(load: LoadOptions, limits: dict[str, Any], settings: Settings, p
             tell(card, address)
 
         silence = min(SILENCE, settings.limits.timeout / 2)  # the request that waits longest is told of a hang
-        listen.run(Worker(arguments_of(load), limits, loading, silence=silence), settings, port, ready)
+        listen.run(Worker(load, limits, loading, silence=silence), settings, port, ready)
 
 
 def _check_range(name: str, value: float, most: float) -> None:

@@ -1,4 +1,4 @@
-"""What the routes need of whatever runs the model: jobs in, events out. `worker.Worker` is one; tests pass a fake.
+"""What the routes need of whatever runs the model: jobs in, events out. `Worker` is one; tests pass a fake.
 
 Nothing here imports torch, nor the web framework.
 """
@@ -9,32 +9,34 @@ import traceback
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from sfumato.events import Decision, Edited, Event, Filled
-from sfumato.options import Options
+from sfumato.templates.requests import Query
 
 Result = Filled | Edited | dict[str, Decision]
 """What a job on a template ends with."""
 
+Outcome = Event | Result | Exception
+"""What comes of a job: events or a result, or the error that ends it."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """One request to the model. The payload holds the arguments of `LLM`'s method of that kind:
+    """One query to the model, and its name everywhere: in the worker, in the engine and in its events."""
 
-    chat      messages, tools (or None)
-    complete  prompt (text or token ids)
-    infill    prefix, suffix, length, at_most
-    edit      text, instruction, spans, strength
-    fill      template (texts and slot objects), prompt (text, messages or None)
-    decide    prompt (text or messages), fields, steps
-    """
+    id: str
+    """No other job of the server ever has it. It begins with the id of the HTTP request."""
+    query: Query
 
-    kind: Literal["chat", "complete", "infill", "edit", "fill", "decide"]
-    request: str
-    """The request's id, for logs."""
-    payload: dict[str, Any]
-    options: Options
+    @property
+    def request(self) -> str:
+        """The id of the HTTP request, as logs have it."""
+        return self.id.partition("/")[0].partition(NUMBER)[0]
+
+
+NUMBER = "~"
+"""What stands in a job's id between a request's id that a client chose and the number that makes it unique."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,29 @@ def where(error: BaseException, depth: int = 8) -> str:
 class Backend(Protocol):
     """Runs jobs. WorkerError while there is no worker, or when it ends under a job."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Return when the model is loaded; raise what keeps it from loading."""
+        ...
 
     async def stop(self, drain_seconds: float) -> None:
         """Take no more jobs, wait so long for those under way, then end."""
         ...
 
-    async def card(self) -> ModelCard: ...
+    async def card(self) -> ModelCard:
+        """The loaded model's card."""
+        ...
 
     def run(self, job: Job) -> AsyncGenerator[Event | Result, None]:
-        """Draft (if options.drafts), Commit and Done for chat and complete; for the others drafts and one `Result`.
+        """Draft (if options.drafts), Commit and Done for `Chat` and `Complete`; for the others drafts and one `Result`.
 
         InputError, CapacityError and BusyError come before any event. Closing the iterator cancels the job: its row is
         free within one step."""
         ...
 
-    def is_ready(self) -> bool: ...
+    def is_ready(self) -> bool:
+        """Whether jobs are taken."""
+        ...
 
-    def stats(self) -> Stats: ...
+    def stats(self) -> Stats:
+        """The worker's figures, as it last sent them."""
+        ...

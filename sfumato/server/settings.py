@@ -1,4 +1,4 @@
-"""How the server is set up: who may come, what it is called, and how much one request may ask for."""
+"""How the server is set up: who may call it, its names, and how much one request may ask for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for. How many may wait is the backend's to say."""
+    """What one request may ask for. How many requests may wait is a limit of the backend."""
 
     max_head: int = 32 << 10
     """Bytes of a request's line and headers."""
@@ -58,12 +58,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """InputError for a server that would be open to others without a key."""
+    """How one server is set up. InputError for one that would be open to others without a key."""
 
     host: str = "127.0.0.1"
     """The address it binds to. On a local one it answers only to local names."""
     keys: tuple[str, ...] = ()
-    """Of whom one is needed for everything but health and the page; none: no key is asked for."""
+    """API keys; a request needs one of them, but for health and the page. (): no key is needed."""
     name: str | None = None
     """The model's name to clients; None: its own."""
     aliases: tuple[str, ...] = ()
@@ -73,9 +73,9 @@ class Settings:
     log_prompts: bool = False
     """Write what requests say to the log."""
     write_timeout: float = 60.0
-    """Seconds for which a client may leave what it is sent unread, or what it sends unfinished."""
+    """Seconds for which a client may neither read its answer nor go on sending its body."""
     keep_alive: float = 15.0
-    """Seconds of silence in a stream after which it says that it is alive."""
+    """Seconds of silence in a stream after which a comment is sent, so that the connection stays open."""
     head_timeout: float = 10.0
     """Seconds that a client has to send a request's head, from the connection or the head's first byte on."""
     body_timeout: float = 30.0
@@ -98,4 +98,5 @@ class Settings:
 
     @property
     def is_local(self) -> bool:
+        """Whether only this machine reaches the server."""
         return self.host in LOCAL

@@ -16,7 +16,9 @@ from urllib.error import HTTPError
 import pytest
 
 from sfumato import cli
+from sfumato.engine.limits import BatchLimits
 from sfumato.errors import InputError, SfumatoError
+from sfumato.options import LoadOptions
 from sfumato.server.http import listen
 from sfumato.server.settings import Settings
 from sfumato.server.worker.supervisor import Worker
@@ -51,15 +53,8 @@ def test_the_defaults_are_local_and_bounded(call: Call, served: list[Any]) -> No
     assert call() == (0, "", "")
     worker, settings, port = served
     assert settings == Settings() and port == 8000
-    assert worker.load == {
-        "path": "nano",
-        "device": "auto",
-        "dtype": None,
-        "ops": "auto",
-        "quantize": None,
-        "memory_limit": None,
-    }
-    assert worker.limits == {"rows": 32, "queue": 256, "stall": 0.2, "context": None, "memory": None}
+    assert worker.load == LoadOptions("nano", "auto", None, "auto", None, None) == LoadOptions()
+    assert worker.limits == BatchLimits(rows=32, queue=256, stall=0.2, context=None, memory=None) == BatchLimits()
 
 
 def test_silence_is_shorter_than_the_longest_request(call: Call, served: list[Any]) -> None:
@@ -82,8 +77,8 @@ def test_options_reach_worker_and_settings(call: Call, served: list[Any], tmp_pa
     assert settings.aliases == ("gpt", "other") and settings.cors == ("https://a.example",) and settings.log_prompts
     assert (settings.limits.max_body, settings.limits.timeout, settings.drain) == (1 << 19, 9, 2)
     assert (settings.limits.max_connections, settings.stall_limit) == (64, 3)
-    assert worker.limits == {"rows": 4, "queue": 5, "stall": 0.05, "context": 600, "memory": 1_500_000_000}
-    assert set(worker.load.values()) == {"some/where", "cpu", "float32", "fused", "int8", 2_000_000_000}
+    assert worker.limits == BatchLimits(rows=4, queue=5, stall=0.05, context=600, memory=1_500_000_000)
+    assert worker.load == LoadOptions("some/where", "cpu", "float32", "fused", "int8", 2_000_000_000)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A live server under attack (benchmarks/hostile.py): every attacker is answered, and so is everybody beside it.
+"""server/worker/: a live server under attack (benchmarks/hostile.py); attackers and bystanders get their answers.
 
 How long a bystander waits is measured by the benchmark, on a machine at rest; here it is only held that nothing waits
 for an attack to end.
@@ -74,16 +74,16 @@ def test_an_attack_ends_itself_alone(served: Any, attack: hostile.Attack) -> Non
 
 def test_generated_patterns_and_grammars_are_most_of_them_valid() -> None:
     """So that the fuzz reaches what it is for; the same seed gives the same."""
-    asked = list(hostile.generated(60, 20))
-    assert asked == list(hostile.generated(60, 20)) and len(asked) == 80
-    assert sum("grammar" in body for _, body in asked) == 20
+    requests = list(hostile.generated(60, 20))
+    assert requests == list(hostile.generated(60, 20)) and len(requests) == 80
+    assert sum("grammar" in body for _, body in requests) == 20
 
 
 @pytest.mark.slow
 def test_fuzz_leaves_the_worker_and_the_bystander_alone(tmp_path: Path) -> None:
     with serving(tmp_path / "log") as (loop, server):
-        given = argparse.Namespace(patterns=500, grammars=200, clients=4, seed=2, seconds=2.0, key=None)
-        record = loop.run_until_complete(hostile.measure_fuzz(server, given))
+        arguments = argparse.Namespace(patterns=500, grammars=200, clients=4, seed=2, seconds=2.0, key=None)
+        record = loop.run_until_complete(hostile.measure_fuzz(server, arguments))
     assert sum(record["statuses"].values()) == 700 and record["statuses"]["200"] > 150
     for name, target in record["targets"].items():
         assert target["reached"], (name, target, record["bad"])
@@ -123,7 +123,7 @@ def test_a_seed_gives_the_same_text_whatever_the_threads() -> None:
 
 @pytest.mark.slow
 def test_a_seed_gives_the_same_text_after_a_restart(tmp_path: Path) -> None:
-    async def asked(url: str) -> list[str]:
+    async def texts_of(url: str) -> list[str]:
         bodies = [
             serve.chat(f"Solve this Sudoku:\n{hostile.PUZZLE}", seed=3),
             serve.chat("hello", seed=4, max_tokens=82),
@@ -134,10 +134,10 @@ def test_a_seed_gives_the_same_text_after_a_restart(tmp_path: Path) -> None:
         return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
 
     with serving(tmp_path / "log") as (loop, server):
-        before = loop.run_until_complete(asked(server.url))
+        before = loop.run_until_complete(texts_of(server.url))
         worker = server.worker()
         assert worker is not None
         os.kill(worker, signal.SIGKILL)
         time.sleep(0.5)
         loop.run_until_complete(server._until_ready(60))
-        assert loop.run_until_complete(asked(server.url)) == before
+        assert loop.run_until_complete(texts_of(server.url)) == before

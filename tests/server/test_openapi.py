@@ -1,9 +1,8 @@
-"""The OpenAPI document against the server that gives it, by schemathesis: no case may fail it, hang, or belie it."""
+"""server/http/document.py: the OpenAPI document against the server, by schemathesis. No case may fail, or belie it."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,14 +24,11 @@ CHECKS = [
     schemathesis.checks.negative_data_rejection,
 ]
 
-Seen = Counter[tuple[str, int]]
-"""Cases of each operation by the status they were answered with."""
-
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving(create(FakeBackend(), Settings())) as found:
-        yield found
+    with serving(create(FakeBackend(), Settings())) as one:
+        yield one
 
 
 def cases(examples: int, has_edges: bool) -> Any:
@@ -57,20 +53,20 @@ def ask(case: Any, served: Served) -> None:
 
 def check_stream(text: str) -> None:
     """It ends as a stream of its kind does, and not with an error."""
-    told = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     if "event: response." in text:
-        assert json.loads(told[-1])["type"] in ("response.completed", "response.incomplete")
+        assert json.loads(events[-1])["type"] in ("response.completed", "response.incomplete")
     else:
-        assert told.pop() == "[DONE]" and told
-    assert not any("error" in one and one["error"] for one in map(json.loads, told))
+        assert events.pop() == "[DONE]" and events
+    assert not any("error" in one and one["error"] for one in map(json.loads, events))
 
 
-@cases(35, has_edges=False).parametrize()
+@cases(35, has_edges=False).parametrize()  # type: ignore[untyped-decorator]
 def test_what_the_document_says_is_so(case: Any, served: Served) -> None:
     ask(case, served)
 
 
 @pytest.mark.slow
-@cases(260, has_edges=True).parametrize()
+@cases(260, has_edges=True).parametrize()  # type: ignore[untyped-decorator]
 def test_what_the_document_says_is_so_in_thousands_of_cases(case: Any, served: Served) -> None:
     ask(case, served)

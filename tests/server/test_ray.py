@@ -1,4 +1,4 @@
-"""Replicas on Ray: which one a job goes to, what becomes of it when that one ends, and two of them under load."""
+"""server/cluster/: which replica a job goes to, what becomes of it when that one ends, and two of them under load."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from sfumato import cli
+from sfumato.engine.limits import BatchLimits
 from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
-from sfumato.events import Commit, Done, Draft, Usage
-from sfumato.options import Options
-from sfumato.server.backend import Job, ModelCard, Stats
+from sfumato.events import Commit, Done, Draft, Event, Usage
+from sfumato.options import LoadOptions, Options
+from sfumato.server.backend import Job, ModelCard, Result, Stats
+from sfumato.server.cluster.plan import ClusterPlan
+from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query
+from sfumato.templates.slots import Slot
 
 pytest.importorskip("ray", reason="needs ray[serve]")
 with warnings.catch_warnings():
@@ -33,73 +37,74 @@ with warnings.catch_warnings():
     from ray.exceptions import ActorDiedError
     from ray.serve.exceptions import BackPressureError
 
-    from sfumato.server.cluster import replicas
-    from sfumato.server.cluster.replicas import Plan, RayBackend, Router
+    from sfumato.server.cluster import replicas, routing
+    from sfumato.server.cluster.backend import RayBackend
+    from sfumato.server.cluster.routing import Router
 
 CARD = ModelCard("scripted", 32, 512, 100, True, True, 12, "float32", "reference")
 
 
-def job(kind: Any = "complete", seed: int | None = 0, drafts: bool = False, **payload: Any) -> Job:
-    return Job(kind, "r1", payload, Options(seed=seed, drafts=drafts))
+def job(seed: int | None = 0, drafts: bool = False, prompt: str = "") -> Job:
+    return Job("r1", Complete(prompt, Options(seed=seed, drafts=drafts)))
 
 
 # ---- which replica ---------------------------------------------------------------------------------------------------
 
 
-def said(role: str, content: str) -> dict[str, str]:
+def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-SYSTEM, ASKED = said("system", "You are brief."), said("user", "What is a canvas?")
-LATER = [said("assistant", "Text."), said("user", "And a step?")]
+SYSTEM, QUESTION = message("system", "You are brief."), message("user", "What is a canvas?")
+LATER = [message("assistant", "Text."), message("user", "And a step?")]
 
 
 @pytest.mark.parametrize(
     ("one", "other", "is_same"),
     [
-        (job("chat", messages=[SYSTEM, ASKED]), job("chat", messages=[SYSTEM, ASKED, *LATER]), True),
-        (job("chat", messages=[SYSTEM, ASKED]), job("decide", prompt=[SYSTEM, ASKED], fields={}), True),
-        (job("chat", messages=[SYSTEM, ASKED]), job("chat", messages=[ASKED]), False),
-        (job("chat", messages=[SYSTEM, ASKED]), job("chat", messages=[SYSTEM, LATER[1]]), False),
-        (job("chat", messages=[SYSTEM]), job("chat", messages=[SYSTEM, LATER[0]]), True),
-        (job(prompt="x" * 512 + "a"), job(prompt="x" * 512 + "b"), True),
-        (job(prompt="x" * 511 + "a"), job(prompt="x" * 511 + "b"), False),
-        (job(prompt=[*range(512), 1]), job(prompt=[*range(512), 2]), True),
-        (job("infill", prefix="def f():", suffix="a"), job("infill", prefix="def f():", suffix="b"), True),
-        (job("infill", prefix="def f():", suffix=""), job(prompt="def f():"), True),
-        (job("edit", text="a"), job("edit", text="b"), False),
-        (job("fill", template=["a", {"name": "b"}]), job("fill", template=["a", {"name": "c"}]), False),
-        (job("fill", template=["a"], prompt="p"), job("fill", template=["b"], prompt="p"), True),
+        (Chat([SYSTEM, QUESTION]), Chat([SYSTEM, QUESTION, *LATER]), True),
+        (Chat([SYSTEM, QUESTION]), Decide([SYSTEM, QUESTION], {}), True),
+        (Chat([SYSTEM, QUESTION]), Chat([QUESTION]), False),
+        (Chat([SYSTEM, QUESTION]), Chat([SYSTEM, LATER[1]]), False),
+        (Chat([SYSTEM]), Chat([SYSTEM, LATER[0]]), True),
+        (Complete("x" * 512 + "a"), Complete("x" * 512 + "b"), True),
+        (Complete("x" * 511 + "a"), Complete("x" * 511 + "b"), False),
+        (Complete([*range(512), 1]), Complete([*range(512), 2]), True),
+        (Infill("def f():", "a"), Infill("def f():", "b"), True),
+        (Infill("def f():", ""), Complete("def f():"), True),
+        (Edit("a"), Edit("b"), False),
+        (Fill(["a", Slot("b")]), Fill(["a", Slot("c")]), False),
+        (Fill(["a"], "p"), Fill(["b"], "p"), True),
     ],
 )
-def test_jobs_that_begin_alike_have_one_key(one: Job, other: Job, is_same: bool) -> None:
-    assert (replicas.key_of(one) == replicas.key_of(other)) is is_same
+def test_jobs_that_begin_alike_have_one_key(one: Query, other: Query, is_same: bool) -> None:
+    assert (routing.key_of(one) == routing.key_of(other)) is is_same
 
 
 def test_a_job_that_begins_with_nothing_has_no_key() -> None:
-    assert replicas.key_of(job(prompt="")) == replicas.key_of(job("infill", prefix="", suffix="b")) == ""
+    assert routing.key_of(Complete("")) == routing.key_of(Infill("", "b")) == ""
 
 
 def test_homes_are_spread_and_stay_when_others_come_and_go() -> None:
     keys, names = [str(number) for number in range(3000)], ["a", "b", "c"]
-    before = {key: replicas.home(key, names) for key in keys}
+    before = {key: routing.home(key, names) for key in keys}
     assert all(900 < count < 1100 for count in Counter(before.values()).values())
-    assert all(before[key] == replicas.home(key, names[::-1]) for key in keys)
-    grown = {key: replicas.home(key, [*names, "d"]) for key in keys}
+    assert all(before[key] == routing.home(key, names[::-1]) for key in keys)
+    grown = {key: routing.home(key, [*names, "d"]) for key in keys}
     moved = [key for key in keys if grown[key] != before[key]]
     assert 650 < len(moved) < 850 and {grown[key] for key in moved} == {"d"}
 
 
 def test_a_home_comes_first_unless_it_has_more_to_do_than_another_by_over_the_bound() -> None:
     names = ["a", "b", "c", "d"]
-    at = replicas.home("key", names)
-    first, two = replicas.ranks("key", dict.fromkeys(names, 5) | {at: 13}, bound=8)
+    at = routing.home("key", names)
+    first, two = routing.ranks("key", dict.fromkeys(names, 5) | {at: 13}, bound=8)
     assert first == [at] and len(set(two)) == 2 and set(two) <= set(names)
-    [two] = replicas.ranks("key", dict.fromkeys(names, 5) | {at: 14}, bound=8)
+    [two] = routing.ranks("key", dict.fromkeys(names, 5) | {at: 14}, bound=8)
     assert len(set(two)) == 2
-    drawn = [replicas.ranks("", dict.fromkeys(names, 0), bound=8) for _ in range(200)]
+    drawn = [routing.ranks("", dict.fromkeys(names, 0), bound=8) for _ in range(200)]
     assert {name for [pair] in drawn for name in pair} == set(names)
-    assert replicas.ranks("key", {"a": 50}, bound=8) == [["a"], ["a"]]
+    assert routing.ranks("key", {"a": 50}, bound=8) == [["a"], ["a"]]
 
 
 def chosen(names: str, queues: dict[str, int], what: Job, avoid: str | None = None) -> list[list[str]]:
@@ -108,14 +113,14 @@ def chosen(names: str, queues: dict[str, int], what: Job, avoid: str | None = No
     cache = SimpleNamespace(get=lambda replica: queues.get(replica.unique_id))
     request = SimpleNamespace(args=(what, avoid), routing_context=SimpleNamespace(should_backoff=False))
     router: Any = SimpleNamespace(bound=2, replica_queue_len_cache=cache)
-    found = asyncio.run(Router.choose_replicas(router, there, request))  # type: ignore[arg-type]
+    groups = asyncio.run(Router.choose_replicas(router, cast(Any, there), cast(Any, request)))
     assert request.routing_context.should_backoff
-    return [[one.replica_id.unique_id for one in group] for group in found]
+    return [[one.replica_id.unique_id for one in group] for group in groups]
 
 
 def test_the_router_takes_the_home_but_not_the_replica_to_avoid_while_there_is_another() -> None:
     what = job(prompt="Once upon a time")
-    at = replicas.home(replicas.key_of(what), ["a", "b"])
+    at = routing.home(routing.key_of(what.query), ["a", "b"])
     other = "b" if at == "a" else "a"
     assert chosen("ab", {}, what)[0] == [at]
     assert [sorted(group) for group in chosen("ab", {at: 3}, what)] == [["a", "b"]]
@@ -165,22 +170,22 @@ class Handle:
 
 
 def over(*scripts: list[Any]) -> RayBackend:
-    backend = RayBackend(Plan({}, {"rows": 4, "queue": 8}, 2, 2, 1.0, None))
+    backend = RayBackend(ClusterPlan(LoadOptions(), BatchLimits(rows=4, queue=8), 2), drain=1.0)
     backend.handle, backend._is_open = Handle(*scripts), True
     return backend
 
 
-def outcome(backend: RayBackend, what: Job) -> tuple[list[Any], Exception | None]:
-    """What was handed out, and the error that ended it."""
+def outcome(backend: RayBackend, what: Job) -> tuple[list[Event | Result], Exception | None]:
+    """The events that a client gets, and the error that ends them."""
 
-    async def collect() -> tuple[list[Any], Exception | None]:
-        found: list[Any] = []
+    async def collect() -> tuple[list[Event | Result], Exception | None]:
+        events: list[Event | Result] = []
         try:
             async for one in backend.run(what):
-                found.append(one)
+                events.append(one)
         except Exception as error:
-            return found, error
-        return found, None
+            return events, error
+        return events, None
 
     result = asyncio.run(collect())
     assert all(response.is_cancelled for response in backend.handle.responses[: len(backend.handle.calls)])
@@ -195,7 +200,9 @@ DIED = Raised(ActorDiedError())
 
 
 @pytest.mark.parametrize("death", [[DIED], ["a", DIED], ["a", ENDED], ["a"]])
-def test_a_job_whose_replica_ends_before_an_event_is_sent_once_more(death: list[Any], caplog) -> None:
+def test_a_job_whose_replica_ends_before_an_event_is_sent_once_more(
+    death: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     backend = over(death, ["b", ONE, TWO, END])
     assert outcome(backend, job()) == ([ONE, TWO, END], None)
     assert [avoid for _, avoid in backend.handle.calls] == [None, "a" if "a" in death else None]
@@ -203,21 +210,21 @@ def test_a_job_whose_replica_ends_before_an_event_is_sent_once_more(death: list[
 
 
 @pytest.mark.parametrize("death", [DIED, ENDED])
-def test_events_handed_out_are_not_handed_out_again(death) -> None:
+def test_events_that_a_client_has_are_not_sent_again(death: Any) -> None:
     backend = over(["a", SKETCH, ONE, death], ["b", SKETCH, ONE, TWO, END])
     assert outcome(backend, job(drafts=True)) == ([SKETCH, ONE, TWO, END], None)
 
 
 @pytest.mark.parametrize("again", [[TWO, END], [SKETCH, ONE, END], [END]])
 def test_a_second_run_that_differs_is_an_error_and_no_mixture(again: list[Any]) -> None:
-    found, error = outcome(over(["a", ONE, DIED], ["b", *again]), job())
-    assert found == [ONE] and isinstance(error, WorkerError) and "goes on differently; send it again" in str(error)
+    events, error = outcome(over(["a", ONE, DIED], ["b", *again]), job())
+    assert events == [ONE] and isinstance(error, WorkerError) and "goes on differently; send it again" in str(error)
 
 
 def test_there_is_no_third_try() -> None:
     backend = over(["a", ONE, DIED], ["b", ONE, ENDED], ["c", ONE, TWO, END])
-    found, error = outcome(backend, job())
-    assert found == [ONE] and len(backend.handle.calls) == 2 and isinstance(error, WorkerError)
+    events, error = outcome(backend, job())
+    assert events == [ONE] and len(backend.handle.calls) == 2 and isinstance(error, WorkerError)
     assert str(error) == (
         "replica b: the engine's worker ended (signal 9) under this request, and before that another one; "
         "send the request again"
@@ -228,7 +235,7 @@ def test_a_seed_is_chosen_before_the_first_try() -> None:
     backend = over([DIED], ["b", END])
     outcome(backend, job(seed=None))
     (first, _), (second, _) = backend.handle.calls
-    assert first == second and isinstance(first.options.seed, int)
+    assert first == second and isinstance(first.query.options.seed, int)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +251,8 @@ def test_errors_that_another_replica_would_not_cure_are_not_tried_again(
     script: list[Any], kind: type, part: str
 ) -> None:
     backend = over(script)
-    found, error = outcome(backend, job())
-    assert found == [] and type(error) is kind and part in str(error) and len(backend.handle.calls) == 1
+    events, error = outcome(backend, job())
+    assert events == [] and type(error) is kind and part in str(error) and len(backend.handle.calls) == 1
 
 
 def test_closing_the_iterator_cancels_the_call() -> None:
@@ -270,13 +277,12 @@ def test_counters_only_grow_and_what_is_at_the_moment_is_of_those_that_are_there
 
 
 @pytest.mark.parametrize("error", [InputError("there is no model 'x'; give a folder"), SfumatoError("two\nlines")])
-def test_why_a_model_cannot_be_loaded_survives_rays_account_of_it(error: SfumatoError) -> None:
-    account = (
-        f"The deployment failed to start.\n  raise RuntimeError(told(error))\nRuntimeError: {replicas.told(error)}\n"
-    )
-    found = replicas.heard(account)
-    assert type(found) is type(error) and str(found) == str(error).replace("\n", " ")
-    assert "Ray cannot start the model: no GPU" in str(replicas.heard("One.\n  no GPU\n"))
+def test_why_a_model_cannot_be_loaded_survives_rays_report_of_it(error: SfumatoError) -> None:
+    line = replicas.marked(error)
+    report = f"The deployment failed to start.\n  raise RuntimeError(marked(error))\nRuntimeError: {line}\n"
+    arrived = replicas.error_in(report)
+    assert type(arrived) is type(error) and str(arrived) == str(error).replace("\n", " ")
+    assert "Ray cannot start the model: no GPU" in str(replicas.error_in("One.\n  no GPU\n"))
 
 
 @pytest.mark.parametrize(
@@ -317,12 +323,12 @@ class Serving:
     def wait(self) -> None:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, line + self.log.read_text()
-        self.address = found[0]
+        match = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert match, line + self.log.read_text()
+        self.address = match[0]
 
     def family(self) -> list[Any]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return list(psutil.Process(self.process.pid).children(recursive=True))
 
     def actors(self) -> list[Any]:
         return [one for one in self.family() if " ".join(one.cmdline()).startswith("ray::ServeReplica")]
@@ -337,9 +343,9 @@ class Serving:
 
     def figure(self, name: str) -> float:
         with urllib.request.urlopen(self.address + "/metrics", timeout=30) as answer:
-            found = re.search(rf"^sfumato_{name} (\S+)$", answer.read().decode(), re.MULTILINE)
-        assert found
-        return float(found[1])
+            match = re.search(rf"^sfumato_{name} (\S+)$", answer.read().decode(), re.MULTILINE)
+        assert match
+        return float(match[1])
 
     def until(self, is_so: Callable[[], bool]) -> None:
         pause = threading.Event()
@@ -349,30 +355,30 @@ class Serving:
             pause.wait(0.1)
         raise AssertionError(self.log.read_text())
 
-    def ask(self, number: int, id: str, begun: threading.Event) -> str:
+    def ask(self, number: int, id: str, has_begun: threading.Event) -> str:
         """One chat of two canvases; every other one is a stream."""
         is_stream = number % 2 == 0
-        body: dict[str, Any] = {"messages": [said("user", f"Number {number}")], "max_tokens": 150, "seed": number}
+        body: dict[str, Any] = {"messages": [message("user", f"Number {number}")], "max_tokens": 150, "seed": number}
         headers = {"content-type": "application/json", "x-request-id": id}
         data = json.dumps(body | {"stream": is_stream}).encode()
         request = urllib.request.Request(self.address + "/v1/chat/completions", data, headers)
         with urllib.request.urlopen(request, timeout=120) as answer:
             assert answer.status == 200
             if not is_stream:
-                return json.load(answer)["choices"][0]["message"]["content"]
+                return str(json.load(answer)["choices"][0]["message"]["content"])
             text, lines = "", []
             for line in answer:
                 lines.append(line)
                 if line.startswith(b"data: {"):
                     text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
                     if text:
-                        begun.set()
+                        has_begun.set()
             assert lines[-2] == b"data: [DONE]\n", lines[-3:]
             return text
 
     def leave(self) -> None:
         """Go away from a long answer when it has a row and its first words."""
-        body = {"messages": [ASKED], "stream": True}
+        body = {"messages": [QUESTION], "stream": True}
         headers = {"content-type": "application/json"}
         request = urllib.request.Request(self.address + "/v1/chat/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=120) as answer:
@@ -382,12 +388,12 @@ class Serving:
 
     def load(self, round: str, disturb: Callable[[], None] = lambda: None) -> list[str]:
         """The texts of all requests at once; when the first has begun, something happens."""
-        begun = threading.Event()
+        has_begun = threading.Event()
         with ThreadPoolExecutor(REQUESTS) as pool:
-            asked = [pool.submit(self.ask, number, f"{round}-{number}", begun) for number in range(REQUESTS)]
-            assert begun.wait(60)
+            answers = [pool.submit(self.ask, number, f"{round}-{number}", has_begun) for number in range(REQUESTS)]
+            assert has_begun.wait(60)
             disturb()
-            return [one.result() for one in asked]
+            return [one.result() for one in answers]
 
     def again(self, round: str) -> Counter[str]:
         """How often each request was sent again."""
@@ -401,10 +407,10 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
         one.wait()
         yield one
     finally:
-        left = one.family() if one.process.poll() is None else []
+        family = one.family() if one.process.poll() is None else []
         one.process.kill()
         one.process.communicate()
-        for process in left:
+        for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 

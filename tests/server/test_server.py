@@ -1,9 +1,10 @@
-"""The routes, over a fake backend: what each takes, refuses and answers, whole and as a stream."""
+"""server/app.py, openai/ and canvas/: the routes over a fake backend, what each takes, refuses and answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from fake_backend import CARD, FakeBackend
 from starlette.testclient import TestClient
 
 from sfumato.errors import BusyError, CapacityError, InputError, WorkerError
-from sfumato.options import Options
+from sfumato.options import OPTIONS, Options
 from sfumato.server.app import Limits, Settings, create
-from sfumato.server.catalogue import options as catalogue
+from sfumato.server.http.options import SET_BY_OTHERS
+from sfumato.server.openai.bodies import ChatRequest
+from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill
+from sfumato.templates.slots import Slot
 
 MESSAGES = [{"role": "user", "content": "Hello there"}]
 WEATHER = {
@@ -34,12 +38,23 @@ def backend() -> FakeBackend:
 
 @pytest.fixture
 def client(backend: FakeBackend) -> Iterator[TestClient]:
-    with connect(backend) as found:
-        yield found
+    with connect(backend) as one:
+        yield one
 
 
 def connect(backend: FakeBackend, settings: Settings = Settings()) -> TestClient:  # noqa: B008 - frozen
     return TestClient(create(backend, settings), base_url="http://localhost")
+
+
+def chats(backend: FakeBackend) -> list[Chat]:
+    """The queries so far, which are all chats."""
+    return [query for query in backend.queries if isinstance(query, Chat) or pytest.fail(repr(query))]
+
+
+def prompts(backend: FakeBackend) -> list[str | Sequence[int]]:
+    """The prompts of the queries so far, which are all completions."""
+    queries = [query for query in backend.queries if isinstance(query, Complete) or pytest.fail(repr(query))]
+    return [query.prompt for query in queries]
 
 
 def chat(client: TestClient, **more: Any) -> Any:
@@ -59,7 +74,8 @@ def refused(response: Any, status: int = 400) -> dict[str, Any]:
     body = response.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
     assert isinstance(body["error"]["message"], str) and "\n" not in body["error"]["message"]
-    return body["error"]
+    error: dict[str, Any] = body["error"]
+    return error
 
 
 # --- chat ----------------------------------------------------------------------------------------------------------
@@ -81,21 +97,19 @@ def test_chat(client: TestClient, backend: FakeBackend) -> None:
     assert usage["completion_tokens"] == 6 and usage["total_tokens"] == usage["prompt_tokens"] + 6
     assert usage["prompt_tokens_details"] == {"cached_tokens": 1} and "completion_tokens_details" not in usage
     assert (usage["steps"], usage["canvases"], usage["passes"], usage["tokens_per_pass"]) == (6, 2, 7, 0.8571)
-    [job] = backend.jobs
-    assert job.kind == "chat" and job.payload == {"messages": MESSAGES, "tools": None}
-    assert job.options == Options(seed=5, max_steps=7)
+    assert backend.queries == [Chat(MESSAGES, None, Options(seed=5, max_steps=7))]
 
 
 def test_chat_streams(client: TestClient) -> None:
-    found = events(chat(client, seed=5, stream=True, stream_options={"include_usage": True}))
-    assert len({one["id"] for one in found}) == 1
-    assert {one["object"] for one in found} == {"chat.completion.chunk"} and {one["seed"] for one in found} == {5}
-    assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    texts = [one["choices"][0]["delta"].get("content", "") for one in found[:-1]]
+    chunks = events(chat(client, seed=5, stream=True, stream_options={"include_usage": True}))
+    assert len({one["id"] for one in chunks}) == 1
+    assert {one["object"] for one in chunks} == {"chat.completion.chunk"} and {one["seed"] for one in chunks} == {5}
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    texts = [one["choices"][0]["delta"].get("content", "") for one in chunks[:-1]]
     assert texts == ["", "You said: Hello", " there (seed 5).", ""]
-    assert [one["choices"][0]["finish_reason"] for one in found[:-1]] == [None, None, None, "stop"]
-    assert [one["usage"] for one in found[:-1]] == [None] * 4
-    assert found[-1]["choices"] == [] and found[-1]["usage"]["completion_tokens"] == 6
+    assert [one["choices"][0]["finish_reason"] for one in chunks[:-1]] == [None, None, None, "stop"]
+    assert [one["usage"] for one in chunks[:-1]] == [None] * 4
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 6
 
 
 def test_chat_stream_without_usage(client: TestClient) -> None:
@@ -103,9 +117,9 @@ def test_chat_stream_without_usage(client: TestClient) -> None:
 
 
 def test_drafts(client: TestClient) -> None:
-    found = events(chat(client, seed=5, stream=True, drafts=True))
-    drafts = [one["draft"] for one in found if "draft" in one]
-    assert all(one["choices"] == [] for one in found if "draft" in one)
+    chunks = events(chat(client, seed=5, stream=True, drafts=True))
+    drafts = [one["draft"] for one in chunks if "draft" in one]
+    assert all(one["choices"] == [] for one in chunks if "draft" in one)
     assert len(drafts) == 6 and drafts[0] == {
         "index": 0,
         "canvas": 0,
@@ -131,6 +145,18 @@ def test_choices_run_side_by_side_each_with_its_seed(backend: FakeBackend, clien
     assert streamed == {c["index"]: c["message"]["content"] for c in body["choices"]}
 
 
+def test_a_job_has_one_id_which_begins_with_the_requests(backend: FakeBackend, client: TestClient) -> None:
+    id = chat(client).headers["x-request-id"]
+    assert [job.id for job in backend.jobs] == [id]
+    id = chat(client, n=2).headers["x-request-id"]
+    assert [job.id for job in backend.jobs[1:]] == [f"{id}/0", f"{id}/1"]
+    body, headers = {"messages": MESSAGES, "n": 2}, {"x-request-id": "mine"}
+    for _ in range(3):  # a client may send the same again, while the worker still ends the one before
+        assert client.post("/v1/chat/completions", json=body, headers=headers).headers["x-request-id"] == "mine"
+    assert len({job.id for job in backend.jobs}) == 9
+    assert [job.request for job in backend.jobs[3:]] == ["mine"] * 6 and backend.jobs[1].request == id
+
+
 def test_seeds(client: TestClient) -> None:
     drawn = {chat(client).json()["seed"] for _ in range(3)}
     assert len(drawn) > 1
@@ -145,7 +171,7 @@ def test_stop_and_length(client: TestClient, backend: FakeBackend) -> None:
     assert choice["message"]["content"] == "You said: Hello" and choice["finish_reason"] == "stop"
     [choice] = chat(client, seed=5, max_completion_tokens=2).json()["choices"]
     assert choice["message"]["content"] == "You said:" and choice["finish_reason"] == "length"
-    assert backend.jobs[-1].options.max_tokens == 2
+    assert backend.queries[-1].options.max_tokens == 2
     assert refused(chat(client, max_tokens=2, max_completion_tokens=3))["param"] == "max_tokens"
 
 
@@ -175,7 +201,7 @@ def test_logprobs(client: TestClient) -> None:
 )
 def test_thinking(client: TestClient, backend: FakeBackend, more: dict[str, Any], is_thinking: bool) -> None:
     message = chat(client, **more).json()["choices"][0]["message"]
-    assert backend.jobs[0].options.thinking is is_thinking
+    assert backend.queries[0].options.thinking is is_thinking
     assert message.get("reasoning_content") == ("Let me think." if is_thinking else None)
     thoughts = [
         one["choices"][0]["delta"].get("reasoning_content") for one in events(chat(client, stream=True, **more))
@@ -193,18 +219,18 @@ def test_tools(client: TestClient, backend: FakeBackend) -> None:
     [call] = choice["message"]["tool_calls"]
     assert call["type"] == "function" and call["id"].startswith("call_")
     assert call["function"] == {"name": "weather", "arguments": '{"place": "text"}'}
-    assert backend.jobs[0].payload["tools"] == [WEATHER] and not backend.jobs[0].options.must_call
-    found = events(chat(client, tools=[WEATHER], stream=True))
+    assert chats(backend)[0].tools == [WEATHER] and not backend.queries[0].options.must_call
+    chunks = events(chat(client, tools=[WEATHER], stream=True))
     [[delta]] = [
-        one["choices"][0]["delta"]["tool_calls"] for one in found if "tool_calls" in one["choices"][0]["delta"]
+        one["choices"][0]["delta"]["tool_calls"] for one in chunks if "tool_calls" in one["choices"][0]["delta"]
     ]
     assert delta["index"] == 0 and delta["function"] == call["function"]
-    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
     after = [*MESSAGES, choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}]
     [last] = client.post("/v1/chat/completions", json={"messages": after, "tools": [WEATHER]}).json()["choices"]
     assert last["message"]["content"] == "The tool says sunny" and last["finish_reason"] == "stop"
-    assert backend.jobs[-1].payload["messages"][1] == {"role": "assistant", "tool_calls": [call]}
+    assert chats(backend)[-1].messages[1] == {"role": "assistant", "tool_calls": [call]}
 
 
 def test_parallel_calls(client: TestClient) -> None:
@@ -228,10 +254,11 @@ def test_tool_choice(client: TestClient, backend: FakeBackend) -> None:
     chat(client, tools=[WEATHER, other], tool_choice=named)
     chat(client, tools=[WEATHER], tool_choice="none")
     chat(client, tools=[WEATHER], tool_choice="auto")
-    required, one, none, auto = backend.jobs
-    assert required.options.must_call and required.options.strict and len(required.payload["tools"]) == 2
-    assert one.options.must_call and one.payload["tools"] == [WEATHER]
-    assert none.payload["tools"] is None and not none.options.must_call
+    required, one, none, auto = chats(backend)
+    assert required.options.must_call and required.options.strict
+    assert required.tools is not None and len(required.tools) == 2
+    assert one.options.must_call and one.tools == [WEATHER]
+    assert none.tools is None and not none.options.must_call
     assert not auto.options.must_call and not auto.options.strict
     assert refused(chat(client, tool_choice="required"))["param"] == "tool_choice"
     assert refused(chat(client, tools=[other], tool_choice=named))["param"] == "tool_choice"
@@ -244,21 +271,19 @@ def test_response_format(client: TestClient, backend: FakeBackend) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     [choice] = chat(client, response_format=form).json()["choices"]
     assert json.loads(choice["message"]["content"]) == {"n": 7}
-    assert backend.jobs[-1].options.schema == schema
+    assert backend.queries[-1].options.schema == schema
     chat(client, response_format={"type": "json_object"})
-    assert backend.jobs[-1].options.schema == {"type": "object"}
+    assert backend.queries[-1].options.schema == {"type": "object"}
     chat(client, response_format={"type": "text"})
-    assert backend.jobs[-1].options.schema is None
+    assert backend.queries[-1].options.schema is None
     assert refused(chat(client, response_format={"type": "json_schema"}))["param"] == "response_format.json_schema"
     assert refused(chat(client, response_format=form, regex="a"))["param"] == "response_format"
-    assert chat(client, regex="a+").status_code == 200 and backend.jobs[-1].options.regex == "a+"
+    assert chat(client, regex="a+").status_code == 200 and backend.queries[-1].options.regex == "a+"
 
 
 def test_every_option_has_its_field() -> None:
-    from sfumato.server.openai.schema import ChatRequest
-
     names = {info.alias or name for name, info in ChatRequest.model_fields.items()}
-    assert set(catalogue()) - names == {"must_call"}
+    assert OPTIONS.keys() - names == {"must_call"} == set(SET_BY_OTHERS)
 
 
 NEUTRAL = {
@@ -355,8 +380,6 @@ def test_what_is_wrong_in_a_message_is_named(client: TestClient, message: dict[s
 
 
 def test_sampling_applies_where_there_is_no_canvas() -> None:
-    from dataclasses import replace
-
     backend = FakeBackend(replace(CARD, is_diffusion=False))
     with connect(backend) as client:
         assert chat(client, top_p=0.5, top_k=3).status_code == 200
@@ -370,7 +393,7 @@ def test_parts_of_text(client: TestClient, backend: FakeBackend) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = {"messages": [{"role": "developer", "content": parts}, {"role": "user", "content": parts, "name": "x"}]}
     assert client.post("/v1/chat/completions", json=body).status_code == 200
-    assert backend.jobs[0].payload["messages"] == body["messages"]
+    assert chats(backend)[0].messages == body["messages"]
 
 
 # --- completions ---------------------------------------------------------------------------------------------------
@@ -386,55 +409,59 @@ def test_completions(client: TestClient, backend: FakeBackend) -> None:
     assert body["choices"] == [
         {"index": 0, "text": "Once one two three", "finish_reason": "length", "stop_reason": None, "logprobs": None}
     ]
-    assert backend.jobs[0].kind == "complete" and backend.jobs[0].payload == {"prompt": "Once"}
+    [query] = backend.queries
+    assert isinstance(query, Complete) and query.prompt == "Once"
 
 
 def test_several_prompts(client: TestClient, backend: FakeBackend) -> None:
     choices = complete(client, prompt=["a", "b"], n=2, seed=1).json()["choices"]
     assert [c["index"] for c in choices] == [0, 1, 2, 3]
-    assert [job.payload["prompt"] for job in backend.jobs] == ["a", "a", "b", "b"]
-    assert [job.options.seed for job in backend.jobs] == [1, 2, 1, 2]
+    assert prompts(backend) == ["a", "a", "b", "b"]
+    assert [query.options.seed for query in backend.queries] == [1, 2, 1, 2]
     complete(client, prompt=[1, 2])
-    assert backend.jobs[-1].payload == {"prompt": [1, 2]}
+    assert prompts(backend)[-1] == [1, 2]
     complete(client, prompt=[[1, 2], [3]])
-    assert [job.payload["prompt"] for job in backend.jobs[-2:]] == [[1, 2], [3]]
+    assert prompts(backend)[-2:] == [[1, 2], [3]]
     assert refused(complete(client, prompt=["a"] * 33, n=2))["param"] == "prompt"
     assert refused(complete(client, prompt=[]))["param"] == "prompt"
 
 
 def test_completion_logprobs(client: TestClient) -> None:
     [choice] = complete(client, prompt="x", logprobs=2, seed=1).json()["choices"]
-    found = choice["logprobs"]
-    assert "".join(found["tokens"]) == choice["text"]
-    assert [choice["text"][at : at + 4] for at in found["text_offset"][:2]] == [" one", " two"]
-    assert found["token_logprobs"][:2] == [-0.5, -1.0] and found["top_logprobs"][0] == {" one": -0.5, " other": -9999.0}
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert [choice["text"][at : at + 4] for at in logprobs["text_offset"][:2]] == [" one", " two"]
+    assert logprobs["token_logprobs"][:2] == [-0.5, -1.0] and logprobs["top_logprobs"][0] == {
+        " one": -0.5,
+        " other": -9999.0,
+    }
     chunks = [
         one["choices"][0]["logprobs"] for one in events(complete(client, prompt="x", logprobs=2, seed=1, stream=True))
     ]
     for name in ("tokens", "text_offset"):
-        assert [value for one in chunks if one for value in one[name]] == found[name]
+        assert [value for one in chunks if one for value in one[name]] == logprobs[name]
     [choice] = complete(client, prompt="x", logprobs=0).json()["choices"]
     assert choice["logprobs"]["top_logprobs"] is None
     assert refused(complete(client, prompt="x", logprobs=6))["param"] == "logprobs"
 
 
 def test_completions_stream(client: TestClient) -> None:
-    asked = {"include_usage": True}
-    found = events(complete(client, prompt=["a", "b"], seed=1, stream=True, echo=True, stream_options=asked))
+    usage_options = {"include_usage": True}
+    chunks = events(complete(client, prompt=["a", "b"], seed=1, stream=True, echo=True, stream_options=usage_options))
     texts = {0: "", 1: ""}
-    for one in found[:-1]:
+    for one in chunks[:-1]:
         texts[one["choices"][0]["index"]] += one["choices"][0]["text"]
     answer = " one two three four five (seed 1)."
     assert texts == {0: "a" + answer, 1: "b" + answer}
-    assert found[-1]["usage"]["completion_tokens"] == 14
+    assert chunks[-1]["usage"]["completion_tokens"] == 14
 
 
 def test_suffix_is_an_infill(client: TestClient, backend: FakeBackend) -> None:
     [choice] = complete(client, prompt="a", suffix="b", max_tokens=9).json()["choices"]
     assert choice["text"] == " middle " and choice["finish_reason"] == "stop"
-    [job] = backend.jobs
-    assert job.kind == "infill" and job.options.max_tokens is None
-    assert job.payload == {"prefix": "a", "suffix": "b", "length": None, "at_most": 9}
+    [query] = backend.queries
+    assert isinstance(query, Infill) and query.options.max_tokens is None
+    assert (query.prefix, query.suffix, query.length, query.at_most) == ("a", "b", None, 9)
     assert (
         "".join(one["choices"][0]["text"] for one in events(complete(client, prompt="a", suffix="b", stream=True)))
         == " middle "
@@ -463,22 +490,22 @@ def test_responses(client: TestClient, backend: FakeBackend) -> None:
     assert body["output"][0]["content"][0]["text"] == "You said: Hi"
     assert body["usage"]["output_tokens"] == 3
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
-    assert backend.jobs[0].payload["messages"] == messages
+    assert chats(backend)[0].messages == messages
 
 
 def test_responses_stream_what_they_end_with(client: TestClient) -> None:
     tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
     for more in ({"input": "Hi", "thinking": True, "seed": 3}, {"input": "twice", "tools": [tool], "thinking": True}):
         response = respond(client, **more, stream=True)
-        found = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
-        assert [one["sequence_number"] for one in found] == list(range(len(found)))
+        sent = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+        assert [one["sequence_number"] for one in sent] == list(range(len(sent)))
         names = [line[7:] for line in response.text.splitlines() if line.startswith("event: ")]
-        assert names == [one["type"] for one in found]
+        assert names == [one["type"] for one in sent]
         assert names[:2] == ["response.created", "response.in_progress"] and names[-1] == "response.completed"
-        output = found[-1]["response"]["output"]
-        done = [one["item"] for one in found if one["type"] == "response.output_item.done"]
-        assert done == output and [one["output_index"] for one in found if "item" in one][-1] == len(output) - 1
-        text = "".join(one["delta"] for one in found if one["type"] == "response.output_text.delta")
+        output = sent[-1]["response"]["output"]
+        done = [one["item"] for one in sent if one["type"] == "response.output_item.done"]
+        assert done == output and [one["output_index"] for one in sent if "item" in one][-1] == len(output) - 1
+        text = "".join(one["delta"] for one in sent if one["type"] == "response.output_text.delta")
         assert text == "".join(item["content"][0]["text"] for item in output if item["type"] == "message")
         kinds = [item["type"] for item in respond(client, **more).json()["output"]]
         assert kinds == [item["type"] for item in output] and kinds[0] == "reasoning"
@@ -490,19 +517,19 @@ def test_responses_conversation(client: TestClient, backend: FakeBackend) -> Non
     first = respond(
         client, input="Weather?", tools=[tool], thinking=True, tool_choice={"type": "function", "name": "weather"}
     )
-    assert backend.jobs[0].options.must_call and backend.jobs[0].options.thinking
+    assert backend.queries[0].options.must_call and backend.queries[0].options.thinking
     output = first.json()["output"]
     result = {"type": "function_call_output", "call_id": output[1]["call_id"], "output": "rain"}
     again = respond(client, input=[{"role": "user", "content": "Weather?"}, *output, result], tools=[tool]).json()
     assert again["output"][0]["content"][0]["text"] == "The tool says rain"
-    user, called, tool_said = backend.jobs[-1].payload["messages"]
+    user, called, result_message = chats(backend)[-1].messages
     assert user == {"role": "user", "content": "Weather?"} and called["reasoning_content"] == "Let me think."
-    assert called["tool_calls"][0]["id"] == output[1]["call_id"] == tool_said["tool_call_id"]
+    assert called["tool_calls"][0]["id"] == output[1]["call_id"] == result_message["tool_call_id"]
     third = respond(
         client, input=[{"role": "user", "content": "a"}, *again["output"], {"role": "user", "content": "b"}]
     )
     assert third.status_code == 200
-    assert [m["role"] for m in backend.jobs[-1].payload["messages"]] == ["user", "assistant", "user"]
+    assert [m["role"] for m in chats(backend)[-1].messages] == ["user", "assistant", "user"]
 
 
 def test_responses_format(client: TestClient, backend: FakeBackend) -> None:
@@ -510,7 +537,7 @@ def test_responses_format(client: TestClient, backend: FakeBackend) -> None:
     form = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
     body = respond(client, input="Hi", text=form).json()
     assert json.loads(body["output"][0]["content"][0]["text"]) == {"n": 7} and body["text"] == form
-    assert backend.jobs[0].options.schema == schema
+    assert backend.queries[0].options.schema == schema
 
 
 @pytest.mark.parametrize("name", ["previous_response_id", "background", "conversation", "include", "store", "nonsense"])
@@ -528,8 +555,7 @@ def test_infill(client: TestClient, backend: FakeBackend) -> None:
     body = client.post("/v1/infill", json={"prefix": "a", "suffix": "b", "length": 4, "seed": 3, "max_steps": 5}).json()
     assert body["object"] == "infill" and body["text"] == "a middle b" and body["middle"] == " middle "
     assert body["length"] == 2 and body["seed"] == 3 and body["usage"]["canvases"] == 2
-    [job] = backend.jobs
-    assert job.payload == {"prefix": "a", "suffix": "b", "length": 4, "at_most": None} and job.options.max_steps == 5
+    assert backend.queries == [Infill("a", "b", 4, None, Options(seed=3, max_steps=5))]
     refused(client.post("/v1/infill", json={"prefix": "a", "suffix": "b", "length": 4, "at_most": 5}))
     assert refused(client.post("/v1/infill", json={"prefix": "a"}))["param"] == "suffix"
     more = {"prefix": "a", "suffix": "b", "max_tokens": 3}
@@ -537,14 +563,14 @@ def test_infill(client: TestClient, backend: FakeBackend) -> None:
 
 
 def test_edit_streams_drafts_and_then_the_whole(client: TestClient, backend: FakeBackend) -> None:
-    asked = {"text": "ab", "spans": [[0, 1]], "instruction": "shout", "stream": True, "drafts": True, "seed": 1}
-    *drafts, last = events(client.post("/v1/edit", json=asked))
+    body = {"text": "ab", "spans": [[0, 1]], "instruction": "shout", "stream": True, "drafts": True, "seed": 1}
+    *drafts, last = events(client.post("/v1/edit", json=body))
     assert len(drafts) == 3 and all(set(one) == {"object", "draft"} for one in drafts)
     assert last["object"] == "edit" and last["text"] == "AB" and "+AB" in last["diff"]
-    assert backend.jobs[0].payload == {"text": "ab", "instruction": "shout", "spans": [[0, 1]], "strength": None}
+    assert backend.queries == [Edit("ab", "shout", [(0, 1)], None, Options(seed=1, drafts=True))]
     assert refused(client.post("/v1/edit", json={"text": "a", "spans": [[1]]}))["param"] == "spans[0]"
-    asked = {"text": "ab", "instruction": "shout", "stream": True}
-    assert len(events(client.post("/v1/edit", json=asked))) == 1
+    body = {"text": "ab", "instruction": "shout", "stream": True}
+    assert len(events(client.post("/v1/edit", json=body))) == 1
 
 
 def test_fill(client: TestClient, backend: FakeBackend) -> None:
@@ -557,7 +583,10 @@ def test_fill(client: TestClient, backend: FakeBackend) -> None:
     ]
     body = client.post("/v1/fill", json={"template": template, "messages": MESSAGES}).json()
     assert body["text"] == "Name: <who>, yes<n>" and body["values"]["who"] == "<who>" and body["lengths"]["n"] == 1
-    assert backend.jobs[0].payload == {"template": template, "prompt": MESSAGES}
+    [query] = backend.queries
+    assert isinstance(query, Fill) and query.prompt == MESSAGES
+    slots = [Slot("who"), Slot(choices=("yes", "no")), Slot("n", schema={"type": "integer"})]
+    assert query.template == ["Name: ", slots[0], ", ", slots[1], slots[2]]
     assert refused(client.post("/v1/fill", json={"template": [{"colour": 1}]}))["param"] == "template[0].colour"
     refused(client.post("/v1/fill", json={"template": template, "messages": MESSAGES, "prompt": "x"}))
 
@@ -566,7 +595,7 @@ def test_decisions(client: TestClient, backend: FakeBackend) -> None:
     fields = {"mood": ["good", "bad"], "size": ["big", "small"]}
     body = client.post("/v1/decisions", json={"prompt": "Hm.", "fields": fields, "steps": 2}).json()
     assert body["decisions"]["mood"] == {"choice": "good", "probabilities": {"good": 0.5, "bad": 0.5}}
-    assert backend.jobs[0].payload == {"prompt": "Hm.", "fields": fields, "steps": 2}
+    assert backend.queries == [Decide("Hm.", fields, 2, Options(seed=0))]
     refused(client.post("/v1/decisions", json={"fields": fields}))
     assert refused(client.post("/v1/decisions", json={"prompt": "x", "fields": {}}))["param"] == "fields"
 
@@ -576,8 +605,8 @@ def test_decisions(client: TestClient, backend: FakeBackend) -> None:
 
 def test_models(backend: FakeBackend) -> None:
     with connect(backend, Settings(name="mine", aliases=("gpt/x",))) as client:
-        found = client.get("/v1/models").json()
-        assert found["object"] == "list" and [one["id"] for one in found["data"]] == ["mine", "fake", "gpt/x"]
+        models = client.get("/v1/models").json()
+        assert models["object"] == "list" and [one["id"] for one in models["data"]] == ["mine", "fake", "gpt/x"]
         one = client.get("/v1/models/gpt/x").json()
         assert one["canvas_length"] == 16 and one["max_model_len"] == 4096 and one["is_diffusion"] is True
         assert chat(client, model="gpt/x").json()["model"] == "mine"
@@ -586,19 +615,19 @@ def test_models(backend: FakeBackend) -> None:
 
 
 def test_options(client: TestClient) -> None:
-    found = {one["name"]: one for one in client.get("/v1/options").json()["options"]}
-    assert found["max_steps"] == {
+    options = {one["name"]: one for one in client.get("/v1/options").json()["options"]}
+    assert options["max_steps"] == {
         "name": "max_steps",
         "type": "integer",
         "default": 24,
         "minimum": 1,
         "maximum": 4096,
         "choices": None,
-        "doc": "Cap on denoising steps a canvas.",
+        "doc": "Denoising steps of a canvas at most.",
     }
-    assert found["mode"]["choices"] == ["diffusion", "autoregressive"] and found["t_max"]["default"] == 0.7
-    assert found["stop"]["type"] == "array" and found["schema"]["type"] == "object"
-    assert found["temperature"]["maximum"] == 2 and "must_call" not in found
+    assert options["mode"]["choices"] == ["diffusion", "autoregressive"] and options["t_max"]["default"] == 0.7
+    assert options["stop"]["type"] == "array" and options["schema"]["type"] == "object"
+    assert options["temperature"]["maximum"] == 2 and "must_call" not in options
 
 
 def test_health_and_ready(backend: FakeBackend, client: TestClient) -> None:
@@ -658,8 +687,8 @@ def test_metrics(backend: FakeBackend, client: TestClient) -> None:
 def test_errors(error: Exception, status: int, type: str, code: str | None, is_stream: bool) -> None:
     with connect(FakeBackend(error=error)) as client:
         response = chat(client, stream=is_stream)
-        found = refused(response, status)
-        assert (found["type"], found["code"]) == (type, code) and "secret" not in found["message"]
+        body = refused(response, status)
+        assert (body["type"], body["code"]) == (type, code) and "secret" not in body["message"]
         assert (response.headers.get("retry-after") == "1") is (status == 503)
         assert response.headers["x-request-id"]
 

@@ -1,4 +1,4 @@
-"""Who may come and how much may be sent; what becomes of jobs whose client leaves, and of requests as it stops."""
+"""server/http/: who may call and how much may be sent; what becomes of jobs whose client leaves, and of a stop."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 from fake_backend import FakeBackend, Served, serving
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from sfumato.errors import InputError
-from sfumato.server import app as application
+from sfumato.server import status as status_routes
 from sfumato.server.app import Limits, Settings, create
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello there you"}], "seed": 5}
@@ -86,14 +87,14 @@ def test_origins() -> None:
             response = client.post(PATH, json=body, headers={"origin": "https://app.example"})
             assert status(response) == expected and response.headers["vary"] == "Origin"
             assert response.headers["access-control-allow-origin"] == "https://app.example"
-        asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-        response = client.options(PATH, headers={"origin": "https://app.example", **asked})
+        headers = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        response = client.options(PATH, headers={"origin": "https://app.example", **headers})
         assert response.status_code == 204 and response.headers["access-control-allow-headers"] == "authorization"
-        assert status(client.options(PATH, headers={"origin": "https://evil.example", **asked})) == 403
+        assert status(client.options(PATH, headers={"origin": "https://evil.example", **headers})) == 403
     with connect(Settings(cors=("*",), keys=("k",))) as client:
         response = client.post(PATH, json=BODY, headers={"origin": "null"})
         assert status(response) == 401 and response.headers["access-control-allow-origin"] == "null"
-        assert client.options(PATH, headers={"origin": "null", **asked}).status_code == 204
+        assert client.options(PATH, headers={"origin": "null", **headers}).status_code == 204
 
 
 # --- ids, the log, the page ----------------------------------------------------------------------------------------
@@ -103,8 +104,8 @@ def test_request_ids() -> None:
     with connect(Settings()) as client:
         assert client.get("/health", headers={"x-request-id": "my-id_1"}).headers["x-request-id"] == "my-id_1"
         for wrong in ("a b", "x" * 65, "a\tb", ""):
-            made = client.get("/nothing", headers={"x-request-id": wrong}).headers["x-request-id"]
-            assert made != wrong and made.startswith("req_")
+            id = client.get("/nothing", headers={"x-request-id": wrong}).headers["x-request-id"]
+            assert id != wrong and id.startswith("req_")
 
 
 def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -123,7 +124,7 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_page(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(application, "UI", tmp_path)
+    monkeypatch.setattr(status_routes, "UI", tmp_path)
     with connect(Settings()) as client:
         assert status(client.get("/")) == 404
         (tmp_path / "index.html").write_text("<p>hello")
@@ -141,28 +142,29 @@ def test_the_page(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Caller:
-    """Speaks ASGI to the application: sends a body, reads, leaves when told, and may not read at all."""
+    """Speaks ASGI to the application: sends a body, reads, leaves when `gone` is set, and may not read at all."""
 
     def __init__(self, body: Any, path: str = PATH) -> None:
         self.body = body if isinstance(body, list) else [json.dumps(body).encode()]
-        self.path, self.sent, self.gone = path, [], asyncio.Event()  # type: ignore[var-annotated]
+        self.path, self.gone = path, asyncio.Event()
+        self.sent: list[Message] = []
         self.read = asyncio.Event()
         self.read.set()
 
-    async def receive(self) -> dict[str, Any]:
+    async def receive(self) -> Message:
         if self.body:
             part = self.body.pop(0)
             return {"type": "http.request", "body": part, "more_body": bool(self.body)}
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         self.sent.append(message)
         await self.read.wait()
 
     async def call(self, app: FastAPI) -> None:
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",
@@ -326,8 +328,8 @@ def test_a_server_that_stops(is_stream: bool, is_in_time: bool) -> None:
 
 @contextmanager
 def served(backend: FakeBackend, settings: Settings = Settings()) -> Iterator[Served]:  # noqa: B008 - frozen
-    with serving(create(backend, settings)) as found:
-        yield found
+    with serving(create(backend, settings)) as one:
+        yield one
 
 
 def request(body: dict[str, Any]) -> bytes:

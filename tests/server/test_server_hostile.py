@@ -1,5 +1,7 @@
-"""What one client sends to stop the others: wrong and huge bodies, counts and numbers without end, silence, drips,
-connections without number. Each gets a clear refusal, and a bystander's requests are answered meanwhile."""
+"""server/http/: what one client sends to stop the others.
+
+Wrong and huge bodies, counts and numbers without end, silence, drips, connections without number: each gets a clear
+refusal, and a bystander's requests are answered meanwhile."""
 
 from __future__ import annotations
 
@@ -24,34 +26,36 @@ from starlette.testclient import TestClient
 from sfumato.errors import SfumatoError
 from sfumato.server.app import Limits, Settings, create
 from sfumato.server.backend import Stats
-from sfumato.server.http.body import Body, Most, read, schemas_in
-from sfumato.server.openai import schema
-from sfumato.server.openai.responses import ResponsesRequest
+from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest
+from sfumato.server.http import limits as http_limits
+from sfumato.server.http.bodies import Body, Most, read, schemas_in
+from sfumato.server.openai.bodies import ChatRequest, CompletionRequest
+from sfumato.server.openai.items import ResponsesRequest
 
 CHAT = "/v1/chat/completions"
 SAY = {"messages": [{"role": "user", "content": "Hello there"}]}
 KINDS: dict[str, type[Body]] = {
-    CHAT: schema.ChatRequest,
-    "/v1/completions": schema.CompletionRequest,
+    CHAT: ChatRequest,
+    "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
-    "/v1/infill": schema.InfillRequest,
-    "/v1/edit": schema.EditRequest,
-    "/v1/fill": schema.FillRequest,
-    "/v1/decisions": schema.DecisionsRequest,
+    "/v1/infill": InfillRequest,
+    "/v1/edit": EditRequest,
+    "/v1/fill": FillRequest,
+    "/v1/decisions": DecisionsRequest,
 }
 LARGE = 4 << 20
 
 
 @contextmanager
 def served(backend: FakeBackend | None = None, **settings: Any) -> Iterator[Served]:
-    with serving(create(backend or FakeBackend(), Settings(**settings))) as found:
-        yield found
+    with serving(create(backend or FakeBackend(), Settings(**settings))) as one:
+        yield one
 
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
-    with TestClient(create(FakeBackend(), Settings()), base_url="http://localhost") as found:
-        yield found
+    with TestClient(create(FakeBackend(), Settings()), base_url="http://localhost") as one:
+        yield one
 
 
 def refused(response: Any, status: int = 400) -> dict[str, Any]:
@@ -65,12 +69,12 @@ def refused(response: Any, status: int = 400) -> dict[str, Any]:
 
 
 def every_request() -> list[type[Body]]:
-    found, left = [], [Body]
+    requests, left = [], [Body]
     while left:
         kind = left.pop()
-        found.append(kind)
+        requests.append(kind)
         left += kind.__subclasses__()
-    return found
+    return requests
 
 
 @pytest.mark.parametrize("kind", every_request(), ids=lambda kind: kind.__name__)
@@ -115,12 +119,12 @@ def check_bodies(size: int, seconds: float, memory: int, names: tuple[str, ...] 
         for body in wrong_bodies(kind, size):
             if names and not any(body.startswith(b'{"' + name.encode()) for name in names):
                 continue
-            begun = time.perf_counter()
+            start = time.perf_counter()
             try:
                 read(body, kind, Limits())
             except SfumatoError as error:
                 assert len(str(error)) < 2100
-            took = time.perf_counter() - begun
+            took = time.perf_counter() - start
             assert took < seconds, (kind, body[:40], body[-10:], took)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
     assert grown < memory, grown
@@ -161,23 +165,23 @@ def test_wrong_bodies_do_not_hold_up_a_bystander() -> None:
         (CHAT, b"{" + b",".join(b'"a%d":0' % number for number in range(LARGE // 13)) + b"}"),
     ]
     with served() as server:
-        found: list[int] = []
+        waits: list[int] = []
         attackers = [
-            threading.Thread(target=lambda path=path, body=body: found.append(post(server.port, path, body)[0]))
+            threading.Thread(target=lambda path=path, body=body: waits.append(post(server.port, path, body)[0]))
             for path, body in bodies
         ]
         for one in attackers:
             one.start()
         slowest = 0.0
         while any(one.is_alive() for one in attackers):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
             connection.request("GET", "/health")
             assert connection.getresponse().read() == b'{"status":"ok"}'
             connection.close()
-            slowest = max(slowest, time.perf_counter() - begun)
+            slowest = max(slowest, time.perf_counter() - start)
             time.sleep(0.01)
-        assert found == [400] * 4 and slowest < 3
+        assert waits == [400] * 4 and slowest < 3
 
 
 # --- counts and numbers --------------------------------------------------------------------------------------------
@@ -317,9 +321,9 @@ def is_closed(connection: socket.socket) -> bool:
 
 def test_a_connection_has_its_time_for_every_head() -> None:
     with served(head_timeout=0.4) as server:
-        begun = time.monotonic()
+        start = time.monotonic()
         with connected(server) as silent:
-            assert is_closed(silent) and time.monotonic() - begun < 5
+            assert is_closed(silent) and time.monotonic() - start < 5
         for first in (b"", HEALTH):
             with connected(server) as dripping:
                 dripping.sendall(first)
@@ -328,7 +332,7 @@ def test_a_connection_has_its_time_for_every_head() -> None:
                 for byte in HEALTH[:20]:
                     dripping.sendall(bytes([byte]))
                     time.sleep(0.05)
-                    if time.monotonic() - begun > 30:
+                    if time.monotonic() - start > 30:
                         break
                 status, body = answer_of(dripping)
                 assert status == 408 and "within 0.4 seconds" in body["error"]["message"]
@@ -467,7 +471,7 @@ import asyncio, os, resource, sys
 sys.path.insert(0, {tests!r})
 from fake_backend import FakeBackend
 from sfumato.cli.serve import tell
-from sfumato.server import http
+from sfumato.server.http import listen as http
 from sfumato.server.settings import Settings
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 held = [os.open(os.devnull, os.O_RDONLY) for _ in range({held})]
@@ -490,11 +494,11 @@ def test_without_files_the_server_waits_and_says_it_once(soft: int, hard: int, h
             for _ in range(clients):
                 stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
             time.sleep(1.5)
-            begun = time.monotonic()
+            start = time.monotonic()
             with socket.create_connection(("127.0.0.1", port), timeout=20) as bystander:
                 bystander.sendall(HEALTH)
                 assert answer_of(bystander)[0] == 200
-            assert time.monotonic() - begun < 10
+            assert time.monotonic() - start < 10
     finally:
         server.terminate()
         _, err = server.communicate(timeout=30)
@@ -508,14 +512,12 @@ def test_without_files_the_server_waits_and_says_it_once(soft: int, hard: int, h
 def test_an_answer_that_comes_early_reaches_a_client_that_still_sends(settings: dict[str, Any], status: int) -> None:
     with served(**settings) as server:
         for _ in range(5):
-            found, body = post(server.port, CHAT, b" " * (24 << 20))
-            assert found == status and body["error"]["message"]
+            answer_status, body = post(server.port, CHAT, b" " * (24 << 20))
+            assert answer_status == status and body["error"]["message"]
 
 
 def test_who_sends_on_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato.server.http import guard
-
-    monkeypatch.setattr(guard, "REST", 1 << 20)
+    monkeypatch.setattr(http_limits, "REMAINDER", 1 << 20)
     with served() as server, connected(server) as connection:
         connection.sendall(head("content-length: 1000000000"))
         assert answer_of(connection)[0] == 413

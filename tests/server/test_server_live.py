@@ -1,4 +1,4 @@
-"""`sfumato serve -m nano` as people meet it: one server process, real sockets, other people's clients and ours.
+"""server/ and remote/: `sfumato serve -m nano` in a process, real sockets, other people's clients and ours.
 
 nano knows nothing but Sudoku, so that a text is held to another run of the same seed, and a call or JSON to its schema.
 """
@@ -115,9 +115,9 @@ def server() -> Iterator[Server]:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.match(r"Sfumato serves nano on (http://127\.0\.0\.1:\d+) ", line)
-            assert found, line
-            yield Server(found[1], process)
+            match = re.match(r"Sfumato serves nano on (http://127\.0\.0\.1:\d+) ", line)
+            assert match, line
+            yield Server(match[1], process)
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
@@ -125,8 +125,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[Any]:
-    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=60) as found:
-        yield found
+    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=60) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +144,18 @@ def valid(text: str, schema: dict[str, Any]) -> Any:
 
 
 def test_a_sudoku_is_solved(client: Any) -> None:
-    found = client.chat.completions.create(model=MODEL, messages=SUDOKU, seed=3)
-    assert is_solved(found.choices[0].message.content, PUZZLE) and found.choices[0].finish_reason == "stop"
-    assert found.usage.completion_tokens == 82 and found.usage.prompt_tokens == 95 and found.seed == 3
+    answer = client.chat.completions.create(model=MODEL, messages=SUDOKU, seed=3)
+    assert is_solved(answer.choices[0].message.content, PUZZLE) and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == 82 and answer.usage.prompt_tokens == 95 and answer.seed == 3
 
 
 def test_a_stream_joins_to_the_whole(client: Any) -> None:
     whole = client.chat.completions.create(messages=MESSAGES, **QUICK)
-    asked = {"stream": True, "stream_options": {"include_usage": True}, "extra_body": {"drafts": True}}
-    chunks = list(client.chat.completions.create(messages=MESSAGES, **QUICK, **asked))
-    told = [chunk.choices[0] for chunk in chunks if chunk.choices]
-    assert "".join(one.delta.content or "" for one in told) == whole.choices[0].message.content
-    assert told[-1].finish_reason == whole.choices[0].finish_reason == "length"
+    fields = {"stream": True, "stream_options": {"include_usage": True}, "extra_body": {"drafts": True}}
+    chunks = list(client.chat.completions.create(messages=MESSAGES, **QUICK, **fields))
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(one.delta.content or "" for one in choices) == whole.choices[0].message.content
+    assert choices[-1].finish_reason == whole.choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 24
     drafts = [chunk.draft for chunk in chunks if not chunk.choices and chunk.usage is None]
     assert [draft["step"] for draft in drafts] == list(range(1, whole.usage.steps + 1))
@@ -166,38 +166,38 @@ def test_a_stream_joins_to_the_whole(client: Any) -> None:
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_tools_in_two_rounds(client: Any, choice: Any) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "seed": 1, "max_tokens": 96, "extra_body": {"short": True}}
-    asked["tools"] = [WEATHER] if choice == "required" else [TIDE, WEATHER]
-    first = client.chat.completions.create(messages=MESSAGES, tool_choice=choice, **asked).choices[0]
+    fields: dict[str, Any] = {"model": MODEL, "seed": 1, "max_tokens": 96, "extra_body": {"short": True}}
+    fields["tools"] = [WEATHER] if choice == "required" else [TIDE, WEATHER]
+    first = client.chat.completions.create(messages=MESSAGES, tool_choice=choice, **fields).choices[0]
     [call] = first.message.tool_calls
     assert first.finish_reason == "tool_calls" and call.function.name == "weather"
     valid(call.function.arguments, PARAMETERS)
-    told = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
-    last = client.chat.completions.create(messages=[*MESSAGES, first.message, told], **asked).choices[0]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+    last = client.chat.completions.create(messages=[*MESSAGES, first.message, result], **fields).choices[0]
     assert last.message.content and not last.message.tool_calls and last.finish_reason in ("stop", "length")
 
 
 def test_a_streamed_call(client: Any) -> None:
-    asked = QUICK | {"max_tokens": 96, "tools": [WEATHER], "tool_choice": "required", "extra_body": {"short": True}}
-    with client.chat.completions.stream(messages=MESSAGES, **asked) as stream:
-        found = stream.get_final_completion().choices[0]
-    whole = client.chat.completions.create(messages=MESSAGES, **asked).choices[0]
-    [call], [same] = found.message.tool_calls, whole.message.tool_calls
-    assert call.function.arguments == same.function.arguments and found.finish_reason == "tool_calls"
+    fields = QUICK | {"max_tokens": 96, "tools": [WEATHER], "tool_choice": "required", "extra_body": {"short": True}}
+    with client.chat.completions.stream(messages=MESSAGES, **fields) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    whole = client.chat.completions.create(messages=MESSAGES, **fields).choices[0]
+    [call], [same] = streamed.message.tool_calls, whole.message.tool_calls
+    assert call.function.arguments == same.function.arguments and streamed.finish_reason == "tool_calls"
 
 
 def test_json_schema(client: Any) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "mood", "strict": True, "schema": MOOD}}
-    found = client.chat.completions.create(messages=MESSAGES, response_format=form, **(QUICK | {"max_tokens": 64}))
-    valid(found.choices[0].message.content, MOOD)
-    assert found.choices[0].finish_reason == "stop"
+    answer = client.chat.completions.create(messages=MESSAGES, response_format=form, **(QUICK | {"max_tokens": 64}))
+    valid(answer.choices[0].message.content, MOOD)
+    assert answer.choices[0].finish_reason == "stop"
 
 
 def test_the_same_seed_is_the_same_text_alone_and_among_others(client: Any, server: Server) -> None:
     def texts() -> list[str]:
-        asked = [QUICK | {"messages": MESSAGES, "seed": seed} for seed in (7, 8)] + [QUICK | {"messages": SUDOKU}]
-        found = [client.chat.completions.create(**one, extra_body=FEW_STEPS) for one in asked]
-        return [one.choices[0].message.content for one in found]
+        requests = [QUICK | {"messages": MESSAGES, "seed": seed} for seed in (7, 8)] + [QUICK | {"messages": SUDOKU}]
+        answers = [client.chat.completions.create(**one, extra_body=FEW_STEPS) for one in requests]
+        return [one.choices[0].message.content for one in answers]
 
     alone = texts()
     assert alone[0] != alone[1] and texts() == alone
@@ -210,16 +210,16 @@ def test_the_same_seed_is_the_same_text_alone_and_among_others(client: Any, serv
 def test_stop_strings(client: Any) -> None:
     text = client.chat.completions.create(messages=MESSAGES, **QUICK).choices[0].message.content
     stop = text[9:12]
-    found = client.chat.completions.create(messages=MESSAGES, stop=["never", stop], **QUICK).choices[0]
-    assert found.message.content == text[: text.index(stop)]
-    assert found.finish_reason == "stop" and found.stop_reason == stop
+    choice = client.chat.completions.create(messages=MESSAGES, stop=["never", stop], **QUICK).choices[0]
+    assert choice.message.content == text[: text.index(stop)]
+    assert choice.finish_reason == "stop" and choice.stop_reason == stop
 
 
 def test_logprobs(client: Any) -> None:
-    found = client.chat.completions.create(messages=SUDOKU, model=MODEL, seed=3, logprobs=True, top_logprobs=3)
-    content = found.choices[0].logprobs.content
-    assert len(content) == found.usage.completion_tokens
-    assert "".join(one.token for one in content) == found.choices[0].message.content + "<turn|>"
+    answer = client.chat.completions.create(messages=SUDOKU, model=MODEL, seed=3, logprobs=True, top_logprobs=3)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    assert "".join(one.token for one in content) == answer.choices[0].message.content + "<turn|>"
     surest = 0
     for one in content:
         tops = [top.logprob for top in one.top_logprobs]
@@ -233,58 +233,60 @@ def test_logprobs(client: Any) -> None:
 
 
 def test_three_answers_have_three_seeds(client: Any) -> None:
-    asked = {"messages": MESSAGES, "extra_body": FEW_STEPS}
-    found = client.chat.completions.create(n=3, **asked, **QUICK)
-    assert [choice.index for choice in found.choices] == [0, 1, 2] and found.usage.completion_tokens == 72
-    alone = [client.chat.completions.create(**asked, **(QUICK | {"seed": seed})) for seed in (3, 4, 5)]
+    fields = {"messages": MESSAGES, "extra_body": FEW_STEPS}
+    answer = client.chat.completions.create(n=3, **fields, **QUICK)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and answer.usage.completion_tokens == 72
+    alone = [client.chat.completions.create(**fields, **(QUICK | {"seed": seed})) for seed in (3, 4, 5)]
     texts = [one.choices[0].message.content for one in alone]
-    assert [choice.message.content for choice in found.choices] == texts and len(set(texts)) == 3
+    assert [choice.message.content for choice in answer.choices] == texts and len(set(texts)) == 3
 
 
 # --- openai: completions, responses, errors ------------------------------------------------------------------------
 
 
 def test_completions(client: Any) -> None:
-    asked = QUICK | {"extra_body": FEW_STEPS}
-    plain = client.completions.create(prompt=["Solve", "12"], logprobs=2, **asked)
+    fields = QUICK | {"extra_body": FEW_STEPS}
+    plain = client.completions.create(prompt=["Solve", "12"], logprobs=2, **fields)
     assert [choice.index for choice in plain.choices] == [0, 1]
     for choice in plain.choices:
-        told = choice.logprobs
-        assert "".join(told.tokens) == choice.text and len(told.tokens) == len(told.token_logprobs) == 24
-        assert all(choice.text[at:].startswith(piece) for at, piece in zip(told.text_offset, told.tokens, strict=True))
-        assert all(len(top) == 2 for top in told.top_logprobs)
-    echoed = client.completions.create(prompt="Solve", echo=True, **asked)
+        logprobs = choice.logprobs
+        assert "".join(logprobs.tokens) == choice.text and len(logprobs.tokens) == len(logprobs.token_logprobs) == 24
+        assert all(
+            choice.text[at:].startswith(piece) for at, piece in zip(logprobs.text_offset, logprobs.tokens, strict=True)
+        )
+        assert all(len(top) == 2 for top in logprobs.top_logprobs)
+    echoed = client.completions.create(prompt="Solve", echo=True, **fields)
     assert echoed.choices[0].text == "Solve" + plain.choices[0].text
-    chunks = client.completions.create(prompt="Solve", stream=True, **asked)
+    chunks = client.completions.create(prompt="Solve", stream=True, **fields)
     assert "".join(chunk.choices[0].text for chunk in chunks) == plain.choices[0].text
-    middle = client.completions.create(prompt="12", suffix="45", **(asked | {"max_tokens": 4, "extra_body": {}}))
+    middle = client.completions.create(prompt="12", suffix="45", **(fields | {"max_tokens": 4, "extra_body": {}}))
     assert middle.choices[0].finish_reason == "stop" and isinstance(middle.choices[0].text, str)
 
 
 def test_responses(client: Any) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "max_output_tokens": 24, "extra_body": FEW_STEPS | {"seed": 1}}
-    found = client.responses.create(input="Hello", instructions="Be brief.", **asked)
-    assert found.status == "incomplete" and found.incomplete_details.reason == "max_output_tokens"
-    assert found.usage.output_tokens == 24 and len(found.output_text) == 24
-    events = list(client.responses.create(input="Hello", instructions="Be brief.", stream=True, **asked))
+    fields: dict[str, Any] = {"model": MODEL, "max_output_tokens": 24, "extra_body": FEW_STEPS | {"seed": 1}}
+    answer = client.responses.create(input="Hello", instructions="Be brief.", **fields)
+    assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.usage.output_tokens == 24 and len(answer.output_text) == 24
+    events = list(client.responses.create(input="Hello", instructions="Be brief.", stream=True, **fields))
     assert events[0].type == "response.created" and events[-1].type == "response.incomplete"
     assert [event.sequence_number for event in events] == list(range(len(events)))
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
-    assert "".join(deltas) == found.output_text == events[-1].response.output_text
+    assert "".join(deltas) == answer.output_text == events[-1].response.output_text
 
 
 def test_responses_with_a_tool(client: Any) -> None:
     tool: Any = {"type": "function", "strict": True, **WEATHER["function"]}
-    asked: dict[str, Any] = {"model": MODEL, "tools": [tool], "max_output_tokens": 96}
-    asked["extra_body"] = {"seed": 1, "short": True}
-    with client.responses.stream(input=MESSAGES, tool_choice="required", **asked) as stream:
+    fields: dict[str, Any] = {"model": MODEL, "tools": [tool], "max_output_tokens": 96}
+    fields["extra_body"] = {"seed": 1, "short": True}
+    with client.responses.stream(input=MESSAGES, tool_choice="required", **fields) as stream:
         first = stream.get_final_response()
     [call] = first.output
     assert call.type == "function_call" and call.name == "weather" and first.status == "completed"
     valid(call.arguments, PARAMETERS)
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
     spoken = {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments}
-    last = client.responses.create(input=[*MESSAGES, spoken, result], **asked)
+    last = client.responses.create(input=[*MESSAGES, spoken, result], **fields)
     assert last.output_text and last.usage.output_tokens > 0
 
 
@@ -318,17 +320,17 @@ def test_litellm(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(litellm, "telemetry", False)
     monkeypatch.setattr(litellm, "suppress_debug_info", True)
     its_own = client.copy()  # litellm changes how often it asks again
-    asked: dict[str, Any] = QUICK | {"model": f"openai/{MODEL}", "client": its_own, "extra_body": {"short": True}}
-    whole = litellm.completion(messages=MESSAGES, **asked)
-    chunks = list(litellm.completion(messages=MESSAGES, stream=True, **asked))
+    fields: dict[str, Any] = QUICK | {"model": f"openai/{MODEL}", "client": its_own, "extra_body": {"short": True}}
+    whole = litellm.completion(messages=MESSAGES, **fields)
+    chunks = list(litellm.completion(messages=MESSAGES, stream=True, **fields))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content and whole.usage.completion_tokens == 24
-    asked |= {"max_tokens": 96, "tools": [WEATHER]}
-    called = litellm.completion(messages=MESSAGES, tool_choice="required", **asked).choices[0].message
+    fields |= {"max_tokens": 96, "tools": [WEATHER]}
+    called = litellm.completion(messages=MESSAGES, tool_choice="required", **fields).choices[0].message
     [call] = called.tool_calls
     valid(call.function.arguments, PARAMETERS)
-    told = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
-    last = litellm.completion(messages=[*MESSAGES, called.model_dump(), told], tool_choice="none", **asked)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+    last = litellm.completion(messages=[*MESSAGES, called.model_dump(), result], tool_choice="none", **fields)
     assert last.choices[0].message.content
 
 
@@ -365,10 +367,10 @@ def test_an_agent_calls_a_tool_and_answers(server: Server) -> None:
             teller = pydantic_ai.Agent(model, output_type=pydantic_ai.NativeOutput(Mood), model_settings=plain)
             return [await agent.run("What is the weather in Oslo?") for agent in (caller, teller)]
 
-    called, told = asyncio.run(ask())
+    called, result = asyncio.run(ask())
     assert len(places) == 1 and isinstance(called.output, str) and called.output
     assert called.usage.requests == 2 and called.usage.tool_calls == 1
-    assert isinstance(told.output, Mood)
+    assert isinstance(result.output, Mood)
 
 
 # --- our own routes, our own client --------------------------------------------------------------------------------
@@ -379,30 +381,30 @@ FIELDS = {"digit": ["1", "5", "9"], "row": ["first", "last"]}
 
 def streamed(server: Server, path: str, **body: Any) -> list[Any]:
     response = httpx.post(f"{server.api}{path}", json=body | {"stream": True}, timeout=60)
-    told = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-    assert told.pop() == "[DONE]"
-    return [json.loads(one) for one in told]
+    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert events.pop() == "[DONE]"
+    return [json.loads(one) for one in events]
 
 
 def test_a_sudoku_as_a_template(server: Server) -> None:
     body: dict[str, Any] = {"template": BOARD, "messages": SUDOKU, "seed": 0}
-    found = server.post("/fill", **body)
-    assert is_solved(found["text"], PUZZLE)
+    answer = server.post("/fill", **body)
+    assert is_solved(answer["text"], PUZZLE)
     runs = re.findall("0+", PUZZLE)
-    assert [len(value) for value in found["values"].values()] == list(map(len, runs))
-    assert found["lengths"] == {str(number + 1): len(run) for number, run in enumerate(runs)}
+    assert [len(value) for value in answer["values"].values()] == list(map(len, runs))
+    assert answer["lengths"] == {str(number + 1): len(run) for number, run in enumerate(runs)}
     *drafts, last = streamed(server, "/fill", **body, drafts=True)
-    assert len(drafts) == found["usage"]["steps"] and all(one["object"] == "fill" for one in drafts)
+    assert len(drafts) == answer["usage"]["steps"] and all(one["object"] == "fill" for one in drafts)
     assert [one["draft"]["step"] for one in drafts] == list(range(1, len(drafts) + 1))
     for one in drafts:
         pieces = one["draft"]["pieces"]
         assert all(clue in ("0", piece) for clue, piece in zip(PUZZLE, pieces[:81], strict=True))
-    assert last["text"] == found["text"] and last["values"] == found["values"]
+    assert last["text"] == answer["text"] and last["values"] == answer["values"]
 
 
 def test_infill_edit_and_decisions(server: Server) -> None:
-    found = server.post("/infill", prefix="12", suffix="45", length=3, seed=1)
-    assert found["text"] == f"12{found['middle']}45" and found["length"] == 3 == len(found["middle"])
+    answer = server.post("/infill", prefix="12", suffix="45", length=3, seed=1)
+    assert answer["text"] == f"12{answer['middle']}45" and answer["length"] == 3 == len(answer["middle"])
     assert 0 < len(server.post("/infill", prefix="12", suffix="45", at_most=4, seed=1)["text"]) <= 8
     text = "1234567890"
     edited = server.post("/edit", text=text, spans=[[2, 5]], seed=1, max_steps=4)
@@ -424,8 +426,8 @@ def remote(server: Server) -> Remote:
 def test_the_remote_model_answers_as_the_local_one(remote: Remote, local: LLM) -> None:
     assert remote.is_sfumato and remote.has_drafts and remote.name == "nano"
     options = Options(max_tokens=24, seed=5, max_steps=6)
-    for messages, asked in ((MESSAGES, options), (SUDOKU, Options(seed=5, logprobs=True, top_logprobs=2))):
-        there, here = remote.chat(messages, options=asked), local.chat(messages, options=asked)
+    for messages, answer_options in ((MESSAGES, options), (SUDOKU, Options(seed=5, logprobs=True, top_logprobs=2))):
+        there, here = remote.chat(messages, options=answer_options), local.chat(messages, options=answer_options)
         assert (there.text, there.finish_reason, there.seed) == (here.text, here.finish_reason, here.seed)
         counts = [(one.usage.prompt_tokens, one.usage.tokens, one.usage.steps) for one in (there, here)]
         assert counts[0] == counts[1]
@@ -441,7 +443,7 @@ def test_the_remote_stream_has_the_drafts_of_the_local_one(remote: Remote, local
     assert [type(event) for event in there] == [type(event) for event in here]
     assert isinstance(there[-1], Done) and isinstance(there[-2], Commit) and isinstance(there[0], Draft)
     for one, other in zip(there, here, strict=True):
-        assert one.text == other.text  # type: ignore[union-attr]
+        assert one.text == other.text
         if isinstance(one, Draft) and isinstance(other, Draft):
             assert (one.canvas, one.step, one.pieces, one.accepted) == (
                 *(other.canvas, other.step),
@@ -479,14 +481,14 @@ def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
 
 
 def test_a_killed_worker_is_told_and_replaced(server: Server, client: Any) -> None:
-    told: list[float] = []
+    times: list[float] = []
     ready = threading.Barrier(7)
 
     def ask(seed: int) -> Any:
         ready.wait()
         with pytest.raises(openai.InternalServerError) as error:
             client.chat.completions.create(model=MODEL, seed=seed, messages=MESSAGES, extra_body=ENDLESS)
-        told.append(time.monotonic())
+        times.append(time.monotonic())
         return error.value
 
     before = server.worker()
@@ -500,13 +502,13 @@ def test_a_killed_worker_is_told_and_replaced(server: Server, client: Any) -> No
             before.kill()
             answers = [error.result(30) for error in errors]
             lines = [line for line in stream.iter_lines() if line]
-    assert max(told) - killed < 2
+    assert max(times) - killed < 2
     for error in answers:
         assert error.status_code == 503 and error.type == "worker_error" and "signal 9" in error.message
         assert error.response.headers["retry-after"]
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["type"] == "worker_error"
-    found = client.chat.completions.create(model=MODEL, messages=SUDOKU, seed=3)
+    answer = client.chat.completions.create(model=MODEL, messages=SUDOKU, seed=3)
     assert time.monotonic() - killed < 20
-    assert is_solved(found.choices[0].message.content, PUZZLE)
+    assert is_solved(answer.choices[0].message.content, PUZZLE)
     assert server.worker().pid != before.pid
     assert "sfumato_worker_restarts_total 1.0" in httpx.get(f"{server.url}/metrics").text

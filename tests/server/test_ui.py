@@ -1,4 +1,4 @@
-"""The page in a real browser, over the scripted server of `ui_server`: chat, troubles, and the page's form."""
+"""server/ui/: the page in a real browser over `ui_server`: chat, troubles, and the page's form."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_draft_is_shown_and_then_what_is_committed(page: Any, server: PageServ
     expect(canvas).to_be_hidden()
     expect(page.locator(".facts")).to_contain_text("Tokens per pass")
     expect(page.locator("#announce")).to_contain_text("The answer is complete")
-    (body,) = server.asked("/v1/chat/completions")
+    (body,) = server.bodies("/v1/chat/completions")
     assert body["model"] == "nano" and body["drafts"] is True and body["stream"] is True
     assert body["messages"] == [{"role": "user", "content": "What is sfumato?"}]
     assert page.watch.errors == []
@@ -46,7 +46,7 @@ def test_a_draft_is_shown_and_then_what_is_committed(page: Any, server: PageServ
 
 def test_the_slider_replays_every_step(page: Any, server: PageServer) -> None:
     first, second = "Smoke rises. ", "Then it clears."
-    script = [{"choices": [], "draft": one} for one in drafts(first, 3)]
+    script: list[Any] = [{"choices": [], "draft": one} for one in drafts(first, 3)]
     script += [{"choices": [{"index": 0, "delta": {"content": first}}]}]
     script += [{"choices": [], "draft": one} for one in drafts(second, 2, canvas=1)]
     script += [{"choices": [{"index": 0, "delta": {"content": second}}]}, {"choices": [], "usage": usage(9, 5)}]
@@ -98,7 +98,7 @@ def test_a_tool_call_is_shown_and_its_result_sent(page: Any, server: PageServer)
     page.get_by_label("Result of weather").fill("mist")
     page.get_by_role("button", name="Send the result").click()
     expect(page.locator(".committed").last).to_have_text("It is misty.")
-    first, second = server.asked("/v1/chat/completions")
+    first, second = server.bodies("/v1/chat/completions")
     assert first["tools"] == [tool]
     assert second["messages"][1:] == [
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -117,8 +117,8 @@ def test_stop_keeps_what_was_committed_and_regenerate_asks_anew(page: Any, serve
     hold.set()
     page.get_by_role("button", name="Regenerate").click()
     expect(page.locator(".committed")).to_have_text("All of it.")
-    bodies = server.asked("/v1/chat/completions")
-    assert bodies[0]["messages"] == bodies[1]["messages"] == [{"role": "user", "content": "Write"}]
+    first, second = server.bodies("/v1/chat/completions")[:2]
+    assert first["messages"] == second["messages"] == [{"role": "user", "content": "Write"}]
 
 
 def test_chats_are_kept_continued_renamed_and_deleted(page: Any, server: PageServer) -> None:
@@ -131,7 +131,7 @@ def test_chats_are_kept_continued_renamed_and_deleted(page: Any, server: PageSer
     expect(page.locator("#message")).to_have_value("not yet sent")
     say(page, "And then?")
     expect(page.locator(".committed").last).to_have_text("Two.")
-    assert [m["content"] for m in server.asked("/v1/chat/completions")[1]["messages"]] == [
+    assert [m["content"] for m in server.bodies("/v1/chat/completions")[1]["messages"]] == [
         "First question",
         "One.",
         "And then?",

@@ -1,4 +1,4 @@
-"""The page in a real browser, over the scripted server of `ui_server`: the editor, the Sudoku board, the settings."""
+"""server/ui/: the page in a real browser over `ui_server`: the editor, the Sudoku board, the settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_fill_the_middle_is_proposed_accepted_and_undone(page: Any, server: Page
     expect(page.locator("#proposal .canvas")).to_have_text(whole)
     hold.set()
     expect(page.locator("#proposal ins")).to_have_text(middle)
-    (body,) = server.asked("/v1/infill")
+    (body,) = server.bodies("/v1/infill")
     assert (body["prefix"], body["suffix"], body["at_most"]) == (prefix, suffix, 12)
     page.keyboard.press("Enter")
     expect(text).to_have_value(whole)
@@ -54,7 +54,7 @@ def test_the_selection_is_rewritten_in_place_and_can_be_rejected(page: Any, serv
     page.locator("#rewrite").click()
     expect(page.locator("#proposal ins")).to_have_text(["warm", "evening"])
     expect(page.locator("#proposal del")).to_have_text(["cold", "morning"])
-    (body,) = server.asked("/v1/edit")
+    (body,) = server.bodies("/v1/edit")
     assert body["text"] == old and body["spans"] == [[start, stop]] and body["instruction"] == "Make it warm"
     page.keyboard.press("Escape")
     expect(text).to_have_value(old)
@@ -63,7 +63,7 @@ def test_the_selection_is_rewritten_in_place_and_can_be_rejected(page: Any, serv
     page.locator("#rewrite").click()
     page.locator("#accept").click()
     expect(text).to_have_value(new)
-    assert "spans" not in server.asked("/v1/edit")[1]
+    assert "spans" not in server.bodies("/v1/edit")[1]
 
 
 def test_an_edit_that_fails_leaves_the_text(page: Any, server: PageServer) -> None:
@@ -111,7 +111,7 @@ def test_the_board_is_filled_live_and_judged(page: Any, server: PageServer) -> N
     expect(page.locator("#verdict")).to_have_text("Solved in 2 steps, 0.31 s. Every row, column and box holds.")
     cells = page.locator("#board input").evaluate_all("fields => fields.map(field => field.value).join('')")
     assert cells == SOLVED
-    (body,) = server.asked("/v1/fill")
+    (body,) = server.bodies("/v1/fill")
     assert body["messages"] == [{"role": "user", "content": "Solve this Sudoku:\n" + PUZZLE}]
     slots = [piece for piece in body["template"] if isinstance(piece, dict)]
     assert len(slots) == 27 and slots[0] == {"name": "c1", "length": 1}
@@ -218,14 +218,14 @@ def test_a_changed_setting_is_sent_and_a_default_is_not(page: Any, server: PageS
     go(page, "Chat")
     say(page, "Hello")
     expect(page.locator(".committed")).to_have_text("Well.")
-    (body,) = server.asked("/v1/chat/completions")
+    (body,) = server.bodies("/v1/chat/completions")
     own = {"model", "messages", "stream", "stream_options", "drafts"}
     changed = {"max_steps": 12, "thinking": True, "mode": "diffusion", "stop": ["END", "FIN"]}
     assert {name: value for name, value in body.items() if name not in own} == changed
     go(page, "Sudoku")
     page.get_by_role("button", name="Solve").click()
     expect(page.locator("#verdict")).to_contain_text("olved in")
-    assert server.asked("/v1/fill")[0]["max_steps"] == 12 and "stop" not in server.asked("/v1/fill")[0]
+    assert server.bodies("/v1/fill")[0]["max_steps"] == 12 and "stop" not in server.bodies("/v1/fill")[0]
     go(page, "Settings")
     page.get_by_role("button", name="Set max_steps to its default").click()
     page.locator("#drafts").uncheck()
@@ -234,14 +234,14 @@ def test_a_changed_setting_is_sent_and_a_default_is_not(page: Any, server: PageS
     say(page, "Again")
     expect(page.locator(".committed")).to_have_count(2)
     expect(page.locator("#send")).to_be_visible()
-    last = server.asked("/v1/chat/completions")[-1]
+    last = server.bodies("/v1/chat/completions")[-1]
     assert "max_steps" not in last and "drafts" not in last
     assert last["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
 def test_the_theme_is_switched_and_kept(page: Any) -> None:
     def paper() -> str:
-        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
     page.emulate_media(color_scheme="dark")
     dark = paper()

@@ -1,4 +1,4 @@
-"""What the browser kept is checked before the page believes it: the modules of the page, under node."""
+"""server/ui/: what the browser kept is checked before the page believes it: the modules of the page, under node."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read(tmp_path: Path, kept: dict[str, str], is_denied: bool = False) -> Any:
     return json.loads(child.stdout)
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     **{
         "key": "",
         "titles": [],
@@ -81,12 +81,12 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("value", [*(json.dumps(value) for value in WRONG), "", "{", "undefined", "NaN"])
 def test_a_value_of_another_kind_is_as_if_none_were_kept(tmp_path: Path, value: str) -> None:
-    found = read(tmp_path, dict.fromkeys(NAMES, value))
-    assert found["titles"] == [] and found["isKept"]
-    assert found["request"]["stream"] is True and isinstance(found["drafts"], bool)
-    assert isinstance(found["system"], str) and isinstance(found["strength"], int | float)
-    assert found["key"] == ("x" if value == '"x"' else "")
-    assert found["tools"] is None
+    kept = read(tmp_path, dict.fromkeys(NAMES, value))
+    assert kept["titles"] == [] and kept["isKept"]
+    assert kept["request"]["stream"] is True and isinstance(kept["drafts"], bool)
+    assert isinstance(kept["system"], str) and isinstance(kept["strength"], int | float)
+    assert kept["key"] == ("x" if value == '"x"' else "")
+    assert kept["tools"] is None
 
 
 def test_a_storage_that_may_not_be_looked_at_is_an_empty_one(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_storage_that_may_not_be_looked_at_is_an_empty_one(tmp_path: Path) -> 
 
 
 def test_of_the_chats_those_that_are_whole_are_shown(tmp_path: Path) -> None:
-    broken = [{**CHAT, "messages": [message]} for message in MESSAGES]
+    broken: list[Any] = [{**CHAT, "messages": [message]} for message in MESSAGES]
     broken += [{**CHAT, "id": 3}, {**CHAT, "title": {}}, {**CHAT, "messages": {}}, *WRONG]
     call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
     whole = {"role": "assistant", "content": "", "thought": "", "tool_calls": [call], "usage": {"steps": 3}}
@@ -126,8 +126,8 @@ def test_an_option_takes_values_of_its_kind(
         shutil.copy(file, tmp_path)
     option = {"type": type, "choices": choices}
     (tmp_path / "package.json").write_text('{"type": "module"}')
-    asked = f"{json.dumps([*right, *wrong])}.map((value) => isOf({json.dumps(option)}, value))"
-    (tmp_path / "read.js").write_text(f'import {{ isOf }} from "./settings.js";\nconsole.log(JSON.stringify({asked}));')
+    texts = f"{json.dumps([*right, *wrong])}.map((value) => isOf({json.dumps(option)}, value))"
+    (tmp_path / "read.js").write_text(f'import {{ isOf }} from "./settings.js";\nconsole.log(JSON.stringify({texts}));')
     child = subprocess.run(
         [str(NODE), str(tmp_path / "read.js")], capture_output=True, text=True, timeout=60, check=False
     )

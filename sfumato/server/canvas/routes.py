@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,110 +14,137 @@ from starlette.responses import JSONResponse, Response
 from sfumato.errors import InputError
 from sfumato.events import Draft, Edited, Filled
 from sfumato.options import Options
-from sfumato.server import answers
-from sfumato.server.backend import Job
+from sfumato.server.backend import ModelCard
+from sfumato.server.canvas import answers, bodies
+from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest
+from sfumato.server.http.answers import draft_of, usage_of
+from sfumato.server.http.checks import check_chat, check_length
+from sfumato.server.http.document import takes
 from sfumato.server.http.errors import Refusal
-from sfumato.server.http.service import END, EventStream, Service, data, draft_of, record_of, usage_of
-from sfumato.server.openai.chat import check_chat
-from sfumato.server.openai.schema import (
-    DecisionsRequest,
-    EditRequest,
-    FillRequest,
-    InfillRequest,
-    Slot,
-    Steps,
-    check_length,
-)
+from sfumato.server.http.events import END, EventStream, data
+from sfumato.server.http.options import OptionsBody
+from sfumato.server.http.service import Service
+from sfumato.templates.requests import Decide, Edit, Fill, Infill
+from sfumato.templates.slots import Slot
+
+Template = Infill | Edit | Fill
+"""A request that writes on a template, and can show its drafts."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a template's result is answered: its object's name, and its fields."""
+
+    object: str
+    fields: Callable[[Any], dict[str, Any]]
 
 
 def routes(service: Service) -> APIRouter:
+    """The routes of templates, and that of decisions."""
     router = APIRouter()
 
-    async def answer(
-        request: Request,
-        body: Steps,
-        kind: Any,
-        payload: dict[str, Any],
-        told: Callable[[Any], dict[str, Any]],
-        lengths: Mapping[str, int | None] = MappingProxyType({}),
-    ) -> Response:
-        card = await service.card(body.model)
-        for name, tokens in lengths.items():
-            check_length(name, tokens, card)
-        if kind == "edit" and payload["instruction"] is not None:
-            check_chat(card)
-        job = Job(kind, record_of(request.scope).id, payload, body.options(card, service.settings.limits))
-        head = {"id": f"{kind}-{secrets.token_hex(12)}", "object": kind, "model": service.names(card)[0]}
-        if body.stream:
-            return EventStream(service, _chunks(service, request, job, head, told))
-        return JSONResponse(head | told(await service.watched(request.receive, service.result(request.scope, job))))
-
-    @router.post("/v1/infill", **answers.takes(InfillRequest, answers.Infill))
+    @router.post("/v1/infill", **takes(InfillRequest, answers.Infill))
     async def infill(request: Request) -> Response:
         """Write what stands between two texts."""
         body = await service.read(request, InfillRequest)
-        if body.length is not None and body.at_most is not None:
-            raise InputError("length and at_most are given; at_most bounds a length that is found, drop one of them")
-        payload = {"prefix": body.prefix, "suffix": body.suffix, "length": body.length, "at_most": body.at_most}
-        lengths = {"length": body.length, "at_most": body.at_most}
-        return await answer(request, body, "infill", payload, _infilled, lengths)
+        query = await _infill(body, service)
+        return await _answer(service, request, body, query, Answer("infill", _infilled))
 
-    @router.post("/v1/edit", **answers.takes(EditRequest, answers.Edit))
+    @router.post("/v1/edit", **takes(EditRequest, answers.Edit))
     async def edit(request: Request) -> Response:
         """Rewrite a text where it stands: by an instruction, between given characters, or both."""
         body = await service.read(request, EditRequest)
-        payload = {
-            "text": body.text,
-            "instruction": body.instruction,
-            "spans": body.spans,
-            "strength": body.strength,
-        }
-        return await answer(request, body, "edit", payload, _edited)
+        query = _edit(body, await service.card(body.model))
+        return await _answer(service, request, body, query, Answer("edit", _edited))
 
-    @router.post("/v1/fill", **answers.takes(FillRequest, answers.Fill))
+    @router.post("/v1/fill", **takes(FillRequest, answers.Fill))
     async def fill(request: Request) -> Response:
         """Fill the slots of a template; its fixed texts stay byte for byte."""
         body = await service.read(request, FillRequest)
-        template = [piece if isinstance(piece, str) else piece.plain() for piece in body.template]
-        slots = [(number, piece) for number, piece in enumerate(body.template) if isinstance(piece, Slot)]
-        most = service.settings.limits.max_slots
-        if len(slots) > most:
-            raise Refusal(
-                400, f"template has {len(slots)} slots, more than the {most} allowed; send fewer", param="template"
-            )
-        lengths = {f"template[{number}].length": slot.length for number, slot in slots}
-        lengths |= {f"template[{number}].at_most": slot.at_most for number, slot in slots}
-        payload = {"template": template, "prompt": body.before()}
-        return await answer(request, body, "fill", payload, _filled, lengths)
+        query = await _fill(body, service)
+        return await _answer(service, request, body, query, Answer("fill", _filled))
 
-    @router.post("/v1/decisions", **answers.takes(DecisionsRequest, answers.Decisions, is_streamed=False))
+    @router.post("/v1/decisions", **takes(DecisionsRequest, answers.Decisions, is_streamed=False))
     async def decisions(request: Request) -> Response:
         """Choose among given answers: the likeliest to each question, and the probability of each."""
         body = await service.read(request, DecisionsRequest)
         card = await service.card(body.model)
-        prompt = body.before()
-        if prompt is None:
-            raise InputError("prompt and messages are missing; give one of them")
-        seed = 0 if body.seed is None else body.seed
-        payload = {"prompt": prompt, "fields": body.fields_, "steps": body.steps or 1}
-        job = Job("decide", record_of(request.scope).id, payload, Options(seed=seed))
-        found: Any = await service.watched(request.receive, service.result(request.scope, job))
-        told = {name: {"choice": one.choice, "probabilities": one.probabilities} for name, one in found.items()}
-        head = {"id": f"decide-{secrets.token_hex(12)}", "object": "decisions", "model": service.names(card)[0]}
-        return JSONResponse(head | {"decisions": told, "seed": seed})
+        query, head = _decide(body), _head("decide", "decisions", service, card)
+        result: Any = await service.watched(request.receive, service.result(request.scope, query))
+        choices = {name: {"choice": one.choice, "probabilities": one.probabilities} for name, one in result.items()}
+        return JSONResponse(head | {"decisions": choices, "seed": query.options.seed})
 
     return router
 
 
+# ---- requests ----------------------------------------------------------------------------------------------------
+
+
+async def _infill(body: InfillRequest, service: Service) -> Infill:
+    if body.length is not None and body.at_most is not None:
+        message = "length and at_most are given; at_most bounds a length that is found, drop one of them"
+        raise InputError(message, option="length")
+    card = await service.card(body.model)
+    for name in ("length", "at_most"):
+        check_length(name, getattr(body, name), card)
+    return Infill(body.prefix, body.suffix, body.length, body.at_most, body.options(card))
+
+
+def _edit(body: EditRequest, card: ModelCard) -> Edit:
+    if body.instruction is not None:
+        check_chat(card)
+    spans = None if body.spans is None else [(start, end) for start, end in body.spans]
+    return Edit(body.text, body.instruction, spans, body.strength, body.options(card))
+
+
+async def _fill(body: FillRequest, service: Service) -> Fill:
+    slots = {number: piece for number, piece in enumerate(body.template) if isinstance(piece, bodies.Slot)}
+    most = service.settings.limits.max_slots
+    if len(slots) > most:
+        message = f"template has {len(slots)} slots, more than the {most} allowed; send fewer"
+        raise Refusal(400, message, param="template")
+    prompt, card = body.before(), await service.card(body.model)
+    for name in ("length", "at_most"):
+        for number, slot in slots.items():
+            check_length(f"template[{number}].{name}", getattr(slot, name), card)
+    options = body.options(card)
+    template = [piece if isinstance(piece, str) else Slot(**piece.plain()) for piece in body.template]
+    return Fill(template, prompt, options)
+
+
+def _decide(body: DecisionsRequest) -> Decide:
+    prompt = body.before()
+    if prompt is None:
+        raise InputError("prompt and messages are missing; give one of them", option="prompt")
+    options = Options(seed=0 if body.seed is None else body.seed)
+    return Decide(prompt, body.fields_, body.steps or 1, options)
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------
+
+
+def _head(prefix: str, object: str, service: Service, card: ModelCard) -> dict[str, Any]:
+    return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": object, "model": service.names(card)[0]}
+
+
+async def _answer(service: Service, request: Request, body: OptionsBody, query: Template, answer: Answer) -> Response:
+    """The result of a template, whole or as a stream with its drafts."""
+    head = _head(answer.object, answer.object, service, await service.card())
+    if body.stream:
+        return EventStream(service, _chunks(service, request, query, head, answer))
+    result = await service.watched(request.receive, service.result(request.scope, query))
+    return JSONResponse(head | answer.fields(result))
+
+
 async def _chunks(
-    service: Service, request: Request, job: Job, head: dict[str, Any], told: Callable[[Any], dict[str, Any]]
+    service: Service, request: Request, query: Template, head: dict[str, Any], answer: Answer
 ) -> AsyncGenerator[str, None]:
-    async with aclosing(service.events(request.scope, [job])) as events:
+    async with aclosing(service.events(request.scope, [query])) as events:
         async for number, event in events:
             if isinstance(event, Draft):
-                yield data({"object": head["object"], "draft": draft_of(number, event)})
+                yield data({"object": answer.object, "draft": draft_of(number, event)})
             else:
-                yield data(head | told(event))
+                yield data(head | answer.fields(event))
     yield END
 
 

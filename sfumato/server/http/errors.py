@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,15 +29,17 @@ class Refusal(SfumatoError):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         message = short(message, 2000)
-        super().__init__(message)
+        super().__init__(message, option=param)
         self.status, self.headers = status, headers
         self.error = {"message": message, "type": type, "param": param, "code": code}
 
     @property
     def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
         return {"error": self.error}
 
     def response(self) -> JSONResponse:
+        """The answer."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
@@ -57,7 +58,7 @@ def refusal(error: Exception) -> Refusal:
         case CapacityError():
             return Refusal(400, str(error), code="context_length_exceeded")
         case InputError():
-            return Refusal(400, str(error), param=_named(str(error)))
+            return Refusal(400, str(error), param=error.option)
         case NumericError():
             return Refusal(500, str(error), "server_error")
         case BusyError():
@@ -74,9 +75,3 @@ _WORDS = {
     404: "there is nothing at this address; /openapi.json lists what there is",
     405: "this address does not take that method; the header Allow names what it takes",
 }
-
-
-def _named(message: str) -> str | None:
-    """The option that a sentence begins with, as all of `Options`' do."""
-    found = re.match(r"([a-z_]+) (is|needs|cannot|does not|and)\b", message)
-    return found[1] if found else None

@@ -24,18 +24,18 @@ from fastapi import FastAPI
 from sfumato.errors import InputError, SfumatoError
 from sfumato.server.app import create
 from sfumato.server.backend import Backend, ModelCard
-from sfumato.server.http.connection import Connection, Lookout
+from sfumato.server.http.connections import Connection, LoopErrors
 from sfumato.server.settings import Settings
 
 Ready = Callable[[ModelCard, str], None]
 """Called with the model and the server's address when it takes requests."""
-KEPT = 64
+RESERVED_FILES = 64
 """Files that the process needs beside its connections."""
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
 AT_ONCE = 32
-"""Of which so many are accepted before any of them is looked at."""
-PARTING = 3
+"""Of these, so many are accepted before any is served."""
+CLOSING = 3
 """Seconds that connections have to close when no request is left."""
 
 
@@ -96,39 +96,40 @@ def descriptors() -> int:
 async def _serve(app: FastAPI, backend: Backend, settings: Settings, listener: socket.socket, ready: Ready) -> None:
     # The lifespan is entered here, where a load that fails can be raised.
     async with app.router.lifespan_context(app):
-        service, server = app.state.service, Server(app, lifespan="off", timeout_graceful_shutdown=PARTING)
+        service, server = app.state.service, Server(app, lifespan="off", timeout_graceful_shutdown=CLOSING)
         serving = asyncio.create_task(server.serve([listener]))
-        asked, hurried = (asyncio.create_task(event.wait()) for event in (server.asked, server.hurried))
+        stopping, cutting = (asyncio.create_task(event.wait()) for event in (server.stop, server.cut))
         try:
-            await asyncio.wait([serving, asked, service.starting], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([serving, stopping, service.starting], return_when=asyncio.FIRST_COMPLETED)
             if service.starting.done():
                 service.starting.result()
                 ready(await backend.card(), address(listener))
-                await asyncio.wait([serving, asked], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
             draining = asyncio.create_task(service.drain(settings.drain))
-            await asyncio.wait([draining, hurried], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([draining, cutting], return_when=asyncio.FIRST_COMPLETED)
             draining.cancel()
             await service.drain(0)
         finally:
             server.should_exit = True
-            for task in (asked, hurried):
+            for task in (stopping, cutting):
                 task.cancel()
             await serving
 
 
 def address(listener: socket.socket) -> str:
+    """The URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with our `Connection`s; asked to stop, it says so and goes on. `more` is uvicorn's configuration.
+    """uvicorn's server, with our `Connection`s. A signal sets `stop`, a second one `cut`; neither ends it.
 
-    Made in the loop that it runs in."""
+    It is made in the loop that it runs in. `more` is uvicorn's configuration."""
 
     def __init__(self, app: FastAPI, **more: Any) -> None:
         settings = app.state.service.settings
-        most = max(8, min(settings.limits.max_connections, (descriptors() - KEPT) * 3 // 4))
+        most = max(8, min(settings.limits.max_connections, (descriptors() - RESERVED_FILES) * 3 // 4))
         config = uvicorn.Config(
             app,
             http=cast(Any, partial(Connection, settings, most)),
@@ -142,14 +143,16 @@ class Server(uvicorn.Server):
             **more,
         )
         super().__init__(config)
-        self.asked, self.hurried = asyncio.Event(), asyncio.Event()
+        self.stop, self.cut = asyncio.Event(), asyncio.Event()
         self.loop = asyncio.get_running_loop()
-        self.loop.set_exception_handler(Lookout(self.server_state.connections))
+        self.loop.set_exception_handler(LoopErrors(self.server_state.connections))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)  # asyncio set it to what it accepts at a time
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.loop.call_soon_threadsafe((self.hurried if self.asked.is_set() else self.asked).set)
+        """A signal, in whichever thread it comes."""
+        self.loop.call_soon_threadsafe((self.cut if self.stop.is_set() else self.stop).set)

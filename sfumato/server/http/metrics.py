@@ -1,4 +1,4 @@
-"""What GET /metrics tells Prometheus: the server's own counts, and the worker's figures as they were last sent.
+"""The figures of GET /metrics, for Prometheus: the server's own counts, and the worker's figures as it last sent them.
 
 One registry for each app, so that two in a process stay apart.
 """
@@ -31,21 +31,23 @@ COUNTERS = {
     "prefix_tokens": ("prefix_tokens", "Prompt tokens that needed no encoding"),
     "worker_restarts": ("restarts", "Times that the worker was started again"),
 }
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 
 
 class Metrics:
+    """The figures of one application."""
+
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.registry = CollectorRegistry()
         self.requests = Counter("sfumato_requests", "Requests answered", ["route", "status"], registry=self.registry)
         self.request_seconds = Histogram(
-            "sfumato_request_seconds", "From a request to its answer's end", buckets=_SECONDS, registry=self.registry
+            "sfumato_request_seconds", "From a request to its answer's end", buckets=_BUCKETS, registry=self.registry
         )
         self.first_commit_seconds = Histogram(
             "sfumato_first_commit_seconds",
             "From a job's start, the wait for a row included, to its first committed text",
-            buckets=_SECONDS,
+            buckets=_BUCKETS,
             registry=self.registry,
         )
         self.steps_per_canvas = Histogram(
@@ -65,4 +67,5 @@ class Metrics:
             yield CounterMetricFamily(f"sfumato_{name}", text, value=getattr(stats, source))
 
     def page(self) -> bytes:
+        """All figures in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -1,12 +1,13 @@
-"""What the routes share: the backend, the settings, and how a request's jobs are run side by side and watched.
+"""What the routes share: the backend, the settings, and how a request's jobs run side by side and are watched.
 
-A job lives exactly as long as somebody waits for it: when the client goes, does not read, or its time is up, the jobs
+A job lives exactly as long as a client waits for it: when the client goes, does not read, or its time is up, the jobs
 of its request are cancelled at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -16,16 +17,16 @@ from time import monotonic
 from typing import Any, TypeVar, cast
 
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from sfumato.errors import WorkerError
 from sfumato.events import Draft, Event, Usage
-from sfumato.server.backend import Backend, Job, ModelCard, Result, where
-from sfumato.server.http.body import Body, read
-from sfumato.server.http.errors import RETRY, ClientGone, Refusal, refusal
+from sfumato.server.backend import NUMBER, Backend, Job, ModelCard, Result
+from sfumato.server.http.bodies import Body, read
+from sfumato.server.http.errors import RETRY, ClientGone, Refusal
 from sfumato.server.http.metrics import Metrics
 from sfumato.server.settings import Settings
+from sfumato.templates.requests import Query
 
 log = logging.getLogger("sfumato.server")
 
@@ -38,19 +39,23 @@ SMALL = 64 << 10
 
 @dataclass
 class Record:
-    """One request, as the log tells it."""
+    """One request: its id, and what the log says of it."""
 
     id: str
+    is_clients: bool = False
+    """Whether the client chose the id; it may choose the same again."""
     status: int = 0
     tokens: int = 0
 
 
 def record_of(scope: Scope) -> Record:
-    """Kept in the request's state by `guard.Access`, the outermost of all."""
+    """The record of a request, which `AccessLog` keeps in the request's state."""
     return cast(Record, scope["state"]["record"])
 
 
 class Service:
+    """The backend and the settings of one application, and its requests under way."""
+
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self.backend, self.settings = backend, settings
         self.metrics = Metrics(backend)
@@ -60,6 +65,7 @@ class Service:
         """Requests to /v1 under way."""
         self.body_bytes = 0
         """Of the bodies of requests under way."""
+        self._numbers = itertools.count()
         self._idle, self._cut = asyncio.Event(), asyncio.Event()
         self._reading = asyncio.Semaphore(2)
         """For large bodies: each thread that reads one takes time from the loop."""
@@ -70,7 +76,9 @@ class Service:
     # ---- the model ----------------------------------------------------------------------------------------------
 
     async def card(self, name: str | None = None) -> ModelCard:
-        """The loaded model's; a Refusal where another is asked for. Known once, it holds while a worker starts anew."""
+        """The loaded model's card; a Refusal where another model is asked for.
+
+        It stays known while a worker starts anew."""
         if self._card is None:
             self._card = await self.backend.card()
         if name is not None and name not in self.names(self._card):
@@ -79,11 +87,11 @@ class Service:
         return self._card
 
     def names(self, card: ModelCard) -> list[str]:
-        """What the model is called here, first of all in answers."""
+        """The model's names here; answers have the first."""
         return list(dict.fromkeys([self.settings.name or card.name, card.name, *self.settings.aliases]))
 
     def state(self) -> str:
-        """In one word, for GET /ready."""
+        """The state of the server in one word, for GET /ready."""
         if self.has_failed():
             return "failed"
         if self.is_draining:
@@ -96,6 +104,7 @@ class Service:
     # ---- start and end ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Start the backend, in a task of its own."""
         self.starting = asyncio.create_task(self.backend.start())
         self.starting.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever waits says it
 
@@ -111,6 +120,7 @@ class Service:
         self.running += 1
 
     def leave(self) -> None:
+        """A request to /v1 ends."""
         self.running -= 1
         if not self.running:
             self._idle.set()
@@ -156,10 +166,20 @@ class Service:
             log.info("%s says %s", record_of(request.scope).id, json.dumps(body.plain()))
         return body
 
-    async def events(self, scope: Scope, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Event | Result], None]:
-        """The events of jobs that run side by side, each with its job's number; the first error ends them all."""
+    def jobs(self, record: Record, queries: Sequence[Query]) -> list[Job]:
+        """A request's queries under ids that no other job ever has.
+
+        An id that a client chose gets a number, as it may be chosen again while the worker still ends the job before;
+        several queries of one request get their place besides."""
+        id = f"{record.id}{NUMBER}{next(self._numbers)}" if record.is_clients else record.id
+        ids = [id] if len(queries) == 1 else [f"{id}/{place}" for place in range(len(queries))]
+        return [Job(*pair) for pair in zip(ids, queries, strict=True)]
+
+    async def events(self, scope: Scope, queries: Sequence[Query]) -> AsyncGenerator[tuple[int, Event | Result], None]:
+        """The events of queries that run side by side, each with its query's place; the first error ends them all."""
         queue: asyncio.Queue[tuple[int, Event | Result | Exception | None]] = asyncio.Queue(16)
-        record, begun = record_of(scope), monotonic()
+        record, start = record_of(scope), monotonic()
+        jobs = self.jobs(record, queries)
 
         async def pump(number: int, job: Job) -> None:
             try:
@@ -172,18 +192,18 @@ class Service:
                 await queue.put((number, None))
 
         tasks = [asyncio.create_task(pump(number, job)) for number, job in enumerate(jobs)]
-        waiting, left = set(range(len(jobs))), len(jobs)
+        waiting, running = set(range(len(jobs))), len(jobs)
         try:
-            while left:
+            while running:
                 number, event = await queue.get()
                 if event is None:
-                    left -= 1
+                    running -= 1
                     continue
                 if isinstance(event, Exception):
                     raise event
                 if number in waiting and not isinstance(event, Draft):
                     waiting.remove(number)
-                    self.metrics.first_commit_seconds.observe(monotonic() - begun)
+                    self.metrics.first_commit_seconds.observe(monotonic() - start)
                 if isinstance(usage := getattr(event, "usage", None), Usage):
                     record.tokens += usage.tokens
                     if usage.canvases:
@@ -194,9 +214,9 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def result(self, scope: Scope, job: Job) -> Result:
-        """What a job on a template ends with."""
-        async with aclosing(self.events(scope, [job])) as events:
+    async def result(self, scope: Scope, query: Query) -> Result:
+        """What a query on a template ends with."""
+        async with aclosing(self.events(scope, [query])) as events:
             async for _, event in events:
                 if not isinstance(event, Event):
                     return event
@@ -219,98 +239,11 @@ class Service:
             message = f"the answer took more than the {limit:g} seconds allowed; ask for fewer tokens or steps"
             raise Refusal(504, message, "timeout_error")
         finally:
-            for one in (task, gone, cut):
-                one.cancel()
+            for waiter in (task, gone, cut):
+                waiter.cancel()
             await asyncio.gather(task, gone, cut, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class EventStream(Response):
-    """Server-sent events. Until the first, or some seconds of silence, an error is still an answer of its own; from
-    then on it is one more event, and the last."""
-
-    def __init__(self, service: Service, texts: AsyncGenerator[str, None]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._service, self._texts = service, texts
-        self._is_begun = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._service.watched(receive, self._write(send))
-        except ClientGone:
-            raise
-        except Exception as error:
-            answer = refusal(error)
-            if answer.status == 500:
-                log.error("%s failed: %s", record_of(scope).id, where(error))
-            if not self._is_begun:
-                return await answer.response()(scope, receive, send)
-            await self._send(send, data(answer.body))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _write(self, send: Send) -> None:
-        async with aclosing(self._texts) as texts:
-            while True:
-                following = asyncio.ensure_future(anext(texts, None))
-                try:
-                    while not (await asyncio.wait({following}, timeout=self._service.settings.keep_alive))[0]:
-                        await self._send(send, ": keep-alive\n\n")
-                finally:
-                    following.cancel()
-                    await asyncio.gather(following, return_exceptions=True)
-                if (text := following.result()) is None:
-                    return
-                await self._send(send, text)
-
-    async def _send(self, send: Send, text: str) -> None:
-        if not self._is_begun:
-            self._is_begun = True
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-            headers += [pair for pair in self.raw_headers if pair[0] != b"content-length"]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-
-
-def data(value: Any, event: str | None = None) -> str:
-    """One server-sent event."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {event}\ndata: {text}\n\n" if event else f"data: {text}\n\n"
-
-
-END = "data: [DONE]\n\n"
-
-
-def draft_of(number: int, draft: Draft) -> dict[str, Any]:
-    """A draft, as every stream sends it."""
-    return {
-        "index": number,
-        "canvas": draft.canvas,
-        "step": draft.step,
-        "pieces": draft.pieces,
-        "entropies": [round(entropy, 4) for entropy in draft.entropies],
-        "accepted": draft.accepted,
-        "end": draft.end,
-    }
-
-
-def usage_of(usages: Sequence[Usage], n: int = 1) -> dict[str, Any]:
-    """What a request took: of each prompt's `n` answers the first counts the prompt."""
-    prompt = sum(usage.prompt_tokens for usage in usages[::n])
-    tokens, passes = sum(usage.tokens for usage in usages), sum(usage.passes for usage in usages)
-    firsts = [usage.first_commit_seconds for usage in usages if usage.first_commit_seconds is not None]
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": tokens,
-        "total_tokens": prompt + tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(usage.reused_tokens for usage in usages[::n])},
-        "steps": sum(usage.steps for usage in usages),
-        "passes": passes,
-        "canvases": sum(usage.canvases for usage in usages),
-        "tokens_per_pass": round(tokens / passes, 4) if passes else 0.0,
-        "seconds": round(max((usage.seconds for usage in usages), default=0.0), 6),
-        "first_commit_seconds": round(min(firsts), 6) if firsts else None,
-    }

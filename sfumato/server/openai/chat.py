@@ -14,53 +14,49 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from sfumato.errors import InputError
-from sfumato.events import Commit, Done, Draft
-from sfumato.server import answers
-from sfumato.server.backend import Job, ModelCard
-from sfumato.server.http.service import END, EventStream, Service, data, draft_of, record_of, usage_of
-from sfumato.server.openai.schema import ChatRequest, tools_payload
+from sfumato.events import Commit, Done, Draft, Usage
+from sfumato.server.backend import ModelCard
+from sfumato.server.http.answers import draft_of, usage_of
+from sfumato.server.http.checks import check_chat
+from sfumato.server.http.document import takes
+from sfumato.server.http.events import END, EventStream, data
+from sfumato.server.http.service import Service
+from sfumato.server.openai.answers import ChatCompletion
+from sfumato.server.openai.bodies import ChatRequest, shown_tools
+from sfumato.templates.requests import Chat
 
 
 def routes(service: Service) -> APIRouter:
+    """The route of chats."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", **answers.takes(ChatRequest, answers.ChatCompletion))
+    @router.post("/v1/chat/completions", **takes(ChatRequest, ChatCompletion))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation, once or `n` times."""
         body = await service.read(request, ChatRequest)
         card = await service.card(body.model)
-        talk = Talk(service, request.scope, body, card)
+        answer = ChatAnswer(service, request.scope, body, card)
         if body.stream:
-            return EventStream(service, talk.chunks())
-        return JSONResponse(await service.watched(request.receive, talk.whole()))
+            return EventStream(service, answer.chunks())
+        return JSONResponse(await service.watched(request.receive, answer.whole()))
 
     return router
 
 
-def check_chat(card: ModelCard) -> None:
-    if not card.has_chat:
-        raise InputError(f"model {card.name!r} has no chat template; send a prompt to /v1/completions")
-
-
-class Talk:
-    """One request: its jobs, and what their events come to."""
+class ChatAnswer:
+    """The answers to one conversation: `n` queries, and what their events come to."""
 
     def __init__(self, service: Service, scope: Scope, body: ChatRequest, card: ModelCard) -> None:
-        limits = service.settings.limits
         check_chat(card)
-        options = body.answer_options(card, limits)
-        n = body.choice_count(1, limits)
+        options = body.answer_options(card)
+        n = body.choice_count(1, service.settings.limits)
         self.service, self.scope = service, scope
         self.is_one_call = body.parallel_tool_calls is False
-        self.is_usage_asked = body.is_usage_asked()
-        payload = {
-            "messages": [message.plain() for message in body.messages],
-            "tools": tools_payload(body.functions_given, body.choice),
-        }
+        self.has_usage = body.has_usage()
+        self.has_logprobs = options.logprobs
+        messages, tools = [message.plain() for message in body.messages], shown_tools(body.tool_functions, body.choice)
         seed = options.seed or 0
-        record = record_of(scope)
-        self.jobs = [Job("chat", record.id, payload, replace(options, seed=seed + i)) for i in range(n)]
+        self.queries = [Chat(messages, tools, replace(options, seed=seed + i)) for i in range(n)]
         self.head: dict[str, Any] = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion",
@@ -71,15 +67,16 @@ class Talk:
         }
 
     async def whole(self) -> dict[str, Any]:
-        commits: list[list[Commit]] = [[] for _ in self.jobs]
+        """The answer as one object."""
+        commits: list[list[Commit]] = [[] for _ in self.queries]
         ends: dict[int, Done] = {}
-        async with aclosing(self.service.events(self.scope, self.jobs)) as events:
+        async with aclosing(self.service.events(self.scope, self.queries)) as events:
             async for number, event in events:
                 if isinstance(event, Commit):
                     commits[number].append(event)
                 elif isinstance(event, Done):
                     ends[number] = event
-        dones = [ends[number] for number in range(len(self.jobs))]
+        dones = [ends[number] for number in range(len(self.queries))]
         choices = [self._choice(number, done, commits[number]) for number, done in enumerate(dones)]
         return self.head | {"choices": choices, "usage": usage_of([done.usage for done in dones], len(dones))}
 
@@ -96,49 +93,53 @@ class Talk:
             "message": message,
             "finish_reason": "tool_calls" if calls else done.finish_reason,
             "stop_reason": done.stop,
-            "logprobs": logprobs_of(commits) if self.jobs[0].options.logprobs else None,
+            "logprobs": logprobs_of(commits) if self.has_logprobs else None,
         }
 
     async def chunks(self) -> AsyncGenerator[str, None]:
-        head = self.head | {"object": "chat.completion.chunk"} | ({"usage": None} if self.is_usage_asked else {})
-        called = [0] * len(self.jobs)
-        usages: dict[int, Any] = {}
-        begun: set[int] = set()
+        """The answer as the events of a stream."""
+        head = self.head | {"object": "chat.completion.chunk"} | ({"usage": None} if self.has_usage else {})
+        call_counts = [0] * len(self.queries)
+        usages: dict[int, Usage] = {}
+        roles: set[int] = set()  # answers whose first chunk, with the role, is sent
 
         def chunk(number: int, delta: dict[str, Any], logprobs: Any = None, **end: Any) -> str:
             choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": None} | end
             return data(head | {"choices": [choice]})
 
-        async with aclosing(self.service.events(self.scope, self.jobs)) as events:
+        async with aclosing(self.service.events(self.scope, self.queries)) as events:
             async for number, event in events:
-                if number not in begun:
-                    begun.add(number)
+                if number not in roles:
+                    roles.add(number)
                     yield chunk(number, {"role": "assistant", "content": ""})
                 if isinstance(event, Draft):
                     yield data(head | {"choices": [], "draft": draft_of(number, event)})
                 elif isinstance(event, Commit):
-                    calls = event.tool_calls
-                    if self.is_one_call:
-                        calls = calls[: 1 - called[number]]
-                    delta: dict[str, Any] = {}
-                    if event.thought:
-                        delta["reasoning_content"] = event.thought
-                    if event.text:
-                        delta["content"] = event.text
-                    if calls:
-                        delta["tool_calls"] = [{"index": called[number] + i} | call_of(c) for i, c in enumerate(calls)]
-                        called[number] += len(calls)
-                    logprobs = logprobs_of([event]) if self.jobs[0].options.logprobs else None
+                    delta = self._delta(event, call_counts[number])
+                    call_counts[number] += len(delta.get("tool_calls", []))
+                    logprobs = logprobs_of([event]) if self.has_logprobs else None
                     if delta or logprobs:
                         yield chunk(number, delta, logprobs)
                 elif isinstance(event, Done):
                     usages[number] = event.usage
-                    reason = "tool_calls" if called[number] else event.finish_reason
+                    reason = "tool_calls" if call_counts[number] else event.finish_reason
                     yield chunk(number, {}, finish_reason=reason, stop_reason=event.stop)
-        if self.is_usage_asked:
-            usage = usage_of([usages[number] for number in range(len(self.jobs))], len(self.jobs))
+        if self.has_usage:
+            usage = usage_of([usages[number] for number in range(len(self.queries))], len(self.queries))
             yield data(head | {"choices": [], "usage": usage})
         yield END
+
+    def _delta(self, commit: Commit, calls_before: int) -> dict[str, Any]:
+        """What a commit adds to an answer that has so many calls."""
+        calls = commit.tool_calls[: 1 - calls_before] if self.is_one_call else commit.tool_calls
+        delta: dict[str, Any] = {}
+        if commit.thought:
+            delta["reasoning_content"] = commit.thought
+        if commit.text:
+            delta["content"] = commit.text
+        if calls:
+            delta["tool_calls"] = [{"index": calls_before + i} | call_of(call) for i, call in enumerate(calls)]
+        return delta
 
 
 def call_of(call: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def finite(logprob: float) -> float:
 
 
 def logprobs_of(commits: Sequence[Commit]) -> dict[str, Any]:
-    """Of every token of these commits."""
+    """The log-probabilities of every token of these commits."""
 
     def entry(piece: str, logprob: float) -> dict[str, Any]:
         return {"token": piece, "logprob": finite(logprob), "bytes": list(piece.encode("utf-8", "replace"))}

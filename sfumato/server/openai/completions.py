@@ -14,49 +14,49 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from sfumato.events import Commit, Done, Draft, Filled, Usage
-from sfumato.server import answers
-from sfumato.server.backend import Job, ModelCard
-from sfumato.server.http.service import END, EventStream, Service, data, draft_of, record_of, usage_of
+from sfumato.options import Options
+from sfumato.server.backend import ModelCard
+from sfumato.server.http.answers import draft_of, usage_of
+from sfumato.server.http.document import takes
+from sfumato.server.http.events import END, EventStream, data
+from sfumato.server.http.service import Service
+from sfumato.server.openai.answers import TextCompletion
+from sfumato.server.openai.bodies import CompletionRequest
 from sfumato.server.openai.chat import finite
-from sfumato.server.openai.schema import CompletionRequest
+from sfumato.templates.requests import Complete, Infill
 
 
 def routes(service: Service) -> APIRouter:
+    """The route of completions."""
     router = APIRouter()
 
-    @router.post("/v1/completions", **answers.takes(CompletionRequest, answers.TextCompletion))
+    @router.post("/v1/completions", **takes(CompletionRequest, TextCompletion))
     async def completions(request: Request) -> Response:
         """Continue a text, or several; or write what stands between two."""
         body = await service.read(request, CompletionRequest)
         card = await service.card(body.model)
-        texts = Texts(service, request.scope, body, card)
+        answer = CompletionAnswer(service, request.scope, body, card)
         if body.stream:
-            return EventStream(service, texts.chunks())
-        return JSONResponse(await service.watched(request.receive, texts.whole()))
+            return EventStream(service, answer.chunks())
+        return JSONResponse(await service.watched(request.receive, answer.whole()))
 
     return router
 
 
-class Texts:
-    """One request: a job for each answer to each prompt, the answers to one prompt side by side."""
+class CompletionAnswer:
+    """The answers to one request: a query for each answer to each prompt, those to one prompt side by side."""
 
     def __init__(self, service: Service, scope: Scope, body: CompletionRequest, card: ModelCard) -> None:
-        limits = service.settings.limits
-        options = body.answer_options(card, limits)
+        options = body.answer_options(card)
         prompts = body.prompts
-        self.n = body.choice_count(len(prompts), limits)
+        self.n = body.choice_count(len(prompts), service.settings.limits)
         self.service, self.scope = service, scope
-        self.is_usage_asked = body.is_usage_asked()
+        self.has_usage = body.has_usage()
+        self.has_logprobs = options.logprobs
         self.echoes = [prompt if body.echo and isinstance(prompt, str) else "" for prompt in prompts]
-        seed, record = options.seed or 0, record_of(scope)
-        self.jobs = []
-        for prompt in prompts:
-            payload: dict[str, Any] = {"prompt": prompt}
-            if body.suffix is not None:
-                payload = {"prefix": prompt, "suffix": body.suffix, "length": None, "at_most": body.max_tokens}
-            for i in range(self.n):
-                kind = "complete" if body.suffix is None else "infill"
-                self.jobs.append(Job(kind, record.id, payload, replace(options, seed=seed + i)))  # type: ignore[arg-type]
+        seed = options.seed or 0
+        each = [replace(options, seed=seed + i) for i in range(self.n)]
+        self.queries = [_query(body, prompt, options) for prompt in prompts for options in each]
         self.head: dict[str, Any] = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -67,49 +67,51 @@ class Texts:
         }
 
     async def whole(self) -> dict[str, Any]:
-        commits: list[list[Commit]] = [[] for _ in self.jobs]
+        """The answer as one object."""
+        commits: list[list[Commit]] = [[] for _ in self.queries]
         ends: dict[int, Done | Filled] = {}
-        async with aclosing(self.service.events(self.scope, self.jobs)) as events:
+        async with aclosing(self.service.events(self.scope, self.queries)) as events:
             async for number, event in events:
                 if isinstance(event, Commit):
                     commits[number].append(event)
                 elif isinstance(event, Done | Filled):
                     ends[number] = event
         choices = []
-        for number in range(len(self.jobs)):
+        for number in range(len(self.queries)):
             end, echo = ends[number], self.echoes[number // self.n]
             choices.append(
                 {
                     "index": number,
                     "text": echo + _text(end),
                     **_end(end),
-                    "logprobs": _logprobs(commits[number]) if self.jobs[0].options.logprobs else None,
+                    "logprobs": _logprobs(commits[number]) if self.has_logprobs else None,
                 }
             )
-        usage = usage_of([ends[number].usage for number in range(len(self.jobs))], self.n)
+        usage = usage_of([ends[number].usage for number in range(len(self.queries))], self.n)
         return self.head | {"choices": choices, "usage": usage}
 
     async def chunks(self) -> AsyncGenerator[str, None]:
-        head = self.head | ({"usage": None} if self.is_usage_asked else {})
+        """The answer as the events of a stream."""
+        head = self.head | ({"usage": None} if self.has_usage else {})
         usages: dict[int, Usage] = {}
-        offsets = [0] * len(self.jobs)
-        begun: set[int] = set()
+        offsets = [0] * len(self.queries)
+        echoed: set[int] = set()  # answers whose prompt, where it is echoed, is sent
 
         def chunk(number: int, text: str, logprobs: Any = None, **end: Any) -> str:
             choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": None} | end
             return data(head | {"choices": [choice]})
 
-        async with aclosing(self.service.events(self.scope, self.jobs)) as events:
+        async with aclosing(self.service.events(self.scope, self.queries)) as events:
             async for number, event in events:
-                if number not in begun:
-                    begun.add(number)
+                if number not in echoed:
+                    echoed.add(number)
                     if echo := self.echoes[number // self.n]:
                         yield chunk(number, echo)
                 if isinstance(event, Draft):
                     yield data(head | {"choices": [], "draft": draft_of(number, event)})
                 elif isinstance(event, Commit):
                     logprobs = None
-                    if self.jobs[0].options.logprobs:
+                    if self.has_logprobs:
                         logprobs = _logprobs([event], offsets[number])
                         offsets[number] += sum(map(len, event.pieces or []))
                     if event.text or logprobs:
@@ -117,10 +119,18 @@ class Texts:
                 elif isinstance(event, Done | Filled):
                     usages[number] = event.usage
                     yield chunk(number, _text(event) if isinstance(event, Filled) else "", **_end(event))
-        if self.is_usage_asked:
-            usage = usage_of([usages[number] for number in range(len(self.jobs))], self.n)
+        if self.has_usage:
+            usage = usage_of([usages[number] for number in range(len(self.queries))], self.n)
             yield data(head | {"choices": [], "usage": usage})
         yield END
+
+
+def _query(body: CompletionRequest, prompt: str | list[int], options: Options) -> Complete | Infill:
+    """What is asked of the model; with a suffix the prompt is text, which `answer_options` has checked."""
+    if body.suffix is None:
+        return Complete(prompt, options)
+    assert isinstance(prompt, str)
+    return Infill(prompt, body.suffix, None, body.requested().get("max_tokens"), options)
 
 
 def _text(end: Done | Filled) -> str:

@@ -10,38 +10,37 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from sfumato.errors import InputError
 from sfumato.events import Commit, Done
 from sfumato.options import Options
-from sfumato.server import answers
-from sfumato.server.backend import Job, ModelCard
-from sfumato.server.catalogue import field as option
-from sfumato.server.http.body import Body, Most, only
-from sfumato.server.http.errors import Refusal
-from sfumato.server.http.service import EventStream, Service, data, record_of, usage_of
-from sfumato.server.openai import schema
-from sfumato.server.openai.chat import check_chat
-from sfumato.server.openai.schema import Effort, Function
-from sfumato.server.settings import Limits
+from sfumato.server.backend import ModelCard
+from sfumato.server.http.answers import usage_of
+from sfumato.server.http.checks import check_chat
+from sfumato.server.http.document import takes
+from sfumato.server.http.events import EventStream, data
+from sfumato.server.http.service import Service
+from sfumato.server.openai.answers import ResponseBody
+from sfumato.server.openai.bodies import shown_tools
+from sfumato.server.openai.items import FlatChoice, ResponsesRequest
+from sfumato.templates.requests import Chat
 
 
 def routes(service: Service) -> APIRouter:
+    """The route of responses."""
     router = APIRouter()
 
-    @router.post("/v1/responses", **answers.takes(ResponsesRequest, answers.ResponseBody))
+    @router.post("/v1/responses", **takes(ResponsesRequest, ResponseBody))
     async def responses(request: Request) -> Response:
         """Answer an input; nothing is stored."""
         body = await service.read(request, ResponsesRequest)
         card = await service.card(body.model)
         check_chat(card)
-        answer = Answer(service, request.scope, body, card)
+        answer = ResponseAnswer(service, request.scope, body, card)
         if body.stream:
             return EventStream(service, answer.texts())
         return JSONResponse(await service.watched(request.receive, answer.whole()))
@@ -49,195 +48,21 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-# --- what is asked -------------------------------------------------------------------------------------------------
+class ResponseAnswer:
+    """The answer to one request, item by item."""
 
-
-class Content(Body):
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: Any = only([])
-    logprobs: Any = only([])
-
-
-Contents = Annotated[list[Content], Most("max_parts", "parts")]
-
-
-class Item(Body):
-    id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-
-class MessageItem(Item):
-    type: Literal["message"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Contents
-    phase: Literal["commentary", "final_answer"] | None = None
-
-
-class CallItem(Item):
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
-
-
-class OutputItem(Item):
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str | Contents
-
-
-class Thought(Body):
-    type: Literal["reasoning_text"]
-    text: str
-
-
-class ThoughtItem(Item):
-    type: Literal["reasoning"]
-    summary: Annotated[list[Any], Most("max_parts", "parts")] | None = None
-    content: Annotated[list[Thought], Most("max_parts", "parts")] | None = None
-    encrypted_content: Any = only()
-
-
-def _kind(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else None
-    return "message" if kind is None else str(kind)
-
-
-AnyItem = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[OutputItem, Tag("function_call_output")]
-    | Annotated[ThoughtItem, Tag("reasoning")],
-    Discriminator(_kind),
-]
-
-
-class FlatTool(Function):
-    type: Literal["function"]
-
-
-class FlatChoice(Body):
-    type: Literal["function"]
-    name: str
-
-
-class Format(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class Text(Body):
-    format: Format | None = None
-    verbosity: Any = only("medium")
-
-
-class Reasoning(Body):
-    effort: Effort | None = None
-    summary: Any = only("auto")
-    generate_summary: Any = only()
-
-
-class ResponsesRequest(schema.Sampled):
-    input: str | Annotated[list[AnyItem], Field(min_length=1), Most("max_messages", "items")]
-    instructions: str | None = None
-    max_output_tokens: int | None = option("max_tokens")
-    text: Text | None = None
-    tools: Annotated[list[FlatTool], Most("max_tools", "tools")] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning: Reasoning | None = None
-    strict: bool | None = option("strict")
-    thinking: bool | None = option("thinking")
-    truncation: Any = only("disabled")
-    top_logprobs: Any = only(0)
-    include: Any = only([])
-    background: Any = only(False)
-    previous_response_id: Any = only()
-    conversation: Any = only()
-    prompt: Any = only()
-    max_tool_calls: Any = only()
-    stream_options: schema.StreamOptions | None = None
-
-    @property
-    def functions(self) -> list[Function]:
-        return [Function.model_validate(tool.model_dump(exclude={"type"})) for tool in self.tools or []]
-
-    @property
-    def choice(self) -> str:
-        return self.tool_choice.name if isinstance(self.tool_choice, FlatChoice) else self.tool_choice or "auto"
-
-    def wanted(self) -> dict[str, Any] | None:
-        form = self.text.format if self.text else None
-        if form is None or form.type == "text":
-            return None
-        return schema.ANY_OBJECT if form.type == "json_object" or form.schema_ is None else form.schema_
-
-    def answer_options(self, card: ModelCard, limits: Limits) -> Options:
-        if self.drafts:
-            raise InputError("drafts is true, but /v1/responses has no event for them; use /v1/chat/completions")
-        effort = self.reasoning.effort if self.reasoning else None
-        more = schema.chat_options(self.functions, self.choice, effort, self.thinking, self.wanted(), "text.format")
-        if self.max_output_tokens is not None:
-            more["max_tokens"] = self.max_output_tokens
-        return self.options(card, limits, **more)
-
-    def messages(self) -> list[dict[str, Any]]:
-        """The conversation as the chat template takes it: what an assistant thought, said and called is one message."""
-        found: list[dict[str, Any]] = []
-        if self.instructions is not None:
-            found.append({"role": "system", "content": self.instructions})
-        if isinstance(self.input, str):
-            return [*found, {"role": "user", "content": self.input}]
-        thought = ""
-        for item in self.input:
-            match item:
-                case ThoughtItem():
-                    thought += "".join(part.text for part in item.content or [])
-                    continue
-                case OutputItem():
-                    found.append({"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)})
-                    continue
-                case CallItem():
-                    if thought or not found or found[-1]["role"] != "assistant":
-                        found.append({"role": "assistant", "content": ""})
-                    function = {"name": item.name, "arguments": item.arguments}
-                    call = {"id": item.call_id, "type": "function", "function": function}
-                    found[-1].setdefault("tool_calls", []).append(call)
-                case MessageItem():
-                    found.append({"role": item.role, "content": _joined(item.content)})
-            if thought and found[-1]["role"] == "assistant":
-                found[-1]["reasoning_content"] = thought
-            thought = ""
-        if not found:
-            raise Refusal(400, "input holds thoughts alone; give at least one message", param="input")
-        return found
-
-
-def _joined(content: str | Contents) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-# --- what is answered ----------------------------------------------------------------------------------------------
-
-
-class Answer:
     def __init__(self, service: Service, scope: Scope, body: ResponsesRequest, card: ModelCard) -> None:
-        limits = service.settings.limits
-        options = body.answer_options(card, limits)
-        payload = {
-            "messages": body.messages(),
-            "tools": schema.tools_payload(body.functions, body.choice),
-        }
+        options = body.answer_options(card)
         self.service, self.scope = service, scope
         self.is_one_call = body.parallel_tool_calls is False
-        self.job = Job("chat", record_of(scope).id, payload, options)
+        self.query = Chat(body.messages(), shown_tools(body.functions, body.choice), options)
         self.output: list[dict[str, Any]] = []
+        self.head = self._head(body, options, service.names(card)[0])
+
+    def _head(self, body: ResponsesRequest, options: Options, model: str) -> dict[str, Any]:
+        """The response before there is any output."""
         choice = body.tool_choice
-        self.head: dict[str, Any] = {
+        return {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
@@ -247,7 +72,7 @@ class Answer:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": service.names(card)[0],
+            "model": model,
             "output": [],
             "parallel_tool_calls": not self.is_one_call,
             "previous_response_id": None,
@@ -265,11 +90,13 @@ class Answer:
         }
 
     async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
         async with aclosing(self.events()) as events:
-            told = [event async for event in events]
-        return dict(told[-1]["response"])
+            last = [event async for event in events][-1]
+        return dict(last["response"])
 
     async def texts(self) -> AsyncGenerator[str, None]:
+        """The answer as the events of a stream."""
         number = 0
         async with aclosing(self.events()) as events:
             async for event in events:
@@ -277,19 +104,20 @@ class Answer:
                 number += 1
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        is_begun = False
-        async with aclosing(self.service.events(self.scope, [self.job])) as events:
+        """The events of the answer; the last holds the whole."""
+        has_begun = False
+        async with aclosing(self.service.events(self.scope, [self.query])) as events:
             async for _, event in events:
-                if not is_begun:
-                    is_begun = True
+                if not has_begun:
+                    has_begun = True
                     yield {"type": "response.created", "response": self.head}
                     yield {"type": "response.in_progress", "response": self.head}
-                told = self._commit(event) if isinstance(event, Commit) else iter(())
-                for one in told:
-                    yield one
+                if isinstance(event, Commit):
+                    for change in self._commit(event):
+                        yield change
                 if isinstance(event, Done):
-                    for one in self._close():
-                        yield one
+                    for change in self._close():
+                        yield change
                     yield self._end(event)
 
     def _commit(self, commit: Commit) -> Iterator[dict[str, Any]]:

@@ -1,34 +1,36 @@
-"""The backend over a worker process: starts it, gives it jobs, hands out what comes, and starts it again when it dies.
+"""The backend over a worker process: starts it, sends it jobs, yields their events, and starts it again when it dies.
 
-The asyncio side never waits for the pipe: a thread writes what is in the outbox, another reads and hands each message
-to the loop. That thread waits for the process's end too, so that a death is known at once, however it came.
+The asyncio side never waits for the pipe: one thread writes what is in the outbox, another reads and hands each message
+to the event loop. The reader waits for the process's end too, so that a death is known at once, however it came.
 
-A job is sent once. When the worker dies under it, the client is told and may send it again: parts of an answer may
-have been read already, so doing it over here would not be the same answer twice.
+A job is sent once. When the worker dies under it, the client gets an error and may send it again: parts of an answer
+may have been read already, and a second run need not give the same parts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import itertools
 import multiprocessing
 import pickle
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
-from sfumato.errors import BusyError, SfumatoError, WorkerError
+from sfumato.engine.limits import BatchLimits
+from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
 from sfumato.events import Commit, Draft, Event
-from sfumato.server.backend import Job, ModelCard, Result, Stats, where
-from sfumato.server.worker import child as desk
+from sfumato.options import LoadOptions
+from sfumato.server.backend import Job, ModelCard, Outcome, Result, Stats, where
+from sfumato.server.worker import child as worker_child
+from sfumato.server.worker.messages import unpacked
 from sfumato.system import confined
 
 PATIENCE = 30.0
@@ -38,40 +40,38 @@ STEADY = 5.0
 PAUSES = (1.0, 30.0)
 """The first pause in seconds, which doubles, and the longest."""
 SILENCE = 300.0
-"""Seconds without a word of a worker that has jobs, after which it is taken for hung and killed. More than its longest
-turn (a long prompt of a large model on a slow processor, kernels that are compiled first), less than the longest
-request: that one is told of it."""
-PARTING = 1.0
+"""Seconds without a message from a worker that has jobs, after which it is taken for hung and killed. More than its
+longest turn (a long prompt of a large model on a slow processor, kernels that are compiled first), less than the
+longest request, which then gets the error."""
+ENDING = 1.0
 """Seconds that a worker has to end by itself."""
 
 COUNTERS = ("steps", "canvases", "tokens", "passes", "prefix_hits", "prefix_tokens")
 """The figures of `Stats` that only grow."""
 
-Hear = Callable[[tuple[Any, ...]], object]
+OnMessage = Callable[[tuple[Any, ...]], object]
 """Called in another thread with each message of a worker, and with ("ended", exit code) at last."""
-Child = Callable[[Any, dict[str, Any], Mapping[str, Any]], None]
+Child = Callable[[Connection, LoadOptions, BatchLimits], None]
+"""What a worker process runs: a function that a fresh interpreter can import."""
 
 
 class Worker:
     """`Backend` over one worker process.
 
-    `load` are the arguments of `LLM.load` by name, `limits` the fields of `batch.BatchLimits`, of which `rows` and
-    `queue` must be given; plain values, as torch stays out of this process. `loading(done, all)` hears of bytes while
-    the first worker loads. `child` is what the process runs: a function that a fresh interpreter can import. `silence`:
-    seconds without a word after which it is killed."""
+    `loading(done, all)` is called with bytes while the first worker loads. `silence`: seconds without a message after
+    which a worker that has jobs is killed."""
 
     def __init__(
         self,
-        load: dict[str, Any],
-        limits: Mapping[str, Any],
+        load: LoadOptions,
+        limits: BatchLimits,
         loading: Callable[[int, int], None] | None = None,
-        child: Child = desk.main,
+        child: Child = worker_child.main,
         silence: float = SILENCE,
     ) -> None:
-        self.load, self.limits, self.loading, self.child = load, dict(limits), loading, child
+        self.load, self.limits, self.loading, self.child = load, limits, loading, child
         self.silence = silence
-        self._keys = itertools.count()
-        self._inboxes: dict[int, asyncio.Queue[Event | Result | Exception]] = {}
+        self._inboxes: dict[str, asyncio.Queue[Outcome]] = {}
         """Of the jobs that the worker has."""
         self._waiting = 0
         """Jobs that wait for a worker."""
@@ -82,11 +82,11 @@ class Worker:
         self._is_loaded = False
         self._news = asyncio.Event()
         """Set while there is nothing to wait for: a worker is there, or none will come."""
-        self._heard = 0.0
-        """When the worker last said something, or got a job after it had none."""
-        self._quiet = asyncio.Event()
+        self._last_sign = 0.0
+        """When the worker last sent a message, or got a job after it had none."""
+        self._idle = asyncio.Event()
         """Set while the worker has no job."""
-        self._quiet.set()
+        self._idle.set()
         self._before, self._now = Stats(), Stats()
         """Figures of the workers that have ended, and of this one."""
 
@@ -105,10 +105,11 @@ class Worker:
             self._keeper.result()
 
     async def stop(self, drain_seconds: float) -> None:
+        """Take no more jobs, wait so long for those under way, then end the worker."""
         self._is_open = False
         self._news.set()
         try:
-            await asyncio.wait_for(self._quiet.wait(), drain_seconds)
+            await asyncio.wait_for(self._idle.wait(), drain_seconds)
         except TimeoutError:
             self._fail("the server stops, and this request took longer than it waits; send it to another, or later")
         if self._keeper is not None:
@@ -118,43 +119,49 @@ class Worker:
             await asyncio.to_thread(self._process.end)
 
     async def card(self) -> ModelCard:
+        """The loaded model's card; WorkerError before the first load."""
         if self._card is None:
             raise WorkerError("the model is still being loaded; ask again when the server is ready")
         return self._card
 
-    async def run(self, job: Job) -> AsyncIterator[Event | Result]:
+    async def run(self, job: Job) -> AsyncGenerator[Event | Result, None]:
+        """The events of a job; closing the iterator cancels it."""
         process = await self._admitted()
-        key, inbox = next(self._keys), asyncio.Queue[Event | Result | Exception]()
-        process.send(("job", key, pickle.dumps(job, pickle.HIGHEST_PROTOCOL)))
+        if job.id in self._inboxes:
+            raise InputError(f"a job with the id {job.id!r} is under way; give each its own")
+        inbox = asyncio.Queue[Outcome]()
+        process.send(("job", job.id, pickle.dumps(job, pickle.HIGHEST_PROTOCOL)))
         if not self._inboxes:
-            self._heard = asyncio.get_running_loop().time()
-        self._inboxes[key] = inbox
-        self._quiet.clear()
+            self._last_sign = asyncio.get_running_loop().time()
+        self._inboxes[job.id] = inbox
+        self._idle.clear()
         try:
             while True:
-                what = await inbox.get()
-                if isinstance(what, Exception):
-                    raise what
-                yield what
-                if _is_last(what):
+                outcome = await inbox.get()
+                if isinstance(outcome, Exception):
+                    raise outcome
+                yield outcome
+                if _is_last(outcome):
                     return
         finally:
-            if self._inboxes.pop(key, None) is not None:
-                process.send(("cancel", key))
-                self._rest()
+            if self._inboxes.pop(job.id, None) is not None:
+                process.send(("cancel", job.id))
+                self._check_idle()
 
     def is_ready(self) -> bool:
+        """Whether the worker takes jobs."""
         return self._is_open and self._is_loaded
 
     def stats(self) -> Stats:
-        grown = {name: getattr(self._before, name) + getattr(self._now, name) for name in COUNTERS}
-        return replace(self._now, **grown, queue=self._now.queue + self._waiting)
+        """The figures of all workers so far."""
+        counts = {name: getattr(self._before, name) + getattr(self._now, name) for name in COUNTERS}
+        return replace(self._now, **counts, queue=self._now.queue + self._waiting)
 
     # ---- jobs --------------------------------------------------------------------------------------------------------
 
     async def _admitted(self) -> _Process:
-        """The worker, when it takes jobs; BusyError where too many want it, WorkerError where it does not come."""
-        queue, rows = self.limits["queue"], self.limits["rows"]
+        """The worker, once it takes jobs; BusyError where too many wait for it, WorkerError where none comes."""
+        queue, rows = self.limits.queue, self.limits.rows
         if self._waiting >= queue or len(self._inboxes) >= rows + queue:
             raise BusyError(f"{queue} requests are waiting, as many as the queue holds; send the request again later")
         self._waiting += 1
@@ -170,24 +177,24 @@ class Worker:
             raise WorkerError("the server takes no requests: it is stopping; send the request to another, or later")
         return self._process
 
-    def _take(self, key: int, what: Event | Result | Exception) -> None:
-        inbox = self._inboxes.get(key)
+    def _deliver(self, id: str, outcome: Outcome) -> None:
+        inbox = self._inboxes.get(id)
         if inbox is None:  # cancelled
             return
-        inbox.put_nowait(what)
-        if _is_last(what):
-            del self._inboxes[key]
-            self._rest()
+        inbox.put_nowait(outcome)
+        if _is_last(outcome):
+            del self._inboxes[id]
+            self._check_idle()
 
     def _fail(self, sentence: str) -> None:
         for inbox in self._inboxes.values():
             inbox.put_nowait(WorkerError(sentence))
         self._inboxes.clear()
-        self._rest()
+        self._check_idle()
 
-    def _rest(self) -> None:
+    def _check_idle(self) -> None:
         if not self._inboxes:
-            self._quiet.set()
+            self._idle.set()
 
     # ---- the process -------------------------------------------------------------------------------------------------
 
@@ -210,16 +217,16 @@ class Worker:
         loop = asyncio.get_running_loop()
         messages: asyncio.Queue[Any] = asyncio.Queue()
 
-        def hear(message: tuple[Any, ...]) -> None:
+        def on_message(message: tuple[Any, ...]) -> None:
             loop.call_soon_threadsafe(messages.put_nowait, message)
 
         try:
-            self._process = _Process(hear, self.child, self.load, self.limits)
+            self._process = _Process(on_message, self.child, self.load, self.limits)
         except OSError as error:
             return 0.0, WorkerError(f"no process can be started for the engine: {error.strerror}")
         ready_at, failure = loop.time(), None
         while True:
-            message, self._heard = await self._message(messages), loop.time()
+            message, self._last_sign = await self._message(messages), loop.time()
             match message:
                 case None:
                     failure = WorkerError(f"the engine's worker was silent for {self.silence:g} s and was killed")
@@ -232,9 +239,9 @@ class Worker:
                 case ("ready", card):
                     ready_at, self._card, self._is_loaded = loop.time(), card, True
                     self._news.set()
-                case ("events", happened):
-                    for key, parcel in happened:
-                        self._take(key, desk.unpacked(parcel))
+                case ("events", outcomes):
+                    for id, pickled in outcomes:
+                        self._deliver(id, unpacked(pickled))
                 case ("stats", figures):
                     self._now = replace(figures, restarts=self._before.restarts)
                 case ("ended", code):
@@ -249,41 +256,41 @@ class Worker:
         return steady, failure or WorkerError(f"the engine's worker ended ({how})")
 
     async def _message(self, messages: asyncio.Queue[Any]) -> Any:
-        """The next one; None where a worker that has jobs is silent for too long."""
+        """The next message; None where a worker that has jobs is silent for too long."""
         loop = asyncio.get_running_loop()
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.silence):
                     return await messages.get()
-            if self._is_loaded and self._inboxes and loop.time() - self._heard >= self.silence:
+            if self._is_loaded and self._inboxes and loop.time() - self._last_sign >= self.silence:
                 return None
 
 
 class _Process:
-    """A worker process, and the two threads that speak with it."""
+    """A worker process, and the two threads that write to it and read from it."""
 
-    def __init__(self, hear: Hear, child: Child, *arguments: Any) -> None:
+    def __init__(self, on_message: OnMessage, child: Child, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=child, args=(theirs, *arguments), name="sfumato worker")
+        self.connection, other_end = context.Pipe()
+        self.process = context.Process(target=child, args=(other_end, *arguments), name="sfumato worker")
         self.outbox: SimpleQueue[bytes | None] = SimpleQueue()
         # The worker begins with the signals blocked that it then ignores. The tracker, which comes along with the first
         # process, lets them through again as it starts, so it starts before.
         resource_tracker.ensure_running()
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, desk.SIGNALS)
-        is_held = desk.holds_cores()
-        if is_held:
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, worker_child.SIGNALS)
+        holds_cores = worker_child.holds_cores()
+        if holds_cores:
             confined.leave_cores()  # it begins where this thread may run
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-            if is_held:
-                desk.leave_first_core()
-            theirs.close()
+            if holds_cores:
+                worker_child.leave_first_core()
+            other_end.close()
         atexit.register(self.process.kill)  # multiprocessing would wait for it
         self.writer = threading.Thread(target=self._write, daemon=True, name="worker's writer")
-        self.reader = threading.Thread(target=self._read, args=(hear,), daemon=True, name="worker's reader")
+        self.reader = threading.Thread(target=self._read, args=(on_message,), daemon=True, name="worker's reader")
         self.writer.start()
         self.reader.start()
 
@@ -292,12 +299,13 @@ class _Process:
         self.outbox.put(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     def end(self) -> None:
+        """End the process, by itself or killed; waits for it."""
         self.send(("stop",))
-        self.reader.join(PARTING)
+        self.reader.join(ENDING)
         self.process.kill()
         self.reader.join()
 
-    def _read(self, hear: Hear) -> None:
+    def _read(self, on_message: OnMessage) -> None:
         try:
             with suppress(EOFError, OSError):
                 while self.connection in wait([self.connection, self.process.sentinel]):
@@ -307,16 +315,16 @@ class _Process:
                     except Exception as error:  # no message may end this thread
                         print(f"sfumato: a message could not be read: {where(error)}", file=sys.stderr)
                     else:
-                        hear(message)
+                        on_message(message)
         finally:
-            self.process.join(PARTING)  # it may have closed its end and live
+            self.process.join(ENDING)  # it may have closed its end and live
             self.process.kill()
             self.process.join()
             atexit.unregister(self.process.kill)
             self.outbox.put(None)
             self.writer.join()
             self.connection.close()
-            hear(("ended", self.process.exitcode))
+            on_message(("ended", self.process.exitcode))
 
     def _write(self) -> None:
         with suppress(OSError):
@@ -324,5 +332,5 @@ class _Process:
                 self.connection.send_bytes(data)
 
 
-def _is_last(what: Event | Result | Exception) -> bool:
-    return not isinstance(what, (Draft, Commit))
+def _is_last(outcome: Outcome) -> bool:
+    return not isinstance(outcome, (Draft, Commit))

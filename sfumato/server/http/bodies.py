@@ -1,7 +1,7 @@
-"""From bytes to a checked request: what bodies are made of, how they are read, and what is said of the first fault.
+"""From bytes to a checked request: what bodies are made of, how they are read, and how the first fault is reported.
 
-A body is hostile until it is checked: its values are counted before it is parsed, its lists and objects before any of
-their items is looked at, and of all that is wrong the first thing is said.
+A body is hostile until it is checked: its values are counted before it is parsed, and its lists and objects before any
+of their items is read. Of several faults only the first is reported.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 class Body(BaseModel):
-    """A request, or an object in one. What is wrong with it is said of its first fault: pydantic would look for all,
-    and a million of them take gigabytes."""
+    """A request, or an object in one.
+
+    Only its first fault is reported: pydantic would look for all, and a million of them take gigabytes."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -61,17 +62,17 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_one_stranger(cls, value: Any) -> Any:
+    def _with_one_unknown_name(cls, value: Any) -> Any:
         """Of many unknown names only the first is left, to be refused."""
         if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
             return value
         known = {info.alias or name for name, info in cls.model_fields.items()}
-        stranger = next(name for name in value if name not in known)
-        return {name: value[name] for name in (*known & value.keys(), stranger)}
+        unknown = next(name for name in value if name not in known)
+        return {name: value[name] for name in (*known & value.keys(), unknown)}
 
     @field_validator("*")
     @classmethod
-    def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+    def _is_allowed(cls, value: Any, info: ValidationInfo) -> Any:
         extra = cls.model_fields[str(info.field_name)].json_schema_extra
         allowed = extra["enum"] if isinstance(extra, dict) else None
         if isinstance(allowed, list) and not any(_is_same(value, one) for one in allowed):
@@ -84,7 +85,7 @@ class Body(BaseModel):
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    """As JSON has it: 0 is not false."""
+    """Whether two values are equal in JSON, where 0 is not false."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
@@ -92,13 +93,13 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def only(*values: Any) -> Any:
-    """A field that may be sent, but not to ask for anything: it is null or one of these values."""
+    """A field that a client may send though it has no effect: null or one of these values."""
     return Field(None, json_schema_extra={"enum": [None, *values]})
 
 
 @dataclass(frozen=True)
 class Most:
-    """Of a list or an object: at most so many as `Limits` has under this name, counted before any is looked at."""
+    """A bound on the items of a list or an object: the limit of this name in `Limits`, checked before any is read."""
 
     limit: str
     what: str
@@ -107,6 +108,7 @@ class Most:
         return core_schema.with_info_before_validator_function(self.check, handler(source))
 
     def check(self, value: Any, info: Any) -> Any:
+        """The value, if it has no more items than allowed."""
         most = getattr(info.context, self.limit)
         if isinstance(value, (list, dict)) and len(value) > most:
             raise PydanticCustomError(TOO_MANY, f"{len(value)} {self.what}, more than the {most} allowed")
@@ -129,9 +131,10 @@ def read(data: bytes, kind: type[T], limits: Limits) -> T:
 
 
 def parse(data: bytes, max_depth: int) -> Any:
+    """The JSON in a body; a Refusal where it is none, or nests deeper."""
     try:
         with _without_collector():
-            value = json.loads(data.decode(), parse_constant=_no_number, parse_float=_finite)
+            value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise _too_deep(max_depth) from None
     except ValueError as error:
@@ -144,7 +147,7 @@ def parse(data: bytes, max_depth: int) -> Any:
 
 
 def _count_values(data: bytes, most: int) -> None:
-    """Refusal for a body of more values, before it is read: reading them would hold up everybody."""
+    """Refusal for a body of more values, before it is parsed: parsing them would hold up every other request."""
     count = _separators(data)
     if count > most and (count := _separators(_STRING.sub(b"", data))) > most:
         text = f"the body has about {count} values, more than the {most} allowed; send fewer"
@@ -193,7 +196,7 @@ def _too_deep(limit: int) -> Refusal:
     return Refusal(400, f"the body nests deeper than the {limit} levels allowed; flatten it", code="invalid_json")
 
 
-def _no_number(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON's")
 
 
@@ -204,12 +207,14 @@ def _finite(text: str) -> float:
 
 
 def _refusal(error: ValidationError, value: Any) -> Refusal:
-    """What is wrong at the deepest place: a text that may be a list fails as both, and the list's reason says more."""
-    found: dict[str, list[Any]] = {}
-    for one in error.errors(include_url=False):
-        found.setdefault(_place(one["loc"], value, one["type"] == "missing"), []).append(one)
-    place = max(found, key=lambda name: name.count(".") + name.count("["))
-    faults = [one for one in found[place] if one["type"] == TOO_MANY] or found[place]
+    """The fault at the deepest place.
+
+    A value that may be text or a list fails as both, and the list's reason says more."""
+    by_place: dict[str, list[Any]] = {}
+    for fault in error.errors(include_url=False):
+        by_place.setdefault(_place(fault["loc"], value, fault["type"] == "missing"), []).append(fault)
+    place = max(by_place, key=lambda name: name.count(".") + name.count("["))
+    faults = [fault for fault in by_place[place] if fault["type"] == TOO_MANY] or by_place[place]
     first, shown = faults[0], short(place, 200)
     if first["type"] == "extra_forbidden":
         message = f"there is no field {shown!r} in this request; leave it out"
@@ -218,7 +223,7 @@ def _refusal(error: ValidationError, value: Any) -> Refusal:
     elif first["type"] == TOO_MANY:
         message = f"{shown} has {first['msg']}; send fewer"
     else:
-        reasons = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in faults)
+        reasons = dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in faults)
         message = f"{shown or 'the body'} is {_shown(first['input'])}: {' – or: '.join(reasons)}"
     return Refusal(400, message, param=shown or None)
 

@@ -1,5 +1,6 @@
-"""A connection, from its first byte to a request's whole head: how long it may take, how large it may be, and how many
-there are. What comes after the head is `guard`'s.
+"""A connection, from its first byte to a request's whole head: its time, its size, and how many there are.
+
+What comes after the head is limited in `limits`.
 
 It is uvicorn's protocol over h11, with the limits that uvicorn leaves open; h11 and not httptools, which bounds no
 head.
@@ -25,7 +26,7 @@ log = logging.getLogger("sfumato.server")
 
 LINGER = 3.0
 """Seconds for which a client may go on sending behind a refusal, so that it can read it."""
-REST = 16 << 20
+REMAINDER = 16 << 20
 """Bytes that it may send then."""
 PARTS = 16384
 """Chunks of a body, beside one for every KiB: each costs as much as a KiB of one that is large."""
@@ -34,26 +35,27 @@ AGAIN = 60.0
 
 
 class Connection(H11Protocol):
-    """At most `most` of them are served at once; the longest idle makes room for a new one."""
+    """One client's connection. At most `most` are served at once; the longest idle makes room for a new one."""
 
-    def __init__(self, settings: Settings, most: int, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, settings: Settings, most: int, **options: Any) -> None:
+        super().__init__(**options)
         self.settings, self.most = settings, most
         self.conn = self._reader = _Reader(settings.limits.max_head)
         self.since = monotonic()
-        """When it was last heard of: it began, or a request of it was answered."""
+        """When it began, or when its last request was answered."""
         self._timer: asyncio.TimerHandle | None = None
         """Of a head that is awaited, or of a refusal that is read."""
-        self._is_parting, self._rest = False, REST
+        self._is_closing, self._remainder = False, REMAINDER
 
     # ---- how many ---------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a new connection: serve it, refuse it, or close it where far too many are open."""
         super().connection_made(cast(Any, _Transport(transport, self.loop, self.settings.write_timeout)))
         count = len(self.connections)
         if count > self.most + max(8, self.most // 8):
             transport.abort()
-        elif count > self.most and not part_idle(self.connections, 1, self):
+        elif count > self.most and not close_idle(self.connections, 1, self):
             text = (
                 f"the server has {self.most} connections, as many as it takes, and none is idle; try again in a while"
             )
@@ -65,28 +67,30 @@ class Connection(H11Protocol):
     def is_idle(self) -> bool:
         """Whether no request of it is under way."""
         is_free = self.cycle is None or self.cycle.response_complete
-        return is_free and not self._is_parting and not self.transport.is_closing()
+        return is_free and not self._is_closing and not self.transport.is_closing()
 
     # ---- what comes -------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_parting:
+        """Read what the client sends; behind a refusal only count it."""
+        if not self._is_closing:
             super().data_received(data)
             self._watch_head()
             return
-        self._rest -= len(data)
-        if self._rest < 0:
+        self._remainder -= len(data)
+        if self._remainder < 0:
             self.transport.close()
 
     def on_response_complete(self) -> None:
+        """A request is answered; the next may come."""
         self.since = monotonic()
         super().on_response_complete()
 
     def _watch_head(self) -> None:
-        is_awaited = self.conn.their_state is h11.IDLE and not self._is_parting
+        is_awaited = self.conn.their_state is h11.IDLE and not self._is_closing
         if is_awaited and self._timer is None:
             self._timer = self.loop.call_later(self.settings.head_timeout, self._end_silence)
-        elif not is_awaited and not self._is_parting:
+        elif not is_awaited and not self._is_closing:
             self._stop_timer()
 
     def _end_silence(self) -> None:
@@ -107,7 +111,7 @@ class Connection(H11Protocol):
     # ---- refusals ---------------------------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's, for what h11 cannot read."""
+        """Refuse what h11 cannot read; uvicorn calls this."""
         fault = self._reader.fault
         if fault.error_status_hint == 431:
             text = f"the head is larger than the {self.settings.limits.max_head} bytes allowed; send fewer headers"
@@ -116,31 +120,33 @@ class Connection(H11Protocol):
         self._refuse(Refusal(fault.error_status_hint, text))
 
     def _refuse(self, error: Refusal) -> None:
-        """Answer outside of any request, then only wait for the client to go."""
+        """Answer outside any request, then only wait for the client to close."""
         self._stop_timer()
-        is_begun = False
+        has_begun = False
         if self.cycle is not None and not self.cycle.response_complete:
-            is_begun = self.cycle.response_started
+            has_begun = self.cycle.response_started
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if is_begun:  # another answer in its midst would be read as a part of it
+        if has_begun:  # another answer in its midst would be read as a part of it
             self.transport.close()
             return
         response = JSONResponse(error.body, error.status, {**(error.headers or {}), "connection": "close"})
         lines = [b"HTTP/1.1 %d %s" % (error.status, STATUS_PHRASES[error.status])]
         lines += [name + b": " + value for name, value in response.raw_headers]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
-        self._is_parting = True
+        self._is_closing = True
         self.transport.write_eof()
         self.flow.resume_reading()
         self._timer = self.loop.call_later(LINGER, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed."""
         self._stop_timer()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        if self._is_parting:
+        """Close the connection as soon as its request is answered; uvicorn calls this as it ends."""
+        if self._is_closing:
             self.transport.close()
         else:
             super().shutdown()
@@ -188,13 +194,14 @@ class _Transport:
         return getattr(self._transport, name)
 
     def close(self) -> None:
+        """Close, at the latest when the client has not read for so many seconds."""
         if self._transport.get_write_buffer_size() and not self._transport.is_closing():
             self._loop.call_later(self._patience, self._transport.abort)
         self._transport.close()
 
 
-def part_idle(connections: Collection[Any], count: int, besides: Any = None, age: float = 0.0) -> int:
-    """Close so many of the longest idle, of those that have been for `age` seconds; the number that there were."""
+def close_idle(connections: Collection[Any], count: int, besides: Any = None, age: float = 0.0) -> int:
+    """Close `count` of the longest idle, of those idle for at least `age` seconds; returns how many it closed."""
     before = monotonic() - age
     idle = [one for one in connections if one is not besides and one.is_idle and one.since <= before]
     for one in sorted(idle, key=lambda one: one.since)[:count]:
@@ -202,25 +209,28 @@ def part_idle(connections: Collection[Any], count: int, besides: Any = None, age
     return min(len(idle), count)
 
 
-class Lookout:
-    """The event loop's handler of errors. Where the process may open no more files, asyncio calls it for every
-    connection that waits, and tries again in a second; idle connections make room, and the log says it once."""
+class LoopErrors:
+    """The event loop's handler of errors.
+
+    Where the process may open no more files, asyncio calls it for every connection that waits, and tries again in a
+    second; idle connections make room, and the log says it once."""
 
     def __init__(self, connections: Collection[Any]) -> None:
         self._connections = connections
-        self._acted = self._said = float("-inf")
+        self._last_closing = self._last_warning = float("-inf")
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Handle an error that the loop met."""
         error, now = context.get("exception"), monotonic()
         if not (
             isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
         ):
             loop.default_exception_handler(context)
             return
-        if now - self._acted < 0.5:
+        if now - self._last_closing < 0.5:
             return
-        self._acted = now
-        part_idle(self._connections, len(self._connections), age=0.5)
-        if now - self._said >= AGAIN:
-            self._said = now
+        self._last_closing = now
+        close_idle(self._connections, len(self._connections), age=0.5)
+        if now - self._last_warning >= AGAIN:
+            self._last_warning = now
             log.warning("no more connections: %s; idle ones are closed, new ones wait", error.strerror)

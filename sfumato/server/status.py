@@ -1,0 +1,145 @@
+"""The routes that generate nothing: the model, its options, health, figures, and the page."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from typing_extensions import TypedDict
+
+from sfumato.server.backend import ModelCard
+from sfumato.server.http.document import ERRORS, gives
+from sfumato.server.http.options import listed
+from sfumato.server.http.service import Service
+
+UI = Path(__file__).parent / "ui"
+"""The page's files."""
+
+
+class ModelBody(TypedDict):
+    """A model, as GET /v1/models has it."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    canvas_length: int
+    max_model_len: int
+    is_diffusion: bool
+    has_chat: bool
+    parameters: int
+    dtype: str
+    ops: str
+    quantised: str | None
+
+
+class ModelList(TypedDict):
+    """The answer of GET /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelBody]
+
+
+class OptionBody(TypedDict):
+    """An option, as GET /v1/options has it."""
+
+    name: str
+    type: Literal["integer", "number", "boolean", "string", "array", "object"]
+    default: Any
+    minimum: float | None
+    maximum: float | None
+    choices: list[str] | None
+    doc: str
+
+
+class OptionList(TypedDict):
+    """The answer of GET /v1/options."""
+
+    options: list[OptionBody]
+
+
+class Status(TypedDict):
+    """The answer of GET /health and GET /ready."""
+
+    status: str
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes about the model, and those about the server."""
+    router = APIRouter()
+    _add_model_routes(router, service)
+    _add_server_routes(router, service)
+    return router
+
+
+def _add_model_routes(router: APIRouter, service: Service) -> None:
+    created = int(time.time())
+
+    @router.get("/v1/models", **gives(ModelList))
+    async def models() -> Response:
+        """The loaded model, once under each of its names."""
+        card = await service.card()
+        return JSONResponse({"object": "list", "data": [_model(name, card, created) for name in service.names(card)]})
+
+    @router.get("/v1/models/{name:path}", **gives(ModelBody))
+    async def model_of(name: str) -> Response:
+        return JSONResponse(_model(name, await service.card(name), created))
+
+    @router.get("/v1/options", **gives(OptionList))
+    async def option_list() -> Response:
+        """How to generate: what requests may set, with this model's defaults."""
+        card = await service.card()
+        return JSONResponse({"options": listed(card.defaults)})
+
+
+def _model(name: str, card: ModelCard, created: int) -> ModelBody:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "sfumato",
+        "canvas_length": card.canvas_length,
+        "max_model_len": card.max_position,
+        "is_diffusion": card.is_diffusion,
+        "has_chat": card.has_chat,
+        "parameters": card.parameters,
+        "dtype": card.dtype,
+        "ops": card.ops,
+        "quantised": card.quantised,
+    }
+
+
+def _add_server_routes(router: APIRouter, service: Service) -> None:
+    either: dict[int | str, dict[str, Any]] = {status: {"model": Status} for status in (200, 503)}
+    figures: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+        401: ERRORS[401],
+        403: ERRORS[403],
+    }
+
+    @router.get("/health", responses=either)
+    async def health() -> Response:
+        """Whether the server lives, and its worker does or is started again."""
+        return JSONResponse({"status": "failed"}, 503) if service.has_failed() else JSONResponse({"status": "ok"})
+
+    @router.get("/ready", responses=either)
+    async def ready() -> Response:
+        """Whether jobs are taken and prepared: "ready", or else why not."""
+        state = service.state()
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=figures)
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        if not (UI / "index.html").is_file():
+            raise HTTPException(404)
+        return FileResponse(UI / "index.html")

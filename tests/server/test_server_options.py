@@ -1,0 +1,123 @@
+"""server/http/options.py: the fields of requests that set options follow from the declaration of each option."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pytest
+from fake_backend import CARD
+
+from sfumato.errors import InputError
+from sfumato.options import BIG, OPTIONS, About, Options, Use, declared
+from sfumato.server.canvas.bodies import EditRequest, FillRequest, InfillRequest
+from sfumato.server.http import bodies as http_bodies
+from sfumato.server.http import options as http_options
+from sfumato.server.http.errors import Refusal
+from sfumato.server.http.options import OptionsBody, listed, range_of
+from sfumato.server.openai.bodies import ChatRequest, CompletionRequest, Sampled
+from sfumato.server.openai.items import ResponsesRequest
+from sfumato.server.settings import Limits
+
+
+@dataclass(frozen=True)
+class More(Options):
+    """Options, and one more of each kind, as if `sfumato.options` declared them."""
+
+    patience: Annotated[int, About("Steps to wait.", ("canvas", "chat", "templates"), 0, 9)] = 3
+    min_p: Annotated[float | None, About("A share.", ("canvas", "chat"), 0.0, 0.5)] = None
+    shape: Annotated[Literal["round", "square"] | None, About("A form.", ("canvas", "chat"))] = None
+    words: Annotated[tuple[str, ...], About("Texts.", ("canvas", "chat"))] = ()
+    is_loud: Annotated[bool, About("Loud.", ("autoregressive", "chat"))] = False
+
+
+@pytest.fixture
+def more_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, option in declared(More).items():
+        if name not in OPTIONS:
+            monkeypatch.setitem(OPTIONS, name, option)
+    monkeypatch.setattr(http_options, "Options", More)
+    yield
+
+
+def read(body: type[OptionsBody], **fields: Any) -> OptionsBody:
+    """The body with these fields, checked as a request's is."""
+    return body.model_validate(fields, context=Limits())
+
+
+def test_a_new_option_is_a_field_and_is_listed_with_no_change_here(more_options: None) -> None:
+    class Chat(Sampled, uses=("chat",)):
+        pass
+
+    class Template(OptionsBody, uses=("canvas", "templates")):
+        pass
+
+    options = read(Chat, patience=5, min_p=0.25, shape="round", words=["a"], seed=1).options(CARD)
+    assert options == More(patience=5, min_p=0.25, shape="round", words=("a",), seed=1)
+    assert read(Template, patience=5, seed=1).options(CARD) == More(patience=5, seed=1)
+    assert "min_p" not in Template.model_fields and "patience" in Template.model_fields
+    with pytest.raises(InputError, match="is_loud is True; it applies to mode 'autoregressive' alone") as refused:
+        read(Chat, is_loud=True).options(CARD)
+    assert refused.value.option == "is_loud"
+    assert read(Chat, is_loud=True, mode="autoregressive", seed=1).options(CARD) == More(
+        is_loud=True, mode="autoregressive", seed=1
+    )
+    entry = next(entry for entry in listed({"patience": 4}) if entry["name"] == "patience")
+    assert entry == {
+        "name": "patience",
+        "type": "integer",
+        "default": 4,
+        "minimum": 0,
+        "maximum": 9,
+        "choices": None,
+        "doc": "Steps to wait.",
+    }
+    field = Chat.model_json_schema()["properties"]["patience"]
+    assert field["anyOf"][0] == {"type": "integer", "minimum": 0, "maximum": 9}
+    assert field["description"] == "Steps to wait."
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("patience", 10), ("patience", 1.5), ("min_p", 0.6), ("shape", "long"), ("words", ["a"] * 1025), ("is_loud", 1)],
+)
+def test_a_new_option_is_checked_by_its_declaration(more_options: None, name: str, value: Any) -> None:
+    class Chat(Sampled, uses=("chat",)):
+        pass
+
+    body = (f'{{"{name}": ' + str(value).replace("'", '"') + "}").encode()
+    if isinstance(value, str):
+        body = f'{{"{name}": "{value}"}}'.encode()
+    with pytest.raises(Refusal) as refused:
+        http_bodies.read(body, Chat, Limits())
+    assert refused.value.option == name and name in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "uses", "others"),
+    [
+        (ChatRequest, {"chat"}, {"must_call"}),
+        (CompletionRequest, {"complete"}, {"top_logprobs"}),
+        (ResponsesRequest, {"chat"}, {"must_call", "max_tokens", "logprobs"}),
+        (InfillRequest, {"canvas", "templates"}, {"early", "short"}),
+        (EditRequest, {"canvas", "templates"}, {"early", "short"}),
+        (FillRequest, {"canvas", "templates"}, {"early", "short"}),
+    ],
+)
+def test_a_body_has_the_options_of_its_uses(body: type[OptionsBody], uses: set[Use], others: set[str]) -> None:
+    names = {info.alias or name for name, info in body.model_fields.items()}
+    expected = {name for name, option in OPTIONS.items() if uses <= set(option.about.uses)} - others
+    assert names & OPTIONS.keys() == expected
+
+
+def test_ranges_are_the_declared_ones_but_for_openais_temperature() -> None:
+    properties = ChatRequest.model_json_schema()["properties"]
+    for name, option in OPTIONS.items():
+        if option.kind in (int, float):
+            minimum, maximum = range_of(option)
+            kind = properties[name]["anyOf"][0]
+            assert (kind["minimum"], kind["maximum"]) == (minimum, maximum), name
+            declared_range = (option.about.minimum, option.about.maximum)
+            assert (minimum, maximum) == ((0.0, 2.0) if name == "temperature" else declared_range)
+    assert {entry["maximum"] for entry in listed({}) if OPTIONS[entry["name"]].about.maximum == BIG} == {None}
