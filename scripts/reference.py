@@ -48,7 +48,8 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Requests": (
-        "What is asked of a model, as values that can be kept, compared and sent: from `sfumato.templates.requests`.",
+        "What is asked of a model, as values that can be kept, compared and sent: from `sfumato.templates.requests`. "
+        "`LLM.run` and `Remote.run` carry out any of them.",
         [f"sfumato.templates.requests.{name}" for name in ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide")],
     ),
     "A model behind a URL": ("`LLM.connect(url)` makes one.", ["sfumato.remote.Remote"]),
@@ -90,6 +91,8 @@ def class_parts(name: str) -> list[str]:
     module, _, last = name.rpartition(".")
     node = class_of(module, last)
     parts = [f"### {last}", text_of(node)]
+    bases = [base for base in node.bases if isinstance(base, ast.Subscript) and ast.unparse(base.value) == "Returns"]
+    parts += [f"It ends with `{ast.unparse(base.slice)}`." for base in bases]
     if fields := fields_of(node):
         parts.append("\n".join(fields))
     methods = [member for member in node.body if isinstance(member, ast.FunctionDef)]
