@@ -299,7 +299,7 @@ class LLM:
         try:
             for event in run:
                 yield asks[event.row].reader.tell(event)
-        except GeneratorExit:  # the caller has seen enough
+        except GeneratorExit:  # the caller stopped reading
             self._engines.put_back(run.engine, [])
             raise
         row = run.rows[0]

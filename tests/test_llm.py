@@ -87,8 +87,8 @@ def test_a_stream_holds_back_what_may_become_a_stop_string(llm: LLM) -> None:
     for part in ("abc E", "N", "D, no", " EN", "D!tail"):
         tokens = llm.tokenizer.encode(part)
         keep = reader.push(tokens)
-        told = reader.tell(Commit(0, 0, 1, tokens[:keep], is_last=keep is not None))
-        pieces.append(told.text)
+        commit = reader.tell(Commit(0, 0, 1, tokens[:keep], is_last=keep is not None))
+        pieces.append(commit.text)
     assert pieces[:2] == ["abc ", ""]
     assert "".join(pieces) == reader.text == "abc END, no " and reader.found == "END!"
 

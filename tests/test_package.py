@@ -1,4 +1,4 @@
-"""The public face: the names DESIGN promises, each where it says it lives, and the version."""
+"""__init__.py, the public face: the names DESIGN promises, each where it says it lives, and the version."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_jinja_has_no_way_out_of_its_sandbox() -> None:
     """Before 3.1.6 a checkpoint's chat template could leave it (CVE-2025-27516)."""
     root = Path(__file__).parents[1]
     named = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
-    (wanted,) = [Requirement(line) for line in named if Requirement(line).name == "jinja2"]
+    (requirement,) = [Requirement(line) for line in named if Requirement(line).name == "jinja2"]
     (exact,) = [line for line in (root / "constraints.txt").read_text().lower().splitlines() if "jinja2==" in line]
-    assert not wanted.specifier.contains("3.1.5") and wanted.specifier.contains("3.1.6")
+    assert not requirement.specifier.contains("3.1.5") and requirement.specifier.contains("3.1.6")
     for pinned in (exact.removeprefix("jinja2=="), version("jinja2")):
-        assert wanted.specifier.contains(pinned)
+        assert requirement.specifier.contains(pinned)
     template = SandboxedEnvironment().from_string("{{ ('<{0.__class__}>' | attr('format'))(1) }}")
     assert template.render() == "<>"
