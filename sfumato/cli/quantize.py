@@ -75,7 +75,7 @@ def learnt(model: str, recipe: recipes.Recipe, samples: list[str | list[dict[str
 
     llm = LLM.load(model, ops="fused", quantize=None)
     most = llm.model.config.max_position
-    ids = [llm.encode(sample)[:most] for sample in samples]
+    ids = [llm.encode(sample).tokens[:most] for sample in samples]
 
     def tell(done: int, total: int) -> None:
         if sys.stderr.isatty():
