@@ -27,9 +27,9 @@ def main(arguments: list[str]) -> None:
     llm = LLM.load(arguments[0] if arguments else "nano")
     for text in TEXTS:
         message = {"role": "user", "content": f"Classify this message.\n\n{text}"}
-        found = llm.decide([message], QUESTIONS, options=Options(seed=0))
+        decisions = llm.decide([message], QUESTIONS, options=Options(seed=0))
         print(text)
-        for question, decision in found.items():
+        for question, decision in decisions.items():
             print(f"  {question}: {decision.choice} ({decision.probabilities[decision.choice]:.0%})")
 
 

@@ -24,7 +24,7 @@ BEHIND = """
 
 def main(arguments: list[str]) -> None:
     llm = LLM.load(arguments[0] if arguments else "nano")
-    # No length is given, so it is found: some are tried side by side, and the one that the model is surest of is taken.
+    # Without a length, some are tried side by side, and the one that the model is surest of is used.
     filled = llm.infill(BEFORE, BEHIND, at_most=24, options=Options(seed=0))
     print(filled.text)
     print(f"# written: {filled.values['middle']!r}, {filled.lengths['middle']} tokens in {filled.usage.steps} steps")

@@ -18,7 +18,7 @@ Send me your really very good proposals beforehand, and bring some stuff to writ
 We will be finished at noon.
 """
 VAGUE = r"really very good|some stuff"
-"""What is to be said better."""
+"""The words to replace."""
 
 
 def main(arguments: list[str]) -> None:

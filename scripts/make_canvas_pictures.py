@@ -79,8 +79,8 @@ def stream(
 ) -> tuple[list[Draft], Done]:
     """What `LLM.fill` runs for a sheet, with its drafts."""
     options = replace(options, max_tokens=sheet.length, min_tokens=sheet.length, drafts=True)
-    ids = llm.planner.prompts.encode_before(prompt, sheet)
-    ask = llm.planner.ask(Request(ids, options, sheet.pins, sheet.warm, list(spans)))
+    before = llm.planner.prompts.encode_before(prompt, sheet)
+    ask = llm.planner.ask(Request(before.tokens, options, sheet.pins, sheet.warm, list(spans)))
     events = [ask.reader.with_text(event) for event in Run(llm.model, [ask.request])]
     return [e for e in events if isinstance(e, Draft)], next(e for e in events if isinstance(e, Done))
 

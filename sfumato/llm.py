@@ -26,6 +26,7 @@ from sfumato.engine.run import Run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.events import Completion, Decision, Done, Edited, Event, Filled
 from sfumato.model.network import Model
+from sfumato.model.prompt import Prompt
 from sfumato.options import LoadOptions, Options
 from sfumato.remote import Remote
 from sfumato.templates.plans import Planner
@@ -172,27 +173,27 @@ class LLM:
 
     def stream(
         self,
-        prompt: str | Messages | Sequence[int],
+        prompt: str | Messages | Sequence[int] | Prompt,
         options: Options = Options(),  # noqa: B008 - frozen
         tools: Tools | None = None,
     ) -> Iterator[Event]:
         """The events of one request: Draft (if options.drafts), Commit, Done.
 
-        A string (or token ids) is continued, messages are answered, and then thoughts and tool calls are told apart
-        from the text. The texts of the Commits joined are the text of Done."""
+        A string (or token ids, or a `Prompt`) is continued, messages are answered, and then thoughts and tool calls are
+        told apart from the text. The texts of the Commits joined are the text of Done."""
         return self._events([self.planner.ask_answer(_answer_to(prompt, tools, options))])
 
-    def encode(self, prompt: str | Messages, tools: Tools | None = None, thinking: bool = False) -> list[int]:
-        """Prompt to token ids: plain text behind the begin-of-text token, or a conversation through the template."""
+    def encode(self, prompt: str | Messages, tools: Tools | None = None, thinking: bool = False) -> Prompt:
+        """A prompt in tokens: plain text behind the begin-of-text token, or a conversation through the template."""
         return self.planner.prompts.encode(prompt, tools, thinking)
 
     def events(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | Prompt],
         options: Options | Sequence[Options] = Options(),  # noqa: B008 - frozen
         pins: Sequence[Mapping[int, int]] | None = None,
     ) -> Iterator[Event]:
-        """Events with text for a batch of prompts (token ids), with positions of the answers that stay fixed."""
+        """Events with text for a batch of prompts (or token ids), with positions of the answers that stay fixed."""
         arguments.check_kind("the prompts", prompts, (list, tuple), "a list of prompts, each a list of token ids")
         each = [options] * len(prompts) if isinstance(options, Options) else options
         places = [{}] * len(prompts) if pins is None else pins
@@ -200,10 +201,11 @@ class LLM:
             arguments.check_kind(name, values, (list, tuple), f"a list, one for each of {len(prompts)} prompts")
             if len(values) != len(prompts):
                 raise InputError(f"{len(prompts)} prompts came with {len(values)} {name}; give one for each prompt")
-        for ids in prompts:
+        for prompt in prompts:
+            ids = prompt.tokens if isinstance(prompt, Prompt) else prompt
             arguments.check_ids("a prompt", ids, self.model.config.vocab_size)
-        rows = zip(prompts, each, places, strict=True)
-        return self._events([self.planner.ask(Request(list(ids), o, pins=fixed)) for ids, o, fixed in rows])
+        rows = zip(map(Prompt.of, prompts), each, places, strict=True)
+        return self._events([self.planner.ask(Request(ids.tokens, o, pins=fixed)) for ids, o, fixed in rows])
 
     # ---- templates --------------------------------------------------------------------------------------------------
 
@@ -289,7 +291,7 @@ class LLM:
         try:
             for event in run:
                 yield asks[event.row].reader.with_text(event)
-        except GeneratorExit:  # the caller has seen enough
+        except GeneratorExit:  # the caller stopped reading
             self._engines.put_back(run.engine, [])
             raise
         row = run.rows[0]
@@ -315,4 +317,4 @@ def _tokenizer_and_template(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemp
 def _answer_to(prompt: Any, tools: Tools | None, options: Options) -> Answer:
     """The request for a prompt of any kind: what is neither text nor token ids is taken as a conversation."""
     is_ids = isinstance(prompt, (list, tuple)) and bool(prompt) and not isinstance(prompt[0], Mapping)
-    return Complete(prompt, options) if isinstance(prompt, str) or is_ids else Chat(prompt, tools, options)
+    return Complete(prompt, options) if isinstance(prompt, (str, Prompt)) or is_ids else Chat(prompt, tools, options)

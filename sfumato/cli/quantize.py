@@ -75,7 +75,7 @@ def calibration_of(model: str, recipe: recipes.Recipe, samples: list[str | list[
 
     llm = loading.load_model(LoadOptions(model, ops="fused"))
     most = llm.model.config.max_position
-    ids = [llm.encode(sample)[:most] for sample in samples]
+    ids = [llm.encode(sample).tokens[:most] for sample in samples]
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():

@@ -29,12 +29,12 @@ class Solved:
 
 def request(llm: LLM, puzzle: str, pinned: bool = True) -> tuple[list[int], Mapping[int, int]]:
     """Token ids of the prompt, and the clues as pins on the first canvas: cell n stands at position n."""
-    ids = llm.encode([{"role": "user", "content": sudoku.prompt(puzzle)}])
+    prompt = llm.encode([{"role": "user", "content": sudoku.prompt(puzzle)}])
     digits = llm.tokenizer.encode("0123456789")
     if len(digits) != 10 or llm.model.config.canvas_length < 81:
         raise InputError(f"{llm.name} does not give every digit its own token on a canvas of 81; use nano")
     pins = {cell: digits[int(digit)] for cell, digit in enumerate(puzzle) if digit != "0"}
-    return ids, pins if pinned else {}
+    return list(prompt), pins if pinned else {}
 
 
 def result(puzzle: str, done: Done, seconds: float | None = None) -> Solved:

@@ -32,7 +32,7 @@ def answer_body(query: Answer, is_sfumato: bool, has_drafts: bool) -> dict[str, 
         if fields.pop("must_call", False):
             body["tool_choice"] = "required"
     else:
-        body["prompt"] = query.prompt
+        body["prompt"] = query.prompt if isinstance(query.prompt, str) else list(query.prompt)
         if query.options.logprobs:
             fields["logprobs"] = fields.pop("top_logprobs", 0)
     if not has_drafts:

@@ -67,7 +67,7 @@ class Sheet:
         }
 
     def read(self, texts: Mapping[str, str]) -> str:
-        """The whole text: fixed pieces as they were given, slots with these texts."""
+        """The whole text: fixed pieces as they are, slots with these texts."""
         return "".join(texts[piece.name] if isinstance(piece, Slot) else piece for piece in self.pieces)
 
 
@@ -99,7 +99,7 @@ def lay_out(
 
     A template that ends on its last canvas is followed by ends, unless it `is_open_ended`: up to the end of that canvas
     or of a short one. The share of a warm text that starts as noise follows from `seed`. CapacityError where the slots
-    do not fit the context, before anything of that size is made."""
+    do not fit the context, before anything of that size is allocated."""
     places = _places(template, config, widths)
     line = _line(template, places)
     length = config.canvas_length

@@ -23,6 +23,7 @@ from sfumato.engine.request import Inspect, Request
 from sfumato.errors import CapacityError, InputError
 from sfumato.events import Completion, Decision, Edited, Filled
 from sfumato.model.config import ModelConfig
+from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, Options
 from sfumato.templates.decisions import MOST_STEPS, choices_of, decisions_of, form_of
 from sfumato.templates.grammars import GrammarCache
@@ -103,16 +104,22 @@ class Planner:
         """What to give an engine for an answer."""
         arguments.check_options(query.options)
         if isinstance(query, Complete):
-            if not isinstance(ids := query.prompt, str):
-                arguments.check_ids("the prompt", ids, self.config.vocab_size)
-            else:
-                ids = self.prompts.encode(ids)
-            return replace(self.ask(Request(ids, query.options)), is_answer=True)
+            prompt = self._continued(query.prompt)
+            return replace(self.ask(Request(prompt.tokens, query.options)), is_answer=True)
         arguments.check_messages("the conversation", query.messages)
         options = _with_calls(query.options, query.tools)
-        ids = self.prompts.encode(query.messages, query.tools, options.thinking)
-        marks = self.prompts.marks(ids, query.messages, query.tools)
-        return replace(self.ask(Request(ids, options, marks=marks), is_chat=True), is_answer=True)
+        prompt = self.prompts.encode(query.messages, query.tools, options.thinking)
+        marks = self.prompts.marks(prompt, query.messages, query.tools)
+        return replace(self.ask(Request(prompt.tokens, options, marks=marks), is_chat=True), is_answer=True)
+
+    def _continued(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
+        """What a `Complete` goes on from: text, token ids or a prompt."""
+        if isinstance(prompt, str):
+            return self.prompts.encode(prompt)
+        arguments.check_ids(
+            "the prompt", prompt.tokens if isinstance(prompt, Prompt) else prompt, self.config.vocab_size
+        )
+        return Prompt.of(prompt)
 
     def ask(self, request: Request, is_chat: bool = False) -> Ask:
         """A request of the engine with its options filled in, and a reader of its text.
@@ -192,9 +199,9 @@ class Planner:
         canvas, ends = self.config.canvas_length, self.config.eos_ids
         whole = -(-(sheet.length + 1) // canvas) * canvas
         warm = sheet.warm | dict.fromkeys(range(sheet.length, whole), ends[0])
-        ids = self.prompts.encode_before(prompt, sheet)
-        self._check_room(len(ids), whole)
-        (done,) = yield [self.ask(Request(ids, replace(options, max_tokens=whole), warm=warm))]
+        before = self.prompts.encode_before(prompt, sheet)
+        self._check_room(len(before), whole)
+        (done,) = yield [self.ask(Request(before.tokens, replace(options, max_tokens=whole), warm=warm))]
         return Edited(done.text, text, done.usage, done.seed)
 
     def decide(self, query: Decide) -> Plan[dict[str, Decision]]:
@@ -241,11 +248,11 @@ class Planner:
         spans: list[Span],
         inspect: Inspect | None = None,
     ) -> Ask:
-        ids = self.prompts.encode_before(prompt, sheet)
-        self._check_room(len(ids), sheet.length)
+        before = self.prompts.encode_before(prompt, sheet)
+        self._check_room(len(before), sheet.length)
         options = replace(options, stop=(), max_tokens=sheet.length, min_tokens=sheet.length)
         control = sorted(self.tokenizer.special_ids)  # a slot is text
-        return self.ask(Request(ids, options, sheet.pins, sheet.warm, spans, control, inspect=inspect))
+        return self.ask(Request(before.tokens, options, sheet.pins, sheet.warm, spans, control, inspect=inspect))
 
     def _check_room(self, before: int, length: int) -> None:
         """CapacityError where so many positions, in whole canvases, do not fit behind so many tokens."""

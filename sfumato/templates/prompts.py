@@ -1,4 +1,4 @@
-"""A prompt as tokens: plain text behind the begin-of-text token, or a conversation through the chat template.
+"""Prompts: plain text behind the begin-of-text token, or a conversation through the chat template.
 
 It also makes the prompt that a template stands behind. It deliberately lacks the model, of which it knows the config.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
+from sfumato.model.prompt import Prompt
 from sfumato.templates.layout import Sheet
 from sfumato.templates.requests import Messages, Tools
 from sfumato.text.template import ChatTemplate
@@ -28,22 +29,22 @@ class PromptEncoder:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None, name: str) -> None:
         self.config, self.tokenizer, self.template, self.name = config, tokenizer, template, name
 
-    def encode(self, prompt: str | Messages, tools: Tools | None = None, thinking: bool = False) -> list[int]:
-        """The prompt's token ids.
+    def encode(self, prompt: str | Messages, tools: Tools | None = None, thinking: bool = False) -> Prompt:
+        """The prompt, which carries tokens alone today.
 
         InputError for a conversation that the template refuses, CapacityError for text that no context holds."""
         if isinstance(prompt, str):
             self._check_length("the prompt", [prompt])
-            return self.tokenizer.encode(prompt, bos=True)
+            return Prompt.of(self.tokenizer.encode(prompt, bos=True))
         if self.template is None:
             raise InputError(f"{self.name or 'this checkpoint'} has no chat template; give plain text instead")
         messages = prompt if isinstance(prompt, (list, tuple)) else []
         contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
         self._check_length("the conversation", [text for text in contents if isinstance(text, str)])
-        return self.template.encode(self.tokenizer, prompt, tools, thinking)
+        return Prompt.of(self.template.encode(self.tokenizer, prompt, tools, thinking))
 
-    def encode_before(self, prompt: str | Messages | None, sheet: Sheet) -> list[int]:
-        """The tokens that the first canvas of a sheet stands behind: the prompt, then the sheet's lead.
+    def encode_before(self, prompt: str | Messages | None, sheet: Sheet) -> Prompt:
+        """What the first canvas of a sheet stands behind: the prompt, then the sheet's lead.
 
         A conversation is also told the text that follows where no canvas can see it."""
         if sheet.beyond and self.template is not None and not isinstance(prompt, str):
@@ -55,14 +56,14 @@ class PromptEncoder:
             elif isinstance(content, list):
                 messages[-1] = {**messages[-1], "content": [*content, {"type": "text", "text": hint}]}
             prompt = messages
-        return [*self.encode(prompt or ""), *sheet.lead]
+        return self.encode(prompt or "").extended(sheet.lead)
 
-    def marks(self, ids: Sequence[int], messages: Messages, tools: Tools | None) -> list[int]:
+    def marks(self, prompt: Prompt, messages: Messages, tools: Tools | None) -> list[int]:
         """Where the instructions that open a conversation end: many conversations begin with the same."""
         if not tools and messages[0].get("role") not in _INSTRUCTIONS:
             return []
-        end = next((n for n, token in enumerate(ids) if token in self.config.eos_ids), 0) + 1
-        return [end] if MARKED <= end < len(ids) else []
+        end = next((n for n, token in enumerate(prompt) if token in self.config.eos_ids), 0) + 1
+        return [end] if MARKED <= end < len(prompt) else []
 
     def _check_length(self, what: str, texts: Sequence[str]) -> None:
         """CapacityError for texts that are too long for the context, however they are encoded."""

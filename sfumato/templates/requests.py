@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sfumato.events import Completion, Decision, Edited, Filled
 from sfumato.options import Options
 from sfumato.templates.slots import Slot
+
+if TYPE_CHECKING:  # it needs torch
+    from sfumato.model.prompt import Prompt
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: records with "role", "content" and what a model's turn brings besides."""
@@ -30,9 +33,9 @@ class Returns(Generic[Result]):
 
 @dataclass(frozen=True)
 class Complete(Returns[Completion]):
-    """Continue a text (or token ids), without a chat template."""
+    """Continue a text (or token ids, or a prompt that is encoded already), without a chat template."""
 
-    prompt: str | Sequence[int]
+    prompt: str | Sequence[int] | Prompt
     options: Options = Options()  # noqa: RUF009 - frozen
 
 

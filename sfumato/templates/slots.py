@@ -18,7 +18,7 @@ PIECES = 4096
 """Most pieces of a template, texts and slots."""
 
 OPEN = 64
-"""Most slots of a template whose length is to be found: each takes a search of its own."""
+"""Most slots of a template without a length: each takes a search of its own."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Slot:
     name: str = ""
     """Under which its text comes back; "" : its number among the slots, from 1."""
     length: int | None = None
-    """Exactly so many tokens. None: the length is found."""
+    """Exactly so many tokens; None: the length is searched for."""
     at_most: int | None = None
-    """Bound on a length that is found; None: 64 tokens, or about twice what a constraint needs at least."""
+    """Bound on a length that is searched for; None: 64 tokens, or about twice what a constraint needs at least."""
     text: str | None = None
-    """What stands there now: the canvas starts from it, and its length in tokens is the slot's, if none is given."""
+    """The text that stands there now: the canvas starts from it, and its tokens are the slot's length."""
     strength: float = 0.5
     """The share of `text` that is noise at first: 0 starts from all of it, 1 from none."""
     schema: dict[str, Any] | bool | None = None
@@ -82,7 +82,7 @@ class Slot:
 
     @property
     def is_open(self) -> bool:
-        """Whether its length has to be found."""
+        """Whether its length has to be searched for."""
         return self.length is None and self.text is None and self.constraint is None
 
 

@@ -503,7 +503,7 @@ def test_quantize_with_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str
         == 0
     )
     prompt = LLM.load("nano", ops="fused").encode([{"role": "user", "content": "Solve this Sudoku:\n" + digits}])
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt.tokens])
 
     def logits(model: Model) -> torch.Tensor:
         with torch.inference_mode():

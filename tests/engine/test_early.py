@@ -61,7 +61,7 @@ def test_the_default_is_untouched_and_easy_answers_are_the_same(llm: LLM) -> Non
 
 
 def test_a_short_budget_takes_a_short_canvas(llm: LLM) -> None:
-    ids, short = llm.encode("Solve"), Options(seed=2, short=True)
+    ids, short = list(llm.encode("Solve")), Options(seed=2, short=True)
     run = Run(llm.model, [ids], [replace(short, max_tokens=10)])
     assert run.rows[0].length == 16
     events = list(run)

@@ -186,7 +186,7 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     for seed in range(12):
         span = Span(0, None, grammar.start(70))
         options = Options(seed=seed, max_tokens=70, max_steps=3)
-        ask = wild.planner.ask(Request(ids, options, pins=dict(enumerate(lead)), spans=[span]))
+        ask = wild.planner.ask(Request(ids.tokens, options, pins=dict(enumerate(lead)), spans=[span]))
         done = list(Run(wild.model, [ask.request]))[-1]
         assert done.finish_reason == "stop"
         for call in parse_ids(wild.tokenizer, done.tokens).tool_calls:

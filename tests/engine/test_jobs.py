@@ -61,21 +61,21 @@ def test_jobs_give_what_the_methods_give(nano: LLM) -> None:
     for number, query in enumerate(queries):
         jobs.begin(str(number), query)
     outcomes = carried_out(jobs)
-    found = [outcomes[str(number)] for number in range(len(queries))]
-    done = found[0][-1]
+    results = [outcomes[str(number)] for number in range(len(queries))]
+    done = results[0][-1]
     assert isinstance(done, Done) and done.text == nano.chat(messages, options=one).text
-    assert any(isinstance(event, Draft) and event.pieces for event in found[0])
-    assert "".join(event.text for event in found[0] if isinstance(event, Commit)) == done.text
-    assert found[1][-1].text == nano.complete("1 2 3", stopped).text
-    assert found[2][-1].text == nano.infill("12", "45", options=quick).text
-    assert found[3][-1].values == nano.fill(template, messages, quick).values
-    assert found[4][-1].text == nano.edit("123456", spans=[(1, 3)], options=quick).text
-    assert found[5][-1].text == nano.edit("123456", "Turn it around.", options=quick).text
+    assert any(isinstance(event, Draft) and event.pieces for event in results[0])
+    assert "".join(event.text for event in results[0] if isinstance(event, Commit)) == done.text
+    assert results[1][-1].text == nano.complete("1 2 3", stopped).text
+    assert results[2][-1].text == nano.infill("12", "45", options=quick).text
+    assert results[3][-1].values == nano.fill(template, messages, quick).values
+    assert results[4][-1].text == nano.edit("123456", spans=[(1, 3)], options=quick).text
+    assert results[5][-1].text == nano.edit("123456", "Turn it around.", options=quick).text
     decided = nano.decide(messages, fields, options=quick)
-    for name, decision in found[6][-1].items():
+    for name, decision in results[6][-1].items():
         assert decision.choice == decided[name].choice
         assert decision.probabilities == pytest.approx(decided[name].probabilities, abs=1e-4)
-    assert found[7][-1].text == nano.complete("1 2 3", one_by_one).text
+    assert results[7][-1].text == nano.complete("1 2 3", one_by_one).text
     assert jobs.figures().rows == 0
 
 
@@ -108,11 +108,11 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_job(
     jobs.begin("1", Complete("1", Options(seed=1, regex="[0-9 ]{60,80}", confidence=0.0)))
     jobs.begin("2", Complete("1", Options(seed=2, regex="[0-9]{5}")))
     jobs.begin("3", Complete("1 2 3", Options(seed=3, max_tokens=82)))
-    found = carried_out(jobs)
-    assert words in str(found["1"][-1]) and isinstance(found["1"][-1], Exception)
+    outcomes = carried_out(jobs)
+    assert words in str(outcomes["1"][-1]) and isinstance(outcomes["1"][-1], Exception)
     monkeypatch.setattr(Guide, "walking", plainly)
-    assert found["2"][-1].text == nano.complete("1", Options(seed=2, regex="[0-9]{5}")).text
-    assert found["3"][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
+    assert outcomes["2"][-1].text == nano.complete("1", Options(seed=2, regex="[0-9]{5}")).text
+    assert outcomes["3"][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
 
 
 @pytest.mark.parametrize("place", ["watch", "tell", "commit", "inspect", "plan"])
@@ -147,10 +147,10 @@ def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, mo
             monkeypatch.setattr(nano.planner, "decide", planned)
         jobs.begin("1", Decide("1", {"mood": ["good", "bad"]}, 1, Options(seed=1)))
     jobs.begin("2", Complete("1 2 3", Options(seed=3, max_tokens=82)))
-    found = carried_out(jobs)
-    assert isinstance(found["1"][-1], RuntimeError)
+    outcomes = carried_out(jobs)
+    assert isinstance(outcomes["1"][-1], RuntimeError)
     monkeypatch.undo()
-    assert found["2"][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
+    assert outcomes["2"][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
     assert jobs.figures().rows == 0
 
 
@@ -195,8 +195,8 @@ def test_a_job_that_is_cancelled_or_wrong_leaves_the_others_alone(nano: LLM) -> 
     jobs.turn()
     jobs.cancel("2")
     jobs.cancel("99")
-    found = carried_out(jobs)
-    assert set(found) == {"3", "4"} and all(isinstance(events[-1], Done) for events in found.values())
+    outcomes = carried_out(jobs)
+    assert set(outcomes) == {"3", "4"} and all(isinstance(events[-1], Done) for events in outcomes.values())
     jobs.begin("6", Complete("1" * 4000, Options(max_tokens=82)))
     assert isinstance(carried_out(jobs)["6"][-1], (Done, CapacityError))
 
@@ -246,10 +246,10 @@ def test_the_later_parts_of_a_plan_run_beside_the_engine(nano: LLM, monkeypatch:
     template: list[str | Slot] = ["1", Slot("a"), "2", Slot("b", regex="[0-9]{3}")]
     jobs.begin("1", Fill(template, options=Options(seed=1, max_steps=4)))
     first = len(in_main)
-    found = carried_out(jobs)
+    outcomes = carried_out(jobs)
     assert first and len(in_main) > first and not any(in_main[first:])
     monkeypatch.undo()
-    assert found["1"][-1].text == nano.fill(template, options=Options(seed=1, max_steps=4)).text
+    assert outcomes["1"][-1].text == nano.fill(template, options=Options(seed=1, max_steps=4)).text
     # One that is cancelled meanwhile, or fails there, leaves nothing behind.
     for attack in ("cancel", "fail"):
         if attack == "cancel":

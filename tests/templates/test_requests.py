@@ -12,6 +12,7 @@ import pytest
 from sfumato import LLM, Options, Slot
 from sfumato.errors import InputError
 from sfumato.events import Done
+from sfumato.model.prompt import Prompt
 from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query
 
 if TYPE_CHECKING:  # what mypy checks; nothing runs
@@ -58,24 +59,26 @@ def test_any_request_runs_as_its_method_does(llm: LLM) -> None:
     assert llm.run(Decide(USER, fields, options=ONE)) == llm.decide(USER, fields, options=ONE)
 
 
-def test_token_ids_are_completed(llm: LLM) -> None:
+def test_token_ids_and_prompts_are_completed(llm: LLM) -> None:
     ids = llm.tokenizer.encode("1 2", bos=True)
-    done = list(llm.stream(ids, QUERIES[0].options))[-1]
-    assert isinstance(done, Done) and done.text == llm.run(Complete(ids, QUERIES[0].options)).text
+    prompt = llm.encode("1 2")
+    assert list(prompt) == ids and len(prompt) == len(ids) and prompt == Prompt.of(ids)
+    for same in (ids, prompt, "1 2"):
+        done = list(llm.stream(same, QUERIES[0].options))[-1]
+        assert isinstance(done, Done) and done.text == llm.run(Complete(ids, QUERIES[0].options)).text
 
 
 def test_what_is_no_request_is_refused(llm: LLM) -> None:
     with pytest.raises(InputError, match=r"there is no request 'sing'; there are Chat, Complete, Infill, Fill, Edit"):
-        llm.run("sing")  # type: ignore[misc]
+        llm.run("sing")  # type: ignore[arg-type]
 
 
 def test_constraints_that_are_not_compiled_make_a_request_slow(llm: LLM) -> None:
     regex = Complete("1", Options(regex="[0-9]{7}", seed=1))
     slot = Fill([Slot(regex="[0-9]{6}")], options=ONE)
-    for query in (regex, slot):
-        assert llm.must_compile(query)
-        llm.run(query)
-        assert not llm.must_compile(query)
+    assert llm.must_compile(regex) and llm.must_compile(slot)
+    llm.run(regex), llm.run(slot)
+    assert not llm.must_compile(regex) and not llm.must_compile(slot)
     assert llm.must_compile(Chat(USER, options=Options(strict=True))) and not llm.must_compile(Complete("1"))
 
 

@@ -1,12 +1,9 @@
-"""Templates on the embedded model: what is fixed stays byte for byte, what is free is written, decisions are fair."""
+"""templates/plans.py, on nano: fixed text stays byte for byte, slots are written, and what is wrong is refused."""
 
 from __future__ import annotations
 
-import json
-import math
 import random
 import re
-import time
 from typing import Any
 
 import numpy as np
@@ -18,12 +15,7 @@ from sfumato import LLM, Options, Slot
 from sfumato.errors import CapacityError, InputError
 from sfumato.evals.sudoku import solve
 from sfumato.tasks import sudoku
-from sfumato.templates import slots
-from sfumato.templates.decisions import share_out
-from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out
-from sfumato.templates.lengths import candidates
-from sfumato.templates.requests import Fill
-from sfumato.templates.slots import check_template, pieces_of, read_template, span_template
+from sfumato.templates.slots import pieces_of, read_template
 
 ONE = Options(seed=1, max_steps=1)
 
@@ -91,51 +83,6 @@ def test_text_longer_than_a_canvas_keeps_its_bytes_and_its_order(llm: LLM) -> No
     assert filled.usage.canvases == 2 and filled.lengths == {"one": 5, "two": 90}
 
 
-# ---- layout ----------------------------------------------------------------------------------------------------------
-
-
-def layout(llm: LLM, template: list[str | Slot], **more: Any) -> Sheet:
-    return lay_out(EncodedTemplate.of(check_template(template), llm.tokenizer), llm.model.config, {}, **more)
-
-
-def test_a_template_that_fits_stays_on_one_canvas_with_ends_behind_it(llm: LLM) -> None:
-    sheet = layout(llm, ["12", Slot(length=2), "34"])
-    digits = llm.tokenizer.encode("1234")
-    assert [sheet.pins[n] for n in (0, 1, 4, 5)] == digits and sheet.length == 6 and not sheet.lead
-    assert {sheet.pins[n] for n in range(6, 82)} == {llm.model.config.eos_ids[0]} and set(sheet.pins) == {
-        *range(82)
-    } - {2, 3}
-
-
-def test_what_does_not_fit_before_the_slot_goes_into_the_cache(llm: LLM) -> None:
-    sheet = layout(llm, ["1" * 100, Slot(length=2), "2" * 40])
-    assert len(sheet.lead) == 60 and sheet.places[0].start == 40 and sheet.length == 82 and sheet.beyond == ""
-    sheet = layout(llm, ["1" * 100, Slot(length=2), "2" * 100])
-    assert len(sheet.lead) == 100 and sheet.places[0].start == 0 and sheet.beyond == "2" * 20
-
-
-def test_a_short_canvas_has_ends_up_to_a_multiple_of_sixteen(llm: LLM) -> None:
-    sheet = layout(llm, ["12", Slot(length=2), "34"], is_short=True)
-    assert max(sheet.pins) == 15
-    early = llm.fill(["12", Slot("x", length=2), "34"], options=Options(seed=1, short=True, max_steps=3))
-    assert early.text.startswith("12") and early.text.endswith("34")
-
-
-def test_strength_is_the_share_of_noise_and_follows_the_seed(llm: LLM) -> None:
-    text = "5" * 60
-    none, some, all_ = (layout(llm, [Slot(text=text, strength=s)], seed=3).warm for s in (1.0, 0.5, 0.0))
-    assert not none and 15 < len(some) < 45 and len(all_) == 60
-    assert some == layout(llm, [Slot(text=text, strength=0.5)], seed=3).warm
-    assert some != layout(llm, [Slot(text=text, strength=0.5)], seed=4).warm
-
-
-def test_candidate_lengths_are_dense_where_short_and_reach_the_bound() -> None:
-    assert candidates(3) == [1, 2, 3]
-    for most in (13, 40, 64, 256):
-        found = candidates(most)
-        assert found[0] == 1 and found[-1] == most and found == sorted(set(found)) and len(found) <= 12
-
-
 # ---- Sudoku through templates ----------------------------------------------------------------------------------------
 
 
@@ -162,17 +109,6 @@ def test_any_twenty_cells_of_a_solved_grid_are_filled_in(llm: LLM) -> None:
     assert right >= 24
 
 
-def test_a_length_is_found_where_the_model_knows_the_text(llm: LLM) -> None:
-    rng = np.random.default_rng(8)
-    found = []
-    for _ in range(5):
-        grid = sudoku.random_grid(rng)
-        puzzle = grid[:40] + "000" + grid[43:]
-        slot = Slot("cells", at_most=6)
-        found.append(llm.fill([grid[:40], slot, grid[43:]], ask(puzzle), Options(seed=1)).lengths["cells"])
-    assert found.count(3) >= 4
-
-
 def test_a_warm_canvas_with_little_noise_keeps_a_right_answer(llm: LLM) -> None:
     grid = sudoku.random_grid(np.random.default_rng(9))
     puzzle = "".join(cell if n % 2 else "0" for n, cell in enumerate(grid))
@@ -189,39 +125,6 @@ def test_an_edit_by_instruction_comes_back_as_text_and_diff(llm: LLM) -> None:
     other = llm.edit("a\r\nb\nc", spans=[(3, 4)], strength=1.0, options=ONE)
     assert other.text.startswith("a\r\n") and other.text.endswith("\nc")
     assert other.diff("x").startswith("--- a/x\n+++ b/x\n@@ -1,3 +1,") and " a\r\n" in other.diff("x")
-
-
-# ---- decisions -------------------------------------------------------------------------------------------------------
-
-
-def test_shares_follow_the_tree_of_tokens_and_not_the_length() -> None:
-    even = {1: 0.0, 2: 0.0, 3: 0.0, 9: 0.0}
-    assert share_out([[1], [2, 3, 3]], [even] * 4, 9) == [0.5, 0.5]
-    fork = [
-        {1: math.log(0.6), 2: math.log(0.2), 3: 0.0, 9: 0.0},
-        {1: 0.0, 2: math.log(3.0), 3: 0.0, 9: 0.0},
-        even,
-        even,
-    ]
-    assert share_out([[1, 1], [1, 2], [2, 3]], fork, 9) == pytest.approx([0.75 / 4, 0.75 * 3 / 4, 0.25])
-    begun = [{1: 0.0, 9: 0.0}, {2: math.log(0.3), 9: math.log(0.1)}, {}]
-    assert share_out([[1], [1, 2]], begun, 9) == pytest.approx([0.25, 0.75])
-
-
-def test_a_decision_reads_its_own_positions(llm: LLM) -> None:
-    """nano reads cell n at position n, whatever stands around it: a question's digit is that of the cell it lies on."""
-    rng, right = np.random.default_rng(11), {"x": 0, "y": 0}
-    places = {"x": len(llm.tokenizer.encode("x:")) + 1}
-    places["y"] = places["x"] + 1 + len(llm.tokenizer.encode("\n")) + len(llm.tokenizer.encode("y:")) + 1
-    assert len(llm.tokenizer.encode(" 7")) == 2  # a blank, which all choices share, and the digit
-    for _ in range(10):
-        grid = sudoku.random_grid(rng)
-        read = llm.decide(ask(grid), {name: list("123456789") for name in places}, options=Options(seed=1))
-        for name, decision in read.items():
-            assert sum(decision.probabilities.values()) == pytest.approx(1.0)
-            right[name] += decision.choice == grid[places[name]]
-            assert decision.probabilities[decision.choice] == max(decision.probabilities.values())
-    assert right["x"] >= 9 and right["y"] >= 9
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -308,37 +211,10 @@ def test_too_small_a_budget_is_reported_before_any_work(llm: LLM) -> None:
         llm.complete("x", Options(schema={"type": "string", "minLength": 60}, max_tokens=4))
 
 
-def test_a_template_from_json_is_the_template(llm: LLM) -> None:
-    text = json.dumps(["a ", {"name": "x", "length": 2}, {"name": "y", "choices": ["b", "c"]}])
-    assert read_template(text) == ["a ", Slot("x", length=2), Slot("y", choices=("b", "c"))]
-    filled = llm.fill(read_template(text), options=ONE)
-    assert filled.values["y"] in ("b", "c") and filled.text == "a " + filled.values["x"] + filled.values["y"]
-
-
 def test_a_slot_is_text_and_never_a_control_token(llm: LLM) -> None:
     for seed in range(6):
         filled = llm.fill(["a", Slot("x", length=6), "b"], options=Options(seed=seed, max_steps=2))
         assert filled.lengths["x"] == 6 and len(filled.values["x"]) >= 1
-
-
-def test_checks_are_linear(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in "SLOTS", "PIECES", "OPEN":
-        monkeypatch.setattr(slots, name, 10**6)
-    began = time.perf_counter()
-    pieces = span_template("ab" * 50_000, [(2 * n, 2 * n + 1) for n in range(50_000)], 0.5)
-    assert len(pieces) == 100_000
-    assert len(check_template([Slot() for _ in range(100_000)])) == 100_000
-    assert time.perf_counter() - began < 10
-    share_out([[n] for n in range(20_000)], [dict.fromkeys(range(20_001), 0.0)], 20_000)
-    assert time.perf_counter() - began < 12
-
-
-def test_a_search_for_a_length_ends_with_the_canvas_that_the_slot_begins_on(llm: LLM) -> None:
-    length = llm.model.config.canvas_length
-    plan = llm.plan(Fill(["a", Slot("x"), "b" * 300, Slot(length=3)], options=ONE))
-    asks = next(plan)
-    assert len(asks) > 5 and all(ask.request.options.max_tokens == length for ask in asks)
-    plan.close()
 
 
 def test_text_behind_a_template_may_be_longer_than_the_context(llm: LLM) -> None:
@@ -350,18 +226,3 @@ def test_text_behind_a_template_may_be_longer_than_the_context(llm: LLM) -> None
 def test_a_hint_at_what_lies_beyond_joins_content_in_parts(llm: LLM) -> None:
     for content in "Write.", [{"type": "text", "text": "Write."}]:
         assert llm.fill([Slot(length=1), "1" * 300], [{"role": "user", "content": content}], ONE).text[1:] == "1" * 300
-
-
-def test_choices_that_are_the_same_tokens_are_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm.tokenizer, "encode", lambda text, **more: [7, 8])
-    with pytest.raises(InputError, match="field 'a' has two choices that are the same tokens"):
-        llm.decide("x", {"a": ["b", "c"]})
-
-
-def test_spans_become_warm_slots() -> None:
-    assert span_template("abcd", [(2, 3), (0, 1)], 0.3) == [
-        Slot("1", text="a", strength=0.3),
-        "b",
-        Slot("2", text="c", strength=0.3),
-        "d",
-    ]
