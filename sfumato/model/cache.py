@@ -48,8 +48,10 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         slack: int | None = None,
     ) -> KVCache:
-        """Room for `capacity` tokens a row. `slack` (tokens, default one canvas) bounds how far sliding layers can be
-        truncated once they are full. CapacityError beyond the model's context."""
+        """Room for `capacity` tokens a row.
+
+        `slack` (tokens, default one canvas) bounds how far sliding layers can be truncated once they are full.
+        CapacityError beyond the model's context."""
         if capacity > config.max_position:
             raise CapacityError(
                 f"{capacity} tokens of context are asked for, the model's limit is {config.max_position}; shorten the "
@@ -75,14 +77,17 @@ class KVCache:
 
     @property
     def batch(self) -> int:
+        """The number of rows."""
         return len(self.lengths)
 
     @property
     def device(self) -> torch.device:
+        """Where keys and values lie."""
         return self.k[0].device
 
     @property
     def bytes(self) -> int:
+        """What keys and values take."""
         return sum(t.nbytes for t in ([whole for _, whole in self.stacks] or (*self.k, *self.v)))
 
     @classmethod
@@ -93,6 +98,7 @@ class KVCache:
         return batch * sum(slots) * dtype.itemsize
 
     def lengths_B(self, rows: list[int]) -> Tensor:
+        """Tokens that these rows hold, on the device."""
         return torch.tensor([self.lengths[row] for row in rows], device=self.device)
 
     def used(self, window: int | None, rows: list[int]) -> int:
@@ -121,7 +127,8 @@ class KVCache:
         is_fresh: bool = False,
         slot_BT: Tensor | None = None,
     ) -> None:
-        """Write the real ones of each row's new tokens behind what it holds. `advance` then makes them count.
+        """Write each row's new tokens, but not padding, behind what the row holds; `advance` then makes them count.
+
         `is_fresh`: all rows, all empty, without padding. `slot_BT`: `mask.new_slots_BT()`, where layers share it."""
         width = k_BTGK.shape[1]
         if is_fresh and width <= mask.ring:
@@ -133,6 +140,7 @@ class KVCache:
         self.v[layer][mask.rows_B[:, None], slot_BT] = v_BTGK
 
     def advance(self, rows: list[int], counts: list[int]) -> None:
+        """Make the tokens count that every layer has appended: so many of each row."""
         for row, count in zip(rows, counts, strict=True):
             self.lengths[row] += count
             self.peaks[row] = max(self.peaks[row], self.lengths[row])
@@ -159,8 +167,9 @@ class KVCache:
         self.lengths[row] = self.peaks[row] = 0
 
     def fork(self, rows: Sequence[int | None], capacity: int | None = None) -> KVCache:
-        """An independent copy of these rows, in this order, repeats allowed, None for an empty one. `capacity` may be
-        more or less than now; CapacityError where a row holds more."""
+        """An independent copy of these rows, in this order, repeats allowed, None for an empty one.
+
+        `capacity` may be more or less than now; CapacityError where a row holds more."""
         capacity = self.capacity if capacity is None else capacity
         like = self.device, self.k[0].dtype, self.slack
         other = KVCache.allocate(self.config, len(rows), capacity, *like)
@@ -171,8 +180,9 @@ class KVCache:
         return other
 
     def take_(self, row: int, other: KVCache, length: int) -> None:
-        """The first `length` tokens of the one row of another cache become this row; `other.can_truncate` says whether
-        they can. CapacityError where they are more than fit."""
+        """Copy the first `length` tokens of the one row of another cache over this row.
+
+        `other.can_truncate` says whether they can be. CapacityError where they are more than fit."""
         self._copy([row], other, [0], [length])
 
     def _by_kind(self, other: KVCache) -> Iterable[tuple[int | None, Tensor]]:
@@ -203,7 +213,9 @@ class KVCache:
 
 
 def _apart(part: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: views of one tensor share a count of changes, which stops gradients, and
-    those made without gradients refuse changes with them."""
+    """The same memory as a tensor of its own.
+
+    Views of one tensor share a count of changes, which stops gradients, and those made without gradients refuse
+    changes with them."""
     own = torch.empty(0, dtype=part.dtype, device=part.device)
     return own.set_(part.untyped_storage(), part.storage_offset(), part.shape, part.stride())

@@ -44,13 +44,15 @@ class LayerConfig:
 
     @property
     def is_sliding(self) -> bool:
+        """Whether its attention has a window."""
         return self.window is not None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A DiffusionGemma's shape, or a Gemma 4's. Field names are the field's common short ones; `from_dict` has the
-    table."""
+    """A DiffusionGemma's shape, or a Gemma 4's.
+
+    Names are the field's common short ones; `from_dict` has the table."""
 
     vocab_size: int
     hidden_size: int
@@ -106,22 +108,8 @@ class ModelConfig:
             _check_gemma4(raw, text, source)
             text = {"final_logit_softcapping": None, **text}  # there absent is none, which is not supported
         get = _Reader(text, source)
-        for name, wanted in _FIXED.items():
-            for part in (text, raw):
-                if part.get(name, wanted) != wanted:
-                    raise CheckpointError(f"{source}: {name} is {_show(part[name])}; only {wanted!r} is supported")
-        if text.get("use_bidirectional_attention") not in (None, "vision"):
-            raise CheckpointError(
-                f"{source}: use_bidirectional_attention is {_show(text['use_bidirectional_attention'])}; "
-                "only 'vision' and null are supported"
-            )
-        count = get.whole("num_hidden_layers", limit=1000)
-        kinds = text.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(count)]
-        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
-            raise CheckpointError(
-                f"{source}: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}; it is {_show(kinds)}"
-            )
-        kinds = [*kinds[:-1], FULL]  # the reference forces the last layer to full attention
+        _check_fixed(raw, text, source)
+        kinds = _layer_kinds(text, get.whole("num_hidden_layers", limit=1000), source)
         vocab_size = get.whole("vocab_size")
         config = cls(
             vocab_size=vocab_size,
@@ -142,20 +130,7 @@ class ModelConfig:
             is_diffusion=is_diffusion,
             vision={k: raw[k] for k in (_VISION if is_diffusion else _MEDIA) if k in raw},
         )
-        if config.top_k_experts > config.num_experts:
-            raise CheckpointError(
-                f"{source}: top_k_experts is {config.top_k_experts}, more than num_experts {config.num_experts}"
-            )
-        if len(set(config.layers)) > len(set(kinds)):
-            raise CheckpointError(
-                f"{source}: per_layer_config differs between layers of one kind, which is not supported"
-            )
-        for layer in config.layers:
-            if config.num_heads % layer.kv_heads or layer.head_dim % 2:
-                raise CheckpointError(
-                    f"{source}: {config.num_heads} heads of {layer.head_dim} with {layer.kv_heads} key-value heads; "
-                    "heads must be a multiple of key-value heads, and the head size even"
-                )
+        _check_shapes(config, kinds, source)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,7 +168,7 @@ class ModelConfig:
                 "architectures": ["Gemma4ForConditionalGeneration"],
                 "model_type": GEMMA4,
                 "tie_word_embeddings": True,
-                "text_config": text | {name: wanted for name, (_, wanted, _) in _GEMMA4.items()},
+                "text_config": text | {name: supported for name, (_, supported, _) in _GEMMA4.items()},
                 "vision_config": None,
                 "audio_config": None,
                 **self.vision,
@@ -330,6 +305,44 @@ class _Reader:
         return float(value)
 
 
+def _check_fixed(raw: dict[str, Any], text: dict[str, Any], source: str) -> None:
+    """CheckpointError for a field that has only one value here, and another one there."""
+    for name, value in _FIXED.items():
+        for part in (text, raw):
+            if part.get(name, value) != value:
+                raise CheckpointError(f"{source}: {name} is {_show(part[name])}; only {value!r} is supported")
+    if text.get("use_bidirectional_attention") not in (None, "vision"):
+        raise CheckpointError(
+            f"{source}: use_bidirectional_attention is {_show(text['use_bidirectional_attention'])}; "
+            "only 'vision' and null are supported"
+        )
+
+
+def _layer_kinds(text: dict[str, Any], count: int, source: str) -> list[str]:
+    kinds = text.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
+        raise CheckpointError(
+            f"{source}: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}; it is {_show(kinds)}"
+        )
+    return [*kinds[:-1], FULL]  # the reference forces the last layer to full attention
+
+
+def _check_shapes(config: ModelConfig, kinds: list[str], source: str) -> None:
+    """CheckpointError for numbers that do not go together."""
+    if config.top_k_experts > config.num_experts:
+        raise CheckpointError(
+            f"{source}: top_k_experts is {config.top_k_experts}, more than num_experts {config.num_experts}"
+        )
+    if len(set(config.layers)) > len(set(kinds)):
+        raise CheckpointError(f"{source}: per_layer_config differs between layers of one kind, which is not supported")
+    for layer in config.layers:
+        if config.num_heads % layer.kv_heads or layer.head_dim % 2:
+            raise CheckpointError(
+                f"{source}: {config.num_heads} heads of {layer.head_dim} with {layer.kv_heads} key-value heads; "
+                "heads must be a multiple of key-value heads, and the head size even"
+            )
+
+
 def _layer(text: dict[str, Any], get: _Reader, index: int, kind: str, source: str) -> LayerConfig:
     head_dim, kv_heads = get.whole("head_dim"), get.whole("num_key_value_heads")
     override = text.get("per_layer_config")
@@ -359,12 +372,12 @@ def _layer(text: dict[str, Any], get: _Reader, index: int, kind: str, source: st
 
 def _check_gemma4(raw: dict[str, Any], text: dict[str, Any], source: str) -> None:
     """CheckpointError for what the family has and 26B-A4B, DiffusionGemma's twin, has not."""
-    for name, (absent, wanted, what) in _GEMMA4.items():
+    for name, (absent, supported, what) in _GEMMA4.items():
         value = text.get(name, absent)
-        if (value or 0) != wanted:
+        if (value or 0) != supported:
             raise CheckpointError(
                 f"{source}: {name} is {_show(value)} ({what}); of Gemma 4 only models like 26B-A4B are supported, "
-                f"which have {wanted!r}"
+                f"which have {supported!r}"
             )
     if raw.get("audio_config") is not None:
         raise CheckpointError(

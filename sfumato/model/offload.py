@@ -1,6 +1,6 @@
 """Partial offload: as many layers' weights on the device as fit, the rest in host memory, streamed ahead of use.
 
-A canvas wakes nearly every expert of every layer, so no weight is colder than another and the only gain left is to
+A canvas uses nearly every expert of every layer, so no weight is used less than another, and what can be gained is to
 copy while the device computes. `plan` spreads the layers that are streamed evenly among the resident ones, and moves
 of a layer first its experts, nine tenths of its bytes. `attach_` hangs two hooks on each streamed block: before it
 runs, its weights have arrived in one of a few buffers on the device; after it, the buffers are filled with the layers
@@ -19,13 +19,14 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.network import Model
+from sfumato.ops.contract import Matrix
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -38,6 +39,9 @@ _ALIGNED = 256
 """Bytes: where each tensor of a buffer begins, as the allocator would have it."""
 _MOST_PARTS = 4
 """Tensors of one packed weight: data, scale, bias, factor."""
+
+Held = TypeVar("Held", bound=Matrix)
+"""A weight of any form; what becomes of it has the same."""
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
@@ -67,10 +71,10 @@ class Placement:
 
     def is_on_host(self, own_name: str) -> bool:
         """Whether this tensor of `Model.state_dict()` is streamed."""
-        found = _LAYER.fullmatch(own_name)
-        if found is None:
+        match = _LAYER.fullmatch(own_name)
+        if match is None:
             return False
-        layer, rest = int(found[1]), found[2]
+        layer, rest = int(match[1]), match[2]
         return (rest in _EXPERTS and layer in self.streamed) or (rest in _OTHERS and layer in self.whole)
 
     def device_of(self, own_name: str) -> torch.device:
@@ -103,16 +107,16 @@ def plan(
     buffers: int = 2,
     reserve: int = 0,
 ) -> Placement:
-    """The placement that streams least within `limit_bytes` of the device, `reserve` of them kept free (for cache,
-    logits and what a pass computes).
+    """The placement that streams least within `limit_bytes` of the device.
 
-    `sizes` are bytes by own name, of all tensors, as they will be packed: `sizes_of` a model, or a loader's
-    (`packed_bytes`). With `buffers` 1 a layer less is streamed, but no copy runs while a streamed layer is computed.
-    CapacityError names the least limit that would do."""
+    `reserve` of them are kept free, for cache, logits and what a pass computes. `sizes` are bytes by own name, of all
+    tensors, as they will be packed: `sizes_of` a model, or a loader's (`packed_bytes`). With `buffers` 1 a layer less
+    is streamed, but no copy runs while a streamed layer is computed. CapacityError names the least limit that would
+    do."""
     if buffers < 1:
         raise InputError(f"buffers is {buffers}; give at least 1, or 2 to copy while the device computes")
     place = torch.device(device)
-    layers = 1 + max((int(found[1]) for name in sizes if (found := _LAYER.fullmatch(name))), default=-1)
+    layers = 1 + max((int(match[1]) for name in sizes if (match := _LAYER.fullmatch(name))), default=-1)
     least: Placement | None = None
     steps = [(count, 0) for count in range(layers + 1)] + [(layers, count) for count in range(1, layers + 1)]
     for streamed, whole in steps:
@@ -135,9 +139,10 @@ def sizes_of(model: Model) -> dict[str, int]:
     return {name: sum(part.nbytes for part in _parts(getattr(owner, leaf))) for name, owner, leaf in _places(model)}
 
 
-def packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, pack: Callable[[Tensor], Any]) -> int:
-    """What a weight [O, I] or a stack [E, O, I] takes once it is packed (`Ops.pack`, or a format and then that): one
-    matrix of zeros is packed to see."""
+def packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, pack: Callable[[Tensor], Matrix]) -> int:
+    """What a weight [O, I] or a stack [E, O, I] takes once it is packed: one matrix of zeros is packed to see.
+
+    `pack` is `Ops.pack`, or a format and then that."""
     *stack, outputs, inputs = shape
     sample = torch.zeros(*[1 for _ in stack], outputs, inputs, dtype=dtype)
     return sum(part.nbytes for part in _parts(pack(sample))) * (stack[0] if stack else 1)
@@ -171,8 +176,9 @@ def _placement(
 
 
 def bandwidth(device: torch.device | str, seconds: float = 0.2, count: int = 1 << 27) -> float:
-    """Bytes a second from host memory (pinned, for CUDA) to the device, the fastest of copies of `count` bytes; of a
-    copy within memory where the device is the CPU."""
+    """Bytes a second from host memory (pinned, for CUDA) to the device.
+
+    It is the fastest of copies of `count` bytes; where the device is the CPU, of copies within memory."""
     place = torch.device(device)
     source = torch.ones(count, dtype=torch.uint8, pin_memory=place.type == "cuda")
     target, until, fastest = torch.zeros(count, dtype=torch.uint8, device=place), time.perf_counter() + seconds, 0.0
@@ -196,8 +202,9 @@ def _synchronise(device: torch.device) -> None:
 def offload_(
     model: Model, limit_bytes: int, device: torch.device | str | None = None, buffers: int = 2, reserve: int = 0
 ) -> Placement:
-    """Place a packed model's weights within the limit, wherever they lie now, and stream what does not fit. `device`
-    None: the model's own. CapacityError as `plan` and, with the model partly moved, where a memory is full."""
+    """Place a packed model's weights within the limit, wherever they lie now, and stream what does not fit.
+
+    `device` None: the model's own. CapacityError as `plan` and, with the model partly moved, where a memory is full."""
     _check_whole(model)
     placement = plan(sizes_of(model), limit_bytes, model.device if device is None else device, buffers, reserve)
     # Host first, so that a model that lies on the device makes room before anything comes.
@@ -216,9 +223,11 @@ def offload_(
     return placement
 
 
-def to_host(value: Any, device: torch.device | str) -> Any:
-    """A weight, packed or not, in host memory: pinned, if it is a CUDA device that will read it. What already is stays
-    as it is, a mapped file too where nothing is to be pinned. CapacityError where the system gives no more memory."""
+def to_host(value: Held, device: torch.device | str) -> Held:
+    """A weight, packed or not, in host memory: pinned, if it is a CUDA device that will read it.
+
+    What already is stays as it is, a mapped file too where nothing is to be pinned. CapacityError where the system
+    gives no more memory."""
     is_for_cuda = torch.device(device).type == "cuda"
 
     def move(part: Tensor) -> Tensor:
@@ -238,9 +247,10 @@ def to_host(value: Any, device: torch.device | str) -> Any:
 
 @torch.inference_mode(False)  # a buffer that was made in inference mode could be filled only there
 def attach_(model: Model, placement: Placement) -> None:
-    """Stream the weights that this placement has on the host; all others are where they belong. A host weight is
-    pinned here if it has to be and is not. InputError for a model that is streamed already, CapacityError where a
-    layer's weights are larger than the plan had them."""
+    """Stream the weights that this placement has on the host; all others are where they belong.
+
+    A host weight is pinned here if it has to be and is not. InputError for a model that is streamed already,
+    CapacityError where a layer's weights are larger than the plan had them."""
     _check_whole(model)
     if placement.layers != len(model.layers):
         raise InputError(f"the placement is for {placement.layers} layers and the model has {len(model.layers)}")
@@ -274,8 +284,8 @@ class _Weight:
 
     owner: nn.Module
     leaf: str
-    host: Any
-    views: list[Any]
+    host: Matrix
+    views: list[Matrix]
 
 
 @dataclass
@@ -283,17 +293,20 @@ class _Buffer:
     number: int
     layer: int | None = None
     """Whose weights it holds, or will when they have arrived."""
-    arrival: Any = None
+    arrival: torch.cuda.Event | None = None
+    """When the copy of these weights ends, where it runs beside the host."""
 
 
 class Feeder:
-    """The buffers of a streamed model and who lies in them. Its hooks keep two rules: an attribute is a view of a
-    buffer only while that holds its layer, and a copy into a buffer waits for all that was computed before."""
+    """The buffers of a streamed model, and which layer each holds.
+
+    Its hooks keep two rules: an attribute is a view of a buffer only while that holds its layer, and a copy into a
+    buffer waits for all that was computed before."""
 
     def __init__(self, model: Model, placement: Placement) -> None:
         device = placement.device
         self.order = placement.streamed
-        self.link = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.link = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.buffers = [_Buffer(number) for number in range(placement.buffers)]
         memory = [torch.empty(placement.buffer_bytes, dtype=torch.uint8, device=device) for _ in self.buffers]
         if self.link is not None:
@@ -366,7 +379,7 @@ def _begin(pairs: list[tuple[Tensor, Tensor]], link: torch.cuda.Stream | None) -
     with torch.cuda.stream(link):
         for view, host in pairs:
             view.copy_(host, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(link)
     return event
 
@@ -381,58 +394,60 @@ def _wait_for(arrival: torch.cuda.Event | None, link: torch.cuda.Stream | None) 
 
 
 def _places(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """(own name, module, attribute) of everything that weighs: parameters, buffers, packed weights. Not the weights
-    themselves, so that one that moves leaves at once where it was."""
-    found = []
+    """The (own name, module, attribute) of everything that has bytes: parameters, buffers, packed weights.
+
+    Not the weights themselves, so that the memory of one that is moved is free at once."""
+    places = []
     for path, module in model.named_modules():
         for leaf, value in [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]:
             if _parts(value):
-                found.append((f"{path}.{leaf}" if path else leaf, module, leaf))
-    return found
+                places.append((f"{path}.{leaf}" if path else leaf, module, leaf))
+    return places
 
 
 def _fields(value: Any) -> dict[str, Tensor]:
     """The tensors of a packed weight, whichever operations packed it."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return {}
-    found = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return {name: part for name, part in found.items() if isinstance(part, Tensor)}
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {name: part for name, part in fields.items() if isinstance(part, Tensor)}
 
 
 def _parts(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(_fields(value).values())
 
 
-def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _each(value: Held, change: Callable[[Tensor], Tensor]) -> Held:
     """The weight with each of its tensors changed."""
     if isinstance(value, Tensor):
-        return change(value)
-    return dataclasses.replace(value, **{name: change(part) for name, part in _fields(value).items()})
+        return cast(Held, change(value))
+    parts: dict[str, Any] = {name: change(part) for name, part in _fields(value).items()}
+    return cast(Held, dataclasses.replace(cast(Any, value), **parts))
 
 
-def _set(owner: nn.Module, leaf: str, value: Any) -> None:
+def _set(owner: nn.Module, leaf: str, value: Matrix) -> None:
     old = owner._parameters.get(leaf)
-    if old is not None:
+    if old is not None and isinstance(value, Tensor):
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
-    elif leaf in owner._buffers:
+    elif leaf in owner._buffers and isinstance(value, Tensor):
         owner._buffers[leaf] = value
     else:
         vars(owner)[leaf] = value
 
 
-def _end(start: int, value: Any) -> int:
+def _end(start: int, value: Matrix) -> int:
     """Where a buffer goes on behind this weight."""
     return start + sum(-(-part.nbytes // _ALIGNED) * _ALIGNED for part in _parts(value))
 
 
-def _view(value: Any, buffer: Tensor, start: int) -> Any:
+def _view(value: Held, buffer: Tensor, start: int) -> Held:
     """This weight's twin in a buffer, from byte `start` on."""
 
     def take(part: Tensor) -> Tensor:
         nonlocal start
-        found = buffer[start : start + part.nbytes].view(part.dtype).view(part.shape)
+        twin = buffer[start : start + part.nbytes].view(part.dtype).view(part.shape)
         start = _end(start, part)
-        return found
+        return twin
 
     return _each(value, take)
 

@@ -7,8 +7,8 @@
     cpu         a small compiled extension: AMX or AVX-512 for bf16, int8 and int4, portable vectors for float32
     triton      CUDA kernels: bf16, int8, FP8, int4 and NVFP4 weights
 
-Every one of them takes a weight in fewer bits (`packed.Packed`) in place of a plain one, or says that it does not;
-reference and fused unpack it with every product.
+`contract` has a protocol for each operation. Every implementation takes a weight in fewer bits (`packed.Packed`) in
+place of a plain one, or says that it does not; reference and fused unpack it with every product.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ def load(
     dtype: torch.dtype | None = None,
     packed: Collection[Packed] = (),
 ) -> Ops:
-    """The implementation of this name. "auto" takes the fastest that this device can run with weights of this dtype,
-    some of them packed like these; where neither compiler nor kernels are there, that is fused.
-    InputError for an unknown name, and for one that this machine cannot run: it says why."""
+    """The implementation of this name.
+
+    "auto" takes the fastest that this device can run with weights of this dtype, some of them packed like these; where
+    neither compiler nor kernels are there, that is fused. InputError for an unknown name, and for one that this machine
+    cannot run: it says why."""
     if name == "auto":
         name = _fastest(torch.device(device), dtype, packed)
     if name == "reference":
@@ -81,8 +83,10 @@ class Standing(NamedTuple):
 def survey(
     device: torch.device | str = "cpu", dtype: torch.dtype | None = None, packed: Collection[Packed] = ()
 ) -> tuple[Standing, ...]:
-    """Every implementation on this device, for a model in this dtype with some weights packed like these. Says what
-    `load` would do, and loads nothing; a warning on the way is part of the answer, and is not given twice."""
+    """Every implementation on this device, for a model in this dtype with some weights packed like these.
+
+    It says what `load` would do, and loads nothing; a warning on the way is part of the answer, and is not given
+    twice."""
     device = torch.device(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,41 +22,50 @@ SWEEP = 2**24
 
 
 def pack(weight: Matrix) -> Matrix:
+    """As `reference.pack`."""
     return weight
 
 
 def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
+    """As `reference.linear`."""
     return tuple(F.linear(round_input(x, weight), dense(weight, x.dtype)) for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """As `reference.rms_norm`."""
     if x.dtype == torch.float32:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps).type_as(x)
 
 
 def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
+    """As `reference.norm_rope`."""
     x_BTHK = rms_norm(x_BTHK, weight_K, eps)
     one, two = x_BTHK.chunk(2, dim=-1)
     return x_BTHK * cos_BTK[:, :, None] + torch.cat((-two, one), dim=-1) * sin_BTK[:, :, None]
 
 
 def norm_add(residual: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """As `reference.norm_add`."""
     return residual + rms_norm(x, weight_D, eps)
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
+    """As `reference.attention`."""
     if mask.used:
         is_all = mask.rows == list(range(k_XRGK.shape[0]))
-        held = (x[:, : mask.used] if is_all else x[mask.rows_B, : mask.used] for x in (k_XRGK, v_XRGK))
-        k_BTGK, v_BTGK = (torch.cat([old, new], dim=1) for old, new in zip(held, (k_BTGK, v_BTGK), strict=True))
+        cached = (x[:, : mask.used] if is_all else x[mask.rows_B, : mask.used] for x in (k_XRGK, v_XRGK))
+        k_BTGK, v_BTGK = (torch.cat([old, new], dim=1) for old, new in zip(cached, (k_BTGK, v_BTGK), strict=True))
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     is_grouped = q.shape[1] != k.shape[1]
-    seen = mask.dense_BTS()[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0, enable_gqa=is_grouped).transpose(1, 2)
+    is_visible = mask.dense_BTS()[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=is_visible, scale=1.0, enable_gqa=is_grouped).transpose(
+        1, 2
+    )
 
 
 def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> Tensor:
+    """As `reference.feed_forward`."""
     gate, up = linear(x, gate_FD, up_FD)
     return linear(F.gelu(gate, approximate="tanh") * up, down_DF)[0]
 
@@ -64,6 +73,7 @@ def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> 
 def route(
     residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """As `reference.route`."""
     x_ND = rms_norm(residual_ND, None, eps) * scale_D * residual_ND.shape[-1] ** -0.5
     p_NE = torch.softmax(F.linear(x_ND, proj_ED), dim=-1, dtype=torch.float32)
     weight_NJ, index_NJ = p_NE.topk(top_k, dim=-1)
@@ -72,6 +82,7 @@ def route(
 
 
 def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matrix, down_EDF: Matrix) -> Tensor:
+    """As `reference.experts`."""
     count, double, width = gate_up_EFD.shape
     tokens = x_ND.shape[0]
     are_few = count <= FEW_EXPERTS and tokens >= 16 * count
@@ -103,6 +114,7 @@ def join(
     eps: float,
     scale_N1: Tensor,
 ) -> Tensor:
+    """As `reference.join`."""
     both_ND = rms_norm(dense_ND, norms.dense_D, eps) + rms_norm(sparse_ND, norms.sparse_D, eps)
     return (residual_ND + rms_norm(both_ND, norms.joined_D, eps)) * scale_N1
 
@@ -155,6 +167,7 @@ def read_out(
 
 
 def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: Any = None) -> Tensor:
+    """As `reference.soft_embedding`."""
     p_BLV = torch.softmax(logits_BLV, dim=-1, dtype=torch.float32).to(embed_VD.dtype)
     return torch.matmul(p_BLV, embed_VD) * scale
 

@@ -68,8 +68,9 @@ class Mask:
         return torch.where((position_BS >= 0) & (last_B1 >= 0), position_BS, -1)
 
     def new_slots_BT(self) -> Tensor:
-        """The slot that each token to be encoded goes to, [B, encode]. Padding goes behind the ring, and so do the
-        first ones of a row that brings more than the ring holds."""
+        """The slot that each token to be encoded goes to, [B, encode].
+
+        Padding goes behind the ring, and so do the first ones of a row that brings more than the ring holds."""
         new_T, count_B1 = torch.arange(self.encode, device=self.lengths_B.device), self.counts_B[:, None]
         is_kept = (new_T < count_B1) & (new_T >= count_B1 - self.ring)
         return torch.where(is_kept, (self.lengths_B[:, None] + new_T) % max(self.ring, 1), self.ring)

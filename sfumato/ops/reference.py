@@ -17,18 +17,19 @@ from sfumato.ops.masks import Mask
 
 
 def pack(weight: Matrix) -> Matrix:
-    """A weight [O, I] or a stack [E, O, I], plain or in fewer bits, in the form that `linear`, `feed_forward` and
-    `experts` of this implementation take. Here: as it is, and what is packed is unpacked with every product."""
+    """A weight [O, I] or a stack [E, O, I], plain or in fewer bits, as `linear` and its like take it.
+
+    Here: as it is, and what is packed is unpacked with every product."""
     return weight
 
 
 def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
-    """x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
+    """The product x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
     return tuple(F.linear(round_input(x, weight), dense(weight, x.dtype)) for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) x weight over the last axis, in float32, returned in x's dtype."""
+    """The norm x / rms(x) x weight over the last axis, in float32, returned in x's dtype."""
     x32 = x.float()
     x32 = x32 * torch.pow(x32.pow(2).mean(-1, keepdim=True) + eps, -0.5)
     return (x32 if weight is None else x32 * weight.float()).type_as(x)
@@ -43,15 +44,16 @@ def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin
 
 
 def norm_add(residual: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """residual + rms_norm(x)."""
+    """The sum residual + rms_norm(x)."""
     return residual + rms_norm(x, weight_D, eps)
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
-    """softmax(q kT) v with grouped key-value heads and scale 1, [B, T, H, K]. Keys and values are those of the ring
-    (`k_XRGK`: all cache rows X, R = mask.ring + 1 slots) and the new ones; `mask` says who sees whom. What padding
-    attends to is nobody's business, but it is finite."""
-    seen_BTS = mask.dense_BTS()
+    """softmax(q kT) v with grouped key-value heads and scale 1, [B, T, H, K].
+
+    Keys and values are those of the ring (`k_XRGK`: all cache rows X, R = mask.ring + 1 slots) and the new ones; `mask`
+    says who sees whom. What padding attends to does not matter, but the result there is finite."""
+    is_visible_BTS = mask.dense_BTS()
     if mask.used:
         k_BTGK = torch.cat([k_XRGK[mask.rows_B, : mask.used], k_BTGK], dim=1)
         v_BTGK = torch.cat([v_XRGK[mask.rows_B, : mask.used], v_BTGK], dim=1)
@@ -59,7 +61,7 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_
     k = k_BTGK.repeat_interleave(groups, dim=2)
     v = v_BTGK.repeat_interleave(groups, dim=2)
     scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k)
-    scores_BHTS = scores_BHTS.masked_fill(~seen_BTS[:, None], torch.finfo(scores_BHTS.dtype).min)
+    scores_BHTS = scores_BHTS.masked_fill(~is_visible_BTS[:, None], torch.finfo(scores_BHTS.dtype).min)
     weights_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=torch.float32).to(q_BTHK.dtype)
     return torch.einsum("bhts,bshk->bthk", weights_BHTS, v)
 
@@ -77,8 +79,10 @@ def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> 
 def route(
     residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The J = top_k experts of each token, [N, J] int64, and their weights, [N, J] float32: renormalised
-    probabilities x the scale of each expert. The input is the raw residual, normed here without a learned scale."""
+    """The J = top_k experts of each token, [N, J] int64, and their weights, [N, J] float32.
+
+    Weights are renormalised probabilities x the scale of each expert. The input is the raw residual, normed here
+    without a learned scale."""
     x_ND = rms_norm(residual_ND, None, eps) * scale_D * residual_ND.shape[-1] ** -0.5
     p_NE = torch.softmax(F.linear(x_ND, proj_ED), dim=-1, dtype=torch.float32)
     weight_NJ, index_NJ = p_NE.topk(top_k, dim=-1)
@@ -105,8 +109,9 @@ def join(
     eps: float,
     scale_N1: Tensor,
 ) -> Tensor:
-    """The end of a block: (residual + rms_norm(rms_norm(dense) + rms_norm(sparse))) x the layer's scalar, one a
-    token, or one for all as a tensor [1]."""
+    """The end of a block: (residual + rms_norm(rms_norm(dense) + rms_norm(sparse))) x the layer's scalar.
+
+    The scalar is one a token, or one for all as a tensor [1]."""
     both_ND = rms_norm(dense_ND, norms.dense_D, eps) + rms_norm(sparse_ND, norms.sparse_D, eps)
     return (residual_ND + rms_norm(both_ND, norms.joined_D, eps)) * scale_N1
 
@@ -123,7 +128,7 @@ def read_out(
     """Softcapped logits over the temperature; a sample, the argmax and the entropy of each position.
 
     The sample is the inverse of the cumulative distribution at `uniform_BL` in [0, 1); or, where a caller brings the
-    oracle's dice, the argmax of logits + `gumbel_BLV`. `banned` is (positions [B, L] as booleans, token ids): these
+    oracle's noise, the argmax of logits + `gumbel_BLV`. `banned` is (positions [B, L] as booleans, token ids): these
     tokens can come out at none of these positions."""
     logits = softcapped(F.linear(hidden_BLD, embed_VD), softcap)
     if banned is not None:
@@ -144,7 +149,7 @@ def read_out(
 
 
 def softcapped(logits: Tensor, softcap: float) -> Tensor:
-    """softcap x tanh(logits / softcap), in float32."""
+    """Softcapped logits, softcap x tanh(logits / softcap), in float32."""
     return torch.tanh(logits.float() / softcap) * softcap
 
 
@@ -156,8 +161,10 @@ def inverse_cdf(p_BLV: Tensor, uniform_BL: Tensor) -> Tensor:
 
 
 def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: Any = None) -> Tensor:
-    """softmax(logits) @ E x embedding scale: [B, L, D], what the next step is conditioned on. `tiles` is the
-    read-out's: tiles of the vocabulary that hold next to nothing may be left out by its leave, never without."""
+    """softmax(logits) @ E x embedding scale: [B, L, D], what the next step is conditioned on.
+
+    `tiles` is the read-out's: tiles of the vocabulary that hold next to nothing may be left out where it is passed,
+    never without it. Here nothing is."""
     p_BLV = torch.softmax(logits_BLV, dim=-1, dtype=torch.float32).to(embed_VD.dtype)
     return torch.matmul(p_BLV, embed_VD) * scale
 

@@ -45,7 +45,7 @@ Note = Callable[[tuple[str, ...], int | None, int, Tensor], None]
 """Called with every product: names of the weights, which expert of how many, inputs [N, I]."""
 
 
-# ---- statistics of inputs ---------------------------------------------------------------------------------------------
+# ---- statistics of inputs --------------------------------------------------------------------------------------------
 
 
 def importance_of(

@@ -1,4 +1,4 @@
-"""Compile every kernel without a GPU, for every architecture, and read what became of it.
+"""Compile every kernel without a GPU, for every architecture, and read the result.
 
 Each file of this package that holds kernels has `ahead(arch) -> list[Special]`: its specialisations at the released
 model's sizes. Triton makes cubins of them with the ptxas in its own wheel; cuobjdump tells their registers, spills and
@@ -62,8 +62,9 @@ def specials(arch: int) -> dict[str, list[Special]]:
 
 
 def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None) -> list[dict[str, Any]]:
-    """A row for each specialisation and architecture: op, name, arch, and what `compile_one` says. `only`
-    keeps the names and files in which this text stands."""
+    """A row for each specialisation and architecture: op, name, arch, and what `compile_one` says.
+
+    `only` keeps the names and files that contain this text."""
     rows = []
     for arch in archs:
         for op, each in specials(arch).items():
@@ -74,9 +75,11 @@ def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None) -> list[d
 
 
 def compile_one(special: Special, arch: int) -> dict[str, Any]:
-    """Of this kernel: registers and spills (bytes) of a thread, shared memory (bytes), warps and stages; instructions
-    in all and in its largest innermost loop (a warp, one turn), which matrix instructions and copies stand in it; size
-    (bytes of cubin), seconds. RuntimeError where it does not compile."""
+    """What the compiler makes of this kernel, as a row.
+
+    Registers and spills (bytes) of a thread, shared memory (bytes), warps and stages; instructions in all and in its
+    largest innermost loop (a warp, one turn), which matrix instructions and copies are in it; size (bytes of cubin),
+    seconds. RuntimeError where it does not compile."""
     began = time.perf_counter()
     return {**read(compiled(special, arch)), "seconds": round(time.perf_counter() - began, 2)}
 
@@ -162,8 +165,10 @@ COPIES = ("LDGSTS", "UTMALDG", "LDG", "LDSM", "LDS", "STS", "STSM")
 
 
 def largest_loop(instructions: Sequence[str], labels: Mapping[str, int]) -> dict[str, Any]:
-    """Of the loops that hold no other one the longest with tensor cores in it, or else the longest of all; 0 where
-    there is none, or it is unrolled. A branch backwards ends a loop; the one to itself behind the end is none."""
+    """Of the innermost loops the longest with tensor cores in it, or else the longest of all.
+
+    0 where there is none, or it is unrolled. A branch backwards ends a loop; the one to itself behind the end is
+    none."""
     loops = []
     for at, instruction in enumerate(instructions):
         branch = re.search(r"BRA.*?`\((\.L\S+)\)", instruction)
@@ -188,6 +193,7 @@ def _operation(instruction: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m sfumato.ops.triton.ahead", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="this one only; may be given again")
     parser.add_argument("--only", help="files and names in which this text stands")

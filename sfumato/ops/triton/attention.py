@@ -64,9 +64,7 @@ COMBINE: Config = {"LAST": 1, "num_warps": 8, "num_stages": 1}
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
-    """softmax(q kT) v with grouped key-value heads and scale 1, [B, T, H, K]. Keys and values are those of the ring
-    (`k_XRGK`: all cache rows X, R = mask.ring + 1 slots) and the new ones; `mask` says who sees whom. What padding
-    attends to is nobody's business, but it is finite."""
+    """As `reference.attention`."""
     counters = torch.zeros(zeros_for(q_BTHK, k_BTGK, mask), dtype=torch.int32, device=q_BTHK.device)
     return joined(Inputs(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask), counters)
 
@@ -357,8 +355,9 @@ def _whole(
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """These columns of these cells from their parts, in float32: each part's average counts by its share of the
-    softmax's denominator."""
+    """These columns of these cells from their parts, in float32.
+
+    Each part's average counts by its share of the softmax's denominator."""
     ROWS: tl.constexpr = cell.shape[0]
     highest = tl.full((ROWS,), -1e30, tl.float32)
     for split in tl.static_range(SPLITS):

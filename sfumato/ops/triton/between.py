@@ -44,9 +44,10 @@ def between(
     sparse: Sequence[Form],
     zeros: Tensor,
 ) -> tuple[Tensor, Tensor, Ready, Ready]:
-    """The residual with the attention's output behind its norm, [N, D]; the reciprocal of its root mean square, [N] in
-    float32, for the router; and its two other norms as these weights meet them. `norms` are those of the three, and
-    `zeros`, integers, becomes zeros."""
+    """The residual with the attention's output behind its norm, [N, D], and what follows from it.
+
+    That is the reciprocal of its root mean square, [N] in float32, for the router; and its two other norms, laid out
+    for these weights. `norms` are those of the three, and `zeros`, integers, becomes zeros."""
     count, rows, width = parts_PND.shape
     out_ND, root_N = torch.empty_like(residual_ND), residual_ND.new_empty(rows, dtype=torch.float32)
     one, two = (Ready.room(rows, weights, width, residual_ND) for weights in (dense, sparse))

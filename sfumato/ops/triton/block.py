@@ -102,7 +102,7 @@ def _products(x: Ready, weights: Sequence[Matrix], dtype: torch.dtype) -> list[T
     outs = [x.x_MK.new_empty((len(x.x_MK), one.outputs), dtype=dtype) for one in forms]
     count = len(forms) if len({one.launch for one in forms}) == 1 else 1
     for at in range(0, len(forms), count):
-        linear.multiply(*x.meet(forms[at]), forms[at : at + count], outs[at : at + count], dtype)
+        linear.multiply(*x.prepared_for(forms[at]), forms[at : at + count], outs[at : at + count], dtype)
     return outs
 
 
@@ -118,7 +118,7 @@ def _in_parts(x: tuple[Tensor, Tensor | None], weight: Form, dtype: torch.dtype)
 def _dense(x: Ready, gate: Form, up: Form, layer: Layer, like_ND: Tensor) -> Tensor:
     hidden_NF = like_ND.new_empty(len(like_ND), gate.outputs)
     down = form(layer.down, hidden_NF)
-    linear.gate_up(*x.meet(gate), gate, up, hidden_NF, down.is_halved)
+    linear.gate_up(*x.prepared_for(gate), gate, up, hidden_NF, down.is_halved)
     return _in_parts(prepare(hidden_NF, down, is_split=True), down, like_ND.dtype)
 
 
@@ -129,7 +129,7 @@ def _sparse(
     count_E, list_EN, weight_NJ = route.listed(residual_ND, root_N, router, layer.top_k, zeros)
     hidden_AF = residual_ND.new_empty(weight_NJ.numel(), gate_up.outputs // 2)
     down = form(layer.expert_down, hidden_AF)
-    part_AD = experts.products(x.meet(gate_up), (count_E, list_EN), layer.top_k, gate_up, down, hidden_AF)
+    part_AD = experts.products(x.prepared_for(gate_up), (count_E, list_EN), layer.top_k, gate_up, down, hidden_AF)
     return part_AD, weight_NJ
 
 

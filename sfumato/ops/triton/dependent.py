@@ -41,8 +41,9 @@ def overlap(device: torch.device | str) -> dict[str, bool]:
 
 
 def is_on(device: torch.device | str) -> bool:
-    """Whether the table asks for it and the architecture has it. The interpreter, which runs one after the other, does
-    not."""
+    """Whether the table asks for it and the architecture has it.
+
+    The interpreter, which runs one kernel after the other, has not."""
     if knobs.runtime.interpret or chip(str(device))[1] < LEAST:
         return False
     # One entry for all kernels, spelled as the table spells the others: "1 bfloat16".

@@ -63,7 +63,7 @@ CHOICES = {
 
 
 def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matrix, down_EDF: Matrix) -> Tensor:
-    """Sum over the J chosen experts of weight x down(gated(gate_up(x))). gate_up is [E, 2F, D], gate first."""
+    """As `reference.experts`."""
     tokens, width = x_ND.shape
     choices, count = index_NJ.shape[1], gate_up_EFD.shape[0]
     rows = tokens * choices
@@ -160,8 +160,10 @@ def _has_tensor_memory(device: torch.device | str) -> bool:
 def _tiles(
     op: str, height: str, shape: tuple[int, ...], weight: Form, dtype: torch.dtype | str, device: torch.device | str
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """`blocks` for tiles of this height. Inputs are cut as they are in tiles of any other height: a row's sum is then
-    the same to the bit, however many rows stand beside it."""
+    """`blocks` for tiles of this height.
+
+    Inputs are cut as they are in tiles of any other height: a row's sum is then the same to the bit, however many rows
+    are beside it."""
     tiles, launch = blocks(op, shape, weight, dtype, device, KINDS)
     if height:
         tall, launch = blocks(op + height, shape, weight, dtype, device, KINDS)
@@ -170,8 +172,9 @@ def _tiles(
 
 
 def listed(index_NJ: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The assignments n x J + j of each expert: how many, [E] int32, and which, [E, N] int32, in no order. The experts
-    of a token differ."""
+    """The assignments n x J + j of each expert: how many, [E] int32, and which, [E, N] int32, in no order.
+
+    The experts of a token differ."""
     tokens, choices = index_NJ.shape
     count_E = zeros(count, dtype=int32, device=index_NJ.device)
     list_EN = empty(count, tokens, dtype=int32, device=index_NJ.device)

@@ -71,8 +71,9 @@ def heads(
 
 
 def append_(k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> None:
-    """What `cache.KVCache.append` does: the real ones of each row's encoded positions go into its ring. Keys and values
-    are contiguous."""
+    """What `cache.KVCache.append` does: each row's encoded positions, but not padding, go into its ring.
+
+    Keys and values are contiguous."""
     batch, tokens, groups, size = k_BTGK.shape
     chosen = config("append", (size,), k_BTGK.dtype, k_BTGK.device, DEFAULTS["append"])
     _append[(mask.encode, batch)](

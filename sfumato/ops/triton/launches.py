@@ -1,4 +1,4 @@
-"""Every launch of a kernel, seen as it is made: noted instead of run, or noted and run; and what it compiles to.
+"""Every launch of a kernel: noted instead of run, or noted and run; and what it compiles to.
 
 For checks without a GPU (`measure.capture`) and for counting: which kernels a step launches, with which grid and sizes,
 and, `as_if` some architecture were there, what the compiler makes of exactly these.
@@ -14,12 +14,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name, its grid, the sizes it was compiled for (those in capitals, warps, stages), and
-    how to make it again."""
+    """One launch: what is launched, and how to make it again."""
 
     name: str
+    """The kernel's."""
     grid: tuple[int, ...]
     sizes: dict[str, Any]
+    """What it was compiled for: names in capitals, warps, stages."""
     arguments: tuple[Any, ...] = field(repr=False)
     again: Callable[[], object] = field(repr=False)
     compiled: Callable[[], Any] = field(repr=False)
@@ -27,7 +28,7 @@ class Launch:
 
 
 _PLAIN: dict[Any, Callable[..., Any]] = {}
-"""How each kind of function runs when nobody looks."""
+"""How each kind of function runs when launches are not noted."""
 
 
 @contextmanager

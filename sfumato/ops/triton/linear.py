@@ -52,7 +52,7 @@ AT_ONCE = 3
 
 
 def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
-    """x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
+    """As `reference.linear`."""
     x_MK = x.reshape(-1, x.shape[-1])
     forms = [form(weight, x) for weight in weights]
     outs = [torch.empty(len(x_MK), weight.shape[0], dtype=x.dtype, device=x.device) for weight in weights]
@@ -69,7 +69,7 @@ def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
 
 
 def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> Tensor:
-    """down(gated(gate(x), up(x))). gate and up are of one kind."""
+    """As `reference.feed_forward`. Gate and up are of one kind."""
     x_MK = x.reshape(-1, x.shape[-1])
     gate, up = pair(form(gate_FD, x), form(up_FD, x))
     hidden_MF = torch.empty(len(x_MK), gate.outputs, dtype=x.dtype, device=x.device)
@@ -82,7 +82,7 @@ def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> 
 
 
 def pair(gate: Form, up: Form) -> tuple[Form, Form]:
-    """gate and up as one launch takes them. ValueError where they are not of one kind."""
+    """Both as one launch takes them. ValueError where they are not of one kind."""
     if (gate.kind, gate.group, gate.outputs) != (up.kind, up.group, up.outputs):
         raise ValueError(
             f"gate and up differ: {gate.kind} x {gate.outputs} and {up.kind} x {up.outputs}; pack both alike"
@@ -120,8 +120,10 @@ def _in_float32(weight: Form) -> Form:
 def multiply(
     x_MK: Tensor, x_extra: Tensor | None, forms: Sequence[Form], outs: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
-    """x Wᵀ of weights that one launch takes, into `outs`. x is prepared, and was of this dtype. One weight may have an
-    output [P, M, N] in float32: a part of the sum each, over as many shares of the inputs."""
+    """The products x Wᵀ of weights that one launch takes, into `outs`.
+
+    x is prepared, and was of this dtype. One weight may have an output [P, M, N] in float32: a part of the sum each,
+    over as many shares of the inputs."""
     first = forms[0]
     rows, width = x_MK.shape
     tiles, launch = blocks("linear", (sum(f.outputs for f in forms), width), first, dtype, x_MK.device, DEFAULTS)
@@ -152,8 +154,9 @@ def multiply(
 
 
 def splits(weight: Form, dtype: torch.dtype | str, device: torch.device | str) -> int:
-    """Over how many programs to share the inputs of this product: what it takes for one canvas to fill the GPU, by the
-    shape alone, so that a row's sums do not hang on its batch."""
+    """Over how many programs to share the inputs of this product: as many as one canvas needs to fill the GPU.
+
+    It follows from the shape alone, so that a row's sums do not depend on its batch."""
     if weight.is_halved:
         return 1
     shape = weight.outputs, weight.inputs
@@ -172,8 +175,9 @@ def splits(weight: Form, dtype: torch.dtype | str, device: torch.device | str) -
 def _stages(
     weight: Form, tiles: Config, launch: Config, dtype: torch.dtype | str, device: torch.device | str
 ) -> int | None:
-    """Stages with which two programs of a product in parts fit one multiprocessor; None where they do not. Those in FP8
-    hold their sum twice, and so fill the registers alone."""
+    """Stages with which two programs of a product in parts fit one multiprocessor; None where they do not.
+
+    Those in FP8 hold their sum twice, and so fill the registers alone."""
     if weight.kind == "fp8":
         return None
     of_x = 4 if "float32" in str(dtype) else 2
@@ -184,8 +188,10 @@ def _stages(
 
 
 def _is_even(weight: Form, parts: int, step: int) -> bool:
-    """Whether a share of the inputs is worth a program: four steps or more, a whole number of them, or nearly so where
-    the inputs are not either; and no group is cut."""
+    """Whether a share of the inputs is worth a program.
+
+    It has four steps or more, a whole number of them, or nearly so where the inputs have not either; and no group is
+    cut."""
     share = weight.inputs // parts
     steps, whole = parts * triton.cdiv(share, step), triton.cdiv(weight.inputs, step)
     is_whole = share % step == 0 if weight.inputs % step == 0 else share % 16 == 0 and steps <= 1.1 * whole
@@ -200,8 +206,10 @@ def gelu(x):
 
 @triton.jit
 def gate_and_up(i):
-    """Rows of a tile that holds both: (row of the hidden layer within the tile, whether up). Eight gates, their eight
-    ups, and so on: the tensor cores' layout has rows r and r + 8 in one thread, so that a gate meets its up there."""
+    """Rows of a tile that holds both: (row of the hidden layer within the tile, whether up).
+
+    Eight gates, their eight ups, and so on: the tensor cores' layout has rows r and r + 8 in one thread, so that a gate
+    and its up are together there."""
     return (i // 16) * 8 + i % 8, (i // 8) % 2 == 1
 
 
@@ -329,8 +337,9 @@ def _gate_up(
 
 
 def ahead(arch: int) -> list[Special]:
-    """At the released model's sizes: queries, keys and values of a sliding layer, and of a full one; the attention's
-    output; the dense layer. Of the rarer kinds one product stands for all."""
+    """At the released model's sizes: queries, keys and values of both kinds of layer, and the dense products.
+
+    Of the rarer kinds one product stands for all."""
     specials = []
     products = (
         ("qkv sliding", (4096, 2048, 2048), 2816),

@@ -1,9 +1,9 @@
-"""The noise of a step: what a position samples with and the token that may take its place, in one kernel; and the
-temperature of the step, which lies in the same places.
+"""The noise of a step, in one kernel: what a position samples with, and the token that may take its place.
 
-`noise.CountedNoise` is the specification: splitmix64 over (seed low, seed high, request, canvas, step), a stream and a
-position. It counts with some 240 small operations a step, each of which costs a launch; here a program counts a row.
-The words are read where the state of the canvases holds them, so that nothing is gathered first. The bits are the same.
+The temperature of the step, which lies in the same places, comes with it. `sampling.noise.CountedNoise` is the
+specification: splitmix64 over (seed low, seed high, request, canvas, step), a stream and a position. It counts with
+some 240 small operations a step, each of which costs a launch; here a program counts a row. The words are read where
+the state of the canvases holds them, so that nothing is gathered first. The bits are the same.
 
 What it lacks: fresh canvases, which are made once each, on the host.
 """
@@ -25,8 +25,10 @@ SAMPLE, RENOISE = 1, 2
 def noise(
     rng_counter_X4: Tensor, step_X: Tensor, temperature_XS: Tensor, at_B: Tensor, length: int, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers in [0, 1), float32 [B, length], and tokens, int64 [B, length], of the rows `at_B`: counted from their
-    words (seed low, seed high, request, canvas) and their step. And the temperature of that step, float32 [B]."""
+    """As `contract.DrawNoise`.
+
+    Numbers and tokens [B, length] of the rows `at_B` are counted from their words (seed low, seed high, request,
+    canvas) and their step."""
     rows, device = len(at_B), rng_counter_X4.device
     uniform_BL = torch.empty(rows, length, dtype=torch.float32, device=device)
     tokens_BL = torch.empty(rows, length, dtype=torch.int64, device=device)

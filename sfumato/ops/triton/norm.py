@@ -29,7 +29,7 @@ CHOICES = {op: {"VALUES": (2048, 4096, 8192), "num_warps": (4, 8, 16)} for op in
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) x weight over the last axis, in float32, returned in x's dtype. x may be a slice of wider rows."""
+    """As `reference.rms_norm`. The input may be a slice of wider rows."""
     x_NHD = _rows(x)
     rows, heads, width = x_NHD.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -92,7 +92,7 @@ def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin
 
 
 def norm_add(residual: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """residual + rms_norm(x)."""
+    """As `reference.norm_add`."""
     residual, x = residual.contiguous(), x.contiguous()
     out = torch.empty(x.shape, dtype=torch.promote_types(residual.dtype, x.dtype), device=x.device)
     if out.numel():
@@ -113,8 +113,7 @@ def join(
     eps: float,
     scale_N1: Tensor,
 ) -> Tensor:
-    """The end of a block: (residual + rms_norm(rms_norm(dense) + rms_norm(sparse))) x the layer's scalar, one a
-    token, or one for all as a tensor [1]."""
+    """As `reference.join`."""
     residual_ND, dense_ND, sparse_ND = residual_ND.contiguous(), dense_ND.contiguous(), sparse_ND.contiguous()
     dtype = torch.promote_types(residual_ND.dtype, scale_N1.dtype)
     out_ND = torch.empty(residual_ND.shape, dtype=dtype, device=residual_ND.device)
@@ -141,7 +140,7 @@ def join(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as [N, H, D] without a copy, if its strides allow: a projection's output is often a slice of a wider one."""
+    """This as [N, H, D] without a copy, if its strides allow: a projection's output is often a slice of a wider one."""
     width = x.shape[-1]
     if x.is_contiguous():
         return x.view(-1, 1, width)
@@ -232,8 +231,9 @@ def _rms_norm(
 
 @triton.jit
 def turned(x_at, live, weight_ptr, cos_ptr, sin_ptr, eps, HALF: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr):
-    """Heads of one position, each normed and its pairs turned: both halves, [ROWS, BLOCK] of TYPE. They lie in the
-    same lanes, so that turning a pair needs no exchange between threads."""
+    """Heads of one position, each normed and its pairs turned: both halves, [ROWS, BLOCK] of TYPE.
+
+    They lie in the same lanes, so that turning a pair needs no exchange between threads."""
     col = tl.arange(0, BLOCK)
     is_col = col < HALF
     one = tl.load(x_at, live, 0.0)

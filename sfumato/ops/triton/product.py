@@ -1,4 +1,4 @@
-"""The one loop over K, for every kind of weight; and how a weight and its x are laid out for it.
+"""The one loop over K, for every kind of weight; and how x is laid out for it.
 
 The product is computed transposed, [outputs, rows]: the weights are the left operand of the tensor cores, which can
 come from registers, so that few bits go from memory to registers to product without a detour; and few rows (an
@@ -14,7 +14,8 @@ expert's sixteen) are the short side, where the tensor cores allow 8 steps.
 Weights of four bits are read as 16-bit words, four weights each, which come from shared memory as the tensor cores'
 registers want them. So their x is laid out beforehand in four classes (`spread`): inputs 0, 4, 8 and so on, which the
 first quarters of the words meet, then 1, 5, 9 for the second quarters. One order of summation along K whatever the
-number of rows. What this lacks: int8 by groups, x in four bits, the tensor cores' own block scales (sm_100).
+number of rows. How a weight lies is in `forms`. What this lacks: x in four bits, the tensor cores' own block scales
+(sm_100).
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from sfumato.ops.triton.forms import Form
 
 
 def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor, Tensor | None]:
-    """x as this weight meets it, and what goes with it: the scale of a row (fp8), the sum of each group (int4_bias).
-    `is_split`: it lies in its four classes already, if words of four weights want that."""
+    """The left side of a product laid out for this weight, and what goes with it.
+
+    That is the scale of a row (fp8), or the sum of each group (int4_bias). `is_split`: it lies in its four classes
+    already, if words of four weights need that."""
     x_MK = x_MK.contiguous()
     rows, width = x_MK.shape
     block = triton.next_power_of_2(width)
@@ -63,7 +66,7 @@ def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor,
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """x as one of the kernels before a product lays it out (`lay_out`), so that no kernel of its own does."""
+    """The left side of a product, laid out by the kernel before it (`lay_out`), so that no kernel of its own does."""
 
     layout: str
     group: int
@@ -72,7 +75,7 @@ class Ready:
 
     @classmethod
     def room(cls, rows: int, weights: Sequence[Form], width: int, like: Tensor) -> Ready:
-        """Uninitialised, for x of `like`'s dtype: as all of these weights meet it, or else plain."""
+        """Uninitialised, for x of `like`'s dtype: in the layout of all of these weights, or else plain."""
         layouts = {weight.layout for weight in weights}
         name, group = layouts.pop() if len(layouts) == 1 else ("plain", 1)
         dtype = torch.float8_e4m3fn if name == "fp8" else like.dtype
@@ -83,8 +86,8 @@ class Ready:
             extra = like.new_empty((rows, width // group), dtype=torch.float32)
         return cls(name, group, x_MK, extra)
 
-    def meet(self, weight: Form) -> tuple[Tensor, Tensor | None]:
-        """`prepare`, where something is left to do."""
+    def prepared_for(self, weight: Form) -> tuple[Tensor, Tensor | None]:
+        """`prepare`, where this layout is not yet that of the weight."""
         if (weight.layout == (self.layout, self.group) and weight.kind != "int4_bias") or self.layout == "sums":
             return self.x_MK, self.extra
         return prepare(self.x_MK, weight, is_split=self.layout == "classes")
@@ -101,7 +104,8 @@ IN_ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 @triton.jit
 def spread(i, K: tl.constexpr):
     """Where input i of K is stored for weights of two a byte: by its place in a word of four weights, then by the word.
-    Whoever writes such an x asks here, but for `lay_out`, which has its own way to the same places."""
+
+    Every kernel that writes such an x calls this, but for `lay_out`, which has its own way to the same places."""
     return (i % 4) * (K // 4) + i // 4
 
 
@@ -152,8 +156,9 @@ def in_fp8(x):
 
 @triton.jit
 def is_last(come_ptr, COUNT: tl.constexpr):
-    """Whether this program is the last of so many to come here, which then sees what all of them have stored: every
-    thread's stores stand before the barrier, and the barrier before the count. The count was zero."""
+    """Whether this program is the last of so many to come here, which then sees what all of them have stored.
+
+    Every thread's stores stand before the barrier, and the barrier before the count. The count was zero."""
     tl.debug_barrier()
     return tl.atomic_add(come_ptr, 1, sem="acq_rel") == COUNT - 1
 
@@ -263,8 +268,10 @@ def _quarters(word, TYPE: tl.constexpr):
 
 @triton.jit
 def _widened(byte, TYPE: tl.constexpr):
-    """float8_e4m3fn, as bytes, in TYPE: sign, exponent and mantissa moved to where float32 has them, then the
-    difference of the two biases, 120, multiplied in; that is right for the smallest numbers too."""
+    """Bytes of float8_e4m3fn in TYPE.
+
+    Sign, exponent and mantissa are moved to where float32 has them, then the difference of the two biases, 120, is
+    multiplied in; that is right for the smallest numbers too."""
     bits = byte.to(tl.uint32)
     return (((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120).to(TYPE)
 
@@ -355,9 +362,10 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """w xᵀ in float32, [BLOCK_N, BLOCK_M], from pointers to the beginning of each row of x and of w, to the first
-    scale of each row, and to the first of what else it has. All rows must exist: what lies beyond the edge is a
-    repetition that is not stored."""
+    """The product w xᵀ in float32, [BLOCK_N, BLOCK_M].
+
+    It takes pointers to the beginning of each row of x and of w, to the first scale of each row, and to the first of
+    what else it has. All rows must exist: what lies beyond the edge is a repetition that is not stored."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     TYPE: tl.constexpr = x_M.dtype.scalar.element_ty
     if KIND == "int4" or KIND == "int4_bias" or KIND == "nvfp4" or KIND == "mxfp4":

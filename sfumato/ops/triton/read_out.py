@@ -72,14 +72,46 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tiles(NamedTuple):
-    """What the soft embedding takes from the sweep. C tiles of the vocabulary, `size` words each, the last may be
-    shorter. softmax(logits) = exp(logits - peak - log_sum), of the logits as they were rounded."""
+    """What the soft embedding takes from the sweep: C tiles of the vocabulary, `size` words each.
+
+    The last may be shorter. softmax(logits) = exp(logits - peak - log_sum), of the logits as they were rounded."""
 
     mass_BLC: Tensor
     """The probability of each tile, float32."""
     peak_BL: Tensor
     log_sum_BL: Tensor
     size: int
+
+
+class _Inputs(NamedTuple):
+    """What logits are computed from, as the kernels take it."""
+
+    hidden_BLD: Tensor
+    embed_VD: Tensor
+    temperature_B: Tensor
+    where_BL: Tensor | None
+    """Where words are banned."""
+    banned: Tensor | None
+    """Their ids, or a flag for each word of the vocabulary."""
+    softcap: float
+    bans: int
+    """How many ids; 0 for flags, and for none."""
+
+
+class _TileSums(NamedTuple):
+    """What the sweep leaves of every position and tile, [B, L, C]."""
+
+    peak: Tensor
+    best: Tensor
+    """The word of the peak within its tile."""
+    total: Tensor
+    """The sum of exp(logit - peak)."""
+    moment: Tensor
+    mass: Tensor
+    """The same sum of the rounded logits."""
+    noisy: Tensor | None
+    """Peak and word of logits with a caller's noise."""
+    noisy_best: Tensor | None
 
 
 def read_out(
@@ -91,78 +123,23 @@ def read_out(
     gumbel_BLV: Tensor | None = None,
     banned: tuple[Tensor, Tensor] | None = None,
 ) -> ReadOut:
-    """Softcapped logits over the temperature; a sample, the argmax and the entropy of each position.
-
-    The sample is the inverse of the cumulative distribution at `uniform_BL` in [0, 1); or, where a caller brings the
-    oracle's dice, the argmax of logits + `gumbel_BLV`. `banned` is (positions [B, L] as booleans, token ids): these
-    tokens can come out at none of these positions."""
-    (batch, length, width), words = hidden_BLD.shape, embed_VD.shape[0]
-    rows, device = batch * length, hidden_BLD.device
-    hidden_BLD, embed_VD = hidden_BLD.contiguous(), embed_VD.contiguous()
-    sweep, walk = (sizes(op, embed_VD.shape, embed_VD.dtype, device) for op in ("read_out", "read_out_walk"))
-    if gumbel_BLV is not None:
-        sweep["BLOCK_N"] = min(sweep["BLOCK_N"], LOUD)
-    tile, warps = sweep["TILE"], {name: sweep.pop(name) for name in ("num_warps", "num_stages")}
-    count = triton.cdiv(words, tile)
+    """As `reference.read_out`."""
+    where_BL, words, bans = _bans(banned, len(embed_VD))
     temperature_B = temperature_B.to(torch.float32).contiguous()
-    where_BL = banned_ptr = None
-    if banned is not None and len(banned[1]):
-        where_BL, banned_ptr = banned[0].contiguous().view(torch.uint8), banned[1].to(torch.int64).contiguous()
-        if len(banned[1]) > FEW:
-            banned_ptr = torch.zeros(words, dtype=torch.uint8, device=device).index_fill_(0, banned_ptr, 1)
-    bans = {"BANS": len(banned[1]) if banned is not None and len(banned[1]) <= FEW else 0}
-    gumbel_BLV = None if gumbel_BLV is None else gumbel_BLV.contiguous()
+    hidden_BLD, embed_VD = hidden_BLD.contiguous(), embed_VD.contiguous()
+    inputs = _Inputs(hidden_BLD, embed_VD, temperature_B, where_BL, words, float(softcap), bans)
+    logits_BLV, sums, tile = _launch_sweep(inputs, None if gumbel_BLV is None else gumbel_BLV.contiguous())
 
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    logits_BLV = torch.empty(batch, length, words, dtype=embed_VD.dtype, device=device)
-    peak, total, moment, mass = (floats(batch, length, count) for _ in range(4))
-    best = integers(batch, length, count, dtype=torch.int16)
-    noisy, noisy_best = (None, None) if gumbel_BLV is None else (torch.empty_like(peak), torch.empty_like(best))
-    _sweep[(triton.cdiv(rows, sweep["BLOCK_N"]) * count,)](
-        hidden_BLD,
-        embed_VD,
-        temperature_B,
-        where_BL,
-        banned_ptr,
-        gumbel_BLV,
-        logits_BLV,
-        peak,
-        best,
-        total,
-        moment,
-        mass,
-        noisy,
-        noisy_best,
-        rows,
-        length,
-        float(softcap),
-        V=words,
-        D=width,
-        TILES=count,
-        **bans,
-        **sweep,
-        **warps,
-        **overlap(device),
-    )
-
-    argmax_BL, sample_BL = integers(batch, length), integers(batch, length)
-    entropy_BL, peak_BL, log_sum_BL = (floats(batch, length) for _ in range(3))
-    has_dice = uniform_BL is not None and gumbel_BLV is None
-    uniform_BL = uniform_BL.to(torch.float32).contiguous() if uniform_BL is not None and has_dice else None
-    inside_BL, rest_BL = (integers(batch, length), floats(batch, length)) if has_dice else (None, None)
-    _combine[(rows,)](
-        peak,
-        best,
-        total,
-        moment,
-        mass,
-        noisy,
-        noisy_best,
+    shape, device = hidden_BLD.shape[:2], hidden_BLD.device
+    count = sums.peak.shape[-1]
+    argmax_BL, sample_BL = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
+    entropy_BL, peak_BL, log_sum_BL = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3))
+    is_drawn = uniform_BL is not None and gumbel_BLV is None
+    uniform_BL = uniform_BL.to(torch.float32).contiguous() if uniform_BL is not None and is_drawn else None
+    inside_BL = torch.empty(shape, dtype=torch.int64, device=device) if is_drawn else None
+    rest_BL = torch.empty(shape, dtype=torch.float32, device=device) if is_drawn else None
+    _combine[(shape.numel(),)](
+        *sums,
         uniform_BL,
         argmax_BL,
         sample_BL,
@@ -177,28 +154,82 @@ def read_out(
         num_warps=_combine_warps(count),
         **overlap(device),
     )
-    if has_dice:
-        _walk[(rows,)](
-            hidden_BLD,
-            embed_VD,
-            temperature_B,
-            where_BL,
-            banned_ptr,
-            logits_BLV,
-            peak_BL,
-            inside_BL,
-            rest_BL,
-            sample_BL,
-            length,
-            float(softcap),
-            V=words,
-            D=width,
-            TILE=tile,
-            **bans,
-            **walk,
-            **overlap(device),
-        )
-    return ReadOut(sample_BL, argmax_BL, entropy_BL, logits_BLV, Tiles(mass, peak_BL, log_sum_BL, tile))
+    if inside_BL is not None and rest_BL is not None:
+        _launch_walk(inputs, logits_BLV, tile, (peak_BL, inside_BL, rest_BL), sample_BL)
+    return ReadOut(sample_BL, argmax_BL, entropy_BL, logits_BLV, Tiles(sums.mass, peak_BL, log_sum_BL, tile))
+
+
+def _bans(banned: tuple[Tensor, Tensor] | None, words: int) -> tuple[Tensor | None, Tensor | None, int]:
+    """Where, which and how many, as `_Inputs` has them."""
+    if banned is None or not len(banned[1]):
+        return None, None, 0
+    where_BL, ids = banned[0].contiguous().view(torch.uint8), banned[1].to(torch.int64).contiguous()
+    if len(ids) <= FEW:
+        return where_BL, ids, len(ids)
+    return where_BL, torch.zeros(words, dtype=torch.uint8, device=ids.device).index_fill_(0, ids, 1), 0
+
+
+def _launch_sweep(inputs: _Inputs, gumbel_BLV: Tensor | None) -> tuple[Tensor, _TileSums, int]:
+    """Logits [B, L, V], what is kept of each tile, and the words of a tile."""
+    (batch, length, width), (words, _) = inputs.hidden_BLD.shape, inputs.embed_VD.shape
+    rows, dtype, device = batch * length, inputs.embed_VD.dtype, inputs.hidden_BLD.device
+    sweep = sizes("read_out", inputs.embed_VD.shape, dtype, device)
+    if gumbel_BLV is not None:
+        sweep["BLOCK_N"] = min(sweep["BLOCK_N"], LOUD)
+    warps = {name: sweep.pop(name) for name in ("num_warps", "num_stages")}
+    count = triton.cdiv(words, sweep["TILE"])
+    logits_BLV = torch.empty(batch, length, words, dtype=dtype, device=device)
+    floats = [torch.empty(batch, length, count, dtype=torch.float32, device=device) for _ in range(4)]
+    peak, total, moment, mass = floats
+    best = torch.empty(batch, length, count, dtype=torch.int16, device=device)
+    noisy, noisy_best = (None, None) if gumbel_BLV is None else (torch.empty_like(peak), torch.empty_like(best))
+    sums = _TileSums(peak, best, total, moment, mass, noisy, noisy_best)
+    _sweep[(triton.cdiv(rows, sweep["BLOCK_N"]) * count,)](
+        inputs.hidden_BLD,
+        inputs.embed_VD,
+        inputs.temperature_B,
+        inputs.where_BL,
+        inputs.banned,
+        gumbel_BLV,
+        logits_BLV,
+        *sums,
+        rows,
+        length,
+        inputs.softcap,
+        V=words,
+        D=width,
+        TILES=count,
+        BANS=inputs.bans,
+        **sweep,
+        **warps,
+        **overlap(device),
+    )
+    return logits_BLV, sums, sweep["TILE"]
+
+
+def _launch_walk(
+    inputs: _Inputs, logits_BLV: Tensor, tile: int, target: tuple[Tensor, Tensor, Tensor], sample_BL: Tensor
+) -> None:
+    """Samples into `sample_BL`; `target` is the peak, the tile of the sample, and what of the sum is to pass there."""
+    (batch, length, width), device = inputs.hidden_BLD.shape, inputs.hidden_BLD.device
+    _walk[(batch * length,)](
+        inputs.hidden_BLD,
+        inputs.embed_VD,
+        inputs.temperature_B,
+        inputs.where_BL,
+        inputs.banned,
+        logits_BLV,
+        *target,
+        sample_BL,
+        length,
+        inputs.softcap,
+        V=len(inputs.embed_VD),
+        D=width,
+        TILE=tile,
+        BANS=inputs.bans,
+        **sizes("read_out_walk", inputs.embed_VD.shape, inputs.embed_VD.dtype, device),
+        **overlap(device),
+    )
 
 
 def sizes(op: str, shape: torch.Size | tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> Config:
@@ -218,8 +249,10 @@ _COUNTS = ["rows", "length"]
 
 @triton.jit
 def _scaled(product, softcap, inverse):
-    """softcap x tanh(product / softcap) / temperature; right at both ends, where exp is 0 or infinite. Its own error is
-    up to 3e-7 x softcap / temperature: small beside the product's, but more than tanh's where logits are small."""
+    """Logits, softcap x tanh(product / softcap) / temperature; right at both ends, where exp is 0 or infinite.
+
+    Its own error is up to 3e-7 x softcap / temperature: small beside the product's, but more than tanh's where logits
+    are small."""
     whole = tl.exp2(product * (2.0 * _LOG2E / softcap)) + 1.0
     if IN_ASSEMBLY:  # A division would mind denominators above 2^126, whose inverses may as well be 0.
         part = tl.inline_asm_elementwise(
@@ -233,7 +266,7 @@ def _scaled(product, softcap, inverse):
 
 @triton.jit
 def _rounded(x, TYPE: tl.constexpr):
-    """x in TYPE; to bfloat16 two at a time, which the compiler does not do of its own, and which is faster."""
+    """These in TYPE; to bfloat16 two at a time, which the compiler does not do of its own, and which is faster."""
     if IN_ASSEMBLY and tl.bfloat16 == TYPE:
         return tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
@@ -421,8 +454,10 @@ def _combine(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One position: all its tiles. Sums are taken in units of exp(peak), so that the entropy, log(sum) - moment / sum,
-    is a sum of two numbers that are never negative."""
+    """One position: all its tiles.
+
+    Sums are taken in units of exp(peak), so that the entropy, log(sum) - moment / sum, is a sum of two numbers that are
+    never negative."""
     enter(PDL)
     n = tl.program_id(0)
     start = n.to(tl.int64) * TILES
@@ -491,10 +526,10 @@ def _walk(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One position, the one tile that its sample lies in: its logits as the sweep had them, in float32, and the first
-    word at which their sum passes what is left of the target. What weighs less than 2^-24 of the tile, by the rounded
-    logits, is taken as rounded, and its row of E not read: all of it is less than 2^-17, and less wrong than
-    2^-18."""
+    """One position, the one tile that its sample lies in: the first word at which the sum passes the target's rest.
+
+    Its logits are as the sweep had them, in float32. What weighs less than 2^-24 of the tile, by the rounded logits, is
+    taken as rounded, and its row of E not read: all of it is less than 2^-17, and less wrong than 2^-18."""
     enter(PDL)
     n = tl.program_id(0).to(tl.int64)
     inside = tl.load(inside_ptr + n)

@@ -44,8 +44,7 @@ CHOICES = {
 def route(
     residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The J = top_k experts of each token, [N, J] int64, and their weights, [N, J] float32: renormalised
-    probabilities x the scale of each expert. The input is the raw residual, normed here without a learned scale."""
+    """As `reference.route`."""
     tokens = len(residual_ND)
     index_NJ = torch.empty(tokens, top_k, dtype=torch.int64, device=residual_ND.device)
     weight_NJ = torch.empty(tokens, top_k, dtype=torch.float32, device=residual_ND.device)

@@ -57,9 +57,7 @@ _ADD = 1024
 
 
 def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: Tiles | None = None) -> Tensor:
-    """softmax(logits) @ E x embedding scale: [B, L, D], what the next step is conditioned on. `tiles` is the
-    read-out's: tiles of the vocabulary that hold next to nothing may be left out by its leave, never without.
-    Leaving them out moves no value by more than eps / 4 x max|E| x scale."""
+    """As `reference.soft_embedding`. Leaving tiles out moves no value by more than eps / 4 x max|E| x scale."""
     (batch, length, words), width = logits_BLV.shape, embed_VD.shape[1]
     rows, device = batch * length, logits_BLV.device
     logits_BLV, embed_VD = logits_BLV.contiguous(), embed_VD.contiguous()
