@@ -23,7 +23,7 @@ from sfumato import LLM, Done, Draft, Options, Slot
 from sfumato.cli.view import CLUE, SMOKE, colour
 from sfumato.constraints.constrain import Guide, Pick, Walk
 from sfumato.constraints.search import Work
-from sfumato.engine.guided import Span
+from sfumato.engine.request import Span
 from sfumato.sampling.noise import CountedNoise
 from sfumato.tasks import sudoku
 from sfumato.templates.layout import Sheet, lay_out, spans_of

@@ -27,6 +27,8 @@ class Draft:
     """The text of each position's token; "" for a control token."""
     end: int = 0
     """Positions before the first end of the text."""
+    request: str = ""
+    """The id of the request it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Commit:
     top_logprobs: list[dict[str, float]] | None = None
     is_last: bool = False
     """The row ends with it."""
+    request: str = ""
+    """The id of the request it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Done:
     logprobs: list[float] | None = None
     thought: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    request: str = ""
+    """The id of the request it belongs to."""
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from sfumato.constraints import calls
 from sfumato.constraints.constrain import Grammar
 from sfumato.engine import arguments
 from sfumato.engine.engine import Engine
-from sfumato.engine.guided import Span
 from sfumato.engine.plan import Ask, Plan
-from sfumato.engine.request import Inspect, Request
+from sfumato.engine.request import Inspect, Request, Span
 from sfumato.engine.run import Run
 from sfumato.errors import CapacityError, CheckpointError, InputError
 from sfumato.events import Completion, Decision, Done, Edited, Event, Filled
 from sfumato.model.network import Model
+from sfumato.model.prompt import Prompt
 from sfumato.options import CONSTRAINTS, OPTIONS, Options
 from sfumato.remote import Remote
 from sfumato.templates.layout import (
@@ -73,6 +73,9 @@ MOST_IDLE = 1 << 30
 MARKED = 64
 """Tokens of instructions from which on it pays to keep them encoded for others."""
 
+NOTHING = Prompt(())
+"""No conversation."""
+
 _FIRST = ("system", "developer")
 
 
@@ -81,7 +84,7 @@ class _Kept:
     """The engine of the last call, without rows: warm, its steps recorded where they can be."""
 
     engine: Engine
-    tokens: list[int]
+    prompt: Prompt
     """The beginning of the last conversation: what its first seat still holds."""
 
 
@@ -253,10 +256,11 @@ class LLM:
         ids: Any = prompt if is_ids else self.encode(prompt, tools, options.thinking)  # type: ignore[arg-type]
         options = self._complete_options(options)
         if spans is None:
-            spans = self._whole_answer(ids, options)
+            spans = self._whole_answer(options)
         reader = Reader(self.tokenizer, options.stop, self.model.config.eos_ids, is_chat)
         marks = self._marks(ids) if is_chat and (tools or prompt[0].get("role") in _FIRST) else []  # type: ignore
-        return Ask(Request(ids, options, pins or {}, warm or {}, spans, banned, reader.push, inspect, marks), reader)
+        request = Request(ids, options, pins or {}, warm or {}, spans, banned, marks)
+        return Ask(request, reader, inspect=inspect)
 
     def _marks(self, ids: list[int]) -> list[int]:
         """Where the instructions that open a conversation end: many conversations begin with the same."""
@@ -297,23 +301,23 @@ class LLM:
             return stop.value
 
     def _stream(self, asks: list[Ask]) -> Iterator[Event]:
-        requests = [ask.request for ask in asks]
-        engine = self._take([request.prompt for request in requests])
+        engine = self._take([Prompt.of(ask.request.prompt) for ask in asks])
         try:
-            run = Run(self.model, requests, engine=engine)
+            rows = [ask.row(self.model.config, str(n), f"prompt {n}") for n, ask in enumerate(asks)]
+            run = Run(self.model, rows, engine=engine)
         except InputError:  # refused before any work
             if engine is not None:
-                self._give(engine, [])
+                self._give(engine, NOTHING)
             raise
         try:
             for event in run:
                 yield asks[event.row].reader.tell(event)
         except GeneratorExit:  # the caller has seen enough
-            self._give(run.engine, [])
+            self._give(run.engine, NOTHING)
             raise
-        row = run.rows[0]
-        held = [*row.prompt, *row.tokens][: run.cache.lengths[0]]
-        self._give(run.engine, held if len(asks) == 1 and len(held) == run.cache.lengths[0] else [])
+        row, encoded = run.rows[0], run.cache.lengths[0]
+        conversation = row.prompt.extended(row.tokens).first(encoded)
+        self._give(run.engine, conversation if len(asks) == 1 and len(conversation) == encoded else NOTHING)
 
     # ---- templates ----------------------------------------------------------------------------------------------
 
@@ -475,14 +479,10 @@ class LLM:
         """Tokens that end an answer or fill what it leaves."""
         return frozenset((*self.model.config.eos_ids, self.model.config.pad_id))
 
-    def _whole_answer(self, ids: Sequence[int], options: Options) -> list[Span]:
+    def _whole_answer(self, options: Options) -> list[Span]:
         if options.constraint is None:
             return []
-        canvas = self.model.config.canvas_length
-        room = (self.model.config.max_position - len(ids)) // canvas * canvas
-        if options.max_tokens is not None:
-            room = min(room, options.max_tokens)
-        return [Span(0, None, self.grammar(*options.constraint).start(room))]
+        return [Span(0, None, self.grammar(*options.constraint))]
 
     def _width(self, slot: Slot, grammar: Grammar) -> int:
         return slot.at_most or 2 * grammar.shortest() + 8
@@ -577,28 +577,25 @@ class LLM:
         seed = secrets.randbits(32) if options.seed is None else options.seed
         return replace(options.with_defaults(self.defaults), seed=seed)
 
-    def _take(self, prompts: Sequence[Sequence[int]]) -> Engine | None:
+    def _take(self, prompts: Sequence[Prompt]) -> Engine | None:
         """The engine of the last call, if there is one and no other call has it now. Its first seat keeps what it has
         in common with the prompt, if there is one prompt."""
         kept, self._kept = self._kept, None
         if kept is None or kept.engine.model is not self.model:
             return None
-        shared = 0
-        for ours, theirs in zip(kept.tokens, prompts[0][:-1] if len(prompts) == 1 else [], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
+        shared = min(kept.prompt.shared(prompts[0]), len(prompts[0]) - 1) if len(prompts) == 1 else 0
+        shared = max(shared, 0)  # of an empty prompt, which is refused later
         engine = kept.engine
         engine.leave(0, shared if engine.cache.can_truncate(0, shared) else 0)
         return engine
 
-    def _give(self, engine: Engine, held: list[int]) -> None:
-        """Keep an engine for the next call, and these tokens in its first seat."""
+    def _give(self, engine: Engine, conversation: Prompt) -> None:
+        """Keep an engine for the next call, and this conversation in its first seat."""
         for seat in range(len(engine.rows)):
-            engine.leave(seat, len(held) if seat == 0 else 0)
-        if engine.cache.bytes > MOST_IDLE and not held:
+            engine.leave(seat, len(conversation) if seat == 0 else 0)
+        if engine.cache.bytes > MOST_IDLE and not len(conversation):
             engine.resize(1, 1)
-        self._kept = _Kept(engine, held)
+        self._kept = _Kept(engine, conversation)
 
 
 def _words_of(checkpoint: Checkpoint) -> tuple[Tokenizer, chat.ChatTemplate | None]:

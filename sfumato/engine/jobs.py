@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sfumato.engine.batch import Batch, BatchLimits, Figures
 from sfumato.engine.plan import Ask, Plan
-from sfumato.engine.request import Failure
+from sfumato.engine.request import Failure, Row
 from sfumato.errors import BusyError, contained
 from sfumato.events import Decision, Done, Draft, Edited, Event, Filled
 from sfumato.model.network import Model
@@ -33,11 +33,12 @@ class _Job:
     key: int
     plan: Plan[Any]
     asks: list[Ask]
+    rows: list[Row]
+    """Of the asks, in their order."""
     is_answer: bool
     """Its events are what was asked for; of other jobs the result is."""
     has_drafts: bool
     is_dropped: bool = False
-    tickets: list[int] = field(default_factory=list)
     ended: dict[int, Done] = field(default_factory=dict)
 
 
@@ -64,14 +65,16 @@ class Jobs:
         self._begun: list[_Job] = []
         self._cancelled: set[int] = set()
         self._jobs: dict[int, _Job] = {}
-        self._by_ticket: dict[int, tuple[_Job, int]] = {}
+        self._places: dict[str, tuple[_Job, int]] = {}
+        """By the id of a request under way: its job, and its place among the job's requests."""
 
     def begin(self, key: int, kind: str, payload: Mapping[str, Any], options: Options) -> None:
         """Take a job (see `LLM.plan`). InputError, CapacityError; BusyError where too many wait."""
         self._check_queue(1)
         plan = self.llm.plan(kind, payload, options)
-        job = _Job(key, plan, next(plan), kind in ("chat", "complete"), options.drafts)
-        job.asks = self._checked(job.asks)  # here rather than between two turns
+        asks = next(plan)
+        rows = self._rows(key, asks)  # here rather than between two turns
+        job = _Job(key, plan, asks, rows, kind in ("chat", "complete"), options.drafts)
         with self._lock:
             self._check_queue(len(job.asks))
             self._begun.append(job)
@@ -80,8 +83,8 @@ class Jobs:
         """Whether `begin` may take seconds."""
         return self.llm.must_compile(kind, payload, options)
 
-    def _checked(self, asks: list[Ask]) -> list[Ask]:
-        return [replace(ask, request=ask.request.checked(self.llm.model.config)) for ask in asks]
+    def _rows(self, key: int, asks: list[Ask]) -> list[Row]:
+        return [ask.row(self.llm.model.config, f"{key}/{place}") for place, ask in enumerate(asks)]
 
     def _check_queue(self, more: int) -> None:
         waiting = self.batch.figures().queue + sum(len(job.asks) for job in self._begun)
@@ -101,8 +104,9 @@ class Jobs:
         return self.batch.figures()
 
     def turn(self) -> list[tuple[int, Told]]:
-        """One turn of the batch: what there is to tell of which job. An error, the last event of an answer, or a result
-        is the last of its job."""
+        """One turn of the batch: what there is to tell of which job.
+
+        An error, the last event of an answer, or a result is the last of its job."""
         with self._lock:
             begun, self._begun = self._begun, []
             cancelled, self._cancelled = self._cancelled, set()
@@ -118,9 +122,9 @@ class Jobs:
         for going in [going for going in self._going if going.done()]:
             told += self._gone_on(self._going.pop(going), going)
         for event in self.batch.turn():
-            if event.row not in self._by_ticket:  # of a job that failed at an earlier event of this turn
+            if event.request not in self._places:  # of a job that failed at an earlier event of this turn
                 continue
-            job, place = self._by_ticket[event.row]
+            job, place = self._places[event.request]
             if isinstance(event, Failure):
                 self._drop(job)
                 told.append((job.key, event.error))
@@ -133,12 +137,10 @@ class Jobs:
         return told
 
     def _submit(self, job: _Job) -> list[tuple[int, Told]]:
-        job.ended, job.tickets = {}, []
+        job.ended = {}
         try:
-            for place, ask in enumerate(job.asks):
-                ticket = self.batch.submit(ask.request)
-                job.tickets.append(ticket)
-                self._by_ticket[ticket] = job, place
+            for place, row in enumerate(job.rows):
+                self._places[self.batch.submit(row)] = job, place
         except Exception as error:
             self._drop(job)
             return [(job.key, error)]
@@ -151,7 +153,7 @@ class Jobs:
         if job.is_answer or (isinstance(event, Draft) and ask.is_shown and job.has_drafts):
             told.append((job.key, event))
         if isinstance(event, Done):
-            self._by_ticket.pop(job.tickets[place])
+            self._places.pop(event.request)
             job.ended[place] = event
             if len(job.ended) == len(job.asks):
                 told += self._go_on(job)
@@ -173,7 +175,8 @@ class Jobs:
             asks = job.plan.send([job.ended[place] for place in range(len(job.asks))])
         except StopIteration as stop:
             return True, stop.value
-        return False, self._checked(asks)
+        job.asks = asks
+        return False, self._rows(job.key, asks)
 
     def _gone_on(self, job: _Job, going: Future[tuple[bool, Any]]) -> list[tuple[int, Told]]:
         if job.is_dropped:
@@ -187,7 +190,7 @@ class Jobs:
         if is_over:
             self._jobs.pop(job.key)
             return [(job.key, what)]
-        job.asks = what
+        job.rows = what
         return self._submit(job)
 
     def _drop(self, job: _Job) -> None:
@@ -195,6 +198,6 @@ class Jobs:
         job.is_dropped = True
         if job not in self._going.values():  # else when it comes back
             job.plan.close()
-        for ticket in job.tickets:
-            if self._by_ticket.pop(ticket, None) is not None:
-                self.batch.cancel(ticket)
+        for row in job.rows:
+            if self._places.pop(row.request.id, None) is not None:
+                self.batch.cancel(row.request.id)

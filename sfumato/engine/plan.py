@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from sfumato.engine.request import Request
+from sfumato.engine.request import Inspect, Request, Row
 from sfumato.events import Done
+from sfumato.model.config import ModelConfig
 from sfumato.text.reader import Reader
 
 T = TypeVar("T")
@@ -21,6 +22,12 @@ class Ask:
     reader: Reader
     is_shown: bool = True
     """Whether the caller sees its drafts; not those of a search on the way."""
+    inspect: Inspect | None = None
+    """Takes every read-out of its row."""
+
+    def row(self, config: ModelConfig, id: str, name: str = "the prompt") -> Row:
+        """The row of its request, which is then called so: see `Row.of`."""
+        return Row.of(replace(self.request, id=id, name=name), config, self.reader.push, self.inspect)
 
 
 Plan = Generator[list[Ask], list[Done], T]

@@ -22,8 +22,7 @@ from typing import Any
 from sfumato.constraints.constrain import Grammar
 from sfumato.constraints.forms import MAX_CHOICES
 from sfumato.engine.arguments import check_kind, check_text
-from sfumato.engine.guided import Span
-from sfumato.engine.request import SHORT
+from sfumato.engine.request import SHORT, Span
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
 from sfumato.templates.slots import SLOTS, Slot, Template, check_template
@@ -153,9 +152,9 @@ def _places(
 
 
 def spans_of(sheet: Sheet, grammars: Mapping[str, Grammar]) -> list[Span]:
-    """The constrained slots of a sheet, each with a guide of its own."""
+    """The constrained slots of a sheet."""
     return [
-        Span(place.start, place.width, grammars[place.slot.name].start(place.width))
+        Span(place.start, place.width, grammars[place.slot.name])
         for place in sheet.places
         if place.slot.name in grammars
     ]
