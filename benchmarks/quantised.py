@@ -47,7 +47,7 @@ from sfumato.quant.recipes import named
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.noise import CountedNoise
 from sfumato.sampling.rules import Rules
-from sfumato.sampling.step import step_
+from sfumato.sampling.step import StepInput, step_
 from sfumato.tasks import sudoku
 
 Record = dict[str, Any]
@@ -100,7 +100,7 @@ def follow(model: Model, prompt_BT: Tensor, pin_BL: Tensor, rules: Rules) -> Way
     while rows:
         passes.append((rows, state.canvas_XL[rows], state.soft_XLD[rows] if passes else None))
         run = Pass(model, cache, rows, [0] * len(rows), 0, pin_BL.shape[1])
-        step_(model, cache, state, torch.tensor(rows), run, is_first=len(passes) == 1)
+        step_(model, cache, state, StepInput(torch.tensor(rows), run, is_first=len(passes) == 1))
         rows = [row for row in rows if not state.is_done_X[row]]
     way = Way(prompt_BT, passes, pin_BL < 0, [])
     way.logits.extend(said(model, way))

@@ -34,7 +34,7 @@ from sfumato.model.network import Model, Pass
 from sfumato.options import Options
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.rules import Rules
-from sfumato.sampling.step import step_
+from sfumato.sampling.step import StepInput, step_
 
 CONFIDENCE = 0.0
 """Never reached: every canvas takes all its steps."""
@@ -98,7 +98,7 @@ class Steps:
         self.run = Pass(model, self.cache, rows, [0] * batch, 0, config.canvas_length)
 
     def __call__(self) -> None:
-        step_(self.model, self.cache, self.state, self.at_B, self.run)
+        step_(self.model, self.cache, self.state, StepInput(self.at_B, self.run))
 
 
 def true_size(config: ModelConfig, given: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from sfumato import LLM, Done, Draft, Options, Slot
 from sfumato.cli.view import CLUE, SMOKE, colour
 from sfumato.constraints.guide import Guide, Pick, Walk
 from sfumato.constraints.search import Work
-from sfumato.engine.guided import Span
-from sfumato.engine.request import Request
+from sfumato.engine.request import Request, Span
 from sfumato.engine.run import Run
 from sfumato.sampling.noise import CountedNoise
 from sfumato.tasks import sudoku

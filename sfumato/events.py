@@ -34,6 +34,8 @@ class Draft:
     """The text of each position's token; "" for a control token."""
     end: int = 0
     """Positions before the first end of the text."""
+    request: str = ""
+    """The id of the request it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Commit:
     """With log-probabilities: for each token, the text of the likeliest ones -> log-probability in nats."""
     is_last: bool = False
     """The row ends with it."""
+    request: str = ""
+    """The id of the request it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class Done:
     logprobs: list[float] | None = None
     thought: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    request: str = ""
+    """The id of the request it belongs to."""
 
 
 @dataclass(frozen=True)

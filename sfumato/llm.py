@@ -19,7 +19,7 @@ from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
 from sfumato.engine import arguments
-from sfumato.engine.kept import EngineKeeper
+from sfumato.engine.kept import NOTHING, EngineKeeper
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
@@ -205,7 +205,7 @@ class LLM:
             ids = prompt.tokens if isinstance(prompt, Prompt) else prompt
             arguments.check_ids("a prompt", ids, self.model.config.vocab_size)
         rows = zip(map(Prompt.of, prompts), each, places, strict=True)
-        return self._events([self.planner.ask(Request(ids.tokens, o, pins=fixed)) for ids, o, fixed in rows])
+        return self._events([self.planner.ask(Request(ids, o, pins=fixed)) for ids, o, fixed in rows])
 
     # ---- templates --------------------------------------------------------------------------------------------------
 
@@ -280,24 +280,24 @@ class LLM:
             return result
 
     def _events(self, asks: list[Ask]) -> Iterator[Event]:
-        requests = [ask.request for ask in asks]
-        engine = self._engines.take(self.model, [request.prompt for request in requests])
+        engine = self._engines.take(self.model, [Prompt.of(ask.request.prompt) for ask in asks])
         try:
-            run = Run(self.model, requests, engine=engine)
+            rows = [ask.row(self.model.config, str(n), f"prompt {n}") for n, ask in enumerate(asks)]
+            run = Run(self.model, rows, engine=engine)
         except InputError:  # refused before any work
             if engine is not None:
-                self._engines.put_back(engine, [])
+                self._engines.put_back(engine)
             raise
         try:
             for event in run:
                 yield asks[event.row].reader.with_text(event)
         except GeneratorExit:  # the caller stopped reading
-            self._engines.put_back(run.engine, [])
+            self._engines.put_back(run.engine)
             raise
-        row = run.rows[0]
-        encoded = [*row.prompt, *row.tokens][: run.cache.lengths[0]]
-        is_whole = len(asks) == 1 and len(encoded) == run.cache.lengths[0]
-        self._engines.put_back(run.engine, encoded if is_whole else [])
+        row, encoded = run.rows[0], run.cache.lengths[0]
+        conversation = row.prompt.extended(row.tokens).first(encoded)
+        is_whole = len(asks) == 1 and len(conversation) == encoded
+        self._engines.put_back(run.engine, conversation if is_whole else NOTHING)
 
 
 def _tokenizer_and_template(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemplate | None]:

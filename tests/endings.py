@@ -18,14 +18,14 @@ from sfumato.sampling.canvases import Canvases
 LENGTH, WIDTH, WORDS, ROWS = 20, 24, 61, 5
 
 
-def seen(
+def reading(
     at: list[int],
     seed: int,
     exact: bool,
     dtype: torch.dtype = torch.bfloat16,
     length: int = LENGTH,
     width: int = WIDTH,
-) -> Any:
+) -> tuple[step.Reading, Tensor]:
     """What a pass shows of these rows, and its soft embedding. `exact`: entropies whose sums are exact in any order,
     many of them equal."""
     draw, rows = torch.Generator().manual_seed(seed), len(at)
@@ -35,7 +35,7 @@ def seen(
     sample_BL, argmax_BL, noise_BL = (torch.randint(0, WORDS, (rows, length), generator=draw) for _ in range(3))
     hidden_BLD, soft_BLD = (torch.randn(rows, length, width, generator=draw).to(dtype) for _ in range(2))
     read = ReadOut(sample_BL, argmax_BL, entropy_BL, torch.empty(0))
-    return step._Seen(None, hidden_BLD, read, noise_BL), soft_BLD
+    return step.Reading(None, hidden_BLD, read, noise_BL), soft_BLD
 
 
 def canvases(
@@ -90,9 +90,9 @@ def concluded(
     ops = SimpleNamespace(conclude_=by, soft_embedding=lambda *_: soft)
     weight = SimpleNamespace(weight=embed_VD)
     model: Any = SimpleNamespace(ops=ops, embed_tokens=weight, embed_scale=torch.tensor(6.3).to(soft.dtype))
-    monkeypatch.setattr(step, "_see", lambda *_: view)
+    monkeypatch.setattr(step, "read_canvases", lambda *_: view)
     nothing: Any = None
-    step.step_(model, nothing, state, torch.tensor(at), nothing)
+    step.step_(model, nothing, state, step.StepInput(torch.tensor(at), nothing))
 
 
 def differing(one: Canvases, two: Canvases) -> list[str]:

@@ -2,7 +2,7 @@
 very memory it was done in. Whatever Python decided the first time is frozen, and memory that was there before is held
 as weakly as by a graph: not at all.
 
-    Engine(model, record=True, capture=Tape())
+    Engine(model, settings=EngineSettings(record=True, capture=Tape()))
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks import common, ops
 from benchmarks.gpu.alternatives import WITHOUT, standing
 from benchmarks.gpu.setting import Row, Setting, each_within, tried
+from sfumato.engine.engine import EngineSettings
 from sfumato.engine.run import Run
 from sfumato.events import Draft
 from sfumato.measure.parts import quantize_some_
@@ -121,7 +122,7 @@ def recorded_as_eager(setting: Setting, model: Model) -> dict[str, Any]:
     options = Options(max_tokens=2 * length, max_steps=STEPS, confidence=0.0, seed=1, drafts=True)
 
     def steps(rows: list[int], record: bool) -> dict[tuple[int, int, int], Draft]:
-        events = Run(model, [prompts[i] for i in rows], options, record=record)
+        events = Run(model, [prompts[i] for i in rows], options, settings=EngineSettings(record=record))
         drafts = [event for event in events if isinstance(event, Draft)]
         return {(rows[draft.row], draft.canvas, draft.step): draft for draft in drafts}
 

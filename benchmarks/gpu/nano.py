@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.setting import Row, Setting, each_within, tried
+from sfumato.engine.engine import EngineSettings
 from sfumato.engine.run import Run
 from sfumato.evals.sudoku import request
 from sfumato.events import Done
@@ -96,7 +97,7 @@ def tokens(setting: Setting, llm: LLM, variant: Variant, record: bool, lag: int)
         options = replace(options, max_steps=2)
     found = []
     for some in [*([i] for i in range(alone)), list(range(count))]:
-        each: dict[str, Any] = {"pins": [pins[i] for i in some], "record": record, "lag": lag}
+        each: dict[str, Any] = {"pins": [pins[i] for i in some], "settings": EngineSettings(record=record, lag=lag)}
         events = Run(llm.model, [ids[i] for i in some], options, **each)
         done = {event.row: event.tokens for event in events if isinstance(event, Done)}
         found += [done[row] for row in range(len(some))]

@@ -1,4 +1,4 @@
-"""What callers of `LLM` give, checked for its kind: one sentence instead of a TypeError from inside.
+"""Arguments of `LLM`, checked for their kind: one sentence instead of a TypeError from inside.
 
 Only kinds are checked here; what a value may be is for whoever uses it."""
 
@@ -12,41 +12,44 @@ from sfumato.errors import InputError
 from sfumato.options import Options
 
 
-def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
     """InputError where the value, which messages call `name`, is not of these kinds."""
     if not isinstance(value, kinds):
-        raise InputError(f"{name} is {reprlib.repr(value)}; give {wanted}")
+        raise InputError(f"{name} is {reprlib.repr(value)}; give {expected}")
 
 
 def check_text(name: str, value: Any) -> None:
+    """InputError where the value is no text."""
     check_kind(name, value, str, "text")
 
 
 def check_options(options: Any) -> None:
+    """InputError where the value is no `Options`."""
     check_kind("options", options, Options, "an Options")
 
 
 def check_messages(name: str, messages: Any) -> None:
+    """InputError where the value is no list of messages; what a message may hold is checked where it is used."""
     check_kind(name, messages, (list, tuple), "a list of messages")
     for message in messages:
         check_kind("a message", message, Mapping, 'a record with "role" and "content"')
 
 
 def check_template_prompt(prompt: Any) -> None:
-    """What a template answers: a text, a conversation, or nothing."""
+    """InputError for what no template answers: it answers a text, a conversation, or nothing."""
     if prompt is not None and not isinstance(prompt, str):
         check_messages("the prompt", prompt)
 
 
 def check_count(name: str, value: Any, least: int, most: int) -> None:
-    """A whole number in these limits."""
+    """InputError where the value is no whole number in these limits."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         message = f"{name} is {reprlib.repr(value)}; give a whole number from {least} to {most}"
         raise InputError(message, option=name)
 
 
 def check_ids(name: str, ids: Any, vocab_size: int) -> None:
-    """Token ids of a model with so many."""
+    """InputError where the value is no list of token ids of a model with so many."""
     check_kind(name, ids, (list, tuple), "a list of token ids")
     if not _are_below(ids, vocab_size):
         bad = next(token for token in ids if not _is_below(token, vocab_size))
@@ -54,7 +57,7 @@ def check_ids(name: str, ids: Any, vocab_size: int) -> None:
 
 
 def check_places(what: str, owner: str, places: Any, most: int, vocab_size: int) -> None:
-    """Positions of an answer, so many at most, each with a token, which is `what`; `owner` is what it answers."""
+    """InputError where these are no positions of an answer, of so many, with tokens; they are a `what` of `owner`."""
     check_kind(f"{what}s of {owner}", places, Mapping, "a record of positions and tokens")
     if _are_below(places.keys(), most) and _are_below(places.values(), vocab_size):
         return

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from sfumato.engine.batch import Batch, Figures
 from sfumato.engine.limits import BatchLimits
 from sfumato.engine.plan import Ask, Plan
-from sfumato.engine.request import Failure
+from sfumato.engine.request import Failure, Row
 from sfumato.errors import BusyError, contained
 from sfumato.events import Decision, Done, Draft, Edited, Event, Filled
 from sfumato.model.network import Model
@@ -36,8 +36,9 @@ class _Job:
     id: str
     plan: Plan[Any]
     asks: list[Ask]
+    rows: list[Row]
+    """Of the asks, in their order."""
     is_dropped: bool = False
-    tickets: list[int] = field(default_factory=list)
     endings: dict[int, Done] = field(default_factory=dict)
     """Place of an ask -> what it ended with."""
 
@@ -70,13 +71,15 @@ class Jobs(Generic[Query]):
         """Jobs that the next turn submits."""
         self._cancelled: set[str] = set()
         self._jobs: dict[str, _Job] = {}
-        self._by_ticket: dict[int, tuple[_Job, int]] = {}
+        self._places: dict[str, tuple[_Job, int]] = {}
+        """By the id of a request under way: its job, and its place among the job's requests."""
 
     def begin(self, id: str, query: Query) -> None:
         """Take a job. InputError, CapacityError; BusyError where too many wait."""
         self._check_queue(1)
         plan = self.planner.plan(query)
-        job = _Job(id, plan, self._checked(next(plan)))  # checked here rather than between two turns
+        asks = next(plan)
+        job = _Job(id, plan, asks, self._rows(id, asks))  # checked here rather than between two turns
         with self._lock:
             self._check_queue(len(job.asks))
             self._waiting.append(job)
@@ -85,8 +88,8 @@ class Jobs(Generic[Query]):
         """Whether `begin` may take seconds."""
         return self.planner.must_compile(query)
 
-    def _checked(self, asks: list[Ask]) -> list[Ask]:
-        return [replace(ask, request=ask.request.checked(self.planner.model.config)) for ask in asks]
+    def _rows(self, id: str, asks: list[Ask]) -> list[Row]:
+        return [ask.row(self.planner.model.config, f"{id}/{place}") for place, ask in enumerate(asks)]
 
     def _check_queue(self, more: int) -> None:
         waiting = self.batch.figures().queue + sum(len(job.asks) for job in self._waiting)
@@ -126,9 +129,9 @@ class Jobs(Generic[Query]):
         for future in [future for future in self._planning if future.done()]:
             outcomes += self._continue(self._planning.pop(future), future)
         for event in self.batch.turn():
-            if event.row not in self._by_ticket:  # of a job that failed at an earlier event of this turn
+            if event.request not in self._places:  # of a job that failed at an earlier event of this turn
                 continue
-            job, place = self._by_ticket[event.row]
+            job, place = self._places[event.request]
             if isinstance(event, Failure):
                 self._drop(job)
                 outcomes.append((job.id, event.error))
@@ -141,12 +144,10 @@ class Jobs(Generic[Query]):
         return outcomes
 
     def _submit(self, job: _Job) -> list[tuple[str, Outcome]]:
-        job.endings, job.tickets = {}, []
+        job.endings = {}
         try:
-            for place, ask in enumerate(job.asks):
-                ticket = self.batch.submit(ask.request)
-                job.tickets.append(ticket)
-                self._by_ticket[ticket] = job, place
+            for place, row in enumerate(job.rows):
+                self._places[self.batch.submit(row)] = job, place
         except Exception as error:
             self._drop(job)
             return [(job.id, error)]
@@ -159,7 +160,7 @@ class Jobs(Generic[Query]):
         if ask.is_answer or isinstance(event, Draft):
             outcomes.append((job.id, event))
         if isinstance(event, Done):
-            self._by_ticket.pop(job.tickets[place])
+            self._places.pop(event.request)
             job.endings[place] = event
             if len(job.endings) == len(job.asks):
                 self._advance(job)
@@ -180,7 +181,7 @@ class Jobs(Generic[Query]):
             asks = job.plan.send([job.endings[place] for place in range(len(job.asks))])
         except StopIteration as stop:
             return True, stop.value
-        return False, self._checked(asks)
+        return False, (asks, self._rows(job.id, asks))
 
     def _continue(self, job: _Job, future: Future[tuple[bool, Any]]) -> list[tuple[str, Outcome]]:
         """After a plan went on in a thread: its result, or its next requests."""
@@ -195,7 +196,7 @@ class Jobs(Generic[Query]):
         if is_over:
             self._jobs.pop(job.id)
             return [(job.id, value)]
-        job.asks = value
+        job.asks, job.rows = value
         return self._submit(job)
 
     def _drop(self, job: _Job) -> None:
@@ -203,6 +204,6 @@ class Jobs(Generic[Query]):
         job.is_dropped = True
         if job not in self._planning.values():  # else when it comes back
             job.plan.close()
-        for ticket in job.tickets:
-            if self._by_ticket.pop(ticket, None) is not None:
-                self.batch.cancel(ticket)
+        for row in job.rows:
+            if self._places.pop(row.request.id, None) is not None:
+                self.batch.cancel(row.request.id)

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 from sfumato.engine.engine import Engine
 from sfumato.model.network import Model
+from sfumato.model.prompt import Prompt
+
+NOTHING = Prompt(())
+"""No conversation."""
 
 MOST_IDLE = 1 << 30
 """Bytes of a cache that holds nothing, above which it is given back between two calls."""
@@ -18,10 +22,10 @@ MOST_IDLE = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """An engine without rows, and the tokens that its first seat still holds: the last conversation's beginning."""
+    """An engine without rows, and what its first seat still holds: the beginning of the last conversation."""
 
     engine: Engine
-    tokens: list[int]
+    prompt: Prompt
 
 
 class EngineKeeper:
@@ -30,29 +34,26 @@ class EngineKeeper:
     def __init__(self) -> None:
         self.kept: Kept | None = None
 
-    def take(self, model: Model, prompts: Sequence[Sequence[int]]) -> Engine | None:
+    def take(self, model: Model, prompts: Sequence[Prompt]) -> Engine | None:
         """The engine of the last call; None where there is none, another call has it, or it ran another model.
 
         Its first seat keeps what it has in common with the prompt, if there is one prompt."""
         kept, self.kept = self.kept, None
         if kept is None or kept.engine.model is not model:
             return None
-        shared = 0
-        for own, other in zip(kept.tokens, prompts[0][:-1] if len(prompts) == 1 else [], strict=False):
-            if own != other:
-                break
-            shared += 1
+        shared = min(kept.prompt.shared(prompts[0]), len(prompts[0]) - 1) if len(prompts) == 1 else 0
+        shared = max(shared, 0)  # of an empty prompt, which is refused later
         engine = kept.engine
         engine.leave(0, shared if engine.cache.can_truncate(0, shared) else 0)
         return engine
 
-    def put_back(self, engine: Engine, tokens: list[int]) -> None:
-        """Keep an engine for the next call, and these tokens in its first seat."""
+    def put_back(self, engine: Engine, conversation: Prompt = NOTHING) -> None:
+        """Keep an engine for the next call, and this conversation in its first seat."""
         for seat in range(len(engine.rows)):
-            engine.leave(seat, len(tokens) if seat == 0 else 0)
-        if engine.cache.bytes > MOST_IDLE and not tokens:
+            engine.leave(seat, len(conversation) if seat == 0 else 0)
+        if engine.cache.bytes > MOST_IDLE and not len(conversation):
             engine.resize(1, 1)
-        self.kept = Kept(engine, tokens)
+        self.kept = Kept(engine, conversation)
 
     def forget(self) -> None:
         """Free the engine: its cache, and the steps that were recorded for it."""

@@ -6,11 +6,12 @@ A plan is a generator, so that whoever has an engine can carry it out: `LLM` for
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from sfumato.engine.request import Request
+from sfumato.engine.request import Inspect, Request, Row
 from sfumato.events import Done
+from sfumato.model.config import ModelConfig
 from sfumato.text.reader import Reader
 
 Result = TypeVar("Result")
@@ -24,6 +25,12 @@ class Ask:
     reader: Reader
     is_answer: bool = False
     """Whether its events are what the caller wants. If not, only its drafts are shown, and the plan's result counts."""
+    inspect: Inspect | None = None
+    """Takes every read-out of its row."""
+
+    def row(self, config: ModelConfig, id: str, name: str = "the prompt") -> Row:
+        """The row of its request, which is then called so: see `Row.of`."""
+        return Row.of(replace(self.request, id=id, name=name), config, self.reader.push, self.inspect)
 
 
 Plan = Generator[list[Ask], list[Done], Result]

@@ -1,20 +1,26 @@
-"""What the engine is asked, and the row that it becomes while it is under way.
+"""What an engine is asked for (`Request`), and the row that it becomes while it is under way (`Row`).
 
-A `Request` is checked before any work: what cannot run is refused here, by one sentence. Nothing here touches a tensor.
+A request is a frozen value and can be run any number of times. `Row.of` checks it before any work, so that what cannot
+run is refused by one sentence, and makes what belongs to one run alone: the guides of its grammars, and who watches its
+tokens. Nothing here touches a tensor.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import Tensor
 
+from sfumato.constraints.grammar import Grammar
+from sfumato.constraints.guide import Guide
 from sfumato.engine.arguments import check_ids, check_kind, check_places
-from sfumato.engine.guided import Span
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
+from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.sampling.rules import Rules
 
@@ -22,13 +28,19 @@ Watch = Callable[[list[int]], int | None]
 """Newly committed tokens -> how many of them to keep if the answer ends here, None to go on."""
 
 Inspect = Callable[[Tensor], None]
-"""Shown every read-out of its row: logits [L, V]."""
+"""Takes every read-out of its row: logits [L, V]."""
 
 FIRST_ROOM = 4096
 """New tokens that a cache has room for at first; longer answers make it grow by doubling."""
 
 SHORT = 16
 """A canvas for a short budget is a multiple of this many positions."""
+
+_numbers = itertools.count(1)
+
+
+def _new_id() -> str:
+    return f"request-{next(_numbers)}"
 
 
 @dataclass(frozen=True)
@@ -37,49 +49,59 @@ class Failure:
 
     row: int
     error: Exception
+    request: str = ""
+    """The id of the request it belongs to."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions of an answer that are kept to a grammar: `width` of them from `start` on.
+
+    None: to the answer's end, which then comes where the text is complete; else what the text leaves of the span is
+    padding."""
+
+    start: int
+    width: int | None
+    grammar: Grammar
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One text to be written behind a prompt (token ids).
+    """One text to be written behind a prompt: a `Prompt`, or token ids.
 
     Options left open (None) take the released model's defaults: callers with a checkpoint's own fill them in before.
     `pins` maps positions of the answer to tokens that stay fixed there; `warm` positions to tokens that their canvas
     starts from instead of noise; `spans` keep positions to a grammar. `banned` are tokens that may not stand, as ends
     may not, among the first `min_tokens` positions."""
 
-    prompt: Sequence[int]
+    prompt: Prompt | Sequence[int]
     options: Options = Options()  # noqa: RUF009 - frozen
     pins: Mapping[int, int] = field(default_factory=dict)
     warm: Mapping[int, int] = field(default_factory=dict)
     spans: Sequence[Span] = ()
     banned: Sequence[int] = ()
-    watch: Watch | None = None
-    inspect: Inspect | None = None
     marks: Sequence[int] = ()
     """Places in the prompt where a chunk ends, so that what is encoded up to there can be kept for others."""
     name: str = "the prompt"
     """What messages call it."""
-    _checked_for: ModelConfig | None = field(default=None, init=False, repr=False)
-    """A copy with changes (`replace`) is unchecked again."""
+    id: str = field(default_factory=_new_id)
+    """Its identity, which its events carry; unique among the requests under way. By default a new one."""
 
     def checked(self, config: ModelConfig) -> Request:
-        """With its mode decided; InputError or CapacityError for what this model cannot run. What was checked before is
-        not looked at again."""
-        if self._checked_for is config:
-            return self
+        """With a `Prompt` and its mode decided; InputError or CapacityError for what this model cannot run."""
         mode = "diffusion" if config.is_diffusion else "autoregressive"
-        request = replace(self, options=self.options.with_defaults({"mode": mode}))
+        options = self.options.with_defaults({"mode": mode})
+        check_kind(self.name, self.prompt, (list, tuple, Prompt), "a list of token ids")
+        request = replace(self, options=options, prompt=Prompt.of(self.prompt))
         request._check_canvas(config)
-        check_kind(self.name, self.prompt, (list, tuple), "a list of token ids")
         request._check_room(config)  # before each token is looked at: there may be millions
-        check_ids(self.name, self.prompt, config.vocab_size)
+        request._check_prompt(config)
         request._check_places(config)
-        object.__setattr__(request, "_checked_for", config)
         return request
 
     @property
     def is_diffusion(self) -> bool:
+        """Whether it is written canvas by canvas, not token by token."""
         return self.options.mode == "diffusion"
 
     def canvas_length(self, config: ModelConfig) -> int:
@@ -91,24 +113,33 @@ class Request:
         return min(whole, -(-need // SHORT) * SHORT)
 
     def capacity(self, config: ModelConfig) -> int:
-        """Tokens that its row of the cache should have room for at first: the prompt, and the beginning of the answer
-        in whole canvases."""
+        """Tokens that its row of the cache should have room for at first.
+
+        These are the prompt, and the beginning of the answer in whole canvases."""
         new, length = min(self.options.max_tokens or FIRST_ROOM, FIRST_ROOM), self.canvas_length(config)
         return min(len(self.prompt) + -(-new // length) * length, config.max_position)
 
+    def room(self, span: Span, config: ModelConfig) -> int:
+        """Tokens that the text of this span may have: its width, or whole canvases up to the end of the answer."""
+        if span.width is not None:
+            return span.width
+        canvas = config.canvas_length
+        whole = (config.max_position - len(self.prompt)) // canvas * canvas
+        return min(whole, self.options.max_tokens or whole) - span.start
+
     def _check_canvas(self, config: ModelConfig) -> None:
-        asked = {
+        needs_canvas = {
             "mode 'diffusion'": self.is_diffusion,
             "a draft": self.options.drafts,
             "a pin": bool(self.pins),
             "a warm token": bool(self.warm),
             "a span": bool(self.spans),
         }
-        for what in (what for what, is_asked in asked.items() if is_asked):
+        for what in (what for what, is_requested in needs_canvas.items() if is_requested):
             config.check_canvas(what)
 
     def _check_room(self, config: ModelConfig) -> None:
-        if not self.prompt:
+        if not len(self.prompt):
             raise InputError(f"{self.name} is empty; give at least one token (the begin-of-text token, say)")
         need = len(self.prompt) + (self.canvas_length(config) if self.is_diffusion else 1)
         if need > config.max_position:
@@ -119,7 +150,16 @@ class Request:
         if len(self.prompt) + self.options.min_tokens > config.max_position:
             raise CapacityError(
                 f"min_tokens is {self.options.min_tokens} behind the {len(self.prompt)} tokens of {self.name}, beyond "
-                f"the context of {config.max_position}; lower it"
+                f"the context of {config.max_position}; lower it",
+                option="min_tokens",
+            )
+
+    def _check_prompt(self, config: ModelConfig) -> None:
+        prompt = Prompt.of(self.prompt)
+        check_ids(self.name, prompt.tokens, config.vocab_size)
+        if prompt.embeddings is not None or prompt.blocks:
+            raise InputError(
+                f"{self.name} has embeddings or blocks, which this version cannot encode; give tokens alone"
             )
 
     def _check_places(self, config: ModelConfig) -> None:
@@ -130,17 +170,40 @@ class Request:
             check_places(what, self.name, places, most, config.vocab_size)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
+class RowSpan:
+    """A row's own part of a `Span`: the guide of its text."""
+
+    start: int
+    width: int | None
+    guide: Guide
+    path_length: int = 0
+    """Tokens of its guide's last walk, on the present canvas."""
+
+    def commit(self) -> None:
+        """Make final what the last walk put on the canvas."""
+        self.guide.commit(self.path_length)
+        self.path_length = 0
+
+
+@dataclass(eq=False, slots=True)
 class Row:
-    """One request under way."""
+    """One request under way. `Row.of` makes one; an engine gives it a seat."""
 
     request: Request
+    """Checked."""
+    prompt: Prompt
     rules: Rules
     length: int
     """Positions of its canvases."""
+    seed: int
     rest: list[int]
     """Tokens of the prompt that are to be encoded before its first canvas can begin."""
+    watch: Watch | None = None
+    inspect: Inspect | None = None
+    spans: list[RowSpan] = field(default_factory=list)
     reused: int = 0
+    """Tokens of the prompt that were encoded before it began."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
@@ -152,35 +215,58 @@ class Row:
     passes: int = 0
     began: float = field(default_factory=time.perf_counter)
     first_commit: float | None = None
-    finish_reason: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
     has_failed: bool = False
-    given: int = 0
+    settled: int = 0
     """Leading tokens of this canvas that were committed before the rest."""
 
     @classmethod
-    def of(cls, request: Request, config: ModelConfig, held: int) -> Row:
-        """A row whose cache already holds so many tokens of the prompt."""
+    def of(
+        cls, request: Request, config: ModelConfig, watch: Watch | None = None, inspect: Inspect | None = None
+    ) -> Row:
+        """A row for a request, of which nothing is encoded yet; it can wait, and be made in any thread.
+
+        `watch` is called with its new tokens, `inspect` with its read-outs. InputError or CapacityError for what this
+        model cannot run. The guide of a grammar takes a moment."""
+        request = request.checked(config)
         rules, length = Rules.of(request.options), request.canvas_length(config)
         if request.options.short:  # a step accepts one position at least, so more steps than positions are no use
             rules = replace(rules, max_steps=min(rules.max_steps, length))
-        return cls(request, rules, length, list(request.prompt[held:]), held)
+        prompt = Prompt.of(request.prompt)
+        row = cls(request, prompt, rules, length, request.options.seed or 0, list(prompt.tokens), watch, inspect)
+        row.spans = [
+            RowSpan(span.start, span.width, span.grammar.start(request.room(span, config))) for span in request.spans
+        ]
+        return row
+
+    def begin(self, count: int) -> None:
+        """Begin behind the first `count` tokens of the prompt, which are encoded."""
+        self.rest, self.reused = list(self.prompt.tokens[count:]), count
 
     @property
     def is_over(self) -> bool:
+        """Whether it has failed or ended."""
         return self.has_failed or self.finish_reason is not None
 
     @property
     def is_at_cap(self) -> bool:
-        """Every step that this canvas may take was begun: it stops, whatever the last one says."""
+        """Whether every step that this canvas may take was begun: it stops, whatever the last one shows."""
         return self.step >= self.rules.max_steps
 
     @property
-    def options(self) -> Options:
-        return self.request.options
+    def is_hosted(self) -> bool:
+        """Whether the host has a part within each of its steps."""
+        return bool(self.spans or self.inspect)
 
     @property
-    def prompt(self) -> Sequence[int]:
-        return self.request.prompt
+    def reads_encoded(self) -> bool:
+        """Whether it reads hidden states of what is encoded: the next token, or log-probabilities, follow from them."""
+        return self.options.logprobs or not self.request.is_diffusion
+
+    @property
+    def options(self) -> Options:
+        """Those of its request."""
+        return self.request.options
 
     @property
     def room(self) -> int | None:
@@ -192,11 +278,11 @@ class Row:
         """Tokens that must come before an end may."""
         return self.options.min_tokens - len(self.tokens)
 
-    def spans_here(self) -> list[tuple[Span, int, int]]:
+    def spans_here(self) -> list[tuple[RowSpan, int, int]]:
         """The spans on its canvas: from position, to position."""
-        first, found = self.canvas * self.length, []
-        for span in self.request.spans:
+        first, here = self.canvas * self.length, []
+        for span in self.spans:
             last = self.length if span.width is None else min(self.length, span.start + span.width - first)
             if span.start - first < self.length and last > 0:
-                found.append((span, max(0, span.start - first), last))
-        return found
+                here.append((span, max(0, span.start - first), last))
+        return here

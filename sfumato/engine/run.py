@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from sfumato.engine.engine import Engine
-from sfumato.engine.guided import Span
+from sfumato.engine.engine import Engine, EngineSettings
 from sfumato.engine.request import Failure, Request, Row
 from sfumato.errors import InputError
 from sfumato.events import Event
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 
 ROUND = 256
@@ -23,63 +22,58 @@ ROUND = 256
 class Run:
     """A generation of its own: iterate it for its events; `cache` afterwards holds what was encoded.
 
-    `cache` continues from earlier work: row i of it must hold exactly the first cache.lengths[i] tokens of prompt i,
-    and not all of them. `engine` is one without rows, that has run before and is warm: its first seats may hold the
-    beginnings of the prompts. `dice` take the place of those that are counted from the seeds. `chunk`, `record`, `lag`:
-    see `Engine`. InputError and CapacityError before any work."""
+    `prompts` are token ids or `Prompt`s, with `options` (one for all, or one each) and `pins` of the answers; or
+    `Request`s, or rows made of them. `cache` continues from earlier work: row i of it must hold exactly the first
+    cache.lengths[i] tokens of prompt i, and not all of them. `engine` is one without rows, that has run before and is
+    warm: its first seats may hold the beginnings of the prompts. `settings`: of a new engine. InputError and
+    CapacityError before any work."""
 
     def __init__(
         self,
         model: Model,
-        prompts: Sequence[Sequence[int]] | Sequence[Request],
+        prompts: Sequence[Sequence[int] | Prompt | Request | Row],
         options: Options | Sequence[Options] = Options(),  # noqa: B008 - frozen
         *,
         pins: Sequence[Mapping[int, int]] | None = None,
-        warm: Sequence[Mapping[int, int]] | None = None,
-        spans: Sequence[Sequence[Span]] | None = None,
-        watch: Callable[[int, list[int]], int | None] | None = None,
         cache: KVCache | None = None,
         engine: Engine | None = None,
-        **more: Any,
+        settings: EngineSettings = EngineSettings(),  # noqa: B008 - frozen
     ) -> None:
         each = [options] * len(prompts) if isinstance(options, Options) else list(options)
         if not prompts or len(each) != len(prompts):
             raise InputError(f"{len(prompts)} prompts with {len(each)} sets of options; give one set for each prompt")
-        requests = []
-        given: dict[str, Any] = {"pins": pins, "warm": warm, "spans": spans}
-        for name, what in ("pins", "pins"), ("warm", "warm starts"), ("spans", "spans"):
-            if given[name] is not None and len(given[name]) != len(prompts):
-                raise InputError(
-                    f"{len(prompts)} prompts came with {len(given[name])} sets of {what}; give one for each prompt"
-                )
+        if pins is not None and len(pins) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts came with {len(pins)} sets of pins; give one for each prompt")
+        rows = []
         for i, prompt in enumerate(prompts):
-            if isinstance(prompt, Request):
-                request = prompt
-            else:
-                own: dict[str, Any] = {name: some[i] for name, some in given.items() if some is not None}
-                own["watch"] = None if watch is None else partial(watch, i)
-                request = Request(list(prompt), each[i], **own)  # type: ignore[call-overload]
-            requests.append(replace(request, name=f"prompt {i}").checked(model.config))
+            if isinstance(prompt, Row):
+                rows.append(prompt)
+                continue
+            if not isinstance(prompt, Request):
+                prompt = Request(prompt, each[i], {} if pins is None else pins[i], id=str(i))
+            rows.append(Row.of(replace(prompt, name=f"prompt {i}"), model.config))
         if cache is not None and cache.batch != len(prompts):
             raise InputError(
                 f"{len(prompts)} prompts came with a cache of {cache.batch} rows; give one for each prompt"
             )
-        need = max(request.capacity(model.config) for request in requests)
+        need = max(row.request.capacity(model.config) for row in rows)
         need = max(need, min(-(-need // ROUND) * ROUND, model.config.max_position))
         if cache is not None and cache.capacity < need:
             cache = cache.fork(list(range(cache.batch)), need)
-        self.engine = engine or Engine(model, len(prompts), need, cache=cache, **more)
+        self.engine = engine or Engine(model, len(prompts), need, cache=cache, settings=settings)
         if engine is not None and (len(engine.rows) < len(prompts) or engine.cache.capacity < need):
             engine.resize(max(len(engine.rows), len(prompts)), max(engine.cache.capacity, need))
-        for request in requests:
-            self.engine.join(request)
+        for row in rows:
+            self.engine.join(row)
 
     @property
     def rows(self) -> list[Row]:
+        """The rows of the prompts, in their order."""
         return [row for row in self.engine.rows if row is not None]
 
     @property
     def cache(self) -> KVCache:
+        """What was encoded, a row for each prompt."""
         return self.engine.cache
 
     def __iter__(self) -> Iterator[Event]:
@@ -92,7 +86,7 @@ class Run:
 
 def generate(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Prompt | Request | Row],
     options: Options | Sequence[Options] = Options(),  # noqa: B008 - frozen
     **more: Any,
 ) -> Iterator[Event]:

@@ -1,11 +1,16 @@
-"""The state of the canvases under way, on the device. `step` moves it on; nothing here waits for the device."""
+"""The state of the canvases under way, on the device, and how tensors travel to the device and back.
+
+`step` moves the state on. Nothing here waits for the device but `HostCopy.wait`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,7 +43,7 @@ class Canvases:
     banned_XL: Tensor
     """Positions that may not end the answer (`min_tokens`), nor take what else is banned there."""
     rng_counter_X4: Tensor
-    """Seed (low, high), request and canvas: what the dice are counted from, beside the step."""
+    """Seed (low, high), request and canvas: what the noise is counted from, beside the step."""
     temperature_XS: Tensor
     """The temperature of each step, of as many as a request may ask for."""
     entropy_bound_X: Tensor
@@ -71,7 +76,7 @@ class Canvases:
         config, size = model.config, len(rules) + 1
         rules = [*rules, rules[-1]]
         words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
-        length, most = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
+        length, steps = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
 
         def of(values: list[int] | list[float]) -> Tensor:
             return torch.tensor(values, device=model.device)
@@ -90,7 +95,7 @@ class Canvases:
                 is_finite_X=torch.ones(size, dtype=torch.bool),
                 banned_XL=torch.zeros(size, length, dtype=torch.bool),
                 rng_counter_X4=torch.tensor(words),
-                temperature_XS=torch.stack([_temperatures_of(r, most + 1) for r in rules]).to(model.device),
+                temperature_XS=torch.stack([_temperatures_of(r, steps + 1) for r in rules]).to(model.device),
                 entropy_bound_X=of([r.entropy_bound for r in rules]),
                 stability_X=of([r.stability for r in rules]),
                 confidence_X=of([r.confidence for r in rules]),
@@ -104,24 +109,24 @@ class Canvases:
             )
 
     def seat_(self, rows: list[int], rules: Sequence[Rules], seeds: Sequence[int], early: Sequence[bool]) -> None:
-        """Give rows to new requests. No request's numbers change a shape, which is everybody's."""
-        whole = [
+        """Give rows to new requests. No request's numbers change a shape, because all rows share it."""
+        integers = [
             [seed & 0xFFFFFFFF, seed >> 32, 0, 0, own.stability, own.max_steps, is_early]
             for own, seed, is_early in zip(rules, seeds, early, strict=True)
         ]
         temperature_NS = torch.stack([_temperatures_of(own, self.temperature_XS.shape[1]) for own in rules])
         some = (
             torch.tensor(rows),
-            torch.tensor(whole),
+            torch.tensor(integers),
             torch.tensor([[own.entropy_bound, own.confidence] for own in rules], dtype=self.entropy_bound_X.dtype),
             temperature_NS,
         )
-        at_N, whole_N7, real_N2, temperature_NS = (to_device(x, self.step_X.device) for x in some)
+        at_N, integer_N7, real_N2, temperature_NS = (to_device(x, self.step_X.device) for x in some)
         for state_X, new_N in (
-            (self.rng_counter_X4, whole_N7[:, :4]),
-            (self.stability_X, whole_N7[:, 4]),
-            (self.max_steps_X, whole_N7[:, 5]),
-            (self.early_X, whole_N7[:, 6].bool()),
+            (self.rng_counter_X4, integer_N7[:, :4]),
+            (self.stability_X, integer_N7[:, 4]),
+            (self.max_steps_X, integer_N7[:, 5]),
+            (self.early_X, integer_N7[:, 6].bool()),
             (self.entropy_bound_X, real_N2[:, 0]),
             (self.confidence_X, real_N2[:, 1]),
             (self.temperature_XS, temperature_NS),
@@ -132,14 +137,15 @@ class Canvases:
         """The same rows with room for so many of them."""
         if rows + 1 == len(self.step_X):
             return self
-        kept, found = min(rows, len(self.step_X) - 1), {}
+        kept = min(rows, len(self.step_X) - 1)
+        values: dict[str, Any] = {}
         for field in fields(self):
-            old = found[field.name] = getattr(self, field.name)
+            old = values[field.name] = getattr(self, field.name)
             if not field.name.split("_")[-1].startswith("X"):
                 continue
-            new = found[field.name] = old[-1:].repeat(rows + 1, *[1] * (old.dim() - 1))  # the last is scratch
+            new = values[field.name] = old[-1:].repeat(rows + 1, *[1] * (old.dim() - 1))  # the last is scratch
             new[:kept] = old[:kept]
-        return Canvases(**found)
+        return Canvases(**values)
 
     def begin_(
         self,
@@ -151,6 +157,7 @@ class Canvases:
         rooms: list[int] | None = None,
     ) -> None:
         """Give these rows a canvas of noise (or of what it is to start from), pins (None: no row has one) in place.
+
         Tensors may lie on the host: nothing here waits for the device."""
         device = self.step_X.device
         at_B, canvas_B, room_B = to_device(torch.tensor([rows, canvases, rooms or rows]), device)  # one copy for three
@@ -179,8 +186,9 @@ class Canvases:
 
 @functools.lru_cache(64)
 def _temperatures_of(rules: Rules, width: int) -> Tensor:
-    """The temperatures of a canvas's steps, the last one repeated up to this width. Kept: most requests have the
-    checkpoint's rules."""
+    """The temperatures of a canvas's steps, the last one repeated up to this width.
+
+    Kept: most requests have the checkpoint's rules."""
     temperature = [rules.schedule.temperature(step) for step in range(rules.max_steps + 1)]
     temperature_S = torch.full((width,), temperature[-1], device="cpu")
     temperature_S[: len(temperature)] = torch.tensor(temperature, device="cpu")
@@ -192,3 +200,28 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+class HostCopy(NamedTuple):
+    """A tensor on its way to the host."""
+
+    values: Tensor
+    event: torch.Event | None
+    """None: there is nothing to wait for."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> HostCopy:
+        """Begin to copy; the device's work goes on meanwhile. A tensor on the host is not copied."""
+        if x.device.type == "cpu":
+            return cls(x, None)
+        values = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        values.copy_(x, non_blocking=True)
+        event = torch.Event(x.device)
+        event.record()
+        return cls(values, event)
+
+    def wait(self) -> npt.NDArray[np.generic]:
+        """The values, when they have arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values.numpy()

@@ -1,10 +1,10 @@
 """Recorded steps: a step of many canvases as a CUDA graph, for rows up to powers of two.
 
 A graph reads and writes the very memory that it was recorded with, and repeats what Python decided then. So what may
-change under it lies in static buffers (rows, lengths, counts, tokens to encode, banned tokens), what it reads lives as
-long as it does, and what hangs on the lengths alone, masks' numbers and rope's angles, is made anew only when they
-change: once a canvas. All graphs of an engine share one pool of memory, because they run one after the other; those
-that were not used for longest go.
+change lies in static buffers (rows, lengths, counts, tokens to encode, banned tokens), what it reads lives as long as
+it does, and what follows from the lengths alone, masks' numbers and rope's angles, is made anew only when they change:
+once a canvas. All graphs of an engine share one pool of memory, because they run one after the other; the least
+recently used ones go.
 
 How a graph is made is a `Capture`: `CudaCapture` on a GPU; nothing on other devices, where the same buffers are used
 and the step runs as usual. `measure.capture` holds a step to what a capture allows, without a GPU.
@@ -24,7 +24,7 @@ from torch import Tensor
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, Pass, weights_of
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.step import step_
+from sfumato.sampling.step import StepInput, step_
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]]
@@ -44,13 +44,15 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """That captures run on. One for all: torch gives streams out in turns, and the one that a block runs beside
-    (`ops.triton.block`) must be another."""
-    return torch.cuda.Stream(device)
+    """The stream that captures run on.
+
+    One for all: torch gives streams out in turns, and the one that a block runs beside (`ops.triton.block`) must be
+    another."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 _ONE_AT_A_TIME = threading.Lock()
-"""A capture waits for the device, which would break one that another thread is in."""
+"""A capture waits for the device, which would break a capture in another thread."""
 
 
 class CudaCapture:
@@ -68,6 +70,7 @@ class CudaCapture:
             self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor | None]) -> tuple[Replay, Tensor | None]:
+        """See `Capture`."""
         with _ONE_AT_A_TIME, on(self.device):
             here = torch.cuda.current_stream(self.device)
             self._stream.wait_stream(here)
@@ -90,12 +93,11 @@ class CudaCapture:
 
 
 class Recorded:
-    """A step for up to `batch` rows, with `encode` tokens a row in the same pass (0: none) and room for `bans` banned
-    tokens (0: no position bans any).
+    """A step for up to `batch` rows, with `encode` tokens a row in the same pass (0: none).
 
-    Everything that is read is held here, the weights too, whatever becomes of the model. The cache's and the state's
-    tensors are part of the recording: it serves for as long as neither is replaced by a larger one. Pins and early
-    answers are as the state has them now."""
+    There is room for `bans` banned tokens (0: no position bans any). Everything that is read is held here, the weights
+    too, whatever becomes of the model. The cache's and the state's tensors are part of the recording: it serves for as
+    long as neither is replaced by a larger one. Pins and early answers are as the state has them when this is made."""
 
     def __init__(
         self,
@@ -123,9 +125,10 @@ class Recorded:
             self.run.refresh_()
 
         def step() -> Tensor | None:
-            return step_(model, cache, state, at_B, self.run, self.tokens_BT, bans=self.bans_N)
+            return step_(model, cache, state, StepInput(at_B, self.run, self.tokens_BT, bans_N=self.bans_N))
 
-        self._held: tuple[list[list[int]] | None, Sequence[int]] = None, ()
+        self._last: tuple[list[list[int]] | None, Sequence[int]] = None, ()
+        """The places and banned tokens that the static buffers hold."""
         self._refresh: Replay = refresh
         self._step: Replay = step
         self._encoded_BTD: Tensor | None = None
@@ -141,22 +144,23 @@ class Recorded:
         tokens_BT: Tensor | None = None,
         bans: Sequence[int] = (),
     ) -> Tensor | None:
-        """Step these rows (at most `batch`), whose cache rows have these lengths. Returns the encoded tokens' hidden
-        states, [rows, T, D], which the next step of any recording overwrites."""
-        left = self.batch - len(rows)
+        """Step these rows (at most `batch`), whose cache rows have these lengths.
+
+        Returns the encoded tokens' hidden states, [rows, T, D], which the next step of any recording overwrites."""
+        fill = self.batch - len(rows)
         # A filler reads cache row 0 and writes, with a count of 0, to the slot that takes padding.
-        places = [rows + [self.scratch] * left, rows + [0] * left, lengths + [0] * left, counts + [0] * left]
-        if places != self._held[0]:
+        places = [rows + [self.scratch] * fill, rows + [0] * fill, lengths + [0] * fill, counts + [0] * fill]
+        if places != self._last[0]:
             self.places_4B.copy_(_staged(places, self.places_4B), non_blocking=True)
             self._refresh()
-        if self.bans_N is not None and bans != self._held[1]:  # the last one again where there is room for more
+        if self.bans_N is not None and bans != self._last[1]:  # the last one again where there is room for more
             ids = [*bans, *[bans[-1]] * (len(self.bans_N) - len(bans))]
             self.bans_N.copy_(_staged(ids, self.bans_N), non_blocking=True)
-        self._held = places, bans
+        self._last = places, bans
         if tokens_BT is not None and self.tokens_BT is not None:
             self.tokens_BT[: len(rows)] = tokens_BT
-        found = self._step()
-        encoded_BTD = found if isinstance(found, Tensor) else self._encoded_BTD
+        result = self._step()
+        encoded_BTD = result if isinstance(result, Tensor) else self._encoded_BTD
         return None if encoded_BTD is None else encoded_BTD[: len(rows)]
 
 
@@ -195,9 +199,9 @@ class Recordings:
     def check(self, model: Model) -> None:
         """Drop what was recorded with weights that the model has no longer."""
         if self._kept:
-            held = next(iter(self._kept.values())).weights
+            recorded = next(iter(self._kept.values())).weights
             now = list(weights_of(model))
-            if len(held) != len(now) or any(one is not other for one, other in zip(held, now, strict=True)):
+            if len(recorded) != len(now) or any(one is not other for one, other in zip(recorded, now, strict=True)):
                 self.clear()
 
     def clear(self) -> None:

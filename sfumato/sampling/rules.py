@@ -49,23 +49,26 @@ class Rules:
         steps = full.temperature_steps or full.max_steps
         assert full.t_min is not None and full.t_max is not None and steps is not None and full.max_steps is not None
         assert full.entropy_bound is not None and full.stability is not None and full.confidence is not None
-        scale = full.temperature or 1.0  # 0 asks for the same answer every time, which is the seed's affair
+        scale = full.temperature or 1.0  # 0 asks for the same answer every time, which the seed gives already
         low, high = (max(t * scale, LEAST) for t in (full.t_min, full.t_max))
         schedule = Schedule(low, high, steps)
         return cls(schedule, full.max_steps, full.entropy_bound, full.stability, full.confidence)
 
 
 def accept(entropy_BL: Tensor, bound_B: Tensor) -> Tensor:
-    """True where a position is accepted: from the lowest entropy upwards, while the entropies before it sum to at most
-    the bound. The lowest of all is always accepted; of equal ones the first position comes first, on every device."""
+    """True where a position is accepted.
+
+    From the lowest entropy upwards, while the entropies before it sum to at most the bound. The lowest of all is always
+    accepted; of equal ones the first position comes first, on every device."""
     ordered_BL, order_BL = entropy_BL.sort(dim=-1, stable=True)
     is_within_BL = ordered_BL.cumsum(-1) - ordered_BL <= bound_B[:, None]
     return torch.zeros_like(is_within_BL).scatter(-1, order_BL, is_within_BL)
 
 
 def count_still(argmax_BL: Tensor, last_BL: Tensor, still_BL: Tensor) -> Tensor:
-    """For how many steps before this one each position had the token that it has now: from the last step's tokens (-1
-    for none) and what it said."""
+    """For how many steps before this one each position had the token that it has now.
+
+    From the last step's tokens (-1 for none) and their counts at that step."""
     return torch.where(argmax_BL == last_BL, still_BL + 1, 0)
 
 

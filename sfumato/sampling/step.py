@@ -5,7 +5,8 @@ a CPU and is recorded as CUDA graphs on a GPU (`recorded`). A row that has stopp
 under way when the host learns of it changes nothing.
 
 A step has two halves, `look` (pass and read-out) and `conclude_` (accept, renoise, stop). Between them a grammar may
-have its say, which takes as long as it takes: a row whose read-out waits is left out meanwhile.
+change what was read (`Projection`), which takes as long as it takes: a row whose grammar is still at work is left out
+of steps meanwhile.
 """
 
 from __future__ import annotations
@@ -20,12 +21,29 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, Pass
 from sfumato.ops.contract import ReadOut
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.noise import CountedNoise, StepNoise
 from sfumato.sampling.rules import accept, count_still, is_confident, is_stable
 
 
-class Projected(NamedTuple):
-    """Read-outs after grammars had their say. Where none rules, a read-out stays what it was."""
+class StepInput(NamedTuple):
+    """What a step takes beside the model, the cache and the state. The caller advances the cache afterwards."""
+
+    at_B: Tensor
+    """Rows of the state, as int64."""
+    run: Pass
+    """The pass over their rows of the cache."""
+    tokens_BT: Tensor | None = None
+    """Tokens to encode in the same pass; every row is then at its first step."""
+    noise: StepNoise | None = None
+    """None: counted from the state's own words."""
+    is_first: bool = False
+    """Every row is at its first step, so there is no soft embedding yet."""
+    bans_N: Tensor | None = None
+    """Tokens that banned positions may not take."""
+
+
+class Projection(NamedTuple):
+    """What grammars make of read-outs. Where none rules, a read-out stays what it was."""
 
     tokens_BL: Tensor
     entropy_BL: Tensor
@@ -40,10 +58,21 @@ class Projected(NamedTuple):
     """Logits were changed in place."""
 
     @classmethod
-    def joined(cls, some: Sequence[Projected]) -> Projected:
-        """One behind the other."""
-        parts = [torch.cat(list(columns)) for columns in zip(*(one[:6] for one in some), strict=True)]
-        return cls._make([*parts, any(one.has_masked for one in some)])
+    def joined(cls, projections: Sequence[Projection]) -> Projection:
+        """Their rows one behind the other."""
+        parts = [torch.cat(list(columns)) for columns in zip(*(one[:6] for one in projections), strict=True)]
+        return cls._make([*parts, any(one.has_masked for one in projections)])
+
+
+class Reading(NamedTuple):
+    """What a pass gives before anything is pinned."""
+
+    encoded_BTD: Tensor | None
+    """Hidden states of the tokens that were encoded in the same pass."""
+    hidden_BLD: Tensor
+    read: ReadOut
+    noise_BL: Tensor
+    """What takes the place of tokens that are not accepted."""
 
 
 class Look(NamedTuple):
@@ -58,7 +87,7 @@ class Look(NamedTuple):
     """Hidden states of the tokens that were encoded in the same pass."""
 
     def of(self, places: list[int]) -> Look:
-        """Of some of its rows; of one row the logits themselves, not a copy."""
+        """The part of some of its rows; of one row the logits themselves, not a copy."""
         if places == list(range(len(self.at_B))):
             return self
         some: Any = slice(places[0], places[0] + 1) if len(places) == 1 else places
@@ -67,51 +96,26 @@ class Look(NamedTuple):
         return Look(self.at_B[some], part, self.noise_BL[some], self.is_finite_B[some], None)
 
 
-def step_(
-    model: Model,
-    cache: KVCache,
-    state: Canvases,
-    at_B: Tensor,
-    run: Pass,
-    tokens_BT: Tensor | None = None,
-    dice: dict[str, Tensor] | None = None,
-    noise_BL: Tensor | None = None,
-    is_first: bool = False,
-    bans: Tensor | None = None,
-) -> Tensor | None:
-    """One step of the canvases `at_B`: `look`, then `conclude_`. Returns the encoded tokens' hidden states."""
+def step_(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> Tensor | None:
+    """One step of the canvases `at_B`: `look`, then `conclude_`.
+
+    Returns the encoded tokens' hidden states, [B, T, D] (None: no tokens)."""
     conclude = model.ops.conclude_
     if conclude is None:
-        view = look(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
+        view = look(model, cache, state, inputs)
         conclude_(model, state, view)
         return view.encoded_BTD
-    seen = _see(model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans)
-    embed_VD, scale, read = model.embed_tokens.weight, model.embed_scale, seen.read
+    reading = read_canvases(model, cache, state, inputs)
+    embed_VD, scale, read = model.embed_tokens.weight, model.embed_scale, reading.read
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, scale, read.tiles)
-    conclude(state, at_B, read, seen.noise_BL, seen.hidden_BLD, soft_BLD, (embed_VD, scale))
-    return seen.encoded_BTD
+    conclude(state, inputs.at_B, read, reading.noise_BL, reading.hidden_BLD, soft_BLD, (embed_VD, scale))
+    return reading.encoded_BTD
 
 
-def look(
-    model: Model,
-    cache: KVCache,
-    state: Canvases,
-    at_B: Tensor,
-    run: Pass,
-    tokens_BT: Tensor | None = None,
-    dice: dict[str, Tensor] | None = None,
-    noise_BL: Tensor | None = None,
-    is_first: bool = False,
-    bans: Tensor | None = None,
-) -> Look:
-    """Pass and read-out of the canvases `at_B`, whose cache rows are those of `run`. The caller advances the cache.
-
-    `tokens_BT` are encoded in the same pass and every row is then at its first step; their hidden states come back.
-    `dice` and `noise_BL` are what the read-out samples with and what takes the place of unaccepted tokens; without
-    them they are counted from the state's own words. `bans` are the tokens that banned positions may not take."""
-    encoded_BTD, hidden_BLD, read, noise_BL = _see(
-        model, cache, state, at_B, run, tokens_BT, dice, noise_BL, is_first, bans
-    )
+def look(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> Look:
+    """Pass and read-out of the canvases `at_B`, with pins in place."""
+    at_B = inputs.at_B
+    encoded_BTD, hidden_BLD, read, noise_BL = read_canvases(model, cache, state, inputs)
     is_finite_B = _are_finite(hidden_BLD, read.entropy_BL)
     if state.has_pins:
         pin_BL = state.pin_XL[at_B]
@@ -122,70 +126,52 @@ def look(
     return Look(at_B, read, noise_BL, is_finite_B, encoded_BTD)
 
 
-class _Seen(NamedTuple):
-    """What a pass shows before anything is pinned."""
-
-    encoded_BTD: Tensor | None
-    hidden_BLD: Tensor
-    read: ReadOut
-    noise_BL: Tensor
-
-
-def _see(
-    model: Model,
-    cache: KVCache,
-    state: Canvases,
-    at_B: Tensor,
-    run: Pass,
-    tokens_BT: Tensor | None,
-    dice: dict[str, Tensor] | None,
-    noise_BL: Tensor | None,
-    is_first: bool,
-    bans: Tensor | None,
-) -> _Seen:
-    """Pass and read-out, as of `look`."""
+def read_canvases(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> Reading:
+    """Pass and read-out, before anything is pinned."""
+    at_B, run, tokens_BT = inputs.at_B, inputs.run, inputs.tokens_BT
     canvas_BL = state.canvas_XL.index_select(0, at_B)
-    # 1. One pass over the canvases; what waits to be encoded comes along.
+    # 1. One pass over the canvases; what waits to be encoded goes along.
     encoded_BTD = None
     if tokens_BT is not None:
         encoded_BTD, hidden_BLD = model.encode_and_denoise(tokens_BT, run.counts, canvas_BL, cache, run=run)
-    else:
-        soft_BLD = None if is_first else state.soft_XLD.index_select(0, at_B)  # on a CPU in a quarter of [at_B]'s time
+    else:  # `index_select` on a CPU takes a quarter of [at_B]'s time
+        soft_BLD = None if inputs.is_first else state.soft_XLD.index_select(0, at_B)
         hidden_BLD = model.denoise(canvas_BL, cache, soft_BLD, run=run)
     # 2. Read out: what would be sampled, what is most likely, how sure.
-    if dice is None or noise_BL is None:
-        dice, noise_BL, temperature_B = _count(state, at_B, model)
+    noise = inputs.noise
+    if noise is None:
+        noise, temperature_B = _count(state, at_B, model)
     else:
         temperature_B = state.temperature_XS[at_B, state.step_X[at_B]]
-    banned = None if bans is None else (state.banned_XL[at_B], bans)
+    banned = None if inputs.bans_N is None else (state.banned_XL[at_B], inputs.bans_N)
     embed_VD = model.embed_tokens.weight
-    read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, temperature_B, **dice, banned=banned)
-    return _Seen(encoded_BTD, hidden_BLD, read, noise_BL)
+    read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, temperature_B, **noise.sample, banned=banned)
+    return Reading(encoded_BTD, hidden_BLD, read, noise.tokens_BL)
 
 
-def conclude_(model: Model, state: Canvases, view: Look, said: Projected | None = None) -> None:
-    """Accept, renoise, stop and the soft embedding of what a look shows, and what grammars `said` of it."""
+def conclude_(model: Model, state: Canvases, view: Look, projection: Projection | None = None) -> None:
+    """Accept, renoise, stop and the soft embedding of what a look shows, and what grammars make of it."""
     at_B, read = view.at_B, view.read
     old_B = state.step_X[at_B]
-    held = _hold(state, at_B, read, said)
-    argmax_BL, entropy_BL = held.argmax_BL, held.entropy_BL
+    pinned = _pin(state, at_B, read, projection)
+    argmax_BL, entropy_BL = pinned.argmax_BL, pinned.entropy_BL
     # 3. Accept the surest positions, renoise the rest.
     accepted_BL = accept(entropy_BL, state.entropy_bound_X[at_B])
-    if said is not None:
-        accepted_BL &= said.is_open_BL
-    if held.pin_BL is not None:
-        accepted_BL |= held.pin_BL >= 0
-    next_BL = torch.where(accepted_BL, held.sample_BL, view.noise_BL)
+    if projection is not None:
+        accepted_BL &= projection.is_open_BL
+    if pinned.pin_BL is not None:
+        accepted_BL |= pinned.pin_BL >= 0
+    next_BL = torch.where(accepted_BL, pinned.sample_BL, view.noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     still_BL = count_still(argmax_BL, state.argmax_XL[at_B], state.still_XL[at_B])
-    is_done_B = _is_settled(state, at_B, held, still_BL) | (old_B + 1 >= state.max_steps_X[at_B])
+    is_done_B = _is_settled(state, at_B, pinned, still_BL) | (old_B + 1 >= state.max_steps_X[at_B])
     # 5. The next step sees the soft embedding of this one.
     embed_VD = model.embed_tokens.weight
-    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, held.tiles)
-    if held.pin_BL is not None:
-        pinned_BLD = embed_VD[held.pin_BL.clamp_min(0)] * model.embed_scale
-        soft_BLD = torch.where((held.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)
-    # A row whose numbers are not finite stops here too, and the host hears of it.
+    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, pinned.tiles)
+    if pinned.pin_BL is not None:
+        pinned_BLD = embed_VD[pinned.pin_BL.clamp_min(0)] * model.embed_scale
+        soft_BLD = torch.where((pinned.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)
+    # A row whose numbers are not finite stops here too; the host reads the flag.
     is_finite_B = view.is_finite_B & _are_finite(soft_BLD)
     # 6. A row that had stopped before stays as it was.
     was_done_B = state.is_done_X[at_B]
@@ -197,7 +183,7 @@ def conclude_(model: Model, state: Canvases, view: Look, said: Projected | None 
         (state.accepted_XL, accepted_BL),
     ):
         whole_XL[at_B] = torch.where(keep_B1, whole_XL[at_B], new_BL)
-    state.still_XL[at_B] = still_BL  # of rows that go on: a stopped one is not asked again
+    state.still_XL[at_B] = still_BL  # of rows that go on: nobody reads that of a stopped one
     state.soft_XLD[at_B] = soft_BLD
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B
@@ -208,53 +194,56 @@ def _are_finite(*some: Tensor) -> Tensor:
     """Which rows are finite in all of these: a sum with NaN or infinity in it is one of them too."""
     sums = [x.flatten(1).sum(-1, dtype=torch.float32) for x in some]
     total_B = sum(sums[1:], sums[0])
-    return total_B - total_B == 0  # what `isfinite` says, in two operations
+    return total_B - total_B == 0  # the same as `isfinite`, in two operations
 
 
-class _Held(NamedTuple):
-    """A read-out with what is pinned and what a grammar says."""
+class _Pinned(NamedTuple):
+    """A read-out with pins in place, and what a grammar makes of it."""
 
     sample_BL: Tensor
     argmax_BL: Tensor
     entropy_BL: Tensor
     pin_BL: Tensor | None
     """-1 where free; None where nothing is pinned."""
-    said: Projected | None
+    projection: Projection | None
     tiles: Any
 
 
-def _hold(state: Canvases, at_B: Tensor, read: ReadOut, said: Projected | None) -> _Held:
-    """A read-out after a grammar had its say: what it forces is pinned too."""
+def _pin(state: Canvases, at_B: Tensor, read: ReadOut, projection: Projection | None) -> _Pinned:
+    """A read-out with pins in place; what a grammar forces is pinned too."""
     sample_BL, argmax_BL, entropy_BL = read.sample_BL, read.argmax_BL, read.entropy_BL
-    if said is None:
-        pin_BL = state.pin_XL[at_B] if state.has_pins else None
-        return _Held(sample_BL, argmax_BL, entropy_BL, pin_BL, None, read.tiles)
+    if projection is None:
+        return _Pinned(
+            sample_BL, argmax_BL, entropy_BL, state.pin_XL[at_B] if state.has_pins else None, None, read.tiles
+        )
     pin_BL = state.pin_XL[at_B]
-    argmax_BL, entropy_BL = said.tokens_BL, said.entropy_BL
-    sample_BL = torch.where(said.is_guided_BL, argmax_BL, sample_BL)
-    pin_BL = torch.where(said.is_forced_BL & (pin_BL < 0), argmax_BL, pin_BL)
+    argmax_BL, entropy_BL = projection.tokens_BL, projection.entropy_BL
+    sample_BL = torch.where(projection.is_guided_BL, argmax_BL, sample_BL)
+    pin_BL = torch.where(projection.is_forced_BL & (pin_BL < 0), argmax_BL, pin_BL)
     is_pinned_BL = pin_BL >= 0
     sample_BL, argmax_BL = (torch.where(is_pinned_BL, pin_BL, x) for x in (sample_BL, argmax_BL))
     entropy_BL = entropy_BL.masked_fill(is_pinned_BL, 0.0)
-    return _Held(sample_BL, argmax_BL, entropy_BL, pin_BL, said, None if said.has_masked else read.tiles)
+    tiles = None if projection.has_masked else read.tiles
+    return _Pinned(sample_BL, argmax_BL, entropy_BL, pin_BL, projection, tiles)
 
 
-def _is_settled(state: Canvases, at_B: Tensor, held: _Held, still_BL: Tensor) -> Tensor:
+def _is_settled(state: Canvases, at_B: Tensor, pinned: _Pinned, still_BL: Tensor) -> Tensor:
     """Which rows stand still and are sure, and, where a grammar rules, valid as they stand."""
-    argmax_BL, entropy_BL, said = held.argmax_BL, held.entropy_BL, held.said
+    argmax_BL, entropy_BL, projection = pinned.argmax_BL, pinned.entropy_BL, pinned.projection
     if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
-        unsure_BL = entropy_BL if said is None else entropy_BL.masked_fill(~said.is_open_BL, torch.inf)
+        unsure_BL = entropy_BL if projection is None else entropy_BL.masked_fill(~projection.is_open_BL, torch.inf)
         is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, still_BL)
     else:
         is_settled_B = is_stable(still_BL, state.stability_X[at_B])
         is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
-    return is_settled_B if said is None else is_settled_B & said.is_whole_B
+    return is_settled_B if projection is None else is_settled_B & projection.is_whole_B
 
 
 def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, still_BL: Tensor) -> Tensor:
-    """Which rows stand still and are sure. Of a row that may settle early only what can become its answer is asked:
-    all up to its first end, and no more than its room; and its leading positions that stand still, each of them sure,
-    are pinned from now on."""
+    """Which rows stand still and are sure.
+
+    Of a row that may settle early only what can become its answer counts: all up to its first end, and no more than its
+    room; and its leading positions that stand still, each of them sure, are pinned from now on."""
     early_B, stability_B, bound_B = state.early_X[at_B], state.stability_X[at_B], state.confidence_X[at_B]
     position_L = torch.arange(argmax_BL.shape[1], device=argmax_BL.device)
     is_end_BL = torch.isin(argmax_BL, state.eos_E)
@@ -271,17 +260,15 @@ def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tenso
     return is_settled_B
 
 
-def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The dice of this step, from the state's words: what `CountedNoise` gives for the same seed, canvas and step; and
-    its temperature."""
+def _count(state: Canvases, at_B: Tensor, model: Model) -> tuple[StepNoise, Tensor]:
+    """The noise of this step, from the state's words, and its temperature.
+
+    The noise is what `CountedNoise` gives for the same seed, canvas and step."""
     length, vocab_size = state.canvas_XL.shape[1], model.config.vocab_size
     if model.ops.noise is not None:
         places = state.rng_counter_X4, state.step_X, state.temperature_XS, at_B
         uniform_BL, tokens_BL, temperature_B = model.ops.noise(*places, length, vocab_size)
-    else:
-        step_B = state.step_X[at_B]
-        counter_B5 = torch.cat([state.rng_counter_X4[at_B], step_B[:, None]], dim=1)
-        uniform_BL = CountedNoise.uniform(counter_B5, length, stream=1)
-        tokens_BL = CountedNoise.tokens(counter_B5, length, vocab_size, stream=2)
-        temperature_B = state.temperature_XS[at_B, step_B]
-    return {"uniform_BL": uniform_BL}, tokens_BL, temperature_B
+        return StepNoise({"uniform_BL": uniform_BL}, tokens_BL), temperature_B
+    step_B = state.step_X[at_B]
+    counter_B5 = torch.cat([state.rng_counter_X4[at_B], step_B[:, None]], dim=1)
+    return CountedNoise.step(counter_B5, length, vocab_size), state.temperature_XS[at_B, step_B]

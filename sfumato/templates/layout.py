@@ -19,8 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sfumato.constraints.grammar import Grammar
-from sfumato.engine.guided import Span
-from sfumato.engine.request import SHORT
+from sfumato.engine.request import SHORT, Span
 from sfumato.errors import CapacityError
 from sfumato.model.config import ModelConfig
 from sfumato.templates.slots import Slot, Template
@@ -165,9 +164,9 @@ def _warm_tokens(template: EncodedTemplate, places: Sequence[Place], seed: int) 
 
 
 def spans_of(sheet: Sheet, grammars: Mapping[str, Grammar]) -> list[Span]:
-    """The constrained slots of a sheet, each with a guide of its own."""
+    """The constrained slots of a sheet."""
     return [
-        Span(place.start, place.width, grammars[place.slot.name].start(place.width))
+        Span(place.start, place.width, grammars[place.slot.name])
         for place in sheet.places
         if place.slot.name in grammars
     ]

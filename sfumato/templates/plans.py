@@ -17,9 +17,8 @@ from torch import Tensor
 
 from sfumato.constraints.tools import tool_grammar
 from sfumato.engine import arguments
-from sfumato.engine.guided import Span
 from sfumato.engine.plan import Ask, Plan
-from sfumato.engine.request import Inspect, Request
+from sfumato.engine.request import Inspect, Request, Span
 from sfumato.errors import CapacityError, InputError
 from sfumato.events import Completion, Decision, Edited, Filled
 from sfumato.model.config import ModelConfig
@@ -105,12 +104,12 @@ class Planner:
         arguments.check_options(query.options)
         if isinstance(query, Complete):
             prompt = self._continued(query.prompt)
-            return replace(self.ask(Request(prompt.tokens, query.options)), is_answer=True)
+            return replace(self.ask(Request(prompt, query.options)), is_answer=True)
         arguments.check_messages("the conversation", query.messages)
         options = _with_calls(query.options, query.tools)
         prompt = self.prompts.encode(query.messages, query.tools, options.thinking)
         marks = self.prompts.marks(prompt, query.messages, query.tools)
-        return replace(self.ask(Request(prompt.tokens, options, marks=marks), is_chat=True), is_answer=True)
+        return replace(self.ask(Request(prompt, options, marks=marks), is_chat=True), is_answer=True)
 
     def _continued(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
         """What a `Complete` goes on from: text, token ids or a prompt."""
@@ -128,8 +127,7 @@ class Planner:
         arguments.check_options(request.options)
         options = self.resolve(request.options)
         reader = Reader(self.tokenizer, options.stop, self.config.eos_ids, is_chat)
-        spans = request.spans or self._whole_answer(len(request.prompt), options)
-        return Ask(replace(request, options=options, spans=spans, watch=reader.push), reader)
+        return Ask(replace(request, options=options, spans=request.spans or self._whole_answer(options)), reader)
 
     def resolve(self, options: Options) -> Options:
         """Options with a seed, and the checkpoint's own values where they are left open."""
@@ -138,14 +136,10 @@ class Planner:
         seed = secrets.randbits(32) if options.seed is None else options.seed
         return replace(options.with_defaults(self.defaults), seed=seed)
 
-    def _whole_answer(self, prompt_tokens: int, options: Options) -> list[Span]:
+    def _whole_answer(self, options: Options) -> list[Span]:
         if options.constraint is None:
             return []
-        canvas = self.config.canvas_length
-        room = (self.config.max_position - prompt_tokens) // canvas * canvas
-        if options.max_tokens is not None:
-            room = min(room, options.max_tokens)
-        return [Span(0, None, self.grammars.compile(*options.constraint).start(room))]
+        return [Span(0, None, self.grammars.compile(*options.constraint))]
 
     # ---- templates --------------------------------------------------------------------------------------------------
 
@@ -201,7 +195,7 @@ class Planner:
         warm = sheet.warm | dict.fromkeys(range(sheet.length, whole), ends[0])
         before = self.prompts.encode_before(prompt, sheet)
         self._check_room(len(before), whole)
-        (done,) = yield [self.ask(Request(before.tokens, replace(options, max_tokens=whole), warm=warm))]
+        (done,) = yield [self.ask(Request(before, replace(options, max_tokens=whole), warm=warm))]
         return Edited(done.text, text, done.usage, done.seed)
 
     def decide(self, query: Decide) -> Plan[dict[str, Decision]]:
@@ -252,7 +246,8 @@ class Planner:
         self._check_room(len(before), sheet.length)
         options = replace(options, stop=(), max_tokens=sheet.length, min_tokens=sheet.length)
         control = sorted(self.tokenizer.special_ids)  # a slot is text
-        return self.ask(Request(before.tokens, options, sheet.pins, sheet.warm, spans, control, inspect=inspect))
+        ask = self.ask(Request(before, options, sheet.pins, sheet.warm, spans, control))
+        return replace(ask, inspect=inspect)
 
     def _check_room(self, before: int, length: int) -> None:
         """CapacityError where so many positions, in whole canvases, do not fit behind so many tokens."""

@@ -13,17 +13,20 @@ import tiny
 import torch
 
 from sfumato import Options
-from sfumato.engine import batch
 from sfumato.engine import request as rows
-from sfumato.engine.batch import Batch, Cost, Prefixes
-from sfumato.engine.engine import Engine
+from sfumato.engine.batch import Batch
+from sfumato.engine.cost import Cost
+from sfumato.engine.engine import Engine, EngineSettings
 from sfumato.engine.limits import BatchLimits
-from sfumato.engine.request import Request
-from sfumato.engine.run import Run
+from sfumato.engine.memory import row_bytes
+from sfumato.engine.prefixes import Prefixes
+from sfumato.engine.request import Failure, Request
+from sfumato.engine.run import ROUND, Run
 from sfumato.errors import BusyError, CapacityError, InputError
 from sfumato.events import Commit, Done, Draft, Event
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.model.prompt import Prompt
 
 CONFIG = tiny.tiny_config(eos_ids=(38, 45), max_position=400)
 SETTLES = Options(max_steps=8, t_min=0.2, t_max=0.4, entropy_bound=0.5, confidence=0.5)
@@ -68,7 +71,7 @@ def requests(count: int) -> list[Request]:
 
 
 def plain(event: Event) -> Event:
-    event = dataclasses.replace(event, row=0)
+    event = dataclasses.replace(event, row=0, request="")
     if isinstance(event, Done):
         usage = dataclasses.replace(event.usage, seconds=0.0, first_commit_seconds=None, reused_tokens=0)
         event = dataclasses.replace(event, usage=usage, logprobs=near(event.logprobs))
@@ -98,10 +101,17 @@ def alone(number: int) -> list[Event]:
     return [plain(event) for event in Run(model(), [requests(number + 1)[number]])]
 
 
+def succeeded(events: list[Event | Failure]) -> list[Event]:
+    for event in events:
+        if isinstance(event, Failure):
+            raise event.error
+    return [event for event in events if not isinstance(event, Failure)]
+
+
 def finish(some: Batch) -> list[Event]:
-    events = []
+    events: list[Event] = []
     while not some.is_idle:
-        events += some.turn()
+        events += succeeded(some.turn())
     return events
 
 
@@ -109,18 +119,24 @@ def finish(some: Batch) -> list[Event]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("way", [{}, {"lag": 1}, {"record": True, "lag": 1}], ids=["plain", "late", "static and late"])
-def test_a_row_is_the_same_whoever_joins_leaves_or_waits(seed: int, way: dict[str, Any]) -> None:
-    draw, asked = random.Random(seed), requests(24)
-    engine, seats, events = Engine(model(), 2, 16, **way), {}, {n: [] for n in range(24)}
-    dropped, left = set(draw.sample(range(24), 4)), list(range(24))
-    draw.shuffle(left)
-    while left or seats:
-        while left and (not seats or (len(seats) < 9 and draw.random() < 0.6)):
-            number = left.pop()
-            seats[engine.join(asked[number])] = number
+@pytest.mark.parametrize(
+    "settings",
+    [EngineSettings(), EngineSettings(lag=1), EngineSettings(record=True, lag=1)],
+    ids=["plain", "late", "static and late"],
+)
+def test_a_row_is_the_same_whoever_joins_leaves_or_waits(seed: int, settings: EngineSettings) -> None:
+    draw, each = random.Random(seed), requests(24)
+    engine, seats = Engine(model(), 2, 16, settings=settings), dict[int, int]()
+    events: dict[int, list[Event]] = {n: [] for n in range(24)}
+    dropped, waiting = set(draw.sample(range(24), 4)), list(range(24))
+    draw.shuffle(waiting)
+    while waiting or seats:
+        while waiting and (not seats or (len(seats) < 9 and draw.random() < 0.6)):
+            number = waiting.pop()
+            seats[engine.join(each[number])] = number
         some = [seat for seat in seats if draw.random() < 0.7] or list(seats)
-        for event in engine.turn(some, draw.choice([None, 3, 20])):
+        for event in succeeded(engine.turn(some, draw.choice([None, 3, 20]))):
+            assert event.request == each[seats[event.row]].id
             events[seats[event.row]].append(event)
         for seat, number in list(seats.items()):
             row = engine.rows[seat]
@@ -129,16 +145,16 @@ def test_a_row_is_the_same_whoever_joins_leaves_or_waits(seed: int, way: dict[st
                 engine.leave(seat)
                 del seats[seat]
     for number in set(range(24)) - dropped:
-        found = [plain(event) for event in events[number]]
-        if way:
-            found = [told_late(event) for event in found if not isinstance(event, Draft)]
-            assert found == [told_late(event) for event in alone(number) if not isinstance(event, Draft)]
+        own = [plain(event) for event in events[number]]
+        if settings.lag:
+            own = [without_passes(event) for event in own if not isinstance(event, Draft)]
+            assert own == [without_passes(event) for event in alone(number) if not isinstance(event, Draft)]
         else:
-            assert found == alone(number)
+            assert own == alone(number)
 
 
-def told_late(event: Event) -> Event:
-    """Without what a late question changes: passes."""
+def without_passes(event: Event) -> Event:
+    """Without what a late read changes."""
     return (
         dataclasses.replace(event, usage=dataclasses.replace(event.usage, passes=0))
         if isinstance(event, Done)
@@ -167,14 +183,13 @@ def test_a_cache_changes_its_shape_both_ways() -> None:
 
 
 def test_no_text_depends_on_its_neighbours() -> None:
-    some, tickets = Batch(model(), BatchLimits(rows=5, memory=1 << 30, stall=1e-4)), {}
-    for number, request in enumerate(requests(24)):
-        tickets[some.submit(request)] = number
+    some = Batch(model(), BatchLimits(rows=5, memory=1 << 30, stall=1e-4))
+    numbers = {some.submit(request): number for number, request in enumerate(requests(24))}
     events: dict[int, list[Event]] = {n: [] for n in range(24)}
     for event in finish(some):
-        events[tickets[event.row]].append(plain(event))
-    for number, found in events.items():
-        assert found == alone(number)
+        events[numbers[event.request]].append(plain(event))
+    for number, own in events.items():
+        assert own == alone(number)
     figures = some.figures()
     done = [event.usage for some in events.values() for event in some if isinstance(event, Done)]
     assert figures.tokens == sum(usage.tokens for usage in done) and figures.steps == sum(u.steps for u in done)
@@ -183,11 +198,11 @@ def test_no_text_depends_on_its_neighbours() -> None:
 
 def test_a_queue_is_bounded_and_what_can_never_fit_is_refused() -> None:
     some = Batch(model(), BatchLimits(rows=1, queue=2, memory=1 << 30))
-    tickets = [some.submit(request) for request in requests(2)]
+    ids = [some.submit(request) for request in requests(2)]
     with pytest.raises(BusyError, match="2 requests wait already"):
         some.submit(requests(3)[2])
-    assert {event.row for event in finish(some)} == set(tickets)
-    small = Batch(model(), BatchLimits(memory=batch.row_bytes(CONFIG, torch.float32) + (40 << 10)))
+    assert {event.request for event in finish(some)} == set(ids)
+    small = Batch(model(), BatchLimits(memory=row_bytes(CONFIG, torch.float32) + (40 << 10)))
     with pytest.raises(CapacityError, match=r"need 0\.\d+ GB of memory, 0\.\d+ are set aside"):
         small.submit(Request(text(300), SETTLES))
     with pytest.raises(CapacityError, match="exceed the context of 50; shorten the prompt or lower max_tokens"):
@@ -197,33 +212,33 @@ def test_a_queue_is_bounded_and_what_can_never_fit_is_refused() -> None:
 
 
 def test_the_cache_stays_within_the_memory_and_all_get_their_turn() -> None:
-    row = batch.row_bytes(CONFIG, torch.float32)
+    row = row_bytes(CONFIG, torch.float32)
     memory = 3 * (KVCache.bytes_of(CONFIG, 1, 256, torch.float32) + row)
-    some, asked = Batch(model(), BatchLimits(rows=16, memory=memory)), requests(24)
-    tickets = {some.submit(request): number for number, request in enumerate(asked)}
+    some = Batch(model(), BatchLimits(rows=16, memory=memory))
+    numbers = {some.submit(request): number for number, request in enumerate(requests(24))}
     most, ended = 0, set()
     while not some.is_idle:
         for event in some.turn():
             if isinstance(event, Done):
-                ended.add(event.row)
-                assert plain(event) == alone(tickets[event.row])[-1]
+                ended.add(event.request)
+                assert plain(event) == alone(numbers[event.request])[-1]
         engine, rows = some.engine, some.figures().rows
         assert engine.cache.bytes + len(engine.rows) * row + some.prefixes.bytes <= memory
         most = max(most, rows)
-    assert ended == set(tickets) and 2 <= most <= 3
+    assert ended == set(numbers) and 2 <= most <= 3
 
 
 def test_an_answer_that_outgrows_the_memory_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "FIRST_ROOM", 64)
     asked = Request(text(9), dataclasses.replace(SETTLES, max_tokens=370, min_tokens=370, seed=1))
     size = KVCache.bytes_of(CONFIG, 1, 256, torch.float32)
-    tight = size + batch.row_bytes(CONFIG, torch.float32) + size // 4  # no room for a second, larger one
+    tight = size + row_bytes(CONFIG, torch.float32) + size // 4  # no room for a second, larger one
     ends = []
     for memory in (tight, 1 << 30):
         some = Batch(model(), BatchLimits(memory=memory))
         some.submit(asked)
         ends.append(finish(some)[-1])
-        assert some.engine.cache.bytes + batch.row_bytes(CONFIG, torch.float32) <= memory
+        assert some.engine.cache.bytes + row_bytes(CONFIG, torch.float32) <= memory
     short, whole = ends
     assert isinstance(short, Done) and isinstance(whole, Done) and len(whole.tokens) == 370
     assert short.finish_reason == "length" and 200 < len(short.tokens) <= 256 - 9
@@ -237,7 +252,7 @@ def test_who_is_cancelled_leaves_at_once() -> None:
     some.cancel(first)
     some.cancel(third)
     assert some.figures().rows == 1 and some.figures().queue == 0
-    assert {event.row for event in finish(some)} == {second}
+    assert {event.request for event in finish(some)} == {second}
 
 
 # ---- turns ---------------------------------------------------------------------------------------------------------
@@ -250,7 +265,7 @@ def turns_of(
     turns: list[tuple[list[int], int | None]] = []
     plainly = some.engine.turn
 
-    def turn(seats: list[int], limit: int | None) -> list[Event]:
+    def turn(seats: list[int], limit: int | None) -> list[Event | Failure]:
         turns.append((list(seats), limit))
         return plainly(seats, limit)
 
@@ -279,7 +294,7 @@ def test_where_rows_cost_what_they_cost_alone_newcomers_go_first(monkeypatch: py
     turns.clear()
     some._credit = 0.0
     late = some.submit(Request(text(5), LONG))
-    while not any(isinstance(event, Commit) and event.row == late for event in some.turn()):
+    while not any(isinstance(event, Commit) and event.request == late for event in some.turn()):
         pass
     shared = sum(len(seats) > 1 for seats, _ in turns)
     assert len(turns) == LONG.max_steps and shared == 0  # a turn of the others costs as much as all of these steps
@@ -296,7 +311,7 @@ def test_of_several_newcomers_a_brief_one_goes_first(monkeypatch: pytest.MonkeyP
     some.turn()
     turns.clear()
     late = some.submit(Request(text(5), dataclasses.replace(LONG, max_tokens=CONFIG.canvas_length)))
-    while not any(isinstance(event, Commit) and event.row == late for event in some.turn()):
+    while not any(isinstance(event, Commit) and event.request == late for event in some.turn()):
         pass
     assert len(turns) == LONG.max_steps and sum(len(seats) > 1 for seats, _ in turns) == 0
 
@@ -335,7 +350,7 @@ def test_a_long_prompt_is_encoded_between_the_others_steps(monkeypatch: pytest.M
     events = finish(some)
     assert all(limit == 20 for seats, limit in turns if len(seats) == 2)
     assert [len(seats) for seats, _ in turns[:9]] == [2] * 9  # nine chunks, and the others step in each of those turns
-    assert [e for e in events if isinstance(e, Done) and e.row == late]
+    assert [e for e in events if isinstance(e, Done) and e.request == late]
 
 
 def test_what_a_turn_costs_is_learned() -> None:
@@ -379,7 +394,7 @@ def test_instructions_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_kept_leaves_the_rows_their_read_outs() -> None:
-    row, size = (batch.row_bytes(CONFIG, torch.float32), KVCache.bytes_of(CONFIG, 1, 256, torch.float32))
+    row, size = (row_bytes(CONFIG, torch.float32), KVCache.bytes_of(CONFIG, 1, 256, torch.float32))
     for spare, kept in ((-1, 0), (0, 1)):
         memory = size + row + KVCache.bytes_of(CONFIG, 1, 64, torch.float32) + spare
         some = Batch(model(), BatchLimits(rows=1, memory=memory, prefixes=1 << 30))
@@ -400,28 +415,62 @@ def test_a_conversation_goes_on_from_what_is_kept() -> None:
     assert second.tokens == list(Run(model(), [more]))[-1].tokens
 
 
-def test_what_was_not_used_for_longest_goes_first() -> None:
-    def entry(tokens: list[int]) -> KVCache:
-        cache = KVCache.allocate(CONFIG, 1, len(tokens))
-        model().encode(torch.tensor([tokens]), cache)
-        return cache
+def encoded(tokens: list[int]) -> KVCache:
+    cache = KVCache.allocate(CONFIG, 1, len(tokens))
+    model().encode(torch.tensor([tokens]), cache)
+    return cache
 
-    size = entry(text(40)).bytes
-    held = Prefixes(2 * size)
+
+def test_what_was_not_used_for_longest_goes_first() -> None:
+    size = encoded(text(40)).bytes
+    kept = Prefixes(2 * size)
     for n in range(2):
-        held.add(text(40, n), entry(text(40, n)))
-    assert held.find([*text(40, 0), 1])[1] == 40
-    held.add(text(40, 2), entry(text(40, 2)))
-    assert [held.find([*text(40, n), 1])[1] for n in range(3)] == [40, 0, 40] and held.bytes == 2 * size
-    assert held.holds(text(40, 2)) and not held.holds(text(41, 2))
-    held.clear()
-    assert held.bytes == 0 and held.find([*text(40, 0), 1]) == (None, 0)
+        kept.add(Prompt.of(text(40, n)), encoded(text(40, n)))
+    assert kept.find(Prompt.of([*text(40, 0), 1]))[1] == 40
+    kept.add(Prompt.of(text(40, 2)), encoded(text(40, 2)))
+    assert [kept.find(Prompt.of([*text(40, n), 1]))[1] for n in range(3)] == [40, 0, 40] and kept.bytes == 2 * size
+    assert kept.holds(Prompt.of(text(40, 2))) and not kept.holds(Prompt.of(text(41, 2)))
+    kept.clear()
+    assert kept.bytes == 0 and kept.find(Prompt.of([*text(40, 0), 1])) == (None, 0)
+
+
+def test_equal_tokens_with_other_content_share_no_cache() -> None:
+    """Two images behind the same tokens: what stands before them may be shared, they and what follows may not."""
+    tokens = text(40)
+    one, other, none = (Prompt(tuple(tokens), content=content) for content in ({36: b"cat"}, {36: b"dog"}, {}))
+    kept, cache = Prefixes(1 << 30), encoded(tokens)
+    kept.add(one, cache)
+    assert kept.find(one.extended([1])) == (cache, 40) and kept.holds(one)
+    for prompt in other, none:
+        assert kept.find(prompt.extended([1]))[1] == 36 and not kept.holds(prompt)
+        assert prompt != one and prompt.shared(one) == 36
+    kept.add(other, encoded(tokens))
+    assert [kept.find(prompt.extended([1]))[1] for prompt in (one, other, none)] == [40, 40, 36]
+    assert kept.find(one.extended([1]))[0] is not kept.find(other.extended([1]))[0]
+
+
+def test_a_request_runs_as_often_as_it_is_submitted() -> None:
+    """It is a value: a run changes nothing of it. Two with one id are not under way at once."""
+    request = requests(1)[0]
+    some = Batch(model(), BatchLimits(rows=1))
+    some.submit(request)
+    with pytest.raises(InputError, match=f"a request with the id '{request.id}' is under way; give each one its own"):
+        some.submit(request)
+    some.submit(dataclasses.replace(request, id="again"))
+    some.turn()
+    with pytest.raises(InputError, match="is under way"):
+        some.submit(request)
+    events = [event for event in finish(some) if isinstance(event, Done)]
+    some.submit(request)
+    events += [event for event in finish(some) if isinstance(event, Done)]
+    assert [event.request for event in events] == [request.id, "again", request.id]
+    assert len({tuple(event.tokens) for event in events}) == 1
 
 
 def test_what_is_admitted_has_room_as_it_is_rounded() -> None:
     """Else it would stand at the head of the queue for ever."""
     one = Batch(model(), BatchLimits(memory=10**9))
     capacity = Request(text(300), Options(max_tokens=10)).capacity(CONFIG)
-    assert capacity % batch.ROUND
+    assert capacity % ROUND
     with pytest.raises(CapacityError, match="GB of memory"):
         Batch(model(), BatchLimits(memory=one._bytes(1, capacity))).submit(Request(text(300), Options(max_tokens=10)))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sfumato import LLM, Options
+from sfumato.engine.engine import EngineSettings
 from sfumato.engine.run import Run
 from sfumato.evals.sudoku import request, solve
 from sfumato.events import Commit, Done
@@ -27,10 +28,16 @@ def puzzles(count: int, clues: int, seed: int = 1) -> list[str]:
     return [sudoku.generate(clues, rng) for _ in range(count)]
 
 
-def told(llm: LLM, ids: list[list[int]], options: Options | list[Options], **more: Any) -> list[Any]:
+def events_of(
+    llm: LLM,
+    ids: list[list[int]],
+    options: Options | list[Options],
+    pins: list[dict[int, int]] | None = None,
+    settings: EngineSettings = EngineSettings(),  # noqa: B008 - frozen
+) -> list[Any]:
     """The events, without their seconds."""
     each = [options] * len(ids) if isinstance(options, Options) else options
-    run = Run(llm.model, ids, [o.with_defaults(llm.defaults) for o in each], **more)
+    run = Run(llm.model, ids, [o.with_defaults(llm.defaults) for o in each], pins=pins, settings=settings)
     return [
         replace(e, usage=replace(e.usage, seconds=0.0, first_commit_seconds=None)) if isinstance(e, Done) else e
         for e in run
@@ -80,7 +87,7 @@ def test_a_canvas_stops_where_all_up_to_its_first_end_is_settled(llm: LLM) -> No
     ids, _ = request(llm, puzzle)
     pins = dict(enumerate([*llm.tokenizer.encode("12345678912"), llm.model.config.eos_ids[0]]))
     slow, fast = (
-        told(llm, [ids], replace(EARLY, early=flag, confidence=0.001, max_tokens=None), pins=[pins])[-1]
+        events_of(llm, [ids], replace(EARLY, early=flag, confidence=0.001, max_tokens=None), pins=[pins])[-1]
         for flag in (False, True)
     )
     assert slow.tokens == fast.tokens == list(pins.values()) and fast.finish_reason == "stop"
@@ -89,12 +96,12 @@ def test_a_canvas_stops_where_all_up_to_its_first_end_is_settled(llm: LLM) -> No
 
 def test_a_row_is_the_same_alone_in_a_batch_and_with_static_buffers(llm: LLM) -> None:
     asked = [request(llm, p)[0] for p in puzzles(4, 38)]
-    together = told(llm, asked, [replace(EARLY, seed=n) for n in range(4)])
+    together = events_of(llm, asked, [replace(EARLY, seed=n) for n in range(4)])
     for n, ids in enumerate(asked):
-        alone = told(llm, [ids], replace(EARLY, seed=n))
-        mine = [replace(e, row=0) for e in together if e.row == n]
+        alone = events_of(llm, [ids], replace(EARLY, seed=n))
+        mine = [replace(e, row=0, request="") for e in together if e.row == n]
         assert [e.tokens for e in mine] == [e.tokens for e in alone] and mine[-1].usage == alone[-1].usage
-        assert told(llm, [ids], replace(EARLY, seed=n), record=True) == alone
+        assert events_of(llm, [ids], replace(EARLY, seed=n), settings=EngineSettings(record=True)) == alone
 
 
 def test_a_stop_string_in_a_settled_prefix_ends_the_answer(llm: LLM) -> None:
@@ -107,5 +114,5 @@ def test_a_stop_string_in_a_settled_prefix_ends_the_answer(llm: LLM) -> None:
 
 def test_with_log_probabilities_nothing_is_committed_ahead(llm: LLM) -> None:
     ids, pins = request(llm, puzzles(1, 34)[0])
-    commits = [e for e in told(llm, [ids], replace(EARLY, logprobs=True), pins=[pins]) if isinstance(e, Commit)]
+    commits = [e for e in events_of(llm, [ids], replace(EARLY, logprobs=True), pins=[pins]) if isinstance(e, Commit)]
     assert len(commits) == 1 and len(commits[0].logprobs or []) == len(commits[0].tokens)

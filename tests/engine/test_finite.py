@@ -13,8 +13,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from sfumato.engine.engine import Engine
-from sfumato.engine.request import Failure, Request
+from sfumato.engine.engine import Engine, EngineSettings
+from sfumato.engine.request import Failure, Request, Row
 from sfumato.engine.run import Run
 from sfumato.errors import NumericError
 from sfumato.events import Done, Draft, Event
@@ -114,13 +114,17 @@ def test_what_is_only_encoded_is_asked_too(ops: str) -> None:
         events(model, replace(QUICK, mode="autoregressive"))
 
 
-@pytest.mark.parametrize("more", [{}, {"lag": 1}, {"record": True, "lag": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [EngineSettings(chunk=4), EngineSettings(chunk=4, lag=1), EngineSettings(chunk=4, record=True, lag=1)],
+    ids=["plain", "late", "static and late"],
+)
 @pytest.mark.parametrize("ops", tiny.OPS)
-def test_the_rows_beside_go_on_and_the_seat_is_clean(ops: str, more: dict[str, int]) -> None:
+def test_the_rows_beside_go_on_and_the_seat_is_clean(ops: str, settings: EngineSettings) -> None:
     model = tiny.tiny_model(seed=3, name=ops)
     texts = [[7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17], [18, 19, 20, 21, 22, 23, 24]]
     alone = [next(e.tokens for e in Run(model, [text], QUICK) if isinstance(e, Done)) for text in texts]
-    engine = Engine(model, 3, 64, chunk=4, **more)
+    engine = Engine(model, 3, 64, settings=settings)
     for text in texts:
         engine.join(Request(text, QUICK))
     engine.turn()  # a first chunk of each
@@ -147,10 +151,10 @@ def test_the_rows_beside_go_on_and_the_seat_is_clean(ops: str, more: dict[str, i
 
 def test_a_grammar_is_not_asked_about_numbers_that_are_none() -> None:
     model = broken("norm.weight", math.nan)
-    seen: list[Tensor] = []
+    shown: list[Tensor] = []
     with pytest.raises(NumericError):
-        list(Run(model, [Request(PROMPT, QUICK, inspect=seen.append)]))
-    assert not seen
+        list(Run(model, [Row.of(Request(PROMPT, QUICK), model.config, inspect=shown.append)]))
+    assert not shown
 
 
 def test_it_goes_through_pickle() -> None:

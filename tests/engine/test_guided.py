@@ -14,9 +14,9 @@ from random_schemas import generated, valid
 from sfumato import LLM, Options, Slot
 from sfumato.checkpoints.locate import NANO
 from sfumato.constraints.tools import tool_grammar
-from sfumato.engine.guided import Span, _pick_
-from sfumato.engine.request import Request
+from sfumato.engine.request import Request, Span
 from sfumato.engine.run import Run
+from sfumato.engine.walks import _pick_
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done
 from sfumato.model.config import read_generation_config
@@ -184,9 +184,9 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     lead = [wild.tokenizer.id("<|tool_call>") or 0]  # random weights never open a call by themselves
     grammar = wild.planner.grammars.compile("grammar", tool_grammar([TOOL]))
     for seed in range(12):
-        span = Span(0, None, grammar.start(70))
+        span = Span(0, None, grammar)
         options = Options(seed=seed, max_tokens=70, max_steps=3)
-        ask = wild.planner.ask(Request(ids.tokens, options, pins=dict(enumerate(lead)), spans=[span]))
+        ask = wild.planner.ask(Request(ids, options, pins=dict(enumerate(lead)), spans=[span]))
         done = list(Run(wild.model, [ask.request]))[-1]
         assert done.finish_reason == "stop"
         for call in parse_ids(wild.tokenizer, done.tokens).tool_calls:

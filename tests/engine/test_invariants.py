@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from sfumato.engine import request as requests
 from sfumato.engine import run as runs
+from sfumato.engine.engine import EngineSettings
+from sfumato.engine.request import Request, Row
 from sfumato.engine.run import Run, generate
 from sfumato.errors import CapacityError, InputError
 from sfumato.events import Commit, Done, Draft
@@ -359,11 +362,21 @@ class Told:
         return self.done[0].finish_reason
 
 
-def tell(ours: Model, prompts: Sequence[Sequence[int]], options: Any = SETTLES, **more: Any) -> list[Told]:
+def tell(
+    ours: Model,
+    prompts: Sequence[Sequence[int]],
+    options: Options | Sequence[Options] = SETTLES,
+    watch: Callable[[int, list[int]], int | None] | None = None,
+    **more: Any,
+) -> list[Told]:
     """Run to the end, and hold every run to what all runs have in common."""
     told = [Told() for _ in prompts]
     each = [options] * len(prompts) if isinstance(options, Options) else options
-    for event in generate(ours, prompts, options, **more):
+    rows: Sequence[Sequence[int] | Row] = prompts
+    if watch is not None:
+        requests = [Request(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        rows = [Row.of(request, ours.config, partial(watch, row)) for row, request in enumerate(requests)]
+    for event in generate(ours, rows, options, **more):
         assert not torch.is_inference_mode_enabled(), "the engine's mode leaks into the caller's code"
         row = told[event.row]
         assert not row.done, "nothing after Done"
@@ -407,7 +420,9 @@ def alone(row: int) -> tuple[list[int], tuple[int, ...]]:
 @given(rows=st.lists(st.integers(0, 3), min_size=1, max_size=6), chunk=st.sampled_from([1, 5, 2048]))
 def test_the_same_seed_gives_the_same_text_in_any_batch(rows: list[int], chunk: int) -> None:
     """Any rows, any order, repeats; prompts, seeds, caps and limits of their own; prompts encoded in any chunks."""
-    told = tell(talker((1, 5)), [PROMPTS[r] for r in rows], [EACH[r] for r in rows], chunk=chunk)
+    told = tell(
+        talker((1, 5)), [PROMPTS[r] for r in rows], [EACH[r] for r in rows], settings=EngineSettings(chunk=chunk)
+    )
     assert [(t.tokens, tuple(c.steps for c in t.commits)) for t in told] == [alone(r) for r in rows]
 
 
@@ -520,7 +535,7 @@ def test_watch_ends_a_row(mode: Any, logprobs: bool) -> None:
             shown[row] += tokens
             return stop - before if row == 0 and len(shown[row]) > stop else None
 
-        told = tell(talker(), PROMPTS[:2], options, watch=watch)
+        told = tell(talker(), PROMPTS[:2], options, watch)
         assert told[0].tokens == whole[0][:stop]
         assert told[0].reason == "stop"
         assert told[1].tokens == whole[1] == shown[1]
@@ -529,7 +544,7 @@ def test_watch_ends_a_row(mode: Any, logprobs: bool) -> None:
         if logprobs:
             assert len(told[0].done[0].logprobs or []) == stop
         shown[0] = []
-        assert tell(talker(), PROMPTS[:1], options, watch=watch)[0].tokens == whole[0][:stop]
+        assert tell(talker(), PROMPTS[:1], options, watch)[0].tokens == whole[0][:stop]
 
 
 def test_the_step_cap() -> None:

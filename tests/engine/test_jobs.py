@@ -207,7 +207,7 @@ def test_a_walk_without_end_ends_its_own_request(nano: LLM, monkeypatch: pytest.
             yield
 
     monkeypatch.setattr(Guide, "walking", walking)
-    monkeypatch.setattr("sfumato.engine.guided.LONGEST", 0.3)
+    monkeypatch.setattr("sfumato.engine.walks.LONGEST", 0.3)
     with pytest.raises(InputError, match=r"takes longer than the 0.3 seconds allowed to follow; make it simpler"):
         nano.complete("1", Options(seed=1, regex="[0-9]{5}"))
 

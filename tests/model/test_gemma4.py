@@ -20,6 +20,8 @@ from sfumato.checkpoints import convert
 from sfumato.checkpoints.checkpoint import Entry
 from sfumato.checkpoints.formats import gemma4
 from sfumato.checkpoints.load import PLAIN, load
+from sfumato.engine.engine import EngineSettings
+from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import CheckpointError, InputError
 from sfumato.events import Commit, Done, Draft
@@ -367,7 +369,7 @@ def test_the_engine_and_the_oracles_own_generate() -> None:
     # A mask, as a token of the prompt is the padding too; eos is None, so that none ends the text.
     how: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     wanted = [theirs.generate(p, attention_mask=torch.ones_like(p), **how)[0, p.shape[1] :].tolist() for p in prompts]
-    run = Run(ours, [p[0].tolist() for p in prompts], dataclasses.replace(GREEDY, max_tokens=9), chunk=5)
+    run = Run(ours, [p[0].tolist() for p in prompts], dataclasses.replace(GREEDY, max_tokens=9), settings=EngineSettings(chunk=5))
     found = {event.row: event.tokens for event in run if isinstance(event, Done)}
     assert [found[0], found[1]] == wanted
     assert wanted[0] != wanted[1]
@@ -397,13 +399,13 @@ def test_the_model_cannot_denoise() -> None:
     [
         (Options(mode="diffusion"), {}, "mode 'diffusion'"),
         (dataclasses.replace(GREEDY, drafts=True), {}, "a draft"),
-        (GREEDY, {"pins": [{0: 3}]}, "a pin"),
-        (GREEDY, {"warm": [{0: 3}]}, "a warm token"),
+        (GREEDY, {"pins": {0: 3}}, "a pin"),
+        (GREEDY, {"warm": {0: 3}}, "a warm token"),
     ],
 )
 def test_the_engine_refuses_before_any_work(options: Options, more: dict[str, Any], what: str) -> None:
     with pytest.raises(InputError, match=f"^{what} needs a canvas, and Gemma 4 has none; .*'autoregressive'"):
-        Run(bare(), [[2, 3]], options, **more)
+        Run(bare(), [Request([2, 3], options, **more)])
 
 
 class Letters:

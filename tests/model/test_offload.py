@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.load import PLAIN, load
 from sfumato.checkpoints.save import save
+from sfumato.engine.engine import EngineSettings
 from sfumato.engine.run import generate
 from sfumato.errors import CapacityError, InputError
 from sfumato.events import Done
@@ -512,7 +513,7 @@ def test_cuda_streams_the_same_answers(buffers: int) -> None:
 @pytest.mark.gpu
 def test_cuda_engine_writes_the_same() -> None:
     def answer(model: Model) -> list[int]:
-        events = list(generate(model, [[2, *range(20, 60)]], Options(max_tokens=82, seed=5), record=False))
+        events = list(generate(model, [[2, *range(20, 60)]], Options(max_tokens=82, seed=5), settings=EngineSettings(record=False)))
         return next(event.tokens for event in events if isinstance(event, Done))
 
     expected, model = answer(load("nano", replace(PLAIN, device="cuda"))), load("nano", replace(PLAIN, device="cuda"))

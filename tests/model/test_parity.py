@@ -24,12 +24,14 @@ import tiny
 import torch
 from torch import Tensor
 
+from sfumato.engine.engine import EngineSettings
 from sfumato.engine.run import generate
 from sfumato.events import Commit, Done, Draft
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model, frequencies
 from sfumato.options import Options
+from sfumato.sampling.noise import NoiseSource
 from sfumato.sampling.rules import Rules, accept, count_still, is_confident, is_stable
 
 SEEDS = range(8)
@@ -684,14 +686,14 @@ def with_eos(theirs: Any, name: str, eos: int | None) -> Model:
     return tiny.twin(theirs, name, config)
 
 
-def run_ours(ours: Model, places: Sequence[tuple[Record, int]], dice: Any) -> list[dict[str, Any]]:
+def run_ours(ours: Model, places: Sequence[tuple[Record, int]], noise: NoiseSource) -> list[dict[str, Any]]:
     """Our engine on these rows; for each: its tokens, the steps of its canvases, and its drafts by (canvas, step)."""
     canvases = max(len(run.canvases) for run, _ in places)
     limit = canvases * ours.config.canvas_length
     options = dataclasses.replace(places[0][0].options, max_tokens=limit, drafts=True)
     prompts = [run.prompt_BT[row].tolist() for run, row in places]
     each: list[dict[str, Any]] = [{"steps": [], "drafts": {}} for _ in places]
-    for event in generate(ours, prompts, options, dice=dice):
+    for event in generate(ours, prompts, options, settings=EngineSettings(noise=noise)):
         row = each[event.row]
         if isinstance(event, Draft):
             row["drafts"][event.canvas, event.step - 1] = (event.tokens, event.accepted)
@@ -815,9 +817,10 @@ def test_done_events_carry_the_oracles_counts() -> None:
     places = [(run, row) for row in range(run.rows)]
     options = dataclasses.replace(run.options, max_tokens=len(run.canvases) * theirs.config.canvas_length)
     ours = with_eos(theirs, "fused", run.eos)
+    settings = EngineSettings(noise=Replay(places))
     done = {
         event.row: event
-        for event in generate(ours, [run.prompt_BT[r].tolist() for _, r in places], options, dice=Replay(places))
+        for event in generate(ours, [run.prompt_BT[r].tolist() for _, r in places], options, settings=settings)
         if isinstance(event, Done)
     }
     for row in range(run.rows):

@@ -615,11 +615,11 @@ def test_a_step_ends_as_the_specification_says(
         form = {"length": (20, 1, 7, 82)[seed % 4], "width": (24, 5, 70)[seed % 3]}
         plain, fused = (endings.canvases(seed, has_pins, has_early, dtype, **form) for _ in range(2))
         at, is_tied = [[0, 1, 2, 3, 4], [4, 2, 0], [3]][seed % 5 % 3], seed % 2 == 0
-        view, soft = endings.seen(at, 100 + seed, is_tied, dtype, **form)
+        view, soft = endings.reading(at, 100 + seed, is_tied, dtype, **form)
         torch.set_num_threads(1 + seed % 2)
         for turn in range(3):
             if turn < 2:
-                view, soft = endings.seen(at, 100 * turn + seed, is_tied, dtype, **form)
+                view, soft = endings.reading(at, 100 * turn + seed, is_tied, dtype, **form)
             before = plain.is_done_X.clone()
             endings.concluded(monkeypatch, None, plain, at, view, soft)
             endings.concluded(monkeypatch, cpu.conclude_, fused, at, view, soft)
@@ -638,7 +638,7 @@ def test_a_step_ends_as_the_specification_says(
 def test_a_row_that_is_not_finite_stops(where: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the number stands, even where a pin hides it; but not what a pin puts in place of a soft embedding."""
     plain, fused = (endings.canvases(4, True, False) for _ in range(2))
-    at, (view, soft) = [0, 1, 4], endings.seen([0, 1, 4], 7, exact=True)
+    at, (view, soft) = [0, 1, 4], endings.reading([0, 1, 4], 7, exact=True)
     plain.pin_XL[1, 3:5] = fused.pin_XL[1, 3:5] = torch.tensor([9, -1])
     soft[1, 3, 2] = value
     {
@@ -659,7 +659,7 @@ def test_entropies_of_every_kind_are_accepted_in_the_same_order(monkeypatch: pyt
     for seed in range(20):
         draw = torch.Generator().manual_seed(seed)
         plain, fused = (endings.canvases(seed, False, False) for _ in range(2))
-        view, soft = endings.seen([0, 1, 2, 4], seed, exact=True)
+        view, soft = endings.reading([0, 1, 2, 4], seed, exact=True)
         kind_BL = torch.randint(0, len(kinds) - seed % 3, view.read.entropy_BL.shape, generator=draw)
         view.read.entropy_BL[:] = kinds[kind_BL]
         endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], view, soft)
@@ -671,7 +671,7 @@ def test_sums_that_are_the_bound_itself_are_accepted(monkeypatch: pytest.MonkeyP
     """The last bit of a sum decides here: it is that of torch's sum along a row."""
     for seed in range(10):
         plain, fused = (endings.canvases(seed, False, False, length=82) for _ in range(2))
-        view, soft = endings.seen([0, 1, 2, 4], seed, exact=False, length=82)
+        view, soft = endings.reading([0, 1, 2, 4], seed, exact=False, length=82)
         ordered_BL = view.read.entropy_BL.sort(-1).values
         plain.entropy_bound_X[[0, 1, 2, 4]] = (ordered_BL.cumsum(-1) - ordered_BL)[:, 40 + seed]
         fused.entropy_bound_X[:] = plain.entropy_bound_X
@@ -683,7 +683,7 @@ def test_sums_that_are_the_bound_itself_are_accepted(monkeypatch: pytest.MonkeyP
 
 def test_scratch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     state, before = (endings.canvases(1, True, True) for _ in range(2))
-    endings.concluded(monkeypatch, cpu.conclude_, state, [5, 5, 0], *endings.seen([5, 5, 0], 1, exact=False))
+    endings.concluded(monkeypatch, cpu.conclude_, state, [5, 5, 0], *endings.reading([5, 5, 0], 1, exact=False))
     whole = [f.name for f in fields(state) if "_X" in f.name]
     assert all(torch.equal(getattr(state, name)[-1], getattr(before, name)[-1]) for name in whole)
     assert not torch.equal(state.canvas_XL[0], before.canvas_XL[0])

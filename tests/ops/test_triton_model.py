@@ -11,6 +11,7 @@ import tiny
 import torch
 from tape import Tape
 
+from sfumato.engine.engine import EngineSettings
 from sfumato.engine.run import Run
 from sfumato.events import Done
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
@@ -43,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def answers(model: Model, **ways: Any) -> list[tuple[list[int], int, str]]:
     options = Options(max_tokens=2 * CONFIG.canvas_length, max_steps=2, seed=5, confidence=0.0)
-    run = Run(model, PROMPTS, options, **ways)
+    run = Run(model, PROMPTS, options, settings=EngineSettings(**ways))
     done = sorted((event for event in run if isinstance(event, Done)), key=lambda event: event.row)
     return [(event.tokens, event.usage.steps, event.finish_reason) for event in done]
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton_interpreter
-from endings import ROWS, canvases, concluded, differing, seen
+from endings import ROWS, canvases, concluded, differing, reading
 
 from sfumato.ops.triton.conclude import conclude_
 from sfumato.ops.triton.noise import noise
@@ -57,10 +57,10 @@ def test_a_step_ends_as_the_specification_says(
     for seed in range(6):
         plain, fused = (canvases(seed, has_pins or has_early, has_early) for _ in range(2))
         at = [[0, 1, 2, 3, 4], [4, 2, 0, 5, 5], [3]][seed % 3]
-        view, soft = seen(at, 100 + seed, exact=True)
+        view, soft = reading(at, 100 + seed, exact=True)
         for turn in range(3):
             if turn < 2:
-                view, soft = seen(at, 100 * turn + seed, exact=True)
+                view, soft = reading(at, 100 * turn + seed, exact=True)
             before = plain.is_done_X.clone()
             concluded(monkeypatch, None, plain, at, view, soft)
             concluded(monkeypatch, conclude_, fused, at, view, soft)
@@ -76,7 +76,7 @@ def test_a_step_ends_as_the_specification_says(
 
 def test_scratch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     state, before = (canvases(1, True, True) for _ in range(2))
-    concluded(monkeypatch, conclude_, state, [5, 5, 0], *seen([5, 5, 0], 1, exact=False))
+    concluded(monkeypatch, conclude_, state, [5, 5, 0], *reading([5, 5, 0], 1, exact=False))
     assert all(
         torch.equal(getattr(state, f.name)[-1], getattr(before, f.name)[-1]) for f in fields(state) if "_X" in f.name
     )
@@ -88,7 +88,7 @@ def test_scratch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_that_is_not_finite_stops(where: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the number stands, even where a pin hides it; but not what a pin puts in place of a soft embedding."""
     plain, fused = (canvases(4, True, False) for _ in range(2))
-    at, (view, soft) = [0, 1, 4], seen([0, 1, 4], 7, exact=True)
+    at, (view, soft) = [0, 1, 4], reading([0, 1, 4], 7, exact=True)
     plain.pin_XL[1, 3:5] = fused.pin_XL[1, 3:5] = torch.tensor([9, -1])
     soft[1, 3, 2] = value
     {
@@ -109,7 +109,7 @@ def test_a_position_is_accepted_by_what_stands_before_it(monkeypatch: pytest.Mon
     for seed in range(8):
         state, at = canvases(seed, False, False), [0, 1, 2, 4]
         state.entropy_bound_X[:] = torch.rand(ROWS + 1, generator=torch.Generator().manual_seed(seed)) * 2
-        view, soft = seen(at, seed, exact=False)
+        view, soft = reading(at, seed, exact=False)
         concluded(monkeypatch, conclude_, state, at, view, soft)
         ordered_BL, order_BL = view.read.entropy_BL.double().sort(dim=-1, stable=True)
         before_BL = torch.zeros_like(ordered_BL).scatter(-1, order_BL, ordered_BL.cumsum(-1) - ordered_BL)

@@ -13,22 +13,26 @@ import pytest
 import tiny
 import torch
 from tape import Tape
+from torch import Tensor
 
-from sfumato.engine import engine as engine_module
 from sfumato.engine import kept as kept_module
-from sfumato.engine.engine import Engine
+from sfumato.engine import stepper
+from sfumato.engine.engine import Engine, EngineSettings
 from sfumato.engine.run import Run
+from sfumato.engine.stepper import is_recording
 from sfumato.errors import InputError
 from sfumato.events import Done
 from sfumato.llm import LLM
 from sfumato.measure.capture import watch
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, replace_
+from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.sampling import recorded
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.recorded import Recorded, Recordings
 from sfumato.sampling.rules import Rules
+from sfumato.sampling.step import step_
 
 # Two experts, and enough tokens, are one product of fixed shapes in the fused operations.
 CONFIG = tiny.tiny_config(num_experts=2, top_k_experts=1, canvas_length=32)
@@ -40,8 +44,13 @@ def model_of() -> Model:
     return tiny.tiny_model(CONFIG, seed=3, name="fused")
 
 
-def answers(options: list[Options], more: dict[str, Any], **ways: Any) -> list[tuple[list[int], int]]:
-    run = Run(model_of(), PROMPTS, options, **ways, **more)
+PLAIN = EngineSettings()
+
+
+def answers(
+    options: list[Options], pins: list[dict[int, int]] | None = None, settings: EngineSettings = PLAIN
+) -> list[tuple[list[int], int]]:
+    run = Run(model_of(), PROMPTS, options, pins=pins, settings=settings)
     done = sorted((event for event in run if isinstance(event, Done)), key=lambda event: event.row)
     return [(event.tokens, event.usage.steps) for event in done]
 
@@ -50,15 +59,15 @@ def answers(options: list[Options], more: dict[str, Any], **ways: Any) -> list[t
 @pytest.mark.parametrize("kind", ["plain", "early", "bans", "pins"])
 def test_a_tape_gives_what_the_step_gives(kind: str, lag: int) -> None:
     """Over several canvases, at lengths, rows and counts that were not those of the recording."""
-    options, more = OPTIONS, {}
+    options, pins = OPTIONS, None
     if kind == "early":
         options = [dataclasses.replace(o, early=True, confidence=5.0, max_steps=6) for o in OPTIONS]
     if kind == "bans":
         options = [dataclasses.replace(o, min_tokens=40 + 9 * n) for n, o in enumerate(OPTIONS)]
     if kind == "pins":
-        more = {"pins": [{3: 13, 40: 2}, {}, {0: 1}]}
-    wanted = answers(options, more)
-    assert answers(options, more, record=True, lag=lag, capture=Tape()) == wanted
+        pins = [{3: 13, 40: 2}, {}, {0: 1}]
+    settings = EngineSettings(record=True, lag=lag, capture=Tape())
+    assert answers(options, pins, settings) == answers(options, pins)
 
 
 def recorded_alone(bans: int = 4, encode: int = 32) -> tuple[Recorded, dict[int, Any]]:
@@ -89,7 +98,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(encode: int) -> None:
 
 def test_a_weight_that_is_replaced_is_recorded_anew() -> None:
     model = model_of()
-    engine = Engine(model, 1, 256, record=True, capture=Tape())
+    engine = Engine(model, 1, 256, settings=EngineSettings(record=True, capture=Tape()))
     first = [event for event in Run(model, PROMPTS[:1], OPTIONS[:1], engine=engine) if isinstance(event, Done)]
     engine.leave(0)
     with torch.no_grad():
@@ -154,22 +163,20 @@ def test_operations_that_wait_for_the_host_are_not_recorded() -> None:
         device = torch.device("cuda", 1)  # type: ignore[assignment]
 
     model = model_of()
-    engine = Engine.__new__(Engine)
-    engine.model = model
     model.__class__ = Elsewhere
     assert not model.ops.is_recordable
-    assert engine._records(None) is False
+    assert is_recording(model, None) is False
     with pytest.raises(InputError, match="fused operations wait for the host"):
-        engine._records(True)
+        is_recording(model, True)
     model.use_(dataclasses.replace(model.ops, is_recordable=True))
-    assert engine._records(None) is engine._records(True) is True
-    assert engine._records(False) is False
+    assert is_recording(model, None) is is_recording(model, True) is True
+    assert is_recording(model, False) is False
 
 
 def test_an_engine_works_on_its_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is the current one: streams, events and kernels are those of the current device."""
     within: list[torch.device] = []
-    seen: list[list[torch.device]] = []
+    devices: list[list[torch.device]] = []
 
     @contextlib.contextmanager
     def on(device: torch.device) -> Iterator[None]:
@@ -178,11 +185,15 @@ def test_an_engine_works_on_its_models_device(monkeypatch: pytest.MonkeyPatch) -
         within.pop()
 
     monkeypatch.setattr("sfumato.engine.engine.on", on)
-    step = engine_module.step_
-    monkeypatch.setattr(engine_module, "step_", lambda *args: (seen.append(list(within)), step(*args))[1])
+
+    def step(*args: Any) -> Tensor | None:
+        devices.append(list(within))
+        return step_(*args)
+
+    monkeypatch.setattr(stepper, "step_", step)
     model = model_of()
     assert list(Run(model, PROMPTS[:1], OPTIONS[:1]))
-    assert seen and all(one == [model.device] for one in seen) and not within
+    assert devices and all(one == [model.device] for one in devices) and not within
 
 
 def test_a_capture_that_fails_ends_recording_and_nothing_else() -> None:
@@ -190,9 +201,9 @@ def test_a_capture_that_fails_ends_recording_and_nothing_else() -> None:
         run()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much\nand more lines")
 
-    wanted = answers(OPTIONS, {})
+    expected = answers(OPTIONS)
     with pytest.warns(UserWarning, match="one by one from now on: CUDA out of memory. Tried to allocate much$"):
-        assert answers(OPTIONS, {}, record=True, capture=capture) == wanted
+        assert answers(OPTIONS, settings=EngineSettings(record=True, capture=capture)) == expected
 
 
 # ---- an engine that stays -------------------------------------------------------------------------------------------
@@ -231,7 +242,7 @@ def test_a_stream_that_is_left_leaves_a_clean_engine(nano: LLM) -> None:
     next(stream)
     stream.close()
     kept = nano._engines.kept
-    assert kept is not None and not kept.tokens and not any(kept.engine.cache.lengths)
+    assert kept is not None and not len(kept.prompt) and not any(kept.engine.cache.lengths)
     assert nano.complete("the same", options).tokens == wanted
 
 
@@ -262,7 +273,7 @@ def test_a_request_that_is_refused_leaves_the_engine(nano: LLM) -> None:
 def test_an_idle_engine_gives_a_large_cache_back(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_module, "MOST_IDLE", 1000)
     nano.chat([{"role": "user", "content": "a"}], options=Options(max_tokens=5, seed=1))
-    assert nano._engines.kept is not None and nano._engines.kept.tokens  # a conversation stays
-    nano._engines.put_back(nano._engines.kept.engine, [])
+    assert nano._engines.kept is not None and len(nano._engines.kept.prompt)  # a conversation stays
+    nano._engines.put_back(nano._engines.kept.engine, Prompt(()))
     assert nano._engines.kept.engine.cache.capacity == 1
     assert nano.complete("ab", Options(max_tokens=5, seed=1)).tokens

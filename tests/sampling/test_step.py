@@ -18,22 +18,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato import ops
-from sfumato.engine import engine
 from sfumato.engine import request as requests
 from sfumato.engine import run as runs
+from sfumato.engine import stepper
+from sfumato.engine.engine import PREFILL_CHUNK, Engine, EngineSettings
 from sfumato.engine.run import Run, generate
-from sfumato.events import Commit, Done
+from sfumato.events import Commit, Done, Draft, Event
 from sfumato.model import network
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, Pass
 from sfumato.ops.masks import Mask
 from sfumato.options import Options
-from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.host_noise import HostNoise, first_uniform
-from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.canvases import Canvases, HostCopy
+from sfumato.sampling.noise import CountedNoise, HostNoise, first_uniform
 from sfumato.sampling.recorded import Recorded
 from sfumato.sampling.rules import Rules
-from sfumato.sampling.step import step_
+from sfumato.sampling.step import StepInput, step_
 
 SAME = 1e-4
 CONFIG = tiny.tiny_config()
@@ -306,7 +306,7 @@ def test_a_row_that_has_stopped_is_frozen() -> None:
     cache, state = cache_of(ours, [5, 9]), canvases(talker(), 2)
     for turn in range(3):
         before = told(state, [0])
-        step_(ours, cache, state, torch.arange(2), Pass(ours, cache, [0, 1], [0, 0], 0, LENGTH))
+        step_(ours, cache, state, StepInput(torch.arange(2), Pass(ours, cache, [0, 1], [0, 0], 0, LENGTH)))
         assert same(told(state, [0]), before) is (turn > 0)
         state.is_done_X[0] = True
     assert state.step_X.tolist() == [1, 3, 0]
@@ -320,19 +320,19 @@ def test_a_recorded_step_for_four_serves_one(encode: int) -> None:
     cache, state = plain
     more = tokens[:, :encode] if encode else None
     run = Pass(ours, cache, [1], [encode], encode, LENGTH)
-    hidden = step_(ours, cache, state, torch.tensor([1]), run, more)
+    hidden = step_(ours, cache, state, StepInput(torch.tensor([1]), run, more))
     cache, state = recorded
     others = told(state, [0, 2]), content(cache, [0, 2])
     step = Recorded(ours, cache, state, 4, LENGTH if encode else 0)
-    found = step([1], [9], [encode], tokens if encode else None)
+    encoded = step([1], [9], [encode], tokens if encode else None)
     assert same(told(state, [0, 2]), others[0])
     assert same(content(cache, [0, 2]), others[1])
     assert same(told(state, [1]), told(plain[1], [1]), SAME)
     assert same(content(cache, [1]), content(plain[0], [1]), SAME)
-    assert (found is None) is (hidden is None) is (encode == 0)
-    if found is not None and hidden is not None:
-        assert found.shape == (1, LENGTH, CONFIG.hidden_size)
-        assert same([found[:, :encode]], [hidden], SAME)
+    assert (encoded is None) is (hidden is None) is (encode == 0)
+    if encoded is not None and hidden is not None:
+        assert encoded.shape == (1, LENGTH, CONFIG.hidden_size)
+        assert same([encoded[:, :encode]], [hidden], SAME)
 
 
 def test_rows_begin_as_they_are_allocated() -> None:
@@ -342,7 +342,7 @@ def test_rows_begin_as_they_are_allocated() -> None:
     wanted = Canvases.allocate(ours, rules, seeds, [0, 0], early=early)
     found = canvases(ours, 3)
     cache = cache_of(ours, [5, 9, 2])
-    step_(ours, cache, found, torch.arange(3), Pass(ours, cache, [0, 1, 2], [0] * 3, 0, LENGTH))
+    step_(ours, cache, found, StepInput(torch.arange(3), Pass(ours, cache, [0, 1, 2], [0] * 3, 0, LENGTH)))
     before = {f.name: getattr(found, f.name)[1].clone() for f in dataclasses.fields(Canvases) if "_X" in f.name}
     fresh, pins = torch.arange(2 * length).view(2, length), torch.full((2, length), -1)
     pins[1, 2] = 7
@@ -395,46 +395,70 @@ def each(**changes: Any) -> list[Options]:
 
 
 SORTS: list[dict[str, Any]] = [{"mode": "autoregressive"}, {"logprobs": True}, {}, {"min_tokens": 22}]
-KINDS: dict[str, tuple[list[Options], dict[str, Any]]] = {
-    "stopped early": (each(), {}),
-    "capped": ([dataclasses.replace(o, max_steps=row + 1) for row, o in enumerate(each(confidence=0.0))], {}),
+NO_PINS: list[dict[int, int]] = [{}, {}, {}, {}]
+KINDS: dict[str, tuple[list[Options], list[dict[int, int]], int]] = {
+    "stopped early": (each(), NO_PINS, PREFILL_CHUNK),
+    "capped": (
+        [dataclasses.replace(o, max_steps=row + 1) for row, o in enumerate(each(confidence=0.0))],
+        NO_PINS,
+        PREFILL_CHUNK,
+    ),
     "of all sorts": (
         [dataclasses.replace(o, **sort) for o, sort in zip(each(), SORTS, strict=True)],
-        {"pins": [{}, {}, {3: 13}, {}], "chunk": 5},
+        [{}, {}, {3: 13}, {}],
+        5,
     ),
 }
-WAYS: dict[str, dict[str, Any]] = {
-    "asked late": {"lag": 1},
-    "asked very late": {"lag": 3},
-    "static": {"record": True},
-    "static, asked late": {"record": True, "lag": 1},
+"""Options and pins of each row, and the prompt's chunk."""
+WAYS: dict[str, EngineSettings] = {
+    "read late": EngineSettings(lag=1),
+    "read very late": EngineSettings(lag=3),
+    "static": EngineSettings(record=True),
+    "static, read late": EngineSettings(record=True, lag=1),
 }
+PLAIN = EngineSettings()
 
 
-def answers(ours: Model, prompts: Sequence[list[int]], options: list[Options], **more: Any) -> list[list[Any]]:
+def answers(
+    ours: Model,
+    prompts: Sequence[list[int]],
+    options: list[Options],
+    settings: EngineSettings = PLAIN,
+    pins: list[dict[int, int]] | None = None,
+) -> list[list[Event]]:
     """Each row's events, but for the row's number, times, passes and log-probabilities."""
-    found: list[list[Any]] = [[] for _ in prompts]
-    for event in generate(ours, prompts, options, **more):
-        plain = dataclasses.replace(event, row=0, logprobs=None)
+    events: list[list[Event]] = [[] for _ in prompts]
+    for event in generate(ours, prompts, options, pins=pins, settings=settings):
+        assert not isinstance(event, Draft)
+        plain: Event = dataclasses.replace(event, row=0, request="", logprobs=None)
         if isinstance(plain, Done):
             usage = dataclasses.replace(plain.usage, seconds=0.0, first_commit_seconds=None, passes=0)
             plain = dataclasses.replace(plain, usage=usage)
-        found[event.row].append(plain)
-    return found
+        events[event.row].append(plain)
+    return events
+
+
+def answers_of(kind: str, settings: EngineSettings = PLAIN, ours: Model | None = None) -> list[list[Event]]:
+    options, pins, chunk = KINDS[kind]
+    return answers(ours or talker(), PROMPTS, options, dataclasses.replace(settings, chunk=chunk), pins)
 
 
 @functools.cache
-def plainly(kind: str) -> list[list[Any]]:
-    options, more = KINDS[kind]
-    return answers(talker(), PROMPTS, options, **more)
+def plainly(kind: str) -> list[list[Event]]:
+    return answers_of(kind)
+
+
+def reason(events: list[Event]) -> str:
+    done = events[-1]
+    assert isinstance(done, Done)
+    return done.finish_reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_no_way_of_stepping_changes_an_answer(way: str, kind: str) -> None:
     """Commits, steps, reasons and all: rows of different length and step counts, event for event."""
-    options, more = KINDS[kind]
-    assert answers(talker(), PROMPTS, options, **WAYS[way], **more) == plainly(kind)
+    assert answers_of(kind, WAYS[way]) == plainly(kind)
 
 
 def test_rows_stop_for_every_reason_at_different_steps() -> None:
@@ -444,33 +468,33 @@ def test_rows_stop_for_every_reason_at_different_steps() -> None:
     early = {count for row in steps["stopped early"] for count in row}
     assert len(early) > 3
     assert len({tuple(row) for row in steps["stopped early"]}) == len(PROMPTS)
-    assert {row[-1].finish_reason for row in plainly("stopped early")} == {"stop", "length"}
+    assert {reason(row) for row in plainly("stopped early")} == {"stop", "length"}
     changed = [one != two for one, two in zip(plainly("of all sorts"), plainly("stopped early"), strict=True)]
     assert changed == [True, False, True, True], "the prompt's chunks and log-probabilities alone change nothing"
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_way_of_stepping_changes_log_probabilities(way: str) -> None:
-    def logprobs(**more: Any) -> list[Any]:
-        events = generate(talker(), PROMPTS, each(logprobs=True), **more)
+    def logprobs(settings: EngineSettings = PLAIN) -> list[Any]:
+        events = generate(talker(), PROMPTS, each(logprobs=True), settings=settings)
         done = {event.row: event.logprobs for event in events if isinstance(event, Done)}
         return [done[row] for row in range(len(PROMPTS))]
 
-    for found, plain in zip(logprobs(**WAYS[way]), logprobs(), strict=True):
-        assert found == pytest.approx(plain, abs=SAME)
+    for numbers, plain in zip(logprobs(WAYS[way]), logprobs(), strict=True):
+        assert numbers == pytest.approx(plain, abs=SAME)
 
 
-@pytest.mark.parametrize("way", ["asked late", "static, asked late"])
+@pytest.mark.parametrize("way", ["read late", "static, read late"])
 def test_a_cache_that_grows_under_way_changes_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was recorded for the smaller cache is not replayed on it."""
     options = [dataclasses.replace(o, max_tokens=5 * LENGTH) for o in each()]
-    wanted = answers(talker(), PROMPTS[:2], options[:2])
+    expected = answers(talker(), PROMPTS[:2], options[:2])
     monkeypatch.setattr(requests, "FIRST_ROOM", LENGTH)
     monkeypatch.setattr(runs, "ROUND", 1)
-    run = Run(talker(), PROMPTS[:2], options[:2], **WAYS[way])
+    run = Run(talker(), PROMPTS[:2], options[:2], settings=WAYS[way])
     small = run.cache.capacity
     tokens = {event.row: event.tokens for event in run if isinstance(event, Done)}
-    assert tokens == {row: events[-1].tokens for row, events in enumerate(wanted)}
+    assert tokens == {row: events[-1].tokens for row, events in enumerate(expected)}
     assert run.cache.capacity > small
     for row, length in enumerate(run.cache.lengths):
         held = (PROMPTS[row] + tokens[row])[:length]
@@ -481,13 +505,12 @@ def test_a_cache_that_grows_under_way_changes_nothing(way: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", tiny.OPS)
-@pytest.mark.parametrize("way", [{}, WAYS["static, asked late"]], ids=["plain", "static, asked late"])
-def test_a_rows_answer_does_not_depend_on_its_batch(name: str, way: dict[str, Any]) -> None:
-    options, more = KINDS["of all sorts"]
-    together = answers(talker(name), PROMPTS, options, **way, **more)
+@pytest.mark.parametrize("way", [PLAIN, WAYS["static, read late"]], ids=["plain", "static, read late"])
+def test_a_rows_answer_does_not_depend_on_its_batch(name: str, way: EngineSettings) -> None:
+    options, pins, chunk = KINDS["of all sorts"]
+    together, alone = answers_of("of all sorts", way, talker(name)), EngineSettings(chunk=chunk)
     for row, events in enumerate(together):
-        alone = {**more, "pins": more["pins"][row : row + 1]}
-        assert events == answers(talker(name), [PROMPTS[row]], [options[row]], **alone)[0]
+        assert events == answers(talker(name), [PROMPTS[row]], [options[row]], alone, pins[row : row + 1])[0]
 
 
 # ---- passes, counted ------------------------------------------------------------------------------------------------
@@ -519,7 +542,9 @@ def test_a_pass_is_a_step(rows: list[int], chunk: int, lag: int, passes: Counter
     """Commits and the last chunk of a prompt go along with a canvas's first step; only earlier chunks take a pass of
     their own. Asked a step late, each canvas takes one more, unless it ends at the cap."""
     options, prompts = each(), [PROMPTS[row] for row in rows]
-    events = list(generate(talker(), prompts, [options[row] for row in rows], chunk=chunk, lag=lag))
+    events = list(
+        generate(talker(), prompts, [options[row] for row in rows], settings=EngineSettings(chunk=chunk, lag=lag))
+    )
     usages = {event.row: event.usage for event in events if isinstance(event, Done)}
     late = Counter(e.row for e in events if isinstance(e, Commit) and lag and e.steps < SETTLES.max_steps)
     canvases, steps = (sum(getattr(usage, name) for usage in usages.values()) for name in ("canvases", "steps"))
@@ -534,15 +559,17 @@ def test_a_pass_is_a_step(rows: list[int], chunk: int, lag: int, passes: Counter
 @pytest.mark.parametrize("rows", [[0], [1], [2, 3], [0, 1, 2, 3]])
 def test_no_pass_is_lost_at_the_cap(rows: list[int], lag: int, passes: Counter[str]) -> None:
     """That a row stops there is known without asking, however late the question and whoever goes on beside it."""
-    options, _ = KINDS["capped"]
-    run = Run(talker(), [PROMPTS[row] for row in rows], [options[row] for row in rows], lag=lag)
+    options, *_ = KINDS["capped"]
+    run = Run(
+        talker(), [PROMPTS[row] for row in rows], [options[row] for row in rows], settings=EngineSettings(lag=lag)
+    )
     usages = [event.usage for event in run if isinstance(event, Done)]
     assert len(usages) == len(rows) and all(usage.passes == usage.steps for usage in usages)
     assert passes["encode_and_denoise"] + passes["denoise"] == sum(usage.steps for usage in usages)
 
 
 def test_a_row_at_its_cap_is_answered_though_nobody_else_steps() -> None:
-    one = engine.Engine(talker(), 2, 64, lag=1)
+    one = Engine(talker(), 2, 64, settings=EngineSettings(lag=1))
     capped, long = (one.join(requests.Request([7, 8, 9], dataclasses.replace(SETTLES, max_steps=n))) for n in (1, 8))
     assert one.turn() == []  # the other one goes on, so the answer is late
     assert [type(event) for event in one.turn([capped])] == [Commit] and one.live == [capped, long]
@@ -551,16 +578,16 @@ def test_a_row_at_its_cap_is_answered_though_nobody_else_steps() -> None:
 def test_what_is_encoded_is_kept_only_where_it_is_read() -> None:
     """The last hidden states stay zeros for a row that asks neither for log-probabilities nor for token by token."""
     for change, is_read in ({}, False), ({"logprobs": True}, True), ({"mode": "autoregressive"}, True):
-        one = engine.Engine(talker(), 1, 64, chunk=4)
+        one = Engine(talker(), 1, 64, settings=EngineSettings(chunk=4))
         one.join(requests.Request(PROMPTS[1], dataclasses.replace(SETTLES, **change)))
         one.turn()
-        assert bool(one.last_XD.any()) is is_read
+        assert bool(one.seats.last_XD.any()) is is_read
 
 
 def test_a_commit_asks_nothing_but_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that stop, commit and begin again read nothing of the device beside the step but the answer that was asked
     for: a copy each turn, waited for a turn later."""
-    copies, inside, plainly, stepping = [], [False], engine._to_host, engine.step_
+    copies, inside, plainly, stepping = [], [False], HostCopy.of, step_
     reads = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
 
     class Reads(TorchDispatchMode):
@@ -590,9 +617,9 @@ def test_a_commit_asks_nothing_but_what_is_on_its_way(monkeypatch: pytest.Monkey
 
     for name in ("tolist", "cpu", "item"):
         monkeypatch.setattr(Tensor, name, read(name))
-    monkeypatch.setattr(engine, "_to_host", to_host)
-    monkeypatch.setattr(engine, "step_", step)
-    one = engine.Engine(talker(), 2, 64, lag=1)
+    monkeypatch.setattr(HostCopy, "of", to_host)
+    monkeypatch.setattr(stepper, "step_", step)
+    one = Engine(talker(), 2, 64, settings=EngineSettings(lag=1))
     for seed in (0, 1):
         one.join(requests.Request(PROMPTS[seed], dataclasses.replace(SETTLES, seed=seed, max_tokens=3 * LENGTH)))
     commits, turns = 0, 0
@@ -605,13 +632,13 @@ def test_a_commit_asks_nothing_but_what_is_on_its_way(monkeypatch: pytest.Monkey
 def test_no_request_changes_a_shape_that_is_everybodys() -> None:
     """The most steps, and the longest memory, that a request may ask for: what is recorded stays, no step takes longer
     for the others."""
-    one = engine.Engine(talker(), 2, 64, record=True)
+    one = Engine(talker(), 2, 64, settings=EngineSettings(record=True))
     for options in SETTLES, Options(max_tokens=8, max_steps=4096, stability=4096, temperature_steps=4096):
         one.join(requests.Request([7, 8, 9], options))
         one.turn()
-        shapes = {f.name: getattr(one.states[LENGTH], f.name) for f in dataclasses.fields(Canvases)}
+        shapes = {f.name: getattr(one.seats.canvases[LENGTH], f.name) for f in dataclasses.fields(Canvases)}
         if options is SETTLES:
-            before, recorded = shapes, dict(one.recordings._kept)
+            before, recorded = shapes, dict(one.seats.recordings._kept)
     assert all(before[name] is tensor for name, tensor in shapes.items() if isinstance(tensor, Tensor))
-    assert all(one.recordings._kept[key] is kept for key, kept in recorded.items())
+    assert all(one.seats.recordings._kept[key] is kept for key, kept in recorded.items())
     assert sum(tensor.numel() for name, tensor in shapes.items() if isinstance(tensor, Tensor)) < 3 * 2 * 4096

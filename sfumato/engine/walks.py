@@ -1,11 +1,11 @@
 """Grammars over a read-out: what a guide's walk makes of the tokens, entropies and logits of a canvas.
 
 Where the model's own tokens are allowed, nothing changes. Where one is not, the word that is most likely among the
-allowed ones takes its place, and the logits lose all others, so that the soft embedding says the same. What the
-grammar alone determines is pinned. A grammar is walked on the host, so steps that have one are not recorded as graphs.
+allowed ones takes its place, and the logits lose all others, so that the soft embedding agrees. What the grammar alone
+determines is pinned. A grammar is walked on the host, so steps that have one are not recorded as graphs.
 
 A walk takes microseconds, or with an unkind grammar minutes. So it has a share of each turn (`Walks`), and the rest of
-it waits for the next: what comes of it does not depend on when.
+it waits for the next: its result does not depend on when.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sfumato.constraints.guide import Guide, Walk
+from sfumato.constraints.guide import Walk
 from sfumato.constraints.search import Work
+from sfumato.engine.request import RowSpan
 from sfumato.errors import InputError, contained
 from sfumato.model.config import ModelConfig
-from sfumato.sampling.step import Look, Projected
+from sfumato.sampling.step import Look, Projection
 
 SLICE = 0.005
 """Seconds that a walk has at a time."""
@@ -33,55 +36,42 @@ LONGEST, A_STEP = 10.0, 0.02
 a few thousandths."""
 
 
-@dataclass
-class Span:
-    """Positions of an answer that are kept to a grammar: `width` of them from `start` on. None: to the answer's end,
-    which then comes where the text is complete; else what the text leaves of the span is padding."""
-
-    start: int
-    width: int | None
-    guide: Guide
-    walked: int = 0
-    """Tokens of its last walk, on the present canvas."""
-
-    def commit(self) -> None:
-        """What the last walk made of the canvas is final."""
-        self.guide.commit(self.walked)
-        self.walked = 0
-
-
-@dataclass(frozen=True)
-class Turn:
+class SpanStep(NamedTuple):
     """A span's part of one step: positions `first` to `last` of a canvas."""
 
     first: int
     last: int
-    span: Span
+    span: RowSpan
     bound: float
     """Nats under which a word counts as decided."""
     is_last: bool
     """No step comes after this one: the path must be whole."""
 
 
-def projecting(
-    turns: Sequence[Turn],
-    config: ModelConfig,
-    logits_LV: Tensor,
-    argmax_L: Tensor,
-    entropy_L: Tensor,
-    is_sure_L: Tensor,
-) -> Work[Projected]:
-    """Walk every span of a canvas over its positions; the result has one row. Logits of words that are not allowed
-    become -inf in place, where asked. InputError where a grammar cannot be followed any further."""
+class RowReading(NamedTuple):
+    """The read-out of one canvas."""
+
+    logits_LV: Tensor
+    argmax_L: Tensor
+    entropy_L: Tensor
+    is_sure_L: Tensor
+    """Positions that would be accepted."""
+
+
+def projecting(spans: Sequence[SpanStep], config: ModelConfig, reading: RowReading) -> Work[Projection]:
+    """Walk every span of a canvas over its positions; the result has one row.
+
+    Logits of words that are not allowed become -inf in place, where a pick needs it. InputError where a grammar cannot
+    be followed any further."""
+    logits_LV, argmax_L, entropy_L, is_sure_L = reading
     sure, tokens, entropies = is_sure_L.tolist(), argmax_L.tolist(), entropy_L.tolist()
     length = len(tokens)
     is_guided, is_open, is_forced = [False] * length, [True] * length, [False] * length
     is_whole, has_masked = True, False
-    plain: dict[int, Tensor] = {}  # the model's own logits where they were masked: a pick may be taken back
-    for turn in turns:
-        first, last = turn.first, turn.last
+    plain: dict[int, Tensor] = {}  # the model's own logits where they were masked: a pick may be withdrawn
+    for first, last, span, bound, is_last in spans:
 
-        def pick(at: int, mask: np.ndarray, first: int = first) -> tuple[int, float]:
+        def pick(at: int, mask: npt.NDArray[np.bool_], first: int = first) -> tuple[int, float]:
             place = first + at
             if place in plain:
                 logits_LV[place] = plain[place]
@@ -89,18 +79,17 @@ def projecting(
                 plain[place] = logits_LV[place].clone()
             return _pick_(logits_LV[place], torch.from_numpy(mask))
 
-        if turn.span.guide.is_over:
+        if span.guide.is_over:
             walk = Walk([], [], {}, 0)
         else:
-            walking = turn.span.guide.walking
-            walk = yield from walking(tokens[first:last], sure[first:last], pick, turn.bound, turn.is_last)
+            walk = yield from span.guide.walking(tokens[first:last], sure[first:last], pick, bound, is_last)
         has_masked |= bool(walk.overruled)
-        turn.span.walked = len(walk.tokens)
+        span.path_length = len(walk.tokens)
         path, until = walk.tokens, first + len(walk.tokens)
         forced = {first + at for at in walk.forced}
         if walk.end is not None:  # the answer's end, or padding that disappears
             rest = [config.pad_id] * (last - until)
-            if rest and turn.span.width is None:
+            if rest and span.width is None:
                 rest[0] = config.eos_ids[0]
             forced |= set(range(until, last))
             path, until = path + rest, last
@@ -111,7 +100,7 @@ def projecting(
             is_guided[at], is_open[at], is_forced[at] = True, at < until, at in forced
         is_whole &= until == last
     lists = ([tokens], [entropies], [is_guided], [is_open], [is_forced], [is_whole])
-    return Projected._make([*(torch.tensor(x, device=argmax_L.device) for x in lists), has_masked])
+    return Projection._make([*(torch.tensor(x, device=argmax_L.device) for x in lists), has_masked])
 
 
 def _pick_(logits_V: Tensor, mask_V: Tensor) -> tuple[int, float]:
@@ -123,12 +112,22 @@ def _pick_(logits_V: Tensor, mask_V: Tensor) -> tuple[int, float]:
     return int(logits_V.argmax()), max(float(entropy), 0.0)
 
 
-@dataclass(eq=False)
+class EndedWalk(NamedTuple):
+    """A walk that has ended."""
+
+    seat: int
+    look: Look
+    place: int
+    """Of its row in the look."""
+    outcome: Projection | Exception
+
+
+@dataclass(eq=False, slots=True)
 class _Walking:
     look: Look
     place: int
     """Of its row in the look."""
-    work: Work[Projected]
+    work: Work[Projection]
     seconds: float = 0.0
 
 
@@ -136,67 +135,69 @@ class Walks:
     """Read-outs whose grammars are being walked, by seat."""
 
     def __init__(self) -> None:
-        self._of: dict[int, _Walking] = {}
-        self._left: dict[int, float] = {}
-        """Seconds that each seat's row has left."""
+        self._walking: dict[int, _Walking] = {}
+        self._seconds_left: dict[int, float] = {}
+        """Of each seat's row, for all its walks together."""
         self._credit = 0.0
         """Seconds that walks may still take in this turn; below 0 where they took more, since a single call of the
         library can be longer than a slice."""
 
     def __contains__(self, seat: int) -> bool:
-        return seat in self._of
+        return seat in self._walking
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self._walking)
 
-    def begin(self, seat: int, look: Look, place: int, work: Work[Projected]) -> None:
-        self._of[seat] = _Walking(look, place, work)
-        self._left[seat] = self._left.get(seat, LONGEST) + A_STEP
+    def begin(self, seat: int, look: Look, place: int, work: Work[Projection]) -> None:
+        """Begin the walk over the read-out at this place of a look."""
+        self._walking[seat] = _Walking(look, place, work)
+        self._seconds_left[seat] = self._seconds_left.get(seat, LONGEST) + A_STEP
 
     def drop(self, seat: int) -> None:
-        """Its row has left."""
-        self._left.pop(seat, None)
-        if (one := self._of.pop(seat, None)) is not None:
+        """Forget the walk of a row that has left."""
+        self._seconds_left.pop(seat, None)
+        if (one := self._walking.pop(seat, None)) is not None:
             one.work.close()
 
-    def go_on(self, seats: Collection[int], seconds: float) -> Iterator[tuple[int, Look, int, Projected | Exception]]:
+    def go_on(self, seats: Collection[int], seconds: float) -> Iterator[EndedWalk]:
         """Walk on for these seats: a slice for each that begins, then for so many seconds those that have walked least.
-        Yields each that has ended: its seat, its look and the place in that, and what came of it."""
+
+        Yields each that has ended."""
         self._credit = min(self._credit + seconds, seconds)
-        left = [seat for seat in seats if seat in self._of]
-        for seat in [seat for seat in left if not self._of[seat].seconds]:
+        walking = [seat for seat in seats if seat in self._walking]
+        for seat in [seat for seat in walking if not self._walking[seat].seconds]:
             began = time.perf_counter()
             ended = self._advance(seat)
             self._credit -= max(0.0, time.perf_counter() - began - SLICE)
             if ended is not None:
-                left.remove(seat)
-                yield seat, *ended
-        while left and self._credit > 0:
-            seat = min(left, key=lambda seat: self._of[seat].seconds)
+                walking.remove(seat)
+                yield ended
+        while walking and self._credit > 0:
+            seat = min(walking, key=lambda seat: self._walking[seat].seconds)
             began = time.perf_counter()
             ended = self._advance(seat)
             self._credit -= time.perf_counter() - began
             if ended is not None:
-                left.remove(seat)
-                yield seat, *ended
+                walking.remove(seat)
+                yield ended
 
-    def _advance(self, seat: int) -> tuple[Look, int, Projected | Exception] | None:
-        """A slice of one walk; what came of it, if that was its end."""
-        one = self._of[seat]
+    def _advance(self, seat: int) -> EndedWalk | None:
+        """A slice of one walk; its end, if that is reached."""
+        one = self._walking[seat]
         began = time.perf_counter()
         try:
             while time.perf_counter() < began + SLICE:
                 next(one.work)
-            if self._left[seat] > 0:
+            if self._seconds_left[seat] > 0:
                 return None
             text = f"the constraint takes longer than the {LONGEST:g} seconds allowed to follow; make it simpler"
-            outcome: Projected | Exception = InputError(text)
+            outcome: Projection | Exception = InputError(text)
         except StopIteration as stop:
             outcome = stop.value
         except BaseException as error:
             outcome = contained(error)
         finally:
-            took = time.perf_counter() - began
-            one.seconds, self._left[seat] = one.seconds + took, self._left[seat] - took
-        del self._of[seat]
-        return one.look, one.place, outcome
+            duration = time.perf_counter() - began
+            one.seconds, self._seconds_left[seat] = one.seconds + duration, self._seconds_left[seat] - duration
+        del self._walking[seat]
+        return EndedWalk(seat, one.look, one.place, outcome)

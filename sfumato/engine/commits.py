@@ -1,0 +1,210 @@
+"""What becomes of rows after a step: canvases that have stopped are committed, cut and emitted as events.
+
+A commit ends at an end token, a stop string, the token limit or the end of the context. Rows that go without a canvas
+(the autoregressive baseline with the same weights) commit one token a pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfumato.engine.request import Row
+from sfumato.engine.seats import Seats
+from sfumato.engine.stepper import PendingRead, Stepper
+from sfumato.events import Commit, Done, Usage
+from sfumato.sampling.rules import pick_token
+
+
+class StoppedCanvas(NamedTuple):
+    """A canvas of which some tokens are final."""
+
+    seat: int
+    steps: int
+    tokens: list[int]
+    """The argmax canvas."""
+    settled: int
+    """Leading positions that are final; of a canvas that has stopped all are."""
+
+
+class Commits:
+    """Commits the rows in these seats; rows that go on get their next canvas from the stepper."""
+
+    def __init__(self, seats: Seats, stepper: Stepper) -> None:
+        self.seats, self.stepper, self.config = seats, stepper, seats.config
+
+    def collect(self, reads: Sequence[PendingRead]) -> Iterator[Commit | Done]:
+        """Wait for these reads: rows that have stopped commit, and begin their next canvas if they go on."""
+        for read in reads:
+            values = read.copy.wait()
+            is_done, steps, settled, is_finite = values[:, :4].T.tolist()
+            # A row that has left, or is on a later canvas by now, was answered before.
+            current = [i for i, (row, canvas) in read.rows.items() if self._is_current(i, row, canvas)]
+            for i in (i for i in current if not is_finite[i]):
+                where = f"in step {steps[i]} of canvas {self.seats.row(i).canvas + 1}"
+                self.seats.fail_of_numbers(i, where)
+            current = [i for i in current if is_finite[i]]
+            if stopped := [i for i in current if is_done[i]]:
+                tokens = values[stopped, 4:].tolist()
+                yield from self._commit_canvases(
+                    [StoppedCanvas(i, steps[i], own, len(own)) for i, own in zip(stopped, tokens, strict=True)]
+                )
+                self.stepper.begin([i for i in stopped if not self.seats.row(i).is_over])
+            # Of the others, what has settled ahead of the rest; log-probabilities wait for the whole canvas.
+            ahead = [i for i in current if not is_done[i] and settled[i] > self.seats.row(i).settled]
+            if ahead := [i for i in ahead if not self.seats.row(i).options.logprobs]:
+                tokens = values[ahead, 4:].tolist()
+                for i, own in zip(ahead, tokens, strict=True):
+                    yield from self._commit_prefix(StoppedCanvas(i, steps[i], own, settled[i]))
+
+    def _is_current(self, seat: int, row: Row, canvas: int) -> bool:
+        rows = self.seats.rows
+        return seat < len(rows) and rows[seat] is row and not row.is_over and row.canvas == canvas
+
+    def _commit_canvases(self, stopped: list[StoppedCanvas]) -> Iterator[Commit | Done]:
+        """Cut each canvas at its end.
+
+        Where the row goes on it waits to be encoded with the next canvas's first step; where its log-probabilities are
+        asked for it is encoded now."""
+        each = [self.seats.row(one.seat) for one in stopped]
+        kept: list[list[int]] = []
+        for one, row in zip(stopped, each, strict=True):
+            kept.append([])
+            with self.seats.contained(one.seat):
+                for span, _, _ in row.spans_here():
+                    span.commit()
+                kept[-1] = self._cut(row, one.tokens[row.settled :])
+        encoding = [n for n, row in enumerate(each) if row.options.logprobs and kept[n]]
+        log_p = self._log_probabilities([stopped[n].seat for n in encoding], [kept[n] for n in encoding])
+        log_p_TV = dict(zip(encoding, log_p, strict=True))
+        for n, (one, row) in enumerate(zip(stopped, each, strict=True)):
+            if row.has_failed:
+                continue
+            row.steps += one.steps
+            row.pending = [] if n in log_p_TV else one.tokens[: row.settled] + kept[n]
+            yield from self._emit(one.seat, kept[n], log_p_TV.get(n), one.steps)
+            row.canvas, row.step, row.settled = row.canvas + 1, 0, 0
+
+    def _log_probabilities(self, seats: list[int], kept: list[list[int]]) -> list[Tensor]:
+        """Encode what these rows commit; the log-probabilities of all tokens in each place, [T, V] of each row."""
+        if not seats:
+            return []
+        each = []
+        before_BD = self.seats.last_XD[seats]
+        hidden_BTD = self.seats.encode(kept, seats)
+        for n, (seat, tokens) in enumerate(zip(seats, kept, strict=True)):
+            row = self.seats.row(seat)
+            row.passes += 1
+            hidden_TD = torch.cat([before_BD[n : n + 1], hidden_BTD[n, : len(tokens) - 1]])
+            log_p_TV = torch.log_softmax(self.seats.model.logits(hidden_TD), -1)
+            each.append(log_p_TV)
+            if not bool(torch.isfinite(hidden_TD.sum() + log_p_TV.sum())):
+                self.seats.fail_of_numbers(seat, f"in the encoding of canvas {row.canvas + 1}")
+        return each
+
+    def _commit_prefix(self, one: StoppedCanvas) -> Iterator[Commit | Done]:
+        """What is pinned by now is final, though its canvas goes on; it is encoded with the whole canvas."""
+        row = self.seats.row(one.seat)
+        kept: list[int] = []
+        with self.seats.contained(one.seat):
+            kept = self._cut(row, one.tokens[row.settled : one.settled], is_whole=False)
+        if row.has_failed:
+            return
+        row.settled = one.settled
+        if row.finish_reason is not None:  # a stop string, an end or the limit: the rest does not matter
+            row.steps += one.steps
+        yield from self._emit(one.seat, kept, None, one.steps)
+
+    def decode(self, rows: list[int]) -> Iterator[Commit | Done]:
+        """One token of rows that go without a canvas, from encode's own logits."""
+        if not rows:
+            return
+        each, model = [self.seats.row(i) for i in rows], self.seats.model
+        hidden_BD = self.seats.last_XD[rows]
+        logits_BV = model.logits(hidden_BD)
+        log_p_BV = torch.log_softmax(logits_BV, -1)
+        is_finite = torch.isfinite(hidden_BD.sum(-1) + log_p_BV.sum(-1)).tolist()
+        places = [row.seed for row in each], [len(row.tokens) for row in each]
+        uniform_B = self.stepper.noise.token(rows, *places)
+        for n, (i, row) in enumerate(zip(rows, each, strict=True)):
+            if not is_finite[n]:
+                self.seats.fail_of_numbers(i, f"before token {len(row.tokens) + 1} of the answer")
+                continue
+            if row.lacking > 0:
+                logits_BV[n, list(self.config.eos_ids)] = -torch.inf
+            token = pick_token(logits_BV[n], row.options, uniform_B[n])
+            row.steps, row.passes = row.steps + 1, row.passes + 1
+            kept: list[int] = []
+            with self.seats.contained(i):
+                kept = self._cut(row, [token])
+            if not row.has_failed:
+                yield from self._emit(i, kept, log_p_BV[n : n + 1], 1)
+        if going_on := [i for i in rows if not self.seats.row(i).is_over]:
+            self.seats.encode([[self.seats.row(i).tokens[-1]] for i in going_on], going_on)
+
+    def _cut(self, row: Row, tokens: list[int], is_whole: bool = True) -> list[int]:
+        """The tokens that count: up to eos, a stop string, the token limit or the end of the context.
+
+        `is_whole`: the canvas ends with them."""
+        ends = [n for n, token in enumerate(tokens) if token in self.config.eos_ids and n >= row.lacking]
+        if ends:
+            tokens, row.finish_reason = tokens[: ends[0] + 1], "stop"
+        if row.room is not None and len(tokens) >= row.room:
+            if len(tokens) > row.room or row.finish_reason is None:
+                row.finish_reason = "length"
+            tokens = tokens[: row.room]
+        if row.watch is not None and (keep := row.watch(tokens)) is not None:
+            tokens, row.finish_reason = tokens[:keep], "stop"
+        if any(span.width is None and span.guide.is_over for span in row.spans):
+            row.finish_reason = "stop"  # complete, though there was no room for an end behind it
+        need = row.length if row.request.is_diffusion else 1
+        context = min(self.config.max_position, self.seats.max_capacity)
+        if is_whole and row.finish_reason is None and len(row.prompt) + len(row.tokens) + len(tokens) + need > context:
+            row.finish_reason = "length"
+        return tokens
+
+    def _emit(self, seat: int, tokens: list[int], log_p_TV: Tensor | None, steps: int) -> Iterator[Commit | Done]:
+        """The commit of these tokens, and the end of the row if it comes with them."""
+        row = self.seats.row(seat)
+        row.tokens += tokens
+        row.first_commit = row.first_commit or time.perf_counter() - row.began
+        is_last, request = row.finish_reason is not None, row.request.id
+        logprobs, top = None, None
+        if row.options.logprobs:
+            logprobs, top = _likelihoods(tokens, log_p_TV, row.options.top_logprobs)
+            row.logprobs += logprobs
+        yield Commit(seat, row.canvas, steps, tokens, logprobs, top_logprobs=top, is_last=is_last, request=request)
+        if row.finish_reason is not None:
+            usage = Usage(
+                prompt_tokens=len(row.prompt),
+                tokens=len(row.tokens),
+                canvases=row.canvas + 1 if row.request.is_diffusion else 0,
+                steps=row.steps,
+                passes=row.passes,
+                seconds=time.perf_counter() - row.began,
+                first_commit_seconds=row.first_commit,
+                reused_tokens=row.reused,
+            )
+            logprobs = row.logprobs if row.options.logprobs else None
+            yield Done(seat, row.finish_reason, row.tokens, usage, row.seed, logprobs=logprobs, request=request)
+
+
+def _likelihoods(
+    tokens: list[int], log_p_TV: Tensor | None, top: int
+) -> tuple[list[float], list[dict[Any, float]] | None]:
+    """The log-probabilities of these tokens, and of the `top` likeliest in each place by id (None: not requested).
+
+    A reader puts texts in place of the ids."""
+    if log_p_TV is None:
+        return [], None
+    log_p_TV = log_p_TV[: len(tokens)]
+    ids = torch.tensor(tokens, device=log_p_TV.device, dtype=torch.long)
+    logprobs: list[float] = log_p_TV.gather(1, ids[:, None])[:, 0].tolist()
+    if not top:
+        return logprobs, None
+    values, words = (x.tolist() for x in log_p_TV.topk(min(top, log_p_TV.shape[1])))
+    return logprobs, [dict(zip(*pair, strict=True)) for pair in zip(words, values, strict=True)]
