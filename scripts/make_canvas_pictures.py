@@ -15,7 +15,7 @@ from dataclasses import replace
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -74,13 +74,17 @@ def shown(text: str) -> str:
 
 
 def stream(
-    llm: LLM, sheet: Sheet, prompt: Any, options: Options, spans: Sequence[Span] = ()
+    llm: LLM, sheet: Sheet, prompt: Any, options: Options, spans: Sequence[Span] = (), recorder: Recorder | None = None
 ) -> tuple[list[Draft], Done]:
-    """What `LLM.fill` runs for a sheet, with its drafts."""
+    """What `LLM.fill` runs for a sheet, with its drafts; `recorder` listens to the guide of its first span."""
     options = replace(options, max_tokens=sheet.length, min_tokens=sheet.length, drafts=True)
     before = llm.planner.prompts.encode_before(prompt, sheet)
-    ask = llm.planner.ask(Request(before.tokens, options, sheet.pins, sheet.warm, list(spans)))
-    events = [ask.reader.with_text(event) for event in Run(llm.model, [ask.request])]
+    ask = llm.planner.ask(Request(before, options, sheet.pins, sheet.warm, list(spans)))
+    row = ask.row(llm.model.config, "0")
+    if recorder is not None:
+        recorder.guide = row.spans[0].guide
+        row.spans[0].guide = cast(Guide, recorder)
+    events = [ask.reader.with_text(event) for event in Run(llm.model, [row])]
     return [e for e in events if isinstance(e, Draft)], next(e for e in events if isinstance(e, Done))
 
 
@@ -202,19 +206,20 @@ SCHEMA = {
 class Recorder:
     """A guide that remembers its walks."""
 
-    def __init__(self, guide: Guide) -> None:
-        self._guide = guide
+    guide: Guide
+
+    def __init__(self) -> None:
         self.walks: list[tuple[list[int], Walk]] = []
 
     def walking(
         self, top: Sequence[int], is_sure: Sequence[bool], pick: Pick, bound: float, is_last: bool = False
     ) -> Work[Walk]:
-        walk = yield from self._guide.walking(top, is_sure, pick, bound, is_last)
+        walk = yield from self.guide.walking(top, is_sure, pick, bound, is_last)
         self.walks.append((list(top), replace(walk, tokens=walk.tokens[:])))
         return walk
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._guide, name)
+        return getattr(self.guide, name)
 
 
 def schema_picture(llm: LLM, seed: int, room: int, wanted: Sequence[int]) -> tuple[str, str]:
@@ -222,9 +227,8 @@ def schema_picture(llm: LLM, seed: int, room: int, wanted: Sequence[int]) -> tup
     template = check_template([Slot("record", schema=SCHEMA, at_most=room)])
     sheet = lay_out(EncodedTemplate.of(template, llm.tokenizer), llm.model.config, {"record": room}, seed)
     (span,) = spans_of(sheet, {"record": llm.planner.grammars.compile("schema", SCHEMA)})
-    recorder = Recorder(span.guide)
-    span.guide = recorder  # type: ignore[assignment]
-    _, done = stream(llm, sheet, prompt, Options(seed=seed), [span])
+    recorder = Recorder()
+    _, done = stream(llm, sheet, prompt, Options(seed=seed), [span], recorder)
     text = llm.fill(template, prompt, Options(seed=seed)).text
     assert text == sheet.texts(done.tokens, llm.tokenizer, llm.planner.fillers)["record"], (
         "the picture is not what fill does"

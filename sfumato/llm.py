@@ -57,6 +57,11 @@ Progress = Callable[[int, int], None]
 class LLM:
     """A loaded model. `LLM.load` makes one; `defaults` are the checkpoint's own values for options left open."""
 
+    has_token_ids: bool = True
+    """Whether results carry token ids beside the text: always."""
+    is_remote: bool = False
+    """Whether the model runs elsewhere: it waits here while the caller looks at an event."""
+
     def __init__(
         self,
         model: Model,
@@ -68,6 +73,8 @@ class LLM:
         self.model, self.tokenizer, self.template, self.name = model, tokenizer, template, name
         self.defaults = dict(defaults or {})
         self.planner = Planner(model.config, tokenizer, template, self.defaults, name)
+        self.has_drafts = model.config.is_diffusion
+        """Whether the model has a canvas, so that answers can come with a draft of every step."""
         self._engines = EngineKeeper()
 
     @classmethod
@@ -112,22 +119,7 @@ class LLM:
         """The model of a server at `url`, Sfumato's or any with OpenAI's API: see `Remote`."""
         return Remote(url, api_key, model)
 
-    # ---- what it can do ---------------------------------------------------------------------------------------------
-
-    @property
-    def has_drafts(self) -> bool:
-        """Whether the model has a canvas, so that answers can come with a draft of every step."""
-        return self.model.config.is_diffusion
-
-    @property
-    def has_token_ids(self) -> bool:
-        """Results carry token ids."""
-        return True
-
-    @property
-    def is_remote(self) -> bool:
-        """The model runs in this process, and waits while the caller looks at an event."""
-        return False
+    # ---- options, and what is kept ----------------------------------------------------------------------------------
 
     def check(self, options: Options, is_chat: bool = True) -> None:
         """InputError for what is no Options; values are checked where they are used."""

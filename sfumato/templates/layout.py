@@ -27,7 +27,7 @@ from sfumato.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Place:
+class SlotPlace:
     """A slot's positions in the answer."""
 
     slot: Slot
@@ -44,7 +44,7 @@ class Sheet:
     """Tokens of the template that come with the prompt."""
     pins: dict[int, int]
     warm: dict[int, int]
-    places: list[Place]
+    places: list[SlotPlace]
     length: int
     """Positions that have to be denoised."""
     beyond: str
@@ -122,16 +122,16 @@ def lay_out(
     )
 
 
-def _places(template: EncodedTemplate, config: ModelConfig, widths: Mapping[str, int]) -> list[Place]:
+def _places(template: EncodedTemplate, config: ModelConfig, widths: Mapping[str, int]) -> list[SlotPlace]:
     """Where each slot stands, counted from the first piece. CapacityError for one beyond the context."""
-    places: list[Place] = []
+    places: list[SlotPlace] = []
     end = 0
     for piece, tokens in zip(template.pieces, template.tokens, strict=True):
         if isinstance(piece, str):
             end += len(tokens)
             continue
         width = piece.length or max(widths.get(piece.name, 0), len(tokens))
-        places.append(Place(piece, end, width))
+        places.append(SlotPlace(piece, end, width))
         end += width
         if end > config.max_position:
             raise CapacityError(
@@ -141,7 +141,7 @@ def _places(template: EncodedTemplate, config: ModelConfig, widths: Mapping[str,
     return places
 
 
-def _line(template: EncodedTemplate, places: Sequence[Place]) -> list[int | None]:
+def _line(template: EncodedTemplate, places: Sequence[SlotPlace]) -> list[int | None]:
     """The token at every position of the template; None where a slot stands."""
     line: list[int | None] = []
     following = iter(places)
@@ -150,7 +150,7 @@ def _line(template: EncodedTemplate, places: Sequence[Place]) -> list[int | None
     return line
 
 
-def _warm_tokens(template: EncodedTemplate, places: Sequence[Place], seed: int) -> dict[int, int]:
+def _warm_tokens(template: EncodedTemplate, places: Sequence[SlotPlace], seed: int) -> dict[int, int]:
     """Position -> the token that its slot starts from; the rest of a slot's text starts as noise."""
     warm: dict[int, int] = {}
     following = iter(places)

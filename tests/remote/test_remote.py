@@ -1,169 +1,40 @@
-"""remote/: the client for a server, against a small scripted one that plays a Sfumato server or another host."""
+"""remote/, and the command line over it: the client for a server, against a small scripted one."""
 
 from __future__ import annotations
 
 import io
 import json
-import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from scripted_host import (
+    DRAFT,
+    KEY,
+    TOOL,
+    USAGE,
+    USER,
+    Scripted,
+    as_json,
+    delta,
+    hello,
+    refused,
+    stream,
+)
 
 from sfumato import cli
 from sfumato.cli.view import show
-from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.errors import InputError
 from sfumato.events import Commit, Decision, Done, Draft
 from sfumato.options import Options
-from sfumato.remote import Remote, host
-from sfumato.remote.host import events_of
+from sfumato.remote import Remote
 from sfumato.templates.slots import Slot
-
-KEY = "sk-very-secret-0123"
-USER = [{"role": "user", "content": "Hello?"}]
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-USAGE = {
-    **{"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 3}},
-    **{"steps": 4, "passes": 5, "canvases": 1, "tokens_per_pass": 1.0, "seconds": 0.5, "first_commit_seconds": 0.4},
-}
-DRAFT = {
-    **{"index": 0, "canvas": 0, "step": 2, "pieces": ["Gr", "ün", "", "x"]},
-    **{"entropies": [0.0, 0.5, 1.0, 3.0], "accepted": [True, True, False, False], "end": 2},
-}
-
-
-# ---- the scripted server --------------------------------------------------------------------------------------------
-
-
-Script = Callable[[BaseHTTPRequestHandler, Any], object]
-"""Answers a request, of which it gets the body, by itself."""
-
-
-@dataclass
-class Reply:
-    """What one request is answered. A list goes out as chunks; `is_cut`: the connection ends in the middle."""
-
-    body: bytes | list[bytes] = b""
-    status: int = 200
-    kind: str = "application/json"
-    headers: dict[str, str] = field(default_factory=dict)
-    is_cut: bool = False
-
-
-@dataclass
-class Scripted:
-    url: str
-    replies: dict[str, list[Reply | Script]] = field(default_factory=dict)
-    """Path -> what comes, one after the other; the last one again and again."""
-    requests: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
-    """Path, headers, body."""
-
-    @property
-    def body(self) -> dict[str, Any]:
-        body: dict[str, Any] = self.requests[-1][2]
-        return body
-
-    def says(self, path: str, *replies: Reply | Script) -> None:
-        self.replies[f"/v1{path}"] = list(replies)
-
-
-def as_json(body: Any, status: int = 200, **headers: str) -> Reply:
-    return Reply(json.dumps(body).encode(), status, headers={k.replace("_", "-"): v for k, v in headers.items()})
-
-
-def stream(*payloads: Any, end: bytes = b"data: [DONE]\n\n", is_cut: bool = False) -> Reply:
-    pieces = [b"data: " + json.dumps(one, ensure_ascii=False).encode() + b"\n\n" for one in payloads]
-    return Reply([*pieces, end] if end else pieces, kind="text/event-stream", is_cut=is_cut)
-
-
-def delta(finish_reason: str | None = None, logprobs: Any = None, **fields: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": fields, "logprobs": logprobs, "finish_reason": finish_reason}]}
-
-
-@pytest.fixture
-def server() -> Iterator[Scripted]:
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            with lock:
-                scripted.requests.append((self.path, dict(self.headers), body))
-                waiting = scripted.replies.get(self.path) or [as_json({"detail": "Not Found"}, 404)]
-                reply = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-            self.close_connection = True
-            if not isinstance(reply, Reply):
-                reply(self, body)
-                return
-            self.send_response(reply.status)
-            self.send_header("Content-Type", reply.kind)
-            for name, value in reply.headers.items():
-                self.send_header(name, value)
-            is_chunked = isinstance(reply.body, list)
-            self.send_header(
-                *(("Transfer-Encoding", "chunked") if is_chunked else ("Content-Length", str(len(reply.body))))
-            )
-            self.end_headers()
-            for piece in reply.body if isinstance(reply.body, list) else []:
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-            if isinstance(reply.body, bytes):
-                self.wfile.write(reply.body)
-            elif not reply.is_cut:
-                self.wfile.write(b"0\r\n\r\n")
-
-        do_POST = do_GET
-
-        def log_message(self, *_: Any) -> None: ...
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, *_: Any) -> None: ...  # a client that goes away is part of the script
-
-    httpd = Server(("127.0.0.1", 0), Handler)
-    scripted = Scripted(f"http://127.0.0.1:{httpd.server_port}")
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield scripted
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
-
-
-@pytest.fixture
-def ours(server: Scripted) -> Scripted:
-    card = {"id": "nano", "object": "model", "owned_by": "sfumato", "canvas_length": 16, "max_model_len": 512}
-    server.says("/models", as_json({"object": "list", "data": [card | {"is_diffusion": True}]}))
-    return server
-
-
-@pytest.fixture
-def theirs(server: Scripted) -> Scripted:
-    server.says("/models", as_json({"data": [{"id": "gemma", "owned_by": "vllm", "max_model_len": 4096}]}))
-    return server
-
-
-@pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits before a request is sent again, which here take no time."""
-    waits: list[float] = []
-    monkeypatch.setattr("sfumato.remote.host.time.sleep", waits.append)
-    return waits
-
-
-def hello(**last_fields: Any) -> Reply:
-    last = {"choices": [], "usage": USAGE}
-    return stream(delta(role="assistant", content=""), delta(content="Hello"), delta("stop") | last_fields, last)
-
 
 # ---- a Sfumato server -----------------------------------------------------------------------------------------------
 
@@ -421,256 +292,6 @@ def test_a_host_with_many_models_needs_a_name(server: Scripted) -> None:
     with pytest.raises(InputError, match=r"offers 8 models; name one: model-0, .*model-4 and 3 more"):
         Remote(server.url)
     assert Remote(server.url, model="model-6").name == "model-6"
-
-
-# ---- what goes wrong ------------------------------------------------------------------------------------------------
-
-
-def refused(message: str, status: int, kind: str = "", code: Any = None, **headers: str) -> Reply:
-    return as_json({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, **headers)
-
-
-@pytest.mark.parametrize(
-    ("reply", "error", "words"),
-    [
-        (refused("unknown field 'x'", 400, "invalid_request_error"), InputError, "refuses the request (400): unknown"),
-        (refused("too long", 400, code="context_length_exceeded"), CapacityError, "too long"),
-        (refused("no", 404, code="model_not_found"), InputError, "has no such model: no; name another: nano"),
-        (
-            as_json({"object": "error", "message": "The model `x` does not exist."}, 404),
-            InputError,
-            "has no such model",
-        ),
-        (as_json({"detail": "Not Found"}, 404), InputError, "has no /v1/chat/completions"),
-        (refused("later", 429), BusyError, "is busy (429): later"),
-        (refused("dead", 500, "worker_error"), WorkerError, "failed (500): dead"),
-        (Reply(b"<html>Bad gateway</html>", 502), WorkerError, "failed (502); send"),
-        (Reply(b"", 301, headers={"Location": "https://elsewhere.example/v1"}), InputError, "elsewhere.example"),
-        (Reply(b"<html>welcome</html>", kind="text/html"), InputError, "no JSON object"),
-        (stream({"choices": "none"}), InputError, "another shape"),
-        (stream(delta(content=7)), InputError, "another shape"),
-        (stream({"choices": [], "draft": DRAFT | {"end": 9}}), InputError, "another shape"),
-        (
-            stream(delta(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]), delta("stop")),
-            SfumatoError,
-            "'f'",
-        ),
-        (Reply([b"data: {nonsense\n\n"], kind="text/event-stream"), InputError, "no JSON object"),
-        (stream({"error": {"message": "it died", "type": "worker_error"}}, end=b""), WorkerError, "failed: it died"),
-        (
-            stream({"error": {"message": "bad", "type": "invalid_request_error"}}),
-            InputError,
-            "refuses the request: bad",
-        ),
-        (stream(delta(content="Hel")), WorkerError, "in the middle"),
-        (stream(delta(content="Hel"), end=b""), WorkerError, "in the middle"),
-        (stream(delta(content="Hel"), end=b"", is_cut=True), WorkerError, "broke off"),
-    ],
-)
-def test_an_error_is_one_sentence_of_its_kind(
-    ours: Scripted, reply: Reply, error: type[SfumatoError], words: str
-) -> None:
-    ours.says("/chat/completions", reply)
-    remote = Remote(ours.url)
-    with pytest.raises(SfumatoError) as caught:
-        remote.chat(USER)
-    assert isinstance(caught.value, error) and isinstance(caught.value, InputError) == issubclass(error, InputError)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_what_came_before_a_cut_was_given(ours: Scripted) -> None:
-    ours.says("/chat/completions", stream(delta(content="Hel"), end=b"", is_cut=True))
-    events = Remote(ours.url).stream(USER)
-    first = next(events)
-    assert isinstance(first, Commit) and first.text == "Hel"
-    with pytest.raises(WorkerError, match="broke off"):
-        next(events)
-
-
-def test_a_wrong_key_is_never_repeated(server: Scripted) -> None:
-    server.says("/models", refused(f"Incorrect API key provided: {KEY}\x1b[2J.", 401, "authentication_error"))
-    with pytest.raises(InputError, match=r"refuses this API key \(401\): Incorrect .*; give another") as caught:
-        Remote(server.url, KEY)
-    assert KEY not in str(caught.value) and "\x1b" not in str(caught.value)
-    with pytest.raises(InputError, match="wants an API key"):
-        Remote(server.url)
-    with pytest.raises(InputError, match="API key") as caught:
-        Remote(server.url, KEY + "\n")
-    assert KEY not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "localhost:8000",
-        "ftp://h/",
-        "http://",
-        "http://h:99999",
-        "http://h/?q",
-        "http://h/a b",
-        "http://h\n/",
-        "http://[::",
-    ],
-)
-def test_a_url_that_cannot_be_is_refused(url: str) -> None:
-    with pytest.raises(InputError, match=r"^the URL .*; (give|write)"):
-        Remote(url)
-
-
-def test_a_password_in_a_url_is_not_repeated() -> None:
-    with pytest.raises(InputError, match="user name or password") as caught:
-        Remote(f"http://me:{KEY}@localhost:1")
-    assert KEY not in str(caught.value)
-
-
-def test_a_busy_host_is_asked_again_when_it_says(ours: Scripted, naps: list[float]) -> None:
-    busy = refused("queue full", 503, "overloaded_error", Retry_After="3")
-    ours.says("/chat/completions", busy, Reply(b"", 503), hello())
-    remote = Remote(ours.url)
-    assert remote.chat(USER).text == "Hello" and naps == [3.0, 0.5]
-    ours.says("/chat/completions", busy)
-    with pytest.raises(BusyError, match=r"is busy \(503\): queue full"):
-        remote.chat(USER)
-    assert naps[2:] == [3.0, 3.0]
-    ours.says("/chat/completions", refused("closed", 503, "worker_error", Retry_After="3600"))
-    with pytest.raises(WorkerError, match="closed"):
-        remote.chat(USER)
-    assert len(naps) == 4
-
-
-def test_a_stream_that_has_begun_is_not_asked_for_again(ours: Scripted, naps: list[float]) -> None:
-    ours.says("/chat/completions", stream({"error": {"message": "full", "type": "overloaded_error"}}), hello())
-    with pytest.raises(BusyError):
-        Remote(ours.url).chat(USER)
-    assert naps == []
-
-
-def test_nobody_there_is_tried_three_times(naps: list[float]) -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))  # bound, but not listening
-        with pytest.raises(WorkerError, match=r"no server at http://127.0.0.1:\d+ \(connection refused\)"):
-            Remote(f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert naps == [0.25, 0.5]
-
-
-def test_silence_has_an_end(ours: Scripted) -> None:
-    is_over = threading.Event()
-    ours.says("/chat/completions", lambda *_: is_over.wait(20))
-    try:
-        with pytest.raises(WorkerError, match=r"was silent for 0.2 s"):
-            Remote(ours.url, timeout=0.2).chat(USER)
-    finally:
-        is_over.set()
-
-
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        (b"HTTP/1.1 413 No\r\ncontent-length: 22\r\n\r\n" + b'{"detail":"send less"}', r"\(413\): send less"),
-        (b"", r"broke off while a request of \d+ bytes was sent; send less"),
-    ],
-)
-def test_an_answer_that_comes_before_all_is_sent_is_the_answer(ours: Scripted, answer: bytes, words: str) -> None:
-    remote = Remote(ours.url)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def refuse() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1000)
-                connection.sendall(answer)
-                time.sleep(0.3)  # and goes, with most of the request unread
-
-        thread = threading.Thread(target=refuse)
-        thread.start()
-        remote._host = host.Host(f"http://127.0.0.1:{listener.getsockname()[1]}", None, 20)
-        with pytest.raises(SfumatoError, match=words):
-            remote.complete("a" * (32 << 20))
-        thread.join()
-
-
-def test_who_speaks_no_tls_is_told_so(ours: Scripted) -> None:
-    with pytest.raises(SfumatoError, match="check the URL"):
-        Remote(ours.url.replace("http:", "https:"))
-
-
-@pytest.mark.parametrize(
-    ("url", "is_exposed"),
-    [
-        *[("http://127.0.0.1", 0), ("http://10.1.2.3", 0), ("http://localhost", 0), ("https://h.example", 0)],
-        *[("http://h.example", 1), ("http://8.8.8.8", 1), ("http://[::1]", 0)],
-    ],
-)
-def test_a_key_in_the_clear_is_noticed(url: str, is_exposed: int) -> None:
-    assert host.Host(url, KEY, 1.0).is_key_exposed is bool(is_exposed)
-    assert not host.Host(url, None, 1.0).is_key_exposed
-
-
-@pytest.mark.parametrize(
-    ("messages", "words"),
-    [
-        (["hello"], "message 0 is str"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "tool call 0 of message 0"),
-        ([{"role": "user", "content": {1, 2}}], "cannot be written as JSON"),
-        ([{"role": "user", "content": float("nan")}], "cannot be written as JSON"),
-    ],
-)
-def test_a_conversation_that_cannot_be_sent_is_an_input_error(ours: Scripted, messages: Any, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        Remote(ours.url).chat(messages)
-    assert len(ours.requests) == 1
-
-
-# ---- server-sent events ---------------------------------------------------------------------------------------------
-
-STREAM = "\ufeff: hi\n\ndata: Grün 🎨\r\n\r\nevent: x\rdata:two\rdata:  lines\r\rid: 1\n\ndata\n\ndata: cut".encode()
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, len(STREAM)])
-def test_events_are_the_same_wherever_the_bytes_are_split(size: int) -> None:
-    chunks = [STREAM[n : n + size] for n in range(0, len(STREAM), size)]
-    assert list(events_of(chunks)) == ["Grün 🎨", "two\n lines", ""]
-
-
-def test_bytes_that_are_no_text_do_not_stop_a_stream() -> None:
-    assert list(events_of([b"data: a\xffb\n", b"", b"\n"])) == ["a\ufffdb"]
-
-
-@pytest.mark.parametrize("piece", [b"x" * 65536, b"data: " + b"x" * 65530 + b"\n"])
-def test_an_event_has_a_bound(piece: bytes) -> None:
-    size = 0
-
-    def endless() -> Iterator[bytes]:
-        nonlocal size
-        yield b"data: "
-        while True:
-            size += len(piece)
-            yield piece
-
-    assert list(events_of(endless())) == [None]
-    assert size <= host.LIMIT + 2 * len(piece)
-
-
-def test_a_stream_may_be_longer_than_the_bound_of_an_event() -> None:
-    piece = b": " + b"x" * 65533 + b"\n" + b"data: y\n\n"
-    assert sum(event == "y" for event in events_of(piece for _ in range(300))) == 300
-
-
-def test_an_answer_has_a_bound(ours: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    remote = Remote(ours.url)
-    monkeypatch.setattr(host, "LIMIT", 1 << 20)
-    ours.says("/infill", Reply(b'"' + b"x" * (1 << 20) + b'"'))
-    ours.says("/chat/completions", Reply([b"data: ", *[b"x" * 65536] * 17], kind="text/event-stream"))
-    with pytest.raises(InputError, match="larger than 1 MiB"):
-        remote.infill("a", "b")
-    with pytest.raises(InputError, match="larger than 1 MiB"):
-        remote.chat(USER)
-
-
-def test_split_bytes_through_http(ours: Scripted) -> None:
-    data = b"".join(stream(delta(content="Grün 🎨"), delta("stop")).body)  # type: ignore[arg-type]
-    ours.says("/chat/completions", Reply([data[n : n + 1] for n in range(len(data))], kind="text/event-stream"))
-    assert Remote(ours.url).chat(USER).text == "Grün 🎨"
 
 
 # ---- in the terminal ------------------------------------------------------------------------------------------------
