@@ -15,7 +15,7 @@ from sfumato.server.canvas.bodies import EditRequest, FillRequest, InfillRequest
 from sfumato.server.http import bodies as http_bodies
 from sfumato.server.http import options as http_options
 from sfumato.server.http.errors import Refusal
-from sfumato.server.http.options import OptionsBody, listed, range_of
+from sfumato.server.http.options import SET_BY_OTHERS, OptionsBody, listed, range_of
 from sfumato.server.openai.bodies import ChatRequest, CompletionRequest, Sampled
 from sfumato.server.openai.items import ResponsesRequest
 from sfumato.server.settings import Limits
@@ -121,3 +121,8 @@ def test_ranges_are_the_declared_ones_but_for_openais_temperature() -> None:
             declared_range = (option.about.minimum, option.about.maximum)
             assert (minimum, maximum) == ((0.0, 2.0) if name == "temperature" else declared_range)
     assert {entry["maximum"] for entry in listed({}) if OPTIONS[entry["name"]].about.maximum == BIG} == {None}
+
+
+def test_every_option_has_its_field() -> None:
+    names = {info.alias or name for name, info in ChatRequest.model_fields.items()}
+    assert OPTIONS.keys() - names == {"must_call"} == set(SET_BY_OTHERS)
