@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -52,7 +53,7 @@ def run(text: str, inputs: dict[str, Tensor], outputs: int) -> list[Tensor]:
         if name == ".reg":
             continue
         target, operands = rest[0], [value(each) for each in rest[1:]]
-        known = {
+        instructions: dict[str, Callable[..., Tensor]] = {
             "mov.b32": lambda a: a,
             "and.b32": lambda a, b: a & b,
             "shl.b32": lambda a, b: a << b & LOW,
@@ -61,5 +62,5 @@ def run(text: str, inputs: dict[str, Tensor], outputs: int) -> list[Tensor]:
             "fma.rn.bf16x2": lambda *each: fused("bf16x2", *each),
             "fma.rn.f16x2": lambda *each: fused("f16x2", *each),
         }
-        registers[target] = known[name](*operands)
+        registers[target] = instructions[name](*operands)
     return [registers[f"${i}"] for i in range(outputs)]

@@ -1,7 +1,7 @@
 """How a test module runs kernels under Triton's interpreter.
 
 The interpreter is chosen while triton is imported, for the whole process, and would slow or break whatever else uses
-triton there. So the tests of a module run in one child process, and the parent's tests look up what became of each:
+triton there. So the tests of a module run in one child process, and the parent's tests look up the result of each:
 
     pytest.importorskip("triton")
     import triton_interpreter
@@ -34,7 +34,7 @@ SECONDS = 600
 
 
 def in_a_child(module: dict[str, Any]) -> None:
-    """Make each test of this module a look at what became of it in the child."""
+    """Make each test of this module a look at its result in the child."""
     if not IS_ON:
         for name, value in list(module.items()):
             if name.startswith("test_") and callable(value):
@@ -127,7 +127,7 @@ if IS_ON:
 
 def _verdict(case: ElementTree.Element) -> tuple[str, str]:
     for tag, verdict in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-        found = case.find(tag)
-        if found is not None:
-            return verdict, found.text or found.get("message") or ""
+        element = case.find(tag)
+        if element is not None:
+            return verdict, element.text or element.get("message") or ""
     return "passed", ""

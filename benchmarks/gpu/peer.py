@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,7 +42,7 @@ def beside(setting: Setting) -> dict[str, Any]:
         "transformers": lambda: peers.steps_of_theirs(theirs, model, plan, STEPS),
         "sfumato": lambda: peers.steps_of(model, plan, STEPS),
     }
-    for one in runs.values():
+    for one in list[Callable[[], list[float]]](runs.values()):
         one()
     steps = peers.pooled(runs, min(seconds, setting.left - 5))
     ms = {name: 1e3 * timing.median for name, timing in steps.items()}

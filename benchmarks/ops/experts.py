@@ -27,7 +27,7 @@ def cases(size: str, device: str) -> Iterator[Case]:
     weight, index = score.topk(top, dim=-1)
     if size == "odd":  # half of the experts stay empty
         index = index % (count // 2)
-    woken = len(index.unique()) / count
+    woken = len(torch.unique(index)) / count
     yield Case(
         f"{tokens} tokens, {top} of {count} experts",
         {"x": exactly(tokens, width, device=device), "index": index, "weight": weight},

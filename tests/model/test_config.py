@@ -1,4 +1,4 @@
-"""config.json in every spelling and generation_config.json; hostile values; the released model at its true size."""
+"""model/config.py: config.json in every spelling and generation_config.json; hostile values; the released model's size."""
 
 from __future__ import annotations
 

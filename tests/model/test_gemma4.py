@@ -1,4 +1,6 @@
-"""Gemma 4: its config and names read as ours, and the same logits and greedy text as transformers 5.23, in float32."""
+"""model/network.py as Gemma 4, and checkpoints/formats/gemma4.py: its config and names read as ours.
+
+And the same logits and greedy text as transformers 5.23, in float32."""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,8 @@ def oracle_of(config: ModelConfig, seed: int, **more: Any) -> Any:
     """transformers' Gemma4ForConditionalGeneration of this config, all its text tensors randomised."""
     from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
-    model = Gemma4ForConditionalGeneration(Gemma4Config(**config.to_dict() | more)).float()
+    whole: Any = Gemma4ForConditionalGeneration(Gemma4Config(**config.to_dict() | more))
+    model = whole.float()
     scalars = [pair for pair in model.named_buffers() if pair[0].endswith("layer_scalar")]
     text = [pair for pair in model.named_parameters() if "vision" not in pair[0]]
     tiny.randomise_(text + scalars, seed, sharp=1.5, mix=1.0)
@@ -132,9 +135,9 @@ def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
 def twin(theirs: Any, name: str = "reference") -> Model:
     """Our model with the oracle's weights, by our table of names."""
     model = Model(ModelConfig.from_dict(theirs.config.to_dict()), ops.load(name))
-    found = gemma4.released(entries_of(theirs.state_dict()))
-    wanted = {own: found[tiny.oracle_name(own)] for own in model.state_dict()}
-    model.load_state_dict({own: entry.read(0, entry.shape[0]) for own, entry in wanted.items()})
+    results = gemma4.released(entries_of(theirs.state_dict()))
+    expected = {own: results[tiny.oracle_name(own)] for own in model.state_dict()}
+    model.load_state_dict({own: entry.read(0, entry.shape[0]) for own, entry in expected.items()})
     return model.requires_grad_(False).eval().pack_()
 
 
@@ -224,29 +227,29 @@ def test_the_names_that_transformers_saves(tmp_path: Path) -> None:
     assert ModelConfig.from_dict(saved) == config
     with safe_open(str(tmp_path / "model.safetensors"), "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    found = gemma4.released(entries_of(stored))
-    assert all(entry.name == name for name, entry in found.items())
+    results = gemma4.released(entries_of(stored))
+    assert all(entry.name == name for name, entry in results.items())
 
     ours = Model(config, ops.load("reference")).state_dict()
     of_ours = {tiny.oracle_name(own): tuple(tensor.shape) for own, tensor in ours.items()}
-    others = {name: entry.shape for name, entry in found.items() if name not in of_ours}
-    assert {name: found[name].shape for name in of_ours} == of_ours
+    others = {name: entry.shape for name, entry in results.items() if name not in of_ours}
+    assert {name: results[name].shape for name in of_ours} == of_ours
     assert others and all(
         name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision.")) for name in others
     )
     assert not any("self_conditioning" in name for name in ours)
-    back = [gemma4.name_of(name) for name in found]
+    back = [gemma4.name_of(name) for name in results]
     assert sorted(name for name in back if name is not None) == sorted(stored)
-    assert len(found) == len(stored) + len(config.layers)
+    assert len(results) == len(stored) + len(config.layers)
 
 
 def test_a_layer_scalar_goes_to_both_directions() -> None:
     theirs = oracle(0)
     ours, layers = twin(theirs), theirs.model.language_model.layers
     assert len({float(layer.layer_scalar) for layer in layers}) == len(layers)
-    found = ours.state_dict()
+    results = ours.state_dict()
     for index, layer in enumerate(layers):
-        both = [float(found[f"layers.{index}.{kind}_scalar"]) for kind in ("encode", "denoise")]
+        both = [float(results[f"layers.{index}.{kind}_scalar"]) for kind in ("encode", "denoise")]
         assert both == [float(layer.layer_scalar)] * 2
     assert gemma4.name_of("model.decoder.layers.3.layer_scalar") is None
     assert gemma4.name_of("model.encoder.language_model.layers.3.layer_scalar") == (
@@ -270,10 +273,10 @@ def test_a_layer_scalar_goes_to_both_directions() -> None:
         ("", None),
     ],
 )
-def test_names(name: str, wanted: str | None) -> None:
-    assert gemma4.released_name_of(name) == wanted
-    if wanted is not None:
-        assert gemma4.name_of(wanted) == name
+def test_names(name: str, expected: str | None) -> None:
+    assert gemma4.released_name_of(name) == expected
+    if expected is not None:
+        assert gemma4.name_of(expected) == name
 
 
 @pytest.mark.parametrize(
@@ -295,9 +298,9 @@ def test_a_tensor_without_a_place_is_named() -> None:
 def test_names_that_are_released_already_stay() -> None:
     """As files of our own have them; a scalar for encode is only made where there is none."""
     scalars = [f"model.{side}.layers.0.layer_scalar" for side in ("decoder", "encoder.language_model")]
-    found = gemma4.released(entries_of({name: torch.tensor([float(n)]) for n, name in enumerate(scalars)}))
-    assert [float(found[name].read(0, 1)) for name in scalars] == [0.0, 1.0]
-    assert gemma4.released(found) == found
+    results = gemma4.released(entries_of({name: torch.tensor([float(n)]) for n, name in enumerate(scalars)}))
+    assert [float(results[name].read(0, 1)) for name in scalars] == [0.0, 1.0]
+    assert gemma4.released(results) == results
     alone = gemma4.released(entries_of({scalars[0]: torch.ones(1)}))
     assert sorted(alone) == sorted(scalars) and all(entry.name == name for name, entry in alone.items())
 
@@ -323,14 +326,14 @@ def test_logits(seed: int, name: str) -> None:
     window = ours.config.window
     length = 3 * window + seed
     prompt_BT = tokens(ours.config, 2, length, seed)
-    wanted = their_logits(theirs, [prompt_BT])[0]
-    assert float(wanted.std()) > 0.5
+    expected = their_logits(theirs, [prompt_BT])[0]
+    assert float(expected.std()) > 0.5
     # The window has a say here, or nothing was compared.
-    assert furthest(their_logits(theirs, [prompt_BT[:, -window:]])[0][:, -1], wanted[:, -1]) > 0.01
+    assert furthest(their_logits(theirs, [prompt_BT[:, -window:]])[0][:, -1], expected[:, -1]) > 0.01
     for chunks in ([length], [1] * length, [window + 1, 1, length - window - 2]):
         cache = KVCache.allocate(ours.config, 2, length)
-        found = [ours.logits(ours.encode(part, cache)) for part in prompt_BT.split(chunks, dim=1)]
-        assert furthest(torch.cat(found, dim=1), wanted) < CLOSE
+        results = [ours.logits(ours.encode(part, cache)) for part in torch.split(prompt_BT, chunks, dim=1)]
+        assert furthest(torch.cat(results, dim=1), expected) < CLOSE
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -341,24 +344,24 @@ def test_greedy_continuation_step_by_step(seed: int) -> None:
     prompt_BT = tokens(ours.config, 1, 2 * ours.config.window + 1, 50 + seed)
     text_BT = prompt_BT
     cache = KVCache.allocate(ours.config, 1, prompt_BT.shape[1] + count)
-    part_BT, wanted, log_p, margins = prompt_BT, [], [], []
+    part_BT, expected, log_p, margins = prompt_BT, [], [], []
     for _ in range(count):
         logits_BV = their_logits(theirs, [text_BT])[0][:, -1]
         assert furthest(ours.logits(ours.encode(part_BT, cache))[:, -1], logits_BV) < CLOSE
         best = logits_BV.topk(2).values[0]
         margins.append(float(best[0] - best[1]))
         part_BT = logits_BV.argmax(-1, keepdim=True)
-        wanted.append(int(part_BT))
+        expected.append(int(part_BT))
         log_p.append(float(torch.log_softmax(logits_BV, -1).max()))
         text_BT = torch.cat([text_BT, part_BT], dim=1)
     assert min(margins) > 10 * CLOSE, "two tokens tie: choose another seed"
     ours.config = dataclasses.replace(ours.config, eos_ids=())
     events = list(Run(ours, [prompt_BT[0].tolist()], dataclasses.replace(GREEDY, max_tokens=count)))
     done = events[-1]
-    assert isinstance(done, Done) and done.tokens == wanted
+    assert isinstance(done, Done) and done.tokens == expected
     assert done.logprobs == pytest.approx(log_p, abs=CLOSE)
     assert (done.usage.canvases, done.usage.passes, done.finish_reason) == (0, count, "length")
-    assert [event.tokens for event in events if isinstance(event, Commit)] == [[token] for token in wanted]
+    assert [event.tokens for event in events if isinstance(event, Commit)] == [[token] for token in expected]
 
 
 def test_the_engine_and_the_oracles_own_generate() -> None:
@@ -368,11 +371,12 @@ def test_the_engine_and_the_oracles_own_generate() -> None:
     ours.config = dataclasses.replace(ours.config, eos_ids=())
     # A mask, as a token of the prompt is the padding too; eos is None, so that none ends the text.
     how: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    wanted = [theirs.generate(p, attention_mask=torch.ones_like(p), **how)[0, p.shape[1] :].tolist() for p in prompts]
-    run = Run(ours, [p[0].tolist() for p in prompts], dataclasses.replace(GREEDY, max_tokens=9), settings=EngineSettings(chunk=5))
-    found = {event.row: event.tokens for event in run if isinstance(event, Done)}
-    assert [found[0], found[1]] == wanted
-    assert wanted[0] != wanted[1]
+    expected = [theirs.generate(p, attention_mask=torch.ones_like(p), **how)[0, p.shape[1] :].tolist() for p in prompts]
+    options = dataclasses.replace(GREEDY, max_tokens=9)
+    run = Run(ours, [p[0].tolist() for p in prompts], options, settings=EngineSettings(chunk=5))
+    results = {event.row: event.tokens for event in run if isinstance(event, Done)}
+    assert [results[0], results[1]] == expected
+    assert expected[0] != expected[1]
 
 
 # ---- what needs a canvas is refused ---------------------------------------------------------------------------------
@@ -458,7 +462,7 @@ def test_text_is_written_one_token_after_another(llm: Any) -> None:
 def test_what_a_template_needs_is_refused_in_one_sentence(llm: Any) -> None:
     from sfumato.templates.slots import Slot
 
-    asked = {
+    requests: dict[str, Callable[[], object]] = {
         "a template": lambda: [llm.fill(["a", Slot("b", length=1)]), llm.infill("a", "b")],
         "edit": lambda: llm.edit("abc", "louder"),
         "decide": lambda: llm.decide("x", {"a": ["b", "c"]}),
@@ -467,7 +471,7 @@ def test_what_a_template_needs_is_refused_in_one_sentence(llm: Any) -> None:
         "regex": lambda: llm.complete("x", Options(regex="a")),
         "schema": lambda: llm.complete("x", Options(schema={})),
     }
-    for what, call in asked.items():
+    for what, call in requests.items():
         with pytest.raises(InputError, match=f"^{what} needs a canvas, and Gemma 4 has none; .* DiffusionGemma"):
             call()
     with pytest.raises(InputError, match="a template needs a canvas"):
@@ -484,14 +488,15 @@ def test_a_checkpoint_is_converted_and_read_by_both(tmp_path: Path) -> None:
     theirs = oracle(0)
     theirs.save_pretrained(tmp_path / "theirs")
     convert.convert(tmp_path / "theirs", "bf16", tmp_path / "bf16")
-    back, report = Gemma4ForConditionalGeneration.from_pretrained(tmp_path / "bf16", output_loading_info=True)
+    loader: Any = Gemma4ForConditionalGeneration
+    back, report = loader.from_pretrained(tmp_path / "bf16", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ours, stored = twin(theirs).state_dict(), twin(back).state_dict()
     assert all(torch.equal(stored[name].float(), tensor.bfloat16().float()) for name, tensor in ours.items())
     convert.convert(tmp_path / "theirs", "int8", tmp_path / "int8")
     model = load(tmp_path / "int8", PLAIN)
     prompt = tokens(model.config, 1, 20, 0)
-    exact, found = (m.logits(m.encode(prompt, KVCache.allocate(m.config, 1, 32))) for m in (twin(theirs), model))
-    assert 0 < (found - exact).norm() / exact.norm() < 0.1
+    exact, got = (m.logits(m.encode(prompt, KVCache.allocate(m.config, 1, 32))) for m in (twin(theirs), model))
+    assert 0 < (got - exact).norm() / exact.norm() < 0.1
     with pytest.raises(InputError, match="is written of DiffusionGemma alone"):
         convert.convert(tmp_path / "theirs", "compressed-fp8", tmp_path / "other")

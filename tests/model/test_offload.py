@@ -1,4 +1,4 @@
-"""Weights that do not fit are streamed: the plan, the order of copies, and bit for bit the model without it.
+"""model/offload.py: the plan, the order of copies, and bit for bit the model without it.
 
 The device is the CPU here, its buffers other memory than the host's. What CUDA adds, copies that arrive late, is
 played by a link that lets them arrive when they are waited for and no earlier.
@@ -31,6 +31,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.model.offload import Placement, attach_, is_streamed, offload_, packed_bytes, plan, sizes_of, to_host
 from sfumato.ops import reference
+from sfumato.ops.contract import Matrix
 from sfumato.ops.packed import Packed
 from sfumato.options import Options
 
@@ -65,17 +66,17 @@ def least_limit(model: Model) -> int:
 def run_all(model: Model, passes: int = 2) -> list[Tensor]:
     """Hidden states of every way through the stack, several times over."""
     dice, config = torch.Generator().manual_seed(3), model.config
-    found = []
+    outputs = []
     with torch.inference_mode():
         for _ in range(passes):
             cache = KVCache.allocate(config, 2, 64, model.device, model.dtype)
             tokens = torch.randint(0, config.vocab_size, (2, 9), generator=dice).to(model.device)
             canvas = torch.randint(0, config.vocab_size, (2, config.canvas_length), generator=dice).to(model.device)
-            found.append(model.encode(tokens, cache))
+            outputs.append(model.encode(tokens, cache))
             soft = model.denoise(canvas, cache)
-            found += [soft, model.denoise(canvas, cache, soft)]
-            found += model.encode_and_denoise(tokens[:, :4], [4, 3], canvas, cache)
-    return found
+            outputs += [soft, model.denoise(canvas, cache, soft)]
+            outputs += model.encode_and_denoise(tokens[:, :4], [4, 3], canvas, cache)
+    return outputs
 
 
 def all_equal(one: list[Tensor], two: list[Tensor]) -> bool:
@@ -182,11 +183,11 @@ def test_a_loader_can_know_the_sizes_before(name: str) -> None:
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in Model(model.config, model.ops).state_dict().items()}
     matrices = ("gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj")
-    found = {
+    sizes = {
         key: packed_bytes(shape, model.dtype, model.ops.pack) if set(key.split(".")) & set(matrices) else None
         for key, shape in shapes.items()
     }
-    assert {key: size for key, size in found.items() if size is not None}.items() <= sizes_of(model).items()
+    assert {key: size for key, size in sizes.items() if size is not None}.items() <= sizes_of(model).items()
     assert shapes.keys() == sizes_of(model).keys()
 
 
@@ -228,8 +229,9 @@ def test_the_engine_writes_the_same(name: str) -> None:
         assert answers(model) == expected
 
 
-def pack_all_parts(weight: Tensor) -> Packed:
+def pack_all_parts(weight: Matrix) -> Packed:
     """A packed weight that has every part there is."""
+    assert isinstance(weight, Tensor)
     scale = weight.abs().amax(-1, keepdim=True) / 127
     codes = torch.round(weight / scale + 127).to(torch.uint8)
     return Packed(
@@ -311,10 +313,10 @@ def test_copies_run_ahead_and_none_is_read_too_soon_or_overwritten(
     for block in blocks(model):  # behind the feeder's own hook
         block.register_forward_pre_hook(lambda block, _: ran.append((block.index, len(link.began))))
     assert all_equal(run_all(model, passes=3), expected)
-    begun = [next(layer_of[p] for _, host in pairs if (p := host.data_ptr()) in layer_of) for pairs in link.began]
+    started = [next(layer_of[p] for _, host in pairs if (p := host.data_ptr()) in layer_of) for pairs in link.began]
     passes = 3 * 4
     # Each pass streams each layer once, in order, and at the end those that the next pass begins with are on their way.
-    assert begun == (order * (passes + 1))[: passes * len(order) + buffers]
+    assert started == (order * (passes + 1))[: passes * len(order) + buffers]
     # When a block runs, behind the first pass's first, every buffer but its own is being filled with what follows.
     streamed = [count for layer, count in ran if layer in order]
     assert streamed == [1, *range(1 + buffers, passes * len(order) + buffers)]
@@ -328,14 +330,14 @@ def test_buffers_are_reused_and_residents_stay_where_they_are() -> None:
     resident = {name: value.data_ptr() for name, value in model.named_parameters() if "experts" not in name}
     placement = offload_(model, limit_for(model, 3))
     assert placement.total_bytes == limit_for(model, 3) and len(placement.streamed) == 3
-    seen: list[int] = []
+    calls: list[int] = []
     host = {n: blocks(model)[n].experts.down_proj.data_ptr() for n in placement.streamed}
     for n in placement.streamed:  # behind the feeder's own hook
-        blocks(model)[n].register_forward_pre_hook(lambda block, _: seen.append(block.experts.down_proj.data_ptr()))
+        blocks(model)[n].register_forward_pre_hook(lambda block, _: calls.append(block.experts.down_proj.data_ptr()))
     run_all(model)
-    assert len(seen) == 8 * 3 and len(set(seen)) == 2, "two buffers, whoever comes"
-    assert not set(seen) & set(host.values())
-    assert all(one != two for one, two in pairwise(seen)), "taken in turns"
+    assert len(calls) == 8 * 3 and len(set(calls)) == 2, "two buffers, whoever comes"
+    assert not set(calls) & set(host.values())
+    assert all(one != two for one, two in pairwise(calls)), "taken in turns"
     assert {name: value.data_ptr() for name, value in model.named_parameters() if "experts" not in name} == resident
     # Of three layers one is in neither buffer: its attribute is the host's tensor again.
     now = {n: blocks(model)[n].experts.down_proj.data_ptr() for n in placement.streamed}
@@ -344,32 +346,32 @@ def test_buffers_are_reused_and_residents_stay_where_they_are() -> None:
 
 def test_on_cuda_a_copy_stands_between_what_was_computed_and_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `_begin` and `_wait_for` ask of CUDA, in which order; a GPU's own test is below."""
-    said: list[tuple[object, ...]] = []
+    log: list[tuple[object, ...]] = []
 
     class Link:
         device = torch.device("cpu")
 
         def wait_stream(self, other: object) -> None:
-            said.append(("copies wait for", other))
+            log.append(("copies wait for", other))
 
     class Current:
         def wait_event(self, event: object) -> None:
-            said.append(("computing waits for", event))
+            log.append(("computing waits for", event))
 
     class Event:
         def record(self, stream: object) -> None:
-            said.append(("event on", stream))
+            log.append(("event on", stream))
 
     class View:
         def copy_(self, host: object, non_blocking: bool) -> None:
-            said.append(("copy", host, non_blocking))
+            log.append(("copy", host, non_blocking))
 
     current, link = Current(), Link()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "Event", Event)
 
     def on(stream: object) -> nullcontext[None]:
-        said.append(("on", stream))
+        log.append(("on", stream))
         return nullcontext()
 
     monkeypatch.setattr(torch.cuda, "stream", on)
@@ -377,8 +379,8 @@ def test_on_cuda_a_copy_stands_between_what_was_computed_and_its_event(monkeypat
     event = offload._begin(pairs, link)  # type: ignore[arg-type]
     offload._wait_for(event, link)  # type: ignore[arg-type]
     copies = [("copy", "data", True), ("copy", "scale", True)]
-    assert said[:-1] == [("copies wait for", current), ("on", link), *copies, ("event on", link)]
-    assert said[-1] == ("computing waits for", event)
+    assert log[:-1] == [("copies wait for", current), ("on", link), *copies, ("event on", link)]
+    assert log[-1] == ("computing waits for", event)
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
@@ -513,7 +515,11 @@ def test_cuda_streams_the_same_answers(buffers: int) -> None:
 @pytest.mark.gpu
 def test_cuda_engine_writes_the_same() -> None:
     def answer(model: Model) -> list[int]:
-        events = list(generate(model, [[2, *range(20, 60)]], Options(max_tokens=82, seed=5), settings=EngineSettings(record=False)))
+        events = list(
+            generate(
+                model, [[2, *range(20, 60)]], Options(max_tokens=82, seed=5), settings=EngineSettings(record=False)
+            )
+        )
         return next(event.tokens for event in events if isinstance(event, Done))
 
     expected, model = answer(load("nano", replace(PLAIN, device="cuda"))), load("nano", replace(PLAIN, device="cuda"))

@@ -1,4 +1,4 @@
-"""The same numbers and the same decisions as transformers 5.23, on random checkpoints drawn over configurations.
+"""model/network.py and the engine: the same numbers and decisions as transformers 5.23, on random checkpoints.
 
 Three levels. Logits: encode and denoise, in one pass and in chunks, alone and in ragged batches. Decisions: whole
 `generate` runs of the oracle are recorded step by step, and our rules, fed its canvas, soft embedding and dice, decide
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,12 +109,13 @@ def test_the_angles_of_both_kinds_of_layer(seed: int, factor: float | None) -> N
     raw = tiny.random_config(seed).to_dict()
     for rope in raw["text_config"]["rope_parameters"].values():
         rope |= {} if factor is None else {"factor": factor}
-    theirs = DiffusionGemmaTextRotaryEmbedding(DiffusionGemmaConfig(**copy.deepcopy(raw)).text_config)
+    text_config: Any = DiffusionGemmaConfig(**copy.deepcopy(raw)).text_config
+    theirs = DiffusionGemmaTextRotaryEmbedding(text_config)
     for layer in ModelConfig.from_dict(raw).layers:
-        wanted = theirs.sliding_attention_inv_freq if layer.is_sliding else theirs.full_attention_inv_freq
+        expected = theirs.sliding_attention_inv_freq if layer.is_sliding else theirs.full_attention_inv_freq
         got = frequencies(layer.rope, layer.head_dim, torch.device("cpu"))
-        assert got.shape == wanted.shape
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
 def test_the_oracle_is_randomised_everywhere() -> None:
@@ -172,7 +173,9 @@ class Passes:
 
 def oracle_logits(theirs: Any, hidden: Tensor) -> Tensor:
     cap = theirs.final_logit_softcapping
-    return torch.tanh(theirs.lm_head(hidden) / cap) * cap
+    logits: Tensor = theirs.lm_head(hidden)
+    capped: Tensor = torch.tanh(logits / cap) * cap
+    return capped
 
 
 @torch.no_grad()
@@ -196,22 +199,22 @@ def soft(ours: Model, logits_BLV: Tensor) -> Tensor:
 
 
 def check_passes(
-    ours: Model, wanted: Passes, prompt: Tensor, canvas: Tensor, second: Tensor, chunks: Sequence[int]
+    ours: Model, expected: Passes, prompt: Tensor, canvas: Tensor, second: Tensor, chunks: Sequence[int]
 ) -> None:
     """Our passes, the prompt encoded in these chunks, against the oracle's."""
     rows, length = prompt.shape
     assert sum(chunks) == length
     cache = KVCache.allocate(ours.config, rows, length + canvas.shape[1])
-    hidden = torch.cat([ours.encode(part, cache) for part in prompt.split(chunks, dim=1)], dim=1)
-    assert furthest(hidden, wanted.encoded_BTD) < CLOSE
-    assert furthest(ours.logits(hidden), wanted.encoded) < CLOSE
-    assert furthest(ours.logits(ours.denoise(canvas, cache)), wanted.first) < CLOSE
-    conditioned = ours.denoise(canvas, cache, soft(ours, wanted.first))
-    assert furthest(ours.logits(conditioned), wanted.conditioned) < CLOSE
-    assert furthest(ours.encode(canvas, cache), wanted.encoded_canvas_BLD) < CLOSE
-    assert furthest(ours.logits(ours.denoise(second, cache)), wanted.second) < CLOSE
-    conditioned = ours.denoise(second, cache, soft(ours, wanted.second))
-    assert furthest(ours.logits(conditioned), wanted.second_conditioned) < CLOSE
+    hidden = torch.cat([ours.encode(part, cache) for part in torch.split(prompt, list(chunks), dim=1)], dim=1)
+    assert furthest(hidden, expected.encoded_BTD) < CLOSE
+    assert furthest(ours.logits(hidden), expected.encoded) < CLOSE
+    assert furthest(ours.logits(ours.denoise(canvas, cache)), expected.first) < CLOSE
+    conditioned = ours.denoise(canvas, cache, soft(ours, expected.first))
+    assert furthest(ours.logits(conditioned), expected.conditioned) < CLOSE
+    assert furthest(ours.encode(canvas, cache), expected.encoded_canvas_BLD) < CLOSE
+    assert furthest(ours.logits(ours.denoise(second, cache)), expected.second) < CLOSE
+    conditioned = ours.denoise(second, cache, soft(ours, expected.second))
+    assert furthest(ours.logits(conditioned), expected.second_conditioned) < CLOSE
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -225,18 +228,18 @@ def test_logits(seed: int, name: str) -> None:
     prompt, canvas, second = (
         tokens(config, 3, n, 10 * seed + i) for i, n in enumerate([length, config.canvas_length, config.canvas_length])
     )
-    wanted = oracle_passes(theirs, prompt, canvas, second)
+    expected = oracle_passes(theirs, prompt, canvas, second)
     # The comparison has teeth only where these differ by far more than the tolerance.
-    assert furthest(wanted.first, wanted.conditioned) > 0.1
-    assert furthest(wanted.first, wanted.second) > 0.1
-    assert float(wanted.first.std()) > 0.5
+    assert furthest(expected.first, expected.conditioned) > 0.1
+    assert furthest(expected.first, expected.second) > 0.1
+    assert float(expected.first.std()) > 0.5
     for chunks in (
         [length],
         [1] * length,
         [config.window - 1, config.window + 1, length - 2 * config.window],
         [2 * config.window + 3, length - 2 * config.window - 3],
     ):
-        check_passes(ours, wanted, prompt, canvas, second, [n for n in chunks if n])
+        check_passes(ours, expected, prompt, canvas, second, [n for n in chunks if n])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -245,9 +248,9 @@ def test_logits_of_a_prompt_shorter_than_the_window(seed: int) -> None:
     ours = tiny.twin(theirs)
     length, size = ours.config.window - 2, ours.config.canvas_length
     prompt, canvas, second = (tokens(ours.config, 2, n, 500 + 10 * seed + n) for n in (length, size, size))
-    wanted = oracle_passes(theirs, prompt, canvas, second)
-    check_passes(ours, wanted, prompt, canvas, second, [length])
-    check_passes(ours, wanted, prompt, canvas, second, [1, length - 1])
+    expected = oracle_passes(theirs, prompt, canvas, second)
+    check_passes(ours, expected, prompt, canvas, second, [length])
+    check_passes(ours, expected, prompt, canvas, second, [1, length - 1])
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -263,7 +266,7 @@ def test_logits_of_a_ragged_batch(seed: int, name: str) -> None:
     canvas = tokens(config, len(rows), config.canvas_length, seed)
     second = tokens(config, len(rows), config.canvas_length, seed + 1)
     one = [slice(row, row + 1) for row in rows]
-    wanted = [oracle_passes(theirs, prompts[row], canvas[one[row]], second[one[row]]) for row in rows]
+    expected = [oracle_passes(theirs, prompts[row], canvas[one[row]], second[one[row]]) for row in rows]
 
     padded = torch.full((len(rows), max(lengths)), 7)
     for row, prompt in enumerate(prompts):
@@ -271,14 +274,14 @@ def test_logits_of_a_ragged_batch(seed: int, name: str) -> None:
     cache = KVCache.allocate(config, len(rows), max(lengths) + config.canvas_length)
     hidden = ours.encode(padded, cache, rows, lengths)
     first = ours.logits(ours.denoise(canvas, cache))
-    conditioned = ours.logits(ours.denoise(canvas, cache, soft(ours, torch.cat([w.first for w in wanted]))))
+    conditioned = ours.logits(ours.denoise(canvas, cache, soft(ours, torch.cat([w.first for w in expected]))))
     ours.encode(canvas, cache)
     after = ours.logits(ours.denoise(second, cache))
     for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
-        assert furthest(hidden[one[row], :length], wanted[row].encoded_BTD) < CLOSE
-        assert furthest(first[one[row]], wanted[row].first) < CLOSE
-        assert furthest(conditioned[one[row]], wanted[row].conditioned) < CLOSE
-        assert furthest(after[one[row]], wanted[row].second) < CLOSE
+        assert furthest(hidden[one[row], :length], expected[row].encoded_BTD) < CLOSE
+        assert furthest(first[one[row]], expected[row].first) < CLOSE
+        assert furthest(conditioned[one[row]], expected[row].conditioned) < CLOSE
+        assert furthest(after[one[row]], expected[row].second) < CLOSE
         alone = KVCache.allocate(config, 1, length)
         assert furthest(ours.encode(prompt, alone), hidden[one[row], :length]) < CLOSE
         assert furthest(ours.logits(ours.denoise(canvas[one[row]], alone)), first[one[row]]) < CLOSE
@@ -305,7 +308,9 @@ class Step:
     routing_B: Tensor
 
     def entropy_BL(self) -> Tensor:
-        return torch.distributions.Categorical(logits=self.logits_BLV).entropy()
+        distribution: Any = torch.distributions.Categorical(logits=self.logits_BLV)
+        entropy_BL: Tensor = distribution.entropy()
+        return entropy_BL
 
 
 @dataclass
@@ -336,73 +341,94 @@ class Record:
         return [sum(int(not step.was_done_B[row]) for step in steps) for steps in self.canvases[:count]]
 
 
-@torch.no_grad()
-def record(
-    theirs: Any, prompt_BT: Tensor, options: Options, canvases: int, seed: int, eos: int | None = None
-) -> Record:
-    """Run the oracle's generate with its dynamic cache and write every step down, its dice included.
+class Recorder:
+    """Writes down every step of the oracle's generate, its noise included."""
 
-    confidence 0 takes the adaptive stop out altogether, as the oracle itself does when its thresholds are None."""
-    from transformers.models.diffusion_gemma import generation_diffusion_gemma as rules
+    def __init__(self, theirs: Any, rows: int, max_steps: int, routing: Routing) -> None:
+        self.theirs, self.rows, self.max_steps, self.routing = theirs, rows, max_steps, routing
+        self.length = theirs.config.canvas_length
+        self.steps: list[list[Step]] = []
+        self.encode_routing: list[Tensor] = []
+        self.now: dict[str, Any] = {}
+        self.draw, self.denoise = torch.multinomial, theirs._denoising_step
 
-    rows, length = len(prompt_BT), theirs.config.canvas_length
-    steps: list[list[Step]] = []
-    encode_routing: list[Tensor] = []
-    now: dict[str, Any] = {}
-    multinomial, denoising_step = torch.multinomial, theirs._denoising_step
+    def sampler(self, config: Any) -> Any:
+        """The oracle's, which notes its noise and what it accepts."""
+        from transformers.models.diffusion_gemma import generation_diffusion_gemma as rules
 
-    class Sampler(rules.EntropyBoundSampler):
-        def initialize_canvas(self, *args: Any, **kwargs: Any) -> Tensor:
-            now["noise_BL"] = super().initialize_canvas(*args, **kwargs)
-            return now["noise_BL"].clone()
+        now = self.now
 
-        def accept_canvas(self, *args: Any) -> Tensor:
-            canvas = super().accept_canvas(*args)
-            now["accepted_BL"] = self.accepted_token_mask.clone()
-            return canvas
+        class Sampler(rules.EntropyBoundSampler):
+            def initialize_canvas(self, *args: Any, **kwargs: Any) -> Any:
+                now["noise_BL"] = super().initialize_canvas(*args, **kwargs)
+                return now["noise_BL"].clone()
 
-    def seen_multinomial(p_NV: Tensor, num_samples: int) -> Tensor:
+            def accept_canvas(self, *args: Any, **kwargs: Any) -> Any:
+                canvas = super().accept_canvas(*args, **kwargs)
+                assert self.accepted_token_mask is not None
+                now["accepted_BL"] = self.accepted_token_mask.clone()
+                return canvas
+
+        vocabulary = self.theirs.config.text_config.vocab_size
+        return Sampler(config.sampler_config, self.length, vocabulary, config.max_denoising_steps)
+
+    def multinomial(self, p_NV: Tensor, num_samples: int) -> Tensor:
+        """torch's, which notes the exponential numbers that it draws."""
         before = torch.get_rng_state()
-        sample_N1 = multinomial(p_NV, num_samples=num_samples)
+        sample_N1 = self.draw(p_NV, num_samples=num_samples)
         after = torch.get_rng_state()
         torch.set_rng_state(before)
         race_NV = torch.empty_like(p_NV).exponential_()
         assert torch.equal(torch.get_rng_state(), after), "multinomial no longer draws one exponential a token"
         assert torch.equal((p_NV / race_NV).argmax(-1, keepdim=True), sample_N1)
-        now["gumbel_BLV"] = -race_NV.log().view(rows, length, -1)
-        now["sample_BL"] = sample_N1.view(rows, length).clone()
+        self.now["gumbel_BLV"] = -race_NV.log().view(self.rows, self.length, -1)
+        self.now["sample_BL"] = sample_N1.view(self.rows, self.length).clone()
         return sample_N1
 
-    def seen_step(**given: Any) -> tuple[Tensor, ...]:
-        if given["cur_step"] == options.max_steps:
-            steps.append([])
-            seen = torch.minimum(encode_routing[-1], routing.gap_B) if encode_routing else routing.gap_B
-            encode_routing.append(seen)
-        conditioned = given["self_conditioning_logits"]
+    def step(self, **arguments: Any) -> tuple[Tensor, ...]:
+        """The oracle's, whose arguments and results are kept."""
+        routing = self.routing
+        if arguments["cur_step"] == self.max_steps:
+            self.steps.append([])
+            earlier = self.encode_routing
+            self.encode_routing.append(torch.minimum(earlier[-1], routing.gap_B) if earlier else routing.gap_B)
+        conditioned = arguments["self_conditioning_logits"]
         kept = {
-            "canvas_BL": given["current_canvas"].clone(),
+            "canvas_BL": arguments["current_canvas"].clone(),
             "soft_BLV": None if conditioned is None else conditioned.clone(),
-            "was_done_B": given["finished_denoising"].clone(),  # updated in place
+            "was_done_B": arguments["finished_denoising"].clone(),  # updated in place
         }
-        now.clear()
-        routing.gap_B = torch.full((rows,), torch.inf)
-        next_BL, argmax_BL, logits_BLV, is_done_B = given_back = denoising_step(**given)
-        kept |= {"next_BL": next_BL, "argmax_BL": argmax_BL, "logits_BLV": logits_BLV, "is_done_B": is_done_B}
-        kept |= {"routing_B": routing.gap_B, **now}
-        steps[-1].append(Step(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}))
-        routing.gap_B = torch.full((rows,), torch.inf)
-        return given_back
+        self.now.clear()
+        routing.gap_B = torch.full((self.rows,), torch.inf)
+        results: tuple[Tensor, ...] = self.denoise(**arguments)
+        kept |= dict(zip(("next_BL", "argmax_BL", "logits_BLV", "is_done_B"), results, strict=True))
+        kept |= {"routing_B": routing.gap_B, **self.now}
+        self.steps[-1].append(Step(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}))
+        routing.gap_B = torch.full((self.rows,), torch.inf)
+        return results
 
-    def prepare_sampler(config: Any) -> Any:
-        return Sampler(config.sampler_config, length, theirs.config.text_config.vocab_size, config.max_denoising_steps)
 
+@torch.no_grad()
+def record(
+    theirs: Any, prompt_BT: Tensor, options: Options, canvases: int, seed: int, eos: int | None = None
+) -> Record:
+    """Run the oracle's generate with its dynamic cache and write every step down, its noise included.
+
+    confidence 0 takes the adaptive stop out altogether, as the oracle itself does when its thresholds are None."""
+    from transformers.models.diffusion_gemma import generation_diffusion_gemma as rules
+
+    rows, length = len(prompt_BT), theirs.config.canvas_length
     with ExitStack() as stack:
-        routing = stack.enter_context(Routing(theirs, rows))
-        patch: Callable[..., Any] = lambda *a: stack.enter_context(mock.patch.object(*a))  # noqa: E731
-        patch(torch, "multinomial", seen_multinomial)
+        assert options.max_steps is not None and options.entropy_bound is not None
+        recorder = Recorder(theirs, rows, options.max_steps, stack.enter_context(Routing(theirs, rows)))
+
+        def patch(*place: Any) -> None:
+            stack.enter_context(mock.patch.object(*place))
+
+        patch(torch, "multinomial", recorder.multinomial)
         patch(torch.compiler, "cudagraph_mark_step_begin", lambda: None)  # imports torch's compiler, for nothing here
-        patch(theirs, "_denoising_step", seen_step)
-        patch(theirs, "_prepare_sampler", prepare_sampler)
+        patch(theirs, "_denoising_step", recorder.step)
+        patch(theirs, "_prepare_sampler", recorder.sampler)
         if not options.confidence:
             patch(theirs, "_prepare_diffusion_stopping_criteria", lambda config: None)
         torch.manual_seed(seed)
@@ -418,7 +444,7 @@ def record(
             pad_token_id=0,
             eos_token_id=[-1] if eos is None else eos,
         )
-    return Record(prompt_BT, options, eos, steps, out.sequences, encode_routing)
+    return Record(prompt_BT, options, eos, recorder.steps, out.sequences, recorder.encode_routing)
 
 
 def with_an_end(theirs: Any, prompt_BT: Tensor, options: Options, canvases: int, seed: int) -> Record:
@@ -647,7 +673,8 @@ def test_the_comparison_notices_a_changed_rule() -> None:
     assert any("stop" in wrong for wrong in compare(surer, ours).wrong)
     steadier = dataclasses.replace(run, options=dataclasses.replace(run.options, stability=2))
     assert any("stop" in wrong for wrong in compare(steadier, ours).wrong)
-    ours.layers[0].denoise_scalar.mul_(1.05)
+    first: Any = ours.layers[0]
+    first.denoise_scalar.mul_(1.05)
     assert compare(run, ours).furthest > CLOSE
 
 
@@ -662,12 +689,12 @@ class Replay:
         self.places = places
 
     def _each(self, name: str, rows: Sequence[int], canvas: Sequence[int], step: Sequence[int]) -> Tensor:
-        found = []
+        results = []
         for row, c, s in zip(rows, canvas, step, strict=True):
             run, place = self.places[row]
             steps = run.canvases[min(c, len(run.canvases) - 1)]  # a row that has left the oracle's path may need more
-            found.append(getattr(steps[min(s, len(steps) - 1)], name)[place])
-        return torch.stack(found)
+            results.append(getattr(steps[min(s, len(steps) - 1)], name)[place])
+        return torch.stack(results)
 
     def canvas(self, rows: Sequence[int], canvas: Sequence[int]) -> Tensor:
         return self._each("canvas_BL", rows, canvas, [0] * len(rows))
@@ -717,8 +744,8 @@ def parting(run: Record, row: int, ours: dict[str, Any]) -> bool:
             near = torch.stack([m[row].min() for m in margins(step, run.options).values()] + [near]).min()
             if min(step.routing_B[row], run.encode_routing[c][row]) < ROUTED:
                 near = torch.tensor(0.0)
-            wanted = (step.argmax_BL[row].tolist(), step.accepted_BL[row].tolist())
-            if ours["drafts"].get((c, s)) != wanted:
+            expected = (step.argmax_BL[row].tolist(), step.accepted_BL[row].tolist())
+            if ours["drafts"].get((c, s)) != expected:
                 assert near < NARROW, f"row {row} leaves the oracle at canvas {c}, step {s}; its margin is {near}"
                 return True
             near = torch.stack([m[row].min() for m in margins(step, run.options).values()]).min()
@@ -795,7 +822,8 @@ def test_the_context_of_sliding_layers_really_slides() -> None:
     config = tiny.random_config(2)
     ours = tiny.tiny_model(config, 2)
     assert config.layers[0].is_sliding
-    for block in ours.layers[1:]:  # one windowed layer is left, so that nothing travels from window to window
+    blocks: Any = ours.layers[1:]
+    for block in blocks:  # one windowed layer is left, so that nothing travels from window to window
         block.self_attn.o_proj.weight.zero_()
     prompt, canvas = tokens(config, 1, 20, 0), tokens(config, 1, config.canvas_length, 1)
 

@@ -50,7 +50,9 @@ def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs) -> None:
         for name, llm in ours.items():
             torch.manual_seed(number)
             options = llm.planner.resolve(Options(max_tokens=82))
-            done = list(generate(llm.model, [ids], options, settings=EngineSettings(noise=TorchNoise(llm.model.config))))[-1]
+            done = list(
+                generate(llm.model, [ids], options, settings=EngineSettings(noise=TorchNoise(llm.model.config)))
+            )[-1]
             assert isinstance(done, Done)
             if done.tokens + [0] * (82 - len(done.tokens)) != expected or done.usage.steps != steps:
                 differing[name].append((number, puzzle, done.usage.steps, steps))

@@ -1,4 +1,4 @@
-"""Every kernel of the Triton back end, compiled for five architectures without a GPU; and the table of tile sizes."""
+"""ops/triton/ahead.py and tuning.py: every kernel compiled for five architectures; and the table of tile sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of the Triton back end, under the interpreter, against the reference and its masks."""
+"""ops/triton/attention.py: under the interpreter, against the reference and its masks."""
 
 from __future__ import annotations
 

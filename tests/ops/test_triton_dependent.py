@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: every kernel waits before it touches memory, every launch says whether it may come
+"""ops/triton/dependent.py: every kernel waits before it touches memory, every launch says whether it may come
 early, and below sm_90, under the interpreter and by default none does."""
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ def launches(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
 
 
 def jitted(tree: ast.Module) -> dict[str, ast.FunctionDef]:
-    found = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    return {one.name: one for one in found if any("triton.jit" in ast.unparse(each) for each in one.decorator_list)}
+    results = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return {one.name: one for one in results if any("triton.jit" in ast.unparse(each) for each in one.decorator_list)}
 
 
 def wrong(source: str) -> list[str]:
     """What breaks the chain in this file."""
-    tree, found = ast.parse(source), []
+    tree, results = ast.parse(source), []
     kernels = jitted(tree)
     for name, call in launches(tree):
         body = kernels[name].body
         first = body[1] if ast.get_docstring(kernels[name]) is not None else body[0]
         if ast.unparse(first) != FIRST:
-            found.append(f"{name} does not begin with {FIRST}")
+            results.append(f"{name} does not begin with {FIRST}")
         if not any(each.arg is None and ast.unparse(each.value).startswith(f"{KEYWORDS}(") for each in call.keywords):
-            found.append(f"a launch of {name} lacks **{KEYWORDS}(device)")
-    return found
+            results.append(f"a launch of {name} lacks **{KEYWORDS}(device)")
+    return results
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda file: file.stem)
@@ -86,10 +86,12 @@ def test_what_breaks_the_chain(body: str, more: str, count: int) -> None:
 
 def test_every_kernel_is_seen() -> None:
     """The walk above finds a launch of each kernel that is compiled ahead of time."""
-    seen = {f"{file.stem}.{name}" for file in FOLDER.glob("*.py") for name, _ in launches(ast.parse(file.read_text()))}
+    launched = {
+        f"{file.stem}.{name}" for file in FOLDER.glob("*.py") for name, _ in launches(ast.parse(file.read_text()))
+    }
     compiled = {f"{op}.{each.kernel.__name__}" for op, some in ahead.specials(90).items() for each in some}
     assert len(compiled) > 25
-    assert compiled == seen
+    assert compiled == launched
 
 
 # ---- when ------------------------------------------------------------------------------------------------------------
@@ -121,9 +123,9 @@ def nodes(recipe: str, is_encoding: bool) -> list[Node]:
 @pytest.mark.parametrize(("recipe", "is_encoding"), [("int4", True), ("fp8", False)])
 def test_all_of_a_step_or_nothing(arch: int, on: bool, recipe: str, is_encoding: bool) -> None:
     with as_if(arch), tuning.using("pdl", ON=1):
-        found = nodes(recipe, is_encoding)
-    assert len(found) > 300
-    assert {(node.sizes["PDL"], node.sizes["launch_pdl"]) for node in found} == {(on, on)}
+        results = nodes(recipe, is_encoding)
+    assert len(results) > 300
+    assert {(node.sizes["PDL"], node.sizes["launch_pdl"]) for node in results} == {(on, on)}
 
 
 def test_the_launch_takes_it() -> None:

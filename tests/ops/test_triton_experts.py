@@ -1,4 +1,4 @@
-"""experts and route under Triton's interpreter, against the reference; and compiled ahead of time."""
+"""ops/triton/experts.py and route.py: under Triton's interpreter, against the reference; and compiled ahead of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""linear and feed_forward under Triton's interpreter, against the reference; and compiled ahead of time."""
+"""ops/triton/linear.py, product.py and forms.py: under the interpreter, against the reference; compiled ahead of time."""
 
 from __future__ import annotations
 

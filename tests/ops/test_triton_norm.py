@@ -1,4 +1,4 @@
-"""The norms of the Triton back end, under the interpreter, against the reference."""
+"""ops/triton/norm.py: under the interpreter, against the reference."""
 
 from __future__ import annotations
 

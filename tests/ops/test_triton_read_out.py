@@ -1,4 +1,4 @@
-"""The read-out of the Triton back end, under the interpreter, against the reference and float64."""
+"""ops/triton/read_out.py: under the interpreter, against the reference and float64."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def follows(sample_BL: Tensor, p_BLV: Tensor, uniform_BL: Tensor) -> None:
     after = cdf.gather(-1, sample_BL[..., None])[..., 0]
     before = after - p_BLV.gather(-1, sample_BL[..., None])[..., 0]
     assert (before <= uniform_BL + 1e-5).all() and (uniform_BL <= after + 1e-5).all()
-    wanted = reference.inverse_cdf(p_BLV, uniform_BL.double())
+    expected = reference.inverse_cdf(p_BLV, uniform_BL.double())
     is_border = ((cdf - uniform_BL[..., None]).abs() < 1e-5).any(-1)
-    assert torch.equal(sample_BL[~is_border], wanted[~is_border])
+    assert torch.equal(sample_BL[~is_border], expected[~is_border])
 
 
 def check(

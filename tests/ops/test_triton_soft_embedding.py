@@ -1,4 +1,4 @@
-"""The soft embedding of the Triton back end, under the interpreter: against the reference, and what is left out."""
+"""ops/triton/soft_embedding.py: under the interpreter: against the reference, and what is left out."""
 
 from __future__ import annotations
 

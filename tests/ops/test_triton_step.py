@@ -1,4 +1,4 @@
-"""The small kernels of a step under the interpreter: its noise, and its end against `step.conclude_`."""
+"""ops/triton/noise.py and conclude.py: a step's noise, and its end against `step.conclude_`."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_the_noise_has_the_bits_of_counted_dice(length: int, vocab_size: int) ->
 
 def test_no_rows_no_noise() -> None:
     rng_counter_X4, nothing = torch.zeros(2, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    found = noise(rng_counter_X4, rng_counter_X4[:, 0], torch.ones(2, 3), nothing, 8, 61)
-    assert [x.shape for x in found] == [(0, 8), (0, 8), (0,)]
+    result = noise(rng_counter_X4, rng_counter_X4[:, 0], torch.ones(2, 3), nothing, 8, 61)
+    assert [x.shape for x in result] == [(0, 8), (0, 8), (0,)]
 
 
 @pytest.mark.parametrize("has_early", [False, True])

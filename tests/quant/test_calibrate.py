@@ -1,4 +1,4 @@
-"""quant/calibrate.py: what is heard equals what is computed by hand, and rounding by it loses less."""
+"""quant/calibrate.py: statistics equal what is computed by hand, and rounding by them has smaller errors."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from benchmarks import quantised
 from sfumato.errors import InputError
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products
+from sfumato.ops.contract import Matrix
 from sfumato.ops.packed import Packed, unpack
 from sfumato.quant import calibrate
 from sfumato.quant.apply import quantize_
@@ -51,7 +52,7 @@ def correlated(rows: int, inputs: int, seed: int = 0) -> Tensor:
     return x * torch.linspace(0.05, 2.0, inputs)
 
 
-def lost(x: Tensor, weight: Tensor, packed: Packed) -> float:
+def error_of(x: Tensor, weight: Tensor, packed: Packed) -> float:
     """Of the product, relative."""
     exact = x @ weight.mT
     return float((x @ unpack(packed).mT - exact).norm() / exact.norm())
@@ -67,11 +68,11 @@ def names_of(model: Model) -> dict[str, tuple[int, ...]]:
 
 def test_every_product_has_an_importance_of_its_shape() -> None:
     model = tiny_model(WIDE)
-    found = calibrate.importance_of(model, texts(3, 20))
+    results = calibrate.importance_of(model, texts(3, 20))
     for name, shape in names_of(model).items():
-        assert tuple(found[name].shape) == (*shape[:-2], shape[-1]), name
-        assert found[name].dtype == torch.float32 and bool((found[name] >= 0).all()), name
-    assert found.keys() == names_of(model).keys()
+        assert tuple(results[name].shape) == (*shape[:-2], shape[-1]), name
+        assert results[name].dtype == torch.float32 and bool((results[name] >= 0).all()), name
+    assert results.keys() == names_of(model).keys()
 
 
 def test_correlations_have_the_importance_on_their_diagonal() -> None:
@@ -85,41 +86,40 @@ def test_correlations_have_the_importance_on_their_diagonal() -> None:
         torch.testing.assert_close(pair, pair.mT, rtol=1e-4, atol=1e-5)
 
 
-def test_what_encode_sends_through_is_heard() -> None:
+def test_the_inputs_of_encode_count() -> None:
     """The inputs of the first layer can be computed by hand."""
     model, ids = tiny_model(WIDE), texts(1, 1)
-    found = calibrate.importance_of(model, ids)  # one token leaves nothing for a canvas
-    first = model.layers[0]
-    x = first.input_layernorm(model.embed_tokens(torch.tensor(ids)) * model.embed_scale)  # type: ignore[operator, union-attr]
-    torch.testing.assert_close(found["layers.0.self_attn.q_proj.weight"], x[0, 0].detach().square())
-    assert "self_conditioning.gate_proj.weight" not in found
+    results = calibrate.importance_of(model, ids)  # one token leaves nothing for a canvas
+    first: Any = model.layers[0]
+    x = first.input_layernorm(model.embed_tokens(torch.tensor(ids)) * model.embed_scale)
+    torch.testing.assert_close(results["layers.0.self_attn.q_proj.weight"], x[0, 0].detach().square())
+    assert "self_conditioning.gate_proj.weight" not in results
 
 
 def test_experts_are_kept_apart_and_count_by_their_share() -> None:
     model, ids = tiny_model(WIDE), texts(1, 1, seed=3)
-    said: list[tuple[Tensor, Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
     before, block = model.ops, model.layers[0]
 
-    def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        said.append((x_ND, index_NJ, weight_NJ))
-        found: Tensor = before.experts(x_ND, index_NJ, weight_NJ, gate_up, down)
-        return found
+    def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+        calls.append((x_ND, index_NJ, weight_NJ))
+        return before.experts(x_ND, index_NJ, weight_NJ, gate_up, down)
 
     model.use_(replace(before, experts=experts))
     model.encode(torch.tensor(ids), KVCache.allocate(model.config, 1, 8))
     model.use_(before)
-    found = calibrate.importance_of(model, ids)["layers.0.experts.gate_up_proj"]
-    x_1D, index_1J, weight_1J = said[0]
+    results = calibrate.importance_of(model, ids)["layers.0.experts.gate_up_proj"]
+    x_1D, index_1J, weight_1J = calls[0]
     squares_ED = torch.zeros(model.config.num_experts, model.config.hidden_size)
     count_E1 = torch.zeros(model.config.num_experts, 1)
     for expert, share in zip(index_1J[0], weight_1J[0], strict=True):
         squares_ED[expert], count_E1[expert] = (x_1D[0] * share).square(), 1
     prior_D = squares_ED.sum(0) / count_E1.sum() * calibrate.PRIOR
-    torch.testing.assert_close(found, (squares_ED + prior_D) / (count_E1 + calibrate.PRIOR))
-    assert block is model.layers[0] and len(found.unique(dim=0)) > 1
+    torch.testing.assert_close(results, (squares_ED + prior_D) / (count_E1 + calibrate.PRIOR))
+    assert block is model.layers[0] and len(torch.unique(results, dim=0)) > 1
 
 
-def test_a_canvas_is_heard_with_and_without_a_soft_embedding() -> None:
+def test_a_canvas_counts_with_and_without_a_soft_embedding() -> None:
     model, some = tiny_model(WIDE), texts(2, 20)
     assert "self_conditioning.gate_proj.weight" in calibrate.importance_of(model, some)
     calls = []
@@ -134,10 +134,10 @@ def test_noise_follows_the_seed() -> None:
 
 
 def test_patterns_choose_and_inputs_that_are_the_same_are_kept_once() -> None:
-    found = calibrate.correlation_of(tiny_model(WIDE), texts(2, 12), ("layers.*.self_attn.*",))
-    assert found and all(".self_attn." in name for name in found)
-    assert found["layers.0.self_attn.q_proj.weight"] is found["layers.0.self_attn.k_proj.weight"]
-    assert found["layers.0.self_attn.q_proj.weight"] is not found["layers.0.self_attn.o_proj.weight"]
+    results = calibrate.correlation_of(tiny_model(WIDE), texts(2, 12), ("layers.*.self_attn.*",))
+    assert results and all(".self_attn." in name for name in results)
+    assert results["layers.0.self_attn.q_proj.weight"] is results["layers.0.self_attn.k_proj.weight"]
+    assert results["layers.0.self_attn.q_proj.weight"] is not results["layers.0.self_attn.o_proj.weight"]
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -145,7 +145,8 @@ def test_the_model_is_left_as_it_was() -> None:
     ids, before = torch.tensor(texts(1, 10)), model.ops
     exact = model.encode(ids, KVCache.allocate(model.config, 1, 16))
     calibrate.importance_of(model, texts(1, 20))
-    assert model.ops is before and model.layers[0].ops is before  # type: ignore[union-attr]
+    first: Any = model.layers[0]
+    assert model.ops is before and first.ops is before
     assert torch.equal(exact, model.encode(ids, KVCache.allocate(model.config, 1, 16)))
 
 
@@ -167,27 +168,27 @@ def test_rounding_by_correlations_loses_less(form: str) -> None:
     """Less than plain packing, and than the search for scales alone, on inputs of the same kind not seen before."""
     assert form in FORMATS
     x = correlated(4096, 192)
-    seen, fresh = x[:2048], x[2048:]
+    sample, fresh = x[:2048], x[2048:]
     weight = torch.randn(160, 192, generator=torch.Generator().manual_seed(5)) * 0.02
-    square = seen.square().mean(0)
-    found = calibrate.rounded(weight, form, seen.mT @ seen / len(seen))
+    square = sample.square().mean(0)
+    results = calibrate.rounded(weight, form, sample.mT @ sample / len(sample))
     plain, searched = pack(weight, form), pack(weight, form, square)
-    assert (found.kind, found.shape, found.group) == (plain.kind, plain.shape, plain.group)
-    assert {n: (p.shape, p.dtype) for n, p in found.parts.items()} == {
+    assert (results.kind, results.shape, results.group) == (plain.kind, plain.shape, plain.group)
+    assert {n: (p.shape, p.dtype) for n, p in results.parts.items()} == {
         n: (p.shape, p.dtype) for n, p in plain.parts.items()
     }
-    assert lost(fresh, weight, found) < 0.8 * lost(fresh, weight, plain)
-    assert lost(fresh, weight, found) < 0.85 * lost(fresh, weight, searched)
+    assert error_of(fresh, weight, results) < 0.8 * error_of(fresh, weight, plain)
+    assert error_of(fresh, weight, results) < 0.85 * error_of(fresh, weight, searched)
 
 
 @pytest.mark.parametrize("form", BY_FORMAT)
 def test_without_correlations_it_rounds_to_the_nearest(form: str) -> None:
     """Inputs that do not move together have nothing to hand on: the codes are those of `pack`, but for ties."""
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
-    found, plain = calibrate.rounded(weight, form, torch.eye(64)), pack(weight, form)
-    same = unpack(found) == unpack(plain)
+    results, plain = calibrate.rounded(weight, form, torch.eye(64)), pack(weight, form)
+    same = unpack(results) == unpack(plain)
     assert float(same.float().mean()) > 0.999
-    assert torch.allclose(unpack(found), unpack(plain), atol=float(weight.abs().max()) / 4)
+    assert torch.allclose(unpack(results), unpack(plain), atol=float(weight.abs().max()) / 4)
 
 
 def test_blocks_hand_on_what_one_input_at_a_time_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ def test_blocks_hand_on_what_one_input_at_a_time_does(monkeypatch: pytest.Monkey
     monkeypatch.setattr(calibrate, "_BLOCK", 7)
     parts = calibrate.rounded(weight, "int4", x.mT @ x)
     assert float((unpack(whole) == unpack(parts)).float().mean()) > 0.98
-    assert math.isclose(lost(x, weight, whole), lost(x, weight, parts), rel_tol=0.05)
+    assert math.isclose(error_of(x, weight, whole), error_of(x, weight, parts), rel_tol=0.05)
 
 
 def test_a_stack_is_rounded_expert_by_expert() -> None:
@@ -204,11 +205,11 @@ def test_a_stack_is_rounded_expert_by_expert() -> None:
     weight = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(3))
     pairs = torch.stack([x.mT @ x for x in xs])
     for form in ("int4", "nvfp4", "int8", "fp8"):
-        found = calibrate.rounded(weight, form, pairs)
-        assert found.shape == (3, 32, 64)
+        results = calibrate.rounded(weight, form, pairs)
+        assert results.shape == (3, 32, 64)
         for expert in range(3):
             one = calibrate.rounded(weight[expert], form, pairs[expert])
-            assert torch.equal(unpack(found[expert]), unpack(one))
+            assert torch.equal(unpack(results[expert]), unpack(one))
 
 
 def test_inputs_that_were_never_seen_do_no_harm() -> None:
@@ -216,9 +217,9 @@ def test_inputs_that_were_never_seen_do_no_harm() -> None:
     weight[3] = 0
     half = torch.zeros(64, 64)
     half[:32, :32] = torch.eye(32)
-    for seen in (torch.zeros(64, 64), half, torch.ones(64, 64)):
+    for statistics in (torch.zeros(64, 64), half, torch.ones(64, 64)):
         for form in ("int4", "nvfp4", "fp8"):
-            value = unpack(calibrate.rounded(weight, form, seen))
+            value = unpack(calibrate.rounded(weight, form, statistics))
             assert bool(value.isfinite().all()) and bool((value[3] == 0).all())
     assert torch.equal(unpack(calibrate.rounded(weight, "int4", torch.zeros(64, 64))), unpack(pack(weight, "int4")))
 
@@ -230,23 +231,23 @@ def test_a_fitted_model_is_nearer_to_its_original() -> None:
     """On text that was not seen; products whose inputs are almost one direction gain most, random ones still do."""
     config = tiny_config(hidden_size=64, intermediate_size=64, expert_size=32, vocab_size=24)
     exact = tiny_model(config)
-    seen = calibrate.correlation_of(exact, texts(24, 24, vocabulary=24))
+    statistics = calibrate.correlation_of(exact, texts(24, 24, vocabulary=24))
     recipe = Recipe("all in 4 bits", (("layers.*.*proj*", "int4"),))
-    fitted, plain = quantize_(tiny_model(config), recipe, seen), quantize_(tiny_model(config), recipe)
+    fitted, plain = quantize_(tiny_model(config), recipe, statistics), quantize_(tiny_model(config), recipe)
     assert all(isinstance(getattr(*place), Packed) for place in products(fitted.layers))
     fresh = torch.tensor(texts(8, 24, seed=9, vocabulary=24))
 
     def miss(model: Model) -> float:
-        said = [one.logits(one.encode(fresh, KVCache.allocate(config, 8, 32))) for one in (exact, model)]
-        return float((said[1] - said[0]).norm() / said[0].norm())
+        logits = [one.logits(one.encode(fresh, KVCache.allocate(config, 8, 32))) for one in (exact, model)]
+        return float((logits[1] - logits[0]).norm() / logits[0].norm())
 
     assert miss(fitted) < 0.9 * miss(plain)
 
 
 def test_importance_reaches_the_search_for_scales() -> None:
     model = tiny_model(WIDE)
-    seen = calibrate.importance_of(model, texts(4, 20))
-    plain, weighed = quantize_(tiny_model(WIDE), "int4"), quantize_(tiny_model(WIDE), "int4", seen)
+    statistics = calibrate.importance_of(model, texts(4, 20))
+    plain, weighed = quantize_(tiny_model(WIDE), "int4"), quantize_(tiny_model(WIDE), "int4", statistics)
     pairs = zip(products(plain), products(weighed), strict=True)
     equal = [torch.equal(getattr(one, leaf).data, getattr(other, leaf).data) for (one, leaf), (other, _) in pairs]
     assert any(equal) and not all(equal)  # int8 has no search
@@ -258,17 +259,17 @@ def test_what_fits_is_correlated_and_the_rest_weighed() -> None:
     everything = calibrate.calibration_of(model, recipe, sample)
     pairs, squares = calibrate.correlation_of(model, sample), calibrate.importance_of(model, sample)
     assert everything.keys() == pairs.keys()
-    assert all(torch.equal(seen, pairs[name]) for name, seen in everything.items())
+    assert all(torch.equal(statistics, pairs[name]) for name, statistics in everything.items())
     calls: list[tuple[int, int]] = []
     some = calibrate.calibration_of(model, recipe, sample, 100_000, lambda done, total: calls.append((done, total)))
     assert calls == [(n, 8) for n in range(1, 9)]
-    kinds = {name: seen.dim() - (2 if "experts" in name else 1) for name, seen in some.items()}
+    kinds = {name: statistics.dim() - (2 if "experts" in name else 1) for name, statistics in some.items()}
     assert set(kinds.values()) == {0, 1}  # mean squares, correlations
     assert sum(some[name].nbytes for name, kind in kinds.items() if kind) <= 100_000
-    for name, seen in some.items():
-        assert torch.equal(seen, (pairs if kinds[name] else squares)[name])
+    for name, statistics in some.items():
+        assert torch.equal(statistics, (pairs if kinds[name] else squares)[name])
     none = calibrate.calibration_of(model, recipe, sample, 0)
-    assert all(torch.equal(seen, squares[name]) for name, seen in none.items())
+    assert all(torch.equal(statistics, squares[name]) for name, statistics in none.items())
     quantize_(tiny_model(WIDE), recipe, some)  # takes both
 
 
@@ -282,7 +283,7 @@ def test_what_was_not_seen_is_packed_plainly() -> None:
 
 
 def test_the_pages_code_runs() -> None:
-    page = (quantised.ROOT / "docs" / "quantisation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "quantisation.md").read_text(encoding="utf-8")
     names: dict[str, object] = {}
     exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
     assert isinstance(names["model"], Model)
@@ -293,11 +294,11 @@ def test_the_benchmark_runs_goes_on_and_times(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "quantised.json"
 
     def run(*more: str) -> dict[str, Any]:
-        given = ["--count", "2", "--bands", "easy", "--size", "tiny", "--seconds", "0.01", *more, "-o", str(path)]
-        monkeypatch.setattr(sys, "argv", [str(quantised.__file__), *given])
+        arguments = ["--count", "2", "--bands", "easy", "--size", "tiny", "--seconds", "0.01", *more, "-o", str(path)]
+        monkeypatch.setattr(sys, "argv", [str(quantised.__file__), *arguments])
         quantised.main()
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        results: dict[str, Any] = json.loads(path.read_text())
+        return results
 
     first = run("--rows", "float32;int4")
     assert first["nano"]["float32"]["divergence"] == 0 < first["nano"]["int4"]["divergence"] < 0.1
@@ -318,8 +319,8 @@ def test_the_benchmark_runs_goes_on_and_times(tmp_path: Path, monkeypatch: pytes
 def test_flips_are_counted_both_ways() -> None:
     assert quantised.flips("1100", "1011")[:2] == (1, 2)
     assert quantised.flips("1111", "1111") == (0, 0, 1.0)
-    lost, won, chance = quantised.flips("1" * 10, "0" * 10)
-    assert (lost, won) == (10, 0) and math.isclose(chance, 2 / 2**10)
+    losses, won, chance = quantised.flips("1" * 10, "0" * 10)
+    assert (losses, won) == (10, 0) and math.isclose(chance, 2 / 2**10)
     base = {"bands": {"easy": {"solved": 1.0, "mean_steps": 4.0, "outcomes": "1" * 10}}}
     worse = {"bands": {"easy": {"solved": 0.9, "mean_steps": 4.4, "outcomes": "1" * 9 + "0"}}}
     assert quantised.verdict(worse, base, "int4") == "easy: 10.0% fewer (p = 1.00); easy: 10.0% more steps"

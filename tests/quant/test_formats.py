@@ -1,4 +1,4 @@
-"""Weights in fewer bits: how wrong they may be, what their bytes mean, and what is refused."""
+"""quant/formats.py and ops/packed.py: how wrong they may be, what their bytes mean, and what is refused."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_error_is_bounded(name: str, dtype: torch.dtype, shape: tuple[int, ...])
         top = weight.float().reshape(groups.shape).abs().amax(-1)
         most = {"int4": 1 / 14, "nvfp4": 1 / 6, "mxfp4": 1 / 4}[form.kind]
         assert (groups.pow(2).mean(-1).sqrt() <= top * most * 1.02).all()
-    lost = ((back.double() - weight.double()).square().sum() / weight.double().square().sum()).sqrt()
-    assert error(weight, form) == pytest.approx(float(lost))
+    squares = ((back.double() - weight.double()).square().sum() / weight.double().square().sum()).sqrt()
+    assert error(weight, form) == pytest.approx(float(squares))
 
 
 @pytest.mark.parametrize("name", FORMATS)
