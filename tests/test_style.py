@@ -30,7 +30,8 @@ NO_NAMES = {
 """Verbs in the past: no names, as a noun says what a value is."""
 
 LONGEST_FUNCTION = 60
-MOST_METHODS = 20
+MOST_METHODS = 25
+"""DESIGN says about 20."""
 LONGEST_FILE = 550
 """Lines of a file of the package outside ops/triton; DESIGN says about 500."""
 
