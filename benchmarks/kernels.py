@@ -52,38 +52,38 @@ def traced(kind: str, rows: int = 1, arch: int = 90, context: int = 1024, is_enc
 
 def rows_of(kind: str, arch: int) -> list[dict[str, Any]]:
     """A row for each kernel at each of its sizes, in the order of their first launch."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows_by_kernel: dict[tuple[Any, ...], dict[str, Any]] = {}
     with as_if(arch):
         for node in traced(kind, arch=arch):
             if not node.is_kernel:
                 continue
             key = node.name, tuple(sorted((k, str(v)) for k, v in node.sizes.items())), node.grid
-            if key not in found:
-                made = ahead.read(node.launch.compiled())
-                found[key] = {"kernel": node.name, "arch": arch, "kind": kind, "launches": 0}
-                found[key] |= {"ctas": math.prod(node.grid), "tiles": tiles(node), **made}
-            found[key]["launches"] += 1
-    return list(found.values())
+            if key not in rows_by_kernel:
+                facts = ahead.read(node.launch.compiled())
+                rows_by_kernel[key] = {"kernel": node.name, "arch": arch, "kind": kind, "launches": 0}
+                rows_by_kernel[key] |= {"ctas": math.prod(node.grid), "tiles": tiles(node), **facts}
+            rows_by_kernel[key]["launches"] += 1
+    return list(rows_by_kernel.values())
 
 
 def tiles(node: Node) -> str:
     """The sizes of a program's tile, shortly."""
-    wanted = ("BLOCK_N", "BLOCK_M", "BLOCK_K", "BLOCK_D", "TILE", "SPLITS", "SPLIT_K", "K", "SIZE")
-    return " ".join(f"{name.removeprefix('BLOCK_')}{node.sizes[name]}" for name in wanted if name in node.sizes)
+    sizes = ("BLOCK_N", "BLOCK_M", "BLOCK_K", "BLOCK_D", "TILE", "SPLITS", "SPLIT_K", "K", "SIZE")
+    return " ".join(f"{name.removeprefix('BLOCK_')}{node.sizes[name]}" for name in sizes if name in node.sizes)
 
 
 def counts(kinds: list[str]) -> list[dict[str, Any]]:
     """Nodes a step by weights, rows, and whether something is encoded in the same pass."""
-    found = []
+    nodes_by_kind = []
     for kind in kinds:
         for rows, is_encoding in ((1, False), (1, True), (16, False)):
             with as_if(90):
                 nodes = traced(kind, rows, is_encoding=is_encoding)
             kernels = Counter(node.name for node in nodes if node.is_kernel)
             rest = Counter(node.name for node in nodes if not node.is_kernel)
-            found.append({"kind": kind, "rows": rows, "encodes": is_encoding, "nodes": len(nodes)})
-            found[-1] |= {"kernels": dict(kernels), "torch": dict(rest)}
-    return found
+            nodes_by_kind.append({"kind": kind, "rows": rows, "encodes": is_encoding, "nodes": len(nodes)})
+            nodes_by_kind[-1] |= {"kernels": dict(kernels), "torch": dict(rest)}
+    return nodes_by_kind
 
 
 def main() -> None:
@@ -93,19 +93,19 @@ def main() -> None:
     parser.add_argument("--nodes", action="store_true", help="count nodes alone, compile nothing")
     parser.add_argument("--before", type=Path, help="a record of an older version, to stand beside this one")
     parser.add_argument("-o", "--output", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = given.kind or list(SHOWN)
+    kinds = arguments.kind or list(SHOWN)
     record: dict[str, Any] = {"what": "kernels", "steps": counts(kinds), "rows": []}
-    for arch in [] if given.nodes else given.arch or ahead.ARCHS:
+    for arch in [] if arguments.nodes else arguments.arch or ahead.ARCHS:
         for kind in kinds:
             common.say(f"sm_{arch} {kind}")
             record["rows"] += rows_of(kind, arch)
-    if given.before:
-        older = json.loads(given.before.read_text())
+    if arguments.before:
+        older = json.loads(arguments.before.read_text())
         record |= {"steps_before": older["steps"], "rows_before": older["rows"]}
-    if given.output:
-        common.write(given.output, {**record, "environment": environment()})
+    if arguments.output:
+        common.write(arguments.output, {**record, "environment": environment()})
     print(show(record))
 
 

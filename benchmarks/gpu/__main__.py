@@ -19,14 +19,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="where tuned.json lies")
     parser.add_argument("--until", type=float, help="time.time() at which it is killed; default: in ten minutes")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the processor")
-    given = parser.parse_args()
-    if given.dry:
+    arguments = parser.parse_args()
+    if arguments.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is there
     from benchmarks.gpu.setting import Setting
 
-    setting = Setting.of(given.out, given.until or time.time() + 600, given.dry)
-    module, _, kind = given.step.partition(" ")
-    where = given.rows.open("a", buffering=1, encoding="utf-8") if given.rows else sys.stdout
+    setting = Setting.of(arguments.out, arguments.until or time.time() + 600, arguments.dry)
+    module, _, kind = arguments.step.partition(" ")
+    where = arguments.rows.open("a", buffering=1, encoding="utf-8") if arguments.rows else sys.stdout
     with where as file:
         try:
             for row in importlib.import_module(f"benchmarks.gpu.{module}").run(setting, kind):

@@ -103,10 +103,10 @@ def outputs(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
     cache = KVCache.allocate(config, 2, 4 * length, device, dtype)
     counts = [2 * length, length + 3]
     encoded_BTD = model.encode(tokens_BT, cache, counts=counts)
-    found = {"encode, long row": encoded_BTD[0], "encode, short row": encoded_BTD[1, : counts[1]]}
-    found["denoise"] = model.denoise(canvas_BL, cache, soft_BLD)
+    results = {"encode, long row": encoded_BTD[0], "encode, short row": encoded_BTD[1, : counts[1]]}
+    results["denoise"] = model.denoise(canvas_BL, cache, soft_BLD)
     again_BTD, first_BLD = model.encode_and_denoise(tokens_BT[:, :length], [length, 5], canvas_BL, cache)
-    return found | {"encode behind it": again_BTD[0], "first step with it": first_BLD}
+    return results | {"encode behind it": again_BTD[0], "first step with it": first_BLD}
 
 
 # ---- recorded, eager, alone ------------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def recorded_as_eager(setting: Setting, model: Model) -> dict[str, Any]:
     is_right = not wrong and len(eager) == len(recorded) == 3 * 2 * STEPS
     is_right &= 3 * apart.get("the end of a step by torch", 0) <= len(eager)
     says = f"{model.ops.name} recorded as eager, {len(eager)} steps" if is_right else "steps differ"
-    found = {"ok": is_right, "steps": len(eager), "says": says, "differ_from": apart}
-    return found | ({"wrong": wrong} if wrong else {})
+    results = {"ok": is_right, "steps": len(eager), "says": says, "differ_from": apart}
+    return results | ({"wrong": wrong} if wrong else {})
 
 
 def _shown(draft: Draft) -> tuple[Any, ...]:

@@ -68,7 +68,7 @@ def cell(setting: Setting, model: Model, kind: str, batch: int, context: int) ->
     peak = peak_bytes(torch.device(setting.device))
     seconds = median(after - before for before, after in itertools.pairwise(moments))
     ms = 1e3 * seconds / steps
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "ms_a_pass": ms,
         "tokens_per_second": batch * length / seconds,
         "steps_per_canvas": steps,
@@ -78,15 +78,15 @@ def cell(setting: Setting, model: Model, kind: str, batch: int, context: int) ->
     }
     if most := ceilings_of(setting):
         floor = common.step_cost(config, kind, batch, context).seconds(most)
-        found |= {"floor_ms": 1e3 * floor, "share_of_ceiling": floor * steps / seconds}
+        row |= {"floor_ms": 1e3 * floor, "share_of_ceiling": floor * steps / seconds}
     turns = 2 if setting.is_dry else PROFILED
-    seen = tried("profile", lambda: {"kernels": profile(setting, run_, turns)})  # without it the times still count
-    kernels = seen.get("kernels", [])
+    profiled = tried("profile", lambda: {"kernels": profile(setting, run_, turns)})  # without it the times still count
+    kernels = profiled.get("kernels", [])
     if not kernels:
-        return found | {"profile": seen.get("error", "the profiler saw no kernels")}
-    found["kernels_a_step"] = round(sum(kernel["count"] for kernel in kernels) / turns, 1)
-    found["busy_ms_a_step"] = sum(kernel["us"] for kernel in kernels) / 1e3 / turns
-    return found | {"kernels": kernels}
+        return row | {"profile": profiled.get("error", "the profiler saw no kernels")}
+    row["kernels_a_step"] = round(sum(kernel["count"] for kernel in kernels) / turns, 1)
+    row["busy_ms_a_step"] = sum(kernel["us"] for kernel in kernels) / 1e3 / turns
+    return row | {"kernels": kernels}
 
 
 def _behind(setting: Setting, model: Model, batch: int, context: int, steps: int, canvases: int) -> Run:
@@ -110,31 +110,33 @@ def profile(setting: Setting, run_: Run, turns: int) -> list[Kernel]:
         run_.engine.turn()
     activities = [ProfilerActivity.CPU] + ([] if setting.is_dry else [ProfilerActivity.CUDA])
     setting.wait()
-    with torch.profiler.profile(activities=activities) as seen:
+    with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(turns):
             run_.engine.turn()
         setting.wait()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
-        seen.export_chrome_trace(str(trace))
+        profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    wanted = ("cpu_op",) if setting.is_dry else ("kernel", "gpu_memcpy", "gpu_memset")
-    return by_kernel(event for event in events if event.get("cat") in wanted)
+    kinds = ("cpu_op",) if setting.is_dry else ("kernel", "gpu_memcpy", "gpu_memset")
+    return by_kernel(event for event in events if event.get("cat") in kinds)
 
 
 def by_kernel(events: Iterator[dict[str, Any]]) -> list[Kernel]:
     """Events of a trace, gathered by name, grid and block."""
-    found: dict[tuple[str, str, str], Kernel] = {}
+    kernels: dict[tuple[str, str, str], Kernel] = {}
     for event in events:
         more = event.get("args", {})
         name, grid, block = event["name"][:120], str(more.get("grid", "")), str(more.get("block", ""))
-        one = found.setdefault((name, grid, block), {"name": name, "count": 0, "us": 0.0, "grid": grid, "block": block})
+        one = kernels.setdefault(
+            (name, grid, block), {"name": name, "count": 0, "us": 0.0, "grid": grid, "block": block}
+        )
         one["count"] += 1
         one["us"] += float(event.get("dur", 0.0))
         for key in ("registers per thread", "shared memory"):
             if key in more:
                 one[key] = more[key]
-    return sorted(found.values(), key=lambda one: -one["us"])
+    return sorted(kernels.values(), key=lambda one: -one["us"])
 
 
 @torch.inference_mode()
@@ -143,13 +145,13 @@ def first_step(setting: Setting, model: Model) -> dict[str, Any]:
     count = 16 if setting.is_dry else 1024
     ids = torch.randint(model.config.vocab_size, (count,)).tolist()
     options = Options(max_tokens=model.config.canvas_length, seed=1, max_steps=1, drafts=True)
-    found = []
+    rows = []
     for _ in range(2 if setting.is_dry else 4):
         setting.wait()
         began = time.perf_counter()
         for event in Run(model, [ids], options):
             if isinstance(event, Draft):
-                found.append(time.perf_counter() - began)
+                rows.append(time.perf_counter() - began)
                 break
-    ms = 1e3 * median(found[1:])
+    ms = 1e3 * median(rows[1:])
     return {"prompt": count, "first_step_ms": ms, "says": f"first step behind {count} tokens {ms:.0f} ms"}

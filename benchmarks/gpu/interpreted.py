@@ -19,12 +19,12 @@ from benchmarks import ops
 from benchmarks.gpu.setting import Row, Setting, tried
 from sfumato.ops import load
 
-WANTED = ("norms: norm_add", "linear: queries, keys, values, 8 rows")
+CASES = ("norms: norm_add", "linear: queries, keys, values, 8 rows")
 BOUND = 1e-5
 
 
 def run(setting: Setting, _: str) -> Iterator[Row]:
-    for name in WANTED:
+    for name in CASES:
         yield tried(name, lambda name=name: check(setting, name))  # type: ignore[misc]
 
 
@@ -32,12 +32,12 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
 def check(setting: Setting, name: str) -> dict[str, Any]:
     from sfumato.ops import triton
 
-    file, _, wanted = name.partition(": ")
+    file, _, label = name.partition(": ")
     cases = importlib.import_module(f"benchmarks.ops.{file}").cases("tiny", setting.device)
-    case = next(case for case in cases if case.name == wanted)
+    case = next(case for case in cases if case.name == label)
     got, exact = (case.ready(each, torch.float32)() for each in (triton.record(), load("reference")))
     error = ops.relative(got, exact)
-    return {"ok": error <= BOUND, "error_of_float32": error, "says": f"{wanted} under the interpreter {error:.0e}"}
+    return {"ok": error <= BOUND, "error_of_float32": error, "says": f"{label} under the interpreter {error:.0e}"}
 
 
 def in_a_child(setting: Setting) -> Row:
@@ -47,6 +47,6 @@ def in_a_child(setting: Setting) -> Row:
     command = [sys.executable, "-m", "benchmarks.gpu", "interpreted", "--dry", "--out", str(setting.out)]
     surroundings = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=max(1.0, setting.left))
-    is_right = done.returncode == 0 and done.stdout.count('"ok": true') == len(WANTED)
+    is_right = done.returncode == 0 and done.stdout.count('"ok": true') == len(CASES)
     more = {} if is_right else {"error": (done.stdout + done.stderr)[-2000:]}
-    return {"name": "interpreter", "ok": is_right, "says": f"{len(WANTED)} kernels interpreted", **more}
+    return {"name": "interpreter", "ok": is_right, "says": f"{len(CASES)} kernels interpreted", **more}

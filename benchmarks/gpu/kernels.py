@@ -114,18 +114,18 @@ def check(setting: Setting, op: str, case: ops.Case, kind: str, top: int) -> dic
     ready = {part: record.pack(code) for part, code in codes.items()}
     got = outputs(op, case, record, case.cast(dtype), ready, top)
     alone = {} if case.rows is None else outputs(op, case, record, case.cast(dtype, case.rows(case.inputs)), ready, top)
-    found: dict[str, Any] = {"ops": name, "ok": True, "errors": {}}
+    row: dict[str, Any] = {"ops": name, "ok": True, "errors": {}}
     for part, out in got.items():
         error, allowed = ops.relative(out, exact[part]), ops.relative(plain[part], exact[part])
         bound = EXACT_ENOUGH.get(kind, max(2 * allowed, LEAST.get(op, 2e-6)))
-        found["errors"][part] = {"error": error, "bound": bound}
-        found["ok"] &= math.isfinite(error) and error <= bound
+        row["errors"][part] = {"error": error, "bound": bound}
+        row["ok"] &= math.isfinite(error) and error <= bound
         if part in alone:
             one = alone[part]
             same = out[:1] if len(out) > len(one) or out.shape == one.shape else out[:, :1]
-            found["first_row_same_bits"] = bool(torch.equal(one, same)) and found.get("first_row_same_bits", True)
-            found["ok"] &= found["first_row_same_bits"]
-    return found
+            row["first_row_same_bits"] = bool(torch.equal(one, same)) and row.get("first_row_same_bits", True)
+            row["ok"] &= row["first_row_same_bits"]
+    return row
 
 
 # ---- the read-out ----------------------------------------------------------------------------------------------------

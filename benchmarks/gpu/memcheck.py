@@ -14,11 +14,11 @@ ERROR = 9
 
 def run(setting: Setting, _: str) -> Iterator[Row]:
     arguments = ["--tool", "memcheck", "--error-exitcode", str(ERROR), "--print-limit", "20"]
-    found = around(setting, "compute-sanitizer", arguments, "nano")
-    if isinstance(found, dict):
-        yield found
+    result = around(setting, "compute-sanitizer", arguments, "nano")
+    if isinstance(result, dict):
+        yield result
         return
-    summary = re.findall(r"ERROR SUMMARY: .*", found.text)
-    says = summary[-1] if summary else "no summary: " + " ".join(found.text.split())[-200:]
-    says = "its time was over" if found.code is None else says
-    yield {"name": "nano", "ok": found.code == 0, "says": says, "text": found.text[-8000:]}
+    summary = re.findall(r"ERROR SUMMARY: .*", result.text)
+    says = summary[-1] if summary else "no summary: " + " ".join(result.text.split())[-200:]
+    says = "its time was over" if result.code is None else says
+    yield {"name": "nano", "ok": result.code == 0, "says": says, "text": result.text[-8000:]}

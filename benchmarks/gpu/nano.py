@@ -49,10 +49,14 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
     each = {variant.name: variant for variant in VARIANTS}
 
     def row(variant: str) -> Row:
-        found = tried(variant, lambda: compare(setting, llms, name, each[variant]))
-        if not found.get("is_same_recorded") or not found.get("is_same_alone") or 2 * found["as_fused"] < found["of"]:
-            found["stop"] = f"nano is not right: {variant}"
-        return found
+        results = tried(variant, lambda: compare(setting, llms, name, each[variant]))
+        if (
+            not results.get("is_same_recorded")
+            or not results.get("is_same_alone")
+            or 2 * results["as_fused"] < results["of"]
+        ):
+            results["stop"] = f"nano is not right: {variant}"
+        return results
 
     yield from each_within(setting, list(each), row)
     yield from each_within(setting, ["templates"], lambda _: tried("templates", lambda: templates(llms, name)))
@@ -70,8 +74,11 @@ def compare(setting: Setting, llms: dict[str, LLM], name: str, variant: Variant)
             errors[way] = row["error"]
     eager, alone = texts["eager"], 1 if setting.is_dry else 2
     count = len(eager)
-    same = lambda a, b: sum(x == y for x, y in zip(a, b, strict=False))  # noqa: E731
-    found = {
+
+    def same(one: list[list[int]], other: list[list[int]]) -> int:
+        return sum(x == y for x, y in zip(one, other, strict=False))
+
+    results = {
         "of": count,
         "is_same_recorded": bool(eager) and texts["recorded"] == eager,
         "is_same_alone": bool(eager) and eager[:alone] == eager[alone : 2 * alone],
@@ -79,9 +86,9 @@ def compare(setting: Setting, llms: dict[str, LLM], name: str, variant: Variant)
         "as_fused": same(texts["fused"], eager),
         "tokens": sum(map(len, eager)),
     }
-    is_right = found["is_same_recorded"] and found["is_same_alone"] and found["as_fused"] == count
-    says = f"{variant.name} {found['as_recorded']} of {count} as eager, {found['as_fused']} as fused"
-    return found | {"ok": is_right, "says": says} | ({"errors": errors} if errors else {})
+    is_right = results["is_same_recorded"] and results["is_same_alone"] and results["as_fused"] == count
+    says = f"{variant.name} {results['as_recorded']} of {count} as eager, {results['as_fused']} as fused"
+    return results | {"ok": is_right, "says": says} | ({"errors": errors} if errors else {})
 
 
 def tokens(setting: Setting, llm: LLM, variant: Variant, record: bool, lag: int) -> list[list[int]]:
@@ -94,23 +101,23 @@ def tokens(setting: Setting, llm: LLM, variant: Variant, record: bool, lag: int)
     options = replace(variant.options, **most).with_defaults(llm.defaults)  # type: ignore[arg-type]
     if setting.is_dry:
         options = replace(options, max_steps=2)
-    found = []
+    results = []
     for some in [*([i] for i in range(alone)), list(range(count))]:
         each: dict[str, Any] = {"pins": [pins[i] for i in some], "record": record, "lag": lag}
         events = Run(llm.model, [ids[i] for i in some], options, **each)
         done = {event.row: event.tokens for event in events if isinstance(event, Done)}
-        found += [done[row] for row in range(len(some))]
-    return found
+        results += [done[row] for row in range(len(some))]
+    return results
 
 
 def templates(llms: dict[str, LLM], name: str) -> dict[str, Any]:
     """What `infill` and `fill` write: with these operations as they run by themselves, and with fused ones."""
     options = Options(seed=2, max_steps=4)
-    found = {}
+    results = {}
     for ops in dict.fromkeys((name, "fused")):
         llm = llms[ops]
         between = llm.infill("530070000\n600195000\n", "\n800060003", 9, options)
         slots = llm.fill(["1 2 3 ", Slot("a", length=3), " 7 8 9 ", Slot("b", length=4)], options=options)
-        found[ops] = [between.text, slots.text]
-    same = sum(a == b for a, b in zip(found[name], found["fused"], strict=True))
-    return {"ok": same == 2, "says": f"templates {same} of 2", "texts": found}
+        results[ops] = [between.text, slots.text]
+    same = sum(a == b for a, b in zip(results[name], results["fused"], strict=True))
+    return {"ok": same == 2, "says": f"templates {same} of 2", "texts": results}

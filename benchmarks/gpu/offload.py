@@ -21,11 +21,14 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
 def streamed(setting: Setting) -> dict[str, Any]:
     options = Options(max_tokens=82, max_steps=2 if setting.is_dry else 4, seed=1)
     prompt = [{"role": "user", "content": "Solve this Sudoku:\n" + "530070000" * 9}]
-    said: list[str] = []
-    load = lambda **more: LLM.load("nano", device=setting.device, quantize="int4", **more)  # noqa: E731
-    wanted = load().chat(prompt, options=options).tokens
-    limited = load(memory_limit=1_000_000, notice=said.append)
-    is_same = offload.is_streamed(limited.model) and limited.chat(prompt, options=options).tokens == wanted
+    notices: list[str] = []
+
+    def load(**more: Any) -> LLM:
+        return LLM.load("nano", device=setting.device, quantize="int4", **more)
+
+    expected = load().chat(prompt, options=options).tokens
+    limited = load(memory_limit=1_000_000, notice=notices.append)
+    is_same = offload.is_streamed(limited.model) and limited.chat(prompt, options=options).tokens == expected
     rate = offload.bandwidth(torch.device(setting.device))
     says = f"streamed {'as' if is_same else 'not as'} resident, {size(rate)}/s"
-    return {"ok": is_same, "says": says, "said": said, "bytes_per_second": rate}
+    return {"ok": is_same, "says": says, "said": notices, "bytes_per_second": rate}

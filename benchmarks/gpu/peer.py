@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,7 +38,7 @@ def beside(setting: Setting) -> dict[str, Any]:
     del logits
     seconds = 0.2 if setting.is_dry else min(10.0, setting.left / 3)
     forward = common.alternate(calls, seconds, setting.device)
-    runs = {
+    runs: dict[str, Callable[[], list[float]]] = {
         "transformers": lambda: peers.steps_of_theirs(theirs, model, plan, STEPS),
         "sfumato": lambda: peers.steps_of(model, plan, STEPS),
     }

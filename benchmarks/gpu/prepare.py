@@ -51,11 +51,11 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
     yield {"name": "machine", "says": place["hardware"]["gpu"] or place["hardware"]["cpu"], "environment": place}
     yield tried("ceilings", lambda: ceilings(setting))
     if compiling is not None:
-        found = compiling.wait()
-        says = f"{found['compiled']} kernels compiled"
-        if found["left_kernels"] or found["left_steps"]:
-            says += f", {len(found['left_kernels'])} kernels and {found['left_steps']} of {len(each)} steps left"
-        yield {"name": "compile", "ok": not found.get("errors"), "says": says, **found}
+        figures = compiling.wait()
+        says = f"{figures['compiled']} kernels compiled"
+        if figures["left_kernels"] or figures["left_steps"]:
+            says += f", {len(figures['left_kernels'])} kernels and {figures['left_steps']} of {len(each)} steps left"
+        yield {"name": "compile", "ok": not figures.get("errors"), "says": says, **figures}
 
 
 def ceilings(setting: Setting) -> dict[str, Any]:
@@ -70,11 +70,11 @@ def ceilings(setting: Setting) -> dict[str, Any]:
                 except (RuntimeError, NotImplementedError):  # this build of torch, this shape
                     continue
                 rates.setdefault(kind, {}).setdefault(means, {})[name] = rate
-    for found in rates.values():
-        best = {means: max(each.values()) for means, each in found.items()}
-        found |= {"best": max(best.values()), "by": max(best, key=lambda means: best[means])}
+    for figures in rates.values():
+        best = {means: max(each.values()) for means, each in figures.items()}
+        figures |= {"best": max(best.values()), "by": max(best, key=lambda means: best[means])}
     says = f"copy {size(copied)}/s, read {size(read)}/s"
-    says += "".join(f", {kind} {number(found['best'], 'FLOP')}/s" for kind, found in rates.items())
+    says += "".join(f", {kind} {number(figures['best'], 'FLOP')}/s" for kind, figures in rates.items())
     most = {
         "bytes_per_second": {"best": max(copied, read), "copy": copied, "read": read},
         "flops_per_second": rates,

@@ -29,18 +29,18 @@ def write(out: Path, target: Path) -> int:
     return 0
 
 
-def record(found: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
-    tasks = [task for step in found["steps"] for task in tasks_of(step)]
+def record(run: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
+    tasks = [task for step in run["steps"] for task in tasks_of(step)]
     results = {task["task"]: task.get("result", {}) for task in tasks}
-    place = found.get("environment") or environment()
-    place["command"] = "python scripts/gpu.py" + (" --more" if found["plan"] == "more" else "")
+    place = run.get("environment") or environment()
+    place["command"] = "python scripts/gpu.py" + (" --more" if run["plan"] == "more" else "")
     return {
         "what": "gpu",
-        "plan": found["plan"],
-        "state": found["state"],
-        "seconds": found["seconds"],
+        "plan": run["plan"],
+        "state": run["state"],
+        "seconds": run["seconds"],
         "tasks": tasks,
-        "targets": targets(results) if found["plan"] == "first" else {},
+        "targets": targets(results) if run["plan"] == "first" else {},
         "kernels": {name: rows[:KEPT] for name, rows in kernels.items()},
         "environment": place,
     }
@@ -69,11 +69,11 @@ def targets(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         name = f"full/{kind} batch {batch} context 1024"
         return results.get(f"{name} tuned", results.get(name, {})).get(key)
 
-    found = {
+    figures = {
         f"{kind}, batch 1, 1K context: ms a pass": common.target(figure(kind, 1, "ms_a_pass"), most)
         for kind, most in MOST_MS.items()
     }
     one, many = (figure("fp8", batch, "tokens_per_second") for batch in (1, 16))
     gain = many / one if one and many else None
-    found["fp8, batch 16: times the tokens of batch 1"] = common.target(gain, TIMES, at_most=False)
-    return found
+    figures["fp8, batch 16: times the tokens of batch 1"] = common.target(gain, TIMES, at_most=False)
+    return figures

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.ops import Case, exactly, main
+from sfumato.ops.contract import Ops
 from sfumato.ops.masks import Mask
 
 SIZES = {
@@ -48,7 +50,7 @@ def case(
         lengths, counts = torch.full_like(at, context), torch.full_like(at, encode)
         return Mask(list(range(rows)), at, lengths, counts, encode, canvas, window, ring, min(ring, context))
 
-    def prepare(ops, x, _):  # type: ignore[no-untyped-def]
+    def prepare(ops: Ops, x: dict[str, Tensor], _: dict[str, Tensor]) -> Callable[[], Tensor]:
         one = mask(x["q"].shape[0])
         return lambda: ops.attention(x["q"], x["k"], x["v"], x["old_k"], x["old_v"], one)
 
@@ -56,18 +58,21 @@ def case(
     k, v = (exactly(2, new, groups, head, seed=i, device=device) for i in (1, 2))
     old_k, old_v = (exactly(2, ring + 1, groups, head, seed=i, device=device) for i in (3, 4))
     inputs = {"q": q, "k": k, "v": v, "old_k": old_k, "old_v": old_v}
-    one_row = lambda x: {name: value[:1] for name, value in x.items()}  # noqa: E731
+
+    def one_row(x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value[:1] for name, value in x.items()}
+
     held, batch = context if window is None else min(context, window - 1), 1 if new == 256 else 2
     if direction == "encode":
-        seen = sum(min(context + n, window or context + n) for n in range(1, new + 1))
+        in_view = sum(min(context + n, window or context + n) for n in range(1, new + 1))
     else:
-        seen = new * (held + new)
+        in_view = new * (held + new)
     return Case(
         f"{direction}, {kind}, {new} after {context}",
         one_row(inputs) if batch == 1 else inputs,
         {},
         prepare,
-        4.0 * heads * head * seen * batch,
+        4.0 * heads * head * in_view * batch,
         quantised=False,
         moved=batch * (2 * new * heads * head + 2 * (held + new) * groups * head),
         rows=one_row,

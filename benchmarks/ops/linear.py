@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -47,7 +49,7 @@ def cases(size: str, device: str) -> Iterator[Case]:
     )
 
 
-def _joined(outs):  # type: ignore[no-untyped-def]
+def _joined(outs: Sequence[Tensor]) -> Tensor:
     """The last of them; all were computed."""
     return outs[-1]
 
