@@ -33,7 +33,7 @@ STALE = 3.0
 """Seconds after which a connection is not used again: the server may close an idle one just then."""
 
 
-class Lost(Exception):
+class Failed(Exception):
     """The connection ended before the answer did."""
 
 
@@ -74,16 +74,16 @@ class Answer:
     def json(self) -> dict[str, Any]:
         """The body, or {} where that is no JSON object."""
         try:
-            found = json.loads(self.body)
+            body = json.loads(self.body)
         except ValueError:
             return {}
-        return found if isinstance(found, dict) else {}
+        return body if isinstance(body, dict) else {}
 
     def error(self) -> dict[str, Any] | None:
         """OpenAI's error object, of a refused request or of a stream that broke off."""
         if self.status >= 400:
-            found = self.json().get("error")
-            return found if isinstance(found, dict) else {"message": self.body[:200].decode(errors="replace")}
+            details = self.json().get("error")
+            return details if isinstance(details, dict) else {"message": self.body[:200].decode(errors="replace")}
         return next((event["error"] for _, event in self.events if isinstance(event, dict) and "error" in event), None)
 
     def usage(self) -> dict[str, Any]:
@@ -118,14 +118,14 @@ class Events:
 
     def feed(self, data: bytes) -> list[str]:
         *lines, self._rest = (self._rest + data).split(b"\n")
-        found = []
+        events = []
         for line in (line.removesuffix(b"\r").decode() for line in lines):
             if line.startswith("data:"):
                 self._data.append(line[5:].removeprefix(" "))
             elif not line and self._data:
-                found.append("\n".join(self._data))
+                events.append("\n".join(self._data))
                 self._data = []
-        return found
+        return events
 
 
 def parsed(data: str) -> Any:
@@ -176,7 +176,7 @@ class Connection:
         except BaseException as error:
             self.close()
             if isinstance(error, ConnectionError):
-                raise Lost(f"{type(error).__name__}: {error}") from None
+                raise Failed(f"{type(error).__name__}: {error}") from None
             raise
         self._used = answer.ended
         if promised is not None or answer.headers.get("connection") == "close":
@@ -192,7 +192,7 @@ class Connection:
             writer.write(data[: int(share * len(data))])
             await writer.drain()
         except ConnectionError as error:
-            raise Lost(f"{type(error).__name__}: {error}") from None
+            raise Failed(f"{type(error).__name__}: {error}") from None
         writer.transport.abort()
 
     def _message(self, method: str, path: str, data: bytes, request: str, promised: int | None) -> bytes:
@@ -251,7 +251,7 @@ class Connection:
         assert self._reader is not None
         piece = await self._reader.read(1 << 16)
         if not piece:
-            raise Lost("the connection was closed before the answer's end")
+            raise Failed("the connection was closed before the answer's end")
         self._held += piece
 
     async def _line(self) -> str:
@@ -296,20 +296,20 @@ class Server:
         return self
 
     async def _until_ready(self, seconds: float = 600.0) -> None:
-        began = told = time.monotonic()
+        began = reported = time.monotonic()
         while time.monotonic() < began + seconds:
             if self._process is not None and self._process.poll() is not None:
                 raise SystemExit(f"the server ended: {self.log.read_text(errors='replace')[-2000:]}")
-            if not self.url and (found := re.search(r"http://(127\.0\.0\.1|localhost):\d+", self.log.read_text())):
-                self.url = found[0]
+            if not self.url and (address := re.search(r"http://(127\.0\.0\.1|localhost):\d+", self.log.read_text())):
+                self.url = address[0]
             if self.url:
-                with suppress(Lost, OSError):
+                with suppress(Failed, OSError):
                     if (await get(self.url, "/ready")).status == 200:
                         say(f"{self.url} is ready after {time.monotonic() - began:.1f} s")
                         return
-            if time.monotonic() > told + 10:
-                told = time.monotonic()
-                say(f"waiting for the server, {told - began:.0f} s")
+            if time.monotonic() > reported + 10:
+                reported = time.monotonic()
+                say(f"waiting for the server, {reported - began:.0f} s")
             await asyncio.sleep(0.1)
         raise SystemExit(f"the server was not ready within {seconds:.0f} s; its log is {self.log}")
 
@@ -326,8 +326,8 @@ class Server:
 
     def worker(self) -> int | None:
         """The process that runs the model: of the server's children the one that holds most memory."""
-        found = {pid: resident_bytes(pid) or 0 for pid in children(self.pid)} if self.pid else {}
-        return max(found, key=lambda pid: found[pid]) if any(found.values()) else None
+        bytes_by_pid = {pid: resident_bytes(pid) or 0 for pid in children(self.pid)} if self.pid else {}
+        return max(bytes_by_pid, key=lambda pid: bytes_by_pid[pid]) if any(bytes_by_pid.values()) else None
 
 
 async def get(url: str, path: str, key: str | None = None) -> Answer:
@@ -335,12 +335,13 @@ async def get(url: str, path: str, key: str | None = None) -> Answer:
         try:
             return await asyncio.wait_for(connection.ask("GET", path), 10)
         except TimeoutError:
-            raise Lost(f"GET {path} took more than 10 s") from None
+            raise Failed(f"GET {path} took more than 10 s") from None
 
 
 async def card(url: str, key: str | None = None) -> dict[str, Any]:
     """The loaded model, as GET /v1/models describes it."""
-    return (await get(url, "/v1/models", key)).json()["data"][0]
+    model: dict[str, Any] = (await get(url, "/v1/models", key)).json()["data"][0]
+    return model
 
 
 async def metric(url: str, name: str, key: str | None = None) -> float:
@@ -365,14 +366,14 @@ async def until_idle(url: str, key: str | None = None, seconds: float = 30.0) ->
 
 def children(pid: int) -> list[int]:
     """The processes that this one started; multiprocessing's own helper left out."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):  # gone meanwhile
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 if parent == pid and b"resource_tracker" not in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-    return found
+                    pids.append(int(entry.name))
+    return pids
 
 
 def resident_bytes(pid: int) -> int | None:

@@ -60,8 +60,8 @@ def random_packed(
     """A model of random weights, made on the device layer by layer and packed at once: at no time does more than one
     layer exist unpacked. Large weights repeat a block of prime length, and packed ones some of their rows: nothing
     here depends on what they say."""
-    wanted = named(recipe) if recipe else None
-    record = load(ops, device, dtype, samples(wanted) if wanted else [])
+    chosen = named(recipe) if recipe else None
+    record = load(ops, device, dtype, samples(chosen) if chosen else [])
     with torch.device("meta"):
         model = Model(config, record).to(dtype)
     names = {module: name for name, module in model.named_modules()}
@@ -73,8 +73,8 @@ def random_packed(
                 _fill_(parameter, block)
             for buffer in part.buffers():
                 buffer.fill_(1.0)
-        if wanted is not None:
-            quantize_some_(part, wanted, names[part])
+        if chosen is not None:
+            quantize_some_(part, chosen, names[part])
         pack_(part, model.ops)
     return model.requires_grad_(False).eval()
 
@@ -111,7 +111,7 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time several calls in turn, a, b, a, b, …: whatever else the machine does meets all of them alike. Stops after
     `repeats` rounds, or when `seconds` have passed in all, but after one round at least."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    seconds_by_name: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(warm):
         for call in calls.values():
             call()
@@ -122,10 +122,10 @@ def alternate(
             began = time.perf_counter()
             call()
             wait(device)
-            found[name].append(time.perf_counter() - began)
+            seconds_by_name[name].append(time.perf_counter() - began)
         if time.perf_counter() > until:
             break
-    return {name: Timing.of(times) for name, times in found.items()}
+    return {name: Timing.of(times) for name, times in seconds_by_name.items()}
 
 
 def target(value: float | None, limit: float, at_most: bool = True) -> dict[str, Any]:
@@ -150,21 +150,21 @@ def release() -> None:
 # ---- ceilings, records, tables --------------------------------------------------------------------------------------
 
 
-def ceiling(given: argparse.Namespace, seconds: float = 1.0) -> dict[str, Any]:
+def ceiling(arguments: argparse.Namespace, seconds: float = 1.0) -> dict[str, Any]:
     """What `--ceilings FILE` holds, if it was measured on this device; else measured now, and kept there."""
-    kept: Path | None = given.ceilings
-    device = torch.device(given.device)
+    kept: Path | None = arguments.ceilings
+    device = torch.device(arguments.device)
     if kept is not None and kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        return found["ceilings"]
+        known: dict[str, Any] = json.loads(kept.read_text())["ceilings"]
+        return known
     say("ceilings")
-    most = ceilings(SHAPES, min(seconds, given.seconds), device, given.streamed)
+    most = ceilings(SHAPES, min(seconds, arguments.seconds), device, arguments.streamed)
     if kept is not None:
         write(kept, {"what": "ceilings", "ceilings": most, "environment": environment(device)})
     return most
 
 
-def arguments(about: str, seconds: float) -> argparse.ArgumentParser:
+def argument_parser(about: str, seconds: float) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -183,10 +183,10 @@ def write(path: Path, record: dict[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def finish(record: dict[str, Any], given: argparse.Namespace) -> None:
-    record.setdefault("environment", environment(given.device))
-    if given.output:
-        write(given.output, record)
+def finish(record: dict[str, Any], arguments: argparse.Namespace) -> None:
+    record.setdefault("environment", environment(arguments.device))
+    if arguments.output:
+        write(arguments.output, record)
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

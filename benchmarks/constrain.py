@@ -12,11 +12,13 @@ import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -66,11 +68,15 @@ class Fake:
         words = [t if ok else self.rng.randrange(self.vocab_size) for t, ok in zip(self.right, is_right, strict=True)]
         return words, is_right
 
-    def pick(self, position: int, mask: np.ndarray) -> tuple[int, float]:
+    def pick(self, position: int, mask: NDArray[np.bool_]) -> tuple[int, float]:
         allowed = torch.from_numpy(mask)
         row_V = self.logits_LV[position].float().masked_fill(~allowed, -torch.inf)
         chances_V = row_V.softmax(-1)
         return int(row_V.argmax()), float(torch.special.entr(chances_V).sum())
+
+
+def _picked(fake: Fake, position: int, _: int, mask: NDArray[np.bool_]) -> tuple[int, float]:
+    return fake.pick(position, mask)
 
 
 def run(guide: Guide, fake: Fake, shares: list[float], is_last: bool) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def naive(grammar: Grammar, fake: Fake) -> dict[str, Any]:
         guide = grammar.start(LENGTH)
         began = time.perf_counter()
         for position in range(LENGTH):
-            walk = guide.walk([no_token], [True], picker(position), BOUND, True)
+            walk = guide.walk([no_token], [True], partial(_picked, fake, position), BOUND, True)
             guide.commit(len(walk.tokens))
             if guide.is_over:
                 break
@@ -115,7 +121,7 @@ def naive(grammar: Grammar, fake: Fake) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = common.arguments(__doc__, 5.0).parse_args()
+    arguments = common.argument_parser(__doc__, 5.0).parse_args()
     common.say("the vocabulary")
     tokenizer = Tokenizer(gemma_vocab.build())
     eos = tokenizer.special_id("eos_token")

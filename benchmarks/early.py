@@ -32,7 +32,7 @@ from sfumato.measure.work import duration
 from sfumato.model.network import Model
 from sfumato.tasks import sudoku
 
-SETTINGS: dict[str, dict[str, bool]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {},
     "early": {"early": True},
     "short": {"early": True, "short": True},
@@ -49,12 +49,12 @@ def one(events: Any) -> tuple[float, float, Done]:
 
 def compare(rounds: int, calls: dict[str, Any]) -> dict[str, Any]:
     """Medians of calls that take turns."""
-    found: dict[str, list[tuple[float, float, Done]]] = {name: [] for name in calls}
+    results: dict[str, list[tuple[float, float, Done]]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
             row = call()
             if number:  # the first is to warm up
-                found[name].append(row)
+                results[name].append(row)
     return {
         name: {
             "first_seconds": statistics.median(row[0] for row in rows),
@@ -62,40 +62,40 @@ def compare(rounds: int, calls: dict[str, Any]) -> dict[str, Any]:
             "steps": statistics.mean(row[2].usage.steps for row in rows),
             "tokens": statistics.mean(row[2].usage.tokens for row in rows),
         }
-        for name, rows in found.items()
+        for name, rows in results.items()
     }
 
 
 def random_answers(model: Model, lengths: Sequence[int], prompt: int, steps: int | None, rounds: int) -> dict[str, Any]:
     """One length after the other on the random model; `steps` None: the default cap."""
     ids = torch.randint(model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(SEED)).tolist()
-    found = {}
+    results = {}
     for length in lengths:
         common.say(f"mid, {length} tokens, {steps or 'default'} steps")
         each = {
             name: Options(max_tokens=length, seed=SEED, confidence=0.0, max_steps=steps, **more)
             for name, more in SETTINGS.items()
         }
-        found[str(length)] = compare(rounds, {n: lambda o=o: one(generate(model, [ids], o)) for n, o in each.items()})
-    return found
+        results[str(length)] = compare(rounds, {n: lambda o=o: one(generate(model, [ids], o)) for n, o in each.items()})
+    return results
 
 
 def nano_budgets(llm: LLM, lengths: Sequence[int], count: int) -> dict[str, Any]:
     """Budgets of so many cells: seconds, and the share of cells that are right."""
-    given = puzzles("easy", count, SEED)
-    found = {}
+    chosen = puzzles("easy", count, SEED)
+    results = {}
     for length in lengths:
         common.say(f"nano, {length} tokens")
         rows: dict[str, list[tuple[float, float, Done]]] = {name: [] for name in SETTINGS}
         right = dict.fromkeys(SETTINGS, 0)
-        for puzzle in given:
+        for puzzle in chosen:
             ids, pins = request(llm, puzzle)
             pins, solution = {at: token for at, token in pins.items() if at < length}, sudoku.solve(puzzle) or ""
             for name, more in SETTINGS.items():
                 row = one(llm.events([ids], Options(max_tokens=length, seed=SEED, **more), [pins]))
                 rows[name].append(row)
                 right[name] += sum(a == b for a, b in zip(row[2].text, solution[:length], strict=False))
-        found[str(length)] = {
+        results[str(length)] = {
             name: {
                 "first_seconds": statistics.median(row[0] for row in some),
                 "seconds": statistics.median(row[1] for row in some),
@@ -104,17 +104,17 @@ def nano_budgets(llm: LLM, lengths: Sequence[int], count: int) -> dict[str, Any]
             }
             for name, some in rows.items()
         }
-    return found
+    return results
 
 
 def nano_solved(llm: LLM, count: int) -> dict[str, Any]:
     """Whole puzzles a band: solved, steps, seconds to the first committed text and to the end."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for band in ("easy", "medium"):
         common.say(f"nano, {band}")
-        given = puzzles(band, count, SEED)
+        some = puzzles(band, count, SEED)
         sides: dict[str, list[tuple[float, float, bool, int, int]]] = {name: [] for name in list(SETTINGS)[:2]}
-        for puzzle in given:
+        for puzzle in some:
             ids, pins = request(llm, puzzle)
             for name, more in list(SETTINGS.items())[:2]:
                 events = list(llm.events([ids], Options(max_tokens=82, seed=SEED, **more), [pins]))
@@ -123,7 +123,7 @@ def nano_solved(llm: LLM, count: int) -> dict[str, Any]:
                 first = done.usage.first_commit_seconds or done.usage.seconds
                 solved = sudoku.is_solved(done.text[:81], puzzle)
                 sides[name].append((first, done.usage.seconds, solved, done.usage.steps, parts))
-        found[band] = {
+        results[band] = {
             name: {
                 "puzzles": count,
                 "first_seconds": statistics.median(row[0] for row in rows),
@@ -134,24 +134,24 @@ def nano_solved(llm: LLM, count: int) -> dict[str, Any]:
             }
             for name, rows in sides.items()
         }
-    return found
+    return results
 
 
 def ratio(rows: dict[str, Any], name: str) -> float:
-    return rows[name]["seconds"] / rows["reference"]["seconds"]
+    return float(rows[name]["seconds"] / rows["reference"]["seconds"])
 
 
 def targets(record: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    results = {}
     for cap, lengths in record.get("mid", {}).items():
-        found[f"10 tokens of mid, {cap}, short, of the reference's time"] = common.target(
+        results[f"10 tokens of mid, {cap}, short, of the reference's time"] = common.target(
             ratio(lengths["10"], "short"), 0.4
         )
     if "nano" in record:
         bands = record["nano"]["bands"].values()
         loss = max(rows["reference"]["solved"] - rows["early"]["solved"] for rows in bands)
-        found["nano's solve rate lost by early answers, worst band"] = common.target(loss, 0.01)
-    return found
+        results["nano's solve rate lost by early answers, worst band"] = common.target(loss, 0.01)
+    return results
 
 
 def lines(record: dict[str, Any]) -> list[list[str]]:
@@ -163,11 +163,11 @@ def lines(record: dict[str, Any]) -> list[list[str]]:
         cases.append((f"nano, {length} tokens", rows))
     for band, rows in record.get("nano", {}).get("bands", {}).items():
         cases.append((f"nano, whole, {band}", rows))
-    found = []
+    results = []
     for case, rows in cases:
         for name, row in rows.items():
             right = row.get("solved", row.get("right_cells"))
-            found.append(
+            results.append(
                 [
                     f"{case}: {name}",
                     duration(row["first_seconds"]),
@@ -177,40 +177,42 @@ def lines(record: dict[str, Any]) -> list[list[str]]:
                     "–" if right is None else f"{right:.1%}",
                 ]
             )
-    return found
+    return results
 
 
 HEAD = ["answer", "first committed text", "end", "of the reference", "steps", "right"]
 
 
 def main() -> None:
-    parser: argparse.ArgumentParser = common.arguments(__doc__ or "", 0)
+    parser: argparse.ArgumentParser = common.argument_parser(__doc__ or "", 0)
     parser.add_argument("--size", default="mid", help="the random model; empty: none")
     parser.add_argument("--ops", default="auto")
     parser.add_argument("--prompt", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--puzzles", type=int, default=500, help="whole ones a band; 0: no nano")
-    given = parser.parse_args()
-    record: dict[str, Any] = {"what": "early answers", "prompt": given.prompt}
-    if given.size:
-        model = common.without_eos(random_model(random_config(given.size), torch.bfloat16, given.device, given.ops))
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {"what": "early answers", "prompt": arguments.prompt}
+    if arguments.size:
+        model = common.without_eos(
+            random_model(random_config(arguments.size), torch.bfloat16, arguments.device, arguments.ops)
+        )
         lengths = [n for n in (10, 40, 120, 256) if n <= model.config.canvas_length]
-        record["size"], record["ops"] = given.size, model.ops.name
+        record["size"], record["ops"] = arguments.size, model.ops.name
         record["mid"] = {
-            "default cap": random_answers(model, lengths, given.prompt, None, 1),
-            "12 steps": random_answers(model, lengths, given.prompt, 12, given.rounds),
+            "default cap": random_answers(model, lengths, arguments.prompt, None, 1),
+            "12 steps": random_answers(model, lengths, arguments.prompt, 12, arguments.rounds),
         }
         del model
         common.release()
-    if given.puzzles:
-        llm = LLM.load("nano", device=given.device, ops=given.ops)
+    if arguments.puzzles:
+        llm = LLM.load("nano", device=arguments.device, ops=arguments.ops)
         record["nano"] = {
-            "budgets": nano_budgets(llm, (10, 40, 82), min(given.puzzles, 50)),
-            "bands": nano_solved(llm, given.puzzles),
+            "budgets": nano_budgets(llm, (10, 40, 82), min(arguments.puzzles, 50)),
+            "bands": nano_solved(llm, arguments.puzzles),
         }
     record["targets"] = targets(record)
     print(common.table(HEAD, lines(record)))
-    common.finish(record, given)
+    common.finish(record, arguments)
 
 
 if __name__ == "__main__":

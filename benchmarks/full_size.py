@@ -24,9 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
 from sfumato import ops
 from sfumato.checkpoints import convert
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
@@ -136,34 +138,34 @@ def encoded(kind: str, values: torch.Tensor) -> torch.Tensor:
 # ---- phases: each in a process of its own ---------------------------------------------------------------------------
 
 
-def phase_quantise(given: argparse.Namespace) -> dict[str, Any]:
-    source = imagined(given.layers) if given.source == "random" else resolve(given.source)
+def phase_quantise(arguments: argparse.Namespace) -> dict[str, Any]:
+    source = imagined(arguments.layers) if arguments.source == "random" else resolve(arguments.source)
     began = time.perf_counter()
-    done = convert.convert(source, given.recipe, given.target, bar("quantise"))
+    done = convert.convert(source, arguments.recipe, arguments.target, bar("quantise"))
     return {
         "seconds": time.perf_counter() - began,
         "read_bytes": done.read_bytes,
-        "file_bytes": sum(file.stat().st_size for file in Path(given.target).iterdir()),
+        "file_bytes": sum(file.stat().st_size for file in Path(arguments.target).iterdir()),
         "peak_bytes": peak_bytes(torch.device("cpu")),
     }
 
 
-def phase_gguf(given: argparse.Namespace) -> dict[str, Any]:
+def phase_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
-    kinds = write_gguf(Path(given.target), given.layers, bar("gguf"))
-    return {"seconds": time.perf_counter() - began, "file_bytes": Path(given.target).stat().st_size, "kinds": kinds}
+    kinds = write_gguf(Path(arguments.target), arguments.layers, bar("gguf"))
+    return {"seconds": time.perf_counter() - began, "file_bytes": Path(arguments.target).stat().st_size, "kinds": kinds}
 
 
-def phase_generate(given: argparse.Namespace) -> dict[str, Any]:
+def phase_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """One canvas behind a long prompt, the denoising steps timed one by one."""
     before = resident_bytes(torch.device("cpu"))
     began = time.perf_counter()
-    model = load(given.source, LoadOptions(device="cpu", dtype="bfloat16"), progress=bar("load"))
+    model = load(arguments.source, LoadOptions(device="cpu", dtype="bfloat16"), progress=bar("load"))
     model = common.without_eos(model.eval())
     loaded = time.perf_counter() - began
     dice = torch.Generator().manual_seed(2)
-    prompt = torch.randint(model.config.vocab_size, (given.context,), generator=dice).tolist()
-    options = Options(max_tokens=model.config.canvas_length, max_steps=given.steps, seed=3, drafts=True)
+    prompt = torch.randint(model.config.vocab_size, (arguments.context,), generator=dice).tolist()
+    options = Options(max_tokens=model.config.canvas_length, max_steps=arguments.steps, seed=3, drafts=True)
     began = last = time.perf_counter()
     steps: list[float] = []
     done = None
@@ -176,13 +178,13 @@ def phase_generate(given: argparse.Namespace) -> dict[str, Any]:
             done = event
         last = now
     assert done is not None and len(done.tokens) == model.config.canvas_length
-    cost = Counted.of(model).step(given.context)
+    cost = Counted.of(model).step(arguments.context)
     stack: Any = model.layers[0].get_submodule("experts").down_proj
     return {
         "load_seconds": loaded,
         "ops": model.ops.name,
         "experts": f"{stack.kind} by {stack.group}" if hasattr(stack, "group") else str(stack.dtype),
-        "context": given.context,
+        "context": arguments.context,
         "first_step_seconds": steps[0],
         "step_seconds": statistics.median(steps[1:]),
         "steps_seconds": steps,
@@ -198,53 +200,54 @@ PHASES = {"quantise": phase_quantise, "gguf": phase_gguf, "generate": phase_gene
 
 
 def bar(what: str) -> Any:
-    seen = [0.0]
+    last = [0.0]
 
     def progress(done: int, total: int) -> None:
-        if time.perf_counter() - seen[0] > 20 or done == total:
-            seen[0] = time.perf_counter()
+        if time.perf_counter() - last[0] > 20 or done == total:
+            last[0] = time.perf_counter()
             print(f"full_size: {what}: {done / GB:.1f} of {total / GB:.1f} GB", file=sys.stderr, flush=True)
 
     return progress
 
 
-def child(phase: str, given: argparse.Namespace, **what: Any) -> dict[str, Any]:
+def child(phase: str, arguments: argparse.Namespace, **what: Any) -> dict[str, Any]:
     common.say(f"{phase} {what}")
-    command = [sys.executable, __file__, "--phase", phase, "--layers", str(given.layers), "--steps", str(given.steps)]
-    command += ["--context", str(given.context), "--recipe", given.recipe]
+    command = [sys.executable, __file__, "--phase", phase, "--layers", str(arguments.layers)]
+    command += ["--steps", str(arguments.steps), "--context", str(arguments.context), "--recipe", arguments.recipe]
     for name, value in what.items():
         command += [f"--{name}", str(value)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
 
 
-def run(given: argparse.Namespace, record: dict[str, Any]) -> None:
-    from sfumato.measure.parts import Work
+def run(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    from sfumato.measure.work import Work
 
-    most = common.ceiling(given)
+    most = common.ceiling(arguments)
     record["ceiling_bytes_per_second"] = most["bytes_per_second"]["best"]
-    with tempfile.TemporaryDirectory(dir=given.scratch, prefix="full-size-") as folder:
-        for source in given.sources.split(","):
-            given_source: str | Path = "random"
-            found: dict[str, Any] = record["sources"].setdefault(source, {})
+    with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="full-size-") as folder:
+        for source in arguments.sources.split(","):
+            place: str | Path = "random"
+            result: dict[str, Any] = record["sources"].setdefault(source, {})
             if source == "gguf":
-                given_source = Path(folder) / "full-size-Q4_K_M.gguf"
-                found["gguf"] = child("gguf", given, target=given_source)
-            target = Path(folder) / given.recipe
-            found["quantise"] = child("quantise", given, source=given_source, target=target)
+                place = Path(folder) / "full-size-Q4_K_M.gguf"
+                result["gguf"] = child("gguf", arguments, target=place)
+            target = Path(folder) / arguments.recipe
+            result["quantise"] = child("quantise", arguments, source=place, target=target)
             if source == "gguf":
-                Path(given_source).unlink()
-            found["generate"] = one = child("generate", given, source=target)
+                Path(place).unlink()
+            result["generate"] = one = child("generate", arguments, source=target)
             cost = Work(**one["step_cost"])
             one["floor_seconds"] = cost.seconds(most)
             one["share_of_ceiling"] = one["floor_seconds"] / one["step_seconds"]
             one["bytes_per_second"] = cost.bytes / one["step_seconds"]
             shutil.rmtree(target)
-            if given.output:
-                common.finish(record, given)
+            if arguments.output:
+                common.finish(record, arguments)
 
 
 def conclude(record: dict[str, Any]) -> None:
@@ -252,39 +255,39 @@ def conclude(record: dict[str, Any]) -> None:
     config = common.released_config(record["layers"])
     for phases in record["sources"].values():
         quantised, generated = phases["quantise"], phases["generate"]
-        said = needs(config, record["recipe"], generated["context"] + config.canvas_length)
+        promised = needs(config, record["recipe"], generated["context"] + config.canvas_length)
         took = generated["peak_bytes"] - generated["before_bytes"]
         phases["info"] = {
-            "file_bytes": said["file_bytes"],
-            "file_off_by": said["file_bytes"] / quantised["file_bytes"] - 1,
-            "total_bytes": said["total_bytes"],
+            "file_bytes": promised["file_bytes"],
+            "file_off_by": promised["file_bytes"] / quantised["file_bytes"] - 1,
+            "total_bytes": promised["total_bytes"],
             "took_bytes": took,
-            "total_off_by": said["total_bytes"] / took - 1,
+            "total_off_by": promised["total_bytes"] / took - 1,
         }
     record["targets"] = targets(record)
 
 
 def targets(record: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    rows = {}
     for source, phases in record["sources"].items():
-        found[f"{source}: file, bytes"] = common.target(phases["quantise"]["file_bytes"], LIMITS["file"])
-        found[f"{source}: peak while quantising, bytes"] = common.target(
+        rows[f"{source}: file, bytes"] = common.target(phases["quantise"]["file_bytes"], LIMITS["file"])
+        rows[f"{source}: peak while quantising, bytes"] = common.target(
             phases["quantise"]["peak_bytes"], LIMITS["quantise"]
         )
-        found[f"{source}: peak while generating, bytes"] = common.target(
+        rows[f"{source}: peak while generating, bytes"] = common.target(
             phases["generate"]["peak_bytes"], LIMITS["generate"]
         )
         for what in ("file", "total"):
             off_by = abs(phases["info"][f"{what}_off_by"])
-            found[f"{source}: {what}, as sfumato info computes it, off by"] = common.target(off_by, 0.03)
-    return found
+            rows[f"{source}: {what}, as sfumato info computes it, off by"] = common.target(off_by, 0.03)
+    return rows
 
 
 def lines(record: dict[str, Any]) -> list[list[str]]:
-    found = []
+    rows = []
     for source, phases in record["sources"].items():
         quantised, generated = phases["quantise"], phases["generate"]
-        found.append(
+        rows.append(
             [
                 source,
                 size(quantised["file_bytes"]),
@@ -296,7 +299,7 @@ def lines(record: dict[str, Any]) -> list[list[str]]:
                 f"{size(phases['info']['took_bytes'])}, {size(phases['info']['total_bytes'])}",
             ]
         )
-    return found
+    return rows
 
 
 HEAD = [
@@ -312,7 +315,7 @@ HEAD = [
 
 
 def main() -> None:
-    parser = common.arguments(__doc__ or "", 5.0)
+    parser = common.argument_parser(__doc__ or "", 5.0)
     parser.add_argument("--sources", default="random,gguf")
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--layers", type=int, default=30, help="fewer for a trial run")
@@ -323,21 +326,21 @@ def main() -> None:
     parser.add_argument("--source", help=argparse.SUPPRESS)
     parser.add_argument("--target", help=argparse.SUPPRESS)
     parser.add_argument("--conclude", type=Path, metavar="RECORD", help="anew from a record's phases, without a run")
-    given = parser.parse_args()
-    if given.conclude:
-        record = json.loads(given.conclude.read_text())
+    arguments = parser.parse_args()
+    if arguments.conclude:
+        record = json.loads(arguments.conclude.read_text())
         conclude(record)
-        common.write(given.conclude, record)
+        common.write(arguments.conclude, record)
         print(common.table(HEAD, lines(record)))
         return
-    if given.phase:
-        print(json.dumps(PHASES[given.phase](given)))
+    if arguments.phase:
+        print(json.dumps(PHASES[arguments.phase](arguments)))
         return
-    record = {"what": "the true size", "recipe": given.recipe, "layers": given.layers, "sources": {}}
-    run(given, record)
+    record = {"what": "the true size", "recipe": arguments.recipe, "layers": arguments.layers, "sources": {}}
+    run(arguments, record)
     conclude(record)
     print(common.table(HEAD, lines(record)))
-    common.finish(record, given)
+    common.finish(record, arguments)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import client, common, serve, serve_page
-from benchmarks.client import Connection, Lost, Server, say
+from benchmarks.client import Connection, Failed, Server, say
 from sfumato.measure.machine import ROOT
 
 PUZZLE = "020008000908045603450391800301409270507082000204703901710500438045837090832010000"
@@ -197,7 +197,7 @@ class Bystander:
     seconds: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def told(self) -> Record:
+    def summary(self) -> Record:
         return {
             "requests": len(self.seconds),
             "failures": self.failures[:5],
@@ -220,7 +220,7 @@ async def bystander(url: str, key: str | None = None) -> AsyncIterator[Bystander
                     answer = await connection.ask("POST", "/v1/chat/completions", body)
                     if answer.status != 200:
                         one.failures.append(f"{answer.status} {answer.body[:200]!r}")
-                except Lost as error:
+                except Failed as error:
                     one.failures.append(str(error))
                 one.seconds.append(time.perf_counter() - began)
                 await asyncio.sleep(PAUSE)
@@ -243,7 +243,7 @@ async def send(url: str, path: str, body: Body, key: str | None = None) -> tuple
         with Connection(url, key) as connection:
             answer = await connection.ask("POST", path, body)
             return answer.status, answer.body[:300].decode(errors="replace")
-    except (Lost, OSError) as error:
+    except (Failed, OSError) as error:
         return 0, f"{type(error).__name__}: {error}"
 
 
@@ -253,27 +253,29 @@ async def idle(url: str, seconds: float, key: str | None = None) -> Bystander:
     return one
 
 
-async def measure_attacks(server: Server, given: argparse.Namespace) -> Record:
-    await idle(server.url, 2, given.key)
-    alone = await idle(server.url, given.seconds, given.key)
+async def measure_attacks(server: Server, arguments: argparse.Namespace) -> Record:
+    await idle(server.url, 2, arguments.key)
+    alone = await idle(server.url, arguments.seconds, arguments.key)
     rows: list[Record] = []
     for attack in attacks():
         requests = [(path, encoded(body)) for path, body in attack.requests]
         began = time.perf_counter()
-        async with bystander(server.url, given.key) as one:
+        async with bystander(server.url, arguments.key) as one:
             await asyncio.sleep(AROUND)
-            answers = await asyncio.gather(*(send(server.url, *request, given.key) for request in requests))
+            answers = await asyncio.gather(*(send(server.url, *request, arguments.key) for request in requests))
             took = time.perf_counter() - began - AROUND
             await asyncio.sleep(AROUND)
         statuses = sorted(status for status, _ in answers)
-        rows.append({"attack": attack.name, "statuses": statuses, "seconds": took, **one.told(), "said": answers[0][1]})
+        rows.append(
+            {"attack": attack.name, "statuses": statuses, "seconds": took, **one.summary(), "said": answers[0][1]}
+        )
         milliseconds = (f"{rows[-1][name] * 1e3:.0f}" for name in ("median", "worst"))
         say(f"{attack.name}: {statuses} in {took:.2f} s; bystander, ms, median and worst: {', '.join(milliseconds)}")
-    restarts = await client.metric(server.url, "sfumato_worker_restarts_total", given.key)
+    restarts = await client.metric(server.url, "sfumato_worker_restarts_total", arguments.key)
     bad = [row["attack"] for row in rows if not all(200 <= status < 500 for status in row["statuses"])]
-    slowest = max(row["worst"] for row in rows) / alone.told()["median"]
+    slowest = max(row["worst"] for row in rows) / alone.summary()["median"]
     return {
-        "idle": alone.told(),
+        "idle": alone.summary(),
         "attacks": rows,
         "restarts": restarts,
         "targets": {
@@ -285,47 +287,47 @@ async def measure_attacks(server: Server, given: argparse.Namespace) -> Record:
     }  # fmt: skip
 
 
-async def measure_fuzz(server: Server, given: argparse.Namespace) -> Record:
-    await idle(server.url, 2, given.key)
-    alone = await idle(server.url, given.seconds, given.key)
-    asked = iter(generated(given.patterns, given.grammars, given.seed))
+async def measure_fuzz(server: Server, arguments: argparse.Namespace) -> Record:
+    await idle(server.url, 2, arguments.key)
+    alone = await idle(server.url, arguments.seconds, arguments.key)
+    requests = iter(generated(arguments.patterns, arguments.grammars, arguments.seed))
     statuses: Counter[int] = Counter()
     bad: list[str] = []
 
     async def work() -> None:
-        for path, body in asked:
-            status, said = await send(server.url, path, encoded(body), given.key)
+        for path, body in requests:
+            status, reply = await send(server.url, path, encoded(body), arguments.key)
             statuses[status] += 1
             if not 200 <= status < 500:
-                bad.append(f"{status} {said[:200]} {json.dumps(body)[:500]}")
+                bad.append(f"{status} {reply[:200]} {json.dumps(body)[:500]}")
             if sum(statuses.values()) % 50 == 0:
                 say(f"{sum(statuses.values())} sent: {dict(statuses)}")
 
     for number in range(WARM):  # ordinary answers, after which as much is kept of them as is ever kept
-        await send(server.url, *complete(prompt=f"{number} " * 20, max_tokens=164, seed=number), given.key)
-    for path, body in generated(10, 5, given.seed + 1):
-        await send(server.url, path, body, given.key)
+        await send(server.url, *complete(prompt=f"{number} " * 20, max_tokens=164, seed=number), arguments.key)
+    for path, body in generated(10, 5, arguments.seed + 1):
+        await send(server.url, path, body, arguments.key)
     await asyncio.sleep(SETTLE)
-    before = await client.metric(server.url, "sfumato_memory_bytes", given.key)
+    before = await client.metric(server.url, "sfumato_memory_bytes", arguments.key)
     began = time.perf_counter()
-    async with bystander(server.url, given.key) as one:
-        await asyncio.gather(*(work() for _ in range(given.clients)))
+    async with bystander(server.url, arguments.key) as one:
+        await asyncio.gather(*(work() for _ in range(arguments.clients)))
         took = time.perf_counter() - began
     await asyncio.sleep(SETTLE)
-    await idle(server.url, 0.5, given.key)
+    await idle(server.url, 0.5, arguments.key)
     await asyncio.sleep(SETTLE)
-    after = await client.metric(server.url, "sfumato_memory_bytes", given.key)
-    restarts = await client.metric(server.url, "sfumato_worker_restarts_total", given.key)
+    after = await client.metric(server.url, "sfumato_memory_bytes", arguments.key)
+    restarts = await client.metric(server.url, "sfumato_worker_restarts_total", arguments.key)
     return {
-        "patterns": given.patterns,
-        "grammars": given.grammars,
-        "seed": given.seed,
-        "clients": given.clients,
+        "patterns": arguments.patterns,
+        "grammars": arguments.grammars,
+        "seed": arguments.seed,
+        "clients": arguments.clients,
         "seconds": took,
         "statuses": {str(status): count for status, count in sorted(statuses.items())},
         "bad": bad[:10],
-        "idle": alone.told(),
-        "bystander": {**one.told(), **client.percentiles(one.seconds)},
+        "idle": alone.summary(),
+        "bystander": {**one.summary(), **client.percentiles(one.seconds)},
         "memory": {"before": before, "after": after},
         "targets": {
             "patterns and grammars that end in a 5xx or without an answer": common.target(len(bad), 0),
@@ -339,11 +341,11 @@ async def measure_fuzz(server: Server, given: argparse.Namespace) -> Record:
 PARTS = {"attacks": measure_attacks, "fuzz": measure_fuzz}
 
 
-async def measure(given: argparse.Namespace) -> None:
-    flags = ["-m", "nano", *shlex.split(given.server)]
-    async with Server(flags, given.log / f"hostile-{given.part}.log", given.url) as server:
-        found = await PARTS[given.part](server, given)
-    serve.keep(given.part, found, given, flags, "under attack")
+async def measure(arguments: argparse.Namespace) -> None:
+    flags = ["-m", "nano", *shlex.split(arguments.server)]
+    async with Server(flags, arguments.log / f"hostile-{arguments.part}.log", arguments.url) as server:
+        result = await PARTS[arguments.part](server, arguments)
+    serve.keep(arguments.part, result, arguments, flags, "under attack")
 
 
 def main() -> None:
@@ -358,9 +360,9 @@ def main() -> None:
             one.add_argument("--grammars", type=int, default=200)
             one.add_argument("--clients", type=int, default=4)
             one.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    asyncio.run(measure(given))
-    serve_page.show(json.loads(given.output.read_text()), given.part)
+    arguments = parser.parse_args()
+    asyncio.run(measure(arguments))
+    serve_page.show(json.loads(arguments.output.read_text()), arguments.part)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ REPEATS = 30
 
 def main() -> None:
     folder, limit, kind = Path(sys.argv[1]), float(sys.argv[2]), {"bf16": mx.bfloat16}.get(sys.argv[3], mx.float32)
-    given = np.load(folder / "inputs.npz")
+    inputs = np.load(folder / "inputs.npz")
     model = load_model(folder / "model")  # strict: a weight without a value is an error
     model.set_dtype(kind)
     mx.eval(model.parameters())
-    prompt, canvas = mx.array(given["prompt"]), mx.array(given["canvas"])
-    previous = mx.array(given["previous"]).astype(kind)
+    prompt, canvas = mx.array(inputs["prompt"]), mx.array(inputs["canvas"])
+    previous = mx.array(inputs["previous"]).astype(kind)
     cache = model.diffusion_prefill_cache(prompt, cache=model.make_cache())
     masks = model.diffusion_decoder_masks(canvas, cache)
     embedding = model.diffusion_prepare_self_conditioning()

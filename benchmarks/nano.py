@@ -32,14 +32,14 @@ def puzzles(band: str, count: int, seed: int) -> list[str]:
     return [sudoku.generate(int(clues), rng) for clues in rng.integers(low, high + 1, count)]
 
 
-def summary(found: list[Solved], seconds: float) -> dict[str, float]:
+def summary(results: list[Solved], seconds: float) -> dict[str, float]:
     """Figures of one band and mode."""
-    count = len(found)
+    count = len(results)
     return {
         "puzzles": count,
-        "solved": sum(s.solved for s in found) / count,
-        "mean_steps": sum(s.steps for s in found) / count,
-        "tokens_per_pass": sum(s.tokens for s in found) / sum(s.passes for s in found),
+        "solved": sum(s.solved for s in results) / count,
+        "mean_steps": sum(s.steps for s in results) / count,
+        "tokens_per_pass": sum(s.tokens for s in results) / sum(s.passes for s in results),
         "seconds": round(seconds, 2),
     }
 
@@ -47,13 +47,13 @@ def summary(found: list[Solved], seconds: float) -> dict[str, float]:
 def rows(llm: LLM, count: int, batch: int, seed: int, modes: list[str]) -> Iterator[dict[str, object]]:
     """One record a band and mode."""
     for band in BANDS:
-        given = puzzles(band, count, seed)
+        some = puzzles(band, count, seed)
         for mode, pinned in ((m.removesuffix("-unpinned"), not m.endswith("-unpinned")) for m in modes):
             began = time.perf_counter()
             options = Options(seed=seed, mode=mode, temperature=0.0)  # type: ignore[arg-type]
-            found = list(solve(llm, given, options, pinned and mode == "diffusion", batch))
+            results = list(solve(llm, some, options, pinned and mode == "diffusion", batch))
             name = mode if pinned or mode != "diffusion" else "diffusion, clues not pinned"
-            yield {"band": band, "clues": BANDS[band], "mode": name, **summary(found, time.perf_counter() - began)}
+            yield {"band": band, "clues": BANDS[band], "mode": name, **summary(results, time.perf_counter() - began)}
 
 
 def main() -> None:

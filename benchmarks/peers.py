@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,8 @@ def forward_of_theirs(
     cache = DynamicCache(config=theirs.config.text_config)
     theirs.model.encoder(input_ids=prompt_BT, past_key_values=cache)
     run = forward or theirs.forward
-    given = {"decoder_input_ids": canvas_BL, "self_conditioning_logits": logits_BLV, "past_key_values": cache}
-    return lambda: run(**given).logits
+    arguments = {"decoder_input_ids": canvas_BL, "self_conditioning_logits": logits_BLV, "past_key_values": cache}
+    return lambda: run(**arguments).logits
 
 
 def difference(theirs: Any, model: Model, plan: BenchPlan) -> float:
@@ -151,18 +152,18 @@ def logits_beside(theirs: Any, plain: Model, each: dict[str, Model], plan: Bench
     common.release()
     there = forward_of_theirs(theirs, plain, plan)().float()
     size = exact.norm()
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "transformers": {"error_against_float32": float((there - exact).norm() / size)},
     }
     for name, model in each.items():
         here = forward_of(model, plan)().float()
-        found[name] = {
+        results[name] = {
             "error_against_float32": float((here - exact).norm() / size),
             "largest_difference_from_transformers": float((here - there).abs().max()),
             "argmax_as_transformers": float((here.argmax(-1) == there.argmax(-1)).float().mean()),
             "argmax_as_float32": float((here.argmax(-1) == exact.argmax(-1)).float().mean()),
         }
-    return found
+    return results
 
 
 # ---- steps and answers -----------------------------------------------------------------------------------------------
@@ -223,26 +224,26 @@ def answer(model: Model, plan: BenchPlan) -> int:
 
 def ways(theirs: Any, model: Model, plan: BenchPlan, seconds: float) -> dict[str, Any]:
     """Its forward in each way that it has on this machine; an implementation that fails says why."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for attention in ("sdpa", "eager"):
         for experts in EXPERTS:
             name = f"{attention}, {experts} experts"
-            known = [one["seconds"] for one in found.values() if "seconds" in one]
-            if (before := found.get(f"sdpa, {experts} experts", {}).get("seconds", 0.0)) > HOPELESS * min(
+            known = [one["seconds"] for one in results.values() if "seconds" in one]
+            if (before := results.get(f"sdpa, {experts} experts", {}).get("seconds", 0.0)) > HOPELESS * min(
                 known, default=1
             ):
-                found[name] = {"failed": f"not tried: {before:.0f} s with sdpa"}
+                results[name] = {"failed": f"not tried: {before:.0f} s with sdpa"}
                 continue
             common.say(f"transformers: {name}")
             try:
                 choose(theirs, attention, experts)
                 call = forward_of_theirs(theirs, model, plan)
-                found[name] = row(measure(call, seconds, model.device, repeats=5))
-                found[name] |= {"attention": attention, "experts": experts}
+                results[name] = row(measure(call, seconds, model.device, repeats=5))
+                results[name] |= {"attention": attention, "experts": experts}
             except Exception as error:
-                found[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+                results[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             common.release()
-    return found
+    return results
 
 
 def choose(theirs: Any, attention: str, experts: str) -> None:
@@ -270,7 +271,7 @@ def compiled(theirs: Any, model: Model, plan: BenchPlan, limit: int, steps: int)
         steps_of_theirs(theirs, model, plan, 3, "static")
         return STEP, Timing.of(steps_of_theirs(theirs, model, plan, steps, "static"))
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, run in {"compiled forward, dynamic cache": forward, STATIC: static}.items():
         common.say(f"transformers: {name} (at most {limit} s)")
         before, began = signal.signal(signal.SIGALRM, stop), time.perf_counter()
@@ -279,14 +280,14 @@ def compiled(theirs: Any, model: Model, plan: BenchPlan, limit: int, steps: int)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler, about their code
                 part, timing = run()
-            found[name] = {part: row(timing)}
+            results[name] = {part: row(timing)}
         except Exception as error:
-            found[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            results[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
-        found[name]["seconds_with_compiling"] = time.perf_counter() - began
-    return found
+        results[name]["seconds_with_compiling"] = time.perf_counter() - began
+    return results
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
@@ -303,14 +304,14 @@ def row(timing: Timing) -> dict[str, Any]:
 
 def pooled(runs: dict[str, Callable[[], list[float]]], seconds: float, rounds: int = 12) -> dict[str, Timing]:
     """Runs that give several times each, in turns; the median of all that each gave."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    results: dict[str, list[float]] = {name: [] for name in runs}
     until = time.perf_counter() + seconds
     for _ in range(rounds):
         for name, run in runs.items():
-            found[name] += run()
+            results[name] += run()
         if time.perf_counter() > until:
             break
-    return {name: Timing.of(times) for name, times in found.items()}
+    return {name: Timing.of(times) for name, times in results.items()}
 
 
 @torch.inference_mode()
@@ -339,7 +340,7 @@ def compare(
             common.say(f"sfumato {kind}: left out: {error}")
     where = environment(device)
     where["versions"]["transformers"] = transformers.__version__
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "what": "peers",
         "model": name,
         "dtype": base,
@@ -352,30 +353,32 @@ def compare(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers', about its own code
         common.say("logits")
-        found["logits"] = logits_beside(theirs, plain, each, plan)
-        write(found)
-        found["ways of transformers"] = ways(theirs, plain, plan, plan.seconds / 4)
+        results["logits"] = logits_beside(theirs, plain, each, plan)
+        write(results)
+        results["ways of transformers"] = ways(theirs, plain, plan, plan.seconds / 4)
         fastest = min(
-            (way for way in found["ways of transformers"].values() if "seconds" in way), key=lambda way: way["seconds"]
+            (way for way in results["ways of transformers"].values() if "seconds" in way),
+            key=lambda way: way["seconds"],
         )
         choose(theirs, fastest["attention"], fastest["experts"])
-        found["best way"] = f"{fastest['attention']}, {fastest['experts']} experts"
-        write(found)
+        results["best way"] = f"{fastest['attention']}, {fastest['experts']} experts"
+        write(results)
         if limit:
-            found["compiled"] = compiled(theirs, plain, plan, limit, 6)
-            write(found)
+            results["compiled"] = compiled(theirs, plain, plan, limit, 6)
+            write(results)
 
         common.say(f"in turns: {FORWARD}")
         calls = {theirs_name: forward_of_theirs(theirs, plain, plan)}
         calls |= {own: forward_of(model, plan) for own, model in each.items()}
-        found["parts"] = {FORWARD: {k: row(t) for k, t in common.alternate(calls, plan.seconds, device).items()}}
-        write(found)
+        results["parts"] = {FORWARD: {k: row(t) for k, t in common.alternate(calls, plan.seconds, device).items()}}
+        write(results)
 
         common.say(f"in turns: {STEP}")
         few = 5
+        runs: dict[str, Callable[[], list[float]]]
         runs = {theirs_name: lambda: steps_of_theirs(theirs, plain, plan, few)}
-        runs |= {own: lambda model=model: steps_of(model, plan, few) for own, model in each.items()}
-        static = found.get("compiled", {}).get(STATIC, {})
+        runs |= {own: partial(steps_of, model, plan, few) for own, model in each.items()}
+        static = results.get("compiled", {}).get(STATIC, {})
         if STEP in static:
             runs[STATIC] = lambda: steps_of_theirs(theirs, plain, plan, few, "static")
         for run in list(runs.values())[1:]:
@@ -383,47 +386,48 @@ def compare(
         times = {k: row(t) for k, t in pooled(runs, plan.seconds).items()}
         if STEP in static:
             static[STEP] = times.pop(STATIC)
-        found["parts"][STEP] = times
-        write(found)
+        results["parts"][STEP] = times
+        write(results)
 
         common.say(f"in turns: {ANSWER}")
-        calls = {theirs_name: lambda: generate(theirs, plain, plan, plan.tokens, plan.steps)}
-        calls |= {own: lambda model=model: answer(model, plan) for own, model in each.items()}
-        tokens = {own: calls[own]() for own in each}
+        answers: dict[str, Callable[[], int]]
+        answers = {theirs_name: lambda: generate(theirs, plain, plan, plan.tokens, plan.steps)}
+        answers |= {own: partial(answer, model, plan) for own, model in each.items()}
+        tokens = {own: answers[own]() for own in each}
         if len(set(tokens.values())) != 1 or plan.tokens % plain.config.canvas_length:
             common.say(f"answers differ in length: {tokens}")
-        found["tokens"] = plan.tokens
+        results["tokens"] = plan.tokens
         timed = common.alternate(calls, 2 * plan.seconds, device, warm=0)
-        found["parts"][ANSWER] = {k: row(t) for k, t in timed.items()}
-    found["ratios"], found["targets"] = ratios(found, base)
-    write(found)
+        results["parts"][ANSWER] = {k: row(t) for k, t in timed.items()}
+    results["ratios"], results["targets"] = ratios(results, base)
+    write(results)
     if mlx:
-        found["ways of mlx-vlm"] = ways_of_mlx(mlx, plain, plan)
-        found["mlx-vlm"] = told(found["ways of mlx-vlm"])
-        write(found)
-    return found
+        results["ways of mlx-vlm"] = ways_of_mlx(mlx, plain, plan)
+        results["mlx-vlm"] = sentence(results["ways of mlx-vlm"])
+        write(results)
+    return results
 
 
-def ratios(found: dict[str, Any], base: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def ratios(results: dict[str, Any], base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our median over the best that transformers reached, compiled or not, for each part; and the issue's targets."""
-    best = {part: rows["transformers"]["seconds"] for part, rows in found["parts"].items()}
-    for way in found.get("compiled", {}).values():
+    best = {part: rows["transformers"]["seconds"] for part, rows in results["parts"].items()}
+    for way in results.get("compiled", {}).values():
         for part in best:
             if part in way:
                 best[part] = min(best[part], way[part]["seconds"])
-    made = {
+    shares = {
         part: {own: timing["seconds"] / best[part] for own, timing in rows.items() if own != "transformers"}
-        for part, rows in found["parts"].items()
+        for part, rows in results["parts"].items()
     }
     targets = {}
     for kind, most in LIMITS.items():
-        if f"sfumato {kind}" in made[STEP]:
-            targets[f"{STEP}, {kind}, over transformers' best"] = common.target(made[STEP][f"sfumato {kind}"], most)
+        if f"sfumato {kind}" in shares[STEP]:
+            targets[f"{STEP}, {kind}, over transformers' best"] = common.target(shares[STEP][f"sfumato {kind}"], most)
     if base == "bf16":
         targets[f"{ANSWER}, bf16, over transformers' best"] = common.target(
-            made[ANSWER]["sfumato bf16"], LIMITS["bf16"]
+            shares[ANSWER]["sfumato bf16"], LIMITS["bf16"]
         )
-    return made, targets
+    return shares, targets
 
 
 # ---- mlx-vlm --------------------------------------------------------------------------------------------------------
@@ -438,7 +442,7 @@ def ways_of_mlx(command: str, plain: Model, plan: BenchPlan) -> dict[str, Any]:
     exact = forward_of(exact_model, plan)().cpu()
     del exact_model
     common.release()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save(plain, folder / "model")
@@ -452,19 +456,19 @@ def ways_of_mlx(command: str, plain: Model, plan: BenchPlan) -> dict[str, Any]:
                 done = subprocess.run([*line, dtype], capture_output=True, text=True, timeout=PATIENCE)
                 if done.returncode:
                     raise RuntimeError(done.stderr.strip().rpartition("\n")[2][:200].rstrip("."))
-                found[dtype] = json.loads(done.stdout.strip().rpartition("\n")[2])
+                results[dtype] = json.loads(done.stdout.strip().rpartition("\n")[2])
                 there = torch.from_numpy(np.load(folder / "logits.npy"))
-                found[dtype]["largest_difference_from_our_float32"] = float((there - exact).abs().max())
+                results[dtype]["largest_difference_from_our_float32"] = float((there - exact).abs().max())
             except subprocess.TimeoutExpired:
-                found[dtype] = {"failed": f"not done within {PATIENCE} s"}
+                results[dtype] = {"failed": f"not done within {PATIENCE} s"}
             except (OSError, RuntimeError, ValueError) as error:
-                found[dtype] = {"failed": str(error) or type(error).__name__}
-    return found
+                results[dtype] = {"failed": str(error) or type(error).__name__}
+    return results
 
 
-def told(found: dict[str, Any]) -> str:
+def sentence(results: dict[str, Any]) -> str:
     texts = []
-    for dtype, one in found.items():
+    for dtype, one in results.items():
         if "failed" in one:
             texts.append(f"{dtype}: {one['failed']}")
             continue
@@ -475,27 +479,27 @@ def told(found: dict[str, Any]) -> str:
     return "; ".join(texts)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """What took turns: seconds, and in brackets our share of transformers' time."""
-    names = list(next(iter(found["parts"].values())))
+    names = list(next(iter(results["parts"].values())))
     lines = []
-    for part, rows in found["parts"].items():
+    for part, rows in results["parts"].items():
         base = rows["transformers"]["seconds"]
         lines.append([part, *(f"{duration(rows[n]['seconds'])} (×{rows[n]['seconds'] / base:.3f})" for n in names)])
-    errors = [f"{found['logits'].get(n, {}).get('error_against_float32', float('nan')):.1e}" for n in names]
+    errors = [f"{results['logits'].get(n, {}).get('error_against_float32', float('nan')):.1e}" for n in names]
     lines.append(["logits against float32", *errors])
     text = common.table(["", *names], lines)
-    for name, one in (found["ways of transformers"] | found.get("compiled", {})).items():
+    for name, one in (results["ways of transformers"] | results.get("compiled", {})).items():
         part = next((one[p] for p in (FORWARD, STEP) if p in one), one)
         text += f"\n{name}: {duration(part['seconds']) if 'seconds' in part else one.get('failed')}"
-    for name, one in found["logits"].items():
+    for name, one in results["logits"].items():
         if "largest_difference_from_transformers" in one:
             most = one["largest_difference_from_transformers"]
             text += f"\n{name}: logits differ from transformers' by at most {most:.3g}"
             text += f", the same argmax at {one['argmax_as_transformers']:.1%} of positions"
-    for name, one in found["targets"].items():
+    for name, one in results["targets"].items():
         text += f"\n{name}: {one['value']:.3f} (target {one['target']})"
-    return text + f"\nmlx-vlm: {found['mlx-vlm']}"
+    return text + f"\nmlx-vlm: {results['mlx-vlm']}"
 
 
 def model_of(size: str, dtype: str, device: str) -> tuple[Model, ModelConfig]:
@@ -517,7 +521,7 @@ def calm_(model: Model) -> Model:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, 15.0)
+    parser = common.argument_parser(__doc__, 15.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "float32"])
     parser.add_argument("--kinds", default="int8", help="recipes of ours beside --dtype; may be empty")
@@ -527,21 +531,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--compile-seconds", type=int, default=0, help="limit for each compiled way; 0 leaves them out")
     parser.add_argument("--mlx", default="", metavar="PYTHON", help="a Python that has mlx-vlm, to time it too")
-    given = parser.parse_args()
-    plan = BenchPlan(given.prompt, given.tokens, given.steps, given.seconds)
-    plain, _ = model_of(given.size, given.dtype, given.device)
-    kinds = [kind for kind in given.kinds.split(",") if kind]
-    found = compare(
+    arguments = parser.parse_args()
+    plan = BenchPlan(arguments.prompt, arguments.tokens, arguments.steps, arguments.seconds)
+    plain, _ = model_of(arguments.size, arguments.dtype, arguments.device)
+    kinds = [kind for kind in arguments.kinds.split(",") if kind]
+    results = compare(
         plain,
         plan,
-        f"{given.size} (random weights)",
+        f"{arguments.size} (random weights)",
         kinds,
-        given.ops,
-        given.compile_seconds,
-        lambda record: common.finish(record, given),
-        given.mlx,
+        arguments.ops,
+        arguments.compile_seconds,
+        lambda record: common.finish(record, arguments),
+        arguments.mlx,
     )
-    print(table(found))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def fill(llm: LLM, puzzle: str) -> tuple[bool, int]:
 def holes(llm: LLM, count: int) -> list[dict[str, float]]:
     """Grids with ever more holes; beyond 50 of them a grid may have another solution, which is right as well."""
     rng, dice = np.random.default_rng(SEED), random.Random(SEED)
-    grids, found = [sudoku.random_grid(rng) for _ in range(count)], []
+    grids, results = [sudoku.random_grid(rng) for _ in range(count)], []
     for number in HOLES:
         common.say(f"{number} holes")
         rows = []
@@ -49,26 +49,26 @@ def holes(llm: LLM, count: int) -> list[dict[str, float]]:
             open_ = set(dice.sample(range(81), number))
             rows.append(fill(llm, "".join("0" if n in open_ else cell for n, cell in enumerate(grid))))
         solved, steps = statistics.mean(row[0] for row in rows), statistics.mean(row[1] for row in rows)
-        found.append({"holes": number, "pinned": 81 - number, "grids": count, "solved": solved, "steps": steps})
-    return found
+        results.append({"holes": number, "pinned": 81 - number, "grids": count, "solved": solved, "steps": steps})
+    return results
 
 
 def beside_the_command(llm: LLM, count: int) -> dict[str, dict[str, float]]:
     """The same puzzles through a template and through `sfumato sudoku`'s own path."""
-    found = {}
+    results = {}
     for band in ("easy", "medium"):
         common.say(f"{band} puzzles, both ways")
-        given = puzzles(band, count, SEED)
-        theirs = list(solve(llm, given, Options(seed=SEED)))
-        ours = [fill(llm, puzzle) for puzzle in given]
-        found[band] = {
+        some = puzzles(band, count, SEED)
+        theirs = list(solve(llm, some, Options(seed=SEED)))
+        ours = [fill(llm, puzzle) for puzzle in some]
+        results[band] = {
             "puzzles": count,
             "template_solved": statistics.mean(row[0] for row in ours),
             "command_solved": statistics.mean(row.solved for row in theirs),
             "template_steps": statistics.mean(row[1] for row in ours),
             "command_steps": statistics.mean(row.steps for row in theirs),
         }
-    return found
+    return results
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
@@ -90,14 +90,14 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__ or "", 0)
+    parser = common.argument_parser(__doc__ or "", 0)
     parser.add_argument("--grids", type=int, default=300, help="solved grids a number of holes")
     parser.add_argument("--puzzles", type=int, default=200, help="puzzles a band, both ways")
     parser.add_argument("--plot", type=Path, help="draw it to this file")
-    given = parser.parse_args()
-    llm = LLM.load("nano", device=given.device)
-    rows = holes(llm, given.grids)
-    record: dict[str, Any] = {"what": "pins", "holes": rows, "beside": beside_the_command(llm, given.puzzles)}
+    arguments = parser.parse_args()
+    llm = LLM.load("nano", device=arguments.device)
+    rows = holes(llm, arguments.grids)
+    record: dict[str, Any] = {"what": "pins", "holes": rows, "beside": beside_the_command(llm, arguments.puzzles)}
     twenty = next(row["solved"] for row in rows if row["holes"] == 20)
     record["targets"] = {"20 cells of a solved grid filled right": common.target(twenty, 0.99, at_most=False)}
     lines = [[f"{row['holes']} holes", f"{row['solved']:.1%}", f"{row['steps']:.2f}"] for row in rows]
@@ -107,9 +107,9 @@ def main() -> None:
             for way in ("template", "command")
         ]
     print(common.table(["nano", "solved", "steps"], lines))
-    if given.plot:
-        plot(rows, given.plot)
-    common.finish(record, given)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+    common.finish(record, arguments)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Step:
     def rows(self) -> int:
         return self.batch * self.config.canvas_length
 
-    def made(self, node: Node) -> dict[str, Any]:
+    def facts_of(self, node: Node) -> dict[str, Any]:
         """What the compiler made of this kernel: at these tiles, or else at others of these weights."""
         tiles = _tiles(node)
         mine = [row for row in self.compiled if row["kernel"] == node.name]
@@ -142,7 +142,7 @@ def small_time(node: Node, step: Step) -> Time:
 
 def product_time(node: Node, step: Step) -> Time:
     """A product of weights: [BLOCK_N outputs, BLOCK_M rows] a program."""
-    sizes, made = node.sizes, step.made(node)
+    sizes, facts = node.sizes, step.facts_of(node)
     n, m, k = (sizes[f"BLOCK_{name}"] for name in "NMK")
     rate = "fp8" if sizes["KIND"] == "fp8" else "bf16"
     weight_bytes = {"plain": 2.0, "fp8": 1.0, "int8": 1.0}.get(sizes["KIND"], 0.53)
@@ -154,17 +154,17 @@ def product_time(node: Node, step: Step) -> Time:
         ctas = round(tiles * math.ceil(columns / n))
     turns = math.ceil(sizes["K"] / k / sizes.get("SPLIT_K", 1))
     tensor = 2.0 * n * m * k / TENSOR[rate]
-    return programs(ctas, turns, tensor, n * k * weight_bytes + m * k * x_bytes * filled, made, node.standing)
+    return programs(ctas, turns, tensor, n * k * weight_bytes + m * k * x_bytes * filled, facts, node.standing)
 
 
 def programs(
-    ctas: float, turns: float, tensor: float, drawn: float, made: dict[str, Any], standing: float, rest: float = 0.0
+    ctas: float, turns: float, tensor: float, drawn: float, facts: dict[str, Any], standing: float, rest: float = 0.0
 ) -> Time:
     """So many programs, each with so many turns of a loop, with `tensor` clocks of the tensor cores and `drawn` bytes
     from L2 each, and `rest` clocks behind it."""
     each = L2 / CLOCK / min(PROCESSORS, ctas)
-    a_processor = min(held_at_once(made), math.ceil(ctas / PROCESSORS))
-    issue = (made["loop"] or made["instructions"] / turns) * made["warps"] / 4  # unrolled, it has no loop
+    a_processor = min(held_at_once(facts), math.ceil(ctas / PROCESSORS))
+    issue = (facts["loop"] or facts["instructions"] / turns) * facts["warps"] / 4  # unrolled, it has no loop
     clocks = {
         "tensor cores": tensor,
         "issue": issue / ISSUE,
@@ -181,10 +181,10 @@ def programs(
     return Time(busy + FILL, bound, uses)
 
 
-def held_at_once(made: dict[str, Any]) -> int:
+def held_at_once(facts: dict[str, Any]) -> int:
     """Programs that fit one processor."""
-    by_registers = REGISTERS // (32 * made["warps"] * max(made["registers"], 1))
-    return max(1, min(by_registers, SHARED // max(made["shared"], 1)))
+    by_registers = REGISTERS // (32 * int(facts["warps"]) * max(int(facts["registers"]), 1))
+    return max(1, min(by_registers, SHARED // max(int(facts["shared"]), 1)))
 
 
 def expert_tiles(config: ModelConfig, rows: int, block_m: int) -> tuple[float, float]:
@@ -205,23 +205,23 @@ def attention_time(node: Node, step: Step) -> Time:
     turns = math.ceil((held + config.canvas_length) / sizes["BLOCK_N"] / sizes["SPLITS"])
     width = sizes["BLOCK_K"] // sizes["COLUMNS"]
     products = 2.0 * sizes["BLOCK_M"] * sizes["BLOCK_N"] * (sizes["BLOCK_K"] + width) / TENSOR["bf16"]
-    made = step.made(node)
+    facts = step.facts_of(node)
     drawn = 2.0 * sizes["BLOCK_N"] * (sizes["BLOCK_K"] + width)
     ctas = math.prod(node.grid)
-    time = programs(ctas, turns, products + 0.5 * made["loop"] * made["warps"] / 4, drawn, made, node.standing)
+    time = programs(ctas, turns, products + 0.5 * facts["loop"] * facts["warps"] / 4, drawn, facts, node.standing)
     joined = 2.0 * node.passing / NEAR if node.name == "_attention" and sizes["SPLITS"] > 1 else 0.0
     return replace(time, seconds=time.seconds + 2 * FILL + joined * 0.25)
 
 
 def sweep_time(node: Node, step: Step) -> Time:
     """Every position with every word, then the logits: 8,500 clocks of exponentials a tile of 256 x 128."""
-    sizes, made = node.sizes, step.made(node)
+    sizes, facts = node.sizes, step.facts_of(node)
     n, words, k = sizes["BLOCK_N"], sizes["TILE"], sizes["BLOCK_K"]
     tensor = 2.0 * n * words * k / TENSOR["bf16"]
     rest = 8_500 * n * words / (256 * 128)
     logits = 2.0 * step.rows * step.config.vocab_size
     return programs(
-        math.prod(node.grid), sizes["D"] / k, tensor, 2.0 * k * (n + words), made, node.standing + logits, rest
+        math.prod(node.grid), sizes["D"] / k, tensor, 2.0 * k * (n + words), facts, node.standing + logits, rest
     )
 
 
@@ -233,20 +233,20 @@ def walk_time(node: Node, step: Step) -> Time:
 
 def multiply_time(node: Node, step: Step) -> Time:
     """Positions x columns, all words: no tile left out, as early in a canvas."""
-    sizes, made = node.sizes, step.made(node)
+    sizes, facts = node.sizes, step.facts_of(node)
     n, d, k = sizes["BLOCK_N"], sizes["BLOCK_D"], sizes["BLOCK_K"]
     turns = step.config.vocab_size / k / sizes["SPLITS"]
-    tensor = 2.0 * n * d * k / TENSOR["bf16"] + 0.7 * made["loop"] * made["warps"] / 4
-    return programs(math.prod(node.grid), turns, tensor, 2.0 * k * (n + d), made, node.standing)
+    tensor = 2.0 * n * d * k / TENSOR["bf16"] + 0.7 * facts["loop"] * facts["warps"] / 4
+    return programs(math.prod(node.grid), turns, tensor, 2.0 * k * (n + d), facts, node.standing)
 
 
 def route_time(node: Node, step: Step) -> Time:
     """Each program draws its share of the router's weights, and of its rows."""
-    sizes, made = node.sizes, step.made(node)
+    sizes, facts = node.sizes, step.facts_of(node)
     splits = sizes.get("SPLITS", sizes.get("SPLIT_K", 1))
     turns = math.ceil(step.config.hidden_size / sizes["BLOCK_K"] / splits)
     drawn = 2.0 * sizes["BLOCK_K"] * (step.config.num_experts + sizes["BLOCK_M"])
-    time = programs(math.prod(node.grid), turns, 0.0, drawn, made, node.standing)
+    time = programs(math.prod(node.grid), turns, 0.0, drawn, facts, node.standing)
     return replace(time, seconds=time.seconds + 2 * FILL)
 
 
@@ -279,7 +279,7 @@ def timed(nodes: list[Node], step: Step) -> tuple[float, list[dict[str, Any]]]:
         uses = Counter[str]()
         for each in times:
             for time in each:
-                uses.update(time.uses)  # type: ignore[arg-type]
+                uses.update(time.uses)
         whole += max(*lengths, max(uses.values()) if side else 0.0) + BESIDE * min(lengths)
         for node, time in zip((*main, *side), (*times[0], *times[1]), strict=True):
             name = node.name.strip("_") if node.is_kernel else "operations of torch"
@@ -318,13 +318,13 @@ def floor_of(config: ModelConfig, kind: str, batch: int, context: int) -> Work:
     read = (weights.other + weights.experts * distinct_experts(config, tokens)) * BITS[kind] / 8
     products = 2.0 * tokens * (weights.other + weights.experts * weights.chosen)
     vocabulary = config.vocab_size * config.hidden_size
-    seen = flops = 0.0
+    in_view = flops = 0.0
     for layer in config.layers:
         held = context if layer.window is None else min(context, layer.window - 1)
-        seen += batch * 2.0 * held * layer.kv_heads * layer.head_dim * 2
+        in_view += batch * 2.0 * held * layer.kv_heads * layer.head_dim * 2
         flops += 4.0 * config.num_heads * layer.head_dim * tokens * (held + config.canvas_length)
     other = Work(2.0 * vocabulary, {"bf16": flops + 4.0 * tokens * vocabulary})
-    return Work(read + seen, {RATE[kind]: products}) + other
+    return Work(read + in_view, {RATE[kind]: products}) + other
 
 
 def predict(context: int = 1024, kernels: Path = KERNELS) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def predict(context: int = 1024, kernels: Path = KERNELS) -> dict[str, Any]:
             nodes = traced(kind, batch, context=context)
             seconds, each = timed(nodes, Step(config, kind, batch, context, compiled))
             whole = milliseconds[kind, batch] = 1e3 * seconds
-            row = {
+            row: dict[str, Any] = {
                 "kind": kind,
                 "batch": batch,
                 "context": context,
@@ -368,18 +368,18 @@ def main() -> None:
     parser.add_argument("--kernels", type=Path, default=KERNELS, help="what was compiled")
     parser.add_argument("--before", type=Path, help="a record of an older version, to stand beside this one")
     parser.add_argument("-o", "--output", type=Path)
-    given = parser.parse_args()
-    found = predict(kernels=given.kernels)
-    if given.before:
-        older = json.loads(given.before.read_text())["rows"]
-        found["before_ms"] = {f"{row['kind']}, batch {row['batch']}": row["predicted_ms"] for row in older}
-    if given.output:
-        common.write(given.output, {**found, "environment": environment()})
-    print(show(found))
+    arguments = parser.parse_args()
+    result = predict(kernels=arguments.kernels)
+    if arguments.before:
+        older = json.loads(arguments.before.read_text())["rows"]
+        result["before_ms"] = {f"{row['kind']}, batch {row['batch']}": row["predicted_ms"] for row in older}
+    if arguments.output:
+        common.write(arguments.output, {**result, "environment": environment()})
+    print(show(result))
 
 
-def show(found: dict[str, Any]) -> str:
-    before = found.get("before_ms", {})
+def show(result: dict[str, Any]) -> str:
+    before = result.get("before_ms", {})
     lines = [
         [
             f"{row['kind']}, batch {row['batch']}",
@@ -390,10 +390,10 @@ def show(found: dict[str, Any]) -> str:
             str(row["nodes"]),
             f"{row['tokens_per_second']:.0f}",
         ]
-        for row in found["rows"]
+        for row in result["rows"]
     ]
     text = common.table(["predicted, ± 25 %", "floor, ms", "before", "ms", "target", "nodes", "tokens/s"], lines)
-    for row in found["rows"]:
+    for row in result["rows"]:
         text += f"\n\n{row['kind']}, batch {row['batch']}\n" + common.table(
             ["kernel", "times", "CTAs", "ms", "bound by"],
             [

@@ -51,7 +51,7 @@ from sfumato.sampling.step import StepInput, step_
 from sfumato.tasks import sudoku
 
 Record = dict[str, Any]
-Seen = tuple[dict[str, Tensor], dict[str, Tensor]]
+Calibration = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Correlations, and mean squares."""
 OUTPUT, DOCS = ROOT / "benchmarks" / "results" / "quantised.json", ROOT / "docs" / "quantisation.md"
 BEGIN, END = "<!-- quantised -->", "<!-- /quantised -->"
@@ -103,11 +103,11 @@ def follow(model: Model, prompt_BT: Tensor, pin_BL: Tensor, rules: Rules) -> Way
         step_(model, cache, state, StepInput(torch.tensor(rows), run, is_first=len(passes) == 1))
         rows = [row for row in rows if not state.is_done_X[row]]
     way = Way(prompt_BT, passes, pin_BL < 0, [])
-    way.logits.extend(said(model, way))
+    way.logits.extend(logits_of(model, way))
     return way
 
 
-def said(model: Model, way: Way) -> Iterator[Tensor]:
+def logits_of(model: Model, way: Way) -> Iterator[Tensor]:
     """What a model says at the free positions of every pass of a way, behind a cache of its own."""
     cache = encoded(model, way.prompt_BT)
     for rows, canvas_BL, soft_BLD in way.passes:
@@ -125,17 +125,17 @@ def encoded(model: Model, prompt_BT: Tensor) -> KVCache:
 @torch.inference_mode()
 def compare(model: Model, ways: Sequence[Way]) -> Record:
     """Relative error of the logits, divergence in nats a position, share of positions with the same argmax."""
-    lost = total = divergence = same = count = 0.0
+    error = total = divergence = same = count = 0.0
     for way in ways:
-        for exact, found in zip(way.logits, said(model, way), strict=True):
-            lost += float((found - exact).double().square().sum())
+        for exact, computed in zip(way.logits, logits_of(model, way), strict=True):
+            error += float((computed - exact).double().square().sum())
             total += float(exact.double().square().sum())
-            log_p, log_q = exact.log_softmax(-1), found.log_softmax(-1)
+            log_p, log_q = exact.log_softmax(-1), computed.log_softmax(-1)
             divergence += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-            same += float((exact.argmax(-1) == found.argmax(-1)).sum())
+            same += float((exact.argmax(-1) == computed.argmax(-1)).sum())
             count += len(exact)
     return {
-        "logit_error": math.sqrt(lost / total),
+        "logit_error": math.sqrt(error / total),
         "divergence": divergence / count,
         "agreement": same / count,
         "positions": int(count),
@@ -163,14 +163,14 @@ def weight_bytes(model: Model) -> int:
 # ---- nano ------------------------------------------------------------------------------------------------------------
 
 
-def nano(row: str, seen: Seen | None = None) -> LLM:
-    """As a user gets it; `seen` is for the calibrated and weighed rows."""
+def nano(row: str, calibration: Calibration | None = None) -> LLM:
+    """As a user gets it; `calibration` is for the calibrated and weighed rows."""
     recipe, _, how = row.partition(", ")
     dtype = "bfloat16" if row == "bf16" else None
     llm = LLM.load("nano", device="cpu", dtype=dtype, quantize=row if row in RECIPES else None)
     if how:
-        assert seen is not None
-        correlations, importance = seen
+        assert calibration is not None
+        correlations, importance = calibration
         model = load_model("nano", PLAIN)
         is_weighed = row.endswith(WEIGHED)
         llm.model = laid_out(quantize_(model, recipe, importance if is_weighed else correlations))
@@ -199,17 +199,17 @@ def nano_ways(count: int) -> list[Way]:
 
 def sample_text(llm: LLM, count: int) -> list[list[int]]:
     """Puzzles with their solutions, as nano was trained on them; none of a benchmark's."""
-    given = [puzzle for band in BANDS for puzzle in puzzles(band, -(-count // len(BANDS)), SEED + 1)][:count]
-    texts = [request(llm, puzzle)[0] + llm.tokenizer.encode(sudoku.solve(puzzle) or "") for puzzle in given]
+    arguments = [puzzle for band in BANDS for puzzle in puzzles(band, -(-count // len(BANDS)), SEED + 1)][:count]
+    texts = [request(llm, puzzle)[0] + llm.tokenizer.encode(sudoku.solve(puzzle) or "") for puzzle in arguments]
     return [[*text, *filter(None, [llm.tokenizer.id("<turn|>")])] for text in texts]
 
 
 def solved(llm: LLM, band: str, count: int) -> Record:
     """Of `count` puzzles: outcomes as a string of 0 and 1, steps as a list."""
     options = Options(seed=SEED, temperature=0.0)
-    found = list(solve(llm, puzzles(band, count, SEED), options, batch=min(BATCH, count)))
-    steps = [one.steps for one in found]
-    outcomes = "".join(str(int(one.solved)) for one in found)
+    results = list(solve(llm, puzzles(band, count, SEED), options, batch=min(BATCH, count)))
+    steps = [one.steps for one in results]
+    outcomes = "".join(str(int(one.solved)) for one in results)
     return {"solved": outcomes.count("1") / count, "mean_steps": statistics.mean(steps), "outcomes": outcomes}
 
 
@@ -245,67 +245,67 @@ def mid_ways(name: str) -> list[Way]:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-def quality(record: Record, given: argparse.Namespace) -> Iterator[None]:
+def quality(record: Record, arguments: argparse.Namespace) -> Iterator[None]:
     """Fill in what the record lacks; yields whenever there is more to write."""
     record["released_bytes"] = {row: released_bytes(row) for row in ("bf16", *RECIPES)}
-    rows = [row for row in given.rows if not complete(row, record["nano"].get(row, {}), given)]
+    rows = [row for row in arguments.rows if not complete(row, record["nano"].get(row, {}), arguments)]
     if rows:
         common.say("nano, the way of full precision")
-        ways = nano_ways(min(FOLLOWED, given.count))
-        seen = None
+        ways = nano_ways(min(FOLLOWED, arguments.count))
+        calibration = None
         if any(", " in row for row in rows):
             common.say("nano, calibration")
             llm = LLM.load("nano", device="cpu", ops="fused")
             text = sample_text(llm, SAMPLES)
-            seen = correlation_of(llm.model, text), importance_of(llm.model, text)
+            calibration = correlation_of(llm.model, text), importance_of(llm.model, text)
         for row in rows:
-            llm = nano(row, seen)
-            found = record["nano"].setdefault(row, {})
-            if "divergence" not in found:
+            llm = nano(row, calibration)
+            result = record["nano"].setdefault(row, {})
+            if "divergence" not in result:
                 common.say(f"nano, {row}")
-                found |= {"ops": llm.model.ops.name, "bytes": weight_bytes(llm.model), **compare(llm.model, ways)}
+                result |= {"ops": llm.model.ops.name, "bytes": weight_bytes(llm.model), **compare(llm.model, ways)}
                 yield
-            for band in bands_of(row, given):
-                if band not in found.setdefault("bands", {}):
+            for band in bands_of(row, arguments):
+                if band not in result.setdefault("bands", {}):
                     common.say(f"nano, {row}, {band}")
-                    found["bands"][band] = solved(llm, band, given.count)
+                    result["bands"][band] = solved(llm, band, arguments.count)
                     yield
-    rows = [row for row in given.rows if row != "float32" and ", " not in row]
-    rows = [row for row in rows if given.size and "divergence" not in record["mid"].get(row, {})]
+    rows = [row for row in arguments.rows if row != "float32" and ", " not in row]
+    rows = [row for row in rows if arguments.size and "divergence" not in record["mid"].get(row, {})]
     if rows:
-        common.say(f"{given.size}, the way of full precision")
-        ways = mid_ways(given.size)
+        common.say(f"{arguments.size}, the way of full precision")
+        ways = mid_ways(arguments.size)
         for row in rows:
             common.release()
-            common.say(f"{given.size}, {row}")
-            model = mid(given.size, row)
-            found = {"ops": model.ops.name, "bytes": weight_bytes(model), **compare(model, ways)}
-            record["mid"].setdefault(row, {}).update(found)
+            common.say(f"{arguments.size}, {row}")
+            model = mid(arguments.size, row)
+            result = {"ops": model.ops.name, "bytes": weight_bytes(model), **compare(model, ways)}
+            record["mid"].setdefault(row, {}).update(result)
             del model
             yield
 
 
-def bands_of(row: str, given: argparse.Namespace) -> list[str]:
-    return [] if row.endswith(WEIGHED) else given.bands
+def bands_of(row: str, arguments: argparse.Namespace) -> list[str]:
+    return [] if row.endswith(WEIGHED) else arguments.bands
 
 
-def complete(row: str, found: Record, given: argparse.Namespace) -> bool:
-    return "divergence" in found and all(band in found.get("bands", {}) for band in bands_of(row, given))
+def complete(row: str, result: Record, arguments: argparse.Namespace) -> bool:
+    return "divergence" in result and all(band in result.get("bands", {}) for band in bands_of(row, arguments))
 
 
-def times(record: Record, given: argparse.Namespace) -> Iterator[None]:
+def times(record: Record, arguments: argparse.Namespace) -> Iterator[None]:
     """A step of one canvas, in the engine's own loop; what is calibrated takes what its recipe takes."""
-    plan = BenchPlan(seconds=given.seconds)
-    for row in given.rows:
+    plan = BenchPlan(seconds=arguments.seconds)
+    for row in arguments.rows:
         if ", " in row:
             continue
         common.say(f"nano, {row}")
         record["nano"].setdefault(row, {})["step"] = asdict(engine_step(nano(row).model, plan))
         yield
-        if given.size and row != "float32":
+        if arguments.size and row != "float32":
             common.release()
-            common.say(f"{given.size}, {row}")
-            record["mid"].setdefault(row, {})["step"] = asdict(engine_step(mid(given.size, row), plan))
+            common.say(f"{arguments.size}, {row}")
+            record["mid"].setdefault(row, {})["step"] = asdict(engine_step(mid(arguments.size, row), plan))
             yield
 
 
@@ -314,11 +314,11 @@ def times(record: Record, given: argparse.Namespace) -> Iterator[None]:
 
 def flips(base: str, other: str) -> tuple[int, int, float]:
     """Puzzles lost and won, and how likely a difference at least so large is if a flip goes either way alike."""
-    lost = sum(a == "1" and b == "0" for a, b in zip(base, other, strict=True))
+    losses = sum(a == "1" and b == "0" for a, b in zip(base, other, strict=True))
     won = sum(a == "0" and b == "1" for a, b in zip(base, other, strict=True))
-    all_, few = lost + won, min(lost, won)
+    all_, few = losses + won, min(losses, won)
     chance = sum(math.comb(all_, n) for n in range(few + 1)) / 2**all_ * 2
-    return lost, won, min(1.0, chance)
+    return losses, won, min(1.0, chance)
 
 
 def verdict(row: Record, base: Record, recipe: str) -> str:
@@ -327,13 +327,13 @@ def verdict(row: Record, base: Record, recipe: str) -> str:
         return "–"
     most_lost, most_steps = TARGETS[recipe]
     missed = []
-    for band, found in row["bands"].items():
+    for band, result in row["bands"].items():
         first = base["bands"][band]
-        if first["solved"] - found["solved"] > most_lost + 1e-9:
-            chance = flips(first["outcomes"], found["outcomes"])[2]
-            missed.append(f"{band}: {first['solved'] - found['solved']:.1%} fewer (p = {chance:.2f})")
-        if found["mean_steps"] > first["mean_steps"] * (1 + most_steps):
-            missed.append(f"{band}: {found['mean_steps'] / first['mean_steps'] - 1:.1%} more steps")
+        if first["solved"] - result["solved"] > most_lost + 1e-9:
+            chance = flips(first["outcomes"], result["outcomes"])[2]
+            missed.append(f"{band}: {first['solved'] - result['solved']:.1%} fewer (p = {chance:.2f})")
+        if result["mean_steps"] > first["mean_steps"] * (1 + most_steps):
+            missed.append(f"{band}: {result['mean_steps'] / first['mean_steps'] - 1:.1%} more steps")
     return "; ".join(missed) or "reached"
 
 
@@ -371,18 +371,18 @@ def page(record: Record) -> str:
         head += [f"solved, {band} ({clues})" for band, clues in bands.items()] + [f"steps, {band}" for band in bands]
         lines, pairs = [], []
         for name, row in record["nano"].items():
-            found = row.get("bands", {})
-            rates = [f"{found[band]['solved']:.1%}" if band in found else "–" for band in bands]
-            steps = [f"{found[band]['mean_steps']:.2f}" if band in found else "–" for band in bands]
+            result = row.get("bands", {})
+            rates = [f"{result[band]['solved']:.1%}" if band in result else "–" for band in bands]
+            steps = [f"{result[band]['mean_steps']:.2f}" if band in result else "–" for band in bands]
             lines.append([name, row.get("ops", "–"), *common_cells(row), *rates, *steps])
-            if name != "float32" and found and base.get("bands"):
+            if name != "float32" and result and base.get("bands"):
                 cells = []
                 for band in bands:
-                    if band not in found or band not in base["bands"]:
+                    if band not in result or band not in base["bands"]:
                         cells.append("–")
                         continue
-                    lost, won, chance = flips(base["bands"][band]["outcomes"], found[band]["outcomes"])
-                    cells.append(f"-{lost} +{won} (p = {chance:.2f})")
+                    losses, won, chance = flips(base["bands"][band]["outcomes"], result[band]["outcomes"])
+                    cells.append(f"-{losses} +{won} (p = {chance:.2f})")
                 pairs.append([name, *cells, verdict(row, base, name.partition(", ")[0])])
         blocks.append(markdown(head, lines))
         count = record["puzzles"]
@@ -401,14 +401,14 @@ def page(record: Record) -> str:
     return "\n\n".join(blocks)
 
 
-def load(path: Path | None, given: argparse.Namespace) -> Record:
+def load(path: Path | None, arguments: argparse.Namespace) -> Record:
     """What an earlier run of the same puzzles left there; else an empty record."""
-    bands = {band: f"{BANDS[band][0]}–{BANDS[band][1]} clues" for band in given.bands}
-    fresh = {"what": "quantised", "seed": SEED, "puzzles": given.count, "bands": bands, "size": given.size}
+    bands = {band: f"{BANDS[band][0]}–{BANDS[band][1]} clues" for band in arguments.bands}
+    fresh = {"what": "quantised", "seed": SEED, "puzzles": arguments.count, "bands": bands, "size": arguments.size}
     if path is not None and path.exists():
-        found: Record = json.loads(path.read_text(encoding="utf-8"))
-        if all(found.get(key) == value for key, value in fresh.items()):
-            return found
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+        if all(record.get(key) == value for key, value in fresh.items()):
+            return record
         common.say(f"{path.name} is of other settings; all is measured anew")
     return {**fresh, "nano": {}, "mid": {}}
 
@@ -426,18 +426,18 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the tables into the page, and measure nothing")
     parser.add_argument("--seconds", type=float, default=20.0, help="about how long each timing may take")
     parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/quantised.json, unless --quick")
-    given = parser.parse_args()
-    if given.quick:
-        given.count, given.size = 50, ""
-    path = given.output or (None if given.quick else OUTPUT)
-    if given.docs:
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.count, arguments.size = 50, ""
+    path = arguments.output or (None if arguments.quick else OUTPUT)
+    if arguments.docs:
         before, rest = DOCS.read_text(encoding="utf-8").split(BEGIN)
         tables = page(json.loads((path or OUTPUT).read_text(encoding="utf-8")))
         DOCS.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
         return
-    record = load(path, given)
-    for _ in times(record, given) if given.time else quality(record, given):
-        record["time_environment" if given.time else "environment"] = environment()
+    record = load(path, arguments)
+    for _ in times(record, arguments) if arguments.time else quality(record, arguments):
+        record["time_environment" if arguments.time else "environment"] = environment()
         if path:
             common.write(path, record)
     print(page(record))

@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +38,36 @@ from sfumato.tasks import sudoku
 SEED = 11
 
 
-def answers(given: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind in filter(None, given.kinds.split(",")):
-        config = random_config(given.size)
+def announced(kind: str, part: str) -> None:
+    common.say(f"{kind}: {part}")
+
+
+def answers(arguments: argparse.Namespace) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for kind in filter(None, arguments.kinds.split(",")):
+        config = random_config(arguments.size)
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         packed = kind if kind not in ("bf16", "float32") else None
         try:
-            model = random_model(config, dtype, given.device, given.ops, quantize=packed)
+            model = random_model(config, dtype, arguments.device, arguments.ops, quantize=packed)
         except Exception as error:
-            found[kind] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            results[kind] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
         common.without_eos(model)
-        plan = BenchPlan(given.prompt, given.tokens, given.steps, given.seconds)
-        step = parts.engine_step(model, BenchPlan(given.prompt, config.canvas_length, 2, 0.0)).median
-        each = parts.requests(model, plan, lambda part, kind=kind: common.say(f"{kind}: {part}"), step)
+        plan = BenchPlan(arguments.prompt, arguments.tokens, arguments.steps, arguments.seconds)
+        step = parts.engine_step(model, BenchPlan(arguments.prompt, config.canvas_length, 2, 0.0)).median
+        each = parts.requests(model, plan, partial(announced, kind), step)
         excess = each["diffusion"]["passes_per_canvas"] / each["diffusion"]["steps_per_canvas"]
-        found[kind] = {
-            "size": given.size,
+        results[kind] = {
+            "size": arguments.size,
             "ops": model.ops.name,
-            "prompt": given.prompt,
+            "prompt": arguments.prompt,
             **each,
             "targets": {"passes per canvas, in steps per canvas": common.target(excess, 1.0)},
         }
         del model
         common.release()
-    return found
+    return results
 
 
 # ---- Sudoku beside transformers --------------------------------------------------------------------------------------
@@ -70,10 +75,10 @@ def answers(given: argparse.Namespace) -> dict[str, Any]:
 
 def sudoku_ours(llm: LLM, puzzles: list[str], batch: int, pinned: bool) -> dict[str, float]:
     began = time.perf_counter()
-    found = list(solve(llm, puzzles, Options(seed=SEED), pinned, batch))
+    results = list(solve(llm, puzzles, Options(seed=SEED), pinned, batch))
     seconds = time.perf_counter() - began
-    steps = statistics.mean(s.steps for s in found)
-    return {"seconds": seconds, "solved": statistics.mean(s.solved for s in found), "mean_steps": steps}
+    steps = statistics.mean(s.steps for s in results)
+    return {"seconds": seconds, "solved": statistics.mean(s.solved for s in results), "mean_steps": steps}
 
 
 def sudoku_theirs(theirs: Any, llm: LLM, puzzles: list[str], batch: int) -> dict[str, float]:
@@ -87,8 +92,8 @@ def sudoku_theirs(theirs: Any, llm: LLM, puzzles: list[str], batch: int) -> dict
         for puzzle, tokens in zip(some, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
             answer = "".join(llm.tokenizer.decode(tokens).split())[:81]
             solved += sudoku.is_solved(answer, puzzle)
-        made = (out.sequences[:, ids.shape[1] :] != theirs.generation_config.pad_token_id).sum(-1)
-        steps += (made / out.tokens_per_forward).tolist()
+        lengths = (out.sequences[:, ids.shape[1] :] != theirs.generation_config.pad_token_id).sum(-1)
+        steps += (lengths / out.tokens_per_forward).tolist()
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "solved": solved / len(puzzles), "mean_steps": statistics.mean(steps)}
 
@@ -102,12 +107,12 @@ def beside_transformers(count: int, batches: list[int], rounds: int) -> dict[str
     llm = LLM.load("nano", device="cpu")
     theirs = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(NANO, dtype=torch.float32).eval()
     ours, other, pinned = "sfumato", "transformers", "sfumato, clues pinned"
-    found: dict[str, list[dict[str, Any]]] = {ours: [], other: [], pinned: []}
+    results: dict[str, list[dict[str, Any]]] = {ours: [], other: [], pinned: []}
     for batch in batches:
-        runs: dict[str, Callable[[list[str]], dict[str, float]]] = {
-            other: lambda some, batch=batch: sudoku_theirs(theirs, llm, some, batch),
-            ours: lambda some, batch=batch: sudoku_ours(llm, some, batch, False),
-            pinned: lambda some, batch=batch: sudoku_ours(llm, some, batch, True),
+        runs: dict[str, Callable[..., dict[str, float]]] = {
+            other: partial(sudoku_theirs, theirs, llm, batch=batch),
+            ours: partial(sudoku_ours, llm, batch=batch, pinned=False),
+            pinned: partial(sudoku_ours, llm, batch=batch, pinned=True),
         }
         times: dict[str, list[float]] = {name: [] for name in runs}
         rows: dict[str, dict[str, Any]] = {}
@@ -119,14 +124,15 @@ def beside_transformers(count: int, batches: list[int], rounds: int) -> dict[str
                 rows[name] = run(puzzles)
                 times[name].append(rows[name]["seconds"])
         for name, row in rows.items():
-            found[name].append({"batch": batch, **row, "seconds": statistics.median(times[name]), "rounds": rounds})
-    best = {name: min(row["seconds"] for row in rows) for name, rows in found.items()}
+            results[name].append({"batch": batch, **row, "seconds": statistics.median(times[name]), "rounds": rounds})
+    best = {name: min(row["seconds"] for row in rows) for name, rows in results.items()}
     same = {
-        str(row["batch"]): row["seconds"] / mine["seconds"] for row, mine in zip(found[other], found[ours], strict=True)
+        str(row["batch"]): row["seconds"] / mine["seconds"]
+        for row, mine in zip(results[other], results[ours], strict=True)
     }
     return {
         "puzzles": count,
-        "engines": found,
+        "engines": results,
         "ratios_at_the_same_batch": same,
         "ratio_of_the_best": best[other] / best[ours],
         "ratio_of_the_best_with_pins": best[other] / best[pinned],
@@ -144,7 +150,7 @@ def beside_transformers(count: int, batches: list[int], rounds: int) -> dict[str
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, 10.0)
+    parser = common.argument_parser(__doc__, 10.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
     parser.add_argument(
         "--kinds", default="bf16,int8", help="of weights: bf16, float32, or recipes; empty leaves random models out"
@@ -156,23 +162,23 @@ def main() -> None:
     parser.add_argument("--sudoku", type=int, default=0, help="puzzles to solve beside transformers")
     parser.add_argument("--batches", default="1,50", help="batch sizes of the puzzles")
     parser.add_argument("--rounds", type=int, default=2, help="of the puzzles")
-    given = parser.parse_args()
-    found: dict[str, Any] = {"what": "request"}
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"what": "request"}
     with torch.inference_mode():
-        found["answers"] = answers(given)
-        common.finish(found, given)
-        if given.sudoku:
+        results["answers"] = answers(arguments)
+        common.finish(results, arguments)
+        if arguments.sudoku:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # transformers', about its own code
-                batches = [int(batch) for batch in given.batches.split(",")]
-                found["sudoku"] = beside_transformers(given.sudoku, batches, given.rounds)
-            common.finish(found, given)
-    print(show(found))
+                batches = [int(batch) for batch in arguments.batches.split(",")]
+                results["sudoku"] = beside_transformers(arguments.sudoku, batches, arguments.rounds)
+            common.finish(results, arguments)
+    print(show(results))
 
 
-def show(found: dict[str, Any]) -> str:
+def show(results: dict[str, Any]) -> str:
     lines = []
-    for kind, one in found["answers"].items():
+    for kind, one in results["answers"].items():
         for mode in ("diffusion", "autoregressive"):
             row = one.get(mode)
             if row is None:
@@ -191,8 +197,8 @@ def show(found: dict[str, Any]) -> str:
     texts = []
     if lines:
         texts.append(common.table(["answer", "tokens", "time", "first", "per second", "passes a canvas"], lines))
-    if "sudoku" in found:
-        one = found["sudoku"]
+    if "sudoku" in results:
+        one = results["sudoku"]
         lines = [
             [
                 f"{name}, batch {row['batch']}",

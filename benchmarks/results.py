@@ -45,15 +45,15 @@ def share(value: float | None) -> str:
 
 def source(name: str, record: Record) -> str:
     """Where a record comes from: hardware, versions, date, file and command."""
-    found = record.get("environment", {})
-    hardware, versions = found.get("hardware", {}), found.get("versions", {})
+    result = record.get("environment", {})
+    hardware, versions = result.get("hardware", {}), result.get("versions", {})
     if hardware:
         where = hardware.get("gpu") or f"{hardware.get('cpu')}, {hardware.get('threads')} threads"
     else:
         where = str(record.get("device", "unknown hardware"))
     parts = [where, *(f"{key} {value}" for key, value in versions.items() if key != "python")]
-    parts += [f"commit {str(found.get('commit'))[:9]}", str(found.get("date", ""))[:10]]
-    return f"*{', '.join(filter(None, parts))}; [{name}](benchmarks/results/{name}); `{found.get('command', '–')}`*"
+    parts += [f"commit {str(result.get('commit'))[:9]}", str(result.get("date", ""))[:10]]
+    return f"*{', '.join(filter(None, parts))}; [{name}](benchmarks/results/{name}); `{result.get('command', '–')}`*"
 
 
 def verdict(target: Record) -> str:
@@ -62,9 +62,9 @@ def verdict(target: Record) -> str:
     return "reached" if target["reached"] else "**not reached**"
 
 
-def targets(found: Record, record: Record, name: str) -> Iterator[list[str]]:
+def targets(result: Record, record: Record, name: str) -> Iterator[list[str]]:
     """The rows of the table of targets, from every "targets" in a record."""
-    for what, target in found.items():
+    for what, target in result.items():
         sign = "≤" if target["is_at_most"] else "≥"
         value = "–" if target["value"] is None else f"{target['value']:.3g}"
         where = hardware(record)
@@ -79,19 +79,19 @@ def targets(found: Record, record: Record, name: str) -> Iterator[list[str]]:
 
 
 def hardware(record: Record) -> str:
-    found = record.get("environment", {}).get("hardware", {})
-    return found.get("gpu") or (f"{found['cpu']}, {found['threads']} threads" if found.get("cpu") else "–")
+    result = record.get("environment", {}).get("hardware", {})
+    return result.get("gpu") or (f"{result['cpu']}, {result['threads']} threads" if result.get("cpu") else "–")
 
 
 def all_targets(record: Record, prefix: str = "") -> dict[str, Record]:
     """Every target in a record, wherever it stands, under a name that says where."""
-    found: dict[str, Record] = {}
+    result: dict[str, Record] = {}
     for key, value in record.items():
         if key == "targets":
-            found |= {f"{prefix}{name}": target for name, target in value.items()}
+            result |= {f"{prefix}{name}": target for name, target in value.items()}
         elif isinstance(value, dict):
-            found |= all_targets(value, f"{prefix}{key}: ")
-    return found
+            result |= all_targets(value, f"{prefix}{key}: ")
+    return result
 
 
 # ---- one section a kind of record ------------------------------------------------------------------------------------
@@ -126,10 +126,10 @@ def step(record: Record) -> str:
     return "\n\n".join([*texts, ceiling(record["ceilings"])])
 
 
-def parts(found: Record) -> list[list[str]]:
+def parts(result: Record) -> list[list[str]]:
     return [
         [name, duration(row["seconds"]), duration(row["floor_seconds"]), share(row["share_of_ceiling"])]
-        for name, row in found.items()
+        for name, row in result.items()
     ]
 
 
@@ -137,10 +137,10 @@ def ceiling(most: Record) -> str:
     bandwidth, rates = most["bytes_per_second"], most["flops_per_second"]
     reads = ", ".join(f"{name} {size(value)}/s" for name, value in bandwidth.items() if name != "best")
     text = f"The ceiling: {reads}."
-    for kind, found in rates.items():
+    for kind, result in rates.items():
         means = [
             f"{name} {number(max(value.values()), 'FLOP')}/s"
-            for name, value in found.items()
+            for name, value in result.items()
             if isinstance(value, dict)
         ]
         text += f" {kind}: {', '.join(means)}."
@@ -198,12 +198,12 @@ def peers(record: Record) -> str:
     ]
     texts = [table(head, lines)]
     ways = record["ways of transformers"] | record.get("compiled", {})
-    told = []
+    sentences = []
     for name, one in ways.items():
         part = next((one[p] for p in ("denoise forward", "whole step") if p in one), one)
-        told.append(f"{name}: {duration(part['seconds']) if 'seconds' in part else one.get('failed')}")
+        sentences.append(f"{name}: {duration(part['seconds']) if 'seconds' in part else one.get('failed')}")
     texts.append("In brackets: times the best that transformers reached, compiled or not, where it can be compiled.")
-    texts.append(f"transformers takes turns as {record['best way']}. Its ways, tried before: {'; '.join(told)}.")
+    texts.append(f"transformers takes turns as {record['best way']}. Its ways, tried before: {'; '.join(sentences)}.")
     differences = [
         f"{name} {one['largest_difference_from_transformers']:.3g} (same argmax: {one['argmax_as_transformers']:.1%})"
         for name, one in record["logits"].items()
@@ -397,13 +397,13 @@ def full_size(record: Record) -> str:
     head += ["peak generating", "a step", "of ceiling", "beside torch itself", "as `info` computes it"]
     lines = []
     for source, phases in record["sources"].items():
-        made, ran, said = phases["quantise"], phases["generate"], phases["info"]
+        quantised, ran, info = phases["quantise"], phases["generate"], phases["info"]
         lines.append(
             [
                 {"random": "52 GB of bf16, made as they are read", "gguf": "a GGUF like Q4_K_M"}.get(source, source),
-                *(size(made["file_bytes"]), size(made["peak_bytes"]), duration(made["seconds"])),
+                *(size(quantised["file_bytes"]), size(quantised["peak_bytes"]), duration(quantised["seconds"])),
                 *(size(ran["peak_bytes"]), duration(ran["step_seconds"]), share(ran["share_of_ceiling"])),
-                *(size(said["took_bytes"]), f"{size(said['total_bytes'])} ({said['total_off_by']:+.1%})"),
+                *(size(info["took_bytes"]), f"{size(info['total_bytes'])} ({info['total_off_by']:+.1%})"),
             ]
         )
     ran = next(iter(record["sources"].values()))["generate"]
@@ -462,37 +462,37 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
 
 
 def records(folder: Path) -> dict[str, Record]:
-    found = {}
+    result = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if "rows" in record and "what" not in record and path.stem.startswith("nano"):
             record["what"] = "nano"  # the first records had no name
-        found[path.name] = record
-    return found
+        result[path.name] = record
+    return result
 
 
-def page(found: dict[str, Record]) -> str:
+def page(all_records: dict[str, Record]) -> str:
     """RESULTS.md."""
     blocks = [HEAD]
-    measured = {name: record for name, record in found.items() if record.get("what") != "predicted"}
+    measured = {name: record for name, record in all_records.items() if record.get("what") != "predicted"}
     lines = [line for name, record in measured.items() for line in targets(all_targets(record), record, name)]
     if lines:
         blocks.append("## Targets\n\n" + table(["figure", "value", "target", "", "hardware", "record"], lines) + "\n")
     for what, (title, text) in SECTIONS.items():
-        these = {name: record for name, record in found.items() if record.get("what") == what}
+        these = {name: record for name, record in all_records.items() if record.get("what") == what}
         if these:
             blocks.append(f"## {title}\n")
             blocks += [f"{text(record)}\n\n{source(name, record)}\n" for name, record in these.items()]
-    unknown = [name for name, record in found.items() if record.get("what") not in SECTIONS]
+    unknown = [name for name, record in all_records.items() if record.get("what") not in SECTIONS]
     if unknown:
         blocks.append("Older records, not shown: " + ", ".join(f"`{name}`" for name in unknown) + ".\n")
     return "\n".join(blocks)
 
 
-def readme_table(found: dict[str, Record]) -> str:
+def readme_table(all_records: dict[str, Record]) -> str:
     """README's: how a user's alternatives compare, and how near the ceiling it runs."""
     lines: list[list[str]] = []
-    for name, record in found.items():
+    for name, record in all_records.items():
         if record.get("what") == "peers":
             for part, rows in record["parts"].items():
                 for own, row in rows.items():
@@ -500,7 +500,12 @@ def readme_table(found: dict[str, Record]) -> str:
                         base = row["seconds"] / record["ratios"][part][own]  # its best way, compiled or not
                         what = f"{part}, {record['model']}, {own.removeprefix('sfumato ')}"
                         lines.append(
-                            [what, *figures(row["seconds"], base), reached_share(found, own, part), link(name, record)]
+                            [
+                                what,
+                                *figures(row["seconds"], base),
+                                reached_share(all_records, own, part),
+                                link(name, record),
+                            ]
                         )
         if record.get("what") == "request" and "sudoku" in record:
             engines = record["sudoku"]["engines"]
@@ -519,10 +524,10 @@ def figures(own: float, other: float) -> list[str]:
     return [duration(own), duration(other), f"**{other / own:.1f}×**"]
 
 
-def reached_share(found: dict[str, Record], own: str, part: str) -> str:
+def reached_share(all_records: dict[str, Record], own: str, part: str) -> str:
     """Of step.json, where it has this part with these weights."""
     kind = own.removeprefix("sfumato ")
-    for record in found.values():
+    for record in all_records.values():
         if record.get("what") == "step":
             return share(record["mid"].get(kind, {}).get("parts", {}).get(part, {}).get("share_of_ceiling"))
     return "–"
@@ -532,12 +537,12 @@ def link(name: str, record: Record) -> str:
     return f"[{hardware(record)}](benchmarks/results/{name})"
 
 
-def readme(text: str, found: dict[str, Record]) -> str:
+def readme(text: str, all_records: dict[str, Record]) -> str:
     """README.md with its table replaced; as it is where it has no place for one."""
     if BEGIN not in text or END not in text:
         return text
     before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{readme_table(found)}\n{END}{rest.split(END, 1)[1]}"
+    return f"{before}{BEGIN}\n{readme_table(all_records)}\n{END}{rest.split(END, 1)[1]}"
 
 
 def main() -> int:
@@ -546,16 +551,19 @@ def main() -> int:
         "--check", action="store_true", help="write nothing; exit with 1 where something is out of date"
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
-    given = parser.parse_args()
-    found = records(given.root / "benchmarks" / "results")
-    old = given.root / "README.md"
-    wanted = {given.root / "RESULTS.md": page(found), old: readme(old.read_text(encoding="utf-8"), found)}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    arguments = parser.parse_args()
+    all_records = records(arguments.root / "benchmarks" / "results")
+    old = arguments.root / "README.md"
+    pages = {
+        arguments.root / "RESULTS.md": page(all_records),
+        old: readme(old.read_text(encoding="utf-8"), all_records),
+    }
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
-        print(f"{path.name}: {'out of date; run python benchmarks/results.py' if given.check else 'written'}")
-        if not given.check:
-            path.write_text(wanted[path], encoding="utf-8")
-    return 1 if stale and given.check else 0
+        print(f"{path.name}: {'out of date; run python benchmarks/results.py' if arguments.check else 'written'}")
+        if not arguments.check:
+            path.write_text(pages[path], encoding="utf-8")
+    return 1 if stale and arguments.check else 0
 
 
 if __name__ == "__main__":

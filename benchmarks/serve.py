@@ -32,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import client, common, serve_page
-from benchmarks.client import Answer, Connection, Lost, Server, percentiles, say
+from benchmarks.client import Answer, Connection, Failed, Server, percentiles, say
 from sfumato.measure.machine import ROOT, environment
 from sfumato.tasks import sudoku
 
@@ -63,25 +63,25 @@ def chat(text: str, **options: Any) -> Body:
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
-async def load(url: str, bodies: Sequence[Body], clients: int, key: str | None) -> tuple[list[Answer | Lost], float]:
+async def load(url: str, bodies: Sequence[Body], clients: int, key: str | None) -> tuple[list[Answer | Failed], float]:
     """Every chat request answered, by so many clients at once, each with one connection; and the seconds of it all."""
-    found: list[Answer | Lost] = [Lost("never sent")] * len(bodies)
+    result: list[Answer | Failed] = [Failed("never sent")] * len(bodies)
     queue = iter(enumerate(bodies))
 
     async def one() -> None:
         with Connection(url, key) as connection:
             for number, body in queue:
                 try:
-                    found[number] = await connection.ask("POST", "/v1/chat/completions", body)
-                except Lost as error:
-                    found[number] = error
+                    result[number] = await connection.ask("POST", "/v1/chat/completions", body)
+                except Failed as error:
+                    result[number] = error
 
     began = time.monotonic()
     await asyncio.gather(*(one() for _ in range(clients)))
-    return found, time.monotonic() - began
+    return result, time.monotonic() - began
 
 
-def is_whole(answer: Answer | Lost) -> bool:
+def is_whole(answer: Answer | Failed) -> bool:
     """A stream that ended as one should."""
     return isinstance(answer, Answer) and answer.error() is None and [e for _, e in answer.events][-1:] == [client.END]
 
@@ -89,23 +89,23 @@ def is_whole(answer: Answer | Lost) -> bool:
 # ---- throughput -----------------------------------------------------------------------------------------------------
 
 
-async def throughput(server: Server, given: argparse.Namespace) -> Record:
+async def throughput(server: Server, arguments: argparse.Namespace) -> Record:
     """The same puzzles, their digits renamed each time, for every number of clients in turn, round after round."""
-    length = (await client.card(server.url, given.key))["canvas_length"]
-    base, rng = puzzles(given.requests), random.Random(SEED)
-    levels = [int(level) for level in given.clients.split(",")]
+    length = (await client.card(server.url, arguments.key))["canvas_length"]
+    base, rng = puzzles(arguments.requests), random.Random(SEED)
+    levels = [int(level) for level in arguments.clients.split(",")]
     rows: dict[int, list[Record]] = {level: [] for level in levels}
-    for number in range(given.rounds + 1):
+    for number in range(arguments.rounds + 1):
         for level in levels:
             these = [renamed(puzzle, rng) for puzzle in base]
             if not number:
                 these = these[: 2 * level]  # to warm up
-            more = {"max_tokens": length, **options_of(given), **STREAM}
+            more = {"max_tokens": length, **options_of(arguments), **STREAM}
             bodies = [chat(sudoku.prompt(p), seed=n, **more) for n, p in enumerate(these)]
-            answers, seconds = await load(server.url, bodies, level, given.key)
+            answers, seconds = await load(server.url, bodies, level, arguments.key)
             row = summary(answers, these, seconds)
             say(
-                f"round {number} of {given.rounds}, {level} clients: {row['tokens_per_second']:.0f} tokens/s, "
+                f"round {number} of {arguments.rounds}, {level} clients: {row['tokens_per_second']:.0f} tokens/s, "
                 f"{row['errors']} errors"
             )
             if number:
@@ -115,9 +115,9 @@ async def throughput(server: Server, given: argparse.Namespace) -> Record:
     worker = server.worker()
     what = f"tokens/s of nano with {levels[-1]} clients, times that with {levels[0]}"
     return {
-        "requests": given.requests,
-        "rounds": given.rounds,
-        "options": options_of(given),
+        "requests": arguments.requests,
+        "rounds": arguments.rounds,
+        "options": options_of(arguments),
         "clues": [CLUES.start, CLUES.stop - 1],
         "levels": [{"clients": level, **pooled(rows[level])} for level in levels],
         "ratios": ratios,
@@ -130,15 +130,15 @@ async def throughput(server: Server, given: argparse.Namespace) -> Record:
     }
 
 
-def options_of(given: argparse.Namespace) -> Record:
+def options_of(arguments: argparse.Namespace) -> Record:
     """The options that the command line adds to requests."""
-    pairs = (option.split("=", 1) for option in given.option)
+    pairs = (option.split("=", 1) for option in arguments.option)
     return {name: json.loads(value) for name, value in pairs}
 
 
-def summary(answers: Sequence[Answer | Lost], given: Sequence[str], seconds: float) -> Record:
-    """Of one round; `given` are the puzzles."""
-    whole = [(puzzle, a) for puzzle, a in zip(given, answers, strict=True) if isinstance(a, Answer) and is_whole(a)]
+def summary(answers: Sequence[Answer | Failed], arguments: Sequence[str], seconds: float) -> Record:
+    """Of one round; `arguments` are the puzzles."""
+    whole = [(puzzle, a) for puzzle, a in zip(arguments, answers, strict=True) if isinstance(a, Answer) and is_whole(a)]
     tokens = sum(a.usage().get("completion_tokens", 0) for _, a in whole)
     return {
         "seconds": seconds,
@@ -195,38 +195,41 @@ def make_mid(folder: Path) -> None:
         save(model, folder, tokenizer_from=beside, generation={})
 
 
-async def first(server: Server, given: argparse.Namespace) -> Record:
+async def first(server: Server, arguments: argparse.Namespace) -> Record:
     """A new short request again and again: on the idle server, beside long answers, and so on in turns."""
     rng = random.Random(SEED)
-    length = (await client.card(server.url, given.key))["canvas_length"]
-    short = {"max_tokens": given.tokens, "max_steps": given.steps, **options_of(given)}
-    found: dict[str, list[float]] = {"idle": [], "beside": []}
+    length = (await client.card(server.url, arguments.key))["canvas_length"]
+    short = {"max_tokens": arguments.tokens, "max_steps": arguments.steps, **options_of(arguments)}
+    result: dict[str, list[float]] = {"idle": [], "beside": []}
 
     async def one(where: str, keep: bool = True) -> None:
-        await asyncio.sleep(rng.random() * given.pause)  # so that it comes at any point of a step
+        await asyncio.sleep(rng.random() * arguments.pause)  # so that it comes at any point of a step
         prompt = f"Say {rng.randrange(10**6)}."
         body = chat(prompt, seed=rng.randrange(10**6), **short, **STREAM)
-        with Connection(server.url, given.key) as connection:
+        with Connection(server.url, arguments.key) as connection:
             answer = await connection.ask("POST", "/v1/chat/completions", body)
         if not is_whole(answer) or answer.first_seconds is None:
             raise SystemExit(f"a short request failed: {answer.error() or answer.events[-2:]}")
         if keep:
-            found[where].append(answer.first_seconds)
-            say(f"{where} {len(found[where])}: first text after {answer.first_seconds:.2f} s")
+            result[where].append(answer.first_seconds)
+            say(f"{where} {len(result[where])}: first text after {answer.first_seconds:.2f} s")
 
-    for number in range(given.rounds + 1):
-        keep, repeats = number > 0, given.repeats if number else 1  # the first round warms up
+    for number in range(arguments.rounds + 1):
+        keep, repeats = number > 0, arguments.repeats if number else 1  # the first round warms up
         for _ in range(repeats):
             await one("idle", keep)
         bodies = [
             chat(
-                f"Count from {rng.randrange(10**6)} on.", max_tokens=given.long * length, max_steps=given.steps, seed=n
+                f"Count from {rng.randrange(10**6)} on.",
+                max_tokens=arguments.long * length,
+                max_steps=arguments.steps,
+                seed=n,
             )
-            for n in range(given.others)
+            for n in range(arguments.others)
         ]
-        others = [asyncio.create_task(long_answer(server.url, body, given.key)) for body in bodies]
+        others = [asyncio.create_task(long_answer(server.url, body, arguments.key)) for body in bodies]
         try:
-            while await client.metric(server.url, "sfumato_rows", given.key) < given.others:
+            while await client.metric(server.url, "sfumato_rows", arguments.key) < arguments.others:
                 raise_if_ended(others)
                 await asyncio.sleep(0.2)
             for _ in range(repeats):
@@ -236,17 +239,17 @@ async def first(server: Server, given: argparse.Namespace) -> Record:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-        if await client.until_idle(server.url, given.key) is None:
+        if await client.until_idle(server.url, arguments.key) is None:
             raise SystemExit("rows of requests that were left are still taken after 30 s")
-    ratio = statistics.median(found["beside"]) / statistics.median(found["idle"])
-    what = f"time to first text of mid beside {given.others} long answers, times that on an idle server"
+    ratio = statistics.median(result["beside"]) / statistics.median(result["idle"])
+    what = f"time to first text of mid beside {arguments.others} long answers, times that on an idle server"
     return {
-        "others": given.others,
+        "others": arguments.others,
         "short": short,
-        "steps": given.steps,
+        "steps": arguments.steps,
         **{
             where: {"median": statistics.median(times), "p95": client.percentile(times, 0.95), "seconds": times}
-            for where, times in found.items()
+            for where, times in result.items()
         },
         "targets": {what: common.target(ratio, 2.0)},
     }
@@ -287,38 +290,38 @@ def mixed(count: int, length: int, rng: random.Random) -> Iterator[tuple[str, Bo
         yield kinds[number % len(kinds)]
 
 
-def said(answer: Answer) -> Any:
+def content(answer: Answer) -> Any:
     """All that a seed decides."""
-    found = answer.json()
-    if "choices" in found:
-        return [[c.get("message", {}).get("content"), c.get("text"), c.get("finish_reason")] for c in found["choices"]]
-    return found.get("text")
+    result = answer.json()
+    if "choices" in result:
+        return [[c.get("message", {}).get("content"), c.get("text"), c.get("finish_reason")] for c in result["choices"]]
+    return result.get("text")
 
 
-async def same(server: Server, given: argparse.Namespace) -> Record:
+async def same(server: Server, arguments: argparse.Namespace) -> Record:
     """Each alone; then all at once in another order, among others."""
     rng = random.Random(SEED)
-    length = (await client.card(server.url, given.key))["canvas_length"]
-    requests = list(mixed(given.requests, length, rng))
+    length = (await client.card(server.url, arguments.key))["canvas_length"]
+    requests = list(mixed(arguments.requests, length, rng))
     began, alone = time.monotonic(), []
-    with Connection(server.url, given.key) as connection:
+    with Connection(server.url, arguments.key) as connection:
         for number, (path, body) in enumerate(requests):
             answer = await connection.ask("POST", path, body)
             if answer.status != 200:
                 raise SystemExit(f"{path} answered {answer.status} to {json.dumps(body)[:300]}: {answer.error()}")
-            alone.append(said(answer))
+            alone.append(content(answer))
             if number % 20 == 19:
                 say(f"alone: {number + 1} of {len(requests)}")
     between = time.monotonic()
-    order = [*enumerate(requests), *((None, one) for one in mixed(given.others, length, rng))]
+    order = [*enumerate(requests), *((None, one) for one in mixed(arguments.others, length, rng))]
     rng.shuffle(order)
     beside: dict[int, Any] = {}
 
     async def one(number: int | None, path: str, body: Body) -> None:
-        with Connection(server.url, given.key) as own:
+        with Connection(server.url, arguments.key) as own:
             answer = await own.ask("POST", path, body)
         if number is not None:
-            beside[number] = said(answer) if answer.status == 200 else answer.error()
+            beside[number] = content(answer) if answer.status == 200 else answer.error()
             if len(beside) % 20 == 0:
                 say(f"all at once: {len(beside)} of {len(requests)}")
 
@@ -329,7 +332,7 @@ async def same(server: Server, given: argparse.Namespace) -> Record:
     share = 1 - len(differing) / len(requests)
     return {
         "requests": len(requests),
-        "others": given.others,
+        "others": arguments.others,
         "alone_seconds": between - began,
         "at_once_seconds": time.monotonic() - between,
         "identical": share,
@@ -341,14 +344,14 @@ async def same(server: Server, given: argparse.Namespace) -> Record:
 # ---- the record -----------------------------------------------------------------------------------------------------
 
 
-def keep(part: str, found: Record, given: argparse.Namespace, flags: Sequence[str], what: str = "serve") -> None:
+def keep(part: str, result: Record, arguments: argparse.Namespace, flags: Sequence[str], what: str = "serve") -> None:
     """Replace one part of the record."""
-    record = json.loads(given.output.read_text()) if given.output.exists() else {"what": what}
+    record = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"what": what}
     here = environment("cpu")
-    record[part] = {**found, "server": shlex.join(flags), "environment": here}
+    record[part] = {**result, "server": shlex.join(flags), "environment": here}
     record["environment"] = here
-    common.write(given.output, record)
-    say(f"kept the part {part} in {given.output.name}")
+    common.write(arguments.output, record)
+    say(f"kept the part {part} in {arguments.output.name}")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -402,23 +405,23 @@ def main() -> None:
     one = parts.add_parser("draw")
     one.add_argument("-o", "--output", type=Path, default=RECORD, help="the record")
     one.add_argument("--folder", type=Path, default=ROOT / "docs", help="where the pictures go")
-    given = parser.parse_args()
-    if given.part != "draw":
-        asyncio.run(measure(given))
-    record = json.loads(given.output.read_text())
-    if given.part == "draw":
-        serve_page.draw(record, given.folder)
+    arguments = parser.parse_args()
+    if arguments.part != "draw":
+        asyncio.run(measure(arguments))
+    record = json.loads(arguments.output.read_text())
+    if arguments.part == "draw":
+        serve_page.draw(record, arguments.folder)
     else:
-        serve_page.show(record, given.part)
+        serve_page.show(record, arguments.part)
 
 
-async def measure(given: argparse.Namespace) -> None:
-    part, flags = PARTS[given.part]
-    flags = [*flags, *shlex.split(given.server)]
-    if given.part == "first" and not given.url and not (ROOT / MID).exists():
+async def measure(arguments: argparse.Namespace) -> None:
+    part, flags = PARTS[arguments.part]
+    flags = [*flags, *shlex.split(arguments.server)]
+    if arguments.part == "first" and not arguments.url and not (ROOT / MID).exists():
         make_mid(ROOT / MID)
-    async with Server(flags, given.log / f"serve-{given.part}.log", given.url) as server:
-        keep(given.part, await part(server, given), given, flags)
+    async with Server(flags, arguments.log / f"serve-{arguments.part}.log", arguments.url) as server:
+        keep(arguments.part, await part(server, arguments), arguments, flags)
 
 
 if __name__ == "__main__":

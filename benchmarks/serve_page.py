@@ -25,8 +25,8 @@ THROUGHPUTS = {
 }
 
 
-def times(found: Record) -> list[str]:
-    return ["–" if value is None else duration(value) for value in found.values()]
+def times(row: Record) -> list[str]:
+    return ["–" if value is None else duration(value) for value in row.values()]
 
 
 def throughput(one: Record, table: Table, name: str) -> str:
@@ -52,8 +52,8 @@ def first(one: Record, table: Table) -> str:
         [name, duration(one[where]["median"]), duration(one[where]["p95"]), str(len(one[where]["seconds"]))]
         for where, name in names.items()
     ]
-    asked = ", ".join(f"{name} {value}" for name, value in one["short"].items())
-    return table([f"mid, a short request's first text ({asked})", "median", "p95", "requests"], rows)
+    options = ", ".join(f"{name} {value}" for name, value in one["short"].items())
+    return table([f"mid, a short request's first text ({options})", "median", "p95", "requests"], rows)
 
 
 def same(one: Record, table: Table) -> str:
@@ -68,16 +68,16 @@ def soak(one: Record, table: Table) -> str:
     rows = [["requests", f"{one['requests']:,}"]]
     rows += [[name, f"{counts[name]:,}"] for name in sorted(counts)]
     rows += [["errors that no kill explains", str(len(one["unprovoked"]))]]
-    rows += [["answers that are not as asked", str(sum(len(found) for found in one["unexpected"].values()))]]
+    rows += [["answers that are not as asked", str(sum(len(row) for row in one["unexpected"].values()))]]
     rows += [["answered twice, cut short or mixed up", str(sum(one["faults"].values()))]]
     for number, kill in enumerate(one["kills"], 1):
         back = "never" if kill["next_success_seconds"] is None else duration(kill["next_success_seconds"])
         slowest = f" within {duration(kill['slowest_error_seconds'])}" if kill["errors"] else ""
-        told = f"{kill['errors']} errors{slowest}, {kill['answered']} answered, next success after {back}"
-        rows.append([f"kill {number}: {kill['in_flight']} in flight", told])
+        summary = f"{kill['errors']} errors{slowest}, {kill['answered']} answered, next success after {back}"
+        rows.append([f"kill {number}: {kill['in_flight']} in flight", summary])
     for name, each in (("server", one["growth"]["server"]), ("worker", one["growth"]["worker"])):
-        told = ", ".join(f"{size(life['late_bytes'])} ({life['growth']:+.1%})" for life in each)
-        rows.append([f"memory of the {name}, growth after warm-up", told or "–"])
+        summary = ", ".join(f"{size(life['late_bytes'])} ({life['growth']:+.1%})" for life in each)
+        rows.append([f"memory of the {name}, growth after warm-up", summary or "–"])
     return table(head, rows)
 
 

@@ -32,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import client, common, serve_page
-from benchmarks.client import END, Answer, Connection, HungUp, Lost, Server, percentile, say
+from benchmarks.client import END, Answer, Connection, Failed, HungUp, Server, percentile, say
 from benchmarks.serve import SEED, STREAM, chat, keep, puzzles, renamed, server_options
 from sfumato.measure.work import size
 from sfumato.tasks import sudoku
@@ -184,62 +184,62 @@ class Accounts:
         self.active[entry.request] = entry
         return entry
 
-    def end(self, entry: Entry, found: Answer | Lost | HungUp) -> None:
+    def end(self, entry: Entry, result: Answer | Failed | HungUp) -> None:
         del self.active[entry.request]
         entry.ended = time.monotonic()
-        if isinstance(found, Answer):
-            error = found.error()
-            entry.status = found.status
-            entry.outcome = "answered" if error is None else "refused" if 400 <= found.status < 500 else "error"
+        if isinstance(result, Answer):
+            error = result.error()
+            entry.status = result.status
+            entry.outcome = "answered" if error is None else "refused" if 400 <= result.status < 500 else "error"
             entry.message = "" if error is None else str(error.get("message"))[:300]
-            entry.faults = faults(found, entry.request, entry.ask)
-            given: set[str] = {e["id"] for _, e in found.events if isinstance(e, dict) and "id" in e}
-            given |= {found.json()["id"]} if "id" in found.json() else set()
-            if len(given) > 1 or given & self.answers:
+            entry.faults = faults(result, entry.request, entry.ask)
+            ids: set[str] = {e["id"] for _, e in result.events if isinstance(e, dict) and "id" in e}
+            ids |= {result.json()["id"]} if "id" in result.json() else set()
+            if len(ids) > 1 or ids & self.answers:
                 entry.faults.append("an answer's id is not its own")
-            self.answers |= given
+            self.answers |= ids
         else:
-            entry.outcome = "left" if isinstance(found, HungUp) else "lost"
-            entry.message = str(found)
+            entry.outcome = "left" if isinstance(result, HungUp) else "lost"
+            entry.message = str(result)
 
 
 def faults(answer: Answer, request: str, ask: Ask) -> list[str]:
     """Why this is not exactly one answer to this request."""
-    found = []
+    result = []
     if answer.headers.get("x-request-id") != request:
-        found.append("the answer to another request, or to none")
+        result.append("the answer to another request, or to none")
     if answer.has_stray:
-        found.append("bytes behind the answer")
+        result.append("bytes behind the answer")
     if answer.status != 200 or not isinstance(ask.body, dict):
-        return found
+        return result
     count = ask.body.get("n", 1)
     if not answer.is_stream:
         choices = answer.json().get("choices")
         if not answer.json():
-            found.append("no JSON object")
+            result.append("no JSON object")
         elif choices is not None and [c.get("finish_reason") is not None for c in choices] != [True] * count:
-            found.append("choices missing, or without an end")
-        return found
+            result.append("choices missing, or without an end")
+        return result
     events = [event for _, event in answer.events]
     if answer.error() is not None:
         if not (isinstance(events[-1], dict) and "error" in events[-1]):
-            found.append("a stream that went on after its error")
-        return found
+            result.append("a stream that went on after its error")
+        return result
     if events.count(END) != 1 or events[-1] != END:
-        found.append("a stream without one end")
+        result.append("a stream without one end")
     choices = [c for event in events if isinstance(event, dict) for c in event.get("choices", ())]
     ends = Counter(c.get("index") for c in choices if c.get("finish_reason"))
     if ask.path == CHAT and ends != Counter(range(count)):
-        found.append("choices of a stream that ended twice or never")
+        result.append("choices of a stream that ended twice or never")
     if ask.path == "/v1/infill" and sum("text" in event for event in events if isinstance(event, dict)) != 1:
-        found.append("a stream without one result")
-    return found
+        result.append("a stream without one result")
+    return result
 
 
 # ---- the soak -------------------------------------------------------------------------------------------------------
 
 
-async def perform(ask: Ask, request: str, connection: Connection) -> Answer | Lost | HungUp:
+async def perform(ask: Ask, request: str, connection: Connection) -> Answer | Failed | HungUp:
     events = 0
 
     def watch(_: Any) -> None:
@@ -258,33 +258,33 @@ async def perform(ask: Ask, request: str, connection: Connection) -> Answer | Lo
         )
     except HungUp as left:
         return left
-    except Lost as lost:
+    except Failed as lost:
         return lost
     except TimeoutError:
-        return HungUp() if ask.leaves else Lost(f"no answer within {PATIENCE:.0f} s")
+        return HungUp() if ask.leaves else Failed(f"no answer within {PATIENCE:.0f} s")
 
 
 async def user(url: str, key: str | None, traffic: Traffic, accounts: Accounts, until: float) -> None:
     with Connection(url, key) as connection:
         while time.monotonic() < until:
             entry = accounts.begin(traffic.next())
-            found = await perform(entry.ask, entry.request, connection)
-            accounts.end(entry, found)
-            if isinstance(found, Lost):
+            result = await perform(entry.ask, entry.request, connection)
+            accounts.end(entry, result)
+            if isinstance(result, Failed):
                 await asyncio.sleep(0.2)  # a server that is gone is not asked a million times
 
 
 async def watch_memory(
-    server: Server, accounts: Accounts, began: float, seconds: float, found: list[list[Any]]
+    server: Server, accounts: Accounts, began: float, seconds: float, result: list[list[Any]]
 ) -> None:
     """Every five seconds: since when, bytes of the server, bytes and pid of the worker."""
-    told = 0.0
+    reported = 0.0
     while True:
         worker = server.worker()
         at, held = time.monotonic() - began, [pid and client.resident_bytes(pid) for pid in (server.pid, worker)]
-        found.append([at, *held, worker])
-        if at >= told:
-            told += 15
+        result.append([at, *held, worker])
+        if at >= reported:
+            reported += 15
             errors = sum(entry.outcome in ("error", "lost") for entry in accounts.entries)
             say(
                 f"{at / 60:.1f} of {seconds / 60:g} min: {len(accounts.entries)} requests, {errors} errors, "
@@ -298,40 +298,40 @@ Kills = list[tuple[float, list[Entry]]]
 
 
 async def kill_workers(server: Server, accounts: Accounts, times: Iterable[float], until: float) -> Kills:
-    found: Kills = []
+    result: Kills = []
     for at in times:
         await asyncio.sleep(max(0.0, at - time.monotonic()))
         while time.monotonic() < until:
-            with suppress(Lost):
+            with suppress(Failed):
                 is_ready = (await client.get(server.url, "/ready")).status == 200
                 worker, flying = server.worker(), [e for e in accounts.active.values() if e.ask.is_work]
                 if is_ready and worker and flying:
                     os.kill(worker, signal.SIGKILL)
-                    found.append((time.monotonic(), flying))
+                    result.append((time.monotonic(), flying))
                     say(f"killed the worker {worker}; {len(flying)} requests in flight")
                     break
             await asyncio.sleep(0.02)
-    return found
+    return result
 
 
-async def soak(server: Server, given: argparse.Namespace) -> Record:
-    length = (await client.card(server.url, given.key))["canvas_length"]
+async def soak(server: Server, arguments: argparse.Namespace) -> Record:
+    length = (await client.card(server.url, arguments.key))["canvas_length"]
     accounts, traffic, memory = Accounts(), Traffic(length), list[list[Any]]()
-    began, seconds = time.monotonic(), 60 * given.minutes
+    began, seconds = time.monotonic(), 60 * arguments.minutes
     watching = asyncio.create_task(watch_memory(server, accounts, began, seconds, memory))
-    due = [began + seconds * number / (given.kills + 1) for number in range(1, given.kills + 1)]
+    due = [began + seconds * number / (arguments.kills + 1) for number in range(1, arguments.kills + 1)]
     killing = asyncio.create_task(kill_workers(server, accounts, due, began + seconds))
-    users = (user(server.url, given.key, traffic, accounts, began + seconds) for _ in range(given.clients))
+    users = (user(server.url, arguments.key, traffic, accounts, began + seconds) for _ in range(arguments.clients))
     await asyncio.gather(*users)
     watching.cancel()
     kills = after(accounts.entries, await killing, began)
-    idle = await client.until_idle(server.url, given.key)
+    idle = await client.until_idle(server.url, arguments.key)
     return {
         **account(accounts.entries, kills, began),
-        "minutes": given.minutes,
-        "clients": given.clients,
+        "minutes": arguments.minutes,
+        "clients": arguments.clients,
         "idle_after_seconds": idle,
-        "log": logged(server.log.read_text(errors="replace"), accounts.entries) if not given.url else None,
+        "log": logged(server.log.read_text(errors="replace"), accounts.entries) if not arguments.url else None,
         "memory": memory,
         "growth": {"server": growth(memory, 1), "worker": growth(memory, 2)},
     }
@@ -343,12 +343,12 @@ async def soak(server: Server, given: argparse.Namespace) -> Record:
 def after(entries: Sequence[Entry], kills: Kills, began: float) -> list[Record]:
     """What followed each kill. What was in flight and got an answer all the same had not reached the worker, or had
     left it already."""
-    found = []
+    result = []
     for at, flying in kills:
         errors = [entry.ended - at for entry in flying if entry.outcome == "error"]
         saved = [entry.ended - at for entry in flying if entry.outcome == "answered"]
         again = [e.ended - at for e in entries if e.began > at and e.outcome == "answered" and e.ask.is_work]
-        found.append(
+        result.append(
             {
                 "at": at - began,
                 "in_flight": len(flying),
@@ -359,7 +359,7 @@ def after(entries: Sequence[Entry], kills: Kills, began: float) -> list[Record]:
                 "next_success_seconds": min(again, default=None),
             }
         )
-    return found
+    return result
 
 
 def account(entries: Sequence[Entry], kills: Sequence[Record], began: float) -> Record:
@@ -379,7 +379,8 @@ def account(entries: Sequence[Entry], kills: Sequence[Record], began: float) -> 
             {"kind": e.ask.kind, "at": e.ended - began, "status": e.status, "message": e.message} for e in unprovoked
         ],
         "unexpected": {
-            kind: [f"{n} × {told}" for told, n in Counter(found).items()] for kind, found in unexpected.items()
+            kind: [f"{n} × {reported}" for reported, n in Counter(result).items()]
+            for kind, result in unexpected.items()
         },
         "kills": list(kills),
         "window_seconds": WINDOW,
@@ -399,7 +400,7 @@ def windows(entries: Sequence[Entry], began: float) -> list[Record]:
     slots: dict[int, list[Entry]] = {}
     for entry in entries:
         slots.setdefault(int((entry.ended - began) / WINDOW), []).append(entry)
-    found = []
+    result = []
     for slot in range(max(slots, default=-1) + 1):
         these = slots.get(slot, [])
         took = [
@@ -407,8 +408,8 @@ def windows(entries: Sequence[Entry], began: float) -> list[Record]:
         ]
         row: Record = {"from": slot * WINDOW, "requests": len(these)}
         row |= {"errors": sum(entry.outcome in ("error", "lost") for entry in these)}
-        found.append(row | {f"p{p}": percentile(took, p / 100) if took else None for p in (50, 95)})
-    return found
+        result.append(row | {f"p{p}": percentile(took, p / 100) if took else None for p in (50, 95)})
+    return result
 
 
 def growth(memory: Sequence[Sequence[Any]], column: int) -> list[Record]:
@@ -418,27 +419,27 @@ def growth(memory: Sequence[Sequence[Any]], column: int) -> list[Record]:
     for row in memory:
         if row[column] and (column == 1 or row[3]):
             lives.setdefault(0 if column == 1 else row[3], []).append((row[0], row[column]))
-    found = []
+    result = []
     for samples in lives.values():
         start = samples[0][0] + WARM * (samples[-1][0] - samples[0][0])
         rest = [held for at, held in samples if at >= start]
         quarter = max(1, len(rest) // 4)
         early, late = statistics.median(rest[:quarter]), statistics.median(rest[-quarter:])
-        found.append({"samples": len(samples), "early_bytes": early, "late_bytes": late, "growth": late / early - 1})
-    return found
+        result.append({"samples": len(samples), "early_bytes": early, "late_bytes": late, "growth": late / early - 1})
+    return result
 
 
-def conclude(found: Record) -> None:
+def conclude(result: Record) -> None:
     """Add the targets."""
-    grown = [abs(life["growth"]) for lives in found["growth"].values() for life in lives]
-    errors = [kill["slowest_error_seconds"] for kill in found["kills"] if kill["slowest_error_seconds"] is not None]
-    again = [kill["next_success_seconds"] for kill in found["kills"]]
-    found["targets"] = {
+    grown = [abs(life["growth"]) for lives in result["growth"].values() for life in lives]
+    errors = [kill["slowest_error_seconds"] for kill in result["kills"] if kill["slowest_error_seconds"] is not None]
+    again = [kill["next_success_seconds"] for kill in result["kills"]]
+    result["targets"] = {
         "memory after warm-up, grown by at most": common.target(max(grown, default=None), 0.03),
-        "requests lost": common.target(found["outcomes"].get("lost", 0), 0),
-        "requests answered twice, cut short or mixed up": common.target(sum(found["faults"].values()), 0),
-        "errors that no kill explains": common.target(len(found["unprovoked"]), 0),
-        "answers that are not as asked": common.target(sum(len(each) for each in found["unexpected"].values()), 0),
+        "requests lost": common.target(result["outcomes"].get("lost", 0), 0),
+        "requests answered twice, cut short or mixed up": common.target(sum(result["faults"].values()), 0),
+        "errors that no kill explains": common.target(len(result["unprovoked"]), 0),
+        "answers that are not as asked": common.target(sum(len(each) for each in result["unexpected"].values()), 0),
         "seconds from a kill to the last error of what was in flight": common.target(max(errors, default=None), 2.0),
         "seconds from a kill to the next success": common.target(
             None if not again else max(1e9 if each is None else each for each in again), 10.0
@@ -446,13 +447,13 @@ def conclude(found: Record) -> None:
     }
 
 
-async def measure(given: argparse.Namespace) -> None:
-    flags = ["-m", "nano", *shlex.split(given.server)]
-    async with Server(flags, given.log / "soak.log", given.url, given.pid) as server:
-        found = await soak(server, given)
-    found["exit_code"] = server.exit_code
-    conclude(found)
-    keep("soak", found, given, flags)
+async def measure(arguments: argparse.Namespace) -> None:
+    flags = ["-m", "nano", *shlex.split(arguments.server)]
+    async with Server(flags, arguments.log / "soak.log", arguments.url, arguments.pid) as server:
+        result = await soak(server, arguments)
+    result["exit_code"] = server.exit_code
+    conclude(result)
+    keep("soak", result, arguments, flags)
 
 
 def main() -> None:
@@ -462,11 +463,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--clients", type=int, default=12)
-    given = parser.parse_args()
-    if given.url and given.kills and not given.pid:
+    arguments = parser.parse_args()
+    if arguments.url and arguments.kills and not arguments.pid:
         parser.error("--kills needs the --pid of the server at --url; give it, or --kills 0")
-    asyncio.run(measure(given))
-    serve_page.show(json.loads(given.output.read_text()), "soak")
+    asyncio.run(measure(arguments))
+    serve_page.show(json.loads(arguments.output.read_text()), "soak")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from sfumato.measure.machine import forget_peak, peak_bytes, products, resident_bytes
+from sfumato.measure.machine import Make, forget_peak, peak_bytes, products, resident_bytes
 from sfumato.measure.parts import BenchPlan, Counted, part_row, random_config, random_model
 from sfumato.measure.parts import parts as parts_of
 from sfumato.measure.work import Parameters, duration
@@ -43,36 +44,36 @@ CONFIDENCE = 0.0
 # ---- mid ------------------------------------------------------------------------------------------------------------
 
 
-def whole_steps(given: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:
+def whole_steps(arguments: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:
     """The parts of a step, by the kind of weights, a number format or a recipe. What fails is left out by name."""
-    found: dict[str, Any] = {}
-    for kind in given.kinds.split(","):
-        config = random_config(given.size)
+    result: dict[str, Any] = {}
+    for kind in arguments.kinds.split(","):
+        config = random_config(arguments.size)
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         packed = kind if kind not in ("bf16", "float32") else None
         try:
-            model = random_model(config, dtype, given.device, given.ops, quantize=packed)
+            model = random_model(config, dtype, arguments.device, arguments.ops, quantize=packed)
         except Exception as error:
-            found[kind] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            result[kind] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
-        plan = BenchPlan(given.prompt, config.canvas_length, 2, given.seconds, streamed=given.streamed)
+        plan = BenchPlan(arguments.prompt, config.canvas_length, 2, arguments.seconds, streamed=arguments.streamed)
         common.without_eos(model)
         say = lambda part, kind=kind: common.say(f"{kind}: {part}")  # noqa: E731
         parts = {name: part_row(timing, cost, most) for name, timing, cost in parts_of(model, plan, say)}
-        found[kind] = {
-            "size": given.size,
+        result[kind] = {
+            "size": arguments.size,
             "parameters": Parameters.of(config).total,
             "dtype": str(model.dtype).removeprefix("torch."),
             "ops": model.ops.name,
-            "prompt": given.prompt,
+            "prompt": arguments.prompt,
             "parts": parts,
         }
         reached = parts["whole step"]["share_of_ceiling"]
         if kind == "bf16":
-            found[kind]["targets"] = {"whole step, share of ceiling": common.target(reached, 0.75, at_most=False)}
+            result[kind]["targets"] = {"whole step, share of ceiling": common.target(reached, 0.75, at_most=False)}
         del model
         common.release()
-    return found
+    return result
 
 
 # ---- the slice ------------------------------------------------------------------------------------------------------
@@ -101,30 +102,30 @@ class Steps:
         step_(self.model, self.cache, self.state, StepInput(self.at_B, self.run))
 
 
-def true_size(config: ModelConfig, given: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:
+def true_size(config: ModelConfig, arguments: argparse.Namespace, most: dict[str, Any]) -> dict[str, Any]:
     """Time and memory of whole steps, and the vocabulary beside its products."""
-    device = torch.device(given.device)
+    device = torch.device(arguments.device)
     common.say("slice: warming up on a tiny model")  # what libraries load and threads take is no memory of a step
-    tiny = Steps(random_model(random_config("tiny"), torch.bfloat16, given.device, given.ops), 16)
+    tiny = Steps(random_model(random_config("tiny"), torch.bfloat16, arguments.device, arguments.ops), 16)
     for _ in range(2):
         tiny()
     common.say("slice: weights")
-    model = common.random_packed(config, given.device, given.ops)
-    steps = Steps(model, given.prompt)
+    model = common.random_packed(config, arguments.device, arguments.ops)
+    steps = Steps(model, arguments.prompt)
     common.release()
     before = resident_bytes(device)
     forget_peak(device)
     common.say("slice: whole step")
-    measured = common.alternate({"whole step": steps}, given.seconds, device)["whole step"]
+    measured = common.alternate({"whole step": steps}, arguments.seconds, device)["whole step"]
     peak = peak_bytes(device)
     counted = Counted.of(model)
     buffer = config.canvas_length * config.vocab_size * 2
     beyond = peak - before if peak is not None and before is not None else None
-    found: dict[str, Any] = {
-        "parts": {"whole step": part_row(measured, counted.step(given.prompt), most)},
+    result: dict[str, Any] = {
+        "parts": {"whole step": part_row(measured, counted.step(arguments.prompt), most)},
         "ops": model.ops.name,
         "layers": ["sliding" if layer.is_sliding else "full" for layer in config.layers],
-        "prompt": given.prompt,
+        "prompt": arguments.prompt,
         "cache_bytes": steps.cache.bytes,
         "resident_before_bytes": before,
         "peak_beyond_bytes": beyond,
@@ -132,21 +133,25 @@ def true_size(config: ModelConfig, given: argparse.Namespace, most: dict[str, An
     }
     del tiny, steps
     common.release()
-    read, parts = vocabulary(model, given)
+    read, parts = vocabulary(model, arguments)
     vocabulary_cost = counted.vocabulary(config.canvas_length)
     twice = vocabulary_cost + vocabulary_cost
-    found["parts"]["read-out + soft embedding"] = part_row(read, twice, most)
-    found["products"] = parts
+    result["parts"]["read-out + soft embedding"] = part_row(read, twice, most)
+    result["products"] = parts
     least = sum(min(means.values()) for means in parts.values())
-    found["products_seconds"] = least
-    found["targets"] = {
+    result["products_seconds"] = least
+    result["targets"] = {
         "peak beyond weights and cache, in bf16 logits buffers": common.target(beyond and beyond / buffer, 1.1),
         "read-out and soft embedding, in times of their products": common.target(read.median / least, 1.15),
     }
-    return found
+    return result
 
 
-def vocabulary(model: Model, given: argparse.Namespace) -> tuple[Any, dict[str, dict[str, float]]]:
+def _ready(make: Make, x: torch.Tensor, weight: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+    return make(x, weight())
+
+
+def vocabulary(model: Model, arguments: argparse.Namespace) -> tuple[Any, dict[str, dict[str, float]]]:
     """Read-out and soft embedding together; and seconds of each of their products by every means. Each means takes
     turns with the read-out; packed copies of E are made one after the other, for memory's sake."""
     config, device = model.config, model.device
@@ -162,19 +167,19 @@ def vocabulary(model: Model, given: argparse.Namespace) -> tuple[Any, dict[str, 
     p_NV = torch.softmax(read.logits_BLV[0], -1, dtype=torch.float32).to(model.dtype)
     del read
     kind = "float32" if model.dtype == torch.float32 else "bf16"
-    found: dict[str, dict[str, float]] = {"hidden x E^T": {}, "p x E": {}}
+    result: dict[str, dict[str, float]] = {"hidden x E^T": {}, "p x E": {}}
     timed = []
     sides: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {
         "hidden x E^T": (hidden_BLD[0], lambda: embed_VD),
         "p x E": (p_NV, lambda: embed_VD.t().contiguous()),
     }
-    each = given.seconds / 4
+    each = arguments.seconds / 4
     for side, (x, weight) in sides.items():
         plain = {"hidden x E^T": lambda: torch.matmul(hidden_BLD[0], embed_VD.t()), "p x E": lambda: p_NV @ embed_VD}
-        ways: dict[str, Callable[[], Any]] = {"torch.matmul": lambda side=side, plain=plain: plain[side]}
+        ways: dict[str, Callable[[], Any]] = {"torch.matmul": partial(plain.__getitem__, side)}
         for means, make in products(kind, device).items():
             if means != "F.linear":
-                ways[means] = lambda make=make, x=x, weight=weight: make(x, weight())
+                ways[means] = partial(_ready, make, x, weight)
         for means, ready in ways.items():
             common.say(f"slice: {side}, {means}")
             try:
@@ -182,43 +187,45 @@ def vocabulary(model: Model, given: argparse.Namespace) -> tuple[Any, dict[str, 
             except (RuntimeError, NotImplementedError) as error:
                 common.say(f"slice: {means} cannot: {str(error)[:80]}")
                 continue
-            found[side][means] = times[means].median
+            result[side][means] = times[means].median
             timed.append(times["ours"])
             common.release()
     best = sorted(timed, key=lambda timing: timing.median)[len(timed) // 2]
-    return best, found
+    return best, result
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, 8.0)
+    parser = common.argument_parser(__doc__, 8.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
     parser.add_argument("--kinds", default="bf16,int8", help="of weights: bf16, float32, or recipes")
     parser.add_argument("--ops", default="auto")
     parser.add_argument("--prompt", type=int, default=384)
     parser.add_argument("--slice", default="true", choices=["true", "tiny", "none"], help="its size")
-    given = parser.parse_args()
-    found: dict[str, Any] = {"what": "step", "ceilings": common.ceiling(given)}
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {"what": "step", "ceilings": common.ceiling(arguments)}
     began = time.perf_counter()
     with torch.inference_mode():
-        found["mid"] = whole_steps(given, found["ceilings"])
-        common.finish(found, given)
-        if given.slice != "none":
-            config = common.released_config(2) if given.slice == "true" else replace(random_config("tiny"), eos_ids=())
-            found["slice"] = true_size(config, given, found["ceilings"])
-    found["seconds"] = round(time.perf_counter() - began, 1)
-    common.finish(found, given)
-    print(show(found))
+        result["mid"] = whole_steps(arguments, result["ceilings"])
+        common.finish(result, arguments)
+        if arguments.slice != "none":
+            config = (
+                common.released_config(2) if arguments.slice == "true" else replace(random_config("tiny"), eos_ids=())
+            )
+            result["slice"] = true_size(config, arguments, result["ceilings"])
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    common.finish(result, arguments)
+    print(show(result))
 
 
-def show(found: dict[str, Any]) -> str:
+def show(result: dict[str, Any]) -> str:
     texts = []
-    for kind, one in found["mid"].items():
+    for kind, one in result["mid"].items():
         texts.append(f"{one.get('size', '')}, {kind}\n" + (one.get("failed") or common.parts_table(one["parts"])))
-    if "slice" in found:
-        one = found["slice"]
+    if "slice" in result:
+        one = result["slice"]
         texts.append("true-size slice, bf16\n" + common.parts_table(one["parts"]))
         for side, means in one["products"].items():
             texts[-1] += f"\n{side}: " + ", ".join(f"{name} {duration(value)}" for name, value in means.items())

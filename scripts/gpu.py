@@ -51,7 +51,7 @@ class Call:
 
     def __init__(self, out: Path, seconds: float, about: dict[str, Any]) -> None:
         self.out, self.began, self.seconds = out, time.time(), seconds
-        self.found: dict[str, Any] = {"what": "gpu", **about, "state": "running", "steps": []}
+        self.record: dict[str, Any] = {"what": "gpu", **about, "state": "running", "steps": []}
         self.profiles: dict[str, Any] = {}
         self.cache = ROOT / "runs" / "triton"
         out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class Call:
         for step in plan:
             until = min(step.until * scale, self.seconds)
             one: dict[str, Any] = {"step": step.name, "outcome": "running", "ok": None, "rows": []}
-            self.found["steps"].append(one)
+            self.record["steps"].append(one)
             if stopped:
                 one |= {"outcome": "not run", "says": "stopped before"}
             elif until - self.passed < step.least * scale:
@@ -77,10 +77,10 @@ class Call:
                 stopped = self._step(step, one, self.began + until, command)
             self._write()
             print(f"{step.name:<16}{one['outcome']:<9}{one.get('seconds', 0):6.1f} s  {one['says']}", flush=True)
-        bad = [one for one in self.found["steps"] if one["ok"] is False]
-        self.found["state"] = f"stopped: {stopped}" if stopped else "done"
+        bad = [one for one in self.record["steps"] if one["ok"] is False]
+        self.record["state"] = f"stopped: {stopped}" if stopped else "done"
         self._write()
-        print(f"{self.found['state']}, {self.passed:.0f} s, {len(bad)} of {len(plan)} steps not right", flush=True)
+        print(f"{self.record['state']}, {self.passed:.0f} s, {len(bad)} of {len(plan)} steps not right", flush=True)
         return 2 if stopped.startswith("cannot run") else 3 if stopped else 1 if bad else 0
 
     def _step(self, step: Step, one: dict[str, Any], until: float, command: Command) -> str:
@@ -96,7 +96,7 @@ class Call:
         one["seconds"], one["compiled"] = round(time.time() - began, 1), self._compiled() - compiled
         wrong = [row["name"] for row in one["rows"] if row.get("ok") is False]
         one["ok"] = one["outcome"] == "done" and not wrong
-        one["says"] = _said(one["outcome"], one["rows"], wrong)
+        one["says"] = _sentence(one["outcome"], one["rows"], wrong)
         if stops := [str(row["stop"]) for row in one["rows"] if row.get("stop")]:
             return "; ".join(stops)
         is_only_slow = one["outcome"] == "killed" and not wrong and any(row.get("ok") for row in one["rows"])
@@ -135,7 +135,7 @@ class Call:
         for line in new:
             row = json.loads(line)
             if "environment" in row:
-                self.found["environment"] = row.pop("environment")
+                self.record["environment"] = row.pop("environment")
             if "kernels" in row:
                 self.profiles[f"{one['step']}: {row['name']}"] = row.pop("kernels")
             one["rows"].append(row)
@@ -147,8 +147,8 @@ class Call:
             log.write(f"---- {step.name}, {len(text)} bytes\n".encode() + text[-LOG_BYTES:] + b"\n")
 
     def _write(self) -> None:
-        self.found["seconds"] = round(self.passed, 1)
-        whole = {"results.json": self.found, **({"profile.json": self.profiles} if self.profiles else {})}
+        self.record["seconds"] = round(self.passed, 1)
+        whole = {"results.json": self.record, **({"profile.json": self.profiles} if self.profiles else {})}
         for name, content in whole.items():
             beside = self.out / f".{name}.part"
             beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -164,7 +164,7 @@ def _has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _said(outcome: str, rows: list[dict[str, Any]], wrong: list[str]) -> str:
+def _sentence(outcome: str, rows: list[dict[str, Any]], wrong: list[str]) -> str:
     """What a step found, on one line."""
     texts = [str(row["says"]) for row in rows if row.get("says")]
     texts += [f"{row['name']} cannot run: {row['skipped']}" for row in rows if row.get("skipped")]
@@ -198,29 +198,29 @@ def main() -> int:
     parser.add_argument("--only", default="", help="these steps, separated by commas: cells, or 'cells int4'")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the processor of any machine")
     parser.add_argument("--record", type=Path, help="write what is in --out as one record, and run nothing")
-    given = parser.parse_args()
-    name = "more" if given.more else "first"
-    usual = ("gpu-more" if given.more else "gpu") + ("-dry" if given.dry else "")
-    out = given.out or Path("runs", usual)
-    if given.record:
+    arguments = parser.parse_args()
+    name = "more" if arguments.more else "first"
+    usual = ("gpu-more" if arguments.more else "gpu") + ("-dry" if arguments.dry else "")
+    out = arguments.out or Path("runs", usual)
+    if arguments.record:
         from benchmarks.gpu.record import write  # only now: it imports torch
 
-        return write(out, given.record)
-    only = [one.strip() for one in given.only.split(",") if one.strip()]
+        return write(out, arguments.record)
+    only = [one.strip() for one in arguments.only.split(",") if one.strip()]
     plan = [step for step in PLANS[name] if not only or step.name in only or step.name.split()[0] in only]
     if unknown := [one for one in only if not any(one in (step.name, step.name.split()[0]) for step in plan)]:
         known = ", ".join(step.name for step in PLANS[name])
         print(f"there is no step {unknown[0]!r}; the steps are {known}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _interrupted)
-    seconds = given.seconds or SECONDS[name] * (SLOWER if given.dry else 1)
-    call = Call(out, seconds, {"plan": name, "is_dry": given.dry})
+    seconds = arguments.seconds or SECONDS[name] * (SLOWER if arguments.dry else 1)
+    call = Call(out, seconds, {"plan": name, "is_dry": arguments.dry})
     print(f"{len(plan)} steps, {call.seconds:.0f} seconds at most; results go to {out}", flush=True)
     try:
-        return call.run(plan, command_of(out, given.dry), seconds / SECONDS[name])
+        return call.run(plan, command_of(out, arguments.dry), seconds / SECONDS[name])
     finally:
-        if call.found["state"] == "running":
-            call.found["state"] = "interrupted"
+        if call.record["state"] == "running":
+            call.record["state"] = "interrupted"
             call._write()
 
 

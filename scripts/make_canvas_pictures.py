@@ -222,7 +222,7 @@ class Recorder:
         return getattr(self.guide, name)
 
 
-def schema_picture(llm: LLM, seed: int, room: int, wanted: Sequence[int]) -> tuple[str, str]:
+def schema_picture(llm: LLM, seed: int, room: int, shown_steps: Sequence[int]) -> tuple[str, str]:
     prompt = [{"role": "user", "content": "Extract the record: Ada, who flies us, sits at the window."}]
     template = check_template([Slot("record", schema=SCHEMA, at_most=room)])
     sheet = lay_out(EncodedTemplate.of(template, llm.tokenizer), llm.model.config, {"record": room}, seed)
@@ -235,7 +235,7 @@ def schema_picture(llm: LLM, seed: int, room: int, wanted: Sequence[int]) -> tup
     )
     parts: list[str] = []
     right, left = 0.0, 84
-    steps = [step for step in wanted if step <= len(recorder.walks)]
+    steps = [step for step in shown_steps if step <= len(recorder.walks)]
     if len(recorder.walks) not in steps:
         steps.append(len(recorder.walks))
     for line, step in enumerate(steps):
@@ -274,14 +274,14 @@ def main() -> None:
     args = parser.parse_args()
     llm = LLM.load("nano")
     args.out.mkdir(exist_ok=True)
-    for name, (picture, said) in {
+    for name, (picture, caption) in {
         "template": template_picture(llm),
         "sudoku": sudoku_picture(llm, clues=34, seed=5, frames=5),
-        "schema": schema_picture(llm, seed=1, room=48, wanted=(1, 2, 3, 4, 6, 9, 12, 16)),
+        "schema": schema_picture(llm, seed=1, room=48, shown_steps=(1, 2, 3, 4, 6, 9, 12, 16)),
     }.items():
         path = args.out / f"canvas-{name}.svg"
         path.write_text(picture, encoding="utf-8")
-        print(f"{path}: {said}")
+        print(f"{path}: {caption}")
 
 
 if __name__ == "__main__":

@@ -159,9 +159,9 @@ def twin(theirs: Any, name: str = "reference", config: ModelConfig | None = None
     model = Model(config, ops.load(name))
     source = theirs.state_dict()
     for ours, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        wanted = source[oracle_name(ours)]
-        assert wanted.shape == tensor.shape, ours
-        tensor.data.copy_(wanted)
+        expected = source[oracle_name(ours)]
+        assert expected.shape == tensor.shape, ours
+        tensor.data.copy_(expected)
     return model.requires_grad_(False).eval().pack_()
 
 

@@ -38,7 +38,7 @@ def beside(setting: Setting) -> dict[str, Any]:
     del logits
     seconds = 0.2 if setting.is_dry else min(10.0, setting.left / 3)
     forward = common.alternate(calls, seconds, setting.device)
-    runs = {
+    runs: dict[str, Callable[[], list[float]]] = {
         "transformers": lambda: peers.steps_of_theirs(theirs, model, plan, STEPS),
         "sfumato": lambda: peers.steps_of(model, plan, STEPS),
     }

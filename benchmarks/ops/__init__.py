@@ -155,7 +155,7 @@ def rows(op: str, case: Case, device: str, seconds: float, most: dict[str, Any])
 
 def main(op: str, cases: Callable[[str, str], Iterator[Case]], about: str) -> None:
     """The command of one operation's file. `cases(size, device)` makes them one at a time."""
-    parser = common.arguments(about, 5.0)
+    parser = common.argument_parser(about, 5.0)
     parser.add_argument("--sizes", default="mid,released", help="of mid, released and tiny")
     arguments = parser.parse_args()
     most, results = common.ceiling(arguments), []

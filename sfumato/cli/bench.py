@@ -74,7 +74,9 @@ class WorkFlags:
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = BenchPlan.prompt
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = BenchPlan.tokens
     steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps for each canvas.")] = BenchPlan.steps
-    seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = BenchPlan.seconds
+    seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = (
+        BenchPlan.seconds
+    )
 
 
 @flags.takes(

@@ -130,9 +130,9 @@ def parts(model: Model, plan: BenchPlan, announce: Announce = _quietly) -> Itera
     """(name, time, least work) of every part of a request, at the context that the prompt leaves."""
     config, ops, device = model.config, model.ops, model.device
     embed_VD, length, counted = model.embed_tokens.weight, config.canvas_length, Counted.of(model)
-    dice = CountedNoise([plan.seed], [0], length, config.vocab_size, device)
+    noise = CountedNoise([plan.seed], [0], length, config.vocab_size, device)
     prompt_BT = torch.tensor([prompt_ids(config, plan)], device=device)
-    canvas_BL, temperature_B = dice.canvas([0], [0]), torch.tensor([0.8], device=device)
+    canvas_BL, temperature_B = noise.canvas([0], [0]), torch.tensor([0.8], device=device)
 
     def prefill() -> KVCache:
         cache = KVCache.allocate(config, 1, plan.prompt + length, device, model.dtype)
@@ -141,12 +141,12 @@ def parts(model: Model, plan: BenchPlan, announce: Announce = _quietly) -> Itera
         return cache
 
     def read_out() -> Any:
-        place = ([0], [0], [0])
-        return ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, **dice.sample(*place))
+        uniform_BL = noise.sample([0], [0], [0])["uniform_BL"]
+        return ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, uniform_BL=uniform_BL)
 
     def decide() -> None:
         accepted_BL = accept(read.entropy_BL, torch.tensor([0.1], device=device))
-        torch.where(accepted_BL, read.sample_BL, dice.renoise([0], [0], [0]))
+        torch.where(accepted_BL, read.sample_BL, noise.renoise([0], [0], [0]))
         is_stable(count_still(read.argmax_BL, read.argmax_BL, still_BL), torch.tensor([1], device=device))
         is_confident(read.entropy_BL, torch.tensor([0.005], device=device))
 
@@ -198,7 +198,9 @@ def engine_step(model: Model, plan: BenchPlan) -> Timing:
     return Timing.of(times)
 
 
-def requests(model: Model, plan: BenchPlan, announce: Announce = _quietly, step: float = 0.0) -> dict[str, dict[str, Any]]:
+def requests(
+    model: Model, plan: BenchPlan, announce: Announce = _quietly, step: float = 0.0
+) -> dict[str, dict[str, Any]]:
     """A whole answer in both modes, within three times plan.seconds each.
 
     `step` is what a step takes: from it follows how many of the canvases, and if need be of the steps, there is time

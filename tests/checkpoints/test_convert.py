@@ -52,19 +52,19 @@ def plain() -> Model:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """nano as every target."""
     folder = tmp_path_factory.mktemp("converted")
-    found = {}
+    actual = {}
     for to in convert.TARGETS:
-        found[to] = folder / (f"{to}.gguf" if to.startswith("gguf") else to)
-        convert.convert("nano", to, found[to])
-    yield found
+        actual[to] = folder / (f"{to}.gguf" if to.startswith("gguf") else to)
+        convert.convert("nano", to, actual[to])
+    yield actual
 
 
 def every_weight(model: Model) -> dict[str, torch.Tensor]:
     names = {module: name for name, module in model.named_modules()}
-    found = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for owner, leaf in products(model):
-        found[f"{names[owner]}.{leaf}"] = dense(getattr(owner, leaf), torch.float32).detach()
-    return found
+        tensors[f"{names[owner]}.{leaf}"] = dense(getattr(owner, leaf), torch.float32).detach()
+    return tensors
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -96,10 +96,10 @@ def test_what_was_written_is_what_loading_makes(written: dict[str, Path], name: 
 def test_every_target_loads_without_a_flag_and_holds_the_weights(
     plain: Model, written: dict[str, Path], to: str, most: float
 ) -> None:
-    exact, found = every_weight(plain), every_weight(load(written[to]))
-    assert exact.keys() == found.keys()
+    exact, actual = every_weight(plain), every_weight(load(written[to]))
+    assert exact.keys() == actual.keys()
     for name, tensor in exact.items():
-        error = (found[name] - tensor).norm() / tensor.norm()
+        error = (actual[name] - tensor).norm() / tensor.norm()
         assert error <= most, f"{name}: {error}"
 
 
@@ -119,9 +119,9 @@ def test_formats_are_changed_along_a_chain(plain: Model, written: dict[str, Path
     convert.convert(written["gguf-q8_0"], "int4", tmp_path / "one")
     convert.convert(tmp_path / "one", "gguf-q8_0", tmp_path / "two.gguf")
     convert.convert(tmp_path / "two.gguf", "mlx-8bit", tmp_path / "three")
-    exact, found = every_weight(plain), every_weight(load(tmp_path / "three"))
+    exact, actual = every_weight(plain), every_weight(load(tmp_path / "three"))
     for name, tensor in exact.items():
-        assert (found[name] - tensor).norm() / tensor.norm() < 0.12, name
+        assert (actual[name] - tensor).norm() / tensor.norm() < 0.12, name
     config = json.loads((tmp_path / "three" / "config.json").read_text())
     assert config["quantization_config"].get("quant_method") is None  # MLX's: not what ours said before
 
@@ -198,10 +198,10 @@ def test_what_another_source_left_is_not_taken_up(tmp_path: Path, monkeypatch: p
         write(folder, replace(plan, shard_bytes=200_000), *rest)
 
     monkeypatch.setattr(convert, "write_shards", in_small_shards)
-    seen: list[int] = []
+    progress: list[int] = []
 
     def stop(done: int, total: int) -> None:
-        seen.append(done)
+        progress.append(done)
         if done > total // 2:
             raise KeyboardInterrupt
 
@@ -328,7 +328,7 @@ def test_kills_at_any_moment_leave_the_old_or_the_new_and_it_goes_on(tmp_path: P
     )
     expected = {name: every_weight(load(_written(tmp_path / name, name, target.suffix))) for name in (old, to)}
     convert.convert("nano", old, target)
-    dice, found = random.Random(1), set()
+    dice, actual = random.Random(1), set()
     for _ in range(15):
         process = subprocess.Popen([sys.executable, "-c", script, to, str(target)], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
@@ -340,9 +340,9 @@ def test_kills_at_any_moment_leave_the_old_or_the_new_and_it_goes_on(tmp_path: P
         except CheckpointError:
             assert (target / ".writing").exists()
             continue
-        (name,) = [name for name, wanted in expected.items() if all(torch.equal(now[k], wanted[k]) for k in wanted)]
-        found.add(name)
-    assert found
+        (name,) = [name for name, tensors in expected.items() if all(torch.equal(now[k], tensors[k]) for k in tensors)]
+        actual.add(name)
+    assert actual
     assert subprocess.run([sys.executable, "-c", script, to, str(target)], stdout=subprocess.PIPE).returncode == 0
     now = every_weight(load(target))
     assert all(torch.equal(now[k], tensor) for k, tensor in expected[to].items())
@@ -451,10 +451,10 @@ def test_a_memory_limit_changes_no_answer(written: dict[str, Path], name: str) -
 
         if build.obstacle() is not None:
             pytest.skip(str(build.obstacle()))
-    heard: list[str] = []
+    notices: list[str] = []
     whole = LLM.load(written["int4"], ops=name)
-    limited = LLM.load(written["int4"], ops=name, memory_limit=1_000_000, notice=heard.append)
-    assert (len(heard) == 1 and "pinned host memory" in heard[0]) or "host" in heard[0]
+    limited = LLM.load(written["int4"], ops=name, memory_limit=1_000_000, notice=notices.append)
+    assert (len(notices) == 1 and "pinned host memory" in notices[0]) or "host" in notices[0]
     prompt = [{"role": "user", "content": "Solve"}]
     options = Options(max_tokens=82, max_steps=3, seed=4)
     assert limited.chat(prompt, options=options).tokens == whole.chat(prompt, options=options).tokens

@@ -67,13 +67,13 @@ def test_end_ids_of_generation_config(folder: Path) -> None:
 
 
 def test_progress_counts_bytes(folder: Path, model: Model) -> None:
-    seen: list[tuple[int, int]] = []
-    load(folder, replace(PLAIN, dtype="bfloat16"), progress=lambda *both: seen.append(both))
+    progress: list[tuple[int, int]] = []
+    load(folder, replace(PLAIN, dtype="bfloat16"), progress=lambda *both: progress.append(both))
     total = sum(tensor.nbytes for tensor in model.state_dict().values())
-    assert len(seen) == len(model.state_dict())
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert {all_ for _, all_ in seen} == {total}
-    assert seen[-1][0] == total
+    assert len(progress) == len(model.state_dict())
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+    assert {all_ for _, all_ in progress} == {total}
+    assert progress[-1][0] == total
 
 
 def test_tied_copies_are_left_aside(folder: Path, model: Model) -> None:
@@ -81,9 +81,9 @@ def test_tied_copies_are_left_aside(folder: Path, model: Model) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"lm_head.weight": tensors["model.decoder.embed_tokens.weight"] + 1}, path)
-    heard: list[str] = []
-    assert same(load(folder, PLAIN, notice=heard.append), model)
-    assert heard == []
+    notices: list[str] = []
+    assert same(load(folder, PLAIN, notice=notices.append), model)
+    assert notices == []
     copies = {
         name.replace("model.decoder.", ENCODER): tensor + 1
         for name, tensor in tensors.items()
@@ -91,8 +91,8 @@ def test_tied_copies_are_left_aside(folder: Path, model: Model) -> None:
     }
     assert ENCODER + "norm.weight" in copies and ENCODER + "embed_tokens.weight" in copies
     save_file(tensors | copies, path)
-    assert same(load(folder, PLAIN, notice=heard.append), model)
-    assert len(heard) == 1 and f"{len(copies)} tensors twice" in heard[0]
+    assert same(load(folder, PLAIN, notice=notices.append), model)
+    assert len(notices) == 1 and f"{len(copies)} tensors twice" in notices[0]
     assert same(load(folder, PLAIN), model)  # and nobody need listen
 
 
@@ -107,9 +107,9 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.
         load(folder, PLAIN)
 
     def remove(*arguments: Any) -> Any:
-        found = match(*arguments)
+        matched = match(*arguments)
         (folder / "model.safetensors").unlink()
-        return found
+        return matched
 
     monkeypatch.setattr("sfumato.checkpoints.load.match", remove)
     save(make(), folder)

@@ -38,22 +38,22 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub(folder: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, dict[str, Any]]] = []
+    calls: list[tuple[str, dict[str, Any]]] = []
 
     def download(name: str, **how: Any) -> str:
-        asked.append((name, how))
+        calls.append((name, how))
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert same(load("google/diffusiongemma-26B-A4B-it", PLAIN), model)
     assert resolve("a/b", weights=False) == folder
-    assert asked[0][0] == "google/diffusiongemma-26B-A4B-it"
-    assert set(asked[0][1]["allow_patterns"]) == {"*.json", "*.jinja", "*.safetensors"}
-    assert set(asked[1][1]["allow_patterns"]) == {"*.json", "*.jinja"}
+    assert calls[0][0] == "google/diffusiongemma-26B-A4B-it"
+    assert set(calls[0][1]["allow_patterns"]) == {"*.json", "*.jinja", "*.safetensors"}
+    assert set(calls[1][1]["allow_patterns"]) == {"*.json", "*.jinja"}
     from huggingface_hub.utils._paths import filter_repo_objects
 
     names = ["config.json", "a.safetensors", "x/a.safetensors", "a.bin", "a.py", "x.jinja", "x/y.json"]
-    assert list(filter_repo_objects(names, **asked[0][1])) == ["config.json", "a.safetensors", "x.jinja"]
+    assert list(filter_repo_objects(names, **calls[0][1])) == ["config.json", "a.safetensors", "x.jinja"]
 
 
 def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def bounded(room: int = ROOM) -> Iterator[None]:
 
 def check(folder: Path) -> bool:
     """Read all of a folder. True: it was refused, as it should be."""
-    begun = time.process_time()
+    began = time.process_time()
     try:
         read_all(folder)
     except CheckpointError as error:
@@ -239,17 +239,17 @@ def check(folder: Path) -> bool:
         assert "\n" not in sentence and len(sentence) < SENTENCE, sentence[:2000]
         return True
     finally:
-        assert time.process_time() - begun < 1
+        assert time.process_time() - began < 1
     return False
 
 
 def read_all(folder: Path) -> None:
-    taken: dict[Path, list[tuple[int, int]]] = {}
+    spans: dict[Path, list[tuple[int, int]]] = {}
     for name, stored in stored_tensors(folder).items():
         content = stored.file.read_bytes()
         assert stored.name == name and stored.file.parent == folder and stored.nbytes >= 0
         assert 8 <= stored.start <= stored.start + stored.nbytes <= len(content)
-        taken.setdefault(stored.file, []).append((stored.start, stored.start + stored.nbytes))
+        spans.setdefault(stored.file, []).append((stored.start, stored.start + stored.nbytes))
         if not stored.is_whole:  # a dtype that this engine has no name for: who reads it is to look first
             assert stored.dtype not in DTYPES
             continue
@@ -261,7 +261,7 @@ def read_all(folder: Path) -> None:
             half = stored.shape[0] // 2
             part = stored.read(half, stored.shape[0]).reshape(-1).view(torch.uint8).numpy().tobytes()
             assert part == raw[half * (len(raw) // stored.shape[0]) :]
-    for ranges in taken.values():
+    for ranges in spans.values():
         full = sorted(r for r in ranges if r[0] < r[1])
         assert all(one[1] <= other[0] for one, other in pairwise(full))
 

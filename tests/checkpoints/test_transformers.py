@@ -98,10 +98,10 @@ def test_theirs_loads_here(theirs: Any, tmp_path: Path, spelling: str, shard: st
     assert (tmp_path / "model.safetensors").exists() == (shard == "5GB")
     if spelling == "released":
         respell(tmp_path)
-    heard: list[str] = []
-    ours = load(tmp_path, replace(PLAIN, ops="reference"), notice=heard.append)
-    assert len(heard) == 1
-    assert "vision" in heard[0] and "\n" not in heard[0]
+    notices: list[str] = []
+    ours = load(tmp_path, replace(PLAIN, ops="reference"), notice=notices.append)
+    assert len(notices) == 1
+    assert "vision" in notices[0] and "\n" not in notices[0]
     assert difference(ours, theirs) < 1e-4
     scalars = ours.state_dict()
     assert not torch.equal(scalars["layers.0.encode_scalar"], scalars["layers.0.denoise_scalar"])

@@ -49,8 +49,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 def test_what_a_capture_refuses(what: str) -> None:
     run, sentence = REFUSED[what]
     with torch.inference_mode():
-        found = watch(run).refusals
-    assert any(sentence in refusal for refusal in found), found
+        watched = watch(run).refusals
+    assert any(sentence in refusal for refusal in watched), watched
 
 
 def test_what_a_capture_takes() -> None:
@@ -60,18 +60,18 @@ def test_what_a_capture_takes() -> None:
         return y.index_select(0, torch.zeros(2, dtype=torch.long, device="meta"))
 
     with torch.inference_mode():
-        found = watch(run)
-    assert not found.refusals
-    names = [node.name for node in found.nodes]
+        watched = watch(run)
+    assert not watched.refusals
+    names = [node.name for node in watched.nodes]
     assert names == ["copy_", "gt", "where", "sort", "cumsum", "arange", "add", "zeros", "index_select"]
-    assert list(found.outside) == [X.untyped_storage()._cdata]
+    assert list(watched.outside) == [X.untyped_storage()._cdata]
 
 
 def test_a_refusal_names_the_line() -> None:
     model = meta_model(dataclasses.replace(THIN, layers=(SLIDING, FULL)), load("fused"), "")
     with torch.inference_mode():
-        found = watch(lambda: model.ops.experts(*experts_arguments(model))).refusals
-    assert any(refusal.startswith("bincount reads") and "ops/fused.py:" in refusal for refusal in found), found
+        watched = watch(lambda: model.ops.experts(*experts_arguments(model))).refusals
+    assert any(refusal.startswith("bincount reads") and "ops/fused.py:" in refusal for refusal in watched), watched
 
 
 def experts_arguments(model: Any) -> list[Tensor]:
@@ -127,14 +127,14 @@ def claimed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 class On1(Tensor):
     """A meta tensor that claims to be on the second GPU."""
 
-    device = torch.device("cuda", 1)  # type: ignore[assignment]
+    device = torch.device("cuda", 1)
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, int]] = []
+    launches: list[tuple[str, int]] = []
 
     def launch(x: Tensor) -> None:
-        seen.append((type(x).__name__, stack[-1]))
+        launches.append((type(x).__name__, stack[-1]))
 
     def launch_second(_: None, x: Tensor) -> None:
         launch(x)
@@ -145,7 +145,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest
         guarded(x.as_subclass(On1))
         guarded(x)
         triton.on_its_device(launch_second)(None, x.as_subclass(On1))
-    assert seen == [("On1", 1), ("Tensor", 0), ("On1", 1)]
+    assert launches == [("On1", 1), ("Tensor", 0), ("On1", 1)]
     assert stack == [0]
 
 

@@ -3,6 +3,8 @@ same tokens in the same number of steps."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
@@ -27,26 +29,26 @@ def llm() -> LLM:
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def theirs() -> Any:
     from transformers import DiffusionGemmaForBlockDiffusion
 
     return DiffusionGemmaForBlockDiffusion.from_pretrained(NANO, dtype=torch.float32).eval()
 
 
-def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs) -> None:
+def test_free_running_gives_the_oracles_tokens_in_as_many_steps(theirs: Any) -> None:
     """With torch's own calls: every one. The CPU library sums in another order, no less exactly; over twenty steps that
     grows until, once in hundreds of answers, an entropy falls on the other side of its threshold."""
     ours = {name: LLM.load("nano", ops=name) for name in ("fused", *tiny.OPS[2:])}
     rng = np.random.default_rng(99)
-    differing = {name: [] for name in ours}
+    differing: dict[str, list[tuple[Any, ...]]] = {name: [] for name in ours}
     for number in range(PUZZLES):
         puzzle = sudoku.generate(int(rng.integers(32, 56)), rng)
         ids, _ = request(ours["fused"], puzzle)
         torch.manual_seed(number)
-        found = theirs.generate(torch.tensor([ids]), max_new_tokens=82)
-        expected = found.sequences[0, len(ids) :].tolist()
+        output = theirs.generate(torch.tensor([ids]), max_new_tokens=82)
+        expected = output.sequences[0, len(ids) :].tolist()
         valid = [token for token in expected if token != ours["fused"].model.config.pad_id]
-        steps = round(len(valid) / float(found.tokens_per_forward))
+        steps = round(len(valid) / float(output.tokens_per_forward))
         for name, llm in ours.items():
             torch.manual_seed(number)
             options = llm.planner.resolve(Options(max_tokens=82))
@@ -73,7 +75,7 @@ def test_nano_solves_what_its_card_says(llm: LLM, clues: tuple[int, int], least:
     """A guard, not the measurement: 60 puzzles a band, thresholds below the card's figures."""
     rng = np.random.default_rng(5)
     puzzles = [sudoku.generate(int(n), rng) for n in rng.integers(clues[0], clues[1] + 1, 60)]
-    found = list(solve(llm, puzzles, Options(seed=1), batch=60))
-    assert sum(s.solved for s in found) / 60 >= least
-    for solved in found:
+    results = list(solve(llm, puzzles, Options(seed=1), batch=60))
+    assert sum(s.solved for s in results) / 60 >= least
+    for solved in results:
         assert all(clue in ("0", digit) for clue, digit in zip(solved.puzzle, solved.answer, strict=False))

@@ -47,11 +47,11 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *argume
     name = str(Path(str(module.__file__)).resolve())
     monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", *arguments, "-o", str(path)])
     module.main()
-    found: dict[str, Any] = json.loads(path.read_text())
-    assert set(found["environment"]) == ENVIRONMENT
-    command = found["environment"]["command"]
+    actual: dict[str, Any] = json.loads(path.read_text())
+    assert set(actual["environment"]) == ENVIRONMENT
+    command = actual["environment"]["command"]
     assert command.startswith("python benchmarks/") and str(ROOT) not in command and "/tmp" not in command
-    return found
+    return actual
 
 
 def load(path: str) -> ModuleType:
@@ -70,14 +70,14 @@ def load(path: str) -> ModuleType:
 @pytest.mark.parametrize("size", ["tiny", "odd"])
 def test_every_implementation_of_an_operation_is_timed_beside_its_error(op: str, size: str, ceilings: Path) -> None:
     most = json.loads(ceilings.read_text())["ceilings"]
-    wanted = {(name, ops.kind_of(dtype, kind)) for name, dtype, kind in ops.implementations("cpu")}
+    expected = {(name, ops.kind_of(dtype, kind)) for name, dtype, kind in ops.implementations("cpu")}
     for case in importlib.import_module(f"benchmarks.ops.{op}").cases(size, "cpu"):
-        found = list(ops.rows(op, case, "cpu", 0.001, most))
-        plain = {pair for pair in wanted if pair[1] in ("float32", "bf16")}
-        assert {(row["ops"], row["kind"]) for row in found} == plain | {
-            (name, kind) for name, kind in wanted - plain if case.takes(kind)
+        actual = list(ops.rows(op, case, "cpu", 0.001, most))
+        plain = {pair for pair in expected if pair[1] in ("float32", "bf16")}
+        assert {(row["ops"], row["kind"]) for row in actual} == plain | {
+            (name, kind) for name, kind in expected - plain if case.takes(kind)
         }
-        for row in found:
+        for row in actual:
             assert "failed" not in row, row
             assert row["seconds"] > 0 and row["bytes"] > 0 and row["share_of_ceiling"] > 0
             limit = {"float32": 1e-5, "bf16": max(2 * row["error_of_plain_bf16"], 2e-6), "int8": 0.06}
@@ -106,12 +106,12 @@ def test_an_operations_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     )
     sys.argv += ["-o", str(tmp_path / "experts.json")]
     ops.main("experts", module.cases, str(module.__doc__))
-    found = json.loads((tmp_path / "experts.json").read_text())
+    actual = json.loads((tmp_path / "experts.json").read_text())
     assert (
-        found["what"] == "ops"
-        and found["op"] == "experts"
-        and found["rows"]
-        and set(found["environment"]) == ENVIRONMENT
+        actual["what"] == "ops"
+        and actual["op"] == "experts"
+        and actual["rows"]
+        and set(actual["environment"]) == ENVIRONMENT
     )
 
 
@@ -121,10 +121,10 @@ def test_an_operations_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 def test_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ceilings: Path) -> None:
     module = importlib.import_module("benchmarks.step")
     small = ("--size", "tiny", "--slice", "tiny", "--prompt", "16", "--seconds", "0.02", "--kinds", "bf16,magic")
-    found = run(module, monkeypatch, tmp_path / "step.json", *small, "--ceilings", str(ceilings))
-    assert found["what"] == "step" and "failed" in found["mid"]["magic"]
-    assert found["mid"]["bf16"]["parts"]["whole step"]["share_of_ceiling"] > 0
-    one = found["slice"]
+    actual = run(module, monkeypatch, tmp_path / "step.json", *small, "--ceilings", str(ceilings))
+    assert actual["what"] == "step" and "failed" in actual["mid"]["magic"]
+    assert actual["mid"]["bf16"]["parts"]["whole step"]["share_of_ceiling"] > 0
+    one = actual["slice"]
     assert one["logits_buffer_bytes"] == 32 * 512 * 2
     assert one["peak_beyond_bytes"] is not None and one["products_seconds"] > 0
     assert all("torch.matmul" in means for means in one["products"].values())
@@ -150,15 +150,15 @@ def test_request_and_sudoku(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "--kinds",
         "float32",
     )
-    found = run(module, monkeypatch, tmp_path / "r.json", *small, "--sudoku", "2", "--batches", "1,2", "--rounds", "1")
-    one = found["answers"]["float32"]
+    actual = run(module, monkeypatch, tmp_path / "r.json", *small, "--sudoku", "2", "--batches", "1,2", "--rounds", "1")
+    one = actual["answers"]["float32"]
     assert one["diffusion"]["passes_per_canvas"] == one["diffusion"]["steps_per_canvas"] == 2
     assert one["autoregressive"]["tokens_per_second"] > 0
-    engines = found["sudoku"]["engines"]
+    engines = actual["sudoku"]["engines"]
     assert set(engines) == {"sfumato", "transformers", "sfumato, clues pinned"}
     assert all([row["batch"] for row in rows] == [1, 2] for rows in engines.values())
     assert all(row["solved"] == 1 for rows in engines.values() for row in rows)  # many clues: nobody fails these
-    assert set(found["sudoku"]["ratios_at_the_same_batch"]) == {"1", "2"}
+    assert set(actual["sudoku"]["ratios_at_the_same_batch"]) == {"1", "2"}
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
@@ -166,9 +166,9 @@ def test_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is inside a step and what is outside it is all of a turn; the model is left as it was."""
     path, module = tmp_path / "turns.json", load("benchmarks/turns.py")
     with tiny.one_thread():
-        found = run(module, monkeypatch, path, "--rows", "1,2", "--requests", "3", "--rounds", "1", "--ops", "fused")
-    assert [one["rows"] for one in found["levels"]] == [1, 2]
-    for one in found["levels"]:
+        actual = run(module, monkeypatch, path, "--rows", "1,2", "--requests", "3", "--rounds", "1", "--ops", "fused")
+    assert [one["rows"] for one in actual["levels"]] == [1, 2]
+    for one in actual["levels"]:
         assert one["step_ms_a_turn"] > 0 and one["outside_ms_a_turn"] > 0 and one["tokens_per_second"] > 0
         assert one["calls_a_turn"] == pytest.approx(sum(one["calls"].values()), rel=0.01)
     assert all(getattr(Model, name).__qualname__ == f"Model.{name}" for name in module.PASSES)
@@ -179,15 +179,15 @@ def test_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = importlib.import_module("benchmarks.peers")
     small = ("--size", "tiny", "--prompt", "16", "--tokens", "64", "--steps", "2", "--seconds", "0.05")
     absent = str(tmp_path / "python")
-    found = run(module, monkeypatch, tmp_path / "p.json", *small, "--dtype", "float32", "--kinds", "", "--mlx", absent)
-    assert found["logits"]["sfumato float32"]["largest_difference_from_transformers"] < 2e-4
-    assert found["logits"]["transformers"]["error_against_float32"] < 1e-5
-    assert set(found["parts"]) == set(found["ratios"]) == {"denoise forward", "whole step", "whole answer"}
-    for rows in found["parts"].values():
+    actual = run(module, monkeypatch, tmp_path / "p.json", *small, "--dtype", "float32", "--kinds", "", "--mlx", absent)
+    assert actual["logits"]["sfumato float32"]["largest_difference_from_transformers"] < 2e-4
+    assert actual["logits"]["transformers"]["error_against_float32"] < 1e-5
+    assert set(actual["parts"]) == set(actual["ratios"]) == {"denoise forward", "whole step", "whole answer"}
+    for rows in actual["parts"].values():
         assert set(rows) == {"transformers", "sfumato float32"}
         assert len({row["repeats"] for row in rows.values()}) == 1  # they took turns
-    assert absent in found["ways of mlx-vlm"]["float32"]["failed"]
-    assert module.table(found).endswith(f"mlx-vlm: {found['mlx-vlm']}")
+    assert absent in actual["ways of mlx-vlm"]["float32"]["failed"]
+    assert module.table(actual).endswith(f"mlx-vlm: {actual['mlx-vlm']}")
 
 
 def test_the_peer_holds_the_same_weights() -> None:
@@ -195,7 +195,7 @@ def test_the_peer_holds_the_same_weights() -> None:
     peers = importlib.import_module("benchmarks.peers")
     plain, _ = peers.model_of("tiny", "float32", "cpu")
     common.without_eos(plain)
-    plan = peers.Plan(48, 64, 2, 0.05)
+    plan = peers.BenchPlan(48, 64, 2, 0.05)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers', about its own code
         theirs = peers.twin(plain)
@@ -247,11 +247,11 @@ def test_the_predicted_floor_is_that_of_a_step() -> None:
 def test_predicted_is_committed_and_up_to_date() -> None:
     pytest.importorskip("triton")
     kept = json.loads((ROOT / "benchmarks" / "results" / "predicted.json").read_text())
-    found = json.loads(json.dumps(predict.predict()))
-    assert {key: kept[key] for key in found} == found, "run benchmarks/kernels.py and then benchmarks/predict.py"
-    floor = {row["kind"]: row["floor_ms"] for row in found["rows"] if row["batch"] == 1}
+    actual = json.loads(json.dumps(predict.predict()))
+    assert {key: kept[key] for key in actual} == actual, "run benchmarks/kernels.py and then benchmarks/predict.py"
+    floor = {row["kind"]: row["floor_ms"] for row in actual["rows"] if row["batch"] == 1}
     assert floor["bf16"] == pytest.approx(11.7, rel=0.05) and floor["fp8"] == pytest.approx(5.9, rel=0.05)
-    assert all(row["predicted_ms"] >= row["floor_ms"] for row in found["rows"])
+    assert all(row["predicted_ms"] >= row["floor_ms"] for row in actual["rows"])
 
 
 def test_nodes_are_counted_on_what_is_committed() -> None:
@@ -263,13 +263,13 @@ def test_nodes_are_counted_on_what_is_committed() -> None:
 
 def test_a_prediction_follows_its_counts() -> None:
     """More programs than processors take turns; few cannot use them all; bytes bound what arithmetic does not."""
-    made = {"loop": 200, "warps": 4, "registers": 128, "shared": 64 << 10}
-    one = predict.programs(132, 40, 512, 8192, made, 0)
-    assert predict.programs(264, 40, 512, 8192, made, 0).seconds > 1.5 * one.seconds - predict.FILL
-    assert predict.programs(66, 40, 512, 8192, made, 0).uses["issue"] == pytest.approx(one.uses["issue"] / 2)
-    bound = predict.programs(132, 40, 512, 8192, made, 10**9)
+    facts = {"loop": 200, "warps": 4, "registers": 128, "shared": 64 << 10}
+    one = predict.programs(132, 40, 512, 8192, facts, 0)
+    assert predict.programs(264, 40, 512, 8192, facts, 0).seconds > 1.5 * one.seconds - predict.FILL
+    assert predict.programs(66, 40, 512, 8192, facts, 0).uses["issue"] == pytest.approx(one.uses["issue"] / 2)
+    bound = predict.programs(132, 40, 512, 8192, facts, 10**9)
     assert bound.bound == "memory" and bound.seconds == pytest.approx(10**9 / predict.MEMORY + predict.FILL)
-    assert predict.held_at_once(made) == 3
+    assert predict.held_at_once(facts) == 3
     tiles, filled = predict.expert_tiles(common.released_config(), 256, 32)
     assert 128 < tiles < 134 and filled == pytest.approx(2048 / (32 * tiles))
 
@@ -284,7 +284,7 @@ def test_a_model_made_layer_by_layer_runs(recipe: str) -> None:
     cache = KVCache.allocate(model.config, 1, 64, dtype=torch.bfloat16)
     with torch.inference_mode():
         hidden = model.encode(torch.arange(8)[None], cache)
-    assert torch.isfinite(hidden).all() and float(model.layers[0].encode_scalar) == 1.0  # type: ignore[union-attr, arg-type]
+    assert torch.isfinite(hidden).all() and float(model.layers[0].encode_scalar) == 1.0  # type: ignore[arg-type]
     packed = [getattr(owner, leaf) for owner, leaf in products(model)]
     held = sum(w.nbytes for w in packed if isinstance(w, Packed)) + sum(t.nbytes for t in model.state_dict().values())
     assert held == needs(model.config, recipe or "bf16", 64)["weight_bytes"]
@@ -294,18 +294,18 @@ def test_a_model_made_layer_by_layer_runs(recipe: str) -> None:
 def test_what_takes_turns_is_bounded() -> None:
     order: list[str] = []
     calls = {"a": lambda: order.append("a") or time.sleep(0.01), "b": lambda: order.append("b")}  # type: ignore[func-returns-value]
-    found = common.alternate(calls, 0.05, "cpu", repeats=1000)
-    assert order[:4] == ["a", "b", "a", "b"] and 1 <= found["a"].repeats == found["b"].repeats < 20
+    actual = common.alternate(calls, 0.05, "cpu", repeats=1000)
+    assert order[:4] == ["a", "b", "a", "b"] and 1 <= actual["a"].repeats == actual["b"].repeats < 20
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
 def test_the_pages_are_up_to_date() -> None:
-    found = results.records(ROOT / "benchmarks" / "results")
-    assert (ROOT / "RESULTS.md").read_text(encoding="utf-8") == results.page(found), "run python benchmarks/results.py"
+    actual = results.records(ROOT / "benchmarks" / "results")
+    assert (ROOT / "RESULTS.md").read_text(encoding="utf-8") == results.page(actual), "run python benchmarks/results.py"
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results.readme(text, found) == text, "run python benchmarks/results.py"
+    assert results.readme(text, actual) == text, "run python benchmarks/results.py"
 
 
 def test_committed_records_name_no_path_of_a_machine() -> None:
@@ -318,7 +318,13 @@ def test_the_page_shows_targets_and_replaces_readmes_table(tmp_path: Path, monke
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
     reached = {"a": common.target(1.0, 2.0), "b": common.target(3.0, 2.0)}
-    record = {"what": "pins", "holes": [], "beside": {}, "targets": reached, "environment": machine.environment()}
+    record: dict[str, Any] = {
+        "what": "pins",
+        "holes": [],
+        "beside": {},
+        "targets": reached,
+        "environment": machine.environment(),
+    }
     common.write(folder / "pins.json", record)
     rows = [{"kind": "fp8", "batch": 1, "floor_ms": 6.0, "predicted_ms": 8.0, "nodes": 300, "tokens_per_second": 2e3}]
     record = {"what": "predicted", "within": 0.25, "rows": [{**rows[0], "kernels": []}], "targets": reached}

@@ -69,15 +69,15 @@ def test_every_step_runs_on_a_processor(plan: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert all(path.stat().st_size < 2**20 for path in tmp_path.iterdir())
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["state"] == "done" and found["seconds"] < 3 * SECONDS[plan]
-    assert [step["step"] for step in found["steps"]] == [step.name for step in PLANS[plan]]
-    for step in found["steps"]:
+    actual = json.loads((tmp_path / "results.json").read_text())
+    assert actual["state"] == "done" and actual["seconds"] < 3 * SECONDS[plan]
+    assert [step["step"] for step in actual["steps"]] == [step.name for step in PLANS[plan]]
+    for step in actual["steps"]:
         assert step["ok"] and step["outcome"] == "done" and step["exit"] == 0 and step["rows"], step
         assert f"\n{step['step']} " in f"\n{done.stdout}" and step["says"] in done.stdout
         for row in step["rows"]:
             assert row["name"] and row.get("ok") is not False and row.get("skipped") != "", row
-    rows = {f"{step['step']}: {row['name']}": row for step in found["steps"] for row in step["rows"]}
+    rows = {f"{step['step']}: {row['name']}": row for step in actual["steps"] for row in step["rows"]}
     profiles = json.loads((tmp_path / "profile.json").read_text())
     timed = [name for name, row in rows.items() if "ms_a_pass" in row]
     assert set(timed) == set(profiles) and all("share_of_ceiling" in rows[name] for name in timed)
@@ -155,9 +155,9 @@ def run(gpu: ModuleType, out: Path, parts: dict[str, str], seconds: float = 30.0
     plan = [Step(name, share * n, 0.2, is_gate=gates.get(name, False)) for n, name in enumerate(parts, 1)]
     call = gpu.Call(out, seconds, {"plan": "first", "is_dry": True})
     code = call.run(plan, played(parts))
-    found = json.loads((out / "results.json").read_text())
+    actual = json.loads((out / "results.json").read_text())
     assert {path.name for path in out.iterdir()} <= FILES
-    return code, found, {step["step"]: step for step in found["steps"]}
+    return code, actual, {step["step"]: step for step in actual["steps"]}
 
 
 def is_alive(pid: int, seconds: float = 3.0) -> bool:
@@ -184,8 +184,8 @@ def test_a_hung_child_is_killed_with_all_that_it_started(gpu: ModuleType, tmp_pa
     hung += "own = subprocess.Popen(['sleep', '600']); say(name='a', ok=True, pids=[os.getpid(), own.pid]); "
     hung += "print('half a ro', end='', file=open(sys.argv[1], 'a')); time.sleep(600)"
     began = time.monotonic()
-    code, found, steps = run(gpu, tmp_path, {"hung": hung, "good": GOOD}, 8.0)
-    assert code == 1 and time.monotonic() - began < 9 and found["state"] == "done"
+    code, actual, steps = run(gpu, tmp_path, {"hung": hung, "good": GOOD}, 8.0)
+    assert code == 1 and time.monotonic() - began < 9 and actual["state"] == "done"
     assert steps["hung"]["outcome"] == "killed" and steps["hung"]["ok"] is False
     assert 3.5 < steps["hung"]["seconds"] < 5 and len(steps["hung"]["rows"]) == 1
     assert not any(map(is_alive, steps["hung"]["rows"][0]["pids"]))
@@ -205,8 +205,8 @@ def test_a_child_that_crashes_takes_none_along(gpu: ModuleType, tmp_path: Path) 
         "wrong": "say(name='kernel x', ok=False); say(name='b', ok=True)",
         "good": GOOD,
     }
-    code, found, steps = run(gpu, tmp_path, parts)
-    assert code == 1 and found["state"] == "done"
+    code, actual, steps = run(gpu, tmp_path, parts)
+    assert code == 1 and actual["state"] == "done"
     assert [step["outcome"] for step in steps.values()] == ["crashed", "failed", "done", "done"]
     assert steps["crash"]["exit"] == -signal.SIGSEGV and len(steps["crash"]["rows"]) == 1
     assert [step["ok"] for step in steps.values()] == [False, False, False, True]
@@ -225,8 +225,8 @@ def test_a_child_that_crashes_takes_none_along(gpu: ModuleType, tmp_path: Path) 
 )
 def test_behind_a_gate_that_fails_nothing_runs(gpu: ModuleType, tmp_path: Path, gate: str, why: str) -> None:
     parts = {"first": GOOD, "gate": gate, "never": "open(sys.argv[1] + '-never', 'w')", "nor this": GOOD}
-    code, found, steps = run(gpu, tmp_path, parts, 4.0, gate=True)
-    assert code == 3 and found["state"].startswith(f"stopped: {why}")
+    code, actual, steps = run(gpu, tmp_path, parts, 4.0, gate=True)
+    assert code == 3 and actual["state"].startswith(f"stopped: {why}")
     assert [step["outcome"] for step in steps.values()][2:] == ["not run", "not run"]
     assert steps["first"]["ok"] and steps["gate"]["ok"] is False and steps["never"]["ok"] is None
 
@@ -262,12 +262,12 @@ def test_less_time_shortens_every_step(gpu: ModuleType, tmp_path: Path) -> None:
 def test_rows_and_kernels_are_on_disk_while_a_step_runs(gpu: ModuleType, tmp_path: Path) -> None:
     code = "say(name='a', ok=True, kernels=[{'name': 'k'}]); time.sleep(1); "
     code += f"say(name='b', seen=open({str(tmp_path / 'results.json')!r}).read()); time.sleep(0.3)"
-    _, found, steps = run(gpu, tmp_path, {"one": code})
-    seen = json.loads(steps["one"]["rows"][1]["seen"])
-    assert seen["state"] == "running" and seen["steps"][0]["outcome"] == "running"
-    assert seen["steps"][0]["rows"] == [{"name": "a", "ok": True}]
+    _, actual, steps = run(gpu, tmp_path, {"one": code})
+    calls = json.loads(steps["one"]["rows"][1]["seen"])
+    assert calls["state"] == "running" and calls["steps"][0]["outcome"] == "running"
+    assert calls["steps"][0]["rows"] == [{"name": "a", "ok": True}]
     assert json.loads((tmp_path / "profile.json").read_text()) == {"one: a": [{"name": "k"}]}
-    assert found["state"] == "done"
+    assert actual["state"] == "done"
 
 
 def test_of_what_a_step_prints_the_end_is_kept(gpu: ModuleType, tmp_path: Path) -> None:
@@ -294,9 +294,9 @@ def test_an_interrupted_call_ends_its_child_and_keeps_what_there_is(tmp_path: Pa
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=20) == 128 + signal.SIGTERM, child.communicate()
     child.communicate()
-    found = json.loads(path.read_text())
-    assert found["state"] == "interrupted"
-    assert not is_alive(found["steps"][0]["rows"][0]["pid"])
+    actual = json.loads(path.read_text())
+    assert actual["state"] == "interrupted"
+    assert not is_alive(actual["steps"][0]["rows"][0]["pid"])
 
 
 # ---- what the steps see ----------------------------------------------------------------------------------------------
@@ -310,18 +310,18 @@ def test_recorded_steps_that_are_not_eager_stop_the_call(setting: Setting, monke
     tokens = nano.tokens
 
     def other(setting: Setting, llm: Any, variant: nano.Variant, record: bool, lag: int) -> list[list[int]]:
-        found = tokens(setting, llm, variant, record, lag)
+        actual = tokens(setting, llm, variant, record, lag)
         if record and variant.name == "bans":
-            found[1] = [*found[1][:-1], found[1][-1] ^ 1]
+            actual[1] = [*actual[1][:-1], actual[1][-1] ^ 1]
         if record and variant.name == "early":
             raise RuntimeError("operation not permitted when stream is capturing")
-        return found
+        return actual
 
     monkeypatch.setattr(nano, "tokens", other)
-    found = rows_of(nano, setting)
-    assert found["pins"]["ok"] and not found["bans"]["ok"] and not found["early"]["ok"]
-    assert [name for name, row in found.items() if row.get("stop")] == ["early", "bans"]
-    assert "capturing" in found["early"]["errors"]["recorded"]
+    actual = rows_of(nano, setting)
+    assert actual["pins"]["ok"] and not actual["bans"]["ok"] and not actual["early"]["ok"]
+    assert [name for name, row in actual.items() if row.get("stop")] == ["early", "bans"]
+    assert "capturing" in actual["early"]["errors"]["recorded"]
 
 
 def test_a_rare_difference_from_fused_is_told_and_stops_nothing(
@@ -332,22 +332,22 @@ def test_a_rare_difference_from_fused_is_told_and_stops_nothing(
 
     monkeypatch.setattr(nano, "tokens", tokens)
     monkeypatch.setattr(nano, "VARIANTS", nano.VARIANTS[:1])
-    found = rows_of(nano, setting)
-    assert found["pins"]["as_fused"] == 2 and not found["pins"]["ok"] and "stop" not in found["pins"]
+    actual = rows_of(nano, setting)
+    assert actual["pins"]["as_fused"] == 2 and not actual["pins"]["ok"] and "stop" not in actual["pins"]
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, **changed: Callable[[Any], Any]) -> None:
     """The operations that are checked, with another outcome of some; the reference stays right."""
 
     def wrong(name: str, *more: Any) -> Ops:
-        found = load(name, *more)
+        record = load(name, *more)
         if name == "reference":
-            return found
-        parts = {
-            op: (lambda *args, op=op, change=change, **named: change(getattr(found, op)(*args, **named)))
+            return record
+        parts: dict[str, Any] = {
+            op: (lambda *args, op=op, change=change, **named: change(getattr(record, op)(*args, **named)))
             for op, change in changed.items()
         }
-        return replace(found, **parts)
+        return replace(record, **parts)
 
     monkeypatch.setattr(kernels, "load", wrong)
 
@@ -355,19 +355,19 @@ def broken(monkeypatch: pytest.MonkeyPatch, **changed: Callable[[Any], Any]) -> 
 def test_every_output_of_an_operation_is_compared(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of three products, of which the benchmarks look at the last alone; and a router's weights."""
     broken(monkeypatch, linear=lambda outs: (outs[0] * 1.02, *outs[1:]), route=lambda out: (out[0].flip(1), out[1]))
-    found = rows_of(kernels, setting)
-    wrong = [name for name, row in found.items() if row.get("ok") is False]
-    assert "interpreter" in found
+    actual = rows_of(kernels, setting)
+    wrong = [name for name, row in actual.items() if row.get("ok") is False]
+    assert "interpreter" in actual
     assert {name.split(",")[0] for name in wrong} == {"linear: queries", "norms: route"}
-    assert [part for part, one in found["linear: queries, keys, values, 8 rows, bf16"]["errors"].items()
+    assert [part for part, one in actual["linear: queries, keys, values, 8 rows, bf16"]["errors"].items()
             if one["error"] > one["bound"]] == ["w1"]  # fmt: skip
 
 
 def test_a_row_that_depends_on_its_batch_is_seen(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, experts=lambda out: out * (1 + 2**-7 * (len(out) > 1)) if out.dtype.itemsize == 2 else out)
-    found = rows_of(kernels, setting)
-    assert found["experts: 8 tokens, 2 of 8 experts, int8"]["first_row_same_bits"] is False
-    assert not found["experts: 8 tokens, 2 of 8 experts, int8"]["ok"]
+    actual = rows_of(kernels, setting)
+    assert actual["experts: 8 tokens, 2 of 8 experts, int8"]["first_row_same_bits"] is False
+    assert not actual["experts: 8 tokens, 2 of 8 experts, int8"]["ok"]
 
 
 READS: dict[str, Callable[[ReadOut], ReadOut]] = {
@@ -386,20 +386,22 @@ def test_everything_that_a_read_out_returns_is_compared(
 ) -> None:
     assert kernels.read_out(setting, "tiny")["ok"]
     broken(monkeypatch, read_out=READS[what])
-    found = kernels.read_out(setting, "tiny")
-    assert not found["ok"] and what in found["wrong"]
+    actual = kernels.read_out(setting, "tiny")
+    assert not actual["ok"] and what in actual["wrong"]
 
 
 def test_bans_that_touch_other_positions_are_seen(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(name: str, *more: Any) -> Ops:
-        found = load(name, *more)
+        record = load(name, *more)
         if name == "reference":
-            return found
+            return record
 
         def read_out(*args: Any, banned: Any = None, **named: Any) -> ReadOut:
-            return found.read_out(*args, **named, banned=banned and (torch.ones_like(banned[0]), banned[1]))
+            banned = banned and (torch.ones_like(banned[0]), banned[1])
+            result: ReadOut = record.read_out(*args, **named, banned=banned)
+            return result
 
-        return replace(found, read_out=read_out)
+        return replace(record, read_out=read_out)
 
     monkeypatch.setattr(kernels, "load", wrong)
     assert "positions without bans" in kernels.read_out(setting, "tiny")["wrong"]
@@ -410,28 +412,28 @@ def test_bans_that_touch_other_positions_are_seen(setting: Setting, monkeypatch:
 
 @pytest.mark.parametrize("kind", ["int4", "int4-fp8", "fp8", "bf16"])
 def test_choices_know_every_shape_of_a_pass(kind: str) -> None:
-    found = [one.name for one in entries(common.released_config(), kind)]
+    actual = [one.name for one in entries(common.released_config(), kind)]
     dense = {"int4": "int8", "int4-fp8": "fp8"}.get(kind, kind)
     experts = kind.removesuffix("-fp8")
-    assert len(found) == len(set(found))
+    assert len(actual) == len(set(actual))
     products = {"8192x2816", "9216x2816", "2816x4096", "2816x8192", "2816x2112"}
-    assert {name for name in found if name.startswith("linear")} == {f"linear {shape} {dense}" for shape in products}
-    assert {f"experts_gate_up 128x1408x2816 {experts}", f"experts_down 128x2816x704 {experts}"} <= set(found)
-    assert ("attention 512 bf16" in found) == ("read_out 262144x2816 bf16" in found) == (kind == "int4")
+    assert {name for name in actual if name.startswith("linear")} == {f"linear {shape} {dense}" for shape in products}
+    assert {f"experts_gate_up 128x1408x2816 {experts}", f"experts_down 128x2816x704 {experts}"} <= set(actual)
+    assert ("attention 512 bf16" in actual) == ("read_out 262144x2816 bf16" in actual) == (kind == "int4")
     assert {one.op for one in entries(common.released_config(), kind)} <= set(ALTERNATIVES)
 
 
 @pytest.fixture
 def trial(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., choices.Trial]:
-    """Steps whose time hangs on what the table says of one entry: `made` is BLOCK_N -> (of the base, entropy)."""
+    """Steps whose time hangs on what the table says of one entry: `outcomes` is BLOCK_N -> (of the base, entropy)."""
 
-    def make(entry: Entry, made: dict[int, tuple[float | None, float]]) -> choices.Trial:
-        found = choices.Trial(setting, setting.model("bf16", 2), tmp_path)
+    def make(entry: Entry, outcomes: dict[int, tuple[float | None, float]]) -> choices.Trial:
+        actual = choices.Trial(setting, setting.model("bf16", 2), tmp_path)
         place = tuning.key(entry.shape, entry.dtype)
 
         def recorded(table: choices.Table, batch: int) -> choices.Recorded:
             size = table.get(entry.op, {}).get(place, {}).get("BLOCK_N", 0)
-            took, entropy = made.get(size, (1.0, 1.0))
+            took, entropy = outcomes.get(size, (1.0, 1.0))
             if took is None:
                 raise RuntimeError("out of resource: shared memory")
             return (lambda: took), [torch.ones(2), torch.full((2,), entropy), torch.ones(2)]
@@ -442,9 +444,9 @@ def trial(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 "entropy_difference": float((other[1][1] - base[1][1]).abs().max()),
             }
 
-        monkeypatch.setattr(found, "recorded", recorded)
-        monkeypatch.setattr(found, "beside", beside)
-        return found
+        monkeypatch.setattr(actual, "recorded", recorded)
+        monkeypatch.setattr(actual, "beside", beside)
+        return actual
 
     return make
 
@@ -452,45 +454,45 @@ def trial(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_only_what_is_faster_and_right_is_chosen(setting: Setting, trial: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest is wrong, the next does not fit, the next is slower at sixteen canvases."""
     entry = next(one for one in entries(setting.config(2), "bf16") if one.op == "linear")
-    made = {32: (0.2, 1.5), 64: (None, 1.0), 128: (0.5, 1.0), 256: (0.8, 1.0), 512: (0.999, 1.0)}
-    found = trial(entry, made)
-    monkeypatch.setattr(found, "_is_fine", lambda entry, row: row["values"] != {"BLOCK_N": 128})
-    row = found.best(entry, tuple({"BLOCK_N": size} for size in made))
+    outcomes = {32: (0.2, 1.5), 64: (None, 1.0), 128: (0.5, 1.0), 256: (0.8, 1.0), 512: (0.999, 1.0)}
+    actual = trial(entry, outcomes)
+    monkeypatch.setattr(actual, "_is_fine", lambda entry, row: row["values"] != {"BLOCK_N": 128})
+    row = actual.best(entry, tuple({"BLOCK_N": size} for size in outcomes))
     assert row["chosen"] == {"BLOCK_N": 256} and "shared memory" in row["tried"][1]["cannot"]
     table = json.loads((setting.out / "tuned.json").read_text())
     assert table["cpu"]["linear"] == {tuning.key(entry.shape, entry.dtype): {"BLOCK_N": 256}}
-    assert found.best(entry, ({"BLOCK_N": 512},))["chosen"] is None  # slower than what is known by now
+    assert actual.best(entry, ({"BLOCK_N": 512},))["chosen"] is None  # slower than what is known by now
     again = json.loads((setting.out / "tuned.json").read_text())
     assert again == table
 
 
 def test_what_is_gained_by_chance_or_lost_at_sixteen_is_not_chosen(setting: Setting, trial: Any) -> None:
     entry = next(one for one in entries(setting.config(2), "bf16") if one.op == "linear")
-    found = trial(entry, {64: (0.9, 1.0)})
-    found.setting = replace(setting, is_dry=False)
-    said = iter([1.0, 0.9, 1.2, 0.9, 0.9, 1.0])
-    seen = []
+    actual = trial(entry, {64: (0.9, 1.0)})
+    actual.setting = replace(setting, is_dry=False)
+    times = iter([1.0, 0.9, 1.2, 0.9, 0.9, 1.0])
+    calls = []
 
     def beside(base: Any, other: Any) -> dict[str, Any]:
         if other[0]() < 1:
-            seen.append(next(said))
-            return {"of_base": seen[-1], "entropy_difference": 0.0}
+            calls.append(next(times))
+            return {"of_base": calls[-1], "entropy_difference": 0.0}
         return {"of_base": 1.0, "entropy_difference": 0.0}
 
-    found.beside = beside
-    assert found.best(entry, ({"BLOCK_N": 64},))["chosen"] is None and seen == [1.0]  # no gain
-    assert found.best(entry, ({"BLOCK_N": 64},))["chosen"] is None and seen == [1.0, 0.9, 1.2]  # not again
-    assert found.best(entry, ({"BLOCK_N": 64},))["chosen"] == {"BLOCK_N": 64} and len(seen) == 6
+    actual.beside = beside
+    assert actual.best(entry, ({"BLOCK_N": 64},))["chosen"] is None and calls == [1.0]  # no gain
+    assert actual.best(entry, ({"BLOCK_N": 64},))["chosen"] is None and calls == [1.0, 0.9, 1.2]  # not again
+    assert actual.best(entry, ({"BLOCK_N": 64},))["chosen"] == {"BLOCK_N": 64} and len(calls) == 6
 
 
 def test_a_table_that_is_slower_as_a_whole_is_put_back(setting: Setting, trial: Any) -> None:
     entry = next(one for one in entries(setting.config(2), "bf16") if one.op == "linear")
-    found = trial(entry, {64: (0.9, 1.0)})
-    assert found.best(entry, ({"BLOCK_N": 64},))["chosen"]
-    assert "put back" not in found.table(1)["says"] and found.known != found.before
-    found.beside = lambda base, other: {"of_base": 1.02, "entropy_difference": 0.0}
-    assert "put back" not in found.table(16)["says"]
-    assert "put back" in found.table(1)["says"] and found.known == found.before
+    actual = trial(entry, {64: (0.9, 1.0)})
+    assert actual.best(entry, ({"BLOCK_N": 64},))["chosen"]
+    assert "put back" not in actual.table(1)["says"] and actual.known != actual.before
+    actual.beside = lambda base, other: {"of_base": 1.02, "entropy_difference": 0.0}
+    assert "put back" not in actual.table(16)["says"]
+    assert "put back" in actual.table(1)["says"] and actual.known == actual.before
     assert json.loads((setting.out / "tuned.json").read_text()) == {"cpu": {}}
 
 
@@ -499,16 +501,16 @@ def test_a_cell_without_a_profile_keeps_its_times(setting: Setting, monkeypatch:
         raise RuntimeError("CUPTI could not be loaded")
 
     monkeypatch.setattr(cells, "profile", broken)
-    found = cells.cell(setting, setting.model("bf16", 2), "bf16", 1, 16)
-    assert found["ms_a_pass"] > 0 and "CUPTI" in found["profile"] and "kernels" not in found
+    actual = cells.cell(setting, setting.model("bf16", 2), "bf16", 1, 16)
+    assert actual["ms_a_pass"] > 0 and "CUPTI" in actual["profile"] and "kernels" not in actual
 
 
 def test_a_table_is_what_a_step_looks_up(setting: Setting, tmp_path: Path) -> None:
     """Trial tables reach `tuning.config`, and what others wrote into the table stays."""
     tuning.TABLE.write_text(json.dumps({"cpu": {"linear": {"1x2 bfloat16": {"BLOCK_K": 32}}}, "other": {"x": {}}}))
-    found = choices.Trial(setting, setting.model("bf16", 2), tmp_path)
+    actual = choices.Trial(setting, setting.model("bf16", 2), tmp_path)
     entry = Entry("linear", "", (1, 2))
-    file = found._file(found._with(entry, {"BLOCK_N": 64}))
+    file = actual._file(actual._with(entry, {"BLOCK_N": 64}))
     before = tuning.TABLE
     tuning.TABLE = file
     try:
@@ -516,8 +518,8 @@ def test_a_table_is_what_a_step_looks_up(setting: Setting, tmp_path: Path) -> No
     finally:
         tuning.TABLE = before
     assert chosen == {"BLOCK_N": 64, "BLOCK_K": 32}
-    found.known = found._with(entry, {"BLOCK_N": 64})
-    found.write()
+    actual.known = actual._with(entry, {"BLOCK_N": 64})
+    actual.write()
     table = json.loads((setting.out / "tuned.json").read_text())
     assert table["other"] == {"x": {}} and table["cpu"]["linear"] == {"1x2 bfloat16": {"BLOCK_K": 32, "BLOCK_N": 64}}
 
@@ -573,8 +575,8 @@ def test_a_trace_becomes_kernels_by_grid() -> None:
         return {"cat": "kernel", "name": name, "dur": us, "args": {"grid": grid, "block": [128, 1, 1]}}
 
     events = [event("a", 2, [1, 1, 1]), event("b", 9, [4, 1, 1]), event("a", 3, [1, 1, 1]), event("a", 1, [2, 1, 1])]
-    found = cells.by_kernel(iter(events))
-    assert [(one["name"], one["count"], one["us"], one["grid"]) for one in found] == [
+    actual = cells.by_kernel(iter(events))
+    assert [(one["name"], one["count"], one["us"], one["grid"]) for one in actual] == [
         ("b", 1, 9.0, "[4, 1, 1]"),
         ("a", 2, 5.0, "[1, 1, 1]"),
         ("a", 1, 1.0, "[2, 1, 1]"),
@@ -606,13 +608,13 @@ def test_a_record_tells_what_was_wrong() -> None:
     }
     again = {"step": "again int4", "outcome": "done", "ok": True, "says": "", "rows": [
         {**rows[0], "ms_a_pass": 5.5, "is_tuned": True}]}  # fmt: skip
-    found = record.record(
+    actual = record.record(
         {"steps": [step, again], "plan": "first", "state": "done", "seconds": 11, "environment": {"hardware": {}}}, {}
     )
-    assert found["targets"]["int4, batch 1, 1K context: ms a pass"]["value"] == 5.5
-    text = results.gpu(found)
+    assert actual["targets"]["int4, batch 1, 1K context: ms a pass"]["value"] == 5.5
+    text = results.gpu(actual)
     assert "int4 batch 1 context 1024 tuned" in text and "cells int4: done: 1 of 2 not right" in text
-    assert found["tasks"][1]["wrong"] == [{"name": "int4 batch 16 context 1024", "error": "out of memory"}]
+    assert actual["tasks"][1]["wrong"] == [{"name": "int4 batch 16 context 1024", "error": "out of memory"}]
 
 
 def test_without_a_call_there_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

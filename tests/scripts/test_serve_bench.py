@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import client, hostile, results, serve, serve_page, soak
-from benchmarks.client import Connection, Events, Lost, Server
+from benchmarks.client import Connection, Events, Failed, Server
 from benchmarks.soak import CHAT, Accounts, Ask, Entry
 from sfumato.tasks import sudoku
 
@@ -46,12 +46,12 @@ def stream(events: list[Any], request: str, piece: int = 7) -> bytes:
 
 
 def spoken(text: str, number: int, count: int = 1) -> list[Any]:
-    found: list[Any] = []
+    actual: list[Any] = []
     for index in range(count):
-        found.append({"id": f"c{number}", "choices": [{"index": index, "delta": {"role": "assistant"}}]})
-        found.append({"id": f"c{number}", "choices": [{"index": index, "delta": {"content": text}}]})
-        found.append({"id": f"c{number}", "choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]})
-    return [*found, {"id": f"c{number}", "choices": [], "usage": {"completion_tokens": 81}}, "[DONE]"]
+        actual.append({"id": f"c{number}", "choices": [{"index": index, "delta": {"role": "assistant"}}]})
+        actual.append({"id": f"c{number}", "choices": [{"index": index, "delta": {"content": text}}]})
+        actual.append({"id": f"c{number}", "choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]})
+    return [*actual, {"id": f"c{number}", "choices": [], "usage": {"completion_tokens": 81}}, "[DONE]"]
 
 
 Reply = Callable[[Request, int], bytes | None]
@@ -60,7 +60,7 @@ Reply = Callable[[Request, int], bytes | None]
 
 def visit(reply: Reply, what: Callable[[str], Awaitable[None]]) -> list[Request]:
     """Run `what(url)` beside that server; what the server was asked."""
-    seen: list[Request] = []
+    requests: list[Request] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -70,8 +70,8 @@ def visit(reply: Reply, what: Callable[[str], Awaitable[None]]) -> list[Request]
                 headers = dict(line.split(": ", 1) for line in lines if line)
                 body = await reader.readexactly(int(headers["content-length"]))
                 method, path, _ = first.split()
-                seen.append((method, path, headers, body))
-                answer = reply(seen[-1], len(seen))
+                requests.append((method, path, headers, body))
+                answer = reply(requests[-1], len(requests))
                 if answer is None:
                     await reader.read()
                     return
@@ -89,10 +89,10 @@ def visit(reply: Reply, what: Callable[[str], Awaitable[None]]) -> list[Request]
             await asyncio.wait_for(what(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"), 30)
 
     asyncio.run(run())
-    return seen
+    return requests
 
 
-def told(request: Request) -> Any:
+def described(request: Request) -> Any:
     return json.loads(request[3])
 
 
@@ -106,13 +106,13 @@ def sound(request: Request, number: int) -> bytes:
         return plain(b"sfumato_rows_max 32\nsfumato_rows 0\n", name)
     if path == "/ready":
         return plain({}, name)
-    asked = json.loads(body)
-    found = re.search(r"\d{81}", json.dumps(asked))
-    text = (found and sudoku.solve(found[0])) or "none"
-    if asked.get("stream"):
-        return stream(spoken(text, number, asked.get("n", 1)), name)
-    if "messages" in asked:
-        choices = [{"message": {"content": text}, "finish_reason": "stop"}] * asked.get("n", 1)
+    body_in = json.loads(body)
+    actual = re.search(r"\d{81}", json.dumps(body_in))
+    text = (actual and sudoku.solve(actual[0])) or "none"
+    if body_in.get("stream"):
+        return stream(spoken(text, number, body_in.get("n", 1)), name)
+    if "messages" in body_in:
+        choices = [{"message": {"content": text}, "finish_reason": "stop"}] * body_in.get("n", 1)
         return plain({"id": f"c{number}", "choices": choices}, name)
     return plain({"id": f"c{number}", "text": text}, name)
 
@@ -130,18 +130,18 @@ def test_percentile_is_a_value_that_was_measured() -> None:
 @pytest.mark.parametrize("piece", [1, 2, 3, 1000])
 def test_events_come_in_any_pieces(piece: int) -> None:
     data = ': c\n\ndata: {"a": "é"}\r\n\r\ndata: one\ndata:two\n\nevent: x\ndata: [DONE]\n\ndata: half'.encode()
-    events, found = Events(), list[str]()
+    events, actual = Events(), list[str]()
     for at in range(0, len(data), piece):
-        found += events.feed(data[at : at + piece])
-    assert found == ['{"a": "é"}', "one\ntwo", "[DONE]"]
+        actual += events.feed(data[at : at + piece])
+    assert actual == ['{"a": "é"}', "one\ntwo", "[DONE]"]
 
 
 def test_one_connection_carries_plain_answers_and_streams() -> None:
     async def what(url: str) -> None:
-        connection, seen = Connection(url, "secret"), list[Any]()
-        answer = await connection.ask("POST", CHAT, {"stream": True, "n": 2}, "a-1", seen.append)
+        connection, requests = Connection(url, "secret"), list[Any]()
+        answer = await connection.ask("POST", CHAT, {"stream": True, "n": 2}, "a-1", requests.append)
         assert answer.status == 200 and answer.is_stream and answer.headers["x-request-id"] == "a-1"
-        assert [e for _, e in answer.events] == seen and seen[-1] == client.END and answer.text() == "nonenone"
+        assert [e for _, e in answer.events] == requests and requests[-1] == client.END and answer.text() == "nonenone"
         assert answer.first_seconds is not None and 0 < answer.first_seconds <= answer.seconds
         assert answer.usage() == {"completion_tokens": 81} and answer.error() is None
         models = await connection.ask("GET", "/v1/models")
@@ -150,8 +150,8 @@ def test_one_connection_carries_plain_answers_and_streams() -> None:
         assert await client.until_idle(url) is not None
         connection.close()
 
-    seen = visit(sound, what)
-    assert seen[0][2]["authorization"] == "Bearer secret" and told(seen[0]) == {"stream": True, "n": 2}
+    requests = visit(sound, what)
+    assert requests[0][2]["authorization"] == "Bearer secret" and described(requests[0]) == {"stream": True, "n": 2}
 
 
 def test_what_is_lost_is_said() -> None:
@@ -160,14 +160,14 @@ def test_what_is_lost_is_said() -> None:
 
     async def what(url: str) -> None:
         with Connection(url) as connection:
-            with pytest.raises(Lost):
+            with pytest.raises(Failed):
                 await connection.ask("POST", CHAT, {})
             assert (await connection.ask("POST", CHAT, {})).status == 200  # a connection of its own
 
     visit(reply, what)
 
     async def nobody() -> None:
-        with pytest.raises(Lost):
+        with pytest.raises(Failed):
             await client.get("http://127.0.0.1:1", "/ready")
 
     asyncio.run(nobody())
@@ -201,32 +201,41 @@ def test_a_server_that_ends_is_reported(tmp_path: Path) -> None:
 # ---- the parts ------------------------------------------------------------------------------------------------------
 
 
-def given(**values: Any) -> argparse.Namespace:
-    common = {"key": None, "rounds": 2, "option": [], "pause": 0.0, "repeats": 2, "steps": 2, "tokens": 8, "long": 9}
+def arguments_with(**values: Any) -> argparse.Namespace:
+    common: dict[str, Any] = {
+        "key": None,
+        "rounds": 2,
+        "option": [],
+        "pause": 0.0,
+        "repeats": 2,
+        "steps": 2,
+        "tokens": 8,
+        "long": 9,
+    }
     return argparse.Namespace(**{**common, **values})
 
 
 def test_throughput_counts_what_was_answered(tmp_path: Path) -> None:
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
 
     def reply(request: Request, number: int) -> bytes | None:
         return plain({"error": {"message": "no"}}, "", 503) if number == 30 else sound(request, number)
 
     async def what(url: str) -> None:
         async with Server([], tmp_path / "log", url) as server:
-            found.update(await serve.throughput(server, given(requests=6, clients="1,4")))
+            actual.update(await serve.throughput(server, arguments_with(requests=6, clients="1,4")))
 
-    seen = visit(reply, what)
-    prompts = [told(request)["messages"][0]["content"] for request in seen if request[1] == CHAT]
+    requests = visit(reply, what)
+    prompts = [described(request)["messages"][0]["content"] for request in requests if request[1] == CHAT]
     assert len(prompts) == len(set(prompts)) == 2 + 6 + 2 * 2 * 6  # nothing that a server could remember
-    assert [row["clients"] for row in found["levels"]] == [1, 4]
-    assert sum(row["answered"] for row in found["levels"]) == 23 and sum(r["errors"] for r in found["levels"]) == 1
-    assert all(row["solved"] == 1 for row in found["levels"]) and len(found["ratios"]) == 2
-    assert not found["targets"]["requests that failed"]["reached"]
+    assert [row["clients"] for row in actual["levels"]] == [1, 4]
+    assert sum(row["answered"] for row in actual["levels"]) == 23 and sum(r["errors"] for r in actual["levels"]) == 1
+    assert all(row["solved"] == 1 for row in actual["levels"]) and len(actual["ratios"]) == 2
+    assert not actual["targets"]["requests that failed"]["reached"]
 
 
 def test_first_takes_turns_and_leaves_the_others() -> None:
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     long = 0
 
     def reply(request: Request, number: int) -> bytes | None:
@@ -234,35 +243,35 @@ def test_first_takes_turns_and_leaves_the_others() -> None:
         if request[1] == "/metrics":
             held, long = long, 0 if long == 2 else long  # the next question finds them gone
             return plain(f"sfumato_rows {held}\n".encode(), "")
-        if request[1] == CHAT and told(request)["max_tokens"] > 100:
+        if request[1] == CHAT and described(request)["max_tokens"] > 100:
             long += 1
             return None
         return sound(request, number)
 
     async def what(url: str) -> None:
-        found.update(await serve.first(Server([], Path(), url), given(others=2, option=["early=true"])))
+        actual.update(await serve.first(Server([], Path(), url), arguments_with(others=2, option=["early=true"])))
 
-    seen = visit(reply, what)
-    assert [len(found[where]["seconds"]) for where in ("idle", "beside")] == [4, 4]
-    assert sum(request[1] == CHAT and told(request).get("early", False) for request in seen) == 10
-    assert found["targets"]
+    requests = visit(reply, what)
+    assert [len(actual[where]["seconds"]) for where in ("idle", "beside")] == [4, 4]
+    assert sum(request[1] == CHAT and described(request).get("early", False) for request in requests) == 10
+    assert actual["targets"]
 
 
 def test_same_finds_a_text_that_depends_on_its_neighbours() -> None:
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     others = 1
 
     def reply(request: Request, number: int) -> bytes | None:
         return plain({"id": "c", "text": "another"}, "") if number == 12 else sound(request, number)
 
     async def what(url: str) -> None:
-        found.update(await serve.same(Server([], Path(), url), given(requests=8, others=others)))
+        actual.update(await serve.same(Server([], Path(), url), arguments_with(requests=8, others=others)))
 
     visit(sound, what)
-    assert found["identical"] == 1 and not found["differing"]
+    assert actual["identical"] == 1 and not actual["differing"]
     others = 0  # of 18 requests, the model's card among them, the last eight come at once
     visit(reply, what)
-    assert found["identical"] == 7 / 8 and len(found["differing"]) == 1
+    assert actual["identical"] == 7 / 8 and len(actual["differing"]) == 1
 
 
 def test_mid_parts_replace_their_own(tmp_path: Path) -> None:
@@ -318,7 +327,7 @@ def test_an_answer_that_comes_once() -> None:
 )
 def test_streams_that_are_not_one_answer(events: Callable[[list[Any]], list[Any]], fault: str) -> None:
     (entry,) = account(answering(events), ASK)
-    assert any(fault in found for found in entry.faults), entry
+    assert any(fault in actual for actual in entry.faults), entry
 
 
 def test_answers_that_are_not_ones_own() -> None:
@@ -368,24 +377,24 @@ def test_what_follows_a_kill() -> None:
     assert kill["at"] == 10 and kill["in_flight"] == 2 and kill["errors"] == kill["answered"] == 1
     assert kill["slowest_error_seconds"] == 1.5 and kill["next_success_seconds"] == 3
     late = [entry("g", 110, 111, "error"), entry("h", 110, 111, "refused"), entry("i", 110, 111, "answered", False)]
-    found = soak.account([*entries, *late], kills, 90.0)
-    assert [one["kind"] for one in found["unprovoked"]] == ["g"]
-    assert set(found["unexpected"]) == {"h", "i"} and found["outcomes"]["answered"] == 4
-    assert sum(window["requests"] for window in found["windows"]) == found["requests"] == 9
+    actual = soak.account([*entries, *late], kills, 90.0)
+    assert [one["kind"] for one in actual["unprovoked"]] == ["g"]
+    assert set(actual["unexpected"]) == {"h", "i"} and actual["outcomes"]["answered"] == 4
+    assert sum(window["requests"] for window in actual["windows"]) == actual["requests"] == 9
     memory = [[5.0 * n, 10**8, 10**9 + 10**7 * n, 7 if n < 40 else 8] for n in range(80)]
-    found |= {"growth": {name: soak.growth(memory, n) for n, name in ((1, "server"), (2, "worker"))}}
-    soak.conclude(found)
-    targets = found["targets"]
+    actual |= {"growth": {name: soak.growth(memory, n) for n, name in ((1, "server"), (2, "worker"))}}
+    soak.conclude(actual)
+    targets = actual["targets"]
     assert targets["seconds from a kill to the last error of what was in flight"]["value"] == 1.5
     assert targets["seconds from a kill to the next success"]["reached"]
     assert targets["errors that no kill explains"]["value"] == 1 and targets["requests lost"]["reached"]
-    never = {**found, "kills": [{**kill, "next_success_seconds": None}]}
+    never = {**actual, "kills": [{**kill, "next_success_seconds": None}]}
     soak.conclude(never)
     assert not never["targets"]["seconds from a kill to the next success"]["reached"]
 
 
 def test_growth_is_of_each_life_after_its_warm_up() -> None:
-    steps = [[float(n), 50, 100 + (900 if n >= 20 else 45 * n), 1] for n in range(100)]
+    steps: list[list[Any]] = [[float(n), 50, 100 + (900 if n >= 20 else 45 * n), 1] for n in range(100)]
     steps += [[100.0 + n, 50, 1000 + (n >= 60) * 100, 2] for n in range(100)] + [[201.0, 50, None, None]]
     one, two = soak.growth(steps, 2)
     assert one["growth"] == 0 and two["growth"] == pytest.approx(0.1) and one["samples"] == 100
@@ -471,14 +480,14 @@ def test_a_soak_with_a_kill(
     arguments = ["soak.py", "--minutes", "0.03", "--kills", "1", "--clients", "3", "--log", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [*arguments, "-o", str(output), "--server", "--rows 4"])
     soak.main()
-    found = json.loads(output.read_text())["soak"]
+    actual = json.loads(output.read_text())["soak"]
     assert "'--port', '0', '-m', 'nano', '--rows', '4'" in (tmp_path / "soak.log").read_text()
-    (kill,) = found["kills"]
+    (kill,) = actual["kills"]
     assert kill["in_flight"] == kill["errors"] + kill["answered"] > 0 and kill["next_success_seconds"] is not None
-    assert found["outcomes"]["answered"] and found["outcomes"]["left"] and "lost" not in found["outcomes"]
-    assert set(found["unexpected"]) <= {"invalid"} and not found["unprovoked"] and found["exit_code"] == -15
-    assert not set(found["faults"]) - {"a stream without one end"}
-    assert found["growth"]["server"] and found["growth"]["worker"] and found["memory"][0][3]
+    assert actual["outcomes"]["answered"] and actual["outcomes"]["left"] and "lost" not in actual["outcomes"]
+    assert set(actual["unexpected"]) <= {"invalid"} and not actual["unprovoked"] and actual["exit_code"] == -15
+    assert not set(actual["faults"]) - {"a stream without one end"}
+    assert actual["growth"]["server"] and actual["growth"]["worker"] and actual["memory"][0][3]
     assert "kill 1: " in capsys.readouterr().out
 
 
@@ -491,37 +500,40 @@ def record() -> dict[str, Any]:
     row |= {"latency_seconds": spread, "first_text_seconds": spread, "solved": 0.9}
     entries = [entry("a", 1, 2, "answered"), entry("b", 3, 12, "error")]
     soaked = soak.account(entries, soak.after(entries, [(4.0, entries[1:])], 0.0), 0.0)
-    memory = [[0.0, 10**8, 10**9, 5], [5.0, 10**8, 10**9, 5], [10.0, 10**8, None, None]]
+    memory: list[list[Any]] = [[0.0, 10**8, 10**9, 5], [5.0, 10**8, 10**9, 5], [10.0, 10**8, None, None]]
     soaked |= {"minutes": 1, "clients": 2, "memory": memory}
     soaked |= {"growth": {"server": soak.growth(memory, 1), "worker": soak.growth(memory, 2)}}
     soak.conclude(soaked)
     timed = {"median": 1.0, "p95": 2.0, "seconds": [1.0, 2.0]}
-    found = {
+    actual = {
         "throughput": {"requests": 10, "rounds": 2, "levels": [{"clients": n, **row} for n in (1, 32)], "targets": {}},
         "first": {"others": 8, "short": {"max_tokens": 64}, "idle": timed, "beside": timed, "targets": {}},
         "same": {"requests": 9, "others": 1, "identical": 1.0, "alone_seconds": 1, "at_once_seconds": 1, "targets": {}},
         "soak": soaked,
     }
-    beside = hostile.Bystander([0.01, 0.02, 0.03]).told()
+    beside = hostile.Bystander([0.01, 0.02, 0.03]).summary()
     attack = {"attack": "a chain of rules", "statuses": [400, 400], "seconds": 0.5, **beside}
-    found["attacks"] = {"idle": beside, "attacks": [attack], "restarts": 0, "targets": {}}
-    found["fuzz"] = {"patterns": 5, "grammars": 2, "clients": 4, "seconds": 9, "statuses": {"200": 3, "400": 4}}
-    found["fuzz"] |= {"idle": beside, "bystander": {**beside, "p50": 0.02, "p95": 0.03, "p99": 0.03}}
-    found["fuzz"] |= {"memory": {"before": 10**8, "after": 10**8}, "targets": {}}
-    found |= {part: found["throughput"] for part in serve_page.THROUGHPUTS}
-    return {"what": "serve", **{part: {**one, "environment": {"command": f"do {part}"}} for part, one in found.items()}}
+    actual["attacks"] = {"idle": beside, "attacks": [attack], "restarts": 0, "targets": {}}
+    actual["fuzz"] = {"patterns": 5, "grammars": 2, "clients": 4, "seconds": 9, "statuses": {"200": 3, "400": 4}}
+    actual["fuzz"] |= {"idle": beside, "bystander": {**beside, "p50": 0.02, "p95": 0.03, "p99": 0.03}}
+    actual["fuzz"] |= {"memory": {"before": 10**8, "after": 10**8}, "targets": {}}
+    actual |= {part: actual["throughput"] for part in serve_page.THROUGHPUTS}
+    return {
+        "what": "serve",
+        **{part: {**one, "environment": {"command": f"do {part}"}} for part, one in actual.items()},
+    }
 
 
 def test_every_part_has_its_place_on_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    found = record()
-    attacked = {"what": "under attack", **{part: found.pop(part) for part in serve_page.ATTACKS}}
-    page = results.page({"serve.json": found, "hostile.json": attacked})
+    actual = record()
+    attacked = {"what": "under attack", **{part: actual.pop(part) for part in serve_page.ATTACKS}}
+    page = results.page({"serve.json": actual, "hostile.json": attacked})
     assert "## Serving" in page and "| 32 clients | 900 |" in page and "requests lost" in page
     assert all(f"`do {part}`" in page for part in (*serve_page.PARTS, *serve_page.ATTACKS))
     assert "| a chain of rules | 400, 400 | 500 ms | 3 | 0 | 20 ms | 30 ms | 1.5 |" in page
     assert "3 × 200, 4 × 400 in 9 s" in page
-    assert "## Serving" in results.page({"serve.json": {"what": "serve", "same": found["same"]}})
-    serve_page.show(found, "soak")
+    assert "## Serving" in results.page({"serve.json": {"what": "serve", "same": actual["same"]}})
+    serve_page.show(actual, "soak")
     assert "(target ≤ 0.03)" in capsys.readouterr().out
 
 

@@ -100,24 +100,24 @@ def test_a_limit_ends_the_call_alone(
 
 
 def test_one_that_nobody_waits_for_is_given_up() -> None:
-    begun = time.monotonic()
-    held = confined.is_cancelled.set(lambda: time.monotonic() > begun + 0.3)
+    began = time.monotonic()
+    held = confined.is_cancelled.set(lambda: time.monotonic() > began + 0.3)
     try:
         with pytest.raises(confined.Cancelled):
             POOL.run(time.sleep, 60, what="the thing")
     finally:
         confined.is_cancelled.reset(held)
-    assert time.monotonic() < begun + 5
+    assert time.monotonic() < began + 5
 
 
 def test_many_threads_share_few_children() -> None:
-    seen: list[int] = []
-    threads = [threading.Thread(target=lambda: seen.append(POOL.run(pid, what="it"))) for _ in range(8)]
+    pids: list[int] = []
+    threads = [threading.Thread(target=lambda: pids.append(POOL.run(pid, what="it"))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(seen) == 8 and len(set(seen)) <= confined.CHILDREN
+    assert len(pids) == 8 and len(set(pids)) <= confined.CHILDREN
 
 
 def test_a_child_ends_with_its_parent() -> None:

@@ -116,7 +116,7 @@ def test_a_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.Mon
     def missing(*_: int) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(files.fcntl, "flock", missing)
+    monkeypatch.setattr("fcntl.flock", missing)
     with files.locked(tmp_path / "it"):
         pass
     monkeypatch.setattr(files, "fcntl", None)

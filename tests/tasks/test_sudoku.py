@@ -39,11 +39,11 @@ def naive_count(puzzle: str, limit: int = 2) -> int:
 
     def free(at: int) -> list[int]:
         row, column = divmod(at, 9)
-        seen = set(cells[9 * row : 9 * row + 9]) | set(cells[column::9])
+        excluded = set(cells[9 * row : 9 * row + 9]) | set(cells[column::9])
         for i in range(3):
             start = 9 * (row // 3 * 3 + i) + column // 3 * 3
-            seen |= set(cells[start : start + 3])
-        return [digit for digit in range(1, 10) if digit not in seen]
+            excluded |= set(cells[start : start + 3])
+        return [digit for digit in range(1, 10) if digit not in excluded]
 
     def count(left: int) -> int:
         blanks = [at for at in range(81) if not cells[at]]
@@ -92,7 +92,7 @@ def test_parse_takes_dots_spaces_and_line_breaks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("puzzle", "words"),
     [
         (PUZZLE[:-1], ["80 cells", "not 81", "9 rows of 9"]),
         (PUZZLE + "1", ["82 cells", "not 81"]),
@@ -105,9 +105,9 @@ def test_parse_takes_dots_spaces_and_line_breaks() -> None:
         ("0" * 30 + "7" + "0" * 9 + "7" + "0" * 40, ["digit 7", "box 5"]),
     ],
 )
-def test_parse_refuses_in_one_sentence(given, words) -> None:
+def test_parse_refuses_in_one_sentence(puzzle: str, words: list[str]) -> None:
     with pytest.raises(InputError) as caught:
-        sudoku.parse(given)
+        sudoku.parse(puzzle)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -122,16 +122,16 @@ def test_parse_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("lines", "words"),
     [
         (f"# note\n{PUZZLE}\n\n{PUZZLE[:-3]}\n", ["line 4", "78 cells"]),
         (f"{PUZZLE}\n{'33' + PUZZLE[2:]}", ["line 2", "digit 3", "row 1"]),
         ("# nothing\n\n", ["0 puzzles", "at least 1"]),
     ],
 )
-def test_parse_file_names_the_line(given, words) -> None:
+def test_parse_file_names_the_line(lines: str, words: list[str]) -> None:
     with pytest.raises(InputError) as caught:
-        sudoku.parse_file(given)
+        sudoku.parse_file(lines)
     for word in words:
         assert word in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_bands() -> None:
 
 
 @pytest.mark.parametrize(("puzzle", "solution"), [(PUZZLE, SOLUTION), *FAMOUS.items()])
-def test_known_puzzles_have_their_known_solution(puzzle, solution) -> None:
+def test_known_puzzles_have_their_known_solution(puzzle: str, solution: str) -> None:
     assert sudoku.solve(puzzle) == solution
     assert sudoku.count_solutions(puzzle) == 1
     assert sudoku.is_solved(solution, puzzle)
@@ -202,7 +202,7 @@ def test_counting_stops_at_the_limit() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(GRIDS), st.permutations(range(81)), st.integers(28, 60))
-def test_counts_agree_with_a_naive_solver(grid, order, clues) -> None:
+def test_counts_agree_with_a_naive_solver(grid: str, order: list[int], clues: int) -> None:
     kept = set(order[:clues])
     puzzle = "".join(digit if cell in kept else "0" for cell, digit in enumerate(grid))
     assert sudoku.count_solutions(puzzle, limit=3) == naive_count(puzzle, limit=3)
@@ -210,7 +210,7 @@ def test_counts_agree_with_a_naive_solver(grid, order, clues) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(GRIDS), st.integers(0, 80), st.integers(1, 9), st.integers(20, 60))
-def test_wrong_clues_agree_with_a_naive_solver(grid, cell, digit, clues) -> None:
+def test_wrong_clues_agree_with_a_naive_solver(grid: str, cell: int, digit: int, clues: int) -> None:
     """One clue made wrong (or not): contradictions found late, which true clues never show."""
     puzzle = grid[:clues] + "0" * (81 - clues)
     puzzle = puzzle[:cell] + str(digit) + puzzle[cell + 1 :]
@@ -246,7 +246,7 @@ def test_is_solved_refuses_wrong_answers() -> None:
         5,
     ],
 )
-def test_is_solved_never_raises(answer) -> None:
+def test_is_solved_never_raises(answer: str) -> None:
     assert sudoku.is_solved(answer, PUZZLE) is False
 
 
@@ -260,7 +260,7 @@ def test_random_grids_are_valid_and_differ() -> None:
 
 
 @pytest.mark.parametrize("clues", [24, 25, 30, 39, 40, 55])
-def test_generate_gives_exactly_the_clues_and_one_solution(clues) -> None:
+def test_generate_gives_exactly_the_clues_and_one_solution(clues: int) -> None:
     puzzle = sudoku.generate(clues, np.random.default_rng(clues))
     assert sudoku.parse(puzzle) == puzzle
     assert sum(cell != "0" for cell in puzzle) == clues
@@ -268,12 +268,12 @@ def test_generate_gives_exactly_the_clues_and_one_solution(clues) -> None:
 
 
 @pytest.mark.parametrize("clues", [-1, 0, 16, 23, 56, 81])
-def test_generate_says_its_range(clues) -> None:
+def test_generate_says_its_range(clues: int) -> None:
     with pytest.raises(InputError, match=f"{clues} clues.* 24 to 55"):
         sudoku.generate(clues, np.random.default_rng(0))
 
 
-def test_minimal_puzzles(pool) -> None:
+def test_minimal_puzzles(pool: sudoku.Pool) -> None:
     puzzles, solutions = pool
     assert puzzles.shape == solutions.shape == (40, 81)
     assert puzzles.dtype == solutions.dtype == np.uint8
@@ -287,14 +287,14 @@ def test_minimal_puzzles(pool) -> None:
 
 
 def test_minimal_puzzles_repeat_and_report() -> None:
-    seen = []
-    first, _ = sudoku.minimal_puzzles(3, np.random.default_rng(7), lambda done, count: seen.append((done, count)))
+    sizes = []
+    first, _ = sudoku.minimal_puzzles(3, np.random.default_rng(7), lambda done, count: sizes.append((done, count)))
     again, _ = sudoku.minimal_puzzles(3, np.random.default_rng(7))
     assert (first == again).all()
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert sizes == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_above_the_floor_no_clue_can_go(pool) -> None:
+def test_above_the_floor_no_clue_can_go(pool: sudoku.Pool) -> None:
     """A puzzle that kept more than 24 clues kept them because each is needed."""
     puzzle = text(next(puzzle for puzzle in pool[0] if (puzzle > 0).sum() > 24))
     for cell in range(81):
@@ -305,14 +305,14 @@ def test_above_the_floor_no_clue_can_go(pool) -> None:
 # The stream
 
 
-def test_samples_are_unique_puzzles_with_their_solution(pool) -> None:
+def test_samples_are_unique_puzzles_with_their_solution(pool: sudoku.Pool) -> None:
     clues = np.random.default_rng(0).integers(24, 56, 128)
     puzzles, solutions = sudoku.sample(pool, 128, clues, seed=1, index=2)
     assert puzzles.shape == solutions.shape == (128, 81)
     assert puzzles.dtype == solutions.dtype == np.uint8
-    given_ = (puzzles > 0).sum(axis=1)
-    assert (given_ >= clues).all()
-    assert (given_ == np.maximum(clues, 24))[clues > 30].all()
+    is_clue = (puzzles > 0).sum(axis=1)
+    assert (is_clue >= clues).all()
+    assert (is_clue == np.maximum(clues, 24))[clues > 30].all()
     for puzzle, solution in zip(puzzles, solutions, strict=True):
         assert is_grid(solution)
         assert ((puzzle == 0) | (puzzle == solution)).all()
@@ -321,7 +321,7 @@ def test_samples_are_unique_puzzles_with_their_solution(pool) -> None:
     assert all(naive_count(text(puzzle)) == 1 for puzzle in puzzles[:15])
 
 
-def test_clues_are_bounded_by_the_pool_and_the_board(pool) -> None:
+def test_clues_are_bounded_by_the_pool_and_the_board(pool: sudoku.Pool) -> None:
     fewest = {int(clues) for clues in (pool[0] > 0).sum(axis=1)}
     assert len(fewest) > 1
     puzzles, _ = sudoku.sample(pool, 400, 0, seed=0, index=0)
@@ -330,7 +330,7 @@ def test_clues_are_bounded_by_the_pool_and_the_board(pool) -> None:
     assert (puzzles == solutions).all()
 
 
-def test_batches_are_counted(pool) -> None:
+def test_batches_are_counted(pool: sudoku.Pool) -> None:
     def batch(seed: int, index: int) -> bytes:
         return b"".join(part.tobytes() for part in sudoku.sample(pool, 16, 30, seed, index))
 
@@ -356,7 +356,7 @@ def test_every_symmetry_is_used() -> None:
     assert len({puzzle.tobytes() for puzzle in puzzles}) == 400
     assert {int((puzzle == 1).sum()) for puzzle in puzzles} == {puzzle_.count(digit) for digit in "123456789"}
     assert len({text(solution[:1]) for solution in solutions}) == 9
-    given_ = (puzzles > 0).reshape(400, 9, 9)
+    is_clue = (puzzles > 0).reshape(400, 9, 9)
 
     def bands(board: np.ndarray) -> list[tuple[int, ...]]:
         """Clues per row, band by band."""
@@ -368,8 +368,8 @@ def test_every_symmetry_is_used() -> None:
 
     original = array(puzzle_).reshape(9, 9) > 0
     assert profile(original) != profile(original.T), "else a transposition would not show"
-    straight = [board for board in given_ if profile(board) == profile(original)]
-    turned = [board.T for board in given_ if profile(board) == profile(original.T)]
+    straight = [board for board in is_clue if profile(board) == profile(original)]
+    turned = [board.T for board in is_clue if profile(board) == profile(original.T)]
     assert len(straight) + len(turned) == 400
     assert 140 < len(straight) < 260
     for turn in (False, True):  # rows, then columns: every order of the bands, and of the rows within one

@@ -48,8 +48,8 @@ def named(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config(**settings: Any) -> dict[str, Any]:
-    wanted = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True} | settings
-    return tiny_config().to_dict() | {"quantization_config": wanted}
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+    return tiny_config().to_dict() | {"quantization_config": quantization | settings}
 
 
 def put(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> Checkpoint:

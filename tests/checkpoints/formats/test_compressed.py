@@ -45,9 +45,11 @@ def quantization(label: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": label, "config_groups": {"group_0": scheme}}
 
 
-def opened(folder: Path, tensors: dict[str, Tensor], said: dict[str, Any], config: ModelConfig = CONFIG) -> Checkpoint:
+def opened(
+    folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any], config: ModelConfig = CONFIG
+) -> Checkpoint:
     save_file(tensors, folder / "model.safetensors")
-    return open_compressed(folder, {**config.to_dict(), "quantization_config": said})
+    return open_compressed(folder, {**config.to_dict(), "quantization_config": settings})
 
 
 def e4m3(*shape: int, seed: int) -> Tensor:
@@ -218,13 +220,13 @@ def test_reads_what_the_library_compresses(tmp_path: Path, library: Any, preset:
     stored = compressor.compress(module, scheme)
     tensors = {f"{LINEAR}.{part}": tensor for part, tensor in stored.items()}
     tensors[f"{LINEAR}.input_global_scale"] = torch.ones(1)
-    said = {
+    settings = {
         "quant_method": "compressed-tensors",
         "format": label,
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme.model_dump(mode="json")},
     }
-    checkpoint = opened(tmp_path, tensors, said)
+    checkpoint = opened(tmp_path, tensors, settings)
     ours = checkpoint.entries[f"{LINEAR}.weight"].read(0, rows)
     assert same(ours, compressor.decompress(stored, scheme)["weight"])
     # The outlier rules: between 4 and 6, the largest codes of four bits, half a step is a fifth.
@@ -377,16 +379,16 @@ def test_the_library_reads_what_is_written(tmp_path: Path, library: Any) -> None
         from compressed_tensors.quantization import apply_quantization_config
         from compressed_tensors.quantization.utils import is_module_quantized
 
-        said = CompressedTensorsConfig(**config["quantization_config"])
-        apply_quantization_config(model, said.quantization_config, show_progress=False)
+        settings = CompressedTensorsConfig(**config["quantization_config"])
+        apply_quantization_config(model, settings.quantization_config, show_progress=False)
         chosen = {name for name, module in model.named_modules() if is_module_quantized(module)}
         assert chosen == {name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")}
-        compressor = ModelCompressor.from_compression_config(said)
+        compressor = ModelCompressor.from_compression_config(settings)
         compressor.compress_model(model)
-        wanted = model.state_dict()
-        for name, tensor in wanted.items():
+        expected = model.state_dict()
+        for name, tensor in expected.items():
             assert (tensor.dtype, tensor.shape) == (stored[name].dtype, stored[name].shape), name
-        model.load_state_dict({name: stored[name] for name in wanted})
+        model.load_state_dict({name: stored[name] for name in expected})
         compressor.decompress_model(model)
     back = open_compressed(tmp_path, config).entries
     for name in chosen:
@@ -436,21 +438,21 @@ def test_the_released_model_as_others_have_written_it(tmp_path: Path) -> None:
 
 def test_stays_in_one_matrix(tmp_path: Path) -> None:
     """A stack is asked for one expert at a time, and each expert once, though four tensors are made of it."""
-    asked: list[tuple[str, int, int]] = []
+    reads: list[tuple[str, int, int]] = []
     source = plain_checkpoint(tmp_path)
     entries = {}
     for name, entry in source.entries.items():
 
         def read(first: int, last: int, entry: Entry = entry) -> Tensor:
-            asked.append((entry.name, first, last))
+            reads.append((entry.name, first, last))
             return entry.read(first, last)
 
         entries[name] = Entry(name, entry.shape, entry.nbytes, entry.stored, read)
     written(tmp_path, Checkpoint(tmp_path, "test", source.config, entries))
-    assert [a for a in asked if a[0] == f"{EXPERTS}.gate_up_proj"] == [
+    assert [a for a in reads if a[0] == f"{EXPERTS}.gate_up_proj"] == [
         (f"{EXPERTS}.gate_up_proj", e, e + 1) for e in range(3)
     ]
-    assert len(asked) == len(set(asked))
+    assert len(reads) == len(set(reads))
 
 
 # ---- experts --------------------------------------------------------------------------------------------------------
@@ -519,8 +521,8 @@ def test_blocks_join_only_where_they_end(tmp_path: Path, outputs: int) -> None:
             prefix = f"{EXPERTS}.{number}.{kind}_proj"
             tensors[f"{prefix}.weight"] = e4m3(outputs, 200, seed=number)
             tensors[f"{prefix}.weight_scale_inv"] = scales(1, 2, seed=number)
-    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    entry = opened(tmp_path, tensors, said).entries[f"{EXPERTS}.gate_up_proj"]
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    entry = opened(tmp_path, tensors, settings).entries[f"{EXPERTS}.gate_up_proj"]
     whole = entry.read(0, 3)
     codes, scale = tensors[f"{EXPERTS}.1.up_proj.weight"], tensors[f"{EXPERTS}.1.up_proj.weight_scale_inv"]
     assert torch.equal(whole[1, outputs:, :128], codes[:, :128].float() * scale[0, 0])
@@ -677,6 +679,6 @@ def test_names_that_no_sentence_could_quote(tmp_path: Path, name: str) -> None:
 
 def test_needs_a_quantization_config(tmp_path: Path) -> None:
     wrong: list[Any] = [None, 7, []]
-    for said in wrong:
+    for settings in wrong:
         with pytest.raises(CheckpointError, match="quantization_config"):
-            open_compressed(tmp_path, {**CONFIG.to_dict(), "quantization_config": said})
+            open_compressed(tmp_path, {**CONFIG.to_dict(), "quantization_config": settings})

@@ -94,12 +94,12 @@ def test_decode_is_the_formula(kind: str) -> None:
     raw = random_blocks(kind, 3, 4, seed=1)
     size = blocks.KINDS[blocks.NUMBERS[kind]]
     whole = raw.numpy().tobytes()
-    wanted = [
+    expected = [
         formula(kind, whole[at : at + size.nbytes], i)
         for at in range(0, len(whole), size.nbytes)
         for i in range(size.values)
     ]
-    assert same_bits(blocks.decode(kind, raw).reshape(-1), torch.from_numpy(np.array(wanted, np.float32)))
+    assert same_bits(blocks.decode(kind, raw).reshape(-1), torch.from_numpy(np.array(expected, np.float32)))
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -114,8 +114,8 @@ def test_decode_is_the_librarys_bit_for_bit(kind: str) -> None:
             raw.unflatten(-1, (8, -1))[..., at : at + 2] = kept[..., at : at + 2]
         raws.append(raw)
     for raw in raws:
-        wanted = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind])
-        assert same_bits(blocks.decode(kind, raw), torch.from_numpy(wanted))
+        expected = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind])
+        assert same_bits(blocks.decode(kind, raw), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -127,9 +127,9 @@ def test_packed_is_decode_bit_for_bit(kind: str) -> None:
         stack = blocks.packed(kind, raw.view(3, 4, -1))
         assert stack.shape == (3, *blocks.decode(kind, raw.view(3, 4, -1)).shape[1:])
         assert same_bits(unpack(stack[1]), blocks.decode(kind, raw[4:8]))
-    wanted = {"Q4": "int4", "Q5": "int8", "Q6": "int8", "Q8": "int8"}[kind[:2]]
-    assert (packed.kind, packed.group) == (wanted, 16 if kind == "Q6_K" else 32)
-    assert packed.data.dtype == (torch.int8 if wanted == "int8" and packed.bias is None else torch.uint8)
+    expected = {"Q4": "int4", "Q5": "int8", "Q6": "int8", "Q8": "int8"}[kind[:2]]
+    assert (packed.kind, packed.group) == (expected, 16 if kind == "Q6_K" else 32)
+    assert packed.data.dtype == (torch.int8 if expected == "int8" and packed.bias is None else torch.uint8)
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -168,8 +168,8 @@ def hard_values(columns: int) -> Tensor:
 def test_encode_is_the_librarys_bit_for_bit(kind: str) -> None:
     gguf = library()
     values = hard_values(256)
-    wanted = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[kind])
-    assert torch.equal(blocks.encode(kind, values), torch.from_numpy(wanted))
+    expected = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[kind])
+    assert torch.equal(blocks.encode(kind, values), torch.from_numpy(expected))
 
 
 def test_q8_0_rounds_halves_away_from_zero() -> None:
@@ -229,38 +229,38 @@ GENERATION: dict[str, Any] = {
 def test_written_and_read_again(tmp_path: Path) -> None:
     config = wide_config()
     source = checkpoint_of(config, **GENERATION)
-    heard: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     for kind in ("BF16", "Q8_0"):
-        write_gguf(source, tmp_path / "it.gguf", kind, progress=lambda done, total: heard.append((done, total)))
-        found = open_gguf(tmp_path / "it.gguf")
-        assert ModelConfig.from_dict(found.config) == config
-        assert found.format == "GGUF" and found.vocabulary is None and found.notices == ()
+        write_gguf(source, tmp_path / "it.gguf", kind, progress=lambda done, total: progress.append((done, total)))
+        actual = open_gguf(tmp_path / "it.gguf")
+        assert ModelConfig.from_dict(actual.config) == config
+        assert actual.format == "GGUF" and actual.vocabulary is None and actual.notices == ()
         ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": [1, 5]}
-        assert found.generation == {**GENERATION, **ids}
-        assert list(found.entries) == [ours for _, ours, _ in tensor_table(config)]
-        assert set(found.entries) == set(source.entries)
-        for name, entry in found.entries.items():
-            wanted = source.entries[name].read(0, entry.shape[0])
+        assert actual.generation == {**GENERATION, **ids}
+        assert list(actual.entries) == [ours for _, ours, _ in tensor_table(config)]
+        assert set(actual.entries) == set(source.entries)
+        for name, entry in actual.entries.items():
+            expected = source.entries[name].read(0, entry.shape[0])
             if entry.stored == "Q8_0":
-                wanted = blocks.decode("Q8_0", blocks.encode("Q8_0", wanted))
-            assert entry.shape == source.entries[name].shape == tuple(wanted.shape)
-            assert torch.equal(entry.read(0, entry.shape[0]).float(), wanted), name
-        kinds = {entry.stored for entry in found.entries.values()}
+                expected = blocks.decode("Q8_0", blocks.encode("Q8_0", expected))
+            assert entry.shape == source.entries[name].shape == tuple(expected.shape)
+            assert torch.equal(entry.read(0, entry.shape[0]).float(), expected), name
+        kinds = {entry.stored for entry in actual.entries.values()}
         assert kinds == {"F32", kind}
-        assert found.entries["model.decoder.layers.0.router.proj.weight"].stored == "F32"
-        assert sum(entry.nbytes for entry in found.entries.values()) + 4 * 32 == heard[-1][0] == heard[-1][1]
-    assert heard == sorted(heard[: len(heard) // 2]) + sorted(heard[len(heard) // 2 :])
+        assert actual.entries["model.decoder.layers.0.router.proj.weight"].stored == "F32"
+        assert sum(entry.nbytes for entry in actual.entries.values()) + 4 * 32 == progress[-1][0] == progress[-1][1]
+    assert progress == sorted(progress[: len(progress) // 2]) + sorted(progress[len(progress) // 2 :])
     assert [file.name for file in tmp_path.iterdir()] == ["it.gguf"]
 
 
 def test_large_tensors_are_converted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint_of(wide_config())
     write_gguf(source, tmp_path / "whole.gguf")
-    asked: list[int] = []
+    reads: list[int] = []
 
     def counting(entry: Entry) -> Entry:
         def read(first: int, last: int) -> Tensor:
-            asked.append((last - first) * int(np.prod(entry.shape[1:])))
+            reads.append((last - first) * int(np.prod(entry.shape[1:])))
             return entry.read(first, last)
 
         return dataclasses.replace(entry, read=read)
@@ -271,8 +271,8 @@ def test_large_tensors_are_converted_in_parts(tmp_path: Path, monkeypatch: pytes
     one, other = (read_header(tmp_path / f"{name}.gguf") for name in ("whole", "parts"))
     for name, stored in one.tensors.items():
         assert torch.equal(stored.read(), other.tensors[name].read()), name
-    assert len(asked) > len(source.entries)
-    assert max(asked) == 2 * 64 * 256  # one expert: no place of an axis is cut
+    assert len(reads) > len(source.entries)
+    assert max(reads) == 2 * 64 * 256  # one expert: no place of an axis is cut
 
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
@@ -344,10 +344,10 @@ def write_mixed(path: Path, config: ModelConfig, **changes: Any) -> dict[str, Te
 def test_a_mixed_file_opens(tmp_path: Path) -> None:
     config = wide_config()
     raws = write_mixed(tmp_path / "mixed.gguf", config)
-    found = open_gguf(tmp_path / "mixed.gguf")
-    assert ModelConfig.from_dict(found.config) == config
-    assert {entry.stored for entry in found.entries.values()} == {"F32", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q8_0"}
-    for name, entry in found.entries.items():
+    actual = open_gguf(tmp_path / "mixed.gguf")
+    assert ModelConfig.from_dict(actual.config) == config
+    assert {entry.stored for entry in actual.entries.values()} == {"F32", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q8_0"}
+    for name, entry in actual.entries.items():
         whole = entry.read(0, entry.shape[0])
         assert tuple(whole.shape) == entry.shape and whole.dtype == torch.float32
         assert torch.equal(whole, blocks.decode(entry.stored, raws[name]).view(entry.shape))
@@ -359,7 +359,7 @@ def test_a_mixed_file_opens(tmp_path: Path) -> None:
             assert part.shape == (last - first, *entry.shape[1:])
             assert same_bits(unpack(part), whole[first:last])
     with pytest.raises(InputError, match="places 0 to 70; 0 to 71 were asked for"):
-        found.entries["model.decoder.embed_tokens.weight"].read(0, 71)
+        actual.entries["model.decoder.embed_tokens.weight"].read(0, 71)
 
 
 @pytest.mark.parametrize("head", [16, 24, 64, 512])
@@ -369,11 +369,11 @@ def test_the_angles_that_turn_survive(tmp_path: Path, head: int, share: float, f
     rope = Rope(5e5, share, factor, True)
     config = tiny_config(layers=(tiny_config().layers[0], LayerConfig(head, 1, None, rope)))
     write_gguf(checkpoint_of(config), tmp_path / "it.gguf")
-    found = ModelConfig.from_dict(open_gguf(tmp_path / "it.gguf").config).layers[1].rope
-    assert int(found.partial * head // 2) == int(share * head // 2)
-    assert (found.theta, found.factor, found.proportional) == (5e5, factor, True)
+    actual = ModelConfig.from_dict(open_gguf(tmp_path / "it.gguf").config).layers[1].rope
+    assert int(actual.partial * head // 2) == int(share * head // 2)
+    assert (actual.theta, actual.factor, actual.proportional) == (5e5, factor, True)
     if share in (0.25, 0.5, 1.0) and head * share % 2 == 0:
-        assert found == rope
+        assert actual == rope
 
 
 def test_rows_of_no_multiple_of_32_stay_bf16(tmp_path: Path) -> None:
@@ -518,9 +518,9 @@ def test_tensors_twice_and_unexpected(tmp_path: Path) -> None:
     write_file(tmp_path / "more.gguf", metadata, [*plan, one("blk.2.attn_norm.weight")])
     refused(tmp_path / "more.gguf", "unexpected tensor 'blk.2.attn_norm.weight'")
     write_file(tmp_path / "head.gguf", metadata, [*plan, one("output.weight")])
-    found = open_gguf(tmp_path / "head.gguf")
-    assert set(found.entries) == set(source.entries)
-    assert len(found.notices) == 1 and "the embedding is used for both" in found.notices[0]
+    actual = open_gguf(tmp_path / "head.gguf")
+    assert set(actual.entries) == set(source.entries)
+    assert len(actual.notices) == 1 and "the embedding is used for both" in actual.notices[0]
 
 
 @pytest.mark.parametrize(
@@ -595,9 +595,9 @@ def test_a_vocabulary_travels_in_the_file(tmp_path: Path) -> None:
     vocabulary = vocabulary_of(tokenizer, template)
     config = wide_config(vocab_size=512, eos_ids=(1, 5, 13))
     write_gguf(checkpoint_of(config, **GENERATION), tmp_path / "it.gguf", vocabulary=vocabulary)
-    found = open_gguf(tmp_path / "it.gguf")
-    assert found.vocabulary == vocabulary
-    assert found.generation["eos_token_id"] == [1, 5, 13]
+    actual = open_gguf(tmp_path / "it.gguf")
+    assert actual.vocabulary == vocabulary
+    assert actual.generation["eos_token_id"] == [1, 5, 13]
     assert vocabulary.special == {"bos": 2, "eos": 1, "pad": 0, "unk": 3}
     built = Tokenizer.from_vocabulary(vocabulary.tokens, vocabulary.kinds, vocabulary.merges)
     built.save(tmp_path)
@@ -618,9 +618,9 @@ def test_a_vocabulary_travels_in_the_file(tmp_path: Path) -> None:
 def test_the_sampler_of_a_folder_comes_along(tmp_path: Path) -> None:
     source = dataclasses.replace(checkpoint_of(wide_config()), path=NANO)
     write_gguf(source, tmp_path / "it.gguf")
-    wanted = json.loads((NANO / "generation_config.json").read_text(encoding="utf-8"))
-    del wanted["max_new_tokens"]  # it would cap every answer
-    assert open_gguf(tmp_path / "it.gguf").generation == wanted
+    expected = json.loads((NANO / "generation_config.json").read_text(encoding="utf-8"))
+    del expected["max_new_tokens"]  # it would cap every answer
+    assert open_gguf(tmp_path / "it.gguf").generation == expected
 
 
 def test_ends_of_an_answer_without_their_array(tmp_path: Path) -> None:
@@ -633,9 +633,9 @@ def test_ends_of_an_answer_without_their_array(tmp_path: Path) -> None:
         if not key.endswith("token_ids")
     }
     write_mixed(tmp_path / "it.gguf", config, **{**more, "tokenizer.ggml.eos_token_ids": None})
-    found = open_gguf(tmp_path / "it.gguf")
-    assert found.generation["eos_token_id"] == [1, 5, 13]
-    assert ModelConfig.from_dict(found.config).eos_ids == (1, 5, 13)
+    actual = open_gguf(tmp_path / "it.gguf")
+    assert actual.generation["eos_token_id"] == [1, 5, 13]
+    assert ModelConfig.from_dict(actual.config).eos_ids == (1, 5, 13)
 
 
 def test_vocabularies_that_do_not_fit_together() -> None:

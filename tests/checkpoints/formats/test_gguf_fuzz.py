@@ -224,12 +224,12 @@ def run(cases: range, base: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Mutate, open, and read a part of every tensor where it opens; what came of it, by the sentence's shape."""
     sound = base.read_bytes()
     places = landmarks(sound)
-    made = torch.empty
+    allocate = torch.empty
     size = len(sound)
 
     def bounded(count: int, **kwargs: Any) -> torch.Tensor:
         assert count <= size, f"a tensor of {count} bytes for a file of {size}"
-        return made(count, **kwargs)
+        return allocate(count, **kwargs)
 
     monkeypatch.setattr("sfumato.checkpoints.formats.gguf.torch.empty", bounded)
     outcomes: Counter[str] = Counter()
@@ -247,13 +247,13 @@ def run(cases: range, base: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -
         tracemalloc.reset_peak()
         before, begin = tracemalloc.get_traced_memory()[0], time.process_time()
         try:
-            found = open_gguf(path)
-            for entry in found.entries.values():
+            checkpoint = open_gguf(path)
+            for entry in checkpoint.entries.values():
                 assert tuple(entry.read(0, 1).shape) == (1, *entry.shape[1:])
                 if entry.packed:
                     assert entry.packed(0, 1).shape == (1, *entry.shape[1:])
-            if found.vocabulary:
-                words = found.vocabulary
+            if checkpoint.vocabulary:
+                words = checkpoint.vocabulary
                 special = {f"{name}_token": words.tokens[index] for name, index in words.special.items()}
                 Tokenizer.from_vocabulary(words.tokens, words.kinds, words.merges, special)
             outcomes["opened"] += 1

@@ -121,8 +121,8 @@ def test_quantise_gives_what_mlx_gave() -> None:
     four, eight = (quantise(weight, bits, 32, torch.float32) for bits in (4, 8))
     assert four.data.view(torch.int32).tolist() == [[-0x12BA1F41, 0x1BC6A5A7, 0x7A5A6CB2, -0x04F1AB22]]
     assert eight.data[0, :8].tolist() == [0xFC, 0xC0, 0, 0xF3, 0x52, 0x49, 0xD8, 0xED]
-    found = [form.parts[part].item() for form in (four, eight) for part in ("scale", "bias")]
-    assert found == [-0.46875, 3.75, -0.027372263371944427, 3.75]
+    actual = [form.parts[part].item() for form in (four, eight) for part in ("scale", "bias")]
+    assert actual == [-0.46875, 3.75, -0.027372263371944427, 3.75]
 
 
 @pytest.mark.parametrize(("bits", "group"), [form for form in FORMS if form[0] != 6])
@@ -254,7 +254,7 @@ def test_what_is_written_reads_the_same(
     back = open_mlx(tmp_path, json.loads((tmp_path / "config.json").read_text()))
     assert back.entries.keys() == weights.keys()
     assert ModelConfig.from_dict(back.config) == config
-    seen = set()
+    names = set()
     for name, entry in back.entries.items():
         weight = weights[name]
         assert entry.shape == tuple(weight.shape)
@@ -263,11 +263,11 @@ def test_what_is_written_reads_the_same(
             continue
         own_bits = bits if "experts" in name or "self_conditioning" in name else 8
         own_group = next((size for size in (128, 64, 32) if size <= group and weight.shape[-1] % size == 0), 0)
-        seen.add((own_bits, own_group))
+        names.add((own_bits, own_group))
         expected = unpack(quantise(weight, own_bits, own_group, dtype)) if own_group else weight
         assert torch.equal(entry.read(0, len(weight)).float(), expected.float()), name
-    assert (bits, min(group, 128)) in seen and (8, 64 if group > 32 else 32) in seen
-    assert ((bits, 0) in seen) == (expert_size == 40) and ((bits, 32) in seen) == (expert_size == 96 or group == 32)
+    assert (bits, min(group, 128)) in names and (8, 64 if group > 32 else 32) in names
+    assert ((bits, 0) in names) == (expert_size == 40) and ((bits, 32) in names) == (expert_size == 96 or group == 32)
 
 
 def test_a_weight_is_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,11 +441,11 @@ def test_mlx_vlm_loads_it_and_gives_our_logits(tmp_path: Path, bits: int, group:
         cache = KVCache.allocate(config, 1, 32)
         model.encode(prompt, cache)
         soft = previous.softmax(-1) @ model.embed_tokens.weight * math.sqrt(config.hidden_size)
-        ours = [model.logits(model.denoise(canvas, cache, given)) for given in (None, soft)]
+        ours = [model.logits(model.denoise(canvas, cache, conditioning)) for conditioning in (None, soft)]
     held = there.diffusion_prefill_cache(mx.array(prompt.numpy()), cache=there.make_cache())
     tokens = mx.array(canvas.numpy())
-    for mine, given in zip(ours, (None, mx.array(previous.numpy())), strict=True):
-        logits = torch.from_numpy(numbers(there.diffusion_decoder_logits(tokens, held, given)))
+    for mine, conditioning in zip(ours, (None, mx.array(previous.numpy())), strict=True):
+        logits = torch.from_numpy(numbers(there.diffusion_decoder_logits(tokens, held, conditioning)))
         assert (logits - mine).abs().max() < 1e-4 and mine.std() > 0.5
 
 
@@ -467,9 +467,9 @@ def test_writes_what_mlx_vlm_converts(tmp_path: Path, bits: int, dtype: torch.dt
     expected = dict(tree_flatten(model.parameters()))
     source = checkpoint_of(wide_config(), weights, "F32" if dtype == torch.float32 else "BF16")
     ours = write(tmp_path / "ours", source, bits, 64)
-    found = mx.load(str(tmp_path / "ours" / "model.safetensors"))
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
+    actual = mx.load(str(tmp_path / "ours" / "model.safetensors"))
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
         other = expected[name]
         assert (array.dtype, array.shape) == (other.dtype, other.shape), name
         assert numbers(array.view(mx.uint8)).tobytes() == numbers(other.view(mx.uint8)).tobytes(), name

@@ -28,10 +28,10 @@ HALVES = (0, 1, 2, 3, 4, 6, 8, 12)
 """What the eight magnitudes of a 4-bit float are, in halves."""
 
 
-def opened(folder: Path, tensors: dict[str, Tensor], said: dict[str, Any] | None = NVFP4) -> Checkpoint:
+def opened(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any] | None = NVFP4) -> Checkpoint:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
-    config = {**CONFIG.to_dict(), **({"quantization_config": said} if said is not None else {})}
+    config = {**CONFIG.to_dict(), **({"quantization_config": settings} if settings is not None else {})}
     return open_modelopt(folder, json.loads(json.dumps(config)))
 
 
@@ -179,12 +179,12 @@ def test_where_the_quantisation_is_described(tmp_path: Path, place: str) -> None
     nested = {"producer": {"name": "modelopt"}, "quantization": own}
     if place == "own file":
         (tmp_path / "hf_quant_config.json").write_text(json.dumps(nested))
-    said = {"config": own, "nested": {"quant_method": "modelopt", **nested}, "own file": None}[place]
-    assert f"{LINEAR}.weight" in opened(tmp_path, named(LINEAR, module(8, 32, 0)), said).entries
+    settings = {"config": own, "nested": {"quant_method": "modelopt", **nested}, "own file": None}[place]
+    assert f"{LINEAR}.weight" in opened(tmp_path, named(LINEAR, module(8, 32, 0)), settings).entries
 
 
 @pytest.mark.parametrize(
-    ("said", "match"),
+    ("settings", "match"),
     [
         (None, "hf_quant_config.json"),
         ({"quant_algo": "NVFP4_AWQ"}, "NVFP4_AWQ"),
@@ -202,16 +202,16 @@ def test_where_the_quantisation_is_described(tmp_path: Path, place: str) -> None
         ({"quant_algo": "X" * 100_000}, "XXX"),
     ],
 )
-def test_other_algorithms_are_refused_by_name(tmp_path: Path, said: Any, match: str) -> None:
+def test_other_algorithms_are_refused_by_name(tmp_path: Path, settings: Any, match: str) -> None:
     with pytest.raises(CheckpointError, match=match) as caught:
-        opened(tmp_path, named(LINEAR, module(8, 32, 0)), said)
+        opened(tmp_path, named(LINEAR, module(8, 32, 0)), settings)
     assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
 
 
 def test_mixed_precision_is_read_layer_by_layer(tmp_path: Path) -> None:
-    said = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {LINEAR: {"quant_algo": "FP8"}, "x": NVFP4}}
+    settings = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {LINEAR: {"quant_algo": "FP8"}, "x": NVFP4}}
     fp8 = {"weight": torch.ones(8, 16).to(torch.float8_e4m3fn), "weight_scale": torch.tensor(0.5)}
-    entries = opened(tmp_path, named(LINEAR, fp8) | flat(experts()), said).entries
+    entries = opened(tmp_path, named(LINEAR, fp8) | flat(experts()), settings).entries
     assert entries[f"{LINEAR}.weight"].stored == "fp8" and entries[f"{EXPERTS}.down_proj"].stored == "nvfp4"
 
 
