@@ -35,6 +35,7 @@ from sfumato.errors import InputError
 from sfumato.events import Commit, Done, Draft
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.ops.contract import ReadOut
 from sfumato.options import Options
 from sfumato.sampling.rules import Rules, Schedule
 
@@ -295,9 +296,17 @@ def test_a_schedule_beyond_the_cap_and_a_cap_beyond_the_schedule() -> None:
     ours = talker()
     used: list[list[float]] = []
 
-    def read_out(hidden: Tensor, embed: Tensor, softcap: float, temperature_B: Tensor, **more: Any) -> Any:
+    def read_out(
+        hidden_BLD: Tensor,
+        embed_VD: Tensor,
+        softcap: float,
+        temperature_B: Tensor,
+        uniform_BL: Tensor | None = None,
+        gumbel_BLV: Tensor | None = None,
+        banned: tuple[Tensor, Tensor] | None = None,
+    ) -> ReadOut:
         used.append(temperature_B.tolist())
-        return reference(hidden, embed, softcap, temperature_B, **more)
+        return reference(hidden_BLD, embed_VD, softcap, temperature_B, uniform_BL, gumbel_BLV, banned)
 
     reference = ours.ops.read_out
     spied = Model(ours.config, dataclasses.replace(ours.ops, read_out=read_out)).requires_grad_(False)
