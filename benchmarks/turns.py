@@ -76,7 +76,7 @@ class Calls(TorchDispatchMode):
     """Calls of torch outside the step, by name."""
 
     def __init__(self, inside: Inside) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.inside, self.count = inside, Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,12 +90,12 @@ def answer(
 ) -> dict[str, Any]:
     """All these, so many at once: tokens, turns, and CPU seconds of turns, of the step in them, and of beginnings."""
     length = jobs.planner.model.config.canvas_length
-    left, found = list(enumerate(prompts)), Counter[str]()
+    waiting, record = list(enumerate(prompts)), Counter[str]()
     seconds, begins, under_way, inside.seconds = 0.0, 0.0, 0, 0.0
-    while left or under_way:
+    while waiting or under_way:
         began = time.thread_time()
-        while left and under_way < rows:
-            number, prompt = left.pop()
+        while waiting and under_way < rows:
+            number, prompt = waiting.pop()
             messages = [{"role": "user", "content": prompt}]
             jobs.begin(str(number), Chat(messages, options=Options(max_tokens=length, seed=number)))
             under_way += 1
@@ -105,32 +105,32 @@ def answer(
         else:
             with calls:
                 events = jobs.turn()
-        seconds, begins, found["turns"] = (
+        seconds, begins, record["turns"] = (
             seconds + time.thread_time() - turned,
             begins + turned - began,
-            found["turns"] + 1,
+            record["turns"] + 1,
         )
         for _, event in events:
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, Done):
                 under_way -= 1
-                found["tokens"] += event.usage.tokens
-                found["steps"] += event.usage.steps
-    return {**found, "turn_seconds": seconds, "step_seconds": inside.seconds, "begin_seconds": begins}
+                record["tokens"] += event.usage.tokens
+                record["steps"] += event.usage.steps
+    return {**record, "turn_seconds": seconds, "step_seconds": inside.seconds, "begin_seconds": begins}
 
 
-def measure(llm: LLM, rows: int, given: argparse.Namespace) -> dict[str, Any]:
+def measure(llm: LLM, rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The least outside the step of several rounds, each with prompts that nobody remembers."""
-    rng, base = random.Random(SEED), puzzles(given.requests)
+    rng, base = random.Random(SEED), puzzles(arguments.requests)
     jobs, rounds = Jobs(llm, BatchLimits(rows=rows)), []
     with Inside().of(llm.model) as inside:
-        for number in range(given.rounds + 1):  # the first warms up
+        for number in range(arguments.rounds + 1):  # the first warms up
             prompts = [sudoku.prompt(renamed(puzzle, rng)) for puzzle in base]
-            found = answer(jobs, prompts, rows, inside)
-            found["outside_seconds"] = found["turn_seconds"] - found["step_seconds"]
+            record = answer(jobs, prompts, rows, inside)
+            record["outside_seconds"] = record["turn_seconds"] - record["step_seconds"]
             if number:
-                rounds.append(found)
+                rounds.append(record)
         calls = Calls(inside)
         counted = answer(jobs, [sudoku.prompt(renamed(puzzle, rng)) for puzzle in base], rows, inside, calls)
     best = {name: min(one[name] for one in rounds) for name in ("step_seconds", "outside_seconds", "begin_seconds")}
@@ -141,8 +141,8 @@ def measure(llm: LLM, rows: int, given: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": rounds[0]["tokens"] / all_seconds,
         "step_ms_a_turn": 1e3 * best["step_seconds"] / turns,
         "outside_ms_a_turn": 1e3 * best["outside_seconds"] / turns,
-        "outside_ms_a_request": 1e3 * best["outside_seconds"] / given.requests,
-        "begin_ms_a_request": 1e3 * best["begin_seconds"] / given.requests,
+        "outside_ms_a_request": 1e3 * best["outside_seconds"] / arguments.requests,
+        "begin_ms_a_request": 1e3 * best["begin_seconds"] / arguments.requests,
         "calls_a_turn": calls.count.total() / counted["turns"],
         "calls": {name: round(count / counted["turns"], 2) for name, count in calls.count.most_common()},
     }
@@ -157,21 +157,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("-o", "--output", type=Path, help="write the record to this file")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    llm = LLM.load("nano", given.device, given.dtype, given.ops)
-    found: dict[str, Any] = {"what": "turns", "requests": given.requests, "levels": []}
-    for rows in map(int, given.rows.split(",")):
+    llm = LLM.load("nano", arguments.device, arguments.dtype, arguments.ops)
+    record: dict[str, Any] = {"what": "turns", "requests": arguments.requests, "levels": []}
+    for rows in map(int, arguments.rows.split(",")):
         common.say(f"{rows} rows")
-        found["levels"].append(measure(llm, rows, given))
-    common.finish(found, given)
-    print(show(found))
+        record["levels"].append(measure(llm, rows, arguments))
+    common.finish(record, arguments)
+    print(show(record))
 
 
-def show(found: dict[str, Any]) -> str:
+def show(record: dict[str, Any]) -> str:
     head = ("rows", "tokens/s", "step", "outside", "of a request", "its beginning", "calls of torch")
     lines = []
-    for one in found["levels"]:
+    for one in record["levels"]:
         times = (
             one[f"{name}_ms_a_{of}"] for name, of in (("step", "turn"), ("outside", "turn"), ("outside", "request"))
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,7 +45,7 @@ def chats(backend: FakeBackend) -> list[Chat]:
     return [query for query in backend.queries if isinstance(query, Chat) or pytest.fail(repr(query))]
 
 
-def prompts(backend: FakeBackend) -> list[str | Sequence[int]]:
+def prompts(backend: FakeBackend) -> list[Any]:
     """The prompts of the queries so far, which are all completions."""
     queries = [query for query in backend.queries if isinstance(query, Complete) or pytest.fail(repr(query))]
     return [query.prompt for query in queries]

@@ -52,7 +52,7 @@ class Tape:
 
 class _Noting(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.own: dict[int, Tensor] = {}
         self.calls: list[Callable[[], None]] = []
 
@@ -66,8 +66,8 @@ class _Noting(TorchDispatchMode):
         weak_args, weak_kwargs, results = self._weak(args), self._weak(kwargs), list(tensors(out))
 
         def again() -> None:
-            made = func(*_strong(weak_args), **_strong(weak_kwargs))
-            for old, new in zip(results, tensors(made), strict=True):
+            repeated = func(*_strong(weak_args), **_strong(weak_kwargs))
+            for old, new in zip(results, tensors(repeated), strict=True):
                 if old.untyped_storage()._cdata != new.untyped_storage()._cdata and old.numel():
                     old.copy_(new)
 

@@ -82,7 +82,7 @@ class Batch:
         self.cost = Cost()
         self._waiting: deque[Row] = deque()
         self._ids: dict[int, str] = {}
-        """The id of the request in each seat that is taken."""
+        """The id of the request in each seat that is used."""
         self._credit = 0.0
         """Seconds that the others have saved up while newcomers went first."""
         self._figures, self._recent = Figures(), (0, 0)
@@ -244,12 +244,12 @@ class Batch:
     def _max_capacity(self, rows: int) -> int:
         """Tokens that each of so many rows could have room for, all of them growing, old and new cache together."""
         low, high = self.engine.cache.capacity, self.config.max_position
-        taken = self.engine.cache.bytes + self.prefixes.bytes
-        if self._bytes(rows, high) + taken <= self.memory:
+        used = self.engine.cache.bytes + self.prefixes.bytes
+        if self._bytes(rows, high) + used <= self.memory:
             return high
         while low < high:
             middle = (low + high + 1) // 2
-            if self._bytes(rows, middle) + taken <= self.memory:
+            if self._bytes(rows, middle) + used <= self.memory:
                 low = middle
             else:
                 high = middle - 1
@@ -303,8 +303,8 @@ class Batch:
             capacity = min(-(-len(prompt) // KEPT_ROUND) * KEPT_ROUND, self.config.max_position)
             size = KVCache.bytes_of(self.config, 1, capacity, self.model.dtype)
             rows = len(self.engine.rows)
-            taken = self._bytes(rows, self.engine.cache.capacity) + self.prefixes.bytes
-            if size <= self.prefixes.room and taken + size <= self.memory:
+            used = self._bytes(rows, self.engine.cache.capacity) + self.prefixes.bytes
+            if size <= self.prefixes.room and used + size <= self.memory:
                 self.prefixes.add(prompt, self.engine.cache.fork([seat], capacity))
                 self.engine.seats.max_capacity = self._max_capacity(rows)
 

@@ -306,7 +306,7 @@ class Feeder:
     def __init__(self, model: Model, placement: Placement) -> None:
         device = placement.device
         self.order = placement.streamed
-        self.link = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.link = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers = [_Buffer(number) for number in range(placement.buffers)]
         memory = [torch.empty(placement.buffer_bytes, dtype=torch.uint8, device=device) for _ in self.buffers]
         if self.link is not None:
@@ -379,7 +379,7 @@ def _begin(pairs: list[tuple[Tensor, Tensor]], link: torch.cuda.Stream | None) -
     with torch.cuda.stream(link):
         for view, host in pairs:
             view.copy_(host, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(link)
     return event
 

@@ -48,7 +48,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
     One for all: torch gives streams out in turns, and the one that a block runs beside (`ops.triton.block`) must be
     another."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)
 
 
 _ONE_AT_A_TIME = threading.Lock()

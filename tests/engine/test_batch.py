@@ -15,18 +15,15 @@ import torch
 from sfumato import Options
 from sfumato.engine import request as rows
 from sfumato.engine.batch import Batch
-from sfumato.engine.cost import Cost
 from sfumato.engine.engine import Engine, EngineSettings
 from sfumato.engine.limits import BatchLimits
 from sfumato.engine.memory import row_bytes
-from sfumato.engine.prefixes import Prefixes
 from sfumato.engine.request import Failure, Request
 from sfumato.engine.run import ROUND, Run
 from sfumato.errors import BusyError, CapacityError, InputError
 from sfumato.events import Commit, Done, Draft, Event
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
-from sfumato.model.prompt import Prompt
 
 CONFIG = tiny.tiny_config(eos_ids=(38, 45), max_position=400)
 SETTLES = Options(max_steps=8, t_min=0.2, t_max=0.4, entropy_bound=0.5, confidence=0.5)
@@ -61,13 +58,13 @@ def requests(count: int) -> list[Request]:
         {"max_steps": 11, "stability": 2},
         {"drafts": True},
     ]
-    found = []
+    each = []
     for n in range(count):
         options = dataclasses.replace(SETTLES, seed=n, max_tokens=9 + n % 17, **{})
         options = dataclasses.replace(options, **sorts[n % len(sorts)])
         pins = {2: 7} if n % 3 == 0 and options.mode is None else {}
-        found.append(Request(text(3 + 7 * n % 60, n), options, pins, banned=(9,) if n % 5 == 0 else ()))
-    return found
+        each.append(Request(text(3 + 7 * n % 60, n), options, pins, banned=(9,) if n % 5 == 0 else ()))
+    return each
 
 
 def plain(event: Event) -> Event:
@@ -89,7 +86,7 @@ class Near(list[float]):
         assert isinstance(other, Near)
         return len(self) == len(other) and all(abs(a - b) < 1e-3 for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 def near(values: list[float] | None) -> Any:
@@ -162,23 +159,6 @@ def without_passes(event: Event) -> Event:
     )
 
 
-def test_a_cache_changes_its_shape_both_ways() -> None:
-    """Rows keep what they hold as long as it fits, and go back only as far as a shorter ring can."""
-    ours, tokens = model(), text(40)
-    cache = KVCache.allocate(CONFIG, 2, 300, slack=4)
-    ours.encode(torch.tensor([tokens]), cache, [1])
-    for capacity in (300, 60, 400, 40):
-        cache = cache.fork([None, 1], capacity)
-        assert cache.lengths == [0, 40]
-        fresh = KVCache.allocate(CONFIG, 1, 400)
-        ours.encode(torch.tensor([tokens]), fresh)
-        canvas = torch.tensor([text(8)])
-        assert torch.allclose(ours.denoise(canvas, cache, None, [1]), ours.denoise(canvas, fresh), atol=1e-5)
-    assert not cache.can_truncate(1, 20) and cache.can_truncate(1, 38)
-    with pytest.raises(CapacityError, match="a row of 40 tokens does not fit a cache for 30"):
-        cache.fork([1], 30)
-
-
 # ---- the batch -----------------------------------------------------------------------------------------------------
 
 
@@ -230,13 +210,13 @@ def test_the_cache_stays_within_the_memory_and_all_get_their_turn() -> None:
 
 def test_an_answer_that_outgrows_the_memory_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "FIRST_ROOM", 64)
-    asked = Request(text(9), dataclasses.replace(SETTLES, max_tokens=370, min_tokens=370, seed=1))
+    submitted = Request(text(9), dataclasses.replace(SETTLES, max_tokens=370, min_tokens=370, seed=1))
     size = KVCache.bytes_of(CONFIG, 1, 256, torch.float32)
     tight = size + row_bytes(CONFIG, torch.float32) + size // 4  # no room for a second, larger one
     ends = []
     for memory in (tight, 1 << 30):
         some = Batch(model(), BatchLimits(memory=memory))
-        some.submit(asked)
+        some.submit(submitted)
         ends.append(finish(some)[-1])
         assert some.engine.cache.bytes + row_bytes(CONFIG, torch.float32) <= memory
     short, whole = ends
@@ -353,17 +333,6 @@ def test_a_long_prompt_is_encoded_between_the_others_steps(monkeypatch: pytest.M
     assert [e for e in events if isinstance(e, Done) and e.request == late]
 
 
-def test_what_a_turn_costs_is_learned() -> None:
-    cost = Cost()
-    assert cost.of(100) == 0 and cost.within(0.1) == 2048
-    for n in range(50):
-        cost.learn(100 + 10 * (n % 7), 0.02 + 0.001 * (100 + 10 * (n % 7)))
-    assert cost.of(200) == pytest.approx(0.22) and cost.within(0.5) == pytest.approx(500, abs=1)
-    for _ in range(60):
-        cost.learn(100, 0.5)
-    assert cost.of(100) == pytest.approx(0.5, rel=0.05)
-
-
 # ---- prefixes ------------------------------------------------------------------------------------------------------
 
 
@@ -377,18 +346,18 @@ def test_instructions_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Model, "encode", encode)
     shared, some = text(100), Batch(model(), BatchLimits(rows=4))
-    asked = [
+    submitted = [
         Request([*shared, *text(5, n)], dataclasses.replace(SETTLES, max_tokens=16, seed=n), marks=[100])
         for n in range(6)
     ]
     done = {}
-    for request in asked:
+    for request in submitted:
         some.submit(request)
     for event in finish(some):
         if isinstance(event, Done):
             done[event.seed] = event
     assert sum(encoded) == 100 and some.figures().prefix_hits == 5 and some.figures().prefix_tokens == 500
-    for n, request in enumerate(asked):
+    for n, request in enumerate(submitted):
         assert done[n].tokens == list(Run(model(), [request]))[-1].tokens
         assert done[n].usage.reused_tokens == (100 if n else 0)
 
@@ -419,34 +388,6 @@ def encoded(tokens: list[int]) -> KVCache:
     cache = KVCache.allocate(CONFIG, 1, len(tokens))
     model().encode(torch.tensor([tokens]), cache)
     return cache
-
-
-def test_what_was_not_used_for_longest_goes_first() -> None:
-    size = encoded(text(40)).bytes
-    kept = Prefixes(2 * size)
-    for n in range(2):
-        kept.add(Prompt.of(text(40, n)), encoded(text(40, n)))
-    assert kept.find(Prompt.of([*text(40, 0), 1]))[1] == 40
-    kept.add(Prompt.of(text(40, 2)), encoded(text(40, 2)))
-    assert [kept.find(Prompt.of([*text(40, n), 1]))[1] for n in range(3)] == [40, 0, 40] and kept.bytes == 2 * size
-    assert kept.holds(Prompt.of(text(40, 2))) and not kept.holds(Prompt.of(text(41, 2)))
-    kept.clear()
-    assert kept.bytes == 0 and kept.find(Prompt.of([*text(40, 0), 1])) == (None, 0)
-
-
-def test_equal_tokens_with_other_content_share_no_cache() -> None:
-    """Two images behind the same tokens: what stands before them may be shared, they and what follows may not."""
-    tokens = text(40)
-    one, other, none = (Prompt(tuple(tokens), content=content) for content in ({36: b"cat"}, {36: b"dog"}, {}))
-    kept, cache = Prefixes(1 << 30), encoded(tokens)
-    kept.add(one, cache)
-    assert kept.find(one.extended([1])) == (cache, 40) and kept.holds(one)
-    for prompt in other, none:
-        assert kept.find(prompt.extended([1]))[1] == 36 and not kept.holds(prompt)
-        assert prompt != one and prompt.shared(one) == 36
-    kept.add(other, encoded(tokens))
-    assert [kept.find(prompt.extended([1]))[1] for prompt in (one, other, none)] == [40, 40, 36]
-    assert kept.find(one.extended([1]))[0] is not kept.find(other.extended([1]))[0]
 
 
 def test_a_request_runs_as_often_as_it_is_submitted() -> None:

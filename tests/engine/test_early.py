@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ def events_of(
     llm: LLM,
     ids: list[list[int]],
     options: Options | list[Options],
-    pins: list[dict[int, int]] | None = None,
+    pins: list[Mapping[int, int]] | None = None,
     settings: EngineSettings = EngineSettings(),  # noqa: B008 - frozen
 ) -> list[Any]:
     """The events, without their seconds."""
@@ -71,14 +72,14 @@ def test_a_short_budget_takes_a_short_canvas(llm: LLM) -> None:
     ids, short = list(llm.encode("Solve")), Options(seed=2, short=True)
     run = Run(llm.model, [ids], [replace(short, max_tokens=10)])
     assert run.rows[0].length == 16
-    events = list(run)
-    assert len(events[-1].tokens) <= 10 and events[-1].usage.steps <= 16
+    done = list(run)[-1]
+    assert isinstance(done, Done) and len(done.tokens) <= 10 and done.usage.steps <= 16
     several = [replace(short, max_tokens=most) for most in (10, 70, 100)] + [replace(EARLY, max_tokens=10)]
     together = Run(llm.model, [ids] * 4, several)
     assert [row.length for row in together.rows] == [16, 80, 82, 82]
-    found = {e.row: e.tokens for e in together if isinstance(e, Done)}
+    by_row = {e.row: e.tokens for e in together if isinstance(e, Done)}
     for row, options in enumerate(several):
-        assert [found[row]] == [e.tokens for e in Run(llm.model, [ids], options) if isinstance(e, Done)]
+        assert [by_row[row]] == [e.tokens for e in Run(llm.model, [ids], options) if isinstance(e, Done)]
 
 
 def test_a_canvas_stops_where_all_up_to_its_first_end_is_settled(llm: LLM) -> None:
@@ -95,9 +96,9 @@ def test_a_canvas_stops_where_all_up_to_its_first_end_is_settled(llm: LLM) -> No
 
 
 def test_a_row_is_the_same_alone_in_a_batch_and_with_static_buffers(llm: LLM) -> None:
-    asked = [request(llm, p)[0] for p in puzzles(4, 38)]
-    together = events_of(llm, asked, [replace(EARLY, seed=n) for n in range(4)])
-    for n, ids in enumerate(asked):
+    prompts = [request(llm, p)[0] for p in puzzles(4, 38)]
+    together = events_of(llm, prompts, [replace(EARLY, seed=n) for n in range(4)])
+    for n, ids in enumerate(prompts):
         alone = events_of(llm, [ids], replace(EARLY, seed=n))
         mine = [replace(e, row=0, request="") for e in together if e.row == n]
         assert [e.tokens for e in mine] == [e.tokens for e in alone] and mine[-1].usage == alone[-1].usage

@@ -41,7 +41,7 @@ def nano() -> LLM:
     return LLM.load("nano", ops="fused")
 
 
-def asked(llm: LLM, value: Any, **more: Any) -> Options:
+def constrained(llm: LLM, value: Any, **more: Any) -> Options:
     """With twice the shortest valid text as the budget."""
     kind = "regex" if isinstance(value, str) else "schema"
     budget = 2 * llm.planner.grammars.compile(kind, value).shortest()
@@ -50,8 +50,8 @@ def asked(llm: LLM, value: Any, **more: Any) -> Options:
 
 def outputs(llm: LLM, each: list[Options]) -> list[Done]:
     prompts = [llm.encode("x" * (n % 5 + 1)) for n in range(len(each))]
-    found = {event.row: event for event in llm.events(prompts, each) if isinstance(event, Done)}
-    return [found[n] for n in range(len(each))]
+    done = {event.row: event for event in llm.events(prompts, each) if isinstance(event, Done)}
+    return [done[n] for n in range(len(each))]
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -61,7 +61,7 @@ def test_a_thousand_texts_of_random_weights_are_valid_and_end(wild: LLM, seed: i
     ended = 0
     for start in range(0, CASES, BATCH):
         some = values[start : start + BATCH]
-        for value, done in zip(some, outputs(wild, [asked(wild, v, seed=seed) for v in some]), strict=True):
+        for value, done in zip(some, outputs(wild, [constrained(wild, v, seed=seed) for v in some]), strict=True):
             if done.finish_reason == "stop":
                 ended += 1
                 assert valid(value, done.text), (value, done.text)
@@ -71,7 +71,7 @@ def test_a_thousand_texts_of_random_weights_are_valid_and_end(wild: LLM, seed: i
 
 def test_alone_in_a_batch_and_from_a_stream_the_text_is_the_same(wild: LLM) -> None:
     values = generated(12, 5)
-    each = [asked(wild, value, seed=n) for n, value in enumerate(values)]
+    each = [constrained(wild, value, seed=n) for n, value in enumerate(values)]
     together = outputs(wild, each)
     for n, options in enumerate(each):
         alone = list(wild.events([wild.encode("x" * (n % 5 + 1))], options))
@@ -81,14 +81,16 @@ def test_alone_in_a_batch_and_from_a_stream_the_text_is_the_same(wild: LLM) -> N
 
 def test_early_answers_obey_too(wild: LLM) -> None:
     values = generated(20, 6)
-    for value, done in zip(values, outputs(wild, [asked(wild, v, seed=1, early=True) for v in values]), strict=True):
+    for value, done in zip(
+        values, outputs(wild, [constrained(wild, v, seed=1, early=True) for v in values]), strict=True
+    ):
         assert done.finish_reason == "stop" and valid(value, done.text)
 
 
 @pytest.mark.parametrize("stability", [0, 1])
 def test_early_answers_obey_however_little_sureness_is_asked(nano: LLM, stability: int) -> None:
     value = r"([0-4]{6}-low|[5-9]{6}-high)"
-    careless = {"confidence": 2.0, "stability": stability, "entropy_bound": 5.0, "max_steps": 8}
+    careless: dict[str, Any] = {"confidence": 2.0, "stability": stability, "entropy_bound": 5.0, "max_steps": 8}
     each = [Options(regex=value, max_tokens=30, seed=seed, early=True, **careless) for seed in range(40)]
     for done in outputs(nano, each):
         assert done.finish_reason == "stop" and valid(value, done.text), done.text
@@ -146,7 +148,7 @@ def test_a_text_over_several_canvases(nano: LLM) -> None:
 
 
 def test_slots_with_grammars_beside_free_ones(nano: LLM) -> None:
-    template = [
+    template: list[str | Slot] = [
         "id: ",
         Slot("id", regex="[A-F]{2}[0-9]{4}"),
         "; ",
@@ -160,7 +162,7 @@ def test_slots_with_grammars_beside_free_ones(nano: LLM) -> None:
         assert filled.text == f"id: {filled.values['id']}; {filled.values['word']}; {filled.values['n']}"
 
 
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "book",
@@ -188,7 +190,7 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
         options = Options(seed=seed, max_tokens=70, max_steps=3)
         ask = wild.planner.ask(Request(ids, options, pins=dict(enumerate(lead)), spans=[span]))
         done = list(Run(wild.model, [ask.request]))[-1]
-        assert done.finish_reason == "stop"
+        assert isinstance(done, Done) and done.finish_reason == "stop"
         for call in parse_ids(wild.tokenizer, done.tokens).tool_calls:
             called += 1
             assert call["name"] == "book"

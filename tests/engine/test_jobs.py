@@ -142,7 +142,7 @@ def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, mo
             def planned(query: Decide) -> Any:
                 whole.append(plan(query))  # so that it is not closed before the job is
                 asks = next(whole[0])
-                yield [dataclasses.replace(ask, request=dataclasses.replace(ask.request, inspect=fail)) for ask in asks]
+                yield [dataclasses.replace(ask, inspect=fail) for ask in asks]
 
             monkeypatch.setattr(nano.planner, "decide", planned)
         jobs.begin("1", Decide("1", {"mood": ["good", "bad"]}, 1, Options(seed=1)))

@@ -37,7 +37,7 @@ def _prompt_of(query: Query) -> Sequence[Any]:
     """What the model reads first."""
     match query:
         case Complete(prompt=prompt):
-            return prompt
+            return prompt if isinstance(prompt, str) else list(prompt)
         case Chat(messages=messages):
             return messages
         case Infill(prefix=prefix):

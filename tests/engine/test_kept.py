@@ -1,0 +1,108 @@
+"""engine/kept.py: the engine that stays warm between two calls, with the last conversation in its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from sfumato.engine import kept as kept_module
+from sfumato.engine.engine import Engine
+from sfumato.engine.kept import NOTHING
+from sfumato.errors import InputError
+from sfumato.events import Done
+from sfumato.llm import LLM
+from sfumato.model.prompt import Prompt
+from sfumato.options import Options
+
+
+@pytest.fixture(scope="module")
+def nano() -> LLM:
+    return LLM.load("nano", device="cpu", dtype="float32")
+
+
+def test_a_model_keeps_its_engine(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[Engine] = []
+    init = Engine.__init__
+
+    def noted(self: Engine, *args: Any, **more: Any) -> None:
+        engines.append(self)
+        init(self, *args, **more)
+
+    nano.forget()
+    monkeypatch.setattr(Engine, "__init__", noted)
+    options = Options(max_tokens=20, seed=1)
+    first = [nano.complete(text, options).text for text in ("ab", "abc def", "x")]
+    assert len(engines) == 1
+    again = []
+    for text in ("ab", "abc def", "x"):
+        nano.forget()
+        again.append(nano.complete(text, options).text)
+    assert first == again
+    assert len(engines) == 4
+
+
+def test_a_stream_that_is_left_leaves_a_clean_engine(nano: LLM) -> None:
+    options = Options(max_tokens=160, seed=2, drafts=True)
+    expected = nano.complete("the same", options).tokens
+    stream = nano.stream("something else", options)
+    next(stream)
+    assert isinstance(stream, Generator)
+    stream.close()
+    assert (
+        nano._engines.kept is not None
+        and not len(nano._engines.kept.prompt)
+        and not any(nano._engines.kept.engine.cache.lengths)
+    )
+    assert nano.complete("the same", options).tokens == expected
+
+
+def test_two_calls_at_a_time_have_an_engine_each(nano: LLM) -> None:
+    options = Options(max_tokens=160, seed=2, drafts=True)
+    expected = [nano.complete(text, options).tokens for text in ("one", "two")]
+    streams = [nano.stream(text, options) for text in ("one", "two")]
+    answers: list[list[int]] = [[], []]
+    live = [0, 1]
+    while live:
+        for n in list(live):
+            event = next(streams[n], None)
+            if event is None:
+                live.remove(n)
+            elif isinstance(event, Done):
+                answers[n] = event.tokens
+    assert answers == expected
+
+
+def test_a_request_that_is_refused_leaves_the_engine(nano: LLM) -> None:
+    nano.complete("ab", Options(max_tokens=5, seed=1))
+    before = nano._engines.kept
+    with pytest.raises(InputError):
+        nano.complete("ab" * 9000, Options(max_tokens=5))
+    assert before is not None and nano._engines.kept is not None and nano._engines.kept.engine is before.engine
+
+
+def test_an_idle_engine_gives_a_large_cache_back(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_module, "MOST_IDLE", 1000)
+    nano.chat([{"role": "user", "content": "a"}], options=Options(max_tokens=5, seed=1))
+    assert nano._engines.kept is not None and len(nano._engines.kept.prompt)  # a conversation stays
+    nano._engines.put_back(nano._engines.kept.engine, NOTHING)
+    assert nano._engines.kept.engine.cache.capacity == 1
+    assert nano.complete("ab", Options(max_tokens=5, seed=1)).tokens
+
+
+def test_a_conversation_with_other_content_is_not_continued(nano: LLM) -> None:
+    """Equal tokens with another image in them are another conversation, from there on."""
+    nano.forget()
+    nano.complete("12345678", Options(max_tokens=5, seed=1))
+    assert nano._engines.kept is not None
+    engine, tokens = nano._engines.kept.engine, nano._engines.kept.prompt.tokens
+    one, other = (Prompt(tokens, content={5: content}) for content in (b"cat", b"dog"))
+    for prompt, shared in (one, len(tokens)), (other, 5), (Prompt(tokens), 5):
+        nano._engines.put_back(engine, one)
+        assert nano._engines.take(nano.model, [prompt.extended([1])]) is engine and engine.cache.lengths[0] == shared
+        engine.leave(0)
+        nano.forget()
+        nano.complete("12345678", Options(max_tokens=5, seed=1))
+        assert nano._engines.kept is not None
+        engine = nano._engines.kept.engine
