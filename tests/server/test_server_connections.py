@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import resource
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,59 +18,10 @@ from fake_backend import FakeBackend, Served
 from raw_client import CHAT, SAY, post, refused, served
 from starlette.testclient import TestClient
 
-from sfumato.errors import SfumatoError
 from sfumato.server.app import Limits
-from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest
 from sfumato.server.http import limits as http_limits
-from sfumato.server.http.bodies import Body, read
-from sfumato.server.openai.bodies import ChatRequest, CompletionRequest
-from sfumato.server.openai.items import ResponsesRequest
 
 client = raw_client.client
-
-
-KINDS: dict[str, type[Body]] = {
-    CHAT: ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/responses": ResponsesRequest,
-    "/v1/infill": InfillRequest,
-    "/v1/edit": EditRequest,
-    "/v1/fill": FillRequest,
-    "/v1/decisions": DecisionsRequest,
-}
-UNITS = [b"0", b"[]", b"{}", b'""', b"1.5", b"null", b'"\\ud83d\\ude00"', b"[[[[]]]]", b'{"a":{"a":0}}']
-
-
-def wrong_bodies(kind: type[Body], size: int) -> Iterator[bytes]:
-    """Bodies of about this size: each field as a list of every unit, unknown names, a long one, and depth."""
-    for name, info in kind.model_fields.items():
-        for unit in UNITS:
-            many = b",".join([unit] * (size // (len(unit) + 1)))
-            yield b'{"' + (info.alias or name).encode() + b'":[' + many + b"]}"
-    yield b"{" + b",".join(b'"a%d":0' % number for number in range(size // 12)) + b"}"
-    yield b'{"' + b"a" * size + b'":0}'
-    yield b"[" * size
-    yield b'{"x":' * (size // 5)
-    yield b'{"messages":[' + b",".join([b"[" * 60 + b"]" * 60] * (size // 121)) + b"]}"
-    yield b'{"fields":{' + b",".join(b'"a%d":0' % number for number in range(size // 12)) + b"}}"
-    yield b'{"a":"' + b"\\ud83d\\ude00" * (size // 12) + b'\\ud800"}'
-
-
-def check_bodies(size: int, seconds: float, memory: int, names: tuple[str, ...] = ()) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for kind in KINDS.values():
-        for body in wrong_bodies(kind, size):
-            if names and not any(body.startswith(b'{"' + name.encode()) for name in names):
-                continue
-            start = time.perf_counter()
-            try:
-                read(body, kind, Limits())
-            except SfumatoError as error:
-                assert len(str(error)) < 2100
-            took = time.perf_counter() - start
-            assert took < seconds, (kind, body[:40], body[-10:], took)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
-    assert grown < memory, grown
 
 
 def connected(server: Served) -> socket.socket:

@@ -129,7 +129,7 @@ class Cluster:
         deployment: Any = serve.deployment(
             Replica,
             name="replica",
-            # A replica holds what comes next as well, so that no row waits for the way here; the rest waits on this
+            # A replica holds the next jobs as well, so that no row waits for the way here; the rest waits on this
             # side, where a replica that is added can take it.
             max_ongoing_requests=rows + min(rows, queue),
             max_queued_requests=queue,

@@ -21,7 +21,7 @@ POLICY = (
 )
 """The content policy of the page."""
 GONE = 499
-"""The status in the log and the metrics of a request whose client left; nobody is sent it."""
+"""The status in the log and the metrics of a request whose client left; no client gets it."""
 
 
 def is_page(path: str) -> bool:

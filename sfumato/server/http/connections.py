@@ -69,7 +69,7 @@ class Connection(H11Protocol):
         is_free = self.cycle is None or self.cycle.response_complete
         return is_free and not self._is_closing and not self.transport.is_closing()
 
-    # ---- what comes -------------------------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Read what the client sends; behind a refusal only count it."""

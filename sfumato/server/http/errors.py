@@ -1,4 +1,4 @@
-"""Every error as an answer: one body, OpenAI's, and the status that says whose fault it was."""
+"""Every error as an answer: OpenAI's body for errors, and the status that says whose fault it was."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ RETRY = {"retry-after": "1"}
 
 
 def refusal(error: Exception) -> Refusal:
-    """Any error as an answer. What nobody foresaw is a 500 that says nothing of the inside."""
+    """Any error as an answer. An unexpected one is a 500 that shows nothing of the inside."""
     match error:
         case Refusal():
             return error

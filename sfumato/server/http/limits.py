@@ -1,4 +1,4 @@
-"""Limits of a request's body, as plain ASGI: its size, its time, and what is left of it behind an early answer.
+"""Limits of a request's body, as plain ASGI: its size, its time, and its remainder behind an early answer.
 
 What comes before the body is limited in `connections`.
 """
@@ -32,7 +32,7 @@ class BodyRemainder:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, and read what is left of its body."""
+        """Answer a request, and read the remainder of its body."""
         if scope["type"] != "http" or not _has_body(Headers(scope=scope)):
             return await self.app(scope, receive, send)
         is_over = is_early = False

@@ -2,8 +2,8 @@
 
 Three kinds of thread run its methods. `read` takes messages from the connection, from before the model is loaded, so
 that the process ends with its parent whatever it is doing. `prepare` prepares jobs (template, tokens, grammar) in two
-lanes, so that small ones need not wait for a new grammar or a long text. `serve`, in the main thread, runs the engine, a
-turn after the other, and sends each turn's outcomes as one message.
+lanes, so that small ones need not wait for a new grammar or a long text. `serve`, in the main thread, runs the engine's
+turns, and sends the outcomes of each as one message.
 
 An error of a job ends that job alone. A job that is not prepared in time is given up; its thread is stuck, and another
 one takes its place.
