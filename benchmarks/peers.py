@@ -521,7 +521,7 @@ def calm_(model: Model) -> Model:
 
 
 def main() -> None:
-    parser = common.argument_parser(__doc__, 15.0)
+    parser = common.arguments(__doc__, 15.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "float32"])
     parser.add_argument("--kinds", default="int8", help="recipes of ours beside --dtype; may be empty")
