@@ -398,7 +398,7 @@ def test_bans_that_touch_other_positions_are_seen(setting: Setting, monkeypatch:
 
         def read_out(*args: Any, banned: Any = None, **named: Any) -> ReadOut:
             banned = banned and (torch.ones_like(banned[0]), banned[1])
-            result: ReadOut = record.read_out(*args, **named, banned=banned)
+            result: ReadOut = record.read_out(*args, **{**named, "banned": banned})
             return result
 
         return replace(record, read_out=read_out)
