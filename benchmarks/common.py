@@ -164,7 +164,7 @@ def ceiling(arguments: argparse.Namespace, seconds: float = 1.0) -> dict[str, An
     return most
 
 
-def arguments(about: str, seconds: float) -> argparse.ArgumentParser:
+def argument_parser(about: str, seconds: float) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

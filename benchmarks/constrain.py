@@ -12,11 +12,13 @@ import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -65,11 +67,15 @@ class Fake:
         words = [t if ok else self.rng.randrange(self.vocab_size) for t, ok in zip(self.right, is_right, strict=True)]
         return words, is_right
 
-    def pick(self, position: int, mask: np.ndarray) -> tuple[int, float]:
+    def pick(self, position: int, mask: NDArray[np.bool_]) -> tuple[int, float]:
         allowed = torch.from_numpy(mask)
         row_V = self.logits_LV[position].float().masked_fill(~allowed, -torch.inf)
         chances_V = row_V.softmax(-1)
         return int(row_V.argmax()), float(torch.special.entr(chances_V).sum())
+
+
+def _picked(fake: Fake, position: int, _: int, mask: NDArray[np.bool_]) -> tuple[int, float]:
+    return fake.pick(position, mask)
 
 
 def run(guide: Guide, fake: Fake, shares: list[float], is_last: bool) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def naive(grammar: Grammar, fake: Fake) -> dict[str, Any]:
         guide = grammar.start(LENGTH)
         began = time.perf_counter()
         for position in range(LENGTH):
-            walk = guide.walk([nothing], [True], lambda _, mask, at=position: fake.pick(at, mask), BOUND, True)
+            walk = guide.walk([nothing], [True], partial(_picked, fake, position), BOUND, True)
             guide.commit(len(walk.tokens))
             if guide.is_over:
                 break
@@ -110,7 +116,7 @@ def naive(grammar: Grammar, fake: Fake) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = common.arguments(__doc__, 5.0).parse_args()
+    arguments = common.argument_parser(__doc__, 5.0).parse_args()
     common.say("the vocabulary")
     tokenizer = Tokenizer(gemma_vocab.build())
     eos = tokenizer.special_id("eos_token")
@@ -140,7 +146,7 @@ def main() -> None:
         "rows": rows,
         "targets": {"mean ms a step": common.target(rows["settles"]["ms_mean"], 20.0)},
     }
-    common.finish(record, given)
+    common.finish(record, arguments)
     lines = [
         [name, f"{row['ms_mean']:.2f}", f"{row['ms_worst']:.2f}", f"{row['masks_mean']:.1f}"]
         for name, row in rows.items()
@@ -151,7 +157,8 @@ def main() -> None:
 
 def spelled(grammar: Grammar, tokenizer: Tokenizer, text: str, eos: int) -> list[int]:
     """The tokens of a text as the tokenizer writes them, where the grammar does not force others."""
-    guide, tokens, data = grammar.start(LENGTH), [], text.encode()
+    guide, data = grammar.start(LENGTH), text.encode()
+    tokens: list[int] = []
     while not guide.is_over:
         left = data[len(tokenizer.decode(tokens).encode()) :].decode()
         top = tokenizer.encode(left) or [eos]

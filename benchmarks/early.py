@@ -184,7 +184,7 @@ HEAD = ["answer", "first committed text", "end", "of the reference", "steps", "r
 
 
 def main() -> None:
-    parser: argparse.ArgumentParser = common.arguments(__doc__ or "", 0)
+    parser: argparse.ArgumentParser = common.argument_parser(__doc__ or "", 0)
     parser.add_argument("--size", default="mid", help="the random model; empty: none")
     parser.add_argument("--ops", default="auto")
     parser.add_argument("--prompt", type=int, default=384)

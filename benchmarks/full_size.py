@@ -315,7 +315,7 @@ HEAD = [
 
 
 def main() -> None:
-    parser = common.arguments(__doc__ or "", 5.0)
+    parser = common.argument_parser(__doc__ or "", 5.0)
     parser.add_argument("--sources", default="random,gguf")
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--layers", type=int, default=30, help="fewer for a trial run")

@@ -52,38 +52,38 @@ def traced(kind: str, rows: int = 1, arch: int = 90, context: int = 1024, is_enc
 
 def rows_of(kind: str, arch: int) -> list[dict[str, Any]]:
     """A row for each kernel at each of its sizes, in the order of their first launch."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows_by_kernel: dict[tuple[Any, ...], dict[str, Any]] = {}
     with as_if(arch):
         for node in traced(kind, arch=arch):
             if not node.is_kernel:
                 continue
             key = node.name, tuple(sorted((k, str(v)) for k, v in node.sizes.items())), node.grid
-            if key not in rows:
-                compiled = ahead.read(node.launch.compiled())
-                rows[key] = {"kernel": node.name, "arch": arch, "kind": kind, "launches": 0}
-                rows[key] |= {"ctas": math.prod(node.grid), "tiles": tiles(node), **compiled}
-            rows[key]["launches"] += 1
-    return list(rows.values())
+            if key not in rows_by_kernel:
+                facts = ahead.read(node.launch.compiled())
+                rows_by_kernel[key] = {"kernel": node.name, "arch": arch, "kind": kind, "launches": 0}
+                rows_by_kernel[key] |= {"ctas": math.prod(node.grid), "tiles": tiles(node), **facts}
+            rows_by_kernel[key]["launches"] += 1
+    return list(rows_by_kernel.values())
 
 
 def tiles(node: Node) -> str:
     """The sizes of a program's tile, shortly."""
-    names = ("BLOCK_N", "BLOCK_M", "BLOCK_K", "BLOCK_D", "TILE", "SPLITS", "SPLIT_K", "K", "SIZE")
-    return " ".join(f"{name.removeprefix('BLOCK_')}{node.sizes[name]}" for name in names if name in node.sizes)
+    sizes = ("BLOCK_N", "BLOCK_M", "BLOCK_K", "BLOCK_D", "TILE", "SPLITS", "SPLIT_K", "K", "SIZE")
+    return " ".join(f"{name.removeprefix('BLOCK_')}{node.sizes[name]}" for name in sizes if name in node.sizes)
 
 
 def counts(kinds: list[str]) -> list[dict[str, Any]]:
     """Nodes a step by weights, rows, and whether something is encoded in the same pass."""
-    steps = []
+    nodes_by_kind = []
     for kind in kinds:
         for rows, is_encoding in ((1, False), (1, True), (16, False)):
             with as_if(90):
                 nodes = traced(kind, rows, is_encoding=is_encoding)
             kernels = Counter(node.name for node in nodes if node.is_kernel)
             rest = Counter(node.name for node in nodes if not node.is_kernel)
-            step = {"kind": kind, "rows": rows, "encodes": is_encoding, "nodes": len(nodes)}
-            steps.append(step | {"kernels": dict(kernels), "torch": dict(rest)})
-    return steps
+            nodes_by_kind.append({"kind": kind, "rows": rows, "encodes": is_encoding, "nodes": len(nodes)})
+            nodes_by_kind[-1] |= {"kernels": dict(kernels), "torch": dict(rest)}
+    return nodes_by_kind
 
 
 def main() -> None:

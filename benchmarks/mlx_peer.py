@@ -19,7 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_vlm.utils import load_model  # type: ignore[import-not-found]
+from mlx_vlm.utils import load_model
 
 REPEATS = 30
 

@@ -90,7 +90,7 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__ or "", 0)
+    parser = common.argument_parser(__doc__ or "", 0)
     parser.add_argument("--grids", type=int, default=300, help="solved grids a number of holes")
     parser.add_argument("--puzzles", type=int, default=200, help="puzzles a band, both ways")
     parser.add_argument("--plot", type=Path, help="draw it to this file")

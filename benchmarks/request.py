@@ -150,7 +150,7 @@ def beside_transformers(count: int, batches: list[int], rounds: int) -> dict[str
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, 10.0)
+    parser = common.argument_parser(__doc__, 10.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
     parser.add_argument(
         "--kinds", default="bf16,int8", help="of weights: bf16, float32, or recipes; empty leaves random models out"

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from sfumato.measure.machine import forget_peak, peak_bytes, products, resident_bytes
+from sfumato.measure.machine import Make, forget_peak, peak_bytes, products, resident_bytes
 from sfumato.measure.parts import BenchPlan, Counted, part_row, random_config, random_model
 from sfumato.measure.parts import parts as parts_of
 from sfumato.measure.work import Parameters, duration
@@ -147,9 +147,7 @@ def true_size(config: ModelConfig, arguments: argparse.Namespace, most: dict[str
     return result
 
 
-def _ready(
-    make: Callable[..., Callable[[], Any]], x: torch.Tensor, weight: Callable[[], torch.Tensor]
-) -> Callable[[], Any]:
+def _ready(make: Make, x: torch.Tensor, weight: Callable[[], torch.Tensor]) -> Callable[[], Any]:
     return make(x, weight())
 
 
@@ -200,7 +198,7 @@ def vocabulary(model: Model, arguments: argparse.Namespace) -> tuple[Any, dict[s
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, 8.0)
+    parser = common.argument_parser(__doc__, 8.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
     parser.add_argument("--kinds", default="bf16,int8", help="of weights: bf16, float32, or recipes")
     parser.add_argument("--ops", default="auto")

@@ -91,23 +91,23 @@ def entries(config: ModelConfig, kind: str) -> list[Entry]:
     experts = {"bf16": "", "int4-fp8": "int4"}.get(kind, kind)
     dense = {"bf16": "", "int4": "int8", "int4-fp8": "fp8"}.get(kind, kind)
     sizes = {layer.head_dim: layer for layer in config.layers}
-    entries = [
+    cases = [
         Entry("experts_gate_up", experts, (count, 2 * hidden, width)),
         Entry("experts_down", experts, (count, width, hidden)),
     ]
     if kind == "int4":
-        entries += [Entry(op, "", (words, width)) for op in ("soft_embedding", "read_out", "read_out_walk")]
+        cases += [Entry(op, "", (words, width)) for op in ("soft_embedding", "read_out", "read_out_walk")]
     for layer in sizes.values():
         queries, keys = config.num_heads * layer.head_dim, layer.kv_heads * layer.head_dim
         joined = queries + keys * (2 if layer.is_sliding else 1)
-        entries += [Entry("linear", dense, (joined, width)), Entry("linear", dense, (width, queries))]
-    entries += [Entry("gate_up", dense, (inner, width)), Entry("linear", dense, (width, inner))]
+        cases += [Entry("linear", dense, (joined, width)), Entry("linear", dense, (width, queries))]
+    cases += [Entry("gate_up", dense, (inner, width)), Entry("linear", dense, (width, inner))]
     if kind == "int4":
-        entries += [Entry("pdl", "", (1,)), *(Entry("attention", "", (size,)) for size in sizes)]
-        entries += [Entry("attention_combine", "", (size,)) for size in sizes]
+        cases += [Entry("pdl", "", (1,)), *(Entry("attention", "", (size,)) for size in sizes)]
+        cases += [Entry("attention_combine", "", (size,)) for size in sizes]
         small = [("between", width), ("end", width), *(("heads", size) for size in sizes)]
-        entries += [Entry(op, "", (at,)) for op, at in small if find_spec(f"sfumato.ops.triton.{op}")]
-    return list(dict.fromkeys(entries))
+        cases += [Entry(op, "", (at,)) for op, at in small if find_spec(f"sfumato.ops.triton.{op}")]
+    return list(dict.fromkeys(cases))
 
 
 # ---- what is no number -----------------------------------------------------------------------------------------------

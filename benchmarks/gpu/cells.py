@@ -110,16 +110,16 @@ def profile(setting: Setting, run_: Run, turns: int) -> list[Kernel]:
         run_.engine.turn()
     activities = [ProfilerActivity.CPU] + ([] if setting.is_dry else [ProfilerActivity.CUDA])
     setting.wait()
-    with torch.profiler.profile(activities=activities) as profiled:
+    with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(turns):
             run_.engine.turn()
         setting.wait()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
-        profiled.export_chrome_trace(str(trace))
+        profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    categories = ("cpu_op",) if setting.is_dry else ("kernel", "gpu_memcpy", "gpu_memset")
-    return by_kernel(event for event in events if event.get("cat") in categories)
+    kinds = ("cpu_op",) if setting.is_dry else ("kernel", "gpu_memcpy", "gpu_memset")
+    return by_kernel(event for event in events if event.get("cat") in kinds)
 
 
 def by_kernel(events: Iterator[dict[str, Any]]) -> list[Kernel]:
@@ -145,13 +145,13 @@ def first_step(setting: Setting, model: Model) -> dict[str, Any]:
     count = 16 if setting.is_dry else 1024
     ids = torch.randint(model.config.vocab_size, (count,)).tolist()
     options = Options(max_tokens=model.config.canvas_length, seed=1, max_steps=1, drafts=True)
-    times = []
+    rows = []
     for _ in range(2 if setting.is_dry else 4):
         setting.wait()
         began = time.perf_counter()
         for event in Run(model, [ids], options):
             if isinstance(event, Draft):
-                times.append(time.perf_counter() - began)
+                rows.append(time.perf_counter() - began)
                 break
-    ms = 1e3 * median(times[1:])
+    ms = 1e3 * median(rows[1:])
     return {"prompt": count, "first_step_ms": ms, "says": f"first step behind {count} tokens {ms:.0f} ms"}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import common, ops
 from benchmarks.gpu.alternatives import ALTERNATIVES, APART, WITHOUT, Config, Entry, entries, standing
-from benchmarks.gpu.compile import Compiling, ToCompile, chip_of
+from benchmarks.gpu.compile import Compiling, Step, chip_of
 from benchmarks.gpu.setting import Row, Setting, tried
 from benchmarks.step import Steps
 from sfumato.measure.capture import Variant
@@ -72,11 +72,11 @@ def _compiled(setting: Setting, config: ModelConfig, kind: str, each: dict[str, 
     if find_spec("triton") is None:
         return {"name": "compile", "skipped": "triton is not installed"}
     one = Variant(kind.replace("bf16", ""))
-    steps = [ToCompile(config, one, {op: values}) for op, some in each.items() for values in some]
+    steps = [Step(config, one, {op: values}) for op, some in each.items() for values in some]
     steps, most = (steps[:2], 0) if setting.is_dry else (steps, None)
-    row = Compiling(steps, chip_of(setting), time.time() + 0.3 * setting.left, most).wait()
-    says = f"{row['compiled']} compiled"  # a choice that cannot be compiled is none, not a fault
-    return {"name": "compile", "says": says, **row}
+    result = Compiling(steps, chip_of(setting), time.time() + 0.3 * setting.left, most).wait()
+    says = f"{result['compiled']} compiled"  # a choice that cannot be compiled is none, not a fault
+    return {"name": "compile", "says": says, **result}
 
 
 class Trial:
@@ -118,22 +118,22 @@ class Trial:
             return True
         values = self._with(entry, row["values"])
         for batch, limit in (1, FASTER), (MANY, NO_SLOWER):
-            again = self.beside(self.recorded(self.known, batch), self.recorded(values, batch))
-            row[f"again at {batch}"] = again["of_base"]
+            result = self.beside(self.recorded(self.known, batch), self.recorded(values, batch))
+            row[f"again at {batch}"] = result["of_base"]
             common.release()
-            if again["of_base"] > limit:
+            if result["of_base"] > limit:
                 return False
         return True
 
     def table(self, batch: int) -> dict[str, Any]:
         """The table of before beside that of now. If all of it together is slower, nothing of it is kept."""
-        row = self.beside(self.recorded(self.before, batch), self.recorded(self.known, batch))
+        result = self.beside(self.recorded(self.before, batch), self.recorded(self.known, batch))
         common.release()
-        says = f"batch {batch} the new table {row['of_base'] - 1:+.1%}"
-        if batch == 1 and row["of_base"] > 1 / FASTER:
+        says = f"batch {batch} the new table {result['of_base'] - 1:+.1%}"
+        if batch == 1 and result["of_base"] > 1 / FASTER:
             self.known, says = self.before, f"{says}, put back"
             self.write()
-        return row | {"says": says}
+        return result | {"says": says}
 
     def apart(self, name: str, batch: int) -> dict[str, Any]:
         """With a choice that is no number of the table, beside without it."""
@@ -141,9 +141,9 @@ class Trial:
         with standing(name, self.model) as is_there:
             if not is_there:
                 return {"skipped": "there is nothing to choose here"}
-            row = self.beside(base, self.recorded(self.known, batch))
+            result = self.beside(base, self.recorded(self.known, batch))
         common.release()
-        return row | {"says": f"batch {batch} {name} {row['of_base'] - 1:+.1%}"}
+        return result | {"says": f"batch {batch} {name} {result['of_base'] - 1:+.1%}"}
 
     @torch.inference_mode()
     def recorded(self, table: Table, batch: int) -> Recorded:
@@ -164,14 +164,14 @@ class Trial:
         times: tuple[list[float], list[float]] = ([], [])
         many = 1 if self.setting.is_dry else 6
         for _ in range(2 if self.setting.is_dry else 5):
-            for (replay, _), measured in zip((base, other), times, strict=True):
+            for (replay, _), result in zip((base, other), times, strict=True):
                 self.setting.wait()
                 began = time.perf_counter()
                 for _ in range(many):
                     replay()
                 self.setting.wait()
-                measured.append(1e3 * (time.perf_counter() - began) / many)
-        before, after = (median(measured) for measured in times)
+                result.append(1e3 * (time.perf_counter() - began) / many)
+        before, after = (median(result) for result in times)
         return {
             "ms": after,
             "of_base": after / before,

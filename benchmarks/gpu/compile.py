@@ -36,7 +36,7 @@ H200: Chip = ("NVIDIA H200", 90)
 
 
 @dataclass(frozen=True)
-class ToCompile:
+class Step:
     """A step that will run, and the tile sizes that it is tried with."""
 
     config: ModelConfig
@@ -49,7 +49,7 @@ class ToCompile:
         return f"{self.variant}, {dict(self.using)}" if self.using else str(self.variant)
 
 
-def of_nano() -> list[ToCompile]:
+def of_nano() -> list[Step]:
     config = ModelConfig.from_file(resolve("nano") / "config.json")
     kinds: list[dict[str, Any]] = [
         {},
@@ -58,16 +58,16 @@ def of_nano() -> list[ToCompile]:
         {"bans": padded(len(config.eos_ids))},
     ]
     return [
-        ToCompile(config, Variant(rows=rows, is_encoding=is_encoding, dtype=torch.float32, **more))
+        Step(config, Variant(rows=rows, is_encoding=is_encoding, dtype=torch.float32, **more))
         for more in kinds
         for rows in (1, 8)
         for is_encoding in (True, False)
     ]
 
 
-def of_steps(config: ModelConfig, kinds: Sequence[str], batches: Sequence[int] = (1, 16)) -> list[ToCompile]:
+def of_steps(config: ModelConfig, kinds: Sequence[str], batches: Sequence[int] = (1, 16)) -> list[Step]:
     return [
-        ToCompile(config, Variant(kind.replace("bf16", ""), rows, is_encoding))
+        Step(config, Variant(kind.replace("bf16", ""), rows, is_encoding))
         for kind in kinds
         for rows in batches
         for is_encoding in (False, True)
@@ -77,7 +77,7 @@ def of_steps(config: ModelConfig, kinds: Sequence[str], batches: Sequence[int] =
 class Compiling:
     """Workers that compile for this GPU until `until`, or, where `most` is given, so many kernels each."""
 
-    def __init__(self, each: Sequence[ToCompile], chip: Chip, until: float, most: int | None = None) -> None:
+    def __init__(self, each: Sequence[Step], chip: Chip, until: float, most: int | None = None) -> None:
         from sfumato.ops.triton import record
 
         self.each, self.chip, self.until, self.most = list(each), chip, until, most
@@ -100,7 +100,7 @@ class Compiling:
         finished = len(list(self.folder.glob("finished-*")))
         shutil.rmtree(self.folder, ignore_errors=True)
         compiled = [row for row in rows if "seconds" in row]
-        result = {
+        summary = {
             "compiled": len(compiled),
             "seconds_of_all_workers": round(sum(row["seconds"] for row in compiled), 1),
             "slowest": sorted(compiled, key=lambda row: -row["seconds"])[:5],
@@ -108,7 +108,7 @@ class Compiling:
             "left_steps": len(self.each) - finished,
         }
         errors = sorted({row["error"] for row in rows if "error" in row})
-        return result | ({"errors": errors} if errors else {})
+        return summary | ({"errors": errors} if errors else {})
 
     def _work(self, number: int, count: int) -> None:
         """In a worker: first whole steps that nobody has, then what is left of others' steps."""
@@ -118,14 +118,14 @@ class Compiling:
         start = number * len(self.each) // count
         order = [(start + n) % len(self.each) for n in range(len(self.each))]
         mine = (index for index in order if self._claim(f"step-{index}"))
-        compiled = 0
+        started = 0
         with (self.folder / f"rows-{number}").open("a", buffering=1) as rows, as_if(self.chip[1]):
             for index in [*mine, *order]:
                 if (self.folder / f"finished-{index}").exists():
                     continue
                 try:
-                    for row in self._compile(self.each[index], compiled):
-                        compiled += "seconds" in row
+                    for row in self._compile(self.each[index], started):
+                        started += "seconds" in row
                         print(json.dumps(row), file=rows)
                 except Exception as error:  # this step is not possible, others are
                     print(json.dumps({"error": f"{self.each[index].name}: {_line(error)}"}), file=rows)
@@ -133,7 +133,7 @@ class Compiling:
                     return
                 (self.folder / f"finished-{index}").touch()
 
-    def _compile(self, step: ToCompile, compiled: int) -> Iterator[dict[str, Any]]:
+    def _compile(self, step: Step, count: int) -> Iterator[dict[str, Any]]:
         """A row for each kernel of this step that no other worker has."""
         with ExitStack() as stack:
             for op, values in step.using.items():
@@ -144,10 +144,10 @@ class Compiling:
                     return
                 if not self._claim(_key(launch)):
                     continue
-                if self.most is not None and compiled >= self.most:
+                if self.most is not None and count >= self.most:
                     yield {"left": launch.name}
                     continue
-                began, compiled = time.perf_counter(), compiled + 1
+                began, count = time.perf_counter(), count + 1
                 try:
                     _with_its_launcher(launch.compiled())
                     yield {"kernel": launch.name, "seconds": round(time.perf_counter() - began, 2)}

@@ -37,13 +37,13 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
         "--launch-count",
         "24",
     ]
-    result = around(setting, "ncu", [*arguments, "--metrics", ",".join(METRICS)], "int4")
-    if isinstance(result, dict):
-        yield result
+    output = around(setting, "ncu", [*arguments, "--metrics", ",".join(METRICS)], "int4")
+    if isinstance(output, dict):
+        yield output
         return
-    rows = table(result.text)
+    rows = table(output.text)
     if not rows:
-        why = "the counters are not ours to read" if "ERR_NVGPUCTRPERM" in result.text else result.text[-300:]
+        why = "the counters are not ours to read" if "ERR_NVGPUCTRPERM" in output.text else output.text[-300:]
         yield {"name": "int4", "skipped": f"ncu counted nothing: {' '.join(why.split())}"}
         return
     yield {"name": "int4", "ok": True, "says": f"{len(rows)} launches counted", "launches": rows}
@@ -52,8 +52,8 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
 def table(text: str) -> list[dict[str, Any]]:
     """Of what ncu prints: one entry a launch, its kernel, its grid and the metrics."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    kernels: dict[str, dict[str, Any]] = {}
+    launches: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines):
-        one = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"], "grid": row.get("Grid Size", "")})
+        one = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"], "grid": row.get("Grid Size", "")})
         one[row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
-    return list(kernels.values())
+    return list(launches.values())

@@ -32,12 +32,12 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
 def check(setting: Setting, name: str) -> dict[str, Any]:
     from sfumato.ops import triton
 
-    file, _, case_name = name.partition(": ")
+    file, _, label = name.partition(": ")
     cases = importlib.import_module(f"benchmarks.ops.{file}").cases("tiny", setting.device)
-    case = next(case for case in cases if case.name == case_name)
+    case = next(case for case in cases if case.name == label)
     got, exact = (case.ready(each, torch.float32)() for each in (triton.record(), load("reference")))
     error = ops.relative(got, exact)
-    return {"ok": error <= BOUND, "error_of_float32": error, "says": f"{case_name} under the interpreter {error:.0e}"}
+    return {"ok": error <= BOUND, "error_of_float32": error, "says": f"{label} under the interpreter {error:.0e}"}
 
 
 def in_a_child(setting: Setting) -> Row:

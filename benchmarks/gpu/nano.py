@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.setting import Row, Setting, each_within, tried
-from sfumato.engine.engine import EngineSettings
 from sfumato.engine.run import Run
 from sfumato.evals.sudoku import request
 from sfumato.events import Done
@@ -50,10 +49,14 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
     each = {variant.name: variant for variant in VARIANTS}
 
     def row(variant: str) -> Row:
-        row = tried(variant, lambda: compare(setting, llms, name, each[variant]))
-        if not row.get("is_same_recorded") or not row.get("is_same_alone") or 2 * row["as_fused"] < row["of"]:
-            row["stop"] = f"nano is not right: {variant}"
-        return row
+        results = tried(variant, lambda: compare(setting, llms, name, each[variant]))
+        if (
+            not results.get("is_same_recorded")
+            or not results.get("is_same_alone")
+            or 2 * results["as_fused"] < results["of"]
+        ):
+            results["stop"] = f"nano is not right: {variant}"
+        return results
 
     yield from each_within(setting, list(each), row)
     yield from each_within(setting, ["templates"], lambda _: tried("templates", lambda: templates(llms, name)))
@@ -72,10 +75,10 @@ def compare(setting: Setting, llms: dict[str, LLM], name: str, variant: Variant)
     eager, alone = texts["eager"], 1 if setting.is_dry else 2
     count = len(eager)
 
-    def same(answers: list[list[int]], others: list[list[int]]) -> int:
-        return sum(x == y for x, y in zip(answers, others, strict=False))
+    def same(one: list[list[int]], other: list[list[int]]) -> int:
+        return sum(x == y for x, y in zip(one, other, strict=False))
 
-    row = {
+    results = {
         "of": count,
         "is_same_recorded": bool(eager) and texts["recorded"] == eager,
         "is_same_alone": bool(eager) and eager[:alone] == eager[alone : 2 * alone],
@@ -83,9 +86,9 @@ def compare(setting: Setting, llms: dict[str, LLM], name: str, variant: Variant)
         "as_fused": same(texts["fused"], eager),
         "tokens": sum(map(len, eager)),
     }
-    is_right = row["is_same_recorded"] and row["is_same_alone"] and row["as_fused"] == count
-    says = f"{variant.name} {row['as_recorded']} of {count} as eager, {row['as_fused']} as fused"
-    return row | {"ok": is_right, "says": says} | ({"errors": errors} if errors else {})
+    is_right = results["is_same_recorded"] and results["is_same_alone"] and results["as_fused"] == count
+    says = f"{variant.name} {results['as_recorded']} of {count} as eager, {results['as_fused']} as fused"
+    return results | {"ok": is_right, "says": says} | ({"errors": errors} if errors else {})
 
 
 def tokens(setting: Setting, llm: LLM, variant: Variant, record: bool, lag: int) -> list[list[int]]:
@@ -98,23 +101,23 @@ def tokens(setting: Setting, llm: LLM, variant: Variant, record: bool, lag: int)
     options = replace(variant.options, **most).with_defaults(llm.defaults)  # type: ignore[arg-type]
     if setting.is_dry:
         options = replace(options, max_steps=2)
-    answers = []
+    results = []
     for some in [*([i] for i in range(alone)), list(range(count))]:
-        each: dict[str, Any] = {"pins": [pins[i] for i in some], "settings": EngineSettings(record=record, lag=lag)}
+        each: dict[str, Any] = {"pins": [pins[i] for i in some], "record": record, "lag": lag}
         events = Run(llm.model, [ids[i] for i in some], options, **each)
         done = {event.row: event.tokens for event in events if isinstance(event, Done)}
-        answers += [done[row] for row in range(len(some))]
-    return answers
+        results += [done[row] for row in range(len(some))]
+    return results
 
 
 def templates(llms: dict[str, LLM], name: str) -> dict[str, Any]:
     """What `infill` and `fill` write: with these operations as they run by themselves, and with fused ones."""
     options = Options(seed=2, max_steps=4)
-    texts = {}
+    results = {}
     for ops in dict.fromkeys((name, "fused")):
         llm = llms[ops]
         between = llm.infill("530070000\n600195000\n", "\n800060003", 9, options)
         slots = llm.fill(["1 2 3 ", Slot("a", length=3), " 7 8 9 ", Slot("b", length=4)], options=options)
-        texts[ops] = [between.text, slots.text]
-    same = sum(a == b for a, b in zip(texts[name], texts["fused"], strict=True))
-    return {"ok": same == 2, "says": f"templates {same} of 2", "texts": texts}
+        results[ops] = [between.text, slots.text]
+    same = sum(a == b for a, b in zip(results[name], results["fused"], strict=True))
+    return {"ok": same == 2, "says": f"templates {same} of 2", "texts": results}

@@ -51,11 +51,11 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
     yield {"name": "machine", "says": place["hardware"]["gpu"] or place["hardware"]["cpu"], "environment": place}
     yield tried("ceilings", lambda: ceilings(setting))
     if compiling is not None:
-        row = compiling.wait()
-        says = f"{row['compiled']} kernels compiled"
-        if row["left_kernels"] or row["left_steps"]:
-            says += f", {len(row['left_kernels'])} kernels and {row['left_steps']} of {len(each)} steps left"
-        yield {"name": "compile", "ok": not row.get("errors"), "says": says, **row}
+        figures = compiling.wait()
+        says = f"{figures['compiled']} kernels compiled"
+        if figures["left_kernels"] or figures["left_steps"]:
+            says += f", {len(figures['left_kernels'])} kernels and {figures['left_steps']} of {len(each)} steps left"
+        yield {"name": "compile", "ok": not figures.get("errors"), "says": says, **figures}
 
 
 def ceilings(setting: Setting) -> dict[str, Any]:
@@ -70,11 +70,11 @@ def ceilings(setting: Setting) -> dict[str, Any]:
                 except (RuntimeError, NotImplementedError):  # this build of torch, this shape
                     continue
                 rates.setdefault(kind, {}).setdefault(means, {})[name] = rate
-    for by_means in rates.values():
-        best = {means: max(each.values()) for means, each in by_means.items()}
-        by_means |= {"best": max(best.values()), "by": max(best, key=lambda means: best[means])}
+    for figures in rates.values():
+        best = {means: max(each.values()) for means, each in figures.items()}
+        figures |= {"best": max(best.values()), "by": max(best, key=lambda means: best[means])}
     says = f"copy {size(copied)}/s, read {size(read)}/s"
-    says += "".join(f", {kind} {number(rate['best'], 'FLOP')}/s" for kind, rate in rates.items())
+    says += "".join(f", {kind} {number(figures['best'], 'FLOP')}/s" for kind, figures in rates.items())
     most = {
         "bytes_per_second": {"best": max(copied, read), "copy": copied, "read": read},
         "flops_per_second": rates,

@@ -41,13 +41,13 @@ class Setting:
     @classmethod
     def of(cls, out: Path, until: float, is_dry: bool) -> Setting:
         """On a GPU unless it is dry; from now on this folder's tile sizes are used, which begin as the package's."""
-        times = cls(out, until, is_dry, "cpu" if is_dry else "cuda")
+        setting = cls(out, until, is_dry, "cpu" if is_dry else "cuda")
         table = out / "tuned.json"
         if tuning.TABLE.exists() and not table.exists():
             out.mkdir(parents=True, exist_ok=True)
             table.write_text(tuning.TABLE.read_text())
         tuning.TABLE = table
-        return times
+        return setting
 
     @property
     def left(self) -> float:
@@ -94,15 +94,15 @@ class Setting:
         call()
         self.wait()
         many = max(1, min(100, int(seconds / 5 / max(time.perf_counter() - began, 1e-5))))
-        times = []
+        setting = []
         for _ in range(5):
             self.wait()
             began = time.perf_counter()
             for _ in range(many):
                 call()
             self.wait()
-            times.append(1e3 * (time.perf_counter() - began) / many)
-        return sorted(times)[2]
+            setting.append(1e3 * (time.perf_counter() - began) / many)
+        return sorted(setting)[2]
 
 
 def tried(name: str, call: Callable[[], Row], **more: Any) -> Row:

@@ -108,18 +108,18 @@ def implementations(device: str) -> list[tuple[str, torch.dtype, str]]:
     """(operations, dtype, format of the weights or "") that this machine can run."""
     bf16, full = torch.bfloat16, torch.float32
     if torch.device(device).type == "cuda":
-        candidates = [("fused", bf16, ""), *(("triton", bf16, kind) for kind in ("", *CUDA))]
+        choices = [("fused", bf16, ""), *(("triton", bf16, kind) for kind in ("", *CUDA))]
     else:
-        candidates = [("reference", bf16, ""), ("fused", bf16, ""), *(("cpu", bf16, kind) for kind in ("", *CPU))]
-        candidates += [("fused", full, ""), ("cpu", full, "")]
-    results = []
-    for name, dtype, kind in candidates:
+        choices = [("reference", bf16, ""), ("fused", bf16, ""), *(("cpu", bf16, kind) for kind in ("", *CPU))]
+        choices += [("fused", full, ""), ("cpu", full, "")]
+    runnable = []
+    for name, dtype, kind in choices:
         try:
             load(name, device, dtype)
         except InputError:
             continue
-        results.append((name, dtype, kind))
-    return results
+        runnable.append((name, dtype, kind))
+    return runnable
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
@@ -155,25 +155,25 @@ def rows(op: str, case: Case, device: str, seconds: float, most: dict[str, Any])
 
 def main(op: str, cases: Callable[[str, str], Iterator[Case]], about: str) -> None:
     """The command of one operation's file. `cases(size, device)` makes them one at a time."""
-    parser = common.arguments(about, 5.0)
+    parser = common.argument_parser(about, 5.0)
     parser.add_argument("--sizes", default="mid,released", help="of mid, released and tiny")
     arguments = parser.parse_args()
-    most, results = common.ceiling(arguments), []
+    most, entries = common.ceiling(arguments), []
     for size in arguments.sizes.split(","):
         for case in cases(size, arguments.device):
             common.say(f"{size}: {case.name}")
             each = arguments.seconds / max(1, len(implementations(arguments.device)))
             for row in rows(op, case, arguments.device, each, most):
-                results.append({"size": size, **row})
-                common.finish({"what": "ops", "op": op, "rows": results, "ceilings": most}, arguments)
+                entries.append({"size": size, **row})
+                common.finish({"what": "ops", "op": op, "rows": entries, "ceilings": most}, arguments)
             del case
             common.release()
-    print(show(results))
+    print(show(entries))
 
 
-def show(results: list[dict[str, Any]]) -> str:
+def show(entries: list[dict[str, Any]]) -> str:
     lines = []
-    for row in results:
+    for row in entries:
         name = f"{row['size']}: {row['case']}"
         if "failed" in row:
             lines.append([name, row["ops"], row["kind"], row["failed"][:40], "", "", ""])

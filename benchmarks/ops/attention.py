@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.ops import Call, Case, Named, exactly, main
+from benchmarks.ops import Case, exactly, main
 from sfumato.ops.contract import Ops
 from sfumato.ops.masks import Mask
 
@@ -28,32 +28,29 @@ def cases(size: str, device: str) -> Iterator[Case]:
     new, context, heads, kinds = SIZES[size]
     for kind, (head, groups, window) in kinds.items():
         for direction in ("denoise", "encode"):
-            shape = Shape(new, context, heads, head, groups, window)
-            yield case(f"{direction}, {kind}", direction == "encode", shape, device)
+            yield case(direction, kind, new, context, heads, head, groups, window, device)
 
 
-class Shape(NamedTuple):
-    """The sizes of one case, as `SIZES` has them."""
-
-    new: int
-    context: int
-    heads: int
-    head: int
-    groups: int
-    window: int | None
-
-
-def case(name: str, is_encode: bool, shape: Shape, device: str) -> Case:
-    new, context, heads, head, groups, window = shape
+def case(
+    direction: str,
+    kind: str,
+    new: int,
+    context: int,
+    heads: int,
+    head: int,
+    groups: int,
+    window: int | None,
+    device: str,
+) -> Case:
     ring = context if window is None else min(context, window - 1 + new)
-    encode, canvas = (new, 0) if is_encode else (0, new)
+    encode, canvas = (new, 0) if direction == "encode" else (0, new)
 
     def mask(rows: int) -> Mask:
         at = torch.arange(rows, device=device)
         lengths, counts = torch.full_like(at, context), torch.full_like(at, encode)
         return Mask(list(range(rows)), at, lengths, counts, encode, canvas, window, ring, min(ring, context))
 
-    def prepare(ops: Ops, x: Named, _: Named) -> Call:
+    def prepare(ops: Ops, x: dict[str, Tensor], _: dict[str, Tensor]) -> Callable[[], Tensor]:
         one = mask(x["q"].shape[0])
         return lambda: ops.attention(x["q"], x["k"], x["v"], x["old_k"], x["old_v"], one)
 
@@ -62,20 +59,20 @@ def case(name: str, is_encode: bool, shape: Shape, device: str) -> Case:
     old_k, old_v = (exactly(2, ring + 1, groups, head, seed=i, device=device) for i in (3, 4))
     inputs = {"q": q, "k": k, "v": v, "old_k": old_k, "old_v": old_v}
 
-    def one_row(inputs: Named) -> Named:
-        return {name: value[:1] for name, value in inputs.items()}
+    def one_row(x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value[:1] for name, value in x.items()}
 
     held, batch = context if window is None else min(context, window - 1), 1 if new == 256 else 2
-    if is_encode:
-        keys = sum(min(context + n, window or context + n) for n in range(1, new + 1))
+    if direction == "encode":
+        in_view = sum(min(context + n, window or context + n) for n in range(1, new + 1))
     else:
-        keys = new * (held + new)
+        in_view = new * (held + new)
     return Case(
-        f"{name}, {new} after {context}",
+        f"{direction}, {kind}, {new} after {context}",
         one_row(inputs) if batch == 1 else inputs,
         {},
         prepare,
-        4.0 * heads * head * keys * batch,
+        4.0 * heads * head * in_view * batch,
         quantised=False,
         moved=batch * (2 * new * heads * head + 2 * (held + new) * groups * head),
         rows=one_row,

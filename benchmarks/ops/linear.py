@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -29,7 +29,7 @@ def cases(size: str, device: str) -> Iterator[Case]:
         f"queries, keys, values, {rows} rows",
         x,
         weights,
-        lambda ops, x, w: lambda: _last(ops.linear(x["x"], *w.values())),
+        lambda ops, x, w: lambda: _joined(ops.linear(x["x"], *w.values())),
         2.0 * rows * width * sum(outputs),
         moved=rows * (width + sum(outputs)),
         rows=lambda x: {"x": x["x"][:1]},
@@ -49,7 +49,7 @@ def cases(size: str, device: str) -> Iterator[Case]:
     )
 
 
-def _last(outs: tuple[Tensor, ...]) -> Tensor:
+def _joined(outs: Sequence[Tensor]) -> Tensor:
     """The last of them; all were computed."""
     return outs[-1]
 

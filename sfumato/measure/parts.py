@@ -23,10 +23,10 @@ from sfumato.events import Commit, Done, Draft
 from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
 from sfumato.measure.work import (
     GROUPS,
+    Work,
     Kept,
     Parameters,
     Precision,
-    Work,
     group_of,
     multiplied_as,
     pass_work,
@@ -141,8 +141,8 @@ def parts(model: Model, plan: BenchPlan, announce: Announce = _quietly) -> Itera
         return cache
 
     def read_out() -> Any:
-        noise: dict[str, Any] = dice.sample([0], [0], [0])
-        return ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, **noise)
+        place = ([0], [0], [0])
+        return ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, **dice.sample(*place))
 
     def decide() -> None:
         accepted_BL = accept(read.entropy_BL, torch.tensor([0.1], device=device))
@@ -198,9 +198,7 @@ def engine_step(model: Model, plan: BenchPlan) -> Timing:
     return Timing.of(times)
 
 
-def requests(
-    model: Model, plan: BenchPlan, announce: Announce = _quietly, step: float = 0.0
-) -> dict[str, dict[str, Any]]:
+def requests(model: Model, plan: BenchPlan, announce: Announce = _quietly, step: float = 0.0) -> dict[str, dict[str, Any]]:
     """A whole answer in both modes, within three times plan.seconds each.
 
     `step` is what a step takes: from it follows how many of the canvases, and if need be of the steps, there is time

@@ -28,10 +28,9 @@ from sfumato.cli import main
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
-from sfumato.training import data, train
-from sfumato.training.data import SudokuSource
+from sfumato.training.data import Source, SudokuSource
 from sfumato.training.loss import IGNORE, Corruption, Examples, Problem, losses, problem
-from sfumato.training.train import Trainer, TrainingRecipe, recipe_of
+from sfumato.training.train import StepReport, Trainer, TrainingRecipe, recipe_of
 
 L = 8
 EOS = 1
@@ -137,7 +136,7 @@ def test_gradients_flow_through_the_cache_and_not_through_the_first_pass() -> No
     assert gate.grad.abs().sum() > 0
 
 
-def source_of(tokens: Examples) -> data.Source:
+def source_of(tokens: Examples) -> Source:
     class Random:
         def batch(self, step: int, size: int, device: torch.device) -> Examples:
             dice = torch.Generator().manual_seed(step)
@@ -333,7 +332,7 @@ def test_training_lowers_both_losses(tmp_path: Path) -> None:
 
     log = list(Trainer(trainable(), Same(), TrainingRecipe(steps=40, batch=2, lr=1e-2, warmup=4), tmp_path).run())
 
-    def mean(part: Sequence[train.StepReport], name: str) -> float:
+    def mean(part: Sequence[StepReport], name: str) -> float:
         return sum(float(getattr(report, name)) for report in part) / len(part)
 
     for name in ("diffusion_loss", "encode_loss"):
