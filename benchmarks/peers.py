@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ STATIC = "compiled generate, static cache"
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 HOPELESS = 10
 """Times slower than the fastest way: then the same experts are not tried with the other attention."""
+THEIRS = "transformers"
 LIMITS = {"bf16": 0.25, "int8": 0.15}
 """What the issue asks for: our time over theirs, for the step and, in bf16, for the answer."""
 
@@ -315,94 +317,120 @@ def pooled(runs: dict[str, Callable[[], list[float]]], seconds: float, rounds: i
 
 
 @torch.inference_mode()
-def compare(
-    plain: Model,
-    plan: BenchPlan,
-    name: str,
-    kinds: list[str],
-    own_ops: str,
-    limit: int,
-    write: Callable[[dict[str, Any]], None],
-    mlx: str = "",
-) -> dict[str, Any]:
-    """Everything, part by part; `write` gets the record as far as it is after each."""
-    import transformers
+@dataclass(frozen=True)
+class Choice:
+    """What is compared, and how long it may take."""
 
-    common.without_eos(plain)
-    device, theirs_name = plain.device, "transformers"
-    theirs = twin(plain)
-    base = "float32" if plain.dtype == torch.float32 else "bf16"
-    each: dict[str, Model] = {}
-    for kind in (base, *kinds):
-        try:
-            each[f"sfumato {kind}"] = packed(plain, "" if kind == base else kind, own_ops)
-        except Exception as error:
-            common.say(f"sfumato {kind}: left out: {error}")
-    where = environment(device)
-    where["versions"]["transformers"] = transformers.__version__
-    results: dict[str, Any] = {
-        "what": "peers",
-        "model": name,
-        "dtype": base,
-        "ops": next(iter(each.values())).ops.name,
-        "prompt": plan.prompt,
-        "steps": plan.steps,
-        "mlx-vlm": "not timed; --mlx PYTHON names a Python that has it",
-        "environment": where,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers', about its own code
+    name: str
+    kinds: list[str]
+    """Recipes of ours, beside the dtype of the plain model."""
+    ops: str
+    compile_seconds: int = 0
+    """The limit for each compiled way of transformers; 0 leaves them out."""
+    mlx: str = ""
+    """A Python that has mlx-vlm, to time it too."""
+
+
+class Comparison:
+    """A plain model of ours, transformers' twin of it, and ours by recipe, with the record of what was measured."""
+
+    def __init__(self, plain: Model, plan: BenchPlan, choice: Choice) -> None:
+        import transformers
+
+        common.without_eos(plain)
+        self.plain, self.plan = plain, plan
+        self.theirs = twin(plain)
+        self.base = "float32" if plain.dtype == torch.float32 else "bf16"
+        self.each: dict[str, Model] = {}
+        for kind in (self.base, *choice.kinds):
+            try:
+                self.each[f"sfumato {kind}"] = packed(plain, "" if kind == self.base else kind, choice.ops)
+            except Exception as error:
+                common.say(f"sfumato {kind}: left out: {error}")
+        where = environment(plain.device)
+        where["versions"]["transformers"] = transformers.__version__
+        self.results: dict[str, Any] = {
+            "what": "peers",
+            "model": choice.name,
+            "dtype": self.base,
+            "ops": next(iter(self.each.values())).ops.name,
+            "prompt": plan.prompt,
+            "steps": plan.steps,
+            "mlx-vlm": "not timed; --mlx PYTHON names a Python that has it",
+            "environment": where,
+        }
+
+    def logits(self) -> None:
         common.say("logits")
-        results["logits"] = logits_beside(theirs, plain, each, plan)
-        write(results)
-        results["ways of transformers"] = ways(theirs, plain, plan, plan.seconds / 4)
-        fastest = min(
-            (way for way in results["ways of transformers"].values() if "seconds" in way),
-            key=lambda way: way["seconds"],
-        )
-        choose(theirs, fastest["attention"], fastest["experts"])
-        results["best way"] = f"{fastest['attention']}, {fastest['experts']} experts"
-        write(results)
-        if limit:
-            results["compiled"] = compiled(theirs, plain, plan, limit, 6)
-            write(results)
+        self.results["logits"] = logits_beside(self.theirs, self.plain, self.each, self.plan)
 
+    def fastest_way(self) -> None:
+        """Time transformers' ways, and let it take the fastest."""
+        each = ways(self.theirs, self.plain, self.plan, self.plan.seconds / 4)
+        fastest = min((way for way in each.values() if "seconds" in way), key=lambda way: way["seconds"])
+        choose(self.theirs, fastest["attention"], fastest["experts"])
+        self.results["ways of transformers"] = each
+        self.results["best way"] = f"{fastest['attention']}, {fastest['experts']} experts"
+
+    def forward(self) -> None:
         common.say(f"in turns: {FORWARD}")
-        calls = {theirs_name: forward_of_theirs(theirs, plain, plan)}
-        calls |= {own: forward_of(model, plan) for own, model in each.items()}
-        results["parts"] = {FORWARD: {k: row(t) for k, t in common.alternate(calls, plan.seconds, device).items()}}
-        write(results)
+        calls = {THEIRS: forward_of_theirs(self.theirs, self.plain, self.plan)}
+        calls |= {own: forward_of(model, self.plan) for own, model in self.each.items()}
+        timed = common.alternate(calls, self.plan.seconds, self.plain.device)
+        self.results["parts"] = {FORWARD: {k: row(t) for k, t in timed.items()}}
 
+    def step(self) -> None:
         common.say(f"in turns: {STEP}")
         few = 5
         runs: dict[str, Callable[[], list[float]]]
-        runs = {theirs_name: lambda: steps_of_theirs(theirs, plain, plan, few)}
-        runs |= {own: partial(steps_of, model, plan, few) for own, model in each.items()}
-        static = results.get("compiled", {}).get(STATIC, {})
+        runs = {THEIRS: partial(steps_of_theirs, self.theirs, self.plain, self.plan, few)}
+        runs |= {own: partial(steps_of, model, self.plan, few) for own, model in self.each.items()}
+        static = self.results.get("compiled", {}).get(STATIC, {})
         if STEP in static:
-            runs[STATIC] = lambda: steps_of_theirs(theirs, plain, plan, few, "static")
+            runs[STATIC] = partial(steps_of_theirs, self.theirs, self.plain, self.plan, few, "static")
         for run in list(runs.values())[1:]:
             run()
-        times = {k: row(t) for k, t in pooled(runs, plan.seconds).items()}
+        times = {k: row(t) for k, t in pooled(runs, self.plan.seconds).items()}
         if STEP in static:
             static[STEP] = times.pop(STATIC)
-        results["parts"][STEP] = times
-        write(results)
+        self.results["parts"][STEP] = times
 
+    def answer(self) -> None:
         common.say(f"in turns: {ANSWER}")
-        answers: dict[str, Callable[[], int]]
-        answers = {theirs_name: lambda: generate(theirs, plain, plan, plan.tokens, plan.steps)}
-        answers |= {own: partial(answer, model, plan) for own, model in each.items()}
-        tokens = {own: answers[own]() for own in each}
-        if len(set(tokens.values())) != 1 or plan.tokens % plain.config.canvas_length:
+        plan = self.plan
+        calls: dict[str, Callable[[], int]]
+        calls = {THEIRS: partial(generate, self.theirs, self.plain, plan, plan.tokens, plan.steps)}
+        calls |= {own: partial(answer, model, plan) for own, model in self.each.items()}
+        tokens = {own: calls[own]() for own in self.each}
+        if len(set(tokens.values())) != 1 or plan.tokens % self.plain.config.canvas_length:
             common.say(f"answers differ in length: {tokens}")
-        results["tokens"] = plan.tokens
-        timed = common.alternate(calls, 2 * plan.seconds, device, warm=0)
-        results["parts"][ANSWER] = {k: row(t) for k, t in timed.items()}
-    results["ratios"], results["targets"] = ratios(results, base)
+        self.results["tokens"] = plan.tokens
+        timed = common.alternate(calls, 2 * plan.seconds, self.plain.device, warm=0)
+        self.results["parts"][ANSWER] = {k: row(t) for k, t in timed.items()}
+
+
+def compare(plain: Model, plan: BenchPlan, choice: Choice, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Everything, part by part; `write` gets the record as far as it is after each."""
+    comparison = Comparison(plain, plan, choice)
+    results = comparison.results
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers', about its own code
+        comparison.logits()
+        write(results)
+        comparison.fastest_way()
+        write(results)
+        if choice.compile_seconds:
+            results["compiled"] = compiled(comparison.theirs, plain, plan, choice.compile_seconds, 6)
+            write(results)
+        comparison.forward()
+        write(results)
+        comparison.step()
+        write(results)
+        comparison.answer()
+    results["ratios"], results["targets"] = ratios(results, comparison.base)
     write(results)
-    if mlx:
-        results["ways of mlx-vlm"] = ways_of_mlx(mlx, plain, plan)
+    if choice.mlx:
+        results["ways of mlx-vlm"] = ways_of_mlx(choice.mlx, plain, plan)
         results["mlx-vlm"] = sentence(results["ways of mlx-vlm"])
         write(results)
     return results
@@ -535,16 +563,10 @@ def main() -> None:
     plan = BenchPlan(arguments.prompt, arguments.tokens, arguments.steps, arguments.seconds)
     plain, _ = model_of(arguments.size, arguments.dtype, arguments.device)
     kinds = [kind for kind in arguments.kinds.split(",") if kind]
-    results = compare(
-        plain,
-        plan,
-        f"{arguments.size} (random weights)",
-        kinds,
-        arguments.ops,
-        arguments.compile_seconds,
-        lambda record: common.finish(record, arguments),
-        arguments.mlx,
+    choice = Choice(
+        f"{arguments.size} (random weights)", kinds, arguments.ops, arguments.compile_seconds, arguments.mlx
     )
+    results = compare(plain, plan, choice, lambda record: common.finish(record, arguments))
     print(table(results))
 
 

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from sfumato.tasks import sudoku
 
@@ -68,43 +68,45 @@ def say(page: Page, text: str) -> None:
     page.locator("#message").press("Enter")
 
 
-def main() -> None:
-    OUT.mkdir(parents=True, exist_ok=True)
-    server, hold = PageServer(), threading.Event()
-    server.scripts = {
-        "/v1/chat/completions": [chat(ANSWER, 12, hold, 5)],
-        "/v1/infill": [infill],
-        "/v1/fill": [lambda body: board(body, hold)],
-    }
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+class Screen:
+    """A browser on a server whose answers are written here; `hold` keeps an answer at a draft until it is set."""
 
-        def open_page(width: int, height: int, scheme: Any, is_phone: bool = False) -> Page:
-            hold.clear()
-            page = browser.new_page(
-                viewport={"width": width, "height": height},
-                color_scheme=scheme,
-                device_scale_factor=1.5 if is_phone else 1,
-                is_mobile=is_phone,
-                has_touch=is_phone,
-                reduced_motion="reduce",
-            )
-            page.goto(server.url)
-            page.wait_for_selector("[data-state=ready]")
-            return page
+    def __init__(self, browser: Browser) -> None:
+        self.browser, self.server, self.hold = browser, PageServer(), threading.Event()
+        self.server.scripts = {
+            "/v1/chat/completions": [chat(ANSWER, 12, self.hold, 5)],
+            "/v1/infill": [infill],
+            "/v1/fill": [lambda body: board(body, self.hold)],
+        }
 
-        page = open_page(1200, 720, "light")
+    def open_page(self, width: int, height: int, scheme: Any, is_phone: bool = False) -> Page:
+        self.hold.clear()
+        page = self.browser.new_page(
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            device_scale_factor=1.5 if is_phone else 1,
+            is_mobile=is_phone,
+            has_touch=is_phone,
+            reduced_motion="reduce",
+        )
+        page.goto(self.server.url)
+        page.wait_for_selector("[data-state=ready]")
+        return page
+
+    def chat_pictures(self) -> None:
+        """A draft, its replay in the dark, and a server that is busy."""
+        page = self.open_page(1200, 720, "light")
         say(page, QUESTION)
         page.get_by_text("Canvas 1, step 5,").wait_for()
         shoot(page, "chat")
-        hold.set()
+        self.hold.set()
         page.get_by_role("button", name="Regenerate").wait_for()
         page.emulate_media(color_scheme="dark")
         page.locator(".replay").press("Home")
         for _ in range(6):
             page.locator(".replay").press("ArrowRight")
         shoot(page, "replay-dark")
-        server.scripts["/v1/chat/completions"] = [
+        self.server.scripts["/v1/chat/completions"] = [
             Refusal(503, "overloaded_error", "256 requests wait, as many as the queue holds.", {"Retry-After": "1"})
         ]
         page.locator(".replay").press("End")
@@ -112,7 +114,8 @@ def main() -> None:
         page.locator("#log .trouble").wait_for()
         shoot(page, "busy-dark")
 
-        page = open_page(1200, 900, "light")
+    def editor_picture(self) -> None:
+        page = self.open_page(1200, 900, "light")
         page.get_by_role("link", name="Editor").click()
         text = page.locator("#text")
         text.fill(NOTE.format(""))
@@ -122,29 +125,44 @@ def main() -> None:
         page.evaluate("scrollTo(0, 0)")
         shoot(page, "editor")
 
-        page = open_page(1200, 880, "dark")
+    def sudoku_picture(self) -> None:
+        page = self.open_page(1200, 880, "dark")
         page.get_by_role("link", name="Sudoku").click()
         page.locator("#sample").select_option("3")
         page.locator("#solve").click()
         page.get_by_text("Canvas 1, step 3,").wait_for()
         shoot(page, "sudoku-dark")
-        hold.set()
+        self.hold.set()
 
-        page = open_page(1200, 1040, "light")
+    def settings_picture(self) -> None:
+        page = self.open_page(1200, 1040, "light")
         page.get_by_role("link", name="Settings").click()
         page.locator("#option-max_steps").fill("24")
         page.evaluate("scrollTo(0, 0)")
         shoot(page, "settings")
 
-        server.scripts["/v1/chat/completions"] = [chat(ANSWER, 12, hold, 6)]
-        page = open_page(360, 660, "light", is_phone=True)
+    def phone_picture(self) -> None:
+        self.server.scripts["/v1/chat/completions"] = [chat(ANSWER, 12, self.hold, 6)]
+        page = self.open_page(360, 660, "light", is_phone=True)
         say(page, QUESTION)
         page.get_by_text("Canvas 1, step 6,").wait_for()
         page.evaluate("scrollTo(0, 0)")
         shoot(page, "phone")
-        hold.set()
+        self.hold.set()
+
+
+def main() -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        screen = Screen(browser)
+        screen.chat_pictures()
+        screen.editor_picture()
+        screen.sudoku_picture()
+        screen.settings_picture()
+        screen.phone_picture()
         browser.close()
-    server.close()
+    screen.server.close()
 
 
 if __name__ == "__main__":
