@@ -1,4 +1,4 @@
-"""ops/triton/linear.py, product.py and forms.py: under the interpreter, against the reference; compiled ahead of time."""
+"""ops/triton/linear.py, product.py and forms.py: under the interpreter, against the reference; and compiled."""
 
 from __future__ import annotations
 
