@@ -1,4 +1,4 @@
-"""model/config.py: config.json in every spelling and generation_config.json; hostile values; the released model's size."""
+"""model/config.py: config.json in every spelling and generation_config.json; hostile values; the released size."""
 
 from __future__ import annotations
 

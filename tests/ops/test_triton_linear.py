@@ -1,4 +1,4 @@
-"""ops/triton/linear.py, product.py and forms.py: under the interpreter, against the reference; compiled ahead of time."""
+"""ops/triton/linear.py, product.py and forms.py: under the interpreter, against the reference; and compiled."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_every_code_of_four_bits_with_every_scale_is_exact(kind: str, dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["fp8", "fp8-block"])
 def test_fp8_without_fp8_hardware(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "has_fp8", lambda device: False)
+    monkeypatch.setattr(forms, "has_fp8", lambda device: False)
     x, weight = normal(5, 160).to(dtype), packed(normal(20, 160, seed=1), kind)
     with tuning.using("linear", **SMALL):
         (out,) = linear.linear(x, weight)
@@ -228,7 +228,7 @@ def test_fp8_without_fp8_hardware(kind: str, dtype: torch.dtype, monkeypatch: py
 
 
 def test_every_fp8_code_is_widened_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "has_fp8", lambda device: False)
+    monkeypatch.setattr(forms, "has_fp8", lambda device: False)
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     codes = torch.where(codes.float().isnan(), torch.zeros(256), codes.float()).to(torch.float8_e4m3fn)
     weight = Packed("fp8", (256, 32), codes[:, None].expand(256, 32).contiguous(), torch.ones(256), 32)
