@@ -340,7 +340,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, **changed: Callable[[Any], Any]) -> 
     """The operations that are checked, with another outcome of some; the reference stays right."""
 
     def wrong(name: str, *more: Any) -> Ops:
-        record: Any = load(name, *more)
+        record = load(name, *more)
         if name == "reference":
             return record
         parts: dict[str, Any] = {
@@ -392,13 +392,13 @@ def test_everything_that_a_read_out_returns_is_compared(
 
 def test_bans_that_touch_other_positions_are_seen(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(name: str, *more: Any) -> Ops:
-        record: Any = load(name, *more)
+        record = load(name, *more)
         if name == "reference":
             return record
 
         def read_out(*args: Any, banned: Any = None, **named: Any) -> Any:
             banned = banned and (torch.ones_like(banned[0]), banned[1])
-            return record.read_out(*args, **named, banned=banned)
+            return record.read_out(*args, **{**named, "banned": banned})
 
         return replace(record, read_out=read_out)
 
