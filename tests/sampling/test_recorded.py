@@ -145,6 +145,3 @@ def test_angles_are_made_once_a_canvas() -> None:
         for lengths in [5, 9], [5, 9], [5, 9], [37, 9]:
             one([0, 1], lengths, [0, 0])
         assert len(refreshed) == 2
-
-
-# ---- an engine that stays -------------------------------------------------------------------------------------------
