@@ -53,7 +53,7 @@ class Unreadable:
 
 @dataclass
 class Script:
-    """`loop.Jobs`, where each job's query says what happens to it: its first message is a record of what to do."""
+    """`loop.JobRunner`, where each job's query says what happens to it: its first message is a record of what to do."""
 
     active: dict[str, dict[str, Any]] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
@@ -144,7 +144,7 @@ def scripted(wishes: dict[str, Any], connection: Connection, load: LoadOptions, 
     """What the worker process runs. `wishes` say what becomes of which load: the number of loads is kept in a file."""
     assert load == LOAD
 
-    def open_jobs(send: child.Send) -> tuple[loop.Jobs, ModelCard]:
+    def open_jobs(send: child.Send) -> tuple[loop.JobRunner, ModelCard]:
         loads = Path(wishes["loads"])
         loads.write_text(loads.read_text() + "x")
         match wishes.get(f"load_{len(loads.read_text())}"):

@@ -35,7 +35,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class StoredVocabulary:
     """A tokenizer that a file carries within itself (GGUF)."""
 
     tokens: list[str]
@@ -61,7 +61,7 @@ class Checkpoint:
     """By released name."""
     generation: dict[str, Any] = field(default_factory=dict)
     """What generation_config.json would say."""
-    vocabulary: Vocabulary | None = None
+    vocabulary: StoredVocabulary | None = None
     """None: the tokenizer's files lie in the folder."""
     notices: tuple[str, ...] = ()
     """One sentence for each kind of thing that is left aside."""

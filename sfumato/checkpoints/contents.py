@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
 from sfumato.checkpoints.names import ENCODER, VISION, own_name, released_name, repeated
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
@@ -51,7 +51,7 @@ def generation_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ..
     return read_generation_config(checkpoint.path)
 
 
-def tokenizer_of(vocabulary: Vocabulary) -> Tokenizer:
+def tokenizer_of(vocabulary: StoredVocabulary) -> Tokenizer:
     """The tokenizer that a file carries within itself."""
     special = {f"{name}_token": vocabulary.tokens[index] for name, index in vocabulary.special.items()}
     return Tokenizer.from_vocabulary(vocabulary.tokens, vocabulary.kinds, vocabulary.merges, special)

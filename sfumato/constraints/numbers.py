@@ -10,7 +10,7 @@ import math
 from decimal import Decimal
 from typing import Any
 
-from sfumato.constraints.rules import Place, Rules, short
+from sfumato.constraints.rules import Place, RuleWriter, short
 
 GREATEST = 10**300
 """The greatest size of a bound or a constant: what a float holds."""
@@ -25,7 +25,7 @@ ANY_NUMBER = rf"/-?({_DECIMAL})([eE][+-]?[0-9]{{1,2}})?/"
 """The terminal of a number without bounds."""
 
 
-def number_rule(rules: Rules, schema: dict[str, Any], place: Place, is_whole: bool) -> str:
+def number_rule(rules: RuleWriter, schema: dict[str, Any], place: Place, is_whole: bool) -> str:
     """The rule of the numbers, or whole numbers, between the bounds of a schema."""
     low, high = _bound(schema, "inimum", place), _bound(schema, "aximum", place)
     form = _INTEGER if is_whole else _DECIMAL

@@ -20,7 +20,7 @@ CONTROL_TOKEN = re.compile(r"<\|[^<>]*>|<[^<>]*\|>|<(?:bos|eos|pad|unk)>")
 """What the checkpoints' control tokens look like: the library would take such text for the token itself."""
 
 
-class Rules:
+class RuleWriter:
     """The rules and terminals of a grammar, each written once: equal bodies have one name."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sfumato.constraints.numbers import GREATEST
 from sfumato.constraints.patterns import FORMAT_PATTERNS, FORMATS, NotSupported, whole_pattern
-from sfumato.constraints.rules import CONTROL_TOKEN, QUOTE, Place, Rules, key_of, literal, short
+from sfumato.constraints.rules import CONTROL_TOKEN, QUOTE, Place, RuleWriter, key_of, literal, short
 
 MAX_LENGTH = 100_000
 """What minLength, minItems and maxItems may be."""
@@ -16,7 +16,7 @@ MAX_VALUES = 10_000
 """Values of one enum."""
 
 
-def string_rule(rules: Rules, schema: dict[str, Any], place: Place) -> str:
+def string_rule(rules: RuleWriter, schema: dict[str, Any], place: Place) -> str:
     """The rule of the strings that length, pattern and format of a schema allow."""
     low = count_of(schema, "minLength", place, MAX_LENGTH) or 0
     high = count_of(schema, "maxLength", place, 1 << 60)
@@ -39,7 +39,7 @@ def string_rule(rules: Rules, schema: dict[str, Any], place: Place) -> str:
     return rules.rule(f"{QUOTE} {rules.terminal(' & '.join(parts))} {QUOTE}")
 
 
-def _pattern(rules: Rules, pattern: Any, place: Place) -> str:
+def _pattern(rules: RuleWriter, pattern: Any, place: Place) -> str:
     if not isinstance(pattern, str):
         place.refuse(f"a pattern is text, not {short(pattern)}")
     rules.add_hints(re.findall(r"[^\W_]+|[^\w\s\\^$()\[\]{}|*+?]|_", pattern))
@@ -61,7 +61,7 @@ def count_of(schema: dict[str, Any], word: str, place: Place, most: int) -> int 
     return value
 
 
-def constant_rules(rules: Rules, values: list[Any], place: Place, types: frozenset[str]) -> list[str]:
+def constant_rules(rules: RuleWriter, values: list[Any], place: Place, types: frozenset[str]) -> list[str]:
     """The alternatives of the values of an enum that are of these types."""
     if len(values) > MAX_VALUES:
         place.refuse(f"an enum of {len(values)} values, more than the {MAX_VALUES} allowed")
@@ -76,7 +76,7 @@ def constant_rules(rules: Rules, values: list[Any], place: Place, types: frozens
     return options
 
 
-def _constant(rules: Rules, value: Any, place: Place) -> str:
+def _constant(rules: RuleWriter, value: Any, place: Place) -> str:
     """The rule of one value, written out."""
     if isinstance(value, str):
         _check_text(value, place)

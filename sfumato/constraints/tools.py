@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sfumato.constraints.numbers import ANY_NUMBER, number_rule
-from sfumato.constraints.rules import CONTROL_TOKEN, QUOTE, Place, Rules, is_bare, key_of, literal, short
+from sfumato.constraints.rules import CONTROL_TOKEN, QUOTE, Place, RuleWriter, is_bare, key_of, literal, short
 from sfumato.constraints.scalars import MAX_LENGTH, constant_rules, count_of, string_rule
 from sfumato.errors import InputError
 from sfumato.text.messages import MAX_DEPTH, check_tools
@@ -52,7 +52,7 @@ def tool_grammar(tools: Sequence[Mapping[str, Any]], must_call: bool = False) ->
     checked = check_tools(tools)
     if not checked:
         raise InputError("a grammar of calls needs at least one tool; give tools, or leave strict out")
-    rules = Rules()
+    rules = RuleWriter()
     calls: dict[str, str] = {}
     for tool in checked:
         name, parameters = tool["function"]["name"], tool["function"].get("parameters")
@@ -69,7 +69,7 @@ def tool_grammar(tools: Sequence[Mapping[str, Any]], must_call: bool = False) ->
 class _Arguments:
     """Writes the rules of the arguments of one tool; each value of a schema is a rule."""
 
-    def __init__(self, rules: Rules, tool: str, schema: Any) -> None:
+    def __init__(self, rules: RuleWriter, tool: str, schema: Any) -> None:
         if not schema or schema == {"type": "object"}:
             schema = {"type": "object", "properties": {}}
         self._rules, self._tool, self._schema = rules, tool, schema

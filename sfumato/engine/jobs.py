@@ -43,7 +43,7 @@ class _Job:
     """Place of an ask -> what it ended with."""
 
 
-class Planner(Protocol[Query]):
+class PlanMaker(Protocol[Query]):
     """What makes plans of requests: `LLM`."""
 
     model: Model
@@ -60,7 +60,7 @@ class Planner(Protocol[Query]):
 class Jobs(Generic[Query]):
     """Jobs by the ids that their callers give them."""
 
-    def __init__(self, planner: Planner[Query], limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
+    def __init__(self, planner: PlanMaker[Query], limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
         self.planner, self.limits = planner, limits
         self.batch = Batch(planner.model, limits)
         self._lock = threading.Lock()

@@ -21,7 +21,7 @@ MOST_IDLE = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptEngine:
     """An engine without rows, and what its first seat still holds: the beginning of the last conversation."""
 
     engine: Engine
@@ -32,7 +32,7 @@ class EngineKeeper:
     """Keeps the engine of the last call for the next one."""
 
     def __init__(self) -> None:
-        self.kept: Kept | None = None
+        self.kept: KeptEngine | None = None
 
     def take(self, model: Model, prompts: Sequence[Prompt]) -> Engine | None:
         """The engine of the last call; None where there is none, another call has it, or it ran another model.
@@ -53,7 +53,7 @@ class EngineKeeper:
             engine.leave(seat, len(conversation) if seat == 0 else 0)
         if engine.cache.bytes > MOST_IDLE and not len(conversation):
             engine.resize(1, 1)
-        self.kept = Kept(engine, conversation)
+        self.kept = KeptEngine(engine, conversation)
 
     def forget(self) -> None:
         """Free the engine: its cache, and the steps that were recorded for it."""

@@ -107,7 +107,7 @@ class ModelConfig:
         if not is_diffusion:
             _check_gemma4(raw, text, source)
             text = {"final_logit_softcapping": None, **text}  # there absent is none, which is not supported
-        get = _Reader(text, source)
+        get = _ConfigReader(text, source)
         _check_fixed(raw, text, source)
         kinds = _layer_kinds(text, get.whole("num_hidden_layers", limit=1000), source)
         vocab_size = get.whole("vocab_size")
@@ -120,7 +120,7 @@ class ModelConfig:
             top_k_experts=get.whole("top_k_experts"),
             expert_size=get.whole("moe_intermediate_size"),
             layers=tuple(_layer(text, get, i, kind, source) for i, kind in enumerate(kinds)),
-            canvas_length=_Reader(raw, source).whole("canvas_length", 256),
+            canvas_length=_ConfigReader(raw, source).whole("canvas_length", 256),
             max_position=get.whole("max_position_embeddings", 131072),
             eps=get.positive("rms_norm_eps", 1e-6),
             softcap=get.positive("final_logit_softcapping", 30.0),
@@ -286,7 +286,7 @@ _LIMIT = 1 << 24  # larger sizes are damage or malice, and would only fail later
 
 
 @dataclass
-class _Reader:
+class _ConfigReader:
     text: dict[str, Any]
     source: str
 
@@ -343,7 +343,7 @@ def _check_shapes(config: ModelConfig, kinds: list[str], source: str) -> None:
             )
 
 
-def _layer(text: dict[str, Any], get: _Reader, index: int, kind: str, source: str) -> LayerConfig:
+def _layer(text: dict[str, Any], get: _ConfigReader, index: int, kind: str, source: str) -> LayerConfig:
     head_dim, kv_heads = get.whole("head_dim"), get.whole("num_key_value_heads")
     override = text.get("per_layer_config")
     if override is not None:
@@ -356,7 +356,7 @@ def _layer(text: dict[str, Any], get: _Reader, index: int, kind: str, source: st
                     f"{source}: per_layer_config changes {_show(name)} in layer {index}; only head_dim and "
                     "num_key_value_heads may differ from layer to layer"
                 )
-        own = _Reader(for_this, source)
+        own = _ConfigReader(for_this, source)
         head_dim, kv_heads = own.whole("head_dim", head_dim), own.whole("num_key_value_heads", kv_heads)
     elif kind == FULL:
         head_dim = get.whole("global_head_dim", 512)
@@ -396,7 +396,7 @@ def _rope(text: dict[str, Any], kind: str, source: str) -> Rope:
         raise CheckpointError(
             f"{source}: rope_parameters[{kind!r}] is {_show(raw)}; rope_type must be 'default' or 'proportional'"
         )
-    get = _Reader(raw, source)
+    get = _ConfigReader(raw, source)
     proportional = raw.get("rope_type") == "proportional"
     partial = get.positive("partial_rotary_factor", 1.0)
     if partial > 1 or (partial != 1 and not proportional):

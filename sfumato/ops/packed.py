@@ -138,7 +138,7 @@ class Code(ABC):
         return x
 
 
-class _Int8(Code):
+class _Int8Code(Code):
     name, bits = "int8", 8
 
     def unpack(self, packed: Packed) -> Tensor:
@@ -151,7 +151,7 @@ class _Int8(Code):
         return _grid(packed, whole.float(), whole.view(torch.uint8), 0, 1)
 
 
-class _Int4(Code):
+class _Int4Code(Code):
     name, bits, least = "int4", 4, 2
 
     def unpack(self, packed: Packed) -> Tensor:
@@ -167,7 +167,7 @@ class _Int4(Code):
         return 0 if packed.bias is not None else 8
 
 
-class _FP8(Code):
+class _FP8Code(Code):
     name, bits = "fp8", 8
 
     def unpack(self, packed: Packed) -> Tensor:
@@ -205,18 +205,20 @@ class _E2M1(Code):
         return packed.scale
 
 
-class _NVFP4(_E2M1):
+class _NVFP4Code(_E2M1):
     name, least = "nvfp4", 16
 
 
-class _MXFP4(_E2M1):
+class _MXFP4Code(_E2M1):
     name, least = "mxfp4", 32
 
     def _scale(self, packed: Packed) -> Tensor:
         return power_of_two(packed.scale)
 
 
-CODES: dict[str, Code] = {code.name: code for code in (_Int8(), _Int4(), _FP8(), _NVFP4(), _MXFP4())}
+CODES: dict[str, Code] = {
+    code.name: code for code in (_Int8Code(), _Int4Code(), _FP8Code(), _NVFP4Code(), _MXFP4Code())
+}
 """The formats there are, by `Packed.kind`."""
 
 

@@ -168,7 +168,7 @@ def test_route_writes_the_lists(tokens: int, width: int, count: int, choices: in
     residual, scale, proj = normal(tokens, width), normal(width, seed=1), normal(count, width, seed=2)
     index, weight = route.route(residual, scale, proj, torch.ones(count), choices, EPS)
     root, zeros = (residual.square().mean(-1) + EPS).rsqrt(), torch.zeros(route.zeros_for(tokens, count)).int()
-    router = route.Router(scale, proj, torch.ones(count))
+    router = route.RouterWeights(scale, proj, torch.ones(count))
     *lists, same = route.listed(residual, root, router, choices, zeros)
     check_lists(index, *lists)
     assert torch.allclose(same, weight, rtol=1e-5)

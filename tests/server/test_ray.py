@@ -39,7 +39,7 @@ with warnings.catch_warnings():
 
     from sfumato.server.cluster import replicas, routing
     from sfumato.server.cluster.backend import RayBackend
-    from sfumato.server.cluster.routing import Router
+    from sfumato.server.cluster.routing import ReplicaRouter
 
 CARD = ModelCard("scripted", 32, 512, 100, True, True, 12, "float32", "reference")
 
@@ -113,7 +113,7 @@ def chosen(names: str, queues: dict[str, int], what: Job, avoid: str | None = No
     cache = SimpleNamespace(get=lambda replica: queues.get(replica.unique_id))
     request = SimpleNamespace(args=(what, avoid), routing_context=SimpleNamespace(should_backoff=False))
     router: Any = SimpleNamespace(bound=2, replica_queue_len_cache=cache)
-    groups = asyncio.run(Router.choose_replicas(router, cast(Any, there), cast(Any, request)))
+    groups = asyncio.run(ReplicaRouter.choose_replicas(router, cast(Any, there), cast(Any, request)))
     assert request.routing_context.should_backoff
     return [[one.replica_id.unique_id for one in group] for group in groups]
 

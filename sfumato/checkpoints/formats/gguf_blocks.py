@@ -22,7 +22,7 @@ from sfumato.ops.packed import Packed
 
 
 @dataclass(frozen=True)
-class Kind:
+class BlockKind:
     """How a tensor is stored: blocks of `values` numbers in `nbytes` bytes."""
 
     name: str
@@ -31,17 +31,17 @@ class Kind:
 
 
 KINDS = {
-    0: Kind("F32", 1, 4),
-    1: Kind("F16", 1, 2),
-    2: Kind("Q4_0", 32, 18),
-    3: Kind("Q4_1", 32, 20),
-    6: Kind("Q5_0", 32, 22),
-    7: Kind("Q5_1", 32, 24),
-    8: Kind("Q8_0", 32, 34),
-    12: Kind("Q4_K", 256, 144),
-    13: Kind("Q5_K", 256, 176),
-    14: Kind("Q6_K", 256, 210),
-    30: Kind("BF16", 1, 2),
+    0: BlockKind("F32", 1, 4),
+    1: BlockKind("F16", 1, 2),
+    2: BlockKind("Q4_0", 32, 18),
+    3: BlockKind("Q4_1", 32, 20),
+    6: BlockKind("Q5_0", 32, 22),
+    7: BlockKind("Q5_1", 32, 24),
+    8: BlockKind("Q8_0", 32, 34),
+    12: BlockKind("Q4_K", 256, 144),
+    13: BlockKind("Q5_K", 256, 176),
+    14: BlockKind("Q6_K", 256, 210),
+    30: BlockKind("BF16", 1, 2),
 }
 """What is read here, by ggml's number."""
 _LATER = "Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M".split()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
 from sfumato.checkpoints.formats.gguf import Header, StoredBlocks, read_header, show
 from sfumato.checkpoints.formats.gguf_blocks import PLAIN, decode, packed
 from sfumato.checkpoints.formats.gguf_names import (
@@ -235,7 +235,7 @@ def _turning(keys: _Keys, head: int) -> dict[str, float]:
     return {"partial_rotary_factor": share, **({"factor": factor} if factor != 1 else {})}
 
 
-def _vocabulary(keys: _Keys) -> Vocabulary | None:
+def _vocabulary(keys: _Keys) -> StoredVocabulary | None:
     if keys.any("tokenizer.ggml.tokens") is None:
         return None
     model = keys.text("tokenizer.ggml.model")
@@ -250,14 +250,14 @@ def _vocabulary(keys: _Keys) -> Vocabulary | None:
             special[name] = keys.whole(key)
             if special[name] >= len(tokens):
                 raise keys.wrong(f"{key} is {special[name]}, but there are {len(tokens)} tokens")
-    return Vocabulary(tokens, kinds, merges, special, keys.text("tokenizer.chat_template"))
+    return StoredVocabulary(tokens, kinds, merges, special, keys.text("tokenizer.chat_template"))
 
 
 _ENDINGS = ("<turn|>", "<|tool_response>")
 """Tokens that end an answer whether or not the metadata says so, as in llama.cpp."""
 
 
-def _ends(keys: _Keys, vocabulary: Vocabulary | None) -> list[int]:
+def _ends(keys: _Keys, vocabulary: StoredVocabulary | None) -> list[int]:
     """The ids that end an answer. Their array is what some engines write beside the one id that llama.cpp reads."""
     array = keys.any("tokenizer.ggml.eos_token_ids")
     if array is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
 from sfumato.checkpoints.formats.gguf import PlannedBlocks, write_file
 from sfumato.checkpoints.formats.gguf_blocks import KINDS, NUMBERS, encode
 from sfumato.checkpoints.formats.gguf_names import NAME, ROPE, SAMPLER, SPECIAL, STILL, tensor_table
@@ -36,7 +36,7 @@ def write_gguf(
     checkpoint: Checkpoint,
     path: Path,
     kind: str = "Q8_0",
-    vocabulary: Vocabulary | None = None,
+    vocabulary: StoredVocabulary | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a checkpoint as one GGUF file that llama.cpp's DiffusionGemma reads; what it replaces is there to the last.
@@ -78,7 +78,7 @@ def write_gguf(
     write_file(path, metadata, tensors, progress)
 
 
-def vocabulary_of(tokenizer: Tokenizer, template: str | None = None) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer, template: str | None = None) -> StoredVocabulary:
     """A tokenizer as GGUF carries it, with the chat template that goes with it. InputError: none of Gemma's kind."""
     described = json.loads(tokenizer.to_json())
     model, added = described["model"], {token["content"]: token["id"] for token in described["added_tokens"]}
@@ -93,7 +93,7 @@ def vocabulary_of(tokenizer: Tokenizer, template: str | None = None) -> Vocabula
     kinds = [kinds_of.get(token, 1) for token in tokens]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     named = {name: tokenizer.id(tokenizer.special.get(f"{name}_token", "")) for name in SPECIAL}
-    return Vocabulary(tokens, kinds, merges, {name: at for name, at in named.items() if at is not None}, template)
+    return StoredVocabulary(tokens, kinds, merges, {name: at for name, at in named.items() if at is not None}, template)
 
 
 def _parts(entry: Entry, kind: str) -> Iterator[Tensor]:
@@ -152,7 +152,7 @@ def divisors_of(config: ModelConfig) -> Tensor:
     return divisors
 
 
-def tokenizer_of(config: ModelConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
+def tokenizer_of(config: ModelConfig, vocabulary: StoredVocabulary | None) -> dict[str, Any]:
     """What a file says of the tokenizer.
 
     The ids that end an answer are written three times: all of them, and the two that llama.cpp has names for."""

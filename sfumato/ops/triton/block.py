@@ -125,7 +125,7 @@ def _dense(x: Ready, gate: Form, up: Form, layer: Layer, like_ND: Tensor) -> Ten
 def _sparse(
     x: Ready, gate_up: Form, layer: Layer, residual_ND: Tensor, root_N: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    router = route.Router(layer.router_scale, layer.router, layer.per_expert)
+    router = route.RouterWeights(layer.router_scale, layer.router, layer.per_expert)
     count_E, list_EN, weight_NJ = route.listed(residual_ND, root_N, router, layer.top_k, zeros)
     hidden_AF = residual_ND.new_empty(weight_NJ.numel(), gate_up.outputs // 2)
     down = form(layer.expert_down, hidden_AF)

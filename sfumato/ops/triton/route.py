@@ -50,12 +50,12 @@ def route(
     weight_NJ = torch.empty(tokens, top_k, dtype=torch.float32, device=residual_ND.device)
     if tokens:
         counters = torch.zeros(tokens, dtype=torch.int32, device=residual_ND.device)
-        router, results = Router(scale_D, proj_ED, per_expert_E), _Results(weight_NJ, counters, index_NJ)
+        router, results = RouterWeights(scale_D, proj_ED, per_expert_E), _Results(weight_NJ, counters, index_NJ)
         _launch(residual_ND.contiguous(), router, eps, None, results)
     return index_NJ, weight_NJ
 
 
-class Router(NamedTuple):
+class RouterWeights(NamedTuple):
     """The weights of a router."""
 
     scale_D: Tensor
@@ -74,7 +74,7 @@ class _Results(NamedTuple):
 
 
 def listed(
-    residual_ND: Tensor, root_N: Tensor, router: Router, top_k: int, zeros: Tensor
+    residual_ND: Tensor, root_N: Tensor, router: RouterWeights, top_k: int, zeros: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`route` for a block: assignments by expert.
 
@@ -94,7 +94,7 @@ def zeros_for(tokens: int, count: int) -> int:
     return count + tokens
 
 
-def _launch(residual_ND: Tensor, router: Router, eps: float, root_N: Tensor | None, results: _Results) -> None:
+def _launch(residual_ND: Tensor, router: RouterWeights, eps: float, root_N: Tensor | None, results: _Results) -> None:
     (tokens, width), count, top_k = residual_ND.shape, router.proj_ED.shape[0], results.weight_NJ.shape[1]
     chosen = _blocks(count, width, residual_ND.dtype, residual_ND.device)
     splits, block = chosen["SPLITS"], max(16, triton.next_power_of_2(count))

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from sfumato.server.http.answers import UsageBody
 
 
-class Infill(TypedDict):
+class InfillBody(TypedDict):
     """The answer of /v1/infill."""
 
     id: str
@@ -22,7 +22,7 @@ class Infill(TypedDict):
     usage: UsageBody
 
 
-class Edit(TypedDict):
+class EditBody(TypedDict):
     """The answer of /v1/edit."""
 
     id: str
@@ -34,7 +34,7 @@ class Edit(TypedDict):
     usage: UsageBody
 
 
-class Fill(TypedDict):
+class FillBody(TypedDict):
     """The answer of /v1/fill."""
 
     id: str

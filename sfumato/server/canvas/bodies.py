@@ -41,7 +41,7 @@ class EditRequest(OptionsBody, uses=CANVAS, without=WITHOUT):
     strength: float | None = Field(None, ge=0, le=1, description="The share of the text that is noise at first.")
 
 
-class Slot(Body):
+class SlotBody(Body):
     """A place to be written, and at most one thing that it obeys."""
 
     name: str | None = None
@@ -71,7 +71,7 @@ class Prompted(Body):
 class FillRequest(Prompted, OptionsBody, uses=CANVAS, without=WITHOUT):
     """The body of /v1/fill."""
 
-    template: Annotated[list[str | Slot], Field(min_length=1), Most("max_pieces", "pieces")]
+    template: Annotated[list[str | SlotBody], Field(min_length=1), Most("max_pieces", "pieces")]
 
 
 class DecisionsRequest(Prompted):

@@ -43,21 +43,21 @@ def routes(service: Service) -> APIRouter:
     """The routes of templates, and that of decisions."""
     router = APIRouter()
 
-    @router.post("/v1/infill", **takes(InfillRequest, answers.Infill))
+    @router.post("/v1/infill", **takes(InfillRequest, answers.InfillBody))
     async def infill(request: Request) -> Response:
         """Write what stands between two texts."""
         body = await service.read(request, InfillRequest)
         query = await _infill(body, service)
         return await _answer(service, request, body, query, Answer("infill", _infilled))
 
-    @router.post("/v1/edit", **takes(EditRequest, answers.Edit))
+    @router.post("/v1/edit", **takes(EditRequest, answers.EditBody))
     async def edit(request: Request) -> Response:
         """Rewrite a text where it stands: by an instruction, between given characters, or both."""
         body = await service.read(request, EditRequest)
         query = _edit(body, await service.card(body.model))
         return await _answer(service, request, body, query, Answer("edit", _edited))
 
-    @router.post("/v1/fill", **takes(FillRequest, answers.Fill))
+    @router.post("/v1/fill", **takes(FillRequest, answers.FillBody))
     async def fill(request: Request) -> Response:
         """Fill the slots of a template; its fixed texts stay byte for byte."""
         body = await service.read(request, FillRequest)
@@ -98,7 +98,7 @@ def _edit(body: EditRequest, card: ModelCard) -> Edit:
 
 
 async def _fill(body: FillRequest, service: Service) -> Fill:
-    slots = {number: piece for number, piece in enumerate(body.template) if isinstance(piece, bodies.Slot)}
+    slots = {number: piece for number, piece in enumerate(body.template) if isinstance(piece, bodies.SlotBody)}
     most = service.settings.limits.max_slots
     if len(slots) > most:
         message = f"template has {len(slots)} slots, more than the {most} allowed; send fewer"

@@ -139,7 +139,8 @@ class Cluster:
             graceful_shutdown_wait_loop_s=0.5,
             max_constructor_retry_count=1,
             request_router_config=cast(Any, RequestRouterConfig)(
-                request_router_class=f"{routing.__name__}:Router", request_router_kwargs={"bound": max(1, rows // 4)}
+                request_router_class=f"{routing.__name__}:ReplicaRouter",
+                request_router_kwargs={"bound": max(1, rows // 4)},
             ),
             logging_config=quiet,
             **count,

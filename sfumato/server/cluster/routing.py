@@ -66,7 +66,7 @@ def ranks(key: str, queues: Mapping[str, int], bound: int) -> list[list[str]]:
     return [two] if queues[first] - min(queues.values()) > bound else [[first], two]
 
 
-class Router(RequestRouter):
+class ReplicaRouter(RequestRouter):
     """Chooses a job's replica for Ray Serve, in the server's process."""
 
     bound: int

@@ -40,7 +40,7 @@ class Connection(H11Protocol):
     def __init__(self, settings: Settings, most: int, **options: Any) -> None:
         super().__init__(**options)
         self.settings, self.most = settings, most
-        self.conn = self._reader = _Reader(settings.limits.max_head)
+        self.conn = self._reader = _RequestReader(settings.limits.max_head)
         self.since = monotonic()
         """When it began, or when its last request was answered."""
         self._timer: asyncio.TimerHandle | None = None
@@ -152,7 +152,7 @@ class Connection(H11Protocol):
             super().shutdown()
 
 
-class _Reader(h11.Connection):
+class _RequestReader(h11.Connection):
     """Reads requests, with the limits that h11 leaves to others; `fault` is what it last could not read."""
 
     def __init__(self, max_head: int) -> None:

@@ -103,7 +103,7 @@ class FlatChoice(Body):
     name: str
 
 
-class Format(Body):
+class AnswerFormat(Body):
     """What form the answer has."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -116,7 +116,7 @@ class Format(Body):
 class Text(Body):
     """How the answer's text is to be."""
 
-    format: Format | None = None
+    format: AnswerFormat | None = None
     verbosity: Any = only("medium")
 
 

@@ -43,7 +43,7 @@ Send = Callable[[Any], None]
 def main(connection: Connection, load: LoadOptions, limits: BatchLimits) -> None:
     """The worker process on a model."""
 
-    def open_jobs(send: Send) -> tuple[worker_loop.Jobs, ModelCard]:
+    def open_jobs(send: Send) -> tuple[worker_loop.JobRunner, ModelCard]:
         from sfumato.constraints.forms import llguidance
         from sfumato.engine.jobs import Jobs
         from sfumato.llm import LLM
@@ -59,7 +59,7 @@ def main(connection: Connection, load: LoadOptions, limits: BatchLimits) -> None
     run(connection, open_jobs)
 
 
-def run(connection: Connection, open_jobs: Callable[[Send], tuple[worker_loop.Jobs, ModelCard]]) -> None:
+def run(connection: Connection, open_jobs: Callable[[Send], tuple[worker_loop.JobRunner, ModelCard]]) -> None:
     """Open the model, then run jobs until the parent says stop or closes the connection."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the thread that calls it, which may have stepped aside
     sys.setswitchinterval(SWITCH_SECONDS)

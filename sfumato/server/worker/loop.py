@@ -48,7 +48,7 @@ TRIM_SECONDS = 5.0
 twelfth within minutes."""
 
 
-class Jobs(Protocol):
+class JobRunner(Protocol):
     """What runs the jobs: `engine.jobs.Jobs`; tests give another. `begin` and `cancel` are safe against `turn`."""
 
     def begin(self, id: str, query: Query) -> None:
@@ -97,7 +97,7 @@ class _Preparation:
 class WorkerLoop:
     """Jobs between the connection and the engine. `read`, `prepare` and `serve` are what the threads run."""
 
-    jobs: Jobs
+    jobs: JobRunner
     """Set when the model is loaded; no job arrives before."""
 
     def __init__(self, connection: Connection) -> None:

@@ -20,7 +20,7 @@ from gguf_files import SCALES, copied, random_blocks, whole
 from tiny import oracle_name, tiny_config, tiny_model
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry, Vocabulary
+from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
 from sfumato.checkpoints.formats import gguf_blocks as blocks
 from sfumato.checkpoints.formats import gguf_writer
 from sfumato.checkpoints.formats.gguf import MAX_COUNT, PlannedBlocks, read_header, write_file
@@ -207,7 +207,7 @@ def rows_of(tensor: Tensor, first: int, last: int) -> Tensor:
     return tensor[first:last]
 
 
-def checkpoint_of(config: ModelConfig, vocabulary: Vocabulary | None = None, **generation: Any) -> Checkpoint:
+def checkpoint_of(config: ModelConfig, vocabulary: StoredVocabulary | None = None, **generation: Any) -> Checkpoint:
     """A tiny model in memory as a Checkpoint."""
     entries = {}
     for name, tensor in tiny_model(config).state_dict().items():

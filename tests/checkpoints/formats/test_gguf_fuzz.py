@@ -24,7 +24,7 @@ import torch
 from gguf_files import copied, random_blocks, whole
 from tiny import tiny_config
 
-from sfumato.checkpoints.checkpoint import Vocabulary
+from sfumato.checkpoints.checkpoint import StoredVocabulary
 from sfumato.checkpoints.formats import gguf_blocks as blocks
 from sfumato.checkpoints.formats import gguf_names, gguf_writer
 from sfumato.checkpoints.formats.gguf import PlannedBlocks, write_file
@@ -74,7 +74,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     letters = [chr(ord("a") + at) for at in range(26)]
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<turn|>", *letters, *(a + "é" for a in letters), "é"]
     kinds, merges = [3] * 6 + [1] * (len(tokens) - 6), [f"{a} é" for a in letters]
-    vocabulary = Vocabulary(tokens, kinds, merges, {"bos": 2, "eos": 1, "pad": 0, "unk": 3}, "{{ messages }}")
+    vocabulary = StoredVocabulary(tokens, kinds, merges, {"bos": 2, "eos": 1, "pad": 0, "unk": 3}, "{{ messages }}")
     metadata = {**gguf_writer.metadata_of(config, "base"), **SAMPLER, **gguf_writer.tokenizer_of(config, vocabulary)}
     write_file(path, {"general.alignment": 32, **metadata}, planned)
     assert open_gguf(path).vocabulary == vocabulary
