@@ -40,7 +40,8 @@ from sfumato.measure.machine import ROOT, environment
 from sfumato.measure.parts import BenchPlan, engine_step, random_config, random_model
 from sfumato.measure.work import size
 from sfumato.model.cache import KVCache
-from sfumato.model.network import Model, Pass, products
+from sfumato.model.network import Model, products
+from sfumato.model.passes import Pass
 from sfumato.quant.apply import quantize_
 from sfumato.quant.calibrate import correlation_of, importance_of
 from sfumato.quant.recipes import named

@@ -258,8 +258,8 @@ async def perform(ask: Ask, request: str, connection: Connection) -> Answer | Fa
         )
     except HungUp as left:
         return left
-    except Failed as lost:
-        return lost
+    except Failed as failure:
+        return failure
     except TimeoutError:
         return HungUp() if ask.leaves else Failed(f"no answer within {PATIENCE:.0f} s")
 

@@ -31,7 +31,8 @@ from sfumato.measure.work import Parameters, duration
 from sfumato.measure.work import size as in_bytes
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
-from sfumato.model.network import Model, Pass
+from sfumato.model.network import Model
+from sfumato.model.passes import Pass
 from sfumato.options import Options
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.rules import Rules

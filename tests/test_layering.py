@@ -1,4 +1,4 @@
-"""Who may import whom: walks the imports of every file in sfumato/ and holds DESIGN's row table and its fences.
+"""sfumato/: who may import whom. Walks the imports of every file and holds the table of rows and its fences.
 
 Every import counts, wherever it stands: in a function, under TYPE_CHECKING, or as `import_module("a.literal.name")`.
 """

@@ -1,4 +1,4 @@
-"""DESIGN's rules of names, sizes and places, held over the whole repository: sfumato/, and what stands beside it.
+"""sfumato/ and what stands beside it: the rules of names, sizes and places.
 
 A folder is a case of its own, so that what breaks a rule shows where. What ruff and mypy hold is not held again.
 """

@@ -275,7 +275,7 @@ def write_shards(
             shutil.rmtree(beside)
         beside.mkdir(parents=True, exist_ok=True)
         (beside / PLAN).write_text(digest)
-        _write_all(beside, shards, _Progress(plan.nbytes, progress))
+        _write_all(beside, shards, _ByteCount(plan.nbytes, progress))
         if len(shards) > 1:
             weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
             index = as_json({"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map})
@@ -304,7 +304,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
     shard = Shard(Path(path).name, [plain(name, tensor) for name, tensor in tensors.items()], metadata)
     try:
         with replacing(Path(path)) as file:
-            _fill(file, shard, _Progress(shard.nbytes))
+            _fill(file, shard, _ByteCount(shard.nbytes))
     except OSError as error:
         raise SfumatoError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -343,7 +343,7 @@ def _places(shard: Sequence[Planned]) -> list[int]:
     return places
 
 
-class _Progress:
+class _ByteCount:
     """How many bytes of all are written, and who wants to know."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None = None) -> None:
@@ -355,7 +355,7 @@ class _Progress:
             self._progress(self.done, self.total)
 
 
-def _write_all(folder: Path, shards: Sequence[Shard], progress: _Progress) -> None:
+def _write_all(folder: Path, shards: Sequence[Shard], progress: _ByteCount) -> None:
     """Write the shards that are not there yet."""
     for shard in shards:
         if (folder / shard.name).exists():
@@ -365,7 +365,7 @@ def _write_all(folder: Path, shards: Sequence[Shard], progress: _Progress) -> No
                 _fill(file, shard, progress)
 
 
-def _fill(file: IO[bytes], shard: Shard, progress: _Progress) -> None:
+def _fill(file: IO[bytes], shard: Shard, progress: _ByteCount) -> None:
     """A file's header and its tensors."""
     file.write(shard.head)
     for tensor, at in zip(shard.tensors, _places(shard.tensors), strict=True):
@@ -373,7 +373,7 @@ def _fill(file: IO[bytes], shard: Shard, progress: _Progress) -> None:
         _write(file, tensor, progress)
 
 
-def _write(file: IO[bytes], tensor: Planned, progress: _Progress) -> None:
+def _write(file: IO[bytes], tensor: Planned, progress: _ByteCount) -> None:
     written = 0
     for part in tensor.parts():
         file.write(part.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)

@@ -56,7 +56,7 @@ class Walk:
 
 
 @dataclass
-class _Place:
+class _PathPoint:
     """What is known of the state before one position: it follows from the tokens before, not from the model."""
 
     is_accepting: bool
@@ -241,10 +241,10 @@ class Guide:
 
     # ---- the grammar's state ----------------------------------------------------------------------------------------
 
-    def _look(self, forced: list[int]) -> _Place:
+    def _look(self, forced: list[int]) -> _PathPoint:
         """The matcher's state; `forced` are tokens known to be forced from here on."""
         forced = forced or self._matcher.compute_ff_tokens()
-        place = _Place(self._matcher.is_accepting(), self._matcher.is_stopped(), forced)
+        place = _PathPoint(self._matcher.is_accepting(), self._matcher.is_stopped(), forced)
         if self._matcher.is_error():
             give_up(self._matcher)
         if not self._vocabulary.allows(self._matcher, forced):

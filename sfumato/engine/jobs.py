@@ -32,7 +32,7 @@ Query = TypeVar("Query", contravariant=True)
 
 
 @dataclass(eq=False)
-class _Job:
+class _PlannedJob:
     id: str
     plan: Plan[Any]
     asks: list[Ask]
@@ -65,13 +65,13 @@ class Jobs(Generic[Query]):
         self.batch = Batch(planner.model, limits)
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PLANNING, "plans")
-        self._planning: dict[Future[tuple[bool, Any]], _Job] = {}
+        self._planning: dict[Future[tuple[bool, Any]], _PlannedJob] = {}
         """Plans that go on in a thread of their own: they lay out, encode and compile."""
-        self._waiting: list[_Job] = []
+        self._waiting: list[_PlannedJob] = []
         """Jobs that the next turn submits."""
         self._cancelled: set[str] = set()
-        self._jobs: dict[str, _Job] = {}
-        self._places: dict[str, tuple[_Job, int]] = {}
+        self._jobs: dict[str, _PlannedJob] = {}
+        self._places: dict[str, tuple[_PlannedJob, int]] = {}
         """By the id of a request under way: its job, and its place among the job's requests."""
 
     def begin(self, id: str, query: Query) -> None:
@@ -79,7 +79,7 @@ class Jobs(Generic[Query]):
         self._check_queue(1)
         plan = self.planner.plan(query)
         asks = next(plan)
-        job = _Job(id, plan, asks, self._rows(id, asks))  # checked here rather than between two turns
+        job = _PlannedJob(id, plan, asks, self._rows(id, asks))  # checked here rather than between two turns
         with self._lock:
             self._check_queue(len(job.asks))
             self._waiting.append(job)
@@ -143,7 +143,7 @@ class Jobs(Generic[Query]):
                     outcomes.append((job.id, contained(error)))
         return outcomes
 
-    def _submit(self, job: _Job) -> list[tuple[str, Outcome]]:
+    def _submit(self, job: _PlannedJob) -> list[tuple[str, Outcome]]:
         job.endings = {}
         try:
             for place, row in enumerate(job.rows):
@@ -153,7 +153,7 @@ class Jobs(Generic[Query]):
             return [(job.id, error)]
         return []
 
-    def _take_event(self, job: _Job, place: int, event: Event) -> list[tuple[str, Outcome]]:
+    def _take_event(self, job: _PlannedJob, place: int, event: Event) -> list[tuple[str, Outcome]]:
         ask = job.asks[place]
         event = replace(ask.reader.with_text(event), row=place)
         outcomes: list[tuple[str, Outcome]] = []
@@ -166,14 +166,14 @@ class Jobs(Generic[Query]):
                 self._advance(job)
         return outcomes
 
-    def _advance(self, job: _Job) -> None:
+    def _advance(self, job: _PlannedJob) -> None:
         """After all that a plan asked for has ended: an answer is over; another plan goes on in a thread."""
         if all(ask.is_answer for ask in job.asks):
             self._jobs.pop(job.id)
             return
         self._planning[self._threads.submit(self._send, job)] = job
 
-    def _send(self, job: _Job) -> tuple[bool, Any]:
+    def _send(self, job: _PlannedJob) -> tuple[bool, Any]:
         """Whether a plan is over, and its result or what it asks for next."""
         confined.leave_cores()
         confined.is_cancelled.set(lambda: job.is_dropped)
@@ -183,7 +183,7 @@ class Jobs(Generic[Query]):
             return True, stop.value
         return False, (asks, self._rows(job.id, asks))
 
-    def _continue(self, job: _Job, future: Future[tuple[bool, Any]]) -> list[tuple[str, Outcome]]:
+    def _continue(self, job: _PlannedJob, future: Future[tuple[bool, Any]]) -> list[tuple[str, Outcome]]:
         """After a plan went on in a thread: its result, or its next requests."""
         if job.is_dropped:
             job.plan.close()
@@ -199,7 +199,7 @@ class Jobs(Generic[Query]):
         job.asks, job.rows = value
         return self._submit(job)
 
-    def _drop(self, job: _Job) -> None:
+    def _drop(self, job: _PlannedJob) -> None:
         self._jobs.pop(job.id, None)
         job.is_dropped = True
         if job not in self._planning.values():  # else when it comes back

@@ -15,7 +15,8 @@ from torch import Tensor
 from sfumato.engine.request import Failure, Row
 from sfumato.errors import NumericError, contained
 from sfumato.model.cache import KVCache
-from sfumato.model.network import Model, Pass
+from sfumato.model.network import Model
+from sfumato.model.passes import Pass
 from sfumato.options import Options
 from sfumato.sampling.canvases import Canvases, to_device
 from sfumato.sampling.recorded import Recordings

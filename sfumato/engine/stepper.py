@@ -24,7 +24,8 @@ from sfumato.engine.seats import Seats
 from sfumato.engine.walks import ALONE, SLICE, EndedWalk, RowReading, SpanStep, Walks, projecting
 from sfumato.errors import InputError
 from sfumato.events import Draft
-from sfumato.model.network import Model, Pass
+from sfumato.model.network import Model
+from sfumato.model.passes import Pass
 from sfumato.sampling.canvases import Canvases, HostCopy
 from sfumato.sampling.noise import SeatNoise
 from sfumato.sampling.recorded import Recorded

@@ -279,7 +279,7 @@ def _check_whole(model: Model) -> None:
 
 
 @dataclass
-class _Weight:
+class _StreamedWeight:
     """A streamed weight: the attribute it is, its tensors on the host, and their places in each buffer."""
 
     owner: nn.Module
@@ -312,7 +312,7 @@ class Feeder:
         if self.link is not None:
             for buffer in memory:
                 buffer.record_stream(self.link)  # a copy may be under way when the model is dropped
-        self.weights: dict[int, list[_Weight]] = {layer: [] for layer in self.order}
+        self.weights: dict[int, list[_StreamedWeight]] = {layer: [] for layer in self.order}
         ends = dict.fromkeys(self.order, 0)
         for name, owner, leaf in _places(model):
             if not placement.is_on_host(name):
@@ -327,7 +327,9 @@ class Feeder:
                 )
             owner._parameters.pop(leaf, None)
             vars(owner)[leaf] = host
-            self.weights[layer].append(_Weight(owner, leaf, host, [_view(host, buffer, start) for buffer in memory]))
+            self.weights[layer].append(
+                _StreamedWeight(owner, leaf, host, [_view(host, buffer, start) for buffer in memory])
+            )
 
     def before(self, block: nn.Module, inputs: Any) -> None:
         """The block's weights have arrived. They are under way, unless a pass broke off or this is the first."""

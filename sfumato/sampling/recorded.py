@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sfumato.model.cache import KVCache
-from sfumato.model.network import Model, Pass, weights_of
+from sfumato.model.network import Model, weights_of
+from sfumato.model.passes import Pass
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.step import StepInput, step_
 

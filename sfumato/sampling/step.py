@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sfumato.model.cache import KVCache
-from sfumato.model.network import Model, Pass
+from sfumato.model.network import Model
+from sfumato.model.passes import Pass
 from sfumato.ops.contract import ReadOut
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.noise import CountedNoise, StepNoise

@@ -1,4 +1,6 @@
-"""Checkpoint → checkpoint: every target is written, loads without a flag and says the same; cut off, it goes on."""
+"""checkpoints/convert.py: checkpoint → checkpoint: every target is written, loads without a flag and says the same; cut
+off, it goes on.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Damaged and hostile safetensors folders: whatever the bytes, either tensors that lie where their header says, or one
-sentence; never a crash, a second of work, or more memory than the file has bytes (and a constant)."""
+"""checkpoints/shards.py: damaged and hostile safetensors folders: whatever the bytes, either tensors that lie where
+their header says, or one sentence; never a crash, a second of work, or more memory than the file has bytes (and a
+constant).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Many requests on one engine: no text depends on who else is there, memory stays bounded, nobody is forgotten."""
+"""engine/batch.py: many requests on one engine: no text depends on who else is there, memory stays bounded, nobody is
+forgotten.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Answers that arrive early: settled prefixes are committed and stay, a canvas stops at its first end, short ones."""
+"""engine/commits.py: answers that arrive early: settled prefixes are committed and stay, a canvas stops at its first
+end, short ones.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Numbers that are not finite: the row that meets them ends with an error, and the rows beside it go on."""
+"""engine/engine.py: numbers that are not finite: the row that meets them ends with an error, and the rows beside it go
+on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Grammars on a real canvas: random weights, so that nothing but the mechanism can be responsible for a valid text."""
+"""engine/walks.py: grammars on a real canvas: random weights, so that nothing but the mechanism can be responsible for
+a valid text.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What a CUDA graph would refuse of a step, found without a GPU: the checker's own rules, then every kind of step of a
-thin model in the released pattern (30 layers, 128 experts) on meta tensors; and that launches go to the model's
-device."""
+"""measure/capture.py: what a CUDA graph would refuse of a step, found without a GPU: the checker's own rules, then
+every kind of step of a thin model in the released pattern (30 layers, 128 experts) on meta tensors; and that
+launches go to the model's device.
+"""
 
 from __future__ import annotations
 

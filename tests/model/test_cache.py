@@ -29,7 +29,7 @@ from tiny_runs import (
 
 from sfumato.errors import CapacityError
 from sfumato.model.cache import KVCache
-from sfumato.model.network import Pass
+from sfumato.model.passes import Pass
 
 
 @pytest.fixture(autouse=True, scope="module")

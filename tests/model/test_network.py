@@ -35,9 +35,10 @@ from tiny_runs import (
 from torch import Tensor
 
 from sfumato import ops
-from sfumato.model import network
+from sfumato.model import passes
 from sfumato.model.cache import KVCache
-from sfumato.model.network import Model, Pass
+from sfumato.model.network import Model
+from sfumato.model.passes import Pass
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,14 +56,14 @@ def test_angles_that_are_kept_are_those_of_the_position(dtype: torch.dtype, monk
     rows, counts = [2, 0, 3, 1], [1, 3, 0, 2]
     plain = [Pass(ours, cache, [row], [count], 3, LENGTH) for row, count in zip(rows, counts, strict=True)]
     for limit in (121, 120, 0):  # the longest of the first three brings positions up to 119
-        monkeypatch.setattr(network, "NEAR", limit)
-        network._table.cache_clear()
+        monkeypatch.setattr(passes, "NEAR", limit)
+        passes._table.cache_clear()
         for some in (slice(0, 4), slice(0, 2)):
             run = Pass(ours, cache, rows[some], counts[some], 3, LENGTH)
             for kind, (_, *angles) in run.kinds.items():
                 for n, one in enumerate(plain[some]):
                     assert all(torch.equal(a[n], b[0]) for a, b in zip(angles, one.kinds[kind][1:], strict=True))
-    network._table.cache_clear()
+    passes._table.cache_clear()
 
 
 @pytest.mark.parametrize("name", OPS)

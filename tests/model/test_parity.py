@@ -29,7 +29,8 @@ from sfumato.engine.run import generate
 from sfumato.events import Commit, Done, Draft
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
-from sfumato.model.network import Model, frequencies
+from sfumato.model.network import Model
+from sfumato.model.passes import frequencies
 from sfumato.options import Options
 from sfumato.sampling.noise import NoiseSource
 from sfumato.sampling.rules import Rules, accept, count_still, is_confident, is_stable

@@ -1,5 +1,6 @@
-"""The embedded model against the oracle: transformers loads the package's folder, and with the same dice it writes the
-same tokens in the same number of steps."""
+"""nano/: the embedded model against the oracle: transformers loads the package's folder, and with the same dice it
+writes the same tokens in the same number of steps.
+"""
 
 from __future__ import annotations
 

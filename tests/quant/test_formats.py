@@ -107,7 +107,7 @@ def test_int4_is_better_than_plain_rounding() -> None:
 def test_importance_moves_the_error_where_it_costs_least() -> None:
     weight, importance = weights(32, 128), torch.ones(128)
     importance[:16] = 100
-    plain, weighed = (unpack(pack(weight, "int4", given)) - weight for given in (None, importance))
+    plain, weighed = (unpack(pack(weight, "int4", counts)) - weight for counts in (None, importance))
     assert weighed[:, :16].norm() < 0.95 * plain[:, :16].norm()
     stack, each = weights(2, 32, 128), torch.stack([importance, torch.ones(128)])
     both = pack(stack, "int4", each)

@@ -16,7 +16,8 @@ from tiny_runs import (
     cache_of,
 )
 
-from sfumato.model.network import Model, Pass
+from sfumato.model.network import Model
+from sfumato.model.passes import Pass
 from sfumato.options import Options
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.noise import CountedNoise

@@ -1,5 +1,7 @@
-"""Recorded steps without a GPU: the stand-in for a CUDA graph (tape.py) freezes what Python decided, and holds no
-memory. What a recording gives, what it keeps alive, how many there are; and an engine that is warm stays right."""
+"""sampling/recorded.py: recorded steps without a GPU: the stand-in for a CUDA graph (tape.py) freezes what Python
+decided, and holds no memory. What a recording gives, what it keeps alive, how many there are; and an engine that is
+warm stays right.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""confined: whatever a function does in its child, the caller gets a result or one sentence, and the next works."""
+"""system/confined.py: whatever a function does in its child, the caller gets a result or one sentence, and the next
+works.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks that go with their process, and files that are there whole or not at all."""
+"""system/files.py: locks that go with their process, and files that are there whole or not at all."""
 
 from __future__ import annotations
 

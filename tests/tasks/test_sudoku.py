@@ -1,4 +1,4 @@
-"""The Sudoku room: text in and out, the solver against a naive one, the generator, the counted training stream."""
+"""tasks/sudoku.py: text in and out, the solver against a naive one, the generator, the counted training stream."""
 
 from __future__ import annotations
 

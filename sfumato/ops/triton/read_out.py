@@ -83,7 +83,7 @@ class Tiles(NamedTuple):
     size: int
 
 
-class _Inputs(NamedTuple):
+class _ReadOutInputs(NamedTuple):
     """What logits are computed from, as the kernels take it."""
 
     hidden_BLD: Tensor
@@ -127,7 +127,7 @@ def read_out(
     where_BL, words, bans = _bans(banned, len(embed_VD))
     temperature_B = temperature_B.to(torch.float32).contiguous()
     hidden_BLD, embed_VD = hidden_BLD.contiguous(), embed_VD.contiguous()
-    inputs = _Inputs(hidden_BLD, embed_VD, temperature_B, where_BL, words, float(softcap), bans)
+    inputs = _ReadOutInputs(hidden_BLD, embed_VD, temperature_B, where_BL, words, float(softcap), bans)
     logits_BLV, sums, tile = _launch_sweep(inputs, None if gumbel_BLV is None else gumbel_BLV.contiguous())
 
     shape, device = hidden_BLD.shape[:2], hidden_BLD.device
@@ -160,7 +160,7 @@ def read_out(
 
 
 def _bans(banned: tuple[Tensor, Tensor] | None, words: int) -> tuple[Tensor | None, Tensor | None, int]:
-    """Where, which and how many, as `_Inputs` has them."""
+    """Where, which and how many, as `_ReadOutInputs` has them."""
     if banned is None or not len(banned[1]):
         return None, None, 0
     where_BL, ids = banned[0].contiguous().view(torch.uint8), banned[1].to(torch.int64).contiguous()
@@ -169,7 +169,7 @@ def _bans(banned: tuple[Tensor, Tensor] | None, words: int) -> tuple[Tensor | No
     return where_BL, torch.zeros(words, dtype=torch.uint8, device=ids.device).index_fill_(0, ids, 1), 0
 
 
-def _launch_sweep(inputs: _Inputs, gumbel_BLV: Tensor | None) -> tuple[Tensor, _TileSums, int]:
+def _launch_sweep(inputs: _ReadOutInputs, gumbel_BLV: Tensor | None) -> tuple[Tensor, _TileSums, int]:
     """Logits [B, L, V], what is kept of each tile, and the words of a tile."""
     (batch, length, width), (words, _) = inputs.hidden_BLD.shape, inputs.embed_VD.shape
     rows, dtype, device = batch * length, inputs.embed_VD.dtype, inputs.hidden_BLD.device
@@ -208,7 +208,7 @@ def _launch_sweep(inputs: _Inputs, gumbel_BLV: Tensor | None) -> tuple[Tensor, _
 
 
 def _launch_walk(
-    inputs: _Inputs, logits_BLV: Tensor, tile: int, target: tuple[Tensor, Tensor, Tensor], sample_BL: Tensor
+    inputs: _ReadOutInputs, logits_BLV: Tensor, tile: int, target: tuple[Tensor, Tensor, Tensor], sample_BL: Tensor
 ) -> None:
     """Samples into `sample_BL`; `target` is the peak, the tile of the sample, and what of the sum is to pass there."""
     (batch, length, width), device = inputs.hidden_BLD.shape, inputs.hidden_BLD.device

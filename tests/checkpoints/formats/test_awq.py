@@ -1,4 +1,4 @@
-"""AutoAWQ checkpoints: its packing, read back exactly, and files that lie."""
+"""checkpoints/formats/awq.py: AutoAWQ checkpoints: its packing, read back exactly, and files that lie."""
 
 from __future__ import annotations
 

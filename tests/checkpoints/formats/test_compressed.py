@@ -1,5 +1,6 @@
-"""compressed-tensors: read to the bit as the library decompresses, written so that the library reads the same weights;
-what cannot be read is refused by name."""
+"""checkpoints/formats/compressed.py: compressed-tensors: read to the bit as the library decompresses, written so that
+the library reads the same weights; what cannot be read is refused by name.
+"""
 
 from __future__ import annotations
 

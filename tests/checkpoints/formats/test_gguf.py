@@ -1,4 +1,6 @@
-"""GGUF: blocks against the gguf package and against the format's formulas, the container, DiffusionGemma in it."""
+"""checkpoints/formats/gguf.py and its neighbours: GGUF: blocks against the gguf package and against the format's
+formulas, the container, DiffusionGemma in it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""GGUF files damaged in every way: each opens or is refused in one sentence, quickly, in little memory.
+"""checkpoints/formats/gguf.py: GGUF files damaged in every way: each opens or is refused in one sentence, quickly, in
+little memory.
 
 A small file with everything in it (two kinds of layer, seven kinds of blocks, a vocabulary, the sampler's numbers) is
 mutated by a seeded dice: bytes, lengths, counts, types, dimensions and offsets at the places where they lie, slices cut

@@ -1,4 +1,4 @@
-"""MLX checkpoints: our quantiser against mlx's own, both directions, and files that lie."""
+"""checkpoints/formats/mlx.py: MLX checkpoints: our quantiser against mlx's own, both directions, and files that lie."""
 
 from __future__ import annotations
 

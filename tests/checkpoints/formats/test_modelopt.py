@@ -1,4 +1,6 @@
-"""modelopt's NVFP4 and FP8, held against checkpoints written here by hand and weights computed in float64."""
+"""checkpoints/formats/modelopt.py: modelopt's NVFP4 and FP8, held against checkpoints written here by hand and weights
+computed in float64.
+"""
 
 from __future__ import annotations
 
