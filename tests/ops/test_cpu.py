@@ -12,12 +12,10 @@ import ctypes
 import functools
 import hashlib
 import math
-import os
 import pickle
 import platform
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -392,22 +390,15 @@ def test_attention(
 # ---- a layer --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_values", [True, False])
-@pytest.mark.parametrize("is_warm", [True, False])
-def test_a_row_takes_the_same_way_through_a_layer_alone_and_in_a_batch(
-    way: str, dtype: torch.dtype, has_values: bool, is_warm: bool
-) -> None:
-    """Of many rows and a layer that stays in the cache a thread takes one at a time; of few rows, or a layer that does
-    not, the threads share each operation."""
-    batch, encode, canvas, heads, groups, head, ring = 9, 6, 20, 4, 2, 16, 40
-    width, inner, experts, expert_inner = 48, 40 if is_warm else 4000, 3, 24
+def layer_of(dtype: torch.dtype, has_values: bool, inner: int) -> Layer:
+    """A layer of width 48 with 4 heads of 16 in 2 groups, 3 experts of 24, `inner` wide in the dense part."""
+    width, heads, groups, head, experts, expert_inner = 48, 4, 2, 16, 3, 24
     norms = iter([random(size, seed=n, dtype=dtype) for n, size in enumerate([width, head, head, *[width] * 7])])
 
     def pack(*shape: int, seed: int) -> Any:
         return cpu.pack(random(*shape, seed=seed, dtype=dtype, scale=0.1))
 
-    layer = Layer(
+    return Layer(
         next(norms),
         pack(heads * head, width, seed=11),
         pack(groups * head, width, seed=12),
@@ -432,6 +423,19 @@ def test_a_row_takes_the_same_way_through_a_layer_alone_and_in_a_batch(
         2,
         1e-6,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_values", [True, False])
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_a_row_takes_the_same_way_through_a_layer_alone_and_in_a_batch(
+    way: str, dtype: torch.dtype, has_values: bool, is_warm: bool
+) -> None:
+    """Of many rows and a layer that stays in the cache a thread takes one at a time; of few rows, or a layer that does
+    not, the threads share each operation."""
+    batch, encode, canvas, groups, head, ring = 9, 6, 20, 2, 16, 40
+    width, inner = 48, 40 if is_warm else 4000
+    layer = layer_of(dtype, has_values, inner)
     x, new = random(batch, encode + canvas, width, dtype=dtype), encode + canvas
     cos, sin = (random(batch, new, head, seed=n, dtype=dtype) for n in (22, 23))
     k_ring, v_ring = (random(batch, ring + 1, groups, head, seed=n, dtype=dtype) for n in (24, 25))
@@ -688,108 +692,7 @@ def test_scratch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(state.canvas_XL[0], before.canvas_XL[0])
 
 
-def test_a_folder_that_cannot_be_written_and_a_compiler_that_fails(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Asked for by name it is an error with a remedy; auto warns, and takes torch's own."""
-    build.library.cache_clear()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    try:
-        with pytest.raises(InputError, match=r"cannot be kept in .*XDG_CACHE_HOME, or choose fused"):
-            build.library()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(build, "FLAGS", ["-no-such-option"])
-        with pytest.raises(InputError, match=r"g\+\+ failed: .*no-such-option.*; choose fused"):
-            build.library()
-        with pytest.warns(UserWarning, match="choose fused"):
-            assert ops.load("auto", "cpu", torch.float32).name == "fused"
-        assert not [path for path in (tmp_path / "sfumato").iterdir() if path.suffix == ".so"]
-    finally:
-        build.library.cache_clear()
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A library that is built at once, in a cache of its own; the folder that it is kept in."""
-    (tmp_path / "kernels.cpp").write_text('extern "C" int sf_start() { return 0; }')
-    monkeypatch.setattr(build, "HERE", tmp_path)
-    monkeypatch.setattr(build, "FLAGS", ["-fPIC", "-shared"])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build.library.cache_clear()
-    yield tmp_path / "cache" / "sfumato"
-    build.library.cache_clear()
-
-
-def started(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, str]:
-    """The library's file after a start, and what was said."""
-    build.library.cache_clear()
-    build.library()
-    (path,) = folder.glob("*.so")
-    assert {file.name for file in folder.iterdir()} == {path.name, path.with_suffix(".sha256").name}
-    return path, capsys.readouterr().err
-
-
-@pytest.mark.parametrize("damage", ["truncated", "zeros", "empty", "checksum"])
-def test_a_damaged_library_is_built_anew(small: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Loaded, the truncated one would end the process."""
-    path, message = started(small, capsys)
-    whole, place = path.read_bytes(), path.stat().st_ino
-    assert message == "" and started(small, capsys) == (path, "") and path.stat().st_ino == place
-    broken = {"truncated": whole[:4096], "zeros": whole[:4096] + bytes(len(whole) - 4096), "empty": b""}
-    if damage == "checksum":
-        path.with_suffix(".sha256").write_bytes(b"\xff\0")
-    else:
-        path.unlink()  # the old one is still loaded, and its pages are the file's
-        path.write_bytes(broken[damage])
-    _, message = started(small, capsys)
-    assert message == f"sfumato: {path} is damaged; the cpu operations are built anew\n"
-    assert path.read_bytes() == whole and started(small, capsys)[1] == ""
-
-
-def test_a_library_of_an_older_version_is_built_anew_in_silence(
-    small: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, _ = started(small, capsys)
-    path.with_suffix(".sha256").unlink()
-    assert started(small, capsys)[1] == "" and path.with_suffix(".sha256").exists()
-
-
-def test_a_library_is_built_once_by_many_at_once(small: Path, tmp_path: Path) -> None:
-    """Six threads, of which each has its own lock: one builds, the others wait for it."""
-    built: list[Path] = []
-    real = build._build
-
-    def count(path: Path) -> None:
-        built.append(path)
-        real(path)
-
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(6) as pool:
-        patch.setattr(build, "_build", count)
-        path = small / "it.so"
-        assert list(pool.map(build._provide, [path] * 6)) == [None] * 6
-    assert built == [path] and build._is_whole(path)
-
-
-def test_a_full_cache_and_a_library_that_cannot_be_loaded_are_a_sentence(
-    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, _ = started(small, capsys)
-    build.library.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("failed to map segment")))
-        with pytest.raises(InputError, match=r"cannot be loaded: failed to map segment; choose fused"):
-            build.library()
-    path.unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(InputError, match=r"cannot be kept in .*: No space left on device; name a folder"):
-            build.library()
-    assert [file.suffix for file in small.iterdir()] == [".sha256"]
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-        with pytest.raises(InputError, match=r"cannot be kept in .*: cannot write .*: Read-only file system; name a"):
-            build.library()
+# ---- every number of rows, and the ends of a range -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [*range(1, 34), 47, 48, 49])
@@ -810,17 +713,3 @@ def test_int8_at_its_ends(way: str) -> None:
     y = cpu.linear(x, packed)[0]
     assert torch.equal(y[0], 127 * 4096 * torch.tensor([1.0, -1, 1, -1])) and torch.equal(y[1], -y[0])
     assert not y[2].any()
-
-
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_way", lambda: cpu.PLAIN)
-    assert "neither AMX nor AVX-512 with BF16 and VNNI" in str(cpu.obstacle(torch.bfloat16))
-    assert "neither AMX" in str(cpu.obstacle(torch.bfloat16, [formats.pack(random(4, 64), "int4")]))
-    assert cpu.obstacle(torch.float32) is None
-    monkeypatch.setattr(cpu, "_way", lambda: cpu.DOTS)
-    assert cpu.obstacle(torch.bfloat16) is None
-
-
-def test_auto_takes_it_where_it_is_the_fastest() -> None:
-    assert ops.load("auto", "cpu", torch.float32) is cpu.OPS
-    assert (ops.load("auto", "cpu", torch.bfloat16) is cpu.OPS) == (build.library().sf_start() != cpu.PLAIN)

@@ -274,7 +274,7 @@ def ahead(arch: int) -> list[Special]:
     p, f, i, u = "*bf16", "*fp32", "*i64", "*u8"
     place = {"at_ptr": i, "pin_ptr": i, "entropy_ptr": f, "hidden_ptr": p, "soft_ptr": p, "embed_ptr": p}
     place |= {"scale_ptr": p, "entropy_out_ptr": f, "finite_ptr": u, "state_ptr": p, "scratch": "i32"}
-    names = ("at", "sample", "argmax", "noise", "canvas", "pin", "last", "stood", "step", "stability", "max_steps")
+    names = ("at", "sample", "argmax", "noise", "canvas", "pin", "last", "still", "step", "stability", "max_steps")
     conclude = {f"{name}_ptr": i for name in (*names, "room", "settled", "eos")}
     conclude |= {f"{name}_ptr": f for name in ("entropy", "entropy_out", "bound", "confidence")}
     conclude |= {f"{name}_ptr": u for name in ("finite", "accepted", "is_done", "is_finite", "early")}
