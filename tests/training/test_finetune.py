@@ -1,4 +1,4 @@
-"""training/loss.py, train.py: the objective against its definition; a training loop goes on exactly where it was cut."""
+"""training/loss.py, train.py: the objective against its definition; a training loop goes on where it was cut."""
 
 from __future__ import annotations
 
