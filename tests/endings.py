@@ -14,6 +14,7 @@ from torch import Tensor
 from sfumato.ops.contract import ReadOut
 from sfumato.sampling import step
 from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.rules import RowRules
 
 LENGTH, WIDTH, WORDS, ROWS = 20, 24, 61, 5
 
@@ -69,10 +70,12 @@ def canvases(
         banned_XL=flags(0.0, *shape),
         rng_counter_X4=torch.zeros(size, 4, dtype=torch.long),
         temperature_XS=torch.ones(size, 8),
-        entropy_bound_X=torch.tensor([0.0, 0.125, 0.5, 2.0, 1e9, 0.1]),
-        stability_X=integers(0, 2, size),
-        confidence_X=torch.tensor([0.0, 0.1, 0.2, 1.0, 5.0, 1.0]),
-        max_steps_X=integers(3, 9, size),
+        rules=RowRules(
+            entropy_bound_X=torch.tensor([0.0, 0.125, 0.5, 2.0, 1e9, 0.1]),
+            stability_X=integers(0, 2, size),
+            confidence_X=torch.tensor([0.0, 0.1, 0.2, 1.0, 5.0, 1.0]),
+            max_steps_X=integers(3, 9, size),
+        ),
         room_X=integers(0, length + 1, size),
         early_X=flags(0.7 * has_early, size),
         settled_X=torch.zeros(size, dtype=torch.long),

@@ -216,7 +216,7 @@ class Stepper:
         view = look(self.model, seats.cache, state, self._inputs(rows, counts, bans))
         self._advance(rows, counts, view.encoded_BTD)
         read = view.read
-        is_sure_BL = accept(read.entropy_BL, state.entropy_bound_X[view.at_B])
+        is_sure_BL = accept(read.entropy_BL, state.rules.entropy_bound_X[view.at_B])
         for n, (i, is_finite) in enumerate(zip(rows, view.is_finite_B.tolist(), strict=True)):
             row = each[n]
             spans: list[SpanStep] = []

@@ -161,6 +161,15 @@ class BlockResult(NamedTuple):
     states themselves, in which a row that is not finite stays so. None: whoever comes next takes x_BTD."""
 
 
+class StepRules(Protocol):
+    """The tensors of `sampling.rules.RowRules` that the end of a step reads."""
+
+    max_steps_X: Tensor
+    entropy_bound_X: Tensor
+    stability_X: Tensor
+    confidence_X: Tensor
+
+
 class CanvasState(Protocol):
     """The tensors of `sampling.canvases.Canvases` that the end of a step reads and writes; the rows are X."""
 
@@ -174,10 +183,12 @@ class CanvasState(Protocol):
     step_X: Tensor
     is_done_X: Tensor
     is_finite_X: Tensor
-    entropy_bound_X: Tensor
-    stability_X: Tensor
-    confidence_X: Tensor
-    max_steps_X: Tensor
+
+    @property
+    def rules(self) -> StepRules:
+        """The rules of the rows."""
+        ...
+
     room_X: Tensor
     early_X: Tensor
     settled_X: Tensor

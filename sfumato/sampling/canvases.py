@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.model.network import Model
-from sfumato.sampling.rules import Rules
+from sfumato.sampling.rules import RowRules, Rules
 
 STEPS = 4096
 """Most steps of a canvas that a request may ask for: see `Options`."""
@@ -46,10 +46,7 @@ class Canvases:
     """Seed (low, high), request and canvas: what the noise is counted from, beside the step."""
     temperature_XS: Tensor
     """The temperature of each step, of as many as a request may ask for."""
-    entropy_bound_X: Tensor
-    stability_X: Tensor
-    confidence_X: Tensor
-    max_steps_X: Tensor
+    rules: RowRules
     room_X: Tensor
     """Leading positions that can become part of the answer."""
     early_X: Tensor
@@ -60,6 +57,8 @@ class Canvases:
     has_pins: bool
     """Whether any row of the next steps has one."""
     has_early: bool
+    has_further_rules: bool = False
+    """Whether any row of the next steps has a rule that the compiled ends of a step do not know."""
 
     @classmethod
     def allocate(
@@ -78,9 +77,6 @@ class Canvases:
         words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
         length, steps = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
 
-        def of(values: list[int] | list[float]) -> Tensor:
-            return torch.tensor(values, device=model.device)
-
         with torch.device(model.device):
             return cls(
                 canvas_XL=torch.zeros(size, length, dtype=torch.long),
@@ -96,40 +92,37 @@ class Canvases:
                 banned_XL=torch.zeros(size, length, dtype=torch.bool),
                 rng_counter_X4=torch.tensor(words),
                 temperature_XS=torch.stack([_temperatures_of(r, steps + 1) for r in rules]).to(model.device),
-                entropy_bound_X=of([r.entropy_bound for r in rules]),
-                stability_X=of([r.stability for r in rules]),
-                confidence_X=of([r.confidence for r in rules]),
-                max_steps_X=of([r.max_steps for r in rules]),
+                rules=RowRules.of(rules, model.device),
                 room_X=torch.full((size,), length),
                 early_X=torch.tensor([*early, *[False] * (size - len(early))]),
                 settled_X=torch.zeros(size, dtype=torch.long),
                 eos_E=torch.tensor(config.eos_ids, dtype=torch.long),
                 has_pins=has_pins or any(early),
                 has_early=any(early),
+                has_further_rules=any(r.has_further for r in rules),
             )
 
     def seat_(self, rows: list[int], rules: Sequence[Rules], seeds: Sequence[int], early: Sequence[bool]) -> None:
         """Give rows to new requests. No request's numbers change a shape, because all rows share it."""
-        integers = [
-            [seed & 0xFFFFFFFF, seed >> 32, 0, 0, own.stability, own.max_steps, is_early]
-            for own, seed, is_early in zip(rules, seeds, early, strict=True)
+        device, columns = self.step_X.device, list(zip(self.rules.columns, RowRules.of(rules).columns, strict=True))
+        counters = [
+            [seed & 0xFFFFFFFF, seed >> 32, 0, 0, is_early] for seed, is_early in zip(seeds, early, strict=True)
         ]
         temperature_NS = torch.stack([_temperatures_of(own, self.temperature_XS.shape[1]) for own in rules])
-        some = (
-            torch.tensor(rows),
-            torch.tensor(integers),
-            torch.tensor([[own.entropy_bound, own.confidence] for own in rules], dtype=self.entropy_bound_X.dtype),
-            temperature_NS,
+        # One copy for all integers, and one for all that is not.
+        whole = [pair for pair in columns if not pair[0].is_floating_point()]
+        real = [pair for pair in columns if pair[0].is_floating_point()]
+        integers = torch.cat([torch.tensor(counters), *(new_N[:, None] for _, new_N in whole)], 1)
+        reals = torch.stack([new_N.to(self.temperature_XS.dtype) for _, new_N in real], 1)
+        at_N, integer_NI, real_NF, temperature_NS = (
+            to_device(x, device) for x in (torch.tensor(rows), integers, reals, temperature_NS)
         )
-        at_N, integer_N7, real_N2, temperature_NS = (to_device(x, self.step_X.device) for x in some)
         for state_X, new_N in (
-            (self.rng_counter_X4, integer_N7[:, :4]),
-            (self.stability_X, integer_N7[:, 4]),
-            (self.max_steps_X, integer_N7[:, 5]),
-            (self.early_X, integer_N7[:, 6].bool()),
-            (self.entropy_bound_X, real_N2[:, 0]),
-            (self.confidence_X, real_N2[:, 1]),
+            (self.rng_counter_X4, integer_NI[:, :4]),
+            (self.early_X, integer_NI[:, 4].bool()),
             (self.temperature_XS, temperature_NS),
+            *((column_X, integer_NI[:, 5 + n]) for n, (column_X, _) in enumerate(whole)),
+            *((column_X, real_NF[:, n]) for n, (column_X, _) in enumerate(real)),
         ):
             state_X.index_copy_(0, at_N, new_N)
 
@@ -138,13 +131,15 @@ class Canvases:
         if rows + 1 == len(self.step_X):
             return self
         kept = min(rows, len(self.step_X) - 1)
-        values: dict[str, Any] = {}
-        for field in fields(self):
-            old = values[field.name] = getattr(self, field.name)
-            if not field.name.split("_")[-1].startswith("X"):
-                continue
-            new = values[field.name] = old[-1:].repeat(rows + 1, *[1] * (old.dim() - 1))  # the last is scratch
+
+        def wider(old: Tensor) -> Tensor:
+            new = old[-1:].repeat(rows + 1, *[1] * (old.dim() - 1))  # the last is scratch
             new[:kept] = old[:kept]
+            return new
+
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: wider(old) for name, old in values.items() if name.split("_")[-1].startswith("X")}
+        values["rules"] = RowRules(*map(wider, self.rules.columns))
         return Canvases(**values)
 
     def begin_(

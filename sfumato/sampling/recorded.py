@@ -189,7 +189,7 @@ class Recordings:
         """The recording that serves so many rows; made where there is none."""
         seats = len(state.canvas_XL) - 1
         batch, width = min(padded(rows), seats), padded(len(bans))
-        key = state.canvas_XL.shape[1], batch, encode, width, state.has_pins, state.has_early
+        key = state.canvas_XL.shape[1], batch, encode, width, state.has_pins, state.has_early, state.has_further_rules
         if key not in self._kept:
             while len(self._kept) >= MOST:
                 self._kept.popitem(last=False)

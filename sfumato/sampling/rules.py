@@ -6,7 +6,9 @@ Small frozen objects over pure tensor functions; no model, no state kept on self
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,13 +36,21 @@ LEAST = 1e-6
 
 @dataclass(frozen=True)
 class Rules:
-    """All the rules of one request."""
+    """All the rules of one request.
+
+    Those without a default are the reference's; the compiled ends of a step know them. A further rule has the default
+    that turns it off: where a row turns it on, the step takes its plain end (`step.conclude_`)."""
 
     schedule: Schedule
     max_steps: int
     entropy_bound: float
     stability: int
     confidence: float
+
+    @property
+    def has_further(self) -> bool:
+        """Whether a rule is on that the reference has not."""
+        return any(field.default not in (MISSING, getattr(self, field.name)) for field in fields(self))
 
     @classmethod
     def of(cls, options: Options) -> Rules:
@@ -53,6 +63,54 @@ class Rules:
         low, high = (max(t * scale, LEAST) for t in (full.t_min, full.t_max))
         schedule = Schedule(low, high, steps)
         return cls(schedule, full.max_steps, full.entropy_bound, full.stability, full.confidence)
+
+
+@dataclass
+class RowRules:
+    """The rules of X rows as tensors: the number of each rule that has one for each row, under its name in `Rules`."""
+
+    max_steps_X: Tensor
+    entropy_bound_X: Tensor
+    stability_X: Tensor
+    confidence_X: Tensor
+
+    @classmethod
+    def of(cls, rules: Sequence[Rules], device: torch.device | str = "cpu") -> RowRules:
+        """A row for each of these."""
+        return cls(
+            **{
+                field.name: torch.tensor([getattr(own, field.name.removesuffix("_X")) for own in rules], device=device)
+                for field in fields(cls)
+            }
+        )
+
+    @property
+    def columns(self) -> list[Tensor]:
+        """Its tensors, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def at(self, at_B: Tensor) -> RowRules:
+        """The rules of some rows."""
+        return RowRules(*(column_X[at_B] for column_X in self.columns))
+
+
+class RuleView(NamedTuple):
+    """What the rules of a step look at: of each position the argmax token, its entropy, and how long it stood still."""
+
+    argmax_BL: Tensor
+    entropy_BL: Tensor
+    still_BL: Tensor
+    """See `count_still`."""
+
+
+def accepts(view: RuleView, own: RowRules) -> Tensor:
+    """True where a position is accepted, [B, L]. A further rule of acceptance joins here."""
+    return accept(view.entropy_BL, own.entropy_bound_X)
+
+
+def stops(view: RuleView, own: RowRules) -> Tensor:
+    """True where a canvas stops before the cap on steps, [B]. A further rule of stopping joins here."""
+    return is_stable(view.still_BL, own.stability_X) & is_confident(view.entropy_BL, own.confidence_X)
 
 
 def accept(entropy_BL: Tensor, bound_B: Tensor) -> Tensor:

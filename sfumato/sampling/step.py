@@ -23,7 +23,7 @@ from sfumato.model.passes import Pass
 from sfumato.ops.contract import ReadOut
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.noise import CountedNoise, StepNoise
-from sfumato.sampling.rules import accept, count_still, is_confident, is_stable
+from sfumato.sampling.rules import RowRules, RuleView, accepts, count_still, stops
 
 
 class StepInput(NamedTuple):
@@ -102,7 +102,7 @@ def step_(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> T
 
     Returns the encoded tokens' hidden states, [B, T, D] (None: no tokens)."""
     conclude = model.ops.conclude_
-    if conclude is None:
+    if conclude is None or state.has_further_rules:
         view = look(model, cache, state, inputs)
         conclude_(model, state, view)
         return view.encoded_BTD
@@ -157,15 +157,16 @@ def conclude_(model: Model, state: Canvases, view: Look, projection: Projection 
     pinned = _pin(state, at_B, read, projection)
     argmax_BL, entropy_BL = pinned.argmax_BL, pinned.entropy_BL
     # 3. Accept the surest positions, renoise the rest.
-    accepted_BL = accept(entropy_BL, state.entropy_bound_X[at_B])
+    rules, still_BL = state.rules.at(at_B), count_still(argmax_BL, state.argmax_XL[at_B], state.still_XL[at_B])
+    rule_view = RuleView(argmax_BL, entropy_BL, still_BL)
+    accepted_BL = accepts(rule_view, rules)
     if projection is not None:
         accepted_BL &= projection.is_open_BL
     if pinned.pin_BL is not None:
         accepted_BL |= pinned.pin_BL >= 0
     next_BL = torch.where(accepted_BL, pinned.sample_BL, view.noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
-    still_BL = count_still(argmax_BL, state.argmax_XL[at_B], state.still_XL[at_B])
-    is_done_B = _is_settled(state, at_B, pinned, still_BL) | (old_B + 1 >= state.max_steps_X[at_B])
+    is_done_B = _is_settled(state, at_B, pinned, rule_view, rules) | (old_B + 1 >= rules.max_steps_X)
     # 5. The next step sees the soft embedding of this one.
     embed_VD = model.embed_tokens.weight
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, pinned.tiles)
@@ -228,24 +229,25 @@ def _pin(state: Canvases, at_B: Tensor, read: ReadOut, projection: Projection | 
     return _Pinned(sample_BL, argmax_BL, entropy_BL, pin_BL, projection, tiles)
 
 
-def _is_settled(state: Canvases, at_B: Tensor, pinned: _Pinned, still_BL: Tensor) -> Tensor:
+def _is_settled(state: Canvases, at_B: Tensor, pinned: _Pinned, view: RuleView, rules: RowRules) -> Tensor:
     """Which rows stand still and are sure, and, where a grammar rules, valid as they stand."""
-    argmax_BL, entropy_BL, projection = pinned.argmax_BL, pinned.entropy_BL, pinned.projection
+    projection = pinned.projection
     if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
-        unsure_BL = entropy_BL if projection is None else entropy_BL.masked_fill(~projection.is_open_BL, torch.inf)
-        is_settled_B = _settle_(state, at_B, argmax_BL, unsure_BL, still_BL)
+        if projection is not None:
+            view = view._replace(entropy_BL=view.entropy_BL.masked_fill(~projection.is_open_BL, torch.inf))
+        is_settled_B = _settle_(state, at_B, view, rules)
     else:
-        is_settled_B = is_stable(still_BL, state.stability_X[at_B])
-        is_settled_B &= is_confident(entropy_BL, state.confidence_X[at_B])
+        is_settled_B = stops(view, rules)
     return is_settled_B if projection is None else is_settled_B & projection.is_whole_B
 
 
-def _settle_(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor, still_BL: Tensor) -> Tensor:
+def _settle_(state: Canvases, at_B: Tensor, view: RuleView, rules: RowRules) -> Tensor:
     """Which rows stand still and are sure.
 
     Of a row that may settle early only what can become its answer counts: all up to its first end, and no more than its
     room; and its leading positions that stand still, each of them sure, are pinned from now on."""
-    early_B, stability_B, bound_B = state.early_X[at_B], state.stability_X[at_B], state.confidence_X[at_B]
+    argmax_BL, entropy_BL, still_BL = view
+    early_B, stability_B, bound_B = state.early_X[at_B], rules.stability_X, rules.confidence_X
     position_L = torch.arange(argmax_BL.shape[1], device=argmax_BL.device)
     is_end_BL = torch.isin(argmax_BL, state.eos_E)
     counts_BL = (is_end_BL.cumsum(-1) - is_end_BL.long() == 0) & (position_L < state.room_X[at_B, None])

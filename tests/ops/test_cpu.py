@@ -629,7 +629,7 @@ def test_a_step_ends_as_the_specification_says(
             assert endings.differing(plain, fused) == []
             stopped_X = plain.is_done_X & ~before
             reasons["stopped"] += int(stopped_X.sum())
-            reasons["before the cap"] += int((stopped_X & (plain.step_X < plain.max_steps_X)).sum())
+            reasons["before the cap"] += int((stopped_X & (plain.step_X < plain.rules.max_steps_X)).sum())
             reasons["settled"] += int((plain.settled_X > 0).sum())
     torch.set_num_threads(threads)
     assert reasons["stopped"] > reasons["before the cap"] > 2
@@ -676,8 +676,8 @@ def test_sums_that_are_the_bound_itself_are_accepted(monkeypatch: pytest.MonkeyP
         plain, fused = (endings.canvases(seed, False, False, length=82) for _ in range(2))
         view, soft = endings.reading([0, 1, 2, 4], seed, exact=False, length=82)
         ordered_BL = view.read.entropy_BL.sort(-1).values
-        plain.entropy_bound_X[[0, 1, 2, 4]] = (ordered_BL.cumsum(-1) - ordered_BL)[:, 40 + seed]
-        fused.entropy_bound_X[:] = plain.entropy_bound_X
+        plain.rules.entropy_bound_X[[0, 1, 2, 4]] = (ordered_BL.cumsum(-1) - ordered_BL)[:, 40 + seed]
+        fused.rules.entropy_bound_X[:] = plain.rules.entropy_bound_X
         endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], view, soft)
         endings.concluded(monkeypatch, cpu.conclude_, fused, [0, 1, 2, 4], view, soft)
         assert torch.equal(plain.accepted_XL, fused.accepted_XL)

@@ -67,7 +67,7 @@ def test_a_step_ends_as_the_specification_says(
             assert differing(plain, fused) == []
             reasons["stopped"] += int((plain.is_done_X & ~before)[:-1].sum())
             reasons["before the cap"] += int(
-                (plain.is_done_X & ~before & (plain.step_X < plain.max_steps_X))[:-1].sum()
+                (plain.is_done_X & ~before & (plain.step_X < plain.rules.max_steps_X))[:-1].sum()
             )
             reasons["settled"] += int((plain.settled_X > 0)[:-1].sum())
     assert reasons["stopped"] > reasons["before the cap"] > 2
@@ -108,16 +108,17 @@ def test_a_position_is_accepted_by_what_stands_before_it(monkeypatch: pytest.Mon
     near = 0
     for seed in range(8):
         state, at = canvases(seed, False, False), [0, 1, 2, 4]
-        state.entropy_bound_X[:] = torch.rand(ROWS + 1, generator=torch.Generator().manual_seed(seed)) * 2
+        state.rules.entropy_bound_X[:] = torch.rand(ROWS + 1, generator=torch.Generator().manual_seed(seed)) * 2
         view, soft = reading(at, seed, exact=False)
         concluded(monkeypatch, conclude_, state, at, view, soft)
         ordered_BL, order_BL = view.read.entropy_BL.double().sort(dim=-1, stable=True)
         before_BL = torch.zeros_like(ordered_BL).scatter(-1, order_BL, ordered_BL.cumsum(-1) - ordered_BL)
-        bound_B1 = state.entropy_bound_X[at, None].double()
+        bound_B1 = state.rules.entropy_bound_X[at, None].double()
         is_clear_BL = (before_BL - bound_B1).abs() > 1e-6 * bound_B1
         assert torch.equal(state.accepted_XL[at] & is_clear_BL, (before_BL <= bound_B1) & is_clear_BL)
         assert torch.equal(
-            state.accepted_XL[at] & is_clear_BL, accept(view.read.entropy_BL, state.entropy_bound_X[at]) & is_clear_BL
+            state.accepted_XL[at] & is_clear_BL,
+            accept(view.read.entropy_BL, state.rules.entropy_bound_X[at]) & is_clear_BL,
         )
         near += int((~is_clear_BL).sum())
     assert near < 5

@@ -269,10 +269,11 @@ def conclude_(
     """As `contract.Conclude`."""
     pass_ = at_B, read.sample_BL, read.argmax_BL, noise_BL, read.entropy_BL, hidden_BLD, soft_BLD, *embedding
     held = [x.contiguous() for x in pass_]  # as long as the call
+    rules = state.rules
     held += (
         state.canvas_XL, state.pin_XL, state.argmax_XL, state.still_XL, state.step_X, state.settled_X,
-        state.stability_X, state.max_steps_X, state.room_X, state.eos_E, state.entropy_XL, state.entropy_bound_X,
-        state.confidence_X, state.accepted_XL, state.is_done_X, state.is_finite_X, state.early_X, state.soft_XLD,
+        rules.stability_X, rules.max_steps_X, state.room_X, state.eos_E, state.entropy_XL, rules.entropy_bound_X,
+        rules.confidence_X, state.accepted_XL, state.is_done_X, state.is_finite_X, state.early_X, state.soft_XLD,
     )  # fmt: skip
     sizes = *hidden_BLD.shape, len(state.step_X), len(state.eos_E), state.has_pins, state.has_early
     pointers = (c_void_p * len(held))(*(x.data_ptr() for x in held))
