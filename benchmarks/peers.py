@@ -316,7 +316,6 @@ def pooled(runs: dict[str, Callable[[], list[float]]], seconds: float, rounds: i
     return {name: Timing.of(times) for name, times in results.items()}
 
 
-@torch.inference_mode()
 @dataclass(frozen=True)
 class Choice:
     """What is compared, and how long it may take."""
@@ -409,6 +408,7 @@ class Comparison:
         self.results["parts"][ANSWER] = {k: row(t) for k, t in timed.items()}
 
 
+@torch.inference_mode()
 def compare(plain: Model, plan: BenchPlan, choice: Choice, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Everything, part by part; `write` gets the record as far as it is after each."""
     comparison = Comparison(plain, plan, choice)

@@ -152,4 +152,4 @@ def recorded_as_eager(setting: Setting, model: Model) -> dict[str, Any]:
 
 
 def _shown(draft: Draft) -> tuple[Any, ...]:
-    return tuple(value for name, value in vars(draft).items() if name != "row")
+    return tuple(value for name, value in vars(draft).items() if name not in ("row", "request"))
