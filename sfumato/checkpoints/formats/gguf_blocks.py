@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,14 +54,27 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Kinds that are one of torch's own dtypes."""
 
 
+class Parts(NamedTuple):
+    """What blocks say: code x scale (+ offset), group by group."""
+
+    code: Tensor
+    """[.., I]; signed where there is no offset."""
+    scale: Tensor
+    """[.., I / group]"""
+    bias: Tensor | None
+    group: int
+    is_four_bit: bool = False
+    """Codes from 0 to 15; without an offset they stand for code - 8."""
+
+
 def decode(kind: str, raw: Tensor) -> Tensor:
     """The numbers of rows of blocks: uint8 [.., bytes] to [.., I], float32, or the kind's own dtype if it is plain.
 
     A scale that is infinite or no number comes out as it does in ggml's reference: nothing is replaced."""
     if kind in PLAIN:
         return raw.contiguous().view(PLAIN[kind])
-    code, scale, bias, group = _parts(kind, raw)
-    value = code.float() - 8 if kind == "Q4_0" else code.float()
+    code, scale, bias, group, is_four_bit = _parts(kind, raw)
+    value = code.float() - 8 if is_four_bit and bias is None else code.float()
     value.unflatten(-1, (-1, group)).mul_(scale.float()[..., None])
     if bias is not None:
         value.unflatten(-1, (-1, group)).add_(bias.float()[..., None])
@@ -72,43 +86,78 @@ def packed(kind: str, raw: Tensor) -> Packed:
 
     Q4_0, Q4_1 and Q4_K become int4; Q5_0, Q5_1, Q5_K, Q6_K and Q8_0 int8 by groups. The K kinds' two levels of scales
     become one in float32, so that Q4_K takes 6 bits a weight here instead of 4.5."""
-    code, scale, bias, group = _parts(kind, raw)
+    code, scale, bias, group, is_four_bit = _parts(kind, raw)
     shape = tuple(code.shape)
-    if kind.startswith("Q4"):
+    if is_four_bit:
         return Packed("int4", shape, code[..., ::2] | code[..., 1::2] << 4, scale, group, bias)
     return Packed("int8", shape, code, scale.float(), group, bias if bias is None else bias.float())
 
 
-def _parts(kind: str, raw: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Codes [.., I], and scale and offset [.., I / group]; codes are signed where there is no offset, but in Q4_0."""
-    bias: Tensor | None = None
-    block = raw.contiguous().unflatten(-1, (-1, KINDS[NUMBERS[kind]].nbytes))
-    if kind == "Q8_0":
-        return block[..., 2:].flatten(-2).view(torch.int8), _half(block, 0), None, 32
-    if kind == "Q6_K":
-        code = (_fields(block[..., :128], 64, 4) | _fields(block[..., 128:192], 32, 2) << 4).view(torch.int8) - 32
-        small = block[..., 192:208].contiguous().view(torch.int8)
-        return code.flatten(-2), (_half(block, 208)[..., None] * small.float()).flatten(-2), None, 16
-    if kind in ("Q4_K", "Q5_K"):
-        scale, bias = _small(block)
-        if kind == "Q4_K":
-            return _fields(block[..., 16:], 32, 4).flatten(-2), scale, bias, 32
-        code = _fields(block[..., 48:], 32, 4) | _fields(block[..., 16:48], 32, 1) << 4
-        return code.flatten(-2), scale, bias, 32
-    scale = block[..., :2].contiguous().view(torch.float16).flatten(-2)
-    at = 2
-    if kind in ("Q4_1", "Q5_1"):
-        bias, at = block[..., 2:4].contiguous().view(torch.float16).flatten(-2), 4
-    if kind in ("Q4_0", "Q4_1"):
-        return _fields(block[..., at:], 16, 4).flatten(-2), scale, bias, 32
-    code = (_fields(block[..., at + 4 :], 16, 4) | _fields(block[..., at : at + 4], 1, 1) << 4).flatten(-2)
-    return (code if bias is not None else code.view(torch.int8) - 16), scale, bias, 32
+def _parts(kind: str, raw: Tensor) -> Parts:
+    return _DECODERS[kind](raw.contiguous().unflatten(-1, (-1, KINDS[NUMBERS[kind]].nbytes)))
+
+
+def _parts_q8_0(block: Tensor) -> Parts:
+    return Parts(block[..., 2:].flatten(-2).view(torch.int8), _half(block, 0), None, 32)
+
+
+def _parts_q6_k(block: Tensor) -> Parts:
+    code = (_fields(block[..., :128], 64, 4) | _fields(block[..., 128:192], 32, 2) << 4).view(torch.int8) - 32
+    small = block[..., 192:208].contiguous().view(torch.int8)
+    return Parts(code.flatten(-2), (_half(block, 208)[..., None] * small.float()).flatten(-2), None, 16)
+
+
+def _parts_q4_k(block: Tensor) -> Parts:
+    return Parts(_fields(block[..., 16:], 32, 4).flatten(-2), *_small(block), 32, is_four_bit=True)
+
+
+def _parts_q5_k(block: Tensor) -> Parts:
+    code = _fields(block[..., 48:], 32, 4) | _fields(block[..., 16:48], 32, 1) << 4
+    return Parts(code.flatten(-2), *_small(block), 32)
+
+
+def _parts_q4_0(block: Tensor) -> Parts:
+    return Parts(_fields(block[..., 2:], 16, 4).flatten(-2), _halves(block, 0), None, 32, is_four_bit=True)
+
+
+def _parts_q4_1(block: Tensor) -> Parts:
+    return Parts(_fields(block[..., 4:], 16, 4).flatten(-2), _halves(block, 0), _halves(block, 2), 32, is_four_bit=True)
+
+
+def _parts_q5_0(block: Tensor) -> Parts:
+    return Parts(_five_bits(block, 2).view(torch.int8) - 16, _halves(block, 0), None, 32)
+
+
+def _parts_q5_1(block: Tensor) -> Parts:
+    return Parts(_five_bits(block, 4), _halves(block, 0), _halves(block, 2), 32)
+
+
+_DECODERS: dict[str, Callable[[Tensor], Parts]] = {
+    "Q8_0": _parts_q8_0,
+    "Q6_K": _parts_q6_k,
+    "Q4_K": _parts_q4_k,
+    "Q5_K": _parts_q5_k,
+    "Q4_0": _parts_q4_0,
+    "Q4_1": _parts_q4_1,
+    "Q5_0": _parts_q5_0,
+    "Q5_1": _parts_q5_1,
+}
+
+
+def _five_bits(block: Tensor, at: int) -> Tensor:
+    """Codes from 0 to 31: the fifth bits of all stand at this byte, the others behind them."""
+    return (_fields(block[..., at + 4 :], 16, 4) | _fields(block[..., at : at + 4], 1, 1) << 4).flatten(-2)
 
 
 def _fields(data: Tensor, run: int, bits: int) -> Tensor:
     """The bit fields of bytes [.., n]: a run of bytes gives the lowest field of each, then the next of each, and on."""
     runs = data.unflatten(-1, (-1, run))
     return torch.stack([runs >> low & (1 << bits) - 1 for low in range(0, 8, bits)], dim=-2).flatten(-3)
+
+
+def _halves(block: Tensor, at: int) -> Tensor:
+    """The float16 at this byte of every block."""
+    return block[..., at : at + 2].contiguous().view(torch.float16).flatten(-2)
 
 
 def _half(block: Tensor, at: int) -> Tensor:
