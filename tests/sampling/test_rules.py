@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tiny_runs import (
 )
 
 from sfumato.options import Options
-from sfumato.sampling.rules import accept, count_still, is_confident, is_stable, pick_token
+from sfumato.sampling.rules import RowRules, Rules, Schedule, accept, count_still, is_confident, is_stable, pick_token
 
 
 @examples(100)
@@ -70,3 +71,24 @@ def test_a_token_is_picked_with_its_probability() -> None:
     # top_p counts within what top_k left, as in transformers: 0.73 of the two best is the best alone.
     assert shares(top_k=2, top_p=0.73) == pytest.approx(expected(1.0, [1]), abs=2e-3)
     assert shares(temperature=0.0) == [0, 1, 0, 0, 0]
+
+
+def test_a_further_rule_is_one_that_is_on() -> None:
+    """The reference's rules are always on; a further one has a default, which turns it off."""
+
+    @dataclass(frozen=True)
+    class Patient(Rules):
+        patience: int = 0
+
+    common = Schedule(0.4, 0.8, 48), 48, 0.1, 1, 0.005
+    assert not Rules(*common).has_further
+    assert not Patient(*common).has_further
+    assert Patient(*common, patience=3).has_further
+
+
+def test_rules_of_rows_are_numbers_of_their_own_kind() -> None:
+    rows = [Rules(Schedule(0.4, 0.8, 8), 8, 0.1 * n, n, 0.005) for n in range(3)]
+    tensors = RowRules.of(rows)
+    assert tensors.max_steps_X.tolist() == [8, 8, 8] and tensors.stability_X.tolist() == [0, 1, 2]
+    assert tensors.entropy_bound_X.dtype == torch.float32 and tensors.entropy_bound_X[2] == torch.tensor(0.2)
+    assert tensors.at(torch.tensor([2, 0])).stability_X.tolist() == [2, 0]

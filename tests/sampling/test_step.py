@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from sfumato.model.network import Model
 from sfumato.model.passes import Pass
 from sfumato.options import Options
+from sfumato.sampling import step
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.noise import CountedNoise
 from sfumato.sampling.recorded import Recorded
@@ -94,3 +96,18 @@ def test_a_recorded_step_for_four_serves_one(encode: int) -> None:
     if encoded is not None and hidden is not None:
         assert encoded.shape == (1, LENGTH, CONFIG.hidden_size)
         assert same([encoded[:, :encode]], [hidden], SAME)
+
+
+def test_a_further_rule_takes_the_plain_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation that ends a step in one call knows the reference's rules alone."""
+    ours = tiny_runs.talker((38, 45), "fused")
+    ended: list[str] = []
+    ours.ops = dataclasses.replace(ours.ops, conclude_=lambda *_: ended.append("compiled"))
+    cache, state = cache_of(ours, [5, 9]), canvases(ours, 2)
+    inputs = StepInput(torch.arange(2), Pass(ours, cache, [0, 1], [0, 0], 0, LENGTH))
+    step_(ours, cache, state, inputs)
+    assert ended == ["compiled"] and state.step_X.tolist() == [0, 0, 0]
+    state.has_further_rules = True
+    monkeypatch.setattr(step, "stops", lambda view, own: view.still_BL.new_ones(len(view.still_BL), dtype=torch.bool))
+    step_(ours, cache, state, inputs)
+    assert ended == ["compiled"] and state.step_X.tolist() == [1, 1, 0] and state.is_done_X.tolist()[:2] == [True, True]
