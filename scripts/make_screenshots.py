@@ -39,12 +39,12 @@ def board(body: dict[str, Any], hold: threading.Event) -> list[Any]:
     puzzle = body["messages"][0]["content"].split("\n")[1]
     solution = sudoku.solve(puzzle)
     assert solution is not None
-    dice = random.Random(3)
-    settles = [0.0 if clue != "0" else dice.uniform(0.5, 6) for clue in puzzle]
+    draws = random.Random(3)
+    settles = [0.0 if clue != "0" else draws.uniform(0.5, 6) for clue in puzzle]
     script: list[Any] = []
     for step in range(1, 7):
         left = [max(0.0, at - step) for at in settles]
-        pieces = [c if far < 1 else dice.choice("123456789") for c, far in zip(solution, left, strict=True)]
+        pieces = [c if far < 1 else draws.choice("123456789") for c, far in zip(solution, left, strict=True)]
         one = draft(pieces, [min(2.2, 0.75 * far) for far in left], step, padding=1)
         script.append({"object": "fill", "draft": one})
         if step == 3:

@@ -155,9 +155,9 @@ class Trainer:
         batch = self.source.batch(step, recipe.batch, device)
         generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
         canvases = recipe.batch * recipe.repeats
-        dice = Corruption.draw(canvases, config.canvas_length, config.vocab_size, generator, recipe.conditioned)
+        corruption = Corruption.draw(canvases, config.canvas_length, config.vocab_size, generator, recipe.conditioned)
         is_whole = (step + 1) % recipe.encode_response_every == 0
-        noisy = problem(batch, dice, config.canvas_length, config.eos_ids[0], is_whole)
+        noisy = problem(batch, corruption, config.canvas_length, config.eos_ids[0], is_whole)
         rate = recipe.rate(step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

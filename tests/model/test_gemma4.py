@@ -142,8 +142,8 @@ def twin(theirs: Any, name: str = "reference") -> Model:
 
 
 def tokens(config: ModelConfig, rows: int, length: int, seed: int) -> Tensor:
-    dice = torch.Generator().manual_seed(1000 + seed)
-    return torch.randint(0, config.vocab_size, (rows, length), generator=dice)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randint(0, config.vocab_size, (rows, length), generator=generator)
 
 
 def furthest(one: Tensor, two: Tensor) -> float:

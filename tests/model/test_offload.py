@@ -65,13 +65,13 @@ def least_limit(model: Model) -> int:
 
 def run_all(model: Model, passes: int = 2) -> list[Tensor]:
     """Hidden states of every way through the stack, several times over."""
-    dice, config = torch.Generator().manual_seed(3), model.config
+    draws, config = torch.Generator().manual_seed(3), model.config
     outputs = []
     with torch.inference_mode():
         for _ in range(passes):
             cache = KVCache.allocate(config, 2, 64, model.device, model.dtype)
-            tokens = torch.randint(0, config.vocab_size, (2, 9), generator=dice).to(model.device)
-            canvas = torch.randint(0, config.vocab_size, (2, config.canvas_length), generator=dice).to(model.device)
+            tokens = torch.randint(0, config.vocab_size, (2, 9), generator=draws).to(model.device)
+            canvas = torch.randint(0, config.vocab_size, (2, config.canvas_length), generator=draws).to(model.device)
             outputs.append(model.encode(tokens, cache))
             soft = model.denoise(canvas, cache)
             outputs += [soft, model.denoise(canvas, cache, soft)]

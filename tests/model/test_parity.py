@@ -1,8 +1,8 @@
 """model/network.py and the engine: the same numbers and decisions as transformers 5.23, on random checkpoints.
 
 Three levels. Logits: encode and denoise, in one pass and in chunks, alone and in ragged batches. Decisions: whole
-`generate` runs of the oracle are recorded step by step, and our rules, fed its canvas, soft embedding and dice, decide
-the same. Text: the whole engine, given the oracle's dice, writes the same tokens in the same number of steps.
+`generate` runs of the oracle are recorded step by step, and our rules, fed its canvas, soft embedding and noise, decide
+the same. Text: the whole engine, given the oracle's noise, writes the same tokens in the same number of steps.
 
 A decision may differ only where the oracle's own margin is under NARROW: float32 sums in another order land on the
 other side. Such exceptions are counted and must stay rare.
@@ -50,8 +50,8 @@ def one_thread() -> Iterator[None]:
 
 
 def tokens(config: ModelConfig, rows: int, length: int, seed: int) -> Tensor:
-    dice = torch.Generator().manual_seed(1000 + seed)
-    return torch.randint(0, config.vocab_size, (rows, length), generator=dice)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randint(0, config.vocab_size, (rows, length), generator=generator)
 
 
 def furthest(one: Tensor, two: Tensor) -> float:
@@ -460,7 +460,7 @@ def with_an_end(theirs: Any, prompt_BT: Tensor, options: Options, canvases: int,
             if token and at % length != length - 1 and token not in text[:at] and token not in others:
                 run = record(theirs, prompt_BT, options, canvases, seed, token)
                 ends = [run.new(each)[-1] == token for each in range(run.rows)]
-                if sum(ends) == 1:  # the end changed the dice of what follows, and another row may have met it too
+                if sum(ends) == 1:  # the end changed the noise of what follows, and another row may have met it too
                     return run
     raise AssertionError("no token of this run can serve as its eos: choose another seed")
 
@@ -555,7 +555,7 @@ def margins(step: Step, options: Options) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def compare(run: Record, ours: Model) -> Tally:
-    """Walk the oracle's run with our pieces, on its canvases, soft embeddings and dice."""
+    """Walk the oracle's run with our pieces, on its canvases, soft embeddings and noise."""
     tally = Tally()
     rules, rows, config = Rules.of(run.options), run.rows, ours.config
     start, length = run.prompt_BT.shape[1], config.canvas_length
@@ -683,7 +683,7 @@ def test_the_comparison_notices_a_changed_rule() -> None:
 
 
 class Replay:
-    """The dice of recorded runs, by (row, canvas, step): what lets our rows, each at its own pace, share the dice of
+    """The noise of recorded runs, by (row, canvas, step): what lets our rows, each at its own pace, share the noise of
     an oracle whose rows march in step. `places` says for each of our rows the run and the row of it."""
 
     def __init__(self, places: Sequence[tuple[Record, int]]) -> None:

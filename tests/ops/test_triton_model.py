@@ -1,6 +1,6 @@
 """ops/triton: a whole model on the kernels, under the interpreter: prompts of different length, two canvases a row, the
 commit encoded with the next canvas's first step, static buffers. Tokens and steps are the reference's under the same
-dice."""
+noise."""
 
 from __future__ import annotations
 

@@ -93,30 +93,30 @@ def check(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_reference(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     hidden, embed, temperature = inputs(shape, dtype)
-    dice = uniform(*shape[:2])
-    fast = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice)
-    plain = reference.read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice)
-    check(fast, plain, *exactly(hidden, embed, temperature), dice)
+    draws = uniform(*shape[:2])
+    fast = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws)
+    plain = reference.read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws)
+    check(fast, plain, *exactly(hidden, embed, temperature), draws)
 
 
 @pytest.mark.parametrize("sharp", [0.01, 4.0, 50.0])
 def test_flat_and_sure(sharp: float) -> None:
     """Sure positions settle without a walk; flat ones never do."""
     hidden, embed, temperature = inputs((2, 9, 500, 16), torch.float32, sharp=sharp)
-    dice = uniform(2, 9)
-    fast = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice)
-    plain = reference.read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice)
-    check(fast, plain, *exactly(hidden, embed, temperature), dice)
+    draws = uniform(2, 9)
+    fast = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws)
+    plain = reference.read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws)
+    check(fast, plain, *exactly(hidden, embed, temperature), draws)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_whole_vocabulary(dtype: torch.dtype) -> None:
     hidden, embed, temperature = inputs((2, 2, 262_144, 16), dtype)
-    dice = torch.tensor([[0.0, LAST], [0.3, 0.99]])
+    draws = torch.tensor([[0.0, LAST], [0.3, 0.99]])
     with tuning.using("read_out", TILE=4096, PART=2048):
-        fast = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice)
-    plain = reference.read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice)
-    check(fast, plain, *exactly(hidden, embed, temperature), dice)
+        fast = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws)
+    plain = reference.read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws)
+    check(fast, plain, *exactly(hidden, embed, temperature), draws)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -126,10 +126,10 @@ def test_samples_follow_the_distribution(sharp: float, dtype: torch.dtype) -> No
     bfloat16 too: the logits that leave are rounded, those that are walked are not, where they weigh anything."""
     count = 96
     hidden, embed, temperature = inputs((1, 1, 200, 16), dtype, sharp=sharp)
-    dice = ((torch.arange(count) + 0.5) / count)[None]
-    fast = read_out(hidden.expand(1, count, -1), embed, SOFTCAP, temperature, uniform_BL=dice)
+    draws = ((torch.arange(count) + 0.5) / count)[None]
+    fast = read_out(hidden.expand(1, count, -1), embed, SOFTCAP, temperature, uniform_BL=draws)
     _, p, _ = exactly(hidden.expand(1, count, -1), embed, temperature)
-    follows(fast.sample_BL, p, dice)
+    follows(fast.sample_BL, p, draws)
     often = torch.bincount(fast.sample_BL[0], minlength=200)
     assert (often - p[0, 0] * count).abs().max() <= 1
     assert (fast.sample_BL[0].diff() >= 0).all()
@@ -144,16 +144,16 @@ def test_banned_words_never_come(dtype: torch.dtype, many: bool) -> None:
     ids = ids if many else torch.cat([embed[:300].float() @ hidden[b, 2].float() for b in (0, 1)]).topk(3).indices % 300
     assert (len(ids) > FEW) is many
     where = torch.tensor([True, True, True, False, True, False])[None].repeat(2, 1)
-    dice = torch.tensor([0.0, LAST, 0.5, 0.0, 0.9, LAST])[None].repeat(2, 1)
-    fast = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice, banned=(where, ids))
-    plain = reference.read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice, banned=(where, ids))
-    check(fast, plain, *exactly(hidden, embed, temperature, (where, ids)), dice)
+    draws = torch.tensor([0.0, LAST, 0.5, 0.0, 0.9, LAST])[None].repeat(2, 1)
+    fast = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws, banned=(where, ids))
+    plain = reference.read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws, banned=(where, ids))
+    check(fast, plain, *exactly(hidden, embed, temperature, (where, ids)), draws)
     for out in (fast.sample_BL, fast.argmax_BL):
         assert not torch.isin(out[where], ids).any()
     assert (fast.logits_BLV[where][:, ids] <= -6e4).all() and (fast.logits_BLV[~where] > -100).all()
     assert torch.equal(fast.tiles.mass_BLC[where][:, :2], torch.zeros(8, 2)) is many
-    nothing = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice, banned=(where, ids[:0]))
-    open_ = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice)
+    nothing = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws, banned=(where, ids[:0]))
+    open_ = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws)
     assert torch.equal(nothing.logits_BLV, open_.logits_BLV) and torch.equal(nothing.sample_BL, open_.sample_BL)
 
 
@@ -186,11 +186,11 @@ def test_the_oracles_dice(words: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_rows_answer_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     hidden, embed, temperature = inputs((3, 7, 333, 40), dtype)
-    dice = uniform(3, 7)
-    together = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice)
+    draws = uniform(3, 7)
+    together = read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws)
     for b in range(3):
         row = slice(b, b + 1)
-        alone = read_out(hidden[row], embed, SOFTCAP, temperature[row], uniform_BL=dice[row])
+        alone = read_out(hidden[row], embed, SOFTCAP, temperature[row], uniform_BL=draws[row])
         for one, other in zip(alone[:4] + alone.tiles[:3], together[:4] + together.tiles[:3], strict=True):
             assert torch.equal(one, other[row])
 
@@ -212,11 +212,11 @@ def test_tiles_are_of_the_rounded_logits(dtype: torch.dtype, sharp: float) -> No
 
 def test_groups_of_blocks_do_not_matter() -> None:
     hidden, embed, temperature = inputs((1, 70, 200, 16))
-    dice = uniform(1, 70)
+    draws = uniform(1, 70)
     outs = []
     for group in (1, 2, 8):
         with tuning.using("read_out", GROUP=group):
-            outs.append(read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=dice))
+            outs.append(read_out(hidden, embed, SOFTCAP, temperature, uniform_BL=draws))
     for out in outs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(out[:4], outs[0][:4], strict=True))
 

@@ -21,11 +21,11 @@ from sfumato.sampling.rules import accept
 
 @pytest.mark.parametrize("length", [1, 6, 256])
 @pytest.mark.parametrize("vocab_size", [61, 262_144])
-def test_the_noise_has_the_bits_of_counted_dice(length: int, vocab_size: int) -> None:
+def test_the_noise_has_the_bits_of_counted_noise(length: int, vocab_size: int) -> None:
     """Seeds and requests at the ends of what they may be, rows in any order and twice."""
     seeds, requests = [0, 1, 2**32 - 1, 2**32, 2**63 - 1], [0, 7, 1 << 31, 3, 2**32 - 1]
     canvases, steps = [0, 3, 1023, 1, 70_000], [0, 1, 47, 4095, 2]
-    dice = CountedNoise(seeds, requests, length, vocab_size)
+    counted = CountedNoise(seeds, requests, length, vocab_size)
     rng_counter_X4 = torch.tensor(
         [[s & 0xFFFFFFFF, s >> 32, r, c] for s, r, c in zip(seeds, requests, canvases, strict=True)]
     )
@@ -36,8 +36,8 @@ def test_the_noise_has_the_bits_of_counted_dice(length: int, vocab_size: int) ->
     )
     assert torch.equal(temperature_B, temperature_XS[at, [steps[i] for i in at]])
     places = at, [canvases[i] for i in at], [steps[i] for i in at]
-    assert torch.equal(uniform_BL, dice.sample(*places)["uniform_BL"])
-    assert torch.equal(tokens_BL, dice.renoise(*places))
+    assert torch.equal(uniform_BL, counted.sample(*places)["uniform_BL"])
+    assert torch.equal(tokens_BL, counted.renoise(*places))
 
 
 def test_no_rows_no_noise() -> None:

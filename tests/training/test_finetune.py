@@ -39,14 +39,14 @@ EOS = 1
 def batch(
     counts: tuple[int, ...] = (14, 21), prompts: tuple[int, ...] = (5, 6), cut: tuple[bool, ...] = (False, False)
 ) -> Examples:
-    dice = torch.Generator().manual_seed(3)
-    tokens = torch.randint(6, 61, (len(counts), max(counts)), generator=dice)
+    draws = torch.Generator().manual_seed(3)
+    tokens = torch.randint(6, 61, (len(counts), max(counts)), generator=draws)
     for row, count in enumerate(counts):
         tokens[row, count:] = 0
     return Examples(tokens, list(counts), list(prompts), list(cut))
 
 
-def dice(size: int, seed: int = 0, share: float = 0.5) -> Corruption:
+def corruption_of(size: int, seed: int = 0, share: float = 0.5) -> Corruption:
     return Corruption.draw(size, L, 61, torch.Generator().manual_seed(seed), share)
 
 
@@ -56,7 +56,9 @@ def trainable() -> Model:
 
 def test_the_chosen_canvas_is_filled_with_eos_and_its_start_counts_whole_canvases() -> None:
     examples = batch()
-    corruption = dataclasses.replace(dice(2), canvas_B=torch.tensor([0.9, 0.9]), level_B=torch.tensor([1e-9, 1e-9]))
+    corruption = dataclasses.replace(
+        corruption_of(2), canvas_B=torch.tensor([0.9, 0.9]), level_B=torch.tensor([1e-9, 1e-9])
+    )
     noisy = problem(examples, corruption, L, EOS)
     assert noisy.starts == [5 + L, 6 + L]  # 9 and 15 tokens of response: two canvases each, 0.9 picks the second
     assert noisy.canvas_BL[0].tolist() == [examples.tokens_BT[0, 13].item()] + [EOS] * 7
@@ -67,7 +69,7 @@ def test_the_chosen_canvas_is_filled_with_eos_and_its_start_counts_whole_canvase
 
 
 def test_a_cut_example_has_no_target_behind_its_end() -> None:
-    corruption = dataclasses.replace(dice(2), canvas_B=torch.tensor([0.9, 0.9]))
+    corruption = dataclasses.replace(corruption_of(2), canvas_B=torch.tensor([0.9, 0.9]))
     noisy = problem(batch(cut=(True, False)), corruption, L, EOS)
     assert noisy.target_BL[0].tolist()[1:] == [IGNORE] * 7
     assert (noisy.target_BL[1] != IGNORE).all()
@@ -76,7 +78,7 @@ def test_a_cut_example_has_no_target_behind_its_end() -> None:
 def test_noise_replaces_about_the_share_of_positions_it_should() -> None:
     size = 400
     examples = batch(counts=(14,) * size, prompts=(5,) * size, cut=(False,) * size)
-    corruption = dataclasses.replace(dice(size), level_B=torch.full((size,), 0.7))
+    corruption = dataclasses.replace(corruption_of(size), level_B=torch.full((size,), 0.7))
     noisy = problem(examples, corruption, L, EOS)
     changed = (noisy.canvas_BL != noisy.target_BL).float().mean().item()
     assert abs(changed - 0.7 * 60 / 61) < 0.03  # uniform noise hits the true token once in 61
@@ -114,7 +116,7 @@ def test_losses_equal_the_objective_written_row_by_row(
     encode_response: bool, repeats: int, leave_one_out: bool
 ) -> None:
     model = tiny_model()
-    noised = problem(batch(cut=(True, False)), dice(2 * repeats, seed=5), L, EOS, encode_response)
+    noised = problem(batch(cut=(True, False)), corruption_of(2 * repeats, seed=5), L, EOS, encode_response)
     actual = losses(model, noised, leave_one_out)
     for ours, theirs in zip(actual, by_hand(model, noised, leave_one_out), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
@@ -122,7 +124,7 @@ def test_losses_equal_the_objective_written_row_by_row(
 
 def test_gradients_flow_through_the_cache_and_not_through_the_first_pass() -> None:
     model = trainable()
-    noised = problem(batch(), dice(2, share=0.0), L, EOS)
+    noised = problem(batch(), corruption_of(2, share=0.0), L, EOS)
     losses(model, noised)[0].backward()
     prompt_only = noised.tokens_BT[0, 0]
     grad = model.embed_tokens.weight.grad
@@ -132,16 +134,16 @@ def test_gradients_flow_through_the_cache_and_not_through_the_first_pass() -> No
     gate = model.get_parameter("self_conditioning.gate_proj.weight")
     assert gate.grad is not None and gate.grad.abs().sum() == 0  # no row is conditioned: zeros in, no gradient out
     model.zero_grad()
-    losses(model, problem(batch(), dice(2, share=1.0), L, EOS))[0].backward()
+    losses(model, problem(batch(), corruption_of(2, share=1.0), L, EOS))[0].backward()
     assert gate.grad.abs().sum() > 0
 
 
 def source_of(tokens: Examples) -> Source:
     class Random:
         def batch(self, step: int, size: int, device: torch.device) -> Examples:
-            dice = torch.Generator().manual_seed(step)
+            draws = torch.Generator().manual_seed(step)
             return dataclasses.replace(
-                tokens, tokens_BT=torch.randint(6, 61, tokens.tokens_BT.shape, generator=dice).to(device)
+                tokens, tokens_BT=torch.randint(6, 61, tokens.tokens_BT.shape, generator=draws).to(device)
             )
 
     return Random()
@@ -279,7 +281,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int
 @pytest.mark.slow
 def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path: Path) -> None:
     """SIGKILL, eight times: before the first save, and in the middle of saves, of which there is one a step."""
-    out, dice, reached = tmp_path / "run", random.Random(1), 0
+    out, draws, reached = tmp_path / "run", random.Random(1), 0
     code = "import sys; from sfumato.training.train import Trainer; from sfumato.cli import main\n"
     code += "plain = Trainer.__init__\n"
     code += "Trainer.__init__ = lambda *a, **k: plain(*a, **{**k, 'checkpoint_seconds': 0.0})\nsys.exit(main())"
@@ -288,7 +290,7 @@ def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
         if turn:
             until(partial(_is_past, out, reached))
-        time.sleep(dice.uniform(0, 0.3) if turn else 0.5)
+        time.sleep(draws.uniform(0, 0.3) if turn else 0.5)
         process.kill()
         output = process.communicate()[1]
         assert f"going on from step {reached} of 500" in output or not reached
