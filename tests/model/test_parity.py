@@ -775,7 +775,7 @@ def solo_run(kind: str, seed: int, length: int) -> tuple[Record, int]:
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("kind", RUNS)
-def test_free_running_with_torchs_dice(kind: str, name: str) -> None:
+def test_free_running_with_torchs_noise(kind: str, name: str) -> None:
     """The engine and generate from the same seed of torch's generator: the same text, in the same steps."""
     canvases = parted = 0
     for seed in SEEDS:

@@ -167,14 +167,14 @@ def test_the_lowest_of_equal_words_is_the_argmax(places: tuple[int, ...]) -> Non
     assert fast.sample_BL[0, 0] == places[0]
 
 
-def test_without_dice_the_sample_is_the_argmax() -> None:
+def test_without_noise_the_sample_is_the_argmax() -> None:
     hidden, embed, temperature = inputs((2, 3, 150, 16))
     fast = read_out(hidden, embed, SOFTCAP, temperature)
     assert torch.equal(fast.sample_BL, reference.read_out(hidden, embed, SOFTCAP, temperature).argmax_BL)
 
 
 @pytest.mark.parametrize("words", [128, 333])
-def test_the_oracles_dice(words: int) -> None:
+def test_the_oracles_noise(words: int) -> None:
     hidden, embed, temperature = inputs((2, 6, words, 16), sharp=0.5)
     gumbel = -torch.empty(2, 6, words).exponential_(generator=torch.Generator().manual_seed(3)).log()
     fast = read_out(hidden, embed, SOFTCAP, temperature, gumbel_BLV=gumbel)
