@@ -258,7 +258,7 @@ def test_a_layer_scalar_goes_to_both_directions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("model.language_model.layers.11.experts.gate_up_proj", "model.decoder.layers.11.experts.gate_up_proj"),
         ("model.language_model.layers.0.mlp.up_proj.weight_scale", "model.decoder.layers.0.mlp.up_proj.weight_scale"),
