@@ -168,7 +168,7 @@ def vague_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def type_errors(root: Path) -> int:
     """How many errors mypy finds in package, tests, benchmarks and scripts, strict whatever the revision asks for."""
     folders = [folder for folder in FOLDERS if (root / folder).is_dir()]
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", *folders]
+    command = [sys.executable, "-m", "mypy", "--strict", "--explicit-package-bases", "--no-error-summary", *folders]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if run.returncode > 1:
         raise SystemExit(f"mypy cannot run: {(run.stderr or run.stdout).strip()}")
