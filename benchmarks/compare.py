@@ -57,7 +57,9 @@ def main() -> None:
         if each:
             middle, low, high = statistics.median(each.values()), min(each.values()), max(each.values())
             print(f"| {name} | {len(each)} | {middle:.3f} | {low:.2f} | {high:.2f} |")
-    every = sorted(((ratio, name, place) for name, each in files.items() for place, ratio in each.items()), reverse=True)
+    every = sorted(
+        ((ratio, name, place) for name, each in files.items() for place, ratio in each.items()), reverse=True
+    )
     for ratio, name, place in [*every[:5], *every[-3:]]:
         print(f"{ratio:.2f}  {name} {place}")
 

@@ -3,6 +3,7 @@ or by the specification, `step.conclude_`."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sfumato.ops.contract import ReadOut
+from sfumato.options import Options
 from sfumato.sampling import step
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.rules import RowRules
+from sfumato.sampling.rules import RowRules, Rules
 
 LENGTH, WIDTH, WORDS, ROWS = 20, 24, 61, 5
 
@@ -70,7 +72,8 @@ def canvases(
         banned_XL=flags(0.0, *shape),
         rng_counter_X4=torch.zeros(size, 4, dtype=torch.long),
         temperature_XS=torch.ones(size, 8),
-        rules=RowRules(
+        rules=dataclasses.replace(
+            RowRules.of([Rules.of(Options())] * size),
             entropy_bound_X=torch.tensor([0.0, 0.125, 0.5, 2.0, 1e9, 0.1]),
             stability_X=integers(0, 2, size),
             confidence_X=torch.tensor([0.0, 0.1, 0.2, 1.0, 5.0, 1.0]),

@@ -29,8 +29,8 @@ from sfumato.model.passes import Pass
 from sfumato.sampling.canvases import Canvases, HostCopy
 from sfumato.sampling.noise import SeatNoise
 from sfumato.sampling.recorded import Recorded
-from sfumato.sampling.rules import accept
-from sfumato.sampling.step import Projection, StepInput, conclude_, look, step_
+from sfumato.sampling.rules import accepts
+from sfumato.sampling.step import Projection, StepInput, conclude_, look, rule_view, step_
 
 PASSES_KEPT = 8
 """Masks and angles of so many groups of rows are kept from step to step."""
@@ -216,7 +216,7 @@ class Stepper:
         view = look(self.model, seats.cache, state, self._inputs(rows, counts, bans))
         self._advance(rows, counts, view.encoded_BTD)
         read = view.read
-        is_sure_BL = accept(read.entropy_BL, state.rules.entropy_bound_X[view.at_B])
+        is_sure_BL = accepts(*rule_view(state, view.at_B, read.argmax_BL, read.entropy_BL))
         for n, (i, is_finite) in enumerate(zip(rows, view.is_finite_B.tolist(), strict=True)):
             row = each[n]
             spans: list[SpanStep] = []

@@ -108,9 +108,16 @@ def accepts(view: RuleView, own: RowRules) -> Tensor:
     return accept(view.entropy_BL, own.entropy_bound_X)
 
 
-def stops(view: RuleView, own: RowRules) -> Tensor:
-    """True where a canvas stops before the cap on steps, [B]. A further rule of stopping joins here."""
+def is_settled(view: RuleView, own: RowRules) -> Tensor:
+    """True where a canvas stands still and is sure, [B]: the reference's rule of stopping."""
     return is_stable(view.still_BL, own.stability_X) & is_confident(view.entropy_BL, own.confidence_X)
+
+
+def stops(is_settled_B: Tensor, view: RuleView, own: RowRules) -> Tensor:
+    """True where a canvas stops before the cap on steps, [B]: where it is settled. A further rule of stopping joins here.
+
+    Of a row with early answers a canvas is settled when what can become its answer is."""
+    return is_settled_B
 
 
 def accept(entropy_BL: Tensor, bound_B: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from sfumato.model.passes import Pass
 from sfumato.ops.contract import ReadOut
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.noise import CountedNoise, StepNoise
-from sfumato.sampling.rules import RowRules, RuleView, accepts, count_still, stops
+from sfumato.sampling.rules import RowRules, RuleView, accepts, count_still, is_settled, stops
 
 
 class StepInput(NamedTuple):
@@ -157,16 +157,15 @@ def conclude_(model: Model, state: Canvases, view: Look, projection: Projection 
     pinned = _pin(state, at_B, read, projection)
     argmax_BL, entropy_BL = pinned.argmax_BL, pinned.entropy_BL
     # 3. Accept the surest positions, renoise the rest.
-    rules, still_BL = state.rules.at(at_B), count_still(argmax_BL, state.argmax_XL[at_B], state.still_XL[at_B])
-    rule_view = RuleView(argmax_BL, entropy_BL, still_BL)
-    accepted_BL = accepts(rule_view, rules)
+    view_of_rules, rules = rule_view(state, at_B, argmax_BL, entropy_BL)
+    accepted_BL = accepts(view_of_rules, rules)
     if projection is not None:
         accepted_BL &= projection.is_open_BL
     if pinned.pin_BL is not None:
         accepted_BL |= pinned.pin_BL >= 0
     next_BL = torch.where(accepted_BL, pinned.sample_BL, view.noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
-    is_done_B = _is_settled(state, at_B, pinned, rule_view, rules) | (old_B + 1 >= rules.max_steps_X)
+    is_done_B = _stops(state, at_B, pinned, view_of_rules, rules) | (old_B + 1 >= rules.max_steps_X)
     # 5. The next step sees the soft embedding of this one.
     embed_VD = model.embed_tokens.weight
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, pinned.tiles)
@@ -185,7 +184,7 @@ def conclude_(model: Model, state: Canvases, view: Look, projection: Projection 
         (state.accepted_XL, accepted_BL),
     ):
         whole_XL[at_B] = torch.where(keep_B1, whole_XL[at_B], new_BL)
-    state.still_XL[at_B] = still_BL  # of rows that go on: nobody reads that of a stopped one
+    state.still_XL[at_B] = view_of_rules.still_BL  # of rows that go on: nobody reads that of a stopped one
     state.soft_XLD[at_B] = soft_BLD
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B
@@ -229,16 +228,23 @@ def _pin(state: Canvases, at_B: Tensor, read: ReadOut, projection: Projection | 
     return _Pinned(sample_BL, argmax_BL, entropy_BL, pin_BL, projection, tiles)
 
 
-def _is_settled(state: Canvases, at_B: Tensor, pinned: _Pinned, view: RuleView, rules: RowRules) -> Tensor:
-    """Which rows stand still and are sure, and, where a grammar rules, valid as they stand."""
+def rule_view(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor) -> tuple[RuleView, RowRules]:
+    """What the rules of a step look at, and the rules of these rows."""
+    still_BL = count_still(argmax_BL, state.argmax_XL[at_B], state.still_XL[at_B])
+    return RuleView(argmax_BL, entropy_BL, still_BL), state.rules.at(at_B)
+
+
+def _stops(state: Canvases, at_B: Tensor, pinned: _Pinned, view: RuleView, rules: RowRules) -> Tensor:
+    """Which rows stop before the cap, and are, where a grammar rules, valid as they stand."""
     projection = pinned.projection
     if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
         if projection is not None:
             view = view._replace(entropy_BL=view.entropy_BL.masked_fill(~projection.is_open_BL, torch.inf))
         is_settled_B = _settle_(state, at_B, view, rules)
     else:
-        is_settled_B = stops(view, rules)
-    return is_settled_B if projection is None else is_settled_B & projection.is_whole_B
+        is_settled_B = is_settled(view, rules)
+    stops_B = stops(is_settled_B, view, rules)
+    return stops_B if projection is None else stops_B & projection.is_whole_B
 
 
 def _settle_(state: Canvases, at_B: Tensor, view: RuleView, rules: RowRules) -> Tensor:

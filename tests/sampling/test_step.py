@@ -98,8 +98,9 @@ def test_a_recorded_step_for_four_serves_one(encode: int) -> None:
         assert same([encoded[:, :encode]], [hidden], SAME)
 
 
-def test_a_further_rule_takes_the_plain_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An implementation that ends a step in one call knows the reference's rules alone."""
+@pytest.mark.parametrize("has_early", [False, True])
+def test_a_further_rule_takes_the_plain_end(has_early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation that ends a step in one call knows the reference's rules alone; early rows change nothing."""
     ours = tiny_runs.talker((38, 45), "fused")
     ended: list[str] = []
     ours.ops = dataclasses.replace(ours.ops, conclude_=lambda *_: ended.append("compiled"))
@@ -107,7 +108,8 @@ def test_a_further_rule_takes_the_plain_end(monkeypatch: pytest.MonkeyPatch) -> 
     inputs = StepInput(torch.arange(2), Pass(ours, cache, [0, 1], [0, 0], 0, LENGTH))
     step_(ours, cache, state, inputs)
     assert ended == ["compiled"] and state.step_X.tolist() == [0, 0, 0]
-    state.has_further_rules = True
-    monkeypatch.setattr(step, "stops", lambda view, own: view.still_BL.new_ones(len(view.still_BL), dtype=torch.bool))
+    state.has_further_rules, state.has_early = True, has_early
+    state.early_X[1] = has_early
+    monkeypatch.setattr(step, "stops", lambda is_settled_B, view, own: torch.ones_like(is_settled_B))
     step_(ours, cache, state, inputs)
     assert ended == ["compiled"] and state.step_X.tolist() == [1, 1, 0] and state.is_done_X.tolist()[:2] == [True, True]
