@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/compare.py benchmarks/results/folders/before benchmarks/results/folders/after
 
 Every time in seconds that both folders have is compared, whatever record it stands in. Prints a line for each file (how
-many times, the middle ratio, the lowest and the highest) and the times that differ most. Two runs of one commit differ by
-some per cent, single operations by more: only a middle ratio says something of a change.
+many times, the middle ratio, the lowest and the highest) and the times that differ most. Two runs of one commit differ
+by some per cent, single operations by more: only a middle ratio says something of a change.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def main() -> None:
         if each:
             middle, low, high = statistics.median(each.values()), min(each.values()), max(each.values())
             print(f"| {name} | {len(each)} | {middle:.3f} | {low:.2f} | {high:.2f} |")
-    every = sorted(
-        ((ratio, name, place) for name, each in files.items() for place, ratio in each.items()), reverse=True
-    )
+    every = [(ratio, name, place) for name, each in files.items() for place, ratio in each.items()]
+    every.sort(reverse=True)
     for ratio, name, place in [*every[:5], *every[-3:]]:
         print(f"{ratio:.2f}  {name} {place}")
 
