@@ -116,7 +116,8 @@ def is_settled(view: RuleView, own: RowRules) -> Tensor:
 def stops(is_settled_B: Tensor, view: RuleView, own: RowRules) -> Tensor:
     """True where a canvas stops before the cap on steps, [B]: where it is settled.
 
-    A further rule of stopping joins here. Of a row with early answers a canvas is settled when what can become its answer is."""
+    A further rule of stopping joins here. Of a row with early answers a canvas is settled when what can become its
+    answer is."""
     return is_settled_B
 
 
