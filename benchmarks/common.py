@@ -47,7 +47,7 @@ def say(text: str) -> None:
 
 
 def released_config(layers: int = 30) -> ModelConfig:
-    """The released model's text stack (FACTS section 1). Two layers are one sliding and one full."""
+    """The text stack of google/diffusiongemma-26B-A4B-it, as in its config.json; two layers: a sliding, a full one."""
     sliding = LayerConfig(256, 8, 1024, Rope(10_000.0))
     full = LayerConfig(512, 2, None, Rope(1_000_000.0, 0.25, 1.0, True))
     pattern = (sliding, full) if layers == 2 else ((*[sliding] * 5, full) * -(-layers // 6))[:layers]

@@ -163,8 +163,8 @@ def phase_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     model = load(arguments.source, LoadOptions(device="cpu", dtype="bfloat16"), progress=bar("load"))
     model = common.without_eos(model.eval())
     loaded = time.perf_counter() - began
-    dice = torch.Generator().manual_seed(2)
-    prompt = torch.randint(model.config.vocab_size, (arguments.context,), generator=dice).tolist()
+    generator = torch.Generator().manual_seed(2)
+    prompt = torch.randint(model.config.vocab_size, (arguments.context,), generator=generator).tolist()
     options = Options(max_tokens=model.config.canvas_length, max_steps=arguments.steps, seed=3, drafts=True)
     began = last = time.perf_counter()
     steps: list[float] = []

@@ -127,64 +127,64 @@ ATOMS = [
 QUANTIFIERS = ["", "", "", "?", "*", "+", "{2}", "{0,9}", "{3,}", "{1,30}", "{5,200}", "{0,1000}", "{1000}", "*?", "+?"]
 
 
-def pattern(dice: random.Random, depth: int = 0) -> str:
+def pattern(rng: random.Random, depth: int = 0) -> str:
     """Most are valid; some are too much for any automaton, and some are no pattern."""
     parts = []
-    for _ in range(dice.randint(1, 4)):
-        if depth < 4 and dice.random() < 0.45:
-            inner = "|".join(pattern(dice, depth + 1) for _ in range(dice.choice((1, 1, 2, 3))))
-            opening = dice.choice(("(?=", "(?P<n>", "(?!")) if dice.random() < 0.01 else dice.choice(("(", "(?:"))
+    for _ in range(rng.randint(1, 4)):
+        if depth < 4 and rng.random() < 0.45:
+            inner = "|".join(pattern(rng, depth + 1) for _ in range(rng.choice((1, 1, 2, 3))))
+            opening = rng.choice(("(?=", "(?P<n>", "(?!")) if rng.random() < 0.01 else rng.choice(("(", "(?:"))
             atom = f"{opening}{inner})"
         else:
-            atom = dice.choice(ATOMS)
-        parts.append(atom + dice.choice(QUANTIFIERS))
+            atom = rng.choice(ATOMS)
+        parts.append(atom + rng.choice(QUANTIFIERS))
     text = "".join(parts)
-    if depth == 0 and dice.random() < 0.06:  # broken somewhere
-        at = dice.randrange(len(text) + 1)
-        text = text[:at] + dice.choice("()[]{}*+?\\|^$") + text[at:]
+    if depth == 0 and rng.random() < 0.06:  # broken somewhere
+        at = rng.randrange(len(text) + 1)
+        text = text[:at] + rng.choice("()[]{}*+?\\|^$") + text[at:]
     return text
 
 
-def grammar(dice: random.Random) -> str:
+def grammar(rng: random.Random) -> str:
     """Rules over rules and terminals: recursive, ambiguous, empty, unused, unknown, long chains and wide choices."""
-    rules, terminals = dice.choice((1, 2, 5, 20, 100, 400)), dice.choice((1, 3, 10, 60))
+    rules, terminals = rng.choice((1, 2, 5, 20, 100, 400)), rng.choice((1, 3, 10, 60))
     names = [f"r{n}" for n in range(rules)]
     words = [f"T{n}" for n in range(terminals)]
 
     def item(at: int) -> str:
-        others = names if dice.random() < 0.2 else names[at + 1 : at + 4]  # mostly downwards, so that texts end
-        pick = dice.random()
+        others = names if rng.random() < 0.2 else names[at + 1 : at + 4]  # mostly downwards, so that texts end
+        pick = rng.random()
         if pick < 0.35 and others:
-            one = dice.choice(others)
+            one = rng.choice(others)
         elif pick < 0.75:
-            one = dice.choice(words)
+            one = rng.choice(words)
         elif pick < 0.9:
-            one = json.dumps("".join(dice.choice("abc {}[]:,é") for _ in range(dice.randint(1, 6))), ensure_ascii=False)
+            one = json.dumps("".join(rng.choice("abc {}[]:,é") for _ in range(rng.randint(1, 6))), ensure_ascii=False)
         else:
-            one = f"({' | '.join(item(at) for _ in range(dice.randint(1, 3)))})" if dice.random() < 0.8 else "unknown"
-        return one + dice.choice(("", "", "", "?", "*", "+", "~2", "{1,5}", "{0,200}"))
+            one = f"({' | '.join(item(at) for _ in range(rng.randint(1, 3)))})" if rng.random() < 0.8 else "unknown"
+        return one + rng.choice(("", "", "", "?", "*", "+", "~2", "{1,5}", "{0,200}"))
 
-    lines = [f"start: {' '.join(item(-1) for _ in range(dice.randint(1, 3)))}"]
+    lines = [f"start: {' '.join(item(-1) for _ in range(rng.randint(1, 3)))}"]
     for at, name in enumerate(names):
-        bodies = (" ".join(item(at) for _ in range(dice.randint(1, 4))) for _ in range(dice.randint(1, 3)))
+        bodies = (" ".join(item(at) for _ in range(rng.randint(1, 4))) for _ in range(rng.randint(1, 3)))
         lines.append(f"{name}: {' | '.join(bodies)}")
-    lines += [f"{word}: /{pattern(dice, 2).replace('/', '') or 'a'}/" for word in words]
-    if dice.random() < 0.1:
+    lines += [f"{word}: /{pattern(rng, 2).replace('/', '') or 'a'}/" for word in words]
+    if rng.random() < 0.1:
         lines.append("%ignore / +/")
     return "\n".join(lines) + "\n"
 
 
 def generated(patterns: int, grammars: int, seed: int = 1) -> Iterator[tuple[str, Body]]:
-    dice = random.Random(seed)
-    is_lark = dice.sample(range(patterns + grammars), grammars)
+    rng = random.Random(seed)
+    is_lark = rng.sample(range(patterns + grammars), grammars)
     for number in range(patterns + grammars):
-        more: dict[str, Any] = {"max_tokens": dice.choice((20, 82, 200, 400)), "seed": dice.randrange(1 << 30)}
+        more: dict[str, Any] = {"max_tokens": rng.choice((20, 82, 200, 400)), "seed": rng.randrange(1 << 30)}
         if number in is_lark:
-            yield complete(grammar=grammar(dice), **more)
-        elif dice.random() < 0.3:
-            yield chat(**more, **form({"type": "string", "pattern": pattern(dice)}))
+            yield complete(grammar=grammar(rng), **more)
+        elif rng.random() < 0.3:
+            yield chat(**more, **form({"type": "string", "pattern": pattern(rng)}))
         else:
-            yield complete(regex=pattern(dice), **more)
+            yield complete(regex=pattern(rng), **more)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One denoise forward of mlx-vlm, for peers.py: it runs in a Python that has mlx-vlm and needs nothing of ours.
+"""One denoise forward of mlx-vlm, for mlx_ways.py: it runs in a Python that has mlx-vlm and needs nothing of ours.
 
     python benchmarks/mlx_peer.py FOLDER SECONDS DTYPE
 

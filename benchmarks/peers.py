@@ -18,12 +18,8 @@ the reference BLAS; fair is a faster one before it: --mlx "env LD_PRELOAD=/path/
 from __future__ import annotations
 
 import itertools
-import json
-import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -32,27 +28,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from sfumato import ops
-from sfumato.checkpoints.names import own_name
-from sfumato.checkpoints.save import save
+from benchmarks.mlx_ways import FORWARD, MlxCase, sentence, ways_of_mlx
+from benchmarks.peer_models import inputs, model_of, packed, twin
 from sfumato.engine.run import Run
 from sfumato.events import Done, Draft
 from sfumato.measure.machine import Timing, environment, measure
-from sfumato.measure.parts import BenchPlan, prompt_ids, random_config, random_model
+from sfumato.measure.parts import BenchPlan, prompt_ids
 from sfumato.measure.work import duration
 from sfumato.model.cache import KVCache
-from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
 from sfumato.options import Options
-from sfumato.quant.apply import quantize_, samples
 
-FORWARD, STEP, ANSWER = "denoise forward", "whole step", "whole answer"
+STEP, ANSWER = "whole step", "whole answer"
 STATIC = "compiled generate, static cache"
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 HOPELESS = 10
@@ -60,56 +52,6 @@ HOPELESS = 10
 THEIRS = "transformers"
 LIMITS = {"bf16": 0.25, "int8": 0.15}
 """What the issue asks for: our time over theirs, for the step and, in bf16, for the answer."""
-
-
-# ---- models ---------------------------------------------------------------------------------------------------------
-
-
-def twin(model: Model) -> Any:
-    """transformers' model of the same config, around the same tensors: nothing is copied."""
-    import transformers
-
-    config = transformers.DiffusionGemmaConfig(**model.config.to_dict())
-    with torch.device("meta"):
-        theirs = transformers.DiffusionGemmaForBlockDiffusion(config)
-    own = model.state_dict()
-    shared = {}
-    for name in theirs.state_dict():
-        if "vision" not in name:
-            source = "embed_tokens.weight" if name == "lm_head.weight" else own_name(name)
-            source = source or own_name(name.replace("encoder.language_model.", "decoder."))
-            shared[name] = own[source or name]
-    theirs.load_state_dict(shared, strict=False, assign=True)
-    for module in list(theirs.modules()):  # what no checkpoint holds, and meta therefore lost
-        for child_name, child in list(module.named_children()):
-            if type(child).__name__.endswith("TextRotaryEmbedding"):
-                setattr(module, child_name, type(child)(child.config, model.device))
-            elif hasattr(child, "scalar_embed_scale"):
-                child.embed_scale = torch.tensor(child.scalar_embed_scale, device=model.device)
-    theirs.model.encoder.vision_tower.to_empty(device=model.device)
-    theirs.model.encoder.embed_vision.to_empty(device=model.device)
-    left = [name for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()] if tensor.is_meta]
-    assert not left, f"without values: {left}"
-    return theirs.requires_grad_(False).eval()
-
-
-def packed(plain: Model, kind: str, name: str) -> Model:
-    """Our model of the same tensors, in this recipe (or none), in the form that these operations take."""
-    record = ops.load(name, plain.device, plain.dtype, samples(kind) if kind else [])
-    with torch.device("meta"):
-        model = Model(plain.config, record)
-    model.load_state_dict(plain.state_dict(), assign=True)
-    model.requires_grad_(False).eval()
-    return (quantize_(model, kind) if kind else model).pack_()
-
-
-def inputs(model: Model, plan: BenchPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompt, canvas, and the logits of a step before: the same for everyone."""
-    config, generator = model.config, torch.Generator().manual_seed(plan.seed)
-    canvas_BL = torch.randint(config.vocab_size, (1, config.canvas_length), generator=generator)
-    logits_BLV = torch.randn(1, config.canvas_length, config.vocab_size, generator=generator)
-    prompt_BT = torch.tensor([prompt_ids(config, plan)])
-    return prompt_BT.to(model.device), canvas_BL.to(model.device), logits_BLV.to(model.device, model.dtype)
 
 
 # ---- one forward -----------------------------------------------------------------------------------------------------
@@ -430,7 +372,7 @@ def compare(plain: Model, plan: BenchPlan, choice: Choice, write: Callable[[dict
     results["ratios"], results["targets"] = ratios(results, comparison.base)
     write(results)
     if choice.mlx:
-        results["ways of mlx-vlm"] = ways_of_mlx(choice.mlx, plain, plan)
+        results["ways of mlx-vlm"] = ways_of_mlx(choice.mlx, plain, mlx_case(plain, plan), plan.seconds)
         results["mlx-vlm"] = sentence(results["ways of mlx-vlm"])
         write(results)
     return results
@@ -458,53 +400,14 @@ def ratios(results: dict[str, Any], base: str) -> tuple[dict[str, Any], dict[str
     return shares, targets
 
 
-# ---- mlx-vlm --------------------------------------------------------------------------------------------------------
-
-PATIENCE = 300  # seconds that mlx-vlm has in each number format: to load, read the prompt, warm and be timed
-
-
-def ways_of_mlx(command: str, plain: Model, plan: BenchPlan) -> dict[str, Any]:
-    """Its denoise forward in each number format, in a process of its own; its logits beside our float32 ones."""
+def mlx_case(plain: Model, plan: BenchPlan) -> MlxCase:
+    """The same forward for mlx-vlm, with our float32 logits to compare."""
     exact_model = packed(plain, "", "fused").float()
     prompt, canvas, previous = (tensor.cpu().numpy() for tensor in inputs(exact_model, plan))
     exact = forward_of(exact_model, plan)().cpu()
     del exact_model
     common.release()
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        save(plain, folder / "model")
-        config = folder / "model" / "config.json"  # with a vision tower it would want the tower's weights
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"vision_config": None}))
-        np.savez(folder / "inputs.npz", prompt=prompt, canvas=canvas, previous=previous)
-        line = [*shlex.split(command), *map(str, (Path(__file__).with_name("mlx_peer.py"), folder, plan.seconds))]
-        for dtype in dict.fromkeys(("float32" if plain.dtype == torch.float32 else "bf16", "float32")):
-            common.say(f"mlx-vlm: {FORWARD}, {dtype} (at most {PATIENCE} s)")
-            try:
-                done = subprocess.run([*line, dtype], capture_output=True, text=True, timeout=PATIENCE)
-                if done.returncode:
-                    raise RuntimeError(done.stderr.strip().rpartition("\n")[2][:200].rstrip("."))
-                results[dtype] = json.loads(done.stdout.strip().rpartition("\n")[2])
-                there = torch.from_numpy(np.load(folder / "logits.npy"))
-                results[dtype]["largest_difference_from_our_float32"] = float((there - exact).abs().max())
-            except subprocess.TimeoutExpired:
-                results[dtype] = {"failed": f"not done within {PATIENCE} s"}
-            except (OSError, RuntimeError, ValueError) as error:
-                results[dtype] = {"failed": str(error) or type(error).__name__}
-    return results
-
-
-def sentence(results: dict[str, Any]) -> str:
-    texts = []
-    for dtype, one in results.items():
-        if "failed" in one:
-            texts.append(f"{dtype}: {one['failed']}")
-            continue
-        used = ", ".join([*(f"{name} {version}" for name, version in one["versions"].items()), *one["preloaded"]])
-        most = one["largest_difference_from_our_float32"]
-        texts.append(f"{dtype} ({used}; {one['device']}): {duration(one['seconds'])} a {FORWARD}, logits differ from ")
-        texts[-1] += f"our float32 ones by at most {most:.2g}"
-    return "; ".join(texts)
+    return MlxCase(prompt, canvas, previous, exact)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -528,24 +431,6 @@ def table(results: dict[str, Any]) -> str:
     for name, one in results["targets"].items():
         text += f"\n{name}: {one['value']:.3f} (target {one['target']})"
     return text + f"\nmlx-vlm: {results['mlx-vlm']}"
-
-
-def model_of(size: str, dtype: str, device: str) -> tuple[Model, ModelConfig]:
-    config = random_config(size)
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    return calm_(random_model(config, kind, device, "fused")), config
-
-
-CALM = 0.1
-
-
-def calm_(model: Model) -> Model:
-    """Each block adds a tenth of its norm, as a trained one does; with random weights and whole norms a last place in
-    one layer sends tokens to other experts in the next, and no two engines, nor bf16 and float32, agree on anything."""
-    for name, parameter in model.named_parameters():
-        if "post_" in name:
-            parameter.data.fill_(CALM)
-    return model
 
 
 def main() -> None:

@@ -40,13 +40,13 @@ def fill(llm: LLM, puzzle: str) -> tuple[bool, int]:
 
 def holes(llm: LLM, count: int) -> list[dict[str, float]]:
     """Grids with ever more holes; beyond 50 of them a grid may have another solution, which is right as well."""
-    rng, dice = np.random.default_rng(SEED), random.Random(SEED)
+    rng, hole_rng = np.random.default_rng(SEED), random.Random(SEED)
     grids, results = [sudoku.random_grid(rng) for _ in range(count)], []
     for number in HOLES:
         common.say(f"{number} holes")
         rows = []
         for grid in grids:
-            open_ = set(dice.sample(range(81), number))
+            open_ = set(hole_rng.sample(range(81), number))
             rows.append(fill(llm, "".join("0" if n in open_ else cell for n, cell in enumerate(grid))))
         solved, steps = statistics.mean(row[0] for row in rows), statistics.mean(row[1] for row in rows)
         results.append({"holes": number, "pinned": 81 - number, "grids": count, "solved": solved, "steps": steps})

@@ -95,8 +95,8 @@ def follow(model: Model, prompt_BT: Tensor, pin_BL: Tensor, rules: Rules) -> Way
     cache = encoded(model, prompt_BT)
     seeds = [SEED] * batch
     state = Canvases.allocate(model, [rules] * batch, seeds, rows, has_pins=True)
-    dice = CountedNoise(seeds, rows, pin_BL.shape[1], model.config.vocab_size)
-    state.begin_(rows, dice.canvas(rows, [0] * batch), pin_BL, [0] * batch)
+    noise = CountedNoise(seeds, rows, pin_BL.shape[1], model.config.vocab_size)
+    state.begin_(rows, noise.canvas(rows, [0] * batch), pin_BL, [0] * batch)
     passes: list[tuple[list[int], Tensor, Tensor | None]] = []
     while rows:
         passes.append((rows, state.canvas_XL[rows], state.soft_XLD[rows] if passes else None))

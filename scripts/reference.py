@@ -257,7 +257,7 @@ def uses_block(words: list[str]) -> str:
 
 
 def rows_block(words: list[str]) -> str:
-    """DESIGN's rows, as tests/test_layering.py has them, the highest first."""
+    """Who may import whom, as tests/test_layering.py has it: the rows, the highest first."""
     tree = ast.parse((ROOT / "tests" / "test_layering.py").read_text(encoding="utf-8"))
     rows = next(
         ast.literal_eval(node.value)

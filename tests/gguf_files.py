@@ -25,11 +25,11 @@ HALVES = [0.0, -0.0, 1.0, -1.0, 65504.0, -65504.0, 2.0**-24, -(2.0**-24), 2.0**-
 
 def random_blocks(kind: str, rows: int, count: int, seed: int = 0, scale: float | None = None) -> Tensor:
     """Rows of blocks: random bytes, and in every float16 place one of HALVES (or `scale`, varied, where given)."""
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     size = blocks.KINDS[blocks.NUMBERS[kind]].nbytes
-    raw = dice.integers(0, 256, (rows, count, size), dtype=np.uint8)
+    raw = rng.integers(0, 256, (rows, count, size), dtype=np.uint8)
     for at in SCALES[kind]:
-        values = dice.choice(HALVES, (rows, count)) if scale is None else scale * dice.uniform(0.5, 1, (rows, count))
+        values = rng.choice(HALVES, (rows, count)) if scale is None else scale * rng.uniform(0.5, 1, (rows, count))
         raw[..., at : at + 2] = values.astype(np.float16)[..., None].view(np.uint8)
     return torch.from_numpy(raw.reshape(rows, -1))
 

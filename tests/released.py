@@ -24,4 +24,4 @@ RELEASED: dict[str, Any] = {
         "max_position_embeddings": 262_144,
     },
 }
-"""FACTS section 1, in the release's spelling."""
+"""What the text model has, in the release's spelling."""

@@ -49,4 +49,4 @@ RELEASED: dict[str, Any] = {
     },
     "vision_config": {"model_type": "gemma4_vision", "hidden_size": 1152, "num_hidden_layers": 27},
 }
-"""The release's config.json, by hand from shared/FACTS.md section 1; of the vision tower only two numbers."""
+"""The release's config.json, by hand; of the vision tower only two numbers."""

@@ -1,6 +1,7 @@
-"""A CUDA graph's stand-in without a GPU: what a function does is noted, operation by operation, and done again in the
-very memory it was done in. Whatever Python decided the first time is frozen, and memory that was there before is held
-as weakly as by a graph: not at all.
+"""Stands in for a CUDA graph.
+
+It notes a step's operations and repeats them in the same memory, keeping none of it alive. What Python decided while
+the step was noted is repeated too, as by a graph. It lacks on purpose what a driver does.
 
     Engine(model, settings=EngineSettings(record=True, capture=Tape()))
 """

@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sfumato").rglob("*.py"))
 
-# Only from lower rows, or from one's own folder: DESIGN's table. `system` is what the operating system gives, locks and
-# child processes with limits, which every room may need. The lowest row's rooms may import one another.
+# Only from lower rows, or from one's own folder; the table of docs/tour.md is written from this. `system` is what the
+# operating system gives, locks and child processes with limits, which every folder may need. The lowest row's folders
+# may import one another.
 ROWS = [
     {"errors", "options", "events", "system"},
     {"ops", "tasks"},
@@ -32,9 +33,9 @@ ROWS = [
     {"server"},
     {"cli"},
 ]
-ROW = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
+ROW = {folder: number for number, folders in enumerate(ROWS) for folder in folders}
 
-# Rooms that know less than their row would let them.
+# Folders that know less than their row would let them.
 KNOWS_ONLY = {"model": {"errors", "options", "ops"}}
 
 # Back ends of one operation: each stands alone, and ops/__init__ chooses among them.
@@ -100,19 +101,19 @@ def violations(source: str, module: str) -> list[str]:
     tree = ast.parse(source)
     if module == "sfumato.__init__":
         return list(face_violations(tree))
-    room = module.split(".")[1]
-    if room not in ROW:
-        return [f"{module} belongs to no room: DESIGN's table has no {room!r}"]
+    folder = module.split(".")[1]
+    if folder not in ROW:
+        return [f"{module} belongs to no folder: ROWS has no {folder!r}"]
     sentences = []
     for line, name in imported_names(tree, module):
-        reason = complaint(module, room, name)
+        reason = complaint(module, folder, name)
         if reason:
             sentences.append(f"{module}, line {line}: imports {name}: {reason}")
     return sentences
 
 
-def complaint(module: str, room: str, name: str) -> str | None:
-    """Why `module` in `room` may not import `name`; None if it may."""
+def complaint(module: str, folder: str, name: str) -> str | None:
+    """Why `module` in `folder` may not import `name`; None if it may."""
     top, *rest = name.split(".")
     if top != "sfumato":
         places = FENCES.get(top)
@@ -123,16 +124,16 @@ def complaint(module: str, room: str, name: str) -> str | None:
     target = rest[0] if rest else ""
     if target == "__version__":
         return None
-    if target == room:
+    if target == folder:
         mine = next((end for end in BACK_ENDS if is_within(module, end)), None)
         other = next((end for end in BACK_ENDS if is_within(name, end)), None)
         return "back ends never import one another" if mine and other and mine != other else None
     if target not in ROW:
-        return "from within, import the room that defines it, by its name"
-    if room in KNOWS_ONLY and target not in KNOWS_ONLY[room]:
-        return f"{room} knows {', '.join(sorted(KNOWS_ONLY[room]))} and nothing else"
-    if ROW[target] > ROW[room] or ROW[target] == ROW[room] > 0:
-        return f"{target} is not below {room}"
+        return "from within, import the folder that defines it, by its name"
+    if folder in KNOWS_ONLY and target not in KNOWS_ONLY[folder]:
+        return f"{folder} knows {', '.join(sorted(KNOWS_ONLY[folder]))} and nothing else"
+    if ROW[target] > ROW[folder] or ROW[target] == ROW[folder] > 0:
+        return f"{target} is not below {folder}"
     return None
 
 
@@ -177,8 +178,8 @@ def test_file_imports_only_what_it_may(path: Path) -> None:
         ("sfumato.engine.run", "from sfumato import Options", "by its name"),
         ("sfumato.engine.run", "from sfumato import *", "by its name"),
         ("sfumato.engine.run", "from sfumato.utils import first", "by its name"),
-        ("sfumato.utils", "", "belongs to no room"),
-        ("sfumato.nano.make", "", "belongs to no room"),
+        ("sfumato.utils", "", "belongs to no folder"),
+        ("sfumato.nano.make", "", "belongs to no folder"),
         ("sfumato.ops.triton.attention", "from sfumato.ops import reference", "back ends"),
         ("sfumato.ops.triton.attention", "from ..cpu.experts import run", "back ends"),
         ("sfumato.ops.reference", "from sfumato.ops.triton import attention", "back ends"),

@@ -1,4 +1,4 @@
-"""__init__.py: the public names that DESIGN lists, and the version."""
+"""__init__.py: the public names, and the version."""
 
 from __future__ import annotations
 

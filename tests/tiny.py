@@ -108,23 +108,23 @@ def randomise_(tensors: Iterable[tuple[str, Tensor]], seed: int, sharp: float, m
 
     `sharp` is about the standard deviation of the logits; `mix` scales what each block adds to the residual: below 1
     a canvas settles within a few steps, at 1 it rarely does."""
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         kind = name.rsplit(".", 1)[-1]
         if kind.endswith("_scalar"):
-            tensor.uniform_(0.5, 1.2, generator=dice)
+            tensor.uniform_(0.5, 1.2, generator=generator)
         elif kind in ("scale", "per_expert_scale"):
-            tensor.uniform_(0.5, 1.5, generator=dice)
+            tensor.uniform_(0.5, 1.5, generator=generator)
         elif tensor.dim() == 1:
-            tensor.normal_(1.0, 0.3, generator=dice)
+            tensor.normal_(1.0, 0.3, generator=generator)
             if "post_attention" in name or name.endswith("post_feedforward_layernorm.weight"):
                 tensor.mul_(mix)
             if "q_norm" in name or "k_norm" in name:
                 tensor.mul_(0.6)  # sharper attention than this amplifies float32's own rounding beyond any tolerance
         elif "embed_tokens" in name:
-            tensor.normal_(0.0, sharp / math.sqrt(tensor.shape[-1]), generator=dice)
+            tensor.normal_(0.0, sharp / math.sqrt(tensor.shape[-1]), generator=generator)
         else:
-            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=dice)
+            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
             if name.endswith("self_conditioning.down_proj.weight"):
                 tensor.mul_(mix)
 

@@ -72,5 +72,5 @@ def say(page: Any, text: str) -> None:
     page.locator("#message").press("Enter")
 
 
-def go(page: Any, room: str) -> None:
-    page.locator(".rooms").get_by_role("link", name=room).click()
+def go(page: Any, section: str) -> None:
+    page.locator(".sections").get_by_role("link", name=section).click()

@@ -83,13 +83,13 @@ def draft(pieces: list[str], entropies: list[float], step: int, canvas: int = 0,
 def drafts(text: str, steps: int, canvas: int = 0, fixed: range = range(0), padding: int = 4) -> list[dict[str, Any]]:
     """Drafts that end in `text`: places settle in a counted order, words of it stand wrongly until then."""
     pieces = re.findall(r"\s?\w+|\s|[^\w\s]", text)
-    dice = random.Random(text)
-    settles = [0.0 if at in fixed else dice.uniform(0.15, 1) ** 0.8 * (steps - 1) for at in range(len(pieces))]
+    rng = random.Random(text)
+    settles = [0.0 if at in fixed else rng.uniform(0.15, 1) ** 0.8 * (steps - 1) for at in range(len(pieces))]
     all_drafts = []
     for step in range(1, steps + 1):
         left = [at - step + 1 for at in settles]
-        shown = [piece if far <= 0.6 else dice.choice(pieces) for piece, far in zip(pieces, left, strict=True)]
-        entropies = [0.001 if far <= 0 else min(3.2, 0.12 + 0.42 * far * dice.uniform(0.6, 1.4)) for far in left]
+        shown = [piece if far <= 0.6 else rng.choice(pieces) for piece, far in zip(pieces, left, strict=True)]
+        entropies = [0.001 if far <= 0 else min(3.2, 0.12 + 0.42 * far * rng.uniform(0.6, 1.4)) for far in left]
         all_drafts.append(draft(shown, entropies, step, canvas, padding))
     return all_drafts
 

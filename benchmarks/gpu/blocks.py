@@ -96,11 +96,11 @@ def outputs(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
     """Of two rows of different length."""
     config, device = model.config, model.device
     length = config.canvas_length
-    dice = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     tokens_BT, canvas_BL = (
-        torch.randint(config.vocab_size, (2, n), generator=dice).to(device) for n in (2 * length, length)
+        torch.randint(config.vocab_size, (2, n), generator=generator).to(device) for n in (2 * length, length)
     )
-    soft_BLD = torch.randn(2, length, config.hidden_size, generator=dice).bfloat16().to(device, dtype)
+    soft_BLD = torch.randn(2, length, config.hidden_size, generator=generator).bfloat16().to(device, dtype)
     cache = KVCache.allocate(config, 2, 4 * length, device, dtype)
     counts = [2 * length, length + 3]
     encoded_BTD = model.encode(tokens_BT, cache, counts=counts)
@@ -117,8 +117,8 @@ def outputs(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
 def recorded_as_eager(setting: Setting, model: Model) -> dict[str, Any]:
     """Two canvases of three rows: what every step shows, entropies to the last bit."""
     length = model.config.canvas_length
-    dice = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(model.config.vocab_size, (n,), generator=dice).tolist() for n in (length // 2, 9, 40)]
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in (length // 2, 9, 40)]
     options = Options(max_tokens=2 * length, max_steps=STEPS, confidence=0.0, seed=1, drafts=True)
 
     def steps(rows: list[int], record: bool) -> dict[tuple[int, int, int], Draft]:

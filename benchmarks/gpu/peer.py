@@ -24,12 +24,12 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
 
 @torch.inference_mode()
 def beside(setting: Setting) -> dict[str, Any]:
-    from benchmarks import peers
+    from benchmarks import peer_models, peers
 
     # Its weights are ours, as they lie: of operations that lay them out anew there are none to share.
     model = common.random_packed(setting.config(), setting.device, "fused" if setting.is_dry else "triton")
     plan = BenchPlan(16 if setting.is_dry else 1024, model.config.canvas_length, STEPS + 1, 5.0)
-    theirs = peers.twin(model)
+    theirs = peer_models.twin(model)
     theirs.set_attn_implementation("sdpa")
     calls = {"transformers": peers.forward_of_theirs(theirs, model, plan), "sfumato": peers.forward_of(model, plan)}
     logits = {name: call().float() for name, call in calls.items()}

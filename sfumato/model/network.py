@@ -96,7 +96,10 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts, and how much of each. Reads the raw residual: a normed input here never converges (FACTS 2.3)."""
+    """Which experts, and how much of each.
+
+    Reads the residual before any norm, as in transformers' `modeling_diffusion_gemma.py`: with the normed input of the
+    experts a canvas never converges."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()

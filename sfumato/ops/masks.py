@@ -2,8 +2,8 @@
 
 One pass brings, in every row, `encode` new positions that are encoded and then `canvas` positions that are denoised;
 either may be 0. Beside them stand the cached tokens, in a ring (see `cache.py`): the token at position p lies in slot
-p mod ring. Trap kept out here (FACTS 2.1): in denoise every canvas query of a sliding layer sees the *same* last W - 1
-tokens before the canvas and the whole canvas, never a window of its own.
+p mod ring. In denoise every canvas query of a sliding layer sees the *same* last W - 1 tokens before the canvas and the
+whole canvas, never a window of its own, as in transformers' `modeling_diffusion_gemma.py`.
 """
 
 from __future__ import annotations

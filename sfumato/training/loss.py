@@ -1,4 +1,7 @@
-"""The objective of block diffusion (FACTS 4): denoise one canvas of the example, and predict its next tokens.
+"""The objective of block diffusion, L = L_diff + L_enc: denoise one canvas of the example, and predict its next tokens.
+
+L_diff is the mean cross-entropy over all positions of a canvas of which each position is noise with probability t, t
+uniform in (0, 1), with no weight by t. L_enc is the next-token cross-entropy of a causal language model.
 
 The encode pass over prompt and response gives the next-token loss and fills a cache; cut back to what stands before
 the chosen canvas, that cache is what the denoise passes read, gradients included. Nothing here knows about tasks.

@@ -330,11 +330,11 @@ def test_kills_at_any_moment_leave_the_old_or_the_new_and_it_goes_on(tmp_path: P
     )
     expected = {name: every_weight(load(_written(tmp_path / name, name, target.suffix))) for name in (old, to)}
     convert.convert("nano", old, target)
-    dice, actual = random.Random(1), set()
+    rng, actual = random.Random(1), set()
     for _ in range(15):
         process = subprocess.Popen([sys.executable, "-c", script, to, str(target)], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(dice.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.4))
         process.kill()
         process.communicate()
         try:

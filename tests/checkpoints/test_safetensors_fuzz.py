@@ -35,23 +35,23 @@ KINDS = [*DTYPES, "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64", "f32", "Q4_0", "
 NAMES = ["", "a", "__metadata__", "..", "x" * 3000, "é\u202e", "\0", "a\nb", '"', "weight", "\ud800"]
 
 
-def value(dice: random.Random) -> Any:
-    return copy.deepcopy(dice.choice(VALUES))
+def value(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(VALUES))
 
 
-def base(dice: random.Random) -> tuple[dict[str, Any], bytes]:
+def base(rng: random.Random) -> tuple[dict[str, Any], bytes]:
     """A sound header and its data: a few tensors of several dtypes, scalars and empty ones among them."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}} if dice.random() < 0.5 else {}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}} if rng.random() < 0.5 else {}
     at = 0
-    for number in range(dice.randint(1, 5)):
-        kind = dice.choice([name for name in DTYPES if name != "BOOL"])
-        shape = [dice.randint(0, 4) if dice.random() < 0.9 else 0 for _ in range(dice.randint(0, 3))]
+    for number in range(rng.randint(1, 5)):
+        kind = rng.choice([name for name in DTYPES if name != "BOOL"])
+        shape = [rng.randint(0, 4) if rng.random() < 0.9 else 0 for _ in range(rng.randint(0, 3))]
         nbytes = DTYPES[kind].itemsize
         for size in shape:
             nbytes *= size
         table[f"layer.{number}.weight"] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + nbytes]}
         at += nbytes
-    return table, dice.randbytes(at)
+    return table, rng.randbytes(at)
 
 
 def joined(table: Any, data: bytes, text: bytes | None = None) -> bytes:
@@ -59,49 +59,47 @@ def joined(table: Any, data: bytes, text: bytes | None = None) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def some(dice: random.Random, table: dict[str, Any]) -> str:
-    return dice.choice([name for name in table if isinstance(table[name], dict)] or ["a"])
+def some(rng: random.Random, table: dict[str, Any]) -> str:
+    return rng.choice([name for name in table if isinstance(table[name], dict)] or ["a"])
 
 
-def change_entry(dice: random.Random, table: dict[str, Any]) -> None:
+def change_entry(rng: random.Random, table: dict[str, Any]) -> None:
     """One thing said of a tensor is another."""
-    entry = table.setdefault(some(dice, table), {})
-    match dice.randrange(9):
+    entry = table.setdefault(some(rng, table), {})
+    match rng.randrange(9):
         case 0:
-            entry["dtype"] = dice.choice(KINDS)
+            entry["dtype"] = rng.choice(KINDS)
         case 1:
-            entry[dice.choice(["dtype", "shape", "data_offsets"])] = value(dice)
+            entry[rng.choice(["dtype", "shape", "data_offsets"])] = value(rng)
         case 2:
-            entry["shape"] = [dice.choice(NUMBERS) for _ in range(dice.randint(0, 6))]
+            entry["shape"] = [rng.choice(NUMBERS) for _ in range(rng.randint(0, 6))]
         case 3:
-            entry["shape"] = dice.choice(
+            entry["shape"] = rng.choice(
                 [[0, 2**40, 2**40], [2**62, 0], [2**32, 2**32], [1] * 70, [0] * 200, [2**63, 0]]
             )
         case 4:
-            entry["data_offsets"] = [
-                dice.choice([*NUMBERS, *range(40)]) for _ in range(dice.choice([2, 2, 2, 1, 3, 0]))
-            ]
+            entry["data_offsets"] = [rng.choice([*NUMBERS, *range(40)]) for _ in range(rng.choice([2, 2, 2, 1, 3, 0]))]
         case 5:
-            entry["shape"] = [value(dice) for _ in range(3)]
+            entry["shape"] = [value(rng) for _ in range(3)]
         case 6:
-            entry.pop(dice.choice(["dtype", "shape", "data_offsets"]), None)
+            entry.pop(rng.choice(["dtype", "shape", "data_offsets"]), None)
         case 7:
-            entry[dice.choice(["more", "offset", ""])] = value(dice)
+            entry[rng.choice(["more", "offset", ""])] = value(rng)
         case 8:  # an empty tensor may claim any place
-            entry |= {"shape": [0], "data_offsets": [dice.choice(NUMBERS)] * 2}
+            entry |= {"shape": [0], "data_offsets": [rng.choice(NUMBERS)] * 2}
 
 
-def change_table(dice: random.Random, table: dict[str, Any]) -> None:
+def change_table(rng: random.Random, table: dict[str, Any]) -> None:
     """A tensor more, less, elsewhere or under another name."""
-    name = some(dice, table)
-    match dice.randrange(5):
+    name = some(rng, table)
+    match rng.randrange(5):
         case 0:
-            table[dice.choice(NAMES)] = table.pop(name, {})
+            table[rng.choice(NAMES)] = table.pop(name, {})
         case 1:
-            table[dice.choice(NAMES)] = value(dice)
+            table[rng.choice(NAMES)] = value(rng)
         case 2:
             table["__metadata__"] = copy.deepcopy(
-                dice.choice([*VALUES, {"a": 1}, {"a": "b" * 2000}, {"format": ["pt"]}])
+                rng.choice([*VALUES, {"a": 1}, {"a": "b" * 2000}, {"format": ["pt"]}])
             )
         case 3:
             table["twin"] = copy.deepcopy(table.get(name))
@@ -109,77 +107,71 @@ def change_table(dice: random.Random, table: dict[str, Any]) -> None:
             table.pop(name, None)
 
 
-def change_text(dice: random.Random, text: bytes) -> bytes:
+def change_text(rng: random.Random, text: bytes) -> bytes:
     """What json.dumps would not write: names twice, depth, numbers without end, bytes that are no text."""
-    at = dice.randrange(len(text) + 1)
-    match dice.randrange(8):
+    at = rng.randrange(len(text) + 1)
+    match rng.randrange(8):
         case 0:
             inner = text.strip()[1:-1]
             return b"{" + inner + b"," + inner + b"}"
         case 1:
-            depth = dice.choice([10, 1000, 100_000])
-            opening, closing = dice.choice([(b"[", b"]"), (b'{"a":', b"}")])
-            return opening * depth + b"0" + closing * depth * dice.randrange(2)
+            depth = rng.choice([10, 1000, 100_000])
+            opening, closing = rng.choice([(b"[", b"]"), (b'{"a":', b"}")])
+            return opening * depth + b"0" + closing * depth * rng.randrange(2)
         case 2:
-            return (
-                text[:at] + dice.choice([b"NaN", b"Infinity", b"-0", b"9" * 5000, b"1e999", b'"\\ud800"']) + text[at:]
-            )
+            return text[:at] + rng.choice([b"NaN", b"Infinity", b"-0", b"9" * 5000, b"1e999", b'"\\ud800"']) + text[at:]
         case 3:
-            return text[:at] + dice.randbytes(dice.randint(1, 4)) + text[at:]
+            return text[:at] + rng.randbytes(rng.randint(1, 4)) + text[at:]
         case 4:
-            return text[:at] + text[at + dice.randint(1, 8) :]
+            return text[:at] + text[at + rng.randint(1, 8) :]
         case 5:
             changed = bytearray(text or b" ")
-            for _ in range(dice.randint(1, 4)):
-                changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+            for _ in range(rng.randint(1, 4)):
+                changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
             return bytes(changed)
         case 6:
-            return dice.choice(
-                [b"", b"null", b"[]", b"0", b'"a"', b"{}", b" " * 20_000, b"\xef\xbb\xbf{}", b"\xff" * 9]
-            )
+            return rng.choice([b"", b"null", b"[]", b"0", b'"a"', b"{}", b" " * 20_000, b"\xef\xbb\xbf{}", b"\xff" * 9])
         case _:
             entry = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-            return b"{" + b",".join(b'"t%d":%s' % (number, entry) for number in range(dice.choice([50, 3000]))) + b"}"
+            return b"{" + b",".join(b'"t%d":%s' % (number, entry) for number in range(rng.choice([50, 3000]))) + b"}"
 
 
-def change_bytes(dice: random.Random, file: bytes) -> bytes:
+def change_bytes(rng: random.Random, file: bytes) -> bytes:
     """A file that is cut, grows, or says another length of its header."""
-    match dice.randrange(4):
+    match rng.randrange(4):
         case 0:
-            return file[: dice.choice([0, 1, 7, 8, 9, dice.randrange(len(file) + 1), max(0, len(file) - 1)])]
+            return file[: rng.choice([0, 1, 7, 8, 9, rng.randrange(len(file) + 1), max(0, len(file) - 1)])]
         case 1:
-            return file + dice.randbytes(dice.choice([1, 8, 4096]))
+            return file + rng.randbytes(rng.choice([1, 8, 4096]))
         case 2:
-            size = dice.choice(
-                [*(n for n in NUMBERS if 0 <= n < 2**64), len(file), len(file) - 8, len(file) - 9, 10**8]
-            )
+            size = rng.choice([*(n for n in NUMBERS if 0 <= n < 2**64), len(file), len(file) - 8, len(file) - 9, 10**8])
             return int(max(size, 0)).to_bytes(8, "little") + file[8:]
         case _:
             changed = bytearray(file or b"\0")
-            changed[dice.randrange(min(len(changed), 400))] = dice.randrange(256)
+            changed[rng.randrange(min(len(changed), 400))] = rng.randrange(256)
             return bytes(changed)
 
 
-def hostile_file(dice: random.Random) -> bytes:
-    table, data = base(dice)
-    for _ in range(dice.choice([0, 1, 1, 1, 2, 3])):
-        dice.choice([change_entry, change_table])(dice, table)
+def hostile_file(rng: random.Random) -> bytes:
+    table, data = base(rng)
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+        rng.choice([change_entry, change_table])(rng, table)
     text = json.dumps(table).encode()
-    if dice.random() < 0.3:
-        text = change_text(dice, text)
+    if rng.random() < 0.3:
+        text = change_text(rng, text)
     file = joined(table, data, text)
-    return change_bytes(dice, file) if dice.random() < 0.25 else file
+    return change_bytes(rng, file) if rng.random() < 0.25 else file
 
 
-def hostile_index(dice: random.Random, folder: Path) -> None:
+def hostile_index(rng: random.Random, folder: Path) -> None:
     """Two shards, each sound more often than not, and an index that is sound less often."""
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     weight_map: dict[str, Any] = {}
     for number, shard in enumerate(shards):
-        table, data = base(dice)
-        table = {f"{number}.{n}" if n != "__metadata__" and dice.random() < 0.95 else n: v for n, v in table.items()}
+        table, data = base(rng)
+        table = {f"{number}.{n}" if n != "__metadata__" and rng.random() < 0.95 else n: v for n, v in table.items()}
         weight_map |= {name: shard for name in table if name != "__metadata__"}
-        (folder / shard).write_bytes(joined(table, data) if dice.random() < 0.8 else hostile_file(dice))
+        (folder / shard).write_bytes(joined(table, data) if rng.random() < 0.8 else hostile_file(rng))
     elsewhere = [
         "../x.safetensors",
         "/etc/passwd",
@@ -193,27 +185,27 @@ def hostile_index(dice: random.Random, folder: Path) -> None:
         shards[0] + "\n",
         "x" * 300,
     ]
-    index: Any = {"metadata": {"total_size": value(dice)}, "weight_map": weight_map}
-    name = dice.choice([*weight_map, *NAMES])
-    match dice.randrange(9):
+    index: Any = {"metadata": {"total_size": value(rng)}, "weight_map": weight_map}
+    name = rng.choice([*weight_map, *NAMES])
+    match rng.randrange(9):
         case 0:
-            weight_map[name] = dice.choice(elsewhere)
+            weight_map[name] = rng.choice(elsewhere)
         case 1:
-            weight_map[name] = value(dice)
+            weight_map[name] = value(rng)
         case 2:
-            weight_map[name] = dice.choice(shards)
+            weight_map[name] = rng.choice(shards)
         case 3:
             weight_map.pop(name, None)
         case 4:
-            index["weight_map"] = value(dice)
+            index["weight_map"] = value(rng)
         case 5:
-            index = value(dice)
+            index = value(rng)
         case 6:
-            (folder / dice.choice(shards)).unlink()
+            (folder / rng.choice(shards)).unlink()
         case 7:
             weight_map[name] = "missing.safetensors"
     text = json.dumps(index).encode()
-    (folder / INDEX).write_bytes(change_text(dice, text) if dice.random() < 0.2 else text)
+    (folder / INDEX).write_bytes(change_text(rng, text) if rng.random() < 0.2 else text)
 
 
 @contextmanager
@@ -285,8 +277,8 @@ def run(folder: Path, seeds: range, build: Callable[[random.Random, Path], None]
     return refused
 
 
-def single(dice: random.Random, folder: Path) -> None:
-    (folder / SINGLE).write_bytes(hostile_file(dice))
+def single(rng: random.Random, folder: Path) -> None:
+    (folder / SINGLE).write_bytes(hostile_file(rng))
 
 
 def test_sound_files_are_read(tmp_path: Path) -> None:

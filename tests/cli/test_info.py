@@ -87,8 +87,8 @@ def test_gemma_4_has_neither_canvas_nor_conditioning(released: ModelConfig, caps
 
 
 def test_floors_at_the_measured_bandwidth_of_an_h200(released: ModelConfig) -> None:
-    """FACTS section 5, with its 4.3 TB/s and 790 TFLOP/s; the published figures give a little less. The embedding stays
-    in bf16, which costs 0.17 ms of FACTS' figures for fewer bits."""
+    """The bytes of a step over 4.3 TB/s, measured, with 790 TFLOP/s; the published figures give a little less. The
+    embedding stays in bf16, which costs 0.17 ms where the other weights have fewer bits."""
     measured = work.Gpu("H200, measured", 141, 4300, 790, 1580)
     for recipe, milliseconds in (("bf16", 11.7), ("fp8", 6.07), ("int4", 3.57)):
         row = row_of(released, recipe, measured, 64)

@@ -62,11 +62,11 @@ def test_kills_at_any_moment_leave_the_old_text_or_the_new(put: Put) -> None:
         "held = files.read('a.txt')\nprint(flush=True)\n"
         "while True:\n    held, old = (b if held == a else a), held\n    files.write('a.txt', old, held)\n"
     )
-    dice, numbers = random.Random(1), set()
+    rng, numbers = random.Random(1), set()
     for _ in range(30):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"\n"
-        time.sleep(dice.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.communicate()
         numbers.add(contents.index(Path("a.txt").read_text()))

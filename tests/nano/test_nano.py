@@ -1,4 +1,4 @@
-"""nano/: the embedded model against the oracle: transformers loads the package's folder, and with the same dice it
+"""nano/: the embedded model against the oracle: transformers loads the package's folder, and with the same noise it
 writes the same tokens in the same number of steps.
 """
 

@@ -41,14 +41,14 @@ def single() -> Iterator[None]:
 
 
 def texts(count: int, length: int, seed: int = 0, vocabulary: int = 61) -> list[list[int]]:
-    dice = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, (count, length), generator=dice).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (count, length), generator=generator).tolist()
 
 
 def correlated(rows: int, inputs: int, seed: int = 0) -> Tensor:
     """Inputs [N, I] that move together, of very different sizes."""
-    dice = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inputs, generator=dice) @ torch.randn(inputs, inputs, generator=dice)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
     return x * torch.linspace(0.05, 2.0, inputs)
 
 

@@ -118,10 +118,10 @@ def test_importance_moves_the_error_where_it_costs_least() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_nvfp4_unpacks_as_defined_in_float64(seed: int) -> None:
     """Any bytes: e2m1 x e4m3 x float32, in the order in which float32 computes it: (code x scale) x factor."""
-    dice = torch.Generator().manual_seed(seed)
-    data = torch.randint(256, (6, 32), generator=dice, dtype=torch.uint8)
-    scale = torch.randint(127, (6, 4), generator=dice, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    factor = torch.rand(6, generator=dice) * 10.0 ** float(torch.randint(-6, 3, (1,), generator=dice))
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(256, (6, 32), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(127, (6, 4), generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    factor = torch.rand(6, generator=generator) * 10.0 ** float(torch.randint(-6, 3, (1,), generator=generator))
     got = unpack(Packed("nvfp4", (6, 64), data, scale, 16, None, factor))
     for row in range(6):
         for place in range(64):

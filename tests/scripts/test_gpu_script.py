@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import common, results
+from benchmarks import common, results, sections
 from benchmarks.gpu import cells, choices, counters, kernels, nano, record
 from benchmarks.gpu.alternatives import ALTERNATIVES, APART, WITHOUT, Entry, entries, standing
 from benchmarks.gpu.plan import PLANS, SECONDS, Step
@@ -93,7 +93,7 @@ def test_every_step_runs_on_a_processor(plan: str, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     kept = json.loads(target.read_text())
     assert kept["environment"]["command"] == " ".join(["python scripts/gpu.py", *more])
-    text = results.gpu(kept)
+    text = sections.gpu(kept)
     assert "int4 batch 1 context" in text and "prepare: ok" in text
     assert results.page({"gpu.json": kept}).count("gpu.json") >= 1
     assert ("fp8, batch 16: times the tokens of batch 1" in kept["targets"]) == (plan == "first")
@@ -611,7 +611,7 @@ def test_a_record_tells_what_was_wrong() -> None:
         {"steps": [step, again], "plan": "first", "state": "done", "seconds": 11, "environment": {"hardware": {}}}, {}
     )
     assert actual["targets"]["int4, batch 1, 1K context: ms a pass"]["value"] == 5.5
-    text = results.gpu(actual)
+    text = sections.gpu(actual)
     assert "int4 batch 1 context 1024 tuned" in text and "cells int4: done: 1 of 2 not right" in text
     assert actual["tasks"][1]["wrong"] == [{"name": "int4 batch 16 context 1024", "error": "out of memory"}]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from sfumato import errors
 from sfumato.options import LOAD_OPTIONS, OPTIONS
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sfumato"
 SCRIPT = ROOT / "scripts" / "reference.py"
 TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
@@ -42,6 +44,56 @@ def test_the_tour_is_short() -> None:
     assert sum(int(lines.replace(",", "")) for _, _, lines in NUMBERED) <= 5000
     for name in names:
         assert (ROOT / "sfumato" / name).is_file(), name
+
+
+PASSED_ON = {"templates/requests.py", "engine/request.py"}
+"""What the files of the way down pass on, and what therefore stands before those that use it."""
+
+
+def imports_of(name: str) -> set[str]:
+    """The files of the package that a file imports, and those that they import, and so on."""
+    reached: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for node in ast.walk(ast.parse((PACKAGE / waiting.pop()).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sfumato"):
+                base = node.module.replace(".", "/").removeprefix("sfumato").strip("/")
+                files = {f"{base}.py", *(f"{base}/{alias.name}.py".lstrip("/") for alias in node.names)}
+                new = {file for file in files if (PACKAGE / file).is_file()} - reached
+                reached |= new
+                waiting += new
+    return reached
+
+
+def wrong_places(down: list[str], up: list[str]) -> list[str]:
+    """What breaks the tour's order: down, a file that calls back; up, a file that needs a later one."""
+    both = [*down, *up]
+    sentences = []
+    for place, name in enumerate(both):
+        imports = imports_of(name)
+        if name in down:
+            wrong = [file for file in down[:place] if file in imports and file not in PASSED_ON]
+            wrong += [file for file in down[place:] if file in imports and name in PASSED_ON]
+        else:
+            wrong = [file for file in both[place:] if file in imports]
+        sentences += [f"{name} needs {file}" for file in wrong]
+    return sentences
+
+
+def test_the_tour_goes_down_and_comes_up() -> None:
+    down, up = (re.findall(r"^\d+\. \*\*`([\w/.]+)`", part, re.MULTILINE) for part in TOUR.split("\n**Up.**"))
+    assert [*down, *up] == [name for _, name, _ in NUMBERED] and down and up
+    assert wrong_places(down, up) == []
+    assert [file for file in down[1:] if file not in imports_of("llm.py")] == []
+    assert wrong_places(["engine/stepper.py", "engine/engine.py"], []) == ["engine/engine.py needs engine/stepper.py"]
+    assert wrong_places([], ["sampling/step.py", "sampling/rules.py"]) == ["sampling/step.py needs sampling/rules.py"]
+
+
+def test_what_lies_beside_the_tour_is_there() -> None:
+    beside = TOUR.partition("lie beside the path")[2].partition("\n## ")[0]
+    names = re.findall(r"`([\w/]+\.py)`", beside)
+    assert len(names) == 7 and not {*names} & {name for _, name, _ in NUMBERED}
+    assert [name for name in names if not (PACKAGE / name).is_file()] == []
 
 
 def test_the_glossary_is_short() -> None:

@@ -266,22 +266,22 @@ def test_nothing_is_wider_than_a_phone(page: Any, server: PageServer) -> None:
     expect(page.locator(".committed pre")).to_be_visible()
     page.locator("#shelf-handle").click()
     expect(page.locator("#chats li")).to_have_count(1)
-    for room in ("Chat", "Editor", "Sudoku", "Settings"):
-        go(page, room)
-        if room == "Settings":
+    for section in ("Chat", "Editor", "Sudoku", "Settings"):
+        go(page, section)
+        if section == "Settings":
             expect(page.locator("#option-max_steps")).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360, room
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, section
         wide = page.locator("main *").evaluate_all(
             "all => all.filter(e => e.checkVisibility() && !e.closest('pre, .unseen')"
             " && e.getBoundingClientRect().right > 360.5).map(e => e.outerHTML.slice(0, 80))"
         )
-        assert wide == [], room
+        assert wide == [], section
 
 
 def test_every_field_has_a_name_and_no_style_or_script_stands_in_the_page(page: Any) -> None:
-    for room in ("Chat", "Editor", "Sudoku", "Settings"):
-        go(page, room)
-        if room == "Settings":
+    for section in ("Chat", "Editor", "Sudoku", "Settings"):
+        go(page, section)
+        if section == "Settings":
             expect(page.locator("#option-max_steps")).to_be_visible()
     nameless = page.locator("input, textarea, select, button").evaluate_all(
         "all => all.filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim())"

@@ -99,11 +99,11 @@ def test_pinned_clues_through_a_template_solve_as_the_sudoku_command_does(llm: L
 
 
 def test_any_twenty_cells_of_a_solved_grid_are_filled_in(llm: LLM) -> None:
-    rng, dice = np.random.default_rng(6), random.Random(6)
+    rng, hole_rng = np.random.default_rng(6), random.Random(6)
     right = 0
     for _ in range(25):
         grid = sudoku.random_grid(rng)
-        holes = set(dice.sample(range(81), 20))
+        holes = set(hole_rng.sample(range(81), 20))
         puzzle = "".join("0" if n in holes else cell for n, cell in enumerate(grid))
         right += sudoku.is_solved(llm.fill(cells(puzzle), ask(puzzle), Options(seed=1)).text, puzzle)
     assert right >= 24

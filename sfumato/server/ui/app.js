@@ -1,4 +1,4 @@
-// The page: rooms by the address's hash, the model's lamp, the theme. Each room has a module of its own.
+// The page: its sections by the address's hash, the model's state, the theme. Each section has a module of its own.
 
 import { get } from "./api.js";
 import * as chat from "./chat.js";
@@ -8,19 +8,19 @@ import * as settings from "./settings.js";
 import { load, save } from "./store.js";
 import * as sudoku from "./sudoku.js";
 
-const ROOMS = ["chat", "editor", "sudoku", "settings"];
+const SECTIONS = ["chat", "editor", "sudoku", "settings"];
 const THEMES = ["auto", "light", "dark"];
 
 function enter() {
-  const room = ROOMS.find((name) => `#/${name}` === location.hash) ?? "chat";
-  for (const name of ROOMS) byId(name).hidden = name !== room;
-  for (const link of document.querySelectorAll(".rooms a")) {
-    if (link.hash === `#/${room}`) link.setAttribute("aria-current", "page");
+  const section = SECTIONS.find((name) => `#/${name}` === location.hash) ?? "chat";
+  for (const name of SECTIONS) byId(name).hidden = name !== section;
+  for (const link of document.querySelectorAll(".sections a")) {
+    if (link.hash === `#/${section}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = room === "chat" ? "Sfumato" : `${room[0].toUpperCase()}${room.slice(1)} · Sfumato`;
-  if (room === "settings") settings.enter();
-  if (room === "chat") chat.enter();
+  document.title = section === "chat" ? "Sfumato" : `${section[0].toUpperCase()}${section.slice(1)} · Sfumato`;
+  if (section === "settings") settings.enter();
+  if (section === "chat") chat.enter();
 }
 
 const theme = () => THEMES.find((name) => name === load("theme", "")) ?? "auto";
@@ -33,18 +33,18 @@ function showTheme() {
 
 let again;
 
-/** What the lamp says: the model's name, or why there is none; asks again while there is none. */
+/** What the header says of the model: the model's name, or why there is none; asks again while there is none. */
 async function look() {
   clearTimeout(again);
-  const lamp = byId("model");
+  const model = byId("model");
   try {
     const { data } = await get("v1/models");
     settings.setModels(data);
-    lamp.dataset.state = "ready";
+    model.dataset.state = "ready";
     byId("model-name").textContent = data[0]?.id ?? "no model";
   } catch (error) {
     const words = { offline: "no server", key: "key needed", busy: "loading", worker: "restarting" };
-    lamp.dataset.state = error.kind === "offline" || error.kind === "key" ? "off" : "waiting";
+    model.dataset.state = error.kind === "offline" || error.kind === "key" ? "off" : "waiting";
     byId("model-name").textContent = words[error.kind] ?? "not ready";
     clearTimeout(again);
     if (error.kind !== "key") again = setTimeout(look, 4000);
@@ -56,7 +56,7 @@ byId("theme").addEventListener("click", () => {
   save("theme", THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]);
   showTheme();
 });
-document.addEventListener("sfumato:look", look); // after every answer and trouble: what it told may be old
+document.addEventListener("sfumato:look", look); // after every answer and trouble: what it said may be old
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault();
   byId("main").focus();

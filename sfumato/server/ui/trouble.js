@@ -1,4 +1,4 @@
-// A trouble, told at the place where it happened, with the way out beside it.
+// A trouble, shown at the place where it happened, with the way out beside it.
 
 import { isKeyRemembered, setKey } from "./api.js";
 import { announce, el } from "./dom.js";

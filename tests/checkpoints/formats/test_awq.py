@@ -34,10 +34,10 @@ def module(
     outputs: int, inputs: int, group: int, seed: int = 0, dtype: torch.dtype = torch.float16
 ) -> tuple[dict[str, Tensor], Tensor]:
     """A quantised module's tensors, and the weight [O, I] that they stand for, in float64."""
-    dice = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (inputs, outputs), generator=dice)
-    zeros = torch.randint(0, 16, (inputs // group, outputs), generator=dice)
-    scales = (torch.rand(inputs // group, outputs, generator=dice) * 0.05 + 1e-4).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (inputs, outputs), generator=generator)
+    zeros = torch.randint(0, 16, (inputs // group, outputs), generator=generator)
+    scales = (torch.rand(inputs // group, outputs, generator=generator) * 0.05 + 1e-4).to(dtype)
     wide = [tensor.repeat_interleave(group, 0) for tensor in (zeros, scales.double())]
     value = (codes - wide[0]).double() * wide[1]
     return {"qweight": words_of(codes), "qzeros": words_of(zeros), "scales": scales}, value.T

@@ -36,7 +36,7 @@ def library() -> Any:
         return pytest.importorskip("compressed_tensors", reason="needs the library that the format is of")
 
 
-def dice(seed: int) -> torch.Generator:
+def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -55,18 +55,18 @@ def opened(
 
 def e4m3(*shape: int, seed: int) -> Tensor:
     """Any finite e4m3 number: both zeros, subnormal ones, the largest."""
-    codes = torch.randint(0, 254, shape, generator=dice(seed), dtype=torch.uint8)
+    codes = torch.randint(0, 254, shape, generator=generator(seed), dtype=torch.uint8)
     return torch.where(codes >= 127, codes + 1, codes).view(torch.float8_e4m3fn)
 
 
 def any_bytes(*shape: int, seed: int) -> Tensor:
-    return torch.randint(0, 256, shape, generator=dice(seed), dtype=torch.uint8)
+    return torch.randint(0, 256, shape, generator=generator(seed), dtype=torch.uint8)
 
 
 def scales(*shape: int, seed: int) -> Tensor:
     """Of very different sizes, and of either sign."""
-    size = torch.randn(shape, generator=dice(seed)) * 12
-    return torch.randn(shape, generator=dice(seed + 1)) * size.exp2()
+    size = torch.randn(shape, generator=generator(seed)) * 12
+    return torch.randn(shape, generator=generator(seed + 1)) * size.exp2()
 
 
 def words(*shape: int, seed: int) -> Tensor:
@@ -94,7 +94,7 @@ def adversarial(case: str, rows: int, columns: int) -> dict[str, Tensor]:
                 "weight_global_scale": torch.tensor([float(size)]),
             }
         case ["mxfp4-pack-quantized", *_]:
-            exponents = torch.randint(1, 250, (rows, columns // 32), generator=dice(2), dtype=torch.uint8)
+            exponents = torch.randint(1, 250, (rows, columns // 32), generator=generator(2), dtype=torch.uint8)
             return {"weight_packed": any_bytes(rows, columns // 2, seed=1), "weight_scale": exponents}
         case ["pack-quantized", group, *asymmetric]:
             groups = columns // int(group)
@@ -200,7 +200,7 @@ def test_reads_what_the_library_compresses(tmp_path: Path, library: Any, preset:
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     rows, columns = 64, 256
-    weight = torch.randn(rows, columns, generator=dice(0)) * 0.05
+    weight = torch.randn(rows, columns, generator=generator(0)) * 0.05
     weight[3] = 0
     weight[5, 7], weight[9] = 40.0, weight[9] * 1e-5
     weight = weight.bfloat16()

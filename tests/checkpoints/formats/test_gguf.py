@@ -157,8 +157,8 @@ def test_plain_kinds_keep_their_dtype(kind: str) -> None:
 
 def hard_values(columns: int) -> Tensor:
     """Rows of every size (below these the library itself overflows), with halves, zeros and single large values."""
-    dice = torch.Generator().manual_seed(3)
-    rows = [torch.randn(columns, generator=dice) * 10.0**power for power in range(-30, 7)]
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randn(columns, generator=generator) * 10.0**power for power in range(-30, 7)]
     rows += [torch.zeros(columns), torch.full((columns,), -0.0), torch.full((columns,), 3.5)]
     rows.append(torch.arange(columns).float() - columns / 2 + 0.5)  # with 127 the largest of 32: halves
     rows.append(torch.cat([torch.tensor([127.0]), torch.arange(columns - 1) % 100 + 0.5]))
@@ -184,8 +184,8 @@ def test_q8_0_rounds_halves_away_from_zero() -> None:
 
 @pytest.mark.parametrize(("kind", "bound"), [("Q8_0", 0.006), ("Q6_K", 0.022), ("Q4_K", 0.09)])
 def test_encoders_come_close(kind: str, bound: float) -> None:
-    dice = torch.Generator().manual_seed(0)
-    values = torch.randn(64, 512, generator=dice) * torch.logspace(-1, 2, 64)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(64, 512, generator=generator) * torch.logspace(-1, 2, 64)[:, None]
     error = (blocks.decode(kind, blocks.encode(kind, values)) - values).norm(dim=1) / values.norm(dim=1)
     assert error.max() < bound
     assert blocks.decode(kind, blocks.encode(kind, torch.zeros(2, 512))).eq(0).all()

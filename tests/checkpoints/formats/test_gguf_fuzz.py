@@ -2,8 +2,8 @@
 little memory.
 
 A small file with everything in it (two kinds of layer, seven kinds of blocks, a vocabulary, the sampler's numbers) is
-mutated by a seeded dice: bytes, lengths, counts, types, dimensions and offsets at the places where they lie, slices cut
-out, moved and put in, the end cut off, and metadata of other types and sizes.
+mutated by seeded random numbers: bytes, lengths, counts, types, dimensions and offsets at the places where they lie,
+slices cut out, moved and put in, the end cut off, and metadata of other types and sizes.
 """
 
 from __future__ import annotations
@@ -120,35 +120,35 @@ def landmarks(data: bytes) -> list[tuple[int, str]]:
     return places
 
 
-def bytes_changed(dice: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
+def bytes_changed(rng: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
     end = places[-1][0]
-    for _ in range(dice.choice([1, 1, 2, 5, 30])):
-        at = dice.randrange(end if dice.random() < 0.9 else len(data))
-        data[at] = dice.choice([0, 255, dice.randrange(256), data[at] ^ 1 << dice.randrange(8)])
+    for _ in range(rng.choice([1, 1, 2, 5, 30])):
+        at = rng.randrange(end if rng.random() < 0.9 else len(data))
+        data[at] = rng.choice([0, 255, rng.randrange(256), data[at] ^ 1 << rng.randrange(8)])
 
 
-def numbers_changed(dice: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
-    for _ in range(dice.choice([1, 1, 1, 2, 4])):
-        at, form = dice.choice(places[:-1])
+def numbers_changed(rng: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        at, form = rng.choice(places[:-1])
         size = struct.calcsize(form)
         old = int.from_bytes(data[at : at + size], "little")
-        twin = dice.choice([place for place in places if place[1] == form])[0]
+        twin = rng.choice([place for place in places if place[1] == form])[0]
         other = int.from_bytes(data[twin : twin + size], "little")
-        new = dice.choice(
-            [dice.choice(HUGE), old + dice.choice([-33, -32, -8, -1, 1, 8, 32, 33]), other, dice.randrange(45)]
+        new = rng.choice(
+            [rng.choice(HUGE), old + rng.choice([-33, -32, -8, -1, 1, 8, 32, 33]), other, rng.randrange(45)]
         )
         data[at : at + size] = (new % (1 << 8 * size)).to_bytes(size, "little")
 
 
-def cut_off(dice: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
-    del data[dice.randrange(places[-1][0] if dice.random() < 0.7 else len(data)) :]
+def cut_off(rng: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
+    del data[rng.randrange(places[-1][0] if rng.random() < 0.7 else len(data)) :]
 
 
-def slice_moved(dice: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
-    first, second = (dice.choice(places)[0] + dice.choice([0, 0, 1, 8]) for _ in range(2))
-    length = dice.choice([1, 4, 8, 12, 32, 100, 1000])
+def slice_moved(rng: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
+    first, second = (rng.choice(places)[0] + rng.choice([0, 0, 1, 8]) for _ in range(2))
+    length = rng.choice([1, 4, 8, 12, 32, 100, 1000])
     piece = data[first : first + length]
-    way = dice.randrange(4)
+    way = rng.randrange(4)
     if way == 0:
         data[second : second + len(piece)] = piece
     elif way == 1:
@@ -156,12 +156,12 @@ def slice_moved(dice: random.Random, data: bytearray, places: list[tuple[int, st
     elif way == 2:
         del data[first : first + length]
     else:
-        data[second:second] = dice.randbytes(length)
+        data[second:second] = rng.randbytes(length)
 
 
-def lengthened(dice: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
-    data += dice.randbytes(dice.choice([1, 31, 5000]))
-    numbers_changed(dice, data, places)
+def lengthened(rng: random.Random, data: bytearray, places: list[tuple[int, str]]) -> None:
+    data += rng.randbytes(rng.choice([1, 31, 5000]))
+    numbers_changed(rng, data, places)
 
 
 WAYS: list[Callable[[random.Random, bytearray, list[tuple[int, str]]], None]] = [
@@ -200,17 +200,17 @@ ODD: list[Any] = [
 ]
 
 
-def metadata_changed(dice: random.Random, base: Path, path: Path) -> None:
+def metadata_changed(rng: random.Random, base: Path, path: Path) -> None:
     """A sound file whose metadata say something else."""
     known, plan = copied(base)
-    for _ in range(dice.choice([1, 1, 2, 3])):
-        key = dice.choice(list(known))
-        if dice.random() < 0.15:
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        key = rng.choice(list(known))
+        if rng.random() < 0.15:
             del known[key]
-        elif isinstance(known[key], (list, np.ndarray)) and dice.random() < 0.5:
-            known[key] = known[key][: dice.randrange(len(known[key]) + 1)]
+        elif isinstance(known[key], (list, np.ndarray)) and rng.random() < 0.5:
+            known[key] = known[key][: rng.randrange(len(known[key]) + 1)]
         else:
-            known[key] = dice.choice(ODD)
+            known[key] = rng.choice(ODD)
     if not isinstance(known.get("general.alignment", 32), int) or known.get("general.alignment") not in (
         None,
         1,
@@ -236,14 +236,14 @@ def run(cases: range, base: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -
     outcomes: Counter[str] = Counter()
     tracemalloc.start()
     for case in cases:
-        dice, size = random.Random(case), len(sound)
-        way = dice.randrange(len(WAYS) + 2)
+        rng, size = random.Random(case), len(sound)
+        way = rng.randrange(len(WAYS) + 2)
         if way < len(WAYS):
             data = bytearray(sound)
-            WAYS[way](dice, data, places)
+            WAYS[way](rng, data, places)
             path.write_bytes(data)
         else:
-            metadata_changed(dice, base, path)
+            metadata_changed(rng, base, path)
         size = path.stat().st_size
         tracemalloc.reset_peak()
         before, begin = tracemalloc.get_traced_memory()[0], time.process_time()

@@ -75,10 +75,10 @@ def write(folder: Path, checkpoint: Checkpoint, bits: int, group: int) -> dict[s
 
 def groups_of_all_kinds(dtype: torch.dtype) -> Tensor:
     """Rows of 384: plain ones, and those on which a quantiser slips."""
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def rows(count: int) -> Tensor:
-        return torch.randn(count, 384, generator=dice)
+        return torch.randn(count, 384, generator=generator)
 
     one_off = torch.full((2, 384), 1.5)
     one_off[:, ::32] = -7.0
@@ -434,9 +434,10 @@ def test_mlx_vlm_loads_it_and_gives_our_logits(tmp_path: Path, bits: int, group:
         if value.dtype == mx.uint32:
             value = mx.dequantize(value, module.scales, module.biases, module.group_size, module.bits)
         assert torch.equal(torch.from_numpy(numbers(value)), tensor.data), name
-    dice = torch.Generator().manual_seed(4)
-    prompt, canvas = torch.randint(0, 96, (1, 11), generator=dice), torch.randint(0, 96, (1, 8), generator=dice)
-    previous = torch.randn(1, 8, 96, generator=dice) * 3
+    generator = torch.Generator().manual_seed(4)
+    prompt = torch.randint(0, 96, (1, 11), generator=generator)
+    canvas = torch.randint(0, 96, (1, 8), generator=generator)
+    previous = torch.randn(1, 8, 96, generator=generator) * 3
     with torch.no_grad():
         cache = KVCache.allocate(config, 1, 32)
         model.encode(prompt, cache)

@@ -39,12 +39,12 @@ def opened(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any] | 
 
 def module(rows: int, columns: int, seed: int, second: float | None = None) -> dict[str, Tensor]:
     """Any codes and any finite scales, in the shapes that modelopt writes."""
-    dice = torch.Generator().manual_seed(seed)
-    scale = torch.randint(0, 127, (rows, columns // 16), generator=dice, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.randint(0, 127, (rows, columns // 16), generator=generator, dtype=torch.uint8)
     return {
-        "weight": torch.randint(0, 256, (rows, columns // 2), generator=dice, dtype=torch.uint8),
+        "weight": torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8),
         "weight_scale": scale.view(torch.float8_e4m3fn),
-        "weight_scale_2": torch.tensor(second or float(torch.rand((), generator=dice)) * 1e-3),
+        "weight_scale_2": torch.tensor(second or float(torch.rand((), generator=generator)) * 1e-3),
         "input_scale": torch.tensor(0.01),
     }
 
