@@ -21,8 +21,11 @@ class Schedule:
     """Temperature falls linearly from t_max to t_min over `steps` steps, whatever the cap on steps is."""
 
     t_min: float
+    """The temperature at the end of the schedule."""
     t_max: float
+    """The temperature of the first step."""
     steps: int
+    """Its length in steps."""
 
     def temperature(self, step: int) -> float:
         """Of a step counted from 0. Past the end of the schedule the last temperature stays."""
@@ -49,7 +52,7 @@ class Rules:
 
     @property
     def has_further(self) -> bool:
-        """Whether a rule is on that the reference has not."""
+        """Whether a rule beyond the reference's is on."""
         return any(field.default not in (MISSING, getattr(self, field.name)) for field in fields(self))
 
     @classmethod
@@ -116,7 +119,8 @@ def is_settled(view: RuleView, own: RowRules) -> Tensor:
 def stops(is_settled_B: Tensor, view: RuleView, own: RowRules) -> Tensor:
     """True where a canvas stops before the cap on steps, [B]: where it is settled.
 
-    A further rule of stopping joins here. Of a row with early answers a canvas is settled when what can become its answer is."""
+    A further rule of stopping joins here. Of a row with early answers a canvas is settled when what can become its
+    answer is."""
     return is_settled_B
 
 
