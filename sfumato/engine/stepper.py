@@ -287,10 +287,10 @@ def _tokens_here(places: Sequence[Mapping[int, int]], rows: list[Row]) -> Tensor
         return None
     length = rows[0].length
     tokens_BL = torch.full((len(rows), length), -1)
-    for n, (row, some) in enumerate(zip(rows, places, strict=True)):
-        if some:
+    for n, (row, own) in enumerate(zip(rows, places, strict=True)):
+        if own:
             first = row.canvas * length
-            tokens_BL[n] = torch.tensor([some.get(position, -1) for position in range(first, first + length)])
+            tokens_BL[n] = torch.tensor([own.get(position, -1) for position in range(first, first + length)])
     return tokens_BL
 
 
