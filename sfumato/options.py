@@ -19,6 +19,9 @@ from sfumato.errors import InputError
 BIG = 1 << 62
 """The largest value of a whole number that has no limit of its own."""
 
+MOST_STEPS = 4096
+"""The most denoising steps of a canvas."""
+
 LEAST = 1e-6
 """The smallest value of a number that must be above 0."""
 
@@ -158,21 +161,26 @@ class Options:
         Literal["diffusion", "autoregressive"] | None,
         About("Whole canvases, or one token after another; None: diffusion, where the model has a canvas.", _ANSWER),
     ] = None
-    max_steps: Annotated[int | None, About("Denoising steps of a canvas at most.", _CANVAS, 1, 4096)] = None
+    max_steps: Annotated[int | None, About("Denoising steps of a canvas at most.", _CANVAS, 1, MOST_STEPS)] = None
     t_max: Annotated[float | None, About("Temperature of a canvas's first step.", _CANVAS, LEAST, 100.0)] = None
     t_min: Annotated[
         float | None, About("Temperature at the end of the schedule, reached in even steps.", _CANVAS, LEAST, 100.0)
     ] = None
     temperature_steps: Annotated[
         int | None,
-        About("Length of the temperature schedule in steps; None: max_steps, as the reference does.", _CANVAS, 1, 4096),
+        About(
+            "Length of the temperature schedule in steps; None: max_steps, as the reference does.",
+            _CANVAS,
+            1,
+            MOST_STEPS,
+        ),
     ] = None
     entropy_bound: Annotated[
         float | None, About("Nats of joint entropy that one step may accept.", _CANVAS, 0.0, 1e9)
     ] = None
     stability: Annotated[
         int | None,
-        About("Steps for which the argmax canvas must stand still before the canvas stops.", _CANVAS, 0, 4096),
+        About("Steps for which the argmax canvas must stand still before the canvas stops.", _CANVAS, 0, MOST_STEPS),
     ] = None
     confidence: Annotated[
         float | None,

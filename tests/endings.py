@@ -21,14 +21,14 @@ from sfumato.sampling.rules import RowRules, Rules
 LENGTH, WIDTH, WORDS, ROWS = 20, 24, 61, 5
 
 
-def reading(
+def pass_result(
     at: list[int],
     seed: int,
     exact: bool,
     dtype: torch.dtype = torch.bfloat16,
     length: int = LENGTH,
     width: int = WIDTH,
-) -> tuple[step.Reading, Tensor]:
+) -> tuple[step.PassResult, Tensor]:
     """What a pass shows of these rows, and its soft embedding. `exact`: entropies whose sums are exact in any order,
     many of them equal."""
     draw, rows = torch.Generator().manual_seed(seed), len(at)
@@ -38,7 +38,7 @@ def reading(
     sample_BL, argmax_BL, noise_BL = (torch.randint(0, WORDS, (rows, length), generator=draw) for _ in range(3))
     hidden_BLD, soft_BLD = (torch.randn(rows, length, width, generator=draw).to(dtype) for _ in range(2))
     read = ReadOut(sample_BL, argmax_BL, entropy_BL, torch.empty(0))
-    return step.Reading(None, hidden_BLD, read, noise_BL), soft_BLD
+    return step.PassResult(None, hidden_BLD, read, noise_BL), soft_BLD
 
 
 def canvases(
@@ -89,14 +89,14 @@ def canvases(
 
 
 def concluded(
-    monkeypatch: pytest.MonkeyPatch, by: Any, state: Canvases, at: list[int], view: Any, soft: Tensor
+    monkeypatch: pytest.MonkeyPatch, by: Any, state: Canvases, at: list[int], result: Any, soft: Tensor
 ) -> None:
     """The end of a step by the kernels, or (None) by the specification, where such a pass came before it."""
     embed_VD = torch.randn(WORDS, soft.shape[-1], generator=torch.Generator().manual_seed(99)).to(soft.dtype)
     ops = SimpleNamespace(conclude_=by, soft_embedding=lambda *_: soft)
     weight = SimpleNamespace(weight=embed_VD)
     model: Any = SimpleNamespace(ops=ops, embed_tokens=weight, embed_scale=torch.tensor(6.3).to(soft.dtype))
-    monkeypatch.setattr(step, "read_canvases", lambda *_: view)
+    monkeypatch.setattr(step, "read_canvases", lambda *_: result)
     nothing: Any = None
     step.step_(model, nothing, state, step.StepInput(torch.tensor(at), nothing))
 

@@ -33,7 +33,7 @@ from sfumato.measure.parts import DTYPES, Announce, BenchPlan, random_config, ra
 from sfumato.measure.work import duration, number, size
 from sfumato.model.network import Model
 from sfumato.ops import survey
-from sfumato.options import LoadOptions
+from sfumato.options import MOST_STEPS, LoadOptions
 from sfumato.quant.apply import samples
 
 
@@ -73,7 +73,9 @@ class WorkFlags:
 
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = BenchPlan.prompt
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = BenchPlan.tokens
-    steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps for each canvas.")] = BenchPlan.steps
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps for each canvas.")] = (
+        BenchPlan.steps
+    )
     seconds: Annotated[float, typer.Option(min=0.01, help="About how long each measurement may take.")] = (
         BenchPlan.seconds
     )

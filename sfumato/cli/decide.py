@@ -18,7 +18,7 @@ from sfumato.cli.output import put
 from sfumato.cli.view import SMOKE, visible, working
 from sfumato.errors import InputError
 from sfumato.events import Decision
-from sfumato.options import LoadOptions, Options
+from sfumato.options import MOST_STEPS, LoadOptions, Options
 
 BAR = 24
 """Characters of a bar at probability 1."""
@@ -32,7 +32,7 @@ def command(
         list[str] | None, typer.Option(metavar="NAME=A|B|…", help="A question and its choices; repeatable.")
     ] = None,
     fields: Annotated[str | None, typer.Option(metavar="FILE", help='Or a JSON file: {"name": ["a", "b"], …}.')] = None,
-    steps: Annotated[int, typer.Option(min=1, max=4096, help="Denoising steps.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Behind the text as it is, without the chat template.")] = False,
     options: Options,
     load: LoadOptions,

@@ -232,7 +232,7 @@ class Batch:
                 self.prefixes.clear()
                 return self._make_room(request)
             return False
-        engine.seats.max_capacity = self._max_capacity(len(engine.rows))
+        engine.table.max_capacity = self._max_capacity(len(engine.rows))
         return True
 
     def _count_bytes(self, rows: int, capacity: int) -> int:
@@ -263,8 +263,8 @@ class Batch:
         walking = [seat for seat in self._ids if seat in walks]  # they cost no pass, and have a share of their own
         everyone = [seat for seat in self._ids if seat not in walks]
         limit = None if len(self._ids) == 1 else max(LEAST_CHUNK, self.cost.within(self.limits.stall))
-        fresh = [i for i in everyone if self._is_fresh(self._row(i), limit)]
-        brief = [i for i in fresh if (self._row(i).room or self.context) <= self._row(i).length]
+        fresh = [seat for seat in everyone if self._is_fresh(self._row(seat), limit)]
+        brief = [seat for seat in fresh if (self._row(seat).room or self.context) <= self._row(seat).length]
         first = brief or fresh
         if not first or len(first) == len(everyone):
             return everyone + walking, limit
@@ -306,11 +306,11 @@ class Batch:
             used = self._bytes(rows, self.engine.cache.capacity) + self.prefixes.bytes
             if size <= self.prefixes.room and used + size <= self.memory:
                 self.prefixes.add(prompt, self.engine.cache.fork([seat], capacity))
-                self.engine.seats.max_capacity = self._max_capacity(rows)
+                self.engine.table.max_capacity = self._max_capacity(rows)
 
     def _leave(self, seat: int) -> None:
         self.engine.leave(seat)
         del self._ids[seat]
 
     def _row(self, seat: int) -> Row:
-        return self.engine.seats.row(seat)
+        return self.engine.table.row(seat)

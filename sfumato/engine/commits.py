@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.engine.request import Row
-from sfumato.engine.seats import Seats
+from sfumato.engine.seats import SeatTable
 from sfumato.engine.stepper import PendingRead, Stepper
 from sfumato.events import Commit, Done, Usage
 from sfumato.sampling.rules import pick_token
@@ -32,10 +32,10 @@ class StoppedCanvas(NamedTuple):
 
 
 class Commits:
-    """Commits the rows in these seats; rows that go on get their next canvas from the stepper."""
+    """Commits rows of a table of seats; rows that go on get their next canvas from the stepper."""
 
-    def __init__(self, seats: Seats, stepper: Stepper) -> None:
-        self.seats, self.stepper, self.config = seats, stepper, seats.config
+    def __init__(self, table: SeatTable, stepper: Stepper) -> None:
+        self.table, self.stepper, self.config = table, stepper, table.config
 
     def collect(self, reads: Sequence[PendingRead]) -> Iterator[Commit | Done]:
         """Wait for these reads: rows that have stopped commit, and begin their next canvas if they go on."""
@@ -43,26 +43,26 @@ class Commits:
             values = read.copy.wait()
             is_done, steps, settled, is_finite = values[:, :4].T.tolist()
             # A row that has left, or is on a later canvas by now, was answered before.
-            current = [i for i, (row, canvas) in read.rows.items() if self._is_current(i, row, canvas)]
-            for i in (i for i in current if not is_finite[i]):
-                where = f"in step {steps[i]} of canvas {self.seats.row(i).canvas + 1}"
-                self.seats.fail_of_numbers(i, where)
-            current = [i for i in current if is_finite[i]]
-            if stopped := [i for i in current if is_done[i]]:
+            current = [seat for seat, (row, canvas) in read.rows.items() if self._is_current(seat, row, canvas)]
+            for seat in (seat for seat in current if not is_finite[seat]):
+                where = f"in step {steps[seat]} of canvas {self.table.row(seat).canvas + 1}"
+                self.table.fail_of_numbers(seat, where)
+            current = [seat for seat in current if is_finite[seat]]
+            if stopped := [seat for seat in current if is_done[seat]]:
                 tokens = values[stopped, 4:].tolist()
                 yield from self._commit_canvases(
-                    [StoppedCanvas(i, steps[i], own, len(own)) for i, own in zip(stopped, tokens, strict=True)]
+                    [StoppedCanvas(seat, steps[seat], own, len(own)) for seat, own in zip(stopped, tokens, strict=True)]
                 )
-                self.stepper.begin([i for i in stopped if not self.seats.row(i).is_over])
+                self.stepper.begin([seat for seat in stopped if not self.table.row(seat).is_over])
             # Of the others, what has settled ahead of the rest; log-probabilities wait for the whole canvas.
-            ahead = [i for i in current if not is_done[i] and settled[i] > self.seats.row(i).settled]
-            if ahead := [i for i in ahead if not self.seats.row(i).options.logprobs]:
+            ahead = [seat for seat in current if not is_done[seat] and settled[seat] > self.table.row(seat).settled]
+            if ahead := [seat for seat in ahead if not self.table.row(seat).options.logprobs]:
                 tokens = values[ahead, 4:].tolist()
-                for i, own in zip(ahead, tokens, strict=True):
-                    yield from self._commit_prefix(StoppedCanvas(i, steps[i], own, settled[i]))
+                for seat, own in zip(ahead, tokens, strict=True):
+                    yield from self._commit_prefix(StoppedCanvas(seat, steps[seat], own, settled[seat]))
 
     def _is_current(self, seat: int, row: Row, canvas: int) -> bool:
-        rows = self.seats.rows
+        rows = self.table.rows
         return seat < len(rows) and rows[seat] is row and not row.is_over and row.canvas == canvas
 
     def _commit_canvases(self, stopped: list[StoppedCanvas]) -> Iterator[Commit | Done]:
@@ -70,18 +70,18 @@ class Commits:
 
         Where the row goes on it waits to be encoded with the next canvas's first step; where its log-probabilities are
         asked for it is encoded now."""
-        each = [self.seats.row(one.seat) for one in stopped]
+        rows = [self.table.row(one.seat) for one in stopped]
         kept: list[list[int]] = []
-        for one, row in zip(stopped, each, strict=True):
+        for one, row in zip(stopped, rows, strict=True):
             kept.append([])
-            with self.seats.contained(one.seat):
+            with self.table.isolating(one.seat):
                 for span, _, _ in row.spans_here():
                     span.commit()
                 kept[-1] = self._cut(row, one.tokens[row.settled :])
-        encoding = [n for n, row in enumerate(each) if row.options.logprobs and kept[n]]
+        encoding = [n for n, row in enumerate(rows) if row.options.logprobs and kept[n]]
         log_p = self._log_probabilities([stopped[n].seat for n in encoding], [kept[n] for n in encoding])
         log_p_TV = dict(zip(encoding, log_p, strict=True))
-        for n, (one, row) in enumerate(zip(stopped, each, strict=True)):
+        for n, (one, row) in enumerate(zip(stopped, rows, strict=True)):
             if row.has_failed:
                 continue
             row.steps += one.steps
@@ -93,24 +93,24 @@ class Commits:
         """Encode what these rows commit; the log-probabilities of all tokens in each place, [T, V] of each row."""
         if not seats:
             return []
-        each = []
-        before_BD = self.seats.last_XD[seats]
-        hidden_BTD = self.seats.encode(kept, seats)
+        log_p = []
+        before_BD = self.table.last_XD[seats]
+        hidden_BTD = self.table.encode(kept, seats)
         for n, (seat, tokens) in enumerate(zip(seats, kept, strict=True)):
-            row = self.seats.row(seat)
+            row = self.table.row(seat)
             row.passes += 1
             hidden_TD = torch.cat([before_BD[n : n + 1], hidden_BTD[n, : len(tokens) - 1]])
-            log_p_TV = torch.log_softmax(self.seats.model.logits(hidden_TD), -1)
-            each.append(log_p_TV)
+            log_p_TV = torch.log_softmax(self.table.model.logits(hidden_TD), -1)
+            log_p.append(log_p_TV)
             if not bool(torch.isfinite(hidden_TD.sum() + log_p_TV.sum())):
-                self.seats.fail_of_numbers(seat, f"in the encoding of canvas {row.canvas + 1}")
-        return each
+                self.table.fail_of_numbers(seat, f"in the encoding of canvas {row.canvas + 1}")
+        return log_p
 
     def _commit_prefix(self, one: StoppedCanvas) -> Iterator[Commit | Done]:
         """What is pinned by now is final, though its canvas goes on; it is encoded with the whole canvas."""
-        row = self.seats.row(one.seat)
+        row = self.table.row(one.seat)
         kept: list[int] = []
-        with self.seats.contained(one.seat):
+        with self.table.isolating(one.seat):
             kept = self._cut(row, one.tokens[row.settled : one.settled], is_whole=False)
         if row.has_failed:
             return
@@ -119,32 +119,32 @@ class Commits:
             row.steps += one.steps
         yield from self._emit(one.seat, kept, None, one.steps)
 
-    def decode(self, rows: list[int]) -> Iterator[Commit | Done]:
+    def decode(self, seats: list[int]) -> Iterator[Commit | Done]:
         """One token of rows that go without a canvas, from encode's own logits."""
-        if not rows:
+        if not seats:
             return
-        each, model = [self.seats.row(i) for i in rows], self.seats.model
-        hidden_BD = self.seats.last_XD[rows]
+        rows, model = [self.table.row(seat) for seat in seats], self.table.model
+        hidden_BD = self.table.last_XD[seats]
         logits_BV = model.logits(hidden_BD)
         log_p_BV = torch.log_softmax(logits_BV, -1)
         is_finite = torch.isfinite(hidden_BD.sum(-1) + log_p_BV.sum(-1)).tolist()
-        places = [row.seed for row in each], [len(row.tokens) for row in each]
-        uniform_B = self.stepper.noise.token(rows, *places)
-        for n, (i, row) in enumerate(zip(rows, each, strict=True)):
+        places = [row.seed for row in rows], [len(row.tokens) for row in rows]
+        uniform_B = self.stepper.noise.token(seats, *places)
+        for n, (seat, row) in enumerate(zip(seats, rows, strict=True)):
             if not is_finite[n]:
-                self.seats.fail_of_numbers(i, f"before token {len(row.tokens) + 1} of the answer")
+                self.table.fail_of_numbers(seat, f"before token {len(row.tokens) + 1} of the answer")
                 continue
             if row.lacking > 0:
                 logits_BV[n, list(self.config.eos_ids)] = -torch.inf
             token = pick_token(logits_BV[n], row.options, uniform_B[n])
             row.steps, row.passes = row.steps + 1, row.passes + 1
             kept: list[int] = []
-            with self.seats.contained(i):
+            with self.table.isolating(seat):
                 kept = self._cut(row, [token])
             if not row.has_failed:
-                yield from self._emit(i, kept, log_p_BV[n : n + 1], 1)
-        if going_on := [i for i in rows if not self.seats.row(i).is_over]:
-            self.seats.encode([[self.seats.row(i).tokens[-1]] for i in going_on], going_on)
+                yield from self._emit(seat, kept, log_p_BV[n : n + 1], 1)
+        if going_on := [seat for seat in seats if not self.table.row(seat).is_over]:
+            self.table.encode([[self.table.row(seat).tokens[-1]] for seat in going_on], going_on)
 
     def _cut(self, row: Row, tokens: list[int], is_whole: bool = True) -> list[int]:
         """The tokens that count: up to eos, a stop string, the token limit or the end of the context.
@@ -162,14 +162,14 @@ class Commits:
         if any(span.width is None and span.guide.is_over for span in row.spans):
             row.finish_reason = "stop"  # complete, though there was no room for an end behind it
         need = row.length if row.request.is_diffusion else 1
-        context = min(self.config.max_position, self.seats.max_capacity)
+        context = min(self.config.max_position, self.table.max_capacity)
         if is_whole and row.finish_reason is None and len(row.prompt) + len(row.tokens) + len(tokens) + need > context:
             row.finish_reason = "length"
         return tokens
 
     def _emit(self, seat: int, tokens: list[int], log_p_TV: Tensor | None, steps: int) -> Iterator[Commit | Done]:
         """The commit of these tokens, and the end of the row if it comes with them."""
-        row = self.seats.row(seat)
+        row = self.table.row(seat)
         row.tokens += tokens
         row.first_commit = row.first_commit or time.perf_counter() - row.began
         is_last, request = row.finish_reason is not None, row.request.id

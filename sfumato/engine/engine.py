@@ -6,7 +6,7 @@ leave between turns, and every row is at its own length, canvas and step: one th
 canvas while its neighbours go on. A row's text does not depend on its neighbours, and nor does its end: what fails in a
 row's own part (its grammar, its numbers, its watch) is a `Failure` of that row among the events.
 
-`seats` holds the rows and their memory, `stepper` runs their steps, `commits` makes events of what has stopped. Nothing
+`table` holds the rows and their memory, `stepper` runs their steps, `commits` makes events of what has stopped. Nothing
 here knows text; what must look at text (stop strings) is called through a row's `watch`. Who waits, who goes first and
 what fits into memory is `batch`'s.
 """
@@ -24,7 +24,7 @@ import torch
 
 from sfumato.engine.commits import Commits
 from sfumato.engine.request import Failure, Request, Row
-from sfumato.engine.seats import Seats
+from sfumato.engine.seats import SeatTable
 from sfumato.engine.stepper import PendingRead, Stepper, is_recording
 from sfumato.errors import InputError
 from sfumato.events import Event
@@ -93,27 +93,27 @@ class Engine:
         self.lag = (int(is_cuda) if settings.lag is None else settings.lag) if is_resident else 0
         capture = settings.capture or (CudaCapture(model.device) if is_cuda and records else None)
         cache = cache or KVCache.allocate(model.config, seats, capacity, model.device, model.dtype)
-        self.seats = Seats(model, cache, Recordings(capture))
+        self.table = SeatTable(model, cache, Recordings(capture))
         noise = SeatNoise(model.config.vocab_size, model.device, settings.noise)
-        self.stepper = Stepper(self.seats, noise, settings.chunk, records)
-        self.commits = Commits(self.seats, self.stepper)
+        self.stepper = Stepper(self.table, noise, settings.chunk, records)
+        self.commits = Commits(self.table, self.stepper)
         self.pending_reads: deque[list[PendingRead]] = deque()
         """Of each turn whose canvases are not read yet."""
 
     @property
     def rows(self) -> list[Row | None]:
         """The row in each seat, None where it is free."""
-        return self.seats.rows
+        return self.table.rows
 
     @property
     def cache(self) -> KVCache:
         """What is encoded, seat by seat; a larger one takes its place when rows grow."""
-        return self.seats.cache
+        return self.table.cache
 
     @property
     def live(self) -> list[int]:
         """Seats of the rows that are not over."""
-        return self.seats.live
+        return self.table.live
 
     @_on_its_device
     def join(self, request: Request | Row, prefix: KVCache | None = None, count: int = 0) -> int:
@@ -122,8 +122,8 @@ class Engine:
         `prefix` is a cache of one row whose first `count` tokens are the prompt's; without one, what its seat holds is
         taken for its beginning. InputError before any work."""
         row = request if isinstance(request, Row) else Row.of(request, self.config)
-        self.seats.recordings.check(self.model)
-        seat = next((i for i, other in enumerate(self.rows) if other is None), len(self.rows))
+        self.table.recordings.check(self.model)
+        seat = next((seat for seat, other in enumerate(self.rows) if other is None), len(self.rows))
         if prefix is None:
             count = self.cache.lengths[seat] if seat < len(self.rows) else 0
         if count >= len(row.prompt):
@@ -132,7 +132,7 @@ class Engine:
             )
         capacity = row.request.capacity(self.config)
         if seat == len(self.rows) or capacity > self.cache.capacity:
-            self.seats.resize(max(seat + 1, len(self.rows)), max(capacity, self.cache.capacity))
+            self.table.resize(max(seat + 1, len(self.rows)), max(capacity, self.cache.capacity))
         if prefix is not None:
             self.cache.take_(seat, prefix, count)
         row.begin(count)
@@ -154,7 +154,7 @@ class Engine:
     @_on_its_device
     def resize(self, seats: int, capacity: int) -> None:
         """So many seats (no fewer than the last one taken needs) of so many tokens each. What seats hold stays."""
-        self.seats.resize(seats, capacity)
+        self.table.resize(seats, capacity)
 
     @_on_its_device
     def turn(self, seats: Collection[int] | None = None, prefill_limit: int | None = None) -> list[Event | Failure]:
@@ -162,19 +162,19 @@ class Engine:
 
         `prefill_limit` bounds the prompt tokens of the turn, beside those that go along with a first step. Returns the
         events; `row` of an event is a seat. A row that has failed is over, like one that is done."""
-        began, stepper, row = time.perf_counter(), self.stepper, self.seats.row
-        rows = [i for i in self.live if seats is None or i in seats]
+        began, stepper, row = time.perf_counter(), self.stepper, self.table.row
+        seats = [seat for seat in self.live if seats is None or seat in seats]
         # 1. Encode a chunk of the prompts; a row whose last chunk remains begins its first canvas.
-        stepper.encode_prompts([i for i in rows if row(i).rest], prefill_limit)
-        rows = [i for i in rows if not row(i).rest]
+        stepper.encode_prompts([seat for seat in seats if row(seat).rest], prefill_limit)
+        seats = [seat for seat in seats if not row(seat).rest]
         # 2. One step of all canvases; what waits to be encoded goes along in the same pass.
-        canvases = [i for i in rows if row(i).request.is_diffusion and not row(i).is_at_cap]
-        stepper.step([i for i in canvases if i not in stepper.walks])
+        canvases = [seat for seat in seats if row(seat).request.is_diffusion and not row(seat).is_at_cap]
+        stepper.step([seat for seat in canvases if seat not in stepper.walks])
         # 3. Where a grammar rules, the step ends when its walk does.
-        stepper.walk([i for i in canvases if i in stepper.walks], time.perf_counter() - began)
-        stepped = [i for i in canvases if i not in stepper.walks and not row(i).is_over]
+        stepper.walk([seat for seat in canvases if seat in stepper.walks], time.perf_counter() - began)
+        stepped = [seat for seat in canvases if seat not in stepper.walks and not row(seat).is_over]
         # 4. Show the canvases of this step, where drafts are asked for.
-        events: list[Event | Failure] = [*stepper.drafts([i for i in stepped if row(i).options.drafts])]
+        events: list[Event | Failure] = [*stepper.drafts([seat for seat in stepped if row(seat).options.drafts])]
         # 5. Read which rows have stopped, in this turn or in an earlier one while this one runs: they commit.
         if stepped:
             self.pending_reads.append(stepper.read(stepped))
@@ -182,15 +182,15 @@ class Engine:
         while len(self.pending_reads) > lag:
             events += self.commits.collect(self.pending_reads.popleft())
         # 6. One token of the rows that go without a canvas.
-        events += self.commits.decode([i for i in rows if not row(i).request.is_diffusion])
-        return events + self.seats.pop_failures()
+        events += self.commits.decode([seat for seat in seats if not row(seat).request.is_diffusion])
+        return events + self.table.pop_failures()
 
     def _lag(self, stepped: list[int]) -> int:
         """How many turns may be read later.
 
         A row at its cap takes no further pass: where no other goes on meanwhile, its read is waited for. So is every
         read while the host has a part in some row's steps."""
-        goes_on = any(not self.seats.row(i).is_at_cap for i in stepped)
+        goes_on = any(not self.table.row(seat).is_at_cap for seat in stepped)
         return self.lag if goes_on and not any(row is not None and _needs_host(row) for row in self.rows) else 0
 
 

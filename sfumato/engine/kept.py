@@ -41,8 +41,9 @@ class EngineKeeper:
         kept, self.kept = self.kept, None
         if kept is None or kept.engine.model is not model:
             return None
-        shared = min(kept.prompt.shared(prompts[0]), len(prompts[0]) - 1) if len(prompts) == 1 else 0
-        shared = max(shared, 0)  # of an empty prompt, which is refused later
+        shared = 0
+        if len(prompts) == 1:  # all but the last position, because something must be computed; an empty one has none
+            shared = kept.prompt.shared(prompts[0].first(max(0, len(prompts[0]) - 1)))
         engine = kept.engine
         engine.leave(0, shared if engine.cache.can_truncate(0, shared) else 0)
         return engine

@@ -1,9 +1,8 @@
-"""Encoded beginnings of prompts, kept by their tokens and content, so that nobody encodes them again."""
+"""Encoded beginnings of prompts, kept by their tokens, content and blocks, so that nobody encodes them again."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,8 @@ KEPT_FROM = 32
 MOST_KEPT = 256
 """Beginnings that are kept at most, however short: each one is looked at that could be a prompt's."""
 
-_Key = tuple[bytes, tuple[tuple[int, bytes], ...]]
-"""All tokens of a beginning, and its content."""
+_Key = tuple[bytes, tuple[tuple[int, bytes], ...], tuple[tuple[int, int], ...]]
+"""All tokens of a beginning, its content and its blocks."""
 
 
 class _Prefix(NamedTuple):
@@ -32,7 +31,7 @@ class _Prefix(NamedTuple):
 class Prefixes:
     """Encoded beginnings within so many bytes; those that were not used for longest go first.
 
-    Two beginnings are alike as far as their tokens and their content are: equal tokens with other content (two images)
+    Two beginnings are alike as far as `Prompt.alike` says: equal tokens with other content (two images) or other blocks
     share nothing from there on."""
 
     def __init__(self, room: int) -> None:
@@ -44,21 +43,21 @@ class Prefixes:
         """A cache of one row, and how many of its tokens the prompt begins with.
 
         At most all but the last of the prompt, because something must be computed."""
-        return self._longest(_array(prompt.tokens[:-1]), prompt.content)
+        return self._longest(_array(prompt.tokens[:-1]), prompt)
 
     def holds(self, prompt: Prompt) -> bool:
         """Whether all of this is kept already."""
-        return self._longest(_array(prompt.tokens), prompt.content)[1] == len(prompt)
+        return self._longest(_array(prompt.tokens), prompt)[1] == len(prompt)
 
-    def _longest(self, tokens: npt.NDArray[np.int64], content: Mapping[int, bytes]) -> tuple[KVCache | None, int]:
-        """What has most in common with these tokens and this content, and how many tokens that are."""
+    def _longest(self, tokens: npt.NDArray[np.int64], prompt: Prompt) -> tuple[KVCache | None, int]:
+        """What has most in common with these leading tokens of a prompt, and how many tokens that are."""
         best, most = None, 0
         for key in self._alike.get(tokens[:KEPT_FROM].tobytes(), ()):
             prefix = self._kept[key]
             size = min(len(prefix.tokens), len(tokens))
             differs = np.flatnonzero(prefix.tokens[:size] != tokens[:size])
             count = int(differs[0]) if len(differs) else size
-            count = min(count, prefix.prompt.first_difference(content))
+            count = prefix.prompt.alike(prompt, count)
             if count > most and prefix.cache.can_truncate(0, count):
                 best, most = key, count
         if best is None:
@@ -73,7 +72,7 @@ class Prefixes:
             other = self._kept[key].prompt
             if len(other) <= len(prompt) and other.shared(prompt) == len(other) and cache.can_truncate(0, len(other)):
                 self._drop(key)
-        key = tokens.tobytes(), tuple(sorted(prompt.content.items()))
+        key = tokens.tobytes(), tuple(sorted(prompt.content.items())), prompt.blocks
         self._kept[key] = _Prefix(prompt, tokens, cache)
         self._alike.setdefault(tokens[:KEPT_FROM].tobytes(), []).append(key)
         self.bytes += cache.bytes

@@ -45,9 +45,10 @@ def _new_id() -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """A row (its seat) that cannot go on, while the others can, and the error that its request ends with."""
+    """A row that cannot go on, while the others can, and the error that its request ends with."""
 
     row: int
+    """Its seat, as in every event."""
     error: Exception
     request: str = ""
     """The id of the request it belongs to."""
@@ -83,7 +84,7 @@ class Request:
     marks: Sequence[int] = ()
     """Places in the prompt where a chunk ends, so that what is encoded up to there can be kept for others."""
     name: str = "the prompt"
-    """What messages call it."""
+    """How error messages name this prompt."""
     id: str = field(default_factory=_new_id)
     """Its identity, which its events carry; unique among the requests under way. By default a new one."""
 
@@ -200,7 +201,9 @@ class Row:
     rest: list[int]
     """Tokens of the prompt that are to be encoded before its first canvas can begin."""
     watch: Watch | None = None
+    """Called with its newly committed tokens."""
     inspect: Inspect | None = None
+    """Called with its read-outs."""
     spans: list[RowSpan] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that were encoded before it began."""
@@ -209,12 +212,17 @@ class Row:
     pending: list[int] = field(default_factory=list)
     """Tokens that wait to be encoded in the next pass."""
     canvas: int = 0
+    """The number of the canvas that it is on, from 0."""
     step: int = 0
     """Steps that were begun on this canvas."""
     steps: int = 0
+    """Denoising steps of the canvases that it has committed; without a canvas, its tokens."""
     passes: int = 0
+    """Passes of the network for its answer: steps, tokens without a canvas, encodings for log-probabilities."""
     began: float = field(default_factory=time.perf_counter)
+    """When it began, or was queued, as `time.perf_counter` counts; in seconds."""
     first_commit: float | None = None
+    """Seconds from `began` to its first commit; None before that."""
     finish_reason: Literal["stop", "length"] | None = None
     has_failed: bool = False
     settled: int = 0
@@ -275,7 +283,7 @@ class Row:
 
     @property
     def lacking(self) -> int:
-        """Tokens that must come before an end may."""
+        """How many tokens `min_tokens` still asks for before an end is allowed."""
         return self.options.min_tokens - len(self.tokens)
 
     def spans_here(self) -> list[tuple[RowSpan, int, int]]:

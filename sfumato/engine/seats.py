@@ -1,4 +1,4 @@
-"""Rows by seat, and what the device holds of each: its row of the cache, its canvas, its last hidden state.
+"""The table of seats: the row in each, and what the device holds of it (its cache row, canvas and last hidden state).
 
 All of it has one shape, (seats, tokens a row), which `resize` changes. What was made for a shape (recordings, passes)
 lies here too, so that it goes when the shape does. A row that fails ends alone: its error waits in `failures`.
@@ -23,8 +23,8 @@ from sfumato.sampling.recorded import Recordings
 from sfumato.sampling.rules import Rules
 
 
-class Seats:
-    """The seats of one engine. `rows` has the row in each, None where it is free."""
+class SeatTable:
+    """The seats of one engine, by number. `rows` has the row in each, None where it is free."""
 
     def __init__(self, model: Model, cache: KVCache, recordings: Recordings) -> None:
         self.model, self.config, self.cache, self.recordings = model, model.config, cache, recordings
@@ -48,14 +48,14 @@ class Seats:
     @property
     def live(self) -> list[int]:
         """Seats of the rows that are not over."""
-        return [i for i, row in enumerate(self.rows) if row is not None and not row.is_over]
+        return [seat for seat, row in enumerate(self.rows) if row is not None and not row.is_over]
 
     # ---- memory -------------------------------------------------------------------------------------------------
 
     def resize(self, seats: int, capacity: int) -> None:
         """So many seats (no fewer than the last one taken needs) of so many tokens each. What seats hold stays."""
         lengths = self.cache.lengths
-        kept = [i if row is not None or lengths[i] else None for i, row in enumerate(self.rows[:seats])]
+        kept = [seat if row is not None or lengths[seat] else None for seat, row in enumerate(self.rows[:seats])]
         if all(seat is None for seat in kept):  # not both at once
             self.cache = KVCache.allocate(self.config, 0, 1, self.model.device, self.model.dtype)
         self.cache = self.cache.fork(kept + [None] * (seats - len(kept)), capacity)
@@ -66,10 +66,10 @@ class Seats:
         self.recordings.clear()
         self.passes.clear()
 
-    def make_room(self, tokens: list[list[int]], rows: list[int]) -> list[int]:
+    def make_room(self, tokens: list[list[int]], seats: list[int]) -> list[int]:
         """The counts of these tokens, for which the cache then has room: an answer without a limit makes it grow."""
-        counts = [len(row) for row in tokens]
-        need = max(self.cache.lengths[i] + count for i, count in zip(rows, counts, strict=True))
+        counts = [len(own) for own in tokens]
+        need = max(self.cache.lengths[seat] + count for seat, count in zip(seats, counts, strict=True))
         if need > self.cache.capacity:
             self.resize(len(self.rows), max(need, min(2 * self.cache.capacity, self.max_capacity)))
         return counts
@@ -89,31 +89,31 @@ class Seats:
 
     # ---- encoding -----------------------------------------------------------------------------------------------
 
-    def encode(self, tokens: list[list[int]], rows: list[int]) -> Tensor:
-        """Encode ragged tokens of these rows; their hidden states, [B, T, D]."""
-        counts = self.make_room(tokens, rows)
-        hidden_BTD = self.model.encode(self.padded(tokens, max(counts)), self.cache, rows, counts)
-        self.keep_last(hidden_BTD, rows, counts)
+    def encode(self, tokens: list[list[int]], seats: list[int]) -> Tensor:
+        """Encode ragged tokens of the rows in these seats; their hidden states, [B, T, D]."""
+        counts = self.make_room(tokens, seats)
+        hidden_BTD = self.model.encode(self.padded(tokens, max(counts)), self.cache, seats, counts)
+        self.keep_last(hidden_BTD, seats, counts)
         return hidden_BTD
 
     def padded(self, tokens: list[list[int]], width: int) -> Tensor:
         """Ragged tokens as one tensor on the device, [B, width]."""
-        padded = [row + [self.config.pad_id] * (width - len(row)) for row in tokens]
+        padded = [own + [self.config.pad_id] * (width - len(own)) for own in tokens]
         return to_device(torch.tensor(padded), self.model.device)
 
-    def keep_last(self, hidden_BTD: Tensor, rows: list[int], counts: list[int]) -> None:
+    def keep_last(self, hidden_BTD: Tensor, seats: list[int], counts: list[int]) -> None:
         """Keep the last real hidden state of each row that will read it.
 
         The next token, or log-probabilities, follow from it."""
-        places = [n for n, i in enumerate(rows) if self.row(i).reads_encoded]
+        places = [n for n, seat in enumerate(seats) if self.row(seat).reads_encoded]
         if places:
             last = to_device(torch.tensor([places, [counts[n] - 1 for n in places]]), hidden_BTD.device)
-            self.last_XD[[rows[n] for n in places]] = hidden_BTD[last[0], last[1]]
+            self.last_XD[[seats[n] for n in places]] = hidden_BTD[last[0], last[1]]
 
     # ---- what fails in one row ----------------------------------------------------------------------------------
 
     @contextmanager
-    def contained(self, seat: int) -> Iterator[None]:
+    def isolating(self, seat: int) -> Iterator[None]:
         """An error within is the end of this row, not of the others."""
         try:
             yield

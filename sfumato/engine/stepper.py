@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sfumato.engine.request import Row
-from sfumato.engine.seats import Seats
-from sfumato.engine.walks import ALONE, SLICE, EndedWalk, RowReading, SpanStep, Walks, projecting
+from sfumato.engine.seats import SeatTable
+from sfumato.engine.walks import ALONE, SLICE, EndedWalk, RowReadOut, SpanStep, Walks, projecting
 from sfumato.errors import InputError
 from sfumato.events import Draft
 from sfumato.model.network import Model
@@ -62,24 +62,24 @@ def is_recording(model: Model, record: bool | None) -> bool:
 
 
 class Stepper:
-    """Prepares and runs steps of the rows in these seats. `chunk` is the most tokens of a prompt in one pass."""
+    """Prepares and runs steps of the rows in a table of seats. `chunk` is the most tokens of a prompt in one pass."""
 
-    def __init__(self, seats: Seats, noise: SeatNoise, chunk: int, is_recording: bool) -> None:
-        self.seats, self.noise, self.chunk, self.is_recording = seats, noise, chunk, is_recording
-        self.model, self.config = seats.model, seats.config
+    def __init__(self, table: SeatTable, noise: SeatNoise, chunk: int, is_recording: bool) -> None:
+        self.table, self.noise, self.chunk, self.is_recording = table, noise, chunk, is_recording
+        self.model, self.config = table.model, table.config
         self.walks = Walks()
         self.walk_seconds = 0.0
         """Seconds of the last turn that went to grammars."""
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 
-    def encode_prompts(self, rows: list[int], limit: int | None) -> None:
+    def encode_prompts(self, seats: list[int], limit: int | None) -> None:
         """Encode a chunk of each of these prompts, `limit` tokens in all (None: any number).
 
         A row whose last chunk remains begins its first canvas; that chunk goes along with the first step."""
         budget, tokens, encoding, beginning = limit, [], [], []
-        for i in rows:
-            row = self.seats.row(i)
+        for seat in seats:
+            row = self.table.row(seat)
             size = self.chunk if budget is None else min(self.chunk, budget)
             if size <= 0:
                 break
@@ -89,82 +89,82 @@ class Stepper:
             budget = None if budget is None else budget - len(chunk)
             if row.request.is_diffusion and not row.rest:
                 row.pending = chunk
-                beginning.append(i)
+                beginning.append(seat)
             else:
                 tokens.append(chunk)
-                encoding.append(i)
+                encoding.append(seat)
         if encoding:
-            self.seats.encode(tokens, encoding)
+            self.table.encode(tokens, encoding)
         self.begin(beginning, is_first=True)
 
     # ---- canvases -----------------------------------------------------------------------------------------------
 
-    def begin(self, rows: list[int], is_first: bool = False) -> None:
+    def begin(self, seats: list[int], is_first: bool = False) -> None:
         """Give rows a fresh canvas of noise, pins in place. `is_first`: it is their first in this seat."""
-        for length in sorted({self.seats.row(i).length for i in rows}):
-            some = [i for i in rows if self.seats.row(i).length == length]
-            state, each = self.seats.canvases_of(length), [self.seats.row(i) for i in some]
-            seeds, canvases = [row.seed for row in each], [row.canvas for row in each]
+        for length in sorted({self.table.row(seat).length for seat in seats}):
+            group = [seat for seat in seats if self.table.row(seat).length == length]
+            state, rows = self.table.canvases_of(length), [self.table.row(seat) for seat in group]
+            seeds, canvases = [row.seed for row in rows], [row.canvas for row in rows]
             if is_first:
-                state.seat_(some, [row.rules for row in each], seeds, [row.options.early for row in each])
-            rooms = [min(length, length if row.room is None else row.room) for row in each]
-            fresh_BL = self.noise.canvas(length, some, seeds, canvases, ahead=not self.is_recording)
-            if (warm_BL := _tokens_here([row.request.warm for row in each], each)) is not None:
+                state.seat_(group, [row.rules for row in rows], seeds, [row.options.early for row in rows])
+            rooms = [min(length, length if row.room is None else row.room) for row in rows]
+            fresh_BL = self.noise.canvas(length, group, seeds, canvases, ahead=not self.is_recording)
+            if (warm_BL := _tokens_here([row.request.warm for row in rows], rows)) is not None:
                 fresh_BL = torch.where(warm_BL >= 0, warm_BL, fresh_BL.cpu())
-            pin_BL = _tokens_here([row.request.pins for row in each], each)
-            state.begin_(some, fresh_BL, pin_BL, canvases, _banned_here(each), rooms)
+            pin_BL = _tokens_here([row.request.pins for row in rows], rows)
+            state.begin_(group, fresh_BL, pin_BL, canvases, _banned_here(rows), rooms)
 
-    def step(self, rows: list[int]) -> None:
+    def step(self, seats: list[int]) -> None:
         """One step of these canvases, group by group. Where the host has a part, its first half: `walk` ends it."""
-        for group, bans in list(self._groups(rows)):
-            if any(self.seats.row(i).is_hosted for i in group):
+        for group, bans in list(self._groups(seats)):
+            if any(self.table.row(seat).is_hosted for seat in group):
                 self._look(group, bans)
             else:
                 self._step(group, bans)
                 self._count(group)
 
-    def _groups(self, rows: list[int]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
+    def _groups(self, seats: list[int]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
         """Rows that can share a pass, with the tokens that their banned positions may not take.
 
         They are of one canvas length, all with something to encode or all without, all with a part of the host's or all
         without. Rows without bans go along with any."""
         alike: dict[tuple[int, bool, bool], list[int]] = {}
-        for i in rows:
-            row = self.seats.row(i)
-            alike.setdefault((row.length, not row.pending, row.is_hosted), []).append(i)
-        for _, some in sorted(alike.items()):
-            bans = {i: self._bans(self.seats.row(i)) for i in some}
+        for seat in seats:
+            row = self.table.row(seat)
+            alike.setdefault((row.length, not row.pending, row.is_hosted), []).append(seat)
+        for _, similar in sorted(alike.items()):
+            bans = {seat: self._bans(self.table.row(seat)) for seat in similar}
             kinds = sorted(set(bans.values()) - {()}) or [()]
             for n, kind in enumerate(kinds):
-                if group := [i for i in some if bans[i] == kind or (n == 0 and not bans[i])]:
+                if group := [seat for seat in similar if bans[seat] == kind or (n == 0 and not bans[seat])]:
                     yield group, kind
 
     def _bans(self, row: Row) -> tuple[int, ...]:
         return tuple(sorted({*self.config.eos_ids, *row.request.banned})) if row.lacking > 0 else ()
 
-    def _step(self, rows: list[int], bans: tuple[int, ...]) -> None:
+    def _step(self, seats: list[int], bans: tuple[int, ...]) -> None:
         """One step of rows of one length that either all have something to encode or all have nothing."""
-        each, seats = [self.seats.row(i) for i in rows], self.seats
-        tokens, length = [row.pending for row in each], each[0].length
-        counts = seats.make_room(tokens, rows)
-        width, lengths, state = max(counts), [seats.cache.lengths[i] for i in rows], seats.canvases_of(length)
+        rows, table = [self.table.row(seat) for seat in seats], self.table
+        tokens, length = [row.pending for row in rows], rows[0].length
+        counts = table.make_room(tokens, seats)
+        width, lengths, state = max(counts), [table.cache.lengths[seat] for seat in seats], table.canvases_of(length)
         encode = length if width else 0
-        recorded = self._recording(state, len(rows), encode, bans) if self.is_recording and width <= length else None
+        recorded = self._recording(state, len(seats), encode, bans) if self.is_recording and width <= length else None
         if recorded is not None:
-            tokens_BT = seats.padded(tokens, encode) if encode else None
-            encoded_BTD = recorded(rows, lengths, counts, tokens_BT, bans)
+            tokens_BT = table.padded(tokens, encode) if encode else None
+            encoded_BTD = recorded(seats, lengths, counts, tokens_BT, bans)
         else:
-            encoded_BTD = step_(self.model, seats.cache, state, self._inputs(rows, counts, bans))
-        self._advance(rows, counts, encoded_BTD)
+            encoded_BTD = step_(self.model, table.cache, state, self._inputs(seats, counts, bans))
+        self._advance(seats, counts, encoded_BTD)
 
-    def _recording(self, state: Canvases, rows: int, encode: int, bans: tuple[int, ...]) -> Recorded | None:
-        """The recording that serves these rows; None from the first one on that cannot be made.
+    def _recording(self, state: Canvases, count: int, encode: int, bans: tuple[int, ...]) -> Recorded | None:
+        """The recording for so many rows.
 
-        For want of memory perhaps. What torch keeps of a capture that failed may spoil the next, while steps run one by
-        one give the same."""
-        recordings = self.seats.recordings
+        None after a capture has failed: from then on steps run unrecorded. The memory may not suffice, and what torch
+        keeps of a failed capture may spoil the next; steps that run one by one give the same results."""
+        recordings = self.table.recordings
         try:
-            return recordings.of(self.model, self.seats.cache, state, rows, encode, bans)
+            return recordings.of(self.model, self.table.cache, state, count, encode, bans)
         except RuntimeError as error:
             if recordings.capture is None:
                 raise
@@ -174,105 +174,107 @@ class Stepper:
             warnings.warn(f"a step could not be recorded, so steps run one by one from now on: {why}", stacklevel=2)
             return None
 
-    def _inputs(self, rows: list[int], counts: list[int], bans: tuple[int, ...]) -> StepInput:
+    def _inputs(self, seats: list[int], counts: list[int], bans: tuple[int, ...]) -> StepInput:
         """What a step of these rows that is not recorded takes."""
-        each = [self.seats.row(i) for i in rows]
-        width, length, lengths = max(counts), each[0].length, [self.seats.cache.lengths[i] for i in rows]
-        places = [row.seed for row in each], [row.canvas for row in each], [row.step for row in each]
-        noise = self.noise.step(length, rows, *places)
-        tokens_BT = self.seats.padded([row.pending for row in each], width) if width else None
-        at_B = torch.tensor(rows, device=self.model.device)
+        rows = [self.table.row(seat) for seat in seats]
+        width, length, lengths = max(counts), rows[0].length, [self.table.cache.lengths[seat] for seat in seats]
+        places = [row.seed for row in rows], [row.canvas for row in rows], [row.step for row in rows]
+        noise = self.noise.step(length, seats, *places)
+        tokens_BT = self.table.padded([row.pending for row in rows], width) if width else None
+        at_B = torch.tensor(seats, device=self.model.device)
         bans_N = torch.tensor(bans, device=self.model.device) if bans else None
-        run = self._pass_of(rows, counts, width, lengths, length)
-        return StepInput(at_B, run, tokens_BT, noise, all(row.step == 0 for row in each), bans_N)
+        run = self._pass_of(seats, counts, width, lengths, length)
+        return StepInput(at_B, run, tokens_BT, noise, all(row.step == 0 for row in rows), bans_N)
 
-    def _pass_of(self, rows: list[int], counts: list[int], width: int, lengths: list[int], canvas: int) -> Pass:
+    def _pass_of(self, seats: list[int], counts: list[int], width: int, lengths: list[int], canvas: int) -> Pass:
         """What the layers share, made once for all the steps of a canvas."""
-        key, passes = (tuple(rows), tuple(counts), tuple(lengths), canvas), self.seats.passes
+        key, passes = (tuple(seats), tuple(counts), tuple(lengths), canvas), self.table.passes
         if key not in passes:
             while len(passes) >= PASSES_KEPT:
                 passes.pop(next(iter(passes)))
-            passes[key] = Pass(self.model, self.seats.cache, rows, counts, width, canvas)
+            passes[key] = Pass(self.model, self.table.cache, seats, counts, width, canvas)
         return passes[key]
 
-    def _advance(self, rows: list[int], counts: list[int], encoded_BTD: Tensor | None) -> None:
+    def _advance(self, seats: list[int], counts: list[int], encoded_BTD: Tensor | None) -> None:
         """Note that what was pending is encoded."""
         if encoded_BTD is not None:
-            self.seats.cache.advance(rows, counts)
-            self.seats.keep_last(encoded_BTD, rows, counts)
-            for i in rows:
-                self.seats.row(i).pending = []
+            self.table.cache.advance(seats, counts)
+            self.table.keep_last(encoded_BTD, seats, counts)
+            for seat in seats:
+                self.table.row(seat).pending = []
 
-    def _count(self, rows: list[int]) -> None:
-        for row in map(self.seats.row, rows):
+    def _count(self, seats: list[int]) -> None:
+        for row in map(self.table.row, seats):
             row.step, row.passes = row.step + 1, row.passes + 1
 
     # ---- grammars -----------------------------------------------------------------------------------------------
 
-    def _look(self, rows: list[int], bans: tuple[int, ...]) -> None:
+    def _look(self, seats: list[int], bans: tuple[int, ...]) -> None:
         """The first half of a step of rows in which the host has a part; `walk` ends it."""
-        each, seats = [self.seats.row(i) for i in rows], self.seats
-        counts, state = seats.make_room([row.pending for row in each], rows), seats.canvases_of(each[0].length)
-        view = look(self.model, seats.cache, state, self._inputs(rows, counts, bans))
-        self._advance(rows, counts, view.encoded_BTD)
-        read = view.read
-        is_sure_BL = accepts(*rule_view(state, view.at_B, read.argmax_BL, read.entropy_BL))
-        for n, (i, is_finite) in enumerate(zip(rows, view.is_finite_B.tolist(), strict=True)):
-            row = each[n]
+        rows, table = [self.table.row(seat) for seat in seats], self.table
+        counts, state = table.make_room([row.pending for row in rows], seats), table.canvases_of(rows[0].length)
+        look_result = look(self.model, table.cache, state, self._inputs(seats, counts, bans))
+        self._advance(seats, counts, look_result.encoded_BTD)
+        read = look_result.read
+        is_sure_BL = accepts(*rule_view(state, look_result.at_B, read.argmax_BL, read.entropy_BL))
+        for n, (seat, is_finite) in enumerate(zip(seats, look_result.is_finite_B.tolist(), strict=True)):
+            row = rows[n]
             spans: list[SpanStep] = []
             if is_finite:  # a row that is not fails after the step
                 if row.inspect is not None:
-                    with seats.contained(i):
+                    with table.isolating(seat):
                         row.inspect(read.logits_BLV[n])
                 is_last, bound = row.step + 1 >= row.rules.max_steps, row.rules.entropy_bound
                 spans = [SpanStep(first, last, span, bound, is_last) for span, first, last in row.spans_here()]
             if not row.has_failed:
-                reading = RowReading(read.logits_BLV[n], read.argmax_BL[n], read.entropy_BL[n], is_sure_BL[n])
-                self.walks.begin(i, view, n, projecting(spans, self.config, reading))
+                read_out = RowReadOut(read.logits_BLV[n], read.argmax_BL[n], read.entropy_BL[n], is_sure_BL[n])
+                self.walks.begin(seat, look_result, n, projecting(spans, self.config, read_out))
 
-    def walk(self, rows: list[int], seconds: float) -> None:
-        """Go on with the grammars of these rows; the steps of those that have ended are concluded.
+    def walk(self, seats: list[int], seconds: float) -> None:
+        """Go on with the grammars of these rows; the steps of those whose walks have ended are concluded.
 
-        Others are held up for `seconds`, their own part of this turn, at most."""
+        Grammars get as long as the rest of this turn took (`seconds`, at least `SLICE`), or `ALONE` where no other row
+        is under way."""
         began = time.perf_counter()
-        is_alone = len(self.walks) == len(self.seats.live)
+        is_alone = len(self.walks) == len(self.table.live)
         by_look: dict[int, list[EndedWalk]] = {}  # rows of one look share the products of its end
-        for ended in self.walks.go_on(rows, ALONE if is_alone else max(SLICE, seconds)):
+        for ended in self.walks.go_on(seats, ALONE if is_alone else max(SLICE, seconds)):
             if isinstance(ended.outcome, Exception):
-                self.seats.fail(ended.seat, ended.outcome)
-            elif not self.seats.row(ended.seat).is_over:
+                self.table.fail(ended.seat, ended.outcome)
+            elif not self.table.row(ended.seat).is_over:
                 by_look.setdefault(id(ended.look), []).append(ended)
         self.walk_seconds = time.perf_counter() - began
         for walks in by_look.values():
             walks.sort(key=lambda ended: ended.place)
             projection = Projection.joined([one.outcome for one in walks if isinstance(one.outcome, Projection)])
-            state = self.seats.canvases_of(self.seats.row(walks[0].seat).length)
+            state = self.table.canvases_of(self.table.row(walks[0].seat).length)
             conclude_(self.model, state, walks[0].look.of([ended.place for ended in walks]), projection)
             self._count([ended.seat for ended in walks])
 
     # ---- what a step shows --------------------------------------------------------------------------------------
 
-    def drafts(self, rows: list[int]) -> Iterator[Draft]:
+    def drafts(self, seats: list[int]) -> Iterator[Draft]:
         """The canvases of these rows after their step; waits for the device."""
-        for length in sorted({self.seats.row(i).length for i in rows}):
-            some, state = [i for i in rows if self.seats.row(i).length == length], self.seats.canvases[length]
+        for length in sorted({self.table.row(seat).length for seat in seats}):
+            group = [seat for seat in seats if self.table.row(seat).length == length]
+            state = self.table.canvases[length]
             whole = state.is_finite_X, state.argmax_XL, state.entropy_XL, state.accepted_XL
-            shown = zip(some, *(x[some].tolist() for x in whole), strict=True)
-            for i, is_finite, tokens, entropies, accepted in shown:
-                row = self.seats.row(i)
+            shown = zip(group, *(x[group].tolist() for x in whole), strict=True)
+            for seat, is_finite, tokens, entropies, accepted in shown:
+                row = self.table.row(seat)
                 if is_finite:
-                    yield Draft(i, row.canvas, row.step, tokens, entropies, accepted, request=row.request.id)
+                    yield Draft(seat, row.canvas, row.step, tokens, entropies, accepted, request=row.request.id)
 
-    def read(self, rows: list[int]) -> list[PendingRead]:
+    def read(self, seats: list[int]) -> list[PendingRead]:
         """Begin to read how these rows stand, for each length of canvases."""
         reads = []
-        for length in sorted({self.seats.row(i).length for i in rows}):
-            state = self.seats.canvases[length]
+        for length in sorted({self.table.row(seat).length for seat in seats}):
+            state = self.table.canvases[length]
             stands_X4 = torch.stack(
                 [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()], 1
             )
-            each = {i: self.seats.row(i) for i in rows}
-            on_canvas = {i: (row, row.canvas) for i, row in each.items() if row.length == length}
+            rows = {seat: self.table.row(seat) for seat in seats}
+            on_canvas = {seat: (row, row.canvas) for seat, row in rows.items() if row.length == length}
             reads.append(PendingRead(length, on_canvas, HostCopy.of(torch.cat([stands_X4, state.argmax_XL], 1))))
         return reads
 
@@ -284,12 +286,12 @@ def _tokens_here(places: Sequence[Mapping[int, int]], rows: list[Row]) -> Tensor
     if not any(places):
         return None
     length = rows[0].length
-    table = torch.full((len(rows), length), -1)
-    for n, (row, some) in enumerate(zip(rows, places, strict=True)):
-        if some:
+    tokens_BL = torch.full((len(rows), length), -1)
+    for n, (row, own) in enumerate(zip(rows, places, strict=True)):
+        if own:
             first = row.canvas * length
-            table[n] = torch.tensor([some.get(position, -1) for position in range(first, first + length)])
-    return table
+            tokens_BL[n] = torch.tensor([own.get(position, -1) for position in range(first, first + length)])
+    return tokens_BL
 
 
 def _banned_here(rows: list[Row]) -> Tensor | None:

@@ -48,7 +48,7 @@ class SpanStep(NamedTuple):
     """No step comes after this one: the path must be whole."""
 
 
-class RowReading(NamedTuple):
+class RowReadOut(NamedTuple):
     """The read-out of one canvas."""
 
     logits_LV: Tensor
@@ -58,12 +58,12 @@ class RowReading(NamedTuple):
     """Positions that would be accepted."""
 
 
-def projecting(spans: Sequence[SpanStep], config: ModelConfig, reading: RowReading) -> Work[Projection]:
+def projecting(spans: Sequence[SpanStep], config: ModelConfig, read_out: RowReadOut) -> Work[Projection]:
     """Walk every span of a canvas over its positions; the result has one row.
 
     Logits of words that are not allowed become -inf in place, where a pick needs it. InputError where a grammar cannot
     be followed any further."""
-    logits_LV, argmax_L, entropy_L, is_sure_L = reading
+    logits_LV, argmax_L, entropy_L, is_sure_L = read_out
     sure, tokens, entropies = is_sure_L.tolist(), argmax_L.tolist(), entropy_L.tolist()
     length = len(tokens)
     is_guided, is_open, is_forced = [False] * length, [True] * length, [False] * length

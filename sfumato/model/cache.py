@@ -33,10 +33,12 @@ class KVCache:
     peaks: list[int]
     """The most tokens each row has held: what lies a whole ring further back is overwritten, truncated or not."""
     capacity: int
+    """Tokens that a row has room for."""
     slack: int
+    """Tokens that a sliding layer holds beyond its window, once it is full: so many can be truncated."""
     stacks: list[tuple[int | None, Tensor]] = field(default_factory=list, repr=False)
     """The window of each kind of layer, and its keys and values in one tensor [2, layers, B, R + 1, G, K], of which `k`
-    and `v` are parts: rows are copied by the kind, but where gradients flow through the layers, each by itself."""
+    and `v` are parts. Rows are copied a kind at a time; layer by layer where gradients flow."""
 
     @classmethod
     def allocate(

@@ -2,23 +2,27 @@
 
 Two prompts with equal tokens and different content are different everywhere, caches included: whoever keeps what was
 encoded compares prompts, never tokens alone. Today a prompt carries only tokens; images will bring embeddings.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What stands before an answer.
 
-    `content` names, by position, what stands there beside the token: two prompts are alike at a position where tokens
-    and content are. `embeddings` [n, D] take the place of the token embeddings at the positions of `content`, in their
-    order. `blocks` are ranges (from position, to position) whose positions see each other in both directions."""
+    `content` names, by position, what stands there beside the token. `embeddings` [n, D] take the place of the token
+    embeddings at the positions of `content`, in their order. `blocks` are ranges (start, end), without `end` itself,
+    whose positions see each other in both directions; they are in order and do not overlap. Two prompts are alike at a
+    position where tokens, content and blocks are."""
 
     tokens: tuple[int, ...]
     embeddings: Tensor | None = None
@@ -39,33 +43,52 @@ class Prompt:
         return iter(self.tokens)
 
     def __eq__(self, other: object) -> bool:
-        """Whether tokens and content are equal, and with them whatever follows from the prompt."""
-        return isinstance(other, Prompt) and self.tokens == other.tokens and self.content == other.content
+        """Whether tokens, content and blocks are equal, and with them whatever follows from the prompt."""
+        return isinstance(other, Prompt) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((self.tokens, tuple(sorted(self.content.items()))))
+        tokens, content, blocks = self._key
+        return hash((tokens, tuple(sorted(content.items())), blocks))
+
+    @property
+    def _key(self) -> tuple[tuple[int, ...], Mapping[int, bytes], tuple[tuple[int, int], ...]]:
+        return self.tokens, self.content, self.blocks
 
     def extended(self, tokens: Sequence[int]) -> Prompt:
         """The same with these tokens behind it."""
         return Prompt((*self.tokens, *tokens), self.embeddings, self.blocks, self.content)
 
     def first(self, count: int) -> Prompt:
-        """Its first `count` positions, or all where it has fewer. A block that goes on behind them is cut there."""
+        """Its first `count` positions, or all where it has fewer.
+
+        A block is never cut in two: where `count` lies inside one, the result ends where that block starts, and has
+        fewer positions."""
+        count = self._outside_blocks(count)
         content = {position: digest for position, digest in self.content.items() if position < count}
         embeddings = None if self.embeddings is None else self.embeddings[: len(content)]
-        blocks = tuple((start, min(end, count)) for start, end in self.blocks if start < count)
+        blocks = tuple(block for block in self.blocks if block[1] <= count)
         return Prompt(self.tokens[:count], embeddings, blocks, content)
 
     def shared(self, other: Prompt) -> int:
-        """How many leading positions are alike in both, in tokens and content."""
+        """How many leading positions are alike in both, in tokens, content and blocks."""
         size = min(len(self), len(other))
         pairs = enumerate(zip(self.tokens, other.tokens, strict=False))
-        count = next((position for position, (own, theirs) in pairs if own != theirs), size)
-        return min(count, self.first_difference(other.content))
+        return self.alike(other, next((position for position, (own, theirs) in pairs if own != theirs), size))
 
-    def first_difference(self, content: Mapping[int, bytes]) -> int:
-        """The first position whose content is not this one; the length of the prompt where there is none."""
-        if not self.content and not content:
-            return len(self)
-        positions = (at for at in self.content.keys() | content.keys() if self.content.get(at) != content.get(at))
-        return min(positions, default=len(self))
+    def alike(self, other: Prompt, count: int) -> int:
+        """How many of the first `count` positions, whose tokens are equal, are alike in content and blocks too.
+
+        What is encoded at a position of a block follows from the whole block. So positions of a block are alike only
+        where both prompts have that block and all of it is alike."""
+        if self.content or other.content:
+            positions = self.content.keys() | other.content.keys()
+            differing = (at for at in positions if self.content.get(at) != other.content.get(at))
+            count = min(count, min(differing, default=count))
+        if self.blocks or other.blocks:
+            differing = (start for start, _ in set(self.blocks) ^ set(other.blocks))
+            count = self._outside_blocks(min(count, min(differing, default=count)))
+        return count
+
+    def _outside_blocks(self, count: int) -> int:
+        """So many positions, or as many as stand before the block that would be cut."""
+        return min((start for start, end in self.blocks if start < count < end), default=count)

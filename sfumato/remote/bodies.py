@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sfumato.errors import InputError
+from sfumato.model.prompt import Prompt
 from sfumato.templates.requests import Answer, Chat, Decide, Edit, Fill, Infill, Messages, Returns
 
 
@@ -32,7 +33,7 @@ def answer_body(query: Answer, is_sfumato: bool, has_drafts: bool) -> dict[str, 
         if fields.pop("must_call", False):
             body["tool_choice"] = "required"
     else:
-        body["prompt"] = query.prompt if isinstance(query.prompt, str) else list(query.prompt)
+        body["prompt"] = query.prompt if isinstance(query.prompt, str) else _ids(query.prompt)
         if query.options.logprobs:
             fields["logprobs"] = fields.pop("top_logprobs", 0)
     if not has_drafts:
@@ -41,6 +42,13 @@ def answer_body(query: Answer, is_sfumato: bool, has_drafts: bool) -> dict[str, 
         form = {"name": "answer", "schema": schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": form}
     return body | fields
+
+
+def _ids(prompt: Sequence[int] | Prompt) -> list[int]:
+    """The tokens of a prompt. InputError for one that has more than tokens."""
+    if isinstance(prompt, Prompt) and (prompt.embeddings is not None or prompt.blocks or prompt.content):
+        raise InputError("a prompt with embeddings or blocks cannot be sent to a server; give a text or token ids")
+    return list(prompt)
 
 
 def template_route_and_body(query: Returns[Any]) -> tuple[str, dict[str, Any]]:

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from sfumato.model.network import Model
+from sfumato.options import MOST_STEPS
 from sfumato.sampling.rules import RowRules, Rules
-
-STEPS = 4096
-"""Most steps of a canvas that a request may ask for: see `Options`."""
 
 
 @dataclass
@@ -75,7 +73,7 @@ class Canvases:
         config, size = model.config, len(rules) + 1
         rules = [*rules, rules[-1]]
         words = [[s & 0xFFFFFFFF, s >> 32, r, 0] for s, r in zip([*seeds, 0], [*requests, 0], strict=True)]
-        length, steps = length or config.canvas_length, max(STEPS, *(r.max_steps for r in rules))
+        length, steps = length or config.canvas_length, max(MOST_STEPS, *(r.max_steps for r in rules))
 
         with torch.device(model.device):
             return cls(

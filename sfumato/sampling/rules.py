@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfumato.options import FALLBACK_DEFAULTS, Options
+from sfumato.options import FALLBACK_DEFAULTS, LEAST, Options
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,16 @@ class Schedule:
     """Temperature falls linearly from t_max to t_min over `steps` steps, whatever the cap on steps is."""
 
     t_min: float
+    """The temperature at the end of the schedule."""
     t_max: float
+    """The temperature of the first step."""
     steps: int
+    """Its length in steps."""
 
     def temperature(self, step: int) -> float:
         """Of a step counted from 0. Past the end of the schedule the last temperature stays."""
         remaining = max(self.steps - step, 1)
         return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)
-
-
-LEAST = 1e-6
-"""The lowest temperature: logits over less are no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Rules:
 
     @property
     def has_further(self) -> bool:
-        """Whether a rule is on that the reference has not."""
+        """Whether a rule beyond the reference's is on."""
         return any(field.default not in (MISSING, getattr(self, field.name)) for field in fields(self))
 
     @classmethod
@@ -60,6 +59,7 @@ class Rules:
         assert full.t_min is not None and full.t_max is not None and steps is not None and full.max_steps is not None
         assert full.entropy_bound is not None and full.stability is not None and full.confidence is not None
         scale = full.temperature or 1.0  # 0 asks for the same answer every time, which the seed gives already
+        # Logits over a temperature below LEAST are no longer finite.
         low, high = (max(t * scale, LEAST) for t in (full.t_min, full.t_max))
         schedule = Schedule(low, high, steps)
         return cls(schedule, full.max_steps, full.entropy_bound, full.stability, full.confidence)
@@ -150,7 +150,7 @@ def is_confident(entropy_BL: Tensor, confidence_B: Tensor) -> Tensor:
 
 def pick_token(logits_V: Tensor, options: Options, uniform: Tensor) -> int:
     """One token by temperature, top-k and top-p, from a uniform number in [0, 1); temperature 0 is greedy."""
-    if options.temperature < 1e-6:  # lower ones would overflow float32, and are greedy anyway
+    if options.temperature < LEAST:  # logits over less overflow float32, and are greedy anyway
         return int(logits_V.argmax())
     p_V, order_V = torch.softmax(logits_V / options.temperature, -1).sort(descending=True, stable=True)
     if options.top_k:

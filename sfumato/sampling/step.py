@@ -65,7 +65,7 @@ class Projection(NamedTuple):
         return cls._make([*parts, any(one.has_masked for one in projections)])
 
 
-class Reading(NamedTuple):
+class PassResult(NamedTuple):
     """What a pass gives before anything is pinned."""
 
     encoded_BTD: Tensor | None
@@ -103,14 +103,14 @@ def step_(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> T
     Returns the encoded tokens' hidden states, [B, T, D] (None: no tokens)."""
     conclude = model.ops.conclude_
     if conclude is None or state.has_further_rules:
-        view = look(model, cache, state, inputs)
-        conclude_(model, state, view)
-        return view.encoded_BTD
-    reading = read_canvases(model, cache, state, inputs)
-    embed_VD, scale, read = model.embed_tokens.weight, model.embed_scale, reading.read
+        look_result = look(model, cache, state, inputs)
+        conclude_(model, state, look_result)
+        return look_result.encoded_BTD
+    result = read_canvases(model, cache, state, inputs)
+    embed_VD, scale, read = model.embed_tokens.weight, model.embed_scale, result.read
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, scale, read.tiles)
-    conclude(state, inputs.at_B, read, reading.noise_BL, reading.hidden_BLD, soft_BLD, (embed_VD, scale))
-    return reading.encoded_BTD
+    conclude(state, inputs.at_B, read, result.noise_BL, result.hidden_BLD, soft_BLD, (embed_VD, scale))
+    return result.encoded_BTD
 
 
 def look(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> Look:
@@ -127,7 +127,7 @@ def look(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> Lo
     return Look(at_B, read, noise_BL, is_finite_B, encoded_BTD)
 
 
-def read_canvases(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> Reading:
+def read_canvases(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> PassResult:
     """Pass and read-out, before anything is pinned."""
     at_B, run, tokens_BT = inputs.at_B, inputs.run, inputs.tokens_BT
     canvas_BL = state.canvas_XL.index_select(0, at_B)
@@ -147,25 +147,25 @@ def read_canvases(model: Model, cache: KVCache, state: Canvases, inputs: StepInp
     banned = None if inputs.bans_N is None else (state.banned_XL[at_B], inputs.bans_N)
     embed_VD = model.embed_tokens.weight
     read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, temperature_B, **noise.sample, banned=banned)
-    return Reading(encoded_BTD, hidden_BLD, read, noise.tokens_BL)
+    return PassResult(encoded_BTD, hidden_BLD, read, noise.tokens_BL)
 
 
-def conclude_(model: Model, state: Canvases, view: Look, projection: Projection | None = None) -> None:
+def conclude_(model: Model, state: Canvases, look_result: Look, projection: Projection | None = None) -> None:
     """Accept, renoise, stop and the soft embedding of what a look shows, and what grammars make of it."""
-    at_B, read = view.at_B, view.read
+    at_B, read = look_result.at_B, look_result.read
     old_B = state.step_X[at_B]
     pinned = _pin(state, at_B, read, projection)
     argmax_BL, entropy_BL = pinned.argmax_BL, pinned.entropy_BL
     # 3. Accept the surest positions, renoise the rest.
-    view_of_rules, rules = rule_view(state, at_B, argmax_BL, entropy_BL)
-    accepted_BL = accepts(view_of_rules, rules)
+    view, rules = rule_view(state, at_B, argmax_BL, entropy_BL)
+    accepted_BL = accepts(view, rules)
     if projection is not None:
         accepted_BL &= projection.is_open_BL
     if pinned.pin_BL is not None:
         accepted_BL |= pinned.pin_BL >= 0
-    next_BL = torch.where(accepted_BL, pinned.sample_BL, view.noise_BL)
+    next_BL = torch.where(accepted_BL, pinned.sample_BL, look_result.noise_BL)
     # 4. Stop where the canvas stands still and is sure, or at the cap.
-    is_done_B = _stops(state, at_B, pinned, view_of_rules, rules) | (old_B + 1 >= rules.max_steps_X)
+    is_done_B = _stops(state, at_B, pinned, view, rules) | (old_B + 1 >= rules.max_steps_X)
     # 5. The next step sees the soft embedding of this one.
     embed_VD = model.embed_tokens.weight
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, pinned.tiles)
@@ -173,7 +173,7 @@ def conclude_(model: Model, state: Canvases, view: Look, projection: Projection 
         pinned_BLD = embed_VD[pinned.pin_BL.clamp_min(0)] * model.embed_scale
         soft_BLD = torch.where((pinned.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)
     # A row whose numbers are not finite stops here too; the host reads the flag.
-    is_finite_B = view.is_finite_B & _are_finite(soft_BLD)
+    is_finite_B = look_result.is_finite_B & _are_finite(soft_BLD)
     # 6. A row that had stopped before stays as it was.
     was_done_B = state.is_done_X[at_B]
     keep_B1 = was_done_B[:, None]
@@ -184,7 +184,7 @@ def conclude_(model: Model, state: Canvases, view: Look, projection: Projection 
         (state.accepted_XL, accepted_BL),
     ):
         whole_XL[at_B] = torch.where(keep_B1, whole_XL[at_B], new_BL)
-    state.still_XL[at_B] = view_of_rules.still_BL  # of rows that go on: nobody reads that of a stopped one
+    state.still_XL[at_B] = view.still_BL  # of rows that go on: nobody reads that of a stopped one
     state.soft_XLD[at_B] = soft_BLD
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B

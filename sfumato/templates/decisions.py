@@ -21,9 +21,6 @@ from sfumato.templates.layout import Sheet
 from sfumato.templates.slots import Slot, check_template
 from sfumato.text.tokenizer import Tokenizer
 
-MOST_STEPS = 4096
-"""Most steps of a decision."""
-
 ChoiceTokens = Mapping[str, Sequence[Sequence[int]]]
 """Field -> the tokens of each of its choices."""
 

@@ -23,8 +23,8 @@ from sfumato.errors import CapacityError, InputError
 from sfumato.events import Completion, Decision, Edited, Filled
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
-from sfumato.options import OPTIONS, Options
-from sfumato.templates.decisions import MOST_STEPS, choices_of, decisions_of, form_of
+from sfumato.options import MOST_STEPS, OPTIONS, Options
+from sfumato.templates.decisions import choices_of, decisions_of, form_of
 from sfumato.templates.grammars import GrammarCache
 from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
 from sfumato.templates.lengths import LENGTH_STEPS, LONGEST, LengthScore, candidates

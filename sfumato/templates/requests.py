@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sfumato.events import Completion, Decision, Edited, Filled
+from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.templates.slots import Slot
-
-if TYPE_CHECKING:  # it needs torch
-    from sfumato.model.prompt import Prompt
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: records with "role", "content" and what a model's turn brings besides."""

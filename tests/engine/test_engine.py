@@ -253,7 +253,7 @@ def test_what_is_encoded_is_kept_only_where_it_is_read() -> None:
         one = Engine(talker(), 1, 64, settings=EngineSettings(chunk=4))
         one.join(requests.Request(PROMPTS[1], dataclasses.replace(SETTLES, **change)))
         one.turn()
-        assert bool(one.seats.last_XD.any()) is is_read
+        assert bool(one.table.last_XD.any()) is is_read
 
 
 def test_a_commit_asks_nothing_but_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,11 +308,11 @@ def test_no_request_changes_a_shape_that_is_everybodys() -> None:
     for options in SETTLES, Options(max_tokens=8, max_steps=4096, stability=4096, temperature_steps=4096):
         one.join(requests.Request([7, 8, 9], options))
         one.turn()
-        shapes = {f.name: getattr(one.seats.canvases[LENGTH], f.name) for f in dataclasses.fields(Canvases)}
+        shapes = {f.name: getattr(one.table.canvases[LENGTH], f.name) for f in dataclasses.fields(Canvases)}
         if options is SETTLES:
-            before, recorded = shapes, dict(one.seats.recordings._kept)
+            before, recorded = shapes, dict(one.table.recordings._kept)
     assert all(before[name] is tensor for name, tensor in shapes.items() if isinstance(tensor, Tensor))
-    assert all(one.seats.recordings._kept[key] is kept for key, kept in recorded.items())
+    assert all(one.table.recordings._kept[key] is kept for key, kept in recorded.items())
     assert sum(tensor.numel() for name, tensor in shapes.items() if isinstance(tensor, Tensor)) < 3 * 2 * 4096
 
 

@@ -98,7 +98,8 @@ def test_a_conversation_with_other_content_is_not_continued(nano: LLM) -> None:
     assert nano._engines.kept is not None
     engine, tokens = nano._engines.kept.engine, nano._engines.kept.prompt.tokens
     one, other = (Prompt(tokens, content={5: content}) for content in (b"cat", b"dog"))
-    for prompt, shared in (one, len(tokens)), (other, 5), (Prompt(tokens), 5):
+    block = Prompt(tokens, content=one.content, blocks=((4, len(tokens) + 1),))
+    for prompt, shared in (one, len(tokens)), (other, 5), (Prompt(tokens), 5), (block, 4):
         nano._engines.put_back(engine, one)
         assert nano._engines.take(nano.model, [prompt.extended([1])]) is engine and engine.cache.lengths[0] == shared
         engine.leave(0)

@@ -1,4 +1,4 @@
-"""engine/prefixes.py: encoded beginnings by tokens and content."""
+"""engine/prefixes.py: encoded beginnings by tokens, content and blocks."""
 
 from __future__ import annotations
 
@@ -40,3 +40,17 @@ def test_equal_tokens_with_other_content_share_no_cache() -> None:
     kept.add(other, encoded(tokens))
     assert [kept.find(prompt.extended([1]))[1] for prompt in (one, other, none)] == [40, 40, 36]
     assert kept.find(one.extended([1]))[0] is not kept.find(other.extended([1]))[0]
+
+
+def test_equal_tokens_with_other_blocks_share_no_cache() -> None:
+    """Keys that were encoded in both directions are not those of a causal pass, nor the other way round."""
+    tokens = text(40)
+    one, plain = Prompt(tuple(tokens), blocks=((34, 37),)), Prompt(tuple(tokens))
+    kept = Prefixes(1 << 30)
+    kept.add(one, encoded(tokens))
+    assert kept.holds(one) and not kept.holds(plain)
+    assert [kept.find(prompt.extended([1]))[1] for prompt in (one, plain)] == [40, 34]
+    assert kept.find(one.first(37))[1] == 34  # not all but the last position, which would cut the block
+    kept.add(plain, encoded(tokens))
+    assert [kept.find(prompt.extended([1]))[1] for prompt in (one, plain)] == [40, 40]
+    assert kept.find(one.extended([1]))[0] is not kept.find(plain.extended([1]))[0]

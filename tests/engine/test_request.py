@@ -96,15 +96,3 @@ def test_a_request_is_a_value() -> None:
 def test_token_ids_and_prompts_are_the_same_to_a_run() -> None:
     options = dataclasses.replace(SETTLES, seed=1, max_tokens=12)
     assert ended(Run(talker(), [Prompt.of(text(9))], options)).tokens == ended(Run(talker(), [text(9)], options)).tokens
-
-
-def test_a_prompt_is_compared_by_tokens_and_content() -> None:
-    one = Prompt((1, 2, 3, 4), content={1: b"cat", 3: b"dog"}, embeddings=torch.arange(4.0).view(2, 2))
-    assert one == Prompt((1, 2, 3, 4), content={1: b"cat", 3: b"dog"}) and hash(one) == hash(one.first(9))
-    assert one != Prompt.of([1, 2, 3, 4]) and one.first(1) == Prompt.of([1])
-    part = one.first(2)
-    assert (part.tokens, part.content) == ((1, 2), {1: b"cat"})
-    assert part.embeddings is not None and part.embeddings.tolist() == [[0.0, 1.0]]
-    assert Prompt((1, 2, 3), blocks=((0, 1), (1, 3))).first(2).blocks == ((0, 1), (1, 2))
-    assert list(one.extended([5])) == [1, 2, 3, 4, 5] and len(one) == 4 and Prompt.of(one) is one
-    assert [one.shared(other) for other in (one, part, Prompt.of([1, 2, 3]), Prompt.of([1, 9]))] == [4, 2, 1, 1]

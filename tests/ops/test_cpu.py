@@ -618,14 +618,14 @@ def test_a_step_ends_as_the_specification_says(
         form = {"length": (20, 1, 7, 82)[seed % 4], "width": (24, 5, 70)[seed % 3]}
         plain, fused = (endings.canvases(seed, has_pins, has_early, dtype, **form) for _ in range(2))
         at, is_tied = [[0, 1, 2, 3, 4], [4, 2, 0], [3]][seed % 5 % 3], seed % 2 == 0
-        view, soft = endings.reading(at, 100 + seed, is_tied, dtype, **form)
+        result, soft = endings.pass_result(at, 100 + seed, is_tied, dtype, **form)
         torch.set_num_threads(1 + seed % 2)
         for turn in range(3):
             if turn < 2:
-                view, soft = endings.reading(at, 100 * turn + seed, is_tied, dtype, **form)
+                result, soft = endings.pass_result(at, 100 * turn + seed, is_tied, dtype, **form)
             before = plain.is_done_X.clone()
-            endings.concluded(monkeypatch, None, plain, at, view, soft)
-            endings.concluded(monkeypatch, cpu.conclude_, fused, at, view, soft)
+            endings.concluded(monkeypatch, None, plain, at, result, soft)
+            endings.concluded(monkeypatch, cpu.conclude_, fused, at, result, soft)
             assert endings.differing(plain, fused) == []
             stopped_X = plain.is_done_X & ~before
             reasons["stopped"] += int(stopped_X.sum())
@@ -641,17 +641,17 @@ def test_a_step_ends_as_the_specification_says(
 def test_a_row_that_is_not_finite_stops(where: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the number stands, even where a pin hides it; but not what a pin puts in place of a soft embedding."""
     plain, fused = (endings.canvases(4, True, False) for _ in range(2))
-    at, (view, soft) = [0, 1, 4], endings.reading([0, 1, 4], 7, exact=True)
+    at, (result, soft) = [0, 1, 4], endings.pass_result([0, 1, 4], 7, exact=True)
     plain.pin_XL[1, 3:5] = fused.pin_XL[1, 3:5] = torch.tensor([9, -1])
     soft[1, 3, 2] = value
     {
-        "hidden": view.hidden_BLD[1, 3],
+        "hidden": result.hidden_BLD[1, 3],
         "soft": soft[1, 4],
-        "entropy": view.read.entropy_BL[1, 4:5],
-        "a pinned entropy": view.read.entropy_BL[1, 3:4],
+        "entropy": result.read.entropy_BL[1, 4:5],
+        "a pinned entropy": result.read.entropy_BL[1, 3:4],
     }[where][-1] = value
-    endings.concluded(monkeypatch, None, plain, at, view, soft)
-    endings.concluded(monkeypatch, cpu.conclude_, fused, at, view, soft)
+    endings.concluded(monkeypatch, None, plain, at, result, soft)
+    endings.concluded(monkeypatch, cpu.conclude_, fused, at, result, soft)
     assert fused.is_finite_X[:-1].tolist() == plain.is_finite_X[:-1].tolist() == [True, False, False, True, True]
     assert fused.is_done_X[1] and torch.equal(plain.accepted_XL, fused.accepted_XL)
 
@@ -662,11 +662,11 @@ def test_entropies_of_every_kind_are_accepted_in_the_same_order(monkeypatch: pyt
     for seed in range(20):
         draw = torch.Generator().manual_seed(seed)
         plain, fused = (endings.canvases(seed, False, False) for _ in range(2))
-        view, soft = endings.reading([0, 1, 2, 4], seed, exact=True)
-        kind_BL = torch.randint(0, len(kinds) - seed % 3, view.read.entropy_BL.shape, generator=draw)
-        view.read.entropy_BL[:] = kinds[kind_BL]
-        endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], view, soft)
-        endings.concluded(monkeypatch, cpu.conclude_, fused, [0, 1, 2, 4], view, soft)
+        result, soft = endings.pass_result([0, 1, 2, 4], seed, exact=True)
+        kind_BL = torch.randint(0, len(kinds) - seed % 3, result.read.entropy_BL.shape, generator=draw)
+        result.read.entropy_BL[:] = kinds[kind_BL]
+        endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], result, soft)
+        endings.concluded(monkeypatch, cpu.conclude_, fused, [0, 1, 2, 4], result, soft)
         assert torch.equal(plain.accepted_XL, fused.accepted_XL) and torch.equal(plain.canvas_XL, fused.canvas_XL)
 
 
@@ -674,19 +674,19 @@ def test_sums_that_are_the_bound_itself_are_accepted(monkeypatch: pytest.MonkeyP
     """The last bit of a sum decides here: it is that of torch's sum along a row."""
     for seed in range(10):
         plain, fused = (endings.canvases(seed, False, False, length=82) for _ in range(2))
-        view, soft = endings.reading([0, 1, 2, 4], seed, exact=False, length=82)
-        ordered_BL = view.read.entropy_BL.sort(-1).values
+        result, soft = endings.pass_result([0, 1, 2, 4], seed, exact=False, length=82)
+        ordered_BL = result.read.entropy_BL.sort(-1).values
         plain.rules.entropy_bound_X[[0, 1, 2, 4]] = (ordered_BL.cumsum(-1) - ordered_BL)[:, 40 + seed]
         fused.rules.entropy_bound_X[:] = plain.rules.entropy_bound_X
-        endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], view, soft)
-        endings.concluded(monkeypatch, cpu.conclude_, fused, [0, 1, 2, 4], view, soft)
+        endings.concluded(monkeypatch, None, plain, [0, 1, 2, 4], result, soft)
+        endings.concluded(monkeypatch, cpu.conclude_, fused, [0, 1, 2, 4], result, soft)
         assert torch.equal(plain.accepted_XL, fused.accepted_XL)
         assert fused.accepted_XL[[0, 1, 2, 4]].sum(-1).min() > 40 + seed
 
 
 def test_scratch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     state, before = (endings.canvases(1, True, True) for _ in range(2))
-    endings.concluded(monkeypatch, cpu.conclude_, state, [5, 5, 0], *endings.reading([5, 5, 0], 1, exact=False))
+    endings.concluded(monkeypatch, cpu.conclude_, state, [5, 5, 0], *endings.pass_result([5, 5, 0], 1, exact=False))
     whole = [f.name for f in fields(state) if "_X" in f.name]
     assert all(torch.equal(getattr(state, name)[-1], getattr(before, name)[-1]) for name in whole)
     assert not torch.equal(state.canvas_XL[0], before.canvas_XL[0])

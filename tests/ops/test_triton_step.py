@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton_interpreter
-from endings import ROWS, canvases, concluded, differing, reading
+from endings import ROWS, canvases, concluded, differing, pass_result
 
 from sfumato.ops.triton.conclude import conclude_
 from sfumato.ops.triton.noise import noise
@@ -57,13 +57,13 @@ def test_a_step_ends_as_the_specification_says(
     for seed in range(6):
         plain, fused = (canvases(seed, has_pins or has_early, has_early) for _ in range(2))
         at = [[0, 1, 2, 3, 4], [4, 2, 0, 5, 5], [3]][seed % 3]
-        view, soft = reading(at, 100 + seed, exact=True)
+        result, soft = pass_result(at, 100 + seed, exact=True)
         for turn in range(3):
             if turn < 2:
-                view, soft = reading(at, 100 * turn + seed, exact=True)
+                result, soft = pass_result(at, 100 * turn + seed, exact=True)
             before = plain.is_done_X.clone()
-            concluded(monkeypatch, None, plain, at, view, soft)
-            concluded(monkeypatch, conclude_, fused, at, view, soft)
+            concluded(monkeypatch, None, plain, at, result, soft)
+            concluded(monkeypatch, conclude_, fused, at, result, soft)
             assert differing(plain, fused) == []
             reasons["stopped"] += int((plain.is_done_X & ~before)[:-1].sum())
             reasons["before the cap"] += int(
@@ -76,7 +76,7 @@ def test_a_step_ends_as_the_specification_says(
 
 def test_scratch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     state, before = (canvases(1, True, True) for _ in range(2))
-    concluded(monkeypatch, conclude_, state, [5, 5, 0], *reading([5, 5, 0], 1, exact=False))
+    concluded(monkeypatch, conclude_, state, [5, 5, 0], *pass_result([5, 5, 0], 1, exact=False))
     assert all(
         torch.equal(getattr(state, f.name)[-1], getattr(before, f.name)[-1]) for f in fields(state) if "_X" in f.name
     )
@@ -88,17 +88,17 @@ def test_scratch_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_that_is_not_finite_stops(where: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the number stands, even where a pin hides it; but not what a pin puts in place of a soft embedding."""
     plain, fused = (canvases(4, True, False) for _ in range(2))
-    at, (view, soft) = [0, 1, 4], reading([0, 1, 4], 7, exact=True)
+    at, (result, soft) = [0, 1, 4], pass_result([0, 1, 4], 7, exact=True)
     plain.pin_XL[1, 3:5] = fused.pin_XL[1, 3:5] = torch.tensor([9, -1])
     soft[1, 3, 2] = value
     {
-        "hidden": view.hidden_BLD[1, 3],
+        "hidden": result.hidden_BLD[1, 3],
         "soft": soft[1, 4],
-        "entropy": view.read.entropy_BL[1, 4:5],
-        "a pinned entropy": view.read.entropy_BL[1, 3:4],
+        "entropy": result.read.entropy_BL[1, 4:5],
+        "a pinned entropy": result.read.entropy_BL[1, 3:4],
     }[where][-1] = value
-    concluded(monkeypatch, None, plain, at, view, soft)
-    concluded(monkeypatch, conclude_, fused, at, view, soft)
+    concluded(monkeypatch, None, plain, at, result, soft)
+    concluded(monkeypatch, conclude_, fused, at, result, soft)
     assert fused.is_finite_X[:-1].tolist() == plain.is_finite_X[:-1].tolist() == [True, False, False, True, True]
     assert fused.is_done_X[1] and plain.is_done_X[1]
 
@@ -109,16 +109,16 @@ def test_a_position_is_accepted_by_what_stands_before_it(monkeypatch: pytest.Mon
     for seed in range(8):
         state, at = canvases(seed, False, False), [0, 1, 2, 4]
         state.rules.entropy_bound_X[:] = torch.rand(ROWS + 1, generator=torch.Generator().manual_seed(seed)) * 2
-        view, soft = reading(at, seed, exact=False)
-        concluded(monkeypatch, conclude_, state, at, view, soft)
-        ordered_BL, order_BL = view.read.entropy_BL.double().sort(dim=-1, stable=True)
+        result, soft = pass_result(at, seed, exact=False)
+        concluded(monkeypatch, conclude_, state, at, result, soft)
+        ordered_BL, order_BL = result.read.entropy_BL.double().sort(dim=-1, stable=True)
         before_BL = torch.zeros_like(ordered_BL).scatter(-1, order_BL, ordered_BL.cumsum(-1) - ordered_BL)
         bound_B1 = state.rules.entropy_bound_X[at, None].double()
         is_clear_BL = (before_BL - bound_B1).abs() > 1e-6 * bound_B1
         assert torch.equal(state.accepted_XL[at] & is_clear_BL, (before_BL <= bound_B1) & is_clear_BL)
         assert torch.equal(
             state.accepted_XL[at] & is_clear_BL,
-            accept(view.read.entropy_BL, state.rules.entropy_bound_X[at]) & is_clear_BL,
+            accept(result.read.entropy_BL, state.rules.entropy_bound_X[at]) & is_clear_BL,
         )
         near += int((~is_clear_BL).sum())
     assert near < 5

@@ -32,8 +32,11 @@ from sfumato import cli
 from sfumato.cli.view import show
 from sfumato.errors import InputError
 from sfumato.events import Commit, Decision, Done, Draft
+from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.remote import Remote
+from sfumato.remote.bodies import answer_body
+from sfumato.templates.requests import Complete
 from sfumato.templates.slots import Slot
 
 # ---- a Sfumato server -----------------------------------------------------------------------------------------------
@@ -117,6 +120,17 @@ def test_a_list_of_prompts_is_answered_in_its_order(ours: Scripted) -> None:
     remote = Remote(ours.url)
     assert [one.text for one in remote.complete(["first", "second"])] == ["FIRST", "SECOND"]
     assert remote.complete("alone").text == "ALONE" and remote.complete([]) == []
+
+
+@pytest.mark.parametrize("more", [{"blocks": ((0, 2),)}, {"embeddings": [[0.5]], "content": {1: b"cat"}}])
+def test_a_prompt_with_more_than_tokens_is_not_sent(ours: Scripted, more: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="embeddings or blocks cannot be sent to a server; give a text or token ids"):
+        Remote(ours.url).run(Complete(Prompt((3, 4), **more)))
+
+
+def test_token_ids_are_sent_as_they_are() -> None:
+    sent = [answer_body(Complete(prompt), True, True)["prompt"] for prompt in ([3, 4], Prompt((3, 4)), "ab")]
+    assert sent == [[3, 4], [3, 4], "ab"]
 
 
 def test_tools_go_out_and_calls_come_back(ours: Scripted) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sfumato.errors import InputError
-from sfumato.options import BIG, Use
+from sfumato.options import BIG, MOST_STEPS, Use
 from sfumato.server.http.bodies import Body, Choices, Count, Most
 from sfumato.server.http.options import OptionsBody, option_field
 from sfumato.server.openai.bodies import Messages
@@ -81,6 +81,6 @@ class DecisionsRequest(Prompted):
     fields_: Annotated[
         dict[str, Annotated[Choices, Field(min_length=2)]], Field(min_length=1), Most("max_fields", "fields")
     ] = Field(alias="fields", description="Field -> its choices.")
-    steps: int | None = Field(None, ge=1, le=4096)
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     seed: int | None = option_field("seed")
     user: str | None = None
