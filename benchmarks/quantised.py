@@ -42,6 +42,8 @@ from sfumato.measure.work import size
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products
 from sfumato.model.passes import Pass
+from sfumato.ops.packed import CODES
+from sfumato.quant import recipes
 from sfumato.quant.apply import quantize_
 from sfumato.quant.calibrate import correlation_of, importance_of
 from sfumato.quant.recipes import named
@@ -57,11 +59,12 @@ Calibration = tuple[dict[str, Tensor], dict[str, Tensor]]
 OUTPUT, DOCS = ROOT / "benchmarks" / "results" / "quantised.json", ROOT / "docs" / "quantisation.md"
 BEGIN, END = "<!-- quantised -->", "<!-- /quantised -->"
 CALIBRATED, WEIGHED = ", calibrated", ", weighed"
-RECIPES = ("int8", "fp8", "int4", "int4-fp8", "nvfp4", "int4-small")
+RECIPES = tuple(recipes.RECIPES)
 ROWS = (
     *("float32", "bf16", *RECIPES),
     *(f"{name}{CALIBRATED}" for name in RECIPES),
-    *(f"{name}{WEIGHED}" for name in RECIPES[2:]),  # 8 bits have no search that could weigh
+    # 8 bits have no search that could weigh.
+    *(f"{name}{WEIGHED}" for name in RECIPES if any(CODES[kind].bits < 8 for kind in named(name).kinds)),
 )
 """What is measured on nano. The half a billion has no float32 row, and random weights no text to learn from."""
 SEED, BATCH = 7, 50

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ TARGETS = {
     "gguf-q8_0": "one GGUF file: llama.cpp",
     "gguf-bf16": "one GGUF file in full precision",
 }
-"""What `convert` writes, by name."""
+"""What `convert` writes, by name; how, `_PLANS` and `_to_gguf` say."""
 TOKENIZER = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
 _TEMPLATE = "chat_template.jinja"
 
@@ -126,33 +127,56 @@ def _to_folder(
     calibration: Mapping[str, Tensor] | None,
     force: bool,
 ) -> int:
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
-    is_gemma4 = config.get("model_type") == GEMMA4
-    metadata: dict[str, str] = {}
     if to in recipes.RECIPES:
         planned, changes, metadata = _in_recipe(checkpoint, entries, recipes.RECIPES[to], calibration)
-    elif to == "bf16":
-        planned, _ = plan_released(checkpoint, lambda name: None, dtype=torch.bfloat16)
-        changes = {"dtype": "bfloat16"}
-        if is_gemma4:  # under its own names, which its other readers know
-            planned = [replace(one, name=name) for one in planned if (name := gemma4.name_of(one.name))]
-    elif to == "compressed-fp8":
-        from sfumato.checkpoints.formats.compressed import plan_compressed
-
-        if is_gemma4:
-            raise InputError(f"{to} is written of DiffusionGemma alone; take bf16 or a recipe for a Gemma 4")
-        planned, changes = plan_compressed(checkpoint)
     else:
-        from sfumato.checkpoints.formats.mlx import plan_mlx
-
-        planned, changes = plan_mlx(checkpoint, 4 if to == "mlx-4bit" else 8)
+        (planned, changes), metadata = _PLANS[to](checkpoint), {}
     _check_room(target, sum(tensor.nbytes for tensor in planned))
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
     with tempfile.TemporaryDirectory() as temporary:
         files = _files(checkpoint, Path(temporary))
         files["config.json"] = as_json({**config, **changes})
         plan = PlannedFolder(planned, metadata, files, source=_fingerprint(checkpoint, to, calibration))
         write_shards(target, plan, progress, force)
     return sum(file.stat().st_size for file in target.glob("model*.safetensors"))
+
+
+Plan = tuple[list[Planned], dict[str, Any]]
+"""The tensors of a folder, and what its config.json says beside the checkpoint's own."""
+
+
+def _in_bf16(checkpoint: Checkpoint) -> Plan:
+    planned, _ = plan_released(checkpoint, lambda name: None, dtype=torch.bfloat16)
+    if _is_gemma4(checkpoint):  # under its own names, which its other readers know
+        planned = [replace(one, name=name) for one in planned if (name := gemma4.name_of(one.name))]
+    return planned, {"dtype": "bfloat16"}
+
+
+def _in_compressed(checkpoint: Checkpoint) -> Plan:
+    from sfumato.checkpoints.formats.compressed import plan_compressed
+
+    if _is_gemma4(checkpoint):
+        raise InputError("compressed-fp8 is written of DiffusionGemma alone; take bf16 or a recipe for a Gemma 4")
+    return plan_compressed(checkpoint)
+
+
+def _in_mlx(checkpoint: Checkpoint, bits: int) -> Plan:
+    from sfumato.checkpoints.formats.mlx import plan_mlx
+
+    return plan_mlx(checkpoint, bits)
+
+
+def _is_gemma4(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get("model_type") == GEMMA4
+
+
+_PLANS: dict[str, Callable[[Checkpoint], Plan]] = {
+    "bf16": _in_bf16,
+    "compressed-fp8": _in_compressed,
+    "mlx-4bit": partial(_in_mlx, bits=4),
+    "mlx-8bit": partial(_in_mlx, bits=8),
+}
+"""How each of `TARGETS` that is a folder, and no recipe, is planned."""
 
 
 def _in_recipe(

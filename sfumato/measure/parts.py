@@ -28,7 +28,6 @@ from sfumato.measure.work import (
     Precision,
     Work,
     group_of,
-    multiplied_as,
     pass_work,
     step_work,
     vocabulary_work,
@@ -37,6 +36,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.model.network import Model, products, replace_
 from sfumato.ops import load as load_ops
+from sfumato.ops.contract import Matrix
 from sfumato.ops.packed import Packed
 from sfumato.options import Options
 from sfumato.quant.apply import samples
@@ -307,13 +307,11 @@ class Counted:
         return step_work(self.config, self.weights, context)
 
 
-def _stored_as(weight: Any, plain: str) -> tuple[str, str]:
+def _stored_as(weight: Matrix, plain: str) -> tuple[str, str]:
     """(how a weight lies there, what it is multiplied as), whatever form the operations gave it."""
-    kind = plain if isinstance(weight, torch.Tensor) else weight.kind
-    if not isinstance(kind, str):  # of the cpu operations, in panels
-        kind = {2: "int8"}.get(kind, plain)
-    is_grouped = isinstance(weight, Packed) and kind == "int8" and weight.scale.dim() == len(weight.shape)
-    return kind, multiplied_as(kind, plain, is_grouped)
+    if isinstance(weight, torch.Tensor):
+        return plain, plain
+    return weight.stored or plain, weight.product or plain
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------

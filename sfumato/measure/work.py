@@ -129,7 +129,7 @@ class Precision:
             counts[group] += math.prod(shape)
             stored[group] += _bytes(shape, form, bits // 8)
             if form is not None:
-                kinds[group] = multiplied_as(form.kind, product)
+                kinds[group] = form.product or product
         kept = {g: Kept(8 * stored[g] / counts[g], kinds[g]) if counts[g] else plain for g in GROUPS if g != "plain"}
         return cls(name, **kept, plain=plain)
 
@@ -144,11 +144,6 @@ def group_of(own: str) -> str:
         return "conditioning"
     place = next((part for part in (".experts.", ".self_attn.", ".mlp.") if part in own), "")
     return {"": "plain", ".experts.": "experts"}.get(place, "dense")
-
-
-def multiplied_as(kind: str, plain: str, is_grouped: bool = False) -> str:
-    """The kind of product that weights of a packed kind meet: int8 and fp8 their own, all others are unpacked."""
-    return kind if kind in ("int8", "fp8") and not is_grouped else plain
 
 
 @functools.lru_cache(maxsize=16)

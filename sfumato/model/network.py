@@ -271,7 +271,7 @@ def weights_of(model: Model) -> Iterator[Tensor]:
     for owner, name in products(model):
         weight = getattr(owner, name)
         if not isinstance(weight, Tensor):
-            yield from (part for part in vars(weight).values() if isinstance(part, Tensor))
+            yield from weight.tensors
     yield model.embed_scale
 
 
@@ -290,8 +290,8 @@ def pack_(part: nn.Module, ops: Ops) -> None:
         if packed is not plain:
             replace_(owner, name, packed)
     for module in part.modules():
-        if isinstance(module, nn.Embedding) and ops.settle is not None:
-            ops.settle(module.weight.data)
+        if isinstance(module, nn.Embedding) and ops.place_embedding_ is not None:
+            ops.place_embedding_(module.weight.data)
 
 
 class Model(nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.network import Model
-from sfumato.ops.contract import Matrix
+from sfumato.ops.contract import Matrix, Weight, tensors_of
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -37,8 +37,8 @@ _OTHERS = tuple(f"self_attn.{side}_proj.weight" for side in "qkvo") + tuple(
 
 _ALIGNED = 256
 """Bytes: where each tensor of a buffer begins, as the allocator would have it."""
-_MOST_PARTS = 4
-"""Tensors of one packed weight: data, scale, bias, factor."""
+_MOST_TENSORS = 6
+"""Of one weight: data, scale, bias and factor of a packed one, and two low-rank factors beside it."""
 
 Held = TypeVar("Held", bound=Matrix)
 """A weight of any form; what becomes of it has the same."""
@@ -136,7 +136,7 @@ def plan(
 
 def sizes_of(model: Model) -> dict[str, int]:
     """Bytes of each tensor of a model as it is, packed ones whole, by own name."""
-    return {name: sum(part.nbytes for part in _parts(getattr(owner, leaf))) for name, owner, leaf in _places(model)}
+    return {name: sum(part.nbytes for part in tensors_of(getattr(owner, leaf))) for name, owner, leaf in _places(model)}
 
 
 def packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, pack: Callable[[Tensor], Matrix]) -> int:
@@ -145,7 +145,7 @@ def packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, pack: Callable[[Ten
     `pack` is `Ops.pack`, or a format and then that."""
     *stack, outputs, inputs = shape
     sample = torch.zeros(*[1 for _ in stack], outputs, inputs, dtype=dtype)
-    return sum(part.nbytes for part in _parts(pack(sample))) * (stack[0] if stack else 1)
+    return sum(part.nbytes for part in tensors_of(pack(sample))) * (stack[0] if stack else 1)
 
 
 def _spread(count: int, layers: int) -> tuple[int, ...]:
@@ -165,7 +165,7 @@ def _placement(
     on_host = {name: size for name, size in sizes.items() if draft.is_on_host(name)}
     needed = dict.fromkeys(streamed, 0)
     for name, size in on_host.items():
-        needed[int(name.split(".")[1])] += size + _MOST_PARTS * _ALIGNED
+        needed[int(name.split(".")[1])] += size + _MOST_TENSORS * _ALIGNED
     host_bytes = sum(on_host.values())
     return dataclasses.replace(
         draft,
@@ -240,7 +240,7 @@ def to_host(value: Held, device: torch.device | str) -> Held:
         return _each(value, move)
     except RuntimeError as error:  # pinning fails with CUDA's own words
         raise CapacityError(
-            f"host memory has no room to pin {_size(sum(part.nbytes for part in _parts(value)))} more: "
+            f"host memory has no room to pin {_size(sum(part.nbytes for part in tensors_of(value)))} more: "
             f"{str(error).splitlines()[0]}; raise the memory limit, so that less is streamed"
         ) from error
 
@@ -365,7 +365,7 @@ class Feeder:
         buffer.layer = None  # until the copy has begun: it may fail
         pairs: list[tuple[Tensor, Tensor]] = []
         for weight in self.weights[layer]:
-            pairs += zip(_parts(weight.views[buffer.number]), _parts(weight.host), strict=True)
+            pairs += zip(tensors_of(weight.views[buffer.number]), tensors_of(weight.host), strict=True)
         buffer.arrival = _begin(pairs, self.link)
         buffer.layer = layer
         return buffer
@@ -402,29 +402,14 @@ def _places(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     places = []
     for path, module in model.named_modules():
         for leaf, value in [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]:
-            if _parts(value):
+            if isinstance(value, (Tensor, Weight)):
                 places.append((f"{path}.{leaf}" if path else leaf, module, leaf))
     return places
 
 
-def _fields(value: Any) -> dict[str, Tensor]:
-    """The tensors of a packed weight, whichever operations packed it."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return {}
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return {name: part for name, part in fields.items() if isinstance(part, Tensor)}
-
-
-def _parts(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(_fields(value).values())
-
-
 def _each(value: Held, change: Callable[[Tensor], Tensor]) -> Held:
     """The weight with each of its tensors changed."""
-    if isinstance(value, Tensor):
-        return cast(Held, change(value))
-    parts: dict[str, Any] = {name: change(part) for name, part in _fields(value).items()}
-    return cast(Held, dataclasses.replace(cast(Any, value), **parts))
+    return cast(Held, change(value) if isinstance(value, Tensor) else value.each(change))
 
 
 def _set(owner: nn.Module, leaf: str, value: Matrix) -> None:
@@ -439,7 +424,7 @@ def _set(owner: nn.Module, leaf: str, value: Matrix) -> None:
 
 def _end(start: int, value: Matrix) -> int:
     """Where a buffer goes on behind this weight."""
-    return start + sum(-(-part.nbytes // _ALIGNED) * _ALIGNED for part in _parts(value))
+    return start + sum(-(-part.nbytes // _ALIGNED) * _ALIGNED for part in tensors_of(value))
 
 
 def _view(value: Held, buffer: Tensor, start: int) -> Held:

@@ -11,8 +11,9 @@ implementation's layout, or a base with low-rank factors. It lacks a registry: `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ NEVER = -1e30
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Weight(Protocol):
-    """A weight [O, I], or a stack [E, O, I], in a form of its own.
+    """A weight [O, I], or a stack [E, O, I], in a form of its own, which may hold further weights.
 
-    It is a dataclass whose tensors are its fields, so that it can be moved and measured whatever it means
-    (`model/offload.py`)."""
+    `tensors` and `each` reach all of its tensors, so that it can be counted and moved whatever it means
+    (`model/offload.py`). A weight knows nothing of the rows that are multiplied with it: one adapter for each row of a
+    batch needs more than this protocol."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,6 +43,25 @@ class Weight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that its tensors take."""
+        ...
+
+    @property
+    def stored(self) -> str | None:
+        """The name of its codes, as `Packed.kind` has it; None where it lies in plain numbers."""
+        ...
+
+    @property
+    def product(self) -> str | None:
+        """The number format of its products, where it has one of its own ("int8"); None: they are in x's."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of its tensors, those of weights inside it too, always in the same order."""
+        ...
+
+    def each(self, change: Callable[[Tensor], Tensor], /) -> Self:
+        """This with each of `tensors` changed, in their order; what it means stays."""
         ...
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -62,6 +84,11 @@ Matrix = Tensor | Weight
 def dense(weight: Matrix, dtype: torch.dtype) -> Tensor:
     """The plain weight: a tensor as it is, any other form in this dtype."""
     return weight if isinstance(weight, Tensor) else weight.dense(dtype)
+
+
+def tensors_of(weight: Matrix) -> tuple[Tensor, ...]:
+    """A plain weight itself, or all tensors of any other form."""
+    return (weight,) if isinstance(weight, Tensor) else weight.tensors
 
 
 def round_input(x: Tensor, weight: Matrix) -> Tensor:
@@ -332,7 +359,7 @@ class EmbedSoftly(Protocol):
         ...
 
 
-class Settle(Protocol):
+class PlaceEmbedding(Protocol):
     """Make a weight that is read as it lies, the embedding, faster to read; its place and numbers stay."""
 
     def __call__(self, weight: Tensor, /) -> None:
@@ -414,7 +441,7 @@ class Ops:
     join: Join
     read_out: ReadCanvas
     soft_embedding: EmbedSoftly
-    settle: Settle | None = None
+    place_embedding_: PlaceEmbedding | None = None
     block: RunBlock | None = None
     """None: the model calls a block's operations one by one."""
     is_recordable: bool = False

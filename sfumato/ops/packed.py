@@ -62,9 +62,24 @@ class Packed:
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `contract.Weight`: those of `parts`."""
+        return tuple(self.parts.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(part.nbytes for part in self.parts.values())
+        return sum(part.nbytes for part in self.tensors)
+
+    @property
+    def stored(self) -> str:
+        """See `contract.Weight`."""
+        return self.kind
+
+    @property
+    def product(self) -> str | None:
+        """See `contract.Weight`."""
+        return self.code.product_of(self)
 
     @property
     def device(self) -> torch.device:
@@ -93,11 +108,6 @@ class Packed:
         return self.each(lambda part: part[expert], self.shape[1:])
 
 
-def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`Packed.dense`, as a function."""
-    return packed.dense(dtype)
-
-
 # ---- what the codes of a format stand for ----------------------------------------------------------------------------
 
 
@@ -124,6 +134,8 @@ class Code(ABC):
     bits: ClassVar[int]
     least: ClassVar[int] = 1
     """Inputs that are packed together at least."""
+    product: ClassVar[str | None] = None
+    """The number format in which a weight with one scale an output is multiplied; None: it is unpacked to x's."""
 
     @abstractmethod
     def unpack(self, packed: Packed) -> Tensor:
@@ -137,9 +149,13 @@ class Code(ABC):
         """The left side of a product: x as it is."""
         return x
 
+    def product_of(self, packed: Packed) -> str | None:
+        """`product`, or None where this weight is unpacked all the same."""
+        return self.product
+
 
 class _Int8Code(Code):
-    name, bits = "int8", 8
+    name, bits, product = "int8", 8, "int8"
 
     def unpack(self, packed: Packed) -> Tensor:
         if not packed.is_grouped:
@@ -149,6 +165,9 @@ class _Int8Code(Code):
     def grid(self, packed: Packed) -> Grid:
         whole = torch.arange(-127, 128, dtype=torch.int8)
         return _grid(packed, whole.float(), whole.view(torch.uint8), 0, 1)
+
+    def product_of(self, packed: Packed) -> str | None:
+        return None if packed.is_grouped else self.product
 
 
 class _Int4Code(Code):
@@ -168,7 +187,7 @@ class _Int4Code(Code):
 
 
 class _FP8Code(Code):
-    name, bits = "fp8", 8
+    name, bits, product = "fp8", 8, "fp8"
 
     def unpack(self, packed: Packed) -> Tensor:
         scale = packed.scale

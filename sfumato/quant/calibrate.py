@@ -27,7 +27,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products
 from sfumato.ops import load as load_ops
 from sfumato.ops.contract import Matrix, Ops
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import Recipe
 
@@ -226,8 +226,8 @@ def rounded(weight: Tensor, form: str | Format, correlation: Tensor) -> Packed:
         return pack(weight, form)
     packed = pack(weight, form, (square / mean + DAMP).float())
     grid = packed.code.grid(packed)
-    value, start = grid.values, unpack(_filled(packed, grid.zero))
-    step = unpack(_filled(packed, grid.one)) - start
+    value, start = grid.values, _filled(packed, grid.zero).dense()
+    step = _filled(packed, grid.one).dense() - start
     order = square.argsort(descending=True)
     damped = correlation[order][:, order] / mean
     damped.diagonal().add_(DAMP)

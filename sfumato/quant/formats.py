@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import InputError
-from sfumato.ops.packed import BLOCK, CODES, Packed, e2m1_values, power_of_two, unpack
+from sfumato.ops.packed import BLOCK, CODES, Packed, e2m1_values, power_of_two
 
-__all__ = ["FORMATS", "Format", "Packed", "error", "pack", "unpack"]
+__all__ = ["FORMATS", "Format", "Packed", "error", "pack"]
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of each tensor of a packed weight, by the name of its field in `Packed`."""
@@ -60,6 +60,11 @@ class Format(ABC):
     def name(self) -> str:
         """As `named` takes it."""
         return self.kind
+
+    @property
+    def product(self) -> str | None:
+        """The number format in which such weights are multiplied; None: they are unpacked to that of x."""
+        return CODES[self.kind].product
 
     @property
     def rows_are_apart(self) -> bool:
@@ -119,7 +124,7 @@ def error(weight: Tensor, packed: Packed) -> float:
     squares = total = 0.0
     stack = [(weight, packed)] if weight.dim() == 2 else [(weight[e], packed[e]) for e in range(len(weight))]
     for exact, codes in stack:
-        squares += float((unpack(codes).double() - exact.double()).square().sum())
+        squares += float((codes.dense().double() - exact.double()).square().sum())
         total += float(exact.double().square().sum())
     return math.sqrt(squares / total) if total else math.sqrt(squares)
 

@@ -35,7 +35,7 @@ from sfumato.ops.contract import dense
 from sfumato.ops.packed import Packed
 from sfumato.quant import recipes
 from sfumato.quant.apply import quantize_
-from sfumato.quant.formats import pack, unpack
+from sfumato.quant.formats import pack
 from sfumato.system import files
 
 RECIPES = list(recipes.RECIPES)
@@ -436,11 +436,11 @@ def test_a_part_of_a_stack_is_read_alone(written: dict[str, Path]) -> None:
     entry = open_checkpoint(written["int4"]).entries[DOWN]
     assert entry.packed is not None
     whole = entry.packed(0, entry.shape[0])
-    assert torch.equal(unpack(entry.packed(1, 3)), unpack(whole)[1:3])
-    assert torch.equal(entry.read(2, 3), unpack(whole)[2:3])
+    assert torch.equal(entry.packed(1, 3).dense(), whole.dense()[1:3])
+    assert torch.equal(entry.read(2, 3), whole.dense()[2:3])
     exact = load("nano").layers[0].get_submodule("experts").down_proj
     assert isinstance(exact, Tensor)
-    assert torch.equal(unpack(whole), unpack(pack(exact.detach(), "int4")))
+    assert torch.equal(whole.dense(), pack(exact.detach(), "int4").dense())
 
 
 # ---- with a limit of memory -----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sfumato.measure.capture import Variant, meta_model, meta_step, watch
 from sfumato.ops import load, triton
+from sfumato.quant import recipes
 
 pytest.importorskip("triton")
 SLIDING, FULL = tiny.THIN_SLIDING, tiny.THIN_FULL
@@ -82,7 +83,7 @@ def experts_arguments(model: Any) -> list[Tensor]:
     return [x, index, weight, experts.gate_up_proj, experts.down_proj]
 
 
-RECIPES = ("", "int8", "fp8", "int4", "int4-fp8", "nvfp4", "int4-small")
+RECIPES = ("", *recipes.RECIPES)
 BOTH = (False, True)
 FLAGS: list[dict[str, Any]] = [
     {"bans": bans, "has_pins": pins, "has_early": early} for bans, pins, early in product((0, 4), BOTH, BOTH)

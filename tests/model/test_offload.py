@@ -35,7 +35,7 @@ from sfumato.ops.contract import Matrix
 from sfumato.ops.packed import Packed
 from sfumato.options import Options
 
-SLACK = 4 * 256
+SLACK = 6 * 256
 """What a buffer reserves beside each tensor, so that its parts can be aligned."""
 
 

@@ -34,7 +34,7 @@ from sfumato.ops import contract, cpu, reference
 from sfumato.ops.contract import BlockPass, JoinNorms, Layer, dense
 from sfumato.ops.cpu import build, calls, memory
 from sfumato.ops.masks import Mask
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed
 from sfumato.quant import formats
 
 pytestmark = pytest.mark.skipif(build.obstacle() is not None, reason=f"the library cannot be built: {build.obstacle()}")
@@ -246,7 +246,7 @@ def test_linear_in_groups(way: str, dtype: torch.dtype, name: str, rows: int, ou
     """Codes meet x in bfloat16 and are exact; scales multiply in float32: nearer than unpacked bfloat16 weights."""
     x, packed = random(rows, inputs, dtype=dtype), grouped(random(outputs, inputs, seed=1), name)
     kept = torch.bfloat16 if packed.group < 32 else torch.float32  # narrower than a tile: rounded before the product
-    exact = x.bfloat16().double() @ unpack(packed, kept).double().T
+    exact = x.bfloat16().double() @ packed.dense(kept).double().T
     check_close(cpu.linear(x, cpu.pack(packed))[0], exact, None, dtype, slack=64)
 
 
@@ -257,7 +257,7 @@ def test_scales_of_groups_in_any_dtype(way: str, dtype: torch.dtype) -> None:
     packed = replace(packed, scale=packed.scale.to(dtype), bias=packed.bias.to(dtype))
     packed.scale[0, 0] = torch.finfo(torch.float16).smallest_normal / 4  # subnormal in float16
     x = random(9, 256)
-    exact = x.bfloat16().double() @ unpack(packed).double().T
+    exact = x.bfloat16().double() @ packed.dense().double().T
     check_close(cpu.linear(x, cpu.pack(packed))[0], exact, None, torch.float32, slack=64)
 
 

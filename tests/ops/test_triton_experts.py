@@ -15,7 +15,7 @@ import triton_fp8
 import triton_interpreter
 
 from sfumato.ops import reference
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed
 from sfumato.ops.triton import ahead, experts, forms, route, tuning
 from sfumato.quant import formats
 
@@ -50,7 +50,7 @@ def packed(weight: Tensor, kind: str) -> Tensor | Packed:
 
 
 def whole(weight: Tensor | Packed) -> Tensor:
-    return unpack(weight) if isinstance(weight, Packed) else weight.float()
+    return weight.dense() if isinstance(weight, Packed) else weight.float()
 
 
 def relative(got: Tensor, exact: Tensor) -> float:

@@ -17,7 +17,7 @@ import triton_interpreter
 
 from sfumato.errors import InputError
 from sfumato.ops import reference
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed
 from sfumato.ops.triton import ahead, forms, linear, product, tuning
 from sfumato.quant import formats
 
@@ -46,7 +46,7 @@ def fitted(size: int, kind: str) -> int:
 
 
 def whole(weight: Tensor | Packed) -> Tensor:
-    return unpack(weight) if isinstance(weight, Packed) else weight.float()
+    return weight.dense() if isinstance(weight, Packed) else weight.float()
 
 
 def met(x: Tensor, kind: str) -> Tensor:
@@ -169,7 +169,7 @@ def test_one_group_for_all_inputs() -> None:
     x, weight = normal(3, 96), Packed("int4", (20, 96), code, scale, 96, bias=normal(20, 1, seed=3))
     with tuning.using("linear", **{**SMALL, "BLOCK_K": 128}):
         (out,) = linear.linear(x, forms.pack(weight))
-    assert relative(out, F.linear(x, unpack(weight))) < 1e-6
+    assert relative(out, F.linear(x, weight.dense())) < 1e-6
 
 
 @pytest.mark.parametrize("stores", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
@@ -272,7 +272,7 @@ def test_pack() -> None:
         codes = formats.pack(weight, kind)
         laid = forms.pack(codes.each(lambda part: part.repeat_interleave(2, 1)[:, ::2]))
         assert isinstance(laid, Packed) and laid.kind == codes.kind and laid.shape == (3, 8, 64)
-        assert all(part.is_contiguous() for part in laid.parts.values()) and torch.equal(whole(laid), unpack(codes))
+        assert all(part.is_contiguous() for part in laid.parts.values()) and torch.equal(whole(laid), codes.dense())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from sfumato.errors import InputError
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products
 from sfumato.ops.contract import Matrix
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed
 from sfumato.quant import calibrate
 from sfumato.quant.apply import quantize_
 from sfumato.quant.formats import FORMATS, pack
@@ -55,7 +55,7 @@ def correlated(rows: int, inputs: int, seed: int = 0) -> Tensor:
 def error_of(x: Tensor, weight: Tensor, packed: Packed) -> float:
     """Of the product, relative."""
     exact = x @ weight.mT
-    return float((x @ unpack(packed).mT - exact).norm() / exact.norm())
+    return float((x @ packed.dense().mT - exact).norm() / exact.norm())
 
 
 # ---- what is heard ---------------------------------------------------------------------------------------------------
@@ -186,9 +186,9 @@ def test_without_correlations_it_rounds_to_the_nearest(form: str) -> None:
     """Inputs that do not move together have nothing to hand on: the codes are those of `pack`, but for ties."""
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
     results, plain = calibrate.rounded(weight, form, torch.eye(64)), pack(weight, form)
-    same = unpack(results) == unpack(plain)
+    same = results.dense() == plain.dense()
     assert float(same.float().mean()) > 0.999
-    assert torch.allclose(unpack(results), unpack(plain), atol=float(weight.abs().max()) / 4)
+    assert torch.allclose(results.dense(), plain.dense(), atol=float(weight.abs().max()) / 4)
 
 
 def test_blocks_hand_on_what_one_input_at_a_time_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_blocks_hand_on_what_one_input_at_a_time_does(monkeypatch: pytest.Monkey
     whole = calibrate.rounded(weight, "int4", x.mT @ x)
     monkeypatch.setattr(calibrate, "_BLOCK", 7)
     parts = calibrate.rounded(weight, "int4", x.mT @ x)
-    assert float((unpack(whole) == unpack(parts)).float().mean()) > 0.98
+    assert float((whole.dense() == parts.dense()).float().mean()) > 0.98
     assert math.isclose(error_of(x, weight, whole), error_of(x, weight, parts), rel_tol=0.05)
 
 
@@ -209,7 +209,7 @@ def test_a_stack_is_rounded_expert_by_expert() -> None:
         assert results.shape == (3, 32, 64)
         for expert in range(3):
             one = calibrate.rounded(weight[expert], form, pairs[expert])
-            assert torch.equal(unpack(results[expert]), unpack(one))
+            assert torch.equal(results[expert].dense(), one.dense())
 
 
 def test_inputs_that_were_never_seen_do_no_harm() -> None:
@@ -219,9 +219,9 @@ def test_inputs_that_were_never_seen_do_no_harm() -> None:
     half[:32, :32] = torch.eye(32)
     for statistics in (torch.zeros(64, 64), half, torch.ones(64, 64)):
         for form in ("int4", "nvfp4", "fp8"):
-            value = unpack(calibrate.rounded(weight, form, statistics))
+            value = calibrate.rounded(weight, form, statistics).dense()
             assert bool(value.isfinite().all()) and bool((value[3] == 0).all())
-    assert torch.equal(unpack(calibrate.rounded(weight, "int4", torch.zeros(64, 64))), unpack(pack(weight, "int4")))
+    assert torch.equal(calibrate.rounded(weight, "int4", torch.zeros(64, 64)).dense(), pack(weight, "int4").dense())
 
 
 # ---- a whole model ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from sfumato.errors import InputError
 from sfumato.ops.contract import dense, round_input
 from sfumato.quant import formats
-from sfumato.quant.formats import FORMATS, Format, Packed, error, pack, unpack
+from sfumato.quant.formats import FORMATS, Format, Packed, error, pack
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -39,7 +39,7 @@ def adversarial(rows: int, inputs: int) -> torch.Tensor:
 def test_error_is_bounded(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     weight = weights(*shape, dtype=dtype)
     form = pack(weight, name)
-    back = unpack(form)
+    back = form.dense()
     assert form.shape == back.shape == shape and back.dtype == torch.float32
     wrong = (back - weight.float()).abs()
     largest = weight.float().abs().amax(-1, keepdim=True)
@@ -66,9 +66,9 @@ def test_the_layout_is_what_the_format_says(name: str) -> None:
         assert {k: (v.dtype, tuple(v.shape)) for k, v in packed.parts.items()} == form.parts(shape)
         assert packed.nbytes == sum(part.nbytes for part in packed.parts.values())
         moved = packed.to("cpu")
-        assert isinstance(moved, Packed) and torch.equal(unpack(moved), unpack(packed))
+        assert isinstance(moved, Packed) and torch.equal(moved.dense(), packed.dense())
         if len(shape) == 3 and name != "fp8-block":
-            assert torch.equal(unpack(packed[1]), unpack(packed)[1])
+            assert torch.equal(packed[1].dense(), packed.dense()[1])
 
 
 def test_int4_keeps_the_even_input_low() -> None:
@@ -76,14 +76,14 @@ def test_int4_keeps_the_even_input_low() -> None:
     form = pack(weight, "int4-g32")
     assert form.data[0, 0].item() == (1 << 4) | 15
     assert (form.data[0, 1:] == 0x88).all()
-    assert torch.equal(unpack(form), weight)
+    assert torch.equal(form.dense(), weight)
 
 
 def test_int4_uses_the_code_that_one_side_has_more() -> None:
     weight = torch.zeros(1, 32)
     weight[0, :16] = 8.0 * torch.tensor([1, 0.125, -0.25, 0.5]).repeat(4)
     form = pack(weight, "int4-g32")
-    assert torch.equal(unpack(form), weight)  # 8 is no code; -8 with a scale below zero is
+    assert torch.equal(form.dense(), weight)  # 8 is no code; -8 with a scale below zero is
     assert form.scale.item() == -1.0
 
 
@@ -98,7 +98,7 @@ def test_int4_is_better_than_plain_rounding() -> None:
     groups = weight.reshape(64, 4, 64)
     scale = groups.abs().amax(-1, keepdim=True) / 7
     plain = (groups / scale).round() * scale - groups
-    assert (unpack(pack(weight, "int4")) - weight).pow(2).mean() < 0.85 * plain.pow(2).mean()
+    assert (pack(weight, "int4").dense() - weight).pow(2).mean() < 0.85 * plain.pow(2).mean()
     assert error(weight, pack(weight, "int4-asym")) < error(weight, pack(weight, "int4"))
     shifted = weight + 0.1
     assert error(shifted, pack(shifted, "int4-asym")) < 0.6 * error(shifted, pack(shifted, "int4"))
@@ -107,12 +107,12 @@ def test_int4_is_better_than_plain_rounding() -> None:
 def test_importance_moves_the_error_where_it_costs_least() -> None:
     weight, importance = weights(32, 128), torch.ones(128)
     importance[:16] = 100
-    plain, weighed = (unpack(pack(weight, "int4", counts)) - weight for counts in (None, importance))
+    plain, weighed = (pack(weight, "int4", counts).dense() - weight for counts in (None, importance))
     assert weighed[:, :16].norm() < 0.95 * plain[:, :16].norm()
     stack, each = weights(2, 32, 128), torch.stack([importance, torch.ones(128)])
     both = pack(stack, "int4", each)
-    assert torch.equal(unpack(both[0]), unpack(pack(stack[0], "int4", importance)))
-    assert torch.equal(unpack(both[1]), unpack(pack(stack[1], "int4")))
+    assert torch.equal(both[0].dense(), pack(stack[0], "int4", importance).dense())
+    assert torch.equal(both[1].dense(), pack(stack[1], "int4").dense())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -122,7 +122,7 @@ def test_nvfp4_unpacks_as_defined_in_float64(seed: int) -> None:
     data = torch.randint(256, (6, 32), generator=generator, dtype=torch.uint8)
     scale = torch.randint(127, (6, 4), generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn)
     factor = torch.rand(6, generator=generator) * 10.0 ** float(torch.randint(-6, 3, (1,), generator=generator))
-    got = unpack(Packed("nvfp4", (6, 64), data, scale, 16, None, factor))
+    got = Packed("nvfp4", (6, 64), data, scale, 16, None, factor).dense()
     for row in range(6):
         for place in range(64):
             byte = int(data[row, place // 2])
@@ -136,14 +136,14 @@ def test_nvfp4_unpacks_as_defined_in_float64(seed: int) -> None:
 def test_mxfp4_unpacks_as_defined_in_float64() -> None:
     data = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
     scale = torch.tensor([0, 1, 2, 64, 100, 126, 127, 128, 130, 150, 190, 200, 220, 250, 251, 252], dtype=torch.uint8)
-    got = unpack(Packed("mxfp4", (16, 32), data, scale[:, None], 32))
+    got = Packed("mxfp4", (16, 32), data, scale[:, None], 32).dense()
     for row in range(16):
         for place in range(32):
             byte = int(data[row, place // 2])
             code = byte & 15 if place % 2 == 0 else byte >> 4
             exact = (-1.0 if code & 8 else 1.0) * E2M1[code & 7] * 2.0 ** (int(scale[row]) - 127)
             assert got[row, place].item() == torch.tensor(exact, dtype=torch.float64).float().item()
-    assert unpack(Packed("mxfp4", (1, 32), data[:1], torch.tensor([[255]], dtype=torch.uint8), 32)).isnan().all()
+    assert Packed("mxfp4", (1, 32), data[:1], torch.tensor([[255]], dtype=torch.uint8), 32).dense().isnan().all()
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
@@ -156,20 +156,20 @@ def test_four_bit_floats_take_the_nearest_code(name: str) -> None:
     steps = []
     for code in range(16):
         every = torch.full_like(one.data, code | code << 4)
-        steps.append(unpack(Packed(name, (9, 64), every, packed.scale, packed.group, None, packed.factor)))
+        steps.append(Packed(name, (9, 64), every, packed.scale, packed.group, None, packed.factor).dense())
     distance = (torch.stack(steps, -1) - weight[..., None]).abs()
     chosen = distance.gather(-1, codes.reshape(9, 64, 1).long())[..., 0]
     # One more rounding lies between the quotient that chose the code and this difference.
     assert (chosen <= distance.amin(-1) * (1 + 1e-5) + weight.abs() * 1e-6).all()
     exact = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0] * 4])
     if name == "mxfp4":
-        assert unpack(pack(exact, name))[0, :8].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
+        assert pack(exact, name).dense()[0, :8].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_adversarial_rows(name: str) -> None:
     weight = adversarial(9, 64)
-    back = unpack(pack(weight, name))
+    back = pack(weight, name).dense()
     assert torch.isfinite(back).all() and not back[0].any()
     if "tensor" in name or "block" in name or name == "nvfp4":
         return  # one scale, or one factor, for rows that differ by 10^12
@@ -182,7 +182,7 @@ def test_adversarial_rows(name: str) -> None:
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
 def test_any_magnitude(name: str, factor: float) -> None:
     weight = weights(8, 64) * factor
-    back = unpack(pack(weight, name))
+    back = pack(weight, name).dense()
     assert torch.isfinite(back).all()
     most = 0.14 if "4" in Format.named(name).kind else 0.04
     assert ((back - weight).double().norm() / weight.double().norm()).item() < most
@@ -192,9 +192,9 @@ def test_any_magnitude(name: str, factor: float) -> None:
 def test_zero_rows(name: str) -> None:
     weight = weights(4, 64)
     weight[1] = 0
-    back = unpack(pack(weight, name))
+    back = pack(weight, name).dense()
     assert (back[1] == 0).all() and torch.isfinite(back).all()
-    assert (unpack(pack(torch.zeros(2, 3, 64), name)) == 0).all()
+    assert (pack(torch.zeros(2, 3, 64), name).dense() == 0).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -203,15 +203,15 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     whole = pack(weight, name)
     monkeypatch.setattr(formats, "_CHUNK", 200)
     parts = pack(weight, name)
-    assert torch.equal(unpack(whole), unpack(parts))
+    assert torch.equal(whole.dense(), parts.dense())
     assert torch.equal(whole.scale.view(torch.uint8), parts.scale.view(torch.uint8))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_unpack_rounds_once(name: str) -> None:
     form = pack(weights(8, 64), name)
-    assert torch.equal(unpack(form, torch.bfloat16), unpack(form).bfloat16())
-    assert torch.equal(dense(form, torch.bfloat16), unpack(form).bfloat16())
+    assert torch.equal(form.dense(torch.bfloat16), form.dense().bfloat16())
+    assert torch.equal(dense(form, torch.bfloat16), form.dense().bfloat16())
 
 
 def test_fp8_rounds_what_it_multiplies() -> None:

@@ -21,7 +21,7 @@ from sfumato.checkpoints.formats.experts import fused
 from sfumato.checkpoints.shards import Stored, short, stored_tensors
 from sfumato.errors import CheckpointError
 from sfumato.model.config import ModelConfig, read_json
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed
 
 FLOATS = ("BF16", "F16", "F32")
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -132,7 +132,7 @@ def _awq(name: str, weight: Stored, scales: Stored, zeros: Stored | None, group:
 
     def read(first: int, last: int) -> Tensor:
         if is_exact:
-            return unpack(packed(first, last))
+            return packed(first, last).dense()
         code, scale, zero = parts(first, last)
         assert zero is not None
         values: Tensor = code.unflatten(1, (-1, group)).float() - zero[..., None]

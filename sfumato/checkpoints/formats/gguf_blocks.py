@@ -2,7 +2,7 @@
 
 A row is cut into blocks of 32 or 256 values; a block holds codes, a scale in float16, in the K kinds also small integer
 scales a group, and in some an offset. All of these say code x scale (+ offset), group by group, and so does `Packed`:
-what is decoded here and what `ops.packed.unpack` makes of `packed` are the same bits. Sources: ggml's block layouts
+what is decoded here and what `Packed.dense` makes of `packed` are the same bits. Sources: ggml's block layouts
 (ggml-common.h) and the order of operations of its reference (the gguf package's quants.py).
 
 It lacks the 1- to 3-bit kinds and the IQ kinds. The encoders of Q4_K and Q6_K round to nearest, with no search for

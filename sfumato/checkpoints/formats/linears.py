@@ -24,7 +24,7 @@ from sfumato.checkpoints.names import VISION
 from sfumato.checkpoints.shards import Stored, short, stored_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import ModelConfig, read_json
-from sfumato.ops.packed import BLOCK, Packed, unpack
+from sfumato.ops.packed import BLOCK, Packed
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 _SCALES = ("BF16", "F16", "F32")
@@ -137,7 +137,7 @@ def _coded(name: str, codes: Stored, parts: Mapping[str, Stored]) -> Entry:
         )
     nbytes = codes.nbytes + sum(part.nbytes for part in parts.values())
     return Entry(
-        name, (rows, columns), nbytes, stored, exact or (lambda first, last: unpack(build(first, last))), build
+        name, (rows, columns), nbytes, stored, exact or (lambda first, last: build(first, last).dense()), build
     )
 
 
@@ -171,7 +171,7 @@ def _eight_bits(codes: Stored, scale: Stored) -> _Built:
 
 def _from_any_row(build: Callable[[int, int], Packed]) -> Callable[[int, int], Tensor]:
     """Values may be asked for from within a block, codes may not."""
-    return lambda first, last: unpack(build(first - first % BLOCK, last))[first % BLOCK :]
+    return lambda first, last: build(first - first % BLOCK, last).dense()[first % BLOCK :]
 
 
 def _fp4(codes: Stored, scale: Stored, outer: Stored | None) -> _Built:
@@ -199,7 +199,7 @@ def _divided(codes: Stored, scale: Stored, outer: Stored) -> Callable[[int, int]
     def read(first: int, last: int) -> Tensor:
         scales = _finite(scale, first, last).float() / _whole(outer)
         rows, columns = last - first, codes.shape[1] * 2
-        return unpack(Packed("nvfp4", (rows, columns), codes.read(first, last), scales, 16))
+        return Packed("nvfp4", (rows, columns), codes.read(first, last), scales, 16).dense()
 
     return read
 

@@ -26,7 +26,7 @@ from sfumato.checkpoints.names import DECODER, ENCODER, VISION
 from sfumato.checkpoints.shards import Planned, Stored, short, stored_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import ModelConfig, read_json
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 READS, WRITES, GROUPS = (4, 6, 8), (4, 8), (32, 64, 128)
@@ -125,7 +125,7 @@ def _affine(weight: Stored, scales: Stored, biases: Stored, bits: int, group: in
         shape=(*weight.shape[:-1], inputs),
         nbytes=weight.nbytes + scales.nbytes + biases.nbytes,
         stored=f"affine {bits}-bit, group {group}, {scales.dtype}",
-        read=lambda first, last: unpack(packed(first, last)),
+        read=lambda first, last: packed(first, last).dense(),
         packed=packed,
     )
 

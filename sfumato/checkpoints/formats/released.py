@@ -19,7 +19,7 @@ from torch import Tensor
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.shards import NAMES, PART, Planned, Stored, metadata, short, stored_tensors
 from sfumato.errors import CheckpointError
-from sfumato.ops.packed import Packed, unpack
+from sfumato.ops.packed import Packed
 from sfumato.quant.calibrate import fitted
 from sfumato.quant.formats import Format
 
@@ -99,7 +99,7 @@ def _packed_entry(folder: Path, name: str, form: Format, shape: tuple[int, ...],
         return Packed(form.kind, (last - first, *shape[1:]), tensors.pop("data"), group=group, **tensors)
 
     nbytes = sum(one.nbytes for one in parts.values())
-    return Entry(name, shape, nbytes, form.name, lambda first, last: unpack(packed(first, last)), packed)
+    return Entry(name, shape, nbytes, form.name, lambda first, last: packed(first, last).dense(), packed)
 
 
 def _rows(form: Format, first: int, last: int, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -30,8 +30,8 @@ from sfumato.ops.packed import Packed
 
 __all__ = [
     "AMX", "DOTS", "HUGE", "OPS", "PLAIN", "Panels", "attention", "block", "conclude_", "experts", "feed_forward",
-    "join", "linear", "load", "norm_add", "norm_rope", "obstacle", "pack", "read_out", "rms_norm", "route", "settle",
-    "soft_embedding",
+    "join", "linear", "load", "norm_add", "norm_rope", "obstacle", "pack", "place_embedding_", "read_out", "rms_norm",
+    "route", "soft_embedding",
 ]  # fmt: skip
 
 PLAIN, DOTS, AMX = range(3)
@@ -70,10 +70,10 @@ def _way() -> int:
     return int(build.library().sf_start())
 
 
-def settle(weight: Tensor) -> None:
+def place_embedding_(weight: Tensor) -> None:
     """Onto huge pages, where the system has them."""
     if weight.nbytes >= HUGE:
-        call("sf_settle", weight, weight.nbytes)
+        call("sf_place_embedding", weight, weight.nbytes)
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ OPS = Ops(
     join=join,
     read_out=read_out,
     soft_embedding=soft_embedding,
-    settle=settle,
+    place_embedding_=place_embedding_,
     block=block,
     conclude_=conclude_,
 )

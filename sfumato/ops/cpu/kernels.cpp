@@ -36,8 +36,8 @@ int sf_limit(int most) { // tests: no further way than this
     return way;
 }
 
-void sf_settle(void *data, long bytes,
-               int) { // whole huge pages of it; a system without them says no, and nothing is lost
+void sf_place_embedding(void *data, long bytes,
+                        int) { // whole huge pages of it; a system without them says no, and nothing is lost
     const uintptr_t page = 1 << 21, from = ((uintptr_t)data + page - 1) / page * page,
                     to = ((uintptr_t)data + bytes) / page * page;
     if (to <= from) return;

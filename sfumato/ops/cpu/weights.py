@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import c_long, c_void_p
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,9 +46,28 @@ class Panels:
     """int8: float32, one an output."""
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Panels, and scales where there are any."""
+        return (self.data,) if self.scale is None else (self.data, self.scale)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of panels and scales."""
-        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        return sum(part.nbytes for part in self.tensors)
+
+    @property
+    def stored(self) -> str | None:
+        """See `contract.Weight`."""
+        return None if self.scale is None else "int8"
+
+    @property
+    def product(self) -> str | None:
+        """See `contract.Weight`."""
+        return self.stored
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Panels:
+        """This with every tensor changed."""
+        return Panels(self.kind, self.shape, change(self.data), None if self.scale is None else change(self.scale))
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight in its own order: what the products multiply with, rounded once to `dtype`."""
@@ -123,7 +143,7 @@ def pack(weight: Matrix) -> Panels | Packed:
                 f"the cpu operations cannot take {reason}; choose ops='fused', or quantize='int8' or 'int4'"
             )
         if weight.is_grouped:
-            return weight if all(t.is_contiguous() for t in weight.parts.values()) else weight.each(Tensor.contiguous)
+            return weight if all(t.is_contiguous() for t in weight.tensors) else weight.each(Tensor.contiguous)
         return _in_panels(weight.data, weight.scale.contiguous())
     if not isinstance(weight, Tensor):
         raise InputError(f"the cpu operations cannot take a {type(weight).__name__}; choose ops='fused'")

@@ -123,8 +123,8 @@ def pack(weight: Matrix) -> Tensor | Packed:
 
 def refusal(weight: Packed) -> str | None:
     """What the kernels take in place of such a weight; None where they take it."""
-    if weight.kind not in CODES:
-        return f"only {', '.join(CODES)}"
+    if weight.kind not in CODES or weight.kind not in KINDS:
+        return f"only {', '.join(name for name in CODES if name in KINDS)}"
     kind = KINDS[weight.kind]
     if reason := kind.refusal(weight):
         return reason

@@ -15,7 +15,6 @@ from torch import Tensor
 from sfumato.checkpoints.checkpoint import Checkpoint
 from sfumato.checkpoints.formats.awq import open_awq
 from sfumato.errors import CheckpointError
-from sfumato.ops.packed import unpack
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs lies in a word's lowest four bits, in the next, and so on."""
@@ -67,12 +66,12 @@ def test_reads_exactly(tmp_path: Path, outputs: int, inputs: int, group: int, dt
     for first, last in ((0, 8), (3, 5), (7, outputs), (outputs - 1, outputs)):
         assert torch.equal(entry.read(first, last), value[first:last].float())
         if entry.packed:
-            assert torch.equal(unpack(entry.packed(first, last)), value[first:last].float())
+            assert torch.equal(entry.packed(first, last).dense(), value[first:last].float())
     assert (entry.packed is None) == (dtype == torch.float32)  # code x scale + bias would round otherwise
     if entry.packed:
         form = entry.packed(0, outputs)
         assert (form.kind, form.group, form.scale.dtype) == ("int4", inputs if group == -1 else group, torch.float32)
-        assert torch.equal(unpack(form), value.float())
+        assert torch.equal(form.dense(), value.float())
 
 
 def test_the_order_in_a_word(tmp_path: Path) -> None:
@@ -105,7 +104,7 @@ def test_without_zero_points(tmp_path: Path) -> None:
     expected = put(other, named("a", eights)).entries["a.weight"].read(0, 8)
     assert torch.equal(entry.read(0, 8), expected) and entry.packed
     form = entry.packed(0, 8)
-    assert form.bias is None and form.scale.dtype == torch.float16 and torch.equal(unpack(form), expected)
+    assert form.bias is None and form.scale.dtype == torch.float16 and torch.equal(form.dense(), expected)
 
 
 def test_experts_are_stacked(tmp_path: Path) -> None:
@@ -127,7 +126,7 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
         assert entry.shape == tuple(expected.shape) and entry.packed
         for first, last in ((0, 5), (3, 4)):
             assert torch.equal(entry.read(first, last), expected[first:last])
-            assert torch.equal(unpack(entry.packed(first, last)), expected[first:last])
+            assert torch.equal(entry.packed(first, last).dense(), expected[first:last])
 
 
 def test_plain_tensors_go_through(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sfumato.checkpoints.names import released_name
 from sfumato.checkpoints.shards import PlannedFolder, stored_tensors, write_shards
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import ModelConfig
-from sfumato.ops.packed import E2M1, unpack
+from sfumato.ops.packed import E2M1
 
 CONFIG = tiny_config(hidden_size=64, expert_size=32, intermediate_size=96, num_experts=3)
 LINEAR = "model.decoder.layers.0.self_attn.q_proj"
@@ -175,7 +175,7 @@ def test_reads_what_the_library_decompresses(tmp_path: Path, library: Any, case:
     ours = entry.read(0, shape[0])
     assert ours.isfinite().all() and ours.count_nonzero() > ours.numel() / 2
     assert same(ours, theirs)
-    packed = unpack(entry.packed(0, shape[0]))
+    packed = entry.packed(0, shape[0]).dense()
     if label == "nvfp4-pack-quantized":
         # Our order is ((code x scale) x 1/global), the library's code x (scale / global): two roundings each.
         assert ((packed - ours).abs() <= ours.abs() * 2.0**-22).all()
@@ -189,7 +189,7 @@ def test_reads_what_the_library_decompresses(tmp_path: Path, library: Any, case:
         with pytest.raises(InputError, match="row 3 begins none"):
             entry.packed(3, 13)
     first, last = (128, 300) if "/block" in case and shape[0] > 128 else (0, 13) if "block" in case else (3, 13)
-    assert torch.equal(unpack(entry.packed(first, last)), packed[first:last])
+    assert torch.equal(entry.packed(first, last).dense(), packed[first:last])
 
 
 @pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4", "W4A16", "W8A8"])
@@ -302,7 +302,7 @@ def test_written_and_read_again(tmp_path: Path, dtype: torch.dtype) -> None:
             assert entry.stored == "fp8" and entry.packed is not None
             packed = entry.packed(1, 3)
             assert packed.kind == "fp8" and packed.scale.shape == (2, *entry.shape[1:-1])
-            assert torch.equal(unpack(packed), after[1:3])
+            assert torch.equal(packed.dense(), after[1:3])
             # Three bits of mantissa, or half a step of the subnormal codes; the scale is what bfloat16 makes of it.
             peak = before.float().abs().amax(-1, keepdim=True)
             error = (after - before.float()).abs()
@@ -491,8 +491,8 @@ def test_experts_become_stacks(tmp_path: Path) -> None:
         assert entry.shape == whole.shape and entry.packed is not None and entry.stored == "nvfp4"
         assert torch.equal(entry.read(0, 3), whole) and torch.equal(entry.read(1, 2), whole[1:2])
         packed = entry.packed(0, 3)
-        assert packed.shape == whole.shape and torch.equal(unpack(packed), whole)
-        assert torch.equal(unpack(entry.packed(2, 3)), whole[2:]) and torch.equal(unpack(packed[1]), whole[1])
+        assert packed.shape == whole.shape and torch.equal(packed.dense(), whole)
+        assert torch.equal(entry.packed(2, 3).dense(), whole[2:]) and torch.equal(packed[1].dense(), whole[1])
     nbytes = sum(t.nbytes for name, t in tensors.items() if "input" not in name)
     assert sum(entry.nbytes for entry in checkpoint.entries.values()) == nbytes
     assert [n for n in checkpoint.notices if "input_global_scale, in 9 places" in n]
@@ -530,7 +530,7 @@ def test_blocks_join_only_where_they_end(tmp_path: Path, outputs: int) -> None:
     assert torch.equal(whole[1, outputs:, 128:], codes[:, 128:].float() * scale[0, 1])
     assert (entry.packed is not None) == (outputs == 128)
     if entry.packed:
-        assert torch.equal(unpack(entry.packed(0, 3)), whole)
+        assert torch.equal(entry.packed(0, 3).dense(), whole)
 
 
 # ---- refused --------------------------------------------------------------------------------------------------------

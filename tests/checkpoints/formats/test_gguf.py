@@ -31,7 +31,6 @@ from sfumato.checkpoints.formats.gguf_names import tensor_table
 from sfumato.checkpoints.formats.gguf_writer import vocabulary_of, write_gguf
 from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
-from sfumato.ops.packed import unpack
 from sfumato.text.tokenizer import Tokenizer
 
 NANO = Path(__file__).parents[3] / "sfumato" / "nano"
@@ -125,10 +124,10 @@ def test_packed_is_decode_bit_for_bit(kind: str) -> None:
     for seed in range(4):
         raw = random_blocks(kind, 12, 4, seed)
         packed = blocks.packed(kind, raw)
-        assert same_bits(unpack(packed), blocks.decode(kind, raw))
+        assert same_bits(packed.dense(), blocks.decode(kind, raw))
         stack = blocks.packed(kind, raw.view(3, 4, -1))
         assert stack.shape == (3, *blocks.decode(kind, raw.view(3, 4, -1)).shape[1:])
-        assert same_bits(unpack(stack[1]), blocks.decode(kind, raw[4:8]))
+        assert same_bits(stack[1].dense(), blocks.decode(kind, raw[4:8]))
     expected = {"Q4": "int4", "Q5": "int8", "Q6": "int8", "Q8": "int8"}[kind[:2]]
     assert (packed.kind, packed.group) == (expected, 16 if kind == "Q6_K" else 32)
     assert packed.data.dtype == (torch.int8 if expected == "int8" and packed.bias is None else torch.uint8)
@@ -144,7 +143,7 @@ def test_scales_that_are_no_numbers_are_passed_on(kind: str) -> None:
     half = values.shape[1] // 2
     assert not values[:3, :half].isfinite().any()
     assert values[3:].isfinite().all() and values[:3, half:].isfinite().all()
-    assert torch.equal(values.isnan(), unpack(blocks.packed(kind, raw)).isnan())
+    assert torch.equal(values.isnan(), blocks.packed(kind, raw).dense().isnan())
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
@@ -359,7 +358,7 @@ def test_a_mixed_file_opens(tmp_path: Path) -> None:
         if entry.packed:
             part = entry.packed(first, last)
             assert part.shape == (last - first, *entry.shape[1:])
-            assert same_bits(unpack(part), whole[first:last])
+            assert same_bits(part.dense(), whole[first:last])
     with pytest.raises(InputError, match="places 0 to 70; 0 to 71 were asked for"):
         actual.entries["model.decoder.embed_tokens.weight"].read(0, 71)
 

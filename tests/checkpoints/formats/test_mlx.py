@@ -20,7 +20,6 @@ from sfumato.checkpoints.shards import PlannedFolder, write_shards
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.ops import load
-from sfumato.ops.packed import unpack
 
 FORMS = list(itertools.product((4, 6, 8), (32, 64, 128)))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -129,14 +128,14 @@ def test_quantise_gives_what_mlx_gave() -> None:
 def test_quantise_keeps_the_far_end_exact(bits: int, group: int) -> None:
     weight = torch.randn(16, 384, generator=torch.Generator().manual_seed(1))
     form = quantise(weight, bits, group, torch.float32)
-    error = (unpack(form) - weight).abs().unflatten(-1, (-1, group))
+    error = (form.dense() - weight).abs().unflatten(-1, (-1, group))
     rows = weight.unflatten(-1, (-1, group))
     far = rows.abs().argmax(-1, keepdim=True)
     assert (error.gather(-1, far) <= 1e-6).all()
     step = (rows.amax(-1) - rows.amin(-1)) / (2**bits - 1)
     # Half a step anywhere, but at the near end, which the snapped bias may cut off by half a step more.
     assert (error.amax(-1) <= step * 1.05).all() and (error.mean(-1) <= step * 0.35).all()
-    zero = unpack(quantise(torch.cat([weight, torch.zeros(16, 384)], -1), bits, group, torch.float32))
+    zero = quantise(torch.cat([weight, torch.zeros(16, 384)], -1), bits, group, torch.float32).dense()
     assert (zero[:, 384:] == 0).all()
 
 
@@ -175,8 +174,8 @@ def test_reads_as_mlx_dequantizes(tmp_path: Path, bits: int, group: int, dtype: 
         form = entry.packed(0, len(value))
         assert (form.kind, form.group, form.shape) == ("int4" if bits == 4 else "int8", group, entry.shape)
         assert form.scale.dtype == (dtype if bits == 4 else torch.float32)
-        assert torch.equal(unpack(form), value) and torch.equal(entry.read(0, len(value)), value)
-        assert torch.equal(entry.read(1, 3), value[1:3]) and torch.equal(unpack(entry.packed(1, 3)), value[1:3])
+        assert torch.equal(form.dense(), value) and torch.equal(entry.read(0, len(value)), value)
+        assert torch.equal(entry.read(1, 3), value[1:3]) and torch.equal(entry.packed(1, 3).dense(), value[1:3])
         # In its own dtype mlx rounds twice: the product, then the sum.
         scale, bias = (form.parts[part].to(dtype)[..., None] for part in ("scale", "bias"))
         code = ((value.unflatten(-1, (-1, group)) - bias.float()) / scale.float()).round().to(dtype)
@@ -187,14 +186,14 @@ def test_reads_as_mlx_dequantizes(tmp_path: Path, bits: int, group: int, dtype: 
 @pytest.mark.parametrize(("bits", "bytes_", "codes"), [(4, [0x21, 0x43], [1, 2, 3, 4]), (8, [200, 7], [200, 7])])
 def test_layout(tmp_path: Path, bits: int, bytes_: list[int], codes: list[int]) -> None:
     form = _by_hand(tmp_path, bits, bytes_)
-    assert unpack(form)[0, : len(codes)].tolist() == [code * 0.5 - 3 for code in codes]
+    assert form.dense()[0, : len(codes)].tolist() == [code * 0.5 - 3 for code in codes]
 
 
 def test_layout_of_6_bits(tmp_path: Path) -> None:
     word = 1 | 62 << 6 | 33 << 12 | 20 << 18
     form = _by_hand(tmp_path, 6, list(word.to_bytes(3, "little")))
     assert form.data[0, :4].tolist() == [1, 62, 33, 20] and form.data.dtype == torch.uint8
-    assert unpack(form)[0, :4].tolist() == [-2.5, 28, 13.5, 7]
+    assert form.dense()[0, :4].tolist() == [-2.5, 28, 13.5, 7]
 
 
 def _by_hand(folder: Path, bits: int, start: list[int]) -> Any:
@@ -229,7 +228,7 @@ def test_experts_that_lie_apart(tmp_path: Path, way: str) -> None:
     config = wide_config().to_dict() | {"quantization": {"bits": 4, "group_size": 64}}
     (entry,) = put(tmp_path, tensors, config).entries.values()
     assert (entry.name, entry.shape) == ("l.experts.gate_up_proj", (5, 128, 64)) and entry.packed
-    assert torch.equal(entry.read(0, 5), unpack(form)) and torch.equal(unpack(entry.packed(2, 4)), unpack(form)[2:4])
+    assert torch.equal(entry.read(0, 5), form.dense()) and torch.equal(entry.packed(2, 4).dense(), form.dense()[2:4])
     assert entry.nbytes == form.nbytes
 
 
@@ -264,7 +263,7 @@ def test_what_is_written_reads_the_same(
         own_bits = bits if "experts" in name or "self_conditioning" in name else 8
         own_group = next((size for size in (128, 64, 32) if size <= group and weight.shape[-1] % size == 0), 0)
         names.add((own_bits, own_group))
-        expected = unpack(quantise(weight, own_bits, own_group, dtype)) if own_group else weight
+        expected = quantise(weight, own_bits, own_group, dtype).dense() if own_group else weight
         assert torch.equal(entry.read(0, len(weight)).float(), expected.float()), name
     assert (bits, min(group, 128)) in names and (8, 64 if group > 32 else 32) in names
     assert ((bits, 0) in names) == (expert_size == 40) and ((bits, 32) in names) == (expert_size == 96 or group == 32)

@@ -20,7 +20,6 @@ from sfumato.checkpoints.checkpoint import Checkpoint
 from sfumato.checkpoints.formats.modelopt import open_modelopt
 from sfumato.errors import CheckpointError
 from sfumato.model.config import ModelConfig
-from sfumato.ops.packed import unpack
 
 CONFIG = tiny_config(hidden_size=64, expert_size=32, num_experts=3)
 LINEAR = "model.decoder.layers.1.mlp.gate_proj"
@@ -82,7 +81,7 @@ def test_weight_is_the_product_of_three(tmp_path: Path, second: float | None) ->
     assert (packed.kind, packed.group, packed.shape) == ("nvfp4", 16, (14, 96))
     assert packed.factor is not None and packed.factor.tolist() == [float(parts["weight_scale_2"])] * 14
     assert torch.equal(packed.data, parts["weight"][3:17])
-    assert torch.equal(unpack(packed), entry.read(3, 17))
+    assert torch.equal(packed.dense(), entry.read(3, 17))
     assert entry.nbytes == 40 * 48 + 40 * 6 + 4
 
 
@@ -142,7 +141,7 @@ def test_experts_become_stacks_and_all_else_is_as_it_was(tmp_path: Path) -> None
         assert torch.equal(entry.read(0, 3), whole) and torch.equal(entry.read(1, 3), whole[1:])
         packed = entry.packed(0, 3)
         assert packed.factor is not None and packed.factor.shape == whole.shape[:2]
-        assert torch.equal(unpack(packed), whole) and torch.equal(unpack(entry.packed(2, 3)), whole[2:])
+        assert torch.equal(packed.dense(), whole) and torch.equal(entry.packed(2, 3).dense(), whole[2:])
     entry = checkpoint.entries["model.decoder.norm.weight"]
     assert entry.packed is None and torch.equal(entry.read(0, 64), norm) and entry.read(0, 64).dtype == torch.bfloat16
     assert [n.split(" is")[0] for n in checkpoint.notices] == ["input_scale, in 9 places,", "k_scale, in 1 places,"]
@@ -172,7 +171,7 @@ def test_fp8(tmp_path: Path, shape: tuple[int, ...]) -> None:
     assert entry.packed is not None
     assert torch.equal(entry.read(0, 24), whole) and torch.equal(entry.read(5, 7), whole[5:7])
     packed = entry.packed(5, 7)
-    assert packed.scale.shape == (2,) and torch.equal(unpack(packed), whole[5:7])
+    assert packed.scale.shape == (2,) and torch.equal(packed.dense(), whole[5:7])
 
 
 @pytest.mark.parametrize("place", ["config", "nested", "own file"])
