@@ -272,9 +272,9 @@ class LLM:
             return result
 
     def _events(self, asks: list[Ask]) -> Iterator[Event]:
-        engine = self._engines.take(self.model, [Prompt.of(ask.request.prompt) for ask in asks])
+        rows = [ask.row(self.model.config, str(n), f"prompt {n}") for n, ask in enumerate(asks)]
+        engine = self._engines.take(self.model, [row.prompt for row in rows])
         try:
-            rows = [ask.row(self.model.config, str(n), f"prompt {n}") for n, ask in enumerate(asks)]
             run = Run(self.model, rows, engine=engine)
         except InputError:  # refused before any work
             if engine is not None:

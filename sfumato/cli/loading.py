@@ -46,7 +46,7 @@ def connect_or_load(api: ApiFlags, load: LoadOptions) -> LanguageModel:
             raise InputError("an API key is given without --api; give the server's URL too")
         return load_model(load if api.model is None else replace(load, model=api.model))
     for name, option in LOAD_OPTIONS.items():
-        if getattr(load, name) != option.default:
+        if getattr(load, name) not in (option.default, ""):
             raise InputError(f"--{name.replace('_', '-')} is for a model loaded here; leave it out with --api")
     key = api.api_key
     if api.api_key_file is not None:
@@ -71,6 +71,6 @@ def load_model(load: LoadOptions) -> LLM:
         task = bar.add_task("loading", total=None)
         return LLM.open(
             load,
-            notice=lambda text: console.print(visible(text, "dim")),
+            notice=lambda text: console.print(visible(text, "dim"), soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -82,6 +82,16 @@ def test_a_request_that_is_refused_leaves_the_engine(nano: LLM) -> None:
     assert before is not None and nano._engines.kept is not None and nano._engines.kept.engine is before.engine
 
 
+def test_a_constraint_without_room_leaves_the_conversation(nano: LLM) -> None:
+    """It is refused before the engine is taken."""
+    nano.forget()
+    messages, options = [{"role": "user", "content": "1 2 3"}], Options(seed=1, max_steps=2, max_tokens=5)
+    nano.chat(messages, options=options)
+    with pytest.raises(InputError, match="has room for"):
+        nano.chat(messages, options=Options(seed=1, regex="[1-9]{500}", max_tokens=20))
+    assert nano.chat(messages, options=options).usage.reused_tokens > 0
+
+
 def test_an_idle_engine_gives_a_large_cache_back(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_module, "MOST_IDLE", 1000)
     nano.chat([{"role": "user", "content": "a"}], options=Options(max_tokens=5, seed=1))

@@ -50,14 +50,15 @@ class OptionsBody(Body):
 
     def __init_subclass__(cls, uses: Collection[Use] = (), without: Collection[str] = (), **more: Any) -> None:
         super().__init_subclass__(**more)
-        own = inspect.get_annotations(cls)
+        own, fields = inspect.get_annotations(cls), {}
         for name, option in OPTIONS.items():
             is_shared = bool(uses) and set(uses) <= set(option.about.uses)
             if is_shared and name not in (*SET_BY_OTHERS, *without, *own):
                 is_reserved = hasattr(BaseModel, name)
                 field = f"{name}_" if is_reserved else name
-                cls.__annotations__[field] = type_of(option) | None
+                fields[field] = type_of(option) | None
                 setattr(cls, field, option_field(name, **{"alias": name} if is_reserved else {}))
+        cls.__annotations__ = fields | own  # options first: of several faults theirs is named
 
     def requested(self) -> dict[str, Any]:
         """The options that it sets, by their names; not those that are null."""
