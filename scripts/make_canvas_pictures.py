@@ -22,7 +22,7 @@ import numpy as np
 from sfumato import LLM, Done, Draft, Options, Slot
 from sfumato.cli.view import CLUE, SMOKE, colour
 from sfumato.constraints.guide import Guide, Pick, Walk
-from sfumato.constraints.search import Work
+from sfumato.constraints.search import Interruptible
 from sfumato.engine.request import Request, Span
 from sfumato.engine.run import Run
 from sfumato.sampling.noise import CountedNoise
@@ -213,7 +213,7 @@ class Recorder:
 
     def walking(
         self, top: Sequence[int], is_sure: Sequence[bool], pick: Pick, bound: float, is_last: bool = False
-    ) -> Work[Walk]:
+    ) -> Interruptible[Walk]:
         walk = yield from self.guide.walking(top, is_sure, pick, bound, is_last)
         self.walks.append((list(top), replace(walk, tokens=walk.tokens[:])))
         return walk

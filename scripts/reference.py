@@ -5,9 +5,10 @@
     .venv/bin/python scripts/reference.py --check   # writes nothing; exit code 1 where a page is not what it would be
 
 docs/reference.md comes from the signatures and docstrings of the public names. In the other pages, a part between
-`<!-- reference: NAME -->` and `<!-- /reference -->` is written anew: tables of options from their declarations, the
-rows of tests/test_layering.py, and the number of lines of the files in the tour. Sources are read, not imported, so
-that it needs no torch. It lacks on purpose a documentation generator: the pages are read where they lie.
+`<!-- reference: NAME -->` and `<!-- /reference -->` is written anew: tables of options from their declarations and from
+the bodies of the server's routes, the rows of tests/test_layering.py, and the number of lines of the files in the tour.
+Sources are read, so that it needs no torch; only the options and the bodies are imported, which need none. It lacks on
+purpose a documentation generator: the pages are read where they lie.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sfumato.options import FALLBACK_DEFAULTS, LOAD_OPTIONS, OPTIONS, Option  # noqa: E402
+from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest  # noqa: E402
+from sfumato.server.http.bodies import Body  # noqa: E402
+from sfumato.server.openai.bodies import ChatRequest, CompletionRequest  # noqa: E402
+from sfumato.server.openai.items import ResponsesRequest  # noqa: E402
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "reference.md"
@@ -47,7 +53,7 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
             "sfumato.events.Decision",
         ],
     ),
-    "Requests": (
+    "Queries": (
         "What is asked of a model, as values that can be kept, compared and sent: from `sfumato.templates.requests`. "
         "`LLM.run` and `Remote.run` carry out any of them.",
         [f"sfumato.templates.requests.{name}" for name in ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide")],
@@ -91,7 +97,7 @@ def class_parts(name: str) -> list[str]:
     module, _, last = name.rpartition(".")
     node = class_of(module, last)
     parts = [f"### {last}", text_of(node)]
-    bases = [base for base in node.bases if isinstance(base, ast.Subscript) and ast.unparse(base.value) == "Returns"]
+    bases = [base for base in node.bases if isinstance(base, ast.Subscript) and ast.unparse(base.value) == "QueryFor"]
     parts += [f"It ends with `{ast.unparse(base.slice)}`." for base in bases]
     if fields := fields_of(node):
         parts.append("\n".join(fields))
@@ -239,17 +245,32 @@ def options_block(words: list[str]) -> str:
     return option_table(OPTIONS[name] for name in (OPTIONS if words == ["all"] else words))
 
 
-def uses_block(words: list[str]) -> str:
-    """Which options each kind of request takes."""
-    titles = {"chat": "chat", "complete": "text to continue", "templates": "infill, edit, fill, decisions"}
-    lines = ["| requests | options |", "| --- | --- |"]
-    for use, title in titles.items():
-        names = [f"`{name}`" for name, option in OPTIONS.items() if use in option.about.uses]
-        text = ", ".join(names)
-        if use != "templates":  # they take nearly all: say what is left out
-            missing = [f"`{name}`" for name, option in OPTIONS.items() if use not in option.about.uses]
-            text = "all" + (f" but {', '.join(missing)}" if missing else "")
-        lines.append(f"| {title} | {text} |")
+ROUTES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/infill": InfillRequest,
+    "/v1/edit": EditRequest,
+    "/v1/fill": FillRequest,
+    "/v1/decisions": DecisionsRequest,
+}
+"""Route -> its body."""
+
+
+def routes_block(words: list[str]) -> str:
+    """Which options each route of the server takes under their own names: those that its body has a field for.
+
+    A field of any type (`only` in openai/bodies.py) is there to be refused, and sets nothing."""
+    routes: dict[tuple[str, ...], list[str]] = {}
+    for route, body in ROUTES.items():
+        fields = {info.alias or name for name, info in body.model_fields.items() if info.annotation is not Any}
+        routes.setdefault(tuple(name for name in OPTIONS if name in fields), []).append(route)
+    lines = ["| route | options |", "| --- | --- |"]
+    for names, paths in routes.items():
+        missing = [name for name in OPTIONS if name not in names]
+        is_short = len(missing) < len(names)
+        text = ", ".join(f"`{name}`" for name in (missing if is_short else names))
+        lines.append(f"| {', '.join(f'`{path}`' for path in paths)} | {'all but ' if is_short else ''}{text} |")
     return "\n".join(lines)
 
 
@@ -298,7 +319,7 @@ def total_of(text: str) -> str:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
-BLOCKS: dict[str, Callable[[list[str]], str]] = {"options": options_block, "uses": uses_block, "rows": rows_block}
+BLOCKS: dict[str, Callable[[list[str]], str]] = {"options": options_block, "routes": routes_block, "rows": rows_block}
 
 BLOCK = re.compile(r"(<!-- reference: ([\w ]+) -->\n).*?(<!-- /reference -->)", re.DOTALL)
 

@@ -1,6 +1,6 @@
 """LLM: text in, text out. Loads a model with its tokenizer and chat template, and carries out plans on its engine.
 
-Each method builds a request; `templates.plans` says what it asks of the engine. Multi-turn chats reuse what is already
+Each method builds a query; `templates.plans` says what it asks of the engine. Multi-turn chats reuse what is already
 encoded: the cache of the last single request is kept, and a new prompt that begins the same way continues from there.
 """
 
@@ -20,7 +20,7 @@ from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
 from sfumato.engine import arguments
 from sfumato.engine.kept import NOTHING, EngineKeeper
-from sfumato.engine.plan import Ask, Plan
+from sfumato.engine.plan import Ask, Plan, PlanEnd, advance
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import CheckpointError, InputError
@@ -31,7 +31,7 @@ from sfumato.options import LoadOptions, Options
 from sfumato.remote import Remote
 from sfumato.templates.plans import Planner
 from sfumato.templates.requests import (
-    Answer,
+    AnswerQuery,
     Chat,
     Complete,
     Decide,
@@ -39,8 +39,8 @@ from sfumato.templates.requests import (
     Fill,
     Infill,
     Messages,
+    QueryFor,
     Result,
-    Returns,
     Tools,
 )
 from sfumato.templates.slots import Template
@@ -48,10 +48,10 @@ from sfumato.text.template import CHILDREN, ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
 Notice = Callable[[str], None]
-"""Hears, in a sentence each, what is left aside while loading and what lies where."""
+"""Called with a sentence about each thing that loading leaves aside, and about where weights lie."""
 
-Progress = Callable[[int, int], None]
-"""Hears how many bytes are loaded, and how many there are."""
+LoadProgress = Callable[[int, int], None]
+"""Called with (bytes loaded, bytes in all)."""
 
 
 class LLM:
@@ -60,7 +60,9 @@ class LLM:
     has_token_ids: bool = True
     """Whether results carry token ids beside the text: always."""
     is_remote: bool = False
-    """Whether the model runs elsewhere: it waits here while the caller looks at an event."""
+    """Whether the model runs in another process or machine.
+
+    Here False: the engine stands still while the caller handles an event."""
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class LLM:
         ops: str = "auto",
         quantize: str | None = None,
         notice: Notice | None = None,
-        progress: Progress | None = None,
+        progress: LoadProgress | None = None,
         memory_limit: int | None = None,
     ) -> LLM:
         """Load a model with its tokenizer and chat template.
@@ -96,7 +98,8 @@ class LLM:
         `ops` "auto" takes the fastest operations for device, dtype and formats. `quantize` packs weights to fewer bits
         while they are loaded, by a recipe: "int8", "fp8", "int4", "int4-fp8", "nvfp4", "int4-small"; a quantised
         checkpoint needs no such word. `memory_limit`, bytes of weights on the device, streams the rest from the host.
-        `notice` hears of what is left aside and what lies where; `progress(done, all)` counts bytes.
+        `notice` is called with a sentence about each thing that is left aside, and about where weights lie; `progress`
+        with (bytes loaded, bytes in all).
 
         CheckpointError names what is wrong with a file, InputError what is wrong with an argument, CapacityError a
         limit that is too low."""
@@ -105,7 +108,7 @@ class LLM:
         return cls.open(options, notice=notice, progress=progress)
 
     @classmethod
-    def open(cls, options: LoadOptions, *, notice: Notice | None = None, progress: Progress | None = None) -> LLM:
+    def open(cls, options: LoadOptions, *, notice: Notice | None = None, progress: LoadProgress | None = None) -> LLM:
         """The same as `load`, from one value."""
         CHILDREN.start()  # it reads the template, while this process reads the rest
         checkpoint = open_checkpoint(resolve(options.model))
@@ -122,7 +125,7 @@ class LLM:
     # ---- options, and what is kept ----------------------------------------------------------------------------------
 
     def check(self, options: Options, is_chat: bool = True) -> None:
-        """InputError for what is no Options; values are checked where they are used."""
+        """InputError if `options` is not an `Options`. `is_chat` matters to `Remote` alone."""
         arguments.check_options(options)
 
     def forget(self) -> None:
@@ -131,8 +134,8 @@ class LLM:
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
-    def run(self, query: Returns[Result]) -> Result:
-        """Carry out any request (`templates.requests`) and return its result."""
+    def run(self, query: QueryFor[Result]) -> Result:
+        """Carry out any query (`templates.requests`) and return its result."""
         result: Result = self._carry_out(self.planner.plan(query))
         return result
 
@@ -169,7 +172,7 @@ class LLM:
         options: Options = Options(),  # noqa: B008 - frozen
         tools: Tools | None = None,
     ) -> Iterator[Event]:
-        """The events of one request: Draft (if options.drafts), Commit, Done.
+        """The events of one answer: Draft (if options.drafts), Commit, Done.
 
         A string (or token ids, or a `Prompt`) is continued, messages are answered, and then thoughts and tool calls are
         told apart from the text. The texts of the Commits joined are the text of Done."""
@@ -252,24 +255,21 @@ class LLM:
 
     # ---- plans ------------------------------------------------------------------------------------------------------
 
-    def plan(self, query: Returns[Any]) -> Plan[Any]:
-        """The plan of a request: see `Planner.plan`."""
+    def plan(self, query: QueryFor[Any]) -> Plan[Any]:
+        """The plan of a query: see `Planner.plan`."""
         return self.planner.plan(query)
 
-    def must_compile(self, query: Returns[Any]) -> bool:
-        """Whether a request holds a constraint that is not compiled yet, which may take seconds."""
+    def must_compile(self, query: QueryFor[Any]) -> bool:
+        """Whether a query holds a constraint that is not compiled yet, which may take seconds."""
         return self.planner.must_compile(query)
 
     def _carry_out(self, plan: Plan[Result]) -> Result:
-        """Run a plan's requests on an engine of their own."""
-        try:
-            asks = next(plan)
-            while True:
-                endings = {event.row: event for event in self._events(asks) if isinstance(event, Done)}
-                asks = plan.send([endings[row] for row in range(len(asks))])
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
+        """Run a plan's requests on this caller's engine."""
+        asks = advance(plan)
+        while not isinstance(asks, PlanEnd):
+            endings = {event.row: event for event in self._events(asks) if isinstance(event, Done)}
+            asks = advance(plan, [endings[row] for row in range(len(asks))])
+        return asks.result
 
     def _events(self, asks: list[Ask]) -> Iterator[Event]:
         rows = [ask.row(self.model.config, str(n), f"prompt {n}") for n, ask in enumerate(asks)]
@@ -306,7 +306,7 @@ def _tokenizer_and_template(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemp
     return tokenizer, ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None
 
 
-def _answer_to(prompt: Any, tools: Tools | None, options: Options) -> Answer:
-    """The request for a prompt of any kind: what is neither text nor token ids is taken as a conversation."""
+def _answer_to(prompt: Any, tools: Tools | None, options: Options) -> AnswerQuery:
+    """The query for a prompt of any kind: what is neither text nor token ids is taken as a conversation."""
     is_ids = isinstance(prompt, (list, tuple)) and bool(prompt) and not isinstance(prompt[0], Mapping)
     return Complete(prompt, options) if isinstance(prompt, (str, Prompt)) or is_ids else Chat(prompt, tools, options)

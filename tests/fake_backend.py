@@ -23,7 +23,7 @@ from sfumato.errors import SfumatoError
 from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, Usage
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
-from sfumato.templates.requests import Answer, Chat, Complete, Decide, Edit, Fill, Infill, Query
+from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Edit, Fill, Infill, Query
 from sfumato.templates.slots import Slot
 
 T = TypeVar("T")
@@ -147,7 +147,7 @@ def events_of(query: Query, text: str | None = None) -> list[Event | Result]:
             return _answer(query, text)
 
 
-def _answer(query: Answer, text: str | None) -> list[Event | Result]:
+def _answer(query: AnswerQuery, text: str | None) -> list[Event | Result]:
     options = query.options
     calls: list[dict[str, Any]] = []
     thought = None
@@ -197,7 +197,7 @@ def _answer(query: Answer, text: str | None) -> list[Event | Result]:
     return [*events, replace(done, thought=thought, tool_calls=calls)]
 
 
-def reply(query: Answer) -> str:
+def reply(query: AnswerQuery) -> str:
     """The text of an answer: a sample of the schema, the result of a tool, or the question and the seed."""
     options = query.options
     if options.schema is not None:
@@ -254,7 +254,7 @@ def _filled(template: Sequence[str | Slot], usage: Usage, seed: int) -> Filled:
     return Filled(text, values, usage, seed, dict.fromkeys(values, 1))
 
 
-def _size(query: Answer) -> int:
+def _size(query: AnswerQuery) -> int:
     """A number that grows with the prompt."""
     if isinstance(query, Complete) and not isinstance(query.prompt, str):
         return len(query.prompt)

@@ -179,12 +179,30 @@ def undocumented(path: Path) -> Iterator[str]:
                     yield f"{place(path, node)} {node.name}"
 
 
-def test_no_two_classes_have_one_name() -> None:
+def types_of(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
+    """Every class, and every name that a module gives to a type: `Progress = Callable[[int], None]`.
+
+    Not type variables, which are calls, nor constants."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield node.name, node
+    for node in tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript() | ast.BinOp() | ast.Name()):
+                pass
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=kind) if "TypeAlias" in ast.unparse(kind):
+                pass
+            case _:
+                continue
+        if re.match(r"_*[A-Z]\w*[a-z]", name):
+            yield name, node
+
+
+def test_no_two_types_have_one_name() -> None:
     places = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(tree_of(path)):
-            if isinstance(node, ast.ClassDef):
-                places[node.name.strip("_")].append(place(path, node))
+        for name, node in types_of(tree_of(path)):
+            places[name.strip("_")].append(place(path, node))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
@@ -273,6 +291,19 @@ def test_tests_do_not_import_one_another() -> None:
 )
 def test_a_vague_name_is_seen(source: str, names: list[str]) -> None:
     assert sorted(name for name, _ in names_bound(ast.parse(source)) if is_vague(name)) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("class Draft: pass", ["Draft"]),
+        ("Child = Callable[[int], None]\n_Span = int | None\nOther = Draft", ["Child", "_Span", "Other"]),
+        ("Text: TypeAlias = str\nOpen: typing.TypeAlias = 'str'", ["Text", "Open"]),
+        ("T = TypeVar('T')\nLONG = 1 | 2\nname = x[0]\nTop: int = 1\ndef f():\n    Inner = x[0]", []),
+    ],
+)
+def test_a_name_of_a_type_is_seen(source: str, names: list[str]) -> None:
+    assert [name for name, _ in types_of(ast.parse(source))] == names
 
 
 def test_a_long_function_is_seen_and_a_kernel_is_not() -> None:

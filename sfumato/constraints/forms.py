@@ -25,7 +25,7 @@ MAX_CHAIN = 500
 """Rules of a Lark grammar that need one another in a chain: the library follows them on its stack."""
 MAX_CHOICES = 10_000
 
-Source = tuple[str, str]
+GrammarSource = tuple[str, str]
 """A grammar in llguidance's form, and the text of its patterns, from which the search takes hints."""
 
 
@@ -50,13 +50,13 @@ def checked_text(kind: str, value: Any, limit: int) -> str:
     return value
 
 
-def source_of_regex(value: Any) -> Source:
+def source_of_regex(value: Any) -> GrammarSource:
     """The grammar of the texts that a regular expression matches as a whole."""
     text = checked_text("regex", value, MAX_REGEX)
     return str(llguidance().LLMatcher.grammar_from_regex(text)), text[:1000]
 
 
-def source_of_lark(value: Any) -> Source:
+def source_of_lark(value: Any) -> GrammarSource:
     """A Lark grammar, its number of rules and their chains bounded."""
     text = checked_text("grammar", value, MAX_CHARACTERS)
     uses = _uses(text)
@@ -107,7 +107,7 @@ def _longest_chain(uses: dict[str, set[str]]) -> int:
     return max(deepest, *depth.values(), 0)
 
 
-def source_of_choices(value: Any) -> Source:
+def source_of_choices(value: Any) -> GrammarSource:
     """The grammar of a list of texts, each of them there once."""
     if not isinstance(value, (list, tuple)) or not value:
         raise InputError(f"choices are a list of at least one text; this is {repr(value)[:80]}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sfumato.constraints.forms import Source, source_of_choices, source_of_lark, source_of_regex
+from sfumato.constraints.forms import GrammarSource, source_of_choices, source_of_lark, source_of_regex
 from sfumato.constraints.guide import Guide
 from sfumato.constraints.schema import source_of_schema
 from sfumato.constraints.search import EFFORT, Search, finish
@@ -28,7 +28,7 @@ MAX_SHORTEST = 8192
 """Tokens within which a grammar must have a text."""
 STACK = 4 << 20
 """Bytes of stack on which a grammar must compile: less than any thread here has."""
-CHILDREN = confined.Pool(nice=19)
+CHILDREN = confined.ChildPool(nice=19)
 """The child processes that try grammars. Their priority is low: the engine's threads wait for each other, so that one
 that loses its core holds up all."""
 TOKENIZERS_KEPT = 2
@@ -37,7 +37,7 @@ TOKENIZER_SECONDS, TOKENIZER_MEMORY = 30.0, 4 << 30
 """Seconds and bytes that a child may take for a tokenizer. Gemma's, of a quarter of a million tokens, takes three
 seconds and half a gigabyte."""
 
-_SOURCES: dict[str, Callable[[Any], Source]] = {
+_SOURCES: dict[str, Callable[[Any], GrammarSource]] = {
     "schema": source_of_schema,
     "regex": source_of_regex,
     "grammar": source_of_lark,
@@ -85,7 +85,7 @@ class Grammar:
         return Guide(self._vocabulary, self._search, matcher, self._shortest, room)
 
 
-def source_of(kind: str, value: Any) -> Source:
+def source_of(kind: str, value: Any) -> GrammarSource:
     """The grammar in llguidance's form; InputError, one sentence, for whatever is wrong with the value."""
     if kind not in CONSTRAINTS:
         raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")

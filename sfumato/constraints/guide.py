@@ -14,7 +14,8 @@ A schema's JSON is written on one line with ", " and ": ", as `json.dumps` does 
 between tokens, so nothing can repeat it without end, and nearly all of the scaffold is forced. Object keys come in the
 schema's order.
 
-A walk is `Work`: it can be interrupted between two calls of the library, so that a slow one need not hold up others.
+A walk is `Interruptible`: it can stand still between two calls of the library, so that a slow one need not hold up
+others.
 
 Deliberately absent: the choice among allowed tokens, which is the caller's (`Pick`), and probabilities of any kind.
 """
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sfumato.constraints.search import EFFORT_IN_WALK, Search, Work, finish
+from sfumato.constraints.search import EFFORT_IN_WALK, Interruptible, Search, finish
 from sfumato.constraints.vocabulary import Vocabulary, give_up
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Guide:
 
     def walking(
         self, top: Sequence[int], is_sure: Sequence[bool], pick: Pick, bound: float, is_last: bool = False
-    ) -> Work[Walk]:
+    ) -> Interruptible[Walk]:
         """The path for the model's argmax tokens `top`, one for each position of the slot in this canvas.
 
         `is_sure` says whose entropy is low enough to be accepted; `bound` is the same for an entropy under a mask, in
@@ -211,7 +212,7 @@ class Guide:
             return path.trust(j, top, path.is_sure[j])
         return None if path.is_settled[j] or path.is_last else _STOP
 
-    def _choose_under_mask(self, j: int, path: _Path) -> Work[int]:
+    def _choose_under_mask(self, j: int, path: _Path) -> Interruptible[int]:
         """The token that comes at position j instead of the model's, `_END` or `_STOP`."""
         place, mask = self._places[j], self._mask(j)
         count = int(np.count_nonzero(mask))
@@ -296,7 +297,7 @@ class Guide:
 
     # ---- the room ---------------------------------------------------------------------------------------------------
 
-    def _last_within_room(self, j: int) -> Work[int]:
+    def _last_within_room(self, j: int) -> Interruptible[int]:
         """The last position up to j from which a completion fits into the room: j, or one that bisection finds."""
         low, high, step = j, j + 1, 1
         while low and not (yield from self._fits(low)):
@@ -306,7 +307,7 @@ class Guide:
             low, high = (middle, high) if (yield from self._fits(middle)) else (low, middle)
         return low
 
-    def _fits(self, j: int) -> Work[bool]:
+    def _fits(self, j: int) -> Interruptible[bool]:
         """Whether a completion from position j is known, or can be found, that fits into the room."""
         place, left = self._places[j], self.room - j
         if place.completion is None and not place.is_stuck:

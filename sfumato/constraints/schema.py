@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-from sfumato.constraints.forms import MAX_CHARACTERS, Source, checked_text
+from sfumato.constraints.forms import MAX_CHARACTERS, GrammarSource, checked_text
 from sfumato.errors import InputError
 
 MAX_DEPTH = 64
@@ -43,7 +43,7 @@ _FORMAT_MARKS = "@ . : - / T Z P D"
 _DRAFTS = ("http://json-schema.org/draft-0", "https://json-schema.org/draft/20")
 
 
-def source_of_schema(value: Any) -> Source:
+def source_of_schema(value: Any) -> GrammarSource:
     """The grammar of the JSON that a schema allows; `value` is a dict, a bool, or JSON text of one."""
     if isinstance(value, str):
         value = _parsed(value)

@@ -2,7 +2,7 @@
 
 Where a text must end within its tokens, its walk asks for a completion of what is there. An automaton of the grammar
 would know the shortest one; llguidance has none, so the search tries a greedy path first, then others, within a number
-of tries. All of it is `Work`, which can be interrupted between two calls of the library.
+of tries. All of it is `Interruptible` between two calls of the library.
 
 Deliberately absent: proof. A search that ends without a text does not show that there is none, and the shortest text
 that it finds need not be the shortest there is.
@@ -42,11 +42,11 @@ _ALTERNATIVES = 8
 
 T = TypeVar("T")
 
-Work = Generator[None, None, T]
+Interruptible = Generator[None, None, T]
 """A computation that can be interrupted wherever it yields, which is between any two calls of the library."""
 
 
-def finish(work: Work[T]) -> T:
+def finish(work: Interruptible[T]) -> T:
     """Run the work to its end; returns its result."""
     while True:
         try:
@@ -86,7 +86,7 @@ class Search:
         matcher = matcher.deep_copy()
         return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
-    def completion(self, matcher: LLMatcher, limit: int, enough: int, effort: int) -> Work[list[int] | None]:
+    def completion(self, matcher: LLMatcher, limit: int, enough: int, effort: int) -> Interruptible[list[int] | None]:
         """At most `limit` tokens that complete the text.
 
         The search ends with the first completion of at most `enough` tokens, else it returns its shortest. None where
@@ -98,7 +98,7 @@ class Search:
                 return path
         return None
 
-    def _search(self, matcher: LLMatcher, cap: int, enough: int, effort: _Effort) -> Work[list[int] | None]:
+    def _search(self, matcher: LLMatcher, cap: int, enough: int, effort: _Effort) -> Interruptible[list[int] | None]:
         """A greedy path; then other choices along it, the earliest first, and then along the paths that these lead to.
 
         Only shorter paths than the best so far count.
@@ -139,7 +139,7 @@ class Search:
 
     def _descend(
         self, matcher: LLMatcher, before: list[int], cap: int, effort: _Effort
-    ) -> Work[tuple[list[int], list[int], bool]]:
+    ) -> Interruptible[tuple[list[int], list[int], bool]]:
         """A greedy path from the matcher's state, which is the one behind `before`.
 
         It ends where the text may end. Else it takes what is forced, else what closes, else the way out of free text,
@@ -185,7 +185,7 @@ class Search:
                 again = [token] if is_free else []
         return tokens, choices, len(tokens) <= cap
 
-    def _way_out(self, matcher: LLMatcher, effort: _Effort) -> Work[list[int]]:
+    def _way_out(self, matcher: LLMatcher, effort: _Effort) -> Interruptible[list[int]]:
         """Tokens that lead from free text to its end, its quote or text that is not free; [] where none are known.
 
         The fewest hints come first; else the pieces of the source in their order, with a letter, a digit or a capital

@@ -1,7 +1,7 @@
 """Plans for many callers at once, carried out on one batch.
 
 `begin` does the slow part (templates, tokens, grammars) in whatever thread it is called; `turn` belongs to one thread.
-It deliberately lacks any knowledge of requests: a planner (`LLM`) makes plans of them.
+It deliberately lacks any knowledge of queries: a planner (`LLM`) makes plans of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sfumato.engine.batch import Batch, Figures
 from sfumato.engine.limits import BatchLimits
-from sfumato.engine.plan import Ask, Plan
+from sfumato.engine.plan import Ask, Plan, PlanEnd, advance
 from sfumato.engine.request import Failure, Row
 from sfumato.errors import BusyError, contained
 from sfumato.events import Decision, Done, Draft, Edited, Event, Filled
@@ -25,47 +25,53 @@ PLANNING = 2
 PAUSE = 0.005
 """Seconds that a turn waits for them where nothing else is to be done."""
 
-Outcome = Event | Filled | Edited | dict[str, Decision] | Exception
+JobOutcome = Event | Filled | Edited | dict[str, Decision] | Exception
 """What a turn says about a job: an event, the result that it ends with, or the error that ends it."""
 
-Query = TypeVar("Query", contravariant=True)
+AnyQuery = TypeVar("AnyQuery", contravariant=True)
 
 
 @dataclass(eq=False)
 class _PlannedJob:
     id: str
     plan: Plan[Any]
-    asks: list[Ask]
-    rows: list[Row]
+    asks: list[Ask] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     """Of the asks, in their order."""
+    end: PlanEnd[Any] | None = None
+    """Of a plan that ended before it asked for anything."""
     is_dropped: bool = False
     endings: dict[int, Done] = field(default_factory=dict)
     """Place of an ask -> what it ended with."""
 
 
-class PlanMaker(Protocol[Query]):
-    """What makes plans of requests: `LLM`."""
+_NextStep = PlanEnd[Any] | tuple[list[Ask], list[Row]]
+"""What comes of a plan that goes on: its end, or what it asks for next and the rows of that."""
+
+
+class PlanMaker(Protocol[AnyQuery]):
+    """What makes plans of queries: `LLM`."""
 
     model: Model
 
-    def plan(self, query: Query, /) -> Plan[Any]:
-        """The plan of a request; InputError or CapacityError for one that is wrong, here or at its first step."""
+    def plan(self, query: AnyQuery, /) -> Plan[Any]:
+        """The plan of a query; InputError or CapacityError for one that is wrong, here or at its first step."""
         ...
 
-    def must_compile(self, query: Query, /) -> bool:
+    def must_compile(self, query: AnyQuery, /) -> bool:
         """Whether the plan's first step may take seconds."""
         ...
 
 
-class Jobs(Generic[Query]):
+class Jobs(Generic[AnyQuery]):
     """Jobs by the ids that their callers give them."""
 
-    def __init__(self, planner: PlanMaker[Query], limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
+    def __init__(self, planner: PlanMaker[AnyQuery], limits: BatchLimits = BatchLimits()) -> None:  # noqa: B008 - frozen
         self.planner, self.limits = planner, limits
         self.batch = Batch(planner.model, limits)
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PLANNING, "plans")
-        self._planning: dict[Future[tuple[bool, Any]], _PlannedJob] = {}
+        self._planning: dict[Future[_NextStep], _PlannedJob] = {}
         """Plans that go on in a thread of their own: they lay out, encode and compile."""
         self._waiting: list[_PlannedJob] = []
         """Jobs that the next turn submits."""
@@ -74,17 +80,21 @@ class Jobs(Generic[Query]):
         self._places: dict[str, tuple[_PlannedJob, int]] = {}
         """By the id of a request under way: its job, and its place among the job's requests."""
 
-    def begin(self, id: str, query: Query) -> None:
+    def begin(self, id: str, query: AnyQuery) -> None:
         """Take a job. InputError, CapacityError; BusyError where too many wait."""
         self._check_queue(1)
         plan = self.planner.plan(query)
-        asks = next(plan)
-        job = _PlannedJob(id, plan, asks, self._rows(id, asks))  # checked here rather than between two turns
+        job = _PlannedJob(id, plan)
+        match advance(plan):
+            case PlanEnd() as end:
+                job.end = end
+            case asks:
+                job.asks, job.rows = asks, self._rows(id, asks)  # checked here rather than between two turns
         with self._lock:
             self._check_queue(len(job.asks))
             self._waiting.append(job)
 
-    def is_slow(self, query: Query) -> bool:
+    def is_slow(self, query: AnyQuery) -> bool:
         """Whether `begin` may take seconds."""
         return self.planner.must_compile(query)
 
@@ -110,16 +120,20 @@ class Jobs(Generic[Query]):
         """The batch's figures."""
         return self.batch.figures()
 
-    def turn(self) -> list[tuple[str, Outcome]]:
+    def turn(self) -> list[tuple[str, JobOutcome]]:
         """One turn of the batch: job ids, each with what has come of it.
 
         An error, the last event of an answer, or a result is the last of its job."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
             cancelled, self._cancelled = self._cancelled, set()
-        outcomes: list[tuple[str, Outcome]] = []
+        outcomes: list[tuple[str, JobOutcome]] = []
         for job in waiting:
-            if job.id not in cancelled:
+            if job.id in cancelled:
+                continue
+            if job.end is not None:
+                outcomes.append((job.id, job.end.result))
+            else:
                 self._jobs[job.id] = job
                 outcomes += self._submit(job)
         for id in cancelled & self._jobs.keys():
@@ -143,7 +157,7 @@ class Jobs(Generic[Query]):
                     outcomes.append((job.id, contained(error)))
         return outcomes
 
-    def _submit(self, job: _PlannedJob) -> list[tuple[str, Outcome]]:
+    def _submit(self, job: _PlannedJob) -> list[tuple[str, JobOutcome]]:
         job.endings = {}
         try:
             for place, row in enumerate(job.rows):
@@ -153,10 +167,10 @@ class Jobs(Generic[Query]):
             return [(job.id, error)]
         return []
 
-    def _take_event(self, job: _PlannedJob, place: int, event: Event) -> list[tuple[str, Outcome]]:
+    def _take_event(self, job: _PlannedJob, place: int, event: Event) -> list[tuple[str, JobOutcome]]:
         ask = job.asks[place]
         event = replace(ask.reader.with_text(event), row=place)
-        outcomes: list[tuple[str, Outcome]] = []
+        outcomes: list[tuple[str, JobOutcome]] = []
         if ask.is_answer or isinstance(event, Draft):
             outcomes.append((job.id, event))
         if isinstance(event, Done):
@@ -173,30 +187,26 @@ class Jobs(Generic[Query]):
             return
         self._planning[self._threads.submit(self._send, job)] = job
 
-    def _send(self, job: _PlannedJob) -> tuple[bool, Any]:
-        """Whether a plan is over, and its result or what it asks for next."""
+    def _send(self, job: _PlannedJob) -> _NextStep:
         confined.leave_cores()
         confined.is_cancelled.set(lambda: job.is_dropped)
-        try:
-            asks = job.plan.send([job.endings[place] for place in range(len(job.asks))])
-        except StopIteration as stop:
-            return True, stop.value
-        return False, (asks, self._rows(job.id, asks))
+        asks = advance(job.plan, [job.endings[place] for place in range(len(job.asks))])
+        return asks if isinstance(asks, PlanEnd) else (asks, self._rows(job.id, asks))
 
-    def _continue(self, job: _PlannedJob, future: Future[tuple[bool, Any]]) -> list[tuple[str, Outcome]]:
+    def _continue(self, job: _PlannedJob, future: Future[_NextStep]) -> list[tuple[str, JobOutcome]]:
         """After a plan went on in a thread: its result, or its next requests."""
         if job.is_dropped:
             job.plan.close()
             return []
         try:
-            is_over, value = future.result()
+            following = future.result()
         except BaseException as error:
             self._drop(job)
             return [(job.id, contained(error))]
-        if is_over:
+        if isinstance(following, PlanEnd):
             self._jobs.pop(job.id)
-            return [(job.id, value)]
-        job.asks, job.rows = value
+            return [(job.id, following.result)]
+        job.asks, job.rows = following
         return self._submit(job)
 
     def _drop(self, job: _PlannedJob) -> None:

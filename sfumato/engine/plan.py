@@ -1,15 +1,17 @@
 """What a caller wants of an engine, apart from running it: requests with their readers, and plans of several.
 
-A plan is a generator, so that whoever has an engine can carry it out: `LLM` for one caller, `jobs.Jobs` for many.
+A plan is a generator, so that whoever has an engine can carry it out: `LLM` for one caller, `jobs.Jobs` for many. Both
+go on with a plan by `advance` alone. This module deliberately lacks queries: a planner makes plans of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from sfumato.engine.request import Inspect, Request, Row
+from sfumato.errors import InputError
 from sfumato.events import Done
 from sfumato.model.config import ModelConfig
 from sfumato.text.reader import Reader
@@ -34,4 +36,28 @@ class Ask:
 
 
 Plan = Generator[list[Ask], list[Done], Result]
-"""Yields requests that run together, is sent what each of them ended with, in their order, and returns a result."""
+"""Yields requests that run together, is sent what each of them ended with, in their order, and returns a result.
+
+It may return before it yields anything. It never yields an empty list."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanEnd(Generic[Result]):
+    """The end of a plan, and its result."""
+
+    result: Result
+
+
+def advance(plan: Plan[Result], endings: list[Done] | None = None) -> list[Ask] | PlanEnd[Result]:
+    """What a plan asks for next, at least one request; or its end, which can come at once.
+
+    `endings` is what the last requests ended with, in their order; None begins the plan. InputError for a plan that
+    asks for nothing and does not end."""
+    try:
+        asks = next(plan) if endings is None else plan.send(endings)
+    except StopIteration as stop:
+        return PlanEnd(stop.value)
+    if not asks:
+        plan.close()
+        raise InputError("there are 0 prompts to run; give at least one")
+    return asks

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sfumato.constraints.guide import Walk
-from sfumato.constraints.search import Work
+from sfumato.constraints.search import Interruptible
 from sfumato.engine.request import RowSpan
 from sfumato.errors import InputError, contained
 from sfumato.model.config import ModelConfig
@@ -58,7 +58,7 @@ class RowReadOut(NamedTuple):
     """Positions that would be accepted."""
 
 
-def projecting(spans: Sequence[SpanStep], config: ModelConfig, read_out: RowReadOut) -> Work[Projection]:
+def projecting(spans: Sequence[SpanStep], config: ModelConfig, read_out: RowReadOut) -> Interruptible[Projection]:
     """Walk every span of a canvas over its positions; the result has one row.
 
     Logits of words that are not allowed become -inf in place, where a pick needs it. InputError where a grammar cannot
@@ -127,7 +127,7 @@ class _Walking:
     look: Look
     place: int
     """Of its row in the look."""
-    work: Work[Projection]
+    work: Interruptible[Projection]
     seconds: float = 0.0
 
 
@@ -148,7 +148,7 @@ class Walks:
     def __len__(self) -> int:
         return len(self._walking)
 
-    def begin(self, seat: int, look: Look, place: int, work: Work[Projection]) -> None:
+    def begin(self, seat: int, look: Look, place: int, work: Interruptible[Projection]) -> None:
         """Begin the walk over the read-out at this place of a look."""
         self._walking[seat] = _Walking(look, place, work)
         self._seconds_left[seat] = self._seconds_left.get(seat, LONGEST) + A_STEP

@@ -17,11 +17,11 @@ from typing import Any, overload
 from sfumato.errors import InputError, WorkerError
 from sfumato.events import Completion, Decision, Edited, Event, Filled
 from sfumato.options import Options
-from sfumato.remote.bodies import answer_body, answer_route, changed_fields, template_route_and_body
+from sfumato.remote.bodies import answer_body, answer_route, changed_fields, option_refused, template_route_and_body
 from sfumato.remote.host import Host, NoSuchRoute
 from sfumato.remote.results import AnswerReader, completion_of, result_of, text_of
 from sfumato.templates.requests import (
-    Answer,
+    AnswerQuery,
     Chat,
     Complete,
     Decide,
@@ -29,8 +29,8 @@ from sfumato.templates.requests import (
     Fill,
     Infill,
     Messages,
+    QueryFor,
     Result,
-    Returns,
     Tools,
 )
 
@@ -79,7 +79,7 @@ class Remote:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the model runs elsewhere: this one does."""
+        """Whether the model runs in another process or machine. Here True."""
         return True
 
     @property
@@ -103,8 +103,8 @@ class Remote:
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
-    def run(self, query: Returns[Result]) -> Result:
-        """Carry out any request (`templates.requests`) and return its result."""
+    def run(self, query: QueryFor[Result]) -> Result:
+        """Carry out any query (`templates.requests`) and return its result."""
         result: Result = self._answer(query) if isinstance(query, Complete | Chat) else self._result(query)
         return result
 
@@ -117,7 +117,7 @@ class Remote:
         prompt: str | list[str],
         options: Options = Options(),  # noqa: B008 - frozen
     ) -> Completion | list[Completion]:
-        """Continue plain text; the texts of a list are requests at the same time.
+        """Continue plain text; the texts of a list are sent at the same time.
 
         Where max_tokens is None, another host than Sfumato takes a length of its own."""
         if isinstance(prompt, str):
@@ -140,7 +140,7 @@ class Remote:
         options: Options = Options(),  # noqa: B008 - frozen
         tools: Tools | None = None,
     ) -> Iterator[Event]:
-        """The events of one request: Draft (if options.drafts and the host offers them), Commit, Done.
+        """The events of one answer: Draft (if options.drafts and the host offers them), Commit, Done.
 
         Closing the iterator ends the request at the host too."""
         return self._stream(Complete(prompt, options) if isinstance(prompt, str) else Chat(prompt, tools, options))
@@ -190,11 +190,11 @@ class Remote:
 
     # ---- over HTTP --------------------------------------------------------------------------------------------------
 
-    def _answer(self, query: Answer) -> Any:
+    def _answer(self, query: AnswerQuery) -> Any:
         options = dataclasses.replace(query.options, drafts=False)
         return completion_of(self._stream(dataclasses.replace(query, options=options)))
 
-    def _stream(self, query: Answer) -> Iterator[Event]:
+    def _stream(self, query: AnswerQuery) -> Iterator[Event]:
         """The events of an answer. What cannot be sent is refused here, before the first event is asked for."""
         self.check(query.options, isinstance(query, Chat))
         body = answer_body(query, self.is_sfumato, self.has_drafts)
@@ -215,11 +215,16 @@ class Remote:
             ending = answer.end(time.perf_counter() - start)
         yield from ending
 
-    def _result(self, query: Returns[Any]) -> Any:
-        """The result of a request on a template, which comes as one body."""
+    def _result(self, query: QueryFor[Any]) -> Any:
+        """The result of a query on a template, which comes as one body.
+
+        InputError for an option that the server's route does not take, before anything is sent."""
         route, body = template_route_and_body(query)
         if not self.is_sfumato:
             raise InputError(f"{self.url} is no Sfumato server, so it has no /v1{route}; connect to one for that")
+        if (name := option_refused(route, query.options)) is not None:
+            message = f"{name} cannot be said with /v1{route} to {self.url}, which has no such field; leave it out"
+            raise InputError(message, option=name)
         payload = self._host.json("POST", route, {"model": self.name} | body)
         with self._host.reading():
             return result_of(query, payload)

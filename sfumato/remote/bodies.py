@@ -1,7 +1,7 @@
-"""A request as it is sent: the route and the JSON body, in OpenAI's words where OpenAI's API has such a request.
+"""A query as it is sent: the route and the JSON body, in OpenAI's words where OpenAI's API has such a request.
 
-The counterpart of `templates.plans`: a new kind of request is one more case here and in `results.result_of`. Options
-that cannot be said to a host are refused by `Remote.check`, not here.
+The counterpart of the server's routes. A kind of query that is to be had over HTTP is one more case here and in
+`results.result_of`, because each has a body of its own. Options that cannot be said to a host are refused by `Remote`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,29 @@ from typing import Any
 
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
-from sfumato.templates.requests import Answer, Chat, Decide, Edit, Fill, Infill, Messages, Returns
+from sfumato.options import OPTIONS, Options
+from sfumato.templates.requests import AnswerQuery, Chat, Decide, Edit, Fill, Infill, Messages, QueryFor
+
+_UNSENT = ("early", "short", "drafts")
+"""Options of templates that a Sfumato server's routes do not take, and drafts, which a whole result does not have."""
+
+TEMPLATE_OPTIONS = tuple(
+    name
+    for name, option in OPTIONS.items()
+    if {"canvas", "templates"} <= set(option.about.uses) and name not in _UNSENT
+)
+"""Options that a Sfumato server takes with a template."""
+
+DECISION_OPTIONS = ("seed",)
+"""Options that it takes with decisions."""
 
 
-def answer_route(query: Answer) -> str:
-    """The route that a request for an answer goes to."""
+def answer_route(query: AnswerQuery) -> str:
+    """The route that a query for an answer goes to."""
     return "/chat/completions" if isinstance(query, Chat) else "/completions"
 
 
-def answer_body(query: Answer, is_sfumato: bool, has_drafts: bool) -> dict[str, Any]:
+def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[str, Any]:
     """The body that asks for an answer as a stream. Drafts are left out where the host has none."""
     body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
     fields = changed_fields(query.options)
@@ -51,8 +65,8 @@ def _ids(prompt: Sequence[int] | Prompt) -> list[int]:
     return list(prompt)
 
 
-def template_route_and_body(query: Returns[Any]) -> tuple[str, dict[str, Any]]:
-    """Route and body of a request that a Sfumato server alone takes; it is answered at once, without drafts."""
+def template_route_and_body(query: QueryFor[Any]) -> tuple[str, dict[str, Any]]:
+    """Route and body of a query that a Sfumato server alone takes; it is answered at once, without drafts."""
     match query:
         case Infill():
             route, body = "/infill", _fields(query, "prefix", "suffix", "length", "at_most")
@@ -66,7 +80,18 @@ def template_route_and_body(query: Returns[Any]) -> tuple[str, dict[str, Any]]:
             route, body = "/decisions", {"fields": choices, "steps": query.steps} | _prompt(query.prompt)
         case _:
             raise InputError(f"there is no request {query!r}; give one of templates.requests")
-    return route, body | changed_fields(dataclasses.replace(query.options, drafts=False))
+    return route, body | _whole_result(query.options)
+
+
+def option_refused(route: str, options: Options) -> str | None:
+    """The first of the options that a Sfumato server does not take at this route of templates; None: it takes all."""
+    names = DECISION_OPTIONS if route == "/decisions" else TEMPLATE_OPTIONS
+    return next((name for name in _whole_result(options) if name not in names), None)
+
+
+def _whole_result(options: Options) -> dict[str, Any]:
+    """The options to send for a result that comes as one body."""
+    return changed_fields(dataclasses.replace(options, drafts=False))
 
 
 def _fields(query: Infill | Edit, *names: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a host sends, as our records: the chunks of an answer as events, a body as the result of its request.
+"""What a host sends, as our records: the chunks of an answer as events, a body as the result of its query.
 
 A chunk or body of another shape than it should have is a KeyError, TypeError or ValueError here; `Host.reading` makes
 the sentence.
@@ -14,7 +14,7 @@ from typing import Any
 from sfumato.errors import InputError, SfumatoError
 from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, Usage
 from sfumato.options import Options
-from sfumato.templates.requests import Decide, Edit, Fill, Infill, Returns
+from sfumato.templates.requests import Decide, Edit, Fill, Infill, QueryFor
 
 
 class AnswerReader:
@@ -109,8 +109,8 @@ class AnswerReader:
         return [text_of(piece) for piece in pieces], logprobs, likeliest if wants_top else None
 
 
-def result_of(query: Returns[Any], body: Mapping[str, Any]) -> Any:
-    """The result that a Sfumato server's body holds for this request."""
+def result_of(query: QueryFor[Any], body: Mapping[str, Any]) -> Any:
+    """The result that a Sfumato server's body holds for this query."""
     match query:
         case Infill():
             values, lengths = {"middle": text_of(body["middle"])}, {"middle": int(body["length"])}

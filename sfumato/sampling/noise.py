@@ -33,9 +33,9 @@ _HOST_STRIDE = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 _Bits = npt.NDArray[np.uint64]
-_Place = tuple[int, int, int, int]
+_NoisePlace = tuple[int, int, int, int]
 """Seed, canvas, step and stream."""
-_Block = tuple[int, int, int, int]
+_NoiseBlock = tuple[int, int, int, int]
 """Seat, seed, canvas and first step of `AHEAD` steps."""
 
 
@@ -165,7 +165,7 @@ class HostNoise:
         at: Any = list(seats), [step % AHEAD for step in steps]
         return torch.from_numpy(self._uniform_XTL[at]), torch.from_numpy(self._tokens_XTL[at])
 
-    def _count(self, places: Sequence[_Place], blocks: Sequence[_Block]) -> npt.NDArray[np.int64]:
+    def _count(self, places: Sequence[_NoisePlace], blocks: Sequence[_NoiseBlock]) -> npt.NDArray[np.int64]:
         """Tokens at these places, and into the tables those of these blocks of steps, in one count."""
         steps = range(AHEAD)
         uniform = [(seed, canvas, first + n, _SAMPLE) for _, seed, canvas, first in blocks for n in steps]
@@ -192,7 +192,7 @@ def first_uniform(seeds: Sequence[int], canvases: Sequence[int]) -> Tensor:
     return torch.from_numpy(_host_uniform(_host_bits(places, 1))[:, 0])
 
 
-def _host_bits(places: Sequence[_Place], length: int) -> _Bits:
+def _host_bits(places: Sequence[_NoisePlace], length: int) -> _Bits:
     """32 random bits for each position of these places, as uint64 [N, length]."""
     state_N = np.zeros(len(places), np.uint64)
     words = [(seed & 0xFFFFFFFF, seed >> 32, 0, canvas, step, stream) for seed, canvas, step, stream in places]

@@ -70,7 +70,7 @@ class Child:
         memory: int = MEMORY,
         stack: int = STACK,
     ) -> Any:
-        """See `Pool.run`. `seconds` None: `SECONDS`."""
+        """See `ChildPool.run`. `seconds` None: `SECONDS`."""
         if sys.platform == "win32":  # whose pipes cannot be waited for
             return function(*arguments)
         self.seconds, self.memory = SECONDS if seconds is None else seconds, memory
@@ -184,7 +184,7 @@ class Child:
         return "makes the library that reads it crash; make it smaller or less nested"
 
 
-class Pool:
+class ChildPool:
     """Children for one kind of work, so that none of it waits for another kind.
 
     `nice` is how far they step aside for other processes, from 0 to 19. They start with the first call, and end with

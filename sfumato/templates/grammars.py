@@ -1,4 +1,4 @@
-"""Compiled constraints, kept for the next request that has the same. Safe to use from several threads."""
+"""Compiled constraints, kept for the next query that has the same. Safe to use from several threads."""
 
 from __future__ import annotations
 

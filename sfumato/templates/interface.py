@@ -10,12 +10,12 @@ from typing import Protocol, overload
 
 from sfumato.events import Completion, Decision, Edited, Event, Filled
 from sfumato.options import Options
-from sfumato.templates.requests import Messages, Result, Returns, Tools
+from sfumato.templates.requests import Messages, QueryFor, Result, Tools
 from sfumato.templates.slots import Slot
 
 
 class LanguageModel(Protocol):
-    """A model that answers requests: by a method each, or any of them through `run`.
+    """A model that answers queries: by a method each, or any of them through `run`.
 
     Every method raises InputError for an argument that is wrong and CapacityError for one that is too large."""
 
@@ -36,7 +36,9 @@ class LanguageModel(Protocol):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it runs elsewhere, so that it works on while the caller looks at an event."""
+        """Whether the model runs in another process or machine.
+
+        If so, it works on while the caller handles an event."""
         ...
 
     def check(self, options: Options, is_chat: bool = True) -> None:
@@ -47,8 +49,8 @@ class LanguageModel(Protocol):
         """Free what is kept of the last conversation."""
         ...
 
-    def run(self, query: Returns[Result]) -> Result:
-        """Carry out any request and return its result."""
+    def run(self, query: QueryFor[Result]) -> Result:
+        """Carry out any query and return its result."""
         ...
 
     def stream(

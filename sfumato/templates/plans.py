@@ -1,8 +1,8 @@
-"""Plans: what each kind of request asks of an engine, and what it makes of the answers.
+"""Plans: what each kind of query asks of an engine, and what it makes of the answers.
 
-`Planner.plan` is the one place that matches a request by its type; a new kind of request is a class in `requests` and a
-plan here. A plan yields requests of the engine and is sent what they ended with (`engine.plan`), so that one caller's
-engine and everybody's batch carry out the same. It deliberately lacks the model: a planner runs nothing.
+`Planner.plan` matches a query by its type; a new kind of query is a class in `requests` and a plan here. A plan yields
+requests of the engine and is sent what they ended with (`engine.plan`), so that one caller's engine and everybody's
+batch carry out the same. It deliberately lacks the model: a planner runs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -29,7 +29,19 @@ from sfumato.templates.grammars import GrammarCache
 from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
 from sfumato.templates.lengths import LENGTH_STEPS, LONGEST, LengthScore, candidates
 from sfumato.templates.prompts import PromptEncoder
-from sfumato.templates.requests import Answer, Chat, Complete, Decide, Edit, Fill, Infill, Messages, Returns, Tools
+from sfumato.templates.requests import (
+    AnswerQuery,
+    Chat,
+    Complete,
+    Decide,
+    Edit,
+    Fill,
+    Infill,
+    Messages,
+    Query,
+    QueryFor,
+    Tools,
+)
 from sfumato.templates.slots import Slot, check_template, span_template
 from sfumato.text.reader import Reader
 from sfumato.text.template import ChatTemplate
@@ -40,7 +52,7 @@ STRENGTH = 0.5
 
 
 class Planner:
-    """Plans requests for one model. `defaults` are the checkpoint's own values of options that are left open.
+    """Plans queries for one model. `defaults` are the checkpoint's own values of options that are left open.
 
     It may be used from several threads."""
 
@@ -58,10 +70,10 @@ class Planner:
         """Tokens that end an answer, or pad what it leaves of its canvas."""
         self.grammars = GrammarCache(tokenizer, config.vocab_size, sorted(self.fillers))
 
-    def plan(self, query: Returns[Any]) -> Plan[Any]:
-        """The plan of a request, which ends with the request's result.
+    def plan(self, query: QueryFor[Any]) -> Plan[Any]:
+        """The plan of a query, which ends with the query's result.
 
-        What is wrong with the request is an InputError or CapacityError, here or at the plan's first step."""
+        What is wrong with the query is an InputError or CapacityError, here or at the plan's first step."""
         match query:
             case Complete() | Chat():
                 return self.answer(query)
@@ -73,13 +85,12 @@ class Planner:
                 return self.edit(query)
             case Decide():
                 return self.decide(query)
-        raise InputError(
-            f"there is no request {reprlib.repr(query)}; there are Chat, Complete, Infill, Fill, Edit, Decide"
-        )
+        names = ", ".join(kind.__name__ for kind in get_args(Query))
+        raise InputError(f"there is no request {reprlib.repr(query)}; there are {names}")
 
-    def must_compile(self, query: Returns[Any]) -> bool:
-        """Whether a request holds a constraint that is not compiled yet, which may take seconds."""
-        options: Options = getattr(query, "options", Options())
+    def must_compile(self, query: QueryFor[Any]) -> bool:
+        """Whether a query holds a constraint that is not compiled yet, which may take seconds."""
+        options = query.options
         if options.strict or options.must_call:
             return True
         constraints = [options.constraint]
@@ -89,18 +100,18 @@ class Planner:
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
-    def answer(self, query: Answer) -> Plan[Completion]:
+    def answer(self, query: AnswerQuery) -> Plan[Completion]:
         """The plan of one answer."""
         (completion,) = yield from self.answers([query])
         return completion
 
-    def answers(self, queries: Sequence[Answer]) -> Plan[list[Completion]]:
-        """The plan of several answers that run together."""
+    def answers(self, queries: Sequence[AnswerQuery]) -> Plan[list[Completion]]:
+        """The plan of several answers that run together. InputError where there is none."""
         endings = yield [self.ask_answer(query) for query in queries]
         return [Completion.of(done) for done in endings]
 
-    def ask_answer(self, query: Answer) -> Ask:
-        """What to give an engine for an answer."""
+    def ask_answer(self, query: AnswerQuery) -> Ask:
+        """What an answer asks of an engine."""
         arguments.check_options(query.options)
         if isinstance(query, Complete):
             prompt = self._continued(query.prompt)

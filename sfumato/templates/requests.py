@@ -1,8 +1,10 @@
-"""What is asked of a model: a small family of frozen records, the same in Python, over HTTP and between processes.
+"""Queries, which are what is asked of a model: frozen records, the same in Python, over HTTP and between processes.
 
-Each is plain data that can be pickled, and says by its type what it ends with. Two places match them by type: the plans
-of a loaded model (`plans.Planner`) and the bodies of HTTP requests (`remote.bodies`). It deliberately lacks checks: the
-place that plans a request checks it. Nothing here imports torch.
+Each is plain data that can be pickled, and says by its type what it ends with. A new kind is a class here and its plan
+in `plans.Planner`, which matches queries by type; engine, batch and worker carry out any plan. HTTP has a route and a
+body for each kind that it offers, so `remote.bodies`, `remote.results` and the server's routes match by type too. A
+request is something else: what a plan asks of an engine (`engine.request`). This module deliberately lacks checks: the
+plan of a query checks it. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -25,29 +27,51 @@ Tools = Sequence[Mapping[str, Any]]
 Result = TypeVar("Result")
 
 
-class Returns(Generic[Result]):
-    """The base of all requests; the parameter is the type of the result that the request ends with."""
+class QueryFor(Generic[Result]):
+    """The base of all queries; the parameter is the type of the result that a query ends with.
+
+    A subclass is a frozen dataclass with a field `options`."""
+
+    options: Options
+    """How to generate."""
+
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """What the model reads first: a text, token ids, messages, or pieces of a template.
+
+        Queries that begin alike may share what is encoded. Empty: nothing, or a kind that does not say."""
+        return ()
 
 
 @dataclass(frozen=True)
-class Complete(Returns[Completion]):
+class Complete(QueryFor[Completion]):
     """Continue a text (or token ids, or a prompt that is encoded already), without a chat template."""
 
     prompt: str | Sequence[int] | Prompt
     options: Options = Options()  # noqa: RUF009 - frozen
 
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """The prompt's text, or its token ids."""
+        return self.prompt if isinstance(self.prompt, str) else list(self.prompt)
+
 
 @dataclass(frozen=True)
-class Chat(Returns[Completion]):
+class Chat(QueryFor[Completion]):
     """Answer a conversation."""
 
     messages: Messages
     tools: Tools | None = None
     options: Options = Options()  # noqa: RUF009 - frozen
 
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """The messages."""
+        return self.messages
+
 
 @dataclass(frozen=True)
-class Infill(Returns[Filled]):
+class Infill(QueryFor[Filled]):
     """Write the text between two texts, in `length` tokens; None: the length is searched for, up to `at_most` (64)."""
 
     prefix: str
@@ -56,9 +80,14 @@ class Infill(Returns[Filled]):
     at_most: int | None = None
     options: Options = Options()  # noqa: RUF009 - frozen
 
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """The text before what is written."""
+        return self.prefix
+
 
 @dataclass(frozen=True)
-class Edit(Returns[Edited]):
+class Edit(QueryFor[Edited]):
     """Rewrite a text where it stands: its `spans` (from character, to character), or wherever the `instruction` says.
 
     `strength` is the share of it that starts as noise; None: 0.5."""
@@ -69,18 +98,28 @@ class Edit(Returns[Edited]):
     strength: float | None = None
     options: Options = Options()  # noqa: RUF009 - frozen
 
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """The text."""
+        return self.text
+
 
 @dataclass(frozen=True)
-class Fill(Returns[Filled]):
+class Fill(QueryFor[Filled]):
     """Fill the slots of a template. `prompt` is what it answers: a conversation, a text, or nothing."""
 
     template: Sequence[str | Slot]
     prompt: str | Messages | None = None
     options: Options = Options()  # noqa: RUF009 - frozen
 
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """What the template answers; without that, the template."""
+        return self.prompt or self.template
+
 
 @dataclass(frozen=True)
-class Decide(Returns[dict[str, Decision]]):
+class Decide(QueryFor[dict[str, Decision]]):
     """Answer questions with given choices: field -> choices.
 
     All fields are read in one denoise pass (`steps` of them)."""
@@ -90,9 +129,14 @@ class Decide(Returns[dict[str, Decision]]):
     steps: int = 1
     options: Options = Options()  # noqa: RUF009 - frozen
 
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """What the questions are about."""
+        return self.prompt
 
-Query = Complete | Chat | Infill | Edit | Fill | Decide
-"""Any request."""
 
-Answer = Complete | Chat
-"""A request that its events answer: the last one holds the whole. The others end with a result of their own."""
+Query = Chat | Complete | Infill | Fill | Edit | Decide
+"""Any query that this package has."""
+
+AnswerQuery = Chat | Complete
+"""A query that its events answer: the last one holds the whole. The others end with a result of their own."""

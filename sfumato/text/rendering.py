@@ -2,7 +2,7 @@
 
 A template is somebody else's program. The sandbox keeps it from reaching anything outside itself; the child process
 (`confined`) bounds its time and memory, whatever its loops, filters and operators do. So `check` and `render` are
-called through `confined.Pool.run`, by `template` alone. Their errors are one sentence for the user.
+called through `confined.ChildPool.run`, by `template` alone. Their errors are one sentence for the user.
 
 Import-light, because a child process starts with it: jinja2 and nothing else.
 """

@@ -25,7 +25,7 @@ from sfumato.text.tokenizer_file import read_text
 
 MAX_TEMPLATE = 256 << 10
 """Characters of template source; Gemma 4's has 17 thousand."""
-CHILDREN = confined.Pool()
+CHILDREN = confined.ChildPool()
 """The child processes that render."""
 
 _WHAT = "the chat template"

@@ -42,7 +42,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What would be served; nothing is."""
     arguments: list[Any] = []
 
-    def run(backend: Worker, settings: Settings, port: int, ready: listen.Ready) -> None:
+    def run(backend: Worker, settings: Settings, port: int, ready: listen.OnReady) -> None:
         arguments.extend((backend, settings, port))
 
     monkeypatch.setattr(listen, "run", run)

@@ -15,6 +15,7 @@ from sfumato import LLM, Options, Slot
 from sfumato.constraints.guide import Guide
 from sfumato.engine.jobs import Jobs
 from sfumato.engine.limits import BatchLimits
+from sfumato.engine.plan import Plan
 from sfumato.errors import BusyError, CapacityError, InputError
 from sfumato.events import Commit, Done, Draft
 from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query
@@ -262,4 +263,51 @@ def test_the_later_parts_of_a_plan_run_beside_the_engine(nano: LLM, monkeypatch:
             monkeypatch.setattr(nano.planner, "_sheet", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 jobs.begin("3", Fill(template, options=Options(seed=1)))
+    assert jobs.is_idle and jobs.figures().rows == 0
+
+
+def test_a_plan_may_end_before_it_asks_for_anything(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(query: Complete) -> Plan[str]:
+        if query.prompt:
+            yield [nano.planner.ask_answer(query)]
+        return "nothing to do"
+
+    monkeypatch.setattr(nano.planner, "plan", plan)
+    jobs: Jobs[Query] = Jobs(nano, BatchLimits(queue=1))
+    jobs.begin("1", Complete(""))
+    jobs.begin("2", Complete(""))  # which takes no place among those that wait
+    jobs.cancel("2")
+    jobs.begin("3", Complete("1 2 3", Options(seed=3, max_tokens=5)))
+    assert not jobs.is_idle
+    outcomes = carried_out(jobs)
+    assert outcomes.keys() == {"1", "3"} and outcomes["1"] == ["nothing to do"]
+    assert isinstance(outcomes["3"][-1], Done)
+    assert jobs.is_idle and jobs.figures().rows == 0
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+def test_a_plan_that_asks_for_nothing_ends_its_own_job(
+    is_later: bool, nano: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, plainly = Options(seed=3, max_tokens=5), nano.planner.plan
+
+    def plan(query: Query) -> Plan[Any]:
+        if isinstance(query, Complete):
+            return (yield from plainly(query))
+        if is_later:
+            yield [dataclasses.replace(nano.planner.ask_answer(Complete("1", one)), is_answer=False)]
+        yield []
+
+    monkeypatch.setattr(nano.planner, "plan", plan)
+    jobs: Jobs[Query] = Jobs(nano, BatchLimits())
+    jobs.begin("1", Complete("1 2 3", one))
+    message = "there are 0 prompts to run; give at least one"
+    if is_later:
+        jobs.begin("2", Infill("1", "2"))
+    else:
+        with pytest.raises(InputError, match=message):
+            jobs.begin("2", Infill("1", "2"))
+    outcomes = carried_out(jobs)
+    assert isinstance(outcomes["1"][-1], Done)
+    assert [str(outcome) for outcome in outcomes.get("2", [])] == ([message] if is_later else [])
     assert jobs.is_idle and jobs.figures().rows == 0

@@ -33,8 +33,8 @@ from sfumato.cli.view import show
 from sfumato.errors import InputError
 from sfumato.events import Commit, Decision, Done, Draft
 from sfumato.model.prompt import Prompt
-from sfumato.options import Options
-from sfumato.remote import Remote
+from sfumato.options import OPTIONS, Options
+from sfumato.remote import Remote, bodies
 from sfumato.remote.bodies import answer_body
 from sfumato.templates.requests import Complete
 from sfumato.templates.slots import Slot
@@ -180,6 +180,30 @@ def test_templates_are_asked_for_and_read(ours: Scripted) -> None:
     assert ours.body == {"model": "nano", "text": "old", "spans": [[0, 3]]}
     assert remote.decide(USER, {"mood": ("bad", "good")}) == {"mood": Decision("bad", {"bad": 1.0, "good": 0.0})}
     assert ours.body == {"model": "nano", "messages": USER, "fields": {"mood": ["bad", "good"]}, "steps": 1}
+
+
+def test_an_option_that_a_route_has_no_field_for_is_refused_before_anything_is_sent(ours: Scripted) -> None:
+    remote, fields = Remote(ours.url), {"mood": ("bad", "good")}
+    calls: list[tuple[str, str, Callable[[Options], object]]] = [
+        ("/v1/infill", "short", lambda options: remote.infill("a", "b", options=options)),
+        ("/v1/edit", "early", lambda options: remote.edit("a", "b", options=options)),
+        ("/v1/fill", "top_k", lambda options: remote.fill(["a", Slot("b")], options=options)),
+        ("/v1/fill", "max_tokens", lambda options: remote.fill(["a", Slot("b")], options=options)),
+        ("/v1/decisions", "t_max", lambda options: remote.decide("a", fields, options=options)),
+    ]
+    for route, name, call in calls:
+        with pytest.raises(InputError, match=rf"^{name} cannot be said with {route} to .*; leave it out$") as refused:
+            call(Options.from_dict({name: True if name in ("short", "early") else 1, "seed": 3}))
+        assert refused.value.option == name
+    assert [path for path, *_ in ours.requests if path != "/v1/models"] == []
+
+
+def test_the_options_of_templates_are_those_of_the_servers_routes() -> None:
+    canvas = pytest.importorskip("sfumato.server.canvas.bodies", reason="needs pydantic")
+    for body in (canvas.InfillRequest, canvas.EditRequest, canvas.FillRequest):
+        names = {info.alias or name for name, info in body.model_fields.items()} & OPTIONS.keys()
+        assert names - {"drafts"} == set(bodies.TEMPLATE_OPTIONS)
+    assert canvas.DecisionsRequest.model_fields.keys() & OPTIONS.keys() == set(bodies.DECISION_OPTIONS)
 
 
 def test_closing_the_stream_ends_the_request(ours: Scripted) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +29,7 @@ from sfumato.events import Commit, Done, Draft, Event, Usage
 from sfumato.options import LoadOptions, Options
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.cluster.plan import ClusterPlan
-from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query
+from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query, QueryFor
 from sfumato.templates.slots import Slot
 
 pytest.importorskip("ray", reason="needs ray[serve]")
@@ -83,6 +84,21 @@ def test_jobs_that_begin_alike_have_one_key(one: Query, other: Query, is_same: b
 
 def test_a_job_that_begins_with_nothing_has_no_key() -> None:
     assert routing.key_of(Complete("")) == routing.key_of(Infill("", "b")) == ""
+
+
+def test_a_further_kind_of_query_has_the_key_of_what_it_begins_with() -> None:
+    @dataclass(frozen=True)
+    class Silent(QueryFor[str]):
+        text: str
+        options: Options
+
+    class Summary(Silent):
+        @property
+        def beginning(self) -> str:
+            return self.text
+
+    assert routing.key_of(Silent("a text", Options())) == ""
+    assert routing.key_of(Summary("a text", Options())) == routing.key_of(Complete("a text")) != ""
 
 
 def test_homes_are_spread_and_stay_when_others_come_and_go() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 from fake_backend import CARD
+from pydantic import ValidationError
 
 from sfumato.errors import InputError
-from sfumato.options import BIG, OPTIONS, About, Options, Use, declared
-from sfumato.server.canvas.bodies import EditRequest, FillRequest, InfillRequest
+from sfumato.options import BIG, OPTIONS, About, Option, Options, Use, declared
+from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest
 from sfumato.server.http import bodies as http_bodies
 from sfumato.server.http import options as http_options
 from sfumato.server.http.errors import Refusal
@@ -109,6 +112,48 @@ def test_a_body_has_the_options_of_its_uses(body: type[OptionsBody], uses: set[U
     names = {info.alias or name for name, info in body.model_fields.items()}
     expected = {name for name, option in OPTIONS.items() if uses <= set(option.about.uses)} - others
     assert names & OPTIONS.keys() == expected
+
+
+ROUTES: dict[str, type[http_bodies.Body]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/infill": InfillRequest,
+    "/v1/edit": EditRequest,
+    "/v1/fill": FillRequest,
+    "/v1/decisions": DecisionsRequest,
+}
+
+
+def other_value(option: Option) -> Any:
+    """A value that is not the option's default, as JSON has it."""
+    values = {bool: True, int: 1, float: 0.5, tuple: ["a"], dict: {"type": "object"}, str: "a"}
+    return option.choices[-1] if option.choices else values[option.kind]
+
+
+def takes(body: type[http_bodies.Body], name: str, value: Any) -> bool:
+    """Whether a body has no fault to find with this field, whatever else is missing."""
+    try:
+        body.model_validate({name: value}, context=Limits())
+    except ValidationError as error:
+        return name not in [one["loc"][0] for one in error.errors() if one["loc"]]
+    return True
+
+
+def test_the_page_of_the_server_says_which_options_a_route_takes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`/v1/[\w/]+`(?:, )?)+) \| (all but )?(.*) \|$", page, re.MULTILINE)
+    table: dict[str, set[str]] = {}
+    for routes, all_but, names in rows:
+        listed_names = set(re.findall(r"`(\w+)`", names))
+        for route in re.findall(r"`([^`]+)`", routes):
+            table[route] = OPTIONS.keys() - listed_names if all_but else listed_names
+    assert table.keys() == ROUTES.keys()
+    for route, body in ROUTES.items():
+        values = {name: other_value(option) for name, option in OPTIONS.items()}
+        if body is CompletionRequest:
+            values["logprobs"] = 1
+        assert {name for name, value in values.items() if takes(body, name, value)} == table[route], route
 
 
 def test_ranges_are_the_declared_ones_but_for_openais_temperature() -> None:

@@ -17,7 +17,7 @@ import pytest
 from sfumato.errors import BusyError, CapacityError, InputError
 from sfumato.system import confined
 
-POOL = confined.Pool(nice=5)
+POOL = confined.ChildPool(nice=5)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_a_child_ends_with_its_parent() -> None:
 
 
 def test_pools_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = confined.Pool()
+    other = confined.ChildPool()
     with POOL.child("it"), POOL.child("it"):
         assert other.run(add, 1, 2, what="it") == 3
         monkeypatch.setattr(confined, "SECONDS", 0.05)

@@ -1,19 +1,21 @@
-"""templates/requests.py and templates/interface.py: requests are values, and every model offers the same methods."""
+"""templates/requests.py and templates/interface.py: queries are values, and every model offers the same methods."""
 
 from __future__ import annotations
 
 import pickle
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sfumato import LLM, Options, Slot
+from sfumato.engine.plan import Plan
 from sfumato.errors import InputError
 from sfumato.events import Done
 from sfumato.model.prompt import Prompt
-from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query
+from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query, QueryFor
 
 if TYPE_CHECKING:  # what mypy checks; nothing runs
     from sfumato.remote import Remote
@@ -35,19 +37,80 @@ QUERIES: list[Query] = [
 ]
 
 
+@dataclass(frozen=True)
+class Repeat(QueryFor[str]):
+    """A further kind of query: a text, so often continued."""
+
+    text: str
+    times: int
+    options: Options = Options(seed=1, max_tokens=5)  # noqa: RUF009 - frozen
+
+
+class RepeatPlanner:
+    """Plans of the further kind: `LLM.planner.plan`, and one case more."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.plain, self.planner = llm.planner.plan, llm.planner
+
+    def plan(self, query: QueryFor[Any]) -> Plan[Any]:
+        return self.repeat(query) if isinstance(query, Repeat) else self.plain(query)
+
+    def repeat(self, query: Repeat) -> Plan[str]:
+        text = query.text
+        for _ in range(query.times):
+            completion = yield from self.planner.answer(Complete(text, query.options))
+            text += completion.text
+        return text
+
+
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM.load("nano")
 
 
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: type(query).__name__)
-def test_a_request_crosses_to_another_process_and_cannot_be_changed(query: Query) -> None:
+def test_a_query_crosses_to_another_process_and_cannot_be_changed(query: Query) -> None:
     assert pickle.loads(pickle.dumps(query)) == query
     with pytest.raises(AttributeError):
         query.options = ONE  # type: ignore[misc]
 
 
-def test_any_request_runs_as_its_method_does(llm: LLM) -> None:
+@pytest.mark.parametrize(
+    ("query", "beginning"),
+    list(zip(QUERIES, ["1 2", USER, "1", "123", USER, USER], strict=True)),
+    ids=lambda value: type(value).__name__,
+)
+def test_a_query_says_what_the_model_reads_first(query: Query, beginning: object) -> None:
+    assert query.beginning == beginning
+
+
+def test_a_template_alone_and_token_ids_begin_a_query_too() -> None:
+    assert Fill(["1", Slot("x")]).beginning == ["1", Slot("x")]
+    assert Complete([1, 2]).beginning == Complete(Prompt((1, 2))).beginning == [1, 2]
+
+
+def test_a_further_kind_of_query_is_its_class_and_its_plan(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.planner, "plan", RepeatPlanner(llm).plan)
+    options = Repeat("", 0).options
+    once = llm.complete("1 2", options).text
+    assert llm.run(Repeat("1 2", 0)) == "1 2"
+    assert llm.run(Repeat("1 2", 1)) == "1 2" + once
+    assert llm.run(Repeat("1 2", 2)) == "1 2" + once + llm.complete("1 2" + once, options).text
+    assert pickle.loads(pickle.dumps(Repeat("1 2", 2))) == Repeat("1 2", 2)
+    assert not llm.must_compile(Repeat("1 2", 2)) and llm.must_compile(Repeat("1", 1, Options(strict=True)))
+    assert list(Repeat("1 2", 2).beginning) == []
+
+
+def test_a_plan_that_asks_for_nothing_is_one_clear_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(query: Any) -> Plan[None]:
+        yield []
+
+    monkeypatch.setattr(llm.planner, "plan", empty)
+    with pytest.raises(InputError, match="there are 0 prompts to run; give at least one"):
+        llm.run(Repeat("1", 1))
+
+
+def test_any_query_runs_as_its_method_does(llm: LLM) -> None:
     one, three = QUERIES[0].options, QUERIES[1].options
     assert llm.run(Complete("1 2", one)).text == llm.complete("1 2", one).text
     assert llm.run(Chat(USER, options=three)).text == llm.chat(USER, options=three).text
@@ -68,12 +131,14 @@ def test_token_ids_and_prompts_are_completed(llm: LLM) -> None:
         assert isinstance(done, Done) and done.text == llm.run(Complete(ids, QUERIES[0].options)).text
 
 
-def test_what_is_no_request_is_refused(llm: LLM) -> None:
-    with pytest.raises(InputError, match=r"there is no request 'sing'; there are Chat, Complete, Infill, Fill, Edit"):
+def test_what_is_no_query_is_refused(llm: LLM) -> None:
+    with pytest.raises(
+        InputError, match=r"there is no request 'sing'; there are Chat, Complete, Infill, Fill, Edit, Decide"
+    ):
         llm.run("sing")  # type: ignore[arg-type]
 
 
-def test_constraints_that_are_not_compiled_make_a_request_slow(llm: LLM) -> None:
+def test_constraints_that_are_not_compiled_make_a_query_slow(llm: LLM) -> None:
     regex = Complete("1", Options(regex="[0-9]{7}", seed=1))
     slot = Fill([Slot(regex="[0-9]{6}")], options=ONE)
     assert llm.must_compile(regex) and llm.must_compile(slot)
@@ -82,6 +147,6 @@ def test_constraints_that_are_not_compiled_make_a_request_slow(llm: LLM) -> None
     assert llm.must_compile(Chat(USER, options=Options(strict=True))) and not llm.must_compile(Complete("1"))
 
 
-def test_requests_and_the_protocol_import_no_torch() -> None:
+def test_queries_and_the_protocol_import_no_torch() -> None:
     code = "import sys, sfumato.templates.requests, sfumato.templates.interface; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -54,7 +54,7 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Kinds that are one of torch's own dtypes."""
 
 
-class Parts(NamedTuple):
+class BlockParts(NamedTuple):
     """What blocks say: code x scale (+ offset), group by group."""
 
     code: Tensor
@@ -93,46 +93,48 @@ def packed(kind: str, raw: Tensor) -> Packed:
     return Packed("int8", shape, code, scale.float(), group, bias if bias is None else bias.float())
 
 
-def _parts(kind: str, raw: Tensor) -> Parts:
+def _parts(kind: str, raw: Tensor) -> BlockParts:
     return _DECODERS[kind](raw.contiguous().unflatten(-1, (-1, KINDS[NUMBERS[kind]].nbytes)))
 
 
-def _parts_q8_0(block: Tensor) -> Parts:
-    return Parts(block[..., 2:].flatten(-2).view(torch.int8), _half(block, 0), None, 32)
+def _parts_q8_0(block: Tensor) -> BlockParts:
+    return BlockParts(block[..., 2:].flatten(-2).view(torch.int8), _half(block, 0), None, 32)
 
 
-def _parts_q6_k(block: Tensor) -> Parts:
+def _parts_q6_k(block: Tensor) -> BlockParts:
     code = (_fields(block[..., :128], 64, 4) | _fields(block[..., 128:192], 32, 2) << 4).view(torch.int8) - 32
     small = block[..., 192:208].contiguous().view(torch.int8)
-    return Parts(code.flatten(-2), (_half(block, 208)[..., None] * small.float()).flatten(-2), None, 16)
+    return BlockParts(code.flatten(-2), (_half(block, 208)[..., None] * small.float()).flatten(-2), None, 16)
 
 
-def _parts_q4_k(block: Tensor) -> Parts:
-    return Parts(_fields(block[..., 16:], 32, 4).flatten(-2), *_small(block), 32, is_four_bit=True)
+def _parts_q4_k(block: Tensor) -> BlockParts:
+    return BlockParts(_fields(block[..., 16:], 32, 4).flatten(-2), *_small(block), 32, is_four_bit=True)
 
 
-def _parts_q5_k(block: Tensor) -> Parts:
+def _parts_q5_k(block: Tensor) -> BlockParts:
     code = _fields(block[..., 48:], 32, 4) | _fields(block[..., 16:48], 32, 1) << 4
-    return Parts(code.flatten(-2), *_small(block), 32)
+    return BlockParts(code.flatten(-2), *_small(block), 32)
 
 
-def _parts_q4_0(block: Tensor) -> Parts:
-    return Parts(_fields(block[..., 2:], 16, 4).flatten(-2), _halves(block, 0), None, 32, is_four_bit=True)
+def _parts_q4_0(block: Tensor) -> BlockParts:
+    return BlockParts(_fields(block[..., 2:], 16, 4).flatten(-2), _halves(block, 0), None, 32, is_four_bit=True)
 
 
-def _parts_q4_1(block: Tensor) -> Parts:
-    return Parts(_fields(block[..., 4:], 16, 4).flatten(-2), _halves(block, 0), _halves(block, 2), 32, is_four_bit=True)
+def _parts_q4_1(block: Tensor) -> BlockParts:
+    return BlockParts(
+        _fields(block[..., 4:], 16, 4).flatten(-2), _halves(block, 0), _halves(block, 2), 32, is_four_bit=True
+    )
 
 
-def _parts_q5_0(block: Tensor) -> Parts:
-    return Parts(_five_bits(block, 2).view(torch.int8) - 16, _halves(block, 0), None, 32)
+def _parts_q5_0(block: Tensor) -> BlockParts:
+    return BlockParts(_five_bits(block, 2).view(torch.int8) - 16, _halves(block, 0), None, 32)
 
 
-def _parts_q5_1(block: Tensor) -> Parts:
-    return Parts(_five_bits(block, 4), _halves(block, 0), _halves(block, 2), 32)
+def _parts_q5_1(block: Tensor) -> BlockParts:
+    return BlockParts(_five_bits(block, 4), _halves(block, 0), _halves(block, 2), 32)
 
 
-_DECODERS: dict[str, Callable[[Tensor], Parts]] = {
+_DECODERS: dict[str, Callable[[Tensor], BlockParts]] = {
     "Q8_0": _parts_q8_0,
     "Q6_K": _parts_q6_k,
     "Q4_K": _parts_q4_k,

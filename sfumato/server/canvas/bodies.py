@@ -10,12 +10,12 @@ from sfumato.errors import InputError
 from sfumato.options import BIG, MOST_STEPS, Use
 from sfumato.server.http.bodies import Body, Choices, Count, Most
 from sfumato.server.http.options import OptionsBody, option_field
-from sfumato.server.openai.bodies import Messages
+from sfumato.server.openai.bodies import MessageList
 
 CANVAS: tuple[Use, ...] = ("canvas", "templates")
 """The options of these routes apply to a canvas, and to templates."""
 WITHOUT = ("early", "short")
-"""Options that apply, and that these routes have never taken."""
+"""Options that apply, and that these routes have never taken. `remote.bodies` refuses them before it sends."""
 
 
 class InfillRequest(OptionsBody, uses=CANVAS, without=WITHOUT):
@@ -27,7 +27,7 @@ class InfillRequest(OptionsBody, uses=CANVAS, without=WITHOUT):
     at_most: Count | None = Field(None, description="Tokens at most, where the length is found.")
 
 
-Span = Annotated[list[Annotated[int, Field(ge=0, le=BIG)]], Field(min_length=2, max_length=2)]
+SpanBody = Annotated[list[Annotated[int, Field(ge=0, le=BIG)]], Field(min_length=2, max_length=2)]
 
 
 class EditRequest(OptionsBody, uses=CANVAS, without=WITHOUT):
@@ -35,7 +35,7 @@ class EditRequest(OptionsBody, uses=CANVAS, without=WITHOUT):
 
     text: str
     instruction: str | None = None
-    spans: Annotated[list[Span], Most("max_spans", "spans")] | None = Field(
+    spans: Annotated[list[SpanBody], Most("max_spans", "spans")] | None = Field(
         None, description="What may change: from character, to character."
     )
     strength: float | None = Field(None, ge=0, le=1, description="The share of the text that is noise at first.")
@@ -58,7 +58,7 @@ class SlotBody(Body):
 class Prompted(Body):
     """What stands before what is written: messages, a text, or nothing."""
 
-    messages: Messages | None = None
+    messages: MessageList | None = None
     prompt: str | None = None
 
     def before(self) -> str | list[dict[str, Any]] | None:

@@ -1,4 +1,7 @@
-"""Our own routes, for what only a canvas can do: /v1/infill, /v1/edit, /v1/fill, /v1/decisions."""
+"""Our own routes, for what only a canvas can do: /v1/infill, /v1/edit, /v1/fill, /v1/decisions.
+
+Each kind of query that is offered has a route and a body of its own here, and its counterpart in `remote.bodies`.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ from sfumato.server.http.service import Service
 from sfumato.templates.requests import Decide, Edit, Fill, Infill
 from sfumato.templates.slots import Slot
 
-Template = Infill | Edit | Fill
-"""A request that writes on a template, and can show its drafts."""
+TemplateQuery = Infill | Edit | Fill
+"""A query that writes on a template, and can show its drafts."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-# ---- requests ----------------------------------------------------------------------------------------------------
+# ---- queries -----------------------------------------------------------------------------------------------------
 
 
 async def _infill(body: InfillRequest, service: Service) -> Infill:
@@ -127,7 +130,9 @@ def _head(prefix: str, object: str, service: Service, card: ModelCard) -> dict[s
     return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": object, "model": service.names(card)[0]}
 
 
-async def _answer(service: Service, request: Request, body: OptionsBody, query: Template, answer: Answer) -> Response:
+async def _answer(
+    service: Service, request: Request, body: OptionsBody, query: TemplateQuery, answer: Answer
+) -> Response:
     """The result of a template, whole or as a stream with its drafts."""
     head = _head(answer.object, answer.object, service, await service.card())
     if body.stream:
@@ -137,7 +142,7 @@ async def _answer(service: Service, request: Request, body: OptionsBody, query: 
 
 
 async def _chunks(
-    service: Service, request: Request, query: Template, head: dict[str, Any], answer: Answer
+    service: Service, request: Request, query: TemplateQuery, head: dict[str, Any], answer: Answer
 ) -> AsyncGenerator[str, None]:
     async with aclosing(service.events(request.scope, [query])) as events:
         async for number, event in events:

@@ -21,7 +21,7 @@ if find_spec("ray") is None:  # it is imported later, when its environment is se
     raise ModuleNotFoundError(name="ray")
 
 
-def run(plan: ClusterPlan, settings: Settings, port: int, ready: http.Ready) -> None:
+def run(plan: ClusterPlan, settings: Settings, port: int, ready: http.OnReady) -> None:
     """Serve as `http.listen.run` does, and raise as it does; InputError where a part of Ray is not installed."""
     _set_up(is_private=plan.address is None)
     try:

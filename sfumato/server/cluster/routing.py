@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query
+from sfumato.templates.requests import QueryFor
 
 BEGINNING = 512
 """Characters, or tokens, of a prompt by which its replica is chosen."""
 
 
-def key_of(query: Query) -> str:
+def key_of(query: QueryFor[Any]) -> str:
     """A digest of what a prompt begins with; "" where it begins with nothing.
 
     Of messages that is the system's and the first user's, of another prompt the first characters. Queries with the same
     key may share what has been encoded."""
-    beginning: Sequence[Any] = _prompt_of(query)
+    beginning = query.beginning
     if beginning and isinstance(beginning[0], Mapping) and "role" in beginning[0]:
         users = [place for place, message in enumerate(beginning) if message.get("role") == "user"]
         beginning = beginning[: users[0] + 1 if users else 1]
@@ -31,23 +31,6 @@ def key_of(query: Query) -> str:
     if not beginning:
         return ""
     return blake2b(json.dumps(beginning, sort_keys=True, default=asdict).encode(), digest_size=16).hexdigest()
-
-
-def _prompt_of(query: Query) -> Sequence[Any]:
-    """What the model reads first."""
-    match query:
-        case Complete(prompt=prompt):
-            return prompt if isinstance(prompt, str) else list(prompt)
-        case Chat(messages=messages):
-            return messages
-        case Infill(prefix=prefix):
-            return prefix
-        case Edit(text=text):
-            return text
-        case Fill(template=template, prompt=prompt):
-            return prompt or template
-        case Decide(prompt=prompt):
-            return prompt
 
 
 def home(key: str, names: list[str]) -> str:

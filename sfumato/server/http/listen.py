@@ -27,7 +27,7 @@ from sfumato.server.backend import Backend, ModelCard
 from sfumato.server.http.connections import Connection, LoopErrors
 from sfumato.server.settings import Settings
 
-Ready = Callable[[ModelCard, str], None]
+OnReady = Callable[[ModelCard, str], None]
 """Called with the model and the server's address when it takes requests."""
 RESERVED_FILES = 64
 """Files that the process needs beside its connections."""
@@ -39,7 +39,7 @@ CLOSING = 3
 """Seconds that connections have to close when no request is left."""
 
 
-def run(backend: Backend, settings: Settings, port: int, ready: Ready) -> None:
+def run(backend: Backend, settings: Settings, port: int, ready: OnReady) -> None:
     """Serve until SIGINT or SIGTERM; a second one cuts off what is under way. Port 0 takes a free one.
 
     Raises what the backend's start raises, and SfumatoError where the port cannot be had."""
@@ -93,7 +93,7 @@ def descriptors() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-async def _serve(app: FastAPI, backend: Backend, settings: Settings, listener: socket.socket, ready: Ready) -> None:
+async def _serve(app: FastAPI, backend: Backend, settings: Settings, listener: socket.socket, ready: OnReady) -> None:
     # The lifespan is entered here, where a load that fails can be raised.
     async with app.router.lifespan_context(app):
         service, server = app.state.service, Server(app, lifespan="off", timeout_graceful_shutdown=CLOSING)

@@ -126,7 +126,7 @@ class Message(Body):
         return {name: value for name, value in super().plain().items() if name not in unread}
 
 
-Messages = Annotated[list[Message], Field(min_length=1), Most("max_messages", "messages")]
+MessageList = Annotated[list[Message], Field(min_length=1), Most("max_messages", "messages")]
 
 
 class Function(Body):
@@ -183,7 +183,7 @@ class ResponseFormat(Body):
 
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EffortName = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def chat_options(
@@ -235,13 +235,13 @@ def shown_tools(tools: list[Function], choice: str) -> list[dict[str, Any]] | No
 class ChatRequest(Generation, uses=("chat",)):
     """The body of /v1/chat/completions."""
 
-    messages: Messages
+    messages: MessageList
     max_completion_tokens: int | None = option_field("max_tokens")
     tools: Annotated[list[Tool], Most("max_tools", "tools")] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="false: of several calls only the first is given.")
     response_format: ResponseFormat | None = None
-    reasoning_effort: Effort | None = Field(None, description='"none": no thinking; all others: thinking.')
+    reasoning_effort: EffortName | None = Field(None, description='"none": no thinking; all others: thinking.')
     prediction: Any = only()
     modalities: Any = only(["text"])
     audio: Any = only()

@@ -12,7 +12,7 @@ from sfumato.server.backend import ModelCard
 from sfumato.server.http.bodies import Body, Most, only
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.options import option_field
-from sfumato.server.openai.bodies import ANY_OBJECT, Effort, Function, Sampled, StreamOptions, chat_options
+from sfumato.server.openai.bodies import ANY_OBJECT, EffortName, Function, Sampled, StreamOptions, chat_options
 
 
 class Content(Body):
@@ -123,7 +123,7 @@ class Text(Body):
 class Reasoning(Body):
     """How much the model is to think."""
 
-    effort: Effort | None = None
+    effort: EffortName | None = None
     summary: Any = only("auto")
     generate_summary: Any = only()
 

@@ -51,7 +51,7 @@ def main(connection: Connection, load: LoadOptions, limits: BatchLimits) -> None
         def notice(text: str) -> None:
             print(f"sfumato: {text}", file=sys.stderr, flush=True)
 
-        llm = LLM.open(load, notice=notice, progress=Progress(send))
+        llm = LLM.open(load, notice=notice, progress=ProgressSender(send))
         with suppress(InputError):
             llguidance()  # now rather than between two turns, where it is installed
         return Jobs(llm, limits), card_of(llm, load.quantize)
@@ -88,7 +88,7 @@ def run(connection: Connection, open_jobs: Callable[[Send], tuple[worker_loop.Jo
         os._exit(1)  # at once: other threads may stand in the engine
 
 
-class Progress:
+class ProgressSender:
     """Called by the loader with bytes done and bytes in all; sends them to the parent now and then."""
 
     def __init__(self, send: Send) -> None:

@@ -51,7 +51,7 @@ COUNTERS = ("steps", "canvases", "tokens", "passes", "prefix_hits", "prefix_toke
 
 OnMessage = Callable[[tuple[Any, ...]], object]
 """Called in another thread with each message of a worker, and with ("ended", exit code) at last."""
-Child = Callable[[Connection, LoadOptions, BatchLimits], None]
+ChildMain = Callable[[Connection, LoadOptions, BatchLimits], None]
 """What a worker process runs: a function that a fresh interpreter can import."""
 
 
@@ -66,7 +66,7 @@ class Worker:
         load: LoadOptions,
         limits: BatchLimits,
         loading: Callable[[int, int], None] | None = None,
-        child: Child = worker_child.main,
+        child: ChildMain = worker_child.main,
         silence: float = SILENCE,
     ) -> None:
         self.load, self.limits, self.loading, self.child = load, limits, loading, child
@@ -269,7 +269,7 @@ class Worker:
 class _Process:
     """A worker process, and the two threads that write to it and read from it."""
 
-    def __init__(self, on_message: OnMessage, child: Child, *arguments: Any) -> None:
+    def __init__(self, on_message: OnMessage, child: ChildMain, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=child, args=(other_end, *arguments), name="sfumato worker")
