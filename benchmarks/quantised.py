@@ -43,9 +43,9 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products
 from sfumato.model.passes import Pass
 from sfumato.ops.packed import CODES
+from sfumato.quant import recipes
 from sfumato.quant.apply import quantize_
 from sfumato.quant.calibrate import correlation_of, importance_of
-from sfumato.quant import recipes
 from sfumato.quant.recipes import named
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.noise import CountedNoise
