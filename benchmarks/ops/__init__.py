@@ -21,7 +21,7 @@ from benchmarks import common
 from sfumato.errors import InputError
 from sfumato.measure.machine import measure
 from sfumato.measure.parts import part_row
-from sfumato.measure.work import PLAIN, Work, duration, multiplied_as
+from sfumato.measure.work import PLAIN, Work, duration
 from sfumato.ops import load
 from sfumato.ops.contract import Ops
 from sfumato.quant.formats import Format, pack
@@ -58,7 +58,7 @@ class Case:
         value = 4.0 if kind == "float32" else 2.0
         stacks = sum(_stored(w, kind) for w in self.weights.values()) * self.read
         dense = sum(w.numel() for w in self.dense.values()) * value
-        product = multiplied_as(kind, "float32" if kind == "float32" else "bf16")
+        product = kind if kind in PLAIN else Format.named(kind).product or "bf16"
         return Work(stacks + dense + self.moved * value, {product: self.flops})
 
     def ready(self, ops: Ops, dtype: torch.dtype, kind: str = "", inputs: Named | None = None) -> Call:

@@ -443,6 +443,34 @@ def test_a_part_of_a_stack_is_read_alone(written: dict[str, Path]) -> None:
     assert torch.equal(whole.dense(), pack(exact.detach(), "int4").dense())
 
 
+def test_fp8_in_blocks_is_read_as_it_was_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of stacks and matrices whose sizes no block divides; its group is 128 whatever they are."""
+    rules = tuple((pattern, "fp8-block") for pattern, _ in recipes.RECIPES["fp8"].rules)
+    monkeypatch.setitem(recipes.RECIPES, "blocks", recipes.Recipe("blocks", rules))
+    monkeypatch.setitem(convert.TARGETS, "blocks", "a test's")
+    convert.convert("nano", "blocks", tmp_path / "blocks")
+    loaded, packed = load(tmp_path / "blocks"), quantize_(load("nano"), "blocks")
+    shapes = set()
+    for (owner, leaf), (other, _) in zip(products(loaded), products(packed), strict=True):
+        actual, expected = getattr(owner, leaf), getattr(other, leaf)
+        assert isinstance(actual, Packed) and isinstance(expected, Packed)
+        assert (actual.kind, actual.group, actual.shape) == ("fp8", 128, expected.shape) and expected.group == 128
+        assert actual.parts.keys() == expected.parts.keys() == {"data", "scale"}
+        assert torch.equal(actual.data.view(torch.uint8), expected.data.view(torch.uint8))
+        assert torch.equal(actual.scale, expected.scale) and torch.equal(actual.dense(), expected.dense())
+        shapes.add(actual.shape)
+    for name, entry in open_checkpoint(tmp_path / "blocks").entries.items():
+        if entry.packed is not None:
+            whole = entry.packed(0, entry.shape[0]).dense()
+            assert torch.equal(entry.read(1, entry.shape[0]), whole[1:]), name
+    assert {len(shape) for shape in shapes} == {2, 3} and any(size % 128 for shape in shapes for size in shape[-2:])
+
+
+def test_every_target_has_one_way_to_be_written() -> None:
+    ways = [*recipes.RECIPES, *convert._PLANS, *(to for to in convert.TARGETS if to.startswith("gguf-"))]
+    assert ways == list(convert.TARGETS)
+
+
 # ---- with a limit of memory -----------------------------------------------------------------------------------------
 
 

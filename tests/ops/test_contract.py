@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato import ops
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.cache import KVCache
-from sfumato.model.network import Model, products, replace_, weights_of
+from sfumato.model.network import Experts, Model, products, replace_, weights_of
 from sfumato.model.offload import offload_, plan, sizes_of
 from sfumato.ops.contract import Matrix, Weight, dense, round_input, tensors_of
 from sfumato.ops.cpu import weights as panels
@@ -137,10 +137,8 @@ def test_all_its_tensors_are_moved(base: str, name: str) -> None:
         plan(sizes_of(model), 1, "cpu")
     placement = offload_(model, int(str(refused.value).split("at least ")[1].split(" bytes")[0]))
     assert len(placement.streamed) == len(model.config.layers)
-    held = [block.experts for block in model.get_submodule("layers").children()]
-    on_host = {
-        part.data_ptr() for one in held for weight in (one.gate_up_proj, one.down_proj) for part in weight.tensors
-    }
+    held = [getattr(owner, leaf) for owner, leaf in products(model) if isinstance(owner, Experts)]
+    on_host = {part.data_ptr() for weight in held for part in weight.tensors}
     used: list[Matrix] = []
     record = model.ops
 
@@ -150,7 +148,7 @@ def test_all_its_tensors_are_moved(base: str, name: str) -> None:
 
     actual = hidden_states(model.use_(replace(record, experts=experts)))
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
-    assert len(used) == 2 * 2 * len(held) and all(isinstance(weight, Adapted) for weight in used)
+    assert len(used) == 2 * len(held) and all(isinstance(weight, Adapted) for weight in used)
     assert not on_host & {part.data_ptr() for weight in used for part in tensors_of(weight)}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.shards import NAMES, PART, Planned, Stored, metadata, short, stored_tensors
 from sfumato.errors import CheckpointError
-from sfumato.ops.packed import Packed
+from sfumato.ops.packed import BLOCK, Packed
 from sfumato.quant.calibrate import fitted
 from sfumato.quant.formats import Format
 
@@ -90,22 +90,24 @@ def _packed_entry(folder: Path, name: str, form: Format, shape: tuple[int, ...],
         parts[part] = one
     group = form.group_of(shape[-1])
 
+    blocks = BLOCK if form.is_in_blocks and len(shape) == 2 else 1
+    """Rows of this matrix that share scales."""
+
     def packed(first: int, last: int) -> Packed:
-        is_all = (first, last) == (0, shape[0])
-        tensors = {
-            part: one.map() if is_all and one.nbytes >= _MAPPED else one.read(*_rows(form, first, last, shape))
-            for part, one in parts.items()
-        }
+        if first % blocks:
+            raise ValueError(f"codes of a matrix with scales by blocks begin with a block, not at {first}")
+        tensors = {}
+        for part, one in parts.items():
+            rows = (first, last) if part == "data" else (first // blocks, -(-last // blocks))
+            tensors[part] = one.map() if one.nbytes >= _MAPPED and rows == (0, one.shape[0]) else one.read(*rows)
         return Packed(form.kind, (last - first, *shape[1:]), tensors.pop("data"), group=group, **tensors)
 
     nbytes = sum(one.nbytes for one in parts.values())
-    return Entry(name, shape, nbytes, form.name, lambda first, last: packed(first, last).dense(), packed)
 
+    def read(first: int, last: int) -> Tensor:
+        return packed(first - first % blocks, last).dense()[first % blocks :]
 
-def _rows(form: Format, first: int, last: int, shape: tuple[int, ...]) -> tuple[int, int]:
-    if form.is_in_blocks and len(shape) == 2 and (first, last) != (0, shape[0]):
-        raise ValueError("a matrix with scales by blocks is read as a whole")
-    return first, last
+    return Entry(name, shape, nbytes, form.name, read, packed)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
