@@ -86,19 +86,25 @@ def test_a_job_that_begins_with_nothing_has_no_key() -> None:
     assert routing.key_of(Complete("")) == routing.key_of(Infill("", "b")) == ""
 
 
+@dataclass(frozen=True)
+class Silent(QueryFor[str]):
+    """A further kind of query, which does not say what it begins with."""
+
+    text: str
+    options: Options = Options()  # noqa: RUF009 - frozen
+
+
+class Summary(Silent):
+    """One that does."""
+
+    @property
+    def beginning(self) -> str:
+        return self.text
+
+
 def test_a_further_kind_of_query_has_the_key_of_what_it_begins_with() -> None:
-    @dataclass(frozen=True)
-    class Silent(QueryFor[str]):
-        text: str
-        options: Options
-
-    class Summary(Silent):
-        @property
-        def beginning(self) -> str:
-            return self.text
-
-    assert routing.key_of(Silent("a text", Options())) == ""
-    assert routing.key_of(Summary("a text", Options())) == routing.key_of(Complete("a text")) != ""
+    assert routing.key_of(Silent("a text")) == ""
+    assert routing.key_of(Summary("a text")) == routing.key_of(Complete("a text")) != ""
 
 
 def test_homes_are_spread_and_stay_when_others_come_and_go() -> None:
@@ -252,6 +258,14 @@ def test_a_seed_is_chosen_before_the_first_try() -> None:
     outcome(backend, job(seed=None))
     (first, _), (second, _) = backend.handle.calls
     assert first == second and isinstance(first.query.options.seed, int)
+
+
+def test_a_further_kind_of_query_is_sent_and_gets_its_seed() -> None:
+    backend = over([DIED], ["b", END])
+    outcome(backend, Job("r1", cast(Query, Summary("a text"))))
+    (first, _), (second, _) = backend.handle.calls
+    seed = first.query.options.seed
+    assert isinstance(seed, int) and first.query == second.query == Summary("a text", Options(seed=seed))
 
 
 @pytest.mark.parametrize(
