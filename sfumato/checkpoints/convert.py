@@ -141,18 +141,18 @@ def _to_folder(
     return sum(file.stat().st_size for file in target.glob("model*.safetensors"))
 
 
-Plan = tuple[list[Planned], dict[str, Any]]
+FolderPlan = tuple[list[Planned], dict[str, Any]]
 """The tensors of a folder, and what its config.json says beside the checkpoint's own."""
 
 
-def _in_bf16(checkpoint: Checkpoint) -> Plan:
+def _in_bf16(checkpoint: Checkpoint) -> FolderPlan:
     planned, _ = plan_released(checkpoint, lambda name: None, dtype=torch.bfloat16)
     if _is_gemma4(checkpoint):  # under its own names, which its other readers know
         planned = [replace(one, name=name) for one in planned if (name := gemma4.name_of(one.name))]
     return planned, {"dtype": "bfloat16"}
 
 
-def _in_compressed(checkpoint: Checkpoint) -> Plan:
+def _in_compressed(checkpoint: Checkpoint) -> FolderPlan:
     from sfumato.checkpoints.formats.compressed import plan_compressed
 
     if _is_gemma4(checkpoint):
@@ -160,7 +160,7 @@ def _in_compressed(checkpoint: Checkpoint) -> Plan:
     return plan_compressed(checkpoint)
 
 
-def _in_mlx(checkpoint: Checkpoint, bits: int) -> Plan:
+def _in_mlx(checkpoint: Checkpoint, bits: int) -> FolderPlan:
     from sfumato.checkpoints.formats.mlx import plan_mlx
 
     return plan_mlx(checkpoint, bits)
@@ -170,7 +170,7 @@ def _is_gemma4(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("model_type") == GEMMA4
 
 
-_PLANS: dict[str, Callable[[Checkpoint], Plan]] = {
+_PLANS: dict[str, Callable[[Checkpoint], FolderPlan]] = {
     "bf16": _in_bf16,
     "compressed-fp8": _in_compressed,
     "mlx-4bit": partial(_in_mlx, bits=4),

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
+from sfumato.engine.arguments import check_messages
 from sfumato.errors import InputError, WorkerError
 from sfumato.events import Completion, Decision, Edited, Event, Filled
 from sfumato.options import Options
@@ -132,6 +133,7 @@ class Remote:
         options: Options = Options(),  # noqa: B008 - frozen
     ) -> Completion:
         """Answer a conversation."""
+        check_messages("the conversation", messages)
         return self.run(Chat(messages, tools, options))
 
     def stream(

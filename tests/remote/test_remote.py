@@ -432,3 +432,9 @@ def test_a_remote_chat_imports_no_torch(ours: Scripted) -> None:
     command = [sys.executable, "-W", "error", "-c", code, ours.url]
     process = subprocess.run(command, input="Hi\n", capture_output=True, text=True, timeout=60)
     assert (process.stdout, process.stderr) == ("Hello\n0 []\n", "")
+
+
+def test_a_conversation_is_no_text(ours: Scripted) -> None:
+    """As `LLM.chat` says it, before anything is sent."""
+    with pytest.raises(InputError, match="the conversation is 'Hello'; give a list of messages"):
+        Remote(ours.url).chat("Hello")  # type: ignore[arg-type]
