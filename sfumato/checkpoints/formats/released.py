@@ -89,23 +89,21 @@ def _packed_entry(folder: Path, name: str, form: Format, shape: tuple[int, ...],
             )
         parts[part] = one
     group = form.group_of(shape[-1])
-
-    blocks = BLOCK if form.is_in_blocks and len(shape) == 2 else 1
-    """Rows of this matrix that share scales."""
+    block = BLOCK if form.is_in_blocks and len(shape) == 2 else 1  # rows of a matrix that share scales
 
     def packed(first: int, last: int) -> Packed:
-        if first % blocks:
+        if first % block:
             raise ValueError(f"codes of a matrix with scales by blocks begin with a block, not at {first}")
         tensors = {}
         for part, one in parts.items():
-            rows = (first, last) if part == "data" else (first // blocks, -(-last // blocks))
+            rows = (first, last) if part == "data" else (first // block, -(-last // block))
             tensors[part] = one.map() if one.nbytes >= _MAPPED and rows == (0, one.shape[0]) else one.read(*rows)
         return Packed(form.kind, (last - first, *shape[1:]), tensors.pop("data"), group=group, **tensors)
 
     nbytes = sum(one.nbytes for one in parts.values())
 
     def read(first: int, last: int) -> Tensor:
-        return packed(first - first % blocks, last).dense()[first % blocks :]
+        return packed(first - first % block, last).dense()[first % block :]
 
     return Entry(name, shape, nbytes, form.name, read, packed)
 
