@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
-from sfumato.engine.arguments import check_messages
+from sfumato.engine.arguments import check_kind
 from sfumato.errors import InputError, WorkerError
 from sfumato.events import Completion, Decision, Edited, Event, Filled
 from sfumato.options import Options
@@ -133,7 +133,7 @@ class Remote:
         options: Options = Options(),  # noqa: B008 - frozen
     ) -> Completion:
         """Answer a conversation."""
-        check_messages("the conversation", messages)
+        check_kind("the conversation", messages, (list, tuple), "a list of messages")
         return self.run(Chat(messages, tools, options))
 
     def stream(
