@@ -15,6 +15,10 @@ from torch import Tensor
 
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.options import Options
+from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.rules import Rules
 
 SAME = 1e-4
 CONFIG = tiny.tiny_config()
@@ -94,3 +98,15 @@ def same(one: Sequence[Tensor], two: Sequence[Tensor], limit: float = 0.0) -> bo
 def keys_and_values(cache: KVCache, rows: slice | list[int] = slice(None)) -> list[Tensor]:
     """Of these rows, without the slot that takes padding."""
     return [tensor[rows, :-1].clone() for tensor in (*cache.k, *cache.v)]
+
+
+SETTLES = Options(max_steps=8, t_min=0.2, t_max=0.4, entropy_bound=0.5, confidence=0.5)
+
+
+def canvases(ours: Model, rows: int) -> Canvases:
+    """Rows that have just begun."""
+    state = Canvases.allocate(ours, [Rules.of(SETTLES)] * rows, range(rows), [0] * rows)
+    every, zeros = list(range(rows)), [0] * rows
+    fresh = CountedNoise(range(rows), zeros, LENGTH, CONFIG.vocab_size).canvas(every, zeros)
+    state.begin_(every, fresh, torch.full_like(fresh, -1), zeros)
+    return state

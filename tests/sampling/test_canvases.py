@@ -11,16 +11,16 @@ import tiny
 import tiny_runs
 import torch
 from tiny_runs import (
-    CONFIG,
     LENGTH,
+    SETTLES,
     cache_of,
+    canvases,
 )
 
 from sfumato.model.network import Model
 from sfumato.model.passes import Pass
 from sfumato.options import Options
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.noise import CountedNoise
 from sfumato.sampling.rules import Rules
 from sfumato.sampling.step import StepInput, step_
 
@@ -35,18 +35,6 @@ def one_thread() -> Iterator[None]:
 def talker(name: str = "fused") -> Model:
     """A model whose canvases settle after a few steps, and that ends some answers by itself."""
     return tiny_runs.talker((38, 45), name)
-
-
-SETTLES = Options(max_steps=8, t_min=0.2, t_max=0.4, entropy_bound=0.5, confidence=0.5)
-
-
-def canvases(ours: Model, rows: int) -> Canvases:
-    """Rows that have just begun."""
-    state = Canvases.allocate(ours, [Rules.of(SETTLES)] * rows, range(rows), [0] * rows)
-    every, zeros = list(range(rows)), [0] * rows
-    fresh = CountedNoise(range(rows), zeros, LENGTH, CONFIG.vocab_size).canvas(every, zeros)
-    state.begin_(every, fresh, torch.full_like(fresh, -1), zeros)
-    return state
 
 
 def test_rows_begin_as_they_are_allocated() -> None:

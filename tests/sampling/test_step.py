@@ -15,6 +15,7 @@ from tiny_runs import (
     LENGTH,
     SAME,
     cache_of,
+    canvases,
     keys_and_values,
     padded,
     same,
@@ -24,12 +25,9 @@ from torch import Tensor
 
 from sfumato.model.network import Model
 from sfumato.model.passes import Pass
-from sfumato.options import Options
 from sfumato.sampling import step
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.noise import CountedNoise
 from sfumato.sampling.recorded import Recorded
-from sfumato.sampling.rules import Rules
 from sfumato.sampling.step import StepInput, step_
 
 
@@ -43,18 +41,6 @@ def one_thread() -> Iterator[None]:
 def talker(name: str = "fused") -> Model:
     """A model whose canvases settle after a few steps, and that ends some answers by itself."""
     return tiny_runs.talker((38, 45), name)
-
-
-SETTLES = Options(max_steps=8, t_min=0.2, t_max=0.4, entropy_bound=0.5, confidence=0.5)
-
-
-def canvases(ours: Model, rows: int) -> Canvases:
-    """Rows that have just begun."""
-    state = Canvases.allocate(ours, [Rules.of(SETTLES)] * rows, range(rows), [0] * rows)
-    every, zeros = list(range(rows)), [0] * rows
-    fresh = CountedNoise(range(rows), zeros, LENGTH, CONFIG.vocab_size).canvas(every, zeros)
-    state.begin_(every, fresh, torch.full_like(fresh, -1), zeros)
-    return state
 
 
 def read_state(state: Canvases, rows: list[int]) -> list[Tensor]:
@@ -103,7 +89,8 @@ def test_a_further_rule_takes_the_plain_end(has_early: bool, monkeypatch: pytest
     """An implementation that ends a step in one call knows the reference's rules alone; early rows change nothing."""
     ours = tiny_runs.talker((38, 45), "fused")
     ended: list[str] = []
-    ours.ops = dataclasses.replace(ours.ops, conclude_=lambda *_: ended.append("compiled"))
+    compiled = dataclasses.replace(ours.ops, conclude_=lambda *_: ended.append("compiled"))
+    monkeypatch.setattr(ours, "ops", compiled)  # other tests have the same model
     cache, state = cache_of(ours, [5, 9]), canvases(ours, 2)
     inputs = StepInput(torch.arange(2), Pass(ours, cache, [0, 1], [0, 0], 0, LENGTH))
     step_(ours, cache, state, inputs)
