@@ -7,6 +7,7 @@ to its codes is `quant.formats`. It lacks the layouts of implementations, and th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,10 @@ BLOCK = 128
 """Rows and columns that share a scale in fp8 by blocks."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a 4-bit float; bit 3 of a code is its sign."""
+_IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+_IQ3, _IQ3S = (4.0, 12.0, 20.0, 28.0, 36.0, 44.0, 52.0, 62.0), (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
+_IQ2, _IQ1 = (8.0, 25.0, 43.0), (0.125, 0.875, 1.125)
+"""ggml's tables; those but `_IQ4` are magnitudes, with the sign in bit 3."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +36,9 @@ class Packed:
     fp8    float8_e4m3fn [.., O, I]          float32 [.., O]; or by blocks [.., ceil(O / 128), ceil(I / 128)], group 128
     nvfp4  uint8 [.., O, I / 2], e2m1 codes  float8_e4m3fn [.., O, I / 16]; times `factor`, float32 [.., O]
     mxfp4  uint8 [.., O, I / 2], e2m1 codes  uint8 [.., O, I / 32], exponents of two, 127 is one
+    mxfp8  float8_e4m3fn [.., O, I]          uint8 [.., O, I / 32], exponents of two, 127 is one
+    iq4    uint8 [.., O, I / 2]              [.., O, I / group], as int4's; so iq3, iq3s, iq2, iq1, nf4 and fp4, whose
+                                             codes stand for the 16 values of a table (`Code.table`)
 
     In a byte of two codes the low half is the even input. Without `bias` an int4 code stands for code - 8, from 0 to
     15; with one, of scale's shape and dtype, value = code x scale + bias, and so for int8 by groups, whose data is then
@@ -130,12 +138,14 @@ class Code(ABC):
     A new format is a subclass here, listed in `CODES`, and a packer in `quant.formats`; an implementation without
     kernels for it either unpacks it or refuses it."""
 
-    name: ClassVar[str]
+    name: str
     bits: ClassVar[int]
     least: ClassVar[int] = 1
     """Inputs that are packed together at least."""
     product: ClassVar[str | None] = None
     """The number format in which a weight with one scale an output is multiplied; None: it is unpacked to x's."""
+    table: tuple[float, ...] | None = None
+    """What each of 16 codes stands for before its scale, nan for one that does not occur; None: codes are numbers."""
 
     @abstractmethod
     def unpack(self, packed: Packed) -> Tensor:
@@ -208,42 +218,83 @@ class _FP8Code(Code):
         return ((x32 / scale).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
 
-class _E2M1(Code):
-    """4-bit floats; what differs is their scale."""
+class _TableCode(Code):
+    """Codes of four bits that stand for the values of a table, times the scale of their group."""
 
-    bits = 4
+    bits, least = 4, 2
+
+    def __init__(self, name: str, table: tuple[float, ...]) -> None:
+        self.name, self.table = name, table
 
     def unpack(self, packed: Packed) -> Tensor:
-        return _scaled(packed, e2m1_values(packed.device)[_halves(packed).int()], self._scale(packed))
+        return _scaled(packed, self._values(packed.device)[_halves(packed).int()], self._scale(packed))
 
     def grid(self, packed: Packed) -> Grid:
-        codes = torch.arange(16, dtype=torch.uint8)
-        return _grid(packed, e2m1_values(), codes, 0, 0x22)
+        codes, values = torch.arange(16, dtype=torch.uint8), self._values("cpu")
+        one = int(values.sub(1).abs().nan_to_num(torch.inf).argmin())
+        zero = int(values.abs().nan_to_num(torch.inf).argmin())
+        return _grid(packed, values, codes, 0x11 * zero, 0x11 * one)
+
+    def _values(self, device: torch.device | str) -> Tensor:
+        return torch.tensor(self.table, device=device)
 
     def _scale(self, packed: Packed) -> Tensor:
         return packed.scale
 
 
-class _NVFP4Code(_E2M1):
-    name, least = "nvfp4", 16
+class _NVFP4Code(_TableCode):
+    least = 16
 
 
-class _MXFP4Code(_E2M1):
-    name, least = "mxfp4", 32
+class _MXFP4Code(_TableCode):
+    least = 32
 
     def _scale(self, packed: Packed) -> Tensor:
         return power_of_two(packed.scale)
 
 
+class _MXFP8Code(Code):
+    name, bits, least = "mxfp8", 8, 32
+
+    def unpack(self, packed: Packed) -> Tensor:
+        return _scaled(packed, packed.data.float().reshape(_in_groups(packed)), power_of_two(packed.scale))
+
+    def grid(self, packed: Packed) -> Grid:
+        codes = torch.arange(256, dtype=torch.uint8)
+        return _grid(packed, codes.view(torch.float8_e4m3fn).float(), codes, 0, 0x38)
+
+
+def _signed(sizes: tuple[float, ...]) -> tuple[float, ...]:
+    """The table of codes whose bit 3 is the sign of up to 8 sizes."""
+    sizes = (*sizes, *[math.nan] * (8 - len(sizes)))
+    return (*sizes, *(-size for size in sizes))
+
+
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The quantiles of a normal distribution that QLoRA takes (arXiv 2305.14314, appendix E)."""
+_FP4 = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+"""bitsandbytes' own 4-bit float; magnitudes."""
 CODES: dict[str, Code] = {
-    code.name: code for code in (_Int8Code(), _Int4Code(), _FP8Code(), _NVFP4Code(), _MXFP4Code())
+    code.name: code
+    for code in (
+        *(_Int8Code(), _Int4Code(), _FP8Code(), _MXFP8Code()),
+        *(_NVFP4Code("nvfp4", _signed(E2M1)), _MXFP4Code("mxfp4", _signed(E2M1))),
+        *(_TableCode("iq4", _IQ4), _TableCode("iq3", _signed(_IQ3)), _TableCode("iq3s", _signed(_IQ3S))),
+        *(_TableCode("iq2", _signed(_IQ2)), _TableCode("iq1", _signed(_IQ1))),
+        *(_TableCode("nf4", _NF4), _TableCode("fp4", _signed(_FP4))),
+    )
 }
 """The formats there are, by `Packed.kind`."""
 
 
 def e2m1_values(device: torch.device | str = "cpu") -> Tensor:
     """What the 16 codes of a 4-bit float stand for, [16] in float32."""
-    return torch.tensor([*E2M1, *(-size for size in E2M1)], device=device)
+    return torch.tensor(_signed(E2M1), device=device)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
