@@ -31,7 +31,7 @@ from sfumato.checkpoints.locate import resolve
 from sfumato.checkpoints.names import own_name, released_name
 from sfumato.checkpoints.shards import WRITING, Planned, PlannedFolder, as_json, check_empty, write_shards
 from sfumato.errors import CapacityError, CheckpointError, InputError
-from sfumato.model.config import GEMMA4, read_json
+from sfumato.model.config import GEMMA4, read_json, with_every_spelling
 from sfumato.quant import recipes
 from sfumato.system.files import locked
 from sfumato.text.template import ChatTemplate
@@ -132,7 +132,9 @@ def _to_folder(
     else:
         (planned, changes), metadata = _PLANS[to](checkpoint), {}
     _check_room(target, sum(tensor.nbytes for tensor in planned))
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
+    config = with_every_spelling(checkpoint.config)
+    for name in ("quantization_config", "quantization"):
+        config.pop(name, None)
     with tempfile.TemporaryDirectory() as temporary:
         files = _files(checkpoint, Path(temporary))
         files["config.json"] = as_json({**config, **changes})
