@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
-from sfumato.checkpoints.names import ENCODER, VISION, own_name, released_name, repeated
+from sfumato.checkpoints.names import HEAD, VISION, own_name, released_name
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
 from sfumato.model.config import ModelConfig, generation_values, read_generation_config
@@ -29,8 +29,11 @@ TOKENIZER = """tokenizer.json tokenizer_config.json special_tokens_map.json adde
 
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
-    """Its configuration, with the ids that end an answer from generation_config.json where that names any."""
+    """Its configuration, with the ids that end an answer from generation_config.json where that names any.
+
+    Whether logits have a head of their own its tensors say, not config.json: see `copies`."""
     config = ModelConfig.from_dict(checkpoint.config, str(_config_file(checkpoint)))
+    config = replace(config, has_head=HEAD in checkpoint.entries)
     eos_ids = generation_of(checkpoint)[1]
     if eos_ids is None:
         return config
@@ -84,24 +87,21 @@ def match(model: Model, checkpoint: Checkpoint, notice: Callable[[str], None]) -
     folder = checkpoint.path
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     matched: dict[str, Entry] = {}
-    vision = copies = 0
+    vision = 0
     for released, entry in checkpoint.entries.items():
         if released.startswith(VISION):
             vision += 1
             continue
         own = own_name(released)
-        shape = shapes.get(own or repeated(released) or "")
-        if shape is None:
+        shape = shapes.get(own or "")
+        if own is None or shape is None:
             raise CheckpointError(f"{folder} has an unexpected tensor {short(released)}")
         if entry.shape != shape:
             raise CheckpointError(
                 f"{released} in {folder} has the shape {short(list(entry.shape))}; {_config_file(checkpoint).name} "
                 f"asks for {list(shape)}"
             )
-        if own:
-            matched[own] = entry
-        else:
-            copies += released.startswith(ENCODER)
+        matched[own] = entry
     missing = [name for name in shapes if name not in matched]
     if missing:
         others = f" and {len(missing) - 1} other tensors" if len(missing) > 1 else ""
@@ -110,6 +110,4 @@ def match(model: Model, checkpoint: Checkpoint, notice: Callable[[str], None]) -
         notice(sentence)
     if vision:
         notice(f"{folder} has {vision} tensors for vision; they are left aside, this engine reads text only")
-    if copies:
-        notice(f"{folder} has {copies} tensors twice; the encoder's are left aside for the decoder's")
     return {name: matched[name] for name in shapes}

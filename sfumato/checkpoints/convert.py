@@ -28,10 +28,10 @@ from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.formats import gemma4
 from sfumato.checkpoints.formats.released import METHOD, plan_released
 from sfumato.checkpoints.locate import resolve
-from sfumato.checkpoints.names import own_name, released_name
+from sfumato.checkpoints.names import HEAD, own_name, released_name
 from sfumato.checkpoints.shards import WRITING, Planned, PlannedFolder, as_json, check_empty, write_shards
 from sfumato.errors import CapacityError, CheckpointError, InputError
-from sfumato.model.config import GEMMA4, read_json
+from sfumato.model.config import GEMMA4, read_json, with_every_spelling
 from sfumato.quant import recipes
 from sfumato.system.files import locked
 from sfumato.text.template import ChatTemplate
@@ -132,7 +132,9 @@ def _to_folder(
     else:
         (planned, changes), metadata = _PLANS[to](checkpoint), {}
     _check_room(target, sum(tensor.nbytes for tensor in planned))
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization")}
+    config = with_every_spelling(checkpoint.config)
+    for name in ("quantization_config", "quantization"):
+        config.pop(name, None)
     with tempfile.TemporaryDirectory() as temporary:
         files = _files(checkpoint, Path(temporary))
         files["config.json"] = as_json({**config, **changes})
@@ -163,7 +165,16 @@ def _in_compressed(checkpoint: Checkpoint) -> FolderPlan:
 def _in_mlx(checkpoint: Checkpoint, bits: int) -> FolderPlan:
     from sfumato.checkpoints.formats.mlx import plan_mlx
 
+    _check_head(checkpoint, "mlx-vlm")
     return plan_mlx(checkpoint, bits)
+
+
+def _check_head(checkpoint: Checkpoint, reader: str) -> None:
+    if HEAD in checkpoint.entries:
+        raise InputError(
+            f"{checkpoint.path} reads logits out with a matrix of its own ({HEAD}), and {reader} with the embedding "
+            "alone; take bf16 or a recipe"
+        )
 
 
 def _is_gemma4(checkpoint: Checkpoint) -> bool:
@@ -196,6 +207,7 @@ def _in_recipe(
 def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[int, int], None] | None) -> int:
     from sfumato.checkpoints.formats.gguf_writer import vocabulary_of, write_gguf
 
+    _check_head(checkpoint, "the GGUF writer")
     vocabulary = checkpoint.vocabulary
     if vocabulary is None:
         folder = checkpoint.path

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.checkpoints.checkpoint import Checkpoint, FormatReader
+from sfumato.checkpoints.copies import without_copies
 from sfumato.checkpoints.formats import awq, compressed, gemma4, mlx, modelopt, released
 from sfumato.checkpoints.formats.gguf_model import open_gguf
+from sfumato.checkpoints.names import released_spellings
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
 from sfumato.model.config import GEMMA4, read_generation_config, read_json
@@ -21,17 +23,24 @@ READERS = (released.READER, compressed.READER, modelopt.READER, awq.READER, mlx.
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder or a .gguf file. Headers are read and checked, weights are not.
+    """The checkpoint in a folder or a .gguf file, every tensor once and under its released name.
 
+    Headers are read and checked; weights are not, but for an `lm_head` that is held against the embedding.
     CheckpointError where the format is unknown, or something in it is not as the format has it."""
+    return without_copies(_opened(path))
+
+
+def _opened(path: Path) -> Checkpoint:
     if path.is_file():
         return open_gguf(path)
     config = read_json(path / "config.json")
     read_generation_config(path)  # refused early, if at all
     checkpoint = _reader(path, config).open(path, config)
-    if config.get("model_type") != GEMMA4:
-        return checkpoint
-    return replace(checkpoint, entries=gemma4.released(checkpoint.entries))
+    names = released_spellings(checkpoint.entries)
+    entries = {names[name]: replace(entry, name=names[name]) for name, entry in checkpoint.entries.items()}
+    if config.get("model_type") == GEMMA4:
+        entries = gemma4.released(entries)
+    return replace(checkpoint, entries=entries)
 
 
 def _reader(path: Path, config: dict[str, Any]) -> FormatReader:

@@ -6,6 +6,7 @@ It lacks packed weights: what is packed while loading is neither saved nor train
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def save(
         if generation is None and (source / GENERATION).exists():
             generation = read_json(source / GENERATION)
     config = {**model.config.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
-    if ModelConfig.from_dict(config) != model.config:
+    if replace(ModelConfig.from_dict(config), has_head=model.config.has_head) != model.config:
         raise InputError("this model's layers differ in ways that config.json cannot say")
     ids = {name: config["text_config"][name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     files: dict[str, str | Path] = {

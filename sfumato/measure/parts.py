@@ -142,7 +142,7 @@ def parts(model: Model, plan: BenchPlan, announce: Announce = _quietly) -> Itera
 
     def read_out() -> Any:
         uniform_BL = noise.sample([0], [0], [0])["uniform_BL"]
-        return ops.read_out(hidden_BLD, embed_VD, config.softcap, temperature_B, uniform_BL=uniform_BL)
+        return ops.read_out(hidden_BLD, model.head_VD, config.softcap, temperature_B, uniform_BL=uniform_BL)
 
     def decide() -> None:
         accepted_BL = accept(read.entropy_BL, torch.tensor([0.1], device=device))

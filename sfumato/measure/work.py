@@ -50,7 +50,7 @@ class Parameters:
         """The parameters of a model of this configuration."""
         width, count, inner = config.hidden_size, len(config.layers), config.intermediate_size
         return cls(
-            embedding=config.vocab_size * width,
+            embedding=config.vocab_size * width * (2 if config.has_head else 1),
             experts=count * 3 * config.num_experts * config.expert_size * width,
             attention=sum(_attention(config, layer) for layer in config.layers),
             dense=count * 3 * width * inner,
@@ -334,11 +334,12 @@ def step_work(config: ModelConfig, precision: Precision, context: int, batch: in
     """One denoising step: the pass, the logits, the soft embedding.
 
     The last two share one matrix, which a fused kernel reads once (softmax(h ET) E is attention over the vocabulary);
-    read twice, it costs that much more. Where the model has no canvas: one token, without the soft embedding."""
+    read twice, it costs that much more, and so does a head of its own. Where the model has no canvas: one token,
+    without the soft embedding."""
     tokens = new_tokens(config)
     logits = vocabulary_work(config, precision, tokens * batch)
     work = pass_work(config, precision, tokens, context, not config.is_diffusion, batch) + logits
-    return work + Work(0.0, logits.flops) if config.is_diffusion else work
+    return work + Work(logits.bytes if config.has_head else 0.0, logits.flops) if config.is_diffusion else work
 
 
 # ---- hardware -------------------------------------------------------------------------------------------------------

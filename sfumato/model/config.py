@@ -10,6 +10,7 @@ come from generation_config.json, in the names that Options uses.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,8 @@ class ModelConfig:
     pad_id: int = 0
     bos_id: int = 2
     eos_ids: tuple[int, ...] = (1,)
+    has_head: bool = False
+    """Whether logits are read out with a matrix of its own (`lm_head`) and not with the embedding."""
     is_diffusion: bool = True
     """False for Gemma 4: the model has no canvas and no self-conditioning, and writes one token after another; its
     `canvas_length` is only the slack of caches."""
@@ -110,6 +113,7 @@ class ModelConfig:
         get = _ConfigReader(text, source)
         _check_fixed(raw, text, source)
         kinds = _layer_kinds(text, get.whole("num_hidden_layers", limit=1000), source)
+        overrides = _overrides(text, source)
         vocab_size = get.whole("vocab_size")
         config = cls(
             vocab_size=vocab_size,
@@ -119,7 +123,7 @@ class ModelConfig:
             num_experts=get.whole("num_experts"),
             top_k_experts=get.whole("top_k_experts"),
             expert_size=get.whole("moe_intermediate_size"),
-            layers=tuple(_layer(text, get, i, kind, source) for i, kind in enumerate(kinds)),
+            layers=tuple(_layer(get, i, kind, overrides) for i, kind in enumerate(kinds)),
             canvas_length=_ConfigReader(raw, source).whole("canvas_length", 256),
             max_position=get.whole("max_position_embeddings", 131072),
             eps=get.positive("rms_norm_eps", 1e-6),
@@ -127,6 +131,7 @@ class ModelConfig:
             pad_id=(*_ids(text, "pad_token_id", vocab_size, source), 0)[0],
             bos_id=(*_ids(text, "bos_token_id", vocab_size, source), 2)[0],
             eos_ids=_ids({"eos_token_id": 1, **text}, "eos_token_id", vocab_size, source),
+            has_head=not _tie(raw, source),
             is_diffusion=is_diffusion,
             vision={k: raw[k] for k in (_VISION if is_diffusion else _MEDIA) if k in raw},
         )
@@ -134,7 +139,10 @@ class ModelConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json of this model, in the release's spelling; it loads in transformers too."""
+        """The config.json of this model, in the release's spelling; it loads in transformers too.
+
+        `tie_word_embeddings` is true even with a head of its own: false would tell transformers that the encoder has
+        weights of its own too, and a head that differs is taken as it is."""
         full = next(layer for layer in self.layers if not layer.is_sliding)
         sliding = next((layer for layer in self.layers if layer.is_sliding), full)
         text = {
@@ -161,13 +169,14 @@ class ModelConfig:
             "bos_token_id": self.bos_id,
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
             "use_bidirectional_attention": "vision",
+            _TIE: True,
             **_FIXED,
         }
         if not self.is_diffusion:
             return {
                 "architectures": ["Gemma4ForConditionalGeneration"],
                 "model_type": GEMMA4,
-                "tie_word_embeddings": True,
+                _TIE: True,
                 "text_config": text | {name: supported for name, (_, supported, _) in _GEMMA4.items()},
                 "vision_config": None,
                 "audio_config": None,
@@ -178,7 +187,7 @@ class ModelConfig:
             "architectures": ["DiffusionGemmaForBlockDiffusion"],
             "model_type": DIFFUSION,
             "canvas_length": self.canvas_length,
-            "tie_word_embeddings": True,
+            _TIE: True,
             "text_config": text,
             **vision,
         }
@@ -258,7 +267,9 @@ _SAMPLER = "EntropyBoundSamplerConfig"
 _JSON_BYTES = 64 << 20
 
 
-_FIXED = {"attention_bias": False, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+_FIXED = {"attention_bias": False, "hidden_activation": "gelu_pytorch_tanh"}
+_TIE = "tie_word_embeddings"
+_PER_LAYER = ("head_dim", "num_key_value_heads")
 _VISION = ("vision_config", "image_token_id", "boi_token_id", "eoi_token_id", "initializer_range")
 _MEDIA = (*_VISION, "video_token_id", "audio_token_id", "boa_token_id", "eoa_token_index")
 _GEMMA4: dict[str, tuple[Any, Any, str]] = {
@@ -318,6 +329,14 @@ def _check_fixed(raw: dict[str, Any], text: dict[str, Any], source: str) -> None
         )
 
 
+def _tie(raw: dict[str, Any], source: str) -> bool:
+    """Whether logits are read out with the embedding; transformers looks at the outer word alone."""
+    tie = raw.get(_TIE, True)
+    if not isinstance(tie, bool):
+        raise CheckpointError(f"{source}: {_TIE} is {_show(tie)}; it must be true or false")
+    return tie
+
+
 def _layer_kinds(text: dict[str, Any], count: int, source: str) -> list[str]:
     kinds = text.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
@@ -343,20 +362,11 @@ def _check_shapes(config: ModelConfig, kinds: list[str], source: str) -> None:
             )
 
 
-def _layer(text: dict[str, Any], get: _ConfigReader, index: int, kind: str, source: str) -> LayerConfig:
+def _layer(get: _ConfigReader, index: int, kind: str, overrides: dict[int, dict[str, Any]] | None) -> LayerConfig:
+    text, source = get.text, get.source
     head_dim, kv_heads = get.whole("head_dim"), get.whole("num_key_value_heads")
-    override = text.get("per_layer_config")
-    if override is not None:
-        if not isinstance(override, dict) or not all(isinstance(v, dict) for v in override.values()):
-            raise CheckpointError(f"{source}: per_layer_config must map layer numbers to objects")
-        for_this: dict[str, Any] = override.get(str(index)) or override.get(index) or {}
-        for name in for_this:
-            if name not in ("head_dim", "num_key_value_heads"):
-                raise CheckpointError(
-                    f"{source}: per_layer_config changes {_show(name)} in layer {index}; only head_dim and "
-                    "num_key_value_heads may differ from layer to layer"
-                )
-        own = _ConfigReader(for_this, source)
+    if overrides is not None:
+        own = _ConfigReader(overrides.get(index, {}), source)
         head_dim, kv_heads = own.whole("head_dim", head_dim), own.whole("num_key_value_heads", kv_heads)
     elif kind == FULL:
         head_dim = get.whole("global_head_dim", 512)
@@ -368,6 +378,48 @@ def _layer(text: dict[str, Any], get: _ConfigReader, index: int, kind: str, sour
         window=get.whole("sliding_window") if kind == SLIDING else None,
         rope=_rope(text, kind, source),
     )
+
+
+def _overrides(text: dict[str, Any], source: str) -> dict[int, dict[str, Any]] | None:
+    """per_layer_config by layer, None where there is none.
+
+    Null is an empty one: transformers then gives full layers the sizes of the others. It writes keys of one width, so
+    that layer 5 of thirty is "05"."""
+    if "per_layer_config" not in text:
+        return None
+    overrides = {} if text["per_layer_config"] is None else text["per_layer_config"]
+    if not isinstance(overrides, dict) or not all(isinstance(value, dict) for value in overrides.values()):
+        raise CheckpointError(f"{source}: per_layer_config must map layer numbers to objects")
+    by_layer: dict[int, dict[str, Any]] = {}
+    for key, changes in overrides.items():
+        index = int(key) if re.fullmatch(r"[0-9]{1,9}", str(key), re.ASCII) else -1
+        if not 0 <= index < text["num_hidden_layers"]:
+            raise CheckpointError(
+                f"{source}: per_layer_config names the layer {_show(key)}; there are the layers 0 to "
+                f"{text['num_hidden_layers'] - 1}"
+            )
+        if index in by_layer:
+            raise CheckpointError(f"{source}: per_layer_config names the layer {index} twice; one must go")
+        for name, value in changes.items():
+            if name not in _PER_LAYER and value != ([] if name == "skip" else text.get(name)):
+                raise CheckpointError(
+                    f"{source}: per_layer_config changes {_show(name)} in layer {index}; only head_dim and "
+                    "num_key_value_heads may differ from layer to layer"
+                )
+        by_layer[index] = changes
+    return by_layer
+
+
+def with_every_spelling(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a checkpoint, as whoever reads it next understands it, one that loads here.
+
+    Beside per_layer_config stand the two sizes of full layers that other engines read, and older transformers; and the
+    tie is true, see `to_dict`."""
+    text = dict(raw["text_config"])
+    if "per_layer_config" in text:
+        full = ModelConfig.from_dict(raw).to_dict()["text_config"]
+        text |= {name: full[name] for name in ("global_head_dim", "num_global_key_value_heads")}
+    return {**raw, _TIE: True, "text_config": text | ({_TIE: True} if _TIE in text else {})}
 
 
 def _check_gemma4(raw: dict[str, Any], text: dict[str, Any], source: str) -> None:
@@ -387,22 +439,30 @@ def _check_gemma4(raw: dict[str, Any], text: dict[str, Any], source: str) -> Non
 
 
 def _rope(text: dict[str, Any], kind: str, source: str) -> Rope:
-    table = text.get("rope_parameters") or {
-        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-        FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
-    }
+    table = text.get("rope_parameters")
+    if table is None:
+        table = {
+            SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+            FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+        }
     raw = table.get(kind) if isinstance(table, dict) else None
-    if not isinstance(raw, dict) or raw.get("rope_type", "default") not in ("default", "proportional"):
+    name = raw.get("rope_type", raw.get("type", "default")) if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or name not in ("default", "proportional"):
         raise CheckpointError(
             f"{source}: rope_parameters[{kind!r}] is {_show(raw)}; rope_type must be 'default' or 'proportional'"
         )
+    if raw.get("rope_theta") is None:  # transformers has no value for it either, and fails
+        raise CheckpointError(
+            f"{source}: rope_parameters[{kind!r}] has no rope_theta; add the one that the model was trained with, as "
+            f"the release has {10_000 if kind == SLIDING else 1_000_000}"
+        )
     get = _ConfigReader(raw, source)
-    proportional = raw.get("rope_type") == "proportional"
+    proportional = name == "proportional"
     partial = get.positive("partial_rotary_factor", 1.0)
     if partial > 1 or (partial != 1 and not proportional):
         raise CheckpointError(f"{source}: partial_rotary_factor is {partial}; it is supported up to 1, if proportional")
     factor = get.positive("factor", 1.0) if proportional else 1.0  # as in the reference, "default" has none
-    return Rope(get.positive("rope_theta", 10_000.0), partial, factor, proportional)
+    return Rope(get.positive("rope_theta", 0.0), partial, factor, proportional)
 
 
 def _rope_dict(rope: Rope) -> dict[str, Any]:

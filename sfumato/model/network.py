@@ -289,9 +289,11 @@ def pack_(part: nn.Module, ops: Ops) -> None:
         packed = ops.pack(plain)
         if packed is not plain:
             replace_(owner, name, packed)
-    for module in part.modules():
-        if isinstance(module, nn.Embedding) and ops.place_embedding_ is not None:
-            ops.place_embedding_(module.weight.data)
+    for name, module in part.named_modules():
+        if (isinstance(module, nn.Embedding) or name == "lm_head") and ops.place_embedding_ is not None:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            ops.place_embedding_(weight.data)
 
 
 class Model(nn.Module):
@@ -306,6 +308,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(config, index, ops) for index in range(len(config.layers)))
         self.norm = Norm(config.hidden_size, config.eps, ops)
         self.self_conditioning = SelfConditioning(config, ops) if config.is_diffusion else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.has_head else None
         self._embed_scale: Tensor | None = None
 
     @property
@@ -329,6 +332,12 @@ class Model(nn.Module):
                 kept = torch.full((), math.sqrt(self.config.hidden_size), dtype=self.dtype, device=self.device)
             self._embed_scale = kept
         return kept
+
+    @property
+    def head_VD(self) -> Tensor:
+        """What logits are read out with: the embedding, unless the model has another matrix for it."""
+        weight: Tensor = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight
 
     def use_(self, ops: Ops) -> Model:
         """Run with these operations from now on; before `pack_`, which is theirs."""
@@ -405,7 +414,7 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., V], softcapped."""
         cap = self.config.softcap
-        return torch.tanh(nn.functional.linear(hidden, self.embed_tokens.weight).float() / cap) * cap
+        return torch.tanh(nn.functional.linear(hidden, self.head_VD).float() / cap) * cap
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         embedded_BTD: Tensor = self.embed_tokens(tokens_BT)

@@ -145,8 +145,8 @@ def read_canvases(model: Model, cache: KVCache, state: Canvases, inputs: StepInp
     else:
         temperature_B = state.temperature_XS[at_B, state.step_X[at_B]]
     banned = None if inputs.bans_N is None else (state.banned_XL[at_B], inputs.bans_N)
-    embed_VD = model.embed_tokens.weight
-    read = model.ops.read_out(hidden_BLD, embed_VD, model.config.softcap, temperature_B, **noise.sample, banned=banned)
+    head_VD = model.head_VD
+    read = model.ops.read_out(hidden_BLD, head_VD, model.config.softcap, temperature_B, **noise.sample, banned=banned)
     return PassResult(encoded_BTD, hidden_BLD, read, noise.tokens_BL)
 
 

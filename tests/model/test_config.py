@@ -18,7 +18,16 @@ from released_config import RELEASED
 from sfumato import ops
 from sfumato.checkpoints.names import released_name
 from sfumato.errors import CheckpointError
-from sfumato.model.config import FULL, SLIDING, LayerConfig, ModelConfig, Rope, read_generation_config, read_json
+from sfumato.model.config import (
+    FULL,
+    SLIDING,
+    LayerConfig,
+    ModelConfig,
+    Rope,
+    read_generation_config,
+    read_json,
+    with_every_spelling,
+)
 from sfumato.model.network import Model
 from sfumato.options import FALLBACK_DEFAULTS
 
@@ -66,13 +75,20 @@ def test_released() -> None:
 def test_spellings_agree() -> None:
     config = ModelConfig.from_dict(RELEASED)
     own = {"head_dim": 512, "num_key_value_heads": 2}
-    for index in (str, int):
-        per_layer = {index(i): own for i in (5, 11, 17, 23, 29)}
-        assert ModelConfig.from_dict(without_global(per_layer_config=per_layer)) == config
+    for index in (str, int, "{:02}".format, "{:03}".format):  # the third is what transformers writes of thirty layers
+        per_layer: dict[Any, Any] = {index(i): own for i in (5, 11, 17, 23, 29)}
+        raw = without_global(per_layer_config=per_layer)
+        assert ModelConfig.from_dict(raw) == config
+        again = with_every_spelling(raw)["text_config"]
+        assert (again["global_head_dim"], again["num_global_key_value_heads"]) == (512, 2)
+        assert again["per_layer_config"] == per_layer and ModelConfig.from_dict(with_every_spelling(raw)) == config
     # Where both are given, per_layer_config is what transformers goes by.
     both = released(per_layer_config={str(i): {"head_dim": 64} for i in (5, 11, 17, 23, 29)})
     assert ModelConfig.from_dict(both).layers[5] == replace(config.layers[5], head_dim=64, kv_heads=8)
     assert ModelConfig.from_dict(released(per_layer_config={})).layers[5].head_dim == 256
+    assert ModelConfig.from_dict(released(per_layer_config=None)).layers[5].head_dim == 256
+    same = {str(i): {**own, "sliding_window": 1024, "skip": []} for i in (5, 11, 17, 23, 29)}
+    assert ModelConfig.from_dict(without_global(per_layer_config=same)) == config  # what repeats the rest says nothing
     # Where neither is, transformers' own values hold.
     assert ModelConfig.from_dict(without_global()).layers[5] == replace(config.layers[5], kv_heads=8)
     assert ModelConfig.from_dict(released(layer_types=None)) == config
@@ -126,18 +142,30 @@ def test_a_small_vision_tower_where_there_is_none(vision: dict[str, Any]) -> Non
         ({"final_logit_softcapping": 10**400}, "final_logit_softcapping is 1000"),
         ({"hidden_activation": "relu"}, "hidden_activation is 'relu'; only 'gelu_pytorch_tanh'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
-        ({"rope_parameters": []}, None),
+        ({"rope_parameters": []}, r"rope_parameters\['sliding_attention'\] is None"),
+        ({"rope_parameters": {}}, r"rope_parameters\['sliding_attention'\] is None"),
         ({"rope_parameters": 3}, "rope_parameters"),
-        ({"rope_parameters": {SLIDING: {}}}, r"rope_parameters\['full_attention'\] is None"),
+        ({"rope_parameters": {SLIDING: {"rope_theta": 1e4}}}, r"rope_parameters\['full_attention'\] is None"),
         ({"rope_parameters": {SLIDING: {"rope_type": "yarn"}, FULL: {}}}, "rope_type must be"),
-        ({"rope_parameters": {SLIDING: {"partial_rotary_factor": 0.5}, FULL: {}}}, "partial_rotary_factor"),
+        ({"rope_parameters": {SLIDING: {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}}, "partial_rotary_factor"),
+        ({"rope_parameters": {SLIDING: {}, FULL: {"rope_theta": 1e6}}}, r"\['sliding_attention'\] has no rope_theta"),
+        (
+            {"rope_parameters": {SLIDING: {"rope_theta": 1e4}, FULL: {"rope_type": "proportional"}}},
+            r"\['full_attention'\] has no rope_theta; add the one .* 1000000",
+        ),
         ({"rope_parameters": {SLIDING: {"rope_theta": "1"}, FULL: {}}}, "rope_theta is '1'"),
         ({"per_layer_config": [1]}, "per_layer_config must map"),
         ({"per_layer_config": {"5": 1}}, "per_layer_config must map"),
         ({"per_layer_config": {"5": {"head_dim": -1}}}, "head_dim is -1"),
         ({"per_layer_config": {"5": {"sliding_window": 1}}}, "changes 'sliding_window' in layer 5"),
+        ({"per_layer_config": {"5": {"skip": ["mlp"]}}}, "changes 'skip' in layer 5"),
+        ({"per_layer_config": {"5": {}, "05": {}}}, "names the layer 5 twice"),
+        ({"per_layer_config": {"30": {}}}, "names the layer '30'; there are the layers 0 to 29"),
+        ({"per_layer_config": {"-1": {}}}, "names the layer '-1'"),
+        ({"per_layer_config": {"5.0": {}}}, r"names the layer '5\.0'"),
+        ({"per_layer_config": {"٥": {}}}, "names the layer '٥'"),
+        ({"per_layer_config": {"0" * 10_000: {}}}, "names the layer '000"),
         ({"per_layer_config": {"5": {"head_dim": 64}}}, "differs between layers of one kind"),
         ({"pad_token_id": -1}, "pad_token_id is -1; token ids must be whole numbers from 0 to 262143"),
         ({"pad_token_id": "0"}, "pad_token_id is '0'"),
@@ -149,14 +177,32 @@ def test_a_small_vision_tower_where_there_is_none(vision: dict[str, Any]) -> Non
         ({"eos_token_id": [[1]]}, r"eos_token_id is \[\[1\]\]"),
     ],
 )
-def test_refused_by_name(changes: dict[str, Any], sentence: str | None) -> None:
-    if sentence is None:  # an empty table is none, as in transformers
-        assert ModelConfig.from_dict(released(**changes)) == ModelConfig.from_dict(RELEASED)
-        return
+def test_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(CheckpointError, match=sentence) as caught:
         ModelConfig.from_dict(released(**changes), "folder/config.json")
     assert str(caught.value).startswith("folder/config.json")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_what_the_reference_takes_for_rope() -> None:
+    """Absent and null are its defaults; a partial factor that is absent is 1; `type` is an older word for rope_type."""
+    config = ModelConfig.from_dict(RELEASED)
+    assert ModelConfig.from_dict(released(rope_parameters=...)) == config
+    assert ModelConfig.from_dict(released(rope_parameters=None)) == config
+    full = {"type": "proportional", "rope_theta": 5e5}
+    other = ModelConfig.from_dict(released(rope_parameters={SLIDING: {"rope_theta": 7.0}, FULL: full}))
+    assert other.layers[5].rope == Rope(5e5, proportional=True) and other.layers[0].rope == Rope(7.0)
+
+
+def test_a_head_of_its_own() -> None:
+    """The outer word counts, as in transformers; what is written says tied, since false would untie the encoder too."""
+    config = ModelConfig.from_dict({**RELEASED, "tie_word_embeddings": False})
+    assert config.has_head and not ModelConfig.from_dict(released(tie_word_embeddings=False)).has_head
+    raw = config.to_dict()
+    assert raw["tie_word_embeddings"] is raw["text_config"]["tie_word_embeddings"] is True
+    untied = {**released(tie_word_embeddings=False), "tie_word_embeddings": False}
+    again = with_every_spelling(untied)
+    assert again["tie_word_embeddings"] is again["text_config"]["tie_word_embeddings"] is True
 
 
 def test_null_ids() -> None:
@@ -174,7 +220,7 @@ def test_null_ids() -> None:
         ({"model_type": "diffusion_gemma"}, "has no text_config"),
         ({"model_type": "diffusion_gemma", "text_config": []}, "has no text_config"),
         ({**RELEASED, "canvas_length": 0}, "canvas_length is 0"),
-        ({**RELEASED, "tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({**RELEASED, "tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
     ],
 )
 def test_refused_outside_of_text_config(raw: dict[str, Any], sentence: str) -> None:

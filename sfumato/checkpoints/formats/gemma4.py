@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sfumato.checkpoints.checkpoint import Entry
-from sfumato.checkpoints.names import DECODER, ENCODER
+from sfumato.checkpoints.names import DECODER, ENCODER, HEAD
 from sfumato.errors import CheckpointError
 
 _TEXT = "model.language_model."
@@ -20,23 +20,11 @@ _SCALAR = re.compile(r"layers\.\d+\.layer_scalar", re.ASCII)
 _IMAGES = ("vision_tower.", "embed_vision.")
 
 
-def released_name_of(name: str) -> str | None:
-    """The released DiffusionGemma's name of a tensor of Gemma 4; None where that model has none.
-
-    A layer_scalar is the decoder's here: `released` gives it to the encoder too."""
-    if name == "lm_head.weight":
-        return name
-    if name.startswith(_TEXT):
-        return DECODER + name.removeprefix(_TEXT)
-    inner = name.removeprefix("model.")
-    return f"model.encoder.{inner}" if inner != name and inner.startswith(_IMAGES) else None
-
-
 def name_of(released: str) -> str | None:
     """Gemma 4's name of a tensor under its released name, for what is saved; None: Gemma 4 holds no such tensor.
 
     It holds no self-conditioning and no layer_scalar of the decoder, since the encoder's is the one that runs."""
-    if released == "lm_head.weight":
+    if released == HEAD:
         return released
     inner = released.removeprefix(ENCODER)
     if inner != released:
@@ -51,20 +39,14 @@ def name_of(released: str) -> str | None:
 
 
 def released(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Entries under Gemma 4's names -> the same under DiffusionGemma's, each layer_scalar for both directions.
+    """Entries under names in the release's spelling, each layer_scalar for both directions where there is but one.
 
-    What bears such a name already, as our own files do, keeps it. CheckpointError names a tensor that has no place, or
-    whose place is taken."""
-    renamed: dict[str, Entry] = {}
+    CheckpointError names a tensor that has no place."""
+    both = dict(entries)
     for name, entry in entries.items():
-        new = name if name.startswith((DECODER, "model.encoder.")) else released_name_of(name)
-        if new is None:
+        if name != HEAD and not name.startswith((DECODER, "model.encoder.")):
             raise CheckpointError(f"there is an unexpected tensor {name[:200]!r}; Gemma 4 has none of that name")
-        if new in renamed:
-            raise CheckpointError(f"the tensors {name[:200]!r} and {new[:200]!r} are the same one; there must be one")
-        renamed[new] = replace(entry, name=new)
-    for name in list(renamed):
         inner = name.removeprefix(DECODER)
-        if inner != name and _SCALAR.fullmatch(inner):
-            renamed.setdefault(ENCODER + inner, replace(renamed[name], name=ENCODER + inner))
-    return renamed
+        if inner != name and _SCALAR.fullmatch(inner) and ENCODER + inner not in both:
+            both[ENCODER + inner] = replace(entry, name=ENCODER + inner)
+    return both

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
+from sfumato.checkpoints.formats.experts import fused
 from sfumato.checkpoints.shards import NAMES, PART, Planned, Stored, metadata, short, stored_tensors
 from sfumato.errors import CheckpointError
+from sfumato.model.config import ModelConfig
 from sfumato.ops.packed import BLOCK, Packed
 from sfumato.quant.calibrate import fitted
 from sfumato.quant.formats import Format
@@ -32,11 +34,15 @@ _MAPPED = 1 << 20
 
 
 def open_released(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    """A folder of safetensors under the released names. CheckpointError names what is wrong with a file or a tensor."""
+    """A folder of plain safetensors, or of our own; experts may be apart, or named as mlx-vlm names them unquantised.
+
+    CheckpointError names what is wrong with a file or a tensor."""
     stored = stored_tensors(folder)
     quantization = config.get("quantization_config") or {}
     if not quantization:
-        return Checkpoint(folder, "safetensors", config, {name: plain_entry(name, one) for name, one in stored.items()})
+        count = ModelConfig.from_dict(config, str(folder / "config.json")).num_experts
+        entries = fused({name: plain_entry(name, one) for name, one in stored.items()}, count)
+        return Checkpoint(folder, "safetensors", config, entries)
     formats = _formats(folder, metadata(folder).get(_FORMATS, ""))
     entries = {}
     for name, (form, shape) in formats.items():
