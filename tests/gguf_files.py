@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.checkpoints.formats import gguf_blocks as blocks
-from sfumato.checkpoints.formats.gguf import PlannedBlocks, read_header
+from sfumato.checkpoints.formats.gguf import PlannedBlocks, read_header, write_file
 
 SCALES = {  # where a block's float16 numbers lie; IQ1_M's is in four pieces, those of 4-bit floats have none
     **dict.fromkeys(["Q4_0", "Q5_0", "Q8_0", "Q1_0", "Q2_0"], (0,)),
@@ -67,3 +67,18 @@ def copied(path: Path) -> tuple[dict[str, Any], list[PlannedBlocks]]:
     header = read_header(path)
     stored = header.tensors.values()
     return header.metadata, [PlannedBlocks(one.name, one.kind, one.shape, partial(whole, one.read())) for one in stored]
+
+
+def write_split(source: Path, folder: Path, stem: str, parts: int, **changes: Any) -> list[Path]:
+    """A file's tensors in so many parts, the first with its metadata, as gguf-split writes them; `changes` of its own
+    keys have a place of the part in front: `_2_no=5`."""
+    metadata, plan = copied(source)
+    each = -(-len(plan) // parts)
+    paths = []
+    for at in range(parts):
+        own = {"no": at, "count": parts, "tensors.count": len(plan)}
+        own |= {key.split("_", 2)[2]: value for key, value in changes.items() if key.startswith(f"_{at + 1}_")}
+        head = {**(metadata if at == 0 else {}), **{f"split.{key}": value for key, value in own.items()}}
+        paths.append(folder / f"{stem}-{at + 1:05}-of-{parts:05}.gguf")
+        write_file(paths[-1], head, plan[at * each : (at + 1) * each])
+    return paths

@@ -246,7 +246,10 @@ REFUSED = [
     ("general.architecture", "gemma4", "its architecture is 'gemma4'; only 'diffusion-gemma' is read"),
     ("general.architecture", None, "its architecture is None"),
     ("general.alignment", 48, "general.alignment is 48; it must be a power of two"),
-    ("split.count", 3, "one of 3 parts; merge them first with llama-gguf-split --merge"),
+    ("general.type", "adapter", "it is a LoRA adapter and no model; load the model, and the adapter"),
+    ("general.type", "mmproj", r"it is the part of a model that sees images \(mmproj\); give the model's own .gguf"),
+    ("general.architecture", "clip", "it is the part of a model that sees images"),
+    ("general.type", "imatrix", "it is an importance matrix and no model"),
     ("block_count", None, "block_count is None; it must be a whole number"),
     ("block_count", 5, "sliding_window_pattern has 2 entries; 5 are needed"),
     ("block_count", 10**6, "block_count is 1000000"),
@@ -308,6 +311,9 @@ EMBD = struct.pack("<Q", 17) + b"token_embd.weight"
     ("edits", "match"),
     [
         ([(b"", 0, b"GGML")], "does not begin like a GGUF file"),
+        ([(b"", 0, b"tjgg")], "it is a ggml file from before GGUF; get the model as GGUF"),
+        ([(b"", 0, b"version https://git-lfs")], "a Git LFS pointer to one; get the file itself, with git lfs pull"),
+        ([(b"", 0, b"<!DOCTYPE html>")], "it is a web page"),
         ([(b"GGUF", 0, struct.pack("<I", 1))], "its GGUF version is 1; versions 2 and 3 are read"),
         ([(b"GGUF", 0, struct.pack(">I", 3))], "big-endian; convert it on the machine"),
         ([(b"GGUF", 4, struct.pack("<Q", 1 << 40))], f"announces {1 << 40} tensors; at most {MAX_COUNT}"),
@@ -371,8 +377,8 @@ def test_tensors_twice_and_unexpected(tmp_path: Path) -> None:
     refused(tmp_path / "more.gguf", "unexpected tensor 'blk.2.attn_norm.weight'")
     write_file(tmp_path / "head.gguf", metadata, [*plan, one("output.weight")])
     actual = open_gguf(tmp_path / "head.gguf")
-    assert set(actual.entries) == set(source.entries)
-    assert len(actual.notices) == 1 and "the embedding is used for both" in actual.notices[0]
+    assert set(actual.entries) == {*source.entries, "lm_head.weight"}
+    assert actual.entries["lm_head.weight"].shape == (32,) and actual.notices == ()
 
 
 @pytest.mark.parametrize(
