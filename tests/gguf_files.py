@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.checkpoints.formats import gguf_blocks as blocks
+from sfumato.checkpoints.formats import gguf_writer
 from sfumato.checkpoints.formats.gguf import PlannedBlocks, read_header, write_file
+from sfumato.checkpoints.formats.gguf_names import tensor_table
+from sfumato.model.config import ModelConfig
 
 SCALES = {  # where a block's float16 numbers lie; IQ1_M's is in four pieces, those of 4-bit floats have none
     **dict.fromkeys(["Q4_0", "Q5_0", "Q8_0", "Q1_0", "Q2_0"], (0,)),
@@ -67,6 +70,35 @@ def copied(path: Path) -> tuple[dict[str, Any], list[PlannedBlocks]]:
     header = read_header(path)
     stored = header.tensors.values()
     return header.metadata, [PlannedBlocks(one.name, one.kind, one.shape, partial(whole, one.read())) for one in stored]
+
+
+def write_model(
+    path: Path,
+    config: ModelConfig,
+    kind_of: Callable[[str, tuple[int, ...]], str],
+    changes: Mapping[str, Any] | None = None,
+    more: Sequence[PlannedBlocks] = (),
+) -> dict[str, Tensor]:
+    """A file of a model, every number in it random; the released names to what is stored. `kind_of` has GGUF's name and
+    the shape of a tensor; `changes` are of metadata, where None takes a key away; `more` are tensors besides."""
+    raws: dict[str, Tensor] = {}
+    planned = []
+    for at, (theirs, ours, shape) in enumerate(tensor_table(config)):
+        kind = kind_of(theirs, shape)
+        if kind in blocks.PLAIN:
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(at))
+            raws[ours] = blocks.encode(kind, values * (0.1 if len(shape) > 1 else 1))
+        else:
+            rows = int(np.prod(shape[:-1]))
+            count = shape[-1] // blocks.KINDS[blocks.NUMBERS[kind]].values
+            raws[ours] = random_blocks(kind, rows, count, at, 1e-3).view(*shape[:-1], -1)
+        planned.append(PlannedBlocks(theirs, kind, shape, partial(whole, raws[ours])))
+    divisors = gguf_writer.divisors_of(config)
+    rope = partial(whole, blocks.encode("F32", divisors))
+    planned.append(PlannedBlocks("rope_freqs.weight", "F32", tuple(divisors.shape), rope))
+    metadata = {**gguf_writer.metadata_of(config, "mixed"), **gguf_writer.tokenizer_of(config, None), **(changes or {})}
+    write_file(path, {key: value for key, value in metadata.items() if value is not None}, [*planned, *more])
+    return raws
 
 
 def write_split(source: Path, folder: Path, stem: str, parts: int, **changes: Any) -> list[Path]:

@@ -42,35 +42,35 @@ def models(names: Iterable[str]) -> dict[str, list[str]]:
     return sets
 
 
-def chosen(names: Iterable[str], wanted: str | None, place: str) -> list[str]:
+def chosen(names: Iterable[str], tag: str | None, place: str) -> list[str]:
     """The files of the one model that is meant: all parts of it, in order.
 
-    `wanted` is a quantisation, or a file's name with or without its ending; capitals do not matter. `place` is what a
+    `tag` is a quantisation, or a file's name with or without its ending; capitals do not matter. `place` is what a
     person calls the folder. CheckpointError where no model is meant, or several are."""
     sets = models(names)
     if not sets:
         raise CheckpointError(f"{place} holds no GGUF file of a model")
-    fitting = list(sets) if wanted is None else _fitting(sets, wanted.lower())
+    fitting = list(sets) if tag is None else _fitting(sets, tag.lower())
     if len(fitting) == 1:
         return sets[fitting[0]]
     if not fitting:
-        raise CheckpointError(f"{place} holds no GGUF {wanted!r:.100}; it has {_listed(sets)}")
+        raise CheckpointError(f"{place} holds no GGUF {tag!r:.100}; it has {_listed(sets)}")
     match = _QUANTISATION.search(_label(fitting[0]))
     raise CheckpointError(
-        f"{place} holds {len(fitting)} models{'' if wanted is None else f' {wanted!r:.100}'}: {_listed(fitting)}; "
-        f"name one, as {place}:{match[0] if match and wanted is None else _label(fitting[0])}"
+        f"{place} holds {len(fitting)} models{'' if tag is None else f' {tag!r:.100}'}: {_listed(fitting)}; "
+        f"name one, as {place}:{match[0] if match and tag is None else _label(fitting[0])}"
     )
 
 
-def _fitting(sets: dict[str, list[str]], wanted: str) -> list[str]:
+def _fitting(sets: dict[str, list[str]], tag: str) -> list[str]:
     """The sets that bear this name, else those with this word in their name."""
     exact = [
         whole
         for whole, parts in sets.items()
-        if wanted in {spelling.lower() for name in (whole, *parts) for spelling in _spellings(name)}
+        if tag in {spelling.lower() for name in (whole, *parts) for spelling in _spellings(name)}
     ]
-    before = "[-._/ ]" if _QUANTISATION.fullmatch(wanted) else "[-./ ]"  # in K_M the line is no separator
-    word = re.compile(rf"(?:^|{before}){re.escape(wanted)}(?:[-./ ]|$)")
+    before = "[-._/ ]" if _QUANTISATION.fullmatch(tag) else "[-./ ]"  # in K_M the line is no separator
+    word = re.compile(rf"(?:^|{before}){re.escape(tag)}(?:[-./ ]|$)")
     return exact or [whole for whole in sets if word.search(_label(whole).lower())]
 
 

@@ -37,9 +37,9 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
         if is_gguf(place) or _begins_like_gguf(place):
             return Path(place)
         raise CheckpointError(f"{path} is a file; give a .gguf file, or the folder that holds config.json and weights")
-    folder, _, wanted = place.rpartition(":")
-    if folder and wanted and os.path.isdir(folder):
-        return _in_folder(Path(folder), wanted)
+    folder, _, tag = place.rpartition(":")
+    if folder and tag and os.path.isdir(folder):
+        return _in_folder(Path(folder), tag)
     if isinstance(path, str) and (match := _ID.fullmatch(path)):
         return _from_hub(match[1], match[2], weights)
     raise CheckpointError(
@@ -56,17 +56,17 @@ def _begins_like_gguf(path: str) -> bool:
         return False
 
 
-def _in_folder(folder: Path, wanted: str | None) -> Path:
+def _in_folder(folder: Path, tag: str | None) -> Path:
     """The folder itself, or the GGUF file in it that is meant."""
     names = gguf_names(folder)
-    if wanted is None and (not models(names) or any(folder.glob("*.safetensors"))):
+    if tag is None and (not models(names) or any(folder.glob("*.safetensors"))):
         return folder
-    return folder / chosen(names, wanted, str(folder))[0]
+    return folder / chosen(names, tag, str(folder))[0]
 
 
-def _from_hub(name: str, wanted: str | None, weights: bool) -> Path:
+def _from_hub(name: str, tag: str | None, weights: bool) -> Path:
     """The snapshot of a repository, or the GGUF file in it that is meant; nothing else of it is fetched."""
-    if wanted is None:
+    if tag is None:
         folder = _snapshot(name, [*_BESIDE, *(["*.safetensors"] if weights else [])], ["*/*"])
         if any(folder.glob("*.safetensors")) or (not weights and (folder / "config.json").is_file()):
             return folder
@@ -75,7 +75,7 @@ def _from_hub(name: str, wanted: str | None, weights: bool) -> Path:
             return folder
     else:
         names = _names(name)
-    parts = chosen(names, wanted, name)
+    parts = chosen(names, tag, name)
     if not weights:
         folder = _snapshot(name, [])
         if not all((folder / part).is_file() for part in parts):

@@ -22,7 +22,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize(
-    ("wanted", "files"),
+    ("tag", "files"),
     [
         ("Q4_K_M", ["x-Q4_K_M.gguf"]),
         ("q4_k_xl", ["x-UD-Q4_K_XL.gguf"]),
@@ -35,16 +35,16 @@ NAMES = [
         ("BF16/x-BF16-00002-of-00002.gguf", ["BF16/x-BF16-00001-of-00002.gguf", "BF16/x-BF16-00002-of-00002.gguf"]),
     ],
 )
-def test_a_word_means_one_model(wanted: str, files: list[str]) -> None:
-    assert chosen(NAMES, wanted, "here") == files
+def test_a_word_means_one_model(tag: str, files: list[str]) -> None:
+    assert chosen(NAMES, tag, "here") == files
 
 
-@pytest.mark.parametrize("wanted", ["Q4_K", "K_M", "Q2_XXS", "x-Q4", "mmproj-BF16", ".", "", "README.md", "*"])
-def test_a_word_that_means_none(wanted: str) -> None:
+@pytest.mark.parametrize("tag", ["Q4_K", "K_M", "Q2_XXS", "x-Q4", "mmproj-BF16", ".", "", "README.md", "*"])
+def test_a_word_that_means_none(tag: str) -> None:
     with pytest.raises(
         CheckpointError, match=r"here holds no GGUF '.*'; it has BF16/x-BF16\.gguf, x-IQ2_XXS\.gguf, x-Q4"
     ):
-        chosen(NAMES, wanted, "here")
+        chosen(NAMES, tag, "here")
 
 
 def test_a_word_that_means_several() -> None:

@@ -16,7 +16,7 @@ import gemma_vocab
 import numpy as np
 import pytest
 import torch
-from gguf_files import copied, random_blocks, whole
+from gguf_files import copied, whole, write_model
 from tiny import oracle_name, tiny_config, tiny_model
 from torch import Tensor
 
@@ -168,26 +168,8 @@ def mixed_kind(name: str, shape: tuple[int, ...]) -> str:
 def write_mixed(path: Path, config: ModelConfig, **changes: Any) -> dict[str, Tensor]:
     """A file like a Q4_K_M, every number in it random; the released names to what is stored. `changes` of metadata have
     dots written as two underlines, and None takes a key away."""
-    raws: dict[str, Tensor] = {}
-    planned = []
-    for at, (theirs, ours, shape) in enumerate(tensor_table(config)):
-        kind = mixed_kind(theirs, shape)
-        if kind == "F32":
-            raws[ours] = blocks.encode("F32", torch.randn(shape, generator=torch.Generator().manual_seed(at)))
-        else:
-            rows = int(np.prod(shape[:-1]))
-            count = shape[-1] // blocks.KINDS[blocks.NUMBERS[kind]].values
-            raws[ours] = random_blocks(kind, rows, count, at, 1e-3).view(*shape[:-1], -1)
-        planned.append(PlannedBlocks(theirs, kind, shape, partial(whole, raws[ours])))
-    divisors = gguf_writer.divisors_of(config)
-    planned.append(
-        PlannedBlocks("rope_freqs.weight", "F32", tuple(divisors.shape), partial(whole, blocks.encode("F32", divisors)))
-    )
-    metadata = {**gguf_writer.metadata_of(config, "mixed"), **gguf_writer.tokenizer_of(config, None)}
-    for key, value in changes.items():
-        metadata[key.replace("__", ".")] = value
-    write_file(path, {key: value for key, value in metadata.items() if value is not None}, planned)
-    return raws
+    metadata = {key.replace("__", "."): value for key, value in changes.items()}
+    return write_model(path, config, mixed_kind, metadata)
 
 
 def test_a_mixed_file_opens(tmp_path: Path) -> None:
