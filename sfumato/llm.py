@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 
 from sfumato.checkpoints.checkpoint import Checkpoint
-from sfumato.checkpoints.contents import generation_of, tokenizer_of
+from sfumato.checkpoints.contents import generation_of, tokenizer_folder, tokenizer_of
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
@@ -23,7 +23,7 @@ from sfumato.engine.kept import NOTHING, EngineKeeper
 from sfumato.engine.plan import Ask, Plan, PlanEnd, advance
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
-from sfumato.errors import CheckpointError, InputError
+from sfumato.errors import InputError
 from sfumato.events import Completion, Decision, Done, Edited, Event, Filled
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
@@ -294,13 +294,14 @@ class LLM:
 
 def _tokenizer_and_template(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemplate | None]:
     """Tokenizer and chat template, from within the file or from the files beside it."""
-    vocabulary, folder = checkpoint.vocabulary, checkpoint.path
+    vocabulary = checkpoint.vocabulary
     if vocabulary is not None:
-        tokenizer = tokenizer_of(vocabulary)
-        template = vocabulary.template
-        return tokenizer, None if template is None else ChatTemplate(template, tokenizer.special)
-    if folder.is_file():
-        raise CheckpointError(f"{folder} carries no tokenizer; convert it from a checkpoint that has one")
+        tokenizer, folder = tokenizer_of(vocabulary), checkpoint.path.parent
+        if vocabulary.template is not None:
+            return tokenizer, ChatTemplate(vocabulary.template, tokenizer.special)
+        has_template = (folder / "chat_template.jinja").exists()
+        return tokenizer, ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None
+    folder = tokenizer_folder(checkpoint)
     tokenizer = Tokenizer.from_folder(folder)
     has_template = any((folder / name).exists() for name in ("chat_template.jinja", "tokenizer_config.json"))
     return tokenizer, ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None

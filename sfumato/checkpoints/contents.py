@@ -60,6 +60,21 @@ def tokenizer_of(vocabulary: StoredVocabulary) -> Tokenizer:
     return Tokenizer.from_vocabulary(vocabulary.tokens, vocabulary.kinds, vocabulary.merges, special)
 
 
+def tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    """The folder of a tokenizer's files: the checkpoint's own, or the one in which its file lies.
+
+    CheckpointError for a file that has no vocabulary and lies beside none."""
+    path = checkpoint.path
+    if not path.is_file():
+        return path
+    if not (path.parent / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{path} has no vocabulary, so that it reads and writes no text; put the model's tokenizer.json, "
+            "tokenizer_config.json and chat_template.jinja beside it"
+        )
+    return path.parent
+
+
 def blank(config: ModelConfig, ops: Ops) -> Model:
     """A model of names and shapes alone, on the meta device."""
     with torch.device("meta"):

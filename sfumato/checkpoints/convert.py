@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint
-from sfumato.checkpoints.contents import GENERATION, entries_of, tokenizer_of
+from sfumato.checkpoints.contents import GENERATION, entries_of, tokenizer_folder, tokenizer_of
 from sfumato.checkpoints.contents import TOKENIZER as TOKENIZER_FILES
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.formats import gemma4
+from sfumato.checkpoints.formats.gguf_split import part_paths
 from sfumato.checkpoints.formats.released import METHOD, plan_released
 from sfumato.checkpoints.locate import resolve
 from sfumato.checkpoints.names import HEAD, own_name, released_name
@@ -210,7 +211,7 @@ def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[
     _check_head(checkpoint, "the GGUF writer")
     vocabulary = checkpoint.vocabulary
     if vocabulary is None:
-        folder = checkpoint.path
+        folder = tokenizer_folder(checkpoint)
         tokenizer = Tokenizer.from_folder(folder)
         has_template = (folder / _TEMPLATE).exists() or "chat_template" in _json(folder / "tokenizer_config.json")
         template = ChatTemplate.from_folder(folder, tokenizer.special).source if has_template else None
@@ -225,8 +226,11 @@ def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
     """What stands beside the weights: the tokenizer's files and generation_config.json."""
     vocabulary = checkpoint.vocabulary
     if vocabulary is None:
-        names = (*TOKENIZER, GENERATION)
-        return {name: checkpoint.path / name for name in names if (checkpoint.path / name).is_file()}
+        is_folder = not checkpoint.path.is_file()
+        folder = checkpoint.path if is_folder else checkpoint.path.parent
+        names = (*TOKENIZER, GENERATION) if is_folder else TOKENIZER
+        beside: dict[str, str | Path] = {name: folder / name for name in names if (folder / name).is_file()}
+        return beside if is_folder else beside | {GENERATION: as_json(checkpoint.generation)}
     tokenizer = tokenizer_of(vocabulary)
     tokenizer.save(temporary)
     files: dict[str, str | Path] = {file.name: file for file in temporary.iterdir()}
@@ -238,7 +242,7 @@ def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
 def _fingerprint(checkpoint: Checkpoint, to: str, calibration: Mapping[str, Tensor] | None) -> str:
     """What the tensors are made of: a run that goes on must find the same."""
     path = checkpoint.path
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+    files = part_paths(path) if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
     facts = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     digest = hashlib.sha256()
     for name, counts in sorted((calibration or {}).items()):

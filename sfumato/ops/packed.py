@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 BLOCK = 128
 """Rows and columns that share a scale in fp8 by blocks."""
@@ -184,7 +185,8 @@ class _Int4Code(Code):
     name, bits, least = "int4", 4, 2
 
     def unpack(self, packed: Packed) -> Tensor:
-        return _scaled(packed, _halves(packed).float() - self._zero(packed), packed.scale)
+        values = torch.arange(16, dtype=torch.float32, device=packed.device) - self._zero(packed)
+        return _scaled(packed, _looked_up(packed, values), packed.scale)
 
     def grid(self, packed: Packed) -> Grid:
         zero, codes = self._zero(packed), torch.arange(16, dtype=torch.uint8)
@@ -227,7 +229,7 @@ class _TableCode(Code):
         self.name, self.table = name, table
 
     def unpack(self, packed: Packed) -> Tensor:
-        return _scaled(packed, self._values(packed.device)[_halves(packed).int()], self._scale(packed))
+        return _scaled(packed, _looked_up(packed, self._values(packed.device)), self._scale(packed))
 
     def grid(self, packed: Packed) -> Grid:
         codes, values = torch.arange(16, dtype=torch.uint8), self._values("cpu")
@@ -307,14 +309,15 @@ def _in_groups(packed: Packed) -> tuple[int, ...]:
     return (*packed.shape[:-1], -1, packed.group)
 
 
-def _halves(packed: Packed) -> Tensor:
-    """The codes of bytes of two, in their groups."""
-    return torch.stack([packed.data & 15, packed.data >> 4], dim=-1).reshape(_in_groups(packed))
+def _looked_up(packed: Packed, values: Tensor) -> Tensor:
+    """What the codes of bytes of two stand for, in their groups: one look-up a byte."""
+    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=-1)
+    return embedding(packed.data.int(), pairs).reshape(_in_groups(packed))
 
 
 def _scaled(packed: Packed, value: Tensor, scale: Tensor) -> Tensor:
-    """Values in groups times their scale, with bias and factor where there are any."""
-    value = value * scale.float()[..., None]
+    """Values in groups times their scale, in their place, with bias and factor where there are any."""
+    value.mul_(scale.float()[..., None])
     if packed.bias is not None:
         value += packed.bias.float()[..., None]
     if packed.factor is not None:

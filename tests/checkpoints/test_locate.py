@@ -6,13 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import write_split
 from small_checkpoints import make, same
 
 import sfumato
+from sfumato.checkpoints.detect import open_checkpoint
+from sfumato.checkpoints.formats.gguf_writer import write_gguf
 from sfumato.checkpoints.load import PLAIN, load
 from sfumato.checkpoints.locate import resolve
 from sfumato.errors import CheckpointError
@@ -95,3 +100,151 @@ def test_offline_cache(folder: Path, tmp_path: Path) -> None:
         "cannot get owner/other from the hub: it is not in the cache and the hub cannot be reached",
     ]
     assert out.stderr == ""
+
+
+# ---- GGUF files, in folders and on the hub --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(folder: Path, tmp_path: Path) -> Path:
+    """The small model as one GGUF file."""
+    write_gguf(open_checkpoint(folder), tmp_path / "it.gguf", "BF16")
+    return tmp_path / "it.gguf"
+
+
+def test_a_folder_of_ggufs(folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "ggufs"
+    (place / "BF16").mkdir(parents=True)
+    assert resolve(place) == place  # and what lacks there, who opens it says
+    for name in ("x-Q4_K_M.gguf", "mmproj-x-F16.gguf", "config.json"):
+        (place / name).touch()
+    assert resolve(place) == resolve(f"{place}:q4_k_m") == resolve(place / "x-Q4_K_M.gguf") == place / "x-Q4_K_M.gguf"
+    parts = write_split(file, place / "BF16", "x-BF16", 3)
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 models: BF16/x-BF16\.gguf, x-Q4_K_M\.gguf; name one, as .*:BF16"
+    ):
+        resolve(place)
+    assert resolve(f"{place}:BF16") == resolve(f"{place}:x-bf16") == parts[0]
+    assert open_checkpoint(resolve(f"{place}:x-BF16-00002-of-00003.gguf")).format == "GGUF"
+    with pytest.raises(CheckpointError, match=r"holds no GGUF 'Q8_0'; it has BF16/x-BF16\.gguf, x-Q4_K_M\.gguf"):
+        resolve(f"{place}:Q8_0")
+    (place / "model.safetensors").touch()
+    assert resolve(place) == place and resolve(f"{place}:BF16") == parts[0]
+    with pytest.raises(CheckpointError, match="holds no GGUF file of a model"):
+        resolve(f"{folder}:Q4_K_M")
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        resolve(f"{place}/none:Q4_K_M")
+
+
+def test_a_gguf_of_any_name(file: Path, tmp_path: Path) -> None:
+    """Other programs keep it under its hash."""
+    blob = tmp_path / "sha256-0123"
+    file.rename(blob)
+    assert resolve(blob) == blob and open_checkpoint(resolve(blob)).format == "GGUF"
+    upper = tmp_path / "It.GGUF"
+    blob.rename(upper)
+    assert open_checkpoint(resolve(str(upper))).path == upper
+
+
+class Hub:
+    """A repository, and what is fetched of it."""
+
+    def __init__(self, root: Path, names: Iterable[str]) -> None:
+        self.root, self.names, self.is_offline = root, list(names), False
+        self.fetched: list[str] = []
+
+    def list_repo_files(self, name: str) -> list[str]:
+        assert name == "owner/name"
+        if self.is_offline:
+            raise ConnectionError("no net")
+        return self.names
+
+    def snapshot_download(
+        self,
+        name: str,
+        allow_patterns: list[str],
+        ignore_patterns: list[str] | None = None,
+        local_files_only: bool = False,
+    ) -> str:
+        for one in self.names if not self.is_offline and not local_files_only else ():
+            if any(fnmatch(one, pattern) for pattern in allow_patterns) and not (ignore_patterns and "/" in one):
+                (self.root / one).parent.mkdir(parents=True, exist_ok=True)
+                (self.root / one).touch()
+                self.fetched.append(one)
+        return str(self.root)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hub]:
+    """A hub with one repository of these files."""
+
+    def of(*names: str) -> Hub:
+        hub = Hub(tmp_path / "snapshot", names)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+        return hub
+
+    return of
+
+
+SPLIT = [f"Q8_0/x [v1]-Q8_0-{at:05}-of-00002.gguf" for at in (1, 2)]
+
+
+def test_a_hub_id_of_ggufs(hub: Callable[..., Hub], tmp_path: Path) -> None:
+    there = hub("README.md", "params.json", "x-Q4_K_M.gguf", "x-Q4_K_S.gguf", "mmproj-F16.gguf", "imatrix.gguf", *SPLIT)
+    assert resolve("owner/name:q4_k_m") == tmp_path / "snapshot" / "x-Q4_K_M.gguf"
+    assert there.fetched == ["params.json", "x-Q4_K_M.gguf"]
+    assert resolve("owner/name:Q8_0") == tmp_path / "snapshot" / SPLIT[0]
+    assert there.fetched[2:] == ["params.json", *SPLIT]
+    assert resolve("owner/name:x-Q4_K_S.gguf") == tmp_path / "snapshot" / "x-Q4_K_S.gguf"
+    with pytest.raises(
+        CheckpointError, match=r"owner/name holds 3 models: .*x-Q4_K_S\.gguf; name one, as owner/name:Q8_0"
+    ):
+        resolve("owner/name")
+    with pytest.raises(
+        CheckpointError, match=r"owner/name holds no GGUF 'Q4_K'; it has Q8_0/x \[v1\]-Q8_0\.gguf, x-Q4"
+    ):
+        resolve("owner/name:Q4_K")
+
+
+def test_a_hub_id_of_one_gguf(hub: Callable[..., Hub], tmp_path: Path) -> None:
+    there = hub("README.md", "mmproj-F16.gguf", *SPLIT)
+    with pytest.raises(CheckpointError, match=r"holds its description within; get it first: sfumato pull owner/name:x"):
+        resolve("owner/name", weights=False)
+    assert there.fetched == []
+    assert resolve("owner/name") == resolve("owner/name", weights=False) == tmp_path / "snapshot" / SPLIT[0]
+    assert there.fetched == SPLIT
+    there.is_offline = True
+    assert resolve("owner/name") == resolve("owner/name:q8_0") == tmp_path / "snapshot" / SPLIT[0]
+    with pytest.raises(CheckpointError, match=r"owner/name holds no GGUF 'Q4_0'; it has Q8_0/x"):
+        resolve("owner/name:Q4_0")
+
+
+def test_a_hub_id_of_both(hub: Callable[..., Hub], tmp_path: Path) -> None:
+    there = hub("config.json", "model.safetensors", "x-Q4_0.gguf")
+    assert resolve("owner/name") == tmp_path / "snapshot"
+    assert there.fetched == ["config.json", "model.safetensors"]
+    assert resolve("owner/name:Q4_0") == tmp_path / "snapshot" / "x-Q4_0.gguf"
+    assert "x-Q4_0.gguf" in there.fetched
+
+
+def test_offline_cache_of_parts(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own library on its own layout: names are links, and what they lead to has no name."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cache = tmp_path / "hub" / "models--owner--name"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    for place in (cache / "refs", cache / "blobs", snapshot / "BF16"):
+        place.mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    for at, part in enumerate(write_split(file, snapshot / "BF16", "x-BF16", 2)):
+        blob = part.rename(cache / "blobs" / f"{at:064}")
+        part.symlink_to(os.path.relpath(blob, part.parent))
+    for name in ("owner/name", "owner/name:bf16", "owner/name:x-BF16-00002-of-00002.gguf"):
+        assert len(open_checkpoint(resolve(name)).entries) == len(make().state_dict())
+    with pytest.raises(CheckpointError, match=r"owner/name holds no GGUF 'Q4_0'; it has BF16/x-BF16\.gguf"):
+        resolve("owner/name:Q4_0")
+    with pytest.raises(CheckpointError, match="cannot get owner/other from the hub: it is not in the cache"):
+        resolve("owner/other:Q4_0")

@@ -4,8 +4,8 @@ The file is hostile until checked. Every count and length is held against the by
 allocated, and the header as a whole against a bound of its own; tensors must lie inside the file, aligned, and may not
 overlap. Files are read, not mapped: a mapped file changes under the reader when it is replaced.
 
-It reads versions 2 and 3, little-endian. It lacks version 1, big-endian files, arrays of arrays (nobody writes them)
-and files in several parts. Source: the GGUF specification (ggml, docs/gguf.md).
+It reads versions 2 and 3, little-endian. It lacks version 1, big-endian files and arrays of arrays, which nobody
+writes. Files in several parts are `gguf_split`'s. Source: the GGUF specification (ggml, docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ _NUMBERS = {
     }.items()
 }
 """GGUF's numeric types; 7 is a truth value in one byte."""
+_BEGINNINGS = {
+    **dict.fromkeys((b"lmgg", b"fmgg", b"tjgg", b"algg"), "it is a ggml file from before GGUF; get the model as GGUF"),
+    b"vers": "it is no GGUF file but a Git LFS pointer to one; get the file itself, with git lfs pull",
+    b"<!DO": "it is a web page and no GGUF file; take the address behind the page's download link",
+}
+"""What files that are named .gguf begin with otherwise."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,9 @@ class _HeaderReader:
             raise self.wrong(f"{what} is not UTF-8 text") from None
 
     def header(self) -> Header:
-        if self.size < 24 or self.take(4, "the magic") != b"GGUF":
-            raise self.wrong("it does not begin like a GGUF file")
+        magic = self.take(4, "the magic") if self.size >= 24 else b""
+        if magic != b"GGUF":
+            raise self.wrong(_BEGINNINGS.get(magic, "it does not begin like a GGUF file"))
         version = self.number("I", "the version")
         if version not in (2, 3):
             big = " (big-endian; convert it on the machine it was made for)" if not version & 0xFFFF else ""
@@ -153,9 +160,6 @@ class _HeaderReader:
             if key in metadata:
                 raise self.wrong(f"the metadata key {show(key)} is there twice")
             metadata[key] = self.value(self.number("I", "a metadata type"), key)
-        parts = metadata.get("split.count", 1)
-        if not isinstance(parts, int) or parts > 1:
-            raise self.wrong(f"it is one of {show(parts)} parts; merge them first with llama-gguf-split --merge")
         table = [self.entry() for _ in range(tensors)]
         return Header(self.path, version, metadata, self.placed(table, metadata))
 

@@ -1,23 +1,27 @@
 """How GGUF stores numbers: blocks of codes along a row, to float32, to our packed weights, and back.
 
-A row is cut into blocks of 32 or 256 values; a block holds codes, a scale in float16, in the K kinds also small integer
-scales a group, and in some an offset. All of these say code x scale (+ offset), group by group, and so does `Packed`:
-what is decoded here and what `Packed.dense` makes of `packed` are the same bits. Sources: ggml's block layouts
-(ggml-common.h) and the order of operations of its reference (the gguf package's quants.py).
+A row is cut into blocks of 32 to 256 values; a block holds codes, a scale in float16, in the K and IQ kinds also small
+integer scales a group, and in some an offset. Each kind says code x scale (+ offset), group by group, or the value of a
+table x scale, and so does `Packed`: a kind is one function that takes its blocks apart into the fields of a `Packed`.
+Those with codebooks are `gguf_codebooks`'. Sources: ggml's block layouts (ggml-common.h) and the order of operations of
+its reference (the gguf package's quants.py).
 
-It lacks the 1- to 3-bit kinds and the IQ kinds. The encoders of Q4_K and Q6_K round to nearest, with no search for
-better scales and no importance matrix: enough for tests and experiments, not for releases. Little-endian machines only.
+It lacks Q8_1 and Q8_K, which ggml computes with and files do not hold, and whole numbers. The encoders of Q4_K and Q6_K
+round to nearest, with no search for better scales and no importance matrix: enough for tests and experiments, not for
+releases. Little-endian machines only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sfumato.checkpoints.formats import gguf_codebooks
+from sfumato.checkpoints.formats.gguf_bits import BlockParts, fields, flags, half, halves, paired, words
 from sfumato.errors import InputError
 from sfumato.ops.packed import Packed
 
@@ -39,32 +43,43 @@ KINDS = {
     6: BlockKind("Q5_0", 32, 22),
     7: BlockKind("Q5_1", 32, 24),
     8: BlockKind("Q8_0", 32, 34),
+    10: BlockKind("Q2_K", 256, 84),
+    11: BlockKind("Q3_K", 256, 110),
     12: BlockKind("Q4_K", 256, 144),
     13: BlockKind("Q5_K", 256, 176),
     14: BlockKind("Q6_K", 256, 210),
+    16: BlockKind("IQ2_XXS", 256, 66),
+    17: BlockKind("IQ2_XS", 256, 74),
+    18: BlockKind("IQ3_XXS", 256, 98),
+    19: BlockKind("IQ1_S", 256, 50),
+    20: BlockKind("IQ4_NL", 32, 18),
+    21: BlockKind("IQ3_S", 256, 110),
+    22: BlockKind("IQ2_S", 256, 82),
+    23: BlockKind("IQ4_XS", 256, 136),
+    29: BlockKind("IQ1_M", 256, 56),
     30: BlockKind("BF16", 1, 2),
+    34: BlockKind("TQ1_0", 256, 54),
+    35: BlockKind("TQ2_0", 256, 66),
+    39: BlockKind("MXFP4", 32, 17),
+    40: BlockKind("NVFP4", 64, 36),
+    41: BlockKind("Q1_0", 128, 18),
+    42: BlockKind("Q2_0", 64, 18),
 }
 """What is read here, by ggml's number."""
-_LATER = "Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M".split()
-OTHERS = dict(enumerate("Q8_1 Q2_K Q3_K".split(), 9)) | dict(enumerate(_LATER, 15))
-OTHERS |= {34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
+_REMOVED = "which ggml has removed"
+_ARM = f"Q4_0 or IQ4_NL laid out for one processor, {_REMOVED}"
+_COMPUTED = "which ggml computes with and no file of a model holds"
+OTHERS = {
+    **{4: f"Q4_2, {_REMOVED}", 5: f"Q4_3, {_REMOVED}", 9: f"Q8_1, {_COMPUTED}", 15: f"Q8_K, {_COMPUTED}"},
+    **dict(enumerate("I8 I16 I32 I64 F64".split(), 24)),
+    **dict.fromkeys((31, 32, 33, 36, 37, 38), _ARM),
+}
 """The names of ggml's other kinds, for a sentence that refuses them."""
 NUMBERS = {kind.name: number for number, kind in KINDS.items()}
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Kinds that are one of torch's own dtypes."""
-
-
-class BlockParts(NamedTuple):
-    """What blocks say: code x scale (+ offset), group by group."""
-
-    code: Tensor
-    """[.., I]; signed where there is no offset."""
-    scale: Tensor
-    """[.., I / group]"""
-    bias: Tensor | None
-    group: int
-    is_four_bit: bool = False
-    """Codes from 0 to 15; without an offset they stand for code - 8."""
+CACHED = 1 << 20
+"""Weights that are unpacked at one time, while they are in the cache: five times the speed of a whole stack at once."""
 
 
 def decode(kind: str, raw: Tensor) -> Tensor:
@@ -73,98 +88,182 @@ def decode(kind: str, raw: Tensor) -> Tensor:
     A scale that is infinite or no number comes out as it does in ggml's reference: nothing is replaced."""
     if kind in PLAIN:
         return raw.contiguous().view(PLAIN[kind])
-    code, scale, bias, group, is_four_bit = _parts(kind, raw)
-    value = code.float() - 8 if is_four_bit and bias is None else code.float()
-    value.unflatten(-1, (-1, group)).mul_(scale.float()[..., None])
-    if bias is not None:
-        value.unflatten(-1, (-1, group)).add_(bias.float()[..., None])
-    return value
+    values = torch.empty(_shape(kind, raw))
+    rows = values.view(-1, values.shape[-1])
+    for first, part in _in_parts(kind, raw):
+        rows[first : first + part.shape[0]] = part.dense()
+    return values
 
 
 def packed(kind: str, raw: Tensor) -> Packed:
-    """The same blocks as a weight of ours, bit for bit what `decode` says; quantised kinds only.
+    """The same blocks as a weight of ours, whose `dense` is bit for bit what `decode` gives; no plain kinds.
 
-    Q4_0, Q4_1 and Q4_K become int4; Q5_0, Q5_1, Q5_K, Q6_K and Q8_0 int8 by groups. The K kinds' two levels of scales
-    become one in float32, so that Q4_K takes 6 bits a weight here instead of 4.5."""
-    code, scale, bias, group, is_four_bit = _parts(kind, raw)
-    shape = tuple(code.shape)
-    if is_four_bit:
-        return Packed("int4", shape, code[..., ::2] | code[..., 1::2] << 4, scale, group, bias)
-    return Packed("int8", shape, code, scale.float(), group, bias if bias is None else bias.float())
-
-
-def _parts(kind: str, raw: Tensor) -> BlockParts:
-    return _DECODERS[kind](raw.contiguous().unflatten(-1, (-1, KINDS[NUMBERS[kind]].nbytes)))
-
-
-def _parts_q8_0(block: Tensor) -> BlockParts:
-    return BlockParts(block[..., 2:].flatten(-2).view(torch.int8), _half(block, 0), None, 32)
+    Four bits and fewer become int4, or codes of the table that the kind has; five and more int8 by groups. Two levels
+    of scales become one in float32, so that Q4_K takes 6 bits a weight here instead of 4.5."""
+    shape = _shape(kind, raw)
+    whole: Packed | None = None
+    for first, part in _in_parts(kind, raw):
+        if whole is None:
+            whole = part.each(lambda tensor: tensor.new_empty(math.prod(shape[:-1]), *tensor.shape[1:]))
+        for name, tensor in part.parts.items():
+            whole.parts[name][first : first + part.shape[0]] = tensor
+    assert whole is not None
+    return whole.each(lambda tensor: tensor.view(*shape[:-1], -1), shape)
 
 
-def _parts_q6_k(block: Tensor) -> BlockParts:
-    code = (_fields(block[..., :128], 64, 4) | _fields(block[..., 128:192], 32, 2) << 4).view(torch.int8) - 32
-    small = block[..., 192:208].contiguous().view(torch.int8)
-    return BlockParts(code.flatten(-2), (_half(block, 208)[..., None] * small.float()).flatten(-2), None, 16)
+def _shape(kind: str, raw: Tensor) -> tuple[int, ...]:
+    stored = KINDS[NUMBERS[kind]]
+    return (*raw.shape[:-1], raw.shape[-1] // stored.nbytes * stored.values)
 
 
-def _parts_q4_k(block: Tensor) -> BlockParts:
-    return BlockParts(_fields(block[..., 16:], 32, 4).flatten(-2), *_small(block), 32, is_four_bit=True)
+def _in_parts(kind: str, raw: Tensor) -> Iterator[tuple[int, Packed]]:
+    """Some rows of blocks after others, each as a weight of ours, with the place of its first row."""
+    rows = raw.contiguous().view(-1, raw.shape[-1])
+    inputs = _shape(kind, raw)[-1]
+    first = 0
+    for some in rows.split(max(1, CACHED // inputs)):
+        parts = _DECODERS[kind](some.unflatten(-1, (-1, KINDS[NUMBERS[kind]].nbytes)))
+        yield first, Packed(parts.kind, (len(some), inputs), parts.data, parts.scale, parts.group, parts.bias)
+        first += len(some)
 
 
-def _parts_q5_k(block: Tensor) -> BlockParts:
-    code = _fields(block[..., 48:], 32, 4) | _fields(block[..., 16:48], 32, 1) << 4
-    return BlockParts(code.flatten(-2), *_small(block), 32)
+def _int8(code: Tensor, scale: Tensor, group: int, bias: Tensor | None = None) -> BlockParts:
+    """Codes of a byte, signed where there is no offset."""
+    return BlockParts("int8", code.flatten(-2), scale.float(), group, None if bias is None else bias.float())
 
 
-def _parts_q4_0(block: Tensor) -> BlockParts:
-    return BlockParts(_fields(block[..., 2:], 16, 4).flatten(-2), _halves(block, 0), None, 32, is_four_bit=True)
+def _four(kind: str, code: Tensor, scale: Tensor, group: int, bias: Tensor | None = None) -> BlockParts:
+    """Codes of four bits; as int4 they stand for code - 8 where there is no offset."""
+    return BlockParts(kind, paired(code).flatten(-2), scale, group, bias)
 
 
-def _parts_q4_1(block: Tensor) -> BlockParts:
-    return BlockParts(
-        _fields(block[..., 4:], 16, 4).flatten(-2), _halves(block, 0), _halves(block, 2), 32, is_four_bit=True
-    )
+def _q8_0_parts(block: Tensor) -> BlockParts:
+    return _int8(block[..., 2:].view(torch.int8), halves(block, 0), 32)
 
 
-def _parts_q5_0(block: Tensor) -> BlockParts:
-    return BlockParts(_five_bits(block, 2).view(torch.int8) - 16, _halves(block, 0), None, 32)
+def _q6_k_parts(block: Tensor) -> BlockParts:
+    code = (fields(block[..., :128], 64, 4) | fields(block[..., 128:192], 32, 2) << 4).view(torch.int8) - 32
+    return _int8(code, (half(block, 208) * words(block[..., 192:208], torch.int8)).flatten(-2), 16)
 
 
-def _parts_q5_1(block: Tensor) -> BlockParts:
-    return BlockParts(_five_bits(block, 4), _halves(block, 0), _halves(block, 2), 32)
+def _q5_k_parts(block: Tensor) -> BlockParts:
+    code = fields(block[..., 48:], 32, 4) | fields(block[..., 16:48], 32, 1) << 4
+    scale, bias = _small(block)
+    return _int8(code, scale, 32, bias)
+
+
+def _q5_0_parts(block: Tensor) -> BlockParts:
+    return _int8(_five_bits(block, 2).view(torch.int8) - 16, halves(block, 0), 32)
+
+
+def _q5_1_parts(block: Tensor) -> BlockParts:
+    return _int8(_five_bits(block, 4), halves(block, 0), 32, halves(block, 2))
+
+
+def _q4_k_parts(block: Tensor) -> BlockParts:
+    scale, bias = _small(block)
+    return _four("int4", fields(block[..., 16:], 32, 4), scale, 32, bias)
+
+
+def _q4_0_parts(block: Tensor) -> BlockParts:
+    return _four("int4", fields(block[..., 2:], 16, 4), halves(block, 0), 32)
+
+
+def _q4_1_parts(block: Tensor) -> BlockParts:
+    return _four("int4", fields(block[..., 4:], 16, 4), halves(block, 0), 32, halves(block, 2))
+
+
+def _q3_k_parts(block: Tensor) -> BlockParts:
+    """The code's third bit says that four is not taken away."""
+    code = (fields(block[..., 32:96], 32, 2) | fields(block[..., :32], 32, 1) << 2) + 4
+    small = (fields(block[..., 96:104], 8, 4) | fields(block[..., 104:108], 4, 2) << 4).view(torch.int8) - 32
+    return _four("int4", code, (half(block, 108) * small).flatten(-2), 16)
+
+
+def _q2_k_parts(block: Tensor) -> BlockParts:
+    scale, least = half(block, 80) * (block[..., :16] & 15), half(block, 82) * (block[..., :16] >> 4)
+    return _four("int4", fields(block[..., 16:80], 32, 2), scale.flatten(-2), 16, -least.flatten(-2))
+
+
+def _q2_0_parts(block: Tensor) -> BlockParts:
+    return _four("int4", fields(block[..., 2:], 1, 2) + 7, halves(block, 0), 64)
+
+
+def _q1_0_parts(block: Tensor) -> BlockParts:
+    """One bit: minus or plus the scale."""
+    return _four("int4", flags(block[..., 2:]) * 2 + 7, halves(block, 0), 128)
+
+
+def _tq2_0_parts(block: Tensor) -> BlockParts:
+    return _ternary(fields(block[..., :64], 32, 2), halves(block, 64))
+
+
+def _tq1_0_parts(block: Tensor) -> BlockParts:
+    """Five ternary digits a byte, as a fraction of 256: multiplied by 3, the next one comes out at the top."""
+    runs = [block[..., :32], block[..., 32:48]]
+    bytes_ = [run[..., None, :] * torch.tensor([[1], [3], [9], [27], [81]], dtype=torch.uint8) for run in runs]
+    bytes_.append(block[..., 48:52, None].transpose(-1, -2) * torch.tensor([[1], [3], [9], [27]], dtype=torch.uint8))
+    code = torch.cat([part.flatten(-2) for part in bytes_], dim=-1)
+    return _ternary((code.to(torch.int16) * 3 >> 8).to(torch.uint8), halves(block, 52))
+
+
+def _ternary(code: Tensor, scale: Tensor) -> BlockParts:
+    """Codes that stand for code - 1, with one scale for all 256; it is there twice, as groups have at most 128."""
+    return _four("int4", code + 7, scale.repeat_interleave(2, -1), 128)
+
+
+def _iq4_nl_parts(block: Tensor) -> BlockParts:
+    return _four("iq4", fields(block[..., 2:], 16, 4), halves(block, 0), 32)
+
+
+def _iq4_xs_parts(block: Tensor) -> BlockParts:
+    small = (fields(block[..., 4:8], 1, 4) | fields(block[..., 2:4], 1, 2) << 4).view(torch.int8) - 32
+    return _four("iq4", fields(block[..., 8:], 16, 4), (half(block, 0) * small).flatten(-2), 32)
+
+
+def _mxfp4_parts(block: Tensor) -> BlockParts:
+    """The table is ours doubled, the scale ours halved; a scale of 255 is no number, as in the MX specification."""
+    return _floats("mxfp4", block[..., 1:], 16, block[..., 0], 32)
+
+
+def _nvfp4_parts(block: Tensor) -> BlockParts:
+    """Scales are e4m3 without a sign, and 127 stands for zero."""
+    scale = torch.where(block[..., :4] == 127, 0, block[..., :4] & 127).flatten(-2)
+    return _floats("nvfp4", block[..., 4:], 8, scale.view(torch.float8_e4m3fn), 16)
+
+
+def _floats(kind: str, data: Tensor, run: int, scale: Tensor, group: int) -> BlockParts:
+    """Codes of 4-bit floats, of which ggml has no negative zero."""
+    parts = _four(kind, fields(data, run, 4), scale, group)
+    return parts._replace(data=parts.data & ((parts.data & 0x77) + 0x77 | 0x77))
 
 
 _DECODERS: dict[str, Callable[[Tensor], BlockParts]] = {
-    "Q8_0": _parts_q8_0,
-    "Q6_K": _parts_q6_k,
-    "Q4_K": _parts_q4_k,
-    "Q5_K": _parts_q5_k,
-    "Q4_0": _parts_q4_0,
-    "Q4_1": _parts_q4_1,
-    "Q5_0": _parts_q5_0,
-    "Q5_1": _parts_q5_1,
+    "Q8_0": _q8_0_parts,
+    "Q6_K": _q6_k_parts,
+    "Q5_K": _q5_k_parts,
+    "Q5_0": _q5_0_parts,
+    "Q5_1": _q5_1_parts,
+    "Q4_K": _q4_k_parts,
+    "Q4_0": _q4_0_parts,
+    "Q4_1": _q4_1_parts,
+    "Q3_K": _q3_k_parts,
+    "Q2_K": _q2_k_parts,
+    "Q2_0": _q2_0_parts,
+    "Q1_0": _q1_0_parts,
+    "TQ1_0": _tq1_0_parts,
+    "TQ2_0": _tq2_0_parts,
+    "IQ4_NL": _iq4_nl_parts,
+    "IQ4_XS": _iq4_xs_parts,
+    "MXFP4": _mxfp4_parts,
+    "NVFP4": _nvfp4_parts,
+    **gguf_codebooks.DECODERS,
 }
 
 
 def _five_bits(block: Tensor, at: int) -> Tensor:
     """Codes from 0 to 31: the fifth bits of all stand at this byte, the others behind them."""
-    return (_fields(block[..., at + 4 :], 16, 4) | _fields(block[..., at : at + 4], 1, 1) << 4).flatten(-2)
-
-
-def _fields(data: Tensor, run: int, bits: int) -> Tensor:
-    """The bit fields of bytes [.., n]: a run of bytes gives the lowest field of each, then the next of each, and on."""
-    runs = data.unflatten(-1, (-1, run))
-    return torch.stack([runs >> low & (1 << bits) - 1 for low in range(0, 8, bits)], dim=-2).flatten(-3)
-
-
-def _halves(block: Tensor, at: int) -> Tensor:
-    """The float16 at this byte of every block."""
-    return block[..., at : at + 2].contiguous().view(torch.float16).flatten(-2)
-
-
-def _half(block: Tensor, at: int) -> Tensor:
-    """The float16 at this byte of every block, in float32."""
-    return block[..., at : at + 2].contiguous().view(torch.float16)[..., 0].float()
+    return fields(block[..., at + 4 :], 16, 4) | flags(block[..., at : at + 4]) << 4
 
 
 def _small(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,8 +271,7 @@ def _small(block: Tensor) -> tuple[Tensor, Tensor]:
     first, second, rest = block[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scale = torch.cat([first & 63, rest & 15 | first >> 2 & 48], dim=-1)
     least = torch.cat([second & 63, rest >> 4 | second >> 2 & 48], dim=-1)
-    d, dmin = _half(block, 0)[..., None], _half(block, 2)[..., None]
-    return (d * scale.float()).flatten(-2), -(dmin * least.float()).flatten(-2)
+    return (half(block, 0) * scale).flatten(-2), -(half(block, 2) * least).flatten(-2)
 
 
 # ---- to blocks ------------------------------------------------------------------------------------------------------

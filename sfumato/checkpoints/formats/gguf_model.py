@@ -7,6 +7,7 @@ converter and loader of this architecture. It lacks other architectures.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import numpy as np
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
-from sfumato.checkpoints.formats.gguf import Header, StoredBlocks, read_header, show
+from sfumato.checkpoints.formats.gguf import Header, StoredBlocks, show
 from sfumato.checkpoints.formats.gguf_blocks import PLAIN, decode, packed
 from sfumato.checkpoints.formats.gguf_names import (
     EMBEDDING,
+    HEAD,
     NAME,
     OUTPUT,
     ROPE,
@@ -27,20 +29,18 @@ from sfumato.checkpoints.formats.gguf_names import (
     STILL,
     tensor_table,
 )
+from sfumato.checkpoints.formats.gguf_split import read_parts
 from sfumato.errors import CheckpointError
 from sfumato.model.config import FULL, SLIDING, ModelConfig, generation_values
 from sfumato.ops.packed import Packed
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in a .gguf file, every number and shape checked; CheckpointError says what is wrong.
+    """The checkpoint in a .gguf file, or in all parts of the set that it is one of, every number and shape checked.
 
-    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, F16, BF16 and F32 are read, in any mixture."""
-    header = read_header(path)
-    keys = _Keys(header)
-    architecture = keys.text("general.architecture")
-    if architecture != NAME:
-        raise keys.wrong(f"its architecture is {show(architecture)}; only {NAME!r} is read")
+    All kinds of `gguf_blocks` are read, in any mixture. CheckpointError says what is wrong."""
+    keys = _Keys(read_parts(path))
+    _check_is_model(keys)
     vocabulary = _vocabulary(keys)
     ends = _ends(keys, vocabulary)
     config = ModelConfig.from_dict(_config(keys, ends), str(path))
@@ -49,26 +49,71 @@ def open_gguf(path: Path) -> Checkpoint:
         stored = keys.tensor(theirs)
         if stored.shape != shape:
             raise keys.wrong(f"{theirs} has the shape {list(stored.shape)}; its metadata asks for {list(shape)}")
-        codes = partial(_packed, stored) if stored.kind not in PLAIN else None
-        entries[ours] = Entry(ours, shape, stored.nbytes, stored.kind, partial(_values, stored), codes)
+        entries[ours] = _entry(keys, ours, stored)
         del keys.unread[theirs]
-    notices: tuple[str, ...] = ()
-    if keys.unread.pop(OUTPUT, None):
-        notices = (f"{path} has an output matrix of its own; it is left aside, the embedding is used for both",)
+    if output := keys.unread.pop(OUTPUT, None):
+        entries[HEAD] = _entry(keys, HEAD, output)
     keys.unread.pop(ROPE)
     if keys.unread:
         raise keys.wrong(f"it has an unexpected tensor {show(next(iter(keys.unread)))}")
     if vocabulary and len(vocabulary.tokens) > config.vocab_size:
         raise keys.wrong(f"it has {len(vocabulary.tokens)} tokens, but {config.vocab_size} rows of {EMBEDDING}")
-    return Checkpoint(path, "GGUF", config.to_dict(), entries, _generation(keys, config), vocabulary, notices)
+    return Checkpoint(path, "GGUF", config.to_dict(), entries, _generation(keys, config), vocabulary)
 
 
-def _values(stored: StoredBlocks, first: int, last: int) -> Tensor:
+def _check_is_model(keys: _Keys) -> None:
+    """CheckpointError for a file that is no DiffusionGemma."""
+    architecture, kind = keys.text("general.architecture"), keys.text("general.type")
+    if kind == "adapter":
+        raise keys.wrong(
+            "it is a LoRA adapter and no model; load the model, and the adapter from the folder that peft wrote"
+        )
+    if architecture == "clip" or kind == "mmproj":
+        raise keys.wrong(
+            "it is the part of a model that sees images (mmproj); give the model's own .gguf. GGUF files of this model "
+            "are read without images; the safetensors folder has its vision tower"
+        )
+    if kind == "imatrix" or architecture == "imatrix":
+        raise keys.wrong("it is an importance matrix and no model; give the model's own .gguf")
+    if architecture != NAME:
+        raise keys.wrong(f"its architecture is {show(architecture)}; only {NAME!r} is read")
+
+
+def _entry(keys: _Keys, name: str, stored: StoredBlocks) -> Entry:
+    """A tensor under its released name; NVFP4's is multiplied by the factors that may lie beside it."""
+    factors = None
+    if stored.kind == "NVFP4":
+        base = stored.name.removesuffix("weight")
+        keys.unread.pop(f"{base}input_scale", None)  # of what is multiplied, where that is rounded too
+        factors = keys.unread.pop(f"{base}scale", None) if not _is_own(base) else None
+    if factors is not None and (factors.kind, factors.shape) not in (("F32", (1,)), ("F32", stored.shape[:-2])):
+        raise keys.wrong(
+            f"{factors.name} is {factors.kind} of the shape {list(factors.shape)}; it must be F32 of one factor, or of "
+            "one a matrix"
+        )
+    codes = partial(_packed, stored, factors) if stored.kind not in PLAIN else None
+    return Entry(name, stored.shape, stored.nbytes, stored.kind, partial(_values, stored, factors), codes)
+
+
+def _is_own(base: str) -> bool:
+    """Whether a scale of this name is a tensor of the model itself."""
+    return base.endswith(("ffn_gate_inp.", "ffn_down_exps."))
+
+
+def _values(stored: StoredBlocks, factors: StoredBlocks | None, first: int, last: int) -> Tensor:
+    if factors is not None:
+        return _packed(stored, factors, first, last).dense()
     return decode(stored.kind, stored.read(first, last))
 
 
-def _packed(stored: StoredBlocks, first: int, last: int) -> Packed:
-    return packed(stored.kind, stored.read(first, last))
+def _packed(stored: StoredBlocks, factors: StoredBlocks | None, first: int, last: int) -> Packed:
+    weight = packed(stored.kind, stored.read(first, last))
+    if factors is None:
+        return weight
+    each = decode("F32", factors.read())
+    if len(each) > 1:
+        each = each[first:last, None]
+    return replace(weight, factor=each.expand(weight.shape[:-1]).contiguous())
 
 
 class _Keys:

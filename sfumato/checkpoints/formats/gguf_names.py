@@ -2,8 +2,9 @@
 
 One table gives every tensor's name in GGUF, its released name and its shape, for the reader and the writer alike. Norms
 are stored as they are (Gemma 3's converter added one, Gemma 4's does not), queries and keys are not permuted, and the
-output matrix is the embedding. The partial turning of the full layers is a tensor of divisors, `rope_freqs`: 1 where an
-angle turns and 1e30 where it stands still. Source: llama.cpp's converter and loader of this architecture.
+output matrix is the embedding unless there is one of its own. The partial turning of the full layers is a tensor of
+divisors, `rope_freqs`: 1 where an angle turns and 1e30 where it stands still. Source: llama.cpp's converter and loader
+of this architecture.
 
 It lacks the vision tower, which these files do not have, and experts whose gate and up are two tensors (the converter
 never writes them).
@@ -20,6 +21,8 @@ STILL = 1e30
 """The divisor of an angle that does not turn."""
 ROPE = "rope_freqs.weight"
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+HEAD = "lm_head.weight"
+"""The released name of `OUTPUT`, which only files of models with two matrices have."""
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 """Our names of special tokens, and GGUF's."""
 SAMPLER = {

@@ -1,0 +1,54 @@
+"""What the blocks of every kind of GGUF are taken apart with: bit fields, float16 numbers, bytes of two codes.
+
+A block is uint8 [.., bytes of a block], many at a time; what comes out lies as `Packed` wants it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BlockParts(NamedTuple):
+    """What rows of blocks say, as the fields of a `Packed`."""
+
+    kind: str
+    data: Tensor
+    """[.., I], or [.., I / 2] for kinds of four bits."""
+    scale: Tensor
+    """[.., I / group]"""
+    group: int
+    bias: Tensor | None = None
+
+
+def fields(data: Tensor, run: int, bits: int) -> Tensor:
+    """The bit fields of bytes [.., n]: a run of bytes gives the lowest field of each, then the next of each, and on."""
+    runs = data.unflatten(-1, (-1, run))
+    return torch.stack([runs >> low & (1 << bits) - 1 for low in range(0, 8, bits)], dim=-2).flatten(-3)
+
+
+def flags(data: Tensor) -> Tensor:
+    """The bits of each byte, the lowest first."""
+    return fields(data, 1, 1)
+
+
+def paired(code: Tensor) -> Tensor:
+    """Codes of four bits, two a byte; the low half is the even one."""
+    return code[..., ::2] | code[..., 1::2] << 4
+
+
+def halves(block: Tensor, at: int) -> Tensor:
+    """The float16 at this byte of every block, as the scale of all of a block: [.., blocks]."""
+    return block[..., at : at + 2].contiguous().view(torch.float16).flatten(-2)
+
+
+def half(block: Tensor, at: int) -> Tensor:
+    """The same in float32, to be multiplied by what each group has: [.., blocks, 1]."""
+    return block[..., at : at + 2].contiguous().view(torch.float16).float()
+
+
+def words(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as whole numbers of this dtype, or back; a number with its highest bit set comes out negative."""
+    return data.contiguous().view(dtype)
