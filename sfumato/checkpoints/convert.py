@@ -42,8 +42,8 @@ TARGETS = {
     **{name: f"Sfumato: {recipe.summary}" for name, recipe in recipes.RECIPES.items()},
     "bf16": "the released layout in bfloat16, which transformers reads too",
     "compressed-fp8": "compressed-tensors, FP8 with dynamic activations: vLLM",
-    "mlx-4bit": "MLX affine, 4 bits in groups of 64",
-    "mlx-8bit": "MLX affine, 8 bits in groups of 64",
+    **{f"mlx-{bits}bit": f"MLX affine, {bits} bits in groups of 64" for bits in (3, 4, 5, 6, 8)},
+    "mlx-mxfp4": "MLX mxfp4, 4-bit floats in groups of 32",
     "gguf-q8_0": "one GGUF file: llama.cpp",
     "gguf-bf16": "one GGUF file in full precision",
 }
@@ -163,11 +163,11 @@ def _in_compressed(checkpoint: Checkpoint) -> FolderPlan:
     return plan_compressed(checkpoint)
 
 
-def _in_mlx(checkpoint: Checkpoint, bits: int) -> FolderPlan:
-    from sfumato.checkpoints.formats.mlx import plan_mlx
+def _in_mlx(checkpoint: Checkpoint, bits: int = 4, mode: str = "affine") -> FolderPlan:
+    from sfumato.checkpoints.formats.mlx_writer import plan_mlx
 
     _check_head(checkpoint, "mlx-vlm")
-    return plan_mlx(checkpoint, bits)
+    return plan_mlx(checkpoint, bits, mode=mode)
 
 
 def _check_head(checkpoint: Checkpoint, reader: str) -> None:
@@ -185,8 +185,8 @@ def _is_gemma4(checkpoint: Checkpoint) -> bool:
 _PLANS: dict[str, Callable[[Checkpoint], FolderPlan]] = {
     "bf16": _in_bf16,
     "compressed-fp8": _in_compressed,
-    "mlx-4bit": partial(_in_mlx, bits=4),
-    "mlx-8bit": partial(_in_mlx, bits=8),
+    **{f"mlx-{bits}bit": partial(_in_mlx, bits=bits) for bits in (3, 4, 5, 6, 8)},
+    "mlx-mxfp4": partial(_in_mlx, mode="mxfp4"),
 }
 """How each of `TARGETS` that is a folder, and no recipe, is planned."""
 

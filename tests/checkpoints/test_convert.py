@@ -92,7 +92,7 @@ def test_what_was_written_is_what_loading_makes(written: dict[str, Path], name: 
     [
         *(("bf16", 0.003), ("compressed-fp8", 0.03), ("mlx-8bit", 0.006), ("mlx-4bit", 0.1), ("gguf-q8_0", 0.006)),
         *(("gguf-bf16", 0.003), ("int8", 0.01), ("fp8", 0.03), ("int4", 0.1), ("int4-fp8", 0.1), ("nvfp4", 0.1)),
-        ("int4-small", 0.12),
+        *(("int4-small", 0.12), ("mlx-3bit", 0.22), ("mlx-5bit", 0.05), ("mlx-6bit", 0.025), ("mlx-mxfp4", 0.12)),
     ],
 )
 def test_every_target_loads_without_a_flag_and_holds_the_weights(

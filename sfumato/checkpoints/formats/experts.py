@@ -1,6 +1,6 @@
 """Experts that a file keeps apart, as the stacks that the release has: gate over up, all experts in one tensor.
 
-The result is put together when it is read, and as codes where all its parts are codes of one form.
+The result is put together when it is read, and as codes where one form holds all its parts (`mixtures`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Entry
+from sfumato.checkpoints.formats.mixtures import CodeForm, brought, common, form_of
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
 from sfumato.ops.packed import BLOCK, Packed
 
 _ONE = re.compile(r"(.*\.experts)\.(\d{1,6})\.((?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
-_ALL = re.compile(r"(.*\.experts\.(?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
+_ALL = re.compile(r"(.*\.experts)\.(?:switch_glu\.)?((?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
+"""The latter of a stack; MLX's Gemma 4 has a module more around it."""
 
 
 def fused(entries: Mapping[str, Entry], count: int) -> dict[str, Entry]:
@@ -38,7 +40,7 @@ def fused(entries: Mapping[str, Entry], count: int) -> dict[str, Entry]:
             alone[stack][number] = entry
         else:
             match = _ALL.fullmatch(name)
-            _add(whole, match[1] if match else name, entry)
+            _add(whole, f"{match[1]}.{match[2]}" if match else name, entry)
     for stack, parts in alone.items():
         if len(parts) < count:
             missing = next(number for number in range(count) if number not in parts)
@@ -67,12 +69,16 @@ def stacked(name: str, parts: Sequence[Entry]) -> Entry:
     def read(first: int, last: int) -> Tensor:
         return torch.stack([part.read(0, shape[0]) for part in parts[first:last]])
 
+    form = _form(parts)
+
     def packed(first: int, last: int) -> Packed:
-        forms = [part.packed(0, shape[0]) for part in parts[first:last] if part.packed]
-        return _combined(forms, (len(forms), *shape), torch.stack)
+        weights = [part.packed(0, shape[0]) for part in parts[first:last] if part.packed]
+        if not weights and parts[0].packed and form:  # its form is asked for
+            return brought(parts[0].packed(0, 0), form)
+        return _combined(form, weights, (len(weights), *shape), torch.stack)
 
     nbytes = sum(part.nbytes for part in parts)
-    return Entry(name, (len(parts), *shape), nbytes, parts[0].stored, read, packed if _alike(parts) else None)
+    return Entry(name, (len(parts), *shape), nbytes, _stored(parts), read, packed if form else None)
 
 
 def joined(name: str, gate: Entry, up: Entry) -> Entry:
@@ -88,28 +94,34 @@ def joined(name: str, gate: Entry, up: Entry) -> Entry:
         return torch.cat([gate.read(first, last), up.read(first, last)], 1)
 
     def packed(first: int, last: int) -> Packed:
-        forms = [part.packed(first, last) for part in (gate, up) if part.packed]
-        return _combined(forms, (last - first, 2 * outputs, inputs), lambda tensors: torch.cat(tensors, 1))
+        weights = [part.packed(first, last) for part in (gate, up) if part.packed]
+        return _combined(form, weights, (last - first, 2 * outputs, inputs), lambda tensors: torch.cat(tensors, 1))
 
     # Blocks of rows do not go on over the seam, unless it lies between two of them.
-    has_codes = _alike([gate, up]) and not ("blocks" in gate.stored and outputs % BLOCK)
+    form = None if "blocks" in gate.stored and outputs % BLOCK else _form([gate, up])
     shape = (gate.shape[0], 2 * outputs, inputs)
-    return Entry(name, shape, gate.nbytes + up.nbytes, gate.stored, read, packed if has_codes else None)
+    return Entry(name, shape, gate.nbytes + up.nbytes, _stored([gate, up]), read, packed if form else None)
 
 
-def _alike(parts: Sequence[Entry]) -> bool:
-    """Whether all have codes, of what the file calls the same form."""
-    return all(part.packed is not None and part.stored == parts[0].stored for part in parts)
+def _form(parts: Sequence[Entry]) -> CodeForm | None:
+    """The form that holds the codes of all; None where some have none, or there is no such form."""
+    packed = [part.packed for part in {part.stored: part for part in parts}.values()]
+    return common([form_of(one(0, 0)) for one in packed if one]) if all(part.packed for part in parts) else None
 
 
-def _combined(forms: Sequence[Packed], shape: tuple[int, ...], join: Callable[[list[Tensor]], Tensor]) -> Packed:
-    def form_of(form: Packed) -> tuple[Any, ...]:
-        return form.kind, form.group, [(name, part.dtype) for name, part in form.parts.items()]
+def _stored(parts: Sequence[Entry]) -> str:
+    return " and ".join(dict.fromkeys(part.stored for part in parts))
 
-    if any(form_of(form) != form_of(forms[0]) for form in forms):
-        raise CheckpointError("the experts of one layer are quantised in different ways; they must be alike")
-    whole: dict[str, Any] = {name: join([form.parts[name] for form in forms]) for name in forms[0].parts}
-    return replace(forms[0], shape=shape, **whole)
+
+def _combined(
+    form: CodeForm | None, weights: Sequence[Packed], shape: tuple[int, ...], join: Callable[[list[Tensor]], Tensor]
+) -> Packed:
+    form = form and common([form, *map(form_of, weights)])  # what calls itself the same may still have no bias
+    if form is None:
+        raise CheckpointError("the experts of one layer are quantised in different ways, which no form holds together")
+    alike = [brought(weight, form) for weight in weights]
+    whole: dict[str, Any] = {name: join([weight.parts[name] for weight in alike]) for name in alike[0].parts}
+    return replace(alike[0], shape=shape, **whole)
 
 
 def _add(entries: dict[str, Entry], name: str, entry: Entry) -> None:

@@ -1,133 +1,304 @@
-"""MLX checkpoints in affine 4-, 6- and 8-bit: read as ours, and written so that mlx-vlm loads them.
+"""MLX checkpoints: read as ours in every width and mode that MLX has.
 
-A weight [O, I] lies as `X.weight`, uint32 words of codes from the lowest bit on, `X.scales` and `X.biases`, both
-[O, I / group]; value = scale x code + bias. These are our int4 and int8 with a bias, byte for byte. Names are the
-release's, but experts end in `.weight`. The quantiser is the rule of `mlx.core.quantize`, to the bit; what gets how
-many bits is mlx-vlm's rule for this model. It lacks MLX's other widths and its formats without a bias (mxfp4, nvfp4),
-and writes no 6-bit.
+A quantised weight [O, I] lies as `X.weight`, uint32 words of codes from the lowest bit on, and `X.scales`. Affine has
+1 to 6 or 8 bits and `X.biases`, value = scale x code + bias: up to 4 bits are our int4 with a bias, more our int8. The
+modes mxfp4, mxfp8 and nvfp4 have a byte for a scale and no biases; they are our kinds of these names. So the values
+are those of `mlx.core.dequantize`, to the bit. `quantization` in config.json has settings for all modules, and for
+some their own. Names are the release's, but experts end in `.weight`. It lacks activations in fewer bits, which no file
+asks for.
 
-Sources: `mlx.core.quantize` (mlx/backend/cpu/quantized.cpp), `mlx_vlm/models/diffusion_gemma` (sanitize,
-quant_predicate), `mlx_vlm/utils.py` (load_model_weights).
+Sources: `mlx.core.quantize` (mlx/backend/cpu/quantized.cpp), `mlx_vlm/models/diffusion_gemma` (sanitize),
+`mlx_vlm/utils.py` (load_model_weights), `mlx_vlm/quantization/nvfp4.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.formats.experts import fused
-from sfumato.checkpoints.names import DECODER, ENCODER, VISION
-from sfumato.checkpoints.shards import Planned, Stored, short, stored_tensors
-from sfumato.errors import CheckpointError, InputError
+from sfumato.checkpoints.shards import Stored, metadata, short, stored_tensors
+from sfumato.errors import CheckpointError
 from sfumato.model.config import ModelConfig, read_json
 from sfumato.ops.packed import Packed
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-READS, WRITES, GROUPS = (4, 6, 8), (4, 8), (32, 64, 128)
-PART_BYTES = 64 << 20
-"""Of float32 that the writer reads of a weight at a time."""
-CACHED = 1 << 18
-"""Values that are quantised at a time: their working copies stay in the processor's cache."""
+_MULTIPLIED, _DIVIDED = "weight_scale_2", "weight_global_scale"
+"""What mlx-vlm calls the second scale of nvfp4: by which the weight is multiplied, or divided."""
+_COMPANIONS = ("scales", "biases", _MULTIPLIED, _DIVIDED)
+_PREFIXES = re.compile(r"^(?:(?:language_model|model|decoder)\.)+")
+_NUMBER = re.compile(r"(?<=\.experts\.)\d{1,6}\.", re.ASCII)
 
-# ---- read -----------------------------------------------------------------------------------------------------------
+
+class Scheme(NamedTuple):
+    """How a module is quantised."""
+
+    mode: str
+    bits: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"affine {self.bits}-bit, group {self.group}" if self.mode == "affine" else self.mode
+
+
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((4, 1, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+"""The bits and the groups of each mode, what MLX takes where nothing is said first."""
 
 
 def open_mlx(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    """The checkpoint of a folder whose config.json (`config`) has MLX's `quantization`; headers alone are read.
+    """The checkpoint of a folder that MLX wrote; headers alone are read.
 
-    CheckpointError names the tensor or the setting that is wrong."""
+    `config` is what config.json says; without `quantization` nothing is quantised. CheckpointError names the tensor or
+    the setting that is wrong."""
     source = str(folder / "config.json")
     model = ModelConfig.from_dict(config, source)
-    settings = config.get("quantization") or config.get("quantization_config")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{source} has no quantization with bits and group_size; this is no MLX checkpoint")
-    bits, _ = _settings(settings, "all", source)
+    settings = _ModuleSchemes(config, source)
     stored = stored_tensors(folder)
     entries: dict[str, Entry] = {}
     for name, tensor in stored.items():
         module, _, part = name.rpartition(".")
-        scales, biases = stored.get(f"{module}.scales"), stored.get(f"{module}.biases")
-        if part == "weight" and scales:
-            if not biases:
-                raise CheckpointError(f"{short(module)}.biases is missing in {tensor.file}; it belongs to the scales")
-            entries[name] = _affine(tensor, scales, biases, *_settings(settings, module, source))
-        elif part not in ("scales", "biases") or f"{module}.weight" not in stored:
+        parts = {key: stored[f"{module}.{key}"] for key in _COMPANIONS if f"{module}.{key}" in stored}
+        if part == "weight" and "scales" in parts:
+            entries[name] = _quantised(tensor, parts, settings.of(module))
+        elif part not in _COMPANIONS or f"{module}.weight" not in stored or "scales" not in parts:
             entries[name] = _plain(tensor)
-    rest = {name: value for name, value in config.items() if name not in ("quantization", "quantization_config")}
     generation = folder / "generation_config.json"
     return Checkpoint(
         path=folder,
-        format=f"MLX affine {bits}-bit",
-        config=rest,
+        format=settings.label,
+        config={name: value for name, value in config.items() if name not in ("quantization", "quantization_config")},
         entries=fused(entries, model.num_experts),
         generation=read_json(generation) if generation.exists() else {},
     )
 
 
 def _is_mlx(folder: Path, quantization: dict[str, Any]) -> bool:
-    return quantization.get("quant_method") is None and "bits" in quantization
+    if quantization:
+        return quantization.get("quant_method") is None and "bits" in quantization
+    try:
+        return metadata(folder).get("format") == "mlx"
+    except CheckpointError:  # whoever opens it says what is wrong
+        return False
 
 
 READER = FormatReader("mlx", _is_mlx, open_mlx)
 
 
-def _settings(settings: dict[str, Any], module: str, source: str) -> tuple[int, int]:
-    """Bits and group of a module: its own where it has some, as mlx-vlm looks them up."""
-    own = settings.get(module)
-    own = own if isinstance(own, dict) else settings
-    bits, group, mode = own.get("bits", 4), own.get("group_size", 64), own.get("mode", "affine")
-    for name, value, known in (("bits", bits, READS), ("group_size", group, GROUPS), ("mode", mode, ("affine",))):
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+class _ModuleSchemes:
+    """`quantization` of config.json: the scheme of every module."""
+
+    def __init__(self, config: Mapping[str, Any], source: str) -> None:
+        raw = config.get("quantization") or config.get("quantization_config")
+        if raw is not None and not isinstance(raw, dict):
+            raise CheckpointError(f"{source} has no quantization with bits and group_size; this is no MLX checkpoint")
+        self.source = source
+        self.common = None if raw is None else self._scheme("all", raw)
+        self.own: dict[str, Any] = {}
+        for key, value in (raw or {}).items():
+            if not isinstance(value, dict | bool):
+                continue
+            for spelling in {key, _bare(key)}:
+                if self.own.setdefault(spelling, value) != value:
+                    raise CheckpointError(
+                        f"{source}: quantization says {short(self.own[spelling])} and {short(value)} for {short(key)}; "
+                        "there must be one"
+                    )
+
+    @property
+    def label(self) -> str:
+        """The format, as a person calls it."""
+        if self.common is None:
+            return "MLX, not quantised"
+        mode, bits, _ = self.common
+        return f"MLX affine {bits}-bit" if mode == "affine" else f"MLX {mode}"
+
+    def of(self, module: str) -> Scheme:
+        """Of a module that has scales: its own scheme where it has one, as mlx-vlm looks it up.
+
+        Names may differ in what they begin with, and an expert's is that of its stack."""
+        own = next((self.own[name] for name in _spellings(module) if name in self.own), True)
+        if isinstance(own, dict):
+            return self._scheme(module, own)
+        if self.common is None or own is False:
+            raise CheckpointError(
+                f"{self.source}: quantization says {short(own if self.common else None)} for {short(module)}, which "
+                "has scales; it must say with how many bits, in which groups and which mode"
+            )
+        return self.common
+
+    def _scheme(self, module: str, own: Mapping[str, Any]) -> Scheme:
+        mode = own.get("mode", "affine")
+        self._check("mode", mode, tuple(MODES), module)
+        bits, group = (own.get(name) for name in ("bits", "group_size"))
+        scheme = Scheme(
+            mode, *(known[0] if x is None else x for x, known in zip((bits, group), MODES[mode], strict=True))
+        )
+        self._check("bits", scheme.bits, MODES[mode][0], module, mode)
+        self._check("group_size", scheme.group, MODES[mode][1], module, mode)
+        return scheme
+
+    def _check(self, name: str, value: Any, known: tuple[Any, ...], module: str, mode: str = "") -> None:
         if isinstance(value, bool) or not isinstance(value, (int, str)) or value not in known:
+            choices = [str(one) for one in sorted(known)]
+            listed = f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else choices[0]
             raise CheckpointError(
-                f"{source}: quantization says {name} {short(value)} for {short(module)}; of MLX's formats, "
-                f"{name} {' or '.join(map(str, known))} is supported"
+                f"{self.source}: quantization says {name} {short(value)} for {short(module)}; of MLX's formats, "
+                f"{mode + ' with ' if mode else ''}{name} {listed} is read"
             )
-    return bits, group
 
 
-def _affine(weight: Stored, scales: Stored, biases: Stored, bits: int, group: int) -> Entry:
-    name = short(weight.name)
-    for part in (scales, biases):
-        if part.dtype not in FLOATS or part.dtype != scales.dtype:
-            raise CheckpointError(
-                f"{short(part.name)} is stored as {part.dtype}; scales and biases must both be BF16, F16 or F32"
-            )
-        if part.shape != scales.shape or part.shape[:-1] != weight.shape[:-1] or len(part.shape) not in (2, 3):
-            raise CheckpointError(
-                f"{short(part.name)} has the shape {list(part.shape)}, which does not go with {list(weight.shape)} of "
-                f"{name}; there must be one for each group of {group} codes"
-            )
+def _spellings(module: str) -> Iterator[str]:
+    """The names under which settings of a module may stand, the most likely first."""
+    yield module
+    bare = _bare(module)
+    yield bare
+    stack = _NUMBER.sub("", bare)
+    yield stack
+    if ".experts." in stack:
+        yield re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", stack)
+
+
+def _bare(module: str) -> str:
+    """Without what tools put before it, and without the module that only some have around experts."""
+    return _PREFIXES.sub("", module, count=1).replace(".experts.switch_glu.", ".experts.")
+
+
+# ---- tensors --------------------------------------------------------------------------------------------------------
+
+
+def _quantised(weight: Stored, parts: Mapping[str, Stored], scheme: Scheme) -> Entry:
+    name, scales = short(weight.name), parts["scales"]
     if weight.dtype != "U32":
         raise CheckpointError(f"{name} has scales but is stored as {weight.dtype}; codes must be U32")
-    inputs = scales.shape[-1] * group
-    if weight.shape[-1] * 32 != inputs * bits:
+    _check_parts(weight, parts, scheme)
+    inputs = scales.shape[-1] * scheme.group
+    if weight.shape[-1] * 32 != inputs * scheme.bits:
         raise CheckpointError(
-            f"{name} has {weight.shape[-1]} words a row and {scales.shape[-1]} scales; with {bits} bits in groups of "
-            f"{group} there must be {inputs * bits // 32} words"
+            f"{name} has {weight.shape[-1]} words a row and {scales.shape[-1]} scales; with {scheme.bits} bits in "
+            f"groups of {scheme.group} there must be {inputs * scheme.bits // 32} words"
         )
+    packed: Callable[[int, int], Packed]
+    if scheme.mode == "affine":
 
-    def packed(first: int, last: int) -> Packed:
-        codes = weight.read(first, last).view(torch.uint8)
-        scale, bias = _finite(scales, first, last), _finite(biases, first, last)
-        shape = (*codes.shape[:-1], inputs)
-        if bits == 4:
-            return Packed("int4", shape, codes, scale, group, bias)
-        return Packed("int8", shape, codes if bits == 8 else _of_6(codes), scale.float(), group, bias.float())
+        def packed(first: int, last: int) -> Packed:
+            return _affine(weight.read(first, last), _finite(scales, first, last), _finite(biases, first, last), scheme)
+
+        biases, stored = parts["biases"], f"{scheme}, {scales.dtype}"
+    else:
+
+        def packed(first: int, last: int) -> Packed:
+            return _floats(weight, scales, outer, scheme, (first, last))
+
+        outer, stored = parts.get(_MULTIPLIED) or parts.get(_DIVIDED), str(scheme)
+
+    def read(first: int, last: int) -> Tensor:
+        if _DIVIDED in parts:  # a factor can only multiply by the inverse, which may differ in the last bit
+            by = _outer(parts[_DIVIDED], weight.shape[:-1])[first:last]
+            return _floats(weight, scales, None, scheme, (first, last)).dense() / by[..., None]
+        return packed(first, last).dense()
 
     return Entry(
         name=weight.name,
         shape=(*weight.shape[:-1], inputs),
-        nbytes=weight.nbytes + scales.nbytes + biases.nbytes,
-        stored=f"affine {bits}-bit, group {group}, {scales.dtype}",
-        read=lambda first, last: packed(first, last).dense(),
+        nbytes=weight.nbytes + sum(part.nbytes for part in parts.values()),
+        stored=stored,
+        read=read,
         packed=packed,
     )
+
+
+def _check_parts(weight: Stored, parts: Mapping[str, Stored], scheme: Scheme) -> None:
+    """CheckpointError where a mode's tensors are not all there, not of its types, or there is one too many."""
+    scales, module = parts["scales"], weight.name.removesuffix(".weight")
+    needed = ("scales", "biases") if scheme.mode == "affine" else ("scales",)
+    for key in needed:
+        if key not in parts:
+            raise CheckpointError(f"{short(module)}.{key} is missing in {weight.file}; it belongs to the scales")
+    outer = [key for key in (_MULTIPLIED, _DIVIDED) if key in parts and scheme.mode == "nvfp4"]
+    for key, part in parts.items():
+        if key not in needed and key not in outer[:1]:
+            raise CheckpointError(f"{short(part.name)} is there in {part.file}, and {scheme} has no place for it")
+    is_affine = scheme.mode == "affine"
+    whose = "scales and biases must both be" if is_affine else f"scales of {scheme} must be"
+    for key in needed:
+        part = parts[key]
+        if part.dtype not in (FLOATS if is_affine else ("U8",)) or part.dtype != scales.dtype:
+            kinds = "BF16, F16 or F32" if is_affine else "U8"
+            raise CheckpointError(f"{short(part.name)} is stored as {part.dtype}; {whose} {kinds}")
+        if part.shape != scales.shape or part.shape[:-1] != weight.shape[:-1] or len(part.shape) not in (2, 3):
+            raise CheckpointError(
+                f"{short(part.name)} has the shape {list(part.shape)}, which does not go with {list(weight.shape)} of "
+                f"{short(weight.name)}; there must be one for each group of {scheme.group} codes"
+            )
+    for key in outer:
+        part, rows = parts[key], weight.shape[:-1]
+        if part.dtype != "F32" or math.prod(part.shape) not in (1, math.prod(rows[:-1]), math.prod(rows)):
+            raise CheckpointError(
+                f"{short(part.name)} is {part.dtype} of shape {list(part.shape)}; it must be F32, one number, or one "
+                f"for each of {' x '.join(map(str, rows))}"
+            )
+
+
+def _affine(words: Tensor, scale: Tensor, bias: Tensor, scheme: Scheme) -> Packed:
+    """int4 with a bias up to 4 bits, else int8 with a bias."""
+    codes = words.view(torch.uint8)
+    shape = (*codes.shape[:-1], scale.shape[-1] * scheme.group)
+    if scheme.bits not in (4, 8):
+        codes = unpacked(codes, scheme.bits)
+    if scheme.bits > 4:
+        return Packed("int8", shape, codes, scale.float(), scheme.group, bias.float())
+    if scheme.bits < 4:
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return Packed("int4", shape, codes, scale, scheme.group, bias)
+
+
+def _floats(weight: Stored, scales: Stored, outer: Stored | None, scheme: Scheme, rows: tuple[int, int]) -> Packed:
+    """mxfp4, mxfp8 and nvfp4, which are ours."""
+    first, last = rows
+    data, scale = weight.read(first, last).view(torch.uint8), scales.read(first, last)
+    factor = None
+    if scheme.mode == "nvfp4":
+        scale, factor = scale.view(torch.float8_e4m3fn), torch.ones(data.shape[:-1])
+        if outer:
+            by = _outer(outer, weight.shape[:-1])[first:last]
+            factor = (1 / by if outer.name.endswith(_DIVIDED) else by).contiguous()
+    # In exponents, 255 stands for nan.
+    fine = scale.float().isfinite() if scheme.mode == "nvfp4" else scale != 255
+    if not fine.all():
+        raise _damaged(scales)
+    if scheme.mode == "mxfp8":
+        if (data & 127 == 127).any():
+            raise _damaged(weight)
+        data = data.view(torch.float8_e4m3fn)
+    shape = (*data.shape[:-1], scales.shape[-1] * scheme.group)
+    return Packed(scheme.mode, shape, data, scale, scheme.group, factor=factor)
+
+
+def _outer(outer: Stored, rows: tuple[int, ...]) -> Tensor:
+    """The second scale of nvfp4, for each output: [O] or [E, O]."""
+    values = outer.read()
+    is_scale = values.isfinite()
+    if outer.name.endswith(_DIVIDED):
+        is_scale &= (1 / values).isfinite()
+    if not is_scale.all():
+        raise CheckpointError(f"{short(outer.name)} in {outer.file} has values that are no scales; it is damaged")
+    values = values.reshape(()) if values.numel() == 1 else values.reshape(*rows[:-1], -1)
+    return values.expand(rows)
 
 
 def _plain(tensor: Stored) -> Entry:
@@ -142,138 +313,22 @@ def _plain(tensor: Stored) -> Entry:
 def _finite(tensor: Stored, first: int, last: int) -> Tensor:
     values = tensor.read(first, last)
     if not values.isfinite().all():
-        raise CheckpointError(f"{short(tensor.name)} in {tensor.file} has values that are not finite; it is damaged")
+        raise _damaged(tensor)
     return values
 
 
-def _of_6(codes: Tensor) -> Tensor:
-    """[.., 3 n] bytes -> [.., 4 n] codes: three bytes hold four, from the lowest bit on."""
-    low, middle, high = codes.unflatten(-1, (-1, 3)).unbind(-1)
-    four = (low & 63, low >> 6 | (middle & 15) << 2, middle >> 4 | (high & 3) << 4, high >> 2)
-    return torch.stack(four, -1).flatten(-2)
+def _damaged(tensor: Stored) -> CheckpointError:
+    return CheckpointError(f"{short(tensor.name)} in {tensor.file} has values that are not finite; it is damaged")
 
 
-# ---- write ----------------------------------------------------------------------------------------------------------
-
-
-def quantise(weight: Tensor, bits: int, group: int, dtype: torch.dtype) -> Packed:
-    """`mlx.core.quantize` of a weight [.., I] of `dtype`: our int4 or int8 with a bias, its scales being of `dtype`.
-
-    The end of the range that lies further from zero is exact, and zero is as nearly as a whole number of steps allows;
-    codes are chosen before scale and bias are rounded to `dtype`. InputError when a value or a scale is not finite."""
-    rows = weight.to(dtype).float().unflatten(-1, (-1, group))
-    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
-    is_low = low.abs() > high.abs()
-    edge = torch.where(is_low, low, high)
-    step = ((high - low) / (2**bits - 1)).clamp_(min=1e-7)
-    step = torch.where(is_low, step, -step)
-    steps = (edge / step).round()
-    scale = torch.where(steps == 0, step, edge / steps)
-    bias = torch.where(steps == 0, 0.0, edge)
-    codes = ((rows - bias) / scale).round_().clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)
-    scale, bias = scale[..., 0].to(dtype), bias[..., 0].to(dtype)
-    if not (scale.isfinite().all() and bias.isfinite().all()):
-        raise InputError(f"a weight has values that are not finite, or too far apart for scales in {dtype}")
-    if bits == 4:
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-        return Packed("int4", tuple(weight.shape), codes, scale, group, bias)
-    return Packed("int8", tuple(weight.shape), codes, scale.float(), group, bias.float())
-
-
-def plan_mlx(checkpoint: Checkpoint, bits: int = 4, group: int = 64) -> tuple[list[Planned], dict[str, Any]]:
-    """What an MLX checkpoint of these weights holds: its tensors, and the entries of config.json that change.
-
-    As mlx-vlm does it, experts and self-conditioning get `bits`, and what each token passes (embedding, attention,
-    dense MLP, router) gets 8; norms, scalars and images stay plain. Where `group` does not divide the inputs, a
-    smaller one is taken, or the weight stays plain. Everything is in the dtype of the embedding (bfloat16 where that is
-    itself quantised), as activations in MLX follow it. InputError names what cannot be written."""
-    for name, value, known in (("bits", bits, WRITES), ("group", group, GROUPS)):
-        if value not in known:
-            raise InputError(f"{name} is {value!r}; MLX checkpoints are written with {' or '.join(map(str, known))}")
-    if checkpoint.config.get("model_type") != "diffusion_gemma":
-        raise InputError(f"{checkpoint.path} is no DiffusionGemma; only that is written for MLX")
-    embedding = checkpoint.entries.get("model.decoder.embed_tokens.weight")
-    stored = embedding.stored if embedding and embedding.stored in FLOATS else "BF16"
-    settings: dict[str, Any] = {"group_size": group, "bits": bits, "mode": "affine"}
-    planned: list[Planned] = []
-    has_images = False
-    for name, entry in checkpoint.entries.items():
-        if name == "lm_head.weight" or (name.startswith(ENCODER) and not name.endswith(".layer_scalar")):
-            continue  # repeats what the decoder has
-        has_images |= name.startswith(VISION)
-        module = name.removesuffix(".weight")
-        own_group = _group(entry.shape[-1], group) if len(entry.shape) > 1 and name.startswith(DECODER) else 0
-        if not own_group:
-            planned.append(_planned_plain(f"{module}.weight" if ".experts." in name else name, entry, stored))
-            continue
-        own_bits = 8 if _is_common(module) else bits
-        planned += _planned_affine(module, entry, own_bits, own_group, stored)
-        if (own_bits, own_group) != (bits, group) or math.prod(entry.shape) % 64:
-            # The last: mlx-vlm leaves weights of such sizes out, unless they are named.
-            settings[module] = {"group_size": own_group, "bits": own_bits}
-    changes: dict[str, Any] = {"quantization": settings, "quantization_config": settings}
-    changes["dtype"] = str(FLOATS[stored]).removeprefix("torch.")
-    if not has_images:  # mlx-vlm would want the tower's weights
-        changes["vision_config"] = None
-    return planned, changes
-
-
-def _is_common(module: str) -> bool:
-    """What mlx-vlm gives 8 bits: all that each token passes, and that is small beside the experts."""
-    ends = ("embed_tokens", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    return module.endswith(ends) or ".self_attn." in module or "router" in module
-
-
-def _group(inputs: int, most: int) -> int:
-    """The largest group up to `most` that divides the inputs; 0: none does."""
-    return next((size for size in sorted(GROUPS, reverse=True) if size <= most and inputs % size == 0), 0)
-
-
-def _planned_plain(name: str, entry: Entry, stored: str) -> Planned:
-    def parts() -> Iterator[Tensor]:
-        return (values.to(FLOATS[stored]) for values in _parts(entry))
-
-    return Planned(name, stored, entry.shape, parts)
-
-
-def _planned_affine(module: str, entry: Entry, bits: int, group: int, stored: str) -> list[Planned]:
-    """The weight's three tensors. Each can be asked for alone; in this order the weight is read once."""
-    kept: dict[str, list[Tensor]] = {}
-
-    def run() -> Iterator[Tensor]:
-        scales: list[Tensor] = []
-        biases: list[Tensor] = []
-        rows = max(1, CACHED // entry.shape[-1])
-        for values in (block for part in _parts(entry) for block in part.flatten(0, -2).split(rows)):
-            try:
-                form = quantise(values, bits, group, FLOATS[stored])
-            except InputError as error:
-                raise InputError(f"{module}: {error}") from error
-            scales.append(form.scale.to(FLOATS[stored]))
-            biases.append(form.parts["bias"].to(FLOATS[stored]))
-            yield form.data
-        kept.update(scales=scales, biases=biases)
-
-    def small(name: str) -> Callable[[], Iterator[Tensor]]:
-        def parts() -> Iterator[Tensor]:
-            if name not in kept:
-                for _ in run():
-                    pass
-            yield from kept.pop(name)
-
-        return parts
-
-    *outer, inputs = entry.shape
-    groups = (*outer, inputs // group)
-    return [
-        Planned(f"{module}.weight", "U32", (*outer, inputs * bits // 32), run),
-        Planned(f"{module}.scales", stored, groups, small("scales")),
-        Planned(f"{module}.biases", stored, groups, small("biases")),
-    ]
-
-
-def _parts(entry: Entry) -> Iterator[Tensor]:
-    count = entry.shape[0] if entry.shape else 1
-    step = max(1, PART_BYTES // max(4 * math.prod(entry.shape[1:]), 1))
-    for first in range(0, count, step):
-        yield entry.read(first, min(first + step, count))
+def unpacked(data: Tensor, bits: int) -> Tensor:
+    """[.., bits x n] bytes -> [.., 8 n] codes, uint8: bytes hold them one after another, from the lowest bit on."""
+    units = data.unflatten(-1, (-1, bits))
+    codes = torch.empty(*units.shape[:-1], 8, dtype=torch.uint8)
+    for number in range(8):
+        at, shift = divmod(number * bits, 8)
+        code = units[..., at] >> shift
+        if shift + bits > 8:
+            code = code | units[..., at + 1] << (8 - shift)
+        codes[..., number] = code & (1 << bits) - 1
+    return codes.flatten(-2)

@@ -142,7 +142,7 @@ def test_plain_tensors_go_through(tmp_path: Path) -> None:
         assert torch.equal(entry.read(1, 4), tensor[1:4]) and entry.nbytes == tensor.nbytes
 
 
-def test_experts_quantised_in_different_ways_have_no_codes(tmp_path: Path) -> None:
+def test_experts_with_scales_of_different_types(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     values = []
     for number in range(5):
@@ -150,7 +150,10 @@ def test_experts_quantised_in_different_ways_have_no_codes(tmp_path: Path) -> No
         tensors |= named(f"l.experts.{number}.down_proj", parts)
         values.append(value.float())
     entry = put(tmp_path, tensors).entries["l.experts.down_proj"]
-    assert entry.packed is None and torch.equal(entry.read(0, 5), torch.stack(values))
+    assert entry.packed and torch.equal(entry.read(0, 5), torch.stack(values))
+    packed = entry.packed(0, 5)
+    assert (packed.kind, packed.scale.dtype) == ("int4", torch.float32)
+    assert torch.equal(packed.dense(), torch.stack(values))
 
 
 # ---- files that lie -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""checkpoints/formats/mlx.py: MLX checkpoints: our quantiser against mlx's own, both directions, and files that lie."""
+"""checkpoints/formats/mlx.py: what MLX and its tools write, against `mlx.core.dequantize`; and files that lie."""
 
 from __future__ import annotations
 
@@ -10,142 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from mlx_files import DTYPES, groups_of_all_kinds, mlx_dtype, numbers, put, quantise, random_weights, wide_config
 from safetensors.torch import save_file
-from tiny import oracle_name, randomise_
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Checkpoint, Entry
-from sfumato.checkpoints.formats.mlx import open_mlx, plan_mlx, quantise
-from sfumato.checkpoints.shards import PlannedFolder, write_shards
-from sfumato.errors import CheckpointError, InputError
-from sfumato.model.config import LayerConfig, ModelConfig, Rope
-from sfumato.ops import load
+from sfumato.checkpoints.detect import open_checkpoint
+from sfumato.checkpoints.formats.mlx import open_mlx
+from sfumato.checkpoints.formats.mlx_writer import as_words, rounded
+from sfumato.errors import CheckpointError
+from sfumato.ops.packed import Packed
 
-FORMS = list(itertools.product((4, 6, 8), (32, 64, 128)))
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def wide_config(expert_size: int = 64, hidden_size: int = 128) -> ModelConfig:
-    """Small, but its inputs fill groups: 128 for most, 64 for what follows attention and the dense MLP."""
-    return ModelConfig(
-        vocab_size=96,
-        hidden_size=hidden_size,
-        intermediate_size=64,
-        num_heads=4,
-        num_experts=5,
-        top_k_experts=2,
-        expert_size=expert_size,
-        layers=(LayerConfig(16, 2, 6, Rope(10_000.0)), LayerConfig(16, 1, None, Rope(1e6, 0.5, 1.0, True))),
-        canvas_length=8,
-        max_position=256,
-        eos_ids=(1, 5),
-    )
-
-
-def random_weights(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A released checkpoint's tensors."""
-    from sfumato.model.network import Model
-
-    model = Model(config, load("reference"))
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    randomise_(tensors, 0, 1.5, 1.0)
-    return {oracle_name(name): tensor.detach().to(dtype) for name, tensor in tensors}
-
-
-def checkpoint_of(config: ModelConfig, tensors: dict[str, Tensor], stored: str = "F32") -> Checkpoint:
-    def entry(name: str, tensor: Tensor) -> Entry:
-        def read(first: int, last: int) -> Tensor:
-            return tensor[first:last] if tensor.dim() else tensor
-
-        return Entry(name, tuple(tensor.shape), tensor.nbytes, stored, read)
-
-    entries = {name: entry(name, tensor) for name, tensor in tensors.items()}
-    return Checkpoint(Path("somewhere"), "tensors", config.to_dict(), entries)
-
-
-def write(folder: Path, checkpoint: Checkpoint, bits: int, group: int) -> dict[str, Any]:
-    """The checkpoint as MLX, into a folder; its config.json."""
-    planned, changes = plan_mlx(checkpoint, bits, group)
-    config = checkpoint.config | changes
-    write_shards(folder, PlannedFolder(planned))
-    (folder / "config.json").write_text(json.dumps(config))
-    return config
-
-
-def groups_of_all_kinds(dtype: torch.dtype) -> Tensor:
-    """Rows of 384: plain ones, and those on which a quantiser slips."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(count: int) -> Tensor:
-        return torch.randn(count, 384, generator=generator)
-
-    one_off = torch.full((2, 384), 1.5)
-    one_off[:, ::32] = -7.0
-    kinds = [
-        rows(24),
-        rows(8) * 0.02,
-        rows(4).abs(),
-        -rows(4).abs() - 0.5,
-        torch.zeros(2, 384),
-        torch.full((1, 384), 3.0),
-        torch.full((1, 384), -0.3),
-        rows(4) * 1e-8,
-        rows(4) * (1e4 if dtype == torch.float16 else 1e30),
-        rows(4) * 1e-3 + 5,
-        one_off,
-    ]
-    return torch.cat(kinds).to(dtype)
-
-
-# ---- the quantiser --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "group"), [form for form in FORMS if form[0] != 6])
-def test_quantise_is_mlx_quantize_to_the_bit(bits: int, group: int, dtype: torch.dtype) -> None:
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
-    weight = groups_of_all_kinds(dtype)
-    form = quantise(weight, bits, group, dtype)
-    there = mx.array(weight.float().numpy()).astype(mlx_dtype(dtype))
-    words, scales, biases = mx.quantize(there, group, bits)
-    assert torch.equal(form.data, torch.from_numpy(numbers(words.view(mx.uint8))))
-    assert torch.equal(form.scale.float(), torch.from_numpy(numbers(scales.astype(mx.float32))))
-    assert torch.equal(form.parts["bias"].float(), torch.from_numpy(numbers(biases.astype(mx.float32))))
-    assert (scales.dtype, form.kind) == (mlx_dtype(dtype), "int4" if bits == 4 else "int8")
-
-
-def test_quantise_gives_what_mlx_gave() -> None:
-    """mlx.core.quantize, 0.32.4, for where mlx is not installed."""
-    weight = torch.tensor([[(i * i * 7 % 31 - 13) * 0.25 + (0.1 if i % 3 == 0 else 0) for i in range(32)]])
-    four, eight = (quantise(weight, bits, 32, torch.float32) for bits in (4, 8))
-    assert four.data.view(torch.int32).tolist() == [[-0x12BA1F41, 0x1BC6A5A7, 0x7A5A6CB2, -0x04F1AB22]]
-    assert eight.data[0, :8].tolist() == [0xFC, 0xC0, 0, 0xF3, 0x52, 0x49, 0xD8, 0xED]
-    actual = [form.parts[part].item() for form in (four, eight) for part in ("scale", "bias")]
-    assert actual == [-0.46875, 3.75, -0.027372263371944427, 3.75]
-
-
-@pytest.mark.parametrize(("bits", "group"), [form for form in FORMS if form[0] != 6])
-def test_quantise_keeps_the_far_end_exact(bits: int, group: int) -> None:
-    weight = torch.randn(16, 384, generator=torch.Generator().manual_seed(1))
-    form = quantise(weight, bits, group, torch.float32)
-    error = (form.dense() - weight).abs().unflatten(-1, (-1, group))
-    rows = weight.unflatten(-1, (-1, group))
-    far = rows.abs().argmax(-1, keepdim=True)
-    assert (error.gather(-1, far) <= 1e-6).all()
-    step = (rows.amax(-1) - rows.amin(-1)) / (2**bits - 1)
-    # Half a step anywhere, but at the near end, which the snapped bias may cut off by half a step more.
-    assert (error.amax(-1) <= step * 1.05).all() and (error.mean(-1) <= step * 0.35).all()
-    zero = quantise(torch.cat([weight, torch.zeros(16, 384)], -1), bits, group, torch.float32).dense()
-    assert (zero[:, 384:] == 0).all()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
-def test_quantise_refuses_what_has_no_scale(bad: float) -> None:
-    weight = torch.ones(1, 64)
-    weight[0, 3], weight[0, 4] = bad, -bad
-    with pytest.raises(InputError, match="not finite, or too far apart"):
-        quantise(weight, 4, 64, torch.float32)
-
+FORMS = list(itertools.product((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)))
 
 # ---- reading what mlx writes ----------------------------------------------------------------------------------------
 
@@ -172,8 +47,8 @@ def test_reads_as_mlx_dequantizes(tmp_path: Path, bits: int, group: int, dtype: 
         entry = checkpoint.entries[name if "experts" in name else f"{name}.weight"]
         assert entry.shape == tuple(value.shape) and entry.packed
         form = entry.packed(0, len(value))
-        assert (form.kind, form.group, form.shape) == ("int4" if bits == 4 else "int8", group, entry.shape)
-        assert form.scale.dtype == (dtype if bits == 4 else torch.float32)
+        assert (form.kind, form.group, form.shape) == ("int4" if bits <= 4 else "int8", group, entry.shape)
+        assert form.scale.dtype == (dtype if bits <= 4 else torch.float32)
         assert torch.equal(form.dense(), value) and torch.equal(entry.read(0, len(value)), value)
         assert torch.equal(entry.read(1, 3), value[1:3]) and torch.equal(entry.packed(1, 3).dense(), value[1:3])
         # In its own dtype mlx rounds twice: the product, then the sum.
@@ -189,13 +64,6 @@ def test_layout(tmp_path: Path, bits: int, bytes_: list[int], codes: list[int]) 
     assert form.dense()[0, : len(codes)].tolist() == [code * 0.5 - 3 for code in codes]
 
 
-def test_layout_of_6_bits(tmp_path: Path) -> None:
-    word = 1 | 62 << 6 | 33 << 12 | 20 << 18
-    form = _by_hand(tmp_path, 6, list(word.to_bytes(3, "little")))
-    assert form.data[0, :4].tolist() == [1, 62, 33, 20] and form.data.dtype == torch.uint8
-    assert form.dense()[0, :4].tolist() == [-2.5, 28, 13.5, 7]
-
-
 def _by_hand(folder: Path, bits: int, start: list[int]) -> Any:
     words = torch.zeros(1, 32 * bits // 8, dtype=torch.uint8)
     words[0, : len(start)] = torch.tensor(start, dtype=torch.uint8)
@@ -207,9 +75,192 @@ def _by_hand(folder: Path, bits: int, start: list[int]) -> Any:
     return entry.packed(0, 1)
 
 
-def put(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Checkpoint:
-    save_file(tensors, folder / "model.safetensors")
-    return open_mlx(folder, config)
+@pytest.mark.parametrize(
+    ("bits", "codes"),
+    [
+        (1, [1, 0, 0, 1, 1, 0, 1, 1]),
+        (2, [1, 3, 0, 2, 2, 1, 3, 0]),
+        (3, [1, 6, 0, 7, 5, 2, 3, 4]),
+        (5, [1, 30, 0, 17, 9, 31, 4, 22]),
+        (6, [1, 62, 33, 20, 0, 63, 7, 40]),
+    ],
+)
+def test_layout_of_bits_that_cross_bytes(tmp_path: Path, bits: int, codes: list[int]) -> None:
+    word = sum(code << bits * place for place, code in enumerate(codes))
+    form = _by_hand(tmp_path, bits, list(word.to_bytes(bits, "little")))
+    assert form.dense()[0, :8].tolist() == [code * 0.5 - 3 for code in codes]
+    assert (form.kind, form.data.dtype) == ("int4" if bits < 4 else "int8", torch.uint8)
+
+
+MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+EVERY_SCALE = {"mxfp4": range(255), "mxfp8": range(255), "nvfp4": [scale for scale in range(256) if scale & 127 != 127]}
+
+
+def every_value(mode: str) -> tuple[Tensor, Tensor]:
+    """Every code under every scale of a mode that is a number: words [S, ..] and scales [S, ..] as bytes."""
+    bits, group = MODES[mode]
+    codes = torch.arange(32, dtype=torch.uint8) & 15
+    if bits == 8:
+        codes = torch.arange(256, dtype=torch.uint8)
+        codes[codes & 127 == 127] = 0
+    scales = torch.tensor(list(EVERY_SCALE[mode]), dtype=torch.uint8)
+    words = (codes[::2] | codes[1::2] << 4 if bits == 4 else codes).expand(len(scales), -1).contiguous()
+    return words.view(torch.uint32), scales[:, None].expand(-1, len(codes) // group).contiguous()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reads_floats_as_mlx_dequantizes(tmp_path: Path, mode: str) -> None:
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    (bits, group), (words, scales) = MODES[mode], every_value(mode)
+    half = len(words) // 2
+    stack = [part[: half * 2].unflatten(0, (2, half)).clone() for part in (words, scales)]
+    tensors = {"a.weight": words, "a.scales": scales}
+    tensors |= {"l.experts.down_proj.weight": stack[0], "l.experts.down_proj.scales": stack[1]}
+    settings = {"bits": bits, "group_size": group, "mode": mode}
+    checkpoint = put(tmp_path, tensors, wide_config().to_dict() | {"quantization": settings})
+    assert checkpoint.format == f"MLX {mode}"
+    there = mx.load(str(tmp_path / "model.safetensors"))
+    for name, entry in checkpoint.entries.items():
+        module = name.removesuffix(".weight")
+        parts = there[f"{module}.weight"], there[f"{module}.scales"]
+        assert entry.packed
+        packed = entry.packed(0, entry.shape[0])
+        assert (packed.kind, packed.group, packed.shape, entry.stored) == (mode, group, entry.shape, mode)
+        for dtype in (torch.bfloat16, torch.float32):
+            value = mx.dequantize(*parts, None, group, bits, mode, dtype=mlx_dtype(dtype)).astype(mx.float32)
+            assert torch.equal(packed.dense(dtype).float(), torch.from_numpy(numbers(value)))
+        assert torch.equal(entry.read(1, 2), torch.from_numpy(numbers(value))[1:2])
+
+
+def test_floats_by_hand(tmp_path: Path) -> None:
+    """For where mlx is not installed: 2^(scale - 127), or e4m3, times e2m1 or e4m3."""
+    tensors = {
+        "a.weight": torch.full((1, 16), 0x21, dtype=torch.uint8).view(torch.uint32),
+        "a.scales": torch.tensor([[129]], dtype=torch.uint8),
+        "b.weight": torch.full((1, 32), 0x3C, dtype=torch.uint8).view(torch.uint32),
+        "b.scales": torch.tensor([[126]], dtype=torch.uint8),
+        "c.weight": torch.full((1, 8), 0xF7, dtype=torch.uint8).view(torch.uint32),
+        "c.scales": torch.tensor([[0x40]], dtype=torch.uint8),
+    }
+    settings = {"bits": 8, "group_size": 32, "mode": "mxfp8", "a": {"mode": "mxfp4"}, "c": {"mode": "nvfp4"}}
+    entries = put(tmp_path, tensors, wide_config().to_dict() | {"quantization": settings}).entries
+    assert entries["a.weight"].read(0, 1)[0, :2].tolist() == [0.5 * 4, 1.0 * 4]
+    assert entries["b.weight"].read(0, 1).unique().tolist() == [1.5 / 2]
+    assert entries["c.weight"].read(0, 1)[0, :2].tolist() == [6.0 * 2, -6.0 * 2]
+
+
+@pytest.mark.parametrize("key", ["weight_scale_2", "weight_global_scale"])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (5, 24)])
+def test_second_scales_of_nvfp4(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
+    """mlx_vlm/quantization/nvfp4.py: the product is multiplied by the one, and divided by the other."""
+    dice = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 256, (5, 24, 32), generator=dice, dtype=torch.uint8)
+    scales = torch.randint(1, 120, (5, 24, 4), generator=dice, dtype=torch.uint8)
+    outer = torch.rand(shape, generator=dice) + 0.5
+    name = "l.experts.down_proj"
+    tensors = {f"{name}.weight": words.view(torch.uint32), f"{name}.scales": scales, f"{name}.{key}": outer}
+    settings = {"bits": 4, "group_size": 16, "mode": "nvfp4"}
+    entry = put(tmp_path, tensors, wide_config().to_dict() | {"quantization": settings}).entries[name]
+    plain = Packed("nvfp4", (5, 24, 64), words, scales.view(torch.float8_e4m3fn), 16).dense()
+    each = outer.reshape(5, -1, 1) if len(shape) and shape[0] == 5 else outer
+    expected = plain * each if key == "weight_scale_2" else plain / each
+    assert torch.equal(entry.read(0, 5), expected) and torch.equal(entry.read(1, 3), expected[1:3]) and entry.packed
+    assert torch.allclose(entry.packed(0, 5).dense(), expected, rtol=3e-7, atol=0)
+    assert torch.equal(entry.packed(3, 5).dense(), entry.packed(0, 5).dense()[3:])
+
+
+# ---- what has settings of its own -----------------------------------------------------------------------------------
+
+
+def affine(name: str, weight: Tensor, bits: int, group: int) -> dict[str, Tensor]:
+    codes, scale, bias = rounded(weight, bits, group, torch.float32)
+    words = as_words(codes, bits).contiguous().view(torch.uint32)
+    return {f"{name}.weight": words, f"{name}.scales": scale, f"{name}.biases": bias}
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("model.decoder.layers.0.q_proj", "model.decoder.layers.0.q_proj"),
+        ("layers.0.q_proj", "model.decoder.layers.0.q_proj"),
+        ("language_model.model.layers.0.q_proj", "model.layers.0.q_proj"),
+        ("model.layers.0.q_proj", "language_model.model.layers.0.q_proj"),
+        ("model.decoder.layers.0.experts.gate_up_proj", "model.decoder.layers.0.experts.gate_up_proj"),
+        ("layers.0.experts.switch_glu.down_proj", "layers.0.experts.down_proj"),
+        ("layers.0.experts.down_proj", "layers.0.experts.switch_glu.down_proj"),
+    ],
+)
+@pytest.mark.parametrize("default", [{"bits": 4, "group_size": 64}, {"mode": "mxfp8"}])
+def test_settings_under_other_names(tmp_path: Path, key: str, module: str, default: dict[str, Any]) -> None:
+    """Whatever stands before, a module's own bits count; what they leave out is affine's, not the file's."""
+    weight = torch.randn(5, 16, 64, generator=torch.Generator().manual_seed(1))
+    weight = weight if "experts" in module else weight[0]
+    config = wide_config().to_dict() | {"quantization": default | {key: {"bits": 5, "group_size": 32}}}
+    (entry,) = put(tmp_path, affine(module, weight, 5, 32), config).entries.values()
+    assert entry.stored == "affine 5-bit, group 32, F32"
+    assert torch.equal(entry.read(0, len(weight)), quantise(weight, 5, 32, torch.float32).dense())
+
+
+def test_settings_of_a_stack_are_those_of_its_experts(tmp_path: Path) -> None:
+    """mlx-vlm stacks experts, then joins gate and up; settings name what comes of it."""
+    weight = torch.randn(5, 2, 8, 64, generator=torch.Generator().manual_seed(1))
+    tensors: dict[str, Tensor] = {}
+    for number in range(5):
+        for half, which in enumerate(("gate", "up")):
+            tensors |= affine(f"model.decoder.l.experts.{number}.{which}_proj", weight[number, half], 3, 64)
+    settings = {"bits": 8, "group_size": 32, "model.decoder.l.experts.gate_up_proj": {"bits": 3, "group_size": 64}}
+    (entry,) = put(tmp_path, tensors, wide_config().to_dict() | {"quantization": settings}).entries.values()
+    assert torch.equal(entry.read(0, 5), quantise(weight.flatten(1, 2), 3, 64, torch.float32).dense())
+
+
+def test_settings_that_say_plain(tmp_path: Path) -> None:
+    """False, and bits for what has no scales: the tensor says what it is."""
+    settings = {"bits": 4, "group_size": 64, "b": False, "c": {"bits": 8, "group_size": 64}, "d": True}
+    tensors = {f"{name}.weight": torch.randn(2, 64) for name in "bc"} | affine("d", torch.ones(2, 64), 4, 64)
+    entries = put(tmp_path, tensors, wide_config().to_dict() | {"quantization": settings}).entries
+    assert all(torch.equal(entries[f"{name}.weight"].read(0, 2), tensors[f"{name}.weight"]) for name in "bc")
+    assert entries["d.weight"].stored == "affine 4-bit, group 64, F32"
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "kind", "group"),
+    [((4, 64), (8, 64), "int8", 64), ((3, 32), (4, 64), "int4", 32), ((6, 128), (5, 32), "int8", 32)],
+)
+@pytest.mark.parametrize("way", ["", "switch_glu."])
+def test_gate_and_up_in_different_bits(
+    tmp_path: Path, gate: tuple[int, int], up: tuple[int, int], kind: str, group: int, way: str
+) -> None:
+    """As OptiQ gives them: in one stack, to the bit."""
+    weights = torch.randn(5, 2, 24, 128, generator=torch.Generator().manual_seed(2))
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {"bits": 4, "group_size": 64}
+    halves = []
+    for half, (which, (bits, own)) in enumerate((("gate_proj", gate), ("up_proj", up))):
+        name = f"l.experts.{way}{which}"
+        tensors |= affine(name, weights[:, half], bits, own)
+        settings[name] = {"bits": bits, "group_size": own}
+        halves.append(quantise(weights[:, half], bits, own, torch.float32).dense())
+    (entry,) = put(tmp_path, tensors, wide_config().to_dict() | {"quantization": settings}).entries.values()
+    assert entry.name == "l.experts.gate_up_proj" and entry.packed
+    packed, expected = entry.packed(0, 5), torch.cat(halves, 1)
+    assert (packed.kind, packed.group, packed.shape) == (kind, group, (5, 48, 128))
+    assert torch.equal(packed.dense(), expected) and torch.equal(entry.read(1, 3), expected[1:3])
+    assert torch.equal(entry.packed(2, 4).dense(), expected[2:4])
+
+
+def test_a_conversion_that_is_not_quantised(tmp_path: Path) -> None:
+    """mlx_vlm.convert without -q: experts end in .weight, the header says who wrote it, config.json says nothing."""
+    weights = random_weights(wide_config(), torch.bfloat16)
+    named = {
+        f"{name}.weight" if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else name for name in weights
+    }
+    tensors = {name: weights[name if name in weights else name.removesuffix(".weight")] for name in named}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "mlx"})
+    (tmp_path / "config.json").write_text(json.dumps(wide_config().to_dict()))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.format == "MLX, not quantised" and checkpoint.entries.keys() == weights.keys()
+    for name, entry in checkpoint.entries.items():
+        assert torch.equal(entry.read(0, entry.shape[0] if entry.shape else 1), weights[name]) and not entry.packed
 
 
 @pytest.mark.parametrize("way", ["stacks of gate and up", "an expert each"])
@@ -232,107 +283,6 @@ def test_experts_that_lie_apart(tmp_path: Path, way: str) -> None:
     assert entry.nbytes == form.nbytes
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("bits", "group", "expert_size", "dtype"), [
-    (4, 64, 64, torch.bfloat16),
-    (4, 32, 64, torch.float32),
-    (4, 128, 96, torch.float16),
-    (8, 64, 40, torch.bfloat16),
-])  # fmt: skip
-def test_what_is_written_reads_the_same(
-    tmp_path: Path, bits: int, group: int, expert_size: int, dtype: torch.dtype
-) -> None:
-    config = wide_config(expert_size)
-    weights = random_weights(config, dtype)
-    stored = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    written = write(tmp_path, checkpoint_of(config, weights, stored), bits, group)
-    assert written["quantization"] == written["quantization_config"]
-    assert written["dtype"] == str(dtype).removeprefix("torch.") and written["vision_config"] is None
-    back = open_mlx(tmp_path, json.loads((tmp_path / "config.json").read_text()))
-    assert back.entries.keys() == weights.keys()
-    assert ModelConfig.from_dict(back.config) == config
-    names = set()
-    for name, entry in back.entries.items():
-        weight = weights[name]
-        assert entry.shape == tuple(weight.shape)
-        if weight.dim() == 1:
-            assert torch.equal(entry.read(0, len(weight)), weight) and not entry.packed
-            continue
-        own_bits = bits if "experts" in name or "self_conditioning" in name else 8
-        own_group = next((size for size in (128, 64, 32) if size <= group and weight.shape[-1] % size == 0), 0)
-        names.add((own_bits, own_group))
-        expected = quantise(weight, own_bits, own_group, dtype).dense() if own_group else weight
-        assert torch.equal(entry.read(0, len(weight)).float(), expected.float()), name
-    assert (bits, min(group, 128)) in names and (8, 64 if group > 32 else 32) in names
-    assert ((bits, 0) in names) == (expert_size == 40) and ((bits, 32) in names) == (expert_size == 96 or group == 32)
-
-
-def test_a_weight_is_read_once_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfumato.checkpoints.formats.mlx.PART_BYTES", 2 * 4 * 128 * 64)
-    monkeypatch.setattr("sfumato.checkpoints.formats.mlx.CACHED", 100 * 64)
-    weight = torch.randn(5, 128, 64)
-    reads: list[tuple[int, int]] = []
-
-    def read(first: int, last: int) -> Tensor:
-        reads.append((first, last))
-        return weight[first:last]
-
-    name = "model.decoder.layers.0.experts.gate_up_proj"
-    entry = Entry(name, (5, 128, 64), weight.nbytes, "F32", read)
-    source = Checkpoint(Path("x"), "tensors", wide_config().to_dict(), {name: entry})
-    # The embedding's dtype is that of the file; there is none here, as where it is quantised itself.
-    expected = quantise(weight.flatten(0, 1), 4, 64, torch.bfloat16)
-    planned, _ = plan_mlx(source)
-    codes, scales, biases = (torch.cat(list(tensor.parts())) for tensor in planned)
-    assert reads == [(0, 2), (2, 4), (4, 5)]
-    assert torch.equal(codes, expected.data) and torch.equal(scales, expected.scale) and scales.dtype == torch.bfloat16
-    assert torch.equal(biases, expected.parts["bias"])
-    again = torch.cat(list(plan_mlx(source)[0][2].parts()))  # as a run that takes up another asks for it: alone
-    assert torch.equal(again, biases)
-
-
-def test_settings_name_what_mlx_vlm_would_leave_out() -> None:
-    """A weight of 5 x 96 numbers: they do not fill 64s."""
-    config = wide_config(hidden_size=96)
-    _, changes = plan_mlx(checkpoint_of(config, random_weights(config)), 8, 32)
-    named = [name for name, own in changes["quantization"].items() if isinstance(own, dict)]
-    assert named == [f"model.decoder.layers.{layer}.router.proj" for layer in (0, 1)]
-    assert changes["quantization"][named[0]] == {"group_size": 32, "bits": 8}
-
-
-def test_what_repeats_and_what_shows_images() -> None:
-    config = wide_config()
-    tensors = random_weights(config, torch.bfloat16)
-    tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"]
-    tensors["model.encoder.language_model.norm.weight"] = tensors["model.decoder.norm.weight"]
-    tensors["model.encoder.vision_tower.patch.weight"] = torch.ones(64, 64, dtype=torch.bfloat16)
-    tensors["model.encoder.vision_tower.input_max"] = torch.tensor(7.0)
-    planned, changes = plan_mlx(checkpoint_of(config, tensors, "BF16"))
-    clip = next(tensor for tensor in planned if tensor.name.endswith("input_max"))
-    assert clip.shape == () and [part.item() for part in clip.parts()] == [7.0]
-    names = {tensor.name: tensor.dtype for tensor in planned}
-    assert "lm_head.weight" not in names and "model.encoder.language_model.norm.weight" not in names
-    assert names["model.encoder.vision_tower.patch.weight"] == "BF16" and "vision_config" not in changes
-    assert names["model.encoder.language_model.layers.1.layer_scalar"] == "BF16"
-
-
-@pytest.mark.parametrize(
-    ("bits", "group", "words"), [(6, 64, "bits is 6; .* 4 or 8"), (4, 16, "group is 16; .* 32 or")]
-)
-def test_the_writer_says_what_it_writes(bits: int, group: int, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        plan_mlx(checkpoint_of(wide_config(), {}), bits, group)
-
-
-def test_the_writer_names_a_weight_that_is_broken() -> None:
-    name = "model.decoder.layers.0.experts.down_proj"
-    planned, _ = plan_mlx(checkpoint_of(wide_config(), {name: torch.full((5, 128, 64), math.nan)}))
-    with pytest.raises(InputError, match=r"layers\.0\.experts\.down_proj: .* not finite"):
-        list(planned[0].parts())
-
-
 # ---- files that lie -------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +299,9 @@ def good() -> dict[str, Tensor]:
     ({"a.biases": torch.ones(4, 2).half()}, "a.biases is stored as F16; .* must both be"),
     ({"a.scales": torch.ones(4, 2, dtype=torch.int32)}, "a.scales is stored as I32"),
     ({"a.weight": torch.ones(4, 16, dtype=torch.int32)}, "stored as I32; codes must be U32"),
-    ({"a.weight": torch.tensor(1.0)}, "does not go with"),
+    ({"a.weight": torch.tensor(1.0)}, "a.weight has scales but is stored as F32; codes must be U32"),
+    ({"a.weight": torch.tensor(1).to(torch.uint32)}, r"does not go with \[\] of a.weight"),
+    ({"a.weight_scale_2": torch.ones(1)}, "a.weight_scale_2 is there in .*, and affine 4-bit, group 64 has no place"),
     ({"a.scales": None}, "a.weight in .* is stored as U32 and has no scales"),
     ({"a.biases": None}, "a.biases is missing"),
     ({"a.weight": None}, None),
@@ -373,13 +325,20 @@ def test_tensors_that_do_not_go_together(tmp_path: Path, change: dict[str, Any],
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"bits": 3, "group_size": 64}, "bits 3 for all; .* 4 or 6 or 8"),
-    ({"bits": 4, "group_size": 17}, "group_size 17 for all; .* 32 or 64 or 128"),
+    ({"bits": 7, "group_size": 64}, "bits 7 for all; .* affine with bits 1, 2, 3, 4, 5, 6 or 8 is read"),
+    ({"bits": 4, "group_size": 17}, "group_size 17 for all; .* affine with group_size 32, 64 or 128 is read"),
     ({"bits": 4, "group_size": 10**30}, "group_size 1000.* for all"),
     ({"bits": True, "group_size": 64}, "bits True"),
     ({"bits": 4, "group_size": [64]}, r"group_size \[64\]"),
-    ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mode mxfp4 for all; .* affine"),
-    ({"bits": 4, "group_size": 64, "a": {"bits": 2, "group_size": 64}}, "bits 2 for a;"),
+    ({"bits": 4, "group_size": 32, "mode": "fp4"}, "mode fp4 for all; .* mode affine, mxfp4, mxfp8 or nvfp4 is read"),
+    ({"bits": 4, "group_size": 32, "mode": ["mxfp4"]}, r"mode \['mxfp4'\] for all"),
+    ({"bits": 8, "group_size": 32, "mode": "mxfp4"}, "bits 8 for all; .* mxfp4 with bits 4 is read"),
+    ({"bits": 4, "group_size": 64, "mode": "nvfp4"}, "group_size 64 for all; .* nvfp4 with group_size 16 is read"),
+    ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "a.biases is there in .*, and mxfp4 has no place for it"),
+    ({"bits": 4, "group_size": 64, "a": {"bits": 0, "group_size": 64}}, "bits 0 for a;"),
+    ({"bits": 4, "group_size": 64, "a": False}, "quantization says False for a, which has scales"),
+    (None, "quantization says None for a, which has scales"),
+    ({"bits": 4, "group_size": 64, "a": {"bits": 4}, "model.a": {"bits": 8}}, "and .*8.* for model.a; .* must be one"),
     ({"bits": 4, "group_size": 64, "a": {"bits": 8, "group_size": 64}}, "with 8 bits in groups of 64"),
     ({"bits": 6, "group_size": 64}, "with 6 bits in groups of 64 there must be 24 words"),
     ("4 bits", "no quantization with bits"),
@@ -402,90 +361,47 @@ def test_scales_that_are_no_numbers(tmp_path: Path, part: str, bad: float) -> No
             read(0, 4)
 
 
-# ---- mlx-vlm --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "group", "hidden"), [(4, 64, 128), (8, 64, 128), (4, 32, 128), (4, 128, 128), (8, 32, 96)]
+    ("mode", "part", "value"),
+    [
+        *(("mxfp4", "scales", 255), ("mxfp8", "scales", 255), ("nvfp4", "scales", 0x7F), ("nvfp4", "scales", 0xFF)),
+        *(("mxfp8", "weight", 0x7F), ("mxfp8", "weight", 0xFF)),
+    ],
 )
-def test_mlx_vlm_loads_it_and_gives_our_logits(tmp_path: Path, bits: int, group: int, hidden: int) -> None:
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
-    utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed")
-    from sfumato.model.cache import KVCache
-    from sfumato.model.network import Model
-
-    config = wide_config(hidden_size=hidden)
-    written = write(tmp_path, checkpoint_of(config, random_weights(config)), bits, group)
-    there = utils.load_model(tmp_path)  # strict: a weight without a value, or a value without a weight, is an error
-    back = open_mlx(tmp_path, written)
-    model = Model(config, load("reference"))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        entry = back.entries[oracle_name(name)]
-        tensor.data.copy_(entry.read(0, entry.shape[0]))
-        module: Any = there
-        *path, leaf = oracle_name(name).split(".")
-        for step in path:
-            module = module[int(step)] if step.isdigit() else getattr(module, step)
-        if path[-1] == "experts":
-            module, leaf = getattr(module, leaf), "weight"
-        value = getattr(module, leaf)
-        if value.dtype == mx.uint32:
-            value = mx.dequantize(value, module.scales, module.biases, module.group_size, module.bits)
-        assert torch.equal(torch.from_numpy(numbers(value)), tensor.data), name
-    generator = torch.Generator().manual_seed(4)
-    prompt = torch.randint(0, 96, (1, 11), generator=generator)
-    canvas = torch.randint(0, 96, (1, 8), generator=generator)
-    previous = torch.randn(1, 8, 96, generator=generator) * 3
-    with torch.no_grad():
-        cache = KVCache.allocate(config, 1, 32)
-        model.encode(prompt, cache)
-        soft = previous.softmax(-1) @ model.embed_tokens.weight * math.sqrt(config.hidden_size)
-        ours = [model.logits(model.denoise(canvas, cache, conditioning)) for conditioning in (None, soft)]
-    held = there.diffusion_prefill_cache(mx.array(prompt.numpy()), cache=there.make_cache())
-    tokens = mx.array(canvas.numpy())
-    for mine, conditioning in zip(ours, (None, mx.array(previous.numpy())), strict=True):
-        logits = torch.from_numpy(numbers(there.diffusion_decoder_logits(tokens, held, conditioning)))
-        assert (logits - mine).abs().max() < 1e-4 and mine.std() > 0.5
+def test_floats_that_are_no_numbers(tmp_path: Path, mode: str, part: str, value: int) -> None:
+    (bits, group), (words, scales) = MODES[mode], every_value(mode)
+    tensors = {"a.weight": words, "a.scales": scales}
+    tensors[f"a.{part}"].view(torch.uint8)[1, 1 if part == "weight" else 0] = value
+    config = wide_config().to_dict() | {"quantization": {"bits": bits, "group_size": group, "mode": mode}}
+    entry = put(tmp_path, tensors, config).entries["a.weight"]
+    assert entry.packed and entry.read(2, 4).isfinite().all()
+    for read in (entry.read, entry.packed):
+        with pytest.raises(CheckpointError, match=rf"a.{part} in .* not finite; it is damaged"):
+            read(0, 4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_writes_what_mlx_vlm_converts(tmp_path: Path, bits: int, dtype: torch.dtype) -> None:
-    """The same tensors, byte for byte, and the same settings."""
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
-    utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed")
-    quantize_model = pytest.importorskip("mlx_vlm.quant_utils").quantize_model
-    tree_flatten = pytest.importorskip("mlx.utils").tree_flatten
-    weights, config = random_weights(wide_config(), dtype), wide_config().to_dict() | {"vision_config": None}
-    (plain := tmp_path / "plain").mkdir()
-    save_file(weights, plain / "model.safetensors")
-    (plain / "config.json").write_text(json.dumps(config))
-    model = utils.load_model(plain)
-    model, theirs = quantize_model(model, config, 64, bits, quant_predicate=model.quant_predicate)
-    expected = dict(tree_flatten(model.parameters()))
-    source = checkpoint_of(wide_config(), weights, "F32" if dtype == torch.float32 else "BF16")
-    ours = write(tmp_path / "ours", source, bits, 64)
-    actual = mx.load(str(tmp_path / "ours" / "model.safetensors"))
-    assert actual.keys() == expected.keys()
-    for name, array in actual.items():
-        other = expected[name]
-        assert (array.dtype, array.shape) == (other.dtype, other.shape), name
-        assert numbers(array.view(mx.uint8)).tobytes() == numbers(other.view(mx.uint8)).tobytes(), name
-    default = {"group_size": 64, "bits": bits}
-    changed = {name: own for name, own in theirs["quantization"].items() if own != default}
-    assert ours["quantization"] == changed
+@pytest.mark.parametrize(("change", "words"), [
+    ({"a.scales": torch.ones(2, 4)}, "a.scales is stored as F32; scales of nvfp4 must be U8"),
+    ({"a.scales": None}, "stored as U32 and has no scales"),
+    ({"a.weight": torch.ones(2, 7, dtype=torch.int32).view(torch.uint32)}, "7 words a row and 4 scales; .* must be 8"),
+    ({"a.weight_scale_2": torch.ones(3)}, r"a.weight_scale_2 is F32 of shape \[3\]; it must be .* one for each of 2"),
+    ({"a.weight_scale_2": torch.ones(1).half()}, "a.weight_scale_2 is F16"),
+    ({f"a.{key}": torch.ones(1) for key in ("weight_scale_2", "weight_global_scale")}, "global_scale is there in"),
+])  # fmt: skip
+def test_tensors_that_do_not_go_with_nvfp4(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    tensors = {"a.weight": torch.ones(2, 8, dtype=torch.int32).view(torch.uint32), "a.scales": torch.ones(2, 4).byte()}
+    tensors = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+    config = wide_config().to_dict() | {"quantization": {"bits": 4, "group_size": 16, "mode": "nvfp4"}}
+    with pytest.raises(CheckpointError, match=words):
+        put(tmp_path, tensors, config)
 
 
-def mlx_dtype(dtype: torch.dtype) -> Any:
-    import mlx.core as mx
-
-    return {torch.float32: mx.float32, torch.bfloat16: mx.bfloat16, torch.float16: mx.float16}[dtype]
-
-
-def numbers(array: Any) -> Any:
-    """An mlx array as numpy's, its own to keep."""
-    import numpy as np
-
-    return np.array(array)
+@pytest.mark.parametrize(("key", "bad"), [("weight_scale_2", math.inf), ("weight_global_scale", 0.0)])
+def test_second_scales_that_are_no_scales(tmp_path: Path, key: str, bad: float) -> None:
+    words, scales = every_value("nvfp4")
+    config = wide_config().to_dict() | {"quantization": {"bits": 4, "group_size": 16, "mode": "nvfp4"}}
+    entry = put(tmp_path, {"a.weight": words, "a.scales": scales, f"a.{key}": torch.tensor(bad)}, config).entries[
+        "a.weight"
+    ]
+    with pytest.raises(CheckpointError, match=f"a.{key} in .* no scales; it is damaged"):
+        entry.read(0, 1)
