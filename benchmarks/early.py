@@ -92,7 +92,7 @@ def nano_budgets(llm: LLM, lengths: Sequence[int], count: int) -> dict[str, Any]
             ids, pins = request(llm, puzzle)
             pins, solution = {at: token for at, token in pins.items() if at < length}, sudoku.solve(puzzle) or ""
             for name, more in SETTINGS.items():
-                row = one(llm.events([ids], Options(max_tokens=length, seed=SEED, **more), [pins]))
+                row = one(llm.events([ids], options=Options(max_tokens=length, seed=SEED, **more), pins=[pins]))
                 rows[name].append(row)
                 right[name] += sum(a == b for a, b in zip(row[2].text, solution[:length], strict=False))
         results[str(length)] = {
@@ -117,7 +117,7 @@ def nano_solved(llm: LLM, count: int) -> dict[str, Any]:
         for puzzle in some:
             ids, pins = request(llm, puzzle)
             for name, more in list(SETTINGS.items())[:2]:
-                events = list(llm.events([ids], Options(max_tokens=82, seed=SEED, **more), [pins]))
+                events = list(llm.events([ids], options=Options(max_tokens=82, seed=SEED, **more), pins=[pins]))
                 done, parts = events[-1], sum(isinstance(event, Commit) for event in events)
                 assert isinstance(done, Done)
                 first = done.usage.first_commit_seconds or done.usage.seconds

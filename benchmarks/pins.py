@@ -34,7 +34,9 @@ def template(puzzle: str) -> list[str | Slot]:
 
 def fill(llm: LLM, puzzle: str) -> tuple[bool, int]:
     """(is it solved, steps) through the public API."""
-    filled = llm.fill(template(puzzle), [{"role": "user", "content": sudoku.prompt(puzzle)}], Options(seed=SEED))
+    filled = llm.fill(
+        template(puzzle), [{"role": "user", "content": sudoku.prompt(puzzle)}], options=Options(seed=SEED)
+    )
     return sudoku.is_solved(filled.text, puzzle), filled.usage.steps
 
 

@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the record to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    llm = LLM.load("nano", arguments.device, arguments.dtype, arguments.ops)
+    llm = LLM.load("nano", device=arguments.device, dtype=arguments.dtype, ops=arguments.ops)
     record: dict[str, Any] = {"what": "turns", "requests": arguments.requests, "levels": []}
     for rows in map(int, arguments.rows.split(",")):
         common.say(f"{rows} rows")

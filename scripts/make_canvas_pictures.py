@@ -162,7 +162,7 @@ def sudoku_picture(llm: LLM, clues: int, seed: int, frames: int) -> tuple[str, s
     template = check_template(puzzle_template(puzzle))
     sheet = lay_out(EncodedTemplate.of(template, llm.tokenizer), llm.model.config, {}, seed)
     drafts, done = stream(llm, sheet, prompt, options)
-    filled = llm.fill(template, prompt, options)
+    filled = llm.fill(template, prompt, options=options)
     assert filled.text == llm.tokenizer.decode(done.tokens[:81]), "the picture is not what fill does"
     config = llm.model.config
     noise = CountedNoise([seed], [0], config.canvas_length, config.vocab_size, llm.model.device).canvas([0], [0])[0]
@@ -229,7 +229,7 @@ def schema_picture(llm: LLM, seed: int, room: int, shown_steps: Sequence[int]) -
     (span,) = spans_of(sheet, {"record": llm.planner.grammars.compile("schema", SCHEMA)})
     recorder = Recorder()
     _, done = stream(llm, sheet, prompt, Options(seed=seed), [span], recorder)
-    text = llm.fill(template, prompt, Options(seed=seed)).text
+    text = llm.fill(template, prompt, options=Options(seed=seed)).text
     assert text == sheet.texts(done.tokens, llm.tokenizer, llm.planner.fillers)["record"], (
         "the picture is not what fill does"
     )

@@ -52,7 +52,7 @@ def main() -> None:
     puzzle = sudoku.generate(args.clues, np.random.default_rng(args.seed))
     ids, pins = task.request(llm, puzzle)
     options = task.answer_options(Options(seed=args.seed), llm)
-    events = list(llm.events([ids], replace(options, drafts=True), [pins]))
+    events = list(llm.events([ids], options=replace(options, drafts=True), pins=[pins]))
     drafts = [event for event in events if isinstance(event, Draft)]
     done = next(event for event in events if isinstance(event, Done))
     solved = task.result(puzzle, done)

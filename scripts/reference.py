@@ -38,14 +38,18 @@ WIDTH = 100
 """Columns of a signature on one line."""
 
 SECTIONS: dict[str, tuple[str, list[str]]] = {
-    "The model": ("`from sfumato import LLM`. All of it is text in, text out.", ["sfumato.llm.LLM"]),
+    "The model": (
+        "`from sfumato import LLM`. All of it is text in, text out. `LLM` and `Remote` are both a `LanguageModel`: what "
+        "it offers, both do.",
+        ["sfumato.templates.interface.LanguageModel", "sfumato.llm.LLM"],
+    ),
     "Templates": ("`from sfumato import Slot`.", ["sfumato.templates.slots.Slot"]),
     "Events": (
         "What `stream` yields, and what every event belongs to. `from sfumato import Draft, Commit, Done, Usage`.",
         ["sfumato.events.Draft", "sfumato.events.Commit", "sfumato.events.Done", "sfumato.events.Usage"],
     ),
     "Results": (
-        "What the other methods return. `from sfumato import Completion`; the rest from `sfumato.events`.",
+        "What the other methods return. `from sfumato import Completion, Filled, Edited, Decision`.",
         [
             "sfumato.events.Completion",
             "sfumato.events.Filled",
@@ -54,13 +58,13 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Queries": (
-        "What is asked of a model, as values that can be kept, compared and sent: from `sfumato.templates.requests`. "
-        "`LLM.run` and `Remote.run` carry out any of them.",
+        "What is asked of a model, as values that can be kept, compared and sent: `from sfumato import Chat, Complete, …`. "
+        "`run` and `arun` carry out any of them.",
         [f"sfumato.templates.requests.{name}" for name in ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide")],
     ),
     "A model behind a URL": ("`LLM.connect(url)` makes one.", ["sfumato.remote.Remote"]),
     "Errors": (
-        "From `sfumato.errors`. The command line ends with exit code 2 for an `InputError`, else with 1.",
+        "`from sfumato import SfumatoError, …`. The command line ends with exit code 2 for an `InputError`, else with 1.",
         [
             f"sfumato.errors.{name}"
             for name in (
@@ -72,6 +76,8 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
 }
 """Heading -> (what stands under it, the classes in order)."""
 
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # ---- the reference page ----------------------------------------------------------------------------------------------
 
@@ -101,10 +107,10 @@ def class_parts(name: str) -> list[str]:
     parts += [f"It ends with `{ast.unparse(base.slice)}`." for base in bases]
     if fields := fields_of(node):
         parts.append("\n".join(fields))
-    methods = [member for member in node.body if isinstance(member, ast.FunctionDef)]
+    methods = [member for member in node.body if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef)]
     for method in methods:
         is_shown = method.name[0] != "_" or (method.name == "__init__" and not is_record(node))
-        if not is_shown or "overload" in decorators_of(method):
+        if not is_shown or decorators_of(method) & {"overload", "setter"}:
             continue
         forms = [other for other in methods if other.name == method.name and "overload" in decorators_of(other)]
         if "property" in decorators_of(method):
@@ -136,7 +142,7 @@ def class_of(module: str, name: str) -> ast.ClassDef:
     return next(node for node in module_tree(module).body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def decorators_of(node: ast.FunctionDef | ast.ClassDef) -> set[str]:
+def decorators_of(node: Function | ast.ClassDef) -> set[str]:
     names = (ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list)
     return {name.rpartition(".")[2] for name in names}
 
@@ -145,7 +151,7 @@ def is_record(node: ast.ClassDef) -> bool:
     return "dataclass" in decorators_of(node)
 
 
-def text_of(node: ast.FunctionDef | ast.ClassDef) -> str:
+def text_of(node: Function | ast.ClassDef) -> str:
     """The docstring, wrapped as it is."""
     return ast.get_docstring(node) or ""
 
@@ -179,7 +185,7 @@ def default_of(value: ast.expr) -> str:
     return factories.get(text, text)
 
 
-def signature(node: ast.FunctionDef, owner: str) -> str:
+def signature(node: Function, owner: str) -> str:
     """`name(parameters) -> result`, without self; on several lines where it is long."""
     arguments = node.args
     name = node.name
@@ -200,6 +206,7 @@ def signature(node: ast.FunctionDef, owner: str) -> str:
     words += [parameter(*pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
     if arguments.kwarg:
         words.append(f"**{parameter(arguments.kwarg, None)}")
+    name = f"async {name}" if isinstance(node, ast.AsyncFunctionDef) else name
     line = f"{name}({', '.join(words)}){result}"
     return line if len(line) <= WIDTH else "\n".join([f"{name}(", *(f"    {word}," for word in words), f"){result}"])
 

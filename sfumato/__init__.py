@@ -8,23 +8,84 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfumato.events import Commit, Completion, Done, Draft, Usage
+    from sfumato.errors import (
+        BusyError,
+        CapacityError,
+        CheckpointError,
+        InputError,
+        NumericError,
+        SfumatoError,
+        WorkerError,
+    )
+    from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, Usage
     from sfumato.llm import LLM
-    from sfumato.options import Options
+    from sfumato.options import LoadOptions, Options
+    from sfumato.remote import Remote
+    from sfumato.templates.interface import LanguageModel
+    from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill
     from sfumato.templates.slots import Slot
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Commit", "Completion", "Done", "Draft", "Options", "Slot", "Usage"]
+__all__ = [
+    "LLM",
+    "BusyError",
+    "CapacityError",
+    "Chat",
+    "CheckpointError",
+    "Commit",
+    "Complete",
+    "Completion",
+    "Decide",
+    "Decision",
+    "Done",
+    "Draft",
+    "Edit",
+    "Edited",
+    "Event",
+    "Fill",
+    "Filled",
+    "Infill",
+    "InputError",
+    "LanguageModel",
+    "LoadOptions",
+    "NumericError",
+    "Options",
+    "Remote",
+    "SfumatoError",
+    "Slot",
+    "Usage",
+    "WorkerError",
+]
 
 _HOME = {
     "LLM": "llm",
+    "BusyError": "errors",
+    "CapacityError": "errors",
+    "Chat": "templates.requests",
+    "CheckpointError": "errors",
     "Commit": "events",
+    "Complete": "templates.requests",
     "Completion": "events",
+    "Decide": "templates.requests",
+    "Decision": "events",
     "Done": "events",
     "Draft": "events",
+    "Edit": "templates.requests",
+    "Edited": "events",
+    "Event": "events",
+    "Fill": "templates.requests",
+    "Filled": "events",
+    "Infill": "templates.requests",
+    "InputError": "errors",
+    "LanguageModel": "templates.interface",
+    "LoadOptions": "options",
+    "NumericError": "errors",
     "Options": "options",
+    "Remote": "remote",
+    "SfumatoError": "errors",
     "Slot": "templates.slots",
     "Usage": "events",
+    "WorkerError": "errors",
 }
 
 

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sfumato.notebook.html import canvas_html
 
-@dataclass(frozen=True)
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = 48
+
+
+def _answer_repr(name: str, text: str, details: list[str]) -> str:
+    """An answer in one line: `<Completion 'The sky is…', stop, 82 tokens in 5 steps, 0.12 s, seed 3>`."""
+    return f"<{name} {', '.join([_QUOTE.repr(text), *details])}>"
+
+
+@dataclass(frozen=True, repr=False)
 class Draft:
     """The argmax canvas after one step; only with `Options(drafts=True)`."""
 
@@ -37,8 +48,18 @@ class Draft:
     request: str = ""
     """The id of the request it belongs to."""
 
+    def __repr__(self) -> str:
+        accepted = f"{sum(self.accepted)}/{len(self.accepted)} accepted"
+        mean = sum(self.entropies) / max(1, len(self.entropies))
+        details = [f"canvas {self.canvas}", f"step {self.step}", accepted, f"entropy {mean:.3f}"]
+        return _answer_repr("Draft", self.text, details)
 
-@dataclass(frozen=True)
+    def _repr_html_(self) -> str:
+        """The canvas as a notebook shows it: each token tinted by its entropy."""
+        return canvas_html(self.pieces[: self.end], self.entropies, self.accepted)
+
+
+@dataclass(frozen=True, repr=False)
 class Commit:
     """Tokens that are final: one canvas (or one token in autoregressive mode), cut at eos, stop and max_tokens.
 
@@ -65,6 +86,11 @@ class Commit:
     request: str = ""
     """The id of the request it belongs to."""
 
+    def __repr__(self) -> str:
+        extras = [name for name in ("thought", "tool_calls", "logprobs") if getattr(self, name)]
+        counts = [f"{len(self.tokens)} tokens"] if self.tokens else []
+        return _answer_repr("Commit", self.text, [f"canvas {self.canvas}", f"{self.steps} steps", *counts, *extras])
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -89,8 +115,14 @@ class Usage:
         """Committed tokens per pass of the stack, prompt encoding left out (as in the published comparisons)."""
         return self.tokens / self.passes if self.passes else 0.0
 
+    @property
+    def summary(self) -> str:
+        """Tokens, steps and seconds in a few words."""
+        steps = f" in {self.steps} steps" if self.steps else ""
+        return f"{self.tokens} tokens{steps}, {self.seconds:.2f} s"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Done:
     """The end of one row, with its whole answer."""
 
@@ -110,8 +142,11 @@ class Done:
     request: str = ""
     """The id of the request it belongs to."""
 
+    def __repr__(self) -> str:
+        return _ending_repr(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Completion:
     """A finished answer. `thought` and `tool_calls` are filled by `LLM.chat`; `text` is the rest."""
 
@@ -131,8 +166,21 @@ class Completion:
         """What the last event of an answer says."""
         return cls(**{field.name: getattr(done, field.name) for field in dataclasses.fields(cls)})
 
+    def __repr__(self) -> str:
+        return _ending_repr(self)
 
-@dataclass(frozen=True)
+    def __str__(self) -> str:
+        return self.text
+
+
+def _ending_repr(ending: Done | Completion) -> str:
+    calls = ", ".join(str(call.get("name")) for call in ending.tool_calls[:3])
+    extras = [f"calls {_QUOTE.repr(calls)}"] if calls else []
+    details = [ending.finish_reason, *extras, ending.usage.summary, f"seed {ending.seed}"]
+    return _answer_repr(type(ending).__name__, ending.text, details)
+
+
+@dataclass(frozen=True, repr=False)
 class Filled:
     """A filled template."""
 
@@ -145,8 +193,15 @@ class Filled:
     lengths: dict[str, int] = field(default_factory=dict)
     """Tokens of each slot, padding not counted."""
 
+    def __repr__(self) -> str:
+        slots = f"{len(self.values)} slot{'s' if len(self.values) != 1 else ''}"
+        return _answer_repr("Filled", self.text, [slots, self.usage.summary, f"seed {self.seed}"])
 
-@dataclass(frozen=True)
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, repr=False)
 class Edited:
     """An edited text beside the old one."""
 
@@ -156,13 +211,20 @@ class Edited:
     usage: Usage
     seed: int
 
+    def __repr__(self) -> str:
+        change = "changed" if self.text != self.old else "unchanged"
+        return _answer_repr("Edited", self.text, [change, self.usage.summary, f"seed {self.seed}"])
+
+    def __str__(self) -> str:
+        return self.text
+
     def diff(self, name: str = "text") -> str:
         """Unified, as `diff -u` prints it; "" where nothing changed."""
         lines = difflib.unified_diff(_lines(self.old), _lines(self.text), f"a/{name}", f"b/{name}")
         return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Decision:
     """The answer to one question of `decide`."""
 
@@ -170,6 +232,13 @@ class Decision:
     """The likeliest choice."""
     probabilities: dict[str, float]
     """The probability of each choice; they add up to 1."""
+
+    def __repr__(self) -> str:
+        share = f"{self.probabilities.get(self.choice, 0.0):.1%} of {len(self.probabilities)} choices"
+        return _answer_repr("Decision", self.choice, [share])
+
+    def __str__(self) -> str:
+        return self.choice
 
 
 Event = Draft | Commit | Done

@@ -1,15 +1,18 @@
 """LLM: text in, text out. Loads a model with its tokenizer and chat template, and carries out plans on its engine.
 
-Each method builds a query; `templates.plans` says what it asks of the engine. Multi-turn chats reuse what is already
-encoded: the cache of the last single request is kept, and a new prompt that begins the same way continues from there.
+The methods of an answer are `templates.interface`'s, which build queries; `templates.plans` says what a query asks of
+the engine. Multi-turn chats reuse what is already encoded: the cache of the last single request is kept, and a new
+prompt that begins the same way continues from there. A model takes one step at a time, under a lock, so that several
+threads may call it, each with a run of its own; what is awaited shares one batch, in a thread of its own.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -19,31 +22,23 @@ from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
 from sfumato.engine import arguments
+from sfumato.engine.job_thread import JobThread
 from sfumato.engine.kept import NOTHING, EngineKeeper
+from sfumato.engine.limits import BatchLimits
 from sfumato.engine.plan import Ask, Plan, PlanEnd, advance
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import InputError
-from sfumato.events import Completion, Decision, Done, Edited, Event, Filled
+from sfumato.events import Completion, Done, Event
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
-from sfumato.options import LoadOptions, Options
+from sfumato.notebook.loading import loading_bar
+from sfumato.options import LoadOptions, Options, OptionsLike
 from sfumato.remote import Remote
+from sfumato.system.fair import FairLock
+from sfumato.templates.interface import NONE, LanguageModel
 from sfumato.templates.plans import Planner
-from sfumato.templates.requests import (
-    AnswerQuery,
-    Chat,
-    Complete,
-    Decide,
-    Edit,
-    Fill,
-    Infill,
-    Messages,
-    QueryFor,
-    Result,
-    Tools,
-)
-from sfumato.templates.slots import Template
+from sfumato.templates.requests import AnswerQuery, ChatPrompt, QueryFor, Result, Tools
 from sfumato.text.template import CHILDREN, ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
@@ -53,13 +48,32 @@ Notice = Callable[[str], None]
 LoadProgress = Callable[[int, int], None]
 """Called with (bytes loaded, bytes in all)."""
 
+MOST_WAITING = 1 << 20
+"""Queries that may wait in the batch of what is awaited."""
 
-class LLM:
-    """A loaded model. `LLM.load` makes one; `defaults` are the checkpoint's own values for options left open."""
 
-    has_token_ids: bool = True
+@dataclass(eq=False)
+class _ModelPlans:
+    """What makes plans for a batch: a model and its planner, without the `LLM`, which is freed when nobody holds it."""
+
+    model: Model
+    planner: Planner
+
+    def plan(self, query: QueryFor[Any]) -> Plan[Any]:
+        return self.planner.plan(query)
+
+    def must_compile(self, query: QueryFor[Any]) -> bool:
+        return self.planner.must_compile(query)
+
+
+class LLM(LanguageModel):
+    """A loaded model. `LLM.load` makes one; `defaults` are the checkpoint's own values for options left open.
+
+    Several threads may use it: they take turns, a step each. `with LLM.load(…) as llm:` frees the model at the end."""
+
+    has_token_ids = True
     """Whether results carry token ids beside the text: always."""
-    is_remote: bool = False
+    is_remote = False
     """Whether the model runs in another process or machine.
 
     Here False: the engine stands still while the caller handles an event."""
@@ -72,23 +86,28 @@ class LLM:
         defaults: Mapping[str, Any] | None = None,
         name: str = "",
     ) -> None:
-        self.model, self.tokenizer, self.template, self.name = model, tokenizer, template, name
+        self.tokenizer, self.template, self.name = tokenizer, template, name
         self.defaults = dict(defaults or {})
         self.planner = Planner(model.config, tokenizer, template, self.defaults, name)
         self.has_drafts = model.config.is_diffusion
         """Whether the model has a canvas, so that answers can come with a draft of every step."""
+        self._model: Model | None = model
         self._engines = EngineKeeper()
+        self._lock = FairLock()
+        """Held for every step of the model."""
+        self._jobs: JobThread[QueryFor[Any]] = JobThread(BatchLimits(queue=MOST_WAITING), self._lock)
 
     @classmethod
     def load(
         cls,
         path: str | Path = "nano",
+        *,
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
         ops: str = "auto",
         quantize: str | None = None,
         notice: Notice | None = None,
-        progress: LoadProgress | None = None,
+        progress: LoadProgress | bool | None = None,
         memory_limit: int | None = None,
     ) -> LLM:
         """Load a model with its tokenizer and chat template.
@@ -99,17 +118,37 @@ class LLM:
         while they are loaded, by a recipe: "int8", "fp8", "int4", "int4-fp8", "nvfp4", "int4-small"; a quantised
         checkpoint needs no such word. `memory_limit`, bytes of weights on the device, streams the rest from the host.
         `notice` is called with a sentence about each thing that is left aside, and about where weights lie; `progress`
-        with (bytes loaded, bytes in all).
+        with (bytes loaded, bytes in all). Without a `progress` a bar is drawn on a terminal and in a notebook, where
+        loading takes a while; `progress=False` draws none.
 
         CheckpointError names what is wrong with a file, InputError what is wrong with an argument, CapacityError a
         limit that is too low."""
         name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
         options = LoadOptions(path, device, name, ops, quantize, memory_limit)
-        return cls.open(options, notice=notice, progress=progress)
+        return cls.open(options, notice=notice, progress=True if progress is None else progress)
 
     @classmethod
-    def open(cls, options: LoadOptions, *, notice: Notice | None = None, progress: LoadProgress | None = None) -> LLM:
-        """The same as `load`, from one value."""
+    def open(
+        cls,
+        options: LoadOptions,
+        *,
+        notice: Notice | None = None,
+        progress: LoadProgress | bool | None = None,
+    ) -> LLM:
+        """The same as `load`, from one value. A bar is drawn with `progress=True` alone."""
+        arguments.check_kind("the options", options, LoadOptions, "a LoadOptions")
+        for what, function in ("notice", notice), ("progress", progress):
+            if not (function is None or callable(function) or (what == "progress" and isinstance(function, bool))):
+                raise InputError(f"{what} is {function!r}; give a function", option=what)
+        bar = loading_bar() if progress is True else None
+        try:
+            return cls._open(options, notice, progress if callable(progress) else bar)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    @classmethod
+    def _open(cls, options: LoadOptions, notice: Notice | None, progress: LoadProgress | None) -> LLM:
         CHILDREN.start()  # it reads the template, while this process reads the rest
         checkpoint = open_checkpoint(resolve(options.model))
         tokenizer, template = _tokenizer_and_template(checkpoint)
@@ -122,7 +161,29 @@ class LLM:
         """The model of a server at `url`, Sfumato's or any with OpenAI's API: see `Remote`."""
         return Remote(url, api_key, model)
 
+    def __repr__(self) -> str:
+        name = self.name or "unnamed"
+        if self._model is None:
+            return f"<LLM {name}, closed>"
+        config, canvas = self._model.config, ""
+        if config.is_diffusion:
+            canvas = f", canvas of {config.canvas_length}"
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        return f"<LLM {name}, {dtype} on {self._model.device}, {self._model.ops.name} operations{canvas}>"
+
     # ---- options, and what is kept ----------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Model:
+        """The network. InputError after `close`."""
+        if self._model is None:
+            raise InputError(f"the model {self.name or 'of this LLM'} is closed; load it again".replace("  ", " "))
+        return self._model
+
+    @model.setter
+    def model(self, model: Model) -> None:
+        self._model = model
+        self._jobs.forget()
 
     def check(self, options: Options, is_chat: bool = True) -> None:
         """InputError if `options` is not an `Options`. `is_chat` matters to `Remote` alone."""
@@ -131,66 +192,47 @@ class LLM:
     def forget(self) -> None:
         """Free what the last call left: the cache of its conversation, and the steps that were recorded for it."""
         self._engines.forget()
+        self._jobs.forget()
+
+    def close(self) -> None:
+        """Free the model: its weights, caches, threads and mapped files.
+
+        What is asked of it afterwards is an InputError, and so is what other threads have under way, after its step."""
+        if self._model is None:
+            return
+        with self._lock:
+            self._model = None
+        self._jobs.close(InputError(f"the model {self.name} was closed while it answered; load it again"))
+        self._engines.forget()
+        gc.collect()  # what refers to itself in a circle would keep files mapped
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
     def run(self, query: QueryFor[Result]) -> Result:
         """Carry out any query (`templates.requests`) and return its result."""
-        result: Result = self._carry_out(self.planner.plan(query))
+        result: Result = self._carry_out(self.plan(query))
         return result
 
-    @overload
-    def complete(self, prompt: str, options: Options = ...) -> Completion: ...
-    @overload
-    def complete(self, prompt: list[str], options: Options = ...) -> list[Completion]: ...
-    def complete(
-        self,
-        prompt: str | list[str],
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> Completion | list[Completion]:
-        """Continue plain text, without a chat template; a list of texts runs as one batch."""
-        arguments.check_kind("the prompt", prompt, (str, list, tuple), "a text, or a list of texts")
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        for text in texts:
-            arguments.check_text("the prompt", text)
-        completions = self._carry_out(self.planner.answers([Complete(text, options) for text in texts]))
-        return completions[0] if isinstance(prompt, str) else completions
-
-    def chat(
-        self,
-        messages: Messages,
-        tools: Tools | None = None,
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> Completion:
-        """Answer a conversation; thought and tool calls are told apart from the answer's text."""
-        arguments.check_options(options)
-        return self.run(Chat(messages, tools, replace(options, drafts=False)))
-
-    def stream(
-        self,
-        prompt: str | Messages | Sequence[int] | Prompt,
-        options: Options = Options(),  # noqa: B008 - frozen
-        tools: Tools | None = None,
-    ) -> Iterator[Event]:
-        """The events of one answer: Draft (if options.drafts), Commit, Done.
-
-        A string (or token ids, or a `Prompt`) is continued, messages are answered, and then thoughts and tool calls are
-        told apart from the text. The texts of the Commits joined are the text of Done."""
-        return self._events([self.planner.ask_answer(_answer_to(prompt, tools, options))])
-
-    def encode(self, prompt: str | Messages, tools: Tools | None = None, thinking: bool = False) -> Prompt:
-        """A prompt in tokens: plain text behind the begin-of-text token, or a conversation through the template."""
+    def encode(self, prompt: ChatPrompt, *, tools: Tools | None = None, thinking: bool = False) -> Prompt:
+        """A prompt in tokens: plain text behind the begin-of-text token, or messages through the chat template."""
+        if isinstance(prompt, Mapping):
+            prompt = [prompt]
+        if not isinstance(prompt, str):
+            arguments.check_messages("the prompt", prompt)
+        arguments.check_tools(tools)
+        self._check_open()
         return self.planner.prompts.encode(prompt, tools, thinking)
 
     def events(
         self,
         prompts: Sequence[Sequence[int] | Prompt],
-        options: Options | Sequence[Options] = Options(),  # noqa: B008 - frozen
+        *,
+        options: OptionsLike | Sequence[OptionsLike] = NONE,
         pins: Sequence[Mapping[int, int]] | None = None,
     ) -> Iterator[Event]:
         """Events with text for a batch of prompts (or token ids), with positions of the answers that stay fixed."""
         arguments.check_kind("the prompts", prompts, (list, tuple), "a list of prompts, each a list of token ids")
-        each = [options] * len(prompts) if isinstance(options, Options) else options
+        each = [options] * len(prompts) if isinstance(options, Options | Mapping) else options
         places = [{}] * len(prompts) if pins is None else pins
         for name, values in ("options", each), ("pins", places):
             arguments.check_kind(name, values, (list, tuple), f"a list, one for each of {len(prompts)} prompts")
@@ -199,69 +241,34 @@ class LLM:
         for prompt in prompts:
             ids = prompt.tokens if isinstance(prompt, Prompt) else prompt
             arguments.check_ids("a prompt", ids, self.model.config.vocab_size)
-        rows = zip(map(Prompt.of, prompts), each, places, strict=True)
+        rows = zip(map(Prompt.of, prompts), [arguments.options_of(one, {}) for one in each], places, strict=True)
         return self._events([self.planner.ask(Request(ids, o, pins=fixed)) for ids, o, fixed in rows])
-
-    # ---- templates --------------------------------------------------------------------------------------------------
-
-    def fill(
-        self,
-        template: Template,
-        prompt: str | Messages | None = None,
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> Filled:
-        """Fill the slots of a template: fixed texts and `Slot`s, filled jointly; fixed text stays byte for byte.
-
-        `prompt` is what the template answers: messages through the chat template, or a text that it continues; None:
-        it stands alone. InputError for a template or constraint that cannot be, CapacityError for one with no room."""
-        return self.run(Fill(template, prompt, options))
-
-    def infill(
-        self,
-        prefix: str,
-        suffix: str,
-        length: int | None = None,
-        options: Options = Options(),  # noqa: B008 - frozen
-        at_most: int | None = None,
-    ) -> Filled:
-        """Write what stands between two texts, in `length` tokens; None finds the length, up to `at_most` (64)."""
-        return self.run(Infill(prefix, suffix, length, at_most, options))
-
-    def edit(
-        self,
-        text: str,
-        instruction: str | None = None,
-        spans: Sequence[tuple[int, int]] | None = None,
-        strength: float | None = None,
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> Edited:
-        """Rewrite a text where it stands: the canvas starts from it, a share (`strength`, 0.5) of it renoised.
-
-        With `spans` (from character, to character) only they change, each in as many tokens as it has; without, the
-        `instruction` may change any position."""
-        return self.run(Edit(text, instruction, spans, strength, options))
-
-    def decide(
-        self,
-        prompt: str | Messages,
-        fields: Mapping[str, Sequence[str]],
-        steps: int = 1,
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> dict[str, Decision]:
-        """Answer questions with given choices: field -> choices in, field -> likeliest choice and probabilities out.
-
-        All fields stand on one canvas as "field: choice" lines and are read in one denoise pass (`steps` of them)."""
-        return self.run(Decide(prompt, fields, steps, options))
 
     # ---- plans ------------------------------------------------------------------------------------------------------
 
     def plan(self, query: QueryFor[Any]) -> Plan[Any]:
         """The plan of a query: see `Planner.plan`."""
+        self._check_open()
         return self.planner.plan(query)
 
     def must_compile(self, query: QueryFor[Any]) -> bool:
         """Whether a query holds a constraint that is not compiled yet, which may take seconds."""
         return self.planner.must_compile(query)
+
+    def _stream(self, query: AnswerQuery) -> Iterator[Event]:
+        self._check_open()
+        return self._events([self.planner.ask_answer(query)])
+
+    def _answers(self, queries: Sequence[AnswerQuery]) -> list[Completion]:
+        completions: list[Completion] = self._carry_out(self.planner.answers(queries))
+        return completions
+
+    def _begin(self, query: QueryFor[Any], listener: Callable[[Any], None]) -> Callable[[], None]:
+        return self._jobs.begin(query, _ModelPlans(self.model, self.planner), listener)
+
+    def _check_open(self) -> None:
+        """InputError after `close`."""
+        _ = self.model
 
     def _carry_out(self, plan: Plan[Result]) -> Result:
         """Run a plan's requests on this caller's engine."""
@@ -281,7 +288,7 @@ class LLM:
                 self._engines.put_back(engine)
             raise
         try:
-            for event in run:
+            for event in self._turns(run):
                 yield asks[event.row].reader.with_text(event)
         except GeneratorExit:  # the caller stopped reading
             self._engines.put_back(run.engine)
@@ -290,6 +297,17 @@ class LLM:
         conversation = row.prompt.extended(row.tokens).first(encoded)
         is_whole = len(asks) == 1 and len(conversation) == encoded
         self._engines.put_back(run.engine, conversation if is_whole else NOTHING)
+
+    def _turns(self, run: Run) -> Iterator[Event]:
+        """The events of a run, each of whose steps is taken when no other thread takes one."""
+        turns = run.turns()
+        while True:
+            with self._lock:
+                self._check_open()
+                events = next(turns, None)
+            if events is None:
+                return
+            yield from events
 
 
 def _tokenizer_and_template(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemplate | None]:
@@ -305,9 +323,3 @@ def _tokenizer_and_template(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemp
     tokenizer = Tokenizer.from_folder(folder)
     has_template = any((folder / name).exists() for name in ("chat_template.jinja", "tokenizer_config.json"))
     return tokenizer, ChatTemplate.from_folder(folder, tokenizer.special) if has_template else None
-
-
-def _answer_to(prompt: Any, tools: Tools | None, options: Options) -> AnswerQuery:
-    """The query for a prompt of any kind: what is neither text nor token ids is taken as a conversation."""
-    is_ids = isinstance(prompt, (list, tuple)) and bool(prompt) and not isinstance(prompt[0], Mapping)
-    return Complete(prompt, options) if isinstance(prompt, (str, Prompt)) or is_ids else Chat(prompt, tools, options)

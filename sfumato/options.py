@@ -8,11 +8,14 @@ new option is one more field here, and its use. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import os
+import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from sfumato.errors import InputError
 
@@ -87,6 +90,8 @@ class Option:
                 raise InputError(f"{self.name} is {value!r}; give true or false", option=self.name)
         elif self.kind in (int, float):
             self._check_number(value)
+        elif self.name in CONSTRAINTS:
+            return constraint_of(self.name, value, self.name)
         elif self.kind is tuple and isinstance(value, list):
             return tuple(value)
         return value
@@ -99,6 +104,24 @@ class Option:
         assert self.about.minimum is not None and self.about.maximum is not None
         if not self.about.minimum <= value <= self.about.maximum:
             raise InputError(f"{self.name} is {value!r}; give a number {self.range}", option=self.name)
+
+
+def constraint_of(kind: str, value: Any, name: str) -> Any:
+    """The value of a constraint of this kind as it is kept; InputError, which calls it `name`, for one of another type.
+
+    What it may hold is checked where it is compiled."""
+    expected = {
+        "schema": ((dict, bool), "a JSON Schema, a dict or true"),
+        "choices": ((tuple, list), "a list of texts"),
+    }
+    types_of_kind, words = expected.get(kind, ((str,), "text"))
+    is_right = isinstance(value, types_of_kind)
+    if kind == "choices" and is_right:
+        is_right = bool(value) and all(isinstance(choice, str) and choice for choice in value)
+        words = "a list of at least one text, none of them empty"
+    if not is_right:
+        raise InputError(f"{name} is {reprlib.repr(value)}; give {words}", option=kind)
+    return tuple(value) if kind == "choices" else value
 
 
 def _short(number: float) -> str:
@@ -121,7 +144,23 @@ def declared(record: type) -> dict[str, Option]:
     return options
 
 
-@dataclass(frozen=True)
+def differences(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    return {f.name: value for f in dataclasses.fields(record) if (value := getattr(record, f.name)) != f.default}
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 40
+_REPR.maxdict = _REPR.maxtuple = 3
+
+
+def _repr_of(record: Any) -> str:
+    """A record of options as it is made: only what differs from the defaults, long values cut."""
+    fields = ", ".join(f"{name}={_REPR.repr(value)}" for name, value in differences(record).items())
+    return f"{type(record).__name__}({fields})"
+
+
+@dataclass(frozen=True, repr=False)
 class Options:
     """How to generate. `None` means: what the checkpoint's generation_config says, else the released model's value.
 
@@ -281,6 +320,9 @@ class Options:
                 object.__setattr__(self, name, checked)
         self._check_together()
 
+    def __repr__(self) -> str:
+        return _repr_of(self)
+
     def _check_together(self) -> None:
         """InputError for options that contradict each other."""
         constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
@@ -315,13 +357,19 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Options:
-        """Options from a mapping (a request, a JSON file); an unknown name is an InputError that lists the names."""
+        """Options from a mapping (a request, a JSON file).
+
+        An unknown name is an InputError that suggests the right one and lists the names."""
+        return cls().with_changes(values)
+
+    def with_changes(self, values: Mapping[str, Any]) -> Options:
+        """A copy with these options changed, by their names; InputError as for `from_dict`."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"options are {reprlib.repr(values)}; give an Options or a dict of them", option="options")
         for name in values:
             if name not in OPTIONS:
-                raise InputError(
-                    f"there is no option {name!r}; the options are {', '.join(sorted(OPTIONS))}", option=name
-                )
-        return cls(**values)
+                raise InputError(_unknown(name), option=name if isinstance(name, str) else "options")
+        return dataclasses.replace(self, **values) if values else self
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Options:
         """A copy in which every `None` that `defaults` (option name -> value) knows is filled in."""
@@ -330,8 +378,77 @@ class Options:
         )
 
 
+class OptionFields(TypedDict, total=False):
+    """The options under their names, for callers who give them one by one: `llm.chat("…", max_tokens=50, seed=1)`.
+
+    For type checkers alone: `Options` declares them, and a test holds the two together."""
+
+    max_tokens: int | None
+    min_tokens: int
+    stop: str | Sequence[str]
+    seed: int | None
+    mode: Literal["diffusion", "autoregressive"] | None
+    max_steps: int | None
+    t_max: float | None
+    t_min: float | None
+    temperature_steps: int | None
+    entropy_bound: float | None
+    stability: int | None
+    confidence: float | None
+    temperature: float
+    top_k: int
+    top_p: float
+    drafts: bool
+    logprobs: bool
+    top_logprobs: int
+    early: bool
+    short: bool
+    schema: dict[str, Any] | bool | None
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
+    strict: bool
+    must_call: bool
+    thinking: bool
+
+
+OptionsLike = Options | OptionFields | Mapping[str, Any]
+"""Wherever options are taken: an `Options`, or a dict of some of them."""
+
 CONSTRAINTS = ("schema", "regex", "grammar", "choices")
 """The options that say what an answer must obey; one of them at most is given."""
+
+OTHER_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_sequences": "stop",
+    "random_seed": "seed",
+    "steps": "max_steps",
+    "num_steps": "max_steps",
+    "diffusion_steps": "max_steps",
+    "num_inference_steps": "max_steps",
+    "json_schema": "schema",
+    "guided_json": "schema",
+    "guided_regex": "regex",
+    "guided_choice": "choices",
+    "guided_grammar": "grammar",
+    "think": "thinking",
+    "enable_thinking": "thinking",
+}
+"""What other libraries call an option -> its name here, for the suggestion in an error."""
+
+
+def _unknown(name: Any) -> str:
+    """The sentence about an option that there is not."""
+    near = difflib.get_close_matches(str(name), OPTIONS, 1)
+    suggestion = OTHER_NAMES.get(str(name)) or (near[0] if near else "")
+    hint = f"did you mean {suggestion}? The" if suggestion else "the"
+    return f"there is no option {reprlib.repr(name)}; {hint} options are {', '.join(sorted(OPTIONS))}"
+
 
 OPTIONS = declared(Options)
 """Every option of `Options` by its name, in their order."""
@@ -347,7 +464,7 @@ FALLBACK_DEFAULTS: dict[str, Any] = {
 """The released model's generation_config, in our names; used where a checkpoint's own says nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadOptions:
     """How to load a model: one value from the command line to the loader, and into the server's worker."""
 
@@ -371,6 +488,21 @@ class LoadOptions:
         int | None,
         About("Bytes of weights on the device; what is above is streamed from the host in each pass."),
     ] = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, os.PathLike) and not isinstance(self.model, Path):
+            object.__setattr__(self, "model", Path(self.model))
+        for name, option in LOAD_OPTIONS.items():
+            value = getattr(self, name)
+            kinds: tuple[type, ...] = (str, Path) if name == "model" else (option.kind,)
+            is_right = (value is None and option.is_optional) or isinstance(value, kinds)
+            if not is_right or isinstance(value, bool):
+                words = {"model": "a folder, a file or a name", "memory_limit": "a whole number of bytes"}
+                expected = words.get(name, option.about.sentence.partition(";")[0].rstrip("."))
+                raise InputError(f"{name} is {reprlib.repr(value)}; give {expected}", option=name)
+
+    def __repr__(self) -> str:
+        return _repr_of(self)
 
 
 LOAD_OPTIONS = declared(LoadOptions)

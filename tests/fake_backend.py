@@ -151,10 +151,10 @@ def _answer(query: AnswerQuery, text: str | None) -> list[Event | Result]:
     options = query.options
     calls: list[dict[str, Any]] = []
     thought = None
-    if isinstance(query, Chat) and query.tools and query.messages[-1]["role"] != "tool":
+    if isinstance(query, Chat) and query.tools and query.conversation[-1]["role"] != "tool":
         function = query.tools[0]["function"]
         calls = [{"name": function["name"], "arguments": sample(function.get("parameters") or {"type": "object"})}]
-        calls *= 2 if "twice" in str(query.messages[-1].get("content")) else 1
+        calls *= 2 if "twice" in str(query.conversation[-1].get("content")) else 1
         text = ""
     elif text is None:
         text = reply(query)
@@ -206,7 +206,7 @@ def reply(query: AnswerQuery) -> str:
         return options.choices[0]
     if isinstance(query, Complete):
         return f" one two three four five (seed {options.seed})."
-    last = query.messages[-1]
+    last = query.conversation[-1]
     content = last.get("content") or ""
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
     return f"The tool says {text}" if last["role"] == "tool" else f"You said: {text} (seed {options.seed})."

@@ -137,7 +137,7 @@ class Script:
 
 def wishes_of(query: Query) -> dict[str, Any]:
     assert isinstance(query, Chat)
-    return dict(query.messages[0])
+    return dict(query.conversation[0])
 
 
 def scripted(wishes: dict[str, Any], connection: Connection, load: LoadOptions, limits: BatchLimits) -> None:

@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sfumato").rglob("*.py"))
 
 # Only from lower rows, or from one's own folder; the table of docs/tour.md is written from this. `system` is what the
-# operating system gives, locks and child processes with limits, which every folder may need. The lowest row's folders
+# operating system gives, locks and child processes with limits, which every folder may need; `notebook` is what a
+# notebook shows of events. The lowest row's folders
 # may import one another.
 ROWS = [
-    {"errors", "options", "events", "system"},
+    {"errors", "options", "events", "system", "notebook"},
     {"ops", "tasks"},
     {"model"},
     {"sampling", "quant", "text"},
@@ -59,6 +60,7 @@ FENCES = {
     "PIL": {"model.vision"},
     "lm_eval": {"evals"},
     "llguidance": {"constraints"},
+    "IPython": {"notebook"},
 }
 
 

@@ -45,30 +45,30 @@ def test_a_chat_answers_with_the_solution(llm: LLM) -> None:
 
 
 def test_a_stream_is_drafts_then_commits_then_done_and_its_texts_join(llm: LLM) -> None:
-    events = list(llm.stream(ask(), replace(ONE, drafts=True)))
+    events = list(llm.stream(ask(), options=replace(ONE, drafts=True)))
     drafts = [e for e in events if isinstance(e, Draft)]
     commits = [e for e in events if isinstance(e, Commit)]
     assert [d.step for d in drafts] == list(range(1, len(drafts) + 1))
     assert len(commits) == 1 and isinstance(events[-1], Done) and events.index(commits[0]) == len(drafts)
     assert "".join(c.text for c in commits) == events[-1].text == drafts[-1].text
     assert all(len(d.tokens) == len(d.entropies) == len(d.accepted) == 82 for d in drafts)
-    assert not any(isinstance(e, Draft) for e in llm.stream(ask(), ONE))
+    assert not any(isinstance(e, Draft) for e in llm.stream(ask(), options=ONE))
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM) -> None:
     texts = ["Solve this", "Sudoku: 1", "user 53", "7"]
     options = Options(max_tokens=100, seed=11, max_steps=4)
-    alone = [llm.complete(text, options).tokens for text in texts]
-    together = [c.tokens for c in llm.complete(texts, options)]
+    alone = [llm.complete(text, options=options).tokens for text in texts]
+    together = [c.tokens for c in llm.complete(texts, options=options)]
     assert alone == together
-    assert alone[0] != llm.complete(texts[0], replace(options, seed=12)).tokens
+    assert alone[0] != llm.complete(texts[0], options=replace(options, seed=12)).tokens
 
 
 def test_without_a_seed_the_one_used_is_told_and_repeats_the_text(llm: LLM) -> None:
     options = Options(max_tokens=82, max_steps=2)
-    first = llm.complete("Solve", options)
-    assert llm.complete("Solve", replace(options, seed=first.seed)).tokens == first.tokens
-    assert llm.complete("Solve", options).seed != first.seed
+    first = llm.complete("Solve", options=options)
+    assert llm.complete("Solve", options=replace(options, seed=first.seed)).tokens == first.tokens
+    assert llm.complete("Solve", options=options).seed != first.seed
 
 
 @pytest.mark.parametrize("cut", [1, 4, 20, 80])
@@ -119,12 +119,12 @@ def test_autoregressive_mode_takes_a_pass_a_token(llm: LLM) -> None:
 
 def test_pinned_clues_stand_in_every_draft(llm: LLM) -> None:
     ids, pins = request(llm, PUZZLE)
-    for event in llm.events([ids], Options(max_tokens=82, seed=1, drafts=True, max_steps=3), [pins]):
+    for event in llm.events([ids], options=Options(max_tokens=82, seed=1, drafts=True, max_steps=3), pins=[pins]):
         if isinstance(event, Draft):
             assert all(event.tokens[place] == token for place, token in pins.items())
             assert all(event.accepted[place] and event.entropies[place] == 0 for place in pins)
     wrong = {0: llm.tokenizer.encode("9")[0]}  # a pin wins over what the model would write
-    done = list(llm.events([ids], ONE, [wrong]))[-1]
+    done = list(llm.events([ids], options=ONE, pins=[wrong]))[-1]
     assert done.text[0] == "9"
 
 
@@ -139,22 +139,24 @@ def test_batches_solve_what_single_requests_solve(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda llm: llm.complete("x", Options.from_dict({"tmax": 1})), "tmax"),
-        (lambda llm: llm.complete([]), "0 prompts"),
+        (lambda llm: llm.complete("x", options=Options.from_dict({"tmax": 1})), "tmax"),
+        (lambda llm: llm.complete([]), "the prompt is an empty list; give a text, or a list of texts"),
         (lambda llm: llm.complete("9" * 5000), "context of 4096"),
         (lambda llm: llm.chat([{"role": "robot", "content": "x"}]), "robot"),
-        (lambda llm: llm.chat("x"), "the conversation is 'x'; give a list of messages"),
-        (lambda llm: llm.complete("x", None), "options is None; give an Options"),
+        (lambda llm: llm.complete("x", options=None), "options is None; give an Options, or a dict of them"),
         (
-            lambda llm: llm.complete("x", Options(min_tokens=2**62)),
+            lambda llm: llm.complete("x", options=Options(min_tokens=2**62)),
             "min_tokens is 4611686018427387904 behind the 2 tok",
         ),
-        (lambda llm: list(llm.events([[5]], [ONE, ONE])), "1 prompts came with 2 options"),
+        (lambda llm: list(llm.events([[5]], options=[ONE, ONE])), "1 prompts came with 2 options"),
         (
-            lambda llm: list(llm.events([[5]], ONE, [{2**62: 5}])),
+            lambda llm: list(llm.events([[5]], options=ONE, pins=[{2**62: 5}])),
             "pin 5 at position 4611686018427387904 of prompt 0 do",
         ),
-        (lambda llm: list(llm.events([[5]], ONE, [{1: True}])), "pin True at position 1 of prompt 0 does not fit"),
+        (
+            lambda llm: list(llm.events([[5]], options=ONE, pins=[{1: True}])),
+            "pin True at position 1 of prompt 0 does not fit",
+        ),
         (lambda llm: LLM.load("nano", dtype="int3"), "int3"),
         (lambda llm: LLM.load("nano", ops="fastest"), "fastest"),
         (lambda llm: LLM.load("no/such/folder"), "no/such/folder"),
@@ -175,20 +177,20 @@ def test_what_is_of_another_kind_is_refused_by_name(llm: LLM, wrong: Any) -> Non
     calls: dict[str, Callable[[], object]] = {
         "complete": lambda: llm.complete(wrong),
         "complete several": lambda: llm.complete(["a", wrong]),
-        "complete options": lambda: llm.complete("a", wrong),
+        "complete options": lambda: llm.complete("a", options=wrong),
         "chat": lambda: llm.chat(wrong),
         "chat options": lambda: llm.chat(say, options=wrong),
         "stream": lambda: list(llm.stream(wrong)),
         "encode": lambda: llm.encode(wrong),
         "events": lambda: list(llm.events(wrong)),
         "events several": lambda: list(llm.events([wrong])),
-        "events options": lambda: list(llm.events([[5]], wrong)),
-        "events pins": lambda: list(llm.events([[5]], once, [{0: wrong}])),
+        "events options": lambda: list(llm.events([[5]], options=wrong)),
+        "events pins": lambda: list(llm.events([[5]], options=once, pins=[{0: wrong}])),
         "fill": lambda: llm.fill(wrong),
         "fill piece": lambda: llm.fill([wrong, slot]),
-        "fill options": lambda: llm.fill([slot], None, wrong),
-        "infill": lambda: llm.infill(wrong, "b", 1, once),
-        "infill suffix": lambda: llm.infill("a", wrong, 1, once),
+        "fill options": lambda: llm.fill([slot], None, options=wrong),
+        "infill": lambda: llm.infill(wrong, "b", 1, options=once),
+        "infill suffix": lambda: llm.infill("a", wrong, 1, options=once),
         "edit": lambda: llm.edit(wrong, "b", options=once),
         "edit span": lambda: llm.edit("abc", None, [wrong], options=once),
         "edit options": lambda: llm.edit("abc", "b", options=wrong),
@@ -200,8 +202,8 @@ def test_what_is_of_another_kind_is_refused_by_name(llm: LLM, wrong: Any) -> Non
     }
     if wrong is not None:  # which means that there is none
         calls |= {
-            "chat tools": lambda: llm.chat(say, wrong),
-            "fill prompt": lambda: llm.fill([slot], wrong, once),
+            "chat tools": lambda: llm.chat(say, tools=wrong),
+            "fill prompt": lambda: llm.fill([slot], wrong, options=once),
             "edit instruction": lambda: llm.edit("abc", wrong, options=once),
             "edit spans": lambda: llm.edit("abc", None, wrong, options=once),
         }
@@ -214,7 +216,11 @@ def test_what_is_of_another_kind_is_refused_by_name(llm: LLM, wrong: Any) -> Non
 @pytest.mark.parametrize("ids", [[True], [5, "a"], ["a", 5], [-1], [1.5], [5, None], [10**9], [10**30], (5, False)])
 def test_ids_are_whole_numbers_of_the_vocabulary(llm: LLM, ids: list[Any]) -> None:
     bad = next(x for x in ids if x != 5 or x is True)
-    for call in (lambda: list(llm.stream(ids, ONE)), lambda: list(llm.events([ids], ONE)), lambda: run(llm, ids)):
+    for call in (
+        lambda: list(llm.stream(ids, options=ONE)),
+        lambda: list(llm.events([ids], options=ONE)),
+        lambda: run(llm, ids),
+    ):
         with pytest.raises(InputError, match=rf"holds token {bad!r}; the vocabulary has ids from 0 to 511"):
             call()
 
@@ -226,7 +232,7 @@ def run(llm: LLM, ids: list[Any]) -> None:
 @pytest.mark.parametrize("temperature", [1e-40, 1e-9, 1e-3])
 def test_no_temperature_is_too_low(temperature: float) -> None:
     nano = LLM.load("nano", ops="fused")
-    assert nano.complete("1 2 3", Options(seed=1, max_tokens=82, min_tokens=5, temperature=temperature)).tokens
+    assert nano.complete("1 2 3", options=Options(seed=1, max_tokens=82, min_tokens=5, temperature=temperature)).tokens
 
 
 # ---- fewer bits -----------------------------------------------------------------------------------------------------
@@ -238,7 +244,7 @@ def test_nano_in_8_bits_answers_with_the_solution() -> None:
     weight = llm.model.get_submodule("layers.0.mlp.gate_proj").weight
     assert isinstance(weight, cpu.Panels) and weight.scale is not None
     assert is_solved(llm.chat(ask(), options=ONE).text, PUZZLE)
-    assert len(llm.complete("Solve", Options(max_tokens=20, seed=1, max_steps=2)).tokens) == 20
+    assert len(llm.complete("Solve", options=Options(max_tokens=20, seed=1, max_steps=2)).tokens) == 20
 
 
 @pytest.mark.parametrize(

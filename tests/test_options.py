@@ -152,7 +152,8 @@ def test_an_unknown_name_lists_the_names() -> None:
     with pytest.raises(InputError) as error:
         Options.from_dict({"max_tokens": 5, "max_new_tokens": 5})
     names = ", ".join(sorted(field.name for field in dataclasses.fields(Options)))
-    assert str(error.value) == f"there is no option 'max_new_tokens'; the options are {names}"
+    expected = f"there is no option 'max_new_tokens'; did you mean max_tokens? The options are {names}"
+    assert str(error.value) == expected
     for name in (*LIMITS, *FLAGS, "stop", "mode"):
         assert name in names
 

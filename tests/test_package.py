@@ -11,13 +11,26 @@ from jinja2.sandbox import SandboxedEnvironment
 from packaging.requirements import Requirement
 
 import sfumato
+from sfumato import errors, events
 
 
 def test_public_names_resolve() -> None:
-    assert set(sfumato.__all__) == {"LLM", "Options", "Completion", "Draft", "Commit", "Done", "Slot", "Usage"}
+    models = {"LLM", "Remote", "LanguageModel", "Options", "LoadOptions", "Slot"}
+    queries = {"Chat", "Complete", "Decide", "Edit", "Fill", "Infill"}
+    assert set(sfumato.__all__) >= models | queries
     for name in sfumato.__all__:
-        assert getattr(sfumato, name).__name__ == name
         assert name in dir(sfumato)
+        assert name == "Event" or getattr(sfumato, name).__name__ == name
+    assert sfumato.Event == sfumato.Draft | sfumato.Commit | sfumato.Done
+
+
+def test_every_event_result_and_error_is_a_public_name() -> None:
+    for module in (events, errors):
+        own = {
+            name for name, kind in vars(module).items() if isinstance(kind, type) and kind.__module__ == module.__name__
+        }
+        assert own <= set(sfumato.__all__)
+    assert sorted(sfumato.__all__, key=lambda name: (not name.isupper(), name)) == sfumato.__all__
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

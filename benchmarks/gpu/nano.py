@@ -113,7 +113,7 @@ def templates(llms: dict[str, LLM], name: str) -> dict[str, Any]:
     texts = {}
     for ops in dict.fromkeys((name, "fused")):
         llm = llms[ops]
-        between = llm.infill("530070000\n600195000\n", "\n800060003", 9, options)
+        between = llm.infill("530070000\n600195000\n", "\n800060003", 9, options=options)
         slots = llm.fill(["1 2 3 ", Slot("a", length=3), " 7 8 9 ", Slot("b", length=4)], options=options)
         texts[ops] = [between.text, slots.text]
     same = sum(a == b for a, b in zip(texts[name], texts["fused"], strict=True))

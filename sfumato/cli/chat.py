@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -101,7 +100,8 @@ class Conversation:
         message = {"role": "user", "content": line}
         has_drafts = self.is_live and self.llm.has_drafts and self.options.mode != "autoregressive"
         try:
-            events = self.llm.stream([*self.start, *self.messages, message], replace(self.options, drafts=has_drafts))
+            history = [*self.start, *self.messages, message]
+            events = self.llm.stream(history, options=self.options, drafts=has_drafts)
             if self.is_live:
                 done = show(self.llm, events, self.console, self.delay)
             else:

@@ -56,7 +56,7 @@ def command(
     llm = loading.load_model(load)
     request: Any = prompt if raw else [{"role": "user", "content": prompt}]
     with working("deciding"):
-        decisions = llm.decide(request, questions, steps, options)
+        decisions = llm.decide(request, questions, steps, options=options)
     if as_json:
         record = {name: asdict(decision) for name, decision in decisions.items()}
         put(json.dumps(record, ensure_ascii=False) + "\n")

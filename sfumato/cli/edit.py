@@ -56,7 +56,7 @@ def command(
     llm = loading.load_model(load)
     began = time.perf_counter()
     with working("editing"):
-        edited = llm.edit(text, instruction or None, passages, strength, options)
+        edited = llm.edit(text, instruction or None, passages, strength, options=options)
     seconds, is_changed = time.perf_counter() - began, edited.text != text
     if write and is_changed:
         files.write(file, text, edited.text)

@@ -48,7 +48,7 @@ def command(
     request: Any = prompt if raw or prompt is None else [{"role": "user", "content": prompt}]
     began = time.perf_counter()
     with working("writing"):
-        filled = llm.fill(pieces, request, options)
+        filled = llm.fill(pieces, request, options=options)
     seconds = time.perf_counter() - began
     if as_json:
         record = {"text": filled.text, "values": filled.values, "lengths": filled.lengths, "seed": filled.seed}

@@ -17,6 +17,7 @@ from sfumato.cli.view import show
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done
 from sfumato.options import LoadOptions, Options
+from sfumato.templates.requests import Complete
 
 FLAGS = ("max_tokens", "seed", "mode", "thinking", "schema", "regex", "choices", "early")
 """The options with a flag of their own here."""
@@ -50,8 +51,8 @@ def command(
     llm = loading.connect_or_load(api, load)
     is_live = console.is_terminal and not as_json
     has_drafts = is_live and llm.has_drafts and options.mode != "autoregressive"
-    request = text if raw else [{"role": "user", "content": text}]
-    events = llm.stream(request, replace(options, drafts=has_drafts))
+    chosen = replace(options, drafts=has_drafts)
+    events = llm.stream(Complete(text, chosen)) if raw else llm.stream(text, options=chosen)
     if as_json:
         done = next(event for event in events if isinstance(event, Done))
         line = json.dumps(_record(done, llm.has_token_ids), ensure_ascii=False)

@@ -60,7 +60,7 @@ def command(
     llm = loading.load_model(load)
     began = time.perf_counter()
     with working("writing"):
-        filled = llm.infill(prefix, suffix, length, options, at_most)
+        filled = llm.infill(prefix, suffix, length, at_most=at_most, options=options)
     seconds, middle = time.perf_counter() - began, filled.values["middle"]
     if write:
         files.write(file, text, filled.text)

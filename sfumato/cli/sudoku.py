@@ -124,7 +124,7 @@ def _solve_live(llm: LLM, puzzle: str, options: Options, pinned: bool, console: 
     view.spent = 0.0  # the first frame comes before the engine's clock starts
     done = None
     try:
-        for event in llm.events([ids], replace(options, drafts=options.mode == "diffusion"), [pins]):
+        for event in llm.events([ids], options=replace(options, drafts=options.mode == "diffusion"), pins=[pins]):
             if isinstance(event, Draft):
                 cells = [llm.tokenizer.decode([token]) for token in event.tokens[:81]]
                 sure = sum(event.accepted[:81])

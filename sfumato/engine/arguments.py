@@ -18,6 +18,13 @@ def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], expected: 
         raise InputError(f"{name} is {reprlib.repr(value)}; give {expected}")
 
 
+def check_list(name: str, value: Any, expected: str) -> None:
+    """InputError where the value is no list, or has nothing in it."""
+    check_kind(name, value, (list, tuple), expected)
+    if not value:
+        raise InputError(f"{name} is an empty list; give {expected}")
+
+
 def check_text(name: str, value: Any) -> None:
     """InputError where the value is no text."""
     check_kind(name, value, str, "text")
@@ -25,14 +32,43 @@ def check_text(name: str, value: Any) -> None:
 
 def check_options(options: Any) -> None:
     """InputError where the value is no `Options`."""
-    check_kind("options", options, Options, "an Options")
+    if not isinstance(options, Options):
+        raise InputError(f"options is {reprlib.repr(options)}; give an Options, or a dict of them", option="options")
+
+
+def options_of(options: Any, changes: Mapping[str, Any]) -> Options:
+    """The options of a call: an `Options` or a dict of some, and those that are given one by one, which win.
+
+    InputError for another type, an unknown name or a wrong value."""
+    if isinstance(options, Mapping):
+        options = Options.from_dict(options)
+    check_options(options)
+    merged: Options = options.with_changes(changes)
+    return merged
 
 
 def check_messages(name: str, messages: Any) -> None:
-    """InputError where the value is no list of messages; what a message may hold is checked where it is used."""
-    check_kind(name, messages, (list, tuple), "a list of messages")
-    for message in messages:
-        check_kind("a message", message, Mapping, 'a record with "role" and "content"')
+    """InputError where the value is no list of messages with a role; what they may hold is checked where it is used."""
+    check_kind(name, messages, (list, tuple), "a text, a message or a list of messages")
+    if not messages:
+        raise InputError(f"{name} is empty; give at least one message")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            several = "; chat_many answers several texts" if isinstance(message, str) else ""
+            raise InputError(
+                f'message {number} is {reprlib.repr(message)}; give a record with "role" and "content"{several}'
+            )
+        check_kind(f"the role of message {number}", message.get("role"), str, "system, user, assistant or tool")
+        if message.get("content") is None and not (message["role"] == "assistant" and message.get("tool_calls")):
+            raise InputError(f"message {number} ({reprlib.repr(message['role'])}) has no content; give text")
+
+
+def check_tools(tools: Any) -> None:
+    """InputError where the value is neither a list of tools nor None."""
+    if tools is not None:
+        check_kind("tools", tools, (list, tuple), "a list of function declarations")
+        for number, tool in enumerate(tools):
+            check_kind(f"tool {number}", tool, Mapping, "a function declaration, a record with its name")
 
 
 def check_template_prompt(prompt: Any) -> None:

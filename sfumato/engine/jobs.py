@@ -111,6 +111,10 @@ class Jobs(Generic[AnyQuery]):
         with self._lock:
             self._cancelled.add(id)
 
+    def close(self) -> None:
+        """Free the threads in which plans go on; no turn may follow."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     @property
     def is_idle(self) -> bool:
         """Whether a turn has nothing to do."""

@@ -6,6 +6,7 @@ conversation: many callers share a `batch`, which keeps prefixes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,12 +34,14 @@ class EngineKeeper:
 
     def __init__(self) -> None:
         self.kept: KeptEngine | None = None
+        self._lock = threading.Lock()
 
     def take(self, model: Model, prompts: Sequence[Prompt]) -> Engine | None:
         """The engine of the last call; None where there is none, another call has it, or it ran another model.
 
         Its first seat keeps what it has in common with the prompt, if there is one prompt."""
-        kept, self.kept = self.kept, None
+        with self._lock:  # or two threads take the same
+            kept, self.kept = self.kept, None
         if kept is None or kept.engine.model is not model:
             return None
         shared = 0

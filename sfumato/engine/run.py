@@ -77,11 +77,18 @@ class Run:
         return self.engine.cache
 
     def __iter__(self) -> Iterator[Event]:
+        return (event for events in self.turns() for event in events)
+
+    def turns(self) -> Iterator[list[Event]]:
+        """The events of one turn after the other; of some there are none."""
         while self.engine.live:
+            events: list[Event] = []
             for event in self.engine.turn():
                 if isinstance(event, Failure):
+                    yield events
                     raise event.error
-                yield event
+                events.append(event)
+            yield events
 
 
 def generate(

@@ -65,7 +65,7 @@ def solve(llm: LLM, puzzles: Sequence[str], options: Options, pinned: bool = Tru
         some = puzzles[start : start + batch]
         ids, pins = zip(*(request(llm, puzzle, pinned) for puzzle in some), strict=True)
         results: dict[int, Solved] = {}
-        for event in llm.events(ids, options, pins):
+        for event in llm.events(ids, options=options, pins=pins):
             if isinstance(event, Done):
                 results[event.row] = result(some[event.row], event)
         yield from (results[row] for row in range(len(some)))

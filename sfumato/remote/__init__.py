@@ -9,34 +9,27 @@ a long one is no silence. It deliberately lacks token ids (hosts send texts, so 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, overload
+from typing import Any
 
-from sfumato.engine.arguments import check_kind
-from sfumato.errors import InputError, WorkerError
-from sfumato.events import Completion, Decision, Edited, Event, Filled
-from sfumato.options import Options
-from sfumato.remote.bodies import answer_body, answer_route, changed_fields, option_refused, template_route_and_body
+from sfumato.engine.arguments import check_kind, check_list, check_messages, check_options, check_tools
+from sfumato.errors import InputError, WorkerError, contained
+from sfumato.events import Commit, Completion, Draft, Event
+from sfumato.model.prompt import Prompt
+from sfumato.options import Options, differences
+from sfumato.remote.bodies import answer_body, answer_route, option_refused, template_route_and_body
 from sfumato.remote.host import Host, NoSuchRoute
 from sfumato.remote.results import AnswerReader, completion_of, result_of, text_of
-from sfumato.templates.requests import (
-    AnswerQuery,
-    Chat,
-    Complete,
-    Decide,
-    Edit,
-    Fill,
-    Infill,
-    Messages,
-    QueryFor,
-    Result,
-    Tools,
-)
+from sfumato.system.cancelling import Cancellation
+from sfumato.templates.interface import LanguageModel
+from sfumato.templates.outcomes import results_of
+from sfumato.templates.requests import AnswerQuery, Chat, Complete, QueryFor, Result
 
 AT_ONCE = 32
-"""Requests under way for one list of prompts."""
+"""Requests under way of those that are awaited, or come in a list."""
 
 _STANDARD = {"max_tokens", "temperature", "top_p", "stop", "seed", "logprobs", "top_logprobs", "drafts"}
 """Options that any host takes under the same name, and drafts, which just do not come."""
@@ -44,15 +37,27 @@ _STANDARD_IN_CHAT = {*_STANDARD, "schema", "strict", "must_call"}
 """The last three in OpenAI's own words."""
 
 
-class Remote:
+class Remote(LanguageModel):
     """A model at `url` ("/v1" at its end or not). `LLM.connect` makes one.
 
     Making one asks the host for its models: WorkerError where nobody answers, InputError for a wrong key, for a host
     of another kind, and where a host with several models gets no `model`. `timeout` is the longest silence, in
-    seconds. It may be used from several threads."""
+    seconds. It may be used from several threads. Where max_tokens is None, another host than Sfumato takes a length of
+    its own; templates, decisions and drafts are a Sfumato server's only."""
+
+    has_token_ids = False
+    """Whether results carry token ids beside the text: hosts send texts alone."""
+    is_remote = True
+    """Whether the model runs in another process or machine. Here True."""
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None, timeout: float = 600.0) -> None:
         self._host = Host(url, api_key, timeout)
+        check_kind("model", model, (str, type(None)), "a model's name")
+        self._is_closed = False
+        self._threads = ThreadPoolExecutor(AT_ONCE, "sfumato remote")
+        self._lock = threading.Lock()
+        self._under_way: dict[Cancellation, Callable[[Any], None]] = {}
+        """Queries that are awaited, each with its listener."""
         cards = self._cards(is_needed=model is None)
         is_sfumato = any(card.get("owned_by") == "sfumato" for card in cards)
         if model is None and len(cards) != 1 and not is_sfumato:
@@ -74,16 +79,6 @@ class Remote:
         return self._host.url
 
     @property
-    def has_token_ids(self) -> bool:
-        """Whether results carry token ids beside the text: hosts send texts alone."""
-        return False
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the model runs in another process or machine. Here True."""
-        return True
-
-    @property
     def is_key_exposed(self) -> bool:
         """Whether the key crosses a network in the clear, beyond this machine and private networks."""
         return self._host.is_key_exposed
@@ -91,7 +86,7 @@ class Remote:
     def check(self, options: Options, is_chat: bool = True) -> None:
         """InputError for an option that cannot be said to this host; drafts can be left away."""
         known = _STANDARD_IN_CHAT if is_chat else _STANDARD
-        for name, value in changed_fields(options).items():
+        for name, value in differences(options).items():
             if not self.is_sfumato and (name not in known or (name == "schema" and isinstance(value, bool))):
                 where = "in a chat" if is_chat else "with plain text"
                 raise InputError(
@@ -102,95 +97,68 @@ class Remote:
     def forget(self) -> None:
         """Nothing is kept on this side; what stays encoded is the host's business."""
 
-    # ---- answers ----------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Nothing is asked of the host any more: what is awaited ends, and what is asked later is an InputError."""
+        self._is_closed = True
+        with self._lock:
+            under_way, self._under_way = self._under_way, {}
+        error = InputError(f"the connection to {self.url} was closed while it answered; connect again")
+        for cancellation, listener in under_way.items():
+            cancellation.set()
+            listener(error)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def __repr__(self) -> str:
+        kind = "a Sfumato server" if self.is_sfumato else "a host with OpenAI's API"
+        return f"<Remote {self._host.clean(self.name)} at {self.url}, {kind}{', closed' if self._is_closed else ''}>"
 
     def run(self, query: QueryFor[Result]) -> Result:
         """Carry out any query (`templates.requests`) and return its result."""
         result: Result = self._answer(query) if isinstance(query, Complete | Chat) else self._result(query)
         return result
 
-    @overload
-    def complete(self, prompt: str, options: Options = ...) -> Completion: ...
-    @overload
-    def complete(self, prompt: list[str], options: Options = ...) -> list[Completion]: ...
-    def complete(
-        self,
-        prompt: str | list[str],
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> Completion | list[Completion]:
-        """Continue plain text; the texts of a list are sent at the same time.
-
-        Where max_tokens is None, another host than Sfumato takes a length of its own."""
-        if isinstance(prompt, str):
-            return self.run(Complete(prompt, options))
-        with ThreadPoolExecutor(max(1, min(AT_ONCE, len(prompt)))) as threads:
-            return list(threads.map(lambda text: self.complete(text, options), prompt))
-
-    def chat(
-        self,
-        messages: Messages,
-        tools: Tools | None = None,
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> Completion:
-        """Answer a conversation."""
-        check_kind("the conversation", messages, (list, tuple), "a list of messages")
-        return self.run(Chat(messages, tools, options))
-
-    def stream(
-        self,
-        prompt: str | Messages,
-        options: Options = Options(),  # noqa: B008 - frozen
-        tools: Tools | None = None,
-    ) -> Iterator[Event]:
-        """The events of one answer: Draft (if options.drafts and the host offers them), Commit, Done.
-
-        Closing the iterator ends the request at the host too."""
-        return self._stream(Complete(prompt, options) if isinstance(prompt, str) else Chat(prompt, tools, options))
-
-    # ---- templates: Sfumato servers only ----------------------------------------------------------------------------
-
-    def fill(
-        self,
-        template: Sequence[Any],
-        prompt: str | Messages | None = None,
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> Filled:
-        """Fill the slots of a template: texts, and slots as `Slot`s or as mappings with the same fields."""
-        return self.run(Fill(template, prompt, options))
-
-    def infill(
-        self,
-        prefix: str,
-        suffix: str,
-        length: int | None = None,
-        options: Options = Options(),  # noqa: B008 - frozen
-        at_most: int | None = None,
-    ) -> Filled:
-        """Write what stands between two texts, in `length` tokens; None finds the length, up to `at_most` (64)."""
-        return self.run(Infill(prefix, suffix, length, at_most, options))
-
-    def edit(
-        self,
-        text: str,
-        instruction: str | None = None,
-        spans: Sequence[tuple[int, int]] | None = None,
-        strength: float | None = None,
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> Edited:
-        """Rewrite a text where it stands: the `spans` of it, or wherever the `instruction` says."""
-        return self.run(Edit(text, instruction, spans, strength, options))
-
-    def decide(
-        self,
-        prompt: str | Messages,
-        fields: Mapping[str, Sequence[str]],
-        steps: int = 1,
-        options: Options = Options(),  # noqa: B008 - frozen
-    ) -> dict[str, Decision]:
-        """Answer questions with given choices: field -> choices in, field -> likeliest choice and probabilities out."""
-        return self.run(Decide(prompt, fields, steps, options))
-
     # ---- over HTTP --------------------------------------------------------------------------------------------------
+
+    def _answers(self, queries: Sequence[AnswerQuery]) -> list[Completion]:
+        return results_of(self._begin, queries)
+
+    def _begin(self, query: QueryFor[Any], listener: Callable[[Any], None]) -> Callable[[], None]:
+        self._check_open()
+        cancellation = Cancellation()
+        with self._lock:
+            self._under_way[cancellation] = listener
+        self._threads.submit(self._work, query, cancellation)
+
+        def cancel() -> None:
+            with self._lock:
+                self._under_way.pop(cancellation, None)
+            cancellation.set()
+
+        return cancel
+
+    def _work(self, query: QueryFor[Any], cancellation: Cancellation) -> None:
+        """Carry out a query in a thread of its own, and tell its listener what comes, while it has one."""
+
+        def tell(outcome: Any) -> None:
+            is_last = not isinstance(outcome, Draft | Commit)
+            with self._lock:
+                get = self._under_way.pop if is_last else self._under_way.get
+                listener = get(cancellation, None)
+            if listener is not None:
+                listener(outcome)
+
+        with cancellation.applied():
+            try:
+                for outcome in self._stream(query) if isinstance(query, Complete | Chat) else [self._result(query)]:
+                    if cancellation.is_set:
+                        return
+                    tell(outcome)
+            except BaseException as error:
+                tell(contained(error))
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise InputError(f"the connection to {self.url} is closed; connect again")
 
     def _answer(self, query: AnswerQuery) -> Any:
         options = dataclasses.replace(query.options, drafts=False)
@@ -198,9 +166,23 @@ class Remote:
 
     def _stream(self, query: AnswerQuery) -> Iterator[Event]:
         """The events of an answer. What cannot be sent is refused here, before the first event is asked for."""
+        self._check_open()
+        self._check_query(query)
         self.check(query.options, isinstance(query, Chat))
         body = answer_body(query, self.is_sfumato, self.has_drafts)
         return self._events(answer_route(query), {"model": self.name} | body, query.options)
+
+    def _check_query(self, query: AnswerQuery) -> None:
+        """InputError for an argument of another type, which the host might take for something else."""
+        check_options(query.options)
+        if isinstance(query, Chat):
+            check_messages("the conversation", query.conversation)
+            check_tools(query.tools)
+        elif not isinstance(query.prompt, str | Prompt):
+            check_list("the prompt", query.prompt, "a text, or a list of token ids")
+            for token in query.prompt:
+                if type(token) is not int or token < 0:
+                    raise InputError(f"the prompt holds token {token!r}; token ids are whole numbers from 0 up")
 
     def _events(self, route: str, body: dict[str, Any], options: Options) -> Iterator[Event]:
         start, answer = time.perf_counter(), AnswerReader(options)
@@ -221,6 +203,7 @@ class Remote:
         """The result of a query on a template, which comes as one body.
 
         InputError for an option that the server's route does not take, before anything is sent."""
+        self._check_open()
         route, body = template_route_and_body(query)
         if not self.is_sfumato:
             raise InputError(f"{self.url} is no Sfumato server, so it has no /v1{route}; connect to one for that")

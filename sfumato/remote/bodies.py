@@ -13,7 +13,7 @@ from typing import Any
 
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
-from sfumato.options import OPTIONS, Options
+from sfumato.options import OPTIONS, Options, differences
 from sfumato.templates.requests import AnswerQuery, Chat, Decide, Edit, Fill, Infill, Messages, QueryFor
 
 _UNSENT = ("early", "short", "drafts")
@@ -38,10 +38,10 @@ def answer_route(query: AnswerQuery) -> str:
 def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[str, Any]:
     """The body that asks for an answer as a stream. Drafts are left out where the host has none."""
     body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-    fields = changed_fields(query.options)
+    fields = differences(query.options)
     is_strict = fields.pop("strict", False) or query.options.must_call
     if isinstance(query, Chat):
-        body["messages"] = messages_out(query.messages, is_sfumato)
+        body["messages"] = messages_out(query.conversation, is_sfumato)
         if query.tools:
             body["tools"] = tools_out(query.tools, is_strict)
         if fields.pop("must_call", False):
@@ -73,7 +73,7 @@ def template_route_and_body(query: QueryFor[Any]) -> tuple[str, dict[str, Any]]:
         case Edit():
             route, body = "/edit", _fields(query, "text", "instruction", "spans", "strength")
         case Fill():
-            pieces = [changed_fields(piece) if dataclasses.is_dataclass(piece) else piece for piece in query.template]
+            pieces = [differences(piece) if dataclasses.is_dataclass(piece) else piece for piece in query.template]
             route, body = "/fill", {"template": pieces} | _prompt(query.prompt)
         case Decide():
             choices = {name: list(choices) for name, choices in query.fields.items()}
@@ -91,7 +91,7 @@ def option_refused(route: str, options: Options) -> str | None:
 
 def _whole_result(options: Options) -> dict[str, Any]:
     """The options to send for a result that comes as one body."""
-    return changed_fields(dataclasses.replace(options, drafts=False))
+    return differences(dataclasses.replace(options, drafts=False))
 
 
 def _fields(query: Infill | Edit, *names: str) -> dict[str, Any]:
@@ -103,11 +103,6 @@ def _prompt(prompt: str | Messages | None) -> dict[str, Any]:
     if prompt is None:
         return {}
     return {"prompt": prompt} if isinstance(prompt, str) else {"messages": messages_out(prompt, True)}
-
-
-def changed_fields(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults."""
-    return {f.name: value for f in dataclasses.fields(record) if (value := getattr(record, f.name)) != f.default}
 
 
 def tools_out(tools: Iterable[Mapping[str, Any]], is_strict: bool) -> list[dict[str, Any]]:

@@ -11,14 +11,18 @@ import http.client
 import ipaddress
 import json
 import re
+import socket
 import ssl
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from sfumato.engine.arguments import check_kind
 from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.system import cancelling
 
 LIMIT = 16 << 20
 """Bytes of one event of a stream, or of one whole answer."""
@@ -28,6 +32,8 @@ RETRIES = 2
 """Times that a request is sent again: where nobody listened, or the host answered 503 with nothing begun."""
 LONGEST_WAIT = 30.0
 """Seconds that a host may ask to wait before that; one that asks for more is not asked again."""
+LONGEST_SILENCE = 1e6
+"""Seconds of the longest timeout; the system's clocks have limits."""
 CONNECT_SECONDS = 10.0
 """A connection takes so long at most."""
 
@@ -46,6 +52,10 @@ class Host:
     Each request has a connection of its own, so that several threads may ask at once."""
 
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+        check_kind("the URL", url, str, "one such as http://localhost:8000")
+        check_kind("the API key", api_key, (str, type(None)), "text")
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= LONGEST_SILENCE:
+            raise InputError(f"timeout is {timeout!r}; give seconds above 0, at most {LONGEST_SILENCE:g}")
         self._is_secure, self._name, self._port, self._path = _split(url)
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
@@ -151,6 +161,8 @@ class Host:
             except TimeoutError:
                 raise WorkerError(f"{self.url} was not reached within {seconds:g} s; check the URL") from None
             connection.sock.settimeout(self.timeout)
+            if (cancellation := cancelling.current.get()) is not None:
+                cancellation.then(partial(_end, connection.sock))
             response = self._answer(connection, method, self._path + path, data, headers)
             if connection.sock is not None:
                 connection.sock.close()  # the response holds it too, and so ends the connection when it is closed
@@ -304,6 +316,12 @@ def events_of(chunks: Iterable[bytes]) -> Iterator[str | None]:
         if size > LIMIT:
             yield None
             return
+
+
+def _end(connected: socket.socket) -> None:
+    """End a connection that another thread reads from, which then hears its end at once."""
+    with suppress(OSError):  # it has ended already
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # of a TLS socket too, whose own would tear its state down
 
 
 def _split(url: str) -> tuple[bool, str, int | None, str]:

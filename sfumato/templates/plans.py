@@ -116,10 +116,11 @@ class Planner:
         if isinstance(query, Complete):
             prompt = self._continued(query.prompt)
             return replace(self.ask(Request(prompt, query.options)), is_answer=True)
-        arguments.check_messages("the conversation", query.messages)
+        arguments.check_messages("the conversation", query.conversation)
+        arguments.check_tools(query.tools)
         options = _with_calls(query.options, query.tools)
-        prompt = self.prompts.encode(query.messages, query.tools, options.thinking)
-        marks = self.prompts.marks(prompt, query.messages, query.tools)
+        prompt = self.prompts.encode(query.conversation, query.tools, options.thinking)
+        marks = self.prompts.marks(prompt, query.conversation, query.tools)
         return replace(self.ask(Request(prompt, options, marks=marks), is_chat=True), is_answer=True)
 
     def _continued(self, prompt: str | Sequence[int] | Prompt) -> Prompt:

@@ -21,10 +21,20 @@ from sfumato.templates.slots import Slot
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: records with "role", "content" and what a model's turn brings besides."""
 
+ChatPrompt = str | Mapping[str, Any] | Messages
+"""A conversation as callers write it: a text, which is one user message; one message; or the messages."""
+
 Tools = Sequence[Mapping[str, Any]]
 """Tools that an answer may call, each a record as OpenAI's API has it."""
 
 Result = TypeVar("Result")
+
+
+def messages_of(prompt: ChatPrompt) -> Messages:
+    """The messages of a conversation, however it is written. What is neither is returned as it is, for the checks."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [prompt] if isinstance(prompt, Mapping) else prompt
 
 
 class QueryFor(Generic[Result]):
@@ -34,6 +44,10 @@ class QueryFor(Generic[Result]):
 
     options: Options
     """How to generate."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.options, Mapping):
+            object.__setattr__(self, "options", Options.from_dict(self.options))
 
     @property
     def beginning(self) -> Sequence[Any]:
@@ -58,16 +72,25 @@ class Complete(QueryFor[Completion]):
 
 @dataclass(frozen=True)
 class Chat(QueryFor[Completion]):
-    """Answer a conversation."""
+    """Answer a conversation; a text alone is one user message."""
 
-    messages: Messages
+    messages: ChatPrompt
     tools: Tools | None = None
     options: Options = Options()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "messages", messages_of(self.messages))
+
+    @property
+    def conversation(self) -> Messages:
+        """The messages, in a list."""
+        return messages_of(self.messages)
 
     @property
     def beginning(self) -> Sequence[Any]:
         """The messages."""
-        return self.messages
+        return self.conversation
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sfumato.errors import InputError
-from sfumato.options import CONSTRAINTS
+from sfumato.options import CONSTRAINTS, constraint_of
 
 SLOTS = 1024
 """Most slots of a template."""
@@ -61,8 +61,9 @@ class Slot:
             raise InputError(
                 f"strength of slot {self._label} is {reprlib.repr(self.strength)}; give a number from 0 to 1"
             )
-        if isinstance(self.choices, list):
-            object.__setattr__(self, "choices", tuple(self.choices))
+        for kind in CONSTRAINTS:
+            if (value := getattr(self, kind)) is not None:
+                object.__setattr__(self, kind, constraint_of(kind, value, f"{kind} of slot {self._label}"))
         constraints = [kind for kind in CONSTRAINTS if getattr(self, kind) is not None]
         if len(constraints) > 1:
             raise InputError(f"slot {self._label} has {' and '.join(constraints)}; a slot can obey one of them")

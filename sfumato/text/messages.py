@@ -41,6 +41,8 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
     if role not in ROLES:
         raise InputError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
     checked["role"] = role
+    if checked.get("content") is None and not (role == "assistant" and checked.get("tool_calls")):
+        raise InputError(f"{where} ({role}) has no content; give text")
     content = _check_content(checked.get("content"), where)
     if role == "system" and isinstance(content, list):
         content = "\n".join(part["text"] for part in content)

@@ -207,7 +207,7 @@ def test_edit_by_instruction(sfumato: Call, put: Put) -> None:
 
 
 def test_edit_that_changes_nothing_says_so(sfumato: Call, put: Put, nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nano, "edit", lambda old, *_: Edited(old, old, Usage(), 1), raising=False)
+    monkeypatch.setattr(nano, "edit", lambda old, *_, **__: Edited(old, old, Usage(), 1), raising=False)
     put("ab")
     before = os.stat("a.txt")
     assert sfumato("edit", "a.txt", "-i", "x", "--write") == (0, "", "sfumato: nothing changed\n")
@@ -221,7 +221,7 @@ def test_edit_on_a_terminal_colours_the_diff(
     monkeypatch.setattr(
         nano,
         "edit",
-        lambda old, *_: Edited(old.replace("-- b", "++ [b]c"), old, Usage(tokens=3, passes=1), 1),
+        lambda old, *_, **__: Edited(old.replace("-- b", "++ [b]c"), old, Usage(tokens=3, passes=1), 1),
         raising=False,
     )
     shown = screen(monkeypatch)
@@ -275,9 +275,9 @@ def test_fill_takes_a_prompt_as_a_message_or_as_it_is(
     prompts: list[Any] = []
     fill = nano.fill
 
-    def noted(*arguments: Any) -> Filled:
+    def noted(*arguments: Any, **options: Any) -> Filled:
         prompts.append(arguments[1])
-        return fill(*arguments)
+        return fill(*arguments, **options)
 
     monkeypatch.setattr(nano, "fill", noted, raising=False)
     form = b'\xef\xbb\xbf["a", {"length": 1}]'

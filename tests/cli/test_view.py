@@ -41,7 +41,7 @@ def test_the_live_view_draws_every_draft_and_leaves_text_and_figures() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, height=40, color_system="truecolor")
     messages = [{"role": "user", "content": f"Solve this Sudoku:\n{PUZZLE}"}]
-    done = show(llm, llm.stream(messages, Options(seed=1, drafts=True)), console, 0.0)
+    done = show(llm, llm.stream(messages, options=Options(seed=1, drafts=True)), console, 0.0)
     drawn = screen.getvalue()
     assert drawn.count("accepted · entropy") >= done.usage.steps
     assert done.text in drawn and "tokens per pass" in drawn

@@ -51,7 +51,7 @@ def test_prefixes_are_committed_before_the_end_and_join_to_the_answer(llm: LLM) 
     parted = 0
     for puzzle in puzzles(12, 34):
         ids, pins = request(llm, puzzle)
-        events = list(llm.events([ids], EARLY, [pins]))
+        events = list(llm.events([ids], options=EARLY, pins=[pins]))
         commits = [e for e in events if isinstance(e, Commit)]
         done = events[-1]
         assert isinstance(done, Done) and [t for c in commits for t in c.tokens] == done.tokens

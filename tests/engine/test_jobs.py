@@ -67,16 +67,16 @@ def test_jobs_give_what_the_methods_give(nano: LLM) -> None:
     assert isinstance(done, Done) and done.text == nano.chat(messages, options=one).text
     assert any(isinstance(event, Draft) and event.pieces for event in results[0])
     assert "".join(event.text for event in results[0] if isinstance(event, Commit)) == done.text
-    assert results[1][-1].text == nano.complete("1 2 3", stopped).text
+    assert results[1][-1].text == nano.complete("1 2 3", options=stopped).text
     assert results[2][-1].text == nano.infill("12", "45", options=quick).text
-    assert results[3][-1].values == nano.fill(template, messages, quick).values
+    assert results[3][-1].values == nano.fill(template, messages, options=quick).values
     assert results[4][-1].text == nano.edit("123456", spans=[(1, 3)], options=quick).text
     assert results[5][-1].text == nano.edit("123456", "Turn it around.", options=quick).text
     decided = nano.decide(messages, fields, options=quick)
     for name, decision in results[6][-1].items():
         assert decision.choice == decided[name].choice
         assert decision.probabilities == pytest.approx(decided[name].probabilities, abs=1e-4)
-    assert results[7][-1].text == nano.complete("1 2 3", one_by_one).text
+    assert results[7][-1].text == nano.complete("1 2 3", options=one_by_one).text
     assert jobs.figures().rows == 0
 
 
@@ -112,8 +112,8 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_job(
     outcomes = carried_out(jobs)
     assert words in str(outcomes["1"][-1]) and isinstance(outcomes["1"][-1], Exception)
     monkeypatch.setattr(Guide, "walking", plainly)
-    assert outcomes["2"][-1].text == nano.complete("1", Options(seed=2, regex="[0-9]{5}")).text
-    assert outcomes["3"][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
+    assert outcomes["2"][-1].text == nano.complete("1", options=Options(seed=2, regex="[0-9]{5}")).text
+    assert outcomes["3"][-1].text == nano.complete("1 2 3", options=Options(seed=3, max_tokens=82)).text
 
 
 @pytest.mark.parametrize("place", ["watch", "tell", "commit", "inspect", "plan"])
@@ -151,14 +151,14 @@ def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, mo
     outcomes = carried_out(jobs)
     assert isinstance(outcomes["1"][-1], RuntimeError)
     monkeypatch.undo()
-    assert outcomes["2"][-1].text == nano.complete("1 2 3", Options(seed=3, max_tokens=82)).text
+    assert outcomes["2"][-1].text == nano.complete("1 2 3", options=Options(seed=3, max_tokens=82)).text
     assert jobs.figures().rows == 0
 
 
 def test_a_slow_walk_leaves_the_others_most_of_each_turn(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The texts are the same as without it: when a walk ends is nothing to anybody."""
     regex, plain = Options(seed=1, regex="[0-9]{5}"), Options(seed=3, max_tokens=82)
-    alone = nano.complete("1", regex).text, nano.complete("1 2 3", plain).text
+    alone = nano.complete("1", options=regex).text, nano.complete("1 2 3", options=plain).text
     plainly, turns = Guide.walking, 0
 
     def walking(self: Guide, *args: Any, **more: Any) -> Any:
@@ -210,7 +210,7 @@ def test_a_walk_without_end_ends_its_own_request(nano: LLM, monkeypatch: pytest.
     monkeypatch.setattr(Guide, "walking", walking)
     monkeypatch.setattr("sfumato.engine.walks.LONGEST", 0.3)
     with pytest.raises(InputError, match=r"takes longer than the 0.3 seconds allowed to follow; make it simpler"):
-        nano.complete("1", Options(seed=1, regex="[0-9]{5}"))
+        nano.complete("1", options=Options(seed=1, regex="[0-9]{5}"))
 
 
 def test_a_slow_walk_does_not_hold_up_who_has_committed_already(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

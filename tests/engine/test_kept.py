@@ -15,6 +15,7 @@ from sfumato.events import Done
 from sfumato.llm import LLM
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
+from sfumato.templates.requests import Complete
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +34,20 @@ def test_a_model_keeps_its_engine(nano: LLM, monkeypatch: pytest.MonkeyPatch) ->
     nano.forget()
     monkeypatch.setattr(Engine, "__init__", noted)
     options = Options(max_tokens=20, seed=1)
-    first = [nano.complete(text, options).text for text in ("ab", "abc def", "x")]
+    first = [nano.complete(text, options=options).text for text in ("ab", "abc def", "x")]
     assert len(engines) == 1
     again = []
     for text in ("ab", "abc def", "x"):
         nano.forget()
-        again.append(nano.complete(text, options).text)
+        again.append(nano.complete(text, options=options).text)
     assert first == again
     assert len(engines) == 4
 
 
 def test_a_stream_that_is_left_leaves_a_clean_engine(nano: LLM) -> None:
     options = Options(max_tokens=160, seed=2, drafts=True)
-    expected = nano.complete("the same", options).tokens
-    stream = nano.stream("something else", options)
+    expected = nano.complete("the same", options=options).tokens
+    stream = nano.stream(Complete("something else", options))
     next(stream)
     assert isinstance(stream, Generator)
     stream.close()
@@ -55,13 +56,13 @@ def test_a_stream_that_is_left_leaves_a_clean_engine(nano: LLM) -> None:
         and not len(nano._engines.kept.prompt)
         and not any(nano._engines.kept.engine.cache.lengths)
     )
-    assert nano.complete("the same", options).tokens == expected
+    assert nano.complete("the same", options=options).tokens == expected
 
 
 def test_two_calls_at_a_time_have_an_engine_each(nano: LLM) -> None:
     options = Options(max_tokens=160, seed=2, drafts=True)
-    expected = [nano.complete(text, options).tokens for text in ("one", "two")]
-    streams = [nano.stream(text, options) for text in ("one", "two")]
+    expected = [nano.complete(text, options=options).tokens for text in ("one", "two")]
+    streams = [nano.stream(Complete(text, options)) for text in ("one", "two")]
     answers: list[list[int]] = [[], []]
     live = [0, 1]
     while live:
@@ -75,10 +76,10 @@ def test_two_calls_at_a_time_have_an_engine_each(nano: LLM) -> None:
 
 
 def test_a_request_that_is_refused_leaves_the_engine(nano: LLM) -> None:
-    nano.complete("ab", Options(max_tokens=5, seed=1))
+    nano.complete("ab", options=Options(max_tokens=5, seed=1))
     before = nano._engines.kept
     with pytest.raises(InputError):
-        nano.complete("ab" * 9000, Options(max_tokens=5))
+        nano.complete("ab" * 9000, options=Options(max_tokens=5))
     assert before is not None and nano._engines.kept is not None and nano._engines.kept.engine is before.engine
 
 
@@ -98,13 +99,13 @@ def test_an_idle_engine_gives_a_large_cache_back(nano: LLM, monkeypatch: pytest.
     assert nano._engines.kept is not None and len(nano._engines.kept.prompt)  # a conversation stays
     nano._engines.put_back(nano._engines.kept.engine, NOTHING)
     assert nano._engines.kept.engine.cache.capacity == 1
-    assert nano.complete("ab", Options(max_tokens=5, seed=1)).tokens
+    assert nano.complete("ab", options=Options(max_tokens=5, seed=1)).tokens
 
 
 def test_a_conversation_with_other_content_is_not_continued(nano: LLM) -> None:
     """Equal tokens with another image in them are another conversation, from there on."""
     nano.forget()
-    nano.complete("12345678", Options(max_tokens=5, seed=1))
+    nano.complete("12345678", options=Options(max_tokens=5, seed=1))
     assert nano._engines.kept is not None
     engine, tokens = nano._engines.kept.engine, nano._engines.kept.prompt.tokens
     one, other = (Prompt(tokens, content={5: content}) for content in (b"cat", b"dog"))
@@ -114,6 +115,6 @@ def test_a_conversation_with_other_content_is_not_continued(nano: LLM) -> None:
         assert nano._engines.take(nano.model, [prompt.extended([1])]) is engine and engine.cache.lengths[0] == shared
         engine.leave(0)
         nano.forget()
-        nano.complete("12345678", Options(max_tokens=5, seed=1))
+        nano.complete("12345678", options=Options(max_tokens=5, seed=1))
         assert nano._engines.kept is not None
         engine = nano._engines.kept.engine

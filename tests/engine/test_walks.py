@@ -22,6 +22,7 @@ from sfumato.engine.walks import _pick_
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done
 from sfumato.model.config import read_generation_config
+from sfumato.templates.requests import Complete
 from sfumato.text.replies import parse_ids
 from sfumato.text.tokenizer import Tokenizer
 
@@ -52,7 +53,7 @@ def constrained(llm: LLM, value: Any, **more: Any) -> Options:
 
 def outputs(llm: LLM, each: list[Options]) -> list[Done]:
     prompts = [llm.encode("x" * (n % 5 + 1)) for n in range(len(each))]
-    done = {event.row: event for event in llm.events(prompts, each) if isinstance(event, Done)}
+    done = {event.row: event for event in llm.events(prompts, options=each) if isinstance(event, Done)}
     return [done[n] for n in range(len(each))]
 
 
@@ -76,7 +77,7 @@ def test_alone_in_a_batch_and_from_a_stream_the_text_is_the_same(wild: LLM) -> N
     each = [constrained(wild, value, seed=n) for n, value in enumerate(values)]
     together = outputs(wild, each)
     for n, options in enumerate(each):
-        alone = list(wild.events([wild.encode("x" * (n % 5 + 1))], options))
+        alone = list(wild.events([wild.encode("x" * (n % 5 + 1))], options=options))
         assert isinstance(alone[-1], Done) and alone[-1].tokens == together[n].tokens
         assert "".join(event.text for event in alone if isinstance(event, Commit)) == together[n].text
 
@@ -107,7 +108,7 @@ def test_every_draft_begins_with_a_valid_path(nano: LLM) -> None:
     }
     grammar = nano.planner.grammars.compile("schema", value)
     matcher, longest = grammar._vocabulary.matcher(grammar._source), 0
-    for event in nano.stream("Sudoku", Options(schema=value, max_tokens=40, seed=3, drafts=True)):
+    for event in nano.stream(Complete("Sudoku", Options(schema=value, max_tokens=40, seed=3, drafts=True))):
         if hasattr(event, "accepted"):
             until = next((n for n, flag in enumerate(event.accepted) if not flag), len(event.tokens))
             ends = [n for n, token in enumerate(event.tokens) if token in nano.planner.fillers]
@@ -119,22 +120,22 @@ def test_every_draft_begins_with_a_valid_path(nano: LLM) -> None:
 
 def test_scaffold_costs_no_steps(nano: LLM) -> None:
     """An answer that the schema alone determines is there after the fewest steps that any canvas takes."""
-    done = nano.complete("x", Options(schema={"const": {"name": "Ada", "list": [1, 2, 3]}}, seed=1))
+    done = nano.complete("x", options=Options(schema={"const": {"name": "Ada", "list": [1, 2, 3]}}, seed=1))
     assert json.loads(done.text) == {"name": "Ada", "list": [1, 2, 3]} and done.finish_reason == "stop"
     assert done.usage.steps == 2
 
 
 def test_a_schema_that_is_no_json_is_refused_by_a_sentence(nano: LLM) -> None:
     with pytest.raises(InputError, match="no JSON"):
-        nano.complete("x", Options(schema={"enum": {1, 2}}))
+        nano.complete("x", options=Options(schema={"enum": {1, 2}}))
 
 
 def test_a_budget_that_just_fits_stops_and_says_so(nano: LLM) -> None:
     fits = nano.planner.grammars.compile("regex", "[0-9]{5}").shortest()
-    done = nano.complete("x", Options(regex="[0-9]{5}", max_tokens=fits, seed=1))
+    done = nano.complete("x", options=Options(regex="[0-9]{5}", max_tokens=fits, seed=1))
     assert done.finish_reason == "stop" and len(done.text) == 5
     with pytest.raises(InputError, match=str(fits)):
-        nano.complete("x", Options(regex="[0-9]{5}", max_tokens=fits - 1))
+        nano.complete("x", options=Options(regex="[0-9]{5}", max_tokens=fits - 1))
 
 
 def test_a_text_over_several_canvases(nano: LLM) -> None:
@@ -144,7 +145,7 @@ def test_a_text_over_several_canvases(nano: LLM) -> None:
         "minItems": 12,
         "maxItems": 14,
     }
-    done = nano.complete("x", Options(schema=value, seed=2, max_steps=4))
+    done = nano.complete("x", options=Options(schema=value, seed=2, max_steps=4))
     jsonschema.validate(json.loads(done.text), value)
     assert done.usage.canvases > 1 and done.finish_reason == "stop"
 
@@ -184,7 +185,7 @@ TOOL: dict[str, Any] = {
 
 def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     called = 0
-    ids = nano.encode([{"role": "user", "content": "A table, please."}], [TOOL])
+    ids = nano.encode([{"role": "user", "content": "A table, please."}], tools=[TOOL])
     lead = [wild.tokenizer.id("<|tool_call>") or 0]  # random weights never open a call by themselves
     grammar = wild.planner.grammars.compile("grammar", tool_grammar([TOOL]))
     for seed in range(12):
@@ -198,12 +199,14 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
             assert call["name"] == "book"
             jsonschema.validate(call["arguments"], TOOL["function"]["parameters"])
     assert called >= 12
-    free = nano.chat([{"role": "user", "content": "x"}], [TOOL], Options(strict=True, max_tokens=40, seed=1))
+    free = nano.chat(
+        [{"role": "user", "content": "x"}], tools=[TOOL], options=Options(strict=True, max_tokens=40, seed=1)
+    )
     assert free.finish_reason == "stop" and all(c["name"] == "book" for c in free.tool_calls)
 
 
 def test_stop_strings_still_end_an_answer(nano: LLM) -> None:
-    done = nano.complete("x", Options(regex="[0-9]{3};[0-9]{3}", stop=(";",), seed=1))
+    done = nano.complete("x", options=Options(regex="[0-9]{3};[0-9]{3}", stop=(";",), seed=1))
     assert len(done.text) == 3 and done.stop == ";"
 
 

@@ -32,6 +32,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.config import FULL, SLIDING, LayerConfig, ModelConfig, Rope
 from sfumato.model.network import Model
 from sfumato.options import Options
+from sfumato.templates.requests import Complete
 
 SEEDS = range(4)
 CLOSE = 1e-4
@@ -442,14 +443,14 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_text_is_written_one_token_after_another(llm: Any) -> None:
     """Options as they are by default; and a second prompt goes on where the first ended."""
     options = Options(max_tokens=7, min_tokens=7, temperature=0.0)
-    done = llm.complete("Gemma", options)
+    done = llm.complete("Gemma", options=options)
     assert len(done.text) == 7 and done.usage.canvases == 0 and done.usage.passes == 7
-    commits = [event for event in llm.stream("Gemma", options) if isinstance(event, Commit)]
+    commits = [event for event in llm.stream(Complete("Gemma", options)) if isinstance(event, Commit)]
     assert [len(event.tokens) for event in commits] == [1] * 7
     assert "".join(event.text for event in commits) == done.text
-    again = next(event for event in llm.stream("Gemma, again", options) if isinstance(event, Done))
+    again = next(event for event in llm.stream(Complete("Gemma, again", options)) if isinstance(event, Done))
     assert again.usage.reused_tokens == 6
-    assert not any(isinstance(event, Draft) for event in llm.stream("Gemma", options))
+    assert not any(isinstance(event, Draft) for event in llm.stream(Complete("Gemma", options)))
 
 
 def test_what_a_template_needs_is_refused_in_one_sentence(llm: Any) -> None:
@@ -459,10 +460,10 @@ def test_what_a_template_needs_is_refused_in_one_sentence(llm: Any) -> None:
         "a template": lambda: [llm.fill(["a", Slot("b", length=1)]), llm.infill("a", "b")],
         "edit": lambda: llm.edit("abc", "louder"),
         "decide": lambda: llm.decide("x", {"a": ["b", "c"]}),
-        "a draft": lambda: list(llm.stream("x", Options(drafts=True))),
-        "mode 'diffusion'": lambda: llm.complete("x", Options(mode="diffusion")),
-        "regex": lambda: llm.complete("x", Options(regex="a")),
-        "schema": lambda: llm.complete("x", Options(schema={})),
+        "a draft": lambda: list(llm.stream(Complete("x", Options(drafts=True)))),
+        "mode 'diffusion'": lambda: llm.complete("x", options=Options(mode="diffusion")),
+        "regex": lambda: llm.complete("x", options=Options(regex="a")),
+        "schema": lambda: llm.complete("x", options=Options(schema={})),
     }
     for what, call in requests.items():
         with pytest.raises(InputError, match=f"^{what} needs a canvas, and Gemma 4 has none; .* DiffusionGemma"):

@@ -209,7 +209,8 @@ def test_a_key_in_the_clear_is_noticed(url: str, is_exposed: int) -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        (["hello"], "message 0 is str"),
+        (["hello"], "message 0 is 'hello'; give a record"),
+        ([{"role": "user"}], r"message 0 \('user'\) has no content; give text"),
         ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "tool call 0 of message 0"),
         ([{"role": "user", "content": {1, 2}}], "cannot be written as JSON"),
         ([{"role": "user", "content": float("nan")}], "cannot be written as JSON"),

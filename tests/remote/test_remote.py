@@ -63,7 +63,7 @@ def test_a_stream_is_drafts_commits_and_done(ours: Scripted) -> None:
             {"choices": [], "usage": USAGE},
         ),
     )
-    events = list(Remote(ours.url).stream(USER, Options(drafts=True, max_steps=8, stop=("END",))))
+    events = list(Remote(ours.url).stream(USER, options=Options(drafts=True, max_steps=8, stop=("END",))))
     assert [type(event) for event in events] == [Draft, Commit, Commit, Commit, Done]
     draft, thought, first, _, done = events
     assert isinstance(draft, Draft) and draft.text == "Grün" and draft.pieces == DRAFT["pieces"] and draft.end == 2
@@ -91,7 +91,7 @@ def test_plain_text_is_continued_with_logprobs(ours: Scripted) -> None:
     choice = {"index": 0, "text": "ab", "logprobs": logprobs, "finish_reason": "length"}
     ours.says("/completions", stream({"choices": [choice], "seed": 4}))
     options = Options(logprobs=True, top_logprobs=1)
-    commit, done = Remote(ours.url).stream("once", options)
+    commit, done = Remote(ours.url).stream(Complete("once", options))
     assert isinstance(commit, Commit) and isinstance(done, Done)
     assert (commit.pieces, commit.logprobs, commit.top_logprobs) == (
         ["a", "b"],
@@ -119,7 +119,7 @@ def test_a_list_of_prompts_is_answered_in_its_order(ours: Scripted) -> None:
     ours.says("/completions", answer)
     remote = Remote(ours.url)
     assert [one.text for one in remote.complete(["first", "second"])] == ["FIRST", "SECOND"]
-    assert remote.complete("alone").text == "ALONE" and remote.complete([]) == []
+    assert remote.complete("alone").text == "ALONE"
 
 
 @pytest.mark.parametrize("more", [{"blocks": ((0, 2),)}, {"embeddings": [[0.5]], "content": {1: b"cat"}}])
@@ -141,7 +141,7 @@ def test_tools_go_out_and_calls_come_back(ours: Scripted) -> None:
         "function": {"name": "weather", "arguments": '{"at": "Ulm"}'},
     }
     ours.says("/chat/completions", stream(delta(tool_calls=[call]), delta("tool_calls")))
-    commit, done = Remote(ours.url).stream(USER, Options(must_call=True), [TOOL])
+    commit, done = Remote(ours.url).stream(USER, options=Options(must_call=True), tools=[TOOL])
     calls = [{"name": "weather", "arguments": {"at": "Ulm"}}]
     assert isinstance(commit, Commit) and isinstance(done, Done)
     assert commit.tool_calls == done.tool_calls == calls and done.finish_reason == "stop" and done.text == ""
@@ -155,7 +155,7 @@ def test_tools_go_out_and_calls_come_back(ours: Scripted) -> None:
         {"role": "tool", "name": "weather", "content": "wet"},
         {"role": "tool", "name": "weather", "content": "dry"},
     ]
-    Remote(ours.url).chat(history, [TOOL])
+    Remote(ours.url).chat(history, tools=[TOOL])
     sent = ours.body["messages"][1]["tool_calls"]
     assert [one["function"]["arguments"] for one in sent] == ['{"at": "Ulm"}'] * 2
     assert [one["id"] for one in sent] == [one["tool_call_id"] for one in ours.body["messages"][2:]]
@@ -169,7 +169,7 @@ def test_templates_are_asked_for_and_read(ours: Scripted) -> None:
     ours.says("/edit", as_json({"text": "new", "diff": ""} | tail))
     ours.says("/decisions", as_json({"decisions": {"mood": {"choice": "bad", "probabilities": {"bad": 1, "good": 0}}}}))
     remote, options = Remote(ours.url), Options(seed=3, drafts=True)
-    filled = remote.fill(["A: ", Slot("who"), "."], "p", options)
+    filled = remote.fill(["A: ", Slot("who"), "."], "p", options=options)
     assert (filled.text, filled.values, filled.lengths, filled.seed) == ("A: x.", {"who": "x"}, {"who": 1}, 3)
     assert ours.body == {"model": "nano", "template": ["A: ", {"name": "who"}, "."], "prompt": "p", "seed": 3}
     infilled = remote.infill("a", "c", at_most=5)
@@ -237,7 +237,7 @@ def test_another_host_gets_standard_fields_alone(theirs: Scripted) -> None:
         max_tokens=5, temperature=0.5, top_p=0.9, stop=("X",), seed=2, schema={"type": "object"}, drafts=True
     )
     messages = [{**USER[0]}, {"role": "assistant", "content": "Hm", "reasoning_content": "secret"}, *USER]
-    events = list(remote.stream(messages, options))
+    events = list(remote.stream(messages, options=options))
     assert [type(event) for event in events] == [Commit, Done]
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}}
     assert theirs.body == {
@@ -270,7 +270,7 @@ def test_what_cannot_be_said_to_another_host_is_refused_by_name(theirs: Scripted
 def test_another_host_has_no_templates(theirs: Scripted) -> None:
     remote = Remote(theirs.url)
     asks: list[Callable[[], object]] = [
-        lambda: remote.fill(["a", {}]),
+        lambda: remote.fill(["a", Slot("b")]),
         lambda: remote.infill("a", "b"),
         lambda: remote.edit("a", "b"),
         lambda: remote.decide("a", {"b": ["c", "d"]}),
@@ -279,7 +279,7 @@ def test_another_host_has_no_templates(theirs: Scripted) -> None:
         with pytest.raises(InputError, match="no Sfumato server"):
             ask()
     with pytest.raises(InputError, match="schema cannot be said with plain text"):
-        remote.complete("a", Options(schema={}))
+        remote.complete("a", options=Options(schema={}))
     with pytest.raises(InputError, match="chat only"):
         remote.complete("a")
 
@@ -301,7 +301,7 @@ def test_thoughts_and_calls_in_fragments_are_put_together(theirs: Scripted, name
             delta("tool_calls"),
         ),
     )
-    answer = Remote(theirs.url).chat(USER, [TOOL])
+    answer = Remote(theirs.url).chat(USER, tools=[TOOL])
     assert answer.thought == "let me see" and answer.text == ""
     assert answer.tool_calls == [{"name": "weather", "arguments": {"at": "Ulm"}}, {"name": "time", "arguments": {}}]
 
@@ -347,7 +347,7 @@ def test_the_live_view_draws_the_hosts_drafts_and_no_control_characters(ours: Sc
     ours.says("/chat/completions", answer)
     remote, screen = Remote(ours.url), io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, height=40, color_system="truecolor")
-    done = show(remote, remote.stream(USER, Options(drafts=True)), console, 0.0)
+    done = show(remote, remote.stream(USER, options=Options(drafts=True)), console, 0.0)
     drawn = screen.getvalue()
     assert "canvas 1 · step 2 · 2/4 accepted · entropy 1.125 nats" in drawn and "▪" in drawn
     assert "\x1b[2J[" not in drawn and "␛[2J" in drawn and "\x9b" not in drawn
@@ -434,7 +434,10 @@ def test_a_remote_chat_imports_no_torch(ours: Scripted) -> None:
     assert (process.stdout, process.stderr) == ("Hello\n0 []\n", "")
 
 
-def test_a_conversation_is_no_text(ours: Scripted) -> None:
-    """As `LLM.chat` says it, before anything is sent."""
-    with pytest.raises(InputError, match="the conversation is 'Hello'; give a list of messages"):
-        Remote(ours.url).chat("Hello")  # type: ignore[arg-type]
+def test_a_text_or_one_message_is_a_conversation(ours: Scripted) -> None:
+    ours.says("/chat/completions", hello())
+    for prompt in ("Hi", {"role": "user", "content": "Hi"}, [{"role": "user", "content": "Hi"}]):
+        assert str(Remote(ours.url).chat(prompt)) == "Hello"
+        assert ours.body["messages"] == [{"role": "user", "content": "Hi"}]
+    assert [event.text for event in Remote(ours.url).stream("Hi")] == ["Hello", "Hello"]
+    assert ours.body["messages"] == [{"role": "user", "content": "Hi"}]

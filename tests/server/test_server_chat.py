@@ -167,7 +167,7 @@ def test_tools(client: TestClient, backend: FakeBackend) -> None:
     after = [*MESSAGES, choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}]
     [last] = client.post("/v1/chat/completions", json={"messages": after, "tools": [WEATHER]}).json()["choices"]
     assert last["message"]["content"] == "The tool says sunny" and last["finish_reason"] == "stop"
-    assert chats(backend)[-1].messages[1] == {"role": "assistant", "tool_calls": [call]}
+    assert chats(backend)[-1].conversation[1] == {"role": "assistant", "tool_calls": [call]}
 
 
 def test_parallel_calls(client: TestClient) -> None:

@@ -432,14 +432,17 @@ def test_the_remote_model_answers_as_the_local_one(remote: Remote, local: LLM) -
         counts = [(one.usage.prompt_tokens, one.usage.tokens, one.usage.steps) for one in (there, here)]
         assert counts[0] == counts[1]
         assert there.logprobs == (here.logprobs and pytest.approx(here.logprobs, abs=1e-3))
-    assert remote.complete("Solve", options).text == local.complete("Solve", options).text
+    assert remote.complete("Solve", options=options).text == local.complete("Solve", options=options).text
     forced = replace(options, max_tokens=96, short=True, must_call=True, max_steps=None)
-    assert remote.chat(MESSAGES, [WEATHER], forced).tool_calls == local.chat(MESSAGES, [WEATHER], forced).tool_calls
+    assert (
+        remote.chat(MESSAGES, tools=[WEATHER], options=forced).tool_calls
+        == local.chat(MESSAGES, tools=[WEATHER], options=forced).tool_calls
+    )
 
 
 def test_the_remote_stream_has_the_drafts_of_the_local_one(remote: Remote, local: LLM) -> None:
     options = Options(seed=5, drafts=True)
-    there, here = list(remote.stream(SUDOKU, options)), list(local.stream(SUDOKU, options))
+    there, here = list(remote.stream(SUDOKU, options=options)), list(local.stream(SUDOKU, options=options))
     assert [type(event) for event in there] == [type(event) for event in here]
     assert isinstance(there[-1], Done) and isinstance(there[-2], Commit) and isinstance(there[0], Draft)
     for one, other in zip(there, here, strict=True):
@@ -455,7 +458,7 @@ def test_the_remote_stream_has_the_drafts_of_the_local_one(remote: Remote, local
 def test_remote_templates_are_those_of_the_local_model(remote: Remote, local: LLM) -> None:
     options = Options(seed=2)
     board = [piece if isinstance(piece, str) else Slot(**piece) for piece in BOARD]
-    there, here = remote.fill(board, SUDOKU, options), local.fill(board, SUDOKU, options)
+    there, here = remote.fill(board, SUDOKU, options=options), local.fill(board, SUDOKU, options=options)
     assert (there.text, there.values, there.lengths, there.seed) == (here.text, here.values, here.lengths, here.seed)
     decided, same = remote.decide(SUDOKU, FIELDS, options=options), local.decide(SUDOKU, FIELDS, options=options)
     for name in FIELDS:
@@ -474,7 +477,7 @@ def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, json=ENDLESS | {"messages": MESSAGES}, timeout=0.5)
     server.until_rows(lambda rows: rows == 0)
-    stream = iter(LLM.connect(server.url).stream(MESSAGES, Options(drafts=True, **ENDLESS)))
+    stream = iter(LLM.connect(server.url).stream(MESSAGES, options=Options(drafts=True, **ENDLESS)))
     assert isinstance(next(stream), Draft)
     stream.close()  # type: ignore[attr-defined]
     server.until_rows(lambda rows: rows == 0)

@@ -52,14 +52,14 @@ def test_responses_conversation(client: TestClient, backend: FakeBackend) -> Non
     result = {"type": "function_call_output", "call_id": output[1]["call_id"], "output": "rain"}
     again = respond(client, input=[{"role": "user", "content": "Weather?"}, *output, result], tools=[tool]).json()
     assert again["output"][0]["content"][0]["text"] == "The tool says rain"
-    user, called, result_message = chats(backend)[-1].messages
+    user, called, result_message = chats(backend)[-1].conversation
     assert user == {"role": "user", "content": "Weather?"} and called["reasoning_content"] == "Let me think."
     assert called["tool_calls"][0]["id"] == output[1]["call_id"] == result_message["tool_call_id"]
     third = respond(
         client, input=[{"role": "user", "content": "a"}, *again["output"], {"role": "user", "content": "b"}]
     )
     assert third.status_code == 200
-    assert [m["role"] for m in chats(backend)[-1].messages] == ["user", "assistant", "user"]
+    assert [m["role"] for m in chats(backend)[-1].conversation] == ["user", "assistant", "user"]
 
 
 def test_responses_format(client: TestClient, backend: FakeBackend) -> None:

@@ -32,7 +32,9 @@ def test_a_length_is_found_where_the_model_knows_the_text(llm: LLM) -> None:
         slot = Slot("cells", at_most=6)
         lengths.append(
             llm.fill(
-                [grid[:40], slot, grid[43:]], [{"role": "user", "content": sudoku.prompt(puzzle)}], Options(seed=1)
+                [grid[:40], slot, grid[43:]],
+                [{"role": "user", "content": sudoku.prompt(puzzle)}],
+                options=Options(seed=1),
             ).lengths["cells"]
         )
     assert lengths.count(3) >= 4

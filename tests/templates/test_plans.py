@@ -90,7 +90,7 @@ def test_pinned_clues_through_a_template_solve_as_the_sudoku_command_does(llm: L
     rng = np.random.default_rng(5)
     puzzles = [sudoku.generate(42, rng) for _ in range(30)]
     theirs = [s.answer for s in solve(llm, puzzles, Options(seed=7))]
-    ours = [llm.fill(cells(p), ask(p), Options(seed=7)).text for p in puzzles]
+    ours = [llm.fill(cells(p), ask(p), options=Options(seed=7)).text for p in puzzles]
     solved = [sum(sudoku.is_solved(a, p) for a, p in zip(some, puzzles, strict=True)) for some in (ours, theirs)]
     assert solved[0] >= solved[1] - 1 and solved[1] >= 27
     assert (
@@ -105,7 +105,7 @@ def test_any_twenty_cells_of_a_solved_grid_are_filled_in(llm: LLM) -> None:
         grid = sudoku.random_grid(rng)
         holes = set(hole_rng.sample(range(81), 20))
         puzzle = "".join("0" if n in holes else cell for n, cell in enumerate(grid))
-        right += sudoku.is_solved(llm.fill(cells(puzzle), ask(puzzle), Options(seed=1)).text, puzzle)
+        right += sudoku.is_solved(llm.fill(cells(puzzle), ask(puzzle), options=Options(seed=1)).text, puzzle)
     assert right >= 24
 
 
@@ -113,7 +113,7 @@ def test_a_warm_canvas_with_little_noise_keeps_a_right_answer(llm: LLM) -> None:
     grid = sudoku.random_grid(np.random.default_rng(9))
     puzzle = "".join(cell if n % 2 else "0" for n, cell in enumerate(grid))
     slot = Slot("board", text=grid, strength=0.1)
-    filled = llm.fill([slot], ask(puzzle), Options(seed=1))
+    filled = llm.fill([slot], ask(puzzle), options=Options(seed=1))
     assert filled.text == grid and filled.usage.steps <= 3
 
 
@@ -208,7 +208,7 @@ def test_bad_input_is_one_sentence(llm: LLM, call: Any, sentence: str) -> None:
 
 def test_too_small_a_budget_is_reported_before_any_work(llm: LLM) -> None:
     with pytest.raises(CapacityError, match="4"):
-        llm.complete("x", Options(schema={"type": "string", "minLength": 60}, max_tokens=4))
+        llm.complete("x", options=Options(schema={"type": "string", "minLength": 60}, max_tokens=4))
 
 
 def test_a_slot_is_text_and_never_a_control_token(llm: LLM) -> None:
@@ -219,10 +219,13 @@ def test_a_slot_is_text_and_never_a_control_token(llm: LLM) -> None:
 
 def test_text_behind_a_template_may_be_longer_than_the_context(llm: LLM) -> None:
     tail = "b" * 3000
-    filled = llm.fill([Slot("x", length=2), tail], "a text that goes on", ONE)
+    filled = llm.fill([Slot("x", length=2), tail], "a text that goes on", options=ONE)
     assert filled.text == filled.values["x"] + tail
 
 
 def test_a_hint_at_what_lies_beyond_joins_content_in_parts(llm: LLM) -> None:
     for content in "Write.", [{"type": "text", "text": "Write."}]:
-        assert llm.fill([Slot(length=1), "1" * 300], [{"role": "user", "content": content}], ONE).text[1:] == "1" * 300
+        assert (
+            llm.fill([Slot(length=1), "1" * 300], [{"role": "user", "content": content}], options=ONE).text[1:]
+            == "1" * 300
+        )

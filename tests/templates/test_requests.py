@@ -92,10 +92,10 @@ def test_a_template_alone_and_token_ids_begin_a_query_too() -> None:
 def test_a_further_kind_of_query_is_its_class_and_its_plan(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm.planner, "plan", RepeatPlanner(llm).plan)
     options = Repeat("", 0).options
-    once = llm.complete("1 2", options).text
+    once = llm.complete("1 2", options=options).text
     assert llm.run(Repeat("1 2", 0)) == "1 2"
     assert llm.run(Repeat("1 2", 1)) == "1 2" + once
-    assert llm.run(Repeat("1 2", 2)) == "1 2" + once + llm.complete("1 2" + once, options).text
+    assert llm.run(Repeat("1 2", 2)) == "1 2" + once + llm.complete("1 2" + once, options=options).text
     assert pickle.loads(pickle.dumps(Repeat("1 2", 2))) == Repeat("1 2", 2)
     assert not llm.must_compile(Repeat("1 2", 2)) and llm.must_compile(Repeat("1", 1, Options(strict=True)))
     assert list(Repeat("1 2", 2).beginning) == []
@@ -112,12 +112,12 @@ def test_a_plan_that_asks_for_nothing_is_one_clear_error(llm: LLM, monkeypatch: 
 
 def test_any_query_runs_as_its_method_does(llm: LLM) -> None:
     one, three = QUERIES[0].options, QUERIES[1].options
-    assert llm.run(Complete("1 2", one)).text == llm.complete("1 2", one).text
+    assert llm.run(Complete("1 2", one)).text == llm.complete("1 2", options=one).text
     assert llm.run(Chat(USER, options=three)).text == llm.chat(USER, options=three).text
-    assert llm.run(Infill("1", "2", 1, options=ONE)).values == llm.infill("1", "2", 1, ONE).values
+    assert llm.run(Infill("1", "2", 1, options=ONE)).values == llm.infill("1", "2", 1, options=ONE).values
     assert llm.run(Edit("123", spans=[(0, 1)], options=ONE)).text == llm.edit("123", spans=[(0, 1)], options=ONE).text
     template: list[str | Slot] = ["1", Slot("x", length=1)]
-    assert llm.run(Fill(template, USER, ONE)).text == llm.fill(template, USER, ONE).text
+    assert llm.run(Fill(template, USER, ONE)).text == llm.fill(template, USER, options=ONE).text
     fields = {"a": ["1", "2"]}
     assert llm.run(Decide(USER, fields, options=ONE)) == llm.decide(USER, fields, options=ONE)
 
@@ -126,9 +126,11 @@ def test_token_ids_and_prompts_are_completed(llm: LLM) -> None:
     ids = llm.tokenizer.encode("1 2", bos=True)
     prompt = llm.encode("1 2")
     assert list(prompt) == ids and len(prompt) == len(ids) and prompt == Prompt.of(ids)
-    for same in (ids, prompt, "1 2"):
-        done = list(llm.stream(same, QUERIES[0].options))[-1]
-        assert isinstance(done, Done) and done.text == llm.run(Complete(ids, QUERIES[0].options)).text
+    options = QUERIES[0].options
+    streams = [llm.stream(same, options=options) for same in (ids, prompt)] + [llm.stream(Complete("1 2", options))]
+    for stream in streams:
+        done = list(stream)[-1]
+        assert isinstance(done, Done) and done.text == llm.run(Complete(ids, options)).text
 
 
 def test_what_is_no_query_is_refused(llm: LLM) -> None:
