@@ -205,6 +205,8 @@ def test_a_changed_setting_is_sent_and_a_default_is_not(page: Any, server: PageS
     server.scripts["/v1/fill"] = [board_script(SOLVED)]
     go(page, "Settings")
     page.locator("#option-max_steps").fill("12")
+    expect(page.locator("label[for=option-max_steps]")).to_contain_text("Most steps for a canvas")
+    page.get_by_text("For those who know the sampler").click()
     page.locator("#option-t_max").fill("0.8")
     page.locator("#option-thinking").check()
     page.locator("#option-mode").select_option("diffusion")

@@ -14,14 +14,28 @@ UI = Path(__file__).parents[2] / "sfumato" / "server" / "ui"
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="needs node; none is on the path")
 
-SCRIPT = """
-const kept = %s;
-const storage = { getItem: (name) => kept[name] ?? null, setItem: (name, text) => { kept[name] = text; } };
+STORAGE = """
+class Storage {
+  getItem(name) { return Object.hasOwn(this, name) ? this[name] : null; }
+  removeItem(name) { delete this[name]; }
+  setItem(name, text) {
+    const size = Object.entries(this).reduce((sum, [key, held]) => sum + (key === name ? 0 : key.length + held.length), 0);
+    if (size + name.length + text.length > globalThis.room) throw new Error("QuotaExceededError");
+    this[name] = text;
+  }
+}
+"""
+"""A browser's storage: its names are its own properties, and it has `room` for so many characters."""
+
+SCRIPT = STORAGE + """
+globalThis.room = 1e7;
+const storage = Object.assign(new Storage(), %s);
 for (const name of ["localStorage", "sessionStorage"]) {
   Object.defineProperty(globalThis, name, { get() { if (%s) throw new Error("denied"); return storage; } });
 }
 const [api, history, settings, store] = await Promise.all(
   ["api", "history", "settings", "store"].map((name) => import(`./${name}.js`)));
+history.tidy();
 const drafts = settings.showsDrafts();
 const titles = history.list().map(history.titleOf);
 const request = settings.request({ isTemplate: false });
@@ -53,17 +67,21 @@ NAMES = (
 )
 
 
-def read(tmp_path: Path, kept: dict[str, str], is_denied: bool = False) -> Any:
+def run(tmp_path: Path, script: str) -> Any:
+    """What a module beside the page's own prints, as JSON."""
     for file in UI.glob("*.js"):
         shutil.copy(file, tmp_path)
     (tmp_path / "package.json").write_text('{"type": "module"}')
-    named = {f"sfumato.{name}": text for name, text in kept.items()}
-    (tmp_path / "read.js").write_text(SCRIPT % (json.dumps(named), json.dumps(is_denied)))
-    child = subprocess.run(
-        [str(NODE), str(tmp_path / "read.js")], capture_output=True, text=True, timeout=60, check=False
-    )
+    (tmp_path / "run.js").write_text(script)
+    command = [str(NODE), str(tmp_path / "run.js")]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
+
+
+def read(tmp_path: Path, kept: dict[str, str], is_denied: bool = False) -> Any:
+    named = {f"sfumato.{name}": text for name, text in kept.items()}
+    return run(tmp_path, SCRIPT % (json.dumps(named), json.dumps(is_denied)))
 
 
 DEFAULTS: dict[str, Any] = {
@@ -122,17 +140,10 @@ def test_options_that_were_kept_do_not_take_what_the_page_decides(tmp_path: Path
 def test_an_option_takes_values_of_its_kind(
     tmp_path: Path, type: str, choices: list[str] | None, right: list[Any], wrong: list[Any]
 ) -> None:
-    for file in UI.glob("*.js"):
-        shutil.copy(file, tmp_path)
     option = {"type": type, "choices": choices}
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    texts = f"{json.dumps([*right, *wrong])}.map((value) => isOf({json.dumps(option)}, value))"
-    (tmp_path / "read.js").write_text(f'import {{ isOf }} from "./settings.js";\nconsole.log(JSON.stringify({texts}));')
-    child = subprocess.run(
-        [str(NODE), str(tmp_path / "read.js")], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    assert json.loads(child.stdout) == [True] * len(right) + [False] * len(wrong)
+    values = f"{json.dumps([*right, *wrong])}.map((value) => isOf({json.dumps(option)}, value))"
+    script = f'import {{ isOf }} from "./settings.js";\nconsole.log(JSON.stringify({values}));'
+    assert run(tmp_path, script) == [True] * len(right) + [False] * len(wrong)
 
 
 def test_nothing_a_model_writes_is_read_as_html() -> None:

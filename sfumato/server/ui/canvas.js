@@ -1,6 +1,7 @@
 // Drawing drafts: tokens coloured by how sure the model is of them, and the gauge beside them, which replays the steps.
 
 import { el, svg } from "./dom.js";
+import { load, save } from "./store.js";
 
 const LEVELS = [0.005, 0.05, 0.2, 0.6, 1.2, 2.4];
 
@@ -53,7 +54,9 @@ export class Gauge {
       el("p", { class: "caption" }, "Entropy, nats a token"), chart,
       el("div", { class: "row scrub" }, this.slider, this.play), this.where,
       el("p", { class: "legend", "aria-hidden": "true" }, el("span", {}, "certain"), el("span", { class: "scale" }), el("span", {}, "undecided")));
-    this.root = el("aside", { class: "gauge", "aria-label": "Steps" }, this.facts, this.stage);
+    this.short = el("span", { class: "short" });
+    this.root = el("details", { class: "gauge", open: load("gauge", true) }, el("summary", {}, "Steps", this.short), this.facts, this.stage);
+    this.root.addEventListener("toggle", () => save("gauge", this.root.open));
   }
 
   /** A step's draft. `before`: what had been committed when it came. */
@@ -81,6 +84,8 @@ export class Gauge {
   }
 
   figures(usage) {
+    const { steps } = usage;
+    this.short.textContent = steps ? `: ${steps}, ${rounded(usage.tokens_per_pass, 1)} tokens each` : "";
     this.#facts([
       ["Tokens", usage.completion_tokens ?? usage.tokens],
       ["Canvases", usage.canvases],

@@ -26,21 +26,3 @@ export function svg(tag, attributes = {}, ...children) {
 export function announce(text) {
   byId("announce").textContent = text;
 }
-
-/** Text with its code fences set apart; all else stays as it was written. */
-export function showText(container, text) {
-  const parts = [];
-  let rest = text;
-  while (rest) {
-    const open = /(^|\n)```([^\n`]*)\n/.exec(rest);
-    if (!open) break;
-    const before = rest.slice(0, open.index);
-    const inside = rest.slice(open.index + open[0].length);
-    const close = /(^|\n)```[ \t]*(\n|$)/.exec(inside);
-    if (before) parts.push(el("p", { class: "plain" }, before));
-    parts.push(el("pre", { tabindex: "0", "data-language": open[2].trim() || null }, el("code", {}, close ? inside.slice(0, close.index) : inside)));
-    rest = close ? inside.slice(close.index + close[0].length) : "";
-  }
-  if (rest) parts.push(el("p", { class: "plain" }, rest));
-  container.replaceChildren(...parts);
-}

@@ -4,14 +4,14 @@ import { get, isKeyRemembered, key, setKey } from "./api.js";
 import { byId, el } from "./dom.js";
 import { load, save } from "./store.js";
 import { trouble } from "./trouble.js";
+import { WORDS, nameOf } from "./words.js";
 
 const words = (text) => text.trim().split(/\s+/);
 
 const GROUPS = {
-  "Length and seed": words("max_tokens min_tokens stop seed thinking"),
-  Sampler: words(`mode temperature max_steps t_max t_min temperature_steps entropy_bound stability confidence early short
-    top_k top_p`),
-  "What the answer obeys": words("schema regex grammar choices strict must_call"),
+  "Length and chance": words("max_tokens min_tokens stop seed thinking"),
+  "Care against speed": words("max_steps temperature early short"),
+  "What an answer may be": words("schema regex grammar choices strict must_call"),
 };
 
 /** Options that speak of an answer as a whole; a template's own slots say these things. */
@@ -24,6 +24,21 @@ const OWN = new Set(["drafts"]);
 /** What was kept of the options; only fetchOptions knows which of it the server takes. */
 let values = load("options", {});
 let models = [];
+
+/** The options that differ from their defaults: [name, value]. */
+export const changes = () => Object.entries(values).filter(([name]) => !OWN.has(name));
+
+export function clear(name) {
+  delete values[name];
+  save("options", values);
+  byId("options").replaceChildren(); // drawn anew when they are looked at
+}
+
+/** Another tab has changed them. */
+export function reload() {
+  values = load("options", {});
+  byId("options").replaceChildren();
+}
 
 const of = (id, otherwise = "") => load(`settings.${id}`, otherwise);
 
@@ -56,7 +71,20 @@ export function setModels(found) {
   choice.replaceChildren(...found.map((one) => el("option", { value: one.id }, one.id)));
   choice.value = model() ?? "";
   const one = found.find((other) => other.id === model());
+  showPurpose(one);
   byId("model-doc").textContent = one ? `Canvas of ${one.canvas_length} tokens, context of ${one.max_model_len}.` : "";
+}
+
+/** What a model is for, where its server says so, until it is dismissed. */
+function showPurpose(one) {
+  const purpose = typeof one?.purpose === "string" ? one.purpose : "";
+  byId("purpose").hidden = !purpose || load("purpose", "") === purpose;
+  const dismiss = () => {
+    save("purpose", purpose);
+    byId("purpose").hidden = true;
+    byId("message").focus();
+  };
+  byId("purpose").replaceChildren(el("p", {}, purpose), el("button", { class: "quiet small", type: "button", "aria-label": "Dismiss the note", onclick: dismiss }, "×"));
 }
 
 /** Whether a value that was kept is one of this option. */
@@ -120,9 +148,9 @@ function settingFor(option) {
   const wrong = el("p", { class: "wrong", id: `${id}-wrong`, hidden: true });
   const back = el("button", { class: "quiet", type: "button", "aria-label": `Set ${option.name} to its default`, hidden: true }, "Default");
   const row = el("div", { class: "setting" },
-    el("label", { for: id }, el("code", {}, option.name)),
+    el("label", { for: id }, nameOf(option.name), el("code", {}, option.name)),
     el("div", { class: "field" }, field, back, wrong),
-    el("p", { class: "doc", id: `${id}-doc` }, (option.doc ?? "").replaceAll("`", "")));
+    el("p", { class: "doc", id: `${id}-doc`, title: option.doc }, WORDS[option.name]?.[1] || (option.doc ?? "").replaceAll("`", "")));
   const fill = () => {
     const value = values[option.name] ?? null;
     if (option.type === "boolean") field.checked = value ?? Boolean(option.default);
@@ -170,9 +198,12 @@ export async function fetchOptions() {
     const named = (name) => options.filter((option) => option.name === name);
     const grouped = Object.entries(GROUPS).map(([title, names]) => [title, names.flatMap(named)]);
     const placed = new Set(Object.values(GROUPS).flat());
-    grouped.push(["More", options.filter((option) => !placed.has(option.name) && !OWN.has(option.name))]);
-    const groups = grouped.filter(([, some]) => some.length);
-    box.replaceChildren(...groups.map(([title, some]) => el("fieldset", { class: "group" }, el("legend", {}, title), ...some.map(settingFor))));
+    grouped.push(["For those who know the sampler", options.filter((option) => !placed.has(option.name) && !OWN.has(option.name))]);
+    const groups = grouped.filter(([, some]) => some.length).map(([title, some], at) => {
+      if (at < Object.keys(GROUPS).length) return el("fieldset", { class: "group" }, el("legend", {}, title), ...some.map(settingFor));
+      return el("details", { class: "group", open: some.some(({ name }) => name in values) }, el("summary", {}, title), ...some.map(settingFor));
+    });
+    box.replaceChildren(...groups);
   } catch (error) {
     box.replaceChildren(trouble(error, fetchOptions));
   }

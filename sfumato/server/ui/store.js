@@ -33,6 +33,15 @@ export function forget(key, storage = "localStorage") {
   }
 }
 
+/** The names of all that is kept. */
+export function kept() {
+  try {
+    return Object.keys(globalThis.localStorage).filter((key) => key.startsWith(name(""))).map((key) => key.slice(name("").length));
+  } catch {
+    return [];
+  }
+}
+
 /** Keep a field's text as it is typed, and bring it back after a reload. */
 export function keepTyped(field, key) {
   if (!field.value) field.value = load(key, "");
