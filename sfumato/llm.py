@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 
 from sfumato.checkpoints.checkpoint import Checkpoint
-from sfumato.checkpoints.contents import generation_of, tokenizer_of
+from sfumato.checkpoints.contents import generation_of, purpose_of, tokenizer_of
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
@@ -27,6 +27,7 @@ from sfumato.errors import CheckpointError, InputError
 from sfumato.events import Completion, Decision, Done, Edited, Event, Filled
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
+from sfumato.model.purpose import Purpose
 from sfumato.options import LoadOptions, Options
 from sfumato.remote import Remote
 from sfumato.templates.plans import Planner
@@ -71,9 +72,13 @@ class LLM:
         template: ChatTemplate | None = None,
         defaults: Mapping[str, Any] | None = None,
         name: str = "",
+        purpose: Purpose | None = None,
     ) -> None:
         self.model, self.tokenizer, self.template, self.name = model, tokenizer, template, name
-        self.defaults = dict(defaults or {})
+        length = {} if purpose is None or purpose.max_tokens is None else {"max_tokens": purpose.max_tokens}
+        self.defaults = length | dict(defaults or {})
+        self.purpose = purpose
+        """What the model is for, where it is for one thing alone."""
         self.planner = Planner(model.config, tokenizer, template, self.defaults, name)
         self.has_drafts = model.config.is_diffusion
         """Whether the model has a canvas, so that answers can come with a draft of every step."""
@@ -115,7 +120,7 @@ class LLM:
         tokenizer, template = _tokenizer_and_template(checkpoint)
         model = load(checkpoint, options, notice=notice, progress=progress)
         defaults, _ = generation_of(checkpoint)
-        return cls(model, tokenizer, template, defaults, str(options.model))
+        return cls(model, tokenizer, template, defaults, str(options.model), purpose_of(checkpoint))
 
     @classmethod
     def connect(cls, url: str, api_key: str | None = None, model: str | None = None) -> Remote:

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
 from sfumato.engine.arguments import check_kind
-from sfumato.errors import InputError, WorkerError
+from sfumato.errors import CheckpointError, InputError, WorkerError
 from sfumato.events import Completion, Decision, Edited, Event, Filled
+from sfumato.model.purpose import KEY, Purpose
 from sfumato.options import Options
 from sfumato.remote.bodies import answer_body, answer_route, changed_fields, option_refused, template_route_and_body
 from sfumato.remote.host import Host, NoSuchRoute
@@ -67,6 +68,8 @@ class Remote:
         """Positions of a canvas; None where the host does not say."""
         self.max_position = _whole(card.get("max_model_len"))
         """Tokens of prompt and answer together; None where the host does not say."""
+        self.purpose = _purpose(card) if is_sfumato else None
+        """What the model is for, where the host says that it is for one thing alone."""
 
     @property
     def url(self) -> str:
@@ -243,6 +246,13 @@ class Remote:
             cards = list(payload["data"])
             self._host.models = [text_of(card["id"]) for card in cards]
         return cards
+
+
+def _purpose(card: Mapping[str, Any]) -> Purpose | None:
+    try:
+        return Purpose.of({KEY: card.get("purpose")}, "the host")
+    except CheckpointError:  # a hint less
+        return None
 
 
 def _whole(value: Any) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, overload
 
 from sfumato.events import Completion, Decision, Edited, Event, Filled
+from sfumato.model.purpose import Purpose
 from sfumato.options import Options
 from sfumato.templates.requests import Messages, QueryFor, Result, Tools
 from sfumato.templates.slots import Slot
@@ -39,6 +40,11 @@ class LanguageModel(Protocol):
         """Whether the model runs in another process or machine.
 
         If so, it works on while the caller handles an event."""
+        ...
+
+    @property
+    def purpose(self) -> Purpose | None:
+        """What the model is for, where it is for one thing alone."""
         ...
 
     def check(self, options: Options, is_chat: bool = True) -> None:
