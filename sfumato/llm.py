@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sfumato.checkpoints.checkpoint import Checkpoint
-from sfumato.checkpoints.contents import generation_of, tokenizer_folder, tokenizer_of
+from sfumato.checkpoints.contents import generation_of, purpose_of, tokenizer_folder, tokenizer_of
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
@@ -32,6 +32,7 @@ from sfumato.errors import InputError
 from sfumato.events import Completion, Done, Event
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
+from sfumato.model.purpose import Purpose
 from sfumato.notebook.loading import loading_bar
 from sfumato.options import LoadOptions, Options, OptionsLike
 from sfumato.remote import Remote
@@ -85,9 +86,13 @@ class LLM(LanguageModel):
         template: ChatTemplate | None = None,
         defaults: Mapping[str, Any] | None = None,
         name: str = "",
+        purpose: Purpose | None = None,
     ) -> None:
         self.tokenizer, self.template, self.name = tokenizer, template, name
-        self.defaults = dict(defaults or {})
+        length = {} if purpose is None or purpose.max_tokens is None else {"max_tokens": purpose.max_tokens}
+        self.defaults = length | dict(defaults or {})
+        self.purpose = purpose
+        """What the model is for, where it is for one thing alone."""
         self.planner = Planner(model.config, tokenizer, template, self.defaults, name)
         self.has_drafts = model.config.is_diffusion
         """Whether the model has a canvas, so that answers can come with a draft of every step."""
@@ -154,7 +159,7 @@ class LLM(LanguageModel):
         tokenizer, template = _tokenizer_and_template(checkpoint)
         model = load(checkpoint, options, notice=notice, progress=progress)
         defaults, _ = generation_of(checkpoint)
-        return cls(model, tokenizer, template, defaults, str(options.model))
+        return cls(model, tokenizer, template, defaults, str(options.model), purpose_of(checkpoint))
 
     @classmethod
     def connect(cls, url: str, api_key: str | None = None, model: str | None = None) -> Remote:

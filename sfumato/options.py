@@ -22,6 +22,14 @@ from sfumato.errors import InputError
 BIG = 1 << 62
 """The largest value of a whole number that has no limit of its own."""
 
+DTYPE_NAMES = {
+    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
+    **dict.fromkeys(("float16", "fp16", "half"), "float16"),
+    **dict.fromkeys(("float32", "fp32", "float"), "float32"),
+    **dict.fromkeys(("float64", "fp64", "double"), "float64"),
+}
+"""Every spelling of a dtype -> torch's own name of it."""
+
 MOST_STEPS = 4096
 """The most denoising steps of a canvas."""
 
@@ -122,6 +130,15 @@ def constraint_of(kind: str, value: Any, name: str) -> Any:
     if not is_right:
         raise InputError(f"{name} is {reprlib.repr(value)}; give {words}", option=kind)
     return tuple(value) if kind == "choices" else value
+
+
+def dtype_name(spelling: str) -> str:
+    """Torch's name of a dtype, by any usual spelling of it; InputError where it is none."""
+    name = spelling.removeprefix("torch.").lower()
+    if name not in DTYPE_NAMES:
+        known = ", ".join(dict.fromkeys(DTYPE_NAMES.values()))
+        raise InputError(f"dtype is {spelling!r}; choose one of {known}", option="dtype")
+    return DTYPE_NAMES[name]
 
 
 def _short(number: float) -> str:
@@ -372,10 +389,13 @@ class Options:
         return dataclasses.replace(self, **values) if values else self
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Options:
-        """A copy in which every `None` that `defaults` (option name -> value) knows is filled in."""
-        return dataclasses.replace(
-            self, **{k: v for k, v in defaults.items() if getattr(self, k) is None and v is not None}
-        )
+        """A copy in which every `None` that `defaults` (option name -> value) knows is filled in.
+
+        A default of max_tokens below the min_tokens that are asked for is left out."""
+        values = {k: v for k, v in defaults.items() if getattr(self, k) is None and v is not None}
+        if values.get("max_tokens", BIG) < self.min_tokens:
+            del values["max_tokens"]
+        return dataclasses.replace(self, **values)
 
 
 class OptionFields(TypedDict, total=False):
@@ -476,7 +496,9 @@ class LoadOptions:
         ),
     ] = "nano"
     device: Annotated[str, About("auto, cpu, cuda, cuda:1, …; auto: a GPU where there is one.")] = "auto"
-    dtype: Annotated[str | None, About("float32, bfloat16, …; None: the checkpoint's own.")] = None
+    dtype: Annotated[
+        str | None, About("float32, bfloat16 or float16 (fp32, bf16, fp16 too); None: the checkpoint's own.")
+    ] = None
     ops: Annotated[str, About("auto, reference, fused, cpu or triton operations; auto: the fastest that can run.")] = (
         "auto"
     )
@@ -490,6 +512,8 @@ class LoadOptions:
     ] = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if isinstance(self.model, os.PathLike) and not isinstance(self.model, Path):
             object.__setattr__(self, "model", Path(self.model))
         for name, option in LOAD_OPTIONS.items():

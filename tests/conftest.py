@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 
@@ -13,6 +14,10 @@ import pytest
 # Before any test imports torch, and inherited by the processes that tests start. Tiny models gain nothing from a second
 # thread, and on a busy machine threads that wait for each other lose much.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# The settings of whoever runs the tests are no part of them.
+os.environ.pop("SFUMATO_MODEL", None)
+os.environ["XDG_CONFIG_HOME"] = os.path.join(tempfile.gettempdir(), "sfumato-tests-config")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -33,6 +33,7 @@ ROWS = [
     {"evals", "training", "measure"},
     {"server"},
     {"cli"},
+    {"__main__"},
 ]
 ROW = {folder: number for number, folders in enumerate(ROWS) for folder in folders}
 

@@ -16,8 +16,9 @@ from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
 from sfumato.checkpoints.names import HEAD, VISION, own_name, released_name
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
-from sfumato.model.config import ModelConfig, generation_values, read_generation_config
+from sfumato.model.config import ModelConfig, generation_values, read_generation_config, read_json
 from sfumato.model.network import Model
+from sfumato.model.purpose import Purpose
 from sfumato.ops import load as load_ops
 from sfumato.ops.contract import Ops
 from sfumato.text.tokenizer import Tokenizer
@@ -52,6 +53,14 @@ def generation_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ..
     if checkpoint.path.is_file():
         return generation_values(checkpoint.generation, str(checkpoint.path))
     return read_generation_config(checkpoint.path)
+
+
+def purpose_of(checkpoint: Checkpoint) -> Purpose | None:
+    """What the checkpoint is for, where its generation_config says so."""
+    if checkpoint.path.is_file():
+        return Purpose.of(checkpoint.generation, str(checkpoint.path))
+    path = checkpoint.path / GENERATION
+    return Purpose.of(read_json(path), str(path)) if path.exists() else None
 
 
 def tokenizer_of(vocabulary: StoredVocabulary) -> Tokenizer:

@@ -184,7 +184,5 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    names = {str(known).removeprefix("torch."): known for known in DTYPES.values()}
-    if name is not None and name not in names:
-        raise InputError(f"dtype is {name!r}; choose one of {', '.join(names)}", option="dtype")
-    return None if name is None else names[name]
+    """The dtype that `LoadOptions` names: it has checked the name already."""
+    return next((dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"), None)

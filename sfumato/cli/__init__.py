@@ -3,15 +3,17 @@
 A command is a module with a function `command(...)`, annotated for typer, whose docstring is its help. Options that
 commands share come as records (`flags`, `options`). A command may raise any error: `main` turns it into one line on
 stderr and an exit code, 2 where the input is at fault, 1 where something failed, 130 on Ctrl-C. There is never a
-traceback, and no environment variable that brings one back.
+traceback, and no environment variable that brings one back. The shell's completion runs through here too: it asks with
+a line of its own, of which only the called command is imported.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ from sfumato.cli.output import harmless
 from sfumato.errors import InputError, SfumatoError
 
 COMMANDS = {
+    "run": ("sfumato.cli.run", "Talk with a model, or answer one prompt."),
     "generate": ("sfumato.cli.generate", "Continue a text, or answer one prompt."),
     "chat": ("sfumato.cli.chat", "Talk with the model in the terminal."),
     "infill": ("sfumato.cli.infill", "Write what is missing at one place of a file."),
@@ -30,13 +33,21 @@ COMMANDS = {
     "decide": ("sfumato.cli.decide", "Choose between given answers, with probabilities."),
     "sudoku": ("sfumato.cli.sudoku", "Solve Sudoku on a canvas, and check the answer."),
     "serve": ("sfumato.cli.serve", "Serve the model over HTTP, with a page: OpenAI's routes, and ours."),
+    "pull": ("sfumato.cli.pull", "Fetch a model from the hub."),
+    "list": ("sfumato.cli.listing", "The models that are here."),
+    "rm": ("sfumato.cli.rm", "Remove a model from the hub's cache."),
     "info": ("sfumato.cli.info", "What a model holds, needs, and could reach at best. Works without weights."),
     "bench": ("sfumato.cli.bench", "Time every part of a step, beside what this machine can do at all."),
     "quantize": ("sfumato.cli.quantize", "Write a checkpoint in fewer bits."),
     "convert": ("sfumato.cli.convert", "Write a checkpoint in another format: GGUF, MLX, compressed-tensors, …"),
     "finetune": ("sfumato.cli.finetune", "Train on your own data, or nano from scratch."),
+    "config": ("sfumato.cli.config", "Your defaults: which file they stand in, and what applies."),
+    "completion": ("sfumato.cli.completion", "Print the script that completes commands in your shell."),
 }
 """Command -> (module, one line of help). The order is the order of `sfumato --help`."""
+
+COMPLETE = "_SFUMATO_COMPLETE"
+"""The variable in which the shell's script says that it asks for completions."""
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """click's UsageError, wherever this release of typer keeps its click."""
@@ -45,8 +56,13 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own); returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    flags: dict[str, str] = {}
     try:
-        code = application(words).main(args=words, prog_name="sfumato", standalone_mode=False)
+        if arguments is None and COMPLETE in os.environ:
+            words = _words_to_complete()
+        group = application(words)
+        flags.update(_flags_of(group, _called(words)))
+        code = group.main(args=words, prog_name="sfumato", complete_var=COMPLETE, standalone_mode=False)
         sys.stdout.flush()  # here, where a closed pipe can still be met quietly
         return code if isinstance(code, int) else 0
     except BrokenPipeError:  # the reader has seen enough
@@ -57,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:  # a panic in a library is no Exception
-        text, code = explain(error)
+        text, code = explain(error, flags)
         print("sfumato: " + harmless(" ".join(text.split())), file=sys.stderr)
         return code
 
@@ -78,21 +94,21 @@ def application(arguments: Sequence[str]) -> Any:
         ] = False,
     ) -> None: ...
 
-    called = next((word for word in arguments if not word.startswith("-")), None)
+    called = _called(arguments)
     for name, (module, line) in COMMANDS.items():
         function = import_module(module).command if name == called else _placeholder
         app.command(name, short_help=line)(function)
     return typer.main.get_command(app)
 
 
-def explain(error: BaseException) -> tuple[str, int]:
-    """The line that reports an error, and the exit code."""
+def explain(error: BaseException, flags: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """The line that reports an error, and the exit code; `flags` are the called command's, by the names of options."""
     if isinstance(error, USAGE_ERROR):
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "sfumato"
         return f"{error.format_message()} (see {path} --help)", 2  # type: ignore[attr-defined]
     if isinstance(error, InputError):
-        return str(error), 2
+        return _in_flags(error, flags or {}), 2
     if isinstance(error, SfumatoError):
         return str(error), 1
     if isinstance(error, OSError):
@@ -100,6 +116,37 @@ def explain(error: BaseException) -> tuple[str, int]:
     first = next(iter(str(error).splitlines()), "")
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {first} (at {os.path.basename(last.filename)}, line {last.lineno})", 1
+
+
+def _called(arguments: Sequence[str]) -> str | None:
+    """The name of the command that is called."""
+    return next((word for word in arguments if not word.startswith("-")), None)
+
+
+def _words_to_complete() -> list[str]:
+    """The command line that the shell asks about, as typer's scripts for bash, zsh and fish send it."""
+    line = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS", "")
+    return line.split()[1:]
+
+
+def _flags_of(group: Any, name: str | None) -> dict[str, str]:
+    """The long flags of a command by the names of its options."""
+    command = group.commands.get(name)
+    if command is None:
+        return {}
+    options = ((parameter.name, parameter.opts[0]) for parameter in command.params if parameter.opts)
+    return {name: flag for name, flag in options if flag.startswith("--")}
+
+
+def _in_flags(error: InputError, flags: Mapping[str, str]) -> str:
+    """What an error says, with options as the flags that they are on the command line."""
+    text = str(error)
+    if (flag := flags.get(error.option or "")) is not None:
+        text = re.sub(rf"^{re.escape(error.option or '')}(?= )", flag, text)
+    names = sorted((name for name in flags if "_" in name.strip("_")), key=len, reverse=True)
+    if not names:
+        return text
+    return re.sub(rf"(?<![\w'\"/.-])(?:{'|'.join(names)})(?![\w'\"=])", lambda match: flags[match[0]], text)
 
 
 def _print_version(is_requested: bool) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from sfumato.cli import flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.output import harmless
-from sfumato.cli.view import show, visible
+from sfumato.cli.view import hint, show, visible
 from sfumato.errors import InputError, SfumatoError
 from sfumato.events import Commit, Done
 from sfumato.options import LoadOptions, Options
@@ -22,9 +22,9 @@ HELP = "/new begins again · /seed N fixes the seed · /set NAME=VALUE changes a
 
 
 @flags.takes(
-    api=flags.group_of(loading.ApiFlags),
-    options=opt.flags_of("max_tokens", "seed", "mode", "thinking"),
-    load=opt.load_flags_of(without=("model",)),
+    api=loading.positional(loading.API),
+    options=opt.flags_of("max_tokens", "seed", "temperature", "max_steps", "mode", "thinking"),
+    load=opt.load_flags_of(),
 )
 def command(
     *,
@@ -36,13 +36,18 @@ def command(
 ) -> None:
     """Talk to a model; each answer denoises live. Piped, every line of input is a message and every answer is printed.
 
-    Example: sfumato chat -m google/diffusiongemma-26B-A4B-it --system "Answer in one sentence."
+    Example: sfumato chat google/diffusiongemma-26B-A4B-it --system "Answer in one sentence."
 
     Example: sfumato chat --api https://models.example.com --api-key-file key.txt
     """
+    talk(loading.connect_or_load(api, load), options, system, delay)
+
+
+def talk(llm: LanguageModel, options: Options, system: str | None, delay: float) -> None:
+    """Hold a conversation with a model, until the input ends."""
     console = Console(highlight=False)
-    llm = loading.connect_or_load(api, load)
     llm.check(options)
+    hint(llm, "")
     conversation = Conversation(llm, options, console, delay, system)
     if conversation.is_live:
         console.print(visible(f"{llm.name} · {HELP}", "dim"))

@@ -15,7 +15,7 @@ from rich.text import Text
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.output import put
-from sfumato.cli.view import SMOKE, visible, working
+from sfumato.cli.view import SMOKE, hint, visible, working
 from sfumato.errors import InputError
 from sfumato.events import Decision
 from sfumato.options import MOST_STEPS, LoadOptions, Options
@@ -24,7 +24,11 @@ BAR = 24
 """Characters of a bar at probability 1."""
 
 
-@flags.takes(options=opt.flags_of("seed", is_template=True), load=opt.load_flags_of())
+@flags.takes(
+    api=loading.API,
+    options=opt.flags_of("seed", is_template=True, usual=("seed",)),
+    load=opt.load_flags_of(),
+)
 def command(
     prompt: Annotated[str | None, typer.Argument(help="The text; '-' or nothing reads standard input.")] = None,
     *,
@@ -34,6 +38,7 @@ def command(
     fields: Annotated[str | None, typer.Option(metavar="FILE", help='Or a JSON file: {"name": ["a", "b"], …}.')] = None,
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Behind the text as it is, without the chat template.")] = False,
+    api: loading.ApiFlags,
     options: Options,
     load: LoadOptions,
     as_json: Annotated[
@@ -53,8 +58,9 @@ def command(
         prompt = files.read("-")
     if not prompt:
         raise InputError("the text is empty; give at least one character")
-    llm = loading.load_model(load)
+    llm = loading.connect_or_load(api, load)
     request: Any = prompt if raw else [{"role": "user", "content": prompt}]
+    hint(llm, prompt)
     with working("deciding"):
         decisions = llm.decide(request, questions, steps, options=options)
     if as_json:

@@ -14,12 +14,17 @@ from rich.console import Console
 from sfumato.cli import files, flags, loading, places
 from sfumato.cli import options as opt
 from sfumato.cli.output import put, usage_record
-from sfumato.cli.view import diff_text, summary, visible, working
+from sfumato.cli.view import diff_text, hint, summary, visible, working
 from sfumato.errors import InputError
 from sfumato.options import LoadOptions, Options
 
 
-@flags.takes(options=opt.flags_of("seed", is_template=True), load=opt.load_flags_of())
+@flags.takes(
+    api=loading.API,
+    options=opt.flags_of("seed", "max_steps", "temperature", is_template=True),
+    load=opt.load_flags_of(),
+    output=opt.OUTPUT,
+)
 def command(
     file: Annotated[str, typer.Argument(help="A text file; '-' reads standard input.")],
     *,
@@ -32,13 +37,14 @@ def command(
         float | None, typer.Option(min=0, max=1, help="Share of the text that starts as noise; 0.5 if not given.")
     ] = None,
     write: Annotated[bool, typer.Option("--write", "-w", help="Write the file too.")] = False,
+    api: loading.ApiFlags,
     options: Options,
     load: LoadOptions,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the diff.")] = False,
+    output: opt.OutputFlags,
 ) -> None:
     """Rewrite a file, or spans of it, and print what changed as a unified diff.
 
-    The file itself changes only with --write.
+    The file itself changes only with --write; --output writes the new text to another.
 
     Example: sfumato edit letter.txt --instruction "Make it more polite." --write
 
@@ -46,6 +52,9 @@ def command(
     """
     if not instruction and not span:
         raise InputError("neither an --instruction nor a --span is given; say what to change, or where")
+    target = output.file()
+    if write and target is not None:
+        raise InputError("--write and --output are given together; give one of them")
     if write:
         files.check_writable(file)
     text = files.read(file)
@@ -53,15 +62,18 @@ def command(
         raise InputError(f"{file} is empty, so there is nothing to edit")
     passages = places.spans(text, span or [])
     console = Console(highlight=False)
-    llm = loading.load_model(load)
+    llm = loading.connect_or_load(api, load)
+    hint(llm, f"{instruction or ''}\n{text}")
     began = time.perf_counter()
     with working("editing"):
         edited = llm.edit(text, instruction or None, passages, strength, options=options)
     seconds, is_changed = time.perf_counter() - began, edited.text != text
     if write and is_changed:
         files.write(file, text, edited.text)
+    if target is not None:
+        target.write(edited.text)
     diff = edited.diff(_in_diff(file))
-    if as_json:
+    if output.as_json:
         record = {"text": edited.text, "diff": diff, "seed": edited.seed} | usage_record(edited.usage)
         put(json.dumps(record, ensure_ascii=False) + "\n")
     elif console.is_terminal:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,67 @@ def out_path(text: str, name: str) -> Path:
     if not text.strip():
         raise InputError(f"{name} is empty; give a path to write to")
     return Path(text)
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file to write that replaces nothing unasked."""
+
+    path: Path
+    force: bool = False
+
+    def write(self, text: str) -> None:
+        """Write the file, whole or not at all: beside its place, then renamed. InputError where one is there by now."""
+        target = Path(os.path.realpath(self.path)) if self.force else self.path
+        beside = target.with_name(f".sfumato-{secrets.token_hex(8)}")
+        try:
+            with open(beside, "xb") as file:
+                file.write(text.encode("utf-8", "backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+            if self.force:
+                with suppress(FileNotFoundError):
+                    os.chmod(beside, stat.S_IMODE(os.stat(target).st_mode))
+                os.replace(beside, target)
+                return
+            try:
+                os.link(beside, self.path)  # fails where something is there, even if it came this moment
+            except FileExistsError:
+                raise _exists(self.path) from None
+            except OSError:  # a file system without links
+                if os.path.lexists(self.path):
+                    raise _exists(self.path) from None
+                os.replace(beside, self.path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(beside)
+
+
+def new_path(text: str | None, force: bool, name: str = "--output") -> NewFile | None:
+    """The file to write, None where none is asked for.
+
+    InputError, better now than after the work, for one that cannot be written, or is there and not to be replaced."""
+    if text is None:
+        return None
+    if text == "-":
+        raise InputError(f"{name} is -; leave it out for standard output")
+    path = out_path(text, name).expanduser()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file to write to")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    if os.path.lexists(path):
+        if not force:
+            raise _exists(path)
+        if not path.is_file():
+            raise InputError(f"{path} is not a regular file, so --force cannot replace it; give another name")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: its folder is read-only; give another place")
+    return NewFile(path, force)
+
+
+def _exists(path: Path) -> InputError:
+    return InputError(f"{path} is there already; give another name, or --force to replace it")
 
 
 def check_writable(name: str) -> None:

@@ -13,13 +13,18 @@ from rich.text import Text
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.output import put, usage_record
-from sfumato.cli.view import WRITTEN, summary, visible, working
+from sfumato.cli.view import WRITTEN, hint, summary, visible, working
 from sfumato.errors import InputError
 from sfumato.options import LoadOptions, Options
 from sfumato.templates.slots import Slot, check_template, read_template
 
 
-@flags.takes(options=opt.flags_of("seed", is_template=True), load=opt.load_flags_of())
+@flags.takes(
+    api=loading.API,
+    options=opt.flags_of("seed", "max_steps", "temperature", is_template=True),
+    load=opt.load_flags_of(),
+    output=opt.OUTPUT,
+)
 def command(
     template: Annotated[str, typer.Argument(help="A JSON file: a list of texts and slots; '-' reads standard input.")],
     *,
@@ -27,9 +32,10 @@ def command(
     raw: Annotated[
         bool, typer.Option("--raw", help="The template continues the prompt as it is, without the chat template.")
     ] = False,
+    api: loading.ApiFlags,
     options: Options,
     load: LoadOptions,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, values, lengths, usage.")] = False,
+    output: opt.OutputFlags,
 ) -> None:
     """Write the slots of a template, all of them together; the texts between stay byte for byte.
 
@@ -42,15 +48,19 @@ def command(
     """
     if prompt == "" or (raw and prompt is None):
         raise InputError("--prompt is empty or missing; give a text, or leave --prompt and --raw out")
+    target = output.file()
     pieces = check_template(read_template(files.read(template).removeprefix(files.BOM)))
     console = Console(highlight=False)
-    llm = loading.load_model(load)
+    llm = loading.connect_or_load(api, load)
     request: Any = prompt if raw or prompt is None else [{"role": "user", "content": prompt}]
+    hint(llm, prompt or "")
     began = time.perf_counter()
     with working("writing"):
         filled = llm.fill(pieces, request, options=options)
     seconds = time.perf_counter() - began
-    if as_json:
+    if target is not None:
+        target.write(filled.text)
+    if output.as_json:
         record = {"text": filled.text, "values": filled.values, "lengths": filled.lengths, "seed": filled.seed}
         put(json.dumps(record | usage_record(filled.usage), ensure_ascii=False) + "\n")
     elif console.is_terminal:
@@ -61,5 +71,5 @@ def command(
         console.print(Text.assemble(*shown), end="" if filled.text.endswith("\n") else "\n", soft_wrap=True)
         written = f"{sum(filled.lengths.values())} tokens written · "
         console.print(Text(written + summary(filled.usage, seconds) + f" · seed {filled.seed}", style="dim"))
-    else:
+    elif target is None:
         put(filled.text)

@@ -11,9 +11,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
+
+from typer.models import OptionInfo
 
 Command = Callable[..., object]
 
@@ -33,13 +36,17 @@ def flag(name: str, annotation: object, default: object = inspect.Parameter.empt
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def group_of(record: type) -> Group:
-    """The group of a dataclass whose fields are annotated for typer, one flag a field."""
+def group_of(record: type, panel: str | None = None) -> Group:
+    """The group of a dataclass whose fields are annotated for typer, one flag a field; `panel` of --help shows them."""
     hints, parameters = get_type_hints(record, include_extras=True), []
     for field in dataclasses.fields(record):
         is_required = field.default is dataclasses.MISSING
         default = inspect.Parameter.empty if is_required else field.default
-        parameters.append(flag(field.name, hints[field.name], default))
+        kind, declaration = get_args(hints[field.name])
+        if panel is not None and isinstance(declaration, OptionInfo):
+            declaration = copy(declaration)
+            declaration.rich_help_panel = panel
+        parameters.append(flag(field.name, Annotated[kind, declaration], default))
     return Group(tuple(parameters), record)
 
 

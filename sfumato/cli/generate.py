@@ -3,78 +3,144 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sfumato.cli import flags, loading
+from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.output import harmless, usage_record
-from sfumato.cli.view import show
+from sfumato.cli.view import hint, show
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done
 from sfumato.options import LoadOptions, Options
-from sfumato.templates.requests import Complete
+from sfumato.templates.interface import LanguageModel
+from sfumato.templates.requests import Chat, Complete
 
-FLAGS = ("max_tokens", "seed", "mode", "thinking", "schema", "regex", "choices", "early")
+FLAGS = (
+    *("max_tokens", "seed", "temperature", "max_steps", "mode", "thinking"),
+    *("schema", "regex", "choices", "early"),
+)
 """The options with a flag of their own here."""
 
 
+@dataclass(frozen=True)
+class PromptFlags:
+    """What to answer, or to continue."""
+
+    prompt: Annotated[str | None, typer.Argument(help="The text; '-' or nothing reads standard input.")] = None
+    context: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE", help="Text files that follow the prompt; '-' is standard input."),
+    ] = None
+    system: opt.System = None
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False
+
+    def request(self) -> str | list[dict[str, Any]]:
+        """A conversation, or with --raw the text; InputError for what does not go together."""
+        if self.raw and (self.system is not None or self.context):
+            raise InputError("--raw continues one text, so it goes with neither --system nor FILE; leave --raw out")
+        text = prompt_of(self.prompt, self.context or [])
+        return text if self.raw else [*opt.system_message(self.system), {"role": "user", "content": text}]
+
+
 @flags.takes(
-    api=flags.group_of(loading.ApiFlags),
+    source=flags.group_of(PromptFlags),
+    api=loading.API,
     options=opt.flags_of(*FLAGS),
-    load=opt.load_flags_of(without=("model",)),
+    load=opt.load_flags_of(),
+    output=opt.OUTPUT,
 )
 def command(
-    prompt: Annotated[str | None, typer.Argument(help="The text; '-' or nothing reads standard input.")] = None,
     *,
+    source: PromptFlags,
     api: loading.ApiFlags,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     options: Options,
     load: LoadOptions,
+    output: opt.OutputFlags,
     delay: opt.Delay = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Answer one message. On a terminal the canvas denoises before your eyes; piped, only the text comes out.
 
+    Each FILE stands behind the prompt in a fenced block under its name.
+
     Example: sfumato generate "Why is the sky blue?" -m google/diffusiongemma-26B-A4B-it --seed 1
+
+    Example: sfumato generate "What does this do?" main.py --system "Answer in one sentence." -o answer.md
 
     Example: sfumato generate "Is a whale a fish?" --choice yes --choice no
 
     Example: sfumato generate "Why is the sky blue?" --api http://localhost:8000
     """
-    text = _text_of(prompt)
-    console = Console(highlight=False)
+    target, request = output.file(), source.request()
     llm = loading.connect_or_load(api, load)
+    answer(llm, request, options, delay, as_json=output.as_json, target=target)
+
+
+def answer(
+    llm: LanguageModel,
+    request: str | list[dict[str, Any]],
+    options: Options,
+    delay: float = 0.0,
+    *,
+    as_json: bool = False,
+    target: files.NewFile | None = None,
+) -> None:
+    """Print the answer to a request: live on a terminal, as text elsewhere, as a record, or into a file."""
+    console = Console(highlight=False)
+    hint(llm, request)
     is_live = console.is_terminal and not as_json
     has_drafts = is_live and llm.has_drafts and options.mode != "autoregressive"
     chosen = replace(options, drafts=has_drafts)
-    events = llm.stream(Complete(text, chosen)) if raw else llm.stream(text, options=chosen)
+    events = llm.stream(Complete(request, chosen) if isinstance(request, str) else Chat(request, None, chosen))
+    done: Done | None = None
+    if is_live:
+        done = show(llm, events, console, delay)
+    for event in () if is_live else events:
+        if isinstance(event, Commit) and target is None and not as_json:
+            print(event.text, end="", flush=True)
+        elif isinstance(event, Done):
+            done = event
+    assert done is not None
+    if target is not None:
+        target.write(done.text if done.text.endswith("\n") else done.text + "\n")
     if as_json:
-        done = next(event for event in events if isinstance(event, Done))
         line = json.dumps(_record(done, llm.has_token_ids), ensure_ascii=False)
         print(harmless(line) if console.is_terminal else line)
-    elif is_live:
-        show(llm, events, console, delay)
-    else:
-        for event in events:
-            if isinstance(event, Commit):
-                print(event.text, end="", flush=True)
+    elif not is_live and target is None:
         print()
 
 
-def _text_of(prompt: str | None) -> str:
-    """The argument, or standard input where there is none; InputError for an empty text."""
+def prompt_of(prompt: str | None, names: Sequence[str]) -> str:
+    """The argument, or standard input where there is none, and the files behind it, each fenced under its name.
+
+    InputError for a text that is empty, a file that is no text or too large, and standard input named twice."""
+    if [prompt, *names].count("-") + (prompt is None) > 1:
+        raise InputError("standard input is named twice; give '-' once, as the prompt or as a FILE")
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             raise InputError("there is no text; give it as an argument or pipe it in")
         prompt = sys.stdin.read()
     if not prompt:
         raise InputError("the text is empty; give at least one character")
-    return prompt
+    parts = [prompt]
+    for name in names:
+        text = files.read(name).removeprefix(files.BOM)
+        parts.append(fenced(text, "standard input" if name == "-" else name))
+        if sum(map(len, parts)) > files.LIMIT:
+            raise InputError(f"the files together are larger than {files.LIMIT >> 20} MiB, the limit; give fewer")
+    return "\n\n".join(parts)
+
+
+def fenced(text: str, name: str) -> str:
+    """A file's text under its name, between fences that are longer than any run of backticks in it."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return f"{' '.join(name.split())}:\n{fence}\n{text}{'' if text.endswith(chr(10)) else chr(10)}{fence}"
 
 
 def _record(done: Done, has_token_ids: bool) -> dict[str, Any]:

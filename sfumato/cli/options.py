@@ -1,25 +1,48 @@
 """The flags of `Options` and `LoadOptions`, read from their declarations, and options as NAME=VALUE.
 
 A few options have a flag of their own in some commands, which the command names (`flags_of`); every option can be set
-with --set NAME=VALUE. A new field of either record needs no change here.
+with --set NAME=VALUE. A new field of either record needs no change here. What no flag says, the user's settings say
+(`settings`), and what they leave open is the declared default.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from sfumato.cli import files
-from sfumato.cli.flags import Group, flag
+from sfumato.cli.flags import Group, flag, group_of
+from sfumato.cli.settings import GIGABYTE, SAMPLING, read_settings
 from sfumato.errors import InputError
 from sfumato.options import LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
+from sfumato.quant.recipes import RECIPES
 
 Delay = Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")]
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """Where a text goes, if not to standard output, and as what."""
+
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write the text to this file, not the screen.")
+    ] = None
+    force: Force = False
+    as_json: Json = False
+
+    def file(self) -> files.NewFile | None:
+        """The file, if one is named; InputError where it is there already and is not to be replaced."""
+        return files.new_path(self.output, self.force)
+
 
 HELP = 120
 """Characters of a sentence from which on only its first part is shown as help."""
@@ -28,38 +51,71 @@ _NAMES = {"choices": ("--choice",), "model": ("--model", "-m")}
 _METAVARS: dict[type, str] = {dict: "FILE|JSON", tuple: "TEXT"}
 _IN_GIGABYTES = ("memory_limit",)
 """Declared in bytes, and in GB on the command line."""
+_VALUES = {
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "ops": ("auto", "reference", "fused", "cpu", "triton"),
+    "quantize": tuple(RECIPES),
+}
+"""What the shell offers for an option whose values are not declared as choices."""
+_SAMPLING_PANEL, _LOADING_PANEL = "How to generate", "How to load the model"
+"""The panels of --help."""
 _SET = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", help="Any other option as NAME=VALUE, e.g. -s max_steps=16 -s stop=END."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="NAME=VALUE",
+        help="Any other option of generating, e.g. -s entropy_bound=0.2 -s stop=END.",
+        rich_help_panel=_SAMPLING_PANEL,
+        autocompletion=lambda incomplete: [f"{name}=" for name in OPTIONS if name.startswith(incomplete)],
+    ),
 ]
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
-def flag_of(option: Option) -> inspect.Parameter:
-    """The flag of one option, by its declared name, type, default and sentence."""
+def flag_of(option: Option, flagged: Collection[str] = ()) -> inspect.Parameter:
+    """The flag of one option, by its declared name, type, default and sentence; None stands for one that is not given.
+
+    The sentence calls other options that have flags (`flagged`) by these."""
     kind: Any = option.kind if option.kind in (bool, int, float) else str
-    default, sentence = option.default, option.about.sentence
-    help_ = (sentence if len(sentence) <= HELP else option.brief).replace("None:", "default:")
+    sentence = option.about.sentence
+    help_ = in_flags(sentence if len(sentence) <= HELP else option.brief, flagged).replace("None:", "default:")
     if option.kind is tuple:
-        kind, default, help_ = list[str], None, f"{help_} Repeatable."
+        kind, help_ = list[str], f"{help_} Repeatable."
     elif option.name in _IN_GIGABYTES:
         kind, help_ = float, "GB" + help_.removeprefix("Bytes")
-    names = _NAMES.get(option.name, () if kind is bool else (f"--{option.name.replace('_', '-')}",))
-    metavar = "|".join(option.choices) or _METAVARS.get(option.kind)
-    annotation = kind | None if option.is_optional or kind == list[str] else kind
-    return flag(option.name, Annotated[annotation, typer.Option(*names, metavar=metavar, help=help_)], default)
+    known = [*(option.choices or _VALUES.get(option.name, ()))]
+    declaration = typer.Option(
+        *_NAMES.get(option.name, () if kind is bool else (f"--{option.name.replace('_', '-')}",)),
+        metavar="|".join(option.choices) or _METAVARS.get(option.kind),
+        help=help_,
+        show_default=False,  # None, which says nothing: the sentence does
+        rich_help_panel=_LOADING_PANEL if option.name in LOAD_OPTIONS else _SAMPLING_PANEL,
+        autocompletion=(lambda incomplete: [one for one in known if one.startswith(incomplete)]) if known else None,
+    )
+    return flag(option.name, Annotated[kind | None, declaration], None)
 
 
-def flags_of(*names: str, is_template: bool = False) -> Group:
+def in_flags(text: str, flagged: Collection[str]) -> str:
+    """A sentence about options, in which those of these names that are no plain words are the flags that they are."""
+    names = [re.escape(name) for name in flagged if "_" in name]
+    pattern = rf"(?<![\w'\"/.-])(?:{'|'.join(names)})(?![\w'\"=])"
+    return re.sub(pattern, lambda match: f"--{match[0].replace('_', '-')}", text) if names else text
+
+
+def flags_of(*names: str, is_template: bool = False, usual: Collection[str] = SAMPLING) -> Group:
     """The flags that make `Options`: one for each of these options, and --set for every other.
 
-    In a template each slot has a constraint of its own, so options that constrain the whole answer are refused.
-    """
-    parameters = (*(flag_of(OPTIONS[name]) for name in names), flag("set_", _SET, None))
+    `usual` are the options that the user's settings may fill in. In a template each slot has a constraint of its own,
+    so options that constrain the whole answer are refused."""
+    parameters = (*(flag_of(OPTIONS[name], names) for name in names), flag("set_", _SET, None))
 
     def make(set_: list[str] | None, **values: Any) -> Options:
-        options = build(set_, **values)
+        allowed = {name for name in usual if not is_template or "templates" in OPTIONS[name].about.uses}
+        base = {name: value for name, value in read_settings().options.items() if name in allowed}
+        options = build(set_, **base | {name: value for name, value in values.items() if value not in (None, [])})
         if is_template and options.constraint is not None:
             name, _ = options.constraint
             raise InputError(f"{name} is an option of generate; in a template a slot has its own (fill)", option=name)
@@ -69,15 +125,16 @@ def flags_of(*names: str, is_template: bool = False) -> Group:
 
 
 def load_flags_of(*, without: Sequence[str] = ()) -> Group:
-    """The flags that make `LoadOptions`; a command that asks for an option in another way leaves its flag out."""
-    parameters = tuple(flag_of(option) for name, option in LOAD_OPTIONS.items() if name not in without)
+    """The flags that make `LoadOptions`, but the model, which `loading` asks for; of bench also some others less."""
+    names = [name for name in LOAD_OPTIONS if name not in ("model", *without)]
 
     def make(**values: Any) -> LoadOptions:
         for name in values.keys() & _IN_GIGABYTES:
             values[name] = in_bytes(values[name], name)
-        return LoadOptions(**values)
+        base = {name: value for name, value in read_settings().load.items() if name in names}
+        return LoadOptions(**base | {name: value for name, value in values.items() if value is not None})
 
-    return Group(parameters, make)
+    return Group(tuple(flag_of(LOAD_OPTIONS[name], names) for name in names), make)
 
 
 def in_bytes(gigabytes: float | None, name: str = "memory_limit") -> int | None:
@@ -85,8 +142,19 @@ def in_bytes(gigabytes: float | None, name: str = "memory_limit") -> int | None:
     if gigabytes is None:
         return None
     if not 0 < gigabytes < 1e6:
-        raise InputError(f"{name.replace('_', '-')} is {gigabytes} GB; give GB of weights, for example 12", option=name)
-    return round(gigabytes * 1e9)
+        raise InputError(
+            f"--{name.replace('_', '-')} is {gigabytes} GB; give GB of weights, for example 12", option=name
+        )
+    return round(gigabytes * GIGABYTE)
+
+
+OUTPUT = group_of(OutputFlags)
+"""The flags of commands that write a text."""
+
+
+def system_message(text: str | None) -> list[dict[str, Any]]:
+    """The message that begins a conversation: [] where no text is given."""
+    return [{"role": "system", "content": text}] if text else []
 
 
 # ---- NAME=VALUE -----------------------------------------------------------------------------------------------------
@@ -109,6 +177,7 @@ def _set(values: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
     values = dict(values)
     for pair in pairs:
         name, is_pair, text = pair.partition("=")
+        name = name if name in OPTIONS else name.replace("-", "_")
         kind = OPTIONS[name].kind if name in OPTIONS else None
         if kind is tuple:
             values[name] = (*(values.get(name) or ()), text)

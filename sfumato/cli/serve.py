@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from sfumato.cli import files, flags
+from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.output import harmless
 from sfumato.engine.limits import BatchLimits
@@ -119,23 +119,27 @@ class RayFlags:
         """InputError for a flag of the cluster without --ray."""
         for name in ("replicas", "max_replicas", "ray_address"):
             if (value := getattr(self, name)) is not None and not self.ray:
-                raise InputError(f"{name.replace('_', '-')} is {value} without --ray; give --ray too")
+                raise InputError(f"--{name.replace('_', '-')} is {value} without --ray; give --ray too")
 
 
 @flags.takes(
+    model=loading.positional(loading.MODEL),
     load=opt.load_flags_of(),
-    http=flags.group_of(HttpFlags),
-    batch=flags.group_of(BatchFlags),
-    cluster=flags.group_of(RayFlags),
+    http=flags.group_of(HttpFlags, "HTTP"),
+    batch=flags.group_of(BatchFlags, "Many requests at once"),
+    cluster=flags.group_of(RayFlags, "Several machines"),
 )
-def command(*, load: LoadOptions, http: HttpFlags, batch: BatchFlags, cluster: RayFlags) -> None:
+def command(
+    *, model: loading.ModelFlag, load: LoadOptions, http: HttpFlags, batch: BatchFlags, cluster: RayFlags
+) -> None:
     """Serve the model over HTTP: OpenAI's routes, those that only a canvas can offer, and a page to try them.
 
-    Example: sfumato serve -m google/diffusiongemma-26B-A4B-it --port 8000
+    Example: sfumato serve google/diffusiongemma-26B-A4B-it --port 8000
 
     Example: sfumato serve --host 0.0.0.0 --api-key-file keys.txt
     """
     cluster.check()
+    load = replace(load, model=model.name)
     settings, limits = http.settings(), batch.limits()
     if cluster.ray:
         plan = ClusterPlan(load, limits, cluster.replicas or 1, cluster.max_replicas, cluster.ray_address)
@@ -165,7 +169,7 @@ def _serve_here(load: LoadOptions, limits: BatchLimits, settings: Settings, port
 
 def _check_range(name: str, value: float, most: float) -> None:
     if not 0 < value <= most:
-        raise InputError(f"{name} is {value:g}; give a number above 0, at most {most:g}")
+        raise InputError(f"--{name} is {value:g}; give a number above 0, at most {most:g}")
 
 
 def keys_of(file: str | None) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import numpy as np
 import typer
@@ -55,37 +56,47 @@ class PuzzleFlags:
         return [sudoku.generate(self.clues, rng) for _ in range(self.count)]
 
 
-@flags.takes(source=flags.group_of(PuzzleFlags), load=opt.load_flags_of())
+@flags.takes(
+    source=flags.group_of(PuzzleFlags),
+    api=loading.API,
+    options=opt.flags_of("seed", "mode", "max_steps", "temperature", usual=()),
+    load=opt.load_flags_of(),
+)
 def command(
     *,
     source: PuzzleFlags,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random puzzles and of the sampling.")] = 0,
-    mode: Annotated[str, typer.Option(help="diffusion or autoregressive.")] = "diffusion",
-    max_steps: Annotated[int | None, typer.Option(help="Cap on denoising steps.")] = None,
     pins: Annotated[bool, typer.Option(help="Keep the clues fixed on the canvas.")] = True,
     batch: Annotated[int, typer.Option(min=1, help="Puzzles solved at once; above 1 nothing is drawn live.")] = 1,
+    api: loading.ApiFlags,
+    options: Options,
     load: LoadOptions,
     delay: opt.Delay = 0.12,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line a puzzle, nothing else.")] = False,
 ) -> None:
     """Solve Sudoku on a canvas, and check the answer. Exit code 1 if any puzzle stays unsolved.
 
+    The model is nano unless another is named here. Each run is different; its seed is printed, and --seed repeats it.
+
     Example: sfumato sudoku --random --clues 36
 
     Example: sfumato sudoku --file puzzles.txt --json
     """
-    puzzles = source.puzzles(seed)
-    options = opt.build(None, seed=seed, mode=mode, max_steps=max_steps)
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    puzzles, options = source.puzzles(seed), replace(options, seed=seed)
     console = Console(highlight=False)
 
     from sfumato.evals import sudoku as task
 
-    llm = loading.load_model(load)
-    options = task.answer_options(options, llm)
-    if console.is_terminal and not as_json and batch == 1:
-        results = [_solve_live(llm, text, options, pins, console, delay) for text in puzzles]
+    model = loading.connect_or_load(api if api.api or api.model else replace(api, model="nano"), load)
+    if model.is_remote:
+        results = _print_each((task.solve_anywhere(model, text, options, pins) for text in puzzles), as_json)
     else:
-        results = _print_each(task.solve(llm, puzzles, options, pins, batch), as_json)
+        llm = cast("LLM", model)
+        options = task.answer_options(options, llm)
+        if console.is_terminal and not as_json and batch == 1:
+            results = [_solve_live(llm, text, options, pins, console, delay) for text in puzzles]
+        else:
+            results = _print_each(task.solve(llm, puzzles, options, pins, batch), as_json)
     right = sum(result.solved for result in results)
     if len(results) > 1 and not as_json:
         print(f"{right} of {len(results)} solved, {_means(results)} on average")

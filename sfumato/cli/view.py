@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -117,6 +118,14 @@ def summary(usage: Usage, seconds: float) -> str:
         f"{usage.tokens} tokens{steps}, {seconds:.2f} s, {each}{speed:.0f} tokens/s "
         f"(prompt {usage.prompt_tokens} tokens{reused})"
     )
+
+
+def hint(llm: LanguageModel, request: str | list[dict[str, Any]]) -> None:
+    """A dim line on the terminal where a model that is made for one thing is asked another."""
+    console = Console(stderr=True, highlight=False)
+    last = request if isinstance(request, str) else str(request[-1]["content"])
+    if llm.purpose is not None and console.is_terminal and not llm.purpose.fits(last):
+        console.print(visible(llm.purpose.sentence, "dim"), soft_wrap=True)
 
 
 def working(word: str) -> AbstractContextManager[object]:

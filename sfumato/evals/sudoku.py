@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from sfumato.errors import InputError
-from sfumato.events import Done
+from sfumato.events import Done, Usage
 from sfumato.llm import LLM
 from sfumato.options import Options
 from sfumato.tasks import sudoku
+from sfumato.templates.interface import LanguageModel
+from sfumato.templates.slots import Slot
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,41 @@ def request(llm: LLM, puzzle: str, pinned: bool = True) -> tuple[list[int], Mapp
 
 def result(puzzle: str, done: Done, seconds: float | None = None) -> Solved:
     """Judge a finished answer: its first 81 characters, blanks and line breaks left out."""
-    answer = "".join(done.text.split())[:81]
+    return _judged(puzzle, done.text, done.usage, done.seed, done.usage.seconds if seconds is None else seconds)
+
+
+def _judged(puzzle: str, text: str, usage: Usage, seed: int, seconds: float) -> Solved:
+    answer = "".join(text.split())[:81]
     return Solved(
         puzzle=puzzle,
         answer=answer,
         solved=sudoku.is_solved(answer, puzzle),
-        steps=done.usage.steps,
-        seconds=round(done.usage.seconds if seconds is None else seconds, 4),
-        passes=done.usage.passes,
-        tokens=done.usage.tokens,
-        tokens_per_pass=round(done.usage.tokens_per_pass, 2),
-        seed=done.seed,
+        steps=usage.steps,
+        seconds=round(seconds, 4),
+        passes=usage.passes,
+        tokens=usage.tokens,
+        tokens_per_pass=round(usage.tokens_per_pass, 2),
+        seed=seed,
     )
+
+
+def solve_anywhere(llm: LanguageModel, puzzle: str, options: Options, pinned: bool = True) -> Solved:
+    """Solve one puzzle with a model that may be behind a URL: pinned clues are the fixed texts of a template.
+
+    One token after another, or without pins, it is an answer in a chat, 82 tokens at most."""
+    messages = [{"role": "user", "content": sudoku.prompt(puzzle)}]
+    began = time.perf_counter()
+    if not pinned or options.mode == "autoregressive":
+        completion = llm.chat(messages, options=replace(options, max_tokens=options.max_tokens or 82))
+        text, usage, seed = completion.text, completion.usage, completion.seed
+    else:
+        runs = [(is_blank, "".join(cells)) for is_blank, cells in groupby(puzzle, lambda cell: cell == "0")]
+        slots = [
+            Slot(f"blank {n}", length=len(cells)) if is_blank else cells for n, (is_blank, cells) in enumerate(runs)
+        ]
+        filled = llm.fill(slots, messages, options=replace(options, mode=None))
+        text, usage, seed = filled.text, filled.usage, filled.seed
+    return _judged(puzzle, text, usage, seed, time.perf_counter() - began)
 
 
 def answer_options(options: Options, llm: LLM) -> Options:

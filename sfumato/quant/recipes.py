@@ -3,16 +3,19 @@
 An ordered list of (pattern, format); the first pattern that fits a weight's name decides, and what none fits stays as
 it is. In every recipe that is the router, the norms and scales, and the embedding: published experience, and
 docs/quantisation.md, say that low bits there cost steps. What each recipe costs in quality is measured by
-`benchmarks/quantised.py`.
+`benchmarks/quantised.py`. The names of recipes come without torch: help and the shell's completion show them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from sfumato.errors import InputError
-from sfumato.quant.formats import Format
+
+if TYPE_CHECKING:
+    from sfumato.quant.formats import Format
 
 _EXPERTS = "layers.*.experts.*"
 _DENSE = ("layers.*.self_attn.*_proj.weight", "layers.*.mlp.*_proj.weight")
@@ -29,6 +32,8 @@ class Recipe:
 
     def format_of(self, own: str) -> Format | None:
         """The format of the weight with this name; None: it stays as it is."""
+        from sfumato.quant.formats import Format
+
         for pattern, form in self.rules:
             if fnmatchcase(own, pattern):
                 return Format.named(form)
@@ -37,6 +42,8 @@ class Recipe:
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds of codes in its formats."""
+        from sfumato.quant.formats import Format
+
         return frozenset(Format.named(form).kind for _, form in self.rules)
 
 

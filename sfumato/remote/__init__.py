@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sfumato.engine.arguments import check_kind, check_list, check_messages, check_options, check_tools
-from sfumato.errors import InputError, WorkerError, contained
+from sfumato.errors import CheckpointError, InputError, WorkerError, contained
 from sfumato.events import Commit, Completion, Draft, Event
 from sfumato.model.prompt import Prompt
+from sfumato.model.purpose import KEY, Purpose
 from sfumato.options import Options, differences
 from sfumato.remote.bodies import answer_body, answer_route, option_refused, template_route_and_body
 from sfumato.remote.host import Host, NoSuchRoute
@@ -72,6 +73,8 @@ class Remote(LanguageModel):
         """Positions of a canvas; None where the host does not say."""
         self.max_position = _whole(card.get("max_model_len"))
         """Tokens of prompt and answer together; None where the host does not say."""
+        self.purpose = _purpose(card) if is_sfumato else None
+        """What the model is for, where the host says that it is for one thing alone."""
 
     @property
     def url(self) -> str:
@@ -226,6 +229,13 @@ class Remote(LanguageModel):
             cards = list(payload["data"])
             self._host.models = [text_of(card["id"]) for card in cards]
         return cards
+
+
+def _purpose(card: Mapping[str, Any]) -> Purpose | None:
+    try:
+        return Purpose.of({KEY: card.get("purpose")}, "the host")
+    except CheckpointError:  # a hint less
+        return None
 
 
 def _whole(value: Any) -> int | None:

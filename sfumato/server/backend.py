@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sfumato.events import Decision, Edited, Event, Filled
+from sfumato.model.purpose import Purpose
 from sfumato.templates.requests import Query
 
 Result = Filled | Edited | dict[str, Decision]
@@ -55,6 +56,8 @@ class ModelCard:
     quantised: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     """The checkpoint's own values of options that a request leaves open."""
+    purpose: Purpose | None = None
+    """What the model is for, where it is for one thing alone."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,13 @@ UI = Path(__file__).parent / "ui"
 """The page's files."""
 
 
+class PurposeBody(TypedDict):
+    """What a model is for that is for one thing alone: a sentence, and what stands in every prompt of that kind."""
+
+    purpose: str
+    prompt: str
+
+
 class ModelBody(TypedDict):
     """A model, as GET /v1/models has it."""
 
@@ -36,6 +43,7 @@ class ModelBody(TypedDict):
     dtype: str
     ops: str
     quantised: str | None
+    purpose: PurposeBody | None
 
 
 class ModelList(TypedDict):
@@ -111,6 +119,7 @@ def _model(name: str, card: ModelCard, created: int) -> ModelBody:
         "dtype": card.dtype,
         "ops": card.ops,
         "quantised": card.quantised,
+        "purpose": None if card.purpose is None else {"purpose": card.purpose.sentence, "prompt": card.purpose.prompt},
     }
 
 

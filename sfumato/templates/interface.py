@@ -17,6 +17,7 @@ from sfumato.engine import arguments
 from sfumato.errors import InputError
 from sfumato.events import Completion, Decision, Done, Draft, Edited, Event, Filled
 from sfumato.model.prompt import Prompt
+from sfumato.model.purpose import Purpose
 from sfumato.notebook.display import CanvasDisplay
 from sfumato.options import OptionFields, Options, OptionsLike
 from sfumato.templates.outcomes import outcomes_of, result_of_query, results_of
@@ -55,6 +56,8 @@ class LanguageModel(ABC):
     """Whether results carry token ids beside the text."""
     is_remote: bool
     """Whether the model runs in another process or machine, so that it works on while the caller handles an event."""
+    purpose: Purpose | None
+    """What the model is for, where it is for one thing alone."""
 
     # ---- what each says itself --------------------------------------------------------------------------------------
 

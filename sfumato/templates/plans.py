@@ -137,16 +137,17 @@ class Planner:
 
         A constraint in its options rules the whole answer, unless it has spans of its own."""
         arguments.check_options(request.options)
-        options = self.resolve(request.options)
+        options = self.resolve(request.options.with_defaults(self.defaults))
         reader = Reader(self.tokenizer, options.stop, self.config.eos_ids, is_chat)
         return Ask(replace(request, options=options, spans=request.spans or self._whole_answer(options)), reader)
 
     def resolve(self, options: Options) -> Options:
-        """Options with a seed, and the checkpoint's own values where they are left open."""
+        """Options with a seed, and the checkpoint's own values where they are left open and a template has them too."""
         if options.constraint is not None:
             self.config.check_canvas(options.constraint[0])
         seed = secrets.randbits(32) if options.seed is None else options.seed
-        return replace(options.with_defaults(self.defaults), seed=seed)
+        shared = {name: value for name, value in self.defaults.items() if "templates" in OPTIONS[name].about.uses}
+        return replace(options.with_defaults(shared), seed=seed)
 
     def _whole_answer(self, options: Options) -> list[Span]:
         if options.constraint is None:

@@ -421,7 +421,7 @@ def test_generate_obeys_choice_regex_and_schema(sfumato: Call, put: Put) -> None
         (["--schema", "s.json"], "s.json holds [1]; a schema is an object"),
         (["--schema", "none.json"], "cannot read none.json"),
         (["--schema", "{}", "--regex", "a"], "schema and regex are given together"),
-        (["--choice", "a", "--mode", "autoregressive"], "choices needs mode 'diffusion'"),
+        (["--choice", "a", "--mode", "autoregressive"], "--choice needs mode 'diffusion'"),
         (["--regex", "a", "--thinking"], "regex cannot go with thinking"),
     ],
 )

@@ -19,7 +19,8 @@ class Storage {
   getItem(name) { return Object.hasOwn(this, name) ? this[name] : null; }
   removeItem(name) { delete this[name]; }
   setItem(name, text) {
-    const size = Object.entries(this).reduce((sum, [key, held]) => sum + (key === name ? 0 : key.length + held.length), 0);
+    const others = Object.entries(this).filter(([key]) => key !== name);
+    const size = others.reduce((sum, [key, held]) => sum + key.length + held.length, 0);
     if (size + name.length + text.length > globalThis.room) throw new Error("QuotaExceededError");
     this[name] = text;
   }

@@ -121,6 +121,7 @@ def card_of(llm: LLM, quantize: str | None) -> ModelCard:
         ops=model.ops.name,
         quantised=quantize or ", ".join(sorted(kind for kind in kinds if isinstance(kind, str))) or None,
         defaults=llm.defaults,
+        purpose=llm.purpose,
     )
 
 

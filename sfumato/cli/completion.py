@@ -1,0 +1,28 @@
+"""`sfumato completion`: the shell's script; typer's own, which asks `sfumato` itself at every key."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from typer._completion_shared import get_completion_script
+
+from sfumato.cli import COMPLETE
+
+
+class Shell(StrEnum):
+    """A shell that is known."""
+
+    BASH, ZSH, FISH = "bash", "zsh", "fish"
+
+
+def command(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> None:
+    """Print a script that completes commands, flags, their values, and the models in the hub's cache.
+
+    bash: add  eval "$(sfumato completion bash)"  to ~/.bashrc; zsh: the same with zsh in ~/.zshrc, behind compinit;
+    fish:  sfumato completion fish > ~/.config/fish/completions/sfumato.fish
+
+    Example: sfumato completion bash
+    """
+    print(get_completion_script(prog_name="sfumato", complete_var=COMPLETE, shell=shell.value))
