@@ -82,7 +82,8 @@ def _check_is_model(keys: _Keys) -> None:
     if kind == "imatrix" or architecture == "imatrix":
         raise keys.wrong("it is an importance matrix and no model; give the model's own .gguf")
     if architecture != NAME:
-        raise keys.wrong(f"its architecture is {show(architecture)}; only {NAME!r} is read")
+        other = "a Gemma 4 loads from its safetensors folder" if architecture == "gemma4" else "get that model's .gguf"
+        raise keys.wrong(f"its architecture is {show(architecture)}; only {NAME!r} is read, {other}")
 
 
 def _entry(keys: _Keys, theirs: str, ours: str, shape: tuple[int, ...]) -> Entry:
