@@ -491,8 +491,8 @@ class LoadOptions:
     model: Annotated[
         str | Path,
         About(
-            'A checkpoint folder in any known format, a .gguf file, a hub id ("owner/name"), or nano, the model '
-            "inside this package."
+            'A checkpoint folder in any known format, a .gguf file, a hub id ("owner/name"; "owner/name:Q4_K_M" is '
+            "one of its GGUF files), or nano, the model inside this package."
         ),
     ] = "nano"
     device: Annotated[str, About("auto, cpu, cuda, cuda:1, …; auto: a GPU where there is one.")] = "auto"

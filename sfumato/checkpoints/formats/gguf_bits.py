@@ -39,16 +39,26 @@ def paired(code: Tensor) -> Tensor:
     return code[..., ::2] | code[..., 1::2] << 4
 
 
+def paired_fields(data: Tensor, run: int, bits: int) -> Tensor:
+    """`paired` of `fields`, two bytes at a time: the same fields of two neighbours move together. Runs are even."""
+    pairs = words(data, torch.int16).unflatten(-1, (-1, run // 2))
+    mask = 0x101 * ((1 << bits) - 1)
+    apart = [pairs >> low & mask for low in range(0, 8, bits)]
+    return torch.stack([(one | one >> 4).to(torch.uint8) for one in apart], dim=-2).flatten(-3)
+
+
 def halves(block: Tensor, at: int) -> Tensor:
     """The float16 at this byte of every block, as the scale of all of a block: [.., blocks]."""
-    return block[..., at : at + 2].contiguous().view(torch.float16).flatten(-2)
+    return words(block[..., at : at + 2], torch.float16).flatten(-2)
 
 
 def half(block: Tensor, at: int) -> Tensor:
     """The same in float32, to be multiplied by what each group has: [.., blocks, 1]."""
-    return block[..., at : at + 2].contiguous().view(torch.float16).float()
+    return words(block[..., at : at + 2], torch.float16).float()
 
 
 def words(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as whole numbers of this dtype, or back; a number with its highest bit set comes out negative."""
-    return data.contiguous().view(dtype)
+    """Bytes as numbers of this dtype, or back; a whole number with its highest bit set comes out negative.
+
+    They are copied even where they lie together, since they may begin at a place where no such number can."""
+    return data.clone(memory_format=torch.contiguous_format).view(dtype)

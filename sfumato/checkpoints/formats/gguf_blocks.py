@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.formats import gguf_codebooks
-from sfumato.checkpoints.formats.gguf_bits import BlockParts, fields, flags, half, halves, paired, words
+from sfumato.checkpoints.formats.gguf_bits import BlockParts, fields, flags, half, halves, paired, paired_fields, words
 from sfumato.errors import InputError
 from sfumato.ops.packed import Packed
 
@@ -132,9 +132,9 @@ def _int8(code: Tensor, scale: Tensor, group: int, bias: Tensor | None = None) -
     return BlockParts("int8", code.flatten(-2), scale.float(), group, None if bias is None else bias.float())
 
 
-def _four(kind: str, code: Tensor, scale: Tensor, group: int, bias: Tensor | None = None) -> BlockParts:
-    """Codes of four bits; as int4 they stand for code - 8 where there is no offset."""
-    return BlockParts(kind, paired(code).flatten(-2), scale, group, bias)
+def _four(kind: str, pairs: Tensor, scale: Tensor, group: int, bias: Tensor | None = None) -> BlockParts:
+    """Codes of four bits, two a byte; as int4 they stand for code - 8 where there is no offset."""
+    return BlockParts(kind, pairs.flatten(-2), scale, group, bias)
 
 
 def _q8_0_parts(block: Tensor) -> BlockParts:
@@ -162,40 +162,40 @@ def _q5_1_parts(block: Tensor) -> BlockParts:
 
 def _q4_k_parts(block: Tensor) -> BlockParts:
     scale, bias = _small(block)
-    return _four("int4", fields(block[..., 16:], 32, 4), scale, 32, bias)
+    return _four("int4", paired_fields(block[..., 16:], 32, 4), scale, 32, bias)
 
 
 def _q4_0_parts(block: Tensor) -> BlockParts:
-    return _four("int4", fields(block[..., 2:], 16, 4), halves(block, 0), 32)
+    return _four("int4", paired_fields(block[..., 2:], 16, 4), halves(block, 0), 32)
 
 
 def _q4_1_parts(block: Tensor) -> BlockParts:
-    return _four("int4", fields(block[..., 4:], 16, 4), halves(block, 0), 32, halves(block, 2))
+    return _four("int4", paired_fields(block[..., 4:], 16, 4), halves(block, 0), 32, halves(block, 2))
 
 
 def _q3_k_parts(block: Tensor) -> BlockParts:
     """The code's third bit says that four is not taken away."""
-    code = (fields(block[..., 32:96], 32, 2) | fields(block[..., :32], 32, 1) << 2) + 4
+    pairs = (paired_fields(block[..., 32:96], 32, 2) | paired_fields(block[..., :32], 32, 1) << 2) + 0x44
     small = (fields(block[..., 96:104], 8, 4) | fields(block[..., 104:108], 4, 2) << 4).view(torch.int8) - 32
-    return _four("int4", code, (half(block, 108) * small).flatten(-2), 16)
+    return _four("int4", pairs, (half(block, 108) * small).flatten(-2), 16)
 
 
 def _q2_k_parts(block: Tensor) -> BlockParts:
     scale, least = half(block, 80) * (block[..., :16] & 15), half(block, 82) * (block[..., :16] >> 4)
-    return _four("int4", fields(block[..., 16:80], 32, 2), scale.flatten(-2), 16, -least.flatten(-2))
+    return _four("int4", paired_fields(block[..., 16:80], 32, 2), scale.flatten(-2), 16, -least.flatten(-2))
 
 
 def _q2_0_parts(block: Tensor) -> BlockParts:
-    return _four("int4", fields(block[..., 2:], 1, 2) + 7, halves(block, 0), 64)
+    return _four("int4", paired(fields(block[..., 2:], 1, 2)) + 0x77, halves(block, 0), 64)
 
 
 def _q1_0_parts(block: Tensor) -> BlockParts:
     """One bit: minus or plus the scale."""
-    return _four("int4", flags(block[..., 2:]) * 2 + 7, halves(block, 0), 128)
+    return _four("int4", paired(flags(block[..., 2:])) * 2 + 0x77, halves(block, 0), 128)
 
 
 def _tq2_0_parts(block: Tensor) -> BlockParts:
-    return _ternary(fields(block[..., :64], 32, 2), halves(block, 64))
+    return _ternary(paired_fields(block[..., :64], 32, 2), halves(block, 64))
 
 
 def _tq1_0_parts(block: Tensor) -> BlockParts:
@@ -204,21 +204,21 @@ def _tq1_0_parts(block: Tensor) -> BlockParts:
     bytes_ = [run[..., None, :] * torch.tensor([[1], [3], [9], [27], [81]], dtype=torch.uint8) for run in runs]
     bytes_.append(block[..., 48:52, None].transpose(-1, -2) * torch.tensor([[1], [3], [9], [27]], dtype=torch.uint8))
     code = torch.cat([part.flatten(-2) for part in bytes_], dim=-1)
-    return _ternary((code.to(torch.int16) * 3 >> 8).to(torch.uint8), halves(block, 52))
+    return _ternary(paired((code.to(torch.int16) * 3 >> 8).to(torch.uint8)), halves(block, 52))
 
 
-def _ternary(code: Tensor, scale: Tensor) -> BlockParts:
-    """Codes that stand for code - 1, with one scale for all 256; it is there twice, as groups have at most 128."""
-    return _four("int4", code + 7, scale.repeat_interleave(2, -1), 128)
+def _ternary(pairs: Tensor, scale: Tensor) -> BlockParts:
+    """Codes that stand for code - 1, with one scale for all 256; it is given twice, as groups have at most 128."""
+    return _four("int4", pairs + 0x77, scale.repeat_interleave(2, -1), 128)
 
 
 def _iq4_nl_parts(block: Tensor) -> BlockParts:
-    return _four("iq4", fields(block[..., 2:], 16, 4), halves(block, 0), 32)
+    return _four("iq4", paired_fields(block[..., 2:], 16, 4), halves(block, 0), 32)
 
 
 def _iq4_xs_parts(block: Tensor) -> BlockParts:
     small = (fields(block[..., 4:8], 1, 4) | fields(block[..., 2:4], 1, 2) << 4).view(torch.int8) - 32
-    return _four("iq4", fields(block[..., 8:], 16, 4), (half(block, 0) * small).flatten(-2), 32)
+    return _four("iq4", paired_fields(block[..., 8:], 16, 4), (half(block, 0) * small).flatten(-2), 32)
 
 
 def _mxfp4_parts(block: Tensor) -> BlockParts:
@@ -234,8 +234,8 @@ def _nvfp4_parts(block: Tensor) -> BlockParts:
 
 def _floats(kind: str, data: Tensor, run: int, scale: Tensor, group: int) -> BlockParts:
     """Codes of 4-bit floats, of which ggml has no negative zero."""
-    parts = _four(kind, fields(data, run, 4), scale, group)
-    return parts._replace(data=parts.data & ((parts.data & 0x77) + 0x77 | 0x77))
+    pairs = paired_fields(data, run, 4)
+    return _four(kind, pairs & ((pairs & 0x77) + 0x77 | 0x77), scale, group)
 
 
 _DECODERS: dict[str, Callable[[Tensor], BlockParts]] = {

@@ -63,38 +63,38 @@ _IQ1 = ((9, 0, 2), (10, 8, 1))
 def _iq2_xxs(block: Tensor) -> BlockParts:
     group = block[..., 2:].unflatten(-1, (8, 8))
     rest = words(group[..., 4:], torch.int32)
-    data = _points("IQ2_XXS")[group[..., :4].int()] | _signs()[_sevens(rest)]
+    data = _at(_points("IQ2_XXS"), group[..., :4]) | _sevens(rest)
     return _parts("iq2", data.flatten(-2), half(block, 0) * (0.5 + (rest[..., 0] >> 28 & 15)) * 0.25)
 
 
 def _iq2_xs(block: Tensor) -> BlockParts:
     code = words(block[..., 2:66], torch.int16).int()
-    data = _points("IQ2_XS")[code & 511] | _signs()[_parity(code >> 9 & 127)]
+    data = _at(_points("IQ2_XS"), code & 511) | _at(_even_signs(), code >> 9 & 127)
     return _parts("iq2", data, half(block, 0) * (0.5 + fields(block[..., 66:], 1, 4)) * 0.25)
 
 
 def _iq2_s(block: Tensor) -> BlockParts:
     code = block[..., 2:34] | fields(block[..., 66:74], 1, 2).int() << 8
-    data = _points("IQ2_S")[code] | _signs()[block[..., 34:66].int()]
+    data = _at(_points("IQ2_S"), code) | _at(_signs(), block[..., 34:66])
     return _parts("iq2", data, half(block, 0) * (0.5 + fields(block[..., 74:], 1, 4)) * 0.25)
 
 
 def _iq3_xxs(block: Tensor) -> BlockParts:
     rest = words(block[..., 66:], torch.int32)[..., None]
-    data = _points("IQ3_XXS")[block[..., 2:66].int()] | _signs()[_sevens(rest)].flatten(-2).view(torch.int16)
+    data = _at(_points("IQ3_XXS"), block[..., 2:66]) | _sevens(rest).flatten(-2).view(torch.int16)
     return _parts("iq3", data, half(block, 0) * (0.5 + (rest[..., 0] >> 28 & 15)) * 0.5)
 
 
 def _iq3_s(block: Tensor) -> BlockParts:
     code = block[..., 2:66] | flags(block[..., 66:74]).int() << 8
-    data = _points("IQ3_S")[code] | _signs()[block[..., 74:106].int()].view(torch.int16)
+    data = _at(_points("IQ3_S"), code) | _at(_signs(), block[..., 74:106]).view(torch.int16)
     return _parts("iq3s", data, half(block, 0) * (1 + 2 * fields(block[..., 106:], 1, 4)))
 
 
 def _iq1_s(block: Tensor) -> BlockParts:
     high = words(block[..., 34:], torch.int16).int()
     threes = (high[..., None] >> torch.tensor([0, 3, 6, 9]) & 7 | (high[..., None] >> 15 & 1) << 3).flatten(-2)
-    data = _points("IQ1")[block[..., 2:34] | threes << 8]
+    data = _at(_points("IQ1"), block[..., 2:34] | threes << 8)
     return _parts("iq1", data, half(block, 0) * (2 * (high >> 12 & 7) + 1))
 
 
@@ -104,7 +104,7 @@ def _iq1_m(block: Tensor) -> BlockParts:
     whole = (small >> 12 & 15) << torch.tensor([0, 4, 8, 12])
     d = whole.sum(-1, keepdim=True).to(torch.int16).view(torch.float16).float()
     threes = (small[..., None] >> torch.tensor([0, 3, 6, 9]) & 7).flatten(-2)
-    data = _points("IQ1")[block[..., :32] | fields(block[..., 32:48], 1, 4).int() << 8]
+    data = _at(_points("IQ1"), block[..., :32] | fields(block[..., 32:48], 1, 4).int() << 8)
     return _parts("iq1", data, d * (2 * threes + 1))
 
 
@@ -125,23 +125,31 @@ def _parts(kind: str, data: Tensor, scale: Tensor) -> BlockParts:
     return BlockParts(kind, words(data, torch.uint8).flatten(-2), scale.flatten(-2), 256 // scale.shape[-1])
 
 
+def _at(table: Tensor, index: Tensor) -> Tensor:
+    """The words of a table at these places, in their shape."""
+    return table.index_select(0, index.reshape(-1).int()).view(index.shape)
+
+
 def _sevens(word: Tensor) -> Tensor:
-    """The four signs of eight weights in a word [.., 1], as places of `_signs`."""
-    return _parity(word >> torch.tensor([0, 7, 14, 21]) & 127)
-
-
-def _parity(seven: Tensor) -> Tensor:
-    """Seven signs and the eighth, which makes the number of minuses even."""
-    odd = seven ^ seven >> 4
-    odd = odd ^ odd >> 2
-    return seven | ((odd ^ odd >> 1) & 1) << 7
+    """The signs of four times eight weights in a word [.., 1], each eight said by seven bits."""
+    return _at(_even_signs(), word >> torch.tensor([0, 7, 14, 21]) & 127)
 
 
 @cache
 def _signs() -> Tensor:
     """The signs that each byte says, int32 [256]: bit 3 of each code of a word."""
-    digits = np.arange(256)[:, None] >> np.arange(8) & 1
-    return _words(8 * digits)
+    return _words(8 * _bits(np.arange(256)))
+
+
+@cache
+def _even_signs() -> Tensor:
+    """The same of seven bits, [128]: the eighth sign makes the number of minuses even."""
+    seven = np.arange(128)
+    return _signs()[torch.from_numpy(seven | _bits(seven).sum(axis=1) % 2 << 7)]
+
+
+def _bits(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    return numbers[:, None] >> np.arange(8) & 1
 
 
 @cache

@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
+from sfumato.checkpoints.formats.experts import joined
 from sfumato.checkpoints.formats.gguf import Header, StoredBlocks, show
 from sfumato.checkpoints.formats.gguf_blocks import PLAIN, decode, packed
 from sfumato.checkpoints.formats.gguf_names import (
     EMBEDDING,
+    EMBEDDING_OURS,
+    EXPERTS_APART,
+    GATE_UP,
     HEAD,
     NAME,
     OUTPUT,
@@ -46,13 +51,14 @@ def open_gguf(path: Path) -> Checkpoint:
     config = ModelConfig.from_dict(_config(keys, ends), str(path))
     entries: dict[str, Entry] = {}
     for theirs, ours, shape in tensor_table(config):
-        stored = keys.tensor(theirs)
-        if stored.shape != shape:
-            raise keys.wrong(f"{theirs} has the shape {list(stored.shape)}; its metadata asks for {list(shape)}")
-        entries[ours] = _entry(keys, ours, stored)
-        del keys.unread[theirs]
-    if output := keys.unread.pop(OUTPUT, None):
-        entries[HEAD] = _entry(keys, HEAD, output)
+        if theirs not in keys.unread and GATE_UP in theirs and theirs.replace(GATE_UP, "ffn_gate_exps") in keys.unread:
+            halves = (shape[0], shape[1] // 2, shape[2])
+            gate, up = (_entry(keys, theirs.replace(GATE_UP, name), ours, halves) for name in EXPERTS_APART)
+            entries[ours] = joined(ours, gate, up)
+        else:
+            entries[ours] = _entry(keys, theirs, ours, shape)
+    if OUTPUT in keys.unread:
+        entries[HEAD] = _entry(keys, OUTPUT, HEAD, entries[EMBEDDING_OURS].shape)
     keys.unread.pop(ROPE)
     if keys.unread:
         raise keys.wrong(f"it has an unexpected tensor {show(next(iter(keys.unread)))}")
@@ -76,11 +82,16 @@ def _check_is_model(keys: _Keys) -> None:
     if kind == "imatrix" or architecture == "imatrix":
         raise keys.wrong("it is an importance matrix and no model; give the model's own .gguf")
     if architecture != NAME:
-        raise keys.wrong(f"its architecture is {show(architecture)}; only {NAME!r} is read")
+        other = "a Gemma 4 loads from its safetensors folder" if architecture == "gemma4" else "get that model's .gguf"
+        raise keys.wrong(f"its architecture is {show(architecture)}; only {NAME!r} is read, {other}")
 
 
-def _entry(keys: _Keys, name: str, stored: StoredBlocks) -> Entry:
-    """A tensor under its released name; NVFP4's is multiplied by the factors that may lie beside it."""
+def _entry(keys: _Keys, theirs: str, ours: str, shape: tuple[int, ...]) -> Entry:
+    """A tensor of the file under its released name; NVFP4's is multiplied by the factors that may lie beside it."""
+    stored = keys.tensor(theirs)
+    if stored.shape != shape:
+        raise keys.wrong(f"{theirs} has the shape {list(stored.shape)}; its metadata asks for {list(shape)}")
+    del keys.unread[theirs]
     factors = None
     if stored.kind == "NVFP4":
         base = stored.name.removesuffix("weight")
@@ -92,7 +103,7 @@ def _entry(keys: _Keys, name: str, stored: StoredBlocks) -> Entry:
             "one a matrix"
         )
     codes = partial(_packed, stored, factors) if stored.kind not in PLAIN else None
-    return Entry(name, stored.shape, stored.nbytes, stored.kind, partial(_values, stored, factors), codes)
+    return Entry(ours, shape, stored.nbytes, stored.kind, partial(_values, stored, factors), codes)
 
 
 def _is_own(base: str) -> bool:
@@ -108,9 +119,9 @@ def _values(stored: StoredBlocks, factors: StoredBlocks | None, first: int, last
 
 def _packed(stored: StoredBlocks, factors: StoredBlocks | None, first: int, last: int) -> Packed:
     weight = packed(stored.kind, stored.read(first, last))
-    if factors is None:
+    if stored.kind != "NVFP4":
         return weight
-    each = decode("F32", factors.read())
+    each = torch.ones(1) if factors is None else decode("F32", factors.read())
     if len(each) > 1:
         each = each[first:last, None]
     return replace(weight, factor=each.expand(weight.shape[:-1]).contiguous())

@@ -6,8 +6,7 @@ output matrix is the embedding unless there is one of its own. The partial turni
 divisors, `rope_freqs`: 1 where an angle turns and 1e30 where it stands still. Source: llama.cpp's converter and loader
 of this architecture.
 
-It lacks the vision tower, which these files do not have, and experts whose gate and up are two tensors (the converter
-never writes them).
+It lacks the vision tower, which these files do not have.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ STILL = 1e30
 """The divisor of an angle that does not turn."""
 ROPE = "rope_freqs.weight"
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-HEAD = "lm_head.weight"
-"""The released name of `OUTPUT`, which only files of models with two matrices have."""
+EMBEDDING_OURS, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+"""The released names of these two; only files of models with two such matrices have the second."""
+GATE_UP, EXPERTS_APART = "ffn_gate_up_exps", ("ffn_gate_exps", "ffn_up_exps")
+"""Experts' gate and up, in one tensor as the converter writes them, and in two."""
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 """Our names of special tokens, and GGUF's."""
 SAMPLER = {
@@ -39,7 +40,7 @@ SAMPLER = {
 def tensor_table(config: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """GGUF's name, the released name and the shape of every tensor but `rope_freqs`."""
     width, inner, expert, count = config.hidden_size, config.intermediate_size, config.expert_size, config.num_experts
-    yield "token_embd.weight", "model.decoder.embed_tokens.weight", (config.vocab_size, width)
+    yield EMBEDDING, EMBEDDING_OURS, (config.vocab_size, width)
     yield "output_norm.weight", "model.decoder.norm.weight", (width,)
     own = "model.decoder.self_conditioning."
     yield "self_cond_pre_norm.weight", f"{own}pre_norm.weight", (width,)

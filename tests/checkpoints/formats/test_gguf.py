@@ -358,9 +358,13 @@ def test_tensors_twice_and_unexpected(tmp_path: Path) -> None:
     write_file(tmp_path / "more.gguf", metadata, [*plan, one("blk.2.attn_norm.weight")])
     refused(tmp_path / "more.gguf", "unexpected tensor 'blk.2.attn_norm.weight'")
     write_file(tmp_path / "head.gguf", metadata, [*plan, one("output.weight")])
+    refused(tmp_path / "head.gguf", r"output.weight has the shape \[32\]; its metadata asks for \[70, 256\]")
+    head = torch.randn(70, 256, generator=torch.Generator().manual_seed(9))
+    output = PlannedBlocks("output.weight", "F32", (70, 256), partial(whole, blocks.encode("F32", head)))
+    write_file(tmp_path / "head.gguf", metadata, [*plan, output])
     actual = open_gguf(tmp_path / "head.gguf")
-    assert set(actual.entries) == {*source.entries, "lm_head.weight"}
-    assert actual.entries["lm_head.weight"].shape == (32,) and actual.notices == ()
+    assert set(actual.entries) == {*source.entries, "lm_head.weight"} and actual.notices == ()
+    assert torch.equal(actual.entries["lm_head.weight"].read(0, 70), head)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,19 @@ def test_packed_is_a_weight_of_ours(kind: str) -> None:
     assert same_bits(stack[1].dense(), values[4:8])
 
 
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_blocks_may_lie_anywhere(kind: str) -> None:
+    """A single block, and rows that begin at an odd byte."""
+    raw = random_blocks(kind, 3, 2)
+    expected = blocks.decode(kind, raw)
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), raw.reshape(-1)])[1:].view(raw.shape)
+    assert shifted.storage_offset() == 1 and same_bits(blocks.decode(kind, shifted), expected)
+    for row in range(3):
+        assert same_bits(
+            blocks.decode(kind, shifted[row, raw.shape[1] // 2 :]), expected[row, expected.shape[1] // 2 :]
+        )
+
+
 @pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind in SCALES or kind == "IQ1_M"])
 def test_scales_that_are_no_numbers_are_passed_on(kind: str) -> None:
     raw = random_blocks(kind, 6, 2, scale=1.0).view(6, 2, -1)

@@ -52,7 +52,7 @@ HUGE = [
     (1 << 64) - 1,
 ]
 SAMPLER = {"diffusion.eb_max_steps": 24, "diffusion.eb_t_min": 0.4, "diffusion.eb_entropy_bound": 0.1}
-BASE_KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "BF16"]
+BASE_KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "BF16", "IQ4_NL", "MXFP4"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import whole, write_model
+from gguf_files import copied, whole, write_model
 from tiny import tiny_config
 
 from sfumato import LLM
@@ -20,7 +20,7 @@ from sfumato.checkpoints.checkpoint import Entry
 from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.formats import gguf_blocks as blocks
-from sfumato.checkpoints.formats.gguf import PlannedBlocks
+from sfumato.checkpoints.formats.gguf import PlannedBlocks, write_file
 from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.formats.gguf_writer import vocabulary_of, write_gguf
 from sfumato.checkpoints.load import PLAIN, load
@@ -101,6 +101,42 @@ def test_factors_of_nvfp4(tmp_path: Path) -> None:
     write_model(tmp_path / "it.gguf", wide_config(), lambda *_: "F32", more=more)
     with pytest.raises(CheckpointError, match=r"unexpected tensor 'blk.0.attn_q.scale'"):
         open_gguf(tmp_path / "it.gguf")
+
+
+@pytest.mark.parametrize("kind", ["NVFP4", "Q4_K", "IQ2_XS", "F32"])
+def test_gate_and_up_in_two_tensors(tmp_path: Path, kind: str) -> None:
+    """As a converter leaves them that found them apart; NVFP4's factors may lie beside one of them alone."""
+    whole_file, apart = tmp_path / "whole.gguf", tmp_path / "apart.gguf"
+    write_model(whole_file, wide_config(), lambda name, shape: kind if len(shape) > 1 else "F32")
+    metadata, plan = copied(whole_file)
+    split: list[PlannedBlocks] = []
+    for tensor in plan:
+        if "gate_up" in tensor.name:
+            (raw,), (count, outputs, inputs) = tensor.parts(), tensor.shape
+            for name, part in zip(("ffn_gate_exps", "ffn_up_exps"), raw.chunk(2, dim=1), strict=True):
+                name = tensor.name.replace("ffn_gate_up_exps", name)
+                split.append(
+                    PlannedBlocks(name, kind, (count, outputs // 2, inputs), partial(whole, part.contiguous()))
+                )
+        else:
+            split.append(tensor)
+    if kind == "NVFP4":
+        split.append(factors("blk.0.ffn_up_exps.scale", [2.0, 4.0]))
+    write_file(apart, metadata, split)
+    one, two = open_gguf(whole_file).entries, open_gguf(apart).entries
+    assert one.keys() == two.keys()
+    for layer in (0, 1):
+        name = f"model.decoder.layers.{layer}.experts.gate_up_proj"
+        expected = one[name].read(0, 2)
+        if kind == "NVFP4" and layer == 0:
+            expected[:, 256:] *= torch.tensor([2.0, 4.0])[:, None, None]
+        assert torch.equal(two[name].read(0, 2), expected)
+        packed = two[name].packed
+        assert (packed is None) == (kind == "F32")
+        assert packed is None or torch.equal(packed(1, 2).dense(), expected[1:])
+    write_file(apart, metadata, [tensor for tensor in split if tensor.name != "blk.1.ffn_up_exps.weight"])
+    with pytest.raises(CheckpointError, match=r"it lacks the tensor blk\.1\.ffn_up_exps\.weight"):
+        open_gguf(apart)
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
