@@ -116,6 +116,11 @@ def test_the_tokenizer_and_the_template_come_along(written: dict[str, Path], to:
     assert len(llm.chat(messages, options=Options(max_tokens=82, max_steps=1, seed=1)).tokens) > 0
 
 
+def test_the_page_has_every_target() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
+    assert [to for to in convert.TARGETS if to not in RECIPES and f"`{to}`" not in page] == []
+
+
 def test_formats_are_changed_along_a_chain(plain: Model, written: dict[str, Path], tmp_path: Path) -> None:
     """GGUF → ours in 4 bits → GGUF → MLX: each reads what the one before wrote."""
     convert.convert(written["gguf-q8_0"], "int4", tmp_path / "one")

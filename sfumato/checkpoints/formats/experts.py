@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Entry
-from sfumato.checkpoints.formats.mixtures import CodeForm, brought, common, form_of
+from sfumato.checkpoints.formats.mixtures import brought, common, form_of
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
 from sfumato.ops.packed import BLOCK, Packed
@@ -69,16 +69,12 @@ def stacked(name: str, parts: Sequence[Entry]) -> Entry:
     def read(first: int, last: int) -> Tensor:
         return torch.stack([part.read(0, shape[0]) for part in parts[first:last]])
 
-    form = _form(parts)
-
     def packed(first: int, last: int) -> Packed:
         weights = [part.packed(0, shape[0]) for part in parts[first:last] if part.packed]
-        if not weights and parts[0].packed and form:  # its form is asked for
-            return brought(parts[0].packed(0, 0), form)
-        return _combined(form, weights, (len(weights), *shape), torch.stack)
+        return _combined(weights, (len(weights), *shape), torch.stack)
 
     nbytes = sum(part.nbytes for part in parts)
-    return Entry(name, (len(parts), *shape), nbytes, _stored(parts), read, packed if form else None)
+    return Entry(name, (len(parts), *shape), nbytes, _stored(parts), read, packed if _have_codes(parts) else None)
 
 
 def joined(name: str, gate: Entry, up: Entry) -> Entry:
@@ -95,28 +91,27 @@ def joined(name: str, gate: Entry, up: Entry) -> Entry:
 
     def packed(first: int, last: int) -> Packed:
         weights = [part.packed(first, last) for part in (gate, up) if part.packed]
-        return _combined(form, weights, (last - first, 2 * outputs, inputs), lambda tensors: torch.cat(tensors, 1))
+        return _combined(weights, (last - first, 2 * outputs, inputs), lambda tensors: torch.cat(tensors, 1))
 
     # Blocks of rows do not go on over the seam, unless it lies between two of them.
-    form = None if "blocks" in gate.stored and outputs % BLOCK else _form([gate, up])
+    has_codes = _have_codes([gate, up]) and not ("blocks" in gate.stored and outputs % BLOCK)
     shape = (gate.shape[0], 2 * outputs, inputs)
-    return Entry(name, shape, gate.nbytes + up.nbytes, _stored([gate, up]), read, packed if form else None)
+    return Entry(name, shape, gate.nbytes + up.nbytes, _stored([gate, up]), read, packed if has_codes else None)
 
 
-def _form(parts: Sequence[Entry]) -> CodeForm | None:
-    """The form that holds the codes of all; None where some have none, or there is no such form."""
-    packed = [part.packed for part in {part.stored: part for part in parts}.values()]
-    return common([form_of(one(0, 0)) for one in packed if one]) if all(part.packed for part in parts) else None
+def _have_codes(parts: Sequence[Entry]) -> bool:
+    """Whether all have codes, of what the file calls the same form or of forms that one holds; then a row is read."""
+    packed = [part.packed for part in {part.stored: part for part in parts}.values() if part.packed]
+    is_packed = all(part.packed for part in parts)
+    return is_packed and (len(packed) == 1 or common([form_of(one(0, 1)) for one in packed]) is not None)
 
 
 def _stored(parts: Sequence[Entry]) -> str:
     return " and ".join(dict.fromkeys(part.stored for part in parts))
 
 
-def _combined(
-    form: CodeForm | None, weights: Sequence[Packed], shape: tuple[int, ...], join: Callable[[list[Tensor]], Tensor]
-) -> Packed:
-    form = form and common([form, *map(form_of, weights)])  # what calls itself the same may still have no bias
+def _combined(weights: Sequence[Packed], shape: tuple[int, ...], join: Callable[[list[Tensor]], Tensor]) -> Packed:
+    form = common([form_of(weight) for weight in weights])
     if form is None:
         raise CheckpointError("the experts of one layer are quantised in different ways, which no form holds together")
     alike = [brought(weight, form) for weight in weights]

@@ -38,7 +38,7 @@ class CodeForm(NamedTuple):
 
 
 def form_of(packed: Packed) -> CodeForm:
-    """The form of a weight; it may be empty, so that nothing need be read to know."""
+    """The form of a weight."""
     dtypes = tuple((name, part.dtype) for name, part in packed.parts.items() if name != "data")
     return CodeForm(packed.kind, packed.group, packed.is_grouped, dtypes)
 

@@ -33,6 +33,8 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _MULTIPLIED, _DIVIDED = "weight_scale_2", "weight_global_scale"
 """What mlx-vlm calls the second scale of nvfp4: by which the weight is multiplied, or divided."""
 _COMPANIONS = ("scales", "biases", _MULTIPLIED, _DIVIDED)
+_CACHED = 1 << 16
+"""Times eight codes that are spread at a time: their working copies stay in the processor's cache."""
 _PREFIXES = re.compile(r"^(?:(?:language_model|model|decoder)\.)+")
 _NUMBER = re.compile(r"(?<=\.experts\.)\d{1,6}\.", re.ASCII)
 
@@ -107,9 +109,9 @@ class _ModuleSchemes:
         if raw is not None and not isinstance(raw, dict):
             raise CheckpointError(f"{source} has no quantization with bits and group_size; this is no MLX checkpoint")
         self.source = source
-        self.common = None if raw is None else self._scheme("all", raw)
+        self.common: dict[str, Any] = raw or {}
         self.own: dict[str, Any] = {}
-        for key, value in (raw or {}).items():
+        for key, value in self.common.items():
             if not isinstance(value, dict | bool):
                 continue
             for spelling in {key, _bare(key)}:
@@ -121,11 +123,11 @@ class _ModuleSchemes:
 
     @property
     def label(self) -> str:
-        """The format, as a person calls it."""
-        if self.common is None:
+        """The format, as a person calls it: of what has no settings of its own."""
+        if not self.common:
             return "MLX, not quantised"
-        mode, bits, _ = self.common
-        return f"MLX affine {bits}-bit" if mode == "affine" else f"MLX {mode}"
+        mode, bits = short(self.common.get("mode", "affine")), self.common.get("bits")
+        return f"MLX affine {short(bits)}-bit" if mode == "affine" and bits is not None else f"MLX {mode}"
 
     def of(self, module: str) -> Scheme:
         """Of a module that has scales: its own scheme where it has one, as mlx-vlm looks it up.
@@ -134,12 +136,12 @@ class _ModuleSchemes:
         own = next((self.own[name] for name in _spellings(module) if name in self.own), True)
         if isinstance(own, dict):
             return self._scheme(module, own)
-        if self.common is None or own is False:
+        if own is False or not self.common:
             raise CheckpointError(
-                f"{self.source}: quantization says {short(own if self.common else None)} for {short(module)}, which "
+                f"{self.source}: quantization says {False if self.common else 'nothing'} for {short(module)}, which "
                 "has scales; it must say with how many bits, in which groups and which mode"
             )
-        return self.common
+        return self._scheme(module, self.common)
 
     def _scheme(self, module: str, own: Mapping[str, Any]) -> Scheme:
         mode = own.get("mode", "affine")
@@ -258,12 +260,11 @@ def _affine(words: Tensor, scale: Tensor, bias: Tensor, scheme: Scheme) -> Packe
     """int4 with a bias up to 4 bits, else int8 with a bias."""
     codes = words.view(torch.uint8)
     shape = (*codes.shape[:-1], scale.shape[-1] * scheme.group)
-    if scheme.bits not in (4, 8):
-        codes = unpacked(codes, scheme.bits)
-    if scheme.bits > 4:
+    width = 4 if scheme.bits <= 4 else 8
+    if scheme.bits != width:
+        codes = spread(codes, scheme.bits, width)
+    if width == 8:
         return Packed("int8", shape, codes, scale.float(), scheme.group, bias.float())
-    if scheme.bits < 4:
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
     return Packed("int4", shape, codes, scale, scheme.group, bias)
 
 
@@ -321,14 +322,19 @@ def _damaged(tensor: Stored) -> CheckpointError:
     return CheckpointError(f"{short(tensor.name)} in {tensor.file} has values that are not finite; it is damaged")
 
 
-def unpacked(data: Tensor, bits: int) -> Tensor:
-    """[.., bits x n] bytes -> [.., 8 n] codes, uint8: bytes hold them one after another, from the lowest bit on."""
-    units = data.unflatten(-1, (-1, bits))
-    codes = torch.empty(*units.shape[:-1], 8, dtype=torch.uint8)
-    for number in range(8):
-        at, shift = divmod(number * bits, 8)
-        code = units[..., at] >> shift
-        if shift + bits > 8:
-            code = code | units[..., at + 1] << (8 - shift)
-        codes[..., number] = code & (1 << bits) - 1
-    return codes.flatten(-2)
+def spread(data: Tensor, bits: int, width: int) -> Tensor:
+    """[.., bits x n] bytes of codes, one after another from the lowest bit on -> the same, each in `width` bits.
+
+    `width` is 4 or 8. Eight codes lie in one whole number: its halves move apart, then theirs, then the codes."""
+    units = data.reshape(-1, bits)
+    wide = torch.empty(len(units), width, dtype=torch.uint8)
+    for some, to in zip(units.split(_CACHED), wide.split(_CACHED), strict=True):
+        eight = some[:, 0].long()
+        for place in range(1, bits):
+            eight |= some[:, place].long() << 8 * place
+        for half in (4, 2, 1):
+            ones, pitch = (1 << half * bits) - 1, 2 * half * width
+            low = sum(ones << at for at in range(0, 8 * width, pitch))
+            eight = (eight & low) | (eight & ~low) << half * (width - bits)
+        to.copy_((eight if width == 8 else eight.int()).view(torch.uint8).view(-1, width))
+    return wide.view(*data.shape[:-1], data.shape[-1] // bits * width)

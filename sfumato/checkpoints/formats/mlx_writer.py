@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
-from sfumato.checkpoints.formats.mixtures import form_of
 from sfumato.checkpoints.formats.mlx import FLOATS, MODES, Scheme
 from sfumato.checkpoints.names import DECODER, ENCODER, VISION
 from sfumato.checkpoints.shards import Planned
@@ -201,7 +200,7 @@ def _affine(entry: Entry, scheme: Scheme, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def _mxfp4(entry: Entry, scheme: Scheme, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
-    has_codes = entry.packed is not None and form_of(entry.packed(0, 0)).kind == "mxfp4"
+    has_codes = entry.packed is not None and entry.packed(0, 1).kind == "mxfp4"
     for first, last in _places(entry):
         packed = entry.packed(first, last) if has_codes and entry.packed else pack(entry.read(first, last), "mxfp4")
         yield packed.data, packed.scale

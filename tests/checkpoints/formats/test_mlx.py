@@ -213,6 +213,16 @@ def test_settings_of_a_stack_are_those_of_its_experts(tmp_path: Path) -> None:
     assert torch.equal(entry.read(0, 5), quantise(weight.flatten(1, 2), 3, 64, torch.float32).dense())
 
 
+def test_a_mean_that_no_module_has(tmp_path: Path) -> None:
+    """A mixture may give its mean as the bits of all; only what a module has is looked at."""
+    settings = {"bits": 4.5, "group_size": 64, "a": {"bits": 4}, "b": {"bits": 5}}
+    tensors = affine("a", torch.ones(2, 64), 4, 64) | affine("b", torch.ones(2, 64), 5, 64)
+    checkpoint = put(tmp_path, tensors, wide_config().to_dict() | {"quantization": settings})
+    assert checkpoint.format == "MLX affine 4.5-bit" and len(checkpoint.entries) == 2
+    with pytest.raises(CheckpointError, match=r"bits 4\.5 for c;"):
+        put(tmp_path, affine("c", torch.ones(2, 64), 4, 64), wide_config().to_dict() | {"quantization": settings})
+
+
 def test_settings_that_say_plain(tmp_path: Path) -> None:
     """False, and bits for what has no scales: the tensor says what it is."""
     settings = {"bits": 4, "group_size": 64, "b": False, "c": {"bits": 8, "group_size": 64}, "d": True}
@@ -325,19 +335,19 @@ def test_tensors_that_do_not_go_together(tmp_path: Path, change: dict[str, Any],
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"bits": 7, "group_size": 64}, "bits 7 for all; .* affine with bits 1, 2, 3, 4, 5, 6 or 8 is read"),
-    ({"bits": 4, "group_size": 17}, "group_size 17 for all; .* affine with group_size 32, 64 or 128 is read"),
-    ({"bits": 4, "group_size": 10**30}, "group_size 1000.* for all"),
+    ({"bits": 7, "group_size": 64}, "bits 7 for a; .* affine with bits 1, 2, 3, 4, 5, 6 or 8 is read"),
+    ({"bits": 4, "group_size": 17}, "group_size 17 for a; .* affine with group_size 32, 64 or 128 is read"),
+    ({"bits": 4, "group_size": 10**30}, "group_size 1000.* for a"),
     ({"bits": True, "group_size": 64}, "bits True"),
     ({"bits": 4, "group_size": [64]}, r"group_size \[64\]"),
-    ({"bits": 4, "group_size": 32, "mode": "fp4"}, "mode fp4 for all; .* mode affine, mxfp4, mxfp8 or nvfp4 is read"),
-    ({"bits": 4, "group_size": 32, "mode": ["mxfp4"]}, r"mode \['mxfp4'\] for all"),
-    ({"bits": 8, "group_size": 32, "mode": "mxfp4"}, "bits 8 for all; .* mxfp4 with bits 4 is read"),
-    ({"bits": 4, "group_size": 64, "mode": "nvfp4"}, "group_size 64 for all; .* nvfp4 with group_size 16 is read"),
+    ({"bits": 4, "group_size": 32, "mode": "fp4"}, "mode fp4 for a; .* mode affine, mxfp4, mxfp8 or nvfp4 is read"),
+    ({"bits": 4, "group_size": 32, "mode": ["mxfp4"]}, r"mode \['mxfp4'\] for a"),
+    ({"bits": 8, "group_size": 32, "mode": "mxfp4"}, "bits 8 for a; .* mxfp4 with bits 4 is read"),
+    ({"bits": 4, "group_size": 64, "mode": "nvfp4"}, "group_size 64 for a; .* nvfp4 with group_size 16 is read"),
     ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "a.biases is there in .*, and mxfp4 has no place for it"),
     ({"bits": 4, "group_size": 64, "a": {"bits": 0, "group_size": 64}}, "bits 0 for a;"),
     ({"bits": 4, "group_size": 64, "a": False}, "quantization says False for a, which has scales"),
-    (None, "quantization says None for a, which has scales"),
+    (None, "quantization says nothing for a, which has scales"),
     ({"bits": 4, "group_size": 64, "a": {"bits": 4}, "model.a": {"bits": 8}}, "and .*8.* for model.a; .* must be one"),
     ({"bits": 4, "group_size": 64, "a": {"bits": 8, "group_size": 64}}, "with 8 bits in groups of 64"),
     ({"bits": 6, "group_size": 64}, "with 6 bits in groups of 64 there must be 24 words"),
@@ -405,3 +415,65 @@ def test_second_scales_that_are_no_scales(tmp_path: Path, key: str, bad: float) 
     ]
     with pytest.raises(CheckpointError, match=f"a.{key} in .* no scales; it is damaged"):
         entry.read(0, 1)
+
+
+# ---- mlx-vlm --------------------------------------------------------------------------------------------------------
+
+RECIPES = ["mixed_2_6", "mixed_3_4", "mixed_3_5", "mixed_3_6", "mixed_3_8", "mixed_4_6", "mixed_4_8"]
+WAYS: list[dict[str, Any]] = [
+    {},
+    *({"q_bits": bits} for bits in (2, 3, 4, 5, 6, 8)),
+    *({"q_bits": 4, "q_group_size": group} for group in (32, 128)),
+    *({"q_mode": mode} for mode in MODES),
+    *({"quant_predicate": recipe} for recipe in RECIPES),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reads_what_mlx_vlm_converts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], dtype: str
+) -> None:
+    """`mlx_vlm.convert` itself, with every choice it has; and what it makes of its own files is what we read."""
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    conversion = pytest.importorskip("mlx_vlm.convert", reason="mlx-vlm is not installed")
+    utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed")
+    (plain := tmp_path / "plain").mkdir()
+    weights = random_weights(wide_config(), getattr(torch, dtype))
+    save_file(weights, plain / "model.safetensors", {"format": "pt"})
+    (plain / "config.json").write_text(
+        json.dumps(wide_config().to_dict() | {"vision_config": None, "torch_dtype": dtype})
+    )
+    processor = type("Processor", (), {"save_pretrained": staticmethod(lambda folder: None)})
+    monkeypatch.setattr(
+        conversion,
+        "fetch_from_hub",
+        lambda path, **_: (utils.load_model(path, lazy=True), utils.load_config(path), processor),
+    )
+    monkeypatch.setattr(conversion, "create_model_card", lambda *_: None)
+    conversion.convert(
+        str(plain), str(tmp_path / "mlx"), quantize=bool(way), **({"q_group_size": None, "q_bits": None} | way)
+    )
+    there, checkpoint = utils.load_model(tmp_path / "mlx"), open_checkpoint(tmp_path / "mlx")
+    assert checkpoint.format.startswith("MLX") and checkpoint.entries.keys() == weights.keys()
+    kinds = set()
+    for name, entry in checkpoint.entries.items():
+        module: Any = there
+        *path, leaf = name.split(".")
+        for step in path:
+            module = module[int(step)] if step.isdigit() else getattr(module, step)
+        if path[-1] == "experts":
+            module, leaf = getattr(module, leaf), "weight"
+        value = getattr(module, leaf)
+        if value.dtype == mx.uint32:
+            kinds.add((module.mode, module.bits, module.group_size))
+            parts = [
+                part if part is None or part.dtype == mx.uint8 else part.astype(mx.float32)
+                for part in (module.scales, module.biases)
+            ]
+            value = mx.dequantize(value, *parts, module.group_size, module.bits, module.mode, dtype=mx.float32)
+            assert entry.packed
+        actual = entry.read(0, entry.shape[0] if entry.shape else 1)
+        assert torch.equal(actual.float(), torch.from_numpy(numbers(value.astype(mx.float32)))), name
+    assert bool(kinds) == bool(way) and len(kinds) < 5

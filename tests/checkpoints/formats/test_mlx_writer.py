@@ -240,16 +240,21 @@ def test_the_writer_names_a_weight_that_is_broken() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "group", "hidden"), [(4, 64, 128), (8, 64, 128), (4, 32, 128), (4, 128, 128), (8, 32, 96)]
+    ("bits", "group", "hidden", "mode"),
+    [
+        *((4, 64, 128, "affine"), (8, 64, 128, "affine"), (4, 32, 128, "affine"), (4, 128, 128, "affine")),
+        *((8, 32, 96, "affine"), (3, 64, 128, "affine"), (5, 32, 128, "affine"), (6, 64, 128, "affine")),
+        (4, 64, 128, "mxfp4"),
+    ],
 )
-def test_mlx_vlm_loads_it_and_gives_our_logits(tmp_path: Path, bits: int, group: int, hidden: int) -> None:
+def test_mlx_vlm_loads_it_and_gives_our_logits(tmp_path: Path, bits: int, group: int, hidden: int, mode: str) -> None:
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
     utils = pytest.importorskip("mlx_vlm.utils", reason="mlx-vlm is not installed")
     from sfumato.model.cache import KVCache
     from sfumato.model.network import Model
 
     config = wide_config(hidden_size=hidden)
-    written = write(tmp_path, checkpoint_of(config, random_weights(config)), bits, group)
+    written = write(tmp_path, checkpoint_of(config, random_weights(config)), bits, group, mode)
     there = utils.load_model(tmp_path)  # strict: a weight without a value, or a value without a weight, is an error
     back = open_mlx(tmp_path, written)
     model = Model(config, load("reference"))
@@ -264,7 +269,8 @@ def test_mlx_vlm_loads_it_and_gives_our_logits(tmp_path: Path, bits: int, group:
             module, leaf = getattr(module, leaf), "weight"
         value = getattr(module, leaf)
         if value.dtype == mx.uint32:
-            value = mx.dequantize(value, module.scales, module.biases, module.group_size, module.bits)
+            parts = value, module.scales, module.biases, module.group_size, module.bits, module.mode
+            value = mx.dequantize(*parts, dtype=mx.float32)
         assert torch.equal(torch.from_numpy(numbers(value)), tensor.data), name
     generator = torch.Generator().manual_seed(4)
     prompt = torch.randint(0, 96, (1, 11), generator=generator)
@@ -284,7 +290,7 @@ def test_mlx_vlm_loads_it_and_gives_our_logits(tmp_path: Path, bits: int, group:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
 def test_writes_what_mlx_vlm_converts(tmp_path: Path, bits: int, dtype: torch.dtype) -> None:
     """The same tensors, byte for byte, and the same settings."""
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
