@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from sfumato.checkpoints import unreadable
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError, is_panic
 
@@ -26,7 +27,10 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
     if os.path.isfile(folder):
         if folder.endswith(".gguf"):
             return Path(folder)
-        raise CheckpointError(f"{path} is a file; give a .gguf file, or the folder that holds config.json and weights")
+        raise CheckpointError(
+            unreadable.sentence(Path(folder))
+            or f"{path} is a file of no known kind; give a .gguf file, or the folder that holds config.json and weights"
+        )
     if isinstance(path, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path, re.ASCII):
         return _from_hub(path, ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])])
     raise CheckpointError(
