@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sfumato.checkpoints import unreadable
 from sfumato.checkpoints.checkpoint import Checkpoint, FormatReader
 from sfumato.checkpoints.copies import without_copies
 from sfumato.checkpoints.formats import awq, compressed, gemma4, mlx, modelopt, released
 from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.names import released_spellings
-from sfumato.checkpoints.shards import short
+from sfumato.checkpoints.shards import INDEX, SINGLE, short
 from sfumato.errors import CheckpointError
 from sfumato.model.config import GEMMA4, read_generation_config, read_json
 
@@ -32,7 +33,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _opened(path: Path) -> Checkpoint:
     if path.is_file():
+        if path.suffix.lower() != ".gguf" and (what := unreadable.sentence(path)):
+            raise CheckpointError(what)
+        if what := unreadable.begins_oddly(path):
+            raise CheckpointError(what)
         return open_gguf(path)
+    if not has_weights(path) and (what := unreadable.sentence(path)):
+        raise CheckpointError(what)
     config = read_json(path / "config.json")
     read_generation_config(path)  # refused early, if at all
     checkpoint = _reader(path, config).open(path, config)
@@ -41,6 +48,11 @@ def _opened(path: Path) -> Checkpoint:
     if config.get("model_type") == GEMMA4:
         entries = gemma4.released(entries)
     return replace(checkpoint, entries=entries)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has config.json and what our readers look for: weights in one file, or their index."""
+    return (folder / "config.json").exists() and any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def _reader(path: Path, config: dict[str, Any]) -> FormatReader:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from sfumato.checkpoints import unreadable
 from sfumato.checkpoints.choices import chosen, gguf_names, is_gguf, models
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError, is_panic
@@ -36,7 +37,10 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
     if os.path.isfile(place):
         if is_gguf(place) or _begins_like_gguf(place):
             return Path(place)
-        raise CheckpointError(f"{path} is a file; give a .gguf file, or the folder that holds config.json and weights")
+        raise CheckpointError(
+            unreadable.sentence(Path(place))
+            or f"{path} is a file of no known kind; give a .gguf file, or the folder that holds config.json and weights"
+        )
     folder, _, tag = place.rpartition(":")
     if folder and tag and os.path.isdir(folder):
         return _in_folder(Path(folder), tag)

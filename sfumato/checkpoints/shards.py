@@ -28,6 +28,9 @@ from sfumato.system.files import replacing
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WRITING, PLAN = ".writing", "plan"
 """The folder in which a folder of shards grows, and the file in it that says which ones these are."""
+POINTER = b"version https://git-lfs"
+"""What a file begins with that Git LFS has not fetched yet."""
+IS_POINTER = "is a Git LFS pointer and not the file itself; run `git lfs pull` there"
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -110,10 +113,11 @@ def read_into(tensor: Tensor, path: Path, start: int, name: str) -> None:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder by its name in the file, from the headers alone.
 
-    model.safetensors comes before an index, as in transformers. CheckpointError names a missing, truncated or damaged
-    file, a tensor in two files, one that the index promises."""
+    model.safetensors comes before an index, as in transformers, unless it is one of several files that the index
+    names. CheckpointError names a missing, truncated or damaged file, a tensor in two files, one that the index
+    promises."""
     tensors: dict[str, Stored] = {}
-    weight_map = {} if (folder / SINGLE).is_file() else _weight_map(folder)
+    weight_map = {} if _is_alone(folder) else _weight_map(folder)
     for shard in sorted(set(weight_map.values())) or [SINGLE]:
         for stored in header(folder / shard):
             if stored.name in tensors:
@@ -138,6 +142,17 @@ def metadata(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is truncated or damaged: {short(error)}") from error
 
 
+def _is_alone(folder: Path) -> bool:
+    """Whether model.safetensors holds everything. AutoRound puts what it has not touched in a second file."""
+    if not (folder / SINGLE).is_file():
+        return False
+    try:
+        files = set(_weight_map(folder).values())
+        return SINGLE not in files or len(files) == 1
+    except CheckpointError:  # an index of no use beside a file that needs none
+        return True
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.exists():
@@ -157,6 +172,9 @@ def header(path: Path) -> Iterator[Stored]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise CheckpointError(f"{path} {IS_POINTER}")
         with safe_open(str(path), "pt"):  # the library's own check: sizes, offsets, nothing missing, nothing left over
             pass
         with path.open("rb") as file:

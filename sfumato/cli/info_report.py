@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from sfumato.errors import InputError
 from sfumato.measure.work import (
@@ -24,6 +24,9 @@ from sfumato.measure.work import (
 )
 from sfumato.model.config import ModelConfig
 from sfumato.quant.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from sfumato.checkpoints.checkpoint import Checkpoint
 
 CONTEXTS = (8192, 32_768, 262_144)
 """The contexts in tokens that memory is reported for, as far as the model goes."""
@@ -61,6 +64,29 @@ class RecipeRow(TypedDict):
     floor_ms: NotRequired[float]
 
 
+class StoredKind(TypedDict):
+    """How much of a file is stored as one kind."""
+
+    kind: str
+    """As the file calls it: "Q4_K", "BF16"."""
+    tensors: int
+    bytes: int
+
+
+class FileReport(TypedDict):
+    """What the headers of a checkpoint's files say."""
+
+    format: str
+    """As a person calls it: "GGUF", "MLX affine 4-bit"."""
+    tensors: int
+    bytes: int
+    has_images: bool
+    """Whether there are tensors that turn images into embeddings."""
+    kinds: list[StoredKind]
+    """The largest first."""
+    notices: list[str]
+
+
 class Report(TypedDict):
     """Everything `sfumato info` says, as plain numbers."""
 
@@ -76,6 +102,8 @@ class Report(TypedDict):
     gpus: list[dict[str, Any]]
     recipes: list[RecipeRow]
     operations: NotRequired[Operations]
+    file: NotRequired[FileReport]
+    """Where there are files of weights."""
 
 
 def report(config: ModelConfig, context: int, gpu: Gpu | None = None, name: str = "") -> Report:
@@ -118,6 +146,25 @@ def report(config: ModelConfig, context: int, gpu: Gpu | None = None, name: str 
         "gpu": None if gpu is None else _as_json(gpu),
         "gpus": [_as_json(one) for one in GPUS],
         "recipes": [_row(config, recipe, context, contexts, gpu) for recipe in PRECISIONS],
+    }
+
+
+def file_report(checkpoint: Checkpoint) -> FileReport:
+    """What a checkpoint's tensors are stored as, by their bytes."""
+    from sfumato.checkpoints.names import VISION
+
+    kinds: dict[str, StoredKind] = {}
+    for entry in checkpoint.entries.values():
+        one = kinds.setdefault(entry.stored, {"kind": entry.stored, "tensors": 0, "bytes": 0})
+        one["tensors"] += 1
+        one["bytes"] += entry.nbytes
+    return {
+        "format": checkpoint.format,
+        "tensors": len(checkpoint.entries),
+        "bytes": sum(one["bytes"] for one in kinds.values()),
+        "has_images": any(name.startswith(VISION) for name in checkpoint.entries),
+        "kinds": sorted(kinds.values(), key=lambda one: -one["bytes"]),
+        "notices": list(checkpoint.notices),
     }
 
 

@@ -9,9 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sfumato.cli.info_report import KINDS, Operations, RecipeRow, Report
+from sfumato.cli.info_report import KINDS, FileReport, Operations, RecipeRow, Report
 from sfumato.cli.view import visible
 from sfumato.measure.work import GPUS, number, size, three, tokens
+
+_KINDS = 4
+"""That are named of a file's."""
 
 
 def show(report: Report) -> None:
@@ -51,6 +54,8 @@ def _facts(report: Report) -> Table:
     facts = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
+    if "file" in report:
+        facts.add_row("file", visible(_stored(report["file"])))
     facts.add_row(
         "parameters", f"[bold]{number(parameters['total'])}[/], {number(parameters['active'])} active for each token"
     )
@@ -80,6 +85,15 @@ def _facts(report: Report) -> Table:
         f"wakes {step['distinct_experts']:.0%} of the experts",
     )
     return facts
+
+
+def _stored(file: FileReport) -> str:
+    """Format, size and what most of it is stored as; kinds below a hundredth are not counted out."""
+    shares = [(one["kind"], one["bytes"] / max(1, file["bytes"])) for one in file["kinds"]]
+    large = [f"{kind} {share:.0%}" for kind, share in shares if share >= 0.01][:_KINDS]
+    rest = len(shares) - len(large)
+    text = f"{file['format']}, {size(file['bytes'])} in {file['tensors']:,} tensors: {'; '.join(large)}"
+    return text + (f"; {rest} more" if rest else "")
 
 
 def _memory(report: Report) -> Table:

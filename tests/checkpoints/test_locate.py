@@ -32,11 +32,13 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(Path("nano"))
     (tmp_path / "nano").mkdir()
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    (tmp_path / "file.bin").touch()
+    (tmp_path / "file.xyz").touch()
     assert resolve(Path("nano")) == Path("nano")
     assert resolve("owner/name") == Path("owner/name")  # a folder comes before the hub
-    with pytest.raises(CheckpointError, match=r"file\.bin is a file; give a \.gguf file, or the folder"):
-        resolve("file.bin")
+    with pytest.raises(
+        CheckpointError, match=r"file\.xyz is a file of no known kind; give a \.gguf file, or the folder"
+    ):
+        resolve("file.xyz")
     for path in ("", "none", "a/b/c", "/a/b", "../b", "a/b c", "a/b\n", "~nobody-at-all/x/y", "a\0b", "x" * 5000):
         with pytest.raises(CheckpointError, match="there is no folder"):
             resolve(path)

@@ -11,6 +11,8 @@ import torch
 from released import RELEASED
 
 from sfumato import cli, ops
+from sfumato.checkpoints.convert import convert
+from sfumato.checkpoints.locate import NANO
 from sfumato.cli import info, info_screen
 from sfumato.cli.info_report import KINDS, RecipeRow, operations, report
 from sfumato.errors import InputError
@@ -224,3 +226,34 @@ def test_nano_has_figures_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "nano", "--gpu", "H200", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert 1e6 < figures["parameters"]["total"] < 10e6
+
+
+@pytest.mark.parametrize(
+    ("to", "expected", "kinds"),
+    [
+        (None, "safetensors", {"F32"}),
+        ("int4", "Sfumato int4", {"int4", "int8", "F32"}),
+        ("gguf-q8_0", "GGUF", {"Q8_0", "F32"}),
+        ("mlx-8bit", "MLX affine 8-bit", {"affine 8-bit, group 64, F32", "affine 8-bit, group 32, F32", "F32"}),
+        ("compressed-fp8", "compressed-tensors float-quantized", {"fp8", "F32"}),
+    ],
+)
+def test_the_format_of_files(
+    to: str | None, expected: str, kinds: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = NANO if to is None else tmp_path / ("nano.gguf" if to.startswith("gguf") else "nano")
+    if to is not None:
+        convert("nano", to, path)
+    assert cli.main(["info", str(path), "--json"]) == 0
+    file = json.loads(capsys.readouterr().out)["file"]
+    assert file["format"] == expected and {one["kind"] for one in file["kinds"]} == kinds
+    assert sum(one["tensors"] for one in file["kinds"]) == file["tensors"] == 188
+    assert sum(one["bytes"] for one in file["kinds"]) == file["bytes"] > 1e6 and not file["has_images"]
+    assert cli.main(["info", str(path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"file {expected}, " in text and " in 188 tensors: " in text
+
+
+def test_a_config_alone_has_no_files(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(config_json.parent), "--json"]) == 0
+    assert "file" not in json.loads(capsys.readouterr().out)
