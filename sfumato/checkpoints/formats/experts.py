@@ -1,10 +1,12 @@
 """Experts that a file keeps apart, as the stacks that the release has: gate over up, all experts in one tensor.
 
-The result is put together when it is read, and as codes where all its parts are codes of one form.
+The result is put together when it is read, and as codes where all its parts are codes of one form. Where they are
+codes of several, the stack is rounded once more when it is loaded (`Entry.fallback`).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Entry
+from sfumato.checkpoints.checkpoint import FALLBACK, Entry
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
-from sfumato.ops.packed import BLOCK, Packed
+from sfumato.ops.packed import Packed
 
 _ONE = re.compile(r"(.*\.experts)\.(\d{1,6})\.((?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
 _ALL = re.compile(r"(.*\.experts\.(?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
@@ -71,8 +73,7 @@ def stacked(name: str, parts: Sequence[Entry]) -> Entry:
         forms = [part.packed(0, shape[0]) for part in parts[first:last] if part.packed]
         return _combined(forms, (len(forms), *shape), torch.stack)
 
-    nbytes = sum(part.nbytes for part in parts)
-    return Entry(name, (len(parts), *shape), nbytes, parts[0].stored, read, packed if _alike(parts) else None)
+    return _whole(name, (len(parts), *shape), parts, read, packed)
 
 
 def joined(name: str, gate: Entry, up: Entry) -> Entry:
@@ -88,13 +89,33 @@ def joined(name: str, gate: Entry, up: Entry) -> Entry:
         return torch.cat([gate.read(first, last), up.read(first, last)], 1)
 
     def packed(first: int, last: int) -> Packed:
-        forms = [part.packed(first, last) for part in (gate, up) if part.packed]
+        forms = [_up_to_the_seam(part.packed(first, last)) for part in (gate, up) if part.packed]
         return _combined(forms, (last - first, 2 * outputs, inputs), lambda tensors: torch.cat(tensors, 1))
 
-    # Blocks of rows do not go on over the seam, unless it lies between two of them.
-    has_codes = _alike([gate, up]) and not ("blocks" in gate.stored and outputs % BLOCK)
-    shape = (gate.shape[0], 2 * outputs, inputs)
-    return Entry(name, shape, gate.nbytes + up.nbytes, gate.stored, read, packed if has_codes else None)
+    return _whole(name, (gate.shape[0], 2 * outputs, inputs), [gate, up], read, packed)
+
+
+def _up_to_the_seam(packed: Packed) -> Packed:
+    """Blocks of rows do not go on over the seam: they are cut where one would."""
+    if packed.kind != "fp8" or not packed.is_grouped:
+        return packed
+    return packed.in_blocks_of(math.gcd(packed.block_rows, packed.shape[-2]))
+
+
+def _whole(
+    name: str,
+    shape: tuple[int, ...],
+    parts: Sequence[Entry],
+    read: Callable[[int, int], Tensor],
+    packed: Callable[[int, int], Packed],
+) -> Entry:
+    """The entry that these parts make: with codes where they are alike, and else rounded once more, never widened."""
+    stored, are_codes = parts[0].stored, _alike(parts)
+    fallback = next((part.fallback or FALLBACK for part in parts if part.packed or part.fallback), None)
+    if fallback and not are_codes:
+        stored = " and ".join(dict.fromkeys(part.stored for part in parts))
+    nbytes = sum(part.nbytes for part in parts)
+    return Entry(name, shape, nbytes, stored, read, packed if are_codes else None, None if are_codes else fallback)
 
 
 def _alike(parts: Sequence[Entry]) -> bool:
@@ -106,10 +127,22 @@ def _combined(forms: Sequence[Packed], shape: tuple[int, ...], join: Callable[[l
     def form_of(form: Packed) -> tuple[Any, ...]:
         return form.kind, form.group, [(name, part.dtype) for name, part in form.parts.items()]
 
+    if len({form.bias is None for form in forms}) == 2:
+        forms = [_with_bias(form) for form in forms]
     if any(form_of(form) != form_of(forms[0]) for form in forms):
         raise CheckpointError("the experts of one layer are quantised in different ways; they must be alike")
     whole: dict[str, Any] = {name: join([form.parts[name] for form in forms]) for name in forms[0].parts}
     return replace(forms[0], shape=shape, **whole)
+
+
+def _with_bias(form: Packed) -> Packed:
+    """int4, or int8 by groups, with its zero as a bias in float32: what a form with zero points can stand beside."""
+    if form.bias is not None or form.kind not in ("int4", "int8") or not form.is_grouped:
+        return form
+    scale = form.scale.float()
+    if form.kind == "int4":
+        return replace(form, scale=scale, bias=-8 * scale)
+    return replace(form, data=(form.data.int() + 128).to(torch.uint8), scale=scale, bias=-128 * scale)
 
 
 def _add(entries: dict[str, Entry], name: str, entry: Entry) -> None:
