@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.checkpoints.checkpoint import Checkpoint, FormatReader
-from sfumato.checkpoints.formats import awq, compressed, fp8, gemma4, gptq, mlx, modelopt, released
+from sfumato.checkpoints.formats import awq, bitsandbytes, compressed, fp8, gemma4, gptq, mlx, modelopt, released
 from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
 from sfumato.model.config import GEMMA4, read_generation_config, read_json
 
-READERS = (released.READER, compressed.READER, fp8.READER, modelopt.READER, awq.READER, gptq.READER, mlx.READER)
+READERS = (
+    released.READER,
+    compressed.READER,
+    fp8.READER,
+    modelopt.READER,
+    awq.READER,
+    gptq.READER,
+    bitsandbytes.READER,
+    mlx.READER,
+)
 """The readers of folders. Ours reads whatever says nothing of a quantization, so that it is asked last."""
 
 

@@ -216,7 +216,7 @@ def test_act_order_is_held_in_another_format(tmp_path: Path, bits: int) -> None:
 
 def whole(seed: int, order: Tensor | None, expert_order: Tensor | None) -> dict[str, Tensor]:
     """A checkpoint of which the experts and one dense matrix are quantised."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, weight in tiny_model(CONFIG).state_dict().items():
         if ".experts." in name:
             inputs, outputs = weight.shape[-1], weight.shape[-2]
