@@ -15,6 +15,9 @@ from torch import Tensor
 
 from sfumato.ops.packed import Packed
 
+FALLBACK = "int8"
+"""The format of what has no codes of ours: faithful to 4 bits and less, and half of bfloat16."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -32,6 +35,9 @@ class Entry:
     format says they are (in float32, unless a smaller dtype holds them exactly)."""
     packed: Callable[[int, int], Packed] | None = None
     """The same as codes of ours, where one of our formats says the same; None where none does."""
+    fallback: str | None = None
+    """The format of `quant.formats` in which it is held where `packed` is None although the file has it in fewer bits:
+    it is rounded once more, and never widened. None: it is stored as plain floats, or has codes of ours."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,23 @@ from typing import Any
 from sfumato.checkpoints import unreadable
 from sfumato.checkpoints.checkpoint import Checkpoint, FormatReader
 from sfumato.checkpoints.copies import without_copies
-from sfumato.checkpoints.formats import awq, compressed, gemma4, mlx, modelopt, released
+from sfumato.checkpoints.formats import awq, bitsandbytes, compressed, fp8, gemma4, gptq, mlx, modelopt, released
 from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.names import released_spellings
 from sfumato.checkpoints.shards import INDEX, SINGLE, short
 from sfumato.errors import CheckpointError
 from sfumato.model.config import GEMMA4, read_generation_config, read_json
 
-READERS = (released.READER, compressed.READER, modelopt.READER, awq.READER, mlx.READER)
+READERS = (
+    released.READER,
+    compressed.READER,
+    fp8.READER,
+    modelopt.READER,
+    awq.READER,
+    gptq.READER,
+    bitsandbytes.READER,
+    mlx.READER,
+)
 """The readers of folders. Ours reads whatever says nothing of a quantization, so that it is asked last."""
 
 

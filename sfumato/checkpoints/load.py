@@ -9,6 +9,7 @@ refused before it costs memory, and the peak is the finished model plus one tens
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ def load(
     "auto"), such a model runs but is neither saved nor trained; `PLAIN` keeps plain tensors. `operations` and `recipe`
     stand in the place of `options.ops` and `options.quantize` for what has no name. A recipe's weights are packed to
     fewer bits as they are read, weighed by `calibration` (`quant.calibrate`, by the model's names); without a recipe,
-    what the checkpoint has in fewer bits stays as it is. `options.memory_limit`, bytes of weights on the device, leaves
-    the rest on the host, from where it is streamed in every pass (`offload`).
+    what the checkpoint has in fewer bits stays as it is, or in the nearest format (`Entry.fallback`).
+    `options.memory_limit`, bytes of weights on the device, leaves the rest on the host, from where it is streamed in
+    every pass (`offload`).
 
     `notice` gets a sentence for each kind of tensor that is left aside, and one about what lies where;
     `progress(done, all)` counts bytes. CheckpointError names the tensor or file that is wrong, before any tensor is
@@ -69,6 +71,7 @@ def load(
     dtype = dtype or DTYPES.get(entries["embed_tokens.weight"].stored, torch.bfloat16)
     weights = _Weights(model, entries, recipe, device, dtype)
     samples = list(weights.samples())
+    weights.announce(notice or (lambda sentence: None))
     model.use_(operations or load_ops(options.ops, device, dtype, samples))
     for sample in samples:  # refused now, if at all
         model.ops.pack(sample.to(device))
@@ -109,10 +112,21 @@ class _Weights:
         dtype: torch.dtype,
     ) -> None:
         self.model, self.entries, self.device, self.dtype = model, entries, device, dtype
-        self.formats = {name: recipe.format_of(name) if recipe else None for name in entries}
         modules = {module: name for name, module in model.named_modules()}
         # Those that enter a product, which operations may lay out as they like.
         self.products = {f"{modules[owner]}.{leaf}" for owner, leaf in products(model)}
+        self.formats = {name: recipe.format_of(name) if recipe else None for name in entries}
+        self.rounded: Counter[tuple[str, str]] = Counter()
+        for name, entry in entries.items():
+            if self.formats[name] is None and entry.fallback and not entry.packed and name in self.products:
+                self.formats[name] = Format.named(entry.fallback)
+                self.rounded[entry.stored, entry.fallback] += 1
+
+    def announce(self, notice: Callable[[str], None]) -> None:
+        """A sentence for each kind of weight that is rounded once more, for lack of codes that say the same."""
+        for (stored, form), count in self.rounded.items():
+            are = "weight is" if count == 1 else "weights are"
+            notice(f"{count} {are} stored as {stored}, which is no format of ours; held as {form}")
 
     def samples(self) -> Iterator[Packed]:
         """One small packed weight of every kind that there will be."""

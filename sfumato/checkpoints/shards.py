@@ -37,6 +37,7 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 BLOCK = 128
-"""Rows and columns that share a scale in fp8 by blocks."""
+"""Rows and columns that share a scale in our own fp8 by blocks; other files' blocks have at most so many rows here."""
+_BLOCK_ROWS = tuple(BLOCK >> n for n in range(8))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a 4-bit float; bit 3 of a code is its sign."""
 _IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
@@ -34,7 +35,8 @@ class Packed:
     kind   data                              scale
     int8   int8 [.., O, I]                   float32 [.., O]; or by groups [.., O, I / group]
     int4   uint8 [.., O, I / 2]              [.., O, I / group], float16, bfloat16 or float32
-    fp8    float8_e4m3fn [.., O, I]          float32 [.., O]; or by blocks [.., ceil(O / 128), ceil(I / 128)], group 128
+    fp8    float8_e4m3fn [.., O, I]          float32 [.., O]; or by blocks [.., ceil(O / rows), ceil(I / group)], where
+                                             rows is a power of two (`block_rows`), and a last block may be smaller
     nvfp4  uint8 [.., O, I / 2], e2m1 codes  float8_e4m3fn [.., O, I / 16]; times `factor`, float32 [.., O]
     mxfp4  uint8 [.., O, I / 2], e2m1 codes  uint8 [.., O, I / 32], exponents of two, 127 is one
     mxfp8  float8_e4m3fn [.., O, I]          uint8 [.., O, I / 32], exponents of two, 127 is one
@@ -63,6 +65,23 @@ class Packed:
     def is_grouped(self) -> bool:
         """Whether an output has several scales along its inputs, or scales are by blocks; else it has one."""
         return self.scale.dim() == len(self.shape)
+
+    @property
+    def block_rows(self) -> int:
+        """fp8 by blocks: the outputs that share a scale, 128 or a smaller power of two; the shapes say which.
+
+        ValueError where scales are not by blocks."""
+        outputs, rows = self.shape[-2], self.scale.shape[-2] if self.is_grouped else 0
+        for size in _BLOCK_ROWS:
+            if -(-outputs // size) == rows:
+                return size
+        raise ValueError(f"scales of shape {list(self.scale.shape)} are not by blocks of {list(self.shape)}")
+
+    def in_blocks_of(self, rows: int) -> Packed:
+        """fp8 by blocks: the same weight with a scale for every `rows` outputs, a power of two up to `block_rows`."""
+        each = self.block_rows // rows
+        scale = self.scale.repeat_interleave(each, -2)[..., : -(-self.shape[-2] // rows), :]
+        return self if each == 1 else replace(self, scale=scale.contiguous())
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -205,8 +224,8 @@ class _FP8Code(Code):
         scale = packed.scale
         if not packed.is_grouped:
             return packed.data.float() * scale[..., None]
-        wide = scale.repeat_interleave(BLOCK, -1)[..., : packed.shape[-1]]
-        return packed.data.float() * wide.repeat_interleave(BLOCK, -2)[..., : packed.shape[-2], :]
+        wide = scale.repeat_interleave(packed.group, -1)[..., : packed.shape[-1]]
+        return packed.data.float() * wide.repeat_interleave(packed.block_rows, -2)[..., : packed.shape[-2], :]
 
     def grid(self, packed: Packed) -> Grid:
         codes = torch.arange(256, dtype=torch.uint8)

@@ -202,6 +202,22 @@ def test_further_formats(kind: str, dtype: torch.dtype, width: int) -> None:
         assert relative(out, exact) <= bound(plain, exact)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (64, 32), (64, 96), (128, 256)])
+def test_fp8_in_blocks_of_other_sizes(rows: int, columns: int) -> None:
+    outputs, width = 192, 224  # neither is a whole number of blocks
+    scale = normal(-(-outputs // rows), -(-width // columns), seed=2).exp()
+    codes = normal(outputs, width, seed=1).to(torch.float8_e4m3fn)
+    weight = Packed("fp8", (outputs, width), codes, scale, columns)
+    assert weight.block_rows == rows
+    exact = codes.float() * scale.repeat_interleave(rows, 0)[:outputs].repeat_interleave(columns, 1)[:, :width]
+    assert torch.equal(weight.dense(), exact) and torch.equal(weight.in_blocks_of(32).dense(), exact)
+    x = normal(3, width)
+    for form in (forms.pack(weight), weight):
+        with tuning.using("linear", **SMALL):
+            (out,) = linear.linear(x, form)
+        assert relative(out, F.linear(met(x, "fp8"), exact)) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
 def test_every_code_of_four_bits_with_every_scale_is_exact(kind: str, dtype: torch.dtype) -> None:
@@ -285,7 +301,15 @@ def test_pack() -> None:
         (Packed("int4", (8, 64), torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 2), 48), "divide the 64 inputs"),
         (
             Packed("fp8", (2, 8, 64), torch.zeros(2, 8, 64).to(torch.float8_e4m3fn), torch.ones(2, 1, 1), 128),
-            "blocks of 128, not 8",
+            "blocks of 64, not 8",
+        ),
+        (
+            Packed("fp8", (64, 64), torch.zeros(64, 64).to(torch.float8_e4m3fn), torch.ones(2, 2), 32),
+            "blocks of 64 outputs or more, not of 32",
+        ),
+        (
+            Packed("fp8", (64, 64), torch.zeros(64, 64).to(torch.float8_e4m3fn), torch.ones(1, 4), 16),
+            "a multiple of 32 inputs, not of 16",
         ),
     ],
     ids=[
@@ -295,6 +319,8 @@ def test_pack() -> None:
         "words cut in two",
         "group does not divide",
         "blocks across experts",
+        "blocks of few outputs",
+        "blocks of few inputs",
     ],
 )
 def test_what_no_kernel_unpacks_is_refused(weight: Packed, why: str) -> None:

@@ -2,9 +2,8 @@
 
 Each quantised Linear, every expert one of its own, keeps its codes and scales under its own name (`linears`).
 quantization_config in config.json says how activations are to be quantised too; that is left aside, for this engine
-takes them as they are. Transformers' "fp8" method (`weight_scale_inv`, blocks of 128 x 128) is read here as well: but
-for names it is the same. It lacks what changes a weight beyond codes and scales (sparsity, rotations, reordered inputs)
-and Marlin's layout: each is refused by name. Source: the library compressed-tensors, 0.20.
+takes them as they are. It lacks what changes a weight beyond codes, scales and the order of inputs (sparsity,
+rotations), 6-bit floats, and Marlin's layout: each is refused by name. Source: the library compressed-tensors, 0.20.
 """
 
 from __future__ import annotations
@@ -20,43 +19,54 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
+from sfumato.checkpoints.formats.eight_bits import BlockSize
 from sfumato.checkpoints.formats.linears import FLOATS, open_linears
-from sfumato.checkpoints.shards import DTYPES, PART, Planned, short
+from sfumato.checkpoints.shards import DTYPES, PART, Planned, Stored, short
 from sfumato.errors import CheckpointError
+from sfumato.ops.packed import BLOCK
 
-FORMATS = {  # each with the type and bits of its weights
-    "float-quantized": ("float", 8),
-    "naive-quantized": ("float", 8),
-    "int-quantized": ("int", 8),
-    "pack-quantized": ("int", 4),
-    "nvfp4-pack-quantized": ("float", 4),
-    "mxfp4-pack-quantized": ("float", 4),
+FORMATS: dict[str, tuple[str, tuple[int, ...]]] = {  # each with the type and the bits of its weights
+    "float-quantized": ("float", (8,)),
+    "naive-quantized": ("float", (8,)),
+    "int-quantized": ("int", (8,)),
+    "pack-quantized": ("int", (4, 8, 2, 3, 5, 6, 7)),
+    "nvfp4-pack-quantized": ("float", (4,)),
+    "mxfp4-pack-quantized": ("float", (4,)),
+    "mxfp8-quantized": ("float", (8,)),
 }
-_BLOCKS = (None, [128, 128], "128x128")
+LARGEST = 1 << 16
+"""Outputs and inputs of a block."""
+_REORDERED = ("group", "dynamic", True)
+"""What `actorder` says where inputs are not in the order of their groups."""
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def open_compressed(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    """The checkpoint of a folder whose quant_method is "compressed-tensors" or "fp8"; headers alone are read.
+    """The checkpoint of a folder whose quant_method is "compressed-tensors"; headers alone are read.
 
     `config` is what config.json says. CheckpointError names a format that is not read, or the tensor that is not as its
     layout has it."""
     quantization, source = config.get("quantization_config"), folder / "config.json"
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{source} has no quantization_config, an object that says how the weights are stored")
-    if quantization.get("quant_method") == "fp8":
-        if quantization.get("weight_block_size") not in _BLOCKS:
-            raise CheckpointError(
-                f"{source}: weight_block_size is {short(quantization['weight_block_size'])}; only [128, 128] is read"
-            )
-        return open_linears(folder, config, "FP8")
     label = quantization.get("format")
-    _known(label if label == "mixed-precision" else _one_of(label, source), quantization, source)
+    schemes = _schemes(label if label == "mixed-precision" else _one_of(label, source), quantization, source)
+    blocks = {one["block_structure"] for one in schemes if one["block_structure"] is not None}
+    if len(blocks) > 1:
+        raise CheckpointError(f"{source}: config_groups has several values of block_structure; one alone is read")
+    is_reordered = any(one.get("actorder") in _REORDERED for one in schemes)
+
+    def own(stored: dict[str, Stored]) -> dict[str, Entry]:
+        if is_reordered and not any(name.endswith(".weight_g_idx") for name in stored):
+            raise CheckpointError(f"{source} says that inputs are reordered (actorder); {folder} lacks weight_g_idx")
+        return {}
+
     notices = []
     if quantization.get("kv_cache_scheme"):
         notices.append(f"{source} asks for a quantised cache (kv_cache_scheme); it is left aside")
-    return open_linears(folder, config, f"compressed-tensors {label}", notices)
+    block = blocks.pop() if blocks else (BLOCK, BLOCK)
+    return open_linears(folder, config, f"compressed-tensors {label}", notices, block, own)
 
 
 def _is_compressed(folder: Path, quantization: dict[str, Any]) -> bool:
@@ -74,8 +84,10 @@ def _one_of(label: Any, source: Path) -> str:
     return str(label)
 
 
-def _known(label: str, quantization: dict[str, Any], source: Path) -> None:
-    """Refuse what would make codes and scales mean something else than `linears` takes them for."""
+def _schemes(label: str, quantization: dict[str, Any], source: Path) -> list[dict[str, Any]]:
+    """How the groups of weights are stored, each with block_structure as two numbers, or None.
+
+    Refuses what would make codes and scales mean something else than `linears` takes them for."""
     status = quantization.get("quantization_status", "compressed")
     if status != "compressed":
         raise CheckpointError(f"{source}: quantization_status is {short(status)}; only 'compressed' weights are read")
@@ -86,6 +98,7 @@ def _known(label: str, quantization: dict[str, Any], source: Path) -> None:
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict):
         raise CheckpointError(f"{source}: config_groups is {short(groups)}; it must map names to schemes")
+    schemes = []
     for name, group in groups.items():
         if isinstance(group, list):  # a scheme by the library's own name; the tensors say which
             continue
@@ -94,17 +107,26 @@ def _known(label: str, quantization: dict[str, Any], source: Path) -> None:
             raise CheckpointError(f"{source}: the group {short(name)} of config_groups does not say how weights are")
         own = group.get("format") or label
         kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
-        if (kind, bits) not in ([FORMATS[_one_of(own, source)]] if own != "mixed-precision" else FORMATS.values()):
+        known = [FORMATS[_one_of(own, source)]] if own != "mixed-precision" else FORMATS.values()
+        if not any(kind == one and bits in widths for one, widths in known):
             raise CheckpointError(
                 f"{source}: the group {short(name)} has weights of type {short(kind)} with {short(bits)} bits, in the "
-                f"format {own}; read are " + ", ".join(f"{key} of {b} bits ({t})" for key, (t, b) in FORMATS.items())
+                f"format {own}; read are " + ", ".join(f"{key} of {b[0]} bits ({t})" for key, (t, b) in FORMATS.items())
             )
-        if weights.get("block_structure") not in _BLOCKS:
-            raise CheckpointError(
-                f"{source}: block_structure is {short(weights['block_structure'])}; only [128, 128] is read"
-            )
-        if weights.get("actorder") in ("group", "dynamic", True):
-            raise CheckpointError(f"{source}: actorder is {short(weights['actorder'])}, reordered inputs; not read")
+        schemes.append({**weights, "block_structure": block_of(weights.get("block_structure"), source)})
+    return schemes
+
+
+def block_of(value: Any, source: Path, key: str = "block_structure") -> BlockSize | None:
+    """The block that a config names, [outputs, inputs] or "128x128"; None for none. CheckpointError for another."""
+    if value is None:
+        return None
+    sizes = value.split("x") if isinstance(value, str) else value
+    if isinstance(sizes, list) and len(sizes) == 2 and all(re.fullmatch("[0-9]{1,5}", str(size)) for size in sizes):
+        outputs, inputs = (int(size) for size in sizes)
+        if 0 < outputs <= LARGEST and 0 < inputs <= LARGEST:
+            return outputs, inputs
+    raise CheckpointError(f"{source}: {key} is {short(value)}; it must be two numbers from 1 to {LARGEST}")
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

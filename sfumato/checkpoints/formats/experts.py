@@ -1,10 +1,12 @@
 """Experts that a file keeps apart, as the stacks that the release has: gate over up, all experts in one tensor.
 
-The result is put together when it is read, and as codes where one form holds all its parts (`mixtures`).
+The result is put together when it is read, and as codes where one form holds all its parts (`mixtures`). Where none
+does, the stack is rounded once more when it is loaded (`Entry.fallback`).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.checkpoint import Entry
+from sfumato.checkpoints.checkpoint import FALLBACK, Entry
 from sfumato.checkpoints.formats.mixtures import brought, common, form_of
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
-from sfumato.ops.packed import BLOCK, Packed
+from sfumato.ops.packed import Packed
 
 _ONE = re.compile(r"(.*\.experts)\.(\d{1,6})\.((?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
 _ALL = re.compile(r"(.*\.experts)\.(?:switch_glu\.)?((?:gate|up|gate_up|down)_proj)\.weight", re.ASCII | re.DOTALL)
@@ -73,8 +75,7 @@ def stacked(name: str, parts: Sequence[Entry]) -> Entry:
         weights = [part.packed(0, shape[0]) for part in parts[first:last] if part.packed]
         return _combined(weights, (len(weights), *shape), torch.stack)
 
-    nbytes = sum(part.nbytes for part in parts)
-    return Entry(name, (len(parts), *shape), nbytes, _stored(parts), read, packed if _have_codes(parts) else None)
+    return _whole(name, (len(parts), *shape), parts, read, packed)
 
 
 def joined(name: str, gate: Entry, up: Entry) -> Entry:
@@ -90,13 +91,31 @@ def joined(name: str, gate: Entry, up: Entry) -> Entry:
         return torch.cat([gate.read(first, last), up.read(first, last)], 1)
 
     def packed(first: int, last: int) -> Packed:
-        weights = [part.packed(first, last) for part in (gate, up) if part.packed]
+        weights = [_up_to_the_seam(part.packed(first, last)) for part in (gate, up) if part.packed]
         return _combined(weights, (last - first, 2 * outputs, inputs), lambda tensors: torch.cat(tensors, 1))
 
-    # Blocks of rows do not go on over the seam, unless it lies between two of them.
-    has_codes = _have_codes([gate, up]) and not ("blocks" in gate.stored and outputs % BLOCK)
-    shape = (gate.shape[0], 2 * outputs, inputs)
-    return Entry(name, shape, gate.nbytes + up.nbytes, _stored([gate, up]), read, packed if has_codes else None)
+    return _whole(name, (gate.shape[0], 2 * outputs, inputs), [gate, up], read, packed)
+
+
+def _up_to_the_seam(packed: Packed) -> Packed:
+    """Blocks of rows do not go on over the seam: they are cut where one would."""
+    if packed.kind != "fp8" or not packed.is_grouped:
+        return packed
+    return packed.in_blocks_of(math.gcd(packed.block_rows, packed.shape[-2]))
+
+
+def _whole(
+    name: str,
+    shape: tuple[int, ...],
+    parts: Sequence[Entry],
+    read: Callable[[int, int], Tensor],
+    packed: Callable[[int, int], Packed],
+) -> Entry:
+    """The entry that these parts make: codes where one form holds all; else rounded once more, never widened."""
+    has_codes, nbytes = _have_codes(parts), sum(part.nbytes for part in parts)
+    fallback = next((part.fallback or FALLBACK for part in parts if part.packed or part.fallback), None)
+    form = packed if has_codes else None
+    return Entry(name, shape, nbytes, _stored(parts), read, form, None if has_codes else fallback)
 
 
 def _have_codes(parts: Sequence[Entry]) -> bool:

@@ -20,7 +20,12 @@ from sfumato.model.config import read_json
 
 HF_CONFIG = "hf_quant_config.json"
 """Where modelopt says how weights are quantised, if config.json does not."""
-ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")
+ALGORITHMS = (
+    *("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "NVFP4_AWQ"),
+    *("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8", "MXFP4", "W4A8_MXFP4_FP8"),
+    *("W4A16_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION"),
+)
+"""Those that are read; modelopt spells some of them small."""
 
 
 def open_modelopt(folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -42,7 +47,7 @@ def open_modelopt(folder: Path, config: dict[str, Any]) -> Checkpoint:
         raise CheckpointError(f"{source}: quantized_layers must map names of layers to objects")
     for part in (quantization, *layers.values()):
         algorithm, group = part.get("quant_algo"), part.get("group_size")
-        if algorithm not in ALGORITHMS:
+        if not isinstance(algorithm, str) or algorithm.upper() not in ALGORITHMS:
             raise CheckpointError(
                 f"{source}: quant_algo is {short(algorithm)}; of modelopt's this engine reads {', '.join(ALGORITHMS)}"
             )

@@ -20,6 +20,9 @@ from sfumato.ops.packed import BLOCK, CODES, Packed
 from sfumato.ops.triton.ahead import POINTERS
 from sfumato.ops.triton.tuning import Config, chip, config
 
+BLOCK_ROWS = 64
+"""Outputs that share a scale of FP8 by blocks in the kernels: what divides the released model's 704 and 2112."""
+
 # ---- kinds -----------------------------------------------------------------------------------------------------------
 
 
@@ -35,10 +38,14 @@ def _one_scale_an_output(weight: Packed) -> str | None:
 
 def _whole_blocks(weight: Packed) -> str | None:
     outputs = weight.shape[-2]
-    if weight.is_grouped and weight.group != BLOCK:
-        return f"blocks of {BLOCK}, not of {weight.group}"
-    if weight.is_grouped and len(weight.shape) == 3 and outputs % BLOCK:
-        return f"stacks whose outputs fill blocks of {BLOCK}, not {outputs}"
+    if not weight.is_grouped:
+        return None
+    if weight.group % 32:
+        return f"blocks of a multiple of 32 inputs, not of {weight.group}"
+    if weight.block_rows < BLOCK_ROWS:
+        return f"blocks of {BLOCK_ROWS} outputs or more, not of {weight.block_rows}"
+    if len(weight.shape) == 3 and outputs % BLOCK_ROWS:
+        return f"stacks whose outputs fill blocks of {BLOCK_ROWS}, not {outputs}"
     return None
 
 
@@ -118,6 +125,8 @@ def pack(weight: Matrix) -> Tensor | Packed:
         )
     if weight.kind == "nvfp4" and weight.factor is None:
         weight = replace(weight, factor=torch.ones(weight.shape[:-1], device=weight.device))
+    if weight.kind == "fp8" and weight.is_grouped:
+        weight = weight.in_blocks_of(BLOCK_ROWS)
     return weight.each(Tensor.contiguous)
 
 
@@ -184,6 +193,8 @@ def form(weight: Matrix, x: Tensor) -> Form:
         raise InputError("the triton operations take weights that they have packed; call Model.pack_ first")
     kind = _kind_of(weight, str(x.device))
     data = weight.data if kind.data is None else weight.data.view(kind.data)
+    if weight.kind == "fp8" and weight.is_grouped:
+        weight = weight.in_blocks_of(BLOCK_ROWS)  # as `pack` has left it
     scale = weight.scale if kind.scale is None else weight.scale.view(kind.scale)
     extra = weight.factor if weight.bias is None else weight.bias
     return Form(kind.name, outputs, inputs, weight.group if weight.is_grouped else 1, data, scale, extra)

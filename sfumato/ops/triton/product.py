@@ -6,7 +6,7 @@ expert's sixteen) are the short side, where the tensor cores allow 8 steps.
 
     int8   unpacked to x's dtype in registers (W8A16): streaming bound either way, and x's outliers keep their bits
     fp8    x is quantised token by token (W8A8). Where the hardware has no FP8 (sm_80) the weights are widened to x's
-           dtype instead and x stays as it is. Scales of an output, or of blocks of 128 x 128
+           dtype instead and x stays as it is. Scales of an output, or of blocks of 64 outputs and 32 inputs or more
     int4   unpacked in registers (W4A16); codes are exact in bfloat16, each group's scale multiplies its part of the
            sum in float32, and its bias, if there is one, the sum of its x
     nvfp4, mxfp4   unpacked in registers too, with the scale of their few inputs: 2 bits times 4 are exact in bfloat16
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sfumato.ops.triton.ahead import Special
 from sfumato.ops.triton.dependent import enter, overlap
-from sfumato.ops.triton.forms import Form
+from sfumato.ops.triton.forms import BLOCK_ROWS, Form
 
 
 def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -97,6 +97,7 @@ def _sum_sizes(width: int, group: int) -> dict[str, int]:
     return {"GROUPS": triton.next_power_of_2(width // group), "WORDS": triton.next_power_of_2(group // 4)}
 
 
+ROWS = tl.constexpr(BLOCK_ROWS)
 IN_ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 """The interpreter knows no assembly; it takes the plain way below, which gives the same numbers."""
 
@@ -475,7 +476,7 @@ def row_at(w_ptr, scale_ptr, extra_ptr, n, K: tl.constexpr, GROUP: tl.constexpr,
         elif KIND == "nvfp4":
             extra_N = extra_ptr + n
     elif GROUP > 1:
-        w_N, scale_N = w_ptr + n * K, scale_ptr + n // GROUP * ((K + GROUP - 1) // GROUP)
+        w_N, scale_N = w_ptr + n * K, scale_ptr + n // ROWS * ((K + GROUP - 1) // GROUP)
     else:
         w_N, scale_N = w_ptr + n * K, scale_ptr + n
     return w_N, scale_N, extra_N

@@ -41,8 +41,8 @@ def generator(seed: int) -> torch.Generator:
 
 
 def quantization(label: str, **weights: Any) -> dict[str, Any]:
-    kind, bits = FORMATS.get(label, ("float", 8))
-    scheme = {"targets": ["Linear"], "weights": {"type": kind, "num_bits": bits, **weights}}
+    kind, bits = FORMATS.get(label, ("float", (8,)))
+    scheme = {"targets": ["Linear"], "weights": {"type": kind, "num_bits": bits[0], **weights}}
     return {"quant_method": "compressed-tensors", "format": label, "config_groups": {"group_0": scheme}}
 
 
@@ -96,17 +96,25 @@ def adversarial(case: str, rows: int, columns: int) -> dict[str, Tensor]:
         case ["mxfp4-pack-quantized", *_]:
             exponents = torch.randint(1, 250, (rows, columns // 32), generator=generator(2), dtype=torch.uint8)
             return {"weight_packed": any_bytes(rows, columns // 2, seed=1), "weight_scale": exponents}
-        case ["pack-quantized", group, *asymmetric]:
-            groups = columns // int(group)
+        case ["mxfp8-quantized", *_]:
+            exponents = torch.randint(1, 240, (rows, columns // 32), generator=generator(2), dtype=torch.uint8)
+            return {"weight": e4m3(rows, columns, seed=1), "weight_scale": exponents}
+        case ["pack-quantized", group, *options]:
+            groups, bits = columns // min(int(group), columns), bits_of(case)
             module = {
-                "weight_packed": words(rows, columns // 8, seed=1),
+                "weight_packed": words(rows, columns * bits // 32, seed=1),
                 "weight_scale": scales(rows, groups, seed=2).bfloat16(),
                 "weight_shape": torch.tensor([rows, columns]),
             }
-            if asymmetric:
-                module["weight_zero_point"] = words(groups, math.ceil(rows / 8), seed=3).T.contiguous()
+            if "asym" in options:
+                module["weight_zero_point"] = words(groups, math.ceil(rows * bits / 32), seed=3).T.contiguous()
             return module
     raise AssertionError(case)
+
+
+def bits_of(case: str) -> int:
+    """Of a code in pack-quantized: 4, unless the case says otherwise."""
+    return next((int(option[:-5]) for option in case.split("/") if option.endswith("-bits")), 4)
 
 
 CASES = (
@@ -115,6 +123,9 @@ CASES = (
     "int-quantized",
     *(f"nvfp4-pack-quantized/{size}" for size in (1.0, 2048.0, 1234.567, 3e-3, 7e9)),
     "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+    *(f"pack-quantized/{group}/{bits}-bits" for bits, group in ((8, 32), (8, 512), (3, 64), (7, 128))),
+    *(f"pack-quantized/{group}/asym/{bits}-bits" for bits, group in ((8, 128), (2, 32), (5, 16))),
     *(f"pack-quantized/{group}{asymmetric}" for group in (16, 32, 128, 256) for asymmetric in ("", "/asym")),
 )
 
@@ -127,9 +138,10 @@ def scheme_of(case: str) -> dict[str, Any]:
     elif label == "int-quantized":
         weights |= {"strategy": "channel"}
     elif label == "pack-quantized":
-        weights |= {"strategy": "group", "group_size": int(rest[0]), "symmetric": len(rest) == 1}
+        strategy = {"strategy": "channel"} if rest[0] == "512" else {"strategy": "group", "group_size": int(rest[0])}
+        weights |= {**strategy, "symmetric": "asym" not in rest, "num_bits": bits_of(case)}
     else:
-        group = {"nvfp4-pack-quantized": ("tensor_group", 16), "mxfp4-pack-quantized": ("group", 32)}[label]
+        group = ("tensor_group", 16) if label == "nvfp4-pack-quantized" else ("group", 32)
         weights |= {"strategy": group[0], "group_size": group[1]}
     return weights
 
@@ -192,7 +204,9 @@ def test_reads_what_the_library_decompresses(tmp_path: Path, library: Any, case:
     assert torch.equal(entry.packed(first, last).dense(), packed[first:last])
 
 
-@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4", "W4A16", "W8A8"])
+@pytest.mark.parametrize(
+    "preset", ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4", "W4A16", "W8A8", "W8A16", "MXFP8"]
+)
 def test_reads_what_the_library_compresses(tmp_path: Path, library: Any, preset: str) -> None:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
@@ -514,25 +528,6 @@ def test_experts_may_be_plain_stacks_or_partly_plain(tmp_path: Path) -> None:
     assert torch.equal(entry.read(0, 3)[1, 32:], tensors[f"{EXPERTS}.1.up_proj.weight"].float())
 
 
-@pytest.mark.parametrize("outputs", [128, 96])
-def test_blocks_join_only_where_they_end(tmp_path: Path, outputs: int) -> None:
-    tensors = {}
-    for number in range(3):
-        for kind in ("gate", "up"):
-            prefix = f"{EXPERTS}.{number}.{kind}_proj"
-            tensors[f"{prefix}.weight"] = e4m3(outputs, 200, seed=number)
-            tensors[f"{prefix}.weight_scale_inv"] = scales(1, 2, seed=number)
-    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    entry = opened(tmp_path, tensors, settings).entries[f"{EXPERTS}.gate_up_proj"]
-    whole = entry.read(0, 3)
-    codes, scale = tensors[f"{EXPERTS}.1.up_proj.weight"], tensors[f"{EXPERTS}.1.up_proj.weight_scale_inv"]
-    assert torch.equal(whole[1, outputs:, :128], codes[:, :128].float() * scale[0, 0])
-    assert torch.equal(whole[1, outputs:, 128:], codes[:, 128:].float() * scale[0, 1])
-    assert (entry.packed is not None) == (outputs == 128)
-    if entry.packed:
-        assert torch.equal(entry.packed(0, 3).dense(), whole)
-
-
 # ---- refused --------------------------------------------------------------------------------------------------------
 
 
@@ -554,10 +549,11 @@ def test_blocks_join_only_where_they_end(tmp_path: Path, outputs: int) -> None:
         ({"config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 8}}}}, "8 bits"),
         ({"config_groups": {"group_0": {"weights": {"type": [], "num_bits": {}}}}}, "bits"),
         ({"config_groups": {"a": {"format": "marlin-24", "weights": {"type": "float", "num_bits": 8}}}}, "marlin-24"),
-        (quantization("float-quantized", block_structure=[64, 128]), "block_structure"),
+        (quantization("float-quantized", block_structure=[0, 128]), "block_structure"),
+        (quantization("float-quantized", block_structure=[10**9, 128]), "block_structure"),
+        (quantization("float-quantized", block_structure="128"), "block_structure"),
         (quantization("pack-quantized", actorder="group"), "actorder"),
-        (quantization("pack-quantized", num_bits=3), "3 bits"),
-        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "weight_block_size"),
+        (quantization("pack-quantized", num_bits=9), "9 bits"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, change: dict[str, Any], match: str) -> None:
@@ -595,7 +591,13 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, change: dict[str, Any
         ("pack-quantized/16", "weight_scale", torch.ones(24, 15).bfloat16(), "weight_scale"),
         ("pack-quantized/16", "weight_scale", torch.ones(24, 256).bfloat16(), "weight_scale"),
         ("pack-quantized/16", "weight_scale", torch.ones(24, 0).bfloat16(), "weight_scale"),
-        ("pack-quantized/16", "weight_g_idx", torch.zeros(256).int(), "weight_g_idx"),
+        ("pack-quantized/16", "weight_g_idx", torch.zeros(255).int(), "weight_g_idx"),
+        ("pack-quantized/16", "weight_g_idx", torch.full((256,), 16).int(), "16 to 16"),
+        ("pack-quantized/16", "weight_g_idx", torch.tensor([-2] + [0] * 255).int(), "-2 to 0"),
+        ("pack-quantized/16", "weight_shape", torch.tensor([24, 4096]), "in no width"),
+        ("pack-quantized/16", "weight_shape", torch.tensor([24, -1]), "in no width"),
+        ("pack-quantized/16", "weight_shape", torch.tensor([23, 256]), "in no width"),
+        ("pack-quantized/16", "weight_shape", torch.tensor([24, 256, 1]), "shape"),
         ("pack-quantized/16/asym", "weight_zero_point", torch.zeros(2, 16).int(), "weight_zero_point"),
         ("mxfp4-pack-quantized", "weight_scale", torch.ones(24, 8).to(torch.float8_e4m3fn), "F8_E4M3"),
     ],

@@ -188,7 +188,7 @@ def test_where_the_quantisation_is_described(tmp_path: Path, place: str) -> None
     ("settings", "match"),
     [
         (None, "hf_quant_config.json"),
-        ({"quant_algo": "NVFP4_AWQ"}, "NVFP4_AWQ"),
+        ({"quant_algo": "NVFP4_SVD"}, "NVFP4_SVD"),
         ({"quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
         ({"quant_algo": None}, "quant_algo"),
         ({"quant_algo": ["NVFP4"]}, "quant_algo"),

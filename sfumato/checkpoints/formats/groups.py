@@ -1,0 +1,101 @@
+"""Codes of 2 to 8 bits in groups of inputs, as GPTQ's and compressed-tensors' files have them: unpacked, and as ours.
+
+A value is (code - zero) x scale, with one zero and one scale a group. Codes of up to 4 bits are our int4, of more our
+int8 by groups. Where an index says which group each input belongs to, and it is not the order of the inputs ("act
+order"), no format of ours says the same: such weights are rounded once more when they are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.shards import Stored, short
+from sfumato.errors import CheckpointError
+from sfumato.ops.packed import Packed
+
+LARGEST = 128
+"""Inputs of a group that every implementation takes."""
+
+
+def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
+    """Codes [N, count] uint8 of int32 words [N, W]: one after another from the lowest bit on, over the words' borders.
+
+    ValueError where the words hold fewer."""
+    if words.shape[-1] * 32 < count * bits:
+        raise ValueError(f"{words.shape[-1]} words hold fewer than {count} codes of {bits} bits")
+    data = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return data[:, :count]
+    if bits in (2, 4):
+        places = [data >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+        return torch.stack(places, -1).flatten(1)[:, :count]
+    # Eight codes are `bits` bytes.
+    data = torch.nn.functional.pad(data, (0, -data.shape[1] % bits)).unflatten(1, (-1, bits)).to(torch.int32)
+    data = torch.nn.functional.pad(data, (0, 1))
+    codes = []
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        codes.append((data[..., byte] | data[..., byte + 1] << 8) >> shift & (1 << bits) - 1)
+    return torch.stack(codes, -1).flatten(1)[:, :count].to(torch.uint8)
+
+
+def values(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None, group_of: Tensor) -> Tensor:
+    """(code - zero) x scale in float32, [O, I]; scales and zeros are [O, G], `group_of` [I] says which an input has."""
+    middle = 1 << bits - 1
+    less = codes.float() - (middle if zero is None else zero.float()[:, group_of])
+    product: Tensor = less * scale.float()[:, group_of]
+    return product
+
+
+def grouped(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None, group: int) -> Packed:
+    """Codes [O, I] with scales and zeros [O, ceil(I / group)] as int4 or int8; zero None: the middle of the codes.
+
+    Where the group does not divide the inputs, or is more than kernels take, scales are repeated for smaller ones.
+    What it unpacks to is the same to the bit as `values`, unless scales are float32 and there are zeros: code x scale +
+    bias rounds twice."""
+    inputs, middle = codes.shape[1], 1 << bits - 1
+    small = math.gcd(group, inputs)
+    if bits > 4 and zero is None and small == inputs:  # one scale an output
+        data = (codes.to(torch.int16) - middle).to(torch.int8)
+        return Packed("int8", tuple(codes.shape), data, scale[:, 0].float(), inputs)
+    if small > LARGEST and math.gcd(small, LARGEST) >= 16:
+        small = math.gcd(small, LARGEST)
+    if small < group:
+        scale = scale.repeat_interleave(group // small, 1)[:, : inputs // small]
+        zero = None if zero is None else zero.repeat_interleave(group // small, 1)[:, : inputs // small]
+    bias = None
+    if zero is not None:
+        scale = scale.float()
+        bias = zero.float() * -scale
+    if bits > 4:
+        data = codes if zero is not None else (codes.to(torch.int16) - middle).to(torch.int8)
+        return Packed("int8", tuple(codes.shape), data.contiguous(), scale.float().contiguous(), small, bias)
+    data = codes if zero is not None else codes + (8 - middle)
+    data = data[:, ::2] | data[:, 1::2] << 4
+    return Packed("int4", tuple(codes.shape), data, scale.contiguous(), small, bias)
+
+
+def group_index(index: Stored | None, inputs: int, groups: int, group: int) -> Tensor | None:
+    """Which group each input belongs to, int64 [I], read from the file; None where that is their order.
+
+    CheckpointError for an index of another size, or one that names groups that there are not."""
+    if index is None:
+        return None
+    if index.dtype not in ("I32", "I64") or index.shape != (inputs,) or not index.is_whole:
+        raise CheckpointError(
+            f"{short(index.name)} in {index.file} is {short(index.dtype)} of shape {short(list(index.shape))}; it must "
+            f"be I32 of shape [{inputs}], a group for each input"
+        )
+    group_of = index.read().long()
+    in_order = torch.arange(inputs) // group
+    if torch.equal(group_of, in_order) or bool((group_of == -1).all()):  # -1: nobody has filled it in
+        return None
+    if bool((group_of < 0).any()) or bool((group_of >= groups).any()):
+        raise CheckpointError(
+            f"{short(index.name)} in {index.file} names groups from {int(group_of.min())} to {int(group_of.max())}; "
+            f"there are {groups}, counted from 0"
+        )
+    return group_of
