@@ -22,9 +22,9 @@ from torch import Tensor
 from sfumato.errors import InputError
 from sfumato.ops.contract import After, BlockPass, BlockResult, CanvasState, JoinNorms, Layer, Matrix, Ops, ReadOut
 from sfumato.ops.cpu import build, memory
-from sfumato.ops.cpu.calls import NUMBER_TYPES, call
+from sfumato.ops.cpu.calls import NUMBER_TYPES, Operand, call
 from sfumato.ops.cpu.memory import HUGE
-from sfumato.ops.cpu.weights import Panels, check_alike, operands, pack, refusal
+from sfumato.ops.cpu.weights import Panels, operand, pack, refusal
 from sfumato.ops.masks import Mask
 from sfumato.ops.packed import Packed
 
@@ -51,7 +51,8 @@ def obstacle(dtype: torch.dtype | None, packed: Collection[Packed] = ()) -> str 
     except InputError as error:
         warnings.warn(f"{error} (auto does)", stacklevel=2)
         return str(error)
-    is_tiled = any(weight.is_grouped for weight in packed) or (dtype == torch.bfloat16 and not packed)
+    is_tiled = any(weight.is_grouped or weight.kind == "fp8" for weight in packed)
+    is_tiled = is_tiled or (dtype == torch.bfloat16 and not packed)
     if is_tiled and _way() == PLAIN:
         return "this processor has neither AMX nor AVX-512 with BF16 and VNNI, without which bfloat16 is slow here"
     return None
@@ -72,8 +73,8 @@ def _way() -> int:
 
 def place_embedding_(weight: Tensor) -> None:
     """Onto huge pages, where the system has them."""
-    if weight.nbytes >= HUGE:
-        call("sf_place_embedding", weight, weight.nbytes)
+    if weight.nbytes >= HUGE and weight.is_contiguous() and weight.is_cpu:
+        build.library().sf_place_embedding(c_void_p(weight.data_ptr()), c_long(weight.nbytes))
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -82,76 +83,74 @@ def place_embedding_(weight: Tensor) -> None:
 def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
     """As `reference.linear`."""
     flat, count = _rows(x), len(weights)
+    each = [operand(weight) for weight in weights]
+    for one in each:
+        if len(one.shape) != 2 or one.shape[1] != flat.shape[1]:
+            raise InputError(f"x has {flat.shape[1]} inputs, and a weight is {list(one.shape)}; it must be [O, inputs]")
     out = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
     outputs = (c_long * count)(*(w.shape[0] for w in weights))
     to = (c_void_p * count)(*(y.data_ptr() for y in out))
-    call("sf_linear", _io(x), flat, flat.shape[0], flat.shape[1], count, operands(*weights), outputs, to)
+    call("sf_linear", flat, count, (Operand * count)(*each), outputs, to)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """As `reference.rms_norm`."""
-    flat, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
-    call("sf_rms_norm", _io(x), flat, *flat.shape, weight, eps, out)
-    return out
+    flat = _rows(x)
+    out = torch.empty_like(flat)
+    call("sf_rms_norm", flat, weight, eps, out)
+    return out.view(x.shape)
 
 
 def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
     """As `reference.norm_rope`."""
     x_BTHK = x_BTHK.contiguous()
     out = torch.empty_like(x_BTHK)
-    batch, width, heads, size = x_BTHK.shape
-    angles = cos_BTK.contiguous(), sin_BTK.contiguous()
-    call("sf_norm_rope", _io(x_BTHK), x_BTHK, batch * width, heads, size, weight_K, eps, *angles, out)
+    angles, places = (cos_BTK.contiguous(), sin_BTK.contiguous()), x_BTHK.shape[0] * x_BTHK.shape[1]
+    call("sf_norm_rope", x_BTHK, weight_K, eps, *angles, out, N=places)
     return out
 
 
 def norm_add(residual: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As `reference.norm_add`."""
-    flat, residual = _rows(x), residual.contiguous()
-    out = torch.empty_like(residual)
-    call("sf_norm_add", _io(x), residual, flat, *flat.shape, weight_D, eps, out)
-    return out
+    flat, residual_ND = _rows(x), _rows(residual)
+    out = torch.empty_like(residual_ND)
+    call("sf_norm_add", residual_ND, flat, weight_D, eps, out)
+    return out.view(residual.shape)
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, k_XRGK: Tensor, v_XRGK: Tensor, mask: Mask) -> Tensor:
     """As `reference.attention`."""
     q, k, v = q_BTHK.contiguous(), k_BTGK.contiguous(), v_BTGK.contiguous()
     out = torch.empty_like(q)
-    batch, _, heads, size = q.shape
-    places = mask.rows_B, mask.lengths_B, mask.counts_B
-    shape = batch, mask.encode, mask.canvas, mask.window or 0, mask.ring, heads, k.shape[2], size
-    call("sf_attention", _io(q), q, k, v, k_XRGK, v_XRGK, *places, *shape, out)
+    call("sf_attention", q, k, v, k_XRGK, v_XRGK, *_places(mask), out, **_extent(mask))
     return out
 
 
 def feed_forward(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
-    """As `reference.feed_forward`."""
-    check_alike(gate, up)
-    flat, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
-    call("sf_feed_forward", _io(x), flat, *flat.shape, gate.shape[0], operands(gate, up, down), out)
-    return out
+    """As `reference.feed_forward`; gate and up of one form are one product."""
+    flat = _rows(x)
+    out = torch.empty_like(flat)
+    call("sf_feed_forward", flat, operand(gate), operand(up), operand(down), out)
+    return out.view(x.shape)
 
 
 def route(
     residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As `reference.route`."""
-    x, count = residual_ND.contiguous(), proj_ED.shape[0]
+    x = residual_ND.contiguous()
     index_NJ = torch.empty(x.shape[0], top_k, dtype=torch.long)
     weight_NJ = torch.empty(x.shape[0], top_k)
-    call("sf_route", _io(x), x, *x.shape, scale_D, proj_ED, count, per_expert_E, top_k, eps, index_NJ, weight_NJ)
+    call("sf_route", x, scale_D, proj_ED, per_expert_E, eps, index_NJ, weight_NJ)
     return index_NJ, weight_NJ
 
 
 def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """As `reference.experts`."""
     x, index_NJ, weight_NJ = x_ND.contiguous(), index_NJ.contiguous(), weight_NJ.float().contiguous()
-    out, (count, width, inner) = torch.empty_like(x), down.shape
-    call(
-        "sf_experts", _io(x), x, x.shape[0], width, index_NJ.shape[1], index_NJ, weight_NJ, count,
-        operands(gate_up, down), inner, out,
-    )  # fmt: skip
+    out = torch.empty_like(x)
+    call("sf_experts", x, index_NJ, weight_NJ, operand(gate_up), operand(down), out)
     return out
 
 
@@ -165,8 +164,8 @@ def join(
 ) -> Tensor:
     """As `reference.join`."""
     three = residual_ND.contiguous(), dense_ND.contiguous(), sparse_ND.contiguous()
-    out, scale = torch.empty_like(three[0]), scale_N1.contiguous()
-    call("sf_join", _io(out), *three, *out.shape, *norms, eps, scale, scale.numel(), out)
+    out, scale = torch.empty_like(three[0]), scale_N1.flatten()
+    call("sf_join", *three, *norms, eps, scale, out)
     return out
 
 
@@ -183,7 +182,7 @@ def read_out(
 
     All is read from them before they are rounded to it, but the word inside the tile in which a sample falls;
     `gumbel_BLV`, the oracle's noise, is added to the stored ones too."""
-    batch, length, size = hidden_BLD.shape
+    batch, length, _ = hidden_BLD.shape
     hidden, words, count = _rows(hidden_BLD), embed_VD.shape[0], batch * length
     tiles = -(-words // _words())
     logits_BLV = memory.reused(hidden_BLD, batch, length, words)
@@ -193,9 +192,11 @@ def read_out(
     temperature = (1.0 / temperature_B.float())[:, None].expand(batch, length).contiguous()
     where, ids = (None, None) if banned is None else (banned[0].to(torch.uint8).contiguous(), banned[1].contiguous())
     uniform = None if uniform_BL is None else uniform_BL.float().contiguous()
+    flat = (None if one is None else one.view(-1) for one in (temperature, where, ids, uniform))
+    results = (one.view(-1) for one in (sample_BL, argmax_BL, entropy_BL))
     call(
-        "sf_read_out", _io(hidden), hidden, count, size, embed_VD, words, softcap, temperature, where, ids,
-        0 if ids is None else ids.numel(), uniform, logits_BLV, mass_WN, sample_BL, argmax_BL, entropy_BL, peak_N,
+        "sf_read_out", hidden, embed_VD, float(softcap), *flat, logits_BLV.view(count, words), mass_WN, *results,
+        peak_N, A=0 if ids is None else ids.numel(), W=tiles, M=mass_WN.shape[1],
     )  # fmt: skip
     if gumbel_BLV is not None:
         sample_BL = (logits_BLV.float() + gumbel_BLV).argmax(-1)
@@ -208,18 +209,17 @@ def soft_embedding(logits_BLV: Tensor, embed_VD: Tensor, scale: Tensor, tiles: A
     Tiles of the vocabulary whose mass is below eps/16 over their number, at all 32 positions of a block, are left
     out, eps being the dtype's, and the rest is normalised. Masses are those of the logits before they were rounded,
     which changes a share by less than two; so no position loses more than eps/8 of its mass."""
-    logits, (words, size), length = logits_BLV.contiguous(), embed_VD.shape, logits_BLV.shape[-2]
+    (words, size), shape = embed_VD.shape, logits_BLV.shape
+    logits = logits_BLV.reshape(-1, *shape[-2:]).contiguous()
+    count = logits.shape[0] * logits.shape[1]
     if tiles is None:
         tiles = None, logits.flatten(0, -2).amax(-1).float()
     mass_WN, peak_N = tiles
     least = torch.finfo(embed_VD.dtype).eps / 16 / -(-words // _words())
-    out = embed_VD.new_empty(*logits.shape[:-1], size)
-    call(
-        "sf_soft_embedding", _io(logits), logits, logits.numel() // words // length, length, words, embed_VD, size,
-        peak_N, mass_WN,
-        least, float(scale), out,
-    )  # fmt: skip
-    return out
+    out = embed_VD.new_empty(count, size)
+    sizes = {"N": count, "W": -(-words // _words()), "M": -(-count // 32) * 32}
+    call("sf_soft_embedding", logits, embed_VD, peak_N, mass_WN, least, float(scale), out, **sizes)
+    return out.view(*shape[:-1], size)
 
 
 def block(
@@ -229,28 +229,22 @@ def block(
 
     Between operations of tenths of a millisecond, a dozen calls from Python would cost as much as attention does."""
     cos_BTK, sin_BTK, k_XRGK, v_XRGK, mask, scale_N1 = block_pass
-    x_BTD, scale_N1 = x_BTD.contiguous(), scale_N1.contiguous()
-    (batch, new, width), (groups, head) = x_BTD.shape, k_XRGK.shape[2:]
-    check_alike(layer.gate, layer.up)
+    x_BTD, (batch, new, _), (groups, head) = x_BTD.contiguous(), x_BTD.shape, k_XRGK.shape[2:]
     products = layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down, layer.gate_up, layer.expert_down
-    others = [
+    others = (
         layer.input_norm, layer.q_norm, layer.k_norm, layer.after_attention, layer.before_dense, layer.after_dense,
         layer.router_scale, layer.router, layer.per_expert, layer.before_experts, layer.after_experts, layer.after,
-    ]  # fmt: skip
-    pointers = [part.data_ptr() for part in others]
-    experts, _, expert_inner = layer.expert_down.shape
-    heads = layer.q.shape[0] // head
-    sizes = width, heads, groups, head, layer.gate.shape[0], experts, expert_inner, layer.top_k
+    )  # fmt: skip
     y, k_BTGK = torch.empty_like(x_BTD), x_BTD.new_empty(batch, new, groups, head)
-    v_BTGK = torch.empty_like(k_BTGK)
+    v_BTGK, width = torch.empty_like(k_BTGK), layer.q.shape[0]
     # Logits that are gone leave their memory until the next ones need it: taken out, so that nobody else takes it.
     pages, count = memory.borrow()
-    spare = None if pages is None else c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)))
+    spare = None if pages is None else ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    weights = (None if weight is None else operand(weight) for weight in products)
     call(
-        "sf_block", _io(x_BTD), x_BTD, (c_void_p * len(pointers))(*pointers), operands(*products), (c_long * 8)(*sizes),
-        layer.eps, cos_BTK.contiguous(), sin_BTK.contiguous(), k_XRGK, v_XRGK, mask.rows_B, mask.lengths_B,
-        mask.counts_B, batch, mask.encode, mask.canvas, mask.window or 0, mask.ring, scale_N1, scale_N1.numel(), y,
-        k_BTGK, v_BTGK, spare, count,
+        "sf_block", x_BTD, *others, *weights, layer.eps, cos_BTK.contiguous(), sin_BTK.contiguous(), k_XRGK, v_XRGK,
+        *_places(mask), scale_N1.flatten(), y, k_BTGK, v_BTGK, spare, count, H=width // head, J=layer.top_k,
+        Q=width // head * head, C=groups * head, **_extent(mask),
     )  # fmt: skip
     if pages is not None:
         memory.keep(pages, count)
@@ -267,17 +261,14 @@ def conclude_(
     embedding: tuple[Tensor, Tensor],
 ) -> None:
     """As `contract.Conclude`."""
-    pass_ = at_B, read.sample_BL, read.argmax_BL, noise_BL, read.entropy_BL, hidden_BLD, soft_BLD, *embedding
-    held = [x.contiguous() for x in pass_]  # as long as the call
+    pass_ = at_B, read.sample_BL, read.argmax_BL, noise_BL, read.entropy_BL, hidden_BLD, soft_BLD, embedding[0]
     rules = state.rules
-    held += (
-        state.canvas_XL, state.pin_XL, state.argmax_XL, state.still_XL, state.step_X, state.settled_X,
-        rules.stability_X, rules.max_steps_X, state.room_X, state.eos_E, state.entropy_XL, rules.entropy_bound_X,
-        rules.confidence_X, state.accepted_XL, state.is_done_X, state.is_finite_X, state.early_X, state.soft_XLD,
+    call(
+        "sf_conclude", *(x.contiguous() for x in pass_), embedding[1].view(1), state.canvas_XL, state.pin_XL,
+        state.argmax_XL, state.still_XL, state.step_X, state.settled_X, rules.stability_X, rules.max_steps_X,
+        state.room_X, state.eos_E, state.entropy_XL, rules.entropy_bound_X, rules.confidence_X, state.accepted_XL,
+        state.is_done_X, state.is_finite_X, state.early_X, state.soft_XLD, Pins=state.has_pins, Early=state.has_early,
     )  # fmt: skip
-    sizes = *hidden_BLD.shape, len(state.step_X), len(state.eos_E), state.has_pins, state.has_early
-    pointers = (c_void_p * len(held))(*(x.data_ptr() for x in held))
-    call("sf_conclude", _io(hidden_BLD), pointers, (c_long * len(sizes))(*sizes))
 
 
 # ---- what they share ------------------------------------------------------------------------------------------------
@@ -293,8 +284,14 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _io(x: Tensor) -> int:
-    return NUMBER_TYPES[x.dtype]
+def _places(mask: Mask) -> tuple[Any, ...]:
+    """What the library is told of a mask, in its order."""
+    return mask.rows_B, mask.lengths_B, mask.counts_B, mask.encode, mask.canvas, mask.window or 0
+
+
+def _extent(mask: Mask) -> dict[str, int]:
+    """New tokens of a row, and slots of a ring, as a mask has them."""
+    return {"T": mask.encode + mask.canvas, "R": mask.ring + 1}
 
 
 OPS = Ops(

@@ -45,7 +45,7 @@ static void block_of(const T *x, const Layer &w, const Operand *products, Sizes 
     norm_add<T>(x, mixed, rows, n.width, (const T *)w.after_attention, eps, residual, threads);
 
     rms_norm<T>(residual, rows, n.width, (const T *)w.before_dense, eps, normed, threads);
-    feed_forward<T>(normed, rows, n.width, n.inner, products[GATE], products[UP], products[DOWN], dense, threads);
+    feed_forward<T>(normed, rows, n.width, n.inner, products + GATE, dense, threads);
     route<T>(residual, rows, n.width, (const T *)w.router_scale, (const T *)w.router, n.experts,
              (const T *)w.per_expert, n.chosen, eps, index, share, threads);
     rms_norm<T>(residual, rows, n.width, (const T *)w.before_experts, eps, normed, threads);
@@ -57,7 +57,7 @@ static void block_of(const T *x, const Layer &w, const Operand *products, Sizes 
 
 static long bytes_of(const Operand &w, long outputs, long inputs) {
     const long elements = up(outputs, 32) * inputs;
-    return w.kind >= 4 ? elements * w.kind / 8 : w.kind == 2 ? elements : w.kind == 1 ? 2 * elements : 4 * elements;
+    return w.kind == HALVES ? elements / 2 : w.kind >= INT8 ? elements : w.kind == BF16 ? 2 * elements : 4 * elements;
 }
 
 // Where the weights of a layer stay in the second cache, a thread takes a row of the batch through all of the layer:
@@ -67,8 +67,8 @@ static void block(const T *x, const Layer &w, const Operand *products, Sizes n, 
                   const T *k_ring, const T *v_ring, Seen seen, const T *scale, long scales, T *y, T *k, T *v,
                   int threads) {
     const long wide = n.heads * n.head, narrow = n.groups * n.head;
-    long weights =
-        bytes_of(products[Q], 2 * wide + 2 * narrow, n.width) + bytes_of(products[GATE], 3 * n.inner, n.width);
+    long weights = bytes_of(products[Q], 2 * wide + 2 * narrow, n.width);
+    weights += bytes_of(products[GATE], n.inner, n.width) + bytes_of(products[UP], 2 * n.inner, n.width);
     weights += n.experts * bytes_of(products[GATE_UP], 3 * n.expert_inner, n.width);
     if (threads == 1 || seen.batch < 2 * threads || weights > WARM) {
         block_of<T>(x, w, products, n, eps, cos, sin, k_ring, v_ring, seen, scale, scales, y, k, v, threads);

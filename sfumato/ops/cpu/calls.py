@@ -1,30 +1,187 @@
-"""Calls of the compiled library: how Python's values become C's."""
+"""Calls of the compiled library: what each of its functions takes, in one line each, and the check of every call.
+
+A pointer carries neither type nor size: what is wrong beyond this place is memory of somebody else. So a call names its
+values in the order of `_TAKES`, which says how each must look; sizes are read from the tensors' shapes, and a size has
+one value in a call. What is no number of elements (an expert's index, a row of the cache) the library looks at itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import re
 from ctypes import c_float, c_int, c_long, c_void_p
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sfumato.errors import InputError
 from sfumato.ops.cpu import build
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of inputs and outputs, as the library numbers them."""
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+_ATTENTION = "rows:i64[B] lengths:i64[B] counts:i64[B] X B encode:long canvas:long window:long R"
+_TAKES = {
+    "sf_linear": "x[N,I] N I count:long weights:array outputs:array to:array",
+    "sf_feed_forward": "x[N,D] N D F <gate[F,D] up[F,D] down[D,F]> y[N,D]",
+    "sf_experts": "x[N,D] N D J index:i64[N,J] weight:f32[N,J] E <gate_up[E,2F,D] down[E,D,F]> F y[N,D]",
+    "sf_rms_norm": "x[N,D] N D weight?[D] eps:float y[N,D]",
+    "sf_norm_rope": "x[B,T,H,K] N H K weight[K] eps:float cos[B,T,K] sin[B,T,K] y[B,T,H,K]",
+    "sf_norm_add": "residual[N,D] x[N,D] N D weight[D] eps:float y[N,D]",
+    "sf_join": "residual[N,D] dense[N,D] sparse[N,D] N D dense_norm[D] sparse_norm[D] norm[D] eps:float scale[S] S "
+    "y[N,D]",
+    "sf_route": "x[N,D] N D scale[D] proj[E,D] E per_expert[E] J eps:float index:i64[N,J] weight:f32[N,J]",
+    "sf_attention": f"q[B,T,H,K] k[B,T,G,K] v[B,T,G,K] k_ring[X,R,G,K] v_ring[X,R,G,K] {_ATTENTION} H G K y[B,T,H,K]",
+    "sf_block": "x[B,T,D] (input_norm[D] q_norm[K] k_norm[K] after_attention[D] before_dense[D] after_dense[D] "
+    "router_scale[D] router[E,D] per_expert[E] before_experts[D] after_experts[D] after[D]) <q[Q,D] k[C,D] v?[C,D] "
+    "o[D,Q] gate[F,D] up[F,D] down[D,F] gate_up[E,2I,D] expert_down[E,D,I]> {D H G K F E I J} eps:float cos[B,T,K] "
+    f"sin[B,T,K] k_ring[X,R,G,K] v_ring[X,R,G,K] {_ATTENTION} scale[S] S y[B,T,D] k_new[B,T,G,K] v_new[B,T,G,K] "
+    "lent:pointer lent_bytes:long",
+    "sf_read_out": "hidden[N,D] N D embed[V,D] V softcap:float temperature:f32[N] where?:u8[N] banned?:i64[A] A "
+    "uniform?:f32[N] logits[N,V] mass:f32[W,M] sample:i64[N] argmax:i64[N] entropy:f32[N] peak:f32[N]",
+    "sf_soft_embedding": "logits[B,L,V] B L V embed[V,D] D peak:f32[N] mass?:f32[W,M] least:float scale:float y[N,D]",
+    "sf_conclude": "(at:i64[B] sample:i64[B,L] argmax:i64[B,L] noise:i64[B,L] entropy:f32[B,L] hidden[B,L,D] "
+    "soft[B,L,D] embed[V,D] scale[S] canvas:i64[X,L] pin:i64[X,L] last:i64[X,L] stood:i64[X,L] step:i64[X] "
+    "settled:i64[X] stability:i64[X] most_steps:i64[X] room:i64[X] ends:i64[A] unsure:f32[X,L] bound:f32[X] "
+    "confidence:f32[X] accepted:bool[X,L] is_done:bool[X] is_finite:bool[X] early:bool[X] seen[X,L,D]) "
+    "{B L D X A V Pins Early}",
+}
+"""What each function takes, in C's order, between the number type of x and the thread count.
+
+`name:dtype[sizes]` is a tensor, contiguous and on the CPU; without a dtype it is in x's, and `?` may be None. A name
+that stands alone is a size. In () are tensors that go as an array of pointers, in <> weights, in {} an array of sizes.
+"""
+_DTYPES = {"i64": torch.int64, "f32": torch.float32, "u8": torch.uint8, "bool": torch.bool, "": None}
+_OUTSIDE = {
+    1: "the index of an expert is outside the stack of experts",
+    2: "a row of the pass is outside the cache's rows, or has a length below 0 or a count outside its new tokens",
+    3: "the heads of queries are no multiple of those of keys, or their size is odd, or the sizes of a pass do not add "
+    "up",
+    4: "a row of the pass is outside the state's rows, or a pinned token outside the vocabulary",
+    5: "more experts are asked for than there are",
+}
+"""What the library found wrong among numbers."""
 
 
-def call(name: str, *arguments: Any) -> None:
-    """Call a function of the library; the thread count that torch is set to comes last."""
-    function = _FUNCTIONS.get(name)
-    if function is None:
-        entry = getattr(build.library(), name)
-        entry.restype = None
-        function = _FUNCTIONS[name] = entry
-    function(*map(_argument, arguments), c_int(torch.get_num_threads()))
+class Operand(ctypes.Structure):
+    """A weight as an argument: `Operand` of packing.h; `shape` is the weight's."""
+
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("data", "scale", "bias", "factor", "table")),
+        *((name, c_long) for name in ("kind", "group", "store", "spread")),
+    ]
+    shape: tuple[int, ...] = ()
+
+
+class _Part(NamedTuple):
+    """A value that a call names."""
+
+    name: str
+    kind: str
+    """"tensor", "weight", or what a plain value is."""
+    dtype: torch.dtype | None
+    """None: that of x."""
+    sizes: tuple[tuple[int, str], ...]
+    """Each times its factor."""
+    is_optional: bool
+
+
+class _LibraryFunction:
+    """A function of the library, and what it takes."""
+
+    def __init__(self, name: str, takes: str) -> None:
+        self.name, self.parts = name, list[_Part]()
+        self.layout = list[tuple[str, Any]]()
+        """C's arguments: ("value", index of a part), ("size", name), or an array: ("pointers" or "weights", first and
+        last part), ("sizes", names)."""
+        for piece in re.findall(r"\([^)]*\)|<[^>]*>|\{[^}]*\}|[^ ]+", takes):
+            if piece[0] in "(<":
+                first = len(self.parts)
+                self.parts += [_part(one, "tensor" if piece[0] == "(" else "weight") for one in piece[1:-1].split()]
+                self.layout.append(("pointers" if piece[0] == "(" else "weights", (first, len(self.parts))))
+            elif piece[0] == "{":
+                self.layout.append(("sizes", piece[1:-1].split()))
+            elif piece.isalnum():
+                self.layout.append(("size", piece))
+            else:
+                self.layout.append(("value", len(self.parts)))
+                self.parts.append(_part(piece, "tensor"))
+        self.x = next(at for at, part in enumerate(self.parts) if part.sizes and part.dtype is None)
+        """The part that says the number type."""
+        self.function: Any = getattr(build.library(), name)
+        types = {"size": c_long, "pointers": c_void_p, "weights": c_void_p, "sizes": c_void_p}
+        plain = {"float": c_float, "long": c_long}
+        self.function.argtypes = [
+            c_int,
+            *(types.get(how) or plain.get(self.parts[what].kind, c_void_p) for how, what in self.layout),
+            c_int,
+        ]
+        self.function.restype = c_int
+
+    def __call__(self, values: tuple[Any, ...], sizes: dict[str, int]) -> None:
+        dtype: Any = getattr(values[self.x], "dtype", None)
+        number = NUMBER_TYPES.get(dtype)
+        if number is None:
+            raise InputError(f"the cpu operations take float32 and bfloat16, not {dtype}; choose ops='fused'")
+        ready = [
+            self.checked(part, value, dtype, sizes) if part.sizes else value
+            for part, value in zip(self.parts, values, strict=True)
+        ]
+        arguments: list[Any] = []
+        for how, what in self.layout:
+            if how == "value":
+                arguments.append(ready[what])
+            elif how == "size":
+                arguments.append(sizes[what])
+            elif how == "sizes":
+                arguments.append((c_long * len(what))(*map(sizes.__getitem__, what)))
+            else:
+                some = ready[what[0] : what[1]]
+                arguments.append(((c_void_p if how == "pointers" else Operand) * len(some))(*some))
+        refusal = self.function(number, *arguments, torch.get_num_threads())
+        if refusal:
+            raise InputError(f"the cpu operations cannot run {self.name}: {_OUTSIDE[refusal]}")
+
+    def checked(self, part: _Part, value: Any, dtype: torch.dtype, sizes: dict[str, int]) -> Any:
+        """A tensor's place, or a weight's operand; InputError where it does not look as it must."""
+        if value is None:
+            if part.is_optional:
+                return None if part.kind == "tensor" else Operand()
+            raise self.refusal(part, value, dtype, sizes)
+        if part.kind == "tensor" and not (
+            value.dtype is (part.dtype or dtype) and value.is_cpu and value.is_contiguous()
+        ):
+            raise self.refusal(part, value, dtype, sizes)
+        shape = value.shape
+        if len(shape) != len(part.sizes):
+            raise self.refusal(part, value, dtype, sizes)
+        for size, (factor, name) in zip(shape, part.sizes, strict=True):
+            if sizes.setdefault(name, size // factor) * factor != size:
+                raise self.refusal(part, value, dtype, sizes)
+        return value.data_ptr() if part.kind == "tensor" else value
+
+    def refusal(self, part: _Part, value: Any, dtype: torch.dtype, sizes: dict[str, int]) -> InputError:
+        """What `part` must be, and what it is."""
+        names = [f"{factor if factor > 1 else ''}{name}" for factor, name in part.sizes]
+        fixed = {f"{name} = {sizes[name]}" for _, name in part.sizes if name in sizes}
+        must = f"[{', '.join(names)}]" + (f" with {', '.join(sorted(fixed))}" if fixed else "")
+        if part.kind == "tensor":
+            must = f"a contiguous {_short(part.dtype or dtype)} tensor {must} on the CPU"
+        return InputError(f"{part.name} in {self.name} must be {must}, not {_described(value)}; convert it first")
+
+
+_ENTRIES: dict[str, _LibraryFunction] = {}
+
+
+def call(name: str, *values: Any, **sizes: int) -> None:
+    """Call a function of the library with its values in order, and the sizes that no tensor's shape says.
+
+    InputError where a value is not what the function takes."""
+    entry = _ENTRIES.get(name)
+    if entry is None:
+        entry = _ENTRIES[name] = _LibraryFunction(name, _TAKES[name])
+    entry(values, sizes)
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -32,9 +189,22 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _argument(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return c_float(value)
-    return c_long(value) if isinstance(value, int) else value
+def _part(piece: str, kind: str) -> _Part:
+    match = re.fullmatch(r"(\w+)(\??)(?::(\w+))?(?:\[([^]]*)\])?", piece)
+    assert match is not None, piece
+    name, optional, dtype, shape = match.groups(default="")
+    if not shape:
+        return _Part(name, dtype, None, (), False)
+    sizes = [re.fullmatch(r"(\d*)(\w+)", size) for size in shape.split(",")]
+    return _Part(name, kind, _DTYPES[dtype], tuple((int(one[1] or 1), one[2]) for one in sizes if one), bool(optional))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return "None" if value is None else str(list(value.shape))
+    gaps = "" if value.is_contiguous() else ", with gaps"
+    return f"{_short(value.dtype)} {list(value.shape)}{gaps} on {value.device}"

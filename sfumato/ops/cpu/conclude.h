@@ -22,8 +22,18 @@ struct Ending { // in this order as pointers from outside
     void *seen; // soft embeddings
 };
 struct Extent {
-    long batch, length, width, rows, ends, has_pins, has_early;
+    long batch, length, width, rows, ends, words, has_pins, has_early;
 };
+
+// Whether rows and pins are where they can be read. A row's room is no place: it is compared alone.
+static bool is_inside(const Ending &s, const Extent &n) {
+    for (long b = 0; b < n.batch; b++) {
+        if (s.at[b] < 0 || s.at[b] >= n.rows) return false;
+        for (long i = 0; n.has_pins && i < n.length; i++)
+            if (s.pin[s.at[b] * n.length + i] >= n.words) return false;
+    }
+    return true;
+}
 
 // One position: its soft embedding, or a pin's own, into the state; whether all its numbers are finite.
 template <class T> static bool place(const Ending &s, const Extent &n, long p) {

@@ -1,15 +1,33 @@
-// Weights in 4 or 8 bits with a scale for each group of 32, 64 or 128 inputs, read as they lie in a file:
-// [output][byte], a low half byte before its high one. 16 outputs x 128 inputs at a time become bfloat16 tiles (a code
-// is an integer that bfloat16 holds exactly), a group's product is made in float32 and meets its scale there. A bias is
-// a multiple of the sum of the group's inputs. Groups of 16, narrower than a tile, meet their scale before the product,
-// and are rounded to bfloat16 there.
+// Weights in 4 or 8 bits, read as they lie in a file: [output][byte]. 16 outputs at a time become bfloat16 tiles of what
+// their codes stand for before any scale, which bfloat16 holds exactly (but for the quantiles of nf4 and bitsandbytes'
+// fp4, which it rounds). A product of a group of 32, 64 or 128 inputs is made in float32 and meets its scale there; a
+// bias is a multiple of the sum of the group's inputs. Groups of 16, narrower than a tile, meet scale and bias before
+// the product and are rounded to bfloat16 there. A factor of each output comes last. What differs between kinds of codes
+// is how a word of them becomes pairs (`Halves`, `Bytes`, `Floats`), and how scales are stored (`scales_at`).
 #pragma once
 
 #include "packing.h"
 
-static inline V scales_at(const char *p, long n, long store) { // as they are stored: see Operand
-    const VU bits = load_bytes(p, std::min(n, 16L) * (store ? 2 : 4));
-    if (!store) return (V)bits;
+typedef uint8_t VB __attribute__((vector_size(16)));
+
+static inline V from_e4m3(VU code) { // of bytes in words
+    const VU size = code & 0x7f;
+    const V value = (V)(size << 20) * 0x1p120f; // right for subnormal numbers too
+    return (V)((VU)(size == 0x7f ? splat(NAN) : value) | (code & 0x80) << 24);
+}
+
+// As they are stored: 0 float32, 1 bfloat16, 2 float16, 3 e4m3, 4 exponents of two.
+static inline V scales_at(const char *p, long n, long store) {
+    const VU bits = load_bytes(p, std::min(n, 16L) * bytes_stored(store));
+    if (store == 0) return (V)bits;
+    if (store >= 3) {
+        VB byte;
+        memcpy(&byte, &bits, 16);
+        const VU u = __builtin_convertvector(byte, VU);
+        if (store == 3) return from_e4m3(u);
+        const VU exponent = u == 0 ? VU{} + (1u << 22) : u << 23; // 2^-127 is a subnormal number
+        return u == 255 ? splat(NAN) : (V)exponent;
+    }
     VH half;
     memcpy(&half, &bits, 32);
     const VU u = __builtin_convertvector(half, VU);
@@ -18,15 +36,19 @@ static inline V scales_at(const char *p, long n, long store) { // as they are st
     return (V)((VU)size | (u & 0x8000) << 16);
 }
 
+// Groups whose scales `turn_scales` writes: all that a tile reaches into.
+static inline long turned_groups(const Weight<Codes> &w) { return w.is_narrow() ? w.kc() * 32 / w.group : w.groups(); }
+
 // Scales and biases of a panel, turned: [group][scale, bias][32].
 static void turn_scales(const Weight<Codes> &w, long p, float *out) {
-    const long groups = w.groups(), wide = w.store ? 2 : 4;
+    const long groups = w.groups(), wide = bytes_stored(w.store);
+    for (long g = groups; g < turned_groups(w); g++) memset(out + g * 64, 0, 256);
     for (int which = 0; which < (w.bias ? 2 : 1); which++)
         for (int half = 0; half < 2; half++)
             for (long g = 0; g < groups; g += 16) {
                 VU x[16];
                 for (int i = 0; i < 16; i++) {
-                    const long output = std::min(32 * p + 16 * half + i, w.outputs - 1);
+                    const long output = std::min(32 * p + 16 * half + i, w.outputs - 1) / w.spread;
                     const char *from = which ? w.bias : w.scale;
                     x[i] = (VU)scales_at(from + (output * groups + g) * wide, groups - g, w.store);
                 }
@@ -63,71 +85,120 @@ static inline void transpose_words(const char *from, long apart, VU out[4]) {
 #endif
 }
 
-// What codes of 4 bits stand for in bfloat16, twice, so that the bit above them may be anything.
-static inline VS code_values(const Weight<Codes> &w) {
-    constexpr VS plain = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
-                          0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
-                          0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    constexpr VS less_8 = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0,      0x3f80, 0x4000,
-                           0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-                           0xc000, 0xbf80, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-    return w.bias ? plain : less_8;
-}
-
 // 16 bytes of each of 16 outputs of a panel from byte `at` of their rows on, as words; see `transpose_words`.
 static inline void turn_codes(const Weight<Codes> &w, long output, long at, VU out[4]) {
-    const long row = w.row_bytes();
+    const long row = w.row_bytes(), some = std::min(16L, row - at);
     const char *from = w.data + output * row + at;
-    if (output + 16 <= w.outputs) return transpose_words(from, row, out);
-    char rows[16][16]; // outputs that do not exist are the last one's
-    for (int i = 0; i < 16; i++) memcpy(rows[i], from + (std::min(output + i, w.outputs - 1) - output) * row, 16);
+    if (output + 16 <= w.outputs && some == 16) return transpose_words(from, row, out);
+    char rows[16][16] = {}; // outputs that do not exist are the last one's, inputs that do not meet zeros
+    for (int i = 0; i < 16; i++) memcpy(rows[i], from + (std::min(output + i, w.outputs - 1) - output) * row, some);
     transpose_words(rows[0], 16, out);
 }
 
-// The codes of 32 outputs and some tiles of k (at most 4), as B tiles; where `is_late`, 4 bits as words that are looked
-// up with the product, [k tile][4][half]. A word of 8 codes gives the pairs (0, 4), (1, 5), (2, 6) and (3, 7), in whose
-// order the rows lie too.
+// ---- a word of codes of each of 16 outputs, as pairs of bfloat16: the i-th of them, and the one that far behind it ----
+
+struct Halves { // 8 codes of 4 bits, which stand for the values of a table
+    static constexpr int PAIRS = 4;
+    VS values;
+    Halves(const Weight<Codes> &w) { memcpy(&values, w.table, sizeof values); }
+    VS operator()(VU word, int i) const { return __builtin_shuffle(values, (VS)(word >> 4 * i)); }
+};
+struct Bytes { // 4 integers
+    static constexpr int PAIRS = 2;
+    bool is_signed;
+    Bytes(const Weight<Codes> &w) : is_signed(!w.bias) {}
+    VS operator()(VU word, int i) const {
+        V low, high;
+        if (is_signed) {
+            low = __builtin_convertvector((VI)(word << (24 - 8 * i)) >> 24, V);
+            high = __builtin_convertvector((VI)(word << (8 - 8 * i)) >> 24, V);
+        } else {
+            low = __builtin_convertvector(word >> 8 * i & 255, V);
+            high = __builtin_convertvector(word >> (8 * i + 16) & 255, V);
+        }
+        return (VS)((VU)low >> 16 | ((VU)high & 0xffff0000u));
+    }
+};
+struct Floats { // 4 in e4m3: the sizes that there are, looked up
+    static constexpr int PAIRS = 2;
+    VS sizes[4];
+    Floats(const Weight<Codes> &) {
+        static const struct Table {
+            VS sizes[4];
+            Table() {
+                for (uint32_t code = 0; code < 128; code++)
+                    sizes[code / 32][code % 32] = (uint16_t)((VU)from_e4m3(VU{} + code) >> 16)[0];
+            }
+        } table;
+        memcpy(sizes, table.sizes, sizeof sizes);
+    }
+    VS operator()(VU word, int i) const {
+        const VS code = (VS)(word >> 8 * i);
+        const VS small = __builtin_shuffle(sizes[0], sizes[1], code), large = __builtin_shuffle(sizes[2], sizes[3], code);
+        return ((code & 0x40) == 0 ? small : large) | (code & 0x80) << 8;
+    }
+};
+
+// A pair of each of 16 outputs times its scale, with its bias, rounded once.
+static inline VS scaled_pairs(VS pairs, V scale, V bias) {
+    const V low = multiply_add((V)((VU)pairs << 16), scale, bias),
+            high = multiply_add((V)((VU)pairs & 0xffff0000u), scale, bias);
+#if defined(__AVX512BF16__)
+    constexpr VS turn = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return __builtin_shuffle((VS)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low), turn);
+#else
+    auto round = [](V v) { return (VU)v + 0x7fff + ((VU)v >> 16 & 1); };
+    return (VS)(round(low) >> 16 | (round(high) & 0xffff0000u));
+#endif
+}
+
+// The codes of 32 outputs and some tiles of k (at most 4), as B tiles; a word gives the pairs (0, 4), (1, 5), (2, 6) and
+// (3, 7) of 8 codes, (0, 2) and (1, 3) of 4, in whose order the rows lie too.
+template <class U>
+static inline void unpack_with(const U &pairs_of, const Weight<Codes> &w, long p, long k, long some,
+                               const float *scales, char *out) {
+    constexpr long PARTS = 4 / U::PAIRS; // pieces of 16 bytes of a tile
+    for (int half = 0; half < 2; half++)
+        for (long part = 0; part < some * PARTS; part++) {
+            VU x[4];
+            turn_codes(w, 32 * p + 16 * half, (k * PARTS + part) * 16, x);
+            char *tile = out + part / PARTS * 2 * TILE + half * TILE + part % PARTS * 512;
+            for (int d = 0; d < 4; d++) {
+                if (!w.is_narrow()) {
+                    for (int i = 0; i < U::PAIRS; i++) {
+                        const VS pairs = pairs_of(x[d], i);
+                        memcpy(tile + (U::PAIRS * d + i) * 64, &pairs, 64);
+                    }
+                    continue;
+                }
+                const long input = k * 32 + part * 32 / PARTS + d * 2 * U::PAIRS;
+                const float *by = scales + input / w.group * 64 + 16 * half;
+                const V scale = load(by), bias = w.bias ? load(by + 32) : V{};
+                for (int i = 0; i < U::PAIRS; i++) {
+                    const VS pairs = scaled_pairs(pairs_of(x[d], i), scale, bias);
+                    memcpy(tile + (U::PAIRS * d + i) * 64, &pairs, 64);
+                }
+            }
+        }
+}
+
+// The same codes as words of 4 bits that are looked up with the product, [k tile][4][half].
+static inline void turn_late(const Weight<Codes> &w, long p, long k, long some, char *out) {
+    for (int half = 0; half < 2; half++)
+        for (long part = 0; part < some; part++) {
+            VU x[4];
+            turn_codes(w, 32 * p + 16 * half, (k + part) * 16, x);
+            for (int d = 0; d < 4; d++) memcpy(out + part * LATE + (2 * d + half) * 64, x + d, 64);
+        }
+}
+
 static inline void unpack_tiles(const Weight<Codes> &w, long p, long k, long some, bool is_late, const float *scales,
                                 char *out) {
-    const VS values = code_values(w);
-    for (int half = 0; half < 2; half++)
-        for (long part = 0; part < some * w.bits / 4; part++) { // 16 bytes of a row
-            VU x[4];
-            turn_codes(w, 32 * p + 16 * half, k * 4 * w.bits + 16 * part, x);
-            if (is_late) {
-                for (int d = 0; d < 4; d++) memcpy(out + part * LATE + (2 * d + half) * 64, x + d, 64);
-                continue;
-            }
-            if (w.bits == 4) {
-                char *tile = out + part * 2 * TILE + half * TILE;
-                for (int d = 0; d < 4; d++)
-                    for (int i = 0; i < 4; i++) {
-                        const VS word = __builtin_shuffle(values, (VS)(x[d] >> 4 * i));
-                        memcpy(tile + (4 * d + i) * 64, &word, 64);
-                    }
-                continue;
-            }
-            char *tile = out + part / 2 * 2 * TILE + half * TILE + part % 2 * 512;
-            for (int d = 0; d < 4; d++)
-                for (int b = 0; b < 4; b += 2) {
-                    V low, high;
-                    if (w.bias) {
-                        low = __builtin_convertvector(x[d] >> (8 * b) & 255, V);
-                        high = __builtin_convertvector(x[d] >> (8 * b + 8) & 255, V);
-                    } else {
-                        low = __builtin_convertvector((VI)(x[d] << (24 - 8 * b)) >> 24, V);
-                        high = __builtin_convertvector((VI)(x[d] << (16 - 8 * b)) >> 24, V);
-                    }
-                    if (w.is_narrow()) {
-                        const float *by = scales + (k * 32 + 16 * part + 4 * d) / w.group * 64 + 16 * half;
-                        const V offset = w.bias ? load(by + 32) : V{};
-                        low = rounded(low * load(by) + offset, bf16());
-                        high = rounded(high * load(by) + offset, bf16());
-                    }
-                    const VU word = (VU)low >> 16 | ((VU)high & 0xffff0000u);
-                    memcpy(tile + 128 * d + 32 * b, &word, 64);
-                }
-        }
+    if (is_late) turn_late(w, p, k, some, out);
+    else if (w.kind == HALVES) unpack_with(Halves(w), w, p, k, some, scales, out);
+    else if (w.kind == BYTES) unpack_with(Bytes(w), w, p, k, some, scales, out);
+    else unpack_with(Floats(w), w, p, k, some, scales, out);
 }
 
 // c [rows, 32] (+)= the products of some groups, each x its scale; of two row tiles of A, with some tiles of B.
@@ -139,7 +210,7 @@ static inline void scale_groups(long rows, const float *part, const float *by, f
         for (long r = 0; r < rows; r++) {
             float *to = c + 32 * r + half;
             V x = adds ? load(to) : V{};
-            for (int g = 0; g < GROUPS; g++) x += load(part + 1024 * g + 32 * r + half) * scale[g];
+            for (int g = 0; g < GROUPS; g++) x = multiply_add(load(part + 1024 * g + 32 * r + half), scale[g], x);
             store(to, x);
         }
     }
@@ -176,39 +247,42 @@ static inline __attribute__((always_inline)) void dots_of_codes(V (&sum)[R][2], 
 // `scale_groups` where a group's product need not leave the registers before it meets its scale. `values`: of codes
 // that are late, or null.
 template <int R>
-static void dot_groups(const char *a, const char *b, const VS *values, long count, long wide, const float *by, float *c,
+static void dot_groups(const char *a, const char *b, const VS *values, long some, long wide, const float *by, float *c,
                        bool adds, const char *ahead, long each) {
-    for (; count > 0; count--, a += wide * TILE, by += 64, ahead += wide * each, adds = true) {
+    for (; some > 0; some -= wide, a += wide * TILE, by += 64, ahead += wide * each, adds = true) {
+        const long deep = std::min(wide, some);
         V sum[R][2] = {};
-        if (values) dots_of_codes<R>(sum, a, b, wide, *values, ahead, each);
-        else dots<bf16, R, 2>(sum, a, b, wide, ahead, each);
+        if (values) dots_of_codes<R>(sum, a, b, deep, *values, ahead, each);
+        else dots<bf16, R, 2>(sum, a, b, deep, ahead, each);
         b += wide * (values ? LATE : 2 * TILE);
         const V one = load(by), two = load(by + 16);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
             float *to = c + 32 * r;
-            store(to, (adds ? load(to) : V{}) + sum[r][0] * one);
-            store(to + 16, (adds ? load(to + 16) : V{}) + sum[r][1] * two);
+            store(to, multiply_add(sum[r][0], one, adds ? load(to) : V{}));
+            store(to + 16, multiply_add(sum[r][1], two, adds ? load(to + 16) : V{}));
         }
     }
 }
 #endif
 
-static inline void groups_product(long rows, const char *a0, const char *a1, const char *b, const VS *values,
-                                  long count, long wide, const float *by, float *part, float *c, bool adds,
-                                  const char *ahead, long each) {
+// Of some tiles of k, `wide` of them a group; the last group may be shorter.
+static inline void groups_product(long rows, const char *a0, const char *a1, const char *b, const VS *values, long some,
+                                  long wide, const float *by, float *part, float *c, bool adds, const char *ahead,
+                                  long each) {
 #if DOT_PRODUCTS
     if (way == DOTS) {
-        by_rows(rows, [&](auto some, long first) {
-            dot_groups<some.value>(row_of(a0, a1, first), b, values, count, wide, by, c + 32 * first, adds, ahead,
-                                   first ? 0 : each);
+        by_rows(rows, [&](auto count, long first) {
+            dot_groups<count.value>(row_of(a0, a1, first), b, values, some, wide, by, c + 32 * first, adds, ahead,
+                                    first ? 0 : each);
         });
         return;
     }
 #endif
+    const long count = tiles_of(some, wide);
     for (long g = 0; g < count; g++)
-        product<bf16>(rows, a0 + g * wide * TILE, a1 + g * wide * TILE, b + g * wide * 2 * TILE, wide, part + g * 1024,
-                      32, false, ahead + g * wide * each, each);
+        product<bf16>(rows, a0 + g * wide * TILE, a1 + g * wide * TILE, b + g * wide * 2 * TILE,
+                      std::min(wide, some - g * wide), part + g * 1024, 32, false, ahead + g * wide * each, each);
     if (count == 1) scale_groups<1>(rows, part, by, c, adds);
     else if (count == 2) scale_groups<2>(rows, part, by, c, adds);
     else if (count == 3) scale_groups<3>(rows, part, by, c, adds);
@@ -220,9 +294,21 @@ static inline void add_biases(long rows, long count, const float *by, const floa
     for (long r = 0; r < rows; r++) {
         const float *sum = sums + r / 16 * side + r % 16;
         V one = load(c + 32 * r), two = load(c + 32 * r + 16);
-        for (long g = 0; g < count; g++)
-            one += load(by + 64 * g + 32) * sum[16 * g], two += load(by + 64 * g + 48) * sum[16 * g];
+        for (long g = 0; g < count; g++) {
+            const V s = splat(sum[16 * g]);
+            one = multiply_add(load(by + 64 * g + 32), s, one), two = multiply_add(load(by + 64 * g + 48), s, two);
+        }
         store(c + 32 * r, one), store(c + 32 * r + 16, two);
+    }
+}
+
+// c [rows, 32] x the factor of each output.
+static inline void multiply_factors(const Weight<Codes> &w, long p, long rows, float *c) {
+    const V one = load_some(w.factor + 32 * p, w.outputs - 32 * p),
+            two = load_some(w.factor + 32 * p + 16, w.outputs - 32 * p - 16);
+    for (long r = 0; r < rows; r++) {
+        store(c + 32 * r, load(c + 32 * r) * one);
+        store(c + 32 * r + 16, load(c + 32 * r + 16) * two);
     }
 }
 
@@ -233,22 +319,23 @@ inline void panel_product<Codes>(long rows, const char *a, const float *sums, co
                                  int count_of_panels, float *c) {
     for (int i = 0; i < count_of_panels; i++, c += up(rows, 16) * 32) {
         const Weight<Codes> &w = *panels[i].w;
-        const long p = panels[i].p, kc = w.kc(), side = w.side(), CHUNK = 4,
-                   wide = w.is_narrow() ? CHUNK : w.group / 32;
-        float *scales = (float *)turned.get(w.groups() * 256 + CHUNK * 4096 + CHUNK * 2 * TILE);
-        float *part = scales + w.groups() * 64;
+        const bool is_whole = !w.group || w.is_narrow(); // nothing is left to do between one tile of k and the next
+        const long p = panels[i].p, kc = w.kc(), side = w.side(), CHUNK = 4, wide = is_whole ? CHUNK : w.group / 32;
+        float *scales = (float *)turned.get(turned_groups(w) * 256 + CHUNK * 4096 + CHUNK * 2 * TILE);
+        float *part = scales + turned_groups(w) * 64;
         char *b = (char *)(part + CHUNK * 1024);
         turn_scales(w, p, scales);
-        const bool is_late = way == DOTS && w.bits == 4;
-        const VS values = code_values(w);
+        const bool is_late = way == DOTS && w.kind == HALVES && !is_whole;
+        VS values = {};
+        if (is_late) values = Halves(w).values;
         // Of the panel that comes next, as much as there is of this one.
         const Ahead next = i + 1 < count_of_panels ? panels[i + 1].w->ahead(panels[i + 1].p) : panels[0].next;
         const long each = next.data ? up(tiles_of(32 * w.row_bytes(), kc), 64) : 0, // with a tile of k
-            scale_each = up(tiles_of(32 * w.scale_bytes(), tiles_of(kc, CHUNK)), 64);
+            scale_each = up(tiles_of(tiles_of(32, w.spread) * w.scale_bytes(), tiles_of(kc, CHUNK)), 64);
         for (long k = 0; k < kc; k += CHUNK) {
             if (next.scale) fetch(next.scale + k / CHUNK * scale_each, scale_each);
             if (next.bias) fetch(next.bias + k / CHUNK * scale_each, scale_each);
-            const long some = std::min(CHUNK, kc - k), count = w.is_narrow() ? 1 : some / wide;
+            const long some = std::min(CHUNK, kc - k);
             unpack_tiles(w, p, k, some, is_late, scales, b);
             for (long t = 0; 16 * t < rows; t += 2) {
                 const long some_rows = std::min(32L, rows - 16 * t);
@@ -256,15 +343,16 @@ inline void panel_product<Codes>(long rows, const char *a, const float *sums, co
                 float *to = c + t * 512;
                 const char *ahead = next.data + k * each;
                 const long here = t ? 0 : each;
-                if (w.is_narrow()) {
+                if (is_whole) {
                     product<bf16>(some_rows, at, at + kc * TILE, b, some, to, 32, k > 0, ahead, here);
                     continue;
                 }
                 const float *by = scales + k / wide * 64;
-                groups_product(some_rows, at, at + kc * TILE, b, is_late ? &values : nullptr, count, wide, by, part, to,
+                groups_product(some_rows, at, at + kc * TILE, b, is_late ? &values : nullptr, some, wide, by, part, to,
                                k > 0, ahead, here);
-                if (w.bias) add_biases(some_rows, count, by, sums + t * side + k / wide * 16, side, to);
+                if (w.bias) add_biases(some_rows, tiles_of(some, wide), by, sums + t * side + k / wide * 16, side, to);
             }
         }
+        if (w.factor) multiply_factors(w, p, rows, c);
     }
 }

@@ -12,7 +12,11 @@ struct Scratch {
     int small_calls = 0;
     char *lent = nullptr; // somebody else's, for as long as they lend it: used where it is large enough
     size_t lent_size = 0;
-    void lend(char *memory, size_t bytes) { lent = memory, lent_size = bytes; }
+    struct Loan { // for as long as it lives
+        Scratch &to;
+        Loan(Scratch &to, char *memory, size_t bytes) : to(to) { to.lent = memory, to.lent_size = bytes; }
+        ~Loan() { to.lent = nullptr, to.lent_size = 0; }
+    };
     char *get(size_t bytes) {
         if (bytes <= lent_size) {
             release(4 << 20);
@@ -77,11 +81,16 @@ static void pack_rows(const IO *const *rows, int count, long width, char *out, f
             row_as<IO, M>(r < count ? rows[r] : nullptr, width, out + 64 * r, TILE, scales + r);
 }
 
-// A weight as it comes from outside. Kinds: 0 float32, 1 bfloat16 and 2 int8 in panels, 4 and 8 bits in groups; `store`
-// is what scales and biases of groups are: 0 float32, 1 bfloat16, 2 float16.
+// A weight as it comes from outside; null where there is none. In panels: float32, bfloat16, int8 with one scale an
+// output. As they lie: codes of 4 bits, two a byte, that stand for the values of a table, in bfloat16 and twice, so that
+// the bit above them may be anything; int8, without a sign where there is a bias; and e4m3, whose product rounds its
+// rows to e4m3 too where it is the format's own.
+enum WeightKind { FLOAT, BF16, INT8, HALVES = 4, BYTES = 8, E4M3, E4M3_BOTH };
 struct Operand {
-    const void *data, *scale, *bias;
-    long kind, group, store;
+    const void *data, *scale, *bias, *factor, *table; // factor: float32, of each output's product
+    long kind, group; // inputs that share a scale; 0: there is none but the factor
+    long store;       // what scales and biases are, see `scales_at`
+    long spread;      // outputs that share a scale
 };
 
 struct Ahead { // where a panel begins that is read soon, and its scales and biases if they are many
@@ -106,36 +115,53 @@ template <class M> struct Weight {
     const char *panel(long p) const { return data + p * kc() * 2 * TILE; }
     Ahead ahead(long p) const { return {panel(p)}; }
 };
+static inline long bytes_stored(long store) { return store == 0 ? 4 : store < 3 ? 2 : 1; }
+
 template <> struct Weight<Codes> {
     const char *data, *scale, *bias;
-    long outputs, inputs, bits, group, store;
+    const float *factor;
+    const void *table;
+    long outputs, inputs, kind, group, store, spread;
     Weight(const Operand &g, long outputs, long inputs)
-        : data((const char *)g.data), scale((const char *)g.scale), bias((const char *)g.bias), outputs(outputs),
-          inputs(inputs), bits(g.kind), group(g.group), store(g.store) {}
+        : data((const char *)g.data), scale((const char *)g.scale), bias((const char *)g.bias),
+          factor((const float *)g.factor), table(g.table), outputs(outputs), inputs(inputs), kind(g.kind),
+          group(g.group), store(g.store), spread(g.spread) {}
     Weight of(long expert) const {
         Weight w = *this;
-        const long scales = expert * outputs * scale_bytes();
-        w.data += expert * outputs * row_bytes(), w.scale += scales;
+        const long scales = expert * tiles_of(outputs, spread) * scale_bytes();
+        w.data += expert * outputs * row_bytes();
+        if (scale) w.scale += scales;
         if (bias) w.bias += scales;
+        if (factor) w.factor += expert * outputs;
         return w;
     }
-    bool is_narrow() const { return group < 32; } // than a tile
+    bool is_narrow() const { return group && group < 32; } // than a tile
+    bool has_sums() const { return bias && !is_narrow(); }
+    long bits() const { return kind == HALVES ? 4 : 8; }
     long kc() const { return tiles_of(inputs, 32); }
     long panels() const { return tiles_of(outputs, 32); }
-    long groups() const { return inputs / group; }
-    long side() const { return bias && !is_narrow() ? 16 * groups() : 16; } // the sum of each group of a row
-    long row_bytes() const { return inputs * bits / 8; }
-    long scale_bytes() const { return groups() * (store ? 2 : 4); } // of an output
+    long groups() const { return group ? tiles_of(inputs, group) : 0; }
+    long side() const { return has_sums() ? 16 * groups() : 16; } // the sum of each group of a row
+    long row_bytes() const { return inputs * bits() / 8; }
+    long scale_bytes() const { return groups() * bytes_stored(store); } // of an output
     const char *panel(long p) const { return data + p * 32 * row_bytes(); }
     Ahead ahead(long p) const {
-        return {panel(p), scale + p * 32 * scale_bytes(), bias ? bias + p * 32 * scale_bytes() : nullptr};
+        const long at = 32 * p / spread * scale_bytes();
+        return {panel(p), scale ? scale + at : nullptr, bias ? bias + at : nullptr};
     }
 };
 
+// Whether the rows that are packed for one weight are those that the other one takes.
+static bool take_same_rows(const Operand &a, const Operand &b) {
+    if (a.kind != b.kind || a.kind < HALVES) return a.kind == b.kind;
+    const Weight<Codes> one(a, 1, a.group), two(b, 1, b.group);
+    return one.has_sums() == two.has_sums() && (!one.has_sums() || a.group == b.group);
+}
+
 template <class F> static inline void by_kind(const Operand &operand, F f) {
-    if (operand.kind >= 4) f(Codes());
-    else if (operand.kind == 2) f(int8_t());
-    else if (operand.kind == 1) f(bf16());
+    if (operand.kind >= HALVES) f(Codes());
+    else if (operand.kind == INT8) f(int8_t());
+    else if (operand.kind == BF16) f(bf16());
     else f(float());
 }
 
@@ -152,10 +178,32 @@ static void group_sums(const char *a, const Weight<Codes> &w, float *sums) {
         }
 }
 
-// A tile of rows in the order in which `unpack_tiles` makes pairs.
-static void pair_rows(char *a, long kc) {
-    constexpr VS order = {0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
-                          16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31};
+// A tile of rows rounded to e4m3, each with a scale of its own, as `Code.round_input` has it.
+static void round_rows(char *a, long kc) {
+    for (char *row = a; row < a + 1024; row += 64) {
+        VI top = VI{};
+        for (long k = 0; k < 2 * kc; k++) {
+            const VI x = (VI)absolute(load((const bf16 *)(row + k / 2 * TILE) + k % 2 * 16));
+            top = x > top ? x : top;
+        }
+        const float largest = largest_or_nan(top), scale = largest > 0 ? largest / 448.0f : 1.0f;
+        for (long k = 0; k < 2 * kc; k++) {
+            bf16 *at = (bf16 *)(row + k / 2 * TILE) + k % 2 * 16;
+            const V x = load(at) / scale, below = (x + 0x1.8p14f) - 0x1.8p14f; // steps of 2^-9 near zero
+            const VU bits = (VU)x;
+            const V normal = (V)((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000u);
+            store(at, (absolute(x) < splat(0x1p-6f) ? below : normal) * scale);
+        }
+    }
+}
+
+// A tile of rows in the order in which codes of 4 or 8 bits become pairs: see `unpack_tiles`.
+static void pair_rows(char *a, long kc, long bits) {
+    constexpr VS by_4 = {0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
+                         16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31};
+    constexpr VS by_2 = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,  11, 12, 14, 13, 15,
+                         16, 18, 17, 19, 20, 22, 21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
+    const VS order = bits == 4 ? by_4 : by_2;
     for (char *row = a; row < a + kc * TILE; row += 64) {
         VS x;
         memcpy(&x, row, 64);
@@ -167,8 +215,9 @@ static void pair_rows(char *a, long kc) {
 // The last of a tile of rows: what stands beside it, but for int8's scales, and the order that codes of 4 bits come in.
 template <class M> static void finish_rows(const Weight<M> &w, char *a, float *beside) {
     if constexpr (std::is_same_v<M, Codes>) {
-        if (w.bias && !w.is_narrow()) group_sums(a, w, beside);
-        if (w.bits == 4) pair_rows(a, w.kc());
+        if (w.kind == E4M3_BOTH) round_rows(a, w.kc());
+        if (w.has_sums()) group_sums(a, w, beside);
+        pair_rows(a, w.kc(), w.bits());
     }
     if constexpr (std::is_same_v<M, int8_t>)
         for (int r = 0; way == DOTS && r < 16; r++) {

@@ -21,7 +21,7 @@ template <class IO> static inline void write_block(const float *c, IO *y, long r
     }
 }
 
-// Weights of one kind and group, which take the same rows.
+// Weights that take the same rows.
 template <class IO, class M>
 static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, IO *const *y, int threads) {
     const long kc = w[0].kc(), side = w[0].side(), row_tiles = tiles_of(rows, 16);
@@ -55,10 +55,9 @@ static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, IO 
 template <class IO>
 static void linear(const IO *x, long rows, long inputs, int count, const Operand *operands, const long *outputs,
                    IO *const *y, int threads) {
-    for (int from = 0, to; from < count; from = to) { // neighbours of one kind go together
+    for (int from = 0, to; from < count; from = to) { // neighbours that take the same rows go together
         const Operand &first = operands[from];
-        for (to = from + 1; to < count && operands[to].kind == first.kind && operands[to].group == first.group;)
-            to++;
+        for (to = from + 1; to < count && take_same_rows(first, operands[to]);) to++;
         by_kind(first, [&](auto tag) {
             typedef decltype(tag) M;
             std::vector<Weight<M>> w;
@@ -82,7 +81,7 @@ static inline void gate_block(const float *gate, const float *up_, IO *h, long r
 
 static thread_local Scratch hidden;
 
-// gate and up are of one kind and group.
+// gate and up take the same rows.
 template <class IO, class M>
 static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weight<M> &up_, IO *h, int threads) {
     const long kc = gate.kc(), side = gate.side(), inner = gate.outputs, row_tiles = tiles_of(rows, 16);
@@ -108,13 +107,26 @@ static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weig
 }
 
 template <class IO>
-static void feed_forward(const IO *x, long rows, long width, long inner, const Operand &gate, const Operand &up_,
-                         const Operand &down, IO *y, int threads) {
-    IO *h = (IO *)hidden.get(rows * inner * sizeof(IO));
-    by_kind(gate, [&](auto tag) {
-        typedef decltype(tag) M;
-        gate_up_of<IO, M>(x, rows, Weight<M>(gate, inner, width), Weight<M>(up_, inner, width), h, threads);
-    });
+static void feed_forward(const IO *x, long rows, long width, long inner, const Operand *three, IO *y, int threads) {
+    const Operand &gate = three[0], &up_ = three[1], &down = three[2];
+    const bool is_joint = take_same_rows(gate, up_);
+    IO *h = (IO *)hidden.get((is_joint ? 1 : 2) * rows * inner * sizeof(IO)), *u = h + rows * inner;
+    if (is_joint)
+        by_kind(gate, [&](auto tag) {
+            typedef decltype(tag) M;
+            gate_up_of<IO, M>(x, rows, Weight<M>(gate, inner, width), Weight<M>(up_, inner, width), h, threads);
+        });
+    else { // two products, each with rows of its own
+        const long outputs[2] = {inner, inner};
+        IO *const to[2] = {h, u};
+        linear<IO>(x, rows, width, 2, three, outputs, to, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (long r = 0; r < rows; r++)
+            for (long i = r * inner; i < (r + 1) * inner; i += 16) {
+                const long some = (r + 1) * inner - i;
+                store_some(h + i, rounded(gelu_tanh(load_some(h + i, some)), IO()) * load_some(u + i, some), some);
+            }
+    }
     linear<IO>(h, rows, inner, 1, &down, &width, &y, threads);
 }
 

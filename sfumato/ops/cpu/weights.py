@@ -1,17 +1,17 @@
-"""Weights as the compiled library takes them: in panels of its own order, or in groups as they lie.
+"""Weights as the compiled library takes them: in panels of its own order, or as they lie.
 
-float32, bfloat16 and int8 with one scale an output are laid out once (`Panels`); weights in groups, in 4 bits or 8,
-stay `Packed`. What these operations cannot take is refused by name.
+float32, bfloat16 and int8 with one scale an output are laid out once (`Panels`); all other weights in fewer bits stay
+`Packed`. What these operations cannot take is refused by name.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
-from ctypes import c_long, c_void_p
+from ctypes import c_int, c_long, c_void_p
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,18 +19,43 @@ from torch import Tensor
 from sfumato.errors import InputError
 from sfumato.ops.contract import Matrix
 from sfumato.ops.cpu import build
-from sfumato.ops.cpu.calls import NUMBER_TYPES, call, pointer
+from sfumato.ops.cpu.calls import NUMBER_TYPES, Operand, pointer
 from sfumato.ops.cpu.memory import empty_huge
-from sfumato.ops.packed import Packed
+from sfumato.ops.packed import BLOCK, CODES, Packed
 
 _KINDS = (torch.float32, torch.bfloat16, torch.int8)
 """Dtypes of panels, as the library numbers them."""
 _TILE_INPUTS = (16, 32, 64)
 """Inputs of a tile, by the same numbers."""
-_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Dtypes of a group's scale and bias, as the library numbers them."""
-_GROUPS = {"int8": (16, 32, 64, 128), "int4": (32, 64, 128)}
-"""The kinds of codes that the library takes, and the groups it takes of each."""
+_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.uint8: 4}
+"""Dtypes of a group's scale and bias, as the library numbers them; uint8 are exponents of two."""
+_FREE = tuple(_STORED)[:3]
+_HALVES, _BYTES, _E4M3, _E4M3_BOTH = 4, 8, 9, 10
+"""Codes of a weight that stays as it lies, as the library numbers them."""
+
+
+class _CodeLimits(NamedTuple):
+    """What the library takes of a kind of codes, apart from one scale an output."""
+
+    groups: tuple[int, ...]
+    data: tuple[torch.dtype, ...]
+    scale: tuple[torch.dtype, ...]
+    number: int
+
+
+_FLOAT, _BYTE = torch.float8_e4m3fn, torch.uint8
+_LIMITS = {
+    "int8": _CodeLimits((16, 32, 64, 128), (torch.int8, _BYTE), _FREE, _BYTES),
+    "fp8": _CodeLimits((BLOCK,), (_FLOAT,), _FREE[:1], _E4M3_BOTH),
+    "mxfp8": _CodeLimits((32,), (_FLOAT,), (_BYTE,), _E4M3),
+    "nvfp4": _CodeLimits((16,), (_BYTE,), (_FLOAT,), _HALVES),
+    "mxfp4": _CodeLimits((32,), (_BYTE,), (_BYTE,), _HALVES),
+    **{
+        kind: _CodeLimits((16, 32, 64, 128), (_BYTE,), _FREE, _HALVES)
+        for kind in ("int4", "iq4", "iq3", "iq3s", "iq2", "iq1", "nf4", "fp4")
+    },
+}
+"""By their kind; what is not here is refused."""
 
 
 @dataclass(frozen=True)
@@ -91,43 +116,66 @@ class Panels:
 
     @functools.cached_property
     def operand(self) -> Operand:
-        """This as an argument; made once, as its memory stays where it is."""
-        return Operand(self.data.data_ptr(), pointer(self.scale), None, self.kind, 0, 0)
+        """This as an argument; built once, as its memory stays where it is."""
+        return operand_of(self.shape, (self.data, self.scale, None, None), self.kind, 0, 0)
 
     def __reduce__(self) -> Any:  # a copy has memory of its own
         return Panels, (self.kind, self.shape, self.data, self.scale)
 
 
-class Operand(ctypes.Structure):
-    """A weight as an argument: `Operand` of packing.h."""
-
-    _fields_: ClassVar = [
-        *((name, c_void_p) for name in ("data", "scale", "bias")),
-        *((name, c_long) for name in ("kind", "group", "store")),
-    ]
-
-
-def operands(*weights: Matrix | None) -> ctypes.Array[Operand]:
-    """These weights as one argument; None is an operand of nulls."""
-    return (Operand * len(weights))(*map(_operand, weights))
-
-
-def _operand(weight: Matrix | None) -> Operand:
-    if weight is None:
-        return Operand()
+def operand(weight: Matrix) -> Operand:
+    """A weight as an argument. InputError for one that `pack` did not give."""
     if isinstance(weight, Panels):
         return weight.operand
     if not isinstance(weight, Packed):
         raise InputError("the cpu operations take weights that they have packed; call Model.pack_ first")
-    where = weight.data.data_ptr(), weight.scale.data_ptr(), pointer(weight.bias)
-    return Operand(*where, weight.code.bits, weight.group, _STORED[weight.scale.dtype])
+    return _as_it_lies(weight)
 
 
-def check_alike(gate: Matrix, up: Matrix) -> None:
-    """InputError where gate and up are packed in two ways: one product takes both."""
-    kinds = [(getattr(one, "kind", None), one.group if isinstance(one, Packed) else 0) for one in (gate, up)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"gate and up are packed as {kinds[0]} and {kinds[1]}; pack both alike, or choose ops='fused'")
+def operand_of(
+    shape: tuple[int, ...], parts: tuple[Tensor | None, ...], kind: int, group: int, store: int, **more: Any
+) -> Operand:
+    """Of the tensors data, scale, bias and factor, which lie on the CPU without gaps."""
+    for part in parts:
+        if part is not None and not (part.is_cpu and part.is_contiguous()):
+            raise InputError(f"a weight {list(shape)} lies on {part.device} or with gaps; pack it again on the CPU")
+    data, scale, bias, factor = map(pointer, parts)
+    argument = Operand(data, scale, bias, factor, None, kind, group, store, 1)
+    argument.shape = shape
+    for name, value in more.items():
+        setattr(argument, name, value)
+    return argument
+
+
+_OPERANDS: WeakKeyDictionary[Packed, Operand] = WeakKeyDictionary()
+"""Of weights that stay as they lie: looked at once, as their memory stays where it is."""
+
+
+def _as_it_lies(weight: Packed) -> Operand:
+    known = _OPERANDS.get(weight)
+    if known is None:
+        known = _OPERANDS[weight] = _checked(weight)
+    return known
+
+
+def _checked(weight: Packed) -> Operand:
+    if (not weight.is_grouped and weight.kind != "fp8") or (reason := refusal(weight)):
+        raise InputError(f"the cpu operations cannot take {reason or 'this weight'}; call Model.pack_ first")
+    limits = _LIMITS[weight.kind]
+    if not weight.is_grouped:  # one scale an output: the factor of its products
+        return operand_of(weight.shape, (weight.data, None, None, weight.scale), limits.number, 0, 0)
+    parts = weight.data, weight.scale, weight.bias, weight.factor
+    more = {"spread": BLOCK if weight.kind == "fp8" else 1}
+    if limits.number == _HALVES:
+        more["table"] = _table(weight.kind, weight.bias is not None).data_ptr()
+    return operand_of(weight.shape, parts, limits.number, weight.group, _STORED[weight.scale.dtype], **more)
+
+
+@functools.cache
+def _table(kind: str, has_bias: bool) -> Tensor:
+    """What 16 codes stand for, twice, in bfloat16."""
+    values = CODES[kind].table or tuple(range(16) if has_bias else range(-8, 8))
+    return torch.tensor([*values, *values]).bfloat16()
 
 
 def pack(weight: Matrix) -> Panels | Packed:
@@ -142,7 +190,7 @@ def pack(weight: Matrix) -> Panels | Packed:
             raise InputError(
                 f"the cpu operations cannot take {reason}; choose ops='fused', or quantize='int8' or 'int4'"
             )
-        if weight.is_grouped:
+        if weight.is_grouped or weight.kind == "fp8":
             return weight if all(t.is_contiguous() for t in weight.tensors) else weight.each(Tensor.contiguous)
         return _in_panels(weight.data, weight.scale.contiguous())
     if not isinstance(weight, Tensor):
@@ -154,14 +202,36 @@ def pack(weight: Matrix) -> Panels | Packed:
 
 def refusal(weight: Packed) -> str | None:
     """What these operations cannot take about a weight, as the object of a sentence; None where they take it."""
-    if weight.kind not in _GROUPS:
+    limits = _LIMITS.get(weight.kind)
+    if limits is None:
         return f"{weight.kind} weights"
-    if not weight.is_grouped:
-        return None
-    if weight.group not in _GROUPS[weight.kind] or weight.shape[-1] % weight.group:
+    is_split = weight.kind != "fp8" and weight.shape[-1] % weight.group
+    if weight.is_grouped and (weight.group not in limits.groups or is_split):
         return f"{weight.kind} weights in groups of {weight.group} along {weight.shape[-1]} inputs"
-    is_known = weight.scale.dtype in _STORED and (weight.bias is None or weight.bias.dtype == weight.scale.dtype)
-    return None if is_known else f"scales and biases of {weight.scale.dtype}"
+    if not weight.is_grouped and (weight.kind not in ("int8", "fp8") or weight.bias is not None):
+        return f"{weight.kind} weights with one scale an output"
+    return _odd_part(weight, limits)
+
+
+def _odd_part(weight: Packed, limits: _CodeLimits) -> str | None:
+    """What is not as it must be about the tensors of a weight."""
+    *stack, outputs, inputs = weight.shape
+    spread = BLOCK if weight.kind == "fp8" else 1
+    scales = [*stack, -(-outputs // spread), -(-inputs // weight.group)] if weight.is_grouped else [*stack, outputs]
+    types = limits.scale if weight.is_grouped else (torch.float32,)
+    codes = [*stack, outputs, inputs // 2 if limits.number == _HALVES else inputs]
+    data, scale, bias, factor = weight.data, weight.scale, weight.bias, weight.factor
+    if scale.dtype not in types or (bias is not None and bias.dtype != scale.dtype):
+        return f"scales and biases of {scale.dtype}"
+    if data.dtype not in limits.data or (data.dtype == torch.int8) != (weight.kind == "int8" and bias is None):
+        return f"codes in {data.dtype} of {weight.kind} weights"
+    if list(data.shape) != codes or list(scale.shape) != scales:
+        return f"codes {list(data.shape)} with scales {list(scale.shape)} of {weight.kind} weights {list(weight.shape)}"
+    if bias is not None and (weight.kind not in ("int4", "int8") or bias.shape != scale.shape):
+        return f"a bias {list(bias.shape)} of {weight.kind} weights"
+    if factor is not None and (factor.dtype != torch.float32 or list(factor.shape) != [*stack, outputs]):
+        return f"a factor {list(factor.shape)} in {factor.dtype}"
+    return None
 
 
 def _in_panels(weight: Tensor, scale: Tensor | None) -> Panels:
@@ -172,5 +242,8 @@ def _in_panels(weight: Tensor, scale: Tensor | None) -> Panels:
     source = weight.contiguous()
     for n in range(count):
         start = source.data_ptr() + n * outputs * inputs * source.element_size()
-        call("sf_pack", kind, c_void_p(start), outputs, inputs, c_void_p(data.data_ptr() + n * size))
+        build.library().sf_pack(
+            c_int(kind), c_void_p(start), c_long(outputs), c_long(inputs), c_void_p(data.data_ptr() + n * size),
+            c_int(torch.get_num_threads()),
+        )  # fmt: skip
     return Panels(kind, tuple(weight.shape), data, scale)
