@@ -120,6 +120,7 @@ class PageServer:
         self.scripts: dict[str, list[Script]] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.key: str | None = None
+        self.purpose: str | None = None
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
@@ -171,6 +172,7 @@ class PageServer:
                     self._send(200, KINDS[self.path.rsplit(".")[-1]], (UI / self.path[4:]).read_bytes())
                 elif self.path in ("/v1/models", "/v1/options") and self._is_known():
                     model = {"id": "nano", "object": "model", "canvas_length": 82, "max_model_len": 4096}
+                    model |= {} if server.purpose is None else {"purpose": server.purpose}
                     self._json({"data": [model]} if self.path == "/v1/models" else {"options": OPTIONS})
                 elif not self.path.startswith("/v1/"):
                     self._refuse(Refusal(404, "invalid_request_error", f"There is no {self.path}."))

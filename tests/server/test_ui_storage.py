@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,7 +29,9 @@ class Storage {
 """
 """A browser's storage: its names are its own properties, and it has `room` for so many characters."""
 
-SCRIPT = STORAGE + """
+SCRIPT = (
+    STORAGE
+    + """
 globalThis.room = 1e7;
 const storage = Object.assign(new Storage(), %s);
 for (const name of ["localStorage", "sessionStorage"]) {
@@ -45,6 +48,7 @@ console.log(JSON.stringify({
   strength: store.load("strength", 0.5), isKept: store.save("typed", "a"),
 }));
 """
+)
 WRONG: list[Any] = [None, 0, 1.5, True, False, "", "x", "\u00fc", "a\nb", [], [None], [1], {}, {"a": 1}, {"length": 3}]
 CHAT = {"id": "a", "title": "", "messages": [{"role": "user", "content": "Well then"}]}
 MESSAGES: list[Any] = [
@@ -120,6 +124,138 @@ def test_of_the_chats_those_that_are_whole_are_shown(tmp_path: Path) -> None:
     whole = {"role": "assistant", "content": "", "thought": "", "tool_calls": [call], "usage": {"steps": 3}}
     kept = [*broken, CHAT, {**CHAT, "title": "named", "messages": [whole]}]
     assert read(tmp_path, {"chats": json.dumps(kept)})["titles"] == ["Well then", "named"]
+
+
+OPEN = (
+    STORAGE
+    + """
+globalThis.room = %d;
+globalThis.localStorage = Object.assign(new Storage(), %s);
+const names = ["history", "tree", "transfer"];
+const [history, tree, transfer] = await Promise.all(names.map((name) => import(`./${name}.js`)));
+"""
+)
+
+
+def opened(tmp_path: Path, kept: dict[str, Any], script: str, room: int = 10_000_000) -> Any:
+    named = {f"sfumato.{name}": json.dumps(value) for name, value in kept.items()}
+    return run(tmp_path, OPEN % (room, json.dumps(named)) + script)
+
+
+SHOWN = """console.log(JSON.stringify([
+  history.list().map((head) => [...history.find(head.id).messages.values()].map(({ content }) => content)),
+  history.isAllSaved(),
+  Object.keys(localStorage).sort(),
+]));"""
+
+
+def test_the_chats_of_an_earlier_page_are_taken_over_where_there_is_just_room(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": f"{at}" * 400} for at in range(5)]
+    old = [{"id": f"c{at}", "title": "", "updated": at, "messages": said} for at in range(5)]
+    size = len(json.dumps(old)) + 20
+    texts, is_saved, names = opened(tmp_path, {"chats": old}, "history.tidy();" + SHOWN, room=size + 2600)
+    assert texts == [[message["content"] for message in said]] * 5
+    assert is_saved and "sfumato.chats" not in names and len(names) == 30
+    texts, is_saved, names = opened(tmp_path, {"chats": old}, "history.tidy();" + SHOWN, room=size + 10)
+    assert texts[0] == [message["content"] for message in said] and not is_saved
+    assert "sfumato.chats" in names  # what was not taken over is still there
+
+
+def test_what_finds_no_room_is_kept_until_there_is_some(tmp_path: Path) -> None:
+    script = """
+    const chat = tree.freshChat();
+    history.keep(chat, tree.add(chat, { role: "user", content: "x".repeat(900) }));
+    const before = [history.isAllSaved(), history.find(chat.id).messages.size];
+    room = 5000;
+    history.keep(chat, tree.add(chat, { role: "user", content: "y" }));
+    console.log(JSON.stringify([...before, history.isAllSaved(), Object.keys(localStorage).length]));
+    """
+    assert opened(tmp_path, {}, script, room=500) == [False, 1, True, 3]
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"id": "m1", "parent": None, "role": "user", "content": "a", **fields}
+
+
+HOSTILE: list[Any] = [
+    *WRONG,
+    {"id": "../x", "title": "", "messages": []},
+    {"id": "a.b", "title": "", "messages": []},
+    {"id": "a", "title": "", "messages": [message(id="x" * 65)]},
+    {"id": "a", "title": "", "messages": [message(parent="m1")]},
+    {"id": "a", "title": "", "messages": [message(parent="m2"), message(id="m2", parent="m1")]},
+    {"id": "a", "title": "", "messages": [message(), message()]},
+    {"id": "a", "title": "", "messages": [message(role="system")]},
+    {"id": "a", "title": "", "messages": [message(content={"toString": "x"})]},
+    {"id": "a", "title": "", "messages": [message(tool_calls=[{"function": {"name": "f", "arguments": {}}}])]},
+    {"id": "a", "title": "", "messages": [message()] * 20_001},
+]
+
+
+def test_of_a_file_only_whole_chats_are_taken(tmp_path: Path) -> None:
+    script = f"""
+    const refused = {json.dumps(HOSTILE[:-1])}.map(tree.checkedChat).filter(Boolean).length;
+    const all = [{json.dumps(CHAT)}, ...{json.dumps(HOSTILE[-2:])}];
+    const file = {{ format: "sfumato-chats", version: 1, chats: all }};
+    const {{ chats, refused: some }} = transfer.fromJson(JSON.stringify(file));
+    const wrong = ["{{", "[]", "3", '{{"chats": []}}', JSON.stringify(Array(5001).fill(0))].map((text) => {{
+      try {{ transfer.fromJson(text); return null; }} catch (error) {{ return error.message; }}
+    }});
+    console.log(JSON.stringify([refused, chats.length, some, wrong]));
+    """
+    refused, whole, some, wrong = opened(tmp_path, {}, script)
+    assert (refused, whole, some) == (0, 1, 2)
+    assert all(isinstance(words, str) and words.endswith(".") for words in wrong), wrong
+
+
+def test_of_a_message_only_what_is_known_is_taken(tmp_path: Path) -> None:
+    odd = message(
+        **{"role": "assistant", "usage": {"steps": 3, "seconds": "x", "__proto__": 1}, "onclick": "x", "at": "y"},
+        draft={"pieces": ["a"], "entropies": [0.1], "accepted": [1], "step": "x", "end": 1, "more": 2},
+    )
+    wrong = message(draft={"pieces": ["a"], "entropies": [], "accepted": [True]}, note=4)
+    script = f"console.log(JSON.stringify({json.dumps([odd, wrong])}.map(tree.checkedMessage)));"
+    first, second = opened(tmp_path, {}, script)
+    draft = {"canvas": 0, "step": 0, "end": 1, "before": 0, "pieces": ["a"], "entropies": [0.1], "accepted": [True]}
+    assert first == message(role="assistant", usage={"steps": 3}, at=0, draft=draft)
+    assert second == message(at=0)
+
+
+def test_an_imported_namesake_changes_nothing_that_is_here(tmp_path: Path) -> None:
+    script = """
+    const chat = (...messages) => tree.checkedChat({ id: "a", title: "", messages });
+    const one = { id: "m1", parent: null, role: "user", content: "mine" };
+    history.put(chat(one));
+    history.put(chat(one, { id: "m2", parent: "m1", role: "assistant", content: "more" }));
+    history.put(chat({ ...one, content: "theirs" }));
+    const textsOf = ({ id }) => [...history.find(id).messages.values()].map(({ content }) => content);
+    console.log(JSON.stringify(history.list().map(textsOf)));
+    """
+    assert sorted(opened(tmp_path, {}, script)) == [["mine", "more"], ["theirs"]]
+
+
+def test_stored_messages_that_lead_in_a_circle_are_no_endless_path(tmp_path: Path) -> None:
+    kept = {
+        "head.a": {"title": "t", "updated": 1, "leaf": "m1"},
+        "message.a.m1": message(parent="m2"),
+        "message.a.m2": message(id="m2", parent="m1"),
+    }
+    script = """
+    const chat = history.find("a");
+    console.log(JSON.stringify([tree.pathTo(chat).length, tree.leafOf(chat, "m1"), history.search("nothing").length]));
+    """
+    length, leaf, hits = opened(tmp_path, kept, script)
+    assert length == 2 and leaf in ("m1", "m2") and hits == 0
+
+
+def test_every_option_has_a_plain_name() -> None:
+    """A new option needs its words in words.js: what a person calls it."""
+    from sfumato.options import OPTIONS
+
+    words = (UI / "words.js").read_text()
+    assert [name for name in OPTIONS if name != "drafts" and f"\n  {name}: [" not in words] == []
+    named = re.findall(r"^  (\w+): \[\"", words, re.MULTILINE)
+    assert set(named) <= set(OPTIONS)
 
 
 def test_options_that_were_kept_do_not_take_what_the_page_decides(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ async function answer(parent) {
       view.stop("Broke off here.");
     }
   }
+  if (run.isLeft && failure) return; // onHide has kept it
   if (running === run) running = null;
   document.dispatchEvent(new Event("sfumato:look"));
   finish(run, failure);
@@ -233,6 +234,7 @@ function onStorage(event) {
 function onHide() {
   if (!running || isEmpty({ ...running.message, draft: running.view.pending })) return;
   const { chat: mine, message, view, parent } = running;
+  running.isLeft = true;
   view.stop("Stopped: the page was closed.");
   placed(message, parent);
   history.keep({ ...mine, leaf: message.id, messages: new Map(mine.messages).set(message.id, message) }, message);

@@ -22,9 +22,14 @@ export const isAllSaved = () => unsaved.size === 0;
 
 function write(name, value) {
   unsaved.delete(name);
-  if (!save(name, value)) unsaved.set(name, value);
-  else for (const [other, held] of unsaved) if (save(other, held)) unsaved.delete(other);
+  if (save(name, value)) flush();
+  else unsaved.set(name, value);
   globalThis.document?.dispatchEvent(new Event("sfumato:saved"));
+}
+
+/** Try again what had no room. */
+function flush() {
+  for (const [name, value] of [...unsaved]) if (save(name, value)) unsaved.delete(name);
 }
 
 function erase(name) {
@@ -76,7 +81,7 @@ export function purge(ids) {
     for (const name of names(`${MESSAGE}${id}.`)) erase(name);
     erase(HEAD + id);
   }
-  for (const [name, value] of unsaved) write(name, value);
+  flush();
 }
 
 /** Put a chat from elsewhere beside those that are here; one that contradicts its namesake becomes another. */
@@ -98,7 +103,7 @@ export function tidy() {
     if (chat) put(chat);
     if (isAllSaved()) continue;
     save("chats", olds.slice(at + 1)); // there is no room for both
-    for (const [name, value] of unsaved) write(name, value);
+    flush();
     if (!isAllSaved()) {
       save("chats", olds.slice(at));
       break;

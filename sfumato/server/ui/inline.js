@@ -161,16 +161,12 @@ class Reader {
   address() {
     const { text, at } = this;
     if (/[\p{L}\p{N}]/u.test(text[at - 1] ?? "")) return false;
-    let [address] = /^https?:\/\/[^\s<>`]*/.exec(text.slice(at, at + MOST_LINK));
+    let [address] = /^https?:\/\/[^\s<>`[\]]*/.exec(text.slice(at, at + MOST_LINK));
     let open = 0;
-    for (const sign of address) open += sign === "(" ? 1 : sign === ")" ? -1 : 0;
-    for (;;) {
-      const last = address.at(-1);
-      if (!(/[?!.,:;*_~'"\]$]/.test(last) || (last === ")" && open < 0))) break;
-      if (last === ")") open++;
-      address = address.slice(0, -1);
-    }
-    return address.length > 8 && this.skip(address.length, ["a", { href: address }, address]);
+    const end = [...address].findIndex((sign) => (open += sign === "(" ? 1 : sign === ")" ? -1 : 0) < 0);
+    if (end >= 0) address = address.slice(0, end);
+    while (/[?!.,:;*_~'"$]$/.test(address)) address = address.slice(0, -1);
+    return /:\/\/./.test(address) && this.skip(address.length, ["a", { href: address }, address]);
   }
 
   run(sign) {
@@ -303,10 +299,10 @@ function build(tokens) {
     if (typeof node === "string" && typeof into.at(-1) === "string") into[into.length - 1] += node;
     else if (node !== "") into.push(node);
   };
+  const isInLink = () => stack.slice(1, MOST_DEPTH + 2).some(([tag]) => tag === "a");
   const open = (tag, attributes) => {
     const isTooDeep = stack.length > MOST_DEPTH;
-    const isInLink = tag === "a" && stack.slice(1, MOST_DEPTH + 2).some(([tag]) => tag === "a");
-    const node = isTooDeep ? stack.at(-1) : isInLink ? ["span", {}] : [tag, attributes];
+    const node = isTooDeep ? stack.at(-1) : tag === "a" && isInLink() ? ["span", {}] : [tag, attributes];
     if (!isTooDeep) stack.at(-1).push(node);
     stack.push(node);
   };
@@ -318,6 +314,7 @@ function build(tokens) {
       add(run.sign.repeat(run.left));
       for (const tag of run.opens) open(tag, {});
     } else if (typeof node === "string") add(node);
+    else if (node[0] === "a" && isInLink()) add(node[2]);
     else stack.at(-1).push(node);
   }
   return top;

@@ -13,6 +13,8 @@ const MATH = /^ {0,3}(\$\$|\\\[)/;
 const LINK = /^ {0,3}\[([^[\]]{1,999})\]: *(?:<([^<>]*)>|(\S+))(?: +(?:"([^"]*)"|'([^']*)'|\(([^()]*)\)))? *$/;
 
 const isBlank = (line) => line.trim() === "";
+/** Whether a line may be of a paragraph that the next one goes on with. */
+const holdsText = (line) => !/^[ >]*([*+-] [ >]*)*[*+-]?(#{1,6}( .*)?)?$/.test(line);
 const indentOf = (line) => line.length - line.trimStart().length;
 
 /** Tabs at the beginning as spaces, to the next fourth column. */
@@ -148,7 +150,7 @@ class Blocks {
     let end = at;
     for (; end < lines.length; end++) {
       const isQuoted = QUOTE.test(lines[end]);
-      const isLazy = !isQuoted && !isCode && !isBlank(lines[end]) && !isBlank(inside.at(-1)) && !interrupts(lines[end]) && !HEADING.test(inside.at(-1));
+      const isLazy = !isQuoted && !isCode && !isBlank(lines[end]) && holdsText(inside.at(-1)) && !interrupts(lines[end]);
       if (!isQuoted && !isLazy) break;
       inside.push(isQuoted ? lines[end].replace(QUOTE, "") : lines[end].trimStart());
       if (isQuoted && FENCE.test(inside.at(-1))) isCode = !isCode;
@@ -190,11 +192,10 @@ class Blocks {
       const line = lines[end];
       if (isBlank(line)) {
         blanks++;
-        if (isEmpty && inside.length === 1) break;
         continue;
       }
-      const isInside = indentOf(line) >= indent;
-      const isLazy = !isInside && !blanks && !isCode && !interrupts(line) && !ITEM.test(line);
+      const isInside = indentOf(line) >= indent && !(isEmpty && blanks && inside.length === 1);
+      const isLazy = !isInside && !blanks && !isCode && holdsText(inside.at(-1)) && !interrupts(line) && !ITEM.test(line);
       if (!isInside && !isLazy) break;
       for (; blanks; blanks--) inside.push("");
       inside.push(isInside ? line.slice(indent) : line.trimStart());
