@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 from sfumato import cli
 from sfumato.checkpoints.locate import NANO
-from sfumato.cli import hub, loading
+from sfumato.cli import hub, loading, pull
 
 Capture = pytest.CaptureFixture[str]
 Fetched = Callable[..., Path]
@@ -153,6 +153,14 @@ def test_pull_says_what_came_and_where(fetch: Fetched, monkeypatch: pytest.Monke
     assert cli.main(["pull", "b/plain", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record == {"id": "b/plain", "path": str(snapshot), "size_bytes": 2_000_002}
+
+
+def test_a_split_file_is_all_its_parts(tmp_path: Path) -> None:
+    names = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "n.gguf"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [file.name for file in pull.files_of(tmp_path / names[0])] == names[:2]
+    assert pull.files_of(tmp_path / "n.gguf") == [tmp_path / "n.gguf"]
 
 
 @pytest.mark.parametrize(
