@@ -135,12 +135,12 @@ def test_the_sdist_holds_the_repository_and_builds_the_same_wheel(wheel: Path, t
     (folder,) = (tmp_path / "unpacked").iterdir()
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert set(names) - files == {".gitignore"}
-    made = {name for name in files - set(names) if not name.startswith("sfumato.egg-info/")}
-    assert made == {"PKG-INFO", "setup.cfg"}
+    extra = {name for name in files - set(names) if not name.startswith("sfumato.egg-info/")}
+    assert extra == {"PKG-INFO", "setup.cfg"}
     again = build("wheel", folder, tmp_path / "dist")
     assert again.name == wheel.name and names_of(again) == names_of(wheel)
     with zipfile.ZipFile(again) as one, zipfile.ZipFile(wheel) as other:
-        # The record lists what the others are made of, the metadata among them.
+        # The record lists what the others are extra of, the metadata among them.
         assert all(one.read(name) == other.read(name) for name in names_of(wheel))
 
 
