@@ -8,7 +8,8 @@ import torch
 
 from sfumato import ops
 from sfumato.checkpoints.names import own_name
-from sfumato.measure.parts import BenchPlan, prompt_ids, random_config, random_model
+from sfumato.measure.parts import prompt_ids, random_config, random_model
+from sfumato.measure.plan import BenchPlan
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
 from sfumato.quant.apply import quantize_, samples

@@ -38,7 +38,8 @@ from benchmarks.peer_models import inputs, model_of, packed, twin
 from sfumato.engine.run import Run
 from sfumato.events import Done, Draft
 from sfumato.measure.machine import Timing, environment, measure
-from sfumato.measure.parts import BenchPlan, prompt_ids
+from sfumato.measure.parts import prompt_ids
+from sfumato.measure.plan import BenchPlan
 from sfumato.measure.work import duration
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model

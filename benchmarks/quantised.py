@@ -37,7 +37,8 @@ from sfumato.checkpoints.load import PLAIN
 from sfumato.checkpoints.load import load as load_model
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure.machine import ROOT, environment
-from sfumato.measure.parts import BenchPlan, engine_step, random_config, random_model
+from sfumato.measure.parts import engine_step, random_config, random_model
+from sfumato.measure.plan import BenchPlan
 from sfumato.measure.work import size
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products

@@ -31,7 +31,8 @@ from sfumato import LLM, Options
 from sfumato.checkpoints.locate import NANO
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure import parts
-from sfumato.measure.parts import BenchPlan, random_config, random_model
+from sfumato.measure.parts import random_config, random_model
+from sfumato.measure.plan import BenchPlan
 from sfumato.measure.work import duration
 from sfumato.tasks import sudoku
 

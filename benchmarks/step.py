@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from sfumato.measure.machine import Make, forget_peak, peak_bytes, products, resident_bytes
-from sfumato.measure.parts import BenchPlan, Counted, part_row, random_config, random_model
+from sfumato.measure.parts import Counted, part_row, random_config, random_model
 from sfumato.measure.parts import parts as parts_of
+from sfumato.measure.plan import BenchPlan
 from sfumato.measure.work import Parameters, duration
 from sfumato.measure.work import size as in_bytes
 from sfumato.model.cache import KVCache

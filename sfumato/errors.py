@@ -56,3 +56,10 @@ def contained(error: BaseException) -> Exception:
     if not is_panic(error):
         raise error
     return InputError("a library failed at this request, which it should have refused; change its text or constraint")
+
+
+def missing_extra(package: str | None, extra: str) -> InputError:
+    """The error for a package that only an extra of Sfumato brings."""
+    return InputError(
+        f"{package} is not installed; it comes with the extra {extra}: pip install '.[{extra}]' in Sfumato's checkout"
+    )

@@ -245,3 +245,22 @@ def test_a_range_in_words() -> None:
     assert OPTIONS["seed"].range == "from 0 to 2^62" and OPTIONS["seed"].about.maximum == BIG == 2**62
     assert OPTIONS["t_min"].range == "above 0, at most 100"
     assert OPTIONS["stop"].range == ""
+
+
+@pytest.mark.parametrize(
+    ("spellings", "name"),
+    [
+        (("bf16", "bfloat16", "BF16", "torch.bfloat16"), "bfloat16"),
+        (("fp16", "float16", "half"), "float16"),
+        (("fp32", "float32", "float"), "float32"),
+    ],
+)
+def test_a_dtype_has_one_name_and_several_spellings(spellings: tuple[str, ...], name: str) -> None:
+    assert {LoadOptions(dtype=spelling).dtype for spelling in spellings} == {name}
+    with pytest.raises(InputError, match="dtype is 'int3'; choose one of bfloat16, float16, float32, float64"):
+        LoadOptions(dtype="int3")
+
+
+def test_a_default_length_gives_way_to_a_longer_least() -> None:
+    assert Options().with_defaults({"max_tokens": 82}).max_tokens == 82
+    assert Options(min_tokens=90).with_defaults({"max_tokens": 82}).max_tokens is None

@@ -42,10 +42,16 @@ def sources(folder: Path) -> Path:
     folder.mkdir()
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(ROOT / "sfumato", folder / "sfumato", ignore=ignored)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
+    shutil.copytree(ROOT / "sfumato", folder / "sfumato", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     return folder
+
+
+def tracked() -> list[str]:
+    """The files of the repository, as git knows them; what is not committed yet too."""
+    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("needs a git checkout, which says what the repository holds")
+    return [name for name in listing.stdout.splitlines() if (ROOT / name).is_file()]
 
 
 def build(kind: str, folder: Path, target: Path) -> Path:
@@ -118,16 +124,55 @@ def test_the_version_has_one_place(wheel: Path) -> None:
     assert labels == {"Repository", "Documentation", "Changelog", "Issues"}
 
 
-def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
-    sdist = build("sdist", sources(tmp_path / "source"), tmp_path / "sdist")
+def test_the_sdist_holds_the_repository_and_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    names = tracked()
+    for name in names:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    sdist = build("sdist", tmp_path / "source", tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (folder,) = (tmp_path / "unpacked").iterdir()
-    assert not (folder / "tests").exists() and (folder / "CHANGELOG.md").is_file()
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(names) - files == {".gitignore"}
+    extra = {name for name in files - set(names) if not name.startswith("sfumato.egg-info/")}
+    assert extra == {"PKG-INFO", "setup.cfg"}
     again = build("wheel", folder, tmp_path / "dist")
     assert again.name == wheel.name and names_of(again) == names_of(wheel)
     with zipfile.ZipFile(again) as one, zipfile.ZipFile(wheel) as other:
+        # The record lists what the others are extra of, the metadata among them.
         assert all(one.read(name) == other.read(name) for name in names_of(wheel))
+
+
+WHERE = "import sfumato; print(sfumato.__file__, sfumato.__version__)"
+
+
+def test_a_clone_of_the_same_name_does_not_hide_an_installed_package(fresh: Path, tmp_path: Path) -> None:
+    """A folder `sfumato` beside the program is no package, and one that is installed comes before it."""
+    (tmp_path / "sfumato" / "sfumato").mkdir(parents=True)
+    (tmp_path / "sfumato" / "pyproject.toml").touch()
+    place = run(fresh / "python", "-c", WHERE, cwd=tmp_path, environment=surroundings(fresh, os.environ["PATH"]))
+    assert place.startswith(str(fresh.parent))
+
+
+def test_a_clone_of_the_same_name_does_not_hide_an_editable_install_of_itself(tmp_path: Path) -> None:
+    """What `make setup` does, in a clone called sfumato, and then `import sfumato` in the folder that holds it."""
+    clone = sources(tmp_path / "sfumato")
+    editable = build("editable", clone, tmp_path / "dist")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    binaries = tmp_path / "venv" / "bin"
+    site = Path(
+        run(binaries / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    )
+    with zipfile.ZipFile(editable) as archive:
+        archive.extractall(site)
+    dependencies = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
+    environment = surroundings(binaries, os.environ["PATH"])
+    for folder in (tmp_path, clone):
+        place = run(binaries / "python", "-c", WHERE, cwd=folder, environment=environment)
+        assert place.split()[0] == str(clone / "sfumato" / "__init__.py")
+    assert run(binaries / "python", "-m", "sfumato", "--version", cwd=tmp_path, environment=environment)
 
 
 def test_the_wheel_alone_solves_a_sudoku_without_a_compiler(fresh: Path, tmp_path: Path) -> None:

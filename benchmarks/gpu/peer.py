@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.gpu.setting import Row, Setting, tried
-from sfumato.measure.parts import BenchPlan
+from sfumato.measure.plan import BenchPlan
 
 STEPS = 5
 

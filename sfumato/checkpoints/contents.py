@@ -16,9 +16,9 @@ from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
 from sfumato.checkpoints.names import HEAD, VISION, own_name, released_name
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError
+from sfumato.model import purpose
 from sfumato.model.config import ModelConfig, generation_values, read_generation_config, read_json
 from sfumato.model.network import Model
-from sfumato.model.purpose import Purpose
 from sfumato.ops import load as load_ops
 from sfumato.ops.contract import Ops
 from sfumato.text.tokenizer import Tokenizer
@@ -55,12 +55,10 @@ def generation_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ..
     return read_generation_config(checkpoint.path)
 
 
-def purpose_of(checkpoint: Checkpoint) -> Purpose | None:
-    """What the checkpoint is for, where its generation_config says so."""
-    if checkpoint.path.is_file():
-        return Purpose.of(checkpoint.generation, str(checkpoint.path))
-    path = checkpoint.path / GENERATION
-    return Purpose.of(read_json(path), str(path)) if path.exists() else None
+def purpose_of(checkpoint: Checkpoint) -> purpose.Purpose | None:
+    """What the checkpoint is for, where a file beside it says so."""
+    path = checkpoint.path / purpose.FILE
+    return purpose.Purpose.of(read_json(path), str(path)) if path.is_file() else None
 
 
 def tokenizer_of(vocabulary: StoredVocabulary) -> Tokenizer:

@@ -31,24 +31,16 @@ from sfumato.checkpoints.formats.released import METHOD, plan_released
 from sfumato.checkpoints.locate import resolve
 from sfumato.checkpoints.names import HEAD, own_name, released_name
 from sfumato.checkpoints.shards import WRITING, Planned, PlannedFolder, as_json, check_empty, write_shards
+from sfumato.checkpoints.targets import target_name
 from sfumato.errors import CapacityError, CheckpointError, InputError
+from sfumato.model import purpose
 from sfumato.model.config import GEMMA4, read_json, with_every_spelling
 from sfumato.quant import recipes
 from sfumato.system.files import locked
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
-TARGETS = {
-    **{name: f"Sfumato: {recipe.summary}" for name, recipe in recipes.RECIPES.items()},
-    "bf16": "the released layout in bfloat16, which transformers reads too",
-    "compressed-fp8": "compressed-tensors, FP8 with dynamic activations: vLLM",
-    **{f"mlx-{bits}bit": f"MLX affine, {bits} bits in groups of 64" for bits in (3, 4, 5, 6, 8)},
-    "mlx-mxfp4": "MLX mxfp4, 4-bit floats in groups of 32",
-    "gguf-q8_0": "one GGUF file: llama.cpp",
-    "gguf-bf16": "one GGUF file in full precision",
-}
-"""What `convert` writes, by name; how, `_PLANS` and `_to_gguf` say."""
-TOKENIZER = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
+TOKENIZER = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", purpose.FILE)
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -79,7 +71,7 @@ def convert(
     anything is written, CapacityError a disk that is too small. What `target` holds already is an InputError, unless a
     run that was cut off has left it; with `force` it is replaced, and stays until the new one is whole. SfumatoError
     where another process writes there, or the disk says no."""
-    target = Path(target).expanduser()
+    target, to = Path(target).expanduser(), target_name(to)
     if not isinstance(source, Checkpoint):
         _check_apart(target, Path(source).expanduser())
         check_target(target, to, force)  # before a checkpoint is fetched from the hub
@@ -105,8 +97,7 @@ def _check_apart(target: Path, source: Path) -> None:
 
 def check_target(target: Path, to: str, force: bool) -> None:
     """InputError where `target` is no place for this format, or holds something that must not vanish unasked."""
-    if to not in TARGETS:
-        raise InputError(f"there is no format {to!r} to convert to; choose one of {', '.join(TARGETS)}")
+    target_name(to)
     if to.startswith("gguf-"):
         if target.is_dir() or target.suffix != ".gguf":
             raise InputError(f"{target} is no name for one GGUF file; give a path that ends in .gguf")

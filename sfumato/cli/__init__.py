@@ -21,6 +21,7 @@ import typer
 
 from sfumato import __version__
 from sfumato.cli.output import harmless
+from sfumato.cli.settings import SettingsError
 from sfumato.errors import InputError, SfumatoError
 
 COMMANDS = {
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags: dict[str, str] = {}
     try:
         if arguments is None and COMPLETE in os.environ:
+            import_module("typer.completion").completion_init()  # its shells, whose lines are read here
             words = _words_to_complete()
         group = application(words)
         flags.update(_flags_of(group, _called(words)))
@@ -108,7 +110,7 @@ def explain(error: BaseException, flags: Mapping[str, str] | None = None) -> tup
         path = context.command_path if context is not None else "sfumato"
         return f"{error.format_message()} (see {path} --help)", 2  # type: ignore[attr-defined]
     if isinstance(error, InputError):
-        return _in_flags(error, flags or {}), 2
+        return str(error) if isinstance(error, SettingsError) else _in_flags(error, flags or {}), 2
     if isinstance(error, SfumatoError):
         return str(error), 1
     if isinstance(error, OSError):

@@ -13,10 +13,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -24,17 +22,16 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from sfumato.checkpoints.load import load as load_checkpoint
-from sfumato.cli import files, flags
+from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.view import visible
 from sfumato.errors import InputError
-from sfumato.measure.parts import DTYPES, Announce, BenchPlan, random_config, random_model, record
-from sfumato.measure.work import duration, number, size
-from sfumato.model.network import Model
-from sfumato.ops import survey
+from sfumato.measure.plan import BenchPlan
 from sfumato.options import MOST_STEPS, LoadOptions
-from sfumato.quant.apply import samples
+
+if TYPE_CHECKING:
+    from sfumato.measure.parts import Announce
+    from sfumato.model.network import Model
 
 
 @dataclass(frozen=True)
@@ -42,29 +39,32 @@ class ModelFlags:
     """Which weights to time: a checkpoint's, or random ones."""
 
     model: Annotated[
-        str | None, typer.Argument(help="A checkpoint folder, a hub id, or nano. Default: random weights.")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A checkpoint folder, .gguf file, hub id, or nano. Default: random weights.",
+            autocompletion=loading.known_models,
+        ),
     ] = None
     size: Annotated[str, typer.Option(help="Of the random weights: mid (half a billion) or tiny.")] = "mid"
-    dtype: Annotated[str | None, typer.Option(help="bf16 or float32. Default: the checkpoint's; bf16.")] = None
 
     @property
     def name(self) -> str:
         """What the record calls the model."""
         return self.model or f"{self.size} (random weights)"
 
-    def check(self) -> None:
-        """InputError for a dtype that is not timed."""
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise InputError(f"dtype is {self.dtype!r}; choose bf16 or float32")
-
     def model_on(self, device: str, load: LoadOptions) -> Model:
-        """The model on this device."""
-        dtype = DTYPES[self.dtype] if self.dtype else None
+        """The model on this device, random weights in bfloat16 unless another dtype is named."""
+        import torch
+
+        from sfumato.checkpoints.load import load as load_checkpoint
+        from sfumato.measure.parts import random_config, random_model
+
         if self.model is None:
-            plain = dtype or DTYPES["bf16"]
-            return random_model(random_config(self.size), plain, device, load.ops, quantize=load.quantize)
-        named = None if self.dtype is None else "bfloat16" if self.dtype == "bf16" else self.dtype
-        return load_checkpoint(self.model, replace(load, device=device, dtype=named)).eval()
+            dtype = getattr(torch, load.dtype or "bfloat16")
+            return random_model(random_config(self.size), dtype, device, load.ops, quantize=load.quantize)
+        return load_checkpoint(self.model, replace(load, device=device)).eval()
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class WorkFlags:
 
 
 @flags.takes(
-    source=flags.group_of(ModelFlags),
-    load=opt.load_flags_of(without=("model", "dtype", "memory_limit")),
+    source=loading.positional(flags.group_of(ModelFlags, loading.WHICH)),
+    load=opt.load_flags_of(without=("memory_limit",)),
     amount=flags.group_of(WorkFlags),
 )
 def command(
@@ -92,7 +92,8 @@ def command(
     load: LoadOptions,
     amount: WorkFlags,
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON.")] = False,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Write the record to this file too.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write the record to this new file too.")] = None,
+    force: opt.Force = False,
 ) -> None:
     """Time prefill, step, read-out, commit and whole answers, beside what this machine can do at all.
 
@@ -102,8 +103,14 @@ def command(
 
     Example: sfumato bench nano --steps 8 --json -o bench.json
     """
-    source.check()
-    target = None if output is None else _target(output)
+    if load.dtype not in (None, "float32", "bfloat16"):
+        raise InputError(f"dtype is {load.dtype!r}; bench times bfloat16 and float32", option="dtype")
+    target = files.new_path(output, force)
+
+    from sfumato.measure.parts import record
+    from sfumato.ops import survey
+    from sfumato.quant.apply import samples
+
     device = _device(load.device)
     plan = BenchPlan(amount.prompt, amount.tokens, amount.steps, amount.seconds)
     with progress() as report:
@@ -114,25 +121,17 @@ def command(
     results["implementations"] = [one._asdict() for one in standings]
     text = json.dumps(results, indent=2)
     if target is not None:
-        target.write_text(text + "\n", encoding="utf-8")
+        target.write(text + "\n")
     if as_json:
         print(text)
     else:
         show(results)
 
 
-def _target(output: str) -> Path:
-    """The file to write the record to; InputError where that cannot be, better known before the work."""
-    target = files.out_path(output, "--output")
-    if target.is_dir():
-        raise InputError(f"{target} is a folder; give a file to write the record to")
-    if not target.absolute().parent.is_dir():
-        raise InputError(f"{target} cannot be written: there is no folder {target.parent}")
-    return target
-
-
 def _device(name: str) -> str:
     """The device to time; InputError for one that this machine lacks."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -157,6 +156,8 @@ def progress() -> Iterator[Announce]:
 
 def show(results: dict[str, Any]) -> None:
     """The record for a person."""
+    from sfumato.measure.work import number, size
+
     console, hardware, model = Console(highlight=False), results["environment"]["hardware"], results["model"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     described = (
@@ -180,6 +181,8 @@ def show(results: dict[str, Any]) -> None:
 
 
 def _parts_table(results: dict[str, Any]) -> Table:
+    from sfumato.measure.work import duration
+
     columns = ("time", "fastest", "slowest", "floor", "of ceiling")
     table = _table(f"part, after {results['prompt']} tokens", columns)
     for name, row in results["parts"].items():
@@ -189,6 +192,8 @@ def _parts_table(results: dict[str, Any]) -> Table:
 
 
 def _answers_table(results: dict[str, Any]) -> Table:
+    from sfumato.measure.work import duration
+
     table = _table("whole answer", ("tokens", "time", "first", "per pass", "per second"))
     for name, row in results["requests"].items():
         steps = f", {row['steps_per_canvas']} steps" if "steps_per_canvas" in row else ""

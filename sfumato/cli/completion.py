@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from importlib import import_module
 from typing import Annotated
 
 import typer
-from typer._completion_shared import get_completion_script
 
 from sfumato.cli import COMPLETE
 
@@ -25,4 +25,5 @@ def command(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> Non
 
     Example: sfumato completion bash
     """
-    print(get_completion_script(prog_name="sfumato", complete_var=COMPLETE, shell=shell.value))
+    script = import_module("typer.completion").get_completion_script
+    print(script(prog_name="sfumato", complete_var=COMPLETE, shell=shell.value))

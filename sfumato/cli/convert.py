@@ -6,25 +6,34 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from torch import Tensor
 
-from sfumato.checkpoints import convert
+from sfumato.checkpoints.targets import TARGETS
 from sfumato.cli import files
 from sfumato.cli import options as opt
+from sfumato.cli.loading import known_models
 from sfumato.cli.output import harmless
 from sfumato.cli.view import visible
-from sfumato.measure.work import size
 
-FORMATS = "; ".join(f"{name}: {what}" for name, what in convert.TARGETS.items())
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
+
+
+def targets(incomplete: str) -> list[str]:
+    """The formats that the shell offers."""
+    return [name for name in TARGETS if name.startswith(incomplete)]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, .gguf file, or nano.")],
-    to: Annotated[str, typer.Option(help=f"{FORMATS}.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, hub id, .gguf file, or nano.", autocompletion=known_models)
+    ],
+    to: Annotated[str, typer.Option(help=f"{FORMATS}.", autocompletion=targets)],
     output: Annotated[str, typer.Option("--output", "-o", help="The folder to write; for GGUF a file.")],
     force: opt.Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="A record instead of a sentence.")] = False,
@@ -52,6 +61,9 @@ def run(
 ) -> None:
     """Convert, with progress on stderr and the result on stdout. `calibration`: what samples say of each weight."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    from sfumato.checkpoints import convert  # only now: these cost the import of torch
+    from sfumato.measure.work import size
 
     console = Console(stderr=True, highlight=False)
     columns = ("writing", BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -16,7 +16,7 @@ from typing import Any
 
 from sfumato.errors import InputError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::\S+)?", re.ASCII)
 """owner/name, or owner/name:QUANT for one of its GGUF files."""
 _MODEL_TYPES, _ARCHITECTURE = ("diffusion_gemma", "gemma4"), "diffusion-gemma"
 """What a config.json and the head of a GGUF file say of models that are read here."""
@@ -82,7 +82,7 @@ def _model_of(folder: Path) -> CachedModel | None:
     snapshot = _snapshot(folder)
     if snapshot is None:
         return None
-    files = [file for file in snapshot.iterdir() if file.is_file()]
+    files = [file for file in snapshot.rglob("*") if file.is_file()]
     ggufs = sorted(file for file in files if file.suffix == ".gguf")
     form = _format_of_config(snapshot / "config.json") or next(filter(None, map(_format_of_gguf, ggufs)), None)
     if form is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,9 +35,16 @@ def command(
     from sfumato.checkpoints.locate import resolve  # only now: this costs the import of torch
 
     path = resolve(model)
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in files_of(path))
     if as_json:
         print(json.dumps({"id": model, "path": str(path), "size_bytes": size}))
     else:
         print(harmless(f"{model}: {hub.in_words(size)} in {path}\nsfumato run {model}"))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a checkpoint: all of a folder, or a GGUF file with the other parts that it is split into."""
+    if path.is_dir():
+        return [file for file in path.rglob("*") if file.is_file()]
+    part = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", path.name)
+    return [path] if part is None else sorted(path.parent.glob(f"{part[1]}?????{part[2]}"))

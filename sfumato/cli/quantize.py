@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
 
-from sfumato.checkpoints.convert import check_target
 from sfumato.cli import files, loading
 from sfumato.cli import options as opt
 from sfumato.cli.convert import run
@@ -17,10 +15,22 @@ from sfumato.errors import InputError
 from sfumato.options import LoadOptions
 from sfumato.quant import recipes
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """The recipes that the shell offers."""
+    return [name for name in recipes.RECIPES if name.startswith(incomplete)]
+
 
 def command(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, .gguf file, or nano.")],
-    to: Annotated[str, typer.Option(help=f"A recipe: {', '.join(recipes.RECIPES)}.")] = "int4",
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, hub id, .gguf file, or nano.", autocompletion=loading.known_models)
+    ],
+    to: Annotated[
+        str, typer.Option(help=f"A recipe: {', '.join(recipes.RECIPES)}.", autocompletion=recipe_names)
+    ] = "int4",
     output: Annotated[str | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     calibrate: Annotated[
         Path | None,
@@ -42,6 +52,8 @@ def command(
 
     Example: sfumato quantize model-Q4_K_M.gguf --to int4 -o diffusiongemma-int4
     """
+    from sfumato.checkpoints.convert import check_target  # only now: this costs the import of torch
+
     recipe = recipes.named(to)
     target = files.out_path(f"{Path(model).stem}-{recipe.name}" if output is None else output, "--output")
     check_target(target.expanduser(), recipe.name, force)  # before the samples are read, which takes long

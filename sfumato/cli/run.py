@@ -46,7 +46,7 @@ def command(
     """
     if api.model not in (None, place):
         raise InputError(f"MODEL is {place} and --model is {api.model}; give one of them")
-    piped = "" if sys.stdin.isatty() else files.read("-")
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else files.read("-")
     text = "\n\n".join(part for part in (prompt, piped.strip()) if part)
     if prompt is not None and not text:
         raise InputError("the prompt is empty; give at least one character")

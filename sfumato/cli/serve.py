@@ -14,7 +14,7 @@ from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.output import harmless
 from sfumato.engine.limits import BatchLimits
-from sfumato.errors import InputError
+from sfumato.errors import InputError, missing_extra
 from sfumato.options import LoadOptions
 from sfumato.server.backend import ModelCard
 from sfumato.server.cluster.plan import ClusterPlan
@@ -189,7 +189,7 @@ def server_module(name: str) -> Any:
     try:
         return import_module(f"sfumato.server.{name}")
     except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed; pip install 'sfumato[{extra}]'") from None
+        raise missing_extra(error.name, extra) from None
 
 
 def tell(card: ModelCard, address: str) -> None:

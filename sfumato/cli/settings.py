@@ -39,6 +39,10 @@ SAMPLING = tuple(name for name in OPTIONS if name not in (*CONSTRAINTS, "drafts"
 GIGABYTE = 1e9
 
 
+class SettingsError(InputError):
+    """The file is wrong; its keys are called what they are called there."""
+
+
 @dataclass(frozen=True)
 class UserSettings:
     """What file and environment say; what they leave open is not in it."""
@@ -77,21 +81,21 @@ def config_path() -> Path:
 
 
 def read_settings() -> UserSettings:
-    """The settings as they are now; InputError names the file, and the key that is wrong."""
+    """The settings as they are now; SettingsError names the file, and the key that is wrong."""
     path, variable = config_path(), os.environ.get(VARIABLE) or None
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return UserSettings(path, variable=variable)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; mend it, or move it away") from None
+        raise SettingsError(f"cannot read {path}: {error.strerror}; mend it, or move it away") from None
     except ValueError as error:  # no UTF-8, or no TOML
-        raise InputError(f"{path} is not TOML: {error}; mend it, or move it away") from None
+        raise SettingsError(f"{path} is not TOML: {error}; mend it, or move it away") from None
     load, options = _section(path, table, "load"), _section(path, table, "options")
     for key, value in table.items():
         _check_known(path, key, PLACES, "", more=" and the sections [load] and [options]")
         if not isinstance(value, str) or not value:
-            raise InputError(f"{path}: {key} is {value!r}; give a text")
+            raise SettingsError(f"{path}: {key} is {value!r}; give a text")
     for key in load:
         _check_known(path, key, LOADING, "load.")
     for key in options:
@@ -108,18 +112,18 @@ def read_settings() -> UserSettings:
 def _section(path: Path, table: dict[str, Any], name: str) -> dict[str, Any]:
     section = table.pop(name, {})
     if not isinstance(section, dict):
-        raise InputError(f"{path}: {name} is {section!r}; it is a section, [{name}] with keys below it")
+        raise SettingsError(f"{path}: {name} is {section!r}; it is a section, [{name}] with keys below it")
     return section
 
 
 def _check_known(path: Path, key: str, names: tuple[str, ...], section: str, more: str = "") -> None:
     if key not in names:
-        raise InputError(f"{path}: there is no key {section}{key}; the keys are {', '.join(names)}{more}")
+        raise SettingsError(f"{path}: there is no key {section}{key}; the keys are {', '.join(names)}{more}")
 
 
 def _gigabytes(path: Path, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-        raise InputError(f"{path}: load.memory_limit is {value!r}; give GB of weights, for example 12")
+        raise SettingsError(f"{path}: load.memory_limit is {value!r}; give GB of weights, for example 12")
     return round(value * GIGABYTE)
 
 
@@ -130,11 +134,11 @@ def _check(
     declared: dict[str, Option],
     make: Callable[[dict[str, Any]], object],
 ) -> None:
-    """InputError, which names file and key, for values that the record of these options refuses."""
+    """SettingsError, which names file and key, for values that the record of these options refuses."""
     for name, value in values.items():
         if declared[name].kind is str and not isinstance(value, str):
-            raise InputError(f"{path}: {section}{name} is {value!r}; give a text")
+            raise SettingsError(f"{path}: {section}{name} is {value!r}; give a text")
     try:
         make(values)
     except InputError as error:
-        raise InputError(f"{path}: {section}{error}", option=error.option) from None
+        raise SettingsError(f"{path}: {section}{error}", option=error.option) from None

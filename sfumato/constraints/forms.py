@@ -13,7 +13,7 @@ import json
 import re
 from typing import Any
 
-from sfumato.errors import InputError
+from sfumato.errors import InputError, missing_extra
 
 MAX_CHARACTERS = 1_000_000
 """Characters of a schema as JSON, of a Lark grammar, and of all choices together."""
@@ -34,7 +34,7 @@ def llguidance() -> Any:
     try:
         return importlib.import_module("llguidance")
     except ImportError:
-        raise InputError("constraints need the package llguidance; pip install 'sfumato[constrain]'") from None
+        raise missing_extra("llguidance", "constrain") from None
 
 
 def checked_text(kind: str, value: Any, limit: int) -> str:

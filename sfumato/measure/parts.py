@@ -21,6 +21,7 @@ from sfumato.engine.run import Run
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done, Draft
 from sfumato.measure.machine import Timing, ceilings, environment, forget_peak, measure, peak_bytes
+from sfumato.measure.plan import BenchPlan
 from sfumato.measure.work import (
     GROUPS,
     Kept,
@@ -45,26 +46,12 @@ from sfumato.quant.recipes import Recipe, named
 from sfumato.sampling.noise import CountedNoise
 from sfumato.sampling.rules import accept, count_still, is_confident, is_stable
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 Announce = Callable[[str], None]
 """Gets the name of each measurement as it begins."""
 
 
 def _quietly(name: str) -> None:
     """Announce nothing."""
-
-
-@dataclass(frozen=True)
-class BenchPlan:
-    """What to measure: prompt and answer in tokens, denoising steps a canvas, and about how long to take for each."""
-
-    prompt: int = 384
-    tokens: int = 512
-    steps: int = 12
-    seconds: float = 20.0
-    seed: int = 0
-    streamed: int = 2**30
-    """Bytes of the buffer that memory bandwidth is measured with."""
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""What a checkpoint is for, where it is for one thing alone: its own sentence, kept in its generation_config.json.
+"""What a checkpoint is for, where it is for one thing alone: its own sentence, kept in a file beside it.
 
-    "sfumato": {"purpose": "nano solves Sudoku and nothing else", "prompt": "Solve this Sudoku:", "max_tokens": 82}
+    {"purpose": "nano solves Sudoku and nothing else", "prompt": "Solve this Sudoku:", "max_tokens": 82}
 
-Whoever talks with such a model is told, if what is asked is something else. Another program leaves the key aside.
+Whoever talks with such a model is told, if what is asked is something else. The file is our own: transformers refuses a
+generation_config.json with keys that it does not know.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 from sfumato.errors import CheckpointError, InputError
 from sfumato.options import OPTIONS
 
-KEY = "sfumato"
-"""The key in generation_config.json."""
+FILE = "purpose.json"
+"""The file of a checkpoint that holds it."""
 MOST_CHARACTERS = 300
 
 
@@ -35,22 +36,18 @@ class Purpose:
         return self.prompt in prompt
 
     @classmethod
-    def of(cls, generation: Mapping[str, Any], source: str) -> Purpose | None:
-        """The purpose that a generation_config states, None for one that states none.
+    def of(cls, raw: Mapping[str, Any], source: str) -> Purpose:
+        """The purpose that such a file states.
 
         CheckpointError, which names `source`, for one that is no sentence or no length."""
-        if (raw := generation.get(KEY)) is None:
-            return None
-        if not isinstance(raw, Mapping):
-            raise CheckpointError(f"{source}: {KEY} is {type(raw).__name__}; it must be an object")
         texts = {name: raw.get(name, "") for name in ("purpose", "prompt")}
         for name, text in texts.items():
             if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
-                raise CheckpointError(f"{source}: {KEY}.{name} must be a text of {MOST_CHARACTERS} characters at most")
+                raise CheckpointError(f"{source}: {name} must be a text of {MOST_CHARACTERS} characters at most")
         try:
             length = OPTIONS["max_tokens"].checked(raw.get("max_tokens"))
         except InputError as error:
-            raise CheckpointError(f"{source}: {KEY}.{error}") from error
+            raise CheckpointError(f"{source}: {error}") from error
         if not texts["purpose"]:
-            raise CheckpointError(f"{source}: {KEY}.purpose is missing; give a sentence")
+            raise CheckpointError(f"{source}: purpose is missing; give a sentence")
         return cls(" ".join(texts["purpose"].split()), texts["prompt"], length)

@@ -19,7 +19,7 @@ from sfumato.engine.arguments import check_kind, check_list, check_messages, che
 from sfumato.errors import CheckpointError, InputError, WorkerError, contained
 from sfumato.events import Commit, Completion, Draft, Event
 from sfumato.model.prompt import Prompt
-from sfumato.model.purpose import KEY, Purpose
+from sfumato.model.purpose import Purpose
 from sfumato.options import Options, differences
 from sfumato.remote.bodies import answer_body, answer_route, option_refused, template_route_and_body
 from sfumato.remote.host import Host, NoSuchRoute
@@ -232,8 +232,9 @@ class Remote(LanguageModel):
 
 
 def _purpose(card: Mapping[str, Any]) -> Purpose | None:
+    raw = card.get("purpose")
     try:
-        return Purpose.of({KEY: card.get("purpose")}, "the host")
+        return Purpose.of(raw, "the host") if isinstance(raw, Mapping) else None
     except CheckpointError:  # a hint less
         return None
 

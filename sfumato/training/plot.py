@@ -11,7 +11,7 @@ def plot(folder: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        return "install sfumato[plot] to have the loss drawn"
+        return "for a picture of the loss: pip install '.[plot]' in Sfumato's checkout"
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -10,7 +10,7 @@ import pytest
 
 from sfumato import cli
 from sfumato.cli import bench
-from sfumato.measure.parts import BenchPlan
+from sfumato.measure.plan import BenchPlan
 
 PARTS = (
     "prefill", "denoise pass", "read-out", "soft embedding", "accept, renoise, stop", "commit", "commit and first pass",
@@ -62,7 +62,9 @@ def test_the_operations_that_ran_stand_beside_those_that_auto_takes() -> None:
     ("arguments", "part"),
     [
         (["--size", "huge"], "choose mid or tiny"),
-        (["--dtype", "int3"], "choose bf16 or float32"),
+        (["--dtype", "int3"], "choose one of bfloat16"),
+        (["--dtype", "fp16", "--size", "tiny"], "times bfloat16 and float32"),
+        (["nano", "-m", "other"], "MODEL is nano and --model is other"),
         (["--device", "abacus"], "abacus"),
         (["--size", "tiny", "--ops", "magic"], "magic"),
         (["--size", "tiny", "--quantize", "int3"], "choose one of int8, fp8, int4"),

@@ -132,7 +132,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "llguidance", None)
     fresh = Tokenizer.from_file(NANO)
     for kind, value in (("regex", "a"), ("choices", ["a"])):
-        with pytest.raises(InputError, match=r"pip install 'sfumato\[constrain\]'"):
+        with pytest.raises(InputError, match=r"pip install '\.\[constrain\]'"):
             Grammar.compile(kind, value, fresh, fresh.vocab_size, [1])
 
 

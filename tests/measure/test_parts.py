@@ -11,7 +11,7 @@ import torch
 
 from sfumato.errors import InputError
 from sfumato.measure import parts, work
-from sfumato.measure.parts import BenchPlan
+from sfumato.measure.plan import BenchPlan
 from sfumato.model.network import Model
 from sfumato.ops import cpu, load
 from sfumato.quant.apply import samples

@@ -20,7 +20,7 @@ from sfumato.checkpoints.checkpoint import Checkpoint, Entry
 from sfumato.checkpoints.formats.mlx import FLOATS, MODES, Scheme
 from sfumato.checkpoints.names import DECODER, ENCODER, VISION
 from sfumato.checkpoints.shards import Planned
-from sfumato.errors import InputError
+from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import ModelConfig
 from sfumato.quant.formats import pack
 
@@ -171,6 +171,8 @@ def _planned_codes(module: str, entry: Entry, scheme: Scheme, stored: str) -> li
     def named() -> Iterator[Tensor]:
         try:
             yield from run()
+        except CheckpointError:  # of the source, which it names
+            raise
         except InputError as error:
             raise InputError(f"{module}: {error}") from error
 

@@ -12,7 +12,7 @@ import secrets
 from importlib import import_module
 from importlib.util import find_spec
 
-from sfumato.errors import InputError
+from sfumato.errors import missing_extra
 from sfumato.server.cluster.plan import ClusterPlan
 from sfumato.server.http import listen as http
 from sfumato.server.settings import Settings
@@ -27,7 +27,7 @@ def run(plan: ClusterPlan, settings: Settings, port: int, ready: http.OnReady) -
     try:
         module = import_module("sfumato.server.cluster.backend")
     except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed; pip install 'sfumato[ray]'") from None
+        raise missing_extra(error.name, "ray") from None
     http.run(module.RayBackend(plan, settings.drain), settings, port, ready)
 
 
