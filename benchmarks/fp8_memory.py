@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import released_config
 from safetensors.torch import save_file
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import released_config
 from sfumato.checkpoints.contents import blank
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.names import released_name
