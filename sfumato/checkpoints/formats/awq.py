@@ -105,7 +105,7 @@ def _awq(name: str, weight: Stored, scales: Stored, zeros: Stored | None, group:
                 f"{short(part.name)} in {part.file} has the shape {list(part.shape)}; qweight of {list(weight.shape)} "
                 f"in groups of {group} asks for {list(expected)}, and the groups must be whole and even"
             )
-    # A product with a float32 scale is rounded, and code x scale + bias would be three times.
+    # With float32 scales code x scale + bias is rounded three times: `packed` differs in the last bits.
     is_exact = scales.dtype != "F32" or zeros is None
 
     def parts(first: int, last: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -144,7 +144,7 @@ def _awq(name: str, weight: Stored, scales: Stored, zeros: Stored | None, group:
         nbytes=weight.nbytes + scales.nbytes + (zeros.nbytes if zeros else 0),
         stored=f"AWQ 4-bit, group {group}, {scales.dtype}" + ", symmetric" * (zeros is None),
         read=read,
-        packed=packed if is_exact else None,
+        packed=packed,
     )
 
 

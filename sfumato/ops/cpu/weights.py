@@ -165,7 +165,7 @@ def _checked(weight: Packed) -> Operand:
     if not weight.is_grouped:  # one scale an output: the factor of its products
         return operand_of(weight.shape, (weight.data, None, None, weight.scale), limits.number, 0, 0)
     parts = weight.data, weight.scale, weight.bias, weight.factor
-    more = {"spread": BLOCK if weight.kind == "fp8" else 1}
+    more = {"spread": _spread(weight)}
     if limits.number == _HALVES:
         more["table"] = _table(weight.kind, weight.bias is not None).data_ptr()
     return operand_of(weight.shape, parts, limits.number, weight.group, _STORED[weight.scale.dtype], **more)
@@ -213,10 +213,20 @@ def refusal(weight: Packed) -> str | None:
     return _odd_part(weight, limits)
 
 
+def _spread(weight: Packed) -> int:
+    """Outputs that share a scale; 128 where the shapes of fp8 by blocks say none, which `_odd_part` then names."""
+    if weight.kind != "fp8" or not weight.is_grouped:
+        return 1
+    try:
+        return weight.block_rows
+    except ValueError:
+        return BLOCK
+
+
 def _odd_part(weight: Packed, limits: _CodeLimits) -> str | None:
     """What is not as it must be about the tensors of a weight."""
     *stack, outputs, inputs = weight.shape
-    spread = BLOCK if weight.kind == "fp8" else 1
+    spread = _spread(weight)
     scales = [*stack, -(-outputs // spread), -(-inputs // weight.group)] if weight.is_grouped else [*stack, outputs]
     types = limits.scale if weight.is_grouped else (torch.float32,)
     codes = [*stack, outputs, inputs // 2 if limits.number == _HALVES else inputs]

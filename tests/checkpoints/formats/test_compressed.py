@@ -249,6 +249,32 @@ def test_reads_what_the_library_compresses(tmp_path: Path, library: Any, preset:
     assert any("input_global_scale" in notice for notice in checkpoint.notices)
 
 
+@pytest.mark.parametrize("asymmetric", ["", "/asym"])
+def test_reordered_inputs_are_held_in_another_format(tmp_path: Path, asymmetric: str) -> None:
+    """`actorder` "group": a weight has the scale of the group that its input belongs to."""
+    module = adversarial(f"pack-quantized/32{asymmetric}", 24, 256)
+    settings = quantization("pack-quantized", group_size=32, actorder="group")
+    order = (torch.arange(256) // 32)[torch.randperm(256, generator=generator(5))].int()
+
+    def entry_with(parts: dict[str, Tensor]) -> Entry:
+        return opened(tmp_path, {f"{LINEAR}.{k}": v for k, v in parts.items()}, settings).entries[f"{LINEAR}.weight"]
+
+    in_order = entry_with({**module, "weight_g_idx": (torch.arange(256) // 32).int()})
+    assert in_order.packed is not None and in_order.fallback is None
+    entry = entry_with({**module, "weight_g_idx": order})
+    assert entry.packed is None and entry.fallback == "int8" and entry.stored == "int4 in groups of 32, act order"
+    # The same codes with every scale its own column: what the library gives for groups of one input.
+    codes = entry_with({**module, "weight_g_idx": (torch.arange(256) // 32).int()}).read(0, 24)
+    scale = module["weight_scale"].float()
+    less = codes / scale.repeat_interleave(32, 1)
+    if asymmetric:
+        points = torch.stack([module["weight_zero_point"].int() >> 4 * n & 15 for n in range(8)], 1).flatten(0, 1)[:24]
+        less = (less + points.repeat_interleave(32, 1)).round() - points[:, order.long()]
+    assert torch.allclose(entry.read(0, 24), less.round() * scale[:, order.long()], rtol=1e-6, atol=0)
+    with pytest.raises(CheckpointError, match="lacks weight_g_idx"):
+        entry_with(module)
+
+
 def test_nvfp4_is_code_times_scale_over_global_scale(tmp_path: Path) -> None:
     packed = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], [0x21, 0x43, 0x65, 0x87] * 2]).byte()
     scale = torch.tensor([[3.5], [-0.001953125]]).to(torch.float8_e4m3fn)

@@ -174,6 +174,64 @@ def test_fp8(tmp_path: Path, shape: tuple[int, ...]) -> None:
     assert packed.scale.shape == (2,) and torch.equal(packed.dense(), whole[5:7])
 
 
+def signed(parts: dict[str, Tensor]) -> Tensor:
+    """modelopt's `pack_int4_in_uint8` undone: the even output low, four bits with a sign, times the group's scale."""
+    codes = torch.stack([parts["weight"] & 15, parts["weight"] >> 4], 1).flatten(0, 1).int()
+    codes = torch.where(codes > 7, codes - 16, codes)
+    return codes.float() * parts["weight_scale"].float().repeat_interleave(32, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int4_of_two_outputs_a_byte(tmp_path: Path, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(1)
+    parts = {
+        "weight": torch.randint(0, 256, (20, 64), generator=draw, dtype=torch.uint8),
+        "weight_scale": torch.rand(40, 2, generator=draw).to(dtype),
+    }
+    entry = opened(tmp_path, named(LINEAR, parts), {"quant_algo": "W4A16_AWQ", "group_size": 32}).entries
+    weight = entry[f"{LINEAR}.weight"]
+    assert weight.shape == (40, 64) and torch.equal(weight.read(0, 40), signed(parts)) and weight.packed is not None
+    packed = weight.packed(3, 18)
+    assert packed.kind == "int4" and packed.bias is None and torch.equal(packed.dense(), signed(parts)[3:18])
+
+
+def test_scaled_inputs_are_part_of_the_weight(tmp_path: Path) -> None:
+    """AWQ multiplies each input by a scale before the product; no code says that, so that it is held as int8."""
+    parts = module(40, 64, 0)
+    scale = torch.rand(64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    tensors = named(LINEAR, {**parts, "pre_quant_scale": scale})
+    entry = opened(tmp_path, tensors, {"quant_algo": "NVFP4_AWQ", "group_size": 16}).entries[f"{LINEAR}.weight"]
+    assert torch.equal(entry.read(1, 9), defined(parts).float()[1:9] * scale.float())
+    assert (entry.packed, entry.fallback, entry.stored) == (None, "int8", "nvfp4, inputs scaled")
+    with pytest.raises(CheckpointError, match=r"pre_quant_scale.*shape"):
+        opened(tmp_path, named(LINEAR, {**parts, "pre_quant_scale": scale[:63]}))
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), [("MXFP8", "mxfp8"), ("mxfp4", "mxfp4"), ("W8A16", "int8")])
+def test_microscaling_and_int8(tmp_path: Path, algorithm: str, kind: str) -> None:
+    draw = torch.Generator().manual_seed(1)
+    exponents = torch.randint(100, 150, (40, 2), generator=draw, dtype=torch.uint8)
+    data = torch.randint(-127, 120, (40, 64), generator=draw)
+    values = {
+        "mxfp8": data.div(4).to(torch.float8_e4m3fn),
+        "mxfp4": torch.randint(0, 256, (40, 32), generator=draw, dtype=torch.uint8),
+        "int8": data.to(torch.int8),
+    }[kind]
+    scale = torch.rand(40, generator=draw) if kind == "int8" else exponents
+    entries = opened(
+        tmp_path, named(LINEAR, {"weight": values, "weight_scale": scale}), {"quant_algo": algorithm}
+    ).entries
+    wide = scale[:, None] if kind == "int8" else (scale.double() - 127).exp2().repeat_interleave(32, 1)
+    if kind == "mxfp4":
+        codes = torch.stack([values & 15, values >> 4], -1).flatten(1)
+        exact = torch.tensor([half / 2 for half in HALVES])[(codes & 7).int()] * (1 - 2 * (codes >> 3).float()) * wide
+    else:
+        exact = values.float() * wide
+    entry = entries[f"{LINEAR}.weight"]
+    assert entry.packed is not None and entry.packed(0, 40).kind == entry.stored == kind
+    assert torch.equal(entry.read(0, 40), exact.float()) and torch.equal(entry.packed(0, 40).dense(), exact.float())
+
+
 @pytest.mark.parametrize("place", ["config", "nested", "own file"])
 def test_where_the_quantisation_is_described(tmp_path: Path, place: str) -> None:
     own = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
