@@ -49,7 +49,7 @@ def as_html(node: Any) -> str:
     if tag == "tight":
         return inside
     listed = "".join(f' {name}="{html.escape(str(value))}"' for name, value in attributes.items())
-    return f"<{tag}{listed}>" if tag in ("br", "hr", "task") else f"<{tag}{told}>{inside}</{tag}>"
+    return f"<{tag}{listed}>" if tag in ("br", "hr", "task") else f"<{tag}{listed}>{inside}</{tag}>"
 
 
 CASES: dict[str, str] = {

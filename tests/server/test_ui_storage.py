@@ -150,14 +150,14 @@ SHOWN = """console.log(JSON.stringify([
 
 
 def test_the_chats_of_an_earlier_page_are_taken_over_where_there_is_just_room(tmp_path: Path) -> None:
-    said = [{"role": "user", "content": f"{at}" * 400} for at in range(5)]
-    old = [{"id": f"c{at}", "title": "", "updated": at, "messages": said} for at in range(5)]
+    messages = [{"role": "user", "content": f"{at}" * 400} for at in range(5)]
+    old = [{"id": f"c{at}", "title": "", "updated": at, "messages": messages} for at in range(5)]
     size = len(json.dumps(old)) + 20
     texts, is_saved, names = opened(tmp_path, {"chats": old}, "history.tidy();" + SHOWN, room=size + 2600)
-    assert texts == [[message["content"] for message in said]] * 5
+    assert texts == [[message["content"] for message in messages]] * 5
     assert is_saved and "sfumato.chats" not in names and len(names) == 30
     texts, is_saved, names = opened(tmp_path, {"chats": old}, "history.tidy();" + SHOWN, room=size + 10)
-    assert texts[0] == [message["content"] for message in said] and not is_saved
+    assert texts[0] == [message["content"] for message in messages] and not is_saved
     assert "sfumato.chats" in names  # what was not taken over is still there
 
 
@@ -203,8 +203,8 @@ def test_of_a_file_only_whole_chats_are_taken(tmp_path: Path) -> None:
     }});
     console.log(JSON.stringify([refused, chats.length, some, wrong]));
     """
-    refused, whole, some, wrong = opened(tmp_path, {}, script)
-    assert (refused, whole, some) == (0, 1, 2)
+    refused, wholes, some, wrong = opened(tmp_path, {}, script)
+    assert (refused, wholes, some) == (0, 1, 2)
     assert all(isinstance(words, str) and words.endswith(".") for words in wrong), wrong
 
 

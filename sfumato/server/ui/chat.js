@@ -131,7 +131,10 @@ const actsOf = (message) => ({
 function turnOf(message) {
   if (message.role === "tool") return resultTurn(message);
   if (message.role === "assistant") return Answer.of(message, actsOf(message)).root;
-  return saidTurn(message, (text) => say(message.parent, { role: "user", content: text }));
+  const turn = saidTurn(message, (text) => say(message.parent, { role: "user", content: text }));
+  const hint = settings.hintFor(message.content);
+  if (hint) turn.append(el("p", { class: "note" }, hint));
+  return turn;
 }
 
 /** A turn with the arrows to its message's other versions. */
