@@ -126,6 +126,10 @@ def test_two_tabs_lose_no_message(page: Any, server: PageServer) -> None:
     saved = page.evaluate("JSON.stringify(Object.values(localStorage))")
     for text in ("Start", "One.", "First tab", "From the first.", "Second tab", "From the second."):
         assert text in saved
+    page.locator("#message").fill("typed in the first")
+    other.locator("#message").fill("typed in the second")
+    page.reload()
+    expect(page.locator("#message")).to_have_value("typed in the first")
     other.get_by_role("button", name="Delete Start").click()
     expect(page.locator("#toasts")).to_contain_text("deleted in another tab")
     expect(page.locator("#chats li")).to_have_count(0)
@@ -460,3 +464,31 @@ def test_the_earlier_pages_chats_are_opened(page: Any, server: PageServer) -> No
         "sfumato.chats" not in names
         and len([name for name in names if re.match(r"sfumato\.message\.old1\.", name)]) == 2
     )
+
+
+def test_results_that_two_tabs_gave_can_both_be_reached(page: Any, server: PageServer) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calling = [{"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, **call}]}}]}]
+    server.scripts[CHAT] = [calling, chat("First.")]
+    say(page, "Call")
+    expect(page.get_by_label("Result of f")).to_be_visible()
+    other = page.context.new_page()
+    other.goto(server.url)
+    page.get_by_label("Result of f").fill("one")
+    page.get_by_role("button", name="Send the result").click()
+    expect(page.locator(".committed").last).to_have_text("First.")
+    other.evaluate(
+        """async () => {
+      const [history, tree] = await Promise.all([import("/ui/history.js"), import("/ui/tree.js")]);
+      const chat = history.find(history.list()[0].id);
+      const call = tree.pathTo(chat).find((one) => one.tool_calls);
+      const message = { role: "tool", tool_call_id: "c", name: "f", content: "two" };
+      history.keep(chat, tree.add(chat, message, call.id));
+    }"""
+    )
+    page.reload()
+    expect(page.locator(".result pre")).to_have_text("two")
+    page.locator(".result").get_by_role("button", name="Previous version").click()
+    expect(page.locator(".result pre")).to_have_text("one")
+    expect(page.locator(".committed").last).to_have_text("First.")
+    other.close()

@@ -8,7 +8,7 @@ import { showLimits } from "./limits.js";
 import { branches, resultTurn, saidTurn } from "./said.js";
 import * as settings from "./settings.js";
 import { showShelf, start as startShelf, tellDeleted } from "./shelf.js";
-import { keepTyped, load, save } from "./store.js";
+import { keepTyped, load, save, saveTyped } from "./store.js";
 import { add, freshChat, leafOf, pathTo, placed, versions } from "./tree.js";
 import { trouble } from "./trouble.js";
 
@@ -256,7 +256,7 @@ function submit() {
   const text = byId("message").value;
   if (!text.trim() || running) return;
   byId("message").value = "";
-  save("typed", "");
+  saveTyped("typed", "");
   grow();
   say(chat.leaf, { role: "user", content: text });
 }
