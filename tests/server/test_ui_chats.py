@@ -492,3 +492,27 @@ def test_results_that_two_tabs_gave_can_both_be_reached(page: Any, server: PageS
     expect(page.locator(".result pre")).to_have_text("one")
     expect(page.locator(".committed").last).to_have_text("First.")
     other.close()
+
+
+def test_a_hostile_answer_is_drawn(page: Any, server: PageServer) -> None:
+    """Texts whose elements are many or deep: no stack runs over, and the page goes on."""
+    units = ("*a* ", "a_b^c ", "- a\n", "{", "\\frac", "^", "*a **b ", "> ", "/*'\"# ", "|a")
+    texts = [unit * (300_000 // len(unit)) for unit in units]
+    texts = [text[:300_000] for text in [*texts[:3], *texts[6:8]]] + [
+        *(f"$$\n{(unit * 50_000)[:100_000]}\n$$" for unit in units[1:6]),
+        *(f"```py\n{(unit * 50_000)[:39_000]}\n```" for unit in units[8:]),
+    ]
+    milliseconds = page.evaluate(
+        """async (texts) => {
+      const { showMarkdown } = await import("/ui/prose.js");
+      return texts.map((text) => {
+        const box = document.createElement("div");
+        const start = performance.now();
+        showMarkdown(box, text);
+        if (box.textContent.length * 20 < text.length && !text.startsWith("> ")) throw new Error(text.slice(0, 9));
+        return performance.now() - start;
+      });
+    }""",
+        texts,
+    )
+    assert len(milliseconds) == 12 and max(milliseconds) < 20_000
