@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from sfumato.tasks import sudoku
@@ -30,6 +31,26 @@ manner of smoke, or beyond the plane of focus.”
 Glaze lay upon glaze, each thinner than a hair, so that no edge was ever drawn. A corner of the mouth, an eyelid, the \
 far hills: they are found by the eye rather than given to it. What is certain stands in the light; what is not yet \
 decided stays in shadow until the whole picture has settled."""
+MARKDOWN = """## How a canvas clears
+
+A **canvas** of 256 places starts as noise. Each step *accepts* what is certain, within $H \\le 0.1$ nats:
+
+1. read all places at once,
+2. accept the surest,
+   - [x] the rest is drawn anew.
+
+| step | entropy | accepted |
+|-----:|:-------:|----------|
+| 1 | 2.41 | 12 of 256 |
+| 12 | 0.03 | 250 of 256 |
+
+```python
+def accept(entropies, bound=0.1):  # lowest first
+    return [h for h in sorted(entropies) if h < bound]
+```
+
+$$\\sum_{i=1}^{n} H_i \\leq \\frac{\\beta}{2}$$
+"""
 NOTE = "The valley lay quiet. {}By noon the hills had come back, one after another, each a little bluer than the last."
 MIDDLE = "Mist had filled it to the brim in the night, and nothing stood out but the bell tower. "
 
@@ -61,6 +82,8 @@ def infill(body: dict[str, Any]) -> list[Any]:
 def shoot(page: Page, name: str) -> None:
     page.mouse.move(0, 0)
     page.screenshot(path=OUT / f"{name}.png", animations="disabled")
+    with Image.open(OUT / f"{name}.png") as picture:
+        picture.convert("RGB").quantize(160).save(OUT / f"{name}.png", optimize=True)
 
 
 def say(page: Page, text: str) -> None:
@@ -81,7 +104,7 @@ class Screen:
 
     def open_page(self, width: int, height: int, scheme: Any, is_phone: bool = False) -> Page:
         self.hold.clear()
-        page = self.browser.new_page(
+        context = self.browser.new_context(
             viewport={"width": width, "height": height},
             color_scheme=scheme,
             device_scale_factor=1.5 if is_phone else 1,
@@ -89,6 +112,7 @@ class Screen:
             has_touch=is_phone,
             reduced_motion="reduce",
         )
+        page = context.new_page()
         page.goto(self.server.url)
         page.wait_for_selector("[data-state=ready]")
         return page
@@ -113,6 +137,54 @@ class Screen:
         say(page, "And the far hills?")
         page.locator("#log .trouble").wait_for()
         shoot(page, "busy-dark")
+
+    def markdown_picture(self) -> None:
+        self.server.scripts["/v1/chat/completions"] = [chat(MARKDOWN)]
+        page = self.open_page(1200, 860, "light")
+        say(page, "How does a canvas clear? Answer in Markdown.")
+        page.get_by_role("button", name="Regenerate").wait_for()
+        page.evaluate("scrollTo(0, 0)")
+        shoot(page, "markdown")
+
+    def stopped_picture(self) -> None:
+        """A draft that was stopped, in the dark, on a phone."""
+        self.server.scripts["/v1/chat/completions"] = [chat(ANSWER, 12, self.hold, 6)]
+        page = self.open_page(390, 660, "dark", is_phone=True)
+        say(page, QUESTION)
+        page.get_by_text("Canvas 1, step 6,").wait_for()
+        page.locator("#stop").click()
+        self.hold.set()
+        page.get_by_role("button", name="Use the draft").scroll_into_view_if_needed()
+        page.locator("#message").blur()
+        page.evaluate("scrollTo(0, 150)")
+        shoot(page, "stopped-dark")
+
+    def tabs_picture(self) -> None:
+        """Two tabs of one chat, side by side: a question of the first, its other version of the second."""
+        scripts = [chat("One tone passes into the next, like smoke."), chat("He glazed, layer upon layer.")]
+        self.server.scripts["/v1/chat/completions"] = list(scripts)
+        first = self.open_page(620, 620, "light")
+        say(first, QUESTION)
+        first.get_by_role("button", name="Regenerate").wait_for()
+        second = first.context.new_page()
+        second.set_viewport_size({"width": 620, "height": 620})
+        second.goto(self.server.url)
+        second.get_by_role("button", name="Edit").click()
+        second.get_by_label("Edit the message").fill("How did Leonardo paint smoke?")
+        second.get_by_label("Edit the message").press("Enter")
+        second.locator(".committed", has_text="He glazed").wait_for()
+        first.reload()
+        first.locator(".said .branches").get_by_label("Previous version").click()
+        for name, page in (("first", first), ("second", second)):
+            page.evaluate("scrollTo(0, 0)")
+            page.locator("#message").blur()
+            page.screenshot(path=OUT / f"{name}.png", animations="disabled")
+        with Image.new("RGB", (1250, 620), "#888") as both:
+            for at, name in enumerate(("first", "second")):
+                with Image.open(OUT / f"{name}.png") as one:
+                    both.paste(one, (630 * at, 0))
+                (OUT / f"{name}.png").unlink()
+            both.quantize(160).save(OUT / "tabs.png", optimize=True)
 
     def editor_picture(self) -> None:
         page = self.open_page(1200, 900, "light")
@@ -143,7 +215,7 @@ class Screen:
 
     def phone_picture(self) -> None:
         self.server.scripts["/v1/chat/completions"] = [chat(ANSWER, 12, self.hold, 6)]
-        page = self.open_page(360, 660, "light", is_phone=True)
+        page = self.open_page(390, 660, "light", is_phone=True)
         say(page, QUESTION)
         page.get_by_text("Canvas 1, step 6,").wait_for()
         page.evaluate("scrollTo(0, 0)")
@@ -157,6 +229,9 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         screen = Screen(browser)
         screen.chat_pictures()
+        screen.markdown_picture()
+        screen.stopped_picture()
+        screen.tabs_picture()
         screen.editor_picture()
         screen.sudoku_picture()
         screen.settings_picture()

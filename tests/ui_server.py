@@ -120,7 +120,7 @@ class PageServer:
         self.scripts: dict[str, list[Script]] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.key: str | None = None
-        self.purpose: str | None = None
+        self.purpose: dict[str, str] | None = None
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"

@@ -291,6 +291,7 @@ def test_every_field_has_a_name_and_no_style_or_script_stands_in_the_page(page: 
         ".map(e => e.outerHTML)"
     )
     assert nameless == []
+    assert sum(file.stat().st_size for file in UI.iterdir()) < 165_000  # bytes, as they are written
     html = (UI / "index.html").read_text()
     assert "<style" not in html and " style=" not in html and not re.search(r"<script(?![^>]*src=)|\son\w+=", html)
     text = "".join(file.read_text() for file in UI.glob("*.*")).replace("http://www.w3.org/2000/svg", "")

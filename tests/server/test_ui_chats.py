@@ -10,7 +10,7 @@ from typing import Any
 
 import ui_page
 from ui_page import expect, go, say
-from ui_server import PageServer, Refusal, chat, drafts
+from ui_server import PageServer, Refusal, chat, draft, drafts
 
 browser, server, page, pytestmark = ui_page.browser, ui_page.server, ui_page.page, ui_page.needs_chromium
 CHAT = "/v1/chat/completions"
@@ -26,23 +26,23 @@ def test_stop_keeps_the_draft_as_one(page: Any, server: PageServer) -> None:
     server.scripts[CHAT] = [chat(text, 6, hold, 3), chat("Well.")]
     say(page, "Draw")
     expect(page.locator(".where")).to_contain_text("step 3,")
-    draft = "".join(drafts(text, 6)[2]["pieces"])
+    drawn = "".join(drafts(text, 6)[2]["pieces"])
     page.keyboard.press("Escape")
     hold.set()
     for _ in range(2):  # as it is stopped, and after a reload
-        expect(page.locator(".note")).to_have_text("Stopped.")
+        expect(page.locator(".note")).to_contain_text("Stopped. Above stands the draft")
         expect(page.locator(".canvas.stopped")).to_be_visible()
-        assert page.locator(".canvas").text_content() == draft
+        assert page.locator(".canvas").text_content() == drawn
         assert page.locator(".canvas .l4, .canvas .l5, .canvas .l6").count()
         page.reload()
     say(page, "And?")
     expect(page.locator(".committed").last).to_have_text("Well.")
     assert contents(server.bodies(CHAT)[-1]) == ["Draw", "And?"]  # a draft is no answer,
     page.get_by_role("button", name="Use the draft").click()
-    expect(page.locator(".committed").first).to_have_text(draft.strip())
+    expect(page.locator(".committed").first).to_have_text(drawn.strip())
     say(page, "More")  # unless it is taken as one
     expect(page.locator(".committed")).to_have_count(3)
-    assert contents(server.bodies(CHAT)[-1]) == ["Draw", draft, "And?", "Well.", "More"]
+    assert contents(server.bodies(CHAT)[-1]) == ["Draw", drawn, "And?", "Well.", "More"]
 
 
 def test_an_answer_is_kept_when_its_page_is_closed(page: Any, server: PageServer) -> None:
@@ -126,6 +126,10 @@ def test_two_tabs_lose_no_message(page: Any, server: PageServer) -> None:
     saved = page.evaluate("JSON.stringify(Object.values(localStorage))")
     for text in ("Start", "One.", "First tab", "From the first.", "Second tab", "From the second."):
         assert text in saved
+    page.locator("#message").fill("typed in the first")
+    other.locator("#message").fill("typed in the second")
+    page.reload()
+    expect(page.locator("#message")).to_have_value("typed in the first")
     other.get_by_role("button", name="Delete Start").click()
     expect(page.locator("#toasts")).to_contain_text("deleted in another tab")
     expect(page.locator("#chats li")).to_have_count(0)
@@ -315,13 +319,20 @@ def test_a_full_browser_says_so_and_loses_nothing(page: Any, server: PageServer)
 
 def test_the_purpose_of_a_model_is_said_until_it_is_dismissed(page: Any, server: PageServer) -> None:
     expect(page.locator("#purpose")).to_be_hidden()
-    server.purpose = "It solves Sudoku, and nothing else."
+    server.purpose = {"purpose": "nano solves Sudoku and nothing else", "prompt": "Solve this Sudoku:"}
+    server.scripts[CHAT] = [chat("4"), chat("5")]
     page.reload()
     expect(page.locator("#purpose")).to_contain_text("nothing else")
     page.get_by_role("button", name="Dismiss the note").click()
     page.reload()
     expect(page.locator("#model-name")).to_have_text("nano")
     expect(page.locator("#purpose")).to_be_hidden()
+    say(page, "Who are you?")
+    expect(page.locator(".said .note")).to_have_text("nano solves Sudoku and nothing else.")
+    expect(page.locator(".committed")).to_have_text("4")
+    say(page, "Solve this Sudoku:\n1")
+    expect(page.locator(".committed")).to_have_count(2)
+    expect(page.locator(".said .note")).to_have_count(1)
 
 
 def test_markdown_is_elements_and_code_is_copied(page: Any, server: PageServer) -> None:
@@ -341,42 +352,69 @@ def test_markdown_is_elements_and_code_is_copied(page: Any, server: PageServer) 
     assert answer.locator("pre").get_attribute("tabindex") == "0"
 
 
+CONTRASTS = """places => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const blend = (...colors) => {
+    for (const color of colors) {
+      canvas.fillStyle = color;
+      canvas.fillRect(0, 0, 1, 1);
+    }
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (...colors) => blend(...colors).map((part) => part / 255)
+    .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, part, at) => sum + part * [0.2126, 0.7152, 0.0722][at], 0);
+  const grounds = (node) => (node ? [...grounds(node.parentElement), getComputedStyle(node).backgroundColor] : []);
+  const textOf = (node) => (node.tagName === "INPUT" ? node.value : node.textContent.slice(0, 20));
+  const isRead = (node) => node.checkVisibility()
+    && (node.tagName === "INPUT" || [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()));
+  return [...document.querySelectorAll(places)].filter(isRead).map((node) => {
+    const below = grounds(node);
+    const [one, other] = [light(...below, getComputedStyle(node).color), light(...below)];
+    return [(Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05), textOf(node)];
+  });
+}"""
+"""For everything that can be read in some places: its contrast (WCAG 2), and what it is."""
+
+
 def test_text_is_readable_in_light_and_in_dark(page: Any, server: PageServer) -> None:
-    """Contrast of 4.5 to 1 for what is read, against what it stands on (WCAG 2, AA)."""
+    """4.5 to 1 for what stays, 3 to 1 for a draft that passes (WCAG 2, AA)."""
     text = "# T\n\nText `code` and **1234567890**\n\n> quoted\n"
     text += "\n```py\ndef f(): return 'a' + 12  # note\n```\n\n| a |\n|--|\n| 7 |"
-    server.scripts[CHAT] = [chat(text)]
+    hold = threading.Event()
+    board = [2.5 if at % 4 else 0.9 for at in range(81)]
+    puzzle = [{"object": "fill", "draft": draft(list("123456789" * 9), board, 1)}, hold]
+    server.scripts = {CHAT: [chat(text), chat(text, 6, hold, 1)], "/v1/fill": [puzzle]}
     say(page, "Show me")
     expect(page.locator(".committed td")).to_be_visible()
-    contrasts = """() => {
-      const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-      const rgb = (color) => {
-        canvas.clearRect(0, 0, 1, 1);
-        canvas.fillStyle = color;
-        canvas.fillRect(0, 0, 1, 1);
-        return [...canvas.getImageData(0, 0, 1, 1).data];
-      };
-      const light = (color) => rgb(color).slice(0, 3).map((part) => part / 255)
-        .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
-        .reduce((sum, part, at) => sum + part * [0.2126, 0.7152, 0.0722][at], 0);
-      const ground = (node) => {
-        const color = getComputedStyle(node).backgroundColor;
-        return rgb(color)[3] > 200 || !node.parentElement ? color : ground(node.parentElement);
-      };
-      const isRead = (node) => node.checkVisibility()
-        && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-      const places = ".committed *, .said *, .facts *, .shelf *, .actions *, .gauge summary";
-      const leaves = [...document.querySelectorAll(places)].filter(isRead);
-      return leaves.map((node) => {
-        const [one, other] = [light(getComputedStyle(node).color), light(ground(node))];
-        return [(Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05), node.textContent.slice(0, 20)];
-      });
-    }"""
+    say(page, "And stop")
+    expect(page.locator(".where").last).to_contain_text("step 1,")
+    page.keyboard.press("Escape")
+    expect(page.locator(".canvas.stopped")).to_be_visible()
+    page.locator(".replay").first.press("Home")
+    expect(page.locator(".canvas").first).to_be_visible()
+    go(page, "Sudoku")
+    page.locator("#clear-board").click()
+    page.locator("#solve").click()
+    expect(page.locator("#board .l6").first).to_have_value("2")
+    stays = ".said *, .facts *, .shelf *, .actions *, .gauge summary, .canvas.stopped *"
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(250)
-        pairs = page.evaluate(contrasts)
-        assert len(pairs) > 15 and [pair for pair in pairs if pair[0] < 4.5] == [], scheme
+        digits = page.evaluate(CONTRASTS, "#board input")
+        assert len(digits) == 81 and min(digits)[0] > 4.5, (scheme, sorted(digits)[:3])
+        go(page, "Chat")
+        expect(page.locator(".canvas:not(.stopped) .t").first).to_be_visible()
+        passing = page.evaluate(CONTRASTS, ".canvas:not(.stopped) .t > span, .canvas:not(.stopped) .t")
+        assert len(passing) > 15 and min(passing)[0] > 3, (scheme, sorted(passing)[:3])
+        page.locator(".replay").first.press("End")
+        expect(page.locator(".committed td")).to_be_visible()
+        pairs = page.evaluate(CONTRASTS, f"{stays}, .committed *")
+        assert len(pairs) > 30 and min(pairs)[0] > 4.5, (scheme, sorted(pairs)[:3])
+        page.locator(".replay").first.press("Home")
+        go(page, "Sudoku")
+        expect(page.locator("#board")).to_be_visible()
+    hold.set()
 
 
 def test_a_phone_holds_all_of_it(page: Any, server: PageServer) -> None:
@@ -426,3 +464,55 @@ def test_the_earlier_pages_chats_are_opened(page: Any, server: PageServer) -> No
         "sfumato.chats" not in names
         and len([name for name in names if re.match(r"sfumato\.message\.old1\.", name)]) == 2
     )
+
+
+def test_results_that_two_tabs_gave_can_both_be_reached(page: Any, server: PageServer) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calling = [{"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, **call}]}}]}]
+    server.scripts[CHAT] = [calling, chat("First.")]
+    say(page, "Call")
+    expect(page.get_by_label("Result of f")).to_be_visible()
+    other = page.context.new_page()
+    other.goto(server.url)
+    page.get_by_label("Result of f").fill("one")
+    page.get_by_role("button", name="Send the result").click()
+    expect(page.locator(".committed").last).to_have_text("First.")
+    other.evaluate(
+        """async () => {
+      const [history, tree] = await Promise.all([import("/ui/history.js"), import("/ui/tree.js")]);
+      const chat = history.find(history.list()[0].id);
+      const call = tree.pathTo(chat).find((one) => one.tool_calls);
+      const message = { role: "tool", tool_call_id: "c", name: "f", content: "two" };
+      history.keep(chat, tree.add(chat, message, call.id));
+    }"""
+    )
+    page.reload()
+    expect(page.locator(".result pre")).to_have_text("two")
+    page.locator(".result").get_by_role("button", name="Previous version").click()
+    expect(page.locator(".result pre")).to_have_text("one")
+    expect(page.locator(".committed").last).to_have_text("First.")
+    other.close()
+
+
+def test_a_hostile_answer_is_drawn(page: Any, server: PageServer) -> None:
+    """Texts whose elements are many or deep: no stack runs over, and the page goes on."""
+    units = ("*a* ", "a_b^c ", "- a\n", "{", "\\frac", "^", "*a **b ", "> ", "/*'\"# ", "|a")
+    texts = [unit * (300_000 // len(unit)) for unit in units]
+    texts = [text[:300_000] for text in [*texts[:3], *texts[6:8]]] + [
+        *(f"$$\n{(unit * 50_000)[:100_000]}\n$$" for unit in units[1:6]),
+        *(f"```py\n{(unit * 50_000)[:39_000]}\n```" for unit in units[8:]),
+    ]
+    milliseconds = page.evaluate(
+        """async (texts) => {
+      const { showMarkdown } = await import("/ui/prose.js");
+      return texts.map((text) => {
+        const box = document.createElement("div");
+        const start = performance.now();
+        showMarkdown(box, text);
+        if (box.textContent.length * 20 < text.length && !text.startsWith("> ")) throw new Error(text.slice(0, 9));
+        return performance.now() - start;
+      });
+    }""",
+        texts,
+    )
+    assert len(milliseconds) == 12 and max(milliseconds) < 20_000

@@ -203,8 +203,8 @@ def test_of_a_file_only_whole_chats_are_taken(tmp_path: Path) -> None:
     }});
     console.log(JSON.stringify([refused, chats.length, some, wrong]));
     """
-    refused, whole, some, wrong = opened(tmp_path, {}, script)
-    assert (refused, whole, some) == (0, 1, 2)
+    refused, wholes, some, wrong = opened(tmp_path, {}, script)
+    assert (refused, wholes, some) == (0, 1, 2)
     assert all(isinstance(words, str) and words.endswith(".") for words in wrong), wrong
 
 

@@ -6,6 +6,8 @@ import { copy, showMarkdown } from "./prose.js";
 
 const gauges = new WeakMap(); // message -> Gauge: replays last as long as the page
 
+const DRAFT = " Above stands the draft it had come to. It is not sent along, unless you use it.";
+
 export class Answer {
   /** `acts`: what can be done with it: regenerate(), keep(), send(results), follow(), and isLast() to ask. */
   constructor(message, acts) {
@@ -98,7 +100,7 @@ export class Answer {
     const { message } = this;
     this.actions.hidden = false;
     this.take.hidden = !message.draft;
-    this.note.textContent = message.note ?? "";
+    this.note.textContent = `${message.note ?? ""}${message.draft ? DRAFT : ""}`;
     this.note.hidden = !message.note;
     const calls = message.tool_calls ?? [];
     if (calls.length) this.calls.replaceChildren(...calls.map(showCall), ...(this.acts.isLast() ? [resultsForm(calls, this.acts.send)] : []));
@@ -110,7 +112,8 @@ export class Answer {
     showMarkdown(this.text, frame ? content.slice(0, frame.before) : content);
     const shown = frame ?? draft;
     this.canvas.hidden = !shown;
-    this.canvas.classList.toggle("stopped", !frame);
+    this.canvas.classList.toggle("stopped", !frame && Boolean(draft));
+    this.canvas.setAttribute("aria-hidden", String(Boolean(frame))); // drafts pass too fast to be read out
     if (shown) drawPieces(this.canvas, shown);
     this.fold.hidden = !thought;
     this.thought.textContent = thought ?? "";

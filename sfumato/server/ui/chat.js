@@ -8,7 +8,7 @@ import { showLimits } from "./limits.js";
 import { branches, resultTurn, saidTurn } from "./said.js";
 import * as settings from "./settings.js";
 import { showShelf, start as startShelf, tellDeleted } from "./shelf.js";
-import { keepTyped, load, save } from "./store.js";
+import { keepTyped, load, save, saveTyped } from "./store.js";
 import { add, freshChat, leafOf, pathTo, placed, versions } from "./tree.js";
 import { trouble } from "./trouble.js";
 
@@ -131,7 +131,10 @@ const actsOf = (message) => ({
 function turnOf(message) {
   if (message.role === "tool") return resultTurn(message);
   if (message.role === "assistant") return Answer.of(message, actsOf(message)).root;
-  return saidTurn(message, (text) => say(message.parent, { role: "user", content: text }));
+  const turn = saidTurn(message, (text) => say(message.parent, { role: "user", content: text }));
+  const hint = settings.hintFor(message.content);
+  if (hint) turn.append(el("p", { class: "note" }, hint));
+  return turn;
 }
 
 /** A turn with the arrows to its message's other versions. */
@@ -253,7 +256,7 @@ function submit() {
   const text = byId("message").value;
   if (!text.trim() || running) return;
   byId("message").value = "";
-  save("typed", "");
+  saveTyped("typed", "");
   grow();
   say(chat.leaf, { role: "user", content: text });
 }

@@ -15,6 +15,12 @@ export function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** An element with as many children as there are: a call takes some ten thousand arguments at most. */
+export function filled(node, children) {
+  for (const child of children) node.append(child);
+  return node;
+}
+
 export function svg(tag, attributes = {}, ...children) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);

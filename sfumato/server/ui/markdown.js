@@ -250,6 +250,6 @@ class Blocks {
 export function parse(text) {
   const blocks = new Blocks();
   const nodes = blocks.read(text.replaceAll("\0", "\ufffd").split(/\r\n|\n|\r/).map(untabbed));
-  for (const [node, inside] of blocks.waiting) node.push(...inline(inside, blocks.links));
+  for (const [node, inside] of blocks.waiting) for (const child of inline(inside, blocks.links)) node.push(child);
   return nodes;
 }

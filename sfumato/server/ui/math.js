@@ -1,6 +1,6 @@
 // Mathematics as text: TeX's names as signs, raised and lowered parts, fractions with a stroke. No typesetting.
 
-import { el } from "./dom.js";
+import { el, filled } from "./dom.js";
 
 const pairs = (text) => Object.fromEntries(text.split(" ").map((pair) => [pair.slice(0, -1), pair.slice(-1)]));
 
@@ -38,7 +38,7 @@ export function showMath(tex, isBlock) {
   const one = (depth) => {
     const mark = marks[at++];
     if (depth > DEEPEST) return [mark];
-    if (mark === "^" || mark === "_") return [el(mark === "^" ? "sup" : "sub", {}, ...group(depth))];
+    if (mark === "^" || mark === "_") return [filled(el(mark === "^" ? "sup" : "sub"), group(depth))];
     if (mark === "{") {
       at--;
       return group(depth);
@@ -48,15 +48,14 @@ export function showMath(tex, isBlock) {
     const name = mark.slice(1);
     if (name === "frac" || name === "dfrac" || name === "tfrac") return [...stroked(group(depth)), "⁄", ...stroked(group(depth))];
     if (name === "sqrt") return ["√", ...stroked(group(depth))];
-    if (UPRIGHT.test(name)) return [el("span", { class: "upright" }, ...group(depth))];
+    if (UPRIGHT.test(name)) return [filled(el("span", { class: "upright" }), group(depth))];
     if (name === "begin" || name === "end") return (group(depth), []);
     return [Object.hasOwn(SIGNS, name) ? SIGNS[name] : name];
   };
   function run(depth) {
     const parts = [];
-    while (at < marks.length && !(depth && marks[at] === "}")) parts.push(...one(depth));
+    while (at < marks.length && !(depth && marks[at] === "}")) for (const part of one(depth)) parts.push(part);
     return parts;
   }
-  box.append(...run(0));
-  return box;
+  return filled(box, run(0));
 }

@@ -1,6 +1,6 @@
 // An answer's Markdown as elements. Text goes in as text nodes, a link leads where safe() lets it, and no image is fetched.
 
-import { el } from "./dom.js";
+import { el, filled } from "./dom.js";
 import { parse } from "./markdown.js";
 import { showMath } from "./math.js";
 
@@ -38,7 +38,7 @@ export async function copy(text, button, place) {
 
 function codeBox([, attributes, text = ""]) {
   const language = attributes["data-language"];
-  const pre = el("pre", { tabindex: "0", dir: "ltr", ...attributes }, el("code", {}, ...coloured(text, language)));
+  const pre = el("pre", { tabindex: "0", dir: "ltr", ...attributes }, filled(el("code"), coloured(text, language)));
   const button = el("button", { class: "quiet", type: "button", "aria-label": "Copy the code", onclick: () => copy(text, button, pre) }, "Copy");
   return el("div", { class: "code" }, el("div", { class: "code-head" }, el("span", {}, language ?? ""), button), pre);
 }
@@ -50,16 +50,14 @@ function elementOf(node) {
   if (tag === "math" || tag === "mathblock") return showMath(children[0] ?? "", tag === "mathblock");
   if (tag === "task") return el("input", { type: "checkbox", disabled: true, ...attributes, "aria-label": attributes.checked ? "done" : "to do" });
   const inside = children.map(elementOf);
-  if (tag === "tight") {
-    const fragment = document.createDocumentFragment();
-    fragment.append(...inside);
-    return fragment;
-  }
-  if (tag === "a") return el("a", { ...attributes, target: "_blank", rel: "noopener noreferrer nofollow" }, ...inside);
-  if (tag === "table") return el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Table" }, el("table", {}, ...inside));
+  if (tag === "tight") return filled(document.createDocumentFragment(), inside);
+  if (tag === "a") return filled(el("a", { ...attributes, target: "_blank", rel: "noopener noreferrer nofollow" }), inside);
+  if (tag === "table") return el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Table" }, filled(el("table"), inside));
   const heading = /^h(\d)$/.exec(tag);
   const name = heading ? `h${Math.min(6, Number(heading[1]) + 2)}` : tag;
-  return el(name, { ...attributes, dir: heading || /^(p|ul|ol|th|td)$/.test(tag) ? "auto" : null }, ...inside);
+  const element = filled(el(name, attributes), inside);
+  if (heading || /^(p|ul|ol|th|td)$/.test(tag)) element.dir = "auto"; // last: with each child it is found out anew
+  return element;
 }
 
 /** Show a text; the blocks at its beginning that have not changed since the last time stay as they are. */
@@ -70,6 +68,6 @@ export function showMarkdown(container, text) {
   let same = 0;
   while (same < blocks.length && blocks[same] === before[same]) same++;
   while (container.childNodes.length > same) container.lastChild.remove();
-  container.append(...nodes.slice(same).map(elementOf));
+  filled(container, nodes.slice(same).map(elementOf));
   container.blocks = blocks;
 }

@@ -48,5 +48,5 @@ export function saidTurn(message, edit) {
 /** What a called function gave. */
 export function resultTurn(message) {
   return el("article", { class: "turn result", "aria-label": `Result of ${message.name}` },
-    el("p", {}, "Result of ", el("code", {}, message.name)), el("pre", { tabindex: "0" }, message.content));
+    el("p", {}, "Result of ", el("code", {}, message.name)), el("pre", { tabindex: "0" }, message.content), el("div", { class: "row actions" }));
 }

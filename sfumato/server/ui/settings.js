@@ -71,20 +71,33 @@ export function setModels(found) {
   choice.replaceChildren(...found.map((one) => el("option", { value: one.id }, one.id)));
   choice.value = model() ?? "";
   const one = found.find((other) => other.id === model());
-  showPurpose(one);
+  showPurpose();
   byId("model-doc").textContent = one ? `Canvas of ${one.canvas_length} tokens, context of ${one.max_model_len}.` : "";
 }
 
-/** What a model is for, where its server says so, until it is dismissed. */
-function showPurpose(one) {
-  const purpose = typeof one?.purpose === "string" ? one.purpose : "";
-  byId("purpose").hidden = !purpose || load("purpose", "") === purpose;
+/** What the model is for, if it is for one thing alone: {purpose, prompt}, a sentence and what stands in its prompts. */
+function purpose() {
+  const stated = models.find((one) => one.id === model())?.purpose;
+  const { purpose: sentence = "", prompt = "" } = typeof stated === "string" ? { purpose: stated } : stated ?? {};
+  return { sentence, prompt };
+}
+
+/** What to say of a message that is not what the model is for. */
+export function hintFor(message) {
+  const { sentence, prompt } = purpose();
+  return sentence && prompt && !message.includes(prompt) ? `${sentence}.`.replace("..", ".") : "";
+}
+
+/** The model's purpose as a note, until it is dismissed. */
+function showPurpose() {
+  const { sentence } = purpose();
+  byId("purpose").hidden = !sentence || load("purpose", "") === sentence;
   const dismiss = () => {
-    save("purpose", purpose);
+    save("purpose", sentence);
     byId("purpose").hidden = true;
     byId("message").focus();
   };
-  byId("purpose").replaceChildren(el("p", {}, purpose), el("button", { class: "quiet small", type: "button", "aria-label": "Dismiss the note", onclick: dismiss }, "×"));
+  byId("purpose").replaceChildren(el("p", {}, sentence), el("button", { class: "quiet small", type: "button", "aria-label": "Dismiss the note", onclick: dismiss }, "×"));
 }
 
 /** Whether a value that was kept is one of this option. */

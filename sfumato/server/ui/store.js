@@ -42,8 +42,14 @@ export function kept() {
   }
 }
 
+/** Keep a text that is being typed: for this tab, and for the next one if this is closed. */
+export function saveTyped(key, text) {
+  save(key, text, "sessionStorage");
+  save(key, text);
+}
+
 /** Keep a field's text as it is typed, and bring it back after a reload. */
 export function keepTyped(field, key) {
-  if (!field.value) field.value = load(key, "");
-  field.addEventListener("input", () => save(key, field.value));
+  if (!field.value) field.value = load(key, "", "sessionStorage") || load(key, "");
+  field.addEventListener("input", () => saveTyped(key, field.value));
 }
