@@ -14,11 +14,12 @@ from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
 from sfumato.checkpoints.contents import config_of, entries_of
-from sfumato.checkpoints.convert import TARGETS, convert
+from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.copies import without_copies
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import PLAIN, load
 from sfumato.checkpoints.save import save
+from sfumato.checkpoints.targets import TARGETS
 from sfumato.engine.run import generate
 from sfumato.errors import CheckpointError, InputError
 from sfumato.events import Done

@@ -20,7 +20,7 @@ from sfumato.cli import files, generate, loading
 from sfumato.errors import InputError
 from sfumato.llm import LLM
 from sfumato.model.purpose import Purpose
-from sfumato.options import Options
+from sfumato.templates.requests import Chat
 
 Call = Callable[..., tuple[int, str, str]]
 Put = Callable[..., str]
@@ -31,13 +31,13 @@ QUICK = ("--seed", "1", "--max-steps", "1", "--max-tokens", "4")
 
 @pytest.fixture
 def requests(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The requests that reach `LLM.stream`, which answers them."""
+    """The conversations that reach `LLM.stream`, which answers them."""
     kept: list[Any] = []
     stream = nano.stream
 
-    def noted(request: Any, options: Options) -> Any:
-        kept.append(request)
-        return stream(request, options)
+    def noted(request: Chat, **more: Any) -> Any:
+        kept.append(request.messages)
+        return stream(request, **more)
 
     monkeypatch.setattr(nano, "stream", noted)
     return kept

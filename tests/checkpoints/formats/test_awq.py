@@ -152,15 +152,10 @@ def test_experts_with_scales_of_different_types(tmp_path: Path) -> None:
         tensors |= named(f"l.experts.{number}.down_proj", parts)
         values.append(value.float())
     entry = put(tmp_path, tensors).entries["l.experts.down_proj"]
-<<<<<<< HEAD
     assert entry.packed and torch.equal(entry.read(0, 5), torch.stack(values))
     packed = entry.packed(0, 5)
     assert (packed.kind, packed.scale.dtype) == ("int4", torch.float32)
     assert torch.equal(packed.dense(), torch.stack(values))
-=======
-    assert entry.packed is None and torch.equal(entry.read(0, 5), torch.stack(values))
-    assert entry.fallback == "int8" and "F16" in entry.stored and "BF16" in entry.stored
->>>>>>> gptq
 
 
 # ---- files that lie -------------------------------------------------------------------------------------------------

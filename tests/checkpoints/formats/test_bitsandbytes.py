@@ -63,11 +63,7 @@ def named(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 def unpacked(parts: dict[str, Tensor], shape: tuple[int, ...], block: int) -> Tensor:
     """`_dequantize_4bit_compute` of bitsandbytes' backends/default/ops.py: the high half first, by flat blocks.
 
-<<<<<<< HEAD
     So do its CUDA kernels; its CPU kernel takes other scales where blocks do not end with rows."""
-=======
-    So its CUDA kernels too; its CPU kernel takes other scales where blocks do not end with rows."""
->>>>>>> gptq
     data = parts[""].view(torch.uint8).flatten()
     codes = torch.stack([data >> 4, data & 15], 1).flatten().int()
     scale = parts[".absmax"].repeat_interleave(block)[: len(codes)]
