@@ -27,7 +27,7 @@ from sfumato.checkpoints.convert import TARGETS, convert
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import PLAIN, load
 from sfumato.checkpoints.locate import NANO
-from sfumato.checkpoints.names import released_name
+from sfumato.checkpoints.names import VISION, released_name
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 
 SLIDE, FULL = LayerConfig(16, 2, 8, Rope(1e4)), LayerConfig(32, 1, None, Rope(1e6, 0.25, 1.0, True))
@@ -45,7 +45,8 @@ THIN: ModelConfig = tiny.tiny_config(
 ROUNDING = {  # by how much a value may move, as a part of the largest in its row
     **{"int8": 2**-7, "fp8": 2**-4, "int4": 2**-2, "int4-fp8": 2**-2, "nvfp4": 2**-2, "int4-small": 2**-2},
     **{"bf16": 0.0, "gguf-bf16": 0.0, "gguf-q8_0": 2**-7},
-    **{"compressed-fp8": 2**-4, "mlx-4bit": 2**-3, "mlx-8bit": 2**-6},
+    **{"compressed-fp8": 2**-4, "mlx-mxfp4": 2**-2},
+    **{f"mlx-{bits}bit": 2.0 ** (2 - bits) for bits in (3, 4, 5, 6, 8)},
 }
 
 
@@ -106,13 +107,13 @@ def test_every_target_and_back(thin: Thin, to: str, tmp_path: Path) -> None:
         assert bool((moved <= allowed + 1e-12).all()), f"{name} by {float(moved.max())}"
     convert(target, "bf16", tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
+    assert {name for name in back if not name.startswith(VISION)} == {released_name(name) for name in values}
     for name, value in values.items():
         assert torch.equal(back[released_name(name)], value.bfloat16()), name
     raw = json.loads((tmp_path / "back" / "config.json").read_text())["text_config"]
     assert (raw["global_head_dim"], raw["num_global_key_value_heads"]) == (32, 1)
-    theirs = load_theirs(tmp_path / "back")
-    if ROUNDING[to] == 0:
-        again = passes_of(theirs)
+    if ROUNDING[to] == 0:  # of the others the names and values above say all that there is to say
+        again = passes_of(load_theirs(tmp_path / "back"))
         assert max(float((again[name] - thin.expected[name]).abs().max()) for name in again) < CLOSE
     if reader := READERS.get(to.split("-")[0]):
         reader(target, values)
@@ -139,10 +140,12 @@ def read_by_mlx(path: Path, ours: dict[str, Tensor]) -> None:
         ("model.decoder.embed_tokens", "embed_tokens.weight"),
         ("model.decoder.layers.29.self_attn.q_proj", "layers.29.self_attn.q_proj.weight"),
     ):
-        how = {**raw["quantization"], **raw["quantization"].get(module, {})}
-        scales, biases = (tensors[f"{module}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
-        codes, group = tensors[f"{module}.weight"], how["group_size"]
-        values = mx.dequantize(codes, scales, biases, group_size=group, bits=how["bits"])
+        how = raw["quantization"].get(module, raw["quantization"])
+        mode = {"mode": "affine"} | {name: how[name] for name in ("group_size", "bits", "mode") if name in how}
+        parts = [tensors[f"{module}.{part}"] for part in ("scales", "biases") if f"{module}.{part}" in tensors]
+        if mode["mode"] == "affine":
+            parts = [part.astype(mx.float32) for part in parts]
+        values = mx.dequantize(tensors[f"{module}.weight"], *parts, **mode).astype(mx.float32)
         assert np.array_equal(np.array(values), ours[own].numpy())
 
 
