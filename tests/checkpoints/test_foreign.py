@@ -18,7 +18,9 @@ from reference_passes import CLOSE, Passes, furthest, load_theirs, passes_of
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.load import PLAIN, load
+from sfumato.checkpoints.save import save
 from sfumato.errors import CheckpointError
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.model.network import Model
@@ -186,7 +188,12 @@ def test_a_head_of_its_own(one: Released, tmp_path: Path, is_tied: bool) -> None
     theirs = load_theirs(folder)
     expected = passes_of(theirs)
     assert float((expected["first"] - one.expected["first"]).abs().max()) > 1
-    assert furthest(opened(folder), theirs, expected) < CLOSE
+    ours = opened(folder)
+    assert furthest(ours, theirs, expected) < CLOSE
+    save(ours, tmp_path / "saved")
+    convert(folder, "bf16", tmp_path / "bf16")
+    assert furthest(ours, load_theirs(tmp_path / "saved")) < CLOSE
+    assert furthest(opened(tmp_path / "bf16"), load_theirs(tmp_path / "bf16")) < CLOSE
 
 
 def test_encoder_weights_of_their_own_are_refused(one: Released, tmp_path: Path) -> None:
