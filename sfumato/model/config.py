@@ -439,6 +439,10 @@ def _check_gemma4(raw: dict[str, Any], text: dict[str, Any], source: str) -> Non
 
 
 def _rope(text: dict[str, Any], kind: str, source: str) -> Rope:
+    if text.get("rope_scaling") is not None:  # transformers puts it in the place of rope_parameters
+        raise CheckpointError(
+            f"{source}: rope_scaling is {_show(text['rope_scaling'])}; this model has rope_parameters, by kind of layer"
+        )
     table = text.get("rope_parameters")
     if table is None:
         table = {
@@ -456,6 +460,8 @@ def _rope(text: dict[str, Any], kind: str, source: str) -> Rope:
             f"{source}: rope_parameters[{kind!r}] has no rope_theta; add the one that the model was trained with, as "
             f"the release has {10_000 if kind == SLIDING else 1_000_000}"
         )
+    if text.get("partial_rotary_factor") is not None:  # of every kind that has none of its own
+        raw = {"partial_rotary_factor": text["partial_rotary_factor"], **raw}
     get = _ConfigReader(raw, source)
     proportional = name == "proportional"
     partial = get.positive("partial_rotary_factor", 1.0)

@@ -90,7 +90,7 @@ def test_nothing_is_made_of_copies_that_differ(folder: Path, tmp_path: Path, to:
     wide = replace(TINY, vocab_size=512, hidden_size=64, intermediate_size=128, expert_size=128)
     save(make(wide), folder, tokenizer_from=NANO)
     rewrite(folder, change)
-    with pytest.raises(CheckpointError, match=f"{ENCODER}{SHARED} and .* differ"):
+    with pytest.raises(InputError, match=f"{ENCODER}{SHARED} and .* differ"):
         convert(folder, to, tmp_path / ("out.gguf" if to.startswith("gguf") else "out"))
 
 

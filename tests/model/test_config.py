@@ -149,6 +149,11 @@ def test_a_small_vision_tower_where_there_is_none(vision: dict[str, Any]) -> Non
         ({"rope_parameters": {SLIDING: {"rope_theta": 1e4}}}, r"rope_parameters\['full_attention'\] is None"),
         ({"rope_parameters": {SLIDING: {"rope_type": "yarn"}, FULL: {}}}, "rope_type must be"),
         ({"rope_parameters": {SLIDING: {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}}, "partial_rotary_factor"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            "rope_scaling is .*; this model has rope_parameters",
+        ),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5; it is supported up to 1, if proportional"),
         ({"rope_parameters": {SLIDING: {}, FULL: {"rope_theta": 1e6}}}, r"\['sliding_attention'\] has no rope_theta"),
         (
             {"rope_parameters": {SLIDING: {"rope_theta": 1e4}, FULL: {"rope_type": "proportional"}}},
@@ -190,8 +195,11 @@ def test_what_the_reference_takes_for_rope() -> None:
     assert ModelConfig.from_dict(released(rope_parameters=...)) == config
     assert ModelConfig.from_dict(released(rope_parameters=None)) == config
     full = {"type": "proportional", "rope_theta": 5e5}
-    other = ModelConfig.from_dict(released(rope_parameters={SLIDING: {"rope_theta": 7.0}, FULL: full}))
+    both = {SLIDING: {"rope_theta": 7.0, "partial_rotary_factor": 1.0}, FULL: full}
+    other = ModelConfig.from_dict(released(rope_parameters=both))
     assert other.layers[5].rope == Rope(5e5, proportional=True) and other.layers[0].rope == Rope(7.0)
+    outer = ModelConfig.from_dict(released(rope_parameters=both, partial_rotary_factor=0.5, rope_scaling=None))
+    assert outer.layers[5].rope == Rope(5e5, 0.5, proportional=True) and outer.layers[0].rope == Rope(7.0)
 
 
 def test_a_head_of_its_own() -> None:
