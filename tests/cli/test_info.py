@@ -177,9 +177,9 @@ def test_operations_are_reported_by_kind_of_weights() -> None:
         reason = survey["obstacles"]["triton"][kind]
         assert reason is not None and ("CUDA" in reason or "installed" in reason)
         assert survey["obstacles"][survey["auto"][kind]][kind] is None
-    assert "fp8" in (survey["obstacles"]["cpu"]["fp8"] or "")
-    if cpu.obstacle(torch.bfloat16, samples("int8")) is None:
-        assert survey["auto"]["int8"] == "cpu" and survey["obstacles"]["cpu"]["int8"] is None
+    for kind in ("int8", "fp8", "int4"):
+        if cpu.obstacle(torch.bfloat16, samples(kind)) is None:
+            assert survey["auto"][kind] == "cpu" and survey["obstacles"]["cpu"][kind] is None
 
 
 def test_auto_takes_triton_where_nothing_is_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
