@@ -250,12 +250,6 @@ def test_nano_in_8_bits_answers_with_the_solution() -> None:
 @pytest.mark.parametrize(
     ("ops", "quantize", "sentence"),
     [
-        pytest.param(
-            "cpu",
-            "nvfp4",
-            "the cpu operations cannot take fp8 weights; choose ops='fused', or quantize='int8' or 'int4'",
-            marks=needs_cpu,
-        ),
         ("fused", "int3", "there is no recipe 'int3'; choose one of int8, fp8, int4, int4-fp8, nvfp4, int4-small"),
     ],
 )

@@ -129,15 +129,16 @@ class _Weights:
             notice(f"{count} {are} stored as {stored}, which is no format of ours; held as {form}")
 
     def samples(self) -> Iterator[Packed]:
-        """One small packed weight of every kind that there will be."""
-        kinds: set[str] = set()
+        """One small packed weight of every kind and number of inputs that there will be."""
+        kinds: set[tuple[str, tuple[int, ...]]] = set()
         for name, entry in self.entries.items():
             form = self.formats[name]
-            if form is not None and form.name not in kinds:
-                kinds.add(form.name)
+            stored = entry.stored if form is None else form.name, entry.shape[-1:]
+            if form is not None and stored not in kinds:
+                kinds.add(stored)
                 yield pack(torch.zeros(32, entry.shape[-1]), form)
-            elif form is None and entry.packed is not None and name in self.products and entry.stored not in kinds:
-                kinds.add(entry.stored)
+            elif form is None and entry.packed is not None and name in self.products and stored not in kinds:
+                kinds.add(stored)
                 yield entry.packed(0, entry.shape[0] if len(entry.shape) == 2 else 1)
 
     def sizes(self) -> dict[str, int]:

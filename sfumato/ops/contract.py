@@ -284,7 +284,7 @@ class FeedForward(Protocol):
     """down(gelu(gate(x)) x up(x))."""
 
     def __call__(self, x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix, /) -> Tensor:
-        """[.., D], as x is; gate and up are in one format."""
+        """[.., D], as x is."""
         ...
 
 

@@ -179,7 +179,7 @@ def test_operations_are_reported_by_kind_of_weights() -> None:
         reason = survey["obstacles"]["triton"][kind]
         assert reason is not None and ("CUDA" in reason or "installed" in reason)
         assert survey["obstacles"][survey["auto"][kind]][kind] is None
-    for kind in ("int8", "fp8"):
+    for kind in ("int8", "fp8", "int4"):
         if cpu.obstacle(torch.bfloat16, samples(kind)) is None:
             assert survey["auto"][kind] == "cpu" and survey["obstacles"]["cpu"][kind] is None
 

@@ -96,9 +96,7 @@ def spoiled(value: Any, like: calls._Part) -> dict[str, Any]:
         shape = value.shape
         wrong: dict[str, Any] = {} if like.is_optional else {"None": None}
         for axis in range(len(shape)):
-            one = calls.Operand()
-            one.shape = (*shape[:axis], shape[axis] + 1, *shape[axis + 1 :])
-            wrong[f"axis {axis}"] = one
+            wrong[f"axis {axis}"] = value._replace(shape=(*shape[:axis], shape[axis] + 1, *shape[axis + 1 :]))
         return wrong
     other = torch.float64 if value.dtype != torch.float64 else torch.float32
     ways: dict[str, Any] = {"dtype": value.to(other), "half the bytes": value.to(torch.int16), "none": None}
@@ -146,7 +144,7 @@ def test_a_message_says_what_it_must_be() -> None:
     with pytest.raises(InputError) as error:
         cpu.soft_embedding(torch.zeros(1, 8, WORDS), random(WORDS, WIDTH).bfloat16(), torch.tensor(2.0))
     assert str(error.value) == (
-        "embed in sf_soft_embedding must be a contiguous float32 tensor [V, D] with V = 61 on the CPU, not bfloat16 "
+        "embed in sf_soft_embedding must be a contiguous float32 tensor [V, D] on the CPU, not bfloat16 "
         "[61, 48] on cpu; convert it first"
     )
     with pytest.raises(InputError, match=r"take float32 and bfloat16, not torch.float16"):

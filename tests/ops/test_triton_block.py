@@ -169,6 +169,15 @@ CASES = [(kind, "both", torch.float32) for kind in KINDS] + [("", "encode", torc
 CASES += [(kind, "canvas", torch.bfloat16) for kind in ("", "int8", "fp8", "int4-asym")]
 
 
+@pytest.mark.parametrize("kinds", [("int4", "int8"), ("int8", "nvfp4"), ("int4-asym", "int4")], ids=str)
+def test_gate_and_up_in_two_kinds(kinds: tuple[str, str]) -> None:
+    """Two launches instead of one; what lies before and behind them is the same."""
+    gate, up = (layer_of(kind, torch.float32) for kind in kinds)
+    layer, (x, block_pass) = gate._replace(up=up.up), inputs("canvas", torch.float32)
+    exact, _, _ = by_reference(x, layer, block_pass)
+    assert relative(block(x, layer, block_pass)[0], exact) <= 1e-5
+
+
 @pytest.mark.parametrize(("kind", "rows", "dtype"), CASES, ids=str)
 def test_a_block_is_its_operations(kind: str, rows: str, dtype: torch.dtype) -> None:
     layer, (x, block_pass) = layer_of(kind, dtype, rows != "encode"), inputs(rows, dtype)

@@ -149,8 +149,13 @@ def test_feed_forward_takes_kinds_that_differ() -> None:
     down = packed(normal(64, 48, seed=3), "int8")
     exact = reference.feed_forward(x, whole(gate), whole(up), whole(down))
     assert relative(linear.feed_forward(x, gate, up, down), exact) < 1e-6
-    with pytest.raises(ValueError, match="pack both alike"):
-        linear.feed_forward(x, gate, packed(whole(up), "int8"), down)
+    for kind in ("int8", "nvfp4", "int4-g32-asym"):
+        other = packed(whole(up), kind)
+        for down_DF in (down, packed(normal(64, 64, seed=3)[:, :48], "int4-g32")):
+            exact = reference.feed_forward(x, whole(gate), whole(other), whole(down_DF))
+            assert relative(linear.feed_forward(x, gate, other, down_DF), exact) < 1e-6
+    with pytest.raises(ValueError, match="gate has 48 outputs and up 64"):
+        linear.feed_forward(x, gate, packed(normal(64, 64), "int8"), down)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import warnings
 from collections.abc import Collection
 from ctypes import c_long, c_void_p
@@ -22,7 +23,7 @@ from torch import Tensor
 from sfumato.errors import InputError
 from sfumato.ops.contract import After, BlockPass, BlockResult, CanvasState, JoinNorms, Layer, Matrix, Ops, ReadOut
 from sfumato.ops.cpu import build, memory
-from sfumato.ops.cpu.calls import NUMBER_TYPES, Operand, call
+from sfumato.ops.cpu.calls import NUMBER_TYPES, call
 from sfumato.ops.cpu.memory import HUGE
 from sfumato.ops.cpu.weights import Panels, operand, pack, refusal
 from sfumato.ops.masks import Mask
@@ -88,9 +89,9 @@ def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
         if len(one.shape) != 2 or one.shape[1] != flat.shape[1]:
             raise InputError(f"x has {flat.shape[1]} inputs, and a weight is {list(one.shape)}; it must be [O, inputs]")
     out = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
-    outputs = (c_long * count)(*(w.shape[0] for w in weights))
-    to = (c_void_p * count)(*(y.data_ptr() for y in out))
-    call("sf_linear", flat, count, (Operand * count)(*each), outputs, to)
+    outputs = struct.pack(f"{count}l", *(one.shape[0] for one in each))
+    to = struct.pack(f"{count}P", *(y.data_ptr() for y in out))
+    call("sf_linear", flat, count, b"".join(one.raw for one in each), outputs, to)
     return out
 
 

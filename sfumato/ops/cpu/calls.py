@@ -7,10 +7,11 @@ one value in a call. What is no number of elements (an expert's index, a row of 
 
 from __future__ import annotations
 
-import ctypes
 import re
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_long, c_void_p
-from typing import Any, ClassVar, NamedTuple
+from struct import Struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,14 +65,23 @@ _OUTSIDE = {
 """What the library found wrong among numbers."""
 
 
-class Operand(ctypes.Structure):
-    """A weight as an argument: `Operand` of packing.h; `shape` is the weight's."""
+class Operand(NamedTuple):
+    """A weight as an argument: `Operand` of packing.h as bytes, and the weight's shape."""
 
-    _fields_: ClassVar = [
-        *((name, c_void_p) for name in ("data", "scale", "bias", "factor", "table")),
-        *((name, c_long) for name in ("kind", "group", "store", "spread")),
-    ]
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
+    raw: bytes
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], pointers: Sequence[int | None], numbers: Sequence[int]) -> Operand:
+        """Of where data, scale, bias, factor and table lie, and of kind, group, store and spread."""
+        return cls(shape, _OPERAND.pack(*(place or 0 for place in pointers), *numbers))
+
+
+_OPERAND = Struct("5P4l")
+_NOTHING = bytes(_OPERAND.size)
+
+
+_PLAIN = {"float": c_float, "long": c_long}
 
 
 class _Part(NamedTuple):
@@ -92,74 +102,93 @@ class _LibraryFunction:
 
     def __init__(self, name: str, takes: str) -> None:
         self.name, self.parts = name, list[_Part]()
-        self.layout = list[tuple[str, Any]]()
-        """C's arguments: ("value", index of a part), ("size", name), or an array: ("pointers" or "weights", first and
-        last part), ("sizes", names)."""
+        self.layout = list[tuple[str, Any, Any]]()
+        """C's arguments: ("value", index of a part, None), ("size", name, None), ("sizes", names, their Struct),
+        ("pointers", the slice of parts, its Struct), ("weights", the slice of parts, None)."""
+        types: list[Any] = [c_int]
         for piece in re.findall(r"\([^)]*\)|<[^>]*>|\{[^}]*\}|[^ ]+", takes):
-            if piece[0] in "(<":
-                first = len(self.parts)
-                self.parts += [_part(one, "tensor" if piece[0] == "(" else "weight") for one in piece[1:-1].split()]
-                self.layout.append(("pointers" if piece[0] == "(" else "weights", (first, len(self.parts))))
+            inner, at = piece[1:-1].split(), len(self.parts)
+            types.append(c_void_p)
+            if piece[0] == "(":
+                self.parts += [_part(one, "tensor") for one in inner]
+                self.layout.append(("pointers", slice(at, len(self.parts)), Struct(f"{len(inner)}P")))
+            elif piece[0] == "<":
+                self.parts += [_part(one, "weight") for one in inner]
+                self.layout.append(("weights", slice(at, len(self.parts)), None))
             elif piece[0] == "{":
-                self.layout.append(("sizes", piece[1:-1].split()))
+                self.layout.append(("sizes", inner, Struct(f"{len(inner)}l")))
             elif piece.isalnum():
-                self.layout.append(("size", piece))
+                types[-1] = c_long
+                self.layout.append(("size", piece, None))
             else:
-                self.layout.append(("value", len(self.parts)))
                 self.parts.append(_part(piece, "tensor"))
+                types[-1] = _PLAIN.get(self.parts[-1].kind, c_void_p)
+                self.layout.append(("value", at, None))
         self.x = next(at for at, part in enumerate(self.parts) if part.sizes and part.dtype is None)
         """The part that says the number type."""
+        self.known: dict[Any, dict[str, int]] = {}
+        """The sizes of shapes that fit each other, by these shapes."""
         self.function: Any = getattr(build.library(), name)
-        types = {"size": c_long, "pointers": c_void_p, "weights": c_void_p, "sizes": c_void_p}
-        plain = {"float": c_float, "long": c_long}
-        self.function.argtypes = [
-            c_int,
-            *(types.get(how) or plain.get(self.parts[what].kind, c_void_p) for how, what in self.layout),
-            c_int,
-        ]
-        self.function.restype = c_int
+        self.function.argtypes, self.function.restype = [*types, c_int], c_int
 
     def __call__(self, values: tuple[Any, ...], sizes: dict[str, int]) -> None:
         dtype: Any = getattr(values[self.x], "dtype", None)
         number = NUMBER_TYPES.get(dtype)
         if number is None:
             raise InputError(f"the cpu operations take float32 and bfloat16, not {dtype}; choose ops='fused'")
-        ready = [
-            self.checked(part, value, dtype, sizes) if part.sizes else value
-            for part, value in zip(self.parts, values, strict=True)
-        ]
+        ready: list[Any] = []
+        shapes: list[Any] = [*sizes.values()]
+        for part, value in zip(self.parts, values, strict=True):
+            kind = part.kind
+            if kind == "tensor":
+                if value is None:
+                    ready.append(0)
+                    shapes.append(None)
+                    continue
+                if value.dtype is not (part.dtype or dtype) or not value.is_contiguous() or not value.is_cpu:
+                    raise self.refusal(part, value, dtype, sizes)
+                ready.append(value.data_ptr())
+                shapes.append(value.shape)
+            elif kind == "weight":
+                ready.append(_NOTHING if value is None else value.raw)
+                shapes.append(None if value is None else value.shape)
+            else:
+                ready.append(value)
+        key = tuple(shapes)
+        all_sizes = self.known.get(key)
+        if all_sizes is None:
+            all_sizes = self.fitted(values, dtype, sizes)
+            if len(self.known) > _MANY:
+                self.known.clear()
+            self.known[key] = all_sizes
         arguments: list[Any] = []
-        for how, what in self.layout:
+        for how, what, struct in self.layout:
             if how == "value":
                 arguments.append(ready[what])
             elif how == "size":
-                arguments.append(sizes[what])
+                arguments.append(all_sizes[what])
             elif how == "sizes":
-                arguments.append((c_long * len(what))(*map(sizes.__getitem__, what)))
+                arguments.append(struct.pack(*[all_sizes[name] for name in what]))
+            elif how == "pointers":
+                arguments.append(struct.pack(*ready[what]))
             else:
-                some = ready[what[0] : what[1]]
-                arguments.append(((c_void_p if how == "pointers" else Operand) * len(some))(*some))
+                arguments.append(b"".join(ready[what]))
         refusal = self.function(number, *arguments, torch.get_num_threads())
         if refusal:
             raise InputError(f"the cpu operations cannot run {self.name}: {_OUTSIDE[refusal]}")
 
-    def checked(self, part: _Part, value: Any, dtype: torch.dtype, sizes: dict[str, int]) -> Any:
-        """A tensor's place, or a weight's operand; InputError where it does not look as it must."""
-        if value is None:
-            if part.is_optional:
-                return None if part.kind == "tensor" else Operand()
-            raise self.refusal(part, value, dtype, sizes)
-        if part.kind == "tensor" and not (
-            value.dtype is (part.dtype or dtype) and value.is_cpu and value.is_contiguous()
-        ):
-            raise self.refusal(part, value, dtype, sizes)
-        shape = value.shape
-        if len(shape) != len(part.sizes):
-            raise self.refusal(part, value, dtype, sizes)
-        for size, (factor, name) in zip(shape, part.sizes, strict=True):
-            if sizes.setdefault(name, size // factor) * factor != size:
-                raise self.refusal(part, value, dtype, sizes)
-        return value.data_ptr() if part.kind == "tensor" else value
+    def fitted(self, values: tuple[Any, ...], dtype: torch.dtype, sizes: dict[str, int]) -> dict[str, int]:
+        """Every size by its name; InputError where a shape has another one, or where what must be there is not."""
+        fitting = dict(sizes)
+        for part, value in zip(self.parts, values, strict=True):
+            if not part.sizes or (value is None and part.is_optional):
+                continue
+            if value is None or len(value.shape) != len(part.sizes):
+                raise self.refusal(part, value, dtype, fitting)
+            for size, (factor, name) in zip(value.shape, part.sizes, strict=True):
+                if fitting.setdefault(name, size // factor) * factor != size:
+                    raise self.refusal(part, value, dtype, fitting)
+        return fitting
 
     def refusal(self, part: _Part, value: Any, dtype: torch.dtype, sizes: dict[str, int]) -> InputError:
         """What `part` must be, and what it is."""
@@ -171,6 +200,8 @@ class _LibraryFunction:
         return InputError(f"{part.name} in {self.name} must be {must}, not {_described(value)}; convert it first")
 
 
+_MANY = 256
+"""Shapes of one function that are kept in mind at most."""
 _ENTRIES: dict[str, _LibraryFunction] = {}
 
 

@@ -117,7 +117,7 @@ class Panels:
     @functools.cached_property
     def operand(self) -> Operand:
         """This as an argument; built once, as its memory stays where it is."""
-        return operand_of(self.shape, (self.data, self.scale, None, None), self.kind, 0, 0)
+        return operand_of(self.shape, (self.data, self.scale, None, None), self.kind)
 
     def __reduce__(self) -> Any:  # a copy has memory of its own
         return Panels, (self.kind, self.shape, self.data, self.scale)
@@ -133,18 +133,19 @@ def operand(weight: Matrix) -> Operand:
 
 
 def operand_of(
-    shape: tuple[int, ...], parts: tuple[Tensor | None, ...], kind: int, group: int, store: int, **more: Any
+    shape: tuple[int, ...],
+    parts: tuple[Tensor | None, ...],
+    kind: int,
+    group: int = 0,
+    store: int = 0,
+    spread: int = 1,
+    table: int | None = None,
 ) -> Operand:
     """Of the tensors data, scale, bias and factor, which lie on the CPU without gaps."""
     for part in parts:
         if part is not None and not (part.is_cpu and part.is_contiguous()):
             raise InputError(f"a weight {list(shape)} lies on {part.device} or with gaps; pack it again on the CPU")
-    data, scale, bias, factor = map(pointer, parts)
-    argument = Operand(data, scale, bias, factor, None, kind, group, store, 1)
-    argument.shape = shape
-    for name, value in more.items():
-        setattr(argument, name, value)
-    return argument
+    return Operand.of(shape, (*map(pointer, parts), table), (kind, group, store, spread))
 
 
 _OPERANDS: WeakKeyDictionary[Packed, Operand] = WeakKeyDictionary()
@@ -163,12 +164,11 @@ def _checked(weight: Packed) -> Operand:
         raise InputError(f"the cpu operations cannot take {reason or 'this weight'}; call Model.pack_ first")
     limits = _LIMITS[weight.kind]
     if not weight.is_grouped:  # one scale an output: the factor of its products
-        return operand_of(weight.shape, (weight.data, None, None, weight.scale), limits.number, 0, 0)
+        return operand_of(weight.shape, (weight.data, None, None, weight.scale), limits.number)
     parts = weight.data, weight.scale, weight.bias, weight.factor
-    more = {"spread": _spread(weight)}
-    if limits.number == _HALVES:
-        more["table"] = _table(weight.kind, weight.bias is not None).data_ptr()
-    return operand_of(weight.shape, parts, limits.number, weight.group, _STORED[weight.scale.dtype], **more)
+    store, spread = _STORED[weight.scale.dtype], _spread(weight)
+    table = _table(weight.kind, weight.bias is not None).data_ptr() if limits.number == _HALVES else None
+    return operand_of(weight.shape, parts, limits.number, weight.group, store, spread, table)
 
 
 @functools.cache

@@ -59,7 +59,9 @@ def block(
     gate_up = form(layer.gate_up, x_ND)
     zeros = x_ND.new_empty(route.zeros_for(len(x_ND), layer.router.shape[0]), dtype=torch.int32)
     first_norms = layer.after_attention, layer.before_dense, layer.before_experts
-    x_ND, root_N, for_dense, for_experts = between(mixed_PND, x_ND, first_norms, layer.eps, [gate], [gate_up], zeros)
+    x_ND, root_N, for_dense, for_experts = between(
+        mixed_PND, x_ND, first_norms, layer.eps, [gate, up], [gate_up], zeros
+    )
 
     dense_PND, sparse = _side_by_side(
         x_ND,
@@ -118,8 +120,8 @@ def _in_parts(x: tuple[Tensor, Tensor | None], weight: Form, dtype: torch.dtype)
 def _dense(x: Ready, gate: Form, up: Form, layer: Layer, like_ND: Tensor) -> Tensor:
     hidden_NF = like_ND.new_empty(len(like_ND), gate.outputs)
     down = form(layer.down, hidden_NF)
-    linear.gate_up(*x.prepared_for(gate), gate, up, hidden_NF, down.is_halved)
-    return _in_parts(prepare(hidden_NF, down, is_split=True), down, like_ND.dtype)
+    is_split = linear.hide(x.prepared_for, gate, up, hidden_NF, down.is_halved)
+    return _in_parts(prepare(hidden_NF, down, is_split=is_split), down, like_ND.dtype)
 
 
 def _sparse(

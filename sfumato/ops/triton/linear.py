@@ -11,10 +11,11 @@ and where nobody is there to sum; tensor memory descriptors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,25 +70,45 @@ def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
 
 
 def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> Tensor:
-    """As `reference.feed_forward`. Gate and up are of one kind."""
+    """As `reference.feed_forward`; gate and up of one kind are one product."""
     x_MK = x.reshape(-1, x.shape[-1])
     gate, up = pair(form(gate_FD, x), form(up_FD, x))
     hidden_MF = torch.empty(len(x_MK), gate.outputs, dtype=x.dtype, device=x.device)
     down = form(down_DF, hidden_MF)
     out_MD = torch.empty(len(x_MK), down.outputs, dtype=x.dtype, device=x.device)
     if x.numel():
-        gate_up(*prepare(x_MK, gate), gate, up, hidden_MF, down.is_halved)
-        multiply(*prepare(hidden_MF, down, is_split=True), [down], [out_MD], x.dtype)
+        is_split = hide(lambda weight: prepare(x_MK, weight), gate, up, hidden_MF, down.is_halved)
+        multiply(*prepare(hidden_MF, down, is_split=is_split), [down], [out_MD], x.dtype)
     return out_MD.view(*x.shape[:-1], down.outputs)
 
 
 def pair(gate: Form, up: Form) -> tuple[Form, Form]:
-    """Both as one launch takes them. ValueError where they are not of one kind."""
-    if (gate.kind, gate.group, gate.outputs) != (up.kind, up.group, up.outputs):
-        raise ValueError(
-            f"gate and up differ: {gate.kind} x {gate.outputs} and {up.kind} x {up.outputs}; pack both alike"
-        )
-    return (gate, up) if gate.launch == up.launch else (_in_float32(gate), _in_float32(up))  # scales of two dtypes
+    """Both as one launch takes them, where it takes both. ValueError where their outputs differ."""
+    if gate.outputs != up.outputs:
+        raise ValueError(f"gate has {gate.outputs} outputs and up {up.outputs}; they must be as many")
+    if not _are_alike(gate, up) or gate.launch == up.launch:
+        return gate, up
+    return _in_float32(gate), _in_float32(up)  # scales of two dtypes
+
+
+def _are_alike(gate: Form, up: Form) -> bool:
+    return (gate.kind, gate.group) == (up.kind, up.group)
+
+
+def hide(
+    prepared: Callable[[Form], tuple[Tensor, Tensor | None]], gate: Form, up: Form, hidden_MF: Tensor, is_split: bool
+) -> bool:
+    """gelu(gate(x)) x up(x) into `hidden_MF`; whether it lies in its four classes now, as `is_split` asks for.
+
+    x is what `prepared` gives for a weight. Two kinds take a launch each, and their result lies plain."""
+    if _are_alike(gate, up):
+        gate_up(*prepared(gate), gate, up, hidden_MF, is_split)
+        return True
+    both = [torch.empty_like(hidden_MF) for _ in range(2)]
+    for weight, out in zip((gate, up), both, strict=True):
+        multiply(*prepared(weight), [weight], [out], hidden_MF.dtype)
+    torch.mul(F.gelu(both[0], approximate="tanh"), both[1], out=hidden_MF)
+    return False
 
 
 def gate_up(x_MK: Tensor, x_extra: Tensor | None, gate: Form, up: Form, hidden_MF: Tensor, is_split: bool) -> None:
