@@ -117,7 +117,7 @@ class LanguageModel(ABC):
     ) -> list[Completion]:
         """Answer several conversations, which run together; with the same seeds the answers are those of `chat`."""
         expected = "a list of conversations, each a text, a message or a list of messages"
-        arguments.check_list("the conversations", conversations, expected)
+        arguments.check_list("conversations", conversations, expected)
         chosen = _without_drafts(options, more)
         return results_of(self._begin, [Chat(conversation, tools, chosen) for conversation in conversations])
 
