@@ -61,6 +61,12 @@ def check_messages(name: str, messages: Any) -> None:
         check_kind(f"the role of message {number}", message.get("role"), str, "system, user, assistant or tool")
         if message.get("content") is None and not (message["role"] == "assistant" and message.get("tool_calls")):
             raise InputError(f"message {number} ({reprlib.repr(message['role'])}) has no content; give text")
+        content = message.get("content")
+        parts = content if isinstance(content, (list, tuple)) else []
+        if not isinstance(content, str | list | tuple | None) or not all(isinstance(part, Mapping) for part in parts):
+            raise InputError(
+                f"the content of message {number} is {reprlib.repr(content)}; give text, or a list of text parts"
+            )
 
 
 def check_tools(tools: Any) -> None:
