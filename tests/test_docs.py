@@ -37,7 +37,7 @@ pytest.importorskip("llguidance")
 ROOT = Path(__file__).parents[1]
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/sampler.md", "docs/server.md", "docs/canvas.md"),
-    *("docs/quantisation.md", "docs/deploy.md"),
+    *("docs/quantisation.md", "docs/deploy.md", "docs/python.md"),
 )
 
 NOT_OURS = ("config.json", "person.json", "TEMPLATE.json", "tokenizer.json")

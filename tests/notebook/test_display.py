@@ -19,11 +19,19 @@ class Screen:
 
     def __init__(self) -> None:
         self.outputs: list[list[str]] = []
+        self.plain: list[list[str]] = []
 
-    def display(self, html: str, display_id: bool) -> Any:
-        assert display_id is True
-        self.outputs.append([html])
-        return SimpleNamespace(update=self.outputs[-1].append)
+    def display(self, frame: dict[str, str], raw: bool, display_id: bool) -> Any:
+        assert raw is True and display_id is True
+        self.outputs.append([])
+        self.plain.append([])
+        self.update(frame, raw=True)
+        return SimpleNamespace(update=self.update)
+
+    def update(self, frame: dict[str, str], raw: bool) -> None:
+        assert raw is True
+        self.outputs[-1].append(frame["text/html"])
+        self.plain[-1].append(frame["text/plain"])
 
 
 @pytest.fixture
@@ -31,7 +39,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     shown = Screen()
     ipython, display = ModuleType("IPython"), ModuleType("IPython.display")
     ipython.get_ipython = lambda: SimpleNamespace(kernel=object())  # type: ignore[attr-defined]
-    display.HTML, display.display = str, shown.display  # type: ignore[attr-defined]
+    display.display = shown.display  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     return shown
@@ -55,7 +63,12 @@ def test_an_answer_denoises_in_one_output(screen: Screen) -> None:
     (frames,) = screen.outputs
     drafts = [frame for frame in frames if "<span" in frame]
     assert len(drafts) == answer.usage.steps and "canvas 1 · step 1 · " in drafts[0]
-    assert answer.text in frames[-1] and "<span" not in frames[-1] and "seed 3" in frames[-1]
+    assert (
+        screen.plain[0][-1] == answer.text
+        and answer.text in frames[-1]
+        and "<span" not in frames[-1]
+        and "seed 3" in frames[-1]
+    )
     llm.watch("1", options=Options(mode="autoregressive", max_tokens=3, top_k=1))  # without a canvas, no draft
     assert len(screen.outputs) == 2 and not any("<span" in frame for frame in screen.outputs[1])
 

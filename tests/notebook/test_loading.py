@@ -76,13 +76,13 @@ def test_no_bar_where_none_is_to_be(terminal: Terminal, monkeypatch: pytest.Monk
 def test_a_notebook_shows_it_in_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
     frames: list[str] = []
 
-    def show(html: str, display_id: bool) -> Any:
-        frames.append(html)
-        return SimpleNamespace(update=frames.append)
+    def show(frame: dict[str, str], raw: bool, display_id: bool = True) -> Any:
+        frames.append(frame["text/html"])
+        return SimpleNamespace(update=show)
 
     ipython, display = ModuleType("IPython"), ModuleType("IPython.display")
     ipython.get_ipython = lambda: SimpleNamespace(kernel=object())  # type: ignore[attr-defined]
-    display.HTML, display.display = str, show  # type: ignore[attr-defined]
+    display.display = show  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.setattr(loading, "PATIENCE", -1.0)
