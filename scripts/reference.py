@@ -45,7 +45,8 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "Templates": ("`from sfumato import Slot`.", ["sfumato.templates.slots.Slot"]),
     "Events": (
-        "What `stream` yields, and what every event belongs to. `from sfumato import Draft, Commit, Done, Usage`.",
+        "What `stream` yields, and what every event belongs to. `from sfumato import Draft, Commit, Done, Usage`; "
+        "`Event` is any of the first three.",
         ["sfumato.events.Draft", "sfumato.events.Commit", "sfumato.events.Done", "sfumato.events.Usage"],
     ),
     "Results": (

@@ -61,10 +61,10 @@ class Slot:
             raise InputError(
                 f"strength of slot {self._label} is {reprlib.repr(self.strength)}; give a number from 0 to 1"
             )
-        for kind in CONSTRAINTS:
-            if (value := getattr(self, kind)) is not None:
-                object.__setattr__(self, kind, constraint_of(kind, value, f"{kind} of slot {self._label}"))
         constraints = [kind for kind in CONSTRAINTS if getattr(self, kind) is not None]
+        for kind in constraints:
+            value = constraint_of(kind, getattr(self, kind), f"{kind} of slot {self._label}")
+            object.__setattr__(self, kind, value)
         if len(constraints) > 1:
             raise InputError(f"slot {self._label} has {' and '.join(constraints)}; a slot can obey one of them")
         if constraints and (self.length is not None or self.text is not None):
@@ -137,7 +137,7 @@ def check_template(template: Template) -> list[str | Slot]:
     pieces: list[str | Slot] = []
     names: set[str] = set()
     for number, piece in enumerate(template, 1):
-        if isinstance(piece, Mapping):
+        if not isinstance(piece, Slot | str) and isinstance(piece, Mapping):
             piece = slot_of(piece, number)
         if isinstance(piece, Slot):
             named = piece if piece.name else replace(piece, name=str(len(names) + 1))

@@ -82,13 +82,13 @@ def test_what_is_kept_is_forgotten_when_all_have_ended(nano: LLM, jobs: JobThrea
 
 
 def test_closing_tells_every_listener(nano: LLM, jobs: JobThread[Any]) -> None:
-    heard: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(3)]
-    for outcomes in heard:
+    queues: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(3)]
+    for outcomes in queues:
         jobs.begin(Complete("1", LONG), nano, outcomes.put)
-    heard[0].get(timeout=30)
+    queues[0].get(timeout=30)
     jobs.close(InputError("closed"))
     assert jobs._thread is None and jobs._jobs is None
-    for outcomes in heard:
+    for outcomes in queues:
         last = None
         while not outcomes.empty():
             last = outcomes.get()
