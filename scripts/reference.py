@@ -39,13 +39,14 @@ WIDTH = 100
 
 SECTIONS: dict[str, tuple[str, list[str]]] = {
     "The model": (
-        "`from sfumato import LLM`. All of it is text in, text out. `LLM` and `Remote` are both a `LanguageModel`: "
-        "what it offers, both do.",
+        "`from sfumato import LLM`. Text in, text out. `LLM` and `Remote` are both a `LanguageModel`: what "
+        "it offers, both do.",
         ["sfumato.templates.interface.LanguageModel", "sfumato.llm.LLM"],
     ),
     "Templates": ("`from sfumato import Slot`.", ["sfumato.templates.slots.Slot"]),
     "Events": (
-        "What `stream` yields, and what every event belongs to. `from sfumato import Draft, Commit, Done, Usage`.",
+        "What `stream` yields, and what every event belongs to. `from sfumato import Draft, Commit, Done, Usage`; "
+        "`Event` is any of the first three.",
         ["sfumato.events.Draft", "sfumato.events.Commit", "sfumato.events.Done", "sfumato.events.Usage"],
     ),
     "Results": (
@@ -58,13 +59,13 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "Queries": (
-        "What is asked of a model, as values that can be kept, compared and sent: `from sfumato import Chat, …`. "
+        "What is asked of a model, as values to keep, compare and send: `from sfumato import Chat, Complete, …`. "
         "`run` and `arun` carry out any of them.",
         [f"sfumato.templates.requests.{name}" for name in ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide")],
     ),
     "A model behind a URL": ("`LLM.connect(url)` makes one.", ["sfumato.remote.Remote"]),
     "Errors": (
-        "`from sfumato import SfumatoError, …`. The command line ends with code 2 for an `InputError`, else with 1.",
+        "`from sfumato import SfumatoError, …`. A command ends with exit code 2 for an `InputError`, else with 1.",
         [
             f"sfumato.errors.{name}"
             for name in (

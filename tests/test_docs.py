@@ -37,7 +37,7 @@ pytest.importorskip("llguidance")
 ROOT = Path(__file__).parents[1]
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/sampler.md", "docs/server.md", "docs/canvas.md"),
-    *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md"),
+    *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md", "docs/python.md"),
 )
 
 NOT_OURS = ("config.json", "person.json", "TEMPLATE.json", "tokenizer.json")
@@ -297,7 +297,7 @@ def test_the_servers_page_runs_against_a_server(port: int) -> None:
                 answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
                 assert '"values":{"seats":"' in answer and '"draft"' in answer and '"error"' not in answer
     assert names["answer"].choices[0].message.content
-    assert names["llm"].complete("1", Options(max_tokens=8)).text
+    assert names["llm"].complete("1", options=Options(max_tokens=8)).text
 
 
 def test_what_is_not_run_says_why() -> None:

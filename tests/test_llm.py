@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from wrong_arguments import WRONG, places
 
-from sfumato import LLM, Options, Slot
+from sfumato import LLM, Options
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import CapacityError, InputError
@@ -168,49 +171,40 @@ def test_bad_input_is_one_sentence_that_names_the_value(llm: LLM, call: Callable
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-WRONG = (None, -3, 1.5, True, b"x", {"a": 1}, [None], [[None]], {1, 2})
-
-
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda value: type(value).__name__ + str(value)[:8])
 def test_what_is_of_another_kind_is_refused_by_name(llm: LLM, wrong: Any) -> None:
-    say, slot, once = ask(), Slot(length=1), Options(seed=1, max_steps=1)
-    calls: dict[str, Callable[[], object]] = {
-        "complete": lambda: llm.complete(wrong),
-        "complete several": lambda: llm.complete(["a", wrong]),
-        "complete options": lambda: llm.complete("a", options=wrong),
-        "chat": lambda: llm.chat(wrong),
-        "chat options": lambda: llm.chat(say, options=wrong),
-        "stream": lambda: list(llm.stream(wrong)),
-        "encode": lambda: llm.encode(wrong),
-        "events": lambda: list(llm.events(wrong)),
-        "events several": lambda: list(llm.events([wrong])),
-        "events options": lambda: list(llm.events([[5]], options=wrong)),
-        "events pins": lambda: list(llm.events([[5]], options=once, pins=[{0: wrong}])),
-        "fill": lambda: llm.fill(wrong),
-        "fill piece": lambda: llm.fill([wrong, slot]),
-        "fill options": lambda: llm.fill([slot], None, options=wrong),
-        "infill": lambda: llm.infill(wrong, "b", 1, options=once),
-        "infill suffix": lambda: llm.infill("a", wrong, 1, options=once),
-        "edit": lambda: llm.edit(wrong, "b", options=once),
-        "edit span": lambda: llm.edit("abc", None, [wrong], options=once),
-        "edit options": lambda: llm.edit("abc", "b", options=wrong),
-        "decide": lambda: llm.decide("x", wrong, options=once),
-        "decide choices": lambda: llm.decide("x", {"a": wrong}, options=once),
-        "decide choice": lambda: llm.decide("x", {"a": ["b", wrong]}, options=once),
-        "decide options": lambda: llm.decide("x", {"a": ["b", "c"]}, options=wrong),
-        "decide steps": lambda: llm.decide("x", {"a": ["b", "c"]}, wrong, options=once),
+    once = Options(seed=1, max_steps=1)
+    calls = places(llm, wrong) | {
+        "encode": ("the prompt|message 0", lambda: llm.encode(wrong)),
+        "events": ("prompt", lambda: list(llm.events(wrong))),
+        "events several": ("prompt", lambda: list(llm.events([wrong]))),
+        "events options": ("option", lambda: list(llm.events([[5]], options=wrong))),
+        "events pins": ("pin", lambda: list(llm.events([[5]], options=once, pins=[{0: wrong}]))),
+        "run": ("request", lambda: llm.run(wrong)),
+        "load": ("model", lambda: LLM.load(wrong)),
+        "load device": ("device", lambda: LLM.load("nano", device=wrong)),
+        "load ops": ("ops", lambda: LLM.load("nano", ops=wrong)),
+        "open": ("the options", lambda: LLM.open(wrong)),
     }
-    if wrong is not None:  # which means that there is none
+    if wrong is not None:
         calls |= {
-            "chat tools": lambda: llm.chat(say, tools=wrong),
-            "fill prompt": lambda: llm.fill([slot], wrong, options=once),
-            "edit instruction": lambda: llm.edit("abc", wrong, options=once),
-            "edit spans": lambda: llm.edit("abc", None, wrong, options=once),
+            "load dtype": ("dtype", lambda: LLM.load("nano", dtype=wrong)),
+            "load quantize": ("quantize", lambda: LLM.load("nano", quantize=wrong)),
+            "load notice": ("notice", lambda: LLM.load("nano", notice=wrong)),
         }
-    for name, call in calls.items():
+        if not (isinstance(wrong, int) and wrong is not True):
+            calls["load memory_limit"] = ("memory_limit", lambda: LLM.load("nano", memory_limit=wrong))
+    if isinstance(wrong, Path):  # which is a folder
+        del calls["load"]
+    for name, (words, call) in calls.items():
+        if name == "events options" and wrong == {"a": 1}:
+            continue  # a dict of options, of which there is no such
         with pytest.raises(InputError) as caught:
             call()
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300, name
+            pytest.fail(f"{name} took {wrong!r}")
+        message = str(caught.value)
+        assert re.search(words, message), (name, message)
+        assert "\n" not in message and len(message) < 420, name
 
 
 @pytest.mark.parametrize("ids", [[True], [5, "a"], ["a", 5], [-1], [1.5], [5, None], [10**9], [10**30], (5, False)])

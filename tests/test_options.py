@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
 import pytest
 
@@ -16,8 +18,10 @@ from sfumato.options import (
     FALLBACK_DEFAULTS,
     LOAD_OPTIONS,
     OPTIONS,
+    OTHER_NAMES,
     About,
     LoadOptions,
+    OptionFields,
     Options,
     declared,
 )
@@ -264,3 +268,52 @@ def test_a_dtype_has_one_name_and_several_spellings(spellings: tuple[str, ...], 
 def test_a_default_length_gives_way_to_a_longer_least() -> None:
     assert Options().with_defaults({"max_tokens": 82}).max_tokens == 82
     assert Options(min_tokens=90).with_defaults({"max_tokens": 82}).max_tokens is None
+
+
+def test_options_by_name_are_the_declared_ones() -> None:
+    """`OptionFields`, which type checkers read, has every option, in order, with its type or a wider one."""
+    assert list(OptionFields.__annotations__) == list(OPTIONS)
+    hints = get_type_hints(OptionFields)
+    for name, hint in get_type_hints(Options).items():
+        if hint == tuple[str, ...]:
+            hint = str | Sequence[str]
+        elif hint == tuple[str, ...] | None:
+            hint = Sequence[str] | None
+        assert hints[name] == hint, name
+
+
+def test_options_show_what_differs() -> None:
+    assert repr(Options()) == "Options()"
+    assert repr(Options(max_tokens=50, stop=("END",))) == "Options(max_tokens=50, stop=('END',))"
+    assert repr(LoadOptions("a", quantize="int4")) == "LoadOptions(model='a', quantize='int4')"
+    assert len(repr(Options(grammar="x" * 9999, seed=1))) < 80
+    assert len(repr(Options(schema={str(n): {"a": [n]} for n in range(99)}))) < 120
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_of_another_kind_is_named(name: str) -> None:
+    for value in (5, b"a", [None], {1}, [], "abc" if name == "choices" else 1.5):
+        with pytest.raises(InputError, match=f"^{name} is ") as error:
+            options_with(**{name: value})
+        assert error.value.option == name
+
+
+def test_how_to_load_is_checked_for_its_kinds() -> None:
+    for name in LOAD_OPTIONS:
+        for value in (5.5, b"a", ["a"], True, {"a": 1}):
+            with pytest.raises(InputError, match=f"^{name} is ") as error:
+                LoadOptions(**{name: value})  # type: ignore[arg-type]
+            assert error.value.option == name
+    assert LoadOptions(Path("a")).model == Path("a")
+
+
+def test_some_options_are_changed_by_name() -> None:
+    options = Options(seed=1, max_tokens=5)
+    assert options.with_changes({}) is options
+    assert options.with_changes({"seed": 2}) == Options(seed=2, max_tokens=5)
+    for wrong in (None, 5, [("seed", 1)], "seed"):
+        with pytest.raises(InputError, match="give an Options or a dict of them"):
+            Options.from_dict(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="there is no option 5; the options are"):
+        Options.from_dict({5: 1})  # type: ignore[dict-item]
+    assert set(OTHER_NAMES.values()) <= set(OPTIONS) and not set(OTHER_NAMES) & set(OPTIONS)

@@ -200,17 +200,19 @@ def test_the_wheel_alone_compiles_its_operations(fresh: Path, tmp_path: Path) ->
 CONSUMER = '''
 """A program of a user who checks types strictly."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 
-from sfumato import LLM, Commit, Completion, Done, Draft, Options, Slot, Usage
-from sfumato.errors import InputError, SfumatoError
-from sfumato.events import Decision, Edited, Event, Filled
-from sfumato.options import LOAD_OPTIONS, OPTIONS, LoadOptions, Option
+from sfumato import LLM, Chat, Commit, Complete, Completion, Decision, Done, Draft, Edited, Event, Fill, Filled
+from sfumato import InputError, LanguageModel, LoadOptions, Options, Remote, SfumatoError, Slot, Usage
+from sfumato.options import LOAD_OPTIONS, OPTIONS, Option
 
 
 def answer(llm: LLM, question: str) -> str:
     options = Options(max_tokens=40, stop=("END",), seed=1)
     completion: Completion = llm.chat([{"role": "user", "content": question}], options=options)
+    completion = llm.chat(question, options={"max_tokens": 5}, seed=1, stop="END", choices=["a", "b"])
+    completion = llm.run(Chat({"role": "user", "content": question}))
     usage: Usage = completion.usage
     return f"{completion.text} ({usage.tokens_per_pass:.1f} tokens a pass)"
 
@@ -234,6 +236,26 @@ def completions(llm: LLM) -> list[Completion]:
     return llm.complete(["one", "two"])
 
 
+async def awaited(model: LanguageModel) -> list[Completion]:
+    events: AsyncIterator[Event] = model.astream(Complete("one"))
+    async for event in events:
+        print(event.row)
+    filled: Filled = await model.arun(fill())
+    first: Completion = await model.achat(str(filled), max_tokens=5)
+    return [first, await model.acomplete("two", options=Options(seed=1)), *model.chat_many(["a", "b"])]
+
+
+def fill() -> Fill:
+    return Fill(["a", Slot("b"), {"name": "c"}], "Ticket: ")
+
+
+def closed(url: str) -> str:
+    with LLM.load("nano", progress=False) as llm, LLM.connect(url) as remote:
+        other: Remote = remote
+        asyncio.run(awaited(other))
+        return repr(llm)
+
+
 def kinds() -> dict[str, type]:
     declared: dict[str, Option] = {**OPTIONS, **LOAD_OPTIONS}
     return {name: option.kind for name, option in declared.items()}
@@ -253,6 +275,7 @@ WRONG = """
 from sfumato import LLM, Options
 
 Options(max_tokens="many")
+LLM.load("nano").chat("?", max_new_tokens=5)
 answer: int = LLM.load("nano").chat([{"role": "user", "content": "?"}]).text
 """
 
@@ -270,5 +293,5 @@ def test_a_strictly_typed_program_passes(fresh: Path, tmp_path: Path) -> None:
     checked = mypy(fresh, tmp_path, CONSUMER)
     assert (checked.stdout, checked.returncode) == ("Success: no issues found in 1 source file\n", 0)
     checked = mypy(fresh, tmp_path, WRONG)
-    assert checked.returncode == 1 and checked.stdout.count("error:") == 2
-    assert "[arg-type]" in checked.stdout and "[assignment]" in checked.stdout
+    assert checked.returncode == 1 and checked.stdout.count("error:") == 3
+    assert all(f"[{kind}]" in checked.stdout for kind in ("arg-type", "call-arg", "assignment"))

@@ -61,6 +61,12 @@ def check_messages(name: str, messages: Any) -> None:
         check_kind(f"the role of message {number}", message.get("role"), str, "system, user, assistant or tool")
         if message.get("content") is None and not (message["role"] == "assistant" and message.get("tool_calls")):
             raise InputError(f"message {number} ({reprlib.repr(message['role'])}) has no content; give text")
+        content = message.get("content")
+        parts = content if isinstance(content, (list, tuple)) else []
+        if not isinstance(content, str | list | tuple | None) or not all(isinstance(part, Mapping) for part in parts):
+            raise InputError(
+                f"the content of message {number} is {reprlib.repr(content)}; give text, or a list of text parts"
+            )
 
 
 def check_tools(tools: Any) -> None:
@@ -71,10 +77,27 @@ def check_tools(tools: Any) -> None:
             check_kind(f"tool {number}", tool, Mapping, "a function declaration, a record with its name")
 
 
-def check_template_prompt(prompt: Any) -> None:
-    """InputError for what no template answers: it answers a text, a conversation, or nothing."""
-    if prompt is not None and not isinstance(prompt, str):
+def check_template_prompt(prompt: Any, is_needed: bool = False) -> None:
+    """InputError for what no template answers: it answers a text, a conversation, or nothing unless one `is_needed`."""
+    if not isinstance(prompt, str) and (prompt is not None or is_needed):
         check_messages("the prompt", prompt)
+
+
+def check_fields(fields: Any) -> None:
+    """InputError where these are no fields with choices: a record of names, each with two or more different texts."""
+    check_kind("fields", fields, Mapping, "a record of fields, each with a list of choices")
+    if not fields:
+        raise InputError("there are no fields to decide; give at least one with its choices")
+    for name, choices in fields.items():
+        check_text("a field's name", name)
+        if not name:
+            raise InputError("a field has an empty name; say what it asks")
+        is_list = isinstance(choices, (list, tuple)) and all(isinstance(choice, str) and choice for choice in choices)
+        if not is_list or len(choices) < 2 or len(set(choices)) < len(choices):
+            raise InputError(
+                f"field {reprlib.repr(name)} has the choices {reprlib.repr(choices)}; give a list of two or more "
+                "different texts"
+            )
 
 
 def check_count(name: str, value: Any, least: int, most: int) -> None:

@@ -23,24 +23,26 @@ def is_notebook() -> bool:
 
 
 class Output:
-    """A place in the notebook's output that is drawn again and again. `take_away` empties it."""
+    """A place in the notebook's output that is drawn again and again, as HTML and as plain text for what shows none.
+
+    `take_away` empties it."""
 
     def __init__(self) -> None:
         self._display: Any = import_module("IPython.display")
         self._handle: Any = None
 
-    def draw(self, html: str) -> None:
+    def draw(self, html: str, plain: str) -> None:
         """Show this in the place of what is there."""
-        frame = self._display.HTML(html)
+        frame = {"text/html": html, "text/plain": plain}
         if self._handle is None:
-            self._handle = self._display.display(frame, display_id=True)
+            self._handle = self._display.display(frame, raw=True, display_id=True)
         else:
-            self._handle.update(frame)
+            self._handle.update(frame, raw=True)
 
     def take_away(self) -> None:
         """Show nothing."""
         if self._handle is not None:
-            self.draw("")
+            self.draw("", "")
 
 
 class CanvasDisplay:
@@ -60,12 +62,12 @@ class CanvasDisplay:
         """Draw what has become of the answer with this event."""
         if isinstance(event, Draft):
             canvas = canvas_html(event.pieces[: event.end], event.entropies, event.accepted, self._text)
-            self._output.draw(canvas + status_html(_status(event)))
+            self._output.draw(canvas + status_html(_status(event)), self._text + event.text)
         elif isinstance(event, Commit):
             self._text += event.text
-            self._output.draw(framed(self._text))
+            self._output.draw(framed(self._text), self._text)
         elif isinstance(event, Done):
-            self._output.draw(framed(event.text) + status_html(_ending(event)))
+            self._output.draw(framed(event.text) + status_html(_ending(event)), event.text)
 
 
 def _status(draft: Draft) -> str:

@@ -46,7 +46,7 @@ def loading_bar(stream: TextIO | None = None) -> LoadingBar | None:
     """The bar for where this process runs: a notebook, or a terminal at `stream` (None: stderr). None: neither."""
     if is_notebook():
         output = Output()
-        return LoadingBar(lambda text: output.draw(status_html(text)), output.take_away)
+        return LoadingBar(lambda text: output.draw(status_html(text), text), output.take_away)
     terminal = sys.stderr if stream is None else stream
     if terminal is None or terminal.closed or not terminal.isatty():
         return None

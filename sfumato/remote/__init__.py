@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sfumato.engine.arguments import check_kind, check_list, check_messages, check_options, check_tools
+from sfumato.engine.arguments import check_kind
 from sfumato.errors import CheckpointError, InputError, WorkerError, contained
 from sfumato.events import Commit, Completion, Draft, Event
-from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
 from sfumato.options import Options, differences
 from sfumato.remote.bodies import answer_body, answer_route, option_refused, template_route_and_body
 from sfumato.remote.host import Host, NoSuchRoute
 from sfumato.remote.results import AnswerReader, completion_of, result_of, text_of
 from sfumato.system.cancelling import Cancellation
+from sfumato.templates.checks import check_query
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.outcomes import results_of
-from sfumato.templates.requests import AnswerQuery, Chat, Complete, QueryFor, Result
+from sfumato.templates.requests import AnswerQuery, Chat, Complete, Query, QueryFor, Result
 
 AT_ONCE = 32
 """Requests under way of those that are awaited, or come in a list."""
@@ -170,22 +170,10 @@ class Remote(LanguageModel):
     def _stream(self, query: AnswerQuery) -> Iterator[Event]:
         """The events of an answer. What cannot be sent is refused here, before the first event is asked for."""
         self._check_open()
-        self._check_query(query)
+        check_query(query)
         self.check(query.options, isinstance(query, Chat))
         body = answer_body(query, self.is_sfumato, self.has_drafts)
         return self._events(answer_route(query), {"model": self.name} | body, query.options)
-
-    def _check_query(self, query: AnswerQuery) -> None:
-        """InputError for an argument of another type, which the host might take for something else."""
-        check_options(query.options)
-        if isinstance(query, Chat):
-            check_messages("the conversation", query.conversation)
-            check_tools(query.tools)
-        elif not isinstance(query.prompt, str | Prompt):
-            check_list("the prompt", query.prompt, "a text, or a list of token ids")
-            for token in query.prompt:
-                if type(token) is not int or token < 0:
-                    raise InputError(f"the prompt holds token {token!r}; token ids are whole numbers from 0 up")
 
     def _events(self, route: str, body: dict[str, Any], options: Options) -> Iterator[Event]:
         start, answer = time.perf_counter(), AnswerReader(options)
@@ -207,6 +195,8 @@ class Remote(LanguageModel):
 
         InputError for an option that the server's route does not take, before anything is sent."""
         self._check_open()
+        if isinstance(query, Query):
+            check_query(query)
         route, body = template_route_and_body(query)
         if not self.is_sfumato:
             raise InputError(f"{self.url} is no Sfumato server, so it has no /v1{route}; connect to one for that")

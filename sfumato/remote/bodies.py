@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,9 +60,12 @@ def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[
 
 
 def _ids(prompt: Sequence[int] | Prompt) -> list[int]:
-    """The tokens of a prompt. InputError for one that has more than tokens."""
+    """The tokens of a prompt. InputError for one that has more than tokens, or what is none."""
     if isinstance(prompt, Prompt) and (prompt.embeddings is not None or prompt.blocks or prompt.content):
         raise InputError("a prompt with embeddings or blocks cannot be sent to a server; give a text or token ids")
+    for token in prompt:
+        if type(token) is not int or token < 0:
+            raise InputError(f"the prompt holds token {reprlib.repr(token)}; token ids are whole numbers from 0 up")
     return list(prompt)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.constraints.forms import MAX_CHOICES
-from sfumato.engine.arguments import check_kind, check_text
+from sfumato.engine.arguments import check_fields
 from sfumato.errors import InputError
 from sfumato.events import Decision
 from sfumato.templates.layout import Sheet
@@ -27,21 +27,11 @@ ChoiceTokens = Mapping[str, Sequence[Sequence[int]]]
 
 def choices_of(fields: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
     """The tokens of each field's choices, as they stand in a sentence. InputError for fields that cannot be decided."""
-    check_kind("fields", fields, Mapping, "a record of fields, each with a list of choices")
-    if not fields:
-        raise InputError("there are no fields to decide; give at least one with its choices")
+    check_fields(fields)
     tokens: dict[str, list[list[int]]] = {}
     room = MAX_CHOICES
     for name, choices in fields.items():
-        check_text("a field's name", name)
-        if not name:
-            raise InputError("a field has an empty name; say what it asks")
         label = reprlib.repr(name)
-        is_list = isinstance(choices, (list, tuple)) and all(isinstance(choice, str) and choice for choice in choices)
-        if not is_list or len(choices) < 2 or len(set(choices)) < len(choices):
-            raise InputError(
-                f"field {label} has the choices {reprlib.repr(choices)}; give a list of two or more different texts"
-            )
         room -= len(choices)
         if room < 0:
             raise InputError(f"the fields have more than {MAX_CHOICES} choices together; ask fewer at a time")

@@ -20,6 +20,7 @@ from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
 from sfumato.notebook.display import CanvasDisplay
 from sfumato.options import OptionFields, Options, OptionsLike
+from sfumato.templates.checks import check_query
 from sfumato.templates.outcomes import outcomes_of, result_of_query, results_of
 from sfumato.templates.requests import (
     AnswerQuery,
@@ -120,9 +121,12 @@ class LanguageModel(ABC):
     ) -> list[Completion]:
         """Answer several conversations, which run together; with the same seeds the answers are those of `chat`."""
         expected = "a list of conversations, each a text, a message or a list of messages"
-        arguments.check_list("the conversations", conversations, expected)
+        arguments.check_list("conversations", conversations, expected)
         chosen = _without_drafts(options, more)
-        return results_of(self._begin, [Chat(conversation, tools, chosen) for conversation in conversations])
+        queries = [Chat(conversation, tools, chosen) for conversation in conversations]
+        for query in queries:  # before the first of them runs
+            check_query(query)
+        return results_of(self._begin, queries)
 
     @overload
     def complete(self, prompt: str, *, options: OptionsLike = ..., **more: Unpack[OptionFields]) -> Completion: ...

@@ -22,7 +22,7 @@ from sfumato.constraints.grammar import Grammar
 from sfumato.engine.request import SHORT, Span
 from sfumato.errors import CapacityError
 from sfumato.model.config import ModelConfig
-from sfumato.templates.slots import Slot, Template
+from sfumato.templates.slots import Slot
 from sfumato.text.tokenizer import Tokenizer
 
 
@@ -79,7 +79,7 @@ class EncodedTemplate:
     tokenizer: Tokenizer
 
     @classmethod
-    def of(cls, template: Template, tokenizer: Tokenizer) -> EncodedTemplate:
+    def of(cls, template: Sequence[str | Slot], tokenizer: Tokenizer) -> EncodedTemplate:
         """Encode a template, which `check_template` has checked."""
         pieces = list(template)
         texts = (piece.text or "" if isinstance(piece, Slot) else piece for piece in pieces)

@@ -23,7 +23,8 @@ from sfumato.errors import CapacityError, InputError
 from sfumato.events import Completion, Decision, Edited, Filled
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
-from sfumato.options import MOST_STEPS, OPTIONS, Options
+from sfumato.options import OPTIONS, Options
+from sfumato.templates.checks import check_query
 from sfumato.templates.decisions import choices_of, decisions_of, form_of
 from sfumato.templates.grammars import GrammarCache
 from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
@@ -74,6 +75,8 @@ class Planner:
         """The plan of a query, which ends with the query's result.
 
         What is wrong with the query is an InputError or CapacityError, here or at the plan's first step."""
+        if isinstance(query, Query):
+            check_query(query)
         match query:
             case Complete() | Chat():
                 return self.answer(query)
@@ -112,12 +115,10 @@ class Planner:
 
     def ask_answer(self, query: AnswerQuery) -> Ask:
         """What an answer asks of an engine."""
-        arguments.check_options(query.options)
+        check_query(query)
         if isinstance(query, Complete):
             prompt = self._continued(query.prompt)
             return replace(self.ask(Request(prompt, query.options)), is_answer=True)
-        arguments.check_messages("the conversation", query.conversation)
-        arguments.check_tools(query.tools)
         options = _with_calls(query.options, query.tools)
         prompt = self.prompts.encode(query.conversation, query.tools, options.thinking)
         marks = self.prompts.marks(prompt, query.conversation, query.tools)
@@ -158,15 +159,12 @@ class Planner:
 
     def infill(self, query: Infill) -> Plan[Filled]:
         """The plan of a template with one slot between two texts."""
-        arguments.check_text("the prefix", query.prefix)
-        arguments.check_text("the suffix", query.suffix)
         middle = Slot("middle", length=query.length, at_most=query.at_most)
         return (yield from self.fill(Fill([query.prefix, middle, query.suffix], None, query.options)))
 
     def fill(self, query: Fill) -> Plan[Filled]:
         """The plan of a template: the lengths that are open one after the other, then all slots together."""
         self.config.check_canvas("a template")
-        arguments.check_template_prompt(query.prompt)
         pieces, options = check_template(query.template), self.resolve(_of_templates(query.options))
         query = replace(query, template=pieces, options=options)
         template = EncodedTemplate.of(pieces, self.tokenizer)
@@ -189,12 +187,6 @@ class Planner:
         """The plan of a text that starts as it is: spans of it as slots, or the whole of it as a warm canvas."""
         self.config.check_canvas("edit")
         text, instruction, spans = query.text, query.instruction, query.spans
-        arguments.check_text("the text", text)
-        arguments.check_kind("the instruction", instruction, (str, type(None)), "text")
-        if not text:
-            raise InputError("the text is empty, so there is nothing to edit")
-        if instruction is None and not spans:
-            raise InputError("neither an instruction nor spans are given; say what to change, or where")
         strength = STRENGTH if query.strength is None else query.strength
         options = self.resolve(_of_templates(query.options))
         prompt = None if instruction is None else [{"role": "user", "content": f"{instruction}\n\n{text}"}]
@@ -214,8 +206,6 @@ class Planner:
     def decide(self, query: Decide) -> Plan[dict[str, Decision]]:
         """The plan of decisions: one canvas with a line for each field, whose logits are read after `steps`."""
         self.config.check_canvas("decide")
-        arguments.check_template_prompt(query.prompt)
-        arguments.check_count("steps", query.steps, 1, MOST_STEPS)
         tokens = choices_of(query.fields, self.tokenizer)
         sheet = lay_out(EncodedTemplate.of(form_of(tokens), self.tokenizer), self.config, {})
         if sheet.length > self.config.canvas_length:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from sfumato.events import Completion, Decision, Edited, Filled
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
-from sfumato.templates.slots import Slot
+from sfumato.templates.slots import Template, slot_of
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: records with "role", "content" and what a model's turn brings besides."""
@@ -131,9 +131,16 @@ class Edit(QueryFor[Edited]):
 class Fill(QueryFor[Filled]):
     """Fill the slots of a template. `prompt` is what it answers: a conversation, a text, or nothing."""
 
-    template: Sequence[str | Slot]
+    template: Template
     prompt: str | Messages | None = None
     options: Options = Options()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.template, (list, tuple)):
+            pieces = enumerate(self.template, 1)
+            slots = [slot_of(piece, number) if isinstance(piece, Mapping) else piece for number, piece in pieces]
+            object.__setattr__(self, "template", slots)
 
     @property
     def beginning(self) -> Sequence[Any]:

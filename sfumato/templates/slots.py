@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -61,10 +61,10 @@ class Slot:
             raise InputError(
                 f"strength of slot {self._label} is {reprlib.repr(self.strength)}; give a number from 0 to 1"
             )
-        for kind in CONSTRAINTS:
-            if (value := getattr(self, kind)) is not None:
-                object.__setattr__(self, kind, constraint_of(kind, value, f"{kind} of slot {self._label}"))
         constraints = [kind for kind in CONSTRAINTS if getattr(self, kind) is not None]
+        for kind in constraints:
+            value = constraint_of(kind, getattr(self, kind), f"{kind} of slot {self._label}")
+            object.__setattr__(self, kind, value)
         if len(constraints) > 1:
             raise InputError(f"slot {self._label} has {' and '.join(constraints)}; a slot can obey one of them")
         if constraints and (self.length is not None or self.text is not None):
@@ -87,7 +87,8 @@ class Slot:
         return self.length is None and self.text is None and self.constraint is None
 
 
-Template = Sequence[str | Slot]
+Template = Sequence[str | Slot | Mapping[str, Any]]
+"""Fixed texts, and slots: each a `Slot`, or a record with some of its fields."""
 
 
 def read_template(text: str) -> list[str | Slot]:
@@ -104,15 +105,10 @@ def pieces_of(pieces: Any) -> list[str | Slot]:
     if not isinstance(pieces, list):
         raise InputError('a template is a list of texts and slots, such as ["Name: ", {"name": "name"}]')
     _check_count(len(pieces), PIECES, "pieces", "join texts that stand side by side")
-    known = {f.name for f in fields(Slot)}
     template: list[str | Slot] = []
     for number, piece in enumerate(pieces, 1):
         if isinstance(piece, dict):
-            if unknown := next((key for key in piece if key not in known), None):
-                raise InputError(
-                    f"piece {number} of the template has {reprlib.repr(unknown)}; a slot has {', '.join(sorted(known))}"
-                )
-            template.append(Slot(**piece))
+            template.append(slot_of(piece, number))
         elif isinstance(piece, str):
             template.append(piece)
         else:
@@ -122,16 +118,27 @@ def pieces_of(pieces: Any) -> list[str | Slot]:
     return template
 
 
+def slot_of(record: Mapping[str, Any], number: int) -> Slot:
+    """The slot that a record stands for, which is so many pieces into its template; InputError for an unknown field."""
+    known = {f.name for f in fields(Slot)}
+    if unknown := [key for key in record if key not in known]:
+        names = ", ".join(sorted(known))
+        raise InputError(f"piece {number} of the template has {reprlib.repr(unknown[0])}; a slot has {names}")
+    return Slot(**record)
+
+
 def check_template(template: Template) -> list[str | Slot]:
     """The template with its slots named and empty texts dropped.
 
     InputError where it has no slot, too many, or a name twice."""
     if not isinstance(template, (list, tuple)):
-        raise InputError(f"a template is a list of texts and slots, not {type(template).__name__}")
+        raise InputError(f"the template is {reprlib.repr(template)}; give a list of texts and slots")
     _check_count(len(template), PIECES, "pieces", "join texts that stand side by side")
     pieces: list[str | Slot] = []
     names: set[str] = set()
-    for piece in template:
+    for number, piece in enumerate(template, 1):
+        if not isinstance(piece, Slot | str) and isinstance(piece, Mapping):
+            piece = slot_of(piece, number)
         if isinstance(piece, Slot):
             named = piece if piece.name else replace(piece, name=str(len(names) + 1))
             if named.name in names:
@@ -139,7 +146,7 @@ def check_template(template: Template) -> list[str | Slot]:
             names.add(named.name)
             pieces.append(named)
         elif not isinstance(piece, str):
-            raise InputError(f"a template holds texts and slots, not {type(piece).__name__}")
+            raise InputError(f"piece {number} of the template is {reprlib.repr(piece)}; give a text or a slot")
         elif piece:
             pieces.append(piece)
     if not names:
@@ -157,7 +164,7 @@ def _check_count(count: int, most: int, what: str, remedy: str) -> None:
 
 def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) -> list[str | Slot]:
     """A text with the spans (from character, to character) as warm slots. InputError where they do not fit."""
-    _check_spans(spans)
+    check_spans(spans)
     pieces: list[str | Slot] = []
     end = 0
     for number, (start, stop) in enumerate(sorted(spans), 1):
@@ -170,9 +177,10 @@ def span_template(text: str, spans: Sequence[tuple[int, int]], strength: float) 
     return check_template([*pieces, text[end:]])
 
 
-def _check_spans(spans: Any) -> None:
+def check_spans(spans: Any) -> None:
+    """InputError where these are no pairs of characters' numbers, or too many."""
     if not isinstance(spans, (list, tuple)):
-        raise InputError(f"the spans are of type {type(spans).__name__}; give a list of pairs of characters' numbers")
+        raise InputError(f"the spans are {reprlib.repr(spans)}; give a list of pairs of characters' numbers")
     if len(spans) > SLOTS:
         raise InputError(f"there are {len(spans)} spans, more than the {SLOTS} allowed; edit the text in parts")
     for span in spans:

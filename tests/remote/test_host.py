@@ -212,8 +212,9 @@ def test_a_key_in_the_clear_is_noticed(url: str, is_exposed: int) -> None:
         (["hello"], "message 0 is 'hello'; give a record"),
         ([{"role": "user"}], r"message 0 \('user'\) has no content; give text"),
         ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "tool call 0 of message 0"),
-        ([{"role": "user", "content": {1, 2}}], "cannot be written as JSON"),
-        ([{"role": "user", "content": float("nan")}], "cannot be written as JSON"),
+        ([{"role": "user", "content": {1, 2}}], r"the content of message 0 is \{1, 2\}; give text"),
+        ([{"role": "user", "content": "a", "x": {1, 2}}], "cannot be written as JSON"),
+        ([{"role": "user", "content": "a", "x": float("nan")}], "cannot be written as JSON"),
     ],
 )
 def test_a_conversation_that_cannot_be_sent_is_an_input_error(ours: Scripted, messages: Any, words: str) -> None:

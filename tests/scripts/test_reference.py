@@ -29,7 +29,8 @@ def test_the_pages_are_what_the_code_says() -> None:
 
 def test_the_page_has_every_public_name() -> None:
     headings = set(re.findall(r"^### (\w+)$", PAGE, re.MULTILINE))
-    assert set(sfumato.__all__) <= headings
+    assert set(sfumato.__all__) - {"Event"} <= headings  # which is no class
+    assert "`Event` is any of the first three" in PAGE
     assert {name for name, value in vars(errors).items() if isinstance(value, type)} <= headings
     for name in (*OPTIONS, *LOAD_OPTIONS):
         assert f"| `{name}` |" in PAGE

@@ -98,7 +98,7 @@ puzzle = "0200080009080456034503918003014092705070820002047039017105004380458370
 print(llm.chat([{"role": "user", "content": "Solve this Sudoku:\\n" + puzzle}], options=Options(seed=3)).text)
 for options in (Options(seed=1, max_tokens=82), Options(seed=2, regex="[0-9]{3}(-[a-z]{2,9}){2,5}"),
                 Options(seed=4, schema={"enum": ["a", "b", {"c": [1, 2]}]})):
-    print(repr(llm.complete("1 2 3", options).text))
+    print(repr(llm.complete("1 2 3", options=options).text))
 print(repr(llm.infill("12", "45", options=Options(seed=5)).text))
 """
 

@@ -135,7 +135,7 @@ def test_an_edit_by_instruction_comes_back_as_text_and_diff(llm: LLM) -> None:
     [
         (lambda llm: llm.fill(["only text"]), "has no slot"),
         (lambda llm: llm.fill([Slot("a"), Slot("a")]), "two slots are named 'a'"),
-        (lambda llm: llm.fill([3, Slot("a")]), "holds texts and slots, not int"),
+        (lambda llm: llm.fill([3, Slot("a")]), "piece 1 of the template is 3; give a text or a slot"),
         (lambda llm: Slot(length=0), "length of slot '' is 0"),
         (lambda llm: Slot(length=3, at_most=4), "has a length and at_most"),
         (lambda llm: Slot(regex="a", choices=("a",)), "has regex and choices"),

@@ -1,0 +1,54 @@
+"""Queries, checked for the kinds of their arguments: one sentence that names what is wrong, instead of a TypeError.
+
+The same for a model in this process and for one behind a URL, before anything is computed or sent. What a value may be
+beyond its kind (a token of the vocabulary, a length that fits) is for whoever carries the query out. No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfumato.engine import arguments
+from sfumato.errors import InputError
+from sfumato.model.prompt import Prompt
+from sfumato.options import MOST_STEPS
+from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill
+from sfumato.templates.slots import Slot, check_spans, check_template
+
+
+def check_query(query: Any) -> None:
+    """InputError for a query whose arguments are of another kind; a query of a kind that is not known here passes."""
+    arguments.check_options(query.options)
+    match query:
+        case Complete():
+            if not isinstance(query.prompt, str | Prompt):
+                arguments.check_list("the prompt", query.prompt, "a text, or a list of token ids")
+        case Chat():
+            arguments.check_messages("the conversation", query.conversation)
+            arguments.check_tools(query.tools)
+        case Infill():
+            arguments.check_text("the prefix", query.prefix)
+            arguments.check_text("the suffix", query.suffix)
+            Slot("middle", length=query.length, at_most=query.at_most)
+        case Fill():
+            arguments.check_template_prompt(query.prompt)
+            check_template(query.template)
+        case Edit():
+            _check_edit(query)
+        case Decide():
+            arguments.check_template_prompt(query.prompt, is_needed=True)
+            arguments.check_fields(query.fields)
+            arguments.check_count("steps", query.steps, 1, MOST_STEPS)
+
+
+def _check_edit(query: Edit) -> None:
+    arguments.check_text("the text", query.text)
+    arguments.check_kind("the instruction", query.instruction, (str, type(None)), "text")
+    if not query.text:
+        raise InputError("the text is empty, so there is nothing to edit")
+    if query.spans is not None:
+        check_spans(query.spans)
+    if query.instruction is None and not query.spans:
+        raise InputError("neither an instruction nor spans are given; say what to change, or where")
+    if query.strength is not None:
+        Slot("text", text=query.text, strength=query.strength)
