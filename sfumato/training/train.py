@@ -20,6 +20,7 @@ from torch import Tensor
 from sfumato.checkpoints.shards import read_tensors, write_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.network import Model
+from sfumato.options import DTYPE_NAMES
 from sfumato.system.files import replacing
 from sfumato.training.data import Source
 from sfumato.training.loss import Corruption, losses, problem
@@ -57,6 +58,7 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "muon"):
             raise InputError(f"optimizer is {self.optimizer!r}; choose 'adamw' or 'muon'")
+        object.__setattr__(self, "precision", DTYPE_NAMES.get(self.precision, self.precision))
         if self.precision not in ("float32", "bfloat16"):
             raise InputError(f"precision is {self.precision!r}; choose 'float32' or 'bfloat16'")
         for name in ("steps", "batch", "encode_response_every", "repeats"):

@@ -375,3 +375,7 @@ def test_the_sudoku_source_gives_prompt_and_solution_as_the_chat_does() -> None:
         assert ids[-1] == tokenizer.id("<turn|>")
     assert examples.tokens_BT.equal(source.batch(3, 5, torch.device("cpu")).tokens_BT)
     assert not examples.tokens_BT.equal(source.batch(4, 5, torch.device("cpu")).tokens_BT)
+
+
+def test_a_precision_is_a_dtype_in_any_spelling() -> None:
+    assert TrainingRecipe(precision="bf16") == TrainingRecipe(precision="bfloat16")
