@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from queue import SimpleQueue
@@ -24,7 +24,7 @@ from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled,
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
 from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Edit, Fill, Infill, Query
-from sfumato.templates.slots import Slot
+from sfumato.templates.slots import Slot, Template
 
 T = TypeVar("T")
 
@@ -241,13 +241,14 @@ def _draft(canvas: int, step: int, words: list[str]) -> Draft:
     return Draft(0, canvas, step, list(range(n)), entropies, certain, "".join(pieces), pieces, n)
 
 
-def _filled(template: Sequence[str | Slot], usage: Usage, seed: int) -> Filled:
+def _filled(template: Template, usage: Usage, seed: int) -> Filled:
     text = ""
     values: dict[str, str] = {}
     for piece in template:
         if isinstance(piece, str):
             text += piece
         else:
+            assert isinstance(piece, Slot)  # as requests over HTTP give them
             name = piece.name or str(len(values) + 1)
             values[name] = piece.choices[0] if piece.choices else f"<{name}>"
             text += values[name]

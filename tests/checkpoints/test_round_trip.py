@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.checkpoints.contents import entries_of
-from sfumato.checkpoints.convert import TARGETS, convert
+from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import PLAIN, load
 from sfumato.checkpoints.locate import NANO
 from sfumato.checkpoints.names import VISION, released_name
+from sfumato.checkpoints.targets import TARGETS
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 
 SLIDE, FULL = LayerConfig(16, 2, 8, Rope(1e4)), LayerConfig(32, 1, None, Rope(1e6, 0.25, 1.0, True))
