@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sfumato.cli.info_report import file_report, operations, report
-from sfumato.cli.info_screen import show
-from sfumato.measure.work import detected_gpu, named_gpu
-from sfumato.model.config import ModelConfig
+from sfumato.cli import flags, loading
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.checkpoint import Checkpoint
+    from sfumato.model.config import ModelConfig
 
 
+@flags.takes(source=loading.positional(loading.MODEL))
 def command(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, .gguf file, config.json, hub id, or nano.")],
+    *,
+    source: loading.ModelFlag,
     gpu: Annotated[str | None, typer.Option(help="A GPU by name, like H200 or 'RTX 4090'. Default: this one.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of context to reckon with. Default: 8192.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same figures as JSON.")] = False,
@@ -32,13 +32,17 @@ def command(
     """Parameters, what each recipe needs, where it fits, and which operations can run on this machine.
 
     For a GPU also the floor that it sets under one denoising step. Of a folder or a .gguf file the format too; a
-    config.json alone is enough for the rest: no weights are read, or fetched from the hub.
+    config.json, which may be named alone, is enough for the rest: no weights are read, or fetched from the hub.
 
     Example: sfumato info google/diffusiongemma-26B-A4B-it
 
     Example: sfumato info path/to/config.json --gpu "RTX 4090" --context 32768 --json
     """
-    config, name, checkpoint = describe(model)
+    from sfumato.cli.info_report import file_report, operations, report  # only now: these cost the import of torch
+    from sfumato.cli.info_screen import show
+    from sfumato.measure.work import detected_gpu, named_gpu
+
+    config, name, checkpoint = describe(source.name)
     chosen = named_gpu(gpu) if gpu is not None else detected_gpu()
     figures = report(config, context or min(8192, config.max_position), chosen, name)
     if checkpoint is not None:
@@ -54,6 +58,8 @@ def describe(model: str) -> tuple[ModelConfig, str, Checkpoint | None]:
     """The config of a model, its name, and its checkpoint, opened, where the files of weights are here.
 
     A config.json alone has none, nor has a folder with nothing else in it or a hub id that is not in the cache."""
+    from sfumato.model.config import ModelConfig
+
     path = Path(model)
     if path.is_file() and path.suffix == ".json":
         return ModelConfig.from_file(path), str(path), None

@@ -68,7 +68,7 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
     [
         (["nothing"], "No such command 'nothing'"),
         (["--nothing"], "--nothing"),
-        (["info"], "Missing argument"),
+        (["convert"], "Missing argument"),
         (["info", "nano", "--nothing"], "--nothing"),
         (["info", "nano", "--context", "many"], "--context"),
     ],

@@ -47,6 +47,7 @@ def ask(shell: str, line: str) -> list[str]:
         ("sfumato generate -s t_m", ["t_max=", "t_min="]),
         ("sfumato chat na", ["nano"]),
         ("sfumato run na", ["nano"]),
+        ("sfumato info --gp", ["--gpu"]),
     ],
 )
 def test_bash_is_offered_commands_flags_values_and_models(line: str, offers: list[str]) -> None:

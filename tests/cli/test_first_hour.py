@@ -182,7 +182,7 @@ def test_run_without_a_prompt_is_a_conversation(sfumato: Call, monkeypatch: Any)
     assert code == 2 and "MODEL is nano and --model is other" in err
 
 
-@pytest.mark.parametrize("command", ["chat", "serve", "bench"])
+@pytest.mark.parametrize("command", ["chat", "serve", "bench", "info"])
 def test_a_model_is_an_argument_too(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "a/b", "--model", "c/d"]) == 2
     assert capsys.readouterr().err == "sfumato: MODEL is a/b and --model is c/d; give one of them\n"

@@ -13,7 +13,7 @@ from released import RELEASED
 from sfumato import cli, ops
 from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.locate import NANO
-from sfumato.cli import info, info_screen
+from sfumato.cli import info_screen
 from sfumato.cli.info_report import KINDS, RecipeRow, operations, report
 from sfumato.errors import InputError
 from sfumato.measure import work
@@ -149,7 +149,7 @@ def test_the_screen_holds_the_figures(config_json: Path, capsys: pytest.CaptureF
 def test_without_a_gpu_the_names_are_offered(
     config_json: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(info, "detected_gpu", lambda: None)
+    monkeypatch.setattr(work, "detected_gpu", lambda: None)
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.main(["info", str(config_json)]) == 0
     text = capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_without_a_gpu_the_names_are_offered(
 def test_an_unknown_gpu_of_this_machine_has_a_fit_and_no_floor(
     config_json: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(info, "detected_gpu", lambda: work.Gpu("Some Card", 30))
+    monkeypatch.setattr(work, "detected_gpu", lambda: work.Gpu("Some Card", 30))
     assert cli.main(["info", str(config_json)]) == 0
     text = capsys.readouterr().out
     assert "No published figures for Some Card" in text
