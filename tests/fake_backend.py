@@ -24,7 +24,7 @@ from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled,
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
 from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Edit, Fill, Infill, Query
-from sfumato.templates.slots import Slot
+from sfumato.templates.slots import Slot, check_template
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ def events_of(query: Query, text: str | None = None) -> list[Event | Result]:
         case Edit(text=before):
             return [*drafts, Edited(before.upper(), before, usage, seed)]
         case Fill(template=template):
-            return [*drafts, _filled(template, usage, seed)]
+            return [*drafts, _filled(check_template(template), usage, seed)]
         case Decide(fields=fields):
             return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in fields.items()}]
         case _:
