@@ -24,7 +24,7 @@ from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled,
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
 from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Edit, Fill, Infill, Query
-from sfumato.templates.slots import Slot, Template
+from sfumato.templates.slots import Slot, check_template
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ def events_of(query: Query, text: str | None = None) -> list[Event | Result]:
         case Edit(text=before):
             return [*drafts, Edited(before.upper(), before, usage, seed)]
         case Fill(template=template):
-            return [*drafts, _filled(template, usage, seed)]
+            return [*drafts, _filled(check_template(template), usage, seed)]
         case Decide(fields=fields):
             return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in fields.items()}]
         case _:
@@ -241,14 +241,13 @@ def _draft(canvas: int, step: int, words: list[str]) -> Draft:
     return Draft(0, canvas, step, list(range(n)), entropies, certain, "".join(pieces), pieces, n)
 
 
-def _filled(template: Template, usage: Usage, seed: int) -> Filled:
+def _filled(template: Sequence[str | Slot], usage: Usage, seed: int) -> Filled:
     text = ""
     values: dict[str, str] = {}
     for piece in template:
         if isinstance(piece, str):
             text += piece
         else:
-            assert isinstance(piece, Slot)  # as requests over HTTP give them
             name = piece.name or str(len(values) + 1)
             values[name] = piece.choices[0] if piece.choices else f"<{name}>"
             text += values[name]
