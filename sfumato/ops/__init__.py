@@ -4,7 +4,7 @@
 
     reference   plain PyTorch, the specification and the oracle
     fused       torch's own fused calls, any device; differentiable, so that training uses it
-    cpu         a small compiled extension: AMX or AVX-512 for bf16, int8 and int4, portable vectors for float32
+    cpu         a small compiled extension: AMX or AVX-512 for bf16, int8 and whatever has 4 or 8 bits, else vectors
     triton      CUDA kernels: bf16, int8, FP8, int4 and NVFP4 weights
 
 `contract` has a protocol for each operation. Every implementation takes a weight in fewer bits (`packed.Packed`) in

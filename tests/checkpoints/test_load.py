@@ -20,7 +20,9 @@ from sfumato.checkpoints.contents import match
 from sfumato.checkpoints.load import PLAIN, load
 from sfumato.checkpoints.save import save
 from sfumato.errors import CheckpointError, InputError
-from sfumato.model.network import Model
+from sfumato.model.network import Model, products
+from sfumato.ops.contract import Ops
+from sfumato.ops.packed import Packed
 
 
 def test_round_trip(folder: Path, model: Model) -> None:
@@ -64,6 +66,23 @@ def test_end_ids_of_generation_config(folder: Path) -> None:
     path.write_text('{"eos_token_id": [1, 97]}')
     with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id 97 is not among the 97 tokens"):
         load(folder, PLAIN)
+
+
+def test_operations_are_asked_about_every_kind_and_width(
+    folder: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes one width of a kind may refuse another: groups must divide it."""
+    samples: list[Packed] = []
+
+    def load_ops(name: str, device: Any, dtype: torch.dtype, packed: list[Packed]) -> Ops:
+        samples.extend(packed)
+        return REFERENCE
+
+    monkeypatch.setattr("sfumato.checkpoints.load.load_ops", load_ops)
+    load(folder, replace(PLAIN, quantize="int8"))
+    widths = {getattr(owner, leaf).shape[-1] for owner, leaf in products(model)}
+    assert sorted((one.kind, one.shape[-1]) for one in samples) == sorted(("int8", width) for width in widths)
+    assert len(widths) > 1
 
 
 def test_progress_counts_bytes(folder: Path, model: Model) -> None:

@@ -169,6 +169,33 @@ def test_a_row_is_the_same_alone(way: str, name: str, rows: int) -> None:
     assert torch.equal(cpu.linear(x[:rows], packed)[0], cpu.linear(x, packed)[0][:rows])
 
 
+@pytest.mark.parametrize("group", [48, 96, 192, 704])
+@pytest.mark.parametrize("bias", ["", ", bias"])
+def test_longer_groups_are_taken_in_parts(group: int, bias: str) -> None:
+    """One scale for all inputs, as GPTQ has it, is the scale of each part of them."""
+    inputs, x = (704, random(9, 704)) if group == 704 else (192, random(9, 192))
+    packed = packed_as(f"int4 by 16{bias}", 40, inputs)
+    every = slice(0, None, group // 16)
+    whole = replace(
+        packed, group=group, scale=packed.scale[:, every], bias=None if packed.bias is None else packed.bias[:, every]
+    )
+    own = cpu.pack(whole)
+    assert isinstance(own, Packed) and own.group in GROUPS and torch.equal(own.dense(), whole.dense())
+    (result,) = cpu.linear(x, own)
+    exact = reference.linear(x.bfloat16().float(), whole)[0]
+    assert (result - exact).norm() <= 3e-3 * exact.norm()
+    with pytest.raises(InputError, match=r"groups of .* call Model.pack_ first"):
+        cpu.linear(x, whole)
+
+
+def test_every_format_of_ours_is_taken() -> None:
+    for name in formats.FORMATS:
+        for shape in ((64, 256), (3, 64, 256)):
+            packed = formats.pack(random(*shape), name)
+            assert cpu.obstacle(torch.float32, [packed]) is None or cpu._way() == cpu.PLAIN
+            assert tuple(cpu.pack(packed).shape) == shape
+
+
 # ---- two forms beside each other -------------------------------------------------------------------------------------
 
 MIXED = ("plain", "int8", "int4 by 32", "int4 by 32, bias", "int4 by 64, bias", "iq4 by 32, float16", "nvfp4", "fp8",
@@ -247,7 +274,8 @@ def test_a_model_whose_layers_mix_forms_runs_as_its_unpacked_twin() -> None:
 @pytest.mark.parametrize(
     "name, change, match",
     [
-        ("iq4 by 32", {"group": 96}, "iq4 weights in groups of 96 along 192 inputs"),
+        ("iq4 by 32", {"group": 24}, "iq4 weights in groups of 24 along 192 inputs"),
+        ("iq4 by 32", {"group": 128}, "iq4 weights in groups of 128 along 192 inputs"),
         ("iq4 by 32", {"scale": torch.ones(40, 6, dtype=torch.float64)}, "scales and biases of torch.float64"),
         ("iq4 by 32", {"scale": torch.ones(40, 5)}, r"codes \[40, 96\] with scales \[40, 5\] of iq4 weights"),
         ("iq4 by 32", {"data": torch.zeros(40, 95, dtype=torch.uint8)}, r"codes \[40, 95\]"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from ctypes import c_int, c_long, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -163,6 +163,10 @@ def _checked(weight: Packed) -> Operand:
     if (not weight.is_grouped and weight.kind != "fp8") or (reason := refusal(weight)):
         raise InputError(f"the cpu operations cannot take {reason or 'this weight'}; call Model.pack_ first")
     limits = _LIMITS[weight.kind]
+    if weight.is_grouped and weight.group not in limits.groups:
+        raise InputError(
+            f"a weight is in groups of {weight.group}, which {limits.groups} divide; call Model.pack_ first"
+        )
     if not weight.is_grouped:  # one scale an output: the factor of its products
         return operand_of(weight.shape, (weight.data, None, None, weight.scale), limits.number)
     parts = weight.data, weight.scale, weight.bias, weight.factor
@@ -191,6 +195,7 @@ def pack(weight: Matrix) -> Panels | Packed:
                 f"the cpu operations cannot take {reason}; choose ops='fused', or quantize='int8' or 'int4'"
             )
         if weight.is_grouped or weight.kind == "fp8":
+            weight = _regrouped(weight) if weight.is_grouped else weight
             return weight if all(t.is_contiguous() for t in weight.tensors) else weight.each(Tensor.contiguous)
         return _in_panels(weight.data, weight.scale.contiguous())
     if not isinstance(weight, Tensor):
@@ -206,7 +211,7 @@ def refusal(weight: Packed) -> str | None:
     if limits is None:
         return f"{weight.kind} weights"
     is_split = weight.kind != "fp8" and weight.shape[-1] % weight.group
-    if weight.is_grouped and (weight.group not in limits.groups or is_split):
+    if weight.is_grouped and (is_split or _part_of_a_group(weight.group, limits) is None):
         return f"{weight.kind} weights in groups of {weight.group} along {weight.shape[-1]} inputs"
     if not weight.is_grouped and (weight.kind not in ("int8", "fp8") or weight.bias is not None):
         return f"{weight.kind} weights with one scale an output"
@@ -221,6 +226,21 @@ def _spread(weight: Packed) -> int:
         return weight.block_rows
     except ValueError:
         return BLOCK
+
+
+def _part_of_a_group(group: int, limits: _CodeLimits) -> int | None:
+    """The largest group that the library takes of which there is a whole number in this one."""
+    return max((own for own in limits.groups if group % own == 0), default=None)
+
+
+def _regrouped(weight: Packed) -> Packed:
+    """A weight in groups that the library takes: a longer group's scale and bias, once for each part of it."""
+    group = _part_of_a_group(weight.group, _LIMITS[weight.kind])
+    if group is None or group == weight.group:
+        return weight
+    parts, bias = weight.group // group, weight.bias
+    bias = None if bias is None else bias.repeat_interleave(parts, -1)
+    return replace(weight, group=group, scale=weight.scale.repeat_interleave(parts, -1), bias=bias)
 
 
 def _odd_part(weight: Packed, limits: _CodeLimits) -> str | None:
