@@ -420,6 +420,24 @@ def serve(record: Record) -> str:
     return "\n\n".join([*texts, *(text for part, text in pictures.items() if part in record)])
 
 
+def neighbours(record: Record) -> str:
+    """The record of benchmarks/neighbours.py."""
+    labels = list(record["rows"][0]["times"])
+    lines = [
+        [
+            str(row["neighbours"]),
+            row["title"],
+            *(
+                f"{duration(row['times'][label]['median'])} ({duration(row['times'][label]['slowest_tenth'])})"
+                for label in labels
+            ),
+        ]
+        for row in record["rows"]
+    ]
+    head = ["busy processes beside", "the middle one (where the slowest tenth begins) of", *labels]
+    return table(head, lines)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "peers": ("Beside transformers", peers),
     "step": ("A step", step),
@@ -432,6 +450,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "the true size": ("The true size", full_size),
     "serve": ("Serving", serve),
     "under attack": ("Under attack", attacks),
+    "neighbours": ("Beside busy processes", neighbours),
     "ops": ("Operations", ops),
     "gpu": ("On a GPU", gpu),
     "kernels": ("Kernels of a step, compiled", kernels),

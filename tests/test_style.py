@@ -48,8 +48,7 @@ LONGEST_FILE = 550
 VARIABLES = {
     "XDG_CACHE_HOME": "where the user keeps caches: a place, no behaviour",
     "PYTHONPATH": "passed on to a child process",
-    "OMP_NUM_THREADS": "OpenMP's own: the user has said how many threads",
-    "OMP_PROC_BIND": "OpenMP's own: the user has said where threads run",
+    "SAID": "OpenMP's own: the user has said how threads wait",
     "XDG_CONFIG_HOME": "where the user keeps settings: a place, no behaviour",
     "APPDATA": "the same on Windows",
     "VARIABLE": "SFUMATO_MODEL, the command line's alone: which model it takes where none is named",

@@ -192,7 +192,6 @@ class Jobs(Generic[AnyQuery]):
         self._planning[self._threads.submit(self._send, job)] = job
 
     def _send(self, job: _PlannedJob) -> _NextStep:
-        confined.leave_cores()
         confined.is_cancelled.set(lambda: job.is_dropped)
         asks = advance(job.plan, [job.endings[place] for place in range(len(job.asks))])
         return asks if isinstance(asks, PlanEnd) else (asks, self._rows(job.id, asks))

@@ -245,22 +245,9 @@ class ChildPool:
             self._change.notify()
 
 
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-"""Where this process may run, as it was at first."""
-
-
-def leave_cores() -> None:
-    """The calling thread may run wherever the process may: it began on its parent's core, if that holds one."""
-    if CORES is not None:
-        with suppress(OSError):
-            os.sched_setaffinity(0, CORES)
-
-
 def _step_aside(nice: int) -> str:
-    """The beginning of a child's code: from its first moment on it runs anywhere, and steps aside."""
+    """The beginning of a child's code: from its first moment on it steps aside."""
     calls = []
-    if CORES is not None:
-        calls.append(f"os.sched_setaffinity(0, {sorted(CORES)})")
     if nice and hasattr(os, "nice"):
         calls.append(f"os.nice({nice})")
     if nice and hasattr(os, "SCHED_IDLE"):

@@ -390,22 +390,3 @@ def test_no_message_ends_the_reader(tmp_path: Path, capfd: pytest.CaptureFixture
 
     running(test())
     assert capfd.readouterr().err.count("a message could not be read") == 4
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be kept to cores here")
-def test_the_server_leaves_the_first_core_to_the_engine_and_its_worker_may_run_anywhere(
-    opened: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    every = os.sched_getaffinity(0)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(child, "holds_cores", lambda: True)
-
-    async def test() -> None:
-        async with opened() as one:
-            assert os.sched_getaffinity(0) == (every - {min(every)} or every)
-            assert os.sched_getaffinity((await state_of(one))["pid"]) == every
-
-    try:
-        running(test())
-    finally:
-        os.sched_setaffinity(0, every)

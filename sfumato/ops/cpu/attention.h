@@ -55,8 +55,7 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
     long splits = std::max(1L, tiles_of(blocks, 16)); // bounds what a unit keeps
     while (seen.batch * groups * splits < threads && splits < blocks) splits++;
     const long each = tiles_of(blocks, splits), units = seen.batch * groups * splits;
-#pragma omp parallel num_threads(threads)
-    {
+    together(units > 1 ? threads : 1, [&](Team &team) {
         Tiles tiles;
         const long q_bytes = 2 * kd * TILE, k_bytes = KEYS / 32 * kd * 2 * TILE, v_bytes = d_panels * kk * 2 * TILE;
         const long p_bytes = 2 * kk * TILE, s_bytes = 32 * KEYS * 4, o_bytes = 32 * wide * 4;
@@ -66,11 +65,10 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
         float *scores = (float *)(p_tiles + p_bytes), *o = scores + 32 * KEYS;
         float *top = o + each * 32 * wide, *sum = top + each * 32;
         int64_t *low = (int64_t *)(sum + each * 32), *high = low + each * 32;
-#pragma omp for schedule(dynamic, 1)
-        for (long unit = 0; unit < units; unit++) {
+        team.each(units, 1, [&](long unit) {
             const long b = unit / (groups * splits), g = unit / splits % groups, first = unit % splits * each;
             const long held = std::min(each, blocks - first);
-            if (held <= 0) continue;
+            if (held <= 0) return;
             const long length = seen.lengths[b], count = seen.counts[b], start = length + count,
                        end = start + seen.canvas;
             long from = end, to = 0;
@@ -164,6 +162,6 @@ static void attention(const T *q, const T *k, const T *v, const T *k_ring, const
                                    load(o + (block * 32 + r) * wide + i) * inverse, n - i);
                 }
             }
-        }
-    }
+        });
+    });
 }

@@ -75,13 +75,13 @@ static void block(const T *x, const Layer &w, const Operand *products, Sizes n, 
         return;
     }
     const long rows = seen.encode + seen.canvas;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (long b = 0; b < seen.batch; b++) {
+    auto one_row = [&](long b) {
         const Seen one{seen.rows + b, seen.lengths + b, seen.counts + b, 1,
                        seen.encode,   seen.canvas,      seen.window,     seen.ring};
         const long from = b * rows;
         block_of<T>(x + from * n.width, w, products, n, eps, cos + from * n.head, sin + from * n.head, k_ring, v_ring,
                     one, scale + (scales > 1 ? from : 0), scales > 1 ? rows : 1, y + from * n.width, k + from * narrow,
                     v + from * narrow, 1);
-    }
+    };
+    together(threads, [&](Team &team) { team.each(seen.batch, 1, one_row); });
 }

@@ -19,10 +19,11 @@ import tempfile
 from pathlib import Path
 
 from sfumato.errors import InputError, SfumatoError
+from sfumato.ops.cpu import waiting
 from sfumato.system.files import locked, replacing
 
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-pthread", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi"]
 FLAGS += ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
 
 
@@ -51,13 +52,12 @@ def library() -> ctypes.CDLL:
             f"the cpu operations cannot be kept in {path.parent}: {getattr(error, 'strerror', None) or error}; name a "
             "folder that can be written in XDG_CACHE_HOME, or choose fused"
         ) from error
-    import torch  # noqa: F401 - its OpenMP runtime must be the one that the library finds
-
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise InputError(f"the cpu operations cannot be loaded: {error}; choose fused") from error
     loaded.sf_start()
+    waiting.shorten()
     return loaded
 
 

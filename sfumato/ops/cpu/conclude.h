@@ -5,7 +5,7 @@
 // as it is.
 #pragma once
 
-#include "vectors.h"
+#include "threads.h"
 
 struct Ending { // in this order as pointers from outside
     // Of the rows that take the step.
@@ -139,18 +139,16 @@ static void finish(const Ending &s, const Extent &n, long b, bool is_fit, Line &
 
 template <class T> static void conclude(const Ending &s, const Extent &n, int threads) {
     std::vector<uint8_t> fit(n.batch * n.length);
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team &team) {
         Line line{std::vector<int64_t>(n.length), std::vector<float>(n.length), std::vector<uint64_t>(n.length),
                   std::vector<uint8_t>(n.length)};
-#pragma omp for schedule(static)
-        for (long p = 0; p < n.batch * n.length; p++)
-            fit[p] = s.at[p / n.length] == n.rows - 1 || place<T>(s, n, p);
-#pragma omp for schedule(static)
-        for (long b = 0; b < n.batch; b++) {
-            if (s.at[b] == n.rows - 1) continue;
+        team.shares(n.batch * n.length,
+                    [&](long p) { fit[p] = s.at[p / n.length] == n.rows - 1 || place<T>(s, n, p); });
+        team.meet();
+        team.shares(n.batch, [&](long b) {
+            if (s.at[b] == n.rows - 1) return;
             const auto from = fit.begin() + b * n.length;
             finish(s, n, b, std::find(from, from + n.length, 0) == from + n.length, line);
-        }
-    }
+        });
+    });
 }

@@ -109,9 +109,8 @@ int sf_norm_add(int io, const void *residual, const void *x, long rows, long n, 
     BY_IO((norm_add<T>((const T *)residual, (const T *)x, rows, n, (const T *)w, eps, (T *)y, threads)))
 }
 
-int sf_join(int io, const void *residual, const void *dense, const void *sparse, long rows, long n,
-            const void *dense_w, const void *sparse_w, const void *w, float eps, const void *scale, long scales,
-            void *y, int threads) {
+int sf_join(int io, const void *residual, const void *dense, const void *sparse, long rows, long n, const void *dense_w,
+            const void *sparse_w, const void *w, float eps, const void *scale, long scales, void *y, int threads) {
     if (scales != 1 && scales != rows) return NO_HEADS;
     BY_IO((join<T>((const T *)residual, (const T *)dense, (const T *)sparse, rows, n, (const T *)dense_w,
                    (const T *)sparse_w, (const T *)w, eps, (const T *)scale, scales, (T *)y, threads)))

@@ -1,6 +1,7 @@
 // What a product reads: weights packed once in panels, rows packed for each call, and the product of panels.
 #pragma once
 
+#include "threads.h"
 #include "tiles.h"
 
 // Memory that outlives a call, on huge pages where the system has them. What a long prompt needed is given back once
@@ -82,15 +83,15 @@ static void pack_rows(const IO *const *rows, int count, long width, char *out, f
 }
 
 // A weight as it comes from outside; null where there is none. In panels: float32, bfloat16, int8 with one scale an
-// output. As they lie: codes of 4 bits, two a byte, that stand for the values of a table, in bfloat16 and twice, so that
-// the bit above them may be anything; int8, without a sign where there is a bias; and e4m3, whose product rounds its
-// rows to e4m3 too where it is the format's own.
+// output. As they lie: codes of 4 bits, two a byte, that stand for the values of a table, in bfloat16 and twice, so
+// that the bit above them may be anything; int8, without a sign where there is a bias; and e4m3, whose product rounds
+// its rows to e4m3 too where it is the format's own.
 enum WeightKind { FLOAT, BF16, INT8, HALVES = 4, BYTES = 8, E4M3, E4M3_BOTH };
 struct Operand {
     const void *data, *scale, *bias, *factor, *table; // factor: float32, of each output's product
-    long kind, group; // inputs that share a scale; 0: there is none but the factor
-    long store;       // what scales and biases are, see `scales_at`
-    long spread;      // outputs that share a scale
+    long kind, group;                                 // inputs that share a scale; 0: there is none but the factor
+    long store;                                       // what scales and biases are, see `scales_at`
+    long spread;                                      // outputs that share a scale
 };
 
 struct Ahead { // where a panel begins that is read soon, and its scales and biases if they are many
@@ -305,12 +306,11 @@ static inline void panel_product(long rows, const char *a, const float *beside, 
 
 template <class M> static void pack_weight(const M *from, long outputs, long inputs, char *out, int threads) {
     const long kc = tiles_of(inputs, Kind<M>::K), panels = tiles_of(outputs, 32);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long p = 0; p < panels; p++) {
+    shared_out(threads, panels, [&](long p) {
         const M *columns[32];
         for (int c = 0; c < 32; c++) columns[c] = 32 * p + c < outputs ? from + (32 * p + c) * inputs : nullptr;
         for (long k = 0; k < kc; k++)
             for (int n = 0; n < 2; n++)
                 tile_columns<M>(columns + 16 * n, k * Kind<M>::K, inputs, out + ((p * kc + k) * 2 + n) * TILE);
-    }
+    });
 }

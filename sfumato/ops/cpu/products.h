@@ -3,15 +3,15 @@
 
 #include "groups.h"
 
-template <class IO, class M> // inside a parallel region
-static void pack_all(const Weight<M> &w, const IO *x, long rows, char *out, float *beside) {
-#pragma omp for schedule(static)
-    for (long t = 0; t < tiles_of(rows, 16); t++) {
+template <class IO, class M>
+static void pack_all(Team &team, const Weight<M> &w, const IO *x, long rows, char *out, float *beside) {
+    team.shares(tiles_of(rows, 16), [&](long t) {
         const IO *pointers[16];
         const int count = (int)std::min(16L, rows - 16 * t);
         for (int r = 0; r < count; r++) pointers[r] = x + (16 * t + r) * w.inputs;
         pack_for<IO, M>(w, pointers, count, out + t * w.kc() * TILE, beside + t * w.side());
-    }
+    });
+    team.meet();
 }
 
 template <class IO> static inline void write_block(const float *c, IO *y, long rows, long columns, long ldy) {
@@ -30,26 +30,22 @@ static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, IO 
     long panels = 0;
     for (int i = 0; i < count; i++) panels += w[i].panels();
     const long bands = tiles_of(rows, BAND), chunk = std::max(1L, panels / (8 * threads));
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team &team) {
         Tiles tiles;
         float *c = (float *)own.get(BAND * 32 * 4);
-        pack_all<IO, M>(w[0], x, rows, a, beside);
-        for (long band = 0; band < bands; band++) {
-            const long t = band * BAND / 16, some = std::min(rows - band * BAND, BAND);
-#pragma omp for schedule(dynamic, chunk) nowait
-            for (long n = 0; n < panels; n++) {
-                int i = 0;
-                long p = n;
-                while (p >= w[i].panels()) p -= w[i++].panels();
-                const bool is_last = p + 1 == w[i].panels();
-                const Ahead next = !is_last ? w[i].ahead(p + 1) : i + 1 < count ? w[i + 1].ahead(0) : Ahead();
-                const Panel<M> panel{w + i, p, next};
-                panel_product<M>(some, a + t * kc * TILE, beside + t * side, &panel, 1, c);
-                write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, some, w[i].outputs - 32 * p, w[i].outputs);
-            }
-        }
-    }
+        pack_all<IO, M>(team, w[0], x, rows, a, beside);
+        team.each(bands * panels, chunk, [&](long n) {
+            const long band = n / panels, t = band * BAND / 16, some = std::min(rows - band * BAND, BAND);
+            int i = 0;
+            long p = n % panels;
+            while (p >= w[i].panels()) p -= w[i++].panels();
+            const bool is_last = p + 1 == w[i].panels();
+            const Ahead next = !is_last ? w[i].ahead(p + 1) : i + 1 < count ? w[i + 1].ahead(0) : Ahead();
+            const Panel<M> panel{w + i, p, next};
+            panel_product<M>(some, a + t * kc * TILE, beside + t * side, &panel, 1, c);
+            write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, some, w[i].outputs - 32 * p, w[i].outputs);
+        });
+    });
 }
 
 template <class IO>
@@ -88,22 +84,19 @@ static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weig
     char *a = shared.get(row_tiles * (kc * TILE + side * 4));
     float *beside = (float *)(a + row_tiles * kc * TILE);
     const long bands = tiles_of(rows, BAND);
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team &team) {
         Tiles tiles;
         float *c = (float *)own.get(2 * BAND * 32 * 4);
-        pack_all<IO, M>(gate, x, rows, a, beside);
-        for (long band = 0; band < bands; band++) {
+        pack_all<IO, M>(team, gate, x, rows, a, beside);
+        team.each(bands * gate.panels(), 1, [&](long n) {
+            const long band = n / gate.panels(), p = n % gate.panels();
             const long t = band * BAND / 16, some = std::min(rows - band * BAND, BAND);
-#pragma omp for schedule(dynamic, 1) nowait
-            for (long p = 0; p < gate.panels(); p++) {
-                const long next = p + threads < gate.panels() ? p + threads : p;
-                const Panel<M> both[2] = {{&gate, p, gate.ahead(next)}, {&up_, p, up_.ahead(next)}};
-                panel_product<M>(some, a + t * kc * TILE, beside + t * side, both, 2, c);
-                gate_block(c, c + up(some, 16) * 32, h + 16 * t * inner + 32 * p, some, inner - 32 * p, inner);
-            }
-        }
-    }
+            const long next = p + threads < gate.panels() ? p + threads : p;
+            const Panel<M> both[2] = {{&gate, p, gate.ahead(next)}, {&up_, p, up_.ahead(next)}};
+            panel_product<M>(some, a + t * kc * TILE, beside + t * side, both, 2, c);
+            gate_block(c, c + up(some, 16) * 32, h + 16 * t * inner + 32 * p, some, inner - 32 * p, inner);
+        });
+    });
 }
 
 template <class IO>
@@ -120,12 +113,12 @@ static void feed_forward(const IO *x, long rows, long width, long inner, const O
         const long outputs[2] = {inner, inner};
         IO *const to[2] = {h, u};
         linear<IO>(x, rows, width, 2, three, outputs, to, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (long r = 0; r < rows; r++)
+        shared_out(threads, rows, [&](long r) {
             for (long i = r * inner; i < (r + 1) * inner; i += 16) {
                 const long some = (r + 1) * inner - i;
                 store_some(h + i, rounded(gelu_tanh(load_some(h + i, some)), IO()) * load_some(u + i, some), some);
             }
+        });
     }
     linear<IO>(h, rows, inner, 1, &down, &width, &y, threads);
 }
@@ -253,16 +246,15 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
         by_kind(down, [&](auto second) {
             typedef decltype(second) N;
             const Weight<N> dn(down, width, inner);
-#pragma omp parallel num_threads(threads)
-            {
+            together(threads, [&](Team &team) {
                 Tiles tiles;
                 if constexpr (!is_same) {
-#pragma omp for schedule(static)
-                    for (long n = 0; n < tokens; n++)
+                    team.shares(tokens, [&](long n) {
                         row_as<IO, L>(x + n * width, width, as_left + n * row_bytes, 64, token_scales + n);
+                    });
+                    team.meet();
                 }
-#pragma omp for schedule(dynamic, 1)
-                for (long u = 0; u < unit_count; u++) {
+                team.each(unit_count, 1, [&](long u) {
                     const Unit &unit = units[u];
                     const Weight<N> w = dn.of(unit.expert);
                     IO *h = (IO *)hidden.get(unit.size * inner * sizeof(IO));
@@ -275,16 +267,17 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                         return goes_on ? then.ahead(inner % 32 ? 0 : std::min(i / 2L, half - 1) + i % 2 * half)
                                        : Ahead();
                     });
-                }
-#pragma omp for schedule(static)
-                for (long n = 0; n < tokens; n++)
+                });
+                team.meet();
+                team.shares(tokens, [&](long n) {
                     for (long i = 0; i < width; i += 16) {
                         V sum = V{};
                         for (long j = 0; j < chosen; j++)
                             sum += load_some(parts + (n * chosen + j) * width + i, width - i);
                         store_some(y + n * width + i, sum, width - i);
                     }
-            }
+                });
+            });
         });
     });
 }

@@ -23,21 +23,19 @@ template <class A> static inline float inverse_rms(A at, long n, float eps) {
 }
 
 template <class T> static void rms_norm(const T *x, long rows, long n, const T *w, float eps, T *y, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long r = 0; r < rows; r++) {
+    shared_out(threads, rows, [&](long r) {
         const T *from = x + r * n;
         const float s = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
         for (long i = 0; i < n; i += 16)
             store_some(y + r * n + i, load_some(from + i, n - i) * s * weight_at(w, i, n), n - i);
-    }
+    });
 }
 
 template <class T>
 static void norm_rope(const T *x, long places, long heads, long n, const T *w, float eps, const T *cos, const T *sin,
                       T *y, int threads) {
     const long half = n / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long r = 0; r < places * heads; r++) {
+    shared_out(threads, places * heads, [&](long r) {
         const T *from = x + r * n, *c = cos + r / heads * n, *s = sin + r / heads * n;
         const float scale = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
         if (n == 16) { // both halves in one vector
@@ -45,7 +43,7 @@ static void norm_rope(const T *x, long places, long heads, long n, const T *w, f
             const V other = __builtin_shuffle(x, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
             const V sign = {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1};
             store(y + r * n, x * load(c) + other * (load(s) * sign));
-            continue;
+            return;
         }
         for (long i = 0; i < half; i += 16) {
             const long m = half - i;
@@ -54,13 +52,12 @@ static void norm_rope(const T *x, long places, long heads, long n, const T *w, f
             store_some(y + r * n + i, one * load_some(c + i, m) - two * load_some(s + i, m), m);
             store_some(y + r * n + half + i, two * load_some(c + half + i, m) + one * load_some(s + half + i, m), m);
         }
-    }
+    });
 }
 
 template <class T>
 static void norm_add(const T *residual, const T *x, long rows, long n, const T *w, float eps, T *y, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long r = 0; r < rows; r++) {
+    shared_out(threads, rows, [&](long r) {
         const T *from = x + r * n;
         const float s = inverse_rms([&](long i) { return load_some(from + i, n - i); }, n, eps);
         for (long i = 0; i < n; i += 16)
@@ -68,17 +65,15 @@ static void norm_add(const T *residual, const T *x, long rows, long n, const T *
                        load_some(residual + r * n + i, n - i) +
                            rounded(load_some(from + i, n - i) * s * weight_at(w, i, n), T()),
                        n - i);
-    }
+    });
 }
 
 template <class T>
 static void join(const T *residual, const T *dense, const T *sparse, long rows, long n, const T *dense_w,
                  const T *sparse_w, const T *w, float eps, const T *scale, long scales, T *y, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team &team) {
         std::vector<float> sum(up(n, 16));
-#pragma omp for schedule(static)
-        for (long r = 0; r < rows; r++) {
+        team.shares(rows, [&](long r) {
             const T *d = dense + r * n, *s = sparse + r * n;
             const float ds = inverse_rms([&](long i) { return load_some(d + i, n - i); }, n, eps);
             const float ss = inverse_rms([&](long i) { return load_some(s + i, n - i); }, n, eps);
@@ -93,8 +88,8 @@ static void join(const T *residual, const T *dense, const T *sparse, long rows, 
                 V a = rounded(load(sum.data() + i) * js * weight_at(w, i, n), T());
                 store_some(y + r * n + i, rounded(load_some(residual + r * n + i, n - i) + a, T()) * layer, n - i);
             }
-        }
-    }
+        });
+    });
 }
 
 // Few outputs and exact ones: which experts a token takes must not hang on the rounding of a product's input.
@@ -102,11 +97,9 @@ template <class T>
 static void route(const T *x, long rows, long n, const T *scale, const T *proj, long count, const T *per_expert,
                   long chosen, float eps, int64_t *index, float *weight, int threads) {
     const float root = 1.0f / std::sqrt((float)n);
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team &team) {
         std::vector<float> a(4 * up(n, 16)), p(4 * count);
-#pragma omp for schedule(static)
-        for (long block = 0; block < tiles_of(rows, 4); block++) {
+        team.shares(tiles_of(rows, 4), [&](long block) {
             const long some = std::min(4L, rows - 4 * block), wide = up(n, 16);
             for (long r = 0; r < some; r++) {
                 const T *from = x + (4 * block + r) * n;
@@ -157,6 +150,6 @@ static void route(const T *x, long rows, long n, const T *scale, const T *proj, 
                 }
                 for (long j = 0; j < chosen; j++) out[j] = out[j] / picked * to_float(per_expert[at[j]]);
             }
-        }
-    }
+        });
+    });
 }

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <omp.h>
 #include <type_traits>
 #include <vector>
 
@@ -161,7 +160,7 @@ static inline V absolute(V a) { return (V)((VU)a & 0x7fffffffu); }
 
 // Within 1e-7 of e^x, relative; 0 below -87.3, NaN of NaN.
 static inline V exponential(V x) {
-    x = smaller(splat(88.0f), x); // of a pair with a NaN the second one is taken
+    x = smaller(splat(88.0f), x);                        // of a pair with a NaN the second one is taken
     V n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; // nearest integer
     V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     V p = splat(1.9875691500e-4f);

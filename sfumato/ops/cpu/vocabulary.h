@@ -149,65 +149,63 @@ static void read_out(const T *hidden, long n, const T *embed, const Places &at, 
     float *most = (float *)(b + places * kc * 2 * TILE), *dots = most + all;
     uint8_t *which = (uint8_t *)(dots + all);
     const long chunk = std::clamp(word_tiles * tiles_of(places, PLACES) / (8 * threads), 1L, 4L);
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team &team) {
         Tiles tiles;
-#pragma omp for schedule(static)
-        for (long p = 0; p < places; p++) {
+        team.shares(places, [&](long p) {
             const T *columns[32];
             for (int i = 0; i < 32; i++) columns[i] = 32 * p + i < at.count ? hidden + (32 * p + i) * n : nullptr;
             for (long k = 0; k < kc; k++)
                 for (int half = 0; half < 2; half++)
                     tile_columns<T>(columns + 16 * half, k * Kind<T>::K, n, b + ((p * kc + k) * 2 + half) * TILE);
-        }
+        });
+        team.meet();
         const long held = std::min(places, PLACES);
         own.release(2 << 20); // what attention took: from here on there are logits
         char *a = own.get(WORDS / 16 * PART * TILE + WORDS * 32 * held * 4);
         float *x = (float *)(a + WORDS / 16 * PART * TILE); // [held, WORDS, 32]
-#pragma omp for collapse(2) schedule(dynamic, chunk)
-        for (long w = 0; w < word_tiles; w++) {
-            for (long p0 = 0; p0 < places; p0 += PLACES) {
-                const long first = w * WORDS, here = std::min(WORDS, at.words - first), rows = tiles_of(here, 16);
-                const long some = std::min(PLACES, places - p0);
-                for (long k = 0; k < kc; k += PART) {
-                    const long deep = std::min(PART, kc - k), begins = k * Kind<T>::K;
-                    for (long r = 0; r < up(rows, 2); r++) {
-                        const T *pointers[16];
-                        for (long i = 0; i < 16; i++)
-                            pointers[i] = 16 * r + i < here ? embed + (first + 16 * r + i) * n + begins : nullptr;
-                        tile_rows<T>(pointers, 16, std::min(n - begins, deep * Kind<T>::K), a + r * PART * TILE);
-                    }
-                    // What is read next comes in between the products: as many of its rows with each as there are.
-                    const bool is_last = k + PART >= kc;
-                    const long next_row = is_last ? first + WORDS : first,
-                               share = tiles_of(WORDS, tiles_of(rows, 2) * some);
-                    const T *next = embed + next_row * n + (is_last ? 0 : begins + deep * Kind<T>::K);
-                    long fetched = is_last && p0 + PLACES < places ? WORDS : 0;
-                    for (long r = 0; r < rows; r += 2)
-                        for (long p = 0; p < some; p++) {
-                            for (const long until = fetched + share; fetched < until && fetched < WORDS; fetched++)
-                                if (next_row + fetched < at.words) fetch(next + fetched * n, PART * 64);
-                            product<T>(32, a + r * PART * TILE, a + (r + 1) * PART * TILE,
-                                       b + ((p0 + p) * kc + k) * 2 * TILE, deep, x + (p * WORDS + 16 * r) * 32, 32,
-                                       k > 0);
-                        }
+        const long pieces = tiles_of(places, PLACES);
+        team.each(word_tiles * pieces, chunk, [&](long unit) {
+            const long w = unit / pieces, p0 = unit % pieces * PLACES;
+            const long first = w * WORDS, here = std::min(WORDS, at.words - first), rows = tiles_of(here, 16);
+            const long some = std::min(PLACES, places - p0);
+            for (long k = 0; k < kc; k += PART) {
+                const long deep = std::min(PART, kc - k), begins = k * Kind<T>::K;
+                for (long r = 0; r < up(rows, 2); r++) {
+                    const T *pointers[16];
+                    for (long i = 0; i < 16; i++)
+                        pointers[i] = 16 * r + i < here ? embed + (first + 16 * r + i) * n + begins : nullptr;
+                    tile_rows<T>(pointers, 16, std::min(n - begins, deep * Kind<T>::K), a + r * PART * TILE);
                 }
-                for (long p = 0; p < some; p++) {
-                    for (long half = 0; half < 32; half += 16) {
-                        const long lane = 32 * (p0 + p) + half, to = w * lanes + lane;
-                        float *xl = x + p * WORDS * 32 + half;
-                        read_tile<std::is_same_v<T, float>>(xl, first, here, lane, at,
-                                                            {most + to, mass + to, dots + to, which + to});
-                        turn_tile(xl, here, std::min(16L, at.count - lane), at.words, logits + lane * at.words + first);
+                // What is read next comes in between the products: as many of its rows with each as there are.
+                const bool is_last = k + PART >= kc;
+                const long next_row = is_last ? first + WORDS : first,
+                           share = tiles_of(WORDS, tiles_of(rows, 2) * some);
+                const T *next = embed + next_row * n + (is_last ? 0 : begins + deep * Kind<T>::K);
+                long fetched = is_last && p0 + PLACES < places ? WORDS : 0;
+                for (long r = 0; r < rows; r += 2)
+                    for (long p = 0; p < some; p++) {
+                        for (const long until = fetched + share; fetched < until && fetched < WORDS; fetched++)
+                            if (next_row + fetched < at.words) fetch(next + fetched * n, PART * 64);
+                        product<T>(32, a + r * PART * TILE, a + (r + 1) * PART * TILE,
+                                   b + ((p0 + p) * kc + k) * 2 * TILE, deep, x + (p * WORDS + 16 * r) * 32, 32, k > 0);
                     }
+            }
+            for (long p = 0; p < some; p++) {
+                for (long half = 0; half < 32; half += 16) {
+                    const long lane = 32 * (p0 + p) + half, to = w * lanes + lane;
+                    float *xl = x + p * WORDS * 32 + half;
+                    read_tile<std::is_same_v<T, float>>(xl, first, here, lane, at,
+                                                        {most + to, mass + to, dots + to, which + to});
+                    turn_tile(xl, here, std::min(16L, at.count - lane), at.words, logits + lane * at.words + first);
                 }
             }
-        }
+        });
+        team.meet();
         float *fades = (float *)own.get(word_tiles * 16 * 4);
-#pragma omp for schedule(static)
-        for (long lane = 0; lane < at.count; lane += 16)
-            gather(logits, lane, lanes, at, {most, mass, dots, which}, uniform, fades, sample, argmax, entropy, peak);
-    }
+        team.shares(tiles_of(at.count, 16), [&](long i) {
+            gather(logits, 16 * i, lanes, at, {most, mass, dots, which}, uniform, fades, sample, argmax, entropy, peak);
+        });
+    });
 }
 
 // ---- soft embedding -------------------------------------------------------------------------------------------------
@@ -258,17 +256,15 @@ static void soft_embedding(const T *logits, long batch, long length, long words,
     V *sums = (V *)(a + 2 * a_bytes);                                   // [places x 32], 16 lanes each
     float *out = (float *)(sums + places * 32);                         // [panel][place][32, 32]
     memset((void *)sums, 0, places * 32 * (64 + panels * 32 * 4));
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team &team) {
         Tiles tiles;
         char *b = own.get(GROUP * deep * 2 * TILE); // [panel][RUN x PER][2][1 KiB]
-        const long from = groups * omp_get_thread_num() / omp_get_num_threads();
-        const long to = groups * (omp_get_thread_num() + 1) / omp_get_num_threads();
+        const long from = groups * team.me / team.size, to = groups * (team.me + 1) / team.size;
+        const long all_lanes = 32 * places;
         for (long number = 0; number < runs; number++) {
             const long first = number * RUN, run = std::min(RUN, (long)list.size() - first);
             char *now = a + number % 2 * a_bytes;
-#pragma omp for schedule(static) // its barrier: all see them; nobody is more than a run ahead
-            for (long lane = 0; lane < 32 * places; lane++) {
+            for (long lane = all_lanes * team.me / team.size; lane < all_lanes * (team.me + 1) / team.size; lane++) {
                 const long in_row = lane / 32 % each * 32 + lane % 32, p = lane / 32 / each * length + in_row;
                 const bool is_there = in_row < length;
                 for (long i = 0; i < run; i++) {
@@ -281,6 +277,7 @@ static void soft_embedding(const T *logits, long batch, long length, long words,
                     sums[lane] += exponentials(logits + p * words + w * WORDS, here, is_there ? peak[p] : 0, row);
                 }
             }
+            team.barrier(); // all see them; nobody is more than a run ahead
             for (long g = from; g < to; g++) {
                 const long panel = g * GROUP, some = std::min(GROUP, panels - panel);
                 for (long j = 0; j < run * PER; j++) { // E is read as it lies
@@ -316,9 +313,8 @@ static void soft_embedding(const T *logits, long batch, long length, long words,
                     }
             }
         }
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (long p = 0; p < positions; p++) {
+        team.barrier();
+        for (long p = positions * team.me / team.size; p < positions * (team.me + 1) / team.size; p++) {
             const long lane = p / length * each * 32 + p % length;
             const float inverse = 1 / total(sums[lane]);
             for (long d = 0; d < 2 * panels; d++) {
@@ -326,5 +322,5 @@ static void soft_embedding(const T *logits, long batch, long length, long words,
                 if (16 * d < n) store_some(y + p * n + 16 * d, rounded(load(from) * inverse, T()) * scale, n - 16 * d);
             }
         }
-    }
+    });
 }

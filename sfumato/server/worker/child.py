@@ -23,7 +23,6 @@ from sfumato.server.backend import ModelCard
 from sfumato.server.worker import loop as worker_loop
 from sfumato.server.worker.loop import Lane, WorkerLoop, start_thread
 from sfumato.server.worker.messages import in_full, plain
-from sfumato.system import confined
 
 if TYPE_CHECKING:
     from sfumato.llm import LLM
@@ -63,7 +62,6 @@ def run(connection: Connection, open_jobs: Callable[[Send], tuple[worker_loop.Jo
     """Open the model, then run jobs until the parent says stop or closes the connection."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the thread that calls it, which may have stepped aside
     sys.setswitchinterval(SWITCH_SECONDS)
-    _hold_cores()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the parent blocked them until they are ignored
@@ -123,27 +121,3 @@ def card_of(llm: LLM, quantize: str | None) -> ModelCard:
         defaults=llm.defaults,
         purpose=llm.purpose,
     )
-
-
-def _hold_cores() -> None:
-    """Make each of the engine's threads keep a core, and sleep soon where it waits for another.
-
-    Otherwise two of them meet on one core as soon as anything else runs, and each spins while the other should compute:
-    a step then takes up to ten times as long. OpenMP reads this as torch is loaded."""
-    if holds_cores():
-        os.environ["OMP_PROC_BIND"] = "true"
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def holds_cores() -> bool:
-    """Whether the engine's threads are to keep a core each: they compute on all, and the environment allows it."""
-    is_free = "OMP_NUM_THREADS" not in os.environ and os.environ.get("OMP_PROC_BIND", "true") == "true"
-    return is_free and confined.CORES is not None and not Path("/proc/driver/nvidia").exists()
-
-
-def leave_first_core() -> None:
-    """Keep the calling thread off the core of the engine's main thread, which cannot make way."""
-    others = (confined.CORES or set()) - {min(confined.CORES or {0})}
-    if others:
-        with suppress(OSError):
-            os.sched_setaffinity(0, others)

@@ -174,7 +174,6 @@ class WorkerLoop:
 
     def prepare(self, lane: Lane) -> None:
         """Prepare jobs of a lane, until one takes so long that another thread has taken this one's place."""
-        confined.leave_cores()
         if lane.value:
             with suppress(AttributeError, OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lane.value)

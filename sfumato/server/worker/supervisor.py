@@ -31,7 +31,6 @@ from sfumato.options import LoadOptions
 from sfumato.server.backend import Job, ModelCard, Outcome, Result, Stats, where
 from sfumato.server.worker import child as worker_child
 from sfumato.server.worker.messages import unpacked
-from sfumato.system import confined
 
 PATIENCE = 30.0
 """Seconds that a job waits for a worker that is being started."""
@@ -278,15 +277,10 @@ class _Process:
         # process, lets them through again as it starts, so it starts before.
         resource_tracker.ensure_running()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, worker_child.SIGNALS)
-        holds_cores = worker_child.holds_cores()
-        if holds_cores:
-            confined.leave_cores()  # it begins where this thread may run
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-            if holds_cores:
-                worker_child.leave_first_core()
             other_end.close()
         atexit.register(self.process.kill)  # multiprocessing would wait for it
         self.writer = threading.Thread(target=self._write, daemon=True, name="worker's writer")
