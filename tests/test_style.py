@@ -48,7 +48,8 @@ LONGEST_FILE = 550
 VARIABLES = {
     "XDG_CACHE_HOME": "where the user keeps caches: a place, no behaviour",
     "PYTHONPATH": "passed on to a child process",
-    "SAID": "OpenMP's own: the user has said how threads wait",
+    "OMP_WAIT_POLICY": "OpenMP's own: the user has said how threads wait",
+    "GOMP_SPINCOUNT": "the same of GNU's runtime",
     "XDG_CONFIG_HOME": "where the user keeps settings: a place, no behaviour",
     "APPDATA": "the same on Windows",
     "VARIABLE": "SFUMATO_MODEL, the command line's alone: which model it takes where none is named",

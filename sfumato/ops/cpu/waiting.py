@@ -17,8 +17,6 @@ import threading
 
 import torch
 
-SAID = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""Variables of the environment that say how threads wait."""
 MOST = 8
 """Threads that may be added: with torch on less than an eighth of the cores, others are free."""
 
@@ -27,7 +25,7 @@ MOST = 8
 def shorten() -> None:
     """Let torch's threads wait asleep, once for this process."""
     size, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    if size < 2 or any(name in os.environ for name in SAID):
+    if size < 2 or "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     is_ready = threading.Barrier(1 + min(MOST, (cores - 1) // (size - 1)))
 
