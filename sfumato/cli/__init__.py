@@ -122,7 +122,7 @@ def application(arguments: Sequence[str]) -> Any:
     for name, (module, line) in COMMANDS.items():
         function = import_module(module).command if name == called else _placeholder
         app.command(name, short_help=line, help=_as_it_stands(function))(function)
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     for command in (group, *group.commands.values()):
         _show_flags_as_flags(command)
     return group
