@@ -53,7 +53,7 @@ _IN_GIGABYTES = ("memory_limit",)
 """Declared in bytes, and in GB on the command line."""
 _VALUES = {
     "device": ("auto", "cpu", "cuda", "mps"),
-    "dtype": ("bfloat16", "float16", "float32"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
     "ops": ("auto", "reference", "fused", "cpu", "triton"),
     "quantize": tuple(RECIPES),
 }

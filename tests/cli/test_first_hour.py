@@ -258,7 +258,8 @@ def test_a_hint_is_one_line_on_a_terminal(
 
     monkeypatch.setattr("sfumato.cli.view.Console", console)
     assert sfumato("generate", prompt, *QUICK)[0] == 0
-    assert ("knows nothing else" in shown.getvalue()) is is_told and shown.getvalue().count("\n") == is_told
+    line = "knows nothing else; for anything else give a model, -m owner/name"
+    assert (line in shown.getvalue()) is is_told and shown.getvalue().count("\n") == is_told
 
 
 def test_nothing_is_said_where_nobody_looks(sfumato: Call) -> None:
