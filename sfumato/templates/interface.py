@@ -6,12 +6,13 @@ against this class alone. Nothing here imports torch.
 
 from __future__ import annotations
 
+import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, Unpack, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 
 from sfumato.display.canvas import CanvasDisplay
 from sfumato.engine import arguments
@@ -19,7 +20,7 @@ from sfumato.errors import InputError
 from sfumato.events import Completion, Decision, Done, Draft, Edited, Event, Filled
 from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
-from sfumato.options import OptionFields, Options, OptionsLike
+from sfumato.options import OPTIONS, OptionFields, Options, OptionsLike
 from sfumato.templates.checks import check_query
 from sfumato.templates.outcomes import outcomes_of, result_of_query, results_of
 from sfumato.templates.requests import (
@@ -42,6 +43,26 @@ NONE = Options()
 """No option set."""
 
 
+Kind = TypeVar("Kind", bound=type)
+
+
+def names_options(kind: Kind) -> Kind:
+    """Decorate a class: the signatures of its methods name the options behind `**more`.
+
+    So `help` shows them, and an interactive Python completes `llm.chat("…", max_` at the Tab key."""
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in OPTIONS.items()
+    ]
+    for method in filter(inspect.isfunction, vars(kind).values()):
+        signature = inspect.signature(method)
+        if "more" in signature.parameters:
+            own = [one for one in signature.parameters.values() if one.name != "more"]
+            method.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return kind
+
+
+@names_options
 class LanguageModel(ABC):
     """A model that answers queries: by a method each, or any of them through `run`.
 

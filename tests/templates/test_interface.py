@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import inspect
 import pickle
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 
 from sfumato import LLM, Chat, Complete, Completion, Decide, Done, Draft, InputError, LanguageModel, Options, Slot
 from sfumato.events import Commit
+from sfumato.options import OPTIONS
 from sfumato.templates.outcomes import outcomes_of, result_of_query, results_of
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
@@ -319,6 +321,14 @@ def test_a_name_in_place_of_a_network_is_answered_with_load() -> None:
     for make in calls:
         with pytest.raises(InputError, match=r"the model is (None|'nano'); give a network; LLM\.load\(…\) loads"):
             make()
+
+
+def test_help_names_the_options_where_they_are_taken(llm: LLM) -> None:
+    for name in ("chat", "chat_many", "complete", "stream", "watch", "fill", "infill", "edit", "decide", "achat"):
+        names = inspect.signature(getattr(llm, name)).parameters
+        assert {*OPTIONS} <= {*names} and "more" not in names and "options" in names
+    assert inspect.signature(llm.chat).parameters["messages"].default is inspect.Parameter.empty
+    assert not {*OPTIONS} & {*inspect.signature(llm.run).parameters}
 
 
 def test_a_model_is_neither_pickled_nor_copied(llm: LLM) -> None:
