@@ -121,7 +121,7 @@ def application(arguments: Sequence[str]) -> Any:
     called = _called(arguments)
     for name, (module, line) in COMMANDS.items():
         function = import_module(module).command if name == called else _placeholder
-        app.command(name, short_help=line, help=_as_it_stands(function))(function)
+        app.command(name, short_help=line, help=_as_it_stands(function, app.rich_markup_mode == "rich"))(function)
     group: Any = typer.main.get_command(app)
     for command in (group, *group.commands.values()):
         _show_flags_as_flags(command)
@@ -176,9 +176,10 @@ def _in_flags(error: InputError, flags: Mapping[str, str]) -> str:
     return re.sub(rf"(?<![\w'\"/.-])(?:{'|'.join(names)})(?![\w'\"=])", lambda match: flags[match[0]], text)
 
 
-def _as_it_stands(function: Any) -> str:
+def _as_it_stands(function: Any, has_markup: bool) -> str:
     """The help of a command: a line a paragraph, so that any terminal wraps it, and no square bracket is markup."""
-    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "").replace("[", r"\[")
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+    return text.replace("[", r"\[") if has_markup else text
 
 
 def _show_flags_as_flags(command: Any) -> None:
