@@ -12,7 +12,7 @@ import reprlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sfumato.notebook.html import canvas_html
+from sfumato.display.html import canvas_html
 
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = 48

@@ -12,7 +12,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -21,6 +21,7 @@ from sfumato.checkpoints.contents import generation_of, purpose_of, tokenizer_fo
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
+from sfumato.display.loading import loading_bar
 from sfumato.engine import arguments
 from sfumato.engine.job_thread import JobThread
 from sfumato.engine.kept import NOTHING, EngineKeeper
@@ -33,7 +34,6 @@ from sfumato.events import Completion, Done, Event
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
-from sfumato.notebook.loading import loading_bar
 from sfumato.options import LoadOptions, Options, OptionsLike
 from sfumato.remote import Remote
 from sfumato.system.fair import FairLock
@@ -79,6 +79,11 @@ class LLM(LanguageModel):
 
     Here False: the engine stands still while the caller handles an event."""
 
+    def __new__(cls, model: object = None, *rest: object, **named: object) -> Self:
+        """InputError for whoever gives a checkpoint's name, as other libraries take it, instead of a network."""
+        arguments.check_kind("the model", model, Model, "a network; LLM.load(…) loads a checkpoint")
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: Model,
@@ -107,7 +112,7 @@ class LLM(LanguageModel):
         cls,
         path: str | Path = "nano",
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
         ops: str = "auto",
         quantize: str | None = None,
@@ -118,18 +123,19 @@ class LLM(LanguageModel):
         """Load a model with its tokenizer and chat template.
 
         `path` is a checkpoint folder in any known format, a .gguf file, a hub id ("owner/name"), or "nano", the model
-        inside this package. `device` "auto" is a GPU where there is one. `dtype` None keeps the checkpoint's own.
-        `ops` "auto" takes the fastest operations for device, dtype and formats. `quantize` packs weights to fewer bits
-        while they are loaded, by a recipe: "int8", "fp8", "int4", "int4-fp8", "nvfp4", "int4-small"; a quantised
-        checkpoint needs no such word. `memory_limit`, bytes of weights on the device, streams the rest from the host.
-        `notice` is called with a sentence about each thing that is left aside, and about where weights lie; `progress`
-        with (bytes loaded, bytes in all). Without a `progress` a bar is drawn on a terminal and in a notebook, where
-        loading takes a while; `progress=False` draws none.
+        inside this package. `device` "auto" is a GPU where there is one. `dtype` None, or "auto", keeps the
+        checkpoint's own. `ops` "auto" takes the fastest operations for device, dtype and formats. `quantize` packs
+        weights to fewer bits while they are loaded, by a recipe: "int8", "fp8", "int4", "int4-fp8", "nvfp4",
+        "int4-small"; a quantised checkpoint needs no such word. `memory_limit`, bytes of weights on the device, streams
+        the rest from the host. `notice` is called with a sentence about each thing that is left aside, and about where
+        weights lie; `progress` with (bytes loaded, bytes in all). Without a `progress` a bar is drawn on a terminal and
+        in a notebook, where loading takes a while; `progress=False` draws none.
 
         CheckpointError names what is wrong with a file, InputError what is wrong with an argument, CapacityError a
         limit that is too low."""
-        name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-        options = LoadOptions(path, device, name, ops, quantize, memory_limit)
+        place = str(device) if isinstance(device, torch.device) else device
+        name = str(dtype) if isinstance(dtype, torch.dtype) else dtype
+        options = LoadOptions(path, place, name, ops, quantize, memory_limit)
         return cls.open(options, notice=notice, progress=True if progress is None else progress)
 
     @classmethod
@@ -165,6 +171,9 @@ class LLM(LanguageModel):
     def connect(cls, url: str, api_key: str | None = None, model: str | None = None) -> Remote:
         """The model of a server at `url`, Sfumato's or any with OpenAI's API: see `Remote`."""
         return Remote(url, api_key, model)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an LLM can be neither pickled nor copied; load it in each process, or serve it and connect")
 
     def __repr__(self) -> str:
         name = self.name or "unnamed"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import os
 import reprlib
 import types
@@ -97,6 +98,7 @@ class Option:
             if not isinstance(value, bool):
                 raise InputError(f"{self.name} is {value!r}; give true or false", option=self.name)
         elif self.kind in (int, float):
+            value = _own_number(value)
             self._check_number(value)
         elif self.name in CONSTRAINTS:
             return constraint_of(self.name, value, self.name)
@@ -112,6 +114,15 @@ class Option:
         assert self.about.minimum is not None and self.about.maximum is not None
         if not self.about.minimum <= value <= self.about.maximum:
             raise InputError(f"{self.name} is {value!r}; give a number {self.range}", option=self.name)
+
+
+def _own_number(value: Any) -> Any:
+    """A number of another library (numpy's, above all) as Python's own; anything else as it is."""
+    if isinstance(value, bool | int):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def constraint_of(kind: str, value: Any, name: str) -> Any:
@@ -439,31 +450,33 @@ CONSTRAINTS = ("schema", "regex", "grammar", "choices")
 """The options that say what an answer must obey; one of them at most is given."""
 
 OTHER_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "max_length": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "n_predict": "max_tokens",
-    "num_predict": "max_tokens",
+    **dict.fromkeys(("max_new_tokens", "max_length", "max_completion_tokens", "num_predict"), "max_tokens"),
     "min_new_tokens": "min_tokens",
     "stop_sequences": "stop",
-    "random_seed": "seed",
-    "steps": "max_steps",
-    "num_steps": "max_steps",
-    "diffusion_steps": "max_steps",
-    "num_inference_steps": "max_steps",
-    "json_schema": "schema",
-    "guided_json": "schema",
+    **dict.fromkeys(("steps", "num_steps", "diffusion_steps", "num_inference_steps"), "max_steps"),
+    **dict.fromkeys(("json_schema", "guided_json"), "schema"),
     "guided_regex": "regex",
     "guided_choice": "choices",
     "guided_grammar": "grammar",
-    "think": "thinking",
-    "enable_thinking": "thinking",
+    **dict.fromkeys(("think", "enable_thinking"), "thinking"),
 }
 """What other libraries call an option -> its name here, for the suggestion in an error."""
+
+ELSEWHERE = {
+    **dict.fromkeys(("device", "dtype", "model"), "it is an argument of LLM.load(…)"),
+    **dict.fromkeys(("n", "num_return_sequences"), "chat_many(…) gives several answers"),
+    "prompt": "the prompt comes first, without a name",
+    "response_format": "schema=… takes a JSON Schema",
+    "stream": "stream(…) in place of chat(…) gives the events",
+    **dict.fromkeys(("system", "system_prompt"), 'give a list that begins with {"role": "system", "content": "…"}'),
+}
+"""What other libraries take as an option -> where it is to be had here."""
 
 
 def _unknown(name: Any) -> str:
     """The sentence about an option that there is not."""
+    if str(name) in ELSEWHERE:
+        return f"there is no option {reprlib.repr(name)}; {ELSEWHERE[str(name)]}"
     near = difflib.get_close_matches(str(name), OPTIONS, 1)
     suggestion = OTHER_NAMES.get(str(name)) or (near[0] if near else "")
     hint = f"did you mean {suggestion}? The" if suggestion else "the"
@@ -497,7 +510,8 @@ class LoadOptions:
     ] = "nano"
     device: Annotated[str, About("auto, cpu, cuda, cuda:1, …; auto: a GPU where there is one.")] = "auto"
     dtype: Annotated[
-        str | None, About("float32, bfloat16 or float16 (fp32, bf16, fp16 too); None: the checkpoint's own.")
+        str | None,
+        About("float32, bfloat16 or float16 (fp32, bf16, fp16 too), or auto; None: auto, the checkpoint's own."),
     ] = None
     ops: Annotated[str, About("auto, reference, fused, cpu or triton operations; auto: the fastest that can run.")] = (
         "auto"
@@ -513,7 +527,7 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.dtype, str):
-            object.__setattr__(self, "dtype", dtype_name(self.dtype))
+            object.__setattr__(self, "dtype", None if self.dtype == "auto" else dtype_name(self.dtype))
         if isinstance(self.model, os.PathLike) and not isinstance(self.model, Path):
             object.__setattr__(self, "model", Path(self.model))
         for name, option in LOAD_OPTIONS.items():

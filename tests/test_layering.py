@@ -17,11 +17,10 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sfumato").rglob("*.py"))
 
 # Only from lower rows, or from one's own folder; the table of docs/tour.md is written from this. `system` is what the
-# operating system gives, locks and child processes with limits, which every folder may need; `notebook` is what a
-# notebook shows of events. The lowest row's folders
-# may import one another.
+# operating system gives, locks and child processes with limits, which every folder may need; `display` is what is shown
+# without the command line. The lowest row's folders may import one another.
 ROWS = [
-    {"errors", "options", "events", "system", "notebook"},
+    {"errors", "options", "events", "system", "display"},
     {"ops", "tasks"},
     {"model"},
     {"sampling", "quant", "text"},
@@ -61,7 +60,7 @@ FENCES = {
     "PIL": {"model.vision"},
     "lm_eval": {"evals"},
     "llguidance": {"constraints"},
-    "IPython": {"notebook"},
+    "IPython": {"display"},
 }
 
 

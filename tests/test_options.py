@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import numpy as np
 import pytest
 
 from sfumato.errors import InputError
 from sfumato.options import (
     BIG,
     CONSTRAINTS,
+    ELSEWHERE,
     FALLBACK_DEFAULTS,
     LOAD_OPTIONS,
     OPTIONS,
@@ -317,3 +319,24 @@ def test_some_options_are_changed_by_name() -> None:
     with pytest.raises(InputError, match="there is no option 5; the options are"):
         Options.from_dict({5: 1})  # type: ignore[dict-item]
     assert set(OTHER_NAMES.values()) <= set(OPTIONS) and not set(OTHER_NAMES) & set(OPTIONS)
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    options = Options(max_tokens=np.int64(5), temperature=np.float32(0.5))  # type: ignore[arg-type]
+    assert (type(options.max_tokens), type(options.temperature)) == (int, float)
+    assert options == Options(max_tokens=5, temperature=0.5)
+    for wrong in np.float64(5.0), np.bool_(True), np.int64(0):
+        with pytest.raises(InputError, match="max_tokens is"):
+            Options(max_tokens=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_no_option_here_is_to_be_had_elsewhere(name: str) -> None:
+    assert name not in OPTIONS and name not in OTHER_NAMES
+    with pytest.raises(InputError) as caught:
+        Options.from_dict({name: 1})
+    assert str(caught.value) == f"there is no option {name!r}; {ELSEWHERE[name]}" and caught.value.option == name
+
+
+def test_a_dtype_may_be_left_to_the_file() -> None:
+    assert LoadOptions(dtype="auto") == LoadOptions()

@@ -191,6 +191,9 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"there is no device {name!r}; give auto, cpu, cuda, cuda:1, …", option="device") from error
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         message = f"device {name!r} cannot be used: {str(error).splitlines()[0]}"

@@ -9,6 +9,7 @@ a line of its own, of which only the called command is imported.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -50,6 +51,22 @@ COMMANDS = {
 COMPLETE = "_SFUMATO_COMPLETE"
 """The variable in which the shell's script says that it asks for completions."""
 
+HELP_FLAGS = ["-h", "--help"]
+
+OTHER_NAMES = {
+    "complete": "generate --raw",
+    "delete": "rm",
+    "download": "pull",
+    "get": "pull",
+    "ls": "list",
+    "models": "list",
+    "remove": "rm",
+    "show": "info",
+    "train": "finetune",
+    "version": "--version",
+}
+"""What other tools call a command -> what it is here."""
+
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """click's UsageError, wherever this release of typer keeps its click."""
 
@@ -57,13 +74,18 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own); returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if words[0] == "help":
+        words = [*words[1:2], "--help"]
     flags: dict[str, str] = {}
     try:
         if arguments is None and COMPLETE in os.environ:
             import_module("typer.completion").completion_init()  # its shells, whose lines are read here
             words = _words_to_complete()
+        called = _called(words)
+        if called in OTHER_NAMES:
+            raise InputError(f"there is no command {called}; it is `sfumato {OTHER_NAMES[called]}`")
         group = application(words)
-        flags.update(_flags_of(group, _called(words)))
+        flags.update(_flags_of(group, called))
         code = group.main(args=words, prog_name="sfumato", complete_var=COMPLETE, standalone_mode=False)
         sys.stdout.flush()  # here, where a closed pipe can still be met quietly
         return code if isinstance(code, int) else 0
@@ -86,7 +108,7 @@ def application(arguments: Sequence[str]) -> Any:
         help="Sfumato, the local engine for DiffusionGemma: text that emerges from noise, a whole canvas at a time.",
         epilog="Each command has its own --help, with an example: sfumato info --help",
         add_completion=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": HELP_FLAGS},
     )
 
     @app.callback()
@@ -99,8 +121,11 @@ def application(arguments: Sequence[str]) -> Any:
     called = _called(arguments)
     for name, (module, line) in COMMANDS.items():
         function = import_module(module).command if name == called else _placeholder
-        app.command(name, short_help=line)(function)
-    return typer.main.get_command(app)
+        app.command(name, short_help=line, help=_as_it_stands(function, app.rich_markup_mode == "rich"))(function)
+    group: Any = typer.main.get_command(app)
+    for command in (group, *group.commands.values()):
+        _show_flags_as_flags(command)
+    return group
 
 
 def explain(error: BaseException, flags: Mapping[str, str] | None = None) -> tuple[str, int]:
@@ -114,7 +139,7 @@ def explain(error: BaseException, flags: Mapping[str, str] | None = None) -> tup
     if isinstance(error, SfumatoError):
         return str(error), 1
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1
+        return ": ".join(map(str, filter(None, (error.filename, error.strerror or str(error))))), 1
     first = next(iter(str(error).splitlines()), "")
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {first} (at {os.path.basename(last.filename)}, line {last.lineno})", 1
@@ -149,6 +174,20 @@ def _in_flags(error: InputError, flags: Mapping[str, str]) -> str:
     if not names:
         return text
     return re.sub(rf"(?<![\w'\"/.-])(?:{'|'.join(names)})(?![\w'\"=])", lambda match: flags[match[0]], text)
+
+
+def _as_it_stands(function: Any, has_markup: bool) -> str:
+    """The help of a command: a line a paragraph, so that any terminal wraps it, and no square bracket is markup."""
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+    return text.replace("[", r"\[") if has_markup else text
+
+
+def _show_flags_as_flags(command: Any) -> None:
+    """In --help a flag that takes no value shows none; typer would write <bool> behind it."""
+    help_option = command.get_help_option(typer.Context(command, help_option_names=HELP_FLAGS))
+    for parameter in (*command.params, *filter(None, (help_option,))):
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
 
 
 def _print_version(is_requested: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -93,6 +94,7 @@ class Stop:
         if self.number:
             raise KeyboardInterrupt
         self.number = number
+        print("\nsfumato: saved and ended after this step; a second Ctrl-C ends at once", file=sys.stderr)
 
 
 def _prepare_folder(folder: Path, force: bool) -> None:

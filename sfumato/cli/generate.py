@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -14,8 +15,8 @@ from rich.console import Console
 
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli.output import harmless, usage_record
-from sfumato.cli.view import hint, show
+from sfumato.cli.output import harmless, put, usage_record
+from sfumato.cli.view import hint, show, working
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done
 from sfumato.options import LoadOptions, Options
@@ -63,6 +64,9 @@ def command(
     options: Options,
     load: LoadOptions,
     output: opt.OutputFlags,
+    extract: Annotated[
+        bool, typer.Option("--extract", "-x", help="Only the first fenced block of the answer, or all if it has none.")
+    ] = False,
     delay: opt.Delay = 0.0,
 ) -> None:
     """Answer one message. On a terminal the canvas denoises before your eyes; piped, only the text comes out.
@@ -73,13 +77,15 @@ def command(
 
     Example: sfumato generate "What does this do?" main.py --system "Answer in one sentence." -o answer.md
 
+    Example: sfumato generate "A script that renames photographs by date" -x -o rename.py
+
     Example: sfumato generate "Is a whale a fish?" --choice yes --choice no
 
     Example: sfumato generate "Why is the sky blue?" --api http://localhost:8000
     """
     target, request = output.file(), source.request()
     llm = loading.connect_or_load(api, load)
-    answer(llm, request, options, delay, as_json=output.as_json, target=target)
+    answer(llm, request, options, delay, as_json=output.as_json, target=target, extract=extract)
 
 
 def answer(
@@ -90,30 +96,46 @@ def answer(
     *,
     as_json: bool = False,
     target: files.NewFile | None = None,
+    extract: bool = False,
 ) -> None:
-    """Print the answer to a request: live on a terminal, as text elsewhere, as a record, or into a file."""
+    """Print the answer to a request: live on a terminal, as text elsewhere, as a record, or into a file.
+
+    With `extract` its first fenced block alone, as `extracted` has it."""
     console = Console(highlight=False)
     hint(llm, request)
-    is_live = console.is_terminal and not as_json
+    is_live = console.is_terminal and not as_json and not extract
     has_drafts = is_live and llm.has_drafts and options.mode != "autoregressive"
     chosen = replace(options, drafts=has_drafts)
     events = llm.stream(Complete(request, chosen) if isinstance(request, str) else Chat(request, None, chosen))
     done: Done | None = None
     if is_live:
         done = show(llm, events, console, delay)
-    for event in () if is_live else events:
-        if isinstance(event, Commit) and target is None and not as_json:
-            print(event.text, end="", flush=True)
-        elif isinstance(event, Done):
-            done = event
+    with working("writing") if extract else nullcontext():
+        for event in () if is_live else events:
+            if isinstance(event, Commit) and target is None and not as_json and not extract:
+                print(event.text, end="", flush=True)
+            elif isinstance(event, Done):
+                done = event
     assert done is not None
+    if extract:
+        done = replace(done, text=extracted(done.text))
     if target is not None:
         target.write(done.text if done.text.endswith("\n") else done.text + "\n")
     if as_json:
         line = json.dumps(_record(done, llm.has_token_ids), ensure_ascii=False)
         print(harmless(line) if console.is_terminal else line)
     elif not is_live and target is None:
-        print()
+        put(done.text.removesuffix("\n") + "\n" if extract else "\n")
+
+
+_BLOCK = re.compile(r"^ {0,3}(`{3,}|~{3,})[^`\n]*\n(.*?)(?:^ {0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+"""A fenced block of Markdown, up to its closing fence or the end."""
+
+
+def extracted(text: str) -> str:
+    """What stands in the first fenced block of a text; all of the text where it has none."""
+    block = _BLOCK.search(text)
+    return text if block is None else block[2]
 
 
 def prompt_of(prompt: str | None, names: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ _IN_GIGABYTES = ("memory_limit",)
 """Declared in bytes, and in GB on the command line."""
 _VALUES = {
     "device": ("auto", "cpu", "cuda", "mps"),
-    "dtype": ("bfloat16", "float16", "float32"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
     "ops": ("auto", "reference", "fused", "cpu", "triton"),
     "quantize": tuple(RECIPES),
 }
@@ -203,10 +203,10 @@ def read_value(text: str) -> bool | int | float | str:
 
 
 def read_schema(text: str) -> dict[str, Any] | bool:
-    """A JSON Schema from text that begins with a brace, else from the file of that name."""
+    """A JSON Schema from text that begins with a brace, or is true (any JSON); else from the file of that name."""
     if not text.strip():
         raise InputError("schema is empty; give JSON that begins with a brace, or a file's name", option="schema")
-    is_json = text.lstrip().startswith("{")
+    is_json = text.lstrip().startswith("{") or text.strip() == "true"
     name = "--schema" if is_json else text
     schema = files.parse_json(text if is_json else files.read(text), name)
     if not isinstance(schema, (dict, bool)):

@@ -26,6 +26,8 @@ from typing import Any
 
 from sfumato.errors import InputError
 from sfumato.options import CONSTRAINTS, LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
+from sfumato.quant.recipes import named
+from sfumato.remote.host import split_url
 
 VARIABLE = "SFUMATO_MODEL"
 """The environment variable that names the model of commands that are given none."""
@@ -104,6 +106,13 @@ def read_settings() -> UserSettings:
         load["memory_limit"] = _gigabytes(path, load["memory_limit"])
     _check(path, "load.", load, LOAD_OPTIONS, lambda values: LoadOptions(**values))
     _check(path, "options.", options, OPTIONS, Options.from_dict)
+    try:
+        if "api" in table:
+            split_url(table["api"])
+        if "quantize" in load:
+            named(load["quantize"])
+    except InputError as error:
+        raise SettingsError(f"{path}: {error}") from None
     if "api_key_file" in table:  # beside the file, wherever the command runs
         table["api_key_file"] = str(path.parent / os.path.expanduser(table["api_key_file"]))
     return UserSettings(path, table, load, options, variable)

@@ -125,7 +125,8 @@ def hint(llm: LanguageModel, request: str | list[dict[str, Any]]) -> None:
     console = Console(stderr=True, highlight=False)
     last = request if isinstance(request, str) else str(request[-1]["content"])
     if llm.purpose is not None and console.is_terminal and not llm.purpose.fits(last):
-        console.print(visible(llm.purpose.sentence, "dim"), soft_wrap=True)
+        remedy = "" if llm.is_remote else "; for anything else give a model, -m owner/name"
+        console.print(visible(llm.purpose.sentence.rstrip(".") + remedy, "dim"), soft_wrap=True)
 
 
 def working(word: str) -> AbstractContextManager[object]:

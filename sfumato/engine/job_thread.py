@@ -40,12 +40,16 @@ class JobThread(Generic[AnyQuery]):
         self._jobs: Jobs[AnyQuery] | None = None
         self._thread: threading.Thread | None = None
         self._must_forget = False
+        self._closing: Exception | None = None
+        """What ended it, and ends what is begun afterwards."""
 
     def begin(self, query: AnyQuery, planner: PlanMaker[AnyQuery], listener: Listener) -> Callable[[], None]:
         """Take a query, which `planner` makes a plan of.
 
         What is returned cancels it: it stops after the step under way, and `listener` hears no more."""
         with self._guard:
+            if self._closing is not None:
+                raise self._closing
             id = str(next(self._numbers))
             self._listeners[id] = listener
             self._arrivals.append((id, query, planner))
@@ -65,6 +69,7 @@ class JobThread(Generic[AnyQuery]):
     def close(self, error: Exception) -> None:
         """End every query with this error, wait for the step under way, and free all."""
         with self._guard:
+            self._closing = error
             listeners, self._listeners = self._listeners, {}
             self._arrivals.clear()
             thread, self._must_forget = self._thread, True

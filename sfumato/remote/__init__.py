@@ -102,8 +102,8 @@ class Remote(LanguageModel):
 
     def close(self) -> None:
         """Nothing is asked of the host any more: what is awaited ends, and what is asked later is an InputError."""
-        self._is_closed = True
         with self._lock:
+            self._is_closed = True
             under_way, self._under_way = self._under_way, {}
         error = InputError(f"the connection to {self.url} was closed while it answered; connect again")
         for cancellation, listener in under_way.items():
@@ -126,11 +126,11 @@ class Remote(LanguageModel):
         return results_of(self._begin, queries)
 
     def _begin(self, query: QueryFor[Any], listener: Callable[[Any], None]) -> Callable[[], None]:
-        self._check_open()
         cancellation = Cancellation()
-        with self._lock:
+        with self._lock:  # or it is closed in between
+            self._check_open()
             self._under_way[cancellation] = listener
-        self._threads.submit(self._work, query, cancellation)
+            self._threads.submit(self._work, query, cancellation)
 
         def cancel() -> None:
             with self._lock:

@@ -56,7 +56,7 @@ class Host:
         check_kind("the API key", api_key, (str, type(None)), "text")
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= LONGEST_SILENCE:
             raise InputError(f"timeout is {timeout!r}; give seconds above 0, at most {LONGEST_SILENCE:g}")
-        self._is_secure, self._name, self._port, self._path = _split(url)
+        self._is_secure, self._name, self._port, self._path = split_url(url)
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
             raise InputError(
@@ -324,8 +324,10 @@ def _end(connected: socket.socket) -> None:
         socket.socket.shutdown(connected, socket.SHUT_RDWR)  # of a TLS socket too, whose own would tear its state down
 
 
-def _split(url: str) -> tuple[bool, str, int | None, str]:
-    """Whether it is https, host, port, and the path before a route. A password in it is never repeated."""
+def split_url(url: str) -> tuple[bool, str, int | None, str]:
+    """Whether a server's URL is https, its host, port, and path before a route; InputError for what is none.
+
+    A password in it is never repeated."""
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""

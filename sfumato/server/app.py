@@ -16,7 +16,6 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 
 from sfumato.errors import SfumatoError
 from sfumato.server import status
@@ -28,6 +27,7 @@ from sfumato.server.http.document import document
 from sfumato.server.http.errors import refusal
 from sfumato.server.http.limits import BodyLimits, BodyRemainder
 from sfumato.server.http.service import Service
+from sfumato.server.http.static import PageFiles
 from sfumato.server.openai import chat, completions, responses
 from sfumato.server.settings import Limits, Settings
 
@@ -68,7 +68,7 @@ def create(backend: Backend, settings: Settings) -> FastAPI:
     app.state.service = service
     for dialect in (chat, completions, responses, canvas, status):
         app.include_router(dialect.routes(service))
-    app.mount("/ui", StaticFiles(directory=status.UI, check_dir=False))
+    app.mount("/ui", PageFiles(directory=status.UI, check_dir=False))
     app.add_exception_handler(SfumatoError, _answer)
     app.add_exception_handler(HTTPException, _answer)
     kept: dict[str, Any] = {}

@@ -6,16 +6,16 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from typing_extensions import TypedDict
 
 from sfumato.server.backend import ModelCard
 from sfumato.server.http.document import ERRORS, gives
 from sfumato.server.http.options import listed
 from sfumato.server.http.service import Service
+from sfumato.server.http.static import PageFiles
 
 UI = Path(__file__).parent / "ui"
 """The page's files."""
@@ -148,7 +148,5 @@ def _add_server_routes(router: APIRouter, service: Service) -> None:
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/", include_in_schema=False)
-    async def page() -> Response:
-        if not (UI / "index.html").is_file():
-            raise HTTPException(404)
-        return FileResponse(UI / "index.html")
+    async def page(request: Request) -> Response:
+        return await PageFiles(directory=UI, check_dir=False).get_response("index.html", request.scope)

@@ -6,20 +6,21 @@ against this class alone. Nothing here imports torch.
 
 from __future__ import annotations
 
+import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, Unpack, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 
+from sfumato.display.canvas import CanvasDisplay
 from sfumato.engine import arguments
 from sfumato.errors import InputError
 from sfumato.events import Completion, Decision, Done, Draft, Edited, Event, Filled
 from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
-from sfumato.notebook.display import CanvasDisplay
-from sfumato.options import OptionFields, Options, OptionsLike
+from sfumato.options import OPTIONS, OptionFields, Options, OptionsLike
 from sfumato.templates.checks import check_query
 from sfumato.templates.outcomes import outcomes_of, result_of_query, results_of
 from sfumato.templates.requests import (
@@ -42,6 +43,26 @@ NONE = Options()
 """No option set."""
 
 
+Kind = TypeVar("Kind", bound=type)
+
+
+def names_options(kind: Kind) -> Kind:
+    """Decorate a class: the signatures of its methods name the options behind `**more`.
+
+    So `help` shows them, and an interactive Python completes `llm.chat("…", max_` at the Tab key."""
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in OPTIONS.items()
+    ]
+    for method in filter(inspect.isfunction, vars(kind).values()):
+        signature = inspect.signature(method)
+        if "more" in signature.parameters:
+            own = [one for one in signature.parameters.values() if one.name != "more"]
+            method.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return kind
+
+
+@names_options
 class LanguageModel(ABC):
     """A model that answers queries: by a method each, or any of them through `run`.
 
@@ -108,7 +129,9 @@ class LanguageModel(ABC):
         options: OptionsLike = NONE,
         **more: Unpack[OptionFields],
     ) -> Completion:
-        """Answer a conversation; thought and tool calls are told apart from the answer's text."""
+        """Answer a conversation: `chat("Why is the sky blue?", max_tokens=200, seed=1)`.
+
+        Every field of `Options` can be given by its name. Thought and tool calls are told apart from the text."""
         return self.run(Chat(messages, tools, _without_drafts(options, more)))
 
     def chat_many(
@@ -137,7 +160,9 @@ class LanguageModel(ABC):
     def complete(
         self, prompt: str | list[str], *, options: OptionsLike = NONE, **more: Unpack[OptionFields]
     ) -> Completion | list[Completion]:
-        """Continue plain text, without a chat template; the texts of a list run together."""
+        """Continue plain text, without a chat template: `complete("Once upon a time", max_tokens=50)`.
+
+        Every field of `Options` can be given by its name. The texts of a list run together, and come back as a list."""
         queries = _continuations(prompt, _without_drafts(options, more))
         return self.run(queries[0]) if isinstance(prompt, str) else self._answers(queries)
 
@@ -149,7 +174,7 @@ class LanguageModel(ABC):
         options: OptionsLike = NONE,
         **more: Unpack[OptionFields],
     ) -> Iterator[Event]:
-        """The events of one answer: Draft (with `drafts=True`), Commit, Done.
+        """The events of one answer, for `for event in llm.stream("…")`: Draft (with `drafts=True`), Commit, Done.
 
         A conversation is answered, as by `chat`: a text is one user message. `stream(Complete("…"))` continues a text;
         token ids and a `Prompt` are continued too. The texts of the Commits joined are the text of Done. Closing the

@@ -411,6 +411,7 @@ def test_generate_obeys_choice_regex_and_schema(sfumato: Call, put: Put) -> None
     assert json.loads(first)["a"] in (1, 2)
     assert sfumato("generate", "x", "--schema", put(schema, "s.json"), *QUICK)[1] == first
     assert sfumato("generate", "x", "-s", "schema=s.json", *QUICK)[1] == first
+    json.loads(sfumato("generate", "x", "--schema", "true", *QUICK)[1])  # any JSON
 
 
 @pytest.mark.parametrize(

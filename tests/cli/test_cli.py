@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +64,25 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
     text = capsys.readouterr().out
     assert f"Usage: sfumato {name}" in text
     assert f"Example: sfumato {name}" in text
+    assert "<bool>" not in text
+    assert re.search(r"--help +-h +Show", text)
+    help_ = inspect.getdoc(importlib.import_module(cli.COMMANDS[name][0]).command) or ""
+    words = " ".join(text.split())
+    for paragraph in help_.split("\n\n"):  # its words as they stand, square brackets too
+        assert " ".join(paragraph.split()) in words
+
+
+@pytest.mark.parametrize("arguments", [["help", "list"], ["help"]])
+def test_help_is_a_word_too(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    assert " ".join(["Usage: sfumato", *arguments[1:], "[OPTIONS]"]) in capsys.readouterr().out
+
+
+def test_what_others_call_a_command_is_answered_with_its_name_here(capsys: pytest.CaptureFixture[str]) -> None:
+    for theirs, ours in cli.OTHER_NAMES.items():
+        assert theirs not in cli.COMMANDS and ours.split()[0] in (*cli.COMMANDS, "--version")
+        assert cli.main([theirs, "x"]) == 2
+        assert capsys.readouterr().err == f"sfumato: there is no command {theirs}; it is `sfumato {ours}`\n"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +115,8 @@ def test_a_usage_error_is_one_line_with_code_2(
         (SfumatoError("it failed"), 1, "sfumato: it failed\n"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "sfumato: a.txt: No such file or directory\n"),
         (OSError("disk on fire"), 1, "sfumato: disk on fire\n"),
+        (OSError(28, "No space left on device"), 1, "sfumato: No space left on device\n"),
+        (OSError(28, "No space left on device", "out"), 1, "sfumato: out: No space left on device\n"),
         (
             InputError("no \x1b[31mred\x9b0m\x7f \ud800 [bold]x[/nope]"),
             2,

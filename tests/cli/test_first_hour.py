@@ -17,7 +17,9 @@ from rich.console import Console
 
 from sfumato import cli
 from sfumato.cli import files, generate, loading
+from sfumato.cli.generate import extracted
 from sfumato.errors import InputError
+from sfumato.events import Commit, Done, Usage
 from sfumato.llm import LLM
 from sfumato.model.purpose import Purpose
 from sfumato.templates.requests import Chat
@@ -88,6 +90,31 @@ def test_system_and_files_reach_the_conversation(sfumato: Call, put: Put, reques
     ]
     code, _, err = sfumato("generate", "Q", "--raw", "--system", "x")
     assert code == 2 and "--raw" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("So:\n```python\na = 1\n```\nand\n```\nb\n```\n", "a = 1\n"),
+        ("~~~\n```\nx\n```\n~~~\n", "```\nx\n```\n"),
+        ("````\n```\nx\n````\n", "```\nx\n"),
+        ("  ```sh\nls\n  ```", "ls\n"),
+        ("cut off\n```\na\nb", "a\nb"),
+        ("```\n```\n", ""),
+        ("none ```here``` \n", "none ```here``` \n"),
+    ],
+)
+def test_the_first_fenced_block_is_extracted(
+    text: str, block: str, sfumato: Call, put: Put, nano: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert extracted(text) == block
+    events = [Commit(0, 0, 1, [], text=text), Done(0, "stop", [], Usage(), text=text)]
+    monkeypatch.setattr(nano, "stream", lambda query: iter(events))
+    put("")
+    assert sfumato("generate", "Q", "-x")[:2] == (0, block.removesuffix("\n") + "\n")
+    assert sfumato("generate", "Q", "-x", "-o", "out.py")[:2] == (0, "")
+    assert Path("out.py").read_text() == block.removesuffix("\n") + "\n"
+    assert json.loads(sfumato("generate", "Q", "-x", "--json")[1])["text"] == block
 
 
 # ---- files that are written ------------------------------------------------------------------------------------------
@@ -258,7 +285,8 @@ def test_a_hint_is_one_line_on_a_terminal(
 
     monkeypatch.setattr("sfumato.cli.view.Console", console)
     assert sfumato("generate", prompt, *QUICK)[0] == 0
-    assert ("knows nothing else" in shown.getvalue()) is is_told and shown.getvalue().count("\n") == is_told
+    line = "knows nothing else; for anything else give a model, -m owner/name"
+    assert (line in shown.getvalue()) is is_told and shown.getvalue().count("\n") == is_told
 
 
 def test_nothing_is_said_where_nobody_looks(sfumato: Call) -> None:

@@ -133,6 +133,8 @@ def test_a_key_of_the_file_lies_beside_it_and_goes_to_its_server_alone(
         ("[load]\ndevice = 3", "load.device is 3; give a text"),
         ("[load]\ndtype = 'int3'", "load.dtype is 'int3'; choose one of bfloat16"),
         ("[load]\nmemory_limit = 0", "load.memory_limit is 0; give GB"),
+        ("[load]\nquantize = 'q4'", "there is no recipe 'q4'; choose one of int8"),
+        ("api = 'localhost:8000'", "the URL is 'localhost:8000'; give http://HOST:PORT"),
         ("[load]\nmodel = 'a'", "there is no key load.model"),
         ("[options]\nschema = true", "there is no key options.schema"),
         ("[options]\nmax_tokens = 0", "options.max_tokens is 0; give a number from 1 to 2^62"),

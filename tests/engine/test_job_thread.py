@@ -93,6 +93,9 @@ def test_closing_tells_every_listener(nano: LLM, jobs: JobThread[Any]) -> None:
         while not outcomes.empty():
             last = outcomes.get()
         assert isinstance(last, InputError)
+    with pytest.raises(InputError, match="closed"):
+        jobs.begin(Complete("1", QUICK), nano, queues[0].put)
+    assert jobs._thread is None
 
 
 def test_a_query_that_cannot_begin_harms_no_other(nano: LLM, jobs: JobThread[Any]) -> None:

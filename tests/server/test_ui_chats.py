@@ -322,7 +322,8 @@ def test_the_purpose_of_a_model_is_said_until_it_is_dismissed(page: Any, server:
     server.purpose = {"purpose": "nano solves Sudoku and nothing else", "prompt": "Solve this Sudoku:"}
     server.scripts[CHAT] = [chat("4"), chat("5")]
     page.reload()
-    expect(page.locator("#purpose")).to_contain_text("nothing else")
+    remedy = "For anything else start the server with another model: sfumato serve owner/name"
+    expect(page.locator("#purpose p")).to_have_text(f"nano solves Sudoku and nothing else. {remedy}")
     page.get_by_role("button", name="Dismiss the note").click()
     page.reload()
     expect(page.locator("#model-name")).to_have_text("nano")

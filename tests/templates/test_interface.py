@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import inspect
+import pickle
 import threading
 import time
 import weakref
@@ -15,6 +18,7 @@ import pytest
 
 from sfumato import LLM, Chat, Complete, Completion, Decide, Done, Draft, InputError, LanguageModel, Options, Slot
 from sfumato.events import Commit
+from sfumato.options import OPTIONS
 from sfumato.templates.outcomes import outcomes_of, result_of_query, results_of
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
@@ -77,6 +81,8 @@ def test_options_come_as_a_record_a_dict_or_one_by_one(llm: LLM) -> None:
         ({"temprature": 1}, "did you mean temperature?"),
         ({"steps": 4}, "did you mean max_steps?"),
         ({"zzz": 1}, "there is no option 'zzz'; the options are choices, "),
+        ({"stream": True}, "there is no option 'stream'; stream(…) in place of chat(…) gives the events"),
+        ({"system": "x"}, "give a list that begins with"),
         ({"seed": -1}, "seed is -1; give a number from 0 to 2^62"),
     ],
 )
@@ -307,3 +313,26 @@ def test_a_model_that_nobody_holds_is_freed_at_once() -> None:
 def test_a_model_says_what_it_is(llm: LLM) -> None:
     assert repr(llm) == "<LLM nano, float32 on cpu, fused operations, canvas of 82>"
     assert isinstance(llm, LanguageModel)
+
+
+def test_a_name_in_place_of_a_network_is_answered_with_load() -> None:
+    kind: Any = LLM
+    calls: list[Callable[[], object]] = [lambda: kind("nano"), lambda: kind(model="nano"), lambda: kind()]
+    for make in calls:
+        with pytest.raises(InputError, match=r"the model is (None|'nano'); give a network; LLM\.load\(…\) loads"):
+            make()
+
+
+def test_help_names_the_options_where_they_are_taken(llm: LLM) -> None:
+    for name in ("chat", "chat_many", "complete", "stream", "watch", "fill", "infill", "edit", "decide", "achat"):
+        names = inspect.signature(getattr(llm, name)).parameters
+        assert {*OPTIONS} <= {*names} and "more" not in names and "options" in names
+    assert inspect.signature(llm.chat).parameters["messages"].default is inspect.Parameter.empty
+    assert not {*OPTIONS} & {*inspect.signature(llm.run).parameters}
+
+
+def test_a_model_is_neither_pickled_nor_copied(llm: LLM) -> None:
+    calls: list[Callable[[Any], object]] = [pickle.dumps, copy.copy, copy.deepcopy]
+    for call in calls:
+        with pytest.raises(TypeError, match="load it in each process"):
+            call(llm)

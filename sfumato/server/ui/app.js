@@ -43,7 +43,7 @@ async function look() {
     model.dataset.state = "ready";
     byId("model-name").textContent = data[0]?.id ?? "no model";
   } catch (error) {
-    const words = { offline: "no server", key: "key needed", busy: "loading", worker: "restarting" };
+    const words = { offline: "no server", key: "key needed", busy: "loading", worker: "starting" };
     model.dataset.state = error.kind === "offline" || error.kind === "key" ? "off" : "waiting";
     byId("model-name").textContent = words[error.kind] ?? "not ready";
     clearTimeout(again);

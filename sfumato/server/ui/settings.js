@@ -97,7 +97,8 @@ function showPurpose() {
     byId("purpose").hidden = true;
     byId("message").focus();
   };
-  byId("purpose").replaceChildren(el("p", {}, sentence), el("button", { class: "quiet small", type: "button", "aria-label": "Dismiss the note", onclick: dismiss }, "×"));
+  const remedy = ["For anything else start the server with another model: ", el("code", {}, "sfumato serve owner/name")];
+  byId("purpose").replaceChildren(el("p", {}, `${sentence.replace(/\.$/, "")}. `, ...remedy), el("button", { class: "quiet small", type: "button", "aria-label": "Dismiss the note", onclick: dismiss }, "×"));
 }
 
 /** Whether a value that was kept is one of this option. */

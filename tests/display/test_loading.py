@@ -1,4 +1,4 @@
-"""notebook/loading.py: the bar of a model that loads: on a terminal and in a notebook, and nowhere else."""
+"""display/loading.py: the bar of a model that loads: on a terminal and in a notebook, and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sfumato import LLM, LoadOptions
-from sfumato.notebook import loading
-from sfumato.notebook.loading import LoadingBar, bar_of, loading_bar
+from sfumato.display import loading
+from sfumato.display.loading import LoadingBar, bar_of, loading_bar
 
 
 class Terminal(io.StringIO):
@@ -40,7 +40,7 @@ def test_the_bar_in_words() -> None:
 
 def test_a_bar_comes_late_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("sfumato.notebook.loading.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("sfumato.display.loading.time.monotonic", lambda: clock[0])
     drawn: list[str] = []
     bar = LoadingBar(drawn.append, lambda: drawn.append("gone"))
     for seconds, count in ((0.1, 0), (0.5, 1), (0.55, 1), (0.7, 2), (0.71, 2)):

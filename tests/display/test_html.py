@@ -1,12 +1,12 @@
-"""notebook/html.py: a canvas as HTML, escaped, tinted by entropy."""
+"""display/html.py: a canvas as HTML, escaped, tinted by entropy."""
 
 from __future__ import annotations
 
 import re
 
 from sfumato.cli.view import _LEVELS
+from sfumato.display.html import LEVELS, TINTS, canvas_html, framed, status_html, text_html, tint_of
 from sfumato.events import Draft
-from sfumato.notebook.html import LEVELS, TINTS, canvas_html, framed, status_html, text_html, tint_of
 
 
 def test_texts_are_escaped_and_control_characters_shown() -> None:

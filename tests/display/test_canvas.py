@@ -1,4 +1,4 @@
-"""notebook/display.py: a canvas that is redrawn in place, with IPython's part played by a scripted module."""
+"""display/canvas.py: a canvas that is redrawn in place, with IPython's part played by a scripted module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sfumato import LLM, Commit, Done, InputError, Options, Usage
-from sfumato.notebook.display import CanvasDisplay, is_notebook
+from sfumato.display.canvas import CanvasDisplay, is_notebook
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
 

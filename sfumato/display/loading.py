@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from sfumato.notebook.display import Output, is_notebook
-from sfumato.notebook.html import status_html
+from sfumato.display.canvas import Output, is_notebook
+from sfumato.display.html import status_html
 
 PATIENCE = 0.4
 """Seconds after which the bar appears."""

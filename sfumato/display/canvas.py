@@ -10,9 +10,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from sfumato.display.html import canvas_html, framed, status_html
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done, Draft, Event
-from sfumato.notebook.html import canvas_html, framed, status_html
 
 
 def is_notebook() -> bool:
