@@ -35,7 +35,8 @@ from sfumato.quant.recipes import Recipe, named
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """What a model may compute in, by safetensors' names for what is stored so."""
 PLAIN = LoadOptions(device="cpu", ops="fused")
-"""On the processor, every weight a plain tensor: a model that can be saved and trained."""
+"""On the processor, with plain tensors where the checkpoint has such, or is `in_full`: a model that can be saved and
+trained."""
 
 
 def load(
@@ -51,11 +52,11 @@ def load(
     """The Model of a checkpoint: one that is open, or whatever `resolve` understands, in any format of `formats`.
 
     `source` says which model; `options.model` is for whoever opens it and is not looked at here. Device "auto" is a
-    GPU where there is one, dtype None the checkpoint's own. Where the operations want packed weights ("cpu", and so
-    "auto"), such a model runs but is neither saved nor trained; `PLAIN` keeps plain tensors. `operations` and `recipe`
-    stand in the place of `options.ops` and `options.quantize` for what has no name. A recipe's weights are packed to
-    fewer bits as they are read, weighed by `calibration` (`quant.calibrate`, by the model's names); without a recipe,
-    what the checkpoint has in fewer bits stays as it is, or in the nearest format (`Entry.fallback`).
+    GPU where there is one, dtype None the checkpoint's own. A model with packed weights runs, but is neither saved nor
+    trained: the operations "cpu", and so "auto", pack all, and what the checkpoint has in fewer bits stays so, or in
+    the nearest format (`Entry.fallback`). `PLAIN` and `checkpoint.in_full` keep plain tensors. `operations` and
+    `recipe` stand in the place of `options.ops` and `options.quantize` for what has no name. A recipe's weights are
+    packed to fewer bits as they are read, weighed by `calibration` (`quant.calibrate`, by the model's names).
     `options.memory_limit`, bytes of weights on the device, leaves the rest on the host, from where it is streamed in
     every pass (`offload`).
 

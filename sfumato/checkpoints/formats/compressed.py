@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.formats.eight_bits import BlockSize
-from sfumato.checkpoints.formats.linears import FLOATS, open_linears
+from sfumato.checkpoints.formats.linears import open_linears
+from sfumato.checkpoints.formats.released import FLOATS
 from sfumato.checkpoints.shards import DTYPES, PART, Planned, Stored, short
 from sfumato.errors import CheckpointError
 from sfumato.ops.packed import BLOCK
