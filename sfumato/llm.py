@@ -161,7 +161,18 @@ class LLM(LanguageModel):
     @classmethod
     def _open(cls, options: LoadOptions, notice: Notice | None, progress: LoadProgress | None) -> LLM:
         CHILDREN.start()  # it reads the template, while this process reads the rest
-        checkpoint = open_checkpoint(resolve(options.model))
+        return cls.of(open_checkpoint(resolve(options.model)), options, notice=notice, progress=progress)
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        options: LoadOptions,
+        *,
+        notice: Notice | None = None,
+        progress: LoadProgress | None = None,
+    ) -> LLM:
+        """The model of a checkpoint that is open; `options.model` is only its name."""
         tokenizer, template = _tokenizer_and_template(checkpoint)
         model = load(checkpoint, options, notice=notice, progress=progress)
         defaults, _ = generation_of(checkpoint)

@@ -12,8 +12,9 @@ from tiny import oracle_name, randomise_
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.formats.bits import as_words
 from sfumato.checkpoints.formats.mlx import open_mlx
-from sfumato.checkpoints.formats.mlx_writer import as_words, plan_mlx, rounded
+from sfumato.checkpoints.formats.mlx_writer import plan_mlx, rounded
 from sfumato.checkpoints.shards import PlannedFolder, write_shards
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.ops import load

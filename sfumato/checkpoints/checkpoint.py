@@ -7,7 +7,7 @@ is read before it is asked for, a part at a time; nothing in a file is executed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,14 @@ class Checkpoint:
     """None: the tokenizer's files lie in the folder."""
     notices: tuple[str, ...] = ()
     """One sentence for each kind of thing that is left aside."""
+
+
+def in_full(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with every weight as plain numbers: what is trained, calibrated or saved again has no codes.
+
+    Values are those that the file says, never rounded once more."""
+    entries = {name: replace(entry, packed=None, fallback=None) for name, entry in checkpoint.entries.items()}
+    return replace(checkpoint, entries=entries)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from sfumato.checkpoints.shards import INDEX, SINGLE, short
 from sfumato.errors import CheckpointError
 from sfumato.model.config import GEMMA4, read_generation_config, read_json
 
+_QUANTIZATION = ("quantization_config", "quantization")
+"""Where config.json says how weights are quantised; MLX's tools write both."""
 READERS = (
     released.READER,
     compressed.READER,
@@ -29,7 +31,7 @@ READERS = (
     bitsandbytes.READER,
     mlx.READER,
 )
-"""The readers of folders. Ours reads whatever says nothing of a quantization, so that it is asked last."""
+"""The readers of folders, asked from the last on: ours, the first, reads whatever says nothing of a quantization."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -49,7 +51,7 @@ def _opened(path: Path) -> Checkpoint:
         return open_gguf(path)
     if not has_weights(path) and (what := unreadable.sentence(path)):
         raise CheckpointError(what)
-    config = read_json(path / "config.json")
+    config = _described(read_json(path / "config.json"))
     read_generation_config(path)  # refused early, if at all
     checkpoint = _reader(path, config).open(path, config)
     names = released_spellings(checkpoint.entries)
@@ -62,6 +64,19 @@ def _opened(path: Path) -> Checkpoint:
 def has_weights(folder: Path) -> bool:
     """Whether a folder has config.json and what our readers look for: weights in one file, or their index."""
     return (folder / "config.json").exists() and any((folder / name).exists() for name in (SINGLE, INDEX))
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with what it says of a quantisation where readers look for it.
+
+    Tools that quantise the text model alone say it in text_config; and null says nothing."""
+    config = {key: value for key, value in config.items() if value is not None or key not in _QUANTIZATION}
+    text = config.get("text_config")
+    if isinstance(text, dict) and not any(key in config for key in _QUANTIZATION):
+        config |= {key: text[key] for key in _QUANTIZATION if text.get(key) is not None}
+    if isinstance(text, dict):
+        config["text_config"] = {key: value for key, value in text.items() if key not in _QUANTIZATION}
+    return config
 
 
 def _reader(path: Path, config: dict[str, Any]) -> FormatReader:

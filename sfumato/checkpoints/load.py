@@ -27,7 +27,7 @@ from sfumato.model import offload
 from sfumato.model.network import Model, products, replace_
 from sfumato.ops import load as load_ops
 from sfumato.ops.contract import Ops
-from sfumato.ops.packed import Packed
+from sfumato.ops.packed import BLOCK, Packed
 from sfumato.options import LoadOptions
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import Recipe, named
@@ -35,7 +35,8 @@ from sfumato.quant.recipes import Recipe, named
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """What a model may compute in, by safetensors' names for what is stored so."""
 PLAIN = LoadOptions(device="cpu", ops="fused")
-"""On the processor, every weight a plain tensor: a model that can be saved and trained."""
+"""On the processor, with plain tensors where the checkpoint has such, or is `in_full`: a model that can be saved and
+trained."""
 
 
 def load(
@@ -51,11 +52,11 @@ def load(
     """The Model of a checkpoint: one that is open, or whatever `resolve` understands, in any format of `formats`.
 
     `source` says which model; `options.model` is for whoever opens it and is not looked at here. Device "auto" is a
-    GPU where there is one, dtype None the checkpoint's own. Where the operations want packed weights ("cpu", and so
-    "auto"), such a model runs but is neither saved nor trained; `PLAIN` keeps plain tensors. `operations` and `recipe`
-    stand in the place of `options.ops` and `options.quantize` for what has no name. A recipe's weights are packed to
-    fewer bits as they are read, weighed by `calibration` (`quant.calibrate`, by the model's names); without a recipe,
-    what the checkpoint has in fewer bits stays as it is, or in the nearest format (`Entry.fallback`).
+    GPU where there is one, dtype None the checkpoint's own. A model with packed weights runs, but is neither saved nor
+    trained: the operations "cpu", and so "auto", pack all, and what the checkpoint has in fewer bits stays so, or in
+    the nearest format (`Entry.fallback`). `PLAIN` and `checkpoint.in_full` keep plain tensors. `operations` and
+    `recipe` stand in the place of `options.ops` and `options.quantize` for what has no name. A recipe's weights are
+    packed to fewer bits as they are read, weighed by `calibration` (`quant.calibrate`, by the model's names).
     `options.memory_limit`, bytes of weights on the device, leaves the rest on the host, from where it is streamed in
     every pass (`offload`).
 
@@ -68,7 +69,7 @@ def load(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source))
     model = described(checkpoint)
     entries = match(model, checkpoint, notice or (lambda sentence: None))
-    dtype = dtype or DTYPES.get(entries["embed_tokens.weight"].stored, torch.bfloat16)
+    dtype = dtype or _own_dtype(entries)
     weights = _Weights(model, entries, recipe, device, dtype)
     samples = list(weights.samples())
     weights.announce(notice or (lambda sentence: None))
@@ -100,6 +101,21 @@ def load(
     return model
 
 
+def held(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """How `load` holds a checkpoint without a recipe: by kind, as "int4" or "bfloat16", how many tensors and bytes.
+
+    Of every kind and shape a part of one weight is read. CheckpointError where it cannot be loaded."""
+    model = described(checkpoint)
+    entries = match(model, checkpoint, lambda sentence: None)
+    weights = _Weights(model, entries, None, torch.device("cpu"), _own_dtype(entries))
+    kinds: dict[str, tuple[int, int]] = {}
+    for name, entry in entries.items():
+        kind, each = weights.held_as(name)
+        count, nbytes = kinds.get(kind, (0, 0))
+        kinds[kind] = count + 1, nbytes + round(each * math.prod(entry.shape))
+    return kinds
+
+
 class _Weights:
     """The weights of a checkpoint as the model will have them: in which format, how large, and one after another."""
 
@@ -117,6 +133,8 @@ class _Weights:
         self.products = {f"{modules[owner]}.{leaf}" for owner, leaf in products(model)}
         self.formats = {name: recipe.format_of(name) if recipe else None for name in entries}
         self.rounded: Counter[tuple[str, str]] = Counter()
+        self.known: dict[tuple[str, tuple[int, ...]], tuple[str, float]] = {}
+        """By what it is stored as and its shape: what `held_as` says of a weight."""
         for name, entry in entries.items():
             if self.formats[name] is None and entry.fallback and not entry.packed and name in self.products:
                 self.formats[name] = Format.named(entry.fallback)
@@ -140,6 +158,21 @@ class _Weights:
             elif form is None and entry.packed is not None and name in self.products and stored not in kinds:
                 kinds.add(stored)
                 yield entry.packed(0, entry.shape[0] if len(entry.shape) == 2 else 1)
+
+    def held_as(self, name: str) -> tuple[str, float]:
+        """The kind of a weight as it will be, and the bytes of each of its numbers."""
+        entry, form = self.entries[name], self.formats[name]
+        if name not in self.products or (form is None and entry.packed is None):
+            return str(self.dtype).removeprefix("torch."), self.dtype.itemsize
+        key = (entry.stored, entry.shape)
+        if key not in self.known:
+            if form is not None:
+                some = pack(torch.zeros(BLOCK, entry.shape[-1]), form)
+            else:
+                assert entry.packed is not None
+                some = entry.packed(0, 1 if len(entry.shape) == 3 else min(BLOCK, entry.shape[0]))
+            self.known[key] = some.kind, some.nbytes / math.prod(some.shape)
+        return self.known[key]
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every weight as it will be: what a placement is planned with."""
@@ -199,6 +232,11 @@ def _device(name: str) -> torch.device:
         message = f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
         raise InputError(message, option="device") from error
     return device
+
+
+def _own_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
+    """What a checkpoint computes in where nobody says otherwise: its embedding's."""
+    return DTYPES.get(entries["embed_tokens.weight"].stored, torch.bfloat16)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

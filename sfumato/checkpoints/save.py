@@ -1,6 +1,7 @@
 """Model → checkpoint folder, in the released layout, tensor by tensor; never pickle.
 
-It lacks packed weights: what is packed while loading is neither saved nor trained, `convert` writes it.
+It lacks packed weights: what is packed while loading is neither saved nor trained, `convert` writes it, and
+`checkpoint.in_full` is how a checkpoint in fewer bits is loaded to be saved.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sfumato.checkpoints.shards import PlannedFolder, as_json, plain, write_shar
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import ModelConfig, read_json
 from sfumato.model.network import Model
+from sfumato.ops.packed import Packed
 from sfumato.system.files import locked
 
 
@@ -36,6 +38,7 @@ def save(
     tensors = model.state_dict()
     expected = blank(model.config, model.ops).state_dict()
     for name in {**expected, **tensors}:
+        _check_plain(model, name)
         if name not in expected or name not in tensors or tensors[name].shape != expected[name].shape:
             raise InputError(f"{name} is not as the released layout has it; load with ops='fused' what is to be saved")
     folder, copied = Path(folder), {}
@@ -60,3 +63,14 @@ def save(
     planned = [plain(name, tensors[own]) for own, name in names.items() if name]
     with locked(folder):
         write_shards(folder, PlannedFolder(planned, files=files, shard_bytes=shard_bytes))
+
+
+def _check_plain(model: Model, name: str) -> None:
+    """InputError for a weight in fewer bits: it is rounded already, and this layout holds plain numbers."""
+    owner, _, leaf = name.rpartition(".")
+    weight = getattr(model.get_submodule(owner), leaf, None)
+    if isinstance(weight, Packed):
+        raise InputError(
+            f"{name} is packed ({weight.kind}) and this layout holds plain numbers; write it from its own checkpoint, "
+            "with `sfumato convert --to bf16`, or load that one `in_full`"
+        )

@@ -108,6 +108,8 @@ def _folder(folder: Path) -> str | None:
     except OSError:
         return None
     names = [each.name for each in inside]
+    if dead := [each.name for each in inside if each.is_symlink() and not each.exists()]:
+        return f"has links to files that are not there ({_some(dead)}); fetch these files again"
     weights = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")]
     has_config = "config.json" in names
     if weights and not has_config:

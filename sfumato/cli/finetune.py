@@ -131,6 +131,11 @@ def _train(out: Path, run: RunFlags, stop: Stop) -> None:
     if run.threads:
         torch.set_num_threads(run.threads)
     folder = resolve(run.model.removesuffix(":new"))
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is a GGUF, and training begins from a folder; write one: sfumato convert {folder} --to bf16 "
+            "-o FOLDER"
+        )
     recipe = _recipe(out, run.set_ or [])
     model = _model(run, folder, recipe)
     tokenizer = Tokenizer.from_folder(folder)
@@ -175,6 +180,8 @@ def _model(run: RunFlags, folder: Path, recipe: TrainingRecipe) -> Model:
     import torch
 
     from sfumato import ops
+    from sfumato.checkpoints.checkpoint import in_full
+    from sfumato.checkpoints.detect import open_checkpoint
     from sfumato.checkpoints.load import load
     from sfumato.model.config import ModelConfig
     from sfumato.model.network import Model
@@ -184,7 +191,7 @@ def _model(run: RunFlags, folder: Path, recipe: TrainingRecipe) -> Model:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not run.model.endswith(":new"):
-        return load(folder, LoadOptions(device=device, dtype="float32", ops="fused"))
+        return load(in_full(open_checkpoint(folder)), LoadOptions(device=device, dtype="float32", ops="fused"))
     model = Model(ModelConfig.from_file(folder / "config.json"), ops.load("fused")).to(device)
     model.init_(recipe.seed, std=0.05)
     return model

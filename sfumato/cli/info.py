@@ -1,9 +1,10 @@
-"""`sfumato info`: what a model holds, what it needs, and what hardware could reach at best; no weight is read.
+"""`sfumato info`: what a model holds, what it needs, and what hardware could reach at best.
 
-Where there are files of weights, their headers say the format and what tensors are stored as. The rest is arithmetic
-over the config: parameters, bytes by recipe and context, the GPUs that have room for them, and
-the floor that a GPU's memory bandwidth and arithmetic set under the time of one step. `bench` measures against the same
-figures. A floor lacks activations, kernels and everything else that only makes a step slower: it is no forecast.
+Where there are files of weights, their headers say the format and what tensors are stored as, and a part of one weight
+of each kind what it is held as. The rest is arithmetic over the config: parameters, bytes by recipe and context, the
+GPUs that have room for them, and the floor that a GPU's memory bandwidth and arithmetic set under the time of one step.
+`bench` measures against the same figures. A floor lacks activations, kernels and everything else that only makes a step
+slower: it is no forecast.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def command(
 ) -> None:
     """Parameters, what each recipe needs, where it fits, and which operations can run on this machine.
 
-    For a GPU also the floor that it sets under one denoising step. Of a folder or a .gguf file the format too; a
-    config.json, which may be named alone, is enough for the rest: no weights are read, or fetched from the hub.
+    For a GPU also the floor that it sets under one denoising step. Of a folder or a .gguf file the format too, and
+    what it takes in memory as it is; a config.json, which may be named alone, is enough for the rest, and nothing is
+    fetched from the hub.
 
     Example: sfumato info google/diffusiongemma-26B-A4B-it
 

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from sfumato.errors import InputError
+from sfumato.errors import CheckpointError, InputError
 from sfumato.measure.work import (
     GPUS,
     PRECISIONS,
@@ -65,10 +65,10 @@ class RecipeRow(TypedDict):
 
 
 class StoredKind(TypedDict):
-    """How much of a file is stored as one kind."""
+    """How much of a file is stored as one kind, or held as one in memory."""
 
     kind: str
-    """As the file calls it: "Q4_K", "BF16"."""
+    """As the file calls it: "Q4_K", "BF16"; in memory "int4", "bfloat16"."""
     tensors: int
     bytes: int
 
@@ -84,6 +84,10 @@ class FileReport(TypedDict):
     """Whether there are tensors that turn images into embeddings."""
     kinds: list[StoredKind]
     """The largest first."""
+    held: list[StoredKind]
+    """What they are in memory without a recipe, so too; empty where the checkpoint cannot be loaded."""
+    obstacle: str | None
+    """Why it cannot be loaded."""
     notices: list[str]
 
 
@@ -150,7 +154,8 @@ def report(config: ModelConfig, context: int, gpu: Gpu | None = None, name: str 
 
 
 def file_report(checkpoint: Checkpoint) -> FileReport:
-    """What a checkpoint's tensors are stored as, by their bytes."""
+    """What a checkpoint's tensors are stored as, and held as, by their bytes."""
+    from sfumato.checkpoints.load import held
     from sfumato.checkpoints.names import VISION
 
     kinds: dict[str, StoredKind] = {}
@@ -158,12 +163,20 @@ def file_report(checkpoint: Checkpoint) -> FileReport:
         one = kinds.setdefault(entry.stored, {"kind": entry.stored, "tensors": 0, "bytes": 0})
         one["tensors"] += 1
         one["bytes"] += entry.nbytes
+    in_memory: list[StoredKind] = []
+    obstacle = None
+    try:
+        in_memory = [{"kind": kind, "tensors": n, "bytes": size} for kind, (n, size) in held(checkpoint).items()]
+    except CheckpointError as error:
+        obstacle = str(error)
     return {
         "format": checkpoint.format,
         "tensors": len(checkpoint.entries),
         "bytes": sum(one["bytes"] for one in kinds.values()),
         "has_images": any(name.startswith(VISION) for name in checkpoint.entries),
         "kinds": sorted(kinds.values(), key=lambda one: -one["bytes"]),
+        "held": sorted(in_memory, key=lambda one: -one["bytes"]),
+        "obstacle": obstacle,
         "notices": list(checkpoint.notices),
     }
 

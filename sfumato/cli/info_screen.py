@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sfumato.cli.info_report import KINDS, FileReport, Operations, RecipeRow, Report
+from sfumato.cli.info_report import KINDS, FileReport, Operations, RecipeRow, Report, StoredKind
 from sfumato.cli.view import visible
 from sfumato.measure.work import GPUS, number, size, three, tokens
 
@@ -26,7 +26,7 @@ def show(report: Report) -> None:
     console.print(_memory(report))
     possible = [row for row in report["recipes"][1:] if "impossible" not in row]
     notes = [
-        "Weights take as much in the file as in memory. In use: weights, KV cache, one canvas of logits, a prompt's"
+        "A recipe's weights take as much in its files. In use: weights, KV cache, one canvas of logits, a prompt's"
     ]
     notes.append("activations; beside them comes what a process or a GPU's driver takes without a model.")
     if (gpu := report["gpu"]) is None:
@@ -56,6 +56,7 @@ def _facts(report: Report) -> Table:
     facts.add_column()
     if "file" in report:
         facts.add_row("file", visible(_stored(report["file"])))
+        facts.add_row("in memory", visible(_held(report["file"])))
     facts.add_row(
         "parameters", f"[bold]{number(parameters['total'])}[/], {number(parameters['active'])} active for each token"
     )
@@ -89,11 +90,22 @@ def _facts(report: Report) -> Table:
 
 def _stored(file: FileReport) -> str:
     """Format, size and what most of it is stored as; kinds below a hundredth are not counted out."""
-    shares = [(one["kind"], one["bytes"] / max(1, file["bytes"])) for one in file["kinds"]]
+    return f"{file['format']}, {size(file['bytes'])} in {file['tensors']:,} tensors: {_shares(file['kinds'])}"
+
+
+def _held(file: FileReport) -> str:
+    """What the weights take as they are, without a recipe."""
+    if file["obstacle"] is not None:
+        return f"cannot be loaded: {file['obstacle']}"
+    return f"{size(sum(one['bytes'] for one in file['held']))} without a recipe: {_shares(file['held'])}"
+
+
+def _shares(kinds: list[StoredKind]) -> str:
+    total = sum(one["bytes"] for one in kinds)
+    shares = [(one["kind"], one["bytes"] / max(1, total)) for one in kinds]
     large = [f"{kind} {share:.0%}" for kind, share in shares if share >= 0.01][:_KINDS]
     rest = len(shares) - len(large)
-    text = f"{file['format']}, {size(file['bytes'])} in {file['tensors']:,} tensors: {'; '.join(large)}"
-    return text + (f"; {rest} more" if rest else "")
+    return "; ".join(large) + (f"; {rest} more" if rest else "")
 
 
 def _memory(report: Report) -> Table:

@@ -119,18 +119,27 @@ def connect_or_load(api: ApiFlags, load: LoadOptions) -> LanguageModel:
     return remote
 
 
-def load_model(load: LoadOptions) -> LLM:
-    """Load a model; notices and a bar of progress go to stderr."""
+def load_model(load: LoadOptions, is_in_full: bool = False) -> LLM:
+    """Load a model, perhaps with its weights `in_full`; notices and a bar of progress go to stderr."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+    from sfumato.checkpoints.checkpoint import in_full
+    from sfumato.checkpoints.detect import open_checkpoint
+    from sfumato.checkpoints.locate import resolve
     from sfumato.llm import LLM
 
     console = Console(stderr=True, highlight=False)
     columns = ("loading", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-        return LLM.open(
-            load,
-            notice=lambda text: console.print(visible(text, "dim"), soft_wrap=True),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def notice(text: str) -> None:
+            console.print(visible(text, "dim"), soft_wrap=True)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if is_in_full:
+            checkpoint = in_full(open_checkpoint(resolve(load.model)))
+            return LLM.of(checkpoint, load, notice=notice, progress=progress)
+        return LLM.open(load, notice=notice, progress=progress)

@@ -85,7 +85,7 @@ def calibration_of(model: str, recipe: recipes.Recipe, samples: list[str | list[
     """What `quant.calibrate` learns of these samples, with the model in full precision."""
     from sfumato.quant import calibrate
 
-    llm = loading.load_model(LoadOptions(model, ops="fused"))
+    llm = loading.load_model(LoadOptions(model, ops="fused"), is_in_full=True)
     most = llm.model.config.max_position
     ids = [llm.encode(sample).tokens[:most] for sample in samples]
 

@@ -318,6 +318,16 @@ def e2m1_values(device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(_signed(E2M1), device=device)
 
 
+def paired(codes: Tensor) -> Tensor:
+    """Codes of four bits [.., I], two a byte [.., I / 2]: the low half is the even one."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def unpaired(data: Tensor) -> Tensor:
+    """`paired` undone: the codes [.., I] of bytes [.., I / 2]."""
+    return torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)
+
+
 def power_of_two(exponent: Tensor) -> Tensor:
     """What e8m0 codes stand for, in float32: 2^(code - 127); 255 is nan."""
     bits = torch.where(exponent == 0, 1 << 22, exponent.int() << 23)  # 2^-127 lies among the subnormal numbers

@@ -27,7 +27,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, products
 from sfumato.ops import load as load_ops
 from sfumato.ops.contract import Matrix, Ops
-from sfumato.ops.packed import Packed
+from sfumato.ops.packed import Packed, paired
 from sfumato.quant.formats import Format, pack
 from sfumato.quant.recipes import Recipe
 
@@ -170,7 +170,7 @@ def _noting(model: Model, note: Note) -> Ops:
     for owner, leaf in products(model):
         name, weight = f"{modules[owner]}.{leaf}", getattr(owner, leaf)
         if not isinstance(weight, Tensor):
-            raise InputError(f"{name} is packed; calibrate the model in full precision, loaded with ops='fused'")
+            raise InputError(f"{name} is packed; calibrate the checkpoint `in_full`, loaded with ops='fused'")
         names[id(weight)] = name
 
     def linear(x: Tensor, /, *weights: Matrix) -> tuple[Tensor, ...]:
@@ -248,7 +248,7 @@ def rounded(weight: Tensor, form: str | Format, correlation: Tensor) -> Packed:
         rest[:, last:] -= errors @ shares[first:last, last:]
     codes = grid.codes[chosen]
     if packed.data.shape[-1] != codes.shape[-1]:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        codes = paired(codes)
     return replace(packed, data=codes.view(packed.data.dtype))
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import InputError
-from sfumato.ops.packed import BLOCK, CODES, Packed, e2m1_values, power_of_two
+from sfumato.ops.packed import BLOCK, CODES, Packed, e2m1_values, paired, power_of_two
 
 __all__ = ["FORMATS", "Format", "Packed", "error", "pack"]
 
@@ -236,7 +236,7 @@ class _Int4(Format):
         shape, group = tuple(weight.shape), self.group_of(weight.shape[-1])
         codes, scale, *bias = _over(weight, group, importance, part)
         groups = (*shape[:-1], -1)
-        data = _pairs(codes.view(shape))
+        data = paired(codes.view(shape))
         return Packed("int4", shape, data, scale.view(groups), group, *(b.view(groups) for b in bias))
 
 
@@ -269,7 +269,7 @@ class _NVFP4(Format):
             return [_e2m1(rows, wide), *stored]
 
         codes, scale = _over(weight, 16, importance, part)
-        return Packed("nvfp4", shape, _pairs(codes.view(shape)), scale.view(*shape[:-1], -1), 16, None, factor)
+        return Packed("nvfp4", shape, paired(codes.view(shape)), scale.view(*shape[:-1], -1), 16, None, factor)
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ class _MXFP4(Format):
 
         shape = tuple(weight.shape)
         codes, scale = _over(weight, 32, importance, part)
-        return Packed("mxfp4", shape, _pairs(codes.view(shape)), scale.view(*shape[:-1], -1), 32)
+        return Packed("mxfp4", shape, paired(codes.view(shape)), scale.view(*shape[:-1], -1), 32)
 
 
 _BY_NAME: dict[str, Format] = {
@@ -417,10 +417,6 @@ def _value(code: Tensor, wide: list[Tensor]) -> Tensor:
 
 def _halved(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // 2)
-
-
-def _pairs(codes: Tensor) -> Tensor:
-    return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 def _no_zero(scale: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.checkpoints.convert import convert
+from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import PLAIN, load
 from sfumato.checkpoints.save import save
 from sfumato.errors import CheckpointError
@@ -241,6 +242,26 @@ def test_gate_and_up_in_different_bits(one: Released, tmp_path: Path) -> None:
     theirs = tiny.oracle(CONFIG, 1)
     theirs.load_state_dict(dense)
     assert furthest(opened(folder), theirs) < CLOSE
+
+
+@pytest.mark.parametrize("place", ["beside null", "in text_config"])
+def test_where_a_quantisation_is_described(one: Released, tmp_path: Path, place: str) -> None:
+    """quantization_config null says nothing; tools that quantise the text model alone say it in text_config."""
+    name = "model.decoder.layers.0.mlp.gate_proj"
+    codes, scale = torch.arange(64).repeat(64, 1).byte(), torch.full((64, 1), 0.5)
+    if place == "in text_config":
+        mode = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}}
+        raw = {**one.raw, "text_config": {**one.raw["text_config"], "quantization_config": mode}}
+        parts = {"weight": codes.view(torch.int8), "weight_scale": scale}
+    else:
+        raw = {**one.raw, "quantization_config": None, "quantization": {"bits": 8, "group_size": 64}}
+        parts = {"weight": codes.view(torch.uint32), "scales": scale, "biases": torch.zeros(64, 1)}
+    plain = {key: tensor for key, tensor in one.tensors.items() if not key.startswith(name)}
+    folder = one.write(tmp_path, {**plain, **{f"{name}.{part}": tensor for part, tensor in parts.items()}}, raw)
+    checkpoint = open_checkpoint(folder)
+    assert torch.equal(checkpoint.entries[f"{name}.weight"].read(0, 64), codes * 0.5)
+    convert(checkpoint, "bf16", tmp_path / "bf16")
+    assert "quantization" not in (tmp_path / "bf16" / "config.json").read_text()
 
 
 def array_of(array: Any) -> Any:

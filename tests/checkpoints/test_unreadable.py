@@ -51,6 +51,16 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str]] = {
     "empty": ({}, "is an empty folder; give a folder with config.json and safetensors, or a .gguf file"),
     "nothing known": ({"README.md": b"x"}, r"has no config\.json; give"),
 }
+
+
+def test_links_to_nothing(tmp_path: Path) -> None:
+    """As a cache leaves them from which something was deleted."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"links to files that are not there \(model\.safetensors\); fetch"):
+        open_checkpoint(tmp_path)
+
+
 FILES: dict[str, tuple[bytes, str]] = {
     "model.safetensors": (b"x", "is one file of a checkpoint; give the folder that it lies in"),
     "config.json": (b"{}", "is one file of a checkpoint"),

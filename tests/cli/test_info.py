@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from released import RELEASED
+from small_checkpoints import edit
 
 from sfumato import cli, ops
 from sfumato.checkpoints.convert import convert
+from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import NANO
 from sfumato.cli import info_screen
 from sfumato.cli.info_report import KINDS, RecipeRow, operations, report
@@ -19,7 +22,9 @@ from sfumato.errors import InputError
 from sfumato.measure import work
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
+from sfumato.model.offload import sizes_of
 from sfumato.ops import cpu
+from sfumato.options import LoadOptions
 from sfumato.quant.apply import samples
 from sfumato.quant.recipes import RECIPES
 
@@ -229,17 +234,22 @@ def test_nano_has_figures_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "expected", "kinds"),
+    ("to", "expected", "kinds", "packed"),
     [
-        (None, "safetensors", {"F32"}),
-        ("int4", "Sfumato int4", {"int4", "int8", "F32"}),
-        ("gguf-q8_0", "GGUF", {"Q8_0", "F32"}),
-        ("mlx-8bit", "MLX affine 8-bit", {"affine 8-bit, group 64, F32", "affine 8-bit, group 32, F32", "F32"}),
-        ("compressed-fp8", "compressed-tensors float-quantized", {"fp8", "F32"}),
+        (None, "safetensors", {"F32"}, set()),
+        ("int4", "Sfumato int4", {"int4", "int8", "F32"}, {"int4", "int8"}),
+        ("gguf-q8_0", "GGUF", {"Q8_0", "F32"}, {"int8"}),
+        ("mlx-8bit", "MLX affine 8-bit", {*(f"affine 8-bit, group {n}, F32" for n in (32, 64)), "F32"}, {"int8"}),
+        ("compressed-fp8", "compressed-tensors float-quantized", {"fp8", "F32"}, {"fp8"}),
     ],
 )
 def test_the_format_of_files(
-    to: str | None, expected: str, kinds: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    to: str | None,
+    expected: str,
+    kinds: set[str],
+    packed: set[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = NANO if to is None else tmp_path / ("nano.gguf" if to.startswith("gguf") else "nano")
     if to is not None:
@@ -251,7 +261,23 @@ def test_the_format_of_files(
     assert sum(one["bytes"] for one in file["kinds"]) == file["bytes"] > 1e6 and not file["has_images"]
     assert cli.main(["info", str(path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"file {expected}, " in text and " in 188 tensors: " in text
+    assert f"file {expected}, " in text and " in 188 tensors: " in text and " without a recipe: " in text
+    held = {one["kind"]: one["bytes"] for one in file["held"]}
+    model = load(path, LoadOptions(device="cpu", ops="reference"))
+    assert held.keys() - packed == {str(model.dtype).removeprefix("torch.")} and packed < held.keys()
+    assert sum(held.values()) == sum(sizes_of(model).values())
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_reported_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(NANO, tmp_path / "nano")
+    edit(tmp_path / "nano" / "config.json", lambda raw: raw["text_config"].update(num_experts=7))
+    assert cli.main(["info", str(tmp_path / "nano"), "--json"]) == 0
+    file = json.loads(capsys.readouterr().out)["file"]
+    assert file["held"] == [] and "asks for [7, " in file["obstacle"]
+    assert cli.main(["info", str(tmp_path / "nano")]) == 0
+    assert "in memory cannot be loaded: model.decoder" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_config_alone_has_no_files(config_json: Path, capsys: pytest.CaptureFixture[str]) -> None:

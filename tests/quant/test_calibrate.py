@@ -153,7 +153,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_what_cannot_be_calibrated_is_refused() -> None:
     with pytest.raises(InputError, match="no text"):
         calibrate.importance_of(tiny_model(WIDE), [])
-    with pytest.raises(InputError, match=r"layers\.0\.\S+ is packed; calibrate the model in full precision"):
+    with pytest.raises(InputError, match=r"layers\.0\.\S+ is packed; calibrate the checkpoint `in_full`"):
         calibrate.importance_of(quantize_(tiny_model(WIDE), "int8"), texts(1, 12))
     model = quantize_(tiny_model(WIDE), "int8")
     with pytest.raises(InputError, match="packed already"):

@@ -23,6 +23,7 @@ from tiny import tiny_config, tiny_model
 from torch import Tensor
 
 from sfumato import ops
+from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.shards import read_tensors, write_tensors
 from sfumato.cli import main
 from sfumato.errors import CheckpointError, InputError
@@ -317,6 +318,20 @@ def test_a_folder_with_files_of_others_is_refused(tmp_path: Path, capsys: pytest
         main([*arguments, "--force"]) == 0 and lines_of(tmp_path) == [1] and "going on" not in capsys.readouterr().err
     )
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_quantised_checkpoint_is_trained_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it: codes would stay as they are, and could not be saved at the end."""
+    quantised, out = str(tmp_path / "quantised"), tmp_path / "run"
+    assert main(["quantize", "nano", "--to", "int8", "-o", quantised]) == 0
+    arguments = ["-s", "steps=1", "-s", "batch=2", "--pool", "60", "--eval-every", "0"]
+    assert main(["finetune", str(out), "-m", quantised, *arguments]) == 0
+    name = "model.decoder.layers.0.self_attn.q_proj.weight"
+    before, after = (open_checkpoint(place).entries[name] for place in (Path(quantised), out / "checkpoint"))
+    assert after.stored == "F32" and not torch.equal(before.read(0, 8), after.read(0, 8))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert main(["finetune", str(tmp_path / "other"), "-m", str(tmp_path / "a.gguf")]) == 2
+    assert "begins from a folder; write one: sfumato convert" in capsys.readouterr().err
 
 
 def test_another_models_state_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Source: AutoAWQ, awq/utils/packing_utils.py.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
-from sfumato.checkpoints.formats.experts import fused
-from sfumato.checkpoints.shards import Stored, short, stored_tensors
+from sfumato.checkpoints.formats.groups import grouped, values
+from sfumato.checkpoints.formats.linears import check_name, check_whole, entry_of, open_linears
+from sfumato.checkpoints.formats.scales import SCALES, Codes, finite
+from sfumato.checkpoints.shards import Stored, short
 from sfumato.errors import CheckpointError
-from sfumato.model.config import ModelConfig, read_json
-from sfumato.ops.packed import Packed
+from sfumato.ops.packed import Packed, unpaired
 
-FLOATS = ("BF16", "F16", "F32")
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word, in fours of bits, the eight outputs lie."""
 
@@ -32,36 +33,21 @@ def open_awq(folder: Path, config: dict[str, Any]) -> Checkpoint:
     """The checkpoint of a folder whose config.json (`config`) says quant_method "awq"; headers alone are read.
 
     CheckpointError names the tensor or the setting that is wrong."""
-    source = str(folder / "config.json")
-    model = ModelConfig.from_dict(config, source)
-    group, is_symmetric = _settings(config.get("quantization_config"), source)
-    stored = stored_tensors(folder)
-    entries: dict[str, Entry] = {}
-    for name, tensor in stored.items():
-        module, _, part = name.rpartition(".")
-        if part == "qweight":
-            if f"{module}.weight" in stored:
-                raise CheckpointError(f"{short(module)} has both weight and qweight in {tensor.file}; one must go")
-            scales, zeros = stored.get(f"{module}.scales"), stored.get(f"{module}.qzeros")
-            if not scales or not (zeros or is_symmetric):
-                lacking = "qzeros" if scales else "scales"
-                raise CheckpointError(f"{short(module)}.{lacking} is missing; it belongs to {short(name)}")
-            entries[f"{module}.weight"] = _awq(f"{module}.weight", tensor, scales, zeros, group)
-        elif part not in ("scales", "qzeros") or f"{module}.qweight" not in stored:
-            if tensor.dtype not in FLOATS:
-                raise CheckpointError(
-                    f"{short(name)} in {tensor.file} is stored as {short(tensor.dtype)}; what is not quantised must be "
-                    f"{', '.join(FLOATS)}"
-                )
-            entries[name] = Entry(name, tensor.shape, tensor.nbytes, tensor.dtype, tensor.read)
-    generation = folder / "generation_config.json"
-    return Checkpoint(
-        path=folder,
-        format="AWQ 4-bit",
-        config={name: value for name, value in config.items() if name != "quantization_config"},
-        entries=fused(entries, model.num_experts),
-        generation=read_json(generation) if generation.exists() else {},
-    )
+    group, is_symmetric = _settings(config.get("quantization_config"), str(folder / "config.json"))
+    return open_linears(folder, config, "AWQ 4-bit", own=partial(_own, group=group, is_symmetric=is_symmetric))
+
+
+def _own(stored: dict[str, Stored], group: int, is_symmetric: bool) -> dict[str, Entry]:
+    entries = {}
+    for name in [name for name in stored if name.endswith(".qweight")]:
+        weight, module = stored.pop(name), name.removesuffix(".qweight")
+        check_name(weight)
+        scales, zeros = stored.pop(f"{module}.scales", None), stored.pop(f"{module}.qzeros", None)
+        if not scales or not (zeros or is_symmetric):
+            lacking = "qzeros" if scales else "scales"
+            raise CheckpointError(f"{module}.{lacking} is missing; it belongs to {name} in {weight.file}")
+        entries[f"{module}.weight"] = _awq(f"{module}.weight", weight, scales, zeros, group)
+    return entries
 
 
 def _is_awq(folder: Path, quantization: dict[str, Any]) -> bool:
@@ -91,66 +77,45 @@ def _settings(settings: Any, source: str) -> tuple[int, bool]:
 
 
 def _awq(name: str, weight: Stored, scales: Stored, zeros: Stored | None, group: int) -> Entry:
-    for part, dtypes in ((weight, ("I32",)), (scales, FLOATS), (zeros, ("I32",))):
-        if part and (part.dtype not in dtypes or len(part.shape) != 2 or 0 in part.shape):
+    tensors = (weight, scales, zeros) if zeros else (weight, scales)
+    check_whole(*tensors)
+    for part in tensors:
+        dtypes = SCALES if part is scales else ("I32",)
+        if part.dtype not in dtypes or len(part.shape) != 2 or 0 in part.shape:
             raise CheckpointError(
-                f"{short(part.name)} in {part.file} is {short(part.dtype)} of shape {short(list(part.shape))}; it must "
-                f"be a matrix of {' or '.join(dtypes)}"
+                f"{part.name} in {part.file} is {short(part.dtype)} of shape {short(list(part.shape))}; it must be a "
+                f"matrix of {' or '.join(dtypes)}"
             )
     inputs, outputs = weight.shape[0], weight.shape[1] * 8
     group = inputs if group == -1 else group
-    for part, expected in ((scales, (inputs // group, outputs)), (zeros, (inputs // group, outputs // 8))):
-        if part and (part.shape != expected or inputs % group or group % 2):
+    for part in tensors[1:]:
+        across = outputs if part is scales else outputs // 8
+        if part.shape != (inputs // group, across) or inputs % group or group % 2:
             raise CheckpointError(
-                f"{short(part.name)} in {part.file} has the shape {list(part.shape)}; qweight of {list(weight.shape)} "
-                f"in groups of {group} asks for {list(expected)}, and the groups must be whole and even"
+                f"{part.name} in {part.file} has the shape {list(part.shape)}; qweight of {list(weight.shape)} in "
+                f"groups of {group} asks for {[inputs // group, across]}, and the groups must be whole and even"
             )
-    # With float32 scales code x scale + bias is rounded three times: `packed` differs in the last bits.
-    is_exact = scales.dtype != "F32" or zeros is None
 
     def parts(first: int, last: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes [O, I], scales and zeros [O, I / group] of these outputs."""
-        scale = scales.read()
-        if not (scale.float() * 15).isfinite().all():
-            raise CheckpointError(
-                f"{short(scales.name)} in {scales.file} has values that are not finite; it is damaged"
-            )
-        return (
-            _codes(weight.read(), first, last),
-            scale[:, first:last].T.contiguous(),
-            _codes(zeros.read(), first, last) if zeros else None,
-        )
+        zero = _codes(zeros.read(), first, last) if zeros else None
+        return _codes(weight.read(), first, last), finite(scales)[:, first:last].T, zero
 
     def packed(first: int, last: int) -> Packed:
         code, scale, zero = parts(first, last)
-        data = code[:, ::2] | code[:, 1::2] << 4
-        bias = None
-        if zero is not None:
-            scale = scale.float()
-            bias = zero.float() * -scale
-        return Packed("int4", (last - first, inputs), data, scale, group, bias)
+        return grouped(code, 4, scale, zero, group)
 
     def read(first: int, last: int) -> Tensor:
-        if is_exact:
-            return packed(first, last).dense()
         code, scale, zero = parts(first, last)
-        assert zero is not None
-        values: Tensor = code.unflatten(1, (-1, group)).float() - zero[..., None]
-        return (values * scale[..., None]).flatten(1)
+        return values(code, 4, scale, zero, torch.arange(inputs) // group)
 
-    return Entry(
-        name=name,
-        shape=(outputs, inputs),
-        nbytes=weight.nbytes + scales.nbytes + (zeros.nbytes if zeros else 0),
-        stored=f"AWQ 4-bit, group {group}, {scales.dtype}" + ", symmetric" * (zeros is None),
-        read=read,
-        packed=packed,
-    )
+    label = f"AWQ 4-bit, group {group}, {scales.dtype}" + ", symmetric" * (zeros is None)
+    return entry_of(name, tensors, Codes(label, (outputs, inputs), packed, read))
 
 
 def _codes(words: Tensor, first: int, last: int) -> Tensor:
     """Words [N, O / 8] -> codes of the outputs first to last, uint8 [last - first, N]."""
     begin, end = first // 8, -(-last // 8)
-    pairs = words[:, begin:end].contiguous().view(torch.uint8).unflatten(1, (-1, 4))
-    halves = torch.stack([pairs & 15, pairs >> 4], -1).flatten(2)[..., list(PLACES)].flatten(1)
-    return halves[:, first - begin * 8 : last - begin * 8].T.contiguous()
+    codes = unpaired(words[:, begin:end].contiguous().view(torch.uint8)).unflatten(1, (-1, 8))
+    columns: Tensor = codes[..., list(PLACES)].flatten(1)[:, first - begin * 8 : last - begin * 8]
+    return columns.T.contiguous()

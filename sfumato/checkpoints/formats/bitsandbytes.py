@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
+from sfumato.checkpoints.formats.groups import LARGEST
 from sfumato.checkpoints.formats.linears import check_name, check_whole, entry_of, open_linears
 from sfumato.checkpoints.formats.scales import Codes, finite
 from sfumato.checkpoints.shards import Stored, short
@@ -135,6 +136,7 @@ def _four_bits(weight: Stored, state: Stored, parts: dict[str, Stored], kind: st
             )
     inputs, each = says.shape[-1], count // says.shape[0]
     group = math.gcd(inputs, says.block)
+    group = math.gcd(group, LARGEST) if group > LARGEST else group  # a power of two
 
     def packed(first: int, last: int) -> Packed:
         _check_map(parts["quant_map"], kind)

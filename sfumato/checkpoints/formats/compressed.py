@@ -1,9 +1,10 @@
 """compressed-tensors, what llm-compressor writes and vLLM serves: read in its dense formats, written as FP8-dynamic.
 
 Each quantised Linear, every expert one of its own, keeps its codes and scales under its own name (`linears`).
-quantization_config in config.json says how activations are to be quantised too; that is left aside, for this engine
-takes them as they are. It lacks what changes a weight beyond codes, scales and the order of inputs (sparsity,
-rotations), 6-bit floats, and Marlin's layout: each is refused by name. Source: the library compressed-tensors, 0.20.
+quantization_config in config.json says how activations are to be quantised too; that is left aside: what multiplies FP8
+is rounded to it a row at a time, as FP8-dynamic has it, and all else is taken as it is. It lacks what changes a weight
+beyond codes, scales and the order of inputs (sparsity, rotations), 6-bit floats, and Marlin's layout: each is refused by
+name. Source: the library compressed-tensors, 0.20.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.formats.eight_bits import BlockSize
-from sfumato.checkpoints.formats.linears import FLOATS, open_linears
+from sfumato.checkpoints.formats.linears import open_linears
+from sfumato.checkpoints.formats.released import FLOATS
 from sfumato.checkpoints.shards import DTYPES, PART, Planned, Stored, short
 from sfumato.errors import CheckpointError
 from sfumato.ops.packed import BLOCK
@@ -34,6 +36,8 @@ FORMATS: dict[str, tuple[str, tuple[int, ...]]] = {  # each with the type and th
     "mxfp4-pack-quantized": ("float", (4,)),
     "mxfp8-quantized": ("float", (8,)),
 }
+_FP8 = ("float-quantized", "naive-quantized")
+"""Formats of e4m3 weights."""
 LARGEST = 1 << 16
 """Outputs and inputs of a block."""
 _REORDERED = ("group", "dynamic", True)
@@ -63,6 +67,10 @@ def open_compressed(folder: Path, config: dict[str, Any]) -> Checkpoint:
         return {}
 
     notices = []
+    if any(one["is_fp8"] and not one["has_activations"] for one in schemes):
+        notices.append(
+            f"{source} has FP8 weights and activations in full (W8A16); a product with FP8 rounds both of its sides"
+        )
     if quantization.get("kv_cache_scheme"):
         notices.append(f"{source} asks for a quantised cache (kv_cache_scheme); it is left aside")
     block = blocks.pop() if blocks else (BLOCK, BLOCK)
@@ -85,7 +93,7 @@ def _one_of(label: Any, source: Path) -> str:
 
 
 def _schemes(label: str, quantization: dict[str, Any], source: Path) -> list[dict[str, Any]]:
-    """How the groups of weights are stored, each with block_structure as two numbers, or None.
+    """How the groups of weights are stored, each with block_structure as two numbers, or None; and of activations.
 
     Refuses what would make codes and scales mean something else than `linears` takes them for."""
     status = quantization.get("quantization_status", "compressed")
@@ -113,7 +121,12 @@ def _schemes(label: str, quantization: dict[str, Any], source: Path) -> list[dic
                 f"{source}: the group {short(name)} has weights of type {short(kind)} with {short(bits)} bits, in the "
                 f"format {own}; read are " + ", ".join(f"{key} of {b[0]} bits ({t})" for key, (t, b) in FORMATS.items())
             )
-        schemes.append({**weights, "block_structure": block_of(weights.get("block_structure"), source)})
+        schemes.append({
+            **weights,
+            "block_structure": block_of(weights.get("block_structure"), source),
+            "is_fp8": own in _FP8,
+            "has_activations": group.get("input_activations") is not None,
+        })  # fmt: skip
     return schemes
 
 

@@ -4,8 +4,8 @@
     fp8    e4m3; a scale for the tensor, an output, or a block of outputs and inputs
     mxfp8  e4m3 with an exponent of two for 32 inputs
 
-A scale for a block of any size becomes one for a power of two of outputs that divides it (`Packed.block_rows`), so that
-a weight stays packed whatever its sizes.
+A scale for a block of any size becomes one for a power of two of outputs that divides it (`Packed.block_rows`), and for
+128 inputs where these divide it, so that a weight stays packed whatever its sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from sfumato.checkpoints.formats.groups import narrowed
 from sfumato.checkpoints.formats.scales import EXPONENTS, SCALES, Codes, finite, in_float32, need
 from sfumato.checkpoints.shards import Stored
 from sfumato.errors import InputError
@@ -72,9 +73,10 @@ def _by_rows(codes: Stored, scale: Stored) -> Codes:
 
 
 def _by_blocks(codes: Stored, scale: Stored, block: BlockSize) -> Codes:
-    *stack, rows, _ = codes.shape
+    *stack, rows, columns = codes.shape
     height = 1 if stack else block[0]
     """Places of the first axis that share scales."""
+    width = BLOCK if block[1] % BLOCK == 0 else block[1]
 
     def packed(first: int, last: int) -> Packed:
         if first % height:
@@ -82,8 +84,9 @@ def _by_blocks(codes: Stored, scale: Stored, block: BlockSize) -> Codes:
         scales = in_float32(scale, first // height, -(-last // height))
         size = math.gcd(block[0], BLOCK)
         outputs = rows if stack else last - first
-        scales = scales.repeat_interleave(block[0] // size, -2)[..., : -(-outputs // size), :].contiguous()
-        return Packed("fp8", (last - first, *codes.shape[1:]), codes.read(first, last), scales, block[1])
+        scales = scales.repeat_interleave(block[0] // size, -2)[..., : -(-outputs // size), :]
+        scales = scales.repeat_interleave(block[1] // width, -1)[..., : -(-columns // width)].contiguous()
+        return Packed("fp8", (last - first, *codes.shape[1:]), codes.read(first, last), scales, width)
 
     def read(first: int, last: int) -> Tensor:
         """Values may be asked for from within a block, codes may not."""
@@ -105,8 +108,8 @@ def _int8_by_groups(codes: Stored, scale: Stored) -> Codes:
     group = columns // scale.shape[1]
 
     def packed(first: int, last: int) -> Packed:
-        scales = in_float32(scale, first, last)
-        return Packed("int8", (last - first, columns), codes.read(first, last), scales, group)
+        scales, small = narrowed(in_float32(scale, first, last), group, columns)
+        return Packed("int8", (last - first, columns), codes.read(first, last), scales, small)
 
     return Codes(f"int8 in groups of {group}", codes.shape, packed)
 

@@ -4,7 +4,8 @@ Each Linear keeps `weight` and `weight_scale_inv` under its own name. Experts ar
 has them: stacks `experts.gate_up_proj` and `experts.down_proj` with `.._scale_inv` beside them. The config's
 `weight_block_size` says of which blocks, null that there is one scale a matrix; scales are float32, or exponents of two
 (`scale_fmt` "ue8m0"), which for blocks of 1 x 32 is MXFP8. Experts of 4-bit floats (`expert_dtype` "fp4") are MXFP4.
-Activations are taken as they are: their scales are left aside.
+Scales of activations are left aside: what multiplies FP8 is rounded to it with a scale a row, where transformers takes
+one for 128 inputs, or the file's.
 
 Source: transformers, integrations/finegrained_fp8.py (`FP8Linear`, `FP8Experts`, `Fp8Dequantize`).
 """

@@ -1,4 +1,4 @@
-"""What the blocks of every kind of GGUF are taken apart with: bit fields, float16 numbers, bytes of two codes.
+"""What the blocks of every kind of GGUF are taken apart with: bit fields, and float16 numbers.
 
 A block is uint8 [.., bytes of a block], many at a time; what comes out lies as `Packed` wants it.
 """
@@ -34,13 +34,8 @@ def flags(data: Tensor) -> Tensor:
     return fields(data, 1, 1)
 
 
-def paired(code: Tensor) -> Tensor:
-    """Codes of four bits, two a byte; the low half is the even one."""
-    return code[..., ::2] | code[..., 1::2] << 4
-
-
 def paired_fields(data: Tensor, run: int, bits: int) -> Tensor:
-    """`paired` of `fields`, two bytes at a time: the same fields of two neighbours move together. Runs are even."""
+    """The same, two codes a byte as `packed.paired` has them; fields of two neighbours move together. Runs are even."""
     pairs = words(data, torch.int16).unflatten(-1, (-1, run // 2))
     mask = 0x101 * ((1 << bits) - 1)
     apart = [pairs >> low & mask for low in range(0, 8, bits)]

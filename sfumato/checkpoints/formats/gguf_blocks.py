@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.formats import gguf_codebooks
-from sfumato.checkpoints.formats.gguf_bits import BlockParts, fields, flags, half, halves, paired, paired_fields, words
+from sfumato.checkpoints.formats.gguf_bits import BlockParts, fields, flags, half, halves, paired_fields, words
 from sfumato.errors import InputError
-from sfumato.ops.packed import Packed
+from sfumato.ops.packed import Packed, paired
 
 
 @dataclass(frozen=True)

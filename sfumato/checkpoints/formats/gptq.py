@@ -28,7 +28,8 @@ from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import FALLBACK, Checkpoint, Entry, FormatReader
 from sfumato.checkpoints.formats.awq import open_awq
-from sfumato.checkpoints.formats.groups import group_index, grouped, unpacked, values
+from sfumato.checkpoints.formats.bits import unpacked
+from sfumato.checkpoints.formats.groups import group_index, grouped, values
 from sfumato.checkpoints.formats.linears import check_name, check_whole, entry_of, open_linears
 from sfumato.checkpoints.formats.scales import SCALES, Codes, finite
 from sfumato.checkpoints.shards import Stored, short

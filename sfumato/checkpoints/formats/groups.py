@@ -14,32 +14,10 @@ from torch import Tensor
 
 from sfumato.checkpoints.shards import Stored, short
 from sfumato.errors import CheckpointError
-from sfumato.ops.packed import Packed
+from sfumato.ops.packed import Packed, paired
 
-LARGEST = 128
+LEAST, LARGEST = 16, 128
 """Inputs of a group that every implementation takes."""
-
-
-def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
-    """Codes [N, count] uint8 of int32 words [N, W]: one after another from the lowest bit on, over the words' borders.
-
-    ValueError where the words hold fewer."""
-    if words.shape[-1] * 32 < count * bits:
-        raise ValueError(f"{words.shape[-1]} words hold fewer than {count} codes of {bits} bits")
-    data = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return data[:, :count]
-    if bits in (2, 4):
-        places = [data >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
-        return torch.stack(places, -1).flatten(1)[:, :count]
-    # Eight codes are `bits` bytes.
-    data = torch.nn.functional.pad(data, (0, -data.shape[1] % bits)).unflatten(1, (-1, bits)).to(torch.int32)
-    data = torch.nn.functional.pad(data, (0, 1))
-    codes = []
-    for place in range(8):
-        byte, shift = divmod(place * bits, 8)
-        codes.append((data[..., byte] | data[..., byte + 1] << 8) >> shift & (1 << bits) - 1)
-    return torch.stack(codes, -1).flatten(1)[:, :count].to(torch.uint8)
 
 
 def values(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None, group_of: Tensor) -> Tensor:
@@ -61,21 +39,29 @@ def grouped(codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None, group:
     if bits > 4 and zero is None and small == inputs:  # one scale an output
         data = (codes.to(torch.int16) - middle).to(torch.int8)
         return Packed("int8", tuple(codes.shape), data, scale[:, 0].float(), inputs)
-    if small > LARGEST and math.gcd(small, LARGEST) >= 16:
-        small = math.gcd(small, LARGEST)
-    if small < group:
-        scale = scale.repeat_interleave(group // small, 1)[:, : inputs // small]
-        zero = None if zero is None else zero.repeat_interleave(group // small, 1)[:, : inputs // small]
+    scale, small = narrowed(scale, group, inputs)
     bias = None
     if zero is not None:
         scale = scale.float()
-        bias = zero.float() * -scale
+        bias = narrowed(zero, group, inputs)[0].float() * -scale
     if bits > 4:
         data = codes if zero is not None else (codes.to(torch.int16) - middle).to(torch.int8)
         return Packed("int8", tuple(codes.shape), data.contiguous(), scale.float().contiguous(), small, bias)
     data = codes if zero is not None else codes + (8 - middle)
-    data = data[:, ::2] | data[:, 1::2] << 4
+    data = paired(data)
     return Packed("int4", tuple(codes.shape), data, scale.contiguous(), small, bias)
+
+
+def narrowed(scale: Tensor, group: int, inputs: int) -> tuple[Tensor, int]:
+    """Scales [.., ceil(I / group)] for groups that divide the inputs and that kernels take, and how large these are.
+
+    Scales of larger groups are repeated."""
+    small = math.gcd(group, inputs)
+    if small > LARGEST and math.gcd(small, LARGEST) >= LEAST:
+        small = math.gcd(small, LARGEST)
+    if small == group:
+        return scale, group
+    return scale.repeat_interleave(group // small, -1)[..., : inputs // small].contiguous(), small
 
 
 def group_index(index: Stored | None, inputs: int, groups: int, group: int) -> Tensor | None:

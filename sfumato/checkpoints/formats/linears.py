@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import FALLBACK, Checkpoint, Entry
+from sfumato.checkpoints.formats.bits import unpacked
 from sfumato.checkpoints.formats.eight_bits import KINDS, BlockSize, eight_bits
 from sfumato.checkpoints.formats.experts import fused
-from sfumato.checkpoints.formats.groups import group_index, grouped, unpacked, values
+from sfumato.checkpoints.formats.groups import group_index, grouped, values
+from sfumato.checkpoints.formats.released import FLOATS
 from sfumato.checkpoints.formats.scales import EXPONENTS, SCALES, Codes, finite, need
 from sfumato.checkpoints.names import VISION
 from sfumato.checkpoints.shards import Stored, short, stored_tensors
@@ -28,7 +30,6 @@ from sfumato.errors import CheckpointError
 from sfumato.model.config import ModelConfig, read_json
 from sfumato.ops.packed import BLOCK, Packed
 
-FLOATS = ("BF16", "F16", "F32", "F64")
 Own = Callable[[dict[str, Stored]], dict[str, Entry]]
 """Takes the tensors that only one tool names so out of all that there are, and gives their entries."""
 _COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfumato.ops.packed import CODES, Packed, power_of_two
+from sfumato.ops.packed import CODES, Packed, power_of_two, unpaired
 
 _STEPS = (1, 2, 8)
 """How many steps the one of a table may have, for all its values to be whole numbers of them."""
@@ -69,7 +69,7 @@ def brought(packed: Packed, form: CodeForm) -> Packed:
     times, dtypes = packed.group // form.group, dict(form.dtypes)
     if form.kind == "mxfp8":
         values = torch.tensor(packed.code.table).to(torch.float8_e4m3fn).view(torch.uint8)
-        data, scale, bias = values[_halves(packed).int()].view(torch.float8_e4m3fn), packed.scale, None
+        data, scale, bias = values[unpaired(packed.data).int()].view(torch.float8_e4m3fn), packed.scale, None
     else:
         data, scale, bias, low = _whole(packed)
         if form.has_bias and bias is None:
@@ -95,7 +95,7 @@ def _whole(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None, int]:
     scale = packed.scale if packed.is_grouped else packed.scale[..., None]
     if packed.kind == "int8":
         return packed.data, scale, packed.bias, 128
-    codes = _halves(packed)
+    codes = unpaired(packed.data)
     if packed.kind == "int4":
         bias = None if packed.bias is None else packed.bias.float()
         return (codes if bias is not None else codes.view(torch.int8) - 8), scale.float(), bias, 8
@@ -111,8 +111,3 @@ def _steps(kind: str) -> int:
     """How many steps the one of a kind's table has, where all its values are whole numbers of them; 0: they are not."""
     table = [value for value in CODES[kind].table or () if not math.isnan(value)]
     return next((steps for steps in _STEPS if table and all((value * steps).is_integer() for value in table)), 0)
-
-
-def _halves(packed: Packed) -> Tensor:
-    """The codes of bytes of two, [.., I]."""
-    return torch.stack([packed.data & 15, packed.data >> 4], -1).flatten(-2)

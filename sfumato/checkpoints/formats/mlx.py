@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, FormatReader
+from sfumato.checkpoints.formats.bits import spread
 from sfumato.checkpoints.formats.experts import fused
 from sfumato.checkpoints.shards import Stored, metadata, short, stored_tensors
 from sfumato.errors import CheckpointError
@@ -33,8 +34,6 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _MULTIPLIED, _DIVIDED = "weight_scale_2", "weight_global_scale"
 """What mlx-vlm calls the second scale of nvfp4: by which the weight is multiplied, or divided."""
 _COMPANIONS = ("scales", "biases", _MULTIPLIED, _DIVIDED)
-_CACHED = 1 << 16
-"""Times eight codes that are spread at a time: their working copies stay in the processor's cache."""
 _PREFIXES = re.compile(r"^(?:(?:language_model|model|decoder)\.)+")
 _NUMBER = re.compile(r"(?<=\.experts\.)\d{1,6}\.", re.ASCII)
 
@@ -261,8 +260,7 @@ def _affine(words: Tensor, scale: Tensor, bias: Tensor, scheme: Scheme) -> Packe
     codes = words.view(torch.uint8)
     shape = (*codes.shape[:-1], scale.shape[-1] * scheme.group)
     width = 4 if scheme.bits <= 4 else 8
-    if scheme.bits != width:
-        codes = spread(codes, scheme.bits, width)
+    codes = spread(codes, scheme.bits, width)
     if width == 8:
         return Packed("int8", shape, codes, scale.float(), scheme.group, bias.float())
     return Packed("int4", shape, codes, scale, scheme.group, bias)
@@ -320,21 +318,3 @@ def _finite(tensor: Stored, first: int, last: int) -> Tensor:
 
 def _damaged(tensor: Stored) -> CheckpointError:
     return CheckpointError(f"{short(tensor.name)} in {tensor.file} has values that are not finite; it is damaged")
-
-
-def spread(data: Tensor, bits: int, width: int) -> Tensor:
-    """[.., bits x n] bytes of codes, one after another from the lowest bit on -> the same, each in `width` bits.
-
-    `width` is 4 or 8. Eight codes lie in one whole number: its halves move apart, then theirs, then the codes."""
-    units = data.reshape(-1, bits)
-    wide = torch.empty(len(units), width, dtype=torch.uint8)
-    for some, to in zip(units.split(_CACHED), wide.split(_CACHED), strict=True):
-        eight = some[:, 0].long()
-        for place in range(1, bits):
-            eight |= some[:, place].long() << 8 * place
-        for half in (4, 2, 1):
-            ones, pitch = (1 << half * bits) - 1, 2 * half * width
-            low = sum(ones << at for at in range(0, 8 * width, pitch))
-            eight = (eight & low) | (eight & ~low) << half * (width - bits)
-        to.copy_((eight if width == 8 else eight.int()).view(torch.uint8).view(-1, width))
-    return wide.view(*data.shape[:-1], data.shape[-1] // bits * width)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.formats.bits import as_words
 from sfumato.checkpoints.formats.mlx import FLOATS, MODES, Scheme
 from sfumato.checkpoints.names import DECODER, ENCODER, VISION
 from sfumato.checkpoints.shards import Planned
@@ -52,20 +53,6 @@ def rounded(weight: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[
     if not (scale.isfinite().all() and bias.isfinite().all()):
         raise InputError(f"a weight has values that are not finite, or too far apart for scales in {dtype}")
     return codes, scale, bias
-
-
-def as_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes [.., I] in uint8 -> bytes [.., bits x I / 8] that hold them one after another, from the lowest bit on."""
-    if bits == 8:
-        return codes
-    units = codes.unflatten(-1, (-1, 8))
-    data = torch.zeros(*units.shape[:-1], bits, dtype=torch.uint8)
-    for number in range(8):
-        at, shift = divmod(number * bits, 8)
-        data[..., at] |= units[..., number] << shift
-        if shift + bits > 8:
-            data[..., at + 1] |= units[..., number] >> (8 - shift)
-    return data.flatten(-2)
 
 
 def plan_mlx(

@@ -3,8 +3,9 @@
 Each quantised Linear, every expert one of its own, keeps `weight` (two e2m1 codes a byte, the even input low),
 `weight_scale` (e4m3, 16 inputs each) and `weight_scale_2` (float32, the whole module): a weight is the product of the
 three; FP8 has `weight` and `weight_scale` alone. The scales of activations and caches (`input_scale`, `k_scale`) are
-left aside: this engine takes activations as they are. It lacks the algorithms that change a layer's inputs too (AWQ,
-SVDQuant): refused by name.
+left aside: what multiplies FP8 is rounded to it with a scale of each row, and all else is taken as it is. The other
+algorithms differ in codes and scales (`linears`); where one scales a layer's inputs too (`pre_quant_scale`: AWQ), that
+is made part of the weight, which is then rounded once more. It lacks SVDQuant: refused by name.
 """
 
 from __future__ import annotations

@@ -91,7 +91,9 @@ def test_what_bitsandbytes_unpacks(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("shape", "block"), [((8, 128), 64), ((5, 6), 64), ((3, 8, 20), 32), ((4, 2816), 128)])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((8, 128), 64), ((5, 6), 64), ((3, 8, 20), 32), ((4, 2816), 128), ((4, 512), 4096)]
+)
 def test_blocks_over_rows_and_wide_storage(
     tmp_path: Path, shape: tuple[int, ...], block: int, dtype: torch.dtype
 ) -> None:
@@ -103,6 +105,7 @@ def test_blocks_over_rows_and_wide_storage(
     parts[""] = parts[""].flatten().view(dtype)[:, None]
     entry = opened(tmp_path, named(name, parts)).entries[name]
     assert torch.equal(entry.read(0, shape[0]), exact) and torch.equal(entry.read(1, 3), exact[1:3])
+    assert entry.packed is not None and entry.packed(0, shape[0]).group <= 128, "more is not what kernels take"
 
 
 def test_a_whole_checkpoint_stays_packed(tmp_path: Path) -> None:

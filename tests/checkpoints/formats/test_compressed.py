@@ -296,6 +296,18 @@ def test_nvfp4_is_code_times_scale_over_global_scale(tmp_path: Path) -> None:
 # ---- a whole checkpoint ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("activations", [None, {"type": "float", "num_bits": 8, "dynamic": True}])
+def test_activations_that_are_rounded_though_nobody_says_so(tmp_path: Path, activations: dict[str, Any] | None) -> None:
+    settings = quantization("float-quantized")
+    settings["config_groups"]["group_0"]["input_activations"] = activations
+    parts = adversarial("float-quantized/channel/F32", 24, 256)
+    tensors = {f"model.decoder.layers.0.mlp.gate_proj.{part}": tensor for part, tensor in parts.items()}
+    notices = opened(tmp_path, tensors, settings).notices
+    assert [n for n in notices if "rounds both of its sides" in n] == list(notices) and bool(notices) == (
+        not activations
+    )
+
+
 def plain_checkpoint(path: Path, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
     tensors = {released_name(name): t.to(dtype) for name, t in tiny_model(config).state_dict().items()}
     tensors["model.encoder.vision_tower.layers.0.self_attn.q_proj.weight"] = torch.ones(4, 4, dtype=dtype)

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.checkpoints.detect import open_checkpoint
+from sfumato.checkpoints.formats.bits import as_words
 from sfumato.checkpoints.formats.mlx import open_mlx
-from sfumato.checkpoints.formats.mlx_writer import as_words, rounded
+from sfumato.checkpoints.formats.mlx_writer import rounded
 from sfumato.errors import CheckpointError
 from sfumato.ops.packed import Packed
 

@@ -27,8 +27,9 @@ from tiny import oracle_name
 from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry
+from sfumato.checkpoints.formats.bits import as_words
 from sfumato.checkpoints.formats.mlx import open_mlx
-from sfumato.checkpoints.formats.mlx_writer import as_words, plan_mlx, rounded
+from sfumato.checkpoints.formats.mlx_writer import plan_mlx, rounded
 from sfumato.errors import InputError
 from sfumato.model.config import ModelConfig
 from sfumato.ops import load
