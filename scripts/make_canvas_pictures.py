@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from smoke import CLUE, SMOKE, colour
 
 from sfumato import LLM, Done, Draft, Options, Slot
-from sfumato.cli.view import CLUE, SMOKE, colour
 from sfumato.constraints.guide import Guide, Pick, Walk
 from sfumato.constraints.search import Interruptible
 from sfumato.engine.request import Request, Span

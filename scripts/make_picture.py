@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from smoke import CLUE, colour
 
-from sfumato.cli.view import CLUE, colour
 from sfumato.evals import sudoku as task
 from sfumato.events import Done, Draft
 from sfumato.llm import LLM

@@ -62,6 +62,7 @@ FENCES = {
     "lm_eval": {"evals"},
     "llguidance": {"constraints"},
     "IPython": {"notebook"},
+    "prompt_toolkit": {"cli.lines"},
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ from typing import Annotated, Any
 import typer
 
 from sfumato import __version__
-from sfumato.cli.output import harmless
+from sfumato.cli.help import stack_help
+from sfumato.cli.output import harmless, prepare_streams, speaks_unicode
 from sfumato.cli.settings import SettingsError
 from sfumato.errors import InputError, SfumatoError
 
@@ -47,6 +49,9 @@ COMMANDS = {
 }
 """Command -> (module, one line of help). The order is the order of `sfumato --help`."""
 
+NARROW = 64
+"""Columns below which help comes in plain lines: a panel's columns would be a few letters wide."""
+
 COMPLETE = "_SFUMATO_COMPLETE"
 """The variable in which the shell's script says that it asks for completions."""
 
@@ -58,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own); returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     flags: dict[str, str] = {}
+    prepare_streams()
     try:
         if arguments is None and COMPLETE in os.environ:
             import_module("typer.completion").completion_init()  # its shells, whose lines are read here
@@ -82,11 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def application(arguments: Sequence[str]) -> Any:
     """The click group for this command line: every command by name and help, and the called one with its code."""
+    width = shutil.get_terminal_size().columns
     app = typer.Typer(
         help="Sfumato, the local engine for DiffusionGemma: text that emerges from noise, a whole canvas at a time.",
         epilog="Each command has its own --help, with an example: sfumato info --help",
         add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode="rich" if width >= NARROW and speaks_unicode() else None,  # panels, or plain lines
     )
 
     @app.callback()
@@ -100,7 +108,10 @@ def application(arguments: Sequence[str]) -> Any:
     for name, (module, line) in COMMANDS.items():
         function = import_module(module).command if name == called else _placeholder
         app.command(name, short_help=line)(function)
-    return typer.main.get_command(app)
+    group = typer.main.get_command(app)
+    if width < NARROW:
+        stack_help(group, width)
+    return group
 
 
 def explain(error: BaseException, flags: Mapping[str, str] | None = None) -> tuple[str, int]:
