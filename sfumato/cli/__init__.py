@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato import __version__
-from sfumato.cli.help import stack_help
+from sfumato.cli.help import NARROW, write_plainly
 from sfumato.cli.output import harmless, prepare_streams, speaks_unicode
 from sfumato.cli.settings import SettingsError
 from sfumato.errors import InputError, SfumatoError
@@ -48,9 +48,6 @@ COMMANDS = {
     "completion": ("sfumato.cli.completion", "Print the script that completes commands in your shell."),
 }
 """Command -> (module, one line of help). The order is the order of `sfumato --help`."""
-
-NARROW = 64
-"""Columns below which help comes in plain lines: a panel's columns would be a few letters wide."""
 
 COMPLETE = "_SFUMATO_COMPLETE"
 """The variable in which the shell's script says that it asks for completions."""
@@ -89,12 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def application(arguments: Sequence[str]) -> Any:
     """The click group for this command line: every command by name and help, and the called one with its code."""
     width = shutil.get_terminal_size().columns
+    is_plain = width < NARROW or not speaks_unicode()
     app = typer.Typer(
         help="Sfumato, the local engine for DiffusionGemma: text that emerges from noise, a whole canvas at a time.",
         epilog="Each command has its own --help, with an example: sfumato info --help",
         add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        rich_markup_mode="rich" if width >= NARROW and speaks_unicode() else None,  # panels, or plain lines
+        rich_markup_mode=None if is_plain else "rich",  # plain lines, or panels
     )
 
     @app.callback()
@@ -109,8 +107,8 @@ def application(arguments: Sequence[str]) -> Any:
         function = import_module(module).command if name == called else _placeholder
         app.command(name, short_help=line)(function)
     group = typer.main.get_command(app)
-    if width < NARROW:
-        stack_help(group, width)
+    if is_plain:
+        write_plainly(group, width)
     return group
 
 

@@ -145,16 +145,17 @@ class EditingReader:
         keys: Any = import_module("prompt_toolkit.key_binding").KeyBindings()
         keys.add("enter")(_enter)
         keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        keys.add("tab")(self._complete)
         keys.add("c-c")(_interrupt)
         completion: Any = import_module("prompt_toolkit.completion")
-        self.history = history
+        self.history, self._completions = history, completions
         self._session: Any = toolkit.PromptSession(
             [("bold", encodable(PROMPT))],
             multiline=True,
             prompt_continuation=encodable(MORE),
             key_bindings=keys,
             history=import_module("prompt_toolkit.history").InMemoryHistory(history.lines),
-            completer=completion.DynamicCompleter(lambda: self._completer(completion, completions)),
+            completer=completion.DynamicCompleter(lambda: self._completer(completion)),
             complete_while_typing=True,
             reserve_space_for_menu=4,
         )
@@ -165,9 +166,29 @@ class EditingReader:
         self.history.add(text)
         return unwrapped(text)
 
-    def _completer(self, completion: Any, completions: Completions) -> Any:
-        lines = completions(self._session.default_buffer.document.text_before_cursor)
+    def _complete(self, event: Any) -> None:
+        """Tab: what all completions begin with, else the next of them. At once: they take no time to find."""
+        buffer = event.current_buffer
+        text = buffer.document.text_before_cursor
+        lines = [line for line, _ in self._completions(text)]
+        if lines and (start := _common_start(lines)) != text:
+            buffer.insert_text(start.removeprefix(text))
+        elif buffer.complete_state:
+            buffer.complete_next()
+        elif len(lines) > 1:
+            buffer.start_completion()
+
+    def _completer(self, completion: Any) -> Any:
+        lines = self._completions(self._session.default_buffer.document.text_before_cursor)
         return completion.WordCompleter([line for line, _ in lines], meta_dict=dict(lines), sentence=True)
+
+
+def _common_start(lines: list[str]) -> str:
+    """What all of them begin with."""
+    start = lines[0]
+    while not all(line.startswith(start) for line in lines):
+        start = start[:-1]
+    return start
 
 
 def _enter(event: Any) -> None:

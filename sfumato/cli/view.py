@@ -18,6 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from sfumato.cli.flow import TextFlow
 from sfumato.cli.output import encodable, harmless, speaks_unicode
 from sfumato.events import Commit, Done, Draft, Event, Usage
 from sfumato.templates.interface import LanguageModel
@@ -143,18 +144,17 @@ def show(
 
     KeyboardInterrupt: the draft stays on the screen, marked, and `written` holds what there is of the answer."""
     written = PartialAnswer() if written is None else written
-    view = CanvasView(console, delay)
+    view, flow = CanvasView(console, delay), TextFlow(console)
     try:
         with no_echo():
-            _follow(events, view, written)
+            _follow(events, view, flow, written)
     except BaseException as error:
-        view.close()
         with suppress(KeyboardInterrupt):  # a second one, of an impatient hand
-            _leave(console, written, "stopped" if isinstance(error, KeyboardInterrupt) else "broken off")
+            _leave(flow, written, "stopped" if isinstance(error, KeyboardInterrupt) else "broken off")
         raise
     done = written.done
     assert done is not None
-    console.print()
+    flow.end()
     seconds = done.usage.seconds if llm.is_remote else done.usage.seconds - view.spent
     ending = "" if done.finish_reason == "stop" else " · cut at the length limit"
     seed = f" · seed {done.seed}" if done.usage.passes else ""  # a host that counts no passes names no seed
@@ -162,36 +162,38 @@ def show(
     return done
 
 
-def _follow(events: Iterable[Event], view: CanvasView, written: PartialAnswer) -> None:
+def _follow(events: Iterable[Event], view: CanvasView, flow: TextFlow, written: PartialAnswer) -> None:
     """Draw and print events as they come; at the end the iterator is closed, also where it was not read to its end."""
-    console = view.console
+    before, has_drafts = Text(), False  # the line in which the next canvas goes on
     try:
         for event in events:
             if isinstance(event, Draft):
-                written.draft = event
-                view.show(canvas_frame(event, canvas_text(event), console))
+                written.draft, has_drafts = event, True
+                view.show(canvas_frame(event, before + canvas_text(event), view.console))
             elif isinstance(event, Commit):
                 view.close()
+                text = before + visible(event.thought, "dim italic") + visible(event.text)
+                before = flow.print(text, is_last=event.is_last or not has_drafts)
                 written.committed, written.draft = written.committed + event.text, None
-                console.print(visible(event.thought, "dim italic"), end="", soft_wrap=True)
-                console.print(visible(event.text), end="", soft_wrap=True)
+                if before:
+                    view.show(before)
             else:
                 written.done = event
     finally:
         view.close()
+        flow.print(before)
         close = getattr(events, "close", None)
         if close is not None:
             close()
 
 
-def _leave(console: Console, written: PartialAnswer, word: str) -> None:
+def _leave(flow: TextFlow, written: PartialAnswer, word: str) -> None:
     """Print the draft that was under way, and that it was not finished."""
     if written.draft is not None:
-        console.print(canvas_text(written.draft, has_mark=False), end="", soft_wrap=True)
-    if written.text:
-        console.print()
+        flow.print(canvas_text(written.draft, has_mark=False))
+    flow.end()
     note = f"{word}; its end is a draft" if written.draft is not None else word
-    console.print(Text(note, style="dim"))
+    flow.console.print(Text(note, style="dim"))
 
 
 def summary(usage: Usage, seconds: float) -> str:
