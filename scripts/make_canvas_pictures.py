@@ -10,6 +10,7 @@ canvas-schema.svg:   an answer that obeys a schema, step by step: what each walk
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -19,8 +20,10 @@ from typing import Any, cast
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.smoke import CLUE, SMOKE, colour
 from sfumato import LLM, Done, Draft, Options, Slot
-from sfumato.cli.view import CLUE, SMOKE, colour
 from sfumato.constraints.guide import Guide, Pick, Walk
 from sfumato.constraints.search import Interruptible
 from sfumato.engine.request import Request, Span

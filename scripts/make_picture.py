@@ -7,12 +7,15 @@ Each board is the draft after one step; a cell's colour is the entropy of the mo
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from sfumato.cli.view import CLUE, colour
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.smoke import CLUE, colour
 from sfumato.evals import sudoku as task
 from sfumato.events import Done, Draft
 from sfumato.llm import LLM

@@ -61,6 +61,7 @@ FENCES = {
     "lm_eval": {"evals"},
     "llguidance": {"constraints"},
     "IPython": {"display"},
+    "prompt_toolkit": {"cli.lines"},
 }
 
 

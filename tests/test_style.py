@@ -52,6 +52,8 @@ VARIABLES = {
     "GOMP_SPINCOUNT": "the same of GNU's runtime",
     "XDG_CONFIG_HOME": "where the user keeps settings: a place, no behaviour",
     "APPDATA": "the same on Windows",
+    "XDG_STATE_HOME": "where the user keeps what programs remember: a place, no behaviour",
+    "LOCALAPPDATA": "the same on Windows",
     "VARIABLE": "SFUMATO_MODEL, the command line's alone: which model it takes where none is named",
     "COMPLETE": "the shell's script asks for completions with it",
     "COMP_WORDS": "bash's own: the line to complete",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from typing import Annotated, Any
 import typer
 
 from sfumato import __version__
-from sfumato.cli.output import harmless
+from sfumato.cli.help import NARROW, write_plainly
+from sfumato.cli.output import harmless, prepare_streams, speaks_unicode
 from sfumato.cli.settings import SettingsError
 from sfumato.errors import InputError, SfumatoError
 
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "help":
         words = [*words[1:2], "--help"]
     flags: dict[str, str] = {}
+    prepare_streams()
     try:
         if arguments is None and COMPLETE in os.environ:
             import_module("typer.completion").completion_init()  # its shells, whose lines are read here
@@ -104,11 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def application(arguments: Sequence[str]) -> Any:
     """The click group for this command line: every command by name and help, and the called one with its code."""
+    width = shutil.get_terminal_size().columns
+    is_plain = width < NARROW or not speaks_unicode()
     app = typer.Typer(
         help="Sfumato, the local engine for DiffusionGemma: text that emerges from noise, a whole canvas at a time.",
         epilog="Each command has its own --help, with an example: sfumato info --help",
         add_completion=False,
         context_settings={"help_option_names": HELP_FLAGS},
+        rich_markup_mode=None if is_plain else "rich",  # plain lines, or panels
     )
 
     @app.callback()
@@ -125,6 +131,8 @@ def application(arguments: Sequence[str]) -> Any:
     group: Any = typer.main.get_command(app)
     for command in (group, *group.commands.values()):
         _show_flags_as_flags(command)
+    if is_plain:
+        write_plainly(group, width)
     return group
 
 

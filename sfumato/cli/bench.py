@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,7 +23,8 @@ from rich.text import Text
 
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli.view import visible
+from sfumato.cli.tables import RULE, FittingTable
+from sfumato.cli.view import spinner, visible
 from sfumato.errors import InputError
 from sfumato.measure.plan import BenchPlan
 from sfumato.options import MOST_STEPS, LoadOptions
@@ -148,7 +148,7 @@ def progress() -> Iterator[Announce]:
     if not console.is_terminal:
         yield lambda name: print(f"bench: {name}", file=sys.stderr, flush=True)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(spinner()), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda name: bar.update(task, description=name)
@@ -167,8 +167,8 @@ def show(results: dict[str, Any]) -> None:
     console.print(Text.assemble("\n", visible(model["name"], "bold"), visible(described)))
     if "implementations" in results:
         console.print(visible(standing(results), "dim"), "\n", sep="")
-    console.print(_parts_table(results))
-    console.print(_answers_table(results))
+    console.print(FittingTable(_parts_table(results)))
+    console.print(FittingTable(_answers_table(results)))
     bandwidth, products = results["ceilings"]["bytes_per_second"], results["ceilings"]["flops_per_second"]
     console.print(
         f"Measured ceiling: {size(bandwidth['read'])}/s read, {size(bandwidth['copy'])}/s copied; "
@@ -203,7 +203,7 @@ def _answers_table(results: dict[str, Any]) -> Table:
 
 
 def _table(first: str, others: Iterable[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim")
+    table = Table(box=RULE, padding=(0, 1), header_style="dim")
     table.add_column(first, no_wrap=True)
     for column in others:
         table.add_column(column, justify="right", no_wrap=True)

@@ -2,128 +2,89 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
-
-import typer
-from rich.console import Console
 
 from sfumato.cli import flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli.output import harmless
-from sfumato.cli.view import hint, show, visible
-from sfumato.errors import InputError, SfumatoError
-from sfumato.events import Commit, Done
+from sfumato.cli.lines import LineReader, open_reader, piped_lines
+from sfumato.cli.saved import LineHistory, state_folder
+from sfumato.cli.session import ChatSession, ChatStart
+from sfumato.cli.slash import EndOfChat, completions, obey
+from sfumato.cli.view import hint
 from sfumato.options import LoadOptions, Options
 from sfumato.templates.interface import LanguageModel
-
-HELP = "/new begins again · /seed N fixes the seed · /set NAME=VALUE changes an option · /quit ends"
 
 
 @flags.takes(
     api=loading.positional(loading.API),
+    start=flags.group_of(ChatStart),
     options=opt.flags_of("max_tokens", "seed", "temperature", "max_steps", "mode", "thinking"),
     load=opt.load_flags_of(),
 )
-def command(
-    *,
-    api: loading.ApiFlags,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    options: Options,
-    load: LoadOptions,
-    delay: opt.Delay = 0.0,
-) -> None:
+def command(*, api: loading.ApiFlags, start: ChatStart, options: Options, load: LoadOptions) -> None:
     """Talk to a model; each answer denoises live. Piped, every line of input is a message and every answer is printed.
+
+    /help lists what can be typed. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, ends. Conversations are saved.
 
     Example: sfumato chat google/diffusiongemma-26B-A4B-it --system "Answer in one sentence."
 
+    Example: sfumato chat --continue
+
     Example: sfumato chat --api https://models.example.com --api-key-file key.txt
     """
-    talk(loading.connect_or_load(api, load), options, system, delay)
+    talk(loading.connect_or_load(api, load), options, start)
 
 
-def talk(llm: LanguageModel, options: Options, system: str | None, delay: float) -> None:
+def talk(llm: LanguageModel, options: Options, start: ChatStart) -> None:
     """Hold a conversation with a model, until the input ends."""
-    console = Console(highlight=False)
     llm.check(options)
     hint(llm, "")
-    conversation = Conversation(llm, options, console, delay, system)
-    if conversation.is_live:
-        console.print(visible(f"{llm.name} · {HELP}", "dim"))
-    for line in conversation.lines():
-        if not line.startswith("/"):
-            conversation.answer(line)
-        elif line[1:].partition(" ")[0] in ("quit", "exit"):
-            break
+    session = ChatSession(llm, options, start)
+    try:
+        if session.is_live:
+            _talk_live(session)
         else:
-            conversation.obey(line)
+            for line in piped_lines():
+                _take(session, line)
+    except EndOfChat:
+        pass
 
 
-class Conversation:
-    """The messages so far, and the options of the next answer."""
+def _talk_live(session: ChatSession) -> None:
+    history = LineHistory(state_folder() / "history.jsonl" if session.is_saved else None)
+    reader = open_reader(session.console, history, completions)
+    session.say(f"{session.llm.name} · /help · Ctrl-C stops an answer · Ctrl-D ends")
+    if not reader.can_edit:
+        session.say("pip install prompt_toolkit brings editing of several lines")
+    session.show_conversation()
+    for line in _typed_lines(session, reader):
+        _take(session, line)
 
-    def __init__(
-        self, llm: LanguageModel, options: Options, console: Console, delay: float, system: str | None = None
-    ) -> None:
-        self.llm, self.options, self.console, self.delay = llm, options, console, delay
-        self.start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-        self.messages: list[dict[str, Any]] = []
-        self.is_live = console.is_terminal and sys.stdin.isatty()
-        """Whether a person types and watches."""
 
-    def lines(self) -> Iterator[str]:
-        """The lines that are typed or piped in, without those that are blank."""
-        while True:
-            try:
-                line = self.console.input("[bold]› [/bold]") if self.is_live else sys.stdin.readline()
-            except EOFError:
-                return
-            if not self.is_live and not line:
-                return
-            if line := line.strip():
-                yield line
-
-    def obey(self, line: str) -> None:
-        """Carry out a line that begins with a slash; what is wrong with it is printed, and nothing changes."""
-        name, _, value = line[1:].partition(" ")
+def _typed_lines(session: ChatSession, reader: LineReader) -> Iterator[str]:
+    """What is typed, until Ctrl-D, or Ctrl-C at an empty prompt twice in a row."""
+    was_interrupted = False
+    while True:
         try:
-            if name == "new":
-                self.messages = []
-                self.llm.forget()
-            elif name in ("seed", "set"):
-                options = opt.changed(self.options, value if name == "set" else f"seed={value}")
-                self.llm.check(options)
-                self.options = options
-            else:
-                raise InputError(f"there is no command /{name}; {HELP}")
-        except InputError as error:
-            self.console.print(visible(str(error), "red"))
-
-    def answer(self, line: str) -> None:
-        """Answer a message; where that fails, the error is printed and the message is dropped."""
-        message = {"role": "user", "content": line}
-        has_drafts = self.is_live and self.llm.has_drafts and self.options.mode != "autoregressive"
-        try:
-            history = [*self.start, *self.messages, message]
-            events = self.llm.stream(history, options=self.options, drafts=has_drafts)
-            if self.is_live:
-                done = show(self.llm, events, self.console, self.delay)
-            else:
-                for event in events:
-                    if isinstance(event, Commit):
-                        text = harmless(event.text) if self.console.is_terminal else event.text
-                        print(text, end="", flush=True)
-                    elif isinstance(event, Done):
-                        done = event
-                print()
-        except SfumatoError as error:
-            self.console.print(visible(str(error), "red"))
+            line = reader.read()
+        except EOFError:
             return
-        self.messages += [message, _history(done)]
+        except KeyboardInterrupt:
+            if was_interrupted:
+                return
+            was_interrupted = True
+            session.say("Ctrl-C again, or Ctrl-D, ends")
+            continue
+        except UnicodeDecodeError:
+            session.say("that line is not in the terminal's encoding; it was not taken", "red")
+            continue
+        was_interrupted = False
+        yield line
 
 
-def _history(done: Done) -> dict[str, Any]:
-    """The message that carries an answer into the next prompt; its thought stays behind."""
-    calls = [{"type": "function", "function": call} for call in done.tool_calls]
-    return {"role": "assistant", "content": done.text} | ({"tool_calls": calls} if calls else {})
+def _take(session: ChatSession, line: str) -> None:
+    """Carry out a line that begins with a slash, and answer any other."""
+    if line.startswith("/"):
+        obey(session, line)
+    elif line.strip():
+        session.answer(line.strip())

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sfumato.cli import settings
+from sfumato.cli.tables import FittingTable
 from sfumato.cli.view import visible
 from sfumato.options import FALLBACK_DEFAULTS, LOAD_OPTIONS, OPTIONS
 
@@ -34,7 +35,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="The same as JS
     for name, value, source in rows:
         shown = "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         table.add_row(*(visible(text, "dim" if source == DEFAULT else "") for text in (name, shown, source)))
-    console.print(table)
+    console.print(FittingTable(table))
 
 
 DEFAULT = "default"

@@ -15,6 +15,7 @@ from rich.text import Text
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.output import put
+from sfumato.cli.tables import FittingTable
 from sfumato.cli.view import SMOKE, hint, visible, working
 from sfumato.errors import InputError
 from sfumato.events import Decision
@@ -67,7 +68,7 @@ def command(
         record = {name: asdict(decision) for name, decision in decisions.items()}
         put(json.dumps(record, ensure_ascii=False) + "\n")
     else:
-        Console(highlight=False).print(table(decisions))
+        Console(highlight=False).print(FittingTable(table(decisions)))
 
 
 def parse_fields(pairs: Sequence[str]) -> dict[str, list[str]]:
@@ -125,4 +126,4 @@ def bar(p: float) -> Text:
     """A bar of eighths of a character on a dim ground."""
     eighths = round(p * BAR * 8)
     drawn = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
-    return Text(drawn, style=SMOKE[2]).append("·" * (BAR - len(drawn)), style="dim")
+    return Text(drawn, style=SMOKE[1]).append("·" * (BAR - len(drawn)), style="dim")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli.output import harmless, put, usage_record
+from sfumato.cli.output import harmless, put, readable, speaks_unicode, usage_record
 from sfumato.cli.view import hint, show, working
 from sfumato.errors import InputError
 from sfumato.events import Commit, Done
@@ -122,7 +122,7 @@ def answer(
     if target is not None:
         target.write(done.text if done.text.endswith("\n") else done.text + "\n")
     if as_json:
-        line = json.dumps(_record(done, llm.has_token_ids), ensure_ascii=False)
+        line = json.dumps(_record(done, llm.has_token_ids), ensure_ascii=not speaks_unicode())
         print(harmless(line) if console.is_terminal else line)
     elif not is_live and target is None:
         put(done.text.removesuffix("\n") + "\n" if extract else "\n")
@@ -147,7 +147,7 @@ def prompt_of(prompt: str | None, names: Sequence[str]) -> str:
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             raise InputError("there is no text; give it as an argument or pipe it in")
-        prompt = sys.stdin.read()
+        prompt = readable(sys.stdin.read())
     if not prompt:
         raise InputError("the text is empty; give at least one character")
     parts = [prompt]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from sfumato.cli.info_report import KINDS, FileReport, Operations, RecipeRow, Report, StoredKind
+from sfumato.cli.tables import RULE, FittingTable
 from sfumato.cli.view import visible
 from sfumato.measure.work import GPUS, number, size, three, tokens
 
@@ -21,9 +21,9 @@ def show(report: Report) -> None:
     """The report for a person, in a hundred columns."""
     console = Console(highlight=False)
     console.print(Text.assemble("\n", visible(report["model"], "bold"), "\n"))
-    console.print(_facts(report))
+    console.print(FittingTable(_facts(report)))
     console.print("\nMemory in use, with so many tokens of context")
-    console.print(_memory(report))
+    console.print(FittingTable(_memory(report)))
     possible = [row for row in report["recipes"][1:] if "impossible" not in row]
     notes = [
         "A recipe's weights take as much in its files. In use: weights, KV cache, one canvas of logits, a prompt's"
@@ -32,20 +32,20 @@ def show(report: Report) -> None:
     if (gpu := report["gpu"]) is None:
         groups = _groups(possible)
         console.print("Longest context that fits, by the memory of a GPU")
-        console.print(_fits(possible, groups))
+        console.print(FittingTable(_fits(possible, groups)))
         for memory, names in groups.items():
             console.print(f"  {_memory_name(memory, groups)}: {', '.join(names)}", style="dim")
         notes.append("For the floor under a step, name a GPU: --gpu NAME.")
     else:
         console.print(f"On {_described(gpu)}, a step behind {report['context']:,} tokens")
-        console.print(_on_gpu(possible, gpu))
+        console.print(FittingTable(_on_gpu(possible, gpu)))
         if gpu["bandwidth"]:
             notes.append(_floor_note(gpu, report["step"]))
         else:
             notes.append(f"No published figures for {gpu['name']}: sfumato bench measures its ceiling.")
     if "operations" in report:
         console.print(f"\nOperations on this machine, device {report['operations']['device']}")
-        console.print(_operations(report["operations"]))
+        console.print(FittingTable(_operations(report["operations"])))
     console.print(("" if "operations" in report else "\n") + " ".join(notes) + "\n", style="dim")
 
 
@@ -200,7 +200,7 @@ def _floor_note(gpu: dict[str, Any], step: dict[str, Any]) -> str:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
+    table = Table(box=RULE, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column(first, no_wrap=True)
     for column in others:
         table.add_column(column, justify="right", no_wrap=True)

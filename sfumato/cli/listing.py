@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sfumato.cli import hub
+from sfumato.cli.tables import FittingTable
 from sfumato.cli.view import visible
 
 
@@ -41,7 +42,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="A list of reco
         form = model.format if model.is_whole else "configuration only"
         cells = (model.id, form, hub.in_words(model.size_bytes), _day(model.date))
         table.add_row(*map(visible, cells))
-    Console(highlight=False).print(table)
+    Console(highlight=False).print(FittingTable(table))
 
 
 def _day(date: datetime) -> str:

@@ -12,6 +12,7 @@ from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.chat import talk
 from sfumato.cli.generate import answer
+from sfumato.cli.session import ChatStart
 from sfumato.errors import InputError
 from sfumato.options import LoadOptions, Options
 
@@ -54,4 +55,4 @@ def command(
     if text:
         answer(llm, [*opt.system_message(system), {"role": "user", "content": text}], options, delay)
     else:
-        talk(llm, options, system, delay)
+        talk(llm, options, ChatStart(system=system, delay=delay))

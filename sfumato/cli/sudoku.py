@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from sfumato.evals.sudoku import Solved
     from sfumato.llm import LLM
 
+FRAMED = 25
+"""Columns of a board with its frame."""
+
 
 @dataclass(frozen=True)
 class PuzzleFlags:
@@ -131,7 +134,7 @@ def _solve_live(llm: LLM, puzzle: str, options: Options, pinned: bool, console: 
     view = CanvasView(console, delay)
     ids, pins = task.request(llm, puzzle, pinned)
     blank = Draft(0, 0, 0, [0] * 81, [9.0] * 81, [False] * 81)
-    view.show(board(puzzle, blank, ["·"] * 81, "noise"))
+    view.show(board(puzzle, blank, ["·"] * 81, "noise", width=console.width))
     view.spent = 0.0  # the first frame comes before the engine's clock starts
     done = None
     try:
@@ -139,7 +142,7 @@ def _solve_live(llm: LLM, puzzle: str, options: Options, pinned: bool, console: 
             if isinstance(event, Draft):
                 cells = [llm.tokenizer.decode([token]) for token in event.tokens[:81]]
                 sure = sum(event.accepted[:81])
-                view.show(board(puzzle, event, cells, f"step {event.step} · {sure}/81 accepted"))
+                view.show(board(puzzle, event, cells, f"step {event.step} · {sure}/81 accepted", width=console.width))
             elif isinstance(event, Done):
                 done = event
     finally:
@@ -148,7 +151,7 @@ def _solve_live(llm: LLM, puzzle: str, options: Options, pinned: bool, console: 
     solved = task.result(puzzle, done, done.usage.seconds - view.spent)
     final = Draft(0, 0, 0, [0] * 81, [0.0] * 81, [True] * 81)
     cells = list(solved.answer.ljust(81, "?"))
-    console.print(board(puzzle, final, cells, _verdict(solved), wrong=not solved.solved))
+    console.print(board(puzzle, final, cells, _verdict(solved), wrong=not solved.solved, width=console.width))
     return solved
 
 
@@ -160,25 +163,26 @@ def _verdict(solved: Solved) -> str:
     )
 
 
-def board(puzzle: str, draft: Draft, cells: list[str], status: str, wrong: bool = False) -> Text:
-    """The 9 x 9 board: clues bold on a tint, the rest coloured by entropy."""
-    text = Text()
-    rule = "├───────┼───────┼───────┤\n"
-    text.append("┌───────┬───────┬───────┐\n", style="dim")
+def board(puzzle: str, draft: Draft, cells: list[str], status: str, wrong: bool = False, width: int = 80) -> Text:
+    """The 9 x 9 board: clues bold on a tint, the rest coloured by entropy; without its frame on a narrow terminal."""
+    has_frame = width >= FRAMED
+    text, rule = Text(), "├───────┼───────┼───────┤\n" if has_frame else "───┼───┼───\n"
+    edge, gap = ("│ ", " ") if has_frame else ("", "")
+    text.append("┌───────┬───────┬───────┐\n" if has_frame else "", style="dim")
     for row in range(9):
         if row in (3, 6):
             text.append(rule, style="dim")
         for column in range(9):
             if column % 3 == 0:
-                text.append("│ ", style="dim")
+                text.append(edge if has_frame or not column else "│", style="dim")
             cell = 9 * row + column
             if puzzle[cell] != "0":
                 text.append(puzzle[cell], style=f"bold {CLUE}")
             else:
                 shown = cells[cell] if len(cells[cell]) == 1 and cells[cell] in "123456789" else "·"
                 text.append(shown, style="red" if wrong else colour(draft.entropies[cell]))
-            text.append(" ")
-        text.append("│\n", style="dim")
-    text.append("└───────┴───────┴───────┘\n", style="dim")
+            text.append(gap)
+        text.append("│\n" if has_frame else "\n", style="dim")
+    text.append("└───────┴───────┴───────┘\n" if has_frame else "", style="dim")
     text.append(status, style="bold red" if wrong else "dim")
     return text

@@ -1,40 +1,54 @@
 """What a person sees while a canvas denoises: the draft, each token coloured by how sure the model is of it.
 
 On a terminal the canvas is redrawn in place; piped, only the finished text comes out. The time spent drawing is counted
-apart (`spent`), so that the figures are those of the engine alone.
+apart (`spent`), so that the figures are those of the engine alone. What is certain has the terminal's own colour, and
+every colour can be read on black and on white.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from sfumato.cli.output import harmless
+from sfumato.cli.flow import TextFlow
+from sfumato.cli.output import encodable, harmless, speaks_unicode
 from sfumato.events import Commit, Done, Draft, Event, Usage
 from sfumato.templates.interface import LanguageModel
 
-SMOKE = ("#ffffff", "#e4e0d4", "#c9b58c", "#a9854f", "#7d6a6a", "#5f5a73", "#474457")
-"""From certain to undecided: ivory, ochre, smoke."""
-CLUE = "#6fb3a7"
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
+
+SMOKE = ("", "#a8742a", "#b3622f", "#b05050", "#b04a6e", "#a04cb0", "#7a66d8")
+"""From certain to undecided: the terminal's own colour, ochre, rust, rose, violet. Each is about as far from black as
+from white, in 24 bits and in 256 colours."""
+CLUE = "#00858f"
 """A clue, which stays: no shade of the scale above."""
-WRITTEN = f"bold #1d1a16 on {SMOKE[2]}"
+WRITTEN = "bold #1d1a16 on #c9b58c"
 """Text that the model wrote into a file: a ground of its own shows spaces and empty lines too."""
 _LEVELS = (0.005, 0.05, 0.2, 0.6, 1.2, 2.4)
+_NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 
 
 def colour(entropy: float) -> str:
-    """The colour of a token whose distribution has this entropy, in nats."""
+    """The colour of a token whose distribution has this entropy, in nats; "" is the terminal's own."""
     return SMOKE[sum(entropy >= level for level in _LEVELS)]
 
 
 class CanvasView:
-    """Draws drafts on a live terminal. `delay` seconds are waited after each frame, so that an eye can follow."""
+    """Draws drafts on a live terminal. `delay` seconds are waited after each frame, so that an eye can follow.
+
+    Meanwhile the terminal neither shows what is typed nor wraps lines: one that it takes for wider than it was laid out
+    (an emoji of several characters, say) is cut there, and the next frame finds the place of the last one."""
 
     def __init__(self, console: Console, delay: float = 0.0) -> None:
         self.console, self.delay, self.spent = console, delay, 0.0
@@ -45,6 +59,7 @@ class CanvasView:
         began = time.perf_counter()
         if self._live is None:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._write(_NO_WRAP)
             self._live.start()
         self._live.update(frame, refresh=True)
         if self.delay:
@@ -53,58 +68,132 @@ class CanvasView:
 
     def close(self) -> None:
         """Take the canvas off the screen; what is printed next stays."""
-        if self._live is not None:
-            self._live.stop()
+        if (live := self._live) is not None:
             self._live = None
+            live.stop()
+            self._write(_WRAP)
+
+    def _write(self, code: str) -> None:
+        console = self.console
+        if console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows:
+            console.file.write(code)
 
 
-def canvas_text(draft: Draft) -> Text:
-    """The draft's tokens up to its end of text, coloured."""
+@contextmanager
+def no_echo() -> Iterator[None]:
+    """Within the block a terminal does not show what is typed, which would stand within the canvas; it is kept."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def canvas_text(draft: Draft, has_mark: bool = True) -> Text:
+    """The draft's tokens up to its end of text, which a mark shows, coloured."""
     text = Text()
     marks = zip(draft.pieces[: draft.end], draft.entropies, draft.accepted, strict=False)
     for piece, entropy, is_accepted in marks:
-        text.append_text(visible(piece, colour(entropy) + ("" if is_accepted else " italic")))
-    if draft.end < len(draft.pieces):
-        text.append("▪", style=colour(draft.entropies[draft.end]))
+        text.append_text(visible(piece, f"{colour(entropy)}{'' if is_accepted else ' italic'}".strip()))
+    if has_mark and draft.end < len(draft.pieces):
+        text.append(encodable("▪"), style=colour(draft.entropies[draft.end]))
     return text
 
 
-def canvas_frame(draft: Draft, text: Text, height: int) -> RenderableType:
-    """The canvas with a line below that says how far it is; cut to the terminal's height."""
+def canvas_frame(draft: Draft, text: Text, console: Console) -> RenderableType:
+    """The canvas, as far as it fits on the screen, with a line below that says how far it is."""
     accepted = sum(draft.accepted)
     mean = sum(draft.entropies) / max(1, len(draft.entropies))
-    status = Text(
-        f"canvas {draft.canvas + 1} · step {draft.step} · {accepted}/{len(draft.accepted)} accepted · "
-        f"entropy {mean:.3f} nats",
-        style="dim",
+    long = f"canvas {draft.canvas + 1} · step {draft.step} · {accepted}/{len(draft.accepted)} accepted"
+    short = f"{draft.step}: {accepted}/{len(draft.accepted)}"
+    status = next(
+        (one for one in (f"{long} · entropy {mean:.3f} nats", long) if len(one) <= console.width),
+        short,
     )
-    text.truncate(max(200, (height - 3) * 100))
-    return Group(text, status)
+    lines, room = text.wrap(console, console.width), max(1, console.height - 2)
+    rest = Text(encodable("…"), style="dim")
+    shown = lines if len(lines) <= room else [*lines[: room - 1], rest]
+    return Group(*shown, Text(status, style="dim", no_wrap=True))
 
 
-def show(llm: LanguageModel, events: Iterable[Event], console: Console, delay: float) -> Done:
-    """Draw drafts live, print what is committed, end with a line of figures."""
-    view = CanvasView(console, delay)
-    done = None
+@dataclass
+class PartialAnswer:
+    """What there is of an answer so far; all of it when `done` is there."""
+
+    committed: str = ""
+    draft: Draft | None = None
+    """The canvas that was under way."""
+    done: Done | None = None
+
+    @property
+    def text(self) -> str:
+        """What is committed, and the draft as it stands."""
+        return self.committed + (self.draft.text if self.draft is not None else "")
+
+
+def show(
+    llm: LanguageModel, events: Iterable[Event], console: Console, delay: float, written: PartialAnswer | None = None
+) -> Done:
+    """Draw drafts live, print what is committed, end with a line of figures.
+
+    KeyboardInterrupt: the draft stays on the screen, marked, and `written` holds what there is of the answer."""
+    written = PartialAnswer() if written is None else written
+    view, flow = CanvasView(console, delay), TextFlow(console)
     try:
-        for event in events:
-            if isinstance(event, Draft):
-                view.show(canvas_frame(event, canvas_text(event), console.height))
-            elif isinstance(event, Commit):
-                view.close()
-                console.print(visible(event.thought, "dim italic"), end="", soft_wrap=True)
-                console.print(visible(event.text), end="", soft_wrap=True)
-            else:
-                done = event
-    finally:
-        view.close()
+        with no_echo():
+            _follow(events, view, flow, written)
+    except BaseException as error:
+        with suppress(KeyboardInterrupt):  # a second one, of an impatient hand
+            _leave(flow, written, "stopped" if isinstance(error, KeyboardInterrupt) else "broken off")
+        raise
+    done = written.done
     assert done is not None
-    console.print()
+    flow.end()
     seconds = done.usage.seconds if llm.is_remote else done.usage.seconds - view.spent
     ending = "" if done.finish_reason == "stop" else " · cut at the length limit"
     seed = f" · seed {done.seed}" if done.usage.passes else ""  # a host that counts no passes names no seed
     console.print(Text(summary(done.usage, seconds) + seed + ending, style="dim"))
     return done
+
+
+def _follow(events: Iterable[Event], view: CanvasView, flow: TextFlow, written: PartialAnswer) -> None:
+    """Draw and print events as they come; at the end the iterator is closed, also where it was not read to its end."""
+    before, has_drafts = Text(), False  # the line in which the next canvas goes on
+    try:
+        for event in events:
+            if isinstance(event, Draft):
+                written.draft, has_drafts = event, True
+                view.show(canvas_frame(event, before + canvas_text(event), view.console))
+            elif isinstance(event, Commit):
+                view.close()
+                text = before + visible(event.thought, "dim italic") + visible(event.text)
+                before = flow.print(text, is_last=event.is_last or not has_drafts)
+                written.committed, written.draft = written.committed + event.text, None
+                if before:
+                    view.show(before)
+            else:
+                written.done = event
+    finally:
+        view.close()
+        flow.print(before)
+        close = getattr(events, "close", None)
+        if close is not None:
+            close()
+
+
+def _leave(flow: TextFlow, written: PartialAnswer, word: str) -> None:
+    """Print the draft that was under way, and that it was not finished."""
+    if written.draft is not None:
+        flow.print(canvas_text(written.draft, has_mark=False))
+    flow.end()
+    note = f"{word}; its end is a draft" if written.draft is not None else word
+    flow.console.print(Text(note, style="dim"))
 
 
 def summary(usage: Usage, seconds: float) -> str:
@@ -132,7 +221,14 @@ def hint(llm: LanguageModel, request: str | list[dict[str, Any]]) -> None:
 def working(word: str) -> AbstractContextManager[object]:
     """A spinner on a terminal's stderr while a command works without drafts; nothing elsewhere."""
     console = Console(stderr=True, highlight=False)
-    return console.status(Text(f"{word} …", style="dim")) if console.is_terminal else nullcontext()
+    if not console.is_terminal:
+        return nullcontext()
+    return console.status(Text(encodable(f"{word} …"), style="dim"), spinner=spinner())
+
+
+def spinner() -> str:
+    """The name of a spinner that standard error can show."""
+    return "dots" if speaks_unicode() else "line"
 
 
 # ---- texts on the screen ---------------------------------------------------------------------------------------------
@@ -142,8 +238,8 @@ NEAR_LINES, NEAR = 3, 400
 
 
 def visible(text: str, style: str = "") -> Text:
-    """A text for the screen: `harmless`, and never markup."""
-    return Text(harmless(text), style=style)
+    """A text for the screen: `harmless`, in characters that it has, and never markup."""
+    return Text(encodable(harmless(text)), style=style)
 
 
 def around(before: str, middle: str, after: str) -> Text:
@@ -151,12 +247,12 @@ def around(before: str, middle: str, after: str) -> Text:
     above, below = before.split("\n"), after.split("\n")
     head = "\n".join(above[-NEAR_LINES - 1 :])[-NEAR:]
     tail = "\n".join(below[: NEAR_LINES + 1])[:NEAR]
-    text = Text("…\n" if head != before and before.endswith("\n" + head) else "…" if head != before else "", "dim")
+    text = visible("…\n" if head != before and before.endswith("\n" + head) else "…" if head != before else "", "dim")
     rest = after[len(tail) :]
     end = tail.removesuffix("\r") if rest.startswith("\n") else tail.removesuffix("\n").removesuffix("\r")
     text = Text.assemble(text, visible(head), visible(middle, WRITTEN), visible(end))
     if rest.strip("\r\n"):
-        text.append("\n…" if rest.startswith("\n") else "…", style="dim")
+        text.append_text(visible("\n…" if rest.startswith("\n") else "…", "dim"))
     return text
 
 

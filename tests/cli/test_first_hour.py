@@ -204,7 +204,7 @@ def test_run_without_a_prompt_is_a_conversation(sfumato: Call, monkeypatch: Any)
     held: list[Any] = []
     monkeypatch.setattr("sfumato.cli.run.talk", lambda *arguments: held.append(arguments))
     assert sfumato("run", "nano", "--system", "S", stdin=b"")[0] == 0
-    assert held[0][2] == "S"
+    assert held[0][2].system == "S"
     code, _, err = sfumato("run", "nano", "-m", "other", stdin=b"")
     assert code == 2 and "MODEL is nano and --model is other" in err
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.color import Color, ColorSystem
 from rich.console import Console
 
 from sfumato.cli import view
 from sfumato.cli.view import SMOKE, colour, show, summary
-from sfumato.events import Edited, Usage
+from sfumato.events import Draft, Edited, Usage
 from sfumato.llm import LLM
 from sfumato.options import Options
 
@@ -50,6 +52,34 @@ def test_the_live_view_draws_every_draft_and_leaves_text_and_figures() -> None:
 def test_colours_run_from_certain_to_undecided() -> None:
     assert colour(0.0) == SMOKE[0] and colour(9.0) == SMOKE[-1]
     assert [SMOKE.index(colour(h)) for h in (0.01, 0.1, 0.3, 1.0, 2.0)] == [1, 2, 3, 4, 5]
+
+
+def luminance(colour: Color) -> float:
+    """WCAG's relative luminance."""
+    parts = [part / 255 for part in colour.get_truecolor()]
+    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("name", [*SMOKE, view.CLUE])
+@pytest.mark.parametrize("system", [ColorSystem.TRUECOLOR, ColorSystem.EIGHT_BIT])
+def test_a_colour_is_read_on_black_and_on_white(name: str, system: ColorSystem) -> None:
+    if not name:  # the terminal's own, which its owner can read
+        return
+    light = luminance(Color.parse(name).downgrade(system))
+    assert (light + 0.05) / 0.05 >= 3 and 1.05 / (light + 0.05) >= 3
+
+
+def test_with_sixteen_colours_none_is_black_white_grey_or_pale() -> None:
+    numbers = {Color.parse(name).downgrade(ColorSystem.STANDARD).number for name in (*SMOKE[1:], view.CLUE)}
+    assert not numbers & {0, 7, 8, 10, 11, 14, 15, None}
+
+
+def test_what_is_certain_has_the_terminals_own_colour() -> None:
+    draft = Draft(0, 0, 1, [1, 2, 3], [0.0, 2.0, 0.0], [True, False, True], "ab", ["a", "b", ""], 2)
+    screen = io.StringIO()
+    Console(file=screen, force_terminal=True, color_system="truecolor").print(view.canvas_text(draft), end="")
+    assert screen.getvalue() == f"a\x1b[3;38;2;{';'.join(map(str, Color.parse(SMOKE[5]).get_truecolor()))}mb\x1b[0m▪"
 
 
 def test_the_summary_counts_tokens_per_pass() -> None:
