@@ -3,8 +3,8 @@
 Each quantised Linear, every expert one of its own, keeps its codes and scales under its own name (`linears`).
 quantization_config in config.json says how activations are to be quantised too; that is left aside: what multiplies FP8
 is rounded to it a row at a time, as FP8-dynamic has it, and all else is taken as it is. It lacks what changes a weight
-beyond codes, scales and the order of inputs (sparsity, rotations), 6-bit floats, and Marlin's layout: each is refused by
-name. Source: the library compressed-tensors, 0.20.
+beyond codes, scales and the order of inputs (sparsity, rotations), 6-bit floats, and Marlin's layout: each is refused
+by name. Source: the library compressed-tensors, 0.20.
 """
 
 from __future__ import annotations
