@@ -5,6 +5,7 @@ A new format is one more file of `formats`, and its reader in `READERS`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def _opened(path: Path) -> Checkpoint:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder has config.json and what our readers look for: weights in one file, or their index."""
-    return (folder / "config.json").exists() and any((folder / name).exists() for name in (SINGLE, INDEX))
+    there = [os.path.exists(folder / name) for name in ("config.json", SINGLE, INDEX)]  # in a folder of others: False
+    return there[0] and any(there[1:])
 
 
 def _described(config: dict[str, Any]) -> dict[str, Any]:

@@ -189,7 +189,9 @@ def header(path: Path) -> Iterator[Stored]:
                 if math.prod(size or 1 for size in entry["shape"]) >> 60:  # an empty tensor may say so; torch cannot
                     raise ValueError(f"{short(name)} has a shape too large to exist")
                 yield Stored(name, path, str(entry["dtype"]), tuple(entry["shape"]), 8 + size + first, last - first)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {short(error)}") from error
 
 

@@ -7,6 +7,7 @@ adapters, other frameworks' weights, pickles, archives, unfinished downloads, th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -105,10 +106,10 @@ def _file(path: Path) -> str | None:
 def _folder(folder: Path) -> str | None:
     try:
         inside = sorted(folder.iterdir())
-    except OSError:
-        return None
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
     names = [each.name for each in inside]
-    if dead := [each.name for each in inside if each.is_symlink() and not each.exists()]:
+    if dead := [each.name for each in inside if each.is_symlink() and not os.path.exists(each)]:
         return f"has links to files that are not there ({_some(dead)}); fetch these files again"
     weights = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")]
     has_config = "config.json" in names
@@ -123,10 +124,10 @@ def _folder(folder: Path) -> str | None:
             f"has safetensors under other names than model.safetensors ({_some(weights)}) and no index of them; rename "
             "a single file, or fetch model.safetensors.index.json too"
         )
-    folders = [each.name for each in inside if each.is_dir() and each.name[0] != "."]
+    folders = [each.name for each in inside if os.path.isdir(each) and each.name[0] != "."]
     if "snapshots" in folders and folder.name.startswith("models--"):
         return f"is the hub's cache of {folder.name.removeprefix('models--').replace('--', '/')}; give that id"
-    better = [name for name in folders if (folder / name / "config.json").exists()]
+    better = [name for name in folders if os.path.exists(folder / name / "config.json")]
     if not better and (known := _known(names, folder)):
         return known
     if folders and not has_config:

@@ -201,9 +201,9 @@ class ModelConfig:
 def read_json(path: Path | str) -> dict[str, Any]:
     """A JSON object from a file, or a CheckpointError that names the file."""
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"cannot read {path}: it is not a file")
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"cannot read {path}: it is not a file")
         with path.open("rb") as file:
             content = file.read(_JSON_BYTES + 1)
         if len(content) > _JSON_BYTES:

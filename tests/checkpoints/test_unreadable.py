@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +53,36 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str]] = {
     "empty": ({}, "is an empty folder; give a folder with config.json and safetensors, or a .gguf file"),
     "nothing known": ({"README.md": b"x"}, r"has no config\.json; give"),
 }
+
+
+@pytest.mark.parametrize("denied", ["model.safetensors", "config.json", "folder"])
+def test_what_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch, denied: str) -> None:
+    """Files and folders of other people, as the system denies them to whoever is not root."""
+    usual_open, usual_stat, usual_list = Path.open, os.stat, Path.iterdir
+
+    def is_denied(path: Path | str) -> bool:
+        return Path(path).name == denied or (denied == "folder" and Path(path).parent == folder)
+
+    def opened(path: Path, *arguments: Any, **named: Any) -> Any:
+        if is_denied(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual_open(path, *arguments, **named)
+
+    def stat(path: Any, *arguments: Any, **named: Any) -> Any:
+        if denied == "folder" and isinstance(path, str | Path) and is_denied(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual_stat(path, *arguments, **named)
+
+    def listed(path: Path) -> Any:
+        if denied == "folder" and path == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual_list(path)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(Path, "iterdir", listed)
+    with pytest.raises(CheckpointError, match=r"(cannot read .*|cannot be read): Permission denied$"):
+        open_checkpoint(folder)
 
 
 def test_links_to_nothing(tmp_path: Path) -> None:
