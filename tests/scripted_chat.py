@@ -4,7 +4,7 @@
 
 A message of the form "N: TEXT" is answered with TEXT in N canvases of eight steps; any other with itself. A TEXT
 between quotes is JSON. "slow" makes a step take a second, "stuck" never ends, "broken" breaks off behind the first
-canvas. The terminal gets ASKED, which it does not show, when an answer begins.
+canvas. The terminal gets ANSWERING, which it does not show, when an answer begins.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from sfumato.templates.interface import LanguageModel
 from sfumato.templates.requests import AnswerQuery, Chat, QueryFor
 
 STEPS = 8
-ASKED = "\x1b]0;asked\x07"
+ANSWERS = {
+    "How did Leonardo paint without lines?": "1: He let one tone pass into the next, like smoke. Sfumato he called it: "
+    "“without lines or borders, in the manner of smoke, or beyond the plane of focus.” Glaze lay upon glaze, each "
+    "thinner than a hair, so that no edge was ever drawn.",
+}
+"""For a picture."""
+ANSWERING = "\x1b]0;answering\x07"
 """A title for the terminal's window."""
 
 
@@ -53,10 +59,10 @@ class ScriptedModel(LanguageModel):
         assert isinstance(query, Chat) and isinstance(query.messages, list)
         self.prompts.append(query.messages)
         if sys.stdout.isatty():
-            print(end=ASKED, flush=True)
-        asked = str(query.messages[-1]["content"])
-        number, colon, text = asked.partition(": ")
-        canvases, text = (int(number), text) if colon and number.isdecimal() else (1, asked)
+            print(end=ANSWERING, flush=True)
+        question = str(query.messages[-1]["content"])
+        number, colon, text = ANSWERS.get(question, question).partition(": ")
+        canvases, text = (int(number), text) if colon and number.isdecimal() else (1, ANSWERS.get(question, question))
         text = json.loads(text) if text.startswith('"') else text
         words = [word + " " for word in text.split(" ")]
         each = -(-len(words) // canvases)
@@ -64,12 +70,12 @@ class ScriptedModel(LanguageModel):
             own = words[canvas * each : (canvas + 1) * each]
             if query.options.drafts:
                 for step in range(1, STEPS + 1):
-                    time.sleep(1.0 if asked == "slow" else 0.01)
+                    time.sleep(1.0 if question == "slow" else 0.01)
                     yield _draft(canvas, step, own)
-            while asked == "stuck":
+            while question == "stuck":
                 time.sleep(0.05)
             yield Commit(0, canvas, STEPS, [1] * len(own), text="".join(own))
-            if asked == "broken":
+            if question == "broken":
                 raise SfumatoError("the line broke")
         usage = Usage(10, len(words), canvases, STEPS * canvases, STEPS * canvases + 1, 0.5)
         yield Done(0, "stop", [1] * len(words), usage, seed=3, text="".join(words))

@@ -29,6 +29,9 @@ class Screen:
     def __init__(self, columns: int, rows: int) -> None:
         self.columns, self.rows = columns, rows
         self.cells = [[" "] * columns for _ in range(rows)]
+        self.styles = [[""] * columns for _ in range(rows)]
+        """The codes behind each cell's colours."""
+        self._style = ""
         self.gone: list[str] = []
         self.row = self.column = 0
         self.wraps = self.shows_cursor = True
@@ -39,6 +42,13 @@ class Screen:
     def text(self) -> str:
         """Everything, from the first row that has left, without spaces and empty rows at the ends."""
         return "\n".join([*self.gone, *("".join(row).rstrip() for row in self.cells)]).rstrip()
+
+    @property
+    def ansi(self) -> str:
+        """The rows that are on the screen, with their colours."""
+        rows = zip(self.cells, self.styles, strict=True)
+        drawn = ["".join(f"\x1b[0{style}m{cell}" for cell, style in zip(*row, strict=True)) for row in rows]
+        return "\n".join(drawn) + "\x1b[0m"
 
     def write(self, text: str) -> None:
         text, at = self._rest + text, 0
@@ -79,6 +89,7 @@ class Screen:
                 else:
                     self.column = self.columns - wide
             self.cells[self.row][self.column : self.column + wide] = [character, ""][:wide]
+            self.styles[self.row][self.column : self.column + wide] = [self._style] * wide
             self.column += wide
 
     def _feed(self) -> None:
@@ -87,6 +98,8 @@ class Screen:
             self.row -= 1
             self.gone.append("".join(self.cells.pop(0)).rstrip())
             self.cells.append([" "] * self.columns)
+            self.styles.append(self.styles.pop(0))
+            self.styles[-1] = [""] * self.columns
 
     def _obey(self, mark: str, numbers: str, letter: str) -> None:
         values = [int(number or 0) for number in numbers.split(";")] if numbers else []
@@ -96,6 +109,8 @@ class Screen:
                 self.wraps = letter == "h"
             elif values == [25]:
                 self.shows_cursor = letter == "h"
+        elif letter == "m":
+            self._style = "" if numbers in ("", "0") else f"{self._style};{numbers}"
         elif letter in "AB":
             self.row = min(self.rows - 1, max(0, self.row + (count if letter == "B" else -count)))
         elif letter in "CD":

@@ -1,4 +1,4 @@
-"""Help in plain lines, for terminals that are narrow or lack characters; on a narrow one a flag has its own line."""
+"""Help in plain lines, for terminals that are narrow or lack characters; on a narrow one each flag has its own line."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class ChatFolder:
         with suppress(OSError):
             paths = [path for path in self.folder.iterdir() if _ID.fullmatch(path.stem) and path.suffix == ".json"]
             dated = sorted(((path.stat().st_mtime, path) for path in paths), reverse=True)
-            return [chat for _, path in dated[:most] for chat in _summaries(path)]
+            return [*islice((chat for _, path in dated for chat in _summaries(path)), most)]
         return []
 
     def open(self, name: str) -> Conversation:

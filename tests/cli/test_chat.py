@@ -24,7 +24,7 @@ from sfumato.cli.flow import TextFlow
 if sys.platform == "win32":
     pytest.skip("Windows has no pty", allow_module_level=True)
 
-from scripted_chat import ASKED
+from scripted_chat import ANSWERING
 from terminal import Terminal
 
 Open = Callable[..., Terminal]
@@ -60,9 +60,9 @@ def chat(tmp_path: Path) -> Iterator[Open]:
 
 def ask(terminal: Terminal, keys: str) -> str:
     """Type a message, and wait for its answer and the next prompt; returns what is on the screen."""
-    times = terminal.raw.count(ASKED)
+    times = terminal.raw.count(ANSWERING)
     terminal.type(keys)
-    terminal.until_written(ASKED, times + 1)
+    terminal.until_written(ANSWERING, times + 1)
     return terminal.until_ready()
 
 
@@ -94,7 +94,7 @@ def test_ctrl_c_stops_the_answer_keeps_what_there_is_and_the_prompt(reader: str,
 def test_ctrl_c_before_anything_is_written_takes_the_message_back(reader: str, chat: Open, tmp_path: Path) -> None:
     terminal = chat(reader)
     terminal.type("slow\r")
-    terminal.until_written(ASKED)
+    terminal.until_written(ANSWERING)
     terminal.type("\x03")
     assert "the message is taken back" in terminal.until_ready()
     terminal.type("\x04")
@@ -193,9 +193,9 @@ def test_an_answer_that_breaks_off_is_not_kept(chat: Open, tmp_path: Path) -> No
 def test_a_terminal_without_unicode_gets_stand_ins(encoding: str, chat: Open) -> None:
     text = "caf\u00e9 “quoted” … 漢字 → 🙂 ½"
     terminal = chat("readline", columns=40, PYTHONIOENCODING=encoding)
-    times = terminal.raw.count(ASKED)
+    times = terminal.raw.count(ANSWERING)
     terminal.type(f"1: {json.dumps(text)}\r")
-    terminal.until_written(ASKED, times + 1)
+    terminal.until_written(ANSWERING, times + 1)
     terminal.until_ready(">" if encoding == "ascii" else "›")
     shown = terminal.screen.text
     if encoding == "ascii":
@@ -207,7 +207,9 @@ def test_a_terminal_without_unicode_gets_stand_ins(encoding: str, chat: Open) ->
 
 def test_a_dumb_terminal_gets_text_alone(chat: Open) -> None:
     terminal = chat("readline", TERM="dumb")
-    assert "A plain answer" in ask(terminal, "1: A plain answer\r") and "\x1b" not in terminal.raw.replace(ASKED, "")
+    assert "A plain answer" in ask(terminal, "1: A plain answer\r") and "\x1b" not in terminal.raw.replace(
+        ANSWERING, ""
+    )
 
 
 def test_no_colour_where_none_is_wanted(chat: Open) -> None:
@@ -244,7 +246,7 @@ def test_no_text_breaks_the_canvas(columns: int, chat: Open) -> None:
         shown = ask(terminal, f"{message}\r")
         assert "".join(message.split()) in "".join(shown.split())
         assert shown.count("step") == number and terminal.screen.wraps and terminal.screen.shows_cursor
-    written = terminal.raw.replace(ASKED, "")
+    written = terminal.raw.replace(ANSWERING, "")
     assert not any(code in written for code in ("\x1b[2J", "\x1b]", "\x9b", "\x07", "\x7f", "\u202e"))
 
 
