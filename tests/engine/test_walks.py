@@ -145,7 +145,7 @@ def test_a_text_over_several_canvases(nano: LLM) -> None:
         "minItems": 12,
         "maxItems": 14,
     }
-    done = nano.complete("x", options=Options(schema=value, seed=2, max_steps=4))
+    done = nano.complete("x", options=Options(schema=value, seed=2, max_steps=4, max_tokens=512))
     jsonschema.validate(json.loads(done.text), value)
     assert done.usage.canvases > 1 and done.finish_reason == "stop"
 
