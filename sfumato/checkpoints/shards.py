@@ -49,8 +49,6 @@ DTYPES = {
 }
 """What tensors may be stored as; the names are safetensors'."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_QUOTED = 1000
-"""Characters of a value that are looked at to quote it; whatever a file holds, a sentence is soon made."""
 PART = 1 << 28
 """Bytes that are read or made at one time, unless a single place of the first axis is larger."""
 
@@ -426,7 +424,6 @@ def as_json(value: Mapping[str, Any]) -> str:
 
 
 def short(value: object) -> str:
-    """A value as a sentence may quote it: on one line, with nothing that a terminal would obey."""
-    text = " ".join(str(value)[:_QUOTED].split())
-    text = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[:201])
+    """A value as a sentence may quote it."""
+    text = " ".join(str(value).split())
     return text if len(text) <= 200 else text[:199] + "…"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_checkpoints import files
 
-from sfumato.checkpoints.shards import read_tensors, short, write_tensors
+from sfumato.checkpoints.shards import read_tensors, write_tensors
 from sfumato.errors import CheckpointError
 
 
@@ -26,10 +26,3 @@ def test_tensors_file(tmp_path: Path) -> None:
     for path in (tmp_path / "y", tmp_path):
         with pytest.raises(CheckpointError, match=re.escape(str(path))):
             read_tensors(path)
-
-
-def test_what_a_sentence_quotes_is_one_short_line() -> None:
-    """Names in files may hold what a terminal obeys, or what no terminal can show."""
-    assert short("a\n b\x1b[2J\u202e\ud800") == r"a b\x1b[2J\u202e\ud800"
-    assert short("ü" * 200) == "ü" * 200 and short("ü" * 201) == "ü" * 199 + "…"
-    assert len(short("\x1b" * 10**7)) == 200

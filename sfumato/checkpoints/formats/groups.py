@@ -1,4 +1,4 @@
-"""Codes of 2 to 8 bits in groups of inputs, as GPTQ's and compressed-tensors' files have them: unpacked, and as ours.
+"""Codes of 2 to 8 bits in groups of inputs, as GPTQ, AWQ and compressed-tensors have them: their values, and as ours.
 
 A value is (code - zero) x scale, with one zero and one scale a group. Codes of up to 4 bits are our int4, of more our
 int8 by groups. Where an index says which group each input belongs to, and it is not the order of the inputs ("act
