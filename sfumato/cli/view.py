@@ -214,7 +214,7 @@ def hint(llm: LanguageModel, request: str | list[dict[str, Any]]) -> None:
     console = Console(stderr=True, highlight=False)
     last = request if isinstance(request, str) else str(request[-1]["content"])
     if llm.purpose is not None and console.is_terminal and not llm.purpose.fits(last):
-        console.print(visible(llm.purpose.sentence, "dim"))
+        console.print(visible(llm.purpose.sentence, "dim"), soft_wrap=True)
 
 
 def working(word: str) -> AbstractContextManager[object]:
