@@ -29,9 +29,9 @@ STAND_INS = (
     | dict.fromkeys("\u00a0\u202f\u2009", " ")
     | dict.fromkeys("\ufeff\u200b\u200d\ufe0f", "")
     | {"·": ".", "•": "*", "▪": "*", "×": "x", "→": ">", "←": "<", "↑": "^", "↓": "v", "›": ">", "‹": "<"}
-    | {"≤": "<", "≥": ">", "≈": "~", "°": "o", "…": "..."}
+    | {"≤": "<", "≥": ">", "≈": "~", "°": "o", "…": "."}
 )
-"""ASCII for what commands draw and write with; each as wide as itself, but the ellipsis."""
+"""ASCII for what commands draw and write with; each as wide as itself, so that what is laid out stays so."""
 _ON_TERMINALS, _ELSEWHERE = "sfumato.terminal", "sfumato.file"
 """The error handlers of streams that cannot say a character."""
 
@@ -84,6 +84,8 @@ def encodable(text: str) -> str:
     if speaks_unicode():
         return text
     encoding = sys.stdout.encoding
+    if "…" in text and not _can_say("…", encoding):
+        text = text.replace("…", "...")
     return text.encode(encoding, _ON_TERMINALS).decode(encoding)
 
 
@@ -98,6 +100,13 @@ def readable(text: str) -> str:
 def _is_unicode(stream: Any) -> bool:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return codecs.lookup(encoding).name.startswith("utf")
+
+
+def _can_say(character: str, encoding: str) -> bool:
+    try:
+        return bool(character.encode(encoding))
+    except UnicodeEncodeError:
+        return False
 
 
 def _stand_in(character: str) -> str:

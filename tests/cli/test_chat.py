@@ -7,6 +7,7 @@ import io
 import json
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -66,6 +67,12 @@ def ask(terminal: Terminal, keys: str) -> str:
     return terminal.until_ready()
 
 
+def interrupt(terminal: Terminal) -> None:
+    """Press Ctrl-C as a hand does: Python's readline misses a signal in the moment before it waits for a key."""
+    time.sleep(0.2)
+    terminal.type("\x03")
+
+
 def saved(folder: Path) -> list[dict[str, object]]:
     """The messages of the one saved conversation."""
     (path,) = (folder / "sfumato" / "chats").iterdir()
@@ -106,19 +113,19 @@ def test_ctrl_c_at_an_empty_prompt_twice_ends_and_clears_a_line_that_is_not(read
     terminal = chat(reader)
     terminal.type("half a thou")
     terminal.until("half a thou")
-    terminal.type("\x03")
+    interrupt(terminal)
     if reader == "readline":
         terminal.until("half a thou\n›")
     else:
         terminal.until("›", gone="half a thou")
-    terminal.type("\x03")
+    interrupt(terminal)
     terminal.until("Ctrl-C again")
     terminal.until_ready()
     ask(terminal, "hello\r")  # a line in between: the count begins again
-    terminal.type("\x03")
+    interrupt(terminal)
     terminal.until_written("Ctrl-C again", 2)
     terminal.until_ready()
-    terminal.type("\x03")
+    interrupt(terminal)
     assert terminal.code() == 0
     assert terminal.screen.text.count("Ctrl-C again") == 2 and "there is" not in terminal.screen.text
 

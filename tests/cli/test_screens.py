@@ -148,14 +148,14 @@ def test_a_pipe_of_any_encoding_gets_every_character(capfdbinary: pytest.Capture
         assert not output.speaks_unicode()
     finally:
         sys.stdout = held
-    assert stream.buffer.getvalue() == rb"\xe9 > \u6f22 . ..." + b"\n"
+    assert stream.buffer.getvalue() == rb"\xe9 > \u6f22 . ." + b"\n"
     assert output.encodable("é → 漢") == "é → 漢" and output.speaks_unicode()
 
 
 def test_a_stand_in_is_as_wide_as_what_it_stands_for() -> None:
     for character, stand_in in output.STAND_INS.items():
         assert stand_in.isascii()
-        assert cell_len(stand_in) == cell_len(character) or character in "…\ufe0f", character
+        assert cell_len(stand_in) == cell_len(character) or character == "\ufe0f", character
 
 
 def test_bytes_that_an_encoding_lacks_are_read_as_utf8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from sfumato.cli.session import ChatSession, ChatStart
 from sfumato.errors import InputError
 from sfumato.events import Done, Usage
 from sfumato.options import OPTIONS, Options
+
+UI = Path(__file__).parents[2] / "sfumato" / "server" / "ui"
 
 
 class Chat:
@@ -211,6 +215,25 @@ def test_a_saved_file_has_the_fields_that_the_page_checks() -> None:
     again = from_text(json.dumps(value), "file")
     assert (again.system, again.turns) == ("S", conversation.turns)
     assert "note" not in again.prompt({"role": "user", "content": "x"})[2]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node, which runs the page's own reader, is not here")
+def test_the_page_reads_what_is_saved_and_is_read_in_turn() -> None:
+    conversation = Conversation("S")
+    conversation.add({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "there", "note": "Stopped."})
+    script = (
+        f"const page = await import({(UI / 'transfer.js').as_uri()!r});"
+        f"const read = page.fromJson({json.dumps(to_json(conversation, 'nano'))});"
+        "console.log(page.toJson(read.chats));"
+    )
+    command = ["node", "--no-warnings", "--experimental-default-type=module", "--input-type=module", "-e", script]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "bad option" in page.stderr:  # a node that needs no such option
+        del command[2]
+        page = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert page.returncode == 0, page.stderr
+    again = from_text(page.stdout, "the page's")
+    assert (again.system, again.turns) == ("S", conversation.turns)
 
 
 @pytest.mark.parametrize(
