@@ -16,7 +16,7 @@ from rich.text import Text
 
 from sfumato.cli import flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli.view import CLUE, CanvasView, colour
+from sfumato.cli.view import CLUE, CanvasView, TimedEvents, colour
 from sfumato.errors import InputError
 from sfumato.events import Done, Draft
 from sfumato.options import LoadOptions, Options
@@ -135,10 +135,10 @@ def _solve_live(llm: LLM, puzzle: str, options: Options, pinned: bool, console: 
     ids, pins = task.request(llm, puzzle, pinned)
     blank = Draft(0, 0, 0, [0] * 81, [9.0] * 81, [False] * 81)
     view.show(board(puzzle, blank, ["·"] * 81, "noise", width=console.width))
-    view.spent = 0.0  # the first frame comes before the engine's clock starts
     done = None
+    events = TimedEvents(llm.events([ids], options=replace(options, drafts=options.mode == "diffusion"), pins=[pins]))
     try:
-        for event in llm.events([ids], options=replace(options, drafts=options.mode == "diffusion"), pins=[pins]):
+        for event in events:
             if isinstance(event, Draft):
                 cells = [llm.tokenizer.decode([token]) for token in event.tokens[:81]]
                 sure = sum(event.accepted[:81])
@@ -148,7 +148,7 @@ def _solve_live(llm: LLM, puzzle: str, options: Options, pinned: bool, console: 
     finally:
         view.close()
     assert done is not None
-    solved = task.result(puzzle, done, done.usage.seconds - view.spent)
+    solved = task.result(puzzle, done, events.seconds)
     final = Draft(0, 0, 0, [0] * 81, [0.0] * 81, [True] * 81)
     cells = list(solved.answer.ljust(81, "?"))
     console.print(board(puzzle, final, cells, _verdict(solved), wrong=not solved.solved, width=console.width))

@@ -1,7 +1,7 @@
 """What a person sees while a canvas denoises: the draft, each token coloured by how sure the model is of it.
 
-On a terminal the canvas is redrawn in place; piped, only the finished text comes out. The time spent drawing is counted
-apart (`spent`), so that the figures are those of the engine alone. What is certain has the terminal's own colour, and
+On a terminal the canvas is redrawn in place; piped, only the finished text comes out. Figures count the time in which
+events were waited for (`TimedEvents`), that of the engine alone. What is certain has the terminal's own colour, and
 every colour can be read on black and on white.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,11 @@ class CanvasView:
     (an emoji of several characters, say) is cut there, and the next frame finds the place of the last one."""
 
     def __init__(self, console: Console, delay: float = 0.0) -> None:
-        self.console, self.delay, self.spent = console, delay, 0.0
+        self.console, self.delay = console, delay
         self._live: Live | None = None
 
     def show(self, frame: RenderableType) -> None:
         """Draw a frame in the place of the last one."""
-        began = time.perf_counter()
         if self._live is None:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._write(_NO_WRAP)
@@ -64,7 +63,6 @@ class CanvasView:
         self._live.update(frame, refresh=True)
         if self.delay:
             time.sleep(self.delay)
-        self.spent += time.perf_counter() - began
 
     def close(self) -> None:
         """Take the canvas off the screen; what is printed next stays."""
@@ -77,6 +75,28 @@ class CanvasView:
         console = self.console
         if console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows:
             console.file.write(code)
+
+
+class TimedEvents:
+    """Events, and the `seconds` in which they were waited for: what is done with them in between does not count."""
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        self._events, self.seconds = events, 0.0
+
+    def __iter__(self) -> Generator[Event, None, None]:
+        iterator = iter(self._events)
+        try:
+            while True:
+                began = time.perf_counter()
+                event = next(iterator, None)
+                self.seconds += time.perf_counter() - began
+                if event is None:
+                    return
+                yield event
+        finally:  # the answer ends with whoever reads it
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
 
 
 @contextmanager
@@ -144,10 +164,10 @@ def show(
 
     KeyboardInterrupt: the draft stays on the screen, marked, and `written` holds what there is of the answer."""
     written = PartialAnswer() if written is None else written
-    view, flow = CanvasView(console, delay), TextFlow(console)
+    view, flow, timed = CanvasView(console, delay), TextFlow(console), TimedEvents(events)
     try:
         with no_echo():
-            _follow(events, view, flow, written)
+            _follow(timed, view, flow, written)
     except BaseException as error:
         with suppress(KeyboardInterrupt):  # a second one, of an impatient hand
             _leave(flow, written, "stopped" if isinstance(error, KeyboardInterrupt) else "broken off")
@@ -155,36 +175,34 @@ def show(
     done = written.done
     assert done is not None
     flow.end()
-    seconds = done.usage.seconds if llm.is_remote else done.usage.seconds - view.spent
+    seconds = done.usage.seconds if llm.is_remote else timed.seconds
     ending = "" if done.finish_reason == "stop" else " · cut at the length limit"
     seed = f" · seed {done.seed}" if done.usage.passes else ""  # a host that counts no passes names no seed
     console.print(Text(summary(done.usage, seconds) + seed + ending, style="dim"))
     return done
 
 
-def _follow(events: Iterable[Event], view: CanvasView, flow: TextFlow, written: PartialAnswer) -> None:
-    """Draw and print events as they come; at the end the iterator is closed, also where it was not read to its end."""
+def _follow(events: TimedEvents, view: CanvasView, flow: TextFlow, written: PartialAnswer) -> None:
+    """Draw and print events as they come."""
     before, has_drafts = Text(), False  # the line in which the next canvas goes on
-    try:
-        for event in events:
-            if isinstance(event, Draft):
-                written.draft, has_drafts = event, True
-                view.show(canvas_frame(event, before + canvas_text(event), view.console))
-            elif isinstance(event, Commit):
-                view.close()
-                text = before + visible(event.thought, "dim italic") + visible(event.text)
-                before = flow.print(text, is_last=event.is_last or not has_drafts)
-                written.committed, written.draft = written.committed + event.text, None
-                if before:
-                    view.show(before)
-            else:
-                written.done = event
-    finally:
-        view.close()
-        flow.print(before)
-        close = getattr(events, "close", None)
-        if close is not None:
-            close()
+    with closing(iter(events)) as each:
+        try:
+            for event in each:
+                if isinstance(event, Draft):
+                    written.draft, has_drafts = event, True
+                    view.show(canvas_frame(event, before + canvas_text(event), view.console))
+                elif isinstance(event, Commit):
+                    view.close()
+                    text = before + visible(event.thought, "dim italic") + visible(event.text)
+                    before = flow.print(text, is_last=event.is_last or not has_drafts)
+                    written.committed, written.draft = written.committed + event.text, None
+                    if before:
+                        view.show(before)
+                else:
+                    written.done = event
+        finally:
+            view.close()
+            flow.print(before)
 
 
 def _leave(flow: TextFlow, written: PartialAnswer, word: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -47,6 +48,14 @@ def test_the_live_view_draws_every_draft_and_leaves_text_and_figures() -> None:
     drawn = screen.getvalue()
     assert drawn.count("accepted · entropy") >= done.usage.steps
     assert done.text in drawn and "tokens per pass" in drawn
+
+
+def test_the_figures_leave_out_the_time_of_drawing() -> None:
+    llm, screen = LLM.load("nano"), io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, height=40)
+    done = show(llm, llm.stream(f"Solve this Sudoku:\n{PUZZLE}", options=Options(seed=1, drafts=True)), console, 0.1)
+    (seconds,) = re.findall(r"canvas, (-?[0-9.]+) s", screen.getvalue())
+    assert done.usage.steps > 1 and 0 < float(seconds) <= done.usage.seconds - 0.1 * (done.usage.steps - 1) + 0.05
 
 
 def test_colours_run_from_certain_to_undecided() -> None:
