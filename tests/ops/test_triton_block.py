@@ -169,6 +169,7 @@ CASES = [(kind, "both", torch.float32) for kind in KINDS] + [("", "encode", torc
 CASES += [(kind, "canvas", torch.bfloat16) for kind in ("", "int8", "fp8", "int4-asym")]
 
 
+@pytest.mark.slow  # a minute
 @pytest.mark.parametrize("kinds", [("int4", "int8"), ("int8", "nvfp4"), ("int4-asym", "int4")], ids=str)
 def test_gate_and_up_in_two_kinds(kinds: tuple[str, str]) -> None:
     """Two launches instead of one; what lies before and behind them is the same."""

@@ -408,7 +408,7 @@ class Serving:
 
     def leave(self) -> None:
         """Go away from a long answer when it has a row and its first words."""
-        body = {"messages": [QUESTION], "stream": True}
+        body = {"messages": [QUESTION], "stream": True, "max_tokens": 4000}
         headers = {"content-type": "application/json"}
         request = urllib.request.Request(self.address + "/v1/chat/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=120) as answer:
