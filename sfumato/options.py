@@ -9,19 +9,49 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import numbers
 import os
 import reprlib
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict
 
+from sfumato.declarations import (
+    BIG,
+    CONSTRAINTS,
+    LEAST,
+    About,
+    Option,
+    Use,
+    constraint_of,
+    declared,
+)
 from sfumato.errors import InputError
 
-BIG = 1 << 62
-"""The largest value of a whole number that has no limit of its own."""
+__all__ = [
+    "BIG",
+    "CONSTRAINTS",
+    "DTYPE_NAMES",
+    "ELSEWHERE",
+    "FALLBACK_DEFAULTS",
+    "LEAST",
+    "LOAD_OPTIONS",
+    "MOST_STEPS",
+    "OPTIONS",
+    "OTHER_NAMES",
+    "SHAPING",
+    "About",
+    "LoadOptions",
+    "Option",
+    "OptionFields",
+    "Options",
+    "OptionsLike",
+    "Use",
+    "constraint_of",
+    "declared",
+    "differences",
+    "dtype_name",
+]
 
 DTYPE_NAMES = {
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
@@ -34,113 +64,11 @@ DTYPE_NAMES = {
 MOST_STEPS = 4096
 """The most denoising steps of a canvas."""
 
-LEAST = 1e-6
-"""The smallest value of a number that must be above 0."""
-
-Use = Literal["canvas", "autoregressive", "complete", "chat", "templates"]
-"""Where an option applies: in which mode (on a canvas, or one token after another), and in which kind of request
-(`complete`, `chat`, or a template: `fill`, `infill`, `edit`, `decide`)."""
-
 _MODES: tuple[Use, ...] = ("canvas", "autoregressive")
 _ANSWER: tuple[Use, ...] = ("complete", "chat")
 _ALL: tuple[Use, ...] = ("complete", "chat", "templates")
 _CANVAS: tuple[Use, ...] = ("canvas", *_ALL)
 _EVERYWHERE: tuple[Use, ...] = (*_MODES, *_ALL)
-
-
-@dataclass(frozen=True)
-class About:
-    """What is declared of an option beside its type and its default."""
-
-    sentence: str
-    """What it does, to whoever sets it."""
-    uses: tuple[Use, ...] = _EVERYWHERE
-    minimum: float | None = None
-    maximum: float | None = None
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option as data, read from its field."""
-
-    name: str
-    kind: type
-    """int, float, bool, str, tuple (of texts) or dict."""
-    default: Any
-    choices: tuple[str, ...]
-    """The values that it can take; () where it has no such list."""
-    is_optional: bool
-    """Whether it may be None, which leaves the choice open."""
-    about: About
-
-    @property
-    def range(self) -> str:
-        """The range in words, to end "give a number …" with; "" where there is none."""
-        low, high = self.about.minimum, self.about.maximum
-        if low is None or high is None:
-            return ""
-        return f"above 0, at most {_short(high)}" if low == LEAST else f"from {_short(low)} to {_short(high)}"
-
-    @property
-    def brief(self) -> str:
-        """The first part of its sentence, for a line of help."""
-        return self.about.sentence.partition(";")[0].partition(". ")[0].rstrip(".") + "."
-
-    def checked(self, value: Any) -> Any:
-        """The value as it is kept; InputError, which names the option, for one that it cannot have."""
-        if value is None and self.is_optional:
-            return None
-        if self.choices:
-            if value not in self.choices:
-                allowed = " or ".join(map(repr, self.choices))
-                raise InputError(f"{self.name} is {value!r}; give {allowed}", option=self.name)
-        elif self.kind is bool:
-            if not isinstance(value, bool):
-                raise InputError(f"{self.name} is {value!r}; give true or false", option=self.name)
-        elif self.kind in (int, float):
-            value = _own_number(value)
-            self._check_number(value)
-        elif self.name in CONSTRAINTS:
-            return constraint_of(self.name, value, self.name)
-        elif self.kind is tuple and isinstance(value, list):
-            return tuple(value)
-        return value
-
-    def _check_number(self, value: Any) -> None:
-        is_whole = self.kind is int
-        if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
-            message = f"{self.name} is {value!r}; give {'a whole' if is_whole else 'a'} number {self.range}"
-            raise InputError(message, option=self.name)
-        assert self.about.minimum is not None and self.about.maximum is not None
-        if not self.about.minimum <= value <= self.about.maximum:
-            raise InputError(f"{self.name} is {value!r}; give a number {self.range}", option=self.name)
-
-
-def _own_number(value: Any) -> Any:
-    """A number of another library (numpy's, above all) as Python's own; anything else as it is."""
-    if isinstance(value, bool | int):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
-def constraint_of(kind: str, value: Any, name: str) -> Any:
-    """The value of a constraint of this kind as it is kept; InputError, which calls it `name`, for one of another type.
-
-    What it may hold is checked where it is compiled."""
-    expected = {
-        "schema": ((dict, bool), "a JSON Schema, a dict or true"),
-        "choices": ((tuple, list), "a list of texts"),
-    }
-    types_of_kind, words = expected.get(kind, ((str,), "text"))
-    is_right = isinstance(value, types_of_kind)
-    if kind == "choices" and is_right:
-        is_right = bool(value) and all(isinstance(choice, str) and choice for choice in value)
-        words = "a list of at least one text, none of them empty"
-    if not is_right:
-        raise InputError(f"{name} is {reprlib.repr(value)}; give {words}", option=kind)
-    return tuple(value) if kind == "choices" else value
 
 
 def dtype_name(spelling: str) -> str:
@@ -150,26 +78,6 @@ def dtype_name(spelling: str) -> str:
         known = ", ".join(dict.fromkeys(DTYPE_NAMES.values()))
         raise InputError(f"dtype is {spelling!r}; choose one of {known}", option="dtype")
     return DTYPE_NAMES[name]
-
-
-def _short(number: float) -> str:
-    return {BIG: "2^62", 1e9: "1e9"}.get(number, f"{number:g}")
-
-
-def declared(record: type) -> dict[str, Option]:
-    """The options that a record of annotated fields declares, by name, in their order."""
-    hints = get_type_hints(record, include_extras=True)
-    options = {}
-    for field in dataclasses.fields(record):
-        hint, *extras = get_args(hints[field.name])
-        about = next(extra for extra in extras if isinstance(extra, About))
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        first = next(kind for kind in kinds if kind is not type(None))
-        origin = get_origin(first)
-        choices = get_args(first) if origin is Literal else ()
-        kind = str if choices else origin or first
-        options[field.name] = Option(field.name, kind, field.default, choices, type(None) in kinds, about)
-    return options
 
 
 def differences(record: Any) -> dict[str, Any]:
@@ -268,24 +176,53 @@ class Options:
             100.0,
         ),
     ] = 1.0
-    top_k: Annotated[
-        int,
-        About(
-            "Sample among the k most likely tokens; 0: all. Autoregressive mode only.",
-            ("autoregressive", *_ALL),
-            0,
-            BIG,
-        ),
-    ] = 0
+    top_k: Annotated[int, About("Sample among the k most likely tokens; 0 or -1: all.", _EVERYWHERE, -1, BIG)] = 0
     top_p: Annotated[
         float,
         About(
-            "Sample among the smallest set of tokens with this much probability. Autoregressive mode only.",
-            ("autoregressive", *_ALL),
-            LEAST,
+            "Sample among the fewest likeliest tokens with this much probability together; 0: the likeliest alone.",
+            _EVERYWHERE,
+            0.0,
             1.0,
         ),
     ] = 1.0
+    min_p: Annotated[
+        float,
+        About(
+            "Sample among tokens with at least this share of the likeliest one's probability; 0: all.",
+            _EVERYWHERE,
+            0.0,
+            1.0,
+        ),
+    ] = 0.0
+    presence_penalty: Annotated[
+        float,
+        About(
+            "What the logit of a token loses that the answer has already: on a canvas, before its position.",
+            _EVERYWHERE,
+            -2.0,
+            2.0,
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        About("What the logit of a token loses for each time that the answer has it already.", _EVERYWHERE, -2.0, 2.0),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        About(
+            "Divides the logit of a token that prompt or answer have already, or multiplies one below 0; 1: off.",
+            _EVERYWHERE,
+            LEAST,
+            100.0,
+        ),
+    ] = 1.0
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        About(
+            "What is added to the logits of some tokens, by their ids, from -100 (never) to 100 (always).", _EVERYWHERE
+        ),
+    ] = None
     drafts: Annotated[bool, About("Emit a Draft after every step; each waits for the device.", _CANVAS)] = False
     logprobs: Annotated[
         bool,
@@ -429,6 +366,11 @@ class OptionFields(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None
     drafts: bool
     logprobs: bool
     top_logprobs: int
@@ -446,8 +388,8 @@ class OptionFields(TypedDict, total=False):
 OptionsLike = Options | OptionFields | Mapping[str, Any]
 """Wherever options are taken: an `Options`, or a dict of some of them."""
 
-CONSTRAINTS = ("schema", "regex", "grammar", "choices")
-"""The options that say what an answer must obey; one of them at most is given."""
+SHAPING = (*("top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),)
+"""The options that change the distribution of a position, beside the temperature."""
 
 OTHER_NAMES = {
     **dict.fromkeys(("max_new_tokens", "max_length", "max_completion_tokens", "num_predict"), "max_tokens"),
@@ -458,6 +400,7 @@ OTHER_NAMES = {
     "guided_regex": "regex",
     "guided_choice": "choices",
     "guided_grammar": "grammar",
+    "repeat_penalty": "repetition_penalty",
     **dict.fromkeys(("think", "enable_thinking"), "thinking"),
 }
 """What other libraries call an option -> its name here, for the suggestion in an error."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -21,6 +22,7 @@ from sfumato.options import (
     LOAD_OPTIONS,
     OPTIONS,
     OTHER_NAMES,
+    SHAPING,
     About,
     LoadOptions,
     OptionFields,
@@ -41,9 +43,13 @@ LIMITS: dict[str, tuple[float, float, bool, bool, str]] = {
     "stability": (0, 4096, True, True, "from 0 to 4096"),
     "confidence": (0.0, 100.0, False, True, "from 0 to 100"),
     "temperature": (0.0, 100.0, False, False, "from 0 to 100"),
-    "top_k": (0, 2**62, True, False, "from 0 to 2^62"),
+    "top_k": (-1, 2**62, True, False, "from -1 to 2^62"),
     "top_logprobs": (0, 20, True, False, "from 0 to 20"),
-    "top_p": (1e-6, 1.0, False, False, "above 0, at most 1"),
+    "top_p": (0.0, 1.0, False, False, "from 0 to 1"),
+    "min_p": (0.0, 1.0, False, False, "from 0 to 1"),
+    "presence_penalty": (-2.0, 2.0, False, False, "from -2 to 2"),
+    "frequency_penalty": (-2.0, 2.0, False, False, "from -2 to 2"),
+    "repetition_penalty": (1e-6, 100.0, False, False, "above 0, at most 100"),
 }
 FLAGS = ("drafts", "logprobs", "early", "short", "strict", "must_call", "thinking")
 FORMS = ("schema", "regex", "grammar", "choices")
@@ -77,7 +83,7 @@ def refusal(**options: Any) -> str:
 
 def test_every_option_is_covered_here() -> None:
     names = {field.name for field in dataclasses.fields(Options)}
-    assert names == {*LIMITS, *FLAGS, *FORMS, "stop", "mode"}
+    assert names == {*LIMITS, *FLAGS, *FORMS, "stop", "mode", "logit_bias"}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -106,7 +112,7 @@ def test_both_limits_are_allowed(name: str) -> None:
 @pytest.mark.parametrize("name", LIMITS)
 def test_what_is_out_of_range_is_named_with_its_limit(name: str) -> None:
     low, high, is_whole, _, words = LIMITS[name]
-    outside: list[Any] = [low - 1, high + 1, -1, -(10**9)]
+    outside: list[Any] = [low - 1, high + 1, -(10**9)]
     outside += [] if is_whole else [math.nan, math.inf, -math.inf, high * 1.001, low - 1e-9]
     for value in outside:
         assert refusal(**{name: value}) == f"{name} is {value!r}; give a number {words}"
@@ -146,6 +152,20 @@ def test_stop_strings() -> None:
     assert options_with(stop=[]).stop == Options().stop == ()
     for value in ("", ("a", ""), ("a", 3), [None], None, 5, {"a": 1}):
         assert refusal(stop=value) == f"stop is {value!r}; give strings of at least one character"
+
+
+def test_a_bias_is_by_token_ids() -> None:
+    """As Python writes them and as JSON does; what asks for nothing is nothing."""
+    assert options_with(logit_bias={"5": -100, 7: 2}).logit_bias == {5: -100.0, 7: 2.0}
+    assert options_with(logit_bias={np.int64(5): np.float32(0.5)}).logit_bias == {5: 0.5}
+    assert options_with(logit_bias={}) == Options()
+    for key in ("a", "-1", "1.5", "٣", "9" * 40, -1, 1.5, True, None, 2**62):
+        assert refusal(logit_bias={key: 1}) == f"logit_bias has the key {reprlib.repr(key)}; give token ids, from 0 up"
+    for number in ("1", 100.5, -101, math.nan, math.inf, True, None, [1]):
+        expected = f"logit_bias of token 5 is {number!r}; give a number from -100 to 100"
+        assert refusal(logit_bias={"5": number}) == expected
+    for value in (5, "5", [5], True):
+        assert refusal(logit_bias=value).startswith(f"logit_bias is {value!r}; give token ids and numbers")
 
 
 def test_options_that_contradict_each_other() -> None:
@@ -221,7 +241,7 @@ def test_where_an_option_applies() -> None:
         assert uses & {"complete", "chat", "templates"}
     only_in_chat = {name for name, option in OPTIONS.items() if "complete" not in option.about.uses}
     assert only_in_chat == {"strict", "must_call", "thinking"}
-    everywhere = {"seed", "temperature"}
+    everywhere = {"seed", "temperature", *SHAPING}
     assert everywhere == {name for name, option in OPTIONS.items() if len(option.about.uses) == 5}
 
 
@@ -281,6 +301,8 @@ def test_options_by_name_are_the_declared_ones() -> None:
             hint = str | Sequence[str]
         elif hint == tuple[str, ...] | None:
             hint = Sequence[str] | None
+        elif hint == dict[int, float] | None:
+            hint = Mapping[int, float] | Mapping[str, float] | None
         assert hints[name] == hint, name
 
 

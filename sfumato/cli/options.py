@@ -187,6 +187,8 @@ def _set(values: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
             values[name] = read_value(text) if is_pair else True
     if isinstance(values.get("schema"), str):
         values["schema"] = read_schema(values["schema"])
+    if isinstance(values.get("logit_bias"), str):
+        values["logit_bias"] = files.parse_json(values["logit_bias"], "logit_bias")
     return values
 
 

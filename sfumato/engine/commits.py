@@ -136,7 +136,10 @@ class Commits:
                 continue
             if row.lacking > 0:
                 logits_BV[n, list(self.config.eos_ids)] = -torch.inf
-            token = pick_token(logits_BV[n], row.options, uniform_B[n])
+            logits_V = logits_BV[n]
+            if row.sampler is not None:
+                logits_V = row.sampler.next_logits(logits_V, row.tokens)
+            token = pick_token(logits_V, row.options, uniform_B[n])
             row.steps, row.passes = row.steps + 1, row.passes + 1
             kept: list[int] = []
             with self.table.isolating(seat):

@@ -22,6 +22,7 @@ from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
+from sfumato.sampling.distribution import RowSampler
 from sfumato.sampling.rules import Rules
 
 Watch = Callable[[list[int]], int | None]
@@ -98,6 +99,10 @@ class Request:
         request._check_room(config)  # before each token is looked at: there may be millions
         request._check_prompt(config)
         request._check_places(config)
+        for token in request.options.logit_bias or {}:
+            if token >= config.vocab_size:
+                message = f"logit_bias names token {token}; the vocabulary has {config.vocab_size}, give ids below that"
+                raise InputError(message, option="logit_bias")
         return request
 
     @property
@@ -204,6 +209,8 @@ class Row:
     """Called with its newly committed tokens."""
     inspect: Inspect | None = None
     """Called with its read-outs."""
+    sampler: RowSampler | None = None
+    """Its sampling options; None: all are off."""
     spans: list[RowSpan] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that were encoded before it began."""
@@ -242,6 +249,7 @@ class Row:
             rules = replace(rules, max_steps=min(rules.max_steps, length))
         prompt = Prompt.of(request.prompt)
         row = cls(request, prompt, rules, length, request.options.seed or 0, list(prompt.tokens), watch, inspect)
+        row.sampler = RowSampler.of(request.options, prompt.tokens)
         row.spans = [
             RowSpan(span.start, span.width, span.grammar.start(request.room(span, config))) for span in request.spans
         ]
@@ -285,6 +293,16 @@ class Row:
     def lacking(self) -> int:
         """How many tokens `min_tokens` still asks for before an end is allowed."""
         return self.options.min_tokens - len(self.tokens)
+
+    @property
+    def moves_logits(self) -> bool:
+        """Whether its sampling options change logits."""
+        return self.sampler is not None and self.sampler.moves_logits
+
+    @property
+    def before_canvas(self) -> list[int]:
+        """What it has committed before its present canvas."""
+        return self.tokens[: len(self.tokens) - self.settled]
 
     def spans_here(self) -> list[tuple[RowSpan, int, int]]:
         """The spans on its canvas: from position, to position."""

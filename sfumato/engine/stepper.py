@@ -30,7 +30,7 @@ from sfumato.sampling.canvases import Canvases, HostCopy
 from sfumato.sampling.noise import SeatNoise
 from sfumato.sampling.recorded import Recorded
 from sfumato.sampling.rules import accepts
-from sfumato.sampling.step import Projection, StepInput, conclude_, look, rule_view, step_
+from sfumato.sampling.step import PlacedSampler, Projection, StepInput, conclude_, look, rule_view, step_
 
 PASSES_KEPT = 8
 """Masks and angles of so many groups of rows are kept from step to step."""
@@ -127,11 +127,11 @@ class Stepper:
         """Rows that can share a pass, with the tokens that their banned positions may not take.
 
         They are of one canvas length, all with something to encode or all without, all with a part of the host's or all
-        without. Rows without bans go along with any."""
-        alike: dict[tuple[int, bool, bool], list[int]] = {}
+        without, all with options that move logits or all without. Rows without bans go along with any."""
+        alike: dict[tuple[int, bool, bool, bool], list[int]] = {}
         for seat in seats:
             row = self.table.row(seat)
-            alike.setdefault((row.length, not row.pending, row.is_hosted), []).append(seat)
+            alike.setdefault((row.length, not row.pending, row.is_hosted, row.moves_logits), []).append(seat)
         for _, similar in sorted(alike.items()):
             bans = {seat: self._bans(self.table.row(seat)) for seat in similar}
             kinds = sorted(set(bans.values()) - {()}) or [()]
@@ -149,7 +149,8 @@ class Stepper:
         counts = table.make_room(tokens, seats)
         width, lengths, state = max(counts), [table.cache.lengths[seat] for seat in seats], table.canvases_of(length)
         encode = length if width else 0
-        recorded = self._recording(state, len(seats), encode, bans) if self.is_recording and width <= length else None
+        can_record = self.is_recording and width <= length and all(row.sampler is None for row in rows)
+        recorded = self._recording(state, len(seats), encode, bans) if can_record else None
         if recorded is not None:
             tokens_BT = table.padded(tokens, encode) if encode else None
             encoded_BTD = recorded(seats, lengths, counts, tokens_BT, bans)
@@ -184,7 +185,10 @@ class Stepper:
         at_B = torch.tensor(seats, device=self.model.device)
         bans_N = torch.tensor(bans, device=self.model.device) if bans else None
         run = self._pass_of(seats, counts, width, lengths, length)
-        return StepInput(at_B, run, tokens_BT, noise, all(row.step == 0 for row in rows), bans_N)
+        samplers = [
+            PlacedSampler(n, row.sampler, row.before_canvas) for n, row in enumerate(rows) if row.sampler is not None
+        ]
+        return StepInput(at_B, run, tokens_BT, noise, all(row.step == 0 for row in rows), bans_N, samplers)
 
     def _pass_of(self, seats: list[int], counts: list[int], width: int, lengths: list[int], canvas: int) -> Pass:
         """What the layers share, made once for all the steps of a canvas."""

@@ -32,7 +32,10 @@ from sfumato.templates.requests import AnswerQuery, Chat, Complete, Query, Query
 AT_ONCE = 32
 """Requests under way of those that are awaited, or come in a list."""
 
-_STANDARD = {"max_tokens", "temperature", "top_p", "stop", "seed", "logprobs", "top_logprobs", "drafts"}
+_STANDARD = {
+    *("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed"),
+    *("logprobs", "top_logprobs", "drafts"),
+}
 """Options that any host takes under the same name, and drafts, which just do not come."""
 _STANDARD_IN_CHAT = {*_STANDARD, "schema", "strict", "must_call"}
 """The last three in OpenAI's own words."""

@@ -149,13 +149,17 @@ def is_confident(entropy_BL: Tensor, confidence_B: Tensor) -> Tensor:
 
 
 def pick_token(logits_V: Tensor, options: Options, uniform: Tensor) -> int:
-    """One token by temperature, top-k and top-p, from a uniform number in [0, 1); temperature 0 is greedy."""
+    """One token by temperature, top-k, top-p and min-p, from a uniform number in [0, 1); temperature 0 is greedy.
+
+    Penalties and biases have moved the logits before (`distribution.RowSampler.next_logits`)."""
     if options.temperature < LEAST:  # logits over less overflow float32, and are greedy anyway
         return int(logits_V.argmax())
     p_V, order_V = torch.softmax(logits_V / options.temperature, -1).sort(descending=True, stable=True)
-    if options.top_k:
+    if options.top_k > 0:
         p_V = p_V[: options.top_k]
     before_V = p_V.cumsum(-1) - p_V
-    p_V = p_V * (before_V < options.top_p * p_V.sum())
+    is_kept_V = (before_V < options.top_p * p_V.sum()) & (p_V >= options.min_p * p_V[0])
+    is_kept_V[0] = True
+    p_V = p_V * is_kept_V
     chosen = int(torch.searchsorted(p_V.cumsum(-1), uniform * p_V.sum(), right=True))
     return int(order_V[min(chosen, int((p_V > 0).sum()) - 1)])

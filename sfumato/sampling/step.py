@@ -22,8 +22,17 @@ from sfumato.model.network import Model
 from sfumato.model.passes import Pass
 from sfumato.ops.contract import ReadOut
 from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.distribution import RowSampler
 from sfumato.sampling.noise import CountedNoise, StepNoise
 from sfumato.sampling.rules import RowRules, RuleView, accepts, count_still, is_settled, stops
+
+
+class PlacedSampler(NamedTuple):
+    """A row's sampling options, its place among the rows of a step, and what it committed before this canvas."""
+
+    place: int
+    sampler: RowSampler
+    answer: Sequence[int]
 
 
 class StepInput(NamedTuple):
@@ -41,6 +50,8 @@ class StepInput(NamedTuple):
     """Every row is at its first step, so there is no soft embedding yet."""
     bans_N: Tensor | None = None
     """Tokens that banned positions may not take."""
+    samplers: Sequence[PlacedSampler] = ()
+    """Of the rows with sampling options of their own; they move logits in all rows or in none."""
 
 
 class Projection(NamedTuple):
@@ -147,7 +158,22 @@ def read_canvases(model: Model, cache: KVCache, state: Canvases, inputs: StepInp
     banned = None if inputs.bans_N is None else (state.banned_XL[at_B], inputs.bans_N)
     head_VD = model.head_VD
     read = model.ops.read_out(hidden_BLD, head_VD, model.config.softcap, temperature_B, **noise.sample, banned=banned)
+    if inputs.samplers:
+        read = _sampled(state, inputs, read, temperature_B, noise)
     return PassResult(encoded_BTD, hidden_BLD, read, noise.tokens_BL)
+
+
+def _sampled(state: Canvases, inputs: StepInput, read: ReadOut, temperature_B: Tensor, noise: StepNoise) -> ReadOut:
+    """The read-out as the sampling options of some of its rows have it."""
+    changed = {name: getattr(read, name).clone() for name in ("sample_BL", "argmax_BL", "entropy_BL")}
+    moves_logits = any(sampler.moves_logits for _, sampler, _ in inputs.samplers)
+    read = read._replace(**changed, tiles=None if moves_logits else read.tiles)
+    uniform_BL, gumbel_BLV = (noise.sample.get(name) for name in ("uniform_BL", "gumbel_BLV"))
+    for place, sampler, answer in inputs.samplers:
+        own = tuple(None if x is None else x[place] for x in (uniform_BL, gumbel_BLV))
+        canvas_L = state.argmax_XL[inputs.at_B[place]]
+        sampler.apply_(read, place, temperature_B[place], (own[0], own[1]), (answer, canvas_L))
+    return read
 
 
 def conclude_(model: Model, state: Canvases, look_result: Look, projection: Projection | None = None) -> None:

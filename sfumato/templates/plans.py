@@ -23,7 +23,7 @@ from sfumato.errors import CapacityError, InputError
 from sfumato.events import Completion, Decision, Edited, Filled
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
-from sfumato.options import OPTIONS, Options
+from sfumato.options import OPTIONS, SHAPING, Options
 from sfumato.templates.checks import check_query
 from sfumato.templates.decisions import choices_of, decisions_of, form_of
 from sfumato.templates.grammars import GrammarCache
@@ -214,6 +214,10 @@ class Planner:
                 "ask fewer at a time"
             )
         read_outs: list[Tensor] = []
+        for name in SHAPING:
+            if (value := getattr(query.options, name)) != OPTIONS[name].default:
+                message = f"{name} is {value!r}; a decision reads the model's own probabilities, leave it out"
+                raise InputError(message, option=name)
         options = replace(_of_templates(query.options), max_steps=query.steps, t_max=1.0, t_min=1.0)
         options = self.resolve(replace(options, temperature_steps=None))
         yield [self._ask_sheet(sheet, query.prompt, options, [], read_outs.append)]

@@ -251,9 +251,13 @@ def test_what_asks_for_nothing_is_taken(client: TestClient, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", 1),
-        ("logit_bias", {"5": 1}),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", "much"),
+        ("repetition_penalty", 0),
+        ("min_p", -0.1),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", [5]),
         ("store", True),
         ("service_tier", "flex"),
         ("prediction", {"type": "content", "content": "x"}),
@@ -265,8 +269,8 @@ def test_what_asks_for_nothing_is_taken(client: TestClient, name: str) -> None:
         ("temperature", 2.5),
         ("temperature", "hot"),
         ("temperature", True),
-        ("top_p", 0.5),
-        ("top_k", 40),
+        ("top_p", 1.5),
+        ("top_k", -2),
         ("n", 0),
         ("n", 17),
         ("stop", ["a"] * 17),
@@ -311,12 +315,24 @@ def test_what_is_wrong_in_a_message_is_named(client: TestClient, message: dict[s
     assert refused(client.post("/v1/chat/completions", json={"messages": [message]}))["param"] == param
 
 
-def test_sampling_applies_where_there_is_no_canvas() -> None:
-    backend = FakeBackend(replace(CARD, is_diffusion=False))
-    with connect(backend) as client:
-        assert chat(client, top_p=0.5, top_k=3).status_code == 200
-    with connect(FakeBackend()) as client:
-        assert chat(client, top_p=0.5, mode="autoregressive").status_code == 200
+PRESET: dict[str, Any] = {
+    **{"temperature": 0.7, "top_p": 0.95, "top_k": 64, "min_p": 0.01, "repetition_penalty": 1.05},
+    **{"presence_penalty": 0.5, "frequency_penalty": -0.25, "logit_bias": {"5": -100, "7": 1.5}},
+}
+"""What a saved preset of another program sends."""
+
+
+def test_a_preset_is_taken_in_every_mode() -> None:
+    for card in (CARD, replace(CARD, is_diffusion=False)):
+        backend = FakeBackend(card)
+        with connect(backend) as client:
+            for more in ({}, {"mode": "autoregressive"}):
+                assert chat(client, **PRESET, **more).status_code == 200
+                options = backend.queries[-1].options
+                assert {name: getattr(options, name) for name in PRESET} == PRESET | {"logit_bias": {5: -100, 7: 1.5}}
+
+
+def test_a_server_without_a_template_names_the_other_route() -> None:
     with connect(FakeBackend(replace(CARD, has_chat=False))) as client:
         assert "/v1/completions" in refused(chat(client))["message"]
 

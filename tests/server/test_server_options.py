@@ -29,7 +29,7 @@ class More(Options):
     """Options, and one more of each kind, as if `sfumato.options` declared them."""
 
     patience: Annotated[int, About("Steps to wait.", ("canvas", "chat", "templates"), 0, 9)] = 3
-    min_p: Annotated[float | None, About("A share.", ("canvas", "chat"), 0.0, 0.5)] = None
+    share: Annotated[float | None, About("A share.", ("canvas", "chat"), 0.0, 0.5)] = None
     shape: Annotated[Literal["round", "square"] | None, About("A form.", ("canvas", "chat"))] = None
     words: Annotated[tuple[str, ...], About("Texts.", ("canvas", "chat"))] = ()
     is_loud: Annotated[bool, About("Loud.", ("autoregressive", "chat"))] = False
@@ -56,10 +56,10 @@ def test_a_new_option_is_a_field_and_is_listed_with_no_change_here(more_options:
     class Template(OptionsBody, uses=("canvas", "templates")):
         pass
 
-    options = read(Chat, patience=5, min_p=0.25, shape="round", words=["a"], seed=1).options(CARD)
-    assert options == More(patience=5, min_p=0.25, shape="round", words=("a",), seed=1)
+    options = read(Chat, patience=5, share=0.25, shape="round", words=["a"], seed=1).options(CARD)
+    assert options == More(patience=5, share=0.25, shape="round", words=("a",), seed=1)
     assert read(Template, patience=5, seed=1).options(CARD) == More(patience=5, seed=1)
-    assert "min_p" not in Template.model_fields and "patience" in Template.model_fields
+    assert "share" not in Template.model_fields and "patience" in Template.model_fields
     with pytest.raises(InputError, match="is_loud is True; it applies to mode 'autoregressive' alone") as refused:
         read(Chat, is_loud=True).options(CARD)
     assert refused.value.option == "is_loud"
@@ -83,7 +83,7 @@ def test_a_new_option_is_a_field_and_is_listed_with_no_change_here(more_options:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("patience", 10), ("patience", 1.5), ("min_p", 0.6), ("shape", "long"), ("words", ["a"] * 1025), ("is_loud", 1)],
+    [("patience", 10), ("patience", 1.5), ("share", 0.6), ("shape", "long"), ("words", ["a"] * 1025), ("is_loud", 1)],
 )
 def test_a_new_option_is_checked_by_its_declaration(more_options: None, name: str, value: Any) -> None:
     class Chat(Sampled, uses=("chat",)):

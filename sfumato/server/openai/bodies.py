@@ -33,11 +33,6 @@ class Sampled(OptionsBody):
     """What SDKs send beside the options of an answer."""
 
     metadata: Annotated[dict[str, Any], Most("max_metadata", "entries")] | None = None
-    frequency_penalty: Any = only(0)
-    presence_penalty: Any = only(0)
-    repetition_penalty: Any = only(1)
-    min_p: Any = only(0)
-    logit_bias: Any = only({})
     service_tier: Any = only("auto", "default")
     store: Any = only(False)
     safety_identifier: str | None = None
