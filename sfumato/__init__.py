@@ -17,12 +17,24 @@ if TYPE_CHECKING:
         SfumatoError,
         WorkerError,
     )
-    from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, Usage
+    from sfumato.events import (
+        Commit,
+        Completion,
+        Decision,
+        Done,
+        Draft,
+        Edited,
+        Event,
+        Filled,
+        Scored,
+        ScoredToken,
+        Usage,
+    )
     from sfumato.llm import LLM
     from sfumato.options import LoadOptions, Options
     from sfumato.remote import Remote
     from sfumato.templates.interface import LanguageModel
-    from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill
+    from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Score
     from sfumato.templates.slots import Slot
 
 __version__ = "0.1.0"
@@ -51,6 +63,9 @@ __all__ = [
     "NumericError",
     "Options",
     "Remote",
+    "Score",
+    "Scored",
+    "ScoredToken",
     "SfumatoError",
     "Slot",
     "Usage",
@@ -82,6 +97,9 @@ _HOME = {
     "NumericError": "errors",
     "Options": "options",
     "Remote": "remote",
+    "Score": "templates.requests",
+    "Scored": "events",
+    "ScoredToken": "events",
     "SfumatoError": "errors",
     "Slot": "templates.slots",
     "Usage": "events",

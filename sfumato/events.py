@@ -241,6 +241,57 @@ class Decision:
         return self.choice
 
 
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token of a text, and what the model says of it from what stands before."""
+
+    token: int
+    """Its id; from a host that sends texts alone, -1."""
+    piece: str
+    """Its text."""
+    offset: int
+    """Where in the text of all the tokens it begins, in characters."""
+    logprob: float | None = None
+    """In nats; None for the first token of a text, which nothing stands before."""
+    top: dict[str, float] = field(default_factory=dict)
+    """The texts of the likeliest tokens in its place -> their log-probabilities."""
+
+    @property
+    def is_likeliest(self) -> bool:
+        """Whether no other token was likelier in its place."""
+        return self.logprob is not None and self.logprob >= max(self.top.values(), default=self.logprob)
+
+
+@dataclass(frozen=True, repr=False)
+class Scored:
+    """A text's log-probabilities, token by token: those of an encode pass, so of one token after another."""
+
+    tokens: list[ScoredToken]
+    """The tokens of the continuation; without one, of the whole text."""
+    text: str
+    """Their text, without control tokens."""
+    following: ScoredToken
+    """The token that the model would write behind them."""
+    answer: str
+    """The text of that token; "" for a control token."""
+    usage: Usage
+    seed: int = 0
+    """The seed of `following`."""
+
+    @property
+    def logprob(self) -> float:
+        """Of all tokens together, in nats; a first one, which nothing stands before, does not count."""
+        return sum(one.logprob for one in self.tokens if one.logprob is not None)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is the likeliest in its place, so that greedy sampling would write the same."""
+        return all(one.is_likeliest for one in self.tokens if one.logprob is not None)
+
+    def __repr__(self) -> str:
+        return _answer_repr("Scored", self.text, [f"{len(self.tokens)} tokens", f"logprob {self.logprob:.3f}"])
+
+
 Event = Draft | Commit | Done
 """What a run yields, in order."""
 

@@ -305,7 +305,7 @@ class LLM(LanguageModel):
 
     def _events(self, asks: list[Ask]) -> Iterator[Event]:
         rows = [ask.row(self.model.config, str(n), f"prompt {n}") for n, ask in enumerate(asks)]
-        engine = self._engines.take(self.model, [row.prompt for row in rows])
+        engine = self._engines.take(self.model, [row.reusable for row in rows])
         try:
             run = Run(self.model, rows, engine=engine)
         except InputError:  # refused before any work

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 
 from sfumato.errors import SfumatoError
-from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, Usage
+from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, Scored, ScoredToken, Usage
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
-from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Edit, Fill, Infill, Query
+from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Edit, Fill, Infill, Query, Score
 from sfumato.templates.slots import Slot, check_template
 
 T = TypeVar("T")
@@ -143,6 +143,8 @@ def events_of(query: Query, text: str | None = None) -> list[Event | Result]:
             return [*drafts, _filled(check_template(template), usage, seed)]
         case Decide(fields=fields):
             return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in fields.items()}]
+        case Score(prompt=prompt):
+            return [_scored(prompt, usage, seed)]
         case _:
             return _answer(query, text)
 
@@ -252,6 +254,17 @@ def _filled(template: Sequence[str | Slot], usage: Usage, seed: int) -> Filled:
             values[name] = piece.choices[0] if piece.choices else f"<{name}>"
             text += values[name]
     return Filled(text, values, usage, seed, dict.fromkeys(values, 1))
+
+
+def _scored(prompt: Any, usage: Usage, seed: int) -> Scored:
+    """A token a word, or an id."""
+    words = prompt.split(" ") if isinstance(prompt, str) else [f"[{token}]" for token in prompt]
+    tokens = [ScoredToken(2, "<bos>", 0)]
+    for number, word in enumerate(words):
+        offset = sum(len(one.piece) for one in tokens[1:])
+        tokens.append(ScoredToken(number, f" {word}"[not number :], offset, -number - 0.5, {word: -0.25, "x": -9.0}))
+    text = "".join(one.piece for one in tokens[1:])
+    return Scored(tokens, text, ScoredToken(9, " next", len(text), -0.5, {" next": -0.5}), " next", usage, seed)
 
 
 def _size(query: AnswerQuery) -> int:

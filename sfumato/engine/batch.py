@@ -192,7 +192,7 @@ class Batch:
             if self._is_being_encoded(first) or not self._make_room(first.request):
                 return
             self._waiting.popleft()
-            prefix, count = self.prefixes.find(first.prompt)
+            prefix, count = self.prefixes.find(first.reusable)
             seat = self.engine.join(first, prefix, count)
             self._ids[seat] = first.request.id
             if count:
@@ -206,7 +206,7 @@ class Batch:
             for seat in self._ids:
                 row, encoded = self._row(seat), self.engine.cache.lengths[seat]
                 if mark in row.request.marks and encoded < mark and row.prompt.first(mark) == start:
-                    return self.prefixes.find(waiting.prompt)[1] < mark
+                    return self.prefixes.find(waiting.reusable)[1] < mark
         return False
 
     def _make_room(self, request: Request) -> bool:

@@ -182,7 +182,8 @@ class Engine:
         while len(self.pending_reads) > lag:
             events += self.commits.collect(self.pending_reads.popleft())
         # 6. One token of the rows that go without a canvas.
-        events += self.commits.decode([seat for seat in seats if not row(seat).request.is_diffusion])
+        decoding = [seat for seat in seats if not row(seat).request.is_diffusion and not row(seat).is_over]
+        events += self.commits.decode(decoding)
         return events + self.table.pop_failures()
 
     def _lag(self, stepped: list[int]) -> int:

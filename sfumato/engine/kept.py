@@ -39,14 +39,12 @@ class EngineKeeper:
     def take(self, model: Model, prompts: Sequence[Prompt]) -> Engine | None:
         """The engine of the last call; None where there is none, another call has it, or it ran another model.
 
-        Its first seat keeps what it has in common with the prompt, if there is one prompt."""
+        Its first seat keeps what it has in common with the prompt, if there is one; of a row, `Row.reusable`."""
         with self._lock:  # or two threads take the same
             kept, self.kept = self.kept, None
         if kept is None or kept.engine.model is not model:
             return None
-        shared = 0
-        if len(prompts) == 1:  # all but the last position, because something must be computed; an empty one has none
-            shared = kept.prompt.shared(prompts[0].first(max(0, len(prompts[0]) - 1)))
+        shared = kept.prompt.shared(prompts[0]) if len(prompts) == 1 else 0
         engine = kept.engine
         engine.leave(0, shared if engine.cache.can_truncate(0, shared) else 0)
         return engine

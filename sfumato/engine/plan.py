@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from sfumato.engine.request import Inspect, Request, Row
+from sfumato.engine.scores import PromptScores
 from sfumato.errors import InputError
 from sfumato.events import Done
 from sfumato.model.config import ModelConfig
@@ -29,10 +30,12 @@ class Ask:
     """Whether its events are what the caller wants. If not, only its drafts are shown, and the plan's result counts."""
     inspect: Inspect | None = None
     """Takes every read-out of its row."""
+    scores: PromptScores | None = None
+    """Takes the log-probabilities of its row's prompt."""
 
     def row(self, config: ModelConfig, id: str, name: str = "the prompt") -> Row:
         """The row of its request, which is then called so: see `Row.of`."""
-        return Row.of(replace(self.request, id=id, name=name), config, self.reader.push, self.inspect)
+        return Row.of(replace(self.request, id=id, name=name), config, self.reader.push, self.inspect, self.scores)
 
 
 Plan = Generator[list[Ask], list[Done], Result]

@@ -40,18 +40,8 @@ class Prefixes:
         self._alike: dict[bytes, list[_Key]] = {}  # the first tokens -> what begins with them
 
     def find(self, prompt: Prompt) -> tuple[KVCache | None, int]:
-        """A cache of one row, and how many of its tokens the prompt begins with.
-
-        At most all but the last of the prompt, because something must be computed."""
-        return self._longest(_array(prompt.tokens[:-1]), prompt)
-
-    def holds(self, prompt: Prompt) -> bool:
-        """Whether all of this is kept already."""
-        return self._longest(_array(prompt.tokens), prompt)[1] == len(prompt)
-
-    def _longest(self, tokens: npt.NDArray[np.int64], prompt: Prompt) -> tuple[KVCache | None, int]:
-        """What has most in common with these leading tokens of a prompt, and how many tokens that are."""
-        best, most = None, 0
+        """A cache of one row, and how many of its tokens the prompt begins with; of a row, `Row.reusable`."""
+        tokens, best, most = _array(prompt.tokens), None, 0
         for key in self._alike.get(tokens[:KEPT_FROM].tobytes(), ()):
             prefix = self._kept[key]
             size = min(len(prefix.tokens), len(tokens))
@@ -64,6 +54,10 @@ class Prefixes:
             return None, 0
         self._kept.move_to_end(best)
         return self._kept[best].cache, most
+
+    def holds(self, prompt: Prompt) -> bool:
+        """Whether all of this is kept already."""
+        return self.find(prompt)[1] == len(prompt)
 
     def add(self, prompt: Prompt, cache: KVCache) -> None:
         """Keep a cache of one row that holds this prompt, of at least `KEPT_FROM` tokens."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from sfumato.constraints.grammar import Grammar
 from sfumato.constraints.guide import Guide
 from sfumato.engine.arguments import check_ids, check_kind, check_places
+from sfumato.engine.scores import PromptScores
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
@@ -211,6 +212,8 @@ class Row:
     """Called with its read-outs."""
     sampler: RowSampler | None = None
     """Its sampling options; None: all are off."""
+    scores: PromptScores | None = None
+    """Takes the log-probabilities of its prompt."""
     spans: list[RowSpan] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that were encoded before it began."""
@@ -237,12 +240,17 @@ class Row:
 
     @classmethod
     def of(
-        cls, request: Request, config: ModelConfig, watch: Watch | None = None, inspect: Inspect | None = None
+        cls,
+        request: Request,
+        config: ModelConfig,
+        watch: Watch | None = None,
+        inspect: Inspect | None = None,
+        scores: PromptScores | None = None,
     ) -> Row:
         """A row for a request, of which nothing is encoded yet; it can wait, and be made in any thread.
 
-        `watch` is called with its new tokens, `inspect` with its read-outs. InputError or CapacityError for what this
-        model cannot run. The guide of a grammar takes a moment."""
+        `watch` is called with its new tokens, `inspect` with its read-outs; `scores` takes what the model says of its
+        prompt. InputError or CapacityError for what this model cannot run. The guide of a grammar takes a moment."""
         request = request.checked(config)
         rules, length = Rules.of(request.options), request.canvas_length(config)
         if request.options.short:  # a step accepts one position at least, so more steps than positions are no use
@@ -250,6 +258,7 @@ class Row:
         prompt = Prompt.of(request.prompt)
         row = cls(request, prompt, rules, length, request.options.seed or 0, list(prompt.tokens), watch, inspect)
         row.sampler = RowSampler.of(request.options, prompt.tokens)
+        row.scores = scores
         row.spans = [
             RowSpan(span.start, span.width, span.grammar.start(request.room(span, config))) for span in request.spans
         ]
@@ -258,6 +267,14 @@ class Row:
     def begin(self, count: int) -> None:
         """Begin behind the first `count` tokens of the prompt, which are encoded."""
         self.rest, self.reused = list(self.prompt.tokens[count:]), count
+
+    @property
+    def reusable(self) -> Prompt:
+        """What of its prompt may be encoded before it begins.
+
+        All but the last token, because something must be computed; less, where that would lose hidden states that its
+        scores follow from."""
+        return self.prompt.first(len(self.prompt) - 1 if self.scores is None else self.scores.first - 1)
 
     @property
     def is_over(self) -> bool:

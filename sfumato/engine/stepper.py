@@ -94,8 +94,23 @@ class Stepper:
                 tokens.append(chunk)
                 encoding.append(seat)
         if encoding:
-            self.table.encode(tokens, encoding)
+            self._encode(tokens, encoding)
         self.begin(beginning, is_first=True)
+
+    def _encode(self, tokens: list[list[int]], seats: list[int]) -> None:
+        """Encode chunks of prompts; of a row that wants its prompt's log-probabilities they are taken here."""
+        before = {seat: self.table.last_XD[seat].clone() for seat in seats if self.table.row(seat).scores is not None}
+        hidden_BTD = self.table.encode(tokens, seats)
+        for n, seat in enumerate(seats):
+            row = self.table.row(seat)
+            if row.scores is None:
+                continue
+            end = len(row.prompt) - len(row.rest)
+            hidden_TD = hidden_BTD[n, : len(tokens[n])]
+            if not row.scores.add(self.model, end - len(tokens[n]), tokens[n], hidden_TD, before[seat]):
+                self.table.fail_of_numbers(seat, "in the prompt")
+            elif not row.rest:
+                row.scores.end(self.model, hidden_TD[-1])
 
     # ---- canvases -----------------------------------------------------------------------------------------------
 

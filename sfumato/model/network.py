@@ -436,10 +436,8 @@ class Model(nn.Module):
         if next_input is not None:
             final_BTD: Tensor = next_input
             return final_BTD
-        # Where squares overflow the norm makes zeros, which would pass for a state: 0 times infinity is NaN.
-        normed_BTD: Tensor = self.norm(x_BTD)
-        size_BT1: Tensor = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
-        return normed_BTD + 0 * size_BT1
+        last_BTD: Tensor = self.norm(x_BTD)
+        return last_BTD
 
     @torch.no_grad()
     def init_(self, seed: int = 0, std: float = 0.02) -> Model:

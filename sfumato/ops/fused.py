@@ -32,10 +32,13 @@ def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """As `reference.rms_norm`."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps).type_as(x)
+    """As `reference.rms_norm`; torch's own call, which says nothing of squares that overflow, where gradients are."""
+    x32, weight = x.float(), None if weight is None else weight.float()
+    if torch.is_grad_enabled():
+        return F.rms_norm(x32, x.shape[-1:], weight, eps).type_as(x)
+    mean = x32.square().mean(-1, keepdim=True)
+    x32 = x32 * torch.rsqrt(mean + eps).add_(mean, alpha=0)
+    return (x32 if weight is None else x32.mul_(weight)).type_as(x)
 
 
 def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:

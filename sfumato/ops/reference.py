@@ -29,9 +29,12 @@ def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The norm x / rms(x) x weight over the last axis, in float32, returned in x's dtype."""
+    """The norm x / rms(x) x weight over the last axis, in float32, returned in x's dtype.
+
+    Where the squares overflow it is NaN: x over infinity is zeros, which would pass for a state."""
     x32 = x.float()
-    x32 = x32 * torch.pow(x32.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+    mean = x32.pow(2).mean(-1, keepdim=True)
+    x32 = x32 * (torch.pow(mean + eps, -0.5) + 0 * mean)
     return (x32 if weight is None else x32 * weight.float()).type_as(x)
 
 

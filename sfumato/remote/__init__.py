@@ -20,14 +20,14 @@ from sfumato.errors import CheckpointError, InputError, WorkerError, contained
 from sfumato.events import Commit, Completion, Draft, Event
 from sfumato.model.purpose import Purpose
 from sfumato.options import Options, differences
-from sfumato.remote.bodies import answer_body, answer_route, option_refused, template_route_and_body
+from sfumato.remote.bodies import answer_body, answer_route, option_refused, score_body, template_route_and_body
 from sfumato.remote.host import Host, NoSuchRoute
-from sfumato.remote.results import AnswerReader, completion_of, result_of, text_of
+from sfumato.remote.results import AnswerReader, completion_of, result_of, scored_of, text_of
 from sfumato.system.cancelling import Cancellation
 from sfumato.templates.checks import check_query
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.outcomes import results_of
-from sfumato.templates.requests import AnswerQuery, Chat, Complete, Query, QueryFor, Result
+from sfumato.templates.requests import AnswerQuery, Chat, Complete, Query, QueryFor, Result, Score
 
 AT_ONCE = 32
 """Requests under way of those that are awaited, or come in a list."""
@@ -200,6 +200,8 @@ class Remote(LanguageModel):
         self._check_open()
         if isinstance(query, Query):
             check_query(query)
+        if isinstance(query, Score):
+            return self._score(query)
         route, body = template_route_and_body(query)
         if not self.is_sfumato:
             raise InputError(f"{self.url} is no Sfumato server, so it has no /v1{route}; connect to one for that")
@@ -209,6 +211,12 @@ class Remote(LanguageModel):
         payload = self._host.json("POST", route, {"model": self.name} | body)
         with self._host.reading():
             return result_of(query, payload)
+
+    def _score(self, query: Score) -> Any:
+        self.check(query.options, is_chat=False)
+        payload = self._host.json("POST", "/completions", {"model": self.name} | score_body(query))
+        with self._host.reading():
+            return scored_of(query, payload)
 
     def _cards(self, is_needed: bool) -> list[dict[str, Any]]:
         """What the host says of its models. A host that lists none is no reason to stop where one was named."""

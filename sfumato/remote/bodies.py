@@ -15,7 +15,7 @@ from typing import Any
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, Options, differences
-from sfumato.templates.requests import AnswerQuery, Chat, Decide, Edit, Fill, Infill, Messages, QueryFor
+from sfumato.templates.requests import AnswerQuery, Chat, Decide, Edit, Fill, Infill, Messages, QueryFor, Score
 
 _UNSENT = ("early", "short", "drafts")
 """Options of templates that a Sfumato server's routes do not take, and drafts, which a whole result does not have."""
@@ -57,6 +57,17 @@ def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[
         form = {"name": "answer", "schema": schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": form}
     return body | fields
+
+
+def score_body(query: Score) -> dict[str, Any]:
+    """The body that asks /completions for the log-probabilities of a text, and for one token behind it."""
+    fields = differences(dataclasses.replace(query.options, drafts=False))
+    top = max(1, fields.pop("top_logprobs", 0))
+    if isinstance(query.prompt, str):
+        prompt: str | list[int] = query.prompt + (query.continuation if isinstance(query.continuation, str) else "")
+    else:
+        prompt = _ids([*_ids(query.prompt), *(one for one in query.continuation or () if isinstance(one, int))])
+    return fields | {"prompt": prompt, "echo": True, "logprobs": top, "max_tokens": 1}
 
 
 def _ids(prompt: Sequence[int] | Prompt) -> list[int]:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sfumato.errors import InputError, SfumatoError
-from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, Usage
+from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, Scored, ScoredToken, Usage
 from sfumato.options import Options
-from sfumato.templates.requests import Decide, Edit, Fill, Infill, QueryFor
+from sfumato.templates.requests import Decide, Edit, Fill, Infill, QueryFor, Score
 
 
 class AnswerReader:
@@ -124,6 +124,41 @@ def result_of(query: QueryFor[Any], body: Mapping[str, Any]) -> Any:
         case Decide():
             return {name: _decision(decision) for name, decision in body["decisions"].items()}
     raise InputError(f"there is no request {query!r}; give one of templates.requests")
+
+
+def scored_of(query: Score, body: Mapping[str, Any]) -> Scored:
+    """The log-probabilities that a body of /completions holds, with the one token behind the text."""
+    (choice,) = body["choices"]
+    logprobs = choice["logprobs"]
+    tokens = [
+        ScoredToken(-1, text_of(piece), int(offset), None if value is None else float(value), _likeliest(top))
+        for piece, value, top, offset in zip(
+            logprobs["tokens"],
+            logprobs["token_logprobs"],
+            logprobs["top_logprobs"],
+            logprobs["text_offset"],
+            strict=True,
+        )
+    ]
+    *scored, following = tokens
+    text, start = text_of(choice["text"]), 0
+    whole, answer = text[: following.offset], text[following.offset :]
+    if isinstance(query.prompt, str) and query.continuation:
+        length = len(query.prompt)  # the first token that reaches beyond the prompt, and those behind it
+        ends = [one.offset for one in tokens[1:]]
+        start = next(place for place, end in enumerate(ends) if end > length)
+    elif query.continuation:
+        start = len(query.prompt)
+    first = scored[start].offset if start else 0
+    scored = [dataclasses.replace(one, offset=one.offset - first) for one in scored[start:]]
+    following = dataclasses.replace(following, offset=following.offset - first)
+    return Scored(
+        scored, whole[first:], following, answer, usage_of(body.get("usage") or {}), int(body.get("seed") or 0)
+    )
+
+
+def _likeliest(top: Mapping[str, Any] | None) -> dict[str, float]:
+    return {text_of(piece): float(value) for piece, value in (top or {}).items()}
 
 
 def _decision(body: Mapping[str, Any]) -> Decision:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sfumato.events import Decision, Edited, Event, Filled
+from sfumato.events import Decision, Edited, Event, Filled, Scored
 from sfumato.model.purpose import Purpose
 from sfumato.templates.requests import Query
 
-Result = Filled | Edited | dict[str, Decision]
+Result = Filled | Edited | dict[str, Decision] | Scored
 """What a job on a template ends with."""
 
 Outcome = Event | Result | Exception

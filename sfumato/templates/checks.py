@@ -12,7 +12,7 @@ from sfumato.engine import arguments
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
 from sfumato.options import MOST_STEPS
-from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill
+from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Score
 from sfumato.templates.slots import Slot, check_spans, check_template
 
 
@@ -39,6 +39,8 @@ def check_query(query: Any) -> None:
             arguments.check_template_prompt(query.prompt, is_needed=True)
             arguments.check_fields(query.fields)
             arguments.check_count("steps", query.steps, 1, MOST_STEPS)
+        case Score():
+            _check_score(query)
 
 
 def _check_edit(query: Edit) -> None:
@@ -52,3 +54,18 @@ def _check_edit(query: Edit) -> None:
         raise InputError("neither an instruction nor spans are given; say what to change, or where")
     if query.strength is not None:
         Slot("text", text=query.text, strength=query.strength)
+
+
+def _check_score(query: Score) -> None:
+    if not isinstance(query.prompt, str | Prompt):
+        arguments.check_list("the prompt", query.prompt, "a text, or a list of token ids")
+    if query.continuation is None:
+        return
+    if isinstance(query.prompt, str):
+        arguments.check_text("the continuation", query.continuation)
+    else:
+        arguments.check_kind(
+            "the continuation", query.continuation, (list, tuple), "a list of token ids, as the prompt"
+        )
+    if not query.continuation:
+        raise InputError("the continuation is empty, so there is nothing to score; give a text, or leave it out")

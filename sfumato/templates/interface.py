@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar, Unpack, overload
 from sfumato.display.canvas import CanvasDisplay
 from sfumato.engine import arguments
 from sfumato.errors import InputError
-from sfumato.events import Completion, Decision, Done, Draft, Edited, Event, Filled
+from sfumato.events import Completion, Decision, Done, Draft, Edited, Event, Filled, Scored
 from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
 from sfumato.options import OPTIONS, OptionFields, Options, OptionsLike
@@ -35,6 +35,7 @@ from sfumato.templates.requests import (
     Messages,
     QueryFor,
     Result,
+    Score,
     Tools,
 )
 from sfumato.templates.slots import Template
@@ -263,6 +264,20 @@ class LanguageModel(ABC):
         `prompt` is a text that the fields follow, or a conversation in messages. All fields stand on one canvas as
         "field: choice" lines and are read in one denoise pass (`steps` of them)."""
         return self.run(Decide(_in_list(prompt), fields, steps, arguments.options_of(options, more)))
+
+    def score(
+        self,
+        prompt: str | Sequence[int] | Prompt,
+        continuation: str | Sequence[int] | None = None,
+        *,
+        options: OptionsLike = NONE,
+        **more: Unpack[OptionFields],
+    ) -> Scored:
+        """Say how likely a continuation is behind a prompt, or a whole text, token by token and in one encode pass.
+
+        Both are texts, or lists of token ids. `top_logprobs=5` asks for the likeliest tokens in each place, too."""
+        changes = {"logprobs": True, **more} if "top_logprobs" in more else more
+        return self.run(Score(prompt, continuation, _without_drafts(options, changes)))
 
     # ---- the same, awaited ------------------------------------------------------------------------------------------
 

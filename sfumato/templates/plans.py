@@ -19,11 +19,13 @@ from sfumato.constraints.tools import tool_grammar
 from sfumato.engine import arguments
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.request import Inspect, Request, Span
+from sfumato.engine.scores import PromptScores
 from sfumato.errors import CapacityError, InputError
-from sfumato.events import Completion, Decision, Edited, Filled
+from sfumato.events import Completion, Decision, Edited, Filled, Scored
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, SHAPING, Options
+from sfumato.templates import scores
 from sfumato.templates.checks import check_query
 from sfumato.templates.decisions import choices_of, decisions_of, form_of
 from sfumato.templates.grammars import GrammarCache
@@ -41,6 +43,7 @@ from sfumato.templates.requests import (
     Messages,
     Query,
     QueryFor,
+    Score,
     Tools,
 )
 from sfumato.templates.slots import Slot, check_template, span_template
@@ -88,6 +91,8 @@ class Planner:
                 return self.edit(query)
             case Decide():
                 return self.decide(query)
+            case Score():
+                return self.score(query)
         names = ", ".join(kind.__name__ for kind in get_args(Query))
         raise InputError(f"there is no request {reprlib.repr(query)}; there are {names}")
 
@@ -223,6 +228,17 @@ class Planner:
         yield [self._ask_sheet(sheet, query.prompt, options, [], read_outs.append)]
         return decisions_of(sheet, query.fields, tokens, read_outs[-1])
 
+    def score(self, query: Score) -> Plan[Scored]:
+        """The plan of log-probabilities: one encode pass, and the token that the model would write behind it."""
+        if not isinstance(query.prompt, str):
+            ids = [*query.prompt, *(query.continuation or ())]
+            arguments.check_ids("the prompt", ids, self.config.vocab_size)
+        options = scores.following_options(query.options)
+        prompt, first = scores.prompt_of(query, self.prompts)
+        collected = PromptScores(first, max(1, options.top_logprobs))
+        (done,) = yield [replace(self.ask(Request(prompt, options)), scores=collected)]
+        return scores.scored_of(query, prompt, collected, done, self.tokenizer)
+
     def _search_width(self, query: Fill, template: EncodedTemplate, slot: Slot, widths: Mapping[str, int]) -> Plan[int]:
         """The width of a slot that agrees best with the rest of its template: see `lengths`."""
         canvas = self.config.canvas_length
@@ -232,11 +248,11 @@ class Planner:
         # Canvases behind the one that the slot begins on have no say in it.
         ends = [(sheet.places[number].start // canvas + 1) * canvas for sheet in sheets]
         sheets = [replace(sheet, length=min(sheet.length, end)) for sheet, end in zip(sheets, ends, strict=True)]
-        scores = [LengthScore(sheet, number, canvas) for sheet in sheets]
+        fits = [LengthScore(sheet, number, canvas) for sheet in sheets]
         quick = replace(query.options, max_steps=LENGTH_STEPS, confidence=0.0, early=False, short=False, drafts=False)
-        rows = zip(sheets, scores, strict=True)
-        yield [self._ask_sheet(sheet, query.prompt, quick, [], score) for sheet, score in rows]
-        return sizes[min(range(len(sizes)), key=lambda row: (scores[row].value, row))]
+        rows = zip(sheets, fits, strict=True)
+        yield [self._ask_sheet(sheet, query.prompt, quick, [], fit) for sheet, fit in rows]
+        return sizes[min(range(len(sizes)), key=lambda row: (fits[row].value, row))]
 
     def _sheet(self, template: EncodedTemplate, widths: Mapping[str, int], options: Options) -> Sheet:
         return lay_out(template, self.config, widths, options.seed or 0, is_short=options.short)

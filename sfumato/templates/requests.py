@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from sfumato.events import Completion, Decision, Edited, Filled
+from sfumato.events import Completion, Decision, Edited, Filled, Scored
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.templates.slots import Template, slot_of
@@ -165,7 +165,25 @@ class Decide(QueryFor[dict[str, Decision]]):
         return self.prompt
 
 
-Query = Chat | Complete | Infill | Fill | Edit | Decide
+@dataclass(frozen=True)
+class Score(QueryFor[Scored]):
+    """Say how likely a text is, token by token: a continuation behind a prompt, or without one the whole prompt.
+
+    The numbers are those of the encode pass. `options.top_logprobs` asks for the likeliest tokens in each place; the
+    other options are of the one token that the model would write behind the text."""
+
+    prompt: str | Sequence[int] | Prompt
+    continuation: str | Sequence[int] | None = None
+    """Of the same kind as the prompt: a text, or token ids."""
+    options: Options = Options()  # noqa: RUF009 - frozen
+
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """The prompt's text, or its token ids."""
+        return self.prompt if isinstance(self.prompt, str) else list(self.prompt)
+
+
+Query = Chat | Complete | Infill | Fill | Edit | Decide | Score
 """Any query that this package has."""
 
 AnswerQuery = Chat | Complete

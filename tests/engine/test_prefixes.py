@@ -50,7 +50,7 @@ def test_equal_tokens_with_other_blocks_share_no_cache() -> None:
     kept.add(one, encoded(tokens))
     assert kept.holds(one) and not kept.holds(plain)
     assert [kept.find(prompt.extended([1]))[1] for prompt in (one, plain)] == [40, 34]
-    assert kept.find(one.first(37))[1] == 34  # not all but the last position, which would cut the block
+    assert kept.find(one.first(36))[1] == 34  # all but the last of 37 would cut the block
     kept.add(plain, encoded(tokens))
     assert [kept.find(prompt.extended([1]))[1] for prompt in (one, plain)] == [40, 40]
     assert kept.find(one.extended([1]))[0] is not kept.find(plain.extended([1]))[0]

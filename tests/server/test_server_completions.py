@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import server_client
 from fake_backend import FakeBackend
 from server_client import complete, events, prompts, refused
 from starlette.testclient import TestClient
 
-from sfumato.templates.requests import Complete, Infill
+from sfumato.templates.requests import Complete, Infill, Score
 
 backend, client = server_client.backend, server_client.client
 
@@ -79,7 +80,69 @@ def test_suffix_is_an_infill(client: TestClient, backend: FakeBackend) -> None:
     for more in (
         {"best_of": 2},
         {"prompt": [1], "echo": True},
-        {"echo": True, "logprobs": 1},
+        {"max_tokens": 0},
+        {"max_tokens": 0, "echo": True},
         {"suffix": "x", "logprobs": 1},
+        {"suffix": "x", "logprobs": 1, "echo": True},
     ):
         refused(complete(client, **({"prompt": "x"} | more)))
+
+
+# ---- echo with logprobs ----------------------------------------------------------------------------------------------
+
+SCORED = {"echo": True, "logprobs": 1, "seed": 1}
+
+
+def test_echo_with_logprobs_scores_the_prompt(client: TestClient, backend: FakeBackend) -> None:
+    """As lm-eval reads it: a value a token, null for the first, and the one token that is written last."""
+    body = complete(client, prompt=["ab cd", "e"], max_tokens=1, **SCORED).json()
+    text, other = body["choices"]
+    assert text["text"] == "ab cd next" and text["finish_reason"] == "length"
+    assert text["logprobs"] == {
+        "tokens": ["<bos>", "ab", " cd", " next"],
+        "token_logprobs": [None, -0.5, -1.5, -0.5],
+        "top_logprobs": [None, {"ab": -0.25}, {"cd": -0.25}, {" next": -0.5}],
+        "text_offset": [0, 0, 2, 5],
+    }
+    assert other["text"] == "e next" and other["index"] == 1
+    assert body["usage"]["completion_tokens"] == 2 and body["usage"]["steps"] == 0
+    assert [type(query) for query in backend.queries] == [Score, Score] and backend.queries[0].options.seed == 1
+    [one, two] = complete(client, prompt=[[5, 6], [7]], max_tokens=1, **SCORED).json()["choices"]
+    assert (one["text"], two["text"]) == ("[5] [6] next", "[7] next")
+
+
+def test_no_token_is_written_where_none_is_asked_for(client: TestClient) -> None:
+    fields = SCORED | {"logprobs": 0, "max_tokens": 0, "n": 2}
+    first, second = complete(client, prompt="ab", **fields).json()["choices"]
+    assert first["logprobs"] == {
+        "tokens": ["<bos>", "ab"],
+        "token_logprobs": [None, -0.5],
+        "top_logprobs": None,
+        "text_offset": [0, 0],
+    }
+    assert first["text"] == "ab" and second == first | {"index": 1}
+    assert complete(client, prompt="ab", **fields).json()["usage"]["completion_tokens"] == 0
+
+
+def test_a_longer_answer_stands_behind_the_echo(client: TestClient) -> None:
+    plain = complete(client, prompt="ab", logprobs=1, max_tokens=3, seed=1).json()["choices"][0]
+    [whole] = complete(client, prompt="ab", max_tokens=3, **SCORED).json()["choices"]
+    assert whole["text"] == "ab" + plain["text"] and whole["finish_reason"] == plain["finish_reason"]
+    for name in ("tokens", "token_logprobs", "top_logprobs"):
+        assert whole["logprobs"][name][2:] == plain["logprobs"][name]
+    assert whole["logprobs"]["tokens"][:2] == ["<bos>", "ab"]
+    assert whole["logprobs"]["text_offset"][2:] == [2 + at for at in plain["logprobs"]["text_offset"]]
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_a_stream_says_the_same(client: TestClient, most: int) -> None:
+    fields = SCORED | {"prompt": [[7], [8, 9]], "max_tokens": most}
+    whole = complete(client, **fields).json()
+    chunks = events(complete(client, **fields, stream=True, stream_options={"include_usage": True}))
+    for choice in whole["choices"]:
+        own = [one for chunk in chunks for one in chunk["choices"] if one["index"] == choice["index"]]
+        assert "".join(one["text"] for one in own) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [value for one in own if one["logprobs"] for value in one["logprobs"][name]] == values
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+    assert chunks[-1]["usage"] == whole["usage"]

@@ -263,6 +263,28 @@ def test_completions(client: Any) -> None:
     assert middle.choices[0].finish_reason == "stop" and isinstance(middle.choices[0].text, str)
 
 
+@pytest.mark.parametrize("cut", [2, 5, None])
+def test_scores_are_those_of_python(server: Server, client: Any, local: LLM, cut: int | None) -> None:
+    """`Remote.score` asks the same route as lm-eval: a prompt's log-probabilities, and one token behind it."""
+    text = "Solve 020 hé∀😀 | 5"
+    parts = (text,) if cut is None else (text[:cut], text[cut:])
+    ours, theirs = local.score(*parts, top_logprobs=2, temperature=0), Remote(server.url).score(*parts, temperature=0)
+    assert (theirs.text, theirs.answer, theirs.is_greedy) == (ours.text, ours.answer, ours.is_greedy)
+    assert theirs.logprob == pytest.approx(ours.logprob, abs=1e-3) and theirs.tokens[0].token == -1
+    assert [(one.piece, one.offset) for one in theirs.tokens] == [(one.piece, one.offset) for one in ours.tokens]
+    assert [list(one.top) for one in theirs.tokens] == [list(one.top)[:1] for one in ours.tokens]
+    ids = list(local.encode(text).tokens)
+    fields: Any = {"model": MODEL, "prompt": [ids, ids[:3]], "echo": True, "logprobs": 1, "temperature": 0}
+    whole, short = client.completions.create(max_tokens=1, **fields).choices
+    logprobs = [one.logprob for one in local.score(ids).tokens]
+    assert whole.logprobs.token_logprobs[1:-1] == pytest.approx(logprobs[1:], abs=1e-4)
+    assert whole.logprobs.token_logprobs[0] is None and len(short.logprobs.tokens) == 4
+    assert all(
+        value <= max(top.values())
+        for value, top in zip(whole.logprobs.token_logprobs[1:], whole.logprobs.top_logprobs[1:], strict=True)
+    )
+
+
 def test_responses(client: Any) -> None:
     fields: dict[str, Any] = {"model": MODEL, "max_output_tokens": 24, "extra_body": FEW_STEPS | {"seed": 1}}
     answer = client.responses.create(input="Hello", instructions="Be brief.", **fields)

@@ -7,6 +7,7 @@ template <class T> static inline V weight_at(const T *w, long i, long n) {
     return w ? load_some(w + i, n - i) : splat(1.0f);
 }
 
+// Where squares overflow it is NaN, not zero: zeros would pass for a state.
 template <class A> static inline float inverse_rms(A at, long n, float eps) {
     V sum[4] = {};
     long i = 0;
@@ -19,7 +20,8 @@ template <class A> static inline float inverse_rms(A at, long n, float eps) {
         V x = at(i);
         sum[0] += x * x;
     }
-    return 1.0f / std::sqrt(total((sum[0] + sum[1]) + (sum[2] + sum[3])) / n + eps);
+    const float mean = total((sum[0] + sum[1]) + (sum[2] + sum[3])) / n;
+    return 1.0f / std::sqrt(mean + eps) + 0.0f * mean;
 }
 
 template <class T> static void rms_norm(const T *x, long rows, long n, const T *w, float eps, T *y, int threads) {

@@ -23,7 +23,7 @@ from sfumato.ops.contract import JoinNorms
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.forms import Form, dense_specials
-from sfumato.ops.triton.norm import joined, normed, shape
+from sfumato.ops.triton.norm import inverse_root, joined, normed, shape
 from sfumato.ops.triton.product import Ready, lay_out, special
 from sfumato.ops.triton.tuning import Config, config
 
@@ -174,7 +174,7 @@ def _between(
     x = (residual + normed(x, norm, eps, WIDTH).to(kind).to(tl.float32)).to(kind)
     tl.store(out_ptr + at, x, live)
     x = x.to(tl.float32)
-    root = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
+    root = inverse_root(tl.sum(x * x, 1) / WIDTH, eps)
     tl.store(root_ptr + row, root, is_row)
     x *= root[:, None]
     weight = tl.load(dense_norm_ptr + col, col < WIDTH, 0.0).to(tl.float32)
@@ -234,10 +234,8 @@ def _end(
     tl.store(out_ptr + at, x, live)
     if NEXT != "":
         x = x.to(tl.float32)
-        mean = tl.sum(x * x, 1) / WIDTH
         weight = tl.load(next_norm_ptr + col, is_col, 0.0).to(tl.float32)
-        # Where squares overflow the norm makes zeros, which would pass for a state: 0 times infinity is NaN.
-        x = x * tl.rsqrt(mean + eps)[:, None] * weight[None, :] + (0.0 * mean)[:, None]
+        x = normed(x, weight, eps, WIDTH)
         x = tl.where(live, x.to(kind).to(tl.float32), 0.0)
         lay_out(x, next_ptr, next_extra_ptr, row, is_row, WIDTH, NEXT_GROUP, NEXT, ROWS, BLOCK)
 

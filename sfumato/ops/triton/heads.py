@@ -15,7 +15,7 @@ from torch import Tensor
 from sfumato.ops.masks import Mask
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
-from sfumato.ops.triton.norm import heads_a_program, turned
+from sfumato.ops.triton.norm import heads_a_program, inverse_root, turned
 from sfumato.ops.triton.tuning import Config, config
 
 DEFAULTS: dict[str, Config] = {
@@ -142,7 +142,7 @@ def _heads(
     if is_v:
         one = tl.load(x_ptr + at, live, 0.0).to(tl.float32)
         two = tl.load(x_ptr + at + HALF, live, 0.0).to(tl.float32)
-        scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / SIZE + eps)[:, None]
+        scale = inverse_root((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / SIZE, eps)[:, None]
         one, two = (one * scale).to(kind), (two * scale).to(kind)
     else:
         angle = (token // tokens).to(tl.int64) * angle_b + (token % tokens).to(tl.int64) * SIZE

@@ -172,10 +172,15 @@ def heads_a_program(heads: int, size: int, chosen: Config) -> int:
 
 
 @triton.jit
+def inverse_root(mean, eps):
+    """What a norm scales by, from the mean square: NaN where that overflows, as zeros would pass for a state."""
+    return tl.rsqrt(mean + eps) + 0.0 * mean
+
+
+@triton.jit
 def normed(x, weight, eps, WIDTH: tl.constexpr):
     """rms_norm of [ROWS, BLOCK] in float32; masked values are 0 and add nothing to the mean."""
-    mean = tl.sum(x * x, 1) / WIDTH
-    return x * tl.rsqrt(mean + eps)[:, None] * weight[None, :]
+    return x * inverse_root(tl.sum(x * x, 1) / WIDTH, eps)[:, None] * weight[None, :]
 
 
 @triton.jit
@@ -240,7 +245,7 @@ def turned(x_at, live, weight_ptr, cos_ptr, sin_ptr, eps, HALF: tl.constexpr, BL
     FROM: tl.constexpr = one.dtype
     one = one.to(tl.float32)
     two = tl.load(x_at + HALF, live, 0.0).to(tl.float32)
-    scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / (2 * HALF) + eps)[:, None]
+    scale = inverse_root((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / (2 * HALF), eps)[:, None]
     weight_one = tl.load(weight_ptr + col, is_col, 0.0).to(tl.float32)
     weight_two = tl.load(weight_ptr + HALF + col, is_col, 0.0).to(tl.float32)
     one = (one * scale * weight_one[None, :]).to(FROM).to(tl.float32)

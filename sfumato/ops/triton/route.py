@@ -21,6 +21,7 @@ from torch import Tensor
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.experts import append
+from sfumato.ops.triton.norm import inverse_root
 from sfumato.ops.triton.product import is_last, special
 from sfumato.ops.triton.tuning import Config, config
 
@@ -168,7 +169,7 @@ def _route(
         for start in range(0, D, BLOCK_K):
             x = tl.load(x_M[None, :] + start + k[:, None], (start + k < D)[:, None], 0.0).to(tl.float32)
             squares += x * x
-        norm_M = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+        norm_M = inverse_root(tl.sum(squares, 0) / D, eps)
     else:
         norm_M = tl.load(root_ptr + tl.minimum(m, tokens - 1))
 

@@ -303,7 +303,8 @@ class CompletionRequest(Generation, uses=("complete",), without=("top_logprobs",
     ]
     suffix: str | None = Field(None, description="What stands behind the text to write, which is then an infill.")
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: bool | None = None
+    echo: bool | None = Field(None, description="With logprobs: the log-probabilities of the prompt's tokens, too.")
+    max_tokens: int | None = Field(None, ge=0, le=BIG, description="New tokens at most; 0 with echo and logprobs.")
     best_of: Count | None = None
 
     @property
@@ -315,17 +316,23 @@ class CompletionRequest(Generation, uses=("complete",), without=("top_logprobs",
             return [self.prompt]
         return list(cast(list[str | list[int]], self.prompt))
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether it asks for the log-probabilities of its prompts."""
+        return bool(self.echo) and self.logprobs is not None
+
     def answer_options(self, card: ModelCard) -> Options:
         """How to answer; with `suffix`, how to infill."""
         if self.best_of not in (None, self.n or 1):
             message = f"best_of is {self.best_of} and n {self.n or 1}; it must be equal, or left out"
             raise InputError(message, option="best_of")
-        if self.echo and not all(isinstance(prompt, str) for prompt in self.prompts):
-            raise InputError("echo needs the prompt as text; it came as tokens", option="echo")
-        if self.echo and self.logprobs is not None:
-            message = "echo cannot go with logprobs, which are of the answer alone; drop one of them"
-            raise InputError(message, option="echo")
+        if self.echo and not self.is_scored and not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise InputError("echo needs the prompt as text, or logprobs; it came as tokens", option="echo")
+        if self.max_tokens == 0 and not self.is_scored:
+            raise InputError("max_tokens is 0; give 1 or more, or echo with logprobs", option="max_tokens")
+        most = None if self.max_tokens is None else max(1, self.max_tokens)
         more: dict[str, Any] = {"logprobs": self.logprobs is not None, "top_logprobs": self.logprobs}
+        more["max_tokens"] = most
         for prompt in self.prompts:
             check_length("prompt", None if isinstance(prompt, str) else len(prompt), card)
         if self.suffix is None:
@@ -335,4 +342,4 @@ class CompletionRequest(Generation, uses=("complete",), without=("top_logprobs",
         if self.logprobs is not None:
             raise InputError("logprobs cannot go with suffix; drop one of them", option="logprobs")
         check_length("max_tokens", self.requested().get("max_tokens"), card)
-        return self.options(card, **more, max_tokens=None)
+        return self.options(card, **more | {"max_tokens": None})

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from sfumato.events import Commit, Done, Draft, Filled, Usage
+from sfumato.events import Commit, Done, Draft, Filled, Scored, Usage
 from sfumato.options import Options
 from sfumato.server.backend import ModelCard
 from sfumato.server.http.answers import draft_of, usage_of
@@ -23,6 +23,8 @@ from sfumato.server.http.service import Service
 from sfumato.server.openai.answers import TextCompletion
 from sfumato.server.openai.bodies import CompletionRequest
 from sfumato.server.openai.chat import finite
+from sfumato.server.openai.echo import echoed, scores_of, usage_of_score
+from sfumato.server.openai.echo import logprobs_of as echo_logprobs
 from sfumato.templates.requests import Complete, Infill
 
 
@@ -53,9 +55,13 @@ class CompletionAnswer:
         self.service, self.scope = service, scope
         self.has_usage = body.has_usage()
         self.has_logprobs = options.logprobs
+        self.prompts, self.top, self.is_scored = prompts, body.logprobs or 0, body.is_scored
         self.echoes = [prompt if body.echo and isinstance(prompt, str) else "" for prompt in prompts]
         seed = options.seed or 0
         each = [replace(options, seed=seed + i) for i in range(self.n)]
+        self.first_options = each[0]
+        self.of_score = body.max_tokens if body.is_scored and body.max_tokens in (0, 1) else None
+        """Tokens of answers that the scores of the prompts bring with them."""
         self.queries = [_query(body, prompt, options) for prompt in prompts for options in each]
         self.head: dict[str, Any] = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -68,6 +74,10 @@ class CompletionAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
+        scored = await self._scored()
+        if self.of_score is not None:
+            choices = [self._score_choice(number, scored) for number in range(len(self.queries))]
+            return self.head | {"choices": choices, "usage": self._score_usage(scored)}
         commits: list[list[Commit]] = [[] for _ in self.queries]
         ends: dict[int, Done | Filled] = {}
         async with aclosing(self.service.events(self.scope, self.queries)) as events:
@@ -79,22 +89,45 @@ class CompletionAnswer:
         choices = []
         for number in range(len(self.queries)):
             end, echo = ends[number], self.echoes[number // self.n]
-            choices.append(
-                {
-                    "index": number,
-                    "text": echo + _text(end),
-                    **_end(end),
-                    "logprobs": _logprobs(commits[number]) if self.has_logprobs else None,
-                }
-            )
+            logprobs = _logprobs(commits[number], len(echo)) if self.has_logprobs else None
+            if scored and logprobs:
+                before = echo_logprobs(scored[number // self.n], self.top, 0)
+                logprobs = {name: [*before[name], *values] if values else None for name, values in logprobs.items()}
+            choices.append({"index": number, "text": echo + _text(end), **_end(end), "logprobs": logprobs})
         usage = usage_of([ends[number].usage for number in range(len(self.queries))], self.n)
         return self.head | {"choices": choices, "usage": usage}
+
+    async def _scored(self) -> list[Scored]:
+        """The scores of the prompts, where they are asked for; their texts become the echoes."""
+        if not self.is_scored:
+            return []
+        scored = await scores_of(self.service, self.scope, self.prompts, self.first_options)
+        self.echoes = [echoed(*pair) for pair in zip(self.prompts, scored, strict=True)]
+        return scored
+
+    def _score_choice(self, number: int, scored: list[Scored]) -> dict[str, Any]:
+        """An answer that the score of its prompt brings with it."""
+        one, count = scored[number // self.n], self.of_score or 0
+        text = self.echoes[number // self.n] + one.answer * count
+        end = {"finish_reason": "length", "stop_reason": None}
+        return {"index": number, "text": text, **end, "logprobs": echo_logprobs(one, self.top, count)}
+
+    def _score_usage(self, scored: list[Scored]) -> dict[str, Any]:
+        return usage_of([usage_of_score(one, self.of_score or 0) for one in scored], 1)
 
     async def chunks(self) -> AsyncGenerator[str, None]:
         """The answer as the events of a stream."""
         head = self.head | ({"usage": None} if self.has_usage else {})
+        scored = await self._scored()
+        if self.of_score is not None:
+            for number in range(len(self.queries)):
+                yield data(head | {"choices": [self._score_choice(number, scored)]})
+            if self.has_usage:
+                yield data(head | {"choices": [], "usage": self._score_usage(scored)})
+            yield END
+            return
         usages: dict[int, Usage] = {}
-        offsets = [0] * len(self.queries)
+        offsets = [len(self.echoes[number // self.n]) for number in range(len(self.queries))]
         echoed: set[int] = set()  # answers whose prompt, where it is echoed, is sent
 
         def chunk(number: int, text: str, logprobs: Any = None, **end: Any) -> str:
@@ -106,7 +139,8 @@ class CompletionAnswer:
                 if number not in echoed:
                     echoed.add(number)
                     if echo := self.echoes[number // self.n]:
-                        yield chunk(number, echo)
+                        own = echo_logprobs(scored[number // self.n], self.top, 0) if scored else None
+                        yield chunk(number, echo, own)
                 if isinstance(event, Draft):
                     yield data(head | {"choices": [], "draft": draft_of(number, event)})
                 elif isinstance(event, Commit):
