@@ -13,6 +13,8 @@ import json
 import re
 from typing import Any
 
+from sfumato.constraints.expressions import written
+from sfumato.constraints.patterns import NotSupported, parse
 from sfumato.errors import InputError, missing_extra
 
 MAX_CHARACTERS = 1_000_000
@@ -51,9 +53,13 @@ def checked_text(kind: str, value: Any, limit: int) -> str:
 
 
 def source_of_regex(value: Any) -> GrammarSource:
-    """The grammar of the texts that a regular expression matches as a whole."""
+    """The grammar of the texts that a regular expression matches as a whole, in every dialect: see `patterns`."""
     text = checked_text("regex", value, MAX_REGEX)
-    return str(llguidance().LLMatcher.grammar_from_regex(text)), text[:1000]
+    try:
+        terminal = written(parse(text, is_whole=True))
+    except NotSupported as error:
+        raise InputError(f"the regex has {error}, which is not supported; write it without") from None
+    return json.dumps({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {terminal}"}]}), text[:1000]
 
 
 def source_of_lark(value: Any) -> GrammarSource:

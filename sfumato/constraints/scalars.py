@@ -6,9 +6,11 @@ import json
 import re
 from typing import Any
 
+from sfumato.constraints.expressions import written
 from sfumato.constraints.numbers import GREATEST
-from sfumato.constraints.patterns import FORMAT_PATTERNS, FORMATS, NotSupported, whole_pattern
+from sfumato.constraints.patterns import FORMAT_PATTERNS, FORMATS, NotSupported, parse
 from sfumato.constraints.rules import CONTROL_TOKEN, QUOTE, Place, RuleWriter, key_of, literal, short
+from sfumato.constraints.shortest import shortest
 
 MAX_LENGTH = 100_000
 """What minLength, minItems and maxItems may be."""
@@ -25,12 +27,12 @@ def string_rule(rules: RuleWriter, schema: dict[str, Any], place: Place) -> str:
     high = high if high is None or high < 10 * MAX_LENGTH else 10 * MAX_LENGTH
     parts = []
     if "pattern" in schema:
-        parts.append(f"/{_pattern(rules, schema['pattern'], place.at('pattern'))}/")
+        parts.append(_pattern(rules, schema["pattern"], place.at("pattern")))
     if "format" in schema:
         form = schema["format"]
         if not isinstance(form, str) or form not in FORMAT_PATTERNS:
             place.at("format").refuse(f"the format {short(form)} is not supported; choose from {', '.join(FORMATS)}")
-        parts.append(f"/{_pattern(rules, f'^(?:{FORMAT_PATTERNS[form]})$', place)}/")
+        parts.append(written(parse(FORMAT_PATTERNS[form], is_whole=True), "gemma"))
     if low or high is not None or not parts:
         length = "*" if not low and high is None else f"{{{low},{'' if high is None else high}}}"
         parts.append(f"/(?s:.{length})/")
@@ -44,9 +46,13 @@ def _pattern(rules: RuleWriter, pattern: Any, place: Place) -> str:
         place.refuse(f"a pattern is text, not {short(pattern)}")
     rules.add_hints(re.findall(r"[^\W_]+|[^\w\s\\^$()\[\]{}|*+?]|_", pattern))
     try:
-        return whole_pattern(pattern)
+        expression = parse(pattern)
+        text = shortest(expression)
     except NotSupported as error:
         place.refuse(f"the pattern {pattern[:80]!r} has {error}, which is not supported; write it without")
+    if text is None:
+        place.refuse(f"the pattern {pattern[:80]!r} allows no text")
+    return written(expression, "gemma")
 
 
 def count_of(schema: dict[str, Any], word: str, place: Place, most: int) -> int | None:
