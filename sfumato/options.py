@@ -299,8 +299,8 @@ class Options:
         if constraints and self.mode not in (None, "diffusion"):
             message = f"{constraints[0]} needs mode 'diffusion'; the mode is {self.mode!r}"
             raise InputError(message, option=constraints[0])
-        if constraints and (self.thinking or self.min_tokens > 1):
-            message = f"{constraints[0]} cannot go with thinking or min_tokens above 1; drop one of them"
+        if constraints and self.min_tokens > 1:
+            message = f"{constraints[0]} cannot go with min_tokens above 1; drop one of them"
             raise InputError(message, option=constraints[0])
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             message = f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max"

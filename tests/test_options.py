@@ -95,7 +95,8 @@ def test_an_answer_obeys_one_form(name: str) -> None:
     both = {name: value, other: "a" if other == "regex" else ("a",)}
     assert "given together" in refusal(**both)
     assert "needs mode 'diffusion'" in refusal(**{name: value, "mode": "autoregressive"})
-    assert "thinking" in refusal(**{name: value, "thinking": True})
+    assert "min_tokens above 1" in refusal(**{name: value, "min_tokens": 2})
+    assert Options(**{name: value, "thinking": True}).constraint is not None
 
 
 @pytest.mark.parametrize("name", LIMITS)

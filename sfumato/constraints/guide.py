@@ -54,6 +54,8 @@ class Walk:
     among them where it was the pick that ended the text."""
     end: int | None
     """The number of tokens at which the text is complete (`len(tokens)`); None while it is not."""
+    free: range = range(0)
+    """Positions of free text. Those that are neither forced nor overruled are as they would be without a grammar."""
 
 
 @dataclass
@@ -134,7 +136,7 @@ class Guide:
         self._matcher = matcher  # in the state behind self._tokens
         self._tokens: list[int] = []  # the last path, and the rest of an earlier path behind it
         self._places = [self._look([])]  # one more than tokens
-        self._places[0].completion = self._last_completion = completion
+        self._places[0].completion = self._last_completion = self._shortest = completion
         self._length = 0  # of the last path
         self._end: int | None = None
 
@@ -176,6 +178,20 @@ class Guide:
 
         self._length, self._end = j, j if token == _END else None
         return Walk(self._tokens[:j], path.forced, path.overruled, self._end)
+
+    def first_tokens(self) -> np.ndarray:
+        """The tokens that may come next, bool [vocab_size]; ends are among them where the committed text may end."""
+        mask = self._mask(0)
+        if self._places[0].is_accepting:
+            mask[self._vocabulary.end_ids] = True
+        return mask
+
+    def restart(self, room: int) -> None:
+        """Forget the last walk, and begin with another room. Nothing is committed; `room` has a shortest text."""
+        self._matcher.rollback(len(self._tokens))
+        self.room, self._tokens, self._length, self._end = room, [], 0, None
+        del self._places[1:]
+        self._places[0].completion, self._places[0].refused = self._shortest, set()
 
     def commit(self, count: int) -> None:
         """The first `count` tokens of the last walk are final; the next walk begins behind them."""

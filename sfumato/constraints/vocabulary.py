@@ -106,6 +106,10 @@ class Vocabulary:
             return bytes(len(bits))
         return bits
 
+    def words(self) -> np.ndarray:
+        """The tokens of free text, bool [vocab_size]: all that are text."""
+        return self._is_plain & (self.worth > 0)
+
     def is_free(self, matcher: LLMatcher) -> bool:
         """Whether text may go on in words: a q may come, which no JSON outside strings has."""
         return bool(matcher.validate_tokens(self._probe) == 1)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from sfumato.constraints.answers import AnswerGrammar, AnswerGuide
 from sfumato.constraints.grammar import Grammar
 from sfumato.constraints.guide import Guide
 from sfumato.engine.arguments import check_ids, check_kind, check_places
@@ -65,7 +66,7 @@ class Span:
 
     start: int
     width: int | None
-    grammar: Grammar
+    grammar: Grammar | AnswerGrammar
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +184,7 @@ class RowSpan:
 
     start: int
     width: int | None
-    guide: Guide
+    guide: Guide | AnswerGuide
     path_length: int = 0
     """Tokens of its guide's last walk, on the present canvas."""
 

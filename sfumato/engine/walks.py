@@ -89,15 +89,21 @@ def projecting(spans: Sequence[SpanStep], config: ModelConfig, read_out: RowRead
         forced = {first + at for at in walk.forced}
         if walk.end is not None:  # the answer's end, or padding that disappears
             rest = [config.pad_id] * (last - until)
+            if walk.end in walk.free:
+                rest = tokens[until:last]  # as it would be without a grammar
+            else:
+                forced |= set(range(until, last))
             if rest and span.width is None:
                 rest[0] = config.eos_ids[0]
-            forced |= set(range(until, last))
             path, until = path + rest, last
         tokens[first:until] = path
         for at, entropy in walk.overruled.items():
             entropies[first + at] = entropy
+        own = {first + at for at in walk.free if at != walk.end}.difference(
+            forced, (first + at for at in walk.overruled)
+        )
         for at in range(first, last):
-            is_guided[at], is_open[at], is_forced[at] = True, at < until, at in forced
+            is_guided[at], is_open[at], is_forced[at] = at not in own, at < until, at in forced
         is_whole &= until == last
     lists = ([tokens], [entropies], [is_guided], [is_open], [is_forced], [is_whole])
     return Projection._make([*(torch.tensor(x, device=argmax_L.device) for x in lists), has_masked])

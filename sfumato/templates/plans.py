@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from sfumato.constraints.tools import tool_grammar
 from sfumato.engine import arguments
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.request import Inspect, Request, Span
@@ -28,7 +27,7 @@ from sfumato.options import OPTIONS, SHAPING, Options
 from sfumato.templates import scores
 from sfumato.templates.checks import check_query
 from sfumato.templates.decisions import choices_of, decisions_of, form_of
-from sfumato.templates.grammars import GrammarCache
+from sfumato.templates.grammars import AnswerParts, GrammarCache, parts_of
 from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
 from sfumato.templates.lengths import LENGTH_STEPS, LONGEST, LengthScore, candidates
 from sfumato.templates.prompts import PromptEncoder
@@ -44,7 +43,6 @@ from sfumato.templates.requests import (
     Query,
     QueryFor,
     Score,
-    Tools,
 )
 from sfumato.templates.slots import Slot, check_template, span_template
 from sfumato.text.reader import Reader
@@ -101,6 +99,8 @@ class Planner:
         options = query.options
         if options.strict or options.must_call:
             return True
+        if isinstance(query, Chat) and query.tools and options.constraint is not None:  # calls beside it
+            return True
         constraints = [options.constraint]
         if isinstance(query, Fill):
             constraints += [piece.constraint for piece in query.template if isinstance(piece, Slot)]
@@ -124,10 +124,22 @@ class Planner:
         if isinstance(query, Complete):
             prompt = self._continued(query.prompt)
             return replace(self.ask(Request(prompt, query.options)), is_answer=True)
-        options = _with_calls(query.options, query.tools)
-        prompt = self.prompts.encode(query.conversation, query.tools, options.thinking)
+        parts = parts_of(query.options, query.tools)
+        prompt = self.prompts.encode(query.conversation, query.tools, query.options.thinking)
         marks = self.prompts.marks(prompt, query.conversation, query.tools)
-        return replace(self.ask(Request(prompt, options, marks=marks), is_chat=True), is_answer=True)
+        spans = [] if parts is None else self._spans(parts, prompt, query.options)
+        return replace(self.ask(Request(prompt, query.options, spans=spans, marks=marks), is_chat=True), is_answer=True)
+
+    def _spans(self, parts: AnswerParts, prompt: Prompt, options: Options) -> list[Span]:
+        """What keeps the answer to a chat to its parts, behind a thought where one can come."""
+        kind = "" if options.constraint is None else options.constraint[0]
+        self.config.check_canvas("must_call" if options.must_call else kind or "strict")
+        state = self.prompts.thought_state(prompt)
+        if state == "open":
+            parts = replace(parts, thought="open")
+        elif options.thinking and state == "none":
+            parts = replace(parts, thought="allowed")
+        return [Span(0, None, self.grammars.compose(parts))]
 
     def _continued(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
         """What a `Complete` goes on from: text, token ids or a prompt."""
@@ -280,18 +292,6 @@ class Planner:
                 f"the template takes {length} positions behind {before} tokens, beyond the context of {most}; shorten "
                 "its slots or the text before them"
             )
-
-
-def _with_calls(options: Options, tools: Tools | None) -> Options:
-    """With the grammar of calls of these tools, where the options want that."""
-    if not tools:
-        if options.must_call:
-            raise InputError("must_call asks for a call and there are no tools; give at least one")
-        return options
-    if not options.strict and not options.must_call:
-        return options
-    grammar = tool_grammar(tools, options.must_call)
-    return replace(options, strict=False, must_call=False, grammar=grammar)
 
 
 def _of_templates(options: Options) -> Options:

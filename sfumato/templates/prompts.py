@@ -6,7 +6,7 @@ It also makes the prompt that a template stands behind. It deliberately lacks th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
@@ -42,6 +42,19 @@ class PromptEncoder:
         contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
         self._check_length("the conversation", [text for text in contents if isinstance(text, str)])
         return Prompt.of(self.template.encode(self.tokenizer, prompt, tools, thinking))
+
+    def thought_state(self, prompt: Prompt) -> Literal["open", "closed", "none"]:
+        """Whether a prompt ends within a thought of the model's turn, directly behind one, or neither."""
+        turn, opener, closer = (self.tokenizer.id(name) for name in ("<|turn>", "<|channel>", "<channel|>"))
+        for n in range(len(prompt) - 1, -1, -1):
+            token = prompt.tokens[n]
+            if token == opener:
+                return "open"
+            if token == closer:
+                return "none" if self.tokenizer.decode(prompt.tokens[n + 1 :]).strip() else "closed"
+            if token == turn:
+                break
+        return "none"
 
     def encode_before(self, prompt: str | Messages | None, sheet: Sheet) -> Prompt:
         """What the first canvas of a sheet stands behind: the prompt, then the sheet's lead.

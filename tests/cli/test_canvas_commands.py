@@ -423,7 +423,6 @@ def test_generate_obeys_choice_regex_and_schema(sfumato: Call, put: Put) -> None
         (["--schema", "none.json"], "cannot read none.json"),
         (["--schema", "{}", "--regex", "a"], "schema and regex are given together"),
         (["--choice", "a", "--mode", "autoregressive"], "--choice needs mode 'diffusion'"),
-        (["--regex", "a", "--thinking"], "regex cannot go with thinking"),
     ],
 )
 def test_bad_constraints_are_one_line_and_code_2(

@@ -199,7 +199,6 @@ def test_tool_choice(client: TestClient, backend: FakeBackend) -> None:
     assert not auto.options.must_call and not auto.options.strict
     assert refused(chat(client, tool_choice="required"))["param"] == "tool_choice"
     assert refused(chat(client, tools=[other], tool_choice=named))["param"] == "tool_choice"
-    assert refused(chat(client, tools=[WEATHER], response_format=FORMAT))["param"] == "response_format"
     assert refused(chat(client, tools=[WEATHER] * 129))["param"] == "tools"
 
 
@@ -216,6 +215,19 @@ def test_response_format(client: TestClient, backend: FakeBackend) -> None:
     assert refused(chat(client, response_format={"type": "json_schema"}))["param"] == "response_format.json_schema"
     assert refused(chat(client, response_format=form, regex="a"))["param"] == "response_format"
     assert chat(client, regex="a+").status_code == 200 and backend.queries[-1].options.regex == "a+"
+
+
+def test_response_format_beside_tools_and_thinking(client: TestClient, backend: FakeBackend) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("auto", "required", named, "none"):
+        response = chat(
+            client, tools=[WEATHER], tool_choice=choice, response_format=FORMAT, reasoning_effort="high", seed=1
+        )
+        assert response.status_code == 200, response.text
+        query = chats(backend)[-1]
+        assert query.options.thinking and query.options.schema == {"type": "object"}
+        assert query.tools == (None if choice == "none" else [WEATHER])
+        assert query.options.must_call == (choice not in ("auto", "none"))
 
 
 NEUTRAL = {

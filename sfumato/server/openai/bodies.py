@@ -187,11 +187,8 @@ def chat_options(
     effort: str | None,
     thinking: bool | None,
     schema: dict[str, Any] | None,
-    form: str = "response_format",
 ) -> dict[str, Any]:
-    """What tools, their choice ("none", "auto", "required" or a tool's name), effort and schema mean in `Options`.
-
-    `form` is the field that holds the schema."""
+    """What tools, their choice ("none", "auto", "required" or a tool's name), effort and schema mean in `Options`."""
     more: dict[str, Any] = {}
     if effort is not None:
         if thinking is not None and thinking == (effort == "none"):
@@ -203,13 +200,6 @@ def chat_options(
         raise Refusal(400, "tool_choice is 'required' without tools; give at least one", param="tool_choice")
     can_call = bool(tools) and choice != "none"
     if schema is not None:
-        if can_call:
-            raise Refusal(
-                400,
-                f"{form} holds the answer to JSON, so that it cannot call a tool; set tool_choice to 'none', or leave "
-                f"{form} out",
-                param=form,
-            )
         more["schema"] = schema
     if can_call and choice != "auto":
         more["must_call"] = True

@@ -174,7 +174,7 @@ class ResponsesRequest(Sampled, uses=("chat",), without=("max_tokens", "logprobs
             raise InputError(message, option="drafts")
         effort = self.reasoning.effort if self.reasoning else None
         thinking, schema = options.get("thinking"), self.answer_schema()
-        more = chat_options(self.functions, self.choice, effort, thinking, schema, "text.format")
+        more = chat_options(self.functions, self.choice, effort, thinking, schema)
         if self.max_output_tokens is not None:
             more["max_tokens"] = self.max_output_tokens
         return self.options(card, **more)
