@@ -49,6 +49,8 @@ class AccessLog:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = record.id
                 headers["x-content-type-options"] = "nosniff"
+                if record.ignored:
+                    headers["x-sfumato-ignored"] = ", ".join(record.ignored)
                 if is_page(scope["path"]):
                     headers["content-security-policy"] = POLICY
                     headers["referrer-policy"] = "no-referrer"

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar, cast
 
@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope
 from sfumato.errors import WorkerError
 from sfumato.events import Draft, Event, Usage
 from sfumato.server.backend import NUMBER, Backend, Job, ModelCard, Result
-from sfumato.server.http.bodies import Body, read
+from sfumato.server.http.bodies import Body, Reading, read
 from sfumato.server.http.errors import RETRY, ClientGone, Refusal
 from sfumato.server.http.metrics import Metrics
 from sfumato.server.settings import Settings
@@ -46,6 +46,8 @@ class Record:
     """Whether the client chose the id; it may choose the same again."""
     status: int = 0
     tokens: int = 0
+    ignored: list[str] = field(default_factory=list)
+    """Names of fields that the request has and that have no effect; a header of the answer holds them."""
 
 
 def record_of(scope: Scope) -> Record:
@@ -157,11 +159,13 @@ class Service:
         if media != "application/json":
             raise Refusal(415, f"the content type is {media or 'not given'!r}; send application/json")
         data = await request.body()
+        reading = Reading(self.settings.limits, self.settings.strict_params)
         if len(data) <= SMALL:
-            body = read(data, kind, self.settings.limits)
+            body = read(data, kind, reading)
         else:
             async with self._reading:
-                body = await asyncio.to_thread(read, data, kind, self.settings.limits)
+                body = await asyncio.to_thread(read, data, kind, reading)
+        record_of(request.scope).ignored = reading.ignored
         if self.settings.log_prompts:
             log.info("%s says %s", record_of(request.scope).id, json.dumps(body.plain()))
         return body

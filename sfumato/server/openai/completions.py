@@ -53,7 +53,7 @@ class CompletionAnswer:
         prompts = body.prompts
         self.n = body.choice_count(len(prompts), service.settings.limits)
         self.service, self.scope = service, scope
-        self.has_usage = body.has_usage()
+        self.has_usage, self.is_empty = body.has_usage(), body.is_empty
         self.has_logprobs = options.logprobs
         self.prompts, self.top, self.is_scored = prompts, body.logprobs or 0, body.is_scored
         self.echoes = [prompt if body.echo and isinstance(prompt, str) else "" for prompt in prompts]
@@ -72,6 +72,16 @@ class CompletionAnswer:
             "system_fingerprint": None,
         }
 
+    async def _events(self) -> AsyncGenerator[tuple[int, Any], None]:
+        """The events of the answers; where no text is asked for, the ends alone, without any."""
+        async with aclosing(self.service.events(self.scope, self.queries)) as events:
+            async for number, event in events:
+                if not self.is_empty:
+                    yield number, event
+                elif isinstance(event, Done):
+                    usage = replace(event.usage, tokens=0)
+                    yield number, replace(event, text="", finish_reason="length", stop=None, usage=usage)
+
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
         scored = await self._scored()
@@ -80,7 +90,7 @@ class CompletionAnswer:
             return self.head | {"choices": choices, "usage": self._score_usage(scored)}
         commits: list[list[Commit]] = [[] for _ in self.queries]
         ends: dict[int, Done | Filled] = {}
-        async with aclosing(self.service.events(self.scope, self.queries)) as events:
+        async with aclosing(self._events()) as events:
             async for number, event in events:
                 if isinstance(event, Commit):
                     commits[number].append(event)
@@ -134,7 +144,7 @@ class CompletionAnswer:
             choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": None} | end
             return data(head | {"choices": [choice]})
 
-        async with aclosing(self.service.events(self.scope, self.queries)) as events:
+        async with aclosing(self._events()) as events:
             async for number, event in events:
                 if number not in echoed:
                     echoed.add(number)
