@@ -17,12 +17,12 @@ if TYPE_CHECKING:
         SfumatoError,
         WorkerError,
     )
-    from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, Usage
+    from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, TokenCount, Usage
     from sfumato.llm import LLM
     from sfumato.options import LoadOptions, Options
     from sfumato.remote import Remote
     from sfumato.templates.interface import LanguageModel
-    from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill
+    from sfumato.templates.requests import Chat, Complete, CountTokens, Decide, Edit, Fill, Infill
     from sfumato.templates.slots import Slot
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "Commit",
     "Complete",
     "Completion",
+    "CountTokens",
     "Decide",
     "Decision",
     "Done",
@@ -53,6 +54,7 @@ __all__ = [
     "Remote",
     "SfumatoError",
     "Slot",
+    "TokenCount",
     "Usage",
     "WorkerError",
 ]
@@ -66,6 +68,7 @@ _HOME = {
     "Commit": "events",
     "Complete": "templates.requests",
     "Completion": "events",
+    "CountTokens": "templates.requests",
     "Decide": "templates.requests",
     "Decision": "events",
     "Done": "events",
@@ -84,6 +87,7 @@ _HOME = {
     "Remote": "remote",
     "SfumatoError": "errors",
     "Slot": "templates.slots",
+    "TokenCount": "events",
     "Usage": "events",
     "WorkerError": "errors",
 }

@@ -241,6 +241,14 @@ class Decision:
         return self.choice
 
 
+@dataclass(frozen=True)
+class TokenCount:
+    """The size of a prompt."""
+
+    prompt_tokens: int
+    """Tokens, those that the chat template writes included."""
+
+
 Event = Draft | Commit | Done
 """What a run yields, in order."""
 

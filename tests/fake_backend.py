@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 
 from sfumato.errors import SfumatoError
-from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, Usage
+from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, TokenCount, Usage
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
-from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Edit, Fill, Infill, Query
+from sfumato.templates.requests import AnswerQuery, Chat, Complete, CountTokens, Decide, Edit, Fill, Infill, Query
 from sfumato.templates.slots import Slot, check_template
 
 T = TypeVar("T")
@@ -143,6 +143,8 @@ def events_of(query: Query, text: str | None = None) -> list[Event | Result]:
             return [*drafts, _filled(check_template(template), usage, seed)]
         case Decide(fields=fields):
             return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in fields.items()}]
+        case CountTokens(query=counted):
+            return [TokenCount(_size(counted))]
         case _:
             return _answer(query, text)
 

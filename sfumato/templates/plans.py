@@ -20,7 +20,7 @@ from sfumato.engine import arguments
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.request import Inspect, Request, Span
 from sfumato.errors import CapacityError, InputError
-from sfumato.events import Completion, Decision, Edited, Filled
+from sfumato.events import Completion, Decision, Edited, Filled, TokenCount
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, Options
@@ -34,6 +34,7 @@ from sfumato.templates.requests import (
     AnswerQuery,
     Chat,
     Complete,
+    CountTokens,
     Decide,
     Edit,
     Fill,
@@ -88,6 +89,8 @@ class Planner:
                 return self.edit(query)
             case Decide():
                 return self.decide(query)
+            case CountTokens():
+                return self.count(query)
         names = ", ".join(kind.__name__ for kind in get_args(Query))
         raise InputError(f"there is no request {reprlib.repr(query)}; there are {names}")
 
@@ -116,13 +119,23 @@ class Planner:
     def ask_answer(self, query: AnswerQuery) -> Ask:
         """What an answer asks of an engine."""
         check_query(query)
+        prompt = self._prompt_of(query)
         if isinstance(query, Complete):
-            prompt = self._continued(query.prompt)
             return replace(self.ask(Request(prompt, query.options)), is_answer=True)
         options = _with_calls(query.options, query.tools)
-        prompt = self.prompts.encode(query.conversation, query.tools, options.thinking)
         marks = self.prompts.marks(prompt, query.conversation, query.tools)
         return replace(self.ask(Request(prompt, options, marks=marks), is_chat=True), is_answer=True)
+
+    def count(self, query: CountTokens) -> Plan[TokenCount]:
+        """The plan of a count, which asks nothing of an engine."""
+        yield from ()
+        return TokenCount(len(self._prompt_of(query.query)))
+
+    def _prompt_of(self, query: AnswerQuery) -> Prompt:
+        """The prompt that an answer goes on from."""
+        if isinstance(query, Complete):
+            return self._continued(query.prompt)
+        return self.prompts.encode(query.conversation, query.tools, query.options.thinking, query.is_continued)
 
     def _continued(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
         """What a `Complete` goes on from: text, token ids or a prompt."""

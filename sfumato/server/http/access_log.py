@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sfumato.server.backend import where
-from sfumato.server.http.errors import ClientGone, refusal, short
+from sfumato.server.http.errors import ClientGone, short
 from sfumato.server.http.service import Record, Service, log
 
 POLICY = (
@@ -49,6 +49,8 @@ class AccessLog:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = record.id
                 headers["x-content-type-options"] = "nosniff"
+                if record.ignored:
+                    headers["x-sfumato-ignored"] = ", ".join(record.ignored)
                 if is_page(scope["path"]):
                     headers["content-security-policy"] = POLICY
                     headers["referrer-policy"] = "no-referrer"
@@ -62,7 +64,7 @@ class AccessLog:
         except Exception as error:
             log.error("%s failed: %s", record.id, where(error))
             if not record.status:
-                await refusal(error).response()(scope, receive, sending)
+                await self.service.error_answer(error, scope)(scope, receive, sending)
             record.status = 500
         finally:
             seconds = monotonic() - start
