@@ -47,10 +47,9 @@ def routes(service: Service) -> APIRouter:
         body = await service.read(request, MessagesRequest)
         card = await service.card(body.model)
         answer = MessageAnswer(service, request.scope, body, card)
-        headers = _headers(request)
         if body.stream:
-            return EventStream(service, answer.texts(), STREAM, headers)
-        return JSONResponse(await service.watched(request.receive, answer.whole()), headers=headers)
+            return EventStream(service, answer.texts(), STREAM)
+        return JSONResponse(await service.watched(request.receive, answer.whole()))
 
     @router.post("/v1/messages/count_tokens", **takes(CountRequest, CountBody, stream={}, errors=ERRORS))
     async def count_tokens(request: Request) -> Response:
@@ -61,13 +60,9 @@ def routes(service: Service) -> APIRouter:
         query = CountTokens(body.query())
         count = await service.watched(request.receive, service.result(request.scope, query))
         assert isinstance(count, TokenCount)
-        return JSONResponse({"input_tokens": count.prompt_tokens}, headers=_headers(request))
+        return JSONResponse({"input_tokens": count.prompt_tokens})
 
     return router
-
-
-def _headers(request: Request) -> dict[str, str]:
-    return {"request-id": record_of(request.scope).id}
 
 
 class MessageAnswer:

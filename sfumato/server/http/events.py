@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -46,14 +46,8 @@ class EventStream(Response):
     Until the first event, or some seconds of silence, an error is an answer of its own; from then on it is one more
     event, and the last."""
 
-    def __init__(
-        self,
-        service: Service,
-        texts: AsyncGenerator[str, None],
-        form: StreamForm = SERVER_SENT,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+    def __init__(self, service: Service, texts: AsyncGenerator[str, None], form: StreamForm = SERVER_SENT) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._service, self._texts, self._form = service, texts, form
         self._has_begun = False
 
