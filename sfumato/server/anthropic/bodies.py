@@ -156,6 +156,8 @@ class MessagesRequest(PromptBody, uses=("chat",), without=("stop", "thinking", "
             raise Refusal(400, "output_config.format and a constraint are given; give one of them", param="format")
         more = chat_options(self.functions, self.choice, None, None, schema, "output_config.format")
         more |= {"max_tokens": min(max(self.max_tokens, 1), card.max_position), "thinking": self.is_thinking}
+        if not self.max_tokens:  # one token has no room for what they ask for
+            more = {name: value for name, value in more.items() if name in ("max_tokens", "thinking")}
         if self.stop_sequences:
             more["stop"] = self.stop_sequences
         return self.chat(self.options(card, **more))
