@@ -28,13 +28,14 @@ if TYPE_CHECKING:
         Filled,
         Scored,
         ScoredToken,
+        TokenCount,
         Usage,
     )
     from sfumato.llm import LLM
     from sfumato.options import LoadOptions, Options
     from sfumato.remote import Remote
     from sfumato.templates.interface import LanguageModel
-    from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Score
+    from sfumato.templates.requests import Chat, Complete, CountTokens, Decide, Edit, Fill, Infill, Score
     from sfumato.templates.slots import Slot
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "Commit",
     "Complete",
     "Completion",
+    "CountTokens",
     "Decide",
     "Decision",
     "Done",
@@ -68,6 +70,7 @@ __all__ = [
     "ScoredToken",
     "SfumatoError",
     "Slot",
+    "TokenCount",
     "Usage",
     "WorkerError",
 ]
@@ -81,6 +84,7 @@ _HOME = {
     "Commit": "events",
     "Complete": "templates.requests",
     "Completion": "events",
+    "CountTokens": "templates.requests",
     "Decide": "templates.requests",
     "Decision": "events",
     "Done": "events",
@@ -102,6 +106,7 @@ _HOME = {
     "ScoredToken": "events",
     "SfumatoError": "errors",
     "Slot": "templates.slots",
+    "TokenCount": "events",
     "Usage": "events",
     "WorkerError": "errors",
 }

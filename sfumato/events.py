@@ -294,6 +294,14 @@ class Scored:
         return _answer_repr("Scored", self.text, [f"{len(self.tokens)} tokens", f"logprob {self.logprob:.3f}"])
 
 
+@dataclass(frozen=True)
+class TokenCount:
+    """The size of a prompt."""
+
+    prompt_tokens: int
+    """Tokens, those that the chat template writes included."""
+
+
 Event = Draft | Commit | Done
 """What a run yields, in order."""
 

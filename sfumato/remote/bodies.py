@@ -43,6 +43,8 @@ def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[
     is_strict = fields.pop("strict", False) or query.options.must_call
     if isinstance(query, Chat):
         body["messages"] = messages_out(query.conversation, is_sfumato)
+        if query.is_continued:
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         if query.tools:
             body["tools"] = tools_out(query.tools, is_strict)
         if fields.pop("must_call", False):

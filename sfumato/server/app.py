@@ -1,7 +1,7 @@
 """The HTTP application: the routes over a `Backend`, behind the layers that every request passes.
 
-`create` puts it together, and is the only thing here: the routes are in `openai`, `canvas` and `status`, the layers in
-`http`.
+`create` puts it together, and is the only thing here: the routes are in a folder for each dialect and in `status`,
+the layers in `http`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from sfumato.errors import SfumatoError
 from sfumato.server import status
+from sfumato.server.anthropic import routes as anthropic
 from sfumato.server.backend import Backend
 from sfumato.server.canvas import routes as canvas
 from sfumato.server.http.access_log import AccessLog
 from sfumato.server.http.authentication import Authentication
 from sfumato.server.http.document import document
-from sfumato.server.http.errors import refusal
 from sfumato.server.http.limits import BodyLimits, BodyRemainder
 from sfumato.server.http.service import Service
 from sfumato.server.http.static import PageFiles
+from sfumato.server.ollama import routes as ollama
 from sfumato.server.openai import chat, completions, responses
 from sfumato.server.settings import Limits, Settings
 
@@ -35,6 +36,9 @@ __all__ = ["Limits", "Settings", "create"]
 
 LAYERS = (BodyRemainder, AccessLog, Authentication, BodyLimits)
 """What every request passes before its route, from the outside in."""
+
+KEYS = (HTTPBearer(auto_error=False), APIKeyHeader(name="x-api-key", auto_error=False))
+"""Where a request may carry its key, for the document; `Authentication` looks for it."""
 
 
 def create(backend: Backend, settings: Settings) -> FastAPI:
@@ -57,16 +61,17 @@ def create(backend: Backend, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Sfumato",
         version=version("sfumato"),
-        description="DiffusionGemma over HTTP: OpenAI's routes, and those that only a canvas can offer.",
+        description="DiffusionGemma over HTTP: OpenAI's routes, Anthropic's and Ollama's, and those of a canvas.",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
         middleware=[Middleware(layer, service=service) for layer in LAYERS],
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.keys else [],
+        dependencies=[Depends(scheme) for scheme in KEYS] if settings.keys else [],
     )
     app.state.service = service
-    for dialect in (chat, completions, responses, canvas, status):
+    service.error_forms |= {anthropic.PATHS: anthropic.error_form, ollama.PATHS: ollama.error_form}
+    for dialect in (chat, completions, responses, anthropic, ollama, canvas, status):
         app.include_router(dialect.routes(service))
     app.mount("/ui", PageFiles(directory=status.UI, check_dir=False))
     app.add_exception_handler(SfumatoError, _answer)
@@ -83,4 +88,5 @@ def create(backend: Backend, settings: Settings) -> FastAPI:
 
 
 def _answer(request: Request, error: Exception) -> Response:
-    return refusal(error).response()
+    service: Service = request.app.state.service
+    return service.error_answer(error, request.scope)

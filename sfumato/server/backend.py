@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sfumato.events import Decision, Edited, Event, Filled, Scored
+from sfumato.events import Decision, Edited, Event, Filled, Scored, TokenCount
 from sfumato.model.purpose import Purpose
 from sfumato.templates.requests import Query
 
-Result = Filled | Edited | dict[str, Decision] | Scored
-"""What a job on a template ends with."""
+Result = Filled | Edited | dict[str, Decision] | Scored | TokenCount
+"""What a job ends with that is no answer."""
 
 Outcome = Event | Result | Exception
 """What comes of a job: events or a result, or the error that ends it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +30,16 @@ class PurposeBody(TypedDict):
 
 
 class ModelBody(TypedDict):
-    """A model, as GET /v1/models has it."""
+    """A model, as GET /v1/models has it: for OpenAI's clients, for Anthropic's, and what only a canvas has."""
 
     id: str
     object: Literal["model"]
     created: int
+    type: Literal["model"]
+    display_name: str
+    created_at: str
+    max_input_tokens: int
+    max_tokens: int
     owned_by: str
     canvas_length: int
     max_model_len: int
@@ -51,6 +57,9 @@ class ModelList(TypedDict):
 
     object: Literal["list"]
     data: list[ModelBody]
+    has_more: bool
+    first_id: str
+    last_id: str
 
 
 class OptionBody(TypedDict):
@@ -92,7 +101,9 @@ def _add_model_routes(router: APIRouter, service: Service) -> None:
     async def models() -> Response:
         """The loaded model, once under each of its names."""
         card = await service.card()
-        return JSONResponse({"object": "list", "data": [_model(name, card, created) for name in service.names(card)]})
+        names = service.names(card)
+        page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+        return JSONResponse({"object": "list", "data": [_model(name, card, created) for name in names], **page})
 
     @router.get("/v1/models/{name:path}", **gives(ModelBody))
     async def model_of(name: str) -> Response:
@@ -110,6 +121,11 @@ def _model(name: str, card: ModelCard, created: int) -> ModelBody:
         "id": name,
         "object": "model",
         "created": created,
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat().replace("+00:00", "Z"),
+        "max_input_tokens": card.max_position,
+        "max_tokens": card.max_position,
         "owned_by": "sfumato",
         "canvas_length": card.canvas_length,
         "max_model_len": card.max_position,
@@ -147,6 +163,6 @@ def _add_server_routes(router: APIRouter, service: Service) -> None:
         """Figures for Prometheus."""
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/", include_in_schema=False)
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(request: Request) -> Response:
         return await PageFiles(directory=UI, check_dir=False).get_response("index.html", request.scope)

@@ -12,7 +12,7 @@ from sfumato.engine import arguments
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
 from sfumato.options import MOST_STEPS
-from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Score
+from sfumato.templates.requests import Chat, Complete, CountTokens, Decide, Edit, Fill, Infill, Score
 from sfumato.templates.slots import Slot, check_spans, check_template
 
 
@@ -26,6 +26,8 @@ def check_query(query: Any) -> None:
         case Chat():
             arguments.check_messages("the conversation", query.conversation)
             arguments.check_tools(query.tools)
+            if query.is_continued:
+                _check_continued(query)
         case Infill():
             arguments.check_text("the prefix", query.prefix)
             arguments.check_text("the suffix", query.suffix)
@@ -41,6 +43,20 @@ def check_query(query: Any) -> None:
             arguments.check_count("steps", query.steps, 1, MOST_STEPS)
         case Score():
             _check_score(query)
+        case CountTokens():
+            arguments.check_kind("the query", query.query, (Chat, Complete), "a Chat or a Complete")
+            check_query(query.query)
+
+
+def _check_continued(query: Chat) -> None:
+    """InputError where the last message cannot be the beginning of an answer."""
+    last = query.conversation[-1] if query.conversation else {}
+    if last.get("role") != "assistant" or last.get("tool_calls") or not last.get("content"):
+        raise InputError("is_continued needs a last message of the assistant with text and no calls; give one")
+    options = query.options
+    if options.thinking or options.must_call:
+        name = "thinking" if options.thinking else "must_call"
+        raise InputError(f"{name} cannot go with an answer that has begun; drop the last message", option=name)
 
 
 def _check_edit(query: Edit) -> None:

@@ -20,7 +20,7 @@ from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.request import Inspect, Request, Span
 from sfumato.engine.scores import PromptScores
 from sfumato.errors import CapacityError, InputError
-from sfumato.events import Completion, Decision, Edited, Filled, Scored
+from sfumato.events import Completion, Decision, Edited, Filled, Scored, TokenCount
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, SHAPING, Options
@@ -35,6 +35,7 @@ from sfumato.templates.requests import (
     AnswerQuery,
     Chat,
     Complete,
+    CountTokens,
     Decide,
     Edit,
     Fill,
@@ -91,6 +92,8 @@ class Planner:
                 return self.decide(query)
             case Score():
                 return self.score(query)
+            case CountTokens():
+                return self.count(query)
         names = ", ".join(kind.__name__ for kind in get_args(Query))
         raise InputError(f"there is no request {reprlib.repr(query)}; there are {names}")
 
@@ -121,11 +124,10 @@ class Planner:
     def ask_answer(self, query: AnswerQuery) -> Ask:
         """What an answer asks of an engine."""
         check_query(query)
+        prompt = self._prompt_of(query)
         if isinstance(query, Complete):
-            prompt = self._continued(query.prompt)
             return replace(self.ask(Request(prompt, query.options)), is_answer=True)
         parts = parts_of(query.options, query.tools)
-        prompt = self.prompts.encode(query.conversation, query.tools, query.options.thinking)
         marks = self.prompts.marks(prompt, query.conversation, query.tools)
         spans = [] if parts is None else self._spans(parts, prompt, query.options)
         return replace(self.ask(Request(prompt, query.options, spans=spans, marks=marks), is_chat=True), is_answer=True)
@@ -140,6 +142,17 @@ class Planner:
         elif options.thinking and state == "none":
             parts = replace(parts, thought="allowed")
         return [Span(0, None, self.grammars.compose(parts))]
+
+    def count(self, query: CountTokens) -> Plan[TokenCount]:
+        """The plan of a count, which asks nothing of an engine."""
+        yield from ()
+        return TokenCount(len(self._prompt_of(query.query)))
+
+    def _prompt_of(self, query: AnswerQuery) -> Prompt:
+        """The prompt that an answer goes on from."""
+        if isinstance(query, Complete):
+            return self._continued(query.prompt)
+        return self.prompts.encode(query.conversation, query.tools, query.options.thinking, query.is_continued)
 
     def _continued(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
         """What a `Complete` goes on from: text, token ids or a prompt."""

@@ -29,8 +29,10 @@ class PromptEncoder:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None, name: str) -> None:
         self.config, self.tokenizer, self.template, self.name = config, tokenizer, template, name
 
-    def encode(self, prompt: str | Messages, tools: Tools | None = None, thinking: bool = False) -> Prompt:
-        """The prompt, which carries tokens alone today.
+    def encode(
+        self, prompt: str | Messages, tools: Tools | None = None, thinking: bool = False, is_continued: bool = False
+    ) -> Prompt:
+        """The prompt, which carries tokens alone today. `is_continued`: it ends within its last message.
 
         InputError for a conversation that the template refuses, CapacityError for text that no context holds."""
         if isinstance(prompt, str):
@@ -41,7 +43,16 @@ class PromptEncoder:
         messages = prompt if isinstance(prompt, (list, tuple)) else []
         contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
         self._check_length("the conversation", [text for text in contents if isinstance(text, str)])
-        return Prompt.of(self.template.encode(self.tokenizer, prompt, tools, thinking))
+        ids = self.template.encode(self.tokenizer, prompt, tools, thinking, add_generation_prompt=not is_continued)
+        return Prompt.of(self._without_end(ids) if is_continued else ids)
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """Token ids up to the end of the last turn, which the template wrote: no text holds such a token."""
+        ends = set(self.config.eos_ids)
+        last = next((place for place in reversed(range(len(ids))) if ids[place] in ends), None)
+        if last is None or self.tokenizer.decode(ids[last + 1 :]).strip():
+            raise InputError(f"the chat template of {self.name} closes no turn, so that none can be continued")
+        return ids[:last]
 
     def thought_state(self, prompt: Prompt) -> Literal["open", "closed", "none"]:
         """Whether a prompt ends within a thought of the model's turn, directly behind one, or neither."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from sfumato.events import Completion, Decision, Edited, Filled, Scored
+from sfumato.events import Completion, Decision, Edited, Filled, Scored, TokenCount
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.templates.slots import Template, slot_of
@@ -77,6 +77,8 @@ class Chat(QueryFor[Completion]):
     messages: ChatPrompt
     tools: Tools | None = None
     options: Options = Options()  # noqa: RUF009 - frozen
+    is_continued: bool = False
+    """Whether the last message, which is the assistant's, is the beginning of the answer; the result is the rest."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,7 +185,20 @@ class Score(QueryFor[Scored]):
         return self.prompt if isinstance(self.prompt, str) else list(self.prompt)
 
 
-Query = Chat | Complete | Infill | Fill | Edit | Decide | Score
+@dataclass(frozen=True)
+class CountTokens(QueryFor[TokenCount]):
+    """Count the tokens of the prompt that a query for an answer has. The model does not run."""
+
+    query: AnswerQuery
+    options: Options = Options()  # noqa: RUF009 - frozen
+
+    @property
+    def beginning(self) -> Sequence[Any]:
+        """What that query begins with."""
+        return self.query.beginning
+
+
+Query = Chat | Complete | Infill | Fill | Edit | Decide | Score | CountTokens
 """Any query that this package has."""
 
 AnswerQuery = Chat | Complete

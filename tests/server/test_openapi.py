@@ -56,6 +56,8 @@ def check_stream(text: str) -> None:
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     if "event: response." in text:
         assert json.loads(events[-1])["type"] in ("response.completed", "response.incomplete")
+    elif "event: message_start" in text:
+        assert json.loads(events[-1])["type"] == "message_stop"
     else:
         assert events.pop() == "[DONE]" and events
     assert not any("error" in one and one["error"] for one in map(json.loads, events))

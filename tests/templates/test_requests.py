@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,9 +13,9 @@ import pytest
 from sfumato import LLM, Options, Slot
 from sfumato.engine.plan import Plan
 from sfumato.errors import InputError
-from sfumato.events import Done
+from sfumato.events import Done, TokenCount
 from sfumato.model.prompt import Prompt
-from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query, QueryFor
+from sfumato.templates.requests import Chat, Complete, CountTokens, Decide, Edit, Fill, Infill, Query, QueryFor
 
 if TYPE_CHECKING:  # what mypy checks; nothing runs
     from sfumato.remote import Remote
@@ -34,6 +34,7 @@ QUERIES: list[Query] = [
     Edit("123", spans=[(0, 1)], options=ONE),
     Fill(["1", Slot("x", length=1)], USER, ONE),
     Decide(USER, {"a": ["1", "2"]}, options=ONE),
+    CountTokens(Complete("1 2")),
 ]
 
 
@@ -77,7 +78,7 @@ def test_a_query_crosses_to_another_process_and_cannot_be_changed(query: Query) 
 
 @pytest.mark.parametrize(
     ("query", "beginning"),
-    list(zip(QUERIES, ["1 2", USER, "1", "123", USER, USER], strict=True)),
+    list(zip(QUERIES, ["1 2", USER, "1", "123", USER, USER, "1 2"], strict=True)),
     ids=lambda value: type(value).__name__,
 )
 def test_a_query_says_what_the_model_reads_first(query: Query, beginning: object) -> None:
@@ -122,6 +123,49 @@ def test_any_query_runs_as_its_method_does(llm: LLM) -> None:
     assert llm.run(Decide(USER, fields, options=ONE)) == llm.decide(USER, fields, options=ONE)
 
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+BEGUN = [*USER, {"role": "assistant", "content": "1 2"}]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        Complete("1 2", ONE),
+        Complete([2, 5, 7], ONE),
+        Chat(USER, options=ONE),
+        Chat(USER, [TOOL], replace(ONE, thinking=True)),
+        Chat(USER, [TOOL], replace(ONE, must_call=True)),
+        Chat(BEGUN, None, ONE, is_continued=True),
+    ],
+)
+def test_a_count_is_of_the_prompt_that_is_answered(llm: LLM, query: Complete | Chat) -> None:
+    answer = llm.run(replace(query, options=replace(query.options, max_tokens=9)))
+    assert llm.run(CountTokens(query)) == TokenCount(answer.usage.prompt_tokens)
+    assert not llm.must_compile(CountTokens(query))
+
+
+def test_a_last_message_of_the_assistant_is_gone_on_from(llm: LLM) -> None:
+    encode = llm.planner.prompts.encode
+    assert list(encode(BEGUN, None, False, True)) == [*encode(USER), *llm.tokenizer.encode("1 2")]
+    stray = [*USER, {"role": "assistant", "content": "1 <turn|> 2"}]
+    assert list(encode(stray, None, False, True)) == [*encode(USER), *llm.tokenizer.encode("1 <turn|> 2")]
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        (Chat(USER, is_continued=True), "is_continued needs a last message of the assistant"),
+        (Chat([*USER, {"role": "assistant", "content": ""}], is_continued=True), "is_continued needs"),
+        (Chat(BEGUN, None, Options(thinking=True), True), "thinking cannot go with an answer that has begun"),
+        (Chat(BEGUN, [TOOL], Options(must_call=True), True), "must_call cannot go with an answer that has begun"),
+        (CountTokens(Infill("1", "2")), "the query is"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_continued_or_counted_is_refused(llm: LLM, query: QueryFor[Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        llm.run(query)
+
+
 def test_token_ids_and_prompts_are_completed(llm: LLM) -> None:
     ids = llm.tokenizer.encode("1 2", bos=True)
     prompt = llm.encode("1 2")
@@ -135,7 +179,8 @@ def test_token_ids_and_prompts_are_completed(llm: LLM) -> None:
 
 def test_what_is_no_query_is_refused(llm: LLM) -> None:
     with pytest.raises(
-        InputError, match=r"there is no request 'sing'; there are Chat, Complete, Infill, Fill, Edit, Decide"
+        InputError,
+        match=r"there is no request 'sing'; there are Chat, Complete, Infill, Fill, Edit, Decide, CountTokens",
     ):
         llm.run("sing")  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sfumato.server.backend import where
-from sfumato.server.http.errors import ClientGone, refusal, short
+from sfumato.server.http.errors import ClientGone, short
 from sfumato.server.http.service import Record, Service, log
 
 POLICY = (
@@ -47,7 +47,9 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = record.id
+                headers["x-request-id"] = headers["request-id"] = (
+                    record.id
+                )  # as OpenAI's clients know it, and Anthropic's
                 headers["x-content-type-options"] = "nosniff"
                 if record.ignored:
                     headers["x-sfumato-ignored"] = ", ".join(record.ignored)
@@ -64,7 +66,7 @@ class AccessLog:
         except Exception as error:
             log.error("%s failed: %s", record.id, where(error))
             if not record.status:
-                await refusal(error).response()(scope, receive, sending)
+                await self.service.error_answer(error, scope)(scope, receive, sending)
             record.status = 500
         finally:
             seconds = monotonic() - start

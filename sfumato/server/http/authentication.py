@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import itertools
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ OPEN = ("/", "/health", "/ready")
 class Authentication:
     """Refuses requests of other hosts, of pages that `cors` does not name, and without a key where keys are set.
 
-    It also counts the requests to /v1 that are under way, which a stop waits for."""
+    It also counts the requests to /v1 and /api that are under way, which a stop waits for."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service, self.settings = app, service, service.settings
@@ -40,14 +41,14 @@ class Authentication:
             if origin is not None and self._is_foreign(origin, headers):
                 allowed = {
                     "access-control-allow-origin": origin,
-                    "access-control-expose-headers": "x-request-id, retry-after",
+                    "access-control-expose-headers": "x-request-id, request-id, retry-after, x-sfumato-ignored",
                     "vary": "Origin",
                 }
                 if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                     return await _preflight(headers, allowed, send)
             if self.keys and path not in OPEN and not is_page(path):
                 self._check_key(headers)
-            if path.startswith("/v1/"):
+            if path.startswith(("/v1/", "/api/")):
                 self.service.enter()
                 is_counted = True
 
@@ -58,7 +59,7 @@ class Authentication:
 
             await self.app(scope, receive, sending)
         except Refusal as error:
-            response = error.response()
+            response = self.service.error_answer(error, scope)
             response.headers.update(allowed)
             await response(scope, receive, send)
         finally:
@@ -80,10 +81,12 @@ class Authentication:
         raise Refusal(403, f"pages of {origin!r} may not call this server; --cors allows an origin", "permission_error")
 
     def _check_key(self, headers: Headers) -> None:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(key.strip().encode(), one) for one in self.keys]  # all, in constant time
-        if scheme.lower() != "bearer" or not any(matches):
-            message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        candidates = [headers.get("x-api-key", ""), bearer if scheme.lower() == "bearer" else ""]
+        pairs = itertools.product(candidates, self.keys)
+        matches = [hmac.compare_digest(key.strip().encode(), one) for key, one in pairs]  # all, in constant time
+        if not any(matches):
+            message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
             challenge = {"www-authenticate": "Bearer"}
             raise Refusal(401, message, "authentication_error", code="invalid_api_key", headers=challenge)
 

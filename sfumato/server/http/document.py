@@ -6,6 +6,7 @@ is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -46,34 +47,50 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+
+def errors_in(body: Any, overloaded: int = 503) -> dict[int | str, dict[str, Any]]:
+    """The errors of a dialect: its body for them, and its status where too many wait."""
+    return {overloaded if status == 503 else status: {**one, "model": body} for status, one in ERRORS.items()}
+
+
 EVENT: dict[str, Any] = {
     "type": "object",
     "description": "A server-sent event",
     "properties": {
-        "data": {"type": "string", "description": "JSON; at a stream's end, but for /v1/responses, [DONE]"},
-        "event": {"type": "string", "description": "What it tells; of /v1/responses alone"},
+        "data": {
+            "type": "string",
+            "description": "JSON; at a stream's end, in most of OpenAI's routes and ours, [DONE]",
+        },
+        "event": {"type": "string", "description": "What it tells; of /v1/responses and /v1/messages alone"},
     },
     "required": ["data"],
 }
+
+EVENTS: dict[str, Any] = {"text/event-stream": {"itemSchema": EVENT}}
+"""A stream of server-sent events, as the content of an answer."""
 
 _BODIES: dict[str, type[BaseModel]] = {}
 """The bodies of POST routes by name."""
 
 
-def takes(body: type[BaseModel], answer: Any, is_streamed: bool = True) -> dict[str, Any]:
-    """What a POST route says of itself: its body, its answer (also as a stream), and its errors."""
+def takes(
+    body: type[BaseModel],
+    answer: Any,
+    stream: Mapping[str, Any] = EVENTS,
+    errors: Mapping[int | str, dict[str, Any]] = ERRORS,
+) -> dict[str, Any]:
+    """What a POST route says of itself: its body, its answer (also as a stream, by media type), and its errors."""
     _BODIES[body.__name__] = body
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
-    stream = {"text/event-stream": {"itemSchema": EVENT}}
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": {200: {"model": answer, "content": stream if is_streamed else {}}, **ERRORS},
+        "responses": {200: {"model": answer, "content": dict(stream)}, **errors},
     }
 
 
-def gives(answer: Any) -> dict[str, Any]:
+def gives(answer: Any, errors: Mapping[int | str, dict[str, Any]] = ERRORS) -> dict[str, Any]:
     """What a GET route says of itself: its answer, and its errors."""
-    return {"responses": {200: {"model": answer}, **{status: ERRORS[status] for status in (401, 403, 404, 500, 503)}}}
+    return {"responses": {200: {"model": answer}, **{status: errors[status] for status in (401, 403, 404, 500, 503)}}}
 
 
 def document(app: FastAPI) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Every error as an answer: OpenAI's body for errors, and the status that says whose fault it was."""
+"""Every error as an answer: a body in its dialect's form (OpenAI's, if no other), and a status: whose fault it was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -38,9 +38,13 @@ class Refusal(SfumatoError):
         """The JSON of the answer."""
         return {"error": self.error}
 
-    def response(self) -> JSONResponse:
-        """The answer."""
-        return JSONResponse(self.body, self.status, self.headers)
+    def response(self, form: ErrorForm | None = None) -> JSONResponse:
+        """The answer, in OpenAI's form unless another is named."""
+        return JSONResponse(*((self.body, self.status) if form is None else form(self)), self.headers)
+
+
+ErrorForm = Callable[[Refusal], tuple[dict[str, Any], int]]
+"""The body and the status of an error in one dialect."""
 
 
 class ClientGone(Exception):

@@ -79,16 +79,22 @@ class OptionsBody(Body):
 
     def options(self, card: ModelCard, **more: Any) -> Options:
         """What the request says of how to generate, its seed drawn if it gives none; `more` goes before it."""
-        values = {name: value for name, value in (self.requested() | more).items() if value is not None}
+        values = self.requested() | more
         if values.get("drafts") and not self.stream:
             raise InputError("drafts needs stream; set stream to true, or leave drafts out", option="drafts")
-        values.setdefault("seed", 0 if values.get("temperature") == 0 else secrets.randbits(32))
-        options = Options.from_dict(values)
-        for name in ("max_tokens", "min_tokens"):
-            check_length(name, getattr(options, name), card)
-        if (options.mode or ("diffusion" if card.is_diffusion else "autoregressive")) == "diffusion":
-            _check_canvas(options)
-        return options
+        return resolved(values, card)
+
+
+def resolved(values: Mapping[str, Any], card: ModelCard) -> Options:
+    """Options by their names, those that are None left open, with a seed; checked against the model."""
+    values = {name: value for name, value in values.items() if value is not None}
+    values.setdefault("seed", 0 if values.get("temperature") == 0 else secrets.randbits(32))
+    options = Options.from_dict(values)
+    for name in ("max_tokens", "min_tokens"):
+        check_length(name, getattr(options, name), card)
+    if (options.mode or ("diffusion" if card.is_diffusion else "autoregressive")) == "diffusion":
+        _check_canvas(options)
+    return options
 
 
 def _check_canvas(options: Options) -> None:

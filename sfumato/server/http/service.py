@@ -17,13 +17,14 @@ from time import monotonic
 from typing import Any, TypeVar, cast
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope
 
 from sfumato.errors import WorkerError
 from sfumato.events import Draft, Event, Usage
 from sfumato.server.backend import NUMBER, Backend, Job, ModelCard, Result
 from sfumato.server.http.bodies import Body, Reading, read
-from sfumato.server.http.errors import RETRY, ClientGone, Refusal
+from sfumato.server.http.errors import RETRY, ClientGone, ErrorForm, Refusal, refusal
 from sfumato.server.http.metrics import Metrics
 from sfumato.server.settings import Settings
 from sfumato.templates.requests import Query
@@ -33,6 +34,7 @@ log = logging.getLogger("sfumato.server")
 T = TypeVar("T")
 B = TypeVar("B", bound=Body)
 
+JSON = "application/json"
 SMALL = 64 << 10
 """Bytes of a body that are read at once, in milliseconds; a larger one is read in a thread, beside the others."""
 
@@ -61,6 +63,8 @@ class Service:
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self.backend, self.settings = backend, settings
         self.metrics = Metrics(backend)
+        self.error_forms: dict[str, ErrorForm] = {}
+        """The forms of errors of dialects that are not OpenAI's, by what their paths begin with."""
         self.is_draining = False
         self.has_been_ready = False
         self.running = 0
@@ -153,10 +157,16 @@ class Service:
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
-    async def read(self, request: Request, kind: type[B]) -> B:
-        """The request's body, checked."""
+    def error_answer(self, error: Exception, scope: Scope) -> JSONResponse:
+        """An error as the answer of a path, in the form of its dialect."""
+        path = scope["path"]
+        form = next((form for start, form in self.error_forms.items() if path.startswith(start)), None)
+        return refusal(error).response(form)
+
+    async def read(self, request: Request, kind: type[B], medias: Sequence[str] = (JSON,)) -> B:
+        """The request's body, checked; its media type is one of these."""
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media != "application/json":
+        if media not in medias:
             raise Refusal(415, f"the content type is {media or 'not given'!r}; send application/json")
         data = await request.body()
         reading = Reading(self.settings.limits, self.settings.strict_params)

@@ -412,7 +412,6 @@ class CompletionRequest(
     suffix: str | None = Field(None, description="What stands behind the text to write, which is then an infill.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(None, description="With logprobs: the log-probabilities of the prompt's tokens, too.")
-    max_tokens: int | None = Field(None, ge=0, le=BIG, description="New tokens at most; 0 with echo and logprobs.")
     best_of: Count | None = None
 
     @property
