@@ -333,6 +333,22 @@ def gpu(record: Record) -> str:
     return "\n\n".join(texts)
 
 
+def sampling_rules(record: Record) -> str:
+    from benchmarks.sampling_rules import HEAD, TEXT_HEAD, lines, text_lines
+
+    bands, texts = record["bands"], record["texts"]
+    counts = " / ".join(f"{next(iter(rows.values()))['puzzles']} {band}" for band, rows in bands.items())
+    first = next(iter(texts.values()))
+    return "\n\n".join(
+        [
+            f"nano, Sudokus with their clues pinned: {counts}. Behind a colon stands a way that was not taken.",
+            table(HEAD, lines(bands)),
+            f"Free text of nano behind {first['texts']} prompts, {first['tokens']} tokens each:",
+            table(TEXT_HEAD, text_lines(texts)),
+        ]
+    )
+
+
 def early(record: Record) -> str:
     from benchmarks.early import HEAD, lines
 
@@ -444,6 +460,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "request": ("Whole answers", request),
     "nano": ("nano", nano),
     "pins": ("The more is given, the fewer steps", pins),
+    "sampling rules": ("Top-p, top-k, min-p and penalties", sampling_rules),
     "early answers": ("Answers that arrive early", early),
     "constrain": ("Grammars", constrain),
     "quantised": ("Fewer bits", quantised),

@@ -118,7 +118,7 @@ def invalid(length: int) -> list[Ask]:
         {**one, "n": 0},
         {**one, "max_tokens": -1},
         {**one, "model": "another"},
-        {**one, "top_p": 0.5},
+        {**one, "top_p": 1.5},
         {**one, "regex": "("},
         {**one, "drafts": True},
         {**one, "response_format": {"type": "json_schema"}},

@@ -20,7 +20,7 @@ from sfumato.cli import files
 from sfumato.cli.flags import Group, flag, group_of
 from sfumato.cli.settings import GIGABYTE, SAMPLING, read_settings
 from sfumato.errors import InputError
-from sfumato.options import LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
+from sfumato.options import CONSTRAINTS, LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
 from sfumato.quant.recipes import RECIPES
 
 Delay = Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")]
@@ -181,14 +181,14 @@ def _set(values: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
         kind = OPTIONS[name].kind if name in OPTIONS else None
         if kind is tuple:
             values[name] = (*(values.get(name) or ()), text)
+        elif kind is dict and name not in CONSTRAINTS:
+            values[name] = files.parse_json(text, name)
         elif kind in (str, dict):
             values[name] = text
         else:
             values[name] = read_value(text) if is_pair else True
     if isinstance(values.get("schema"), str):
         values["schema"] = read_schema(values["schema"])
-    if isinstance(values.get("logit_bias"), str):
-        values["logit_bias"] = files.parse_json(values["logit_bias"], "logit_bias")
     return values
 
 

@@ -29,8 +29,8 @@ from sfumato.options import Options
 SWEEP = 2**22
 """Elements of the float32 probabilities that exist at once: positions go in groups of this size."""
 
-RANKED = 4096
-"""The likeliest words that are put in order for top-p; where these have less than it together, all are."""
+RANKED = (64, 4096)
+"""So many of the likeliest words are put in order for top-p; where these have less than it together, more are."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,19 @@ class Truncation:
     def _ranked(self, p_NV: Tensor, argmax_N: Tensor, top_k: int) -> Tensor:
         """What top-k leaves, and top-p of that."""
         words = p_NV.shape[-1]
-        first_NV = p_NV.scatter(-1, argmax_N[:, None], 2.0)
-        count = top_k if top_k < words else min(words, RANKED)
-        order_NK = first_NV.topk(count, -1).indices
-        p_NK = p_NV.gather(-1, order_NK)
-        whole_N1 = p_NK.sum(-1, keepdim=True) if count == top_k else p_NV.sum(-1, keepdim=True)
-        is_in_NK = p_NK.cumsum(-1) - p_NK < self.top_p * whole_N1
-        is_kept_NV = torch.zeros_like(p_NV, dtype=torch.bool).scatter_(-1, order_NK, is_in_NK)
-        lacking_N = is_in_NK[:, -1].nonzero()[:, 0]
-        if count < top_k and len(lacking_N):
-            order_MV = first_NV[lacking_N].argsort(descending=True, stable=True)
-            p_MV = p_NV[lacking_N].gather(-1, order_MV)
-            is_in_MV = p_MV.cumsum(-1) - p_MV < self.top_p * whole_N1[lacking_N]
-            is_kept_NV[lacking_N] = torch.zeros_like(is_in_MV).scatter_(-1, order_MV, is_in_MV)
+        rungs = [top_k] if top_k < words else [*(count for count in RANKED if count < words), words]
+        is_kept_NV = torch.zeros_like(p_NV, dtype=torch.bool)
+        rest_M = torch.arange(len(p_NV), device=p_NV.device)  # positions with more to keep than the rungs before have
+        for count in rungs:
+            p_MV = p_NV[rest_M]
+            order_MK = p_MV.scatter(-1, argmax_N[rest_M, None], 2.0).topk(count, -1).indices
+            p_MK = p_MV.gather(-1, order_MK)
+            whole_M1 = (p_MK if count == top_k else p_MV).sum(-1, keepdim=True)
+            is_in_MK = p_MK.cumsum(-1) - p_MK < self.top_p * whole_M1
+            is_kept_NV[rest_M] = torch.zeros_like(p_MV, dtype=torch.bool).scatter_(-1, order_MK, is_in_MK)
+            rest_M = rest_M[is_in_MK[:, -1]]
+            if not len(rest_M):
+                break
         return is_kept_NV
 
 

@@ -187,7 +187,7 @@ def test_an_option_that_a_route_has_no_field_for_is_refused_before_anything_is_s
     calls: list[tuple[str, str, Callable[[Options], object]]] = [
         ("/v1/infill", "short", lambda options: remote.infill("a", "b", options=options)),
         ("/v1/edit", "early", lambda options: remote.edit("a", "b", options=options)),
-        ("/v1/fill", "top_k", lambda options: remote.fill(["a", Slot("b")], options=options)),
+        ("/v1/fill", "min_tokens", lambda options: remote.fill(["a", Slot("b")], options=options)),
         ("/v1/fill", "max_tokens", lambda options: remote.fill(["a", Slot("b")], options=options)),
         ("/v1/decisions", "t_max", lambda options: remote.decide("a", fields, options=options)),
     ]

@@ -73,7 +73,7 @@ def test_top_p_is_the_plain_rule(seed: int, top_p: float, ranked: int) -> None:
     """However few of the likeliest words are ranked at first."""
     p = torch.softmax(torch.randn(7, 40, generator=torch.Generator().manual_seed(seed)) * 2, -1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distribution, "RANKED", ranked)
+        patch.setattr(distribution, "RANKED", (ranked, 2 * ranked))
         got = kept(p, top_p=top_p)
     for row, words in zip(p.tolist(), got, strict=True):
         order = sorted(range(40), key=lambda word: -row[word])
@@ -98,9 +98,9 @@ def test_penalties_by_hand() -> None:
 
 
 def sampler(prompt: list[int] | None = None, **options: Any) -> RowSampler:
-    found = RowSampler.of(Options(**options), prompt or [])
-    assert found is not None
-    return found
+    own = RowSampler.of(Options(**options), prompt or [])
+    assert own is not None
+    return own
 
 
 def test_the_next_token_sees_what_was_written() -> None:

@@ -74,7 +74,8 @@ def test_the_working_tree(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.startswith("|  | working tree |\n")
     table = json.loads((tmp_path / "counts.json").read_text())["working tree"]
-    assert {"__main__.py", "llm.py", "options.py", "events.py", "errors.py"} == set(table["root_files"])
+    modules = ("__main__", "declarations", "errors", "events", "llm", "options")
+    assert {f"{name}.py" for name in modules} == set(table["root_files"])
 
 
 def test_an_unknown_revision() -> None:
