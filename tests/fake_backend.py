@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from queue import SimpleQueue
@@ -25,6 +25,7 @@ from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
 from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Edit, Fill, Infill, Query
 from sfumato.templates.slots import Slot, check_template
+from sfumato.text.replies import Reply
 
 T = TypeVar("T")
 
@@ -57,8 +58,10 @@ class FakeBackend:
         error: Exception | None = None,
         error_after: int = 0,
         text: str | None = None,
+        script: Script | None = None,
     ) -> None:
         self.model, self.pause, self.error, self.error_after, self.text = card, pause, error, error_after, text
+        self.script = script
         self.jobs: list[Job] = []
         """Every job so far."""
         self.finished = self.cancelled = self.running = self.most_running = 0
@@ -104,7 +107,7 @@ class FakeBackend:
         self._count("running", 1)
         self.most_running = max(self.most_running, self.running)
         try:
-            for number, event in enumerate(events_of(job.query, self.text)):
+            for number, event in enumerate(events_of(job.query, self.text, self.script)):
                 if self.error is not None and number >= self.error_after:
                     raise self.error
                 await asyncio.sleep(self.pause)
@@ -127,7 +130,11 @@ class FakeBackend:
         self.changed.set()
 
 
-def events_of(query: Query, text: str | None = None) -> list[Event | Result]:
+Script = Callable[[AnswerQuery], Reply | None]
+"""What a query is answered with; None: with what any other backend of this kind says."""
+
+
+def events_of(query: Query, text: str | None = None, script: Script | None = None) -> list[Event | Result]:
     """All events of a query, or its drafts and its result."""
     usage, seed = Usage(5, 6, 2, 6, 8, 0.5, 0.2, 3), query.options.seed or 0
     drafts: list[Event | Result] = []
@@ -144,21 +151,23 @@ def events_of(query: Query, text: str | None = None) -> list[Event | Result]:
         case Decide(fields=fields):
             return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in fields.items()}]
         case _:
-            return _answer(query, text)
+            return _answer(query, text, script(query) if script else None)
 
 
-def _answer(query: AnswerQuery, text: str | None) -> list[Event | Result]:
+def _answer(query: AnswerQuery, text: str | None, scripted: Reply | None) -> list[Event | Result]:
     options = query.options
     calls: list[dict[str, Any]] = []
     thought = None
-    if isinstance(query, Chat) and query.tools and query.conversation[-1]["role"] != "tool":
+    if scripted is not None:
+        text, thought, calls = scripted.text, scripted.thought, scripted.tool_calls
+    elif isinstance(query, Chat) and query.tools and query.conversation[-1]["role"] != "tool":
         function = query.tools[0]["function"]
         calls = [{"name": function["name"], "arguments": sample(function.get("parameters") or {"type": "object"})}]
         calls *= 2 if "twice" in str(query.conversation[-1].get("content")) else 1
         text = ""
     elif text is None:
         text = reply(query)
-    if options.thinking:
+    if options.thinking and scripted is None:
         thought = "Let me think."
     stop = next((s for s in options.stop if s in text), None)
     if stop is not None:
