@@ -109,6 +109,8 @@ class Usage:
     """From the request's start to its first tokens; None where there are none."""
     reused_tokens: int = 0
     """Tokens of the prompt that were encoded already."""
+    thought_tokens: int = 0
+    """Committed tokens of a chat's thoughts."""
 
     @property
     def tokens_per_pass(self) -> float:

@@ -52,6 +52,7 @@ def prompts(backend: FakeBackend) -> list[Any]:
 
 
 def chat(client: TestClient, **more: Any) -> Any:
+    """The answer to a chat, whose messages are `MESSAGES` unless others are given."""
     return client.post("/v1/chat/completions", json={"messages": MESSAGES, **more})
 
 

@@ -55,6 +55,12 @@ class HttpFlags:
         float, typer.Option(min=0, metavar="SECONDS", help="Time for what is under way when the server ends.")
     ] = Settings.drain
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write to the log what requests say.")] = False
+    strict_params: Annotated[
+        bool, typer.Option("--strict-params", help="Refuse fields that have no effect, instead of leaving them out.")
+    ] = False
+    keep_responses: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Answers of /v1/responses kept in memory to go on from.")
+    ] = Settings.kept_responses
 
     def settings(self) -> Settings:
         """The server's settings; InputError for a value out of range."""
@@ -67,6 +73,8 @@ class HttpFlags:
             aliases=tuple(self.alias or ()),
             cors=tuple(self.cors or ()),
             log_prompts=self.log_prompts,
+            strict_params=self.strict_params,
+            kept_responses=self.keep_responses,
             drain=self.drain,
             stall_limit=self.unready_after,
             limits=Limits(

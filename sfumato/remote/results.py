@@ -168,6 +168,7 @@ def usage_of(body: Mapping[str, Any]) -> Usage:
         seconds=number(body.get("seconds")),
         first_commit_seconds=None if first is None else number(first),
         reused_tokens=number(details.get("cached_tokens")),
+        thought_tokens=number((body.get("completion_tokens_details") or {}).get("reasoning_tokens")),
     )
 
 

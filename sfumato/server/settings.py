@@ -72,6 +72,10 @@ class Settings:
     """Origins whose pages may call the server from a browser; "*": any."""
     log_prompts: bool = False
     """Write what requests say to the log."""
+    strict_params: bool = False
+    """Refuse fields that have no effect, rather than leave them out and say so in a header."""
+    kept_responses: int = 256
+    """Answers of /v1/responses that are kept in memory, for `previous_response_id`; the oldest goes first."""
     write_timeout: float = 60.0
     """Seconds for which a client may neither read its answer nor go on sending its body."""
     keep_alive: float = 15.0

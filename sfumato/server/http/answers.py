@@ -16,6 +16,12 @@ class PromptTokens(TypedDict):
     cached_tokens: int
 
 
+class CompletionTokens(TypedDict):
+    """Tokens of the answer that are thoughts."""
+
+    reasoning_tokens: int
+
+
 class UsageBody(TypedDict):
     """What a request took; OpenAI's fields, and ours for passes and canvases."""
 
@@ -23,6 +29,7 @@ class UsageBody(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokens
+    completion_tokens_details: CompletionTokens
     steps: int
     passes: int
     canvases: int
@@ -54,6 +61,7 @@ def usage_of(usages: Sequence[Usage], n: int = 1) -> dict[str, Any]:
         "completion_tokens": tokens,
         "total_tokens": prompt + tokens,
         "prompt_tokens_details": {"cached_tokens": sum(usage.reused_tokens for usage in usages[::n])},
+        "completion_tokens_details": {"reasoning_tokens": sum(usage.thought_tokens for usage in usages)},
         "steps": sum(usage.steps for usage in usages),
         "passes": passes,
         "canvases": sum(usage.canvases for usage in usages),

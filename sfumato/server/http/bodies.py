@@ -2,6 +2,9 @@
 
 A body is hostile until it is checked: its values are counted before it is parsed, and its lists and objects before any
 of their items is read. Of several faults only the first is reported.
+
+One policy for names that a body has no field for: what asks for nothing of the text is left out, and a header of the
+answer says so (`Body.unread`, `Body.is_open`); everything else is refused by its name. A strict server refuses both.
 """
 
 from __future__ import annotations
@@ -9,17 +12,19 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import islice
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -45,12 +50,45 @@ def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
             yield from schemas_in(inner)
 
 
+@dataclass
+class Reading:
+    """How one body is read, and what was left out of it."""
+
+    limits: Limits
+    is_strict: bool = False
+    """Whether a field without effect is refused rather than left out."""
+    ignored: list[str] = field(default_factory=list)
+    """The names of fields that were left out, each once: for a header, so that they are short and plain."""
+
+    def leave_out(self, name: str) -> None:
+        """Keep the name of a field that has no effect."""
+        name = name if _PLAIN.fullmatch(name) else "?"
+        if name not in self.ignored and len(self.ignored) < MOST_IGNORED:
+            self.ignored.append(name)
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.\[\]:-]{1,80}")
+MOST_IGNORED = 32
+"""Names of fields that a header may hold."""
+
+
+def reading_of(info: ValidationInfo) -> Reading:
+    """How the body is read that a validator looks at; one that Python builds has no limits of its own."""
+    return info.context if isinstance(info.context, Reading) else Reading(Limits())
+
+
 class Body(BaseModel):
     """A request, or an object in one.
 
     Only its first fault is reported: pydantic would look for all, and a million of them take gigabytes."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    place: ClassVar[str] = ""
+    """What stands before a field's name where it is said to be left out."""
+    unread: ClassVar[Mapping[str, str]] = {}
+    """Fields that clients send and that ask for nothing of the text, each with the reason: they are left out."""
+    is_open: ClassVar[bool] = False
+    """Whether every name that it has no field for is left out."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -62,13 +100,36 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_one_unknown_name(cls, value: Any) -> Any:
-        """Of many unknown names only the first is left, to be refused."""
-        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+    def _without_what_is_unread(cls, value: Any, info: ValidationInfo) -> Any:
+        """The fields that are known; of names to be refused only the first is left."""
+        known = cls.names()
+        if not isinstance(value, dict) or value.keys() <= known:
             return value
-        known = {info.alias or name for name, info in cls.model_fields.items()}
-        unknown = next(name for name in value if name not in known)
-        return {name: value[name] for name in (*known & value.keys(), unknown)}
+        reading = reading_of(info)
+        kept = {name: one for name, one in value.items() if name in known}
+        for name, one in value.items():
+            if name in known:
+                continue
+            is_unread = cls.is_open or name in cls.unread
+            if not is_unread or (reading.is_strict and one is not None):
+                return kept | {name: one}
+            if one not in (None, [], {}):
+                reading.leave_out(cls.place + name)
+        return kept
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """The names of its fields, as a request has them."""
+        return {info.alias or name for name, info in cls.model_fields.items()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        whole = handler.resolve_ref_schema(handler(schema))
+        for name, reason in cls.unread.items():
+            whole.setdefault("properties", {}).setdefault(name, {"description": f"Left out: {reason}."})
+        if cls.is_open:
+            whole["additionalProperties"] = True
+        return whole
 
     @field_validator("*")
     @classmethod
@@ -89,7 +150,7 @@ def _is_same(value: Any, other: Any) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", bound=Body)
 
 
 def only(*values: Any) -> Any:
@@ -109,7 +170,7 @@ class Most:
 
     def check(self, value: Any, info: Any) -> Any:
         """The value, if it has no more items than allowed."""
-        most = getattr(info.context, self.limit)
+        most = getattr(reading_of(info).limits, self.limit)
         if isinstance(value, (list, dict)) and len(value) > most:
             raise PydanticCustomError(TOO_MANY, f"{len(value)} {self.what}, more than the {most} allowed")
         return value
@@ -120,14 +181,14 @@ Count = Annotated[int, Field(ge=1, le=BIG)]
 Choices = Annotated[list[str], Most("max_choices", "choices")]
 
 
-def read(data: bytes, kind: type[T], limits: Limits) -> T:
+def read(data: bytes, kind: type[T], reading: Reading) -> T:
     """The request in a body; a Refusal says what is wrong with it, and where."""
-    _count_values(data, limits.max_values)
-    value = parse(data, limits.max_depth)
+    _count_values(data, reading.limits.max_values)
+    value = parse(data, reading.limits.max_depth)
     try:
-        return kind.model_validate(value, context=limits)
+        return kind.model_validate(value, context=reading)
     except ValidationError as error:
-        raise _refusal(error, value) from None
+        raise _refusal(error, value, kind) from None
 
 
 def parse(data: bytes, max_depth: int) -> Any:
@@ -206,7 +267,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def _refusal(error: ValidationError, value: Any) -> Refusal:
+def _refusal(error: ValidationError, value: Any, kind: type[Body]) -> Refusal:
     """The fault at the deepest place.
 
     A value that may be text or a list fails as both, and the list's reason says more."""
@@ -217,7 +278,7 @@ def _refusal(error: ValidationError, value: Any) -> Refusal:
     faults = [fault for fault in by_place[place] if fault["type"] == TOO_MANY] or by_place[place]
     first, shown = faults[0], short(place, 200)
     if first["type"] == "extra_forbidden":
-        message = f"there is no field {shown!r} in this request; leave it out"
+        message = _of_unknown(place, kind)
     elif first["type"] == "missing":
         message = f"{shown} is missing; give it"
     elif first["type"] == TOO_MANY:
@@ -225,7 +286,30 @@ def _refusal(error: ValidationError, value: Any) -> Refusal:
     else:
         reasons = dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in faults)
         message = f"{shown or 'the body'} is {_shown(first['input'])}: {' – or: '.join(reasons)}"
-    return Refusal(400, message, param=shown or None)
+    code = _CODES.get(first["type"])
+    if code is not None and isinstance(first["input"], float):
+        code = code.replace("integer", "decimal")
+    return Refusal(400, message, param=shown or None, code=code)
+
+
+_CODES = {
+    "extra_forbidden": "unknown_parameter",
+    "missing": "missing_required_parameter",
+    TOO_MANY: "array_above_max_length",
+    "too_short": "empty_array",
+    "greater_than_equal": "integer_below_min_value",
+    "less_than_equal": "integer_above_max_value",
+}
+"""OpenAI's codes of some faults."""
+
+
+def _of_unknown(place: str, kind: type[Body]) -> str:
+    """What is said of a field that is not known, or that a strict server refuses."""
+    if reason := kind.unread.get(place):
+        return f"{place} has no effect here ({reason}), and this server is strict; leave it out"
+    text = f"there is no field {short(place, 200)!r} in this request"
+    near = get_close_matches(place, kind.names(), 1, 0.75) if len(place) < 64 else []
+    return f"{text}; is {near[0]!r} meant? Else leave it out" if near else f"{text}; leave it out"
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import secrets
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -16,7 +17,7 @@ from pydantic import BaseModel, Field
 from sfumato.errors import InputError
 from sfumato.options import BIG, OPTIONS, Option, Options, Use
 from sfumato.server.backend import ModelCard
-from sfumato.server.http.bodies import Body, Choices, Most
+from sfumato.server.http.bodies import Body, Choices, Most, only
 from sfumato.server.http.checks import check_length
 
 SET_BY_OTHERS = ("must_call",)
@@ -42,15 +43,25 @@ class OptionsBody(Body):
     """A request that generates: the options that apply to all of its `uses`, each under its own name.
 
     An option that is left out, or null, stays as it is. A field that the class declares itself comes before the option
-    of the same name; `without` names options that the class has no field for."""
+    of the same name; `without` names options that the class has no field for. `neutral`: fields that would change the
+    text and are not supported, with the values that ask for nothing."""
 
     model: str | None = None
     stream: bool | None = None
     user: str | None = None
 
-    def __init_subclass__(cls, uses: Collection[Use] = (), without: Collection[str] = (), **more: Any) -> None:
+    def __init_subclass__(
+        cls,
+        uses: Collection[Use] = (),
+        without: Collection[str] = (),
+        neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+        **more: Any,
+    ) -> None:
         super().__init_subclass__(**more)
         own, fields = inspect.get_annotations(cls), {}
+        for name, values in neutral.items():
+            fields[name] = Any
+            setattr(cls, name, only(*values))
         for name, option in OPTIONS.items():
             is_shared = bool(uses) and set(uses) <= set(option.about.uses)
             if is_shared and name not in (*SET_BY_OTHERS, *without, *own):

@@ -52,7 +52,9 @@ class ChatMessage(TypedDict):
     content: str | None
     refusal: None
     reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
     tool_calls: NotRequired[list[Call]]
+    function_call: NotRequired[CallFunction]
 
 
 class ChatChoice(TypedDict):
@@ -60,7 +62,7 @@ class ChatChoice(TypedDict):
 
     index: int
     message: ChatMessage
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
     stop_reason: str | None
     logprobs: Logprobs | None
 
@@ -116,8 +118,26 @@ class ResponseBody(TypedDict):
     id: str
     object: Literal["response"]
     created_at: float
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
     model: str
     output: list[dict[str, Any]]
     seed: int
     usage: dict[str, Any] | None
+
+
+class ItemList(TypedDict):
+    """The answer of /v1/responses/{id}/input_items."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedBody(TypedDict):
+    """The answer of a response's deletion."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool

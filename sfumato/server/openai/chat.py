@@ -51,7 +51,8 @@ class ChatAnswer:
         options = body.answer_options(card)
         n = body.choice_count(1, service.settings.limits)
         self.service, self.scope = service, scope
-        self.is_one_call = body.parallel_tool_calls is False
+        self.is_old, self.thought_fields = body.is_old, body.thought_fields
+        self.is_one_call = body.is_old or body.parallel_tool_calls is False
         self.has_usage = body.has_usage()
         self.has_logprobs = options.logprobs
         messages, tools = [message.plain() for message in body.messages], shown_tools(body.tool_functions, body.choice)
@@ -84,17 +85,25 @@ class ChatAnswer:
         calls = done.tool_calls[:1] if self.is_one_call else done.tool_calls
         message: dict[str, Any] = {"role": "assistant", "content": done.text, "refusal": None}
         if done.thought is not None:
-            message["reasoning_content"] = done.thought
+            message |= dict.fromkeys(self.thought_fields, done.thought)
         if calls:
             message["content"] = done.text or None
-            message["tool_calls"] = [call_of(call) for call in calls]
+            message |= self._calls([call_of(call) for call in calls])
         return {
             "index": number,
             "message": message,
-            "finish_reason": "tool_calls" if calls else done.finish_reason,
+            "finish_reason": self._reason(done, len(calls)),
             "stop_reason": done.stop,
             "logprobs": logprobs_of(commits) if self.has_logprobs else None,
         }
+
+    def _calls(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        """The field that holds calls; in the older form there is one."""
+        return {"function_call": calls[0]["function"]} if self.is_old else {"tool_calls": calls}
+
+    def _reason(self, done: Done, calls: int) -> str:
+        """Why an answer with so many calls ended."""
+        return ("function_call" if self.is_old else "tool_calls") if calls else done.finish_reason
 
     async def chunks(self) -> AsyncGenerator[str, None]:
         """The answer as the events of a stream."""
@@ -115,31 +124,31 @@ class ChatAnswer:
                 if isinstance(event, Draft):
                     yield data(head | {"choices": [], "draft": draft_of(number, event)})
                 elif isinstance(event, Commit):
-                    delta = self._delta(event, call_counts[number])
-                    call_counts[number] += len(delta.get("tool_calls", []))
+                    delta, count = self._delta(event, call_counts[number])
+                    call_counts[number] += count
                     logprobs = logprobs_of([event]) if self.has_logprobs else None
                     if delta or logprobs:
                         yield chunk(number, delta, logprobs)
                 elif isinstance(event, Done):
                     usages[number] = event.usage
-                    reason = "tool_calls" if call_counts[number] else event.finish_reason
+                    reason = self._reason(event, call_counts[number])
                     yield chunk(number, {}, finish_reason=reason, stop_reason=event.stop)
         if self.has_usage:
             usage = usage_of([usages[number] for number in range(len(self.queries))], len(self.queries))
             yield data(head | {"choices": [], "usage": usage})
         yield END
 
-    def _delta(self, commit: Commit, calls_before: int) -> dict[str, Any]:
-        """What a commit adds to an answer that has so many calls."""
-        calls = commit.tool_calls[: 1 - calls_before] if self.is_one_call else commit.tool_calls
+    def _delta(self, commit: Commit, calls_before: int) -> tuple[dict[str, Any], int]:
+        """What a commit adds to an answer that has so many calls, and how many calls that are."""
+        calls = commit.tool_calls[: max(0, 1 - calls_before)] if self.is_one_call else commit.tool_calls
         delta: dict[str, Any] = {}
         if commit.thought:
-            delta["reasoning_content"] = commit.thought
+            delta |= dict.fromkeys(self.thought_fields, commit.thought)
         if commit.text:
             delta["content"] = commit.text
         if calls:
-            delta["tool_calls"] = [{"index": calls_before + i} | call_of(call) for i, call in enumerate(calls)]
-        return delta
+            delta |= self._calls([{"index": calls_before + i} | call_of(call) for i, call in enumerate(calls)])
+        return delta, len(calls)
 
 
 def call_of(call: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class CompletionAnswer:
         prompts = body.prompts
         self.n = body.choice_count(len(prompts), service.settings.limits)
         self.service, self.scope = service, scope
-        self.has_usage = body.has_usage()
+        self.has_usage, self.is_empty = body.has_usage(), body.is_empty
         self.has_logprobs = options.logprobs
         self.echoes = [prompt if body.echo and isinstance(prompt, str) else "" for prompt in prompts]
         seed = options.seed or 0
@@ -66,11 +66,21 @@ class CompletionAnswer:
             "system_fingerprint": None,
         }
 
+    async def _events(self) -> AsyncGenerator[tuple[int, Any], None]:
+        """The events of the answers; where no text is asked for, the ends alone, without any."""
+        async with aclosing(self.service.events(self.scope, self.queries)) as events:
+            async for number, event in events:
+                if not self.is_empty:
+                    yield number, event
+                elif isinstance(event, Done):
+                    usage = replace(event.usage, tokens=0)
+                    yield number, replace(event, text="", finish_reason="length", stop=None, usage=usage)
+
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
         commits: list[list[Commit]] = [[] for _ in self.queries]
         ends: dict[int, Done | Filled] = {}
-        async with aclosing(self.service.events(self.scope, self.queries)) as events:
+        async with aclosing(self._events()) as events:
             async for number, event in events:
                 if isinstance(event, Commit):
                     commits[number].append(event)
@@ -101,7 +111,7 @@ class CompletionAnswer:
             choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": None} | end
             return data(head | {"choices": [choice]})
 
-        async with aclosing(self.service.events(self.scope, self.queries)) as events:
+        async with aclosing(self._events()) as events:
             async for number, event in events:
                 if number not in echoed:
                     echoed.add(number)

@@ -1,106 +1,101 @@
-"""The body of /v1/responses: a conversation as items, and how to answer it."""
+"""The body of /v1/responses: a conversation as items (`inputs`), and how to answer it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo
 
 from sfumato.errors import InputError
 from sfumato.options import Options
 from sfumato.server.backend import ModelCard
-from sfumato.server.http.bodies import Body, Most, only
-from sfumato.server.http.errors import Refusal
+from sfumato.server.http.bodies import Body, Most, only, reading_of
 from sfumato.server.http.options import option_field
-from sfumato.server.openai.bodies import ANY_OBJECT, EffortName, Function, Sampled, StreamOptions, chat_options
+from sfumato.server.openai.bodies import (
+    ANY_OBJECT,
+    FUNCTION_UNREAD,
+    Function,
+    OtherTool,
+    Sampled,
+    allowed_of,
+    chat_options,
+)
+from sfumato.server.openai.inputs import AnyItem
+from sfumato.server.openai.spellings import EffortName
+from sfumato.server.openai.unread import RESPONSES_NEUTRAL, RESPONSES_UNREAD
 
 
-class Content(Body):
-    """A part of a message."""
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: Any = only([])
-    logprobs: Any = only([])
-
-
-Contents = Annotated[list[Content], Most("max_parts", "parts")]
-
-
-class Item(Body):
-    """What every item may hold."""
-
-    id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-
-class MessageItem(Item):
-    """A message."""
-
-    type: Literal["message"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Contents
-    phase: Literal["commentary", "final_answer"] | None = None
-
-
-class CallItem(Item):
-    """A call of a function."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
-
-
-class OutputItem(Item):
-    """What a call returned."""
-
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str | Contents
-
-
-class Thought(Body):
-    """A part of a thought."""
-
-    type: Literal["reasoning_text"]
-    text: str
-
-
-class ThoughtItem(Item):
-    """What the model thought."""
-
-    type: Literal["reasoning"]
-    summary: Annotated[list[Any], Most("max_parts", "parts")] | None = None
-    content: Annotated[list[Thought], Most("max_parts", "parts")] | None = None
-    encrypted_content: Any = only()
-
-
-def _kind(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else None
-    return "message" if kind is None else str(kind)
-
-
-AnyItem = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[OutputItem, Tag("function_call_output")]
-    | Annotated[ThoughtItem, Tag("reasoning")],
-    Discriminator(_kind),
-]
-
-
-class FlatTool(Function):
+class FlatTool(Body):
     """A tool, with its function's fields beside its type."""
 
+    place = "tools[]."
+    unread = FUNCTION_UNREAD
     type: Literal["function"]
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def function(self) -> Function:
+        """The function that the model is shown."""
+        return Function(
+            name=self.name, description=self.description, parameters=self.parameters, strict=self.strict or None
+        )
+
+
+class TextFormat(Body):
+    """What the text of a custom tool is."""
+
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
+class CustomTool(Body):
+    """A tool that takes text: the model is shown a function of one argument. A grammar is told, not enforced."""
+
+    place = "tools[]."
+    unread = FUNCTION_UNREAD
+    type: Literal["custom"]
+    name: str = Field(min_length=1)
+    description: str | None = None
+    format: TextFormat | None = None
+
+    def function(self) -> Function:
+        """The function that the model is shown."""
+        description = self.description or ""
+        if self.format is not None and self.format.definition:
+            description += f"\nThe input obeys this {self.format.syntax or 'lark'}:\n{self.format.definition}"
+        text = {"type": "string", "description": "The text that the tool takes."}
+        parameters = {"type": "object", "properties": {"input": text}, "required": ["input"]}
+        return Function(name=self.name, description=description.strip() or None, parameters=parameters)
+
+
+def _kind(tool: Any) -> str:
+    kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
+    return str(kind) if kind in ("function", "custom") else "other"
+
+
+AnyFlatTool = Annotated[
+    Annotated[FlatTool, Tag("function")] | Annotated[CustomTool, Tag("custom")] | Annotated[OtherTool, Tag("other")],
+    Discriminator(_kind),
+]
 
 
 class FlatChoice(Body):
     """The choice of one tool."""
 
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: str
+
+
+class AllowedFlat(Body):
+    """The choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FlatChoice], Field(min_length=1), Most("max_tools", "tools")]
 
 
 class AnswerFormat(Body):
@@ -116,48 +111,97 @@ class AnswerFormat(Body):
 class Text(Body):
     """How the answer's text is to be."""
 
+    place = "text."
+    unread: ClassVar[Mapping[str, str]] = {"verbosity": "the model knows no such setting; ask in words"}
     format: AnswerFormat | None = None
-    verbosity: Any = only("medium")
+
+
+SummaryName = Literal["auto", "concise", "detailed"]
 
 
 class Reasoning(Body):
-    """How much the model is to think."""
+    """How much the model is to think, and whether its thoughts come as a summary, which is the whole of them."""
 
+    place = "reasoning."
+    unread: ClassVar[Mapping[str, str]] = {
+        "context": "thoughts of earlier turns are as the template has them",
+        "mode": "there is one",
+    }
     effort: EffortName | None = None
-    summary: Any = only("auto")
-    generate_summary: Any = only()
+    summary: SummaryName | None = None
+    generate_summary: SummaryName | None = None
 
 
-class ResponsesRequest(Sampled, uses=("chat",), without=("max_tokens", "logprobs")):
+INCLUDED = "reasoning.encrypted_content"
+"""What an answer may include besides: its thoughts as opaque text."""
+_TOOLS_ONLY = (
+    "web_search_call.action.sources",
+    "web_search_call.results",
+    "file_search_call.results",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "message.input_image.image_url",
+)
+"""What could be included of tools and images that are not here: there is never any."""
+
+
+def _check_included(names: list[str], info: ValidationInfo) -> list[str]:
+    reading = reading_of(info)
+    for name in names:
+        if name == INCLUDED or (name in _TOOLS_ONLY and not reading.is_strict):
+            if name != INCLUDED:
+                reading.leave_out(f"include[].{name}")
+        else:
+            raise ValueError(f"only {INCLUDED!r} can be included; leave {name[:80]!r} out")
+    return names
+
+
+class ResponsesRequest(Sampled, uses=("chat",), without=("max_tokens", "logprobs"), neutral=RESPONSES_NEUTRAL):
     """The body of /v1/responses."""
 
-    input: str | Annotated[list[AnyItem], Field(min_length=1), Most("max_messages", "items")]
+    unread = RESPONSES_UNREAD
+    input: str | Annotated[list[AnyItem], Most("max_messages", "items")]
     instructions: str | None = None
     max_output_tokens: int | None = option_field("max_tokens")
     text: Text | None = None
-    tools: Annotated[list[FlatTool], Most("max_tools", "tools")] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    tools: Annotated[list[AnyFlatTool], Most("max_tools", "tools")] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatChoice | AllowedFlat | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    truncation: Any = only("disabled")
     top_logprobs: Any = only(0)
-    include: Any = only([])
-    background: Any = only(False)
-    previous_response_id: Any = only()
-    conversation: Any = only()
-    prompt: Any = only()
-    max_tool_calls: Any = only()
-    stream_options: StreamOptions | None = None
+    include: Annotated[list[str], Most("max_parts", "names"), AfterValidator(_check_included)] | None = None
+    store: bool | None = Field(None, description="false: the answer is not kept.")
+    previous_response_id: str | None = Field(None, description="A kept answer, which this goes on from.")
+
+    @property
+    def own_tools(self) -> list[FlatTool | CustomTool]:
+        """Its tools that the model may call."""
+        return [tool for tool in self.tools or [] if isinstance(tool, FlatTool | CustomTool)]
 
     @property
     def functions(self) -> list[Function]:
-        """The functions of its tools."""
-        return [Function.model_validate(tool.model_dump(exclude={"type"})) for tool in self.tools or []]
+        """The functions that the model is shown."""
+        functions = [tool.function() for tool in self.own_tools]
+        if isinstance(self.tool_choice, AllowedFlat):
+            return allowed_of(functions, [choice.name for choice in self.tool_choice.tools])
+        return functions
 
     @property
     def choice(self) -> str:
         """ "none", "auto", "required", or the tool to call."""
-        return self.tool_choice.name if isinstance(self.tool_choice, FlatChoice) else self.tool_choice or "auto"
+        match self.tool_choice:
+            case FlatChoice(name=name):
+                return name
+            case AllowedFlat(mode=mode):
+                return mode
+            case str(choice):
+                return choice
+        return "auto"
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether thoughts come as a summary."""
+        return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
 
     def answer_schema(self) -> dict[str, Any] | None:
         """The schema that the answer obeys; None: it is text."""
@@ -178,38 +222,3 @@ class ResponsesRequest(Sampled, uses=("chat",), without=("max_tokens", "logprobs
         if self.max_output_tokens is not None:
             more["max_tokens"] = self.max_output_tokens
         return self.options(card, **more)
-
-    def messages(self) -> list[dict[str, Any]]:
-        """The conversation as the chat template takes it: an assistant's thought, text and calls are one message."""
-        messages: list[dict[str, Any]] = []
-        if self.instructions is not None:
-            messages.append({"role": "system", "content": self.instructions})
-        if isinstance(self.input, str):
-            return [*messages, {"role": "user", "content": self.input}]
-        thought = ""
-        for item in self.input:
-            match item:
-                case ThoughtItem():
-                    thought += "".join(part.text for part in item.content or [])
-                    continue
-                case OutputItem():
-                    messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)})
-                    continue
-                case CallItem():
-                    if thought or not messages or messages[-1]["role"] != "assistant":
-                        messages.append({"role": "assistant", "content": ""})
-                    function = {"name": item.name, "arguments": item.arguments}
-                    call = {"id": item.call_id, "type": "function", "function": function}
-                    messages[-1].setdefault("tool_calls", []).append(call)
-                case MessageItem():
-                    messages.append({"role": item.role, "content": _joined(item.content)})
-            if thought and messages[-1]["role"] == "assistant":
-                messages[-1]["reasoning_content"] = thought
-            thought = ""
-        if not messages:
-            raise Refusal(400, "input holds thoughts alone; give at least one message", param="input")
-        return messages
-
-
-def _joined(content: str | Contents) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
