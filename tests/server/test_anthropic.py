@@ -199,12 +199,12 @@ def test_text_between_calls_keeps_its_order() -> None:
 
 
 def test_tools_that_are_no_functions_are_left_out_and_said(client: TestClient, backend: FakeBackend) -> None:
-    tools = [WEATHER, {"type": "bash_20250124", "name": "bash"}, {"type": "mcp_toolset", "mcp_server_name": "x"}]
+    tools = [WEATHER, {"type": "bash_20250124", "name": "bash"}, {"type": "web_search_20250305", "name": "w"}]
     response = ask(client, tools=tools)
-    assert response.headers["x-sfumato-ignored"] == "tools.bash_20250124, tools.mcp_toolset"
+    assert response.headers["x-sfumato-ignored"] == "tools[].bash_20250124, tools[].web_search_20250305"
     assert [tool["function"]["name"] for tool in asked(backend).tools or []] == ["weather"]
     counted = client.post("/v1/messages/count_tokens", json={"messages": HELLO["messages"], "tools": tools})
-    assert counted.headers["x-sfumato-ignored"] == "tools.bash_20250124, tools.mcp_toolset"
+    assert counted.headers["x-sfumato-ignored"] == "tools[].bash_20250124, tools[].web_search_20250305"
     forced = ask(client, tools=tools[1:], tool_choice={"type": "any"})
     assert "tools" in refused(forced, 400, "invalid_request_error")
 
@@ -400,6 +400,31 @@ def test_the_count_is_of_the_prompt_that_is_answered(
 )
 def test_what_cannot_be_is_refused_by_name(client: TestClient, fields: dict[str, Any], words: str) -> None:
     assert words in refused(ask(client, **fields), 400, "invalid_request_error")
+
+
+LEFT_OUT: dict[str, Any] = {
+    "metadata": {"user_id": "u"},
+    "service_tier": "auto",
+    "context_management": {"edits": []},
+    "thinking": {"type": "enabled", "budget_tokens": 1024},
+    "output_config": {"effort": "low"},
+    "of_next_year": True,
+    "tools": [WEATHER | {"defer_loading": False}, {"type": "bash_20250124", "name": "bash"}],
+}
+
+
+def test_what_has_no_effect_is_left_out_and_said() -> None:
+    with connect(FakeBackend()) as client:
+        assert "x-sfumato-ignored" not in ask(client, cache_control={"type": "ephemeral"}).headers
+        said = ask(client, **LEFT_OUT).headers["x-sfumato-ignored"].split(", ")
+    assert {"metadata", "service_tier", "context_management", "of_next_year"} < set(said)
+    assert {"thinking.budget_tokens", "output_config.effort", "tools[].defer_loading", "tools[].bash_20250124"} < set(
+        said
+    )
+    with connect(FakeBackend(), Settings(strict_params=True)) as client:
+        assert ask(client, cache_control={"type": "ephemeral"}).status_code == 200
+        for name, value in LEFT_OUT.items():
+            refused(ask(client, **{name: value}), 400, "invalid_request_error")
 
 
 def test_other_errors_have_anthropics_form(client: TestClient) -> None:

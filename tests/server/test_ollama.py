@@ -63,7 +63,7 @@ def test_a_chat_is_lines_by_default(client: TestClient) -> None:
     )
     assert last["done"] and last["done_reason"] == "stop" and last.keys() > COSTS and last["message"]["content"] == ""
     assert last["total_duration"] == 500_000_000 and last["eval_count"] == 6 and last["created_at"].endswith("Z")
-    assert last["prompt_eval_duration"] + last["eval_duration"] == last["total_duration"]
+    assert (last["prompt_eval_duration"], last["eval_duration"]) == (0, last["total_duration"])
 
 
 @pytest.mark.parametrize("body", [{}, {"think": True}, {"tools": [WEATHER]}, {"logprobs": True, "top_logprobs": 2}])
@@ -128,10 +128,13 @@ def test_formats(client: TestClient, backend: FakeBackend) -> None:
 
 
 def test_options(client: TestClient, backend: FakeBackend) -> None:
+    more = {"keep_alive": "5m", "truncate": True}
     neutral = {"typical_p": 1.0, "tfs_z": 1, "mirostat": 0, "min_p": 0.0, "repeat_penalty": 1.0, "presence_penalty": 0}
     options = {"num_predict": 5.0, "temperature": 0.5, "seed": 4, "stop": "zz", "max_steps": 6, **neutral}
-    response = post(client, "chat", messages=MESSAGES, options=options | {"num_ctx": 8192, "num_gpu": 1, "top_p": None})
-    assert response.headers["x-sfumato-ignored"] == "options.num_ctx, options.num_gpu"
+    response = post(
+        client, "chat", messages=MESSAGES, options=options | {"num_ctx": 8192, "num_gpu": 1, "top_p": None}, **more
+    )
+    assert response.headers["x-sfumato-ignored"] == "truncate, options.num_ctx, options.num_gpu"
     chosen = chats(backend)[-1].options
     assert (chosen.max_tokens, chosen.temperature, chosen.seed, chosen.stop, chosen.max_steps) == (
         5,
@@ -306,6 +309,16 @@ def test_what_makes_or_removes_models_is_refused(client: TestClient) -> None:
 )
 def test_what_cannot_be_is_refused(client: TestClient, route: str, body: dict[str, Any], words: str) -> None:
     assert words in refused(post(client, route, **body))
+
+
+def test_a_strict_server_refuses_what_has_no_effect() -> None:
+    with connect(FakeBackend(), Settings(strict_params=True)) as client:
+        for more in (
+            {"options": {"num_ctx": 5}},
+            {"truncate": True},
+            {"messages": [{"role": "user", "content": "", "x": 1}]},
+        ):
+            assert refused(post(client, "chat", **{"messages": MESSAGES} | more))
 
 
 def test_errors_within_a_stream_are_its_last_line() -> None:

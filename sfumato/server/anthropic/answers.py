@@ -11,6 +11,12 @@ from sfumato.server.http.document import errors_in
 from sfumato.server.http.errors import Refusal
 
 
+class ThinkingTokens(TypedDict):
+    """Tokens of the thoughts."""
+
+    thinking_tokens: int
+
+
 class MessageUsage(TypedDict):
     """What an answer took; the prompt's tokens are `input_tokens` and those that needed no encoding."""
 
@@ -18,6 +24,7 @@ class MessageUsage(TypedDict):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: ThinkingTokens
 
 
 class MessageBody(TypedDict):
@@ -88,4 +95,5 @@ def usage_in_message(usage: Usage) -> MessageUsage:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.reused_tokens,
         "output_tokens": usage.tokens,
+        "output_tokens_details": {"thinking_tokens": usage.thought_tokens},
     }

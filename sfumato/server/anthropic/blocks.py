@@ -10,9 +10,9 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag
+from pydantic import BeforeValidator, Discriminator, Tag
 
 from sfumato.errors import InputError
 from sfumato.server.http.bodies import Body, Most
@@ -21,13 +21,13 @@ from sfumato.server.http.bodies import Body, Most
 class OpenBody(Body):
     """An object of Anthropic's API, which grows: a field that is not known asks for nothing of the text."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
-    is_open: ClassVar[bool] = True
+    is_open = True
 
 
 class Cached(OpenBody):
     """What a client may mark as the end of a prompt to be kept; every prompt is kept here while there is room."""
 
+    place = "content[]."
     cache_control: Any = None
 
 
@@ -41,6 +41,7 @@ class TextBlock(Cached):
 class ThinkingBlock(OpenBody):
     """What the model thought."""
 
+    place = "content[]."
     type: Literal["thinking"]
     thinking: str
     signature: str | None = None
@@ -145,6 +146,7 @@ TextBlocks = Annotated[list[TextBlock], Most("max_parts", "blocks")]
 class Turn(OpenBody):
     """A message of a conversation."""
 
+    place = "messages[]."
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[ContentBlock], Most("max_parts", "blocks")]
 

@@ -6,15 +6,16 @@ whose shape Anthropic's models know, is left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from sfumato.errors import InputError
 from sfumato.options import BIG, CONSTRAINTS, Options
 from sfumato.server.anthropic.blocks import OpenBody, TextBlocks, Turn, conversation_of
 from sfumato.server.backend import ModelCard
-from sfumato.server.http.bodies import Most, only
+from sfumato.server.http.bodies import Most, only, reading_of
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.options import OptionsBody
 from sfumato.server.openai.bodies import Function, chat_options, shown_tools
@@ -24,6 +25,7 @@ from sfumato.templates.requests import Chat
 class ToolBody(OpenBody):
     """A tool: of the client, or (with a type of its own) one that Anthropic's models know."""
 
+    place = "tools[]."
     type: str | None = None
     name: str | None = None
     description: str | None = None
@@ -37,8 +39,13 @@ class ToolBody(OpenBody):
         return self.type in (None, "custom")
 
     @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        if self.is_function and (not self.name or self.input_schema is None):
+    def _is_whole_or_left_out(self, info: ValidationInfo) -> Self:
+        reading = reading_of(info)
+        if not self.is_function:
+            if reading.is_strict:
+                raise ValueError("only tools with an input_schema are called; leave the others out")
+            reading.leave_out(f"{self.place}{self.type}")
+        elif not self.name or self.input_schema is None:
             raise ValueError("a tool needs a name and an input_schema")
         return self
 
@@ -46,6 +53,7 @@ class ToolBody(OpenBody):
 class ToolChoiceBody(OpenBody):
     """Whether a tool is to be called, and which."""
 
+    place = "tool_choice."
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = Field(None, description="true: of several calls only the first is given.")
@@ -58,33 +66,46 @@ class ToolChoiceBody(OpenBody):
 
 
 class ThinkingBody(OpenBody):
-    """Whether the model is to think. A budget has no effect: it thinks as long as it does."""
+    """Whether the model is to think."""
 
+    place = "thinking."
+    unread: ClassVar[Mapping[str, str]] = {"budget_tokens": "the model thinks as long as it does"}
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     display: Literal["summarized", "omitted"] | None = None
-    budget_tokens: Annotated[int, Field(ge=0, le=BIG)] | None = None
 
 
 class OutputFormat(OpenBody):
     """The form of the answer."""
 
+    place = "output_config.format."
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(OpenBody):
-    """How the answer is to be; `effort` has no effect."""
+    """How the answer is to be."""
 
-    effort: str | None = None
+    place = "output_config."
+    unread: ClassVar[Mapping[str, str]] = {"effort": "the model takes the steps that an answer needs"}
     format: OutputFormat | None = None
+
+
+UNREAD = {
+    "metadata": "nothing is kept of who asks",
+    "service_tier": "all requests are served alike",
+    "speed": "all requests are served alike",
+    "inference_geo": "the model runs where the server is",
+    "context_management": "a conversation is read whole",
+    "diagnostics": "the log has them",
+}
+"""Fields of both bodies that ask for nothing of the text; others that are not known are left out as well."""
 
 
 class PromptBody(OptionsBody):
     """What the two bodies share: all that makes the prompt."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
-    is_open: ClassVar[bool] = True
-
+    is_open = True
+    unread = UNREAD
     messages: Annotated[list[Turn], Field(min_length=1), Most("max_messages", "messages")]
     system: str | TextBlocks | None = None
     tools: Annotated[list[ToolBody], Most("max_tools", "tools")] | None = None
@@ -104,11 +125,6 @@ class PromptBody(OptionsBody):
             for tool in self.tools or []
             if tool.is_function and tool.name
         ]
-
-    @property
-    def left_out(self) -> list[str]:
-        """The tools that are none, by their types."""
-        return [f"tools.{tool.type}" for tool in self.tools or [] if not tool.is_function]
 
     @property
     def choice(self) -> str:

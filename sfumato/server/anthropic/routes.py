@@ -23,7 +23,7 @@ from sfumato.server.backend import ModelCard
 from sfumato.server.http.checks import check_chat
 from sfumato.server.http.document import takes
 from sfumato.server.http.events import EventStream, StreamForm, data
-from sfumato.server.http.service import Service, record_of
+from sfumato.server.http.service import Service
 from sfumato.templates.requests import CountTokens
 
 __all__ = ["PATHS", "error_form", "routes"]
@@ -56,7 +56,6 @@ def routes(service: Service) -> APIRouter:
         """Count the tokens of the prompt that /v1/messages would answer."""
         body = await service.read(request, CountRequest)
         check_chat(await service.card(body.model))
-        record_of(request.scope).ignored += body.left_out
         query = CountTokens(body.query())
         count = await service.watched(request.receive, service.result(request.scope, query))
         assert isinstance(count, TokenCount)
@@ -72,7 +71,6 @@ class MessageAnswer:
         check_chat(card)
         self.service, self.scope = service, scope
         self.query = body.query(card)
-        record_of(scope).ignored += body.left_out
         self.is_one_call = body.is_one_call
         self.is_hidden = body.thinking is not None and body.thinking.display == "omitted"
         self.is_empty = body.max_tokens == 0

@@ -128,15 +128,15 @@ def now() -> str:
 
 
 def costs_of(usage: Usage) -> dict[str, int]:
-    """What an answer took. The prompt's share is the time up to the first text, which is all that is known of it."""
-    first = usage.seconds if usage.first_commit_seconds is None else usage.first_commit_seconds
+    """What an answer took. The prompt's share of the time is not known, as the first text ends a whole canvas."""
+    total = round(usage.seconds * NANO)
     return {
-        "total_duration": round(usage.seconds * NANO),
+        "total_duration": total,
         "load_duration": 0,
         "prompt_eval_count": usage.prompt_tokens,
-        "prompt_eval_duration": round(first * NANO),
+        "prompt_eval_duration": 0,
         "eval_count": usage.tokens,
-        "eval_duration": round(max(usage.seconds - first, 0.0) * NANO),
+        "eval_duration": total,
     }
 
 

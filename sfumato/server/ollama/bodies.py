@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from sfumato.errors import InputError
 from sfumato.options import CONSTRAINTS, OPTIONS, Options
 from sfumato.server.backend import ModelCard
-from sfumato.server.http.bodies import Body, Most, only
+from sfumato.server.http.bodies import Body, Most, only, reading_of
 from sfumato.server.http.checks import check_chat, check_length
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.options import resolved
@@ -30,8 +30,7 @@ LATEST = ":latest"
 class OllamaBody(Body):
     """An object of Ollama's API, where a field that is not known has no effect."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
-    is_open: ClassVar[bool] = True
+    is_open = True
 
 
 # --- options -------------------------------------------------------------------------------------------------------
@@ -39,11 +38,11 @@ class OllamaBody(Body):
 _RENAMED = {"num_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 """What Ollama calls an option -> its name here."""
 
-_UNUSED = (
+_UNUSED = {
     *("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_keep", "numa", "low_vram", "f16_kv"),
     *("use_mmap", "use_mlock", "vocab_only", "logits_all", "embedding_only", "repeat_last_n", "penalize_newline"),
     *("mirostat_tau", "mirostat_eta", "draft_num_predict"),
-)
+}
 """Options of how a model is loaded, or that mean nothing without another one."""
 
 _NEUTRAL: dict[str, tuple[float, ...]] = {
@@ -69,16 +68,19 @@ class Answered(OllamaBody):
     options: dict[str, Any] | None = Field(None, description="Ollama's options, or those of GET /v1/options.")
     format: Literal["", "json"] | dict[str, Any] | None = Field(None, description='"json", or a JSON Schema.')
     think: bool | Literal["low", "medium", "high", "max"] | None = None
-    keep_alive: str | float | int | None = None
+    keep_alive: str | float | int | None = Field(None, description="0 asks for nothing but a word: the model stays.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    truncate: bool | None = None
-    shift: bool | None = None
 
-    @property
-    def unused_options(self) -> list[str]:
-        """The options that it gives and that have no effect."""
-        return [f"options.{name}" for name in self.options or {} if name in _UNUSED]
+    @field_validator("options")
+    @classmethod
+    def _without_unused(cls, options: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        reading = reading_of(info)
+        for name in sorted((options or {}).keys() & _UNUSED):
+            if reading.is_strict:
+                raise ValueError(f"{name} has no effect here, and this server is strict; leave it out")
+            reading.leave_out(f"options.{name}")
+        return {name: value for name, value in (options or {}).items() if name not in _UNUSED}
 
     def answer_options(self, card: ModelCard, **more: Any) -> Options:
         """How to answer; `more` goes before what the options say."""
@@ -98,7 +100,7 @@ class Answered(OllamaBody):
     def _chosen(self) -> Iterator[tuple[str, Any]]:
         """The options by our names. InputError for one that there is not."""
         for name, value in (self.options or {}).items():
-            if name in _UNUSED or value is None:
+            if value is None:
                 continue
             own = _RENAMED.get(name, name)
             if own == "max_tokens" and isinstance(value, (int, float)) and value < 0:  # to the end of the context
@@ -138,6 +140,7 @@ class OllamaCall(OllamaBody):
 class OllamaMessage(OllamaBody):
     """A message of a conversation."""
 
+    place = "messages[]."
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
@@ -150,8 +153,7 @@ class OllamaMessage(OllamaBody):
 class OllamaDeclaration(Function):
     """A function that the model may call."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
-    is_open: ClassVar[bool] = True
+    is_open = True
 
 
 class OllamaTool(OllamaBody):

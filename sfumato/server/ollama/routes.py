@@ -21,7 +21,7 @@ from sfumato.server.backend import ModelCard
 from sfumato.server.http.document import gives, takes
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.events import EventStream, StreamForm
-from sfumato.server.http.service import JSON, Service, record_of
+from sfumato.server.http.service import JSON, Service
 from sfumato.server.ollama import answers
 from sfumato.server.ollama.answers import ERRORS, error_form
 from sfumato.server.ollama.bodies import LATEST, GenerateRequest, OllamaChatRequest, ShowRequest
@@ -94,7 +94,6 @@ async def _answered(
     service: Service, request: Request, body: OllamaChatRequest | GenerateRequest, query: Query | None
 ) -> Response:
     """The answer, as lines or as one object. Without a query it says that the model is loaded, as it always is."""
-    record_of(request.scope).ignored += body.unused_options
     answer = OllamaAnswerer(service, request.scope, body)
     if query is None:
         return JSONResponse(answer.loaded())
