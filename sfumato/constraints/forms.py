@@ -65,19 +65,24 @@ def source_of_regex(value: Any) -> GrammarSource:
 def source_of_lark(value: Any) -> GrammarSource:
     """A Lark grammar, its number of rules and their chains bounded."""
     text = checked_text("grammar", value, MAX_CHARACTERS)
-    uses = _uses(text)
-    if len(uses) > MAX_NAMES:
-        raise InputError(f"the grammar has {len(uses)} rules, more than the {MAX_NAMES} allowed; give fewer")
-    if (chain := _longest_chain(uses)) > MAX_CHAIN:
-        raise InputError(
-            f"the grammar has a chain of {chain} rules that need one another, more than the {MAX_CHAIN} allowed; "
-            "flatten it"
-        )
+    check_rules(text, "grammar", MAX_NAMES)
     return json.dumps({"grammars": [{"lark_grammar": text}]}), text[:1000]
 
 
+def check_rules(lark: str, what: str, most: int | None = None) -> None:
+    """InputError where a Lark grammar has more rules than `most`, or chains of them that are too long."""
+    uses = _uses(lark)
+    if most is not None and len(uses) > most:
+        raise InputError(f"the {what} has {len(uses)} rules, more than the {most} allowed; give fewer")
+    if (chain := _longest_chain(uses)) > MAX_CHAIN:
+        raise InputError(
+            f"the {what} has a chain of {chain} rules that need one another, more than the {MAX_CHAIN} allowed; "
+            "flatten it"
+        )
+
+
 _LARK_TOKEN = re.compile(
-    r""""(?:[^"\\\n]|\\.)*"|//[^\n]*|/(?![/*])(?:[^/\\\n]|\\.)+/|(?P<name>[A-Za-z_]\w*)(?P<colon>(?:\.-?\d+|\[[^\]\n]*\])*\s*:)?"""
+    r""""(?:[^"\\\n]|\\.)*"|//[^\n]*|/(?![/*])(?:[^/\\\n]|\\.)+/|(?P<name>[A-Za-z_]\w*)(?P<colon>(?:\.-?\d+|\[[^\]\n]*\]|::_)*\s*:(?!:))?"""
 )
 
 

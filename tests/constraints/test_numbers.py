@@ -1,4 +1,4 @@
-"""constraints/numbers.py: the regular expressions match the numbers between their bounds and no others."""
+"""constraints/values/numbers.py: the regular expressions match the numbers between their bounds and no others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import re
 from decimal import Decimal
 
-from sfumato.constraints.numbers import between
+from sfumato.constraints.values.numbers import between
 
 
 def test_numbers_between_bounds() -> None:

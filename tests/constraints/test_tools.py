@@ -206,41 +206,33 @@ def test_nullable() -> None:
 
 
 REFUSED: list[tuple[Any, str]] = [
-    ({"uniqueItems": True}, "the schema keyword 'uniqueItems' is not supported; leave it out, at /properties/a/uniq"),
-    ({"items": {"not": {}}}, "'not' is not supported; leave it out, at /properties/a/items/not of the parameters of"),
-    ({"oneOf": [TEXT]}, "'oneOf' is not supported"),
     ({"type": "int"}, "the type 'int' is unknown; choose from null, boolean"),
-    ({"type": "string", "format": "iri"}, "the format 'iri' is not supported; choose from date, date-time"),
-    ({"minLength": 3, "maxLength": 2}, "minLength 3 is above maxLength 2"),
+    ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength 3 is above maxLength 2, at /properties/a of"),
     ({"minLength": -1}, "minLength is -1; give a whole number from 0"),
     ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems 3 is above maxItems 2"),
-    ({"minimum": 3, "maximum": 2}, "no number lies between the bounds, at /properties/a of"),
+    ({"type": "number", "minimum": 3, "maximum": 2}, "no number lies between the bounds 3 and 2, at /properties/a of"),
     ({"type": "integer", "minimum": 0.2, "maximum": 0.8}, "no number lies between"),
     ({"type": "number", "minimum": 1, "exclusiveMaximum": 1}, "no number lies between"),
-    ({"minimum": 1e20}, "a minimum of 1.000e.20 is beyond the 19 digits"),
     ({"minimum": "1"}, "minimum is '1'; give a number"),
-    ({"pattern": "(?=a)b"}, r"the pattern '\(\?=a\)b' allows no text"),
+    ({"type": "string", "pattern": "(?=a)b"}, "no text has the length, the pattern and the format together"),
     ({"pattern": "(a)\\1"}, "has the back reference"),
-    ({"pattern": "(^a|b)+c"}, r"has the repetition '\+' of an anchor or look-around"),
     ({"pattern": "(a"}, r"has a \( without its \)"),
     ({"pattern": "[a"}, r"has a \[ without its \]"),
     ({"pattern": "*"}, r"has the repetition '\*' of nothing"),
     ({"pattern": 3}, "a pattern is text, not 3"),
-    ({"enum": []}, "enum is a list of at least one"),
-    ({"type": "null", "enum": ["a"]}, "no value is allowed, at /properties/a"),
+    ({"enum": []}, "none of the 0 values listed is allowed, at /properties/a of"),
+    ({"enum": 3}, "enum is a list of values, not 3"),
+    ({"type": "null", "enum": ["a"]}, "none of the 1 values listed is allowed, at /properties/a"),
     ({"const": "a<|turn>b"}, "spells a control token"),
-    ({"anyOf": [TEXT], "minLength": 3}, "anyOf together with minLength is not supported"),
-    ({"allOf": [TEXT, TEXT]}, "allOf of more than one schema"),
     ({"$ref": "http://x/y"}, "is not within the schema"),
     ({"$ref": "#/$defs/z"}, "leads nowhere"),
-    ({"$ref": "#"}, "leads back to itself"),
-    (False, "a schema that allows nothing, at /properties/a"),
-    (3, "no schema but 3"),
-    ({"items": [TEXT]}, "no schema but"),
+    ({"$ref": "#"}, "no value is allowed"),
+    (False, "the key 'a' is required and not allowed"),
+    (3, "a schema is an object, true or false, not 3"),
     ({"properties": []}, "properties is an object of schemas"),
     ({"required": "a"}, "required is a list of keys"),
-    ({"required": ["z"], "additionalProperties": False}, "the key 'z' is required and not allowed"),
-    (record("", **{'<|"|>': TEXT}), "spells a control token; rename it"),
+    ({"type": "object", "required": ["z"], "additionalProperties": False}, "the key 'z' is required and not allowed"),
+    (record("", **{'<|"|>': TEXT}), "spells a control token; change it"),
 ]  # fmt: skip
 
 
@@ -256,7 +248,7 @@ def test_refused_tools() -> None:
         ([], "at least one tool"),
         ([tool("f"), tool("f")], "two tools are called 'f'"),
         ([tool("f g")], "the tool name 'f g' cannot be called"),
-        ([tool("f", {"type": "string"})], "no value is allowed, at the top of the parameters of tool 'f'"),
+        ([tool("f", {"type": "string"})], "no value is allowed.*, at the top of the parameters of tool 'f'"),
         ([{"name": 3}], "tool 0 is not"),
     ):
         with pytest.raises(InputError, match=sentence):
@@ -296,9 +288,9 @@ def test_numbers_that_no_float_holds_are_refused() -> None:
         parameters = {"type": "object", "properties": {"n": schema}, "required": ["n"]}
         return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
 
-    with pytest.raises(InputError, match=r"minimum is 10+.*give a number, at /properties/n/minimum"):
+    with pytest.raises(InputError, match=r"minimum is 10+.*of at most 300 digits, at /properties/n/minimum"):
         tool_grammar(tool({"type": "integer", "minimum": 10**400}))
     for value in (10**400, math.nan, -math.inf):
-        with pytest.raises(InputError, match="at /properties/n"):
+        with pytest.raises(InputError, match=r"more than 300 digits, at /properties/n of|is no JSON"):
             tool_grammar(tool({"const": value}))
     assert str(10**299) in tool_grammar(tool({"const": 10**299}))
