@@ -86,7 +86,7 @@ def key_of(name: str, place: Place) -> str:
 
 def is_bare(key: str) -> bool:
     """Whether the parser of replies reads this text as one word, without quotes."""
-    return bool(key) and key == key.strip() and not any(mark in key for mark in "{}[]:,")
+    return bool(key) and key == key.strip() and key[0] not in "\"'" and not any(mark in key for mark in "{}[]:,")
 
 
 def literal(text: str) -> str:

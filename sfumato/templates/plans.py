@@ -45,6 +45,7 @@ from sfumato.templates.requests import (
 )
 from sfumato.templates.slots import Slot, check_template, span_template
 from sfumato.text.reader import Reader
+from sfumato.text.replies import ReplyParser
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
@@ -122,7 +123,8 @@ class Planner:
         options = _with_calls(query.options, query.tools)
         prompt = self.prompts.encode(query.conversation, query.tools, options.thinking)
         marks = self.prompts.marks(prompt, query.conversation, query.tools)
-        return replace(self.ask(Request(prompt, options, marks=marks), is_chat=True), is_answer=True)
+        parser = ReplyParser(self.tokenizer, self.config.eos_ids, query.tools, prompt.tokens)
+        return replace(self.ask(Request(prompt, options, marks=marks), parser), is_answer=True)
 
     def _continued(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
         """What a `Complete` goes on from: text, token ids or a prompt."""
@@ -133,13 +135,13 @@ class Planner:
         )
         return Prompt.of(prompt)
 
-    def ask(self, request: Request, is_chat: bool = False) -> Ask:
-        """A request of the engine with its options filled in, and a reader of its text.
+    def ask(self, request: Request, parser: ReplyParser | None = None) -> Ask:
+        """A request of the engine with its options filled in, and a reader of its text; `parser` reads a chat's answer.
 
         A constraint in its options rules the whole answer, unless it has spans of its own."""
         arguments.check_options(request.options)
         options = self.resolve(request.options.with_defaults(self.defaults))
-        reader = Reader(self.tokenizer, options.stop, self.config.eos_ids, is_chat)
+        reader = Reader(self.tokenizer, options.stop, self.config.eos_ids, parser)
         return Ask(replace(request, options=options, spans=request.spans or self._whole_answer(options)), reader)
 
     def resolve(self, options: Options) -> Options:
