@@ -33,9 +33,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
     Keys that no template knows are left out. The role `developer` becomes `system`. Content is text, or a list of text
     parts; the parts of a system message are joined, because older templates print the list. Arguments of calls that are
-    JSON text are parsed; what is no record stays text. Every call has an id, and a tool's result has the id and the
-    name of the call that it answers. Thoughts are removed from what the assistant said. An InputError names the message
-    that is wrong.
+    JSON text are parsed; what is no record stays text. A tool's result has the id and the name of the call that it
+    answers. Thoughts are removed from what the assistant said. An InputError names the message that is wrong.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise InputError('messages must be a list of at least one {"role": …, "content": …}')
@@ -85,22 +84,20 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
 
 
 def _link_results(messages: list[dict[str, Any]]) -> None:
-    """Give each call an id, and each tool's result the id and the name of the call that it answers.
+    """Give each tool's result the id and the name of the call that it answers.
 
     A result without an id answers the open call of its name, or else the first that is open."""
     open_calls: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
         if message["role"] != "tool":
-            open_calls = message.get("tool_calls", [])[:]
-            for number, call in enumerate(open_calls):
-                call["id"] = call.get("id") or f"call_{index}_{number}"
+            open_calls = message.get("tool_calls", [])
             continue
         id, name = message.get("tool_call_id"), message.get("name")
-        answered = [call for call in open_calls if (call["id"] == id if id else name in (None, _name(call)))]
+        answered = [call for call in open_calls if (call.get("id") == id if id else name in (None, _name(call)))]
         if not answered and not id:
             answered = open_calls
         if answered:
-            message["tool_call_id"] = answered[0]["id"]
+            message["tool_call_id"] = answered[0].setdefault("id", f"call_{index}")
             message.setdefault("name", _name(answered[0]))
             open_calls = [call for call in open_calls if call is not answered[0]]
 
@@ -144,7 +141,7 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, (dict, str, type(None))):
         raise InputError(f"{where} has arguments of type {type(arguments).__name__}; give a record")
     checked = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
-    return checked | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
+    return checked | ({"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {})
 
 
 def _parsed_arguments(text: str, where: str) -> Any:

@@ -71,7 +71,6 @@ def tool(content: Any, **more: Any) -> Message:
 def links(messages: list[Message]) -> list[tuple[Any, Any]]:
     """The id and the name of each result."""
     checked = check_messages(messages)
-    assert all(call["id"] for message in checked for call in message.get("tool_calls", []))
     return [(message.get("tool_call_id"), message.get("name")) for message in checked if message["role"] == "tool"]
 
 
@@ -81,7 +80,7 @@ def test_a_result_without_an_id_answers_the_open_call() -> None:
     assert links([user("?"), model("", f), tool("1")]) == [("a", "f")]
     assert links([user("?"), model("", f), tool("1", tool_call_id="")]) == [("a", "f")]
     assert links([user("?"), model("", f), tool("1", tool_call_id="a", name="other")]) == [("a", "other")]
-    assert links([user("?"), model("", bare), tool("1")]) == [("call_1_0", "clock")]
+    assert links([user("?"), model("", bare), tool("1")]) == [("call_2", "clock")]
     assert links([user("?"), model("", f, g), tool("1", tool_call_id="b"), tool("2")]) == [("b", "g"), ("a", "f")]
     assert links([user("?"), model("", f, g), tool("1"), tool("2")]) == [("a", "f"), ("b", "g")]
     assert links([user("?"), model("", f, g), tool("1", name="g"), tool("2")]) == [("b", "g"), ("a", "f")]
@@ -90,7 +89,7 @@ def test_a_result_without_an_id_answers_the_open_call() -> None:
     assert links([user("?"), model("", f), user("!"), tool("1")]) == [(None, None)]
     assert links([user("?"), model("", f), tool("1", tool_call_id="z")]) == [("z", None)]
     old = [user("?"), model(None, function_call=bare | {"arguments": "{}"}), {"role": "function", "content": "1"}]
-    assert links(old) == [("call_1_0", "clock")]
+    assert links(old) == [("call_2", "clock")]
     rendered = TEMPLATE.render([user("?"), model("", bare), tool("noon")])
     assert rendered.endswith('<|tool_response>response:clock{value:<|"|>noon<|"|>}<tool_response|>')
     assert TEMPLATE.render([user("?"), model("", call("clock")), tool(None, tool_call_id="1")])
