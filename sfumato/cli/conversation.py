@@ -75,7 +75,8 @@ class Conversation:
                 continue
             message["content"] = _text_of(message["content"])
             for call in message.get("tool_calls") or ():
-                call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+                arguments = call["function"]["arguments"]
+                call["function"]["arguments"] = arguments if isinstance(arguments, str) else json.dumps(arguments)
             if isinstance(raw.get("note"), str):
                 message["note"] = raw["note"]
             conversation.turns.append(message)

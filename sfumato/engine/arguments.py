@@ -59,7 +59,7 @@ def check_messages(name: str, messages: Any) -> None:
                 f'message {number} is {reprlib.repr(message)}; give a record with "role" and "content"{several}'
             )
         check_kind(f"the role of message {number}", message.get("role"), str, "system, user, assistant or tool")
-        if message.get("content") is None and not (message["role"] == "assistant" and message.get("tool_calls")):
+        if message.get("content") is None and message["role"] not in ("assistant", "tool", "function"):
             raise InputError(f"message {number} ({reprlib.repr(message['role'])}) has no content; give text")
         content = message.get("content")
         parts = content if isinstance(content, (list, tuple)) else []

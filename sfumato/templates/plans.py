@@ -47,6 +47,7 @@ from sfumato.templates.requests import (
 )
 from sfumato.templates.slots import Slot, check_template, span_template
 from sfumato.text.reader import Reader
+from sfumato.text.replies import ReplyParser
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
@@ -130,7 +131,9 @@ class Planner:
         parts = parts_of(query.options, query.tools)
         marks = self.prompts.marks(prompt, query.conversation, query.tools)
         spans = [] if parts is None else self._spans(parts, prompt, query.options)
-        return replace(self.ask(Request(prompt, query.options, spans=spans, marks=marks), is_chat=True), is_answer=True)
+        request = Request(prompt, query.options, spans=spans, marks=marks)
+        parser = ReplyParser(self.tokenizer, self.config.eos_ids, query.tools, prompt.tokens)
+        return replace(self.ask(request, parser), is_answer=True)
 
     def _spans(self, parts: AnswerParts, prompt: Prompt, options: Options) -> list[Span]:
         """What keeps the answer to a chat to its parts, behind a thought where one can come."""
@@ -163,13 +166,13 @@ class Planner:
         )
         return Prompt.of(prompt)
 
-    def ask(self, request: Request, is_chat: bool = False) -> Ask:
-        """A request of the engine with its options filled in, and a reader of its text.
+    def ask(self, request: Request, parser: ReplyParser | None = None) -> Ask:
+        """A request of the engine with its options filled in, and a reader of its text; `parser` reads a chat's answer.
 
         A constraint in its options rules the whole answer, unless it has spans of its own."""
         arguments.check_options(request.options)
         options = self.resolve(request.options.with_defaults(self.defaults))
-        reader = Reader(self.tokenizer, options.stop, self.config.eos_ids, is_chat)
+        reader = Reader(self.tokenizer, options.stop, self.config.eos_ids, parser)
         return Ask(replace(request, options=options, spans=request.spans or self._whole_answer(options)), reader)
 
     def resolve(self, options: Options) -> Options:

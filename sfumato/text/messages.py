@@ -16,32 +16,45 @@ from typing import Any
 from sfumato.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Roles that a message can have; `developer` is read as `system`."""
+"""Roles that a message can have; `developer` is read as `system`, `function` as `tool`."""
 MAX_DEPTH = 64
 """Lists within records within lists, in a message, a tool or the arguments of a call."""
+
+_OTHER_ROLES = {"developer": "system", "function": "tool"}
+_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "tool_responses")
+"""Keys of a message that templates know, beside thoughts."""
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which clients send back a thought; templates read the first two."""
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A deep copy of a conversation, in the shape that templates expect.
 
-    The role `developer` becomes `system`. Content is text, or a list of text parts; the parts of a system message are
-    joined, because older templates print the list. Arguments of calls that are JSON text are parsed. Thoughts are
-    removed from what the assistant said. An InputError names the message that is wrong.
+    Keys that no template knows are left out. The role `developer` becomes `system`. Content is text, or a list of text
+    parts; the parts of a system message are joined, because older templates print the list. Arguments of calls that are
+    JSON text are parsed; what is no record stays text. A tool's result has the id and the name of the call that it
+    answers. Thoughts are removed from what the assistant said. An InputError names the message that is wrong.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise InputError('messages must be a list of at least one {"role": …, "content": …}')
-    return [_check_message(message, f"message {index}") for index, message in enumerate(messages)]
+    checked = [_check_message(message, f"message {index}") for index, message in enumerate(messages)]
+    _link_results(checked)
+    return checked
 
 
 def _check_message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(f'{where} is {type(message).__name__}; give a record with "role" and "content"')
-    checked: dict[str, Any] = _plain_copy(message, where)
-    role = "system" if checked.get("role") == "developer" else checked.get("role")
+    if message.get("images"):
+        raise InputError(f"{where} holds images; Sfumato reads text only, leave them out")
+    checked = {key: _plain_copy(message[key], where) for key in _KEPT if message.get(key) is not None}
+    role = checked.get("role")
+    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise InputError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
     checked["role"] = role
-    if checked.get("content") is None and not (role == "assistant" and checked.get("tool_calls")):
+    if "content" not in checked and role not in ("assistant", "tool"):
         raise InputError(f"{where} ({role}) has no content; give text")
     content = _check_content(checked.get("content"), where)
     if role == "system" and isinstance(content, list):
@@ -51,15 +64,46 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
     elif role == "assistant" and isinstance(content, str):
         content = without_thoughts(content)
     checked["content"] = content
+    if role == "assistant":
+        thoughts = [text for key in _THOUGHTS if isinstance(text := message.get(key), str) and text]
+        checked |= dict.fromkeys(_THOUGHTS[:2], str(thoughts[0])) if thoughts else {}
+        if isinstance(message.get("function_call"), Mapping):  # as OpenAI's API had it before tools
+            checked.setdefault("tool_calls", [_plain_copy(message["function_call"], where)])
+    elif role == "tool" and isinstance(message.get("tool_name"), str):
+        checked.setdefault("name", str(message["tool_name"]))
     calls = checked.get("tool_calls")
     if calls is not None:
         if role != "assistant":
             raise InputError(f"{where} is a {role} message with tool_calls; only an assistant calls tools")
         if not isinstance(calls, list):
             raise InputError(f"{where} has tool_calls of type {type(calls).__name__}; give a list")
-        for number, call in enumerate(calls):
-            _check_call(call, f"tool call {number} of {where}")
+        checked["tool_calls"] = [
+            _check_call(call, f"tool call {number} of {where}") for number, call in enumerate(calls)
+        ]
     return checked
+
+
+def _link_results(messages: list[dict[str, Any]]) -> None:
+    """Give each tool's result the id and the name of the call that it answers.
+
+    A result without an id answers the open call of its name, or else the first that is open."""
+    open_calls: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "tool":
+            open_calls = message.get("tool_calls", [])
+            continue
+        id, name = message.get("tool_call_id"), message.get("name")
+        answered = [call for call in open_calls if (call.get("id") == id if id else name in (None, _name(call)))]
+        if not answered and not id:
+            answered = open_calls
+        if answered:
+            message["tool_call_id"] = answered[0].setdefault("id", f"call_{index}")
+            message.setdefault("name", _name(answered[0]))
+            open_calls = [call for call in open_calls if call is not answered[0]]
+
+
+def _name(call: dict[str, Any]) -> str:
+    return str(call["function"]["name"])
 
 
 def _check_content(content: Any, where: str) -> str | list[dict[str, Any]]:
@@ -70,31 +114,45 @@ def _check_content(content: Any, where: str) -> str | list[dict[str, Any]]:
         return content
     if not isinstance(content, list):
         raise InputError(f"{where} has content of type {type(content).__name__}; give text or a list of text parts")
+    texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file")):
             raise InputError(f"{where} holds a part of type {kind!r}; Sfumato reads text only, leave the part out")
-        if kind != "text" or not isinstance(part.get("text"), str):
+        text = part.get("refusal" if kind == "refusal" else "text") if kind in _TEXT_PARTS else None
+        if not isinstance(text, str):
             raise InputError(
                 f'{where} holds a part that is not {{"type": "text", "text": …}}; only text parts are read'
             )
-    return content
+        texts.append({"type": "text", "text": text})
+    return texts
 
 
-def _check_call(call: Any, where: str) -> None:
-    """Check one tool call of a message and replace its arguments by a record."""
-    function = call.get("function") if isinstance(call, dict) else None
+def _check_call(call: Any, where: str) -> dict[str, Any]:
+    """One tool call of a message, its arguments a record, or text where they are none.
+
+    A bare {"name": …, "arguments": …}, as answers have it, is taken as well."""
+    function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InputError(f'{where} is not {{"function": {{"name": …, "arguments": …}}}}')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise InputError(f"{where} has arguments that are no JSON: {arguments[:80]!r}") from None
-    if not isinstance(arguments, (dict, type(None))):
+        arguments = _parsed_arguments(arguments, where)
+    if not isinstance(arguments, (dict, str, type(None))):
         raise InputError(f"{where} has arguments of type {type(arguments).__name__}; give a record")
-    function["arguments"] = _plain_copy(arguments or {}, where)
+    checked = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+    return checked | ({"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {})
+
+
+def _parsed_arguments(text: str, where: str) -> Any:
+    """The record that JSON text holds, be it packed twice; any other text as it is."""
+    value: Any = text or {}
+    for _ in range(2):
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            break
+    return _plain_copy(value, where) if isinstance(value, dict) else text
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:

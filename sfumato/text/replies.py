@@ -1,23 +1,24 @@
-"""A model's answer, parsed: thought, text and tool calls.
+"""A model's answer, parsed while it comes: thought, text and tool calls.
 
-The marks of an answer are control tokens: `<|channel>` opens a thought, `<|tool_call>` a call in Gemma's own notation
-(`call:name{key:value,…}`, strings between two `<|"|>`). `parse_ids` trusts only real control tokens, so a call that the
-model merely quotes stays text. What is malformed stays text as well: an answer is never an error.
+The marks of an answer are control tokens: `<|channel>` opens a thought, `<|tool_call>` a call (`calls`). Only real
+control tokens count, so a call that the model merely quotes stays text. An answer is never an error: what no call can
+be made of stays text. Control tokens themselves reach neither text nor thoughts nor arguments.
 
-Deliberately absent: a parser that takes tokens one by one. A canvas arrives whole, and `reader` parses the answer so
-far again.
+Each token is taken once, and what is given away once stays. What the tokens so far do not decide waits for those that
+follow: a call that is still open, say, or a thought that holds one, until it turns out whether the thought is closed.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from sfumato.text.messages import MAX_DEPTH
-from sfumato.text.tokenizer import Tokenizer
+from sfumato.text.calls import read_block
+from sfumato.text.declared import Declared
+from sfumato.text.notation import MARK, plain
+from sfumato.text.tokenizer import Detokeniser, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,182 +30,338 @@ class Reply:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
-_CONTROL_TOKEN = re.compile(
-    r"<\|channel>|<channel\|>|<\|tool_call>|<tool_call\|>|<\|tool_response>|<tool_response\|>"
-    r'|<\|turn>|<turn\|>|<\|think\|>|<\|tool>|<tool\|>|<\|"\|>|<eos>|<bos>|<pad>'
-)
-_THOUGHT_LABEL = re.compile(r"\Athought(\n|\Z)")
-"""The first line of a channel, which names it."""
 _ENDS = {"<turn|>", "<eos>", "<|tool_response>"}
 """Control tokens at which an answer ends."""
-_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
-_CONSTANTS = {"true": True, "false": False, "null": None, "None": None}
+_LABELS = ("thought", "thoughts", "thinking", "analysis", "reasoning")
+_LABEL = re.compile(rf"\s{{0,16}}(?:{'|'.join(_LABELS)})[ \t]{{0,16}}:?[ \t]{{0,16}}(?:\n|\Z)", re.IGNORECASE)
+"""The first line of a channel, which names it."""
+_LABEL_BEGUN = re.compile(r"\s{0,16}([a-z]{0,16})[ \t]{0,16}:?[ \t]{0,16}", re.IGNORECASE)
+_LEAD = re.compile(r"\s{0,16}thought[ \t]{0,16}\n")
+"""How a text begins that is a thought whose opening token is missing."""
+_LEAD_BEGUN = re.compile(r"\s{0,16}(t|th|tho|thou|thoug|though|thought[ \t]{0,16})?")
+_TURN = re.compile(r"\s{0,16}model[ \t]{0,16}\n")
+_TURN_BEGUN = re.compile(r"\s{0,16}(m|mo|mod|mode|model[ \t]{0,16})?")
+_LONGEST_NAME = 256
+_NAME = rf"[^\s{{}}()\[\],;\"'={MARK}]"
+_CALL = re.compile(rf"call:{_NAME}{{1,{_LONGEST_NAME}}}[{{(]")
+"""How a call begins whose opening token is missing."""
+_CALL_BEGUN = re.compile(rf"c(?:a(?:l(?:l(?::{_NAME}{{0,{_LONGEST_NAME}}})?)?)?)?\Z")
 
-_Piece = tuple[str, bool]
-"""Text, and whether it is a control token."""
-_Atom = str | tuple[str] | list[str]
-"""A part of a call: a structural character as it is, a quoted string as (text,), a bare word as [text]."""
+
+class _Piece(NamedTuple):
+    """Text, or a control token; `is_end`: the answer ends at it."""
+
+    text: str
+    is_control: bool = False
+    is_end: bool = False
+    size: int = 0
+    """Its tokens."""
 
 
-def parse(text: str) -> Reply:
-    """The reply in an answer's text, in which control tokens are written out (`decode(ids, skip_special=False)`).
+class _Passage:
+    """A text that grows and is given away as far as it is certain, without the line breaks at its ends.
 
-    Where ids are at hand `parse_ids` is the safer one: here a call that the model merely quotes is a call.
+    It holds `MARK` for `<|"|>`."""
+
+    def __init__(self, waiting: str = "") -> None:
+        self.waiting = waiting
+        self.is_begun = False
+
+    def take(self, end: int | None = None) -> str:
+        """What was not given away yet, up to a place in what waits."""
+        piece, rest = (self.waiting, "") if end is None else (self.waiting[:end], self.waiting[end:])
+        if not self.is_begun:
+            piece = piece.lstrip("\n")
+        stripped = piece.rstrip("\n")
+        self.is_begun = self.is_begun or bool(stripped)
+        self.waiting = piece[len(stripped) :] + rest
+        return plain(stripped)
+
+
+def parse_ids(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Mapping[str, Any]] | None = None) -> Reply:
+    """The reply in an answer's token ids; the values of its calls follow the types that the tools declare."""
+    parser = ReplyParser(tokenizer, tools=tools)
+    parser.push(ids)
+    return parser.finish()
+
+
+def open_thought(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
+    """What stands in the thought that a prompt leaves open, so that the answer goes on in it; None: none is open."""
+    for at in range(len(ids) - 1, -1, -1):
+        if ids[at] in tokenizer.special_ids and (token := tokenizer.token(ids[at])) != '<|"|>':
+            return tokenizer.decode(ids[at + 1 :]) if token == "<|channel>" else None
+    return None
+
+
+class ReplyParser:
+    """Parses one answer. `take` gives what has become certain, `finish` the rest; joined, they are the reply.
+
+    `ends`: token ids at which the answer ends, beside the control tokens that always end one. `tools`: what the answer
+    may call, whose types the arguments follow. `prompt`: the ids that the answer stands behind; it may leave a thought
+    open.
     """
-    pieces: list[_Piece] = []
-    end = 0
-    for match in _CONTROL_TOKEN.finditer(text):
-        pieces += [(text[end : match.start()], False), (match.group(), True)]
-        end = match.end()
-    return _parse([*pieces, (text[end:], False)])
 
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        ends: Iterable[int] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        prompt: Sequence[int] = (),
+    ) -> None:
+        self._tokenizer, self._detokeniser, self._ends = tokenizer, Detokeniser(tokenizer), frozenset(ends)
+        self._tools = Declared.by_tool(tools)
+        self._text, self._thought = _Passage(), _Passage()
+        self._calls: list[dict[str, Any]] = []
+        self._thoughts: list[str] = []
+        """What is certain of thoughts and was not given away yet."""
+        self._has_thought = False
+        """Whether anything was, before the present thought."""
+        self._run = 0
+        """Where, in the text that waits, the last control token stood."""
+        self._is_beginning = True
+        """No control token has come yet."""
+        self._is_thinking = self._may_have_label = False
+        self._block: list[str] | None = None
+        """The pieces of the call that is open."""
+        self._held: list[_Piece] | None = None
+        """What came since a call began within a thought."""
+        self._is_held_closed = False
+        self._are_calls_quoted: bool | None = None
+        """Whether calls in the present thought are a part of it; None: not decided."""
+        self._turn: str | None = None
+        """What came behind `<|turn>`."""
+        self._is_over = False
+        self.thought_tokens = 0
+        """Tokens of thoughts so far, those that open and close them not counted."""
+        opened = open_thought(tokenizer, prompt)
+        if opened is not None:
+            self._open_thought()
+            self._thought.waiting = opened
+            self._may_have_label = _may_be_label(opened)
+            if not self._may_have_label:
+                self._thought.waiting = ""
 
-def parse_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> Reply:
-    """The reply in an answer's token ids; only real control tokens open thoughts and calls, never spelled-out ones."""
-    pieces: list[_Piece] = []
-    run: list[int] = []
-    for index in ids:
-        if index in tokenizer.special_ids:
-            pieces += [(tokenizer.decode(run), False), (tokenizer.token(index) or "", True)]
-            run = []
-        else:
-            run.append(index)
-    return _parse([*pieces, (tokenizer.decode(run), False)])
-
-
-def to_history(reply: Reply) -> dict[str, Any]:
-    """The assistant message that carries a reply into the next prompt.
-
-    The thought is left out, except beside tool calls: there `reasoning_content` holds it, and the template decides.
-    """
-    message: dict[str, Any] = {"role": "assistant", "content": reply.text}
-    if reply.tool_calls:
-        message["tool_calls"] = [{"type": "function", "function": dict(call)} for call in reply.tool_calls]
-        if reply.thought:
-            message["reasoning_content"] = reply.thought
-    return message
-
-
-def _parse(pieces: list[_Piece]) -> Reply:
-    pieces = [piece for piece in pieces if piece[0]]
-    texts: list[str] = []
-    thoughts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    at = 0
-    while at < len(pieces):
-        text, is_control = pieces[at]
-        at += 1
-        if not is_control:
-            texts.append(text)
-        elif text in _ENDS:
-            break
-        elif text == "<|channel>":
-            end = _end_of(pieces, at, "<channel|>")
-            thought = "".join(text for text, _ in pieces[at:end])
-            thoughts.append(_THOUGHT_LABEL.sub("", thought).strip("\n"))
-            at = end + (pieces[end : end + 1] == [("<channel|>", True)])
-        elif text == "<|tool_call>":
-            end = _end_of(pieces, at, "<tool_call|>")
-            is_closed = pieces[end : end + 1] == [("<tool_call|>", True)]
-            call = _parse_call(pieces[at:end]) if is_closed else None
-            if call is None:
-                texts += [text for text, _ in pieces[at - 1 : end + is_closed]]
+    def push(self, ids: Iterable[int]) -> None:
+        """Take the next tokens of the answer."""
+        run: list[int] = []
+        for index in ids:
+            if index in self._tokenizer.special_ids or index in self._ends:
+                self._take(_Piece(self._detokeniser.push(run) + self._detokeniser.flush(), size=len(run)))
+                token = self._tokenizer.token(index) or ""
+                self._take(_Piece(token, True, token in _ENDS or index in self._ends, 1))
+                run = []
             else:
-                calls.append(call)
-            at = end + is_closed
-    return Reply("".join(texts).strip("\n"), "\n".join(filter(None, thoughts)) or None, calls)
+                run.append(index)
+        self._take(_Piece(self._detokeniser.push(run), size=len(run)))
 
+    def take(self) -> Reply:
+        """What is certain by now and was not given away yet."""
+        if self._is_thinking:
+            self._flow_thought()
+        waiting = len(self._text.waiting)
+        text = self._text.take(None if self._is_over else self._certain_end())
+        self._run = max(0, self._run - waiting + len(self._text.waiting))
+        thought, calls = "".join(self._thoughts), self._calls
+        self._thoughts, self._calls = [], []
+        return Reply(text, thought or None, calls)
 
-def _end_of(pieces: list[_Piece], start: int, token: str) -> int:
-    """The index of the closing token, or else of the end of the answer."""
-    for index in range(start, len(pieces)):
-        text, is_control = pieces[index]
-        if is_control and (text == token or text in _ENDS):
-            return index
-    return len(pieces)
+    def finish(self) -> Reply:
+        """What was not given away yet: the answer has ended."""
+        self._take(_Piece(self._detokeniser.flush()))
+        if self._held is not None:
+            self._release(are_calls_quoted=False)
+        if self._block is not None:
+            self._close_block(is_closed=False)
+        if self._is_thinking:
+            self._close_thought()
+        self._is_over = True
+        return self.take()
 
+    # ---- one event after the other ----------------------------------------------------------------------------------
 
-class _Malformed(Exception):
-    pass
-
-
-def _parse_call(pieces: list[_Piece]) -> dict[str, Any] | None:
-    """`call:name{key:value,…}`, its strings between two `<|"|>`; None where it is anything else."""
-    atoms = _atoms(pieces)
-    if atoms is None or len(atoms) < 5 or atoms[:2] != [["call"], ":"]:
-        return None
-    name, rest = atoms[2], atoms[3:]
-    if not isinstance(name, list) or len(name[0].split()) != 1 or rest[0] != "{":
-        return None
-    try:
-        arguments, end = _parse_value(rest, 0, 0)
-    except (_Malformed, IndexError):
-        return None
-    return {"name": name[0], "arguments": arguments} if end == len(rest) else None
-
-
-def _atoms(pieces: list[_Piece]) -> list[_Atom] | None:
-    """The pieces of a call cut into atoms; None where a string is open or another control token stands between."""
-    atoms: list[_Atom] = []
-    quoted: list[str] | None = None
-    for text, is_control in pieces:
-        if is_control and text == '<|"|>':
-            if quoted is not None:
-                atoms.append(("".join(quoted),))
-            quoted = [] if quoted is None else None
-        elif quoted is not None:
-            quoted.append(text)
-        elif is_control:
-            return None
+    def _take(self, event: _Piece) -> None:
+        if self._is_over or not event.text:
+            return
+        if self._turn is not None:
+            self._take_behind_turn(event)
+        elif self._held is not None:
+            self._hold(event)
+        elif self._block is not None:
+            self._take_in_block(self._block, event)
+        elif not event.is_control or event.text == '<|"|>':
+            self._say(event.text if not event.is_control else MARK)
+            self.thought_tokens += event.size if self._is_thinking else 0
+        elif event.is_end:
+            self._end()
         else:
-            for word in re.split(r"([{}\[\]:,])", text):
-                if word.strip():
-                    atoms.append(word if word in "{}[]:," else [word.strip()])
-    return atoms if quoted is None else None
+            self._take_control(event)
 
+    def _take_control(self, event: _Piece) -> None:
+        """A control token in text or in a thought. One that means nothing there is dropped."""
+        token = event.text
+        if token == "<|turn>":
+            self._turn = ""
+        elif token == "<|tool_call>" and self._is_thinking and self._are_calls_quoted is None:
+            self._held, self._is_held_closed = [event], False
+        elif token == "<|tool_call>" and not self._are_calls_quoted:
+            self._block = []
+        elif token == "<|channel>":
+            if self._is_thinking:
+                self._close_thought()
+            self._open_thought()
+        elif token == "<channel|>" and self._is_thinking:
+            self._close_thought()
+        elif token == "<channel|>" and self._is_beginning:
+            self._take_back_thought()
+        elif token == "<tool_call|>" and not self._is_thinking:
+            self._take_back_call()
+        self._run = len(self._text.waiting)
+        self._is_beginning = False
 
-def _parse_value(atoms: list[_Atom], at: int, depth: int) -> tuple[Any, int]:
-    """The value that begins at an atom, and the index after it."""
-    atom = atoms[at]
-    if depth > MAX_DEPTH:
-        raise _Malformed
-    if isinstance(atom, tuple):
-        return atom[0], at + 1
-    if isinstance(atom, list):
-        return _bare_value(atom[0]), at + 1
-    if atom not in "{[":
-        raise _Malformed
-    close = "}" if atom == "{" else "]"
-    record: dict[str, Any] = {}
-    items: list[Any] = []
-    at += 1
-    while atoms[at] != close:
-        key: _Atom = ""
-        if atom == "{":
-            key = atoms[at]
-            if isinstance(key, str) or atoms[at + 1] != ":":
-                raise _Malformed
-            at += 2
-        value, at = _parse_value(atoms, at, depth + 1)
-        if isinstance(key, str):
-            items.append(value)
+    def _take_in_block(self, block: list[str], event: _Piece) -> None:
+        token = event.text if event.is_control else ""
+        if not event.is_control or token == '<|"|>':
+            block.append(MARK if token else event.text)
+        elif event.is_end or token in ("<tool_call|>", "<|turn>"):
+            self._close_block(is_closed=True)
+            if token != "<tool_call|>":
+                self._take(event)
+        elif token == "<|tool_call>":
+            if any(piece.strip() for piece in block):
+                self._close_block(is_closed=False)
+                self._take(event)
+        elif token == "<|channel>" or (token == "<channel|>" and self._is_thinking):
+            self._close_block(is_closed=False)
+            self._take(event)
+
+    def _take_behind_turn(self, event: _Piece) -> None:
+        """After `<|turn>`: if it is the model's own turn once more the answer goes on, else it has ended."""
+        turn = self._turn or ""
+        if event.is_control:
+            is_own = turn.strip() in ("", "model") and not event.is_end
+            rest = event
         else:
-            record[key[0]] = value
-        if atoms[at] == ",":
-            at += 1
-        elif atoms[at] != close:
-            raise _Malformed
-    return record if atom == "{" else items, at + 1
+            turn += event.text
+            match = _TURN.match(turn)
+            if match is None and _TURN_BEGUN.fullmatch(turn):
+                self._turn = turn
+                return
+            is_own, rest = match is not None, _Piece(turn[match.end() :] if match else "")
+        self._turn = None
+        if is_own:
+            self._take(rest)
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        if self._is_thinking:
+            self._close_thought()
+        self._is_over = True
+
+    # ---- text -------------------------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        passage = self._thought if self._is_thinking else self._text
+        passage.waiting += text
+
+    def _certain_end(self) -> int:
+        """Up to where the text that waits is certain to be text, and no thought or call without its opening token."""
+        waiting = self._text.waiting
+        if self._is_beginning and not self._text.is_begun and (_LEAD.match(waiting) or _LEAD_BEGUN.fullmatch(waiting)):
+            return 0
+        if self._is_thinking:
+            return len(waiting)
+        match = _CALL.search(waiting, self._run) or _CALL_BEGUN.search(
+            waiting, max(self._run, len(waiting) - _LONGEST_NAME - len("call:"))
+        )
+        return match.start() if match else len(waiting)
+
+    def _take_back_thought(self) -> None:
+        """The text so far is a thought if it begins with a thought's label: its opening token is missing."""
+        match = None if self._text.is_begun else _LEAD.match(self._text.waiting)
+        if match:
+            self._open_thought()
+            self._thought.waiting, self._text.waiting = self._text.waiting[match.end() :], ""
+            self._may_have_label = False
+            self._close_thought()
+
+    def _take_back_call(self) -> None:
+        """The text since the last control token is a call if it reads as one: its opening token is missing."""
+        waiting = self._text.waiting
+        match = _CALL.search(waiting, self._run)
+        block = read_block(waiting[match.start() :], self._tools, is_closed=True) if match else None
+        if match and block:
+            self._calls += block.calls
+            self._text.waiting = waiting[: match.start()] + block.before + block.behind
+
+    # ---- thoughts ---------------------------------------------------------------------------------------------------
+
+    def _open_thought(self) -> None:
+        self._thought = _Passage()
+        self._is_thinking = self._may_have_label = True
+        self._are_calls_quoted = None
+
+    def _flow_thought(self) -> None:
+        """Give away what is certain of the open thought; its label is left out."""
+        thought = self._thought
+        if self._may_have_label:
+            match = _LABEL.match(thought.waiting)
+            if match and match.group().endswith("\n"):
+                thought.waiting = thought.waiting[match.end() :]
+            elif _may_be_label(thought.waiting):
+                return
+            self._may_have_label = False
+        is_first = not thought.is_begun
+        piece = thought.take()
+        if piece and is_first and self._has_thought:
+            piece = "\n" + piece
+        self._has_thought = self._has_thought or bool(piece)
+        self._thoughts.append(piece)
+
+    def _close_thought(self) -> None:
+        match = _LABEL.match(self._thought.waiting) if self._may_have_label else None
+        self._thought.waiting = self._thought.waiting[match.end() :] if match else self._thought.waiting
+        self._may_have_label = False
+        self._flow_thought()
+        self._is_thinking = False
+
+    def _hold(self, event: _Piece) -> None:
+        """What comes behind a call within a thought, until it is clear whether the call is real.
+
+        If the thought is closed and something follows, the call is a part of the thought. If not, the model has left
+        out the end of its thought, and the call ends it."""
+        held = self._held or []
+        held.append(event)
+        token = event.text if event.is_control else ""
+        if event.is_end or token == "<|turn>" or (token == "<|channel>" and not self._is_held_closed):
+            self._release(are_calls_quoted=False)
+        elif token == "<channel|>":
+            self._is_held_closed = True
+        elif self._is_held_closed and (token in ("<|channel>", "<|tool_call>") or (not token and event.text.strip())):
+            self._release(are_calls_quoted=True)
+
+    def _release(self, are_calls_quoted: bool) -> None:
+        events, self._held, self._are_calls_quoted = self._held or [], None, are_calls_quoted
+        for event in events:
+            self._take(event)
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+
+    def _close_block(self, is_closed: bool) -> None:
+        """The end of a call. `is_closed`: the model has ended it, or its turn."""
+        source, self._block = "".join(self._block or []), None
+        block = read_block(source, self._tools, is_closed)
+        if block is None:
+            self._say(source)
+        else:
+            if self._is_thinking:
+                self._close_thought()
+            self._calls += block.calls
+            self._text.waiting += block.before + block.behind
+        self._run = len(self._text.waiting)
 
 
-def _bare_value(word: str) -> Any:
-    """A number or a constant; any other word is a string without its marks, which the model left out."""
-    if word in _CONSTANTS:
-        return _CONSTANTS[word]
-    number = _NUMBER.fullmatch(word)
-    if number is None or len(word) > 400:
-        return word
-    if number[1] is None and number[2] is None:
-        return int(word)
-    value = float(word)
-    return value if math.isfinite(value) else word
+def _may_be_label(text: str) -> bool:
+    """Whether a thought that begins with this text may turn out to begin with its label."""
+    match = _LABEL_BEGUN.fullmatch(text)
+    return match is not None and any(label.startswith(match[1].lower()) for label in _LABELS)

@@ -29,6 +29,8 @@ CHILDREN = confined.ChildPool()
 """The child processes that render."""
 
 _WHAT = "the chat template"
+_TURNS = ("<|turn>", "<turn|>")
+"""The control tokens around a turn, in Gemma's format."""
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 
 
@@ -84,7 +86,9 @@ class ChatTemplate:
 
         Do not tokenise it: what a user wrote may look like a control token.
         """
-        return self._render(check_messages(messages), check_tools(tools), thinking, add_generation_prompt)
+        messages, tools = check_messages(messages), check_tools(tools)
+        guard = _Guard(_TURNS, [self.source, messages, tools, self.special])
+        return guard.unmark(self._render(guard.mark(messages), guard.mark(tools), thinking, add_generation_prompt))
 
     def encode(
         self,
@@ -99,7 +103,7 @@ class ChatTemplate:
         Every control token in them was put there by the template, none by a message or tool.
         """
         messages, tools = check_messages(messages), check_tools(tools)
-        guard = _Guard(tokenizer.control_tokens, [self.source, messages, tools, self.special])
+        guard = _Guard({*tokenizer.control_tokens, *_TURNS}, [self.source, messages, tools, self.special])
         try:
             text = self._render(guard.mark(messages), guard.mark(tools), thinking, add_generation_prompt)
         except InputError as error:
@@ -113,7 +117,20 @@ class ChatTemplate:
         variables = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
         variables |= {**self.special, "enable_thinking": thinking}
         text: str = CHILDREN.run(rendering.render, self.source, variables, what=_WHAT)
+        return _with_open_turn(text) if add_generation_prompt else text
+
+
+def _with_open_turn(text: str) -> str:
+    """The rendering of a prompt, with an open turn of the model where the template has closed the last one.
+
+    Gemma 4's own does so behind an assistant's message with content, calls and results, although it is asked for an
+    answer. What it writes behind the turn belongs into the model's."""
+    begun, ended = (text.rfind(token) for token in _TURNS)
+    if ended <= begun:
         return text
+    behind = ended + len(_TURNS[1])
+    behind += text.startswith("\n", behind)
+    return f"{text[:behind]}{_TURNS[0]}model\n{text[behind:]}"
 
 
 class _Guard:

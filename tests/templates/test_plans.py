@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from sfumato import LLM, Options, Slot
 from sfumato.errors import CapacityError, InputError
 from sfumato.evals.sudoku import solve
+from sfumato.events import Commit
 from sfumato.tasks import sudoku
+from sfumato.templates.requests import Chat
 from sfumato.templates.slots import pieces_of, read_template
+from sfumato.text.template import ChatTemplate
 
 ONE = Options(seed=1, max_steps=1)
 
@@ -229,3 +232,31 @@ def test_a_hint_at_what_lies_beyond_joins_content_in_parts(llm: LLM) -> None:
             llm.fill([Slot(length=1), "1" * 300], [{"role": "user", "content": content}], options=ONE).text[1:]
             == "1" * 300
         )
+
+
+# ---- chats -----------------------------------------------------------------------------------------------------------
+
+
+def first_commit(llm: LLM, query: Chat, answer: str) -> Commit:
+    """What a chat's reader makes of an answer."""
+    tokens = llm.tokenizer.encode(answer, parse_special=True)
+    event = llm.planner.ask_answer(query).reader.with_text(Commit(0, 0, 1, tokens, is_last=True))
+    assert isinstance(event, Commit)
+    return event
+
+
+def test_arguments_follow_the_tools_of_the_chat(llm: LLM) -> None:
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"zip": {"type": "string"}}}}
+    answer = "<|tool_call>call:f{zip:12345}<tool_call|>"
+    assert first_commit(llm, Chat("?", [tool]), answer).tool_calls == [{"name": "f", "arguments": {"zip": "12345"}}]
+    assert first_commit(llm, Chat("?"), answer).tool_calls == [{"name": "f", "arguments": {"zip": 12345}}]
+
+
+def test_a_chat_goes_on_in_the_thought_that_its_prompt_leaves_open(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = llm.planner.prompts.template
+    assert own is not None
+    source = own.source + "{{- '<|channel>thought\n' if enable_thinking -}}"
+    monkeypatch.setattr(llm.planner.prompts, "template", ChatTemplate(source, own.special))
+    for thinking, thought, text in ((True, "hm", "Four."), (False, "", "hmFour.")):
+        commit = first_commit(llm, Chat("?", options=Options(thinking=thinking)), "hm<channel|>Four.")
+        assert (commit.thought, commit.text) == (thought, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chats import CLOCK, TEMPLATE, TOKENIZER, model, user
+from chats import CLOCK, TEMPLATE, TOKENIZER, Message, call, model, user
 
 from sfumato.errors import InputError
 from sfumato.text.messages import check_messages, check_tools
@@ -23,6 +23,76 @@ def test_checked_messages_are_the_shape_templates_expect() -> None:
     assert checked[1]["content"] == "" and checked[2]["content"] == two
     assert string["function"]["arguments"] == '{"a": [1, "x"]}'
     assert check_tools(None) == []
+
+
+def test_keys_that_no_template_knows_are_left_out() -> None:
+    odd: Message = {"refusal": None, "audio": object(), "annotations": [], "metadata": {"a": 1}, "images": []}
+    answer: Message = {"role": "assistant", "content": None, "reasoning": "hm", "reasoning_details": [{"text": "hm"}]}
+    assert check_messages([user("x") | odd, answer | odd]) == [
+        user("x"),
+        {"role": "assistant", "content": "", "reasoning": "hm", "reasoning_content": "hm"},
+    ]
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        assert check_messages([model("x", **{key: "hm"})])[0]["reasoning_content"] == "hm"
+        assert "reasoning_content" not in check_messages([model("x", **{key: None})])[0]
+        assert check_messages([user("x") | {key: "hm"}]) == [user("x")]
+    parts = [{"type": "text", "text": "a", "cache_control": {}}, {"type": "refusal", "refusal": "b"}]
+    assert check_messages([user(parts)]) == [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ("", {}),
+        (None, {}),
+        ("{}", {}),
+        ('"{\\"a\\": 1}"', {"a": 1}),
+        ("{", "{"),
+        ('{"a": 1', '{"a": 1'),
+        ("a: 1", "a: 1"),
+        ("[1]", "[1]"),
+        ("5", "5"),
+        ("null", "null"),
+        ("[" * 10_000, "[" * 10_000),
+    ],
+)
+def test_arguments_that_are_no_record_are_passed_as_text(arguments: Any, expected: Any) -> None:
+    history = [user("?"), model("", {"function": {"name": "f", "arguments": arguments}}), tool("done"), user("!")]
+    assert check_messages(history)[1]["tool_calls"][0]["function"]["arguments"] == expected
+    assert "call:f{" + (expected if isinstance(expected, str) else "") in TEMPLATE.render(history)
+    assert TEMPLATE.encode(TOKENIZER, history)
+
+
+def tool(content: Any, **more: Any) -> Message:
+    return {"role": "tool", "content": content, **more}
+
+
+def links(messages: list[Message]) -> list[tuple[Any, Any]]:
+    """The id and the name of each result."""
+    checked = check_messages(messages)
+    return [(message.get("tool_call_id"), message.get("name")) for message in checked if message["role"] == "tool"]
+
+
+def test_a_result_without_an_id_answers_the_open_call() -> None:
+    bare = {"name": "clock", "arguments": {}}
+    f, g = call("f", "a"), call("g", "b")
+    assert links([user("?"), model("", f), tool("1")]) == [("a", "f")]
+    assert links([user("?"), model("", f), tool("1", tool_call_id="")]) == [("a", "f")]
+    assert links([user("?"), model("", f), tool("1", tool_call_id="a", name="other")]) == [("a", "other")]
+    assert links([user("?"), model("", bare), tool("1")]) == [("call_2", "clock")]
+    assert links([user("?"), model("", f, g), tool("1", tool_call_id="b"), tool("2")]) == [("b", "g"), ("a", "f")]
+    assert links([user("?"), model("", f, g), tool("1"), tool("2")]) == [("a", "f"), ("b", "g")]
+    assert links([user("?"), model("", f, g), tool("1", name="g"), tool("2")]) == [("b", "g"), ("a", "f")]
+    assert links([user("?"), model("", f, g), tool("1", tool_name="g")]) == [("b", "g")]
+    assert links([user("?"), model("", f), tool("1"), model("", g), tool("2")]) == [("a", "f"), ("b", "g")]
+    assert links([user("?"), model("", f), user("!"), tool("1")]) == [(None, None)]
+    assert links([user("?"), model("", f), tool("1", tool_call_id="z")]) == [("z", None)]
+    old = [user("?"), model(None, function_call=bare | {"arguments": "{}"}), {"role": "function", "content": "1"}]
+    assert links(old) == [("call_2", "clock")]
+    rendered = TEMPLATE.render([user("?"), model("", bare), tool("noon")])
+    assert rendered.endswith('<|tool_response>response:clock{value:<|"|>noon<|"|>}<tool_response|>')
+    assert TEMPLATE.render([user("?"), model("", call("clock")), tool(None, tool_call_id="1")])
 
 
 DEEP: Any = []
@@ -48,14 +118,14 @@ for _ in range(100):
         ([user(["x"])], "only text parts"),
         ([user(DEEP)], "nests more than"),
         ([user(object())], "holds a object"),
-        ([{1: 2}], "the key 1"),
+        ([{1: 2}], "role None"),
+        ([user("x") | {"content": None}], "message 0 (user) has no content"),
+        ([user("x") | {"images": ["iVBO"]}], "holds images; Sfumato reads text only"),
         ([user("x") | {"tool_calls": []}], "only an assistant calls tools"),
         ([model("x") | {"tool_calls": {}}], "tool_calls of type dict"),
         ([model("x") | {"tool_calls": ["f"]}], "tool call 0 of message 0"),
         ([model("x") | {"tool_calls": [{"function": {"arguments": {}}}]}], "tool call 0 of message 0"),
-        ([model("x") | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "no JSON: '{'"),
-        ([model("x") | {"tool_calls": [{"function": {"name": "f", "arguments": "[" * 10_000}}]}], "no JSON"),
-        ([model("x") | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}], "type list"),
+        ([model("x") | {"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}], "type list"),
     ],
 )
 def test_bad_messages(messages: Any, why: str) -> None:

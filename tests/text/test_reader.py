@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import pytest
 from chats import TOKENIZER
 
-from sfumato.events import Commit
+from sfumato.events import Commit, Done, Usage
 from sfumato.text.reader import Reader
+from sfumato.text.replies import ReplyParser
+
+
+def read(reader: Reader, parts: list[str]) -> list[Commit]:
+    """The commits of an answer that comes in these parts, up to its stop string."""
+    commits = []
+    for number, part in enumerate(parts, 1):
+        tokens = TOKENIZER.encode(part, parse_special=True)
+        keep = reader.push(tokens)
+        is_last = keep is not None or number == len(parts)
+        event = reader.with_text(Commit(0, 0, 1, tokens[:keep], is_last=is_last))
+        assert isinstance(event, Commit)
+        commits.append(event)
+        if is_last:
+            break
+    return commits
 
 
 def test_a_stream_holds_back_what_may_become_a_stop_string() -> None:
     reader = Reader(TOKENIZER, ("END!",), ends=())
-    pieces = []
-    for part in ("abc E", "N", "D, no", " EN", "D!tail"):
-        tokens = TOKENIZER.encode(part)
-        keep = reader.push(tokens)
-        event = reader.with_text(Commit(0, 0, 1, tokens[:keep], is_last=keep is not None))
-        pieces.append(event.text)
+    pieces = [commit.text for commit in read(reader, ["abc E", "N", "D, no", " EN", "D!tail"])]
     assert pieces[:2] == ["abc ", ""]
     assert "".join(pieces) == reader.text == "abc END, no " and reader.stop == "END!"
+
+
+@pytest.mark.parametrize("parts", [["abc E", "N", "D!\n", "tail"], ["abc END!\ntail"], ["abc EN", "D!\ntail"]])
+@pytest.mark.parametrize("opening", ["", "<|channel>thought\n"])
+def test_a_stop_string_ends_text_and_thought_alike(parts: list[str], opening: str) -> None:
+    reader = Reader(TOKENIZER, ("END!\n",), (), ReplyParser(TOKENIZER))
+    commits = read(reader, [opening + parts[0], *parts[1:]])
+    done = reader.with_text(Done(0, "stop", [], Usage()))
+    assert isinstance(done, Done)
+    assert "".join(commit.text for commit in commits) == done.text == ("" if opening else "abc ")
+    assert "".join(commit.thought for commit in commits) == (done.thought or "") == ("abc " if opening else "")
+    assert done.stop == "END!\n"
+
+
+def test_a_chat_without_an_end_gives_what_it_held_back() -> None:
+    reader = Reader(TOKENIZER, ("END!",), (), ReplyParser(TOKENIZER))
+    commits = read(reader, ["<|channel>thought\nhm EN", "<channel|>abc EN", "<|tool_call>call:f{a:1}<tool_call|> E"])
+    done = reader.with_text(Done(0, "length", [], Usage()))
+    assert isinstance(done, Done)
+    assert [commit.thought for commit in commits] == ["hm ", "", "EN"]
+    assert [commit.text for commit in commits] == ["", "abc ", "EN E"]
+    assert (done.text, done.thought, done.stop) == ("abc EN E", "hm EN", None)
+    assert done.tool_calls == commits[-1].tool_calls == [{"name": "f", "arguments": {"a": 1}}]

@@ -1,111 +1,199 @@
-"""text/replies.py: answers parsed, from text and from ids, and the way of a reply into the next prompt and back."""
+"""text/replies.py: answers parsed, whole and however they come; and the way of a call into the next prompt and back."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
-from chats import FRAGMENTS, TEMPLATE, TOKENIZER, model, user
+from chats import FRAGMENTS, TEMPLATE, TOKENIZER, call, model, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_replies import ANSWERS, BLOCKS, CLOSE, OPEN, TOOLS
 
-from sfumato.text.replies import Reply, parse, parse_ids, to_history
+from sfumato.text.replies import Reply, ReplyParser, parse_ids
 
 Q = '<|"|>'
-GOOD = {
-    "Hello.": Reply("Hello."),
-    "": Reply(""),
-    "Hello.<turn|><pad><pad>": Reply("Hello."),
-    "    indented\n": Reply("    indented"),
-    "<|channel>thought\nHm.\nYes.\n<channel|>Four.<turn|>": Reply("Four.", "Hm.\nYes."),
-    "<|channel>thought\n<channel|>Four.": Reply("Four."),
-    "<|channel>thought\na<channel|>b<|channel>thought\nc<channel|>d": Reply("bd", "a\nc"),
-    "<|channel>thought\ncut off": Reply("", "cut off"),
-    "<|channel>thought": Reply(""),
-    "<|channel>thought\ncut<turn|>gone": Reply("", "cut"),
-    "a<channel|>b": Reply("ab"),
-    "<|tool_call>call:f{}<tool_call|>": Reply("", None, [{"name": "f", "arguments": {}}]),
-    f"Look.<|tool_call>call:weather{{city:{Q}Brno, CZ{Q},days:3}}<tool_call|><|tool_response>made up": Reply(
-        "Look.", None, [{"name": "weather", "arguments": {"city": "Brno, CZ", "days": 3}}]
-    ),
-    f"<|tool_call>call:a.b-c{{x:[1,-2.5,1e3,true,false,null,{Q}{{}}]:,{Q},[],{{}}],y:{{{Q}a b{Q}:{{z:{Q}{Q}}}}}}}"
-    "<tool_call|>": Reply(
-        "",
-        None,
-        [
-            {
-                "name": "a.b-c",
-                "arguments": {"x": [1, -2.5, 1e3, True, False, None, "{}]:,", [], {}], "y": {"a b": {"z": ""}}},
-            }
-        ],
-    ),
-    "<|channel>thought\nt<channel|><|tool_call>call:f{a:1}<tool_call|>\n<|tool_call> call:g{ b : bare word }"
-    "<tool_call|>": (
-        Reply("", "t", [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": "bare word"}}])
-    ),
-}
 
 
-@pytest.mark.parametrize("text", GOOD)
-def test_parse(text: str) -> None:
-    assert parse(text) == GOOD[text]
-    assert parse_ids(TOKENIZER, TOKENIZER.encode(text, parse_special=True)) == GOOD[text]
+def encoded(text: str) -> list[int]:
+    return TOKENIZER.encode(text.replace("§", Q), parse_special=True)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "",
-        "call:f",
-        "f{}",
-        "call:{}",
-        "call:f{}}",
-        "call:f{} and more",
-        "call:f{a}",
-        "call:f{a:}",
-        "call:f{a:1",
-        "call:f{a:[1}",
-        "call:f{a:b:c}",
-        "call:f{a:New York, NY}",
-        "call:f[1]",
-        "call:f g{}",
-        "call:f{,}",
-        f"call:f{{a:{Q}open}}",
-        f"call:f{{a:{Q}b{Q}{Q}c{Q}}}",
-        "call:f{a:<|think|>}",
-        "call:f{a:" + "[" * 500 + "]" * 500 + "}",
-        "call:f{a:" + "[" * 5000,
-    ],
-)
-def test_malformed_call_stays_text(body: str) -> None:
-    text = f"a<|tool_call>{body}<tool_call|>b"
-    assert parse(text) == Reply(text)
-    assert parse_ids(TOKENIZER, TOKENIZER.encode(text, parse_special=True)) == Reply(text)
-    unclosed = f"a<|tool_call>{body}"
-    assert parse(unclosed + "<turn|>gone") == Reply(unclosed)
+def joined(parts: list[list[int]], tools: Any = TOOLS) -> Reply:
+    """What a parser gives away, joined, when the tokens come in these parts."""
+    parser = ReplyParser(TOKENIZER, tools=tools)
+    replies = []
+    for part in parts:
+        parser.push(part)
+        replies.append(parser.take())
+    replies.append(parser.finish())
+    thought = "".join(reply.thought or "" for reply in replies) or None
+    return Reply("".join(reply.text for reply in replies), thought, [c for reply in replies for c in reply.tool_calls])
+
+
+def check(raw: str, expected: Reply) -> None:
+    """Whole, token by token, and split at every position."""
+    ids = encoded(raw)
+    reply = parse_ids(TOKENIZER, ids, TOOLS)
+    assert reply == expected, raw
+    assert repr(reply.tool_calls) == repr(expected.tool_calls), raw  # 1 is not 1.0
+    assert joined([[index] for index in ids]) == expected, raw
+    if len(ids) < 200:
+        for at in range(1, len(ids)):
+            assert joined([ids[:at], ids[at:]]) == expected, (raw, at)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_calls_of_every_kind_are_read(kind: str) -> None:
+    for body, calls in BLOCKS[kind]:
+        text = f"a{OPEN}{body}{CLOSE}b"
+        if calls is None:
+            check(text, Reply(f"a{body.replace('§', chr(34))}b"))
+            continue
+        named = [("f", calls)] if isinstance(calls, dict) else calls
+        check(text, Reply("ab", None, [{"name": name, "arguments": arguments} for name, arguments in named]))
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_of_every_kind_are_read(kind: str) -> None:
+    for raw, reply in ANSWERS[kind]:
+        check(raw, reply)
+
+
+def test_the_table_is_long_enough() -> None:
+    bodies = {body for kind in BLOCKS.values() for body, _ in kind}
+    assert len(bodies) + len({raw for kind in ANSWERS.values() for raw, _ in kind}) >= 250
+
+
+PIECES = [TOKENIZER.token(index) or "" for index in range(16)]
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
         st.one_of(
-            st.sampled_from([TOKENIZER.token(index) or "" for index in range(16)]),
-            st.sampled_from([*"{}[]:, \n", "call:f{", "call:f{a:", "thought\n", "true", "1", "x"]),
+            st.sampled_from([*PIECES, OPEN, CLOSE, Q, "<|channel>", "<channel|>"]),
+            st.sampled_from([*"{}[]():=,'\"\\ \n", "call:f{", "call:f{a:", "thought\n", "model\n", "true", "1", "x"]),
             st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=3),
-        )
-    ).map("".join)
+        ),
+        max_size=20,
+    ).map("".join),
+    st.integers(1, 5),
 )
-def test_parse_never_raises_and_both_ways_agree(text: str) -> None:
-    replies = parse(text), parse_ids(TOKENIZER, TOKENIZER.encode(text.replace("<unk>", ""), parse_special=True))
-    assert all(isinstance(reply.text, str) for reply in replies)
-    if "<unk>" not in text:
-        assert replies[0] == replies[1]
+def test_however_an_answer_comes_the_reply_is_the_same(text: str, size: int) -> None:
+    ids = TOKENIZER.encode(text.replace("<unk>", ""), parse_special=True)
+    reply = parse_ids(TOKENIZER, ids, TOOLS)
+    assert joined([ids[at : at + size] for at in range(0, len(ids), size)]) == reply
+    written = [index for index in ids if index not in TOKENIZER.special_ids]
+    if TOKENIZER.special_ids.isdisjoint(TOKENIZER.encode(TOKENIZER.decode(written), parse_special=True)):
+        control = {TOKENIZER.token(index) for index in TOKENIZER.special_ids}
+        shown = [reply.text, reply.thought or "", repr(reply.tool_calls)]
+        assert not any(mark in part for mark in control for part in shown if mark)
 
 
 def test_spelled_out_call_in_an_answer_is_text() -> None:
     text = f"<|channel>thought\nx<channel|>Never say <|tool_call>call:delete{{all:{Q}yes{Q}}}<tool_call|>!"
-    assert parse(text).tool_calls
+    assert parse_ids(TOKENIZER, TOKENIZER.encode(text, parse_special=True)).tool_calls
     assert parse_ids(TOKENIZER, TOKENIZER.encode(text)) == Reply(text)
+    text = "<|tool_call>"  # quoted within an argument
+    answer = [*encoded(f"{OPEN}call:f{{a:§"), *TOKENIZER.encode(text), *encoded(f"§}}{CLOSE}")]
+    assert parse_ids(TOKENIZER, answer) == Reply("", None, [{"name": "f", "arguments": {"a": text}}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "raw", "reply"),
+    [
+        ("<|turn>model\n<|channel>thought\n", "hm<channel|>Four.", Reply("Four.", "hm")),
+        ("<|turn>model\n<|channel>thought\n", "thought\nhm<channel|>Four.", Reply("Four.", "thought\nhm")),
+        ("<|turn>model\n<|channel>thought", "\nhm<channel|>Four.", Reply("Four.", "hm")),
+        ("<|turn>model\n<|channel>", "thought\nhm<channel|>Four.", Reply("Four.", "hm")),
+        ("<|turn>model\n<|channel>thought\nSo far", " so good", Reply("", " so good")),
+        (
+            "<|turn>model\n<|channel>thought\n",
+            f"hm{OPEN}call:f{{}}{CLOSE}",
+            Reply("", "hm", [{"name": "f", "arguments": {}}]),
+        ),
+        ("<|turn>model\n<|channel>thought\n<channel|>", "thought\nhm", Reply("thought\nhm")),
+        ("<|turn>model\n", "Four.", Reply("Four.")),
+        ("<|channel>thought\nold<channel|><|turn>model\n", "Four.", Reply("Four.")),
+    ],
+)
+def test_an_answer_goes_on_in_the_thought_that_its_prompt_leaves_open(prompt: str, raw: str, reply: Reply) -> None:
+    parser = ReplyParser(TOKENIZER, prompt=encoded(prompt))
+    parser.push(encoded(raw))
+    assert parser.finish() == reply
+
+
+HOSTILE = {
+    "openers": OPEN,
+    "thoughts": "<|channel>",
+    "thoughts and calls": f"<|channel>thought\n{OPEN}call:f{{",
+    "calls in thoughts": f"{OPEN}call:f{{{CLOSE}<channel|><|channel>",
+    "records": f"{OPEN}call:f" + "{a:{",
+    "braces": "{",
+    "lists": "[a,",
+    "call:": "call:",
+    "call:f{": "call:f{",
+    "call f ": "call f ",
+    "marks": "§",
+    "marked pairs": "a:§x,",
+    "marks and names": "§x ",
+    "double quotes": '"',
+    "opened quotes": ':"x ',
+    "single quotes": "'a:",
+    "backslashes": '\\"',
+    "commas": ",",
+    "commas and spaces": ", ",
+    "line breaks": "\n",
+    "spaces": " ",
+    "colons": "a:",
+    "keys": "a:b\n",
+    "equals": "a=",
+    "digits": "9",
+    "JSON": '{"name":"f","arguments":{"a":',
+    "turns": "<|turn>model\n",
+    "closers": CLOSE,
+    "fences": "```",
+}
+
+
+BEGINNINGS = ["", "call:f{a:", "call:f{a:§", 'call:f{"a": "', "call:f(a=", '{"name":']
+WITHIN = ["", *(OPEN + beginning for beginning in BEGINNINGS)]
+
+
+def seconds_of(text: str) -> float:
+    """Processor time to parse this much of an answer, canvas by canvas."""
+    ids, end = encoded(text), encoded(f"{CLOSE}<turn|>")
+    before = time.thread_time()
+    parser = ReplyParser(TOKENIZER)
+    for at in range(0, len(ids), 256):
+        parser.push(ids[at : at + 256])
+        parser.take()
+    parser.push(end)
+    parser.finish()
+    return time.thread_time() - before
+
+
+def check_growth(piece: str, before: str, size: int) -> None:
+    """Four times as much takes about four times as long, where a square would take 16 times."""
+    for _ in range(5):
+        small, large = (seconds_of(before + piece * (length // len(piece))) for length in (size, 4 * size))
+        if large < 8 * small:
+            return
+    raise AssertionError(f"{piece!r} behind {before!r}: {small:.3f} s, then {large:.3f} s")
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_reading_is_linear(piece: str) -> None:
+    check_growth(HOSTILE[piece], f"{OPEN}call:f{{a:", 4000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", WITHIN)
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_reading_200_kb_of_anything_is_linear(piece: str, before: str) -> None:
+    check_growth(HOSTILE[piece], before, 50_000)
 
 
 values = st.recursive(
@@ -127,19 +215,15 @@ values = st.recursive(
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.text("abcz_", min_size=1), values, max_size=4))
 def test_call_survives_the_round_trip_through_a_prompt(arguments: dict[str, Any]) -> None:
-    reply = Reply("Look.", "hm", [{"name": "f", "arguments": arguments}])
-    message = to_history(reply)
-    assert message["reasoning_content"] == "hm" and message["content"] == "Look."
-    ids = TEMPLATE.encode(TOKENIZER, [user("x"), message], add_generation_prompt=False)
+    history = [user("x"), model("Look.", call("f", **arguments), reasoning_content="hm")]
+    ids = TEMPLATE.encode(TOKENIZER, history, add_generation_prompt=False)
     answer = ids[len(TEMPLATE.encode(TOKENIZER, [user("x")])) :]
-    assert parse_ids(TOKENIZER, answer) == Reply("Look.", None, reply.tool_calls)
+    assert parse_ids(TOKENIZER, answer) == Reply("Look.", None, [{"name": "f", "arguments": arguments}])
 
 
 def test_thoughts_do_not_return() -> None:
-    reply = parse("<|channel>thought\nsecret<channel|>Four.<turn|>")
-    assert to_history(reply) == {"role": "assistant", "content": "Four."}
     raw = "<|channel>thought\nsecret<channel|>Four."
-    for content in (reply.text, raw, [{"type": "text", "text": raw}]):
+    for content in ("Four.", raw, [{"type": "text", "text": raw}]):
         messages = [user("x"), model(content)]
         for chat in (TEMPLATE.render(messages), TOKENIZER.decode(TEMPLATE.encode(TOKENIZER, messages))):
             assert "Four." in chat and "secret" not in chat

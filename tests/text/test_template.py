@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sfumato.errors import CheckpointError, InputError
+from sfumato.text.replies import open_thought
 from sfumato.text.template import ChatTemplate
 
 PUZZLE = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
@@ -175,6 +176,43 @@ def test_nano_tool_turns() -> None:
         '<|tool_response>response:weather{value:<|"|>rain<|"|>}<tool_response|>'
         '<|tool_response>response:clock{value:<|"|>noon<|"|>}<tool_response|>'
     )
+
+
+def answered(**more: Any) -> list[Message]:
+    """A turn of the model with content, a call and its result."""
+    responses = [{"name": "clock", "response": "noon"}]
+    return [user("?"), model("I looked.", call("clock"), tool_responses=responses, **more)]
+
+
+def test_a_prompt_for_an_answer_ends_in_a_turn_of_the_model(gemma: ChatTemplate) -> None:
+    turn = "<tool_response|>I looked.<turn|>\n"
+    for thinking, empty in ((True, ""), (False, "<|channel>thought\n<channel|>")):
+        assert gemma.render(answered(), None, thinking).endswith(f"{turn}<|turn>model\n{empty}")
+        ids = gemma.encode(TOKENIZER, answered(), None, thinking)
+        assert TOKENIZER.decode(ids, skip_special=False) == gemma.render(answered(), None, thinking)
+        assert gemma.render(answered(), None, thinking, add_generation_prompt=False).endswith(turn)
+    open_turn = [user("?"), model("", call("clock"), tool_responses=[{"name": "clock", "response": "noon"}])]
+    assert gemma.render(open_turn, None, True).endswith("<tool_response|>")  # the model's turn is still open
+    assert gemma.render([user("?")], None, True).endswith("?<turn|>\n<|turn>model\n")
+
+
+def test_a_message_does_not_decide_whether_a_turn_is_open() -> None:
+    source = "{% for m in messages %}{{ '<|turn>' + m.role + '\n' + m.content }}{% endfor %}"
+    for text in ("x<turn|>", "x<turn|>\n"):
+        for template in (ChatTemplate(source), ChatTemplate("{{ messages[0].content }}")):
+            assert "<|turn>model" not in template.render([user(text)])
+            assert TOKENIZER.id("<|turn>") not in template.encode(TOKENIZER, [user(text)])[1:]
+
+
+def test_an_answer_begins_in_the_thought_that_a_template_opens() -> None:
+    """As DiffusionGemma's template does with thinking behind a tool's result."""
+    source = TEMPLATE.source + "{{- '<|channel>thought\n' if enable_thinking and turn.open == 'response' -}}"
+    template = ChatTemplate(source, TOKENIZER.special)
+    history = [user("?"), model("", call("clock")), {"role": "tool", "content": "noon"}]
+    prompt = template.encode(TOKENIZER, history, [CLOCK], thinking=True)
+    assert TOKENIZER.decode(prompt, skip_special=False).endswith("<tool_response|><|channel>thought\n")
+    assert open_thought(TOKENIZER, prompt) == "thought\n"
+    assert open_thought(TOKENIZER, template.encode(TOKENIZER, history, [CLOCK])) is None
 
 
 def test_a_refusal_says_what_the_template_says() -> None:
