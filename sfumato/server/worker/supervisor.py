@@ -223,7 +223,8 @@ class Worker:
             self._process = _Process(on_message, self.child, self.load, self.limits)
         except OSError as error:
             return 0.0, WorkerError(f"no process can be started for the engine: {error.strerror}")
-        ready_at, failure = loop.time(), None
+        ready_at = loop.time()
+        failure: SfumatoError | None = None
         while True:
             message, self._last_sign = await self._message(messages), loop.time()
             match message:
