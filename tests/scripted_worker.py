@@ -166,9 +166,18 @@ def scripted(wishes: dict[str, Any], connection: Connection, load: LoadOptions, 
 
 
 def garbled(wishes: dict[str, Any], connection: Connection, load: LoadOptions, limits: BatchLimits) -> None:
-    """A worker that first sends what cannot be read: no pickle, one cut short, one of a class that is nowhere."""
-    for data in (b"", b"garbage", pickle.dumps(("ready", CARD))[:-3], b"csfumato.nowhere\nThing\n."):
+    """A worker that first sends what cannot be read: no pickle, one cut short, one of a class that is nowhere, no
+    message; and messages of no known kind."""
+    for data in (
+        b"",
+        b"garbage",
+        pickle.dumps(("ready", CARD))[:-3],
+        b"csfumato.nowhere\nThing\n.",
+        pickle.dumps(None),
+    ):
         connection.send_bytes(data)
+    for message in ("stats", None), ("events", 7), ("events", [7]), ("ready", "yes"), ("failed", "no"), ():
+        connection.send(message)
     scripted(wishes, connection, load, limits)
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sfumato.checkpoints.headers import SafetensorsHeader, check_index, check_index_size, read_header
 from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.model.config import read_json
 from sfumato.system.files import replacing
@@ -84,7 +85,7 @@ class Stored:
             with safe_open(str(self.file), "pt") as file:
                 tensor: Tensor = file.get_tensor(self.name)
                 return tensor
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise CheckpointError(f"cannot map {self.name} of {self.file}: {short(error)}") from error
 
     @property
@@ -125,6 +126,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 other = tensors[stored.name].file
                 raise CheckpointError(f"{short(stored.name)} is both in {other} and in {stored.file.name}")
             tensors[stored.name] = stored
+        check_index(folder / INDEX, len(tensors), 1)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointError(f"{folder / INDEX} says that {short(name)} is in {shard}, where it is not")
@@ -136,11 +138,7 @@ def metadata(folder: Path) -> dict[str, str]:
     path = folder / SINGLE
     if not path.is_file():
         path = folder / min(_weight_map(folder).values())
-    try:
-        with safe_open(str(path), "pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {short(error)}") from error
+    return _header(path).metadata
 
 
 def _is_alone(folder: Path) -> bool:
@@ -158,9 +156,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.exists():
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; pickled weights (.bin, .pt) are never read")
+    check_index_size(path)
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map from tensor names to files")
+    check_index(path, len(weight_map), len(set(map(str, weight_map.values()))))
     for name, shard in weight_map.items():
         # A plain name: an index must not lead out of its folder.
         if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}", shard, re.ASCII):
@@ -170,36 +170,34 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def header(path: Path) -> Iterator[Stored]:
     """The tensors of one file. CheckpointError where it is missing, truncated or damaged."""
+    own = _header(path)
+    for one in own.entries:
+        yield Stored(one.name, path, one.dtype, one.shape, own.begin + one.first, one.last - one.first)
+
+
+def _header(path: Path) -> SafetensorsHeader:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
         with path.open("rb") as file:
             if file.read(len(POINTER)) == POINTER:
                 raise CheckpointError(f"{path} {IS_POINTER}")
-        with safe_open(str(path), "pt"):  # the library's own check: sizes, offsets, nothing missing, nothing left over
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(size))
-        for name, entry in table.items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                if math.prod(size or 1 for size in entry["shape"]) >> 60:  # an empty tensor may say so; torch cannot
-                    raise ValueError(f"{short(name)} has a shape too large to exist")
-                yield Stored(name, path, str(entry["dtype"]), tuple(entry["shape"]), 8 + size + first, last - first)
+        own = read_header(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {short(error)}") from error
+    return own
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file; CheckpointError names a file that is none."""
     try:
+        read_header(Path(path))
         with safe_open(str(path), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    except (SafetensorError, OSError, MemoryError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {short(error)}") from error
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from sfumato.engine.request import Failure, Request, Row
 from sfumato.engine.run import Run
 from sfumato.errors import NumericError
 from sfumato.events import Done, Draft, Event
+from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
 from sfumato.ops import load
 from sfumato.options import Options
@@ -50,14 +51,20 @@ def one_thread() -> Iterator[None]:
 
 
 def broken(
-    name: str, value: float, ops: str = "reference", dtype: torch.dtype = torch.float32, is_all: bool = False
+    name: str | None,
+    value: float,
+    ops: str = "reference",
+    dtype: torch.dtype = torch.float32,
+    is_all: bool = False,
+    config: ModelConfig = CONFIG,
 ) -> Model:
-    """A tiny model of which the last number of one tensor is this value, or all of it."""
-    model = Model(CONFIG, load(ops))
+    """A tiny model of which the last number of one tensor is this value, or all of it; None: a sound one."""
+    model = Model(config, load(ops))
     tensors = [*model.named_parameters(), *model.named_buffers()]
     tiny.randomise_(tensors, 3, 1.5, 1.0)
-    with torch.no_grad():
-        dict(tensors)[name].view(-1)[0 if is_all else -1 :] = value
+    if name is not None:
+        with torch.no_grad():
+            dict(tensors)[name].view(-1)[0 if is_all else -1 :] = value
     return model.to(dtype).requires_grad_(False).eval().pack_()
 
 
@@ -164,3 +171,58 @@ def test_it_goes_through_pickle() -> None:
 
 
 # ---- the cpu operations, which compare ------------------------------------------------------------------------------
+
+
+# ---- every weight ----------------------------------------------------------------------------------------------------
+
+BOUNDED = (".router.proj.weight", ".router.scale", "q_norm.weight", "k_norm.weight", "norm.weight")
+"""Where a large number may stand: a softmax, or the softcap of the logits, is behind it, and its results are finite."""
+
+
+def kinds_of(config: ModelConfig) -> list[str]:
+    """One weight of each kind: of the first layer with a window, of the first without, and of the last one."""
+    layers = {0, next(n for n, layer in enumerate(config.layers) if layer.window is None), len(config.layers) - 1}
+    model = Model(config, load("reference"))
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    return [name for name in names if not name.startswith("layers.") or int(name.split(".")[1]) in layers]
+
+
+def outcome(model: Model, name: str, value: float, options: Options, sound: list[int]) -> str:
+    """What becomes of a request to a model with this value in all of one weight."""
+    try:
+        [done] = [event for event in events(model, options) if isinstance(event, Done)]
+    except NumericError:
+        return "error"
+    if done.tokens == sound:
+        return "same"
+    return "bounded" if math.isfinite(value) and name.endswith(BOUNDED) and done.tokens else f"said {done.tokens}"
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "autoregressive"])
+@pytest.mark.parametrize(
+    ("ops", "config"),
+    [
+        pytest.param("cpu", CONFIG, marks=NEEDS_CPU),
+        *(pytest.param(ops, CONFIG, marks=pytest.mark.slow) for ops in ("reference", "fused")),
+        *(pytest.param(ops, tiny.THIN, marks=pytest.mark.slow) for ops in tiny.OPS),
+    ],
+)
+def test_every_weight_is_an_error_or_changes_nothing(ops: str, config: ModelConfig, mode: str) -> None:
+    """NaN, infinity and numbers whose squares overflow, in each kind of weight: never another text, and none empty."""
+    options = replace(QUICK, max_tokens=8, max_steps=2, mode=mode)  # type: ignore[arg-type]
+    sound = next(
+        event.tokens for event in events(broken(None, 0.0, ops, config=config), options) if isinstance(event, Done)
+    )
+    outcomes = {
+        (name, value): outcome(broken(name, value, ops, is_all=True, config=config), name, value, options, sound)
+        for name in kinds_of(config)
+        for value in (math.nan, math.inf, 1e38)
+    }
+    wrong = {place: what for place, what in outcomes.items() if what not in ("error", "same", "bounded")}
+    assert not wrong
+    # What changes nothing is not read: by an answer without a canvas, or by the last layer of what is only encoded.
+    unread = {name for (name, value), what in outcomes.items() if what == "same" and math.isnan(value)}
+    if mode == "autoregressive":
+        assert unread == {name for name in kinds_of(config) if "self_conditioning" in name or "denoise_scalar" in name}
+    else:
+        assert unread == {f"layers.{len(config.layers) - 1}.encode_scalar"}

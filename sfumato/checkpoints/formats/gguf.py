@@ -23,16 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.checkpoints.formats.gguf_blocks import KINDS, NUMBERS, OTHERS
+from sfumato.checkpoints.headers import MAX_GGUF_COUNT, MAX_GGUF_HEADER, MAX_GGUF_NAME
 from sfumato.checkpoints.shards import read_into
 from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.system.files import replacing
 
-MAX_HEADER = 64 << 20
-"""Bytes of metadata and tensor table. Gemma 4's, with its vocabulary, are 16 MB."""
-MAX_COUNT = 1 << 16
-"""Tensors, and metadata entries; the release has 692 and about 50."""
-MAX_NAME = 256
-"""Bytes of a key or a tensor's name; ggml's own limit for tensors is 64."""
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {
     number: np.dtype(form)
@@ -106,8 +101,10 @@ class _HeaderReader:
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
-        self.left = min(size, MAX_HEADER)
-        self.bound = "the file" if size <= MAX_HEADER else f"the {MAX_HEADER >> 20} MiB that a header may have"
+        self.left = min(size, MAX_GGUF_HEADER)
+        self.bound = (
+            "the file" if size <= MAX_GGUF_HEADER else f"the {MAX_GGUF_HEADER >> 20} MiB that a header may have"
+        )
 
     def wrong(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {why}")
@@ -124,7 +121,7 @@ class _HeaderReader:
     def number(self, form: str, what: str) -> int:
         return int(struct.unpack("<" + form, self.take(struct.calcsize("<" + form), what))[0])
 
-    def count(self, what: str, each: int, limit: int = MAX_HEADER) -> int:
+    def count(self, what: str, each: int, limit: int = MAX_GGUF_HEADER) -> int:
         """How many of something that takes at least `each` bytes."""
         count = self.number("Q", f"the number of {what}")
         if count > limit:
@@ -135,7 +132,7 @@ class _HeaderReader:
             )
         return count
 
-    def string(self, what: str, limit: int = MAX_HEADER) -> str:
+    def string(self, what: str, limit: int = MAX_GGUF_HEADER) -> str:
         length = self.number("Q", f"the length of {what}")
         if length > limit:
             raise self.wrong(f"{what} has {length} bytes; at most {limit} are allowed")
@@ -152,11 +149,11 @@ class _HeaderReader:
         if version not in (2, 3):
             big = " (big-endian; convert it on the machine it was made for)" if not version & 0xFFFF else ""
             raise self.wrong(f"its GGUF version is {version}{big}; versions 2 and 3 are read")
-        tensors = self.count("tensors", 32, MAX_COUNT)
-        pairs = self.count("metadata entries", 13, MAX_COUNT)
+        tensors = self.count("tensors", 32, MAX_GGUF_COUNT)
+        pairs = self.count("metadata entries", 13, MAX_GGUF_COUNT)
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            key = self.string("a metadata key", MAX_NAME)
+            key = self.string("a metadata key", MAX_GGUF_NAME)
             if key in metadata:
                 raise self.wrong(f"the metadata key {show(key)} is there twice")
             metadata[key] = self.value(self.number("I", "a metadata type"), key)
@@ -205,7 +202,7 @@ class _HeaderReader:
 
     def entry(self) -> tuple[str, int, list[int], int]:
         """Name, kind, dimensions and offset of one tensor."""
-        name = self.string("a tensor's name", MAX_NAME)
+        name = self.string("a tensor's name", MAX_GGUF_NAME)
         axes = self.number("I", show(name))
         if not 1 <= axes <= 4:
             raise self.wrong(f"{show(name)} has {axes} axes; tensors have 1 to 4")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sfumato.checkpoints.formats.gguf import MAX_COUNT, Header, StoredBlocks, read_header, show
+from sfumato.checkpoints.formats.gguf import Header, StoredBlocks, read_header, show
+from sfumato.checkpoints.headers import MAX_GGUF_COUNT
 from sfumato.errors import CheckpointError
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE | re.ASCII | re.DOTALL)
@@ -88,6 +89,8 @@ def _check_part(first: Header, part: Header, at: int, count: int) -> None:
 
 def _whole(header: Header, key: str, default: int) -> int:
     value = header.metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= MAX_COUNT:
-        raise CheckpointError(f"{header.path}: {key} is {show(value)}; it must be a whole number up to {MAX_COUNT}")
+    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= MAX_GGUF_COUNT:
+        raise CheckpointError(
+            f"{header.path}: {key} is {show(value)}; it must be a whole number up to {MAX_GGUF_COUNT}"
+        )
     return value

@@ -31,6 +31,7 @@ from sfumato.options import LoadOptions
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.cluster import routing
 from sfumato.server.cluster.plan import ClusterPlan
+from sfumato.server.worker.messages import plain
 from sfumato.server.worker.supervisor import Worker
 
 APP = "sfumato"
@@ -85,6 +86,7 @@ class Replica:
 
 def marked(error: SfumatoError) -> str:
     """An error as a line that `error_in` finds in Ray's long report."""
+    error = plain(error)
     return f"<{type(error).__name__}> {error} </>".replace("\n", " ")
 
 
@@ -94,7 +96,8 @@ def error_in(report: str) -> SfumatoError:
     if match is None:
         lines = report.strip().splitlines() or ["no reason was given"]
         return SfumatoError(f"Ray cannot start the model: {lines[-1].strip()}")
-    return cast(type[SfumatoError], getattr(errors, match[1]))(match[2])
+    kind = getattr(errors, match[1], SfumatoError)  # of a replica with another version, it may be unknown here
+    return cast(type[SfumatoError], kind)(match[2])
 
 
 class Cluster:

@@ -37,13 +37,22 @@ def plain(error: BaseException) -> SfumatoError:
     Of another error only its kind and place are sent: its words may be a prompt's."""
     if isinstance(error, SfumatoError):
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ == SfumatoError.__module__)
-        return error if kind is type(error) else kind(str(error), option=getattr(error, "option", None))
+        option = getattr(error, "option", None)  # nothing else that the error carries crosses the border
+        return cast(SfumatoError, kind(words_of(error), option=option if isinstance(option, str) else None))
     print(f"sfumato: a request failed: {where(error)}", file=sys.stderr, flush=True)
     if is_panic(error):
         return plain(contained(error))
     return SfumatoError(f"the engine failed at this request ({where(error, 1)}); it is a fault of the server")
 
 
+def words_of(error: BaseException) -> str:
+    """What an error says; its kind, where it cannot say anything."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__name__
+
+
 def in_full(error: BaseException) -> str:
     """The first line of an error, its kind and its place, for errors that hold nothing of a prompt."""
-    return f"{next(iter(str(error).splitlines()), '')} ({where(error)})"
+    return f"{next(iter(words_of(error).splitlines()), '')} ({where(error)})"

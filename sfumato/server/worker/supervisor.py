@@ -223,28 +223,31 @@ class Worker:
             self._process = _Process(on_message, self.child, self.load, self.limits)
         except OSError as error:
             return 0.0, WorkerError(f"no process can be started for the engine: {error.strerror}")
-        ready_at, failure = loop.time(), None
+        ready_at = loop.time()
+        failure: SfumatoError | None = None
         while True:
             message, self._last_sign = await self._message(messages), loop.time()
             match message:
                 case None:
                     failure = WorkerError(f"the engine's worker was silent for {self.silence:g} s and was killed")
                     self._process.process.kill()
-                case ("loading", done, total):
+                case ("loading", int(done), int(total)):
                     if self.loading is not None and self._card is None:
                         self.loading(done, total)
-                case ("failed", error):
-                    failure = error
-                case ("ready", card):
+                case ("failed", SfumatoError() as reason):
+                    failure = reason
+                case ("ready", ModelCard() as card):
                     ready_at, self._card, self._is_loaded = loop.time(), card, True
                     self._news.set()
-                case ("events", outcomes):
+                case ("events", list(outcomes)) if all(isinstance(one, tuple) and len(one) == 2 for one in outcomes):
                     for id, pickled in outcomes:
                         self._deliver(id, unpacked(pickled))
-                case ("stats", figures):
+                case ("stats", Stats() as figures):
                     self._now = replace(figures, restarts=self._before.restarts)
-                case ("ended", code):
+                case ("ended", int(code)):
                     break
+                case _:
+                    print("sfumato: a message of the worker is of no known kind; it is left out", file=sys.stderr)
         steady = loop.time() - ready_at if self._is_loaded else 0.0
         self._is_loaded = False
         if self._is_open:
@@ -306,6 +309,8 @@ class _Process:
                     data = self.connection.recv_bytes()
                     try:
                         message = pickle.loads(data)
+                        if not isinstance(message, tuple):
+                            raise TypeError
                     except Exception as error:  # no message may end this thread
                         print(f"sfumato: a message could not be read: {where(error)}", file=sys.stderr)
                     else:

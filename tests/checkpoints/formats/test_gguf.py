@@ -23,10 +23,11 @@ from torch import Tensor
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
 from sfumato.checkpoints.formats import gguf_blocks as blocks
 from sfumato.checkpoints.formats import gguf_writer
-from sfumato.checkpoints.formats.gguf import MAX_COUNT, PlannedBlocks, read_header, write_file
+from sfumato.checkpoints.formats.gguf import PlannedBlocks, read_header, write_file
 from sfumato.checkpoints.formats.gguf_model import open_gguf
 from sfumato.checkpoints.formats.gguf_names import tensor_table
 from sfumato.checkpoints.formats.gguf_writer import vocabulary_of, write_gguf
+from sfumato.checkpoints.headers import MAX_GGUF_COUNT
 from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.text.tokenizer import Tokenizer
@@ -298,7 +299,7 @@ EMBD = struct.pack("<Q", 17) + b"token_embd.weight"
         ([(b"", 0, b"<!DOCTYPE html>")], "it is a web page"),
         ([(b"GGUF", 0, struct.pack("<I", 1))], "its GGUF version is 1; versions 2 and 3 are read"),
         ([(b"GGUF", 0, struct.pack(">I", 3))], "big-endian; convert it on the machine"),
-        ([(b"GGUF", 4, struct.pack("<Q", 1 << 40))], f"announces {1 << 40} tensors; at most {MAX_COUNT}"),
+        ([(b"GGUF", 4, struct.pack("<Q", 1 << 40))], f"announces {1 << 40} tensors; at most {MAX_GGUF_COUNT}"),
         ([(b"GGUF", 4, struct.pack("<Q", 65000))], "announces 65000 tensors|it is damaged"),
         ([(b"GGUF", 12, struct.pack("<Q", 1 << 63))], "metadata entries; at most"),
         ([(b"general.architecture", 4, struct.pack("<Q", 1 << 62))], "has 4611686018427387904 bytes; at most"),
