@@ -3,13 +3,14 @@
     .venv/bin/python benchmarks/sampling_rules.py -o benchmarks/results/sampling_rules.json
 
 nano, whole Sudokus with their clues pinned. Some ways that were not taken stand below, each in the place of one of the
-sampler's functions. Digits must repeat in a Sudoku; so a second table has free text of nano: how many different tokens
-it holds. The settings take turns puzzle by puzzle.
+sampler's functions. Digits must repeat in a Sudoku; so a second table has what penalties are for: different tokens, and
+pairs that came before, in texts of a small random model. The settings take turns puzzle by puzzle.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -25,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common
 from benchmarks.nano import puzzles
 from sfumato import LLM, Options
+from sfumato.engine.run import generate
 from sfumato.evals.sudoku import solve
 from sfumato.events import Done
+from sfumato.measure.parts import random_config, random_model
 from sfumato.measure.work import duration
 from sfumato.ops.contract import NEVER
 from sfumato.sampling import distribution
@@ -47,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TEXTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "top_p 0.9": {"top_p": 0.9},
     "presence_penalty 1": {"presence_penalty": 1.0},
     "frequency_penalty 0.5": {"frequency_penalty": 0.5},
     "frequency_penalty 2": {"frequency_penalty": 2.0},
@@ -59,8 +63,9 @@ NOT_TAKEN: dict[str, list[str]] = {
     "soft embedding of unmoved logits": ["frequency_penalty 0.5", "repetition_penalty 1.1"],
 }
 """A way that was not taken -> the settings that it is measured with."""
-PROMPTS = ["The ", "12", "9 8 7 ", "Ticket: ", "0", "a b c ", "530070000", "x = "]
 SEED = 5
+SHARP = 8.0
+"""The random model's embeddings are multiplied by this, so that it says some words again and again."""
 
 _apply, _with_earlier = RowSampler.apply_, distribution._with_earlier
 
@@ -138,27 +143,31 @@ def solved(llm: LLM, band: str, count: int) -> dict[str, Any]:
     }
 
 
-def free_text(llm: LLM, canvases: int) -> dict[str, Any]:
-    """Text behind prompts that are no puzzles: different tokens, and the share of tokens in a pair that came before."""
-    results: dict[str, Any] = {}
-    length = llm.model.config.canvas_length * canvases
+def random_texts(count: int, length: int) -> dict[str, Any]:
+    """Texts of random weights on canvases of 32, and token by token."""
+    model = common.without_eos(random_model(random_config("tiny"), torch.float32, "cpu", "auto"))
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(SHARP)
+    generator = torch.Generator().manual_seed(SEED)
+    ids = [torch.randint(6, model.config.vocab_size, (8,), generator=generator).tolist() for _ in range(count)]
+    results: dict[str, Any] = {"texts": count, "tokens": length, "settings": {}}
     for name, more in TEXTS.items():
-        options = Options(seed=SEED, max_tokens=length, min_tokens=length, **more)
-        ids = [list(llm.encode(prompt)) for prompt in PROMPTS]
-        done = [event for event in llm.events(ids, options=options) if isinstance(event, Done)]
-        pairs = [list(zip(one.tokens, one.tokens[1:], strict=False)) for one in done]
-        results[name] = {
-            "texts": len(done),
-            "tokens": length,
-            "different": statistics.mean(len(set(one.tokens)) for one in done),
-            "repeated_pairs": statistics.mean(1 - len(set(some)) / len(some) for some in pairs),
-            "steps_a_canvas": statistics.mean(one.usage.steps / one.usage.canvases for one in done),
-        }
+        row: dict[str, Any] = {}
+        for mode in ("diffusion", "autoregressive"):
+            options = Options.from_dict({"seed": SEED, "max_tokens": length, "mode": mode, **more})
+            texts = [event.tokens for event in generate(model, ids, options) if isinstance(event, Done)]
+            row[mode] = {
+                "different": statistics.mean(len(set(tokens)) for tokens in texts),
+                "repeated_pairs": statistics.mean(
+                    1 - len(set(itertools.pairwise(tokens))) / (length - 1) for tokens in texts
+                ),
+            }
+        results["settings"][name] = row
     return results
 
 
 HEAD = ["setting", "solved", "steps", "at the cap", "time"]
-TEXT_HEAD = ["setting", "different tokens", "pairs that came before", "steps a canvas"]
+TEXT_HEAD = ["setting", "different tokens, canvas / token by token", "pairs that came before"]
 
 
 def lines(bands: dict[str, Any]) -> list[list[str]]:
@@ -182,22 +191,26 @@ def lines(bands: dict[str, Any]) -> list[list[str]]:
 def text_lines(texts: dict[str, Any]) -> list[list[str]]:
     """The rows of the second table."""
     return [
-        [name, f"{row['different']:.1f}", f"{row['repeated_pairs']:.0%}", f"{row['steps_a_canvas']:.1f}"]
-        for name, row in texts.items()
+        [
+            name,
+            " / ".join(f"{one['different']:.1f}" for one in row.values()),
+            " / ".join(f"{one['repeated_pairs']:.0%}" for one in row.values()),
+        ]
+        for name, row in texts["settings"].items()
     ]
 
 
 def main() -> None:
     parser: argparse.ArgumentParser = common.argument_parser(__doc__ or "", 0)
     parser.add_argument("--ops", default="auto")
-    parser.add_argument("--medium", type=int, default=400, help="puzzles of 30 to 39 clues")
-    parser.add_argument("--hard", type=int, default=150, help="puzzles of fewer than 30")
+    parser.add_argument("--medium", type=int, default=300, help="puzzles of 30 to 39 clues")
+    parser.add_argument("--hard", type=int, default=120, help="puzzles of fewer than 30")
     arguments = parser.parse_args()
     llm = LLM.load("nano", device=arguments.device, ops=arguments.ops)
     counts = {"medium": arguments.medium, "hard": arguments.hard}
     bands = {band: solved(llm, band, count) for band, count in counts.items() if count}
     record: dict[str, Any] = {"what": "sampling rules", "ops": llm.model.ops.name, "bands": bands}
-    record["texts"] = free_text(llm, 3)
+    record["texts"] = random_texts(24, 128)
     medium = bands.get("medium", next(iter(bands.values())))
     most = max(
         row["steps"]

@@ -338,12 +338,11 @@ def sampling_rules(record: Record) -> str:
 
     bands, texts = record["bands"], record["texts"]
     counts = " / ".join(f"{next(iter(rows.values()))['puzzles']} {band}" for band, rows in bands.items())
-    first = next(iter(texts.values()))
     return "\n\n".join(
         [
             f"nano, Sudokus with their clues pinned: {counts}. Behind a colon stands a way that was not taken.",
             table(HEAD, lines(bands)),
-            f"Free text of nano behind {first['texts']} prompts, {first['tokens']} tokens each:",
+            f"{texts['texts']} texts of {texts['tokens']} tokens, a random model of 512 words:",
             table(TEXT_HEAD, text_lines(texts)),
         ]
     )

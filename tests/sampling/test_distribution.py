@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from tiny_runs import CONFIG, LENGTH, examples, text
 from torch import Tensor
 
+from sfumato.engine.engine import EngineSettings
 from sfumato.engine.request import Request
 from sfumato.engine.run import generate
 from sfumato.errors import InputError
@@ -228,6 +230,15 @@ def test_a_row_is_the_same_alone_and_in_a_batch(mode: Any) -> None:
     for n, one in enumerate(requests[1:], 1):
         without = dataclasses.replace(one.options, **{name: getattr(plain, name) for name in SHAPING})
         assert alone[n] != answer(list(one.prompt), without), one.options
+
+
+def test_a_row_with_sampling_options_leaves_the_recording() -> None:
+    """Beside one that is recorded as long as it is alone; both as without recordings, and with early answers."""
+    changes: list[dict[str, Any]] = [{}, {"early": True, "frequency_penalty": 0.8}, {"top_p": 0.7}]
+    every = [dataclasses.replace(OPTIONS, seed=n, **more) for n, more in enumerate(changes)]
+    run = functools.partial(generate, tiny_runs.model("fused"), PROMPTS, every)
+    tokens = {e.row: e.tokens for e in run(settings=EngineSettings(record=True)) if isinstance(e, Done)}
+    assert tokens == {n: answer(PROMPTS[n], one) for n, one in enumerate(every)}
 
 
 def test_off_is_off() -> None:

@@ -15,6 +15,7 @@ from sfumato import LLM, Options, Slot
 from sfumato.errors import CapacityError, InputError
 from sfumato.evals.sudoku import solve
 from sfumato.events import Commit
+from sfumato.options import SHAPING
 from sfumato.tasks import sudoku
 from sfumato.templates.requests import Chat
 from sfumato.templates.slots import pieces_of, read_template
@@ -34,6 +35,31 @@ def ask(puzzle: str) -> list[dict[str, Any]]:
 
 def cells(puzzle: str) -> list[str | Slot]:
     return [cell if cell != "0" else Slot(length=1) for cell in puzzle]
+
+
+# ---- sampling options ------------------------------------------------------------------------------------------------
+
+
+def test_a_grammar_takes_what_bias_leaves(llm: LLM) -> None:
+    """In a slot and in a whole answer; where the grammar has nothing else, it has the last word."""
+    one, two = (llm.tokenizer.encode(digit)[0] for digit in "12")
+    for token, left in ((one, "2"), (two, "1")):
+        options = Options(seed=1, logit_bias={token: -100})
+        slots: list[str | Slot] = [Slot("a", choices=("1", "2")), "\n", Slot("b", regex="[12]{3}")]
+        assert llm.fill(slots, options=options).values == {"a": left, "b": left * 3}
+        assert llm.chat("12", options=options.with_changes({"choices": ("1", "2")})).text == left
+    assert llm.chat("12", choices=("1",), logit_bias={one: -100}, seed=1).text == "1"
+    assert llm.fill(["11", Slot(regex="1")], options=Options(seed=1, logit_bias={one: -100})).text == "111"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*zip(SHAPING, (3, 0.5, 0.1, 1, 1, 2, {5: 1}), strict=True)],
+)
+def test_decisions_read_the_models_own_distribution(llm: LLM, name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"^{name} is .*; a decision reads the model's own probabilities") as refused:
+        llm.decide("12", {"a": ["1", "2"]}, options={name: value})
+    assert refused.value.option == name
 
 
 # ---- byte for byte ---------------------------------------------------------------------------------------------------
