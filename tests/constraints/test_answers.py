@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from grammars import ends, gemma
 from tool_grammars import CLOSE, ENDS, NANO, OPEN, TEXT, record, tool
 
 from sfumato.constraints.answers import AnswerGrammar, AnswerGuide, CallGrammar, ThoughtTokens
@@ -217,3 +219,20 @@ def test_where_free_text_ends_the_model_says_what_follows() -> None:
     assert guide.walk(top, [True] * 16, lambda at, mask: (0, 0.0), 1.0).end == 0
     with pytest.raises(ValueError, match="cannot"):
         AnswerGrammar(VOCABULARY, None).start(9).commit(1)
+
+
+@pytest.mark.slow
+def test_a_thought_costs_a_step_next_to_nothing() -> None:
+    vocabulary = Vocabulary.of(gemma(), gemma().vocab_size, ends(gemma()))
+    text = Grammar.compile("schema", PERSON, gemma(), gemma().vocab_size, ends(gemma()))
+    closer = gemma().id("<channel|>") or 0
+    guide = AnswerGrammar(vocabulary, text, None, ThoughtTokens(0, (), closer, is_open=True)).start(4096)
+    words, rng = np.flatnonzero(vocabulary.words()).tolist(), random.Random(1)
+    top, seconds = [rng.choice(words) for _ in range(256)], list[float]()
+    for _ in range(40):
+        top = [rng.choice(words) if rng.random() < 0.1 else token for token in top]
+        began = time.perf_counter()
+        walk = guide.walk(top, [False] * 256, lambda at, mask: (closer, 0.0), 0.1)
+        seconds.append(time.perf_counter() - began)
+        assert walk.tokens == top
+    assert sorted(seconds)[20] < 1e-3

@@ -212,7 +212,7 @@ def test_where_a_prompt_ends(wild: LLM) -> None:
         assert prompts.thought_state(prompt) == state, text
 
 
-def test_gemmas_template_after_a_result_leaves_a_thought_open() -> None:
+def test_gemmas_template_without_thinking_ends_with_a_closed_thought() -> None:
     tokenizer = Tokenizer(gemma_vocab.build())
     template = ChatTemplate(gemma_vocab.template(), {"bos_token": "<bos>"})
     call = {"id": "a", "type": "function", "function": {"name": "ask", "arguments": {}}}
@@ -222,7 +222,7 @@ def test_gemmas_template_after_a_result_leaves_a_thought_open() -> None:
     prompts = PromptEncoder(config, tokenizer, template, "gemma")
     both: list[list[dict[str, Any]]] = [USER, history]
     shown = [prompts.thought_state(prompts.encode(m, TOOLS, t)) for m in both for t in (True, False)]
-    assert shown == ["none", "closed", "open", "open"]
+    assert shown == ["none", "closed", "none", "closed"]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
