@@ -165,7 +165,7 @@ class AnswerGuide:
         """The first `count` tokens of the last walk are final; the next walk begins behind them."""
         path = self._path
         if path is None or not 0 <= count <= len(path.tokens):
-            raise ValueError(f"the last walk does not have {count} tokens that can be committed")
+            raise ValueError(f"the last walk has fewer than {count} tokens, so that they cannot be committed")
         own = count if path.guide is None else min(count, path.begins)
         for token in path.tokens[:own]:
             self._note(token)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from grammars import ends, gemma
 from tool_grammars import CLOSE, ENDS, NANO, OPEN, TEXT, record, tool
 
 from sfumato.constraints.answers import AnswerGrammar, AnswerGuide, CallGrammar, ThoughtTokens
 from sfumato.constraints.grammar import Grammar
 from sfumato.constraints.tools import tool_grammar
 from sfumato.constraints.vocabulary import Vocabulary
+from sfumato.errors import CapacityError
 from sfumato.text.replies import parse_ids
 
 pytest.importorskip("llguidance")
@@ -64,18 +67,17 @@ class RandomModel:
 
     def __init__(self, seed: int, control: float = 0.02) -> None:
         self.rng, self.control = random.Random(seed), control
-        self.picks = 0
 
     def words(self, count: int, before: list[int]) -> list[int]:
         rng, switches = self.rng, [OPENER, CLOSER, OPEN, CLOSE, *ENDS, 15, 4]
-        new = [rng.choice(switches) if rng.random() < self.control else rng.randrange(NANO.vocab_size)
-               for _ in range(count)]  # fmt: skip
-        return [old if rng.random() < 0.8 else word for old, word in zip(before, new, strict=False)] + new[
-            len(before) :
-        ]
+        draws = (rng.choice(switches) if rng.random() < self.control else None for _ in range(count))
+        new = [rng.randrange(NANO.vocab_size) if token is None else token for token in draws]
+        if rng.random() < 0.2:
+            new[0] = rng.choice([OPENER, OPEN])
+        kept = [old if rng.random() < 0.8 else word for old, word in zip(before, new, strict=False)]
+        return kept + new[len(kept) :]
 
     def pick(self, at: int, mask: np.ndarray) -> tuple[int, float]:
-        self.picks += 1
         likely = [token for token in (OPENER, CLOSER, OPEN, *ENDS) if mask[token]]
         token = (
             self.rng.choice(likely)
@@ -148,13 +150,89 @@ def run(grammars: dict[str, Grammar | None], seed: int) -> tuple[str, str, bool,
 
 
 def test_random_answers_obey(grammars: dict[str, Grammar | None]) -> None:
-    kinds = {run(grammars, seed)[:2] for seed in range(120)}
+    kinds = {run(grammars, seed)[:2] for seed in range(100)}
     assert {(name, "text") for name in (*KINDS, "words")} | {("calls", "calls"), ("schema", "calls")} <= kinds
 
 
 @pytest.mark.slow
 def test_many_random_answers_obey(grammars: dict[str, Grammar | None]) -> None:
-    kinds = [run(grammars, seed) for seed in range(1000, 4000)]
+    kinds = [run(grammars, seed) for seed in range(1000, 2200)]
     for part in ("words", "schema", "regex", "choices", "grammar"):
         assert {"text", "calls"} <= {kind for name, kind, *_ in kinds if name == part}
         assert {True, False} == {thinks for name, _, thinks, is_open in kinds if name == part and not is_open}
+
+
+def test_the_least_room_is_named(grammars: dict[str, Grammar | None]) -> None:
+    text = grammars["choices"]
+    assert text is not None
+    for thought, least in ((None, text.shortest()), (ALLOWED, text.shortest()), (OPENED, text.shortest() + 1)):
+        grammar = AnswerGrammar(VOCABULARY, text, None, thought)
+        assert grammar.shortest() == least
+        with pytest.raises(CapacityError, match=f"needs at least {least} tokens and has room for {least - 1}"):
+            grammar.start(least - 1)
+        tokens = written(grammar.start(least), RandomModel(3), 16)
+        assert len(tokens) <= least and check("choices", tokens, False, thought) == "text"
+
+
+def test_nothing_is_forced_behind_a_closer_that_is_not_sure(grammars: dict[str, Grammar | None]) -> None:
+    guide = AnswerGrammar(VOCABULARY, grammars["schema"], None, OPENED).start(200)
+    top = [100] * 10 + [CLOSER] + [100] * 21
+
+    def pick(at: int, mask: np.ndarray) -> tuple[int, float]:
+        return int(np.flatnonzero(mask)[-1]), 9.0
+
+    unsure = guide.walk(top, [False] * 32, pick, 1.0)
+    assert unsure.tokens == top[:11] and not unsure.forced and unsure.free == range(10)
+    assert len(guide.walk(top, [False] * 32, pick, 1.0).tokens) == 11  # where it stood before, once
+    assert len(guide.walk(top, [False] * 32, pick, 1.0).forced) > 3  # and for two walks
+    moved = [100] * 5 + [CLOSER] + [100] * 26
+    assert len(guide.walk(moved, [False] * 32, pick, 1.0).tokens) == 6
+    sure = guide.walk(top, [at == 10 for at in range(32)], pick, 1.0)
+    assert sure.tokens[:11] == top[:11] and sure.forced[0] == 11
+    ended = guide.walk(moved, [False] * 32, pick, 1.0, is_last=True)
+    assert len(ended.tokens) == 32 or ended.end
+
+
+def test_control_tokens_in_a_thought_are_replaced_within_bounds(grammars: dict[str, Grammar | None]) -> None:
+    guide = AnswerGrammar(VOCABULARY, grammars["schema"], None, OPENED).start(200)
+    calls: list[int] = []
+
+    def pick(at: int, mask: np.ndarray) -> tuple[int, float]:
+        calls.append(at)
+        assert mask[CLOSER] and mask[100] and mask.sum() == VOCABULARY.words().sum() + 1
+        return 100, 0.5
+
+    end = ENDS[1]
+    assert len(guide.walk([100, end, 100, end] * 2, [False] * 8, pick, 1.0).tokens) == 8 and calls == [1, 3, 5, 7]
+    many = guide.walk([end] * 32, [False] * 32, pick, 1.0)
+    assert 0 < len(many.tokens) < 32 and many.end is None
+    assert guide.walk([end] * 32, [False] * 32, pick, 1.0, is_last=True).tokens == [100] * 32
+
+
+def test_where_free_text_ends_the_model_says_what_follows() -> None:
+    guide = AnswerGrammar(VOCABULARY, None).start(200)
+    top = [100] * 6 + [ENDS[1]] * 10
+    walk = guide.walk(top, [False] * 16, lambda at, mask: (0, 0.0), 1.0)
+    assert walk.tokens == [100] * 6 and walk.end == 6 and walk.free == range(16) and not walk.forced
+    guide.commit(6)
+    assert guide.is_over and guide.room == 194
+    assert guide.walk(top, [True] * 16, lambda at, mask: (0, 0.0), 1.0).end == 0
+    with pytest.raises(ValueError, match="cannot"):
+        AnswerGrammar(VOCABULARY, None).start(9).commit(1)
+
+
+@pytest.mark.slow
+def test_a_thought_costs_a_step_next_to_nothing() -> None:
+    vocabulary = Vocabulary.of(gemma(), gemma().vocab_size, ends(gemma()))
+    text = Grammar.compile("schema", PERSON, gemma(), gemma().vocab_size, ends(gemma()))
+    closer = gemma().id("<channel|>") or 0
+    guide = AnswerGrammar(vocabulary, text, None, ThoughtTokens(0, (), closer, is_open=True)).start(4096)
+    words, rng = np.flatnonzero(vocabulary.words()).tolist(), random.Random(1)
+    top, seconds = [rng.choice(words) for _ in range(256)], list[float]()
+    for _ in range(40):
+        top = [rng.choice(words) if rng.random() < 0.1 else token for token in top]
+        began = time.perf_counter()
+        walk = guide.walk(top, [False] * 256, lambda at, mask: (closer, 0.0), 0.1)
+        seconds.append(time.perf_counter() - began)
+        assert walk.tokens == top
+    assert sorted(seconds)[20] < 1e-3

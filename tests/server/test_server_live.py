@@ -191,6 +191,14 @@ def test_json_schema(client: Any) -> None:
     answer = client.chat.completions.create(messages=MESSAGES, response_format=form, **(QUICK | {"max_tokens": 64}))
     valid(answer.choices[0].message.content, MOOD)
     assert answer.choices[0].finish_reason == "stop"
+    fields = QUICK | {"max_tokens": 96, "tools": [WEATHER], "reasoning_effort": "low", "extra_body": {"short": True}}
+    for choice in ("auto", "required"):  # a call or JSON, behind a thought or not
+        with client.chat.completions.stream(messages=MESSAGES, tool_choice=choice, response_format=form, **fields) as s:
+            message = s.get_final_completion().choices[0].message
+        assert message.tool_calls or choice == "auto"
+        valid(
+            *((message.tool_calls[0].function.arguments, PARAMETERS) if message.tool_calls else (message.content, MOOD))
+        )
 
 
 def test_the_same_seed_is_the_same_text_alone_and_among_others(client: Any, server: Server) -> None:
