@@ -227,7 +227,7 @@ def test_errors(client: Any, server: Server) -> None:
 @pytest.fixture
 def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = pytest.importorskip("litellm", reason="needs the package litellm")
-    monkeypatch.setattr(module, "telemetry", False)
+    monkeypatch.setattr(module, "telemetry", False, raising=False)
     monkeypatch.setattr(module, "suppress_debug_info", True)
     return module
 

@@ -120,7 +120,7 @@ SummaryName = Literal["auto", "concise", "detailed"]
 
 
 class Reasoning(Body):
-    """How much the model is to think, and whether its thoughts come as a summary, which is the whole of them."""
+    """How much the model is to think. Its thoughts come as a summary, whole, whatever `summary` says."""
 
     place = "reasoning."
     unread: ClassVar[Mapping[str, str]] = {
@@ -197,11 +197,6 @@ class ResponsesRequest(Sampled, uses=("chat",), without=("max_tokens", "logprobs
             case str(choice):
                 return choice
         return "auto"
-
-    @property
-    def has_summary(self) -> bool:
-        """Whether thoughts come as a summary."""
-        return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
 
     def answer_schema(self) -> dict[str, Any] | None:
         """The schema that the answer obeys; None: it is text."""

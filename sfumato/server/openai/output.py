@@ -1,6 +1,7 @@
 """The output of a response while it grows: its items, and the events that tell a client of them.
 
-The order of events is OpenAI's: an item is added, its part, deltas, and each is done before the next begins.
+The order of events is OpenAI's: an item is added, its part, deltas, and each is done before the next begins. Thoughts
+come as summaries, whole, because that is what clients read.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ _PREFIX = {"reasoning": "rs", "message": "msg"}
 
 
 class ResponseOutput:
-    """The items so far. `customs` are the tools that take text; thoughts come as a summary, or else as content."""
+    """The items so far. `customs` are the tools that take text; `is_sealed`: thoughts come as opaque text too."""
 
-    def __init__(self, customs: Collection[str], is_one_call: bool, has_summary: bool, is_sealed: bool) -> None:
+    def __init__(self, customs: Collection[str], is_one_call: bool, is_sealed: bool) -> None:
         self.items: list[dict[str, Any]] = []
-        self._customs, self._is_one_call = customs, is_one_call
-        self._has_summary, self._is_sealed = has_summary, is_sealed
+        self._customs, self._is_one_call, self._is_sealed = customs, is_one_call, is_sealed
 
     def add(self, commit: Commit) -> Iterator[dict[str, Any]]:
         """The events of what a commit adds."""
@@ -39,7 +39,7 @@ class ResponseOutput:
         if not self.items or self.items[-1]["status"] != "in_progress":
             return
         item = self.items[-1]
-        form = self._form(item["type"])
+        form = _GROWTH[item["type"]]
         part = item[form.field][0]
         item["status"] = "completed"
         if item["type"] == "reasoning" and self._is_sealed:
@@ -48,13 +48,8 @@ class ResponseOutput:
         yield self._of_part(f"response.{form.part}.done", form.place, part=part)
         yield {"type": "response.output_item.done", "output_index": self._last, "item": item}
 
-    def _form(self, kind: str) -> _Growth:
-        if kind == "message":
-            return _MESSAGE
-        return _SUMMARY if self._has_summary else _THOUGHT
-
     def _grow(self, kind: Literal["reasoning", "message"], text: str) -> Iterator[dict[str, Any]]:
-        form = self._form(kind)
+        form = _GROWTH[kind]
         if not (self.items and self.items[-1]["type"] == kind and self.items[-1]["status"] == "in_progress"):
             yield from self.close()
             item: dict[str, Any] = {"id": f"{_PREFIX[kind]}_{secrets.token_hex(12)}", "type": kind}
@@ -115,7 +110,10 @@ class _Growth:
         self.field, self.kind, self.text, self.part, self.place, self.more = field, kind, text, part, place, more
 
 
-_MESSAGE = _Growth("content", "output_text", "output_text", "content_part", "content_index", logprobs=[])
+_GROWTH = {
+    "message": _Growth("content", "output_text", "output_text", "content_part", "content_index", logprobs=[]),
+    "reasoning": _Growth(
+        "summary", "summary_text", "reasoning_summary_text", "reasoning_summary_part", "summary_index"
+    ),
+}
 """OpenAI's types want `logprobs`; the figures themselves are /v1/chat/completions' to give."""
-_THOUGHT = _Growth("content", "reasoning_text", "reasoning_text", "content_part", "content_index")
-_SUMMARY = _Growth("summary", "summary_text", "reasoning_summary_text", "reasoning_summary_part", "summary_index")

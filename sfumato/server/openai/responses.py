@@ -88,7 +88,7 @@ class ResponseAnswer:
         self.query = Chat(messages, shown_tools(body.functions, body.choice), options)
         customs = [tool.name for tool in body.own_tools if isinstance(tool, CustomTool)]
         is_one_call = body.parallel_tool_calls is False
-        self.output = ResponseOutput(customs, is_one_call, body.has_summary, INCLUDED in (body.include or []))
+        self.output = ResponseOutput(customs, is_one_call, INCLUDED in (body.include or []))
         self.head = self._head(body, options, service.names(card)[0])
 
     def _head(self, body: ResponsesRequest, options: Options, model: str) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""server/openai/: Node's clients over a real socket: openai, the AI SDK, and Codex with a loop of tools.
+
+They are read from tests/clients/node_modules, which `npm install --ignore-scripts --prefix tests/clients` makes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_backend import FakeBackend, serving
+
+from sfumato.server.app import Settings, create
+from sfumato.templates.requests import AnswerQuery, Chat
+from sfumato.text.replies import Reply
+
+FOLDER = Path(__file__).parents[1] / "clients"
+KEY = "test-key"
+REASON = "needs node, and npm install --ignore-scripts --prefix tests/clients"
+pytestmark = [
+    pytest.mark.clients,
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("node") or not (FOLDER / "node_modules").exists(), reason=REASON),
+]
+
+
+def script(query: AnswerQuery) -> Reply | None:
+    """Codex is told to write a file, and then that it is there; others get what the fake backend says."""
+    if not isinstance(query, Chat) or "Codex" not in str(query.conversation[0].get("content")):
+        return None
+    if query.conversation[-1]["role"] == "tool":
+        return Reply(f"It is written: {query.conversation[-1]['content']}", None, [])
+    call = {"name": "exec_command", "arguments": {"cmd": "echo painted > canvas.txt && cat canvas.txt"}}
+    return Reply("", "I shall write it.", [call])
+
+
+@pytest.fixture(scope="module")
+def backend() -> FakeBackend:
+    return FakeBackend(script=script)
+
+
+@pytest.fixture(scope="module")
+def url(backend: FakeBackend) -> Iterator[str]:
+    with serving(create(backend, Settings(keys=(KEY,)))) as one:
+        yield f"{one.url}/v1"
+
+
+def run(*command: str, folder: Path, **variables: str) -> str:
+    """What a command writes; it has an environment of its own, and must end well."""
+    environment = {"PATH": f"{Path(shutil.which('node') or '').parent}:/usr/bin:/bin", "HOME": str(folder)}
+    environment |= {"DO_NOT_TRACK": "1"} | variables
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_openai_and_the_ai_sdk(url: str, tmp_path: Path) -> None:
+    results: dict[str, Any] = json.loads(run("node", str(FOLDER / "openai.mjs"), url, KEY, folder=tmp_path))
+    says, good = "The tool says rain", {"n": 7, "is_good": True}
+    assert len(results) == 21
+    for name in ("chat", "responses", "compatible"):
+        assert results[f"{name}: tools"] == says
+        stream = results[f"{name}: stream of tools and thoughts"]
+        assert stream["text"] == says and {"tool-call", "tool-result", "text-delta"} <= set(stream["kinds"]), stream
+        assert stream["thought"] == (None if name == "chat" else "Let me think.")  # it reads none of that route
+        for one in ("object", "stream of an object", "object behind a tool"):
+            assert results[f"{name}: {one}"] == good
+        assert results[f"{name}: preset"].startswith("You said: Hi")
+    assert results["openai: stream"] == "You said: Hi (seed 1)." and results["openai: runTools"] == says
+    kept = {"thought": "Let me think.", "isKept": True, "input": "More"}
+    assert results["openai: responses"] == kept
+
+
+def test_codex_writes_a_file(backend: FakeBackend, url: str, tmp_path: Path) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    home.mkdir()
+    provider = {"name": "sfumato", "base_url": url, "wire_api": "responses", "env_key": "SFUMATO_KEY"}
+    lines = ['model = "fake"', 'model_provider = "sfumato"', "check_for_update_on_startup = false"]
+    lines += ["[analytics]", "enabled = false", "[model_providers.sfumato]"]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in provider.items()]
+    (home / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    codex = str(FOLDER / "node_modules" / ".bin" / "codex")
+    flags = ["--skip-git-repo-check", "--sandbox", "danger-full-access", "--json"]
+    out = run(codex, "exec", *flags, "Paint.", folder=work, CODEX_HOME=str(home), SFUMATO_KEY=KEY)
+    assert (work / "canvas.txt").read_text(encoding="utf-8") == "painted\n"
+    items = [one["item"] for one in map(json.loads, out.splitlines()) if one["type"] == "item.completed"]
+    said = [item["text"] for item in items if item["type"] == "agent_message"]
+    assert said and said[-1].startswith("It is written") and "painted" in said[-1]
+    asked = [query for query in backend.queries if isinstance(query, Chat) and query.conversation[-1]["role"] == "tool"]
+    assert asked[-1].conversation[-2]["reasoning_content"] == "I shall write it."
