@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sfumato.options import FALLBACK_DEFAULTS, LOAD_OPTIONS, OPTIONS, Option  # noqa: E402
+from sfumato.server.anthropic.bodies import MessagesRequest  # noqa: E402
 from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest  # noqa: E402
 from sfumato.server.http.bodies import Body  # noqa: E402
 from sfumato.server.openai.bodies import ChatRequest, CompletionRequest  # noqa: E402
@@ -36,6 +37,8 @@ TOUR = DOCS / "tour.md"
 
 WIDTH = 100
 """Columns of a signature on one line."""
+
+QUERIES = ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide", "CountTokens")
 
 SECTIONS: dict[str, tuple[str, list[str]]] = {
     "The model": (
@@ -56,12 +59,13 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
             "sfumato.events.Filled",
             "sfumato.events.Edited",
             "sfumato.events.Decision",
+            "sfumato.events.TokenCount",
         ],
     ),
     "Queries": (
         "What is asked of a model, as values to keep, compare and send: `from sfumato import Chat, Complete, …`. "
         "`run` and `arun` carry out any of them.",
-        [f"sfumato.templates.requests.{name}" for name in ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide")],
+        [f"sfumato.templates.requests.{name}" for name in QUERIES],
     ),
     "A model behind a URL": ("`LLM.connect(url)` makes one.", ["sfumato.remote.Remote"]),
     "Errors": (
@@ -256,6 +260,7 @@ def options_block(words: list[str]) -> str:
 ROUTES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/messages": MessagesRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/infill": InfillRequest,
     "/v1/edit": EditRequest,

@@ -295,7 +295,9 @@ def test_the_servers_page_runs_against_a_server(port: int) -> None:
         for command in Block("sh", text, "").commands() if block.language == "sh" else []:
             if command.startswith("curl"):
                 answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
-                assert '"values":{"seats":"' in answer and '"draft"' in answer and '"error"' not in answer
+                assert answer and '"error"' not in answer
+                if "/v1/fill" in command:
+                    assert '"values":{"seats":"' in answer and '"draft"' in answer
     assert names["answer"].choices[0].message.content
     assert names["llm"].complete("1", options=Options(max_tokens=8)).text
 

@@ -1,4 +1,4 @@
-"""server/openai/: Node's clients over a real socket: openai, the AI SDK, and Codex with a loop of tools.
+"""server/openai/, server/anthropic/, server/ollama/: Node's clients over a real socket, Codex and Claude Code.
 
 They are read from tests/clients/node_modules, which `npm install --ignore-scripts --prefix tests/clients` makes.
 """
@@ -30,7 +30,11 @@ pytestmark = [
 
 
 def script(query: AnswerQuery) -> Reply | None:
-    """Codex is told to write a file, and then that it is there; others get what the fake backend says."""
+    """An agent is told to write a file, and then that it is there; others get what the fake backend says."""
+    if isinstance(query, Chat) and "Bash" in {tool["function"]["name"] for tool in query.tools or []}:
+        results = [message for message in query.conversation if message["role"] == "tool"]
+        call = {"name": "Bash", "arguments": {"command": "echo painted > canvas.txt", "description": "Paint"}}
+        return Reply("It is written.") if results else Reply("", "I shall write it.", [call])
     if not isinstance(query, Chat) or "Codex" not in str(query.conversation[0].get("content")):
         return None
     if query.conversation[-1]["role"] == "tool":
@@ -96,3 +100,45 @@ def test_codex_writes_a_file(backend: FakeBackend, url: str, tmp_path: Path) -> 
     assert said and said[-1].startswith("It is written") and "painted" in said[-1]
     asked = [query for query in backend.queries if isinstance(query, Chat) and query.conversation[-1]["role"] == "tool"]
     assert asked[-1].conversation[-2]["reasoning_content"] == "I shall write it."
+
+
+def test_anthropics_and_ollamas(url: str, tmp_path: Path) -> None:
+    host = url.removesuffix("/v1")
+    results: dict[str, Any] = json.loads(run("node", str(FOLDER / "dialects.mjs"), host, KEY, folder=tmp_path))
+    says = "The tool says rain"
+    loop = {"kinds": ["thinking", "tool_use"], "input": {"place": "text"}, "text": says}
+    assert results.pop("anthropic: error").startswith("404 req_")
+    assert results.pop("ai: stream")["thought"] == "Let me think."
+    assert results == {
+        "anthropic: loop": loop,
+        "anthropic: count": True,
+        "ai: tools": says,
+        "ai: object": {"n": 7, "is_good": True},
+        "ollama: loop": says,
+        "ollama: stream": {"text": "You said: Hi (seed 1).", "thought": "Let me think.", "reason": "stop"},
+        "ollama: infill": " middle ",
+        "ollama: models": ["fake:latest"],
+    }
+
+
+def test_claude_code_writes_a_file(backend: FakeBackend, url: str, tmp_path: Path) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    home.mkdir()
+    variables = {
+        "HOME": str(home),
+        "ANTHROPIC_BASE_URL": url.removesuffix("/v1"),
+        "ANTHROPIC_AUTH_TOKEN": KEY,
+        **dict.fromkeys(("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"), "fake"),
+        **dict.fromkeys(("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "DISABLE_TELEMETRY"), "1"),
+        **dict.fromkeys(("DISABLE_ERROR_REPORTING", "DISABLE_AUTOUPDATER"), "1"),
+    }
+    claude = str(FOLDER / "node_modules" / ".bin" / "claude")
+    flags = ["--allowedTools", "Bash", "--output-format", "json"]
+    answer = json.loads(run(claude, "-p", "Paint.", *flags, folder=work, **variables))
+    assert (work / "canvas.txt").read_text(encoding="utf-8") == "painted\n"
+    assert answer["result"] == "It is written." and answer["num_turns"] == 2 and not answer["is_error"]
+    last = backend.queries[-1]
+    assert isinstance(last, Chat)
+    spoken = [message for message in last.conversation if message["role"] == "assistant"]
+    assert spoken[-1]["tool_calls"] and last.options.thinking
