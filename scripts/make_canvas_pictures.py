@@ -85,7 +85,7 @@ def stream(
     ask = llm.planner.ask(Request(before, options, sheet.pins, sheet.warm, list(spans)))
     row = ask.row(llm.model.config, "0")
     if recorder is not None:
-        recorder.guide = row.spans[0].guide
+        recorder.guide = cast(Guide, row.spans[0].guide)
         row.spans[0].guide = cast(Guide, recorder)
     events = [ask.reader.with_text(event) for event in Run(llm.model, [row])]
     return [e for e in events if isinstance(e, Draft)], next(e for e in events if isinstance(e, Done))
