@@ -401,7 +401,7 @@ def test_fields_that_are_none(content: str, words: str) -> None:
 
 
 def test_generate_obeys_choice_regex_and_schema(sfumato: Call, put: Put) -> None:
-    assert sfumato("generate", "x", "--choice", "yes", "--choice", "no", *QUICK)[1] in ("yes\n", "no\n")
+    assert sfumato("generate", "x", "--choice", "yes", "--choice", "no", "--thinking", *QUICK)[1] in ("yes\n", "no\n")
     code, out, err = sfumato("generate", "x", "--regex", "[0-9]{3}", "--early", *QUICK)
     assert code == 0 and err == "" and len(out) == 4 and out[:3].isdigit()
     schema = (
