@@ -37,12 +37,14 @@ PROPERTIES: dict[str, Any] = {
     "open": {"description": "anything"},
     "old": {"type": "string", "nullable": True},
     "loop": {"$ref": "#/$defs/Loop"},
+    "nest": {"$ref": "#/$defs/Nest"},
 }
 PARAMETERS = {
     "type": "object",
     "properties": PROPERTIES,
     "$defs": {
         "Code": {"type": "string"},
+        "Nest": {"type": "array", "items": {"$ref": "#/$defs/Nest"}},
         "Person": {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}},
         "Loop": {"type": "object", "properties": {"inner": {"$ref": "#/$defs/Loop"}, "id": {"type": "string"}}},
     },
@@ -213,6 +215,7 @@ BLOCKS: dict[str, list[tuple[str, Calls]]] = {
         ("call:f{tags:§['x']§}", {"tags": ["x"]}),
         ('call:f{numbers:§[1, "2"]§}', {"numbers": [1, 2]}),
         ("call:f{tags:§x§}", {"tags": "x"}),
+        ('call:f{nest:§["[]", []]§}', {"nest": ["[]", []]}),
         ("call:f{tags:§[x§}", {"tags": "[x"}),
         ('call:f{place:§{"code": 12, "floor": "3"}§}', {"place": {"code": "12", "floor": 3}}),
         ("call:f{place:§{} and more§}", {"place": "{} and more"}),

@@ -24,27 +24,31 @@ _WHOLE = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
-def arguments_of(record: Pairs, declared: Declared) -> dict[str, Any]:
+def arguments_of(record: Pairs, declared: Declared, reads_text: bool = True) -> dict[str, Any]:
     """The arguments of a call whose tool declares these."""
-    return {key: typed(inner, declared.property(key)) for key, inner in record.pairs.items()}
+    return {key: typed(inner, declared.property(key), reads_text) for key, inner in record.pairs.items()}
 
 
-def typed(node: Argument, declared: Declared) -> Any:
-    """The value of what was read, where `declared` says which types are allowed."""
+def typed(node: Argument, declared: Declared, reads_text: bool = True) -> Any:
+    """The value of what was read, where `declared` says which types are allowed.
+
+    `reads_text`: a text of which a record or list is declared is read as one; a text within such a text is not."""
     types = declared.types
     if isinstance(node, Quoted):
-        return node.text if types is None or "string" in types else _converted(node.text, node.text, declared)
+        return (
+            node.text if types is None or "string" in types else _converted(node.text, node.text, declared, reads_text)
+        )
     if isinstance(node, Word):
         value = _natural(node.text)
         if types is None or _is_of(value, types):
             return value
-        return _converted(node.text, node.text if "string" in types else value, declared)
+        return _converted(node.text, node.text if "string" in types else value, declared, reads_text)
     kind = "object" if isinstance(node, Pairs) else "array"
     if types is not None and kind not in types and "string" in types:
         return node.text
     if isinstance(node, Pairs):
-        return arguments_of(node, declared)
-    return [typed(inner, declared.item(index)) for index, inner in enumerate(node.items)]
+        return arguments_of(node, declared, reads_text)
+    return [typed(inner, declared.item(index), reads_text) for index, inner in enumerate(node.items)]
 
 
 def _natural(word: str) -> Any:
@@ -69,7 +73,7 @@ def _is_of(value: Any, types: frozenset[str]) -> bool:
     return ("number" if isinstance(value, float) else "string") in types
 
 
-def _converted(text: str, otherwise: Any, declared: Declared) -> Any:
+def _converted(text: str, otherwise: Any, declared: Declared, reads_text: bool) -> Any:
     """The text as a value of a declared type, where it is exactly that."""
     types, word = declared.types or frozenset(), text.strip()
     if "null" in types and word.lower() in ("null", "none"):
@@ -85,10 +89,10 @@ def _converted(text: str, otherwise: Any, declared: Declared) -> Any:
                 return value
             if value.is_integer() and abs(value) < 2**53:
                 return int(value)
-    if ("array" if word[:1] == "[" else "object") in types and word[:1] in ("[", "{"):
+    if reads_text and word[:1] in ("[", "{") and ("array" if word[:1] == "[" else "object") in types:
         node = read_exactly(word)
         if node is not None:
-            return typed(node, declared)
+            return typed(node, declared, reads_text=False)
     return otherwise
 
 

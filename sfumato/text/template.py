@@ -125,10 +125,10 @@ def _with_open_turn(text: str) -> str:
 
     Gemma 4's own does so behind an assistant's message with content, calls and results, although it is asked for an
     answer. What it writes behind the turn belongs into the model's."""
-    begun, ended = (text.rfind(token) for token in _TURNS)
-    if ended <= begun:
+    start, end = (text.rfind(token) for token in _TURNS)
+    if end <= start:
         return text
-    behind = ended + len(_TURNS[1])
+    behind = end + len(_TURNS[1])
     behind += text.startswith("\n", behind)
     return f"{text[:behind]}{_TURNS[0]}model\n{text[behind:]}"
 

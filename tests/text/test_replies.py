@@ -186,7 +186,7 @@ def check_growth(piece: str, before: str, size: int) -> None:
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_reading_is_linear(piece: str) -> None:
-    check_growth(HOSTILE[piece], f"{OPEN}call:f{{a:", 4000)
+    check_growth(HOSTILE[piece], f"{OPEN}call:f{{a:", 2000)
 
 
 @pytest.mark.slow
