@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from chats import TOKENIZER
 
@@ -53,3 +55,30 @@ def test_a_chat_without_an_end_gives_what_it_held_back() -> None:
     assert [commit.text for commit in commits] == ["", "abc ", "EN E"]
     assert (done.text, done.thought, done.stop) == ("abc EN E", "hm EN", None)
     assert done.tool_calls == commits[-1].tool_calls == [{"name": "f", "arguments": {"a": 1}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0),
+        ("b", 0),
+        ("<|channel>aa<channel|>b", 2),
+        ("<|channel>aa<channel|>b<|channel>a<channel|>", 3),
+        ("b<|channel>aaa", 3),
+    ],
+)
+def test_tokens_of_thoughts_are_counted(text: str, count: int) -> None:
+    """Those between markers; a thought may be open when the turn ends."""
+    pieces = [piece for piece in re.split(r"(<\|channel>|<channel\|>)", text) if piece]
+    tokens = [token for piece in pieces for token in ids_of(piece)]
+    reader = Reader(TOKENIZER, (), (), ReplyParser(TOKENIZER))
+    reader.with_text(Commit(0, 0, 1, tokens, is_last=True))
+    done = reader.with_text(Done(0, "stop", tokens, Usage()))
+    assert isinstance(done, Done) and done.usage.thought_tokens == count
+
+
+def ids_of(piece: str) -> list[int]:
+    """One token for a marker and for each character."""
+    if piece.startswith("<"):
+        return [TOKENIZER.id(piece) or pytest.fail(piece)]
+    return [token for character in piece for token in TOKENIZER.encode(character)]
