@@ -131,16 +131,3 @@ class Reader:
 
     def _piece(self, token: int) -> str:
         return "" if token in self._tokenizer.special_ids else self._tokenizer.decode([token])
-
-
-def thought_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
-    """How many tokens of a turn are thoughts, their markers left out; one that is not closed goes to the end."""
-    opener, closer = tokenizer.id("<|channel>"), tokenizer.id("<channel|>")
-    marks = [token for token in tokens if token in (opener, closer)]
-    is_thought, count = marks[:1] == [closer], 0  # the prompt may end in an open thought
-    for token in tokens:
-        if token in (opener, closer):
-            is_thought = token == opener
-        elif is_thought:
-            count += 1
-    return count
