@@ -39,8 +39,8 @@ _HEAD_WITHIN = re.compile(rf"(?<!\w)call:({_NAME})(?=[{{(])")
 _RECORD = re.compile(r"\[?\s*\{")
 _GAPS, _GAPS_AND_CLOSERS = re.compile(r"[\s,;]*"), re.compile(r"[\s,;)\]}]*")
 _FENCE = re.compile(r"```[\w-]*\s*")
-_NAMES = ("name", "function", "tool_name", "function_name", "tool")
-_ARGUMENTS = ("arguments", "parameters", "args", "input", "params", "tool_input")
+_NAMES = ("name", "function", "tool_name", "function_name", "tool", "call", "action")
+_ARGUMENTS = ("arguments", "parameters", "args", "input", "params", "tool_input", "action_input")
 
 
 def read_block(source: str, tools: DeclaredTools, is_closed: bool) -> CallBlock | None:

@@ -212,8 +212,8 @@ class MendingReader:
 
 def _classified(source: str, quote: str) -> tuple[list[int], list[bool]]:
     """The places where a quote closes a string (True) or opens one (False), in order, without those within text."""
-    end = re.compile(r"\s*(?:[,:=}\])]|\Z)")
-    start = re.compile(rf"(?:[:=,\[{{(]\s{{0,64}}|{quote}\s{{1,64}})\Z")
+    end = re.compile(rf"\s*(?:[,;:=}}\]]|\)(?!\s{{0,64}}[{_QUOTES}])|\Z)")
+    start = re.compile(rf"(?:[:=,\[{{]\s{{0,64}}|{quote}\s{{1,64}})\Z")
     next_one = re.compile(rf"\s{{0,64}}{_SHORT_KEY}|\s{{1,64}}{quote}")
     places, kinds = [], []
     for match in re.finditer(rf"\\.|{quote}" if quote != MARK else quote, source, re.DOTALL):
