@@ -56,13 +56,13 @@ class Pairs(_Bracket):
 
 
 @dataclass(frozen=True)
-class Bracketed(_Bracket):
+class Elements(_Bracket):
     """A list."""
 
     items: list[Argument]
 
 
-Argument = Word | Quoted | Pairs | Bracketed
+Argument = Word | Quoted | Pairs | Elements
 
 
 def plain(source: str) -> str:
@@ -138,7 +138,7 @@ class ExactReader:
         self._depth -= 1
         return Pairs(self.source, start, at + 1, pairs), at + 1
 
-    def _items(self, at: int) -> tuple[Bracketed, int]:
+    def _items(self, at: int) -> tuple[Elements, int]:
         start, items = at, list[Argument]()
         self._enter()
         at += 1
@@ -147,7 +147,7 @@ class ExactReader:
             items.append(item)
             at = self._behind_comma(at, "]")
         self._depth -= 1
-        return Bracketed(self.source, start, at + 1, items), at + 1
+        return Elements(self.source, start, at + 1, items), at + 1
 
     def _string(self, at: int) -> tuple[str, int]:
         if self.source[at] == MARK:
