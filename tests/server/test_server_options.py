@@ -46,7 +46,7 @@ def more_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def read(body: type[OptionsBody], **fields: Any) -> OptionsBody:
     """The body with these fields, checked as a request's is."""
-    return body.model_validate(fields, context=http_bodies.Reading(Limits()))
+    return body.model_validate(fields, context=http_bodies.BodyReading(Limits()))
 
 
 def test_a_new_option_is_a_field_and_is_listed_with_no_change_here(more_options: None) -> None:
@@ -93,7 +93,7 @@ def test_a_new_option_is_checked_by_its_declaration(more_options: None, name: st
     if isinstance(value, str):
         body = f'{{"{name}": "{value}"}}'.encode()
     with pytest.raises(Refusal) as refused:
-        http_bodies.read(body, Chat, http_bodies.Reading(Limits()))
+        http_bodies.read(body, Chat, http_bodies.BodyReading(Limits()))
     assert refused.value.option == name and name in str(refused.value)
 
 
@@ -134,7 +134,7 @@ def other_value(option: Option) -> Any:
 def takes(body: type[http_bodies.Body], name: str, value: Any) -> bool:
     """Whether a body has no fault to find with this field, whatever else is missing."""
     try:
-        body.model_validate({name: value}, context=http_bodies.Reading(Limits()))
+        body.model_validate({name: value}, context=http_bodies.BodyReading(Limits()))
     except ValidationError as error:
         return name not in [one["loc"][0] for one in error.errors() if one["loc"]]
     return True
