@@ -14,6 +14,7 @@ purpose a documentation generator: the pages are read where they lie.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequ
 from sfumato.server.http.bodies import Body  # noqa: E402
 from sfumato.server.openai.bodies import ChatRequest, CompletionRequest  # noqa: E402
 from sfumato.server.openai.items import ResponsesRequest  # noqa: E402
+from sfumato.server.openai.unread import CHAT_NEUTRAL, CHAT_UNREAD, NEUTRAL, RESPONSES_NEUTRAL, RESPONSES_UNREAD  # noqa: E402
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "reference.md"
@@ -287,6 +289,23 @@ def routes_block(words: list[str]) -> str:
     return "\n".join(lines)
 
 
+def unread_block(words: list[str]) -> str:
+    """What OpenAI's routes leave out, by the reason why."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in (CHAT_UNREAD | RESPONSES_UNREAD).items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    lines = ["| left out | because |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {', '.join(names)} | {reason} |" for reason, names in reasons.items())])
+
+
+def neutral_block(words: list[str]) -> str:
+    """What OpenAI's routes refuse, unless its value asks for nothing."""
+    lines = ["| field | may be null, or |", "| --- | --- |"]
+    for name, values in sorted((RESPONSES_NEUTRAL | CHAT_NEUTRAL | NEUTRAL).items()):
+        lines.append(f"| `{name}` | {', '.join(f'`{json.dumps(value)}`' for value in values) or '–'} |")
+    return "\n".join(lines)
+
+
 # ---- the tour --------------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +351,13 @@ def total_of(text: str) -> str:
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
-BLOCKS: dict[str, Callable[[list[str]], str]] = {"options": options_block, "routes": routes_block, "rows": rows_block}
+BLOCKS: dict[str, Callable[[list[str]], str]] = {
+    "options": options_block,
+    "routes": routes_block,
+    "unread": unread_block,
+    "neutral": neutral_block,
+    "rows": rows_block,
+}
 
 BLOCK = re.compile(r"(<!-- reference: ([\w ]+) -->\n).*?(<!-- /reference -->)", re.DOTALL)
 

@@ -79,7 +79,7 @@ class Reader:
                 reply = self._reply(True)
                 more = {"thought": reply.thought, "tool_calls": reply.tool_calls}
                 if reply.thought is not None:
-                    more["usage"] = replace(event.usage, thought_tokens=self._thought_tokens())
+                    more["usage"] = replace(event.usage, thought_tokens=thought_tokens(self._tokenizer, event.tokens))
             return replace(event, text=self.text, stop=self.stop, **more)
         self._tokens += event.tokens
         if event.logprobs is not None:
@@ -125,18 +125,6 @@ class Reader:
             thought = "" if "thought".startswith(thought) else thought  # the channel's label is not complete yet
         return replace(reply, text=text, thought=thought or None)
 
-    def _thought_tokens(self) -> int:
-        """How many tokens the thoughts take, their markers left out; one that is not closed goes to the end."""
-        opener, closer = self._tokenizer.id("<|channel>"), self._tokenizer.id("<channel|>")
-        marks = [token for token in self._tokens if token in (opener, closer)]
-        is_thought, count = marks[:1] != [opener], 0  # the prompt may end in an open thought
-        for token in self._tokens:
-            if token in (opener, closer):
-                is_thought = token == opener
-            elif is_thought:
-                count += 1
-        return count
-
     def _finish_plain_text(self, is_over: bool) -> None:
         if is_over and self.stop is None:
             self._raw += self._detokeniser.flush()
@@ -164,3 +152,16 @@ class Reader:
 
     def _piece(self, token: int) -> str:
         return "" if token in self._tokenizer.special_ids else self._tokenizer.decode([token])
+
+
+def thought_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+    """How many tokens of a turn are thoughts, their markers left out; one that is not closed goes to the end."""
+    opener, closer = tokenizer.id("<|channel>"), tokenizer.id("<channel|>")
+    marks = [token for token in tokens if token in (opener, closer)]
+    is_thought, count = marks[:1] == [closer], 0  # the prompt may end in an open thought
+    for token in tokens:
+        if token in (opener, closer):
+            is_thought = token == opener
+        elif is_thought:
+            count += 1
+    return count

@@ -96,10 +96,12 @@ def test_codex_writes_a_file(backend: FakeBackend, url: str, tmp_path: Path) -> 
     out = run(codex, "exec", *flags, "Paint.", folder=work, CODEX_HOME=str(home), SFUMATO_KEY=KEY)
     assert (work / "canvas.txt").read_text(encoding="utf-8") == "painted\n"
     items = [one["item"] for one in map(json.loads, out.splitlines()) if one["type"] == "item.completed"]
-    said = [item["text"] for item in items if item["type"] == "agent_message"]
-    assert said and said[-1].startswith("It is written") and "painted" in said[-1]
-    asked = [query for query in backend.queries if isinstance(query, Chat) and query.conversation[-1]["role"] == "tool"]
-    assert asked[-1].conversation[-2]["reasoning_content"] == "I shall write it."
+    messages = [item["text"] for item in items if item["type"] == "agent_message"]
+    assert messages and messages[-1].startswith("It is written") and "painted" in messages[-1]
+    results = [
+        query for query in backend.queries if isinstance(query, Chat) and query.conversation[-1]["role"] == "tool"
+    ]
+    assert results[-1].conversation[-2]["reasoning_content"] == "I shall write it."
 
 
 def test_anthropics_and_ollamas(url: str, tmp_path: Path) -> None:

@@ -200,8 +200,10 @@ def test_the_oldest_answers_go_first() -> None:
         assert answer["store"] is False and client.get(f"/v1/responses/{answer['id']}").status_code == 404
     kept = KeptResponses(1000)
     for number in range(8):
-        kept.keep({"id": str(number), "output": [], "text": "x" * (MOST_BYTES // 3)}, [], [])
+        kept.keep({"id": str(number), "output": [], "text": "x" * (MOST_BYTES // 3)}, None, [])
     assert [number for number in range(8) if str(number) in kept._kept] == [6, 7]
+    kept.keep({"id": "8", "output": []}, kept.get("7"), [])  # what it goes on from counts with it
+    assert list(kept._kept) == ["7", "8"]
 
 
 def test_allowed_tools(client: TestClient, backend: FakeBackend) -> None:

@@ -29,6 +29,7 @@ class KeptResponse:
     input: list[Any]
     """The items that this request brought."""
     size: int
+    """Bytes of JSON that its whole conversation comes from: what it shares with others is counted with each."""
     named: dict[str, Any] = field(default_factory=dict)
     """Its own items by their ids."""
 
@@ -41,15 +42,16 @@ class KeptResponses:
         self._kept: dict[str, KeptResponse] = {}
         self._items: dict[str, Any] = {}
 
-    def keep(self, body: dict[str, Any], before: Sequence[Any], input: Sequence[Any]) -> None:
-        """Keep an answer to `input`, behind the items of the conversation `before`."""
+    def keep(self, body: dict[str, Any], before: KeptResponse | None, input: Sequence[Any]) -> None:
+        """Keep an answer to `input`, behind the conversation `before`."""
         output = items_of(body["output"])
         new = [*input, *output]
         size = len(json.dumps(body)) + sum(len(one.model_dump_json()) for one in input if hasattr(one, "id"))
+        size += 0 if before is None else before.size
         if not self.most or size > MOST_BYTES:
             return
         named = {one.id: one for one in new if getattr(one, "id", None)}
-        self._kept[body["id"]] = KeptResponse(body, [*before, *new], list(input), size, named)
+        self._kept[body["id"]] = KeptResponse(body, [*(before.items if before else []), *new], list(input), size, named)
         self._items |= named
         self._size += size
         while len(self._kept) > self.most or self._size > MOST_BYTES:

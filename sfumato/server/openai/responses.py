@@ -81,10 +81,10 @@ class ResponseAnswer:
         self.service, self.scope, self.kept = service, scope, kept
         self.is_kept = body.store is not False and bool(kept.most)
         previous = body.previous_response_id
-        self.before = [] if previous is None else kept.get(previous, "previous_response_id").items
+        self.before = None if previous is None else kept.get(previous, "previous_response_id")
         self.input = kept.resolved(_input_of(body))
         system = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
-        messages = system + messages_of([*self.before, *self.input])
+        messages = system + messages_of([*(self.before.items if self.before else []), *self.input])
         self.query = Chat(messages, shown_tools(body.functions, body.choice), options)
         customs = [tool.name for tool in body.own_tools if isinstance(tool, CustomTool)]
         is_one_call = body.parallel_tool_calls is False
