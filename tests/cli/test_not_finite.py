@@ -39,8 +39,8 @@ def test_code_1_and_a_sentence(
         ["decide", "Solve", "--field", "sure=yes|no"],
     ):
         assert cli.main(command) == 1, command
-        said = capsys.readouterr()
-        assert said.out.strip() == "" and "not finite" in said.err and "Traceback" not in said.err, command
+        output = capsys.readouterr()
+        assert output.out.strip() == "" and "not finite" in output.err and "Traceback" not in output.err, command
     with pytest.raises(NumericError):
         llm.score("Solve")
     with pytest.raises(NumericError):
