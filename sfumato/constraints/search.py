@@ -13,12 +13,13 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sfumato.constraints.interruptible import Interruptible
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.text.tokenizer import Tokenizer
 
@@ -40,19 +41,12 @@ _HINTS = 16
 _ALTERNATIVES = 8
 """Other tokens that are tried at one position of a path, beside the hints."""
 
-T = TypeVar("T")
-
-Interruptible = Generator[None, None, T]
-"""A computation that can be interrupted wherever it yields, which is between any two calls of the library."""
+Accepts = Callable[[list[int]], bool]
+"""Whether tokens are right as a completion."""
 
 
-def finish(work: Interruptible[T]) -> T:
-    """Run the work to its end; returns its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+def _accept_all(tokens: list[int]) -> bool:
+    return True
 
 
 @dataclass
@@ -86,26 +80,30 @@ class Search:
         matcher = matcher.deep_copy()
         return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
-    def completion(self, matcher: LLMatcher, limit: int, enough: int, effort: int) -> Interruptible[list[int] | None]:
-        """At most `limit` tokens that complete the text.
+    def completion(
+        self, matcher: LLMatcher, limit: int, enough: int, effort: int, is_right: Accepts = _accept_all
+    ) -> Interruptible[list[int] | None]:
+        """At most `limit` tokens that complete the text, and that `is_right` accepts.
 
         The search ends with the first completion of at most `enough` tokens, else it returns its shortest. None where
         it finds nothing, which does not prove that there is nothing. `effort` is about the number of tries of a token
         that it may take beyond the first path, which may take ten times as many.
         """
         for cap in sorted({min(limit, first) for first in (*_CAPS, limit)}):
-            if (path := (yield from self._search(matcher, cap, enough, _Effort(effort)))) is not None:
+            if (path := (yield from self._search(matcher, cap, enough, _Effort(effort), is_right))) is not None:
                 return path
         return None
 
-    def _search(self, matcher: LLMatcher, cap: int, enough: int, effort: _Effort) -> Interruptible[list[int] | None]:
+    def _search(
+        self, matcher: LLMatcher, cap: int, enough: int, effort: _Effort, is_right: Accepts
+    ) -> Interruptible[list[int] | None]:
         """A greedy path; then other choices along it, the earliest first, and then along the paths that these lead to.
 
         Only shorter paths than the best so far count.
         """
         best: list[int] | None = None
         path, choices, is_complete = yield from self._descend(matcher.deep_copy(), [], cap, _Effort(10 * effort.left))
-        if is_complete:
+        if is_complete and is_right(path):
             best = path
         # A heap of (number of other choices so far, position of the next one, order of entry, path, its choices).
         branches = [(0, at, 0, path, choices) for at in choices]
@@ -127,7 +125,7 @@ class Search:
                     continue
                 tried.add(key)
                 new, new_choices, is_complete = yield from self._descend(branch, list(key), most, effort)
-                if is_complete:
+                if is_complete and is_right(new):
                     best = new
                     choices = [other for other in choices if other <= at] + new_choices
                     for other in choices:
