@@ -12,12 +12,17 @@ it does; remote `$ref`; and schema keywords that llguidance would ignore.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sfumato.constraints.forms import GrammarSource, source_of_choices, source_of_lark, source_of_regex
 from sfumato.constraints.guide import Guide
+from sfumato.constraints.interruptible import finish
+from sfumato.constraints.lark import terminals
+from sfumato.constraints.patterns import NotSupported
 from sfumato.constraints.schema import source_of_schema
-from sfumato.constraints.search import EFFORT, Search, finish
+from sfumato.constraints.search import EFFORT, Search
+from sfumato.constraints.shortest import shortest
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError, InputError
 from sfumato.options import CONSTRAINTS
@@ -68,7 +73,12 @@ class Grammar:
         lark = value if kind == "grammar" else ""
         shortest = _tried(vocabulary, tokenizer, (kind, source, hints, lark))
         vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
-        return cls(vocabulary, Search(vocabulary, tokenizer, hints, kind == "schema"), source, shortest)
+        return cls(
+            vocabulary,
+            Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema"),
+            source,
+            shortest,
+        )
 
     def shortest(self) -> int:
         """Tokens of the shortest known text that the grammar allows, the end not counted."""
@@ -137,7 +147,9 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
     tokenizer, vocabulary = _tokenizers[key]
     vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
     matcher = vocabulary.matcher(source, f"the {kind}")
-    search = Search(vocabulary, tokenizer, hints, kind == "schema")
+    if kind == "regex" and not _has_text(source):
+        raise InputError("the regex allows no text; see that what it asks for in one place is allowed in the others")
+    search = Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema")
     shortest = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT))
     if shortest is None:
         raise InputError(
@@ -145,3 +157,10 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
             "see that it is satisfiable and asks for less"
         )
     return shortest
+
+
+def _has_text(source: str) -> bool:
+    """Whether the terminal of a regex has a text, as far as is known."""
+    with suppress(NotSupported):
+        return any(shortest(one) is not None for one in terminals(source))
+    return True
