@@ -12,6 +12,7 @@ it does; remote `$ref`; and schema keywords that llguidance would ignore.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ from sfumato.constraints.checks import Check
 from sfumato.constraints.forms import GrammarSource, lark_of, source_of_choices, source_of_lark, source_of_regex
 from sfumato.constraints.guide import Guide
 from sfumato.constraints.interruptible import finish
+from sfumato.constraints.lark import terminals
+from sfumato.constraints.patterns import NotSupported
 from sfumato.constraints.schema import source_of_schema
 from sfumato.constraints.search import EFFORT, Accepts, Search
+from sfumato.constraints.shortest import shortest
 from sfumato.constraints.tools import source_of_calls
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError, InputError
@@ -85,7 +89,7 @@ class Grammar:
         vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
         return cls(
             vocabulary,
-            Search(vocabulary, tokenizer, hints, kind == "schema"),
+            Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema"),
             source,
             shortest,
             _accepting(check, tokenizer),
@@ -169,24 +173,33 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
     tokenizer, vocabulary = _tokenizers[key]
     vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
     matcher = vocabulary.matcher(source, f"the {kind}")
-    search = Search(vocabulary, tokenizer, hints, kind == "schema")
+    if kind == "regex" and not _has_text(source):
+        raise InputError("the regex allows no text; see that what it asks for in one place is allowed in the others")
+    search = Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema")
     is_right = _accepting(check, tokenizer)
     known = _known(example, kind, tokenizer, MAX_SHORTEST)
     if known is not None and not (search.is_completion(matcher, known) and (is_right is None or is_right(known))):
         known = None
     if known is not None and len(known) <= _SHORT_ENOUGH:
         return known
-    shortest = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, *filter(None, [is_right])))
-    shortest = min((path for path in (shortest, known) if path is not None), key=len, default=None)
-    if shortest is None:
+    path = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right))
+    path = min((one for one in (path, known) if one is not None), key=len, default=None)
+    if path is None:
         raise InputError(
             f"no text of at most {MAX_SHORTEST} tokens was found that the {kind} allows; "
             "see that it is satisfiable and asks for less"
         )
-    return shortest
+    return path
 
 
 def _known(example: str | None, kind: str, tokenizer: Tokenizer, most: int) -> list[int] | None:
     """The tokens of an example, where they are at most so many."""
     tokens = None if example is None else tokenizer.encode(example, parse_special=kind == "calls")
     return tokens if tokens is not None and len(tokens) <= most else None
+
+
+def _has_text(source: str) -> bool:
+    """Whether the terminal of a regex has a text, as far as is known."""
+    with suppress(NotSupported):
+        return any(shortest(one) is not None for one in terminals(source))
+    return True

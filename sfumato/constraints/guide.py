@@ -30,6 +30,7 @@ import numpy as np
 
 from sfumato.constraints.interruptible import Interruptible, finish
 from sfumato.constraints.search import EFFORT_IN_WALK, Accepts, Search
+from sfumato.constraints.trails import Trail
 from sfumato.constraints.vocabulary import Vocabulary, give_up
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class _PathPoint:
     """Tokens that complete the text from here within the room."""
     is_stuck: bool = False
     """The search for such a completion failed."""
+    trail: Trail | None = None
     refused: set[int] = field(default_factory=set)
     """Tokens after which the text cannot be completed within the room; where there are any, `completion` is known."""
 
@@ -145,6 +147,7 @@ class Guide:
         self._tokens: list[int] = []  # the last path, and the rest of an earlier path behind it
         self._places = [self._look([])]  # one more than tokens
         self._places[0].completion = self._last_completion = completion
+        self._places[0].trail = search.trails.begin
         self._length = 0  # of the last path
         self._end: int | None = None
 
@@ -197,6 +200,7 @@ class Guide:
         completion = self._tokens[count : self._length] + rest
         if self._is_right is not None:
             self._committed += self._tokens[:count]
+        self._trail(count)
         self._tokens, self._places = self._tokens[count:], self._places[count:]
         self._places[0].completion, self._places[0].is_stuck = completion, False
         self.is_over = self._end == count
@@ -333,7 +337,9 @@ class Guide:
             if len(last) <= left and self._search.is_completion(matcher, last) and is_right(last):
                 place.completion = last
             else:
-                place.completion = yield from self._search.completion(matcher, left, left, EFFORT_IN_WALK, is_right)
+                trail = self._trail(j)
+                completing = self._search.completion(matcher, left, left, EFFORT_IN_WALK, trail, is_right)
+                place.completion = yield from completing
             place.is_stuck = place.completion is None
             self._last_completion = place.completion or self._last_completion
         return not place.is_stuck
@@ -341,3 +347,13 @@ class Guide:
     def _is_right_from(self, j: int, completion: list[int]) -> bool:
         """Whether the text with this completion from position j is right as a whole."""
         return self._is_right is None or self._is_right([*self._committed, *self._tokens[:j], *completion])
+
+    def _trail(self, j: int) -> Trail:
+        """How far the text has come along its terminals before position j."""
+        known = next(i for i in range(j, -1, -1) if self._places[i].trail is not None)
+        trail = self._places[known].trail
+        assert trail is not None
+        if known < j:
+            trail = self._search.trails.after(trail, self._vocabulary.data(self._tokens[known:j]))
+            self._places[j].trail = trail
+        return trail

@@ -21,7 +21,7 @@ from sfumato.constraints.expressions import (
 from sfumato.constraints.values.alternatives import Alternatives
 from sfumato.constraints.values.document import Place, short
 from sfumato.constraints.values.equality import canonical, kinds_of
-from sfumato.constraints.values.examples import ShortValues, NoShortValue
+from sfumato.constraints.values.examples import NoShortValue, ShortValues
 from sfumato.constraints.values.facets import KINDS, Conjunction, Facets
 from sfumato.constraints.values.formats import WHOLE_FORMATS
 from sfumato.constraints.values.keywords import MAX_PREFIX
