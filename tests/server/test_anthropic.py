@@ -419,7 +419,7 @@ def test_what_has_no_effect_is_left_out_and_said() -> None:
         ignored = ask(client, **LEFT_OUT).headers["x-sfumato-ignored"].split(", ")
     assert {"metadata", "service_tier", "context_management", "of_next_year"} < set(ignored)
     assert {"thinking.budget_tokens", "output_config.effort", "tools[].defer_loading", "tools[].bash_20250124"} < set(
-        said
+        ignored
     )
     with connect(FakeBackend(), Settings(strict_params=True)) as client:
         assert ask(client, cache_control={"type": "ephemeral"}).status_code == 200
