@@ -325,8 +325,8 @@ def test_documents_and_results_of_a_search_are_text(client: TestClient, backend:
 
 
 def test_a_last_message_of_the_assistant_is_continued(client: TestClient, backend: FakeBackend) -> None:
-    begun = [*HELLO["messages"], {"role": "assistant", "content": "The answer is ("}]
-    answer(client, messages=begun)
+    opened = [*HELLO["messages"], {"role": "assistant", "content": "The answer is ("}]
+    answer(client, messages=opened)
     assert last_chat(backend).is_continued and last_chat(backend).conversation[-1]["content"] == "The answer is ("
     answer(client, messages=[*HELLO["messages"], {"role": "assistant", "content": []}])
     assert not last_chat(backend).is_continued and len(last_chat(backend).conversation) == 1
@@ -419,7 +419,7 @@ def test_what_has_no_effect_is_left_out_and_said() -> None:
         ignored = ask(client, **LEFT_OUT).headers["x-sfumato-ignored"].split(", ")
     assert {"metadata", "service_tier", "context_management", "of_next_year"} < set(ignored)
     assert {"thinking.budget_tokens", "output_config.effort", "tools[].defer_loading", "tools[].bash_20250124"} < set(
-        said
+        ignored
     )
     with connect(FakeBackend(), Settings(strict_params=True)) as client:
         assert ask(client, cache_control={"type": "ephemeral"}).status_code == 200
