@@ -106,8 +106,7 @@ MODES = named(mode={"enum": ["a", "b"]}, level=WHOLE) | {
         ({"type": "object", "propertyNames": {"enum": ["x", "y"]}}, [{"x": 1}, {}], [{"z": 1}]),
         (named(a=WHOLE, b=WHOLE) | {"dependentRequired": {"a": ["b"]}}, [{"b": 1}, {"a": 1, "b": 1}], [{"a": 1}]),
         (MODES, [{"mode": "b"}, {"mode": "a", "level": 1}], [{"mode": "a"}]),
-        ({"$defs": {"n": named(v=WHOLE, n={"$ref": "#/$defs/n", "title": "x"})}, "$ref": "#/$defs/n", "description": "y"}
-         ,
+        ({"$defs": {"n": named(v=WHOLE, n={"$ref": "#/$defs/n", "title": "x"})}, "$ref": "#/$defs/n", "description": "y"},
          [{"v": 1, "n": {"n": {}}}], [{"n": 1}]),
         ({"allOf": [named(a=WHOLE) | {"additionalProperties": True}, {"properties": {"a": {"minimum": 3}}}]},
          [{"a": 3}], [{"a": 2}]),
