@@ -272,7 +272,7 @@ _BARE = sequence([chars(_LETTERS), repeat(chars(characters.union(_LETTERS, chara
 
 def is_bare(key: str) -> bool:
     """Whether the parser of replies reads this text as one word, without quotes."""
-    return bool(key) and key == key.strip() and not any(mark in key for mark in "{}[]:,")
+    return bool(key) and key == key.strip() and key[0] not in "\"'" and not any(mark in key for mark in "{}[]:,")
 
 
 def _without(node: Expression, names: Iterable[str]) -> Expression:
