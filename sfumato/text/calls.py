@@ -14,7 +14,7 @@ from typing import Any
 from sfumato.text.arguments import arguments_of, read_exactly
 from sfumato.text.declared import Declared
 from sfumato.text.mending import MendingReader
-from sfumato.text.notation import MARK, Argument, Elements, ExactReader, Malformed, Pairs, Quoted, Word, plain
+from sfumato.text.notation import MARK, Argument, ExactReader, Malformed, Pairs, Quoted, Values, Word, plain
 
 DeclaredTools = Mapping[str, Declared]
 """What each tool declares of its arguments, by its name."""
@@ -155,13 +155,13 @@ def _unwrapped(source: str) -> str:
 
 def _calls_of(node: Argument, tools: DeclaredTools) -> list[dict[str, Any]]:
     """The calls that a JSON value describes. Malformed where it describes none."""
-    if isinstance(node, Elements) and node.items:
+    if isinstance(node, Values) and node.items:
         return [call for item in node.items for call in _calls_of(item, tools)]
     if not isinstance(node, Pairs):
         raise Malformed
     pairs = node.pairs
     several, function = pairs.get("tool_calls"), pairs.get("function")
-    if isinstance(several, Elements):
+    if isinstance(several, Values):
         return _calls_of(several, tools)
     if isinstance(function, Pairs):
         return _calls_of(function, tools)

@@ -56,13 +56,13 @@ class Pairs(_Bracket):
 
 
 @dataclass(frozen=True)
-class Elements(_Bracket):
+class Values(_Bracket):
     """A list."""
 
     items: list[Argument]
 
 
-Argument = Word | Quoted | Pairs | Elements
+Argument = Word | Quoted | Pairs | Values
 
 
 def plain(source: str) -> str:
@@ -138,7 +138,7 @@ class ExactReader:
         self._depth -= 1
         return Pairs(self.source, start, at + 1, pairs), at + 1
 
-    def _items(self, at: int) -> tuple[Elements, int]:
+    def _items(self, at: int) -> tuple[Values, int]:
         start, items = at, list[Argument]()
         self._enter()
         at += 1
@@ -147,7 +147,7 @@ class ExactReader:
             items.append(item)
             at = self._behind_comma(at, "]")
         self._depth -= 1
-        return Elements(self.source, start, at + 1, items), at + 1
+        return Values(self.source, start, at + 1, items), at + 1
 
     def _string(self, at: int) -> tuple[str, int]:
         if self.source[at] == MARK:
