@@ -14,7 +14,19 @@ from typing import Any
 from sfumato.text.arguments import arguments_of, read_exactly
 from sfumato.text.declared import Declared
 from sfumato.text.mending import MendingReader
-from sfumato.text.notation import MARK, Argument, ExactReader, Malformed, Pairs, Quoted, Values, Word, plain
+from sfumato.text.notation import (
+    IN_NAME,
+    LONGEST_NAME,
+    MARK,
+    Argument,
+    ExactReader,
+    Malformed,
+    Pairs,
+    Quoted,
+    Values,
+    Word,
+    plain,
+)
 
 DeclaredTools = Mapping[str, Declared]
 """What each tool declares of its arguments, by its name."""
@@ -29,7 +41,7 @@ class CallBlock:
     behind: str = ""
 
 
-_NAME = rf"[^\s{{}}\[\](),;\"'={MARK}]{{1,256}}"
+_NAME = rf"{IN_NAME}{{1,{LONGEST_NAME}}}"
 _HEAD = re.compile(rf"(?:call\s*:\s*){{1,4}}({_NAME})(?<!:)\s*(?=\{{)")
 _PREFIX = r"(?:(?:call|function|tool|tool_call)\s*:\s*|call\s+){0,4}"
 _LOOSE_HEAD = re.compile(rf"{_PREFIX}[{MARK}\"']?({_NAME}?)[{MARK}\"']?\s*:?\s*(?=[{{(])", re.IGNORECASE)

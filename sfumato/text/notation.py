@@ -16,6 +16,8 @@ from sfumato.text.messages import MAX_DEPTH
 
 MARK = "\udfff"
 """Stands for `<|"|>` in a source. It is a lone surrogate, which no decoded token holds."""
+IN_NAME, LONGEST_NAME = rf"[^\s{{}}()\[\],;\"'={MARK}]", 256
+"""What the name of a call is made of."""
 
 
 class Malformed(Exception):
@@ -117,7 +119,7 @@ class ExactReader:
         if first == MARK or (first in ("'", '"') and self.has_quotes):
             text, at = self._string(at)
             return Quoted(text), at
-        return self._bare(at, self._word, Word)
+        return self._bare(at, self._word)
 
     def _pairs(self, at: int) -> tuple[Pairs, int]:
         start, closer, pairs = at, _CLOSERS[self.source[at]], dict[str, Argument]()
@@ -128,7 +130,7 @@ class ExactReader:
             if first == MARK or (first in ("'", '"') and self.has_quotes):
                 key, at = self._string(at)
             else:
-                word, at = self._bare(at, _KEY[self.has_equals], Word)
+                word, at = self._bare(at, _KEY[self.has_equals])
                 key = word.text
             at = self._skip(at)
             if self.source[at : at + 1] != ":" and not (self.has_equals and self.source[at : at + 1] == "="):
@@ -160,12 +162,12 @@ class ExactReader:
             raise Malformed
         return unescaped(match.group()[1:-1]), match.end()
 
-    def _bare(self, at: int, pattern: re.Pattern[str], kind: type[Word]) -> tuple[Word, int]:
+    def _bare(self, at: int, pattern: re.Pattern[str]) -> tuple[Word, int]:
         match = pattern.match(self.source, at)
         text = match.group().strip() if match else ""
         if match is None or not text or text[0] in "\"'":
             raise Malformed
-        return kind(text), match.end()
+        return Word(text), match.end()
 
     def _behind_comma(self, at: int, closer: str) -> int:
         at = self._skip(at)
