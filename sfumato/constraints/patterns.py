@@ -452,7 +452,10 @@ class _Parser:
         if not items:
             raise NotSupported("an empty class")
         ranges = self._cased(characters.union(*items), is_wide)
-        return characters.complement(ranges) if is_not else ranges
+        if not is_not:
+            return ranges
+        others = characters.complement(ranges)
+        return others if self._flags.is_wide else characters.coarse(others)
 
     def _item(self, is_wide: bool) -> tuple[Ranges, bool]:
         """An item of a class, where \\b is a backspace; and whether it is one character."""

@@ -27,8 +27,8 @@ from sfumato.constraints.expressions import (
     repeat,
     sequence,
 )
+from sfumato.constraints.interruptible import Interruptible, finish
 from sfumato.constraints.patterns import NotSupported
-from sfumato.constraints.search import Interruptible, finish
 
 EFFORT = 50_000
 """Derivatives of one search, about 20 µs each: see `Automaton.ending`."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter, ValidationInfo, WithJsonSchema
 
-from sfumato.server.http.bodies import Body, Most, Reading, reading_of
+from sfumato.server.http.bodies import Body, BodyReading, Most, reading_of
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.seals import unsealed
 from sfumato.server.settings import Limits
@@ -176,7 +176,7 @@ _ITEMS: TypeAdapter[list[Any]] = TypeAdapter(list[AnyItem])
 
 def items_of(output: list[dict[str, Any]]) -> list[Any]:
     """The items of an answer, as input of the next."""
-    return _ITEMS.validate_python(output, context=Reading(Limits()))
+    return _ITEMS.validate_python(output, context=BodyReading(Limits()))
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
