@@ -235,9 +235,11 @@ class Search:
                 continue
             trail, count = self.trails.after(trail, vocabulary.data(tokens[count:])), len(tokens)
             effort.left -= 10 + len(self.trails)
-            out = yield from self._end_of_terminal(matcher, cap - len(tokens), effort, way, trail)
-            if not out and is_free and not again and not (len(self.trails) and way.must_lead_out):
+            out: list[int] = []
+            if is_free and not again and not (len(self.trails) and way.must_lead_out):
                 out = yield from self._way_out(matcher, effort)
+            if not out:
+                out = yield from self._end_of_terminal(matcher, cap - len(tokens), effort, way, trail)
             if out:
                 matcher.try_consume_tokens(out)
                 tokens += out

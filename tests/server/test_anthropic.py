@@ -326,8 +326,8 @@ def test_documents_and_results_of_a_search_are_text(client: TestClient, backend:
 
 
 def test_a_last_message_of_the_assistant_is_continued(client: TestClient, backend: FakeBackend) -> None:
-    begun = [*HELLO["messages"], {"role": "assistant", "content": "The answer is ("}]
-    answer(client, messages=begun)
+    opened = [*HELLO["messages"], {"role": "assistant", "content": "The answer is ("}]
+    answer(client, messages=opened)
     assert last_chat(backend).is_continued and last_chat(backend).conversation[-1]["content"] == "The answer is ("
     answer(client, messages=[*HELLO["messages"], {"role": "assistant", "content": []}])
     assert not last_chat(backend).is_continued and len(last_chat(backend).conversation) == 1
