@@ -141,6 +141,11 @@ class ReplyParser:
             if not self._may_have_label:
                 self._thought.waiting = ""
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether a thought is open."""
+        return self._is_thinking
+
     def push(self, ids: Iterable[int]) -> None:
         """Take the next tokens of the answer."""
         run: list[int] = []
