@@ -23,7 +23,7 @@ from sfumato.text.notation import (
     Malformed,
     Pairs,
     Quoted,
-    Values,
+    Series,
     Word,
     plain,
 )
@@ -167,13 +167,13 @@ def _unwrapped(source: str) -> str:
 
 def _calls_of(node: Argument, tools: DeclaredTools) -> list[dict[str, Any]]:
     """The calls that a JSON value describes. Malformed where it describes none."""
-    if isinstance(node, Values) and node.items:
+    if isinstance(node, Series) and node.items:
         return [call for item in node.items for call in _calls_of(item, tools)]
     if not isinstance(node, Pairs):
         raise Malformed
     pairs = node.pairs
     several, function = pairs.get("tool_calls"), pairs.get("function")
-    if isinstance(several, Values):
+    if isinstance(several, Series):
         return _calls_of(several, tools)
     if isinstance(function, Pairs):
         return _calls_of(function, tools)

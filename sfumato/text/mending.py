@@ -16,7 +16,7 @@ from bisect import bisect_right
 
 from sfumato.text.declared import Declared
 from sfumato.text.messages import MAX_DEPTH
-from sfumato.text.notation import MARK, Argument, Malformed, Pairs, Quoted, Values, Word, plain, unescaped
+from sfumato.text.notation import MARK, Argument, Malformed, Pairs, Quoted, Series, Word, plain, unescaped
 
 _QUOTES = f"{MARK}\"'"
 _NAME = rf"[^\s{{}}\[\]():=,;{_QUOTES}]{{1,128}}"
@@ -82,7 +82,7 @@ class MendingReader:
         self._due.pop()
         return Pairs(self.source, start - 1, end, pairs), end
 
-    def _items(self, at: int, closer: str, declared: Declared) -> tuple[Values, int]:
+    def _items(self, at: int, closer: str, declared: Declared) -> tuple[Series, int]:
         """The values up to a closing bracket, and the place behind it."""
         start, items = at, list[Argument]()
         self._enter(closer)
@@ -94,7 +94,7 @@ class MendingReader:
             item, at = self._value(at, declared.item(len(items)), None)
             items.append(item)
         self._due.pop()
-        return Values(self.source, start - 1, end, items), end
+        return Series(self.source, start - 1, end, items), end
 
     def _value(self, at: int, declared: Declared, record: Declared | None) -> tuple[Argument, int]:
         """The value at a place. `record` is what is known of the record that it stands in; None: a list."""

@@ -58,13 +58,13 @@ class Pairs(_Bracket):
 
 
 @dataclass(frozen=True)
-class Values(_Bracket):
+class Series(_Bracket):
     """A list."""
 
     items: list[Argument]
 
 
-Argument = Word | Quoted | Pairs | Values
+Argument = Word | Quoted | Pairs | Series
 
 
 def plain(source: str) -> str:
@@ -140,7 +140,7 @@ class ExactReader:
         self._depth -= 1
         return Pairs(self.source, start, at + 1, pairs), at + 1
 
-    def _items(self, at: int) -> tuple[Values, int]:
+    def _items(self, at: int) -> tuple[Series, int]:
         start, items = at, list[Argument]()
         self._enter()
         at += 1
@@ -149,7 +149,7 @@ class ExactReader:
             items.append(item)
             at = self._behind_comma(at, "]")
         self._depth -= 1
-        return Values(self.source, start, at + 1, items), at + 1
+        return Series(self.source, start, at + 1, items), at + 1
 
     def _string(self, at: int) -> tuple[str, int]:
         if self.source[at] == MARK:
