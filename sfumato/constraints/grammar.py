@@ -11,6 +11,8 @@ it does; remote `$ref`; and schema keywords that llguidance would ignore.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,12 +21,12 @@ from typing import Any, NamedTuple
 from sfumato.constraints.checks import Check
 from sfumato.constraints.forms import GrammarSource, lark_of, source_of_choices, source_of_lark, source_of_regex
 from sfumato.constraints.guide import Guide
-from sfumato.constraints.interruptible import finish
+from sfumato.constraints.interruptible import Interruptible, T
 from sfumato.constraints.lark import terminals
 from sfumato.constraints.patterns import NotSupported
 from sfumato.constraints.schema import source_of_schema
 from sfumato.constraints.search import EFFORT, Accepts, Search
-from sfumato.constraints.shortest import shortest
+from sfumato.constraints.shortest import Automaton
 from sfumato.constraints.tools import source_of_calls
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError, InputError
@@ -41,6 +43,11 @@ STACK = 4 << 20
 CHILDREN = confined.ChildPool(nice=19)
 """The child processes that try grammars. Their priority is low: the engine's threads wait for each other, so that one
 that loses its core holds up all."""
+READING_SECONDS, SEARCH_SECONDS = 1.0, 3.0
+"""Of the processor that a child may take to read a grammar, which is done once more for each text, and to find its
+shortest text."""
+PROOF_EFFORT = 5_000
+"""Derivatives that it may take to show that a regex has no text."""
 TOKENIZERS_KEPT = 2
 """Tokenizers that a child process keeps."""
 TOKENIZER_SECONDS, TOKENIZER_MEMORY = 30.0, 4 << 30
@@ -172,7 +179,15 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
     kind, source, hints, lark, check, example = terms
     tokenizer, vocabulary = _tokenizers[key]
     vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
+    began = time.process_time()
     matcher = vocabulary.matcher(source, f"the {kind}")
+    matcher.deep_copy().compute_ff_tokens()
+    vocabulary.bits(matcher.deep_copy())
+    if (seconds := time.process_time() - began) > READING_SECONDS:
+        raise InputError(
+            f"the {kind} takes {seconds:.1f} seconds to read, more than the {READING_SECONDS:g} allowed; "
+            "make it smaller"
+        )
     if kind == "regex" and not _has_text(source):
         raise InputError("the regex allows no text; see that what it asks for in one place is allowed in the others")
     search = Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema")
@@ -182,7 +197,7 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
         known = None
     if known is not None and len(known) <= _SHORT_ENOUGH:
         return known
-    path = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right))
+    path = _finished(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right), f"the {kind}")
     path = min((one for one in (path, known) if one is not None), key=len, default=None)
     if path is None:
         raise InputError(
@@ -198,8 +213,25 @@ def _known(example: str | None, kind: str, tokenizer: Tokenizer, most: int) -> l
     return tokens if tokens is not None and len(tokens) <= most else None
 
 
+def _finished(work: Interruptible[T], what: str) -> T:
+    """The result of the work; InputError where it takes too long. The child stays as it is, unlike behind a limit."""
+    until = time.process_time() + SEARCH_SECONDS
+    for number in itertools.count():
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        if number % 64 == 0 and time.process_time() > until:
+            raise InputError(
+                f"{what} takes longer than the {SEARCH_SECONDS:g} seconds allowed to find its shortest text; "
+                "make it simpler"
+            )
+    raise AssertionError
+
+
 def _has_text(source: str) -> bool:
     """Whether the terminal of a regex has a text, as far as is known."""
     with suppress(NotSupported):
-        return any(shortest(one) is not None for one in terminals(source))
+        for one in terminals(source):
+            return _finished(Automaton(one).ending(one, PROOF_EFFORT), "the regex") is not None
     return True

@@ -23,7 +23,7 @@ from sfumato.constraints.expressions import (
 )
 from sfumato.constraints.patterns import NotSupported, parse
 
-MAX_READ = 200_000
+MAX_READ = 100_000
 """Characters of a grammar that are read."""
 _DEPTH = 50
 """Groups and names within each other."""
@@ -40,7 +40,9 @@ _Token = tuple[str, str]
 
 
 def terminals(source: str) -> list[Expression]:
-    """The terminals of a grammar in llguidance's form (JSON): those with a name, and regular expressions in rules."""
+    """The terminals of a grammar in llguidance's form (JSON): those with a name, and regular expressions in rules.
+
+    Lists of literals are left out."""
     return [one for lark in _texts(source) for one in _Definitions(lark[:MAX_READ]).terminals()]
 
 
@@ -67,9 +69,11 @@ class _Definitions:
                 body.append((kind, text))
 
     def terminals(self) -> Iterator[Expression]:
-        """Those of its terminals that can be read, each once."""
+        """Those of its terminals that can be read, each once, but for lists of literals."""
         sorts: dict[Expression, None] = {}
         for name, body in self._bodies.items():
+            if all(token[0] == "string" or token[1] == "|" for token in body):
+                continue
             pieces = [[token] for token in body if token[0] == "regex"] if not name.isupper() else [body]
             for piece in pieces:
                 try:

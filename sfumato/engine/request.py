@@ -188,6 +188,11 @@ class RowSpan:
     path_length: int = 0
     """Tokens of its guide's last walk, on the present canvas."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text is a whole one, not only as long as there was room."""
+        return self.guide.is_over and not (isinstance(self.guide, AnswerGuide) and self.guide.is_cut)
+
     def commit(self) -> None:
         """Make final what the last walk put on the canvas."""
         self.guide.commit(self.path_length)

@@ -205,7 +205,8 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     free = nano.chat(
         [{"role": "user", "content": "x"}], tools=[TOOL], options=Options(strict=True, max_tokens=40, seed=1)
     )
-    assert free.finish_reason == "stop" and all(c["name"] == "book" for c in free.tool_calls)
+    assert all(c["name"] == "book" for c in free.tool_calls)
+    assert free.finish_reason == ("stop" if free.tool_calls else "length")  # a text that was cut is no whole one
 
 
 def test_stop_strings_still_end_an_answer(nano: LLM) -> None:
