@@ -150,6 +150,11 @@ class ReplyParser:
             self._may_have_label = _may_be_label(end.text)
             self._thought.waiting = end.text if self._may_have_label else ""
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether a thought is open."""
+        return self._is_thinking
+
     def push(self, ids: Iterable[int]) -> None:
         """Take the next tokens of the answer."""
         run: list[int] = []

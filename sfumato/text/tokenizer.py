@@ -249,7 +249,6 @@ class Tokenizer:
         except (OverflowError, TypeError):
             raise InputError(_BAD_IDS) from None
 
-    @_guarded
     def piece(self, token: int) -> str:
         """The text of one token, a special one's too."""
         return self.decode([token], skip_special=False)
@@ -261,6 +260,7 @@ class Tokenizer:
             pieces.setdefault(self.piece(token), value)
         return pieces
 
+    @_guarded
     def id(self, token: str) -> int | None:
         """The id of one token by its exact text, or None."""
         return self._inner.token_to_id(token)
