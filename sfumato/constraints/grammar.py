@@ -6,7 +6,7 @@ is refused. What llguidance keeps of a grammar is shared by all copies of a matc
 of no use from then on; so every guide compiles its own, and what happens to one text does not affect another's.
 
 Deliberately absent: control tokens inside a text, except those that a Lark grammar names by their text, and only where
-it does; remote `$ref`; and schema keywords that llguidance would ignore.
+it does.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _accepting(check: Check | None, tokenizer: Tokenizer) -> Accepts | None:
 def _tried(vocabulary: Vocabulary, tokenizer: Tokenizer, terms: Terms) -> list[int]:
     """The shortest text of a grammar, searched for in a child process."""
     size, ends = vocabulary.vocab_size, sorted(vocabulary.ends)
-    with CHILDREN.child(f"the {terms[0]}") as child:
+    with CHILDREN.child(f"the {terms.kind}") as child:
         shortest = child.run(_shortest_text, vocabulary.key, terms, stack=STACK)
         if shortest is None:  # the child does not have this tokenizer
             child.run(
@@ -165,7 +165,7 @@ def _tried(vocabulary: Vocabulary, tokenizer: Tokenizer, terms: Terms) -> list[i
             )
             shortest = child.run(_shortest_text, vocabulary.key, terms, stack=STACK)
     if not isinstance(shortest, list):
-        raise InputError(f"the {terms[0]} could not be read; send the request again")
+        raise InputError(f"the {terms.kind} could not be read; send the request again")
     return shortest
 
 
