@@ -57,10 +57,10 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
     checked["role"] = role
     if "content" not in checked and role not in ("assistant", "tool"):
         raise InputError(f"{where} ({role}) has no content; give text")
-    said, thought_parts = checked.get("content"), list[str]()
-    if role == "assistant" and isinstance(said, list):
-        said, thought_parts = _without_thought_parts(said)
-    content = _check_content(said, where)
+    speech, thought_parts = checked.get("content"), list[str]()
+    if role == "assistant" and isinstance(speech, list):
+        speech, thought_parts = _without_thought_parts(speech)
+    content = _check_content(speech, where)
     if role == "system" and isinstance(content, list):
         content = "\n".join(part["text"] for part in content)
     elif role == "assistant" and isinstance(content, list):

@@ -43,9 +43,9 @@ def test_keys_that_no_template_knows_are_left_out() -> None:
 def results(calls: list[tuple[str | None, str]], *answers: Message) -> list[tuple[Any, Any, Any]]:
     """Of each result the content, its name, and the name of the call whose id it has."""
     named = [{"function": {"name": name, "arguments": {}}} | ({"id": id} if id else {}) for id, name in calls]
-    _, asked, *rest = check_messages([user("x"), model("", *named), *({"role": "tool"} | one for one in answers)])
-    names = {one.get("id"): one["function"]["name"] for one in asked["tool_calls"]}
-    assert len({one.get("id") for one in asked["tool_calls"]} - {None}) == sum("id" in c for c in asked["tool_calls"])
+    _, request, *rest = check_messages([user("x"), model("", *named), *({"role": "tool"} | one for one in answers)])
+    names = {one.get("id"): one["function"]["name"] for one in request["tool_calls"]}
+    assert len({one.get("id") for one in request["tool_calls"]} - {None}) == sum("id" in c for c in request["tool_calls"])
     return [(one["content"], one.get("name"), names.get(one.get("tool_call_id"))) for one in rest]
 
 
