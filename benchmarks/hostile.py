@@ -95,7 +95,11 @@ def attacks() -> list[Attack]:
         Attack("a pattern that multiplies", [complete(regex=digits, seed=seed) for seed in (1, 2, 3)]),
         Attack("a pattern of many paths", [complete(regex=paths, seed=seed) for seed in (1, 2, 3)]),
         Attack("the same in a schema", [chat(seed=n, **form({"type": "string", "pattern": paths})) for n in (1, 2)]),
-        Attack("nested repeats", [chat(**form({"type": "string", "pattern": nested})), complete(regex=nested)]),
+        Attack(
+            "nested repeats",
+            [chat(max_tokens=n, **form({"type": "string", "pattern": nested})) for n in (64, 2000)]
+            + [complete(regex=nested)],
+        ),
         Attack("five new slow patterns", [complete(regex=f"(.*a.*b.*){{{n}}}") for n in range(50, 55)]),
         Attack("700 optional terminals", [complete(grammar=optional)]),
         Attack("a chain of 3,000 rules, twice", [complete(grammar=chain)] * 2, True),

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.smoke import CLUE, SMOKE, colour
 from sfumato import LLM, Done, Draft, Options, Slot
 from sfumato.constraints.guide import Guide, Pick, Walk
-from sfumato.constraints.search import Interruptible
+from sfumato.constraints.interruptible import Interruptible
 from sfumato.engine.request import Request, Span
 from sfumato.engine.run import Run
 from sfumato.sampling.noise import CountedNoise

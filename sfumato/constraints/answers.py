@@ -23,7 +23,7 @@ import numpy as np
 
 from sfumato.constraints.grammar import Grammar
 from sfumato.constraints.guide import Guide, Pick, Walk
-from sfumato.constraints.search import Interruptible, finish
+from sfumato.constraints.interruptible import Interruptible, finish
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError
 

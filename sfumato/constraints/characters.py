@@ -18,6 +18,9 @@ from functools import lru_cache
 Ranges = tuple[tuple[int, int], ...]
 """First and last code points, in order, neither overlapping nor adjacent."""
 
+MAX_PIECES = 24
+"""Ranges of a class that excludes by a property of Unicode: beyond the largest, it allows less than it might."""
+
 ALL: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 NONE: Ranges = ()
 
@@ -92,6 +95,14 @@ def _categories() -> dict[str, Ranges]:
     return sets
 
 
+def coarse(one: Ranges) -> Ranges:
+    """Most of a set: of one in many pieces the largest beyond ASCII, since every piece is work at each step."""
+    if len(one) <= MAX_PIECES:
+        return one
+    largest = sorted(one, key=lambda pair: pair[0] - pair[1] if pair[0] > 0x7F else -0x110000)
+    return tuple(sorted(largest[:MAX_PIECES]))
+
+
 # ---- the classes that have a letter ----------------------------------------------------------------------------------
 
 _WORD = ranges([(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
@@ -101,7 +112,8 @@ _SPACE = of(" \t\n\r\x0b\x0c")
 def named_class(letter: str, is_wide: bool) -> Ranges:
     """The characters of `\\d`, `\\w`, `\\s` or their complements, narrow or wide."""
     if letter.isupper():
-        return complement(named_class(letter.lower(), not is_wide))
+        others = complement(named_class(letter.lower(), not is_wide))
+        return others if is_wide else coarse(others)
     if letter == "d":
         return _categories()["Nd"] if is_wide else ((0x30, 0x39),)
     if letter == "w":

@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
+from sfumato.constraints.checks import Check
 from sfumato.constraints.expressions import written
 from sfumato.constraints.patterns import NotSupported, parse
 from sfumato.errors import InputError, missing_extra
@@ -27,8 +28,17 @@ MAX_CHAIN = 500
 """Rules of a Lark grammar that need one another in a chain: the library follows them on its stack."""
 MAX_CHOICES = 10_000
 
-GrammarSource = tuple[str, str]
-"""A grammar in llguidance's form, and the text of its patterns, from which the search takes hints."""
+
+class GrammarSource(NamedTuple):
+    """A grammar in llguidance's form."""
+
+    text: str
+    hints: str
+    """The text of its patterns, from which the search for short texts takes hints."""
+    check: Check | None = None
+    """What the grammar allows and this does not pass is no text of the constraint."""
+    example: str | None = None
+    """A short text that the grammar should allow, its control tokens spelled out."""
 
 
 def llguidance() -> Any:
@@ -59,14 +69,19 @@ def source_of_regex(value: Any) -> GrammarSource:
         terminal = written(parse(text, is_whole=True))
     except NotSupported as error:
         raise InputError(f"the regex has {error}, which is not supported; write it without") from None
-    return json.dumps({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {terminal}"}]}), text[:1000]
+    return GrammarSource(json.dumps({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {terminal}"}]}), text[:1000])
 
 
 def source_of_lark(value: Any) -> GrammarSource:
     """A Lark grammar, its number of rules and their chains bounded."""
     text = checked_text("grammar", value, MAX_CHARACTERS)
     check_rules(text, "grammar", MAX_NAMES)
-    return json.dumps({"grammars": [{"lark_grammar": text}]}), text[:1000]
+    return GrammarSource(json.dumps({"grammars": [{"lark_grammar": text}]}), text[:1000])
+
+
+def lark_of(source: str) -> str:
+    """The Lark grammar of a `GrammarSource.text`."""
+    return str(json.loads(source)["grammars"][0]["lark_grammar"])
 
 
 def check_rules(lark: str, what: str, most: int | None = None) -> None:
@@ -134,4 +149,4 @@ def source_of_choices(value: Any) -> GrammarSource:
             raise InputError(f"choice {number}, {choice[:80]!r}, is choice {numbers[choice]} again; give each once")
         numbers[choice] = number
     words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
-    return json.dumps({"grammars": [{"lark_grammar": f"start: CHOICE\nCHOICE: {words}"}]}), ""
+    return GrammarSource(json.dumps({"grammars": [{"lark_grammar": f"start: CHOICE\nCHOICE: {words}"}]}), "")

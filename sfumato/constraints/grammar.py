@@ -11,13 +11,23 @@ it does; remote `$ref`; and schema keywords that llguidance would ignore.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
 
-from sfumato.constraints.forms import GrammarSource, source_of_choices, source_of_lark, source_of_regex
+from sfumato.constraints.checks import Check
+from sfumato.constraints.forms import GrammarSource, lark_of, source_of_choices, source_of_lark, source_of_regex
 from sfumato.constraints.guide import Guide
+from sfumato.constraints.interruptible import Interruptible, T
+from sfumato.constraints.lark import terminals
+from sfumato.constraints.patterns import NotSupported
 from sfumato.constraints.schema import source_of_schema
-from sfumato.constraints.search import EFFORT, Search, finish
+from sfumato.constraints.search import EFFORT, Accepts, Search
+from sfumato.constraints.shortest import Automaton
+from sfumato.constraints.tools import source_of_calls
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError, InputError
 from sfumato.options import CONSTRAINTS
@@ -26,11 +36,18 @@ from sfumato.text.tokenizer import Tokenizer
 
 MAX_SHORTEST = 8192
 """Tokens within which a grammar must have a text."""
+_SHORT_ENOUGH = 256
+"""Tokens of an example that is not searched for a shorter one."""
 STACK = 4 << 20
 """Bytes of stack on which a grammar must compile: less than any thread here has."""
 CHILDREN = confined.ChildPool(nice=19)
 """The child processes that try grammars. Their priority is low: the engine's threads wait for each other, so that one
 that loses its core holds up all."""
+READING_SECONDS, SEARCH_SECONDS = 1.0, 3.0
+"""Of the processor that a child may take to read a grammar, which is done once more for each text, and to find its
+shortest text."""
+PROOF_EFFORT = 5_000
+"""Derivatives that it may take to show that a regex has no text."""
 TOKENIZERS_KEPT = 2
 """Tokenizers that a child process keeps."""
 TOKENIZER_SECONDS, TOKENIZER_MEMORY = 30.0, 4 << 30
@@ -42,17 +59,26 @@ _SOURCES: dict[str, Callable[[Any], GrammarSource]] = {
     "regex": source_of_regex,
     "grammar": source_of_lark,
     "choices": source_of_choices,
+    "calls": source_of_calls,
 }
 
 
 class Grammar:
     """A compiled constraint; it holds no state of a text, and many guides may use it."""
 
-    def __init__(self, vocabulary: Vocabulary, search: Search, source: str, shortest: list[int]) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        search: Search,
+        source: str,
+        shortest: list[int],
+        is_right: Accepts | None = None,
+    ) -> None:
         self._vocabulary = vocabulary
         self._search = search
         self._source = source
         self._shortest = shortest
+        self._is_right = is_right
 
     @classmethod
     def compile(cls, kind: str, value: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> Grammar:
@@ -63,12 +89,18 @@ class Grammar:
         that end a text. Whatever is wrong with the value is an InputError of one sentence. The first grammar of a
         tokenizer takes a second or two.
         """
-        source, hints = source_of(kind, value)
+        source, hints, check, example = source_of(kind, value)
         vocabulary = Vocabulary.of(tokenizer, vocab_size, ends)
-        lark = value if kind == "grammar" else ""
-        shortest = _tried(vocabulary, tokenizer, (kind, source, hints, lark))
+        lark = lark_of(source) if kind in ("grammar", "calls") else ""
+        shortest = _tried(vocabulary, tokenizer, Terms(kind, source, hints, lark, check, example))
         vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
-        return cls(vocabulary, Search(vocabulary, tokenizer, hints, kind == "schema"), source, shortest)
+        return cls(
+            vocabulary,
+            Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema"),
+            source,
+            shortest,
+            _accepting(check, tokenizer),
+        )
 
     def shortest(self) -> int:
         """Tokens of the shortest known text that the grammar allows, the end not counted."""
@@ -82,18 +114,29 @@ class Grammar:
                 "raise max_tokens or ask for less"
             )
         matcher = self._vocabulary.matcher(self._source)
-        return Guide(self._vocabulary, self._search, matcher, self._shortest, room)
+        return Guide(self._vocabulary, self._search, matcher, self._shortest, room, self._is_right)
 
 
 def source_of(kind: str, value: Any) -> GrammarSource:
     """The grammar in llguidance's form; InputError, one sentence, for whatever is wrong with the value."""
-    if kind not in CONSTRAINTS:
+    if kind not in _SOURCES:
         raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")
     return _SOURCES[kind](value)
 
 
-Terms = tuple[str, str, str, str]
-"""A grammar's kind, source and hints, and its own text where it is Lark's (else "")."""
+class Terms(NamedTuple):
+    """A grammar's kind, source and hints, its own text where it is Lark's (else ""), its check, and an example."""
+
+    kind: str
+    source: str
+    hints: str
+    lark: str
+    check: Check | None
+    example: str | None
+
+
+def _accepting(check: Check | None, tokenizer: Tokenizer) -> Accepts | None:
+    return None if check is None else partial(check.is_passed, tokenizer)
 
 
 def _tried(vocabulary: Vocabulary, tokenizer: Tokenizer, terms: Terms) -> list[int]:
@@ -133,15 +176,62 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
     """
     if key not in _tokenizers:
         return None
-    kind, source, hints, lark = terms
+    kind, source, hints, lark, check, example = terms
     tokenizer, vocabulary = _tokenizers[key]
     vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
+    began = time.process_time()
     matcher = vocabulary.matcher(source, f"the {kind}")
-    search = Search(vocabulary, tokenizer, hints, kind == "schema")
-    shortest = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT))
-    if shortest is None:
+    matcher.deep_copy().compute_ff_tokens()
+    vocabulary.bits(matcher.deep_copy())
+    if (seconds := time.process_time() - began) > READING_SECONDS:
+        raise InputError(
+            f"the {kind} takes {seconds:.1f} seconds to read, more than the {READING_SECONDS:g} allowed; "
+            "make it smaller"
+        )
+    if kind == "regex" and not _has_text(source):
+        raise InputError("the regex allows no text; see that what it asks for in one place is allowed in the others")
+    search = Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema")
+    is_right = _accepting(check, tokenizer)
+    known = _known(example, kind, tokenizer, MAX_SHORTEST)
+    if known is not None and not (search.is_completion(matcher, known) and (is_right is None or is_right(known))):
+        known = None
+    if known is not None and len(known) <= _SHORT_ENOUGH:
+        return known
+    path = _finished(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right), f"the {kind}")
+    path = min((one for one in (path, known) if one is not None), key=len, default=None)
+    if path is None:
         raise InputError(
             f"no text of at most {MAX_SHORTEST} tokens was found that the {kind} allows; "
             "see that it is satisfiable and asks for less"
         )
-    return shortest
+    return path
+
+
+def _known(example: str | None, kind: str, tokenizer: Tokenizer, most: int) -> list[int] | None:
+    """The tokens of an example, where they are at most so many."""
+    tokens = None if example is None else tokenizer.encode(example, parse_special=kind == "calls")
+    return tokens if tokens is not None and len(tokens) <= most else None
+
+
+def _finished(work: Interruptible[T], what: str) -> T:
+    """The result of the work; InputError where it takes too long. The child stays as it is, unlike behind a limit."""
+    until = time.process_time() + SEARCH_SECONDS
+    for number in itertools.count():
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        if number % 64 == 0 and time.process_time() > until:
+            raise InputError(
+                f"{what} takes longer than the {SEARCH_SECONDS:g} seconds allowed to find its shortest text; "
+                "make it simpler"
+            )
+    raise AssertionError
+
+
+def _has_text(source: str) -> bool:
+    """Whether the terminal of a regex has a text, as far as is known."""
+    with suppress(NotSupported):
+        for one in terminals(source):
+            return _finished(Automaton(one).ending(one, PROOF_EFFORT), "the regex") is not None
+    return True

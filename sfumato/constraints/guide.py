@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sfumato.constraints.search import EFFORT_IN_WALK, Interruptible, Search, finish
+from sfumato.constraints.interruptible import Interruptible, finish
+from sfumato.constraints.search import EFFORT_IN_WALK, Accepts, Search
+from sfumato.constraints.trails import Trail
 from sfumato.constraints.vocabulary import Vocabulary, give_up
 
 if TYPE_CHECKING:
@@ -122,21 +124,32 @@ class Guide:
     """One text in progress: what is committed of it, and the path of its present canvas.
 
     `room` is the number of tokens still allowed behind what is committed, `is_over` says that the committed text is
-    complete, and `masks` counts the masks computed so far. `completion` is a shortest text of the grammar.
+    complete, and `masks` counts the masks computed so far. `completion` is a shortest text of the grammar. `is_right`
+    says whether a whole text is right beyond what the grammar says; `completion` is.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, search: Search, matcher: LLMatcher, completion: list[int], room: int
+        self,
+        vocabulary: Vocabulary,
+        search: Search,
+        matcher: LLMatcher,
+        completion: list[int],
+        room: int,
+        is_right: Accepts | None = None,
     ) -> None:
         self.room = room
         self.is_over = False
         self.masks = 0
         self._vocabulary = vocabulary
         self._search = search
+        self._is_right = is_right
+        self._committed: list[int] = []  # for is_right
         self._matcher = matcher  # in the state behind self._tokens
         self._tokens: list[int] = []  # the last path, and the rest of an earlier path behind it
         self._places = [self._look([])]  # one more than tokens
         self._places[0].completion = self._last_completion = self._shortest = completion
+        self._trail = search.trails.begin
+        self._unfollowed = b""  # committed, and not yet a part of the trail
         self._length = 0  # of the last path
         self._end: int | None = None
 
@@ -170,7 +183,8 @@ class Guide:
                 self._take(j, token)
                 j += 1
                 continue
-            back = j if token == _END else (yield from self._last_within_room(j))
+            is_whole = token == _END and self._is_right_from(j, [])
+            back = j if is_whole else (yield from self._last_within_room(j))
             if back == j:
                 break
             self._turn_back(back, path)
@@ -200,6 +214,9 @@ class Guide:
         rest = self._places[self._length].completion if self._end is None else []
         assert rest is not None
         completion = self._tokens[count : self._length] + rest
+        if self._is_right is not None:
+            self._committed += self._tokens[:count]
+        self._unfollowed += self._vocabulary.data(self._tokens[:count])
         self._tokens, self._places = self._tokens[count:], self._places[count:]
         self._places[0].completion, self._places[0].is_stuck = completion, False
         self.is_over = self._end == count
@@ -328,10 +345,28 @@ class Guide:
         place, left = self._places[j], self.room - j
         if place.completion is None and not place.is_stuck:
             matcher = self._state(j)
-            if len(self._last_completion) <= left and self._search.is_completion(matcher, self._last_completion):
-                place.completion = self._last_completion
+            last = self._last_completion
+
+            def is_right(completion: list[int]) -> bool:
+                return self._is_right_from(j, completion)
+
+            if len(last) <= left and self._search.is_completion(matcher, last) and is_right(last):
+                place.completion = last
             else:
-                place.completion = yield from self._search.completion(matcher, left, left, EFFORT_IN_WALK)
+                trail = yield from self._trail_to(j)
+                completing = self._search.completion(matcher, left, left, EFFORT_IN_WALK, trail, is_right)
+                place.completion = yield from completing
             place.is_stuck = place.completion is None
             self._last_completion = place.completion or self._last_completion
         return not place.is_stuck
+
+    def _is_right_from(self, j: int, completion: list[int]) -> bool:
+        """Whether the text with this completion from position j is right as a whole."""
+        return self._is_right is None or self._is_right([*self._committed, *self._tokens[:j], *completion])
+
+    def _trail_to(self, j: int) -> Interruptible[Trail]:
+        """How far the text has come along its terminals before position j."""
+        if self._unfollowed:
+            data, self._unfollowed = self._unfollowed, b""
+            self._trail = yield from self._search.trails.after(self._trail, data)
+        return (yield from self._search.trails.after(self._trail, self._vocabulary.data(self._tokens[:j])))

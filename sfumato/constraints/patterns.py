@@ -32,34 +32,11 @@ from sfumato.constraints.expressions import (
     sequence,
 )
 
-_DATE = (
-    r"(?:[1-9]\d{3}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
-    r"|(?:[1-9]\d(?:0[48]|[2468][048]|[13579][26])|(?:[2468][048]|[13579][26])00)-02-29)"
-)
-_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_IN_URI = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"
-FORMAT_PATTERNS = {
-    "date": _DATE,
-    "date-time": f"{_DATE}T{_TIME}",
-    "email": rf"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*@{_LABEL}(?:\.{_LABEL})+",
-    "hostname": rf"{_LABEL}(?:\.{_LABEL}){{0,3}}",
-    "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
-    "time": _TIME,
-    "uri": rf"[a-z][a-z0-9+.-]*://{_LABEL}(?:\.{_LABEL})*(?::\d{{1,4}})?(?:/{_IN_URI})?(?:\?{_IN_URI})?(?:#{_IN_URI})?",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-}
-"""The pattern of each `format`, in the dialect that `parse` reads, for a whole text."""
-FORMATS = tuple(FORMAT_PATTERNS)
-"""Values of `format` that are enforced; others are refused."""
-
-
 MAX_NESTING = 100
 """Groups within each other."""
 MAX_WAYS = 200
 """Alternatives into which a pattern falls apart where it has anchors or look-around in its groups."""
-MAX_SIZE = 50_000
+MAX_SIZE = 200_000
 """Nodes of an expression."""
 
 _CHARACTERS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
@@ -452,7 +429,10 @@ class _Parser:
         if not items:
             raise NotSupported("an empty class")
         ranges = self._cased(characters.union(*items), is_wide)
-        return characters.complement(ranges) if is_not else ranges
+        if not is_not:
+            return ranges
+        others = characters.complement(ranges)
+        return others if self._flags.is_wide else characters.coarse(others)
 
     def _item(self, is_wide: bool) -> tuple[Ranges, bool]:
         """An item of a class, where \\b is a backspace; and whether it is one character."""

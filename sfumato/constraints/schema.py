@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
+from sfumato.constraints.checks import SchemaCheck
 from sfumato.constraints.forms import MAX_CHARACTERS, GrammarSource, check_rules, checked_text
 from sfumato.constraints.values.document import Document
 from sfumato.constraints.values.notation import JsonNotation
@@ -25,25 +26,20 @@ MAX_DEPTH = 64
 
 def source_of_schema(value: Any) -> GrammarSource:
     """The grammar of the JSON that a schema allows; `value` is a dict, a bool, or JSON text of one."""
-    rules = RuleWriter()
-    start = schema_rule(rules, checked_schema(value))
-    lark = "\n".join([f"start: {start}", *rules.lines(), ""])
-    check_rules(lark, "schema")
-    return json.dumps({"grammars": [{"lark_grammar": lark}]}), rules.hints()
-
-
-def schema_rule(rules: RuleWriter, schema: Any) -> str:
-    """The rule of the JSON that a schema allows, written with all that it needs into a grammar."""
-    document = Document(schema, "the schema")
-    writer = ValueWriter(rules, JsonNotation())
+    schema = checked_schema(value)
     if not isinstance(schema, (dict, bool)):
         raise InputError(f"a schema is a JSON object, or true; this is {repr(schema)[:80]}")
     if schema is False:
         raise InputError("the schema is false, which allows no text; give one that allows some")
-    rule = writer.rule((document.root,))
-    for place in writer.inexact:
-        place.refuse("this cannot be kept by a grammar; write it without uniqueItems, not or oneOf")
-    return rule
+    rules = RuleWriter()
+    writer = ValueWriter(rules, JsonNotation())
+    places = (Document(schema, "the schema").root,)
+    start = writer.rule(places)
+    lark = "\n".join([f"start: {start}", *rules.lines(), ""])
+    check_rules(lark, "schema")
+    source = json.dumps({"grammars": [{"lark_grammar": lark}]})
+    check = SchemaCheck(schema) if writer.is_inexact else None
+    return GrammarSource(source, rules.hints(), check, writer.example(places))
 
 
 def checked_schema(value: Any, what: str = "the schema") -> Any:

@@ -2,7 +2,8 @@
 
 Where a text must end within its tokens, its walk asks for a completion of what is there. An automaton of the grammar
 would know the shortest one; llguidance has none, so the search tries a greedy path first, then others, within a number
-of tries. All of it is `Interruptible` between two calls of the library.
+of tries. Inside a terminal the way out is known (`trails`). All of it is `Interruptible` between two calls of the
+library.
 
 Deliberately absent: proof. A search that ends without a text does not show that there is none, and the shortest text
 that it finds need not be the shortest there is.
@@ -13,13 +14,16 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sfumato.constraints.interruptible import Interruptible
+from sfumato.constraints.trails import Trail, Trails
 from sfumato.constraints.vocabulary import Vocabulary
+from sfumato.errors import InputError
 from sfumato.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 EFFORT, EFFORT_IN_WALK = 100_000, 1_000
 """Tries of a token, about 2 µs each, beyond a search's first path: for a grammar, and within a walk."""
+_EFFORT_TO_SHORTEN = 10_000
+"""Tries for a shorter text than the first, which is short where the ends of terminals are known."""
 
 _CAPS = (32, 256)
 """Tokens: the depths at which the search tries before it goes to its limit. Most endless loops cost no more."""
@@ -37,22 +43,17 @@ _WAY_OUT = 400
 _PIECES = 200
 """Words and marks of a pattern that become hints."""
 _HINTS = 16
+_SHORT_END, _LONG_END = 64, 1_000_000
+"""Characters of a terminal's end that is taken at first, and later: instead of a long one, greed often finds fewer
+tokens."""
+_LONGEST_TOKEN = 32
+"""Characters of a token, at most, for an estimate."""
 _ALTERNATIVES = 8
 """Other tokens that are tried at one position of a path, beside the hints."""
 
-T = TypeVar("T")
 
-Interruptible = Generator[None, None, T]
-"""A computation that can be interrupted wherever it yields, which is between any two calls of the library."""
-
-
-def finish(work: Interruptible[T]) -> T:
-    """Run the work to its end; returns its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+Accepts = Callable[[list[int]], bool]
+"""Whether tokens are right as a completion, beyond what the grammar says."""
 
 
 @dataclass
@@ -60,17 +61,48 @@ class _Effort:
     """Tries that are left; below 0 the search ends."""
 
     left: int
+    enough: int = 0
+    """Tokens of a completion with which it ends."""
+    is_right: Accepts | None = None
+    """What is asked of a completion beside the grammar."""
+    best: list[int] | None = None
+    """The shortest completion so far."""
+
+    def takes(self, path: list[int]) -> bool:
+        """Whether these tokens, which the grammar allows as a completion, are one."""
+        return self.is_right is None or self.is_right(path)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One way to search."""
+
+    longest: int
+    """Characters of the ends of terminals that are taken."""
+    must_lead_out: bool
+    """Only such ends are taken behind which the text, or its string, may end."""
+    caps: list[int]
+    """Tokens, of one search after the other."""
+    branches: int = 1 << 30
+    """Choices along a first path that are tried otherwise."""
+
+
+_Branch = tuple[int, int, int, list[int], list[int]]
 
 
 class Search:
     """Looks for short texts of one grammar.
 
-    `text` is the text of the grammar's patterns. Its tokens, and a few that stand for whole classes, are the hints:
-    where nearly everything is allowed, the next tokens are likely to be among them. In JSON (`is_json`) a quote ends a
-    string; elsewhere the control tokens that the grammar names do.
+    `source` is the grammar, `text` the text of its patterns. Its tokens, and a few that stand for whole classes, are
+    the hints: where nearly everything is allowed, and no terminal is understood, the next tokens are likely to be among
+    them. In JSON (`is_json`) a quote ends a string; elsewhere the control tokens that the grammar names do.
     """
 
-    def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer, text: str, is_json: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer, source: str, text: str, is_json: bool) -> None:
+        self.trails = Trails(source)
+        self._to_shorten = _EFFORT_TO_SHORTEN if len(self.trails) else EFFORT
+        self._encode = tokenizer.encode
+        self._ends: dict[str, list[int]] = {}  # of terminals, and their tokens
         pieces = re.findall(r"[^\W_]+|[\W_]", text)[:_PIECES]
         texts = ["a", "1", "A", *pieces] if pieces else []
         hints = dict.fromkeys(token for piece in dict.fromkeys(texts) for token in tokenizer.encode(piece)[:4])
@@ -86,33 +118,65 @@ class Search:
         matcher = matcher.deep_copy()
         return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
-    def completion(self, matcher: LLMatcher, limit: int, enough: int, effort: int) -> Interruptible[list[int] | None]:
-        """At most `limit` tokens that complete the text.
+    def completion(
+        self,
+        matcher: LLMatcher,
+        limit: int,
+        enough: int,
+        effort: int,
+        trail: Trail | None = None,
+        is_right: Accepts | None = None,
+    ) -> Interruptible[list[int] | None]:
+        """At most `limit` tokens that complete the text, which has come along this trail, and that are right.
 
         The search ends with the first completion of at most `enough` tokens, else it returns its shortest. None where
         it finds nothing, which does not prove that there is nothing. `effort` is about the number of tries of a token
         that it may take beyond the first path, which may take ten times as many.
         """
-        for cap in sorted({min(limit, first) for first in (*_CAPS, limit)}):
-            if (path := (yield from self._search(matcher, cap, enough, _Effort(effort)))) is not None:
-                return path
+        trail = trail or self.trails.begin
+        caps = sorted({min(limit, first) for first in (*_CAPS, limit)})
+        if enough < limit:
+            rounds = [_Round(_SHORT_END, True, caps), _Round(_LONG_END, True, caps), _Round(_LONG_END, False, caps)]
+        else:  # any will do: the ends of terminals first, then greed, and all of it within one effort
+            rounds = [_Round(_LONG_END, True, [limit], 0), _Round(0, True, [limit], 0), _Round(_LONG_END, False, caps)]
+        if not len(self.trails):
+            rounds = rounds[-1:]
+        whole = _Effort(5 * effort, enough, is_right)
+        for one in rounds:
+            for cap in one.caps:
+                left = _Effort(effort, enough, is_right) if enough < limit else whole
+                if (path := (yield from self._search(matcher, cap, left, one, trail))) is not None:
+                    return path
         return None
 
-    def _search(self, matcher: LLMatcher, cap: int, enough: int, effort: _Effort) -> Interruptible[list[int] | None]:
+    def _search(
+        self, matcher: LLMatcher, cap: int, effort: _Effort, way: _Round, trail: Trail
+    ) -> Interruptible[list[int] | None]:
         """A greedy path; then other choices along it, the earliest first, and then along the paths that these lead to.
 
         Only shorter paths than the best so far count.
         """
-        best: list[int] | None = None
-        path, choices, is_complete = yield from self._descend(matcher.deep_copy(), [], cap, _Effort(10 * effort.left))
-        if is_complete:
-            best = path
+        first = effort if effort.enough >= cap else _Effort(10 * effort.left)
+        path, choices, is_complete = yield from self._descend(matcher.deep_copy(), [], cap, first, way, trail)
+        if is_complete and effort.takes(path):
+            effort.best, effort.left = path, min(effort.left, self._to_shorten)
         # A heap of (number of other choices so far, position of the next one, order of entry, path, its choices).
-        branches = [(0, at, 0, path, choices) for at in choices]
+        branches: list[_Branch] = [(0, at, 0, path, choices) for at in choices[: way.branches]]
+        try:
+            yield from self._try_others(matcher, branches, cap, effort, way, trail)
+        except InputError:  # the library cannot follow so many ways
+            if effort.best is None:
+                raise
+        return effort.best
+
+    def _try_others(
+        self, matcher: LLMatcher, branches: list[_Branch], cap: int, effort: _Effort, way: _Round, trail: Trail
+    ) -> Interruptible[None]:
+        """Other choices along the paths of these branches."""
         tried: set[tuple[int, ...]] = set()
-        while branches and effort.left > 0 and (best is None or len(best) > enough):
+        while branches and effort.left > 0 and (effort.best is None or len(effort.best) > effort.enough):
             depth, at, _, path, choices = heapq.heappop(branches)
-            most = cap if best is None else len(best) - 1
+            most = cap if effort.best is None else len(effort.best) - 1
             if at >= most:
                 continue
             before = path[:at]
@@ -126,30 +190,30 @@ class Search:
                 if effort.left < 0 or key in tried or branch.try_consume_tokens([token]) != 1:
                     continue
                 tried.add(key)
-                new, new_choices, is_complete = yield from self._descend(branch, list(key), most, effort)
-                if is_complete:
-                    best = new
+                new, new_choices, is_complete = yield from self._descend(branch, list(key), most, effort, way, trail)
+                if is_complete and effort.takes(new):
+                    effort.best, effort.left = new, min(effort.left, self._to_shorten)
                     choices = [other for other in choices if other <= at] + new_choices
                     for other in choices:
                         heapq.heappush(branches, (0, other, len(tried), new, choices))
                     break
                 for other in new_choices:
                     heapq.heappush(branches, (depth + 1, other, len(tried), new, new_choices))
-        return best
 
     def _descend(
-        self, matcher: LLMatcher, before: list[int], cap: int, effort: _Effort
+        self, matcher: LLMatcher, before: list[int], cap: int, effort: _Effort, way: _Round, trail: Trail
     ) -> Interruptible[tuple[list[int], list[int], bool]]:
-        """A greedy path from the matcher's state, which is the one behind `before`.
+        """A greedy path from the matcher's state, which is the one behind `before`, which is behind the trail.
 
-        It ends where the text may end. Else it takes what is forced, else what closes, else the way out of free text,
-        else the same token again or the one of most worth. Returns all tokens, the positions with a choice, and whether
-        the text is complete.
+        It ends where the text may end. Else it takes what is forced, else what closes, else the end of a terminal, else
+        the way out of free text, else the same token again or the one of most worth. Returns all tokens, the positions
+        with a choice, and whether the text is complete.
         """
         vocabulary = self._vocabulary
         tokens = before[:]
         choices: list[int] = []
         again: list[int] = []
+        count = 0  # tokens that the trail has
         used: Counter[int] = Counter()  # of worth so far: the way out of a loop is a token that is not in it
         while not matcher.is_accepting():
             yield
@@ -168,7 +232,15 @@ class Search:
             if token is not None:
                 tokens.append(token)
                 again = again if [token] == again else []
-            elif is_free and not again and (out := (yield from self._way_out(matcher, effort))):
+                continue
+            trail, count = (yield from self.trails.after(trail, vocabulary.data(tokens[count:]))), len(tokens)
+            effort.left -= 10 + len(self.trails)
+            out: list[int] = []
+            if is_free and not again and not (len(self.trails) and way.must_lead_out):
+                out = yield from self._way_out(matcher, effort)
+            if not out:
+                out = yield from self._end_of_terminal(matcher, cap - len(tokens), effort, way, trail)
+            if out:
                 matcher.try_consume_tokens(out)
                 tokens += out
             else:
@@ -184,6 +256,24 @@ class Search:
                 tokens.append(token)
                 again = [token] if is_free else []
         return tokens, choices, len(tokens) <= cap
+
+    def _end_of_terminal(
+        self, matcher: LLMatcher, room: int, effort: _Effort, way: _Round, trail: Trail
+    ) -> Interruptible[list[int]]:
+        """The tokens of the shortest end of a terminal behind which the text may leave it; [] where there is none."""
+        for text in (yield from self.trails.ends(trail)) if way.longest else []:
+            if len(text) > min(way.longest, _LONGEST_TOKEN * room):
+                break
+            yield
+            tokens = self._ends.get(text) or self._ends.setdefault(text, self._encode(text))
+            effort.left -= 5 + len(tokens)
+            if len(tokens) > room or matcher.validate_tokens(tokens) < len(tokens):
+                continue
+            new = matcher.deep_copy()
+            new.try_consume_tokens(tokens)
+            if not way.must_lead_out or new.is_accepting() or self._closes(new):
+                return tokens
+        return []
 
     def _way_out(self, matcher: LLMatcher, effort: _Effort) -> Interruptible[list[int]]:
         """Tokens that lead from free text to its end, its quote or text that is not free; [] where none are known.
@@ -220,8 +310,10 @@ class Search:
         return []
 
     def _is_out(self, matcher: LLMatcher) -> bool:
-        closes = any(matcher.validate_tokens([token]) for token in self._quotes)
-        return closes or bool(matcher.is_accepting()) or not self._vocabulary.is_free(matcher)
+        return self._closes(matcher) or bool(matcher.is_accepting()) or not self._vocabulary.is_free(matcher)
+
+    def _closes(self, matcher: LLMatcher) -> bool:
+        return any(matcher.validate_tokens([token]) for token in self._quotes)
 
     def _alternatives(self, matcher: LLMatcher) -> list[int]:
         """Tokens to try next: the hints, and those of most worth, each with another first byte."""

@@ -27,8 +27,8 @@ from sfumato.constraints.expressions import (
     repeat,
     sequence,
 )
+from sfumato.constraints.interruptible import Interruptible, finish
 from sfumato.constraints.patterns import NotSupported
-from sfumato.constraints.search import Interruptible, finish
 
 EFFORT = 50_000
 """Derivatives of one search, about 20 µs each: see `Automaton.ending`."""
@@ -44,9 +44,10 @@ def shortest(node: Expression) -> str | None:
 
 
 class Automaton:
-    """The states of one expression, made as they are needed."""
+    """The states of one expression, made as they are needed; NotSupported where they have more than `most` parts."""
 
-    def __init__(self, node: Expression) -> None:
+    def __init__(self, node: Expression, most: int = MAX_SIZE) -> None:
+        self._most = most
         self._nodes: dict[Expression, Expression] = {}  # equal nodes become the same: they are compared often
         self.start = self._kept(node)
         self._derivatives: dict[tuple[Expression, str], Expression] = {}
@@ -118,9 +119,9 @@ class Automaton:
         key = node, character
         if (new := self._derivatives.get(key)) is None:
             new = self._kept(self._derivative_of_parts(node, character))
-            self._size += len(new.parts)
-            if self._size > MAX_SIZE:
-                raise NotSupported(f"an automaton with more than {MAX_SIZE} parts")
+            self._size += 1 + len(new.parts)
+            if self._size > self._most:
+                raise NotSupported(f"an automaton with more than {self._most} parts")
             self._derivatives[key] = new
         return new
 

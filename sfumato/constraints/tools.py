@@ -11,12 +11,16 @@ Deliberately absent: thoughts, and text behind calls.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sfumato.constraints.forms import check_rules
+from sfumato.constraints.checks import CallCheck
+from sfumato.constraints.forms import GrammarSource, check_rules, lark_of
 from sfumato.constraints.schema import checked_schema
 from sfumato.constraints.values.document import Document
+from sfumato.constraints.values.facets import Conjunction
 from sfumato.constraints.values.notation import CONTROL_TOKEN, CallNotation, is_bare
 from sfumato.constraints.values.rules import RuleWriter, literal
 from sfumato.constraints.values.writer import ValueWriter
@@ -33,38 +37,60 @@ def tool_grammar(tools: Sequence[Mapping[str, Any]], must_call: bool = False) ->
     behind it. With `must_call` it allows calls alone. An InputError names the tool and the place in its schema that
     cannot be guaranteed.
     """
+    return lark_of(source_of_calls((tools, must_call)).text)
+
+
+def source_of_calls(value: tuple[Sequence[Mapping[str, Any]], bool]) -> GrammarSource:
+    """The grammar of `tool_grammar`, with a check of what it cannot say; `value` is its arguments."""
+    tools, must_call = value
     rules = RuleWriter()
-    call = call_rule(rules, tools)
-    start = [f"start: {call}+"] if must_call else [f"start: FREE | FREE? {call}+", "FREE: /(?s:.+)/"]
+    calls = call_rule(rules, tools)
+    start = [f"start: {calls.rule}+"] if must_call else [f"start: FREE | FREE? {calls.rule}+", "FREE: /(?s:.+)/"]
     lark = "\n".join([f"// {rules.hints()}", *rules.lines(), *start, ""])
-    check_rules(lark, "tools' grammar")
-    return lark
+    check_rules(lark, "grammar of the tools")
+    source = json.dumps({"grammars": [{"lark_grammar": lark}]})
+    return GrammarSource(source, lark[:1000], calls.check, calls.example if must_call else "a")
 
 
-def call_rule(rules: RuleWriter, tools: Sequence[Mapping[str, Any]]) -> str:
-    """The rule of one call of any of the tools, its marks included, written with all that it needs into a grammar."""
+@dataclass(frozen=True)
+class WrittenCalls:
+    """The calls of some tools in a grammar: the rule of one call, what the rule does not keep, and a short call."""
+
+    rule: str
+    check: CallCheck | None
+    example: str | None
+
+
+def call_rule(rules: RuleWriter, tools: Sequence[Mapping[str, Any]]) -> WrittenCalls:
+    """One call of any of the tools, its marks included, written with all that it needs into a grammar."""
     checked = check_tools(tools)
     if not checked:
         raise InputError("a grammar of calls needs at least one tool; give tools, or leave strict out")
     calls: dict[str, str] = {}
+    schemas: dict[str, Any] = {}
+    examples: list[str] = []
+    is_inexact = False
     for tool in checked:
         name, parameters = tool["function"]["name"], tool["function"].get("parameters")
         if name in calls:
             raise InputError(f"two tools are called {name!r}; give each a name of its own")
         if not is_bare(name) or name.split() != [name] or CONTROL_TOKEN.search(name):
             raise InputError(f"the tool name {name!r} cannot be called; use letters, digits and underscores")
-        calls[name] = f"{literal('call:' + name)} {_arguments(rules, name, parameters)}"
-    return rules.rule(f"<|tool_call> ({' | '.join(calls.values())}) <tool_call|>")
+        writer = ValueWriter(rules, CallNotation())
+        places = _arguments(name, parameters)
+        calls[name] = f"{literal('call:' + name)} {writer.rule(places)}"
+        schemas[name] = places[0].value
+        is_inexact = is_inexact or writer.is_inexact
+        if (example := writer.example(places)) is not None:
+            examples.append(f"<|tool_call>call:{name}{example}<tool_call|>")
+    rule = rules.rule(f"<|tool_call> ({' | '.join(calls.values())}) <tool_call|>")
+    return WrittenCalls(rule, CallCheck(schemas) if is_inexact else None, min(examples, key=len, default=None))
 
 
-def _arguments(rules: RuleWriter, tool: str, schema: Any) -> str:
-    """The rule of the arguments of one tool."""
+def _arguments(tool: str, schema: Any) -> Conjunction:
+    """The schemas of the arguments of one tool."""
     if not schema or schema == _OBJECT:
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
     name = f"the parameters of tool {tool!r}"
-    document = Document(checked_schema(schema, f"the schema of {name}"), name)
-    writer = ValueWriter(rules, CallNotation())
-    rule = writer.rule((document.root, document.root.with_value(_OBJECT, "object")))
-    for place in writer.inexact:
-        place.refuse("this cannot be kept by a grammar; write it without uniqueItems, not or oneOf")
-    return rule
+    root = Document(checked_schema(schema, f"the schema of {name}"), name).root
+    return root, root.with_value(_OBJECT, "object")

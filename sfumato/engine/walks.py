@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sfumato.constraints.guide import Walk
-from sfumato.constraints.search import Interruptible
+from sfumato.constraints.interruptible import Interruptible
 from sfumato.engine.request import RowSpan
 from sfumato.errors import InputError, contained
 from sfumato.model.config import ModelConfig

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sfumato.engine.arguments import check_kind
-from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.errors import BusyError, CapacityError, InputError, NumericError, SfumatoError, WorkerError
 from sfumato.system import cancelling
 
 LIMIT = 16 << 20
@@ -255,6 +255,8 @@ class Host:
             return NoSuchRoute(f"{self.url} has no /v1{path}{what}{words}; {remedy}")
         if status and 300 <= status < 400:
             return InputError(f"{self.url} sends requests elsewhere{what}{words}; give that URL")
+        if code == "numeric_error":
+            return NumericError(f"{self.url} failed{what}{words}")
         if code == "context_length_exceeded":
             return CapacityError(f"{self.url} refuses the request{what}{words}")
         if status == 429 or kind == "overloaded_error":

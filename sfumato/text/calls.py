@@ -15,7 +15,19 @@ from sfumato.text.arguments import arguments_of, read_exactly
 from sfumato.text.declared import Declared
 from sfumato.text.guided import GuidedReader
 from sfumato.text.mending import MendingReader
-from sfumato.text.notation import MARK, Argument, Bracketed, ExactReader, Malformed, Pairs, Quoted, Word, plain
+from sfumato.text.notation import (
+    IN_NAME,
+    LONGEST_NAME,
+    MARK,
+    Argument,
+    ExactReader,
+    Malformed,
+    Pairs,
+    Quoted,
+    Values,
+    Word,
+    plain,
+)
 
 DeclaredTools = Mapping[str, Declared]
 """What each tool declares of its arguments, by its name."""
@@ -30,7 +42,7 @@ class CallBlock:
     behind: str = ""
 
 
-_NAME = rf"[^\s{{}}\[\](),;\"'={MARK}]{{1,256}}"
+_NAME = rf"{IN_NAME}{{1,{LONGEST_NAME}}}"
 _HEAD = re.compile(rf"(?:call\s*:\s*){{1,4}}({_NAME})(?<!:)\s*(?=\{{)")
 _PREFIX = r"(?:(?:call|function|tool|tool_call)\s*:\s*|call\s+){0,4}"
 _LOOSE_HEAD = re.compile(rf"{_PREFIX}[{MARK}\"']?({_NAME}?)[{MARK}\"']?\s*:?\s*(?=[{{(])", re.IGNORECASE)
@@ -199,13 +211,13 @@ def _unwrapped(source: str) -> str:
 
 def _calls_of(node: Argument, tools: DeclaredTools) -> list[dict[str, Any]]:
     """The calls that a JSON value describes. Malformed where it describes none."""
-    if isinstance(node, Bracketed) and node.items:
+    if isinstance(node, Values) and node.items:
         return [call for item in node.items for call in _calls_of(item, tools)]
     if not isinstance(node, Pairs):
         raise Malformed
     pairs = node.pairs
     several, function = pairs.get("tool_calls"), pairs.get("function")
-    if isinstance(several, Bracketed):
+    if isinstance(several, Values):
         return _calls_of(several, tools)
     if isinstance(function, Pairs):
         return _calls_of(function, tools)

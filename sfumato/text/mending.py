@@ -19,10 +19,10 @@ from sfumato.text.messages import MAX_DEPTH
 from sfumato.text.notation import (
     MARK,
     Argument,
-    Bracketed,
     Malformed,
     Pairs,
     Quoted,
+    Values,
     Word,
     between_quotes,
     plain,
@@ -93,7 +93,7 @@ class MendingReader:
         self._due.pop()
         return Pairs(self.source, start - 1, end, pairs), end
 
-    def _items(self, at: int, closer: str, declared: Declared) -> tuple[Bracketed, int]:
+    def _items(self, at: int, closer: str, declared: Declared) -> tuple[Values, int]:
         """The values up to a closing bracket, and the place behind it."""
         start, items = at, list[Argument]()
         self._enter(closer)
@@ -105,7 +105,7 @@ class MendingReader:
             item, at = self._value(at, declared.item(len(items)), None)
             items.append(item)
         self._due.pop()
-        return Bracketed(self.source, start - 1, end, items), end
+        return Values(self.source, start - 1, end, items), end
 
     def _value(self, at: int, declared: Declared, record: Declared | None) -> tuple[Argument, int]:
         """The value at a place. `record` is what is known of the record that it stands in; None: a list."""

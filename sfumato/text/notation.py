@@ -17,6 +17,8 @@ from sfumato.text.messages import MAX_DEPTH
 
 MARK = "\udfff"
 """Stands for `<|"|>` in a source. It is a lone surrogate, which no decoded token holds."""
+IN_NAME, LONGEST_NAME = rf"[^\s{{}}()\[\],;\"'={MARK}]", 256
+"""What the name of a call is made of."""
 
 
 class Malformed(Exception):
@@ -57,13 +59,13 @@ class Pairs(_Bracket):
 
 
 @dataclass(frozen=True)
-class Bracketed(_Bracket):
+class Values(_Bracket):
     """A list."""
 
     items: list[Argument]
 
 
-Argument = Word | Quoted | Pairs | Bracketed
+Argument = Word | Quoted | Pairs | Values
 
 
 def plain(source: str) -> str:
@@ -126,7 +128,7 @@ class ExactReader:
         if first == MARK or (first in ("'", '"') and self.has_quotes):
             text, at = self._string(at)
             return Quoted(text), at
-        return self._bare(at, self._word, Word)
+        return self._bare(at, self._word)
 
     def _pairs(self, at: int) -> tuple[Pairs, int]:
         start, closer, pairs = at, _CLOSERS[self.source[at]], dict[str, Argument]()
@@ -137,7 +139,7 @@ class ExactReader:
             if first == MARK or (first in ("'", '"') and self.has_quotes):
                 key, at = self._string(at)
             else:
-                word, at = self._bare(at, _KEY[self.has_equals], Word)
+                word, at = self._bare(at, _KEY[self.has_equals])
                 key = word.text
             at = self._skip(at)
             if self.source[at : at + 1] != ":" and not (self.has_equals and self.source[at : at + 1] == "="):
@@ -147,7 +149,7 @@ class ExactReader:
         self._depth -= 1
         return Pairs(self.source, start, at + 1, pairs), at + 1
 
-    def _items(self, at: int) -> tuple[Bracketed, int]:
+    def _items(self, at: int) -> tuple[Values, int]:
         start, items = at, list[Argument]()
         self._enter()
         at += 1
@@ -156,7 +158,7 @@ class ExactReader:
             items.append(item)
             at = self._behind_comma(at, "]")
         self._depth -= 1
-        return Bracketed(self.source, start, at + 1, items), at + 1
+        return Values(self.source, start, at + 1, items), at + 1
 
     def _string(self, at: int) -> tuple[str, int]:
         if self.source[at] == MARK:
@@ -171,12 +173,12 @@ class ExactReader:
         size = 3 if self.source.startswith(self.source[at] * 3, at) and end - at >= 6 else 1
         return unescaped(self.source[at + size : end - size]), end
 
-    def _bare(self, at: int, pattern: re.Pattern[str], kind: type[Word]) -> tuple[Word, int]:
+    def _bare(self, at: int, pattern: re.Pattern[str]) -> tuple[Word, int]:
         match = pattern.match(self.source, at)
         text = match.group().strip() if match else ""
         if match is None or not text or text[0] in "\"'":
             raise Malformed
-        return kind(text), match.end()
+        return Word(text), match.end()
 
     def _behind_comma(self, at: int, closer: str) -> int:
         at = self._skip(at)

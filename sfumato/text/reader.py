@@ -109,8 +109,8 @@ class Reader:
             top = event.top_logprobs
             event = replace(
                 event,
-                pieces=[self._tokenizer.decode([token], skip_special=False) for token in event.tokens],
-                top_logprobs=None if top is None else [self._by_piece(log_p) for log_p in top],
+                pieces=[self._tokenizer.piece(token) for token in event.tokens],
+                top_logprobs=None if top is None else [self._tokenizer.by_piece(log_p) for log_p in top],
             )
         if self._parser is not None:
             return self._with_reply(event, self._parser)
@@ -144,13 +144,6 @@ class Reader:
         sizes = range(min(self._longest_stop - 1, len(text)), 0, -1)
         ends = (size for size in sizes if any(stop.startswith(text[len(text) - size :]) for stop in self._stops))
         return next(ends, 0)
-
-    def _by_piece(self, log_p: dict[Any, float]) -> dict[str, float]:
-        """Log-probabilities by the tokens' text; of two tokens with the same text the likelier counts."""
-        by_piece: dict[str, float] = {}
-        for token, value in log_p.items():
-            by_piece.setdefault(self._tokenizer.decode([token], skip_special=False), value)
-        return by_piece
 
     def _piece(self, token: int) -> str:
         return "" if token in self._tokenizer.special_ids else self._tokenizer.decode([token])

@@ -89,12 +89,12 @@ for folder in sys.argv[1:]:
     try:
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         LLM.load(folder, progress=False, ops="fused")
-        answer = "loaded"
+        sentence = "loaded"
     except CheckpointError as error:
-        answer = str(error)
+        sentence = str(error)
     except BaseException as error:
-        answer = f"{type(error).__name__}: {error}"
-    print(json.dumps([answer, time.process_time() - start]))
+        sentence = f"{type(error).__name__}: {error}"
+    print(json.dumps([sentence, time.process_time() - start]))
 """
 
 
@@ -116,8 +116,8 @@ def test_what_is_announced_is_refused_at_once(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in ended.stdout.splitlines()]
     assert len(lines) == len(ATTACKS), ended.stderr[-2000:]
-    for (name, (_, _, part)), (answer, seconds) in zip(ATTACKS.items(), lines, strict=True):
-        assert part in answer and "\n" not in answer and len(answer) < 600, (name, answer)
+    for (name, (_, _, part)), (sentence, seconds) in zip(ATTACKS.items(), lines, strict=True):
+        assert part in sentence and "\n" not in sentence and len(sentence) < 600, (name, sentence)
         assert seconds < 2, (name, seconds)
 
 

@@ -10,8 +10,8 @@ import pytest
 from random_patterns import random_pattern
 
 from sfumato.constraints.expressions import ANY, ENDLESS, both, repeat
+from sfumato.constraints.interruptible import finish
 from sfumato.constraints.patterns import NotSupported, parse
-from sfumato.constraints.search import finish
 from sfumato.constraints.shortest import Automaton, shortest
 
 

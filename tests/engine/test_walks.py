@@ -5,6 +5,7 @@ a valid text.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -32,11 +33,13 @@ CASES, SEEDS, BATCH = 200, 5, 40
 
 
 @pytest.fixture(scope="module")
-def wild() -> LLM:
-    """Random weights behind nano's tokenizer, on canvases of 24 positions."""
+def wild() -> Iterator[LLM]:
+    """Random weights behind nano's tokenizer, on canvases of 24 positions; every grammar is compiled once."""
     tokenizer = Tokenizer.from_folder(NANO)
     config = tiny.tiny_config(vocab_size=512, canvas_length=24, max_position=2048, eos_ids=(1, 5, 13), vision=None)
-    return LLM(tiny.tiny_model(config, seed=4, name="fused"), tokenizer, defaults=read_generation_config(NANO)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfumato.templates.grammars.GRAMMARS_KEPT", 2 * CASES)
+        yield LLM(tiny.tiny_model(config, seed=4, name="fused"), tokenizer, defaults=read_generation_config(NANO)[0])
 
 
 @pytest.fixture(scope="module")

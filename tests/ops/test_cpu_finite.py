@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
-from sfumato.ops import cpu, reference
+from sfumato.ops import cpu, fused, reference
 from sfumato.quant import formats
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,3 +46,19 @@ def test_a_router_and_a_read_out_say_it(dtype: torch.dtype) -> None:
             assert int(tokens.min()) >= 0 and int(tokens.max()) < 600
         soft = ops.soft_embedding(read.logits_BLV, embed, torch.tensor(2.0), read.tiles)
         assert not torch.isfinite(soft).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ops", [reference, fused, pytest.param(cpu, marks=NEEDS_CPU)])
+def test_a_norm_whose_squares_overflow_is_no_row_of_zeros(ops: Any, dtype: torch.dtype) -> None:
+    """A layer behind such a norm would add nothing, and a text would go on without it."""
+    x = torch.randn(3, 64).to(dtype)
+    sound = ops.rms_norm(x, torch.ones(64, dtype=dtype), 1e-6)
+    x[1] = 1e30
+    with torch.no_grad():
+        normed = ops.rms_norm(x, torch.ones(64, dtype=dtype), 1e-6)
+        angles = torch.ones(1, 3, 64, dtype=dtype)
+        turned = ops.norm_rope(x.view(1, 3, 1, 64), torch.ones(64, dtype=dtype), 1e-6, angles, angles)
+    assert torch.isfinite(normed).all(-1).tolist() == [True, False, True]
+    assert torch.isfinite(turned[0, :, 0]).all(-1).tolist() == [True, False, True]
+    assert torch.allclose(normed[[0, 2]].float(), sound[[0, 2]].float(), atol=1e-5 if dtype == torch.float32 else 0.05)

@@ -82,6 +82,17 @@ def test_norm_rope_with_float32_angles_gives_float32() -> None:
     assert (fast - plain).abs().max() <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for the same numbers
+def test_squares_that_overflow_are_no_zeros() -> None:
+    x = randn(3, 48, dtype=torch.float32)
+    x[1] = 1e30
+    weight, angle = randn(48, dtype=torch.float32, seed=1), randn(1, 3, 48, dtype=torch.float32, seed=2)
+    turned = norm.norm_rope(x.view(1, 3, 1, 48), weight, EPS, angle.cos(), angle.sin())[0, :, 0]
+    added = norm.norm_add(torch.ones(3, 48), x, weight, EPS)
+    for out in norm.rms_norm(x, weight, EPS), turned, added:
+        assert torch.isfinite(out).all(-1).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 2816), (2, 3, 48), (7, 5)])
 def test_norm_add(shape: tuple[int, ...], dtype: torch.dtype) -> None:

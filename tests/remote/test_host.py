@@ -22,7 +22,7 @@ from scripted_host import (
     stream,
 )
 
-from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.errors import BusyError, CapacityError, InputError, NumericError, SfumatoError, WorkerError
 from sfumato.events import Commit
 from sfumato.remote import Remote, host
 from sfumato.remote.host import events_of
@@ -62,6 +62,7 @@ from sfumato.remote.host import events_of
             InputError,
             "refuses the request: bad",
         ),
+        (refused("not finite", 500, "server_error", "numeric_error"), NumericError, "failed (500): not finite"),
         (stream(delta(content="Hel")), WorkerError, "in the middle"),
         (stream(delta(content="Hel"), end=b""), WorkerError, "in the middle"),
         (stream(delta(content="Hel"), end=b"", is_cut=True), WorkerError, "broke off"),

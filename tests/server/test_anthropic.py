@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from sfumato.errors import BusyError, CapacityError, NumericError
 from sfumato.server.app import Settings
+from sfumato.server.http.seals import SEAL
 from sfumato.templates.requests import Chat, CountTokens
 from sfumato.text.replies import Reply
 
@@ -86,7 +87,7 @@ def refused(response: Any, status: int, kind: str) -> str:
     return str(body["error"]["message"])
 
 
-def asked(backend: FakeBackend) -> Chat:
+def last_chat(backend: FakeBackend) -> Chat:
     return chats(backend)[-1]
 
 
@@ -135,9 +136,9 @@ def test_a_stream_adds_up_to_the_whole(client: TestClient, more: dict[str, Any])
 def test_a_thought_comes_first_and_is_signed(client: TestClient, backend: FakeBackend) -> None:
     thought, text = answer(client, thinking={"type": "enabled", "budget_tokens": 1024})["content"]
     assert thought["thinking"] == "Let me think." and len(thought["signature"]) == 44 and text["type"] == "text"
-    assert asked(backend).options.thinking
+    assert last_chat(backend).options.thinking
     assert [one["type"] for one in answer(client, thinking={"type": "disabled"})["content"]] == ["text"]
-    assert not asked(backend).options.thinking
+    assert not last_chat(backend).options.thinking
 
 
 def test_a_thought_that_is_not_shown_comes_back_with_its_signature(client: TestClient, backend: FakeBackend) -> None:
@@ -145,19 +146,19 @@ def test_a_thought_that_is_not_shown_comes_back_with_its_signature(client: TestC
     assert thought["thinking"] == "" and "think" not in thought["signature"]
     turns = [*HELLO["messages"], {"role": "assistant", "content": [thought, text]}, {"role": "user", "content": "On."}]
     answer(client, messages=turns)
-    assert asked(backend).conversation[1]["reasoning_content"] == "Let me think."
-    for signature in ("sfumato-thought:!", "sfumato-thought:" + base64.b64encode(b"\xff").decode(), "x", None):
+    assert last_chat(backend).conversation[1]["reasoning_content"] == "Let me think."
+    for signature in (SEAL + "!", SEAL + base64.b64encode(b"\xff").decode(), "x", None):
         turns[1] = {"role": "assistant", "content": [thought | {"signature": signature}, text]}
         answer(client, messages=turns)
-        assert asked(backend).conversation[1]["reasoning_content"] == ""
+        assert last_chat(backend).conversation[1]["reasoning_content"] == ""
 
 
 def test_calls(client: TestClient, backend: FakeBackend) -> None:
     body = answer(client, tools=[WEATHER], tool_choice={"type": "any"})
     [call] = body["content"]
     assert call["id"].startswith("toolu_") and (call["name"], call["input"]) == ("weather", {"place": "text"})
-    assert body["stop_reason"] == "tool_use" and asked(backend).options.must_call
-    assert asked(backend).tools == [
+    assert body["stop_reason"] == "tool_use" and last_chat(backend).options.must_call
+    assert last_chat(backend).tools == [
         {
             "type": "function",
             "function": {
@@ -180,7 +181,7 @@ def test_calls(client: TestClient, backend: FakeBackend) -> None:
 )
 def test_tool_choice(client: TestClient, backend: FakeBackend, choice: Any, shown: list[str], must_call: bool) -> None:
     answer(client, tools=[WEATHER, WEATHER | {"name": "clock"}], tool_choice=choice)
-    query = asked(backend)
+    query = last_chat(backend)
     assert [tool["function"]["name"] for tool in query.tools or []] == shown and query.options.must_call is must_call
 
 
@@ -202,7 +203,7 @@ def test_tools_that_are_no_functions_are_left_out_and_said(client: TestClient, b
     tools = [WEATHER, {"type": "bash_20250124", "name": "bash"}, {"type": "web_search_20250305", "name": "w"}]
     response = ask(client, tools=tools)
     assert response.headers["x-sfumato-ignored"] == "tools[].bash_20250124, tools[].web_search_20250305"
-    assert [tool["function"]["name"] for tool in asked(backend).tools or []] == ["weather"]
+    assert [tool["function"]["name"] for tool in last_chat(backend).tools or []] == ["weather"]
     counted = client.post("/v1/messages/count_tokens", json={"messages": HELLO["messages"], "tools": tools})
     assert counted.headers["x-sfumato-ignored"] == "tools[].bash_20250124, tools[].web_search_20250305"
     forced = ask(client, tools=tools[1:], tool_choice={"type": "any"})
@@ -211,22 +212,22 @@ def test_tools_that_are_no_functions_are_left_out_and_said(client: TestClient, b
 
 def test_strict_tools_and_a_format(client: TestClient, backend: FakeBackend) -> None:
     answer(client, tools=[WEATHER | {"strict": True}])
-    assert asked(backend).options.strict
+    assert last_chat(backend).options.strict
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
     form = {"type": "json_schema", "schema": schema}
     for fields in ({"output_config": {"format": form, "effort": "high"}}, {"output_format": form}):
         assert json.loads(answer(client, **fields)["content"][0]["text"]) == {"n": 7}
-        assert asked(backend).options.schema == schema
+        assert last_chat(backend).options.schema == schema
     assert "constraint" in refused(ask(client, output_format=form, regex="a"), 400, "invalid_request_error")
 
 
 def test_options(client: TestClient, backend: FakeBackend) -> None:
     answer(client, temperature=0.5, stop_sequences=["zz"], max_tokens=7, seed=9, max_steps=5)
-    options = asked(backend).options
+    options = last_chat(backend).options
     assert (options.temperature, options.stop, options.max_tokens) == (0.5, ("zz",), 7)
     assert (options.seed, options.max_steps) == (9, 5)
     answer(client, max_tokens=1 << 40)
-    assert asked(backend).options.max_tokens == backend.model.max_position
+    assert last_chat(backend).options.max_tokens == backend.model.max_position
 
 
 def test_reasons_to_stop(client: TestClient, backend: FakeBackend) -> None:
@@ -235,7 +236,7 @@ def test_reasons_to_stop(client: TestClient, backend: FakeBackend) -> None:
     assert body["content"] == [{"type": "text", "text": "You"}]
     assert answer(client, max_tokens=2)["stop_reason"] == "max_tokens"
     body = answer(client, max_tokens=0, tools=[WEATHER], tool_choice={"type": "any"})
-    assert not asked(backend).options.must_call
+    assert not last_chat(backend).options.must_call
     assert (body["content"], body["stop_reason"], body["usage"]["output_tokens"]) == ([], "max_tokens", 0)
 
 
@@ -278,7 +279,7 @@ def test_a_conversation_as_the_template_takes_it(client: TestClient, backend: Fa
     answer(
         client, system=[{"type": "text", "text": "You know."}, {"type": "text", "text": "All.", **mark}], messages=turns
     )
-    assert list(asked(backend).conversation) == [
+    assert list(last_chat(backend).conversation) == [
         {"role": "system", "content": "You know.\nAll."},
         {"role": "user", "content": "What weather\nin Oslo?"},
         {"role": "system", "content": "Be brief."},
@@ -299,7 +300,7 @@ def test_a_conversation_as_the_template_takes_it(client: TestClient, backend: Fa
         {"role": "tool", "tool_call_id": "toolu_3", "content": ""},
         {"role": "user", "content": "And then?\nPlease."},
     ]
-    assert not asked(backend).is_continued
+    assert not last_chat(backend).is_continued
 
 
 def test_turns_of_the_assistant_that_follow_one_another_are_one(client: TestClient, backend: FakeBackend) -> None:
@@ -310,7 +311,7 @@ def test_turns_of_the_assistant_that_follow_one_another_are_one(client: TestClie
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "rain"}]},
     ]
     answer(client, messages=turns)
-    _, spoken, _ = asked(backend).conversation
+    _, spoken, _ = last_chat(backend).conversation
     assert spoken["content"] == "I look." and len(spoken["tool_calls"]) == 1
 
 
@@ -321,15 +322,15 @@ def test_documents_and_results_of_a_search_are_text(client: TestClient, backend:
         {"type": "text", "text": "Sum up."},
     ]
     answer(client, messages=[{"role": "user", "content": blocks}])
-    assert asked(backend).conversation[0]["content"] == "T\nFacts.\nS (a.txt)\nMore.\nSum up."
+    assert last_chat(backend).conversation[0]["content"] == "T\nFacts.\nS (a.txt)\nMore.\nSum up."
 
 
 def test_a_last_message_of_the_assistant_is_continued(client: TestClient, backend: FakeBackend) -> None:
-    begun = [*HELLO["messages"], {"role": "assistant", "content": "The answer is ("}]
-    answer(client, messages=begun)
-    assert asked(backend).is_continued and asked(backend).conversation[-1]["content"] == "The answer is ("
+    opened = [*HELLO["messages"], {"role": "assistant", "content": "The answer is ("}]
+    answer(client, messages=opened)
+    assert last_chat(backend).is_continued and last_chat(backend).conversation[-1]["content"] == "The answer is ("
     answer(client, messages=[*HELLO["messages"], {"role": "assistant", "content": []}])
-    assert not asked(backend).is_continued and len(asked(backend).conversation) == 1
+    assert not last_chat(backend).is_continued and len(last_chat(backend).conversation) == 1
     unanswered = [*HELLO["messages"], {"role": "assistant", "content": [CALL]}]
     assert "tool_result" in refused(ask(client, messages=unanswered), 400, "invalid_request_error")
 
@@ -416,10 +417,10 @@ LEFT_OUT: dict[str, Any] = {
 def test_what_has_no_effect_is_left_out_and_said() -> None:
     with connect(FakeBackend()) as client:
         assert "x-sfumato-ignored" not in ask(client, cache_control={"type": "ephemeral"}).headers
-        said = ask(client, **LEFT_OUT).headers["x-sfumato-ignored"].split(", ")
-    assert {"metadata", "service_tier", "context_management", "of_next_year"} < set(said)
+        ignored = ask(client, **LEFT_OUT).headers["x-sfumato-ignored"].split(", ")
+    assert {"metadata", "service_tier", "context_management", "of_next_year"} < set(ignored)
     assert {"thinking.budget_tokens", "output_config.effort", "tools[].defer_loading", "tools[].bash_20250124"} < set(
-        said
+        ignored
     )
     with connect(FakeBackend(), Settings(strict_params=True)) as client:
         assert ask(client, cache_control={"type": "ephemeral"}).status_code == 200

@@ -10,7 +10,7 @@ from fake_backend import FakeBackend
 from server_client import WEATHER, chat, complete, connect, refused
 from starlette.testclient import TestClient
 
-from sfumato.errors import BusyError, CapacityError, InputError, WorkerError
+from sfumato.errors import BusyError, CapacityError, InputError, NumericError, WorkerError
 from sfumato.server.app import Limits, Settings
 
 backend, client = server_client.backend, server_client.client
@@ -97,6 +97,7 @@ def test_metrics(backend: FakeBackend, client: TestClient) -> None:
         (CapacityError("no room; raise max_tokens", option="max_tokens"), 400, "invalid_request_error", None),
         (BusyError("full; wait"), 503, "overloaded_error", None),
         (WorkerError("died; again"), 503, "worker_error", None),
+        (NumericError("the model's numbers are not finite; check it"), 500, "server_error", "numeric_error"),
         (RuntimeError("secret"), 500, "server_error", None),
     ],
 )
@@ -117,6 +118,10 @@ def test_an_error_amid_a_stream_is_its_last_event() -> None:
         *_, last = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
         assert last["error"]["type"] == "worker_error"
         assert refused(chat(client), 503)
+    with connect(FakeBackend(error=NumericError("not finite"), error_after=1)) as client:
+        for response in chat(client, stream=True), complete(client, prompt="a", stream=True):
+            last = [line for line in response.text.splitlines() if line.startswith("data: ")][-1]
+            assert json.loads(last[6:])["error"]["code"] == "numeric_error"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from sfumato.errors import SfumatoError
 from sfumato.server.app import Settings, create
 from sfumato.server.backend import Stats
 from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest
-from sfumato.server.http.bodies import Body, Most, Reading, read, schemas_in
+from sfumato.server.http.bodies import Body, BodyReading, Most, read, schemas_in
 from sfumato.server.openai.bodies import ChatRequest, CompletionRequest
 from sfumato.server.openai.items import ResponsesRequest
 from sfumato.server.settings import Limits
@@ -96,7 +96,7 @@ def check_bodies(size: int, seconds: float, memory: int, names: tuple[str, ...] 
                 continue
             start = time.perf_counter()
             try:
-                read(body, kind, Reading(Limits()))
+                read(body, kind, BodyReading(Limits()))
             except SfumatoError as error:
                 assert len(str(error)) < 2100
             took = time.perf_counter() - start

@@ -210,8 +210,8 @@ def test_responses_with_tools(client: Any, server: Server) -> None:
 def test_errors(client: Any, server: Server) -> None:
     fields: dict[str, Any] = {"messages": MESSAGES}
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model=server.model, frequency_penalty=1, **fields)
-    assert bad.value.param == "frequency_penalty" and bad.value.type == "invalid_request_error"
+        client.chat.completions.create(model=server.model, modalities=["audio"], **fields)
+    assert bad.value.param == "modalities" and bad.value.type == "invalid_request_error"
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="other", **fields)
     assert missing.value.code == "model_not_found" and missing.value.request_id

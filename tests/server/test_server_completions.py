@@ -80,8 +80,6 @@ def test_suffix_is_an_infill(client: TestClient, backend: FakeBackend) -> None:
     for more in (
         {"best_of": 2},
         {"prompt": [1], "echo": True},
-        {"max_tokens": 0},
-        {"max_tokens": 0, "echo": True},
         {"suffix": "x", "logprobs": 1},
         {"suffix": "x", "logprobs": 1, "echo": True},
     ):

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from sfumato.errors import InputError
 from sfumato.options import BIG, OPTIONS, About, Option, Options, Use, declared
+from sfumato.server.anthropic.bodies import MessagesRequest
 from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest
 from sfumato.server.http import bodies as http_bodies
 from sfumato.server.http import options as http_options
@@ -46,7 +47,7 @@ def more_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def read(body: type[OptionsBody], **fields: Any) -> OptionsBody:
     """The body with these fields, checked as a request's is."""
-    return body.model_validate(fields, context=http_bodies.Reading(Limits()))
+    return body.model_validate(fields, context=http_bodies.BodyReading(Limits()))
 
 
 def test_a_new_option_is_a_field_and_is_listed_with_no_change_here(more_options: None) -> None:
@@ -93,7 +94,7 @@ def test_a_new_option_is_checked_by_its_declaration(more_options: None, name: st
     if isinstance(value, str):
         body = f'{{"{name}": "{value}"}}'.encode()
     with pytest.raises(Refusal) as refused:
-        http_bodies.read(body, Chat, http_bodies.Reading(Limits()))
+        http_bodies.read(body, Chat, http_bodies.BodyReading(Limits()))
     assert refused.value.option == name and name in str(refused.value)
 
 
@@ -117,6 +118,7 @@ def test_a_body_has_the_options_of_its_uses(body: type[OptionsBody], uses: set[U
 ROUTES: dict[str, type[http_bodies.Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/messages": MessagesRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/infill": InfillRequest,
     "/v1/edit": EditRequest,
@@ -132,9 +134,9 @@ def other_value(option: Option) -> Any:
 
 
 def takes(body: type[http_bodies.Body], name: str, value: Any) -> bool:
-    """Whether a body has no fault to find with this field, whatever else is missing."""
+    """Whether a body has no fault to find with this field, and reads it, whatever else is missing."""
     try:
-        body.model_validate({name: value}, context=http_bodies.Reading(Limits()))
+        body.model_validate({name: value}, context=http_bodies.BodyReading(Limits(), is_strict=True))
     except ValidationError as error:
         return name not in [one["loc"][0] for one in error.errors() if one["loc"]]
     return True
@@ -153,6 +155,8 @@ def test_the_page_of_the_server_says_which_options_a_route_takes() -> None:
         values = {name: other_value(option) for name, option in OPTIONS.items()}
         if body is CompletionRequest:
             values["logprobs"] = 1
+        if body is MessagesRequest:
+            values["thinking"] = {"type": "adaptive"}
         assert {name for name, value in values.items() if takes(body, name, value)} == table[route], route
 
 

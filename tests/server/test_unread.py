@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from sfumato.options import OPTIONS, Options
 from sfumato.server.app import Settings
-from sfumato.server.http.bodies import MOST_IGNORED, Reading
+from sfumato.server.http.bodies import MOST_IGNORED, BodyReading
 from sfumato.server.openai.bodies import ChatRequest, CompletionRequest
 from sfumato.server.openai.items import ResponsesRequest
 from sfumato.server.openai.unread import CHAT_NEUTRAL, CHAT_UNREAD, NEUTRAL, RESPONSES_NEUTRAL, RESPONSES_UNREAD
@@ -128,7 +128,7 @@ def test_unknown_keys_of_messages_are_left_out(client: TestClient, backend: Fake
 
 
 def test_the_header_is_bounded() -> None:
-    reading = Reading(Limits())
+    reading = BodyReading(Limits())
     for number in range(1000):
         reading.leave_out(f"messages[].a{number}")
         reading.leave_out("x" * 10_000 + "\r\nset-cookie: a")

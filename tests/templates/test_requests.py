@@ -124,7 +124,7 @@ def test_any_query_runs_as_its_method_does(llm: LLM) -> None:
 
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-BEGUN = [*USER, {"role": "assistant", "content": "1 2"}]
+OPENED = [*USER, {"role": "assistant", "content": "1 2"}]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ BEGUN = [*USER, {"role": "assistant", "content": "1 2"}]
         Chat(USER, options=ONE),
         Chat(USER, [TOOL], replace(ONE, thinking=True)),
         Chat(USER, [TOOL], replace(ONE, must_call=True)),
-        Chat(BEGUN, None, ONE, is_continued=True),
+        Chat(OPENED, None, ONE, is_continued=True),
     ],
 )
 def test_a_count_is_of_the_prompt_that_is_answered(llm: LLM, query: Complete | Chat) -> None:
@@ -146,7 +146,7 @@ def test_a_count_is_of_the_prompt_that_is_answered(llm: LLM, query: Complete | C
 
 def test_a_last_message_of_the_assistant_is_gone_on_from(llm: LLM) -> None:
     encode = llm.planner.prompts.encode
-    assert list(encode(BEGUN, None, False, True)) == [*encode(USER), *llm.tokenizer.encode("1 2")]
+    assert list(encode(OPENED, None, False, True)) == [*encode(USER), *llm.tokenizer.encode("1 2")]
     stray = [*USER, {"role": "assistant", "content": "1 <turn|> 2"}]
     assert list(encode(stray, None, False, True)) == [*encode(USER), *llm.tokenizer.encode("1 <turn|> 2")]
 
@@ -156,8 +156,8 @@ def test_a_last_message_of_the_assistant_is_gone_on_from(llm: LLM) -> None:
     [
         (Chat(USER, is_continued=True), "is_continued needs a last message of the assistant"),
         (Chat([*USER, {"role": "assistant", "content": ""}], is_continued=True), "is_continued needs"),
-        (Chat(BEGUN, None, Options(thinking=True), True), "thinking cannot go with an answer that has begun"),
-        (Chat(BEGUN, [TOOL], Options(must_call=True), True), "must_call cannot go with an answer that has begun"),
+        (Chat(OPENED, None, Options(thinking=True), True), "thinking cannot go with an answer that has begun"),
+        (Chat(OPENED, [TOOL], Options(must_call=True), True), "must_call cannot go with an answer that has begun"),
         (CountTokens(Infill("1", "2")), "the query is"),  # type: ignore[arg-type]
     ],
 )

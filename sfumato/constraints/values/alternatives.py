@@ -17,7 +17,7 @@ from sfumato.constraints.values.keywords import ANNOTATIONS, READERS, has_name
 from sfumato.constraints.values.negation import negations
 from sfumato.constraints.values.validity import is_valid
 
-MAX_WORK = 100_000
+MAX_WORK = 50_000
 """Schemas that are read for one document, each time that it is reached."""
 MAX_PRODUCT = 128
 """Alternatives of one schema where several keywords branch: their numbers multiply."""
@@ -29,6 +29,8 @@ _WHY = 20
 
 _Branches = list[list[Place]]
 """A keyword that branches: of each branch, the schemas that hold together."""
+_Pending = tuple[_Branches, tuple[str, ...], tuple[str, ...]]
+"""Branches to choose from, the pointers of the schemas around them that speak of what is not evaluated, and of all."""
 
 
 class Alternatives:
@@ -47,8 +49,8 @@ class Alternatives:
         """The ways to obey all of these schemas; [] where there is none."""
         if places not in self._known:
             start = Facets(sources=list(places))
-            pending: list[tuple[_Branches, tuple[str, ...]]] = []
-            reading = _Reading(self, start, pending)
+            pending: list[_Pending] = []
+            reading = _Reading(self, start, pending, ())
             for place in places:
                 reading.add(place, ())
             self._noted = ""
@@ -57,21 +59,21 @@ class Alternatives:
                 self._reasons[places] = self._noted
         return self._known[places]
 
-    def _branched(self, facets: Facets, pending: list[tuple[_Branches, tuple[str, ...]]]) -> list[Facets]:
+    def _branched(self, facets: Facets, pending: list[_Pending]) -> list[Facets]:
         """The alternatives of a conjunction with these keywords to branch at."""
         if not facets.kinds:
             return []
         if not pending:
             return [facets] if self._settle(facets) else []
-        (branches, scopes), rest = pending[0], pending[1:]
-        if len(branches) > 1 and rest and math.prod(len(other) for other, _ in pending) > MAX_PRODUCT:
+        (branches, scopes, path), rest = pending[0], pending[1:]
+        if len(branches) > 1 and rest and math.prod(len(other) for other, *_ in pending) > MAX_PRODUCT:
             facets.inexact += [place for branch in branches[:1] for place in branch[:1]]
             return self._branched(facets, rest)
         alternatives = []
         for branch in branches:
             new, further = facets.copy(), rest.copy()
             new.sources += branch
-            reading = _Reading(self, new, further)
+            reading = _Reading(self, new, further, path)
             for place in branch:
                 reading.add(place, scopes)
             alternatives += self._branched(new, further)
@@ -174,10 +176,10 @@ class _Reading:
     """One conjunction being read: what its schemas say is added to its facets, what branches to `pending`."""
 
     def __init__(
-        self, alternatives: Alternatives, facets: Facets, pending: list[tuple[_Branches, tuple[str, ...]]]
+        self, alternatives: Alternatives, facets: Facets, pending: list[_Pending], path: tuple[str, ...]
     ) -> None:
         self._alternatives, self._facets, self._pending = alternatives, facets, pending
-        self._path: list[str] = []
+        self._path = list(path)
         self._done: set[tuple[str, tuple[str, ...]]] = set()
 
     def add(self, place: Place, scopes: tuple[str, ...]) -> None:
@@ -208,7 +210,7 @@ class _Reading:
         self._path.pop()
 
     def _branch(self, branches: Iterable[Iterable[Place]], scopes: tuple[str, ...]) -> None:
-        self._pending.append(([list(branch) for branch in branches], scopes))
+        self._pending.append(([list(branch) for branch in branches], scopes, tuple(self._path)))
 
     def _read(self, word: str, place: Place, scopes: tuple[str, ...]) -> None:
         combine = _COMBINE.get(word)

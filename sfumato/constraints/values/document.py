@@ -9,10 +9,12 @@ Deliberately absent: whatever lies outside the document. A reference that leads 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import unquote, urldefrag, urljoin
 
+from sfumato.constraints.values.equality import canonical
 from sfumato.errors import InputError
 
 _NO_SCHEMAS = ("enum", "const", "default", "example", "examples")
@@ -70,11 +72,15 @@ class Document:
 
     def __init__(self, value: Any, name: str) -> None:
         self.name = name
-        self.is_draft_4 = isinstance(value, dict) and "draft-04" in str(value.get("$schema"))
+        draft = str(value.get("$schema")) if isinstance(value, dict) else ""
+        self.is_draft_4 = "draft-04" in draft
+        self.has_prefix_items = "draft-0" not in draft and "draft/2019" not in draft
+        """Not before 2020 did `prefixItems` mean anything, and `items` the rest."""
         self.root = Place("", value, _base_of(value, "", self), self)
         self._resources: dict[str, Place] = {self.root.base: self.root, "": self.root}
         self._anchors: dict[tuple[str, str], Place] = {}
         self._dynamic: Counter[str] = Counter()
+        self._sets: dict[str, frozenset[Hashable]] = {}
         stack = [self.root]
         while stack:
             here = stack.pop()
@@ -96,6 +102,12 @@ class Document:
             if isinstance(name, str) and (word[1:2] != "i" or name.startswith("#")):
                 self._anchors.setdefault((here.base, name.removeprefix("#")), here)
 
+    def listed(self, place: Place) -> frozenset[Hashable]:
+        """The values of the enum at a place, in their canonical form."""
+        if place.pointer not in self._sets:
+            self._sets[place.pointer] = frozenset(map(canonical, place.value["enum"]))
+        return self._sets[place.pointer]
+
     def target(self, place: Place, word: str) -> Place:
         """What the reference at a place names; `word` is its keyword."""
         reference = place.value[word]
@@ -105,6 +117,8 @@ class Document:
             place.refuse(f"the {word} {short(reference)} may lead to several places; use a $ref to one of them", word)
         joined = place.base + reference if reference.startswith("#") else urljoin(place.base, reference)
         base, fragment = urldefrag(joined)
+        if word == "$ref" and _id_word(self) in place.value and place.base != self.root.base:
+            place.refuse("what a $ref beside an $id is relative to depends on the draft; move one of them", word)
         resource = self._resources.get(base)
         if resource is None:
             place.refuse(f"the {word} {short(reference)} is not within the schema; copy what it names into $defs", word)

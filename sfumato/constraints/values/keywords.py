@@ -151,7 +151,7 @@ def _encoding(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
 
 
 def _items(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
-    if word == "items" and "prefixItems" in place.value:  # read with it
+    if ("prefixItems" in place.value and place.document.has_prefix_items) == (word == "items"):  # read with the other
         return
     facets.speak("array")
     prefix, rest = item_places(place)

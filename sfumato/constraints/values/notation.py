@@ -55,6 +55,10 @@ class Notation(ABC):
     free: str
     """The name of the rule of any value."""
 
+    @abstractmethod
+    def written(self, value: Any) -> str:
+        """A value as it stands in an answer, its control tokens spelled out."""
+
     def can_write(self, text: str) -> bool:
         """Whether a text can stand in a constant or a key."""
         return not _SURROGATE.search(text)
@@ -121,6 +125,10 @@ class JsonNotation(Notation):
     free = "free_json"
     is_narrow = False
 
+    def written(self, value: Any) -> str:
+        """As `Notation.written` has it."""
+        return _quoted(value)
+
     def text(self, rules: RuleWriter, node: Expression) -> str:
         """As `Notation.text` has it."""
         if node == EMPTY:
@@ -160,6 +168,10 @@ class JsonInText(Notation):
     free = "free_text"
     is_narrow = False
 
+    def written(self, value: Any) -> str:
+        """As `Notation.written` has it."""
+        return _quoted(value)
+
     def text(self, rules: RuleWriter, node: Expression) -> str:
         """As `Notation.text` has it."""
         return rules.terminal(rf'"\\\"" {written(both([node, _PLAIN]))} "\\\""')
@@ -196,6 +208,15 @@ class CallNotation(Notation):
     comma = '","'
     free = "free_call"
     is_narrow = True
+
+    def written(self, value: Any) -> str:
+        """As `Notation.written` has it."""
+        if isinstance(value, list):
+            return f"[{','.join(map(self.written, value))}]"
+        if isinstance(value, dict):
+            keys = {name: name if is_bare(name) else f"{QUOTE}{name}{QUOTE}" for name in value}
+            return f"{{{','.join(f'{keys[name]}:{self.written(inner)}' for name, inner in value.items())}}}"
+        return f"{QUOTE}{value}{QUOTE}" if isinstance(value, str) else json.dumps(value)
 
     def can_write(self, text: str) -> bool:
         """As `Notation.can_write` has it."""
@@ -260,6 +281,6 @@ def _without(node: Expression, names: Iterable[str]) -> Expression:
     return both([node, other_than(any_of(map(text_of, names)))]) if names else node
 
 
-def _quoted(text: str) -> str:
-    """Text as JSON. What spells a control token has an escape in it, so that it is text."""
+def _quoted(text: Any) -> str:
+    """Text, or another value, as JSON. What spells a control token has an escape in it, so that it is text."""
     return CONTROL_TOKEN.sub(lambda match: f"\\u003c{match.group()[1:]}", json.dumps(text, ensure_ascii=False))

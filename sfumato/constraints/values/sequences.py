@@ -66,13 +66,12 @@ def counted_body(
     rules: RuleWriter,
     comma: str,
     elements: Sequence[ListElement],
-    further: Sequence[str],
+    further: str,
     counts: tuple[int, int | None],
 ) -> str:
     """The body of a list with so many elements at least and at most, which may be empty where 0 are enough.
 
-    `further` are elements that come behind the others: where k stand before it that at index k, and the last of them
-    any number of times. The parameter of each rule is the number of elements before it.
+    `further` is another element, as in `list_body`. The parameter of each rule is the number of elements before it.
     """
     low, high = counts
     most = len(elements) if not further else None
@@ -82,18 +81,13 @@ def counted_body(
     if len(elements) > MAX_COUNTED or low > MAX_COUNTED:
         raise NotWritten(f"more than the {MAX_COUNTED} allowed where they are counted")
     end = rules.new_name("c")
-    needed = [f"%if ge(_, {low})"]
-    options = [f'"" {needed[0]}']
+    options = [f'"" %if ge(_, {low})']
     if further:
-        limit = "" if high is None else f"lt(_, {high})"
-        for count in range(low):
-            options.append(f"{comma} {further[min(count, len(further) - 1)]} {end}::incr(_) %if eq(_, {count})")
-        rest = [part for part in (f"ge(_, {low})", limit) if part]
-        options.append(f"{comma} {further[-1]} {end}::incr(_) %if {_all_of(rest)}")
+        options.append(f"{comma} {further} {end}::incr(_){'' if high is None else f' %if lt(_, {high})'}")
     rules.define(end, " | ".join(options), "::_")
     heads = []
     if further and (high is None or high > 0):
-        heads.append(f"{further[0]} {end}::1")
+        heads.append(f"{further} {end}::1")
     tail, following = end, 0
     for at in range(len(elements) - 1, -1, -1):
         element, behind = elements[at], len(elements) - 1 - at

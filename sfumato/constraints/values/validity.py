@@ -34,28 +34,49 @@ class _Evaluated:
         self.items |= other.items
 
 
+@dataclass
+class _Checking:
+    """One value being checked: how deep, and what is known of each part of it and each schema."""
+
+    depth: int = 0
+    known: dict[tuple[int, str], _Evaluated | None] = field(default_factory=dict)
+
+
 def is_valid(value: Any, place: Place) -> bool:
     """Whether the value obeys the schema at a place."""
-    return _check(value, place, 0) is not None
+    return _check(value, place, _Checking()) is not None
 
 
-def _check(value: Any, place: Place, depth: int) -> _Evaluated | None:
+def _check(value: Any, place: Place, run: _Checking) -> _Evaluated | None:
     """What of the value the schema has spoken of; None where the value is not valid."""
     schema = place.value
     if isinstance(schema, bool):
         return _Evaluated() if schema else None
-    if depth > MAX_DEPTH or not isinstance(schema, dict):
-        return None
+    key = id(value), place.pointer
+    if key not in run.known:
+        if run.depth > MAX_DEPTH or not isinstance(schema, dict):
+            return None
+        run.depth += 1
+        run.known[key] = _check_all(value, place, run)
+        run.depth -= 1
+    return run.known[key]
+
+
+def _check_all(value: Any, place: Place, run: _Checking) -> _Evaluated | None:
+    """`_check` of a schema that is an object."""
+    schema = place.value
     if schema.get("nullable") is True and value is None:
         return _Evaluated()
+    if "enum" in schema and canonical(value) not in place.document.listed(place):
+        return None
     if not _is_scalar_valid(value, schema):
         return None
     evaluated = _Evaluated()
-    if not _combine(value, place, evaluated, depth):
+    if not _combine(value, place, evaluated, run):
         return None
-    if isinstance(value, dict) and not _check_object(value, place, evaluated, depth):
+    if isinstance(value, dict) and not _check_object(value, place, evaluated, run):
         return None
-    if isinstance(value, list) and not _check_array(value, place, evaluated, depth):
+    if isinstance(value, list) and not _check_array(value, place, evaluated, run):
         return None
     return evaluated
 
@@ -71,9 +92,8 @@ def _is_scalar_valid(value: Any, schema: dict[str, Any]) -> bool:
         return False
     if "const" in schema and canonical(schema["const"]) != canonical(value):
         return False
-    for word, is_in in (("enum", True), (EXCLUDED_WORD, False)):
-        if word in schema and any(canonical(value) == canonical(other) for other in schema[word]) != is_in:
-            return False
+    if any(canonical(value) == canonical(other) for other in schema.get(EXCLUDED_WORD, ())):
+        return False
     if kind in ("whole", "fraction"):
         return _is_number_valid(Decimal(str(value)), schema)
     if kind == "string":
@@ -118,12 +138,12 @@ def _is_text_valid(value: str, schema: dict[str, Any]) -> bool:
         return False
 
 
-def _combine(value: Any, place: Place, evaluated: _Evaluated, depth: int) -> bool:
+def _combine(value: Any, place: Place, evaluated: _Evaluated, run: _Checking) -> bool:
     """Whether the value obeys the keywords that combine schemas."""
     schema = place.value
 
     def holds(inner: Place) -> bool:
-        result = _check(value, inner, depth + 1)
+        result = _check(value, inner, run)
         if result is not None:
             evaluated.add(result)
         return result is not None
@@ -137,7 +157,7 @@ def _combine(value: Any, place: Place, evaluated: _Evaluated, depth: int) -> boo
         return False
     if "oneOf" in schema and sum(holds(inner) for inner in place.places("oneOf")) != 1:
         return False
-    if "not" in schema and _check(value, place.at("not"), depth + 1) is not None:
+    if "not" in schema and _check(value, place.at("not"), run) is not None:
         return False
     if "if" in schema:
         word = "then" if holds(place.at("if")) else "else"
@@ -156,7 +176,7 @@ def _combine(value: Any, place: Place, evaluated: _Evaluated, depth: int) -> boo
     return True
 
 
-def _check_object(value: dict[str, Any], place: Place, evaluated: _Evaluated, depth: int) -> bool:
+def _check_object(value: dict[str, Any], place: Place, evaluated: _Evaluated, run: _Checking) -> bool:
     schema = place.value
     if not schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", len(value)):
         return False
@@ -168,19 +188,19 @@ def _check_object(value: dict[str, Any], place: Place, evaluated: _Evaluated, de
             return False
     named, patterned = place.named_places("properties"), place.named_places("patternProperties")
     for name, inner in value.items():
-        if "propertyNames" in schema and _check(name, place.at("propertyNames"), depth + 1) is None:
+        if "propertyNames" in schema and _check(name, place.at("propertyNames"), run) is None:
             return False
         own = [named[name]] if name in named else []
         own += [schema_of for pattern, schema_of in patterned.items() if _has_match(pattern, name)]
         if not own and "additionalProperties" in schema:
             own = [place.at("additionalProperties")]
-        if any(_check(inner, one, depth + 1) is None for one in own):
+        if any(_check(inner, one, run) is None for one in own):
             return False
         evaluated.names |= {name} if own else set()
     if "unevaluatedProperties" in schema:
         inner_place = place.at("unevaluatedProperties")
         for name in value.keys() - evaluated.names:
-            if _check(value[name], inner_place, depth + 1) is None:
+            if _check(value[name], inner_place, run) is None:
                 return False
         evaluated.names |= value.keys()
     return True
@@ -193,7 +213,7 @@ def _has_match(pattern: str, text: str) -> bool:
         return False
 
 
-def _check_array(value: list[Any], place: Place, evaluated: _Evaluated, depth: int) -> bool:
+def _check_array(value: list[Any], place: Place, evaluated: _Evaluated, run: _Checking) -> bool:
     schema = place.value
     if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
         return False
@@ -203,19 +223,19 @@ def _check_array(value: list[Any], place: Place, evaluated: _Evaluated, depth: i
     for index, inner in enumerate(value):
         own = prefix[index] if index < len(prefix) else rest
         if own is not None:
-            if _check(inner, own, depth + 1) is None:
+            if _check(inner, own, run) is None:
                 return False
             evaluated.items.add(index)
     if "contains" in schema:
         inside = place.at("contains")
-        matching = {i for i, inner in enumerate(value) if _check(inner, inside, depth + 1) is not None}
+        matching = {i for i, inner in enumerate(value) if _check(inner, inside, run) is not None}
         evaluated.items |= matching
         if not schema.get("minContains", 1) <= len(matching) <= schema.get("maxContains", len(matching)):
             return False
     if "unevaluatedItems" in schema:
         inside = place.at("unevaluatedItems")
         for index in set(range(len(value))) - evaluated.items:
-            if _check(value[index], inside, depth + 1) is None:
+            if _check(value[index], inside, run) is None:
                 return False
         evaluated.items |= set(range(len(value)))
     return True
@@ -224,7 +244,7 @@ def _check_array(value: list[Any], place: Place, evaluated: _Evaluated, depth: i
 def item_places(place: Place) -> tuple[list[Place], Place | None]:
     """The schemas of the first items and that of the rest, in any draft's words."""
     schema = place.value
-    if "prefixItems" in schema:
+    if "prefixItems" in schema and place.document.has_prefix_items:
         return place.places("prefixItems"), place.at("items") if "items" in schema else None
     if isinstance(schema.get("items"), list):
         rest = place.at("additionalItems") if "additionalItems" in schema else None

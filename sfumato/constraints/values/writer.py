@@ -10,21 +10,18 @@ from decimal import Decimal
 from typing import Any
 
 from sfumato.constraints.expressions import (
-    ANY,
     ANYTHING,
-    ENDLESS,
     NOTHING,
     Expression,
     both,
     either,
     literal,
     other_than,
-    repeat,
-    sequence,
 )
 from sfumato.constraints.values.alternatives import Alternatives
 from sfumato.constraints.values.document import Place, short
 from sfumato.constraints.values.equality import canonical, kinds_of
+from sfumato.constraints.values.examples import NoShortValue, ShortValues
 from sfumato.constraints.values.facets import KINDS, Conjunction, Facets
 from sfumato.constraints.values.formats import WHOLE_FORMATS
 from sfumato.constraints.values.keywords import MAX_PREFIX
@@ -57,6 +54,11 @@ class ValueWriter:
         self._names: dict[Conjunction, str] = {}
         self._open: dict[Conjunction, str] = {}  # those being written, and the rule that refers to them from within
 
+    @property
+    def is_inexact(self) -> bool:
+        """Whether the rules allow more than the schemas do: a check of the whole text says what they do not."""
+        return bool(self.inexact)
+
     def rule(self, places: Conjunction) -> str:
         """The rule of the values that obey all of these schemas; an InputError where there is none."""
         if places in self._names:
@@ -70,11 +72,20 @@ class ValueWriter:
         options = self._options(places)
         name = self._open.pop(places)
         if name:
+            if self._notation.is_narrow:  # calls are read back to a depth that a rule within itself does not keep
+                self.inexact += places[:1]
             self._rules.define(name, " | ".join(dict.fromkeys(options)))
         else:
             name = self._rules.choice(options)
         self._names[places] = name
         return name
+
+    def example(self, places: Conjunction) -> str | None:
+        """A short value that obeys all of these schemas, written out; None where none is known."""
+        try:
+            return self._notation.written(ShortValues(self._alternatives, self._notation.is_narrow).of(places))
+        except NoShortValue:
+            return None
 
     def is_possible(self, places: Conjunction) -> bool:
         """Whether some value obeys all of these schemas."""
@@ -234,7 +245,7 @@ class ValueWriter:
         if low <= 1 and (high is None or high >= len(names)):
             body, _ = list_body(self._rules, self._notation.comma, elements)
             return body if low else f"({body})?"
-        return counted_body(self._rules, self._notation.comma, elements, (), (low, high))
+        return counted_body(self._rules, self._notation.comma, elements, "", (low, high))
 
     def _finite(self, places: Conjunction) -> list[Any] | None:
         """The values of a conjunction, where they are constants."""
@@ -267,18 +278,18 @@ class ValueWriter:
                 value = self.rule(places) if places else self._notation.anything(self._rules)
                 elements.append(ListElement(self._rules.rule(f"{self._notation.key(name)} {value}"), is_required))
         low, high = facets.fewest_fields, facets.most_fields
-        others = self._others(facets, names, key_node, low) if key_node.least < 1 << 60 else []
+        others = self._others(facets, names, key_node, low) if key_node.least < 1 << 60 else ""
         body = self._fields(elements, others, low, high)
         return self._rules.rule(f'"{{" {body} "}}"')
 
-    def _fields(self, elements: list[ListElement], others: list[str], low: int, high: int | None) -> str:
+    def _fields(self, elements: list[ListElement], others: str, low: int, high: int | None) -> str:
         """The body of an object: the fields that are named, and others behind them."""
         comma = self._notation.comma
         required = sum(element.is_required for element in elements)
         is_counted = low > max(1, required) or (high is not None and (bool(others) or high < len(elements)))
         if is_counted:
             return counted_body(self._rules, comma, elements, others, (low, high))
-        body, may_be_none = list_body(self._rules, comma, elements, others[-1] if others else "")
+        body, may_be_none = list_body(self._rules, comma, elements, others)
         if not body:
             if low:
                 raise NotWritten(f"at least {low} fields are asked for and none possible")
@@ -311,8 +322,8 @@ class ValueWriter:
                 nodes.append(text_node(self._rules, facets))
         return either(nodes)
 
-    def _others(self, facets: Facets, names: list[str], key_node: Expression, low: int) -> list[str]:
-        """What may come behind the named fields, in Lark: see `counted_body`, whose `further` it is."""
+    def _others(self, facets: Facets, names: list[str], key_node: Expression, low: int) -> str:
+        """A field that may come behind those that are named, in Lark; "" where none may."""
         classes: list[tuple[Expression, str]] = []
         for patterns, node in self._classes(facets):
             node = both([key_node, node])
@@ -321,23 +332,11 @@ class ValueWriter:
                 continue
             classes.append((node, self.rule(places) if places else self._notation.anything(self._rules)))
         if not classes:
-            return []
-        if low < 2:
-            return [self._other(classes, names, ANYTHING)]
-        # Fields that are needed have keys of different lengths, so that no key is counted twice.
-        lengths = [
-            sequence([repeat(ANY, number, number), repeat(repeat(ANY, low, low), 0, ENDLESS)])
-            for number in range(low, 2 * low)
-        ]
-        return [*(self._other(classes, names, length) for length in lengths), self._other(classes, names, ANYTHING)]
-
-    def _other(self, classes: list[tuple[Expression, str]], names: list[str], length: Expression) -> str:
-        options = [
-            f"{key} {value}"
-            for node, value in classes
-            for key in self._notation.other_key(self._rules, both([node, length]), names)
-        ]
-        return self._rules.choice(options)
+            return ""
+        if low > 1:  # one key may be counted twice
+            self.inexact.append(facets.sources[0])
+        keys = ((key, value) for node, value in classes for key in self._notation.other_key(self._rules, node, names))
+        return self._rules.choice(f"{key} {value}" for key, value in keys)
 
     def _classes(self, facets: Facets) -> list[tuple[frozenset[str], Expression]]:
         """The sets of patterns that one key may have together, and the keys of each set."""

@@ -51,7 +51,7 @@ def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 @dataclass
-class Reading:
+class BodyReading:
     """How one body is read, and what was left out of it."""
 
     limits: Limits
@@ -72,9 +72,9 @@ MOST_IGNORED = 32
 """Names of fields that a header may hold."""
 
 
-def reading_of(info: ValidationInfo) -> Reading:
+def reading_of(info: ValidationInfo) -> BodyReading:
     """How the body is read that a validator looks at; one that Python builds has no limits of its own."""
-    return info.context if isinstance(info.context, Reading) else Reading(Limits())
+    return info.context if isinstance(info.context, BodyReading) else BodyReading(Limits())
 
 
 class Body(BaseModel):
@@ -181,7 +181,7 @@ Count = Annotated[int, Field(ge=1, le=BIG)]
 Choices = Annotated[list[str], Most("max_choices", "choices")]
 
 
-def read(data: bytes, kind: type[T], reading: Reading) -> T:
+def read(data: bytes, kind: type[T], reading: BodyReading) -> T:
     """The request in a body; a Refusal says what is wrong with it, and where."""
     _count_values(data, reading.limits.max_values)
     value = parse(data, reading.limits.max_depth)

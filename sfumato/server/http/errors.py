@@ -64,7 +64,7 @@ def refusal(error: Exception) -> Refusal:
         case InputError():
             return Refusal(400, str(error), param=error.option)
         case NumericError():
-            return Refusal(500, str(error), "server_error")
+            return Refusal(500, str(error), "server_error", code="numeric_error")
         case BusyError():
             return Refusal(503, str(error), "overloaded_error", headers=RETRY)
         case WorkerError():

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope
 from sfumato.errors import WorkerError
 from sfumato.events import Draft, Event, Usage
 from sfumato.server.backend import NUMBER, Backend, Job, ModelCard, Result
-from sfumato.server.http.bodies import Body, Reading, read
+from sfumato.server.http.bodies import Body, BodyReading, read
 from sfumato.server.http.errors import RETRY, ClientGone, ErrorForm, Refusal, refusal
 from sfumato.server.http.metrics import Metrics
 from sfumato.server.settings import Settings
@@ -169,7 +169,7 @@ class Service:
         if media not in medias:
             raise Refusal(415, f"the content type is {media or 'not given'!r}; send application/json")
         data = await request.body()
-        reading = Reading(self.settings.limits, self.settings.strict_params)
+        reading = BodyReading(self.settings.limits, self.settings.strict_params)
         if len(data) <= SMALL:
             body = read(data, kind, reading)
         else:

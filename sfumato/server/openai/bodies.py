@@ -447,11 +447,7 @@ class CompletionRequest(
             raise InputError(message, option="best_of")
         if self.echo and not self.is_scored and not all(isinstance(prompt, str) for prompt in self.prompts):
             raise InputError("echo needs the prompt as text, or logprobs; it came as tokens", option="echo")
-        if self.max_tokens == 0 and not self.is_scored:
-            raise InputError("max_tokens is 0; give 1 or more, or echo with logprobs", option="max_tokens")
-        most = None if self.max_tokens is None else max(1, self.max_tokens)
         more: dict[str, Any] = {"logprobs": self.logprobs is not None, "top_logprobs": self.logprobs}
-        more["max_tokens"] = most
         for prompt in self.prompts:
             check_length("prompt", None if isinstance(prompt, str) else len(prompt), card)
         if self.suffix is None:
@@ -461,4 +457,4 @@ class CompletionRequest(
         if self.logprobs is not None:
             raise InputError("logprobs cannot go with suffix; drop one of them", option="logprobs")
         check_length("max_tokens", self.requested().get("max_tokens"), card)
-        return self.options(card, **more | {"max_tokens": None})
+        return self.options(card, **more, max_tokens=None)

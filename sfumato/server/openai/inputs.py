@@ -1,39 +1,20 @@
 """What /v1/responses takes as input: the items of a conversation, and what they come to for a chat template.
 
 An assistant's thought, text and calls are several items and one message. A thought may come as text, or as the opaque
-text that an answer brought (`sealed`), which clients send back where nothing is stored.
+text that an answer brought (`seals`), which clients send back where nothing is stored.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter, ValidationInfo, WithJsonSchema
 
-from sfumato.server.http.bodies import Body, Most, Reading, reading_of
+from sfumato.server.http.bodies import Body, BodyReading, Most, reading_of
 from sfumato.server.http.errors import Refusal
+from sfumato.server.http.seals import unsealed
 from sfumato.server.settings import Limits
-
-SEAL = "sfumato-thought-1:"
-"""What opaque thoughts of this server begin with."""
-
-
-def sealed(thought: str) -> str:
-    """A thought as opaque text. It is no secret: it only has the form of one."""
-    return SEAL + base64.urlsafe_b64encode(thought.encode()).decode()
-
-
-def unsealed(text: str | None) -> str | None:
-    """The thought in an opaque text; None where it is another server's, or broken."""
-    if text is None or not text.startswith(SEAL):
-        return None
-    try:
-        return base64.b64decode(text.removeprefix(SEAL).encode(), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeError):
-        return None
 
 
 class Content(Body):
@@ -195,7 +176,7 @@ _ITEMS: TypeAdapter[list[Any]] = TypeAdapter(list[AnyItem])
 
 def items_of(output: list[dict[str, Any]]) -> list[Any]:
     """The items of an answer, as input of the next."""
-    return _ITEMS.validate_python(output, context=Reading(Limits()))
+    return _ITEMS.validate_python(output, context=BodyReading(Limits()))
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
