@@ -141,8 +141,8 @@ class Request:
         if span.width is None and room < least:
             if room == (self.options.max_tokens or 0) - span.start:
                 raise CapacityError(
-                    f"the constraint needs at least {least} tokens and has room for {room}; raise max_tokens or ask for "
-                    "less",
+                    f"the constraint needs at least {least} tokens and has room for {room}; "
+                    "raise max_tokens or ask for less",
                     option="max_tokens",
                 )
             raise CapacityError(
