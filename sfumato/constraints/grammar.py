@@ -18,20 +18,21 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from sfumato.constraints.checks import Check
+from sfumato.constraints.checks import Check, SchemaCheck
 from sfumato.constraints.forms import GrammarSource, lark_of, source_of_choices, source_of_lark, source_of_regex
 from sfumato.constraints.guide import Guide
 from sfumato.constraints.interruptible import Interruptible, T
 from sfumato.constraints.lark import terminals
 from sfumato.constraints.patterns import NotSupported
-from sfumato.constraints.schema import source_of_schema
+from sfumato.constraints.schema import checked_schema, source_of_schema
 from sfumato.constraints.search import EFFORT, Accepts, Search
 from sfumato.constraints.shortest import Automaton
-from sfumato.constraints.tools import source_of_calls
+from sfumato.constraints.tools import call_check, source_of_calls
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError, InputError
 from sfumato.options import CONSTRAINTS
 from sfumato.system import confined
+from sfumato.text.messages import check_tools
 from sfumato.text.tokenizer import Tokenizer
 
 MAX_SHORTEST = 8192
@@ -89,7 +90,7 @@ class Grammar:
         that end a text. Whatever is wrong with the value is an InputError of one sentence. The first grammar of a
         tokenizer takes a second or two.
         """
-        source, hints, check, example = source_of(kind, value)
+        source, hints, check, example = _read(kind, value)
         vocabulary = Vocabulary.of(tokenizer, vocab_size, ends)
         lark = lark_of(source) if kind in ("grammar", "calls") else ""
         shortest = _tried(vocabulary, tokenizer, Terms(kind, source, hints, lark, check, example))
@@ -122,6 +123,17 @@ def source_of(kind: str, value: Any) -> GrammarSource:
     if kind not in _SOURCES:
         raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")
     return _SOURCES[kind](value)
+
+
+def _read(kind: str, value: Any) -> GrammarSource:
+    """`source_of`, in a child process where much may have to be read: a schema may make any work."""
+    if kind not in ("schema", "calls"):
+        return source_of(kind, value)
+    value = checked_schema(value) if kind == "schema" else (check_tools(value[0]), value[1])
+    with CHILDREN.child("the schema" if kind == "schema" else "the grammar of the tools") as child:
+        text, hints, is_inexact, example = child.run(_parts_of_source, kind, value)
+    check = SchemaCheck(value) if kind == "schema" else call_check(value[0])
+    return GrammarSource(text, hints, check if is_inexact else None, example)
 
 
 class Terms(NamedTuple):
@@ -167,6 +179,15 @@ def _keep_tokenizer(key: str, tokenizer_json: str, vocab_size: int, ends: list[i
         _tokenizers.pop(next(iter(_tokenizers)))
     tokenizer = Tokenizer.from_json(tokenizer_json)
     _tokenizers[key] = tokenizer, Vocabulary.of(tokenizer, vocab_size, ends)
+
+
+def _parts_of_source(kind: str, value: Any) -> tuple[str, str, bool, str | None]:
+    """A source as JSON can say it: whether it has a check instead of the check."""
+    try:
+        text, hints, check, example = source_of(kind, value)
+    except RecursionError:
+        raise InputError("references lead on from one to the next too often; let them name the schema itself") from None
+    return text, hints, check is not None, example
 
 
 def _shortest_text(key: str, terms: Terms) -> list[int] | None:

@@ -135,6 +135,22 @@ class Request:
         whole = (config.max_position - len(self.prompt)) // canvas * canvas
         return min(whole, self.options.max_tokens or whole) - span.start
 
+    def guide(self, span: Span, config: ModelConfig) -> Guide | AnswerGuide:
+        """The guide of this span's text; CapacityError, which names what limits it, where the text has no room."""
+        room, least = self.room(span, config), span.grammar.shortest()
+        if span.width is None and room < least:
+            if room == (self.options.max_tokens or 0) - span.start:
+                raise CapacityError(
+                    f"the constraint needs at least {least} tokens and has room for {room}; "
+                    "raise max_tokens or ask for less",
+                    option="max_tokens",
+                )
+            raise CapacityError(
+                f"the constraint needs at least {least} tokens, and behind the {len(self.prompt)} of {self.name} the "
+                f"context of {config.max_position} has room for {room}; shorten the prompt or ask for less"
+            )
+        return span.grammar.start(room)
+
     def _check_canvas(self, config: ModelConfig) -> None:
         needs_canvas = {
             "mode 'diffusion'": self.is_diffusion,
@@ -265,9 +281,7 @@ class Row:
         row = cls(request, prompt, rules, length, request.options.seed or 0, list(prompt.tokens), watch, inspect)
         row.sampler = RowSampler.of(request.options, prompt.tokens)
         row.scores = scores
-        row.spans = [
-            RowSpan(span.start, span.width, span.grammar.start(request.room(span, config))) for span in request.spans
-        ]
+        row.spans = [RowSpan(span.start, span.width, request.guide(span, config)) for span in request.spans]
         return row
 
     def begin(self, count: int) -> None:

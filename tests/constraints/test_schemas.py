@@ -172,6 +172,12 @@ def test_sizes_are_bounded(schema: dict[str, Any], words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_takes_long_to_read_ends_in_the_child() -> None:
+    onward = {f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(2000)}
+    with pytest.raises(InputError, match="references lead on from one to the next"):
+        compiled("schema", {"$defs": onward | {"d2000": WHOLE}, "$ref": "#/$defs/d0"})
+
+
 # ---- random answers --------------------------------------------------------------------------------------------------
 
 

@@ -180,8 +180,9 @@ def test_an_open_thought_leaves_room_for_the_answer(thinker: LLM) -> None:
         *_, done = thinker.stream(Chat(USER, None, options))
         assert isinstance(done, Done) and done.finish_reason == "stop"
         check_text(kind, thinker.tokenizer.decode(done.tokens[done.tokens.index(closer) + 1 :]))
-    with pytest.raises(CapacityError, match="at least 2 tokens and has room for 1"):
+    with pytest.raises(CapacityError, match="at least 2 tokens and has room for 1; raise max_tokens") as short:
         thinker.chat(USER, options=Options(choices=("1",), max_tokens=1))
+    assert short.value.option == "max_tokens"  # no conversation is too long
 
 
 def test_a_stream_gives_the_thought_then_the_answer(wild: LLM) -> None:
