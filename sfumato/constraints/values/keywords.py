@@ -29,6 +29,7 @@ ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$defs",
 """Keywords that are common and say nothing."""
 
 _Scopes = tuple[str, ...]
+KeywordReader = Callable[[Facets, Place, str, _Scopes], None]
 
 
 def count_of(place: Place, word: str, most: int | None = MAX_COUNT) -> int:
@@ -104,18 +105,25 @@ def _multiple(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
     facets.multiples.append(Decimal(str(value)))
 
 
-def _shortest(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
-    facets.speak("string")
-    facets.shortest = max(facets.shortest, count_of(place, word))
+def _at_least(kind: str, name: str) -> KeywordReader:
+    """The reader of a keyword such as `minItems`, which bounds the facet of this name."""
+
+    def read(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
+        facets.speak(kind)
+        setattr(facets, name, max(getattr(facets, name), count_of(place, word)))
+
+    return read
 
 
-def _longest(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
-    facets.speak("string")
-    facets.longest = _least(facets.longest, count_of(place, word, None))
+def _at_most(kind: str, name: str) -> KeywordReader:
+    """The reader of a keyword such as `maxItems`."""
 
+    def read(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
+        facets.speak(kind)
+        new, old = count_of(place, word, None), getattr(facets, name)
+        setattr(facets, name, new if old is None else min(old, new))
 
-def _least(old: int | None, new: int) -> int:
-    return new if old is None else min(old, new)
+    return read
 
 
 def _pattern(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
@@ -178,16 +186,6 @@ MAX_PREFIX = 200
 """Items with schemas of their own."""
 
 
-def _fewest_items(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
-    facets.speak("array")
-    facets.fewest_items = max(facets.fewest_items, count_of(place, word))
-
-
-def _most_items(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
-    facets.speak("array")
-    facets.most_items = _least(facets.most_items, count_of(place, word, None))
-
-
 def _unique(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
     if place.value[word] is True:
         facets.speak("array")
@@ -227,22 +225,10 @@ def _required(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
     facets.required |= dict.fromkeys(names)
 
 
-def _fewest_fields(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
-    facets.speak("object")
-    facets.fewest_fields = max(facets.fewest_fields, count_of(place, word))
-
-
-def _most_fields(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
-    facets.speak("object")
-    facets.most_fields = _least(facets.most_fields, count_of(place, word, None))
-
-
 def _unevaluated_fields(facets: Facets, place: Place, word: str, scopes: _Scopes) -> None:
     facets.speak("object")
     facets.unevaluated_fields.append(place)
 
-
-KeywordReader = Callable[[Facets, Place, str, _Scopes], None]
 
 READERS: dict[str, KeywordReader] = {
     "type": _type,
@@ -255,8 +241,8 @@ READERS: dict[str, KeywordReader] = {
     "exclusiveMinimum": _bound,
     "exclusiveMaximum": _bound,
     "multipleOf": _multiple,
-    "minLength": _shortest,
-    "maxLength": _longest,
+    "minLength": _at_least("string", "shortest"),
+    "maxLength": _at_most("string", "longest"),
     "pattern": _pattern,
     UNLIKE_WORD: _unlike,
     "format": _format,
@@ -265,8 +251,8 @@ READERS: dict[str, KeywordReader] = {
     "items": _items,
     "prefixItems": _items,
     "contains": _contains,
-    "minItems": _fewest_items,
-    "maxItems": _most_items,
+    "minItems": _at_least("array", "fewest_items"),
+    "maxItems": _at_most("array", "most_items"),
     "uniqueItems": _unique,
     "unevaluatedItems": _unevaluated_items,
     "properties": _fields,
@@ -274,8 +260,8 @@ READERS: dict[str, KeywordReader] = {
     "additionalProperties": _fields,
     "propertyNames": _names,
     "required": _required,
-    "minProperties": _fewest_fields,
-    "maxProperties": _most_fields,
+    "minProperties": _at_least("object", "fewest_fields"),
+    "maxProperties": _at_most("object", "most_fields"),
     "unevaluatedProperties": _unevaluated_fields,
 }
 """Each keyword's reader; it adds what the keyword says at a place to the facets."""

@@ -26,16 +26,11 @@ from sfumato.server.openai.spellings import EffortName
 from sfumato.server.openai.unread import RESPONSES_NEUTRAL, RESPONSES_UNREAD
 
 
-class FlatTool(Body):
+class FlatTool(Function):
     """A tool, with its function's fields beside its type."""
 
     place = "tools[]."
-    unread = FUNCTION_UNREAD
     type: Literal["function"]
-    name: str = Field(min_length=1)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
     def function(self) -> Function:
         """The function that the model is shown."""
