@@ -33,6 +33,17 @@ CALLS: dict[str, list[tuple[str, Any]]] = {
         ),
         ('call:f{"a":"x\\"}', {"a": "x\\"}),
     ],
+    "half a quote and one too many": [
+        ('call:f{zip":"a.py","linked":"x","count":3}', {"zip": "a.py", "linked": "x", "count": 3}),
+        ('call:f{"zip":"a.py",linked":"x","count":3}', {"zip": "a.py", "linked": "x", "count": 3}),
+        ('call:f{"zip":x = 1, b: \\"q\\"","count":3}', {"zip": 'x = 1, b: \\"q\\""', "count": 3}),
+        ("call:f{zip:§§x = f(y, {k: 1})§,count:3}", {"zip": "x = f(y, {k: 1})", "count": 3}),
+        ("call:f{zip:§§C:\\x§,count:3}", {"zip": "C:\\x", "count": 3}),
+        ("call:f{zip:§§count:3}", {"zip": "", "count": 3}),
+        ("call:f{zip:§§ count:3}", {"zip": "", "count": 3}),
+        ("call:f{zip::§a:b§,count::3}", {"zip": "a:b", "count": 3}),
+        ('call:f{"zip"::"a:b","count"::3}', {"zip": "a:b", "count": 3}),
+    ],
     "threefold quotes": [
         ('call:f{a:"""x = "y"\n""",b:1}', {"a": 'x = "y"\n', "b": 1}),
         ("call:f(a='''it's''', b=1)", {"a": "it's", "b": 1}),

@@ -281,9 +281,7 @@ class Row:
         row = cls(request, prompt, rules, length, request.options.seed or 0, list(prompt.tokens), watch, inspect)
         row.sampler = RowSampler.of(request.options, prompt.tokens)
         row.scores = scores
-        row.spans = [
-            RowSpan(span.start, span.width, request.guide(span, config)) for span in request.spans
-        ]
+        row.spans = [RowSpan(span.start, span.width, request.guide(span, config)) for span in request.spans]
         return row
 
     def begin(self, count: int) -> None:

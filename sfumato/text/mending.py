@@ -31,8 +31,8 @@ from sfumato.text.notation import (
 
 _QUOTES = f"{MARK}\"'"
 _NAME = rf"[^\s{{}}\[\]():=,;{_QUOTES}]{{1,128}}"
-_KEY = re.compile(rf"[{_QUOTES}]?({_NAME}(?: {_NAME}){{0,3}})[{_QUOTES}]?\s*([:=])(?!//)\s*")
-"""A key, whose quotes may be halved. Two slashes behind its colon make it the scheme of an address."""
+_KEY = re.compile(rf"[{_QUOTES}]?({_NAME}(?: {_NAME}){{0,3}})[{_QUOTES}]?\s*([:=]):?(?!//)\s*")
+"""A key, whose quotes may be halved, and its colon doubled. Two slashes behind it make it the scheme of an address."""
 _SHORT_KEY = rf"[{_QUOTES}]?({_NAME})[{_QUOTES}]?[ \t]{{0,64}}[:=](?!//)"
 _NEXT_KEY = re.compile(_SHORT_KEY)
 _KEY_BEFORE = re.compile(rf"(?<=\s)({_NAME})\s{{0,64}}[:=]\s{{0,64}}\Z")
@@ -120,6 +120,8 @@ class MendingReader:
             if self.source[inside : inside + 1] in ("", "}") or self._key_at(inside):
                 return self._pairs(at + 1, "}", declared)
         if first in _QUOTES:
+            if self._is_doubled(at, record):
+                at += 1
             end = self._closing(at)
             if end is not None:
                 if first == MARK:
@@ -173,9 +175,13 @@ class MendingReader:
             return "," in gap.group()
         key = _NEXT_KEY.match(self.source, gap.end())
         if key is not None:
-            is_known = not record.names or key[1] in record.names
-            return is_known and key.group()[-1] == self._sign
+            return self._is_next(key, record)
         return self.source[gap.end() : gap.end() + 1] in ("", self._due[-1]) and gap.group() != "\n"
+
+    def _is_next(self, key: re.Match[str], record: Declared | None) -> bool:
+        """Whether what reads as a key may be the next one: it is declared, where any is, and has the others' sign."""
+        is_known = record is None or not record.names or key[1] in record.names
+        return is_known and key.group()[-1] == self._sign
 
     def _key_at(self, at: int) -> tuple[str, int] | None:
         """The key at a place, and the place behind its colon."""
@@ -186,7 +192,8 @@ class MendingReader:
             sign = self.source[behind : behind + 1]
             if end >= 0 and sign in (":", "="):
                 self._sign, key = sign, self.source[at + 1 : end]
-                return (key if first == MARK else unescaped(key)), behind + 1
+                behind += 2 if self.source.startswith("::", behind) else 1
+                return (key if first == MARK else unescaped(key)), behind
         match = _KEY.match(self.source, at)
         if match is None:
             return None
@@ -200,6 +207,15 @@ class MendingReader:
         places, kinds = self._quotes[self.source[at]]
         n = bisect_right(places, at)
         return places[n] if n < len(places) and kinds[n] else None
+
+    def _is_doubled(self, at: int, record: Declared | None) -> bool:
+        """Whether a string begins here with two quotes: what follows them is neither its end nor a key."""
+        second, third = self.source[at + 1 : at + 2], self.source[at + 2 : at + 3]
+        is_text = bool(third) and not third.isspace() and third not in ",;:=}])" + _QUOTES
+        if second != self.source[at] or not is_text:
+            return False
+        key = None if record is None else _NEXT_KEY.match(self.source, at + 2)
+        return key is None or not self._is_next(key, record)
 
     def _is_closing(self, at: int) -> bool | None:
         """Whether the `<|"|>` at a place closes a string or opens one; None: it is part of a text."""
