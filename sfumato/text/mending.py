@@ -31,8 +31,8 @@ from sfumato.text.notation import (
 
 _QUOTES = f"{MARK}\"'"
 _NAME = rf"[^\s{{}}\[\]():=,;{_QUOTES}]{{1,128}}"
-_KEY = re.compile(rf"[{_QUOTES}]?({_NAME}(?: {_NAME}){{0,3}})[{_QUOTES}]?\s*([:=]):?(?!//)\s*")
-"""A key, whose quotes may be halved, and its colon doubled. Two slashes behind it make it the scheme of an address."""
+_KEY = re.compile(rf"[{_QUOTES}]?({_NAME}(?: {_NAME}){{0,3}})[{_QUOTES}]?\s*([:=])\2?(?!//)\s*")
+"""A key, whose quotes may be halved, and its sign doubled. Two slashes behind it make it the scheme of an address."""
 _SHORT_KEY = rf"[{_QUOTES}]?({_NAME})[{_QUOTES}]?[ \t]{{0,64}}[:=](?!//)"
 _NEXT_KEY = re.compile(_SHORT_KEY)
 _KEY_BEFORE = re.compile(rf"(?<=\s)({_NAME})\s{{0,64}}[:=]\s{{0,64}}\Z")
@@ -64,14 +64,14 @@ class MendingReader:
         start, closer = (at + 1, _CLOSERS[opener]) if has_bracket else (at, "}")
         self._due = []
         first = self._skip(start, _GAPS)
-        if has_bracket and self.source[first : first + 1] == "{":  # doubled
+        if has_bracket and self.source[first : first + 1] in ("{", opener):  # doubled
             start, first = first + 1, self._skip(first + 1, _GAPS)
         if self.source[first : first + 1] in ("", "}", ")") or self._key_at(first):
             return self._pairs(start, closer, declared)
         if not has_bracket:
             raise Malformed
         items, end = self._items(start, closer, declared)
-        if not 0 < len(items.items) <= len(declared.names):
+        if not 0 < len(items.items) <= len(declared.names) or any(map(_is_fragment, items.items)):
             raise Malformed
         return Pairs(self.source, at, end, dict(zip(declared.names, items.items, strict=False))), end
 
@@ -103,6 +103,8 @@ class MendingReader:
                 at += 1
                 continue
             item, at = self._value(at, declared.item(len(items)), None)
+            if isinstance(item, Word) and item.text[-1:] in (":", "="):  # a key: the list's end is missing
+                raise Malformed
             items.append(item)
         self._due.pop()
         return Values(self.source, start - 1, end, items), end
@@ -125,7 +127,9 @@ class MendingReader:
             end = self._closing(at)
             if end is not None:
                 if first == MARK:
-                    return Quoted(plain(self.source[at + 1 : end])), end + 1
+                    text = self.source[at + 1 : end]
+                    is_doubled = text.endswith(MARK) and text.count(MARK) % 2
+                    return Quoted(plain(text[:-1] if is_doubled else text)), end + 1
                 return Quoted(between_quotes(self.source, at, end + 1)), end + 1
             node, end = self._bare(at + 1, record)
             quoted = self.source[at:end].rstrip()
@@ -192,7 +196,7 @@ class MendingReader:
             sign = self.source[behind : behind + 1]
             if end >= 0 and sign in (":", "="):
                 self._sign, key = sign, self.source[at + 1 : end]
-                behind += 2 if self.source.startswith("::", behind) else 1
+                behind += 2 if self.source.startswith(sign * 2, behind) else 1
                 return (key if first == MARK else unescaped(key)), behind
         match = _KEY.match(self.source, at)
         if match is None:
@@ -241,6 +245,11 @@ class MendingReader:
     def _skip(self, at: int, pattern: re.Pattern[str] = _SPACE) -> int:
         match = pattern.match(self.source, at)
         return match.end() if match else at
+
+
+def _is_fragment(item: Argument) -> bool:
+    """Whether a value that has no key is more likely a piece of a broken record."""
+    return isinstance(item, Word) and not set(item.text).isdisjoint("\"':={}[]")
 
 
 def _classified(source: str, quote: str) -> tuple[list[int], list[bool]]:
