@@ -38,6 +38,8 @@ _NEXT_KEY = re.compile(_SHORT_KEY)
 _KEY_BEFORE = re.compile(rf"(?<=\s)({_NAME})\s{{0,64}}[:=]\s{{0,64}}\Z")
 _SCALAR = re.compile(rf"(?:[+-]?[\d.]+(?:[eE][+-]?\d+)?|true|false|null|none)(?=\s{{1,64}}{_SHORT_KEY})", re.IGNORECASE)
 """A number or constant right before a key, without a comma."""
+_STRAY_QUOTE = re.compile(r'\A[^"]*[^"\d]"\Z')
+"""The end of a string that was not opened; behind a digit it means inches."""
 _SPACE, _GAPS = re.compile(r"\s*"), re.compile(r"[\s,;]*")
 _BREAKS = re.compile(rf"[{{}}\[\](){MARK}]|[,;\n][\s,;]*")
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -130,7 +132,8 @@ class MendingReader:
                     text = self.source[at + 1 : end]
                     is_doubled = text.endswith(MARK) and text.count(MARK) % 2
                     return Quoted(plain(text[:-1] if is_doubled else text)), end + 1
-                return Quoted(between_quotes(self.source, at, end + 1)), end + 1
+                text = between_quotes(self.source, at, end + 1)
+                return Quoted(text[:-1] if first == '"' and _STRAY_QUOTE.search(text) else text), end + 1
             node, end = self._bare(at + 1, record)
             quoted = self.source[at:end].rstrip()
             if first != MARK and len(quoted) > 1 and quoted.endswith(first):  # a string with its own quotes within
@@ -139,7 +142,8 @@ class MendingReader:
         scalar = _SCALAR.match(self.source, at)
         if scalar and record is not None:
             return Word(scalar.group()), scalar.end()
-        return self._bare(at, record)
+        node, at = self._bare(at, record)
+        return (Quoted(node.text[:-1]) if _STRAY_QUOTE.search(node.text) else node), at
 
     # ---- bare text --------------------------------------------------------------------------------------------------
 
