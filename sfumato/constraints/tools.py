@@ -35,9 +35,15 @@ def tool_grammar(tools: Sequence[Mapping[str, Any]], must_call: bool = False) ->
 
     It allows free text without control tokens, at least one character of it; or free text, possibly none, and calls
     behind it. With `must_call` it allows calls alone. An InputError names the tool and the place in its schema that
-    cannot be guaranteed.
+    cannot be guaranteed; by the kind "calls" of `Grammar.compile`, with a check beside the grammar, more can.
     """
-    return lark_of(source_of_calls((tools, must_call)).text)
+    source = source_of_calls((tools, must_call))
+    if source.check is not None:
+        raise InputError(
+            "a grammar alone cannot keep the tools' schemas: some refer to themselves, or ask that items differ; "
+            "compile the tools as calls"
+        )
+    return lark_of(source.text)
 
 
 def source_of_calls(value: tuple[Sequence[Mapping[str, Any]], bool]) -> GrammarSource:

@@ -294,3 +294,19 @@ def test_numbers_that_no_float_holds_are_refused() -> None:
         with pytest.raises(InputError, match=r"more than 300 digits, at /properties/n of|is no JSON"):
             tool_grammar(tool({"const": value}))
     assert str(10**299) in tool_grammar(tool({"const": 10**299}))
+
+
+def test_what_a_grammar_cannot_say_of_calls_is_checked() -> None:
+    tree = record("v", v=WHOLE, kids={"type": "array", "items": {"$ref": "#"}})
+    names = record("tags", tags={"type": "array", "items": TEXT, "uniqueItems": True})
+    tools = [tool("grow", tree), tool("name", names)]
+    with pytest.raises(InputError, match="a grammar alone cannot keep"):
+        tool_grammar(tools)
+    grammar = Grammar.compile("calls", (tools, True), NANO, NANO.vocab_size, ENDS)
+    assert not allows(grammar, '<|tool_call>call:name{tags:[<|"|>a<|"|>,<|"|>a<|"|>]}<tool_call|>')
+    assert allows(grammar, '<|tool_call>call:name{tags:[<|"|>a<|"|>,<|"|>b<|"|>]}<tool_call|>')
+    for seed in range(6):
+        reply = parse_ids(NANO, walk(grammar, seed, 90, calling=0.8))
+        for call in reply.tool_calls:
+            check(tree if call["name"] == "grow" else names, call["arguments"])
+        assert reply.tool_calls
