@@ -90,7 +90,7 @@ class Grammar:
         that end a text. Whatever is wrong with the value is an InputError of one sentence. The first grammar of a
         tokenizer takes a second or two.
         """
-        source, hints, check, example = _read(kind, value)
+        source, hints, check, example = read_source(kind, value)
         vocabulary = Vocabulary.of(tokenizer, vocab_size, ends)
         lark = lark_of(source) if kind in ("grammar", "calls") else ""
         shortest = _tried(vocabulary, tokenizer, Terms(kind, source, hints, lark, check, example))
@@ -125,7 +125,7 @@ def source_of(kind: str, value: Any) -> GrammarSource:
     return _SOURCES[kind](value)
 
 
-def _read(kind: str, value: Any) -> GrammarSource:
+def read_source(kind: str, value: Any) -> GrammarSource:
     """`source_of`, in a child process where much may have to be read: a schema may make any work."""
     if kind not in ("schema", "calls"):
         return source_of(kind, value)

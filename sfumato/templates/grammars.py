@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sfumato.constraints.answers import AnswerGrammar, CallGrammar, ThoughtTokens
-from sfumato.constraints.grammar import Grammar
-from sfumato.constraints.tools import tool_grammar
+from sfumato.constraints.grammar import Grammar, read_source
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import InputError
 from sfumato.options import Options
@@ -53,14 +52,14 @@ def parts_of(options: Options, tools: Tools | None) -> AnswerParts | None:
         raise InputError(message, option=name)
     if not name and options.constraint is None:
         return None
-    calls = "grammar", tool_grammar(tools if name else [_loosened(tool) for tool in tools], must_call=True)
+    calls = "calls", (list(tools) if name else [_loosened(tool) for tool in tools], True)
     return AnswerParts(calls) if options.must_call else AnswerParts(options.constraint, calls)
 
 
 def _loosened(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tool, with parameters of any kind where calls cannot be guaranteed to obey its own: nobody asked for that."""
     try:
-        tool_grammar([tool])
+        read_source("calls", ([tool], True))
     except InputError:
         function = dict(tool["function"], parameters={"type": "object", "additionalProperties": True})
         return {**tool, "function": function}
