@@ -140,7 +140,7 @@ TYPES: dict[str, Any] = {
 }  # fmt: skip
 """By name."""
 
-SAY_LESS = {"complex", "Base64UrlStr", "PastDate", "condecimal", "dict[int, str]"}
+SAY_LESS = {"complex", "Decimal", "Base64UrlStr", "PastDate", "condecimal", "dict[int, str]"}
 """Types that say less in their schema than they ask for."""
 
 

@@ -248,7 +248,7 @@ BLOCKS: dict[str, list[tuple[str, Calls]]] = {
         ('call:f{"a": "He said "hi" to me", "b": 1}', {"a": 'He said "hi" to me', "b": 1}),
         ('call:f{"a":"print("hi")"}', {"a": 'print("hi")'}),
         ("call:f{a:'it's fine', b:2}", {"a": "it's fine", "b": 2}),
-        ("call:f{a:§x§§,b:1}", {"a": 'x"', "b": 1}),
+        ("call:f{a:§x§§,b:1}", {"a": "x", "b": 1}),
         ("call:f{a:§x", {"a": "x"}),
         ("call:f{a:§x, y and z}", {"a": "x, y and z"}),
     ],

@@ -26,6 +26,8 @@ _ENDS = {
     for quote in _QUOTES
 }
 """A quote that may end a string: a key and its sign follow, or the end of the call, the source's or another call."""
+_NAMES = {quote: re.compile(rf"{quote}{_GAP}[,;]{_GAP}[{_QUOTES}]?({_NAME})") for quote in _QUOTES}
+"""A quote, a comma and what may be a key."""
 
 
 class GuidedReader:
@@ -58,6 +60,8 @@ class GuidedReader:
             return ExactReader(self.source, has_quotes=True).value(at)
         for end in _ENDS[quote].finditer(self.source, at + 1):
             if end[1] is None or (end[1] in left and end[2] == sign):
+                if any(key[1] in left for key in _NAMES[quote].finditer(self.source, at + 1, end.start())):
+                    raise Malformed  # a key without its sign
                 if quote == MARK:
                     return Quoted(plain(self.source[at + 1 : end.start()])), end.end()
                 return Quoted(between_quotes(self.source, at, end.end())), end.end()

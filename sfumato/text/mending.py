@@ -31,13 +31,15 @@ from sfumato.text.notation import (
 
 _QUOTES = f"{MARK}\"'"
 _NAME = rf"[^\s{{}}\[\]():=,;{_QUOTES}]{{1,128}}"
-_KEY = re.compile(rf"[{_QUOTES}]?({_NAME}(?: {_NAME}){{0,3}})[{_QUOTES}]?\s*([:=])(?!//)\s*")
-"""A key, whose quotes may be halved. Two slashes behind its colon make it the scheme of an address."""
+_KEY = re.compile(rf"[{_QUOTES}]?({_NAME}(?: {_NAME}){{0,3}})[{_QUOTES}]?\s*([:=])\2?(?!//)\s*")
+"""A key, whose quotes may be halved, and its sign doubled. Two slashes behind it make it the scheme of an address."""
 _SHORT_KEY = rf"[{_QUOTES}]?({_NAME})[{_QUOTES}]?[ \t]{{0,64}}[:=](?!//)"
 _NEXT_KEY = re.compile(_SHORT_KEY)
 _KEY_BEFORE = re.compile(rf"(?<=\s)({_NAME})\s{{0,64}}[:=]\s{{0,64}}\Z")
 _SCALAR = re.compile(rf"(?:[+-]?[\d.]+(?:[eE][+-]?\d+)?|true|false|null|none)(?=\s{{1,64}}{_SHORT_KEY})", re.IGNORECASE)
 """A number or constant right before a key, without a comma."""
+_STRAY_QUOTE = re.compile(r'\A[^"]*[^"\d]"\Z')
+"""The end of a string that was not opened; behind a digit it means inches."""
 _SPACE, _GAPS = re.compile(r"\s*"), re.compile(r"[\s,;]*")
 _BREAKS = re.compile(rf"[{{}}\[\](){MARK}]|[,;\n][\s,;]*")
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -64,14 +66,14 @@ class MendingReader:
         start, closer = (at + 1, _CLOSERS[opener]) if has_bracket else (at, "}")
         self._due = []
         first = self._skip(start, _GAPS)
-        if has_bracket and self.source[first : first + 1] == "{":  # doubled
+        if has_bracket and self.source[first : first + 1] in ("{", opener):  # doubled
             start, first = first + 1, self._skip(first + 1, _GAPS)
         if self.source[first : first + 1] in ("", "}", ")") or self._key_at(first):
             return self._pairs(start, closer, declared)
         if not has_bracket:
             raise Malformed
         items, end = self._items(start, closer, declared)
-        if not 0 < len(items.items) <= len(declared.names):
+        if not 0 < len(items.items) <= len(declared.names) or any(map(_is_fragment, items.items)):
             raise Malformed
         return Pairs(self.source, at, end, dict(zip(declared.names, items.items, strict=False))), end
 
@@ -103,6 +105,8 @@ class MendingReader:
                 at += 1
                 continue
             item, at = self._value(at, declared.item(len(items)), None)
+            if isinstance(item, Word) and item.text[-1:] in (":", "="):  # a key: the list's end is missing
+                raise Malformed
             items.append(item)
         self._due.pop()
         return Values(self.source, start - 1, end, items), end
@@ -120,11 +124,16 @@ class MendingReader:
             if self.source[inside : inside + 1] in ("", "}") or self._key_at(inside):
                 return self._pairs(at + 1, "}", declared)
         if first in _QUOTES:
+            if self._is_doubled(at, record):
+                at += 1
             end = self._closing(at)
             if end is not None:
                 if first == MARK:
-                    return Quoted(plain(self.source[at + 1 : end])), end + 1
-                return Quoted(between_quotes(self.source, at, end + 1)), end + 1
+                    text = self.source[at + 1 : end]
+                    is_doubled = text.endswith(MARK) and text.count(MARK) % 2
+                    return Quoted(plain(text[:-1] if is_doubled else text)), end + 1
+                text = between_quotes(self.source, at, end + 1)
+                return Quoted(text[:-1] if first == '"' and _STRAY_QUOTE.search(text) else text), end + 1
             node, end = self._bare(at + 1, record)
             quoted = self.source[at:end].rstrip()
             if first != MARK and len(quoted) > 1 and quoted.endswith(first):  # a string with its own quotes within
@@ -133,7 +142,8 @@ class MendingReader:
         scalar = _SCALAR.match(self.source, at)
         if scalar and record is not None:
             return Word(scalar.group()), scalar.end()
-        return self._bare(at, record)
+        node, at = self._bare(at, record)
+        return (Quoted(node.text[:-1]) if _STRAY_QUOTE.search(node.text) else node), at
 
     # ---- bare text --------------------------------------------------------------------------------------------------
 
@@ -173,9 +183,13 @@ class MendingReader:
             return "," in gap.group()
         key = _NEXT_KEY.match(self.source, gap.end())
         if key is not None:
-            is_known = not record.names or key[1] in record.names
-            return is_known and key.group()[-1] == self._sign
+            return self._is_next(key, record)
         return self.source[gap.end() : gap.end() + 1] in ("", self._due[-1]) and gap.group() != "\n"
+
+    def _is_next(self, key: re.Match[str], record: Declared | None) -> bool:
+        """Whether what reads as a key may be the next one: it is declared, where any is, and has the others' sign."""
+        is_known = record is None or not record.names or key[1] in record.names
+        return is_known and key.group()[-1] == self._sign
 
     def _key_at(self, at: int) -> tuple[str, int] | None:
         """The key at a place, and the place behind its colon."""
@@ -186,7 +200,8 @@ class MendingReader:
             sign = self.source[behind : behind + 1]
             if end >= 0 and sign in (":", "="):
                 self._sign, key = sign, self.source[at + 1 : end]
-                return (key if first == MARK else unescaped(key)), behind + 1
+                behind += 2 if self.source.startswith(sign * 2, behind) else 1
+                return (key if first == MARK else unescaped(key)), behind
         match = _KEY.match(self.source, at)
         if match is None:
             return None
@@ -200,6 +215,15 @@ class MendingReader:
         places, kinds = self._quotes[self.source[at]]
         n = bisect_right(places, at)
         return places[n] if n < len(places) and kinds[n] else None
+
+    def _is_doubled(self, at: int, record: Declared | None) -> bool:
+        """Whether a string begins here with two quotes: what follows them is neither its end nor a key."""
+        second, third = self.source[at + 1 : at + 2], self.source[at + 2 : at + 3]
+        is_text = bool(third) and not third.isspace() and third not in ",;:=}])" + _QUOTES
+        if second != self.source[at] or not is_text:
+            return False
+        key = None if record is None else _NEXT_KEY.match(self.source, at + 2)
+        return key is None or not self._is_next(key, record)
 
     def _is_closing(self, at: int) -> bool | None:
         """Whether the `<|"|>` at a place closes a string or opens one; None: it is part of a text."""
@@ -225,6 +249,11 @@ class MendingReader:
     def _skip(self, at: int, pattern: re.Pattern[str] = _SPACE) -> int:
         match = pattern.match(self.source, at)
         return match.end() if match else at
+
+
+def _is_fragment(item: Argument) -> bool:
+    """Whether a value that has no key is more likely a piece of a broken record."""
+    return isinstance(item, Word) and not set(item.text).isdisjoint("\"':={}[]")
 
 
 def _classified(source: str, quote: str) -> tuple[list[int], list[bool]]:

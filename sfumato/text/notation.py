@@ -141,6 +141,8 @@ class ExactReader:
             else:
                 word, at = self._bare(at, _KEY[self.has_equals])
                 key = word.text
+                if key[-1] in "\"'":  # of which the first half is missing
+                    raise Malformed
             at = self._skip(at)
             if self.source[at : at + 1] != ":" and not (self.has_equals and self.source[at : at + 1] == "="):
                 raise Malformed
@@ -176,7 +178,7 @@ class ExactReader:
     def _bare(self, at: int, pattern: re.Pattern[str]) -> tuple[Word, int]:
         match = pattern.match(self.source, at)
         text = match.group().strip() if match else ""
-        if match is None or not text or text[0] in "\"'":
+        if match is None or not text or text[0] in "\"'" or (self.has_quotes and '"' in text):
             raise Malformed
         return Word(text), match.end()
 

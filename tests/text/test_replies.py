@@ -62,6 +62,25 @@ def test_answers_of_every_kind_are_read(kind: str) -> None:
         check(raw, reply)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        'call:f{zip:§x = g("y", {"k": 1})\nprint(x, y: z)§,linked:§a.py§,count:3}',
+        'call:f{"zip":"x = 1, b: \\"q\\"","linked":"a.py","count":3}',
+        "call:f(zip='it: 5, then', linked='a.py', count=3)",
+    ],
+)
+def test_one_mark_too_few_or_too_many_invents_no_argument(body: str) -> None:
+    places = [at for at, character in enumerate(body) if character in "§\"'{}[](),:="]
+    broken = [body[:at] + body[at + 1 :] for at in places] + [body[:at] + body[at] + body[at:] for at in places]
+    calls = [call for one in broken for call in parse_ids(TOKENIZER, encoded(OPEN + one + CLOSE), TOOLS).tool_calls]
+    assert all(call["arguments"].keys() <= {"zip", "linked", "count"} for call in calls)
+    whole = [
+        call for call in calls if call["arguments"].get("count") == 3 and call["arguments"].get("linked") == "a.py"
+    ]
+    assert len(whole) > 0.7 * len(broken)
+
+
 def test_the_table_is_long_enough() -> None:
     bodies = {body for kind in BLOCKS.values() for body, _ in kind}
     assert len(bodies) + len({raw for kind in ANSWERS.values() for raw, _ in kind}) >= 250

@@ -37,7 +37,7 @@ _IPV6 = "|".join(
 _DAYS = r"(?:\d{1,4}Y(?:\d{1,4}M(?:\d{1,4}D)?)?|\d{1,4}M(?:\d{1,4}D)?|\d{1,4}D)"
 _HOURS = r"T(?:\d{1,4}H(?:\d{1,4}M(?:\d{1,4}S)?)?|\d{1,4}M(?:\d{1,4}S)?|\d{1,4}S)"
 _POINTER = r"(?:/(?:[^~/]|~[01])*)*"
-_ATOM = r"(?:[A-Za-z0-9_ /@:;,=-]|\.|\\[dwsDWS.]|\[(?:\^?(?:[a-z]-[a-z]|[A-Z]-[A-Z]|0-9|[._])){1,3}\])[*+?]?"
+_ATOM = r"(?:[A-Za-z0-9_ /@:;,=-]|\.|\\[dwsDWS.]|\[(?:\^?(?:a-z|A-Z|0-9|[._])){1,3}\])[*+?]?"
 FORMAT_PATTERNS = {
     "date": _DATE,
     "date-time": f"{_DATE}T{_TIME}",
@@ -59,6 +59,7 @@ FORMAT_PATTERNS = {
     "regex": rf"\^?(?:{_ATOM})+\$?",
     "byte": r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?",
     "base64url": r"(?:[A-Za-z0-9_-]{4})*(?:[A-Za-z0-9_-][AQgw]==|[A-Za-z0-9_-]{2}[AEIMQUYcgkosw048]=)?",
+    "fraction": r"-?(?:0|[1-9]\d{0,8})(?:/[1-9]\d{0,8})?",
     "base16": r"(?:[0-9A-F]{2})*",
     "ipvanyaddress": f"{_IPV4}|{_IPV6}",
     "ipv4network": r"(?:\d{1,2}|1\d\d)\.0\.0\.0/8",
