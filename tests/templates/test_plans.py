@@ -83,7 +83,7 @@ def texts_and_spans(draw: st.DrawFn) -> tuple[str, list[tuple[int, int]]]:
     return text, [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if a < b]
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts_and_spans())
 def test_outside_the_spans_every_byte_stays(llm: LLM, case: tuple[str, list[tuple[int, int]]]) -> None:
     text, spans = case

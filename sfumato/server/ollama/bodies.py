@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from sfumato.errors import InputError
-from sfumato.options import CONSTRAINTS, OPTIONS, Options
+from sfumato.options import BIG, CONSTRAINTS, OPTIONS, Options
 from sfumato.server.backend import ModelCard
 from sfumato.server.http.bodies import Body, Most, only, reading_of
 from sfumato.server.http.checks import check_chat, check_length
@@ -64,7 +64,9 @@ class Answered(OllamaBody):
     options: dict[str, Any] | None = Field(None, description="Ollama's options, or those of GET /v1/options.")
     format: Literal["", "json"] | dict[str, Any] | None = Field(None, description='"json", or a JSON Schema.')
     think: bool | Literal["low", "medium", "high", "max"] | None = None
-    keep_alive: str | float | int | None = Field(None, description="0 asks for nothing but a word: the model stays.")
+    keep_alive: str | Annotated[float, Field(ge=-BIG, le=BIG)] | None = Field(
+        None, description="0 asks for nothing but a word: the model stays."
+    )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -212,7 +214,7 @@ class GenerateRequest(Answered):
     template: Any = only("")
     images: Any = only([])
     raw: bool | None = Field(None, description="true: the prompt goes on, without the chat template.")
-    context: Annotated[list[int], Most("max_ids", "numbers")] | None = Field(
+    context: Annotated[list[Annotated[int, Field(ge=0, le=BIG)]], Most("max_ids", "numbers")] | None = Field(
         None, description="The conversation so far, as the answer before gave it."
     )
 
