@@ -249,7 +249,9 @@ class Planner:
         read_outs: list[Tensor] = []
         for name in SHAPING:
             if (value := getattr(query.options, name)) != OPTIONS[name].default:
-                message = f"{name} is {value!r}; a decision reads the model's own probabilities, leave it out"
+                message = (
+                    f"{name} is {reprlib.repr(value)}; a decision reads the model's own probabilities, leave it out"
+                )
                 raise InputError(message, option=name)
         options = replace(_of_templates(query.options), max_steps=query.steps, t_max=1.0, t_min=1.0)
         options = self.resolve(replace(options, temperature_steps=None))
