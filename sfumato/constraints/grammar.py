@@ -1,9 +1,10 @@
 """A compiled constraint: the grammar that a text must obey, tried in a child process before anything else.
 
-**Hostile until checked.** A grammar comes from outside. It is compiled first in a child process (`confined`), on a
-small stack, and its shortest text is searched for there: a grammar that crashes, or takes too long or too much memory,
-is refused. What llguidance keeps of a grammar is shared by all copies of a matcher, and one that exceeds its limits is
-of no use from then on; so every guide compiles its own, and what happens to one text does not affect another's.
+**Hostile until checked.** A grammar comes from outside. It is read and compiled first in a child process
+(`confined`), on a small stack, and its shortest text is searched for there: what crashes, or takes too long or too much
+memory, is refused. What llguidance keeps of a grammar is shared by all copies of a matcher, and one that exceeds its
+limits is of no use from then on; so every guide compiles its own, and what happens to one text does not affect
+another's.
 
 Deliberately absent: control tokens inside a text, except those that a Lark grammar names by their text, and only where
 it does; remote `$ref`; and schema keywords that llguidance would ignore.
@@ -11,20 +12,22 @@ it does; remote `$ref`; and schema keywords that llguidance would ignore.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from sfumato.constraints.checks import Check
+from sfumato.constraints.checks import Check, check_of
 from sfumato.constraints.forms import GrammarSource, lark_of, source_of_choices, source_of_lark, source_of_regex
 from sfumato.constraints.guide import Guide
-from sfumato.constraints.interruptible import finish
+from sfumato.constraints.interruptible import Interruptible, T
 from sfumato.constraints.lark import terminals
 from sfumato.constraints.patterns import NotSupported
-from sfumato.constraints.schema import source_of_schema
+from sfumato.constraints.schema import checked_schema, source_of_schema
 from sfumato.constraints.search import EFFORT, Accepts, Search
-from sfumato.constraints.shortest import shortest
+from sfumato.constraints.shortest import Automaton
 from sfumato.constraints.tools import source_of_calls
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError, InputError
@@ -41,6 +44,11 @@ STACK = 4 << 20
 CHILDREN = confined.ChildPool(nice=19)
 """The child processes that try grammars. Their priority is low: the engine's threads wait for each other, so that one
 that loses its core holds up all."""
+READING_SECONDS, SEARCH_SECONDS = 1.0, 3.0
+"""Of the processor that a child may take to read a grammar, which is done once more for each text, and to find its
+shortest text."""
+PROOF_EFFORT = 5_000
+"""Derivatives that it may take to show that a regex has no text."""
 TOKENIZERS_KEPT = 2
 """Tokenizers that a child process keeps."""
 TOKENIZER_SECONDS, TOKENIZER_MEMORY = 30.0, 4 << 30
@@ -82,18 +90,15 @@ class Grammar:
         that end a text. Whatever is wrong with the value is an InputError of one sentence. The first grammar of a
         tokenizer takes a second or two.
         """
-        source, hints, check, example = source_of(kind, value)
+        if kind not in _SOURCES:
+            raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")
+        if kind == "schema":
+            value = checked_schema(value)
         vocabulary = Vocabulary.of(tokenizer, vocab_size, ends)
-        lark = lark_of(source) if kind in ("grammar", "calls") else ""
-        shortest = _tried(vocabulary, tokenizer, Terms(kind, source, hints, lark, check, example))
-        vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
-        return cls(
-            vocabulary,
-            Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema"),
-            source,
-            shortest,
-            _accepting(check, tokenizer),
-        )
+        source, shortest = _tried(vocabulary, tokenizer, kind, value)
+        vocabulary = vocabulary.with_named_tokens(tokenizer, _lark(kind, source))
+        search = _search(kind, source, vocabulary, tokenizer)
+        return cls(vocabulary, search, source.text, shortest, _accepting(source.check, tokenizer))
 
     def shortest(self) -> int:
         """Tokens of the shortest known text that the grammar allows, the end not counted."""
@@ -110,44 +115,37 @@ class Grammar:
         return Guide(self._vocabulary, self._search, matcher, self._shortest, room, self._is_right)
 
 
-def source_of(kind: str, value: Any) -> GrammarSource:
-    """The grammar in llguidance's form; InputError, one sentence, for whatever is wrong with the value."""
-    if kind not in _SOURCES:
-        raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")
-    return _SOURCES[kind](value)
+def _lark(kind: str, source: GrammarSource) -> str:
+    """The text in which control tokens may be named."""
+    return lark_of(source.text) if kind in ("grammar", "calls") else ""
 
 
-class Terms(NamedTuple):
-    """A grammar's kind, source and hints, its own text where it is Lark's (else ""), its check, and an example."""
-
-    kind: str
-    source: str
-    hints: str
-    lark: str
-    check: Check | None
-    example: str | None
+def _search(kind: str, source: GrammarSource, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Search:
+    text = source.text if kind != "choices" else ""
+    return Search(vocabulary, tokenizer, text, source.hints, kind == "schema")
 
 
 def _accepting(check: Check | None, tokenizer: Tokenizer) -> Accepts | None:
     return None if check is None else partial(check.is_passed, tokenizer)
 
 
-def _tried(vocabulary: Vocabulary, tokenizer: Tokenizer, terms: Terms) -> list[int]:
-    """The shortest text of a grammar, searched for in a child process."""
+def _tried(vocabulary: Vocabulary, tokenizer: Tokenizer, kind: str, value: Any) -> tuple[GrammarSource, list[int]]:
+    """A constraint as a grammar, and its shortest text: read and searched for in a child process."""
     size, ends = vocabulary.vocab_size, sorted(vocabulary.ends)
-    with CHILDREN.child(f"the {terms[0]}") as child:
-        shortest = child.run(_shortest_text, vocabulary.key, terms, stack=STACK)
-        if shortest is None:  # the child does not have this tokenizer
+    with CHILDREN.child(f"the {kind}") as child:
+        result = child.run(_read_and_tried, vocabulary.key, kind, value, stack=STACK)
+        if result is None:  # the child does not have this tokenizer
             child.run(
                 _keep_tokenizer,
                 *(vocabulary.key, tokenizer.to_json(), size, ends),
                 seconds=TOKENIZER_SECONDS,
                 memory=TOKENIZER_MEMORY,
             )
-            shortest = child.run(_shortest_text, vocabulary.key, terms, stack=STACK)
-    if not isinstance(shortest, list):
-        raise InputError(f"the {terms[0]} could not be read; send the request again")
-    return shortest
+            result = child.run(_read_and_tried, vocabulary.key, kind, value, stack=STACK)
+    match result:
+        case [str(text), str(hints), check, list(shortest)]:
+            return GrammarSource(text, hints, check_of(check)), shortest
+    raise InputError(f"the {kind} could not be read; send the request again")
 
 
 # ---- in the child process -------------------------------------------------------------------------------------------
@@ -162,27 +160,43 @@ def _keep_tokenizer(key: str, tokenizer_json: str, vocab_size: int, ends: list[i
     _tokenizers[key] = tokenizer, Vocabulary.of(tokenizer, vocab_size, ends)
 
 
-def _shortest_text(key: str, terms: Terms) -> list[int] | None:
-    """The shortest token list that the search finds for a grammar; None where the child does not have the tokenizer.
+def _read_and_tried(key: str, kind: str, value: Any) -> list[Any] | None:
+    """The parts of a constraint's `GrammarSource`, as JSON can say them, and the shortest tokens that the search finds.
 
-    InputError for a source that is not a grammar, or has no text.
+    None where the child does not have the tokenizer. InputError for a value that is not understood, or has no text.
     """
     if key not in _tokenizers:
         return None
-    kind, source, hints, lark, check, example = terms
+    source = _SOURCES[kind](value)
     tokenizer, vocabulary = _tokenizers[key]
-    vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
-    matcher = vocabulary.matcher(source, f"the {kind}")
-    if kind == "regex" and not _has_text(source):
+    vocabulary = vocabulary.with_named_tokens(tokenizer, _lark(kind, source))
+    return [
+        source.text,
+        source.hints,
+        source.check and source.check.as_json(),
+        _shortest(kind, source, vocabulary, tokenizer),
+    ]
+
+
+def _shortest(kind: str, source: GrammarSource, vocabulary: Vocabulary, tokenizer: Tokenizer) -> list[int]:
+    began = time.process_time()
+    matcher = vocabulary.matcher(source.text, f"the {kind}")
+    matcher.deep_copy().compute_ff_tokens()
+    vocabulary.bits(matcher.deep_copy())
+    if (seconds := time.process_time() - began) > READING_SECONDS:
+        raise InputError(
+            f"the {kind} takes {seconds:.1f} seconds to read, more than the {READING_SECONDS:g} allowed; "
+            "make it smaller"
+        )
+    if kind == "regex" and not _has_text(source.text):
         raise InputError("the regex allows no text; see that what it asks for in one place is allowed in the others")
-    search = Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema")
-    is_right = _accepting(check, tokenizer)
-    known = _known(example, kind, tokenizer, MAX_SHORTEST)
+    search, is_right = _search(kind, source, vocabulary, tokenizer), _accepting(source.check, tokenizer)
+    known = _known(source.example, kind, tokenizer, MAX_SHORTEST)
     if known is not None and not (search.is_completion(matcher, known) and (is_right is None or is_right(known))):
         known = None
     if known is not None and len(known) <= _SHORT_ENOUGH:
         return known
-    path = finish(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right))
+    path = _finished(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right), f"the {kind}")
     path = min((one for one in (path, known) if one is not None), key=len, default=None)
     if path is None:
         raise InputError(
@@ -198,8 +212,25 @@ def _known(example: str | None, kind: str, tokenizer: Tokenizer, most: int) -> l
     return tokens if tokens is not None and len(tokens) <= most else None
 
 
+def _finished(work: Interruptible[T], what: str) -> T:
+    """The result of the work; InputError where it takes too long. The child stays as it is, unlike behind a limit."""
+    until = time.process_time() + SEARCH_SECONDS
+    for number in itertools.count():
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        if number % 4 == 0 and time.process_time() > until:
+            raise InputError(
+                f"{what} takes longer than the {SEARCH_SECONDS:g} seconds allowed to find its shortest text; "
+                "make it simpler"
+            )
+    raise AssertionError
+
+
 def _has_text(source: str) -> bool:
     """Whether the terminal of a regex has a text, as far as is known."""
     with suppress(NotSupported):
-        return any(shortest(one) is not None for one in terminals(source))
+        for one in terminals(source):
+            return _finished(Automaton(one).ending(one, PROOF_EFFORT), "the regex") is not None
     return True

@@ -23,8 +23,10 @@ from sfumato.constraints.expressions import (
 )
 from sfumato.constraints.patterns import NotSupported, parse
 
-MAX_READ = 200_000
+MAX_READ = 100_000
 """Characters of a grammar that are read."""
+MAX_REGEX = 20_000
+"""Characters of one regular expression."""
 _DEPTH = 50
 """Groups and names within each other."""
 _TIMES = {"*": (0, ENDLESS), "+": (1, ENDLESS), "?": (0, 1)}
@@ -40,7 +42,9 @@ _Token = tuple[str, str]
 
 
 def terminals(source: str) -> list[Expression]:
-    """The terminals of a grammar in llguidance's form (JSON): those with a name, and regular expressions in rules."""
+    """The terminals of a grammar in llguidance's form (JSON): those with a name, and regular expressions in rules.
+
+    Lists of literals are left out."""
     return [one for lark in _texts(source) for one in _Definitions(lark[:MAX_READ]).terminals()]
 
 
@@ -67,9 +71,11 @@ class _Definitions:
                 body.append((kind, text))
 
     def terminals(self) -> Iterator[Expression]:
-        """Those of its terminals that can be read, each once."""
+        """Those of its terminals that can be read, each once, but for lists of literals."""
         sorts: dict[Expression, None] = {}
         for name, body in self._bodies.items():
+            if all(token[0] == "string" or token[1] == "|" for token in body):
+                continue
             pieces = [[token] for token in body if token[0] == "regex"] if not name.isupper() else [body]
             for piece in pieces:
                 try:
@@ -151,7 +157,7 @@ class _Reader:
                 if text.endswith("i"):
                     return parse(f"(?i){re.escape(json.loads(text[:-1]))}", is_whole=True)
                 return literal(_unquoted(text))
-            case "regex", _:
+            case "regex", _ if len(text) <= MAX_REGEX:
                 inside, _, flags = text[1:].rpartition("/")
                 return parse(f"(?{flags}){inside}" if flags else inside, is_whole=True)
             case "name", _:

@@ -59,7 +59,7 @@ MAX_NESTING = 100
 """Groups within each other."""
 MAX_WAYS = 200
 """Alternatives into which a pattern falls apart where it has anchors or look-around in its groups."""
-MAX_SIZE = 50_000
+MAX_SIZE = 200_000
 """Nodes of an expression."""
 
 _CHARACTERS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}

@@ -233,7 +233,7 @@ class Search:
                 tokens.append(token)
                 again = again if [token] == again else []
                 continue
-            trail, count = self.trails.after(trail, vocabulary.data(tokens[count:])), len(tokens)
+            trail, count = (yield from self.trails.after(trail, vocabulary.data(tokens[count:]))), len(tokens)
             effort.left -= 10 + len(self.trails)
             out: list[int] = []
             if is_free and not again and not (len(self.trails) and way.must_lead_out):

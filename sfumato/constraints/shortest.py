@@ -44,9 +44,10 @@ def shortest(node: Expression) -> str | None:
 
 
 class Automaton:
-    """The states of one expression, made as they are needed."""
+    """The states of one expression, made as they are needed; NotSupported where they have more than `most` parts."""
 
-    def __init__(self, node: Expression) -> None:
+    def __init__(self, node: Expression, most: int = MAX_SIZE) -> None:
+        self._most = most
         self._nodes: dict[Expression, Expression] = {}  # equal nodes become the same: they are compared often
         self.start = self._kept(node)
         self._derivatives: dict[tuple[Expression, str], Expression] = {}
@@ -118,9 +119,9 @@ class Automaton:
         key = node, character
         if (new := self._derivatives.get(key)) is None:
             new = self._kept(self._derivative_of_parts(node, character))
-            self._size += len(new.parts)
-            if self._size > MAX_SIZE:
-                raise NotSupported(f"an automaton with more than {MAX_SIZE} parts")
+            self._size += 1 + len(new.parts)
+            if self._size > self._most:
+                raise NotSupported(f"an automaton with more than {self._most} parts")
             self._derivatives[key] = new
         return new
 
@@ -180,7 +181,7 @@ def _plain_text(node: Expression) -> str | None:
         return None
     if node.is_nullable:
         return ""
-    if node.least > 1_000_000:
+    if node.least > 100_000:
         raise NotSupported(f"no text of fewer than {node.least} characters")
     match node.kind:
         case "characters":

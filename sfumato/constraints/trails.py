@@ -21,6 +21,10 @@ from sfumato.constraints.shortest import Automaton
 
 MAX_TERMINALS = 100
 """Terminals of one grammar that are followed."""
+MAX_SIZE = 2_000
+"""Nodes of one of them: others are left out."""
+MAX_PARTS = 20_000
+"""Parts of the states of one automaton: beyond, no end of its terminal is known."""
 _STATES = 30
 """States of one terminal that are followed at once."""
 _EFFORT = 2_000
@@ -39,38 +43,36 @@ class Trails:
     """The terminals of one grammar, in llguidance's form, that are more than literals."""
 
     def __init__(self, source: str) -> None:
-        kept = [one for one in terminals(source) if one.least < NEVER and has_choice(one)]
-        self._automata = [Automaton(one) for one in kept[:MAX_TERMINALS]]
+        kept = [one for one in terminals(source) if one.least < NEVER and one.size <= MAX_SIZE and has_choice(one)]
+        self._automata = [Automaton(one, MAX_PARTS) for one in kept[:MAX_TERMINALS]]
         self.begin = Trail(tuple(frozenset([automaton.start]) for automaton in self._automata))
         """That of the empty text."""
 
     def __len__(self) -> int:
         return len(self._automata)
 
-    def after(self, trail: Trail, data: bytes) -> Trail:
+    def after(self, trail: Trail, data: bytes) -> Interruptible[Trail]:
         """The trail behind these bytes. A terminal may begin behind any character but a letter or a digit."""
-        if not self._automata:
-            return trail
         data = trail.rest + data
         text = data.decode(errors="ignore")
-        states = [self._followed(*pair, text) for pair in zip(self._automata, trail.states, strict=True)]
+        states = []
+        for automaton, here in zip(self._automata, trail.states, strict=True):
+            for character in text:
+                yield
+                here = self._step(automaton, here, character)
+            states.append(here)
         return Trail(tuple(states), data[len(text.encode()) :])
 
     @staticmethod
-    def _followed(automaton: Automaton, states: frozenset[Expression], text: str) -> frozenset[Expression]:
-        here = set(states)
-        for character in text:
-            new = set[Expression]()
-            with suppress(NotSupported):  # too large: what is known of it is still right
-                for state in here:
-                    if (state := automaton.behind(character, state)).least < NEVER:
-                        new.add(state)
-            if len(new) > _STATES:
-                new = set(sorted(new, key=lambda state: (state.least, hash(state)))[:_STATES])
-            if not character.isalnum():
-                new.add(automaton.start)
-            here = new
-        return frozenset(here)
+    def _step(automaton: Automaton, here: frozenset[Expression], character: str) -> frozenset[Expression]:
+        new = set() if character.isalnum() else {automaton.start}
+        with suppress(NotSupported):  # too large: what is known of it is still right
+            for state in here:
+                if (state := automaton.behind(character, state)).least < NEVER:
+                    new.add(state)
+        if len(new) > _STATES:
+            new = set(sorted(new, key=lambda state: (state.least, hash(state)))[:_STATES])
+        return frozenset(new)
 
     def ends(self, trail: Trail) -> Interruptible[list[str]]:
         """Texts that bring a terminal to its end, one that begins here too; the shortest first, and none is empty."""
