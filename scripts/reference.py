@@ -17,6 +17,7 @@ import ast
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from sfumato.constraints.values.formats import FORMAT_PATTERNS, WHOLE_FORMATS  # noqa: E402
 from sfumato.options import FALLBACK_DEFAULTS, LOAD_OPTIONS, OPTIONS, Option  # noqa: E402
 from sfumato.server.anthropic.bodies import MessagesRequest  # noqa: E402
 from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest  # noqa: E402
@@ -40,7 +42,7 @@ TOUR = DOCS / "tour.md"
 WIDTH = 100
 """Columns of a signature on one line."""
 
-QUERIES = ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide", "CountTokens")
+QUERIES = ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide", "Score", "CountTokens")
 
 SECTIONS: dict[str, tuple[str, list[str]]] = {
     "The model": (
@@ -55,13 +57,10 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
         ["sfumato.events.Draft", "sfumato.events.Commit", "sfumato.events.Done", "sfumato.events.Usage"],
     ),
     "Results": (
-        "What the other methods return. `from sfumato import Completion, Filled, Edited, Decision`.",
+        "What the other methods return. `from sfumato import Completion, Filled, …`.",
         [
-            "sfumato.events.Completion",
-            "sfumato.events.Filled",
-            "sfumato.events.Edited",
-            "sfumato.events.Decision",
-            "sfumato.events.TokenCount",
+            f"sfumato.events.{name}"
+            for name in ("Completion", "Filled", "Edited", "Decision", "Scored", "ScoredToken", "TokenCount")
         ],
     ),
     "Queries": (
@@ -240,7 +239,8 @@ def values_of(option: Option) -> str:
     if option.choices:
         return " or ".join(f"`{choice}`" for choice in option.choices)
     words = {int: "whole number", float: "number", bool: "true or false", str: "text", tuple: "texts"}
-    kind = "a JSON Schema, or true" if option.name == "schema" else words.get(option.kind, "text")
+    words[dict] = "a JSON Schema, or true" if option.name == "schema" else "numbers by token id"
+    kind = words[option.kind]
     return f"{kind} {option.range}".strip()
 
 
@@ -306,6 +306,12 @@ def neutral_block(words: list[str]) -> str:
     return "\n".join(lines)
 
 
+def formats_block(words: list[str]) -> str:
+    """The formats of strings and whole numbers that a schema's text keeps."""
+    names = [f"`{name}`" for name in (*sorted(FORMAT_PATTERNS), *WHOLE_FORMATS)]
+    return textwrap.fill(f"{', '.join(names)}.", 120, break_on_hyphens=False)
+
+
 # ---- the tour --------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +363,7 @@ BLOCKS: dict[str, Callable[[list[str]], str]] = {
     "unread": unread_block,
     "neutral": neutral_block,
     "rows": rows_block,
+    "formats": formats_block,
 }
 
 BLOCK = re.compile(r"(<!-- reference: ([\w ]+) -->\n).*?(<!-- /reference -->)", re.DOTALL)

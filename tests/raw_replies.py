@@ -516,6 +516,8 @@ ANSWERS: dict[str, list[tuple[str, Reply]]] = {
         (f"{OPEN}call:f{{a:1}}<|turn>user\nhi", Reply("", None, _calls(F))),
         (f"{OPEN}call:f{{a:1}} and more{CLOSE}!", Reply("and more!", None, _calls(F))),
         (f"{OPEN}I will call:f{{a:1}}{CLOSE}", Reply("I will ", None, _calls(F))),
+        (f"{OPEN}Sure! call:f{{a:1}}{CLOSE}", Reply("Sure! ", None, _calls(F))),
+        (f"{OPEN}call:f{{a:1}},{{a:2}}{CLOSE}", Reply("{a:2}", None, _calls(F))),
         (f"call:f{{a:1}}{CLOSE}", Reply("", None, _calls(F))),
         (f"Look. call:f{{a:§x§}}{CLOSE}", Reply("Look. ", None, _calls(("f", {"a": "x"})))),
         (f"call:f{{a:1}}{OPEN}call:g{{b:2}}{CLOSE}", Reply("call:f{a:1}", None, _calls(G))),

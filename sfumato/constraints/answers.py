@@ -117,11 +117,13 @@ class _AnswerPath:
 
 
 class AnswerGuide:
-    """One answer in progress, with the methods of a `Guide`. `room` and `is_over` are as there."""
+    """One answer in progress, with the methods of a `Guide`. `room` and `is_over` are as there.
+
+    `is_cut`: it is over because free text has filled the room, and might have gone on."""
 
     def __init__(self, grammar: AnswerGrammar, room: int) -> None:
         self.room = room
-        self.is_over = False
+        self.is_over = self.is_cut = False
         self._thought, self._calls = grammar.thought, grammar.calls
         if self._calls is not None and self._calls.grammar.shortest() > room:
             self._calls = None
@@ -171,6 +173,7 @@ class AnswerGuide:
             self._note(token)
         self.room -= count
         self.is_over = path.end == count
+        self.is_cut = self.is_over and self.room == 0 and path.guide is None
         if path.guide is not None and (count > own or self.is_over):
             path.guide.commit(count - own)
             self._guide = path.guide

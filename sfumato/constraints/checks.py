@@ -1,7 +1,7 @@
 """Checks of a whole text, for what a schema says and a grammar cannot: that all items of a list differ, for one.
 
 A guide asks them where a text ends, and of each completion that it means to take, and goes back where the answer is no.
-They are values, and go to other processes as JSON.
+They are values, and go to other processes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ class SchemaCheck:
 
     schema: Any
 
-    def as_json(self) -> list[Any]:
-        """What `check_of` makes this check of again."""
-        return ["schema", self.schema]
-
     def is_passed(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> bool:
         """Whether a whole text passes."""
         try:
@@ -43,10 +39,6 @@ class CallCheck:
     schemas: Mapping[str, Any]
     opener: str = "<|tool_call>"
 
-    def as_json(self) -> list[Any]:
-        """What `check_of` makes this check of again."""
-        return ["calls", dict(self.schemas), self.opener]
-
     def is_passed(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> bool:
         """Whether a whole text passes."""
         calls = parse_ids(tokenizer, tokens).tool_calls
@@ -60,15 +52,3 @@ class CallCheck:
 
 
 Check = SchemaCheck | CallCheck
-
-
-def check_of(parts: Any) -> Check | None:
-    """A check from its `as_json`; None from None. ValueError for what is neither."""
-    match parts:
-        case None:
-            return None
-        case ["schema", schema]:
-            return SchemaCheck(schema)
-        case ["calls", dict(schemas), str(opener)]:
-            return CallCheck(schemas, opener)
-    raise ValueError(f"no check but {str(parts)[:80]}")

@@ -1,13 +1,12 @@
 """A compiled constraint: the grammar that a text must obey, tried in a child process before anything else.
 
-**Hostile until checked.** A grammar comes from outside. It is read and compiled first in a child process
-(`confined`), on a small stack, and its shortest text is searched for there: what crashes, or takes too long or too much
-memory, is refused. What llguidance keeps of a grammar is shared by all copies of a matcher, and one that exceeds its
-limits is of no use from then on; so every guide compiles its own, and what happens to one text does not affect
-another's.
+**Hostile until checked.** A grammar comes from outside. It is compiled first in a child process (`confined`), on a
+small stack, and its shortest text is searched for there: a grammar that crashes, or takes too long or too much memory,
+is refused. What llguidance keeps of a grammar is shared by all copies of a matcher, and one that exceeds its limits is
+of no use from then on; so every guide compiles its own, and what happens to one text does not affect another's.
 
 Deliberately absent: control tokens inside a text, except those that a Lark grammar names by their text, and only where
-it does; remote `$ref`; and schema keywords that llguidance would ignore.
+it does.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from sfumato.constraints.checks import Check, check_of
+from sfumato.constraints.checks import Check, SchemaCheck
 from sfumato.constraints.forms import GrammarSource, lark_of, source_of_choices, source_of_lark, source_of_regex
 from sfumato.constraints.guide import Guide
 from sfumato.constraints.interruptible import Interruptible, T
@@ -28,11 +27,12 @@ from sfumato.constraints.patterns import NotSupported
 from sfumato.constraints.schema import checked_schema, source_of_schema
 from sfumato.constraints.search import EFFORT, Accepts, Search
 from sfumato.constraints.shortest import Automaton
-from sfumato.constraints.tools import source_of_calls
+from sfumato.constraints.tools import call_check, source_of_calls
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError, InputError
 from sfumato.options import CONSTRAINTS
 from sfumato.system import confined
+from sfumato.text.messages import check_tools
 from sfumato.text.tokenizer import Tokenizer
 
 MAX_SHORTEST = 8192
@@ -90,15 +90,18 @@ class Grammar:
         that end a text. Whatever is wrong with the value is an InputError of one sentence. The first grammar of a
         tokenizer takes a second or two.
         """
-        if kind not in _SOURCES:
-            raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")
-        if kind == "schema":
-            value = checked_schema(value)
+        source, hints, check, example = _read(kind, value)
         vocabulary = Vocabulary.of(tokenizer, vocab_size, ends)
-        source, shortest = _tried(vocabulary, tokenizer, kind, value)
-        vocabulary = vocabulary.with_named_tokens(tokenizer, _lark(kind, source))
-        search = _search(kind, source, vocabulary, tokenizer)
-        return cls(vocabulary, search, source.text, shortest, _accepting(source.check, tokenizer))
+        lark = lark_of(source) if kind in ("grammar", "calls") else ""
+        shortest = _tried(vocabulary, tokenizer, Terms(kind, source, hints, lark, check, example))
+        vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
+        return cls(
+            vocabulary,
+            Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema"),
+            source,
+            shortest,
+            _accepting(check, tokenizer),
+        )
 
     def shortest(self) -> int:
         """Tokens of the shortest known text that the grammar allows, the end not counted."""
@@ -115,37 +118,55 @@ class Grammar:
         return Guide(self._vocabulary, self._search, matcher, self._shortest, room, self._is_right)
 
 
-def _lark(kind: str, source: GrammarSource) -> str:
-    """The text in which control tokens may be named."""
-    return lark_of(source.text) if kind in ("grammar", "calls") else ""
+def source_of(kind: str, value: Any) -> GrammarSource:
+    """The grammar in llguidance's form; InputError, one sentence, for whatever is wrong with the value."""
+    if kind not in _SOURCES:
+        raise InputError(f"there is no constraint {kind!r}; the constraints are {', '.join(CONSTRAINTS)}")
+    return _SOURCES[kind](value)
 
 
-def _search(kind: str, source: GrammarSource, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Search:
-    text = source.text if kind != "choices" else ""
-    return Search(vocabulary, tokenizer, text, source.hints, kind == "schema")
+def _read(kind: str, value: Any) -> GrammarSource:
+    """`source_of`, in a child process where much may have to be read: a schema may make any work."""
+    if kind not in ("schema", "calls"):
+        return source_of(kind, value)
+    value = checked_schema(value) if kind == "schema" else (check_tools(value[0]), value[1])
+    with CHILDREN.child("the schema" if kind == "schema" else "the grammar of the tools") as child:
+        text, hints, is_inexact, example = child.run(_parts_of_source, kind, value)
+    check = SchemaCheck(value) if kind == "schema" else call_check(value[0])
+    return GrammarSource(text, hints, check if is_inexact else None, example)
+
+
+class Terms(NamedTuple):
+    """A grammar's kind, source and hints, its own text where it is Lark's (else ""), its check, and an example."""
+
+    kind: str
+    source: str
+    hints: str
+    lark: str
+    check: Check | None
+    example: str | None
 
 
 def _accepting(check: Check | None, tokenizer: Tokenizer) -> Accepts | None:
     return None if check is None else partial(check.is_passed, tokenizer)
 
 
-def _tried(vocabulary: Vocabulary, tokenizer: Tokenizer, kind: str, value: Any) -> tuple[GrammarSource, list[int]]:
-    """A constraint as a grammar, and its shortest text: read and searched for in a child process."""
+def _tried(vocabulary: Vocabulary, tokenizer: Tokenizer, terms: Terms) -> list[int]:
+    """The shortest text of a grammar, searched for in a child process."""
     size, ends = vocabulary.vocab_size, sorted(vocabulary.ends)
-    with CHILDREN.child(f"the {kind}") as child:
-        result = child.run(_read_and_tried, vocabulary.key, kind, value, stack=STACK)
-        if result is None:  # the child does not have this tokenizer
+    with CHILDREN.child(f"the {terms.kind}") as child:
+        shortest = child.run(_shortest_text, vocabulary.key, terms, stack=STACK)
+        if shortest is None:  # the child does not have this tokenizer
             child.run(
                 _keep_tokenizer,
                 *(vocabulary.key, tokenizer.to_json(), size, ends),
                 seconds=TOKENIZER_SECONDS,
                 memory=TOKENIZER_MEMORY,
             )
-            result = child.run(_read_and_tried, vocabulary.key, kind, value, stack=STACK)
-    match result:
-        case [str(text), str(hints), check, list(shortest)]:
-            return GrammarSource(text, hints, check_of(check)), shortest
-    raise InputError(f"the {kind} could not be read; send the request again")
+            shortest = child.run(_shortest_text, vocabulary.key, terms, stack=STACK)
+    if not isinstance(shortest, list):
+        raise InputError(f"the {terms.kind} could not be read; send the request again")
+    return shortest
 
 
 # ---- in the child process -------------------------------------------------------------------------------------------
@@ -160,27 +181,27 @@ def _keep_tokenizer(key: str, tokenizer_json: str, vocab_size: int, ends: list[i
     _tokenizers[key] = tokenizer, Vocabulary.of(tokenizer, vocab_size, ends)
 
 
-def _read_and_tried(key: str, kind: str, value: Any) -> list[Any] | None:
-    """The parts of a constraint's `GrammarSource`, as JSON can say them, and the shortest tokens that the search finds.
+def _parts_of_source(kind: str, value: Any) -> tuple[str, str, bool, str | None]:
+    """A source as JSON can say it: whether it has a check instead of the check."""
+    try:
+        text, hints, check, example = source_of(kind, value)
+    except RecursionError:
+        raise InputError("references lead on from one to the next too often; let them name the schema itself") from None
+    return text, hints, check is not None, example
 
-    None where the child does not have the tokenizer. InputError for a value that is not understood, or has no text.
+
+def _shortest_text(key: str, terms: Terms) -> list[int] | None:
+    """The shortest token list that the search finds for a grammar; None where the child does not have the tokenizer.
+
+    InputError for a source that is not a grammar, or has no text.
     """
     if key not in _tokenizers:
         return None
-    source = _SOURCES[kind](value)
+    kind, source, hints, lark, check, example = terms
     tokenizer, vocabulary = _tokenizers[key]
-    vocabulary = vocabulary.with_named_tokens(tokenizer, _lark(kind, source))
-    return [
-        source.text,
-        source.hints,
-        source.check and source.check.as_json(),
-        _shortest(kind, source, vocabulary, tokenizer),
-    ]
-
-
-def _shortest(kind: str, source: GrammarSource, vocabulary: Vocabulary, tokenizer: Tokenizer) -> list[int]:
+    vocabulary = vocabulary.with_named_tokens(tokenizer, lark)
     began = time.process_time()
-    matcher = vocabulary.matcher(source.text, f"the {kind}")
+    matcher = vocabulary.matcher(source, f"the {kind}")
     matcher.deep_copy().compute_ff_tokens()
     vocabulary.bits(matcher.deep_copy())
     if (seconds := time.process_time() - began) > READING_SECONDS:
@@ -188,10 +209,11 @@ def _shortest(kind: str, source: GrammarSource, vocabulary: Vocabulary, tokenize
             f"the {kind} takes {seconds:.1f} seconds to read, more than the {READING_SECONDS:g} allowed; "
             "make it smaller"
         )
-    if kind == "regex" and not _has_text(source.text):
+    if kind == "regex" and not _has_text(source):
         raise InputError("the regex allows no text; see that what it asks for in one place is allowed in the others")
-    search, is_right = _search(kind, source, vocabulary, tokenizer), _accepting(source.check, tokenizer)
-    known = _known(source.example, kind, tokenizer, MAX_SHORTEST)
+    search = Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema")
+    is_right = _accepting(check, tokenizer)
+    known = _known(example, kind, tokenizer, MAX_SHORTEST)
     if known is not None and not (search.is_completion(matcher, known) and (is_right is None or is_right(known))):
         known = None
     if known is not None and len(known) <= _SHORT_ENOUGH:

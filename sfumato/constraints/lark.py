@@ -79,7 +79,7 @@ class _Definitions:
             pieces = [[token] for token in body if token[0] == "regex"] if not name.isupper() else [body]
             for piece in pieces:
                 try:
-                    sorts[_Reader(piece, self).whole()] = None
+                    sorts[_BodyParser(piece, self).whole()] = None
                 except NotSupported:
                     continue
         yield from sorts
@@ -91,13 +91,13 @@ class _Definitions:
                 raise NotSupported(f"the name {name}")
             self._open.add(name)
             try:
-                self._known[name] = _Reader(self._bodies[name], self).whole()
+                self._known[name] = _BodyParser(self._bodies[name], self).whole()
             finally:
                 self._open.remove(name)
         return self._known[name]
 
 
-class _Reader:
+class _BodyParser:
     """The body of one terminal being read."""
 
     def __init__(self, tokens: list[_Token], definitions: _Definitions) -> None:

@@ -32,29 +32,6 @@ from sfumato.constraints.expressions import (
     sequence,
 )
 
-_DATE = (
-    r"(?:[1-9]\d{3}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
-    r"|(?:[1-9]\d(?:0[48]|[2468][048]|[13579][26])|(?:[2468][048]|[13579][26])00)-02-29)"
-)
-_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_IN_URI = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"
-FORMAT_PATTERNS = {
-    "date": _DATE,
-    "date-time": f"{_DATE}T{_TIME}",
-    "email": rf"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*@{_LABEL}(?:\.{_LABEL})+",
-    "hostname": rf"{_LABEL}(?:\.{_LABEL}){{0,3}}",
-    "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
-    "time": _TIME,
-    "uri": rf"[a-z][a-z0-9+.-]*://{_LABEL}(?:\.{_LABEL})*(?::\d{{1,4}})?(?:/{_IN_URI})?(?:\?{_IN_URI})?(?:#{_IN_URI})?",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-}
-"""The pattern of each `format`, in the dialect that `parse` reads, for a whole text."""
-FORMATS = tuple(FORMAT_PATTERNS)
-"""Values of `format` that are enforced; others are refused."""
-
-
 MAX_NESTING = 100
 """Groups within each other."""
 MAX_WAYS = 200

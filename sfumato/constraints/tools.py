@@ -67,7 +67,6 @@ def call_rule(rules: RuleWriter, tools: Sequence[Mapping[str, Any]]) -> WrittenC
     if not checked:
         raise InputError("a grammar of calls needs at least one tool; give tools, or leave strict out")
     calls: dict[str, str] = {}
-    schemas: dict[str, Any] = {}
     examples: list[str] = []
     is_inexact = False
     for tool in checked:
@@ -79,18 +78,28 @@ def call_rule(rules: RuleWriter, tools: Sequence[Mapping[str, Any]]) -> WrittenC
         writer = ValueWriter(rules, CallNotation())
         places = _arguments(name, parameters)
         calls[name] = f"{literal('call:' + name)} {writer.rule(places)}"
-        schemas[name] = places[0].value
         is_inexact = is_inexact or writer.is_inexact
         if (example := writer.example(places)) is not None:
             examples.append(f"<|tool_call>call:{name}{example}<tool_call|>")
     rule = rules.rule(f"<|tool_call> ({' | '.join(calls.values())}) <tool_call|>")
-    return WrittenCalls(rule, CallCheck(schemas) if is_inexact else None, min(examples, key=len, default=None))
+    return WrittenCalls(rule, call_check(checked) if is_inexact else None, min(examples, key=len, default=None))
+
+
+def call_check(tools: Sequence[Mapping[str, Any]]) -> CallCheck:
+    """The check of a whole text that the grammar of calls of these tools may need; they are checked."""
+    functions = [tool["function"] for tool in tools]
+    return CallCheck({function["name"]: _schema_of(function.get("parameters")) for function in functions})
+
+
+def _schema_of(parameters: Any) -> Any:
+    """The schema of a tool's parameters: a tool without any has none."""
+    if not parameters or parameters == _OBJECT:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return parameters
 
 
 def _arguments(tool: str, schema: Any) -> Conjunction:
     """The schemas of the arguments of one tool."""
-    if not schema or schema == _OBJECT:
-        schema = {"type": "object", "properties": {}, "additionalProperties": False}
     name = f"the parameters of tool {tool!r}"
-    root = Document(checked_schema(schema, f"the schema of {name}"), name).root
+    root = Document(checked_schema(_schema_of(schema), f"the schema of {name}"), name).root
     return root, root.with_value(_OBJECT, "object")

@@ -162,7 +162,7 @@ class Commits:
             tokens = tokens[: row.room]
         if row.watch is not None and (keep := row.watch(tokens)) is not None:
             tokens, row.finish_reason = tokens[:keep], "stop"
-        if any(span.width is None and span.guide.is_over for span in row.spans):
+        if any(span.width is None and span.is_complete for span in row.spans):
             row.finish_reason = "stop"  # complete, though there was no room for an end behind it
         need = row.length if row.request.is_diffusion else 1
         context = min(self.config.max_position, self.table.max_capacity)

@@ -135,6 +135,22 @@ class Request:
         whole = (config.max_position - len(self.prompt)) // canvas * canvas
         return min(whole, self.options.max_tokens or whole) - span.start
 
+    def guide(self, span: Span, config: ModelConfig) -> Guide | AnswerGuide:
+        """The guide of this span's text; CapacityError, which names what limits it, where the text has no room."""
+        room, least = self.room(span, config), span.grammar.shortest()
+        if span.width is None and room < least:
+            if room == (self.options.max_tokens or 0) - span.start:
+                raise CapacityError(
+                    f"the constraint needs at least {least} tokens and has room for {room}; raise max_tokens or ask for "
+                    "less",
+                    option="max_tokens",
+                )
+            raise CapacityError(
+                f"the constraint needs at least {least} tokens, and behind the {len(self.prompt)} of {self.name} the "
+                f"context of {config.max_position} has room for {room}; shorten the prompt or ask for less"
+            )
+        return span.grammar.start(room)
+
     def _check_canvas(self, config: ModelConfig) -> None:
         needs_canvas = {
             "mode 'diffusion'": self.is_diffusion,
@@ -187,6 +203,11 @@ class RowSpan:
     guide: Guide | AnswerGuide
     path_length: int = 0
     """Tokens of its guide's last walk, on the present canvas."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text is a whole one, not only as long as there was room."""
+        return self.guide.is_over and not (isinstance(self.guide, AnswerGuide) and self.guide.is_cut)
 
     def commit(self) -> None:
         """Make final what the last walk put on the canvas."""
@@ -261,7 +282,7 @@ class Row:
         row.sampler = RowSampler.of(request.options, prompt.tokens)
         row.scores = scores
         row.spans = [
-            RowSpan(span.start, span.width, span.grammar.start(request.room(span, config))) for span in request.spans
+            RowSpan(span.start, span.width, request.guide(span, config)) for span in request.spans
         ]
         return row
 

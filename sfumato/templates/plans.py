@@ -47,7 +47,7 @@ from sfumato.templates.requests import (
 )
 from sfumato.templates.slots import Slot, check_template, span_template
 from sfumato.text.reader import Reader
-from sfumato.text.replies import ReplyParser
+from sfumato.text.replies import PromptEnd, ReplyParser
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
@@ -139,10 +139,10 @@ class Planner:
         """What keeps the answer to a chat to its parts, behind a thought where one can come."""
         kind = "" if options.constraint is None else options.constraint[0]
         self.config.check_canvas("must_call" if options.must_call else kind or "strict")
-        state = self.prompts.thought_state(prompt)
-        if state == "open":
+        end = PromptEnd.of(self.tokenizer, prompt.tokens)
+        if end.thought == "open":
             parts = replace(parts, thought="open")
-        elif options.thinking and state == "none":
+        elif options.thinking and end.thought == "none":
             parts = replace(parts, thought="allowed")
         return [Span(0, None, self.grammars.compose(parts))]
 

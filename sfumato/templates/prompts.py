@@ -6,7 +6,7 @@ It also makes the prompt that a template stands behind. It deliberately lacks th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
@@ -53,19 +53,6 @@ class PromptEncoder:
         if last is None or self.tokenizer.decode(ids[last + 1 :]).strip():
             raise InputError(f"the chat template of {self.name} closes no turn, so that none can be continued")
         return ids[:last]
-
-    def thought_state(self, prompt: Prompt) -> Literal["open", "closed", "none"]:
-        """Whether a prompt ends within a thought of the model's turn, directly behind one, or neither."""
-        turn, opener, closer = (self.tokenizer.id(name) for name in ("<|turn>", "<|channel>", "<channel|>"))
-        for n in range(len(prompt) - 1, -1, -1):
-            token = prompt.tokens[n]
-            if token == opener:
-                return "open"
-            if token == closer:
-                return "none" if self.tokenizer.decode(prompt.tokens[n + 1 :]).strip() else "closed"
-            if token == turn:
-                break
-        return "none"
 
     def encode_before(self, prompt: str | Messages | None, sheet: Sheet) -> Prompt:
         """What the first canvas of a sheet stands behind: the prompt, then the sheet's lead.

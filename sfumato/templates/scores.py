@@ -6,7 +6,6 @@ is scored with it: the text is encoded as a whole, and what differs from the pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from sfumato.engine.scores import PromptScores
@@ -40,29 +39,19 @@ def following_options(options: Options) -> Options:
 
 def scored_of(query: Score, prompt: Prompt, scores: PromptScores, done: Done, tokenizer: Tokenizer) -> Scored:
     """The result of a prompt that was encoded with these scores, before the one token of `done`."""
-
-    def piece(token: int) -> str:
-        return tokenizer.decode([token], skip_special=False)
-
-    def by_piece(log_p: Mapping[int, float]) -> dict[str, float]:
-        texts: dict[str, float] = {}
-        for token, value in log_p.items():
-            texts.setdefault(piece(token), value)  # of two with the same text the likelier counts
-        return texts
-
     start = 0 if query.continuation is None else scores.first
     unscored = scores.first - start
     values = [*[None] * unscored, *scores.logprobs]
     tops = [*[dict[int, float]()] * unscored, *scores.likeliest]
     detokeniser, offset, tokens = Detokeniser(tokenizer), 0, []
     for token, value, top in zip(prompt.tokens[start:], values, tops, strict=True):
-        own, more = piece(token), detokeniser.push([token])
+        own, more = tokenizer.piece(token), detokeniser.push([token])
         before = max(0, len(more) - len(own))  # bytes that were held back until now
-        tokens.append(ScoredToken(token, own, offset + before, value, by_piece(top)))
+        tokens.append(ScoredToken(token, own, offset + before, value, tokenizer.by_piece(top)))
         offset += len(more)
     offset += len(detokeniser.flush())
     (last,), (logprob,) = done.tokens, done.logprobs or [0.0]
     logprob = scores.following.get(last, logprob)  # the very same number as among the likeliest
-    following = ScoredToken(last, piece(last), offset, logprob, by_piece(scores.following))
+    following = ScoredToken(last, tokenizer.piece(last), offset, logprob, tokenizer.by_piece(scores.following))
     text, answer = tokenizer.decode(prompt.tokens[start:]), tokenizer.decode([last])
     return Scored(tokens, text, following, answer, done.usage, done.seed)

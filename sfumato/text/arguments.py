@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from sfumato.text.declared import Declared
-from sfumato.text.notation import Argument, Elements, ExactReader, Malformed, Pairs, Quoted, Word
+from sfumato.text.notation import Argument, ExactReader, Malformed, Pairs, Quoted, Values, Word
 
 MOST_DIGITS = 400
 """Characters of a number; a longer one is text."""
@@ -102,4 +102,4 @@ def read_exactly(text: str) -> Argument | None:
         node, end = ExactReader(text, has_quotes=True).value(0)
     except Malformed:
         return None
-    return node if end == len(text) and isinstance(node, (Pairs, Elements)) else None
+    return node if end == len(text) and isinstance(node, (Pairs, Values)) else None

@@ -13,8 +13,21 @@ from typing import Any
 
 from sfumato.text.arguments import arguments_of, read_exactly
 from sfumato.text.declared import Declared
+from sfumato.text.guided import GuidedReader
 from sfumato.text.mending import MendingReader
-from sfumato.text.notation import MARK, Argument, Elements, ExactReader, Malformed, Pairs, Quoted, Word, plain
+from sfumato.text.notation import (
+    IN_NAME,
+    LONGEST_NAME,
+    MARK,
+    Argument,
+    ExactReader,
+    Malformed,
+    Pairs,
+    Quoted,
+    Values,
+    Word,
+    plain,
+)
 
 DeclaredTools = Mapping[str, Declared]
 """What each tool declares of its arguments, by its name."""
@@ -29,13 +42,14 @@ class CallBlock:
     behind: str = ""
 
 
-_NAME = rf"[^\s{{}}\[\](),;\"'={MARK}]{{1,256}}"
+_NAME = rf"{IN_NAME}{{1,{LONGEST_NAME}}}"
 _HEAD = re.compile(rf"(?:call\s*:\s*){{1,4}}({_NAME})(?<!:)\s*(?=\{{)")
 _PREFIX = r"(?:(?:call|function|tool|tool_call)\s*:\s*|call\s+){0,4}"
 _LOOSE_HEAD = re.compile(rf"{_PREFIX}[{MARK}\"']?({_NAME}?)[{MARK}\"']?\s*:?\s*(?=[{{(])", re.IGNORECASE)
 _BARE_HEAD = re.compile(rf"({_PREFIX})({_NAME})(?:\Z|\s+(?=[^\s:=]{{1,128}}\s*[:=]))", re.IGNORECASE)
 """A name without brackets: alone, or with arguments behind it."""
 _HEAD_WITHIN = re.compile(rf"(?<!\w)call:({_NAME})(?=[{{(])")
+_SPACE_OF_NAMES = re.compile(r"(?:default_api|functions|tools)[.:/]")
 _RECORD = re.compile(r"\[?\s*\{")
 _GAPS, _GAPS_AND_CLOSERS = re.compile(r"[\s,;]*"), re.compile(r"[\s,;)\]}]*")
 _FENCE = re.compile(r"```[\w-]*\s*")
@@ -50,7 +64,7 @@ def read_block(source: str, tools: DeclaredTools, is_closed: bool) -> CallBlock 
     complete: half a call is none.
     """
     source = _unwrapped(source)
-    for rung in LADDER if is_closed else LADDER[:-1]:
+    for rung in LADDER if is_closed else LADDER[:-GUESSES]:
         try:
             block = rung(source, tools)
         except Malformed:
@@ -87,13 +101,17 @@ def _as_json(source: str, tools: DeclaredTools) -> CallBlock:
 def _mended(source: str, tools: DeclaredTools) -> CallBlock:
     """Arguments that `mending` has to repair, names without brackets, and text around the calls."""
     reader, calls = MendingReader(source), list[dict[str, Any]]()
-    is_call = any(head.match(source) for head in (_LOOSE_HEAD, _BARE_HEAD, _RECORD))
-    first = None if is_call else _HEAD_WITHIN.search(source)
-    start = at = first.start() if first else 0
+    start = at = _first_call(source, tools)
     while (at := _skip(source, at, _GAPS_AND_CLOSERS if calls else _GAPS)) < len(source):
         if head := _RECORD.match(source, at):
-            node, at = reader.arguments(head.end() - 1, Declared())
-            calls += _calls_of(node, tools)
+            node, end = reader.arguments(head.end() - 1, Declared())
+            try:
+                calls += _calls_of(node, tools)
+            except Malformed:
+                if calls:
+                    break
+                raise
+            at = end
             continue
         head = _LOOSE_HEAD.match(source, at)
         name = head[1].rstrip(":") if head else ""
@@ -101,30 +119,53 @@ def _mended(source: str, tools: DeclaredTools) -> CallBlock:
             name = head[2] if head[1] or head[2] in tools else ""
         if head is None or not _is_name(name):
             break
-        node, at = reader.arguments(head.end(), tools.get(name, Declared()))
+        node, at = reader.arguments(head.end(), tools.get(_declared_name(name, tools), Declared()))
         calls.append(_call(name, node, tools))
     return CallBlock(calls, plain(source[:start]), plain(source[at:]))
 
 
-LADDER: tuple[Callable[[str, DeclaredTools], CallBlock], ...] = (_as_written, _quoted, _assigned, _as_json, _mended)
-"""The rungs, the strictest first. Each raises Malformed for what it does not read; the last one alone guesses."""
+def _guided(source: str, tools: DeclaredTools) -> CallBlock:
+    """Strings that hold their own quotes, by the keys that the tools declare."""
+    return CallBlock(_sequence(GuidedReader(source), _LOOSE_HEAD, tools))
 
 
-def _sequence(reader: ExactReader, head: re.Pattern[str], tools: DeclaredTools) -> list[dict[str, Any]]:
+LADDER: tuple[Callable[[str, DeclaredTools], CallBlock], ...] = (
+    _as_written,
+    _quoted,
+    _assigned,
+    _as_json,
+    _mended,
+    _guided,
+)
+"""The rungs, the strictest first. Each raises Malformed for what it does not read."""
+GUESSES = 2
+"""How many of them, the last, guess."""
+
+
+def _sequence(reader: ExactReader | GuidedReader, head: re.Pattern[str], tools: DeclaredTools) -> list[dict[str, Any]]:
     """The calls that a source consists of."""
     source, at, calls = reader.source, 0, list[dict[str, Any]]()
     while (at := _skip(source, at)) < len(source):
         match = head.match(source, at)
         if match is None or not _is_name(name := match[1].rstrip(":")):
             raise Malformed
-        node, at = reader.arguments(match.end())
+        node, at = reader.arguments(match.end(), tools.get(_declared_name(name, tools), Declared()))
         calls.append(_call(name, node, tools))
     return calls
 
 
+def _first_call(source: str, tools: DeclaredTools) -> int:
+    """Where the first call begins: behind what the model says before it, if anything."""
+    if _LOOSE_HEAD.match(source) or _RECORD.match(source):
+        return 0
+    bare, within = _BARE_HEAD.match(source), _HEAD_WITHIN.search(source)
+    is_call = bare is not None and bool(bare[1] or bare[2] in tools)
+    return 0 if is_call or within is None else within.start()
+
+
 def _is_name(name: str) -> bool:
-    """Whether a tool may be called so: `call` alone is a call whose name is missing."""
-    return bool(name) and name.lower() != "call"
+    """Whether a tool may be called so: `call` alone is a call whose name is missing, `<…>` another model's mark."""
+    return bool(name) and name.lower() != "call" and not (name[0] == "<" and name[-1] == ">")
 
 
 def _skip(source: str, at: int, gaps: re.Pattern[str] = _GAPS) -> int:
@@ -133,7 +174,19 @@ def _skip(source: str, at: int, gaps: re.Pattern[str] = _GAPS) -> int:
 
 
 def _call(name: str, arguments: Pairs, tools: DeclaredTools) -> dict[str, Any]:
-    return {"name": name, "arguments": arguments_of(arguments, tools.get(name, Declared()))}
+    name = _declared_name(name, tools)
+    declared = tools.get(name, Declared())
+    if len(arguments.pairs) == 1 and declared.names:
+        ((key, inner),) = arguments.pairs.items()
+        if key in _ARGUMENTS and key not in declared.names and isinstance(inner, Pairs):
+            arguments = inner  # a wrapper that the tool does not know
+    return {"name": name, "arguments": arguments_of(arguments, declared)}
+
+
+def _declared_name(name: str, tools: DeclaredTools) -> str:
+    """The name of the tool that is meant: without the space of names that models put before it."""
+    short = _SPACE_OF_NAMES.sub("", name)
+    return short if name not in tools and short in tools else name
 
 
 def _unwrapped(source: str) -> str:
@@ -141,6 +194,9 @@ def _unwrapped(source: str) -> str:
     source = source.strip()
     if source.startswith("```"):
         source = source[_skip(source, 0, _FENCE) :].removesuffix("```").strip()
+    for opener, closer in (("<tool_call>", "</tool_call>"), ("[TOOL_CALLS]", "")):  # other models' marks, as text
+        if source.startswith(opener):
+            source = source.removeprefix(opener).removesuffix(closer).strip()
     if source.startswith("print(") and source.endswith(")"):
         source = source[len("print(") : -1].strip()
     if source.startswith("[") and source.endswith("]") and _LOOSE_HEAD.match(source, _skip(source, 1)):
@@ -155,13 +211,13 @@ def _unwrapped(source: str) -> str:
 
 def _calls_of(node: Argument, tools: DeclaredTools) -> list[dict[str, Any]]:
     """The calls that a JSON value describes. Malformed where it describes none."""
-    if isinstance(node, Elements) and node.items:
+    if isinstance(node, Values) and node.items:
         return [call for item in node.items for call in _calls_of(item, tools)]
     if not isinstance(node, Pairs):
         raise Malformed
     pairs = node.pairs
     several, function = pairs.get("tool_calls"), pairs.get("function")
-    if isinstance(several, Elements):
+    if isinstance(several, Values):
         return _calls_of(several, tools)
     if isinstance(function, Pairs):
         return _calls_of(function, tools)

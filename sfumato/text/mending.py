@@ -16,7 +16,18 @@ from bisect import bisect_right
 
 from sfumato.text.declared import Declared
 from sfumato.text.messages import MAX_DEPTH
-from sfumato.text.notation import MARK, Argument, Elements, Malformed, Pairs, Quoted, Word, plain, unescaped
+from sfumato.text.notation import (
+    MARK,
+    Argument,
+    Malformed,
+    Pairs,
+    Quoted,
+    Values,
+    Word,
+    between_quotes,
+    plain,
+    unescaped,
+)
 
 _QUOTES = f"{MARK}\"'"
 _NAME = rf"[^\s{{}}\[\]():=,;{_QUOTES}]{{1,128}}"
@@ -82,7 +93,7 @@ class MendingReader:
         self._due.pop()
         return Pairs(self.source, start - 1, end, pairs), end
 
-    def _items(self, at: int, closer: str, declared: Declared) -> tuple[Elements, int]:
+    def _items(self, at: int, closer: str, declared: Declared) -> tuple[Values, int]:
         """The values up to a closing bracket, and the place behind it."""
         start, items = at, list[Argument]()
         self._enter(closer)
@@ -94,7 +105,7 @@ class MendingReader:
             item, at = self._value(at, declared.item(len(items)), None)
             items.append(item)
         self._due.pop()
-        return Elements(self.source, start - 1, end, items), end
+        return Values(self.source, start - 1, end, items), end
 
     def _value(self, at: int, declared: Declared, record: Declared | None) -> tuple[Argument, int]:
         """The value at a place. `record` is what is known of the record that it stands in; None: a list."""
@@ -111,10 +122,14 @@ class MendingReader:
         if first in _QUOTES:
             end = self._closing(at)
             if end is not None:
-                text = self.source[at + 1 : end]
-                return Quoted(plain(text) if first == MARK else unescaped(text)), end + 1
-            node, at = self._bare(at + 1, record)
-            return Quoted(node.text), at
+                if first == MARK:
+                    return Quoted(plain(self.source[at + 1 : end])), end + 1
+                return Quoted(between_quotes(self.source, at, end + 1)), end + 1
+            node, end = self._bare(at + 1, record)
+            quoted = self.source[at:end].rstrip()
+            if first != MARK and len(quoted) > 1 and quoted.endswith(first):  # a string with its own quotes within
+                return Quoted(between_quotes(self.source, at, at + len(quoted))), end
+            return Quoted(node.text), end
         scalar = _SCALAR.match(self.source, at)
         if scalar and record is not None:
             return Word(scalar.group()), scalar.end()
@@ -136,6 +151,8 @@ class MendingReader:
                 if is_closing is None:
                     continue
                 before = _KEY_BEFORE.search(self.source, max(at, here - _LONGEST_KEY), here)
+                if before and record is not None and record.names and before[1] not in record.names:
+                    continue  # a quotation within the text
                 end = before.start() if before else here
                 break
             if mark in "{[(":

@@ -24,6 +24,7 @@ _OTHER_ROLES = {"developer": "system", "function": "tool"}
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "tool_responses")
 """Keys of a message that templates know, beside thoughts."""
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys under which clients send back a thought; templates read the first two."""
 
@@ -56,7 +57,10 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
     checked["role"] = role
     if "content" not in checked and role not in ("assistant", "tool"):
         raise InputError(f"{where} ({role}) has no content; give text")
-    content = _check_content(checked.get("content"), where)
+    speech, thought_parts = checked.get("content"), list[str]()
+    if role == "assistant" and isinstance(speech, list):
+        speech, thought_parts = _without_thought_parts(speech)
+    content = _check_content(speech, where)
     if role == "system" and isinstance(content, list):
         content = "\n".join(part["text"] for part in content)
     elif role == "assistant" and isinstance(content, list):
@@ -66,6 +70,7 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
     checked["content"] = content
     if role == "assistant":
         thoughts = [text for key in _THOUGHTS if isinstance(text := message.get(key), str) and text]
+        thoughts += ["\n".join(thought_parts)] if thought_parts else []
         checked |= dict.fromkeys(_THOUGHTS[:2], str(thoughts[0])) if thoughts else {}
         if isinstance(message.get("function_call"), Mapping):  # as OpenAI's API had it before tools
             checked.setdefault("tool_calls", [_plain_copy(message["function_call"], where)])
@@ -86,20 +91,41 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
 def _link_results(messages: list[dict[str, Any]]) -> None:
     """Give each tool's result the id and the name of the call that it answers.
 
-    A result without an id answers the open call of its name, or else the first that is open."""
-    open_calls: list[dict[str, Any]] = []
+    A result without an id answers the open call of its name, or else the first that is open; one whose id no call has
+    answers the only call that is open. Of calls with one id the first is answered first, and the others get ids."""
+    open_calls: list[tuple[str | None, dict[str, Any]]] = []  # each with the id that it came with
     for index, message in enumerate(messages):
         if message["role"] != "tool":
-            open_calls = message.get("tool_calls", [])
+            open_calls, ids = [], set[str]()
+            for number, call in enumerate(message.get("tool_calls", [])):
+                open_calls.append((id := call.get("id"), call))
+                if id in ids:
+                    call["id"] = f"{id}_{index}_{number}"
+                ids |= {id} if id else set()
             continue
         id, name = message.get("tool_call_id"), message.get("name")
-        answered = [call for call in open_calls if (call.get("id") == id if id else name in (None, _name(call)))]
-        if not answered and not id:
+        answered = [one for one in open_calls if (one[0] == id if id else name in (None, _name(one[1])))]
+        if not answered and (not id or len(open_calls) == 1):
             answered = open_calls
         if answered:
-            message["tool_call_id"] = answered[0].setdefault("id", f"call_{index}")
-            message.setdefault("name", _name(answered[0]))
-            open_calls = [call for call in open_calls if call is not answered[0]]
+            call = answered[0][1]
+            message["tool_call_id"] = call.setdefault("id", f"call_{index}")
+            message.setdefault("name", _name(call))
+            open_calls = [one for one in open_calls if one[1] is not call]
+
+
+def _without_thought_parts(parts: list[Any]) -> tuple[list[Any], list[str]]:
+    """Parts of what the assistant said that are no thoughts, and the texts of those that are."""
+    rest, thoughts = list[Any](), list[str]()
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS):
+            rest.append(part)
+            continue
+        inner = part.get("thinking") or part.get("text")
+        pieces = inner if isinstance(inner, list) else [{"text": inner}]
+        texts = [piece.get("text") for piece in pieces if isinstance(piece, dict)]
+        thoughts += [text for text in texts if isinstance(text, str) and text]
+    return rest, thoughts
 
 
 def _name(call: dict[str, Any]) -> str:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from sfumato.text.declared import Declared
 from sfumato.text.messages import MAX_DEPTH
 
 MARK = "\udfff"
 """Stands for `<|"|>` in a source. It is a lone surrogate, which no decoded token holds."""
+IN_NAME, LONGEST_NAME = rf"[^\s{{}}()\[\],;\"'={MARK}]", 256
+"""What the name of a call is made of."""
 
 
 class Malformed(Exception):
@@ -56,13 +59,13 @@ class Pairs(_Bracket):
 
 
 @dataclass(frozen=True)
-class Elements(_Bracket):
+class Values(_Bracket):
     """A list."""
 
     items: list[Argument]
 
 
-Argument = Word | Quoted | Pairs | Elements
+Argument = Word | Quoted | Pairs | Values
 
 
 def plain(source: str) -> str:
@@ -73,14 +76,22 @@ def plain(source: str) -> str:
 _SPACE = re.compile(r"\s*")
 _WORD = {
     "": re.compile(rf"[^{{}}\[\]:,{MARK}]+"),
-    ")": re.compile(rf"[^{{}}\[\]:,(){MARK}]+"),  # within f(k=v)
+    "=": re.compile(rf"[^{{}}\[\]:,={MARK}]+"),  # where pairs may be assignments
+    ")": re.compile(rf"[^{{}}\[\]:,()={MARK}]+"),  # within f(k=v)
 }
 _KEY = {
     False: re.compile(rf"[^{{}}\[\]:,{MARK}]+"),
     True: re.compile(rf"[^{{}}\[\]:,()={MARK}]+"),
 }
-STRINGS = {quote: re.compile(rf"{quote}[^{quote}\\]*(?:\\.[^{quote}\\]*)*{quote}", re.DOTALL) for quote in "\"'"}
-"""A string in JSON's or Python's quotes, by its quote."""
+_STRINGS = {
+    quote: re.compile(
+        rf"{quote}{{3}}(?:[^{quote}\\]|\\.|{quote}{{1,2}}(?!{quote}))*{quote}{{3}}"
+        rf"|{quote}[^{quote}\\]*(?:\\.[^{quote}\\]*)*{quote}",
+        re.DOTALL,
+    )
+    for quote in "\"'"
+}
+"""A string in JSON's or Python's quotes, single or threefold, by its quote."""
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -96,14 +107,14 @@ class ExactReader:
     def __init__(self, source: str, has_quotes: bool = False, has_equals: bool = False) -> None:
         self.source, self.has_quotes, self.has_equals = source, has_quotes, has_equals
         self._depth = 0
-        self._word = _WORD[""]
+        self._word = _WORD["=" if has_equals else ""]
 
-    def arguments(self, at: int) -> tuple[Pairs, int]:
-        """The record at a place, and the place behind it. Malformed where there is none."""
+    def arguments(self, at: int, declared: Declared | None = None) -> tuple[Pairs, int]:
+        """The record at a place, and the place behind it, whatever is declared. Malformed where there is none."""
         opener = self.source[at : at + 1]
         if opener != "{" and not (opener == "(" and self.has_equals):
             raise Malformed
-        self._word = _WORD[")" if opener == "(" else ""]
+        self._word = _WORD[")" if opener == "(" else "=" if self.has_equals else ""]
         return self._pairs(at)
 
     def value(self, at: int) -> tuple[Argument, int]:
@@ -117,7 +128,7 @@ class ExactReader:
         if first == MARK or (first in ("'", '"') and self.has_quotes):
             text, at = self._string(at)
             return Quoted(text), at
-        return self._bare(at, self._word, Word)
+        return self._bare(at, self._word)
 
     def _pairs(self, at: int) -> tuple[Pairs, int]:
         start, closer, pairs = at, _CLOSERS[self.source[at]], dict[str, Argument]()
@@ -128,7 +139,7 @@ class ExactReader:
             if first == MARK or (first in ("'", '"') and self.has_quotes):
                 key, at = self._string(at)
             else:
-                word, at = self._bare(at, _KEY[self.has_equals], Word)
+                word, at = self._bare(at, _KEY[self.has_equals])
                 key = word.text
             at = self._skip(at)
             if self.source[at : at + 1] != ":" and not (self.has_equals and self.source[at : at + 1] == "="):
@@ -138,7 +149,7 @@ class ExactReader:
         self._depth -= 1
         return Pairs(self.source, start, at + 1, pairs), at + 1
 
-    def _items(self, at: int) -> tuple[Elements, int]:
+    def _items(self, at: int) -> tuple[Values, int]:
         start, items = at, list[Argument]()
         self._enter()
         at += 1
@@ -147,25 +158,27 @@ class ExactReader:
             items.append(item)
             at = self._behind_comma(at, "]")
         self._depth -= 1
-        return Elements(self.source, start, at + 1, items), at + 1
+        return Values(self.source, start, at + 1, items), at + 1
 
     def _string(self, at: int) -> tuple[str, int]:
         if self.source[at] == MARK:
-            end = self.source.find(MARK, at + 1)
-            if end < 0:
+            closing = self.source.find(MARK, at + 1)
+            if closing < 0:
                 raise Malformed
-            return self.source[at + 1 : end], end + 1
-        match = STRINGS[self.source[at]].match(self.source, at)
+            return self.source[at + 1 : closing], closing + 1
+        match = _STRINGS[self.source[at]].match(self.source, at)
         if match is None:
             raise Malformed
-        return unescaped(match.group()[1:-1]), match.end()
+        end = match.end()
+        size = 3 if self.source.startswith(self.source[at] * 3, at) and end - at >= 6 else 1
+        return unescaped(self.source[at + size : end - size]), end
 
-    def _bare(self, at: int, pattern: re.Pattern[str], kind: type[Word]) -> tuple[Word, int]:
+    def _bare(self, at: int, pattern: re.Pattern[str]) -> tuple[Word, int]:
         match = pattern.match(self.source, at)
         text = match.group().strip() if match else ""
         if match is None or not text or text[0] in "\"'":
             raise Malformed
-        return kind(text), match.end()
+        return Word(text), match.end()
 
     def _behind_comma(self, at: int, closer: str) -> int:
         at = self._skip(at)
@@ -184,6 +197,15 @@ class ExactReader:
         self._depth += 1
         if self._depth > MAX_DEPTH + 1:
             raise Malformed
+
+
+def between_quotes(source: str, at: int, end: int) -> str:
+    """The text of a string in JSON's or Python's quotes, from a place to an end that quotes within need not agree with.
+
+    If they do not, it is code: beside real line breaks a `\\n` in it is the code's own."""
+    text = source[at + 1 : end - 1]
+    is_code = "\n" in text and _STRINGS[source[at]].fullmatch(source, at, end) is None
+    return text.replace(MARK, "") if is_code else unescaped(text)
 
 
 def unescaped(text: str) -> str:

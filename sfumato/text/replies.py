@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sfumato.text.calls import read_block
 from sfumato.text.declared import Declared
-from sfumato.text.notation import MARK, plain
+from sfumato.text.notation import IN_NAME, LONGEST_NAME, MARK, plain
 from sfumato.text.tokenizer import Detokeniser, Tokenizer
 
 
@@ -41,11 +41,9 @@ _LEAD = re.compile(r"\s{0,16}thought[ \t]{0,16}\n")
 _LEAD_BEGUN = re.compile(r"\s{0,16}(t|th|tho|thou|thoug|though|thought[ \t]{0,16})?")
 _TURN = re.compile(r"\s{0,16}model[ \t]{0,16}\n")
 _TURN_BEGUN = re.compile(r"\s{0,16}(m|mo|mod|mode|model[ \t]{0,16})?")
-_LONGEST_NAME = 256
-_NAME = rf"[^\s{{}}()\[\],;\"'={MARK}]"
-_CALL = re.compile(rf"call:{_NAME}{{1,{_LONGEST_NAME}}}[{{(]")
+_CALL = re.compile(rf"call:{IN_NAME}{{1,{LONGEST_NAME}}}[{{(]")
 """How a call begins whose opening token is missing."""
-_CALL_BEGUN = re.compile(rf"c(?:a(?:l(?:l(?::{_NAME}{{0,{_LONGEST_NAME}}})?)?)?)?\Z")
+_CALL_BEGUN = re.compile(rf"c(?:a(?:l(?:l(?::{IN_NAME}{{0,{LONGEST_NAME}}})?)?)?)?\Z")
 
 
 class _Piece(NamedTuple):
@@ -85,12 +83,25 @@ def parse_ids(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Mapping[
     return parser.finish()
 
 
-def open_thought(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
-    """What stands in the thought that a prompt leaves open, so that the answer goes on in it; None: none is open."""
-    for at in range(len(ids) - 1, -1, -1):
-        if ids[at] in tokenizer.special_ids and (token := tokenizer.token(ids[at])) != '<|"|>':
-            return tokenizer.decode(ids[at + 1 :]) if token == "<|channel>" else None
-    return None
+class PromptEnd(NamedTuple):
+    """Whether a prompt ends within a thought of the model's turn, directly behind one, or neither."""
+
+    thought: Literal["open", "closed", "none"]
+    text: str = ""
+    """What stands in the open thought."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, ids: Sequence[int]) -> PromptEnd:
+        """Of a prompt's token ids."""
+        turn, opener, closer = (tokenizer.id(name) for name in ("<|turn>", "<|channel>", "<channel|>"))
+        for at in range(len(ids) - 1, -1, -1):
+            if ids[at] == opener:
+                return cls("open", tokenizer.decode(ids[at + 1 :]))
+            if ids[at] == closer:
+                return cls("none" if tokenizer.decode(ids[at + 1 :]).strip() else "closed")
+            if ids[at] == turn:
+                break
+        return cls("none")
 
 
 class ReplyParser:
@@ -133,13 +144,16 @@ class ReplyParser:
         self._is_over = False
         self.thought_tokens = 0
         """Tokens of thoughts so far, those that open and close them not counted."""
-        opened = open_thought(tokenizer, prompt)
-        if opened is not None:
+        end = PromptEnd.of(tokenizer, prompt)
+        if end.thought == "open":
             self._open_thought()
-            self._thought.waiting = opened
-            self._may_have_label = _may_be_label(opened)
-            if not self._may_have_label:
-                self._thought.waiting = ""
+            self._may_have_label = _may_be_label(end.text)
+            self._thought.waiting = end.text if self._may_have_label else ""
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether a thought is open."""
+        return self._is_thinking
 
     def push(self, ids: Iterable[int]) -> None:
         """Take the next tokens of the answer."""
@@ -272,7 +286,7 @@ class ReplyParser:
         if self._is_thinking:
             return len(waiting)
         match = _CALL.search(waiting, self._run) or _CALL_BEGUN.search(
-            waiting, max(self._run, len(waiting) - _LONGEST_NAME - len("call:"))
+            waiting, max(self._run, len(waiting) - LONGEST_NAME - len("call:"))
         )
         return match.start() if match else len(waiting)
 

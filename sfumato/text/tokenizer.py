@@ -249,6 +249,17 @@ class Tokenizer:
         except (OverflowError, TypeError):
             raise InputError(_BAD_IDS) from None
 
+    def piece(self, token: int) -> str:
+        """The text of one token, a special one's too."""
+        return self.decode([token], skip_special=False)
+
+    def by_piece(self, logprobs: Mapping[Any, float]) -> dict[str, float]:
+        """Log-probabilities by the tokens' text; of tokens with the same text the first counts."""
+        pieces: dict[str, float] = {}
+        for token, value in logprobs.items():
+            pieces.setdefault(self.piece(token), value)
+        return pieces
+
     @_guarded
     def id(self, token: str) -> int | None:
         """The id of one token by its exact text, or None."""

@@ -38,7 +38,7 @@ def test_a_model_that_errs_at_random_writes_valid_texts_that_end(part: int) -> N
 def test_the_same_with_the_words_of_gemma() -> None:
     gemma_vocab.needs_file()
     rng = random.Random(7)
-    for value in generated(12, seed=99):
+    for value in generated(8, seed=99):
         grammar = compiled("regex" if isinstance(value, str) else "schema", value, gemma())
         for room in (grammar.shortest(), 2 * grammar.shortest(), 200):
             room = max(room, grammar.shortest())

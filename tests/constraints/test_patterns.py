@@ -15,8 +15,9 @@ from tool_grammars import TEXT, allows, compiled_tools, record, tool
 
 from sfumato.constraints import characters
 from sfumato.constraints.expressions import written
-from sfumato.constraints.patterns import FORMAT_PATTERNS, NotSupported, parse
+from sfumato.constraints.patterns import NotSupported, parse
 from sfumato.constraints.shortest import Automaton
+from sfumato.constraints.values.formats import FORMAT_PATTERNS
 from sfumato.constraints.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -172,6 +172,12 @@ def test_sizes_are_bounded(schema: dict[str, Any], words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_takes_long_to_read_ends_in_the_child() -> None:
+    onward = {f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(2000)}
+    with pytest.raises(InputError, match="references lead on from one to the next"):
+        compiled("schema", {"$defs": onward | {"d2000": WHOLE}, "$ref": "#/$defs/d0"})
+
+
 # ---- random answers --------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +232,7 @@ def run_types(names: list[str], count: int) -> None:
 
 
 def test_answers_to_real_schemas_are_valid() -> None:
-    assert run_sample(real_schemas()[:40], 2) == 40
+    assert run_sample(real_schemas()[:24], 2) == 24
 
 
 def test_answers_to_the_types_of_pydantic_are_valid() -> None:

@@ -53,7 +53,13 @@ def test_a_satisfiable_pattern_is_written_to_its_end(pattern: str) -> None:
     check(pattern, random.Random(1), ["nano"])
 
 
-@pytest.mark.parametrize("pattern", SATISFIABLE)
+QUICK = ("[0-9]{5}", r"^.*\.json$", r"(?i)^[a-z0-9._%+-]+@[a-z0-9.-]+\.[a-z]{2,}$")
+"""Those whose test with Gemma's words, of which one takes a second and more, is not slow."""
+
+
+@pytest.mark.parametrize(
+    "pattern", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in SATISFIABLE]
+)
 def test_the_same_with_the_words_of_gemma(pattern: str) -> None:
     gemma_vocab.needs_file()
     check(pattern, random.Random(1), ["gemma"])

@@ -10,6 +10,7 @@ import random
 from typing import Any
 
 import gemma_vocab
+import grammars
 import jsonschema
 import numpy as np
 import pytest
@@ -271,8 +272,7 @@ def test_control_tokens_come_only_where_named() -> None:
 
 def test_with_gemmas_vocabulary() -> None:
     gemma_vocab.needs_file()
-    tokenizer = Tokenizer(gemma_vocab.build())
-    ends = [i for t in ("<pad>", "<eos>", "<turn|>", "<|tool_response>") if (i := tokenizer.id(t)) is not None]
+    tokenizer, ends = grammars.gemma(), grammars.ends(grammars.gemma())
     names = ["fractions", "pattern", "records", "any_of", "odd_keys", "mixed_enum"]
     grammar = compiled_tools(*(tool(name, SCHEMAS[name]) for name in names), tokenizer=tokenizer, ends=ends)
     calls = []

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from sfumato.errors import BusyError, CapacityError, NumericError
 from sfumato.server.app import Settings
+from sfumato.server.http.seals import SEAL
 from sfumato.templates.requests import Chat, CountTokens
 from sfumato.text.replies import Reply
 
@@ -146,7 +147,7 @@ def test_a_thought_that_is_not_shown_comes_back_with_its_signature(client: TestC
     turns = [*HELLO["messages"], {"role": "assistant", "content": [thought, text]}, {"role": "user", "content": "On."}]
     answer(client, messages=turns)
     assert last_chat(backend).conversation[1]["reasoning_content"] == "Let me think."
-    for signature in ("sfumato-thought:!", "sfumato-thought:" + base64.b64encode(b"\xff").decode(), "x", None):
+    for signature in (SEAL + "!", SEAL + base64.b64encode(b"\xff").decode(), "x", None):
         turns[1] = {"role": "assistant", "content": [thought | {"signature": signature}, text]}
         answer(client, messages=turns)
         assert last_chat(backend).conversation[1]["reasoning_content"] == ""

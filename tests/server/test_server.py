@@ -94,6 +94,7 @@ def test_metrics(backend: FakeBackend, client: TestClient) -> None:
     [
         (InputError("stop is bad; mend it"), 400, "invalid_request_error", None),
         (CapacityError("too long; shorten it"), 400, "invalid_request_error", "context_length_exceeded"),
+        (CapacityError("no room; raise max_tokens", option="max_tokens"), 400, "invalid_request_error", None),
         (BusyError("full; wait"), 503, "overloaded_error", None),
         (WorkerError("died; again"), 503, "worker_error", None),
         (NumericError("the model's numbers are not finite; check it"), 500, "server_error", "numeric_error"),

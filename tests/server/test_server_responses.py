@@ -1,4 +1,4 @@
-"""server/openai/responses.py, items.py, inputs.py, output.py and kept.py: what /v1/responses takes and answers."""
+"""server/openai/responses.py, items.py, inputs.py, output.py, kept.py and server/http/seals.py: /v1/responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from sfumato.errors import WorkerError
 from sfumato.server.app import Settings
-from sfumato.server.openai.inputs import SEAL, sealed, unsealed
+from sfumato.server.http.seals import SEAL, sealed, unsealed
 from sfumato.server.openai.kept import MOST_BYTES, KeptResponses
 
 backend, client = server_client.backend, server_client.client

@@ -21,6 +21,7 @@ from sfumato.model.prompt import Prompt
 from sfumato.templates.grammars import parts_of
 from sfumato.templates.prompts import PromptEncoder
 from sfumato.templates.requests import Chat
+from sfumato.text.replies import PromptEnd
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
@@ -179,8 +180,9 @@ def test_an_open_thought_leaves_room_for_the_answer(thinker: LLM) -> None:
         *_, done = thinker.stream(Chat(USER, None, options))
         assert isinstance(done, Done) and done.finish_reason == "stop"
         check_text(kind, thinker.tokenizer.decode(done.tokens[done.tokens.index(closer) + 1 :]))
-    with pytest.raises(CapacityError, match="at least 2 tokens and has room for 1"):
+    with pytest.raises(CapacityError, match="at least 2 tokens and has room for 1; raise max_tokens") as short:
         thinker.chat(USER, options=Options(choices=("1",), max_tokens=1))
+    assert short.value.option == "max_tokens"  # no conversation is too long
 
 
 def test_a_stream_gives_the_thought_then_the_answer(wild: LLM) -> None:
@@ -198,7 +200,7 @@ def test_a_stream_gives_the_thought_then_the_answer(wild: LLM) -> None:
 
 
 def test_where_a_prompt_ends(wild: LLM) -> None:
-    prompts, encode = wild.planner.prompts, wild.tokenizer.encode
+    encode = wild.tokenizer.encode
     for text, state in {
         "<|turn>model\n": "none",
         "<|turn>model\n<|channel>thought\n": "open",
@@ -209,7 +211,7 @@ def test_where_a_prompt_ends(wild: LLM) -> None:
         "": "none",
     }.items():
         prompt = Prompt.of([2, *encode(text, parse_special=True)])
-        assert prompts.thought_state(prompt) == state, text
+        assert PromptEnd.of(wild.tokenizer, prompt.tokens).thought == state, text
 
 
 def test_gemmas_template_without_thinking_ends_with_a_closed_thought() -> None:
@@ -221,8 +223,8 @@ def test_gemmas_template_without_thinking_ends_with_a_closed_thought() -> None:
     config = tiny.tiny_config(max_position=4096)
     prompts = PromptEncoder(config, tokenizer, template, "gemma")
     both: list[list[dict[str, Any]]] = [USER, history]
-    shown = [prompts.thought_state(prompts.encode(m, TOOLS, t)) for m in both for t in (True, False)]
-    assert shown == ["none", "closed", "none", "closed"]
+    ends = [PromptEnd.of(tokenizer, prompts.encode(m, TOOLS, t).tokens) for m in both for t in (True, False)]
+    assert [end.thought for end in ends] == ["none", "closed", "none", "closed"]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

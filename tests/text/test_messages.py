@@ -40,6 +40,39 @@ def test_keys_that_no_template_knows_are_left_out() -> None:
     assert check_messages([user(parts)]) == [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]
 
 
+def results(calls: list[tuple[str | None, str]], *answers: Message) -> list[tuple[Any, Any, Any]]:
+    """Of each result the content, its name, and the name of the call whose id it has."""
+    named = [{"function": {"name": name, "arguments": {}}} | ({"id": id} if id else {}) for id, name in calls]
+    _, request, *rest = check_messages([user("x"), model("", *named), *({"role": "tool"} | one for one in answers)])
+    names = {one.get("id"): one["function"]["name"] for one in request["tool_calls"]}
+    assert len({one.get("id") for one in request["tool_calls"]} - {None}) == sum("id" in c for c in request["tool_calls"])
+    return [(one["content"], one.get("name"), names.get(one.get("tool_call_id"))) for one in rest]
+
+
+def test_results_go_to_their_calls_however_ids_are_lost() -> None:
+    one, two = {"content": "1"}, {"content": "2"}
+    both = [("1", "f", "f"), ("2", "g", "g")]
+    assert results([(None, "f"), (None, "g")], one, two) == both
+    assert results([(None, "g"), (None, "f")], one | {"name": "f"}, two | {"name": "g"}) == both
+    assert results([("b", "g"), ("a", "f")], one | {"tool_call_id": "a"}, two | {"tool_call_id": "b"}) == both
+    assert results([("a", "f"), ("a", "g")], one | {"tool_call_id": "a"}, two | {"tool_call_id": "a"}) == both
+    assert results([("a", "f")], one | {"tool_call_id": "lost"}) == [("1", "f", "f")]
+    assert results([("a", "f"), ("b", "g")], one | {"tool_call_id": "lost"}) == [("1", None, None)]
+
+
+def test_thoughts_in_parts_of_an_answer_are_thoughts() -> None:
+    for part in (
+        {"type": "thinking", "thinking": "hm", "signature": "x"},
+        {"type": "reasoning", "text": "hm"},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+    ):
+        [message] = check_messages([model([part, {"type": "text", "text": "x"}])])
+        assert (message["content"], message["reasoning"]) == ([{"type": "text", "text": "x"}], "hm")
+    assert "reasoning" not in check_messages([model([{"type": "redacted_thinking", "data": "x"}])])[0]
+    with pytest.raises(InputError, match="only text parts"):
+        check_messages([user([{"type": "thinking", "thinking": "hm"}])])
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -87,7 +120,7 @@ def test_a_result_without_an_id_answers_the_open_call() -> None:
     assert links([user("?"), model("", f, g), tool("1", tool_name="g")]) == [("b", "g")]
     assert links([user("?"), model("", f), tool("1"), model("", g), tool("2")]) == [("a", "f"), ("b", "g")]
     assert links([user("?"), model("", f), user("!"), tool("1")]) == [(None, None)]
-    assert links([user("?"), model("", f), tool("1", tool_call_id="z")]) == [("z", None)]
+    assert links([user("?"), model("", f), tool("1", tool_call_id="z")]) == [("a", "f")]
     old = [user("?"), model(None, function_call=bare | {"arguments": "{}"}), {"role": "function", "content": "1"}]
     assert links(old) == [("call_2", "clock")]
     rendered = TEMPLATE.render([user("?"), model("", bare), tool("noon")])

@@ -35,14 +35,20 @@ def test_a_stream_holds_back_what_may_become_a_stop_string() -> None:
 
 
 @pytest.mark.parametrize("parts", [["abc E", "N", "D!\n", "tail"], ["abc END!\ntail"], ["abc EN", "D!\ntail"]])
+@pytest.mark.parametrize(
+    "hidden", ["", "<|channel>thought\nhm END!\n EN<channel|>", "<|tool_call>call:END!\n{}<tool_call|>"]
+)
 @pytest.mark.parametrize("opening", ["", "<|channel>thought\n"])
-def test_a_stop_string_ends_text_and_thought_alike(parts: list[str], opening: str) -> None:
-    reader = Reader(TOKENIZER, ("END!\n",), (), ReplyParser(TOKENIZER))
-    commits = read(reader, [opening + parts[0], *parts[1:]])
+def test_a_stop_string_ends_the_text_and_no_thought_or_call(parts: list[str], hidden: str, opening: str) -> None:
+    parser = ReplyParser(TOKENIZER, prompt=TOKENIZER.encode(opening, parse_special=True))
+    reader = Reader(TOKENIZER, ("END!\n",), (), parser)
+    start = "END!\n<channel|>" if opening else ""
+    commits = read(reader, [start + hidden + parts[0], *parts[1:]])
     done = reader.with_text(Done(0, "stop", [], Usage()))
     assert isinstance(done, Done)
-    assert "".join(commit.text for commit in commits) == done.text == ("" if opening else "abc ")
-    assert "".join(commit.thought for commit in commits) == (done.thought or "") == ("abc " if opening else "")
+    assert "".join(commit.text for commit in commits) == done.text == "abc "
+    assert "".join(commit.thought for commit in commits) == (done.thought or "")
+    assert ("hm END!\n EN" in (done.thought or "")) == ("hm" in hidden) and bool(done.tool_calls) == ("call" in hidden)
     assert done.stop == "END!\n"
 
 
@@ -51,7 +57,7 @@ def test_a_chat_without_an_end_gives_what_it_held_back() -> None:
     commits = read(reader, ["<|channel>thought\nhm EN", "<channel|>abc EN", "<|tool_call>call:f{a:1}<tool_call|> E"])
     done = reader.with_text(Done(0, "length", [], Usage()))
     assert isinstance(done, Done)
-    assert [commit.thought for commit in commits] == ["hm ", "", "EN"]
+    assert [commit.thought for commit in commits] == ["hm EN", "", ""]
     assert [commit.text for commit in commits] == ["", "abc ", "EN E"]
     assert (done.text, done.thought, done.stop) == ("abc EN E", "hm EN", None)
     assert done.tool_calls == commits[-1].tool_calls == [{"name": "f", "arguments": {"a": 1}}]

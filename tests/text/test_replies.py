@@ -9,6 +9,7 @@ import pytest
 from chats import FRAGMENTS, TEMPLATE, TOKENIZER, call, model, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quoted_replies import CALLS
 from raw_replies import ANSWERS, BLOCKS, CLOSE, OPEN, TOOLS
 
 from sfumato.text.replies import Reply, ReplyParser, parse_ids
@@ -44,9 +45,9 @@ def check(raw: str, expected: Reply) -> None:
             assert joined([ids[:at], ids[at:]]) == expected, (raw, at)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", [*BLOCKS, *CALLS])
 def test_calls_of_every_kind_are_read(kind: str) -> None:
-    for body, calls in BLOCKS[kind]:
+    for body, calls in (BLOCKS | CALLS)[kind]:
         text = f"a{OPEN}{body}{CLOSE}b"
         if calls is None:
             check(text, Reply(f"a{body.replace('§', chr(34))}b"))
@@ -139,6 +140,9 @@ HOSTILE = {
     "marks": "§",
     "marked pairs": "a:§x,",
     "marks and names": "§x ",
+    "threefold quotes": '"""a',
+    "declared pairs": 'zip:"x, zip:',
+    "declared quotes": '", zip:"',
     "double quotes": '"',
     "opened quotes": ':"x ',
     "single quotes": "'a:",
@@ -166,7 +170,7 @@ def seconds_of(text: str) -> float:
     """Processor time to parse this much of an answer, canvas by canvas."""
     ids, end = encoded(text), encoded(f"{CLOSE}<turn|>")
     before = time.thread_time()
-    parser = ReplyParser(TOKENIZER)
+    parser = ReplyParser(TOKENIZER, tools=TOOLS)
     for at in range(0, len(ids), 256):
         parser.push(ids[at : at + 256])
         parser.take()

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sfumato.errors import CheckpointError, InputError
-from sfumato.text.replies import open_thought
+from sfumato.text.replies import PromptEnd
 from sfumato.text.template import ChatTemplate
 
 PUZZLE = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
@@ -211,8 +211,8 @@ def test_an_answer_begins_in_the_thought_that_a_template_opens() -> None:
     history = [user("?"), model("", call("clock")), {"role": "tool", "content": "noon"}]
     prompt = template.encode(TOKENIZER, history, [CLOCK], thinking=True)
     assert TOKENIZER.decode(prompt, skip_special=False).endswith("<tool_response|><|channel>thought\n")
-    assert open_thought(TOKENIZER, prompt) == "thought\n"
-    assert open_thought(TOKENIZER, template.encode(TOKENIZER, history, [CLOCK])) is None
+    assert PromptEnd.of(TOKENIZER, prompt) == ("open", "thought\n")
+    assert PromptEnd.of(TOKENIZER, template.encode(TOKENIZER, history, [CLOCK])) == ("none", "")
 
 
 def test_a_refusal_says_what_the_template_says() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from sfumato.constraints.values.document import Place, short
 from sfumato.constraints.values.facets import Conjunction, Facets
-from sfumato.constraints.values.keywords import ANNOTATIONS, READERS, has_name
+from sfumato.constraints.values.keywords import ANNOTATIONS, MAX_VALUES, READERS, has_name
 from sfumato.constraints.values.negation import negations
 from sfumato.constraints.values.validity import is_valid
 
@@ -21,9 +21,6 @@ MAX_WORK = 50_000
 """Schemas that are read for one document, each time that it is reached."""
 MAX_PRODUCT = 128
 """Alternatives of one schema where several keywords branch: their numbers multiply."""
-MAX_VALUES = 10_000
-"""Values of one enum, and branches of one keyword."""
-
 _WHY = 20
 """Values within each other that are searched for a reason."""
 

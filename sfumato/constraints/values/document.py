@@ -117,6 +117,8 @@ class Document:
             place.refuse(f"the {word} {short(reference)} may lead to several places; use a $ref to one of them", word)
         joined = place.base + reference if reference.startswith("#") else urljoin(place.base, reference)
         base, fragment = urldefrag(joined)
+        if word == "$ref" and _id_word(self) in place.value and place.base != self.root.base:
+            place.refuse("what a $ref beside an $id is relative to depends on the draft; move one of them", word)
         resource = self._resources.get(base)
         if resource is None:
             place.refuse(f"the {word} {short(reference)} is not within the schema; copy what it names into $defs", word)

@@ -9,11 +9,22 @@ from __future__ import annotations
 from functools import cache
 
 from sfumato.constraints.expressions import Expression
-from sfumato.constraints.patterns import FORMAT_PATTERNS, parse
+from sfumato.constraints.patterns import parse
 
+_DATE = (
+    r"(?:[1-9]\d{3}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+    r"|(?:[1-9]\d(?:0[48]|[2468][048]|[13579][26])|(?:[2468][048]|[13579][26])00)-02-29)"
+)
+_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
+_IPV4_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_IN_URI = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"
+_EMAIL = rf"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*@{_LABEL}(?:\.{_LABEL})+"
+_URI = rf"[a-z][a-z0-9+.-]*://{_LABEL}(?:\.{_LABEL})*(?::\d{{1,4}})?(?:/{_IN_URI})?(?:\?{_IN_URI})?(?:#{_IN_URI})?"
+_IPV4 = rf"{_IPV4_BYTE}(?:\.{_IPV4_BYTE}){{3}}"
+_HOSTNAME = rf"{_LABEL}(?:\.{_LABEL}){{0,3}}"
 _HEX = "[0-9a-f]"
 _GROUP = "[0-9a-f]{1,4}"
-_IPV4, _LABEL = FORMAT_PATTERNS["ipv4"], r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _IPV6 = "|".join(
     [
         f"(?:{_GROUP}:){{7}}{_GROUP}",
@@ -25,17 +36,24 @@ _IPV6 = "|".join(
 )
 _DAYS = r"(?:\d{1,4}Y(?:\d{1,4}M(?:\d{1,4}D)?)?|\d{1,4}M(?:\d{1,4}D)?|\d{1,4}D)"
 _HOURS = r"T(?:\d{1,4}H(?:\d{1,4}M(?:\d{1,4}S)?)?|\d{1,4}M(?:\d{1,4}S)?|\d{1,4}S)"
-_IN_URI = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*"
 _POINTER = r"(?:/(?:[^~/]|~[01])*)*"
 _ATOM = r"(?:[A-Za-z0-9_ /@:;,=-]|\.|\\[dwsDWS.]|\[(?:\^?(?:[a-z]-[a-z]|[A-Z]-[A-Z]|0-9|[._])){1,3}\])[*+?]?"
-_FORMS = FORMAT_PATTERNS | {
+FORMAT_PATTERNS = {
+    "date": _DATE,
+    "date-time": f"{_DATE}T{_TIME}",
+    "time": _TIME,
+    "email": _EMAIL,
+    "hostname": _HOSTNAME,
+    "ipv4": _IPV4,
+    "uri": _URI,
+    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "duration": rf"P(?:{_DAYS}(?:{_HOURS})?|{_HOURS}|\d{{1,4}}W)",
     "ipv6": _IPV6,
-    "idn-email": FORMAT_PATTERNS["email"],
-    "idn-hostname": FORMAT_PATTERNS["hostname"],
-    "iri": FORMAT_PATTERNS["uri"],
-    "uri-reference": rf"{FORMAT_PATTERNS['uri']}|/?[A-Za-z0-9._~-]+(?:/{_IN_URI})?(?:\?{_IN_URI})?(?:#{_IN_URI})?",
-    "uri-template": rf"(?:{FORMAT_PATTERNS['uri']}|/{_IN_URI})(?:\{{[a-z_]+\}}{_IN_URI})*",
+    "idn-email": _EMAIL,
+    "idn-hostname": _HOSTNAME,
+    "iri": _URI,
+    "uri-reference": rf"{_URI}|/?[A-Za-z0-9._~-]+(?:/{_IN_URI})?(?:\?{_IN_URI})?(?:#{_IN_URI})?",
+    "uri-template": rf"(?:{_URI}|/{_IN_URI})(?:\{{[a-z_]+\}}{_IN_URI})*",
     "json-pointer": _POINTER,
     "relative-json-pointer": rf"(?:0|[1-9]\d{{0,5}})(?:#|{_POINTER})",
     "regex": rf"\^?(?:{_ATOM})+\$?",
@@ -49,7 +67,7 @@ _FORMS = FORMAT_PATTERNS | {
     "ipv6interface": rf"(?:{_IPV6})/(?:\d{{1,2}}|1[01]\d|12[0-8])",
     "ipvanynetwork": r"(?:\d{1,2}|1\d\d)\.0\.0\.0/8",
     "ipvanyinterface": rf"{_IPV4}/(?:[12]?\d|3[0-2])",
-    "name-email": rf"(?:[A-Z][a-z]+ [A-Z][a-z]+ <{FORMAT_PATTERNS['email']}>)|{FORMAT_PATTERNS['email']}",
+    "name-email": rf"(?:[A-Z][a-z]+ [A-Z][a-z]+ <{_EMAIL}>)|{_EMAIL}",
     "color": r"#[0-9a-f]{6}|black|white|red|green|blue|yellow|orange|purple|pink|brown|grey",
     "multi-host-uri": rf"[a-z]{{2,12}}://{_LABEL}(?::\d{{1,4}})?/[a-z0-9_]*",
     **{
@@ -57,11 +75,9 @@ _FORMS = FORMAT_PATTERNS | {
         for version in range(1, 9)
     },
 }
-_FORMS["iri-reference"] = _FORMS["uri-reference"]
-_FORMS["base64"] = _FORMS["byte"]
-
-FORMATS = tuple(_FORMS)
-"""The values of `format` and `contentEncoding` that are enforced."""
+FORMAT_PATTERNS["iri-reference"] = FORMAT_PATTERNS["uri-reference"]
+FORMAT_PATTERNS["base64"] = FORMAT_PATTERNS["byte"]
+"""The values of `format` and `contentEncoding` that are enforced, each with the pattern of its whole text."""
 
 WHOLE_FORMATS = {
     **{f"int{bits}": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (8, 16, 32, 64)},
@@ -75,7 +91,7 @@ HTTP_LENGTH = 2083
 @cache
 def form_node(form: str) -> Expression | None:
     """The texts of a format; None where it is an annotation."""
-    return parse(_FORMS[form], is_whole=True) if form in _FORMS else None
+    return parse(FORMAT_PATTERNS[form], is_whole=True) if form in FORMAT_PATTERNS else None
 
 
 @cache

@@ -23,7 +23,7 @@ MAX_COUNT = 100_000
 GREATEST = 10**300
 """The greatest size of a bound: what a float holds."""
 MAX_VALUES = 10_000
-"""Values of one enum."""
+"""Values of one enum, and branches of one keyword."""
 
 ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$defs", "definitions", "$schema", "$comment"})
 """Keywords that are common and say nothing."""

@@ -28,9 +28,7 @@ from sfumato.constraints.expressions import (
     written,
 )
 from sfumato.constraints.expressions import either as any_of
-from sfumato.constraints.expressions import (
-    literal as text_of,
-)
+from sfumato.constraints.expressions import literal as text_of
 from sfumato.constraints.values.rules import RuleWriter, literal
 
 QUOTE = '<|"|>'
@@ -161,24 +159,14 @@ class JsonNotation(Notation):
         return literal(_quoted(text))
 
 
-class JsonInText(Notation):
+class JsonInText(JsonNotation):
     """JSON within a string of JSON; what would be escaped twice does not come, except in constants."""
 
-    comma = '", "'
     free = "free_text"
-    is_narrow = False
-
-    def written(self, value: Any) -> str:
-        """As `Notation.written` has it."""
-        return _quoted(value)
 
     def text(self, rules: RuleWriter, node: Expression) -> str:
         """As `Notation.text` has it."""
         return rules.terminal(rf'"\\\"" {written(both([node, _PLAIN]))} "\\\""')
-
-    def constants(self, rules: RuleWriter, texts: Sequence[str]) -> str:
-        """As `Notation.constants` has it."""
-        return rules.terminal(" | ".join(map(self.written_text, texts)))
 
     def key(self, name: str) -> str:
         """As `Notation.key` has it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sfumato.constraints.expressions import ANY, ENDLESS, Expression, both, literal, other_than, repeat
+from sfumato.constraints.expressions import ANY, ENDLESS, NEVER, Expression, both, literal, other_than, repeat
 from sfumato.constraints.patterns import NotSupported, parse
 from sfumato.constraints.shortest import shortest
 from sfumato.constraints.values.document import Place
@@ -48,7 +48,7 @@ def pattern_node(rules: RuleWriter, pattern: str, place: Place) -> Expression:
 def has_text(node: Expression, place: Place) -> bool:
     """Whether an expression has any text."""
     if node.is_plain:
-        return node.least < 1 << 60
+        return node.least < NEVER
     try:
         return shortest(node) is not None
     except NotSupported as error:

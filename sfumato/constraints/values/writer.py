@@ -11,6 +11,7 @@ from typing import Any
 
 from sfumato.constraints.expressions import (
     ANYTHING,
+    NEVER,
     NOTHING,
     Expression,
     both,
@@ -278,7 +279,7 @@ class ValueWriter:
                 value = self.rule(places) if places else self._notation.anything(self._rules)
                 elements.append(ListElement(self._rules.rule(f"{self._notation.key(name)} {value}"), is_required))
         low, high = facets.fewest_fields, facets.most_fields
-        others = self._others(facets, names, key_node, low) if key_node.least < 1 << 60 else ""
+        others = self._others(facets, names, key_node, low) if key_node.least < NEVER else ""
         body = self._fields(elements, others, low, high)
         return self._rules.rule(f'"{{" {body} "}}"')
 

@@ -6,9 +6,6 @@ client asked not to be shown them, within their signature.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,6 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Tag
 
 from sfumato.errors import InputError
 from sfumato.server.http.bodies import Body, Most
+from sfumato.server.http.seals import unsealed
 
 
 class OpenBody(Body):
@@ -45,6 +43,11 @@ class ThinkingBlock(OpenBody):
     type: Literal["thinking"]
     thinking: str
     signature: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The thought. A signature that is not ours says nothing."""
+        return self.thinking or unsealed(self.signature) or ""
 
 
 class RedactedBlock(OpenBody):
@@ -183,7 +186,7 @@ def _add_turn(messages: list[dict[str, Any]], turn: Turn, place: str) -> None:
                 message.setdefault("tool_calls", []).append({"id": block.id, "type": "function", "function": function})
             case ThinkingBlock():
                 _check_role(turn, "assistant", block.type, place)
-                message["reasoning_content"] = message.get("reasoning_content", "") + thought_of(block)
+                message["reasoning_content"] = message.get("reasoning_content", "") + block.text
             case RedactedBlock():
                 _check_role(turn, "assistant", block.type, place)
     content = "\n".join(texts)
@@ -222,28 +225,3 @@ def text_of(content: str | Sequence[TextBlock | DocumentBlock | SearchBlock]) ->
             case SearchBlock():
                 texts += [f"{block.title} ({block.source})", *(part.text for part in block.content)]
     return "\n".join(texts)
-
-
-# --- signatures ----------------------------------------------------------------------------------------------------
-
-HIDDEN = "sfumato-thought:"
-"""What the signature of a thought that the client is not shown begins with; behind it is the thought, in base 64."""
-
-
-def signature_of(thought: str, is_hidden: bool) -> str:
-    """The signature of a thought: a digest, or the thought itself where the client is not shown it."""
-    data = thought.encode("utf-8", "replace")
-    if is_hidden:
-        return HIDDEN + base64.b64encode(data).decode()
-    return base64.b64encode(hashlib.sha256(data).digest()).decode()
-
-
-def thought_of(block: ThinkingBlock) -> str:
-    """The thought in a block. A signature that is not ours says nothing."""
-    signature = block.signature or ""
-    if block.thinking or not signature.startswith(HIDDEN):
-        return block.thinking
-    try:
-        return base64.b64decode(signature.removeprefix(HIDDEN), validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
-        return ""

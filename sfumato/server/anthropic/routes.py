@@ -5,6 +5,8 @@ One generator makes all events of an answer; what is not streamed is the message
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator
@@ -17,12 +19,12 @@ from starlette.types import Scope
 
 from sfumato.events import Commit, Done, TokenCount, Usage
 from sfumato.server.anthropic.answers import ERRORS, CountBody, MessageBody, error_form, usage_in_message
-from sfumato.server.anthropic.blocks import signature_of
 from sfumato.server.anthropic.bodies import CountRequest, MessagesRequest
 from sfumato.server.backend import ModelCard
 from sfumato.server.http.checks import check_chat
 from sfumato.server.http.document import takes
 from sfumato.server.http.events import EventStream, StreamForm, data
+from sfumato.server.http.seals import sealed
 from sfumato.server.http.service import Service
 from sfumato.templates.requests import CountTokens
 
@@ -154,7 +156,7 @@ class MessageAnswer:
     def _close(self) -> Iterator[dict[str, Any]]:
         """The end of the block that still grows."""
         if self.open == "thinking":
-            signature = signature_of(self.thought, self.is_hidden)
+            signature = sealed(self.thought) if self.is_hidden else _digest(self.thought)
             self.blocks[-1]["signature"] = signature
             yield self._delta({"type": "signature_delta", "signature": signature})
         if self.open is not None:
@@ -186,3 +188,8 @@ class MessageAnswer:
         if done.stop is not None:
             return "stop_sequence"
         return "max_tokens" if done.finish_reason == "length" else "end_turn"
+
+
+def _digest(thought: str) -> str:
+    """The signature of a thought that the client is shown."""
+    return base64.b64encode(hashlib.sha256(thought.encode("utf-8", "replace")).digest()).decode()

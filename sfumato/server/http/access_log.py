@@ -47,9 +47,8 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = headers["request-id"] = (
-                    record.id
-                )  # as OpenAI's clients know it, and Anthropic's
+                # as OpenAI's clients know it, and Anthropic's
+                headers["x-request-id"] = headers["request-id"] = record.id
                 headers["x-content-type-options"] = "nosniff"
                 if record.ignored:
                     headers["x-sfumato-ignored"] = ", ".join(record.ignored)

@@ -1,7 +1,7 @@
 """How routes say in the OpenAPI document what they take and answer, and the document itself.
 
 The types of answers (`TypedDict`) are for the document and for mypy; an answer is built as a plain dict and sent as it
-is.
+is. FastAPI sees none of them: it would build a validator for each type at each route, which no request ever needs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from typing_extensions import TypedDict
 
 
@@ -30,8 +30,20 @@ class ErrorBody(TypedDict):
     error: ErrorDetail
 
 
+_TYPES: dict[str, Any] = {}
+"""What requests and answers are made of, by name."""
+
+
+def _content(kind: Any) -> dict[str, Any]:
+    """JSON of this type as the content of a request or answer; the type's schema comes into the document."""
+    _TYPES[kind.__name__] = kind
+    return {"application/json": {"schema": {"$ref": _PLACE.format(model=kind.__name__)}}}
+
+
+_PLACE = "#/components/schemas/{model}"
+
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
+    status: {"description": text, "content": _content(ErrorBody)}
     for status, text in {
         400: "The request says something wrong, and the error what",
         401: "No API key, or a wrong one",
@@ -50,7 +62,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def errors_in(body: Any, overloaded: int = 503) -> dict[int | str, dict[str, Any]]:
     """The errors of a dialect: its body for them, and its status where too many wait."""
-    return {overloaded if status == 503 else status: {**one, "model": body} for status, one in ERRORS.items()}
+    return {
+        overloaded if status == 503 else status: {**one, "content": _content(body)} for status, one in ERRORS.items()
+    }
 
 
 EVENT: dict[str, Any] = {
@@ -69,9 +83,6 @@ EVENT: dict[str, Any] = {
 EVENTS: dict[str, Any] = {"text/event-stream": {"itemSchema": EVENT}}
 """A stream of server-sent events, as the content of an answer."""
 
-_BODIES: dict[str, type[BaseModel]] = {}
-"""The bodies of POST routes by name."""
-
 
 def takes(
     body: type[BaseModel],
@@ -80,25 +91,28 @@ def takes(
     errors: Mapping[int | str, dict[str, Any]] = ERRORS,
 ) -> dict[str, Any]:
     """What a POST route says of itself: its body, its answer (also as a stream, by media type), and its errors."""
-    _BODIES[body.__name__] = body
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
     return {
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": {200: {"model": answer, "content": dict(stream)}, **errors},
+        "openapi_extra": {"requestBody": {"required": True, "content": _content(body)}},
+        "responses": {200: {"content": _content(answer) | dict(stream)}, **errors},
     }
 
 
 def gives(answer: Any, errors: Mapping[int | str, dict[str, Any]] = ERRORS) -> dict[str, Any]:
     """What a GET route says of itself: its answer, and its errors."""
-    return {"responses": {200: {"model": answer}, **{status: errors[status] for status in (401, 403, 404, 500, 503)}}}
+    return {
+        "responses": {
+            200: {"content": _content(answer)},
+            **{status: errors[status] for status in (401, 403, 404, 500, 503)},
+        }
+    }
 
 
 def document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the bodies that the routes read by themselves."""
     whole = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = whole.setdefault("components", {}).setdefault("schemas", {})
-    for name, body in _BODIES.items():
-        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    for name, kind in _TYPES.items():
+        schema = TypeAdapter(kind).json_schema(ref_template=_PLACE)
         schemas |= schema.pop("$defs", {}) | {name: schema}
     for operation in [operation for path in whole["paths"].values() for operation in path.values()]:
         operation["responses"].pop("422", None)  # FastAPI's own word for what is a 400 here

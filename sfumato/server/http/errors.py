@@ -59,7 +59,7 @@ def refusal(error: Exception) -> Refusal:
     match error:
         case Refusal():
             return error
-        case CapacityError():
+        case CapacityError(option=None):  # clients shorten their conversation
             return Refusal(400, str(error), code="context_length_exceeded")
         case InputError():
             return Refusal(400, str(error), param=error.option)

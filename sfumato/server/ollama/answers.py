@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
@@ -122,9 +122,9 @@ class VersionBody(TypedDict):
 NANO = 10**9
 
 
-def now() -> str:
-    """The time, as Ollama writes it."""
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+def time_text(later: timedelta = timedelta()) -> str:
+    """The time, now or `later`, as Ollama writes it."""
+    return (datetime.now(UTC) + later).isoformat().replace("+00:00", "Z")
 
 
 def costs_of(usage: Usage) -> dict[str, int]:

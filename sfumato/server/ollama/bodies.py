@@ -49,12 +49,8 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "typical_p": (0, 1),
     "tfs_z": (0, 1),
     "mirostat": (0,),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (0, 1),
 }
-"""Values at which an option changes nothing, also where there is no such option."""
+"""Options that there are not, and the values that ask for nothing."""
 
 _BY_FIELDS = ("drafts", "logprobs", "top_logprobs", "must_call", "thinking", *CONSTRAINTS)
 """Options here that fields of the request set, or none."""

@@ -9,7 +9,7 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -117,7 +117,7 @@ class OllamaAnswerer:
 
     def part(self, text: str = "", thought: str = "", calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """A part of the answer."""
-        head: dict[str, Any] = {"model": self.body.model, "created_at": answers.now()}
+        head: dict[str, Any] = {"model": self.body.model, "created_at": answers.time_text()}
         thinking = {"thinking": thought} if thought else {}
         if isinstance(self.body, GenerateRequest):
             return head | {"response": text, **thinking, "done": False}
@@ -192,7 +192,7 @@ async def _card(service: Service, name: str) -> ModelCard:
 
 
 def _add_model_routes(router: APIRouter, service: Service) -> None:
-    since = answers.now()
+    since = answers.time_text()
 
     @router.get("/api/version", **gives(answers.VersionBody, ERRORS))
     async def version() -> Response:
@@ -212,8 +212,11 @@ def _add_model_routes(router: APIRouter, service: Service) -> None:
         """The loaded model, which stays."""
         card = await service.card()
         size = service.backend.stats().memory_bytes
-        until = (datetime.now(UTC) + timedelta(days=36500)).isoformat().replace("+00:00", "Z")
-        more = {"expires_at": until, "size_vram": 0, "context_length": card.max_position}
+        more = {
+            "expires_at": answers.time_text(timedelta(days=36500)),
+            "size_vram": 0,
+            "context_length": card.max_position,
+        }
         return JSONResponse({"models": [answers.entry_of(service.names(card)[0], card, size) | more]})
 
     @router.post("/api/show", **takes(ShowRequest, answers.ShowBody, {}, ERRORS))

@@ -1,13 +1,11 @@
 """What /v1/responses takes as input: the items of a conversation, and what they come to for a chat template.
 
 An assistant's thought, text and calls are several items and one message. A thought may come as text, or as the opaque
-text that an answer brought (`sealed`), which clients send back where nothing is stored.
+text that an answer brought (`seals`), which clients send back where nothing is stored.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -15,25 +13,8 @@ from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter, Validatio
 
 from sfumato.server.http.bodies import Body, BodyReading, Most, reading_of
 from sfumato.server.http.errors import Refusal
+from sfumato.server.http.seals import unsealed
 from sfumato.server.settings import Limits
-
-SEAL = "sfumato-thought-1:"
-"""What opaque thoughts of this server begin with."""
-
-
-def sealed(thought: str) -> str:
-    """A thought as opaque text. It is no secret: it only has the form of one."""
-    return SEAL + base64.urlsafe_b64encode(thought.encode()).decode()
-
-
-def unsealed(text: str | None) -> str | None:
-    """The thought in an opaque text; None where it is another server's, or broken."""
-    if text is None or not text.startswith(SEAL):
-        return None
-    try:
-        return base64.b64decode(text.removeprefix(SEAL).encode(), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeError):
-        return None
 
 
 class Content(Body):

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 from sfumato.events import Commit
-from sfumato.server.openai.inputs import sealed
+from sfumato.server.http.seals import sealed
 
 _PREFIX = {"reasoning": "rs", "message": "msg"}
 
