@@ -141,8 +141,8 @@ class Request:
         if span.width is None and room < least:
             if room == (self.options.max_tokens or 0) - span.start:
                 raise CapacityError(
-                    f"the constraint needs at least {least} tokens and has room for {room}; raise max_tokens or ask for "
-                    "less",
+                    f"the constraint needs at least {least} tokens and has room for {room}; "
+                    "raise max_tokens or ask for less",
                     option="max_tokens",
                 )
             raise CapacityError(
@@ -281,9 +281,7 @@ class Row:
         row = cls(request, prompt, rules, length, request.options.seed or 0, list(prompt.tokens), watch, inspect)
         row.sampler = RowSampler.of(request.options, prompt.tokens)
         row.scores = scores
-        row.spans = [
-            RowSpan(span.start, span.width, request.guide(span, config)) for span in request.spans
-        ]
+        row.spans = [RowSpan(span.start, span.width, request.guide(span, config)) for span in request.spans]
         return row
 
     def begin(self, count: int) -> None:

@@ -45,7 +45,9 @@ def results(calls: list[tuple[str | None, str]], *answers: Message) -> list[tupl
     named = [{"function": {"name": name, "arguments": {}}} | ({"id": id} if id else {}) for id, name in calls]
     _, request, *rest = check_messages([user("x"), model("", *named), *({"role": "tool"} | one for one in answers)])
     names = {one.get("id"): one["function"]["name"] for one in request["tool_calls"]}
-    assert len({one.get("id") for one in request["tool_calls"]} - {None}) == sum("id" in c for c in request["tool_calls"])
+    assert len({one.get("id") for one in request["tool_calls"]} - {None}) == sum(
+        "id" in c for c in request["tool_calls"]
+    )
     return [(one["content"], one.get("name"), names.get(one.get("tool_call_id"))) for one in rest]
 
 
