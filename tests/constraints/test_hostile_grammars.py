@@ -1,4 +1,4 @@
-"""constraints/grammar.py: grammars that ask for too much are refused by a sentence, or written as far as there is room."""
+"""constraints/grammar.py: a grammar that asks for too much is refused by a sentence, or written as far as room is."""
 
 from __future__ import annotations
 
