@@ -242,7 +242,7 @@ def _finished(work: Interruptible[T], what: str) -> T:
             next(work)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
-        if number % 64 == 0 and time.process_time() > until:
+        if number % 4 == 0 and time.process_time() > until:
             raise InputError(
                 f"{what} takes longer than the {SEARCH_SECONDS:g} seconds allowed to find its shortest text; "
                 "make it simpler"

@@ -25,6 +25,8 @@ from sfumato.constraints.patterns import NotSupported, parse
 
 MAX_READ = 100_000
 """Characters of a grammar that are read."""
+MAX_REGEX = 20_000
+"""Characters of one regular expression."""
 _DEPTH = 50
 """Groups and names within each other."""
 _TIMES = {"*": (0, ENDLESS), "+": (1, ENDLESS), "?": (0, 1)}
@@ -155,7 +157,7 @@ class _BodyParser:
                 if text.endswith("i"):
                     return parse(f"(?i){re.escape(json.loads(text[:-1]))}", is_whole=True)
                 return literal(_unquoted(text))
-            case "regex", _:
+            case "regex", _ if len(text) <= MAX_REGEX:
                 inside, _, flags = text[1:].rpartition("/")
                 return parse(f"(?{flags}){inside}" if flags else inside, is_whole=True)
             case "name", _:

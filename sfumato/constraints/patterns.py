@@ -39,6 +39,8 @@ MAX_WAYS = 200
 MAX_SIZE = 200_000
 """Nodes of an expression."""
 
+_SHORT = 500
+"""Characters of patterns whose expressions are kept."""
 _CHARACTERS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
 _QUANTIFIER = re.compile(r"[*+?]|\{(\d+)(,(\d*))?\}")
 _LEFT_OUT = re.compile(r"\{,\d+\}")
@@ -52,12 +54,20 @@ class NotSupported(Exception):
     """A pattern has something that is not translated; the message says what."""
 
 
-@lru_cache(1000)
 def parse(text: str, is_whole: bool = False) -> Expression:
     """The expression of the texts in which a pattern is, or (`is_whole`) which it matches as a whole.
 
     NotSupported for what has no place here.
     """
+    return _parsed_short(text, is_whole) if len(text) <= _SHORT else _parsed(text, is_whole)
+
+
+@lru_cache(200)
+def _parsed_short(text: str, is_whole: bool) -> Expression:
+    return _parsed(text, is_whole)
+
+
+def _parsed(text: str, is_whole: bool) -> Expression:
     sides = [] if is_whole else [ANYTHING]
     ways = _Parser(text).whole()
     node = either(_resolved(EMPTY, True, [*sides, *way, *sides]) for way in ways)

@@ -46,6 +46,7 @@ _HINTS = 16
 _SHORT_END, _LONG_END = 64, 1_000_000
 """Characters of a terminal's end that is taken at first, and later: instead of a long one, greed often finds fewer
 tokens."""
+_ENDS_KEPT = 200
 _LONGEST_TOKEN = 32
 """Characters of a token, at most, for an estimate."""
 _ALTERNATIVES = 8
@@ -265,7 +266,10 @@ class Search:
             if len(text) > min(way.longest, _LONGEST_TOKEN * room):
                 break
             yield
-            tokens = self._ends.get(text) or self._ends.setdefault(text, self._encode(text))
+            if (tokens := self._ends.get(text)) is None:
+                if len(self._ends) >= _ENDS_KEPT:
+                    self._ends.clear()
+                tokens = self._ends[text] = self._encode(text)
             effort.left -= 5 + len(tokens)
             if len(tokens) > room or matcher.validate_tokens(tokens) < len(tokens):
                 continue

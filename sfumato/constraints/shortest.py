@@ -181,7 +181,7 @@ def _plain_text(node: Expression) -> str | None:
         return None
     if node.is_nullable:
         return ""
-    if node.least > 1_000_000:
+    if node.least > 100_000:
         raise NotSupported(f"no text of fewer than {node.least} characters")
     match node.kind:
         case "characters":

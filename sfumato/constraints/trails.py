@@ -23,8 +23,8 @@ MAX_TERMINALS = 100
 """Terminals of one grammar that are followed."""
 MAX_SIZE = 2_000
 """Nodes of one of them: others are left out."""
-MAX_PARTS = 20_000
-"""Parts of the states of one automaton: beyond, no end of its terminal is known."""
+MAX_PARTS = 15_000
+"""Parts of the states of all automata of a grammar: beyond its share, no end of a terminal is known."""
 _STATES = 30
 """States of one terminal that are followed at once."""
 _EFFORT = 2_000
@@ -44,7 +44,8 @@ class Trails:
 
     def __init__(self, source: str) -> None:
         kept = [one for one in terminals(source) if one.least < NEVER and one.size <= MAX_SIZE and has_choice(one)]
-        self._automata = [Automaton(one, MAX_PARTS) for one in kept[:MAX_TERMINALS]]
+        share = MAX_PARTS // max(2, min(len(kept), MAX_TERMINALS))
+        self._automata = [Automaton(one, share) for one in kept[:MAX_TERMINALS]]
         self.begin = Trail(tuple(frozenset([automaton.start]) for automaton in self._automata))
         """That of the empty text."""
 

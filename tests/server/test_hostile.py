@@ -24,6 +24,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("llguidance", reason="needs the extra constrain")
 
+import hostile_grammars
+
 from benchmarks import client, hostile, serve
 from benchmarks.client import Server
 
@@ -141,3 +143,24 @@ def test_a_seed_gives_the_same_text_after_a_restart(tmp_path: Path) -> None:
         time.sleep(0.5)
         loop.run_until_complete(server._until_ready(60))
         assert loop.run_until_complete(texts_of(server.url)) == before
+
+
+@pytest.mark.slow
+def test_a_hundred_hostile_grammars_leave_a_bystander_alone(tmp_path: Path) -> None:
+    """Each is answered or refused by a sentence; how long a bystander waits meanwhile is in docs/LOG.md."""
+    with serving(tmp_path / "log") as (loop, server):
+        alone = loop.run_until_complete(hostile.idle(server.url, 5.0)).summary()
+        before = client.resident_bytes(server.worker() or 0) or 0
+        for family, kind, value in hostile_grammars.attacks():
+            schema = {"name": "a", "schema": value if isinstance(value, dict) else {"x": value}}
+            part = {"response_format": {"type": "json_schema", "json_schema": schema}} if kind == "schema" else {}
+            body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1000, "seed": 1}
+            request = "/v1/chat/completions", body | (part or {kind: value})
+            attack = hostile.Attack(f"{family} {str(value)[:40]}", [request])
+            ((status, text),), bystander = loop.run_until_complete(attacked(server.url, attack))
+            assert status in (200, 400), (attack.name, text)
+            assert status == 200 or text.startswith('{"error":{"message":"'), (attack.name, text)
+            assert bystander.failures == [] and max(bystander.seconds) < PATIENCE, attack.name
+            assert bystander.summary()["median"] < 3 * alone["median"] + 0.05, attack.name
+        assert (client.resident_bytes(server.worker() or 0) or 0) < 1.5 * before
+        assert loop.run_until_complete(client.metric(server.url, "sfumato_worker_restarts_total")) == 0
