@@ -52,14 +52,14 @@ def parts_of(options: Options, tools: Tools | None) -> AnswerParts | None:
         raise InputError(message, option=name)
     if not name and options.constraint is None:
         return None
-    calls = "calls", (list(tools) if name else [_loosened(tool) for tool in tools], True)
+    calls = "calls", list(tools) if name else [_loosened(tool) for tool in tools]
     return AnswerParts(calls) if options.must_call else AnswerParts(options.constraint, calls)
 
 
 def _loosened(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tool, with parameters of any kind where calls cannot be guaranteed to obey its own: nobody asked for that."""
     try:
-        read_source("calls", ([tool], True))
+        read_source("calls", [tool])
     except InputError:
         function = dict(tool["function"], parameters={"type": "object", "additionalProperties": True})
         return {**tool, "function": function}
