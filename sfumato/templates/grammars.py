@@ -82,7 +82,8 @@ class GrammarCache:
         """The compiled constraint: see `Grammar.compile`, which says what is refused."""
         key = kind, repr(value)
         with self._lock:
-            grammar = self._grammars.get(key)
+            if (grammar := self._grammars.pop(key, None)) is not None:
+                self._grammars[key] = grammar  # the last to go
         if grammar is None:  # not under the lock: others need not wait for it
             grammar = Grammar.compile(kind, value, self.tokenizer, self.vocab_size, self.ends)
             with self._lock:
