@@ -1,6 +1,7 @@
 """What one hostile request does to the others: attacks on a live server, with a bystander beside each.
 
     .venv/bin/python benchmarks/hostile.py attacks   # every known attack: its answer, and the bystander's latency
+    .venv/bin/python benchmarks/hostile.py grammars  # a hundred grammars that ask for too much, one after the other
     .venv/bin/python benchmarks/hostile.py fuzz      # 500 generated patterns and 200 Lark grammars, 4 at a time
 
 The bystander asks nano for the same small Sudoku, again and again, over one connection; its latency on an idle server
@@ -27,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import hostile_grammars
 
 from benchmarks import client, common, serve, serve_page
 from benchmarks.client import Connection, Failed, Server, say
@@ -291,6 +295,68 @@ async def measure_attacks(server: Server, arguments: argparse.Namespace) -> Reco
     }  # fmt: skip
 
 
+async def memory_before(server: Server, arguments: argparse.Namespace) -> float:
+    """The worker's memory at rest, after so many ordinary answers that as much is kept of them as is ever kept."""
+    for number in range(WARM):
+        await send(server.url, *complete(prompt=f"{number} " * 20, max_tokens=164, seed=number), arguments.key)
+    for path, body in generated(10, 5, arguments.seed + 1):
+        await send(server.url, path, body, arguments.key)
+    await asyncio.sleep(SETTLE)
+    return await client.metric(server.url, "sfumato_memory_bytes", arguments.key)
+
+
+async def memory_after(server: Server, arguments: argparse.Namespace) -> float:
+    """The same, when all is answered."""
+    await asyncio.sleep(SETTLE)
+    await idle(server.url, 0.5, arguments.key)
+    await asyncio.sleep(SETTLE)
+    return await client.metric(server.url, "sfumato_memory_bytes", arguments.key)
+
+
+async def measure_grammars(server: Server, arguments: argparse.Namespace) -> Record:
+    before = await memory_before(server, arguments)
+    alone = await idle(server.url, arguments.seconds, arguments.key)
+    rows: list[Record] = []
+    statuses: Counter[int] = Counter()
+    for number, (family, kind, value) in enumerate(hostile_grammars.attacks()):
+        more = form(value) if kind == "schema" else {kind: value}
+        path, body = chat(seed=1, **more | {"max_tokens": 1000})
+        async with bystander(server.url, arguments.key) as one:
+            await asyncio.sleep(AROUND)
+            began = time.perf_counter()
+            status, reply = await send(server.url, path, encoded(body), arguments.key)
+            took = time.perf_counter() - began
+            await asyncio.sleep(AROUND)
+        statuses[status] += 1
+        rows.append({"family": family, "number": number, "status": status, "seconds": took, **one.summary()})
+        rows[-1] |= {} if status == 200 else {"said": reply}
+        milliseconds = ", ".join(f"{rows[-1][name] * 1e3:.0f}" for name in ("median", "worst"))
+        say(f"{number} {family}: {status} in {took:.2f} s; bystander, ms, median and worst: {milliseconds}")
+    after = await memory_after(server, arguments)
+    restarts = await client.metric(server.url, "sfumato_worker_restarts_total", arguments.key)
+    summary = alone.summary()
+    return {
+        "idle": summary,
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
+        "grammars": rows,
+        "memory": {"before": before, "after": after},
+        "targets": {
+            "grammars that end in a 5xx or without an answer": common.target(
+                sum(count for status, count in statuses.items() if not 200 <= status < 500), 0
+            ),
+            "restarts of the worker beside hostile grammars": common.target(restarts, 0),
+            "bystander's requests that failed beside them": common.target(sum(len(row["failures"]) for row in rows), 0),
+            "the slowest median of the bystander, times the idle one": common.target(
+                max(row["median"] for row in rows) / summary["median"], 2.0
+            ),
+            "the slowest of its requests, times the slowest idle one": common.target(
+                max(row["worst"] for row in rows) / summary["worst"], 2.0
+            ),
+            "the worker's memory after hostile grammars, over that before": common.target(after / before, 1.1),
+        },
+    }
+
+
 async def measure_fuzz(server: Server, arguments: argparse.Namespace) -> Record:
     await idle(server.url, 2, arguments.key)
     alone = await idle(server.url, arguments.seconds, arguments.key)
@@ -307,20 +373,12 @@ async def measure_fuzz(server: Server, arguments: argparse.Namespace) -> Record:
             if sum(statuses.values()) % 50 == 0:
                 say(f"{sum(statuses.values())} sent: {dict(statuses)}")
 
-    for number in range(WARM):  # ordinary answers, after which as much is kept of them as is ever kept
-        await send(server.url, *complete(prompt=f"{number} " * 20, max_tokens=164, seed=number), arguments.key)
-    for path, body in generated(10, 5, arguments.seed + 1):
-        await send(server.url, path, body, arguments.key)
-    await asyncio.sleep(SETTLE)
-    before = await client.metric(server.url, "sfumato_memory_bytes", arguments.key)
+    before = await memory_before(server, arguments)
     began = time.perf_counter()
     async with bystander(server.url, arguments.key) as one:
         await asyncio.gather(*(work() for _ in range(arguments.clients)))
         took = time.perf_counter() - began
-    await asyncio.sleep(SETTLE)
-    await idle(server.url, 0.5, arguments.key)
-    await asyncio.sleep(SETTLE)
-    after = await client.metric(server.url, "sfumato_memory_bytes", arguments.key)
+    after = await memory_after(server, arguments)
     restarts = await client.metric(server.url, "sfumato_worker_restarts_total", arguments.key)
     return {
         "patterns": arguments.patterns,
@@ -342,7 +400,7 @@ async def measure_fuzz(server: Server, arguments: argparse.Namespace) -> Record:
     }
 
 
-PARTS = {"attacks": measure_attacks, "fuzz": measure_fuzz}
+PARTS = {"attacks": measure_attacks, "grammars": measure_grammars, "fuzz": measure_fuzz}
 
 
 async def measure(arguments: argparse.Namespace) -> None:
@@ -359,11 +417,11 @@ def main() -> None:
         one = parts.add_parser(name)
         serve.server_options(one, RECORD)
         one.add_argument("--seconds", type=float, default=5, help="for which the idle server is asked first")
+        one.add_argument("--seed", type=int, default=1)
         if name == "fuzz":
             one.add_argument("--patterns", type=int, default=500)
             one.add_argument("--grammars", type=int, default=200)
             one.add_argument("--clients", type=int, default=4)
-            one.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     asyncio.run(measure(arguments))
     serve_page.show(json.loads(arguments.output.read_text()), arguments.part)

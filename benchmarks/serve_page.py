@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,22 @@ def attacks(one: Record, table: Table) -> str:
     return table(head, rows)
 
 
+def grammars(one: Record, table: Table) -> str:
+    """A row for each family of hostile grammars: the slowest of everything in it."""
+    alone, memory = one["idle"], one["memory"]
+    rows = [["none (idle)", "–", "–", duration(alone["median"]), duration(alone["worst"])]]
+    for family in dict.fromkeys(row["family"] for row in one["grammars"]):
+        some = [row for row in one["grammars"] if row["family"] == family]
+        counts = Counter(row["status"] for row in some)
+        statuses = ", ".join(f"{count} × {status}" for status, count in sorted(counts.items()))
+        rows.append(
+            [family, statuses, *(duration(max(row[name] for row in some)) for name in ("seconds", "median", "worst"))]
+        )
+    head = ["hostile grammars", "answers", "took at most", "bystander's median at most", "its slowest request"]
+    note = f"memory of the worker before, after: {size(memory['before'])}, {size(memory['after'])}"
+    return f"{table(head, rows)}\n\n{note}"
+
+
 def fuzz(one: Record, table: Table) -> str:
     statuses = ", ".join(f"{count} × {status}" for status, count in one["statuses"].items())
     beside, alone, memory = one["bystander"], one["idle"], one["memory"]
@@ -113,7 +130,7 @@ PARTS: dict[str, Callable[[Record, Table], str]] = {
     "same": same,
     "soak": soak,
 }
-ATTACKS: dict[str, Callable[[Record, Table], str]] = {"attacks": attacks, "fuzz": fuzz}
+ATTACKS: dict[str, Callable[[Record, Table], str]] = {"attacks": attacks, "grammars": grammars, "fuzz": fuzz}
 
 
 def show(record: Record, part: str) -> None:

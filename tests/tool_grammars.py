@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from sfumato.constraints.grammar import Grammar
-from sfumato.constraints.tools import tool_grammar
 from sfumato.text.tokenizer import Tokenizer
 
 NANO_FOLDER = Path(__file__).parents[1] / "sfumato" / "nano"
@@ -28,7 +27,7 @@ def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def compiled_tools(*tools: dict[str, Any], tokenizer: Tokenizer = NANO, ends: list[int] = ENDS) -> Grammar:
-    return Grammar.compile("grammar", tool_grammar(tools), tokenizer, tokenizer.vocab_size, ends)
+    return Grammar.compile("calls", list(tools), tokenizer, tokenizer.vocab_size, ends)
 
 
 def allows_ids(grammar: Grammar, ids: list[int]) -> bool:

@@ -36,6 +36,16 @@ MAX_GGUF_COUNT = 1 << 16
 MAX_GGUF_NAME = 256
 """Bytes of a key or a tensor's name; ggml's own limit for tensors is 64."""
 
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""A value's bits in each dtype that the format has."""
+
 
 class HeaderEntry(NamedTuple):
     """What a header says of a tensor; `first` and `last` count from the first byte behind the header."""
@@ -90,6 +100,9 @@ def _entry(name: str, raw: Any) -> HeaderEntry:
         raise ValueError(f"{name[:80]} has a shape or offsets that are no whole numbers from 0 up")
     if len(shape) > MAX_AXES or math.prod(axis or 1 for axis in shape) >= MAX_VALUES:
         raise ValueError(f"{name[:80]} has a shape too large to exist")
+    bits, nbytes = BITS.get(dtype, 0) * math.prod(shape), offsets[1] - offsets[0]
+    if dtype in BITS and bits != 8 * nbytes:
+        raise ValueError(f"{name[:80]} has {nbytes} bytes, and its shape in {dtype} needs {bits / 8:g}")
     return HeaderEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 

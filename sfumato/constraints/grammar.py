@@ -83,12 +83,12 @@ class Grammar:
 
     @classmethod
     def compile(cls, kind: str, value: Any, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> Grammar:
-        """The grammar of a constraint of one of the kinds in `options.CONSTRAINTS`.
+        """The grammar of a constraint of one of the kinds in `options.CONSTRAINTS`, or of "calls".
 
         `value` is a schema (a dict, a bool, or JSON text of one), a regex (text, to match as a whole), a Lark grammar
-        (text) or choices (list of texts). `vocab_size` is the model's, the length of masks; `ends` are the token ids
-        that end a text. Whatever is wrong with the value is an InputError of one sentence. The first grammar of a
-        tokenizer takes a second or two.
+        (text), choices (list of texts) or, for calls, tools. `vocab_size` is the model's, the length of masks; `ends`
+        are the token ids that end a text. Whatever is wrong with the value is an InputError of one sentence. The first
+        grammar of a tokenizer takes a second or two.
         """
         source, hints, check, example = read_source(kind, value)
         vocabulary = Vocabulary.of(tokenizer, vocab_size, ends)
@@ -129,10 +129,10 @@ def read_source(kind: str, value: Any) -> GrammarSource:
     """`source_of`, in a child process where much may have to be read: a schema may make any work."""
     if kind not in ("schema", "calls"):
         return source_of(kind, value)
-    value = checked_schema(value) if kind == "schema" else (check_tools(value[0]), value[1])
+    value = checked_schema(value) if kind == "schema" else check_tools(value)
     with CHILDREN.child("the schema" if kind == "schema" else "the grammar of the tools") as child:
         text, hints, is_inexact, example = child.run(_parts_of_source, kind, value)
-    check = SchemaCheck(value) if kind == "schema" else call_check(value[0])
+    check = SchemaCheck(value) if kind == "schema" else call_check(value)
     return GrammarSource(text, hints, check if is_inexact else None, example)
 
 

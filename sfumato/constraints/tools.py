@@ -1,4 +1,4 @@
-"""Tools to a grammar: an answer in free text, or tool calls whose arguments obey the tools' schemas.
+"""Tools to a grammar: calls whose arguments obey the tools' schemas.
 
 The grammar allows what `replies.parse_ids` reads back, in Gemma's own notation (`values.notation`) and without white
 space. **Narrower than the schema, never wider**: keys come sorted, as the templates write those of declarations and
@@ -6,7 +6,7 @@ past calls, and keys that the schema does not name come only where it speaks of 
 
 Control tokens are in the grammar by name: only the real ones open and close calls and strings.
 
-Deliberately absent: thoughts, and text behind calls.
+Deliberately absent: thoughts, and text beside calls, which are the answer's (`answers`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.constraints.checks import CallCheck
-from sfumato.constraints.forms import GrammarSource, check_rules, lark_of
+from sfumato.constraints.forms import GrammarSource, check_rules
 from sfumato.constraints.schema import checked_schema
 from sfumato.constraints.values.document import Document
 from sfumato.constraints.values.facets import Conjunction
@@ -30,32 +30,17 @@ from sfumato.text.messages import check_tools
 _OBJECT = {"type": "object"}
 
 
-def tool_grammar(tools: Sequence[Mapping[str, Any]], must_call: bool = False) -> str:
-    """The Lark grammar of an answer to a prompt with these tools (as `messages.check_tools` takes them).
+def source_of_calls(tools: Sequence[Mapping[str, Any]]) -> GrammarSource:
+    """The grammar of one call or several of these tools (as `messages.check_tools` takes them), and nothing else.
 
-    It allows free text without control tokens, at least one character of it; or free text, possibly none, and calls
-    behind it. With `must_call` it allows calls alone. An InputError names the tool and the place in its schema that
-    cannot be guaranteed; by the kind "calls" of `Grammar.compile`, with a check beside the grammar, more can.
-    """
-    source = source_of_calls((tools, must_call))
-    if source.check is not None:
-        raise InputError(
-            "a grammar alone cannot keep the tools' schemas: some refer to themselves, or ask that items differ; "
-            "compile the tools as calls"
-        )
-    return lark_of(source.text)
-
-
-def source_of_calls(value: tuple[Sequence[Mapping[str, Any]], bool]) -> GrammarSource:
-    """The grammar of `tool_grammar`, with a check of what it cannot say; `value` is its arguments."""
-    tools, must_call = value
+    It comes with a check of what it cannot say. An InputError names the tool, and the place in its schema that cannot
+    be kept."""
     rules = RuleWriter()
     calls = call_rule(rules, tools)
-    start = [f"start: {calls.rule}+"] if must_call else [f"start: FREE | FREE? {calls.rule}+", "FREE: /(?s:.+)/"]
-    lark = "\n".join([f"// {rules.hints()}", *rules.lines(), *start, ""])
+    lark = "\n".join([f"// {rules.hints()}", *rules.lines(), f"start: {calls.rule}+", ""])
     check_rules(lark, "grammar of the tools")
     source = json.dumps({"grammars": [{"lark_grammar": lark}]})
-    return GrammarSource(source, lark[:1000], calls.check, calls.example if must_call else "a")
+    return GrammarSource(source, lark[:1000], calls.check, calls.example)
 
 
 @dataclass(frozen=True)

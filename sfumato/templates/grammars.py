@@ -52,14 +52,14 @@ def parts_of(options: Options, tools: Tools | None) -> AnswerParts | None:
         raise InputError(message, option=name)
     if not name and options.constraint is None:
         return None
-    calls = "calls", (list(tools) if name else [_loosened(tool) for tool in tools], True)
+    calls = "calls", list(tools) if name else [_loosened(tool) for tool in tools]
     return AnswerParts(calls) if options.must_call else AnswerParts(options.constraint, calls)
 
 
 def _loosened(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tool, with parameters of any kind where calls cannot be guaranteed to obey its own: nobody asked for that."""
     try:
-        read_source("calls", ([tool], True))
+        read_source("calls", [tool])
     except InputError:
         function = dict(tool["function"], parameters={"type": "object", "additionalProperties": True})
         return {**tool, "function": function}
@@ -82,7 +82,8 @@ class GrammarCache:
         """The compiled constraint: see `Grammar.compile`, which says what is refused."""
         key = kind, repr(value)
         with self._lock:
-            grammar = self._grammars.get(key)
+            if (grammar := self._grammars.pop(key, None)) is not None:
+                self._grammars[key] = grammar  # the last to go
         if grammar is None:  # not under the lock: others need not wait for it
             grammar = Grammar.compile(kind, value, self.tokenizer, self.vocab_size, self.ends)
             with self._lock:

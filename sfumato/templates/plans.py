@@ -101,11 +101,13 @@ class Planner:
     def must_compile(self, query: QueryFor[Any]) -> bool:
         """Whether a query holds a constraint that is not compiled yet, which may take seconds."""
         options = query.options
-        if options.strict or options.must_call:
-            return True
-        if isinstance(query, Chat) and query.tools and options.constraint is not None:  # calls beside it
-            return True
         constraints = [options.constraint]
+        must_obey = options.strict or options.must_call
+        if isinstance(query, Chat) and query.tools:
+            if must_obey or options.constraint is not None:  # calls beside it
+                constraints.append(("calls", list(query.tools)))
+        elif must_obey:
+            return True
         if isinstance(query, Fill):
             constraints += [piece.constraint for piece in query.template if isinstance(piece, Slot)]
         return any(one is not None and not self.grammars.has(*one) for one in constraints)

@@ -16,7 +16,6 @@ from tool_grammars import CLOSE, ENDS, NANO, OPEN, TEXT, record, tool
 
 from sfumato.constraints.answers import AnswerGrammar, AnswerGuide, CallGrammar, ThoughtTokens
 from sfumato.constraints.grammar import Grammar
-from sfumato.constraints.tools import tool_grammar
 from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import CapacityError
 from sfumato.text.replies import parse_ids
@@ -44,7 +43,7 @@ def grammar_of(kind: str, value: Any) -> Grammar:
 @pytest.fixture(scope="module")
 def grammars() -> dict[str, Grammar | None]:
     texts: dict[str, Grammar | None] = {name: grammar_of(*one) for name, one in KINDS.items()}
-    return texts | {"calls": grammar_of("grammar", tool_grammar([LOOKUP], must_call=True)), "words": None}
+    return texts | {"calls": grammar_of("calls", [LOOKUP]), "words": None}
 
 
 def obeys(name: str, text: str) -> bool:

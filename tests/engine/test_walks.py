@@ -16,7 +16,6 @@ from random_schemas import generated, valid
 
 from sfumato import LLM, Options, Slot
 from sfumato.checkpoints.locate import NANO
-from sfumato.constraints.tools import tool_grammar
 from sfumato.engine.request import Request, Span
 from sfumato.engine.run import Run
 from sfumato.engine.walks import _pick_
@@ -190,7 +189,7 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     called = 0
     ids = nano.encode([{"role": "user", "content": "A table, please."}], tools=[TOOL])
     lead = [wild.tokenizer.id("<|tool_call>") or 0]  # random weights never open a call by themselves
-    grammar = wild.planner.grammars.compile("grammar", tool_grammar([TOOL]))
+    grammar = wild.planner.grammars.compile("calls", [TOOL])
     for seed in range(12):
         span = Span(0, None, grammar)
         options = Options(seed=seed, max_tokens=70, max_steps=3)

@@ -517,6 +517,9 @@ def record() -> dict[str, Any]:
     actual["fuzz"] = {"patterns": 5, "grammars": 2, "clients": 4, "seconds": 9, "statuses": {"200": 3, "400": 4}}
     actual["fuzz"] |= {"idle": beside, "bystander": {**beside, "p50": 0.02, "p95": 0.03, "p99": 0.03}}
     actual["fuzz"] |= {"memory": {"before": 10**8, "after": 10**8}, "targets": {}}
+    grammar = {"family": "depth", "number": 0, "status": 400, "seconds": 0.5, **beside}
+    actual["grammars"] = {"idle": beside, "grammars": [grammar], "memory": {"before": 10**8, "after": 10**8}}
+    actual["grammars"] |= {"targets": {}}
     actual |= {part: actual["throughput"] for part in serve_page.THROUGHPUTS}
     return {
         "what": "serve",
@@ -531,7 +534,7 @@ def test_every_part_has_its_place_on_the_page(capsys: pytest.CaptureFixture[str]
     assert "## Serving" in page and "| 32 clients | 900 |" in page and "requests lost" in page
     assert all(f"`do {part}`" in page for part in (*serve_page.PARTS, *serve_page.ATTACKS))
     assert "| a chain of rules | 400, 400 | 500 ms | 3 | 0 | 20 ms | 30 ms | 1.5 |" in page
-    assert "3 × 200, 4 × 400 in 9 s" in page
+    assert "3 × 200, 4 × 400 in 9 s" in page and "| depth | 1 × 400 | 500 ms | 20 ms | 30 ms |" in page
     assert "## Serving" in results.page({"serve.json": {"what": "serve", "same": actual["same"]}})
     serve_page.show(actual, "soak")
     assert "(target ≤ 0.03)" in capsys.readouterr().out

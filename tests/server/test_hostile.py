@@ -61,7 +61,13 @@ async def attacked(url: str, attack: hostile.Attack) -> tuple[list[tuple[int, st
     return answers, one
 
 
-@pytest.mark.parametrize("attack", hostile.attacks(), ids=lambda attack: attack.name.replace(" ", "-"))
+def case(attack: hostile.Attack) -> Any:
+    """Five patterns of many paths are written beside each other for more than a minute."""
+    marks = [pytest.mark.slow] if attack.name == "five new slow patterns" else []
+    return pytest.param(attack, marks=marks, id=attack.name.replace(" ", "-"))
+
+
+@pytest.mark.parametrize("attack", map(case, hostile.attacks()))
 def test_an_attack_ends_itself_alone(served: Any, attack: hostile.Attack) -> None:
     loop, server = served
     answers, bystander = loop.run_until_complete(attacked(server.url, attack))

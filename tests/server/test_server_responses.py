@@ -29,6 +29,13 @@ def test_responses(client: TestClient, backend: FakeBackend) -> None:
     assert chats(backend)[0].messages == messages
 
 
+def test_a_refusal_in_a_conversation_is_kept(client: TestClient, backend: FakeBackend) -> None:
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "I would rather not."}]}
+    response = respond(client, input=[{"role": "user", "content": "Sing"}, refusal, {"role": "user", "content": "Hi"}])
+    assert response.status_code == 200
+    assert chats(backend)[0].messages[1] == {"role": "assistant", "content": "I would rather not."}
+
+
 def test_responses_stream_what_they_end_with(client: TestClient) -> None:
     tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
     for more in ({"input": "Hi", "thinking": True, "seed": 3}, {"input": "twice", "tools": [tool], "thinking": True}):

@@ -192,6 +192,11 @@ def test_constraints_that_are_not_compiled_make_a_query_slow(llm: LLM) -> None:
     llm.run(regex), llm.run(slot)
     assert not llm.must_compile(regex) and not llm.must_compile(slot)
     assert llm.must_compile(Chat(USER, options=Options(strict=True))) and not llm.must_compile(Complete("1"))
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}]
+    calls = Chat(USER, tools, Options(strict=True, seed=1, max_tokens=20))
+    assert llm.must_compile(calls) and not llm.must_compile(Chat(USER, tools))
+    llm.run(calls)
+    assert not llm.must_compile(calls)
 
 
 def test_queries_and_the_protocol_import_no_torch() -> None:

@@ -46,7 +46,8 @@ class KeptResponses:
         """Keep an answer to `input`, behind the conversation `before`."""
         output = items_of(body["output"])
         new = [*input, *output]
-        size = len(json.dumps(body)) + sum(len(one.model_dump_json()) for one in input if hasattr(one, "id"))
+        texts = (one.model_dump_json(warnings=False) for one in input if hasattr(one, "id"))
+        size = len(json.dumps(body)) + sum(map(len, texts))
         size += 0 if before is None else before.size
         if not self.most or size > MOST_BYTES:
             return
