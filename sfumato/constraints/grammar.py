@@ -209,8 +209,8 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
             f"the {kind} takes {seconds:.1f} seconds to read, more than the {READING_SECONDS:g} allowed; "
             "make it smaller"
         )
-    if kind == "regex" and not _has_text(source):
-        raise InputError("the regex allows no text; see that what it asks for in one place is allowed in the others")
+    if kind == "regex":
+        example = _example(source)
     search = Search(vocabulary, tokenizer, source if kind != "choices" else "", hints, kind == "schema")
     is_right = _accepting(check, tokenizer)
     known = _known(example, kind, tokenizer, MAX_SHORTEST)
@@ -250,9 +250,14 @@ def _finished(work: Interruptible[T], what: str) -> T:
     raise AssertionError
 
 
-def _has_text(source: str) -> bool:
-    """Whether the terminal of a regex has a text, as far as is known."""
+def _example(source: str) -> str | None:
+    """A shortest text of a regex; InputError where it has none, None where its automaton is too large to know one."""
+    text: str | None = None
     with suppress(NotSupported):
         for one in terminals(source):
-            return _finished(Automaton(one).ending(one, PROOF_EFFORT), "the regex") is not None
-    return True
+            text = _finished(Automaton(one).ending(one, PROOF_EFFORT), "the regex")
+            if text is None:
+                raise InputError(
+                    "the regex allows no text; see that what it asks for in one place is allowed in the others"
+                )
+    return text

@@ -142,7 +142,7 @@ class Search:
             rounds = [_Round(_LONG_END, True, [limit], 0), _Round(0, True, [limit], 0), _Round(_LONG_END, False, caps)]
         if not len(self.trails):
             rounds = rounds[-1:]
-        whole = _Effort(5 * effort, enough, is_right)
+        whole = _Effort(2 * effort, enough, is_right)
         for one in rounds:
             for cap in one.caps:
                 left = _Effort(effort, enough, is_right) if enough < limit else whole
