@@ -67,7 +67,7 @@ def case(attack: hostile.Attack) -> Any:
     return pytest.param(attack, marks=marks, id=attack.name.replace(" ", "-"))
 
 
-@pytest.mark.parametrize("attack", map(case, hostile.attacks()))
+@pytest.mark.parametrize("attack", [case(attack) for attack in hostile.attacks()])
 def test_an_attack_ends_itself_alone(served: Any, attack: hostile.Attack) -> None:
     loop, server = served
     answers, bystander = loop.run_until_complete(attacked(server.url, attack))
