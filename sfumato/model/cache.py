@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sfumato.errors import CapacityError
 from sfumato.model.config import ModelConfig
+from sfumato.ops.lowrank import LanePair
 from sfumato.ops.masks import Mask
 
 
@@ -36,6 +37,8 @@ class KVCache:
     """Tokens that a row has room for."""
     slack: int
     """Tokens that a sliding layer holds beyond its window, once it is full: so many can be truncated."""
+    lanes: list[LanePair] = field(default_factory=list)
+    """The adapter that each row is encoded with, and its canvas denoised, as the lanes of the model's weights."""
     stacks: list[tuple[int | None, Tensor]] = field(default_factory=list, repr=False)
     """The window of each kind of layer, and its keys and values in one tensor [2, layers, B, R + 1, G, K], of which `k`
     and `v` are parts. Rows are copied a kind at a time; layer by layer where gradients flow."""
@@ -60,7 +63,7 @@ class KVCache:
                 "prompt or lower max_tokens"
             )
         slack = config.canvas_length if slack is None else slack
-        cache = cls(config, [], [], [0] * batch, [0] * batch, capacity, slack)
+        cache = cls(config, [], [], [0] * batch, [0] * batch, capacity, slack, [LanePair()] * batch)
         shapes = [(layer.window, layer.kv_heads, layer.head_dim) for layer in config.layers]
         parts: dict[tuple[int | None, int, int], Iterator[tuple[Tensor, Tensor]]] = {}
         for kind in dict.fromkeys(shapes):
@@ -167,6 +170,7 @@ class KVCache:
     def clear_(self, row: int) -> None:
         """Forget all that a row holds."""
         self.lengths[row] = self.peaks[row] = 0
+        self.lanes[row] = LanePair()
 
     def fork(self, rows: Sequence[int | None], capacity: int | None = None) -> KVCache:
         """An independent copy of these rows, in this order, repeats allowed, None for an empty one.
@@ -175,6 +179,7 @@ class KVCache:
         capacity = self.capacity if capacity is None else capacity
         like = self.device, self.k[0].dtype, self.slack
         other = KVCache.allocate(self.config, len(rows), capacity, *like)
+        other.lanes = [LanePair() if row is None else self.lanes[row] for row in rows]
         held = [(to, row) for to, row in enumerate(rows) if row is not None]
         if held:
             sources = [row for _, row in held]
@@ -186,6 +191,7 @@ class KVCache:
 
         `other.can_truncate` says whether they can be. CapacityError where they are more than fit."""
         self._copy([row], other, [0], [length])
+        self.lanes[row] = other.lanes[0]
 
     def _by_kind(self, other: KVCache) -> Iterable[tuple[int | None, Tensor]]:
         """Windows, and tensors [..., B, R + 1, G, K] that hold all there is: as few as both caches have."""

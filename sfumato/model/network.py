@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sfumato.model.cache import KVCache
 from sfumato.model.config import LayerConfig, ModelConfig
 from sfumato.model.passes import Pass
-from sfumato.ops.contract import After, BlockPass, JoinNorms, Layer, Matrix, Ops
+from sfumato.ops.contract import After, BlockPass, BlockResult, JoinNorms, Layer, Matrix, Ops
+from sfumato.ops.lowrank import LaneSwitch
 
 
 class Norm(nn.Module):
@@ -81,8 +82,8 @@ class Attention(nn.Module):
         self.k_norm = Norm(head, config.eps, ops)
         self.head, self.eps, self.ops = head, config.eps, ops
 
-    def forward(self, x_BTD: Tensor, run: Pass, index: int) -> Tensor:
-        """[B, T, D]; appends what layer `index` encodes to the cache of the pass."""
+    def forward(self, x_BTD: Tensor, run: Pass, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D], and the keys and values of the new positions, [B, T, G, K]."""
         ops, (mask, cos_BTK, sin_BTK) = self.ops, run.of(index)
         heads = (*x_BTD.shape[:-1], -1, self.head)
         weights = [layer.weight for layer in (self.q_proj, self.k_proj, self.v_proj) if layer is not None]
@@ -91,8 +92,7 @@ class Attention(nn.Module):
         k_BTGK = ops.norm_rope(raw_BTGK, self.k_norm.weight, self.eps, cos_BTK, sin_BTK)
         v_BTGK = ops.rms_norm(v[0] if v else raw_BTGK, None, self.eps)
         mixed_BTHK = ops.attention(q_BTHK, k_BTGK, v_BTGK, *run.cache.ring_of(index), mask)
-        run.append(index, k_BTGK, v_BTGK, mask)  # only now: in a ring they replace keys that attention still reads
-        return ops.linear(mixed_BTHK.reshape(*x_BTD.shape[:-1], -1), self.o_proj.weight)[0]
+        return ops.linear(mixed_BTHK.reshape(*x_BTD.shape[:-1], -1), self.o_proj.weight)[0], k_BTGK, v_BTGK
 
 
 class Router(nn.Module):
@@ -154,15 +154,14 @@ class Block(nn.Module):
         self.register_buffer("denoise_scalar", torch.ones(1))
         self.index, self.eps, self.ops = index, config.eps, ops
 
-    def forward(
-        self, x_BTD: Tensor, run: Pass, next_input: Any = None, after: After | None = None
-    ) -> tuple[Tensor, Any]:
-        """Hidden states [B, T, D] behind this block, and `BlockResult.next_input` for the one behind it.
+    def forward(self, x_BTD: Tensor, run: Pass, next_input: Any = None, after: After | None = None) -> BlockResult:
+        """Hidden states [B, T, D] behind this block, and what the pass and the block behind it need.
 
         `next_input` is what the block before gave; None where operations run one by one."""
+        run.enter()
         if self.ops.block is not None:
             return self._whole(x_BTD, run, next_input, after)
-        mixed_BTD = self.self_attn(self.input_layernorm(x_BTD), run, self.index)
+        mixed_BTD, k_BTGK, v_BTGK = self.self_attn(self.input_layernorm(x_BTD), run, self.index)
         x_BTD = self.ops.norm_add(x_BTD, mixed_BTD, self.post_attention_layernorm.weight, self.eps)
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         joined_ND = self.ops.join(
@@ -177,7 +176,7 @@ class Block(nn.Module):
             self.eps,
             run.scale(self.index, self.encode_scalar, self.denoise_scalar),
         )
-        return joined_ND.view_as(x_BTD), None
+        return BlockResult(joined_ND.view_as(x_BTD), k_BTGK, v_BTGK, None)
 
     def before(self) -> After:
         """What the block before this one must know to prepare its input."""
@@ -185,16 +184,13 @@ class Block(nn.Module):
         products = [_weight(layer) for layer in map(own["self_attn"]._modules.get, _MIXER[:3]) if layer is not None]
         return After(_weight(own["input_layernorm"]), tuple(products))
 
-    def _whole(self, x_BTD: Tensor, run: Pass, next_input: Any, after: After | None) -> tuple[Tensor, Any]:
+    def _whole(self, x_BTD: Tensor, run: Pass, next_input: Any, after: After | None) -> BlockResult:
         """`forward` in one call of an implementation that has it."""
         assert self.ops.block is not None
         mask, cos_BTK, sin_BTK = run.of(self.index)
         scale_N1 = run.scale(self.index, self.encode_scalar, self.denoise_scalar)
         block_pass = BlockPass(cos_BTK, sin_BTK, *run.cache.ring_of(self.index), mask, scale_N1)
-        x_BTD, k_BTGK, v_BTGK, next_input = self.ops.block(x_BTD, self._layer(), block_pass, next_input, after)
-        if k_BTGK is not None and v_BTGK is not None:
-            run.append(self.index, k_BTGK, v_BTGK, mask)
-        return x_BTD, next_input
+        return self.ops.block(x_BTD, self._layer(), block_pass, next_input, after)
 
     def _layer(self) -> Layer:
         """The weights as they are now: they may have been replaced since the last pass.
@@ -258,17 +254,23 @@ def products(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
     Router and embedding are none of them."""
     for module in part.modules():
-        if isinstance(module, Experts):
+        if hasattr(module, "gate_up_proj"):
             yield from ((module, name) for name in ("gate_up_proj", "down_proj"))
         elif isinstance(module, (Attention, Gated)):
-            yield from ((child, "weight") for child in module.children() if isinstance(child, nn.Linear))
+            yield from ((child, "weight") for child in module.children() if not isinstance(child, Norm))
+
+
+def adaptable(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every weight that may have low-rank factors beside it: `products`, and routers."""
+    yield from products(part)
+    yield from ((module.proj, "weight") for module in part.modules() if isinstance(module, Router))
 
 
 def weights_of(model: Model) -> Iterator[Tensor]:
     """Every tensor that a pass reads, whatever form its weight has."""
     yield from model.parameters()
     yield from model.buffers()
-    for owner, name in products(model):
+    for owner, name in adaptable(model):
         weight = getattr(owner, name)
         if not isinstance(weight, Tensor):
             yield from weight.tensors
@@ -310,6 +312,8 @@ class Model(nn.Module):
         self.self_conditioning = SelfConditioning(config, ops) if config.is_diffusion else None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.has_head else None
         self._embed_scale: Tensor | None = None
+        self.lane_switch = LaneSwitch()
+        """Tells weights with adapters beside them which one each token has (`adapters`)."""
 
     @property
     def device(self) -> torch.device:
@@ -384,7 +388,7 @@ class Model(nn.Module):
         if run is None:
             rows = list(range(cache.batch)) if rows is None else rows
             run = Pass(self, cache, rows, [0] * len(rows), 0, canvas_BL.shape[1])
-        return self._stack(self._condition(canvas_BL, soft_BLD), run)
+        return self._stack(self._condition(canvas_BL, soft_BLD, run), run)
 
     def encode_and_denoise(
         self,
@@ -405,7 +409,7 @@ class Model(nn.Module):
             rows = list(range(cache.batch)) if rows is None else rows
             cache.check_room(rows, counts)
             run = Pass(self, cache, rows, counts, width, canvas_BL.shape[1])
-        embedded_BLD = self._condition(canvas_BL, None)
+        embedded_BLD = self._condition(canvas_BL, None, run)
         hidden_BTD = self._stack(torch.cat([self._embed(tokens_BT), embedded_BLD], dim=1), run)
         if own_run is None:
             cache.advance(run.rows, counts)
@@ -420,9 +424,10 @@ class Model(nn.Module):
         embedded_BTD: Tensor = self.embed_tokens(tokens_BT)
         return embedded_BTD * self.embed_scale
 
-    def _condition(self, canvas_BL: Tensor, soft_BLD: Tensor | None) -> Tensor:
+    def _condition(self, canvas_BL: Tensor, soft_BLD: Tensor | None, run: Pass) -> Tensor:
         self.config.check_canvas("denoise")
         assert self.self_conditioning is not None
+        run.enter(is_canvas_alone=True)
         return self.self_conditioning.condition(self._embed(canvas_BL), soft_BLD)
 
     def _stack(self, x_BTD: Tensor, run: Pass) -> Tensor:
@@ -432,7 +437,11 @@ class Model(nn.Module):
             after = After(self.norm.weight, ()) if following is None else following.before()
             # A block with a hook may not have its weights yet (offload.py).
             is_ready = following is None or not following._forward_pre_hooks
-            x_BTD, next_input = block(x_BTD, run, next_input, after if is_ready else None)
+            x_BTD, k_BTGK, v_BTGK, next_input = block(x_BTD, run, next_input, after if is_ready else None)
+            # Only now: in a ring they replace keys that attention still reads. Not within the block, whose outputs
+            # these are, for whoever wraps it: gradients flow through the cache.
+            if k_BTGK is not None and v_BTGK is not None:
+                run.append(block.index, k_BTGK, v_BTGK)
         if next_input is not None:
             final_BTD: Tensor = next_input
             return final_BTD

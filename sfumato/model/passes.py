@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig, Rope
+from sfumato.ops.lowrank import NOBODY, Lanes, LaneSwitch
 from sfumato.ops.masks import Mask
 
 
@@ -17,6 +18,7 @@ class PassModel(Protocol):
     """What a pass asks of its model."""
 
     config: ModelConfig
+    lane_switch: LaneSwitch
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,7 +50,13 @@ class Pass:
     ) -> None:
         self.cache, self.rows, self.counts, self.encode, self.canvas = cache, rows, counts, encode, canvas
         self.config, self.dtype, device = model.config, model.dtype, model.device
-        self.is_static = places is not None
+        self.is_static, self._switch = places is not None, model.lane_switch
+        lanes = [cache.lanes[row] for row in rows]
+        self.lanes = self.canvas_lanes = NOBODY
+        if any(lane.encode >= 0 or lane.denoise >= 0 for lane in lanes):
+            self.lanes = self.canvas_lanes = Lanes.of(lanes, encode, canvas, device)
+            if encode and canvas:
+                self.canvas_lanes = Lanes.of(lanes, 0, canvas, device)
         if places is None:
             places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
         self.rows_B, lengths_B, counts_B = places
@@ -80,13 +88,18 @@ class Pass:
             for kept, angles in zip(old, _angles(mask.positions_BT(), rope, head_dim, self.dtype), strict=True):
                 kept.copy_(angles)
 
+    def enter(self, is_canvas_alone: bool = False) -> None:
+        """Say which adapter each token has, to all adapted weights: those of the pass, or those of its canvas alone."""
+        self._switch.lanes = self.canvas_lanes if is_canvas_alone else self.lanes
+
     def of(self, index: int) -> tuple[Mask, Tensor, Tensor]:
         """The mask of a layer, and the cosines and sines of its positions, [B, T, K]."""
         return self._each[index]
 
-    def append(self, index: int, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> None:
+    def append(self, index: int, k_BTGK: Tensor, v_BTGK: Tensor) -> None:
         """Append the encoded positions' keys and values to the cache; the canvas's never go there."""
         if self.encode:
+            mask = self.of(index)[0]
             new = k_BTGK[:, : self.encode], v_BTGK[:, : self.encode]
             self.cache.append(index, *new, mask, self.is_fresh, self._slots(mask))
 

@@ -32,8 +32,7 @@ class Weight(Protocol):
     """A weight [O, I], or a stack [E, O, I], in a form of its own, which may hold further weights.
 
     `tensors` and `each` reach all of its tensors, so that it can be counted and moved whatever it means
-    (`model/offload.py`). A weight knows nothing of the rows that are multiplied with it: one adapter for each row of a
-    batch needs more than this protocol."""
+    (`model/offload.py`). A weight may depend on whose rows are multiplied with it (`lowrank.LowRank`)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,8 +115,8 @@ class Layer(NamedTuple):
     down: Matrix
     after_dense: Tensor
     router_scale: Tensor
-    router: Tensor
-    """[E, D], never packed."""
+    router: Matrix
+    """[E, D], never packed: a tensor, or one with low-rank factors beside it."""
     per_expert: Tensor
     """[E]."""
     before_experts: Tensor
@@ -292,7 +291,7 @@ class Route(Protocol):
     """The experts of each token, and how much of each."""
 
     def __call__(
-        self, residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float, /
+        self, residual_ND: Tensor, scale_D: Tensor, proj_ED: Matrix, per_expert_E: Tensor, top_k: int, eps: float, /
     ) -> tuple[Tensor, Tensor]:
         """Indices [N, J] int64 and weights [N, J] float32, renormalised, times the scale of each expert.
 

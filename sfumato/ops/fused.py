@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.ops.contract import NEVER, JoinNorms, Matrix, Ops, ReadOut, dense, round_input
+from sfumato.ops.lowrank import LowRank, plus_low_rank
 from sfumato.ops.masks import Mask
 
 FEW_EXPERTS = 8
@@ -28,7 +29,14 @@ def pack(weight: Matrix) -> Matrix:
 
 def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
     """As `reference.linear`."""
-    return tuple(F.linear(round_input(x, weight), dense(weight, x.dtype)) for weight in weights)
+    return tuple(_product(x, weight) for weight in weights)
+
+
+def _product(x: Tensor, weight: Matrix, token_M: Tensor | None = None) -> Tensor:
+    """The product x Wᵀ; `token_M` as `plus_low_rank` has it."""
+    if isinstance(weight, LowRank):
+        return plus_low_rank(_product(x, weight.base), x, weight, token_M)
+    return F.linear(round_input(x, weight), dense(weight, x.dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -74,11 +82,11 @@ def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> 
 
 
 def route(
-    residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
+    residual_ND: Tensor, scale_D: Tensor, proj_ED: Matrix, per_expert_E: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As `reference.route`."""
     x_ND = rms_norm(residual_ND, None, eps) * scale_D * residual_ND.shape[-1] ** -0.5
-    p_NE = torch.softmax(F.linear(x_ND, proj_ED), dim=-1, dtype=torch.float32)
+    p_NE = torch.softmax(_product(x_ND, proj_ED), dim=-1, dtype=torch.float32)
     weight_NJ, index_NJ = p_NE.topk(top_k, dim=-1)
     weight_NJ = weight_NJ / weight_NJ.sum(-1, keepdim=True)
     return index_NJ, weight_NJ * per_expert_E[index_NJ]
@@ -102,8 +110,9 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matr
     start = 0
     for expert, size in enumerate(torch.bincount(index_NJ.flatten(), minlength=count).tolist()):
         if size:
-            gate, up = linear(gathered_MD[start : start + size], gate_up_EFD[expert])[0].chunk(2, dim=-1)
-            parts.append(linear(F.gelu(gate, approximate="tanh") * up, down_EDF[expert])[0])
+            own = slice(start, start + size)
+            gate, up = _product(gathered_MD[own], gate_up_EFD[expert], token_M[own]).chunk(2, dim=-1)
+            parts.append(_product(F.gelu(gate, approximate="tanh") * up, down_EDF[expert], token_M[own]))
             start += size
     part_MD = torch.cat(parts) * weight_NJ.flatten()[order_M, None].to(x_ND.dtype)
     return torch.zeros_like(x_ND).index_add(0, token_M, part_MD)

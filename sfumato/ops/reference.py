@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.ops.contract import NEVER, JoinNorms, Matrix, Ops, ReadOut, dense, round_input
+from sfumato.ops.lowrank import LowRank, plus_low_rank
 from sfumato.ops.masks import Mask
 
 
@@ -25,7 +26,14 @@ def pack(weight: Matrix) -> Matrix:
 
 def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
     """The product x Wᵀ for each of these weights [O, I]: several products of one input are one operation."""
-    return tuple(F.linear(round_input(x, weight), dense(weight, x.dtype)) for weight in weights)
+    return tuple(_product(x, weight) for weight in weights)
+
+
+def _product(x: Tensor, weight: Matrix, token_M: Tensor | None = None) -> Tensor:
+    """The product x Wᵀ; `token_M` as `plus_low_rank` has it."""
+    if isinstance(weight, LowRank):
+        return plus_low_rank(_product(x, weight.base), x, weight, token_M)
+    return F.linear(round_input(x, weight), dense(weight, x.dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -80,14 +88,14 @@ def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> 
 
 
 def route(
-    residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
+    residual_ND: Tensor, scale_D: Tensor, proj_ED: Matrix, per_expert_E: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The J = top_k experts of each token, [N, J] int64, and their weights, [N, J] float32.
 
     Weights are renormalised probabilities x the scale of each expert. The input is the raw residual, normed here
     without a learned scale."""
     x_ND = rms_norm(residual_ND, None, eps) * scale_D * residual_ND.shape[-1] ** -0.5
-    p_NE = torch.softmax(F.linear(x_ND, proj_ED), dim=-1, dtype=torch.float32)
+    p_NE = torch.softmax(_product(x_ND, proj_ED), dim=-1, dtype=torch.float32)
     weight_NJ, index_NJ = p_NE.topk(top_k, dim=-1)
     weight_NJ = weight_NJ / weight_NJ.sum(-1, keepdim=True)
     return index_NJ, weight_NJ * per_expert_E[index_NJ]
@@ -98,8 +106,8 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matr
     out_ND = torch.zeros_like(x_ND)
     for expert in torch.unique(index_NJ).tolist():
         token, choice = torch.where(index_NJ == expert)
-        gate, up = linear(x_ND[token], gate_up_EFD[expert])[0].chunk(2, dim=-1)
-        part = linear(gated(gate, up), down_EDF[expert])[0] * weight_NJ[token, choice, None]
+        gate, up = _product(x_ND[token], gate_up_EFD[expert], token).chunk(2, dim=-1)
+        part = _product(gated(gate, up), down_EDF[expert], token) * weight_NJ[token, choice, None]
         out_ND = out_ND.index_add(0, token, part.to(out_ND.dtype))
     return out_ND
 

@@ -1,0 +1,388 @@
+"""Adapters: low-rank factors for some weights of a model, trained beside it, served beside others, or merged into it.
+
+An `Adapter` is a value: factors by the model's own names. What is done with one are passes over a finished model:
+`attach_` puts several beside its weights, each on a lane of its own, so that rows of one batch may differ (`Adapters`);
+`trainable_` makes one trainable; `merge_` adds one to plain weights, and what it returns takes it back out. The network
+reads weights as before. Files are `checkpoints.adapters`'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import InputError
+from sfumato.model.network import Experts, Model, adaptable, replace_
+from sfumato.model.offload import is_streamed
+from sfumato.ops.contract import Matrix, tensors_of
+from sfumato.ops.lowrank import LanePair, LaneSwitch, LowRank
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": tuple(f"self_attn.{side}_proj.weight" for side in "qkvo"),
+    "dense": tuple(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+    "experts": ("experts.gate_up_proj", "experts.down_proj"),
+    "router": ("router.proj.weight",),
+    "self_conditioning": (
+        "self_conditioning.gate_proj.weight", "self_conditioning.up_proj.weight", "self_conditioning.down_proj.weight",
+    ),
+}  # fmt: skip
+"""Kinds of weights that an adapter may have factors for, by the ends of their names."""
+USUAL = ("attention", "dense")
+
+
+class Factors(NamedTuple):
+    """The low-rank part of one weight: scale x bᵀ a, or that of each expert."""
+
+    a: Tensor
+    """[R, I], or [E, R, I] of a stack."""
+    b: Tensor
+    """[R, O] or [E, R, O]: outputs innermost."""
+    scale: float
+    """alpha / R, or alpha / sqrt(R)."""
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[-2]
+
+    def delta(self) -> Tensor:
+        """What it adds to the weight, float32, [.., O, I]."""
+        return self.scale * (self.b.float().mT @ self.a.float())
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Factors by the names of the model's weights, as `targeted` has them."""
+
+    factors: Mapping[str, Factors]
+    """Of encode, and of denoise where that has none of its own."""
+    denoise: Mapping[str, Factors] | None = None
+    """Of denoise alone; None: it shares those of encode."""
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weights that it replaces as a whole (peft's `modules_to_save`), by the model's names."""
+    source: str = "the adapter"
+    """What messages call it."""
+
+    @property
+    def rank(self) -> int:
+        """The largest of its ranks."""
+        both = [*self.factors.values(), *(self.denoise or {}).values()]
+        return max((factors.rank for factors in both), default=0)
+
+    def check(self, model: Model) -> None:
+        """InputError where a name or a shape is not this model's."""
+        places = targeted(model)
+        for name, factors in [*self.factors.items(), *(self.denoise or {}).items()]:
+            if name not in places:
+                raise InputError(
+                    f"{self.source} changes {name}, which this model does not have; it is for another model"
+                )
+            owner, leaf = places[name]
+            *stack, outputs, inputs = getattr(owner, leaf).shape
+            own_a, own_b = [*stack, factors.rank, inputs], [*stack, factors.rank, outputs]
+            if (list(factors.a.shape), list(factors.b.shape)) != (own_a, own_b):
+                raise InputError(
+                    f"{self.source} has factors {list(factors.a.shape)} and {list(factors.b.shape)} for {name}, where "
+                    f"this model needs {own_a} and {own_b}; it is for another model"
+                )
+
+
+def targeted(model: nn.Module, targets: tuple[str, ...] | None = None) -> dict[str, tuple[nn.Module, str]]:
+    """The weights of these kinds (None: of all) by name: their module and their name there.
+
+    A target is a key of `TARGETS`, or the last parts of names, such as "q_proj". InputError for one that names none."""
+    names = {module: name for name, module in model.named_modules()}
+    every = {f"{names[owner]}.{leaf}": (owner, leaf) for owner, leaf in adaptable(model)}
+    if targets is None:
+        return every
+    kept: set[str] = set()
+    for target in targets:
+        ends = TARGETS.get(target) or (target, f"{target}.weight")
+        own = {name for name in every if any(name == end or name.endswith(f".{end}") for end in ends)}
+        if not own:
+            raise InputError(
+                f"there is no weight {target!r} to adapt; targets are {', '.join(TARGETS)}, or names such as q_proj"
+            )
+        kept |= own
+    return {name: place for name, place in every.items() if name in kept}
+
+
+def new_adapter(
+    model: Model, rank: int, alpha: float, targets: tuple[str, ...] = USUAL, is_rs: bool = False, seed: int = 0
+) -> Adapter:
+    """An adapter that changes nothing yet: a is uniform as in peft, b is zeros. float32, on the CPU.
+
+    `is_rs`: scaled by the root of the rank (arXiv 2312.03732). InputError for a rank below 1 or an unknown target."""
+    if rank < 1:
+        raise InputError(f"rank is {rank}; give 1 or more")
+    generator = torch.Generator().manual_seed(seed)
+    scale = alpha / (math.sqrt(rank) if is_rs else rank)
+    factors: dict[str, Factors] = {}
+    for name, (owner, leaf) in targeted(model, targets).items():
+        *stack, outputs, inputs = getattr(owner, leaf).shape
+        a = (torch.rand(*stack, rank, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
+        factors[name] = Factors(a, torch.zeros(*stack, rank, outputs), scale)
+    return Adapter(factors)
+
+
+# ---- several beside a model, one a lane ------------------------------------------------------------------------------
+
+
+class Adapters:
+    """The adapters that lie beside a model's weights, by name. Between passes alone they are loaded and unloaded."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._lanes: dict[str, LanePair] = {}
+        self._free: list[int] = []
+        self._count = 0
+        """Lanes that the stacks have room for."""
+        self._rank = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that are loaded, sorted."""
+        return sorted(self._lanes)
+
+    def lane(self, name: str) -> LanePair:
+        """The lanes of a row that asks for this one. InputError for a name that is not loaded."""
+        if name not in self._lanes:
+            known = ", ".join(self.names) or "none is loaded"
+            raise InputError(f"there is no adapter {name!r}; loaded are: {known}", option="adapter")
+        return self._lanes[name]
+
+    def load(self, name: str, adapter: Adapter) -> LanePair:
+        """Put an adapter beside the weights. InputError for a name that is taken, or an adapter that does not fit."""
+        model = self.model
+        if name in self._lanes:
+            raise InputError(f"an adapter {name!r} is loaded already; unload it first, or give another name")
+        if adapter.whole:
+            some = next(iter(adapter.whole))
+            raise InputError(
+                f"{adapter.source} replaces whole weights ({some}), which rows of one batch must share; merge it: "
+                "sfumato convert MODEL --adapter DIR"
+            )
+        if is_streamed(model):
+            raise InputError("adapters cannot lie beside weights that are streamed; leave memory_limit out, or merge")
+        adapter.check(model)
+        parts = [adapter.factors] if adapter.denoise is None else [adapter.factors, adapter.denoise]
+        with torch.inference_mode(False), torch.no_grad():
+            self._make_room(len(parts), adapter.rank, {name for part in parts for name in part})
+            lanes = [self._free.pop(0) for _ in parts]
+            for lane, part in zip(lanes, parts, strict=True):
+                self._put(lane, part)
+        self._lanes[name] = LanePair(lanes[0], lanes[-1])
+        return self._lanes[name]
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter, whose lanes the next one may take. InputError for a name that is not loaded."""
+        lane = self.lane(name)
+        del self._lanes[name]
+        self._free = sorted({*self._free, *lane})
+        if not self._lanes:
+            self._free, self._count, self._rank = [], 0, 0
+            for owner, leaf in list(adaptable(self.model)):
+                if isinstance(weight := getattr(owner, leaf), LowRank):
+                    replace_(owner, leaf, weight.base)
+
+    def _make_room(self, lanes: int, rank: int, names: set[str]) -> None:
+        """Free lanes, room for this rank, and factors beside all weights of these names."""
+        count = self._count
+        while len(self._free) + count - self._count < lanes:
+            count = max(1, 2 * count)
+        self._free += range(self._count, count)
+        is_grown = count > self._count or rank > self._rank
+        self._count, self._rank = count, max(rank, self._rank)
+        for name, (owner, leaf) in targeted(self.model).items():
+            weight = getattr(owner, leaf)
+            if isinstance(weight, LowRank):
+                if is_grown:
+                    self._replace(owner, leaf, self._beside(weight.base, weight))
+            elif name in names:
+                self._replace(owner, leaf, self._beside(weight.detach() if isinstance(weight, Tensor) else weight))
+
+    def _replace(self, owner: nn.Module, leaf: str, weight: LowRank) -> None:
+        """Put it where the operations read it, as they take it; routers are not packed."""
+        is_plain = isinstance(weight.base, Tensor)
+        replace_(owner, leaf, weight if is_plain else self.model.ops.pack(weight))
+
+    def _beside(self, base: Matrix, before: LowRank | None = None) -> LowRank:
+        """A weight with stacks of zeros beside it, and what lay there before."""
+        *stack, outputs, inputs = base.shape
+        place: dict[str, Any] = {"dtype": self.model.dtype, "device": tensors_of(base)[0].device}
+        a = torch.zeros(self._count, *stack, self._rank, inputs, **place)
+        b = torch.zeros(self._count, *stack, self._rank, outputs, **place)
+        if before is not None:
+            for whole, old in ((a, before.a), (b, before.b)):
+                whole[: len(old), ..., : old.shape[-2], :] = old
+        return LowRank(base, a, b, self.model.lane_switch)
+
+    def _put(self, lane: int, part: Mapping[str, Factors]) -> None:
+        """Fill a lane: with zeros where the adapter has no factors."""
+        for name, (owner, leaf) in targeted(self.model).items():
+            weight = getattr(owner, leaf)
+            if not isinstance(weight, LowRank):
+                continue
+            weight.a[lane].zero_()
+            weight.b[lane].zero_()
+            if (own := part.get(name)) is not None:
+                weight.a[lane][..., : own.rank, :].copy_(own.a)
+                weight.b[lane][..., : own.rank, :].copy_(own.b.float() * own.scale)
+
+
+# ---- one, trainable --------------------------------------------------------------------------------------------------
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen weight with trainable factors, in the place of a linear layer."""
+
+    def __init__(self, base: Matrix, factors: Factors, switch: LaneSwitch) -> None:
+        super().__init__()
+        self.base: Any = _frozen(base)
+        self.a, self.b = _stacked(base, factors)
+        self.switch, self.scale = switch, factors.scale
+
+    @property
+    def weight(self) -> LowRank:
+        """Made anew each time: whoever shards parameters replaces them."""
+        return LowRank(self.base, self.a, self.b, self.switch, self.scale)
+
+
+class AdaptedExperts(nn.Module):
+    """Frozen experts with trainable factors beside one or both of their stacks."""
+
+    def __init__(self, experts: Experts, factors: Mapping[str, Factors], switch: LaneSwitch) -> None:
+        super().__init__()
+        self.ops, self.switch = experts.ops, switch
+        self.scales = {leaf: own.scale for leaf, own in factors.items()}
+        for leaf in ("gate_up_proj", "down_proj"):
+            base = getattr(experts, leaf)
+            setattr(self, f"{leaf}_base", _frozen(base))
+            if leaf in factors:
+                a, b = _stacked(base, factors[leaf])
+                setattr(self, f"{leaf}_a", a)
+                setattr(self, f"{leaf}_b", b)
+
+    def forward(self, x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        return self.ops.experts(x_ND, index_NJ, weight_NJ, self.gate_up_proj, self.down_proj)
+
+    def _weight(self, leaf: str) -> Matrix:
+        base: Matrix = getattr(self, f"{leaf}_base")
+        if leaf not in self.scales:
+            return base
+        return LowRank(base, getattr(self, f"{leaf}_a"), getattr(self, f"{leaf}_b"), self.switch, self.scales[leaf])
+
+    @property
+    def gate_up_proj(self) -> Matrix:
+        """See `AdaptedLinear.weight`."""
+        return self._weight("gate_up_proj")
+
+    @property
+    def down_proj(self) -> Matrix:
+        """See `AdaptedLinear.weight`."""
+        return self._weight("down_proj")
+
+
+TRAINED = LanePair(0, 0)
+"""The lane of every row of a model that is made trainable: what `KVCache.lanes` must say."""
+
+
+def trainable_(model: Model, adapter: Adapter) -> Model:
+    """Freeze the model, and put the adapter's factors beside its weights as parameters; rows need the lane `TRAINED`.
+
+    InputError for an adapter that does not fit, or that has factors of denoise alone."""
+    adapter.check(model)
+    if adapter.denoise is not None:
+        raise InputError(f"{adapter.source} has factors of its own for denoise, which cannot be trained further here")
+    model.requires_grad_(False)
+    names = {module: name for name, module in model.named_modules()}
+    stacks: dict[Experts, dict[str, Factors]] = {}
+    for name, (owner, leaf) in targeted(model).items():
+        if (own := adapter.factors.get(name)) is None:
+            continue
+        if isinstance(owner, Experts):
+            stacks.setdefault(owner, {})[leaf] = own
+        else:
+            _set_module(model, names[owner], AdaptedLinear(getattr(owner, leaf), own, model.lane_switch))
+    for experts, factors in stacks.items():
+        _set_module(model, names[experts], AdaptedExperts(experts, factors, model.lane_switch))
+    return model
+
+
+def trained(model: Model) -> Adapter:
+    """The adapter that lies beside the weights of a model made `trainable_`, on the CPU in float32."""
+    factors = {}
+    for name, (owner, leaf) in targeted(model).items():
+        weight = getattr(owner, leaf)
+        if isinstance(weight, LowRank):
+            a, b = (part.detach()[0].float().cpu().clone() for part in (weight.a, weight.b))
+            factors[name] = Factors(a, b, weight.scale)
+    return Adapter(factors)
+
+
+def _frozen(base: Matrix) -> Any:
+    return nn.Parameter(base.detach(), requires_grad=False) if isinstance(base, Tensor) else base
+
+
+def _stacked(base: Matrix, factors: Factors) -> tuple[nn.Parameter, nn.Parameter]:
+    """Parameters of one lane, where the base lies."""
+    device = tensors_of(base)[0].device
+    a, b = (nn.Parameter(part.detach().to(device, torch.float32, copy=True)[None]) for part in factors[:2])
+    return a, b
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+# ---- one, merged -----------------------------------------------------------------------------------------------------
+
+
+def merge_(model: Model, adapter: Adapter) -> Callable[[], None]:
+    """Add an adapter to the plain weights of a model; what is returned takes it out again, to the last bit.
+
+    The weights of before stay in memory meanwhile. InputError for weights in fewer bits, which would be rounded twice,
+    and for an adapter that does not fit, or that is not the same in encode and denoise."""
+    adapter.check(model)
+    if adapter.denoise is not None:
+        raise InputError(
+            f"{adapter.source} changes encode and denoise differently, which one weight cannot hold; serve it beside "
+            "the model"
+        )
+    places, before = targeted(model), list[tuple[nn.Module, str, Any]]()
+    for name in adapter.factors:
+        owner, leaf = places[name]
+        if not isinstance(getattr(owner, leaf), Tensor):
+            raise InputError(
+                f"{name} is not plain numbers, into which {adapter.source} could be merged; load the model with "
+                "ops='fused' in full, or write a merged one: sfumato convert MODEL --adapter DIR"
+            )
+    for name, factors in adapter.factors.items():
+        owner, leaf = places[name]
+        weight = getattr(owner, leaf)
+        before.append((owner, leaf, weight))
+        merged = (weight.detach().float() + factors.delta().to(weight.device)).to(weight.dtype)
+        replace_(owner, leaf, merged)
+        setattr(owner, leaf, nn.Parameter(merged, requires_grad=False)) if isinstance(weight, nn.Parameter) else None
+    for name, tensor in adapter.whole.items():
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        weight = getattr(owner, leaf)
+        before.append((owner, leaf, weight))
+        owner._parameters.pop(leaf, None)
+        setattr(owner, leaf, nn.Parameter(tensor.to(weight), requires_grad=False))
+
+    def unmerge() -> None:
+        for owner, leaf, weight in reversed(before):
+            owner._parameters.pop(leaf, None)
+            owner.__dict__.pop(leaf, None)
+            setattr(owner, leaf, weight)
+
+    return unmerge
