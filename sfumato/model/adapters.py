@@ -313,17 +313,18 @@ class AdaptedExperts(nn.Module):
 
 
 TRAINED = LanePair(0, 0)
-"""The lane of every row of a model that is made trainable: what `KVCache.lanes` must say."""
+"""The lane of every row of a model that is made trainable."""
 
 
 def trainable_(model: Model, adapter: Adapter) -> Model:
-    """Freeze the model, and put the adapter's factors beside its weights as parameters; rows need the lane `TRAINED`.
+    """Freeze the model, and put the adapter's factors beside its weights as parameters, which all rows then have.
 
     InputError for an adapter that does not fit, or that has factors of denoise alone."""
     adapter.check(model)
     if adapter.denoise is not None:
         raise InputError(f"{adapter.source} has factors of its own for denoise, which cannot be trained further here")
     model.requires_grad_(False)
+    model.usual_lanes = TRAINED
     names = {module: name for name, module in model.named_modules()}
     stacks: dict[Experts, dict[str, Factors]] = {}
     for name, (owner, leaf) in targeted(model).items():
