@@ -320,3 +320,19 @@ def test_a_model_with_several_adapters(dtype: torch.dtype, form: str, layers: in
     for own, whole in zip(hidden_of(model, [LanePair()] * 6, rows), every["cpu"], strict=True):
         assert torch.equal(own[1], whole[1]) and torch.equal(own[5], whole[5])
         assert (own[0].float() - whole[0].float()).norm() > 0.1 * own[0].float().norm()
+
+
+def test_small_layers_row_by_row_are_those_of_all_rows_at_once() -> None:
+    """Where a thread takes a row through all of a layer, its lanes are that row's: with one thread nobody does."""
+    before, every = torch.get_num_threads(), list[list[Tensor]]()
+    model = tiny.tiny_model(name="cpu")
+    bank = Adapters(model)
+    one, two = (bank.load(str(n), random_adapter(model, n)) for n in range(2))
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            lanes = [one, LanePair(), two, two, one, LanePair(two.encode, one.denoise)]
+            every.append(hidden_of(model, lanes, [*range(6)]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *every))
