@@ -44,6 +44,8 @@ FACTORS = {
     f"{PEFT}language_model.model.{Q}.lora_A.weight": ("both", Q, "A"),
     f"{PEFT}language_model.{Q}.lora_A.weight": ("both", Q, "A"),
     f"{Q}.lora_B.weight": ("both", Q, "B"),
+    # of an embedding, which is then refused by its name
+    f"{PEFT}model.decoder.embed_tokens.lora_embedding_A": ("denoise", "embed_tokens", "A"),
 }
 WHOLE = {
     f"{PEFT}model.decoder.norm.weight": ("denoise", "norm.weight", "whole"),
@@ -78,6 +80,7 @@ def test_what_sees_images_is_left_aside() -> None:
     [
         ("lora_magnitude_vector.weight", "DoRA"),
         ("lora_B.bias", "bias of its own"),
+        ("lora_gate_and_up_A", "NeMo's own layout"),
         ("lora_E", "AdaLoRA"),
         ("hada_w1_a", "LoHa"),
         ("lokr_w1", "LoKr"),
