@@ -10,6 +10,7 @@ Source: peft 0.21.2, `tuners/lora/layer.py` (`Linear`, `ParamWrapper`), `utils/s
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -50,11 +51,11 @@ def read_adapter(folder: Path, model: Model) -> Adapter:
     CheckpointError names what is wrong with the files, InputError that they are for another model. Tensors of the part
     that sees images are left aside with a notice (`Adapter.notices`)."""
     options, contents = _open(folder)
-    return _Reading(folder, model, options, contents).adapter()
+    return _AdapterReading(folder, model, options, contents).adapter()
 
 
 @dataclass
-class _Contents:
+class _AdapterFile:
     """What an adapter's file holds, by headers alone."""
 
     spots: dict[str, Spot] = field(default_factory=dict)
@@ -64,10 +65,10 @@ class _Contents:
     """Tensors of the part that sees images."""
 
 
-def _open(folder: Path) -> tuple[PeftOptions, _Contents]:
+def _open(folder: Path) -> tuple[PeftOptions, _AdapterFile]:
     """The checked options and names of an adapter. CheckpointError where it is none."""
     _check_folder(folder)
-    options, path, contents = read_options(folder), folder / TENSORS, _Contents()
+    options, path, contents = read_options(folder), folder / TENSORS, _AdapterFile()
     names: dict[tuple[Passes, str, str], str] = {}
     for stored in header(path):
         place = spot(stored.name, str(path))
@@ -95,7 +96,7 @@ def _check_folder(folder: Path) -> None:
     if (folder / CONFIG).exists() and (folder / TENSORS).exists():
         return
     names = sorted(file.name for file in folder.iterdir())
-    inner = [name for name in names if (folder / name / CONFIG).exists()]
+    inner = [name for name in names if (folder / name / TENSORS).exists()]
     if "adapters.safetensors" in names:
         what = "holds an adapter of mlx; fuse it there (mlx_vlm.lora, mlx_lm.fuse) and load the model that it writes"
     elif pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".nemo"))]:
@@ -115,10 +116,10 @@ def _check_folder(folder: Path) -> None:
 _StoredPart = tuple[Lying, Stored, Stored, float]
 
 
-class _Reading:
+class _AdapterReading:
     """One adapter being read: its tensors by pass, then as the model has them."""
 
-    def __init__(self, folder: Path, model: Model, options: PeftOptions, contents: _Contents) -> None:
+    def __init__(self, folder: Path, model: Model, options: PeftOptions, contents: _AdapterFile) -> None:
         self.folder, self.model, self.options, self.contents = folder, model, options, contents
         self.source = str(folder) + (f" (made for {options.base})" if options.base else "")
         self.shapes = {name: tuple(getattr(*place).shape) for name, place in targeted(model).items()}
@@ -284,6 +285,68 @@ class _Reading:
 
 def _are_equal(one: Factors, other: Factors) -> bool:
     return one.scale == other.scale and torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
+
+
+# ---- told without a model --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter's files say of it, by headers alone."""
+
+    base: str | None
+    """The model that it was made for, as its maker called it."""
+    ranks: tuple[int, ...]
+    passes: str
+    """Whose weights its names are of: "encode and denoise", or one of them."""
+    targets: dict[str, int]
+    """How many weights it has factors for, by the keys of `TARGETS` ("other": none of them), each once."""
+    whole: int
+    """How many weights it replaces."""
+    parameters: int
+    """Numbers in the file, those of both passes."""
+    nbytes: int
+    aside: int
+    """Tensors for vision, which are left aside."""
+
+
+def describe_adapter(folder: Path) -> AdapterFacts:
+    """What the adapter of a folder is. CheckpointError where it is none; for which model it fits nobody has looked."""
+    options, file = _open(folder)
+    factors = {name: place for name, place in file.spots.items() if place.role == "A"}
+    ranks = {round(options.ranks[_weight_of(place)[1]]) for place in factors.values()}
+    weights = {_weight_of(place)[0] for place in factors.values()}
+    kinds = Counter(
+        next((kind for kind, ends in _KINDS.items() if weight.endswith(ends)), "other") for weight in weights
+    )
+    passes = {place.passes for place in factors.values() if not place.module.startswith(_CONDITIONING)} - {"both"}
+    alone = passes.pop() if len(passes) == 1 and options.is_of_peft else None
+    whole = {place.module for place in file.spots.values() if place.role == "whole"}
+    tensors = file.tensors.values()
+    return AdapterFacts(
+        base=options.base,
+        ranks=tuple(sorted(ranks)),
+        passes=alone or "encode and denoise",
+        targets={kind: kinds[kind] for kind in (*TARGETS, "other") if kinds[kind]},
+        whole=len(whole),
+        parameters=sum(math.prod(one.shape) for one in tensors),
+        nbytes=sum(one.nbytes for one in tensors),
+        aside=file.aside,
+    )
+
+
+_KINDS = {kind: tuple(ends) for kind, ends in TARGETS.items()}
+
+
+def _weight_of(place: Spot) -> tuple[str, str]:
+    """The weight that a factor is of, as far as its name says, and what patterns call it."""
+    if not is_of_experts(place.module):
+        return f"{place.module}.weight", place.path
+    begin, _, rest = place.module.partition(".experts")
+    is_gate = "gate" in rest or "up_proj" in rest or rest == ".base_layer"
+    leaf = "gate_up_proj" if is_gate else "down_proj"
+    path = place.path.removesuffix(".base_layer")
+    return f"{begin}.experts.{leaf}", path if rest not in ("", ".base_layer") else f"{path}.{leaf}"
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
