@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.model.adapters import TRAINED
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.sampling.rules import leave_one_out_bonus
+from sfumato.training.vocabulary import Observed, cross_entropy_sum, soft_embedding
 
 IGNORE = -100
 
@@ -179,10 +180,7 @@ def loss_sums(model: Model, problem: Problem, leave_one_out: bool = False) -> Lo
     cache = KVCache.allocate(config, len(problem.counts), width, model.device, model.dtype, slack=width)
     cache.lanes = [TRAINED] * cache.batch
     hidden_BTD = model.encode(problem.tokens_BT, cache, counts=problem.counts)
-    logits_BTV = model.logits(hidden_BTD[:, :-1])
-    encode_sum = F.cross_entropy(
-        logits_BTV.flatten(0, 1), problem.next_BT.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    encode_sum = cross_entropy_sum(model, hidden_BTD[:, :-1].flatten(0, 1), problem.next_BT.flatten())
     if len(problem.rows) > cache.batch:
         cache = cache.fork(problem.rows)
     for row, start in enumerate(problem.starts):
@@ -193,15 +191,13 @@ def loss_sums(model: Model, problem: Problem, leave_one_out: bool = False) -> Lo
     if problem.has_first_pass:
         some = list(range(max(1, problem.conditioned)))
         with torch.no_grad():
-            logits = model.logits(model.denoise(canvas_BL[: len(some)], cache, None, rows=some))
-            soft = model.ops.soft_embedding(logits, model.embed_tokens.weight, model.embed_scale)
+            first_BLD = model.denoise(canvas_BL[: len(some)], cache, None, rows=some)
+        soft = soft_embedding(model, first_BLD)
         soft_BLD = torch.cat([soft[: problem.conditioned].to(soft_BLD.dtype), soft_BLD[problem.conditioned :]])
-    logits_BLV = model.logits(model.denoise(canvas_BL, cache, soft_BLD))
+    hidden_ND = model.denoise(canvas_BL, cache, soft_BLD).flatten(0, 1)
+    observed = None
     if leave_one_out:
-        kept_B = 1 - problem.level_B
-        bonus_B11 = torch.log1p(config.vocab_size * kept_B / (1 - kept_B))[:, None, None]
-        logits_BLV = logits_BLV.scatter_add(2, canvas_BL[..., None], bonus_B11.expand(*canvas_BL.shape, 1))
-    diffusion_sum = F.cross_entropy(
-        logits_BLV.flatten(0, 1), problem.target_BL.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+        bonus_BL = leave_one_out_bonus(1 - problem.level_B, config.vocab_size)[:, None].expand_as(canvas_BL)
+        observed = Observed(canvas_BL.flatten(), bonus_BL.flatten())
+    diffusion_sum = cross_entropy_sum(model, hidden_ND, problem.target_BL.flatten(), observed)
     return LossSums(diffusion_sum, encode_sum, problem.diffusion_count, problem.encode_count)
