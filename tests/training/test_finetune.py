@@ -147,6 +147,9 @@ def source_of(tokens: Examples) -> Source:
                 tokens, tokens_BT=torch.randint(6, 61, tokens.tokens_BT.shape, generator=draws).to(device)
             )
 
+        def describe(self) -> dict[str, Any]:
+            return {}
+
     return Random()
 
 
@@ -347,6 +350,9 @@ def test_training_lowers_both_losses(tmp_path: Path) -> None:
     class Same:
         def batch(self, step: int, size: int, device: torch.device) -> Examples:
             return batch()
+
+        def describe(self) -> dict[str, Any]:
+            return {}
 
     log = list(Trainer(trainable(), Same(), TrainingRecipe(steps=40, batch=2, lr=1e-2, warmup=4), tmp_path).run())
 
