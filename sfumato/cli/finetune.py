@@ -62,6 +62,7 @@ class DataFlags:
         str | None, typer.Option("--held-out", help="What of the data is not trained on: a share (5%) or a file.")
     ] = None
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="The longest example, in tokens.")] = None
+    long: Annotated[str, typer.Option(help="Longer examples: cut, drop or refuse.")] = "cut"
     task: Annotated[
         list[str] | None,
         typer.Option("--task", help="A task to train on: sudoku, sorting; sudoku where nothing else is named."),
@@ -100,7 +101,10 @@ class FactorFlags:
 class LookFlags:
     """How the model is looked at while it learns."""
 
-    eval_every: Annotated[int, typer.Option(min=0, help="Steps between looks at the model; 0: none.")] = 500
+    eval_every: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps between looks at the model; a tenth of the run, 500 at most; 0: none."),
+    ] = None
     eval_: Annotated[
         list[str] | None,
         typer.Option("--eval", help="A task whose checker runs on held-out items; those of --task."),
@@ -147,9 +151,7 @@ def _carry_out(spec: RunSpec, force: bool, ranks: Any, device: str, stop: Stop) 
     from sfumato.training.run import carry_out, prepare_folder
 
     with locked(spec.folder) if ranks.is_first else nullcontext():
-        if ranks.is_first:
-            prepare_folder(spec.folder, force)
-        ranks.wait()
+        ranks.lead(lambda: prepare_folder(spec.folder, force))
         carry_out(spec, TrainingView(), lambda: bool(stop.number), ranks, device)
 
 
@@ -196,6 +198,7 @@ def _spec(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFlags
             files=tuple(map(Path, data.data or ())),
             held_out=data.held_out,
             max_tokens=data.max_tokens,
+            long=data.long,  # type: ignore[arg-type]
             tasks=_tasks(trained),
             mix=_shares(data.mix or []),
             pool=data.pool,

@@ -12,7 +12,7 @@ from sfumato.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Answered:
+class TaskAnswer:
     """What became of one item."""
 
     item: str
@@ -21,7 +21,7 @@ class Answered:
     steps: int
 
 
-def answers(llm: LLM, task: Task, items: Sequence[str], options: Options, batch: int = 60) -> Iterator[Answered]:
+def answers(llm: LLM, task: Task, items: Sequence[str], options: Options, batch: int = 60) -> Iterator[TaskAnswer]:
     """Have the model answer items, `batch` at a time, in order. What an item says of its answer is pinned.
 
     An answer is a canvas long at most, unless the options say how long."""
@@ -31,12 +31,12 @@ def answers(llm: LLM, task: Task, items: Sequence[str], options: Options, batch:
         some = items[start : start + batch]
         ids = [list(llm.encode([{"role": "user", "content": task.prompt(item)}])) for item in some]
         pins = [_pins(llm, task, item) for item in some]
-        texts: dict[int, Answered] = {}
+        texts: dict[int, TaskAnswer] = {}
         for event in llm.events(ids, options=options, pins=pins):
             if isinstance(event, Done):
                 item = some[event.row]
                 right = task.is_right(event.text, item)
-                texts[event.row] = Answered(item, event.text, right, event.usage.steps)
+                texts[event.row] = TaskAnswer(item, event.text, right, event.usage.steps)
         yield from (texts[row] for row in range(len(some)))
 
 
@@ -52,6 +52,6 @@ def _pins(llm: LLM, task: Task, item: str) -> Mapping[int, int]:
     return {place: tokens[place] for place in known}
 
 
-def rate(results: Sequence[Answered]) -> float:
+def rate(results: Sequence[TaskAnswer]) -> float:
     """The share that is right."""
     return sum(result.is_right for result in results) / max(1, len(results))

@@ -9,12 +9,15 @@ It lacks tensor and pipeline parallelism, and machines that come and go.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from sfumato.errors import InputError
+from sfumato.errors import InputError, SfumatoError
 from sfumato.model.network import Model
 
 
@@ -65,6 +68,8 @@ class Ranks:
             return model
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        # Blocks give views, which nobody changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         size = self.size
 
         def place(parameter: nn.Parameter) -> Any:
@@ -104,13 +109,32 @@ class Ranks:
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         return int(largest)
 
-    def share(self, value: Any) -> Any:
-        """The first process's value, a plain one, in all."""
-        if self.size == 1:
-            return value
-        values = [value]
-        distributed.broadcast_object_list(values, src=0)
-        return values[0]
+    def lead(self, work: Callable[[], object]) -> None:
+        """Have the first process do it, before all go on; what it cannot do is an error in all."""
+        message = ""
+        try:
+            if self.is_first:
+                work()
+        except SfumatoError as error:
+            if self.size == 1:
+                raise
+            message = str(error)
+        if self.size > 1:
+            messages = [message]
+            distributed.broadcast_object_list(messages, src=0)
+            if messages[0]:
+                raise InputError(messages[0])
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process goes through the block before all others."""
+        if not self.is_first:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.is_first:
+                self.wait()
 
     def wait(self) -> None:
         """Until all are here."""

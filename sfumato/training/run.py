@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sfumato.checkpoints.adapters import write_adapter
 from sfumato.checkpoints.save import save
 from sfumato.errors import InputError
 from sfumato.evals import tasks as evals
@@ -117,7 +118,8 @@ class _TrainingRun:
         self.spec, self.display, self.ranks = spec, display, ranks
         self.base = setup.base_of(spec)
         recipe = setup.new_recipe(spec)
-        self.sources = setup.sources_of(spec, self.base, recipe, display.count)
+        with ranks.in_turn():  # the first one keeps what it has read of files
+            self.sources = setup.sources_of(spec, self.base, recipe, display.count)
         self.recipe: TrainingRecipe = setup.with_steps(recipe, spec, self.sources.examples)
         self.model: Model = ranks.shard_(setup.model_of(spec, self.base, self.recipe, device))
         self.identity = setup.identity_of(spec, self.base, self.sources)
@@ -129,7 +131,7 @@ class _TrainingRun:
         setting = TrainerSetting(
             compile=spec.compile,
             held_out=held_out,
-            every=spec.looks.every,
+            every=spec.every(self.recipe.steps),
             patience=spec.looks.patience,
             checks=(self._check,),
             show=self._show,
@@ -199,7 +201,8 @@ class _TrainingRun:
                 tokenizer_from=self.base.folder,
             )
             return
-        write_trained(gathered(self.model, whole), target, self.model, self.spec.model)
+        files = {name: self.spec.folder / name for name in (card.RUN, card.README)}
+        write_adapter(gathered(self.model, whole), target, self.model, base=self.spec.model, extra=files)
 
     def _write_card(self, status: str, step: int) -> None:
         if self.ranks.is_first:
@@ -246,12 +249,3 @@ def _plain(model: Model, whole: Mapping[str, torch.Tensor]) -> Model:
     plain = Model(model.config, model.ops)
     plain.load_state_dict({name: value.cpu() for name, value in whole.items()}, assign=True)
     return plain
-
-
-def write_trained(adapter: Adapter, folder: Path, model: Model, base: str) -> None:
-    """Write an adapter's folder."""
-    from sfumato.checkpoints.shards import write_tensors
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{name}.{part}": getattr(own, part) for name, own in adapter.factors.items() for part in "ab"}
-    write_tensors(folder / "factors.safetensors", tensors, {"base": base})

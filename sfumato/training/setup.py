@@ -22,7 +22,15 @@ from sfumato.options import LoadOptions
 from sfumato.tasks import task as tasks
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
-from sfumato.training.data import Source, SudokuSource
+from sfumato.training.data import (
+    Dataset,
+    LengthLimit,
+    MixedSource,
+    Source,
+    SudokuSource,
+    held_out_of,
+    open_data,
+)
 from sfumato.training.recipe import FULL, LORA, TrainingRecipe
 from sfumato.training.spec import NEW, RunSpec
 from sfumato.training.state import latest
@@ -30,6 +38,10 @@ from sfumato.training.task_source import TaskSource
 from sfumato.training.train import recipe_of
 
 CountProgress = Callable[[int, int], None]
+
+USUAL_TOKENS = 4096
+"""The longest example, where none is asked for and the model's context is longer."""
+USUAL_HELD_OUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,11 @@ class Base:
     template: ChatTemplate
     fingerprint: str
     """Of its config and the sizes of its files."""
+
+    @property
+    def pad(self) -> int:
+        """The token behind the end of shorter examples."""
+        return self.tokenizer.special_id("pad_token") if "pad_token" in self.tokenizer.special else 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ def identity_of(spec: RunSpec, base: Base, sources: Sources) -> dict[str, Any]:
         "model": {"name": spec.model, "fingerprint": base.fingerprint},
         "lora": lora,
         "quantize": spec.quantize,
-        "data": getattr(sources.train, "describe", dict)(),
+        "data": sources.train.describe(),
     }
 
 
@@ -118,20 +135,49 @@ def sources_of(spec: RunSpec, base: Base, recipe: TrainingRecipe, progress: Coun
     parts: dict[str, tuple[Source, Source | None]] = {}
     for name in spec.data.tasks:
         parts[name] = _task_sources(name, spec, base, recipe, progress)
+    examples = None
+    if spec.data.files:
+        dataset = _dataset(spec, base, recipe)
+        parts["data"] = dataset.train, dataset.held_out
+        examples = len(dataset.train)
     shares = spec.data.shares()
     if not parts:
         raise InputError("there is nothing to train on; give --data FILE or --task NAME")
-    train = mixed([(parts[name][0], shares[name]) for name in parts], recipe.seed)
+    train = _mixed([(parts[name][0], shares[name]) for name in parts], base, recipe)
     held = [(held_out, shares[name]) for name, (_, held_out) in parts.items() if held_out is not None]
-    items = {name: _items(name, spec, base, recipe) for name in spec.looks.tasks} if spec.looks.every else {}
-    return Sources(train, mixed(held, recipe.seed) if held else None, items, None)
+    items = {} if spec.looks.every == 0 else {name: _items(name, spec, base, recipe) for name in spec.looks.tasks}
+    return Sources(
+        train,
+        _mixed(held, base, recipe) if held else None,
+        items,
+        None if examples is None else round(examples / shares["data"]),
+    )
 
 
-def mixed(parts: Sequence[tuple[Source, float]], seed: int) -> Source:
+def _mixed(parts: Sequence[tuple[Source, float]], base: Base, recipe: TrainingRecipe) -> Source:
     """One source of several."""
-    if len(parts) > 1:
-        raise InputError("several sources cannot be mixed yet; give one")
-    return parts[0][0]
+    return parts[0][0] if len(parts) == 1 else MixedSource(parts, recipe.seed, base.pad)
+
+
+def _dataset(spec: RunSpec, base: Base, recipe: TrainingRecipe) -> Dataset:
+    """The files, with a part held out where that was asked for, or where there is something to look at."""
+    data = spec.data
+    most = ModelConfig.from_file(base.folder / "config.json").max_position
+    if data.max_tokens is not None and data.max_tokens > most:
+        raise InputError(f"max_tokens is {data.max_tokens}, and the model's context {most}; lower it")
+    limit = min(USUAL_TOKENS, most) if data.max_tokens is None else data.max_tokens
+
+    def opened(held_out: float | Path | None) -> Dataset:
+        length = LengthLimit(limit, data.long)
+        files = list(data.files)
+        return open_data(files, base.tokenizer, base.template, max_tokens=length, seed=recipe.seed, held_out=held_out)
+
+    if data.held_out is not None:
+        share = held_out_of(data.held_out)
+        return opened(None if share == 0 else share)
+    whole = opened(None)
+    has_several = len(set(whole.train.index.entries["content"].tolist()[:1000])) > 1
+    return opened(USUAL_HELD_OUT) if has_several and spec.looks.every != 0 else whole
 
 
 def _task_sources(

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sfumato.errors import InputError
 from sfumato.model.adapters import USUAL
+from sfumato.training.data.examples import Long
 
 NEW = ":new"
 """What the name of a model ends with whose weights begin at random."""
@@ -46,6 +47,8 @@ class DataSpec:
     """A share such as 5%, or a file. None: the default of `training.data`."""
     max_tokens: int | None = None
     """The longest example; None: the model's context, 4,096 at most."""
+    long: Long = "cut"
+    """What becomes of a longer one: see `data.LengthLimit`."""
     tasks: tuple[str, ...] = ()
     mix: Mapping[str, float] = field(default_factory=dict)
     """Shares of tasks, and of "data", the files; what is not named divides the rest."""
@@ -61,6 +64,8 @@ class DataSpec:
                 raise InputError(f"the share of {name} is {share}; give a number between 0 and 1, e.g. {name}=0.3")
         if (total := sum(self.mix.values())) > 1 or (total < 1 and len(self.mix) == len(names) > 0):
             raise InputError(f"the shares of --mix are {total:g} in all; leave one out, which takes the rest")
+        if self.long not in get_args(Long):
+            raise InputError(f"long is {self.long!r}; choose cut, drop or refuse")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise InputError(f"max_tokens is {self.max_tokens}; give 2 or more")
 
@@ -76,8 +81,8 @@ class DataSpec:
 class LookSpec:
     """What is looked at while it trains, and how often."""
 
-    every: int = 500
-    """Steps between looks; 0: none."""
+    every: int | None = None
+    """Steps between looks; 0: none; None: a tenth of the run, 500 at most."""
     tasks: tuple[str, ...] = ()
     """Their checkers run on held-out items."""
     items: int = 60
@@ -87,9 +92,9 @@ class LookSpec:
 
     def __post_init__(self) -> None:
         for name in ("every", "samples", "patience"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if self.patience and not self.every:
+        if self.patience and self.every == 0:
             raise InputError("patience counts looks at held-out examples, and eval-every 0 takes none; raise it")
         if self.items < 1:
             raise InputError(f"eval-items is {self.items}; give 1 or more")
@@ -126,6 +131,11 @@ class RunSpec:
             raise InputError(f"epochs is {self.epochs}; give a number above 0")
         if self.epochs is not None and "steps" in self.changes:
             raise InputError("epochs and steps say the same; give one of them")
+
+    def every(self, steps: int) -> int:
+        """Steps between looks, of a run of so many."""
+        every = self.looks.every
+        return min(500, max(1, -(-steps // 10))) if every is None else every
 
     @property
     def is_new(self) -> bool:

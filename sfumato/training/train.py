@@ -104,7 +104,7 @@ class TrainerSetting:
     held_out_batches: int = 4
     """Of the recipe's size, so many are looked at, always the same."""
     every: int = 0
-    """Steps between looks at the model: held-out losses, and `checks`. 0: none."""
+    """Steps between looks at the model: held-out losses, and `checks`; the last step has one too. 0: none."""
     patience: int = 0
     """The run ends after so many looks without a lower held-out loss. 0: never."""
     checks: tuple[ModelCheck, ...] = ()
@@ -256,7 +256,7 @@ class Trainer:
     def _look(self) -> None:
         """The held-out losses and the checks, where this step is one for it."""
         every = self.setting.every
-        if not every or self.step % every:
+        if not every or (self.step % every and self.step < self.recipe.steps):
             return
         lines: dict[str, Any] = {}
         if self.setting.held_out is not None:
