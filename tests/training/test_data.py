@@ -19,7 +19,7 @@ from sfumato.text.replies import parse_ids
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.data import Dataset, LengthLimit, MixedSource, SudokuSource, held_out_of, open_data
-from sfumato.training.data.examples import ExampleMaker
+from sfumato.training.data.examples import Example, ExampleMaker
 from sfumato.training.data.records import LearnedDialogue
 
 CPU = torch.device("cpu")
@@ -292,7 +292,9 @@ def test_gemmas_template_asks_as_the_engine_does_and_the_answer_is_what_it_adds(
     turns = [user("Weather in Zürich?"), model("", call("clock", zone="CET")), {"role": "tool", "content": "noon"}]
     turns += [model(" It is\nnoon. "), user("Danke"), model("Bitte, <turn|> 🙂", reasoning_content="Polite.")]
     record = LearnedDialogue(turns, [1, 3, 5], [CLOCK], thinking)
-    examples = list(ExampleMaker(tokenizer, template, LengthLimit(4000)).examples(record))
+    maker = ExampleMaker(tokenizer, template, LengthLimit(4000))
+    examples = [one for one in maker.examples(record) if isinstance(one, Example)]
+    assert maker.examples_of_many([record, record]) == [examples, examples]
     answers = []
     for number, example in zip(record.learned, examples, strict=True):
         is_thinking = thinking or number == 5

@@ -7,6 +7,7 @@ function of (seed, step), and nothing in memory grows with the text.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,9 @@ class FileSource:
             "tokens": int(self.lengths.sum()),
             "prompt_tokens": int(self.index.entries["prompt"][self.rows].sum()),
             "cut": int(self.index.entries["is_cut"][self.rows].sum()),
-            "left_out": note["left_out"],
-            "left_out_at": note["left_out_at"],
+            **{name: note[name] for name in ("left_out", "left_out_at", "max_tokens", "long")},
             "seed": self.seed,
+            "selection": hashlib.sha256(self.rows.tobytes()).hexdigest()[:16],
         }
 
     def _epoch(self, epoch: int, size: int) -> np.ndarray[Any, Any]:
