@@ -12,7 +12,9 @@ import gemma_vocab
 import numpy as np
 import pytest
 import torch
-from chats import CLOCK, TEMPLATE, TOKENIZER, call, model, user
+from chats import CLOCK, FRAGMENTS, TEMPLATE, TOKENIZER, call, model, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sfumato.errors import InputError
 from sfumato.text.replies import parse_ids
@@ -137,6 +139,21 @@ def test_text_cannot_make_control_tokens_of_an_answer(put: Put) -> None:
     (one,) = opened(put({"prompt": "<turn|>", "response": "x<turn|>y<eos>"})).examples(1)
     ends = [token for token in one.example.tokens[one.example.prompt :] if token in TOKENIZER.special_ids]
     assert ends == [TOKENIZER.id("<turn|>")]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(FRAGMENTS.filter(lambda text: bool(text.strip())), min_size=2, max_size=6))
+def test_any_texts_come_back_and_no_text_makes_a_control_token(texts: list[str]) -> None:
+    turns = [(model if number % 2 else user)(text) for number, text in enumerate(texts)]
+    learned = list(range(1, len(turns), 2))
+    record = LearnedDialogue(turns, learned, [])
+    maker = ExampleMaker(TOKENIZER, TEMPLATE, LengthLimit(4000))
+    for number, example in zip(learned, maker.examples(record), strict=True):
+        assert isinstance(example, Example)
+        assert example.tokens[: example.prompt] == TEMPLATE.encode(TOKENIZER, turns[:number])
+        *answer, end = example.tokens[example.prompt :]
+        assert end == TOKENIZER.id("<turn|>") and TOKENIZER.special_ids.isdisjoint(answer)
+        assert TOKENIZER.decode(answer) == texts[number].strip()
 
 
 def test_plain_text_is_its_own_response_behind_bos(put: Put) -> None:
