@@ -9,6 +9,7 @@ It lacks tensor and pipeline parallelism, and machines that come and go.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,8 @@ class Ranks:
             return model
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        # Blocks give views, which nobody changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         size = self.size
 
         def place(parameter: nn.Parameter) -> Any:

@@ -18,6 +18,8 @@ from sfumato.training.data import Source
 
 DRAFTS = 4
 """Drafts of an answer that are kept, evenly spaced over its steps."""
+SEARCHED = 16
+"""Examples among which prompts are looked for."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,17 @@ class Sample:
 
 
 def prompts_of(source: Source, tokenizer: Tokenizer, count: int) -> list[SamplePrompt]:
-    """The first prompts of a source."""
+    """The first prompts of a source, all different."""
     if not count:
         return []
-    batch = source.batch(0, count, torch.device("cpu"))
-    prompts = []
+    batch = source.batch(0, max(count, SEARCHED), torch.device("cpu"))
+    prompts: dict[tuple[int, ...], SamplePrompt] = {}
     for row, (whole, start) in enumerate(zip(batch.counts, batch.prompts, strict=True)):
         ids = batch.tokens_BT[row, :whole].tolist()
         answer = [token for token in ids[start:] if token not in tokenizer.control_tokens]
-        prompts.append(SamplePrompt(ids[:start], tokenizer.decode(ids[:start]), tokenizer.decode(answer)))
-    return prompts
+        prompt = SamplePrompt(ids[:start], tokenizer.decode(ids[:start]), tokenizer.decode(answer))
+        prompts.setdefault(tuple(prompt.tokens), prompt)
+    return list(prompts.values())[:count]
 
 
 def write_samples(llm: LLM, prompts: Sequence[SamplePrompt], step: int) -> list[Sample]:
