@@ -37,6 +37,10 @@ _CHANNEL = ("<|channel>", "<channel|>")
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 
 
+_Dialogue = tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None, bool]
+"""Messages, tools, and whether thinking is on."""
+
+
 class AnsweredTurn(NamedTuple):
     """An answer of a conversation as token ids: the prompt that asks for it, and what the model writes."""
 
@@ -138,35 +142,40 @@ class ChatTemplate:
         `<|tool_response>` where results follow its calls. A message with a thought is asked for with thinking on, and
         its thought stands before the answer even where the template leaves it out of a history.
         """
-        messages, tools = check_messages(messages), check_tools(tools)
-        guard = _Guard({*tokenizer.control_tokens, *_TURNS}, [self.source, messages, tools, self.special])
-        marked, marked_tools = guard.mark(messages), guard.mark(tools)
+        dialogue = _MarkedDialogue(self, tokenizer, (messages, tools, thinking))
         for number in numbers:
-            thought = marked[number].get("reasoning_content", "").strip()
-            behind = number + 1
-            while behind < len(marked) and marked[behind]["role"] == "tool":
-                behind += 1
-            parts = ((number, True), (number, False), (behind, False))  # the prompt, the same unasked, with the answer
-            variables = [
-                self._variables(marked[:end], marked_tools, thinking or bool(thought), is_asked)
-                for end, is_asked in parts
-            ]
             try:
-                prompt, before, whole = CHILDREN.run(rendering.render_all, self.source, variables, what=_WHAT)
-                prompt = _with_open_turn(prompt)
-                text = _addition(prompt, before, whole)
+                texts = CHILDREN.run(rendering.render_all, self.source, dialogue.variables(number), what=_WHAT)
+                yield dialogue.answer(number, texts)
             except InputError as error:
-                raise InputError(f"message {number}: {guard.unmark(str(error))}") from None
-            if thought and _CHANNEL[0] not in text and all(tokenizer.id(token) is not None for token in _CHANNEL):
-                text = f"{_CHANNEL[0]}thought\n{thought}\n{_CHANNEL[1]}{text}"
-            yield AnsweredTurn(number, guard.ids(tokenizer, prompt), guard.ids(tokenizer, _until_end(tokenizer, text)))
+                raise InputError(f"message {number}: {dialogue.guard.unmark(str(error))}") from None
+
+    def answers_of_many(
+        self, tokenizer: Tokenizer, dialogues: Sequence[tuple[_Dialogue, Sequence[int]]]
+    ) -> list[list[AnsweredTurn]] | None:
+        """The answers of several conversations, each ((messages, tools, thinking), numbers), rendered in one call.
+
+        None where one of them cannot be: `answers` of each then says which. See there."""
+        try:
+            marked = [(_MarkedDialogue(self, tokenizer, dialogue), numbers) for dialogue, numbers in dialogues]
+            variables = [
+                one for dialogue, numbers in marked for number in numbers for one in dialogue.variables(number)
+            ]
+            texts = iter(CHILDREN.run(rendering.render_all, self.source, variables, what=_WHAT))
+            return [
+                [dialogue.answer(number, [next(texts) for _ in range(3)]) for number in numbers]
+                for dialogue, numbers in marked
+            ]
+        except InputError:
+            return None
 
     def _render(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> str:
-        variables = self._variables(messages, tools, thinking, add_generation_prompt)
+        variables = self.variables(messages, tools, thinking, add_generation_prompt)
         text: str = CHILDREN.run(rendering.render, self.source, variables, what=_WHAT)
         return _with_open_turn(text) if add_generation_prompt else text
 
-    def _variables(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> dict[str, Any]:
+    def variables(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> dict[str, Any]:
+        """What the template is rendered with."""
         variables = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
         return variables | {**self.special, "enable_thinking": thinking}
 
@@ -182,6 +191,40 @@ def _with_open_turn(text: str) -> str:
     behind = end + len(_TURNS[1])
     behind += text.startswith("\n", behind)
     return f"{text[:behind]}{_TURNS[0]}model\n{text[behind:]}"
+
+
+class _MarkedDialogue:
+    """A conversation, marked, of which answers are asked for."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, dialogue: _Dialogue) -> None:
+        messages, tools = check_messages(dialogue[0]), check_tools(dialogue[1])
+        self.template, self.tokenizer, self.thinking = template, tokenizer, dialogue[2]
+        inputs = [template.source, messages, tools, template.special]
+        self.guard = _Guard({*tokenizer.control_tokens, *_TURNS}, inputs)
+        self.messages: list[dict[str, Any]] = self.guard.mark(messages)
+        self.tools = self.guard.mark(tools)
+
+    def variables(self, number: int) -> list[dict[str, Any]]:
+        """Of three renderings: the prompt for a message, the same without being asked, and with the message."""
+        behind = number + 1
+        while behind < len(self.messages) and self.messages[behind]["role"] == "tool":
+            behind += 1
+        thinking = self.thinking or bool(self._thought(number))
+        parts = ((number, True), (number, False), (behind, False))
+        return [self.template.variables(self.messages[:end], self.tools, thinking, asks) for end, asks in parts]
+
+    def answer(self, number: int, texts: Sequence[str]) -> AnsweredTurn:
+        """The answer in these renderings."""
+        prompt, before, whole = texts
+        prompt, thought = _with_open_turn(prompt), self._thought(number)
+        text = _addition(prompt, before, whole)
+        if thought and _CHANNEL[0] not in text and all(self.tokenizer.id(token) is not None for token in _CHANNEL):
+            text = f"{_CHANNEL[0]}thought\n{thought}\n{_CHANNEL[1]}{text}"
+        ids = [self.guard.ids(self.tokenizer, part) for part in (prompt, _until_end(self.tokenizer, text))]
+        return AnsweredTurn(number, *ids)
+
+    def _thought(self, number: int) -> str:
+        return str(self.messages[number].get("reasoning_content", "")).strip()
 
 
 def _addition(prompt: str, before: str, whole: str) -> str:
