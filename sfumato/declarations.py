@@ -85,6 +85,8 @@ class Option:
             return bias_of(value, self.name)
         elif self.kind is tuple and isinstance(value, list):
             return tuple(value)
+        elif self.kind is str and not isinstance(value, str):
+            raise InputError(f"{self.name} is {reprlib.repr(value)}; give text", option=self.name)
         return value
 
     def _check_number(self, value: Any) -> None:
