@@ -44,7 +44,7 @@ class Option:
 
     name: str
     kind: type
-    """int, float, bool, str, tuple (of texts) or dict (a JSON Schema, or numbers by token id)."""
+    """int, float, bool, str, tuple (of texts), dict (a JSON Schema, or numbers by token id) or Mapping (folders)."""
     default: Any
     choices: tuple[str, ...]
     """The values that it can take; () where it has no such list."""

@@ -326,7 +326,7 @@ def test_a_form_of_another_kind_is_named(name: str) -> None:
 def test_an_adapter_is_a_name() -> None:
     assert Options(adapter="mine").adapter == "mine" and Options().adapter is None
     for value in (5, b"a", ["a"], True):
-        with pytest.raises(InputError, match="^adapter is .*; give text") as error:
+        with pytest.raises(InputError, match=r"^adapter is .*; give text") as error:
             options_with(adapter=value)
         assert error.value.option == "adapter"
     with pytest.raises(InputError, match="did you mean adapter"):

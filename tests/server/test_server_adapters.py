@@ -113,8 +113,8 @@ def test_only_folders_within_the_servers_own_are_read(tmp_path: Path) -> None:
         assert "which is no folder in the server's folder of adapters" in answer.text
         for body in ({"lora_name": "a"}, {"lora_name": "", "lora_path": "."}, {"lora_name": 5, "lora_path": "."}):
             assert admin(client, "load", **body).status_code == 400
-        taken = admin(client, "load", lora_name="fake", lora_path=".")
-        assert taken.status_code == 400 and "is the model's own name here" in taken.text
+        own_name = admin(client, "load", lora_name="fake", lora_path=".")
+        assert own_name.status_code == 400 and "is the model's own name here" in own_name.text
     assert backend.jobs == []
 
 

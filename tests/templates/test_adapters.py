@@ -29,7 +29,6 @@ from sfumato.templates.requests import (
     Fill,
     Infill,
     LoadAdapter,
-    Query,
     QueryFor,
     Score,
     UnloadAdapter,
@@ -72,7 +71,7 @@ def carried_out(jobs: Jobs[Any]) -> dict[str, Any]:
     return last
 
 
-def queries(options: Options) -> list[Query]:
+def queries(options: Options) -> list[QueryFor[Any]]:
     """One of every kind, and an answer token by token."""
     fields = {"a": ["1", "2"], "b": ["3", "45"]}
     return [
@@ -99,16 +98,21 @@ def plain(result: Any) -> Any:
 
 def test_rows_of_several_adapters_give_the_text_of_each_alone(nano: LLM) -> None:
     names = [None, *nano.adapters.names]
-    asked = [(f"{name} {n}", one) for name in names for n, one in enumerate(queries(options_of(name)))]
-    jobs: Jobs[QueryFor[Any]] = Jobs(nano, BatchLimits(rows=len(asked)))
-    for id, query in asked:
+    numbered = [(f"{name} {n}", one) for name in names for n, one in enumerate(queries(options_of(name)))]
+    jobs: Jobs[QueryFor[Any]] = Jobs(nano, BatchLimits(rows=len(numbered)))
+    for id, query in numbered:
         jobs.begin(id, query)
     together = {id: plain(result) for id, result in carried_out(jobs).items()}
-    assert together == {id: plain(nano.run(query)) for id, query in asked}
+    assert together == {id: plain(nano.run(query)) for id, query in numbered}
     for n in range(len(queries(QUICK))):
         if n != 4:  # two positions of an edit may agree
             assert len({str(together[f"{name} {n}"]) for name in names}) > 1, n
     assert len({str(together[f"{name} 0"]) for name in names}) == len(names)
+
+
+def tokens_of(end: Any) -> list[int]:
+    tokens: list[int] = end.tokens
+    return tokens
 
 
 def options_of(name: str | None, **more: Any) -> Options:
@@ -142,23 +146,23 @@ def test_what_is_unloaded_ends_with_its_rows_and_comes_anew() -> None:
     model = llm.model
     before = [getattr(owner, leaf) for owner, leaf in adaptable(model)]
     llm.adapters.load("a", strong(model, 1))
-    asked = Chat(MESSAGES, options=options_of("a", max_tokens=164, max_steps=6, confidence=0.0))
-    alone = llm.run(asked)
+    query = Chat(MESSAGES, options=options_of("a", max_tokens=164, max_steps=6, confidence=0.0))
+    alone = llm.run(query)
     jobs: Jobs[QueryFor[Any]] = Jobs(llm, BatchLimits(rows=4))
-    jobs.begin("old", asked)
+    jobs.begin("old", query)
     for _ in range(3):
         jobs.turn()
     jobs.begin("unload", UnloadAdapter("a"))
-    ends = dict(jobs.turn())
-    assert ends["unload"].adapters == () and llm.adapters.names == []
+    changed: Any = dict(jobs.turn())["unload"]
+    assert changed.adapters == () and llm.adapters.names == []
     with pytest.raises(InputError, match="there is no adapter 'a'; loaded are: none is loaded"):
-        jobs.begin("late", asked)
+        jobs.begin("late", query)
     llm.adapters.load("a", strong(model, 2))  # the old row keeps its lane
-    jobs.begin("new", asked)
+    jobs.begin("new", query)
     ends = carried_out(jobs)
-    assert ends["old"].tokens == alone.tokens
+    assert tokens_of(ends["old"]) == alone.tokens
     llm.forget()
-    assert ends["new"].tokens == llm.run(asked).tokens != alone.tokens
+    assert tokens_of(ends["new"]) == llm.run(query).tokens != alone.tokens
     jobs.begin("unload", UnloadAdapter("a"))
     carried_out(jobs)
     llm.forget()
@@ -186,8 +190,8 @@ def test_a_hundred_adapters_on_one_model() -> None:
     ends = carried_out(jobs)
     assert len({str(ends[name].tokens) for name in names}) > 1
     for name in names[:2]:
-        asked = Complete("1 2 3", options_of(name, max_tokens=8, short=True))
-        assert llm.run(asked).tokens == ends[name].tokens
+        query = Complete("1 2 3", options_of(name, max_tokens=8, short=True))
+        assert llm.run(query).tokens == ends[name].tokens
     for name in llm.adapters.names[1:]:
         llm.bank.unload(name)
     assert llm.bank.growth(small(model, 0, rank)) == 0  # there is room again
