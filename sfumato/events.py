@@ -302,27 +302,6 @@ class TokenCount:
     """Tokens, those that the chat template writes included."""
 
 
-@dataclass(frozen=True)
-class AdapterSize:
-    """An adapter that is loaded."""
-
-    name: str
-    rank: int
-    """The largest of its weights'."""
-    bytes: int
-    """Of its own factors, as they lie beside the weights."""
-
-
-@dataclass(frozen=True)
-class AdapterList:
-    """The adapters that a model has."""
-
-    adapters: tuple[AdapterSize, ...] = ()
-    """By name."""
-    bytes: int = 0
-    """What all factors beside the weights take; there is room for a few adapters more than are loaded."""
-
-
 Event = Draft | Commit | Done
 """What a run yields, in order."""
 

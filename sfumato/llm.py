@@ -31,25 +31,17 @@ from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import InputError
 from sfumato.events import Completion, Done, Event
-from sfumato.model.adapters import Adapter, Adapters
+from sfumato.model.adapters import Adapters
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
 from sfumato.options import LoadOptions, Options, OptionsLike
 from sfumato.remote import Remote
 from sfumato.system.fair import FairLock
-from sfumato.templates.adapters import load as load_adapter
+from sfumato.templates.adapters import ModelAdapters
 from sfumato.templates.interface import NONE, LanguageModel
 from sfumato.templates.plans import Planner
-from sfumato.templates.requests import (
-    AnswerQuery,
-    ChatPrompt,
-    LoadAdapter,
-    QueryFor,
-    Result,
-    Tools,
-    UnloadAdapter,
-)
+from sfumato.templates.requests import AnswerQuery, ChatPrompt, QueryFor, Result, Tools
 from sfumato.text.template import CHILDREN, ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
@@ -109,7 +101,9 @@ class LLM(LanguageModel):
         self.defaults = length | dict(defaults or {})
         self.purpose = purpose
         """What the model is for, where it is for one thing alone."""
-        self.planner = Planner(model.config, tokenizer, template, self.defaults, name, Adapters(model))
+        self.bank = Adapters(model)
+        """Where adapters lie beside the weights; `adapters` changes it."""
+        self.planner = Planner(model.config, tokenizer, template, self.defaults, name, self.bank)
         self.has_drafts = model.config.is_diffusion
         """Whether the model has a canvas, so that answers can come with a draft of every step."""
         self._model: Model | None = model
@@ -117,6 +111,8 @@ class LLM(LanguageModel):
         self._lock = FairLock()
         """Held for every step of the model."""
         self._jobs: JobThread[QueryFor[Any]] = JobThread(BatchLimits(queue=MOST_WAITING), self._lock)
+        self.adapters = ModelAdapters(self.planner, self._lock, (self._engines.forget, self._jobs.forget))
+        """The adapters that are loaded: their `names`, which `Options.adapter` may have; `load` and `unload`."""
 
     @classmethod
     def load(
@@ -140,9 +136,10 @@ class LLM(LanguageModel):
         weights to fewer bits while they are loaded, by a recipe: "int8", "fp8", "int4", "int4-fp8", "nvfp4",
         "int4-small"; a quantised checkpoint needs no such word. `memory_limit`, bytes of weights on the device, streams
         the rest from the host. `adapters` are folders of adapters by the names that `Options.adapter` then may have, as
-        in `{"mine": "run/adapter"}`; `add_adapter` loads more. `notice` is called with a sentence about each thing that
-        is left aside, and about where weights lie; `progress` with (bytes loaded, bytes in all). Without a `progress` a
-        bar is drawn on a terminal and in a notebook, where loading takes a while; `progress=False` draws none.
+        in `{"mine": "run/adapter"}`; `llm.adapters` loads more. `notice` is called with a sentence about each thing
+        that is left aside, and about where weights lie; `progress` with (bytes loaded, bytes in all). Without a
+        `progress` a bar is drawn on a terminal and in a notebook, where loading takes a while; `progress=False` draws
+        none.
 
         CheckpointError names what is wrong with a file, InputError what is wrong with an argument, CapacityError a
         limit that is too low."""
@@ -191,7 +188,7 @@ class LLM(LanguageModel):
         defaults, _ = generation_of(checkpoint)
         llm = cls(model, tokenizer, template, defaults, str(options.model), purpose_of(checkpoint))
         for adapter, folder in (options.adapters or {}).items():
-            llm.add_adapter(adapter, folder)
+            llm.adapters.load(adapter, folder)
         return llm
 
     @classmethod
@@ -223,41 +220,9 @@ class LLM(LanguageModel):
 
     @model.setter
     def model(self, model: Model) -> None:
-        self._model, self.planner.bank = model, Adapters(model)
+        self._model = model
+        self.bank = self.planner.bank = Adapters(model)
         self._jobs.forget()
-
-    @property
-    def bank(self) -> Adapters:
-        """The adapters beside the weights; `add_adapter` and `remove_adapter` change them. InputError after `close`."""
-        self._check_open()
-        assert self.planner.bank is not None
-        return self.planner.bank
-
-    @property
-    def adapters(self) -> list[str]:
-        """The names of the adapters that are loaded, which `Options.adapter` may have; sorted."""
-        return self.bank.names
-
-    def add_adapter(self, name: str, adapter: str | Path | Adapter) -> None:
-        """Load an adapter, in a folder or in memory, under a name that `Options.adapter` then may have.
-
-        What runs meanwhile goes on after its step. InputError for what does not fit the model or for a name that is
-        taken, CapacityError where memory lacks."""
-        if isinstance(adapter, Adapter):
-            with self._lock:
-                load_adapter(self.bank, name, adapter)
-            return
-        arguments.check_kind("the adapter", adapter, (str, Path), "a folder, or an Adapter")
-        self.run(LoadAdapter(name, str(adapter)))
-
-    def remove_adapter(self, name: str) -> None:
-        """Unload an adapter. Answers under way end with it; its memory is used again when the last of them has ended.
-
-        InputError for a name that is not loaded."""
-        self.run(UnloadAdapter(name))
-        self.forget()  # what it has encoded, which holds it
-        with self._lock:
-            self.bank.settle()
 
     def check(self, options: Options, is_chat: bool = True) -> None:
         """InputError if `options` is not an `Options`. `is_chat` matters to `Remote` alone."""
@@ -275,7 +240,8 @@ class LLM(LanguageModel):
         if self._model is None:
             return
         with self._lock:
-            self._model = self.planner.bank = None
+            self._model = None
+            self.bank.close()
         self._jobs.close(InputError(f"the model {self.name} was closed while it answered; load it again"))
         self._engines.forget()
         gc.collect()  # what refers to itself in a circle would keep files mapped

@@ -21,7 +21,6 @@ from fastapi import FastAPI
 
 from sfumato.errors import SfumatoError
 from sfumato.events import (
-    AdapterSize,
     Commit,
     Decision,
     Done,
@@ -34,6 +33,7 @@ from sfumato.events import (
     TokenCount,
     Usage,
 )
+from sfumato.model.loaded import AdapterSize
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
 from sfumato.templates.requests import (

@@ -109,8 +109,8 @@ def connect_or_load(api: ApiFlags, load: LoadOptions) -> LanguageModel:
     for option in LOAD_OPTIONS:
         if getattr(load, option) not in (getattr(usual, option), ""):
             flag_name = names_of_flag(option)[0]
-            asked = "; give -m NAME for an adapter of the server's" if option == "adapters" else ""
-            raise InputError(f"{flag_name} is for a model loaded here; leave it out with --api{asked}")
+            more = "; give -m NAME for an adapter of the server's" if option == "adapters" else ""
+            raise InputError(f"{flag_name} is for a model loaded here; leave it out with --api{more}")
     key = api.api_key
     if key_file is not None:
         if key is not None:

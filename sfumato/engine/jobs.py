@@ -16,8 +16,9 @@ from sfumato.engine.limits import BatchLimits
 from sfumato.engine.plan import Ask, Change, Plan, PlanEnd, advance
 from sfumato.engine.request import Failure, Row
 from sfumato.errors import BusyError, contained
-from sfumato.events import AdapterList, Decision, Done, Draft, Edited, Event, Filled, Scored, TokenCount
+from sfumato.events import Decision, Done, Draft, Edited, Event, Filled, Scored, TokenCount
 from sfumato.model.adapters import Adapters
+from sfumato.model.loaded import AdapterList
 from sfumato.model.network import Model
 from sfumato.system import confined
 

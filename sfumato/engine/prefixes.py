@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sfumato.model.cache import KVCache
-from sfumato.model.prompt import LoadedAdapter, Prompt
+from sfumato.model.loaded import LoadedAdapter
+from sfumato.model.prompt import Prompt
 
 KEPT_FROM = 32
 """Tokens from which on a beginning is worth keeping."""

@@ -9,7 +9,6 @@ reads weights as before. Files are `checkpoints.adapters`'.
 from __future__ import annotations
 
 import math
-import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
-from sfumato.events import AdapterList, AdapterSize
+from sfumato.model.loaded import AdapterList, AdapterSize, LoadedAdapter, check_adapter_name
 from sfumato.model.network import Experts, Model, adaptable, replace_
 from sfumato.model.offload import is_streamed
-from sfumato.model.prompt import LoadedAdapter
 from sfumato.ops.contract import Matrix, tensors_of
 from sfumato.ops.lowrank import LanePair, LaneSwitch, LowRank
 
@@ -174,20 +172,6 @@ def new_adapter(
 
 # ---- several beside a model, one a lane ------------------------------------------------------------------------------
 
-LONGEST_NAME = 256
-"""Characters of an adapter's name, which clients ask for as a model's."""
-
-
-def check_adapter_name(name: object) -> None:
-    """InputError for a name that no client could ask for."""
-    is_name = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable() and name == name.strip()
-    if not is_name:
-        raise InputError(
-            f"an adapter is called {reprlib.repr(name)}; give a name of 1 to {LONGEST_NAME} printable characters, "
-            "without a space at an end",
-            option="adapter",
-        )
-
 
 class Adapters:
     """The adapters that lie beside a model's weights, by name. Between passes alone they are loaded and unloaded.
@@ -195,7 +179,7 @@ class Adapters:
     Rows of an adapter that was unloaded keep its lanes: those are free once nobody holds its `LoadedAdapter`."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self._model: Model | None = model
         self._loaded: dict[str, LoadedAdapter] = {}
         self._sizes: dict[str, AdapterSize] = {}
         self._free: list[int] = []
@@ -206,6 +190,18 @@ class Adapters:
         self._rank = 0
         self.version = 0
         """Grows with every change of what is loaded."""
+
+    @property
+    def model(self) -> Model:
+        """The model; InputError after `close`."""
+        if self._model is None:
+            raise InputError("the model is closed, and its adapters with it; load it again")
+        return self._model
+
+    def close(self) -> None:
+        """Let go of the model and of what is loaded."""
+        self._model = None
+        self._loaded.clear()
 
     @property
     def names(self) -> list[str]:

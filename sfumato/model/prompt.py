@@ -14,18 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.ops.lowrank import LanePair
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedAdapter:
-    """An adapter as it was loaded once: what is loaded later under the same name is another one.
-
-    Its lanes stay its own as long as anybody holds this, whether it is still to be had by its name or not."""
-
-    name: str
-    lanes: LanePair
-    """Those of the model's weights that its rows have."""
+    from sfumato.model.loaded import LoadedAdapter
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,7 @@ def answer_route(query: AnswerQuery) -> str:
 def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[str, Any]:
     """The body that asks for an answer as a stream. Drafts are left out where the host has none."""
     body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-    fields = _said(query.options)
+    fields = _fields_of(query.options)
     is_strict = fields.pop("strict", False) or query.options.must_call
     if isinstance(query, Chat):
         body["messages"] = messages_out(query.conversation, is_sfumato)
@@ -64,7 +64,7 @@ def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[
 
 def score_body(query: Score) -> dict[str, Any]:
     """The body that asks /completions for the log-probabilities of a text, and for one token behind it."""
-    fields = _said(dataclasses.replace(query.options, drafts=False))
+    fields = _fields_of(dataclasses.replace(query.options, drafts=False))
     top = max(1, fields.pop("top_logprobs", 0))
     if isinstance(query.prompt, str):
         prompt: str | list[int] = query.prompt + (query.continuation if isinstance(query.continuation, str) else "")
@@ -109,10 +109,10 @@ def option_refused(route: str, options: Options) -> str | None:
 
 def _whole_result(options: Options) -> dict[str, Any]:
     """The options to send for a result that comes as one body."""
-    return _said(dataclasses.replace(options, drafts=False))
+    return _fields_of(dataclasses.replace(options, drafts=False))
 
 
-def _said(options: Options) -> dict[str, Any]:
+def _fields_of(options: Options) -> dict[str, Any]:
     """The options to send, under the names that a body has for them: an adapter is a model."""
     fields = differences(options)
     adapter = fields.pop("adapter", None)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sfumato.events import AdapterList, AdapterSize, Decision, Edited, Event, Filled, Scored, TokenCount
+from sfumato.events import Decision, Edited, Event, Filled, Scored, TokenCount
+from sfumato.model.loaded import AdapterList, AdapterSize
 from sfumato.model.purpose import Purpose
 from sfumato.templates.requests import AdapterQuery, Query
 

@@ -25,7 +25,8 @@ from sfumato.errors import CapacityError, InputError
 from sfumato.events import Completion, Decision, Edited, Filled, Scored, TokenCount
 from sfumato.model.adapters import Adapters
 from sfumato.model.config import ModelConfig
-from sfumato.model.prompt import LoadedAdapter, Prompt
+from sfumato.model.loaded import LoadedAdapter
+from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, SHAPING, Options
 from sfumato.templates import adapters, scores
 from sfumato.templates.checks import check_query
@@ -73,10 +74,10 @@ class Planner:
         template: ChatTemplate | None,
         defaults: Mapping[str, Any],
         name: str,
-        bank: Adapters | None = None,
+        bank: Adapters,
     ) -> None:
         self.bank = bank
-        """The adapters that queries may name; None: there are none."""
+        """The adapters that queries may name."""
         self._adapter: LoadedAdapter | None = None
         """That of all asks, in a planner of one query."""
         self.config, self.tokenizer, self.defaults = config, tokenizer, defaults
@@ -91,7 +92,7 @@ class Planner:
         What is wrong with the query is an InputError or CapacityError, here or at the plan's first step."""
         if isinstance(query, Query):
             check_query(query)
-        planner = self._for(query)
+        planner = self._for(query) if isinstance(query, QueryFor) else self
         match query:
             case Complete() | Chat():
                 return planner.answer(query)
@@ -144,8 +145,6 @@ class Planner:
         name = self.defaults.get("adapter") if options.adapter is None else options.adapter
         if not name:
             return None
-        if self.bank is None:
-            raise InputError(f"there is no adapter {name!r}; none is loaded", option="adapter")
         return self._adapter or self.bank.get(name)
 
     # ---- answers ----------------------------------------------------------------------------------------------------

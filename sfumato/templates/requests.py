@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from sfumato.events import AdapterList, Completion, Decision, Edited, Filled, Scored, TokenCount
+from sfumato.events import Completion, Decision, Edited, Filled, Scored, TokenCount
+from sfumato.model.loaded import AdapterList
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.templates.slots import Template, slot_of

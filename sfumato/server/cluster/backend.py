@@ -129,20 +129,20 @@ class RayBackend:
 
     async def change_adapters(self, job: Job) -> ModelCard:
         """Load or unload an adapter in every replica; those that are started later do so by themselves."""
-        wanted = dict(self._adapters)
+        folders = dict(self._adapters)
         match job.query:
-            case LoadAdapter(name=name, folder=folder) if name in wanted:
+            case LoadAdapter(name=name, folder=folder) if name in folders:
                 raise InputError(f"an adapter {name!r} is loaded already; unload it first, or give another name")
             case LoadAdapter(name=name, folder=folder):
-                wanted[name] = folder
+                folders[name] = folder
             case UnloadAdapter(name=name):
-                wanted.pop(name, None)
-        replies = await self._broadcast("set_adapters", wanted)
+                folders.pop(name, None)
+        replies = await self._broadcast("set_adapters", folders)
         errors = [reply for reply in replies if isinstance(reply, SfumatoError)]
         if errors or not replies:
             await self._broadcast("set_adapters", self._adapters)
             raise errors[0] if errors else WorkerError("there is no replica; send the request again later")
-        self._adapters = wanted
+        self._adapters = folders
         self._card = next(reply for reply in replies if isinstance(reply, ModelCard))
         return self._card
 

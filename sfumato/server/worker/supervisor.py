@@ -27,7 +27,8 @@ from typing import Any
 
 from sfumato.engine.limits import BatchLimits
 from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
-from sfumato.events import AdapterList, Commit, Draft, Event
+from sfumato.events import Commit, Draft, Event
+from sfumato.model.loaded import AdapterList
 from sfumato.options import LoadOptions
 from sfumato.server.backend import Job, ModelCard, Outcome, Result, Stats, where
 from sfumato.server.worker import child as worker_child
