@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.ops.contract import NEVER, JoinNorms, Matrix, Ops, ReadOut, dense, round_input
+from sfumato.ops.contract import NEVER, JoinNorms, Matrix, Ops, ReadOut
+from sfumato.ops.frozen import frozen_product
 from sfumato.ops.lowrank import LowRank, plus_low_rank
 from sfumato.ops.masks import Mask
 
@@ -36,7 +37,7 @@ def _product(x: Tensor, weight: Matrix, token_M: Tensor | None = None) -> Tensor
     """The product x Wᵀ; `token_M` as `plus_low_rank` has it."""
     if isinstance(weight, LowRank):
         return plus_low_rank(_product(x, weight.base), x, weight, token_M)
-    return F.linear(round_input(x, weight), dense(weight, x.dtype))
+    return F.linear(x, weight) if isinstance(weight, Tensor) else frozen_product(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -22,9 +22,9 @@ from sfumato.quant.recipes import Recipe, named
 def quantize_(model: Model, recipe: str | Recipe, calibration: Mapping[str, Tensor] | None = None) -> Model:
     """Pack the weights that the recipe names, in place; before `Model.pack_`, which lays them out for the operations.
 
-    `calibration` is statistics of their inputs by the weights' own names (`quant.calibrate`). A quantised model runs;
-    it cannot be saved as a checkpoint in full precision, or trained. InputError for a weight that the format cannot
-    hold, or a model that is packed already."""
+    `calibration` is statistics of their inputs by the weights' own names (`quant.calibrate`). A quantised model runs,
+    and factors beside its weights can be trained; it cannot be saved as a checkpoint in full precision. InputError for
+    a weight that the format cannot hold, or a model that is packed already."""
     recipe = named(recipe) if isinstance(recipe, str) else recipe
     quantize_part_(model, recipe, "", calibration)
     return model

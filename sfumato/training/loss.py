@@ -10,13 +10,16 @@ the chosen canvas, that cache is what the denoise passes read, gradients include
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.model.adapters import TRAINED
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.sampling.rules import leave_one_out_bonus
+from sfumato.training.vocabulary import Observed, cross_entropy_sum, soft_embedding
 
 IGNORE = -100
 
@@ -34,6 +37,11 @@ class Examples:
     is_cut: list[bool]
     """The length limit cut this example: what would follow is unknown, so no eos fill is supervised."""
 
+    def part(self, rank: int, ranks: int) -> Examples:
+        """Every `ranks`-th example from `rank` on: what this rank takes of a batch, whose size `ranks` divides."""
+        own = slice(rank, None, ranks)
+        return Examples(self.tokens_BT[own], self.counts[own], self.prompts[own], self.is_cut[own])
+
 
 @dataclass(frozen=True)
 class Corruption:
@@ -48,6 +56,9 @@ class Corruption:
     noise_BL: Tensor
     conditioned: int
     """This many rows, the first ones, see the soft embedding of a first pass: an exact share, not a coin a row."""
+    has_first_pass: bool
+    """Some row of the whole batch does: then every rank takes a first pass, since ranks that share weights must take
+    the same passes."""
 
     @classmethod
     def draw(cls, batch: int, length: int, vocab: int, generator: torch.Generator, share: float = 0.5) -> Corruption:
@@ -56,13 +67,21 @@ class Corruption:
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device=generator.device)
 
+        conditioned = round(batch * share)
         return cls(
             canvas_B=uniform(batch),
             level_B=uniform(batch) * (1 - 2e-4) + 1e-4,
             keep_BL=uniform(batch, length),
             noise_BL=torch.randint(vocab, (batch, length), generator=generator, device=generator.device),
-            conditioned=round(batch * share),
+            conditioned=conditioned,
+            has_first_pass=conditioned > 0,
         )
+
+    def part(self, rank: int, ranks: int) -> Corruption:
+        """The numbers of the canvases of `Examples.part`, as the whole batch has them."""
+        own = slice(rank, None, ranks)
+        tensors = (self.canvas_B[own], self.level_B[own], self.keep_BL[own], self.noise_BL[own])
+        return Corruption(*tensors, len(range(rank, self.conditioned, ranks)), self.has_first_pass)
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,24 @@ class Problem:
     target_BL: Tensor
     level_B: Tensor
     conditioned: int
+    has_first_pass: bool
+    diffusion_count: int
+    """Targets of the denoise pass."""
+    encode_count: int
+    """Targets of the encode pass."""
+
+
+class LossSums(NamedTuple):
+    """Cross-entropies in nats, summed over their targets: sums and counts of parts add up to those of a batch."""
+
+    diffusion: Tensor
+    encode: Tensor
+    diffusion_count: int
+    encode_count: int
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """(L_diff, L_enc), nats a token; 0 where there is no target."""
+        return self.diffusion / max(1, self.diffusion_count), self.encode / max(1, self.encode_count)
 
 
 def problem(batch: Examples, corruption: Corruption, length: int, eos: int, encode_response: bool = True) -> Problem:
@@ -93,7 +130,7 @@ def problem(batch: Examples, corruption: Corruption, length: int, eos: int, enco
     tokens_BT, device = batch.tokens_BT, batch.tokens_BT.device
     size = len(batch.counts)
     rows = [i % size for i in range(len(corruption.level_B))]
-    clean_rows, target_rows, starts = [], [], []
+    clean_rows, target_rows, starts, diffusion_count = [], [], [], 0
     for i, row in enumerate(rows):
         count, prompt = batch.counts[row], batch.prompts[row]
         number = max(1, -(-(count - prompt) // length))
@@ -104,6 +141,7 @@ def problem(batch: Examples, corruption: Corruption, length: int, eos: int, enco
         target = clean.clone()
         if batch.is_cut[row]:
             target[known:] = IGNORE
+        diffusion_count += known if batch.is_cut[row] else length
         clean_rows.append(clean)
         target_rows.append(target)
         starts.append(start)
@@ -122,19 +160,27 @@ def problem(batch: Examples, corruption: Corruption, length: int, eos: int, enco
         target_BL=torch.stack(target_rows),
         level_B=corruption.level_B,
         conditioned=corruption.conditioned,
+        has_first_pass=corruption.has_first_pass,
+        diffusion_count=diffusion_count,
+        encode_count=sum(max(0, count - 1) for count in counts),
     )
 
 
 def losses(model: Model, problem: Problem, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
-    """(L_diff, L_enc), two scalars whose sum is the objective.
+    """(L_diff, L_enc), two scalars whose sum is the objective. See `loss_sums`."""
+    return loss_sums(model, problem, leave_one_out).means()
+
+
+def loss_sums(model: Model, problem: Problem, leave_one_out: bool = False) -> LossSums:
+    """Both losses as sums. Weights with trainable factors beside them take part in all passes.
 
     `leave_one_out` adds log(1 + V a/(1 - a)), a = 1 - t, to the logit of the observed token before the cross-entropy
     (arXiv 2605.22765)."""
     config, width = model.config, problem.tokens_BT.shape[1]
     cache = KVCache.allocate(config, len(problem.counts), width, model.device, model.dtype, slack=width)
+    cache.lanes = [TRAINED] * cache.batch
     hidden_BTD = model.encode(problem.tokens_BT, cache, counts=problem.counts)
-    logits_BTV = model.logits(hidden_BTD[:, :-1])
-    encode_loss = F.cross_entropy(logits_BTV.flatten(0, 1), problem.next_BT.flatten(), ignore_index=IGNORE)
+    encode_sum = cross_entropy_sum(model, hidden_BTD[:, :-1].flatten(0, 1), problem.next_BT.flatten())
     if len(problem.rows) > cache.batch:
         cache = cache.fork(problem.rows)
     for row, start in enumerate(problem.starts):
@@ -142,15 +188,16 @@ def losses(model: Model, problem: Problem, leave_one_out: bool = False) -> tuple
 
     canvas_BL = problem.canvas_BL
     soft_BLD = torch.zeros(*canvas_BL.shape, config.hidden_size, device=model.device, dtype=model.dtype)
-    if some := list(range(problem.conditioned)):
+    if problem.has_first_pass:
+        some = list(range(max(1, problem.conditioned)))
         with torch.no_grad():
-            logits = model.logits(model.denoise(canvas_BL[: len(some)], cache, None, rows=some))
-            soft = model.ops.soft_embedding(logits, model.embed_tokens.weight, model.embed_scale)
-        soft_BLD = torch.cat([soft.to(soft_BLD.dtype), soft_BLD[len(some) :]])
-    logits_BLV = model.logits(model.denoise(canvas_BL, cache, soft_BLD))
+            first_BLD = model.denoise(canvas_BL[: len(some)], cache, None, rows=some)
+        soft = soft_embedding(model, first_BLD)
+        soft_BLD = torch.cat([soft[: problem.conditioned].to(soft_BLD.dtype), soft_BLD[problem.conditioned :]])
+    hidden_ND = model.denoise(canvas_BL, cache, soft_BLD).flatten(0, 1)
+    observed = None
     if leave_one_out:
-        kept_B = 1 - problem.level_B
-        bonus_B11 = torch.log1p(config.vocab_size * kept_B / (1 - kept_B))[:, None, None]
-        logits_BLV = logits_BLV.scatter_add(2, canvas_BL[..., None], bonus_B11.expand(*canvas_BL.shape, 1))
-    diffusion_loss = F.cross_entropy(logits_BLV.flatten(0, 1), problem.target_BL.flatten(), ignore_index=IGNORE)
-    return diffusion_loss, encode_loss
+        bonus_BL = leave_one_out_bonus(1 - problem.level_B, config.vocab_size)[:, None].expand_as(canvas_BL)
+        observed = Observed(canvas_BL.flatten(), bonus_BL.flatten())
+    diffusion_sum = cross_entropy_sum(model, hidden_ND, problem.target_BL.flatten(), observed)
+    return LossSums(diffusion_sum, encode_sum, problem.diffusion_count, problem.encode_count)
