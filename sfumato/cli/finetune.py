@@ -1,51 +1,45 @@
-"""`sfumato finetune`: train on the engine's own model, from a checkpoint or from scratch, resumable at any moment."""
+"""`sfumato finetune`: train on the engine's own model, factors or all weights, resumable at any moment."""
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from sfumato.cli import files, flags
 from sfumato.cli import options as opt
-from sfumato.cli.view import visible
-from sfumato.errors import InputError
+from sfumato.errors import InputError, SfumatoError
 from sfumato.options import LOAD_OPTIONS, LoadOptions
 from sfumato.system.files import locked
 
 if TYPE_CHECKING:
-    from sfumato.llm import LLM
-    from sfumato.model.network import Model
-    from sfumato.training.data import SudokuSource
-    from sfumato.training.train import StepReport, TrainingRecipe
+    from sfumato.training.spec import LoraSpec, RunSpec
 
 
 @dataclass(frozen=True)
 class RunFlags:
-    """What to train, on what, and for how long."""
+    """What to train, for how long, and where to."""
 
-    out: Annotated[str, typer.Argument(help="Folder of the run: state, log, plot, and the finished checkpoint.")]
+    out: Annotated[str | None, typer.Argument(help="Folder of the run, as --output.")] = None
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Folder of the run: state, logs, card, and the adapter or checkpoint."),
+    ] = None
     model: Annotated[
         str, typer.Option("--model", "-m", help="Checkpoint to begin from; nano:new begins from random weights.")
     ] = "nano"
-    task: Annotated[str, typer.Option(help="What to train on: sudoku.")] = "sudoku"
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="A number of the recipe as NAME=VALUE, e.g. -s steps=3000.")
     ] = None
+    epochs: Annotated[float | None, typer.Option(help="How often each example of the files is seen; 3.")] = None
     minutes: Annotated[float | None, typer.Option(help="Stop (and save) after so many minutes.")] = None
-    eval_every: Annotated[int, typer.Option(min=0, help="Steps between solve-rate checks; 0: none.")] = 500
-    pool: Annotated[int, typer.Option(min=60, help="Puzzles to dig before training; symmetries make the rest.")] = 6000
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the step: minutes to start, faster.")] = (
         False
@@ -56,21 +50,109 @@ class RunFlags:
     ] = False
 
 
-@flags.takes(run=flags.group_of(RunFlags))
-def command(run: RunFlags) -> None:
+@dataclass(frozen=True)
+class DataFlags:
+    """What to train on."""
+
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A file or folder of examples: JSONL, JSON, text, parquet; may be repeated."),
+    ] = None
+    held_out: Annotated[
+        str | None, typer.Option("--held-out", help="What of the data is not trained on: a share (5%) or a file.")
+    ] = None
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="The longest example, in tokens.")] = None
+    long: Annotated[str, typer.Option(help="Longer examples: cut, drop or refuse.")] = "cut"
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="A task to train on: sudoku, sorting; sudoku where nothing else is named."),
+    ] = None
+    mix: Annotated[
+        list[str] | None,
+        typer.Option("--mix", help='The share of a task, or of "data", in every batch, as NAME=SHARE.'),
+    ] = None
+    pool: Annotated[int, typer.Option(min=60, help="Puzzles to dig before training; symmetries make the rest.")] = 6000
+
+
+@dataclass(frozen=True)
+class FactorFlags:
+    """Train low-rank factors in the place of the weights."""
+
+    lora: Annotated[int | None, typer.Option("--lora", help="Train factors of this rank; without, all weights.")] = None
+    alpha: Annotated[float | None, typer.Option(help="Scale of the factors; twice the rank.")] = None
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="What has factors: attention, dense, experts, router, self_conditioning, or names such as q_proj; "
+            "attention,dense."
+        ),
+    ] = None
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by the root of the rank.")] = False
+    quantize: Annotated[str | None, typer.Option(help="Pack the frozen weights: int8, fp8, int4, … (QLoRA).")] = None
+    precision: Annotated[str | None, typer.Option(help="float32, or bfloat16: half the memory.")] = None
+    accumulate: Annotated[int | None, typer.Option(help="Compute a batch in so many parts: less memory.")] = None
+    optimizer: Annotated[str | None, typer.Option(help="adamw, muon, or bitsandbytes' adamw8bit and paged.")] = None
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations twice instead of keeping them.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class LookFlags:
+    """How the model is looked at while it learns."""
+
+    eval_every: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps between looks at the model; a tenth of the run, 500 at most; 0: none."),
+    ] = None
+    eval_: Annotated[
+        list[str] | None,
+        typer.Option("--eval", help="A task whose checker runs on held-out items; those of --task."),
+    ] = None
+    eval_items: Annotated[int, typer.Option(min=1, help="Items of each task.")] = 60
+    samples: Annotated[int, typer.Option(min=0, help="Held-out prompts whose answers are written down.")] = 2
+    patience: Annotated[
+        int, typer.Option(min=0, help="Stop after so many looks without a lower held-out loss; 0: never.")
+    ] = 0
+
+
+@flags.takes(
+    run=flags.group_of(RunFlags),
+    data=flags.group_of(DataFlags, "Data"),
+    factors=flags.group_of(FactorFlags, "Adapters and memory"),
+    looks=flags.group_of(LookFlags, "Looks at the model"),
+)
+def command(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFlags) -> None:
     """Train; run the same command again to go on where it stopped. Ctrl-C and SIGTERM end the step and save first.
 
-    Example: sfumato finetune runs/nano -m nano:new -s steps=3000 -s optimizer=muon --minutes 60
+    Example: sfumato finetune -m nano --task sorting --lora 16 -o runs/sorting
+
+    Several GPUs: torchrun --nproc-per-node 2 -m sfumato finetune …
     """
-    if run.task != "sudoku":
-        raise InputError(f"there is no task {run.task!r}; the tasks are: sudoku")
-    folder = files.out_path(run.out, "OUT")
-    with locked(folder):
-        _prepare_folder(folder, run.force)
-        with Stop() as stop:
-            _train(folder, run, stop)
+    spec = _spec(run, data, factors, looks)
+    from sfumato.training.distributed import Ranks
+
+    ranks, device = Ranks.join(run.device)
+    with Stop() as stop:
+        try:
+            _carry_out(spec, run.force, ranks, device, stop)
+        except SfumatoError:
+            if not ranks.is_first:  # the first one says it
+                raise typer.Exit(1) from None
+            raise
+        finally:
+            ranks.leave()
     if stop.number:
         raise typer.Exit(128 + stop.number)
+
+
+def _carry_out(spec: RunSpec, force: bool, ranks: Any, device: str, stop: Stop) -> None:
+    from sfumato.cli.training_view import TrainingView
+    from sfumato.training.run import carry_out, prepare_folder
+
+    with locked(spec.folder) if ranks.is_first else nullcontext():
+        ranks.lead(lambda: prepare_folder(spec.folder, force))
+        carry_out(spec, TrainingView(), lambda: bool(stop.number), ranks, device)
 
 
 class Stop:
@@ -97,119 +179,81 @@ class Stop:
         print("\nsfumato: saved and ended after this step; a second Ctrl-C ends at once", file=sys.stderr)
 
 
-def _prepare_folder(folder: Path, force: bool) -> None:
-    """Make the run's folder, empty or as a run has left it; InputError where it holds other files."""
-    from sfumato.training.train import LOGS, STATE
-
-    ours = (STATE, *LOGS, "loss.png", *(f".{name}.part" for name in (STATE, *LOGS)))
-    folder.mkdir(parents=True, exist_ok=True)
-    names = sorted(file.name for file in folder.iterdir())
-    if force:
-        for name in ours:
-            (folder / name).unlink(missing_ok=True)
-    elif STATE not in names and (others := [name for name in names if name not in ours]):
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise InputError(
-            f"{folder} holds {others[0]}{more} and no run to go on with; give another folder, or --force to train there"
-        )
+# ---- flags → RunSpec -------------------------------------------------------------------------------------------------
 
 
-def _train(out: Path, run: RunFlags, stop: Stop) -> None:
-    """Train from where the run stands until its last step, its time or a signal; write plot and checkpoint."""
-    import torch
+def _spec(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFlags) -> RunSpec:
+    """The run that these flags ask for. InputError names the flag."""
+    from sfumato.training.spec import DataSpec, LookSpec, RunSpec
 
-    from sfumato.checkpoints.locate import resolve
-    from sfumato.checkpoints.save import save
-    from sfumato.llm import LLM
-    from sfumato.model.config import read_generation_config
-    from sfumato.text.template import ChatTemplate
-    from sfumato.text.tokenizer import Tokenizer
-    from sfumato.training.data import SudokuSource
-    from sfumato.training.plot import plot
-    from sfumato.training.train import Trainer
-
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    folder = resolve(run.model.removesuffix(":new"))
-    if folder.is_file():
-        raise InputError(
-            f"{folder} is a GGUF, and training begins from a folder; write one: sfumato convert {folder} --to bf16 "
-            "-o FOLDER"
-        )
-    recipe = _recipe(out, run.set_ or [])
-    model = _model(run, folder, recipe)
-    tokenizer = Tokenizer.from_folder(folder)
-    template = ChatTemplate.from_folder(folder, tokenizer.special)
-    console = Console(stderr=True, highlight=False)
-    source = SudokuSource(tokenizer, template, pool=run.pool, progress=_counter(console))
-    trainer = Trainer(model, source, recipe, out, run.compile)
-    llm = LLM(model, tokenizer, template, read_generation_config(folder)[0], str(out))
-    held_out = SudokuSource(tokenizer, template, seed=source.stream.seed + 1, pool=60, clues=(30, 39))
-    if trainer.step:
-        console.print(f"going on from step {trainer.step} of {recipe.steps}", style="dim")
-    until = time.monotonic() + 60 * run.minutes if run.minutes else float("inf")
-    until = 0.0 if stop.number else until
-    try:
-        # The run saves as it ends.
-        with closing(trainer.run(until)) as steps, closing(_with_bar(steps, recipe.steps, console)) as shown:
-            for progress in shown:
-                if run.eval_every and progress.step % run.eval_every == 0:
-                    _check(llm, held_out, out, progress.step, console)
-                if stop.number:
-                    break
-    except KeyboardInterrupt:  # the second one
-        console.print("ended at once; the same command goes on from what was saved", style="dim")
-        return
-    if stop.number:
-        console.print("saved; the same command goes on from here", style="dim")
-    picture = plot(out)
-    save(model, out / "checkpoint", tokenizer_from=folder)
-    console.print(visible(f"{out / 'checkpoint'} holds the model after step {trainer.step}; {picture}"))
+    if run.out is not None and run.output is not None:
+        raise InputError(f"OUT is {run.out} and --output {run.output}; give one of them")
+    name = "OUT" if run.output is None else "--output"
+    folder = files.out_path(_required(run), name)
+    trained = tuple(dict.fromkeys(data.task or ([] if data.data else ["sudoku"])))
+    return RunSpec(
+        folder=folder,
+        model=run.model,
+        data=DataSpec(
+            files=tuple(map(Path, data.data or ())),
+            held_out=data.held_out,
+            max_tokens=data.max_tokens,
+            long=data.long,  # type: ignore[arg-type]
+            tasks=_tasks(trained),
+            mix=_shares(data.mix or []),
+            pool=data.pool,
+        ),
+        lora=_lora(factors),
+        looks=LookSpec(
+            looks.eval_every, _tasks(looks.eval_ or trained), looks.eval_items, looks.samples, looks.patience
+        ),
+        changes=_changes(run, factors),
+        epochs=run.epochs,
+        minutes=run.minutes,
+        quantize=factors.quantize,
+        checkpointing=factors.checkpointing,
+        compile=run.compile,
+        device=run.device,
+        threads=run.threads,
+    )
 
 
-def _recipe(out: Path, changes: list[str]) -> TrainingRecipe:
-    """The recipe of the run in the folder, or a new one, with changes as NAME=VALUE."""
-    from sfumato.training.train import STATE, TrainingRecipe, recipe_of
-
-    base = recipe_of(out) if (out / STATE).exists() else TrainingRecipe()
-    return replace(base, **_numbers(changes, {field.name for field in fields(TrainingRecipe)}))
-
-
-def _model(run: RunFlags, folder: Path, recipe: TrainingRecipe) -> Model:
-    """The model to train, in float32: of a checkpoint, or with random weights where the name ends with ":new"."""
-    import torch
-
-    from sfumato import ops
-    from sfumato.checkpoints.checkpoint import in_full
-    from sfumato.checkpoints.detect import open_checkpoint
-    from sfumato.checkpoints.load import load
-    from sfumato.model.config import ModelConfig
-    from sfumato.model.network import Model
-    from sfumato.options import LoadOptions
-
-    device = run.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not run.model.endswith(":new"):
-        return load(in_full(open_checkpoint(folder)), LoadOptions(device=device, dtype="float32", ops="fused"))
-    model = Model(ModelConfig.from_file(folder / "config.json"), ops.load("fused")).to(device)
-    model.init_(recipe.seed, std=0.05)
-    return model
+def _required(run: RunFlags) -> str:
+    folder = run.out if run.output is None else run.output
+    if folder is None:
+        raise InputError("there is no folder for the run; give one: -o DIR")
+    return folder
 
 
-def _check(llm: LLM, held_out: SudokuSource, out: Path, step: int, console: Console) -> None:
-    """Append the solve rate on puzzles that are not trained on to evals.jsonl."""
-    from sfumato.evals.sudoku import solve
-    from sfumato.options import Options
+def _tasks(names: Any) -> tuple[str, ...]:
+    from sfumato.tasks import task
 
-    puzzles, _ = held_out.stream.sample(60, 35, 0)
-    texts = ["".join(map(str, row)) for row in puzzles]
-    results = list(solve(llm, texts, Options(seed=0), batch=60))
-    rate = sum(result.solved for result in results) / len(results)
-    steps = sum(result.steps for result in results) / len(results)
-    with (out / "evals.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "solve_rate": rate, "mean_steps": steps}) + "\n")
-    console.print(f"step {step}: {rate:.0%} of 60 puzzles with 35 clues, {steps:.1f} steps")
+    return tuple(task.named(name).name for name in names)
+
+
+def _lora(factors: FactorFlags) -> LoraSpec | None:
+    from sfumato.training.spec import LoraSpec
+
+    if factors.lora is None:
+        for name, value in (("alpha", factors.alpha), ("targets", factors.targets), ("rslora", factors.rslora)):
+            if value:
+                raise InputError(f"--{name} is of factors, and none are trained; give --lora RANK too")
+        return None
+    targets = {} if factors.targets is None else {"targets": tuple(filter(None, factors.targets.split(",")))}
+    return LoraSpec(factors.lora, factors.alpha, is_rs=factors.rslora, **targets)
+
+
+def _changes(run: RunFlags, factors: FactorFlags) -> dict[str, Any]:
+    """The numbers of the recipe that the flags set."""
+    from sfumato.training.recipe import TrainingRecipe
+
+    changes = _numbers(run.set_ or [], {field.name for field in fields(TrainingRecipe)})
+    for name in ("precision", "accumulate", "optimizer"):
+        if (value := getattr(factors, name)) is not None:
+            if name in changes:
+                raise InputError(f"{name} is given twice, as --{name} and as -s {name}=; give one of them")
+            changes[name] = value
+    return changes
 
 
 def _numbers(pairs: list[str], names: set[str]) -> dict[str, Any]:
@@ -219,31 +263,24 @@ def _numbers(pairs: list[str], names: set[str]) -> dict[str, Any]:
         name, is_pair, text = pair.partition("=")
         if name not in names or not is_pair:
             raise InputError(f"{pair!r} is no part of a recipe; give NAME=VALUE, names are {', '.join(sorted(names))}")
-        values[name] = tuple(map(float, text.split(","))) if name == "betas" else opt.read_value(text)
+        values[name] = _pair(text) if name == "betas" else opt.read_value(text)
     return values
 
 
-def _counter(console: Console) -> Callable[[int, int], None]:
-    def show(done: int, total: int) -> None:
-        if done % 1000 == 0:
-            console.print(f"{done} of {total} puzzles made", style="dim")
+def _pair(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise InputError(f"betas is {text!r}; give two numbers from 0 to 1, such as 0.95,0.99") from None
 
-    return show
 
-
-def _with_bar(steps: Iterable[StepReport], total: int, console: Console) -> Generator[StepReport, None, None]:
-    """The same steps, with a bar on the terminal that follows them."""
-    from rich import progress as bars
-
-    columns = (
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.description}"),
-    )
-    with bars.Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
-        for progress in steps:
-            line = f"denoise {progress.diffusion_loss:.3f} encode {progress.encode_loss:.3f} nats"
-            bar.update(task, completed=progress.step, description=line)
-            yield progress
+def _shares(pairs: list[str]) -> dict[str, float]:
+    """What --mix says, by name."""
+    shares: dict[str, float] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            shares[name] = float(text)
+        except ValueError:
+            raise InputError(f"--mix is {pair!r}; give NAME=SHARE, e.g. sudoku=0.3") from None
+    return shares

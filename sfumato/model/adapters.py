@@ -67,6 +67,8 @@ class Adapter:
     """Weights that it replaces as a whole (peft's `modules_to_save`), by the model's names."""
     source: str = "the adapter"
     """What messages call it."""
+    notices: tuple[str, ...] = ()
+    """One sentence for each thing that its files have and that was left aside, or was not plain."""
 
     @property
     def rank(self) -> int:
@@ -89,6 +91,27 @@ class Adapter:
                 raise InputError(
                     f"{self.source} has factors {list(factors.a.shape)} and {list(factors.b.shape)} for {name}, where "
                     f"this model needs {own_a} and {own_b}; it is for another model"
+                )
+        self._check_whole(model)
+
+    def _check_whole(self, model: Model) -> None:
+        """A head is none of the names where it is tied to the embedding; `merge_` says what to do then."""
+        for name, tensor in self.whole.items():
+            if name in self.factors or name in (self.denoise or {}):
+                raise InputError(f"{self.source} has factors for {name} and replaces it too; one of both must go")
+            parent, _, leaf = name.rpartition(".")
+            try:
+                shape = tuple(getattr(model.get_submodule(parent), leaf).shape)
+            except AttributeError:
+                if name != "lm_head.weight":
+                    raise InputError(
+                        f"{self.source} replaces {name}, which this model does not have; it is for another model"
+                    ) from None
+                shape = tuple(model.embed_tokens.weight.shape)
+            if tuple(tensor.shape) != shape:
+                raise InputError(
+                    f"{self.source} replaces {name} by {list(tensor.shape)}, where this model has {list(shape)}; it is "
+                    "for another model"
                 )
 
 
@@ -290,17 +313,18 @@ class AdaptedExperts(nn.Module):
 
 
 TRAINED = LanePair(0, 0)
-"""The lane of every row of a model that is made trainable: what `KVCache.lanes` must say."""
+"""The lane of every row of a model that is made trainable."""
 
 
 def trainable_(model: Model, adapter: Adapter) -> Model:
-    """Freeze the model, and put the adapter's factors beside its weights as parameters; rows need the lane `TRAINED`.
+    """Freeze the model, and put the adapter's factors beside its weights as parameters, which all rows then have.
 
     InputError for an adapter that does not fit, or that has factors of denoise alone."""
     adapter.check(model)
     if adapter.denoise is not None:
         raise InputError(f"{adapter.source} has factors of its own for denoise, which cannot be trained further here")
     model.requires_grad_(False)
+    model.usual_lanes = TRAINED
     names = {module: name for name, module in model.named_modules()}
     stacks: dict[Experts, dict[str, Factors]] = {}
     for name, (owner, leaf) in targeted(model).items():

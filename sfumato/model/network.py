@@ -20,7 +20,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.config import LayerConfig, ModelConfig
 from sfumato.model.passes import Pass
 from sfumato.ops.contract import After, BlockPass, BlockResult, JoinNorms, Layer, Matrix, Ops
-from sfumato.ops.lowrank import LaneSwitch
+from sfumato.ops.lowrank import LanePair, LaneSwitch
 
 
 class Norm(nn.Module):
@@ -314,6 +314,8 @@ class Model(nn.Module):
         self._embed_scale: Tensor | None = None
         self.lane_switch = LaneSwitch()
         """Tells weights with adapters beside them which one each token has (`adapters`)."""
+        self.usual_lanes = LanePair()
+        """Those of rows that ask for no adapter: of a model that is trained with one beside it, that one's."""
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig, Rope
-from sfumato.ops.lowrank import NOBODY, Lanes, LaneSwitch
+from sfumato.ops.lowrank import NOBODY, LanePair, Lanes, LaneSwitch
 from sfumato.ops.masks import Mask
 
 
@@ -19,6 +19,7 @@ class PassModel(Protocol):
 
     config: ModelConfig
     lane_switch: LaneSwitch
+    usual_lanes: LanePair
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,7 +52,7 @@ class Pass:
         self.cache, self.rows, self.counts, self.encode, self.canvas = cache, rows, counts, encode, canvas
         self.config, self.dtype, device = model.config, model.dtype, model.device
         self.is_static, self._switch = places is not None, model.lane_switch
-        lanes = [cache.lanes[row] for row in rows]
+        lanes = [model.usual_lanes if cache.lanes[row] == LanePair() else cache.lanes[row] for row in rows]
         self.lanes = self.canvas_lanes = NOBODY
         if any(lane.encode >= 0 or lane.denoise >= 0 for lane in lanes):
             self.lanes = self.canvas_lanes = Lanes.of(lanes, encode, canvas, device)

@@ -5,7 +5,7 @@ Training, evaluation and the command line take a task by its name, and know noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,8 @@ class Task:
     """The right answer to that message, or one of several."""
     is_right: Callable[[str, str], bool]
     """(what the model wrote, item) -> whether it is right. White space around it does not count; it never raises."""
+    known: Callable[[str], Mapping[int, str]] | None = None
+    """Characters of the answer that an item says, by their places: an evaluation pins them. None: it says none."""
 
 
 def _puzzle(rng: np.random.Generator) -> str:
@@ -43,7 +45,14 @@ def _solution(puzzle: str) -> str:
 TASKS = {
     task.name: task
     for task in (
-        Task("sudoku", _puzzle, sudoku.prompt, _solution, lambda text, item: sudoku.is_solved(text.strip(), item)),
+        Task(
+            "sudoku",
+            _puzzle,
+            sudoku.prompt,
+            _solution,
+            lambda text, item: sudoku.is_solved(text.strip(), item),
+            lambda item: {cell: digit for cell, digit in enumerate(item) if digit != "0"},
+        ),
         Task(
             "sorting",
             sorting.generate,

@@ -1,7 +1,7 @@
 """A checkpoint's jinja template, compiled and rendered in jinja's sandbox: the part that runs in a child process.
 
 A template is somebody else's program. The sandbox keeps it from reaching anything outside itself; the child process
-(`confined`) bounds its time and memory, whatever its loops, filters and operators do. So `check` and `render` are
+(`confined`) bounds its time and memory, whatever its loops, filters and operators do. So its functions are
 called through `confined.ChildPool.run`, by `template` alone. Their errors are one sentence for the user.
 
 Import-light, because a child process starts with it: jinja2 and nothing else.
@@ -53,6 +53,11 @@ def render(source: str, variables: dict[str, Any]) -> str:
             f"the chat template fails on these messages: {type(error).__name__}: {_one_line(error)}"
         ) from None
     return "".join(pieces)
+
+
+def render_all(source: str, variables: list[dict[str, Any]]) -> list[str]:
+    """The texts of a template with each of these variables; see `render`."""
+    return [render(source, each) for each in variables]
 
 
 @functools.lru_cache(TEMPLATES_KEPT)

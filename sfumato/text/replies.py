@@ -30,7 +30,7 @@ class Reply:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
-_ENDS = {"<turn|>", "<eos>", "<|tool_response>"}
+ENDS = {"<turn|>", "<eos>", "<|tool_response>"}
 """Control tokens at which an answer ends."""
 _LABELS = ("thought", "thoughts", "thinking", "analysis", "reasoning")
 _LABEL = re.compile(rf"\s{{0,16}}(?:{'|'.join(_LABELS)})[ \t]{{0,16}}:?[ \t]{{0,16}}(?:\n|\Z)", re.IGNORECASE)
@@ -162,7 +162,7 @@ class ReplyParser:
             if index in self._tokenizer.special_ids or index in self._ends:
                 self._take(_Piece(self._detokeniser.push(run) + self._detokeniser.flush(), size=len(run)))
                 token = self._tokenizer.token(index) or ""
-                self._take(_Piece(token, True, token in _ENDS or index in self._ends, 1))
+                self._take(_Piece(token, True, token in ENDS or index in self._ends, 1))
                 run = []
             else:
                 run.append(index)

@@ -1,7 +1,9 @@
-"""The training loop: TrainingRecipe in, checkpoints and a log out, continued exactly where it was cut off.
+"""The training loop: TrainingRecipe in, a state and logs out, continued exactly where it was cut off.
 
 Everything random is a function of (seed, step): the batch from its source, the corruption from a generator made anew
-each step. So a checkpoint needs only weights, optimiser state and the step's number. Checkpoints are safetensors.
+each step. So a state needs only what is trained, the optimisers' states and the step's number, with what the checks of
+the model have said so far. What a step does not depend on is in how many parts its batch is computed, one after the
+other (`accumulate`) or in several processes (`Ranks`). Here is nothing of tasks, texts or the command line.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +22,26 @@ from torch import Tensor
 from sfumato.checkpoints.shards import read_tensors, write_tensors
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.network import Model
-from sfumato.options import DTYPE_NAMES
-from sfumato.system.files import replacing
+from sfumato.training import logs
 from sfumato.training.data import Source
-from sfumato.training.loss import Corruption, losses, problem
+from sfumato.training.distributed import ALONE, Ranks, full
+from sfumato.training.loss import Corruption, LossSums, Problem, loss_sums, problem
+from sfumato.training.optimizers import optimizers_of
+from sfumato.training.recipe import TrainingRecipe
+from sfumato.training.state import (
+    STATE,
+    copy_,
+    latest,
+    no_state,
+    note_of,
+    restore_,
+    step_of,
+    tensors_to_keep,
+    write_state,
+)
 
-STATE, LOGS = "state.safetensors", ("log.jsonl", "evals.jsonl")
-"""What a run's folder holds; the logs have a line for each step, and for each check of the model."""
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """The numbers of a run. The schedule warms up, holds the peak until `hold`, then follows a cosine to `floor`."""
-
-    steps: int = 1000
-    batch: int = 96
-    lr: float = 2e-3
-    warmup: int = 100
-    hold: int = 0
-    floor: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 1e-2
-    clip: float = 1.0
-    seed: int = 0
-    optimizer: str = "adamw"
-    """"adamw", or "muon": torch.optim.Muon for the matrices of the blocks, AdamW for everything else."""
-    encode_response_every: int = 1
-    """The response takes part in the encode pass (and its loss) on every n-th step; the prompt always does."""
-    repeats: int = 1
-    """Canvases (noise levels) per example: the example is encoded once for all of them."""
-    conditioned: float = 0.5
-    """Share of a batch that sees the soft embedding of a first pass."""
-    leave_one_out: bool = False
-    precision: str = "float32"
-    """"float32", or "bfloat16": autocast, weights stay float32."""
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in ("adamw", "muon"):
-            raise InputError(f"optimizer is {self.optimizer!r}; choose 'adamw' or 'muon'")
-        object.__setattr__(self, "precision", DTYPE_NAMES.get(self.precision, self.precision))
-        if self.precision not in ("float32", "bfloat16"):
-            raise InputError(f"precision is {self.precision!r}; choose 'float32' or 'bfloat16'")
-        for name in ("steps", "batch", "encode_response_every", "repeats"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give 1 or more")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        start = max(self.hold, self.warmup)
-        share = min(max(0.0, (step - start) / max(1, self.steps - start)), 1.0)
-        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share)))
+BEST = "best.safetensors"
+"""What is trained, as it was at the lowest held-out loss."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +57,69 @@ class StepReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The mean losses, nats a token, on examples that are not trained on."""
+
+    step: int
+    diffusion_loss: float
+    encode_loss: float
+
+    @property
+    def loss(self) -> float:
+        """Their sum."""
+        return self.diffusion_loss + self.encode_loss
+
+
+@dataclass
+class HeldOutStanding:
+    """What the held-out losses have said so far: part of the state."""
+
+    best: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    """Measurements since the best one."""
+
+    def add(self, step: int, loss: float) -> bool:
+        """Whether this loss is the lowest yet."""
+        if loss < self.best:
+            self.best, self.best_step, self.worse = loss, step, 0
+            return True
+        self.worse += 1
+        return False
+
+
+ModelCheck = Callable[[int], Mapping[str, Any]]
+"""Looks at the model after this step, between steps; gives what evals.jsonl is to say of it."""
+
+
+@dataclass(frozen=True)
+class TrainerSetting:
+    """How a run is carried out, which changes none of its steps but where it ends."""
+
+    compile: bool = False
+    checkpoint_seconds: float = 300.0
+    """Between saves of the state."""
+    held_out: Source | None = None
+    held_out_batches: int = 4
+    """Of the recipe's size, so many are looked at, always the same."""
+    every: int = 0
+    """Steps between looks at the model: held-out losses, and `checks`; the last step has one too. 0: none."""
+    patience: int = 0
+    """The run ends after so many looks without a lower held-out loss. 0: never."""
+    checks: tuple[ModelCheck, ...] = ()
+    show: Callable[[Mapping[str, Any]], None] | None = None
+    """Called with each line of evals.jsonl."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What the run is besides its recipe: model, data, what is trained. A run goes on with the same alone."""
+    ranks: Ranks = ALONE
+
+
 class Trainer:
     """A model, its optimisers and a place on disk.
 
-    `folder` holds `state.safetensors` (weights, optimiser state, step) and `log.jsonl`; where they are there already,
-    training continues from them. Two runs in one folder at one time need `files.locked`."""
+    Parameters that require gradients are trained. `folder` holds the state (`training.state`) and `log.jsonl`; where
+    they are there already, training continues from them. Two runs in one folder at one time need `files.locked`."""
 
     def __init__(
         self,
@@ -99,152 +127,252 @@ class Trainer:
         source: Source,
         recipe: TrainingRecipe,
         folder: Path | str,
-        compile: bool = False,
-        checkpoint_seconds: float = 300.0,
+        setting: TrainerSetting | None = None,
     ) -> None:
         self.model, self.source, self.recipe = model, source, recipe
+        self.setting = setting or TrainerSetting()
+        self.ranks = self.setting.ranks
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoint_seconds = checkpoint_seconds
-        self.step = 0
-        named = dict(model.named_parameters())
-        is_matrix = {n: p.ndim == 2 and n.startswith("layers.") and "router" not in n for n, p in named.items()}
-        by_muon = {n: p for n, p in named.items() if recipe.optimizer == "muon" and is_matrix[n]}
-        rest = {n: p for n, p in named.items() if n not in by_muon}
-        decay = recipe.weight_decay
-        groups = [
-            {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas, fused=True)
-        ]
-        if by_muon:
-            self.optimizers.append(
-                torch.optim.Muon(
-                    list(by_muon.values()), lr=recipe.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-                )
+        self.step, self.standing = 0, HeldOutStanding()
+        self._parts = recipe.accumulate * self.ranks.size
+        if recipe.batch % self._parts:
+            raise InputError(
+                f"batch is {recipe.batch}, which {self.ranks.size} processes of {recipe.accumulate} parts each do not "
+                f"divide; give a multiple of {self._parts}"
             )
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
-        self._losses: Callable[..., tuple[Tensor, Tensor]] = torch.compile(losses, dynamic=False) if compile else losses
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise InputError("no weight of this model is trained; attach an adapter, or train all of them")
+        if self.ranks.size > 1 and recipe.optimizer != "adamw":
+            raise InputError(f"optimizer {recipe.optimizer!r} is of one process; choose 'adamw' for several")
+        self.optimizers = optimizers_of(trained, recipe)
+        self._trained = list(trained.values())
+        self._losses: Callable[..., LossSums] = (
+            torch.compile(loss_sums, dynamic=False) if self.setting.compile else loss_sums
+        )
         self._is_between_steps = True
-        if (self.folder / STATE).exists():
-            self._restore()
-        for name in LOGS:
-            _cut(self.folder / name, self.step)
+        if (state := latest(self.folder)) is not None:
+            self._restore(state)
+        self.ranks.wait()
+        if self.ranks.is_first:
+            for name in logs.LOGS:
+                logs.cut(self.folder / name, self.step)
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether the held-out loss has not fallen for too long."""
+        return 0 < self.setting.patience <= self.standing.worse
 
     def run(self, until: float = math.inf) -> Generator[StepReport, None, None]:
-        """Train up to the recipe's last step, or until `time.monotonic()` passes `until`.
+        """Train up to the recipe's last step, or until `time.monotonic()` passes `until`, or it is stopped early.
 
-        It saves on the way out, and so when it is closed."""
+        It saves on the way out, and so when it is closed. SfumatoError where the disk says no: the state before stays.
+        """
         saved = time.monotonic()
+        is_failed = False
         try:
-            while self.step < self.recipe.steps and time.monotonic() < until:
+            while self.step < self.recipe.steps and not self.is_stopped_early and not self._is_over(until):
                 progress = self._advance()
-                with (self.folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(asdict(progress)) + "\n")
-                if time.monotonic() - saved > self.checkpoint_seconds:
+                self._log("log.jsonl", asdict(progress))
+                self._look()
+                self._is_between_steps = True
+                if self.ranks.agree(int(time.monotonic() - saved > self.setting.checkpoint_seconds)):
                     self.save()
                     saved = time.monotonic()
                 yield progress
+        except Exception:
+            is_failed = True
+            raise
         finally:
-            if self._is_between_steps:  # else some weights have taken the step and some have not
+            if self._is_between_steps and not is_failed:  # else some weights have taken the step and some have not
                 self.save()
 
+    def _is_over(self, until: float) -> bool:
+        return until < math.inf and bool(self.ranks.agree(int(time.monotonic() >= until)))
+
     def _advance(self) -> StepReport:
-        began, recipe, step = time.perf_counter(), self.recipe, self.step
-        device, config = self.model.device, self.model.config
-        batch = self.source.batch(step, recipe.batch, device)
-        generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
-        canvases = recipe.batch * recipe.repeats
-        corruption = Corruption.draw(canvases, config.canvas_length, config.vocab_size, generator, recipe.conditioned)
-        is_whole = (step + 1) % recipe.encode_response_every == 0
-        noisy = problem(batch, corruption, config.canvas_length, config.eos_ids[0], is_whole)
-        rate = recipe.rate(step)
+        began, recipe = time.perf_counter(), self.recipe
+        batch, corruption, is_whole = self._drawn(self.source, self.step)
+        rate = recipe.rate(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            diffusion_loss, encode_loss = self._losses(self.model, noisy, recipe.leave_one_out)
-        (diffusion_loss + encode_loss).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        parts, counts = self._split(batch, corruption, is_whole)
+        means = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        for part in parts:
+            diffusion, encode = self._mean_shares(part, counts)
+            (diffusion + encode).backward()
+            means += torch.stack([diffusion, encode]).detach()
+        diffusion_loss, encode_loss = self.ranks.total(means).tolist()
+        norm = full(torch.nn.utils.clip_grad_norm_(self._trained, recipe.clip))
         self._is_between_steps = False
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._is_between_steps = True
         return StepReport(
             step=self.step,
-            diffusion_loss=diffusion_loss.item(),
-            encode_loss=encode_loss.item(),
+            diffusion_loss=diffusion_loss,
+            encode_loss=encode_loss,
             rate=rate,
             grad_norm=float(norm),
             examples=self.step * recipe.batch,
             seconds=time.perf_counter() - began,
         )
 
+    def _drawn(self, source: Source, step: int) -> Any:
+        """The whole batch of a step, its random numbers, and whether the response is encoded."""
+        recipe, config, device = self.recipe, self.model.config, self.model.device
+        batch = source.batch(step, recipe.batch, device)
+        generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
+        canvases = recipe.batch * recipe.repeats
+        corruption = Corruption.draw(canvases, config.canvas_length, config.vocab_size, generator, recipe.conditioned)
+        return batch, corruption, (step + 1) % recipe.encode_response_every == 0
+
+    def _split(self, batch: Any, corruption: Corruption, is_whole: bool) -> tuple[list[Problem], tuple[int, int]]:
+        """This process's parts of a batch, and the targets of the whole one, of denoise and of encode."""
+        config, eos = self.model.config, self.model.config.eos_ids[0]
+
+        def noised(rank: int, ranks: int) -> Problem:
+            part = batch.part(rank, ranks), corruption.part(rank, ranks)
+            return problem(*part, config.canvas_length, eos, is_whole)
+
+        whole = noised(0, 1)
+        count = self._parts
+        first = self.ranks.rank * self.recipe.accumulate
+        parts = [whole] if count == 1 else [noised(first + n, count) for n in range(self.recipe.accumulate)]
+        return parts, (max(1, whole.diffusion_count), max(1, whole.encode_count))
+
+    def _mean_shares(self, part: Problem, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What a part contributes to (L_diff, L_enc) of the whole batch."""
+        is_half = self.recipe.precision == "bfloat16"
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half):
+            sums = self._losses(self.model, part, self.recipe.leave_one_out)
+        return sums.diffusion / counts[0], sums.encode / counts[1]
+
+    # ---- looks at the model -----------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """The held-out losses and the checks, where this step is one for it."""
+        every = self.setting.every
+        if not every or (self.step % every and self.step < self.recipe.steps):
+            return
+        lines: dict[str, Any] = {}
+        if self.setting.held_out is not None:
+            held = self.measure(self.setting.held_out)
+            if self.standing.add(self.step, held.loss):
+                self._keep_best()
+            lines |= {"diffusion_loss": held.diffusion_loss, "encode_loss": held.encode_loss}
+            lines |= {"held_out_loss": held.loss, "best_step": self.standing.best_step}
+        for check in self.setting.checks:
+            lines |= check(self.step)
+        if lines:
+            line = {"step": self.step, **lines}
+            self._log("evals.jsonl", line)
+            if self.setting.show is not None:
+                self.setting.show(line)
+
+    @torch.no_grad()
+    def measure(self, source: Source) -> HeldOut:
+        """The mean losses on the first batches of a source, with the same noise each time."""
+        means = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        batches = self.setting.held_out_batches
+        for number in range(batches):
+            batch, corruption, _ = self._drawn(source, number)
+            parts, counts = self._split(batch, corruption, True)
+            for part in parts:
+                means += torch.stack(self._mean_shares(part, counts)) / batches
+        diffusion, encode = self.ranks.total(means).tolist()
+        return HeldOut(self.step, diffusion, encode)
+
+    def _keep_best(self) -> None:
+        tensors = {name: full(value) for name, value in tensors_to_keep(self.model).items()}
+        if self.ranks.is_first:
+            write_tensors(self.folder / BEST, tensors, {"step": str(self.step)})
+
+    @torch.no_grad()
+    def take_best_(self) -> int:
+        """Put the best weights in the place of the last ones, for what is written at the end; the step they are of."""
+        path = self.folder / BEST
+        if not self.standing.best_step or not path.exists():
+            return self.step
+        tensors, note = read_tensors(path)
+        kept = tensors_to_keep(self.model)
+        step = step_of(note, path)
+        if tensors.keys() != kept.keys():
+            raise CheckpointError(f"{path} belongs to another model; remove it")
+        self.ranks.release_(self.model)
+        copy_(kept, tensors)
+        return step
+
+    # ---- the state --------------------------------------------------------------------------------------------------
+
     def save(self) -> None:
         """Write the whole state beside, then rename."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for optimizer in self.optimizers:
-            for parameter, state in optimizer.state.items():
-                tensors |= {f"optimizer.{self._names[parameter]}.{key}": value for key, value in state.items()}
-        note = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
-        write_tensors(self.folder / STATE, tensors, note)
+        note = {
+            "step": str(self.step),
+            "recipe": json.dumps(asdict(self.recipe)),
+            "standing": json.dumps(asdict(self.standing)),
+            "identity": json.dumps(self.setting.identity),
+        }
+        write_state(self.folder, self.model, self.optimizers, note, self.ranks)
 
-    def _restore(self) -> None:
-        path = self.folder / STATE
-        tensors, note = read_tensors(path)
-        own = self.model.state_dict()
-        read = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        if read.keys() != own.keys() or any(read[name].shape != own[name].shape for name in own):
-            raise CheckpointError(f"{path} belongs to another model; choose another folder or remove it")
-        self.model.load_state_dict(read)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    prefix = f"optimizer.{self._names[parameter]}."
-                    state = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-                    if state:
-                        optimizer.state[parameter] = {
-                            key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-                        }
-        self.step = _noted(path, note)[0]
+    def _restore(self, path: Path) -> None:
+        note = note_of(path)
+        step, recipe = step_of(note, path), _recipe_of(path, note)
+        self.recipe.check_same(recipe)
+        check_identity(self.setting.identity, _json(path, note.get("identity", "{}")))
+        restore_(path, self.model, self.optimizers)
+        try:
+            self.standing = HeldOutStanding(**_json(path, note.get("standing", "{}")))
+        except TypeError as error:
+            raise no_state(path) from error
+        self.step = step
+
+    def _log(self, name: str, line: Mapping[str, Any]) -> None:
+        if self.ranks.is_first:
+            logs.append(self.folder / name, line)
 
 
 def recipe_of(folder: Path | str, **changes: Any) -> TrainingRecipe:
     """The recipe that a folder was last trained with, with changes. CheckpointError where its state is none."""
-    path = Path(folder) / STATE
-    return replace(_noted(path, read_tensors(path)[1])[1], **changes)
+    path = latest(Path(folder)) or Path(folder) / STATE
+    note = note_of(path)
+    step_of(note, path)
+    return replace(_recipe_of(path, note), **changes)
 
 
-def _noted(path: Path, note: dict[str, str]) -> tuple[int, TrainingRecipe]:
-    """Step and recipe of a state."""
-    try:
-        stored = json.loads(note["recipe"])
-        return int(note["step"]), TrainingRecipe(**{**stored, "betas": tuple(stored["betas"])})
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not the state of a run; choose another folder or remove it") from error
-
-
-def _cut(path: Path, step: int) -> None:
-    """Remove a log's lines of steps after the last save, which are run again, and lines that a kill has cut off.
-
-    Of each step only the last line stays."""
-    if not path.exists():
+def check_identity(identity: Mapping[str, Any], before: object) -> None:
+    """InputError where a run is to go on that was another one: with another model, other data, other factors."""
+    if not isinstance(before, dict):
         return
-    held = path.read_bytes()
-    kept = {at: line for line in held.splitlines() if (at := _step_of(line)) is not None and at <= step}
-    data = b"".join(line + b"\n" for line in kept.values())
-    if data != held:
-        with replacing(path) as file:
-            file.write(data)
+    for name, value in identity.items():
+        old, new = (json.dumps(one, sort_keys=True) for one in (before.get(name, value), value))
+        if old != new:
+            raise InputError(
+                f"{name} is {_short(new)} and this run began with {_short(old)}; give the same again to go on, or "
+                "--force to begin anew"
+            )
 
 
-def _step_of(line: bytes) -> int | None:
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _recipe_of(path: Path, note: Mapping[str, str]) -> TrainingRecipe:
+    stored = _json(path, note.get("recipe", ""))
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return step if isinstance(step, int) else None
+        return TrainingRecipe(**stored)
+    except (TypeError, ValueError, InputError) as error:
+        raise no_state(path) from error
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise no_state(path) from error
+    if not isinstance(value, dict):
+        raise no_state(path)
+    return value

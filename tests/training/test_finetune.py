@@ -147,6 +147,9 @@ def source_of(tokens: Examples) -> Source:
                 tokens, tokens_BT=torch.randint(6, 61, tokens.tokens_BT.shape, generator=draws).to(device)
             )
 
+        def describe(self) -> dict[str, Any]:
+            return {}
+
     return Random()
 
 
@@ -283,9 +286,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int
 def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path: Path) -> None:
     """SIGKILL, eight times: before the first save, and in the middle of saves, of which there is one a step."""
     out, draws, reached = tmp_path / "run", random.Random(1), 0
-    code = "import sys; from sfumato.training.train import Trainer; from sfumato.cli import main\n"
-    code += "plain = Trainer.__init__\n"
-    code += "Trainer.__init__ = lambda *a, **k: plain(*a, **{**k, 'checkpoint_seconds': 0.0})\nsys.exit(main())"
+    code = "import sys; from sfumato.training.train import TrainerSetting; from sfumato.cli import main\n"
+    code += "plain = TrainerSetting.__init__\n"
+    code += "TrainerSetting.__init__ = lambda *a, **k: plain(*a, **{**k, 'checkpoint_seconds': 0.0})\nsys.exit(main())"
     arguments = ["finetune", str(out), "--pool", "60", "--eval-every", "0", "-s", "steps=500", "-s", "batch=2"]
     for turn in range(8):
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
@@ -303,7 +306,8 @@ def test_kills_at_any_moment_leave_a_state_that_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[1] is not None and process.returncode == 143
     assert lines_of(out) == list(range(1, len(lines_of(out)) + 1))
-    assert sorted(os.listdir(out)) == ["checkpoint", "log.jsonl", "loss.png", "state.safetensors"]
+    files = ["README.md", "checkpoint", "log.jsonl", "loss.png", "run.json", "samples.md", "state.safetensors"]
+    assert sorted(os.listdir(out)) == files
 
 
 def test_a_folder_with_files_of_others_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,6 +350,9 @@ def test_training_lowers_both_losses(tmp_path: Path) -> None:
     class Same:
         def batch(self, step: int, size: int, device: torch.device) -> Examples:
             return batch()
+
+        def describe(self) -> dict[str, Any]:
+            return {}
 
     log = list(Trainer(trainable(), Same(), TrainingRecipe(steps=40, batch=2, lr=1e-2, warmup=4), tmp_path).run())
 

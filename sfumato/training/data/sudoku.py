@@ -1,9 +1,9 @@
-"""Where examples come from. A source is a function of the step number, so that a resumed run sees the same batches."""
+"""Endless Sudoku as a source: the task that nano was trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +13,6 @@ from sfumato.tasks import sudoku
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.loss import Examples
-
-
-class Source(Protocol):
-    """What the training loop asks of data."""
-
-    def batch(self, step: int, size: int, device: torch.device) -> Examples:
-        """The examples of this step: the same ones for the same arguments, always."""
-        ...
 
 
 class SudokuSource:
@@ -38,7 +30,7 @@ class SudokuSource:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.stream = sudoku.Stream(sudoku.minimal_puzzles(pool, np.random.default_rng(seed), progress), seed)
-        self.clues = clues
+        self.pool, self.clues = pool, clues
         blank = "0" * 81
         ids = template.encode(tokenizer, [{"role": "user", "content": sudoku.prompt(blank)}])
         digit_ids = tokenizer.encode("0123456789")
@@ -67,3 +59,7 @@ class SudokuSource:
         )
         prompt = len(self.head) + 81 + len(self.tail)
         return Examples(tokens.to(device), [tokens.shape[1]] * size, [prompt] * size, [False] * size)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`."""
+        return {"task": "sudoku", "seed": self.stream.seed, "pool": self.pool, "clues": list(self.clues)}

@@ -1,0 +1,9 @@
+"""What people have on disk becomes examples: readers, records, an index of tokens, sources of batches."""
+
+from sfumato.training.data.dataset import Dataset, held_out_of, open_data
+from sfumato.training.data.examples import LengthLimit
+from sfumato.training.data.mixed import MixedSource
+from sfumato.training.data.source import Source
+from sfumato.training.data.sudoku import SudokuSource
+
+__all__ = ["Dataset", "LengthLimit", "MixedSource", "Source", "SudokuSource", "held_out_of", "open_data"]

@@ -1,0 +1,204 @@
+"""From a `RunSpec` to what a run needs: the model with what is trained, sources of examples, items to check on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sfumato import ops
+from sfumato.checkpoints.checkpoint import in_full
+from sfumato.checkpoints.detect import open_checkpoint
+from sfumato.checkpoints.load import load
+from sfumato.checkpoints.locate import resolve
+from sfumato.errors import InputError
+from sfumato.model.adapters import new_adapter, trainable_
+from sfumato.model.config import ModelConfig
+from sfumato.model.network import Model
+from sfumato.options import LoadOptions
+from sfumato.tasks import task as tasks
+from sfumato.text.template import ChatTemplate
+from sfumato.text.tokenizer import Tokenizer
+from sfumato.training.data import (
+    Dataset,
+    LengthLimit,
+    MixedSource,
+    Source,
+    SudokuSource,
+    held_out_of,
+    open_data,
+)
+from sfumato.training.recipe import FULL, LORA, TrainingRecipe
+from sfumato.training.spec import NEW, RunSpec
+from sfumato.training.state import latest
+from sfumato.training.task_source import TaskSource
+from sfumato.training.train import recipe_of
+
+CountProgress = Callable[[int, int], None]
+
+USUAL_TOKENS = 4096
+"""The longest example, where none is asked for and the model's context is longer."""
+USUAL_HELD_OUT = 0.05
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that a run begins from."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    fingerprint: str
+    """Of its config and the sizes of its files."""
+
+    @property
+    def pad(self) -> int:
+        """The token behind the end of shorter examples."""
+        return self.tokenizer.special_id("pad_token") if "pad_token" in self.tokenizer.special else 0
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is trained on, and what is not."""
+
+    train: Source
+    held_out: Source | None
+    items: dict[str, list[str]]
+    """Items of each task that is checked."""
+    examples: int | None
+    """How many there are to train on; None: endless."""
+
+
+def base_of(spec: RunSpec) -> Base:
+    """Open the tokenizer and template of the run's model. InputError for a file that training cannot begin from."""
+    folder = resolve(spec.model.removesuffix(NEW))
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is a GGUF, and training begins from a folder; write one: sfumato convert {folder} --to bf16 "
+            "-o FOLDER"
+        )
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder, tokenizer.special)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return Base(folder, tokenizer, template, digest.hexdigest()[:16])
+
+
+def new_recipe(spec: RunSpec) -> TrainingRecipe:
+    """The recipe of the run in the folder, or a new one, with the changes that were asked for."""
+    if latest(spec.folder) is not None:
+        return replace(recipe_of(spec.folder), **spec.changes)
+    return TrainingRecipe(**{**(FULL if spec.lora is None else LORA), **spec.changes})
+
+
+def with_steps(recipe: TrainingRecipe, spec: RunSpec, examples: int | None) -> TrainingRecipe:
+    """The recipe with as many steps as epochs ask for, where neither says how many."""
+    if examples is None or "steps" in spec.changes or (spec.epochs is None and latest(spec.folder) is not None):
+        return recipe
+    epochs = 3.0 if spec.epochs is None else spec.epochs
+    return replace(recipe, steps=max(1, math.ceil(epochs * examples / recipe.batch)))
+
+
+def model_of(spec: RunSpec, base: Base, recipe: TrainingRecipe, device: str) -> Model:
+    """The model with the parameters that are trained, and no others, requiring gradients."""
+    if spec.is_new:
+        model = Model(ModelConfig.from_file(base.folder / "config.json"), ops.load("fused")).to(device)
+        return model.init_(recipe.seed, std=0.05)
+    checkpoint = open_checkpoint(base.folder)
+    if spec.lora is None:
+        model = load(in_full(checkpoint), LoadOptions(device=device, dtype="float32", ops="fused"))
+        return model.requires_grad_(True)
+    options = LoadOptions(device=device, dtype=recipe.precision, ops="fused", quantize=spec.quantize)
+    model = load(checkpoint, options)
+    lora = spec.lora
+    assert lora.alpha is not None
+    return trainable_(model, new_adapter(model, lora.rank, lora.alpha, lora.targets, lora.is_rs, recipe.seed))
+
+
+def identity_of(spec: RunSpec, base: Base, sources: Sources) -> dict[str, Any]:
+    """What a run is besides its recipe: it goes on with the same alone."""
+    lora = None if spec.lora is None else asdict(spec.lora)
+    return {
+        "model": {"name": spec.model, "fingerprint": base.fingerprint},
+        "lora": lora,
+        "quantize": spec.quantize,
+        "data": sources.train.describe(),
+    }
+
+
+def sources_of(spec: RunSpec, base: Base, recipe: TrainingRecipe, progress: CountProgress | None = None) -> Sources:
+    """Open the data and make the tasks' sources."""
+    parts: dict[str, tuple[Source, Source | None]] = {}
+    for name in spec.data.tasks:
+        parts[name] = _task_sources(name, spec, base, recipe, progress)
+    examples = None
+    if spec.data.files:
+        dataset = _dataset(spec, base, recipe)
+        parts["data"] = dataset.train, dataset.held_out
+        examples = len(dataset.train)
+    shares = spec.data.shares()
+    if not parts:
+        raise InputError("there is nothing to train on; give --data FILE or --task NAME")
+    train = _mixed([(parts[name][0], shares[name]) for name in parts], base, recipe)
+    held = [(held_out, shares[name]) for name, (_, held_out) in parts.items() if held_out is not None]
+    items = {} if spec.looks.every == 0 else {name: _items(name, spec, base, recipe) for name in spec.looks.tasks}
+    return Sources(
+        train,
+        _mixed(held, base, recipe) if held else None,
+        items,
+        None if examples is None else round(examples / shares["data"]),
+    )
+
+
+def _mixed(parts: Sequence[tuple[Source, float]], base: Base, recipe: TrainingRecipe) -> Source:
+    """One source of several."""
+    return parts[0][0] if len(parts) == 1 else MixedSource(parts, recipe.seed, base.pad)
+
+
+def _dataset(spec: RunSpec, base: Base, recipe: TrainingRecipe) -> Dataset:
+    """The files, with a part held out where that was asked for, or where there is something to look at."""
+    data = spec.data
+    most = ModelConfig.from_file(base.folder / "config.json").max_position
+    if data.max_tokens is not None and data.max_tokens > most:
+        raise InputError(f"max_tokens is {data.max_tokens}, and the model's context {most}; lower it")
+    limit = min(USUAL_TOKENS, most) if data.max_tokens is None else data.max_tokens
+
+    def opened(held_out: float | Path | None) -> Dataset:
+        length = LengthLimit(limit, data.long)
+        files = list(data.files)
+        return open_data(files, base.tokenizer, base.template, max_tokens=length, seed=recipe.seed, held_out=held_out)
+
+    if data.held_out is not None:
+        share = held_out_of(data.held_out)
+        return opened(None if share == 0 else share)
+    whole = opened(None)
+    has_several = len(set(whole.train.index.entries["content"].tolist()[:1000])) > 1
+    return opened(USUAL_HELD_OUT) if has_several and spec.looks.every != 0 else whole
+
+
+def _task_sources(
+    name: str, spec: RunSpec, base: Base, recipe: TrainingRecipe, progress: CountProgress | None
+) -> tuple[Source, Source | None]:
+    """What is trained on of a task, and what is not."""
+    task = tasks.named(name)
+    if name == "sudoku":
+        source = SudokuSource(base.tokenizer, base.template, pool=spec.data.pool, progress=progress)
+        return source, _held_out_sudoku(base)
+    return tuple(TaskSource(task, base.tokenizer, base.template, recipe.seed, held) for held in (False, True))  # type: ignore[return-value]
+
+
+def _held_out_sudoku(base: Base) -> SudokuSource:
+    return SudokuSource(base.tokenizer, base.template, seed=20261122, pool=60, clues=(30, 39))
+
+
+def _items(name: str, spec: RunSpec, base: Base, recipe: TrainingRecipe) -> list[str]:
+    """Items of a task that are not trained on."""
+    task, count = tasks.named(name), spec.looks.items
+    if name == "sudoku":
+        puzzles, _ = _held_out_sudoku(base).stream.sample(count, 35, 0)
+        return ["".join(map(str, row)) for row in puzzles]
+    return TaskSource(task, base.tokenizer, base.template, recipe.seed, is_held_out=True).items(count, 0)

@@ -1,0 +1,69 @@
+"""A task as a source of examples: endless items with their right answers, as a chat of two turns."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from sfumato.errors import InputError
+from sfumato.tasks.task import Task
+from sfumato.text.template import ChatTemplate
+from sfumato.text.tokenizer import Tokenizer
+from sfumato.training.loss import Examples
+
+SPLIT = 16
+"""One item of so many is held out, by a hash of it: a run never trains on those."""
+_TRIES = 1000
+
+
+class TaskSource:
+    """Items of a task as functions of (seed, step): those that are trained on, or those that are held out."""
+
+    def __init__(
+        self, task: Task, tokenizer: Tokenizer, template: ChatTemplate, seed: int = 0, is_held_out: bool = False
+    ) -> None:
+        self.task, self.tokenizer, self.template = task, tokenizer, template
+        self.seed, self.is_held_out = seed, is_held_out
+        end = tokenizer.id("<turn|>")
+        if end is None:
+            raise InputError("this model's vocabulary has no <turn|>, with which a task's answers end")
+        self._end = end
+
+    def items(self, count: int, step: int) -> list[str]:
+        """So many items of a step."""
+        rng = np.random.default_rng([self.seed, step, int(self.is_held_out)])
+        kept: list[str] = []
+        for _ in range(count * _TRIES):
+            item = self.task.generate(rng)
+            if is_held_out(item) == self.is_held_out:
+                kept.append(item)
+            if len(kept) == count:
+                return kept
+        raise InputError(f"the task {self.task.name} has no items to hold out; it is too small")
+
+    def batch(self, step: int, size: int, device: torch.device) -> Examples:
+        """See `Source.batch`."""
+        rows: list[list[int]] = []
+        prompts: list[int] = []
+        for item in self.items(size, step):
+            ids = self.template.encode(self.tokenizer, [{"role": "user", "content": self.task.prompt(item)}])
+            prompts.append(len(ids))
+            rows.append([*ids, *self.tokenizer.encode(self.task.answer(item)), self._end])
+        counts = [len(row) for row in rows]
+        tokens = torch.zeros(size, max(counts), dtype=torch.long)
+        for row, ids in enumerate(rows):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return Examples(tokens.to(device), counts, prompts, [False] * size)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`."""
+        return {"task": self.task.name, "seed": self.seed}
+
+
+def is_held_out(item: str) -> bool:
+    """Whether an item is one of those that are never trained on."""
+    return zlib.crc32(json.dumps(item).encode()) % SPLIT == 0
