@@ -1,6 +1,6 @@
 """What an adapter costs: a step of the half-billion model "mid" without one, with one of rank 16 on everything, merged.
 
-    .venv/bin/python benchmarks/adapters.py -o benchmarks/results/adapters.json   # under three minutes; nothing else may run
+    .venv/bin/python benchmarks/adapters.py -o benchmarks/results/adapters.json   # 3 minutes; nothing else may run
 
 One row with the adapter beside the weights, with none, and with the adapter merged into them; sixteen rows without,
 with one adapter for all, and with sixteen different ones. What is compared takes turns, round by round, and a cost is
