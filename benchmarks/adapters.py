@@ -1,6 +1,6 @@
 """What an adapter costs: a step of the half-billion model "mid" without one, with one of rank 16 on everything, merged.
 
-    .venv/bin/python benchmarks/adapters.py -o benchmarks/results/adapters.json   # three minutes; nothing else may run
+    .venv/bin/python benchmarks/adapters.py -o benchmarks/results/adapters.json   # 3 minutes; nothing else may run
 
 One row with the adapter beside the weights, with none, and with the adapter merged into them; sixteen rows without,
 with one adapter for all, and with sixteen different ones. What is compared takes turns, round by round, and a cost is
@@ -73,9 +73,9 @@ def adapter_of(model: Model, rank: int) -> Adapter:
 
 
 def rounds_of(calls: dict[str, Callable[[], Any]], rows: int, seconds: float, device: str) -> dict[str, list[float]]:
-    """Seconds of each call, round by round, the order turned about with each; two at least."""
+    """Seconds of each call, round by round, the order turned about with each. One row is warmed up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    for call in calls.values() if rows == 1 else ():
         call()
     until = time.perf_counter() + seconds
     for number in range(ROUNDS[rows]):
@@ -85,7 +85,7 @@ def rounds_of(calls: dict[str, Callable[[], Any]], rows: int, seconds: float, de
             calls[name]()
             common.wait(device)
             times[name].append(time.perf_counter() - began)
-        if number and time.perf_counter() > until:
+        if time.perf_counter() > until:
             break
     return times
 
@@ -142,7 +142,7 @@ def measured(kind: str, ops: str, arguments: argparse.Namespace) -> dict[str, An
 
 
 def main() -> None:
-    parser = common.argument_parser(__doc__, 10.0)
+    parser = common.argument_parser(__doc__, 6.0)
     parser.add_argument("--size", default="mid", choices=["mid", "tiny"])
     parser.add_argument("--kinds", default="bf16,int4,fused", help="bf16, recipes, and fused for bf16 on torch's calls")
     parser.add_argument("--ops", default="auto")

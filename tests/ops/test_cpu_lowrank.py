@@ -204,6 +204,20 @@ def test_without_a_lane_it_is_the_weight_alone() -> None:
     assert torch.equal(cpu.linear(x, weight)[0], cpu.linear(x, weight.base)[0])
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3, 4, 5])
+def test_a_lane_of_a_lower_rank_is_read_no_further(rank: int) -> None:
+    """An adapter beside one of a higher rank, or without factors here: zeros stand behind its own."""
+    x, switch = random(9, 70), switch_of(*[1] * 9)
+    weight = cpu.pack(beside(random(40, 70), switch))
+    weight.a[1, rank:] = 0
+    alone = (
+        cpu.pack(LowRank(weight.base, weight.a[:, :rank], weight.b[:, :rank], switch, weight.scale)) if rank else None
+    )
+    weight.b[1, rank:] = torch.nan
+    want = cpu.linear(x, weight.base if alone is None else alone)[0]
+    assert torch.equal(cpu.linear(x, weight)[0], want)
+
+
 def test_a_lane_that_is_not_finite_stays_in_its_rows(way: str) -> None:
     switch, x = switch_of(*[0] * 7, *[1] * 7), random(14, 64)
     weight = cpu.pack(beside(random(40, 64), switch))
