@@ -40,6 +40,12 @@ _FLOATS = ("F32", "BF16", "F16", "F64")
 _HEAD, _EMBEDDING, _CONDITIONING = "lm_head.weight", "embed_tokens.weight", "self_conditioning."
 _PEFT = "base_model.model."
 _DECODER, _ENCODER = f"{_PEFT}model.decoder.", f"{_PEFT}model.encoder.language_model."
+_GEMMA4 = f"{_PEFT}model.language_model."
+_CLASS = {
+    "base_model_class": "DiffusionGemmaForBlockDiffusion",
+    "parent_library": "transformers.models.diffusion_gemma.modeling_diffusion_gemma",
+}
+"""What peft's AutoPeftModel loads the base as."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -366,9 +372,10 @@ def write_adapter(
     and denoise share is written under the names of both. InputError for an adapter that does not fit, SfumatoError
     where the disk says no: then what was there is as it was."""
     adapter.check(model)
-    layout = _Layout()
-    layout.add(_ENCODER, adapter.factors)
-    layout.add(_DECODER, adapter.factors if adapter.denoise is None else adapter.denoise)
+    layout = _Layout((_ENCODER, _DECODER) if model.config.is_diffusion else (_GEMMA4,))
+    layout.add(layout.begins[0], adapter.factors)
+    if model.config.is_diffusion:
+        layout.add(_DECODER, adapter.factors if adapter.denoise is None else adapter.denoise)
     layout.add_whole(adapter.whole, is_tied=model.lm_head is None)
     files = {**extra, CONFIG: as_json(layout.options(base))}
     beside = folder.with_name(f".{folder.name}.writing")
@@ -406,7 +413,9 @@ def _move_in(beside: Path, folder: Path) -> None:
 class _Layout:
     """An adapter as peft has it: tensors by name, and what the options must say for peft to wrap the same weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: tuple[str, ...]) -> None:
+        self.begins = begins
+        """What the names of the model's stacks begin with."""
         self.tensors: dict[str, Tensor] = {}
         self.ranks: dict[str, int] = {}
         """By what peft calls the weight's place."""
@@ -439,7 +448,7 @@ class _Layout:
         for name, tensor in whole.items():
             if name.endswith("_scalar"):
                 raise InputError(f"{name} is of one pass alone, which peft's layout cannot say; leave it out")
-            begins = [_DECODER] if name.startswith(_CONDITIONING) else [_DECODER, _ENCODER]
+            begins = (_DECODER,) if name.startswith(_CONDITIONING) else self.begins
             paths = [begin + name for begin in begins] if name != _HEAD else [_PEFT + _HEAD]
             if name == _EMBEDDING and is_tied and _HEAD not in whole:
                 paths.append(_PEFT + _HEAD)
@@ -454,10 +463,7 @@ class _Layout:
             "peft_type": "LORA",
             "peft_version": LAYOUT,
             "task_type": None,
-            "auto_mapping": {
-                "base_model_class": "DiffusionGemmaForBlockDiffusion",
-                "parent_library": "transformers.models.diffusion_gemma.modeling_diffusion_gemma",
-            },
+            "auto_mapping": _CLASS if _DECODER in self.begins else None,
             "base_model_name_or_path": base,
             "bias": "none",
             "fan_in_fan_out": False,

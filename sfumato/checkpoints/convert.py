@@ -80,7 +80,8 @@ def convert(
         check_target(target, to, force)  # before a checkpoint is fetched from the hub
         source = open_checkpoint(resolve(source))
     checkpoint = source if adapter is None else with_adapter(source, Path(adapter).expanduser())
-    _check_apart(target, checkpoint.path)
+    for path in (checkpoint.path, *checkpoint.merged):
+        _check_apart(target, path)
     notices: list[str] = []
     entries = entries_of(checkpoint, notices.append)
     read = sum(entry.nbytes for entry in entries.values())
@@ -95,7 +96,7 @@ def convert(
 
 def _check_apart(target: Path, source: Path) -> None:
     if target.resolve() == source.resolve():
-        raise InputError(f"{target} is the checkpoint itself; give another place to write to")
+        raise InputError(f"{target} is what is read; give another place to write to")
 
 
 def check_target(target: Path, to: str, force: bool) -> None:

@@ -99,6 +99,15 @@ def test_written_here_run_there(ours: Path, base: dict[str, Tensor]) -> None:
     assert are_same(read_adapter(again, twin()), adapter)
 
 
+def test_each_pass_its_own_run_there(tmp_path: Path) -> None:
+    """Different targets and ranks for encode and denoise."""
+    model = twin()
+    one, two = random_adapter(model, ("attention", "experts"), seed=2), random_adapter(model, rank=3, seed=3)
+    adapter = Adapter(one.factors, two.factors)
+    write_adapter(adapter, tmp_path / "out", model, base="x")
+    assert run(model, passes(in_peft(tmp_path / "out")), adapter) < CLOSE
+
+
 def merged_once(theirs: Any) -> Any:
     """Merge as docs/adapters.md says: peft adds both stacks' deltas to what they share, so one must count nothing."""
     from peft.tuners.lora import LoraLayer

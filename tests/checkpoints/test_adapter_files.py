@@ -4,8 +4,10 @@ read, and every file that is none is refused in one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +80,16 @@ def test_each_pass_keeps_its_own(model: Model, tmp_path: Path) -> None:
     ):  # fmt: skip
         write_adapter(adapter, tmp_path / str(number), model, base="x")
         assert are_same(read_adapter(tmp_path / str(number), model), adapter)
+
+
+def test_a_model_of_one_stack_has_its_names(tmp_path: Path) -> None:
+    """Gemma 4, which has no encoder and decoder."""
+    model = tiny.tiny_model(tiny.tiny_config(is_diffusion=False))
+    adapter = random_adapter(model, ("attention", "dense", "experts", "router"))
+    write_adapter(adapter, tmp_path / "out", model, base="x")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in tensors)
+    assert are_same(read_adapter(tmp_path / "out", model), adapter)
 
 
 def test_it_is_read_for_a_model_without_numbers(model: Model, tmp_path: Path) -> None:
@@ -351,6 +363,26 @@ def test_vision_is_left_aside_with_a_sentence(model: Model, tmp_path: Path) -> N
     }
     back = read_adapter(write(tmp_path / "out", linear(model, "base_model.model.model.") | vision), model)
     assert len(back.factors) == 1 and "has 2 tensors for vision; they are left aside" in back.notices[0]
+
+
+def test_damaged_files_are_refused_or_read(model: Model, tmp_path: Path) -> None:
+    """Nothing but a sentence, whatever byte is another; `CheckpointError` is an InputError."""
+    write_adapter(random_adapter(model), tmp_path, model, base="x")
+    draw = random.Random(1)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        end = len(whole) if name.endswith("json") else int.from_bytes(whole[:8], "little") + 8
+        for _ in range(100):
+            damaged = bytearray(whole)
+            for _ in range(draw.randint(1, 4)):
+                damaged[draw.randrange(end)] = draw.randrange(256)
+            path.write_bytes(damaged)
+            with contextlib.suppress(InputError):
+                read_adapter(tmp_path, model)
+            with contextlib.suppress(InputError):
+                describe_adapter(tmp_path)
+        path.write_bytes(whole)
 
 
 # ---- the disk --------------------------------------------------------------------------------------------------------
