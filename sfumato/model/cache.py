@@ -136,6 +136,7 @@ class KVCache:
 
         `is_fresh`: all rows, all empty, without padding. `slot_BT`: `mask.new_slots_BT()`, where layers share it."""
         width = k_BTGK.shape[1]
+        k_BTGK, v_BTGK = k_BTGK.to(self.k[layer].dtype), v_BTGK.to(self.v[layer].dtype)  # autocast's are others
         if is_fresh and width <= mask.ring:
             self.k[layer][:, :width] = k_BTGK
             self.v[layer][:, :width] = v_BTGK

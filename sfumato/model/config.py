@@ -75,6 +75,8 @@ class ModelConfig:
     is_diffusion: bool = True
     """False for Gemma 4: the model has no canvas and no self-conditioning, and writes one token after another; its
     `canvas_length` is only the slack of caches."""
+    is_leave_one_out: bool = False
+    """Its denoise logits say what a position is, judged by all the others: sampling adds what its own token says."""
     vision: dict[str, Any] = field(default_factory=dict, compare=False)
     """The vision part of config.json, untouched: kept so that a checkpoint survives the round trip."""
 
@@ -133,6 +135,7 @@ class ModelConfig:
             eos_ids=_ids({"eos_token_id": 1, **text}, "eos_token_id", vocab_size, source),
             has_head=not _tie(raw, source),
             is_diffusion=is_diffusion,
+            is_leave_one_out=_ConfigReader(raw, source).flag(_LEAVE_ONE_OUT),
             vision={k: raw[k] for k in (_VISION if is_diffusion else _MEDIA) if k in raw},
         )
         _check_shapes(config, kinds, source)
@@ -189,6 +192,7 @@ class ModelConfig:
             "canvas_length": self.canvas_length,
             _TIE: True,
             "text_config": text,
+            **({_LEAVE_ONE_OUT: True} if self.is_leave_one_out else {}),
             **vision,
         }
 
@@ -269,6 +273,8 @@ _JSON_BYTES = 64 << 20
 
 _FIXED = {"attention_bias": False, "hidden_activation": "gelu_pytorch_tanh"}
 _TIE = "tie_word_embeddings"
+_LEAVE_ONE_OUT = "sfumato_leave_one_out"
+"""Our own key: other programs read past it."""
 _PER_LAYER = ("head_dim", "num_key_value_heads")
 _VISION = ("vision_config", "image_token_id", "boi_token_id", "eoi_token_id", "initializer_range")
 _MEDIA = (*_VISION, "video_token_id", "audio_token_id", "boa_token_id", "eoa_token_index")
@@ -314,6 +320,12 @@ class _ConfigReader:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
             raise CheckpointError(f"{self.source}: {name} is {_show(value)}; it must be a positive number")
         return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.text.get(name, False)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.source}: {name} is {_show(value)}; it must be true or false")
+        return value
 
 
 def _check_fixed(raw: dict[str, Any], text: dict[str, Any], source: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from sfumato.ops.contract import NEVER, JoinNorms, Matrix, Ops, ReadOut
+from sfumato.ops.contract import NEVER, JoinNorms, Matrix, Ops, ReadOut, tensors_of
 from sfumato.ops.frozen import frozen_product
 from sfumato.ops.lowrank import LowRank, plus_low_rank
 from sfumato.ops.masks import Mask
@@ -36,18 +37,62 @@ def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
 def _product(x: Tensor, weight: Matrix, token_M: Tensor | None = None) -> Tensor:
     """The product x Wᵀ; `token_M` as `plus_low_rank` has it."""
     if isinstance(weight, LowRank):
+        if _is_merged(x, weight, x.numel() // x.shape[-1]):
+            return F.linear(x, weight.dense(x.dtype))
         return plus_low_rank(_product(x, weight.base), x, weight, token_M)
     return F.linear(x, weight) if isinstance(weight, Tensor) else frozen_product(x, weight)
 
 
+def _is_merged(x: Tensor, weight: LowRank, tokens: int) -> bool:
+    """Whether to add the factors to a small float32 weight before a product that is trained.
+
+    Products of a few columns are slow for what they are, so there a step would take no less time than full training."""
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    *_, outputs, inputs = weight.shape
+    rank, is_plain = weight.a.shape[-2], isinstance(weight.base, Tensor)
+    is_cheaper = outputs * inputs <= 3 * rank * (outputs + inputs)  # forward, and both gradients
+    are_many = tokens >= max(outputs, inputs)
+    is_exact = is_plain and x.dtype == weight.a.dtype == tensors_of(weight.base)[0].dtype == torch.float32
+    return is_cheaper and are_many and is_exact and weight.switch.lanes.common is not None
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """As `reference.rms_norm`; torch's own call, which says nothing of squares that overflow, where gradients are."""
+    """As `reference.rms_norm`; where gradients are, nothing is said of squares that overflow."""
     x32, weight = x.float(), None if weight is None else weight.float()
     if torch.is_grad_enabled():
+        if x.device.type == "cpu":
+            normed: Tensor = _RMSNorm.apply(x32, weight, eps)  # type: ignore[no-untyped-call]
+            return normed.type_as(x)
         return F.rms_norm(x32, x.shape[-1:], weight, eps).type_as(x)
     mean = x32.square().mean(-1, keepdim=True)
     x32 = x32 * torch.rsqrt(mean + eps).add_(mean, alpha=0)
     return (x32 if weight is None else x32.mul_(weight)).type_as(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """In float32, for a CPU: there torch's own call is a row of operations, and its gradients take twice the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        root = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        ctx.save_for_backward(x, weight, root)
+        y: Tensor = x * root
+        return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, root = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if needs_x:
+            scaled = grad if weight is None else grad * weight
+            along = torch.linalg.vecdot(scaled, x)[..., None] * root.pow(3) / x.shape[-1]
+            grad_x = torch.addcmul(scaled * root, x, along, value=-1)
+        if needs_weight:
+            grad_weight = (grad * x).mul_(root).flatten(0, -2).sum(0)
+        return grad_x, grad_weight, None
 
 
 def norm_rope(x_BTHK: Tensor, weight_K: Tensor, eps: float, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
@@ -98,6 +143,8 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matr
     count, double, width = gate_up_EFD.shape
     tokens = x_ND.shape[0]
     are_few = count <= FEW_EXPERTS and tokens >= 16 * count
+    if are_few:
+        gate_up_EFD, down_EDF = _merged(x_ND, gate_up_EFD), _merged(x_ND, down_EDF)
     if are_few and isinstance(gate_up_EFD, Tensor) and isinstance(down_EDF, Tensor):
         weight_NE = torch.zeros(tokens, count, dtype=weight_NJ.dtype, device=x_ND.device)
         weight_NE = weight_NE.scatter(1, index_NJ, weight_NJ).to(x_ND.dtype)
@@ -117,6 +164,13 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matr
             start += size
     part_MD = torch.cat(parts) * weight_NJ.flatten()[order_M, None].to(x_ND.dtype)
     return torch.zeros_like(x_ND).index_add(0, token_M, part_MD)
+
+
+def _merged(x_ND: Tensor, stack: Matrix) -> Matrix:
+    """Experts with their factors in them, where `_is_merged` says so; they all see all tokens."""
+    if isinstance(stack, LowRank) and _is_merged(x_ND, stack, len(x_ND)):
+        return stack.dense(x_ND.dtype)
+    return stack
 
 
 def join(

@@ -16,8 +16,9 @@ a kernel, and a form that a CUDA graph can hold: steps of such rows are not reco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -217,6 +218,46 @@ class RowSampler:
             self._is_written_V[token_T] = True
             self._counted = len(answer)
         return self._count_V, self._is_written_V
+
+
+class Observed(NamedTuple):
+    """What the tokens that a canvas holds say of themselves, as a leave-one-out model needs it (`rules`)."""
+
+    token_BL1: Tensor
+    bonus_BL1: Tensor
+    """What the logit of each gains, over the temperature."""
+
+    def add_(self, read: ReadOut, noise: Mapping[str, Tensor]) -> ReadOut:
+        """The read-out with it, its logits changed in place; for any operations."""
+        logits_BLV = self._moved_(read.logits_BLV, 1.0)
+        words, at = logits_BLV.shape[-1], logits_BLV.shape[:2]
+        uniform_N, gumbel_NV = (noise[name].flatten(0, 1) if name in noise else None for name in _NOISE)
+        parts, size = [], max(1, SWEEP // words)
+        for start in range(0, read.argmax_BL.numel(), size):
+            part = slice(start, start + size)
+            logits_PV, argmax_P = logits_BLV.flatten(0, 1)[part].float(), read.argmax_BL.flatten()[part]
+            is_best_P = logits_PV.gather(-1, argmax_P[:, None])[:, 0] >= logits_PV.amax(-1)
+            argmax_P = torch.where(is_best_P, argmax_P, logits_PV.argmax(-1))
+            p_PV = torch.softmax(logits_PV, -1)
+            sample_P = argmax_P
+            if gumbel_NV is not None:
+                sample_P = (p_PV.log() + gumbel_NV[part]).argmax(-1)
+            elif uniform_N is not None:
+                sample_P = inverse_cdf(p_PV, uniform_N[part])
+            parts.append((sample_P, argmax_P, torch.special.entr(p_PV).sum(-1)))
+        sample_BL, argmax_BL, entropy_BL = (torch.cat(column).view(at) for column in zip(*parts, strict=True))
+        return ReadOut(sample_BL, argmax_BL, entropy_BL, logits_BLV)
+
+    def take_back_(self, logits_BLV: Tensor) -> Tensor:
+        """Logits without it, in place: the soft embedding is that of the model's own, as in training."""
+        return self._moved_(logits_BLV, -1.0)
+
+    def _moved_(self, logits_BLV: Tensor, sign: float) -> Tensor:
+        own_BL1 = logits_BLV.gather(-1, self.token_BL1).float() + sign * self.bonus_BL1
+        return logits_BLV.scatter_(-1, self.token_BL1, own_BL1.to(logits_BLV.dtype))
+
+
+_NOISE = "uniform_BL", "gumbel_BLV"
 
 
 def _with_earlier(count_PV: Tensor, canvas_L: Tensor, start: int) -> Tensor:

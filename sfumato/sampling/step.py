@@ -22,9 +22,9 @@ from sfumato.model.network import Model
 from sfumato.model.passes import Pass
 from sfumato.ops.contract import ReadOut
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.distribution import RowSampler
+from sfumato.sampling.distribution import Observed, RowSampler
 from sfumato.sampling.noise import CountedNoise, StepNoise
-from sfumato.sampling.rules import RowRules, RuleView, accepts, count_still, is_settled, stops
+from sfumato.sampling.rules import RowRules, RuleView, accepts, count_still, is_settled, leave_one_out_bonus, stops
 
 
 class PlacedSampler(NamedTuple):
@@ -119,6 +119,8 @@ def step_(model: Model, cache: KVCache, state: Canvases, inputs: StepInput) -> T
         return look_result.encoded_BTD
     result = read_canvases(model, cache, state, inputs)
     embed_VD, scale, read = model.embed_tokens.weight, model.embed_scale, result.read
+    if (observed := observed_by(model, state, inputs.at_B)) is not None:
+        observed.take_back_(read.logits_BLV)
     soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, scale, read.tiles)
     conclude(state, inputs.at_B, read, result.noise_BL, result.hidden_BLD, soft_BLD, (embed_VD, scale))
     return result.encoded_BTD
@@ -158,9 +160,26 @@ def read_canvases(model: Model, cache: KVCache, state: Canvases, inputs: StepInp
     banned = None if inputs.bans_N is None else (state.banned_XL[at_B], inputs.bans_N)
     head_VD = model.head_VD
     read = model.ops.read_out(hidden_BLD, head_VD, model.config.softcap, temperature_B, **noise.sample, banned=banned)
+    if (observed := observed_by(model, state, at_B)) is not None:
+        read = observed.add_(read, noise.sample)
     if inputs.samplers:
         read = _sampled(state, inputs, read, temperature_B, noise)
     return PassResult(encoded_BTD, hidden_BLD, read, noise.tokens_BL)
+
+
+def observed_by(model: Model, state: Canvases, at_B: Tensor) -> Observed | None:
+    """What the canvases' own tokens say, where the model leaves that out; None where it does not.
+
+    In training a share of the positions keeps its token and the rest is noise. Here the share that is kept is known: a
+    step keeps what it has accepted, and pins; the canvas of a first step is noise but for its pins. So on a first step
+    nothing is added."""
+    if not model.config.is_leave_one_out:
+        return None
+    step_B, is_pin_BL = state.step_X[at_B], state.pin_XL[at_B] >= 0
+    kept_B = torch.where((step_B == 0)[:, None], is_pin_BL, state.accepted_XL[at_B]).float().mean(-1)
+    bonus_B = leave_one_out_bonus(kept_B, model.config.vocab_size) / state.temperature_XS[at_B, step_B]
+    token_BL1 = state.canvas_XL[at_B][..., None]
+    return Observed(token_BL1, bonus_B[:, None, None].expand(token_BL1.shape))
 
 
 def _sampled(state: Canvases, inputs: StepInput, read: ReadOut, temperature_B: Tensor, noise: StepNoise) -> ReadOut:
@@ -179,6 +198,7 @@ def _sampled(state: Canvases, inputs: StepInput, read: ReadOut, temperature_B: T
 def conclude_(model: Model, state: Canvases, look_result: Look, projection: Projection | None = None) -> None:
     """Accept, renoise, stop and the soft embedding of what a look shows, and what grammars make of it."""
     at_B, read = look_result.at_B, look_result.read
+    observed = observed_by(model, state, at_B)
     old_B = state.step_X[at_B]
     pinned = _pin(state, at_B, read, projection)
     argmax_BL, entropy_BL = pinned.argmax_BL, pinned.entropy_BL
@@ -193,8 +213,10 @@ def conclude_(model: Model, state: Canvases, look_result: Look, projection: Proj
     # 4. Stop where the canvas stands still and is sure, or at the cap.
     is_done_B = _stops(state, at_B, pinned, view, rules) | (old_B + 1 >= rules.max_steps_X)
     # 5. The next step sees the soft embedding of this one.
-    embed_VD = model.embed_tokens.weight
-    soft_BLD = model.ops.soft_embedding(read.logits_BLV, embed_VD, model.embed_scale, pinned.tiles)
+    embed_VD, logits_BLV = model.embed_tokens.weight, read.logits_BLV
+    if observed is not None:
+        logits_BLV = observed.take_back_(logits_BLV)
+    soft_BLD = model.ops.soft_embedding(logits_BLV, embed_VD, model.embed_scale, pinned.tiles)
     if pinned.pin_BL is not None:
         pinned_BLD = embed_VD[pinned.pin_BL.clamp_min(0)] * model.embed_scale
         soft_BLD = torch.where((pinned.pin_BL >= 0)[..., None], pinned_BLD, soft_BLD)

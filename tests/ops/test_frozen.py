@@ -1,4 +1,4 @@
-"""ops/frozen.py: gradients through packed weights, against float32 on the unpacked ones; what is kept for them."""
+"""ops/frozen.py, fused.py: gradients through packed weights and beside them, against float32; what is kept for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.ops import fused
+from sfumato.ops import fused, reference
 from sfumato.ops.contract import Matrix
 from sfumato.ops.lowrank import NO_LANE, LanePair, Lanes, LaneSwitch, LowRank
 from sfumato.ops.packed import Packed
@@ -133,3 +133,30 @@ def test_a_plain_weight_that_is_frozen_keeps_no_input() -> None:
     low_rank = adapted(weight, LaneSwitch(), 2, 1.0)
     _, size = kept_bytes(lambda: fused.linear(x, low_rank)[0])
     assert size <= weight.nbytes  # nobody has a lane
+
+
+def test_the_norm_has_the_gradients_of_torch_s_own() -> None:
+    x, weight, slope = random(3, 5, D).requires_grad_(), random(D).requires_grad_(), random(3, 5, D, seed=4)
+    for own in (weight, None):
+        leaves = (x,) if own is None else (x, own)
+        both = fused.rms_norm(x, own, 1e-6), F.rms_norm(x, (D,), own, 1e-6)
+        for ours, theirs in zip(*(torch.autograd.grad(out, leaves, slope) for out in both), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    low = fused.rms_norm(x.detach().bfloat16().requires_grad_(), weight, 1e-6)
+    assert low.dtype == torch.bfloat16 and low.requires_grad
+
+
+def test_small_weights_take_their_factors_in_before_the_product() -> None:
+    """By either way the same numbers and gradients: also of experts, which then go through one product for all."""
+    switch = LaneSwitch()
+    switch.lanes = Lanes.of([LanePair(0, NO_LANE)], 4 * N, 0, "cpu")
+    x, index = random(4 * N, D).requires_grad_(), torch.rand(4 * N, E).topk(J).indices
+    shares, slope = torch.rand(4 * N, J).requires_grad_(), random(4 * N, D, seed=3)
+    for rank in (1, 12):  # the factors beside, and within
+        gate_up = adapted(random(E, 2 * INNER, D, seed=1), switch, rank, 0.5)
+        down = adapted(random(E, D, INNER, seed=2), switch, rank, 0.5)
+        leaves = (x, shares, gate_up.a, gate_up.b, down.a, down.b)
+        both = (ops.experts(x, index, shares, gate_up, down) for ops in (fused, reference))
+        (ours, ours_grads), (theirs, theirs_grads) = ((out, torch.autograd.grad(out, leaves, slope)) for out in both)
+        for one, two in zip((ours, *ours_grads), (theirs, *theirs_grads), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))

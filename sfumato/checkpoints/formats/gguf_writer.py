@@ -110,6 +110,11 @@ def metadata_of(config: ModelConfig, name: str) -> dict[str, Any]:
     sliding = next((layer for layer in config.layers if layer.is_sliding), full)
     if sliding is not full and (sliding.rope.partial != 1 or sliding.rope.factor != 1):
         raise InputError("its sliding layers turn only a part of their angles, or by a factor; GGUF cannot say that")
+    if config.is_leave_one_out:
+        raise InputError(
+            "it is a leave-one-out model, whose logits need a correction that no reader of GGUF applies; convert it to "
+            "safetensors or MLX for use here"
+        )
     numbers = {
         "block_count": len(config.layers),
         "context_length": config.max_position,
