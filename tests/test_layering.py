@@ -59,6 +59,7 @@ FENCES = {
     "mlx": {"checkpoints.formats"},
     "peft": {"checkpoints.formats"},
     "PIL": {"model.vision"},
+    "pyarrow": {"training.data"},
     "lm_eval": {"evals"},
     "llguidance": {"constraints"},
     "IPython": {"display"},

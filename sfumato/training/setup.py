@@ -26,6 +26,7 @@ from sfumato.training.data import (
     Dataset,
     LengthLimit,
     MixedSource,
+    ReadingProgress,
     Source,
     SudokuSource,
     held_out_of,
@@ -130,14 +131,20 @@ def identity_of(spec: RunSpec, base: Base, sources: Sources) -> dict[str, Any]:
     }
 
 
-def sources_of(spec: RunSpec, base: Base, recipe: TrainingRecipe, progress: CountProgress | None = None) -> Sources:
+def sources_of(
+    spec: RunSpec,
+    base: Base,
+    recipe: TrainingRecipe,
+    progress: CountProgress | None = None,
+    reading: ReadingProgress | None = None,
+) -> Sources:
     """Open the data and make the tasks' sources."""
     parts: dict[str, tuple[Source, Source | None]] = {}
     for name in spec.data.tasks:
         parts[name] = _task_sources(name, spec, base, recipe, progress)
     examples = None
     if spec.data.files:
-        dataset = _dataset(spec, base, recipe)
+        dataset = _dataset(spec, base, recipe, reading)
         parts["data"] = dataset.train, dataset.held_out
         examples = len(dataset.train)
     shares = spec.data.shares()
@@ -159,7 +166,7 @@ def _mixed(parts: Sequence[tuple[Source, float]], base: Base, recipe: TrainingRe
     return parts[0][0] if len(parts) == 1 else MixedSource(parts, recipe.seed, base.pad)
 
 
-def _dataset(spec: RunSpec, base: Base, recipe: TrainingRecipe) -> Dataset:
+def _dataset(spec: RunSpec, base: Base, recipe: TrainingRecipe, reading: ReadingProgress | None) -> Dataset:
     """The files, with a part held out where that was asked for, or where there is something to look at."""
     data = spec.data
     most = ModelConfig.from_file(base.folder / "config.json").max_position
@@ -168,9 +175,15 @@ def _dataset(spec: RunSpec, base: Base, recipe: TrainingRecipe) -> Dataset:
     limit = min(USUAL_TOKENS, most) if data.max_tokens is None else data.max_tokens
 
     def opened(held_out: float | Path | None) -> Dataset:
-        length = LengthLimit(limit, data.long)
-        files = list(data.files)
-        return open_data(files, base.tokenizer, base.template, max_tokens=length, seed=recipe.seed, held_out=held_out)
+        return open_data(
+            data.files,
+            base.tokenizer,
+            base.template,
+            max_tokens=LengthLimit(limit, data.long),
+            seed=recipe.seed,
+            held_out=held_out,
+            progress=reading,
+        )
 
     if data.held_out is not None:
         share = held_out_of(data.held_out)

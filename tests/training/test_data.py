@@ -1,4 +1,4 @@
-"""training/data: what people have on disk becomes examples, in an order that is a function of seed and step."""
+"""training/data, text/turns.py: what people have on disk becomes examples, in an order of (seed, step)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gemma_vocab
 import numpy as np
 import pytest
 import torch
-from chats import CLOCK, TEMPLATE, TOKENIZER, call, model, user
+from chats import CLOCK, FRAGMENTS, TEMPLATE, TOKENIZER, call, model, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sfumato.errors import InputError
+from sfumato.text.replies import parse_ids
+from sfumato.text.template import ChatTemplate
+from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.data import Dataset, LengthLimit, MixedSource, SudokuSource, held_out_of, open_data
+from sfumato.training.data.examples import Example, ExampleMaker
+from sfumato.training.data.records import LearnedDialogue
 
 CPU = torch.device("cpu")
 Put = Callable[..., Path]
@@ -133,6 +141,21 @@ def test_text_cannot_make_control_tokens_of_an_answer(put: Put) -> None:
     assert ends == [TOKENIZER.id("<turn|>")]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(FRAGMENTS.filter(lambda text: bool(text.strip())), min_size=2, max_size=6))
+def test_any_texts_come_back_and_no_text_makes_a_control_token(texts: list[str]) -> None:
+    turns = [(model if number % 2 else user)(text) for number, text in enumerate(texts)]
+    learned = list(range(1, len(turns), 2))
+    record = LearnedDialogue(turns, learned, [])
+    maker = ExampleMaker(TOKENIZER, TEMPLATE, LengthLimit(4000))
+    for number, example in zip(learned, maker.examples(record), strict=True):
+        assert isinstance(example, Example)
+        assert example.tokens[: example.prompt] == TEMPLATE.encode(TOKENIZER, turns[:number])
+        *answer, end = example.tokens[example.prompt :]
+        assert end == TOKENIZER.id("<turn|>") and TOKENIZER.special_ids.isdisjoint(answer)
+        assert TOKENIZER.decode(answer) == texts[number].strip()
+
+
 def test_plain_text_is_its_own_response_behind_bos(put: Put) -> None:
     expected = [("<bos>", "Some text.\n<eos>")]
     assert pairs(put("Some text.\n", name="a.txt")) == pairs(put({"text": "Some text.\n"})) == expected
@@ -224,7 +247,8 @@ def test_the_held_out_set_is_chosen_by_content_and_equal_records_are_on_one_side
 
 
 def test_what_held_out_means() -> None:
-    assert (held_out_of("5%"), held_out_of("0.05"), held_out_of("a.jsonl")) == (0.05, 0.05, Path("a.jsonl"))
+    texts = ("5%", "0.05", "a.jsonl", "0", None)
+    assert [held_out_of(text) for text in texts] == [0.05, 0.05, Path("a.jsonl"), None, 0.05]
 
 
 def test_a_mix_has_each_sources_share_in_every_batch(put: Put) -> None:
@@ -266,3 +290,40 @@ def test_an_example_that_is_too_long_is_cut_dropped_or_refused(put: Put) -> None
         opened(path, max_tokens=LengthLimit(40, "refuse"))
     with pytest.raises(InputError, match="no example is left"):
         opened(path, max_tokens=5)
+
+
+# ---- Gemma 4's own vocabulary and template ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gemma() -> tuple[Tokenizer, ChatTemplate]:
+    tokenizer = Tokenizer(gemma_vocab.build())
+    return tokenizer, ChatTemplate(gemma_vocab.template(), tokenizer.special)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_gemmas_template_asks_as_the_engine_does_and_the_answer_is_what_it_adds(
+    gemma: tuple[Tokenizer, ChatTemplate], thinking: bool
+) -> None:
+    tokenizer, template = gemma
+    turns = [user("Weather in Zürich?"), model("", call("clock", zone="CET")), {"role": "tool", "content": "noon"}]
+    turns += [model(" It is\nnoon. "), user("Danke"), model("Bitte, <turn|> 🙂", reasoning_content="Polite.")]
+    record = LearnedDialogue(turns, [1, 3, 5], [CLOCK], thinking)
+    maker = ExampleMaker(tokenizer, template, LengthLimit(4000))
+    examples = [one for one in maker.examples(record) if isinstance(one, Example)]
+    assert maker.examples_of_many([record, record]) == [examples, examples]
+    answers = []
+    for number, example in zip(record.learned, examples, strict=True):
+        is_thinking = thinking or number == 5
+        assert example.tokens[: example.prompt] == template.encode(tokenizer, turns[:number], [CLOCK], is_thinking)
+        answers.append(example.tokens[example.prompt :])
+    texts = [tokenizer.decode(ids, skip_special=False) for ids in answers]
+    assert texts == [
+        '<|tool_call>call:clock{zone:<|"|>CET<|"|>}<tool_call|><turn|>',
+        "It is\nnoon.<turn|>",
+        "<|channel>thought\nPolite.\n<channel|>Bitte, <turn|> 🙂<turn|>",
+    ]
+    assert answers[1][:-1] == tokenizer.encode("It is\nnoon.")
+    replies = [parse_ids(tokenizer, ids, [CLOCK]) for ids in answers]
+    assert replies[0].tool_calls == [{"name": "clock", "arguments": {"zone": "CET"}}]
+    assert (replies[2].thought, replies[2].text) == ("Polite.", "Bitte, <turn|> 🙂")

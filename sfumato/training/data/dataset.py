@@ -7,6 +7,7 @@ function of (seed, step), and nothing in memory grows with the text.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,14 @@ from sfumato.training.data.index import ReadingProgress, TokenIndex, open_index
 from sfumato.training.data.readers import files_of
 from sfumato.training.loss import Examples
 
+HELD_OUT = 0.05
+"""The share of records that is not trained on where nothing else is said."""
 STRETCH = 64
 """Batches that are sorted by length together."""
 
 
 class PlacedExample(NamedTuple):
-    """An example and where it comes from."""
+    """An example, and the file and line that it comes from."""
 
     example: Example
     place: str
@@ -78,9 +81,9 @@ class FileSource:
             "tokens": int(self.lengths.sum()),
             "prompt_tokens": int(self.index.entries["prompt"][self.rows].sum()),
             "cut": int(self.index.entries["is_cut"][self.rows].sum()),
-            "left_out": note["left_out"],
-            "left_out_at": note["left_out_at"],
+            **{name: note[name] for name in ("left_out", "left_out_at", "max_tokens", "long")},
             "seed": self.seed,
+            "selection": hashlib.sha256(self.rows.tobytes()).hexdigest()[:16],
         }
 
     def _epoch(self, epoch: int, size: int) -> np.ndarray[Any, Any]:
@@ -144,11 +147,13 @@ def open_data(
     return Dataset(FileSource(index, every[~is_held], seed, pad), FileSource(index, every[is_held], seed, pad))
 
 
-def held_out_of(text: str) -> float | Path:
-    """What `--held-out` says: a share such as 5% or 0.05, or else a file or folder."""
+def held_out_of(text: str | None) -> float | Path | None:
+    """What `--held-out` says: a share such as 5% or 0.05 (0: nothing), or else a file or folder. None: `HELD_OUT`."""
+    if text is None:
+        return HELD_OUT
     number = text.strip().removesuffix("%")
     try:
-        return float(number) / (100 if "%" in text else 1)
+        return float(number) / (100 if "%" in text else 1) or None
     except ValueError:
         return Path(text)
 
@@ -159,7 +164,9 @@ def _held_out(index: TokenIndex, share: float, seed: int) -> np.ndarray[Any, Any
         raise InputError(f"held-out is {share:g}; give a share above 0 and below 1, such as 5%, or a file")
     contents = np.unique(index.entries["content"])
     if len(contents) < 2:
-        raise InputError("the data has one record, and nothing to hold out of it; give more, or --held-out FILE")
+        raise InputError(
+            "the data has one record, and nothing to hold out of it; give more, --held-out FILE, or --held-out 0"
+        )
     count = min(max(1, round(share * len(contents))), len(contents) - 1)
     keys = _mixed(contents ^ _mixed(np.uint64(seed % 2**63)))
     return np.isin(index.entries["content"], contents[np.argsort(keys, kind="stable")[:count]])

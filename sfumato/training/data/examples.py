@@ -7,14 +7,15 @@ own response, behind `<bos>`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 from sfumato.errors import InputError
 from sfumato.text.replies import ENDS
-from sfumato.text.template import AnsweredTurn, ChatTemplate
+from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
+from sfumato.text.turns import AnsweredTurn, Dialogue, answers, answers_of_many
 from sfumato.training.data.records import LearnedDialogue, LearnedText
 
 Long = Literal["cut", "drop", "refuse"]
@@ -46,21 +47,46 @@ class Example:
     is_cut: bool = False
 
 
-@dataclass
+class LeftOut(NamedTuple):
+    """In the place of an example that is longer than the limit: why there is none."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class ExampleMaker:
-    """Records to examples of one checkpoint. `left_out` counts, by reason, what was longer than the limit."""
+    """Records to examples of one checkpoint."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     limit: LengthLimit
-    left_out: dict[str, int] = field(default_factory=dict)
 
-    def examples(self, record: LearnedDialogue | LearnedText) -> Iterator[Example]:
-        """The examples of a record, none where all are left out; InputError where it cannot be learned."""
-        if isinstance(record, LearnedText):
-            yield from self._of_text(record)
-            return
-        for answer in self._answers(record):
+    def examples(self, record: LearnedDialogue | LearnedText) -> Iterator[Example | LeftOut]:
+        """The examples of a record; InputError where it cannot be learned."""
+        return self._of_text(record) if isinstance(record, LearnedText) else self._of_answers(self._answers(record))
+
+    def examples_of_many(
+        self, records: Sequence[LearnedDialogue | LearnedText]
+    ) -> list[list[Example | LeftOut]] | None:
+        """The examples of several records at once, which takes less time; None where one of them cannot be learned."""
+        dialogues = [one for one in records if isinstance(one, LearnedDialogue)]
+        if self.template is None or not dialogues:
+            return None
+        questions = [(Dialogue(one.messages, one.tools, one.thinking), one.learned) for one in dialogues]
+        answered = answers_of_many(self.template, self.tokenizer, questions)
+        if answered is None:
+            return None
+        each = iter(answered)
+        try:
+            return [
+                list(self._of_text(one) if isinstance(one, LearnedText) else self._of_answers(next(each)))
+                for one in records
+            ]
+        except InputError:
+            return None
+
+    def _of_answers(self, answers: Iterable[AnsweredTurn]) -> Iterator[Example | LeftOut]:
+        for answer in answers:
             tokens = answer.tokens
             is_ended = bool(tokens) and self.tokenizer.token(tokens[-1]) in ENDS
             if len(tokens) - is_ended < 1:
@@ -68,17 +94,14 @@ class ExampleMaker:
                     f"message {answer.message} (assistant) is an answer of no tokens; give it text or a call"
                 )
             tokens = tokens if is_ended else [*tokens, self.tokenizer.special_id("eos_token")]
-            example = self._within([*answer.prompt, *tokens], len(answer.prompt))
-            if example is not None:
-                yield example
-            elif len(answer.prompt) >= self.limit.tokens:
+            yield self._within([*answer.prompt, *tokens], len(answer.prompt))
+            if len(answer.prompt) >= self.limit.tokens:
                 return  # the prompts of later answers are longer still
 
     def _answers(self, record: LearnedDialogue) -> Iterator[AnsweredTurn]:
         if self.template is not None:
-            yield from self.template.answers(
-                self.tokenizer, record.messages, record.learned, record.tools, record.thinking
-            )
+            dialogue = Dialogue(record.messages, record.tools, record.thinking)
+            yield from answers(self.template, self.tokenizer, dialogue, record.learned)
             return
         texts = [message["content"] for message in record.messages]
         if [message["role"] for message in record.messages] != ["user", "assistant"] or record.tools:
@@ -88,7 +111,7 @@ class ExampleMaker:
         prompt, answer = (self.tokenizer.encode(text) for text in texts)
         yield AnsweredTurn(1, [self.tokenizer.special_id("bos_token"), *prompt], answer)
 
-    def _of_text(self, record: LearnedText) -> Iterator[Example]:
+    def _of_text(self, record: LearnedText) -> Iterator[Example | LeftOut]:
         """A text in pieces within the limit, all but the last one cut."""
         bos, eos = (self.tokenizer.special_id(name) for name in ("bos_token", "eos_token"))
         tokens = self.tokenizer.encode(record.text)
@@ -97,14 +120,14 @@ class ExampleMaker:
         tokens += [eos] if record.is_whole else []
         size = self.limit.tokens - 1
         if len(tokens) > size and self.limit.long != "cut":
-            self._within([bos, *tokens], 1)
+            yield self._within([bos, *tokens], 1)
             return
         for at in range(0, len(tokens), size):
             is_end = at + size >= len(tokens)
             yield Example([bos, *tokens[at : at + size]], 1, not (is_end and record.is_whole))
 
-    def _within(self, tokens: list[int], prompt: int) -> Example | None:
-        """The example, or as much of it as the limit allows; None where it is left out."""
+    def _within(self, tokens: list[int], prompt: int) -> Example | LeftOut:
+        """The example, or as much of it as the limit allows."""
         limit = self.limit
         if len(tokens) <= limit.tokens:
             return Example(tokens, prompt)
@@ -115,6 +138,4 @@ class ExampleMaker:
             )
         if limit.long == "cut" and prompt < limit.tokens:
             return Example(tokens[: limit.tokens], prompt, is_cut=True)
-        reason = "prompt too long" if prompt >= limit.tokens else "too long"
-        self.left_out[reason] = self.left_out.get(reason, 0) + 1
-        return None
+        return LeftOut("prompt too long" if prompt >= limit.tokens else "too long")

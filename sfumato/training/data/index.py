@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +21,9 @@ import numpy as np
 
 from sfumato.errors import InputError, SfumatoError
 from sfumato.system.files import locked
-from sfumato.training.data.examples import Example, ExampleMaker
+from sfumato.training.data.examples import Example, ExampleMaker, LeftOut
 from sfumato.training.data.readers import FileRecord, Section, Unreadable, read
-from sfumato.training.data.records import LearnedText, read_record
+from sfumato.training.data.records import LearnedDialogue, LearnedText, read_record
 
 ReadingProgress = Callable[[int, int], None]
 """Called with the bytes that are read so far, and all of them."""
@@ -42,10 +42,12 @@ ENTRY = np.dtype(
 MOST_FAULTS = 20
 """Bad records that are named before reading ends."""
 
-_VERSION = b"1"
+_VERSION = b"2"
 """Of what is written here and of the rules that make examples."""
 _ENTRIES, _TOKENS, _NOTE = "entries.bin", "tokens.bin", "note.json"
 _HELD = 1 << 16  # entries that are held before they are written
+_TOGETHER, _BYTES_TOGETHER = 32, 1 << 18  # records, and their bytes, that are rendered together
+_TURNS_TOGETHER = 8  # a conversation with more answers is rendered answer by answer, up to the limit of length
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,20 @@ def _build(
             writer = _IndexWriter(files, maker, entries, tokens)
             writer.write(progress)
         digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
-        note = {"hash": digest, "units": writer.units, "records": writer.records, "left_out": maker.left_out}
-        note["left_out_at"] = writer.left_out_at
+        note = {"hash": digest, "units": writer.units, "records": writer.records, "left_out": writer.left_out}
+        note |= {"left_out_at": writer.left_out_at, "max_tokens": maker.limit.tokens, "long": maker.limit.long}
         (beside / _NOTE).write_text(json.dumps(note))
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _meaning(value: Any) -> LearnedDialogue | LearnedText:
+    """What is learned from what a reader has read."""
+    if isinstance(value, Unreadable):
+        raise InputError(value.reason)
+    return LearnedText(value.text, value.is_last) if isinstance(value, Section) else read_record(value)
 
 
 class _IndexWriter:
@@ -140,9 +149,12 @@ class _IndexWriter:
         self.files, self.maker, self.entries, self.tokens = files, maker, entries, tokens
         self.units = ["line"] * len(files)
         self.records = 0
+        self.left_out: dict[str, int] = {}
+        """How many examples were left out, by reason."""
         self.left_out_at: list[str] = []
         """The places of the first records of which something was left out."""
         self._faults: list[tuple[int, FileRecord, str]] = []
+        self._waiting: list[tuple[int, FileRecord, LearnedDialogue | LearnedText]] = []
         self._held: list[tuple[int, ...]] = []
         self._start = 0
 
@@ -150,13 +162,14 @@ class _IndexWriter:
         """Write all entries and tokens; InputError for bad records and where nothing is left."""
         sizes = [file.stat().st_size for file in self.files]
         for number, file in enumerate(self.files):
-            for entry in read(file):
-                self.units[number] = entry.unit
-                self._take(number, entry)
+            for record in read(file):
+                self.units[number] = record.unit
+                self._take(number, record)
                 if progress is not None:
-                    progress(sum(sizes[:number]) + entry.position, sum(sizes))
+                    progress(sum(sizes[:number]) + record.position, sum(sizes))
                 if len(self._faults) >= MOST_FAULTS:
                     break
+        self._write_waiting()
         if self._faults:
             raise self._refusal()
         self._flush()
@@ -165,38 +178,56 @@ class _IndexWriter:
         if progress is not None:
             progress(sum(sizes), sum(sizes))
 
-    def _take(self, number: int, entry: FileRecord) -> None:
-        """The examples of one record."""
-        left_out = sum(self.maker.left_out.values())
-        content = int.from_bytes(hashlib.blake2b(entry.content, digest_size=8).digest(), "little")
-        try:
-            for example in self._examples(entry):
-                self.tokens.write(np.array(example.tokens, "<u4").tobytes())
-                count = len(example.tokens)
-                self._held.append((self._start, count, example.prompt, number, entry.number, content, example.is_cut))
-                self._start += count
-        except InputError as error:
-            self._faults.append((number, entry, str(error)))
+    def _take(self, number: int, record: FileRecord) -> None:
+        """Read a record; a few wait for each other, as many are rendered in less time together."""
         self.records += 1
-        if sum(self.maker.left_out.values()) > left_out and len(self.left_out_at) < MOST_FAULTS:
-            self.left_out_at.append(f"{self.files[number].name}, {entry.unit} {entry.number}")
+        try:
+            value = _meaning(record.value)
+        except InputError as error:
+            self._faults.append((number, record, str(error)))
+            return
+        is_alone = isinstance(value, LearnedDialogue) and len(value.learned) > _TURNS_TOGETHER
+        if is_alone:
+            self._write_waiting()
+        self._waiting.append((number, record, value))
+        size = sum(len(one.content) for _, one, _ in self._waiting)
+        if is_alone or len(self._waiting) >= _TOGETHER or size >= _BYTES_TOGETHER:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Write the examples of the records that wait."""
+        several = len(self._waiting) > 1
+        together = self.maker.examples_of_many([value for *_, value in self._waiting]) if several else None
+        for at, (number, record, value) in enumerate(self._waiting):
+            try:
+                self._write(number, record, self.maker.examples(value) if together is None else together[at])
+            except InputError as error:
+                self._faults.append((number, record, str(error)))
+        self._waiting.clear()
+
+    def _write(self, number: int, record: FileRecord, examples: Iterable[Example | LeftOut]) -> None:
+        content = int.from_bytes(hashlib.blake2b(record.content, digest_size=8).digest(), "little")
+        for example in examples:
+            if isinstance(example, LeftOut):
+                self.left_out[example.reason] = self.left_out.get(example.reason, 0) + 1
+                place = f"{self.files[number].name}, {record.unit} {record.number}"
+                if len(self.left_out_at) < MOST_FAULTS and place not in self.left_out_at:
+                    self.left_out_at.append(place)
+                continue
+            self.tokens.write(np.array(example.tokens, "<u4").tobytes())
+            count = len(example.tokens)
+            self._held.append((self._start, count, example.prompt, number, record.number, content, example.is_cut))
+            self._start += count
         if len(self._held) >= _HELD:
             self._flush()
-
-    def _examples(self, entry: FileRecord) -> Iterator[Example]:
-        if isinstance(entry.value, Unreadable):
-            raise InputError(entry.value.reason)
-        if isinstance(entry.value, Section):
-            return self.maker.examples(LearnedText(entry.value.text, entry.value.is_last))
-        return self.maker.examples(read_record(entry.value))
 
     def _flush(self) -> None:
         self.entries.write(np.array(self._held, ENTRY).tobytes())
         self._held.clear()
 
     def _refusal(self) -> InputError:
-        (file, entry, reason), *others = self._faults
-        sentence = f"{self.files[file]}, {entry.unit} {entry.number}: {reason}"
+        (file, record, reason), *others = sorted(self._faults, key=lambda fault: (fault[0], fault[1].number))
+        sentence = f"{self.files[file]}, {record.unit} {record.number}: {reason}"
         if others:
             several = len(self.files) > 1
             places = [f"{self.files[n].name}:{one.number}" if several else str(one.number) for n, one, _ in others]
@@ -208,7 +239,7 @@ class _IndexWriter:
         names = ", ".join(str(file) for file in self.files[:3]) + (" …" if len(self.files) > 3 else "")
         if not self.records:
             return f"{names} holds no records; give at least one example"
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.maker.left_out.items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
         limit = self.maker.limit.tokens
         return (
             f"of {self.records} records in {names} no example is left ({reasons}; the limit is {limit} tokens); "

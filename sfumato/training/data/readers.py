@@ -200,16 +200,17 @@ def _array(file: Any, raw: IO[bytes]) -> Iterator[FileRecord]:
                     )
                     at, size = end, _CHUNK
                     continue
-            more = "" if is_over else text.read(size)
-            buffer, at, is_over, size = buffer[at:] + more, 0, not more, 2 * size
             if is_over:
                 reason = "the record is not JSON, or the array does not end"
-            elif len(buffer) > LONGEST:
+            elif len(buffer) - at > LONGEST:
                 reason = f"the record is not JSON, or longer than {LONGEST >> 20} MiB, the limit"
+            else:
+                more = text.read(size)
+                buffer, at, is_over, size = buffer[at:] + more, 0, not more, 2 * size
     except RecursionError:
         reason = "the JSON nests too deeply"
     except UnicodeDecodeError:
-        reason = "the file is not UTF-8 from here on; convert it"
+        reason = "the file is not UTF-8, in this record or behind it; convert it"
     finally:
         text.detach()
     yield FileRecord(number + 1, Unreadable(reason), b"", raw.tell(), "record")
