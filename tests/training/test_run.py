@@ -240,3 +240,27 @@ def test_shares_of_what_is_mixed() -> None:
         DataSpec(tasks=("sudoku", "sorting"), mix={"sudoku": 0.6, "sorting": 0.6})
     assert RunSpec(Path("x")).every(10_000) == 500 and RunSpec(Path("x")).every(42) == 5
     assert LoraSpec(16).alpha == 32 and RunSpec(Path("x"), looks=LookSpec(every=0)).every(42) == 0
+
+
+def test_a_leave_one_out_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sampling must know it, and factors cannot say it of the rows of a batch."""
+    arguments = ["--pool", "60", "-s", "steps=1", "-s", "batch=2", "--eval-every", "0", "-s", "leave_one_out=true"]
+    assert main(["finetune", "-o", str(tmp_path / "one"), *arguments]) == 0
+    checkpoint = tmp_path / "one" / "checkpoint"
+    assert LLM.load(checkpoint).model.config.is_leave_one_out
+    assert main(["finetune", "-o", str(tmp_path / "two"), "--lora", "2", *arguments]) == 2
+    assert "nano is no leave-one-out model, which factors cannot change" in capsys.readouterr().err
+    assert main(["finetune", "-o", str(tmp_path / "two"), "-m", str(checkpoint), "--lora", "2", *arguments[:-2]]) == 0
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["recipe"]["leave_one_out"] is True
+
+
+def test_packed_and_checkpointed_in_half_precision(data: Path, tmp_path: Path) -> None:
+    """QLoRA with all that saves memory takes the steps of the plain one, as far as rounding goes."""
+    arguments = ["finetune", "--data", str(data), *SMALL, "-s", "steps=2", "--eval-every", "1", "--samples", "1"]
+    assert main([*arguments, "-o", str(tmp_path / "plain")]) == 0
+    saving = ["--quantize", "int8", "--precision", "bf16", "--checkpointing", "--accumulate", "2"]
+    assert main([*arguments, *saving, "-o", str(tmp_path / "small")]) == 0
+    for one, other in zip(*(lines_of(tmp_path / name / "log.jsonl") for name in ("plain", "small")), strict=True):
+        assert other["diffusion_loss"] == pytest.approx(one["diffusion_loss"], rel=0.02)
+        assert other["diffusion_loss"] != one["diffusion_loss"]
+    assert json.loads((tmp_path / "small" / "run.json").read_text())["quantize"] == "int8"
