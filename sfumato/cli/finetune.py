@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from sfumato.cli import files, flags
 from sfumato.cli import options as opt
@@ -63,6 +64,9 @@ class DataFlags:
     ] = None
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="The longest example, in tokens.")] = None
     long: Annotated[str, typer.Option(help="Longer examples: cut, drop or refuse.")] = "cut"
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show three examples as the model will see them, and train nothing.")
+    ] = False
     task: Annotated[
         list[str] | None,
         typer.Option("--task", help="A task to train on: sudoku, sorting; sudoku where nothing else is named."),
@@ -129,6 +133,9 @@ def command(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFla
 
     Several GPUs: torchrun --nproc-per-node 2 -m sfumato finetune …
     """
+    if data.dry_run:
+        _dry_run(run, data)
+        return
     spec = _spec(run, data, factors, looks)
     from sfumato.training.distributed import Ranks
 
@@ -144,6 +151,18 @@ def command(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFla
             ranks.leave()
     if stop.number:
         raise typer.Exit(128 + stop.number)
+
+
+def _dry_run(run: RunFlags, data: DataFlags) -> None:
+    """Show what the files of data become, for a model whose weights are not read."""
+    from sfumato.checkpoints.locate import resolve
+    from sfumato.cli.training_data import DataOptions, dry_run
+
+    if not data.data:
+        raise InputError("--dry-run shows files of data; name them with --data")
+    folder = resolve(run.model.removesuffix(":new"))
+    options = DataOptions(data.max_tokens, data.long, data.held_out)
+    dry_run([Path(name) for name in data.data], folder, options, Console(highlight=False))
 
 
 def _carry_out(spec: RunSpec, force: bool, ranks: Any, device: str, stop: Stop) -> None:

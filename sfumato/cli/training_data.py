@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from sfumato.cli.view import SMOKE, visible
-from sfumato.errors import CheckpointError
+from sfumato.errors import InputError
 from sfumato.model.config import ModelConfig
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
-from sfumato.training.data.dataset import HELD_OUT, Dataset, PlacedExample, open_data
+from sfumato.training.data.dataset import HELD_OUT, Dataset, PlacedExample, held_out_of, open_data
 from sfumato.training.data.examples import LengthLimit, Long
 
 EXAMPLES = 3
@@ -40,8 +41,9 @@ class DataOptions:
     """How files become examples. `max_tokens` None: the model's context, `LONGEST` at most."""
 
     max_tokens: int | None = None
-    long: Long = "cut"
-    held_out: float | Path | None = HELD_OUT
+    long: str = "cut"
+    held_out: str | None = None
+    """As `--held-out` says it; None: `HELD_OUT` of several records."""
     seed: int = 0
     batch: int = 8
     """Examples of a step, for the share of padding."""
@@ -49,25 +51,27 @@ class DataOptions:
 
 def dry_run(paths: Sequence[Path], model_folder: Path, options: DataOptions, console: Console) -> None:
     """Read the data as training will, show examples of it and its figures; InputError for bad records, by number."""
+    if model_folder.is_file():
+        raise InputError(f"{model_folder} is one file, and training begins from a folder; see sfumato convert")
     config = ModelConfig.from_file(model_folder / "config.json")
     tokenizer = Tokenizer.from_folder(model_folder)
-    try:
-        template = ChatTemplate.from_folder(model_folder, tokenizer.special)
-    except CheckpointError:
-        if (model_folder / "chat_template.jinja").exists():
-            raise
-        template = None  # prompts with responses, and text
+    template = ChatTemplate.from_folder(model_folder, tokenizer.special)
     longest = options.max_tokens or min(LONGEST, config.max_position)
+    if options.long not in get_args(Long):
+        raise InputError(f"--long is {options.long!r}; choose cut, drop or refuse")
     with console.status("reading the data") as status:
-        data = open_data(
+        open_again = partial(
+            open_data,
             paths,
             tokenizer,
             template,
-            max_tokens=LengthLimit(longest, options.long),
+            max_tokens=LengthLimit(longest, cast(Long, options.long)),
             seed=options.seed,
-            held_out=options.held_out,
             progress=lambda done, total: status.update(f"reading the data: {done / max(1, total):.0%}"),
         )
+        data = open_again(held_out=held_out_of(options.held_out) if options.held_out is not None else None)
+        if options.held_out is None and len(np.unique(data.train.index.entries["content"])) > 1:
+            data = open_again(held_out=HELD_OUT)
     firsts = {one.place: one for one in reversed(data.examples(20 * EXAMPLES))}  # rather of several records
     shown = list(reversed(firsts.values()))[:EXAMPLES]
     show_examples(shown, tokenizer, config.canvas_length, config.eos_ids[0], console)
@@ -158,18 +162,24 @@ def show_figures(data: Dataset, longest: int, batch: int, console: Console) -> N
     tokens, prompts = about["tokens"], about["prompt_tokens"]
     files = ", ".join(about["files"][:3]) + (" …" if len(about["files"]) > 3 else "")
     held = f", and {len(data.held_out):,} held out" if data.held_out is not None else ""
-    console.print(
-        visible(f"{len(data.train):,} examples to train on{held}, of {about['records']:,} records in {files}")
-    )
-    share, padding = prompts / tokens, data.train.padding(batch)
-    sizes = f"{tokens:,} tokens, {share:.0%} of them prompt"
-    console.print(visible(f"{sizes}; in batches of {batch}, {padding:.1%} of the positions are padding"))
+    records = _several(about["records"], "record")
+    padding = f"in batches of {batch}, {data.train.padding(batch):.1%} of the positions are padding"
+    lines = [
+        f"{_several(len(data.train), 'example')} to train on{held}, of {records} in {files}",
+        f"{tokens:,} tokens, {prompts / tokens:.0%} of them prompt; {padding}",
+    ]
     if about["cut"]:
-        console.print(visible(f"{about['cut']:,} examples are cut at {longest:,} tokens"))
+        lines.append(f"{_several(about['cut'], 'example')} cut at {longest:,} tokens")
     for reason, count in about["left_out"].items():
-        console.print(visible(f"{count:,} left out ({reason}), from {'; '.join(about['left_out_at'][:5])}"))
+        lines.append(f"{count:,} left out ({reason}), from {'; '.join(about['left_out_at'][:5])}")
+    for line in lines:
+        console.print(visible(line), soft_wrap=True)
     for line in _histogram(data.train.lengths):
         console.print(visible(line))
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _histogram(lengths: np.ndarray[Any, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Characters of a text that are shown."""
+SECONDS = 5.0
+"""Between two notes on how far the data is read."""
 
 
 class TrainingView:
@@ -24,6 +27,7 @@ class TrainingView:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
+        self._next_note = time.monotonic() + SECONDS
 
     def note(self, sentence: str) -> None:
         """A line of its own."""
@@ -57,6 +61,12 @@ class TrainingView:
             for draft in sample.drafts[:-1]:
                 self.console.print(Text.assemble("  ", _short(draft), style="dim"))
             self.console.print(Text.assemble("  ", _short(sample.text)))
+
+    def read(self, done: int, total: int) -> None:
+        """Every few seconds."""
+        if time.monotonic() > self._next_note:
+            self._next_note = time.monotonic() + SECONDS
+            self.note(f"the data is {done / max(1, total):.0%} read")
 
     def count(self, done: int, total: int) -> None:
         """Every thousandth."""

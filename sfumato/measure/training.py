@@ -92,7 +92,7 @@ class TrainingMemory:
     weights: float
     """That are not trained."""
     trained: float
-    """Factors, or all weights, in float32; with autocast their copies in bfloat16 too."""
+    """Factors, or all weights, in float32."""
     gradients: float
     optimizer: float
     keys_values: float
@@ -144,7 +144,7 @@ def memory(config: ModelConfig, setup: TrainingSetup) -> TrainingMemory:
     numbers = sum(trained.values()) / setup.ranks
     always = {
         "weights": sum(plain.values()) / setup.ranks + packed,  # packed ones are whole in each process
-        "trained": (6.0 if not setup.rank and setup.narrow < 4 else 4.0) * numbers,
+        "trained": 4.0 * numbers,
         "optimizer": STATES[setup.optimizer] * numbers,
         "keys_values": 2.0 * _cache_bytes(config, setup),
         "gathered": _gathered_bytes(config, setup, plain, trained),
@@ -152,10 +152,10 @@ def memory(config: ModelConfig, setup: TrainingSetup) -> TrainingMemory:
     encode, denoise = _passes(config, setup)
     held = 4.0 * numbers if setup.is_accumulated else 0.0
     # A weight's gradients of both passes are joined before they become, or are added to, what is there of other parts.
-    moments = (
-        _moment(config, setup, trained, denoise, (encode, denoise)) | {"gradients": held},
-        _moment(config, setup, trained, encode, (encode,)) | {"gradients": held + 4.0 * numbers},
-    )
+    both = _moment(config, setup, trained, denoise, (encode, denoise)) | {"gradients": held}
+    moments = [both, _moment(config, setup, trained, encode, (encode,)) | {"gradients": held + 4.0 * numbers}]
+    if not setup.rank and setup.narrow < 4:  # autocast keeps its copies of weights until the forward passes are over
+        moments.append(both | {"working": _vocabulary_bytes(config, setup) + 2.0 * sum(trained.values())})
     fullest = always | max(moments, key=lambda moment: sum(moment.values()))
     moving = sum(fullest[name] for name in ("gradients", "keys_values", "kept", "working", "gathered"))
     return TrainingMemory(**fullest, slack=SLACK * moving)
@@ -171,10 +171,8 @@ def _moment(
     """The bytes that `waiting` passes have kept, as the backward pass of one of them, `now`, begins."""
     kept = working = 0.0
     for index, layer in enumerate(config.layers):
-        factors = sum(count for name, count in trained.items() if name.startswith(f"layers.{index}."))
-        copies = setup.narrow * factors if setup.rank and setup.narrow < 4 else 0.0
         for one in waiting:
-            whole = _of_block(config, layer, setup, one) + copies
+            whole = _of_block(config, layer, setup, one) + _copied_bytes(config, index, setup, one)
             kept += setup.wide * config.hidden_size * one.positions if setup.is_checkpointed else whole
             if one is now:
                 own = whole if setup.is_checkpointed else 0.0
@@ -258,9 +256,8 @@ def _of_block(config: ModelConfig, layer: LayerConfig, setup: TrainingSetup, one
     # feed-forwards' of the same.
     norms = 4 * ((6 if w == 4 else 8) * width + queries + (1 if w == n == 4 and not layer.is_sliding else 2) * keys)
     router = 8 * config.num_experts + 32 * config.top_k_experts
-    if not setup.rank:  # norms that are trained keep their results, and the router's product its input
-        norms += 4 * (8 * width + queries + keys)
-        router += n * width
+    if not setup.rank:  # the router's scale and product are trained too, and keep what they multiply
+        router += (w + n) * width
     mixer = n * (2 * queries + _if_trained(config, setup, "self_attn.", width + queries + 4 * setup.rank))
     inner = config.intermediate_size
     dense = n * (3 * inner + _if_trained(config, setup, ".mlp.", width + inner + 3 * setup.rank))
@@ -274,12 +271,36 @@ def _of_block(config: ModelConfig, layer: LayerConfig, setup: TrainingSetup, one
 def _of_experts(config: ModelConfig, setup: TrainingSetup, one: _Positions) -> float:
     """Of a position: gathered input, gate and up, gelu, their product, and the result, of each expert that it chose.
 
-    A few experts that are trained themselves are one product, of all of them (`ops.fused.experts`)."""
+    A few experts in plain numbers are one product, of all of them (`ops.fused.experts`)."""
     n, width, count, inner = setup.narrow, config.hidden_size, config.num_experts, config.expert_size
-    if not setup.rank and count <= FEW_EXPERTS and one.positions >= 16 * count:
-        return n * (width + 6 * count * inner)
+    if count <= FEW_EXPERTS and one.positions >= 16 * count and setup.quantize is None:
+        is_plain = not _if_trained(config, setup, ".experts.", setup.rank)
+        if is_plain or _is_merged(setup, (width, 2 * inner), one):
+            return n * (width + 6 * count * inner)
     inputs = _if_trained(config, setup, ".experts.", width + inner + 2 * setup.rank)
     return n * config.top_k_experts * (width + 3 * inner + inputs)
+
+
+def _is_merged(setup: TrainingSetup, sides: tuple[int, int], one: _Positions) -> bool:
+    """Whether factors are added to their weight before it is multiplied (`ops.fused`)."""
+    is_small = math.prod(sides) <= 3 * setup.rank * sum(sides)
+    return is_small and one.positions >= max(sides) and setup.narrow == 4 and setup.quantize is None
+
+
+def _copied_bytes(config: ModelConfig, index: int, setup: TrainingSetup, one: _Positions) -> float:
+    """What a block keeps of what is trained: copies in bfloat16, or in float32 weights with their factors in them."""
+    trained = _of_layer(trained_counts(config, setup.rank, setup.targets), index)
+    if setup.narrow < 4:
+        return setup.narrow * float(sum(trained.values()))
+    if not setup.rank:
+        return 0.0
+    shapes = work.tensors(config)
+    merged = [shapes[name] for name in trained if _is_merged(setup, shapes[name][-2:], one)]
+    return 4.0 * sum(math.prod(shape) for shape in merged)
+
+
+def _of_layer(counts: Mapping[str, int], index: int) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if name.startswith(f"layers.{index}.")}
 
 
 def _if_trained(config: ModelConfig, setup: TrainingSetup, part: str, count: int) -> int:

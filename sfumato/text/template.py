@@ -13,14 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import read_json
 from sfumato.system import confined
 from sfumato.text import rendering
 from sfumato.text.messages import check_messages, check_tools
-from sfumato.text.replies import ENDS
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.text.tokenizer_file import read_text
 
@@ -30,25 +29,9 @@ CHILDREN = confined.ChildPool()
 """The child processes that render."""
 
 _WHAT = "the chat template"
-_TURNS = ("<|turn>", "<turn|>")
+TURNS = ("<|turn>", "<turn|>")
 """The control tokens around a turn, in Gemma's format."""
-_CHANNEL = ("<|channel>", "<channel|>")
-"""The control tokens around a thought, in Gemma's format."""
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
-
-
-_Dialogue = tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None, bool]
-"""Messages, tools, and whether thinking is on."""
-
-
-class AnsweredTurn(NamedTuple):
-    """An answer of a conversation as token ids: the prompt that asks for it, and what the model writes."""
-
-    message: int
-    """Its number in the conversation."""
-    prompt: list[int]
-    tokens: list[int]
-    """Up to the control token that ends the turn, that one included where the template writes one."""
 
 
 class ChatTemplate:
@@ -104,7 +87,7 @@ class ChatTemplate:
         Do not tokenise it: what a user wrote may look like a control token.
         """
         messages, tools = check_messages(messages), check_tools(tools)
-        guard = _Guard(_TURNS, [self.source, messages, tools, self.special])
+        guard = Guard(TURNS, [self.source, messages, tools, self.special])
         return guard.unmark(self._render(guard.mark(messages), guard.mark(tools), thinking, add_generation_prompt))
 
     def encode(
@@ -120,136 +103,42 @@ class ChatTemplate:
         Every control token in them was put there by the template, none by a message or tool.
         """
         messages, tools = check_messages(messages), check_tools(tools)
-        guard = _Guard({*tokenizer.control_tokens, *_TURNS}, [self.source, messages, tools, self.special])
+        guard = Guard({*tokenizer.control_tokens, *TURNS}, [self.source, messages, tools, self.special])
         try:
             text = self._render(guard.mark(messages), guard.mark(tools), thinking, add_generation_prompt)
         except InputError as error:
             raise InputError(guard.unmark(str(error))) from None
         return guard.ids(tokenizer, text)
 
-    def answers(
-        self,
-        tokenizer: Tokenizer,
-        messages: Sequence[Mapping[str, Any]],
-        numbers: Iterable[int],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool = False,
-    ) -> Iterator[AnsweredTurn]:
-        """The answers of a conversation, those of the assistant's messages with these numbers, one after the other.
-
-        The prompt of each is what `encode` gives for the messages before it. The answer is what the template adds for
-        the message, without the header of its turn, up to the token at which generation ends: `<turn|>`, or
-        `<|tool_response>` where results follow its calls. A message with a thought is asked for with thinking on, and
-        its thought stands before the answer even where the template leaves it out of a history.
-        """
-        dialogue = _MarkedDialogue(self, tokenizer, (messages, tools, thinking))
-        for number in numbers:
-            try:
-                texts = CHILDREN.run(rendering.render_all, self.source, dialogue.variables(number), what=_WHAT)
-                yield dialogue.answer(number, texts)
-            except InputError as error:
-                raise InputError(f"message {number}: {dialogue.guard.unmark(str(error))}") from None
-
-    def answers_of_many(
-        self, tokenizer: Tokenizer, dialogues: Sequence[tuple[_Dialogue, Sequence[int]]]
-    ) -> list[list[AnsweredTurn]] | None:
-        """The answers of several conversations, each ((messages, tools, thinking), numbers), rendered in one call.
-
-        None where one of them cannot be: `answers` of each then says which. See there."""
-        try:
-            marked = [(_MarkedDialogue(self, tokenizer, dialogue), numbers) for dialogue, numbers in dialogues]
-            variables = [
-                one for dialogue, numbers in marked for number in numbers for one in dialogue.variables(number)
-            ]
-            texts = iter(CHILDREN.run(rendering.render_all, self.source, variables, what=_WHAT))
-            return [
-                [dialogue.answer(number, [next(texts) for _ in range(3)]) for number in numbers]
-                for dialogue, numbers in marked
-            ]
-        except InputError:
-            return None
-
-    def _render(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> str:
-        variables = self.variables(messages, tools, thinking, add_generation_prompt)
-        text: str = CHILDREN.run(rendering.render, self.source, variables, what=_WHAT)
-        return _with_open_turn(text) if add_generation_prompt else text
+    def renderings(self, variables: list[dict[str, Any]]) -> list[str]:
+        """The texts of the template with each of these `variables`, from one call of the child process."""
+        texts: list[str] = CHILDREN.run(rendering.render_all, self.source, variables, what=_WHAT)
+        return texts
 
     def variables(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> dict[str, Any]:
         """What the template is rendered with."""
         variables = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
         return variables | {**self.special, "enable_thinking": thinking}
 
+    def _render(self, messages: Any, tools: Any, thinking: bool, add_generation_prompt: bool) -> str:
+        (text,) = self.renderings([self.variables(messages, tools, thinking, add_generation_prompt)])
+        return with_open_turn(text) if add_generation_prompt else text
 
-def _with_open_turn(text: str) -> str:
+
+def with_open_turn(text: str) -> str:
     """The rendering of a prompt, with an open turn of the model where the template has closed the last one.
 
     Gemma 4's own does so behind an assistant's message with content, calls and results, although it is asked for an
     answer. What it writes behind the turn belongs into the model's."""
-    start, end = (text.rfind(token) for token in _TURNS)
+    start, end = (text.rfind(token) for token in TURNS)
     if end <= start:
         return text
-    behind = end + len(_TURNS[1])
+    behind = end + len(TURNS[1])
     behind += text.startswith("\n", behind)
-    return f"{text[:behind]}{_TURNS[0]}model\n{text[behind:]}"
+    return f"{text[:behind]}{TURNS[0]}model\n{text[behind:]}"
 
 
-class _MarkedDialogue:
-    """A conversation, marked, of which answers are asked for."""
-
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, dialogue: _Dialogue) -> None:
-        messages, tools = check_messages(dialogue[0]), check_tools(dialogue[1])
-        self.template, self.tokenizer, self.thinking = template, tokenizer, dialogue[2]
-        inputs = [template.source, messages, tools, template.special]
-        self.guard = _Guard({*tokenizer.control_tokens, *_TURNS}, inputs)
-        self.messages: list[dict[str, Any]] = self.guard.mark(messages)
-        self.tools = self.guard.mark(tools)
-
-    def variables(self, number: int) -> list[dict[str, Any]]:
-        """Of three renderings: the prompt for a message, the same without being asked, and with the message."""
-        behind = number + 1
-        while behind < len(self.messages) and self.messages[behind]["role"] == "tool":
-            behind += 1
-        thinking = self.thinking or bool(self._thought(number))
-        parts = ((number, True), (number, False), (behind, False))
-        return [self.template.variables(self.messages[:end], self.tools, thinking, asks) for end, asks in parts]
-
-    def answer(self, number: int, texts: Sequence[str]) -> AnsweredTurn:
-        """The answer in these renderings."""
-        prompt, before, whole = texts
-        prompt, thought = _with_open_turn(prompt), self._thought(number)
-        text = _addition(prompt, before, whole)
-        if thought and _CHANNEL[0] not in text and all(self.tokenizer.id(token) is not None for token in _CHANNEL):
-            text = f"{_CHANNEL[0]}thought\n{thought}\n{_CHANNEL[1]}{text}"
-        ids = [self.guard.ids(self.tokenizer, part) for part in (prompt, _until_end(self.tokenizer, text))]
-        return AnsweredTurn(number, *ids)
-
-    def _thought(self, number: int) -> str:
-        return str(self.messages[number].get("reasoning_content", "")).strip()
-
-
-def _addition(prompt: str, before: str, whole: str) -> str:
-    """What the template writes for an answer: `whole` has it, `before` ends before it, `prompt` asks for it."""
-    if whole.startswith(prompt):
-        return whole[len(prompt) :]
-    if whole.startswith(before):  # the prompt says more than the history will, such as a thought that is left empty
-        return whole[len(before) :].removeprefix(f"{_TURNS[0]}model\n")
-    raise InputError(
-        "the chat template writes what stands before this answer in another way once the answer is there, so that its "
-        "tokens cannot be told from the prompt's; end the conversation with an answer before it"
-    )
-
-
-def _until_end(tokenizer: Tokenizer, text: str) -> str:
-    """A turn up to the first control token at which generation ends, that one included; all of it without one."""
-    end = 0
-    for piece, control in tokenizer.pieces(text):
-        end += len(piece)
-        if control is not None and piece in ENDS:
-            return text[:end]
-    return text.rstrip("\n")
-
-
-class _Guard:
+class Guard:
     """Marks, in the caller's strings, every place where a control token could begin or end.
 
     The mark is one private-use character that nothing else in the rendering contains. It goes after each character that

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -81,8 +82,12 @@ class Ranks:
         for block in model.layers:
             fully_shard(block, mesh=self._mesh, shard_placement_fn=place)
         root: Any = fully_shard(model, mesh=self._mesh, shard_placement_fn=place, reshard_after_forward=False)
+        # No tensor may pass through what makes the root whole: its gradients are complete with the last of all alone,
+        # and FSDP would take them for that where one reaches an input, such as the soft embedding.
+        root.gather_ = MethodType(lambda self: None, root)
+        register_fsdp_forward_method(root, "gather_")
         for name in ("encode", "denoise", "encode_and_denoise"):
-            register_fsdp_forward_method(root, name)
+            setattr(root, name, _gathering(root, getattr(root, name)))
         for part in (root, *model.layers):
             part.set_gradient_divide_factor(1.0)  # losses are shares of the global mean already
             part.set_force_sum_reduction_for_comms(True)
@@ -140,6 +145,14 @@ class Ranks:
         """Until all are here."""
         if self.size > 1:
             distributed.barrier()
+
+
+def _gathering(root: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    def gathering(*arguments: Any, **named: Any) -> Any:
+        root.gather_()
+        return call(*arguments, **named)
+
+    return gathering
 
 
 ALONE = Ranks()

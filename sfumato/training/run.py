@@ -61,6 +61,10 @@ class Display(Protocol):
         """Progress before the first step."""
         ...
 
+    def read(self, done: int, total: int) -> None:
+        """Bytes of the files that are read so far, and all of them."""
+        ...
+
 
 class Silent:
     """Shows nothing."""
@@ -77,6 +81,9 @@ class Silent:
 
     def count(self, done: int, total: int) -> None:
         """See `Display.count`."""
+
+    def read(self, done: int, total: int) -> None:
+        """See `Display.read`."""
 
 
 def prepare_folder(folder: Path, force: bool) -> None:
@@ -117,9 +124,9 @@ class _TrainingRun:
             torch.set_num_threads(spec.threads)
         self.spec, self.display, self.ranks = spec, display, ranks
         self.base = setup.base_of(spec)
-        recipe = setup.new_recipe(spec)
+        recipe = setup.new_recipe(spec, self.base)
         with ranks.in_turn():  # the first one keeps what it has read of files
-            self.sources = setup.sources_of(spec, self.base, recipe, display.count)
+            self.sources = setup.sources_of(spec, self.base, recipe, display.count, display.read)
         self.recipe: TrainingRecipe = setup.with_steps(recipe, spec, self.sources.examples)
         self.model: Model = ranks.shard_(setup.model_of(spec, self.base, self.recipe, device))
         self.identity = setup.identity_of(spec, self.base, self.sources)

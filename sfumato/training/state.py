@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,9 @@ def _read_shared(path: Path, model: Model) -> dict[str, Tensor]:
                 tensors[name] = torch.zeros_like(like, dtype=dtype)
             else:
                 tensors[name] = torch.zeros(size, dtype=dtype)
-        load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process may read what several have written
+            load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     except (CheckpointException, OSError, KeyError, ValueError) as error:
         raise no_state(path) from error
     return tensors

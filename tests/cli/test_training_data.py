@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def screen(tmp_path: Path, *records: Any, is_terminal: bool = False, **options: 
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     output = io.StringIO()
     console = Console(file=output, force_terminal=is_terminal, no_color=not is_terminal, highlight=False, width=100)
-    dry_run([path], NANO, DataOptions(**{"held_out": None, **options}), console)
+    dry_run([path], NANO, DataOptions(**{"held_out": "0", **options}), console)
     return output.getvalue()
 
 
@@ -47,7 +48,7 @@ def test_a_token_is_a_line_with_its_part_and_its_losses(tmp_path: Path) -> None:
 def test_behind_a_cut_nothing_is_learned(tmp_path: Path) -> None:
     text = screen(tmp_path, {"prompt": "7", "response": "1" * 99}, max_tokens=30)
     assert "places of which nothing is learned" in text and "×" not in text.partition("\n\n")[0]
-    assert "1 examples are cut at 30 tokens" in text
+    assert "1 example cut at 30 tokens" in text
 
 
 def test_a_terminal_shows_the_text_with_its_canvases_and_a_legend(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_a_terminal_shows_the_text_with_its_canvases_and_a_legend(tmp_path: Path
 
 def test_the_set_is_summed_up(tmp_path: Path) -> None:
     records = [{"text": "1" * count} for count in range(1, 60)] + [{"prompt": "2" * 80, "response": "3"}]
-    text = screen(tmp_path, *records, max_tokens=70, held_out=0.1)
+    text = screen(tmp_path, *records, max_tokens=70, held_out="10%")
     assert "53 examples to train on, and 6 held out, of 60 records in a.jsonl" in text
     assert "1 left out (prompt too long), from a.jsonl, line 60" in text
     assert "% of the positions are padding" in text
@@ -70,3 +71,22 @@ def test_the_set_is_summed_up(tmp_path: Path) -> None:
 def test_a_bad_line_is_refused_by_its_number(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: "):
         screen(tmp_path, {"text": "a"}, {"text": 7})
+
+
+def test_the_command_line_shows_it_and_needs_no_folder_of_a_run(
+    sfumato: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "7", "response": "8"}\n')
+    code, out, _ = sfumato("finetune", "-m", "nano", "--data", str(path), "--dry-run")
+    assert (
+        code == 0
+        and out.startswith("Example 1: a.jsonl, line 1; ")
+        and "1 example to train on, of 1 record in a.jsonl" in out
+    )
+    path.write_text('{"prompt": "7", "response": "8"}\n{"prompt": "7", "response": ""}\n')
+    code, out, error = sfumato("finetune", "-m", "nano", "--data", str(path), "--dry-run")
+    assert (code, out) == (2, "") and "a.jsonl, line 2: message 1 (assistant) is an answer of no tokens" in error
+    for flags, why in (((), "name them with --data"), (("--data", str(path), "--long", "bend"), "choose cut, drop")):
+        code, _, error = sfumato("finetune", "--dry-run", *flags)
+        assert code == 2 and why in error

@@ -1,4 +1,4 @@
-"""training/data: what people have on disk becomes examples, in an order that is a function of seed and step."""
+"""training/data, text/turns.py: what people have on disk becomes examples, in an order of (seed, step)."""
 
 from __future__ import annotations
 

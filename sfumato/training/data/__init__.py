@@ -2,8 +2,19 @@
 
 from sfumato.training.data.dataset import Dataset, FileSource, held_out_of, open_data
 from sfumato.training.data.examples import LengthLimit
+from sfumato.training.data.index import ReadingProgress
 from sfumato.training.data.mixed import MixedSource
 from sfumato.training.data.source import Source
 from sfumato.training.data.sudoku import SudokuSource
 
-__all__ = ["Dataset", "FileSource", "LengthLimit", "MixedSource", "Source", "SudokuSource", "held_out_of", "open_data"]
+__all__ = [
+    "Dataset",
+    "FileSource",
+    "LengthLimit",
+    "MixedSource",
+    "ReadingProgress",
+    "Source",
+    "SudokuSource",
+    "held_out_of",
+    "open_data",
+]

@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple, get_args
 
 from sfumato.errors import InputError
 from sfumato.text.replies import ENDS
-from sfumato.text.template import AnsweredTurn, ChatTemplate
+from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
+from sfumato.text.turns import AnsweredTurn, Dialogue, answers, answers_of_many
 from sfumato.training.data.records import LearnedDialogue, LearnedText
 
 Long = Literal["cut", "drop", "refuse"]
@@ -71,12 +72,11 @@ class ExampleMaker:
         dialogues = [one for one in records if isinstance(one, LearnedDialogue)]
         if self.template is None or not dialogues:
             return None
-        answers = self.template.answers_of_many(
-            self.tokenizer, [((one.messages, one.tools, one.thinking), one.learned) for one in dialogues]
-        )
-        if answers is None:
+        questions = [(Dialogue(one.messages, one.tools, one.thinking), one.learned) for one in dialogues]
+        answered = answers_of_many(self.template, self.tokenizer, questions)
+        if answered is None:
             return None
-        each = iter(answers)
+        each = iter(answered)
         try:
             return [
                 list(self._of_text(one) if isinstance(one, LearnedText) else self._of_answers(next(each)))
@@ -100,9 +100,8 @@ class ExampleMaker:
 
     def _answers(self, record: LearnedDialogue) -> Iterator[AnsweredTurn]:
         if self.template is not None:
-            yield from self.template.answers(
-                self.tokenizer, record.messages, record.learned, record.tools, record.thinking
-            )
+            dialogue = Dialogue(record.messages, record.tools, record.thinking)
+            yield from answers(self.template, self.tokenizer, dialogue, record.learned)
             return
         texts = [message["content"] for message in record.messages]
         if [message["role"] for message in record.messages] != ["user", "assistant"] or record.tools:
