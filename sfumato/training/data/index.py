@@ -44,7 +44,7 @@ MOST_FAULTS = 20
 _VERSION = b"2"
 """Of what is written here and of the rules that make examples."""
 _ENTRIES, _TOKENS, _NOTE = "entries.bin", "tokens.bin", "note.json"
-_HELD = 1 << 16  # entries that are held before they are written
+_HELD = 1 << 12  # entries that are held before they are written
 _TOGETHER, _BYTES_TOGETHER = 32, 1 << 18  # records, and their bytes, that are rendered together
 _TURNS_TOGETHER = 8  # a conversation with more answers is rendered answer by answer, up to the limit of length
 
