@@ -141,12 +141,10 @@ def test_feed_forward(kind: str, which: str) -> None:
         weights[name] = beside(packed(normal(*shape, seed=seed, scale=0.1).to(dtype), kind), switch, dtype, seed=seed)
         if which not in ("all", name):
             weights[name].b.zero_()
-    exact_lanes = lanes()
-    switch.lanes = exact_lanes
+    switch.lanes = lanes()
     hidden = reference.gated(product(x, weights["gate"], kind), product(x, weights["up"], kind)).to(dtype)
     exact = product(hidden, weights["down"], kind)
-    taken = {n: w if which in ("all", n) else w.base for n, w in weights.items()}
-    out = linear.feed_forward(x, *taken.values())
+    out = linear.feed_forward(x, *(w if which in ("all", n) else w.base for n, w in weights.items()))
     assert relative(out, exact) <= (0.02 if kind == "fp8" else 6e-3)
 
 
@@ -169,8 +167,7 @@ def test_experts(kind: str) -> None:
         exact = exact.index_add(0, token, part * weight[token, choice, None])
     out = experts.experts(x, index, weight, gate_up, down)
     assert relative(out, exact) <= (0.02 if kind == "fp8" else 6e-3)
-    for one in (gate_up, experts.experts(x, index, weight, gate_up, down.base)), (down, None):
-        assert one[1] is None or relative(one[1], exact) > 0.1
+    assert relative(experts.experts(x, index, weight, gate_up, down.base), exact) > 0.1
 
 
 def test_route() -> None:

@@ -24,12 +24,12 @@ from torch import Tensor, empty, float32, int32, zeros
 from sfumato.ops.contract import Matrix
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
-from sfumato.ops.triton.forms import Form, blocks, dense_specials, form, operand_types
+from sfumato.ops.triton.forms import Form, blocks, dense_specials, form, has_tensor_memory, operand_types
 from sfumato.ops.triton.linear import gate_and_up, gated, placed
 from sfumato.ops.triton.low_rank import Addition, added, for_special, nothing, shrunk, sizes_of
 from sfumato.ops.triton.low_rank import tiles as shrink_tiles
 from sfumato.ops.triton.product import Prepared, prepare, product, row_at, special, x_at
-from sfumato.ops.triton.tuning import Config, chip, config
+from sfumato.ops.triton.tuning import Config, config
 
 # 256 tokens x 8 choices over 128 experts: sixteen rows an expert on average, thirty in a popular one. With 32 rows a
 # tile nearly every expert is one tile, so its weights cross from L2 once and are unpacked once; the tensor cores spend
@@ -96,17 +96,16 @@ def products(
     """down(gated(gate_up(x))) of every assignment, [N x J, D].
 
     x is as `prepare` gives it, `lists` are `listed`; `hidden_AF` is where to keep the hidden layer."""
-    x_ND, (count_E, list_EN) = x.x_MK, lists
-    (tokens, width), (rows, hidden_size), count = x_ND.shape, hidden_AF.shape, len(count_E)
-    dtype, device = hidden_AF.dtype, x_ND.device
+    count_E, list_EN = lists
+    (rows, hidden_size), count, tokens = hidden_AF.shape, len(count_E), list_EN.shape[1]
+    dtype, device = hidden_AF.dtype, hidden_AF.device
     # Tiles of rows are cut once for both products; gate and up, the larger, decide.
     height = _height(rows / count, (gate_up, down), dtype, device)
-    tiles, launch = _tiles("experts_gate_up", height, (count, gate_up.outputs, width), gate_up, dtype, device)
+    tiles, launch = _tiles("experts_gate_up", height, (count, gate_up.outputs, gate_up.inputs), gate_up, dtype, device)
     most = min(rows, (rows + count * (tiles["BLOCK_M"] - 1)) // tiles["BLOCK_M"])
-    same = {"E": count, "BLOCK_E": triton.next_power_of_2(count)}
     rest = _addition(x, gate_up, lists, choices, is_by_token=True)
     _experts_gate_up[(most * triton.cdiv(gate_up.outputs, tiles["BLOCK_N"]),)](
-        x_ND,
+        x.x_MK,
         x.extra,
         *gate_up.operands,
         *rest.operands,
@@ -117,22 +116,32 @@ def products(
         tokens,
         J=choices,
         F=hidden_size,
-        K=width,
+        K=gate_up.inputs,
         GROUP=gate_up.group,
         KIND=gate_up.kind,
         SPLIT=down.is_halved,
+        E=count,
+        BLOCK_E=triton.next_power_of_2(count),
         **rest.sizes,
-        **same,
         **tiles,
         **launch,
         **overlap(device),
     )
-    part_AD = empty(rows, down.outputs, dtype=dtype, device=device)
-    again, launch = _tiles("experts_down", height, (count, down.outputs, hidden_size), down, dtype, device)
-    again["BLOCK_M"] = tiles["BLOCK_M"]
+    return _down(hidden_AF, lists, choices, down, (height, tiles["BLOCK_M"], most))
+
+
+def _down(
+    hidden_AF: Tensor, lists: tuple[Tensor, Tensor], choices: int, down: Form, cut: tuple[str, int, int]
+) -> Tensor:
+    """The second product of every assignment; `cut` are the tiles of rows: name, height, and how many there can be."""
+    (rows, hidden_size), (count_E, list_EN), (height, block_m, most) = hidden_AF.shape, lists, cut
+    count, dtype, device = len(count_E), hidden_AF.dtype, hidden_AF.device
+    tiles, launch = _tiles("experts_down", height, (count, down.outputs, hidden_size), down, dtype, device)
+    tiles["BLOCK_M"] = block_m
     hidden = prepare(hidden_AF, down, is_split=True)
     rest = _addition(hidden, down, lists, choices, is_by_token=False)
-    _experts_down[(most * triton.cdiv(down.outputs, again["BLOCK_N"]),)](
+    part_AD = empty(rows, down.outputs, dtype=dtype, device=device)
+    _experts_down[(most * triton.cdiv(down.outputs, tiles["BLOCK_N"]),)](
         hidden.x_MK,
         hidden.extra,
         *down.operands,
@@ -141,15 +150,16 @@ def products(
         count_E,
         list_EN,
         most,
-        tokens,
+        list_EN.shape[1],
         J=choices,
         N=down.outputs,
         K=hidden_size,
         GROUP=down.group,
         KIND=down.kind,
+        E=count,
+        BLOCK_E=triton.next_power_of_2(count),
         **rest.sizes,
-        **same,
-        **again,
+        **tiles,
         **launch,
         **overlap(device),
     )
@@ -197,12 +207,8 @@ def _height(rows: float, weights: tuple[Form, Form], dtype: torch.dtype, device:
     """How high tiles are for so many rows an expert. In float32 always low: its sums lie in registers one by one."""
     name = "" if dtype == float32 else next((name for least, name in TALL if rows >= least), "")
     is_halved = any(weight.is_halved for weight in weights)
-    return "_64" if name == "_128" and is_halved and _has_tensor_memory(device) else name
-
-
-def _has_tensor_memory(device: torch.device | str) -> bool:
-    """Where it is, four classes of inputs in 128 rows do not fit it; the compiler makes a trap of such a kernel."""
-    return 100 <= chip(str(device))[1] < 110
+    # Four classes of inputs in 128 rows do not fit it; the compiler makes a trap of such a kernel.
+    return "_64" if name == "_128" and is_halved and has_tensor_memory(device) else name
 
 
 def _tiles(
@@ -453,7 +459,7 @@ def ahead(arch: int) -> list[Special]:
         same: dict[str, Any] = {"GROUP": like.group, "KIND": like.kind, "E": count, "BLOCK_E": count}
         first, last = replace(like, outputs=2 * hidden, inputs=width), replace(like, outputs=width, inputs=hidden)
         heights = list(_HEIGHTS) if name in ("bfloat16", "fp8", "int4", "nvfp4") else [""]
-        for height in heights[:2] if like.is_halved and _has_tensor_memory(device) else heights:
+        for height in heights[:2] if like.is_halved and has_tensor_memory(device) else heights:
             tiles, launch = _tiles("experts_gate_up", height, (count, 2 * hidden, width), first, dtype, device)
             constexprs = {"J": choices, "F": hidden, "K": width, **same, "SPLIT": like.is_halved, **tiles}
             for rank in (0, 16) if (name, height) == ("int4", "") else (0,):

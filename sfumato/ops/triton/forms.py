@@ -256,6 +256,11 @@ def has_fp8(device: str) -> bool:
     return chip(device)[1] >= 89
 
 
+def has_tensor_memory(device: torch.device | str) -> bool:
+    """Whether the tensor cores' sums lie in a memory of their own."""
+    return 100 <= chip(str(device))[1] < 110
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 

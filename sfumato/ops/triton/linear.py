@@ -25,7 +25,7 @@ from sfumato.ops.packed import BLOCK
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.forms import Form, are_alike, blocks, dense_specials, form, operand_types
-from sfumato.ops.triton.low_rank import AT_ONCE, added, addition, for_special
+from sfumato.ops.triton.low_rank import AT_ONCE, added, addition, for_special, roomy
 from sfumato.ops.triton.product import Prepared, prepare, product, row_at, special, spread, x_at
 from sfumato.ops.triton.tuning import SHARED_KIB, Config, chip, config, processors
 
@@ -126,7 +126,7 @@ def gate_up(x: Prepared, gate: Form, up: Form, hidden_MF: Tensor, is_split: bool
         SPLIT=is_split,
         **rest.sizes,
         **tiles,
-        **launch,
+        **roomy(launch, gate, rest.inner is not None, x_MK.device),
         **overlap(x_MK.device),
     )
 
@@ -167,7 +167,7 @@ def multiply(x: Prepared, forms: Sequence[Form], outs: Sequence[Tensor], dtype: 
         KIND=first.kind,
         **rest.sizes,
         **tiles,
-        **launch,
+        **roomy(launch, first, rest.inner is not None, x_MK.device),
         **overlap(x_MK.device),
     )
 
@@ -441,7 +441,7 @@ def ahead(arch: int) -> list[Special]:
                         pointers | more | none,
                         ["rows"],
                         constexprs | beside,
-                        launch,
+                        roomy(launch, like, rank > 0, device),
                     )
                 )
         blank = replace(like, outputs=2112, inputs=2816)
@@ -453,5 +453,6 @@ def ahead(arch: int) -> list[Special]:
         for rank in ranks:
             more, beside = for_special(("gate_b_ptr", "up_b_ptr"), 2816, rank, dtype, device)
             what = f"gate_up {name}{' adapted' if rank else ''}"
-            specials.append(special(what, _gate_up, pointers | more, ["rows"], constexprs | beside, launch))
+            wide = roomy(launch, like, rank > 0, device)
+            specials.append(special(what, _gate_up, pointers | more, ["rows"], constexprs | beside, wide))
     return specials

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
-from sfumato.ops.triton.forms import Form, LaneFactors
+from sfumato.ops.triton.forms import Form, LaneFactors, has_tensor_memory
 from sfumato.ops.triton.product import Prepared, special, spread
 from sfumato.ops.triton.tuning import Config, config
 
@@ -93,6 +93,14 @@ def for_special(
     pointers |= {"lane_ptr": "*i64", "inner_ptr": "*fp32"} | dict.fromkeys(names, POINTERS[dtype])
     sizes = {"RANK": rank, "PARTS": tiles(width, rank, dtype, device)["SPLITS"], "BLOCK_R": block_of(rank)}
     return pointers, {"ADAPTED": (1 << len(names)) - 1, **sizes}
+
+
+def roomy(launch: dict[str, int], weight: Form, is_adapted: bool, device: torch.device | str) -> dict[str, int]:
+    """A launch with registers for a second sum, which telling lanes apart takes.
+
+    Four warps have too few of them where the first comes from tensor memory."""
+    is_wide = is_adapted and weight.is_halved and has_tensor_memory(device)
+    return {**launch, "num_warps": 8} if is_wide else launch
 
 
 def block_of(rank: int) -> int:
