@@ -468,44 +468,57 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 # ---- one, merged -----------------------------------------------------------------------------------------------------
 
 
+def check_mergeable(adapter: Adapter) -> None:
+    """InputError for an adapter that is not the same in encode and denoise: both read one weight."""
+    if adapter.denoise is not None:
+        raise InputError(
+            f"{adapter.source} changes encode and denoise differently, which one weight cannot hold; serve it beside "
+            "the model: sfumato serve -m MODEL --adapter NAME=DIR"
+        )
+
+
 def merge_(model: Model, adapter: Adapter) -> Callable[[], None]:
     """Add an adapter to the plain weights of a model; what is returned takes it out again, to the last bit.
 
     The weights of before stay in memory meanwhile. InputError for weights in fewer bits, which would be rounded twice,
     and for an adapter that does not fit, or that is not the same in encode and denoise."""
     adapter.check(model)
-    if adapter.denoise is not None:
-        raise InputError(
-            f"{adapter.source} changes encode and denoise differently, which one weight cannot hold; serve it beside "
-            "the model"
-        )
-    places, before = targeted(model), list[tuple[nn.Module, str, Any]]()
-    for name in adapter.factors:
+    check_mergeable(adapter)
+    places = targeted(model)
+    for name in adapter.whole:
+        parent, _, leaf = name.rpartition(".")
+        if parent == "lm_head" and model.lm_head is None:
+            raise InputError(
+                f"{adapter.source} brings lm_head, a matrix of its own for logits, into a model that has none; write a "
+                "merged one: sfumato convert MODEL --adapter DIR"
+            )
+        places[name] = model.get_submodule(parent), leaf
+    for name in (*adapter.factors, *adapter.whole):
         owner, leaf = places[name]
         if not isinstance(getattr(owner, leaf), Tensor):
             raise InputError(
                 f"{name} is not plain numbers, into which {adapter.source} could be merged; load the model with "
                 "ops='fused' in full, or write a merged one: sfumato convert MODEL --adapter DIR"
             )
-    for name, factors in adapter.factors.items():
+    before: list[tuple[nn.Module, str, Tensor]] = []
+    for name in (*adapter.factors, *adapter.whole):
         owner, leaf = places[name]
-        weight = getattr(owner, leaf)
+        weight: Tensor = getattr(owner, leaf)
         before.append((owner, leaf, weight))
-        merged = (weight.detach().float() + factors.delta().to(weight.device)).to(weight.dtype)
-        replace_(owner, leaf, merged)
-        setattr(owner, leaf, nn.Parameter(merged, requires_grad=False)) if isinstance(weight, nn.Parameter) else None
-    for name, tensor in adapter.whole.items():
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        weight = getattr(owner, leaf)
-        before.append((owner, leaf, weight))
-        owner._parameters.pop(leaf, None)
-        setattr(owner, leaf, nn.Parameter(tensor.to(weight), requires_grad=False))
+        if name in adapter.whole:
+            merged = adapter.whole[name].to(weight, copy=True)
+        else:
+            merged = (weight.detach().float() + adapter.factors[name].delta().to(weight.device)).to(weight.dtype)
+        _put_back(owner, leaf, nn.Parameter(merged, False) if isinstance(weight, nn.Parameter) else merged)
 
     def unmerge() -> None:
         for owner, leaf, weight in reversed(before):
-            owner._parameters.pop(leaf, None)
-            owner.__dict__.pop(leaf, None)
-            setattr(owner, leaf, weight)
+            _put_back(owner, leaf, weight)
 
     return unmerge
+
+
+def _put_back(owner: nn.Module, leaf: str, weight: Tensor) -> None:
+    """Put a weight where another one of its kind is: a parameter, a buffer, or what operations have in its place."""
+    places: list[dict[str, Any]] = [owner._parameters, owner._buffers, vars(owner)]
+    next(place for place in places if leaf in place)[leaf] = weight
