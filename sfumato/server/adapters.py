@@ -60,8 +60,12 @@ def routes(service: Service) -> APIRouter:
         body = await service.read(request, LoadRequest)
         if body.lora_name in service.names(await service.card()):
             raise InputError(f"{body.lora_name!r} is the model's own name here; give another", option="lora_name")
-        query = LoadAdapter(body.lora_name, str(folder_in(root, body.lora_path)))
-        card = await service.change_adapters(request, query)
+        folder = folder_in(root, body.lora_path)
+        try:
+            card = await service.change_adapters(request, LoadAdapter(body.lora_name, str(folder)))
+        except InputError as error:  # where the server keeps its files is no client's business
+            words = str(error).replace(str(folder), body.lora_path).replace(str(root), ".")
+            raise InputError(words, option="lora_name" if error.option == "adapter" else "lora_path") from None
         entry = entry_of(body.lora_name, card, service, int(time.time()))
         return JSONResponse(entry)
 

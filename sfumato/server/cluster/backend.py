@@ -250,4 +250,5 @@ def _sum(parts: list[Stats]) -> Stats:
     total: dict[str, Any] = {one.name: sum(getattr(part, one.name) for part in parts) for one in fields(Stats)}
     rates = [part.tokens_per_pass for part in parts if part.tokens_per_pass]
     stalled = max((part.stalled for part in parts), default=0.0)
+    total["adapters"] = max((part.adapters for part in parts), default=0)  # every replica has them
     return Stats(**total | {"tokens_per_pass": sum(rates) / len(rates) if rates else 0.0, "stalled": stalled})
