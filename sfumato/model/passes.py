@@ -71,8 +71,8 @@ class Pass:
         self.is_static, self._switch = places is not None, model.lane_switch
         self.lanes = self.canvas_lanes = NOBODY
         if places is None:
-            given = (cache.lanes[row] for row in rows)
-            self.take_lanes([model.usual_lanes if lanes == LanePair() else lanes for lanes in given])
+            own = (cache.lanes[row] for row in rows)
+            self.take_lanes([model.usual_lanes if lanes == LanePair() else lanes for lanes in own])
             places = Places(
                 torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
             )
