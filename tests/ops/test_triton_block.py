@@ -285,7 +285,7 @@ def adapted(layer: Layer, switch: LaneSwitch) -> Layer:
     return layer._replace(**changed)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int4-asym"])
+@pytest.mark.parametrize("kind", ["fp8", pytest.param("int4-asym", marks=pytest.mark.slow)])
 def test_a_block_with_adapters_is_its_operations(kind: str) -> None:
     """Of rows that encode with one and denoise with another, and of what it prepares for the next block."""
     switch, (x, block_pass) = LaneSwitch(), inputs("both", torch.bfloat16)
