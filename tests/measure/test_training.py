@@ -20,12 +20,14 @@ from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model, weights_of
 from sfumato.quant.apply import quantize_
 from sfumato.training import vocabulary
+from sfumato.training.checkpointing import checkpoint_
 from sfumato.training.loss import Corruption, Examples, losses, problem
 from sfumato.training.optimizers import OPTIMIZERS
 
 EVERY = ("attention", "dense", "experts")
 TOLERANCE = 0.1
-"""Of the peak, weights included; and twice as much of what comes and goes."""
+"""Of the peak, weights included; twice as much of what comes and goes, and four times where blocks keep their input
+alone, so that less than the gradients of one block comes and goes."""
 
 
 def mid() -> ModelConfig:
@@ -49,6 +51,8 @@ def peak(config: ModelConfig, setup: TrainingSetup) -> int:
         quantize_(model, setup.quantize)
     if setup.rank:
         trainable_(model, new_adapter(model, setup.rank, 32.0, setup.targets))
+    if setup.is_checkpointed:
+        checkpoint_(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     count, length = setup.examples, config.canvas_length
@@ -57,7 +61,7 @@ def peak(config: ModelConfig, setup: TrainingSetup) -> int:
     dice = Corruption.draw(count * setup.repeats, length, config.vocab_size, torch.Generator().manual_seed(0))
 
     def part() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=setup.narrow < setup.wide):
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.narrow < setup.wide, cache_enabled=False):
             both = losses(model, problem(whole, dice, length, config.eos_ids[0]))
         sum(both).backward()  # type: ignore[union-attr]
 
@@ -69,19 +73,20 @@ def peak(config: ModelConfig, setup: TrainingSetup) -> int:
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     with LiveBytes([*weights_of(model), *gradients, *states]) as held:
         part()
-    return held.peak
+    return held.peak  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
-        ("tiny", {"rank": 0, "examples": 3}),
+        ("tiny", {"rank": 0, "examples": 3, "is_checkpointed": True}),
         ("tiny", {"targets": EVERY, "examples": 3, "repeats": 2}),
         ("nano", {"targets": EVERY}),
         ("nano", {"is_accumulated": True}),
         ("mid", {"rank": 0, "is_accumulated": True}),
         ("mid", {"precision": "bfloat16", "rank": 0}),
-        ("mid", {"precision": "bfloat16", "targets": EVERY, "quantize": "int8", "examples": 2}),
+        ("mid", {"precision": "bfloat16", "targets": EVERY, "quantize": "int8", "is_checkpointed": True}),
+        ("mid", {"precision": "bfloat16", "targets": EVERY, "quantize": "int4"}),
     ],
 )
 def test_the_plan_is_what_a_step_holds(size: str, changes: dict[str, object]) -> None:
@@ -89,7 +94,7 @@ def test_the_plan_is_what_a_step_holds(size: str, changes: dict[str, object]) ->
     planned, held = memory(config, setup), peak(config, setup)
     assert planned.counted == pytest.approx(held, rel=TOLERANCE)
     always = planned.weights + planned.trained + planned.optimizer
-    assert planned.counted - always == pytest.approx(held - always, rel=2 * TOLERANCE)
+    assert planned.counted - always == pytest.approx(held - always, rel=(4 if setup.is_checkpointed else 2) * TOLERANCE)
 
 
 def test_the_released_model_with_all_factors_over_int4_fits_24_gb() -> None:
@@ -141,7 +146,7 @@ def test_more_of_anything_needs_more() -> None:
         {"rank": 32},
         {"is_checkpointed": False},
     ):
-        assert memory(released(), replace(less, **more)).total > memory(released(), less).total  # type: ignore[arg-type]
+        assert memory(released(), replace(less, **more)).total > memory(released(), less).total
     assert set(asdict(memory(released(), less))) >= {"weights", "gradients", "optimizer", "kept", "working", "slack"}
 
 
