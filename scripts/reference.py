@@ -240,6 +240,7 @@ def values_of(option: Option) -> str:
         return " or ".join(f"`{choice}`" for choice in option.choices)
     words = {int: "whole number", float: "number", bool: "true or false", str: "text", tuple: "texts"}
     words[dict] = "a JSON Schema, or true" if option.name == "schema" else "numbers by token id"
+    words[Mapping] = "folders by name"
     kind = words[option.kind]
     return f"{kind} {option.range}".strip()
 

@@ -44,7 +44,7 @@ class Option:
 
     name: str
     kind: type
-    """int, float, bool, str, tuple (of texts) or dict (a JSON Schema, or numbers by token id)."""
+    """int, float, bool, str, tuple (of texts), dict (a JSON Schema, or numbers by token id) or Mapping (folders)."""
     default: Any
     choices: tuple[str, ...]
     """The values that it can take; () where it has no such list."""
@@ -85,6 +85,8 @@ class Option:
             return bias_of(value, self.name)
         elif self.kind is tuple and isinstance(value, list):
             return tuple(value)
+        elif self.kind is str and not isinstance(value, str):
+            raise InputError(f"{self.name} is {reprlib.repr(value)}; give text", option=self.name)
         return value
 
     def _check_number(self, value: Any) -> None:

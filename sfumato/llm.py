@@ -26,17 +26,19 @@ from sfumato.engine import arguments
 from sfumato.engine.job_thread import JobThread
 from sfumato.engine.kept import NOTHING, EngineKeeper
 from sfumato.engine.limits import BatchLimits
-from sfumato.engine.plan import Ask, Plan, PlanEnd, advance
+from sfumato.engine.plan import Ask, Change, Plan, PlanEnd, advance
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import InputError
 from sfumato.events import Completion, Done, Event
+from sfumato.model.adapters import Adapters
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
 from sfumato.options import LoadOptions, Options, OptionsLike
 from sfumato.remote import Remote
 from sfumato.system.fair import FairLock
+from sfumato.templates.adapters import ModelAdapters
 from sfumato.templates.interface import NONE, LanguageModel
 from sfumato.templates.plans import Planner
 from sfumato.templates.requests import AnswerQuery, ChatPrompt, QueryFor, Result, Tools
@@ -59,6 +61,7 @@ class _ModelPlans:
 
     model: Model
     planner: Planner
+    bank: Adapters
 
     def plan(self, query: QueryFor[Any]) -> Plan[Any]:
         return self.planner.plan(query)
@@ -98,7 +101,9 @@ class LLM(LanguageModel):
         self.defaults = length | dict(defaults or {})
         self.purpose = purpose
         """What the model is for, where it is for one thing alone."""
-        self.planner = Planner(model.config, tokenizer, template, self.defaults, name)
+        self.bank = Adapters(model)
+        """Where adapters lie beside the weights; `adapters` changes it."""
+        self.planner = Planner(model.config, tokenizer, template, self.defaults, name, self.bank)
         self.has_drafts = model.config.is_diffusion
         """Whether the model has a canvas, so that answers can come with a draft of every step."""
         self._model: Model | None = model
@@ -106,6 +111,8 @@ class LLM(LanguageModel):
         self._lock = FairLock()
         """Held for every step of the model."""
         self._jobs: JobThread[QueryFor[Any]] = JobThread(BatchLimits(queue=MOST_WAITING), self._lock)
+        self.adapters = ModelAdapters(self.planner, self._lock, (self._engines.forget, self._jobs.forget))
+        """The adapters that are loaded: their `names`, which `Options.adapter` may have; `load` and `unload`."""
 
     @classmethod
     def load(
@@ -119,6 +126,7 @@ class LLM(LanguageModel):
         notice: Notice | None = None,
         progress: LoadProgress | bool | None = None,
         memory_limit: int | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> LLM:
         """Load a model with its tokenizer and chat template.
 
@@ -127,15 +135,17 @@ class LLM(LanguageModel):
         checkpoint's own. `ops` "auto" takes the fastest operations for device, dtype and formats. `quantize` packs
         weights to fewer bits while they are loaded, by a recipe: "int8", "fp8", "int4", "int4-fp8", "nvfp4",
         "int4-small"; a quantised checkpoint needs no such word. `memory_limit`, bytes of weights on the device, streams
-        the rest from the host. `notice` is called with a sentence about each thing that is left aside, and about where
-        weights lie; `progress` with (bytes loaded, bytes in all). Without a `progress` a bar is drawn on a terminal and
-        in a notebook, where loading takes a while; `progress=False` draws none.
+        the rest from the host. `adapters` are folders of adapters by the names that `Options.adapter` then may have, as
+        in `{"mine": "run/adapter"}`; `llm.adapters` loads more. `notice` is called with a sentence about each thing
+        that is left aside, and about where weights lie; `progress` with (bytes loaded, bytes in all). Without a
+        `progress` a bar is drawn on a terminal and in a notebook, where loading takes a while; `progress=False` draws
+        none.
 
         CheckpointError names what is wrong with a file, InputError what is wrong with an argument, CapacityError a
         limit that is too low."""
         place = str(device) if isinstance(device, torch.device) else device
         name = str(dtype) if isinstance(dtype, torch.dtype) else dtype
-        options = LoadOptions(path, place, name, ops, quantize, memory_limit)
+        options = LoadOptions(path, place, name, ops, quantize, memory_limit, adapters)
         return cls.open(options, notice=notice, progress=True if progress is None else progress)
 
     @classmethod
@@ -176,7 +186,10 @@ class LLM(LanguageModel):
         tokenizer, template = _tokenizer_and_template(checkpoint)
         model = load(checkpoint, options, notice=notice, progress=progress)
         defaults, _ = generation_of(checkpoint)
-        return cls(model, tokenizer, template, defaults, str(options.model), purpose_of(checkpoint))
+        llm = cls(model, tokenizer, template, defaults, str(options.model), purpose_of(checkpoint))
+        for adapter, folder in (options.adapters or {}).items():
+            llm.adapters.load(adapter, folder)
+        return llm
 
     @classmethod
     def connect(cls, url: str, api_key: str | None = None, model: str | None = None) -> Remote:
@@ -208,6 +221,7 @@ class LLM(LanguageModel):
     @model.setter
     def model(self, model: Model) -> None:
         self._model = model
+        self.bank = self.planner.bank = Adapters(model)
         self._jobs.forget()
 
     def check(self, options: Options, is_chat: bool = True) -> None:
@@ -227,6 +241,7 @@ class LLM(LanguageModel):
             return
         with self._lock:
             self._model = None
+            self.bank.close()
         self._jobs.close(InputError(f"the model {self.name} was closed while it answered; load it again"))
         self._engines.forget()
         gc.collect()  # what refers to itself in a circle would keep files mapped
@@ -289,7 +304,7 @@ class LLM(LanguageModel):
         return completions
 
     def _begin(self, query: QueryFor[Any], listener: Callable[[Any], None]) -> Callable[[], None]:
-        return self._jobs.begin(query, _ModelPlans(self.model, self.planner), listener)
+        return self._jobs.begin(query, _ModelPlans(self.model, self.planner, self.bank), listener)
 
     def _check_open(self) -> None:
         """InputError after `close`."""
@@ -301,7 +316,12 @@ class LLM(LanguageModel):
         while not isinstance(asks, PlanEnd):
             endings = {event.row: event for event in self._events(asks) if isinstance(event, Done)}
             asks = advance(plan, [endings[row] for row in range(len(asks))])
-        return asks.result
+        if not isinstance(asks.result, Change):
+            return asks.result
+        with self._lock:
+            self._check_open()
+            changed: Result = asks.result.carry_out()
+        return changed
 
     def _events(self, asks: list[Ask]) -> Iterator[Event]:
         rows = [ask.row(self.model.config, str(n), f"prompt {n}") for n, ask in enumerate(asks)]

@@ -273,6 +273,9 @@ class Options:
         bool, About("The answer is a call; implies strict. Chat with tools only.", (*_MODES, "chat"))
     ] = False
     thinking: Annotated[bool, About("Ask the model to think before it answers. Chat only.", (*_MODES, "chat"))] = False
+    adapter: Annotated[
+        str | None, About("The adapter that answers, by the name it was loaded under; None: the model as it is.")
+    ] = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -383,6 +386,7 @@ class OptionFields(TypedDict, total=False):
     strict: bool
     must_call: bool
     thinking: bool
+    adapter: str | None
 
 
 OptionsLike = Options | OptionFields | Mapping[str, Any]
@@ -402,6 +406,7 @@ OTHER_NAMES = {
     "guided_grammar": "grammar",
     "repeat_penalty": "repetition_penalty",
     **dict.fromkeys(("think", "enable_thinking"), "thinking"),
+    **dict.fromkeys(("lora", "lora_name", "lora_request", "adapter_name"), "adapter"),
 }
 """What other libraries call an option -> its name here, for the suggestion in an error."""
 
@@ -467,15 +472,22 @@ class LoadOptions:
         int | None,
         About("Bytes of weights on the device; what is above is streamed from the host in each pass."),
     ] = None
+    adapters: Annotated[
+        Mapping[str, str | Path] | None,
+        About("Adapters beside the weights, as folders by the names that requests ask for."),
+    ] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.dtype, str):
             object.__setattr__(self, "dtype", None if self.dtype == "auto" else dtype_name(self.dtype))
+        object.__setattr__(self, "adapters", _folders(self.adapters))
         if isinstance(self.model, os.PathLike) and not isinstance(self.model, Path):
             object.__setattr__(self, "model", Path(self.model))
         for name, option in LOAD_OPTIONS.items():
             value = getattr(self, name)
             kinds: tuple[type, ...] = (str, Path) if name == "model" else (option.kind,)
+            if name == "adapters":
+                continue
             is_right = (value is None and option.is_optional) or isinstance(value, kinds)
             if not is_right or isinstance(value, bool):
                 words = {"model": "a folder, a file or a name", "memory_limit": "a whole number of bytes"}
@@ -484,6 +496,21 @@ class LoadOptions:
 
     def __repr__(self) -> str:
         return _repr_of(self)
+
+
+def _folders(adapters: Any) -> dict[str, str] | None:
+    """Names and folders of adapters, as they are kept; InputError for anything else. None: there are none."""
+    if adapters is None:
+        return None
+    is_right = isinstance(adapters, Mapping) and all(
+        isinstance(name, str) and name and isinstance(folder, str | os.PathLike) for name, folder in adapters.items()
+    )
+    if not is_right:
+        raise InputError(
+            f'adapters is {reprlib.repr(adapters)}; give folders by names, as in {{"mine": "run/adapter"}}',
+            option="adapters",
+        )
+    return {name: os.fspath(folder) for name, folder in adapters.items()} or None
 
 
 LOAD_OPTIONS = declared(LoadOptions)

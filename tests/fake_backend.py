@@ -20,7 +20,20 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 
 from sfumato.errors import SfumatoError
-from sfumato.events import Commit, Decision, Done, Draft, Edited, Event, Filled, Scored, ScoredToken, TokenCount, Usage
+from sfumato.events import (
+    Commit,
+    Decision,
+    Done,
+    Draft,
+    Edited,
+    Event,
+    Filled,
+    Scored,
+    ScoredToken,
+    TokenCount,
+    Usage,
+)
+from sfumato.model.loaded import AdapterSize
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.http.listen import Server
 from sfumato.templates.requests import (
@@ -32,8 +45,10 @@ from sfumato.templates.requests import (
     Edit,
     Fill,
     Infill,
+    LoadAdapter,
     Query,
     Score,
+    UnloadAdapter,
 )
 from sfumato.templates.slots import Slot, check_template
 from sfumato.text.replies import Reply
@@ -85,7 +100,7 @@ class FakeBackend:
         """Pulses when a job begins, waits at `hold`, or ends."""
 
     @property
-    def queries(self) -> list[Query]:
+    def queries(self) -> list[Any]:
         """The queries of its jobs."""
         return [job.query for job in self.jobs]
 
@@ -97,6 +112,15 @@ class FakeBackend:
         self.is_loaded = False
 
     async def card(self) -> ModelCard:
+        return self.model
+
+    async def change_adapters(self, job: Job) -> ModelCard:
+        self.jobs.append(job)
+        assert isinstance(job.query, LoadAdapter | UnloadAdapter)
+        kept = tuple(one for one in self.model.adapters if one.name != job.query.name)
+        if isinstance(job.query, LoadAdapter):
+            kept = (*kept, AdapterSize(job.query.name, 4, 1000))
+        self.model = replace(self.model, adapters=kept)
         return self.model
 
     def is_ready(self) -> bool:
@@ -114,6 +138,7 @@ class FakeBackend:
                 await self.changed.wait()
 
     async def run(self, job: Job) -> AsyncGenerator[Event | Result, None]:
+        assert isinstance(job.query, Query)
         self.jobs.append(job)
         self._count("running", 1)
         self.most_running = max(self.most_running, self.running)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.ops.lowrank import LanePair
 
 CLOSE = 2e-4
 """How far logits of two right engines in float32 may be apart."""
@@ -57,11 +58,14 @@ def passes_of(theirs: Any) -> Passes:
 
 
 @torch.no_grad()
-def furthest(ours: Model, theirs: Any, expected: Passes | None = None) -> float:
-    """The largest difference between our passes and the reference's; soft embeddings are of the reference's logits."""
+def furthest(ours: Model, theirs: Any, expected: Passes | None = None, lanes: LanePair | None = None) -> float:
+    """The largest difference between our passes and the reference's; soft embeddings are of the reference's logits.
+
+    `lanes`: of an adapter beside our weights."""
     expected = expected or passes_of(theirs)
     prompt, (one, two, three), more = tokens_of(theirs)
     cache = KVCache.allocate(ours.config, 1, prompt.shape[1] + more.shape[1] + one.shape[1])
+    cache.lanes[0] = lanes or cache.lanes[0]
 
     def soft(name: str) -> Tensor:
         embedded: Tensor = ours.ops.soft_embedding(expected[name], ours.embed_tokens.weight, ours.embed_scale)

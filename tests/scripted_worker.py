@@ -28,7 +28,7 @@ from sfumato.options import LoadOptions, Options
 from sfumato.server.backend import Job, ModelCard, Outcome, Stats
 from sfumato.server.worker import child, loop, supervisor
 from sfumato.server.worker.supervisor import Worker
-from sfumato.templates.requests import Chat, Query
+from sfumato.templates.requests import AdapterQuery, Chat, Query
 
 CARD = ModelCard("scripted", 32, 512, 100, True, True, 12, "float32", "reference")
 COUNTERS = supervisor.COUNTERS
@@ -60,7 +60,7 @@ class Script:
     released: threading.Event = field(default_factory=threading.Event)
     tokens: int = 0
 
-    def begin(self, id: str, query: Query) -> None:
+    def begin(self, id: str, query: Query | AdapterQuery) -> None:
         wishes = wishes_of(query)
         match wishes.get("begin"):
             case "refuse":
@@ -81,7 +81,7 @@ class Script:
                 self.released.set()
         self.active[id] = {"left": 0, "drafts": query.options.drafts} | wishes
 
-    def is_slow(self, query: Query) -> bool:
+    def is_slow(self, query: Query | AdapterQuery) -> bool:
         return bool(wishes_of(query).get("slow"))
 
     def cancel(self, id: str) -> None:
@@ -135,7 +135,7 @@ class Script:
         return Stats(rows=len(self.active), rows_max=4, **dict.fromkeys(COUNTERS, self.tokens))
 
 
-def wishes_of(query: Query) -> dict[str, Any]:
+def wishes_of(query: Query | AdapterQuery) -> dict[str, Any]:
     assert isinstance(query, Chat)
     return dict(query.conversation[0])
 

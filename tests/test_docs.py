@@ -38,10 +38,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/sampler.md", "docs/server.md", "docs/canvas.md"),
     *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md", "docs/python.md"),
-    "docs/clients.md",
+    *("docs/clients.md", "docs/adapters.md"),
 )
 
-NOT_OURS = ("config.json", "person.json", "TEMPLATE.json", "tokenizer.json")
+NOT_OURS = ("config.json", "adapter_config.json", "person.json", "TEMPLATE.json", "tokenizer.json")
 """Files of a checkpoint, or of the reader."""
 
 BLOCK = re.compile(r"(?:<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -83,7 +83,7 @@ def refusal(**options: Any) -> str:
 
 def test_every_option_is_covered_here() -> None:
     names = {field.name for field in dataclasses.fields(Options)}
-    assert names == {*LIMITS, *FLAGS, *FORMS, "stop", "mode", "logit_bias"}
+    assert names == {*LIMITS, *FLAGS, *FORMS, "stop", "mode", "logit_bias", "adapter"}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -242,7 +242,7 @@ def test_where_an_option_applies() -> None:
         assert uses & {"complete", "chat", "templates"}
     only_in_chat = {name for name, option in OPTIONS.items() if "complete" not in option.about.uses}
     assert only_in_chat == {"strict", "must_call", "thinking"}
-    everywhere = {"seed", "temperature", *SHAPING}
+    everywhere = {"seed", "temperature", "adapter", *SHAPING}
     assert everywhere == {name for name, option in OPTIONS.items() if len(option.about.uses) == 5}
 
 
@@ -323,6 +323,16 @@ def test_a_form_of_another_kind_is_named(name: str) -> None:
         assert error.value.option == name
 
 
+def test_an_adapter_is_a_name() -> None:
+    assert Options(adapter="mine").adapter == "mine" and Options().adapter is None
+    for value in (5, b"a", ["a"], True):
+        with pytest.raises(InputError, match=r"^adapter is .*; give text") as error:
+            options_with(adapter=value)
+        assert error.value.option == "adapter"
+    with pytest.raises(InputError, match="did you mean adapter"):
+        Options.from_dict({"lora_name": "mine"})
+
+
 def test_how_to_load_is_checked_for_its_kinds() -> None:
     for name in LOAD_OPTIONS:
         for value in (5.5, b"a", ["a"], True, {"a": 1}):
@@ -330,6 +340,8 @@ def test_how_to_load_is_checked_for_its_kinds() -> None:
                 LoadOptions(**{name: value})  # type: ignore[arg-type]
             assert error.value.option == name
     assert LoadOptions(Path("a")).model == Path("a")
+    assert LoadOptions(adapters={"a": Path("b"), "c": "d"}).adapters == {"a": "b", "c": "d"}
+    assert LoadOptions(adapters={}).adapters is None
 
 
 def test_some_options_are_changed_by_name() -> None:

@@ -45,7 +45,7 @@ class Lying(NamedTuple):
         return module if module.endswith(f".{leaf}") else f"{module.removesuffix('.base_layer')}.{leaf}"
 
 
-Part = tuple[Lying, Tensor, Tensor, float]
+ExpertPart = tuple[Lying, Tensor, Tensor, float]
 """How a pair lies, A, B, and what their product is multiplied with."""
 
 
@@ -81,10 +81,10 @@ def lying_of(
     if len(ways) == 1:
         return ways[0]
     if not ways:
-        wanted = " and ".join(f"{name.rpartition('.')[2]} {list(shapes[name])}" for name in names)
+        stacks = " and ".join(f"{name.rpartition('.')[2]} {list(shapes[name])}" for name in names)
         raise CheckpointError(
             f"{source} has factors {list(a.shape)} and {list(b.shape)} for {short(module)}, which fit none of "
-            f"this model's {wanted}; it is for another model"
+            f"this model's {stacks}; it is for another model"
         )
     raise CheckpointError(
         f"{source} has factors of square experts ({short(module)}) and does not say which way they lie; put "
@@ -123,7 +123,7 @@ def _apart(
     return [Lying(name, how, count, expert)] if is_right and expert < count else []
 
 
-def factors_of_experts(shape: tuple[int, ...], parts: Sequence[Part]) -> Factors:
+def factors_of_experts(shape: tuple[int, ...], parts: Sequence[ExpertPart]) -> Factors:
     """The factors of a stack [E, O, I], of what lies in the file.
 
     CheckpointError where two parts say it differently."""
@@ -143,14 +143,14 @@ def factors_of_experts(shape: tuple[int, ...], parts: Sequence[Part]) -> Factors
     return _together(shape, parts)
 
 
-def _together(shape: tuple[int, ...], parts: Sequence[Part]) -> Factors:
+def _together(shape: tuple[int, ...], parts: Sequence[ExpertPart]) -> Factors:
     """Experts that lie apart, as one stack: those that are missing are zeros, and where scales differ they are in b.
 
     Gate and up of an expert are the two halves of one weight: with one A they share its rank, with two they have half
     of a double one each."""
     count, outputs, inputs = shape
     scale = parts[0][3]
-    by_expert: dict[int, list[Part]] = {}
+    by_expert: dict[int, list[ExpertPart]] = {}
     for lying, a, b, own in parts:
         by_expert.setdefault(lying.expert or 0, []).append(
             (lying, a, b if own == scale else b.float() * own / scale, own)
@@ -164,7 +164,7 @@ def _together(shape: tuple[int, ...], parts: Sequence[Part]) -> Factors:
     return Factors(whole_a, whole_b, scale)
 
 
-def _one_expert(outputs: int, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+def _one_expert(outputs: int, parts: Sequence[ExpertPart]) -> tuple[Tensor, Tensor]:
     """The factors [R, I] and [R, O] of one expert."""
     halves: dict[str, tuple[Tensor, Tensor]] = {lying.how: (a, b) for lying, a, b, _ in parts}
     if "whole" in halves and len(parts) == 1:

@@ -44,13 +44,16 @@ INSIDE = (
 )
 """Parts of names that mean parts of ours."""
 VISION = ("vision_tower.", "embed_vision.", "multi_modal_projector.")
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$|bias$)[\w-]{1,80})?(?:\.weight)?", re.ASCII)
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?!weight$|bias$)[\w-]{1,80})?(?:\.weight)?", re.ASCII
+)
 """`.lora_A.weight` of peft, `.lora_A.default.weight` of a state saved with its adapter's name, `.lora_A` of stacks."""
 _WHOLE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?:(?!weight$)[\w-]{1,80}\.)?(?P<leaf>\w+)", re.ASCII)
 _PLAIN = re.compile(r"[\w.]+\.(weight|scale|per_expert_scale|layer_scalar|gate_up_proj|down_proj)|lm_head\.weight")
 _OTHERS = (
     (r"\.lora_magnitude_vector", "DoRA (lora_magnitude_vector)"),
     (r"\.lora_[AB]\.(?:[\w-]+\.)?bias$", "LoRA with a bias of its own (lora_bias)"),
+    (r"\.lora_(gate_and_up|down)_[AB]$", "NeMo's own layout of experts, before its export to peft's"),
     (r"\.lora_E\b", "AdaLoRA"),
     (r"\.hada_", "LoHa"),
     (r"\.lokr_", "LoKr"),

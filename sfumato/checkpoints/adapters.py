@@ -10,6 +10,7 @@ Source: peft 0.21.2, `tuners/lora/layer.py` (`Linear`, `ParamWrapper`), `utils/s
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,12 @@ _FLOATS = ("F32", "BF16", "F16", "F64")
 _HEAD, _EMBEDDING, _CONDITIONING = "lm_head.weight", "embed_tokens.weight", "self_conditioning."
 _PEFT = "base_model.model."
 _DECODER, _ENCODER = f"{_PEFT}model.decoder.", f"{_PEFT}model.encoder.language_model."
+_GEMMA4 = f"{_PEFT}model.language_model."
+_CLASS = {
+    "base_model_class": "DiffusionGemmaForBlockDiffusion",
+    "parent_library": "transformers.models.diffusion_gemma.modeling_diffusion_gemma",
+}
+"""What peft's AutoPeftModel loads the base as."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -50,11 +57,11 @@ def read_adapter(folder: Path, model: Model) -> Adapter:
     CheckpointError names what is wrong with the files, InputError that they are for another model. Tensors of the part
     that sees images are left aside with a notice (`Adapter.notices`)."""
     options, contents = _open(folder)
-    return _Reading(folder, model, options, contents).adapter()
+    return _AdapterReading(folder, model, options, contents).adapter()
 
 
 @dataclass
-class _Contents:
+class _AdapterFile:
     """What an adapter's file holds, by headers alone."""
 
     spots: dict[str, Spot] = field(default_factory=dict)
@@ -64,10 +71,10 @@ class _Contents:
     """Tensors of the part that sees images."""
 
 
-def _open(folder: Path) -> tuple[PeftOptions, _Contents]:
+def _open(folder: Path) -> tuple[PeftOptions, _AdapterFile]:
     """The checked options and names of an adapter. CheckpointError where it is none."""
     _check_folder(folder)
-    options, path, contents = read_options(folder), folder / TENSORS, _Contents()
+    options, path, contents = read_options(folder), folder / TENSORS, _AdapterFile()
     names: dict[tuple[Passes, str, str], str] = {}
     for stored in header(path):
         place = spot(stored.name, str(path))
@@ -95,7 +102,7 @@ def _check_folder(folder: Path) -> None:
     if (folder / CONFIG).exists() and (folder / TENSORS).exists():
         return
     names = sorted(file.name for file in folder.iterdir())
-    inner = [name for name in names if (folder / name / CONFIG).exists()]
+    inner = [name for name in names if (folder / name / TENSORS).exists()]
     if "adapters.safetensors" in names:
         what = "holds an adapter of mlx; fuse it there (mlx_vlm.lora, mlx_lm.fuse) and load the model that it writes"
     elif pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".nemo"))]:
@@ -115,10 +122,10 @@ def _check_folder(folder: Path) -> None:
 _StoredPart = tuple[Lying, Stored, Stored, float]
 
 
-class _Reading:
+class _AdapterReading:
     """One adapter being read: its tensors by pass, then as the model has them."""
 
-    def __init__(self, folder: Path, model: Model, options: PeftOptions, contents: _Contents) -> None:
+    def __init__(self, folder: Path, model: Model, options: PeftOptions, contents: _AdapterFile) -> None:
         self.folder, self.model, self.options, self.contents = folder, model, options, contents
         self.source = str(folder) + (f" (made for {options.base})" if options.base else "")
         self.shapes = {name: tuple(getattr(*place).shape) for name, place in targeted(model).items()}
@@ -286,6 +293,68 @@ def _are_equal(one: Factors, other: Factors) -> bool:
     return one.scale == other.scale and torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
 
 
+# ---- told without a model --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter's files say of it, by headers alone."""
+
+    base: str | None
+    """The model that it was made for, as its maker called it."""
+    ranks: tuple[int, ...]
+    passes: str
+    """Whose weights its names are of: "encode and denoise", or one of them."""
+    targets: dict[str, int]
+    """How many weights it has factors for, by the keys of `TARGETS` ("other": none of them), each once."""
+    whole: int
+    """How many weights it replaces."""
+    parameters: int
+    """Numbers in the file, those of both passes."""
+    nbytes: int
+    aside: int
+    """Tensors for vision, which are left aside."""
+
+
+def describe_adapter(folder: Path) -> AdapterFacts:
+    """What the adapter of a folder is. CheckpointError where it is none; for which model it fits nobody has looked."""
+    options, file = _open(folder)
+    factors = {name: place for name, place in file.spots.items() if place.role == "A"}
+    ranks = {round(options.ranks[_weight_of(place)[1]]) for place in factors.values()}
+    weights = {_weight_of(place)[0] for place in factors.values()}
+    kinds = Counter(
+        next((kind for kind, ends in _KINDS.items() if weight.endswith(ends)), "other") for weight in weights
+    )
+    passes = {place.passes for place in factors.values() if not place.module.startswith(_CONDITIONING)} - {"both"}
+    alone = passes.pop() if len(passes) == 1 and options.is_of_peft else None
+    whole = {place.module for place in file.spots.values() if place.role == "whole"}
+    tensors = file.tensors.values()
+    return AdapterFacts(
+        base=options.base,
+        ranks=tuple(sorted(ranks)),
+        passes=alone or "encode and denoise",
+        targets={kind: kinds[kind] for kind in (*TARGETS, "other") if kinds[kind]},
+        whole=len(whole),
+        parameters=sum(math.prod(one.shape) for one in tensors),
+        nbytes=sum(one.nbytes for one in tensors),
+        aside=file.aside,
+    )
+
+
+_KINDS = {kind: tuple(ends) for kind, ends in TARGETS.items()}
+
+
+def _weight_of(place: Spot) -> tuple[str, str]:
+    """The weight that a factor is of, as far as its name says, and what patterns call it."""
+    if not is_of_experts(place.module):
+        return f"{place.module}.weight", place.path
+    begin, _, rest = place.module.partition(".experts")
+    is_gate = "gate" in rest or "up_proj" in rest or rest == ".base_layer"
+    leaf = "gate_up_proj" if is_gate else "down_proj"
+    path = place.path.removesuffix(".base_layer")
+    return f"{begin}.experts.{leaf}", path if rest not in ("", ".base_layer") else f"{path}.{leaf}"
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -303,9 +372,10 @@ def write_adapter(
     and denoise share is written under the names of both. InputError for an adapter that does not fit, SfumatoError
     where the disk says no: then what was there is as it was."""
     adapter.check(model)
-    layout = _Layout()
-    layout.add(_ENCODER, adapter.factors)
-    layout.add(_DECODER, adapter.factors if adapter.denoise is None else adapter.denoise)
+    layout = _Layout((_ENCODER, _DECODER) if model.config.is_diffusion else (_GEMMA4,))
+    layout.add(layout.begins[0], adapter.factors)
+    if model.config.is_diffusion:
+        layout.add(_DECODER, adapter.factors if adapter.denoise is None else adapter.denoise)
     layout.add_whole(adapter.whole, is_tied=model.lm_head is None)
     files = {**extra, CONFIG: as_json(layout.options(base))}
     beside = folder.with_name(f".{folder.name}.writing")
@@ -343,7 +413,9 @@ def _move_in(beside: Path, folder: Path) -> None:
 class _Layout:
     """An adapter as peft has it: tensors by name, and what the options must say for peft to wrap the same weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: tuple[str, ...]) -> None:
+        self.begins = begins
+        """What the names of the model's stacks begin with."""
         self.tensors: dict[str, Tensor] = {}
         self.ranks: dict[str, int] = {}
         """By what peft calls the weight's place."""
@@ -376,7 +448,7 @@ class _Layout:
         for name, tensor in whole.items():
             if name.endswith("_scalar"):
                 raise InputError(f"{name} is of one pass alone, which peft's layout cannot say; leave it out")
-            begins = [_DECODER] if name.startswith(_CONDITIONING) else [_DECODER, _ENCODER]
+            begins = (_DECODER,) if name.startswith(_CONDITIONING) else self.begins
             paths = [begin + name for begin in begins] if name != _HEAD else [_PEFT + _HEAD]
             if name == _EMBEDDING and is_tied and _HEAD not in whole:
                 paths.append(_PEFT + _HEAD)
@@ -391,10 +463,7 @@ class _Layout:
             "peft_type": "LORA",
             "peft_version": LAYOUT,
             "task_type": None,
-            "auto_mapping": {
-                "base_model_class": "DiffusionGemmaForBlockDiffusion",
-                "parent_library": "transformers.models.diffusion_gemma.modeling_diffusion_gemma",
-            },
+            "auto_mapping": _CLASS if _DECODER in self.begins else None,
             "base_model_name_or_path": base,
             "bias": "none",
             "fan_in_fan_out": False,

@@ -71,6 +71,8 @@ class Checkpoint:
     """None: the tokenizer's files lie in the folder."""
     notices: tuple[str, ...] = ()
     """One sentence for each kind of thing that is left aside."""
+    merged: tuple[Path, ...] = ()
+    """Folders of adapters that entries have merged in (`checkpoints.merged`)."""
 
 
 def in_full(checkpoint: Checkpoint) -> Checkpoint:

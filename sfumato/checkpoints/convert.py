@@ -29,6 +29,7 @@ from sfumato.checkpoints.formats import gemma4
 from sfumato.checkpoints.formats.gguf_split import part_paths
 from sfumato.checkpoints.formats.released import METHOD, plan_released
 from sfumato.checkpoints.locate import resolve
+from sfumato.checkpoints.merged import with_adapter
 from sfumato.checkpoints.names import HEAD, own_name, released_name
 from sfumato.checkpoints.shards import WRITING, Planned, PlannedFolder, as_json, check_empty, write_shards
 from sfumato.checkpoints.targets import target_name
@@ -63,21 +64,24 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     calibration: Mapping[str, Tensor] | None = None,
     force: bool = False,
+    adapter: str | Path | None = None,
 ) -> Written:
     """Write the checkpoint `source`, an open one or whatever `resolve` understands, as `to`, one of `TARGETS`.
 
     `target` is a folder, or for GGUF a file. `progress(done, all)` counts bytes written; `calibration`, by the model's
-    names, is `quant.calibrate`'s and for recipes alone. InputError and CheckpointError name what is wrong before
-    anything is written, CapacityError a disk that is too small. What `target` holds already is an InputError, unless a
-    run that was cut off has left it; with `force` it is replaced, and stays until the new one is whole. SfumatoError
-    where another process writes there, or the disk says no."""
+    names, is `quant.calibrate`'s and for recipes alone. The adapter in the folder `adapter` is merged on the way.
+    InputError and CheckpointError name what is wrong before anything is written, CapacityError a disk that is too
+    small. What `target` holds already is an InputError, unless a run that was cut off has left it; with `force` it is
+    replaced, and stays until the new one is whole. SfumatoError where another process writes there, or the disk says
+    no."""
     target, to = Path(target).expanduser(), target_name(to)
     if not isinstance(source, Checkpoint):
         _check_apart(target, Path(source).expanduser())
         check_target(target, to, force)  # before a checkpoint is fetched from the hub
         source = open_checkpoint(resolve(source))
-    checkpoint = source
-    _check_apart(target, checkpoint.path)
+    checkpoint = source if adapter is None else with_adapter(source, Path(adapter).expanduser())
+    for path in (checkpoint.path, *checkpoint.merged):
+        _check_apart(target, path)
     notices: list[str] = []
     entries = entries_of(checkpoint, notices.append)
     read = sum(entry.nbytes for entry in entries.values())
@@ -92,7 +96,7 @@ def convert(
 
 def _check_apart(target: Path, source: Path) -> None:
     if target.resolve() == source.resolve():
-        raise InputError(f"{target} is the checkpoint itself; give another place to write to")
+        raise InputError(f"{target} is what is read; give another place to write to")
 
 
 def check_target(target: Path, to: str, force: bool) -> None:
@@ -233,12 +237,15 @@ def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
 def _fingerprint(checkpoint: Checkpoint, to: str, calibration: Mapping[str, Tensor] | None) -> str:
     """What the tensors are made of: a run that goes on must find the same."""
     path = checkpoint.path
-    files = part_paths(path) if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+    files = part_paths(path) if path.is_file() else []
+    for folder in (path, *checkpoint.merged) if path.is_dir() else checkpoint.merged:
+        files += sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
     facts = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     digest = hashlib.sha256()
     for name, counts in sorted((calibration or {}).items()):
         digest.update(name.encode() + counts.float().numpy().tobytes())
-    return repr((to, str(path.resolve()), facts, digest.hexdigest()))
+    places = [str(place.resolve()) for place in (path, *checkpoint.merged)]
+    return repr((to, places, facts, digest.hexdigest()))
 
 
 def _check_room(folder: Path, count: int) -> None:

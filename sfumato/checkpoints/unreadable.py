@@ -20,8 +20,8 @@ _KINDS: tuple[
 ] = (  # patterns of names, and the sentence behind the path; the first that fits counts
     (
         "adapter_config.json adapter_model.* *.lora",
-        "is an adapter (LoRA) and no model; merge it into its base (peft: merge_and_unload, then save_pretrained), and "
-        "load what that writes",
+        "is an adapter (LoRA) and no model; load its base with it (--adapter NAME=DIR), or merge both: sfumato convert "
+        "BASE --adapter DIR --to bf16",
     ),
     (
         "_checkpoint_metadata manifest.ocdbt ocdbt.process_* _metadata",

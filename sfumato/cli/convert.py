@@ -35,6 +35,9 @@ def command(
     ],
     to: Annotated[str, typer.Option(help=f"{FORMATS}.", autocompletion=targets)],
     output: Annotated[str, typer.Option("--output", "-o", help="The folder to write; for GGUF a file.")],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="DIR", help="An adapter (LoRA) of this model, to merge in on the way.")
+    ] = None,
     force: opt.Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="A record instead of a sentence.")] = False,
 ) -> None:
@@ -42,13 +45,15 @@ def command(
 
     Known are the released layout, Sfumato's own, GGUF, compressed-tensors (FP8, NVFP4), modelopt NVFP4, MLX affine and
     AWQ. Weights in fewer bits are unpacked, and packed anew for the other format. After an interruption, run it again
-    and it goes on.
+    and it goes on. With --adapter the result is the tuned model.
 
     Example: sfumato convert google/diffusiongemma-26B-A4B-it --to mlx-4bit -o diffusiongemma-mlx
 
     Example: sfumato convert diffusiongemma-Q8_0.gguf --to bf16 -o diffusiongemma
+
+    Example: sfumato convert google/diffusiongemma-26B-A4B-it --adapter tuned/adapter --to int4 -o tuned/int4
     """
-    run(model, to, files.out_path(output, "--output"), force, as_json)
+    run(model, to, files.out_path(output, "--output"), force, as_json, adapter=adapter)
 
 
 def run(
@@ -58,6 +63,7 @@ def run(
     force: bool,
     as_json: bool,
     calibration: Mapping[str, Tensor] | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Convert, with progress on stderr and the result on stdout. `calibration`: what samples say of each weight."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -74,13 +80,15 @@ def run(
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        result = convert.convert(model, to, output, progress, calibration, force)
+        result = convert.convert(model, to, output, progress, calibration, force, adapter)
     for notice in result.notices:
         console.print(visible(notice, "dim"))
     seconds = time.perf_counter() - began
     if as_json:
         record = {"path": str(result.path), "from": result.source, "to": to, "seconds": round(seconds, 2)}
+        record |= {"adapter": adapter} if adapter is not None else {}
         print(json.dumps({**record, "read_bytes": result.read_bytes, "written_bytes": result.written_bytes}))
         return
-    sizes = f"{size(result.written_bytes)} ({to}) from {size(result.read_bytes)} ({result.source})"
+    merged = f", {adapter} merged in" if adapter is not None else ""
+    sizes = f"{size(result.written_bytes)} ({to}) from {size(result.read_bytes)} ({result.source}){merged}"
     print(harmless(f"{result.path}: {sizes}, {seconds:.1f} s"))

@@ -36,14 +36,20 @@ def command(
     what it takes in memory as it is; a config.json, which may be named alone, is enough for the rest, and nothing is
     fetched from the hub.
 
+    Of a folder with an adapter (LoRA): the model that it was made for, its rank, what it changes, its size.
+
     Example: sfumato info google/diffusiongemma-26B-A4B-it
 
     Example: sfumato info path/to/config.json --gpu "RTX 4090" --context 32768 --json
     """
-    from sfumato.cli.info_report import file_report, operations, report  # only now: these cost the import of torch
-    from sfumato.cli.info_screen import show
+    # Only now: these cost the import of torch.
+    from sfumato.cli.info_report import adapter_facts, file_report, operations, report
+    from sfumato.cli.info_screen import show, show_adapter
     from sfumato.measure.work import detected_gpu, named_gpu
 
+    if (facts := adapter_facts(Path(source.name))) is not None:
+        print(json.dumps({"adapter": facts}, indent=2)) if as_json else show_adapter(source.name, facts)
+        return
     config, name, checkpoint = describe(source.name)
     chosen = named_gpu(gpu) if gpu is not None else detected_gpu()
     figures = report(config, context or min(8192, config.max_position), chosen, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from sfumato.errors import CheckpointError, InputError
@@ -179,6 +180,15 @@ def file_report(checkpoint: Checkpoint) -> FileReport:
         "obstacle": obstacle,
         "notices": list(checkpoint.notices),
     }
+
+
+def adapter_facts(folder: Path) -> dict[str, Any] | None:
+    """What an adapter's files say of it, as `AdapterFacts` has it; None where the folder holds none."""
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").exists():
+        return None
+    from sfumato.checkpoints.adapters import describe_adapter
+
+    return asdict(describe_adapter(folder))
 
 
 def _as_json(gpu: Gpu) -> dict[str, Any]:

@@ -49,6 +49,26 @@ def show(report: Report) -> None:
     console.print(("" if "operations" in report else "\n") + " ".join(notes) + "\n", style="dim")
 
 
+def show_adapter(name: str, facts: dict[str, Any]) -> None:
+    """What an adapter is, in a few lines."""
+    ranks = ", ".join(map(str, facts["ranks"])) or "0"
+    base = f" for {facts['base']}" if facts["base"] else ""
+    changes = [f"{kind} {count}" for kind, count in facts["targets"].items()]
+    changes += [f"{facts['whole']} replaced"] if facts["whole"] else []
+    table = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    table.add_row("what", visible(f"adapter (LoRA) of rank {ranks}{base}"))
+    table.add_row("weights", ", ".join(changes))
+    table.add_row("passes", facts["passes"])
+    table.add_row("file", f"{size(facts['nbytes'])}, {number(facts['parameters'])} numbers")
+    if facts["aside"]:
+        table.add_row("left aside", f"{facts['aside']} tensors for vision")
+    console = Console(highlight=False)
+    console.print(Text.assemble("\n", visible(name, "bold"), "\n"))
+    console.print(FittingTable(table))
+
+
 def _facts(report: Report) -> Table:
     parameters, config, cache, step = report["parameters"], report["config"], report["cache_bf16"], report["step"]
     facts = Table(box=None, show_header=False, padding=(0, 3, 0, 0))

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sfumato.cli import files
 from sfumato.cli.flags import Group, flag, group_of
+from sfumato.cli.options import names_of_flag
 from sfumato.cli.settings import read_settings
 from sfumato.cli.view import visible
 from sfumato.errors import InputError
@@ -107,7 +108,9 @@ def connect_or_load(api: ApiFlags, load: LoadOptions) -> LanguageModel:
     usual = replace(LoadOptions(), **settings.load)
     for option in LOAD_OPTIONS:
         if getattr(load, option) not in (getattr(usual, option), ""):
-            raise InputError(f"--{option.replace('_', '-')} is for a model loaded here; leave it out with --api")
+            flag_name = names_of_flag(option)[0]
+            more = "; give -m NAME for an adapter of the server's" if option == "adapters" else ""
+            raise InputError(f"{flag_name} is for a model loaded here; leave it out with --api{more}")
     key = api.api_key
     if key_file is not None:
         if key is not None:
@@ -142,4 +145,7 @@ def load_model(load: LoadOptions, is_in_full: bool = False) -> LLM:
         if is_in_full:
             checkpoint = in_full(open_checkpoint(resolve(load.model)))
             return LLM.of(checkpoint, load, notice=notice, progress=progress)
-        return LLM.open(load, notice=notice, progress=progress)
+        llm = LLM.open(load, notice=notice, progress=progress)
+    if load.adapters:
+        llm.defaults["adapter"] = next(iter(load.adapters))
+    return llm

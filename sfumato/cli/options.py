@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,9 +47,13 @@ class OutputFlags:
 
 HELP = 120
 """Characters of a sentence from which on only its first part is shown as help."""
-_NAMES = {"choices": ("--choice",), "model": ("--model", "-m")}
+_NAMES = {"choices": ("--choice",), "model": ("--model", "-m"), "adapters": ("--adapter",)}
 """The flags that are not just the option's name."""
-_METAVARS: dict[type, str] = {dict: "FILE|JSON", tuple: "TEXT"}
+_METAVARS: dict[type, str] = {dict: "FILE|JSON", tuple: "TEXT", Mapping: "NAME=DIR"}
+_ADAPTER = (
+    "An adapter beside the weights. Commands answer with the first, unless -s adapter=NAME; clients of a server give "
+    "its name as their model. Repeatable."
+)
 _IN_GIGABYTES = ("memory_limit",)
 """Declared in bytes, and in GB on the command line."""
 _VALUES = {
@@ -84,11 +89,13 @@ def flag_of(option: Option, flagged: Collection[str] = ()) -> inspect.Parameter:
     help_ = in_flags(sentence if len(sentence) <= HELP else option.brief, flagged).replace("None:", "default:")
     if option.kind is tuple:
         kind, help_ = list[str], f"{help_} Repeatable."
+    elif option.kind is Mapping:
+        kind, help_ = list[str], _ADAPTER
     elif option.name in _IN_GIGABYTES:
         kind, help_ = float, "GB" + help_.removeprefix("Bytes")
     known = [*(option.choices or _VALUES.get(option.name, ()))]
     declaration = typer.Option(
-        *_NAMES.get(option.name, () if kind is bool else (f"--{option.name.replace('_', '-')}",)),
+        *(() if kind is bool else names_of_flag(option.name)),
         metavar="|".join(option.choices) or _METAVARS.get(option.kind),
         help=help_,
         show_default=False,  # None, which says nothing: the sentence does
@@ -96,6 +103,11 @@ def flag_of(option: Option, flagged: Collection[str] = ()) -> inspect.Parameter:
         autocompletion=(lambda incomplete: [one for one in known if one.startswith(incomplete)]) if known else None,
     )
     return flag(option.name, Annotated[kind | None, declaration], None)
+
+
+def names_of_flag(name: str) -> tuple[str, ...]:
+    """What the flag of an option is called."""
+    return _NAMES.get(name, (f"--{name.replace('_', '-')}",))
 
 
 def in_flags(text: str, flagged: Collection[str]) -> str:
@@ -131,10 +143,29 @@ def load_flags_of(*, without: Sequence[str] = ()) -> Group:
     def make(**values: Any) -> LoadOptions:
         for name in values.keys() & _IN_GIGABYTES:
             values[name] = in_bytes(values[name], name)
+        if values.get("adapters") is not None:
+            values["adapters"] = adapter_folders(values["adapters"])
         base = {name: value for name, value in read_settings().load.items() if name in names}
         return LoadOptions(**base | {name: value for name, value in values.items() if value is not None})
 
     return Group(tuple(flag_of(LOAD_OPTIONS[name], names) for name in names), make)
+
+
+def adapter_folders(pairs: Sequence[str]) -> dict[str, str] | None:
+    """Folders of adapters by name, from NAME=DIR, or DIR alone, whose last part is then the name; None: there are none.
+
+    InputError for a name that comes twice."""
+    folders: dict[str, str] = {}
+    for pair in pairs:
+        name, is_pair, folder = pair.partition("=")
+        if not is_pair:
+            name, folder = Path(pair).expanduser().resolve().name, pair
+        if not name or not folder:
+            raise InputError(f"--adapter is {pair!r}; give NAME=DIR, for example mine=run/adapter", option="adapter")
+        if name in folders:
+            raise InputError(f"--adapter names {name!r} twice; give each adapter its own name", option="adapter")
+        folders[name] = folder
+    return folders or None
 
 
 def in_bytes(gigabytes: float | None, name: str = "memory_limit") -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -55,6 +56,10 @@ class HttpFlags:
         float, typer.Option(min=0, metavar="SECONDS", help="Time for what is under way when the server ends.")
     ] = Settings.drain
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write to the log what requests say.")] = False
+    adapter_folder: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Clients may load adapters from this folder, and unload any, while it runs."),
+    ] = None
     strict_params: Annotated[
         bool, typer.Option("--strict-params", help="Refuse fields that have no effect, instead of leaving them out.")
     ] = False
@@ -66,6 +71,8 @@ class HttpFlags:
         """The server's settings; InputError for a value out of range."""
         _check_range("max-body", self.max_body, 1024)
         _check_range("timeout", self.timeout, 1e6)
+        if self.adapter_folder is not None and not Path(self.adapter_folder).expanduser().is_dir():
+            raise InputError(f"--adapter-folder is {self.adapter_folder}, which is no folder; make it, or name another")
         body = round(self.max_body * 2**20)
         return Settings(
             host=self.host,
@@ -74,6 +81,7 @@ class HttpFlags:
             cors=tuple(self.cors or ()),
             log_prompts=self.log_prompts,
             strict_params=self.strict_params,
+            adapter_folder=self.adapter_folder,
             kept_responses=self.keep_responses,
             drain=self.drain,
             stall_limit=self.unready_after,
@@ -148,6 +156,9 @@ def command(
     """
     cluster.check()
     load = replace(load, model=model.name)
+    for name in http.alias or ():
+        if name in (load.adapters or {}):
+            raise InputError(f"--alias and --adapter are both called {name!r}; rename one of them")
     settings, limits = http.settings(), batch.limits()
     if cluster.ray:
         plan = ClusterPlan(load, limits, cluster.replicas or 1, cluster.max_replicas, cluster.ray_address)
@@ -202,5 +213,7 @@ def server_module(name: str) -> Any:
 
 def tell(card: ModelCard, address: str) -> None:
     """Say on standard output which model the server has, and where."""
-    line = f"Sfumato serves {card.name} on {address} (page, /v1, /metrics); Ctrl-C ends it"
+    adapters = ", ".join(adapter.name for adapter in card.adapters)
+    name = f"{card.name} with {adapters}" if adapters else card.name
+    line = f"Sfumato serves {name} on {address} (page, /v1, /metrics); Ctrl-C ends it"
     print(harmless(line), flush=True)

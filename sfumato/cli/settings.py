@@ -34,9 +34,9 @@ VARIABLE = "SFUMATO_MODEL"
 
 PLACES = ("model", "api", "api_key_file")
 """The keys outside a section: which model."""
-LOADING = tuple(name for name in LOAD_OPTIONS if name != "model")
-"""The keys of [load]."""
-SAMPLING = tuple(name for name in OPTIONS if name not in (*CONSTRAINTS, "drafts", "strict", "must_call"))
+LOADING = tuple(name for name in LOAD_OPTIONS if name not in ("model", "adapters"))
+"""The keys of [load]: an adapter belongs to one model."""
+SAMPLING = tuple(name for name in OPTIONS if name not in (*CONSTRAINTS, "drafts", "strict", "must_call", "adapter"))
 """The keys of [options]: a constraint belongs to one request, and drafts to one screen."""
 GIGABYTE = 1e9
 

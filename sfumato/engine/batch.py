@@ -34,6 +34,7 @@ from sfumato.engine.request import Failure, Request, Row
 from sfumato.engine.run import ROUND
 from sfumato.errors import BusyError, CapacityError, InputError, NumericError
 from sfumato.events import Done, Event
+from sfumato.model.adapters import Adapters
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
@@ -47,6 +48,9 @@ OTHERS = 0.25
 
 LEAST_CHUNK = 16
 """Prompt tokens that are encoded in a turn however slow the machine is."""
+
+LEAST_MEMORY = 64 << 20
+"""Bytes that are set aside for requests, however much adapters take."""
 
 KEPT_ROUND = 64
 """A kept beginning has room for a multiple of so many tokens."""
@@ -68,6 +72,8 @@ class Figures:
     prefix_tokens: int = 0
     cache_bytes: int = 0
     prefix_bytes: int = 0
+    adapters: int = 0
+    adapter_bytes: int = 0
 
 
 class Batch:
@@ -86,6 +92,8 @@ class Batch:
         self._credit = 0.0
         """Seconds that the others have saved up while newcomers went first."""
         self._figures, self._recent = Figures(), (0, 0)
+        self._stacks: int | None = None
+        """Bytes of adapters' factors that `memory` has been told of; None: of those that lay there before."""
         self._bytes = functools.lru_cache(4096)(self._count_bytes)
 
     # ---- requests -----------------------------------------------------------------------------------------------
@@ -134,6 +142,14 @@ class Batch:
             cache_bytes=self.engine.cache.bytes,
             prefix_bytes=self.prefixes.bytes,
         )
+
+    def count_adapters(self, adapters: Adapters) -> None:
+        """Count the memory of adapters, at first and after some were loaded or unloaded."""
+        now, before = adapters.bytes, self._stacks
+        if self.limits.memory is None and before is not None:  # it is what was free then
+            self.memory = max(LEAST_MEMORY, self.memory + before - now)
+        self._stacks = now
+        self._figures.adapters, self._figures.adapter_bytes = len(adapters.names), now
 
     def turn(self) -> list[Event | Failure]:
         """One step of the rows whose turn it is. Returns the events; `row` of an event is the seat of its request."""

@@ -31,6 +31,7 @@ from sfumato.events import Event
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.model.offload import is_streamed
+from sfumato.ops.lowrank import LanePair
 from sfumato.sampling.noise import NoiseSource, SeatNoise
 from sfumato.sampling.recorded import Capture, CudaCapture, Recordings, on
 
@@ -135,6 +136,7 @@ class Engine:
             self.table.resize(max(seat + 1, len(self.rows)), max(capacity, self.cache.capacity))
         if prefix is not None:
             self.cache.take_(seat, prefix, count)
+        self.cache.lanes[seat] = LanePair() if row.prompt.adapter is None else row.prompt.adapter.lanes
         row.begin(count)
         self.rows[seat] = row
         return seat

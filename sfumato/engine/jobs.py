@@ -13,10 +13,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sfumato.engine.batch import Batch, Figures
 from sfumato.engine.limits import BatchLimits
-from sfumato.engine.plan import Ask, Plan, PlanEnd, advance
+from sfumato.engine.plan import Ask, Change, Plan, PlanEnd, advance
 from sfumato.engine.request import Failure, Row
 from sfumato.errors import BusyError, contained
 from sfumato.events import Decision, Done, Draft, Edited, Event, Filled, Scored, TokenCount
+from sfumato.model.adapters import Adapters
+from sfumato.model.loaded import AdapterList
 from sfumato.model.network import Model
 from sfumato.system import confined
 
@@ -25,7 +27,7 @@ PLANNING = 2
 PAUSE = 0.005
 """Seconds that a turn waits for them where nothing else is to be done."""
 
-JobOutcome = Event | Filled | Edited | dict[str, Decision] | Scored | TokenCount | Exception
+JobOutcome = Event | Filled | Edited | dict[str, Decision] | Scored | TokenCount | AdapterList | Exception
 """What a turn says about a job: an event, the result that it ends with, or the error that ends it."""
 
 AnyQuery = TypeVar("AnyQuery", contravariant=True)
@@ -54,6 +56,11 @@ class PlanMaker(Protocol[AnyQuery]):
 
     model: Model
 
+    @property
+    def bank(self) -> Adapters:
+        """The adapters beside the model's weights."""
+        ...
+
     def plan(self, query: AnyQuery, /) -> Plan[Any]:
         """The plan of a query; InputError or CapacityError for one that is wrong, here or at its first step."""
         ...
@@ -77,6 +84,9 @@ class Jobs(Generic[AnyQuery]):
         """Jobs that the next turn submits."""
         self._cancelled: set[str] = set()
         self._jobs: dict[str, _PlannedJob] = {}
+        self._bank_version = planner.bank.version
+        """Of the adapters that the batch knows of."""
+        self.batch.count_adapters(planner.bank)
         self._places: dict[str, tuple[_PlannedJob, int]] = {}
         """By the id of a request under way: its job, and its place among the job's requests."""
 
@@ -118,7 +128,13 @@ class Jobs(Generic[AnyQuery]):
     @property
     def is_idle(self) -> bool:
         """Whether a turn has nothing to do."""
-        return self.batch.is_idle and not self._waiting and not self._cancelled and not self._planning
+        is_quiet = not self._waiting and not self._cancelled and not self._planning
+        return self.batch.is_idle and is_quiet and not self._must_note_adapters()
+
+    def _must_note_adapters(self) -> bool:
+        """Whether adapters have come or gone, or the last row of one that is unloaded has ended."""
+        bank = self.planner.bank
+        return bank.version != self._bank_version or not bank.is_settled
 
     def figures(self) -> Figures:
         """The batch's figures."""
@@ -136,7 +152,7 @@ class Jobs(Generic[AnyQuery]):
             if job.id in cancelled:
                 continue
             if job.end is not None:
-                outcomes.append((job.id, job.end.result))
+                outcomes.append((job.id, _result_of(job.end)))
             else:
                 self._jobs[job.id] = job
                 outcomes += self._submit(job)
@@ -146,6 +162,11 @@ class Jobs(Generic[AnyQuery]):
             wait(self._planning, PAUSE, FIRST_COMPLETED)
         for future in [future for future in self._planning if future.done()]:
             outcomes += self._continue(self._planning.pop(future), future)
+        if self._must_note_adapters():
+            self._bank_version = self.planner.bank.version
+            self.batch.prefixes.keep_adapters(self.planner.bank.holds)
+            self.planner.bank.settle()
+            self.batch.count_adapters(self.planner.bank)
         for event in self.batch.turn():
             if event.request not in self._places:  # of a job that failed at an earlier event of this turn
                 continue
@@ -220,3 +241,13 @@ class Jobs(Generic[AnyQuery]):
         for row in job.rows:
             if self._places.pop(row.request.id, None) is not None:
                 self.batch.cancel(row.request.id)
+
+
+def _result_of(end: PlanEnd[Any]) -> Any:
+    """What a plan has ended with; of a change of the model, what comes of it, an error too."""
+    if not isinstance(end.result, Change):
+        return end.result
+    try:
+        return end.result.carry_out()
+    except BaseException as error:
+        return contained(error)

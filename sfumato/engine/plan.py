@@ -1,14 +1,15 @@
 """What a caller wants of an engine, apart from running it: requests with their readers, and plans of several.
 
 A plan is a generator, so that whoever has an engine can carry it out: `LLM` for one caller, `jobs.Jobs` for many. Both
-go on with a plan by `advance` alone. This module deliberately lacks queries: a planner makes plans of them.
+go on with a plan by `advance` alone. One that changes the model ends with a `Change`. This module deliberately lacks
+queries: a planner makes plans of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sfumato.engine.request import Inspect, Request, Row
 from sfumato.engine.scores import PromptScores
@@ -42,6 +43,14 @@ Plan = Generator[list[Ask], list[Done], Result]
 """Yields requests that run together, is sent what each of them ended with, in their order, and returns a result.
 
 It may return before it yields anything. It never yields an empty list."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a plan ends with that changes the model, instead of a result."""
+
+    carry_out: Callable[[], Any]
+    """Called while no pass is under way; gives the result."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,16 @@
-"""Encoded beginnings of prompts, kept by their tokens, content and blocks, so that nobody encodes them again."""
+"""Encoded beginnings of prompts, kept by their tokens, content, blocks and adapter: nobody encodes them again."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sfumato.model.cache import KVCache
+from sfumato.model.loaded import LoadedAdapter
 from sfumato.model.prompt import Prompt
 
 KEPT_FROM = 32
@@ -17,8 +19,8 @@ KEPT_FROM = 32
 MOST_KEPT = 256
 """Beginnings that are kept at most, however short: each one is looked at that could be a prompt's."""
 
-_Key = tuple[bytes, tuple[tuple[int, bytes], ...], tuple[tuple[int, int], ...]]
-"""All tokens of a beginning, its content and its blocks."""
+_Key = tuple[bytes, tuple[tuple[int, bytes], ...], tuple[tuple[int, int], ...], LoadedAdapter | None]
+"""All tokens of a beginning, its content, its blocks, and what has encoded it."""
 
 
 class _Prefix(NamedTuple):
@@ -32,7 +34,7 @@ class Prefixes:
     """Encoded beginnings within so many bytes; those that were not used for longest go first.
 
     Two beginnings are alike as far as `Prompt.alike` says: equal tokens with other content (two images) or other blocks
-    share nothing from there on."""
+    share nothing from there on, and those of two adapters nothing at all."""
 
     def __init__(self, room: int) -> None:
         self.room, self.bytes = room, 0
@@ -66,7 +68,7 @@ class Prefixes:
             other = self._kept[key].prompt
             if len(other) <= len(prompt) and other.shared(prompt) == len(other) and cache.can_truncate(0, len(other)):
                 self._drop(key)
-        key = tokens.tobytes(), tuple(sorted(prompt.content.items())), prompt.blocks
+        key = tokens.tobytes(), tuple(sorted(prompt.content.items())), prompt.blocks, prompt.adapter
         self._kept[key] = _Prefix(prompt, tokens, cache)
         self._alike.setdefault(tokens[:KEPT_FROM].tobytes(), []).append(key)
         self.bytes += cache.bytes
@@ -80,6 +82,11 @@ class Prefixes:
         self._alike[alike].remove(key)
         if not self._alike[alike]:
             del self._alike[alike]
+
+    def keep_adapters(self, is_kept: Callable[[LoadedAdapter], bool]) -> None:
+        """Forget those of all other adapters, and with them the adapters."""
+        for key in [key for key in self._kept if key[-1] is not None and not is_kept(key[-1])]:
+            self._drop(key)
 
     def clear(self) -> None:
         """Forget all of them."""

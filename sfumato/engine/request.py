@@ -97,6 +97,11 @@ class Request:
         options = self.options.with_defaults({"mode": mode})
         check_kind(self.name, self.prompt, (list, tuple, Prompt), "a list of token ids")
         request = replace(self, options=options, prompt=Prompt.of(self.prompt))
+        if options.adapter and Prompt.of(self.prompt).adapter is None:
+            raise InputError(
+                f"adapter is {options.adapter!r}, which no plan has looked up for {self.name}; ask an LLM that has it",
+                option="adapter",
+            )
         request._check_canvas(config)
         request._check_room(config)  # before each token is looked at: there may be millions
         request._check_prompt(config)

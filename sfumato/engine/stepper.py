@@ -207,7 +207,8 @@ class Stepper:
 
     def _pass_of(self, seats: list[int], counts: list[int], width: int, lengths: list[int], canvas: int) -> Pass:
         """What the layers share, made once for all the steps of a canvas."""
-        key, passes = (tuple(seats), tuple(counts), tuple(lengths), canvas), self.table.passes
+        lanes = tuple(self.table.cache.lanes[seat] for seat in seats)
+        key, passes = (tuple(seats), tuple(counts), tuple(lengths), lanes, canvas), self.table.passes
         if key not in passes:
             while len(passes) >= PASSES_KEPT:
                 passes.pop(next(iter(passes)))

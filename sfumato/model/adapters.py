@@ -9,14 +9,17 @@ reads weights as before. Files are `checkpoints.adapters`'.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
+from sfumato.model.loaded import AdapterList, AdapterSize, LoadedAdapter, check_adapter_name
 from sfumato.model.network import Experts, Model, adaptable, replace_
 from sfumato.model.offload import is_streamed
 from sfumato.ops.contract import Matrix, tensors_of
@@ -71,10 +74,24 @@ class Adapter:
     """One sentence for each thing that its files have and that was left aside, or was not plain."""
 
     @property
+    def parts(self) -> list[Mapping[str, Factors]]:
+        """The factors of each lane that it takes: one, or those of encode and those of denoise."""
+        return [self.factors] if self.denoise is None else [self.factors, self.denoise]
+
+    @property
+    def names(self) -> set[str]:
+        """Of all weights that it has factors for."""
+        return {name for part in self.parts for name in part}
+
+    def size(self, name: str, dtype: torch.dtype) -> AdapterSize:
+        """What it is under this name, its factors in this dtype."""
+        count = sum(factors.a.numel() + factors.b.numel() for part in self.parts for factors in part.values())
+        return AdapterSize(name, self.rank, count * dtype.itemsize)
+
+    @property
     def rank(self) -> int:
         """The largest of its ranks."""
-        both = [*self.factors.values(), *(self.denoise or {}).values()]
-        return max((factors.rank for factors in both), default=0)
+        return max((factors.rank for part in self.parts for factors in part.values()), default=0)
 
     def check(self, model: Model) -> None:
         """InputError where a name or a shape is not this model's."""
@@ -157,74 +174,157 @@ def new_adapter(
 
 
 class Adapters:
-    """The adapters that lie beside a model's weights, by name. Between passes alone they are loaded and unloaded."""
+    """The adapters that lie beside a model's weights, by name. Between passes alone they are loaded and unloaded.
+
+    Rows of an adapter that was unloaded keep its lanes: those are free once nobody holds its `LoadedAdapter`."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
-        self._lanes: dict[str, LanePair] = {}
+        self._model: Model | None = model
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._sizes: dict[str, AdapterSize] = {}
         self._free: list[int] = []
+        self._released: deque[LanePair] = deque()
+        """Lanes that nobody holds any more; filled from any thread."""
         self._count = 0
         """Lanes that the stacks have room for."""
         self._rank = 0
+        self.version = 0
+        """Grows with every change of what is loaded."""
+
+    @property
+    def model(self) -> Model:
+        """The model; InputError after `close`."""
+        if self._model is None:
+            raise InputError("the model is closed, and its adapters with it; load it again")
+        return self._model
+
+    def close(self) -> None:
+        """Let go of the model and of what is loaded."""
+        self._model = None
+        self._loaded.clear()
 
     @property
     def names(self) -> list[str]:
         """Of all that are loaded, sorted."""
-        return sorted(self._lanes)
+        return sorted(self._loaded)
+
+    def listed(self) -> AdapterList:
+        """What is loaded, by name."""
+        return AdapterList(tuple(self._sizes[name] for name in self.names), self.bytes)
+
+    def holds(self, loaded: LoadedAdapter) -> bool:
+        """Whether this very adapter is still to be had by its name."""
+        return self._loaded.get(loaded.name) is loaded
+
+    @property
+    def bytes(self) -> int:
+        """What all factors beside the weights take, lanes without an adapter included."""
+        weights = (getattr(owner, leaf) for owner, leaf in adaptable(self.model))
+        return sum(w.a.nbytes + w.b.nbytes for w in weights if isinstance(w, LowRank))
+
+    def get(self, name: str) -> LoadedAdapter:
+        """The adapter of this name, which keeps its lanes as long as it is held. InputError where none is loaded."""
+        if (loaded := self._loaded.get(name)) is None:
+            known = ", ".join(self.names) or "none is loaded"
+            raise InputError(f"there is no adapter {name!r}; loaded are: {known}", option="adapter")
+        return loaded
 
     def lane(self, name: str) -> LanePair:
         """The lanes of a row that asks for this one. InputError for a name that is not loaded."""
-        if name not in self._lanes:
-            known = ", ".join(self.names) or "none is loaded"
-            raise InputError(f"there is no adapter {name!r}; loaded are: {known}", option="adapter")
-        return self._lanes[name]
+        return self.get(name).lanes
 
-    def load(self, name: str, adapter: Adapter) -> LanePair:
-        """Put an adapter beside the weights. InputError for a name that is taken, or an adapter that does not fit."""
-        model = self.model
-        if name in self._lanes:
-            raise InputError(f"an adapter {name!r} is loaded already; unload it first, or give another name")
+    def check_name(self, name: str) -> None:
+        """InputError for a name that is taken, or that no client could ask for."""
+        check_adapter_name(name)
+        if name in self._loaded:
+            raise InputError(
+                f"an adapter {name!r} is loaded already; unload it first, or give another name", option="adapter"
+            )
+
+    def check(self, name: str, adapter: Adapter) -> None:
+        """InputError for a name that is taken or none, or an adapter that does not fit; `load` checks it as well."""
+        self.check_name(name)
         if adapter.whole:
             some = next(iter(adapter.whole))
             raise InputError(
                 f"{adapter.source} replaces whole weights ({some}), which rows of one batch must share; merge it: "
                 "sfumato convert MODEL --adapter DIR"
             )
-        if is_streamed(model):
+        if is_streamed(self.model):
             raise InputError("adapters cannot lie beside weights that are streamed; leave memory_limit out, or merge")
-        adapter.check(model)
-        parts = [adapter.factors] if adapter.denoise is None else [adapter.factors, adapter.denoise]
+        adapter.check(self.model)
+
+    def growth(self, adapter: Adapter) -> int:
+        """Bytes that the factors beside the weights grow by when this one is loaded."""
+        self._collect()
+        count, rank = self._room_for(adapter)
+        names, item, total = adapter.names, self.model.dtype.itemsize, 0
+        for name, (owner, leaf) in targeted(self.model).items():
+            weight = getattr(owner, leaf)
+            if isinstance(weight, LowRank) or name in names:
+                *stack, outputs, inputs = weight.shape
+                total += count * rank * math.prod(stack) * (outputs + inputs) * item
+        return max(0, total - self.bytes)
+
+    def load(self, name: str, adapter: Adapter) -> LanePair:
+        """Put an adapter beside the weights. InputError for a name that is taken, or an adapter that does not fit."""
+        self.check(name, adapter)
+        self._collect()
+        parts = adapter.parts
         with torch.inference_mode(False), torch.no_grad():
-            self._make_room(len(parts), adapter.rank, {name for part in parts for name in part})
+            self._make_room(adapter)
             lanes = [self._free.pop(0) for _ in parts]
             for lane, part in zip(lanes, parts, strict=True):
                 self._put(lane, part)
-        self._lanes[name] = LanePair(lanes[0], lanes[-1])
-        return self._lanes[name]
+        loaded = LoadedAdapter(name, LanePair(lanes[0], lanes[-1]))
+        finalize(loaded, self._released.append, loaded.lanes).atexit = False
+        self.version += 1
+        self._loaded[name], self._sizes[name] = loaded, adapter.size(name, self.model.dtype)
+        return loaded.lanes
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, whose lanes the next one may take. InputError for a name that is not loaded."""
-        lane = self.lane(name)
-        del self._lanes[name]
-        self._free = sorted({*self._free, *lane})
-        if not self._lanes:
+        """Forget an adapter, whose lanes the next one may take as soon as no row has them.
+
+        InputError for a name that is not loaded."""
+        self.get(name)
+        self.version += 1
+        del self._loaded[name], self._sizes[name]
+        self.settle()
+
+    def settle(self) -> None:
+        """Take back the lanes of adapters that are unloaded and unused; without any, the weights are as before."""
+        self._collect()
+        if self._count and not self._loaded and len(self._free) == self._count:
             self._free, self._count, self._rank = [], 0, 0
             for owner, leaf in list(adaptable(self.model)):
                 if isinstance(weight := getattr(owner, leaf), LowRank):
                     replace_(owner, leaf, weight.base)
 
-    def _make_room(self, lanes: int, rank: int, names: set[str]) -> None:
-        """Free lanes, room for this rank, and factors beside all weights of these names."""
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` has nothing to do."""
+        return not self._released
+
+    def _collect(self) -> None:
+        while self._released:
+            self._free = sorted({*self._free, *self._released.popleft()})
+
+    def _room_for(self, adapter: Adapter) -> tuple[int, int]:
+        """The lanes and the rank that the stacks need with one adapter more."""
         count = self._count
-        while len(self._free) + count - self._count < lanes:
+        while len(self._free) + count - self._count < len(adapter.parts):
             count = max(1, 2 * count)
+        return count, max(adapter.rank, self._rank)
+
+    def _make_room(self, adapter: Adapter) -> None:
+        """Free lanes, room for its rank, and factors beside all weights that it changes."""
+        count, rank = self._room_for(adapter)
         self._free += range(self._count, count)
-        is_grown = count > self._count or rank > self._rank
-        self._count, self._rank = count, max(rank, self._rank)
+        self._count, self._rank, names = count, rank, adapter.names
         for name, (owner, leaf) in targeted(self.model).items():
             weight = getattr(owner, leaf)
-            if isinstance(weight, LowRank):
-                if is_grown:
+            if isinstance(weight, LowRank):  # each is asked: an earlier try may have ended between two of them
+                if len(weight.a) < count or weight.a.shape[-2] < rank:
                     self._replace(owner, leaf, self._beside(weight.base, weight))
             elif name in names:
                 self._replace(owner, leaf, self._beside(weight.detach() if isinstance(weight, Tensor) else weight))
@@ -369,44 +469,57 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 # ---- one, merged -----------------------------------------------------------------------------------------------------
 
 
+def check_mergeable(adapter: Adapter) -> None:
+    """InputError for an adapter that is not the same in encode and denoise: both read one weight."""
+    if adapter.denoise is not None:
+        raise InputError(
+            f"{adapter.source} changes encode and denoise differently, which one weight cannot hold; serve it beside "
+            "the model: sfumato serve -m MODEL --adapter NAME=DIR"
+        )
+
+
 def merge_(model: Model, adapter: Adapter) -> Callable[[], None]:
     """Add an adapter to the plain weights of a model; what is returned takes it out again, to the last bit.
 
     The weights of before stay in memory meanwhile. InputError for weights in fewer bits, which would be rounded twice,
     and for an adapter that does not fit, or that is not the same in encode and denoise."""
     adapter.check(model)
-    if adapter.denoise is not None:
-        raise InputError(
-            f"{adapter.source} changes encode and denoise differently, which one weight cannot hold; serve it beside "
-            "the model"
-        )
-    places, before = targeted(model), list[tuple[nn.Module, str, Any]]()
-    for name in adapter.factors:
+    check_mergeable(adapter)
+    places = targeted(model)
+    for name in adapter.whole:
+        parent, _, leaf = name.rpartition(".")
+        if parent == "lm_head" and model.lm_head is None:
+            raise InputError(
+                f"{adapter.source} brings lm_head, a matrix of its own for logits, into a model that has none; write a "
+                "merged one: sfumato convert MODEL --adapter DIR"
+            )
+        places[name] = model.get_submodule(parent), leaf
+    for name in (*adapter.factors, *adapter.whole):
         owner, leaf = places[name]
         if not isinstance(getattr(owner, leaf), Tensor):
             raise InputError(
                 f"{name} is not plain numbers, into which {adapter.source} could be merged; load the model with "
                 "ops='fused' in full, or write a merged one: sfumato convert MODEL --adapter DIR"
             )
-    for name, factors in adapter.factors.items():
+    before: list[tuple[nn.Module, str, Tensor]] = []
+    for name in (*adapter.factors, *adapter.whole):
         owner, leaf = places[name]
-        weight = getattr(owner, leaf)
+        weight: Tensor = getattr(owner, leaf)
         before.append((owner, leaf, weight))
-        merged = (weight.detach().float() + factors.delta().to(weight.device)).to(weight.dtype)
-        replace_(owner, leaf, merged)
-        setattr(owner, leaf, nn.Parameter(merged, requires_grad=False)) if isinstance(weight, nn.Parameter) else None
-    for name, tensor in adapter.whole.items():
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        weight = getattr(owner, leaf)
-        before.append((owner, leaf, weight))
-        owner._parameters.pop(leaf, None)
-        setattr(owner, leaf, nn.Parameter(tensor.to(weight), requires_grad=False))
+        if name in adapter.whole:
+            merged = adapter.whole[name].to(weight, copy=True)
+        else:
+            merged = (weight.detach().float() + adapter.factors[name].delta().to(weight.device)).to(weight.dtype)
+        _put_back(owner, leaf, nn.Parameter(merged, False) if isinstance(weight, nn.Parameter) else merged)
 
     def unmerge() -> None:
         for owner, leaf, weight in reversed(before):
-            owner._parameters.pop(leaf, None)
-            owner.__dict__.pop(leaf, None)
-            setattr(owner, leaf, weight)
+            _put_back(owner, leaf, weight)
 
     return unmerge
+
+
+def _put_back(owner: nn.Module, leaf: str, weight: Tensor) -> None:
+    """Put a weight where another one of its kind is: a parameter, a buffer, or what operations have in its place."""
+    places: list[dict[str, Any]] = [owner._parameters, owner._buffers, vars(owner)]
+    next(place for place in places if leaf in place)[leaf] = weight

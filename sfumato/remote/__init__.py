@@ -34,9 +34,10 @@ AT_ONCE = 32
 
 _STANDARD = {
     *("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed"),
-    *("logprobs", "top_logprobs", "drafts"),
+    *("logprobs", "top_logprobs", "drafts", "adapter"),
 }
-"""Options that any host takes under the same name, and drafts, which just do not come."""
+"""Options that any host takes under the same name; the adapter, which is a model there; drafts, which just do not come.
+"""
 _STANDARD_IN_CHAT = {*_STANDARD, "schema", "strict", "must_call"}
 """The last three in OpenAI's own words."""
 

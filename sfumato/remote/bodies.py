@@ -17,8 +17,9 @@ from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, Options, differences
 from sfumato.templates.requests import AnswerQuery, Chat, Decide, Edit, Fill, Infill, Messages, QueryFor, Score
 
-_UNSENT = ("early", "short", "drafts")
-"""Options of templates that a Sfumato server's routes do not take, and drafts, which a whole result does not have."""
+_UNSENT = ("early", "short", "drafts", "adapter")
+"""Options of templates that a Sfumato server's routes do not take, drafts, which a whole result does not have, and the
+adapter, which is sent as the model."""
 
 TEMPLATE_OPTIONS = tuple(
     name
@@ -39,7 +40,7 @@ def answer_route(query: AnswerQuery) -> str:
 def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[str, Any]:
     """The body that asks for an answer as a stream. Drafts are left out where the host has none."""
     body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-    fields = differences(query.options)
+    fields = _fields_of(query.options)
     is_strict = fields.pop("strict", False) or query.options.must_call
     if isinstance(query, Chat):
         body["messages"] = messages_out(query.conversation, is_sfumato)
@@ -63,7 +64,7 @@ def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[
 
 def score_body(query: Score) -> dict[str, Any]:
     """The body that asks /completions for the log-probabilities of a text, and for one token behind it."""
-    fields = differences(dataclasses.replace(query.options, drafts=False))
+    fields = _fields_of(dataclasses.replace(query.options, drafts=False))
     top = max(1, fields.pop("top_logprobs", 0))
     if isinstance(query.prompt, str):
         prompt: str | list[int] = query.prompt + (query.continuation if isinstance(query.continuation, str) else "")
@@ -103,12 +104,19 @@ def template_route_and_body(query: QueryFor[Any]) -> tuple[str, dict[str, Any]]:
 def option_refused(route: str, options: Options) -> str | None:
     """The first of the options that a Sfumato server does not take at this route of templates; None: it takes all."""
     names = DECISION_OPTIONS if route == "/decisions" else TEMPLATE_OPTIONS
-    return next((name for name in _whole_result(options) if name not in names), None)
+    return next((name for name in _whole_result(options) if name not in (*names, "model")), None)
 
 
 def _whole_result(options: Options) -> dict[str, Any]:
     """The options to send for a result that comes as one body."""
-    return differences(dataclasses.replace(options, drafts=False))
+    return _fields_of(dataclasses.replace(options, drafts=False))
+
+
+def _fields_of(options: Options) -> dict[str, Any]:
+    """The options to send, under the names that a body has for them: an adapter is a model."""
+    fields = differences(options)
+    adapter = fields.pop("adapter", None)
+    return fields | ({"model": adapter} if adapter else {})
 
 
 def _fields(query: Infill | Edit, *names: str) -> dict[str, Any]:

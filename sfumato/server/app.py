@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from sfumato.errors import SfumatoError
-from sfumato.server import status
+from sfumato.server import adapters, status
 from sfumato.server.anthropic import routes as anthropic
 from sfumato.server.backend import Backend
 from sfumato.server.canvas import routes as canvas
@@ -71,7 +71,7 @@ def create(backend: Backend, settings: Settings) -> FastAPI:
     )
     app.state.service = service
     service.error_forms |= {anthropic.PATHS: anthropic.error_form, ollama.PATHS: ollama.error_form}
-    for dialect in (chat, completions, responses, anthropic, ollama, canvas, status):
+    for dialect in (chat, completions, responses, anthropic, ollama, canvas, adapters, status):
         app.include_router(dialect.routes(service))
     app.mount("/ui", PageFiles(directory=status.UI, check_dir=False))
     app.add_exception_handler(SfumatoError, _answer)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sfumato.events import Decision, Edited, Event, Filled, Scored, TokenCount
+from sfumato.model.loaded import AdapterList, AdapterSize
 from sfumato.model.purpose import Purpose
-from sfumato.templates.requests import Query
+from sfumato.templates.requests import AdapterQuery, Query
 
-Result = Filled | Edited | dict[str, Decision] | Scored | TokenCount
+Result = Filled | Edited | dict[str, Decision] | Scored | TokenCount | AdapterList
 """What a job ends with that is no answer."""
 
 Outcome = Event | Result | Exception
@@ -28,7 +29,7 @@ class Job:
 
     id: str
     """No other job of the server ever has it. It begins with the id of the HTTP request."""
-    query: Query
+    query: Query | AdapterQuery
 
     @property
     def request(self) -> str:
@@ -58,6 +59,10 @@ class ModelCard:
     """The checkpoint's own values of options that a request leaves open."""
     purpose: Purpose | None = None
     """What the model is for, where it is for one thing alone."""
+    adapters: tuple[AdapterSize, ...] = ()
+    """Those that are loaded, by name."""
+    adapter: str | None = None
+    """Of these, the one that a request asks for; None: the model as it is."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,9 @@ class Stats:
     prefix_tokens: int = 0
     cache_bytes: int = 0
     prefix_bytes: int = 0
+    adapters: int = 0
+    adapter_bytes: int = 0
+    """What the factors of adapters take, beside the weights."""
     memory_bytes: int = 0
     restarts: int = 0
     stalled: float = 0.0
@@ -109,6 +117,12 @@ class Backend(Protocol):
 
         InputError, CapacityError and BusyError come before any event. Closing the iterator cancels the job: its row is
         free within one step."""
+        ...
+
+    async def change_adapters(self, job: Job) -> ModelCard:
+        """Carry out an `AdapterQuery` in every process that runs the model; the card with what is loaded then.
+
+        InputError, CapacityError."""
         ...
 
     def is_ready(self) -> bool:

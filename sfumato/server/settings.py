@@ -74,6 +74,8 @@ class Settings:
     """Write what requests say to the log."""
     strict_params: bool = False
     """Refuse fields that have no effect, rather than leave them out and say so in a header."""
+    adapter_folder: str | None = None
+    """The folder from which clients may load adapters, and unload any; None: they may not."""
     kept_responses: int = 256
     """Answers of /v1/responses that are kept in memory, for `previous_response_id`; the oldest goes first."""
     write_timeout: float = 60.0

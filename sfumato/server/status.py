@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +30,17 @@ class PurposeBody(TypedDict):
     prompt: str
 
 
+class AdapterBody(TypedDict):
+    """What an adapter is: its largest rank, and the bytes of its factors."""
+
+    rank: int
+    bytes: int
+
+
 class ModelBody(TypedDict):
-    """A model, as GET /v1/models has it: for OpenAI's clients, for Anthropic's, and what only a canvas has."""
+    """A model, as GET /v1/models has it: for OpenAI's clients, for Anthropic's, and what only a canvas has.
+
+    An adapter is a model of its own there: its `parent` is the model that it changes."""
 
     id: str
     object: Literal["model"]
@@ -50,6 +60,9 @@ class ModelBody(TypedDict):
     ops: str
     quantised: str | None
     purpose: PurposeBody | None
+    root: str
+    parent: str | None
+    adapter: AdapterBody | None
 
 
 class ModelList(TypedDict):
@@ -99,15 +112,16 @@ def _add_model_routes(router: APIRouter, service: Service) -> None:
 
     @router.get("/v1/models", **gives(ModelList))
     async def models() -> Response:
-        """The loaded model, once under each of its names."""
+        """The loaded model, once under each of its names, and then its adapters."""
         card = await service.card()
-        names = service.names(card)
+        names = [*service.names(card), *service.adapters(card)]
         page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
-        return JSONResponse({"object": "list", "data": [_model(name, card, created) for name in names], **page})
+        entries = [entry_of(name, await service.card(name), service, created) for name in names]
+        return JSONResponse({"object": "list", "data": entries, **page})
 
     @router.get("/v1/models/{name:path}", **gives(ModelBody))
     async def model_of(name: str) -> Response:
-        return JSONResponse(_model(name, await service.card(name), created))
+        return JSONResponse(entry_of(name, await service.card(name), service, created))
 
     @router.get("/v1/options", **gives(OptionList))
     async def option_list() -> Response:
@@ -116,7 +130,10 @@ def _add_model_routes(router: APIRouter, service: Service) -> None:
         return JSONResponse({"options": listed(card.defaults)})
 
 
-def _model(name: str, card: ModelCard, created: int) -> ModelBody:
+def entry_of(name: str, card: ModelCard, service: Service, created: int) -> ModelBody:
+    """The loaded model, or one of its adapters, under this name. `created`: when, in seconds."""
+    adapter = next((one for one in card.adapters if one.name == card.adapter), None)
+    parent = None if adapter is None else service.names(replace(card, adapter=None))[0]
     return {
         "id": name,
         "object": "model",
@@ -136,6 +153,9 @@ def _model(name: str, card: ModelCard, created: int) -> ModelBody:
         "ops": card.ops,
         "quantised": card.quantised,
         "purpose": None if card.purpose is None else {"purpose": card.purpose.sentence, "prompt": card.purpose.prompt},
+        "root": card.name if adapter is None else adapter.name,
+        "parent": parent,
+        "adapter": None if adapter is None else {"rank": adapter.rank, "bytes": adapter.bytes},
     }
 
 

@@ -2,11 +2,13 @@
 
 `Planner.plan` matches a query by its type; a new kind of query is a class in `requests` and a plan here. A plan yields
 requests of the engine and is sent what they ended with (`engine.plan`), so that one caller's engine and everybody's
-batch carry out the same. It deliberately lacks the model: a planner runs nothing.
+batch carry out the same. It deliberately lacks the model: a planner runs nothing. The adapter that a query names is
+looked up once, for all that its plan asks for: what is loaded later under the same name is another one.
 """
 
 from __future__ import annotations
 
+import copy
 import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
@@ -21,10 +23,12 @@ from sfumato.engine.request import Inspect, Request, Span
 from sfumato.engine.scores import PromptScores
 from sfumato.errors import CapacityError, InputError
 from sfumato.events import Completion, Decision, Edited, Filled, Scored, TokenCount
+from sfumato.model.adapters import Adapters
 from sfumato.model.config import ModelConfig
+from sfumato.model.loaded import LoadedAdapter
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, SHAPING, Options
-from sfumato.templates import scores
+from sfumato.templates import adapters, scores
 from sfumato.templates.checks import check_query
 from sfumato.templates.decisions import choices_of, decisions_of, form_of
 from sfumato.templates.grammars import AnswerParts, GrammarCache, parts_of
@@ -32,6 +36,7 @@ from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
 from sfumato.templates.lengths import LENGTH_STEPS, LONGEST, LengthScore, candidates
 from sfumato.templates.prompts import PromptEncoder
 from sfumato.templates.requests import (
+    AdapterQuery,
     AnswerQuery,
     Chat,
     Complete,
@@ -40,10 +45,12 @@ from sfumato.templates.requests import (
     Edit,
     Fill,
     Infill,
+    LoadAdapter,
     Messages,
     Query,
     QueryFor,
     Score,
+    UnloadAdapter,
 )
 from sfumato.templates.slots import Slot, check_template, span_template
 from sfumato.text.reader import Reader
@@ -67,7 +74,12 @@ class Planner:
         template: ChatTemplate | None,
         defaults: Mapping[str, Any],
         name: str,
+        bank: Adapters,
     ) -> None:
+        self.bank = bank
+        """The adapters that queries may name."""
+        self._adapter: LoadedAdapter | None = None
+        """That of all asks, in a planner of one query."""
         self.config, self.tokenizer, self.defaults = config, tokenizer, defaults
         self.prompts = PromptEncoder(config, tokenizer, template, name)
         self.fillers = frozenset((*config.eos_ids, config.pad_id))
@@ -80,26 +92,33 @@ class Planner:
         What is wrong with the query is an InputError or CapacityError, here or at the plan's first step."""
         if isinstance(query, Query):
             check_query(query)
+        planner = self._for(query) if isinstance(query, QueryFor) else self
         match query:
             case Complete() | Chat():
-                return self.answer(query)
+                return planner.answer(query)
             case Infill():
-                return self.infill(query)
+                return planner.infill(query)
             case Fill():
-                return self.fill(query)
+                return planner.fill(query)
             case Edit():
-                return self.edit(query)
+                return planner.edit(query)
             case Decide():
-                return self.decide(query)
+                return planner.decide(query)
             case Score():
-                return self.score(query)
+                return planner.score(query)
             case CountTokens():
-                return self.count(query)
+                return planner.count(query)
+            case LoadAdapter():
+                return adapters.loading(self.bank, query)
+            case UnloadAdapter():
+                return adapters.unloading(self.bank, query)
         names = ", ".join(kind.__name__ for kind in get_args(Query))
         raise InputError(f"there is no request {reprlib.repr(query)}; there are {names}")
 
     def must_compile(self, query: QueryFor[Any]) -> bool:
-        """Whether a query holds a constraint that is not compiled yet, which may take seconds."""
+        """Whether a query holds a constraint that is not compiled yet, or names a file: that may take seconds."""
+        if isinstance(query, AdapterQuery):
+            return True
         options = query.options
         constraints = [options.constraint]
         must_obey = options.strict or options.must_call
@@ -111,6 +130,22 @@ class Planner:
         if isinstance(query, Fill):
             constraints += [piece.constraint for piece in query.template if isinstance(piece, Slot)]
         return any(one is not None and not self.grammars.has(*one) for one in constraints)
+
+    def _for(self, query: QueryFor[Any]) -> Planner:
+        """A planner whose asks all have the adapter of this query. InputError where that is not loaded."""
+        options = query.query.options if isinstance(query, CountTokens) else query.options
+        if (adapter := self._adapter_of(options)) is None:
+            return self
+        planner = copy.copy(self)
+        planner._adapter = adapter
+        return planner
+
+    def _adapter_of(self, options: Options) -> LoadedAdapter | None:
+        """The adapter that options name, or the checkpoint's defaults; InputError where it is not loaded."""
+        name = self.defaults.get("adapter") if options.adapter is None else options.adapter
+        if not name:
+            return None
+        return self._adapter or self.bank.get(name)
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
@@ -174,6 +209,7 @@ class Planner:
         A constraint in its options rules the whole answer, unless it has spans of its own."""
         arguments.check_options(request.options)
         options = self.resolve(request.options.with_defaults(self.defaults))
+        request = replace(request, prompt=Prompt.of(request.prompt).adapted(self._adapter_of(options)))
         reader = Reader(self.tokenizer, options.stop, self.config.eos_ids, parser)
         return Ask(replace(request, options=options, spans=request.spans or self._whole_answer(options)), reader)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from sfumato.events import Completion, Decision, Edited, Filled, Scored, TokenCount
+from sfumato.model.loaded import AdapterList
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.templates.slots import Template, slot_of
@@ -200,6 +201,27 @@ class CountTokens(QueryFor[TokenCount]):
 
 Query = Chat | Complete | Infill | Fill | Edit | Decide | Score | CountTokens
 """Any query that this package has."""
+
+
+@dataclass(frozen=True)
+class LoadAdapter(QueryFor[AdapterList]):
+    """Load the adapter in a folder under a name, which `Options.adapter` may then have."""
+
+    name: str
+    folder: str
+    options: Options = Options()  # noqa: RUF009 - frozen
+
+
+@dataclass(frozen=True)
+class UnloadAdapter(QueryFor[AdapterList]):
+    """Unload an adapter: what is asked of it from now on is refused, and what is under way ends with it."""
+
+    name: str
+    options: Options = Options()  # noqa: RUF009 - frozen
+
+
+AdapterQuery = LoadAdapter | UnloadAdapter
+"""A query that changes which adapters a model has; it asks nothing of the model."""
 
 AnswerQuery = Chat | Complete
 """A query that its events answer: the last one holds the whole. The others end with a result of their own."""

@@ -372,7 +372,7 @@ def test_refusals(tmp_path: Path) -> None:
         convert.convert("nano", "int3", tmp_path / "x")
     with pytest.raises(InputError, match=r"no name for one GGUF file; give a path that ends in \.gguf"):
         convert.convert("nano", "gguf-q8_0", tmp_path / "x")
-    with pytest.raises(InputError, match="is the checkpoint itself"):
+    with pytest.raises(InputError, match="is what is read"):
         convert.convert(NANO, "int8", NANO)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file; give a folder"):

@@ -18,9 +18,12 @@ from sfumato.errors import CheckpointError
 FOLDERS: dict[str, tuple[dict[str, bytes], str]] = {
     "adapter": (
         {"adapter_config.json": b'{"base_model_name_or_path": "google/x"}', "adapter_model.safetensors": b"x"},
-        r"is an adapter \(LoRA\) and no model; merge it .*peft.* \(its base is google/x\)",
+        r"is an adapter \(LoRA\) and no model; load its base with it .*--adapter DIR.* \(its base is google/x\)",
     ),
-    "adapter of no base": ({"adapter_config.json": b"[", "README.md": b""}, r"is an adapter .* load what that writes$"),
+    "adapter of no base": (
+        {"adapter_config.json": b"[", "README.md": b""},
+        r"is an adapter .* --adapter DIR --to bf16$",
+    ),
     "orbax": (
         {"_CHECKPOINT_METADATA": b"{}", "manifest.ocdbt": b"x", "d/1": b""},
         "is a JAX checkpoint .* safetensors",

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sfumato import cli
+from sfumato.checkpoints.adapters import write_adapter
 from sfumato.cli.sudoku import board
 from sfumato.events import Draft
 from sfumato.llm import LLM
+from sfumato.model.adapters import new_adapter
 from sfumato.options import Options
 from sfumato.tasks.sudoku import is_solved
 
@@ -90,6 +93,23 @@ def test_generate_json_has_text_tokens_and_usage(capsys: Capture) -> None:
     record = json.loads(out)
     assert code == 0 and record["seed"] == 1 and record["finish_reason"] == "stop"
     assert record["usage"]["tokens"] == len(record["tokens"]) == len(record["logprobs"])
+
+
+def test_generate_answers_with_the_first_adapter_that_is_given(capsys: Capture, tmp_path: Path) -> None:
+    llm = LLM.load("nano")
+    for n in (1, 2):
+        adapter = new_adapter(llm.model, 2, 2, seed=n)
+        for factors in adapter.factors.values():
+            factors.b.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(n))
+        write_adapter(adapter, tmp_path / f"run{n}", llm.model, base="nano")
+        llm.adapters.load(f"run{n}", tmp_path / f"run{n}")
+    flags = [part for n in (1, 2) for part in ("--adapter", str(tmp_path / f"run{n}"))]
+    arguments = ["generate", "1 2 3", "--seed", "1", "--max-tokens", "20", "-s", "max_steps=4"]
+    code, out, err = call(capsys, *arguments, *flags)
+    texts = [llm.chat("1 2 3", seed=1, max_tokens=20, max_steps=4, adapter=name).text for name in ("run1", "run2")]
+    assert code == 0 and out.strip() == texts[0].strip() != texts[1].strip(), err
+    code, out, err = call(capsys, *arguments, "--adapter", f"x={tmp_path / 'none'}")
+    assert code == 2 and out == "" and "none" in err and len(err.splitlines()) == 1
 
 
 def test_generate_reads_standard_input(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,12 @@ def test_load_options_come_whole_from_their_flags() -> None:
     values = {parameter.name: parameter.default for parameter in group.parameters}
     assert group.make(**values) == LoadOptions()
     assert group.make(**values | {"memory_limit": 1.5}) == LoadOptions(memory_limit=1_500_000_000)
+    folders = group.make(**values | {"adapters": ["a=b/c", "d/e=f"]})
+    assert folders == LoadOptions(adapters={"a": "b/c", "d/e": "f"})
+    assert group.make(**values | {"adapters": ["runs/mine"]}) == LoadOptions(adapters={"mine": "runs/mine"})
+    for wrong, sentence in (["=b"], "--adapter is '=b'; give NAME=DIR"), (["a=b", "a=c"], "names 'a' twice"):
+        with pytest.raises(InputError, match=sentence):
+            group.make(**values | {"adapters": wrong})
     with pytest.raises(InputError, match="--memory-limit is 0 GB"):
         group.make(**values | {"memory_limit": 0})
     beside = load_flags_of(without=("device",))

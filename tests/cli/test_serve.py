@@ -71,6 +71,7 @@ def test_options_reach_worker_and_settings(call: Call, served: list[Any], tmp_pa
     limits += ["--max-connections", "64", "--unready-after", "3"]
     keys = ["--api-key", "one", "--api-key", "two", "--api-key-file", str(tmp_path / "keys")]
     load = "-m some/where --device cpu --dtype float32 --ops fused --quantize int8 --memory-limit 2".split()
+    names += ["--adapter", "mine=run/a", "--adapter", "runs/third", "--adapter-folder", str(tmp_path)]
     assert call(*limits, *names, *keys, *load)[0] == 0
     worker, settings, port = served
     assert settings.keys == ("one", "two", "three", "four") and port == 0 and settings.host == "0.0.0.0"
@@ -78,7 +79,9 @@ def test_options_reach_worker_and_settings(call: Call, served: list[Any], tmp_pa
     assert (settings.limits.max_body, settings.limits.timeout, settings.drain) == (1 << 19, 9, 2)
     assert (settings.limits.max_connections, settings.stall_limit) == (64, 3)
     assert worker.limits == BatchLimits(rows=4, queue=5, stall=0.05, context=600, memory=1_500_000_000)
-    assert worker.load == LoadOptions("some/where", "cpu", "float32", "fused", "int8", 2_000_000_000)
+    folders = {"mine": "run/a", "third": "runs/third"}
+    assert worker.load == LoadOptions("some/where", "cpu", "float32", "fused", "int8", 2_000_000_000, folders)
+    assert settings.adapter_folder == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,9 @@ def test_options_reach_worker_and_settings(call: Call, served: list[Any], tmp_pa
         ("--api-key-file /no/such/file", "cannot read /no/such/file"),
         ("--api-key-file /dev/null", "/dev/null holds no key"),
         ("--api-key", "--api-key"),
+        ("--adapter a=b --alias a", "--alias and --adapter are both called 'a'"),
+        ("--adapter =b", "--adapter is '=b'; give NAME=DIR"),
+        ("--adapter-folder /no/such", "--adapter-folder is /no/such, which is no folder"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_nothing_starts(

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,12 +24,24 @@ import pytest
 
 from sfumato import cli
 from sfumato.engine.limits import BatchLimits
-from sfumato.errors import BusyError, CapacityError, InputError, SfumatoError, WorkerError
+from sfumato.errors import BusyError, CapacityError, CheckpointError, InputError, SfumatoError, WorkerError
 from sfumato.events import Commit, Done, Draft, Event, Usage
+from sfumato.model.loaded import AdapterSize
 from sfumato.options import LoadOptions, Options
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.cluster.plan import ClusterPlan
-from sfumato.templates.requests import Chat, Complete, Decide, Edit, Fill, Infill, Query, QueryFor
+from sfumato.templates.requests import (
+    Chat,
+    Complete,
+    Decide,
+    Edit,
+    Fill,
+    Infill,
+    LoadAdapter,
+    Query,
+    QueryFor,
+    UnloadAdapter,
+)
 from sfumato.templates.slots import Slot
 
 pytest.importorskip("ray", reason="needs ray[serve]")
@@ -40,6 +52,7 @@ with warnings.catch_warnings():
 
     from sfumato.server.cluster import replicas, routing
     from sfumato.server.cluster.backend import RayBackend
+    from sfumato.server.cluster.backend import _sum as sum_of
     from sfumato.server.cluster.routing import ReplicaRouter
 
 CARD = ModelCard("scripted", 32, 512, 100, True, True, 12, "float32", "reference")
@@ -68,6 +81,7 @@ LATER = [message("assistant", "Text."), message("user", "And a step?")]
         (Chat([SYSTEM, QUESTION]), Chat([QUESTION]), False),
         (Chat([SYSTEM, QUESTION]), Chat([SYSTEM, LATER[1]]), False),
         (Chat([SYSTEM]), Chat([SYSTEM, LATER[0]]), True),
+        (Chat([SYSTEM, QUESTION]), Chat([SYSTEM, QUESTION], options=Options(adapter="a")), False),
         (Complete("x" * 512 + "a"), Complete("x" * 512 + "b"), True),
         (Complete("x" * 511 + "a"), Complete("x" * 511 + "b"), False),
         (Complete([*range(512), 1]), Complete([*range(512), 2]), True),
@@ -304,6 +318,48 @@ def test_counters_only_grow_and_what_is_at_the_moment_is_of_those_that_are_there
     backend._note([("b", CARD, False, Stats(rows=1, rows_max=4, steps=25))])
     assert backend.stats() == Stats(rows=1, rows_max=4, steps=45) and not backend.is_ready()
     assert asyncio.run(backend.card()) == CARD
+
+
+class Broadcast:
+    """Ray Serve's handle, of two replicas whose adapters are loaded as `Replica.set_adapters` does it."""
+
+    def __init__(self) -> None:
+        self.loaded: list[dict[str, str]] = [{}, {}]
+
+    def broadcast(self, method: str, *arguments: Any) -> Any:
+        async def results(timeout_s: float, return_exceptions: bool) -> list[Any]:
+            if method == "figures":
+                return [(str(n), self._card(n), True, Stats()) for n in range(len(self.loaded))]
+            (folders,) = arguments
+            if "bad" in folders.values():
+                return [CheckpointError("bad is no adapter"), *(self._card(n) for n in range(1, len(self.loaded)))]
+            self.loaded = [dict(folders) for _ in self.loaded]
+            return [self._card(n) for n in range(len(self.loaded))]
+
+        return SimpleNamespace(results_async=results)
+
+    def _card(self, number: int) -> ModelCard:
+        return replace(CARD, adapters=tuple(AdapterSize(name, 4, 8) for name in self.loaded[number]))
+
+
+def test_adapters_are_loaded_in_every_replica_and_in_those_that_come_later() -> None:
+    async def test() -> None:
+        backend = over()
+        handle = backend.handle = Broadcast()
+        card = await backend.change_adapters(Job("1", LoadAdapter("a", "x")))
+        assert [one.name for one in card.adapters] == ["a"] and handle.loaded == [{"a": "x"}] * 2
+        with pytest.raises(CheckpointError, match="bad is no adapter"):
+            await backend.change_adapters(Job("2", LoadAdapter("b", "bad")))
+        with pytest.raises(InputError, match="'a' is loaded already"):
+            await backend.change_adapters(Job("3", LoadAdapter("a", "y")))
+        handle.loaded.append({})  # a third replica
+        await backend._look()
+        assert handle.loaded == [{"a": "x"}] * 3 and await backend.card() == card
+        assert (await backend.change_adapters(Job("4", UnloadAdapter("a")))).adapters == ()
+        assert handle.loaded == [{}] * 3
+
+    asyncio.run(test())
+    assert sum_of([Stats(adapters=2, adapter_bytes=5), Stats(adapters=2, adapter_bytes=5)]).adapters == 2
 
 
 @pytest.mark.parametrize("error", [InputError("there is no model 'x'; give a folder"), SfumatoError("two\nlines")])

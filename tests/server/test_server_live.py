@@ -18,15 +18,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
 import psutil
 import pytest
+import torch
 
 from sfumato import LLM, Options
+from sfumato.checkpoints.adapters import write_adapter
+from sfumato.errors import InputError
 from sfumato.events import Commit, Done, Draft
+from sfumato.model.adapters import new_adapter
 from sfumato.remote import Remote
 from sfumato.tasks.sudoku import is_solved
 from sfumato.templates.slots import Slot
@@ -105,9 +110,21 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def adapters(local: LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters, in which one changes every answer."""
+    folder, model = tmp_path_factory.mktemp("adapters"), local.model
+    adapter = new_adapter(model, 4, 4, seed=1)
+    for factors in adapter.factors.values():
+        factors.b.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(1))
+    write_adapter(adapter, folder / "run", model, base="nano")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(adapters: Path) -> Iterator[Server]:
     command = [sys.executable, "-c", "from sfumato.cli import main; raise SystemExit(main())"]
     command += ["serve", "-m", "nano", "--port", "0", "--ops", "fused", "--drain", "1"]
+    command += ["--adapter-folder", str(adapters)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -499,6 +516,35 @@ def test_remote_templates_are_those_of_the_local_model(remote: Remote, local: LL
 # --- what goes wrong -----------------------------------------------------------------------------------------------
 
 
+def test_an_adapter_is_loaded_while_others_run(
+    server: Server, client: Any, remote: Remote, local: LLM, adapters: Path
+) -> None:
+    def text(model: str) -> str:
+        answer = client.chat.completions.create(model=model, seed=3, max_tokens=24, messages=MESSAGES)
+        assert answer.model == model
+        return str(answer.choices[0].message.content)
+
+    with server.busy(2):
+        server.post("/load_lora_adapter", lora_name="mine", lora_path="run")
+        texts = [text("mine"), text("nano")]
+    listed = client.models.list().data
+    assert [(one.id, one.parent) for one in listed] == [("nano", None), ("mine", "nano")]
+    local.adapters.load("mine", adapters / "run")
+    options = Options(seed=3, max_tokens=24)
+    assert texts == [local.chat(MESSAGES, options=options, adapter=name).text for name in ("mine", None)]
+    assert remote.chat(MESSAGES, options=options, adapter="mine").text == texts[0] != texts[1]
+    decided = [remote.decide(SUDOKU, FIELDS, adapter=name) for name in (None, "mine")]
+    assert decided[0] != decided[1]
+    assert (
+        LLM.connect(server.url, model="mine").complete("1 2", seed=1).text
+        == remote.complete("1 2", seed=1, adapter="mine").text
+    )
+    wrong = httpx.post(f"{server.api}/load_lora_adapter", json={"lora_name": "x", "lora_path": "."}, timeout=60)
+    assert wrong.status_code == 400 and wrong.json()["error"]["message"].startswith(". is no adapter itself")
+    page = httpx.get(f"{server.url}/metrics").text
+    assert "sfumato_adapters 1.0" in page and re.search(r"^sfumato_adapter_bytes [1-9]", page, re.MULTILINE)
+
+
 def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
     with server.busy(2):
         server.until_rows(lambda rows: rows == 2)
@@ -545,3 +591,11 @@ def test_a_killed_worker_is_told_and_replaced(server: Server, client: Any) -> No
     assert is_solved(answer.choices[0].message.content, PUZZLE)
     assert server.worker().pid != before.pid
     assert "sfumato_worker_restarts_total 1.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_a_new_worker_has_the_adapters_of_the_one_before(server: Server, remote: Remote, local: LLM) -> None:
+    options = Options(seed=3, max_tokens=24, adapter="mine")
+    assert remote.chat(MESSAGES, options=options).text == local.chat(MESSAGES, options=options).text
+    server.post("/unload_lora_adapter", lora_name="mine")
+    with pytest.raises(InputError, match="there is no model 'mine' here"):
+        remote.chat(MESSAGES, options=options)

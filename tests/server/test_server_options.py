@@ -101,12 +101,12 @@ def test_a_new_option_is_checked_by_its_declaration(more_options: None, name: st
 @pytest.mark.parametrize(
     ("body", "uses", "others"),
     [
-        (ChatRequest, {"chat"}, {"must_call"}),
-        (CompletionRequest, {"complete"}, {"top_logprobs"}),
-        (ResponsesRequest, {"chat"}, {"must_call", "max_tokens", "logprobs"}),
-        (InfillRequest, {"canvas", "templates"}, {"early", "short"}),
-        (EditRequest, {"canvas", "templates"}, {"early", "short"}),
-        (FillRequest, {"canvas", "templates"}, {"early", "short"}),
+        (ChatRequest, {"chat"}, {"must_call", "adapter"}),
+        (CompletionRequest, {"complete"}, {"top_logprobs", "adapter"}),
+        (ResponsesRequest, {"chat"}, {"must_call", "max_tokens", "logprobs", "adapter"}),
+        (InfillRequest, {"canvas", "templates"}, {"early", "short", "adapter"}),
+        (EditRequest, {"canvas", "templates"}, {"early", "short", "adapter"}),
+        (FillRequest, {"canvas", "templates"}, {"early", "short", "adapter"}),
     ],
 )
 def test_a_body_has_the_options_of_its_uses(body: type[OptionsBody], uses: set[Use], others: set[str]) -> None:
@@ -174,4 +174,4 @@ def test_ranges_are_the_declared_ones_but_for_openais_temperature() -> None:
 
 def test_every_option_has_its_field() -> None:
     names = {info.alias or name for name, info in ChatRequest.model_fields.items()}
-    assert OPTIONS.keys() - names == {"must_call"} == set(SET_BY_OTHERS)
+    assert OPTIONS.keys() - names == {"must_call", "adapter"} == set(SET_BY_OTHERS)

@@ -32,6 +32,7 @@ from scripted_worker import (
     until,
 )
 
+from sfumato.engine.limits import BatchLimits
 from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
 from sfumato.events import Commit, Decision, Done
 from sfumato.server.backend import Stats
@@ -53,6 +54,17 @@ def test_events_arrive_in_order_and_a_done_or_a_result_is_the_last(opened: Open)
             assert await events(one, job(result="decision")) == [{"colour": Decision("red", {"red": 1.0})}]
 
     running(test())
+
+
+def test_a_worker_that_follows_leaves_out_adapters_whose_folders_are_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = replace(LOAD, adapters={"a": tmp_path, "b": tmp_path / "gone"})
+    worker = Worker(load, BatchLimits())
+    assert worker._load() == load  # the first one fails, and says why
+    worker._card = CARD
+    assert worker._load() == replace(LOAD, adapters={"a": tmp_path})
+    assert "the folder of adapter 'b' is gone; it is left out" in capsys.readouterr().err
 
 
 def test_jobs_run_side_by_side_and_events_find_their_own(opened: Open) -> None:

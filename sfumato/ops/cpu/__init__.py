@@ -23,9 +23,10 @@ from torch import Tensor
 from sfumato.errors import InputError
 from sfumato.ops.contract import After, BlockPass, BlockResult, CanvasState, JoinNorms, Layer, Matrix, Ops, ReadOut
 from sfumato.ops.cpu import build, memory
-from sfumato.ops.cpu.calls import NUMBER_TYPES, call
+from sfumato.ops.cpu.calls import NOTHING, NUMBER_TYPES, Operand, call
 from sfumato.ops.cpu.memory import HUGE
-from sfumato.ops.cpu.weights import Panels, operand, pack, refusal
+from sfumato.ops.cpu.weights import Panels, operand, pack, refusal, with_lanes
+from sfumato.ops.lowrank import LowRank
 from sfumato.ops.masks import Mask
 from sfumato.ops.packed import Packed
 
@@ -84,7 +85,7 @@ def place_embedding_(weight: Tensor) -> None:
 def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
     """As `reference.linear`."""
     flat, count = _rows(x), len(weights)
-    each = [operand(weight) for weight in weights]
+    each = [operand(weight, x.dtype) for weight in weights]
     for one in each:
         if len(one.shape) != 2 or one.shape[1] != flat.shape[1]:
             raise InputError(f"x has {flat.shape[1]} inputs, and a weight is {list(one.shape)}; it must be [O, inputs]")
@@ -132,18 +133,18 @@ def feed_forward(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> Tensor:
     """As `reference.feed_forward`; gate and up of one form are one product."""
     flat = _rows(x)
     out = torch.empty_like(flat)
-    call("sf_feed_forward", flat, operand(gate), operand(up), operand(down), out)
+    call("sf_feed_forward", flat, *(operand(weight, x.dtype) for weight in (gate, up, down)), out)
     return out.view(x.shape)
 
 
 def route(
-    residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
+    residual_ND: Tensor, scale_D: Tensor, proj_ED: Matrix, per_expert_E: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As `reference.route`."""
     x = residual_ND.contiguous()
     index_NJ = torch.empty(x.shape[0], top_k, dtype=torch.long)
     weight_NJ = torch.empty(x.shape[0], top_k)
-    call("sf_route", x, scale_D, proj_ED, per_expert_E, eps, index_NJ, weight_NJ)
+    call("sf_route", x, scale_D, *_router(proj_ED, x.dtype), per_expert_E, eps, index_NJ, weight_NJ)
     return index_NJ, weight_NJ
 
 
@@ -151,7 +152,7 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up: Matrix, 
     """As `reference.experts`."""
     x, index_NJ, weight_NJ = x_ND.contiguous(), index_NJ.contiguous(), weight_NJ.float().contiguous()
     out = torch.empty_like(x)
-    call("sf_experts", x, index_NJ, weight_NJ, operand(gate_up), operand(down), out)
+    call("sf_experts", x, index_NJ, weight_NJ, operand(gate_up, x.dtype), operand(down, x.dtype), out)
     return out
 
 
@@ -231,20 +232,21 @@ def block(
     Between operations of tenths of a millisecond, a dozen calls from Python would cost as much as attention does."""
     cos_BTK, sin_BTK, k_XRGK, v_XRGK, mask, scale_N1 = block_pass
     x_BTD, (batch, new, _), (groups, head) = x_BTD.contiguous(), x_BTD.shape, k_XRGK.shape[2:]
+    router, beside = _router(layer.router, x_BTD.dtype)
     products = layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down, layer.gate_up, layer.expert_down
     others = (
         layer.input_norm, layer.q_norm, layer.k_norm, layer.after_attention, layer.before_dense, layer.after_dense,
-        layer.router_scale, layer.router, layer.per_expert, layer.before_experts, layer.after_experts, layer.after,
+        layer.router_scale, router, layer.per_expert, layer.before_experts, layer.after_experts, layer.after,
     )  # fmt: skip
     y, k_BTGK = torch.empty_like(x_BTD), x_BTD.new_empty(batch, new, groups, head)
     v_BTGK, width = torch.empty_like(k_BTGK), layer.q.shape[0]
     # Logits that are gone leave their memory until the next ones need it: taken out, so that nobody else takes it.
     pages, count = memory.borrow()
     spare = None if pages is None else ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    weights = (None if weight is None else operand(weight) for weight in products)
+    weights = (None if weight is None else operand(weight, x_BTD.dtype) for weight in products)
     call(
-        "sf_block", x_BTD, *others, *weights, layer.eps, cos_BTK.contiguous(), sin_BTK.contiguous(), k_XRGK, v_XRGK,
-        *_places(mask), scale_N1.flatten(), y, k_BTGK, v_BTGK, spare, count, H=width // head, J=layer.top_k,
+        "sf_block", x_BTD, *others, *weights, beside, layer.eps, cos_BTK.contiguous(), sin_BTK.contiguous(), k_XRGK,
+        v_XRGK, *_places(mask), scale_N1.flatten(), y, k_BTGK, v_BTGK, spare, count, H=width // head, J=layer.top_k,
         Q=width // head * head, C=groups * head, **_extent(mask),
     )  # fmt: skip
     if pages is not None:
@@ -283,6 +285,14 @@ def _words() -> int:
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _router(proj_ED: Matrix, dtype: torch.dtype) -> tuple[Any, Operand | None]:
+    """A router's plain weight, and the factors beside it where tokens of this pass have some."""
+    if not isinstance(proj_ED, LowRank):
+        return proj_ED, None
+    none = Operand(proj_ED.shape, NOTHING)
+    return proj_ED.base, with_lanes(none, proj_ED, dtype) if proj_ED.switch.lanes.runs else None
 
 
 def _places(mask: Mask) -> tuple[Any, ...]:

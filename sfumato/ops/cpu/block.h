@@ -9,7 +9,8 @@ struct Layer { // in this order as pointers from outside
     const void *input_norm, *q_norm, *k_norm, *after_attention, *before_dense, *after_dense, *router_scale, *router;
     const void *per_expert, *before_experts, *after_experts, *after;
 };
-enum { Q, KEYS_OF, VALUES_OF, O, GATE, UP, DOWN, GATE_UP, EXPERT_DOWN }; // weights of products, in this order
+// Weights of products, in this order; of the router the factors alone.
+enum { Q, KEYS_OF, VALUES_OF, O, GATE, UP, DOWN, GATE_UP, EXPERT_DOWN, ROUTER, PRODUCTS };
 struct Sizes {
     long width, heads, groups, head, inner, experts, expert_inner, chosen;
 };
@@ -46,8 +47,8 @@ static void block_of(const T *x, const Layer &w, const Operand *products, Sizes 
 
     rms_norm<T>(residual, rows, n.width, (const T *)w.before_dense, eps, normed, threads);
     feed_forward<T>(normed, rows, n.width, n.inner, products + GATE, dense, threads);
-    route<T>(residual, rows, n.width, (const T *)w.router_scale, (const T *)w.router, n.experts,
-             (const T *)w.per_expert, n.chosen, eps, index, share, threads);
+    route<T>(residual, rows, n.width, (const T *)w.router_scale, (const T *)w.router,
+             products[ROUTER].low, n.experts, (const T *)w.per_expert, n.chosen, eps, index, share, threads);
     rms_norm<T>(residual, rows, n.width, (const T *)w.before_experts, eps, normed, threads);
     experts<T>(normed, rows, n.width, n.chosen, index, share, n.experts, products[GATE_UP], products[EXPERT_DOWN],
                n.expert_inner, sparse, threads);
@@ -79,7 +80,10 @@ static void block(const T *x, const Layer &w, const Operand *products, Sizes n, 
         const Seen one{seen.rows + b, seen.lengths + b, seen.counts + b, 1,
                        seen.encode,   seen.canvas,      seen.window,     seen.ring};
         const long from = b * rows;
-        block_of<T>(x + from * n.width, w, products, n, eps, cos + from * n.head, sin + from * n.head, k_ring, v_ring,
+        Operand own[PRODUCTS];
+        memcpy(own, products, sizeof own);
+        for (Operand &product : own) product.low.from = from;
+        block_of<T>(x + from * n.width, w, own, n, eps, cos + from * n.head, sin + from * n.head, k_ring, v_ring,
                     one, scale + (scales > 1 ? from : 0), scales > 1 ? rows : 1, y + from * n.width, k + from * narrow,
                     v + from * narrow, 1);
     };

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_long, c_void_p
+from ctypes import addressof, c_float, c_int, c_long, c_void_p
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -32,13 +32,14 @@ _TAKES = {
     "sf_norm_add": "residual[N,D] x[N,D] N D weight[D] eps:float y[N,D]",
     "sf_join": "residual[N,D] dense[N,D] sparse[N,D] N D dense_norm[D] sparse_norm[D] norm[D] eps:float scale[S] S "
     "y[N,D]",
-    "sf_route": "x[N,D] N D scale[D] proj[E,D] E per_expert[E] J eps:float index:i64[N,J] weight:f32[N,J]",
+    "sf_route": "x[N,D] N D scale[D] proj[E,D] <beside?[E,D]> E per_expert[E] J eps:float index:i64[N,J] "
+    "weight:f32[N,J]",
     "sf_attention": f"q[B,T,H,K] k[B,T,G,K] v[B,T,G,K] k_ring[X,R,G,K] v_ring[X,R,G,K] {_ATTENTION} H G K y[B,T,H,K]",
     "sf_block": "x[B,T,D] (input_norm[D] q_norm[K] k_norm[K] after_attention[D] before_dense[D] after_dense[D] "
     "router_scale[D] router[E,D] per_expert[E] before_experts[D] after_experts[D] after[D]) <q[Q,D] k[C,D] v?[C,D] "
-    "o[D,Q] gate[F,D] up[F,D] down[D,F] gate_up[E,2I,D] expert_down[E,D,I]> {D H G K F E I J} eps:float cos[B,T,K] "
-    f"sin[B,T,K] k_ring[X,R,G,K] v_ring[X,R,G,K] {_ATTENTION} scale[S] S y[B,T,D] k_new[B,T,G,K] v_new[B,T,G,K] "
-    "lent:pointer lent_bytes:long",
+    "o[D,Q] gate[F,D] up[F,D] down[D,F] gate_up[E,2I,D] expert_down[E,D,I] beside_router?[E,D]> {D H G K F E I J} "
+    f"eps:float cos[B,T,K] sin[B,T,K] k_ring[X,R,G,K] v_ring[X,R,G,K] {_ATTENTION} scale[S] S y[B,T,D] "
+    "k_new[B,T,G,K] v_new[B,T,G,K] lent:pointer lent_bytes:long",
     "sf_read_out": "hidden[N,D] N D embed[V,D] V softcap:float temperature:f32[N] where?:u8[N] banned?:i64[A] A "
     "uniform?:f32[N] logits[N,V] mass:f32[W,M] sample:i64[N] argmax:i64[N] entropy:f32[N] peak:f32[N]",
     "sf_soft_embedding": "logits[B,L,V] B L V embed[V,D] D peak:f32[N] mass?:f32[W,M] least:float scale:float y[N,D]",
@@ -61,6 +62,7 @@ _OUTSIDE = {
     "up",
     4: "a row of the pass is outside the state's rows, or a pinned token outside the vocabulary",
     5: "more experts are asked for than there are",
+    6: "the lanes of a pass are those of another number of tokens, or a lane is outside the stack of factors",
 }
 """What the library found wrong among numbers."""
 
@@ -70,15 +72,35 @@ class Operand(NamedTuple):
 
     shape: tuple[int, ...]
     raw: bytes
+    runs: Any = None
+    """Memory that the bytes point to and that nobody else may keep."""
 
     @classmethod
     def of(cls, shape: tuple[int, ...], pointers: Sequence[int | None], numbers: Sequence[int]) -> Operand:
         """Of where data, scale, bias, factor and table lie, and of kind, group, store and spread."""
-        return cls(shape, _OPERAND.pack(*(place or 0 for place in pointers), *numbers))
+        return cls(shape, _OPERAND.pack(*(place or 0 for place in pointers), *numbers) + _NO_FACTORS)
+
+    def beside(self, factors: FactorPlaces, runs: Any, count: int, tokens: int) -> Operand:
+        """This with low-rank factors, for a pass of so many tokens, whose `count` runs lie in the array `runs`."""
+        low = _FACTORS.pack(
+            factors.a, factors.b, addressof(runs), count, tokens, 0, factors.lanes, factors.rank, factors.scale
+        )
+        return Operand(self.shape, self.raw[: _OPERAND.size] + low, runs)
 
 
-_OPERAND = Struct("5P4l")
-_NOTHING = bytes(_OPERAND.size)
+class FactorPlaces(NamedTuple):
+    """Low-rank factors: where they lie, how many lanes of which rank, and what scales their product."""
+
+    a: int
+    b: int
+    lanes: int
+    rank: int
+    scale: float
+
+
+_OPERAND, _FACTORS = Struct("5P4l"), Struct("3P5ld")
+_NO_FACTORS = bytes(_FACTORS.size)
+NOTHING = bytes(_OPERAND.size) + _NO_FACTORS
 
 
 _PLAIN = {"float": c_float, "long": c_long}
@@ -150,7 +172,7 @@ class _LibraryFunction:
                 ready.append(value.data_ptr())
                 shapes.append(value.shape)
             elif kind == "weight":
-                ready.append(_NOTHING if value is None else value.raw)
+                ready.append(NOTHING if value is None else value.raw)
                 shapes.append(None if value is None else value.shape)
             else:
                 ready.append(value)

@@ -25,7 +25,7 @@
     }                    \
     return FINE;
 
-enum Refusal { FINE, NO_EXPERT, NO_ROW, NO_HEADS, NO_STATE, FEW_EXPERTS }; // calls.py has a sentence for each
+enum Refusal { FINE, NO_EXPERT, NO_ROW, NO_HEADS, NO_STATE, FEW_EXPERTS, NO_LANE }; // calls.py has a sentence for each
 
 // Of what attention reads: rows of the cache, new tokens, heads.
 static Refusal refusal_of(const Seen &seen, long cache_rows, long heads, long groups, long n) {
@@ -35,6 +35,22 @@ static Refusal refusal_of(const Seen &seen, long cache_rows, long heads, long gr
         const bool is_row = seen.rows[b] >= 0 && seen.rows[b] < cache_rows && seen.lengths[b] >= 0;
         if (!is_row || seen.counts[b] < 0 || seen.counts[b] > seen.encode) return NO_ROW;
         if (seen.lengths[b] > 0 && seen.ring == 0) return NO_ROW;
+    }
+    return FINE;
+}
+
+// Of weights with factors beside them, in a call of so many tokens.
+static Refusal refusal_of(const Operand *weights, long count, long tokens) {
+    for (long i = 0; i < count; i++) {
+        const Factors &low = weights[i].low;
+        if (!low.a) continue;
+        if (low.tokens != tokens) return NO_LANE;
+        long end = 0;
+        for (const Run *run = low.runs; run < low.runs + low.count; run++) {
+            const bool fits = run->first >= end && run->size >= 0 && run->size <= tokens - run->first;
+            if (!fits || run->lane < 0 || run->lane >= low.lanes) return NO_LANE;
+            end = run->first + run->size;
+        }
     }
     return FINE;
 }
@@ -77,11 +93,13 @@ void sf_pack(int kind, const void *from, long outputs, long inputs, void *to, in
 
 int sf_linear(int io, const void *x, long rows, long inputs, long count, const Operand *operands, const long *outputs,
               void *const *y, int threads) {
+    if (const Refusal no = refusal_of(operands, count, rows)) return no;
     BY_IO((linear<T>((const T *)x, rows, inputs, (int)count, operands, outputs, (T *const *)y, threads)))
 }
 
 int sf_feed_forward(int io, const void *x, long rows, long width, long inner, const Operand *three, void *y,
                     int threads) {
+    if (const Refusal no = refusal_of(three, 3, rows)) return no;
     BY_IO((feed_forward<T>((const T *)x, rows, width, inner, three, (T *)y, threads)))
 }
 
@@ -89,6 +107,7 @@ int sf_experts(int io, const void *x, long tokens, long width, long chosen, cons
                long count, const Operand *two, long inner, void *y, int threads) {
     for (long n = 0; n < tokens * chosen; n++)
         if (index[n] < 0 || index[n] >= count) return NO_EXPERT;
+    if (const Refusal no = refusal_of(two, 2, tokens)) return no;
     BY_IO(
         (experts<T>((const T *)x, tokens, width, chosen, index, weight, count, two[0], two[1], inner, (T *)y, threads)))
 }
@@ -116,11 +135,12 @@ int sf_join(int io, const void *residual, const void *dense, const void *sparse,
                    (const T *)sparse_w, (const T *)w, eps, (const T *)scale, scales, (T *)y, threads)))
 }
 
-int sf_route(int io, const void *x, long rows, long n, const void *scale, const void *proj, long count,
-             const void *per_expert, long chosen, float eps, int64_t *index, float *weight, int threads) {
+int sf_route(int io, const void *x, long rows, long n, const void *scale, const void *proj, const Operand *beside,
+             long count, const void *per_expert, long chosen, float eps, int64_t *index, float *weight, int threads) {
     if (chosen > count) return FEW_EXPERTS;
-    BY_IO((route<T>((const T *)x, rows, n, (const T *)scale, (const T *)proj, count, (const T *)per_expert, chosen, eps,
-                    index, weight, threads)))
+    if (const Refusal no = refusal_of(beside, 1, rows)) return no;
+    BY_IO((route<T>((const T *)x, rows, n, (const T *)scale, (const T *)proj, beside->low, count, (const T *)per_expert,
+                    chosen, eps, index, weight, threads)))
 }
 
 int sf_attention(int io, const void *q, const void *k, const void *v, const void *k_ring, const void *v_ring,
@@ -146,6 +166,7 @@ int sf_block(int io, const void *x, const void *const *pointers, const Operand *
     if (const Refusal no = refusal_of(seen, cache_rows, n.heads, n.groups, n.head)) return no;
     if (scales != 1 && scales != batch * (encode + canvas)) return NO_HEADS;
     if (n.chosen > n.experts) return FEW_EXPERTS;
+    if (const Refusal no = refusal_of(products, PRODUCTS, batch * (encode + canvas))) return no;
     const long half = lent_bytes / 2 / 64 * 64;
     const Scratch::Loan one(between, (char *)lent, half), two(shared, (char *)lent + half, half);
     BY_IO((block<T>((const T *)x, w, products, n, eps, (const T *)cos, (const T *)sin, (const T *)k_ring,

@@ -87,11 +87,23 @@ static void pack_rows(const IO *const *rows, int count, long width, char *out, f
 // that the bit above them may be anything; int8, without a sign where there is a bias; and e4m3, whose product rounds
 // its rows to e4m3 too where it is the format's own.
 enum WeightKind { FLOAT, BF16, INT8, HALVES = 4, BYTES = 8, E4M3, E4M3_BOTH };
+struct Run { // tokens of a pass, one behind the other, that have one lane
+    long first, size, lane;
+};
+struct Factors {       // low-rank, beside a weight: see lowrank.h; a is null where there are none
+    const void *a, *b; // [lane][rank][inputs], [lane][rank][outputs]; of a stack with the expert behind the lane
+    const Run *runs;
+    long count, tokens; // runs, and all tokens of the pass
+    long from;          // tokens of the pass before the first row of a call
+    long lanes, rank;
+    double scale;
+};
 struct Operand {
     const void *data, *scale, *bias, *factor, *table; // factor: float32, of each output's product
     long kind, group;                                 // inputs that share a scale; 0: there is none but the factor
     long store;                                       // what scales and biases are, see `scales_at`
     long spread;                                      // outputs that share a scale
+    Factors low;
 };
 
 struct Ahead { // where a panel begins that is read soon, and its scales and biases if they are many

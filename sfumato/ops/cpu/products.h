@@ -2,14 +2,18 @@
 #pragma once
 
 #include "groups.h"
+#include "lowrank.h"
 
+// All rows in tiles, and what they make of the first factors beside some weights that take them.
 template <class IO, class M>
-static void pack_all(Team &team, const Weight<M> &w, const IO *x, long rows, char *out, float *beside) {
+static void pack_all(Team &team, const Weight<M> &w, const IO *x, long rows, char *out, float *beside,
+                     const LowRank<IO> *low, int count_of_low) {
     team.shares(tiles_of(rows, 16), [&](long t) {
         const IO *pointers[16];
         const int count = (int)std::min(16L, rows - 16 * t);
         for (int r = 0; r < count; r++) pointers[r] = x + (16 * t + r) * w.inputs;
         pack_for<IO, M>(w, pointers, count, out + t * w.kc() * TILE, beside + t * w.side());
+        for (int i = 0; i < count_of_low; i++) low[i].meet(pointers, 16 * t, count);
     });
     team.meet();
 }
@@ -23,17 +27,19 @@ template <class IO> static inline void write_block(const float *c, IO *y, long r
 
 // Weights that take the same rows.
 template <class IO, class M>
-static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, IO *const *y, int threads) {
+static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, LowRank<IO> *low, IO *const *y,
+                      int threads) {
     const long kc = w[0].kc(), side = w[0].side(), row_tiles = tiles_of(rows, 16);
-    char *a = shared.get(row_tiles * (kc * TILE + side * 4));
-    float *beside = (float *)(a + row_tiles * kc * TILE);
-    long panels = 0;
-    for (int i = 0; i < count; i++) panels += w[i].panels();
+    long panels = 0, wide = 0;
+    for (int i = 0; i < count; i++) panels += w[i].panels(), wide += low[i].wide();
+    char *a = shared.get(row_tiles * (kc * TILE + side * 4) + rows * wide * 4);
+    float *beside = (float *)(a + row_tiles * kc * TILE), *h = beside + row_tiles * side;
+    for (int i = 0; i < count; i++) low[i].h = h, h += rows * low[i].wide();
     const long bands = tiles_of(rows, BAND), chunk = std::max(1L, panels / (8 * threads));
     together(threads, [&](Team &team) {
         Tiles tiles;
         float *c = (float *)own.get(BAND * 32 * 4);
-        pack_all<IO, M>(team, w[0], x, rows, a, beside);
+        pack_all<IO, M>(team, w[0], x, rows, a, beside, low, count);
         team.each(bands * panels, chunk, [&](long n) {
             const long band = n / panels, t = band * BAND / 16, some = std::min(rows - band * BAND, BAND);
             int i = 0;
@@ -43,6 +49,7 @@ static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, IO 
             const Ahead next = !is_last ? w[i].ahead(p + 1) : i + 1 < count ? w[i + 1].ahead(0) : Ahead();
             const Panel<M> panel{w + i, p, next};
             panel_product<M>(some, a + t * kc * TILE, beside + t * side, &panel, 1, c);
+            low[i].add(16 * t, some, 32 * p, c);
             write_block(c, y[i] + 16 * t * w[i].outputs + 32 * p, some, w[i].outputs - 32 * p, w[i].outputs);
         });
     });
@@ -57,8 +64,12 @@ static void linear(const IO *x, long rows, long inputs, int count, const Operand
         by_kind(first, [&](auto tag) {
             typedef decltype(tag) M;
             std::vector<Weight<M>> w;
-            for (int i = from; i < to; i++) w.emplace_back(operands[i], outputs[i], inputs);
-            linear_of<IO, M>(x, rows, to - from, w.data(), y + from, threads);
+            std::vector<LowRank<IO>> low;
+            for (int i = from; i < to; i++) {
+                w.emplace_back(operands[i], outputs[i], inputs);
+                low.emplace_back(operands[i].low, outputs[i], inputs);
+            }
+            linear_of<IO, M>(x, rows, to - from, w.data(), low.data(), y + from, threads);
         });
     }
 }
@@ -79,22 +90,26 @@ static thread_local Scratch hidden;
 
 // gate and up take the same rows.
 template <class IO, class M>
-static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weight<M> &up_, IO *h, int threads) {
+static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weight<M> &up_, LowRank<IO> *low, IO *h,
+                       int threads) {
     const long kc = gate.kc(), side = gate.side(), inner = gate.outputs, row_tiles = tiles_of(rows, 16);
-    char *a = shared.get(row_tiles * (kc * TILE + side * 4));
+    char *a = shared.get(row_tiles * (kc * TILE + side * 4) + rows * (low[0].wide() + low[1].wide()) * 4);
     float *beside = (float *)(a + row_tiles * kc * TILE);
+    low[0].h = beside + row_tiles * side, low[1].h = low[0].h + rows * low[0].wide();
     const long bands = tiles_of(rows, BAND);
     together(threads, [&](Team &team) {
         Tiles tiles;
         float *c = (float *)own.get(2 * BAND * 32 * 4);
-        pack_all<IO, M>(team, gate, x, rows, a, beside);
+        pack_all<IO, M>(team, gate, x, rows, a, beside, low, 2);
         team.each(bands * gate.panels(), 1, [&](long n) {
             const long band = n / gate.panels(), p = n % gate.panels();
             const long t = band * BAND / 16, some = std::min(rows - band * BAND, BAND);
             const long next = p + threads < gate.panels() ? p + threads : p;
             const Panel<M> both[2] = {{&gate, p, gate.ahead(next)}, {&up_, p, up_.ahead(next)}};
             panel_product<M>(some, a + t * kc * TILE, beside + t * side, both, 2, c);
-            gate_block(c, c + up(some, 16) * 32, h + 16 * t * inner + 32 * p, some, inner - 32 * p, inner);
+            float *const second = c + up(some, 16) * 32;
+            low[0].add(16 * t, some, 32 * p, c), low[1].add(16 * t, some, 32 * p, second);
+            gate_block(c, second, h + 16 * t * inner + 32 * p, some, inner - 32 * p, inner);
         });
     });
 }
@@ -107,7 +122,8 @@ static void feed_forward(const IO *x, long rows, long width, long inner, const O
     if (is_joint)
         by_kind(gate, [&](auto tag) {
             typedef decltype(tag) M;
-            gate_up_of<IO, M>(x, rows, Weight<M>(gate, inner, width), Weight<M>(up_, inner, width), h, threads);
+            LowRank<IO> low[2] = {{gate.low, inner, width}, {up_.low, inner, width}};
+            gate_up_of<IO, M>(x, rows, Weight<M>(gate, inner, width), Weight<M>(up_, inner, width), low, h, threads);
         });
     else { // two products, each with rows of its own
         const long outputs[2] = {inner, inner};
@@ -131,31 +147,48 @@ struct Unit { // an expert, or some hundreds of its rows: what they need must fi
 };
 static constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
 
+// The lanes of a unit's rows, whose tokens are in order.
+template <class T> static void lanes_of(const Unit &unit, long chosen, const LowRank<T> &w, std::vector<Run> &own) {
+    own.clear();
+    long at = 0;
+    w.stretches(unit.members[0] / chosen, unit.members[unit.size - 1] / chosen - unit.members[0] / chosen + 1,
+                [&](long first, long size, long lane) {
+                    while (at < unit.size && unit.members[at] / chosen < first) at++;
+                    const long from = at;
+                    while (at < unit.size && unit.members[at] / chosen < first + size) at++;
+                    if (at > from) own.push_back({from, at - from, lane});
+                });
+}
+
 // h = gelu(gate(x)) x up(x) of a unit's rows. Where a token's row had to become another type, that is done: `as_left`,
 // `row_bytes` a token, with its scale. after(i) is the panel that is read i-th when these are done.
 template <class IO, class M, class F>
 static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weight<M> &g, const char *as_left,
-                         long row_bytes, const float *token_scales, IO *h, F after) {
+                         long row_bytes, const float *token_scales, LowRank<IO> low, IO *h, F after) {
     typedef typename Kind<M>::Left L;
     constexpr bool is_same = std::is_same_v<IO, L>;
     const long kc = g.kc(), size = unit.size, row_tiles = tiles_of(size, 16), inner = g.outputs / 2;
     const long block = row_tiles * 16 * 32, wide = up(2 * inner, 32);
     const bool is_aligned = inner % 32 == 0; // then a panel is all gate or all up
     const long mixed = is_aligned ? 0 : up(size, 16) * wide;
-    char *a = own.get(row_tiles * (kc * TILE + g.side() * 4) + (MANY * block + mixed) * 4);
+    char *a = own.get(row_tiles * (kc * TILE + g.side() * 4) + (MANY * block + mixed + size * low.wide()) * 4);
     float *beside = (float *)(a + row_tiles * kc * TILE), *c = beside + row_tiles * g.side();
     float *gate_up = c + MANY * block; // where panels mix gate and up
+    low.h = gate_up + mixed;
     for (long t = 0; t < row_tiles; t++) {
         const L *pointers[16];
+        const IO *plain[16];
         const int held = (int)std::min(16L, size - 16 * t);
         for (int r = 0; r < held; r++) {
             const long token = unit.members[16 * t + r] / chosen;
-            if constexpr (is_same) pointers[r] = x + token * g.inputs;
+            plain[r] = x + token * g.inputs;
+            if constexpr (is_same) pointers[r] = plain[r];
             else pointers[r] = (const L *)(as_left + token * row_bytes);
             if constexpr (std::is_same_v<M, int8_t>) beside[t * g.side() + r] = token_scales[token];
         }
         tile_rows<L>(pointers, held, is_same ? g.inputs : kc * Kind<M>::K, a + t * kc * TILE);
         finish_rows(g, a + t * kc * TILE, beside + t * g.side());
+        low.meet(plain, 16 * t, held);
     }
     Panel<M> panels[MANY];
     if (is_aligned) {
@@ -167,6 +200,7 @@ static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weigh
                 panels[i] = {&g, here, p + pairs < half ? g.ahead(here + pairs) : after(i)};
             }
             panel_product<M>(size, a, beside, panels, 2 * pairs, c);
+            for (int i = 0; i < 2 * pairs; i++) low.add(0, size, 32 * panels[i].p, c + i * block);
             for (int i = 0; i < pairs; i++)
                 gate_block(c + 2 * i * block, c + (2 * i + 1) * block, h + 32 * (p + i), size, 32, inner);
         }
@@ -175,6 +209,7 @@ static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weigh
     for (long p = 0; p < g.panels(); p++) {
         panels[0] = {&g, p, {}};
         panel_product<M>(size, a, beside, panels, 1, c);
+        low.add(0, size, 32 * p, c);
         for (long r = 0; r < size; r++) memcpy(gate_up + r * wide + 32 * p, c + 32 * r, 128);
     }
     for (long r = 0; r < size; r++)
@@ -187,16 +222,19 @@ static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weigh
 
 // The rows of `parts` that belong to a unit: weight x down(h).
 template <class IO, class M, class F>
-static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, const float *weight, IO *parts, F after) {
+static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, LowRank<IO> low, const float *weight,
+                      IO *parts, F after) {
     const long kc = w.kc(), size = unit.size, row_tiles = tiles_of(size, 16), width = w.outputs;
     const long block = row_tiles * 16 * 32;
-    char *a = own.get(row_tiles * (kc * TILE + w.side() * 4) + MANY * block * 4);
+    char *a = own.get(row_tiles * (kc * TILE + w.side() * 4) + (MANY * block + size * low.wide()) * 4);
     float *beside = (float *)(a + row_tiles * kc * TILE), *c = beside + row_tiles * w.side();
+    low.h = c + MANY * block;
     for (long t = 0; t < row_tiles; t++) {
         const IO *pointers[16];
         const int held = (int)std::min(16L, size - 16 * t);
         for (int r = 0; r < held; r++) pointers[r] = h + (16 * t + r) * w.inputs;
         pack_for<IO, M>(w, pointers, held, a + t * kc * TILE, beside + t * w.side());
+        low.meet(pointers, 16 * t, held);
     }
     Panel<M> panels[MANY];
     for (long p = 0; p < w.panels(); p += MANY) {
@@ -204,6 +242,7 @@ static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, const f
         for (int i = 0; i < some; i++)
             panels[i] = {&w, p + i, p + i + some < w.panels() ? w.ahead(p + i + some) : after(i)};
         panel_product<M>(size, a, beside, panels, some, c);
+        for (int i = 0; i < some; i++) low.add(0, size, 32 * (p + i), c + i * block);
         for (long r = 0; r < size; r++) {
             const long n = unit.members[r];
             for (int i = 0; i < some; i++) {
@@ -234,6 +273,7 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
     std::stable_sort(units.begin(), units.end(), // the largest first, so that no thread is left with one at the end
                      [](const Unit &a, const Unit &b) { return a.size > b.size; });
     const long unit_count = units.size();
+    const LowRank<IO> low_up(gate_up.low, 2 * inner, width, count), low_down(down.low, width, inner, count);
     by_kind(gate_up, [&](auto first) {
         typedef decltype(first) M;
         typedef typename Kind<M>::Left L;
@@ -248,6 +288,7 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
             const Weight<N> dn(down, width, inner);
             together(threads, [&](Team &team) {
                 Tiles tiles;
+                std::vector<Run> lanes, lanes_down;
                 if constexpr (!is_same) {
                     team.shares(tokens, [&](long n) {
                         row_as<IO, L>(x + n * width, width, as_left + n * row_bytes, 64, token_scales + n);
@@ -258,12 +299,15 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                     const Unit &unit = units[u];
                     const Weight<N> w = dn.of(unit.expert);
                     IO *h = (IO *)hidden.get(unit.size * inner * sizeof(IO));
-                    unit_gate_up<IO, M>(unit, x, chosen, gu.of(unit.expert), as_left, row_bytes, token_scales, h,
+                    if (low_up) lanes_of(unit, chosen, low_up, lanes);
+                    if (low_down) lanes_of(unit, chosen, low_down, lanes_down);
+                    unit_gate_up<IO, M>(unit, x, chosen, gu.of(unit.expert), as_left, row_bytes, token_scales,
+                                        low_up.of(unit.expert, lanes), h,
                                         [&](int i) { return w.ahead(std::min((long)i, w.panels() - 1)); });
                     const bool goes_on = u + threads < unit_count; // most likely its next unit
                     const Weight<M> then = gu.of(units[goes_on ? u + threads : u].expert);
                     const long half = then.panels() / 2; // of gate and up in turns
-                    unit_down<IO, N>(unit, h, w, weight, parts, [&](int i) {
+                    unit_down<IO, N>(unit, h, w, low_down.of(unit.expert, lanes_down), weight, parts, [&](int i) {
                         return goes_on ? then.ahead(inner % 32 ? 0 : std::min(i / 2L, half - 1) + i % 2 * half)
                                        : Ahead();
                     });

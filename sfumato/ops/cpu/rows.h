@@ -1,7 +1,7 @@
 // What is done row by row: norms, rope, the end of a block, routing.
 #pragma once
 
-#include "packing.h"
+#include "lowrank.h"
 
 template <class T> static inline V weight_at(const T *w, long i, long n) {
     return w ? load_some(w + i, n - i) : splat(1.0f);
@@ -96,11 +96,14 @@ static void join(const T *residual, const T *dense, const T *sparse, long rows, 
 
 // Few outputs and exact ones: which experts a token takes must not hang on the rounding of a product's input.
 template <class T>
-static void route(const T *x, long rows, long n, const T *scale, const T *proj, long count, const T *per_expert,
-                  long chosen, float eps, int64_t *index, float *weight, int threads) {
+static void route(const T *x, long rows, long n, const T *scale, const T *proj, const Factors &factors, long count,
+                  const T *per_expert, long chosen, float eps, int64_t *index, float *weight, int threads) {
     const float root = 1.0f / std::sqrt((float)n);
+    const LowRank<T> all_low(factors, count, n);
+    const long ldp = up(count, 32);
     together(threads, [&](Team &team) {
-        std::vector<float> a(4 * up(n, 16)), p(4 * count);
+        std::vector<float> a(4 * up(n, 16)), p(4 * ldp), h(4 * all_low.wide());
+        std::vector<T> low_rows(all_low ? 4 * n : 0);
         team.shares(tiles_of(rows, 4), [&](long block) {
             const long some = std::min(4L, rows - 4 * block), wide = up(n, 16);
             for (long r = 0; r < some; r++) {
@@ -130,14 +133,27 @@ static void route(const T *x, long rows, long n, const T *scale, const T *proj, 
                 for (; i + 16 <= n; i += 16) add(i, [](const T *at) { return load(at); });
                 if (i < n) add(i, [&](const T *at) { return load_some(at, n - i); });
                 for (long j = 0; j < std::min(4L, count - e); j++)
-                    for (int r = 0; r < 4; r++) {
-                        T kept;
-                        from_float(&kept, total(sum[j][r]));
-                        p[r * count + e + j] = to_float(kept);
-                    }
+                    for (int r = 0; r < 4; r++) p[r * ldp + e + j] = total(sum[j][r]);
+            }
+            if (all_low) { // its rows are numbers of T already
+                LowRank<T> low = all_low;
+                low.from += 4 * block, low.h = h.data();
+                const T *pointers[4];
+                for (long r = 0; r < some; r++) {
+                    pointers[r] = low_rows.data() + r * n;
+                    for (long i = 0; i < n; i += 16)
+                        store_some(low_rows.data() + r * n + i, load(a.data() + r * wide + i), n - i);
+                }
+                low.meet(pointers, 0, some);
+                for (long e = 0; e < count; e += 32) low.add(0, some, e, p.data() + e, ldp);
+            }
+            for (float &logit : p) {
+                T kept;
+                from_float(&kept, logit);
+                logit = to_float(kept);
             }
             for (long r = 0; r < some; r++) {
-                float *q = p.data() + r * count, top = q[0], sum = 0, picked = 0;
+                float *q = p.data() + r * ldp, top = q[0], sum = 0, picked = 0;
                 for (long e = 0; e < count; e++) top = std::max(top, q[e]);
                 for (long e = 0; e < count; e += 16)
                     store_some(q + e, exponential(load_some(q + e, count - e) - top), count - e);

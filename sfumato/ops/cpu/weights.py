@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from ctypes import c_int, c_long, c_void_p
+from ctypes import Array, c_int, c_long, c_void_p
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 from sfumato.errors import InputError
 from sfumato.ops.contract import Matrix
 from sfumato.ops.cpu import build
-from sfumato.ops.cpu.calls import NUMBER_TYPES, Operand, pointer
+from sfumato.ops.cpu.calls import NUMBER_TYPES, FactorPlaces, Operand, pointer
 from sfumato.ops.cpu.memory import empty_huge
+from sfumato.ops.lowrank import Lanes, LowRank
 from sfumato.ops.packed import BLOCK, CODES, Packed
 
 _KINDS = (torch.float32, torch.bfloat16, torch.int8)
@@ -123,13 +124,55 @@ class Panels:
         return Panels, (self.kind, self.shape, self.data, self.scale)
 
 
-def operand(weight: Matrix) -> Operand:
-    """A weight as an argument. InputError for one that `pack` did not give."""
+def operand(weight: Matrix, dtype: torch.dtype) -> Operand:
+    """A weight as an argument beside x in this dtype. InputError for one that `pack` did not give."""
     if isinstance(weight, Panels):
         return weight.operand
+    if isinstance(weight, LowRank):
+        base = operand(weight.base, dtype)
+        return with_lanes(base, weight, dtype) if weight.switch.lanes.runs else base
     if not isinstance(weight, Packed):
         raise InputError("the cpu operations take weights that they have packed; call Model.pack_ first")
     return _as_it_lies(weight)
+
+
+def with_lanes(base: Operand, weight: LowRank, dtype: torch.dtype) -> Operand:
+    """An argument with the factors beside it, and who has which in this pass."""
+    known = _FACTORS.get(weight)
+    if known is None:
+        known = _FACTORS[weight] = _factors(weight)
+    if weight.a.dtype is not dtype:
+        raise InputError(
+            f"factors beside a weight are {weight.a.dtype}, and what meets them {dtype}; load the adapter again"
+        )
+    lanes = weight.switch.lanes
+    runs = _RUNS.get(lanes)
+    if runs is None:
+        flat = [number for run in lanes.runs for number in run]
+        runs = _RUNS[lanes] = (c_long * len(flat))(*flat)
+    return base.beside(known, runs, len(lanes.runs), len(lanes.lane_N))
+
+
+_FACTORS: WeakKeyDictionary[LowRank, FactorPlaces] = WeakKeyDictionary()
+"""Looked at once, as their memory stays where it is: lanes are filled in place."""
+_RUNS: WeakKeyDictionary[Lanes, Array[c_long]] = WeakKeyDictionary()
+"""Of a pass, which many calls share."""
+
+
+def _factors(weight: LowRank) -> FactorPlaces:
+    a, b = weight.a, weight.b
+    if a.dtype not in NUMBER_TYPES or b.dtype is not a.dtype:
+        raise InputError(f"the cpu operations take factors in float32 or bfloat16, not {a.dtype} and {b.dtype}")
+    *stack, outputs, inputs = weight.shape
+    lanes, rank = a.shape[0], a.shape[-2]
+    if list(a.shape) != [lanes, *stack, rank, inputs] or list(b.shape) != [lanes, *stack, rank, outputs]:
+        raise InputError(
+            f"factors {list(a.shape)} and {list(b.shape)} lie beside a weight {list(weight.shape)}; they must be "
+            f"{['lanes', *stack, 'rank', inputs]} and {['lanes', *stack, 'rank', outputs]}"
+        )
+    if not all(part.is_cpu and part.is_contiguous() for part in (a, b)):
+        raise InputError(f"factors of a weight {list(weight.shape)} lie on {a.device} or with gaps; pack it again")
+    return FactorPlaces(a.data_ptr(), b.data_ptr(), lanes, rank, weight.scale)
 
 
 def operand_of(
@@ -182,13 +225,26 @@ def _table(kind: str, has_bias: bool) -> Tensor:
     return torch.tensor([*values, *values]).bfloat16()
 
 
-def pack(weight: Matrix) -> Panels | Packed:
+@overload
+def pack(weight: LowRank) -> LowRank: ...
+@overload
+def pack(weight: Tensor | Panels | Packed) -> Panels | Packed: ...
+@overload
+def pack(weight: Matrix) -> Panels | Packed | LowRank: ...
+def pack(weight: Matrix) -> Panels | Packed | LowRank:
     """A weight as these operations take it; InputError for one that they cannot.
 
     int8 with a scale an output rounds what it multiplies the same way, a scale a row; weights in groups multiply
-    bfloat16."""
+    bfloat16. Low-rank factors stay as they lie, so that lanes can be filled in place, and meet what is multiplied
+    as it is."""
     if isinstance(weight, Panels):
         return weight
+    if isinstance(weight, LowRank):
+        base, a, b = pack(weight.base), weight.a.contiguous(), weight.b.contiguous()
+        is_same = base is weight.base and a is weight.a and b is weight.b
+        packed = weight if is_same else replace(weight, base=base, a=a, b=b)
+        _factors(packed)
+        return packed
     if isinstance(weight, Packed):
         if reason := refusal(weight):
             raise InputError(

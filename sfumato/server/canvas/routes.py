@@ -25,7 +25,7 @@ from sfumato.server.http.checks import check_chat, check_length
 from sfumato.server.http.document import takes
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.events import END, EventStream, data
-from sfumato.server.http.options import OptionsBody
+from sfumato.server.http.options import OptionsBody, adapter_of
 from sfumato.server.http.service import Service
 from sfumato.templates.requests import Decide, Edit, Fill, Infill
 from sfumato.templates.slots import Slot
@@ -72,7 +72,7 @@ def routes(service: Service) -> APIRouter:
         """Choose among given answers: the likeliest to each question, and the probability of each."""
         body = await service.read(request, DecisionsRequest)
         card = await service.card(body.model)
-        query, head = _decide(body), _head("decide", "decisions", service, card)
+        query, head = _decide(body, card), _head("decide", "decisions", service, card)
         result: Any = await service.watched(request.receive, service.result(request.scope, query))
         choices = {name: {"choice": one.choice, "probabilities": one.probabilities} for name, one in result.items()}
         return JSONResponse(head | {"decisions": choices, "seed": query.options.seed})
@@ -115,11 +115,11 @@ async def _fill(body: FillRequest, service: Service) -> Fill:
     return Fill(template, prompt, options)
 
 
-def _decide(body: DecisionsRequest) -> Decide:
+def _decide(body: DecisionsRequest, card: ModelCard) -> Decide:
     prompt = body.before()
     if prompt is None:
         raise InputError("prompt and messages are missing; give one of them", option="prompt")
-    options = Options(seed=0 if body.seed is None else body.seed)
+    options = Options(seed=0 if body.seed is None else body.seed, **adapter_of(card))
     return Decide(prompt, body.fields_, body.steps or 1, options)
 
 
@@ -134,7 +134,7 @@ async def _answer(
     service: Service, request: Request, body: OptionsBody, query: TemplateQuery, answer: Answer
 ) -> Response:
     """The result of a template, whole or as a stream with its drafts."""
-    head = _head(answer.object, answer.object, service, await service.card())
+    head = _head(answer.object, answer.object, service, await service.card(body.model))
     if body.stream:
         return EventStream(service, _chunks(service, request, query, head, answer))
     result = await service.watched(request.receive, service.result(request.scope, query))

@@ -18,18 +18,19 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from sfumato.errors import BusyError, SfumatoError, WorkerError
+from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
 from sfumato.events import Commit, Draft, Event
 from sfumato.server.backend import Job, ModelCard, Result, Stats
 from sfumato.server.cluster.plan import ClusterPlan
 from sfumato.server.cluster.replicas import Cluster
 from sfumato.server.worker.supervisor import COUNTERS
+from sfumato.templates.requests import LoadAdapter, UnloadAdapter
 
 log = logging.getLogger("sfumato.server")
 
 STATS_SECONDS = 1.0
-ANSWER_SECONDS = 5.0
-"""A replica that does not send its figures for so long is counted as not there."""
+WAIT_SECONDS = {"figures": 5.0, "set_adapters": 120.0}
+"""A replica that does not answer for so long is counted as not there."""
 
 
 class ReplicaEnded(Exception):
@@ -54,6 +55,8 @@ class RayBackend:
         self._waiting = self._running = 0
         self._quiet = asyncio.Event()
         self._ready: set[str] = set()
+        self._adapters = dict(plan.load.adapters or {})
+        """Folders by name, of what every replica is to have."""
         self._figures: dict[str, Stats] = {}
         """Of each replica that is there, as it last sent them."""
         self._before = Stats()
@@ -124,6 +127,25 @@ class RayBackend:
             self._running -= 1
             self._quiet.set()
 
+    async def change_adapters(self, job: Job) -> ModelCard:
+        """Load or unload an adapter in every replica; those that are started later do so by themselves."""
+        folders = dict(self._adapters)
+        match job.query:
+            case LoadAdapter(name=name, folder=folder) if name in folders:
+                raise InputError(f"an adapter {name!r} is loaded already; unload it first, or give another name")
+            case LoadAdapter(name=name, folder=folder):
+                folders[name] = folder
+            case UnloadAdapter(name=name):
+                folders.pop(name, None)
+        replies = await self._broadcast("set_adapters", folders)
+        errors = [reply for reply in replies if isinstance(reply, SfumatoError)]
+        if errors or not replies:
+            await self._broadcast("set_adapters", self._adapters)
+            raise errors[0] if errors else WorkerError("there is no replica; send the request again later")
+        self._adapters = folders
+        self._card = next(reply for reply in replies if isinstance(reply, ModelCard))
+        return self._card
+
     def is_ready(self) -> bool:
         """Whether a replica takes jobs."""
         return self._is_open and bool(self._ready)
@@ -189,13 +211,20 @@ class RayBackend:
             await self._look()
 
     async def _look(self) -> None:
-        """Ask every replica for its figures."""
+        """Ask every replica for its figures; one that lacks an adapter, as it was started since, loads it."""
+        replies = [reply for reply in await self._broadcast("figures") if not isinstance(reply, Exception)]
+        if any({one.name for one in card.adapters} != self._adapters.keys() for _, card, *_ in replies):
+            await self._broadcast("set_adapters", self._adapters)
+        self._note(replies)
+
+    async def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
+        """What every replica returns; nothing where none is there, or one does not answer."""
         try:
-            call = self.handle.broadcast("figures")
-            replies = await call.results_async(timeout_s=ANSWER_SECONDS, return_exceptions=True)
+            call = self.handle.broadcast(method, *arguments)
+            replies: list[Any] = await call.results_async(timeout_s=WAIT_SECONDS[method], return_exceptions=True)
         except (TimeoutError, RayError, RayServeException):
-            replies = []  # none is there, or one does not answer
-        self._note([reply for reply in replies if not isinstance(reply, Exception)])
+            return []
+        return replies
 
     def _note(self, replies: list[tuple[str, ModelCard, bool, Stats]]) -> None:
         for name in self._figures.keys() - {name for name, *_ in replies}:
@@ -221,4 +250,5 @@ def _sum(parts: list[Stats]) -> Stats:
     total: dict[str, Any] = {one.name: sum(getattr(part, one.name) for part in parts) for one in fields(Stats)}
     rates = [part.tokens_per_pass for part in parts if part.tokens_per_pass]
     stalled = max((part.stalled for part in parts), default=0.0)
+    total["adapters"] = max((part.adapters for part in parts), default=0)  # every replica has them
     return Stats(**total | {"tokens_per_pass": sum(rates) / len(rates) if rates else 0.0, "stalled": stalled})

@@ -8,11 +8,12 @@ matters of it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from sfumato.server.cluster import routing
 from sfumato.server.cluster.plan import ClusterPlan
 from sfumato.server.worker.messages import plain
 from sfumato.server.worker.supervisor import Worker
+from sfumato.templates.requests import AdapterQuery, LoadAdapter, UnloadAdapter
 
 APP = "sfumato"
 HEALTH_SECONDS = 5.0
@@ -50,6 +52,7 @@ class Replica:
         vars(sys.modules["__main__"]).pop("__file__", None)
         self.name = serve.get_replica_context().replica_id.unique_id
         self.worker = Worker(load, limits)
+        self.numbers = itertools.count()
         self.restarts = 0
         """Of the worker, when it was last ready."""
         try:
@@ -70,6 +73,19 @@ class Replica:
     async def figures(self) -> tuple[str, ModelCard, bool, Stats]:
         """Its name, the model's card, whether it takes jobs, and its figures."""
         return self.name, await self.worker.card(), self.worker.is_ready(), self.worker.stats()
+
+    async def set_adapters(self, folders: Mapping[str, str]) -> ModelCard | SfumatoError:
+        """Load and unload adapters until these are there, each from its folder; the card, or the first error."""
+        card = await self.worker.card()
+        loaded = {one.name for one in card.adapters}
+        changes: list[AdapterQuery] = [UnloadAdapter(name) for name in sorted(loaded - folders.keys())]
+        changes += [LoadAdapter(name, folder) for name, folder in folders.items() if name not in loaded]
+        try:
+            for query in changes:
+                card = await self.worker.change_adapters(Job(f"adapter-{next(self.numbers)}", query))
+        except SfumatoError as error:
+            return error
+        return card
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""

@@ -21,7 +21,7 @@ def key_of(query: QueryFor[Any]) -> str:
     """A digest of what a prompt begins with; "" where it begins with nothing.
 
     Of messages that is the system's and the first user's, of another prompt the first characters. Queries with the same
-    key may share what has been encoded."""
+    key may share what has been encoded, which is never so of two adapters."""
     beginning = query.beginning
     if beginning and isinstance(beginning[0], Mapping) and "role" in beginning[0]:
         users = [place for place, message in enumerate(beginning) if message.get("role") == "user"]
@@ -30,7 +30,8 @@ def key_of(query: QueryFor[Any]) -> str:
         beginning = beginning[:BEGINNING]
     if not beginning:
         return ""
-    return blake2b(json.dumps(beginning, sort_keys=True, default=asdict).encode(), digest_size=16).hexdigest()
+    text = json.dumps([beginning, query.options.adapter], sort_keys=True, default=asdict)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def home(key: str, names: list[str]) -> str:

@@ -18,6 +18,8 @@ GAUGES = {
     "rows_max": ("rows_max", "Rows at most"),
     "tokens_per_pass": ("tokens_per_pass", "Tokens per pass of the answers that ended lately"),
     "cache_bytes": ("cache_bytes", "Memory of the rows' caches"),
+    "adapters": ("adapters", "Adapters that are loaded"),
+    "adapter_bytes": ("adapter_bytes", "Memory of adapters, beside the weights"),
     "prefix_bytes": ("prefix_bytes", "Memory of kept prefixes"),
     "stalled_seconds": ("stalled", "Seconds for which the job that has been prepared for longest has been prepared"),
     "memory_bytes": ("memory_bytes", "Resident memory of the worker"),

@@ -20,8 +20,8 @@ from sfumato.server.backend import ModelCard
 from sfumato.server.http.bodies import Body, Choices, Most, only
 from sfumato.server.http.checks import check_length
 
-SET_BY_OTHERS = ("must_call",)
-"""Options that no field of their own name sets: `tool_choice` sets this one."""
+SET_BY_OTHERS = ("must_call", "adapter")
+"""Options that no field of their own name sets: `tool_choice` sets the first, `model` the other."""
 
 NARROWER = {"temperature": (0.0, 2.0)}
 """Ranges of requests that are not those of `Options`: an OpenAI client's temperature ends at 2."""
@@ -87,7 +87,7 @@ class OptionsBody(Body):
 
 def resolved(values: Mapping[str, Any], card: ModelCard) -> Options:
     """Options by their names, those that are None left open, with a seed; checked against the model."""
-    values = {name: value for name, value in values.items() if value is not None}
+    values = {name: value for name, value in values.items() if value is not None} | adapter_of(card)
     values.setdefault("seed", 0 if values.get("temperature") == 0 else secrets.randbits(32))
     options = Options.from_dict(values)
     for name in ("max_tokens", "min_tokens"):
@@ -95,6 +95,11 @@ def resolved(values: Mapping[str, Any], card: ModelCard) -> Options:
     if (options.mode or ("diffusion" if card.is_diffusion else "autoregressive")) == "diffusion":
         _check_canvas(options)
     return options
+
+
+def adapter_of(card: ModelCard) -> dict[str, Any]:
+    """The option that follows from what a request has asked for as a model."""
+    return {} if card.adapter is None else {"adapter": card.adapter}
 
 
 def _check_canvas(options: Options) -> None:

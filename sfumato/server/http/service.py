@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, TypeVar, cast
 
@@ -24,10 +24,10 @@ from sfumato.errors import WorkerError
 from sfumato.events import Draft, Event, Usage
 from sfumato.server.backend import NUMBER, Backend, Job, ModelCard, Result
 from sfumato.server.http.bodies import Body, BodyReading, read
-from sfumato.server.http.errors import RETRY, ClientGone, ErrorForm, Refusal, refusal
+from sfumato.server.http.errors import RETRY, ClientGone, ErrorForm, Refusal, refusal, short
 from sfumato.server.http.metrics import Metrics
 from sfumato.server.settings import Settings
-from sfumato.templates.requests import Query
+from sfumato.templates.requests import AdapterQuery, LoadAdapter, Query
 
 log = logging.getLogger("sfumato.server")
 
@@ -75,6 +75,8 @@ class Service:
         self._idle, self._cut = asyncio.Event(), asyncio.Event()
         self._reading = asyncio.Semaphore(2)
         """For large bodies: each thread that reads one takes time from the loop."""
+        self._changing, self._changes = asyncio.Lock(), set[asyncio.Task[ModelCard]]()
+        """Of adapters: one after the other, each kept until it is over."""
         self._card: ModelCard | None = None
         self.starting: asyncio.Task[None] | None = None
         """The backend's start; over when the model is loaded, or cannot be."""
@@ -85,15 +87,30 @@ class Service:
         """The loaded model's card; a Refusal where another model is asked for.
 
         It stays known while a worker starts anew."""
-        if self._card is None:
+        try:
             self._card = await self.backend.card()
-        if name is not None and name not in self.names(self._card):
-            message = f"there is no model {name!r} here; this server has {', '.join(self.names(self._card))}"
-            raise Refusal(404, message, param="model", code="model_not_found")
-        return self._card
+        except WorkerError:
+            if self._card is None:
+                raise
+        card = self._card
+        if name is None or name in self.names(card):
+            return card
+        if name in self.adapters(card):
+            return replace(card, adapter=name)
+        known = short(", ".join([*self.names(card), *self.adapters(card)]), 1000)
+        raise Refusal(
+            404, f"there is no model {name!r} here; this server has {known}", param="model", code="model_not_found"
+        )
+
+    def adapters(self, card: ModelCard) -> list[str]:
+        """The adapters that a client can ask for as a model: the model's own names go first."""
+        own = self.names(replace(card, adapter=None))
+        return [adapter.name for adapter in card.adapters if adapter.name not in own]
 
     def names(self, card: ModelCard) -> list[str]:
-        """The model's names here; answers have the first."""
+        """The names of what a request asks for here, the model's or its adapter's; answers have the first."""
+        if card.adapter is not None:
+            return [card.adapter]
         return list(dict.fromkeys([self.settings.name or card.name, card.name, *self.settings.aliases]))
 
     def state(self) -> str:
@@ -179,6 +196,27 @@ class Service:
         if self.settings.log_prompts:
             log.info("%s says %s", record_of(request.scope).id, json.dumps(body.plain()))
         return body
+
+    async def change_adapters(self, request: Request, query: AdapterQuery) -> ModelCard:
+        """Load or unload an adapter; the card with what is asked for then.
+
+        It is carried out to its end, one at a time, whether its client waits or not."""
+
+        id = f"{record_of(request.scope).id}{NUMBER}{next(self._numbers)}"
+
+        async def change() -> ModelCard:
+            async with self._changing:
+                return await self.backend.change_adapters(Job(id, query))
+
+        async def wait() -> ModelCard:
+            return await asyncio.shield(task)
+
+        task = asyncio.create_task(change())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # its client may have gone
+        card = await self.watched(request.receive, wait())
+        return replace(card, adapter=query.name) if isinstance(query, LoadAdapter) else card
 
     def jobs(self, record: Record, queries: Sequence[Query]) -> list[Job]:
         """A request's queries under ids that no other job ever has.

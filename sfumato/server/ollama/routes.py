@@ -187,8 +187,8 @@ class OllamaAnswerer:
 
 async def _card(service: Service, name: str) -> ModelCard:
     """The loaded model's card, by its name with or without Ollama's tag."""
-    card = await service.card()
-    return card if name.removesuffix(LATEST) in service.names(card) else await service.card(name)
+    card, short = await service.card(), name.removesuffix(LATEST)
+    return await service.card(short if short in [*service.names(card), *service.adapters(card)] else name)
 
 
 def _add_model_routes(router: APIRouter, service: Service) -> None:
@@ -201,10 +201,11 @@ def _add_model_routes(router: APIRouter, service: Service) -> None:
 
     @router.get("/api/tags", **gives(answers.ModelEntries, ERRORS))
     async def tags() -> Response:
-        """The loaded model, once under each of its names."""
+        """The loaded model, once under each of its names, and its adapters."""
         card = await service.card()
         size = service.backend.stats().memory_bytes
-        entries = [answers.entry_of(name, card, size) | {"modified_at": since} for name in service.names(card)]
+        names = [*service.names(card), *service.adapters(card)]
+        entries = [answers.entry_of(name, card, size) | {"modified_at": since} for name in names]
         return JSONResponse({"models": entries})
 
     @router.get("/api/ps", **gives(answers.ModelEntries, ERRORS))

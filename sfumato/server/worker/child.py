@@ -120,4 +120,5 @@ def card_of(llm: LLM, quantize: str | None) -> ModelCard:
         quantised=quantize or ", ".join(sorted(kind for kind in kinds if isinstance(kind, str))) or None,
         defaults=llm.defaults,
         purpose=llm.purpose,
+        adapters=llm.bank.listed().adapters,
     )

@@ -30,7 +30,7 @@ from sfumato.errors import InputError
 from sfumato.server.backend import Job, Outcome, Stats, where
 from sfumato.server.worker.messages import packed
 from sfumato.system import confined
-from sfumato.templates.requests import Query
+from sfumato.templates.requests import AdapterQuery, Query
 
 LARGE = 64 << 10
 """Bytes of a job from which on it goes into the slow lane."""
@@ -51,11 +51,11 @@ twelfth within minutes."""
 class JobRunner(Protocol):
     """What runs the jobs: `engine.jobs.Jobs`; tests give another. `begin` and `cancel` are safe against `turn`."""
 
-    def begin(self, id: str, query: Query) -> None:
+    def begin(self, id: str, query: Query | AdapterQuery) -> None:
         """Prepare a job and queue it; InputError, CapacityError, BusyError."""
         ...
 
-    def is_slow(self, query: Query) -> bool:
+    def is_slow(self, query: Query | AdapterQuery) -> bool:
         """Whether `begin` may take seconds; at once."""
         ...
 

@@ -17,20 +17,23 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from sfumato.engine.limits import BatchLimits
 from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
 from sfumato.events import Commit, Draft, Event
+from sfumato.model.loaded import AdapterList
 from sfumato.options import LoadOptions
 from sfumato.server.backend import Job, ModelCard, Outcome, Result, Stats, where
 from sfumato.server.worker import child as worker_child
 from sfumato.server.worker.messages import unpacked
+from sfumato.templates.requests import LoadAdapter, UnloadAdapter
 
 PATIENCE = 30.0
 """Seconds that a job waits for a worker that is being started."""
@@ -147,6 +150,21 @@ class Worker:
                 process.send(("cancel", job.id))
                 self._check_idle()
 
+    async def change_adapters(self, job: Job) -> ModelCard:
+        """Load or unload an adapter in the worker, and in those that may follow it."""
+        async with aclosing(self.run(job)) as outcomes:
+            (outcome,) = [outcome async for outcome in outcomes]
+        assert isinstance(outcome, AdapterList)
+        folders = dict(self.load.adapters or {})
+        match job.query:
+            case LoadAdapter(name=name, folder=folder):
+                folders[name] = folder
+            case UnloadAdapter(name=name):
+                folders.pop(name, None)
+        self.load = replace(self.load, adapters=folders)
+        self._card = replace(await self.card(), adapters=outcome.adapters)
+        return self._card
+
     def is_ready(self) -> bool:
         """Whether the worker takes jobs."""
         return self._is_open and self._is_loaded
@@ -220,7 +238,7 @@ class Worker:
             loop.call_soon_threadsafe(messages.put_nowait, message)
 
         try:
-            self._process = _Process(on_message, self.child, self.load, self.limits)
+            self._process = _Process(on_message, self.child, self._load(), self.limits)
         except OSError as error:
             return 0.0, WorkerError(f"no process can be started for the engine: {error.strerror}")
         ready_at = loop.time()
@@ -256,6 +274,17 @@ class Worker:
         self._now = Stats(restarts=self._before.restarts)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return steady, failure or WorkerError(f"the engine's worker ended ({how})")
+
+    def _load(self) -> LoadOptions:
+        """What a worker loads; one that follows another leaves out adapters whose folders are gone."""
+        if self._card is None:
+            return self.load
+        folders = self.load.adapters or {}
+        gone = [name for name, folder in folders.items() if not Path(folder).expanduser().is_dir()]
+        for name in gone:
+            print(f"sfumato: the folder of adapter {name!r} is gone; it is left out", file=sys.stderr)
+        self.load = replace(self.load, adapters={name: folders[name] for name in folders.keys() - {*gone}})
+        return self.load
 
     async def _message(self, messages: asyncio.Queue[Any]) -> Any:
         """The next message; None where a worker that has jobs is silent for too long."""
