@@ -129,6 +129,19 @@ def ceiling(most: Record) -> str:
     return text
 
 
+def adapters(record: Record) -> str:
+    head = [f"{record['size']}, rank {record['rank']} on everything, after {record['prompt']} tokens"]
+    head += ["median", "cost", "fastest", "cost of the fastest"]
+    lines = []
+    for kind, one in record["kinds"].items():
+        for rows in ("one row", "sixteen rows"):
+            for name, row in one[rows].items():
+                times = [duration(row["seconds"]), f"{row['cost']:+.1%}"]
+                times += [duration(row["fastest_seconds"]), f"{row['cost_of_fastest']:+.1%}"]
+                lines.append([f"{kind}, {one['ops']} operations, {rows}, {name}", *times])
+    return table(head, lines)
+
+
 def request(record: Record) -> str:
     texts, lines = [], []
     for kind, one in record["answers"].items():
@@ -456,6 +469,7 @@ def neighbours(record: Record) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "peers": ("Beside transformers", peers),
     "step": ("A step", step),
+    "adapters": ("The cost of an adapter", adapters),
     "request": ("Whole answers", request),
     "nano": ("nano", nano),
     "pins": ("The more is given, the fewer steps", pins),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
 from sfumato.model.passes import Pass
+from sfumato.ops.lowrank import LanePair
 from sfumato.options import Options
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.rules import Rules
@@ -83,15 +84,16 @@ def whole_steps(arguments: argparse.Namespace, most: dict[str, Any]) -> dict[str
 
 class Steps:
     """Steps of a canvas, or of several side by side, behind a cache that is filled, not encoded: no pass has run
-    before the first."""
+    before the first. `lanes`: which adapter each row has."""
 
-    def __init__(self, model: Model, prompt: int, batch: int = 1) -> None:
+    def __init__(self, model: Model, prompt: int, batch: int = 1, lanes: Sequence[LanePair] = ()) -> None:
         config, device, rows = model.config, model.device, list(range(batch))
         self.model, self.prompt = model, prompt
         self.cache = KVCache.allocate(config, batch, prompt + config.canvas_length, device, model.dtype)
         for held in (*self.cache.k, *self.cache.v):
             held.normal_()
         self.cache.advance(rows, [prompt] * batch)
+        self.cache.lanes[: len(lanes)] = lanes
         rules = [Rules.of(Options(max_steps=4096, confidence=CONFIDENCE))] * batch
         self.state = Canvases.allocate(model, rules, [0] * batch, rows)
         free = torch.full((batch, config.canvas_length), -1, device=device)

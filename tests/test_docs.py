@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/sampler.md", "docs/server.md", "docs/canvas.md"),
     *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md", "docs/python.md"),
-    *("docs/clients.md", "docs/adapters.md", "docs/training.md"),
+    *("docs/clients.md", "docs/adapters.md", "docs/data.md", "docs/training.md"),
 )
 
 NOT_OURS = ("config.json", "adapter_config.json", "person.json", "TEMPLATE.json", "tokenizer.json")

@@ -165,7 +165,7 @@ class Stepper:
         width, lengths, state = max(counts), [table.cache.lengths[seat] for seat in seats], table.canvases_of(length)
         encode = length if width else 0
         can_record = self.is_recording and width <= length and all(row.sampler is None for row in rows)
-        recorded = self._recording(state, len(seats), encode, bans) if can_record else None
+        recorded = self._recording(state, seats, encode, bans) if can_record else None
         if recorded is not None:
             tokens_BT = table.padded(tokens, encode) if encode else None
             encoded_BTD = recorded(seats, lengths, counts, tokens_BT, bans)
@@ -173,14 +173,14 @@ class Stepper:
             encoded_BTD = step_(self.model, table.cache, state, self._inputs(seats, counts, bans))
         self._advance(seats, counts, encoded_BTD)
 
-    def _recording(self, state: Canvases, count: int, encode: int, bans: tuple[int, ...]) -> Recorded | None:
-        """The recording for so many rows.
+    def _recording(self, state: Canvases, seats: list[int], encode: int, bans: tuple[int, ...]) -> Recorded | None:
+        """The recording for these rows.
 
         None after a capture has failed: from then on steps run unrecorded. The memory may not suffice, and what torch
         keeps of a failed capture may spoil the next; steps that run one by one give the same results."""
         recordings = self.table.recordings
         try:
-            return recordings.of(self.model, self.table.cache, state, count, encode, bans)
+            return recordings.of(self.model, self.table.cache, state, seats, encode, bans)
         except RuntimeError as error:
             if recordings.capture is None:
                 raise

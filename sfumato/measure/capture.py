@@ -27,14 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
-from sfumato.model.network import Model, products, replace_
+from sfumato.model.network import Model, adaptable, products, replace_
 from sfumato.ops.contract import Ops
+from sfumato.ops.lowrank import LowRank
 from sfumato.ops.packed import Packed
 from sfumato.options import Options
 from sfumato.quant.formats import Format
 from sfumato.quant.recipes import named
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.recorded import Recorded, Replay
+from sfumato.sampling.recorded import Recorded, RecordedShape, Replay
 from sfumato.sampling.rules import Rules
 
 MAKES = frozenset("empty empty_like new_empty empty_strided new_empty_strided".split())
@@ -210,6 +211,9 @@ class Variant:
     context: int = 1024
     """Tokens that the cache has room for."""
     dtype: torch.dtype = torch.bfloat16
+    rank: int = 0
+    """Of the adapters beside every weight that may have some; 0: there are none."""
+    lanes: int = 2
 
 
 def meta_model(config: ModelConfig, ops: Ops, recipe: str, dtype: torch.dtype = torch.bfloat16) -> Model:
@@ -231,10 +235,21 @@ def _packed(form: Format, shape: tuple[int, ...]) -> Packed:
     return Packed(form.kind, shape, parts["data"], parts["scale"], group, parts.get("bias"), parts.get("factor"))
 
 
+def _adapted_(model: Model, lanes: int, rank: int) -> None:
+    """Put factors beside every weight that may have some."""
+    for owner, leaf in list(adaptable(model)):
+        base = getattr(owner, leaf)
+        *stack, outputs, inputs = base.shape
+        a, b = (torch.empty(lanes, *stack, rank, n, dtype=model.dtype, device="meta") for n in (inputs, outputs))
+        replace_(owner, leaf, LowRank(base, a, b, model.lane_switch))
+
+
 @torch.inference_mode()
 def meta_step(config: ModelConfig, ops: Ops, variant: Variant) -> tuple[Watched, Watched]:
     """What a recording of this variant holds and refuses: the step, and what is made anew once a canvas."""
     model = meta_model(config, ops, variant.recipe, variant.dtype)
+    if variant.rank:
+        _adapted_(model, variant.lanes, variant.rank)
     count, length = variant.rows, config.canvas_length
     cache = KVCache.allocate(config, count, min(variant.context, config.max_position), "meta", variant.dtype)
     rules, early = [Rules.of(Options())] * count, [variant.has_early] * count
@@ -247,7 +262,8 @@ def meta_step(config: ModelConfig, ops: Ops, variant: Variant) -> tuple[Watched,
         return run, None
 
     with _quiet():
-        Recorded(model, cache, state, count, length if variant.is_encoding else 0, variant.bans, capture)
+        encode = length if variant.is_encoding else 0
+        Recorded(model, cache, state, RecordedShape(count, encode, variant.bans, variant.rank > 0), capture)
     refreshed, stepped = watched
     return stepped, refreshed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,12 +32,29 @@ class PassModel(Protocol):
         ...
 
 
+class Places(NamedTuple):
+    """What may change under a recorded pass, for each of its rows on the device, int64 [B]."""
+
+    rows_B: Tensor
+    lengths_B: Tensor
+    counts_B: Tensor
+    encode_lanes_B: Tensor | None = None
+    """The lanes of what they encode, and of their canvases; None where none of them has an adapter."""
+    denoise_lanes_B: Tensor | None = None
+
+    def lane_N(self, encode: int, canvas: int) -> Tensor:
+        """The lane of every token, where rows bring so many to encode and then so many of a canvas."""
+        assert self.encode_lanes_B is not None and self.denoise_lanes_B is not None
+        parts = self.encode_lanes_B[:, None].expand(-1, encode), self.denoise_lanes_B[:, None].expand(-1, canvas)
+        return torch.cat(parts, dim=1).reshape(-1)
+
+
 class Pass:
     """What every layer of a pass shares: rows, counts, and per kind of layer the mask and the rope angles.
 
     Each row brings `encode` tokens (counts[i] of them real) and then `canvas` positions. As long as the cache's rows
-    keep their lengths a pass may be run again: one serves all the steps of a canvas. `places` are rows, lengths and
-    counts as tensors, and only they are read where a recorded step needs them to change under it."""
+    keep their lengths a pass may be run again: one serves all the steps of a canvas. Only `places` are read where a
+    recorded step needs them to change under it, its rows' lanes among them."""
 
     def __init__(
         self,
@@ -47,20 +64,24 @@ class Pass:
         counts: list[int],
         encode: int,
         canvas: int,
-        places: tuple[Tensor, Tensor, Tensor] | None = None,
+        places: Places | None = None,
     ) -> None:
         self.cache, self.rows, self.counts, self.encode, self.canvas = cache, rows, counts, encode, canvas
         self.config, self.dtype, device = model.config, model.dtype, model.device
         self.is_static, self._switch = places is not None, model.lane_switch
-        lanes = [model.usual_lanes if cache.lanes[row] == LanePair() else cache.lanes[row] for row in rows]
         self.lanes = self.canvas_lanes = NOBODY
-        if any(lane.encode >= 0 or lane.denoise >= 0 for lane in lanes):
-            self.lanes = self.canvas_lanes = Lanes.of(lanes, encode, canvas, device)
-            if encode and canvas:
-                self.canvas_lanes = Lanes.of(lanes, 0, canvas, device)
         if places is None:
-            places = torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
-        self.rows_B, lengths_B, counts_B = places
+            own = (cache.lanes[row] for row in rows)
+            self.take_lanes([model.usual_lanes if lanes == LanePair() else lanes for lanes in own])
+            places = Places(
+                torch.tensor(rows, device=device), cache.lengths_B(rows), torch.tensor(counts, device=device)
+            )
+        elif places.encode_lanes_B is not None:
+            self.lanes = self.canvas_lanes = Lanes((), places.lane_N(encode, canvas), is_static=True)
+            if encode and canvas:
+                self.canvas_lanes = Lanes((), places.lane_N(0, canvas), is_static=True)
+        self.places = places
+        self.rows_B, lengths_B, counts_B = places[:3]
         self._new_slots: dict[int, Tensor] = {}
         self.is_canvas_N1: Tensor | None = None
         if encode and canvas:
@@ -83,8 +104,21 @@ class Pass:
                 self.kinds[key] = (mask, *angles(positions_BT, layer.rope, layer.head_dim, self.dtype))
         self._each = [self.kinds[layer.window, layer.rope, layer.head_dim] for layer in self.config.layers]
 
+    def take_lanes(self, lanes: list[LanePair]) -> None:
+        """The adapters of its rows, where the host has a say at every step."""
+        self.lanes = self.canvas_lanes = NOBODY
+        if any(lane != LanePair() for lane in lanes):
+            device = self.cache.device
+            self.lanes = self.canvas_lanes = Lanes.of(lanes, self.encode, self.canvas, device)
+            if self.encode and self.canvas:
+                self.canvas_lanes = Lanes.of(lanes, 0, self.canvas, device)
+
     def refresh_(self) -> None:
         """Compute again, in place, what depends on `places`, after they have changed."""
+        if self.lanes.is_static:
+            self.lanes.lane_N.copy_(self.places.lane_N(self.encode, self.canvas))
+            if self.canvas_lanes is not self.lanes:
+                self.canvas_lanes.lane_N.copy_(self.places.lane_N(0, self.canvas))
         for (_, rope, head_dim), (mask, *old) in self.kinds.items():
             for kept, angles in zip(old, _angles(mask.positions_BT(), rope, head_dim, self.dtype), strict=True):
                 kept.copy_(angles)

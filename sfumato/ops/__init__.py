@@ -8,7 +8,8 @@
     triton      CUDA kernels: bf16, int8, FP8, int4 and NVFP4 weights
 
 `contract` has a protocol for each operation. Every implementation takes a weight in fewer bits (`packed.Packed`) in
-place of a plain one, or says that it does not; reference and fused unpack it with every product.
+place of a plain one, or says that it does not; reference and fused unpack it with every product. Each takes low-rank
+factors beside either of them too (`lowrank.LowRank`), and gives every token those of its own lane.
 """
 
 from __future__ import annotations

@@ -227,7 +227,9 @@ class CanvasState(Protocol):
 
 
 class Pack(Protocol):
-    """A weight in the form that `linear`, `feed_forward` and `experts` of this implementation take."""
+    """A weight in the form that `linear`, `feed_forward` and `experts` of this implementation take.
+
+    Of a base with low-rank factors the base alone is packed: lanes are filled in place where they lie."""
 
     def __call__(self, weight: Matrix, /) -> Matrix:
         """InputError for a form that this implementation cannot take."""

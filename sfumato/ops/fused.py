@@ -62,7 +62,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x32, weight = x.float(), None if weight is None else weight.float()
     if torch.is_grad_enabled():
         if x.device.type == "cpu":
-            normed: Tensor = _RMSNorm.apply(x32, weight, eps)  # type: ignore[no-untyped-call]
+            normed: Tensor = _NormOnCPU.apply(x32, weight, eps)  # type: ignore[no-untyped-call]
             return normed.type_as(x)
         return F.rms_norm(x32, x.shape[-1:], weight, eps).type_as(x)
     mean = x32.square().mean(-1, keepdim=True)
@@ -70,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (x32 if weight is None else x32.mul_(weight)).type_as(x)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _NormOnCPU(torch.autograd.Function):
     """In float32, for a CPU: there torch's own call is a row of operations, and its gradients take twice the time."""
 
     @staticmethod

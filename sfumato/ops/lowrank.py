@@ -42,10 +42,11 @@ class Lanes:
     """The lane of each token of a pass, in the order in which its products meet them, [N] flattened.
 
     `runs` say it on the host: in order, neighbours of one lane joined, without those of `NO_LANE`. `lane_N`, int64 on
-    the device, says it of every token."""
+    the device, says it of every token. `is_static`: only the device knows, since `lane_N` changes under a recorded
+    step, and there are no runs."""
 
-    def __init__(self, runs: tuple[LaneRun, ...], lane_N: Tensor) -> None:
-        self.runs, self.lane_N = runs, lane_N
+    def __init__(self, runs: tuple[LaneRun, ...], lane_N: Tensor, is_static: bool = False) -> None:
+        self.runs, self.lane_N, self.is_static = runs, lane_N, is_static
 
     @classmethod
     def of(cls, rows: list[LanePair], encode: int, canvas: int, device: torch.device | str) -> Lanes:
@@ -63,8 +64,15 @@ class Lanes:
         return cls(tuple(run for run in runs if run.lane != NO_LANE), lane_N)
 
     @property
+    def has_any(self) -> bool:
+        """Whether a token may have a lane."""
+        return self.is_static or bool(self.runs)
+
+    @property
     def common(self) -> int | None:
-        """The lane that all tokens have; None where they have several."""
+        """The lane that all tokens have; None where they have several, or only the device knows."""
+        if self.is_static:
+            return None
         if not self.runs:
             return NO_LANE
         is_one = len(self.runs) == 1 and self.runs[0].size == len(self.lane_N)
@@ -150,6 +158,8 @@ def plus_low_rank(y: Tensor, x: Tensor, weight: LowRank, token_M: Tensor | None 
     x is [.., I] and y [.., O], both M tokens flattened: all of the pass, in its order, or those that `token_M` names
     by their number in the pass."""
     lanes = weight.switch.lanes
+    if lanes.is_static:
+        return _by_mask(y, x, weight, lanes.lane_N if token_M is None else lanes.lane_N[token_M])
     if not lanes.runs:
         return y
     if (lane := lanes.common) is not None:
@@ -175,3 +185,11 @@ def _product(x: Tensor, weight: LowRank, lane: int) -> Tensor:
     """(x Aᵀ) B of one lane, in x's dtype."""
     inner = torch.nn.functional.linear(x, weight.a[lane].to(x.dtype)) * weight.scale
     return inner @ weight.b[lane].to(x.dtype)
+
+
+def _by_mask(y: Tensor, x: Tensor, weight: LowRank, lane_M: Tensor) -> Tensor:
+    """The same where no shape may hang on who has which lane: all lanes of every token, of which its own counts."""
+    x_MI, y_MO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    for lane in range(len(weight.a)):
+        y_MO = torch.where((lane_M == lane)[:, None], y_MO + _product(x_MI, weight, lane), y_MO)
+    return y_MO.view_as(y)

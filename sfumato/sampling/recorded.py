@@ -1,10 +1,11 @@
 """Recorded steps: a step of many canvases as a CUDA graph, for rows up to powers of two.
 
 A graph reads and writes the very memory that it was recorded with, and repeats what Python decided then. So what may
-change lies in static buffers (rows, lengths, counts, tokens to encode, banned tokens), what it reads lives as long as
-it does, and what follows from the lengths alone, masks' numbers and rope's angles, is made anew only when they change:
-once a canvas. All graphs of an engine share one pool of memory, because they run one after the other; the least
-recently used ones go.
+change lies in static buffers (rows, lengths, counts, lanes of adapters, tokens to encode, banned tokens), what it reads
+lives as long as it does, and what follows from the lengths alone, masks' numbers and rope's angles, is made anew only
+when they change: once a canvas. Who has which adapter may change from step to step, and an adapter that is written onto
+a lane needs nothing recorded anew. All graphs of an engine share one pool of memory, because they run one after the
+other; the least recently used ones go.
 
 How a graph is made is a `Capture`: `CudaCapture` on a GPU; nothing on other devices, where the same buffers are used
 and the step runs as usual. `measure.capture` holds a step to what a capture allows, without a GPU.
@@ -17,13 +18,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, weights_of
-from sfumato.model.passes import Pass
+from sfumato.model.passes import Pass, Places
+from sfumato.ops.lowrank import LanePair
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.step import StepInput, step_
 
@@ -93,34 +96,46 @@ class CudaCapture:
         return replay, result
 
 
-class Recorded:
-    """A step for up to `batch` rows, with `encode` tokens a row in the same pass (0: none).
+class RecordedShape(NamedTuple):
+    """For which steps a recording is made, beside what the state has."""
 
-    There is room for `bans` banned tokens (0: no position bans any). Everything that is read is held here, the weights
-    too, whatever becomes of the model. The cache's and the state's tensors are part of the recording: it serves for as
-    long as neither is replaced by a larger one. Pins and early answers are as the state has them when this is made."""
+    batch: int
+    """Rows, at most."""
+    encode: int = 0
+    """Tokens a row in the same pass; 0: none."""
+    bans: int = 0
+    """Banned tokens, at most; 0: no position bans any."""
+    has_lanes: bool = False
+    """Rows may have adapters."""
+
+
+class Recorded:
+    """A step of this shape.
+
+    Everything that is read is held here, the weights too, whatever becomes of the model. The cache's and the state's
+    tensors are part of the recording: it serves for as long as neither is replaced by a larger one. Pins and early
+    answers are as the state has them when this is made."""
 
     def __init__(
         self,
         model: Model,
         cache: KVCache,
         state: Canvases,
-        batch: int,
-        encode: int,
-        bans: int = 0,
+        shape: RecordedShape,
         capture: Capture | None = None,
     ) -> None:
         self.weights, self.cache, self.state = list(weights_of(model)), cache, state
-        self.batch, self.encode = batch, encode
+        batch, encode, bans, has_lanes = shape
+        self.batch, self.has_lanes = batch, has_lanes
         device, length = model.device, state.canvas_XL.shape[1]
         self.scratch = len(state.canvas_XL) - 1
-        self.places_4B = torch.zeros(4, batch, dtype=torch.long, device=device)
-        self.places_4B[0] = self.scratch
+        self.places_PB = torch.zeros(6 if has_lanes else 4, batch, dtype=torch.long, device=device)
+        self.places_PB[0] = self.scratch
         self.tokens_BT = torch.zeros(batch, encode, dtype=torch.long, device=device) if encode else None
         self.bans_N = torch.zeros(bans, dtype=torch.long, device=device) if bans else None
-        at_B, *places = self.places_4B.unbind()
+        at_B, *places = self.places_PB.unbind()
         counts = [encode] * batch
-        self.run = Pass(model, cache, [0] * batch, counts, encode, length, (places[0], places[1], places[2]))
+        self.run = Pass(model, cache, [0] * batch, counts, encode, length, Places(*places))
 
         def refresh() -> None:
             self.run.refresh_()
@@ -133,6 +148,7 @@ class Recorded:
         self._refresh: Replay = refresh
         self._step: Replay = step
         self._encoded_BTD: Tensor | None = None
+        self.is_captured = capture is not None
         if capture is not None:
             self._refresh, _ = capture(refresh)
             self._step, self._encoded_BTD = capture(step)
@@ -151,8 +167,13 @@ class Recorded:
         fill = self.batch - len(rows)
         # A filler reads cache row 0 and writes, with a count of 0, to the slot that takes padding.
         places = [rows + [self.scratch] * fill, rows + [0] * fill, lengths + [0] * fill, counts + [0] * fill]
+        if self.has_lanes:
+            lanes = [self.cache.lanes[row] for row in rows] + [LanePair()] * fill
+            places += [[lane.encode for lane in lanes], [lane.denoise for lane in lanes]]
+            if not self.is_captured and places != self._last[0]:
+                self.run.take_lanes(lanes)  # operations that multiply run by run are told, where they can be
         if places != self._last[0]:
-            self.places_4B.copy_(_staged(places, self.places_4B), non_blocking=True)
+            self.places_PB.copy_(_staged(places, self.places_PB), non_blocking=True)
             self._refresh()
         if self.bans_N is not None and bans != self._last[1]:  # the last one again where there is room for more
             ids = [*bans, *[bans[-1]] * (len(self.bans_N) - len(bans))]
@@ -182,18 +203,20 @@ class Recordings:
         model: Model,
         cache: KVCache,
         state: Canvases,
-        rows: int,
+        rows: Sequence[int],
         encode: int,
         bans: Sequence[int],
     ) -> Recorded:
-        """The recording that serves so many rows; made where there is none."""
-        seats = len(state.canvas_XL) - 1
-        batch, width = min(padded(rows), seats), padded(len(bans))
-        key = state.canvas_XL.shape[1], batch, encode, width, state.has_pins, state.has_early, state.has_further_rules
+        """The recording that serves these rows, or as many others of which some have adapters, or none of them has.
+
+        It is made where there is none."""
+        seats, has_lanes = len(state.canvas_XL) - 1, any(cache.lanes[row] != LanePair() for row in rows)
+        shape = RecordedShape(min(padded(len(rows)), seats), encode, padded(len(bans)), has_lanes)
+        key = state.canvas_XL.shape[1], shape, state.has_pins, state.has_early, state.has_further_rules
         if key not in self._kept:
             while len(self._kept) >= MOST:
                 self._kept.popitem(last=False)
-            self._kept[key] = Recorded(model, cache, state, batch, encode, width, self.capture)
+            self._kept[key] = Recorded(model, cache, state, shape, self.capture)
         self._kept.move_to_end(key)
         return self._kept[key]
 

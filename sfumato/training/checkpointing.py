@@ -3,7 +3,8 @@
 A block gives hidden states and the new keys and values (`BlockResult`). These stay: the hidden states are what the next
 block takes, and the encoder's keys and values are what all denoise passes read, so that no denoise pass, and none of
 its gradients, waits for the encoder to run again. Everything between them is computed anew in the backward pass, block
-by block. Gradients are the same to the last bit; a step takes about a third more time. The model knows nothing of it.
+by block. Gradients are the same to the last bit, and a step takes 38 % more time (nano; docs/LOG.md). The model knows
+nothing of it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from sfumato.model.adapters import TRAINED
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.sampling.rules import leave_one_out_bonus
-from sfumato.training.vocabulary import Observed, cross_entropy_sum, soft_embedding
+from sfumato.training.vocabulary import ObservedTokens, cross_entropy_sum, soft_embedding
 
 IGNORE = -100
 
@@ -198,6 +198,6 @@ def loss_sums(model: Model, problem: Problem, leave_one_out: bool = False) -> Lo
     observed = None
     if leave_one_out:
         bonus_BL = leave_one_out_bonus(1 - problem.level_B, config.vocab_size)[:, None].expand_as(canvas_BL)
-        observed = Observed(canvas_BL.flatten(), bonus_BL.flatten())
+        observed = ObservedTokens(canvas_BL.flatten(), bonus_BL.flatten())
     diffusion_sum = cross_entropy_sum(model, hidden_ND, problem.target_BL.flatten(), observed)
     return LossSums(diffusion_sum, encode_sum, problem.diffusion_count, problem.encode_count)

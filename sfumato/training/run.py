@@ -124,7 +124,7 @@ class _TrainingRun:
             torch.set_num_threads(spec.threads)
         self.spec, self.display, self.ranks = spec, display, ranks
         self.base = setup.base_of(spec)
-        recipe = setup.new_recipe(spec)
+        recipe = setup.new_recipe(spec, self.base)
         with ranks.in_turn():  # the first one keeps what it has read of files
             self.sources = setup.sources_of(spec, self.base, recipe, display.count, display.read)
         self.recipe: TrainingRecipe = setup.with_steps(recipe, spec, self.sources.examples)

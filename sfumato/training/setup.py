@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sfumato import ops
 from sfumato.checkpoints.checkpoint import in_full
 from sfumato.checkpoints.detect import open_checkpoint
@@ -22,6 +24,7 @@ from sfumato.options import LoadOptions
 from sfumato.tasks import task as tasks
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
+from sfumato.training.checkpointing import checkpoint_
 from sfumato.training.data import (
     Dataset,
     LengthLimit,
@@ -42,7 +45,6 @@ CountProgress = Callable[[int, int], None]
 
 USUAL_TOKENS = 4096
 """The longest example, where none is asked for and the model's context is longer."""
-USUAL_HELD_OUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,12 @@ def base_of(spec: RunSpec) -> Base:
     return Base(folder, tokenizer, template, digest.hexdigest()[:16])
 
 
-def new_recipe(spec: RunSpec) -> TrainingRecipe:
+def new_recipe(spec: RunSpec, base: Base) -> TrainingRecipe:
     """The recipe of the run in the folder, or a new one, with the changes that were asked for."""
     if latest(spec.folder) is not None:
         return replace(recipe_of(spec.folder), **spec.changes)
-    return TrainingRecipe(**{**(FULL if spec.lora is None else LORA), **spec.changes})
+    own = {"leave_one_out": ModelConfig.from_file(base.folder / "config.json").is_leave_one_out}
+    return TrainingRecipe(**{**(FULL if spec.lora is None else LORA), **own, **spec.changes})
 
 
 def with_steps(recipe: TrainingRecipe, spec: RunSpec, examples: int | None) -> TrainingRecipe:
@@ -106,6 +109,19 @@ def with_steps(recipe: TrainingRecipe, spec: RunSpec, examples: int | None) -> T
 
 def model_of(spec: RunSpec, base: Base, recipe: TrainingRecipe, device: str) -> Model:
     """The model with the parameters that are trained, and no others, requiring gradients."""
+    model = _trainable(spec, base, recipe, device)
+    if spec.lora is None:
+        model.config = replace(model.config, is_leave_one_out=recipe.leave_one_out)
+    elif model.config.is_leave_one_out != recipe.leave_one_out:
+        kind = "a leave-one-out model" if model.config.is_leave_one_out else "no leave-one-out model"
+        raise InputError(
+            f"leave_one_out is {recipe.leave_one_out} and {spec.model} is {kind}, which factors cannot change, since "
+            "all rows of a batch are sampled alike; leave it out, or train all weights"
+        )
+    return checkpoint_(model) if spec.checkpointing else model
+
+
+def _trainable(spec: RunSpec, base: Base, recipe: TrainingRecipe, device: str) -> Model:
     if spec.is_new:
         model = Model(ModelConfig.from_file(base.folder / "config.json"), ops.load("fused")).to(device)
         return model.init_(recipe.seed, std=0.05)
@@ -186,11 +202,10 @@ def _dataset(spec: RunSpec, base: Base, recipe: TrainingRecipe, reading: Reading
         )
 
     if data.held_out is not None:
-        share = held_out_of(data.held_out)
-        return opened(None if share == 0 else share)
+        return opened(held_out_of(data.held_out))
     whole = opened(None)
-    has_several = len(set(whole.train.index.entries["content"].tolist()[:1000])) > 1
-    return opened(USUAL_HELD_OUT) if has_several and spec.looks.every != 0 else whole
+    has_several = len(np.unique(whole.train.index.entries["content"])) > 1
+    return opened(held_out_of(None)) if has_several and spec.looks.every != 0 else whole
 
 
 def _task_sources(

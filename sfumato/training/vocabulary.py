@@ -21,18 +21,19 @@ GROUP = 2**25
 """Elements of the float32 logits of a group, 128 MiB; two tensors of this size exist at once."""
 
 
-class Observed(NamedTuple):
+class ObservedTokens(NamedTuple):
     """What the leave-one-out objective adds to the logit of each position's observed token."""
 
     token_N: Tensor
     bonus_N: Tensor
 
 
-def cross_entropy_sum(model: Model, hidden_ND: Tensor, target_N: Tensor, observed: Observed | None = None) -> Tensor:
+def cross_entropy_sum(
+    model: Model, hidden_ND: Tensor, target_N: Tensor, observed: ObservedTokens | None = None
+) -> Tensor:
     """The sum of the cross-entropies of these positions in nats, float32; a target below 0 counts for nothing."""
-    token_N, bonus_N = (None, None) if observed is None else observed
     total: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, model.head_VD, target_N, token_N, bonus_N, model.config.softcap, _product_dtype(hidden_ND)
+        hidden_ND, model.head_VD, target_N, observed, model.config.softcap, _product_dtype(hidden_ND)
     )
     return total
 
@@ -68,8 +69,7 @@ class _CrossEntropySum(torch.autograd.Function):
         hidden_ND: Tensor,
         head_VD: Tensor,
         target_N: Tensor,
-        token_N: Tensor | None,
-        bonus_N: Tensor | None,
+        observed: ObservedTokens | None,
         softcap: float,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -84,8 +84,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 x = hidden_ND[part].to(dtype)
                 tanh = (x @ plain_VD.mT).float().div_(softcap).tanh_()
                 logits = tanh * softcap
-                if token_N is not None and bonus_N is not None:
-                    logits.scatter_add_(1, token_N[part, None], bonus_N[part, None])
+                if observed is not None:
+                    logits.scatter_add_(1, observed.token_N[part, None], observed.bonus_N[part, None])
                 is_target_N1 = target_N[part, None] >= 0
                 target_N1 = target_N[part, None].clamp_min(0)
                 picked_N1 = logits.gather(1, target_N1)
@@ -108,7 +108,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         both = (None if own is None else own * grad.to(own.dtype) for own in ctx.saved_tensors)
-        return (*both, None, None, None, None, None)
+        return (*both, None, None, None, None)
 
 
 class _SoftEmbedding(torch.autograd.Function):

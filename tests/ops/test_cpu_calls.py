@@ -16,6 +16,7 @@ from sfumato.errors import InputError
 from sfumato.ops import cpu
 from sfumato.ops.contract import BlockPass, JoinNorms, Layer
 from sfumato.ops.cpu import build, calls
+from sfumato.ops.lowrank import LanePair, Lanes, LaneSwitch, LowRank
 from sfumato.ops.masks import Mask
 from sfumato.quant import formats
 
@@ -34,6 +35,13 @@ def mask_of(
     return Mask([*rows], torch.tensor(rows), torch.tensor(lengths), torch.tensor(counts), 4, 6, 8, 20, 9)
 
 
+def router() -> LowRank:
+    """With factors, which the twenty tokens of every call here have."""
+    switch = LaneSwitch()
+    switch.lanes = Lanes.of([LanePair(0, 0)] * 2, 4, 6, "cpu")
+    return LowRank(random(3, WIDTH), random(1, 4, WIDTH), random(1, 4, 3), switch)
+
+
 def layer() -> Layer:
     def norm(size: int = WIDTH) -> Tensor:
         return random(size)
@@ -44,7 +52,7 @@ def layer() -> Layer:
     kv = GROUPS * HEAD
     return Layer(
         norm(), pack(HEADS * HEAD, WIDTH), pack(kv, WIDTH), pack(kv, WIDTH), pack(WIDTH, HEADS * HEAD), norm(HEAD),
-        norm(HEAD), norm(), norm(), pack(40, WIDTH), pack(40, WIDTH), pack(WIDTH, 40), norm(), norm(), random(3, WIDTH),
+        norm(HEAD), norm(), norm(), pack(40, WIDTH), pack(40, WIDTH), pack(WIDTH, 40), norm(), norm(), router(),
         random(3), norm(), pack(3, 48, WIDTH), pack(3, WIDTH, 24), norm(), norm(), 2, 1e-6,
     )  # fmt: skip
 
@@ -56,7 +64,7 @@ def run_all(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu.rms_norm(x, norm, 1e-6)
     cpu.norm_add(x, x, norm, 1e-6)
     cpu.join(x, x, x, norms, 1e-6, random(20, 1))
-    index, share = cpu.route(x, norm, random(3, WIDTH), random(3), 2, 1e-6)
+    index, share = cpu.route(x, norm, router(), random(3), 2, 1e-6)
     cpu.experts(x, index, share, cpu.pack(random(3, 48, WIDTH)), cpu.pack(random(3, WIDTH, 24)))
     cpu.feed_forward(x, cpu.pack(random(40, WIDTH)), cpu.pack(random(40, WIDTH)), cpu.pack(random(WIDTH, 40)))
     q, new, ring, angle = (random(2, 10, HEADS, HEAD), random(2, 10, GROUPS, HEAD), random(3, 21, GROUPS, HEAD),

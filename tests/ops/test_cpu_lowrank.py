@@ -204,6 +204,20 @@ def test_without_a_lane_it_is_the_weight_alone() -> None:
     assert torch.equal(cpu.linear(x, weight)[0], cpu.linear(x, weight.base)[0])
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3, 4, 5])
+def test_a_lane_of_a_lower_rank_is_read_no_further(rank: int) -> None:
+    """An adapter beside one of a higher rank, or without factors here: zeros stand behind its own."""
+    x, switch = random(9, 70), switch_of(*[1] * 9)
+    weight = cpu.pack(beside(random(40, 70), switch))
+    weight.a[1, rank:] = 0
+    alone = (
+        cpu.pack(LowRank(weight.base, weight.a[:, :rank], weight.b[:, :rank], switch, weight.scale)) if rank else None
+    )
+    weight.b[1, rank:] = torch.nan
+    want = cpu.linear(x, weight.base if alone is None else alone)[0]
+    assert torch.equal(cpu.linear(x, weight)[0], want)
+
+
 def test_a_lane_that_is_not_finite_stays_in_its_rows(way: str) -> None:
     switch, x = switch_of(*[0] * 7, *[1] * 7), random(14, 64)
     weight = cpu.pack(beside(random(40, 64), switch))
@@ -320,3 +334,19 @@ def test_a_model_with_several_adapters(dtype: torch.dtype, form: str, layers: in
     for own, whole in zip(hidden_of(model, [LanePair()] * 6, rows), every["cpu"], strict=True):
         assert torch.equal(own[1], whole[1]) and torch.equal(own[5], whole[5])
         assert (own[0].float() - whole[0].float()).norm() > 0.1 * own[0].float().norm()
+
+
+def test_small_layers_row_by_row_are_those_of_all_rows_at_once() -> None:
+    """Where a thread takes a row through all of a layer, its lanes are that row's: with one thread nobody does."""
+    before, every = torch.get_num_threads(), list[list[Tensor]]()
+    model = tiny.tiny_model(name="cpu")
+    bank = Adapters(model)
+    one, two = (bank.load(str(n), random_adapter(model, n)) for n in range(2))
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            lanes = [one, LanePair(), two, two, one, LanePair(two.encode, one.denoise)]
+            every.append(hidden_of(model, lanes, [*range(6)]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *every))

@@ -302,8 +302,8 @@ def test_parts_add_up() -> None:
         weight = forms.form(forms.pack(formats.pack(one, kind) if kind else one), x)
         ready = product.prepare(x, weight)
         whole, parts = torch.empty(5, 40), torch.empty(3, 5, 40)
-        linear.multiply(*ready, [weight], [whole], dtype)
-        linear.multiply(*ready, [weight], [parts], dtype)
+        linear.multiply(ready, [weight], [whole], dtype)
+        linear.multiply(ready, [weight], [parts], dtype)
         assert relative(parts.sum(0), whole) < 1e-6 and relative(parts[0] + parts[1], whole) > 0.1
 
 

@@ -1,6 +1,6 @@
 """ops/triton: a whole model on the kernels, under the interpreter: prompts of different length, two canvases a row, the
 commit encoded with the next canvas's first step, static buffers. Tokens and steps are the reference's under the same
-noise."""
+noise; so are hidden states where rows have adapters on everything, recorded or not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from tape import Tape
 from sfumato.engine.engine import EngineSettings
 from sfumato.engine.run import Run
 from sfumato.events import Done
+from sfumato.model.adapters import TARGETS, Adapter, Adapters, new_adapter
+from sfumato.model.cache import KVCache
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.model.network import Model
+from sfumato.ops.lowrank import LanePair
 from sfumato.options import Options
+from sfumato.sampling.canvases import Canvases
+from sfumato.sampling.recorded import Recorded, RecordedShape
+from sfumato.sampling.rules import Rules
 
 pytest.importorskip("triton")
 import triton_interpreter
@@ -56,6 +62,39 @@ def test_the_tokens_are_the_references(way: str) -> None:
         model = Model(CONFIG, kernels.record())
     model.load_state_dict(plain.state_dict(), assign=True)
     assert answers(model.requires_grad_(False).eval().pack_(), **WAYS[way]) == answers(plain)
+
+
+def adapter_of(model: Model, seed: int) -> Adapter:
+    plain, generator = new_adapter(model, 3, 3.0, tuple(TARGETS), seed=seed), torch.Generator().manual_seed(seed)
+    return Adapter({n: f._replace(b=torch.randn(f.b.shape, generator=generator) / 2) for n, f in plain.factors.items()})
+
+
+def test_adapters_on_everything_are_the_references() -> None:
+    """A step that encodes two rows of different adapters, and a recording of it that begins with other lanes."""
+    plain = tiny.tiny_model(CONFIG, seed=3, name="reference")
+    with torch.device("meta"):
+        model = Model(CONFIG, kernels.record())
+    model.load_state_dict(plain.state_dict(), assign=True)
+    model = model.requires_grad_(False).eval().pack_()
+    length, tokens_BT = CONFIG.canvas_length, torch.arange(2 * CONFIG.canvas_length).view(2, -1) % 61
+    results = []
+    with torch.inference_mode():
+        for one, capture in ((plain, None), (model, None), (model, Tape())):
+            bank = Adapters(one)
+            lanes = [bank.load(name, adapter_of(one, seed)) for seed, name in enumerate("ab")]
+            cache = KVCache.allocate(CONFIG, 2, 64)
+            state = Canvases.allocate(one, [Rules.of(Options())] * 2, [5, 6], [0, 1])
+            recording = Recorded(one, cache, state, RecordedShape(2, length, has_lanes=True), capture)
+            state.begin_([0, 1], tokens_BT.flip(0) % 50, torch.full((2, length), -1), [0, 0])
+            cache.lanes[:] = [LanePair(lanes[0].encode, lanes[1].denoise), LanePair(-1, lanes[0].denoise)]
+            encoded_BTD = recording([0, 1], [0, 0], [length, 3], tokens_BT)
+            assert encoded_BTD is not None
+            results.append((encoded_BTD[0].clone(), encoded_BTD[1, :3].clone(), state.entropy_XL[:2].clone()))
+            for name in "ab":
+                bank.unload(name)
+    for other in results[1:]:
+        for exact, fast in zip(results[0], other, strict=True):
+            assert (fast - exact).norm() < 1e-4 * exact.norm()
 
 
 triton_interpreter.in_a_child(globals())

@@ -22,7 +22,7 @@ from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.rules import leave_one_out_bonus
 from sfumato.sampling.step import StepInput, read_canvases, step_
 
-SEEN = torch.arange(2)
+BOTH = torch.arange(2)
 V = tiny.tiny_config().vocab_size
 
 
@@ -45,7 +45,7 @@ def middle(ours: Model, accepted: int) -> tuple[Any, Canvases, StepInput]:
     state.step_X[:2] = 1
     state.accepted_XL[0, :accepted] = True
     state.accepted_XL[1] = False
-    return cache, state, StepInput(SEEN, Pass(ours, cache, [0, 1], [0, 0], 0, LENGTH))
+    return cache, state, StepInput(BOTH, Pass(ours, cache, [0, 1], [0, 0], 0, LENGTH))
 
 
 def test_the_bonus_is_bayes_rule() -> None:
@@ -53,12 +53,12 @@ def test_the_bonus_is_bayes_rule() -> None:
     words = 5
     others = torch.softmax(torch.randn(words, generator=torch.Generator().manual_seed(0)), 0)
     for kept in (0.0, 0.3, 0.9):
-        for seen in range(words):
+        for token in range(words):
             likelihood = torch.full((words,), (1 - kept) / words)
-            likelihood[seen] += kept
+            likelihood[token] += kept
             expected = others * likelihood / (others * likelihood).sum()
             logits = others.log()
-            logits[seen] += leave_one_out_bonus(torch.tensor(kept), words)
+            logits[token] += leave_one_out_bonus(torch.tensor(kept), words)
             torch.testing.assert_close(torch.softmax(logits, 0), expected)
     assert leave_one_out_bonus(torch.tensor(1.0), words).isfinite()
 
@@ -71,19 +71,19 @@ def test_a_read_out_sees_the_tokens_that_its_canvas_holds(name: str, accepted: i
     cache, state, inputs = middle(plain, accepted)
     before = read_canvases(plain, cache, state, inputs)
     raw: Tensor = before.read.logits_BLV.clone()
-    found = read_canvases(left_out(plain), cache, state, inputs)
+    actual = read_canvases(left_out(plain), cache, state, inputs)
     temperature = state.temperature_XS[0, 1]
     expected = raw.clone()
     bonus = leave_one_out_bonus(torch.tensor(accepted / LENGTH), V) / temperature
     expected[0].scatter_add_(1, state.canvas_XL[0][:, None], bonus.expand(LENGTH, 1))
-    torch.testing.assert_close(found.read.logits_BLV, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.read.logits_BLV, expected, rtol=1e-5, atol=1e-5)
     p = torch.softmax(expected, -1)
-    torch.testing.assert_close(found.read.entropy_BL, torch.special.entr(p).sum(-1), rtol=1e-4, atol=1e-5)
-    assert found.read.argmax_BL.equal(expected.argmax(-1))
+    torch.testing.assert_close(actual.read.entropy_BL, torch.special.entr(p).sum(-1), rtol=1e-4, atol=1e-5)
+    assert actual.read.argmax_BL.equal(expected.argmax(-1))
     assert inputs.noise is None
     if accepted:
-        assert not found.read.entropy_BL[0].allclose(before.read.entropy_BL[0], atol=1e-3)
-    assert found.read.argmax_BL[1].equal(before.read.argmax_BL[1])
+        assert not actual.read.entropy_BL[0].allclose(before.read.entropy_BL[0], atol=1e-3)
+    assert actual.read.argmax_BL[1].equal(before.read.argmax_BL[1])
 
 
 @pytest.mark.parametrize("name", tiny.OPS)
@@ -104,13 +104,13 @@ def test_a_first_step_adds_nothing_but_for_pins() -> None:
     plain = model("fused")
     cache, state, inputs = middle(plain, LENGTH)
     state.step_X[:2] = 0  # what an earlier canvas has accepted counts for nothing
-    before, found = (read_canvases(one, cache, state, inputs).read for one in (plain, left_out(plain)))
-    torch.testing.assert_close(found.logits_BLV, before.logits_BLV)
-    assert found.sample_BL.equal(before.sample_BL)
+    before, actual = (read_canvases(one, cache, state, inputs).read for one in (plain, left_out(plain)))
+    torch.testing.assert_close(actual.logits_BLV, before.logits_BLV)
+    assert actual.sample_BL.equal(before.sample_BL)
     state.pin_XL[0, :2] = 7
     pinned = read_canvases(left_out(plain), cache, state, inputs).read
     assert not pinned.logits_BLV[0].allclose(before.logits_BLV[0])
-    assert pinned.logits_BLV[1].equal(found.logits_BLV[1])
+    assert pinned.logits_BLV[1].equal(actual.logits_BLV[1])
 
 
 @torch.no_grad()

@@ -18,13 +18,17 @@ from sfumato.engine.engine import Engine, EngineSettings
 from sfumato.engine.run import Run
 from sfumato.events import Done
 from sfumato.measure.capture import watch
+from sfumato.model.adapters import Adapter, Adapters, new_adapter
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model, replace_
+from sfumato.model.passes import Pass
+from sfumato.ops.lowrank import LanePair
 from sfumato.options import Options
 from sfumato.sampling import recorded
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.recorded import Recorded, Recordings
+from sfumato.sampling.recorded import Recorded, RecordedShape, Recordings
 from sfumato.sampling.rules import Rules
+from sfumato.sampling.step import StepInput, step_
 
 # Two experts, and enough tokens, are one product of fixed shapes in the fused operations.
 CONFIG = tiny.tiny_config(num_experts=2, top_k_experts=1, canvas_length=32)
@@ -73,7 +77,7 @@ def recorded_alone(bans: int = 4, encode: int = 32) -> tuple[Recorded, dict[int,
         outside.update(watch(run, "cpu").outside)
         return (lambda: None), None
 
-    return Recorded(model, cache, state, 2, encode, bans, capture), outside
+    return Recorded(model, cache, state, RecordedShape(2, encode, bans), capture), outside
 
 
 @pytest.mark.parametrize("encode", [0, 32])
@@ -109,13 +113,13 @@ def test_the_least_recently_used_recording_goes(monkeypatch: pytest.MonkeyPatch)
     state = Canvases.allocate(model, [Rules.of(Options())] * 4, [0] * 4, [0] * 4)
     kept = Recordings(None)
     with torch.inference_mode():
-        one = kept.of(model, cache, state, 1, 0, ())
-        two = kept.of(model, cache, state, 2, 0, ())
-        assert kept.of(model, cache, state, 1, 0, ()) is one
-        kept.of(model, cache, state, 4, 0, ())
+        one = kept.of(model, cache, state, [0], 0, ())
+        two = kept.of(model, cache, state, [0, 1], 0, ())
+        assert kept.of(model, cache, state, [0], 0, ()) is one
+        kept.of(model, cache, state, [0, 1, 2, 3], 0, ())
         assert len(kept) == 2
-        assert kept.of(model, cache, state, 1, 0, ()) is one
-        assert kept.of(model, cache, state, 2, 0, ()) is not two
+        assert kept.of(model, cache, state, [0], 0, ()) is one
+        assert kept.of(model, cache, state, [0, 1], 0, ()) is not two
 
 
 def test_banned_tokens_are_no_part_of_a_recording() -> None:
@@ -124,10 +128,10 @@ def test_banned_tokens_are_no_part_of_a_recording() -> None:
     cache = KVCache.allocate(CONFIG, 1, 64)
     state = Canvases.allocate(model, [Rules.of(Options())], [0], [0])
     with torch.inference_mode():
-        one = kept.of(model, cache, state, 1, 0, (1, 2, 3))
-        assert kept.of(model, cache, state, 1, 0, (4, 5, 6, 7)) is one
-        assert kept.of(model, cache, state, 1, 0, (4, 5)) is not one
-        assert kept.of(model, cache, state, 1, 0, ()) is not one
+        one = kept.of(model, cache, state, [0], 0, (1, 2, 3))
+        assert kept.of(model, cache, state, [0], 0, (4, 5, 6, 7)) is one
+        assert kept.of(model, cache, state, [0], 0, (4, 5)) is not one
+        assert kept.of(model, cache, state, [0], 0, ()) is not one
         state.banned_XL[0] = True
         for bans in (1, 2, 3), (4, 5, 6, 7), (8, 9, 10):
             state.begin_([0], torch.zeros(1, 32, dtype=torch.long), torch.full((1, 32), -1), [0])
@@ -141,9 +145,74 @@ def test_angles_are_made_once_a_canvas() -> None:
     cache = KVCache.allocate(CONFIG, 2, 64)
     state = Canvases.allocate(model, [Rules.of(Options())] * 2, [0] * 2, [0] * 2)
     with torch.inference_mode():
-        one = Recorded(model, cache, state, 2, 0)
+        one = Recorded(model, cache, state, RecordedShape(2))
         refresh = one._refresh
         one._refresh = lambda: refreshed.append(refresh())
         for lengths in [5, 9], [5, 9], [5, 9], [37, 9]:
             one([0, 1], lengths, [0, 0])
         assert len(refreshed) == 2
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def adapter_of(model: Model, seed: int, rank: int = 3) -> Adapter:
+    """Factors for what needs no number of the device in the fused operations."""
+    plain = new_adapter(model, rank, 2.0 * rank, ("attention", "dense", "self_conditioning"), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter({n: f._replace(b=torch.randn(f.b.shape, generator=generator)) for n, f in plain.factors.items()})
+
+
+@pytest.mark.parametrize("encode", [0, 32])
+@pytest.mark.parametrize("capture", [Tape(), None], ids=["captured", "as it is"])
+def test_who_has_which_adapter_may_change_under_a_recording(encode: int, capture: Tape | None) -> None:
+    model = model_of()
+    bank = Adapters(model)
+    one, two = (bank.load(name, adapter_of(model, seed)) for seed, name in enumerate("ab"))
+    cache = KVCache.allocate(CONFIG, 3, 200)
+    state = Canvases.allocate(model, [Rules.of(Options())] * 3, [5, 6, 7], [0, 1, 2])
+    tokens = torch.arange(64).view(2, 32) % 61 if encode else None
+    counts = [20, 32] if encode else [0, 0]
+
+    def entropies(step: Any) -> torch.Tensor:
+        state.begin_([0, 2], torch.arange(64).view(2, 32) % 50, torch.full((2, 32), -1), [0, 0])
+        for _ in range(2 if not encode else 1):  # the second with a soft embedding
+            step()
+        return state.entropy_XL[[0, 2]].clone()
+
+    def plain() -> None:
+        run = Pass(model, cache, [0, 2], counts, encode, 32)
+        step_(model, cache, state, StepInput(torch.tensor([0, 2]), run, tokens))
+
+    with torch.inference_mode():
+        recording = Recorded(model, cache, state, RecordedShape(4, encode, has_lanes=True), capture)
+        base = entropies(lambda: recording([0, 2], [0, 0], counts, tokens))
+        for lanes in ([one, two], [two, LanePair()], [LanePair(-1, two.denoise), LanePair(one.encode, -1)]):
+            cache.lanes[0], cache.lanes[2] = lanes
+            recorded_XL, plain_XL = entropies(lambda: recording([0, 2], [0, 0], counts, tokens)), entropies(plain)
+            assert (recorded_XL - plain_XL).abs().max() < 1e-4
+            is_changed = [lane.denoise >= 0 or (encode > 0 and lane.encode >= 0) for lane in lanes]
+            assert [not torch.equal(*pair) for pair in zip(recorded_XL, base, strict=True)] == is_changed
+
+
+def test_what_is_written_onto_a_lane_is_not_recorded_anew() -> None:
+    """A stack that grows is; and rows without adapters have a recording without."""
+    model, kept = model_of(), Recordings(None)
+    bank = Adapters(model)
+    for name in "ab":
+        bank.load(name, adapter_of(model, 1))
+    bank.unload("b")
+    cache = KVCache.allocate(CONFIG, 2, 64)
+    state = Canvases.allocate(model, [Rules.of(Options())] * 2, [0] * 2, [0] * 2)
+    cache.lanes[1] = bank.load("c", adapter_of(model, 2))
+    with torch.inference_mode():
+        without, having = (kept.of(model, cache, state, [row], 0, ()) for row in (0, 1))
+        assert (without.has_lanes, having.has_lanes) == (False, True)
+        assert kept.of(model, cache, state, [1], 0, ()) is having
+    bank.unload("a")
+    bank.load("d", adapter_of(model, 3))
+    kept.check(model)
+    assert len(kept) == 2
+    bank.load("e", adapter_of(model, 4, rank=8))
+    kept.check(model)
+    assert len(kept) == 0

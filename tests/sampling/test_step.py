@@ -27,7 +27,7 @@ from sfumato.model.network import Model
 from sfumato.model.passes import Pass
 from sfumato.sampling import step
 from sfumato.sampling.canvases import Canvases
-from sfumato.sampling.recorded import Recorded
+from sfumato.sampling.recorded import Recorded, RecordedShape
 from sfumato.sampling.step import StepInput, step_
 
 
@@ -72,7 +72,7 @@ def test_a_recorded_step_for_four_serves_one(encode: int) -> None:
     hidden = step_(ours, cache, state, StepInput(torch.tensor([1]), run, more))
     cache, state = recorded
     others = read_state(state, [0, 2]), keys_and_values(cache, [0, 2])
-    step = Recorded(ours, cache, state, 4, LENGTH if encode else 0)
+    step = Recorded(ours, cache, state, RecordedShape(4, LENGTH if encode else 0))
     encoded = step([1], [9], [encode], tokens if encode else None)
     assert same(read_state(state, [0, 2]), others[0])
     assert same(keys_and_values(cache, [0, 2]), others[1])

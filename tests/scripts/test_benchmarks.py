@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from released_config import RELEASED
 
-from benchmarks import common, kernels, ops, predict, results
+from benchmarks import common, kernels, ops, predict, results, sections
 from sfumato.measure import machine
 from sfumato.measure.work import Parameters, step_work
 from sfumato.model.config import ModelConfig
@@ -129,6 +129,20 @@ def test_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ceilings: Path) -
     assert one["peak_beyond_bytes"] is not None and one["products_seconds"] > 0
     assert all("torch.matmul" in means for means in one["products"].values())
     assert len(one["targets"]) == 2 and {target["reached"] for target in one["targets"].values()} <= {True, False}
+
+
+def test_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, module = tmp_path / "adapters.json", importlib.import_module("benchmarks.adapters")
+    with tiny.one_thread():
+        small = ("--size", "tiny", "--prompt", "16", "--rank", "2", "--seconds", "0.02", "--kinds", "int4,fused")
+        actual = run(module, monkeypatch, path, *small)
+    assert set(actual["kinds"]) == {"int4", "fused"}
+    for one in actual["kinds"].values():
+        assert set(one["one row"]) == {"without", "one adapter", "merged"} and len(one["sixteen rows"]) == 3
+        for row in (*one["one row"].values(), *one["sixteen rows"].values()):
+            assert row["fastest_seconds"] > 0 and row["rounds"] >= 1 and -1 < row["cost"] < 100
+        assert one["one row"]["without"]["cost"] == 0
+    assert "one adapter" in sections.SECTIONS["adapters"][1](actual)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # raised inside transformers

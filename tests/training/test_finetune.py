@@ -31,7 +31,8 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.training.data import Source, SudokuSource
 from sfumato.training.loss import IGNORE, Corruption, Examples, Problem, losses, problem
-from sfumato.training.train import StepReport, Trainer, TrainingRecipe, recipe_of
+from sfumato.training.recipe import TrainingRecipe
+from sfumato.training.train import StepReport, Trainer, recipe_of
 
 L = 8
 EOS = 1

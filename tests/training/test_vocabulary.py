@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sfumato.model.network import Model
 from sfumato.training import vocabulary
 from sfumato.training.loss import Corruption, Examples, losses, problem
-from sfumato.training.vocabulary import Observed, cross_entropy_sum, soft_embedding
+from sfumato.training.vocabulary import ObservedTokens, cross_entropy_sum, soft_embedding
 
 V, D, N = 509, 24, 21
 CONFIG = tiny_config(vocab_size=V)
@@ -33,7 +33,7 @@ class WidestLogits(TorchDispatchMode):
         return out
 
 
-def whole(model: Model, hidden: Tensor, target: Tensor, observed: Observed | None) -> Tensor:
+def whole(model: Model, hidden: Tensor, target: Tensor, observed: ObservedTokens | None) -> Tensor:
     logits = model.logits(hidden)
     if observed is not None:
         logits = logits.scatter_add(1, observed.token_N[:, None], observed.bonus_N[:, None])
@@ -50,7 +50,7 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, has_head: bool, is_obser
     hidden = (torch.randn(N, D, generator=draws) * 20).requires_grad_()
     target = torch.randint(V, (N,), generator=draws)
     target[::5] = -100
-    observed = Observed(torch.randint(V, (N,), generator=draws), torch.rand(N, generator=draws) * 9)
+    observed = ObservedTokens(torch.randint(V, (N,), generator=draws), torch.rand(N, generator=draws) * 9)
     results: list[tuple[Tensor, ...]] = []
     for run in (cross_entropy_sum, whole):
         hidden.grad = model.head_VD.grad = None
@@ -79,11 +79,11 @@ def test_soft_embedding(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
     model = tiny_model(CONFIG, name="fused").requires_grad_(True)
     hidden, slope = torch.randn(3, 7, D), torch.randn(3, 7, D)
     expected = model.ops.soft_embedding(model.logits(hidden).detach(), model.embed_tokens.weight, model.embed_scale)
-    (wanted,) = torch.autograd.grad(expected, model.embed_tokens.weight, slope)
+    (expected_grad,) = torch.autograd.grad(expected, model.embed_tokens.weight, slope)
     soft = soft_embedding(model, hidden)
     (grad,) = torch.autograd.grad(soft, model.embed_tokens.weight, slope)
     torch.testing.assert_close(soft, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
@@ -93,9 +93,9 @@ def test_the_logits_of_a_batch_never_exist_whole(monkeypatch: pytest.MonkeyPatch
     dice = Corruption.draw(2, CONFIG.canvas_length, V, torch.Generator().manual_seed(1))
     batch = problem(examples, dice, CONFIG.canvas_length, eos=1)
     model = tiny_model(CONFIG, name="fused").requires_grad_(True)
-    with WidestLogits() as seen:  # type: ignore[no-untyped-call]
+    with WidestLogits() as widest:  # type: ignore[no-untyped-call]
         sum(losses(model, batch, leave_one_out)).backward()  # type: ignore[union-attr]
-    assert 0 < seen.most <= 5 * V
+    assert 0 < widest.most <= 5 * V
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -103,11 +103,11 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_the_whole_computation() 
     model = tiny_model(CONFIG, name="fused").requires_grad_(True)
     hidden, target = (torch.randn(N, D) * 5).requires_grad_(), torch.randint(V, (N,))
     exact = torch.autograd.grad(whole(model, hidden, target, None), (hidden, model.head_VD))
-    found = []
+    actual = []
     for run in (whole, lambda *all: cross_entropy_sum(*all)):
         with torch.autocast("cpu", torch.bfloat16):
             total = run(model, hidden, target, None)
-        found.append(torch.autograd.grad(total, (hidden, model.head_VD)))
-    for plain, ours, right in zip(*found, exact, strict=True):
+        actual.append(torch.autograd.grad(total, (hidden, model.head_VD)))
+    for plain, ours, right in zip(*actual, exact, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - right).norm() <= 1.5 * (plain - right).norm()

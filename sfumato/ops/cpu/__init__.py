@@ -3,8 +3,8 @@
 bfloat16 and int8 products run on AMX tiles where the processor has them, else on AVX-512's dot products, at several
 times what torch's own reach at the sizes of a canvas; float32 runs on portable vector code. Such weights are packed
 once, in the order in which they are read, into huge pages. Weights in groups (4 bits, or 8) stay as they lie, perhaps
-in a mapped file, and become bfloat16 tiles on their way into a product. Inference only: no gradients. Why it exists,
-with figures: docs/LOG.md.
+in a mapped file, and become bfloat16 tiles on their way into a product. Beside all of these low-rank factors are read
+as they lie (`lowrank.h`). Inference only: no gradients. Why it exists, with figures: docs/LOG.md.
 """
 
 from __future__ import annotations

@@ -67,71 +67,96 @@ static inline void add_rows(const float *h, long wide, const T *b, long ldb, lon
     for (int r = 0; r < R; r++) store(c + r * ldc, sum[r][0]), store(c + r * ldc + 16, sum[r][1]);
 }
 
-template <class T> struct LowRank { // of one weight or, until `of` has chosen, of a stack; false: there is none
-    const T *a = nullptr, *b = nullptr;
-    const Run *runs = nullptr;
-    long count = 0, from = 0; // runs; rows of the pass before the first one here
-    long rank = 0, inputs = 0, outputs = 0, lane_a = 0, lane_b = 0;
-    float scale = 1;
-    float *h = nullptr; // [rows, wide()]
+// The rank of factors without the zeros behind it: a lane whose adapter has a lower one here, or none.
+template <class T> static inline long rank_of(const T *a, long rank, long inputs) {
+    for (; rank; rank--)
+        for (long i = 0; i < inputs; i += 16) {
+            const V x = load_some(a + (rank - 1) * inputs + i, inputs - i);
+            if (largest_or_nan((VI)absolute(x)) != 0) return rank;
+        }
+    return rank;
+}
 
-    LowRank() {}
-    LowRank(const Factors &f, long outputs, long inputs, long experts = 1)
-        : a((const T *)f.a), b((const T *)f.b), runs(f.runs), count(f.count), from(f.from), rank(f.rank),
-          inputs(inputs), outputs(outputs), lane_a(experts * rank * inputs), lane_b(experts * rank * outputs),
-          scale((float)f.scale) {}
-    explicit operator bool() const { return a; }
-    long wide() const { return a ? up(rank, 4) : 0; }
-    // Of an expert, whose rows have lanes of their own.
-    LowRank of(long expert, const std::vector<Run> &own) const {
-        LowRank w = *this;
-        if (!a) return w;
-        w.a += expert * rank * inputs, w.b += expert * rank * outputs;
-        w.runs = own.data(), w.count = (long)own.size(), w.from = 0;
-        return w;
+// Of the rows of a call; false: none of them has factors.
+template <class T> struct LowRank {
+    struct Part { // rows, one behind the other, with one pair of factors
+        long first, size, rank;
+        const T *a, *b;
+    };
+    std::vector<Part> parts;
+    long wide = 0; // floats of a row of h
+    long inputs, outputs;
+    float scale;
+    float *h = nullptr; // [rows, wide], of rows from `base` on
+    long base = 0;
+
+    // Beside a weight that meets all rows of a call.
+    LowRank(const Factors &f, long outputs, long inputs, long rows)
+        : inputs(inputs), outputs(outputs), scale((float)f.scale) {
+        for (long i = 0; f.a && i < f.count; i++) {
+            const long first = std::max(f.runs[i].first - f.from, 0L),
+                       end = std::min(f.runs[i].first + f.runs[i].size - f.from, rows);
+            if (first < end) add_part(f, f.runs[i].lane, first, end - first);
+        }
     }
-    // f(first, size, lane) for all stretches of some rows that have a lane.
-    template <class F> void stretches(long first, long rows, F f) const {
-        for (const Run *run = runs; run < runs + count; run++) {
-            const long begin = std::max(run->first - from, first),
-                       end = std::min(run->first + run->size - from, first + rows);
-            if (begin < end) f(begin, end - begin, run->lane);
+    // Beside one of some experts, which meets tokens[0] / chosen, tokens[1] / chosen, …, in order.
+    LowRank(const Factors &f, long outputs, long inputs, long experts, long expert, const long *tokens, long rows,
+            long chosen)
+        : inputs(inputs), outputs(outputs), scale((float)f.scale) {
+        for (long i = 0, at = 0; f.a && i < f.count && at < rows; i++) {
+            const long first = f.runs[i].first - f.from, end = first + f.runs[i].size;
+            while (at < rows && tokens[at] / chosen < first) at++;
+            const long from = at;
+            while (at < rows && tokens[at] / chosen < end) at++;
+            if (at > from) add_part(f, f.runs[i].lane * experts + expert, from, at - from);
+        }
+    }
+    void add_part(const Factors &f, long number, long first, long size) {
+        const T *a = (const T *)f.a + number * f.rank * inputs, *b = (const T *)f.b + number * f.rank * outputs;
+        const long rank = rank_of(a, f.rank, inputs);
+        if (!rank) return;
+        parts.push_back({first, size, rank, a, b});
+        wide = up(f.rank, 4);
+    }
+    explicit operator bool() const { return !parts.empty(); }
+
+    // f(first, size, part) for what parts have of some rows.
+    template <class F> void each(long first, long size, F f) const {
+        for (const Part &part : parts) {
+            const long begin = std::max(part.first, first), end = std::min(part.first + part.size, first + size);
+            if (begin < end) f(begin, end - begin, part);
         }
     }
     // h of rows from `first` on, each given by where its inputs lie.
     void meet(const T *const *rows, long first, long size) const {
-        if (!a) return;
-        stretches(first, size, [&](long begin, long some, long lane) {
-            const T *const *own = rows + (begin - first), *const base = a + lane * lane_a;
-            fetch(b + lane * lane_b, std::min(rank * outputs * (long)sizeof(T), 1L << 16));
+        each(first, size, [&](long begin, long some, const Part &part) {
+            const T *const *own = rows + (begin - first);
+            float *to = h + (begin - base) * wide;
+            fetch(part.b, std::min(part.rank * outputs * (long)sizeof(T), 1L << 16));
             for (long r = 0; r < some; r += 4) {
-                const T *x[4], *y[4];
+                const T *x[4], *a[4];
                 for (long i = 0; i < 4; i++) x[i] = own[std::min(r + i, some - 1)];
-                for (long j = 0; j < rank; j += 4) {
-                    for (long i = 0; i < 4; i++) y[i] = base + std::min(j + i, rank - 1) * inputs;
-                    V all;
-                    if constexpr (std::is_same_v<T, bf16>)
-                        all = DOT_PRODUCTS && way != PLAIN ? inner_16<T, DOT_PRODUCTS>(x, y, inputs)
-                                                           : inner_16<T, false>(x, y, inputs);
-                    else all = inner_16<T, false>(x, y, inputs);
-                    alignas(64) float kept[16];
-                    store(kept, all * scale);
+                for (long j = 0; j < part.rank; j += 4) {
+                    for (long i = 0; i < 4; i++) a[i] = part.a + std::min(j + i, part.rank - 1) * inputs;
+                    alignas(64) float all[16];
+                    constexpr bool has_dots = DOT_PRODUCTS && std::is_same_v<T, bf16>;
+                    store(all, (way != PLAIN ? inner_16<T, has_dots>(x, a, inputs) : inner_16<T, false>(x, a, inputs)) *
+                                   scale);
                     for (long i = 0; i < std::min(4L, some - r); i++)
-                        memcpy(h + (begin + r + i) * wide() + j, kept + 4 * i, 16);
+                        memcpy(to + (r + i) * wide + j, all + 4 * i, 16);
                 }
             }
         });
     }
-    // c [rows, 32] += what lanes add to 32 outputs from `column` on.
+    // c [rows, 32] += what rows from `first` on add to 32 outputs from `column` on.
     void add(long first, long rows, long column, float *c, long ldc = 32) const {
-        if (!a) return;
-        stretches(first, rows, [&](long begin, long some, long lane) {
-            const T *at = b + lane * lane_b + column;
-            const float *own = h + begin * wide();
+        each(first, rows, [&](long begin, long some, const Part &part) {
+            const T *at = part.b + column;
+            const float *own = h + (begin - base) * wide;
             float *to = c + (begin - first) * ldc;
             auto step = [&](auto count) {
-                add_rows<T, count.value>(own, wide(), at, outputs, rank, outputs - column, to, ldc);
-                own += count.value * wide(), to += count.value * ldc, some -= count.value;
+                add_rows<T, count.value>(own, wide, at, outputs, part.rank, outputs - column, to, ldc);
+                own += count.value * wide, to += count.value * ldc, some -= count.value;
             };
             while (some >= 8) step(std::integral_constant<int, 8>());
             if (some >= 4) step(std::integral_constant<int, 4>());

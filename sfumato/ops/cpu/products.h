@@ -31,10 +31,10 @@ static void linear_of(const IO *x, long rows, int count, const Weight<M> *w, Low
                       int threads) {
     const long kc = w[0].kc(), side = w[0].side(), row_tiles = tiles_of(rows, 16);
     long panels = 0, wide = 0;
-    for (int i = 0; i < count; i++) panels += w[i].panels(), wide += low[i].wide();
+    for (int i = 0; i < count; i++) panels += w[i].panels(), wide += low[i].wide;
     char *a = shared.get(row_tiles * (kc * TILE + side * 4) + rows * wide * 4);
     float *beside = (float *)(a + row_tiles * kc * TILE), *h = beside + row_tiles * side;
-    for (int i = 0; i < count; i++) low[i].h = h, h += rows * low[i].wide();
+    for (int i = 0; i < count; i++) low[i].h = h, h += rows * low[i].wide;
     const long bands = tiles_of(rows, BAND), chunk = std::max(1L, panels / (8 * threads));
     together(threads, [&](Team &team) {
         Tiles tiles;
@@ -67,7 +67,7 @@ static void linear(const IO *x, long rows, long inputs, int count, const Operand
             std::vector<LowRank<IO>> low;
             for (int i = from; i < to; i++) {
                 w.emplace_back(operands[i], outputs[i], inputs);
-                low.emplace_back(operands[i].low, outputs[i], inputs);
+                low.emplace_back(operands[i].low, outputs[i], inputs, rows);
             }
             linear_of<IO, M>(x, rows, to - from, w.data(), low.data(), y + from, threads);
         });
@@ -93,9 +93,9 @@ template <class IO, class M>
 static void gate_up_of(const IO *x, long rows, const Weight<M> &gate, const Weight<M> &up_, LowRank<IO> *low, IO *h,
                        int threads) {
     const long kc = gate.kc(), side = gate.side(), inner = gate.outputs, row_tiles = tiles_of(rows, 16);
-    char *a = shared.get(row_tiles * (kc * TILE + side * 4) + rows * (low[0].wide() + low[1].wide()) * 4);
+    char *a = shared.get(row_tiles * (kc * TILE + side * 4) + rows * (low[0].wide + low[1].wide) * 4);
     float *beside = (float *)(a + row_tiles * kc * TILE);
-    low[0].h = beside + row_tiles * side, low[1].h = low[0].h + rows * low[0].wide();
+    low[0].h = beside + row_tiles * side, low[1].h = low[0].h + rows * low[0].wide;
     const long bands = tiles_of(rows, BAND);
     together(threads, [&](Team &team) {
         Tiles tiles;
@@ -122,7 +122,7 @@ static void feed_forward(const IO *x, long rows, long width, long inner, const O
     if (is_joint)
         by_kind(gate, [&](auto tag) {
             typedef decltype(tag) M;
-            LowRank<IO> low[2] = {{gate.low, inner, width}, {up_.low, inner, width}};
+            LowRank<IO> low[2] = {{gate.low, inner, width, rows}, {up_.low, inner, width, rows}};
             gate_up_of<IO, M>(x, rows, Weight<M>(gate, inner, width), Weight<M>(up_, inner, width), low, h, threads);
         });
     else { // two products, each with rows of its own
@@ -147,31 +147,18 @@ struct Unit { // an expert, or some hundreds of its rows: what they need must fi
 };
 static constexpr int MANY = 4; // panels at a time: each piece of the few rows meets them all
 
-// The lanes of a unit's rows, whose tokens are in order.
-template <class T> static void lanes_of(const Unit &unit, long chosen, const LowRank<T> &w, std::vector<Run> &own) {
-    own.clear();
-    long at = 0;
-    w.stretches(unit.members[0] / chosen, unit.members[unit.size - 1] / chosen - unit.members[0] / chosen + 1,
-                [&](long first, long size, long lane) {
-                    while (at < unit.size && unit.members[at] / chosen < first) at++;
-                    const long from = at;
-                    while (at < unit.size && unit.members[at] / chosen < first + size) at++;
-                    if (at > from) own.push_back({from, at - from, lane});
-                });
-}
-
 // h = gelu(gate(x)) x up(x) of a unit's rows. Where a token's row had to become another type, that is done: `as_left`,
 // `row_bytes` a token, with its scale. after(i) is the panel that is read i-th when these are done.
 template <class IO, class M, class F>
 static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weight<M> &g, const char *as_left,
-                         long row_bytes, const float *token_scales, LowRank<IO> low, IO *h, F after) {
+                         long row_bytes, const float *token_scales, LowRank<IO> &low, IO *h, F after) {
     typedef typename Kind<M>::Left L;
     constexpr bool is_same = std::is_same_v<IO, L>;
     const long kc = g.kc(), size = unit.size, row_tiles = tiles_of(size, 16), inner = g.outputs / 2;
     const long block = row_tiles * 16 * 32, wide = up(2 * inner, 32);
     const bool is_aligned = inner % 32 == 0; // then a panel is all gate or all up
     const long mixed = is_aligned ? 0 : up(size, 16) * wide;
-    char *a = own.get(row_tiles * (kc * TILE + g.side() * 4) + (MANY * block + mixed + size * low.wide()) * 4);
+    char *a = own.get(row_tiles * (kc * TILE + g.side() * 4) + (MANY * block + mixed + size * low.wide) * 4);
     float *beside = (float *)(a + row_tiles * kc * TILE), *c = beside + row_tiles * g.side();
     float *gate_up = c + MANY * block; // where panels mix gate and up
     low.h = gate_up + mixed;
@@ -222,11 +209,11 @@ static void unit_gate_up(const Unit &unit, const IO *x, long chosen, const Weigh
 
 // The rows of `parts` that belong to a unit: weight x down(h).
 template <class IO, class M, class F>
-static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, LowRank<IO> low, const float *weight,
+static void unit_down(const Unit &unit, const IO *h, const Weight<M> &w, LowRank<IO> &low, const float *weight,
                       IO *parts, F after) {
     const long kc = w.kc(), size = unit.size, row_tiles = tiles_of(size, 16), width = w.outputs;
     const long block = row_tiles * 16 * 32;
-    char *a = own.get(row_tiles * (kc * TILE + w.side() * 4) + (MANY * block + size * low.wide()) * 4);
+    char *a = own.get(row_tiles * (kc * TILE + w.side() * 4) + (MANY * block + size * low.wide) * 4);
     float *beside = (float *)(a + row_tiles * kc * TILE), *c = beside + row_tiles * w.side();
     low.h = c + MANY * block;
     for (long t = 0; t < row_tiles; t++) {
@@ -273,7 +260,6 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
     std::stable_sort(units.begin(), units.end(), // the largest first, so that no thread is left with one at the end
                      [](const Unit &a, const Unit &b) { return a.size > b.size; });
     const long unit_count = units.size();
-    const LowRank<IO> low_up(gate_up.low, 2 * inner, width, count), low_down(down.low, width, inner, count);
     by_kind(gate_up, [&](auto first) {
         typedef decltype(first) M;
         typedef typename Kind<M>::Left L;
@@ -288,7 +274,6 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
             const Weight<N> dn(down, width, inner);
             together(threads, [&](Team &team) {
                 Tiles tiles;
-                std::vector<Run> lanes, lanes_down;
                 if constexpr (!is_same) {
                     team.shares(tokens, [&](long n) {
                         row_as<IO, L>(x + n * width, width, as_left + n * row_bytes, 64, token_scales + n);
@@ -299,15 +284,14 @@ static void experts(const IO *x, long tokens, long width, long chosen, const int
                     const Unit &unit = units[u];
                     const Weight<N> w = dn.of(unit.expert);
                     IO *h = (IO *)hidden.get(unit.size * inner * sizeof(IO));
-                    if (low_up) lanes_of(unit, chosen, low_up, lanes);
-                    if (low_down) lanes_of(unit, chosen, low_down, lanes_down);
-                    unit_gate_up<IO, M>(unit, x, chosen, gu.of(unit.expert), as_left, row_bytes, token_scales,
-                                        low_up.of(unit.expert, lanes), h,
+                    LowRank<IO> low(gate_up.low, 2 * inner, width, count, unit.expert, unit.members, unit.size, chosen),
+                        low_down(down.low, width, inner, count, unit.expert, unit.members, unit.size, chosen);
+                    unit_gate_up<IO, M>(unit, x, chosen, gu.of(unit.expert), as_left, row_bytes, token_scales, low, h,
                                         [&](int i) { return w.ahead(std::min((long)i, w.panels() - 1)); });
                     const bool goes_on = u + threads < unit_count; // most likely its next unit
                     const Weight<M> then = gu.of(units[goes_on ? u + threads : u].expert);
                     const long half = then.panels() / 2; // of gate and up in turns
-                    unit_down<IO, N>(unit, h, w, low_down.of(unit.expert, lanes_down), weight, parts, [&](int i) {
+                    unit_down<IO, N>(unit, h, w, low_down, weight, parts, [&](int i) {
                         return goes_on ? then.ahead(inner % 32 ? 0 : std::min(i / 2L, half - 1) + i % 2 * half)
                                        : Ahead();
                     });

@@ -99,11 +99,13 @@ template <class T>
 static void route(const T *x, long rows, long n, const T *scale, const T *proj, const Factors &factors, long count,
                   const T *per_expert, long chosen, float eps, int64_t *index, float *weight, int threads) {
     const float root = 1.0f / std::sqrt((float)n);
-    const LowRank<T> all_low(factors, count, n);
+    const LowRank<T> all_low(factors, count, n, rows);
     const long ldp = up(count, 32);
     together(threads, [&](Team &team) {
-        std::vector<float> a(4 * up(n, 16)), p(4 * ldp), h(4 * all_low.wide());
+        std::vector<float> a(4 * up(n, 16)), p(4 * ldp), h(4 * all_low.wide);
         std::vector<T> low_rows(all_low ? 4 * n : 0);
+        LowRank<T> low = all_low;
+        low.h = h.data();
         team.shares(tiles_of(rows, 4), [&](long block) {
             const long some = std::min(4L, rows - 4 * block), wide = up(n, 16);
             for (long r = 0; r < some; r++) {
@@ -135,17 +137,16 @@ static void route(const T *x, long rows, long n, const T *scale, const T *proj, 
                 for (long j = 0; j < std::min(4L, count - e); j++)
                     for (int r = 0; r < 4; r++) p[r * ldp + e + j] = total(sum[j][r]);
             }
-            if (all_low) { // its rows are numbers of T already
-                LowRank<T> low = all_low;
-                low.from += 4 * block, low.h = h.data();
+            if (low) { // its rows are numbers of T already
+                low.base = 4 * block;
                 const T *pointers[4];
                 for (long r = 0; r < some; r++) {
                     pointers[r] = low_rows.data() + r * n;
                     for (long i = 0; i < n; i += 16)
                         store_some(low_rows.data() + r * n + i, load(a.data() + r * wide + i), n - i);
                 }
-                low.meet(pointers, 0, some);
-                for (long e = 0; e < count; e += 32) low.add(0, some, e, p.data() + e, ldp);
+                low.meet(pointers, low.base, some);
+                for (long e = 0; e < count; e += 32) low.add(low.base, some, e, p.data() + e, ldp);
             }
             for (float &logit : p) {
                 T kept;

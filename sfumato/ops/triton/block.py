@@ -26,10 +26,10 @@ from torch import Tensor
 from sfumato.ops.contract import After, BlockPass, BlockResult, JoinNorms, Layer, Matrix
 from sfumato.ops.triton import attention, experts, linear, route
 from sfumato.ops.triton.between import between, end
-from sfumato.ops.triton.forms import Form, form
+from sfumato.ops.triton.forms import Form, are_alike, form
 from sfumato.ops.triton.heads import append_, heads
 from sfumato.ops.triton.norm import rms_norm
-from sfumato.ops.triton.product import Ready, prepare
+from sfumato.ops.triton.product import Prepared, Ready, prepare
 from sfumato.ops.triton.tuning import Config, config
 
 DEFAULTS: dict[str, Config] = {
@@ -90,8 +90,8 @@ def _mix(x: Ready, layer: Layer, shape: tuple[int, int], dtype: torch.dtype, blo
     inputs = attention.Inputs(q_BTHK, k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask)
     flat = shape[0] * shape[1], q_BTHK.shape[2] * size
     output = form(layer.o, q_BTHK.view(flat))
-    if output.layout[0] == "fp8":
-        ready: tuple[Tensor, Tensor | None] = attention.quantised(inputs)
+    if output.layout[0] == "fp8" and output.beside is None:
+        ready = Prepared(*attention.quantised(inputs), None)
     else:
         ready = prepare(attention.joined(inputs, counters).view(flat), output)
     if mask.encode:
@@ -102,18 +102,18 @@ def _mix(x: Ready, layer: Layer, shape: tuple[int, int], dtype: torch.dtype, blo
 def _products(x: Ready, weights: Sequence[Matrix], dtype: torch.dtype) -> list[Tensor]:
     forms = [form(weight, x.x_MK) for weight in weights]
     outs = [x.x_MK.new_empty((len(x.x_MK), one.outputs), dtype=dtype) for one in forms]
-    count = len(forms) if len({one.launch for one in forms}) == 1 else 1
+    count = len(forms) if are_alike(forms) else 1
     for at in range(0, len(forms), count):
-        linear.multiply(*x.prepared_for(forms[at]), forms[at : at + count], outs[at : at + count], dtype)
+        linear.multiply(x.prepared_for(forms[at]), forms[at : at + count], outs[at : at + count], dtype)
     return outs
 
 
-def _in_parts(x: tuple[Tensor, Tensor | None], weight: Form, dtype: torch.dtype) -> Tensor:
+def _in_parts(x: Prepared, weight: Form, dtype: torch.dtype) -> Tensor:
     """One product, [P, N, D]: in float32 where it is split, whole in `dtype` else."""
-    count = linear.splits(weight, dtype, x[0].device)
-    shape = count, len(x[0]), weight.outputs
-    out_PND = torch.empty(shape, dtype=torch.float32 if count > 1 else dtype, device=x[0].device)
-    linear.multiply(*x, [weight], [out_PND if count > 1 else out_PND[0]], dtype)
+    count = linear.splits(weight, dtype, x.x_MK.device)
+    shape = count, len(x.x_MK), weight.outputs
+    out_PND = torch.empty(shape, dtype=torch.float32 if count > 1 else dtype, device=x.x_MK.device)
+    linear.multiply(x, [weight], [out_PND if count > 1 else out_PND[0]], dtype)
     return out_PND
 
 
@@ -127,7 +127,7 @@ def _dense(x: Ready, gate: Form, up: Form, layer: Layer, like_ND: Tensor) -> Ten
 def _sparse(
     x: Ready, gate_up: Form, layer: Layer, residual_ND: Tensor, root_N: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    router = route.RouterWeights(layer.router_scale, layer.router, layer.per_expert)
+    router = route.RouterWeights.of(layer.router_scale, layer.router, layer.per_expert, residual_ND.dtype)
     count_E, list_EN, weight_NJ = route.listed(residual_ND, root_N, router, layer.top_k, zeros)
     hidden_AF = residual_ND.new_empty(weight_NJ.numel(), gate_up.outputs // 2)
     down = form(layer.expert_down, hidden_AF)

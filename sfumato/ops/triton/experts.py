@@ -24,10 +24,12 @@ from torch import Tensor, empty, float32, int32, zeros
 from sfumato.ops.contract import Matrix
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
-from sfumato.ops.triton.forms import Form, blocks, dense_specials, form, operand_types
+from sfumato.ops.triton.forms import Form, blocks, dense_specials, form, has_tensor_memory, operand_types
 from sfumato.ops.triton.linear import gate_and_up, gated, placed
-from sfumato.ops.triton.product import prepare, product, row_at, special, x_at
-from sfumato.ops.triton.tuning import Config, chip, config
+from sfumato.ops.triton.low_rank import Addition, added, for_special, nothing, shrunk, sizes_of
+from sfumato.ops.triton.low_rank import tiles as shrink_tiles
+from sfumato.ops.triton.product import Prepared, prepare, product, row_at, special, x_at
+from sfumato.ops.triton.tuning import Config, config
 
 # 256 tokens x 8 choices over 128 experts: sixteen rows an expert on average, thirty in a popular one. With 32 rows a
 # tile nearly every expert is one tile, so its weights cross from L2 once and are unpacked once; the tensor cores spend
@@ -84,7 +86,7 @@ def experts(x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor, gate_up_EFD: Matr
 
 
 def products(
-    x: tuple[Tensor, Tensor | None],
+    x: Prepared,
     lists: tuple[Tensor, Tensor],
     choices: int,
     gate_up: Form,
@@ -94,18 +96,19 @@ def products(
     """down(gated(gate_up(x))) of every assignment, [N x J, D].
 
     x is as `prepare` gives it, `lists` are `listed`; `hidden_AF` is where to keep the hidden layer."""
-    (x_ND, x_extra), (count_E, list_EN) = x, lists
-    (tokens, width), (rows, hidden_size), count = x_ND.shape, hidden_AF.shape, len(count_E)
-    dtype, device = hidden_AF.dtype, x_ND.device
+    count_E, list_EN = lists
+    (rows, hidden_size), count, tokens = hidden_AF.shape, len(count_E), list_EN.shape[1]
+    dtype, device = hidden_AF.dtype, hidden_AF.device
     # Tiles of rows are cut once for both products; gate and up, the larger, decide.
     height = _height(rows / count, (gate_up, down), dtype, device)
-    tiles, launch = _tiles("experts_gate_up", height, (count, gate_up.outputs, width), gate_up, dtype, device)
+    tiles, launch = _tiles("experts_gate_up", height, (count, gate_up.outputs, gate_up.inputs), gate_up, dtype, device)
     most = min(rows, (rows + count * (tiles["BLOCK_M"] - 1)) // tiles["BLOCK_M"])
-    same = {"E": count, "BLOCK_E": triton.next_power_of_2(count)}
+    rest = _addition(x, gate_up, lists, choices, is_by_token=True)
     _experts_gate_up[(most * triton.cdiv(gate_up.outputs, tiles["BLOCK_N"]),)](
-        x_ND,
-        x_extra,
+        x.x_MK,
+        x.extra,
         *gate_up.operands,
+        *rest.operands,
         hidden_AF,
         count_E,
         list_EN,
@@ -113,48 +116,99 @@ def products(
         tokens,
         J=choices,
         F=hidden_size,
-        K=width,
+        K=gate_up.inputs,
         GROUP=gate_up.group,
         KIND=gate_up.kind,
         SPLIT=down.is_halved,
-        **same,
+        E=count,
+        BLOCK_E=triton.next_power_of_2(count),
+        **rest.sizes,
         **tiles,
         **launch,
         **overlap(device),
     )
+    return _down(hidden_AF, lists, choices, down, (height, tiles["BLOCK_M"], most))
+
+
+def _down(
+    hidden_AF: Tensor, lists: tuple[Tensor, Tensor], choices: int, down: Form, cut: tuple[str, int, int]
+) -> Tensor:
+    """The second product of every assignment; `cut` are the tiles of rows: name, height, and how many there can be."""
+    (rows, hidden_size), (count_E, list_EN), (height, block_m, most) = hidden_AF.shape, lists, cut
+    count, dtype, device = len(count_E), hidden_AF.dtype, hidden_AF.device
+    tiles, launch = _tiles("experts_down", height, (count, down.outputs, hidden_size), down, dtype, device)
+    tiles["BLOCK_M"] = block_m
+    hidden = prepare(hidden_AF, down, is_split=True)
+    rest = _addition(hidden, down, lists, choices, is_by_token=False)
     part_AD = empty(rows, down.outputs, dtype=dtype, device=device)
-    again, launch = _tiles("experts_down", height, (count, down.outputs, hidden_size), down, dtype, device)
-    again["BLOCK_M"] = tiles["BLOCK_M"]
-    _experts_down[(most * triton.cdiv(down.outputs, again["BLOCK_N"]),)](
-        *prepare(hidden_AF, down, is_split=True),
+    _experts_down[(most * triton.cdiv(down.outputs, tiles["BLOCK_N"]),)](
+        hidden.x_MK,
+        hidden.extra,
         *down.operands,
+        *rest.operands,
         part_AD,
         count_E,
         list_EN,
         most,
-        tokens,
+        list_EN.shape[1],
+        J=choices,
         N=down.outputs,
         K=hidden_size,
         GROUP=down.group,
         KIND=down.kind,
-        **same,
-        **again,
+        E=count,
+        BLOCK_E=triton.next_power_of_2(count),
+        **rest.sizes,
+        **tiles,
         **launch,
         **overlap(device),
     )
     return part_AD
 
 
+def _addition(x: Prepared, weight: Form, lists: tuple[Tensor, Tensor], choices: int, is_by_token: bool) -> Addition:
+    """As `low_rank.addition`, for every assignment: x is that of its token, or its own."""
+    beside, (count_E, list_EN) = weight.beside, lists
+    if beside is None:
+        return nothing(1)
+    assert x.source_MK is not None
+    tokens, (rows, width), count = list_EN.shape[1], x.source_MK.shape, len(count_E)
+    rows = rows * choices if is_by_token else rows
+    if len(beside.lane_N) != tokens:
+        raise ValueError(f"x has {tokens} tokens, and lanes were given for {len(beside.lane_N)}")
+    sizes, chosen = sizes_of(beside), shrink_tiles(width, beside.rank, beside.a.dtype, x.source_MK.device)
+    rank, parts, block = sizes["RANK"], sizes["PARTS"], chosen["BLOCK_M"]
+    inner = empty(1, parts, rows, rank, dtype=float32, device=x.source_MK.device)
+    most = min(rows, (rows + count * (block - 1)) // block)
+    _experts_shrink[(most, triton.cdiv(rank, sizes["BLOCK_R"]), parts)](
+        x.source_MK,
+        beside.a,
+        inner,
+        beside.lane_N,
+        count_E,
+        list_EN,
+        rows,
+        tokens,
+        J=choices,
+        K=width,
+        RANK=rank,
+        IS_SPLIT=x.is_split,
+        IS_BY_TOKEN=is_by_token,
+        BLOCK_R=sizes["BLOCK_R"],
+        E=count,
+        BLOCK_E=triton.next_power_of_2(count),
+        **chosen,
+        **overlap(x.source_MK.device),
+    )
+    return Addition(beside.lane_N, inner, (beside.b,), {"ADAPTED": 1, **sizes})
+
+
 def _height(rows: float, weights: tuple[Form, Form], dtype: torch.dtype, device: torch.device) -> str:
     """How high tiles are for so many rows an expert. In float32 always low: its sums lie in registers one by one."""
     name = "" if dtype == float32 else next((name for least, name in TALL if rows >= least), "")
     is_halved = any(weight.is_halved for weight in weights)
-    return "_64" if name == "_128" and is_halved and _has_tensor_memory(device) else name
-
-
-def _has_tensor_memory(device: torch.device | str) -> bool:
-    """Where it is, four classes of inputs in 128 rows do not fit it; the compiler makes a trap of such a kernel."""
-    return 100 <= chip(str(device))[1] < 110
+    # Four classes of inputs in 128 rows do not fit it; the compiler makes a trap of such a kernel.
+    return "_64" if name == "_128" and is_halved and has_tensor_memory(device) else name
 
 
 def _tiles(
@@ -215,6 +269,72 @@ def rows_of(tile, count_ptr, list_ptr, tokens, E: tl.constexpr, BLOCK_E: tl.cons
     return expert < E, expert, slot_M
 
 
+@triton.jit(do_not_specialize=["rows", "tokens"])
+def _experts_shrink(
+    x_ptr,
+    a_ptr,
+    inner_ptr,
+    lane_ptr,
+    count_ptr,
+    list_ptr,
+    rows,
+    tokens,
+    J: tl.constexpr,
+    K: tl.constexpr,
+    RANK: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    IS_BY_TOKEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What `low_rank._shrink` does, for assignments."""
+    enter(PDL)
+    SHARE: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
+    first, part = tl.program_id(1) * BLOCK_R, tl.program_id(2)
+    is_tile, expert, slot_M = rows_of(tl.program_id(0), count_ptr, list_ptr, tokens, E, BLOCK_E, BLOCK_M)
+    if is_tile:
+        lane_M = tl.load(lane_ptr + tl.maximum(slot_M, 0) // J, slot_M >= 0, -1)
+        row_M = tl.maximum(slot_M, 0).to(tl.int64)
+        x_M = x_ptr + (row_M // J if IS_BY_TOKEN else row_M) * K
+        own_ptr = a_ptr + expert.to(tl.int64) * (RANK * K)
+        stride = E * RANK * K
+        inner = shrunk(
+            x_M, own_ptr, lane_M, stride, first, part * SHARE, K, RANK, IS_SPLIT, SHARE, BLOCK_R, BLOCK_M, BLOCK_K
+        )
+        r = first + tl.arange(0, BLOCK_R)
+        at = (part * rows.to(tl.int64) + row_M)[None, :] * RANK + r[:, None]
+        tl.store(inner_ptr + at, inner, (lane_M >= 0)[None, :] & (r < RANK)[:, None])
+
+
+@triton.jit
+def experts_added(
+    acc,
+    slot_M,
+    lane_ptr,
+    inner_ptr,
+    b_N,
+    is_own_N,
+    assignments,
+    J: tl.constexpr,
+    WIDTH: tl.constexpr,
+    E: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """`low_rank.added` for assignments, from each output's first number in B of their expert in lane 0."""
+    row_M = tl.maximum(slot_M, 0)
+    lane_M = tl.load(lane_ptr + row_M // J, slot_M >= 0, -1)
+    part = assignments.to(tl.int64) * RANK
+    inner_M = inner_ptr + row_M.to(tl.int64) * RANK
+    return added(acc, lane_M, inner_M, part, b_N, is_own_N, WIDTH, E * RANK * WIDTH, RANK, PARTS, BLOCK_R)
+
+
 @triton.jit(do_not_specialize=["tiles", "tokens"])
 def _experts_gate_up(
     x_ptr,
@@ -222,6 +342,9 @@ def _experts_gate_up(
     w_ptr,
     scale_ptr,
     extra_ptr,
+    lane_ptr,
+    inner_ptr,
+    b_ptr,
     out_ptr,
     count_ptr,
     list_ptr,
@@ -233,6 +356,10 @@ def _experts_gate_up(
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
     SPLIT: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -252,6 +379,11 @@ def _experts_gate_up(
         n = tl.minimum(first + within, F - 1) + tl.where(is_up, F, 0)
         w_N, scale_N, extra_N = row_at(w_ptr, scale_ptr, extra_ptr, expert * (2 * F) + n, K, GROUP, KIND)
         acc = product(x_M, x_extra_M, w_N, scale_N, extra_N, K, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
+        if ADAPTED:
+            b_N = b_ptr + expert.to(tl.int64) * (RANK * 2 * F) + n
+            acc = experts_added(
+                acc, slot_M, lane_ptr, inner_ptr, b_N, n >= 0, tokens * J, J, 2 * F, E, RANK, PARTS, BLOCK_R
+            )
         f = first + tl.arange(0, HALF)
         at = slot_M.to(tl.int64)[None, :] * F + placed(f, F, SPLIT)[:, None]
         hidden = gated(acc, BLOCK_N, BLOCK_M)
@@ -265,15 +397,23 @@ def _experts_down(
     w_ptr,
     scale_ptr,
     extra_ptr,
+    lane_ptr,
+    inner_ptr,
+    b_ptr,
     out_ptr,
     count_ptr,
     list_ptr,
     tiles,
     tokens,
+    J: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -290,6 +430,9 @@ def _experts_down(
         row_N = expert * N + tl.minimum(n, N - 1)
         w_N, scale_N, extra_N = row_at(w_ptr, scale_ptr, extra_ptr, row_N, K, GROUP, KIND)
         acc = product(x_M, x_extra_M, w_N, scale_N, extra_N, K, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
+        if ADAPTED:
+            b_N = b_ptr + expert.to(tl.int64) * (RANK * N) + tl.minimum(n, N - 1)
+            acc = experts_added(acc, slot_M, lane_ptr, inner_ptr, b_N, n < N, tokens * J, J, N, E, RANK, PARTS, BLOCK_R)
         at = slot_M.to(tl.int64)[None, :] * N + n[:, None]
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), (slot_M >= 0)[None, :] & (n < N)[:, None])
 
@@ -316,20 +459,29 @@ def ahead(arch: int) -> list[Special]:
         same: dict[str, Any] = {"GROUP": like.group, "KIND": like.kind, "E": count, "BLOCK_E": count}
         first, last = replace(like, outputs=2 * hidden, inputs=width), replace(like, outputs=width, inputs=hidden)
         heights = list(_HEIGHTS) if name in ("bfloat16", "fp8", "int4", "nvfp4") else [""]
-        for height in heights[:2] if like.is_halved and _has_tensor_memory(device) else heights:
+        for height in heights[:2] if like.is_halved and has_tensor_memory(device) else heights:
             tiles, launch = _tiles("experts_gate_up", height, (count, 2 * hidden, width), first, dtype, device)
             constexprs = {"J": choices, "F": hidden, "K": width, **same, "SPLIT": like.is_halved, **tiles}
-            what = f"gate_up{height} {name}"
-            specials.append(
-                special(f"experts {what}", _experts_gate_up, pointers, ["tiles", "tokens"], constexprs, launch)
-            )
+            for rank in (0, 16) if (name, height) == ("int4", "") else (0,):
+                what = f"experts gate_up{height} {name}{' adapted' if rank else ''}"
+                more, beside = for_special(["b_ptr"], width, rank, dtype, device)
+                numbers = ["tiles", "tokens"]
+                specials.append(special(what, _experts_gate_up, pointers | more, numbers, constexprs | beside, launch))
             block_m = tiles["BLOCK_M"]
             tiles, launch = _tiles("experts_down", height, (count, width, hidden), last, dtype, device)
-            constexprs = {"N": width, "K": hidden, **same, **tiles, "BLOCK_M": block_m}
-            what = f"down{height} {name}"
+            constexprs = {"J": choices, "N": width, "K": hidden, **same, **tiles, "BLOCK_M": block_m}
+            more, beside = for_special(["b_ptr"], hidden, 0, dtype, device)
             specials.append(
-                special(f"experts {what}", _experts_down, pointers, ["tiles", "tokens"], constexprs, launch)
+                special(
+                    f"experts down{height} {name}",
+                    _experts_down,
+                    pointers | more,
+                    ["tiles", "tokens"],
+                    constexprs | beside,
+                    launch,
+                )
             )
+    specials.append(_shrink_special(width, choices, count, device))
     chosen = config("listed", (count,), "int64", device, DEFAULTS["listed"])
     launch = {k: chosen[k] for k in ("num_warps", "num_stages")}
     three: dict[str, str | None] = {"index_ptr": "*i64", "count_ptr": "*i32", "list_ptr": "*i32"}
@@ -341,3 +493,14 @@ def ahead(arch: int) -> list[Special]:
     constexprs = {"D": width, "J": choices, "BLOCK": chosen["BLOCK"]}
     specials.append(special("experts combine", _combine, three, [], constexprs, launch))
     return specials
+
+
+def _shrink_special(width: int, choices: int, count: int, device: str) -> Special:
+    """The inputs of gate and up for rank 16, as weights in four bits meet them."""
+    chosen = shrink_tiles(width, 16, "bfloat16", device)
+    launch = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    pointers: dict[str, str | None] = {"x_ptr": "*bf16", "a_ptr": "*bf16", "inner_ptr": "*fp32", "lane_ptr": "*i64"}
+    pointers |= {"count_ptr": "*i32", "list_ptr": "*i32"}
+    sizes: dict[str, Any] = {"J": choices, "K": width, "RANK": 16, "IS_SPLIT": True, "IS_BY_TOKEN": True, **chosen}
+    sizes |= {"BLOCK_R": 16, "E": count, "BLOCK_E": count}
+    return special("experts shrink in classes", _experts_shrink, pointers, ["rows", "tokens"], sizes, launch)

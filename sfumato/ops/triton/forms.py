@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfumato.errors import InputError
 from sfumato.ops.contract import Matrix
+from sfumato.ops.lowrank import LowRank
 from sfumato.ops.packed import BLOCK, CODES, Packed
 from sfumato.ops.triton.ahead import POINTERS
 from sfumato.ops.triton.tuning import Config, chip, config
@@ -110,12 +111,20 @@ KINDS = {
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def pack(weight: Matrix) -> Tensor | Packed:
-    """A weight [O, I] or a stack [E, O, I], plain or `Packed`, as these operations take it.
+@overload
+def pack(weight: Tensor) -> Tensor: ...
+@overload
+def pack(weight: Packed) -> Packed: ...
+@overload
+def pack(weight: Matrix) -> Matrix: ...
+def pack(weight: Matrix) -> Matrix:
+    """A weight [O, I] or a stack [E, O, I], plain, `Packed`, or either with low-rank factors, as kernels take it.
 
-    InputError: codes that no kernel here unpacks."""
+    Factors stay where they are. InputError: codes that no kernel here unpacks."""
     if isinstance(weight, Tensor):
         return weight.contiguous()
+    if isinstance(weight, LowRank):
+        return replace(weight, base=pack(weight.base), a=weight.a.contiguous(), b=weight.b.contiguous())
     if not isinstance(weight, Packed):
         raise InputError(f'the triton operations cannot take a {type(weight).__name__}; choose ops="fused"')
     if why := refusal(weight):
@@ -143,6 +152,23 @@ def refusal(weight: Packed) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
+class LaneFactors:
+    """What adapters have beside a weight, and which one each token has."""
+
+    a: Tensor
+    """[S, R, I], or [S, E, R, I] of a stack."""
+    b: Tensor
+    """[S, R, O] or [S, E, R, O]."""
+    lane_N: Tensor
+    """int64, below 0 for none."""
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[-2]
+
+
+@dataclass(frozen=True, eq=False)
 class Form:
     """A weight as the kernels take it: which way it is multiplied, its sizes, its codes and what they are worth."""
 
@@ -156,6 +182,8 @@ class Form:
     scale: Tensor | None = None
     extra: Tensor | None = None
     """int4_bias: the bias of each group. nvfp4: the factor of each output."""
+    beside: LaneFactors | None = None
+    """Where tokens of the pass have adapters."""
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
@@ -164,7 +192,7 @@ class Form:
 
     @property
     def launch(self) -> tuple[Any, ...]:
-        """Weights for which this is equal may be multiplied by one launch."""
+        """Weights for which this is equal may be multiplied by one launch (`are_alike`)."""
         return self.kind, self.group, self.scale is not None and self.scale.dtype
 
     @property
@@ -189,6 +217,8 @@ def form(weight: Matrix, x: Tensor) -> Form:
         if weight.dtype != x.dtype:
             raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}; give both one dtype")
         return Form("plain", outputs, inputs, 1, weight.contiguous())
+    if isinstance(weight, LowRank):
+        return replace(form(weight.base, x), beside=beside(weight, x.dtype))
     if not isinstance(weight, Packed):
         raise InputError("the triton operations take weights that they have packed; call Model.pack_ first")
     kind = _kind_of(weight, str(x.device))
@@ -200,6 +230,21 @@ def form(weight: Matrix, x: Tensor) -> Form:
     return Form(kind.name, outputs, inputs, weight.group if weight.is_grouped else 1, data, scale, extra)
 
 
+def beside(weight: LowRank, dtype: torch.dtype) -> LaneFactors | None:
+    """Its factors in this dtype, where a token of the pass may have some."""
+    lanes = weight.switch.lanes
+    if not lanes.has_any:
+        return None
+    b = weight.b if weight.scale == 1.0 else weight.b * weight.scale
+    return LaneFactors(weight.a.to(dtype).contiguous(), b.to(dtype).contiguous(), lanes.lane_N)
+
+
+def are_alike(forms: Sequence[Form]) -> bool:
+    """Whether one launch takes all of these weights, with what lies beside them."""
+    ranks = {one.beside.rank for one in forms if one.beside is not None}
+    return len({one.launch for one in forms}) == 1 and len(ranks) <= 1
+
+
 def _kind_of(weight: Packed, device: str) -> Kind:
     if weight.kind == "fp8" and not has_fp8(device):
         return KINDS["fp8_wide"]
@@ -209,6 +254,11 @@ def _kind_of(weight: Packed, device: str) -> Kind:
 def has_fp8(device: str) -> bool:
     """Whether this device multiplies float8_e4m3fn: from sm_89 on; and the interpreter does."""
     return chip(device)[1] >= 89
+
+
+def has_tensor_memory(device: torch.device | str) -> bool:
+    """Whether the tensor cores' sums lie in a memory of their own."""
+    return 100 <= chip(str(device))[1] < 110
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from sfumato.ops.contract import Matrix
 from sfumato.ops.packed import BLOCK
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
-from sfumato.ops.triton.forms import Form, blocks, dense_specials, form, operand_types
-from sfumato.ops.triton.product import prepare, product, row_at, special, spread, x_at
+from sfumato.ops.triton.forms import Form, are_alike, blocks, dense_specials, form, operand_types
+from sfumato.ops.triton.low_rank import AT_ONCE, added, addition, for_special, roomy
+from sfumato.ops.triton.product import Prepared, prepare, product, row_at, special, spread, x_at
 from sfumato.ops.triton.tuning import SHARED_KIB, Config, chip, config, processors
 
 # A weight in 16 bits: 128 x 128 tiles, because with 256 rows the traffic between L2 and the multiprocessors,
@@ -46,10 +47,10 @@ CHOICES = {
     "num_warps": (4, 8),
     "num_stages": (3, 4, 5),
 }
+RANK = 16
+"""Of the adapters that are compiled for ahead."""
 CANVAS = 256
 """Rows that the released model's canvas has."""
-AT_ONCE = 3
-"""Weights that one launch takes: queries, keys, values."""
 
 
 def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
@@ -58,14 +59,14 @@ def linear(x: Tensor, *weights: Matrix) -> tuple[Tensor, ...]:
     forms = [form(weight, x) for weight in weights]
     outs = [torch.empty(len(x_MK), weight.shape[0], dtype=x.dtype, device=x.device) for weight in weights]
     if x.numel() and weights:
-        count = AT_ONCE if len({f.launch for f in forms}) == 1 else 1
-        prepared: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
+        count = AT_ONCE if are_alike(forms) else 1
+        prepared: dict[tuple[str, int], Prepared] = {}
         for at in range(0, len(weights), count):
             first = forms[at]
             if (first.kind, first.group) not in prepared:
                 prepared[first.kind, first.group] = prepare(x_MK, first)
             ready = prepared[first.kind, first.group]
-            multiply(*ready, forms[at : at + count], outs[at : at + count], x.dtype)
+            multiply(ready, forms[at : at + count], outs[at : at + count], x.dtype)
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
@@ -78,7 +79,7 @@ def feed_forward(x: Tensor, gate_FD: Matrix, up_FD: Matrix, down_DF: Matrix) -> 
     out_MD = torch.empty(len(x_MK), down.outputs, dtype=x.dtype, device=x.device)
     if x.numel():
         is_split = hide(lambda weight: prepare(x_MK, weight), gate, up, hidden_MF, down.is_halved)
-        multiply(*prepare(hidden_MF, down, is_split=is_split), [down], [out_MD], x.dtype)
+        multiply(prepare(hidden_MF, down, is_split=is_split), [down], [out_MD], x.dtype)
     return out_MD.view(*x.shape[:-1], down.outputs)
 
 
@@ -86,40 +87,36 @@ def pair(gate: Form, up: Form) -> tuple[Form, Form]:
     """Both as one launch takes them, where it takes both. ValueError where their outputs differ."""
     if gate.outputs != up.outputs:
         raise ValueError(f"gate has {gate.outputs} outputs and up {up.outputs}; they must be as many")
-    if not _are_alike(gate, up) or gate.launch == up.launch:
+    if (gate.kind, gate.group) != (up.kind, up.group) or gate.launch == up.launch:
         return gate, up
     return _in_float32(gate), _in_float32(up)  # scales of two dtypes
 
 
-def _are_alike(gate: Form, up: Form) -> bool:
-    return (gate.kind, gate.group) == (up.kind, up.group)
-
-
-def hide(
-    prepared: Callable[[Form], tuple[Tensor, Tensor | None]], gate: Form, up: Form, hidden_MF: Tensor, is_split: bool
-) -> bool:
+def hide(prepared: Callable[[Form], Prepared], gate: Form, up: Form, hidden_MF: Tensor, is_split: bool) -> bool:
     """gelu(gate(x)) x up(x) into `hidden_MF`; whether it lies in its four classes now, as `is_split` asks for.
 
     x is what `prepared` gives for a weight. Two kinds take a launch each, and their result lies plain."""
-    if _are_alike(gate, up):
-        gate_up(*prepared(gate), gate, up, hidden_MF, is_split)
+    if are_alike([gate, up]):
+        gate_up(prepared(gate), gate, up, hidden_MF, is_split)
         return True
     both = [torch.empty_like(hidden_MF) for _ in range(2)]
     for weight, out in zip((gate, up), both, strict=True):
-        multiply(*prepared(weight), [weight], [out], hidden_MF.dtype)
+        multiply(prepared(weight), [weight], [out], hidden_MF.dtype)
     torch.mul(F.gelu(both[0], approximate="tanh"), both[1], out=hidden_MF)
     return False
 
 
-def gate_up(x_MK: Tensor, x_extra: Tensor | None, gate: Form, up: Form, hidden_MF: Tensor, is_split: bool) -> None:
-    """gelu(gate(x)) x up(x) into `hidden_MF`, in its four classes if `is_split`. x is prepared."""
+def gate_up(x: Prepared, gate: Form, up: Form, hidden_MF: Tensor, is_split: bool) -> None:
+    """gelu(gate(x)) x up(x) into `hidden_MF`, in its four classes if `is_split`."""
+    x_MK, rest = x.x_MK, addition(x, [gate, up], 2)
     tiles, launch = blocks("gate_up", (gate.outputs, gate.inputs), gate, hidden_MF.dtype, x_MK.device, DEFAULTS)
     grid = (triton.cdiv(len(x_MK), tiles["BLOCK_M"]) * triton.cdiv(2 * gate.outputs, tiles["BLOCK_N"]),)
     _gate_up[grid](
         x_MK,
-        x_extra,
+        x.extra,
         *gate.operands,
         *up.operands,
+        *rest.operands,
         hidden_MF,
         len(x_MK),
         F=gate.outputs,
@@ -127,8 +124,9 @@ def gate_up(x_MK: Tensor, x_extra: Tensor | None, gate: Form, up: Form, hidden_M
         GROUP=gate.group,
         KIND=gate.kind,
         SPLIT=is_split,
+        **rest.sizes,
         **tiles,
-        **launch,
+        **roomy(launch, gate, rest.inner is not None, x_MK.device),
         **overlap(x_MK.device),
     )
 
@@ -138,14 +136,12 @@ def _in_float32(weight: Form) -> Form:
     return replace(weight, scale=None if weight.scale is None else weight.scale.float(), extra=extra)
 
 
-def multiply(
-    x_MK: Tensor, x_extra: Tensor | None, forms: Sequence[Form], outs: Sequence[Tensor], dtype: torch.dtype
-) -> None:
+def multiply(x: Prepared, forms: Sequence[Form], outs: Sequence[Tensor], dtype: torch.dtype) -> None:
     """The products x Wᵀ of weights that one launch takes, into `outs`.
 
-    x is prepared, and was of this dtype. One weight may have an output [P, M, N] in float32: a part of the sum each,
-    over as many shares of the inputs."""
-    first = forms[0]
+    x was of this dtype. One weight may have an output [P, M, N] in float32: a part of the sum each, over as many shares
+    of the inputs."""
+    x_MK, first, rest = x.x_MK, forms[0], addition(x, forms, AT_ONCE)
     rows, width = x_MK.shape
     tiles, launch = blocks("linear", (sum(f.outputs for f in forms), width), first, dtype, x_MK.device, DEFAULTS)
     counts = [f.outputs for f in forms] + [0] * (AT_ONCE - len(forms))
@@ -158,8 +154,9 @@ def multiply(
         launch["num_stages"] = _stages(first, tiles, launch, dtype, x_MK.device) or launch["num_stages"]
     _linear[(triton.cdiv(rows, tiles["BLOCK_M"]) * columns, parts)](
         x_MK,
-        x_extra,
+        x.extra,
         *operands,
+        *rest.operands,
         rows,
         N0=counts[0],
         N1=counts[1],
@@ -168,8 +165,9 @@ def multiply(
         SPLIT_K=parts,
         GROUP=first.group,
         KIND=first.kind,
+        **rest.sizes,
         **tiles,
-        **launch,
+        **roomy(launch, first, rest.inner is not None, x_MK.device),
         **overlap(x_MK.device),
     )
 
@@ -264,6 +262,11 @@ def _linear(
     scale2_ptr,
     extra2_ptr,
     out2_ptr,
+    lane_ptr,
+    inner_ptr,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
     rows,
     N0: tl.constexpr,
     N1: tl.constexpr,
@@ -272,6 +275,10 @@ def _linear(
     SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -312,6 +319,22 @@ def _linear(
             scale_N += part * (SHARE // GROUP)
         out_N += part * (rows.to(tl.int64) * N0)
     acc = product(x_M, x_extra_M, w_N, scale_N, extra_N, SHARE, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
+    if ADAPTED:
+        b_N, nth, is_adapted = b0_ptr + tl.minimum(n, N0 - 1), 0, ADAPTED % 2 == 1
+        if N1 > 0:
+            is_1 = tile >= SKIP1
+            b_N, nth = tl.where(is_1, b1_ptr + row1, b_N), tl.where(is_1, ADAPTED % 2, nth)
+            is_adapted = tl.where(is_1, ADAPTED // 2 % 2 == 1, is_adapted)
+        if N2 > 0:
+            is_2 = tile >= SKIP2
+            b_N, nth = tl.where(is_2, b2_ptr + row2, b_N), tl.where(is_2, ADAPTED % 2 + ADAPTED // 2 % 2, nth)
+            is_adapted = tl.where(is_2, ADAPTED // 4 == 1, is_adapted)
+        # Of a product in parts the first has it all.
+        has_lane = (m < rows) & is_adapted & (tl.program_id(1) == 0)
+        lane_M = tl.load(lane_ptr + m, has_lane, -1)
+        part = rows.to(tl.int64) * RANK
+        inner_M = inner_ptr + nth * PARTS * part + m.to(tl.int64) * RANK
+        acc = added(acc, lane_M, inner_M, part, b_N, is_live, width, RANK * width, RANK, PARTS, BLOCK_R)
     at = out_N[:, None] + (m.to(tl.int64) * width)[None, :]
     tl.store(at, acc.to(out0_ptr.dtype.element_ty), (m < rows)[None, :] & is_live[:, None])
 
@@ -326,6 +349,10 @@ def _gate_up(
     up_ptr,
     up_scale_ptr,
     up_extra_ptr,
+    lane_ptr,
+    inner_ptr,
+    gate_b_ptr,
+    up_b_ptr,
     out_ptr,
     rows,
     F: tl.constexpr,
@@ -333,6 +360,10 @@ def _gate_up(
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
     SPLIT: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -351,6 +382,15 @@ def _gate_up(
     w_N, scale_N = tl.where(is_up, up_N, gate_N), tl.where(is_up, up_scale_N, gate_scale_N)
     extra_N = tl.where(is_up, up_extra_N, gate_extra_N)
     acc = product(x_M, x_extra_M, w_N, scale_N, extra_N, K, GROUP, KIND, BLOCK_N, BLOCK_M, BLOCK_K)
+    if ADAPTED:
+        lane_M = tl.load(lane_ptr + m, m < rows, -1)
+        part = rows.to(tl.int64) * RANK
+        inner_M = inner_ptr + m.to(tl.int64) * RANK
+        if ADAPTED % 2 == 1:
+            acc = added(acc, lane_M, inner_M, part, gate_b_ptr + n, ~is_up, F, RANK * F, RANK, PARTS, BLOCK_R)
+        if ADAPTED // 2 == 1:
+            inner_M += ADAPTED % 2 * PARTS * part
+            acc = added(acc, lane_M, inner_M, part, up_b_ptr + n, is_up, F, RANK * F, RANK, PARTS, BLOCK_R)
     f = first + tl.arange(0, HALF)
     at = m.to(tl.int64)[None, :] * F + placed(f, F, SPLIT)[:, None]
     hidden = gated(acc, BLOCK_N, BLOCK_M)
@@ -373,6 +413,7 @@ def ahead(arch: int) -> list[Special]:
     for name, like, dtype in dense_specials(arch):
         types, p = operand_types(like.kind, dtype), POINTERS[dtype]
         same = {"GROUP": like.group, "KIND": like.kind}
+        ranks = (0, RANK) if name == "int4" else (0,)
         is_common = like.kind in ("plain", "fp8", "fp8_wide", "int8", "int4") and like.group != BLOCK
         for what, outputs, inputs in products if is_common else products[:1]:
             blank = replace(like, outputs=sum(outputs), inputs=inputs)
@@ -389,12 +430,29 @@ def ahead(arch: int) -> list[Special]:
                 pointers["out0_ptr"] = "*fp32"
                 launch["num_stages"] = _stages(blank, tiles, launch, dtype, device) or launch["num_stages"]
             constexprs = {**sizes, "SPLIT_K": parts, **same, **tiles}
-            specials.append(special(f"linear {what} {name}", _linear, pointers, ["rows"], constexprs, launch))
+            for rank in ranks:
+                b = [f"b{i}_ptr" for i, count in enumerate(counts) if count]
+                more, beside = for_special(b, inputs, rank, dtype, device)
+                none = dict.fromkeys([f"b{i}_ptr" for i in range(len(b), AT_ONCE)], None)
+                specials.append(
+                    special(
+                        f"linear {what} {name}{' adapted' if rank else ''}",
+                        _linear,
+                        pointers | more | none,
+                        ["rows"],
+                        constexprs | beside,
+                        roomy(launch, like, rank > 0, device),
+                    )
+                )
         blank = replace(like, outputs=2112, inputs=2816)
         tiles, launch = blocks("gate_up", (2112, 2816), blank, dtype, device, DEFAULTS)
         pointers = {"x_ptr": types["x"], "x_extra_ptr": types["x_extra"], "out_ptr": p}
         pointers |= {"gate_ptr": types["w"], "gate_scale_ptr": types["scale"], "gate_extra_ptr": types["extra"]}
         pointers |= {"up_ptr": types["w"], "up_scale_ptr": types["scale"], "up_extra_ptr": types["extra"]}
         constexprs = {"F": 2112, "K": 2816, **same, "SPLIT": like.is_halved, **tiles}
-        specials.append(special(f"gate_up {name}", _gate_up, pointers, ["rows"], constexprs, launch))
+        for rank in ranks:
+            more, beside = for_special(("gate_b_ptr", "up_b_ptr"), 2816, rank, dtype, device)
+            what = f"gate_up {name}{' adapted' if rank else ''}"
+            wide = roomy(launch, like, rank > 0, device)
+            specials.append(special(what, _gate_up, pointers | more, ["rows"], constexprs | beside, wide))
     return specials

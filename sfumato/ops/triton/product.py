@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,11 +35,22 @@ from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.forms import BLOCK_ROWS, Form
 
 
-def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The left side of a product laid out for this weight, and what goes with it.
+class Prepared(NamedTuple):
+    """The left side of a product as a weight meets it."""
 
-    That is the scale of a row (fp8), or the sum of each group (int4_bias). `is_split`: it lies in its four classes
-    already, if words of four weights need that."""
+    x_MK: Tensor
+    extra: Tensor | None
+    """What goes with it: the scale of a row (fp8), or the sum of each group (int4_bias)."""
+    source_MK: Tensor | None
+    """What low-rank factors meet: x with all its digits. None where nobody has kept it."""
+    is_split: bool = False
+    """The source lies in its four classes."""
+
+
+def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> Prepared:
+    """The left side of a product laid out for this weight.
+
+    `is_split`: it lies in its four classes already, if words of four weights need that."""
     x_MK = x_MK.contiguous()
     rows, width = x_MK.shape
     block = triton.next_power_of_2(width)
@@ -49,19 +60,19 @@ def prepare(x_MK: Tensor, weight: Form, is_split: bool = False) -> tuple[Tensor,
             plain_MK, x_MK = x_MK, torch.empty_like(x_MK)
             _in_classes[(rows,)](plain_MK, x_MK, K=width, BLOCK=block, num_warps=warps, **overlap(x_MK.device))
         if weight.kind != "int4_bias":
-            return x_MK, None
+            return Prepared(x_MK, None, x_MK, True)
         sum_MG = torch.empty(rows, width // weight.group, dtype=torch.float32, device=x_MK.device)
         sizes = _sum_sizes(width, weight.group)
         _sum_groups[(rows,)](
             x_MK, sum_MG, K=width, GROUP=weight.group, **sizes, num_warps=warps, **overlap(x_MK.device)
         )
-        return x_MK, sum_MG
+        return Prepared(x_MK, sum_MG, x_MK, True)
     if weight.kind != "fp8":
-        return x_MK, None
+        return Prepared(x_MK, None, x_MK)
     out_MK = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x_MK.device)
     scale_M = torch.empty(rows, dtype=torch.float32, device=x_MK.device)
     _quantise_rows[(rows,)](x_MK, out_MK, scale_M, K=width, BLOCK=block, num_warps=warps, **overlap(x_MK.device))
-    return out_MK, scale_M
+    return Prepared(out_MK, scale_M, x_MK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +86,13 @@ class Ready:
 
     @classmethod
     def room(cls, rows: int, weights: Sequence[Form], width: int, like: Tensor) -> Ready:
-        """Uninitialised, for x of `like`'s dtype: in the layout of all of these weights, or else plain."""
+        """Uninitialised, for x of `like`'s dtype: in the layout of all of these weights, or else plain.
+
+        Plain too where it would be rounded and low-rank factors meet it as well."""
         layouts = {weight.layout for weight in weights}
         name, group = layouts.pop() if len(layouts) == 1 else ("plain", 1)
+        if name == "fp8" and any(weight.beside is not None for weight in weights):
+            name = "plain"
         dtype = torch.float8_e4m3fn if name == "fp8" else like.dtype
         x_MK, extra = like.new_empty((rows, width), dtype=dtype), None
         if name == "fp8":
@@ -86,10 +101,11 @@ class Ready:
             extra = like.new_empty((rows, width // group), dtype=torch.float32)
         return cls(name, group, x_MK, extra)
 
-    def prepared_for(self, weight: Form) -> tuple[Tensor, Tensor | None]:
+    def prepared_for(self, weight: Form) -> Prepared:
         """`prepare`, where this layout is not yet that of the weight."""
         if (weight.layout == (self.layout, self.group) and weight.kind != "int4_bias") or self.layout == "sums":
-            return self.x_MK, self.extra
+            source_MK = None if self.layout == "fp8" else self.x_MK
+            return Prepared(self.x_MK, self.extra, source_MK, self.layout in ("classes", "sums"))
         return prepare(self.x_MK, weight, is_split=self.layout == "classes")
 
 

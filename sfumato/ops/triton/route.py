@@ -18,9 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sfumato.errors import InputError
+from sfumato.ops.contract import Matrix
+from sfumato.ops.lowrank import LowRank
 from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.experts import append
+from sfumato.ops.triton.forms import LaneFactors, beside
+from sfumato.ops.triton.low_rank import added, block_of, next_lane
 from sfumato.ops.triton.norm import inverse_root
 from sfumato.ops.triton.product import is_last, special
 from sfumato.ops.triton.tuning import Config, config
@@ -43,7 +48,7 @@ CHOICES = {
 
 
 def route(
-    residual_ND: Tensor, scale_D: Tensor, proj_ED: Tensor, per_expert_E: Tensor, top_k: int, eps: float
+    residual_ND: Tensor, scale_D: Tensor, proj_ED: Matrix, per_expert_E: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As `reference.route`."""
     tokens = len(residual_ND)
@@ -51,7 +56,8 @@ def route(
     weight_NJ = torch.empty(tokens, top_k, dtype=torch.float32, device=residual_ND.device)
     if tokens:
         counters = torch.zeros(tokens, dtype=torch.int32, device=residual_ND.device)
-        router, results = RouterWeights(scale_D, proj_ED, per_expert_E), _Results(weight_NJ, counters, index_NJ)
+        router = RouterWeights.of(scale_D, proj_ED, per_expert_E, residual_ND.dtype)
+        results = _Results(weight_NJ, counters, index_NJ)
         _launch(residual_ND.contiguous(), router, eps, None, results)
     return index_NJ, weight_NJ
 
@@ -62,6 +68,18 @@ class RouterWeights(NamedTuple):
     scale_D: Tensor
     proj_ED: Tensor
     per_expert_E: Tensor
+    beside: LaneFactors | None = None
+
+    @classmethod
+    def of(cls, scale_D: Tensor, proj_ED: Matrix, per_expert_E: Tensor, dtype: torch.dtype) -> RouterWeights:
+        """With the factors that adapters have beside the projection. InputError where that is packed."""
+        factors = None
+        if isinstance(proj_ED, LowRank):
+            factors = beside(proj_ED, dtype)
+            proj_ED = proj_ED.base
+        if not isinstance(proj_ED, Tensor):
+            raise InputError("a router is never packed; the triton operations take it in plain numbers")
+        return cls(scale_D, proj_ED, per_expert_E, factors)
 
 
 class _Results(NamedTuple):
@@ -100,10 +118,17 @@ def _launch(residual_ND: Tensor, router: RouterWeights, eps: float, root_N: Tens
     chosen = _blocks(count, width, residual_ND.dtype, residual_ND.device)
     splits, block = chosen["SPLITS"], max(16, triton.next_power_of_2(count))
     part_SNE = torch.empty(splits, tokens, block, dtype=torch.float32, device=residual_ND.device)
+    factors = router.beside
+    rank = 0 if factors is None else factors.rank
+    inner_SNR = residual_ND.new_empty((splits, tokens, rank), dtype=torch.float32) if rank else None
+    if factors is not None and len(factors.lane_N) != tokens:
+        raise ValueError(f"x has {tokens} tokens, and lanes were given for {len(factors.lane_N)}")
     _route[(triton.cdiv(tokens, chosen["BLOCK_M"]), splits)](
         residual_ND,
         root_N,
-        *(weight.contiguous() for weight in router),
+        *(weight.contiguous() for weight in router[:3]),
+        *((None,) * 3 if factors is None else (factors.a, factors.b, factors.lane_N)),
+        inner_SNR,
         part_SNE,
         results.counters,
         results.index_NJ,
@@ -116,8 +141,10 @@ def _launch(residual_ND: Tensor, router: RouterWeights, eps: float, root_N: Tens
         E=count,
         FACTOR=width**-0.5,
         J=top_k,
+        RANK=rank,
         BLOCK_E=block,
         BLOCK_J=triton.next_power_of_2(top_k),
+        BLOCK_R=block_of(rank) if rank else 16,
         **chosen,
         **overlap(residual_ND.device),
     )
@@ -138,6 +165,10 @@ def _route(
     scale_ptr,
     proj_ptr,
     per_expert_ptr,
+    a_ptr,
+    b_ptr,
+    lane_ptr,
+    inner_ptr,
     part_ptr,
     come_ptr,
     index_ptr,
@@ -150,8 +181,10 @@ def _route(
     E: tl.constexpr,
     FACTOR: tl.constexpr,
     J: tl.constexpr,
+    RANK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -178,28 +211,57 @@ def _route(
     logits = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
     begin = tl.program_id(1) * SHARE
     for start in range(begin, tl.minimum(begin + SHARE, D), BLOCK_K):
-        x = tl.load(x_M[None, :] + start + k[:, None], (start + k < D)[:, None], 0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + start + k, start + k < D, 0.0).to(tl.float32)
-        x = (x * norm_M[None, :]).to(TYPE).to(tl.float32)
-        x = (x * scale[:, None]).to(TYPE).to(tl.float32)
-        x = (x * FACTOR).to(TYPE)
+        x = _input(x_M, scale_ptr, norm_M, start + k, D, FACTOR, TYPE)
         w = tl.load(w_E[:, None] + start + k[None, :], (start + k < D)[None, :], 0.0)
         logits = tl.dot(w, x, logits, input_precision="ieee")
 
-    if SPLITS == 1:
+    stride = tokens.to(tl.int64) * BLOCK_E
+    if RANK > 0:
+        lane_M = tl.load(lane_ptr + m, m < tokens, -1)
+        inner_M = inner_ptr + m.to(tl.int64) * RANK
+        low_stride = tokens.to(tl.int64) * RANK
+        for first in tl.static_range(0, RANK, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)
+            inner = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+            lane = tl.max(lane_M, 0)
+            while lane >= 0:
+                a_R = a_ptr + lane * (RANK * D) + tl.minimum(r, RANK - 1) * D
+                one = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+                for start in range(begin, tl.minimum(begin + SHARE, D), BLOCK_K):
+                    x = _input(x_M, scale_ptr, norm_M, start + k, D, FACTOR, TYPE)
+                    live = (r < RANK)[:, None] & (start + k < D)[None, :]
+                    one = tl.dot(tl.load(a_R[:, None] + start + k[None, :], live, 0.0), x, one, input_precision="ieee")
+                inner = tl.where((lane_M == lane)[None, :], one, inner)
+                lane = next_lane(lane_M, lane)
+            inner_at = inner_M[None, :] + tl.program_id(1) * low_stride + r[:, None]
+            tl.store(inner_at, inner, (lane_M >= 0)[None, :] & (r < RANK)[:, None])
+
+    if SPLITS == 1 and RANK == 0:
         _choose(logits, m, per_expert_ptr, index_ptr, weight_ptr, count_ptr, list_ptr, tokens, E, J, BLOCK_E, BLOCK_J)
     else:
         part_at = part_ptr + m.to(tl.int64)[None, :] * BLOCK_E + e[:, None]
         live = (m < tokens)[None, :]
-        stride = tokens.to(tl.int64) * BLOCK_E
         tl.store(part_at + tl.program_id(1) * stride, logits, live)
         if is_last(come_ptr + tl.program_id(0), SPLITS):
             logits = tl.load(part_at, live, 0.0)
             for part in tl.static_range(1, SPLITS):
                 logits += tl.load(part_at + part * stride, live, 0.0)
+            if RANK > 0:
+                b_E = b_ptr + tl.minimum(e, E - 1)
+                logits = added(logits, lane_M, inner_M, low_stride, b_E, e < E, E, RANK * E, RANK, SPLITS, BLOCK_R)
             _choose(
                 logits, m, per_expert_ptr, index_ptr, weight_ptr, count_ptr, list_ptr, tokens, E, J, BLOCK_E, BLOCK_J
             )
+
+
+@triton.jit
+def _input(x_M, scale_ptr, norm_M, i, D: tl.constexpr, FACTOR: tl.constexpr, TYPE: tl.constexpr):
+    """What the router multiplies, [BLOCK_K, BLOCK_M]: inputs i, rounded after each factor."""
+    x = tl.load(x_M[None, :] + i[:, None], (i < D)[:, None], 0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + i, i < D, 0.0).to(tl.float32)
+    x = (x * norm_M[None, :]).to(TYPE).to(tl.float32)
+    x = (x * scale[:, None]).to(TYPE).to(tl.float32)
+    return (x * FACTOR).to(TYPE)
 
 
 @triton.jit
@@ -253,13 +315,18 @@ def ahead(arch: int) -> list[Special]:
     for dtype in ("bfloat16", "float32") if arch == 90 else ("bfloat16",):
         chosen = _blocks(128, 2816, dtype, f"sm_{arch}")
         launch = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
-        pointers: dict[str, str | None] = dict.fromkeys(_route.arg_names[:11], None)
+        pointers: dict[str, str | None] = dict.fromkeys(_route.arg_names[:15], None)
         pointers |= dict.fromkeys(("residual_ptr", "scale_ptr", "proj_ptr", "per_expert_ptr"), POINTERS[dtype])
         pointers |= {"part_ptr": "*fp32", "come_ptr": "*i32", "weight_ptr": "*fp32"}
         sizes = {"D": 2816, "E": 128, "FACTOR": 2816**-0.5, "J": 8, "BLOCK_E": 128, "BLOCK_J": 8, **chosen}
+        sizes |= {"RANK": 0, "BLOCK_R": 16}
         alone = {**pointers, "index_ptr": "*i64"}
         within = {**pointers, "root_ptr": "*fp32", "count_ptr": "*i32", "list_ptr": "*i32"}
         for name, each in (("route", alone), ("route listed", within)):
             one = special(f"{name} {dtype}", _route, each, ["tokens"], sizes, launch)
+            specials.append(replace(one, signature={**one.signature, "eps": "fp32"}))
+        if dtype == "bfloat16":
+            within |= {"a_ptr": "*bf16", "b_ptr": "*bf16", "lane_ptr": "*i64", "inner_ptr": "*fp32"}
+            one = special(f"route listed {dtype} adapted", _route, within, ["tokens"], sizes | {"RANK": 16}, launch)
             specials.append(replace(one, signature={**one.signature, "eps": "fp32"}))
     return specials

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ MOST_FAULTS = 20
 _VERSION = b"2"
 """Of what is written here and of the rules that make examples."""
 _ENTRIES, _TOKENS, _NOTE = "entries.bin", "tokens.bin", "note.json"
-_HELD = 1 << 16  # entries that are held before they are written
+_HELD = 1 << 12  # entries that are held before they are written
 _TOGETHER, _BYTES_TOGETHER = 32, 1 << 18  # records, and their bytes, that are rendered together
 _TURNS_TOGETHER = 8  # a conversation with more answers is rendered answer by answer, up to the limit of length
 
@@ -120,8 +119,10 @@ def _build(
     files: Sequence[Path], hashes: Sequence[str], maker: ExampleMaker, folder: Path, progress: ReadingProgress | None
 ) -> None:
     """Write the index beside its place, then rename."""
-    beside = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     try:
+        beside.mkdir()
         with (beside / _ENTRIES).open("wb") as entries, (beside / _TOKENS).open("wb") as tokens:
             writer = _IndexWriter(files, maker, entries, tokens)
             writer.write(progress)
@@ -129,7 +130,7 @@ def _build(
         note = {"hash": digest, "units": writer.units, "records": writer.records, "left_out": writer.left_out}
         note |= {"left_out_at": writer.left_out_at, "max_tokens": maker.limit.tokens, "long": maker.limit.long}
         (beside / _NOTE).write_text(json.dumps(note))
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # of a user who has removed some of it
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
