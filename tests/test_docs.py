@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -27,10 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sfumato import cli
 from sfumato.options import Options
+from sfumato.tasks import sorting
 from sfumato.templates.slots import read_template
 
 pytest.importorskip("llguidance")
@@ -38,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/sampler.md", "docs/server.md", "docs/canvas.md"),
     *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md", "docs/python.md"),
-    *("docs/clients.md", "docs/adapters.md", "docs/data.md"),
+    *("docs/clients.md", "docs/adapters.md", "docs/data.md", "docs/training.md"),
 )
 
 NOT_OURS = ("config.json", "adapter_config.json", "person.json", "TEMPLATE.json", "tokenizer.json")
@@ -152,6 +155,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert cli.main(["convert", "nano", "--to", "gguf-q8_0", "-o", str(folder / "model-Q4_K_M.gguf")]) == 0
     shutil.copytree(ROOT / "sfumato" / "nano", folder / "my-model")
     (folder / "samples.jsonl").write_text('{"text": "One two."}\n{"text": "Three four."}\n')
+    lists = [sorting.generate(np.random.default_rng(seed), 4) for seed in range(40)]
+    lines = [{"prompt": sorting.prompt(one), "response": sorting.answer_text(one)} for one in lists]
+    (folder / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -238,7 +244,7 @@ def test_the_page_of_templates_runs_as_it_stands(here: Path) -> None:
     assert pictures and all((ROOT / "docs" / name).stat().st_size < 100_000 for name in pictures)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/server.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("docs/server.md", "docs/training.md")])
 def test_commands_run_as_they_stand(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks_of(page):
         if block.language == "sh" and not block.reason:
@@ -247,12 +253,9 @@ def test_commands_run_as_they_stand(page: str, here: Path, monkeypatch: pytest.M
                     run(command, monkeypatch)
 
 
-@pytest.fixture
-def port(here: Path) -> Iterator[int]:
-    """The port of a server that the page's own command starts."""
-    (command, *_) = [
-        line for block in blocks_of("docs/server.md") for line in block.commands() if line.startswith("sfumato serve")
-    ]
+@contextlib.contextmanager
+def served(command: str, here: Path) -> Iterator[int]:
+    """The port of a server that a page's own command starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
@@ -260,7 +263,7 @@ def port(here: Path) -> Iterator[int]:
         sys.executable,
         "-c",
         "import sys; from sfumato.cli import main; sys.exit(main())",
-        *shlex.split(command)[1:],
+        *shlex.split(command, comments=True)[1:],
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with (here / "server.log").open("w") as log:
@@ -273,6 +276,18 @@ def port(here: Path) -> Iterator[int]:
         server.wait(60)
 
 
+def server_command(page: str) -> str:
+    """The first command of a page that starts a server."""
+    return next(line for block in blocks_of(page) for line in block.commands() if line.startswith("sfumato serve"))
+
+
+@pytest.fixture
+def port(here: Path) -> Iterator[int]:
+    """The port of the server that the page of the server starts."""
+    with served(server_command("docs/server.md"), here) as port:
+        yield port
+
+
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     for _ in range(600):
         assert server.poll() is None
@@ -282,6 +297,27 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise TimeoutError(url)
+
+
+@pytest.mark.usefixtures("untidy")
+def test_the_page_of_training_ends_in_a_server(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file of examples to an adapter that a request chooses, in the page's five commands."""
+    (first, *_) = [block for block in blocks_of("docs/training.md") if block.language == "sh"]
+    for command in first.commands():
+        run(command, monkeypatch)
+    with served(server_command("docs/training.md"), here) as port:
+        host = f"http://127.0.0.1:{port}/v1"
+        with urllib.request.urlopen(f"{host}/models", timeout=60) as answer:
+            assert {"nano", "lists"} <= {model["id"] for model in json.load(answer)["data"]}
+        body = {
+            "model": "lists",
+            "messages": [{"role": "user", "content": "Sort these digits:\n3194"}],
+            "max_tokens": 8,
+        }
+        request = urllib.request.Request(f"{host}/chat/completions", json.dumps(body).encode())
+        request.add_header("content-type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["model"] == "lists"
 
 
 @pytest.mark.usefixtures("untidy")

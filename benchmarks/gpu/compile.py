@@ -65,9 +65,11 @@ def of_nano() -> list[ToCompile]:
     ]
 
 
-def of_steps(config: ModelConfig, kinds: Sequence[str], batches: Sequence[int] = (1, 16)) -> list[ToCompile]:
+def of_steps(
+    config: ModelConfig, kinds: Sequence[str], batches: Sequence[int] = (1, 16), rank: int = 0
+) -> list[ToCompile]:
     return [
-        ToCompile(config, Variant(kind.replace("bf16", ""), rows, is_encoding))
+        ToCompile(config, Variant(kind.replace("bf16", ""), rows, is_encoding, rank=rank))
         for kind in kinds
         for rows in batches
         for is_encoding in (False, True)

@@ -45,6 +45,7 @@ def run(setting: Setting, _: str) -> Iterator[Row]:
     else:
         two = setting.config(2)
         each = of_nano() + of_steps(two, KINDS) + of_steps(two, ("int8", "nvfp4", "int4-small"), (1,))
+        each += of_steps(two, ("int4",), rank=16)
         each = each[::9] if setting.is_dry else each
         compiling = Compiling(each, chip_of(setting), setting.until - 2, most=1 if setting.is_dry else None)
     place = environment(setting.device)

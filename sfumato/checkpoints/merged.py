@@ -59,7 +59,7 @@ def _plus(entry: Entry, factors: Factors) -> Entry:
     def read(first: int, last: int) -> Tensor:
         a = factors.a[first:last] if is_stack else factors.a
         b = factors.b[first:last] if is_stack else factors.b[:, first:last]
-        return entry.read(first, last).float() + Factors(a, b, factors.scale).delta()
+        return Factors(a, b, factors.scale).delta().add_(entry.read(first, last))
 
     is_packed = entry.packed is not None
     return replace(entry, read=read, packed=None, fallback=entry.fallback or (FALLBACK if is_packed else None))

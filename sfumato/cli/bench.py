@@ -83,7 +83,7 @@ class WorkFlags:
 
 @flags.takes(
     source=loading.positional(flags.group_of(ModelFlags, loading.WHICH)),
-    load=opt.load_flags_of(without=("memory_limit",)),
+    load=opt.load_flags_of(without=("memory_limit", "adapters")),
     amount=flags.group_of(WorkFlags),
 )
 def command(

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,21 +120,42 @@ class LookFlags:
     ] = 0
 
 
+@dataclass(frozen=True)
+class PlanFlags:
+    """What a run would need, without running."""
+
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print the memory that training needs, by part, from the config alone; -m released is DiffusionGemma.",
+        ),
+    ] = False
+    gpu: Annotated[float | None, typer.Option(min=1, help="Memory of a GPU in GB to plan for; 24, 32, 48, 80.")] = None
+    as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False
+
+
 @flags.takes(
     run=flags.group_of(RunFlags),
     data=flags.group_of(DataFlags, "Data"),
     factors=flags.group_of(FactorFlags, "Adapters and memory"),
     looks=flags.group_of(LookFlags, "Looks at the model"),
+    plan=flags.group_of(PlanFlags, "Plan"),
 )
-def command(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFlags) -> None:
+def command(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFlags, plan: PlanFlags) -> None:
     """Train; run the same command again to go on where it stopped. Ctrl-C and SIGTERM end the step and save first.
 
     Example: sfumato finetune -m nano --task sorting --lora 16 -o runs/sorting
+
+    Example: sfumato finetune --plan -m released --gpu 24
 
     Several GPUs: torchrun --nproc-per-node 2 -m sfumato finetune …
     """
     if data.dry_run:
         _dry_run(run, data)
+        return
+    if plan.plan:
+        _plan(run, data, factors, plan)
         return
     spec = _spec(run, data, factors, looks)
     from sfumato.training.distributed import Ranks
@@ -151,6 +172,31 @@ def command(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFla
             ranks.leave()
     if stop.number:
         raise typer.Exit(128 + stop.number)
+
+
+def _plan(run: RunFlags, data: DataFlags, factors: FactorFlags, plan: PlanFlags) -> None:
+    """Print what the run would need, or the usual ones where no flag says what is trained."""
+    from sfumato.cli.training_plan import plan_command
+    from sfumato.measure.training import TrainingSetup
+    from sfumato.training.recipe import LORA, TrainingRecipe
+
+    lora, changes = _lora(factors), _changes(run, factors)
+    is_chosen = lora is not None or factors.quantize is not None
+    numbers = TrainingRecipe(**{**(LORA if lora else {}), **changes})
+    per_pass = numbers.batch // numbers.accumulate if is_chosen or "batch" in changes else 1
+    setup = TrainingSetup(
+        quantize=factors.quantize,
+        precision=numbers.precision if is_chosen or "precision" in changes else "bfloat16",
+        rank=0 if lora is None and is_chosen else 16 if lora is None else lora.rank,
+        optimizer=numbers.optimizer,
+        is_checkpointed=factors.checkpointing,
+        tokens=data.max_tokens or 1024,
+        examples=per_pass,
+        repeats=numbers.repeats,
+        is_accumulated=numbers.accumulate > 1,
+    )
+    setup = setup if lora is None else replace(setup, targets=lora.targets)
+    plan_command(run.model, setup, plan.gpu, is_chosen, plan.as_json)
 
 
 def _dry_run(run: RunFlags, data: DataFlags) -> None:

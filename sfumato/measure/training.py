@@ -152,10 +152,10 @@ def memory(config: ModelConfig, setup: TrainingSetup) -> TrainingMemory:
     encode, denoise = _passes(config, setup)
     held = 4.0 * numbers if setup.is_accumulated else 0.0
     # A weight's gradients of both passes are joined before they become, or are added to, what is there of other parts.
-    both = _moment(config, setup, trained, denoise, (encode, denoise)) | {"gradients": held}
-    moments = [both, _moment(config, setup, trained, encode, (encode,)) | {"gradients": held + 4.0 * numbers}]
-    if not setup.rank and setup.narrow < 4:  # autocast keeps its copies of weights until the forward passes are over
-        moments.append(both | {"working": _vocabulary_bytes(config, setup) + 2.0 * sum(trained.values())})
+    moments = (
+        _moment(config, setup, trained, denoise, (encode, denoise)) | {"gradients": held},
+        _moment(config, setup, trained, encode, (encode,)) | {"gradients": held + 4.0 * numbers},
+    )
     fullest = always | max(moments, key=lambda moment: sum(moment.values()))
     moving = sum(fullest[name] for name in ("gradients", "keys_values", "kept", "working", "gathered"))
     return TrainingMemory(**fullest, slack=SLACK * moving)
@@ -258,9 +258,11 @@ def _of_block(config: ModelConfig, layer: LayerConfig, setup: TrainingSetup, one
     router = 8 * config.num_experts + 32 * config.top_k_experts
     if not setup.rank:  # the router's scale and product are trained too, and keep what they multiply
         router += (w + n) * width
-    mixer = n * (2 * queries + _if_trained(config, setup, "self_attn.", width + queries + 4 * setup.rank))
     inner = config.intermediate_size
-    dense = n * (3 * inner + _if_trained(config, setup, ".mlp.", width + inner + 3 * setup.rank))
+    ranks = 2 * _kept_rank(setup, (width, queries), one) + 2 * _kept_rank(setup, (width, keys), one)
+    mixer = n * (2 * queries + _if_trained(config, setup, "self_attn.", width + queries + ranks))
+    ranks = 3 * _kept_rank(setup, (width, inner), one)
+    dense = n * (3 * inner + _if_trained(config, setup, ".mlp.", width + inner + ranks))
     visible = one.cached + one.new
     attention = n * one.rows * visible * (2 * keys + one.new)
     if setup.is_attention_plain:  # queries, keys and values of every head, and all scores, in float32
@@ -281,10 +283,15 @@ def _of_experts(config: ModelConfig, setup: TrainingSetup, one: _Positions) -> f
     return n * config.top_k_experts * (width + 3 * inner + inputs)
 
 
-def _is_merged(setup: TrainingSetup, sides: tuple[int, int], one: _Positions) -> bool:
+def _is_merged(setup: TrainingSetup, sides: tuple[int, ...], one: _Positions) -> bool:
     """Whether factors are added to their weight before it is multiplied (`ops.fused`)."""
     is_small = math.prod(sides) <= 3 * setup.rank * sum(sides)
     return is_small and one.positions >= max(sides) and setup.narrow == 4 and setup.quantize is None
+
+
+def _kept_rank(setup: TrainingSetup, sides: tuple[int, ...], one: _Positions) -> int:
+    """Numbers between both factors, which they keep where they are not added to their weight."""
+    return 0 if _is_merged(setup, sides, one) else setup.rank
 
 
 def _copied_bytes(config: ModelConfig, index: int, setup: TrainingSetup, one: _Positions) -> float:

@@ -55,7 +55,7 @@ class Factors(NamedTuple):
 
     def delta(self) -> Tensor:
         """What it adds to the weight, float32, [.., O, I]."""
-        return self.scale * (self.b.float().mT @ self.a.float())
+        return (self.b.float().mT @ self.a.float()).mul_(self.scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,10 +35,12 @@ Capture = Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]]
 """Records what a function does; returns how to do it again, and where its result then lies."""
 
 MOST = 24
-"""Recordings that an engine keeps: six powers of two of rows, each with and without tokens to encode, pins or bans."""
+"""Recordings that an engine keeps: six powers of two of rows, each with and without tokens to encode, pins, bans or
+adapters."""
 
-GRAPH_BYTES = 4 << 20
-"""What one recording takes beside the pool: about 400 nodes with their arguments, on the host and the device."""
+GRAPH_BYTES = 7 << 20
+"""What one recording takes beside the pool: about 700 nodes with their arguments, on the host and the device; without
+adapters 350 to 450."""
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

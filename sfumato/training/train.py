@@ -247,7 +247,8 @@ class Trainer:
     def _mean_shares(self, part: Problem, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """What a part contributes to (L_diff, L_enc) of the whole batch."""
         is_half = self.recipe.precision == "bfloat16"
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half):
+        # Without its cache: that would hold a copy of every weight until all passes are over, sharded or not.
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
             sums = self._losses(self.model, part, self.recipe.leave_one_out)
         return sums.diffusion / counts[0], sums.encode / counts[1]
 

@@ -43,8 +43,9 @@ def soft_embedding(model: Model, hidden_BLD: Tensor) -> Tensor:
 
     Nothing flows back to the logits, as the objective has it, but the embedding that they mix has its gradient."""
     hidden_ND = hidden_BLD.detach().flatten(0, 1)
+    head_VD = None if model.lm_head is None else model.head_VD  # the compiler takes no tensor twice
     soft_ND: Tensor = _SoftEmbedding.apply(  # type: ignore[no-untyped-call]
-        model.embed_tokens.weight, model.head_VD, hidden_ND, model.config.softcap, _product_dtype(hidden_ND)
+        model.embed_tokens.weight, head_VD, hidden_ND, model.config.softcap, _product_dtype(hidden_ND)
     )
     return (soft_ND * model.embed_scale).view(hidden_BLD.shape)
 
@@ -116,8 +117,9 @@ class _SoftEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, embed_VD: Tensor, head_VD: Tensor, hidden_ND: Tensor, softcap: float, dtype: torch.dtype
+        ctx: Any, embed_VD: Tensor, head_VD: Tensor | None, hidden_ND: Tensor, softcap: float, dtype: torch.dtype
     ) -> Tensor:
+        head_VD = embed_VD if head_VD is None else head_VD
         ctx.save_for_backward(head_VD, hidden_ND)
         ctx.softcap, ctx.dtype, ctx.embed_dtype = softcap, dtype, embed_VD.dtype
         ctx.set_materialize_grads(False)

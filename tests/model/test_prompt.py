@@ -7,7 +7,9 @@ import sys
 
 import torch
 
+from sfumato.model.loaded import LoadedAdapter
 from sfumato.model.prompt import Prompt
+from sfumato.ops.lowrank import LanePair
 
 
 def test_a_prompt_is_compared_by_tokens_and_content() -> None:
@@ -33,6 +35,16 @@ def test_a_block_that_the_other_has_not_is_alike_only_before_it() -> None:
     assert one.shared(Prompt((1, 2, 9, 4, 5, 6), blocks=one.blocks)) == 1
     assert one.shared(Prompt(tokens, blocks=one.blocks, content={5: b"cat"})) == 4
     assert one.shared(Prompt((1, 2, 3, 9), blocks=((1, 3),))) == 3
+
+
+def test_prompts_of_two_adapters_have_nothing_in_common() -> None:
+    first, again = LoadedAdapter("a", LanePair(0, 0)), LoadedAdapter("a", LanePair(0, 0))  # loaded anew, on its lane
+    plain = Prompt.of([1, 2, 3])
+    one, other = plain.adapted(first), plain.adapted(again)
+    assert len({plain, one, other, plain.adapted(first)}) == 3 and one == plain.adapted(first) != other
+    assert [one.shared(prompt) for prompt in (plain, one, other)] == [0, 3, 0] and plain.shared(one) == 0
+    assert {one.extended([4]).adapter, one.first(2).adapter, Prompt.of(one).adapter} == {first}
+    assert one.adapted(None) == plain and one.adapted(first) is one
 
 
 def test_a_beginning_does_not_cut_a_block() -> None:

@@ -1,6 +1,6 @@
 """ops/triton/block.py, between.py and heads.py: a whole block, under the interpreter, against the reference's
-operations one by one; what it prepares for the next block, what it leaves in the rings; products in parts; and a model
-of thirty layers."""
+operations one by one; what it prepares for the next block, what it leaves in the rings; adapters; products in parts;
+and a model of thirty layers."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from sfumato.model.network import Block, Model
 from sfumato.ops import reference
 from sfumato.ops import triton as kernels
 from sfumato.ops.contract import After, BlockPass, BlockResult, JoinNorms, Layer, Matrix
+from sfumato.ops.lowrank import LanePair, Lanes, LaneSwitch, LowRank
 from sfumato.ops.masks import Mask
 from sfumato.ops.packed import Packed
 from sfumato.ops.triton import forms, linear, product, tuning
@@ -102,6 +103,8 @@ def products_of(layer: Layer) -> tuple[Matrix, ...]:
 
 def in_float32(layer: Layer) -> Layer:
     def widened(part: Any) -> Any:
+        if isinstance(part, LowRank):
+            return dataclasses.replace(part, base=widened(part.base), a=part.a.float(), b=part.b.float())
         if isinstance(part, Packed):
             return part  # reference unpacks it to x's dtype
         return part.float() if isinstance(part, Tensor) else part
@@ -273,6 +276,41 @@ def test_a_row_that_is_not_finite_says_so(value: float) -> None:
     assert not hidden[0, 3].isfinite().all()
     others = [t for t in range(11) if t != 3]
     assert torch.equal(hidden[0, others], sound[0, others])
+
+
+def adapted(layer: Layer, switch: LaneSwitch) -> Layer:
+    """With factors of three lanes beside every product, and the router."""
+
+    def beside(base: Matrix, seed: int) -> LowRank:
+        *stack, outputs, inputs = base.shape
+        a, b = (normal(3, *stack, 4, n, seed=seed + n, scale=n**-0.5).to(layer.router_scale) for n in (inputs, outputs))
+        return LowRank(base, a, 4 * b, switch)
+
+    names = ("q", "k", "v", "o", "gate", "up", "down", "router", "gate_up", "expert_down")
+    changed: dict[str, Any] = {name: beside(getattr(layer, name), 100 * n) for n, name in enumerate(names, 1)}
+    return layer._replace(**changed)
+
+
+@pytest.mark.parametrize("kind", ["fp8", pytest.param("int4-asym", marks=pytest.mark.slow)])
+def test_a_block_with_adapters_is_its_operations(kind: str) -> None:
+    """Of rows that encode with one and denoise with another, and of what it prepares for the next block."""
+    switch, (x, block_pass) = LaneSwitch(), inputs("both", torch.bfloat16)
+    bare, is_real = layer_of(kind, torch.bfloat16), real(block_pass.mask)
+    layer = adapted(bare, switch)
+    cos, sin, k, v, mask, scale = block_pass
+    floats = BlockPass(cos.float(), sin.float(), k.float(), v.float(), mask, scale.float())
+    after = After(layer.input_norm, products_of(layer))
+    switch.lanes = Lanes.of([LanePair(0, 1), LanePair(), LanePair(2, 2)], 5, 6, "cpu")
+    plain, _, _ = by_reference(x, layer, block_pass)
+    exact, _, _ = by_reference(x.float(), in_float32(layer), floats)
+    fast, _, _, prepared = block(x, layer, block_pass, after=after)
+    without, _, _ = by_reference(x, bare, block_pass)
+    assert relative(without[is_real], exact[is_real]) > 0.1
+    least = 0.02 if kind == "fp8" else 4e-3
+    assert relative(fast[is_real], exact[is_real]) <= max(2 * relative(plain[is_real], exact[is_real]), least)
+    assert prepared.layout == {"fp8": "plain", "int4-asym": "sums"}[kind]  # factors meet x as it is
+    result = block(fast, layer, block_pass, prepared).x_BTD
+    assert relative(result[is_real], block(fast, layer, block_pass).x_BTD[is_real].float()) <= least
 
 
 def test_the_order_in_which_programs_come_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_options_come_as_a_record_a_dict_or_one_by_one(llm: LLM) -> None:
         ({"max_new_tokens": 5}, "there is no option 'max_new_tokens'; did you mean max_tokens?"),
         ({"temprature": 1}, "did you mean temperature?"),
         ({"steps": 4}, "did you mean max_steps?"),
-        ({"zzz": 1}, "there is no option 'zzz'; the options are choices, "),
+        ({"zzz": 1}, "there is no option 'zzz'; the options are adapter, choices, "),
         ({"stream": True}, "there is no option 'stream'; stream(…) in place of chat(…) gives the events"),
         ({"system": "x"}, "give a list that begins with"),
         ({"seed": -1}, "seed is -1; give a number from 0 to 2^62"),

@@ -1,6 +1,7 @@
 """CUDA kernels in Triton: one file an operation, the same signatures as `sfumato.ops.reference`.
 
-Weights in 16 or 32 bits, or packed (`ops/packed.py`): int8, FP8, int4, NVFP4, MXFP4. A row's answer does not depend on
+Weights in 16 or 32 bits, or packed (`ops/packed.py`): int8, FP8, int4, NVFP4, MXFP4; any of them with the factors of
+adapters beside it (`ops/lowrank.py`). Nothing here has gradients. A row's answer does not depend on
 its batch: tile sizes hang on the shape of the weights and the GPU (`tuned.json`), never on the number of rows, and no
 sum is split over programs without a fixed order. Nothing here waits for the host, so a step can be recorded as a CUDA
 graph.

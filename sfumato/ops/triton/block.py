@@ -1,4 +1,4 @@
-"""block: a layer in eleven launches, fourteen where x meets its weights in FP8.
+"""block: a layer in eleven launches, fourteen where x meets its weights in FP8; six more with adapters (`low_rank`).
 
 Every launch reads its input from memory and costs microseconds of its own, so what stands between two products is one
 kernel: `heads` between the projections and attention, `between` attention and the feed-forwards, `end` behind them,

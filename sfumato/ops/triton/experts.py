@@ -26,7 +26,7 @@ from sfumato.ops.triton.ahead import POINTERS, Special
 from sfumato.ops.triton.dependent import enter, overlap
 from sfumato.ops.triton.forms import Form, blocks, dense_specials, form, has_tensor_memory, operand_types
 from sfumato.ops.triton.linear import gate_and_up, gated, placed
-from sfumato.ops.triton.low_rank import Addition, added, for_special, nothing, shrunk, sizes_of
+from sfumato.ops.triton.low_rank import Addition, added, for_special, nothing, roomy, shrunk, sizes_of
 from sfumato.ops.triton.low_rank import tiles as shrink_tiles
 from sfumato.ops.triton.product import Prepared, prepare, product, row_at, special, x_at
 from sfumato.ops.triton.tuning import Config, config
@@ -124,7 +124,7 @@ def products(
         BLOCK_E=triton.next_power_of_2(count),
         **rest.sizes,
         **tiles,
-        **launch,
+        **(roomy(launch, gate_up, rest.inner is not None, device) if height else launch),
         **overlap(device),
     )
     return _down(hidden_AF, lists, choices, down, (height, tiles["BLOCK_M"], most))
@@ -160,7 +160,7 @@ def _down(
         BLOCK_E=triton.next_power_of_2(count),
         **rest.sizes,
         **tiles,
-        **launch,
+        **(roomy(launch, down, rest.inner is not None, device) if height else launch),
         **overlap(device),
     )
     return part_AD

@@ -184,6 +184,7 @@ def test_a_hundred_adapters_on_one_model() -> None:
     assert count * own <= listed.bytes == llm.bank.bytes <= 2 * count * own
     jobs: Jobs[QueryFor[Any]] = Jobs(llm, BatchLimits(rows=16))
     assert (jobs.figures().adapters, jobs.figures().adapter_bytes) == (count, listed.bytes)
+    memory = jobs.batch.memory
     names = [f"a{n:02}" for n in range(3, count, 12)]
     for name in names:
         jobs.begin(name, Complete("1 2 3", options_of(name, max_tokens=8, short=True)))
@@ -195,6 +196,13 @@ def test_a_hundred_adapters_on_one_model() -> None:
     for name in llm.adapters.names[1:]:
         llm.bank.unload(name)
     assert llm.bank.growth(small(model, 0, rank)) == 0  # there is room again
+    assert jobs.batch.memory == memory  # as long as the room is kept
+    jobs.begin("last", UnloadAdapter("a00"))
+    carried_out(jobs)
+    llm.forget()
+    llm.bank.settle()
+    jobs.batch.count_adapters(llm.bank)
+    assert llm.bank.bytes == 0 and jobs.batch.memory == memory + listed.bytes
 
 
 def small(model: Model, seed: int, rank: int) -> Adapter:
