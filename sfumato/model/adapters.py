@@ -439,13 +439,15 @@ def trainable_(model: Model, adapter: Adapter) -> Model:
     return model
 
 
-def trained(model: Model) -> Adapter:
-    """The adapter that lies beside the weights of a model made `trainable_`, on the CPU in float32."""
-    factors = {}
+def trained(model: Model, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> Adapter:
+    """The adapter that lies beside the weights of a model made `trainable_`, on the CPU in float32.
+
+    `whole` makes a parameter whole that is shared among processes; then all of them must ask."""
+    factors: dict[str, Factors] = {}
     for name, (owner, leaf) in targeted(model).items():
         weight = getattr(owner, leaf)
         if isinstance(weight, LowRank):
-            a, b = (part.detach()[0].float().cpu().clone() for part in (weight.a, weight.b))
+            a, b = (whole(part).detach()[0].float().cpu().clone() for part in (weight.a, weight.b))
             factors[name] = Factors(a, b, weight.scale)
     return Adapter(factors)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sfumato.cli.training_data import DataOptions, dry_run
+from sfumato.cli.training_data import dry_run
 from sfumato.errors import InputError
-
-NANO = Path(__file__).parents[2] / "sfumato" / "nano"
+from sfumato.training.recipe import TrainingRecipe
+from sfumato.training.spec import DataSpec
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def screen(tmp_path: Path, *records: Any, is_terminal: bool = False, **options: 
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     output = io.StringIO()
     console = Console(file=output, force_terminal=is_terminal, no_color=not is_terminal, highlight=False, width=100)
-    dry_run([path], NANO, DataOptions(**{"held_out": "0", **options}), console)
+    dry_run("nano", DataSpec((path,), **{"held_out": "0", **options}), TrainingRecipe(batch=8), console)
     return output.getvalue()
 
 
