@@ -21,9 +21,10 @@ from sfumato.errors import InputError
 from sfumato.evals import tasks as evals
 from sfumato.llm import LLM
 from sfumato.measure.machine import environment
-from sfumato.model.adapters import Adapter, trained
+from sfumato.model.adapters import Adapter
 from sfumato.model.config import read_generation_config
 from sfumato.model.network import Model
+from sfumato.model.trainable import trained
 from sfumato.options import Options
 from sfumato.system.files import replacing
 from sfumato.tasks import task as tasks

@@ -17,9 +17,10 @@ from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
 from sfumato.errors import InputError
-from sfumato.model.adapters import new_adapter, trainable_
+from sfumato.model.adapters import new_adapter
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
+from sfumato.model.trainable import trainable_
 from sfumato.options import LoadOptions
 from sfumato.tasks import task as tasks
 from sfumato.text.template import ChatTemplate

@@ -87,6 +87,9 @@ def test_the_command_line_shows_it_and_needs_no_folder_of_a_run(
     path.write_text('{"prompt": "7", "response": "8"}\n{"prompt": "7", "response": ""}\n')
     code, out, error = sfumato("finetune", "-m", "nano", "--data", str(path), "--dry-run")
     assert (code, out) == (2, "") and "a.jsonl, line 2: message 1 (assistant) is an answer of no tokens" in error
-    for flags, why in (((), "name them with --data"), (("--data", str(path), "--long", "bend"), "choose cut, drop")):
+    for flags, why in (
+        ((), "name them with --data"),
+        (("--data", str(path), "--long", "bend"), "choose 'cut', 'drop'"),
+    ):
         code, _, error = sfumato("finetune", "--dry-run", *flags)
         assert code == 2 and why in error
