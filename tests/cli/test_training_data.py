@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sfumato.cli.training_data import DataOptions, dry_run
+from sfumato.cli.training_data import dry_run
 from sfumato.errors import InputError
-
-NANO = Path(__file__).parents[2] / "sfumato" / "nano"
+from sfumato.training.recipe import TrainingRecipe
+from sfumato.training.spec import DataSpec
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def screen(tmp_path: Path, *records: Any, is_terminal: bool = False, **options: 
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     output = io.StringIO()
     console = Console(file=output, force_terminal=is_terminal, no_color=not is_terminal, highlight=False, width=100)
-    dry_run([path], NANO, DataOptions(**{"held_out": "0", **options}), console)
+    dry_run("nano", DataSpec((path,), **{"held_out": "0", **options}), TrainingRecipe(batch=8), console)
     return output.getvalue()
 
 
@@ -87,6 +87,9 @@ def test_the_command_line_shows_it_and_needs_no_folder_of_a_run(
     path.write_text('{"prompt": "7", "response": "8"}\n{"prompt": "7", "response": ""}\n')
     code, out, error = sfumato("finetune", "-m", "nano", "--data", str(path), "--dry-run")
     assert (code, out) == (2, "") and "a.jsonl, line 2: message 1 (assistant) is an answer of no tokens" in error
-    for flags, why in (((), "name them with --data"), (("--data", str(path), "--long", "bend"), "choose cut, drop")):
+    for flags, why in (
+        ((), "name them with --data"),
+        (("--data", str(path), "--long", "bend"), "choose 'cut', 'drop'"),
+    ):
         code, _, error = sfumato("finetune", "--dry-run", *flags)
         assert code == 2 and why in error

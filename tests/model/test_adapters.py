@@ -1,4 +1,4 @@
-"""model/adapters.py: an adapter beside weights, trainable, merged and taken out; each is the same mathematics."""
+"""model/adapters.py, trainable.py: an adapter beside weights, trained, merged and taken out: the same mathematics."""
 
 from __future__ import annotations
 
@@ -12,19 +12,10 @@ from adapter_files import are_same, random_adapter
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
-from sfumato.model.adapters import (
-    TARGETS,
-    TRAINED,
-    Adapter,
-    Adapters,
-    merge_,
-    new_adapter,
-    targeted,
-    trainable_,
-    trained,
-)
+from sfumato.model.adapters import TARGETS, Adapter, Adapters, merge_, new_adapter, targeted
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.model.trainable import TRAINED, trainable_, trained
 from sfumato.ops.lowrank import LanePair
 from sfumato.quant.apply import quantize_
 
