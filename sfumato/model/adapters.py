@@ -188,7 +188,7 @@ class Adapters:
         self._count = 0
         """Lanes that the stacks have room for."""
         self._rank = 0
-        self._taken: dict[int, tuple[int, frozenset[str]]] = {}
+        self._lanes: dict[int, tuple[int, frozenset[str]]] = {}
         """Of lanes that are taken: the rank, and the weights with factors."""
         self.version = 0
         """Grows with every change of what is loaded."""
@@ -279,7 +279,7 @@ class Adapters:
             for lane, part in zip(lanes, parts, strict=True):
                 self._put(lane, part)
                 rank = max((factors.rank for factors in part.values()), default=0)
-                self._taken[lane] = rank, frozenset(part)
+                self._lanes[lane] = rank, frozenset(part)
         loaded = LoadedAdapter(name, LanePair(lanes[0], lanes[-1]))
         finalize(loaded, self._released.append, loaded.lanes).atexit = False
         self.version += 1
@@ -301,11 +301,11 @@ class Adapters:
         Stacks of twice the rank that the others need shrink, and of four times the lanes; without any adapter the
         weights are as before."""
         self._collect()
-        rank = max((rank for rank, _ in self._taken.values()), default=0)
-        count = max(self._taken, default=-1) + 1
+        rank = max((rank for rank, _ in self._lanes.values()), default=0)
+        count = max(self._lanes, default=-1) + 1
         count = self._count if 4 * count > self._count else count
         rank = self._rank if 2 * rank > self._rank else rank
-        names = {name for _, own in self._taken.values() for name in own}
+        names = {name for _, own in self._lanes.values() for name in own}
         is_smaller = (count, rank) != (self._count, self._rank)
         self._free = [lane for lane in self._free if lane < count]
         self._count, self._rank = count, rank
@@ -327,7 +327,7 @@ class Adapters:
             lanes = self._released.popleft()
             self._free = sorted({*self._free, *lanes})
             for lane in set(lanes):
-                self._taken.pop(lane, None)
+                self._lanes.pop(lane, None)
 
     def _room_for(self, adapter: Adapter) -> tuple[int, int]:
         """The lanes and the rank that the stacks need with one adapter more."""

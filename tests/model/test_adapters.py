@@ -97,9 +97,10 @@ def test_what_is_unloaded_gives_its_memory_back(name: str) -> None:
     assert torch.equal(logits(model, in_use.lanes), its_own) and bank.bytes < whole  # lanes go, but not its own
     del in_use
     bank.settle()
-    assert bank.bytes <= 2 * before and torch.equal(logits(model, lanes), alone)
+    assert bank.bytes <= 2 * before and torch.allclose(logits(model, lanes), alone, atol=1e-5)
     again = bank.load("again", random_adapter(model, rank=12, seed=2))
-    assert torch.allclose(logits(model, again), its_own, atol=1e-5) and torch.equal(logits(model, lanes), alone)
+    assert torch.allclose(logits(model, again), its_own, atol=1e-5)
+    assert torch.allclose(logits(model, lanes), alone, atol=1e-5)
     bank.unload("again")
     bank.unload("small")
     assert bank.bytes == 0
