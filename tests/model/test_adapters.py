@@ -80,6 +80,32 @@ def test_rows_of_one_batch_have_the_text_of_each_alone(name: str) -> None:
     assert all(isinstance(getattr(*place), Tensor) for place in targeted(model).values())
 
 
+@pytest.mark.parametrize("name", tiny.OPS)
+def test_what_is_unloaded_gives_its_memory_back(name: str) -> None:
+    model = tiny.tiny_model(name=name)
+    bank, small = Adapters(model), random_adapter(model, ("attention",), rank=2)
+    lanes = bank.load("small", small)
+    before, alone = bank.bytes, logits(model, lanes)
+    bank.load("large", random_adapter(model, rank=12, seed=2))  # more weights, a larger rank, and more lanes
+    for number in range(6):
+        bank.load(str(number), random_adapter(model, ("attention",), rank=3, seed=number))
+    in_use, whole = bank.get("large"), bank.bytes
+    assert whole > 10 * before
+    its_own = logits(model, in_use.lanes)
+    for other in ("large", *map(str, range(6))):
+        bank.unload(other)
+    assert torch.equal(logits(model, in_use.lanes), its_own) and bank.bytes < whole  # lanes go, but not its own
+    del in_use
+    bank.settle()
+    assert bank.bytes <= 2 * before and torch.allclose(logits(model, lanes), alone, atol=1e-5)
+    again = bank.load("again", random_adapter(model, rank=12, seed=2))
+    assert torch.allclose(logits(model, again), its_own, atol=1e-5)
+    assert torch.allclose(logits(model, lanes), alone, atol=1e-5)
+    bank.unload("again")
+    bank.unload("small")
+    assert bank.bytes == 0
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model, other = tiny.tiny_model(), tiny.tiny_model(tiny.tiny_config(hidden_size=32))
     adapter = dataclasses.replace(random_adapter(other), source="x (made for y)")
