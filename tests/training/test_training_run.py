@@ -254,7 +254,7 @@ def test_a_run_has_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for arguments, message in (
         ([], "there is no folder for the run; give one: -o DIR"),
         (["a", "-o", "b"], "OUT is a"),
-        ([__file__], "test_run.py is a file, and a run has a folder; give another name"),
+        ([__file__], "test_training_run.py is a file, and a run has a folder; give another name"),
     ):
         assert main(["finetune", *arguments]) == 2 and message in capsys.readouterr().err
 
