@@ -157,9 +157,10 @@ def new_adapter(
 ) -> Adapter:
     """An adapter that changes nothing yet: a is uniform as in peft, b is zeros. float32, on the CPU.
 
-    `is_rs`: scaled by the root of the rank (arXiv 2312.03732). InputError for a rank below 1 or an unknown target."""
-    if rank < 1:
-        raise InputError(f"rank is {rank}; give 1 or more")
+    `is_rs`: scaled by the root of the rank (arXiv 2312.03732). InputError for an unknown target, and for a rank below 1
+    or above the model's width, where factors would be larger than the weights."""
+    if not 1 <= rank <= model.config.hidden_size:
+        raise InputError(f"the rank is {rank}; give one from 1 to the model's width, {model.config.hidden_size}")
     generator = torch.Generator().manual_seed(seed)
     scale = alpha / (math.sqrt(rank) if is_rs else rank)
     factors: dict[str, Factors] = {}

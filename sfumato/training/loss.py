@@ -54,27 +54,27 @@ class Corruption:
     """Uniform numbers: a position keeps its token where this is at least t."""
     noise_BL: Tensor
     conditioned: int
-    """This many rows, the first ones, see the soft embedding of a first pass: an exact share, not a coin a row."""
+    """This many rows, the first ones, see the soft embedding of a first pass: the share as nearly as whole rows give
+    it, not a coin a row."""
     has_first_pass: bool
     """Some row of the whole batch does: then every rank takes a first pass, since ranks that share weights must take
     the same passes."""
 
     @classmethod
     def draw(cls, batch: int, length: int, vocab: int, generator: torch.Generator, share: float = 0.5) -> Corruption:
-        """Random numbers for `batch` canvases; `share` of them see the soft embedding of a first pass."""
+        """Random numbers for `batch` canvases; `share` of them see the soft embedding of a first pass.
+
+        Where that is no whole number of canvases, one of its neighbours is drawn, so that the mean over steps is right:
+        a single canvas sees it on every other step at a share of a half."""
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device=generator.device)
 
-        conditioned = round(batch * share)
-        return cls(
-            canvas_B=uniform(batch),
-            level_B=uniform(batch) * (1 - 2e-4) + 1e-4,
-            keep_BL=uniform(batch, length),
-            noise_BL=torch.randint(vocab, (batch, length), generator=generator, device=generator.device),
-            conditioned=conditioned,
-            has_first_pass=conditioned > 0,
-        )
+        canvas_B, level_B, keep_BL = uniform(batch), uniform(batch) * (1 - 2e-4) + 1e-4, uniform(batch, length)
+        noise_BL = torch.randint(vocab, (batch, length), generator=generator, device=generator.device)
+        whole, rest = divmod(batch * share, 1)
+        conditioned = int(whole) + (rest > 0 and float(uniform(1)) < rest)
+        return cls(canvas_B, level_B, keep_BL, noise_BL, conditioned, conditioned > 0)
 
     def part(self, rank: int, ranks: int) -> Corruption:
         """The numbers of the canvases of `Examples.part`, as the whole batch has them."""

@@ -88,6 +88,8 @@ class Silent:
 
 def prepare_folder(folder: Path, force: bool) -> None:
     """Make the run's folder, empty or as a run has left it; InputError where it holds other files."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, and a run has a folder; give another name")
     folder.mkdir(parents=True, exist_ok=True)
     if force:
         for path in [*states_of(folder), *(folder / name for name in OURS)]:

@@ -134,6 +134,8 @@ class RunSpec:
             raise InputError("a model with random weights is trained as a whole; leave --lora out")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs is {self.epochs}; give a number above 0")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"minutes is {self.minutes}; give a number above 0")
         if self.epochs is not None and "steps" in self.changes:
             raise InputError("epochs and steps say the same; give one of them")
 

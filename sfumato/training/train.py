@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.shards import read_tensors, write_tensors
-from sfumato.errors import CheckpointError, InputError
+from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.model.network import Model
 from sfumato.training import logs
 from sfumato.training.data import Source
@@ -206,6 +206,12 @@ class Trainer:
             means += torch.stack([diffusion, encode]).detach()
         diffusion_loss, encode_loss = self.ranks.total(means).tolist()
         norm = full(torch.nn.utils.clip_grad_norm_(self._trained, recipe.clip))
+        if not math.isfinite(diffusion_loss + encode_loss + float(norm)):
+            raise SfumatoError(
+                f"the loss of step {self.step + 1} is {diffusion_loss + encode_loss:g} and the norm of its gradients "
+                f"{float(norm):g}, so it was not taken, and what was saved before is as it was; begin anew with "
+                "--force and a lower rate, such as -s lr=5e-5, or in float32"
+            )
         self._is_between_steps = False
         for optimizer in self.optimizers:
             optimizer.step()
@@ -349,15 +355,25 @@ def check_identity(identity: Mapping[str, Any], before: object) -> None:
     if not isinstance(before, dict):
         return
     for name, value in identity.items():
-        old, new = (json.dumps(one, sort_keys=True) for one in (before.get(name, value), value))
-        if old != new:
+        for place, old, new in _differences(name, before.get(name, value), value):
             raise InputError(
-                f"{name} is {_short(new)} and this run began with {_short(old)}; give the same again to go on, or "
+                f"{place} is {_short(new)} and this run began with {_short(old)}; give the same again to go on, or "
                 "--force to begin anew"
             )
 
 
-def _short(text: str) -> str:
+def _differences(place: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values of JSON differ: the name of the place, and what stands there in both."""
+    old, new = (json.loads(json.dumps(one)) for one in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*new, *old]):
+            yield from _differences(f"{place}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield place, old, new
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
     return text if len(text) <= 200 else text[:199] + "…"
 
 

@@ -20,6 +20,11 @@ GOOD = b'{"prompt": "a", "response": "b"}\n'
 RESULT = {"role": "tool", "content": "noon"}
 
 
+def broken(arguments: str) -> dict[str, Any]:
+    """A call whose arguments are this text."""
+    return model("", {"function": {"name": "f", "arguments": arguments}})
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
@@ -79,6 +84,8 @@ def test_a_bad_line_is_refused_by_its_number_with_what_was_expected(tmp_path: Pa
         ([user("a"), RESULT, model("c")], "message 1 .*a result follows the assistant's tool call"),
         ([user("a"), model("b"), RESULT], "message 2 .*a result follows the assistant's tool call"),
         ([user("a"), model("", call("f")), user("b"), model("c")], "message 2 .*has no result"),
+        ([user("a"), broken("{a: 1"), RESULT, model("b")], r"message 1 calls 'f' with .* '\{a: 1', which are"),
+        ([user("a"), model("b"), user("c"), broken("[1]")], "message 3 calls 'f' .*no record of JSON; give one"),
         ([user("a")], "has no answer to learn"),
         ([user("a"), model("b", weight=0)], "has no answer to learn"),
         ([user("a"), model("b", weight=0.5)], "message 1 has the weight 0.5; give 0 or 1"),

@@ -44,3 +44,17 @@ def test_a_batch_without_a_target_has_a_loss_of_zero() -> None:
     sums = loss_sums(tiny_model(), problem(one, dice, L, EOS))
     assert (sums.diffusion_count, sums.encode_count) == (0, 0)
     assert [loss.item() for loss in sums.means()] == [0.0, 0.0]
+
+
+def test_a_share_that_is_no_whole_number_of_canvases_is_right_on_average() -> None:
+    def counts(batch: int, share: float) -> list[int]:
+        generator = torch.Generator().manual_seed(3)
+        return [Corruption.draw(batch, L, 61, generator, share).conditioned for _ in range(400)]
+
+    alone = counts(1, 0.5)  # a batch of one canvas: what fits the smallest GPU
+    assert set(alone) == {0, 1}
+    assert 160 < sum(alone) < 240
+    assert set(counts(3, 0.5)) == {1, 2}
+    assert set(counts(4, 0.5)) == {2}
+    assert set(counts(1, 1.0)) == {1}
+    assert set(counts(1, 0.0)) == {0}

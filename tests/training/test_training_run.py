@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -103,15 +105,20 @@ def test_the_best_is_kept_and_the_run_ends_where_it_gets_no_better(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("identity", "name"),
-    [({"data": {"hash": "b"}}, "data"), ({"lora": {"rank": 8}}, "lora"), ({"model": "other"}, "model")],
+    ("identity", "message"),
+    [
+        ({"data": {"hash": "b", "files": []}}, 'data.hash is "b" and this run began with "a"; '),
+        ({"lora": {"rank": 8}}, "lora.rank is 8 and this run began with 4; "),
+        ({"lora": None}, 'lora is null and this run began with {"rank": 4}; '),
+        ({"model": "other"}, 'model is "other" and this run began with "nano"; '),
+    ],
 )
-def test_another_run_does_not_go_on_here(identity: Mapping[str, Any], name: str, tmp_path: Path) -> None:
-    before = {"model": "nano", "lora": {"rank": 4}, "data": {"hash": "a"}}
+def test_another_run_does_not_go_on_here(identity: Mapping[str, Any], message: str, tmp_path: Path) -> None:
+    before = {"model": "nano", "lora": {"rank": 4}, "data": {"files": [], "hash": "a"}}
     setting = TrainerSetting(identity=before)
     list(Trainer(model_of("lora"), RaggedSource(), recipe_of("lora", 1), tmp_path, setting).run())
     other = TrainerSetting(identity={**before, **identity})
-    with pytest.raises(InputError, match=f"{name} is .* and this run began with .* --force to begin anew"):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}.* --force to begin anew"):
         Trainer(model_of("lora"), RaggedSource(), recipe_of("lora", 1), tmp_path, other)
     with pytest.raises(InputError, match="repeats is 1 and this run began with 2; leave it out to go on, or --force"):
         Trainer(model_of("lora"), RaggedSource(), recipe_of("full", 1), tmp_path, setting)
@@ -151,6 +158,21 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     list(again.run())
     for name, value in again.model.state_dict().items():
         assert value.equal(whole.model.state_dict()[name]), name
+
+
+def test_a_step_that_is_not_finite_is_not_taken(tmp_path: Path) -> None:
+    trainer = Trainer(model_of("lora"), RaggedSource(), recipe_of("lora", 6), tmp_path)
+    run = trainer.run()
+    next(run)
+    trainer.save()
+    state = (tmp_path / "state.safetensors").read_bytes()
+    weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        weight.fill_(math.inf)
+    with pytest.raises(SfumatoError, match=r"the loss of step 2 is nan .*what was saved before is as it was; begin"):
+        next(run)
+    assert (tmp_path / "state.safetensors").read_bytes() == state
+    assert trainer.step == 1 and len(lines_of(tmp_path / "log.jsonl")) == 1
 
 
 KILLED = """
@@ -197,6 +219,9 @@ def test_a_run_that_is_killed_ends_bit_equal(kills: int, data: Path, tmp_path: P
     ("arguments", "message"),
     [
         (["--lora", "0"], "the rank of --lora is 0; give 1 or more, or leave it out to train all weights"),
+        (["--lora", "99999"], "the rank is 99999; give one from 1 to the model's width, "),
+        (["--minutes", "-1"], "minutes is -1.0; give a number above 0"),
+        (["--minutes", "nan"], "minutes is nan; give a number above 0"),
         (["--lora", "4", "--targets", "attention,heads"], "there is no weight 'heads' to adapt; targets are"),
         (["--lora", "4", "--targets", ","], "there are no targets to adapt; give some, such as attention,dense"),
         (["--alpha", "8"], "--alpha is of factors, and none are trained; give --lora RANK too"),
@@ -229,6 +254,7 @@ def test_a_run_has_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for arguments, message in (
         ([], "there is no folder for the run; give one: -o DIR"),
         (["a", "-o", "b"], "OUT is a"),
+        ([__file__], "test_run.py is a file, and a run has a folder; give another name"),
     ):
         assert main(["finetune", *arguments]) == 2 and message in capsys.readouterr().err
 

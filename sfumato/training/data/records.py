@@ -89,6 +89,7 @@ def _conversation(record: Mapping[str, Any], messages: Any) -> LearnedDialogue:
     messages = [*_system(record, messages[0]), *(_with_thought(message) for message in messages)]
     checked = check_messages(messages)
     _check_order(checked)
+    _check_arguments(checked)
     learned = [
         number
         for number, message in enumerate(checked)
@@ -197,6 +198,18 @@ def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
         elif role == "tool":
             is_answered = True
         before = role
+
+
+def _check_arguments(messages: Sequence[Mapping[str, Any]]) -> None:
+    """InputError for a call whose arguments are text that is no record: learned, it would be a call none can read."""
+    for number, message in enumerate(messages):
+        for call in message.get("tool_calls", ()):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            if isinstance(arguments, str):
+                raise InputError(
+                    f"message {number} calls {name!r:.80} with the arguments {arguments!r:.80}, which are no record of "
+                    "JSON; give one"
+                )
 
 
 def _weight(message: object, number: int) -> bool:
