@@ -52,7 +52,7 @@ def test_a_new_adapter_changes_nothing() -> None:
     assert {own.scale for own in adapter.factors.values()} == {2.0}
     assert {own.scale for own in new_adapter(model, 4, 8.0, is_rs=True).factors.values()} == {4.0}
     assert are_same(new_adapter(model, 4, 8.0, seed=3), new_adapter(model, 4, 8.0, seed=3))
-    with pytest.raises(InputError, match="rank is 0; give 1 or more"):
+    with pytest.raises(InputError, match="rank is 0; give one from 1 to"):
         new_adapter(model, 0, 8.0)
 
 
