@@ -24,9 +24,10 @@ from sfumato.measure.live import LiveBytes
 from sfumato.measure.parts import random_config
 from sfumato.measure.training import TrainingSetup, memory
 from sfumato.measure.work import size
-from sfumato.model.adapters import new_adapter, trainable_
+from sfumato.model.adapters import new_adapter
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model, weights_of
+from sfumato.model.trainable import trainable_
 from sfumato.quant.apply import quantize_
 from sfumato.training.checkpointing import checkpoint_
 from sfumato.training.loss import Corruption, Examples, losses, problem

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from tiny import tiny_model
 
-from sfumato.model.adapters import TARGETS, new_adapter, trainable_
+from sfumato.model.adapters import TARGETS, new_adapter
 from sfumato.model.network import Model, products, replace_
+from sfumato.model.trainable import trainable_
 from sfumato.quant.formats import pack
 from sfumato.training.distributed import ALONE, Ranks
 from sfumato.training.loss import Examples

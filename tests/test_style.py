@@ -270,6 +270,12 @@ def test_a_test_says_which_file_it_tests(folder: str) -> None:
     assert silent == []
 
 
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by these names alone, whatever folder they are in."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_tests_do_not_import_one_another() -> None:
     modules = {path.stem for path in TESTS}
     imports = [

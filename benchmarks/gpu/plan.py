@@ -40,8 +40,8 @@ MORE = (
     Step("adapters int4", 108, 15),  # no, one and sixteen adapters of rank 16 on everything
     Step("memcheck", 148, 10),  # a memory checker on one step of nano
     Step("counters", 183, 10),  # hardware counters of four kernels
-    Step("offload", 201, 10),  # layers streamed from the host
-    Step("peer", 237, 20),  # transformers on the same weights
+    Step("offload", 200, 10),  # layers streamed from the host
+    Step("peer", 235, 20),  # transformers on the same weights
 )
 """240 seconds at most."""
 

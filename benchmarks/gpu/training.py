@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from benchmarks import common
@@ -15,9 +16,7 @@ from sfumato.measure.work import size
 
 def run(setting: Setting, kind: str) -> Iterator[Row]:
     for targets in (("attention", "dense"), EVERY):
-        yield tried(
-            f"rank 16 on {', '.join(targets)} over {kind}", lambda targets=targets: held(setting, kind, targets)
-        )  # type: ignore[misc]
+        yield tried(f"rank 16 on {', '.join(targets)} over {kind}", partial(held, setting, kind, targets))
         common.release()
 
 

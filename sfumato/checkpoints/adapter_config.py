@@ -67,9 +67,9 @@ class Pattern:
             if _LITERAL.fullmatch(key):
                 (whole if key[0] == "^" else ends).setdefault(key.removeprefix("^").replace("\\.", "."), number)
             else:
+                if len(expressions) == _MAX_PATTERNS:
+                    raise CheckpointError(f"{at} has more than {_MAX_PATTERNS} regular expressions; name the modules")
                 expressions.append((order, _bounded(key, at), number[1]))
-        if len(expressions) > _MAX_PATTERNS:
-            raise CheckpointError(f"{at} has {len(expressions)} regular expressions; at most {_MAX_PATTERNS} are tried")
         return cls(default, ends, whole, tuple(expressions))
 
     def __getitem__(self, name: str) -> float:
@@ -150,7 +150,7 @@ def read_options(folder: Path) -> PeftOptions:
 def _number(value: Any, at: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 31
     if not is_number or not value > 0:
-        raise CheckpointError(f"{at} is {short(value)}; it must be a number above 0")
+        raise CheckpointError(f"{at} is {short(value)}; it must be a number above 0 and below 2^31")
     return float(value)
 
 

@@ -36,6 +36,8 @@ from sfumato.system.files import locked
 TENSORS = "adapter_model.safetensors"
 _NEMO = "automodel_peft_config.json"
 """What NeMo AutoModel, which trains one stack, writes beside."""
+MOST_RANK = 4096
+"""The largest rank that is read: all adapters of a model lie in stacks of the largest rank among them."""
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _HEAD, _EMBEDDING, _CONDITIONING = "lm_head.weight", "embed_tokens.weight", "self_conditioning."
 _PEFT = "base_model.model."
@@ -197,7 +199,12 @@ class _AdapterReading:
             )
 
     def _scale(self, path: str, rank: int) -> float:
-        """CheckpointError where the rank is not what the options say."""
+        """CheckpointError where the rank is not what the options say, or larger than any that is of use."""
+        if rank > MOST_RANK:
+            raise CheckpointError(
+                f"{self.folder / TENSORS} has factors of rank {rank} for {short(path)}; at most {MOST_RANK} is run "
+                "here: merge it with peft (merge_and_unload, save_pretrained) and load that model"
+            )
         expected = self.options.ranks[path]
         if rank != expected:
             raise CheckpointError(
@@ -259,6 +266,10 @@ class _AdapterReading:
 
     def _whole(self) -> dict[str, Tensor]:
         """The weights that it replaces, each read once and, where encoder and decoder share it, compared."""
+        for name, place in self.contents.spots.items():  # all shapes first: a header may promise more than memory holds
+            if place.role == "whole":
+                shape = torch.empty(self.contents.tensors[name].shape, device="meta")
+                Adapter({}, whole={place.module: shape}, source=self.source).check(self.model)
         by_name: dict[str, dict[Passes, Tensor]] = {}
         for name, place in self.contents.spots.items():
             if place.role == "whole":

@@ -423,5 +423,6 @@ def as_json(value: Mapping[str, Any]) -> str:
 
 def short(value: object) -> str:
     """A value as a sentence may quote it."""
-    text = " ".join(str(value).split())
+    text = " ".join(str(value)[:2000].split())
+    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)  # no commands to a terminal
     return text if len(text) <= 200 else text[:199] + "…"

@@ -21,7 +21,8 @@ from sfumato.options import LOAD_OPTIONS, LoadOptions
 from sfumato.system.files import locked
 
 if TYPE_CHECKING:
-    from sfumato.training.spec import LoraSpec, RunSpec
+    from sfumato.training.recipe import TrainingRecipe
+    from sfumato.training.spec import DataSpec, LoraSpec, RunSpec
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def command(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFla
     Several GPUs: torchrun --nproc-per-node 2 -m sfumato finetune …
     """
     if data.dry_run:
-        _dry_run(run, data)
+        _dry_run(run, data, factors)
         return
     if plan.plan:
         _plan(run, data, factors, plan)
@@ -178,11 +179,10 @@ def _plan(run: RunFlags, data: DataFlags, factors: FactorFlags, plan: PlanFlags)
     """Print what the run would need, or the usual ones where no flag says what is trained."""
     from sfumato.cli.training_plan import plan_command
     from sfumato.measure.training import TrainingSetup
-    from sfumato.training.recipe import LORA, TrainingRecipe
 
     lora, changes = _lora(factors), _changes(run, factors)
     is_chosen = lora is not None or factors.quantize is not None
-    numbers = TrainingRecipe(**{**(LORA if lora else {}), **changes})
+    numbers = _recipe(run, factors)
     per_pass = numbers.batch // numbers.accumulate if is_chosen or "batch" in changes else 1
     setup = TrainingSetup(
         quantize=factors.quantize,
@@ -199,16 +199,13 @@ def _plan(run: RunFlags, data: DataFlags, factors: FactorFlags, plan: PlanFlags)
     plan_command(run.model, setup, plan.gpu, is_chosen, plan.as_json)
 
 
-def _dry_run(run: RunFlags, data: DataFlags) -> None:
+def _dry_run(run: RunFlags, data: DataFlags, factors: FactorFlags) -> None:
     """Show what the files of data become, for a model whose weights are not read."""
-    from sfumato.checkpoints.locate import resolve
-    from sfumato.cli.training_data import DataOptions, dry_run
+    from sfumato.cli.training_data import dry_run
 
     if not data.data:
         raise InputError("--dry-run shows files of data; name them with --data")
-    folder = resolve(run.model.removesuffix(":new"))
-    options = DataOptions(data.max_tokens, data.long, data.held_out)
-    dry_run([Path(name) for name in data.data], folder, options, Console(highlight=False))
+    dry_run(run.model, _data(data), _recipe(run, factors), Console(highlight=False))
 
 
 def _carry_out(spec: RunSpec, force: bool, ranks: Any, device: str, stop: Stop) -> None:
@@ -249,7 +246,7 @@ class Stop:
 
 def _spec(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFlags) -> RunSpec:
     """The run that these flags ask for. InputError names the flag."""
-    from sfumato.training.spec import DataSpec, LookSpec, RunSpec
+    from sfumato.training.spec import LookSpec, RunSpec
 
     if run.out is not None and run.output is not None:
         raise InputError(f"OUT is {run.out} and --output {run.output}; give one of them")
@@ -259,15 +256,7 @@ def _spec(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFlags
     return RunSpec(
         folder=folder,
         model=run.model,
-        data=DataSpec(
-            files=tuple(map(Path, data.data or ())),
-            held_out=data.held_out,
-            max_tokens=data.max_tokens,
-            long=data.long,  # type: ignore[arg-type]
-            tasks=_tasks(trained),
-            mix=_shares(data.mix or []),
-            pool=data.pool,
-        ),
+        data=replace(_data(data), tasks=_tasks(trained), mix=_shares(data.mix or [])),
         lora=_lora(factors),
         looks=LookSpec(
             looks.eval_every, _tasks(looks.eval_ or trained), looks.eval_items, looks.samples, looks.patience
@@ -281,6 +270,26 @@ def _spec(run: RunFlags, data: DataFlags, factors: FactorFlags, looks: LookFlags
         device=run.device,
         threads=run.threads,
     )
+
+
+def _data(data: DataFlags) -> DataSpec:
+    """The files that these flags name, without tasks."""
+    from sfumato.training.spec import DataSpec
+
+    return DataSpec(
+        files=tuple(map(Path, data.data or ())),
+        held_out=data.held_out,
+        max_tokens=data.max_tokens,
+        long=data.long,  # type: ignore[arg-type]
+        pool=data.pool,
+    )
+
+
+def _recipe(run: RunFlags, factors: FactorFlags) -> TrainingRecipe:
+    """The numbers of a new run that these flags ask for."""
+    from sfumato.training.recipe import FULL, LORA, TrainingRecipe
+
+    return TrainingRecipe(**{**(FULL if factors.lora is None else LORA), **_changes(run, factors)})
 
 
 def _required(run: RunFlags) -> str:

@@ -8,74 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from sfumato.cli.view import SMOKE, visible
-from sfumato.errors import InputError
-from sfumato.model.config import ModelConfig
-from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
-from sfumato.training.data.dataset import HELD_OUT, Dataset, PlacedExample, held_out_of, open_data
-from sfumato.training.data.examples import LengthLimit, Long
+from sfumato.training.data.dataset import Dataset, PlacedExample
+from sfumato.training.recipe import TrainingRecipe
+from sfumato.training.setup import base_of, dataset_of
+from sfumato.training.spec import DataSpec
 
 EXAMPLES = 3
 """Examples that a dry run shows."""
-LONGEST = 4096
-"""The longest example where none is named, if the model's context is not shorter."""
 
 _BARS = 8
 _BAR = 32
 """Columns of the longest bar of the histogram."""
+_BESIDE_BAR = 24
+"""Columns beside a bar: lengths, and how many."""
 _PROMPT, _LEARNED, _FILL, _CUT = "dim", ("", SMOKE[6]), SMOKE[1], SMOKE[3]
 """Styles; neighbours among the tokens that are learned have one each, so that they can be told apart."""
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """How files become examples. `max_tokens` None: the model's context, `LONGEST` at most."""
-
-    max_tokens: int | None = None
-    long: str = "cut"
-    held_out: str | None = None
-    """As `--held-out` says it; None: `HELD_OUT` of several records."""
-    seed: int = 0
-    batch: int = 8
-    """Examples of a step, for the share of padding."""
-
-
-def dry_run(paths: Sequence[Path], model_folder: Path, options: DataOptions, console: Console) -> None:
+def dry_run(model: str, data: DataSpec, numbers: TrainingRecipe, console: Console) -> None:
     """Read the data as training will, show examples of it and its figures; InputError for bad records, by number."""
-    if model_folder.is_file():
-        raise InputError(f"{model_folder} is one file, and training begins from a folder; see sfumato convert")
-    config = ModelConfig.from_file(model_folder / "config.json")
-    tokenizer = Tokenizer.from_folder(model_folder)
-    template = ChatTemplate.from_folder(model_folder, tokenizer.special)
-    longest = options.max_tokens or min(LONGEST, config.max_position)
-    if options.long not in get_args(Long):
-        raise InputError(f"--long is {options.long!r}; choose cut, drop or refuse")
+    base = base_of(model)
     with console.status("reading the data") as status:
-        open_again = partial(
-            open_data,
-            paths,
-            tokenizer,
-            template,
-            max_tokens=LengthLimit(longest, cast(Long, options.long)),
-            seed=options.seed,
-            progress=lambda done, total: status.update(f"reading the data: {done / max(1, total):.0%}"),
-        )
-        data = open_again(held_out=held_out_of(options.held_out) if options.held_out is not None else None)
-        if options.held_out is None and len(np.unique(data.train.index.entries["content"])) > 1:
-            data = open_again(held_out=HELD_OUT)
-    firsts = {one.place: one for one in reversed(data.examples(20 * EXAMPLES))}  # rather of several records
+
+        def progress(done: int, total: int) -> None:
+            status.update(f"reading the data: {done / max(1, total):.0%}")
+
+        dataset = dataset_of(data, base, numbers.seed, progress)
+    firsts = {one.place: one for one in reversed(dataset.examples(20 * EXAMPLES))}  # rather of several records
     shown = list(reversed(firsts.values()))[:EXAMPLES]
-    show_examples(shown, tokenizer, config.canvas_length, config.eos_ids[0], console)
-    show_figures(data, longest, options.batch, console)
+    show_examples(shown, base.tokenizer, base.config.canvas_length, base.config.eos_ids[0], console)
+    show_figures(dataset, data.limit(base.config.max_position).tokens, numbers.batch, console)
 
 
 def show_examples(
@@ -174,17 +144,19 @@ def show_figures(data: Dataset, longest: int, batch: int, console: Console) -> N
         lines.append(f"{count:,} left out ({reason}), from {'; '.join(about['left_out_at'][:5])}")
     for line in lines:
         console.print(visible(line), soft_wrap=True)
-    for line in _histogram(data.train.lengths):
-        console.print(visible(line))
+    for line in _histogram(data.train.lengths, min(_BAR, max(1, console.width - _BESIDE_BAR))):
+        console.print(visible(line), soft_wrap=True)
 
 
 def _several(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def _histogram(lengths: np.ndarray[Any, Any]) -> Iterator[str]:
-    """Lines of a histogram of lengths in tokens."""
-    counts, edges = np.histogram(lengths, bins=min(_BARS, int(lengths.max() - lengths.min()) + 1))
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "█" * max(int(count > 0), round(_BAR * count / counts.max()))
-        yield f"{int(np.ceil(low)):>6,} – {int(high):<6,} {bar} {count:,}"
+def _histogram(lengths: np.ndarray[Any, Any], most: int = _BAR) -> Iterator[str]:
+    """Lines of a histogram of lengths in tokens, its bars of `most` columns; every length belongs to one line."""
+    first, last = int(lengths.min()), int(lengths.max())
+    edges = np.linspace(first, last + 1, min(_BARS, last - first + 1) + 1).astype(int)
+    counts = np.histogram(lengths, bins=edges)[0]
+    for count, low, past in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * max(int(count > 0), round(most * count / counts.max()))
+        yield f"{low:>6,} – {past - 1:<6,} {bar} {count:,}"

@@ -131,9 +131,11 @@ class SeatTable:
         """End a row whose numbers are not finite.
 
         The next row in its seat must not read them, not even as keys that are masked: 0 times NaN is NaN."""
+        adapter = self.row(seat).prompt.adapter
+        whose, what = ("", "checkpoint") if adapter is None else (f" with adapter {adapter.name!r}", "adapter")
         message = (
-            f"the model's numbers are not finite {where}: weights or activations are NaN or infinite; check the "
-            "checkpoint, or load it with another dtype"
+            f"the model's numbers are not finite {where}{whose}: weights or activations are NaN or infinite; check the "
+            f"{what}, or load it with another dtype"
         )
         self.fail(seat, NumericError(message))
         for whole_XRGK in (*self.cache.k, *self.cache.v):

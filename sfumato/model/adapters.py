@@ -1,9 +1,9 @@
 """Adapters: low-rank factors for some weights of a model, trained beside it, served beside others, or merged into it.
 
 An `Adapter` is a value: factors by the model's own names. What is done with one are passes over a finished model:
-`attach_` puts several beside its weights, each on a lane of its own, so that rows of one batch may differ (`Adapters`);
-`trainable_` makes one trainable; `merge_` adds one to plain weights, and what it returns takes it back out. The network
-reads weights as before. Files are `checkpoints.adapters`'.
+`Adapters` puts several beside its weights, each on a lane of its own, so that rows of one batch may differ; `merge_`
+adds one to plain weights, and what it returns takes it back out; `trainable_`, in a file of its own, makes one
+trainable. The network reads weights as before. Files are `checkpoints.adapters`'.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
+from sfumato.model.config import ModelConfig
 from sfumato.model.loaded import AdapterList, AdapterSize, LoadedAdapter, check_adapter_name
-from sfumato.model.network import Experts, Model, adaptable, replace_
+from sfumato.model.network import Model, adaptable, replace_
 from sfumato.model.offload import is_streamed
 from sfumato.ops.contract import Matrix, tensors_of
-from sfumato.ops.lowrank import LanePair, LaneSwitch, LowRank
+from sfumato.ops.lowrank import LanePair, LowRank
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(f"self_attn.{side}_proj.weight" for side in "qkvo"),
@@ -152,15 +153,20 @@ def targeted(model: nn.Module, targets: tuple[str, ...] | None = None) -> dict[s
     return {name: place for name, place in every.items() if name in kept}
 
 
+def check_rank(rank: int, config: ModelConfig) -> None:
+    """InputError for a rank below 1, or above the model's width: the factors would be larger than the weights."""
+    if not 1 <= rank <= config.hidden_size:
+        raise InputError(f"the rank is {rank}; give one from 1 to the model's width, {config.hidden_size}")
+
+
 def new_adapter(
     model: Model, rank: int, alpha: float, targets: tuple[str, ...] = USUAL, is_rs: bool = False, seed: int = 0
 ) -> Adapter:
     """An adapter that changes nothing yet: a is uniform as in peft, b is zeros. float32, on the CPU.
 
-    `is_rs`: scaled by the root of the rank (arXiv 2312.03732). InputError for an unknown target, and for a rank below 1
-    or above the model's width, where factors would be larger than the weights."""
-    if not 1 <= rank <= model.config.hidden_size:
-        raise InputError(f"the rank is {rank}; give one from 1 to the model's width, {model.config.hidden_size}")
+    `is_rs`: scaled by the root of the rank (arXiv 2312.03732). InputError for an unknown target, and for a rank that
+    `check_rank` refuses."""
+    check_rank(rank, model.config)
     generator = torch.Generator().manual_seed(seed)
     scale = alpha / (math.sqrt(rank) if is_rs else rank)
     factors: dict[str, Factors] = {}
@@ -357,114 +363,6 @@ class Adapters:
             if (own := part.get(name)) is not None:
                 weight.a[lane][..., : own.rank, :].copy_(own.a)
                 weight.b[lane][..., : own.rank, :].copy_(own.b.float() * own.scale)
-
-
-# ---- one, trainable --------------------------------------------------------------------------------------------------
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen weight with trainable factors, in the place of a linear layer."""
-
-    def __init__(self, base: Matrix, factors: Factors, switch: LaneSwitch) -> None:
-        super().__init__()
-        self.base: Any = _frozen(base)
-        self.a, self.b = _stacked(base, factors)
-        self.switch, self.scale = switch, factors.scale
-
-    @property
-    def weight(self) -> LowRank:
-        """Made anew each time: whoever shards parameters replaces them."""
-        return LowRank(self.base, self.a, self.b, self.switch, self.scale)
-
-
-class AdaptedExperts(nn.Module):
-    """Frozen experts with trainable factors beside one or both of their stacks."""
-
-    def __init__(self, experts: Experts, factors: Mapping[str, Factors], switch: LaneSwitch) -> None:
-        super().__init__()
-        self.ops, self.switch = experts.ops, switch
-        self.scales = {leaf: own.scale for leaf, own in factors.items()}
-        for leaf in ("gate_up_proj", "down_proj"):
-            base = getattr(experts, leaf)
-            setattr(self, f"{leaf}_base", _frozen(base))
-            if leaf in factors:
-                a, b = _stacked(base, factors[leaf])
-                setattr(self, f"{leaf}_a", a)
-                setattr(self, f"{leaf}_b", b)
-
-    def forward(self, x_ND: Tensor, index_NJ: Tensor, weight_NJ: Tensor) -> Tensor:
-        """As `Experts.forward`."""
-        return self.ops.experts(x_ND, index_NJ, weight_NJ, self.gate_up_proj, self.down_proj)
-
-    def _weight(self, leaf: str) -> Matrix:
-        base: Matrix = getattr(self, f"{leaf}_base")
-        if leaf not in self.scales:
-            return base
-        return LowRank(base, getattr(self, f"{leaf}_a"), getattr(self, f"{leaf}_b"), self.switch, self.scales[leaf])
-
-    @property
-    def gate_up_proj(self) -> Matrix:
-        """See `AdaptedLinear.weight`."""
-        return self._weight("gate_up_proj")
-
-    @property
-    def down_proj(self) -> Matrix:
-        """See `AdaptedLinear.weight`."""
-        return self._weight("down_proj")
-
-
-TRAINED = LanePair(0, 0)
-"""The lane of every row of a model that is made trainable."""
-
-
-def trainable_(model: Model, adapter: Adapter) -> Model:
-    """Freeze the model, and put the adapter's factors beside its weights as parameters, which all rows then have.
-
-    InputError for an adapter that does not fit, or that has factors of denoise alone."""
-    adapter.check(model)
-    if adapter.denoise is not None:
-        raise InputError(f"{adapter.source} has factors of its own for denoise, which cannot be trained further here")
-    model.requires_grad_(False)
-    model.usual_lanes = TRAINED
-    names = {module: name for name, module in model.named_modules()}
-    stacks: dict[Experts, dict[str, Factors]] = {}
-    for name, (owner, leaf) in targeted(model).items():
-        if (own := adapter.factors.get(name)) is None:
-            continue
-        if isinstance(owner, Experts):
-            stacks.setdefault(owner, {})[leaf] = own
-        else:
-            _set_module(model, names[owner], AdaptedLinear(getattr(owner, leaf), own, model.lane_switch))
-    for experts, factors in stacks.items():
-        _set_module(model, names[experts], AdaptedExperts(experts, factors, model.lane_switch))
-    return model
-
-
-def trained(model: Model) -> Adapter:
-    """The adapter that lies beside the weights of a model made `trainable_`, on the CPU in float32."""
-    factors = {}
-    for name, (owner, leaf) in targeted(model).items():
-        weight = getattr(owner, leaf)
-        if isinstance(weight, LowRank):
-            a, b = (part.detach()[0].float().cpu().clone() for part in (weight.a, weight.b))
-            factors[name] = Factors(a, b, weight.scale)
-    return Adapter(factors)
-
-
-def _frozen(base: Matrix) -> Any:
-    return nn.Parameter(base.detach(), requires_grad=False) if isinstance(base, Tensor) else base
-
-
-def _stacked(base: Matrix, factors: Factors) -> tuple[nn.Parameter, nn.Parameter]:
-    """Parameters of one lane, where the base lies."""
-    device = tensors_of(base)[0].device
-    a, b = (nn.Parameter(part.detach().to(device, torch.float32, copy=True)[None]) for part in factors[:2])
-    return a, b
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 # ---- one, merged -----------------------------------------------------------------------------------------------------

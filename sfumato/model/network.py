@@ -252,7 +252,8 @@ _BLOCK_NORMS = (
 def products(part: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Every weight of a matrix product that operations may want in a form of their own, as its module and its name.
 
-    Router and embedding are none of them."""
+    Router and embedding are none of them. Modules that stand in the place of ours (`model.trainable`) have the same
+    attributes, and are known by those."""
     for module in part.modules():
         if hasattr(module, "gate_up_proj"):
             yield from ((module, name) for name in ("gate_up_proj", "down_proj"))

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sfumato.checkpoints.adapters import read_adapter
+import torch
+
+from sfumato.checkpoints.adapters import TENSORS, read_adapter
 from sfumato.engine.arguments import check_kind
 from sfumato.engine.memory import free_memory
 from sfumato.engine.plan import Change, Plan, PlanEnd, advance
@@ -76,9 +78,25 @@ def loading(bank: Adapters, query: LoadAdapter) -> Plan[Change]:
     """The plan that reads an adapter, whose change then loads it. InputError for what does not fit, or a name taken."""
     yield from ()
     bank.check_name(query.name)
-    adapter = read_adapter(Path(query.folder).expanduser(), bank.model)
+    folder = Path(query.folder).expanduser()
+    _check_size(folder)
+    adapter = read_adapter(folder, bank.model)
     bank.check(query.name, adapter)
     return Change(lambda: load(bank, query.name, adapter))
+
+
+def _check_size(folder: Path) -> None:
+    """CapacityError for a file that memory cannot hold; what else may be wrong with it the reader says."""
+    try:
+        size, free = (folder / TENSORS).stat().st_size, free_memory(torch.device("cpu"))
+    except OSError:
+        return
+    if size > free:
+        raise CapacityError(
+            f"{folder / TENSORS} has {size / 1e9:.2f} GB, and {free / 1e9:.2f} are free; unload another "
+            "one, or merge it: sfumato convert MODEL --adapter DIR",
+            option="adapter",
+        )
 
 
 def unloading(bank: Adapters, query: UnloadAdapter) -> Plan[Change]:

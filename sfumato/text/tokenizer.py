@@ -280,6 +280,11 @@ class Tokenizer:
             raise InputError(f"this tokenizer has no {name}; it has {', '.join(sorted(self.special)) or 'none at all'}")
         return index
 
+    @property
+    def pad_id(self) -> int:
+        """What fills up shorter rows of a batch; 0 where this tokenizer names none."""
+        return self.special_id("pad_token") if "pad_token" in self.special else 0
+
     @_guarded
     def to_json(self) -> str:
         """The whole tokenizer as the text of a tokenizer.json, control tokens marked special."""

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfumato.model.adapters import TRAINED
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.sampling.rules import leave_one_out_bonus
@@ -178,7 +177,6 @@ def loss_sums(model: Model, problem: Problem, leave_one_out: bool = False) -> Lo
     (arXiv 2605.22765)."""
     config, width = model.config, problem.tokens_BT.shape[1]
     cache = KVCache.allocate(config, len(problem.counts), width, model.device, model.dtype, slack=width)
-    cache.lanes = [TRAINED] * cache.batch
     hidden_BTD = model.encode(problem.tokens_BT, cache, counts=problem.counts)
     encode_sum = cross_entropy_sum(model, hidden_BTD[:, :-1].flatten(0, 1), problem.next_BT.flatten())
     if len(problem.rows) > cache.batch:

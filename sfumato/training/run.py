@@ -21,10 +21,10 @@ from sfumato.errors import InputError
 from sfumato.evals import tasks as evals
 from sfumato.llm import LLM
 from sfumato.measure.machine import environment
-from sfumato.model.adapters import Adapter, Factors, targeted
+from sfumato.model.adapters import Adapter
 from sfumato.model.config import read_generation_config
 from sfumato.model.network import Model
-from sfumato.ops.lowrank import LowRank
+from sfumato.model.trainable import trained
 from sfumato.options import Options
 from sfumato.system.files import replacing
 from sfumato.tasks import task as tasks
@@ -125,7 +125,7 @@ class _TrainingRun:
         if spec.threads:
             torch.set_num_threads(spec.threads)
         self.spec, self.display, self.ranks = spec, display, ranks
-        self.base = setup.base_of(spec)
+        self.base = setup.base_of(spec.model)
         recipe = setup.new_recipe(spec, self.base)
         with ranks.in_turn():  # the first one keeps what it has read of files
             self.sources = setup.sources_of(spec, self.base, recipe, display.count, display.read)
@@ -183,35 +183,41 @@ class _TrainingRun:
                 f"stopped early: the held-out loss was lowest at step {trainer.standing.best_step}, {worse} looks ago"
             )
         step = trainer.take_best_()
-        whole = self._whole_model()
+        result = self._gathered()
         target = folder / (CHECKPOINT if self.spec.lora is None else ADAPTER)
         if self.ranks.is_first:
             picture = plot(folder)
             with replacing(folder / SAMPLES) as file:
                 file.write(samples.as_markdown(logs.lines_of(folder / "samples.jsonl")).encode())
             self._write_card(status, step)
-            self._write_result(target, whole)
+            self._write_result(target, result)
             what = "adapter" if self.spec.lora is not None else "model"
             display.note(f"{target} holds the {what} after step {step}; {picture}")
         self.ranks.wait()
 
-    def _whole_model(self) -> dict[str, torch.Tensor]:
-        """What is saved, gathered from all processes, by name."""
-        kept = self.model.state_dict() if self.spec.lora is None else dict(self.model.named_parameters())
-        return {
-            name: full(value).detach() for name, value in kept.items() if self.spec.lora is None or value.requires_grad
-        }
+    def _gathered(self) -> Model | Adapter:
+        """What was trained, whole in the first process alone; all must ask."""
+        if self.spec.lora is not None:
+            return trained(self.model, full)
+        if self.ranks.size == 1:
+            return self.model
+        tensors: dict[str, torch.Tensor] = {}
+        for name, shared in self.model.state_dict().items():
+            tensor = full(shared)
+            if self.ranks.is_first:
+                tensors[name] = tensor.detach().cpu()
+        with torch.device("meta"):
+            plain = Model(self.model.config, self.model.ops)
+        if self.ranks.is_first:
+            plain.load_state_dict(tensors, assign=True)
+        return plain
 
-    def _write_result(self, target: Path, whole: dict[str, torch.Tensor]) -> None:
-        if self.spec.lora is None:
-            save(
-                _plain(self.model, whole) if self.ranks.size > 1 else self.model,
-                target,
-                tokenizer_from=self.base.folder,
-            )
+    def _write_result(self, target: Path, result: Model | Adapter) -> None:
+        if isinstance(result, Model):
+            save(result, target, tokenizer_from=self.base.folder)
             return
         files = {name: self.spec.folder / name for name in (card.RUN, card.README)}
-        write_adapter(gathered(self.model, whole), target, self.model, base=self.spec.model, extra=files)
+        write_adapter(result, target, self.model, base=self.spec.model, extra=files)
 
     def _write_card(self, status: str, step: int) -> None:
         if self.ranks.is_first:
@@ -238,23 +244,3 @@ class _TrainingRun:
 
     def _show(self, line: Mapping[str, Any]) -> None:
         self.display.look(line, self.texts)
-
-
-def gathered(model: Model, whole: Mapping[str, torch.Tensor]) -> Adapter:
-    """The adapter that is trained, of parameters that were gathered from all processes."""
-    factors: dict[str, Factors] = {}
-    names = {module: name for name, module in model.named_modules()}
-    for name, (owner, leaf) in targeted(model).items():
-        weight = getattr(owner, leaf)
-        if isinstance(weight, LowRank):
-            place = names[owner] + ("." if leaf == "weight" else f".{leaf}_")
-            a, b = (whole[f"{place}{part}"][0].float().cpu().clone() for part in "ab")
-            factors[name] = Factors(a, b, weight.scale)
-    return Adapter(factors)
-
-
-def _plain(model: Model, whole: Mapping[str, torch.Tensor]) -> Model:
-    """A model of one process with these weights."""
-    plain = Model(model.config, model.ops)
-    plain.load_state_dict({name: value.cpu() for name, value in whole.items()}, assign=True)
-    return plain

@@ -17,9 +17,10 @@ from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
 from sfumato.errors import InputError
-from sfumato.model.adapters import new_adapter, trainable_
+from sfumato.model.adapters import new_adapter
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
+from sfumato.model.trainable import trainable_
 from sfumato.options import LoadOptions
 from sfumato.tasks import task as tasks
 from sfumato.text.template import ChatTemplate
@@ -27,7 +28,6 @@ from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.checkpointing import checkpoint_
 from sfumato.training.data import (
     Dataset,
-    LengthLimit,
     MixedSource,
     ReadingProgress,
     Source,
@@ -36,15 +36,12 @@ from sfumato.training.data import (
     open_data,
 )
 from sfumato.training.recipe import FULL, LORA, TrainingRecipe
-from sfumato.training.spec import NEW, RunSpec
+from sfumato.training.spec import NEW, DataSpec, RunSpec
 from sfumato.training.state import latest
 from sfumato.training.task_source import TaskSource
 from sfumato.training.train import recipe_of
 
 CountProgress = Callable[[int, int], None]
-
-USUAL_TOKENS = 4096
-"""The longest example, where none is asked for and the model's context is longer."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,9 @@ class Base:
     folder: Path
     tokenizer: Tokenizer
     template: ChatTemplate
+    config: ModelConfig
     fingerprint: str
     """Of its config and the sizes of its files."""
-
-    @property
-    def pad(self) -> int:
-        """The token behind the end of shorter examples."""
-        return self.tokenizer.special_id("pad_token") if "pad_token" in self.tokenizer.special else 0
 
 
 @dataclass(frozen=True)
@@ -75,9 +68,9 @@ class Sources:
     """How many there are to train on; None: endless."""
 
 
-def base_of(spec: RunSpec) -> Base:
-    """Open the tokenizer and template of the run's model. InputError for a file that training cannot begin from."""
-    folder = resolve(spec.model.removesuffix(NEW))
+def base_of(model: str) -> Base:
+    """Open the config, tokenizer and template of a model. InputError for a file that training cannot begin from."""
+    folder = resolve(model.removesuffix(NEW))
     if folder.is_file():
         raise InputError(
             f"{folder} is a GGUF, and training begins from a folder; write one: sfumato convert {folder} --to bf16 "
@@ -88,14 +81,15 @@ def base_of(spec: RunSpec) -> Base:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
-    return Base(folder, tokenizer, template, digest.hexdigest()[:16])
+    config = ModelConfig.from_file(folder / "config.json")
+    return Base(folder, tokenizer, template, config, digest.hexdigest()[:16])
 
 
 def new_recipe(spec: RunSpec, base: Base) -> TrainingRecipe:
     """The recipe of the run in the folder, or a new one, with the changes that were asked for."""
     if latest(spec.folder) is not None:
         return replace(recipe_of(spec.folder), **spec.changes)
-    own = {"leave_one_out": ModelConfig.from_file(base.folder / "config.json").is_leave_one_out}
+    own = {"leave_one_out": base.config.is_leave_one_out}
     return TrainingRecipe(**{**(FULL if spec.lora is None else LORA), **own, **spec.changes})
 
 
@@ -123,7 +117,7 @@ def model_of(spec: RunSpec, base: Base, recipe: TrainingRecipe, device: str) -> 
 
 def _trainable(spec: RunSpec, base: Base, recipe: TrainingRecipe, device: str) -> Model:
     if spec.is_new:
-        model = Model(ModelConfig.from_file(base.folder / "config.json"), ops.load("fused")).to(device)
+        model = Model(base.config, ops.load("fused")).to(device)
         return model.init_(recipe.seed, std=0.05)
     checkpoint = open_checkpoint(base.folder)
     if spec.lora is None:
@@ -160,7 +154,7 @@ def sources_of(
         parts[name] = _task_sources(name, spec, base, recipe, progress)
     examples = None
     if spec.data.files:
-        dataset = _dataset(spec, base, recipe, reading)
+        dataset = dataset_of(spec.data, base, recipe.seed, reading, has_looks=spec.looks.every != 0)
         parts["data"] = dataset.train, dataset.held_out
         examples = len(dataset.train)
     shares = spec.data.shares()
@@ -179,24 +173,24 @@ def sources_of(
 
 def _mixed(parts: Sequence[tuple[Source, float]], base: Base, recipe: TrainingRecipe) -> Source:
     """One source of several."""
-    return parts[0][0] if len(parts) == 1 else MixedSource(parts, recipe.seed, base.pad)
+    return parts[0][0] if len(parts) == 1 else MixedSource(parts, recipe.seed, base.tokenizer.pad_id)
 
 
-def _dataset(spec: RunSpec, base: Base, recipe: TrainingRecipe, reading: ReadingProgress | None) -> Dataset:
-    """The files, with a part held out where that was asked for, or where there is something to look at."""
-    data = spec.data
-    most = ModelConfig.from_file(base.folder / "config.json").max_position
-    if data.max_tokens is not None and data.max_tokens > most:
-        raise InputError(f"max_tokens is {data.max_tokens}, and the model's context {most}; lower it")
-    limit = min(USUAL_TOKENS, most) if data.max_tokens is None else data.max_tokens
+def dataset_of(
+    data: DataSpec, base: Base, seed: int, reading: ReadingProgress | None = None, has_looks: bool = True
+) -> Dataset:
+    """The files, with a part held out where that was asked for, or where there are looks at several records.
+
+    InputError as `open_data`, and for a limit of length above the model's context."""
+    limit = data.limit(base.config.max_position)
 
     def opened(held_out: float | Path | None) -> Dataset:
         return open_data(
             data.files,
             base.tokenizer,
             base.template,
-            max_tokens=LengthLimit(limit, data.long),
-            seed=recipe.seed,
+            max_tokens=limit,
+            seed=seed,
             held_out=held_out,
             progress=reading,
         )
@@ -205,7 +199,7 @@ def _dataset(spec: RunSpec, base: Base, recipe: TrainingRecipe, reading: Reading
         return opened(held_out_of(data.held_out))
     whole = opened(None)
     has_several = len(np.unique(whole.train.index.entries["content"])) > 1
-    return opened(held_out_of(None)) if has_several and spec.looks.every != 0 else whole
+    return opened(held_out_of(None)) if has_several and has_looks else whole
 
 
 def _task_sources(

@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sfumato.errors import InputError
 from sfumato.model.adapters import USUAL
-from sfumato.training.data.examples import Long
+from sfumato.training.data.examples import LengthLimit, Long
 
 NEW = ":new"
 """What the name of a model ends with whose weights begin at random."""
+USUAL_TOKENS = 4096
+"""The longest example, where none is asked for and the model's context is longer."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,13 @@ class DataSpec:
                 raise InputError(f"the share of {name} is {share}; give a number between 0 and 1, e.g. {name}=0.3")
         if (total := sum(self.mix.values())) > 1 or (total < 1 and len(self.mix) == len(names) > 0):
             raise InputError(f"the shares of --mix are {total:g} in all; leave one out, which takes the rest")
-        if self.long not in get_args(Long):
-            raise InputError(f"long is {self.long!r}; choose cut, drop or refuse")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise InputError(f"max_tokens is {self.max_tokens}; give 2 or more")
+        self.limit(max(USUAL_TOKENS, self.max_tokens or 0))
+
+    def limit(self, context: int) -> LengthLimit:
+        """The limit of an example for a model of so long a context. InputError where it is longer than that."""
+        if self.max_tokens is not None and self.max_tokens > context:
+            raise InputError(f"max_tokens is {self.max_tokens}, and the model's context {context}; lower it")
+        return LengthLimit(min(USUAL_TOKENS, context) if self.max_tokens is None else self.max_tokens, self.long)
 
     def shares(self) -> dict[str, float]:
         """The share of each."""

@@ -63,6 +63,8 @@ def test_who_wrote_it(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base too; save it with path_initial_model"),
         ({"init_lora_weights": "olora"}, "has changed the base too"),
         ({"r": 0}, "r is 0; it must be a number above 0"),
+        ({"lora_alpha": 1e300}, "lora_alpha is 1e.300; it must be a number above 0 and below 2.31"),
+        ({"rank_pattern": {f"m{n}.*x": 4 for n in range(100_000)}}, "more than 16 regular expressions"),
         ({"r": True}, "r is True; it must be"),
         ({"r": "8"}, "r is 8; it must be"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan; it must be"),
@@ -72,7 +74,7 @@ def test_who_wrote_it(tmp_path: Path) -> None:
         ({"alpha_pattern": {"(a+)+$": 1}}, "has the pattern .* not tried here; name the modules"),
         ({"alpha_pattern": {"(a*b*)": 1, "a+b*c*": 1}}, "not tried here"),
         ({"alpha_pattern": {"[": 1}}, "not tried here"),
-        ({"alpha_pattern": {f"a{n}.*": 1 for n in range(17)}}, "17 regular expressions; at most 16"),
+        ({"alpha_pattern": {f"a{n}.*": 1 for n in range(17)}}, "more than 16 regular expressions; name the modules"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

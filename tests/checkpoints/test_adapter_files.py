@@ -297,6 +297,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "adapter_config.json").write_text(json.dumps({**OPTIONS, "r": 8})),
         "factors of rank 2 for .*q_proj, and adapter_config.json says 8",
     ),
+    "a rank beyond all use": (
+        lambda folder: write(
+            folder,
+            {A: torch.ones(5000, 24), A.replace("lora_A", "lora_B"): torch.ones(32, 5000)},
+            {**OPTIONS, "r": 5000},
+        ),
+        "factors of rank 5000 for .*q_proj; at most 4096 is run here: merge it",
+    ),
+    "a norm larger than memory": (
+        lambda folder: promised(folder, f"base_model.model.{NORM}", 1 << 40),
+        "another model",
+    ),
+    "a name that draws on terminals": (renamed("self_attn.q_proj", "\x1b[31m"), r"changes .*\\x1b\[31m"),
     "experts of another size": (
         with_tensors(lambda tensors: tensors.update(dict.fromkeys(EXPERTS, torch.ones(10, 10)))),
         r"has factors \[10, 10\] and \[10, 10\] for layers.0.experts, which fit none .* for another model",
@@ -323,6 +336,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has factors for .* and replaces it too",
     ),
 }
+
+
+def promised(folder: Path, name: str, count: int) -> None:
+    """A file whose header promises so many numbers, which lie in a hole."""
+    head = json.dumps({name: {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}).encode()
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    os.truncate(path, 8 + len(head) + 4 * count)
 
 
 def expert(number: int) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def test_board_shows_clues_and_draft_in_their_places() -> None:
 
 def test_finetune_trains_saves_and_goes_on(capsys: Capture, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    common = ("--eval-every", "1", "-s", "batch=2", "-s", "warmup=1", "--pool", "70")
+    common = ("--eval-every", "1", "--eval-items", "3", "-s", "batch=2", "-s", "warmup=1", "--pool", "70")
     assert call(capsys, "finetune", str(out), "-s", "steps=1", *common)[0] == 0
     code, _, err = call(capsys, "finetune", str(out), "-s", "steps=2", *common)
     assert code == 0 and "going on from step 1" in err

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from released import RELEASED
 from small_checkpoints import edit
 
 from sfumato import cli, ops
@@ -20,6 +19,7 @@ from sfumato.cli import info_screen
 from sfumato.cli.info_report import KINDS, RecipeRow, operations, report
 from sfumato.errors import InputError
 from sfumato.measure import work
+from sfumato.measure.released import RELEASED
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
 from sfumato.model.offload import sizes_of

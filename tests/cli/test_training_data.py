@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from sfumato.cli.training_data import DataOptions, dry_run
+from sfumato.cli.training_data import dry_run
 from sfumato.errors import InputError
-
-NANO = Path(__file__).parents[2] / "sfumato" / "nano"
+from sfumato.training.recipe import TrainingRecipe
+from sfumato.training.spec import DataSpec
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +23,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def screen(tmp_path: Path, *records: Any, is_terminal: bool = False, **options: Any) -> str:
+def screen(tmp_path: Path, *records: Any, is_terminal: bool = False, width: int = 100, **options: Any) -> str:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     output = io.StringIO()
-    console = Console(file=output, force_terminal=is_terminal, no_color=not is_terminal, highlight=False, width=100)
-    dry_run([path], NANO, DataOptions(**{"held_out": "0", **options}), console)
+    console = Console(file=output, force_terminal=is_terminal, no_color=not is_terminal, highlight=False, width=width)
+    dry_run("nano", DataSpec((path,), **{"held_out": "0", **options}), TrainingRecipe(batch=8), console)
     return output.getvalue()
 
 
@@ -66,6 +67,16 @@ def test_the_set_is_summed_up(tmp_path: Path) -> None:
     bars = [line for line in text.splitlines() if "█" in line]
     assert len(bars) > 4 and sum(int(line.split()[-1]) for line in bars) == 53
     assert text.count("Example ") == 3
+    edges = [(int(line.split()[0]), int(line.split()[2])) for line in bars]
+    assert all(low <= high for low, high in edges)
+    assert all(high < low for (_, high), (low, _) in pairwise(edges))  # no length belongs to two bars
+
+
+def test_the_histogram_fits_a_narrow_terminal(tmp_path: Path) -> None:
+    text = screen(tmp_path, *({"text": "1" * count} for count in range(1, 9)), width=40)
+    bars = [line for line in text.splitlines() if "█" in line]
+    assert len(bars) == 8
+    assert max(map(len, bars)) <= 40
 
 
 def test_a_bad_line_is_refused_by_its_number(tmp_path: Path) -> None:
@@ -87,6 +98,9 @@ def test_the_command_line_shows_it_and_needs_no_folder_of_a_run(
     path.write_text('{"prompt": "7", "response": "8"}\n{"prompt": "7", "response": ""}\n')
     code, out, error = sfumato("finetune", "-m", "nano", "--data", str(path), "--dry-run")
     assert (code, out) == (2, "") and "a.jsonl, line 2: message 1 (assistant) is an answer of no tokens" in error
-    for flags, why in (((), "name them with --data"), (("--data", str(path), "--long", "bend"), "choose cut, drop")):
+    for flags, why in (
+        ((), "name them with --data"),
+        (("--data", str(path), "--long", "bend"), "choose 'cut', 'drop'"),
+    ):
         code, _, error = sfumato("finetune", "--dry-run", *flags)
         assert code == 2 and why in error

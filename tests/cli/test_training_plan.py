@@ -27,8 +27,8 @@ def test_the_released_model_is_planned_without_a_download(sfumato: Run, monkeypa
 
 
 def test_flags_give_one_setup_and_its_parts(sfumato: Run) -> None:
-    asked = [*FACTORS, "--optimizer", "adamw8bit", "--checkpointing", "-s", "batch=1", "--gpu", "24", "--json"]
-    report = json.loads(planned(sfumato, "-m", "released", *asked))
+    flags = [*FACTORS, "--optimizer", "adamw8bit", "--checkpointing", "-s", "batch=1", "--gpu", "24", "--json"]
+    report = json.loads(planned(sfumato, "-m", "released", *flags))
     row, without = report["setups"]
     assert report["tokens"] == 1024 and row["setup"]["targets"] == ["attention", "dense", "experts"]
     assert row["fits"] == {"24": [1, 2, 8]} and without["fits"] == {"24": []}

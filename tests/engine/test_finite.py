@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import pytest
 import tiny
 import torch
+from adapter_files import random_adapter
 from torch import Tensor
 
 from sfumato.engine.engine import Engine, EngineSettings
@@ -20,8 +21,10 @@ from sfumato.engine.request import Failure, Request, Row
 from sfumato.engine.run import Run
 from sfumato.errors import NumericError
 from sfumato.events import Done, Draft, Event
+from sfumato.model.adapters import Adapter, Adapters
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model
+from sfumato.model.prompt import Prompt
 from sfumato.ops import load
 from sfumato.options import Options
 
@@ -228,3 +231,31 @@ def test_every_weight_is_an_error_or_changes_nothing(ops: str, config: ModelConf
         assert unread == {name for name in kinds_of(config) if "self_conditioning" in name or "denoise_scalar" in name}
     else:
         assert unread == {f"layers.{len(config.layers) - 1}.encode_scalar"}
+
+
+@pytest.mark.parametrize("ops", tiny.OPS)
+def test_an_adapter_that_is_not_finite_ends_its_own_rows_and_is_named(ops: str) -> None:
+    model = tiny.tiny_model(seed=3, name=ops)
+    text, bank = [7, 8, 9, 10, 11, 12], Adapters(model)
+    sound, wild = (random_adapter(model, seed=seed) for seed in (1, 2))
+    alone = {}
+    for name in (None, "sound"):
+        if name is not None:
+            bank.load(name, sound)
+        prompt = Prompt(tuple(text), adapter=None if name is None else bank.get(name))
+        alone[name] = next(e.tokens for e in Run(model, [prompt], QUICK) if isinstance(e, Done))
+    bank.load("wild", Adapter({name: own._replace(scale=1e38) for name, own in wild.factors.items()}))
+    engine = Engine(model, 4, 64)
+    for name in (None, "wild", "sound", None):
+        engine.join(Request(Prompt(tuple(text), adapter=None if name is None else bank.get(name)), QUICK))
+    ended: dict[int, list[int]] = {}
+    failed: list[Failure] = []
+    while engine.live:
+        for event in engine.turn():
+            if isinstance(event, Failure):
+                failed.append(event)
+            elif isinstance(event, Done):
+                ended[event.row] = event.tokens
+    assert [one.row for one in failed] == [1]
+    assert "with adapter 'wild': " in str(failed[0].error) and "check the adapter" in str(failed[0].error)
+    assert ended == {0: alone[None], 2: alone["sound"], 3: alone[None]}

@@ -18,19 +18,14 @@ from sfumato.model.network import Model
 from sfumato.training import vocabulary
 from sfumato.training.optimizers import OPTIMIZERS
 
-TOLERANCE = 0.1
-"""Of the peak, weights included; twice as much of what comes and goes, and four times where blocks keep their input
-alone, so that less than the gradients of one block comes and goes."""
-
 
 @pytest.mark.parametrize(("size", "setup"), SETUPS)
 def test_the_plan_is_what_a_step_holds(size: str, setup: TrainingSetup) -> None:
     config = SIZES[size]()
     planned, held = memory(config, setup), peak(small_model(config, setup), setup)
-    assert planned.counted == pytest.approx(held, rel=TOLERANCE)
+    assert 0.95 * held <= planned.counted <= 1.2 * held
     always = planned.weights + planned.trained + planned.optimizer
-    tolerance = (4 if setup.is_checkpointed else 2) * TOLERANCE
-    assert planned.counted - always == pytest.approx(held - always, rel=tolerance)
+    assert 0.85 * (held - always) <= planned.counted - always <= 1.4 * (held - always)
 
 
 def test_the_released_model_with_all_factors_over_int4_fits_24_gb() -> None:
@@ -90,7 +85,9 @@ def test_more_of_anything_needs_more() -> None:
     ("changes", "says"),
     [
         ({"rank": -1}, "rank is -1"),
+        ({"rank": 99_999}, "the rank is 99999; give one from 1 to the model's width, 2816"),
         ({"tokens": 0}, "tokens is 0"),
+        ({"tokens": 10**9}, "max_tokens is 1000000000, and the model's context 262144; lower it"),
         ({"ranks": 0}, "ranks is 0"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose 'adamw'"),
         ({"precision": "fp8"}, "precision is 'fp8'"),

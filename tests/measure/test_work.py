@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from released import RELEASED
 from tiny import random_config
 
 from sfumato import ops
 from sfumato.errors import InputError
 from sfumato.measure import work
 from sfumato.measure.parts import Counted
+from sfumato.measure.released import RELEASED
 from sfumato.model.cache import KVCache
 from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model, products

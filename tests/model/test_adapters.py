@@ -1,4 +1,4 @@
-"""model/adapters.py: an adapter beside weights, trainable, merged and taken out; each is the same mathematics."""
+"""model/adapters.py, trainable.py: an adapter beside weights, trained, merged and taken out: the same mathematics."""
 
 from __future__ import annotations
 
@@ -12,19 +12,10 @@ from adapter_files import are_same, random_adapter
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
-from sfumato.model.adapters import (
-    TARGETS,
-    TRAINED,
-    Adapter,
-    Adapters,
-    merge_,
-    new_adapter,
-    targeted,
-    trainable_,
-    trained,
-)
+from sfumato.model.adapters import TARGETS, Adapter, Adapters, merge_, new_adapter, targeted
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
+from sfumato.model.trainable import TRAINED, trainable_, trained
 from sfumato.ops.lowrank import LanePair
 from sfumato.quant.apply import quantize_
 
@@ -61,7 +52,7 @@ def test_a_new_adapter_changes_nothing() -> None:
     assert {own.scale for own in adapter.factors.values()} == {2.0}
     assert {own.scale for own in new_adapter(model, 4, 8.0, is_rs=True).factors.values()} == {4.0}
     assert are_same(new_adapter(model, 4, 8.0, seed=3), new_adapter(model, 4, 8.0, seed=3))
-    with pytest.raises(InputError, match="rank is 0; give 1 or more"):
+    with pytest.raises(InputError, match="rank is 0; give one from 1 to the model's width, 24"):
         new_adapter(model, 0, 8.0)
 
 

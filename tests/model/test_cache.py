@@ -29,7 +29,7 @@ from tiny_runs import (
 
 from sfumato.errors import CapacityError
 from sfumato.model.cache import KVCache
-from sfumato.model.passes import Pass
+from sfumato.model.passes import Pass, Places
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -247,7 +247,7 @@ def test_fresh_are_all_rows_empty_and_without_padding(
     cache = KVCache.allocate(CONFIG, 2, 32)
     cache.lengths = lengths
     assert Pass(model(), cache, rows, counts, 3, 0).is_fresh is is_fresh
-    places = torch.tensor(rows), torch.tensor(lengths)[rows], torch.tensor(counts)
+    places = Places(torch.tensor(rows), torch.tensor(lengths)[rows], torch.tensor(counts))
     assert not Pass(model(), cache, rows, counts, 3, 0, places).is_fresh, "a recorded pass serves other lengths too"
 
 

@@ -20,19 +20,21 @@ SPILLS = 64
 """Bytes a thread may spill: a few words outside the loop are cheaper than the tiles that would avoid them."""
 
 
-# All five take five minutes; this one has the most kinds of weights.
-QUICK = (90,)
+# All of all five take eight minutes; this one has the most kinds of weights.
+QUICK = (90, 5)
+"""An architecture, and which part of what is compiled for it: see `ahead.sample`."""
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(arch, marks=[] if arch in QUICK else pytest.mark.slow) for arch in ahead.ARCHS]
+    scope="module", params=[QUICK, *(pytest.param((arch, 1), marks=pytest.mark.slow) for arch in ahead.ARCHS)], ids=str
 )
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """In a child, since kernels compile only where triton was imported without its interpreter. Its own cache, since a
     compiler that is never run tests nothing."""
     folder = tmp_path_factory.mktemp("ahead")
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "sfumato.ops.triton.ahead", "--arch", str(request.param)]
+    arch, every = map(str, request.param)
+    command = [sys.executable, "-m", "sfumato.ops.triton.ahead", "--arch", arch, "--every", every]
     child = subprocess.run(
         [*command, "-o", str(folder / "rows.json")],
         env=environment,
@@ -67,6 +69,13 @@ def test_no_kernel_is_a_trap(rows: list[dict[str, Any]]) -> None:
 
 def test_registers_fit_the_threads(rows: list[dict[str, Any]]) -> None:
     assert [row for row in rows if row["registers"] * row["warps"] * 32 > 65536] == []
+
+
+def test_a_sample_has_every_kernel() -> None:
+    names = [f"{kernel}{number}" for kernel in "aab" for number in range(4)]
+    specials = [ahead.Special(f"{at} {name}", name[0], {}) for at, name in enumerate(names)]
+    assert ahead.sample(specials, 1) == specials
+    assert [special.name for special in ahead.sample(specials, 5)] == ["0 a0", "5 a1", "8 b0", "11 b3"]
 
 
 def test_a_special_names_each_argument_once() -> None:

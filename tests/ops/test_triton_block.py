@@ -35,7 +35,6 @@ from sfumato.quant import formats
 if triton_interpreter.IS_ON:
     triton_fp8.put_right()
 
-KINDS = ["", "int8", "fp8", "int4", "int4-asym", "nvfp4", "mxfp4"]
 SMALL = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 32}
 WIDTH, HEADS, GROUPS, HEAD, INNER, EXPERTS, EXPERT, TOP_K = 96, 4, 2, 16, 64, 6, 32, 2
 EPS = 1e-6
@@ -168,8 +167,15 @@ def real(mask: Mask) -> Tensor:
     return (new_T >= mask.encode) | (new_T < mask.counts_B[:, None])
 
 
-CASES = [(kind, "both", torch.float32) for kind in KINDS] + [("", "encode", torch.float32)]
-CASES += [(kind, "canvas", torch.bfloat16) for kind in ("", "int8", "fp8", "int4-asym")]
+CASES: list[Any] = [(kind, "both", torch.float32) for kind in ("", "int4-asym", "mxfp4")]
+CASES += [("", "encode", torch.float32), ("", "canvas", torch.bfloat16), ("fp8", "canvas", torch.bfloat16)]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow)  # the operations have these kinds in tests of their own
+    for case in (
+        *((kind, "both", torch.float32) for kind in ("int8", "fp8", "int4", "nvfp4")),
+        *((kind, "canvas", torch.bfloat16) for kind in ("int8", "int4-asym")),
+    )
+]
 
 
 @pytest.mark.slow  # a minute

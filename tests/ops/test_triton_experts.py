@@ -266,7 +266,7 @@ def test_the_height_of_a_tile_changes_no_number(kind: str, dtype: torch.dtype, m
 
 
 @pytest.mark.skipif(triton_interpreter.IS_ON, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("arch", [80, 89, 100])  # the others are `test_triton_ahead`'s, always
+@pytest.mark.parametrize("arch", [89])  # with the least memory; all of them are `test_triton_ahead`'s
 def test_ahead(arch: int) -> None:
     for special in experts.ahead(arch) + route.ahead(arch):
         row = ahead.compile_one(special, arch)

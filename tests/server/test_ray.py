@@ -481,6 +481,14 @@ class Serving:
             disturb()
             return [one.result() for one in answers]
 
+    def end(self) -> None:
+        """Ctrl-C: it leaves no process and no traceback."""
+        family = self.family()
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(30) == 0
+        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert "Traceback" not in self.log.read_text()
+
     def again(self, round: str) -> Counter[str]:
         """How often each request was sent again."""
         return Counter(re.findall(rf" ({round}-\d+) is sent again: ", self.log.read_text()))
@@ -501,6 +509,17 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
                 process.kill()
 
 
+def test_every_request_is_answered_while_a_replica_is_killed(serving: Serving) -> None:
+    serving.until(lambda: serving.figure("rows_max") == 64)
+    texts = serving.load("calm")
+    assert all(texts) and len(set(texts)) == REQUESTS and not serving.again("calm")
+    assert serving.load("replica", serving.actors()[0].kill) == texts
+    counts = serving.again("replica")
+    assert counts and set(counts.values()) == {1}
+    serving.end()
+
+
+@pytest.mark.slow  # a minute: both come back
 def test_every_request_is_answered_while_a_worker_and_then_a_replica_is_killed(serving: Serving) -> None:
     serving.until(lambda: serving.figure("rows_max") == 64)
     texts = serving.load("calm")
@@ -525,8 +544,4 @@ def test_every_request_is_answered_while_a_worker_and_then_a_replica_is_killed(s
         print(f"{round} killed: {REQUESTS} of {REQUESTS} answered, {len(counts)} sent again")
         assert counts and set(counts.values()) == {1}
 
-    family = serving.family()
-    serving.process.send_signal(signal.SIGINT)
-    assert serving.process.wait(30) == 0
-    assert not psutil.wait_procs(family, timeout=10)[1]
-    assert "Traceback" not in serving.log.read_text()
+    serving.end()

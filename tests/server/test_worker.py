@@ -32,8 +32,7 @@ from scripted_worker import (
     until,
 )
 
-from sfumato.engine.limits import BatchLimits
-from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
+from sfumato.errors import BusyError, CheckpointError, InputError, SfumatoError, WorkerError
 from sfumato.events import Commit, Decision, Done
 from sfumato.server.backend import Stats
 from sfumato.server.worker import child, supervisor
@@ -56,15 +55,21 @@ def test_events_arrive_in_order_and_a_done_or_a_result_is_the_last(opened: Open)
     running(test())
 
 
-def test_a_worker_that_follows_leaves_out_adapters_whose_folders_are_gone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_worker_that_follows_leaves_out_adapters_that_cannot_be_loaded_any_more(
+    opened: Open, impatient: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load = replace(LOAD, adapters={"a": tmp_path, "b": tmp_path / "gone"})
-    worker = Worker(load, BatchLimits())
-    assert worker._load() == load  # the first one fails, and says why
-    worker._card = CARD
-    assert worker._load() == replace(LOAD, adapters={"a": tmp_path})
-    assert "the folder of adapter 'b' is gone; it is left out" in capsys.readouterr().err
+    async def test() -> None:
+        with pytest.raises(CheckpointError, match="b is no adapter"):  # the first worker must have them all
+            async with opened(load_1="lack"):
+                pass
+        async with opened(load_3="lack") as one:
+            one.load = replace(one.load, adapters={"a": "x", "b": "y"})
+            await kill(one)
+            assert isinstance((await events(one, job(left=1)))[-1], Done)
+            assert one.load.adapters == {"a": "x"}
+
+    running(test())
+    assert "adapter 'b' is left out: b is no adapter" in capsys.readouterr().err
 
 
 def test_jobs_run_side_by_side_and_events_find_their_own(opened: Open) -> None:

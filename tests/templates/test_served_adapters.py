@@ -267,4 +267,7 @@ def test_what_cannot_be_loaded_is_refused_by_one_sentence(
         CapacityError, match=r"of rank 64 needs 0.\d\d GB .* 0.00 are free; unload another one, or merge"
     ):
         nano.adapters.load("x", strong(model, 9, rank=64))
+    write_adapter(good, tmp_path / "run", model, base="nano")
+    with pytest.raises(CapacityError, match=r"run/adapter_model.safetensors has 0.\d\d GB, and 0.00 are free"):
+        nano.adapters.load("x", tmp_path / "run")
     assert nano.adapters.names == names

@@ -10,8 +10,9 @@ import torch
 from tiny import tiny_config, tiny_model
 from torch import Tensor
 
-from sfumato.model.adapters import new_adapter, trainable_
+from sfumato.model.adapters import new_adapter
 from sfumato.model.network import Model
+from sfumato.model.trainable import trainable_
 from sfumato.training.checkpointing import checkpoint_
 from sfumato.training.loss import Corruption, Examples, losses, problem
 

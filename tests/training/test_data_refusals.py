@@ -147,8 +147,8 @@ def test_a_bad_record_of_an_array_is_refused_by_its_number(tmp_path: Path, conte
         ("a.txt", b"caf\xe9", "0xe9 is not UTF-8"),
         ("a.csv", b"prompt,response\na,b\n", "is a table; write it as JSON"),
         ("a.bin", b"\x80\x04\x95\0\0\0pickle", "is no text: it holds NUL bytes"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-9], "is damaged: its gzip data"),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:12] + b"\xff" * 40, "is damaged: its gzip data"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 1000, mtime=0)[:-9], "is damaged: its gzip data"),
+        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:12] + b"\xff" * 40, "is damaged: its gzip data"),
     ],
 )
 def test_a_file_that_holds_no_data_is_refused(tmp_path: Path, name: str, content: bytes, why: str) -> None:

@@ -9,8 +9,9 @@ from tiny import tiny_config
 from torch import Tensor, nn
 
 from sfumato import ops
-from sfumato.model.adapters import TRAINED, AdaptedExperts, Factors
+from sfumato.model.adapters import Factors
 from sfumato.model.network import Experts
+from sfumato.model.trainable import TRAINED, AdaptedExperts
 from sfumato.ops.lowrank import Lanes, LaneSwitch
 from sfumato.ops.packed import Packed
 from sfumato.quant.formats import pack

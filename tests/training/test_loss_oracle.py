@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.model.adapters import Adapter, Factors, new_adapter, trainable_
+from sfumato.model.adapters import Adapter, Factors, new_adapter
 from sfumato.model.network import Model
+from sfumato.model.trainable import trainable_
 from sfumato.training.loss import IGNORE, Corruption, Examples, Problem, losses, problem
 
 CONFIG = tiny.tiny_config()

@@ -9,8 +9,9 @@ import torch
 from tiny import tiny_config, tiny_model
 from torch import Tensor
 
-from sfumato.model.adapters import new_adapter, trainable_
+from sfumato.model.adapters import new_adapter
 from sfumato.model.network import Model, products, replace_
+from sfumato.model.trainable import trainable_
 from sfumato.ops.packed import Packed
 from sfumato.quant.apply import quantize_
 from sfumato.training.checkpointing import checkpoint_

@@ -61,17 +61,30 @@ def specials(arch: int) -> dict[str, list[Special]]:
     return by_file
 
 
-def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None) -> list[dict[str, Any]]:
+def compile_all(archs: Iterable[int] = ARCHS, only: str | None = None, every: int = 1) -> list[dict[str, Any]]:
     """A row for each specialisation and architecture: op, name, arch, and what `compile_one` says.
 
-    `only` keeps the names and files that contain this text."""
+    `only` keeps the names and files that contain this text, `every` what `sample` does."""
     rows = []
     for arch in archs:
         for op, each in specials(arch).items():
-            for special in each:
+            for special in sample(each, every):
                 if only is None or only in f"{op} {special.name}":
                     rows.append({"op": op, "name": special.name, "arch": arch, **compile_one(special, arch)})
     return rows
+
+
+def sample(specials: Sequence[Special], every: int) -> list[Special]:
+    """The first specialisation of each kernel, and of the others every `every`-th one, in their order."""
+    kernels: set[Any] = set()
+    kept, others = [], 0
+    for special in specials:
+        is_first = special.kernel not in kernels
+        kernels.add(special.kernel)
+        others += not is_first
+        if is_first or others % every == 0:
+            kept.append(special)
+    return kept
 
 
 def compile_one(special: Special, arch: int) -> dict[str, Any]:
@@ -197,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sfumato.ops.triton.ahead", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="this one only; may be given again")
     parser.add_argument("--only", help="files and names in which this text stands")
+    parser.add_argument("--every", type=int, default=1, help="of each kernel the first, and of the others every n-th")
     parser.add_argument("-o", "--output", type=Path, help="write the rows as JSON too")
     options = parser.parse_args(arguments)
     print(
@@ -204,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     rows = []
     for arch in options.arch or ARCHS:
-        for row in compile_all([arch], options.only):
+        for row in compile_all([arch], options.only, options.every):
             rows.append(row)
             print(
                 f"{row['op']:<16}{row['name']:<40}{row['arch']:>6}{row['registers']:>6}{row['spills']:>8}"

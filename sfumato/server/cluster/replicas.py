@@ -80,12 +80,13 @@ class Replica:
         loaded = {one.name for one in card.adapters}
         changes: list[AdapterQuery] = [UnloadAdapter(name) for name in sorted(loaded - folders.keys())]
         changes += [LoadAdapter(name, folder) for name, folder in folders.items() if name not in loaded]
-        try:
-            for query in changes:
+        first: SfumatoError | None = None
+        for query in changes:  # one that fails does not keep the others away
+            try:
                 card = await self.worker.change_adapters(Job(f"adapter-{next(self.numbers)}", query))
-        except SfumatoError as error:
-            return error
-        return card
+            except SfumatoError as error:
+                first = first or error
+        return first or card
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""

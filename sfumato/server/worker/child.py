@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,12 @@ def main(connection: Connection, load: LoadOptions, limits: BatchLimits) -> None
         def notice(text: str) -> None:
             print(f"sfumato: {text}", file=sys.stderr, flush=True)
 
-        llm = LLM.open(load, notice=notice, progress=ProgressSender(send))
+        llm = LLM.open(replace(load, adapters=None), notice=notice, progress=ProgressSender(send))
+        for name, folder in (load.adapters or {}).items():
+            try:
+                llm.adapters.load(name, folder)
+            except Exception as error:  # the parent says whether the others are enough
+                send(("left out", name, plain(error)))
         with suppress(InputError):
             llguidance()  # now rather than between two turns, where it is installed
         return Jobs(llm, limits), card_of(llm, load.quantize)

@@ -21,7 +21,6 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -238,7 +237,7 @@ class Worker:
             loop.call_soon_threadsafe(messages.put_nowait, message)
 
         try:
-            self._process = _Process(on_message, self.child, self._load(), self.limits)
+            self._process = _Process(on_message, self.child, self.load, self.limits)
         except OSError as error:
             return 0.0, WorkerError(f"no process can be started for the engine: {error.strerror}")
         ready_at = loop.time()
@@ -253,10 +252,18 @@ class Worker:
                     if self.loading is not None and self._card is None:
                         self.loading(done, total)
                 case ("failed", SfumatoError() as reason):
-                    failure = reason
-                case ("ready", ModelCard() as card):
+                    failure = failure or reason
+                case ("left out", str(name), SfumatoError() as reason):
+                    if self._card is None:  # the first one must have them all
+                        failure = failure or reason
+                        self._process.process.kill()
+                    else:
+                        self._leave_out(name, reason)
+                case ("ready", ModelCard() as card) if failure is None:
                     ready_at, self._card, self._is_loaded = loop.time(), card, True
                     self._news.set()
+                case ("ready", ModelCard()):  # it lacks an adapter, and is killed
+                    pass
                 case ("events", list(outcomes)) if all(isinstance(one, tuple) and len(one) == 2 for one in outcomes):
                     for id, pickled in outcomes:
                         self._deliver(id, unpacked(pickled))
@@ -275,16 +282,11 @@ class Worker:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return steady, failure or WorkerError(f"the engine's worker ended ({how})")
 
-    def _load(self) -> LoadOptions:
-        """What a worker loads; one that follows another leaves out adapters whose folders are gone."""
-        if self._card is None:
-            return self.load
+    def _leave_out(self, name: str, why: SfumatoError) -> None:
+        """An adapter of before cannot be loaded any more, by a worker that follows another."""
+        print(f"sfumato: adapter {name!r} is left out: {why}", file=sys.stderr)
         folders = self.load.adapters or {}
-        gone = [name for name, folder in folders.items() if not Path(folder).expanduser().is_dir()]
-        for name in gone:
-            print(f"sfumato: the folder of adapter {name!r} is gone; it is left out", file=sys.stderr)
-        self.load = replace(self.load, adapters={name: folders[name] for name in folders.keys() - {*gone}})
-        return self.load
+        self.load = replace(self.load, adapters={other: folders[other] for other in folders if other != name})
 
     async def _message(self, messages: asyncio.Queue[Any]) -> Any:
         """The next message; None where a worker that has jobs is silent for too long."""

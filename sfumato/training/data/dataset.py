@@ -131,20 +131,22 @@ def open_data(
     equal records are on one side; or a file or folder. InputError for bad records, by number, and where none are left;
     SfumatoError where the tokens cannot be kept on disk."""
     limit = max_tokens if isinstance(max_tokens, LengthLimit) else LengthLimit(max_tokens)
-    pad = tokenizer.special_id("pad_token") if "pad_token" in tokenizer.special else 0
 
     def index_of(places: Sequence[Path]) -> TokenIndex:
         return open_index(files_of(places), ExampleMaker(tokenizer, template, limit), progress)
 
+    def source(index: TokenIndex, rows: np.ndarray[Any, Any]) -> FileSource:
+        return FileSource(index, rows, seed, tokenizer.pad_id)
+
     index = index_of(paths)
     every = np.arange(len(index.entries))
     if held_out is None:
-        return Dataset(FileSource(index, every, seed, pad))
+        return Dataset(source(index, every))
     if isinstance(held_out, Path):
         other = index_of([held_out])
-        return Dataset(FileSource(index, every, seed, pad), FileSource(other, np.arange(len(other.entries)), seed, pad))
+        return Dataset(source(index, every), source(other, np.arange(len(other.entries))))
     is_held = _held_out(index, held_out, seed)
-    return Dataset(FileSource(index, every[~is_held], seed, pad), FileSource(index, every[is_held], seed, pad))
+    return Dataset(source(index, every[~is_held]), source(index, every[is_held]))
 
 
 def held_out_of(text: str | None) -> float | Path | None:

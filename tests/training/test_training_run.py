@@ -254,7 +254,7 @@ def test_a_run_has_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for arguments, message in (
         ([], "there is no folder for the run; give one: -o DIR"),
         (["a", "-o", "b"], "OUT is a"),
-        ([__file__], "test_run.py is a file, and a run has a folder; give another name"),
+        ([__file__], "test_training_run.py is a file, and a run has a folder; give another name"),
     ):
         assert main(["finetune", *arguments]) == 2 and message in capsys.readouterr().err
 
@@ -282,7 +282,7 @@ def test_a_leave_one_out_model_says_so(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_packed_and_checkpointed_in_half_precision(data: Path, tmp_path: Path) -> None:
     """QLoRA with all that saves memory takes the steps of the plain one, as far as rounding goes."""
-    arguments = ["finetune", "--data", str(data), *SMALL, "-s", "steps=2", "--eval-every", "1", "--samples", "1"]
+    arguments = ["finetune", "--data", str(data), *SMALL, "-s", "steps=2", "--eval-every", "0"]
     assert main([*arguments, "-o", str(tmp_path / "plain")]) == 0
     saving = ["--quantize", "int8", "--precision", "bf16", "--checkpointing", "--accumulate", "2"]
     assert main([*arguments, *saving, "-o", str(tmp_path / "small")]) == 0
