@@ -160,6 +160,9 @@ def command(
         if name in (load.adapters or {}):
             raise InputError(f"--alias and --adapter are both called {name!r}; rename one of them")
     settings, limits = http.settings(), batch.limits()
+    for name in load.adapters or {}:
+        if name in (model.name, Path(model.name).resolve().name):
+            raise InputError(f"--adapter has the model's own name {name!r}; give the adapter another one")
     if cluster.ray:
         plan = ClusterPlan(load, limits, cluster.replicas or 1, cluster.max_replicas, cluster.ray_address)
         server_module("cluster.launch").run(plan, settings, http.port, tell)

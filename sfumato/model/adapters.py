@@ -195,6 +195,8 @@ class Adapters:
         self._count = 0
         """Lanes that the stacks have room for."""
         self._rank = 0
+        self._lanes: dict[int, tuple[int, frozenset[str]]] = {}
+        """Of lanes that are taken: the rank, and the weights with factors."""
         self.version = 0
         """Grows with every change of what is loaded."""
 
@@ -283,6 +285,8 @@ class Adapters:
             lanes = [self._free.pop(0) for _ in parts]
             for lane, part in zip(lanes, parts, strict=True):
                 self._put(lane, part)
+                rank = max((factors.rank for factors in part.values()), default=0)
+                self._lanes[lane] = rank, frozenset(part)
         loaded = LoadedAdapter(name, LanePair(lanes[0], lanes[-1]))
         finalize(loaded, self._released.append, loaded.lanes).atexit = False
         self.version += 1
@@ -299,13 +303,26 @@ class Adapters:
         self.settle()
 
     def settle(self) -> None:
-        """Take back the lanes of adapters that are unloaded and unused; without any, the weights are as before."""
+        """Take back the lanes of adapters that are unloaded and unused, and their memory where it is much.
+
+        Stacks of twice the rank that the others need shrink, and of four times the lanes; without any adapter the
+        weights are as before."""
         self._collect()
-        if self._count and not self._loaded and len(self._free) == self._count:
-            self._free, self._count, self._rank = [], 0, 0
-            for owner, leaf in list(adaptable(self.model)):
+        rank = max((rank for rank, _ in self._lanes.values()), default=0)
+        count = max(self._lanes, default=-1) + 1
+        count = self._count if 4 * count > self._count else count
+        rank = self._rank if 2 * rank > self._rank else rank
+        names = {name for _, own in self._lanes.values() for name in own}
+        is_smaller = (count, rank) != (self._count, self._rank)
+        self._free = [lane for lane in self._free if lane < count]
+        self._count, self._rank = count, rank
+        with torch.inference_mode(False), torch.no_grad():
+            for name, (owner, leaf) in targeted(self.model).items():
                 if isinstance(weight := getattr(owner, leaf), LowRank):
-                    replace_(owner, leaf, weight.base)
+                    if name not in names:
+                        replace_(owner, leaf, weight.base)
+                    elif is_smaller:
+                        self._replace(owner, leaf, self._beside(weight.base, weight))
 
     @property
     def is_settled(self) -> bool:
@@ -314,7 +331,10 @@ class Adapters:
 
     def _collect(self) -> None:
         while self._released:
-            self._free = sorted({*self._free, *self._released.popleft()})
+            lanes = self._released.popleft()
+            self._free = sorted({*self._free, *lanes})
+            for lane in set(lanes):
+                self._lanes.pop(lane, None)
 
     def _room_for(self, adapter: Adapter) -> tuple[int, int]:
         """The lanes and the rank that the stacks need with one adapter more."""
@@ -349,7 +369,8 @@ class Adapters:
         b = torch.zeros(self._count, *stack, self._rank, outputs, **place)
         if before is not None:
             for whole, old in ((a, before.a), (b, before.b)):
-                whole[: len(old), ..., : old.shape[-2], :] = old
+                lanes, rank = min(len(whole), len(old)), min(self._rank, old.shape[-2])
+                whole[:lanes, ..., :rank, :] = old[:lanes, ..., :rank, :]
         return LowRank(base, a, b, self.model.lane_switch)
 
     def _put(self, lane: int, part: Mapping[str, Factors]) -> None:

@@ -99,6 +99,7 @@ def test_options_reach_worker_and_settings(call: Call, served: list[Any], tmp_pa
         ("--api-key-file /dev/null", "/dev/null holds no key"),
         ("--api-key", "--api-key"),
         ("--adapter a=b --alias a", "--alias and --adapter are both called 'a'"),
+        ("--adapter nano=b", "--adapter has the model's own name 'nano'; give the adapter another one"),
         ("--adapter =b", "--adapter is '=b'; give NAME=DIR"),
         ("--adapter-folder /no/such", "--adapter-folder is /no/such, which is no folder"),
     ],

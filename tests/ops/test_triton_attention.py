@@ -106,8 +106,20 @@ def test_against_the_reference(case: str, splits: int, columns: int) -> None:
         check(mask_of(lengths, counts, encode, canvas, window, ring, rows=[2, 0, 3, 1][: len(lengths)]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 8, 256), (8, 1, 512), (3, 1, 24), (2, 2, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "dtype"),
+    [
+        *((*sizes, dtype) for sizes in ((3, 1, 24), (2, 2, 8)) for dtype in DTYPES),
+        *((*sizes, torch.bfloat16) for sizes in ((16, 8, 256), (8, 1, 512))),
+        *(
+            pytest.param(*sizes, dtype, marks=SLOW)
+            for sizes in ((16, 8, 256), (8, 1, 512))
+            for dtype in DTYPES
+            if dtype != torch.bfloat16
+        ),
+    ],
+    ids=str,
+)
 def test_sizes_and_dtypes(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
     with tuning.using("attention", SPLITS=2):
         check(mask_of([45, 8], [3, 1], 3, 18, 24, 32, rows=[1, 0]), heads, kv_heads, size, dtype)

@@ -355,7 +355,7 @@ def test_the_assembly_says_what_the_plain_way_says() -> None:
 
 
 @pytest.mark.skipif(triton_interpreter.IS_ON, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("arch", [80, 89, 100])  # the others are `test_triton_ahead`'s, always
+@pytest.mark.parametrize("arch", [89])  # with the least memory; all of them are `test_triton_ahead`'s
 def test_ahead(arch: int) -> None:
     for special in linear.ahead(arch) + product.ahead(arch):
         if any(text in special.name for text in ("qkv", "gate_up", "classes", "rows", "groups")):

@@ -24,8 +24,8 @@ def test_each_parameter_is_taken_once_and_norms_do_not_decay() -> None:
     for name, count in (("adamw", 1), ("muon", 2)):
         optimizers = optimizers_of(parameters, TrainingRecipe(optimizer=name, weight_decay=0.1))
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        taken = [parameter for group in groups for parameter in group["params"]]
-        assert len(optimizers) == count and len(taken) == len({id(p) for p in taken}) == len(parameters)
+        members = [parameter for group in groups for parameter in group["params"]]
+        assert len(optimizers) == count and len(members) == len({id(p) for p in members}) == len(parameters)
         for group in groups:
             assert all((p.ndim >= 2) == (group["weight_decay"] == 0.1) for p in group["params"])
 
