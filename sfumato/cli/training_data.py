@@ -27,6 +27,8 @@ EXAMPLES = 3
 _BARS = 8
 _BAR = 32
 """Columns of the longest bar of the histogram."""
+_BESIDE_BAR = 24
+"""Columns beside a bar: lengths, and how many."""
 _PROMPT, _LEARNED, _FILL, _CUT = "dim", ("", SMOKE[6]), SMOKE[1], SMOKE[3]
 """Styles; neighbours among the tokens that are learned have one each, so that they can be told apart."""
 
@@ -142,17 +144,19 @@ def show_figures(data: Dataset, longest: int, batch: int, console: Console) -> N
         lines.append(f"{count:,} left out ({reason}), from {'; '.join(about['left_out_at'][:5])}")
     for line in lines:
         console.print(visible(line), soft_wrap=True)
-    for line in _histogram(data.train.lengths):
-        console.print(visible(line))
+    for line in _histogram(data.train.lengths, min(_BAR, max(1, console.width - _BESIDE_BAR))):
+        console.print(visible(line), soft_wrap=True)
 
 
 def _several(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def _histogram(lengths: np.ndarray[Any, Any]) -> Iterator[str]:
-    """Lines of a histogram of lengths in tokens."""
-    counts, edges = np.histogram(lengths, bins=min(_BARS, int(lengths.max() - lengths.min()) + 1))
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "█" * max(int(count > 0), round(_BAR * count / counts.max()))
-        yield f"{int(np.ceil(low)):>6,} – {int(high):<6,} {bar} {count:,}"
+def _histogram(lengths: np.ndarray[Any, Any], most: int = _BAR) -> Iterator[str]:
+    """Lines of a histogram of lengths in tokens, its bars of `most` columns; every length belongs to one line."""
+    first, last = int(lengths.min()), int(lengths.max())
+    edges = np.linspace(first, last + 1, min(_BARS, last - first + 1) + 1).astype(int)
+    counts = np.histogram(lengths, bins=edges)[0]
+    for count, low, past in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * max(int(count > 0), round(most * count / counts.max()))
+        yield f"{low:>6,} – {past - 1:<6,} {bar} {count:,}"

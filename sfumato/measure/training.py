@@ -17,7 +17,7 @@ import torch
 from sfumato import ops
 from sfumato.errors import InputError
 from sfumato.measure import work
-from sfumato.model.adapters import USUAL, targeted
+from sfumato.model.adapters import USUAL, check_rank, targeted
 from sfumato.model.config import LayerConfig, ModelConfig
 from sfumato.model.network import Model
 from sfumato.ops.fused import FEW_EXPERTS
@@ -139,6 +139,8 @@ def memory(config: ModelConfig, setup: TrainingSetup) -> TrainingMemory:
 
     InputError for weights or targets that there are not, for sizes that do not fit a recipe, and without a canvas."""
     config.check_canvas("training")
+    if setup.tokens > config.max_position:
+        raise InputError(f"max_tokens is {setup.tokens}, and the model's context {config.max_position}; lower it")
     trained = trained_counts(config, setup.rank, setup.targets)
     plain, packed = _frozen(config, setup)
     numbers = sum(trained.values()) / setup.ranks
@@ -198,9 +200,10 @@ def _meta(config: ModelConfig) -> Model:
 def trained_counts(config: ModelConfig, rank: int, targets: tuple[str, ...] = USUAL) -> Mapping[str, int]:
     """Numbers that are trained, by the name of their weight: all of the model for rank 0, else those of its factors.
 
-    InputError for a target that names none."""
+    InputError for a target that names none, and for a rank above the model's width."""
     if not rank:
         return {name: parameter.numel() for name, parameter in _meta(config).named_parameters()}
+    check_rank(rank, config)
     counts = {}
     for name, (owner, leaf) in targeted(_meta(config), targets).items():
         *stack, outputs, inputs = getattr(owner, leaf).shape

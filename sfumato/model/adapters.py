@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
+from sfumato.model.config import ModelConfig
 from sfumato.model.loaded import AdapterList, AdapterSize, LoadedAdapter, check_adapter_name
 from sfumato.model.network import Model, adaptable, replace_
 from sfumato.model.offload import is_streamed
@@ -152,15 +153,20 @@ def targeted(model: nn.Module, targets: tuple[str, ...] | None = None) -> dict[s
     return {name: place for name, place in every.items() if name in kept}
 
 
+def check_rank(rank: int, config: ModelConfig) -> None:
+    """InputError for a rank below 1, or above the model's width: the factors would be larger than the weights."""
+    if not 1 <= rank <= config.hidden_size:
+        raise InputError(f"the rank is {rank}; give one from 1 to the model's width, {config.hidden_size}")
+
+
 def new_adapter(
     model: Model, rank: int, alpha: float, targets: tuple[str, ...] = USUAL, is_rs: bool = False, seed: int = 0
 ) -> Adapter:
     """An adapter that changes nothing yet: a is uniform as in peft, b is zeros. float32, on the CPU.
 
-    `is_rs`: scaled by the root of the rank (arXiv 2312.03732). InputError for an unknown target, and for a rank below 1
-    or above the model's width, where factors would be larger than the weights."""
-    if not 1 <= rank <= model.config.hidden_size:
-        raise InputError(f"the rank is {rank}; give one from 1 to the model's width, {model.config.hidden_size}")
+    `is_rs`: scaled by the root of the rank (arXiv 2312.03732). InputError for an unknown target, and for a rank that
+    `check_rank` refuses."""
+    check_rank(rank, model.config)
     generator = torch.Generator().manual_seed(seed)
     scale = alpha / (math.sqrt(rank) if is_rs else rank)
     factors: dict[str, Factors] = {}

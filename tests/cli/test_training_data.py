@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def screen(tmp_path: Path, *records: Any, is_terminal: bool = False, **options: Any) -> str:
+def screen(tmp_path: Path, *records: Any, is_terminal: bool = False, width: int = 100, **options: Any) -> str:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     output = io.StringIO()
-    console = Console(file=output, force_terminal=is_terminal, no_color=not is_terminal, highlight=False, width=100)
+    console = Console(file=output, force_terminal=is_terminal, no_color=not is_terminal, highlight=False, width=width)
     dry_run("nano", DataSpec((path,), **{"held_out": "0", **options}), TrainingRecipe(batch=8), console)
     return output.getvalue()
 
@@ -66,6 +67,16 @@ def test_the_set_is_summed_up(tmp_path: Path) -> None:
     bars = [line for line in text.splitlines() if "█" in line]
     assert len(bars) > 4 and sum(int(line.split()[-1]) for line in bars) == 53
     assert text.count("Example ") == 3
+    edges = [(int(line.split()[0]), int(line.split()[2])) for line in bars]
+    assert all(low <= high for low, high in edges)
+    assert all(high < low for (_, high), (low, _) in pairwise(edges))  # no length belongs to two bars
+
+
+def test_the_histogram_fits_a_narrow_terminal(tmp_path: Path) -> None:
+    text = screen(tmp_path, *({"text": "1" * count} for count in range(1, 9)), width=40)
+    bars = [line for line in text.splitlines() if "█" in line]
+    assert len(bars) == 8
+    assert max(map(len, bars)) <= 40
 
 
 def test_a_bad_line_is_refused_by_its_number(tmp_path: Path) -> None:

@@ -85,7 +85,9 @@ def test_more_of_anything_needs_more() -> None:
     ("changes", "says"),
     [
         ({"rank": -1}, "rank is -1"),
+        ({"rank": 99_999}, "the rank is 99999; give one from 1 to the model's width, 2816"),
         ({"tokens": 0}, "tokens is 0"),
+        ({"tokens": 10**9}, "max_tokens is 1000000000, and the model's context 262144; lower it"),
         ({"ranks": 0}, "ranks is 0"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose 'adamw'"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
