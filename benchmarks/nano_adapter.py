@@ -1,8 +1,8 @@
 """nano before and after it has learned a task by LoRA: the new task and Sudoku, on items that no run trains on.
 
-    sfumato finetune -m nano --task sorting --task sudoku --mix sudoku=0.4 --lora 16 \\
-        --targets attention,dense,experts,router,self_conditioning --threads 2 -s steps=550 -s lr=0.002 -s batch=48 \\
-        -s encode_response_every=4 --pool 2000 --eval-every 110 -o runs/sorting
+    sfumato finetune -m nano --task sorting --task sudoku --mix sudoku=0.5 --lora 16 \\
+        --targets attention,dense,experts,router,self_conditioning --threads 2 -s steps=440 -s lr=0.002 -s batch=40 \\
+        -s encode_response_every=4 --pool 4000 --eval-every 110 -o runs/sorting
     .venv/bin/python benchmarks/nano_adapter.py runs/sorting -o benchmarks/results/nano_adapter
 
 Sudoku: 150 fresh puzzles of 40 to 55 clues and 150 of 30 to 39, as `benchmarks/nano.py` makes them; sorting: 300 lists.

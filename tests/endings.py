@@ -95,7 +95,8 @@ def concluded(
     embed_VD = torch.randn(WORDS, soft.shape[-1], generator=torch.Generator().manual_seed(99)).to(soft.dtype)
     ops = SimpleNamespace(conclude_=by, soft_embedding=lambda *_: soft)
     weight = SimpleNamespace(weight=embed_VD)
-    model: Any = SimpleNamespace(ops=ops, embed_tokens=weight, embed_scale=torch.tensor(6.3).to(soft.dtype))
+    config, scale = SimpleNamespace(is_leave_one_out=False), torch.tensor(6.3).to(soft.dtype)
+    model: Any = SimpleNamespace(config=config, ops=ops, embed_tokens=weight, embed_scale=scale)
     monkeypatch.setattr(step, "read_canvases", lambda *_: result)
     nothing: Any = None
     step.step_(model, nothing, state, step.StepInput(torch.tensor(at), nothing))

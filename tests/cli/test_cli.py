@@ -18,7 +18,6 @@ import torch
 import typer
 
 from sfumato import __version__, cli
-from sfumato.cli.output import harmless
 from sfumato.errors import CapacityError, InputError, SfumatoError
 
 
@@ -221,10 +220,10 @@ def test_what_a_file_says_reaches_no_terminal_as_a_command(
     ):
         assert "␛]0;owned␇[red]�2J[nope]" in "".join(shown.split())
     write_tensors(folder / "model.safetensors", stored | {evil: torch.zeros(1)})
-    assert f"unexpected tensor {harmless(evil)}" in call("generate", "x", "-m", str(folder), code=2)
+    assert "unexpected tensor " + repr(evil)[1:-1] in call("generate", "x", "-m", str(folder), code=2)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": evil}}))
-    assert f"quant_method is {harmless(evil)}" in call("generate", "x", "-m", str(folder), code=2)
+    assert "quant_method is " + repr(evil)[1:-1] in call("generate", "x", "-m", str(folder), code=2)
 
 
 def test_what_a_command_returns_is_the_exit_code(commanding: Callable[[Callable[..., object]], None]) -> None:

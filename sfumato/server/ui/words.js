@@ -15,6 +15,7 @@ export const WORDS = {
   stability: ["Steps without change before the end", "So many drafts must be alike before a canvas is taken."],
   confidence: ["Certainty before the end", "The doubt under which a settled canvas is taken. 0: use all steps."],
   temperature: ["Temperature", "Higher: more varied. 0, one token after the other: always the likeliest."],
+  adapter: ["Adapter", "Its name, as the server has it. Empty: the model itself."],
   top_k: ["Choose among so many of the likeliest", "0: among all."],
   top_p: ["Choose among this share of likelihood", "1: among all."],
   min_p: ["Choose among those nearly as likely as the best", "0.1: at least a tenth as likely. 0: among all."],
