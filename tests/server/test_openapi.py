@@ -88,3 +88,11 @@ def test_what_the_document_says_is_so(case: Any, served: Served) -> None:
 @cases(260, has_edges=True).parametrize()  # type: ignore[untyped-decorator]
 def test_what_the_document_says_is_so_in_thousands_of_cases(case: Any, served: Served) -> None:
     ask(case, served)
+
+
+def test_a_value_may_fit_several_shapes() -> None:
+    """A message with an id has all that a reference to an item needs, and is taken."""
+    body = {"input": [{"type": None, "role": "user", "content": "Hi", "id": "msg_1"}]}
+    content = DOCUMENT["paths"]["/v1/responses"]["post"]["requestBody"]["content"]
+    schema = content["application/json"]["schema"] | {"components": DOCUMENT["components"]}
+    jsonschema.Draft202012Validator(schema).validate(body)
