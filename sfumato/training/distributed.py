@@ -9,6 +9,7 @@ It lacks tensor and pipeline parallelism, and machines that come and go.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class Ranks:
     def leave(self) -> None:
         """End what `join` has begun."""
         if distributed.is_available() and distributed.is_initialized():
+            gc.collect()  # what refers to itself in a circle would outlive the group that it belongs to
             distributed.destroy_process_group()
 
     @property
