@@ -21,8 +21,9 @@ import torch
 
 from sfumato.measure.machine import Shape, Timing, ceilings, environment
 from sfumato.measure.parts import quantize_some_
+from sfumato.measure.released import released
 from sfumato.measure.work import Precision, Work, duration, pass_work, step_work, vocabulary_work
-from sfumato.model.config import LayerConfig, ModelConfig, Rope
+from sfumato.model.config import ModelConfig
 from sfumato.model.network import Model, pack_
 from sfumato.ops import load
 from sfumato.quant.apply import samples
@@ -48,10 +49,8 @@ def say(text: str) -> None:
 
 def released_config(layers: int = 30) -> ModelConfig:
     """The text stack of google/diffusiongemma-26B-A4B-it, as in its config.json; two layers: a sliding, a full one."""
-    sliding = LayerConfig(256, 8, 1024, Rope(10_000.0))
-    full = LayerConfig(512, 2, None, Rope(1_000_000.0, 0.25, 1.0, True))
-    pattern = (sliding, full) if layers == 2 else ((*[sliding] * 5, full) * -(-layers // 6))[:layers]
-    return ModelConfig(262144, 2816, 2112, 16, 128, 8, 704, pattern, 256, 262144, eos_ids=())
+    whole = released()
+    return replace(whole, layers=whole.layers[4:6] if layers == 2 else whole.layers[:layers], eos_ids=())
 
 
 def random_packed(
