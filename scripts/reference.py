@@ -42,7 +42,7 @@ TOUR = DOCS / "tour.md"
 WIDTH = 100
 """Columns of a signature on one line."""
 
-QUERIES = ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide", "Score", "CountTokens")
+QUERIES = ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide", "Likelihood", "CountTokens")
 
 SECTIONS: dict[str, tuple[str, list[str]]] = {
     "The model": (

@@ -150,7 +150,7 @@ class Score:
         object.__setattr__(self, "criteria", tuple(self.criteria))
         _check_count("levels", len(self.criteria))
         for level in self.criteria:
-            _check_content("a level", level, is_needed=True)
+            check_content("a level", level, is_needed=True)
 
     @property
     def options(self) -> list[str]:
@@ -297,8 +297,8 @@ def _check_count(what: str, count: int) -> None:
         raise InputError(f"there are {count} {what}; give from 1 to {MOST_OPTIONS}", option="criteria")
 
 
-def _check_content(name: str, value: Any, is_needed: bool = False) -> None:
-    """InputError for what is no text and no plain data."""
+def check_content(name: str, value: Any, is_needed: bool = False) -> None:
+    """InputError for what is no text and no plain data, or holds what JSON cannot."""
     if value is None and not is_needed:
         return
     if not isinstance(value, str | Mapping | list | tuple):
@@ -309,12 +309,39 @@ def _check_content(name: str, value: Any, is_needed: bool = False) -> None:
         raise InputError(f"{name} holds what JSON cannot: {error}; give texts, numbers, lists and records") from error
 
 
+def check_questions(questions: Any) -> None:
+    """InputError for what is no record of questions by their ids, or has one that depends on none of them."""
+    if not isinstance(questions, Mapping) or not questions:
+        raise InputError(
+            f"questions is {reprlib.repr(questions)}; give a record of ids and questions", option="questions"
+        )
+    for id, question in questions.items():
+        if not isinstance(id, str) or not id or not isinstance(question, Question):
+            message = f"question {reprlib.repr(id)} is {reprlib.repr(question)}; give a text and a question"
+            raise InputError(message, option="questions")
+        chain, at = {id}, question
+        while at.depends_on is not None:
+            above = questions.get(at.depends_on.id)
+            if above is None or at.depends_on.id in chain:
+                which = "which is not asked" if above is None else "in a circle"
+                message = f"question {reprlib.repr(id)} depends on {reprlib.repr(at.depends_on.id)}, {which}; drop that"
+                raise InputError(message, option="questions")
+            if not isinstance(above, Span) and at.depends_on.answer not in above.options:
+                raise InputError(
+                    f"question {reprlib.repr(id)} depends on the answer {reprlib.repr(at.depends_on.answer)}, which "
+                    f"{reprlib.repr(at.depends_on.id)} does not have; give one of its options",
+                    option="questions",
+                )
+            chain.add(at.depends_on.id)
+            at = above
+
+
 def _prepare(question: Any) -> None:
     """Check what all kinds have."""
-    _check_content("instructions", question.instructions)
+    check_content("instructions", question.instructions)
     criteria = getattr(question, "criteria", None)
     for value in criteria.values() if isinstance(criteria, Mapping) else ():
-        _check_content("a description", value)
+        check_content("a description", value)
     object.__setattr__(question, "depends_on", _dependency(question.depends_on))
 
 

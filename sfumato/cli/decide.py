@@ -63,7 +63,7 @@ def command(
     request: Any = prompt if raw else [{"role": "user", "content": prompt}]
     hint(llm, prompt)
     with working("deciding"):
-        decisions = llm.decide(request, questions, steps, options=options)
+        decisions = llm.decide(request, questions, steps=steps, options=options)
     if as_json:
         record = {name: asdict(decision) for name, decision in decisions.items()}
         put(json.dumps(record, ensure_ascii=False) + "\n")

@@ -303,13 +303,18 @@ class Batch:
         encoded = min(rest, PREFILL_CHUNK * len(rows) if limit is None else limit)
         ready = [self._row(seat) for seat in seats if seat not in self.engine.stepper.walks]
         stepping = (row for row in ready if len(row.rest) <= (limit or PREFILL_CHUNK) and not row.is_at_cap)
-        return encoded + sum((row.length if row.request.is_diffusion else 1) + len(row.pending) for row in stepping)
+        read = sum(self.engine.read_passes.positions(seat) for seat in seats)
+        return encoded + min(read, limit or read) + sum(_step_positions(row) for row in stepping)
 
     # ---- prefixes -----------------------------------------------------------------------------------------------
 
     def _keep_marked(self, seat: int) -> None:
         row = self.engine.rows[seat]
-        if row is not None and (count := self.engine.cache.lengths[seat]) in row.request.marks and row.rest:
+        if (
+            row is not None
+            and (count := self.engine.cache.lengths[seat]) in row.request.marks
+            and (row.rest or row.reads_left)
+        ):
             self._keep(seat, row.prompt.first(count))
 
     def _keep(self, seat: int, prompt: Prompt) -> None:
@@ -330,3 +335,10 @@ class Batch:
 
     def _row(self, seat: int) -> Row:
         return self.engine.table.row(seat)
+
+
+def _step_positions(row: Row) -> int:
+    """What a step of a row computes, beside reads."""
+    if row.request.reads is not None:
+        return 0
+    return (row.length if row.request.is_diffusion else 1) + len(row.pending)

@@ -87,7 +87,7 @@ class Stepper:
             size = min([size, *(mark - here for mark in row.request.marks if mark > here)])
             chunk, row.rest = row.rest[:size], row.rest[size:]
             budget = None if budget is None else budget - len(chunk)
-            if row.request.is_diffusion and not row.rest:
+            if row.request.is_written and not row.rest:
                 row.pending = chunk
                 beginning.append(seat)
             else:

@@ -27,7 +27,7 @@ from sfumato.system.cancelling import Cancellation
 from sfumato.templates.checks import check_query
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.outcomes import results_of
-from sfumato.templates.requests import AnswerQuery, Chat, Complete, Query, QueryFor, Result, Score
+from sfumato.templates.requests import AnswerQuery, Chat, Complete, Likelihood, Query, QueryFor, Result
 
 AT_ONCE = 32
 """Requests under way of those that are awaited, or come in a list."""
@@ -201,7 +201,7 @@ class Remote(LanguageModel):
         self._check_open()
         if isinstance(query, Query):
             check_query(query)
-        if isinstance(query, Score):
+        if isinstance(query, Likelihood):
             return self._score(query)
         route, body = template_route_and_body(query)
         if not self.is_sfumato:
@@ -213,7 +213,7 @@ class Remote(LanguageModel):
         with self._host.reading():
             return result_of(query, payload)
 
-    def _score(self, query: Score) -> Any:
+    def _score(self, query: Likelihood) -> Any:
         self.check(query.options, is_chat=False)
         payload = self._host.json("POST", "/completions", {"model": self.name} | score_body(query))
         with self._host.reading():

@@ -15,7 +15,7 @@ from typing import Any
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, Options, differences
-from sfumato.templates.requests import AnswerQuery, Chat, Decide, Edit, Fill, Infill, Messages, QueryFor, Score
+from sfumato.templates.requests import AnswerQuery, Chat, Decide, Edit, Fill, Infill, Likelihood, Messages, QueryFor
 
 _UNSENT = ("early", "short", "drafts", "adapter")
 """Options of templates that a Sfumato server's routes do not take, drafts, which a whole result does not have, and the
@@ -62,7 +62,7 @@ def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[
     return body | fields
 
 
-def score_body(query: Score) -> dict[str, Any]:
+def score_body(query: Likelihood) -> dict[str, Any]:
     """The body that asks /completions for the log-probabilities of a text, and for one token behind it."""
     fields = _fields_of(dataclasses.replace(query.options, drafts=False))
     top = max(1, fields.pop("top_logprobs", 0))
@@ -94,8 +94,8 @@ def template_route_and_body(query: QueryFor[Any]) -> tuple[str, dict[str, Any]]:
             pieces = [differences(piece) if dataclasses.is_dataclass(piece) else piece for piece in query.template]
             route, body = "/fill", {"template": pieces} | _prompt(query.prompt)
         case Decide():
-            choices = {name: list(choices) for name, choices in query.fields.items()}
-            route, body = "/decisions", {"fields": choices, "steps": query.steps} | _prompt(query.prompt)
+            choices = {name: getattr(question, "options", []) for name, question in query.questions.items()}
+            route, body = "/decisions", {"fields": choices, "steps": query.steps} | _prompt(query.state)
         case _:
             raise InputError(f"there is no request {query!r}; give one of templates.requests")
     return route, body | _whole_result(query.options)

@@ -14,7 +14,7 @@ from typing import Any
 from sfumato.errors import InputError, SfumatoError
 from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, Scored, ScoredToken, Usage
 from sfumato.options import Options
-from sfumato.templates.requests import Decide, Edit, Fill, Infill, QueryFor, Score
+from sfumato.templates.requests import Decide, Edit, Fill, Infill, Likelihood, QueryFor
 
 
 class AnswerReader:
@@ -126,7 +126,7 @@ def result_of(query: QueryFor[Any], body: Mapping[str, Any]) -> Any:
     raise InputError(f"there is no request {query!r}; give one of templates.requests")
 
 
-def scored_of(query: Score, body: Mapping[str, Any]) -> Scored:
+def scored_of(query: Likelihood, body: Mapping[str, Any]) -> Scored:
     """The log-probabilities that a body of /completions holds, with the one token behind the text."""
     (choice,) = body["choices"]
     logprobs = choice["logprobs"]

@@ -110,6 +110,30 @@ class ChatTemplate:
             raise InputError(guard.unmark(str(error))) from None
         return guard.ids(tokenizer, text)
 
+    def encode_around(
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], texts: Sequence[str], thinking: bool = False
+    ) -> tuple[list[int], list[list[int]]]:
+        """Prompts that differ only in how the last message, the user's, ends: with each of these texts.
+
+        Returns the token ids that all have in common, and those that follow in each. InputError for a template that
+        changes what a message says."""
+        messages = check_messages(messages)
+        guard = Guard({*tokenizer.control_tokens, *TURNS}, [self.source, messages, list(texts), self.special])
+        *before, last = guard.mark(messages)
+        content = last.get("content")
+        cut = [{"type": "text", "text": guard.cut}]
+        content = content + guard.cut if isinstance(content, str) else [*(content or []), *cut]
+        try:
+            text = self._render([*before, {**last, "content": content}], None, thinking, True)
+        except InputError as error:
+            raise InputError(guard.unmark(str(error))) from None
+        if text.count(guard.cut) != 1:
+            raise InputError(
+                "the chat template does not write a message as it is, so that nothing can be put behind it"
+            )
+        head, _, tail = text.partition(guard.cut)
+        return guard.ids(tokenizer, head), [guard.ids(tokenizer, guard.mark(one) + tail) for one in texts]
+
     def renderings(self, variables: list[dict[str, Any]]) -> list[str]:
         """The texts of the template with each of these `variables`, from one call of the child process."""
         texts: list[str] = CHILDREN.run(rendering.render_all, self.source, variables, what=_WHAT)
@@ -156,8 +180,9 @@ class Guard:
         for text in _strings([*control, inputs]):
             used.update(text)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-        self._mark = next(free, "")
-        if not self._mark:
+        self._mark, self.cut = next(free, ""), next(free, "")
+        """`cut`: another such character, to find a place again."""
+        if not self.cut:
             raise InputError("the messages use every private-use character of Unicode; remove some")
         first = "".join(re.escape(character) for character in sorted({token[0] for token in control}))
         last = "".join(re.escape(character) for character in sorted({token[-1] for token in control}))

@@ -28,9 +28,9 @@ from sfumato.templates.requests import (
     Edit,
     Fill,
     Infill,
+    Likelihood,
     LoadAdapter,
     QueryFor,
-    Score,
     UnloadAdapter,
 )
 
@@ -81,7 +81,7 @@ def queries(options: Options) -> list[QueryFor[Any]]:
         Fill(["1 2 ", Slot("x", choices=("3", "4")), " 5 ", Slot("y", length=2), " 6"], MESSAGES, options),
         Edit("123456", spans=[(1, 3)], options=options),
         Decide(MESSAGES, fields, options=options),
-        Score("1 2 3 4 5 6", options=options),
+        Likelihood("1 2 3 4 5 6", options=options),
     ]
 
 

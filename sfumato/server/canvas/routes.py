@@ -120,7 +120,8 @@ def _decide(body: DecisionsRequest, card: ModelCard) -> Decide:
     if prompt is None:
         raise InputError("prompt and messages are missing; give one of them", option="prompt")
     options = Options(seed=0 if body.seed is None else body.seed, **adapter_of(card))
-    return Decide(prompt, body.fields_, body.steps or 1, options)
+    questions: Any = body.fields_
+    return Decide(prompt, questions, body.steps or 1, options=options)
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------
