@@ -150,7 +150,7 @@ class Score:
         object.__setattr__(self, "criteria", tuple(self.criteria))
         _check_count("levels", len(self.criteria))
         for level in self.criteria:
-            check_content("a level", level, is_needed=True)
+            check_content("a level", level, is_needed=True, option="criteria")
 
     @property
     def options(self) -> list[str]:
@@ -297,16 +297,17 @@ def _check_count(what: str, count: int) -> None:
         raise InputError(f"there are {count} {what}; give from 1 to {MOST_OPTIONS}", option="criteria")
 
 
-def check_content(name: str, value: Any, is_needed: bool = False) -> None:
+def check_content(name: str, value: Any, is_needed: bool = False, option: str = "instructions") -> None:
     """InputError for what is no text and no plain data, or holds what JSON cannot."""
     if value is None and not is_needed:
         return
     if not isinstance(value, str | Mapping | list | tuple):
-        raise InputError(f"{name} is {reprlib.repr(value)}; give a text, an object or a list", option="instructions")
+        raise InputError(f"{name} is {reprlib.repr(value)}; give a text, an object or a list", option=option)
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{name} holds what JSON cannot: {error}; give texts, numbers, lists and records") from error
+        message = f"{name} holds what JSON cannot: {error}; give texts, numbers, lists and records"
+        raise InputError(message, option=option) from error
 
 
 def check_questions(questions: Any) -> None:
@@ -341,7 +342,7 @@ def _prepare(question: Any) -> None:
     check_content("instructions", question.instructions)
     criteria = getattr(question, "criteria", None)
     for value in criteria.values() if isinstance(criteria, Mapping) else ():
-        check_content("a description", value)
+        check_content("a description", value, option="criteria")
     object.__setattr__(question, "depends_on", _dependency(question.depends_on))
 
 

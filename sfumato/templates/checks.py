@@ -78,9 +78,9 @@ def _check_edit(query: Edit) -> None:
 def _check_decide(query: Decide) -> None:
     if query.conversation is not None:
         arguments.check_messages("the state", query.conversation)
-    elif query.state in ("", None):
-        raise InputError("the state is empty; give what the questions are about", option="state")
-    check_content("the state", query.state)
+    elif query.state is None:
+        raise InputError("the state is missing; give what the questions are about", option="state")
+    check_content("the state", query.state, option="state")
     check_questions(query.questions)
     arguments.check_count("steps", query.steps, 1, MOST_STEPS)
     arguments.check_count("samples", query.samples, 1, MOST_SAMPLES)

@@ -58,6 +58,6 @@ def test_decisions(client: TestClient, backend: FakeBackend) -> None:
     fields = {"mood": ["good", "bad"], "size": ["big", "small"]}
     body = client.post("/v1/decisions", json={"prompt": "Hm.", "fields": fields, "steps": 2}).json()
     assert body["decisions"]["mood"] == {"choice": "good", "probabilities": {"good": 0.5, "bad": 0.5}}
-    assert backend.queries == [Decide("Hm.", fields, 2, Options(seed=0))]
+    assert backend.queries == [Decide("Hm.", fields, 2, options=Options(seed=0))]
     refused(client.post("/v1/decisions", json={"fields": fields}))
     assert refused(client.post("/v1/decisions", json={"prompt": "x", "fields": {}}))["param"] == "fields"

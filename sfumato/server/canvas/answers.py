@@ -54,7 +54,7 @@ class DecisionBody(TypedDict):
     probabilities: dict[str, float]
 
 
-class Decisions(TypedDict):
+class DecisionsBody(TypedDict):
     """The answer of /v1/decisions."""
 
     id: str

@@ -67,7 +67,7 @@ def routes(service: Service) -> APIRouter:
         query = await _fill(body, service)
         return await _answer(service, request, body, query, Answer("fill", _filled))
 
-    @router.post("/v1/decisions", **takes(DecisionsRequest, answers.Decisions, stream={}))
+    @router.post("/v1/decisions", **takes(DecisionsRequest, answers.DecisionsBody, stream={}))
     async def decisions(request: Request) -> Response:
         """Choose among given answers: the likeliest to each question, and the probability of each."""
         body = await service.read(request, DecisionsRequest)

@@ -182,10 +182,13 @@ class Service:
 
     async def read(self, request: Request, kind: type[B], medias: Sequence[str] = (JSON,)) -> B:
         """The request's body, checked; its media type is one of these."""
-        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        media = media_of(request)
         if media not in medias:
             raise Refusal(415, f"the content type is {media or 'not given'!r}; send application/json")
-        data = await request.body()
+        return await self.parsed(request, await request.body(), kind)
+
+    async def parsed(self, request: Request, data: bytes, kind: type[B]) -> B:
+        """The JSON of a request, checked."""
         reading = BodyReading(self.settings.limits, self.settings.strict_params)
         if len(data) <= SMALL:
             body = read(data, kind, reading)
@@ -294,6 +297,11 @@ class Service:
             for waiter in (task, gone, cut):
                 waiter.cancel()
             await asyncio.gather(task, gone, cut, return_exceptions=True)
+
+
+def media_of(request: Request) -> str:
+    """The media type of a request's body; "" where it names none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _gone(receive: Receive) -> None:

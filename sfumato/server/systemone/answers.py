@@ -1,0 +1,163 @@
+"""The answers of /v1/systemone, as types for the OpenAPI document, and the form of its errors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from sfumato.events import Decision, Decisions
+from sfumato.server.http.document import errors_in
+from sfumato.server.http.errors import Refusal
+from sfumato.server.systemone.questions import OWN
+
+
+class AnswerBody(TypedDict):
+    """The answer to a question; which fields it has follows from its type."""
+
+    type: Literal["noul", "choice", "score", "x_span"]
+    noul: NotRequired[float]
+    choice: NotRequired[str]
+    score: NotRequired[float]
+    legend: NotRequired[dict[str, Any]]
+    passage: NotRequired[str]
+    start: NotRequired[int]
+    end: NotRequired[int]
+    probabilities: NotRequired[dict[str, float]]
+    confidence: NotRequired[float]
+    x_confidence: NotRequired[float]
+    x_thought: NotRequired[str]
+
+
+class DecisionUsage(TypedDict):
+    """Tokens of a request."""
+
+    input_tokens: int
+    output_tokens: int
+
+
+class DecisionCost(TypedDict):
+    """What else a request took."""
+
+    cached_tokens: int
+    canvases: int
+    steps: int
+    passes: int
+    seconds: float
+
+
+class SystemOneBody(TypedDict):
+    """The answer of /v1/systemone."""
+
+    model: str
+    answers: dict[str, AnswerBody]
+    usage: DecisionUsage
+    x_usage: DecisionCost
+    x_seed: int
+    x_skipped: NotRequired[list[str]]
+
+
+class FaultBody(TypedDict):
+    """What is wrong with a body, and where."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class FaultList(TypedDict):
+    """The answer of a request whose body says something wrong."""
+
+    detail: list[FaultBody]
+
+
+class SystemOneDetail(TypedDict):
+    """What an error is."""
+
+    error_type: str
+    message: str
+
+
+class SystemOneError(TypedDict):
+    """The answer of a request that fails otherwise."""
+
+    detail: SystemOneDetail
+
+
+_BODIES = errors_in(SystemOneError)
+ERRORS = {status: one for status, one in _BODIES.items() if status != 400} | {422: errors_in(FaultList)[400]}
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "internal_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Types of errors by their status."""
+
+_CODES = {
+    "missing_required_parameter": "missing",
+    "invalid_json": "json_invalid",
+    "array_above_max_length": "too_long",
+    "empty_array": "too_short",
+    "integer_below_min_value": "greater_than_equal",
+    "integer_above_max_value": "less_than_equal",
+    "decimal_below_min_value": "greater_than_equal",
+    "decimal_above_max_value": "less_than_equal",
+    "unknown_parameter": "extra_forbidden",
+}
+"""Codes of OpenAI's as the names of faults here."""
+
+
+def error_form(error: Refusal) -> tuple[dict[str, Any], int]:
+    """An error in System One's form: what is wrong with a body as a list of one fault, anything else as an object."""
+    if error.status in (400, 422):
+        place = error.place if error.place is not None else (error.option,) if error.option else ()
+        code = error.error["code"] or "value_error"
+        fault = {"loc": ["body", *place], "msg": str(error), "type": _CODES.get(code, code)}
+        return {"detail": [fault]}, 422
+    kind = _TYPES.get(error.status, "invalid_request_error")
+    return {"detail": {"error_type": kind, "message": str(error)}}, error.status
+
+
+def body_of(model: str, decisions: Decisions) -> dict[str, Any]:
+    """The answer to a request."""
+    usage = decisions.usage
+    body = {
+        "model": model,
+        "answers": {id: answer_of(decision) for id, decision in decisions.items()},
+        "usage": {"input_tokens": usage.prompt_tokens, "output_tokens": usage.tokens},
+        f"{OWN}usage": {
+            "cached_tokens": usage.reused_tokens,
+            "canvases": usage.canvases,
+            "steps": usage.steps,
+            "passes": usage.passes,
+            "seconds": round(usage.seconds, 6),
+        },
+        f"{OWN}seed": decisions.seed,
+    }
+    return body | ({f"{OWN}skipped": [*decisions.skipped]} if decisions.skipped else {})
+
+
+def answer_of(decision: Decision) -> dict[str, Any]:
+    """The answer to one question."""
+    shared: dict[str, Any] = {"probabilities": decision.probabilities, "confidence": decision.confidence}
+    thought = {} if decision.thought is None else {f"{OWN}thought": decision.thought}
+    answer: dict[str, Any]
+    match decision.kind:
+        case "noul":
+            answer = {"noul": decision.probability, f"{OWN}confidence": decision.confidence}
+        case "score":
+            answer = {"score": decision.score, "legend": decision.legend, **shared}
+        case "span":
+            start, end = decision.place or (0, 0)
+            answer = {"passage": decision.choice, "start": start, "end": end, **shared}
+        case _:
+            answer = {"choice": decision.choice, **shared}
+    return {"type": f"{OWN}span" if decision.kind == "span" else decision.kind, **answer, **thought}
