@@ -28,7 +28,7 @@ BAR = 24
 @flags.takes(
     api=loading.API,
     options=opt.flags_of("seed", is_template=True, usual=("seed",)),
-    load=opt.load_flags_of(),
+    load=opt.load_flags_of(has_decisions=True),
 )
 def command(
     prompt: Annotated[str | None, typer.Argument(help="The text; '-' or nothing reads standard input.")] = None,

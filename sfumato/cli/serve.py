@@ -147,7 +147,7 @@ class RayFlags:
 
 @flags.takes(
     model=loading.positional(loading.MODEL),
-    load=opt.load_flags_of(),
+    load=opt.load_flags_of(has_decisions=True),
     http=flags.group_of(HttpFlags, "HTTP"),
     batch=flags.group_of(BatchFlags, "Many requests at once"),
     cluster=flags.group_of(RayFlags, "Several machines"),

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
+from sfumato.checkpoints.calibration import Calibration
 from sfumato.engine import arguments
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.request import GrammarSpan, Inspect, Request
@@ -78,8 +79,8 @@ class Planner:
         """The adapters that queries may name."""
         self._adapter: LoadedAdapter | None = None
         """That of all asks, in a planner of one query."""
-        self.temperatures: Mapping[str, float] = {}
-        """The calibration of decisions, by kind of question."""
+        self.calibration = Calibration()
+        """How sure decisions are, of plans from then on; an adapter has its own temperatures."""
         self.config, self.tokenizer, self.defaults = config, tokenizer, defaults
         self.prompts = PromptEncoder(config, tokenizer, template, name)
         self.fillers = frozenset((*config.eos_ids, config.pad_id))
@@ -284,7 +285,9 @@ class Planner:
                 )
                 raise InputError(message, option=name)
         options = self.resolve(_of_templates(query.options))
-        deciding = Deciding(query, self.config, self.tokenizer, self.prompts, self.ask, self.temperatures)
+        adapter = self._adapter_of(query.options)
+        temperatures = self.calibration.temperatures if adapter is None else adapter.temperatures
+        deciding = Deciding(query, self.config, self.tokenizer, self.prompts, self.ask, temperatures)
         return (yield from deciding.plan(options))
 
     def score(self, query: Likelihood) -> Plan[Scored]:
