@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -113,6 +113,13 @@ class Usage:
     """Tokens of the prompt that were encoded already."""
     thought_tokens: int = 0
     """Committed tokens of a chat's thoughts."""
+
+    @classmethod
+    def total(cls, usages: Iterable[Usage]) -> Usage:
+        """What all of these took, one after the other."""
+        each = [*usages]
+        names = [one.name for one in dataclasses.fields(cls) if one.name != "first_commit_seconds"]
+        return cls(**{name: sum(getattr(usage, name) for usage in each) for name in names})
 
     @property
     def tokens_per_pass(self) -> float:

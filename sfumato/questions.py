@@ -106,14 +106,14 @@ class Choice:
             raise InputError(
                 f"criteria is {reprlib.repr(options)}; give options with what each means", option="criteria"
             )
-        if not isinstance(options, Mapping):
-            if len({*map(repr, options)}) < len(options):
-                raise InputError(f"criteria {reprlib.repr(options)} names an option twice; drop one", option="criteria")
-            object.__setattr__(self, "criteria", dict.fromkeys(options))
         _check_count("options", len(options))
         for name in options:
             if not isinstance(name, str):
                 raise InputError(f"option {reprlib.repr(name)} is no text; give names", option="criteria")
+        if not isinstance(options, Mapping):
+            if len({*options}) < len(options):
+                raise InputError(f"criteria {reprlib.repr(options)} names an option twice; drop one", option="criteria")
+            object.__setattr__(self, "criteria", dict.fromkeys(options))
 
     @property
     def options(self) -> list[str]:
