@@ -1,4 +1,4 @@
-"""Where a checkpoint is: the embedded model, a folder, a file, or the Hugging Face hub and its offline cache."""
+"""Where a checkpoint is: an embedded model, a folder, a file, or the Hugging Face hub and its offline cache."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from sfumato.checkpoints import unreadable
 from sfumato.checkpoints.choices import chosen, gguf_names, is_gguf, models
 from sfumato.checkpoints.shards import short
 from sfumato.errors import CheckpointError, is_panic
+from sfumato.system.embedded import EMBEDDED
 
-NANO = Path(__file__).parents[1] / "nano"
-"""The folder of the embedded model."""
+NANO = EMBEDDED["nano"]
+"""The folder of the model that is loaded where none is named."""
 _BESIDE = ("*.json", "*.jinja")
 """What stands beside weights: configuration, tokenizer, chat template."""
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(.+))?", re.ASCII)
@@ -23,14 +24,14 @@ _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(.+))?", re.ASCII)
 
 
 def resolve(path: str | Path, weights: bool = True) -> Path:
-    """The place of a checkpoint: "nano" (the embedded model), a folder, a .gguf file, or a hub id ("owner/name").
+    """The place of a checkpoint: the name of an embedded model, a folder, a .gguf file, or a hub id ("owner/name").
 
     Where a folder or a repository holds GGUF files and no safetensors, the place is the GGUF file; which of several is
     named behind a colon, by its quantisation or its name: "owner/name:Q4_K_M", "folder:Q4_K_M". A hub id is downloaded,
     or read from the offline cache; without `weights`, only its configuration, tokenizer and chat template.
     `Path("nano")` or "./nano" is a folder of that name. CheckpointError when there is no such thing, or several."""
-    if path == "nano":
-        return NANO
+    if isinstance(path, str) and path in EMBEDDED:
+        return EMBEDDED[path]
     place = os.path.expanduser(path)
     if os.path.isdir(place):
         return _in_folder(Path(place), None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import InputError
+from sfumato.system.embedded import EMBEDDED
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::\S+)?", re.ASCII)
 """owner/name, or owner/name:QUANT for one of its GGUF files."""
@@ -138,12 +139,14 @@ def _format_of_gguf(path: Path) -> str | None:
     return f"GGUF {kind[0]}" if kind else "GGUF"
 
 
-def embedded() -> CachedModel:
-    """nano, which is inside this package."""
-    folder = Path(__file__).parents[1] / "nano"
-    files = [file.stat() for file in folder.iterdir() if file.is_file()]
-    date = datetime.fromtimestamp(max(file.st_mtime for file in files))
-    return CachedModel("nano", folder, "float32", sum(file.st_size for file in files), date, True)
+def embedded() -> list[CachedModel]:
+    """The models that are inside this package."""
+    models = []
+    for name, folder in EMBEDDED.items():
+        files = [file.stat() for file in folder.iterdir() if file.is_file()]
+        date = datetime.fromtimestamp(max(file.st_mtime for file in files))
+        models.append(CachedModel(name, folder, "float32", sum(file.st_size for file in files), date, True))
+    return models
 
 
 def in_words(size: int) -> str:

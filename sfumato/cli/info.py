@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sfumato.cli import flags, loading
+from sfumato.system.embedded import EMBEDDED
 
 if TYPE_CHECKING:
     from sfumato.checkpoints.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ def describe(model: str) -> tuple[ModelConfig, str, Checkpoint | None]:
     from sfumato.checkpoints.locate import resolve
 
     place = resolve(path if path.exists() else model, weights=False)
-    is_local = path.exists() or model == "nano"
+    is_local = path.exists() or model in EMBEDDED
     name = path.resolve().name if path.is_dir() else model
     if place.is_dir() and (place / "config.json").exists() and not (is_local and has_weights(place)):
         return ModelConfig.from_file(place / "config.json"), name, None

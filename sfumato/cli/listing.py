@@ -16,11 +16,11 @@ from sfumato.cli.view import visible
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="A list of records.")] = False) -> None:
-    """List nano and the models in the hub's cache that Sfumato can read: format, size on disk, date.
+    """List the models of the package and of the hub's cache that Sfumato can read: format, size on disk, date.
 
     Example: sfumato list
     """
-    models = [hub.embedded(), *hub.cached_models()]
+    models = [*hub.embedded(), *hub.cached_models()]
     if as_json:
         records = [
             {

@@ -21,6 +21,7 @@ from sfumato.cli.view import visible
 from sfumato.errors import InputError
 from sfumato.options import LOAD_OPTIONS, LoadOptions
 from sfumato.remote import Remote
+from sfumato.system.embedded import EMBEDDED
 from sfumato.templates.interface import LanguageModel
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
 
 def known_models(incomplete: str) -> list[str]:
-    """The models that the shell offers: nano, and what the hub's cache holds."""
+    """The models that the shell offers: those inside the package, and what the hub's cache holds."""
     from sfumato.cli.hub import cached_ids
 
-    return [name for name in ("nano", *cached_ids()) if name.startswith(incomplete)]
+    return [name for name in (*EMBEDDED, *cached_ids()) if name.startswith(incomplete)]
 
 
 ModelName = Annotated[

@@ -13,6 +13,7 @@ import typer
 from sfumato.cli import hub
 from sfumato.cli.output import harmless
 from sfumato.errors import InputError
+from sfumato.system.embedded import EMBEDDED
 
 
 def command(
@@ -25,8 +26,8 @@ def command(
 
     Example: sfumato pull google/diffusiongemma-26B-A4B-it
     """
-    if model == "nano":
-        raise InputError("nano is inside the package; there is nothing to fetch")
+    if model in EMBEDDED:
+        raise InputError(f"{model} is inside the package; there is nothing to fetch")
     if os.path.exists(os.path.expanduser(model)):
         raise InputError(f"{model} is a file or folder here; give a hub id, owner/name")
     if not hub.HUB_ID.fullmatch(model):

@@ -12,6 +12,7 @@ from sfumato.cli import hub
 from sfumato.cli.loading import known_models
 from sfumato.cli.output import harmless
 from sfumato.errors import InputError, SfumatoError
+from sfumato.system.embedded import EMBEDDED
 
 
 def command(
@@ -24,8 +25,8 @@ def command(
 
     Example: sfumato rm google/diffusiongemma-26B-A4B-it
     """
-    if model == "nano":
-        raise InputError("nano is inside the package, and cannot be removed")
+    if model in EMBEDDED:
+        raise InputError(f"{model} is inside the package, and cannot be removed")
     entry = hub.cached_model(model)
     size = hub.in_words(entry.size_bytes)
     if not yes:

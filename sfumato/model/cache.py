@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,15 +205,19 @@ class KVCache:
         peaks = [other.peaks[row] for row in others]
         if max(lengths) > self.capacity:
             raise CapacityError(f"a row of {max(lengths)} tokens does not fit a cache for {self.capacity}")
+        index, source_index = torch.tensor(rows, device=self.device), torch.tensor(others, device=other.device)
         for (window, to_all), (_, from_all) in zip(self._by_kind(other), other._by_kind(self), strict=True):
             own, theirs = self.ring(window), other.ring(window)
+            if own == theirs or max(peaks) <= min(own, theirs):
+                # A token has the same slot in both: one copy of all rows, since gradients take each copy apart.
+                to = slice(0, other.used(window, others))
+                some = from_all[..., to, :, :].index_select(-4, source_index)
+                to_all[..., to, :, :].index_copy_(-4, index, some.to(to_all))
+                continue
             for row, source, length in zip(rows, others, lengths, strict=True):
-                to: Any = slice(0, other.used(window, [source]))
-                at = to
-                if own != theirs and other.peaks[source] > min(own, theirs):  # else a token has the same slot in both
-                    positions = torch.arange(max(0, length - min(own, theirs)), length, device=self.device)
-                    to, at = positions % own, positions % theirs
-                to_all[..., row, :, :, :][..., to, :, :] = from_all[..., source, :, :, :][..., at, :, :]
+                positions = torch.arange(max(0, length - min(own, theirs)), length, device=self.device)
+                held = from_all[..., source, :, :, :][..., positions % theirs, :, :]
+                to_all[..., row, :, :, :][..., positions % own, :, :] = held
         own, theirs = self.ring(self.config.window), other.ring(self.config.window)
         for row, length, peak in zip(rows, lengths, peaks, strict=True):
             first = max(0, length - own, peak - theirs)  # the first position that both rings hold

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import sorting, sudoku
+from sfumato.tasks import decisions, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,14 @@ class Task:
     prompt: Callable[[str], str]
     """The user's message for an item."""
     answer: Callable[[str], str]
-    """The right answer to that message, or one of several."""
+    """The right answer to that message, or one of several; of a task with noisy labels, the label that was drawn."""
     is_right: Callable[[str, str], bool]
     """(what the model wrote, item) -> whether it is right. White space around it does not count; it never raises."""
     known: Callable[[str], Mapping[int, str]] | None = None
     """Characters of the answer that an item says, by their places: an evaluation pins them. None: it says none."""
+    filled: float = 1.0
+    """Share of examples in which the rest of the canvas, after the answer's end, is learned too. Where answers are a
+    word, that rest is most of the canvas, easy, and would be most of the loss."""
 
 
 def _puzzle(rng: np.random.Generator) -> str:
@@ -59,6 +62,14 @@ TASKS = {
             sorting.prompt,
             sorting.answer_text,
             lambda text, item: sorting.is_sorted(text.strip(), item),
+        ),
+        Task(
+            "decisions",
+            decisions.generate,
+            decisions.prompt,
+            decisions.answer,
+            lambda text, item: decisions.is_right(text.strip(), item),
+            filled=0.1,
         ),
     )
 }

@@ -57,7 +57,8 @@ class TaskSource:
         tokens = torch.zeros(size, max(counts), dtype=torch.long)
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)] = torch.tensor(ids)
-        return Examples(tokens.to(device), counts, prompts, [False] * size)
+        draws = np.random.default_rng([self.seed, step, int(self.is_held_out), 1]).random(size)
+        return Examples(tokens.to(device), counts, prompts, [bool(draw >= self.task.filled) for draw in draws])
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""

@@ -45,8 +45,8 @@ def ask(shell: str, line: str) -> list[str]:
         ("sfumato serve --dtype b", ["bfloat16"]),
         ("sfumato bench --quantize nv", ["nvfp4"]),
         ("sfumato generate -s t_m", ["t_max=", "t_min="]),
-        ("sfumato chat na", ["nano"]),
-        ("sfumato run na", ["nano"]),
+        ("sfumato chat na", ["nano", "nano-decide"]),
+        ("sfumato run na", ["nano", "nano-decide"]),
         ("sfumato info --gp", ["--gpu"]),
     ],
 )

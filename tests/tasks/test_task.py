@@ -13,10 +13,16 @@ from sfumato.tasks.task import TASKS, named
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_takes_its_own_answers(name: str) -> None:
+def test_a_task_makes_the_same_items_for_the_same_state(name: str) -> None:
     task = named(name)
     items = [task.generate(np.random.default_rng(seed)) for seed in range(4)]
     assert items == [task.generate(np.random.default_rng(seed)) for seed in range(4)] and len(set(items)) == 4
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "decisions"])  # whose answers are drawn
+def test_a_task_takes_its_own_answers(name: str) -> None:
+    task = named(name)
+    items = [task.generate(np.random.default_rng(seed)) for seed in range(4)]
     for item, other in itertools.pairwise(items):
         answer = task.answer(item)
         assert item in task.prompt(item)
@@ -27,7 +33,7 @@ def test_a_task_takes_its_own_answers(name: str) -> None:
 
 
 def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(InputError, match="there is no task 'chess'; the tasks are: sudoku, sorting"):
+    with pytest.raises(InputError, match="there is no task 'chess'; the tasks are: sudoku, sorting, decisions"):
         named("chess")
     with pytest.raises(InputError, match="no solution"):
         named("sudoku").answer("11" + "0" * 79)

@@ -1,0 +1,138 @@
+"""Write what nano-decide is made of besides its weights: tokenizer, template, config.json, generation_config.json.
+
+The tokenizer is built as nano's (`make_nano_tokenizer`), of 768 ids, with merges for the words and the fixed sentences
+of typed questions, so that a question takes about a third of the tokens. An option's line begins with one token, and
+what follows is written with the tokens of an answer.
+
+    python scripts/make_nano_decide.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+
+from make_nano_tokenizer import BYTES, CHARACTERS, CONTROL, ENGLISH, NANO, configuration, learn_merges
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from sfumato.model.config import LayerConfig, ModelConfig, Rope
+from sfumato.tasks import decisions
+
+FOLDER = NANO.with_name("nano_decide")
+VOCABULARY = 768
+
+SENTENCES = (
+    "Answer Yes or No only.",
+    "Answer with one of the options only.",
+    "Answer with the number of a level only.",
+    "Is there",
+    "Is any line",
+    "Does the text have",
+    "Does the text name",
+    "there is no",
+    "there is",
+    "Who has more",
+    "Who has most",
+    "Who differs",
+    "Which has the largest number",
+    "How many are",
+    "How many lines are",
+    "Which line is odd",
+    "Which is not like the others",
+    "Where does",
+    "Which takes",
+)
+"""Sentences that are one token: in questions, and in what the generator asks."""
+WORDS = ("user", "model", "system", "Yes", "No", "trust", "Options", "Levels", "Count", "▁go", "▁of", "▁only")
+ENDS = ("\n-▁", "▁of▁10", "trust▁", "Options:", "Levels:", *(f"\n{digit}:" for digit in range(10)))
+
+
+def words() -> list[str]:
+    """Words that are one token each."""
+    own = [*decisions.NAMES, *decisions.COLOURS, *decisions.DESKS]
+    both = [*decisions.NAMES, *decisions.SECOND, *decisions.COLOURS, *decisions.LEVELS, *decisions.PARTS]
+    parts = [word for sentence in SENTENCES for word in _words(sentence)]
+    return list(dict.fromkeys([*WORDS, *own, *("▁" + word for word in both), *parts]))
+
+
+def _words(sentence: str) -> list[str]:
+    first, *rest = sentence.rstrip(".").split(" ")
+    return [first, *("▁" + word for word in rest)]
+
+
+def merges() -> list[tuple[str, str]]:
+    """What begins an option's line; words, most of the vocabulary; the sentences out of their words; English."""
+    first = [("\n", "-"), ("\n-", "▁")]
+    weights = Counter({word: 20_000 for word in words()})
+    weights.update({"▁" + word: 1000 - 3 * rank for rank, word in enumerate(ENGLISH)})
+    chains = [[*_words(sentence), *("." if sentence.endswith(".") else "")] for sentence in SENTENCES]
+    chains += [["▁of", "▁", "1", "0"], ["trust", "▁"], ["Options", ":"], ["Levels", ":"]]
+    chains += [["\n", digit, ":"] for digit in "0123456789"]
+    last: dict[tuple[str, str], None] = {}
+    for chain in chains:
+        for end in range(1, len(chain)):
+            last[("".join(chain[:end]), chain[end])] = None
+    count = VOCABULARY - len(CONTROL) - len(BYTES) - len(CHARACTERS) - len(first) - len(last)
+    return [*first, *learn_merges(weights, count), *last]
+
+
+def build() -> Tokenizer:
+    """The tokenizer; SystemExit where a word or a sentence is not one token."""
+    pairs = merges()
+    tokens = [*CONTROL, *BYTES, *CHARACTERS, *("".join(pair) for pair in pairs)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if len(vocabulary) != VOCABULARY:
+        raise SystemExit(f"the vocabulary has {len(vocabulary)} different tokens, not {VOCABULARY}")
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), behavior="merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
+    for word in [*words(), *ENDS, *SENTENCES]:
+        ids = tokenizer.encode(word.replace("▁", " "), add_special_tokens=False).ids
+        if len(ids) != 1:
+            raise SystemExit(f"{word!r} is {[tokens[number] for number in ids]}, not a single token")
+    return tokenizer
+
+
+def config() -> ModelConfig:
+    """Six layers, every third full."""
+    sliding = LayerConfig(head_dim=16, kv_heads=4, window=128, rope=Rope(10_000.0))
+    full = LayerConfig(head_dim=32, kv_heads=2, window=None, rope=Rope(10_000.0, partial=0.25, proportional=True))
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=192,
+        num_heads=8,
+        num_experts=4,
+        top_k_experts=2,
+        expert_size=32,
+        layers=tuple(full if (number + 1) % 3 == 0 else sliding for number in range(6)),
+        canvas_length=16,
+        max_position=4096,
+        eos_ids=(1,),
+    )
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    build().save(str(FOLDER / "tokenizer.json"))
+    shutil.copy(NANO / "chat_template.jinja", FOLDER / "chat_template.jinja")
+    generation = json.loads((NANO / "generation_config.json").read_text())
+    generation |= {"max_new_tokens": 16, "max_denoising_steps": 8, "t_min": 1.0, "t_max": 1.0}
+    for name, value in (
+        ("tokenizer_config.json", configuration()),
+        ("config.json", config().to_dict()),
+        ("generation_config.json", generation),
+    ):
+        (FOLDER / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
