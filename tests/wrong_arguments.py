@@ -74,11 +74,11 @@ def places(model: LanguageModel, wrong: Any) -> Places:
         "edit": ("the text", lambda: model.edit(wrong, "b", options=once)),
         "edit span": ("the span", lambda: model.edit("abc", None, [wrong], options=once)),
         "edit options": ("option", lambda: model.edit("abc", "b", options=wrong)),
-        "decide": ("the prompt|message 0", lambda: model.decide(wrong, fields, options=once)),
-        "decide fields": ("field", lambda: model.decide("x", wrong, options=once)),
-        "decide choices": ("field 'a'", lambda: model.decide("x", {"a": wrong}, options=once)),
-        "decide choice": ("field 'a'", lambda: model.decide("x", {"a": ["b", wrong]}, options=once)),
-        "decide steps": ("steps", lambda: model.decide("x", fields, wrong, options=once)),
+        "decide": ("the state|message 0", lambda: model.decide(wrong, fields, options=once)),
+        "decide questions": ("questions", lambda: model.decide("x", wrong, options=once)),
+        "decide question": ("question 'a'", lambda: model.decide("x", {"a": wrong}, options=once)),
+        "decide option": ("question 'a'", lambda: model.decide("x", {"a": ["b", wrong]}, options=once)),
+        "decide steps": ("steps", lambda: model.decide("x", fields, steps=wrong, options=once)),
         "decide options": ("option", lambda: model.decide("x", fields, options=wrong)),
     }
     if wrong is not None:  # which means that there is none
@@ -96,4 +96,5 @@ def places(model: LanguageModel, wrong: Any) -> Places:
             }
     if wrong == []:  # a message without parts is an empty one
         del calls["chat content"]
+        del calls["decide"]
     return calls

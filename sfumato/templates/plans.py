@@ -283,7 +283,8 @@ class Planner:
                     f"{name} is {reprlib.repr(value)}; a decision reads the model's own probabilities, leave it out"
                 )
                 raise InputError(message, option=name)
-        options = self.resolve(_of_templates(query.options))
+        seed = query.options.seed or 0  # the same question has the same answer
+        options = self.resolve(replace(_of_templates(query.options), seed=seed))
         deciding = Deciding(query, self.config, self.tokenizer, self.prompts, self.ask, self.temperatures)
         return (yield from deciding.plan(options))
 
