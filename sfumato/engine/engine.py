@@ -102,7 +102,7 @@ class Engine:
         noise = SeatNoise(model.config.vocab_size, model.device, settings.noise)
         self.stepper = Stepper(self.table, noise, settings.chunk, records)
         self.commits = Commits(self.table, self.stepper)
-        self.read_passes = ReadPasses(self.table)
+        self.read_passes = ReadPasses(self.table, noise)
         self.pending_reads: deque[list[PendingRead]] = deque()
         """Of each turn whose canvases are not read yet."""
 
@@ -153,6 +153,7 @@ class Engine:
         cannot go back to them."""
         self.rows[seat] = None
         self.stepper.walks.drop(seat)
+        self.read_passes.drop(seat)
         if keep:
             self.cache.truncate_(seat, keep)
         else:
@@ -172,7 +173,7 @@ class Engine:
         began, stepper, row = time.perf_counter(), self.stepper, self.table.row
         seats = [seat for seat in self.live if seats is None or seat in seats]
         # 1. Encode a chunk of the prompts; a row whose last chunk remains begins its first canvas.
-        stepper.encode_prompts([seat for seat in seats if row(seat).rest], prefill_limit)
+        encoded = stepper.encode_prompts([seat for seat in seats if row(seat).rest], prefill_limit)
         seats = [seat for seat in seats if not row(seat).rest]
         # 2. One step of all canvases; what waits to be encoded goes along in the same pass.
         canvases = [seat for seat in seats if row(seat).request.is_written and not row(seat).is_at_cap]
@@ -192,8 +193,9 @@ class Engine:
         decoding = [seat for seat in seats if not row(seat).request.is_diffusion and not row(seat).is_over]
         events += self.commits.decode(decoding)
         # 7. What is only read, behind prompts that are encoded.
-        reading = [seat for seat in seats if row(seat).request.reads is not None and not row(seat).is_over]
-        events += self.read_passes.run(reading, prefill_limit and max(prefill_limit, LEAST_READ))
+        reading = [seat for seat in seats if row(seat).is_read and not row(seat).is_over]
+        if reading:
+            events += self.read_passes.run(reading, prefill_limit and max(prefill_limit - encoded, LEAST_READ))
         return events + self.table.pop_failures()
 
     def _lag(self, stepped: list[int]) -> int:

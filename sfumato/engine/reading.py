@@ -3,178 +3,311 @@
 All reads of a row stand behind one encoded prompt, none sees another, and nothing of them is kept. So a pass takes the
 reads of many rows:
 
-- A read with one canvas brings its own tokens along: they are encoded in the canvas's pass, and leave no trace.
-- Of one with several canvases (forks of an answer, draws of noise) the tokens are encoded once, in a copy of the row's
-  cache, and its canvases share them.
+- A canvas brings the tokens of its read along: they are encoded in the same pass, and leave no trace.
+- Where many canvases share many tokens (forks of an answer, draws of noise) these are encoded once, in a copy of the
+  row's cache.
 
-Only the words that are asked are unembedded, and a last step makes no soft embedding.
+A turn takes as many positions as it is allowed, in rounds: one read of each row, then the next. What does not fit goes
+on in the next turn, in the middle of a read too. Only the words that are asked are unembedded, and a last step makes no
+soft embedding. A model that leaves out what a position's own token says (`sampling.step.observed_by`) is read as it is:
+that token is known to be noise.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sfumato.engine.reads import Glance, Read
+from sfumato.engine.reads import CHUNK, Glance, Read, Reads
+from sfumato.engine.request import Row
 from sfumato.engine.scores import SLICE
 from sfumato.engine.seats import SeatTable
 from sfumato.events import Done, Usage
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
-from sfumato.sampling.noise import CountedNoise
+from sfumato.sampling.canvases import to_device
+from sfumato.sampling.noise import SeatNoise
 
 POSITIONS = 4096
-"""Positions that one pass of reads has at most, and a turn while others wait; a single read may have more."""
+"""Positions that one pass of reads has at most, and a turn; a single canvas may have more."""
 
-REPEATED = 256
-"""Tokens that are rather encoded again, for each canvas, than once in a copy of the cache."""
+KEYS = 1 << 18
+"""Cached tokens that the rows of a pass see together, unless a single one sees more: some operations copy them."""
 
-CHUNK = 2048
-"""Tokens of a read above which they are encoded in parts, in a copy of the cache."""
+PADDING = 96
+"""Positions of padding in a pass, below which it takes less time than another pass."""
 
 COPIES = 1 << 29
 """Bytes of copies of the cache at one time, unless a single one takes more."""
 
 
-class ReadJob(NamedTuple):
-    """A read of a row, by its number."""
+class _Piece(NamedTuple):
+    """What a turn does of a read."""
 
     seat: int
     number: int
+    """Of the read, in its row."""
     read: Read
+    steps: int
+    encode: int
+    """Tokens that are encoded in a copy of the cache."""
+    first: int
+    last: int
+    """Canvases that are looked at."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a whole read."""
+        is_encoded = not self.read.is_copied or self.encode == len(self.read.tokens)
+        return is_encoded and (self.first, self.last) == (0, len(self.read.glances))
+
+    @property
+    def positions(self) -> int:
+        return self.encode + self.steps * (self.last - self.first) * self.read.each
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What the canvases of a pass have in common."""
+        return self.read.length, self.steps
 
 
 class _Line(NamedTuple):
     """A row of a pass: a glance, and the tokens that it brings along."""
 
-    job: ReadJob
+    piece: _Piece
     place: int
     cache_row: int
     tokens: tuple[int, ...]
 
     @property
     def glance(self) -> Glance:
-        return self.job.read.glances[self.place]
+        return self.piece.read.glances[self.place]
+
+
+@dataclass(eq=False)
+class _Copy:
+    """The cache of a row with tokens of a read behind it, which goes on in the next turn."""
+
+    number: int
+    cache: KVCache
+    encoded: int
+    """Of the read's tokens."""
 
 
 class ReadPasses:
-    """Runs reads of the rows in a table of seats."""
+    """Runs reads of the rows in a table of seats. `room` are the bytes of copies of the cache at one time."""
 
-    def __init__(self, table: SeatTable) -> None:
-        self.table, self.model = table, table.model
+    def __init__(self, table: SeatTable, noise: SeatNoise) -> None:
+        self.table, self.noise, self.model = table, noise, table.model
+        self.room = COPIES
+        self._copies: dict[int, _Copy] = {}
+        """By seat, the copies for reads that go on."""
+        self._next = 0
+        """The seat that comes first in the next turn."""
 
     def run(self, seats: Sequence[int], limit: int | None) -> Iterator[Done]:
         """Go on with the reads of these rows, whose prompts are encoded; those that have ended are done.
 
-        `limit` bounds the positions of a turn, roughly (None: as many as there are)."""
-        jobs: list[ReadJob] = []
-        room, begun = limit, dict.fromkeys(seats, 0)
+        `limit` bounds the positions of the turn, roughly (None: `POSITIONS`)."""
+        pieces = self._choose(seats, min(limit or POSITIONS, POSITIONS))
+        for length, steps in sorted({piece.shape for piece in pieces}):
+            self._run([piece for piece in pieces if piece.shape == (length, steps)])
+        for piece in pieces:
+            row = self.table.row(piece.seat)
+            row.positions_read += piece.positions
+            row.glances_done = piece.last
+            if piece.last == len(piece.read.glances):
+                row.reads_done, row.glances_done = piece.number + 1, 0
         for seat in seats:
             row = self.table.row(seat)
-            reads = row.request.reads
-            assert reads is not None
-            while (number := row.reads_done + begun[seat]) < len(reads.each) and (room is None or room > 0):
-                jobs.append(ReadJob(seat, number, reads.each[number]))
-                begun[seat] += 1
-                room = None if room is None else room - _positions(jobs[-1].read, reads.length)
-        for length, steps in sorted({self._shape(job) for job in jobs}):
-            self._run([job for job in jobs if self._shape(job) == (length, steps)], length, steps)
-        for seat in seats:
-            row = self.table.row(seat)
-            row.reads_done += begun[seat]
-            if not row.has_failed and row.request.reads is not None and not row.reads_left:
+            if not row.has_failed and not row.is_read:
                 yield self._done(seat)
 
-    def positions(self, seat: int) -> int:
-        """Positions that are left to be read of a row."""
-        row = self.table.row(seat)
-        return sum(_positions(read, row.length) for read in row.reads_left)
+    def drop(self, seat: int) -> None:
+        """Forget what is copied for a row that leaves."""
+        self._copies.pop(seat, None)
 
-    def _shape(self, job: ReadJob) -> tuple[int, int]:
-        reads = self.table.row(job.seat).request.reads
-        assert reads is not None
-        return reads.length, reads.steps
+    # ---- what a turn does -------------------------------------------------------------------------------------------
 
-    def _run(self, jobs: list[ReadJob], length: int, steps: int) -> None:
-        shared = [job for job in jobs if _shares_tokens(job.read)]
+    def _choose(self, seats: Sequence[int], limit: int) -> list[_Piece]:
+        """One read of each row, then the next of each, within so many positions."""
+        after = [seat for seat in seats if seat >= self._next]
+        order = [*after, *(seat for seat in seats if seat < self._next)]
+        at = {seat: (self.table.row(seat).reads_done, self.table.row(seat).glances_done) for seat in order}
+        pieces: list[_Piece] = []
+        room = limit
+        while order:
+            for seat in list(order):
+                reads, (number, first) = _reads_of(self.table.row(seat)), at[seat]
+                if number == len(reads.each):
+                    order.remove(seat)
+                    continue
+                piece = self._piece(seat, number, first, reads, room)
+                keeps = piece.read.is_copied and not piece.is_whole
+                if room <= 0 or (keeps and pieces):
+                    self._next = seat
+                    return pieces
+                if keeps and not self._can_keep(piece):
+                    order.remove(seat)
+                    continue
+                pieces.append(piece)
+                room -= piece.positions
+                is_ended = piece.last == len(piece.read.glances)
+                at[seat] = (number + 1, 0) if is_ended else (number, piece.last)
+                if not is_ended:
+                    order.remove(seat)
+        return pieces
+
+    def _piece(self, seat: int, number: int, first: int, reads: Reads, room: int) -> _Piece:
+        """As much of a read as there is room for: some of its tokens, or one canvas, at the least."""
+        read, encode = reads.each[number], 0
+        if read.is_copied:
+            copy = self._copies.get(seat)
+            left = len(read.tokens) - (copy.encoded if copy is not None and copy.number == number else 0)
+            encode = min(left, max(room, 1))
+            if encode < left:
+                return _Piece(seat, number, read, reads.steps, encode, first, first)
+            room -= encode
+        count = min(len(read.glances) - first, max(1, room // (read.each * reads.steps)))
+        return _Piece(seat, number, read, reads.steps, encode, first, first + count)
+
+    def _can_keep(self, piece: _Piece) -> bool:
+        """Whether its copy of the cache is there, or has room beside those of others, which go first."""
+        if piece.seat in self._copies or not self._copies:
+            return True
+        tokens = self.table.cache.lengths[piece.seat] + len(piece.read.tokens)
+        size = KVCache.bytes_of(self.model.config, 1, tokens, self.model.dtype)
+        return size + sum(copy.cache.bytes for copy in self._copies.values()) <= self.room
+
+    def _run(self, pieces: Sequence[_Piece]) -> None:
+        """Pieces whose canvases have one shape."""
+        plain = [piece for piece in pieces if not piece.read.is_copied]
         lines = [
-            _Line(job, place, job.seat, job.read.tokens)
-            for job in jobs
-            if not _shares_tokens(job.read)
-            for place in range(len(job.read.glances))
+            _Line(piece, place, piece.seat, piece.read.tokens)
+            for piece in plain
+            for place in range(piece.first, piece.last)
         ]
-        for some in _passes(lines, length):
-            self._glance(some, self.table.cache, length, steps)
-        for some_jobs in self._by_copies(shared):
-            tokens = [list(job.read.tokens) for job in some_jobs]
-            held = [self.table.cache.lengths[job.seat] for job in some_jobs]
-            need = max(before + len(own) for before, own in zip(held, tokens, strict=True))
-            copy = self.table.cache.fork([job.seat for job in some_jobs], need)
-            for first in range(0, max(map(len, tokens)), CHUNK):
-                rows = [row for row, own in enumerate(tokens) if len(own) > first]
-                parts = [tokens[row][first : first + CHUNK] for row in rows]
-                self.model.encode(self.table.padded(parts, max(map(len, parts))), copy, rows, [*map(len, parts)])
-            each = enumerate(some_jobs)
-            lines = [_Line(job, place, row, ()) for row, job in each for place in range(len(job.read.glances))]
-            for some in _passes(lines, length):
-                self._glance(some, copy, length, steps)
+        for some in _passes(lines, self.table.cache):
+            self._pass(some, self.table.cache)
+        for some_pieces in self._by_copies([piece for piece in pieces if piece.read.is_copied and piece.is_whole]):
+            copy = self._copied(some_pieces)
+            self._encode(copy, [piece.read.tokens for piece in some_pieces])
+            self._look(some_pieces, copy)
+        for piece in pieces:
+            if piece.read.is_copied and not piece.is_whole:
+                self._go_on(piece)
 
-    def _by_copies(self, jobs: list[ReadJob]) -> Iterator[list[ReadJob]]:
+    def _go_on(self, piece: _Piece) -> None:
+        """A part of a read that has a copy of the cache of its own."""
+        copy = self._copies.pop(piece.seat, None)
+        if copy is None or copy.number != piece.number:
+            copy = _Copy(piece.number, self._copied([piece]), 0)
+        if piece.encode:
+            self._encode(copy.cache, [piece.read.tokens[copy.encoded : copy.encoded + piece.encode]])
+            copy.encoded += piece.encode
+        if piece.last > piece.first:
+            self._look([piece], copy.cache)
+        if piece.last < len(piece.read.glances):
+            self._copies[piece.seat] = copy
+
+    # ---- copies of the cache ----------------------------------------------------------------------------------------
+
+    def _by_copies(self, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
         """Reads whose copies of the cache are made together: few enough, and of like length."""
         config, dtype = self.model.config, self.model.dtype
-        group: list[ReadJob] = []
-        for job in sorted(jobs, key=lambda job: len(job.read.tokens)):
-            longest = max(self.table.cache.lengths[one.seat] for one in [*group, job]) + len(job.read.tokens)
-            too_many = KVCache.bytes_of(config, len(group) + 1, longest, dtype) > COPIES
-            if group and (too_many or not _are_alike(len(group[0].read.tokens), len(job.read.tokens))):
+        group: list[_Piece] = []
+        for piece in sorted(pieces, key=lambda piece: len(piece.read.tokens)):
+            longest = max(self.table.cache.lengths[one.seat] for one in [*group, piece]) + len(piece.read.tokens)
+            too_many = KVCache.bytes_of(config, len(group) + 1, longest, dtype) > self.room
+            least = len(group[0].read.tokens) if group else 0
+            if group and (too_many or len(group) * (len(piece.read.tokens) - least) > PADDING):
                 yield group
                 group = []
-            group.append(job)
+            group.append(piece)
         if group:
             yield group
 
-    def _glance(self, lines: list[_Line], cache: KVCache, length: int, steps: int) -> None:
+    def _copied(self, pieces: Sequence[_Piece]) -> KVCache:
+        """Copies of these rows of the cache, with room for the tokens of their reads."""
+        held = self.table.cache.lengths
+        need = max(held[piece.seat] + len(piece.read.tokens) for piece in pieces)
+        return self.table.cache.fork([piece.seat for piece in pieces], need)
+
+    def _encode(self, copy: KVCache, tokens: Sequence[Sequence[int]]) -> None:
+        """Encode these tokens, of each row of a copy."""
+        for first in range(0, max(map(len, tokens)), CHUNK):
+            rows = [row for row, own in enumerate(tokens) if len(own) > first]
+            parts = [list(tokens[row][first : first + CHUNK]) for row in rows]
+            counts = [*map(len, parts)]
+            self.model.encode(self.table.padded(parts, max(counts)), copy, rows, counts)
+
+    def _look(self, pieces: Sequence[_Piece], copy: KVCache) -> None:
+        """The canvases of pieces that have a row of a copy each."""
+        each = enumerate(pieces)
+        lines = [_Line(piece, place, row, ()) for row, piece in each for place in range(piece.first, piece.last)]
+        for some in _passes(lines, copy):
+            self._pass(some, copy)
+
+    # ---- passes -----------------------------------------------------------------------------------------------------
+
+    def _pass(self, lines: Sequence[_Line], cache: KVCache) -> None:
         """One pass for each step, over a canvas a line; keep the logits of the words that are asked for."""
-        rows, device = [line.cache_row for line in lines], self.model.device
-        tokens, places = [list(line.tokens) for line in lines], range(len(lines))
+        (length, steps), device = lines[0].piece.shape, self.model.device
+        rows, tokens = [line.cache_row for line in lines], [list(line.tokens) for line in lines]
         width = max(map(len, tokens))
         tokens_BT = self.table.padded(tokens, width) if width else None
-        seeds, draws = [self.table.row(line.job.seat).seed for line in lines], [line.glance.draw for line in lines]
-        noise = CountedNoise(seeds, [0] * len(lines), length, self.model.config.vocab_size, device)
-        pin_BL = torch.full((len(lines), length), -1)
-        for n, line in enumerate(lines):
-            pin_BL[n, : len(line.glance.pins)] = torch.tensor(line.glance.pins, dtype=torch.long)
-        pin_BL, soft_BLD = pin_BL.to(device), None
+        pins = [line.glance.pins for line in lines]
+        pin_BL = to_device(torch.tensor([[*own, *[-1] * (length - len(own))] for own in pins]), device)
+        soft_BLD = None
         for step in range(steps):
-            noise_BL = noise.renoise(places, draws, [step] * len(lines)) if step else noise.canvas(places, draws)
-            canvas_BL = torch.where(pin_BL >= 0, pin_BL, noise_BL)
+            canvas_BL = torch.where(pin_BL >= 0, pin_BL, self._noise(lines, step, length))
             hidden_BLD = self.model.read(tokens_BT, [*map(len, tokens)], canvas_BL, cache, rows, soft_BLD)
             if step + 1 < steps:
                 soft_BLD = soft_embedding(self.model, hidden_BLD, pin_BL)
-        at_B = torch.tensor([len(line.glance.pins) for line in lines], device=device)
-        hidden_BD = hidden_BLD[torch.arange(len(lines), device=device), at_B]
-        words = sorted({word for line in lines for word in line.glance.words})
-        logits_BW = self.model.logits_of(hidden_BD, torch.tensor(words, device=device))
-        is_finite = torch.isfinite(logits_BW.sum(-1) + hidden_BD.float().sum(-1)).tolist()
-        for seat in {line.job.seat for line in lines}:
+        at = torch.tensor([range(len(lines)), [*map(len, pins)]])
+        hidden_BD = hidden_BLD[tuple(to_device(at, device))]
+        for seat in {line.piece.seat for line in lines}:
             self.table.row(seat).passes += steps
-        values, at = logits_BW.tolist(), {word: n for n, word in enumerate(words)}
+        self._collect(lines, hidden_BD)
+
+    def _noise(self, lines: Sequence[_Line], step: int, length: int) -> Tensor:
+        """The noise of these canvases, [B, L]; that of one draw is the same everywhere in a row."""
+        places = {(line.piece.seat, line.glance.draw): n for n, line in reversed([*enumerate(lines)])}
+        numbers = {place: n for n, place in enumerate(places)}
+        seats, draws = [seat for seat, _ in places], [draw for _, draw in places]
+        seeds = [self.table.row(seat).seed for seat in seats]
+        noise_NL = to_device(self.noise.canvas_at(step, length, seats, seeds, draws), self.model.device)
+        if len(numbers) == 1:
+            return noise_NL.expand(len(lines), -1)
+        at_B = torch.tensor([numbers[line.piece.seat, line.glance.draw] for line in lines])
+        return noise_NL[to_device(at_B, self.model.device)]
+
+    def _collect(self, lines: Sequence[_Line], hidden_BD: Tensor) -> None:
+        """Keep the logits of each line's words; a row whose numbers are not finite fails alone."""
+        words = sorted({word for line in lines for word in line.glance.words})
+        numbers = {word: n for n, word in enumerate(words)}
+        logits_BW = self.model.logits_of(hidden_BD, to_device(torch.tensor(words), self.model.device))
+        places = [(n, numbers[word]) for n, line in enumerate(lines) for word in line.glance.words]
+        at = to_device(torch.tensor(places).T, self.model.device)
+        is_finite, flat = hidden_BD.float().sum(-1).isfinite().tolist(), logits_BW[at[0], at[1]].tolist()
+        first = 0
         for n, line in enumerate(lines):
-            row = self.table.row(line.job.seat)
-            if not is_finite[n]:
-                self.table.fail_of_numbers(line.job.seat, "in a read")
+            row, last = self.table.row(line.piece.seat), first + len(line.glance.words)
+            own, first = flat[first:last], last
+            if not is_finite[n] or not all(map(math.isfinite, own)):
+                self.table.fail_of_numbers(line.piece.seat, "in a read")
             elif row.readings is not None:
-                own = row.readings.values[line.job.number]
-                own[line.place] = [values[n][at[word]] for word in line.glance.words]
+                row.readings.values[line.piece.number][line.place] = own
 
     def _done(self, seat: int) -> Done:
         row = self.table.row(seat)
-        reads = row.request.reads
-        assert reads is not None
+        reads = _reads_of(row)
         row.finish_reason = "stop"
         usage = Usage(
             prompt_tokens=len(row.prompt) + sum(len(read.tokens) for read in reads.each),
@@ -199,30 +332,26 @@ def soft_embedding(model: Model, hidden_BLD: Tensor, pin_BL: Tensor) -> Tensor:
     return torch.where((pin_BL >= 0)[..., None], pinned_BLD, torch.cat(parts).view_as(hidden_BLD))
 
 
-def _shares_tokens(read: Read) -> bool:
-    """Whether its tokens are encoded once for all its canvases, in a copy of the cache."""
-    return (len(read.glances) - 1) * len(read.tokens) > REPEATED or len(read.tokens) > CHUNK
+def _reads_of(row: Row) -> Reads:
+    reads = row.request.reads
+    assert reads is not None
+    return reads
 
 
-def _positions(read: Read, length: int) -> int:
-    """Positions that a read has to compute."""
-    repeats = 1 if _shares_tokens(read) else len(read.glances)
-    return repeats * len(read.tokens) + len(read.glances) * length
-
-
-def _are_alike(least: int, most: int) -> bool:
-    """Whether so many tokens may be padded to so many more."""
-    return most <= least + max(16, least // 4)
-
-
-def _passes(lines: list[_Line], length: int) -> Iterator[list[_Line]]:
+def _passes(lines: Sequence[_Line], cache: KVCache) -> Iterator[list[_Line]]:
     """Lines that share a pass: few enough, and of like length."""
     group: list[_Line] = []
+    keys = padding = 0
     for line in sorted(lines, key=lambda line: len(line.tokens)):
-        is_full = (len(group) + 1) * (len(line.tokens) + length) > POSITIONS
-        if group and (is_full or not _are_alike(len(group[0].tokens), len(line.tokens))):
+        size = len(line.tokens)
+        more = len(group) * (size - len(group[-1].tokens)) if group else 0
+        keys = max(keys, cache.lengths[line.cache_row])
+        positions = (len(group) + 1) * (size + line.piece.read.length)
+        is_full = positions > POSITIONS or (len(group) + 1) * keys > KEYS
+        if group and (is_full or padding + more > max(PADDING, positions // 8)):
             yield group
-            group = []
+            group, keys, more, padding = [], cache.lengths[line.cache_row], 0, 0
         group.append(line)
+        padding += more
     if group:
         yield group

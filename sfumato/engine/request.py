@@ -19,7 +19,7 @@ from sfumato.constraints.answers import AnswerGrammar, AnswerGuide
 from sfumato.constraints.grammar import Grammar
 from sfumato.constraints.guide import Guide
 from sfumato.engine.arguments import check_ids, check_kind, check_places
-from sfumato.engine.reads import Read, Readings, Reads
+from sfumato.engine.reads import Readings, Reads
 from sfumato.engine.scores import PromptScores
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
@@ -128,9 +128,7 @@ class Request:
     def canvas_length(self, config: ModelConfig) -> int:
         """The model's own, or less for a short request without room for so much."""
         whole = config.canvas_length
-        if self.reads is not None:
-            return self.reads.length
-        if not self.options.short:
+        if not self.options.short or self.reads is not None:
             return whole
         need = max(self.options.max_tokens or whole, max(self.pins, default=-1) + 1)
         return min(whole, -(-need // SHORT) * SHORT)
@@ -259,6 +257,10 @@ class Row:
     """Takes what its reads show."""
     reads_done: int = 0
     """Reads that have ended."""
+    glances_done: int = 0
+    """Canvases of the next one that have been looked at."""
+    positions_read: int = 0
+    """Positions that its reads have computed."""
     spans: list[RowSpan] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that were encoded before it began."""
@@ -331,9 +333,16 @@ class Row:
         return self.has_failed or self.finish_reason is not None
 
     @property
-    def reads_left(self) -> tuple[Read, ...]:
-        """Its reads that are not begun."""
-        return () if self.request.reads is None else self.request.reads.each[self.reads_done :]
+    def is_read(self) -> bool:
+        """Whether something behind its prompt is still to be read."""
+        return self.request.reads is not None and self.reads_done < len(self.request.reads.each)
+
+    @property
+    def read_positions(self) -> int:
+        """Positions that its reads still compute, those of a begun one counted whole."""
+        if self.request.reads is None:
+            return 0
+        return self.request.reads.positions - self.positions_read
 
     @property
     def is_at_cap(self) -> bool:

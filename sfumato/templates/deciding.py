@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.reads import Read, Readings, Reads
@@ -23,13 +24,18 @@ from sfumato.questions import Question, Span, state_text
 from sfumato.templates.decisions import AnswerSet, decision_of, tempered
 from sfumato.templates.prompts import PromptEncoder
 from sfumato.templates.requests import Decide
+from sfumato.text.reader import Reader
+from sfumato.text.replies import PromptEnd, ReplyParser
 from sfumato.text.tokenizer import Tokenizer
 
 THOUGHT = 1024
 """Tokens that a thought may have."""
 
-CHANNEL_END = "<channel|>"
-"""The control token behind a thought."""
+TOGETHER = 16
+"""Thoughts that are written together at most."""
+
+CHANNEL = ("<|channel>", "<channel|>")
+"""The control tokens around a thought."""
 
 
 @dataclass(frozen=True)
@@ -99,36 +105,45 @@ class Deciding:
     def _sheet(self, id: str, question: Question, answers: Mapping[str, Decision]) -> _AnswerSheet:
         """A question with its answers in tokens. InputError names the question."""
         text = question.text()
-        places: tuple[tuple[int, int], ...] = ()
-        if isinstance(question, Span):
-            state = state_text(self.query.state)
-            passages = {state[first:last]: (first, last) for first, last in reversed(question.passages(state))}
-            names, places = [*reversed(passages)], tuple(reversed(passages.values()))
-            words = names
-        else:
-            names, words = question.options, question.words
-        if question.depends_on is not None:
-            text = f"{_told(self.query.questions[question.depends_on.id], answers[question.depends_on.id])}\n{text}"
+        places: list[tuple[int, int]] = []
         lead = "" if self.prompts.template is not None else " "
-        tokens = [self.tokenizer.encode(f"{lead}{word}") for word in words]
         try:
-            answer_set = AnswerSet.of(names, tokens, self._end())
+            if isinstance(question, Span):
+                names, places, tokens = self._passages(question, lead)
+            else:
+                names = question.options
+                tokens = [self.tokenizer.encode(f"{lead}{word}") for word in question.words]
+            answer_set = AnswerSet.of(names, tokens, self._end(tokens))
         except InputError as error:
             raise InputError(f"question {id!r}: {error}", option="questions") from None
+        if question.depends_on is not None:
+            text = f"{_told(self.query.questions[question.depends_on.id], answers[question.depends_on.id])}\n{text}"
         if answer_set.deepest >= self.config.canvas_length:
             raise InputError(
                 f"question {id!r} has options that are alike for {answer_set.deepest} tokens, more than a canvas of "
                 f"{self.config.canvas_length} holds; reword them",
                 option="questions",
             )
-        return _AnswerSheet(id, question, answer_set, text, places)
+        return _AnswerSheet(id, question, answer_set, text, tuple(places))
 
-    def _end(self) -> int:
-        """The token behind a complete answer: what ends a turn, or a line where there are no turns."""
-        if self.prompts.template is None:
-            return self.tokenizer.encode("\n")[-1]
+    def _passages(self, span: Span, lead: str) -> tuple[list[str], list[tuple[int, int]], list[list[int]]]:
+        """The passages that a span may quote, where they first stand, and their tokens; each but once."""
+        messages = self.query.conversation
+        state = state_text(self.query.state) if messages is None else "\n\n".join(map(_said, messages))
+        passages: dict[tuple[int, ...], tuple[int, int]] = {}
+        for first, last in span.passages(state):
+            passages.setdefault(tuple(self.tokenizer.encode(f"{lead}{state[first:last]}")), (first, last))
+        places = [*passages.values()]
+        return [state[first:last] for first, last in places], places, [*map(list, passages)]
+
+    def _end(self, answers: Sequence[Sequence[int]]) -> int:
+        """The token behind a complete answer: what ends a turn, or a line where there are no turns, and no answer."""
         turn = self.tokenizer.id("<turn|>")
-        return turn if turn in self.config.eos_ids and turn is not None else self.config.eos_ids[0]
+        end = turn if turn is not None and turn in self.config.eos_ids else self.config.eos_ids[0]
+        if self.prompts.template is None:
+            line = self.tokenizer.encode("\n")[-1]
+            return end if any(line in answer for answer in answers) else line
+        return end
 
     # ---- reads ------------------------------------------------------------------------------------------------------
 
@@ -140,12 +155,14 @@ class Deciding:
         self, sheets: Sequence[_AnswerSheet], head: list[int], tails: Sequence[Sequence[int]], options: Options
     ) -> Plan[dict[str, Decision]]:
         """Read these questions, each behind its own tokens, which follow those of the state."""
-        each = [Read(tuple(tail), s.answers.glances(self.query.samples)) for s, tail in zip(sheets, tails, strict=True)]
+        each = [
+            Read(tuple(tail), sheet.answers.glances(self.query.samples), self._length(sheet))
+            for sheet, tail in zip(sheets, tails, strict=True)
+        ]
         open_reads = [read for read in each if read.glances]
         values = {}
         if open_reads:
-            deepest = max(sheet.answers.deepest for sheet in sheets)
-            reads = Reads(tuple(open_reads), self._length(deepest), self.query.steps)
+            reads = Reads(tuple(open_reads), self.query.steps)
             readings = Readings()
             request = Request(head, options, marks=[len(head)], reads=reads, name="the state")
             self.endings += yield [replace(self.ask(request), readings=readings)]
@@ -157,18 +174,18 @@ class Deciding:
             answers[sheet.id] = decision_of(sheet.question, sheet.answers.names, probabilities, sheet.places)
         return answers
 
-    def _length(self, deepest: int) -> int:
-        """Positions of the canvases: of all alike, so that they share passes."""
-        need = deepest + 1
-        if self.query.canvas is not None:
-            if self.query.canvas < need or self.query.canvas > self.config.canvas_length:
-                raise InputError(
-                    f"canvas is {self.query.canvas}; these questions need {need} positions, and the model's own canvas "
-                    f"has {self.config.canvas_length}",
-                    option="canvas",
-                )
-            return self.query.canvas
-        return min(self.config.canvas_length, -(-need // SHORT) * SHORT)
+    def _length(self, sheet: _AnswerSheet) -> int:
+        """Positions of a question's canvases, which follow from nothing but the question."""
+        need, whole = sheet.answers.deepest + 1, self.config.canvas_length
+        if self.query.canvas is None:
+            return min(whole, -(-need // SHORT) * SHORT)
+        if not need <= self.query.canvas <= whole:
+            raise InputError(
+                f"canvas is {self.query.canvas}; question {sheet.id!r} needs {need} positions, and the model's own "
+                f"canvas has {whole}",
+                option="canvas",
+            )
+        return self.query.canvas
 
     def _prompts(self, sheets: Sequence[_AnswerSheet], is_thinking: bool) -> tuple[list[int], list[list[int]]]:
         state = self.query.conversation or state_text(self.query.state)
@@ -180,27 +197,66 @@ class Deciding:
         """Let the model think about each of these questions, then read them behind the thoughts."""
         if not sheets:
             return {}
-        close = self.tokenizer.id(CHANNEL_END)
-        if self.prompts.template is None or close is None:
-            raise InputError("this model has no format for thoughts; leave think out", option="think")
+        marks = [self.tokenizer.id(name) for name in CHANNEL]
+        opener, closer = marks
+        if self.prompts.template is None or opener is None or closer is None:
+            what = "chat template" if self.prompts.template is None else f"token {CHANNEL[marks.index(None)]}"
+            raise InputError(
+                f"think is {self.query.think!r}, and {self.prompts.name or 'this checkpoint'} has no {what} to think "
+                "with; leave think out",
+                option="think",
+            )
         head, tails = self._prompts(sheets, is_thinking=True)
-        writing = replace(options, max_tokens=THOUGHT)
-        prompts = [Prompt.of([*head, *tail]) for tail in tails]
-        endings = yield [self.ask(Request(prompt, writing, marks=[len(head)])) for prompt in prompts]
-        self.endings += endings
-        thoughts = [_thought_of(done.tokens, close, set(self.config.eos_ids)) for done in endings]
-        behind = [[*tail, *thought] for tail, thought in zip(tails, thoughts, strict=True)]
+        thoughts: list[Done] = []
+        for first in range(0, len(tails), TOGETHER):
+            group = zip(sheets[first : first + TOGETHER], tails[first : first + TOGETHER], strict=True)
+            asks = [self._ask_thought(head, tail, self._length(sheet), options) for sheet, tail in group]
+            thoughts += yield asks
+        self.endings += thoughts
+        behind = []
+        for tail, done in zip(tails, thoughts, strict=True):
+            is_open = PromptEnd.of(self.tokenizer, [*head, *tail]).thought == "open"
+            thought = _thought_of(done.tokens, None if is_open else opener, closer, set(self.config.eos_ids))
+            behind.append([*tail, *thought])
         answers = yield from self._read_behind(sheets, head, behind, options)
-        texts = {sheet.id: self.tokenizer.decode(thought) for sheet, thought in zip(sheets, thoughts, strict=True)}
+        texts = {sheet.id: done.thought for sheet, done in zip(sheets, thoughts, strict=True)}
         return {id: replace(answer, thought=texts[id]) for id, answer in answers.items()}
 
+    def _ask_thought(self, head: list[int], tail: Sequence[int], length: int, options: Options) -> Ask:
+        """What a thought asks of an engine: a text behind the question, up to where its thought is closed."""
+        tokens = [*head, *tail]
+        room = self.config.max_position - len(tokens) - length - 1
+        request = Request(Prompt.of(tokens), replace(options, max_tokens=max(1, min(THOUGHT, room))), marks=[len(head)])
+        parser = ReplyParser(self.tokenizer, self.config.eos_ids, None, tokens)
+        closer = self.tokenizer.id(CHANNEL[1])
+        return replace(self.ask(request), reader=_ThoughtReader(self.tokenizer, closer, self.config.eos_ids, parser))
 
-def _thought_of(tokens: Sequence[int], close: int, ends: set[int]) -> list[int]:
-    """A thought up to the token that closes it, which is put there where the model had no room for it."""
-    for place, token in enumerate(tokens):
-        if token == close or token in ends:
-            return [*tokens[:place], close]
-    return [*tokens, close]
+
+class _ThoughtReader(Reader):
+    """Reads a thought, and ends the text where it is closed."""
+
+    def __init__(self, tokenizer: Tokenizer, closer: int | None, ends: Sequence[int], parser: ReplyParser) -> None:
+        super().__init__(tokenizer, (), ends, parser)
+        self._closer = closer
+
+    def push(self, tokens: list[int]) -> int | None:
+        """How many of new tokens there are up to the end of the thought; None where it goes on."""
+        return tokens.index(self._closer) + 1 if self._closer in tokens else None
+
+
+def _thought_of(tokens: Sequence[int], opener: int | None, closer: int, ends: set[int]) -> list[int]:
+    """A thought up to the token that closes it, which is put there where the model had no room for it.
+
+    `opener` begins it (None: the prompt has). Nothing where the model did not think."""
+    end = next((n for n, token in enumerate(tokens) if token == closer or token in ends), len(tokens))
+    thought = list(tokens[:end])
+    return [*thought, closer] if opener is None or opener in thought else []
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """The text of a message."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def _told(question: Question, answer: Decision) -> str:

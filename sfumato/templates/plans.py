@@ -284,7 +284,8 @@ class Planner:
                     f"{name} is {reprlib.repr(value)}; a decision reads the model's own probabilities, leave it out"
                 )
                 raise InputError(message, option=name)
-        options = self.resolve(_of_templates(query.options))
+        seed = query.options.seed or 0  # the same question has the same answer
+        options = self.resolve(replace(_of_templates(query.options), seed=seed))
         adapter = self._adapter_of(query.options)
         temperatures = self.calibration.temperatures if adapter is None else adapter.temperatures
         deciding = Deciding(query, self.config, self.tokenizer, self.prompts, self.ask, temperatures)
