@@ -72,7 +72,20 @@ TEXTS = [
     "é\u0301",
 ]
 NUMBERS = [0, -1, 1, 255, 2**31, 2**63, 10**400, -(10**30), 0.5, 1e308, 5e-324, -0.0]
-JUNK: list[Any] = [None, True, False, [], {}, [[]], {"": {}}, ["a", "a"], {"type": "noul"}, {"true": 1}, *TEXTS, *NUMBERS]
+JUNK: list[Any] = [
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    {"": {}},
+    ["a", "a"],
+    {"type": "noul"},
+    {"true": 1},
+    *TEXTS,
+    *NUMBERS,
+]
 NAMES = [
     "",
     "type",
