@@ -14,7 +14,7 @@ from fake_backend import CARD, FakeBackend
 from server_client import connect
 from starlette.testclient import TestClient
 
-from sfumato.errors import BusyError, CapacityError, InputError
+from sfumato.errors import BusyError, CapacityError, InputError, NumericError
 from sfumato.events import Decision, Decisions
 from sfumato.model.loaded import AdapterSize
 from sfumato.options import Options
@@ -264,8 +264,9 @@ def test_every_other_error_has_its_form() -> None:
     with connect(FakeBackend(error=BusyError("too many wait"))) as client:
         busy = ask(client, {"q": NOUL})
     assert failure(busy, 503)[0] == "overloaded_error" and busy.headers["retry-after"] == "1"
-    with connect(FakeBackend(error=ZeroDivisionError())) as client:
-        assert failure(ask(client, {"q": NOUL}), 500)[0] == "internal_error"
+    for error, kind in ((ZeroDivisionError(), "internal_error"), (NumericError("not finite"), "numeric_error")):
+        with connect(FakeBackend(error=error)) as client:
+            assert failure(ask(client, {"q": NOUL}), 500)[0] == kind
 
 
 ADAPTED = replace(CARD, adapters=(AdapterSize("own", 4, 1000), AdapterSize("jev-preview", 4, 1000)))

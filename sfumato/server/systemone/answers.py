@@ -123,6 +123,7 @@ def error_form(error: Refusal) -> tuple[dict[str, Any], int]:
         fault = {"loc": ["body", *place], "msg": str(error), "type": _CODES.get(code, code)}
         return {"detail": [fault]}, 422
     kind = _TYPES.get(error.status, "invalid_request_error")
+    kind = "numeric_error" if error.error["code"] == "numeric_error" else kind
     return {"detail": {"error_type": kind, "message": str(error)}}, error.status
 
 

@@ -39,7 +39,7 @@ def parts_of(content_type: str, data: bytes, most: int) -> dict[str, FormPart]:
     delimiter = b"\r\n--" + boundary.encode()
     whole = b"\r\n" + data
     if (count := whole.count(delimiter) - 1) > most:
-        raise Refusal(422, f"the body has {count} parts, more than the {most} allowed; send fewer", code="too_long")
+        raise Refusal(400, f"the body has {count} parts, more than the {most} allowed; send fewer", code="too_long")
     _, *sections = whole.split(delimiter)
     parts: dict[str, FormPart] = {}
     for section in sections:
@@ -72,4 +72,4 @@ def _part(section: bytes) -> FormPart:
 
 
 def _broken(why: str) -> Refusal:
-    return Refusal(422, f"the body is no {MEDIA}: {why}; send it as a form's client does", code="multipart_invalid")
+    return Refusal(400, f"the body is no {MEDIA}: {why}; send it as a form's client does", code="multipart_invalid")

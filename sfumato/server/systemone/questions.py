@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sfumato.errors import InputError
@@ -23,11 +24,29 @@ TYPES: Mapping[str, str] = {"noul": "noul", "choice": "choice", "score": "score"
 """Kinds of questions by their names on the wire."""
 
 
-class QuestionReader:
-    """Reads the questions of one request, whose state is a text by now. `reading` has the limits."""
+@dataclass(frozen=True)
+class QuestionForm:
+    """How a dialect writes questions."""
 
-    def __init__(self, reading: BodyReading, state: Any) -> None:
-        self.reading, self.state = reading, state
+    types: Mapping[str, str]
+    """Kinds of questions by their names."""
+    default: str | None = None
+    """The name that is meant where a question has no type; None: it is missing."""
+    has_lists: bool = False
+    """Whether the options of a choice may be a list of names."""
+    has_tags: bool = True
+    """Whether the place of a fault names the type behind the id, as a tagged union of pydantic's does."""
+
+
+SYSTEM_ONE = QuestionForm(TYPES)
+"""As /v1/systemone has them."""
+
+
+class QuestionReader:
+    """Reads the questions of one request about a state. `reading` has the limits."""
+
+    def __init__(self, reading: BodyReading, state: Any, form: QuestionForm = SYSTEM_ONE) -> None:
+        self.reading, self.state, self.form = reading, state, form
         self.options = 0
         """Of all its questions so far, passages too."""
         self._passages: dict[str, int] = {}
@@ -41,7 +60,7 @@ class QuestionReader:
                 raise refused(place, "the id of a question is empty; give it one", "string_too_short")
             if not isinstance(record, dict):
                 raise refused(place, f"a question is {beginning_of(record)}; give an object with a type", "model_type")
-            if record.get("type") == BOX:
+            if record.get("type") == BOX and self.form is SYSTEM_ONE:
                 self._check_box(record, (*place, BOX))
                 continue
             questions[id] = self._question(record, place)
@@ -50,18 +69,20 @@ class QuestionReader:
         return questions
 
     def _question(self, record: Mapping[str, Any], place: BodyPlace) -> Question:
-        name = record.get("type")
-        if "type" not in record:
-            raise refused((*place, "type"), f"type is missing; choose {', '.join(TYPES)}", "missing")
-        if not isinstance(name, str) or name not in TYPES:
-            message = f"type is {beginning_of(name)}; choose {', '.join(TYPES)}"
+        types, name = self.form.types, record.get("type", self.form.default)
+        if name is None and "type" not in record:
+            raise refused((*place, "type"), f"type is missing; choose {', '.join(types)}", "missing")
+        if not isinstance(name, str) or name not in types:
+            message = f"type is {beginning_of(name)}; choose {', '.join(types)}"
             raise refused((*place, "type"), message, "union_tag_invalid")
-        kind, place = TYPES[name], (*place, name)
+        kind = types[name]
+        if self.form.has_tags:
+            place = (*place, name)
         self._leave_out(record, (*FIELDS[kind], "type", f"{OWN}depends_on"), place)
         plain = {name: record[name] for name in FIELDS[kind] if name in record}
         if (above := record.get(f"{OWN}depends_on")) is not None:
             plain["depends_on"] = above
-        if kind == "choice" and isinstance(plain.get("criteria"), list):
+        if kind == "choice" and not self.form.has_lists and isinstance(plain.get("criteria"), list):
             message = "criteria is a list; give an object of options, each with what it means, or null"
             raise refused((*place, "criteria"), message, "dict_type")
         self._check_size(kind, plain.get("criteria"), place)
@@ -132,7 +153,7 @@ def _check_dependencies(questions: Mapping[str, Question]) -> None:
 
 def refused(place: BodyPlace, message: str, code: str = "value_error") -> Refusal:
     """The refusal of what stands at this place of a body."""
-    return Refusal(422, message, param=short(place_name(place), 200) or None, code=code, place=place)
+    return Refusal(400, message, param=short(place_name(place), 200) or None, code=code, place=place)
 
 
 def place_of(error: InputError, ids: Iterable[str]) -> BodyPlace:
