@@ -56,13 +56,16 @@ def test_extract_gives_a_record_of_the_schema(capsys: pytest.CaptureFixture[str]
     assert list(record) == list(module.SCHEMA["properties"])
 
 
-def test_decide_gives_a_choice_to_every_question(capsys: pytest.CaptureFixture[str]) -> None:
+def test_decide_answers_every_question_or_says_that_it_was_not_asked(capsys: pytest.CaptureFixture[str]) -> None:
     module = example("decide")
     lines = output_of(module, capsys).splitlines()
     assert [line for line in lines if not line.startswith("  ")] == module.TEXTS
-    answers = [line.split() for line in lines if line.startswith("  ")]
-    assert [name for name, _, _ in answers] == [f"{name}:" for name in module.QUESTIONS] * len(module.TEXTS)
-    assert all(choice in module.QUESTIONS[name[:-1]] for name, choice, _ in answers)
+    answers = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
+    assert [name for name, _ in answers] == [f"{name}:" for name in module.QUESTIONS] * len(module.TEXTS)
+    values = [answer.partition(" (sure by ")[0] for _, answer in answers]
+    for text, team, refund, tone, reason in zip(module.TEXTS, *(values[at::4] for at in range(4)), strict=True):
+        assert team in module.QUESTIONS["team"].options and tone in ("0", "1", "2", "3")
+        assert reason in text if refund == "true" else reason == "not asked"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

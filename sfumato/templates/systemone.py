@@ -78,6 +78,8 @@ def decide_of(body: Any, **reading: Any) -> Decide:
     if options.seed is None or body.get("x_seed") is not None:
         seed = body.get("x_seed")
         options = options.with_changes({"seed": DEFAULT_SEED if seed is None else seed})
+    if body.get("x_adapter") is not None:
+        options = options.with_changes({"adapter": body["x_adapter"]})
     return Decide(body["state"], questions, options=options, **fields)
 
 
