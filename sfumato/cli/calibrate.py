@@ -222,7 +222,8 @@ class StateReading:
         try:
             return asyncio.run(self._reads_of(states))
         except KeyboardInterrupt:
-            self.console.print(f"stopped; what is read is kept in {self.kept.path}: run it again and it goes on")
+            place = f"stopped; what is read is kept in {self.kept.path}: run it again and it goes on"
+            self.console.print(visible(place), soft_wrap=True)
             raise
 
     async def _reads_of(self, states: Sequence[LabelledState]) -> list[LabelledRead]:
