@@ -90,6 +90,8 @@ class FileReport(TypedDict):
     obstacle: str | None
     """Why it cannot be loaded."""
     notices: list[str]
+    calibration: dict[str, Any] | None
+    """How sure decisions are, as `sfumato calibrate` has written it; None: nothing is known."""
 
 
 class Report(TypedDict):
@@ -156,6 +158,7 @@ def report(config: ModelConfig, context: int, gpu: Gpu | None = None, name: str 
 
 def file_report(checkpoint: Checkpoint) -> FileReport:
     """What a checkpoint's tensors are stored as, and held as, by their bytes."""
+    from sfumato.checkpoints.contents import calibration_of
     from sfumato.checkpoints.load import held
     from sfumato.checkpoints.names import VISION
 
@@ -170,6 +173,7 @@ def file_report(checkpoint: Checkpoint) -> FileReport:
         in_memory = [{"kind": kind, "tensors": n, "bytes": size} for kind, (n, size) in held(checkpoint).items()]
     except CheckpointError as error:
         obstacle = str(error)
+    calibration = calibration_of(checkpoint)
     return {
         "format": checkpoint.format,
         "tensors": len(checkpoint.entries),
@@ -179,6 +183,7 @@ def file_report(checkpoint: Checkpoint) -> FileReport:
         "held": sorted(in_memory, key=lambda one: -one["bytes"]),
         "obstacle": obstacle,
         "notices": list(checkpoint.notices),
+        "calibration": calibration.to_dict() if calibration.temperatures else None,
     }
 
 

@@ -3,7 +3,7 @@
 One temperature for each kind of question divides the logarithms of its probabilities (Guo et al. 2017, "On Calibration
 of Modern Neural Networks"). It minimises the log loss of labelled answers, which is convex in 1/T, so that the one
 minimum is where the slope is 0. A weak pull towards T = 1 keeps a few labels that are all right from ending in
-certainty. Figures "after" come from answers that the temperature was not fitted on: those of one half with the
+certainty. Quality "after" come from answers that the temperature was not fitted on: those of one half with the
 temperature of the other, both ways, where one state's answers are always in the same half; or those of a second file.
 
 *The* expected calibration error (ECE) here is that of the likeliest option over 15 bins of equal width. Beside it stand
@@ -71,7 +71,7 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Quality:
     """How good probabilities are."""
 
     accuracy: float
@@ -90,8 +90,8 @@ class Figures:
     """That of the probability of "true" over bins of equal width; of nouls alone."""
 
     def to_dict(self) -> dict[str, float]:
-        """By name, without what does not apply."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """By name, to six places, without what does not apply."""
+        return {name: round(value, 6) for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class KindReport:
     labels: int
     fit: Fit | None
     """None: there are too few labels, and the temperature stays 1."""
-    before: Figures
-    after: Figures
+    before: Quality
+    after: Quality
     before_bins: tuple[Bin, ...]
     after_bins: tuple[Bin, ...]
 
@@ -131,13 +131,13 @@ def fit(reads: Sequence[LabelledRead]) -> Fit:
     return Fit(temperature, temperature**2 / math.sqrt(moments(b)[1]))
 
 
-def figures(reads: Sequence[LabelledRead]) -> Figures:
+def figures(reads: Sequence[LabelledRead]) -> Quality:
     """How good these probabilities are. Of no reads all figures are 0."""
     count = max(1, len(reads))
     confident = [(read.probabilities[read.choice], read.choice == read.label) for read in reads]
     squares = [sum((p - (n == read.label)) ** 2 for n, p in enumerate(read.probabilities)) for read in reads]
     nouls = [(read.probabilities[0], read.label == 0) for read in reads if read.kind == "noul"]
-    return Figures(
+    return Quality(
         accuracy=sum(is_right for _, is_right in confident) / count,
         log_loss=-sum(math.log(max(FLOOR, read.probabilities[read.label])) for read in reads) / count,
         brier=sum(squares) / count,
@@ -201,7 +201,7 @@ def calibration_of_reports(reports: Sequence[KindReport], base: Calibration) -> 
     """What is written of these reports; `base` says the rest: the model, steps and samples."""
     return replace(
         base,
-        temperatures={one.kind: one.fit.temperature for one in reports if one.fit is not None},
+        temperatures={one.kind: round(one.fit.temperature, 6) for one in reports if one.fit is not None},
         labels={one.kind: one.labels for one in reports},
         before={one.kind: one.before.to_dict() for one in reports},
         after={one.kind: one.after.to_dict() for one in reports},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from adapter_files import random_adapter
 
-from sfumato import LLM
+from sfumato import LLM, Options
 from sfumato.checkpoints.adapters import write_adapter
 from sfumato.checkpoints.calibration import FILE, Calibration, beside, calibration_beside, read_calibration
 from sfumato.checkpoints.contents import calibration_of
@@ -22,10 +23,11 @@ from sfumato.errors import CheckpointError, SfumatoError
 from sfumato.events import Decisions
 from sfumato.questions import Choice, Noul, Question
 from sfumato.templates.decisions import tempered
+from sfumato.templates.requests import Decide
 
 MILD = Calibration({"noul": 1.5, "choice": 3.0}, {"noul": 70, "choice": 50}, {"noul": {"ece": 0.1}}, model="nano")
 QUESTIONS: dict[str, Question] = {"any": Noul("Is there any?"), "which": Choice(["1", "2", "3"])}
-SEED = {"seed": 3, "max_steps": 1}
+SEED: dict[str, Any] = {"seed": 3, "max_steps": 1}
 
 
 def calibrated_nano(folder: Path, calibration: Calibration = MILD) -> Path:
@@ -101,6 +103,8 @@ def test_decisions_are_divided_by_it(tmp_path: Path) -> None:
         assert sum(sure[id].probabilities.values()) == pytest.approx(1)
         assert sure[id].choice == plain[id].choice
         assert max(sure[id].probabilities.values()) < max(plain[id].probabilities.values())
+    batched = asyncio.run(llm.arun(Decide("123", QUESTIONS, options=Options(**SEED))))  # as the server's worker does
+    assert values(batched) == pytest.approx(values(sure), abs=1e-5)
     llm.planner.calibration = Calibration()
     assert values(llm.decide("123", QUESTIONS, options=SEED)) == pytest.approx(values(plain), abs=1e-6)
 

@@ -89,7 +89,7 @@ def test_bins_are_of_equal_width_and_hold_their_edges() -> None:
 
 
 def test_true_chances_have_no_error_and_sharp_ones_their_own() -> None:
-    """Of labels drawn from what is said the ECE is chance, which is foretold; of p sharpened it is the mean distance."""
+    """Of labels drawn from what is said the ECE is chance, which is foretold; of sharp ones the mean distance."""
     fair, sharp = reads_of(8000, 1.0), reads_of(8000, 3.0)
     assert figures(fair).ece == pytest.approx(figures(fair).ece_by_chance, rel=0.5)
     assert figures(fair[:500]).ece == pytest.approx(figures(fair[:500]).ece_by_chance, rel=0.5)
