@@ -6,7 +6,7 @@ import json
 import subprocess
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import ui_page
@@ -69,6 +69,33 @@ def bodies(page: Any, server: PageServer) -> Callable[[], list[dict[str, Any]]]:
     server.scripts["/v1/systemone"] = [answered]
     go(page, "Decide")
     return lambda: server.bodies("/v1/systemone")
+
+
+class StandIn:
+    """For the two Python clients: keeps what it is asked."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+        self.answers: dict[str, Any] = {}
+
+    def __call__(self, **more: Any) -> StandIn:
+        return self
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def connect(self, url: str, **more: Any) -> StandIn:
+        return self
+
+    def decide(self, state: Any, questions: Any, **options: Any) -> dict[str, Any]:
+        self.calls.append((state, questions, options))
+        return self.answers
+
+    def system_one(self, state: Any, questions: Any) -> StandIn:
+        self.calls.append((state, questions, {}))
+        return self
 
 
 def drop(page: Any, request: Any, name: str = "request.json") -> None:
@@ -248,35 +275,17 @@ def test_what_is_copied_asks_the_same(page: Any, bodies: Any) -> None:
     sent = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
     assert sent.startswith(f"{page.url.split('#')[0]}v1/systemone\n") and json.loads(sent[sent.index("\n{") :]) == body
 
-    calls: list[tuple[Any, Any, dict[str, Any]]] = []
-
-    class Client:
-        """Stands for the two clients: keeps what it is asked."""
-
-        answers: ClassVar[dict[str, Any]] = {}
-
-        def __init__(self, **more: Any) -> None: ...
-
-        def __enter__(self) -> Client:
-            return self
-
-        def __exit__(self, *error: object) -> None: ...
-
-        @classmethod
-        def connect(cls, url: str, **more: Any) -> Client:
-            return cls()
-
-        def decide(self, state: Any, questions: Any, **options: Any) -> dict[str, Any]:
-            calls.append((state, questions, options))
-            return {}
-
-        def system_one(self, state: Any, questions: Any) -> Client:
-            calls.append((state, questions, {}))
-            return self
-
+    calls: list[Any] = []
     for form in ("Python, sfumato", "Python, typesafe-sdk"):
         lines = [line for line in code(form).splitlines() if not line.startswith("from ")]
-        names = {"LLM": Client, "TypeSafeClient": Client, "Noul": Noul, "Choice": Choice, "Score": Score, "Span": Span}
+        names = {
+            "LLM": StandIn(calls),
+            "TypeSafeClient": StandIn(calls),
+            "Noul": Noul,
+            "Choice": Choice,
+            "Score": Score,
+            "Span": Span,
+        }
         exec("\n".join(lines), names)
     (state_1, own, options), (state_2, others, _) = calls
     assert state_1 == state_2 == body["state"]
