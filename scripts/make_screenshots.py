@@ -243,7 +243,7 @@ class Screen:
 
     def load_example(self, page: Page) -> None:
         page.get_by_role("link", name="Decide").click()
-        page.locator("#decide-example").select_option(index=1)
+        page.locator("#decide-example").select_option("An e-mail to route")
         page.locator("#decide-status", has_text="4 answers").wait_for()
         page.evaluate("scrollTo(0, 0)")
 

@@ -149,6 +149,16 @@ def test_questions_are_answered_live_and_only_those_that_changed_anew(page: Any,
     card(page, "quote").get_by_role("button", name=PASSAGE).click()
     selected = page.locator("#state").evaluate("field => field.value.slice(field.selectionStart, field.selectionEnd)")
     assert selected == PASSAGE
+    page.set_viewport_size({"width": 360, "height": 740})
+    wide = page.locator("#decide *").evaluate_all(
+        "all => all.filter(e => e.checkVisibility() && !e.closest('.unseen, #state-marks')"
+        " && e.getBoundingClientRect().right > 360.5).map(e => e.outerHTML.slice(0, 80))"
+    )
+    nameless = page.locator("#decide :is(input, textarea, select, button)").evaluate_all(
+        "all => all.filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim())"
+        ".map(e => e.outerHTML)"
+    )
+    assert (wide, nameless) == ([], [])
 
 
 def test_the_latest_wins_and_escape_stops(page: Any, server: PageServer, bodies: Any) -> None:
@@ -225,6 +235,7 @@ def test_questions_are_built_by_hand_with_255_options(page: Any, bodies: Any) ->
     page.keyboard.press("Control+v")
     page.keyboard.press("Control+Enter")
     expect(page.locator(STATUS)).to_contain_text("One answer in")
+    expect(page.locator(".option")).to_have_count(255)
     (body,) = bodies()
     assert [*body["questions"]["q1"]["criteria"].items()] == [(str(255 - at), f"the {at}th") for at in range(255)]
     names = page.locator(".bars .name").all_text_contents()

@@ -376,7 +376,8 @@ export function start() {
   byId("decide-example").addEventListener("change", () => {
     const name = byId("decide-example").value;
     byId("decide-example").value = "";
-    if (name) replace(fromRequest(JSON.stringify(EXAMPLES[name])), `“${name}” is loaded.`);
+    if (name === "empty") replace({ state: "", isJson: false, questions: [] }, "The state and the questions are removed.");
+    else if (name) replace(fromRequest(JSON.stringify(EXAMPLES[name])), `“${name}” is loaded.`);
   });
   for (const kind of ["noul", "choice", "score", "x_span"]) byId(`add-${kind}`).addEventListener("click", () => add(kind));
   byId("ask").addEventListener("click", () => ask());
