@@ -52,6 +52,12 @@ def known(id: str, option: str) -> float:
     return (1 - TRUST / 10) / len(others) if option in others else 0.0
 
 
+def scripted() -> dict[str, Decision]:
+    """The right answers themselves, where no trained model is at hand."""
+    shares = {id: {option: known(id, option) for option in question.options} for id, question in QUESTIONS.items()}
+    return {id: Decision(RIGHT[id], shares[id], question.kind) for id, question in QUESTIONS.items()}
+
+
 def words(x: float, y: float, text: str, kind: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{kind}" xml:space="preserve">{escape(text)}</text>'
 
@@ -91,8 +97,17 @@ def bars(x: float, id: str, decision: Decision) -> list[str]:
     return parts
 
 
-def picture(decisions: Decisions, samples: int) -> tuple[str, str]:
-    """The picture, and its caption."""
+def caption_of(decisions: Decisions, samples: int) -> str:
+    """What the run took."""
+    usage = decisions.usage
+    return (
+        f"{usage.prompt_tokens} tokens read once, three questions of {samples} draws each: {usage.passes} passes, "
+        f"{usage.seconds * 1000:.0f} ms; green marks: the right probabilities"
+    )
+
+
+def picture(decisions: Mapping[str, Decision], caption: str) -> str:
+    """The picture with its caption."""
     height = 68 + ROW * max(len(question.options) for question in QUESTIONS.values()) + 8
     parts = [panel(GAP, LEFT, height)]
     parts += [words(GAP + 14, TOP + 26 + 22 * at, line) for at, line in enumerate(STATE.split("\n"))]
@@ -101,15 +116,10 @@ def picture(decisions: Decisions, samples: int) -> tuple[str, str]:
         parts += [panel(x, WIDE, height), *bars(x, id, decision)]
     width = 2 * GAP + LEFT + len(decisions) * (WIDE + GAP)
     bottom = TOP + height + 30
-    usage = decisions.usage
-    caption = (
-        f"{usage.prompt_tokens} tokens read once, three questions of {samples} draws each: {usage.passes} passes, "
-        f"{usage.seconds * 1000:.0f} ms; green marks: the right probabilities"
-    )
     parts.append(words(width / 2, bottom, caption, "m t"))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 20}" width="{width}">'
     ground = f'<rect width="{width}" height="{bottom + 20}" rx="8" fill="{GROUND}"/>'
-    return "\n".join([head, STYLE, ground, *parts, "</svg>"]) + "\n", caption
+    return "\n".join([head, STYLE, ground, *parts, "</svg>"]) + "\n"
 
 
 def main() -> None:
@@ -118,13 +128,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/decide.svg"))
+    parser.add_argument("--scripted", action="store_true", help="draw the right answers, without a model")
     args = parser.parse_args()
+    if args.scripted:
+        args.out.write_text(picture(scripted(), "scripted answers; green marks: the right probabilities"))
+        return
     llm = LLM.load(args.model)
     llm.decide(STATE, QUESTIONS, samples=args.samples, seed=args.seed)
     llm.forget()  # the second time is without what the first one compiled, and encodes as it did
     decisions = llm.decide(STATE, QUESTIONS, samples=args.samples, seed=args.seed)
-    text, caption = picture(decisions, args.samples)
-    args.out.write_text(text)
+    caption = caption_of(decisions, args.samples)
+    args.out.write_text(picture(decisions, caption))
     print(f"{args.out}: {caption}")
 
 
