@@ -282,6 +282,11 @@ def test_what_is_copied_asks_the_same(page: Any, bodies: Any) -> None:
         "x_threshold": 0.5,
         "x_seed": 0,
     }
+    page.locator("#decide-example").select_option("Nothing")
+    page.locator("#decide-samples").fill("1")
+    drop(page, body)
+    expect(page.locator("#decide-samples")).to_have_value("4")
+    assert json.loads(code("JSON request")) == body
     shell = 'curl() { printf "%s\\n" "$@"; cat; }\n' + code("curl")
     sent = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
     assert sent.startswith(f"{page.url.split('#')[0]}v1/systemone\n") and json.loads(sent[sent.index("\n{") :]) == body
