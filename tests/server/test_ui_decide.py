@@ -6,7 +6,7 @@ import json
 import subprocess
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import ui_page
@@ -71,6 +71,33 @@ def bodies(page: Any, server: PageServer) -> Callable[[], list[dict[str, Any]]]:
     return lambda: server.bodies("/v1/systemone")
 
 
+class StandIn:
+    """For the two Python clients: keeps what it is asked."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+        self.answers: dict[str, Any] = {}
+
+    def __call__(self, **more: Any) -> StandIn:
+        return self
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def connect(self, url: str, **more: Any) -> StandIn:
+        return self
+
+    def decide(self, state: Any, questions: Any, **options: Any) -> dict[str, Any]:
+        self.calls.append((state, questions, options))
+        return self.answers
+
+    def system_one(self, state: Any, questions: Any) -> StandIn:
+        self.calls.append((state, questions, {}))
+        return self
+
+
 def drop(page: Any, request: Any, name: str = "request.json") -> None:
     """Let a file fall on the tab."""
     page.locator("#decide").evaluate(
@@ -122,6 +149,16 @@ def test_questions_are_answered_live_and_only_those_that_changed_anew(page: Any,
     card(page, "quote").get_by_role("button", name=PASSAGE).click()
     selected = page.locator("#state").evaluate("field => field.value.slice(field.selectionStart, field.selectionEnd)")
     assert selected == PASSAGE
+    page.set_viewport_size({"width": 360, "height": 740})
+    wide = page.locator("#decide *").evaluate_all(
+        "all => all.filter(e => e.checkVisibility() && !e.closest('.unseen, #state-marks')"
+        " && e.getBoundingClientRect().right > 360.5).map(e => e.outerHTML.slice(0, 80))"
+    )
+    nameless = page.locator("#decide :is(input, textarea, select, button)").evaluate_all(
+        "all => all.filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim())"
+        ".map(e => e.outerHTML)"
+    )
+    assert (wide, nameless) == ([], [])
 
 
 def test_the_latest_wins_and_escape_stops(page: Any, server: PageServer, bodies: Any) -> None:
@@ -198,6 +235,7 @@ def test_questions_are_built_by_hand_with_255_options(page: Any, bodies: Any) ->
     page.keyboard.press("Control+v")
     page.keyboard.press("Control+Enter")
     expect(page.locator(STATUS)).to_contain_text("One answer in")
+    expect(page.locator(".option")).to_have_count(255)
     (body,) = bodies()
     assert [*body["questions"]["q1"]["criteria"].items()] == [(str(255 - at), f"the {at}th") for at in range(255)]
     names = page.locator(".bars .name").all_text_contents()
@@ -244,39 +282,26 @@ def test_what_is_copied_asks_the_same(page: Any, bodies: Any) -> None:
         "x_threshold": 0.5,
         "x_seed": 0,
     }
+    page.locator("#decide-example").select_option("Nothing")
+    page.locator("#decide-samples").fill("1")
+    drop(page, body)
+    expect(page.locator("#decide-samples")).to_have_value("4")
+    assert json.loads(code("JSON request")) == body
     shell = 'curl() { printf "%s\\n" "$@"; cat; }\n' + code("curl")
     sent = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
     assert sent.startswith(f"{page.url.split('#')[0]}v1/systemone\n") and json.loads(sent[sent.index("\n{") :]) == body
 
-    calls: list[tuple[Any, Any, dict[str, Any]]] = []
-
-    class Client:
-        """Stands for the two clients: keeps what it is asked."""
-
-        answers: ClassVar[dict[str, Any]] = {}
-
-        def __init__(self, **more: Any) -> None: ...
-
-        def __enter__(self) -> Client:
-            return self
-
-        def __exit__(self, *error: object) -> None: ...
-
-        @classmethod
-        def connect(cls, url: str, **more: Any) -> Client:
-            return cls()
-
-        def decide(self, state: Any, questions: Any, **options: Any) -> dict[str, Any]:
-            calls.append((state, questions, options))
-            return {}
-
-        def system_one(self, state: Any, questions: Any) -> Client:
-            calls.append((state, questions, {}))
-            return self
-
+    calls: list[Any] = []
     for form in ("Python, sfumato", "Python, typesafe-sdk"):
         lines = [line for line in code(form).splitlines() if not line.startswith("from ")]
-        names = {"LLM": Client, "TypeSafeClient": Client, "Noul": Noul, "Choice": Choice, "Score": Score, "Span": Span}
+        names = {
+            "LLM": StandIn(calls),
+            "TypeSafeClient": StandIn(calls),
+            "Noul": Noul,
+            "Choice": Choice,
+            "Score": Score,
+            "Span": Span,
+        }
         exec("\n".join(lines), names)
     (state_1, own, options), (state_2, others, _) = calls
     assert state_1 == state_2 == body["state"]

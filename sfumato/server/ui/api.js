@@ -69,7 +69,7 @@ function errorOf({ error, detail }) {
   if (!detail) return error ?? {};
   if (!Array.isArray(detail)) return { message: detail.message, type: detail.error_type };
   const details = detail.filter((one) => Array.isArray(one?.loc) && typeof one.msg === "string");
-  return { message: details.map(({ loc, msg }) => `${loc.slice(1).join(".")}: ${msg}`).join(" "), details };
+  return { message: details.map(({ loc, msg }) => (msg.includes(loc.at(-1)) ? msg : `${loc.slice(1).join(".")}: ${msg}`)).join(" "), details };
 }
 
 export async function get(path) {

@@ -99,6 +99,7 @@ export class Bars {
     for (const [option, share] of shown) {
       const row = this.rows.get(option) ?? this.row(option, question);
       row.label.textContent = name(option);
+      row.root.title = name(option); // what is too long for its column
       row.share.textContent = percent(share);
       row.bar.style.inlineSize = `${100 * share}%`;
       row.root.classList.toggle("likeliest", option === top);
@@ -116,7 +117,7 @@ export class Bars {
 
   row(option, question) {
     const label = question.kind === "x_span"
-      ? el("button", { class: "quiet", type: "button", title: "Show it in the state", onclick: () => this.choose(option) })
+      ? el("button", { class: "quiet", type: "button", onclick: () => this.choose(option) })
       : el("span", { class: "name", dir: "auto" });
     const bar = el("span", { class: "bar" });
     const share = el("span", { class: "share" });

@@ -136,14 +136,17 @@ export class Card {
     this.acts.change();
   }
 
-  /** Many lines are many rows; the empty row that they are pasted into goes. */
+  /** Many lines are many rows, in place of those that are empty. */
   paste(event, at) {
     const lines = event.clipboardData.getData("text").split(/\r?\n/).map((line) => line.trim()).filter(Boolean);
     if (lines.length < 2) return;
     event.preventDefault();
-    const isEmpty = [...this.rows.children[at].querySelectorAll("input")].every(({ value }) => !value);
-    if (isEmpty) (this.question.kind === "choice" ? this.question.options : this.question.levels).splice(at, 1);
-    this.add(isEmpty ? at : at + 1, lines);
+    const name = this.question.kind === "choice" ? "options" : "levels";
+    const isFilled = (row) => (typeof row === "string" ? row : row.name || row.text);
+    const rows = this.question[name];
+    const before = rows.slice(0, at + 1).filter(isFilled);
+    rows.splice(0, rows.length, ...before, ...rows.slice(at + 1).filter(isFilled));
+    this.add(before.length, lines);
   }
 
   // ---- what it depends on ------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import { toast } from "./toast.js";
 import { trouble } from "./trouble.js";
 
 const PAUSE = 350; // ms without a change before it asks
+const SOON = 300; // ms after which an answer that has not come can be stopped
 const MOST_BYTES = 4 * 2 ** 20; // of a file
 const FIELDS = ["samples", "steps", "think", "threshold", "seed", "calibrated"];
 
@@ -129,7 +130,7 @@ async function ask(isOwn = true) {
   try {
     const body = json(bodyOf(questions));
     running = control;
-    showButtons();
+    setTimeout(showButtons, SOON);
     showStatus(`Reading ${questions.length === 1 ? "one question" : `${questions.length} questions`}…`);
     const start = performance.now();
     const answered = new Map(cards.map((card) => [card, keyOfCard(card)]));
@@ -376,7 +377,8 @@ export function start() {
   byId("decide-example").addEventListener("change", () => {
     const name = byId("decide-example").value;
     byId("decide-example").value = "";
-    if (name) replace(fromRequest(JSON.stringify(EXAMPLES[name])), `“${name}” is loaded.`);
+    if (name === "empty") replace({ state: "", isJson: false, questions: [] }, "The state and the questions are removed.");
+    else if (name) replace({ ...fromRequest(JSON.stringify(EXAMPLES[name])), values: null }, `“${name}” is loaded.`);
   });
   for (const kind of ["noul", "choice", "score", "x_span"]) byId(`add-${kind}`).addEventListener("click", () => add(kind));
   byId("ask").addEventListener("click", () => ask());

@@ -154,7 +154,9 @@ function questionOf(id, record) {
   };
 }
 
-/** The state and the questions of a request of System One's; null for JSON that is none, throws for a broken one. */
+const STANDARD = { samples: "1", steps: "1", think: "never", threshold: "0.5", seed: "0", calibrated: true };
+
+/** The state, the questions and the settings of a request of System One's; null for JSON that is none, throws for a broken one. */
 export function fromRequest(source) {
   const request = ordered(source);
   if (!(request instanceof Map) || !request.has("state") || !(request.get("questions") instanceof Map)) return null;
@@ -168,5 +170,7 @@ export function fromRequest(source) {
   for (const one of questions) if (above(one, questions).includes(one)) one.parent = "";
   const state = request.get("state");
   const isJson = typeof state !== "string";
-  return { state: isJson ? json(state, "  ") : state, isJson, questions };
+  const set = Object.keys(STANDARD).filter((name) => request.has(`x_${name}`)).map((name) => [name, request.get(`x_${name}`)]);
+  const values = { ...STANDARD, ...Object.fromEntries(set.map(([name, value]) => [name, typeof value === "boolean" ? value : plain(value)])) };
+  return { state: isJson ? json(state, "  ") : state, isJson, questions, values };
 }

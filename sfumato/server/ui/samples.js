@@ -22,6 +22,14 @@ export const EXAMPLES = {
       request: { type: "x_span", instructions: "Where does the writer say what is to be done?", unit: "sentence", x_depends_on: { refund: true } },
     },
   },
+  "A document for nano-decide": {
+    state: "trust 8 of 10\nann: red\ngus: blue\nkim lee: red\nleo: green\nmay: blue",
+    questions: {
+      green: { type: "noul", instructions: "Is any line green?" },
+      desk: { type: "choice", instructions: "Where does kim lee go?", criteria: { repair: "blue", sales: "red", support: "gold" } },
+      reds: { type: "score", instructions: "How many are red?", criteria: ["none", "one", "two", "three", "four", "five"] },
+    },
+  },
   "A record to check": {
     state: ORDER,
     questions: {
