@@ -53,7 +53,7 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "Templates": ("`from sfumato import Slot`.", ["sfumato.templates.slots.Slot"]),
     "Questions": (
-        "What `decide` asks: `from sfumato import Noul, Choice, Score, Span`. [decisions.md](decisions.md) is about them.",
+        "What `decide` asks: `from sfumato import Noul, Choice, …`. [decisions.md](decisions.md) is their page.",
         [f"sfumato.questions.{name}" for name in ("Noul", "Choice", "Score", "Span")],
     ),
     "Events": (
