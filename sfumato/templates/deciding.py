@@ -133,8 +133,6 @@ class Deciding:
     # ---- reads ------------------------------------------------------------------------------------------------------
 
     def _read(self, sheets: Sequence[_AnswerSheet], options: Options) -> Plan[dict[str, Decision]]:
-        if not sheets:
-            return {}
         head, tails = self._prompts(sheets, is_thinking=False)
         return (yield from self._read_behind(sheets, head, tails, options))
 
