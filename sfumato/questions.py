@@ -233,8 +233,8 @@ def question_of(record: Any) -> Question:
         )
     if kind == "span" and "instructions" not in values:
         raise InputError("a span has no instructions; say which passage is meant", option="instructions")
-    made: Question = KINDS[kind](depends_on=_dependency(record.get("depends_on")), **values)
-    return made
+    question: Question = KINDS[kind](depends_on=_dependency(record.get("depends_on")), **values)
+    return question
 
 
 def record_of(question: Question) -> dict[str, Any]:
