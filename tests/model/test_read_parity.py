@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def oracle_logits(theirs: Any, text: Sequence[int], canvases: Sequence[Tensor], 
     cache = DynamicCache(config=theirs.config.text_config)
     out = theirs(input_ids=torch.tensor([text]), past_key_values=cache, decoder_input_ids=canvases[0])
     logits = [out.logits[0, pins]]
-    for before, canvas in zip(canvases, canvases[1:], strict=False):
+    for before, canvas in itertools.pairwise(canvases):
         conditioning = out.logits.clone()
         conditioning[:, :pins] = -1e9
         conditioning[:, :pins].scatter_(2, before[:, :pins, None], 1e9)
