@@ -47,7 +47,7 @@ COPIES = 1 << 29
 """Bytes of copies of the cache at one time, unless a single one takes more."""
 
 
-class _Piece(NamedTuple):
+class _ReadPart(NamedTuple):
     """What a turn does of a read."""
 
     seat: int
@@ -80,14 +80,14 @@ class _Piece(NamedTuple):
 class _Line(NamedTuple):
     """A row of a pass: a glance, and the tokens that it brings along."""
 
-    piece: _Piece
+    part: _ReadPart
     place: int
     cache_row: int
     tokens: tuple[int, ...]
 
     @property
     def glance(self) -> Glance:
-        return self.piece.read.glances[self.place]
+        return self.part.read.glances[self.place]
 
 
 @dataclass(eq=False)
@@ -115,15 +115,15 @@ class ReadPasses:
         """Go on with the reads of these rows, whose prompts are encoded; those that have ended are done.
 
         `limit` bounds the positions of the turn, roughly (None: `POSITIONS`)."""
-        pieces = self._choose(seats, min(limit or POSITIONS, POSITIONS))
-        for length, steps in sorted({piece.shape for piece in pieces}):
-            self._run([piece for piece in pieces if piece.shape == (length, steps)])
-        for piece in pieces:
-            row = self.table.row(piece.seat)
-            row.positions_read += piece.positions
-            row.glances_done = piece.last
-            if piece.last == len(piece.read.glances):
-                row.reads_done, row.glances_done = piece.number + 1, 0
+        parts = self._choose(seats, min(limit or POSITIONS, POSITIONS))
+        for length, steps in sorted({part.shape for part in parts}):
+            self._run([part for part in parts if part.shape == (length, steps)])
+        for part in parts:
+            row = self.table.row(part.seat)
+            row.positions_read += part.positions
+            row.glances_done = part.last
+            if part.last == len(part.read.glances):
+                row.reads_done, row.glances_done = part.number + 1, 0
         for seat in seats:
             row = self.table.row(seat)
             if not row.has_failed and not row.is_read:
@@ -135,12 +135,12 @@ class ReadPasses:
 
     # ---- what a turn does -------------------------------------------------------------------------------------------
 
-    def _choose(self, seats: Sequence[int], limit: int) -> list[_Piece]:
+    def _choose(self, seats: Sequence[int], limit: int) -> list[_ReadPart]:
         """One read of each row, then the next of each, within so many positions."""
         after = [seat for seat in seats if seat >= self._next]
         order = [*after, *(seat for seat in seats if seat < self._next)]
         at = {seat: (self.table.row(seat).reads_done, self.table.row(seat).glances_done) for seat in order}
-        pieces: list[_Piece] = []
+        parts: list[_ReadPart] = []
         room = limit
         while order:
             for seat in list(order):
@@ -148,23 +148,23 @@ class ReadPasses:
                 if number == len(reads.each):
                     order.remove(seat)
                     continue
-                piece = self._piece(seat, number, first, reads, room)
-                keeps = piece.read.is_copied and not piece.is_whole
-                if room <= 0 or (keeps and pieces):
+                part = self._next_part(seat, number, first, reads, room)
+                keeps = part.read.is_copied and not part.is_whole
+                if room <= 0 or (keeps and parts):
                     self._next = seat
-                    return pieces
-                if keeps and not self._can_keep(piece):
+                    return parts
+                if keeps and not self._can_keep(part):
                     order.remove(seat)
                     continue
-                pieces.append(piece)
-                room -= piece.positions
-                is_ended = piece.last == len(piece.read.glances)
-                at[seat] = (number + 1, 0) if is_ended else (number, piece.last)
+                parts.append(part)
+                room -= part.positions
+                is_ended = part.last == len(part.read.glances)
+                at[seat] = (number + 1, 0) if is_ended else (number, part.last)
                 if not is_ended:
                     order.remove(seat)
-        return pieces
+        return parts
 
-    def _piece(self, seat: int, number: int, first: int, reads: Reads, room: int) -> _Piece:
+    def _next_part(self, seat: int, number: int, first: int, reads: Reads, room: int) -> _ReadPart:
         """As much of a read as there is room for: some of its tokens, or one canvas, at the least."""
         read, encode = reads.each[number], 0
         if read.is_copied:
@@ -172,72 +172,70 @@ class ReadPasses:
             left = len(read.tokens) - (copy.encoded if copy is not None and copy.number == number else 0)
             encode = min(left, max(room, 1))
             if encode < left:
-                return _Piece(seat, number, read, reads.steps, encode, first, first)
+                return _ReadPart(seat, number, read, reads.steps, encode, first, first)
             room -= encode
         count = min(len(read.glances) - first, max(1, room // (read.each * reads.steps)))
-        return _Piece(seat, number, read, reads.steps, encode, first, first + count)
+        return _ReadPart(seat, number, read, reads.steps, encode, first, first + count)
 
-    def _can_keep(self, piece: _Piece) -> bool:
+    def _can_keep(self, part: _ReadPart) -> bool:
         """Whether its copy of the cache is there, or has room beside those of others, which go first."""
-        if piece.seat in self._copies or not self._copies:
+        if part.seat in self._copies or not self._copies:
             return True
-        tokens = self.table.cache.lengths[piece.seat] + len(piece.read.tokens)
+        tokens = self.table.cache.lengths[part.seat] + len(part.read.tokens)
         size = KVCache.bytes_of(self.model.config, 1, tokens, self.model.dtype)
         return size + sum(copy.cache.bytes for copy in self._copies.values()) <= self.room
 
-    def _run(self, pieces: Sequence[_Piece]) -> None:
-        """Pieces whose canvases have one shape."""
-        plain = [piece for piece in pieces if not piece.read.is_copied]
+    def _run(self, parts: Sequence[_ReadPart]) -> None:
+        """Parts whose canvases have one shape."""
+        plain = [part for part in parts if not part.read.is_copied]
         lines = [
-            _Line(piece, place, piece.seat, piece.read.tokens)
-            for piece in plain
-            for place in range(piece.first, piece.last)
+            _Line(part, place, part.seat, part.read.tokens) for part in plain for place in range(part.first, part.last)
         ]
         for some in _passes(lines, self.table.cache):
             self._pass(some, self.table.cache)
-        for some_pieces in self._by_copies([piece for piece in pieces if piece.read.is_copied and piece.is_whole]):
-            copy = self._copied(some_pieces)
-            self._encode(copy, [piece.read.tokens for piece in some_pieces])
-            self._look(some_pieces, copy)
-        for piece in pieces:
-            if piece.read.is_copied and not piece.is_whole:
-                self._go_on(piece)
+        for some_parts in self._by_copies([part for part in parts if part.read.is_copied and part.is_whole]):
+            copy = self._copied(some_parts)
+            self._encode(copy, [part.read.tokens for part in some_parts])
+            self._look(some_parts, copy)
+        for part in parts:
+            if part.read.is_copied and not part.is_whole:
+                self._go_on(part)
 
-    def _go_on(self, piece: _Piece) -> None:
+    def _go_on(self, part: _ReadPart) -> None:
         """A part of a read that has a copy of the cache of its own."""
-        copy = self._copies.pop(piece.seat, None)
-        if copy is None or copy.number != piece.number:
-            copy = _Copy(piece.number, self._copied([piece]), 0)
-        if piece.encode:
-            self._encode(copy.cache, [piece.read.tokens[copy.encoded : copy.encoded + piece.encode]])
-            copy.encoded += piece.encode
-        if piece.last > piece.first:
-            self._look([piece], copy.cache)
-        if piece.last < len(piece.read.glances):
-            self._copies[piece.seat] = copy
+        copy = self._copies.pop(part.seat, None)
+        if copy is None or copy.number != part.number:
+            copy = _Copy(part.number, self._copied([part]), 0)
+        if part.encode:
+            self._encode(copy.cache, [part.read.tokens[copy.encoded : copy.encoded + part.encode]])
+            copy.encoded += part.encode
+        if part.last > part.first:
+            self._look([part], copy.cache)
+        if part.last < len(part.read.glances):
+            self._copies[part.seat] = copy
 
     # ---- copies of the cache ----------------------------------------------------------------------------------------
 
-    def _by_copies(self, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    def _by_copies(self, parts: Sequence[_ReadPart]) -> Iterator[list[_ReadPart]]:
         """Reads whose copies of the cache are made together: few enough, and of like length."""
         config, dtype = self.model.config, self.model.dtype
-        group: list[_Piece] = []
-        for piece in sorted(pieces, key=lambda piece: len(piece.read.tokens)):
-            longest = max(self.table.cache.lengths[one.seat] for one in [*group, piece]) + len(piece.read.tokens)
+        group: list[_ReadPart] = []
+        for part in sorted(parts, key=lambda part: len(part.read.tokens)):
+            longest = max(self.table.cache.lengths[one.seat] for one in [*group, part]) + len(part.read.tokens)
             too_many = KVCache.bytes_of(config, len(group) + 1, longest, dtype) > self.room
             least = len(group[0].read.tokens) if group else 0
-            if group and (too_many or len(group) * (len(piece.read.tokens) - least) > PADDING):
+            if group and (too_many or len(group) * (len(part.read.tokens) - least) > PADDING):
                 yield group
                 group = []
-            group.append(piece)
+            group.append(part)
         if group:
             yield group
 
-    def _copied(self, pieces: Sequence[_Piece]) -> KVCache:
+    def _copied(self, parts: Sequence[_ReadPart]) -> KVCache:
         """Copies of these rows of the cache, with room for the tokens of their reads."""
         held = self.table.cache.lengths
-        need = max(held[piece.seat] + len(piece.read.tokens) for piece in pieces)
-        return self.table.cache.fork([piece.seat for piece in pieces], need)
+        need = max(held[part.seat] + len(part.read.tokens) for part in parts)
+        return self.table.cache.fork([part.seat for part in parts], need)
 
     def _encode(self, copy: KVCache, tokens: Sequence[Sequence[int]]) -> None:
         """Encode these tokens, of each row of a copy."""
@@ -247,10 +245,10 @@ class ReadPasses:
             counts = [*map(len, parts)]
             self.model.encode(self.table.padded(parts, max(counts)), copy, rows, counts)
 
-    def _look(self, pieces: Sequence[_Piece], copy: KVCache) -> None:
-        """The canvases of pieces that have a row of a copy each."""
-        each = enumerate(pieces)
-        lines = [_Line(piece, place, row, ()) for row, piece in each for place in range(piece.first, piece.last)]
+    def _look(self, parts: Sequence[_ReadPart], copy: KVCache) -> None:
+        """The canvases of parts that have a row of a copy each."""
+        each = enumerate(parts)
+        lines = [_Line(part, place, row, ()) for row, part in each for place in range(part.first, part.last)]
         for some in _passes(lines, copy):
             self._pass(some, copy)
 
@@ -258,7 +256,7 @@ class ReadPasses:
 
     def _pass(self, lines: Sequence[_Line], cache: KVCache) -> None:
         """One pass for each step, over a canvas a line; keep the logits of the words that are asked for."""
-        (length, steps), device = lines[0].piece.shape, self.model.device
+        (length, steps), device = lines[0].part.shape, self.model.device
         rows, tokens = [line.cache_row for line in lines], [list(line.tokens) for line in lines]
         width = max(map(len, tokens))
         tokens_BT = self.table.padded(tokens, width) if width else None
@@ -272,20 +270,20 @@ class ReadPasses:
                 soft_BLD = soft_embedding(self.model, hidden_BLD, pin_BL)
         at = torch.tensor([range(len(lines)), [*map(len, pins)]])
         hidden_BD = hidden_BLD[tuple(to_device(at, device))]
-        for seat in {line.piece.seat for line in lines}:
+        for seat in {line.part.seat for line in lines}:
             self.table.row(seat).passes += steps
         self._collect(lines, hidden_BD)
 
     def _noise(self, lines: Sequence[_Line], step: int, length: int) -> Tensor:
         """The noise of these canvases, [B, L]; that of one draw is the same everywhere in a row."""
-        places = {(line.piece.seat, line.glance.draw): n for n, line in reversed([*enumerate(lines)])}
+        places = {(line.part.seat, line.glance.draw): n for n, line in reversed([*enumerate(lines)])}
         numbers = {place: n for n, place in enumerate(places)}
         seats, draws = [seat for seat, _ in places], [draw for _, draw in places]
         seeds = [self.table.row(seat).seed for seat in seats]
         noise_NL = to_device(self.noise.canvas_at(step, length, seats, seeds, draws), self.model.device)
         if len(numbers) == 1:
             return noise_NL.expand(len(lines), -1)
-        at_B = torch.tensor([numbers[line.piece.seat, line.glance.draw] for line in lines])
+        at_B = torch.tensor([numbers[line.part.seat, line.glance.draw] for line in lines])
         return noise_NL[to_device(at_B, self.model.device)]
 
     def _collect(self, lines: Sequence[_Line], hidden_BD: Tensor) -> None:
@@ -298,12 +296,12 @@ class ReadPasses:
         is_finite, flat = hidden_BD.float().sum(-1).isfinite().tolist(), logits_BW[at[0], at[1]].tolist()
         first = 0
         for n, line in enumerate(lines):
-            row, last = self.table.row(line.piece.seat), first + len(line.glance.words)
+            row, last = self.table.row(line.part.seat), first + len(line.glance.words)
             own, first = flat[first:last], last
             if not is_finite[n] or not all(map(math.isfinite, own)):
-                self.table.fail_of_numbers(line.piece.seat, "in a read")
+                self.table.fail_of_numbers(line.part.seat, "in a read")
             elif row.readings is not None:
-                row.readings.values[line.piece.number][line.place] = own
+                row.readings.values[line.part.number][line.place] = own
 
     def _done(self, seat: int) -> Done:
         row = self.table.row(seat)
@@ -346,7 +344,7 @@ def _passes(lines: Sequence[_Line], cache: KVCache) -> Iterator[list[_Line]]:
         size = len(line.tokens)
         more = len(group) * (size - len(group[-1].tokens)) if group else 0
         keys = max(keys, cache.lengths[line.cache_row])
-        positions = (len(group) + 1) * (size + line.piece.read.length)
+        positions = (len(group) + 1) * (size + line.part.read.length)
         is_full = positions > POSITIONS or (len(group) + 1) * keys > KEYS
         if group and (is_full or padding + more > max(PADDING, positions // 8)):
             yield group

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sfumato.model.cache import KVCache
 from sfumato.model.config import LayerConfig, ModelConfig
-from sfumato.model.passes import Pass
+from sfumato.model.passes import Pass, ReadPass
 from sfumato.ops.contract import After, BlockPass, BlockResult, JoinNorms, Layer, Matrix, Ops
 from sfumato.ops.lowrank import LanePair, LaneSwitch
 
@@ -432,7 +432,7 @@ class Model(nn.Module):
         `rows` are the cache rows that they stand behind, repeats allowed: none sees another. `tokens_BT` None: no
         tokens; of each, `counts` are real. Returns the canvases' normed hidden states [B, L, D]."""
         width = 0 if tokens_BT is None else tokens_BT.shape[1]
-        run = Pass(self, cache, rows, counts, width, canvas_BL.shape[1], is_kept=False)
+        run = ReadPass(self, cache, rows, counts, width, canvas_BL.shape[1])
         x_BTD = self._condition(canvas_BL, soft_BLD, run)
         if tokens_BT is not None:
             x_BTD = torch.cat([self._embed(tokens_BT), x_BTD], dim=1)

@@ -54,8 +54,9 @@ class Pass:
 
     Each row brings `encode` tokens (counts[i] of them real) and then `canvas` positions. As long as the cache's rows
     keep their lengths a pass may be run again: one serves all the steps of a canvas. Only `places` are read where a
-    recorded step needs them to change under it, its rows' lanes among them. What it encodes the cache appends, unless
-    it is not to be kept: such a pass may have several rows behind one row of the cache."""
+    recorded step needs them to change under it, its rows' lanes among them. What it encodes the cache appends."""
+
+    is_kept = True
 
     def __init__(
         self,
@@ -66,7 +67,6 @@ class Pass:
         encode: int,
         canvas: int,
         places: Places | None = None,
-        is_kept: bool = True,
     ) -> None:
         self.cache, self.rows, self.counts, self.encode, self.canvas = cache, rows, counts, encode, canvas
         self.config, self.dtype, device = model.config, model.dtype, model.device
@@ -100,7 +100,7 @@ class Pass:
             if key not in self.kinds:
                 ring = cache.ring(window)
                 used = ring if self.is_static else cache.used(window, rows)
-                mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used, is_kept)
+                mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used, self.is_kept)
                 positions_BT = mask.positions_BT() if positions_BT is None else positions_BT  # those of every kind
                 angles = _near if is_near else _angles
                 self.kinds[key] = (mask, *angles(positions_BT, layer.rope, layer.head_dim, self.dtype))
@@ -155,6 +155,12 @@ class Pass:
         if index not in self._scales:
             self._scales[index] = torch.where(self.is_canvas_N1, denoise_1, encode_1)
         return self._scales[index]
+
+
+class ReadPass(Pass):
+    """A pass of which the cache keeps nothing, so that several of its rows may stand behind one row of the cache."""
+
+    is_kept = False
 
 
 def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:

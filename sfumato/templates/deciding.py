@@ -117,7 +117,7 @@ class Deciding:
         except InputError as error:
             raise InputError(f"question {id!r}: {error}", option="questions") from None
         if question.depends_on is not None:
-            text = f"{_told(self.query.questions[question.depends_on.id], answers[question.depends_on.id])}\n{text}"
+            text = f"{_tell(self.query.questions[question.depends_on.id], answers[question.depends_on.id])}\n{text}"
         if answer_set.deepest >= self.config.canvas_length:
             raise InputError(
                 f"question {id!r} has options that are alike for {answer_set.deepest} tokens, more than a canvas of "
@@ -129,7 +129,7 @@ class Deciding:
     def _passages(self, span: Span, lead: str) -> tuple[list[str], list[tuple[int, int]], list[list[int]]]:
         """The passages that a span may quote, where they first stand, and their tokens; each but once."""
         messages = self.query.conversation
-        state = state_text(self.query.state) if messages is None else "\n\n".join(map(_said, messages))
+        state = state_text(self.query.state) if messages is None else "\n\n".join(map(_text_of, messages))
         passages: dict[tuple[int, ...], tuple[int, int]] = {}
         for first, last in span.passages(state):
             passages.setdefault(tuple(self.tokenizer.encode(f"{lead}{state[first:last]}")), (first, last))
@@ -255,13 +255,13 @@ def _thought_of(tokens: Sequence[int], opener: int | None, closer: int, ends: se
     return [*thought, closer] if opener is None or opener in thought else []
 
 
-def _said(message: Mapping[str, Any]) -> str:
+def _text_of(message: Mapping[str, Any]) -> str:
     """The text of a message."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
-def _told(question: Question, answer: Decision) -> str:
+def _tell(question: Question, answer: Decision) -> str:
     """What the model is told of an answer that another question depends on."""
     word = answer.choice
     if not isinstance(question, Span):
