@@ -17,6 +17,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, ClassVar, Literal, get_args
 
 from sfumato.errors import InputError
@@ -31,10 +32,11 @@ MOST_OPTIONS = 10_000
 """Options that a question may have, levels and passages too."""
 
 _ENDS: Mapping[str, str] = {
-    "sentence": r"(?<=[.!?])[\"'”’)\]]*\s+|\s*\n\s*",
-    "line": r"\s*\n\s*",
-    "paragraph": r"\s*\n\s*\n\s*",
+    "sentence": r"(?<=[.!?])[\"'”’)\]]*\s+|\n",
+    "line": r"\n",
+    "paragraph": r"\n\s*\n",
 }
+"""Patterns of what ends a passage, each found in time that grows with the text alone: white space around is cut off."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class Span:
 
     def passages(self, text: str) -> list[tuple[int, int]]:
         """The passages of a text: from character, to character; InputError where there is none, or too many."""
-        passages = list(_between(text, _ENDS[self.unit]))
+        passages = list(islice(_between(text, _ENDS[self.unit]), MOST_OPTIONS + 1))
         _check_count("passages", len(passages))
         return passages
 
@@ -284,7 +286,7 @@ def _lines(instructions: Any, *lines: str) -> str:
 def _between(text: str, ends: str) -> Iterator[tuple[int, int]]:
     """The parts of a text between these ends, without the white space around them."""
     start = 0
-    for last, following in [*(match.span() for match in re.finditer(ends, text)), (len(text), len(text))]:
+    for last, following in chain((match.span() for match in re.finditer(ends, text)), [(len(text), len(text))]):
         part = text[start:last]
         if part.strip():
             begin = start + len(part) - len(part.lstrip())
@@ -294,7 +296,8 @@ def _between(text: str, ends: str) -> Iterator[tuple[int, int]]:
 
 def _check_count(what: str, count: int) -> None:
     if not 1 <= count <= MOST_OPTIONS:
-        raise InputError(f"there are {count} {what}; give from 1 to {MOST_OPTIONS}", option="criteria")
+        some = f"more than {MOST_OPTIONS}" if count else "no"
+        raise InputError(f"there are {some} {what}; give from 1 to {MOST_OPTIONS}", option="criteria")
 
 
 def check_content(name: str, value: Any, is_needed: bool = False, option: str = "instructions") -> None:

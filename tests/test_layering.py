@@ -53,6 +53,7 @@ FENCES = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "prometheus_client": {"server"},
+    "backports": {"server.http"},
     "ray": {"server"},
     "transformers": {"checkpoints.formats"},
     "gguf": {"checkpoints.formats"},

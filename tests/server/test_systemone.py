@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -228,6 +229,15 @@ def test_the_sizes_of_requests_are_bounded(client: TestClient) -> None:
         assert "more than the 3 allowed" in fault(ask(other, {"a": {**SCORE, "criteria": ["a", "b", "c", "d"]}}))[1]
         three = {**SCORE, "criteria": ["a", "b", "c"]}
         assert fault(ask(other, {"a": three, "b": three}))[0] == ["questions"]
+
+
+@pytest.mark.parametrize("unit", ["sentence", "line", "paragraph"])
+@pytest.mark.parametrize("text", [" ", "\n", "\n ", ".", '."', "a\n", "a. ", "\t\r\n"])
+def test_a_state_is_divided_in_time_that_grows_with_it_alone(shared: TestClient, unit: str, text: str) -> None:
+    began = time.perf_counter()
+    state = "a." + text * (400_000 // len(text)) + "."
+    response = ask(shared, {str(number): {**SPAN, "unit": unit} for number in range(50)}, state=state)
+    assert response.status_code in (200, 422) and time.perf_counter() - began < 5
 
 
 def test_what_the_plan_refuses_has_its_place_too() -> None:

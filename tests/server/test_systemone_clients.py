@@ -142,9 +142,9 @@ def test_typesafes_awaited_client_does_too(llm: LLM) -> None:
 def test_typesafes_client_knows_the_errors(tmp_path: Path) -> None:
     image = typesafe.Image(b"\x89PNG\r\n\x1a\nand so on")
     with served(FakeBackend(), KEY) as url, typesafe.TypeSafeClient(api_key=KEY, base_url=url) as client:
-        with pytest.raises(typesafe.TypeSafeUnprocessableEntityError, match="reads no images") as refused:
+        with pytest.raises(typesafe.TypeSafeUnprocessableEntityError, match="reads no images") as refusal:
             client.system_one(state=image, questions={"dog": typesafe.Noul(instructions="Is there a dog?")})
-        assert refused.value.request_id.startswith("req_")
+        assert refusal.value.request_id.startswith("req_")
         with pytest.raises(typesafe.TypeSafeUnprocessableEntityError, match="reads no images"):
             client.system_one(state="x", questions={"dog": typesafe.Box(instructions="The dog")})
         with pytest.raises(typesafe.TypeSafeUnprocessableEntityError, match=r"questions\.q\.choice\.criteria: there"):
@@ -152,8 +152,10 @@ def test_typesafes_client_knows_the_errors(tmp_path: Path) -> None:
         with pytest.raises(typesafe.TypeSafeNotFoundError, match="there is no model 'gpt-5'"):
             client.system_one(state="x", questions={"q": RECORDS["refund"]}, model="gpt-5")
         stranger = typesafe.TypeSafeClient(api_key="no", base_url=url)
-        with pytest.raises(typesafe.TypeSafeAuthenticationError, match="API key"), stranger:
+        with pytest.raises(typesafe.TypeSafeAuthenticationError, match="API key"):
             stranger.system_one(state="x", questions={"q": RECORDS["refund"]})
+        with pytest.raises(typesafe.TypeSafeAuthenticationError, match="API key"), stranger:
+            stranger.models.list()
 
 
 def test_typesafes_client_comes_again_where_too_many_wait() -> None:

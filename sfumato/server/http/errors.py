@@ -66,6 +66,8 @@ class ClientGone(Exception):
 
 
 RETRY = {"retry-after": "1"}
+CLOSE = {"connection": "close"}
+"""For a body that is not read to its end: what follows is no request."""
 
 
 def refusal(error: Exception) -> Refusal:

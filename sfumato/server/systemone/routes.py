@@ -55,7 +55,7 @@ async def _read(service: Service, request: Request) -> SystemOneRequest:
         body = await service.read(request, SystemOneRequest)
         body.check_images(None)
         return body
-    content_type, data = request.headers["content-type"], await request.body()
+    content_type, data = request.headers["content-type"], await service.body(request)
     parts = await asyncio.to_thread(parts_of, content_type, data, service.settings.limits.max_parts)
     part = parts.pop(REQUEST, None)
     if part is None or part.media not in ("", "application/json"):
