@@ -133,7 +133,7 @@ class Deciding:
     # ---- reads ------------------------------------------------------------------------------------------------------
 
     def _read(self, sheets: Sequence[_AnswerSheet], options: Options) -> Plan[dict[str, Decision]]:
-        if not sheets:  # all of a wave are skipped
+        if not sheets:  # a wave of which nothing is to be asked
             return {}
         head, tails = self._prompts(sheets, is_thinking=False)
         return (yield from self._read_behind(sheets, head, tails, options))

@@ -65,7 +65,8 @@ def test_a_request_is_read_as_it_was_written() -> None:
         options=Options(seed=5),
     )
     body = sent(body_of(query))
-    assert decide_of(body | {"model": "any", "seed": 9, "x_other": 1, "x_adapter": "mine"}) == query
+    assert decide_of(body | {"model": "any", "seed": 9, "x_other": 1}) == query
+    assert decide_of(body | {"x_adapter": "mine"}).options == Options(seed=5, adapter="mine")
     assert body["questions"]["order"]["type"] == "x_span" and body["questions"]["anger"]["x_depends_on"] == {
         "refund": "true"
     }
