@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,15 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from sfumato.cli import files
 from sfumato.cli.output import put
-from sfumato.errors import BusyError, InputError, SfumatoError
+from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
 from sfumato.events import Decisions
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.requests import Decide
 
 AT_ONCE = 32
 """Requests under way."""
+AT_ONCE_ELSEWHERE = 8
+"""The same at a server that is not Sfumato's, and may hold no more connections."""
 PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds that are waited before a busy server is asked again."""
+"""Seconds that are waited before a server that is busy, or was lost, is asked again."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def json_lines(name: str) -> Iterator[tuple[int, Any]]:
     "-" is standard input. InputError is raised where the file cannot be read."""
     where = "standard input" if name == "-" else name
     try:
-        with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+        with _standard_input() if name == "-" else open(name, "rb") as file:
             for number, line in enumerate(_lines(file), 1):
                 try:
                     text = files.decode(line, f"line {number} of {where}").removeprefix(files.BOM)
@@ -106,6 +108,14 @@ def json_lines(name: str) -> Iterator[tuple[int, Any]]:
                     yield number, error
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}; give JSON lines, or - for standard input") from None
+
+
+def _standard_input() -> AbstractContextManager[IO[bytes]]:
+    """Standard input under a buffer of its own, as Python's cannot be closed while another thread waits for a line."""
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except (OSError, ValueError):  # none of the system's
+        return nullcontext(sys.stdin.buffer)
 
 
 def read_requests(name: str) -> dict[str, Any] | Iterable[tuple[int, Any]]:
@@ -190,9 +200,10 @@ def answer_lines(llm: LanguageModel, items: Iterable[LineRequest], target: LineF
 async def _answer(
     llm: LanguageModel, items: Iterable[LineRequest], write: Callable[[LineRequest, Decisions | InputError], None]
 ) -> None:
-    """Answer items as they come, a few dozen at a time; answers are written in their order, each as soon as it can be."""
+    """Answer items as they come, several at a time; answers are written in their order, each as soon as it can be."""
     waiting: deque[tuple[LineRequest, asyncio.Task[Decisions | InputError]]] = deque()
-    feed = _Feed(items)
+    is_elsewhere = llm.is_remote and not getattr(llm, "is_sfumato", True)
+    feed = _Feed(items, AT_ONCE_ELSEWHERE if is_elsewhere else AT_ONCE)
     coming: asyncio.Task[LineRequest | None] | None = asyncio.create_task(feed.get())
     try:
         while coming is not None or waiting:
@@ -218,8 +229,8 @@ async def _answer(
 class _Feed:
     """Items that another thread reads, which may wait for whoever writes them; no more than there is room for."""
 
-    def __init__(self, items: Iterable[LineRequest]) -> None:
-        self.room = threading.Semaphore(AT_ONCE)
+    def __init__(self, items: Iterable[LineRequest], most: int) -> None:
+        self.room = threading.Semaphore(most)
         self._is_over = False
         self._queue: asyncio.Queue[LineRequest | Exception | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -259,7 +270,7 @@ async def _outcome(llm: LanguageModel, query: Decide | InputError) -> Decisions 
             return await llm.arun(query)
         except InputError as error:
             return error
-        except BusyError:
+        except (BusyError, WorkerError):
             if pause is None:
                 raise
             await asyncio.sleep(pause)
