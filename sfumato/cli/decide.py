@@ -138,6 +138,7 @@ def _answer_one(state: Any, asking: _Asking, as_json: bool, connect: Connect) ->
 def _answer_data(data: str, asking: _Asking, target: LineFile | None, connect: Connect) -> None:
     """The same questions about each line's text or data."""
     asking.query("any")  # before the model is loaded
+    total = count_lines(data)
 
     def item(number: int, value: Any) -> LineRequest:
         def line(outcome: Decisions | InputError) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def _answer_data(data: str, asking: _Asking, target: LineFile | None, connect: C
 
         return LineRequest.of(number, value, asking.query, line)
 
-    answer_lines(connect(), (item(*one) for one in json_lines(data)), target, count_lines(data))
+    answer_lines(connect(), (item(*one) for one in json_lines(data)), target, total)
 
 
 def _answer_requests(
@@ -168,6 +169,7 @@ def _answer_requests(
             answer = answers_of(llm.run(one), llm.name)
         write_line(answer, target)
         return
+    total = len(requests) if isinstance(requests, list) else count_lines(file)
     llm = connect()
 
     def line(outcome: Decisions | InputError) -> dict[str, Any]:
@@ -175,9 +177,7 @@ def _answer_requests(
             return {"detail": {"error_type": "invalid_request_error", "message": str(outcome)}}
         return answers_of(outcome, llm.name)
 
-    answer_lines(
-        llm, (LineRequest.of(number, body, query, line) for number, body in requests), target, count_lines(file)
-    )
+    answer_lines(llm, (LineRequest.of(number, body, query, line) for number, body in requests), target, total)
 
 
 def _show(decisions: Decisions, questions: dict[str, Question]) -> None:

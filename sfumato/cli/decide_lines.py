@@ -10,9 +10,10 @@ import asyncio
 import json
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,15 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from sfumato.cli import files
 from sfumato.cli.output import put
-from sfumato.errors import BusyError, InputError, SfumatoError
+from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
 from sfumato.events import Decisions
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.requests import Decide
 
 AT_ONCE = 32
 """Requests under way."""
+AT_ONCE_ELSEWHERE = 8
+"""The same at a server that is not Sfumato's, and may hold no more connections."""
 PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds that are waited before a busy server is asked again."""
+"""Seconds that are waited before a server that is busy, or was lost, is asked again."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def json_lines(name: str) -> Iterator[tuple[int, Any]]:
     "-" is standard input. InputError is raised where the file cannot be read."""
     where = "standard input" if name == "-" else name
     try:
-        with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+        with _standard_input() if name == "-" else open(name, "rb") as file:
             for number, line in enumerate(_lines(file), 1):
                 try:
                     text = files.decode(line, f"line {number} of {where}").removeprefix(files.BOM)
@@ -105,6 +108,14 @@ def json_lines(name: str) -> Iterator[tuple[int, Any]]:
                     yield number, error
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}; give JSON lines, or - for standard input") from None
+
+
+def _standard_input() -> AbstractContextManager[IO[bytes]]:
+    """Standard input under a buffer of its own, as Python's cannot be closed while another thread waits for a line."""
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except (OSError, ValueError):  # none of the system's
+        return nullcontext(sys.stdin.buffer)
 
 
 def read_requests(name: str) -> dict[str, Any] | Iterable[tuple[int, Any]]:
@@ -136,11 +147,16 @@ def _value(text: str, name: str) -> Any:
 
 
 def count_lines(name: str) -> int | None:
-    """How many lines a file has that are not blank; None for standard input."""
-    if name == "-" or not os.path.isfile(name):
+    """How many lines a file has that are not blank; None for what is no file that can be read twice.
+
+    InputError where it cannot be read."""
+    if name == "-" or (os.path.exists(name) and not os.path.isfile(name)):
         return None
-    with open(name, "rb") as file:
-        return sum(bool(line.strip()) for line in file)
+    try:
+        with open(name, "rb") as file:
+            return sum(bool(line.strip()) for line in file)
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}; give JSON lines, or - for standard input") from None
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -182,29 +198,67 @@ def answer_lines(llm: LanguageModel, items: Iterable[LineRequest], target: LineF
 
 
 async def _answer(
-    llm: LanguageModel, items: Iterator[LineRequest], write: Callable[[LineRequest, Decisions | InputError], None]
+    llm: LanguageModel, items: Iterable[LineRequest], write: Callable[[LineRequest, Decisions | InputError], None]
 ) -> None:
-    """Answer items in their order, a few dozen at a time."""
+    """Answer items as they come, several at a time; answers are written in their order, each as soon as it can be."""
     waiting: deque[tuple[LineRequest, asyncio.Task[Decisions | InputError]]] = deque()
-
-    async def write_first() -> None:
-        item, task = waiting[0]
-        outcome = await task
-        waiting.popleft()
-        write(item, outcome)
-
+    is_elsewhere = llm.is_remote and not getattr(llm, "is_sfumato", True)
+    feed = _Feed(items, AT_ONCE_ELSEWHERE if is_elsewhere else AT_ONCE)
+    coming: asyncio.Task[LineRequest | None] | None = asyncio.create_task(feed.get())
     try:
-        for item in items:
-            if len(waiting) == AT_ONCE:
-                await write_first()
-            waiting.append((item, asyncio.create_task(_outcome(llm, item.query))))
-            await asyncio.sleep(0)  # it begins
-        while waiting:
-            await write_first()
+        while coming is not None or waiting:
+            heads = ([] if coming is None else [coming]) + [task for _, task in [*waiting][:1]]
+            await asyncio.wait(heads, return_when=asyncio.FIRST_COMPLETED)
+            while waiting and waiting[0][1].done():
+                item, task = waiting.popleft()
+                feed.room.release()
+                write(item, task.result())
+            if coming is not None and coming.done():
+                following = coming.result()
+                if following is not None:
+                    waiting.append((following, asyncio.create_task(_outcome(llm, following.query))))
+                coming = None if following is None else asyncio.create_task(feed.get())
     finally:
-        for _, task in waiting:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
+        feed.stop()
+        tasks = [task for _, task in waiting] + ([] if coming is None else [coming])
+        for one in tasks:
+            one.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Feed:
+    """Items that another thread reads, which may wait for whoever writes them; no more than there is room for."""
+
+    def __init__(self, items: Iterable[LineRequest], most: int) -> None:
+        self.room = threading.Semaphore(most)
+        self._is_over = False
+        self._queue: asyncio.Queue[LineRequest | Exception | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._read, args=(items,), daemon=True).start()
+
+    async def get(self) -> LineRequest | None:
+        """The next item; None behind the last. What went wrong with reading is raised."""
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """Read no more."""
+        self._is_over = True
+        self.room.release()
+
+    def _read(self, items: Iterable[LineRequest]) -> None:
+        with suppress(RuntimeError):  # the loop has closed, so that nobody waits
+            try:
+                for item in items:
+                    self.room.acquire()
+                    if self._is_over:
+                        return
+                    self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
+            except Exception as error:  # it is raised where the items are taken
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, error)
 
 
 async def _outcome(llm: LanguageModel, query: Decide | InputError) -> Decisions | InputError:
@@ -216,7 +270,7 @@ async def _outcome(llm: LanguageModel, query: Decide | InputError) -> Decisions 
             return await llm.arun(query)
         except InputError as error:
             return error
-        except BusyError:
+        except (BusyError, WorkerError):
             if pause is None:
                 raise
             await asyncio.sleep(pause)

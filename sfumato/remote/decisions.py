@@ -21,12 +21,13 @@ from sfumato.templates.waves import Waves, answer_sentence
 def decide(host: Host, model: str, query: Decide, is_sfumato: bool) -> Decisions:
     """The decisions of a query; InputError for an answer that no server of System One gives."""
     has_dependencies = any(question.depends_on is not None for question in query.questions.values())
-    return _decide(host, model, query) if is_sfumato or not has_dependencies else _in_waves(host, model, query)
+    is_one = is_sfumato or not has_dependencies
+    return _decide(host, model, query, is_sfumato) if is_one else _in_waves(host, model, query)
 
 
-def _decide(host: Host, model: str, query: Decide) -> Decisions:
+def _decide(host: Host, model: str, query: Decide, is_sfumato: bool) -> Decisions:
     """One request."""
-    body, began = {"model": query.options.adapter or model} | body_of(query), time.perf_counter()
+    body, began = {"model": query.options.adapter or model} | body_of(query, is_sfumato), time.perf_counter()
     answer = host.json("POST", DECISIONS, body)
     try:
         return decisions_of(query, answer, time.perf_counter() - began)
@@ -41,7 +42,7 @@ def _in_waves(host: Host, model: str, query: Decide) -> Decisions:
     waves, usages, seed = Waves(dict(query.questions)), list[Usage](), query.options.seed or 0
     while wave := waves.next():
         questions = {id: _with_answer(question, query, waves.answers) for id, question in wave.items()}
-        decisions = _decide(host, model, replace(query, questions=questions))
+        decisions = _decide(host, model, replace(query, questions=questions), False)
         waves.answers |= decisions.answers
         usages.append(decisions.usage)
         seed = decisions.seed

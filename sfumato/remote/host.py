@@ -263,7 +263,7 @@ class Host:
             return NoSuchRoute(f"{self.url} has no /v1{path}{what}{words}; {_REMEDIES.get(path, 'check the URL')}")
         if status and 300 <= status < 400:
             return InputError(f"{self.url} sends requests elsewhere{what}{words}; give that URL")
-        if code == "numeric_error":
+        if "numeric_error" in (kind, code):
             return NumericError(f"{self.url} failed{what}{words}")
         if code == "context_length_exceeded":
             return CapacityError(f"{self.url} refuses the request{what}{words}")
@@ -298,10 +298,11 @@ def _words_of(body: Any) -> tuple[str, Any, Any]:
         inner = inner["detail"]
     inner = inner if isinstance(inner, dict) else {"message": inner}
     message = inner.get("message") or inner.get("detail") or ""
-    if isinstance(message, list):
+    kind, code = inner.get("type") or inner.get("error_type"), inner.get("code")
+    if isinstance(message, list) and message:
+        code = message[0].get("type") if isinstance(message[0], dict) else code
         message = "; ".join(map(_fault_of, message[:_MOST_FAULTS]))
-    message = message if isinstance(message, str) else json.dumps(message)
-    return message, inner.get("type") or inner.get("error_type"), inner.get("code")
+    return message if isinstance(message, str) else json.dumps(message), kind, code
 
 
 def _fault_of(fault: Any) -> str:

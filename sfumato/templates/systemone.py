@@ -60,8 +60,9 @@ def record_for(question: Question) -> dict[str, Any]:
 def decide_of(body: Any, **reading: Any) -> Decide:
     """The query of a request's body, whose fields win over those of `Decide` in `reading`.
 
-    Other fields than `state`, `questions`, `assets` and ours are passed over, `model` too. InputError names the field
-    or the question that is wrong; what the fields may hold, the checks of `Decide` say."""
+    A state that is no text is data, unless `x_chat` says that it is a conversation. Other fields than `state`,
+    `questions`, `assets` and ours are passed over, `model` too. InputError names the field or the question that is
+    wrong; what the fields may hold, the checks of `Decide` say."""
     if not isinstance(body, Mapping):
         raise InputError(f"the request is {reprlib.repr(body)}; give an object with state and questions")
     for name in ("state", "questions"):
@@ -80,13 +81,23 @@ def decide_of(body: Any, **reading: Any) -> Decide:
         options = options.with_changes({"seed": DEFAULT_SEED if seed is None else seed})
     if body.get("x_adapter") is not None:
         options = options.with_changes({"adapter": body["x_adapter"]})
-    return Decide(body["state"], questions, options=options, **fields)
+    state = body["state"]
+    if not isinstance(state, str | Mapping | list):
+        raise InputError(f"state is {reprlib.repr(state)}; give a text, an object or a list", option="state")
+    query = Decide(state if body.get("x_chat") else state_text(state), questions, options=options, **fields)
+    if body.get("x_chat") and query.conversation is None:
+        raise InputError("x_chat is true, and the state is no list of messages; leave it out", option="x_chat")
+    return query
 
 
-def body_of(query: Decide) -> dict[str, Any]:
-    """The body that asks a server for this query's decisions, without the model. Ours stands in it only where used."""
+def body_of(query: Decide, is_sfumato: bool) -> dict[str, Any]:
+    """The body that asks a server for this query's decisions, without the model. Ours stands in it only where used.
+
+    To another server than Sfumato's a conversation is data like any other."""
     usual = Decide("", {})
     body: dict[str, Any] = {"state": query.state}
+    if is_sfumato and query.conversation is not None:
+        body["x_chat"] = True
     body["questions"] = {id: record_for(question) for id, question in query.questions.items()}
     names = [name for name in READING if getattr(query, name) != getattr(usual, name)]
     body |= {f"x_{name}": getattr(query, name) for name in names if name != "threshold" or query.think == "auto"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from sfumato.cli import answers
 from sfumato.cli.questions import QuestionFlags, ReadingFlags, read_questions
-from sfumato.errors import BusyError, InputError
+from sfumato.errors import BusyError, InputError, NumericError, WorkerError
 from sfumato.events import Decision, Decisions, Usage
 from sfumato.llm import LLM
 from sfumato.questions import Choice, Dependency, Noul, Question, Score, Span
@@ -243,32 +244,35 @@ def test_each_line_of_data_gets_its_line_of_answers(sfumato: Call, put: Put) -> 
             assert answer["probabilities"] == pytest.approx(alone[name]["probabilities"], abs=1e-5)
 
 
-def test_a_file_of_answers_is_gone_on_with_behind_its_last_whole_line(sfumato: Call, put: Put) -> None:
-    put("\n".join(f'"text {number}"' for number in range(34)), "d.jsonl")
+def test_a_file_of_answers_is_gone_on_with_behind_its_last_whole_line(
+    sfumato: Call, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.cli.decide_lines.AT_ONCE", 3)
+    put("\n".join(f'"text {number}"' for number in range(7)), "d.jsonl")
     command = ("decide", "--data", "d.jsonl", "--yes-no", "ok=Ok?", "--seed", "1", "-o", "out.jsonl")
     assert sfumato(*command) == (0, "", "")
     whole = Path("out.jsonl").read_bytes()
-    assert [json.loads(line)["line"] for line in whole.splitlines()] == [*range(1, 35)]
+    assert [json.loads(line)["line"] for line in whole.splitlines()] == [*range(1, 8)]
     for cut in (300, whole.rindex(b"\n", 0, -1) + 1, len(whole)):
         Path("out.jsonl").write_bytes(whole[:cut])
         assert sfumato(*command, "--resume")[0] == 0
         again = Path("out.jsonl").read_bytes()
-        assert [json.loads(line)["line"] for line in again.splitlines()] == [*range(1, 35)]
+        assert [json.loads(line)["line"] for line in again.splitlines()] == [*range(1, 8)]
         assert again.startswith(whole[: whole[:cut].rfind(b"\n") + 1])
     assert sfumato(*command)[0] == 2 and sfumato(*command, "--force")[0] == 0  # it is there already
 
 
-def test_a_busy_server_is_asked_again_and_one_that_fails_ends_the_rest(
-    sfumato: Call, put: Put, nano: LLM, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [BusyError("busy"), WorkerError("lost")])
+def test_a_busy_or_lost_server_is_asked_again(
+    sfumato: Call, nano: LLM, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    put('"a"\n"b"\n', "d.jsonl")
     waits: list[float] = []
     tries: list[str] = []
 
     async def arun(query: Decide) -> Decisions:
         tries.append(query.state)
-        if tries.count("b") == 1 and query.state == "b":
-            raise BusyError("busy")
+        if query.state == "b" and tries.count("b") < 3:
+            raise error
         return decided(ok=Decision("true", {"true": 1.0, "false": 0.0}, "noul"))
 
     async def sleep(seconds: float) -> None:
@@ -277,7 +281,46 @@ def test_a_busy_server_is_asked_again_and_one_that_fails_ends_the_rest(
     monkeypatch.setattr(nano, "arun", arun)
     monkeypatch.setattr("sfumato.cli.decide_lines.asyncio.sleep", sleep)
     code, out, _ = sfumato("decide", "--data", "-", "--yes-no", "ok=Ok?", stdin=b'"a"\n"b"\n')
-    assert code == 0 and len(out.splitlines()) == 2 and tries == ["a", "b", "b"] and max(waits) == 1.0
+    assert code == 0 and len(out.splitlines()) == 2
+    assert sorted(tries) == ["a", "b", "b", "b"] and waits == [1.0, 2.0]
+
+
+def test_an_answer_is_written_while_the_next_line_is_waited_for(
+    sfumato: Call, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    is_written = threading.Event()
+
+    def lines(_: str) -> Iterator[tuple[int, str]]:
+        yield 1, "first"
+        assert is_written.wait(60)  # nobody types the second line before the first is answered
+        yield 2, "second"
+
+    def put_line(line: str) -> None:
+        written.append(line)
+        is_written.set()
+
+    monkeypatch.setattr("sfumato.cli.decide.json_lines", lines)
+    monkeypatch.setattr("sfumato.cli.decide_lines.put", put_line)
+    assert sfumato("decide", "--data", "-", "--yes-no", "ok=Ok?") == (0, "", "")
+    assert [json.loads(line)["line"] for line in written] == [1, 2]
+
+
+def test_what_ends_a_run_leaves_the_lines_before_it(
+    sfumato: Call, put: Put, nano: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def arun(query: Decide) -> Decisions:
+        if query.state == "c":
+            raise NumericError("the numbers are not finite")
+        return decided(ok=Decision("true", {"true": 1.0, "false": 0.0}, "noul"))
+
+    monkeypatch.setattr(nano, "arun", arun)
+    monkeypatch.setattr("sfumato.cli.decide_lines.AT_ONCE", 2)
+    put("\n".join(f'"{letter}"' for letter in "abcdefgh"), "d.jsonl")
+    command = ("decide", "--data", "d.jsonl", "--yes-no", "ok=Ok?", "-o", "out.jsonl")
+    assert sfumato(*command) == (1, "", "sfumato: the numbers are not finite\n")
+    assert [json.loads(line)["line"] for line in Path("out.jsonl").read_text().splitlines()] == [1, 2]
+    assert sfumato("decide", "--data", "none.jsonl", "--yes-no", "ok=Ok?")[0] == 2
 
 
 # ---- System One -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from scripted_host import KEY, Reply, Scripted, as_json
 
 from sfumato import Choice, Decide, Noul, Score, Span
-from sfumato.errors import BusyError, InputError, SfumatoError
+from sfumato.errors import BusyError, CapacityError, InputError, NumericError, SfumatoError
 from sfumato.options import Options
 from sfumato.questions import Dependency, Question
 from sfumato.remote import Remote
@@ -62,6 +62,8 @@ def test_decisions_that_are_awaited_are_asked_for_together(ours: Scripted) -> No
         return await asyncio.gather(*(remote.arun(Decide(state, SURE)) for state in ("a", {"b": 1})))
 
     assert [one["sure"].choice for one in asyncio.run(both())] == ["true", "true"]
+    remote.decide([{"role": "user", "content": "Hi"}], SURE)
+    assert ours.body["x_chat"] is True and ours.requests.pop()
     assert sorted(str(body["state"]) for path, _, body in ours.requests if path == "/v1/systemone") == ["a", "{'b': 1}"]
 
 
@@ -142,6 +144,14 @@ def detail(kind: str, message: str, status: int, **headers: str) -> Reply:
             InputError,
             'request (422): {"msg": 3}; 7; null',
         ),
+        (
+            as_json(
+                {"detail": [{"loc": ["body", "state"], "msg": "too long", "type": "context_length_exceeded"}]}, 422
+            ),
+            *(None, CapacityError, "refuses the request (422): state: too long"),
+        ),
+        (detail("numeric_error", "not finite", 500), None, NumericError, "failed (500): not finite"),
+        (detail("overloaded_error", "full", 503, Retry_After="99"), None, BusyError, "is busy (503): full"),
         (detail("api_usage_error", "Unknown model: x", 400), None, InputError, "has no such model: Unknown model: x"),
         (detail("not_found", "Model not served: x", 404), None, InputError, "has no such model: Model not served"),
         (detail("authentication_error", "Must supply a key!", 403), None, InputError, "wants an API key (403)"),

@@ -47,7 +47,7 @@ def sent(value: Any) -> Any:
 
 def test_a_request_is_read_as_it_was_written() -> None:
     plain = Decide(STATE, {"refund": QUESTIONS["refund"], "mood": ["good", "bad"]})  # type: ignore[dict-item]
-    assert body_of(plain) == {  # to another's server nothing of ours
+    assert body_of(plain, False) == {  # to another's server nothing of ours
         "state": STATE,
         "questions": {
             "refund": {
@@ -64,14 +64,23 @@ def test_a_request_is_read_as_it_was_written() -> None:
         *(2, 3, 32, "auto", 0.25, False),
         options=Options(seed=5),
     )
-    body = sent(body_of(query))
-    assert decide_of(body | {"model": "any", "seed": 9, "x_other": 1, "x_adapter": "mine"}) == query
+    body = sent(body_of(query, True))
+    assert decide_of(body | {"model": "any", "seed": 9, "x_other": 1}) == query
+    assert decide_of(body | {"x_adapter": "mine"}).options == Options(seed=5, adapter="mine")
     assert body["questions"]["order"]["type"] == "x_span" and body["questions"]["anger"]["x_depends_on"] == {
         "refund": "true"
     }
     assert {name for name in body if name.startswith("x_")} == {
         *("x_steps", "x_samples", "x_canvas", "x_think", "x_threshold", "x_calibrated", "x_seed"),
     }
+
+
+def test_a_state_that_is_no_text_is_data_unless_it_is_said_to_be_a_conversation() -> None:
+    messages = [{"role": "user", "content": "Grüße"}]
+    query = Decide(messages, {"refund": QUESTIONS["refund"]}, options=Options(seed=0))
+    assert decide_of(sent(body_of(query, True))) == query and body_of(query, True)["x_chat"] is True
+    data = decide_of(body_of(query, False))
+    assert data.state == '[{"role": "user", "content": "Grüße"}]' and data.conversation is None
 
 
 def test_what_a_request_leaves_open_is_the_callers() -> None:
@@ -96,6 +105,8 @@ def test_what_a_request_leaves_open_is_the_callers() -> None:
         ({"state": "a", "questions": {"b": {"type": "x_span"}}}, "question 'b': a span has no", "instructions"),
         ({"state": "a", "questions": {}, "assets": {"i": {}}}, "images are not read yet", "assets"),
         ({"state": "a", "questions": {}, "x_seed": -1}, "seed", "seed"),
+        ({"state": 3, "questions": {}}, "state is 3; give a text", "state"),
+        ({"state": ["a"], "questions": {}, "x_chat": True}, "x_chat is true, and the state is no list", "x_chat"),
     ],
 )
 def test_a_request_that_is_none(body: Any, words: str, option: str | None) -> None:
