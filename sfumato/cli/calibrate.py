@@ -76,6 +76,7 @@ class Target:
     weights: str
     """What tells these weights from others."""
     name: str
+    """What the model is called: a folder's own name, not its path, as the file may go elsewhere."""
 
 
 @flags.takes(
@@ -162,18 +163,19 @@ def target_of(api: loading.ApiFlags, load: LoadOptions, output: CalibrationFlags
     if len(load.adapters or {}) > 1:
         raise InputError("several adapters are given, and each has its own calibration; give one", option="adapters")
     place = resolve(name)
+    label = Path(name).expanduser().resolve().name if is_named(place, name) else name
     for adapter, folder in (load.adapters or {}).items():
-        place, name = Path(folder).expanduser(), f"{name} with {adapter}"
+        place, label = Path(folder).expanduser(), f"{label} with {adapter}"
     weights = f"{load!r} {weights_of(place)}"
     if named is not None:
-        return Target(named.path, False, weights, name)
+        return Target(named.path, False, weights, label)
     path = beside(place)
     if not (load.adapters or is_named(place, name)) or not os.access(path.parent, os.W_OK):
         raise InputError(
             f"{name} is not in a folder of yours that can be written; give -o FILE, and load the model with "
             "--calibration FILE"
         )
-    return Target(path, True, weights, name)
+    return Target(path, True, weights, label)
 
 
 def is_named(place: Path, name: str) -> bool:

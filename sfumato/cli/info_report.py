@@ -188,12 +188,14 @@ def file_report(checkpoint: Checkpoint) -> FileReport:
 
 
 def adapter_facts(folder: Path) -> dict[str, Any] | None:
-    """What an adapter's files say of it, as `AdapterFacts` has it; None where the folder holds none."""
+    """What an adapter's files say of it, as `AdapterFacts` has it, and its calibration; None where there is none."""
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").exists():
         return None
     from sfumato.checkpoints.adapters import describe_adapter
+    from sfumato.checkpoints.calibration import calibration_beside
 
-    return asdict(describe_adapter(folder))
+    own = calibration_beside(folder)
+    return {**asdict(describe_adapter(folder)), "calibration": own.to_dict() if own.temperatures else None}
 
 
 def _as_json(gpu: Gpu) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def show_adapter(name: str, facts: dict[str, Any]) -> None:
     table.add_row("weights", ", ".join(changes))
     table.add_row("passes", facts["passes"])
     table.add_row("file", f"{size(facts['nbytes'])}, {number(facts['parameters'])} numbers")
+    if facts["calibration"] is not None:
+        table.add_row("decisions", visible(_calibrated(facts["calibration"])))
     if facts["aside"]:
         table.add_row("left aside", f"{facts['aside']} tensors for vision")
     console = Console(highlight=False)

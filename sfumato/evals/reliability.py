@@ -1,9 +1,9 @@
 """The reliability diagram: what was said against what was right, before and after, as one SVG without a library.
 
 A row for each kind of question. A bar is the share that is right among answers of like confidence; where it ends on the
-diagonal the model is as sure as it should be. What lies between a bar and the mean confidence is the error, in one
-colour where the model was too sure and in another where it was not sure enough. Below stands how many answers each bar
-is made of.
+diagonal the model is as sure as it should be, and bars of few answers are faint. What lies between a bar and the mean
+confidence is the error, in one colour where the model was too sure and in another where it was not sure enough. Below
+stands how many answers each bar is made of.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from sfumato.evals.calibration import Bin, KindReport, Quality
 
 SIDE, STRIP = 232, 34
 """Height and width of a diagram, and the height of the counts below it, in pixels."""
+RARE = 10
+"""Answers below which a bar is drawn faintly: it says little."""
 _LEFT, _TOP, _BETWEEN, _ROW, _FOOT = 52, 88, 56, 96, 40
 _STYLE = (
     "text{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px;fill:#8a8594}"
     ".h{font-size:15px;font-weight:bold;fill:#e4e0d4}.k{font-size:13px;fill:#e4e0d4}.e{text-anchor:end}.m{text-anchor:"
     "middle}.f{fill:#191820;stroke:#3a3744}.g{stroke:#2d2a36}.d{stroke:#8a8594;stroke-dasharray:4 4}"
-    ".b{fill:#6fb3a7}.o{fill:#d0705f;opacity:.75}.u{fill:#c9b58c;opacity:.75}.c{fill:#5f5a73}"
+    ".b{fill:#6fb3a7}.o{fill:#d0705f;opacity:.75}.u{fill:#c9b58c;opacity:.75}.c{fill:#5f5a73}.r{opacity:.35}"
 )
 
 
@@ -63,8 +65,9 @@ def _diagram(x: int, y: int, bins: Sequence[Bin], name: str, figures: Quality) -
             continue
         left = x + number * width + 1
         top, aim = y + SIDE * (1 - one.accuracy), y + SIDE * (1 - one.confidence)
-        yield _bar(left, top, width - 2, y + SIDE - top, "b")
-        yield _bar(left, min(top, aim), width - 2, abs(top - aim), "o" if aim < top else "u")
+        faint = " r" if one.count < RARE else ""
+        yield _bar(left, top, width - 2, y + SIDE - top, f"b{faint}")
+        yield _bar(left, min(top, aim), width - 2, abs(top - aim), ("o" if aim < top else "u") + faint)
         yield _bar(left, below, width - 2, max(1.0, STRIP * one.count / most), "c")
     yield f'<line x1="{x}" y1="{y + SIDE}" x2="{x + SIDE}" y2="{y}" class="d"/>'
     for share, word in ((0.0, "0"), (0.5, "0.5"), (1.0, "1")):

@@ -19,6 +19,7 @@ from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.locate import NANO
 from sfumato.checkpoints.save import save
+from sfumato.cli import main
 from sfumato.errors import CheckpointError, SfumatoError
 from sfumato.events import Decisions
 from sfumato.questions import Choice, Noul, Question
@@ -116,7 +117,7 @@ def test_a_file_elsewhere_is_loaded_by_name(tmp_path: Path) -> None:
         LLM.load("nano", calibration=tmp_path / "none.json")
 
 
-def test_an_adapter_has_its_own(tmp_path: Path) -> None:
+def test_an_adapter_has_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The model's temperatures are not those of an adapter, whose folder may have a file."""
     llm = LLM.load(calibrated_nano(tmp_path / "nano"))
     folder = tmp_path / "adapter"
@@ -131,6 +132,7 @@ def test_an_adapter_has_its_own(tmp_path: Path) -> None:
     assert sure["any"].probabilities == pytest.approx(plain["any"].probabilities, abs=1e-6)
     expected = tempered([*plain["which"].probabilities.values()], 0.5)
     assert [*sure["which"].probabilities.values()] == pytest.approx(expected, abs=1e-6)
+    assert main(["info", str(folder)]) == 0 and "temperatures choice 0.50" in capsys.readouterr().out
     write_adapter(random_adapter(llm.model, size=0.02), folder, llm.model, base="nano")
     assert not (folder / FILE).exists()  # other factors
 

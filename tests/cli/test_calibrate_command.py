@@ -62,7 +62,8 @@ def test_labels_become_a_file(sfumato: Command, labels: str, nano: LLM) -> None:
 
 def test_decisions_use_the_file_beside_the_model(put: Callable[..., str], labels: str, tmp_path: Path) -> None:
     shutil.copytree(NANO, tmp_path / "model")
-    assert main(["calibrate", "model", "--data", labels]) == 0
+    assert main(["calibrate", str(tmp_path / "model"), "--data", labels]) == 0
+    assert read_calibration(tmp_path / "model" / FILE).model == "model"
     llm = LLM.load(tmp_path / "model")
     temperature = read_calibration(tmp_path / "model" / FILE).temperatures["noul"]
     assert llm.planner.calibration.temperatures == {"noul": temperature}

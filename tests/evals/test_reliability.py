@@ -6,7 +6,7 @@ import random
 from xml.etree import ElementTree
 
 from sfumato.evals.calibration import FEW, KindReport, LabelledRead, judge
-from sfumato.evals.reliability import SIDE, draw
+from sfumato.evals.reliability import RARE, SIDE, draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -24,11 +24,12 @@ def reports() -> list[KindReport]:
 def test_every_bin_has_its_bar() -> None:
     results = reports()
     root = ElementTree.fromstring(draw(results, "nano"))
-    bars = [one for one in root.iter(f"{SVG}rect") if one.get("class") == "b"]
+    bars = [one for one in root.iter(f"{SVG}rect") if (one.get("class") or "").startswith("b")]
     bins = [one for report in results for one in (*report.before_bins, *report.after_bins) if one.count]
     assert len(bars) == len(bins) + 1  # and the legend's
     for bar, one in zip(bars, bins, strict=False):
         assert abs(float(bar.get("height", "nan")) - SIDE * one.accuracy) < 0.06
+    assert [" r" in bar.get("class", "") for bar in bars[:-1]] == [one.count < RARE for one in bins]
     texts = [one.text for one in root.iter(f"{SVG}text")]
     assert f"noul, {2 * FEW} answers" in texts and "too few labels: T = 1" in texts
     assert texts.count("before") == texts.count("after, held out") == 2
