@@ -165,20 +165,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lists = [sorting.generate(np.random.default_rng(seed), 4) for seed in range(40)]
     lines = [{"prompt": sorting.prompt(one), "response": sorting.answer_text(one)} for one in lists]
     (folder / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_questions(folder)
+    noul = {"type": "noul", "instructions": "Is a refund requested?"}
+    (folder / "request.json").write_text(json.dumps({"state": "It came broken.", "questions": {"refund": noul}}))
     return folder
-
-
-def write_questions(folder: Path) -> None:
-    """A mail, several, questions about them, and all of it as a request."""
-    questions = {"refund": {"type": "noul", "instructions": "Is a refund requested?"}, "tone": ["calm", "cross"]}
-    (folder / "mail.txt").write_text("The lamp came broken.\n")
-    (folder / "mails.jsonl").write_text(
-        '"The lamp came broken."\n{"subject": "Norway", "body": "Do you ship there?"}\n'
-    )
-    (folder / "questions.json").write_text(json.dumps(questions))
-    request = {"state": "The lamp came broken.", "questions": {"refund": questions["refund"]}}
-    (folder / "request.json").write_text(json.dumps(request))
 
 
 @pytest.fixture
