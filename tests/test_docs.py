@@ -48,7 +48,10 @@ PAGES = (
 SERVED = ("docs/server.md", "docs/decisions.md")
 """Pages whose blocks run beside their server, each in a test of its own."""
 
-NOT_OURS = ("config.json", "adapter_config.json", "person.json", "TEMPLATE.json", "tokenizer.json", "questions.json")
+NOT_OURS = (
+    *("config.json", "adapter_config.json", "tokenizer.json", "decisions.json"),
+    *("person.json", "TEMPLATE.json", "questions.json"),
+)
 """Files of a checkpoint, or of the reader."""
 
 BLOCK = re.compile(r"(?:<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -162,20 +165,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lists = [sorting.generate(np.random.default_rng(seed), 4) for seed in range(40)]
     lines = [{"prompt": sorting.prompt(one), "response": sorting.answer_text(one)} for one in lists]
     (folder / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_questions(folder)
+    noul = {"type": "noul", "instructions": "Is a refund requested?"}
+    (folder / "request.json").write_text(json.dumps({"state": "It came broken.", "questions": {"refund": noul}}))
     return folder
-
-
-def write_questions(folder: Path) -> None:
-    """A mail, several, questions about them, and all of it as a request."""
-    questions = {"refund": {"type": "noul", "instructions": "Is a refund requested?"}, "tone": ["calm", "cross"]}
-    (folder / "mail.txt").write_text("The lamp came broken.\n")
-    (folder / "mails.jsonl").write_text(
-        '"The lamp came broken."\n{"subject": "Norway", "body": "Do you ship there?"}\n'
-    )
-    (folder / "questions.json").write_text(json.dumps(questions))
-    request = {"state": "The lamp came broken.", "questions": {"refund": questions["refund"]}}
-    (folder / "request.json").write_text(json.dumps(request))
 
 
 @pytest.fixture
@@ -363,7 +355,9 @@ def test_the_page_of_decisions_runs_beside_its_server(here: Path, monkeypatch: p
         for block in blocks_of("docs/decisions.md"):
             text = block.text.replace(":8000", f":{port}")
             if block.language == "python":
-                exec(compile(text, "docs/decisions.md", "exec"), names)
+                code = compile(text, "docs/decisions.md", "exec")
+                if not block.reason:
+                    exec(code, names)
             for command in Block("sh", text, "").commands() if block.language == "sh" and not block.reason else []:
                 if command.startswith("curl"):
                     answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout

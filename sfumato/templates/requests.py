@@ -42,6 +42,9 @@ def _question_of(id: Any, value: Any) -> Any:
     """A question as a value, however it is written. InputError names the question."""
     if isinstance(value, Question):
         return value
+    if not isinstance(value, Mapping | list | tuple):
+        message = f"question {reprlib.repr(id)} is {reprlib.repr(value)}; give a Noul, Choice, Score or Span"
+        raise InputError(f"{message}, its record, or a list of options", option="questions")
     try:
         if isinstance(value, (list, tuple)):
             return Choice(value, id)
