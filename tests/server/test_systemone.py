@@ -21,9 +21,9 @@ from sfumato.model.loaded import AdapterSize
 from sfumato.options import Options
 from sfumato.questions import Choice, Dependency, Noul, Question, Score, Span
 from sfumato.server.app import Limits, Settings
-from sfumato.server.systemone.answers import answer_of
 from sfumato.server.systemone.multipart import parts_of
 from sfumato.templates.requests import Decide
+from sfumato.templates.systemone import answer_of
 
 backend, client = server_client.backend, server_client.client
 

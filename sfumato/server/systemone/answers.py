@@ -6,10 +6,8 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from sfumato.events import Decision, Decisions
 from sfumato.server.http.document import errors_in
 from sfumato.server.http.errors import Refusal
-from sfumato.server.systemone.questions import OWN
 
 
 class AnswerBody(TypedDict):
@@ -125,40 +123,3 @@ def error_form(error: Refusal) -> tuple[dict[str, Any], int]:
     kind = _TYPES.get(error.status, "invalid_request_error")
     kind = "numeric_error" if error.error["code"] == "numeric_error" else kind
     return {"detail": {"error_type": kind, "message": str(error)}}, error.status
-
-
-def body_of(model: str, decisions: Decisions) -> dict[str, Any]:
-    """The answer to a request."""
-    usage = decisions.usage
-    body = {
-        "model": model,
-        "answers": {id: answer_of(decision) for id, decision in decisions.items()},
-        "usage": {"input_tokens": usage.prompt_tokens, "output_tokens": usage.tokens},
-        f"{OWN}usage": {
-            "cached_tokens": usage.reused_tokens,
-            "canvases": usage.canvases,
-            "steps": usage.steps,
-            "passes": usage.passes,
-            "seconds": round(usage.seconds, 6),
-        },
-        f"{OWN}seed": decisions.seed,
-    }
-    return body | ({f"{OWN}skipped": [*decisions.skipped]} if decisions.skipped else {})
-
-
-def answer_of(decision: Decision) -> dict[str, Any]:
-    """The answer to one question."""
-    shared: dict[str, Any] = {"probabilities": decision.probabilities, "confidence": decision.confidence}
-    thought = {} if decision.thought is None else {f"{OWN}thought": decision.thought}
-    answer: dict[str, Any]
-    match decision.kind:
-        case "noul":
-            answer = {"noul": decision.probability, f"{OWN}confidence": decision.confidence}
-        case "score":
-            answer = {"score": decision.score, "legend": decision.legend, **shared}
-        case "span":
-            start, end = decision.place or (0, 0)
-            answer = {"passage": decision.choice, "start": start, "end": end, **shared}
-        case _:
-            answer = {"choice": decision.choice, **shared}
-    return {"type": f"{OWN}span" if decision.kind == "span" else decision.kind, **answer, **thought}

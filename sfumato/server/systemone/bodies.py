@@ -18,9 +18,7 @@ from sfumato.server.systemone.multipart import FormPart
 from sfumato.server.systemone.questions import BOX, OWN, QuestionReader
 from sfumato.templates.checks import MOST_SAMPLES
 from sfumato.templates.requests import Decide
-
-OWN_OPTIONS = ("samples", "steps", "canvas", "think", "threshold", "calibrated")
-"""Fields of a `Decide` that a request sets under these names behind x_."""
+from sfumato.templates.systemone import DEFAULT_SEED, READING
 
 _CONTENT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "array"}]}
 _OPEN: dict[str, Any] = {"anyOf": [*_CONTENT["anyOf"], {"type": "null"}]}
@@ -125,9 +123,9 @@ class SystemOneRequest(Body):
 
     def query(self, card: ModelCard) -> Decide:
         """The query."""
-        values = {name: getattr(self, f"x_{name}") for name in OWN_OPTIONS}
+        values = {name: getattr(self, f"x_{name}") for name in READING}
         chosen = {name: value for name, value in values.items() if value is not None}
-        options = Options(seed=0 if self.x_seed is None else self.x_seed, **adapter_of(card))
+        options = Options(seed=DEFAULT_SEED if self.x_seed is None else self.x_seed, **adapter_of(card))
         state = self.state if self.x_chat else state_text(self.state)
         query = Decide(state, self._questions, **chosen, options=options)
         if self.x_chat and query.conversation is None:

@@ -14,10 +14,11 @@ from sfumato.server.backend import ModelCard
 from sfumato.server.http.document import takes
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.service import Service, media_of
-from sfumato.server.systemone.answers import ERRORS, SystemOneBody, body_of, error_form
-from sfumato.server.systemone.bodies import OWN_OPTIONS, SystemOneRequest
+from sfumato.server.systemone.answers import ERRORS, SystemOneBody, error_form
+from sfumato.server.systemone.bodies import SystemOneRequest
 from sfumato.server.systemone.multipart import MEDIA, parts_of
 from sfumato.server.systemone.questions import OWN, place_of, refused
+from sfumato.templates.systemone import READING, answers_of
 
 __all__ = ["JEV", "PATHS", "error_form", "routes"]
 
@@ -44,7 +45,7 @@ def routes(service: Service) -> APIRouter:
         except InputError as error:
             raise _refusal(error, body) from None
         assert isinstance(result, Decisions)
-        return JSONResponse(body_of(service.names(card)[0], result))
+        return JSONResponse(answers_of(result, service.names(card)[0]))
 
     return router
 
@@ -86,6 +87,6 @@ def _refusal(error: InputError, body: SystemOneRequest) -> Refusal:
     if isinstance(error, CapacityError) and error.option is None:
         return refused(("state",), str(error), "context_length_exceeded")
     place = place_of(error, body.questions)
-    if place and place[0] in OWN_OPTIONS:
+    if place and place[0] in READING:
         place = (f"{OWN}{place[0]}",)
     return refused(place, str(error))
