@@ -180,9 +180,8 @@ def test_an_edit_by_instruction_comes_back_as_text_and_diff(llm: LLM) -> None:
         ),
         (lambda llm: llm.edit("a\ud800b", spans=[(0, 1)]), "lone surrogate"),
         (lambda llm: llm.decide("x", {}), "questions is {}; give a record"),
-        (lambda llm: llm.decide("", {"a": ["b"]}), "the state is empty"),
         (lambda llm: llm.decide("x", {"a": ["b", "b"]}), "names an option twice"),
-        (lambda llm: llm.decide("x", {"a": []}), "there are 0 options"),
+        (lambda llm: llm.decide("x", {"a": []}), "there are no options"),
         (lambda llm: llm.decide("x", {"a": "yes"}), "question 'a'"),
         (
             lambda llm: llm.fill([Slot(length=1)], options=Options(max_tokens=5)),
@@ -215,9 +214,9 @@ def test_an_edit_by_instruction_comes_back_as_text_and_diff(llm: LLM) -> None:
         (lambda llm: pieces_of([["a" * 10**6]]), "piece 1 of the template is ['aaa"),
         (
             lambda llm: llm.decide("x", {"a": [str(n) for n in range(10001)]}),
-            "there are 10001 options; give from 1 to 10000",
+            "there are more than 10000 options; give from 1 to 10000",
         ),
-        (lambda llm: llm.decide("x", {"a": ["b"] * 10**5}), "criteria ['b', 'b', 'b', 'b', 'b', 'b', ...] names"),
+        (lambda llm: llm.decide("x", {"a": ["b"] * 10**5}), "there are more than 10000 options"),
         (lambda llm: llm.decide("x", {"": ["b", "c"]}), "question ''"),
         (lambda llm: llm.decide("x", {"a": ["b", "c"]}, steps=0), "steps is 0; give a whole number from 1 to 4096"),
         (lambda llm: Slot(text=""), "the text of slot '' is empty"),
