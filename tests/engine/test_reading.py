@@ -260,7 +260,7 @@ def test_what_has_no_room_is_refused() -> None:
     with pytest.raises(CapacityError, match="beyond the context of 256; shorten the prompt"):
         row_of(model, [1] * 200, reads)
     row, _ = row_of(model, [1] * 60, reads)
-    with pytest.raises(CapacityError, match="beyond the context of 100; shorten it"):
+    with pytest.raises(CapacityError, match="canvas 58, beyond the context of 100; shorten the prompt or"):
         Batch(model, BatchLimits(context=100)).submit(row)
     with pytest.raises(InputError, match="a read needs a canvas, and Gemma 4 has none"):
         config = tiny.tiny_config(is_diffusion=False)
