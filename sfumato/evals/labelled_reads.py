@@ -1,7 +1,7 @@
 """Labelled questions, read by a model: several states at a time, kept as they come, so that a long run can go on.
 
-Each state has a seed of its own, made of its content: an answer is the same whatever stands beside it in the file, and
-the noise of one state is not that of the next. What is read is without calibration.
+Each state has a seed of its own, made of its content: an answer is the same whatever stands beside it in the file and
+however the model is reached, and the noise of one state is not that of the next. What is read is without calibration.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class ReadingPlan:
         reading = [self.model, self.steps, self.samples, repr(differences(self.options))]
         return _digest([*reading, state.state, questions, dict(state.answers)])
 
-    def query(self, state: LabelledState, key: str) -> Decide:
-        """What is asked of the model."""
-        seed = ((self.options.seed or 0) + int(key[:15], 16)) % BIG
+    def query(self, state: LabelledState) -> Decide:
+        """What is asked of the model; the seed is of the state alone, so that any model sees the same noise."""
+        seed = ((self.options.seed or 0) + int(_digest(state.state)[:15], 16)) % BIG
         reading: dict[str, Any] = {"steps": self.steps, "samples": self.samples, "calibrated": False}
         return Decide(state.state, state.questions, **reading, options=replace(self.options, seed=seed))
 
@@ -101,7 +101,7 @@ async def read_states(
 
     async def read(state: LabelledState, key: str) -> StateReads | None:
         try:
-            decisions = await llm.arun(plan.query(state, key))
+            decisions = await llm.arun(plan.query(state))
         except (InputError, CapacityError) as error:
             problems.append(f"{state.place}: {error}")
             return None
