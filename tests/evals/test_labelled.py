@@ -79,7 +79,7 @@ def test_lines_that_are_wrong_are_named_and_the_others_read() -> None:
         b'{"state": 1, "state": 2}',
         b'{"state": "a", "questions": {}}',
         line(state=5),
-        line(state=""),
+        line(state=None),
         line(questions={"q": {"type": "box"}}),
         line(questions=[RECORD]),
         line(answers={"other": True}),
