@@ -39,12 +39,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import gemma_vocab
 
-from benchmarks import client, common, decision_texts
+from benchmarks import common, decision_texts
 from benchmarks.client import Connection, Server, percentiles
 from sfumato import LLM, Options
+from sfumato.engine.plan import PlanEnd, advance
 from sfumato.events import Decisions
 from sfumato.measure.machine import ROOT, Timing, environment
-from sfumato.measure.work import duration
+from sfumato.measure.parts import Counted
+from sfumato.measure.work import duration, pass_work
 from sfumato.model.network import Model
 from sfumato.questions import Question, record_of
 from sfumato.templates.requests import Decide
@@ -299,13 +301,30 @@ async def rates(name: str, send: Send, tokenizer: Any, arguments: argparse.Names
     return result
 
 
+def floors(llm: LLM, arguments: argparse.Namespace) -> Record:
+    """The least that the pass of one such read takes on this machine, alone and as one of so many in a pass."""
+    most, clients = common.ceiling(arguments, 0.25), int(arguments.clients.split(",")[-1])
+    text = decision_texts.state(llm.tokenizer, arguments.short_state, 0)
+    asks = advance(llm.plan(Decide(text, {"team": decision_texts.three(0)}, options=Options(seed=1))))
+    assert not isinstance(asks, PlanEnd)
+    reads, counted = asks[0].request.reads, Counted.of(llm.model)
+    assert reads is not None
+    positions, context = reads.longest, len(asks[0].request.prompt)
+    least = [
+        pass_work(counted.config, counted.weights, positions, context, batch=rows).seconds(most) / rows
+        for rows in (1, clients)
+    ]
+    return {"positions": positions, "context": context, "alone_seconds": least[0], "together_seconds": least[1]}
+
+
 def direct_rates(llm: LLM, arguments: argparse.Namespace) -> Iterator[Record]:
     """In this process, without a server."""
+    floor = floors(llm, arguments)
 
     async def send(_: int, text: str, question: Question) -> None:
         await llm.arun(Decide(text, {"team": question}, options=Options(seed=1)))
 
-    yield asyncio.run(rates(f"{llm.name}, direct", send, llm.tokenizer, arguments))
+    yield {**asyncio.run(rates(f"{llm.name}, direct", send, llm.tokenizer, arguments)), "floor": floor}
 
 
 async def served_rates(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Record:
@@ -322,9 +341,7 @@ async def served_rates(name: str, tokenizer: Any, arguments: argparse.Namespace)
             if answer.status != 200:
                 raise SystemExit(f"/v1/systemone answered {answer.status}: {answer.body[:300]!r}")
 
-        result = await rates(f"{name}, HTTP", send, tokenizer, arguments)
-        result["passes"] = await client.metric(server.url, "sfumato_passes_total")
-        return result
+        return await rates(f"{name}, HTTP", send, tokenizer, arguments)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -367,7 +384,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         small: Record = {"models": "toy", "rated": "toy", "seconds": 0.01, "state": 64, "short_state": 16}
-        small |= {"counts": "1,4", "rounds": 1, "rate_seconds": 0.02, "clients": "1,2"}
+        small |= {"counts": "1,4", "rounds": 1, "rate_seconds": 0.02, "clients": "1,2", "streamed": 1 << 20}
         vars(arguments).update(small)
     if arguments.vocabulary:
         gemma_vocab.FILE = arguments.vocabulary
@@ -382,7 +399,7 @@ def measure(arguments: argparse.Namespace) -> Record:
     if output.exists():
         record = json.loads(output.read_text(encoding="utf-8"))
     parts, rated = arguments.only.split(","), arguments.rated.split(",")
-    for name in dict.fromkeys([*arguments.models.split(","), *rated]):
+    for name in filter(None, dict.fromkeys([*arguments.models.split(","), *rated])):
         common.say(f"{name}: loading")
         llm = decision_texts.model_of(name, arguments.device, arguments.layers, arguments.recipe)
         for part, function in PARTS.items():
@@ -390,12 +407,14 @@ def measure(arguments: argparse.Namespace) -> Record:
                 with torch.inference_mode():
                     for result in function(llm, arguments):
                         keep(record, part, name, result, arguments)
-        tokenizer = llm.tokenizer
+        tokenizer, is_served = llm.tokenizer, "http" in parts and name in rated
+        floor = floors(llm, arguments) if is_served else None
         llm.close()
         del llm
         common.release()
-        if "http" in parts and name in rated:
-            keep(record, "http", name, asyncio.run(served_rates(name, tokenizer, arguments)), arguments)
+        if is_served:
+            result = asyncio.run(served_rates(name, tokenizer, arguments))
+            keep(record, "http", name, {**result, "floor": floor}, arguments)
     return record
 
 
@@ -410,43 +429,55 @@ WAYS = {
 }
 
 
-def page(record: Record, table: Callable[[list[str], list[list[str]]], str]) -> str:
+Table = Callable[[list[str], list[list[str]]], str]
+
+
+def page(record: Record, table: Table) -> str:
     """The record's tables."""
-    texts = []
-    for name, one in record.get("reads", {}).items():
-        title = f"{name}, {one['layers']} layers, {one['dtype']}, a state of {one['state']} tokens; ms a read"
-        lines = []
-        for row in one["cells"]:
-            what = f"{row['questions']} × {row['options']} options, {row['question_tokens']:.0f} tokens each"
-            ways = [row["ways"].get(way) for way in WAYS]
-            lines.append([what, *("–" if way is None else f"{way['ms_a_read']:.1f}" for way in ways)])
-        texts.append(table([title, *WAYS.values()], lines))
-    for name, one in record.get("shapes", {}).items():
-        by_way: dict[str, list[str]] = {}
-        for row in one["rows"]:
-            by_way.setdefault(row["way"], []).append(f"{row['ms_a_read']:.1f}")
-        head = [f"{name}, 16 options; ms a read", "1 question", "8 questions"]
-        texts.append(table(head[: 1 + len(next(iter(by_way.values())))], [[way, *row] for way, row in by_way.items()]))
+    texts = [reads_table(name, one, table) for name, one in record.get("reads", {}).items()]
+    texts += [shapes_table(name, one, table) for name, one in record.get("shapes", {}).items()]
     for part, through in (("http", "HTTP"), ("direct", "`LLM.arun`")):
-        for name, one in record.get(part, {}).items():
-            head = [
-                f"{name}, through {through}, states of {one['state']} tokens",
-                "clients",
-                "requests/s",
-                "p50",
-                "p99",
-            ]
-            lines = [
-                [
-                    row["states"],
-                    str(row["clients"]),
-                    f"{row['requests_per_second']:.1f}",
-                    *(duration(row["latency_seconds"][p]) for p in ("p50", "p99")),
-                ]
-                for row in one["rows"]
-            ]
-            texts.append(table(head, lines))
+        texts += [rates_table(f"{name}, through {through}", one, table) for name, one in record.get(part, {}).items()]
     return "\n\n".join(texts)
+
+
+def reads_table(name: str, one: Record, table: Table) -> str:
+    title = f"{name}, {one['layers']} layers, {one['dtype']}, a state of {one['state']} tokens; ms a read"
+    lines = []
+    for row in one["cells"]:
+        what = f"{row['questions']} × {row['options']} options, {row['question_tokens']:.0f} tokens each"
+        ways = [row["ways"].get(way) for way in WAYS]
+        lines.append([what, *("–" if way is None else f"{way['ms_a_read']:.1f}" for way in ways)])
+    return table([title, *WAYS.values()], lines)
+
+
+def shapes_table(name: str, one: Record, table: Table) -> str:
+    by_way: dict[str, list[str]] = {}
+    for row in one["rows"]:
+        by_way.setdefault(row["way"], []).append(f"{row['ms_a_read']:.1f}")
+    head = [f"{name}, 16 options; ms a read", "1 question", "8 questions"]
+    return table(head[: 1 + len(next(iter(by_way.values())))], [[way, *row] for way, row in by_way.items()])
+
+
+def rates_table(name: str, one: Record, table: Table) -> str:
+    head = [f"{name}, states of {one['state']} tokens", "clients", "requests/s", "p50", "p99"]
+    lines = [
+        [
+            row["states"],
+            str(row["clients"]),
+            f"{row['requests_per_second']:.1f}",
+            *(duration(row["latency_seconds"][p]) for p in ("p50", "p99")),
+        ]
+        for row in one["rows"]
+    ]
+    floor, most = one["floor"], max(row["clients"] for row in one["rows"])
+    alone, together = floor["alone_seconds"], floor["together_seconds"]
+    what = f"{floor['positions']} positions behind {floor['context']}"
+    return (
+        f"{table(head, lines)}\n\nBy the ceilings of this machine the pass of one such read, {what}, takes "
+        f"{duration(alone)} at least, and that of {most} takes {duration(together)} for each: {alone / together:.1f} "
+        "times the reads."
+    )
 
 
 if __name__ == "__main__":
