@@ -448,6 +448,12 @@ def serve(record: Record) -> str:
     return "\n\n".join([*texts, *(text for part, text in pictures.items() if part in record)])
 
 
+def decisions(record: Record) -> str:
+    from benchmarks.decisions import page as tables  # only now: it imports the engine
+
+    return tables(record, table)
+
+
 def neighbours(record: Record) -> str:
     """The record of benchmarks/neighbours.py."""
     labels = list(record["rows"][0]["times"])
@@ -479,6 +485,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "quantised": ("Fewer bits", quantised),
     "the true size": ("The true size", full_size),
     "serve": ("Serving", serve),
+    "decisions": ("Decisions", decisions),
     "under attack": ("Under attack", attacks),
     "neighbours": ("Beside busy processes", neighbours),
     "ops": ("Operations", ops),

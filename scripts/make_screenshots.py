@@ -17,11 +17,12 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from sfumato.questions import choice_confidence, score_confidence
 from sfumato.tasks import sudoku
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from ui_server import FLAGS, PageServer, Refusal, chat, draft, drafts, usage  # noqa: E402
+from ui_server import FLAGS, PageServer, Refusal, Reply, chat, draft, drafts, usage  # noqa: E402
 
 OUT = ROOT / "docs" / "ui"
 QUESTION = "How did Leonardo paint without lines?"
@@ -79,6 +80,38 @@ def infill(body: dict[str, Any]) -> list[Any]:
     return [*some, {"object": "infill", "text": whole, "middle": MIDDLE, "usage": usage(19, 7, 0.62)}]
 
 
+SHARES: dict[str, list[float]] = {"team": [0.93, 0.04, 0.01, 0.02], "anger": [0.06, 0.55, 0.34, 0.05]}
+PASSAGES = {
+    "Please give the second payment back by Friday, or I shall ask my bank to.": 0.88,
+    "Subject: Charged twice": 0.09,
+}
+
+
+def decide(body: dict[str, Any]) -> Reply:
+    """The answers to the first example of the tab."""
+    answers: dict[str, Any] = {}
+    for id, record in body["questions"].items():
+        if record["type"] == "noul":
+            answers[id] = {"noul": 0.984, "x_confidence": choice_confidence([0.984, 0.016])}
+        elif record["type"] == "x_span":
+            first = next(iter(PASSAGES))
+            start = body["state"].index(first)
+            place = {"passage": first, "start": start, "end": start + len(first)}
+            answers[id] = {**place, "probabilities": PASSAGES, "confidence": choice_confidence([*PASSAGES.values()])}
+        elif record["type"] == "choice":
+            shares = dict(zip(record["criteria"], SHARES[id], strict=True))
+            likeliest = max(shares, key=shares.__getitem__)
+            answers[id] = {"choice": likeliest, "probabilities": shares, "confidence": choice_confidence(SHARES[id])}
+        else:
+            levels = {str(level): share for level, share in enumerate(SHARES[id])}
+            score = sum(level * share for level, share in enumerate(SHARES[id]))
+            legend = dict(zip(levels, record["criteria"], strict=True))
+            confidence = score_confidence(SHARES[id])
+            answers[id] = {"score": score, "legend": legend, "probabilities": levels, "confidence": confidence}
+        answers[id]["type"] = record["type"]
+    return Reply({"model": "nano", "answers": answers, "usage": {"input_tokens": 541, "output_tokens": 4}})
+
+
 def shoot(page: Page, name: str) -> None:
     page.mouse.move(0, 0)
     page.screenshot(path=OUT / f"{name}.png", animations="disabled")
@@ -100,6 +133,7 @@ class Screen:
             "/v1/chat/completions": [chat(ANSWER, 12, self.hold, 5)],
             "/v1/infill": [infill],
             "/v1/fill": [lambda body: board(body, self.hold)],
+            "/v1/systemone": [decide],
         }
 
     def open_page(self, width: int, height: int, scheme: Any, is_phone: bool = False) -> Page:
@@ -197,6 +231,22 @@ class Screen:
         page.evaluate("scrollTo(0, 0)")
         shoot(page, "editor")
 
+    def decide_pictures(self) -> None:
+        """An e-mail and four questions, in the light; two of them on a phone, in the dark."""
+        page = self.open_page(1200, 1080, "light")
+        self.load_example(page)
+        shoot(page, "decide")
+        page = self.open_page(390, 660, "dark", is_phone=True)
+        self.load_example(page)
+        page.get_by_role("article", name="Question anger").evaluate("card => card.scrollIntoView()")
+        shoot(page, "decide-dark")
+
+    def load_example(self, page: Page) -> None:
+        page.get_by_role("link", name="Decide").click()
+        page.locator("#decide-example").select_option("An e-mail to route")
+        page.locator("#decide-status", has_text="4 answers").wait_for()
+        page.evaluate("scrollTo(0, 0)")
+
     def sudoku_picture(self) -> None:
         page = self.open_page(1200, 880, "dark")
         page.get_by_role("link", name="Sudoku").click()
@@ -233,6 +283,7 @@ def main() -> None:
         screen.stopped_picture()
         screen.tabs_picture()
         screen.editor_picture()
+        screen.decide_pictures()
         screen.sudoku_picture()
         screen.settings_picture()
         screen.phone_picture()

@@ -42,7 +42,8 @@ TOUR = DOCS / "tour.md"
 WIDTH = 100
 """Columns of a signature on one line."""
 
-QUERIES = ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide", "Score", "CountTokens")
+RESULTS = ("Completion", "Filled", "Edited", "Decision", "Decisions", "Scored", "ScoredToken", "TokenCount")
+QUERIES = ("Complete", "Chat", "Infill", "Edit", "Fill", "Decide", "Likelihood", "CountTokens")
 
 SECTIONS: dict[str, tuple[str, list[str]]] = {
     "The model": (
@@ -51,6 +52,10 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
         ["sfumato.templates.interface.LanguageModel", "sfumato.llm.LLM"],
     ),
     "Templates": ("`from sfumato import Slot`.", ["sfumato.templates.slots.Slot"]),
+    "Questions": (
+        "What `decide` asks: `from sfumato import Noul, Choice, …`. [decisions.md](decisions.md) is their page.",
+        [f"sfumato.questions.{name}" for name in ("Noul", "Choice", "Score", "Span")],
+    ),
     "Events": (
         "What `stream` yields, and what every event belongs to. `from sfumato import Draft, Commit, Done, Usage`; "
         "`Event` is any of the first three.",
@@ -58,10 +63,7 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "Results": (
         "What the other methods return. `from sfumato import Completion, Filled, …`.",
-        [
-            f"sfumato.events.{name}"
-            for name in ("Completion", "Filled", "Edited", "Decision", "Scored", "ScoredToken", "TokenCount")
-        ],
+        [f"sfumato.events.{name}" for name in RESULTS],
     ),
     "Queries": (
         "What is asked of a model, as values to keep, compare and send: `from sfumato import Chat, Complete, …`. "

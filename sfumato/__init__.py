@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Commit,
         Completion,
         Decision,
+        Decisions,
         Done,
         Draft,
         Edited,
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     )
     from sfumato.llm import LLM
     from sfumato.options import LoadOptions, Options
+    from sfumato.questions import Choice, Noul, Score, Span
     from sfumato.remote import Remote
     from sfumato.templates.interface import LanguageModel
-    from sfumato.templates.requests import Chat, Complete, CountTokens, Decide, Edit, Fill, Infill, Score
+    from sfumato.templates.requests import Chat, Complete, CountTokens, Decide, Edit, Fill, Infill, Likelihood
     from sfumato.templates.slots import Slot
 
 __version__ = "0.1.0"
@@ -45,12 +47,14 @@ __all__ = [
     "CapacityError",
     "Chat",
     "CheckpointError",
+    "Choice",
     "Commit",
     "Complete",
     "Completion",
     "CountTokens",
     "Decide",
     "Decision",
+    "Decisions",
     "Done",
     "Draft",
     "Edit",
@@ -61,7 +65,9 @@ __all__ = [
     "Infill",
     "InputError",
     "LanguageModel",
+    "Likelihood",
     "LoadOptions",
+    "Noul",
     "NumericError",
     "Options",
     "Remote",
@@ -70,6 +76,7 @@ __all__ = [
     "ScoredToken",
     "SfumatoError",
     "Slot",
+    "Span",
     "TokenCount",
     "Usage",
     "WorkerError",
@@ -81,12 +88,14 @@ _HOME = {
     "CapacityError": "errors",
     "Chat": "templates.requests",
     "CheckpointError": "errors",
+    "Choice": "questions",
     "Commit": "events",
     "Complete": "templates.requests",
     "Completion": "events",
     "CountTokens": "templates.requests",
     "Decide": "templates.requests",
     "Decision": "events",
+    "Decisions": "events",
     "Done": "events",
     "Draft": "events",
     "Edit": "templates.requests",
@@ -97,15 +106,18 @@ _HOME = {
     "Infill": "templates.requests",
     "InputError": "errors",
     "LanguageModel": "templates.interface",
+    "Likelihood": "templates.requests",
     "LoadOptions": "options",
+    "Noul": "questions",
     "NumericError": "errors",
     "Options": "options",
     "Remote": "remote",
-    "Score": "templates.requests",
+    "Score": "questions",
     "Scored": "events",
     "ScoredToken": "events",
     "SfumatoError": "errors",
     "Slot": "templates.slots",
+    "Span": "questions",
     "TokenCount": "events",
     "Usage": "events",
     "WorkerError": "errors",

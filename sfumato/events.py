@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sfumato.display.html import canvas_html
+from sfumato.questions import choice_confidence, score_confidence
 
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = 48
@@ -111,6 +113,13 @@ class Usage:
     """Tokens of the prompt that were encoded already."""
     thought_tokens: int = 0
     """Committed tokens of a chat's thoughts."""
+
+    @classmethod
+    def total(cls, usages: Iterable[Usage]) -> Usage:
+        """What all of these took, one after the other."""
+        each = [*usages]
+        names = [one.name for one in dataclasses.fields(cls) if one.name != "first_commit_seconds"]
+        return cls(**{name: sum(getattr(usage, name) for usage in each) for name in names})
 
     @property
     def tokens_per_pass(self) -> float:
@@ -231,9 +240,35 @@ class Decision:
     """The answer to one question of `decide`."""
 
     choice: str
-    """The likeliest choice."""
+    """The likeliest option: its name, "true" or "false", a level's number, or a passage of the text."""
     probabilities: dict[str, float]
-    """The probability of each choice; they add up to 1."""
+    """The probability of each option; they add up to 1. Of passages that are alike, of all of them."""
+    kind: str = "choice"
+    """"noul", "choice", "score" or "span"."""
+    legend: dict[str, Any] | None = None
+    """Of a score: what each level is."""
+    place: tuple[int, int] | None = None
+    """Of a span: where in the text it stands, from character, to character."""
+    thought: str | None = None
+    """What the model thought before it was read again; None: it was read at once."""
+
+    @property
+    def probability(self) -> float:
+        """The probability of `choice`; of a noul, of "true"."""
+        return self.probabilities["true" if self.kind == "noul" else self.choice]
+
+    @property
+    def score(self) -> float:
+        """The expectation of the level's number, from 0. ValueError where the question was no score."""
+        if self.kind != "score":
+            raise ValueError(f"a {self.kind} has no score")
+        return sum(int(level) * p for level, p in self.probabilities.items())
+
+    @property
+    def confidence(self) -> float:
+        """How sure it is, from 0 to 1, by System One's formula: see `questions.choice_confidence`."""
+        confidence = score_confidence if self.kind == "score" else choice_confidence
+        return confidence([*self.probabilities.values()])
 
     def __repr__(self) -> str:
         share = f"{self.probabilities.get(self.choice, 0.0):.1%} of {len(self.probabilities)} choices"
@@ -241,6 +276,30 @@ class Decision:
 
     def __str__(self) -> str:
         return self.choice
+
+
+@dataclass(frozen=True, repr=False)
+class Decisions(Mapping[str, Decision]):
+    """The answers of `decide` by their questions' ids, as a record that cannot be changed."""
+
+    answers: dict[str, Decision]
+    usage: Usage
+    seed: int
+    skipped: tuple[str, ...] = ()
+    """Questions that were not asked, as what they depend on does not hold."""
+
+    def __getitem__(self, id: str) -> Decision:
+        return self.answers[id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.answers)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __repr__(self) -> str:
+        answers = ", ".join(f"{id}={one.choice}" for id, one in self.answers.items())
+        return _answer_repr("Decisions", answers, [f"{self.usage.seconds:.2f} s", f"seed {self.seed}"])
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from typing import Any, NoReturn, Self
 
 import torch
 
+from sfumato.checkpoints.calibration import read_calibration
 from sfumato.checkpoints.checkpoint import Checkpoint
-from sfumato.checkpoints.contents import generation_of, purpose_of, tokenizer_folder, tokenizer_of
+from sfumato.checkpoints.contents import calibration_of, generation_of, purpose_of, tokenizer_folder, tokenizer_of
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.load import load
 from sfumato.checkpoints.locate import resolve
@@ -127,6 +128,7 @@ class LLM(LanguageModel):
         progress: LoadProgress | bool | None = None,
         memory_limit: int | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        calibration: str | Path | None = None,
     ) -> LLM:
         """Load a model with its tokenizer and chat template.
 
@@ -136,16 +138,16 @@ class LLM(LanguageModel):
         weights to fewer bits while they are loaded, by a recipe: "int8", "fp8", "int4", "int4-fp8", "nvfp4",
         "int4-small"; a quantised checkpoint needs no such word. `memory_limit`, bytes of weights on the device, streams
         the rest from the host. `adapters` are folders of adapters by the names that `Options.adapter` then may have, as
-        in `{"mine": "run/adapter"}`; `llm.adapters` loads more. `notice` is called with a sentence about each thing
-        that is left aside, and about where weights lie; `progress` with (bytes loaded, bytes in all). Without a
-        `progress` a bar is drawn on a terminal and in a notebook, where loading takes a while; `progress=False` draws
-        none.
+        in `{"mine": "run/adapter"}`; `llm.adapters` loads more. `calibration` is a file of `sfumato calibrate`; None is
+        the one beside the checkpoint, if it has one. `notice` is called with a sentence about each thing that is left
+        aside, and about where weights lie; `progress` with (bytes loaded, bytes in all). Without a `progress` a bar is
+        drawn on a terminal and in a notebook, where loading takes a while; `progress=False` draws none.
 
         CheckpointError names what is wrong with a file, InputError what is wrong with an argument, CapacityError a
         limit that is too low."""
         place = str(device) if isinstance(device, torch.device) else device
         name = str(dtype) if isinstance(dtype, torch.dtype) else dtype
-        options = LoadOptions(path, place, name, ops, quantize, memory_limit, adapters)
+        options = LoadOptions(path, place, name, ops, quantize, memory_limit, adapters, calibration)
         return cls.open(options, notice=notice, progress=True if progress is None else progress)
 
     @classmethod
@@ -183,10 +185,13 @@ class LLM(LanguageModel):
         progress: LoadProgress | None = None,
     ) -> LLM:
         """The model of a checkpoint that is open; `options.model` is only its name."""
+        place = options.calibration
+        calibration = calibration_of(checkpoint) if place is None else read_calibration(Path(place).expanduser())
         tokenizer, template = _tokenizer_and_template(checkpoint)
         model = load(checkpoint, options, notice=notice, progress=progress)
         defaults, _ = generation_of(checkpoint)
         llm = cls(model, tokenizer, template, defaults, str(options.model), purpose_of(checkpoint))
+        llm.planner.calibration = calibration
         for adapter, folder in (options.adapters or {}).items():
             llm.adapters.load(adapter, folder)
         return llm

@@ -476,11 +476,17 @@ class LoadOptions:
         Mapping[str, str | Path] | None,
         About("Adapters beside the weights, as folders by the names that requests ask for."),
     ] = None
+    calibration: Annotated[
+        str | Path | None,
+        About("A file of `sfumato calibrate`, for how sure decisions are; None: the one beside the checkpoint."),
+    ] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.dtype, str):
             object.__setattr__(self, "dtype", None if self.dtype == "auto" else dtype_name(self.dtype))
         object.__setattr__(self, "adapters", _folders(self.adapters))
+        if isinstance(self.calibration, os.PathLike):
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
         if isinstance(self.model, os.PathLike) and not isinstance(self.model, Path):
             object.__setattr__(self, "model", Path(self.model))
         for name, option in LOAD_OPTIONS.items():
@@ -491,6 +497,7 @@ class LoadOptions:
             is_right = (value is None and option.is_optional) or isinstance(value, kinds)
             if not is_right or isinstance(value, bool):
                 words = {"model": "a folder, a file or a name", "memory_limit": "a whole number of bytes"}
+                words["calibration"] = "the path of a file"
                 expected = words.get(name, option.about.sentence.partition(";")[0].rstrip("."))
                 raise InputError(f"{name} is {reprlib.repr(value)}; give {expected}", option=name)
 

@@ -17,6 +17,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, ClassVar, Literal, get_args
 
 from sfumato.errors import InputError
@@ -31,10 +32,11 @@ MOST_OPTIONS = 10_000
 """Options that a question may have, levels and passages too."""
 
 _ENDS: Mapping[str, str] = {
-    "sentence": r"(?<=[.!?])[\"'”’)\]]*\s+|\s*\n\s*",
-    "line": r"\s*\n\s*",
-    "paragraph": r"\s*\n\s*\n\s*",
+    "sentence": r"(?<=[.!?])[\"'”’)\]]*\s+|\n",
+    "line": r"\n",
+    "paragraph": r"\n\s*\n",
 }
+"""Patterns of what ends a passage, each found in time that grows with the text alone: white space around is cut off."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,14 @@ class Choice:
             raise InputError(
                 f"criteria is {reprlib.repr(options)}; give options with what each means", option="criteria"
             )
-        if not isinstance(options, Mapping):
-            if len({*map(repr, options)}) < len(options):
-                raise InputError(f"criteria {reprlib.repr(options)} names an option twice; drop one", option="criteria")
-            object.__setattr__(self, "criteria", dict.fromkeys(options))
         _check_count("options", len(options))
         for name in options:
             if not isinstance(name, str):
                 raise InputError(f"option {reprlib.repr(name)} is no text; give names", option="criteria")
+        if not isinstance(options, Mapping):
+            if len({*options}) < len(options):
+                raise InputError(f"criteria {reprlib.repr(options)} names an option twice; drop one", option="criteria")
+            object.__setattr__(self, "criteria", dict.fromkeys(options))
 
     @property
     def options(self) -> list[str]:
@@ -150,7 +152,7 @@ class Score:
         object.__setattr__(self, "criteria", tuple(self.criteria))
         _check_count("levels", len(self.criteria))
         for level in self.criteria:
-            _check_content("a level", level, is_needed=True)
+            check_content("a level", level, is_needed=True, option="criteria")
 
     @property
     def options(self) -> list[str]:
@@ -192,7 +194,7 @@ class Span:
 
     def passages(self, text: str) -> list[tuple[int, int]]:
         """The passages of a text: from character, to character; InputError where there is none, or too many."""
-        passages = list(_between(text, _ENDS[self.unit]))
+        passages = list(islice(_between(text, _ENDS[self.unit]), MOST_OPTIONS + 1))
         _check_count("passages", len(passages))
         return passages
 
@@ -233,8 +235,8 @@ def question_of(record: Any) -> Question:
         )
     if kind == "span" and "instructions" not in values:
         raise InputError("a span has no instructions; say which passage is meant", option="instructions")
-    made: Question = KINDS[kind](depends_on=_dependency(record.get("depends_on")), **values)
-    return made
+    question: Question = KINDS[kind](depends_on=_dependency(record.get("depends_on")), **values)
+    return question
 
 
 def record_of(question: Question) -> dict[str, Any]:
@@ -284,7 +286,7 @@ def _lines(instructions: Any, *lines: str) -> str:
 def _between(text: str, ends: str) -> Iterator[tuple[int, int]]:
     """The parts of a text between these ends, without the white space around them."""
     start = 0
-    for last, following in [*(match.span() for match in re.finditer(ends, text)), (len(text), len(text))]:
+    for last, following in chain((match.span() for match in re.finditer(ends, text)), [(len(text), len(text))]):
         part = text[start:last]
         if part.strip():
             begin = start + len(part) - len(part.lstrip())
@@ -294,27 +296,56 @@ def _between(text: str, ends: str) -> Iterator[tuple[int, int]]:
 
 def _check_count(what: str, count: int) -> None:
     if not 1 <= count <= MOST_OPTIONS:
-        raise InputError(f"there are {count} {what}; give from 1 to {MOST_OPTIONS}", option="criteria")
+        some = f"more than {MOST_OPTIONS}" if count else "no"
+        raise InputError(f"there are {some} {what}; give from 1 to {MOST_OPTIONS}", option="criteria")
 
 
-def _check_content(name: str, value: Any, is_needed: bool = False) -> None:
-    """InputError for what is no text and no plain data."""
+def check_content(name: str, value: Any, is_needed: bool = False, option: str = "instructions") -> None:
+    """InputError for what is no text and no plain data, or holds what JSON cannot."""
     if value is None and not is_needed:
         return
     if not isinstance(value, str | Mapping | list | tuple):
-        raise InputError(f"{name} is {reprlib.repr(value)}; give a text, an object or a list", option="instructions")
+        raise InputError(f"{name} is {reprlib.repr(value)}; give a text, an object or a list", option=option)
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{name} holds what JSON cannot: {error}; give texts, numbers, lists and records") from error
+        message = f"{name} holds what JSON cannot: {error}; give texts, numbers, lists and records"
+        raise InputError(message, option=option) from error
+
+
+def check_questions(questions: Any) -> None:
+    """InputError for what is no record of questions by their ids, or has one that depends on none of them."""
+    if not isinstance(questions, Mapping) or not questions:
+        raise InputError(
+            f"questions is {reprlib.repr(questions)}; give a record of ids and questions", option="questions"
+        )
+    for id, question in questions.items():
+        if not isinstance(id, str) or not id or not isinstance(question, Question):
+            message = f"question {reprlib.repr(id)} is {reprlib.repr(question)}; give a text and a question"
+            raise InputError(message, option="questions")
+        chain, at = {id}, question
+        while at.depends_on is not None:
+            above = questions.get(at.depends_on.id)
+            if above is None or at.depends_on.id in chain:
+                which = "which is not asked" if above is None else "in a circle"
+                message = f"question {reprlib.repr(id)} depends on {reprlib.repr(at.depends_on.id)}, {which}; drop that"
+                raise InputError(message, option="questions")
+            if not isinstance(above, Span) and at.depends_on.answer not in above.options:
+                raise InputError(
+                    f"question {reprlib.repr(id)} depends on the answer {reprlib.repr(at.depends_on.answer)}, which "
+                    f"{reprlib.repr(at.depends_on.id)} does not have; give one of its options",
+                    option="questions",
+                )
+            chain.add(at.depends_on.id)
+            at = above
 
 
 def _prepare(question: Any) -> None:
     """Check what all kinds have."""
-    _check_content("instructions", question.instructions)
+    check_content("instructions", question.instructions)
     criteria = getattr(question, "criteria", None)
     for value in criteria.values() if isinstance(criteria, Mapping) else ():
-        _check_content("a description", value)
+        check_content("a description", value, option="criteria")
     object.__setattr__(question, "depends_on", _dependency(question.depends_on))
 
 

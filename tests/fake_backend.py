@@ -23,6 +23,7 @@ from sfumato.errors import SfumatoError
 from sfumato.events import (
     Commit,
     Decision,
+    Decisions,
     Done,
     Draft,
     Edited,
@@ -45,9 +46,9 @@ from sfumato.templates.requests import (
     Edit,
     Fill,
     Infill,
+    Likelihood,
     LoadAdapter,
     Query,
-    Score,
     UnloadAdapter,
 )
 from sfumato.templates.slots import Slot, check_template
@@ -184,9 +185,9 @@ def events_of(query: Query, text: str | None = None, script: Script | None = Non
             return [*drafts, Edited(before.upper(), before, usage, seed)]
         case Fill(template=template):
             return [*drafts, _filled(check_template(template), usage, seed)]
-        case Decide(fields=fields):
-            return [{name: Decision(c[0], {one: 1 / len(c) for one in c}) for name, c in fields.items()}]
-        case Score(prompt=prompt):
+        case Decide(questions=questions):
+            return [Decisions({id: _decided(question) for id, question in questions.items()}, usage, seed)]
+        case Likelihood(prompt=prompt):
             return [_scored(prompt, usage, seed)]
         case CountTokens(query=counted):
             return [TokenCount(_size(counted))]
@@ -355,3 +356,11 @@ def serving(app: FastAPI) -> Iterator[Served]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def _decided(question: Any) -> Decision:
+    """Every option as likely as the others."""
+    names = getattr(question, "options", ["passage"])
+    legend = dict(zip(names, question.criteria, strict=True)) if question.kind == "score" else None
+    place = (0, 7) if question.kind == "span" else None
+    return Decision(names[0], dict.fromkeys(names, 1 / len(names)), question.kind, legend, place)

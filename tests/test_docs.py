@@ -4,7 +4,8 @@ A fenced block is `python`, `sh`, `json` or `text`. Python blocks of a page run 
 an `sh` block, those that call sfumato run; those that call another program (git, make, pip, podman, …) are checked: the
 target, extra or file exists. A comment before a block, `<!-- not run: REASON -->`, is for what needs a GPU, the hub or
 hours: then its commands are checked against the command line, every flag of them, and its Python is compiled. Commands
-within a sentence are checked in the same way. docs/server.md is run against a server that its own command starts.
+within a sentence are checked in the same way. docs/server.md and docs/decisions.md are run against a server that their
+own command starts.
 """
 
 from __future__ import annotations
@@ -41,10 +42,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/sampler.md", "docs/server.md", "docs/canvas.md"),
     *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md", "docs/python.md"),
-    *("docs/clients.md", "docs/adapters.md", "docs/data.md", "docs/training.md"),
+    *("docs/clients.md", "docs/adapters.md", "docs/data.md", "docs/training.md", "docs/decisions.md"),
 )
 
-NOT_OURS = ("config.json", "adapter_config.json", "person.json", "TEMPLATE.json", "tokenizer.json")
+SERVED = ("docs/server.md", "docs/decisions.md")
+"""Pages whose blocks run beside their server, each in a test of its own."""
+
+NOT_OURS = (
+    *("config.json", "adapter_config.json", "tokenizer.json", "decisions.json"),
+    *("person.json", "TEMPLATE.json", "questions.json"),
+)
 """Files of a checkpoint, or of the reader."""
 
 BLOCK = re.compile(r"(?:<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -158,6 +165,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lists = [sorting.generate(np.random.default_rng(seed), 4) for seed in range(40)]
     lines = [{"prompt": sorting.prompt(one), "response": sorting.answer_text(one)} for one in lists]
     (folder / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    noul = {"type": "noul", "instructions": "Is a refund requested?"}
+    (folder / "request.json").write_text(json.dumps({"state": "It came broken.", "questions": {"refund": noul}}))
     return folder
 
 
@@ -231,7 +240,7 @@ def names_of(page: str) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("docs/server.md", "docs/canvas.md")])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in (*SERVED, "docs/canvas.md")])
 def test_python_runs_as_it_stands(page: str, here: Path) -> None:
     names_of(page)
 
@@ -244,7 +253,7 @@ def test_the_page_of_templates_runs_as_it_stands(here: Path) -> None:
     assert pictures and all((ROOT / "docs" / name).stat().st_size < 100_000 for name in pictures)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("docs/server.md", "docs/training.md")])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in (*SERVED, "docs/training.md")])
 def test_commands_run_as_they_stand(page: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks_of(page):
         if block.language == "sh" and not block.reason:
@@ -337,6 +346,25 @@ def test_the_servers_page_runs_against_a_server(port: int) -> None:
                     assert '"values":{"seats":"' in answer and '"draft"' in answer
     assert names["answer"].choices[0].message.content
     assert names["llm"].complete("1", options=Options(max_tokens=8)).text
+
+
+@pytest.mark.usefixtures("untidy")
+def test_the_page_of_decisions_runs_beside_its_server(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {}
+    with served(server_command("docs/decisions.md"), here) as port:
+        for block in blocks_of("docs/decisions.md"):
+            text = block.text.replace(":8000", f":{port}")
+            if block.language == "python":
+                code = compile(text, "docs/decisions.md", "exec")
+                if not block.reason:
+                    exec(code, names)
+            for command in Block("sh", text, "").commands() if block.language == "sh" and not block.reason else []:
+                if command.startswith("curl"):
+                    answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+                    assert json.loads(answer)["answers"]["refund"]["noul"] > 0
+                elif not command.startswith("sfumato serve"):
+                    run(command, monkeypatch)
+    assert 0 < names["response"].nouls["refund"].noul < 1
 
 
 def test_what_is_not_run_says_why() -> None:

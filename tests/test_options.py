@@ -342,6 +342,7 @@ def test_how_to_load_is_checked_for_its_kinds() -> None:
     assert LoadOptions(Path("a")).model == Path("a")
     assert LoadOptions(adapters={"a": Path("b"), "c": "d"}).adapters == {"a": "b", "c": "d"}
     assert LoadOptions(adapters={}).adapters is None
+    assert LoadOptions(calibration=Path("a/b.json")).calibration == "a/b.json"
 
 
 def test_some_options_are_changed_by_name() -> None:

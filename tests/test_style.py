@@ -35,7 +35,6 @@ MOST_METHODS = 25
 MOST_PARAMETERS = 7
 """More are a record."""
 MANY_PARAMETERS = {
-    "sfumato/cli/decide.py command": "typer makes the command line from them",
     "sfumato/cli/edit.py command": "typer makes the command line from them",
     "sfumato/cli/infill.py command": "typer makes the command line from them",
     "sfumato/cli/sudoku.py command": "typer makes the command line from them",

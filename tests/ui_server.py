@@ -53,6 +53,14 @@ class Refusal:
     param: str | None = None
 
 
+@dataclass
+class Reply:
+    """A JSON answer instead of a stream."""
+
+    body: dict[str, Any]
+    status: int = 200
+
+
 def usage(tokens: int, steps: int, seconds: float = 1.24) -> dict[str, Any]:
     return {
         "prompt_tokens": 12,
@@ -110,7 +118,8 @@ def chat(text: str, steps: int = 6, hold: threading.Event | None = None, hold_at
     ]
 
 
-Script = list[Any] | Refusal | Callable[[dict[str, Any]], "list[Any] | Refusal"]
+Result = list[Any] | Refusal | Reply
+Script = Result | Callable[[dict[str, Any]], Result]
 
 
 class PageServer:
@@ -134,7 +143,7 @@ class PageServer:
         """The bodies of the requests to a path, in order."""
         return [body for place, body in self.requests if place == path]
 
-    def _next(self, path: str, body: dict[str, Any]) -> list[Any] | Refusal:
+    def _next(self, path: str, body: dict[str, Any]) -> Result:
         scripts = self.scripts[path]
         script = scripts.pop(0) if len(scripts) > 1 else scripts[0]
         return script(body) if callable(script) else script
@@ -152,8 +161,8 @@ class PageServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-            def _json(self, value: object) -> None:
-                self._send(200, "application/json", json.dumps(value).encode())
+            def _json(self, value: object, status: int = 200) -> None:
+                self._send(status, "application/json", json.dumps(value).encode())
 
             def _refuse(self, refusal: Refusal) -> None:
                 error = {"message": refusal.message, "type": refusal.kind, "param": refusal.param, "code": None}
@@ -184,8 +193,9 @@ class PageServer:
                 server.requests.append((self.path, body))
                 script = server._next(self.path, body)
                 if isinstance(script, Refusal):
-                    self._refuse(script)
-                    return
+                    return self._refuse(script)
+                if isinstance(script, Reply):
+                    return self._json(script.body, script.status)
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.end_headers()

@@ -74,11 +74,12 @@ def places(model: LanguageModel, wrong: Any) -> Places:
         "edit": ("the text", lambda: model.edit(wrong, "b", options=once)),
         "edit span": ("the span", lambda: model.edit("abc", None, [wrong], options=once)),
         "edit options": ("option", lambda: model.edit("abc", "b", options=wrong)),
-        "decide": ("the prompt|message 0", lambda: model.decide(wrong, fields, options=once)),
-        "decide fields": ("field", lambda: model.decide("x", wrong, options=once)),
-        "decide choices": ("field 'a'", lambda: model.decide("x", {"a": wrong}, options=once)),
-        "decide choice": ("field 'a'", lambda: model.decide("x", {"a": ["b", wrong]}, options=once)),
-        "decide steps": ("steps", lambda: model.decide("x", fields, wrong, options=once)),
+        "decide questions": ("question", lambda: model.decide("x", wrong, options=once)),
+        "decide question": ("question 'a'", lambda: model.decide("x", {"a": wrong}, options=once)),
+        "decide choice": ("question 'a'", lambda: model.decide("x", {"a": ["b", wrong]}, options=once)),
+        "decide steps": ("steps", lambda: model.decide("x", fields, steps=wrong, options=once)),
+        "decide samples": ("samples", lambda: model.decide("x", fields, samples=wrong, options=once)),
+        "decide think": ("think", lambda: model.decide("x", fields, think=wrong, options=once)),
         "decide options": ("option", lambda: model.decide("x", fields, options=wrong)),
     }
     if wrong is not None:  # which means that there is none
@@ -94,6 +95,8 @@ def places(model: LanguageModel, wrong: Any) -> Places:
                 "fill prompt": ("the prompt|message 0", lambda: model.fill([slot], wrong, options=once)),
                 "edit spans": ("the span", lambda: model.edit("abc", None, wrong, options=once)),
             }
+    if not isinstance(wrong, dict | list):  # which are data to ask about
+        calls["decide"] = ("the state", lambda: model.decide(wrong, fields, options=once))
     if wrong == []:  # a message without parts is an empty one
         del calls["chat content"]
     return calls

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.checkpoints import calibration
 from sfumato.checkpoints.adapter_config import CONFIG, LAYOUT, PeftOptions, read_options
 from sfumato.checkpoints.adapter_experts import Lying, factors_of_experts, is_of_experts, lying_of
 from sfumato.checkpoints.adapter_names import Passes, Spot, spot
@@ -143,7 +144,8 @@ class _AdapterReading:
         by_pass = {passes: dict(self._makers(passes)) for passes in ("encode", "denoise", "both")}
         factors, denoise = self._joined(by_pass)
         whole = self._whole()
-        adapter = Adapter(factors, denoise, whole, self.source, tuple(self.notices))
+        temperatures = calibration.calibration_beside(self.folder).temperatures
+        adapter = Adapter(factors, denoise, whole, self.source, tuple(self.notices), temperatures)
         adapter.check(self.model)
         return adapter
 
@@ -417,6 +419,8 @@ def _move_in(beside: Path, folder: Path) -> None:
     new, old = beside / CONFIG, folder / CONFIG
     if old.exists() and old.read_bytes() != new.read_bytes():
         old.unlink()
+    if not (beside / calibration.FILE).exists():
+        (folder / calibration.FILE).unlink(missing_ok=True)  # of the factors that were there
     for file in sorted(beside.iterdir(), key=lambda file: (file.name == CONFIG, file.name == TENSORS)):
         os.replace(file, folder / file.name)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sfumato.checkpoints.calibration import Calibration, calibration_beside
 from sfumato.checkpoints.checkpoint import Checkpoint, Entry, StoredVocabulary
 from sfumato.checkpoints.names import HEAD, VISION, own_name, released_name
 from sfumato.checkpoints.shards import short
@@ -59,6 +60,13 @@ def purpose_of(checkpoint: Checkpoint) -> purpose.Purpose | None:
     """What the checkpoint is for, where a file beside it says so."""
     path = checkpoint.path / purpose.FILE
     return purpose.Purpose.of(read_json(path), str(path)) if path.is_file() else None
+
+
+def calibration_of(checkpoint: Checkpoint) -> Calibration:
+    """How sure its decisions are, where a file beside it says so.
+
+    An adapter that is merged into it has changed that: the adapter's own file counts then."""
+    return calibration_beside(checkpoint.merged[-1] if checkpoint.merged else checkpoint.path)
 
 
 def tokenizer_of(vocabulary: StoredVocabulary) -> Tokenizer:

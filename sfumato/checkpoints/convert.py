@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.checkpoints import calibration as calibrations
 from sfumato.checkpoints.checkpoint import Checkpoint
-from sfumato.checkpoints.contents import GENERATION, entries_of, tokenizer_folder, tokenizer_of
+from sfumato.checkpoints.contents import GENERATION, calibration_of, entries_of, tokenizer_folder, tokenizer_of
 from sfumato.checkpoints.contents import TOKENIZER as TOKENIZER_FILES
 from sfumato.checkpoints.detect import open_checkpoint
 from sfumato.checkpoints.formats import gemma4
@@ -41,7 +42,8 @@ from sfumato.system.files import locked
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 
-TOKENIZER = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", purpose.FILE)
+BESIDE = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", purpose.FILE)
+"""What is copied as it is; a calibration is not, where an adapter is merged in or a model is one file."""
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -134,6 +136,8 @@ def _to_folder(
     with tempfile.TemporaryDirectory() as temporary:
         files = _files(checkpoint, Path(temporary))
         files["config.json"] = as_json({**config, **changes})
+        if (own := calibration_of(checkpoint)).temperatures:
+            files[calibrations.FILE] = as_json(own.to_dict())
         plan = PlannedFolder(planned, metadata, files, source=_fingerprint(checkpoint, to, calibration))
         write_shards(target, plan, progress, force)
     return sum(file.stat().st_size for file in target.glob("model*.safetensors"))
@@ -213,7 +217,12 @@ def _to_gguf(checkpoint: Checkpoint, to: str, target: Path, progress: Callable[[
         vocabulary = vocabulary_of(tokenizer, template)
     each = 2 if to == "gguf-bf16" else 34 / 32  # bytes a weight
     _check_room(target.parent, round(each * sum(math.prod(entry.shape) for entry in checkpoint.entries.values())))
+    own, place = calibration_of(checkpoint), target.with_suffix(f".{calibrations.FILE}")
     write_gguf(checkpoint, target, to.removeprefix("gguf-").upper(), vocabulary, progress)
+    if own.temperatures:
+        own.write(place)
+    else:
+        place.unlink(missing_ok=True)  # of the file that was there
     return target.stat().st_size
 
 
@@ -223,7 +232,7 @@ def _files(checkpoint: Checkpoint, temporary: Path) -> dict[str, str | Path]:
     if vocabulary is None:
         is_folder = not checkpoint.path.is_file()
         folder = checkpoint.path if is_folder else checkpoint.path.parent
-        names = (*TOKENIZER, GENERATION) if is_folder else TOKENIZER
+        names = (*BESIDE, GENERATION) if is_folder else BESIDE
         beside: dict[str, str | Path] = {name: folder / name for name in names if (folder / name).is_file()}
         return beside if is_folder else beside | {GENERATION: as_json(checkpoint.generation)}
     tokenizer = tokenizer_of(vocabulary)

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sfumato.checkpoints import calibration
 from sfumato.checkpoints.headers import SafetensorsHeader, check_index, check_index_size, read_header
 from sfumato.errors import CheckpointError, InputError, SfumatoError
 from sfumato.model.config import read_json
@@ -412,6 +413,8 @@ def _move_in(beside: Path, folder: Path) -> None:
     for old in folder.glob("model-?????-of-?????.safetensors"):
         if not (beside / old.name).exists():
             old.unlink()
+    if not (beside / calibration.FILE).exists():
+        (folder / calibration.FILE).unlink(missing_ok=True)  # of the weights that were there
     for file in new:
         os.replace(file, folder / file.name)
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "edit": ("sfumato.cli.edit", "Rewrite a file, or spans of it; prints the diff."),
     "fill": ("sfumato.cli.fill", "Write the slots of a template, all together."),
     "decide": ("sfumato.cli.decide", "Choose between given answers, with probabilities."),
+    "calibrate": ("sfumato.cli.calibrate", "Fit how sure decisions are to labelled answers."),
     "sudoku": ("sfumato.cli.sudoku", "Solve Sudoku on a canvas, and check the answer."),
     "serve": ("sfumato.cli.serve", "Serve the model over HTTP, with a page: OpenAI's routes, and ours."),
     "pull": ("sfumato.cli.pull", "Fetch a model from the hub."),

@@ -1,129 +1,197 @@
-"""`sfumato decide`: choices for several questions on one canvas, with the probability of each."""
+"""`sfumato decide`: questions with given answers about a text, or many, with the probability of each answer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
+from sfumato.cli.answers import record_of, screen
+from sfumato.cli.decide_lines import (
+    LineFile,
+    LineRequest,
+    answer_lines,
+    count_lines,
+    json_lines,
+    open_lines,
+    read_requests,
+    write_line,
+)
 from sfumato.cli.output import put
-from sfumato.cli.tables import FittingTable
-from sfumato.cli.view import SMOKE, hint, visible, working
+from sfumato.cli.questions import QuestionFlags, ReadingFlags, read_state
+from sfumato.cli.view import hint, working
 from sfumato.errors import InputError
-from sfumato.events import Decision
-from sfumato.options import MOST_STEPS, LoadOptions, Options
+from sfumato.events import Decisions
+from sfumato.options import LoadOptions, Options
+from sfumato.questions import Question, state_text
+from sfumato.templates.checks import check_query
+from sfumato.templates.interface import LanguageModel
+from sfumato.templates.requests import Decide
+from sfumato.templates.systemone import answers_of, decide_of
 
-BAR = 24
-"""Characters of a bar at probability 1."""
+Connect = Callable[[], LanguageModel]
+"""Loads the model, or connects to its server."""
+
+
+@dataclass(frozen=True)
+class AnswerFlags:
+    """As what answers are written, and where."""
+
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object: each choice, all probabilities, confidence.")
+    ] = False
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="With many texts or requests: write here.")
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on behind the lines that FILE holds already.")] = False
+    force: opt.Force = False
+
+    def file(self, is_many: bool) -> LineFile | None:
+        """The file, where one is named; InputError where that does not go with the rest."""
+        if self.output is None and self.resume:
+            raise InputError("--resume is given without -o FILE; name the file that holds the lines so far")
+        if self.output is not None and not is_many:
+            raise InputError("-o is for --data and --systemone; leave it out, or give > FILE in a shell")
+        return None if self.output is None else open_lines(self.output, self.force, self.resume)
 
 
 @flags.takes(
+    questions=flags.group_of(QuestionFlags),
+    reading=flags.group_of(ReadingFlags, "How to read"),
+    answers=flags.group_of(AnswerFlags),
     api=loading.API,
     options=opt.flags_of("seed", is_template=True, usual=("seed",)),
-    load=opt.load_flags_of(),
+    load=opt.load_flags_of(has_decisions=True),
 )
 def command(
-    prompt: Annotated[str | None, typer.Argument(help="The text; '-' or nothing reads standard input.")] = None,
+    text: Annotated[str | None, typer.Argument(help="The text; '-' or nothing reads standard input.")] = None,
     *,
-    field: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=A|B|…", help="A question and its choices; repeatable.")
-    ] = None,
-    fields: Annotated[str | None, typer.Option(metavar="FILE", help='Or a JSON file: {"name": ["a", "b"], …}.')] = None,
-    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 1,
-    raw: Annotated[bool, typer.Option("--raw", help="Behind the text as it is, without the chat template.")] = False,
+    questions: QuestionFlags,
+    reading: ReadingFlags,
+    answers: AnswerFlags,
     api: loading.ApiFlags,
     options: Options,
     load: LoadOptions,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object: each choice and all probabilities.")
-    ] = False,
 ) -> None:
-    """Decide between given choices: the likeliest for every field, and how likely each one is.
+    """Answer questions about a text, each from given answers: the likeliest, and how likely each one is.
 
-    Example: sfumato decide "The soup was cold." --field "mood=happy|unhappy" --field "about=food|service|price"
+    Example: sfumato decide "The soup was cold." --yes-no "Is it a complaint?" --field "about=food|service|price"
+
+    Example: sfumato decide --state mail.txt --score "anger=calm|annoyed|furious" --span "order=Which order is meant?"
+
+    Example: sfumato decide --data mails.jsonl --questions questions.json -o answers.jsonl
+
+    Example: sfumato decide --systemone request.json
     """
-    if (fields is None) == (not field):
-        raise InputError('give one of: --field "NAME=A|B|…", as often as needed, or --fields FILE.json')
-    questions = read_fields(files.read(fields), fields) if fields is not None else parse_fields(field or [])
-    if prompt in (None, "-") and fields == "-":
-        raise InputError("standard input cannot be both the text and --fields; give one of them as it is")
-    if prompt in (None, "-"):
-        prompt = files.read("-")
-    if not prompt:
-        raise InputError("the text is empty; give at least one character")
-    llm = loading.connect_or_load(api, load)
-    request: Any = prompt if raw else [{"role": "user", "content": prompt}]
-    hint(llm, prompt)
-    with working("deciding"):
-        decisions = llm.decide(request, questions, steps, options=options)
-    if as_json:
-        record = {name: asdict(decision) for name, decision in decisions.items()}
-        put(json.dumps(record, ensure_ascii=False) + "\n")
+    questions.check_sources(text)
+    target = answers.file(is_many=questions.data is not None or questions.systemone is not None)
+
+    def connect() -> LanguageModel:
+        return loading.connect_or_load(api, load)
+
+    if questions.systemone is not None:
+        _answer_requests(questions.systemone, reading, options, target, connect)
+    elif questions.data is not None:
+        _answer_data(questions.data, _Asking(questions.read(), reading, options), target, connect)
     else:
-        Console(highlight=False).print(FittingTable(table(decisions)))
+        state: Any = text if questions.state is None else read_state(questions.state)
+        state = files.read("-") if state in (None, "-") else state
+        _answer_one(state, _Asking(questions.read(), reading, options), answers.as_json, connect)
 
 
-def parse_fields(pairs: Sequence[str]) -> dict[str, list[str]]:
-    """Field -> choices from NAME=A|B each, spaces around a choice left out."""
-    fields: dict[str, list[str]] = {}
-    for pair in pairs:
-        name, is_pair, choices = pair.partition("=")
-        if not name or not is_pair:
-            raise InputError(f'--field is {pair!r}; give NAME=A|B|…, such as "mood=happy|unhappy"')
-        if name in fields:
-            raise InputError(f"two fields are named {name!r}; give each its own name")
-        fields[name] = [choice.strip() for choice in choices.split("|")]
-    return _checked(fields)
+@dataclass(frozen=True)
+class _Asking:
+    """What is asked of a text, and how."""
+
+    questions: dict[str, Question]
+    reading: ReadingFlags
+    options: Options
+
+    def query(self, state: Any) -> Decide:
+        """The query, checked before a model is loaded."""
+        if state == "":
+            raise InputError("the text is empty; give at least one character")
+        query = Decide(state, self.questions, **self.reading.fields, options=self.options)
+        check_query(query)
+        return query
 
 
-def read_fields(text: str, file: str) -> dict[str, list[str]]:
-    """Field -> choices from JSON text."""
-    fields = files.parse_json(text, file)
-    if not isinstance(fields, dict) or not all(isinstance(choices, list) for choices in fields.values()):
-        raise InputError(f'{file} must be an object of names and lists, such as {{"mood": ["happy", "unhappy"]}}')
-    return _checked(fields)
+def _answer_one(state: Any, asking: _Asking, as_json: bool, connect: Connect) -> None:
+    query = asking.query(state)
+    llm = connect()
+    hint(llm, state_text(state))
+    with working("deciding"):
+        decisions = llm.run(query)
+    if as_json:
+        put(json.dumps(_records(decisions), ensure_ascii=False) + "\n")
+    else:
+        _show(decisions, asking.questions)
 
 
-def _checked(fields: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The same fields; InputError for those that `LLM.decide` would refuse, before a model is loaded."""
-    if not fields:
-        raise InputError("there are no fields to decide; give at least one with its choices")
-    for name, choices in fields.items():
-        if not name or not all(isinstance(choice, str) and choice for choice in choices):
-            raise InputError(f"field {name!r} has the choices {choices}; a name and its choices are texts, none empty")
-        if len(choices) < 2 or len(set(choices)) < len(choices):
-            raise InputError(f"field {name!r} has the choices {choices}; give two or more different ones")
-    return fields
+def _answer_data(data: str, asking: _Asking, target: LineFile | None, connect: Connect) -> None:
+    """The same questions about each line's text or data."""
+    asking.query("any")  # before the model is loaded
+    total = count_lines(data)
+
+    def item(number: int, value: Any) -> LineRequest:
+        def line(outcome: Decisions | InputError) -> dict[str, Any]:
+            if isinstance(outcome, InputError):
+                return {"line": number, "error": str(outcome)}
+            return {"line": number, "answers": _records(outcome)}
+
+        return LineRequest.of(number, value, asking.query, line)
+
+    answer_lines(connect(), (item(*one) for one in json_lines(data)), target, total)
 
 
-def table(decisions: Mapping[str, Decision]) -> Table:
-    """A line a choice, likeliest first; the bars are probabilities."""
-    rows = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    rows.add_column(style="bold", overflow="fold")
-    rows.add_column(overflow="fold")
-    rows.add_column(no_wrap=True)
-    rows.add_column(justify="right", no_wrap=True)
-    for number, (name, decision) in enumerate(decisions.items()):
-        if number:
-            rows.add_row()
-        ranked = sorted(decision.probabilities.items(), key=lambda item: -item[1])
-        for rank, (choice, p) in enumerate(ranked):
-            style = "bold" if choice == decision.choice else "dim"
-            cells = visible("" if rank else name), visible(choice, style), bar(p), Text(f"{p:.1%}", style)
-            rows.add_row(*cells)
-    return rows
+def _answer_requests(
+    file: str, reading: ReadingFlags, options: Options, target: LineFile | None, connect: Connect
+) -> None:
+    """Whole requests, each answered as the server answers it."""
+
+    def query(body: Any) -> Decide:
+        query = decide_of(body, **reading.fields, options=options)
+        check_query(query)
+        return query
+
+    requests = read_requests(file)
+    if isinstance(requests, dict):
+        one = query(requests)  # before the model is loaded
+        llm = connect()
+        with working("deciding"):
+            answer = answers_of(llm.run(one), llm.name)
+        write_line(answer, target)
+        return
+    total = len(requests) if isinstance(requests, list) else count_lines(file)
+    llm = connect()
+
+    def line(outcome: Decisions | InputError) -> dict[str, Any]:
+        if isinstance(outcome, InputError):
+            return {"detail": {"error_type": "invalid_request_error", "message": str(outcome)}}
+        return answers_of(outcome, llm.name)
+
+    answer_lines(llm, (LineRequest.of(number, body, query, line) for number, body in requests), target, total)
 
 
-def bar(p: float) -> Text:
-    """A bar of eighths of a character on a dim ground."""
-    eighths = round(p * BAR * 8)
-    drawn = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
-    return Text(drawn, style=SMOKE[1]).append("·" * (BAR - len(drawn)), style="dim")
+def _show(decisions: Decisions, questions: dict[str, Question]) -> None:
+    """The answers on the screen; on a terminal with what they took."""
+    console = Console(highlight=False)
+    console.print(screen(decisions, questions))
+    if console.is_terminal:
+        usage = decisions.usage
+        passes = f" in {usage.passes} pass{'es' if usage.passes != 1 else ''}" if usage.passes else ""
+        reused = f", {usage.reused_tokens} of them reused" if usage.reused_tokens else ""
+        line = f"{len(decisions)} answers{passes}, {usage.seconds:.2f} s (prompt {usage.prompt_tokens} tokens{reused})"
+        console.print(Text(f"{line} · seed {decisions.seed}", style="dim"))
+
+
+def _records(decisions: Decisions) -> dict[str, Any]:
+    """The answers for programs; null for a question that was not asked."""
+    return {id: record_of(one) for id, one in decisions.items()} | dict.fromkeys(decisions.skipped)

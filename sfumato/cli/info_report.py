@@ -90,6 +90,8 @@ class FileReport(TypedDict):
     obstacle: str | None
     """Why it cannot be loaded."""
     notices: list[str]
+    calibration: dict[str, Any] | None
+    """How sure decisions are, as `sfumato calibrate` has written it; None: nothing is known."""
 
 
 class Report(TypedDict):
@@ -156,6 +158,7 @@ def report(config: ModelConfig, context: int, gpu: Gpu | None = None, name: str 
 
 def file_report(checkpoint: Checkpoint) -> FileReport:
     """What a checkpoint's tensors are stored as, and held as, by their bytes."""
+    from sfumato.checkpoints.contents import calibration_of
     from sfumato.checkpoints.load import held
     from sfumato.checkpoints.names import VISION
 
@@ -170,6 +173,7 @@ def file_report(checkpoint: Checkpoint) -> FileReport:
         in_memory = [{"kind": kind, "tensors": n, "bytes": size} for kind, (n, size) in held(checkpoint).items()]
     except CheckpointError as error:
         obstacle = str(error)
+    calibration = calibration_of(checkpoint)
     return {
         "format": checkpoint.format,
         "tensors": len(checkpoint.entries),
@@ -179,16 +183,19 @@ def file_report(checkpoint: Checkpoint) -> FileReport:
         "held": sorted(in_memory, key=lambda one: -one["bytes"]),
         "obstacle": obstacle,
         "notices": list(checkpoint.notices),
+        "calibration": calibration.to_dict() if calibration.temperatures else None,
     }
 
 
 def adapter_facts(folder: Path) -> dict[str, Any] | None:
-    """What an adapter's files say of it, as `AdapterFacts` has it; None where the folder holds none."""
+    """What an adapter's files say of it, as `AdapterFacts` has it, and its calibration; None where there is none."""
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").exists():
         return None
     from sfumato.checkpoints.adapters import describe_adapter
+    from sfumato.checkpoints.calibration import calibration_beside
 
-    return asdict(describe_adapter(folder))
+    own = calibration_beside(folder)
+    return {**asdict(describe_adapter(folder)), "calibration": own.to_dict() if own.temperatures else None}
 
 
 def _as_json(gpu: Gpu) -> dict[str, Any]:

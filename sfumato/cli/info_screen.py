@@ -62,6 +62,8 @@ def show_adapter(name: str, facts: dict[str, Any]) -> None:
     table.add_row("weights", ", ".join(changes))
     table.add_row("passes", facts["passes"])
     table.add_row("file", f"{size(facts['nbytes'])}, {number(facts['parameters'])} numbers")
+    if facts["calibration"] is not None:
+        table.add_row("decisions", visible(_calibrated(facts["calibration"])))
     if facts["aside"]:
         table.add_row("left aside", f"{facts['aside']} tensors for vision")
     console = Console(highlight=False)
@@ -77,6 +79,8 @@ def _facts(report: Report) -> Table:
     if "file" in report:
         facts.add_row("file", visible(_stored(report["file"])))
         facts.add_row("in memory", visible(_held(report["file"])))
+        if (calibration := report["file"]["calibration"]) is not None:
+            facts.add_row("decisions", visible(_calibrated(calibration)))
     facts.add_row(
         "parameters", f"[bold]{number(parameters['total'])}[/], {number(parameters['active'])} active for each token"
     )
@@ -118,6 +122,16 @@ def _held(file: FileReport) -> str:
     if file["obstacle"] is not None:
         return f"cannot be loaded: {file['obstacle']}"
     return f"{size(sum(one['bytes'] for one in file['held']))} without a recipe: {_shares(file['held'])}"
+
+
+def _calibrated(calibration: dict[str, Any]) -> str:
+    """The temperature of each kind of question, and what its calibration error was and is."""
+    each = []
+    for kind, temperature in calibration["temperature"].items():
+        errors = [calibration[name].get(kind, {}).get("ece") for name in ("before", "after")]
+        ece = "" if None in errors else f" (ECE {errors[0]:.3f} → {errors[1]:.3f})"
+        each.append(f"{kind} {temperature:.2f}{ece}")
+    return f"temperatures {', '.join(each)}, of {sum(calibration['labels'].values()):,} labels"
 
 
 def _shares(kinds: list[StoredKind]) -> str:

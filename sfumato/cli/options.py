@@ -136,9 +136,12 @@ def flags_of(*names: str, is_template: bool = False, usual: Collection[str] = SA
     return Group(parameters, make)
 
 
-def load_flags_of(*, without: Sequence[str] = ()) -> Group:
-    """The flags that make `LoadOptions`, but the model, which `loading` asks for; of bench also some others less."""
-    names = [name for name in LOAD_OPTIONS if name not in ("model", *without)]
+def load_flags_of(*, without: Sequence[str] = (), has_decisions: bool = False) -> Group:
+    """The flags that make `LoadOptions`, but the model, which `loading` asks for; of bench also some others less.
+
+    Only a command that decides has what decisions alone need."""
+    without = ("model", *without) if has_decisions else ("model", "calibration", *without)
+    names = [name for name in LOAD_OPTIONS if name not in without]
 
     def make(**values: Any) -> LoadOptions:
         for name in values.keys() & _IN_GIGABYTES:

@@ -17,6 +17,7 @@ from sfumato.cli.output import harmless
 from sfumato.engine.limits import BatchLimits
 from sfumato.errors import InputError, missing_extra
 from sfumato.options import LoadOptions
+from sfumato.questions import MOST_OPTIONS
 from sfumato.server.backend import ModelCard
 from sfumato.server.cluster.plan import ClusterPlan
 from sfumato.server.settings import Limits, Settings
@@ -48,6 +49,10 @@ class HttpFlags:
         Limits.max_body / 2**20
     )
     max_connections: Annotated[int, typer.Option(min=8, help="Connections at once, at most.")] = Limits.max_connections
+    max_questions: Annotated[int, typer.Option(min=1, help="Questions of one request, at most.")] = Limits.max_questions
+    max_options: Annotated[int, typer.Option(min=2, max=MOST_OPTIONS, help="Options of one question, at most.")] = (
+        Limits.max_options
+    )
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time for a request, at most.")] = Limits.timeout
     unready_after: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="/ready fails when preparing a request takes longer.")
@@ -89,6 +94,8 @@ class HttpFlags:
                 max_body=body,
                 max_bodies=max(Limits.max_bodies, 4 * body),
                 max_connections=self.max_connections,
+                max_questions=self.max_questions,
+                max_options=self.max_options,
                 timeout=self.timeout,
             ),
         )
@@ -140,7 +147,7 @@ class RayFlags:
 
 @flags.takes(
     model=loading.positional(loading.MODEL),
-    load=opt.load_flags_of(),
+    load=opt.load_flags_of(has_decisions=True),
     http=flags.group_of(HttpFlags, "HTTP"),
     batch=flags.group_of(BatchFlags, "Many requests at once"),
     cluster=flags.group_of(RayFlags, "Several machines"),

@@ -34,8 +34,8 @@ VARIABLE = "SFUMATO_MODEL"
 
 PLACES = ("model", "api", "api_key_file")
 """The keys outside a section: which model."""
-LOADING = tuple(name for name in LOAD_OPTIONS if name not in ("model", "adapters"))
-"""The keys of [load]: an adapter belongs to one model."""
+LOADING = tuple(name for name in LOAD_OPTIONS if name not in ("model", "adapters", "calibration"))
+"""The keys of [load]: an adapter and a calibration belong to one model."""
 SAMPLING = tuple(name for name in OPTIONS if name not in (*CONSTRAINTS, "drafts", "strict", "must_call", "adapter"))
 """The keys of [options]: a constraint belongs to one request, and drafts to one screen."""
 GIGABYTE = 1e9

@@ -83,23 +83,6 @@ def check_template_prompt(prompt: Any, is_needed: bool = False) -> None:
         check_messages("the prompt", prompt)
 
 
-def check_fields(fields: Any) -> None:
-    """InputError where these are no fields with choices: a record of names, each with two or more different texts."""
-    check_kind("fields", fields, Mapping, "a record of fields, each with a list of choices")
-    if not fields:
-        raise InputError("there are no fields to decide; give at least one with its choices")
-    for name, choices in fields.items():
-        check_text("a field's name", name)
-        if not name:
-            raise InputError("a field has an empty name; say what it asks")
-        is_list = isinstance(choices, (list, tuple)) and all(isinstance(choice, str) and choice for choice in choices)
-        if not is_list or len(choices) < 2 or len(set(choices)) < len(choices):
-            raise InputError(
-                f"field {reprlib.repr(name)} has the choices {reprlib.repr(choices)}; give a list of two or more "
-                "different texts"
-            )
-
-
 def check_count(name: str, value: Any, least: int, most: int) -> None:
     """InputError where the value is no whole number in these limits."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:

@@ -26,10 +26,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sfumato.engine.cost import Cost
-from sfumato.engine.engine import PREFILL_CHUNK, Engine
+from sfumato.engine.engine import LEAST_READ, PREFILL_CHUNK, Engine
 from sfumato.engine.limits import BatchLimits
 from sfumato.engine.memory import free_memory, row_bytes
 from sfumato.engine.prefixes import KEPT_FROM, Prefixes
+from sfumato.engine.reading import COPIES, POSITIONS
 from sfumato.engine.request import Failure, Request, Row
 from sfumato.engine.run import ROUND
 from sfumato.errors import BusyError, CapacityError, InputError, NumericError
@@ -110,6 +111,7 @@ class Batch:
         if len(self._waiting) >= self.limits.queue:
             raise BusyError(f"{len(self._waiting)} requests wait already, the most that may; try again in a moment")
         need = self._bytes(1, min(-(-request.capacity(self.config) // ROUND) * ROUND, self.config.max_position))
+        need += self._copy_bytes(request)
         if need > self.memory:
             raise CapacityError(
                 f"{request.name} and its answer need {need / 1e9:.2f} GB of memory, {self.memory / 1e9:.2f} are set "
@@ -192,6 +194,13 @@ class Batch:
     def _bounded(self, request: Request) -> Request:
         """Within the context, whatever the answer's limit."""
         limit, room = request.options.max_tokens, self.context - len(request.prompt)
+        if request.reads is not None:
+            if request.reads.longest > room:
+                raise CapacityError(
+                    f"{request.name} has {len(request.prompt)} tokens, and what is read behind it "
+                    f"{request.reads.longest} more, beyond the context of {self.context}; shorten it"
+                )
+            return request
         if room < 1 or (limit or 0) > room:
             answer = f" and max_tokens {limit}" if limit else ""
             raise CapacityError(
@@ -236,12 +245,16 @@ class Batch:
         longest = min(-(-longest // ROUND) * ROUND, self.config.max_position)
         generous = min(self.limits.rows, 1 << (seats - 1).bit_length())
         wider = max(generous, len(engine.rows)), max(longest, engine.cache.capacity)
+        copies = max([self._copy_bytes(request), *(self._copy_bytes(self._row(seat).request) for seat in self._ids)])
+        engine.read_passes.room = min(COPIES, copies)
         for shape in (wider, (generous, longest), (seats, longest)):
-            if shape == (len(engine.rows), engine.cache.capacity):
+            is_new = shape != (len(engine.rows), engine.cache.capacity)
+            if not is_new and not copies:
                 break
-            copied = engine.cache.bytes if self._ids else 0  # while it is copied both are there
-            if self._bytes(*shape) + copied + self.prefixes.bytes <= self.memory:
-                engine.resize(*shape)
+            copied = engine.cache.bytes if self._ids and is_new else 0  # while it is copied both are there
+            if self._bytes(*shape) + max(copied, copies) + self.prefixes.bytes <= self.memory:
+                if is_new:
+                    engine.resize(*shape)
                 break
         else:
             if self.prefixes.bytes:
@@ -256,6 +269,14 @@ class Batch:
         cache = KVCache.bytes_of(self.config, rows, capacity, self.model.dtype)
         recordings = MOST * GRAPH_BYTES if self.engine.stepper.is_recording else 0  # what their steps need, they share
         return cache + rows * row_bytes(self.config, self.model.dtype) + recordings
+
+    def _copy_bytes(self, request: Request) -> int:
+        """Bytes that its reads may take for copies of the cache: one has to fit."""
+        if request.reads is None or not request.reads.copied:
+            return 0
+        tokens = len(request.prompt) + request.reads.copied
+        one = KVCache.bytes_of(self.config, 1, min(tokens, self.config.max_position), self.model.dtype)
+        return max(one, min(COPIES, self.memory // 16))
 
     def _max_capacity(self, rows: int) -> int:
         """Tokens that each of so many rows could have room for, all of them growing, old and new cache together."""
@@ -280,7 +301,7 @@ class Batch:
         everyone = [seat for seat in self._ids if seat not in walks]
         limit = None if len(self._ids) == 1 else max(LEAST_CHUNK, self.cost.within(self.limits.stall))
         fresh = [seat for seat in everyone if self._is_fresh(self._row(seat), limit)]
-        brief = [seat for seat in fresh if (self._row(seat).room or self.context) <= self._row(seat).length]
+        brief = [seat for seat in fresh if self._is_brief(self._row(seat))]
         first = brief or fresh
         if not first or len(first) == len(everyone):
             return everyone + walking, limit
@@ -293,8 +314,12 @@ class Batch:
 
     @staticmethod
     def _is_fresh(row: Row, limit: int | None) -> bool:
-        """Whether it has committed nothing yet, and no long prompt is in its way."""
-        return row.first_commit is None and (limit is None or len(row.rest) <= limit)
+        """Whether it has committed nothing yet, and no long prompt is in its way, nor much to be read."""
+        return row.first_commit is None and (limit is None or max(len(row.rest), row.read_positions) <= limit)
+
+    def _is_brief(self, row: Row) -> bool:
+        """Whether its answer is one canvas, or what is read in a turn."""
+        return row.request.reads is not None or (row.room or self.context) <= row.length
 
     def _positions(self, seats: Sequence[int], limit: int | None) -> int:
         """What a turn of these has to compute: canvas positions, and tokens to encode."""
@@ -303,13 +328,19 @@ class Batch:
         encoded = min(rest, PREFILL_CHUNK * len(rows) if limit is None else limit)
         ready = [self._row(seat) for seat in seats if seat not in self.engine.stepper.walks]
         stepping = (row for row in ready if len(row.rest) <= (limit or PREFILL_CHUNK) and not row.is_at_cap)
-        return encoded + sum((row.length if row.request.is_diffusion else 1) + len(row.pending) for row in stepping)
+        read = sum(row.read_positions for row in ready if len(row.rest) <= (limit or PREFILL_CHUNK))
+        read = min(read, POSITIONS if limit is None else max(LEAST_READ, limit - encoded))
+        return encoded + read + sum(_step_positions(row) for row in stepping)
 
     # ---- prefixes -----------------------------------------------------------------------------------------------
 
     def _keep_marked(self, seat: int) -> None:
         row = self.engine.rows[seat]
-        if row is not None and (count := self.engine.cache.lengths[seat]) in row.request.marks and row.rest:
+        if (
+            row is not None
+            and (count := self.engine.cache.lengths[seat]) in row.request.marks
+            and (row.rest or row.is_read)
+        ):
             self._keep(seat, row.prompt.first(count))
 
     def _keep(self, seat: int, prompt: Prompt) -> None:
@@ -330,3 +361,10 @@ class Batch:
 
     def _row(self, seat: int) -> Row:
         return self.engine.table.row(seat)
+
+
+def _step_positions(row: Row) -> int:
+    """What a step of a row computes, beside reads."""
+    if row.request.reads is not None:
+        return 0
+    return (row.length if row.request.is_diffusion else 1) + len(row.pending)

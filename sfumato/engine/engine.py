@@ -23,6 +23,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 
 from sfumato.engine.commits import Commits
+from sfumato.engine.reading import ReadPasses
 from sfumato.engine.request import Failure, Request, Row
 from sfumato.engine.seats import SeatTable
 from sfumato.engine.stepper import PendingRead, Stepper, is_recording
@@ -37,6 +38,9 @@ from sfumato.sampling.recorded import Capture, CudaCapture, Recordings, on
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per encode pass: bounds the memory of a long prompt; any value gives the same result."""
+
+LEAST_READ = 256
+"""Positions that are read in a turn, however little of it others leave."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -98,6 +102,7 @@ class Engine:
         noise = SeatNoise(model.config.vocab_size, model.device, settings.noise)
         self.stepper = Stepper(self.table, noise, settings.chunk, records)
         self.commits = Commits(self.table, self.stepper)
+        self.read_passes = ReadPasses(self.table, noise)
         self.pending_reads: deque[list[PendingRead]] = deque()
         """Of each turn whose canvases are not read yet."""
 
@@ -127,7 +132,7 @@ class Engine:
         seat = next((seat for seat, other in enumerate(self.rows) if other is None), len(self.rows))
         if prefix is None:
             count = self.cache.lengths[seat] if seat < len(self.rows) else 0
-        if count >= len(row.prompt):
+        if count >= len(row.prompt) and row.request.reads is None:
             raise InputError(
                 f"the cache holds {count} tokens of a prompt of {len(row.prompt)}; truncate it to fewer first"
             )
@@ -148,6 +153,7 @@ class Engine:
         cannot go back to them."""
         self.rows[seat] = None
         self.stepper.walks.drop(seat)
+        self.read_passes.drop(seat)
         if keep:
             self.cache.truncate_(seat, keep)
         else:
@@ -167,10 +173,10 @@ class Engine:
         began, stepper, row = time.perf_counter(), self.stepper, self.table.row
         seats = [seat for seat in self.live if seats is None or seat in seats]
         # 1. Encode a chunk of the prompts; a row whose last chunk remains begins its first canvas.
-        stepper.encode_prompts([seat for seat in seats if row(seat).rest], prefill_limit)
+        encoded = stepper.encode_prompts([seat for seat in seats if row(seat).rest], prefill_limit)
         seats = [seat for seat in seats if not row(seat).rest]
         # 2. One step of all canvases; what waits to be encoded goes along in the same pass.
-        canvases = [seat for seat in seats if row(seat).request.is_diffusion and not row(seat).is_at_cap]
+        canvases = [seat for seat in seats if row(seat).request.is_written and not row(seat).is_at_cap]
         stepper.step([seat for seat in canvases if seat not in stepper.walks])
         # 3. Where a grammar rules, the step ends when its walk does.
         stepper.walk([seat for seat in canvases if seat in stepper.walks], time.perf_counter() - began)
@@ -186,6 +192,10 @@ class Engine:
         # 6. One token of the rows that go without a canvas.
         decoding = [seat for seat in seats if not row(seat).request.is_diffusion and not row(seat).is_over]
         events += self.commits.decode(decoding)
+        # 7. What is only read, behind prompts that are encoded.
+        reading = [seat for seat in seats if row(seat).is_read and not row(seat).is_over]
+        if reading:
+            events += self.read_passes.run(reading, prefill_limit and max(prefill_limit - encoded, LEAST_READ))
         return events + self.table.pop_failures()
 
     def _lag(self, stepped: list[int]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic
@@ -102,14 +103,8 @@ class JobThread(Generic[AnyQuery]):
                     if self._must_forget:
                         self._drop_jobs()
                     return
-                arrival = self._arrivals.popleft() if self._arrivals else None
             try:
-                if arrival is not None:
-                    id, query, planner = arrival
-                    if jobs is None:
-                        jobs = self._jobs = Jobs(planner, self._limits)
-                    self._begin(jobs, id, query)
-                assert jobs is not None  # else nothing has arrived
+                jobs = self._begin_arrivals(jobs)
                 with self._lock:
                     outcomes = jobs.turn()
             except BaseException as error:  # of the engine, on which no query can go on
@@ -117,6 +112,20 @@ class JobThread(Generic[AnyQuery]):
                 continue
             for id, outcome in outcomes:
                 self._tell(id, outcome)
+
+    def _begin_arrivals(self, jobs: Jobs[AnyQuery] | None) -> Jobs[AnyQuery]:
+        """Begin what has arrived, so that it shares the next turn; as much as holds nobody up for long."""
+        until = time.perf_counter() + self._limits.stall
+        while jobs is None or (self._arrivals and time.perf_counter() < until):
+            with self._guard:
+                if not self._arrivals:  # those were ended meanwhile
+                    break
+                id, query, planner = self._arrivals.popleft()
+            if jobs is None:
+                jobs = self._jobs = Jobs(planner, self._limits)
+            self._begin(jobs, id, query)
+        assert jobs is not None  # else nothing has arrived
+        return jobs
 
     def _begin(self, jobs: Jobs[AnyQuery], id: str, query: AnyQuery) -> None:
         confined.is_cancelled.set(lambda: id not in self._listeners)

@@ -16,7 +16,7 @@ from sfumato.engine.limits import BatchLimits
 from sfumato.engine.plan import Ask, Change, Plan, PlanEnd, advance
 from sfumato.engine.request import Failure, Row
 from sfumato.errors import BusyError, contained
-from sfumato.events import Decision, Done, Draft, Edited, Event, Filled, Scored, TokenCount
+from sfumato.events import Decisions, Done, Draft, Edited, Event, Filled, Scored, TokenCount
 from sfumato.model.adapters import Adapters
 from sfumato.model.loaded import AdapterList
 from sfumato.model.network import Model
@@ -27,7 +27,7 @@ PLANNING = 2
 PAUSE = 0.005
 """Seconds that a turn waits for them where nothing else is to be done."""
 
-JobOutcome = Event | Filled | Edited | dict[str, Decision] | Scored | TokenCount | AdapterList | Exception
+JobOutcome = Event | Filled | Edited | Decisions | Scored | TokenCount | AdapterList | Exception
 """What a turn says about a job: an event, the result that it ends with, or the error that ends it."""
 
 AnyQuery = TypeVar("AnyQuery", contravariant=True)

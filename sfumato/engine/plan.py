@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from sfumato.engine.reads import Readings
 from sfumato.engine.request import Inspect, Request, Row
 from sfumato.engine.scores import PromptScores
 from sfumato.errors import InputError
@@ -34,9 +35,13 @@ class Ask:
     scores: PromptScores | None = None
     """Takes the log-probabilities of its row's prompt."""
 
+    readings: Readings | None = None
+    """Takes what its row's reads show."""
+
     def row(self, config: ModelConfig, id: str, name: str = "the prompt") -> Row:
         """The row of its request, which is then called so: see `Row.of`."""
-        return Row.of(replace(self.request, id=id, name=name), config, self.reader.push, self.inspect, self.scores)
+        request = replace(self.request, id=id, name=name)
+        return Row.of(request, config, self.reader.push, self.inspect, self.scores, self.readings)
 
 
 Plan = Generator[list[Ask], list[Done], Result]

@@ -19,6 +19,7 @@ from sfumato.constraints.answers import AnswerGrammar, AnswerGuide
 from sfumato.constraints.grammar import Grammar
 from sfumato.constraints.guide import Guide
 from sfumato.engine.arguments import check_ids, check_kind, check_places
+from sfumato.engine.reads import Readings, Reads
 from sfumato.engine.scores import PromptScores
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
@@ -58,7 +59,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Span:
+class GrammarSpan:
     """Positions of an answer that are kept to a grammar: `width` of them from `start` on.
 
     None: to the answer's end, which then comes where the text is complete; else what the text leaves of the span is
@@ -82,10 +83,12 @@ class Request:
     options: Options = Options()  # noqa: RUF009 - frozen
     pins: Mapping[int, int] = field(default_factory=dict)
     warm: Mapping[int, int] = field(default_factory=dict)
-    spans: Sequence[Span] = ()
+    spans: Sequence[GrammarSpan] = ()
     banned: Sequence[int] = ()
     marks: Sequence[int] = ()
     """Places in the prompt where a chunk ends, so that what is encoded up to there can be kept for others."""
+    reads: Reads | None = None
+    """What is read behind the prompt; nothing is written then."""
     name: str = "the prompt"
     """How error messages name this prompt."""
     id: str = field(default_factory=_new_id)
@@ -114,13 +117,18 @@ class Request:
 
     @property
     def is_diffusion(self) -> bool:
-        """Whether it is written canvas by canvas, not token by token."""
+        """Whether it is written canvas by canvas, not token by token, or read on canvases."""
         return self.options.mode == "diffusion"
+
+    @property
+    def is_written(self) -> bool:
+        """Whether it is written canvas by canvas."""
+        return self.is_diffusion and self.reads is None
 
     def canvas_length(self, config: ModelConfig) -> int:
         """The model's own, or less for a short request without room for so much."""
         whole = config.canvas_length
-        if not self.options.short:
+        if not self.options.short or self.reads is not None:
             return whole
         need = max(self.options.max_tokens or whole, max(self.pins, default=-1) + 1)
         return min(whole, -(-need // SHORT) * SHORT)
@@ -129,10 +137,12 @@ class Request:
         """Tokens that its row of the cache should have room for at first.
 
         These are the prompt, and the beginning of the answer in whole canvases."""
+        if self.reads is not None:
+            return len(self.prompt)
         new, length = min(self.options.max_tokens or FIRST_ROOM, FIRST_ROOM), self.canvas_length(config)
         return min(len(self.prompt) + -(-new // length) * length, config.max_position)
 
-    def room(self, span: Span, config: ModelConfig) -> int:
+    def room(self, span: GrammarSpan, config: ModelConfig) -> int:
         """Tokens that the text of this span may have: its width, or whole canvases up to the end of the answer."""
         if span.width is not None:
             return span.width
@@ -140,7 +150,7 @@ class Request:
         whole = (config.max_position - len(self.prompt)) // canvas * canvas
         return min(whole, self.options.max_tokens or whole) - span.start
 
-    def guide(self, span: Span, config: ModelConfig) -> Guide | AnswerGuide:
+    def guide(self, span: GrammarSpan, config: ModelConfig) -> Guide | AnswerGuide:
         """The guide of this span's text; CapacityError, which names what limits it, where the text has no room."""
         room, least = self.room(span, config), span.grammar.shortest()
         if span.width is None and room < least:
@@ -163,6 +173,7 @@ class Request:
             "a pin": bool(self.pins),
             "a warm token": bool(self.warm),
             "a span": bool(self.spans),
+            "a read": self.reads is not None,
         }
         for what in (what for what, is_requested in needs_canvas.items() if is_requested):
             config.check_canvas(what)
@@ -170,7 +181,8 @@ class Request:
     def _check_room(self, config: ModelConfig) -> None:
         if not len(self.prompt):
             raise InputError(f"{self.name} is empty; give at least one token (the begin-of-text token, say)")
-        need = len(self.prompt) + (self.canvas_length(config) if self.is_diffusion else 1)
+        behind = self.canvas_length(config) if self.reads is None else self.reads.longest
+        need = len(self.prompt) + (behind if self.is_diffusion else 1)
         if need > config.max_position:
             raise CapacityError(
                 f"{self.name} has {len(self.prompt)} tokens and a canvas needs {need - len(self.prompt)} more, beyond "
@@ -201,7 +213,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class RowSpan:
-    """A row's own part of a `Span`: the guide of its text."""
+    """A row's own part of a `GrammarSpan`: the guide of its text."""
 
     start: int
     width: int | None
@@ -241,6 +253,14 @@ class Row:
     """Its sampling options; None: all are off."""
     scores: PromptScores | None = None
     """Takes the log-probabilities of its prompt."""
+    readings: Readings | None = None
+    """Takes what its reads show."""
+    reads_done: int = 0
+    """Reads that have ended."""
+    glances_done: int = 0
+    """Canvases of the next one that have been looked at."""
+    positions_read: int = 0
+    """Positions that its reads have computed."""
     spans: list[RowSpan] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that were encoded before it began."""
@@ -273,11 +293,13 @@ class Row:
         watch: Watch | None = None,
         inspect: Inspect | None = None,
         scores: PromptScores | None = None,
+        readings: Readings | None = None,
     ) -> Row:
         """A row for a request, of which nothing is encoded yet; it can wait, and be made in any thread.
 
         `watch` is called with its new tokens, `inspect` with its read-outs; `scores` takes what the model says of its
-        prompt. InputError or CapacityError for what this model cannot run. The guide of a grammar takes a moment."""
+        prompt, `readings` what its reads show. InputError or CapacityError for what this model cannot run. The guide of
+        a grammar takes a moment."""
         request = request.checked(config)
         rules, length = Rules.of(request.options), request.canvas_length(config)
         if request.options.short:  # a step accepts one position at least, so more steps than positions are no use
@@ -285,7 +307,9 @@ class Row:
         prompt = Prompt.of(request.prompt)
         row = cls(request, prompt, rules, length, request.options.seed or 0, list(prompt.tokens), watch, inspect)
         row.sampler = RowSampler.of(request.options, prompt.tokens)
-        row.scores = scores
+        row.scores, row.readings = scores, readings
+        if request.reads is not None and readings is not None:
+            readings.begin(request.reads)
         row.spans = [RowSpan(span.start, span.width, request.guide(span, config)) for span in request.spans]
         return row
 
@@ -298,13 +322,27 @@ class Row:
         """What of its prompt may be encoded before it begins.
 
         All but the last token, because something must be computed; less, where that would lose hidden states that its
-        scores follow from."""
+        scores follow from. Behind a prompt that is only read, nothing is."""
+        if self.request.reads is not None:
+            return self.prompt
         return self.prompt.first(len(self.prompt) - 1 if self.scores is None else self.scores.first - 1)
 
     @property
     def is_over(self) -> bool:
         """Whether it has failed or ended."""
         return self.has_failed or self.finish_reason is not None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether something behind its prompt is still to be read."""
+        return self.request.reads is not None and self.reads_done < len(self.request.reads.each)
+
+    @property
+    def read_positions(self) -> int:
+        """Positions that its reads still compute, those of a begun one counted whole."""
+        if self.request.reads is None:
+            return 0
+        return self.request.reads.positions - self.positions_read
 
     @property
     def is_at_cap(self) -> bool:

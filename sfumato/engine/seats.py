@@ -81,7 +81,7 @@ class SeatTable:
             rules = [Rules.of(Options())] * count
             self.canvases[length] = Canvases.allocate(self.model, rules, [0] * count, [0] * count, length)
         state = self.canvases[length]
-        here = [row for row in self.rows if row is not None and row.length == length and row.request.is_diffusion]
+        here = [row for row in self.rows if row is not None and row.length == length and row.request.is_written]
         state.has_early = any(row.options.early for row in here)
         state.has_further_rules = any(row.rules.has_further for row in here)
         state.has_pins = state.has_early or any(row.request.pins for row in here)

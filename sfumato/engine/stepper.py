@@ -73,10 +73,11 @@ class Stepper:
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 
-    def encode_prompts(self, seats: list[int], limit: int | None) -> None:
+    def encode_prompts(self, seats: list[int], limit: int | None) -> int:
         """Encode a chunk of each of these prompts, `limit` tokens in all (None: any number).
 
-        A row whose last chunk remains begins its first canvas; that chunk goes along with the first step."""
+        A row whose last chunk remains begins its first canvas; that chunk goes along with the first step. Returns how
+        many tokens there are of all chunks."""
         budget, tokens, encoding, beginning = limit, [], [], []
         for seat in seats:
             row = self.table.row(seat)
@@ -87,7 +88,7 @@ class Stepper:
             size = min([size, *(mark - here for mark in row.request.marks if mark > here)])
             chunk, row.rest = row.rest[:size], row.rest[size:]
             budget = None if budget is None else budget - len(chunk)
-            if row.request.is_diffusion and not row.rest:
+            if row.request.is_written and not row.rest:
                 row.pending = chunk
                 beginning.append(seat)
             else:
@@ -96,6 +97,7 @@ class Stepper:
         if encoding:
             self._encode(tokens, encoding)
         self.begin(beginning, is_first=True)
+        return sum(map(len, tokens)) + sum(len(self.table.row(seat).pending) for seat in beginning)
 
     def _encode(self, tokens: list[list[int]], seats: list[int]) -> None:
         """Encode chunks of prompts; of a row that wants its prompt's log-probabilities they are taken here."""

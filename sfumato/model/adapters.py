@@ -73,6 +73,8 @@ class Adapter:
     """What messages call it."""
     notices: tuple[str, ...] = ()
     """One sentence for each thing that its files have and that was left aside, or was not plain."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """How sure decisions with it are, by kind of question."""
 
     @property
     def parts(self) -> list[Mapping[str, Factors]]:
@@ -287,7 +289,7 @@ class Adapters:
                 self._put(lane, part)
                 rank = max((factors.rank for factors in part.values()), default=0)
                 self._lanes[lane] = rank, frozenset(part)
-        loaded = LoadedAdapter(name, LanePair(lanes[0], lanes[-1]))
+        loaded = LoadedAdapter(name, LanePair(lanes[0], lanes[-1]), adapter.temperatures)
         finalize(loaded, self._released.append, loaded.lanes).atexit = False
         self.version += 1
         self._loaded[name], self._sizes[name] = loaded, adapter.size(name, self.model.dtype)

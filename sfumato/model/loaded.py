@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sfumato.errors import InputError
@@ -24,6 +25,8 @@ class LoadedAdapter:
     name: str
     lanes: LanePair
     """Those of the model's weights that its rows have."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """How sure decisions with it are, by kind of question."""
 
 
 @dataclass(frozen=True)

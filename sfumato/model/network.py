@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sfumato.model.cache import KVCache
 from sfumato.model.config import LayerConfig, ModelConfig
-from sfumato.model.passes import Pass
+from sfumato.model.passes import Pass, ReadPass
 from sfumato.ops.contract import After, BlockPass, BlockResult, JoinNorms, Layer, Matrix, Ops
 from sfumato.ops.lowrank import LanePair, LaneSwitch
 
@@ -417,6 +417,31 @@ class Model(nn.Module):
         if own_run is None:
             cache.advance(run.rows, counts)
         return hidden_BTD[:, :width], hidden_BTD[:, width:]
+
+    def read(
+        self,
+        tokens_BT: Tensor | None,
+        counts: list[int],
+        canvas_BL: Tensor,
+        cache: KVCache,
+        rows: list[int],
+        soft_BLD: Tensor | None = None,
+    ) -> Tensor:
+        """One pass over canvases and the tokens before them, of which the cache keeps nothing.
+
+        `rows` are the cache rows that they stand behind, repeats allowed: none sees another. `tokens_BT` None: no
+        tokens; of each, `counts` are real. Returns the canvases' normed hidden states [B, L, D]."""
+        width = 0 if tokens_BT is None else tokens_BT.shape[1]
+        run = ReadPass(self, cache, rows, counts, width, canvas_BL.shape[1])
+        x_BTD = self._condition(canvas_BL, soft_BLD, run)
+        if tokens_BT is not None:
+            x_BTD = torch.cat([self._embed(tokens_BT), x_BTD], dim=1)
+        return self._stack(x_BTD, run)[:, width:]
+
+    def logits_of(self, hidden: Tensor, words_W: Tensor) -> Tensor:
+        """float32 logits [..., W] of these words alone, softcapped."""
+        cap = self.config.softcap
+        return torch.tanh(nn.functional.linear(hidden, self.head_VD[words_W]).float() / cap) * cap
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., V], softcapped."""

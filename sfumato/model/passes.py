@@ -54,7 +54,9 @@ class Pass:
 
     Each row brings `encode` tokens (counts[i] of them real) and then `canvas` positions. As long as the cache's rows
     keep their lengths a pass may be run again: one serves all the steps of a canvas. Only `places` are read where a
-    recorded step needs them to change under it, its rows' lanes among them."""
+    recorded step needs them to change under it, its rows' lanes among them. What it encodes the cache appends."""
+
+    is_kept = True
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class Pass:
             if key not in self.kinds:
                 ring = cache.ring(window)
                 used = ring if self.is_static else cache.used(window, rows)
-                mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used)
+                mask = Mask(rows, self.rows_B, lengths_B, counts_B, encode, canvas, window, ring, used, self.is_kept)
                 positions_BT = mask.positions_BT() if positions_BT is None else positions_BT  # those of every kind
                 angles = _near if is_near else _angles
                 self.kinds[key] = (mask, *angles(positions_BT, layer.rope, layer.head_dim, self.dtype))
@@ -133,8 +135,8 @@ class Pass:
 
     def append(self, index: int, k_BTGK: Tensor, v_BTGK: Tensor) -> None:
         """Append the encoded positions' keys and values to the cache; the canvas's never go there."""
-        if self.encode:
-            mask = self.of(index)[0]
+        mask = self.of(index)[0]
+        if self.encode and mask.is_kept:
             new = k_BTGK[:, : self.encode], v_BTGK[:, : self.encode]
             self.cache.append(index, *new, mask, self.is_fresh, self._slots(mask))
 
@@ -153,6 +155,12 @@ class Pass:
         if index not in self._scales:
             self._scales[index] = torch.where(self.is_canvas_N1, denoise_1, encode_1)
         return self._scales[index]
+
+
+class ReadPass(Pass):
+    """A pass of which the cache keeps nothing, so that several of its rows may stand behind one row of the cache."""
+
+    is_kept = False
 
 
 def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:

@@ -59,6 +59,8 @@ class Mask:
     """Slots of the ring, without the one behind it that takes padding."""
     used: int
     """Leading slots that may hold something for any of these rows."""
+    is_kept: bool = True
+    """Whether what is encoded goes into the ring."""
 
     def slots_BS(self) -> Tensor:
         """The position that each used slot holds, -1 for none."""

@@ -1,9 +1,10 @@
 """A model behind a URL: the methods of `LLM`, and the same events, over HTTP.
 
-`Remote` speaks to a Sfumato server, or to any other host with OpenAI's API. Which of the two it is, `GET /v1/models`
-says. A Sfumato server gets every option under its own name and sends drafts; another host gets only the fields that
-OpenAI's API has, and an option that cannot be said there is an InputError. Answers are always read as a stream, so that
-a long one is no silence. It deliberately lacks token ids (hosts send texts, so `tokens` stays empty), and torch.
+`Remote` speaks to a Sfumato server, or to any other host with OpenAI's API or, for decisions, TypeSafe's System One.
+Which it is, `GET /v1/models` says. A Sfumato server gets every option under its own name and sends drafts; another host
+gets only the fields that OpenAI's API has, and an option that cannot be said there is an InputError. Answers are always
+read as a stream, so that a long one is no silence. It deliberately lacks token ids (hosts send texts, so `tokens` stays
+empty), and torch.
 """
 
 from __future__ import annotations
@@ -20,17 +21,28 @@ from sfumato.errors import CheckpointError, InputError, WorkerError, contained
 from sfumato.events import Commit, Completion, Draft, Event
 from sfumato.model.purpose import Purpose
 from sfumato.options import Options, differences
-from sfumato.remote.bodies import answer_body, answer_route, option_refused, score_body, template_route_and_body
+from sfumato.remote.bodies import (
+    DECISIONS,
+    answer_body,
+    answer_route,
+    option_refused,
+    score_body,
+    template_route_and_body,
+)
+from sfumato.remote.decisions import decide
 from sfumato.remote.host import Host, NoSuchRoute
 from sfumato.remote.results import AnswerReader, completion_of, result_of, scored_of, text_of
 from sfumato.system.cancelling import Cancellation
 from sfumato.templates.checks import check_query
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.outcomes import results_of
-from sfumato.templates.requests import AnswerQuery, Chat, Complete, Query, QueryFor, Result, Score
+from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Likelihood, Query, QueryFor, Result
 
 AT_ONCE = 32
 """Requests under way of those that are awaited, or come in a list."""
+
+SYSTEM_ONE_MODEL = "jev-latest"
+"""The model that System One's own clients ask for where none is named."""
 
 _STANDARD = {
     *("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed"),
@@ -48,7 +60,8 @@ class Remote(LanguageModel):
     Making one asks the host for its models: WorkerError where nobody answers, InputError for a wrong key, for a host
     of another kind, and where a host with several models gets no `model`. `timeout` is the longest silence, in
     seconds. It may be used from several threads. Where max_tokens is None, another host than Sfumato takes a length of
-    its own; templates, decisions and drafts are a Sfumato server's only."""
+    its own; templates and drafts are a Sfumato server's only. Decisions are asked of any server that speaks System One
+    (`POST /v1/systemone`); what is ours alone (`samples`, `think`, …) is sent behind `x_`, which others pass over."""
 
     has_token_ids = False
     """Whether results carry token ids beside the text: hosts send texts alone."""
@@ -65,6 +78,8 @@ class Remote(LanguageModel):
         """Queries that are awaited, each with its listener."""
         cards = self._cards(is_needed=model is None)
         is_sfumato = any(card.get("owned_by") == "sfumato" for card in cards)
+        if model is None and not is_sfumato and SYSTEM_ONE_MODEL in self._host.models:
+            model = SYSTEM_ONE_MODEL
         if model is None and len(cards) != 1 and not is_sfumato:
             raise InputError(f"{self.url} offers {len(cards)} models; name one{self._host.choice()}")
         named = [card for card in cards if card["id"] == model]
@@ -201,19 +216,25 @@ class Remote(LanguageModel):
         self._check_open()
         if isinstance(query, Query):
             check_query(query)
-        if isinstance(query, Score):
+        if isinstance(query, Likelihood):
             return self._score(query)
+        if isinstance(query, Decide):
+            self._check_route(DECISIONS, query.options)
+            return decide(self._host, self.name, query, self.is_sfumato)
         route, body = template_route_and_body(query)
         if not self.is_sfumato:
             raise InputError(f"{self.url} is no Sfumato server, so it has no /v1{route}; connect to one for that")
-        if (name := option_refused(route, query.options)) is not None:
-            message = f"{name} cannot be said with /v1{route} to {self.url}, which has no such field; leave it out"
-            raise InputError(message, option=name)
+        self._check_route(route, query.options)
         payload = self._host.json("POST", route, {"model": self.name} | body)
         with self._host.reading():
             return result_of(query, payload)
 
-    def _score(self, query: Score) -> Any:
+    def _check_route(self, route: str, options: Options) -> None:
+        if (name := option_refused(route, options)) is not None:
+            message = f"{name} cannot be said with /v1{route} to {self.url}, which has no such field; leave it out"
+            raise InputError(message, option=name)
+
+    def _score(self, query: Likelihood) -> Any:
         self.check(query.options, is_chat=False)
         payload = self._host.json("POST", "/completions", {"model": self.name} | score_body(query))
         with self._host.reading():
@@ -228,7 +249,7 @@ class Remote(LanguageModel):
                 raise
             return []
         with self._host.reading():
-            cards = list(payload["data"])
+            cards = list(payload["data"]) if "data" in payload else [{"id": card["name"]} for card in payload["models"]]
             self._host.models = [text_of(card["id"]) for card in cards]
         return cards
 

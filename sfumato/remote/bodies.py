@@ -15,7 +15,7 @@ from typing import Any
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, Options, differences
-from sfumato.templates.requests import AnswerQuery, Chat, Decide, Edit, Fill, Infill, Messages, QueryFor, Score
+from sfumato.templates.requests import AnswerQuery, Chat, Edit, Fill, Infill, Likelihood, Messages, QueryFor
 
 _UNSENT = ("early", "short", "drafts", "adapter")
 """Options of templates that a Sfumato server's routes do not take, drafts, which a whole result does not have, and the
@@ -29,7 +29,11 @@ TEMPLATE_OPTIONS = tuple(
 """Options that a Sfumato server takes with a template."""
 
 DECISION_OPTIONS = ("seed",)
-"""Options that it takes with decisions."""
+"""Options that decisions take, besides the adapter."""
+
+
+DECISIONS = "/systemone"
+"""The route of decisions."""
 
 
 def answer_route(query: AnswerQuery) -> str:
@@ -62,7 +66,7 @@ def answer_body(query: AnswerQuery, is_sfumato: bool, has_drafts: bool) -> dict[
     return body | fields
 
 
-def score_body(query: Score) -> dict[str, Any]:
+def score_body(query: Likelihood) -> dict[str, Any]:
     """The body that asks /completions for the log-probabilities of a text, and for one token behind it."""
     fields = _fields_of(dataclasses.replace(query.options, drafts=False))
     top = max(1, fields.pop("top_logprobs", 0))
@@ -93,17 +97,14 @@ def template_route_and_body(query: QueryFor[Any]) -> tuple[str, dict[str, Any]]:
         case Fill():
             pieces = [differences(piece) if dataclasses.is_dataclass(piece) else piece for piece in query.template]
             route, body = "/fill", {"template": pieces} | _prompt(query.prompt)
-        case Decide():
-            choices = {name: list(choices) for name, choices in query.fields.items()}
-            route, body = "/decisions", {"fields": choices, "steps": query.steps} | _prompt(query.prompt)
         case _:
             raise InputError(f"there is no request {query!r}; give one of templates.requests")
     return route, body | _whole_result(query.options)
 
 
 def option_refused(route: str, options: Options) -> str | None:
-    """The first of the options that a Sfumato server does not take at this route of templates; None: it takes all."""
-    names = DECISION_OPTIONS if route == "/decisions" else TEMPLATE_OPTIONS
+    """The first of the options that a server does not take at this route; None: it takes all."""
+    names = DECISION_OPTIONS if route == DECISIONS else TEMPLATE_OPTIONS
     return next((name for name in _whole_result(options) if name not in (*names, "model")), None)
 
 

@@ -38,6 +38,14 @@ CONNECT_SECONDS = 10.0
 """A connection takes so long at most."""
 
 
+_MOST_FAULTS = 3
+"""Values that are named, of those that are wrong with a request."""
+_REMEDIES = {
+    "/completions": "it may offer chat only, so give messages",
+    "/systemone": "connect to a server that answers typed questions",
+}
+
+
 class NoSuchRoute(InputError):
     """The host has no such route."""
 
@@ -223,7 +231,11 @@ class Host:
 
     def unlike_openai(self, what: str) -> InputError:
         """The error for an answer that no OpenAI-compatible host gives."""
-        return InputError(f"{self.url} does not answer as an OpenAI-compatible host does: {what}; check the URL")
+        return self.unlike("an OpenAI-compatible host", what)
+
+    def unlike(self, kind: str, what: str) -> InputError:
+        """The error for an answer that no host of this kind gives."""
+        return InputError(f"{self.url} does not answer as {kind} does: {self.clean(what)}; check the URL")
 
     def _error(self, response: http.client.HTTPResponse) -> Any:
         """The body of an error, parsed where it is JSON; where a redirect points."""
@@ -236,30 +248,26 @@ class Host:
 
     def refusal(self, status: int | None, body: Any, path: str) -> SfumatoError:
         """The error that a host's answer stands for. `status` None: it came within a stream."""
-        body = body if isinstance(body, dict) else {}
-        inner = body.get("error", body)  # other hosts' error bodies are flat, or only a text
-        inner = inner if isinstance(inner, dict) else {"message": inner}
-        message = inner.get("message") or inner.get("detail") or ""
-        message = self.clean(message if isinstance(message, str) else json.dumps(message)).rstrip(".")
-        kind, code = inner.get("type"), inner.get("code")
+        message, kind, code = _words_of(body)
+        message = self.clean(message).rstrip(".")
         words = f": {message}" if message else ""
         what = f" ({status})" if status else ""
-        if status == 401 and self._key is None:
+        if self._key is None and (status == 401 or (status == 403 and kind == "authentication_error")):
             return InputError(f"{self.url} wants an API key{what}{words}; give one")
         if status == 401 or (status == 403 and self._key is not None):
             return InputError(f"{self.url} refuses this API key{what}{words}; give another")
-        if status == 404 and path != "/models" and (code == "model_not_found" or "model" in message.lower()):
+        is_unknown = status == 404 and (code == "model_not_found" or "model" in message.lower())
+        if path != "/models" and (is_unknown or message.lower().startswith("unknown model")):
             return InputError(f"{self.url} has no such model{words}; name another{self.choice()}")
         if status in (404, 405):
-            remedy = "it may offer chat only, so give messages" if path == "/completions" else "check the URL"
-            return NoSuchRoute(f"{self.url} has no /v1{path}{what}{words}; {remedy}")
+            return NoSuchRoute(f"{self.url} has no /v1{path}{what}{words}; {_REMEDIES.get(path, 'check the URL')}")
         if status and 300 <= status < 400:
             return InputError(f"{self.url} sends requests elsewhere{what}{words}; give that URL")
-        if code == "numeric_error":
+        if "numeric_error" in (kind, code):
             return NumericError(f"{self.url} failed{what}{words}")
         if code == "context_length_exceeded":
             return CapacityError(f"{self.url} refuses the request{what}{words}")
-        if status == 429 or kind == "overloaded_error":
+        if status == 429 or kind in ("overloaded_error", "rate_limit_error"):
             return BusyError(f"{self.url} is busy{what}{words}; send the request again in a while")
         if (status and status < 500) or kind == "invalid_request_error":
             return InputError(f"{self.url} refuses the request{what}{words}")
@@ -278,6 +286,33 @@ class Host:
             text = text.replace(self._key, "…")
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= 300 else text[:299] + "…"
+
+
+def _words_of(body: Any) -> tuple[str, Any, Any]:
+    """The message of an error's body, its type and its code, in the shape of any API.
+
+    OpenAI's has them in "error", System One's in "detail", which is a list where the request's shape is wrong; others'
+    are flat, or only a text."""
+    inner = body.get("error", body) if isinstance(body, dict) else {}
+    if isinstance(inner, dict) and isinstance(inner.get("detail"), dict):
+        inner = inner["detail"]
+    inner = inner if isinstance(inner, dict) else {"message": inner}
+    message = inner.get("message") or inner.get("detail") or ""
+    kind, code = inner.get("type") or inner.get("error_type"), inner.get("code")
+    if isinstance(message, list) and message:
+        code = message[0].get("type") if isinstance(message[0], dict) else code
+        message = "; ".join(map(_fault_of, message[:_MOST_FAULTS]))
+    return message if isinstance(message, str) else json.dumps(message), kind, code
+
+
+def _fault_of(fault: Any) -> str:
+    """What is wrong with one value of a request, behind its place: `questions.team.criteria: Field required`."""
+    if not isinstance(fault, dict) or not isinstance(fault.get("msg"), str):
+        return json.dumps(fault)
+    loc = fault.get("loc")
+    place = [str(part) for part in loc if isinstance(part, (str, int))] if isinstance(loc, list) else []
+    path = ".".join(place[1:] if place[:1] == ["body"] else place)
+    return f"{path}: {fault['msg']}" if path else fault["msg"]
 
 
 def events_of(chunks: Iterable[bytes]) -> Iterator[str | None]:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sfumato.errors import InputError, SfumatoError
-from sfumato.events import Commit, Completion, Decision, Done, Draft, Edited, Event, Filled, Scored, ScoredToken, Usage
+from sfumato.events import Commit, Completion, Done, Draft, Edited, Event, Filled, Scored, ScoredToken, Usage
 from sfumato.options import Options
-from sfumato.templates.requests import Decide, Edit, Fill, Infill, QueryFor, Score
+from sfumato.templates.requests import Edit, Fill, Infill, Likelihood, QueryFor
 
 
 class AnswerReader:
@@ -121,12 +121,10 @@ def result_of(query: QueryFor[Any], body: Mapping[str, Any]) -> Any:
             return Filled(text_of(body["text"]), values, usage_of(body["usage"]), int(body["seed"]), lengths)
         case Edit():
             return Edited(text_of(body["text"]), query.text, usage_of(body["usage"]), int(body["seed"]))
-        case Decide():
-            return {name: _decision(decision) for name, decision in body["decisions"].items()}
     raise InputError(f"there is no request {query!r}; give one of templates.requests")
 
 
-def scored_of(query: Score, body: Mapping[str, Any]) -> Scored:
+def scored_of(query: Likelihood, body: Mapping[str, Any]) -> Scored:
     """The log-probabilities that a body of /completions holds, with the one token behind the text."""
     (choice,) = body["choices"]
     logprobs = choice["logprobs"]
@@ -159,10 +157,6 @@ def scored_of(query: Score, body: Mapping[str, Any]) -> Scored:
 
 def _likeliest(top: Mapping[str, Any] | None) -> dict[str, float]:
     return {text_of(piece): float(value) for piece, value in (top or {}).items()}
-
-
-def _decision(body: Mapping[str, Any]) -> Decision:
-    return Decision(text_of(body["choice"]), {choice: float(p) for choice, p in body["probabilities"].items()})
 
 
 def _draft(body: Mapping[str, Any]) -> Draft:

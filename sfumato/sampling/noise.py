@@ -155,6 +155,11 @@ class HostNoise:
         blocks = [(*row, 0) for row in zip(seats, seeds, canvases, strict=True)] if ahead else []
         return torch.from_numpy(self._count(places, blocks))
 
+    def canvas_at(self, step: int, seeds: Sequence[int], canvases: Sequence[int]) -> Tensor:
+        """Canvases that are noise throughout, [B, L]: fresh ones (step 0), or what replaces all of them at a step."""
+        stream = _RENOISE if step else _CANVAS
+        return torch.from_numpy(self._count([(*pair, step, stream) for pair in zip(seeds, canvases, strict=True)], []))
+
     def step(
         self, seats: Sequence[int], seeds: Sequence[int], canvases: Sequence[int], steps: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
@@ -239,6 +244,16 @@ class SeatNoise:
         if self.source is not None:
             return self.source.canvas(seats, canvases)
         return self._of(length).canvas(seats, seeds, canvases, ahead)
+
+    def canvas_at(
+        self, step: int, length: int, seats: Sequence[int], seeds: Sequence[int], canvases: Sequence[int]
+    ) -> Tensor:
+        """Canvases that are noise throughout, [B, L], as rows at this step have them: see `HostNoise.canvas_at`."""
+        if self.source is None:
+            return self._of(length).canvas_at(step, seeds, canvases)
+        if not step:
+            return self.source.canvas(seats, canvases)[:, :length]
+        return self.source.renoise(seats, canvases, [step] * len(seats))[:, :length]
 
     def step(
         self, length: int, seats: Sequence[int], seeds: Sequence[int], canvases: Sequence[int], steps: Sequence[int]

@@ -31,6 +31,7 @@ from sfumato.server.http.static import PageFiles
 from sfumato.server.ollama import routes as ollama
 from sfumato.server.openai import chat, completions, responses
 from sfumato.server.settings import Limits, Settings
+from sfumato.server.systemone import routes as systemone
 
 __all__ = ["Limits", "Settings", "create"]
 
@@ -61,7 +62,7 @@ def create(backend: Backend, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Sfumato",
         version=version("sfumato"),
-        description="DiffusionGemma over HTTP: OpenAI's routes, Anthropic's and Ollama's, and those of a canvas.",
+        description="DiffusionGemma over HTTP: routes of OpenAI, Anthropic, Ollama, System One and of a canvas.",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -70,8 +71,8 @@ def create(backend: Backend, settings: Settings) -> FastAPI:
         dependencies=[Depends(scheme) for scheme in KEYS] if settings.keys else [],
     )
     app.state.service = service
-    service.error_forms |= {anthropic.PATHS: anthropic.error_form, ollama.PATHS: ollama.error_form}
-    for dialect in (chat, completions, responses, anthropic, ollama, canvas, adapters, status):
+    service.error_forms |= {one.PATHS: one.error_form for one in (anthropic, ollama, systemone)}
+    for dialect in (chat, completions, responses, anthropic, ollama, systemone, canvas, adapters, status):
         app.include_router(dialect.routes(service))
     app.mount("/ui", PageFiles(directory=status.UI, check_dir=False))
     app.add_exception_handler(SfumatoError, _answer)

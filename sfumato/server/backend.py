@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sfumato.events import Decision, Edited, Event, Filled, Scored, TokenCount
+from sfumato.events import Decisions, Edited, Event, Filled, Scored, TokenCount
 from sfumato.model.loaded import AdapterList, AdapterSize
 from sfumato.model.purpose import Purpose
 from sfumato.templates.requests import AdapterQuery, Query
 
-Result = Filled | Edited | dict[str, Decision] | Scored | TokenCount | AdapterList
+Result = Filled | Edited | Decisions | Scored | TokenCount | AdapterList
 """What a job ends with that is no answer."""
 
 Outcome = Event | Result | Exception

@@ -48,6 +48,12 @@ class Limits:
     """Fields of /v1/decisions."""
     max_choices: int = 1024
     """Texts among which one answer, slot or field may choose."""
+    max_questions: int = 1024
+    """Questions of /v1/systemone and /v1/decisions."""
+    max_options: int = 1024
+    """Options, levels or passages of one question."""
+    max_all_options: int = 1 << 16
+    """Of all questions of a request."""
     max_ids: int = 1 << 20
     """Token ids of a prompt; the model's context bounds them too."""
     max_metadata: int = 64

@@ -18,6 +18,7 @@ from sfumato.server.http.document import ERRORS, gives
 from sfumato.server.http.options import listed
 from sfumato.server.http.service import Service
 from sfumato.server.http.static import PageFiles
+from sfumato.server.systemone.routes import JEV
 
 UI = Path(__file__).parent / "ui"
 """The page's files."""
@@ -65,14 +66,23 @@ class ModelBody(TypedDict):
     adapter: AdapterBody | None
 
 
+class SystemOneModel(TypedDict):
+    """A model's name as TypeSafe's clients list it; `release_date`: when the server began, as YYYY-MM-DD."""
+
+    name: str
+    description: str
+    release_date: str
+
+
 class ModelList(TypedDict):
-    """The answer of GET /v1/models."""
+    """The answer of GET /v1/models: `data` for OpenAI's and Anthropic's clients, `models` for TypeSafe's."""
 
     object: Literal["list"]
     data: list[ModelBody]
     has_more: bool
     first_id: str
     last_id: str
+    models: list[SystemOneModel]
 
 
 class OptionBody(TypedDict):
@@ -117,7 +127,9 @@ def _add_model_routes(router: APIRouter, service: Service) -> None:
         names = [*service.names(card), *service.adapters(card)]
         page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
         entries = [entry_of(name, await service.card(name), service, created) for name in names]
-        return JSONResponse({"object": "list", "data": entries, **page})
+        known = [system_one_entry(entry) for entry in entries]
+        known += [{**known[0], "name": name} for name in JEV if name not in names]
+        return JSONResponse({"object": "list", "data": entries, **page, "models": known})
 
     @router.get("/v1/models/{name:path}", **gives(ModelBody))
     async def model_of(name: str) -> Response:
@@ -157,6 +169,14 @@ def entry_of(name: str, card: ModelCard, service: Service, created: int) -> Mode
         "parent": parent,
         "adapter": None if adapter is None else {"rank": adapter.rank, "bytes": adapter.bytes},
     }
+
+
+def system_one_entry(model: ModelBody) -> SystemOneModel:
+    """A model, as TypeSafe's clients list it."""
+    purpose = model["purpose"]
+    kind = "A block-diffusion language model" if model["is_diffusion"] else "A language model"
+    sentence = purpose["purpose"] if purpose else f"{kind} of {model['parameters']} parameters"
+    return {"name": model["id"], "description": sentence, "release_date": model["created_at"][:10]}
 
 
 def _add_server_routes(router: APIRouter, service: Service) -> None:

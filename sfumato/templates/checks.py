@@ -6,14 +6,19 @@ beyond its kind (a token of the vocabulary, a length that fits) is for whoever c
 
 from __future__ import annotations
 
-from typing import Any
+import reprlib
+from typing import Any, get_args
 
 from sfumato.engine import arguments
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
-from sfumato.options import MOST_STEPS
-from sfumato.templates.requests import Chat, Complete, CountTokens, Decide, Edit, Fill, Infill, Score
+from sfumato.options import BIG, MOST_STEPS
+from sfumato.questions import check_content, check_questions
+from sfumato.templates.requests import Chat, Complete, CountTokens, Decide, Edit, Fill, Infill, Likelihood, Think
 from sfumato.templates.slots import Slot, check_spans, check_template
+
+MOST_SAMPLES = 256
+"""Draws of noise that a decision may take."""
 
 
 def check_query(query: Any) -> None:
@@ -38,10 +43,8 @@ def check_query(query: Any) -> None:
         case Edit():
             _check_edit(query)
         case Decide():
-            arguments.check_template_prompt(query.prompt, is_needed=True)
-            arguments.check_fields(query.fields)
-            arguments.check_count("steps", query.steps, 1, MOST_STEPS)
-        case Score():
+            _check_decide(query)
+        case Likelihood():
             _check_score(query)
         case CountTokens():
             arguments.check_kind("the query", query.query, (Chat, Complete), "a Chat or a Complete")
@@ -72,7 +75,27 @@ def _check_edit(query: Edit) -> None:
         Slot("text", text=query.text, strength=query.strength)
 
 
-def _check_score(query: Score) -> None:
+def _check_decide(query: Decide) -> None:
+    if query.conversation is not None:
+        arguments.check_messages("the state", query.conversation)
+    elif query.state is None:
+        raise InputError("the state is missing; give what the questions are about", option="state")
+    check_content("the state", query.state, option="state")
+    check_questions(query.questions)
+    arguments.check_count("steps", query.steps, 1, MOST_STEPS)
+    arguments.check_count("samples", query.samples, 1, MOST_SAMPLES)
+    if query.canvas is not None:
+        arguments.check_count("canvas", query.canvas, 1, BIG)
+    if query.think not in get_args(Think):
+        message = f"think is {reprlib.repr(query.think)}; choose {', '.join(get_args(Think))}"
+        raise InputError(message, option="think")
+    is_number = isinstance(query.threshold, (int, float)) and not isinstance(query.threshold, bool)
+    if not is_number or not 0 <= query.threshold <= 1:
+        message = f"threshold is {reprlib.repr(query.threshold)}; give a confidence from 0 to 1"
+        raise InputError(message, option="threshold")
+
+
+def _check_score(query: Likelihood) -> None:
     if not isinstance(query.prompt, str | Prompt):
         arguments.check_list("the prompt", query.prompt, "a text, or a list of token ids")
     if query.continuation is None:

@@ -1,7 +1,9 @@
-"""Decisions: fields with given choices, read from one canvas, and the probability of every choice.
+"""Decisions: the answers of a question as a tree of tokens, and what reads of it say about each.
 
-All fields stand on the canvas as "field: choice" lines. A choice of several tokens is a path through a tree, so that
-its probability does not depend on its length. It deliberately lacks the model: it is given logits.
+An answer is a path of tokens. Where paths part, a fork, the model is read once: a canvas that begins with the path so
+far says how likely each way on is, and an answer's probability is the product along its path. So it neither gains nor
+loses by being long, and one that is the beginning of another ends there with the token that ends a turn. All forks are
+known beforehand, so that they are read together. It deliberately lacks the model: it is given logits.
 """
 
 from __future__ import annotations
@@ -9,90 +11,104 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from sfumato.constraints.forms import MAX_CHOICES
-from sfumato.engine.arguments import check_fields
+from sfumato.engine.reads import Glance
 from sfumato.errors import InputError
 from sfumato.events import Decision
-from sfumato.templates.layout import Sheet
-from sfumato.templates.slots import Slot, check_template
-from sfumato.text.tokenizer import Tokenizer
-
-ChoiceTokens = Mapping[str, Sequence[Sequence[int]]]
-"""Field -> the tokens of each of its choices."""
+from sfumato.questions import Noul, Question, Score, Span
 
 
-def choices_of(fields: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
-    """The tokens of each field's choices, as they stand in a sentence. InputError for fields that cannot be decided."""
-    check_fields(fields)
-    tokens: dict[str, list[list[int]]] = {}
-    room = MAX_CHOICES
-    for name, choices in fields.items():
-        label = reprlib.repr(name)
-        room -= len(choices)
-        if room < 0:
-            raise InputError(f"the fields have more than {MAX_CHOICES} choices together; ask fewer at a time")
-        tokens[name] = [tokenizer.encode(f" {choice}") for choice in choices]
-        if len({*map(tuple, tokens[name])}) < len(choices):
-            raise InputError(f"field {label} has two choices that are the same tokens; reword one of them")
-    return tokens
+class Fork(NamedTuple):
+    """A place where answers part: the tokens up to there, and by the next token the answers that go on with it."""
+
+    path: tuple[int, ...]
+    branches: Mapping[int, tuple[int, ...]]
 
 
-def form_of(tokens: ChoiceTokens) -> list[str | Slot]:
-    """The template with a line for each field, and a slot that its longest choice fits."""
-    pieces: list[str | Slot] = []
-    for name, choices in tokens.items():
-        pieces += [f"{name}:", Slot(name, length=max(map(len, choices))), "\n"]
-    return check_template(pieces)
+@dataclass(frozen=True)
+class AnswerSet:
+    """The answers that a question may have: a name each, the tokens that stand for it, and where they part."""
+
+    names: tuple[str, ...]
+    forks: tuple[Fork, ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str], tokens: Sequence[Sequence[int]], end: int) -> AnswerSet:
+        """`end` is the token behind a complete answer. InputError for two answers that are the same tokens."""
+        forks = []
+        groups: list[tuple[tuple[int, ...], int]] = [(tuple(range(len(tokens))), 0)]
+        while groups:
+            group, depth = groups.pop()
+            while len(group) > 1:
+                branches: dict[int, list[int]] = {}
+                for n in group:
+                    branches.setdefault(tokens[n][depth] if depth < len(tokens[n]) else end, []).append(n)
+                ended = [n for n in group if depth >= len(tokens[n])]
+                if len(ended) > 1:
+                    first, second = (reprlib.repr(names[n]) for n in ended[:2])
+                    raise InputError(f"the options {first} and {second} are the same tokens; reword one of them")
+                if len(branches) > 1:
+                    path = tuple(tokens[group[0]][:depth])
+                    forks.append(Fork(path, {token: tuple(some) for token, some in branches.items()}))
+                    groups += [(tuple(some), depth + 1) for some in branches.values() if len(some) > 1]
+                    break
+                depth += 1
+        return cls(tuple(names), tuple(forks))
+
+    @property
+    def deepest(self) -> int:
+        """Tokens of the longest path to a fork."""
+        return max((len(fork.path) for fork in self.forks), default=0)
+
+    def glances(self, samples: int) -> tuple[Glance, ...]:
+        """A canvas for each fork and each draw of noise; of an answer without alternative there is none."""
+        return tuple(Glance(fork.path, tuple(fork.branches), draw) for draw in range(samples) for fork in self.forks)
+
+    def probabilities(self, logits: Sequence[Sequence[float]]) -> list[float]:
+        """The probability of each answer, from the logits that `glances` show: the mean over the draws."""
+        total, draws = [0.0] * len(self.names), max(1, len(logits) // max(1, len(self.forks)))
+        for draw in range(draws):
+            log_p = [0.0] * len(self.names)
+            for fork, own in zip(self.forks, logits[draw * len(self.forks) :], strict=False):
+                whole = log_sum(own)
+                for value, members in zip(own, fork.branches.values(), strict=True):
+                    for n in members:
+                        log_p[n] += value - whole
+            total = [before + math.exp(value) for before, value in zip(total, log_p, strict=True)]
+        whole_total = sum(total)
+        return [value / whole_total for value in total]
 
 
-def decisions_of(
-    sheet: Sheet, fields: Mapping[str, Sequence[str]], tokens: ChoiceTokens, logits_LV: Tensor
-) -> dict[str, Decision]:
-    """What the logits of the canvas say about each field; `sheet` is the template of `form_of`, laid out."""
-    decisions = {}
-    for place in sheet.places:
-        name, after = place.slot.name, sheet.pins[place.start + place.width]
-        log_p_TV = torch.log_softmax(logits_LV[place.start : place.start + place.width].float(), -1)
-        probabilities = share_out(tokens[name], _at_depths(tokens[name], log_p_TV, after), after)
-        by_choice = dict(zip(fields[name], probabilities, strict=True))
-        decisions[name] = Decision(max(by_choice, key=by_choice.__getitem__), by_choice)
-    return decisions
+def log_sum(values: Sequence[float]) -> float:
+    """The logarithm of the sum of the exponentials."""
+    top = max(values)
+    return top + math.log(sum(math.exp(value - top) for value in values))
 
 
-def _at_depths(choices: Sequence[Sequence[int]], log_p_TV: Tensor, after: int) -> list[dict[int, float]]:
-    """The log-probabilities at each position of the tokens that a choice has there, and of the one behind the slot."""
-    by_depth = []
-    for depth, log_p_V in enumerate(log_p_TV):
-        tokens = sorted({choice[depth] for choice in choices if depth < len(choice)} | {after})
-        by_depth.append(dict(zip(tokens, log_p_V[tokens].tolist(), strict=True)))
-    return [*by_depth, {after: 0.0}]
+def tempered(probabilities: Sequence[float], temperature: float) -> list[float]:
+    """Probabilities with their logarithms divided by a temperature: above 1 less sure, below 1 surer."""
+    if temperature == 1.0:
+        return list(probabilities)
+    log_p = [math.log(max(p, 1e-300)) / temperature for p in probabilities]
+    whole = log_sum(log_p)
+    return [math.exp(value - whole) for value in log_p]
 
 
-def share_out(choices: Sequence[Sequence[int]], log_p: Sequence[Mapping[int, float]], after: int) -> list[float]:
-    """Probabilities of choices, each a list of tokens, from the log-probabilities at the slot's positions.
-
-    The choices are a tree of tokens; at every fork the branches share what the model gives to the forking tokens alone,
-    so a choice gains or loses nothing by being long. `after` is the token behind the slot: a choice that is the
-    beginning of another ends with it."""
-    probabilities = [1.0] * len(choices)
-    groups: list[tuple[list[int], int]] = [(list(range(len(choices))), 0)]
-    while groups:
-        group, depth = groups.pop()
-        if len(group) == 1:
-            continue
-        branches: dict[int, list[int]] = {}
-        for n in group:
-            branches.setdefault(choices[n][depth] if depth < len(choices[n]) else after, []).append(n)
-        top = max(log_p[depth][token] for token in branches)
-        weights = {token: math.exp(log_p[depth][token] - top) for token in branches}
-        whole = sum(weights.values())
-        for token, members in branches.items():
-            for n in members:
-                probabilities[n] *= weights[token] / whole
-            if len(members) > 1:
-                groups.append((members, depth + 1))
-    return probabilities
+def decision_of(
+    question: Question, names: Sequence[str], probabilities: Sequence[float], places: Sequence[tuple[int, int]] = ()
+) -> Decision:
+    """The decision that these probabilities of a question's answers make; `places` are those of passages."""
+    best = max(range(len(names)), key=probabilities.__getitem__)
+    by_name: dict[str, float] = {}
+    for name, p in zip(names, probabilities, strict=True):
+        by_name[name] = by_name.get(name, 0.0) + p
+    legend = None
+    if isinstance(question, Score):
+        legend = dict(zip(names, question.criteria, strict=True))
+    choice = names[best]
+    if isinstance(question, Noul):
+        choice = "true" if by_name["true"] >= by_name["false"] else "false"
+    place = places[best] if isinstance(question, Span) else None
+    return Decision(choice, by_name, question.kind, legend, place)

@@ -17,10 +17,11 @@ from typing import Any, Self, TypeVar, Unpack, overload
 from sfumato.display.canvas import CanvasDisplay
 from sfumato.engine import arguments
 from sfumato.errors import InputError
-from sfumato.events import Completion, Decision, Done, Draft, Edited, Event, Filled, Scored
+from sfumato.events import Completion, Decisions, Done, Draft, Edited, Event, Filled, Scored
 from sfumato.model.prompt import Prompt
 from sfumato.model.purpose import Purpose
 from sfumato.options import OPTIONS, OptionFields, Options, OptionsLike
+from sfumato.questions import Question
 from sfumato.templates.checks import check_query
 from sfumato.templates.outcomes import outcomes_of, result_of_query, results_of
 from sfumato.templates.requests import (
@@ -32,10 +33,11 @@ from sfumato.templates.requests import (
     Edit,
     Fill,
     Infill,
+    Likelihood,
     Messages,
     QueryFor,
     Result,
-    Score,
+    Think,
     Tools,
 )
 from sfumato.templates.slots import Template
@@ -252,18 +254,27 @@ class LanguageModel(ABC):
 
     def decide(
         self,
-        prompt: str | Mapping[str, Any] | Messages,
-        fields: Mapping[str, Sequence[str]],
-        steps: int = 1,
+        state: Any,
+        questions: Mapping[str, Question | Sequence[str] | Mapping[str, Any]],
         *,
+        steps: int = 1,
+        samples: int = 1,
+        canvas: int | None = None,
+        think: Think = "never",
+        threshold: float = 0.5,
+        calibrated: bool = True,
         options: OptionsLike = NONE,
         **more: Unpack[OptionFields],
-    ) -> dict[str, Decision]:
-        """Answer questions with given choices: field -> choices in, field -> likeliest choice and probabilities out.
+    ) -> Decisions:
+        """Answer questions with given answers: `decide(email, {"refund": Noul("Is a refund requested?")})["refund"]`.
 
-        `prompt` is a text that the fields follow, or a conversation in messages. All fields stand on one canvas as
-        "field: choice" lines and are read in one denoise pass (`steps` of them)."""
-        return self.run(Decide(_in_list(prompt), fields, steps, arguments.options_of(options, more)))
+        `state` is what they are about: a text, a conversation, or plain data. A question is a `Noul`, `Choice`, `Score`
+        or `Span`, its record, or a list of choices, for which the id is what is asked. Each is read on its own, so that
+        no answer depends on the others; `Decide` has the meaning of the rest."""
+        reading: dict[str, Any] = {"steps": steps, "samples": samples, "canvas": canvas, "think": think}
+        reading |= {"threshold": threshold, "calibrated": calibrated}
+        query = Decide(state, questions, **reading, options=arguments.options_of(options, more))  # type: ignore[arg-type]
+        return self.run(query)
 
     def score(
         self,
@@ -277,7 +288,7 @@ class LanguageModel(ABC):
 
         Both are texts, or lists of token ids. `top_logprobs=5` asks for the likeliest tokens in each place, too."""
         changes = {"logprobs": True, **more} if "top_logprobs" in more else more
-        return self.run(Score(prompt, continuation, _without_drafts(options, changes)))
+        return self.run(Likelihood(prompt, continuation, _without_drafts(options, changes)))
 
     # ---- the same, awaited ------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sfumato.constraints.grammar import Grammar
-from sfumato.engine.request import SHORT, Span
+from sfumato.engine.request import SHORT, GrammarSpan
 from sfumato.errors import CapacityError
 from sfumato.model.config import ModelConfig
 from sfumato.templates.slots import Slot
@@ -163,10 +163,10 @@ def _warm_tokens(template: EncodedTemplate, places: Sequence[SlotPlace], seed: i
     return warm
 
 
-def spans_of(sheet: Sheet, grammars: Mapping[str, Grammar]) -> list[Span]:
+def spans_of(sheet: Sheet, grammars: Mapping[str, Grammar]) -> list[GrammarSpan]:
     """The constrained slots of a sheet."""
     return [
-        Span(place.start, place.width, grammars[place.slot.name])
+        GrammarSpan(place.start, place.width, grammars[place.slot.name])
         for place in sheet.places
         if place.slot.name in grammars
     ]

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from torch import Tensor
-
+from sfumato.checkpoints.calibration import Calibration
 from sfumato.engine import arguments
 from sfumato.engine.plan import Ask, Plan
-from sfumato.engine.request import Inspect, Request, Span
+from sfumato.engine.request import GrammarSpan, Inspect, Request
 from sfumato.engine.scores import PromptScores
 from sfumato.errors import CapacityError, InputError
-from sfumato.events import Completion, Decision, Edited, Filled, Scored, TokenCount
+from sfumato.events import Completion, Decisions, Edited, Filled, Scored, TokenCount
 from sfumato.model.adapters import Adapters
 from sfumato.model.config import ModelConfig
 from sfumato.model.loaded import LoadedAdapter
@@ -30,7 +29,7 @@ from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, SHAPING, Options
 from sfumato.templates import adapters, scores
 from sfumato.templates.checks import check_query
-from sfumato.templates.decisions import choices_of, decisions_of, form_of
+from sfumato.templates.deciding import Deciding
 from sfumato.templates.grammars import AnswerParts, GrammarCache, parts_of
 from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
 from sfumato.templates.lengths import LENGTH_STEPS, LONGEST, LengthScore, candidates
@@ -45,11 +44,11 @@ from sfumato.templates.requests import (
     Edit,
     Fill,
     Infill,
+    Likelihood,
     LoadAdapter,
     Messages,
     Query,
     QueryFor,
-    Score,
     UnloadAdapter,
 )
 from sfumato.templates.slots import Slot, check_template, span_template
@@ -80,6 +79,8 @@ class Planner:
         """The adapters that queries may name."""
         self._adapter: LoadedAdapter | None = None
         """That of all asks, in a planner of one query."""
+        self.calibration = Calibration()
+        """How sure decisions are, of plans from then on; an adapter has its own temperatures."""
         self.config, self.tokenizer, self.defaults = config, tokenizer, defaults
         self.prompts = PromptEncoder(config, tokenizer, template, name)
         self.fillers = frozenset((*config.eos_ids, config.pad_id))
@@ -104,7 +105,7 @@ class Planner:
                 return planner.edit(query)
             case Decide():
                 return planner.decide(query)
-            case Score():
+            case Likelihood():
                 return planner.score(query)
             case CountTokens():
                 return planner.count(query)
@@ -172,7 +173,7 @@ class Planner:
         parser = ReplyParser(self.tokenizer, self.config.eos_ids, query.tools, prompt.tokens)
         return replace(self.ask(request, parser), is_answer=True)
 
-    def _spans(self, parts: AnswerParts, prompt: Prompt, options: Options) -> list[Span]:
+    def _spans(self, parts: AnswerParts, prompt: Prompt, options: Options) -> list[GrammarSpan]:
         """What keeps the answer to a chat to its parts, behind a thought where one can come."""
         kind = "" if options.constraint is None else options.constraint[0]
         self.config.check_canvas("must_call" if options.must_call else kind or "strict")
@@ -181,7 +182,7 @@ class Planner:
             parts = replace(parts, thought="open")
         elif options.thinking and end.thought == "none":
             parts = replace(parts, thought="allowed")
-        return [Span(0, None, self.grammars.compose(parts))]
+        return [GrammarSpan(0, None, self.grammars.compose(parts))]
 
     def count(self, query: CountTokens) -> Plan[TokenCount]:
         """The plan of a count, which asks nothing of an engine."""
@@ -221,10 +222,10 @@ class Planner:
         shared = {name: value for name, value in self.defaults.items() if "templates" in OPTIONS[name].about.uses}
         return replace(options.with_defaults(shared), seed=seed)
 
-    def _whole_answer(self, options: Options) -> list[Span]:
+    def _whole_answer(self, options: Options) -> list[GrammarSpan]:
         if options.constraint is None:
             return []
-        return [Span(0, None, self.grammars.compile(*options.constraint))]
+        return [GrammarSpan(0, None, self.grammars.compile(*options.constraint))]
 
     # ---- templates --------------------------------------------------------------------------------------------------
 
@@ -274,29 +275,23 @@ class Planner:
         (done,) = yield [self.ask(Request(before, replace(options, max_tokens=whole), warm=warm))]
         return Edited(done.text, text, done.usage, done.seed)
 
-    def decide(self, query: Decide) -> Plan[dict[str, Decision]]:
-        """The plan of decisions: one canvas with a line for each field, whose logits are read after `steps`."""
+    def decide(self, query: Decide) -> Plan[Decisions]:
+        """The plan of decisions: see `deciding`."""
         self.config.check_canvas("decide")
-        tokens = choices_of(query.fields, self.tokenizer)
-        sheet = lay_out(EncodedTemplate.of(form_of(tokens), self.tokenizer), self.config, {})
-        if sheet.length > self.config.canvas_length:
-            raise CapacityError(
-                f"the fields take {sheet.length} tokens and must fit one canvas of {self.config.canvas_length}; "
-                "ask fewer at a time"
-            )
-        read_outs: list[Tensor] = []
         for name in SHAPING:
             if (value := getattr(query.options, name)) != OPTIONS[name].default:
                 message = (
                     f"{name} is {reprlib.repr(value)}; a decision reads the model's own probabilities, leave it out"
                 )
                 raise InputError(message, option=name)
-        options = replace(_of_templates(query.options), max_steps=query.steps, t_max=1.0, t_min=1.0)
-        options = self.resolve(replace(options, temperature_steps=None))
-        yield [self._ask_sheet(sheet, query.prompt, options, [], read_outs.append)]
-        return decisions_of(sheet, query.fields, tokens, read_outs[-1])
+        seed = query.options.seed or 0  # the same question has the same answer
+        options = self.resolve(replace(_of_templates(query.options), seed=seed))
+        adapter = self._adapter_of(query.options)
+        temperatures = self.calibration.temperatures if adapter is None else adapter.temperatures
+        deciding = Deciding(query, self.config, self.tokenizer, self.prompts, self.ask, temperatures)
+        return (yield from deciding.plan(options))
 
-    def score(self, query: Score) -> Plan[Scored]:
+    def score(self, query: Likelihood) -> Plan[Scored]:
         """The plan of log-probabilities: one encode pass, and the token that the model would write behind it."""
         if not isinstance(query.prompt, str):
             ids = [*query.prompt, *(query.continuation or ())]
@@ -330,7 +325,7 @@ class Planner:
         sheet: Sheet,
         prompt: str | Messages | None,
         options: Options,
-        spans: list[Span],
+        spans: list[GrammarSpan],
         inspect: Inspect | None = None,
     ) -> Ask:
         before = self.prompts.encode_before(prompt, sheet)

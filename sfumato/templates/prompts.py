@@ -46,6 +46,31 @@ class PromptEncoder:
         ids = self.template.encode(self.tokenizer, prompt, tools, thinking, add_generation_prompt=not is_continued)
         return Prompt.of(self._without_end(ids) if is_continued else ids)
 
+    def encode_around(
+        self, before: str | Messages, texts: Sequence[str], thinking: bool = False
+    ) -> tuple[list[int], list[list[int]]]:
+        """Prompts of one beginning that end in each of these texts, asking for an answer: what all share, and the rest.
+
+        Errors as of `encode`."""
+        whole = [before] if isinstance(before, str) else [one.get("content") for one in before]
+        self._check_length("the state", [text for text in whole if isinstance(text, str)])
+        longest = max(texts, key=len)
+        self._check_length("a question", [longest])
+        if self.template is None:
+            if not isinstance(before, str):
+                raise InputError(f"{self.name or 'this checkpoint'} has no chat template; give plain text instead")
+            tails = [self.tokenizer.encode(f"{text}\nAnswer:") for text in texts]
+            return self.tokenizer.encode(f"{before}\n\n", bos=True), tails
+        messages: list[Any] = [{"role": "user", "content": before}] if isinstance(before, str) else [*before]
+        content = messages[-1].get("content")
+        if messages[-1].get("role") != "user" or not content:
+            messages.append({"role": "user", "content": ""})
+        elif isinstance(content, str):
+            messages[-1] = {**messages[-1], "content": f"{content}\n\n"}
+        else:
+            messages[-1] = {**messages[-1], "content": [*content, {"type": "text", "text": "\n\n"}]}
+        return self.template.encode_around(self.tokenizer, messages, texts, thinking)
+
     def _without_end(self, ids: list[int]) -> list[int]:
         """Token ids up to the end of the last turn, which the template wrote: no text holds such a token."""
         ends = set(self.config.eos_ids)

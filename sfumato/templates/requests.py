@@ -9,14 +9,17 @@ plan of a query checks it. Nothing here imports torch.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from sfumato.events import Completion, Decision, Edited, Filled, Scored, TokenCount
+from sfumato.errors import InputError
+from sfumato.events import Completion, Decisions, Edited, Filled, Scored, TokenCount
 from sfumato.model.loaded import AdapterList
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
+from sfumato.questions import Choice, Question, question_of, state_text
 from sfumato.templates.slots import Template, slot_of
 
 Messages = Sequence[Mapping[str, Any]]
@@ -29,6 +32,25 @@ Tools = Sequence[Mapping[str, Any]]
 """Tools that an answer may call, each a record as OpenAI's API has it."""
 
 Result = TypeVar("Result")
+
+
+Think = Literal["never", "auto", "always"]
+"""When a model thinks before it decides."""
+
+
+def _question_of(id: Any, value: Any) -> Any:
+    """A question as a value, however it is written. InputError names the question."""
+    if isinstance(value, Question):
+        return value
+    if not isinstance(value, Mapping | list | tuple):
+        message = f"question {reprlib.repr(id)} is {reprlib.repr(value)}; give a Noul, Choice, Score or Span"
+        raise InputError(f"{message}, its record, or a list of options", option="questions")
+    try:
+        if isinstance(value, (list, tuple)):
+            return Choice(value, id)
+        return question_of(value)
+    except InputError as error:
+        raise InputError(f"question {reprlib.repr(id)}: {error}", option=error.option) from None
 
 
 def messages_of(prompt: ChatPrompt) -> Messages:
@@ -152,24 +174,49 @@ class Fill(QueryFor[Filled]):
 
 
 @dataclass(frozen=True)
-class Decide(QueryFor[dict[str, Decision]]):
-    """Answer questions with given choices: field -> choices.
+class Decide(QueryFor[Decisions]):
+    """Answer questions with given answers about a state, each from a read of its own.
 
-    All fields are read in one denoise pass (`steps` of them)."""
+    The state is a text, a conversation, or plain data, which is read as JSON. Questions are values (`Noul`, `Choice`,
+    `Score`, `Span`), their records, or lists of options, which are a `Choice` whose id is what is asked."""
 
-    prompt: str | Messages
-    fields: Mapping[str, Sequence[str]]
+    state: Any
+    questions: Mapping[str, Question]
     steps: int = 1
+    """Denoise passes of each read."""
+    samples: int = 1
+    """Draws of noise whose probabilities are averaged."""
+    canvas: int | None = None
+    """Positions of the canvas; None: as few as the options need, in sixteens."""
+    think: Think = "never"
+    """Whether the model thinks about a question before it is read: "auto" where a first read is not sure enough."""
+    threshold: float = 0.5
+    """The confidence under which that is so."""
+    calibrated: bool = True
+    """Whether the checkpoint's calibration applies, where it has one."""
     options: Options = Options()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.questions, Mapping):
+            questions = {id: _question_of(id, value) for id, value in self.questions.items()}
+            object.__setattr__(self, "questions", questions)
+
+    @property
+    def conversation(self) -> Messages | None:
+        """The state, where it is a conversation: messages, each with a role."""
+        state = [self.state] if isinstance(self.state, Mapping) else self.state
+        is_list = isinstance(state, (list, tuple)) and bool(state)
+        return state if is_list and all(isinstance(one, Mapping) and "role" in one for one in state) else None
 
     @property
     def beginning(self) -> Sequence[Any]:
         """What the questions are about."""
-        return self.prompt
+        return self.conversation or state_text(self.state)
 
 
 @dataclass(frozen=True)
-class Score(QueryFor[Scored]):
+class Likelihood(QueryFor[Scored]):
     """Say how likely a text is, token by token: a continuation behind a prompt, or without one the whole prompt.
 
     The numbers are those of the encode pass. `options.top_logprobs` asks for the likeliest tokens in each place; the
@@ -199,7 +246,7 @@ class CountTokens(QueryFor[TokenCount]):
         return self.query.beginning
 
 
-Query = Chat | Complete | Infill | Fill | Edit | Decide | Score | CountTokens
+Query = Chat | Complete | Infill | Fill | Edit | Decide | Likelihood | CountTokens
 """Any query that this package has."""
 
 

@@ -13,11 +13,11 @@ from sfumato.events import Done, Scored, ScoredToken
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
 from sfumato.templates.prompts import PromptEncoder
-from sfumato.templates.requests import Score
+from sfumato.templates.requests import Likelihood
 from sfumato.text.tokenizer import Detokeniser, Tokenizer
 
 
-def prompt_of(query: Score, prompts: PromptEncoder) -> tuple[Prompt, int]:
+def prompt_of(query: Likelihood, prompts: PromptEncoder) -> tuple[Prompt, int]:
     """All that is encoded, and the place of the first token that is scored, at least 1."""
     if isinstance(query.prompt, str):
         before = prompts.encode(query.prompt)
@@ -37,7 +37,7 @@ def following_options(options: Options) -> Options:
     return replace(quiet, mode="autoregressive", max_tokens=1)
 
 
-def scored_of(query: Score, prompt: Prompt, scores: PromptScores, done: Done, tokenizer: Tokenizer) -> Scored:
+def scored_of(query: Likelihood, prompt: Prompt, scores: PromptScores, done: Done, tokenizer: Tokenizer) -> Scored:
     """The result of a prompt that was encoded with these scores, before the one token of `done`."""
     start = 0 if query.continuation is None else scores.first
     unscored = scores.first - start

@@ -10,10 +10,12 @@ Deliberately absent: images (this engine reads text), and templates of our own f
 
 from __future__ import annotations
 
+import json
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sfumato.errors import CheckpointError, InputError
 from sfumato.model.config import read_json
@@ -27,6 +29,9 @@ MAX_TEMPLATE = 256 << 10
 """Characters of template source; Gemma 4's has 17 thousand."""
 CHILDREN = confined.ChildPool()
 """The child processes that render."""
+
+MOST_KEPT, LONGEST_KEPT = 64, 1 << 18
+"""Conversations whose rendering is kept for the next questions about them, of so many characters at most."""
 
 _WHAT = "the chat template"
 TURNS = ("<|turn>", "<turn|>")
@@ -52,6 +57,9 @@ class ChatTemplate:
             raise CheckpointError(str(error)) from None
         self.source = source
         self.special = dict(special or {})
+        self._around: dict[tuple[Any, ...], _Around] = {}
+        """The last renderings of `encode_around`, oldest first."""
+        self._guard = threading.Lock()
 
     @classmethod
     def from_folder(cls, folder: str | Path, special: Mapping[str, str] | None = None) -> ChatTemplate:
@@ -110,6 +118,46 @@ class ChatTemplate:
             raise InputError(guard.unmark(str(error))) from None
         return guard.ids(tokenizer, text)
 
+    def encode_around(
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], texts: Sequence[str], thinking: bool = False
+    ) -> tuple[list[int], list[list[int]]]:
+        """Prompts that differ only in how the last message, the user's, ends: with each of these texts.
+
+        Returns the token ids that all have in common, and those that follow in each. InputError for a template that
+        changes what a message says."""
+        messages = check_messages(messages)
+        key = (tokenizer, thinking, json.dumps(messages))
+        with self._guard:
+            around = self._around.pop(key, None)
+        if around is None or any(mark in text for text in texts for mark in around.guard.marks):
+            around = self._render_around(tokenizer, messages, texts, thinking)
+        if len(key[-1]) <= LONGEST_KEPT:
+            with self._guard:
+                self._around[key] = around
+                while len(self._around) > MOST_KEPT:
+                    del self._around[next(iter(self._around))]
+        guard = around.guard
+        return list(around.head), [guard.ids(tokenizer, guard.mark(text) + around.tail) for text in texts]
+
+    def _render_around(
+        self, tokenizer: Tokenizer, messages: list[dict[str, Any]], texts: Sequence[str], thinking: bool
+    ) -> _Around:
+        guard = Guard({*tokenizer.control_tokens, *TURNS}, [self.source, messages, list(texts), self.special])
+        *before, last = guard.mark(messages)
+        content = last.get("content")
+        cut = [{"type": "text", "text": guard.cut}]
+        content = content + guard.cut if isinstance(content, str) else [*(content or []), *cut]
+        try:
+            text = self._render([*before, {**last, "content": content}], None, thinking, True)
+        except InputError as error:
+            raise InputError(guard.unmark(str(error))) from None
+        if text.count(guard.cut) != 1:
+            raise InputError(
+                "the chat template does not write a message as it is, so that nothing can be put behind it"
+            )
+        head, _, tail = text.partition(guard.cut)
+        return _Around(guard, tuple(guard.ids(tokenizer, head)), tail)
+
     def renderings(self, variables: list[dict[str, Any]]) -> list[str]:
         """The texts of the template with each of these `variables`, from one call of the child process."""
         texts: list[str] = CHILDREN.run(rendering.render_all, self.source, variables, what=_WHAT)
@@ -156,8 +204,10 @@ class Guard:
         for text in _strings([*control, inputs]):
             used.update(text)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-        self._mark = next(free, "")
-        if not self._mark:
+        self._mark, self.cut = next(free, ""), next(free, "")
+        """`cut`: another such character, to find a place again."""
+        self.marks = self._mark, self.cut
+        if not self.cut:
             raise InputError("the messages use every private-use character of Unicode; remove some")
         first = "".join(re.escape(character) for character in sorted({token[0] for token in control}))
         last = "".join(re.escape(character) for character in sorted({token[-1] for token in control}))
@@ -184,6 +234,16 @@ class Guard:
         for piece, control in tokenizer.pieces(text):
             ids += tokenizer.encode(self.unmark(piece)) if control is None else [control]
         return ids
+
+
+class _Around(NamedTuple):
+    """The rendering of a conversation to whose end texts are put."""
+
+    guard: Guard
+    head: tuple[int, ...]
+    """Token ids up to there."""
+    tail: str
+    """The marked rendering from there on."""
 
 
 def _strings(value: Any) -> Iterator[str]:

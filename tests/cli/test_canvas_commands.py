@@ -1,4 +1,4 @@
-"""cli/infill.py, edit.py, fill.py, decide.py, and generate.py under a constraint: on nano, as a person or a program
+"""cli/infill.py, edit.py, fill.py, and generate.py under a constraint: on nano, as a person or a program
 calls them."""
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 
-from sfumato.cli import decide, files
-from sfumato.errors import InputError, SfumatoError
-from sfumato.events import Decision, Edited, Filled, Usage
+from sfumato.cli import files
+from sfumato.errors import SfumatoError
+from sfumato.events import Edited, Filled, Usage
 from sfumato.llm import LLM
 
 Call = Callable[..., tuple[int, str, str]]
@@ -317,84 +315,6 @@ def test_bad_fill_input_is_one_line_and_code_2(
 def test_fill_refuses_a_schema_that_cannot_be(sfumato: Call, put: Put) -> None:
     code, out, err = sfumato("fill", put('[{"schema": {"type": "wish"}}]'), *QUICK)
     assert code == 2 and out == "" and err.count("\n") == 1 and "schema" in err
-
-
-# ---- decide ----------------------------------------------------------------------------------------------------------
-
-
-def test_decide_json_has_choice_and_probabilities(sfumato: Call, put: Put) -> None:
-    fields = ("--field", "mood=happy | sad", "--field", "n=1|2|3")
-    code, out, err = sfumato("decide", "x", *fields, "--json", "--seed", "1")
-    decisions = json.loads(out)
-    assert code == 0 and err == "" and list(decisions) == ["mood", "n"]
-    for decision, choices in zip(decisions.values(), (["happy", "sad"], ["1", "2", "3"]), strict=True):
-        assert set(decision) == {"choice", "probabilities"} and list(decision["probabilities"]) == choices
-        assert sum(decision["probabilities"].values()) == pytest.approx(1)
-        assert decision["choice"] == max(choices, key=decision["probabilities"].__getitem__)
-    put('{"mood": ["happy", "sad"], "n": ["1", "2", "3"]}', "f.json")
-    assert sfumato("decide", "-", "--fields", "f.json", "--json", "--seed", "1", stdin=b"x")[1] == out
-    assert json.loads(sfumato("decide", "x", *fields, "--json", "--raw", "--steps", "2")[1])["n"]
-
-
-def test_decide_shows_bars(sfumato: Call) -> None:
-    code, out, _ = sfumato("decide", "x", "--field", "[b]=yes|no", "--seed", "1")
-    assert code == 0 and "[b]" in out and "%" in out and "█" in out
-
-
-def test_the_likeliest_choice_stands_first() -> None:
-    console = Console(file=io.StringIO(), width=60)
-    console.print(decide.table({"q": Decision("b", {"a": 0.0, "b": 0.75, "c": 0.25}), "r": Decision("x", {"x": 1.0})}))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert [line.split()[-1] for line in lines if line.strip()] == ["75.0%", "25.0%", "0.0%", "100.0%"]
-    assert lines[0].startswith("q") and "█" * 18 + "·" * 6 in lines[0]
-
-
-@settings(deadline=None)
-@given(st.floats(0, 1))
-def test_a_bar_is_always_as_wide(p: float) -> None:
-    assert len(decide.bar(p).plain) == decide.BAR
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["x"], "give one of: --field"),
-        (["x", "--field", "a=b|c", "--fields", "f.json"], "give one of: --field"),
-        (["x", "--field", "a"], "--field is 'a'; give NAME=A|B|…"),
-        (["x", "--field", "=a|b"], "--field is '=a|b'"),
-        (["x", "--field", "a=b"], "two or more different"),
-        (["x", "--field", "a=b|b"], "two or more different"),
-        (["x", "--field", "a=b|"], "none empty"),
-        (["x", "--field", "a=b|c", "--field", "a=d|e"], "two fields are named 'a'"),
-        (["", "--field", "a=b|c"], "the text is empty"),
-        (["x", "--field", "a=b|c", "--steps", "0"], "--steps"),
-        (["x", "--fields", "f.json"], "cannot read f.json"),
-        (["--fields", "-"], "cannot be both"),
-    ],
-)
-def test_bad_decide_input_is_one_line_and_code_2(
-    sfumato: Call, no_model: None, put: Put, arguments: list[str], words: str
-) -> None:
-    code, out, err = sfumato("decide", *arguments, stdin=b'{"a": ["b", "c"]}')
-    assert code == 2 and out == "" and err.count("\n") == 1 and words in err
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("[1]", "must be an object of names and lists"),
-        ('{"a": "b|c"}', "must be an object of names and lists"),
-        ('{"a": ["b", 1]}', "a name and its choices are texts"),
-        ('{"a": ["b", "c"], "a": ["d", "e"]}', "says 'a' twice"),
-        ("{}", "no fields"),
-        ("{", "fields is not JSON"),
-        ("9" * 5000, "fields is not JSON"),
-        ("[" * 100000, "fields is not JSON"),
-    ],
-)
-def test_fields_that_are_none(content: str, words: str) -> None:
-    with pytest.raises(InputError, match=words.replace("|", r"\|")):
-        decide.read_fields(content, "fields")
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------

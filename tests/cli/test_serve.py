@@ -68,7 +68,7 @@ def test_options_reach_worker_and_settings(call: Call, served: list[Any], tmp_pa
     (tmp_path / "keys").write_text("# ours\nthree\n\n  four \n")
     limits = "--rows 4 --queue 5 --memory 1.5 --context 600 --stall 50 --max-body 0.5 --timeout 9 --drain 2".split()
     names = "--alias gpt --alias other --cors https://a.example --log-prompts --port 0 --host 0.0.0.0".split()
-    limits += ["--max-connections", "64", "--unready-after", "3"]
+    limits += ["--max-connections", "64", "--unready-after", "3", "--max-questions", "9", "--max-options", "300"]
     keys = ["--api-key", "one", "--api-key", "two", "--api-key-file", str(tmp_path / "keys")]
     load = "-m some/where --device cpu --dtype float32 --ops fused --quantize int8 --memory-limit 2".split()
     names += ["--adapter", "mine=run/a", "--adapter", "runs/third", "--adapter-folder", str(tmp_path)]
@@ -78,6 +78,7 @@ def test_options_reach_worker_and_settings(call: Call, served: list[Any], tmp_pa
     assert settings.aliases == ("gpt", "other") and settings.cors == ("https://a.example",) and settings.log_prompts
     assert (settings.limits.max_body, settings.limits.timeout, settings.drain) == (1 << 19, 9, 2)
     assert (settings.limits.max_connections, settings.stall_limit) == (64, 3)
+    assert (settings.limits.max_questions, settings.limits.max_options) == (9, 300)
     assert worker.limits == BatchLimits(rows=4, queue=5, stall=0.05, context=600, memory=1_500_000_000)
     folders = {"mine": "run/a", "third": "runs/third"}
     assert worker.load == LoadOptions("some/where", "cpu", "float32", "fused", "int8", 2_000_000_000, folders)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sfumato import LLM, Complete, Done, InputError, Options
+from sfumato import LLM, Complete, Decide, Decisions, Done, InputError, Noul, Options
 from sfumato.engine.job_thread import JobThread
 from sfumato.engine.limits import BatchLimits
 from sfumato.system.fair import FairLock
@@ -105,3 +105,22 @@ def test_a_query_that_cannot_begin_harms_no_other(nano: LLM, jobs: JobThread[Any
     jobs.begin(Complete("9", QUICK), nano, outcomes.put)
     outcomes.get(timeout=30)
     assert isinstance(outcomes.get(timeout=30), Done)
+
+
+def test_reads_that_arrive_together_share_passes(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that have arrived begin before the next turn, not one in each."""
+    lock, outcomes, rows = FairLock(), SimpleQueue[Any](), list[int]()
+    jobs: JobThread[Any] = JobThread(BatchLimits(rows=32), lock)
+    read = nano.model.read
+
+    def counted(*args: Any) -> Any:
+        rows.append(len(args[4]))
+        return read(*args)
+
+    monkeypatch.setattr(nano.model, "read", counted)
+    with lock:  # as if a turn were under way
+        for n in range(16):
+            jobs.begin(Decide(f"The order {n}.", {"late": Noul("Is it late?")}), nano, outcomes.put)
+    assert all(isinstance(outcomes.get(timeout=30), Decisions) for _ in range(16))
+    assert sum(rows) == 16 and len(rows) <= 4
+    assert ended(jobs)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
-from sfumato import LLM, Options, Slot
+from sfumato import LLM, Choice, Options, Slot
 from sfumato.constraints.guide import Guide
 from sfumato.engine.jobs import Jobs
 from sfumato.engine.limits import BatchLimits
@@ -48,7 +48,7 @@ def test_jobs_give_what_the_methods_give(nano: LLM) -> None:
     stopped, one_by_one = dataclasses.replace(one, stop=("7",)), dataclasses.replace(one, mode="autoregressive")
     jobs: Jobs[Query] = Jobs(nano, BatchLimits(rows=24))
     template: list[str | Slot] = ["1 2 ", Slot("x", choices=("3", "4")), " 5 ", Slot("y"), " 6"]
-    fields = {"a": ["1", "2"], "b": ["3", "45"]}
+    fields = {"a": Choice(["1", "2"]), "b": Choice(["3", "45"])}
     queries: list[Query] = [
         Chat(messages, options=dataclasses.replace(one, drafts=True)),
         Complete("1 2 3", stopped),
@@ -146,7 +146,7 @@ def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, mo
                 yield [dataclasses.replace(ask, inspect=fail) for ask in asks]
 
             monkeypatch.setattr(nano.planner, "decide", planned)
-        jobs.begin("1", Decide("1", {"mood": ["good", "bad"]}, 1, Options(seed=1)))
+        jobs.begin("1", Decide("1", {"mood": Choice(["good", "bad"])}, options=Options(seed=1)))
     jobs.begin("2", Complete("1 2 3", Options(seed=3, max_tokens=82)))
     outcomes = carried_out(jobs)
     assert isinstance(outcomes["1"][-1], RuntimeError)

@@ -16,7 +16,7 @@ from random_schemas import generated, valid
 
 from sfumato import LLM, Options, Slot
 from sfumato.checkpoints.locate import NANO
-from sfumato.engine.request import Request, Span
+from sfumato.engine.request import GrammarSpan, Request
 from sfumato.engine.run import Run
 from sfumato.engine.walks import _pick_
 from sfumato.errors import InputError
@@ -191,7 +191,7 @@ def test_a_strict_call_obeys_its_tools_schema(wild: LLM, nano: LLM) -> None:
     lead = [wild.tokenizer.id("<|tool_call>") or 0]  # random weights never open a call by themselves
     grammar = wild.planner.grammars.compile("calls", [TOOL])
     for seed in range(12):
-        span = Span(0, None, grammar)
+        span = GrammarSpan(0, None, grammar)
         options = Options(seed=seed, max_tokens=70, max_steps=3)
         ask = wild.planner.ask(Request(ids, options, pins=dict(enumerate(lead)), spans=[span]))
         done = list(Run(wild.model, [ask.request]))[-1]

@@ -31,7 +31,7 @@ from scripted_host import (
 from sfumato import cli
 from sfumato.cli.view import show
 from sfumato.errors import InputError
-from sfumato.events import Commit, Decision, Done, Draft
+from sfumato.events import Commit, Done, Draft
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, Options
 from sfumato.remote import Remote, bodies
@@ -167,7 +167,6 @@ def test_templates_are_asked_for_and_read(ours: Scripted) -> None:
     ours.says("/fill", as_json({"text": "A: x.", "values": {"who": "x"}, "lengths": {"who": 1}} | tail))
     ours.says("/infill", as_json({"text": "a b c", "middle": " b ", "length": 3} | tail))
     ours.says("/edit", as_json({"text": "new", "diff": ""} | tail))
-    ours.says("/decisions", as_json({"decisions": {"mood": {"choice": "bad", "probabilities": {"bad": 1, "good": 0}}}}))
     remote, options = Remote(ours.url), Options(seed=3, drafts=True)
     filled = remote.fill(["A: ", Slot("who"), "."], "p", options=options)
     assert (filled.text, filled.values, filled.lengths, filled.seed) == ("A: x.", {"who": "x"}, {"who": 1}, 3)
@@ -178,8 +177,6 @@ def test_templates_are_asked_for_and_read(ours: Scripted) -> None:
     edited = remote.edit("old", spans=[(0, 3)])
     assert (edited.text, edited.old) == ("new", "old") and "-old" in edited.diff()
     assert ours.body == {"model": "nano", "text": "old", "spans": [[0, 3]]}
-    assert remote.decide(USER, {"mood": ("bad", "good")}) == {"mood": Decision("bad", {"bad": 1.0, "good": 0.0})}
-    assert ours.body == {"model": "nano", "messages": USER, "fields": {"mood": ["bad", "good"]}, "steps": 1}
 
 
 def test_an_option_that_a_route_has_no_field_for_is_refused_before_anything_is_sent(ours: Scripted) -> None:
@@ -189,7 +186,7 @@ def test_an_option_that_a_route_has_no_field_for_is_refused_before_anything_is_s
         ("/v1/edit", "early", lambda options: remote.edit("a", "b", options=options)),
         ("/v1/fill", "min_tokens", lambda options: remote.fill(["a", Slot("b")], options=options)),
         ("/v1/fill", "max_tokens", lambda options: remote.fill(["a", Slot("b")], options=options)),
-        ("/v1/decisions", "t_max", lambda options: remote.decide("a", fields, options=options)),
+        ("/v1/systemone", "t_max", lambda options: remote.decide("a", fields, options=options)),
     ]
     for route, name, call in calls:
         with pytest.raises(InputError, match=rf"^{name} cannot be said with {route} to .*; leave it out$") as refused:
@@ -203,7 +200,6 @@ def test_the_options_of_templates_are_those_of_the_servers_routes() -> None:
     for body in (canvas.InfillRequest, canvas.EditRequest, canvas.FillRequest):
         names = {info.alias or name for name, info in body.model_fields.items()} & OPTIONS.keys()
         assert names - {"drafts"} == set(bodies.TEMPLATE_OPTIONS)
-    assert canvas.DecisionsRequest.model_fields.keys() & OPTIONS.keys() == set(bodies.DECISION_OPTIONS)
 
 
 def test_closing_the_stream_ends_the_request(ours: Scripted) -> None:
@@ -273,7 +269,6 @@ def test_another_host_has_no_templates(theirs: Scripted) -> None:
         lambda: remote.fill(["a", Slot("b")]),
         lambda: remote.infill("a", "b"),
         lambda: remote.edit("a", "b"),
-        lambda: remote.decide("a", {"b": ["c", "d"]}),
     ]
     for ask in asks:
         with pytest.raises(InputError, match="no Sfumato server"):

@@ -13,7 +13,7 @@ import pytest
 from scripted_host import Scripted, as_json, delta, hello, stream
 from wrong_arguments import WRONG, places
 
-from sfumato import Commit, Completion, Decide, Done, Infill, InputError, Remote, WorkerError
+from sfumato import Commit, Completion, Done, Infill, InputError, Remote, WorkerError
 
 CHATS = "/chat/completions"
 
@@ -164,4 +164,4 @@ def test_a_model_behind_a_url_says_what_it_is(theirs: Scripted) -> None:
     remote = Remote(theirs.url, "secret-key")
     assert repr(remote) == f"<Remote gemma at {theirs.url}, a host with OpenAI's API>" and "secret" not in repr(remote)
     with pytest.raises(InputError, match="no Sfumato server"):
-        asyncio.run(remote.arun(Decide("a", {"b": ["c", "d"]})))
+        asyncio.run(remote.arun(Infill("a", "b")))

@@ -188,6 +188,39 @@ def test_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert all(getattr(Model, name).__qualname__ == f"Model.{name}" for name in module.PASSES)
 
 
+def test_decisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every way of asking is timed, no method stays replaced, and what is measured again replaces its part alone."""
+    path, module = tmp_path / "decisions.json", importlib.import_module("benchmarks.decisions")
+    own = {name: getattr(Model, name) for name in ("logits_of", "read")}
+    with tiny.one_thread():
+        run(module, monkeypatch, path, "--quick", "--only", "shapes,direct")
+        actual = run(module, monkeypatch, path, "--quick", "--only", "reads", "--options", "2", "--heavy", "200")
+    assert {name: getattr(Model, name) for name in own} == own
+    one, several = actual["reads"]["toy"]["cells"]
+    assert set(one["ways"]) == {"encoded", "kept", "all words", "everywhere", "generated"} and one["questions"] == 1
+    assert set(several["ways"]) == {"kept", "all words"} and several["canvases"] == several["questions"] == 4
+    assert all(way["ms_a_read"] > 0 for way in one["ways"].values())
+    rows = actual["direct"]["toy"]["rows"]
+    assert [row["clients"] for row in rows] == [1, 2] * len(module.STATES) and all(row["requests"] for row in rows)
+    assert len(actual["direct"]["toy"]["targets"]) == len(module.STATES)
+    text = sections.SECTIONS["decisions"][1](actual)
+    assert "a state of 64 tokens" in text and "16 draws" in text and "through `LLM.arun`" in text
+
+
+def test_questions_are_alike_in_length_and_unlike_in_words() -> None:
+    texts = importlib.import_module("benchmarks.decision_texts")
+    llm = texts.model_of("toy", "cpu")
+    for kind in ("2", "16", "255"):
+        each = texts.questions(kind, 64, llm.tokenizer)
+        assert len({one.text() for one in each.values()}) == 64
+        assert all(len(one.options) == int(kind) for one in each.values())
+    assert texts.questions("255 unlike", 1, llm.tokenizer) is None  # of a vocabulary without words
+    states = [texts.state(llm.tokenizer, 64, number) for number in (1, 2)]
+    assert states[0] != states[1] and [len(llm.tokenizer.encode(one)) for one in states] == [64, 64]
+    prompt, schema = texts.json_request(states[0], texts.questions("2", 2, llm.tokenizer))
+    assert prompt.startswith(states[0]) and schema["properties"]["q01"] == {"enum": ["Yes", "No"]}
+
+
 def test_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     module = importlib.import_module("benchmarks.peers")

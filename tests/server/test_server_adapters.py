@@ -27,6 +27,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/edit": {"text": "abc", "spans": [[0, 1]]},
     "/v1/fill": {"template": ["a", {"name": "b"}]},
     "/v1/decisions": {"prompt": "a", "fields": {"b": ["c", "d"]}},
+    "/v1/systemone": {"state": "a", "questions": {"b": {"type": "noul", "instructions": "c"}}},
     "/api/chat": {"messages": MESSAGES, "stream": False},
     "/api/generate": {"prompt": "Hello", "stream": False},
 }

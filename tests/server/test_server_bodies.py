@@ -28,6 +28,7 @@ from sfumato.server.http.bodies import Body, BodyReading, Most, read, schemas_in
 from sfumato.server.openai.bodies import ChatRequest, CompletionRequest
 from sfumato.server.openai.items import ResponsesRequest
 from sfumato.server.settings import Limits
+from sfumato.server.systemone.bodies import SystemOneRequest
 
 client = raw_client.client
 
@@ -85,6 +86,7 @@ KINDS: dict[str, type[Body]] = {
     "/v1/edit": EditRequest,
     "/v1/fill": FillRequest,
     "/v1/decisions": DecisionsRequest,
+    "/v1/systemone": SystemOneRequest,
 }
 
 
@@ -108,7 +110,7 @@ def check_bodies(size: int, seconds: float, memory: int, names: tuple[str, ...] 
 @pytest.mark.parametrize(
     ("size", "names"),
     [
-        (1 << 17, ("template", "prompt", "messages", "spans", "input", "fields")),
+        (1 << 17, ("template", "prompt", "messages", "spans", "input", "fields", "questions", "state")),
         pytest.param(1 << 17, (), marks=pytest.mark.slow),
         pytest.param(LARGE, ("template", "prompt", "input", "fields"), marks=pytest.mark.slow),
     ],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import server_client
 from fake_backend import FakeBackend
 from server_client import MESSAGES, events, refused
 from starlette.testclient import TestClient
 
 from sfumato.options import Options
+from sfumato.questions import Choice, Noul, Question, Score
 from sfumato.templates.requests import Decide, Edit, Fill, Infill
 from sfumato.templates.slots import Slot
 
@@ -55,9 +59,47 @@ def test_fill(client: TestClient, backend: FakeBackend) -> None:
 
 
 def test_decisions(client: TestClient, backend: FakeBackend) -> None:
-    fields = {"mood": ["good", "bad"], "size": ["big", "small"]}
+    fields: Any = {"mood": ["good", "bad"], "size": ["big", "small"]}
     body = client.post("/v1/decisions", json={"prompt": "Hm.", "fields": fields, "steps": 2}).json()
     assert body["decisions"]["mood"] == {"choice": "good", "probabilities": {"good": 0.5, "bad": 0.5}}
-    assert backend.queries == [Decide("Hm.", fields, 2, Options(seed=0))]
+    assert backend.queries == [Decide("Hm.", fields, 2, options=Options(seed=0))]
     refused(client.post("/v1/decisions", json={"fields": fields}))
+    assert refused(client.post("/v1/decisions", json={"prompt": "x"}))["param"] == "fields"
     assert refused(client.post("/v1/decisions", json={"prompt": "x", "fields": {}}))["param"] == "fields"
+
+
+def test_decisions_on_questions_as_mlx_vlm_has_them(client: TestClient, backend: FakeBackend) -> None:
+    questions = {
+        "good": {"type": "bool", "instructions": "Is it good?", "criteria": {"true": "nice"}},
+        "size": {"criteria": ["big", "small"]},
+        "level": {"type": "score", "criteria": ["low", "high"]},
+    }
+    state = [{"role": "nurse"}]
+    body = client.post("/v1/decisions", json={"state": state, "questions": questions, "images": []}).json()
+    half, usage = {"big": 0.5, "small": 0.5}, {"input_tokens": 5, "output_tokens": 6}
+    assert body["model"] == "fake" and body["usage"] == usage and set(body) == {"model", "answers", "usage"}
+    assert body["answers"] == {
+        "good": {"type": "bool", "value": True, "probability": 0.5},
+        "size": {"type": "choice", "value": "big", "probabilities": half, "metadata": {"confidence": 0.5}},
+        "level": {
+            **{"type": "score", "value": 0.5, "probabilities": {"0": 0.5, "1": 0.5}},
+            "metadata": {"confidence": 0.5, "legend": {"0": "low", "1": "high"}},
+        },
+    }
+    kinds: dict[str, Question] = {
+        "good": Noul("Is it good?", {"true": "nice"}),
+        "size": Choice(["big", "small"]),
+        "level": Score(["low", "high"]),
+    }
+    assert backend.queries == [Decide(json.dumps(state), kinds, options=Options(seed=0))]
+    for more, param in (
+        ({"questions": {"q": {"type": "multi_label", "criteria": ["a"]}}}, "questions.q.type"),
+        ({"questions": {"q": {"type": "x_span", "instructions": "x"}}}, "questions.q.type"),
+        ({"questions": {"q": {"criteria": []}}}, "questions.q.criteria"),
+        ({"questions": {"q": 3}}, "questions.q"),
+        ({"state": None}, "state"),
+        ({"prompt": "x"}, "questions"),
+        ({"images": ["a.png"]}, "images"),
+    ):
+        response = client.post("/v1/decisions", json={"state": "x", "questions": questions, **more})
+        assert refused(response)["param"] == param, more

@@ -8,7 +8,7 @@ from fake_backend import FakeBackend
 from server_client import complete, events, prompts, refused
 from starlette.testclient import TestClient
 
-from sfumato.templates.requests import Complete, Infill, Score
+from sfumato.templates.requests import Complete, Infill, Likelihood
 
 backend, client = server_client.backend, server_client.client
 
@@ -104,7 +104,9 @@ def test_echo_with_logprobs_scores_the_prompt(client: TestClient, backend: FakeB
     }
     assert other["text"] == "e next" and other["index"] == 1
     assert body["usage"]["completion_tokens"] == 2 and body["usage"]["steps"] == 0
-    assert [type(query) for query in backend.queries] == [Score, Score] and backend.queries[0].options.seed == 1
+    assert [type(query) for query in backend.queries] == [Likelihood, Likelihood] and backend.queries[
+        0
+    ].options.seed == 1
     [one, two] = complete(client, prompt=[[5, 6], [7]], max_tokens=1, **SCORED).json()["choices"]
     assert (one["text"], two["text"]) == ("[5] [6] next", "[7] next")
 

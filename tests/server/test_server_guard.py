@@ -200,6 +200,7 @@ CASES = [
     ("/v1/infill", {"prefix": "a", "suffix": "b"}, 1),
     ("/v1/edit", {"text": "a", "instruction": "b", "stream": True, "drafts": True}, 1),
     ("/v1/decisions", {"prompt": "a", "fields": {"b": ["c", "d"]}}, 1),
+    ("/v1/systemone", {"state": "a", "questions": {"b": {"type": "noul", "instructions": "c"}}}, 1),
 ]
 
 

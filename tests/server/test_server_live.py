@@ -423,6 +423,10 @@ def test_an_agent_calls_a_tool_and_answers(server: Server) -> None:
 # --- our own routes, our own client --------------------------------------------------------------------------------
 
 BOARD: list[Any] = [run if run[0] != "0" else {"length": len(run)} for run in re.findall("0+|[1-9]+", PUZZLE)]
+QUESTIONS: dict[str, Any] = {
+    "q": {"type": "noul", "instructions": "Is it solved?"},
+    "c": {"type": "choice", "criteria": {"Yes": None, "No": "It is not"}},
+}
 FIELDS = {"digit": ["1", "5", "9"], "row": ["first", "last"]}
 
 
@@ -449,7 +453,7 @@ def test_a_sudoku_as_a_template(server: Server) -> None:
     assert last["text"] == answer["text"] and last["values"] == answer["values"]
 
 
-def test_infill_edit_and_decisions(server: Server) -> None:
+def test_infill_edit_and_decisions(server: Server, local: LLM) -> None:
     answer = server.post("/infill", prefix="12", suffix="45", length=3, seed=1)
     assert answer["text"] == f"12{answer['middle']}45" and answer["length"] == 3 == len(answer["middle"])
     assert 0 < len(server.post("/infill", prefix="12", suffix="45", at_most=4, seed=1)["text"]) <= 8
@@ -457,6 +461,10 @@ def test_infill_edit_and_decisions(server: Server) -> None:
     edited = server.post("/edit", text=text, spans=[[2, 5]], seed=1, max_steps=4)
     assert edited["text"].startswith("12") and edited["text"].endswith("67890")
     assert bool(edited["diff"]) == (edited["text"] != text)
+    typed = server.post("/systemone", state=PUZZLE, questions=QUESTIONS)["answers"]
+    direct = local.decide(PUZZLE, QUESTIONS, seed=0)
+    assert typed["q"]["noul"] == pytest.approx(direct["q"].probability, abs=1e-5)
+    assert typed["c"]["probabilities"] == pytest.approx(direct["c"].probabilities, abs=1e-5)
     decided = server.post("/decisions", messages=SUDOKU, fields=FIELDS)["decisions"]
     assert set(decided) == set(FIELDS)
     for name, one in decided.items():

@@ -269,7 +269,7 @@ def test_nothing_is_wider_than_a_phone(page: Any, server: PageServer) -> None:
     expect(page.locator(".committed pre")).to_be_visible()
     page.locator("#shelf-handle").click()
     expect(page.locator("#chats li")).to_have_count(1)
-    for section in ("Chat", "Editor", "Sudoku", "Settings"):
+    for section in ("Chat", "Editor", "Decide", "Sudoku", "Settings"):
         go(page, section)
         if section == "Settings":
             expect(page.locator("#option-max_steps")).to_be_visible()
@@ -282,7 +282,7 @@ def test_nothing_is_wider_than_a_phone(page: Any, server: PageServer) -> None:
 
 
 def test_every_field_has_a_name_and_no_style_or_script_stands_in_the_page(page: Any) -> None:
-    for section in ("Chat", "Editor", "Sudoku", "Settings"):
+    for section in ("Chat", "Editor", "Decide", "Sudoku", "Settings"):
         go(page, section)
         if section == "Settings":
             expect(page.locator("#option-max_steps")).to_be_visible()
@@ -291,7 +291,7 @@ def test_every_field_has_a_name_and_no_style_or_script_stands_in_the_page(page: 
         ".map(e => e.outerHTML)"
     )
     assert nameless == []
-    assert sum(file.stat().st_size for file in UI.iterdir()) < 165_000  # bytes, as they are written
+    assert sum(file.stat().st_size for file in UI.iterdir()) < 230_000  # bytes, as they are written
     html = (UI / "index.html").read_text()
     assert "<style" not in html and " style=" not in html and not re.search(r"<script(?![^>]*src=)|\son\w+=", html)
     text = "".join(file.read_text() for file in UI.glob("*.*")).replace("http://www.w3.org/2000/svg", "")
@@ -349,5 +349,9 @@ def test_the_real_routes_take_what_the_page_sends(browser: Any, routes: str) -> 
     go(page, "Sudoku")
     page.get_by_role("button", name="Solve").click()
     expect(page.locator("#verdict")).to_contain_text("olved in")
+    go(page, "Decide")
+    page.locator("#decide-example").select_option("An e-mail to route")
+    expect(page.locator("#decide-status")).to_contain_text("4 answers in")
+    expect(page.locator(".question .wrong:visible, #decide-trouble > *")).to_have_count(0)
     assert watch.errors == [] and watch.strangers == []
     context.close()

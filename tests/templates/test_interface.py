@@ -16,7 +16,20 @@ from typing import Any
 
 import pytest
 
-from sfumato import LLM, Chat, Complete, Completion, Decide, Done, Draft, InputError, LanguageModel, Options, Slot
+from sfumato import (
+    LLM,
+    Chat,
+    Choice,
+    Complete,
+    Completion,
+    Decide,
+    Done,
+    Draft,
+    InputError,
+    LanguageModel,
+    Options,
+    Slot,
+)
 from sfumato.events import Commit
 from sfumato.options import OPTIONS
 from sfumato.templates.outcomes import outcomes_of, result_of_query, results_of
@@ -55,7 +68,8 @@ def test_a_text_is_one_user_message(llm: LLM) -> None:
     (*_, continued) = llm.stream(Complete(TEXT, ONE))
     assert isinstance(continued, Done) and continued.text == llm.complete(TEXT, options=ONE).text
     assert Chat("Hi") == Chat({"role": "user", "content": "Hi"}) == Chat([{"role": "user", "content": "Hi"}])
-    assert llm.decide(message, {"a": ["1", "2"]}, seed=1) == llm.decide([message], {"a": ["1", "2"]}, seed=1)
+    decided = [llm.decide(state, {"a": ["1", "2"]}, seed=1).answers for state in (message, [message])]
+    assert decided[0] == decided[1]
 
 
 def test_options_come_as_a_record_a_dict_or_one_by_one(llm: LLM) -> None:
@@ -136,7 +150,7 @@ def test_an_error_of_one_conversation_ends_all(llm: LLM) -> None:
 
 
 def test_what_is_awaited_at_the_same_time_shares_a_batch_and_is_the_same(llm: LLM) -> None:
-    fields = {"a": ["1", "2"]}
+    fields = {"a": Choice(["1", "2"])}
 
     async def main() -> tuple[list[Completion], Completion, Any]:
         chats = [llm.achat(TEXT, options=ONE, seed=seed) for seed in range(4)]

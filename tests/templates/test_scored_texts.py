@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sfumato import LLM, Score, Scored
+from sfumato import LLM, Likelihood, Scored
 from sfumato.errors import CapacityError, InputError
 from sfumato.events import ScoredToken
 
@@ -58,7 +58,7 @@ def test_greedy_is_what_greedy_sampling_writes(llm: LLM) -> None:
 
 
 def test_it_is_awaited_and_run_like_every_query(llm: LLM) -> None:
-    both = [llm.run(Score(TEXT)), asyncio.run(llm.arun(Score(TEXT)))]
+    both = [llm.run(Likelihood(TEXT)), asyncio.run(llm.arun(Likelihood(TEXT)))]
     assert logprobs(both[0]) == pytest.approx(logprobs(both[1]), abs=1e-4)
     assert "logprob" in repr(both[0]) and "Scored" in repr(both[0])
     assert llm.score("").tokens == [ScoredToken(llm.encode("").tokens[0], "<bos>", 0)]

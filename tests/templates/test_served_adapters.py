@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 
-from sfumato import LLM, Options, Slot
+from sfumato import LLM, Choice, Options, Slot
 from sfumato.checkpoints.adapters import write_adapter
 from sfumato.engine.jobs import Jobs
 from sfumato.engine.limits import BatchLimits
 from sfumato.errors import CapacityError, InputError
-from sfumato.events import Completion, Done
+from sfumato.events import Completion, Decisions, Done
 from sfumato.model.adapters import TARGETS, Adapter, Factors, merge_, new_adapter, targeted
 from sfumato.model.network import Model, adaptable
 from sfumato.ops.lowrank import LowRank
@@ -28,9 +28,9 @@ from sfumato.templates.requests import (
     Edit,
     Fill,
     Infill,
+    Likelihood,
     LoadAdapter,
     QueryFor,
-    Score,
     UnloadAdapter,
 )
 
@@ -73,7 +73,7 @@ def carried_out(jobs: Jobs[Any]) -> dict[str, Any]:
 
 def queries(options: Options) -> list[QueryFor[Any]]:
     """One of every kind, and an answer token by token."""
-    fields = {"a": ["1", "2"], "b": ["3", "45"]}
+    fields = {"a": Choice(["1", "2"]), "b": Choice(["3", "45"])}
     return [
         Chat(MESSAGES, options=dataclasses.replace(options, max_tokens=82)),
         Complete("1 2 3", dataclasses.replace(options, max_tokens=6, max_steps=None, mode="autoregressive")),
@@ -81,7 +81,7 @@ def queries(options: Options) -> list[QueryFor[Any]]:
         Fill(["1 2 ", Slot("x", choices=("3", "4")), " 5 ", Slot("y", length=2), " 6"], MESSAGES, options),
         Edit("123456", spans=[(1, 3)], options=options),
         Decide(MESSAGES, fields, options=options),
-        Score("1 2 3 4 5 6", options=options),
+        Likelihood("1 2 3 4 5 6", options=options),
     ]
 
 
@@ -89,7 +89,7 @@ def plain(result: Any) -> Any:
     """What a result says, its numbers rounded: rows of a batch are summed in another order."""
     if isinstance(result, Done | Completion):
         return result.tokens
-    if isinstance(result, dict):
+    if isinstance(result, Decisions):
         return {name: [round(p, 3) for p in one.probabilities.values()] for name, one in result.items()}
     if hasattr(result, "values"):
         return result.values

@@ -9,7 +9,7 @@ import pytest
 
 from sfumato import LLM, Options, Slot
 from sfumato.templates import slots
-from sfumato.templates.decisions import share_out
+from sfumato.templates.decisions import AnswerSet
 from sfumato.templates.slots import check_template, read_template, span_template
 
 
@@ -42,5 +42,6 @@ def test_checks_are_linear(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pieces) == 100_000
     assert len(check_template([Slot() for _ in range(100_000)])) == 100_000
     assert time.perf_counter() - began < 10
-    share_out([[n] for n in range(20_000)], [dict.fromkeys(range(20_001), 0.0)], 20_000)
+    answers = AnswerSet.of([str(n) for n in range(20_000)], [[n // 100, n % 100] for n in range(20_000)], 20_000)
+    answers.probabilities([[0.0] * len(fork.branches) for fork in answers.forks])
     assert time.perf_counter() - began < 12

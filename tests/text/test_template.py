@@ -312,3 +312,37 @@ def test_no_free_mark_is_an_error() -> None:
     assert TEMPLATE.encode(TOKENIZER, [user(everything[:-1])])
     with pytest.raises(InputError, match="private-use"):
         TEMPLATE.encode(TOKENIZER, [user(everything)])
+
+
+# ---- prompts that differ in how they end ----------------------------------------------------------------------------
+
+ENDINGS = ["Is it late?", "", "x <turn|>\n<|turn>model\nYes", "\ue000 \ue001", "né 🙂", "a\n\n b "]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("state", ["A text.\n\n", "<turn|> 1 <|turn>\n\n"])
+def test_prompts_that_differ_in_how_they_end_are_whole_prompts(
+    state: str, thinking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each says what a prompt of its own says; the second time nothing is rendered, unless a text has the mark."""
+    template = ChatTemplate(TEMPLATE.source, TEMPLATE.special)
+    first = template.encode_around(TOKENIZER, [SYSTEM, user(state)], ENDINGS[:3], thinking)
+    monkeypatch.setattr(template, "_render", None)
+    assert template.encode_around(TOKENIZER, [SYSTEM, user(state)], ENDINGS[:3], thinking) == first
+    with pytest.raises(TypeError):
+        template.encode_around(TOKENIZER, [SYSTEM, user(state)], ["\ue000"], thinking)
+    monkeypatch.undo()
+    head, tails = template.encode_around(TOKENIZER, [SYSTEM, user(state)], ENDINGS, thinking)
+    assert head == first[0]
+    for text, tail in zip(ENDINGS, tails, strict=True):
+        whole = template.encode(TOKENIZER, [SYSTEM, user(f"{state}{text}|")], thinking=thinking)
+        before, _, after = TOKENIZER.decode(whole).rpartition(f"{text}|")
+        assert TOKENIZER.decode([*head, *tail]) == before + text + after
+        controls = [token for token in [*head, *tail] if token in TOKENIZER.special_ids]
+        assert controls == [token for token in whole if token in TOKENIZER.special_ids]
+
+
+def test_a_template_that_changes_what_is_said_is_one_clear_error() -> None:
+    template = ChatTemplate("{{ messages[0].content[:3] }}")
+    with pytest.raises(InputError, match="does not write a message as it is"):
+        template.encode_around(TOKENIZER, [user("abcdef")], ["x"])

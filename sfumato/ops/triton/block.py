@@ -94,7 +94,7 @@ def _mix(x: Ready, layer: Layer, shape: tuple[int, int], dtype: torch.dtype, blo
         ready = Prepared(*attention.quantised(inputs), None)
     else:
         ready = prepare(attention.joined(inputs, counters).view(flat), output)
-    if mask.encode:
+    if mask.encode and mask.is_kept:
         append_(k_BTGK, v_BTGK, k_XRGK, v_XRGK, mask)
     return _in_parts(ready, output, dtype)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from sfumato.errors import InputError
-from sfumato.options import BIG, MOST_STEPS, Use
-from sfumato.server.http.bodies import Body, Choices, Count, Most
-from sfumato.server.http.options import OptionsBody, option_field
+from sfumato.options import BIG, MOST_STEPS, Options, Use
+from sfumato.questions import Question, state_text
+from sfumato.server.backend import ModelCard
+from sfumato.server.http.bodies import Body, Choices, Count, Most, only, reading_of
+from sfumato.server.http.options import OptionsBody, adapter_of, option_field
 from sfumato.server.openai.bodies import MessageList
+from sfumato.server.systemone.bodies import Records, State
+from sfumato.server.systemone.questions import QuestionForm, QuestionReader
+from sfumato.templates.requests import Decide
 
 CANVAS: tuple[Use, ...] = ("canvas", "templates")
 """The options of these routes apply to a canvas, and to templates."""
@@ -74,13 +79,50 @@ class FillRequest(Prompted, OptionsBody, uses=CANVAS, without=WITHOUT):
     template: Annotated[list[str | SlotBody], Field(min_length=1), Most("max_pieces", "pieces")]
 
 
+MLX = QuestionForm({"bool": "noul", "noul": "noul", "choice": "choice", "score": "score"}, "choice", True, False)
+"""Questions as mlx-vlm's /v1/decisions has them."""
+
+
 class DecisionsRequest(Prompted):
-    """The body of /v1/decisions."""
+    """The body of /v1/decisions: `fields` behind a prompt or messages, or mlx-vlm's `questions` about a `state`."""
 
     model: str | None = None
     fields_: Annotated[
-        dict[str, Annotated[Choices, Field(min_length=2)]], Field(min_length=1), Most("max_fields", "fields")
-    ] = Field(alias="fields", description="Field -> its choices.")
+        dict[str, Annotated[Choices, Field(min_length=2)]] | None,
+        Field(min_length=1),
+        Most("max_fields", "fields"),
+    ] = Field(None, alias="fields", description="Field -> its choices.")
+    state: State | None = None
+    questions: Records | None = Field(None, description="Id -> question, as mlx-vlm has them.")
+    images: Any = only([])
+    audio: Any = only()
     steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     seed: int | None = option_field("seed")
     user: str | None = None
+
+    _questions: dict[str, Question] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _reads_questions(self, info: ValidationInfo) -> DecisionsRequest:
+        if self.questions is not None and self.state is not None:
+            self._questions = QuestionReader(reading_of(info), self.state, MLX).read(self.questions)
+        return self
+
+    def query(self, card: ModelCard) -> Decide:
+        """The query."""
+        options = Options(seed=0 if self.seed is None else self.seed, **adapter_of(card))
+        prompt, steps = self.before(), self.steps or 1
+        if self.questions is None:
+            if self.fields_ is None or self.state is not None:
+                message = "fields is missing; give fields with a prompt, or questions with a state"
+                raise InputError(message, option="fields")
+            if prompt is None:
+                raise InputError("prompt and messages are missing; give one of them", option="prompt")
+            fields: Any = self.fields_
+            return Decide(prompt, fields, steps, options=options)
+        if self.fields_ is not None or prompt is not None:
+            message = "questions is given with fields, prompt or messages; give questions and a state alone"
+            raise InputError(message, option="questions")
+        if self.state is None:
+            raise InputError("state is missing; give what the questions are about", option="state")
+        return Decide(state_text(self.state), self._questions, steps, options=options)

@@ -16,7 +16,6 @@ from starlette.responses import JSONResponse, Response
 
 from sfumato.errors import InputError
 from sfumato.events import Draft, Edited, Filled
-from sfumato.options import Options
 from sfumato.server.backend import ModelCard
 from sfumato.server.canvas import answers, bodies
 from sfumato.server.canvas.bodies import DecisionsRequest, EditRequest, FillRequest, InfillRequest
@@ -25,9 +24,9 @@ from sfumato.server.http.checks import check_chat, check_length
 from sfumato.server.http.document import takes
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.events import END, EventStream, data
-from sfumato.server.http.options import OptionsBody, adapter_of
+from sfumato.server.http.options import OptionsBody
 from sfumato.server.http.service import Service
-from sfumato.templates.requests import Decide, Edit, Fill, Infill
+from sfumato.templates.requests import Edit, Fill, Infill
 from sfumato.templates.slots import Slot
 
 TemplateQuery = Infill | Edit | Fill
@@ -67,13 +66,16 @@ def routes(service: Service) -> APIRouter:
         query = await _fill(body, service)
         return await _answer(service, request, body, query, Answer("fill", _filled))
 
-    @router.post("/v1/decisions", **takes(DecisionsRequest, answers.Decisions, stream={}))
+    @router.post("/v1/decisions", **takes(DecisionsRequest, answers.DecisionsBody, stream={}))
     async def decisions(request: Request) -> Response:
         """Choose among given answers: the likeliest to each question, and the probability of each."""
         body = await service.read(request, DecisionsRequest)
         card = await service.card(body.model)
-        query, head = _decide(body, card), _head("decide", "decisions", service, card)
+        query = body.query(card)
         result: Any = await service.watched(request.receive, service.result(request.scope, query))
+        if body.questions is not None:
+            return JSONResponse(answers.typed_body(service.names(card)[0], result))
+        head = _head("decide", "decisions", service, card)
         choices = {name: {"choice": one.choice, "probabilities": one.probabilities} for name, one in result.items()}
         return JSONResponse(head | {"decisions": choices, "seed": query.options.seed})
 
@@ -113,14 +115,6 @@ async def _fill(body: FillRequest, service: Service) -> Fill:
     options = body.options(card)
     template = [piece if isinstance(piece, str) else Slot(**piece.plain()) for piece in body.template]
     return Fill(template, prompt, options)
-
-
-def _decide(body: DecisionsRequest, card: ModelCard) -> Decide:
-    prompt = body.before()
-    if prompt is None:
-        raise InputError("prompt and messages are missing; give one of them", option="prompt")
-    options = Options(seed=0 if body.seed is None else body.seed, **adapter_of(card))
-    return Decide(prompt, body.fields_, body.steps or 1, options)
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------

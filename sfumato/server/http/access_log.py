@@ -20,6 +20,8 @@ POLICY = (
     "frame-ancestors 'none'"
 )
 """The content policy of the page."""
+IDS = ("x-request-id", "request-id", "x-typesafe-request-id")
+"""The id of a request, as clients of OpenAI's know it, of Anthropic's, and of TypeSafe's."""
 GONE = 499
 """The status in the log and the metrics of a request whose client left; no client gets it."""
 
@@ -47,8 +49,8 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                # as OpenAI's clients know it, and Anthropic's
-                headers["x-request-id"] = headers["request-id"] = record.id
+                for name in IDS:
+                    headers[name] = record.id
                 headers["x-content-type-options"] = "nosniff"
                 if record.ignored:
                     headers["x-sfumato-ignored"] = ", ".join(record.ignored)

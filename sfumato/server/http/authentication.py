@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sfumato.server.http.access_log import is_page
+from sfumato.server.http.access_log import IDS, is_page
 from sfumato.server.http.errors import Refusal
 from sfumato.server.http.service import Service
 from sfumato.server.settings import LOCAL
@@ -41,7 +41,7 @@ class Authentication:
             if origin is not None and self._is_foreign(origin, headers):
                 allowed = {
                     "access-control-allow-origin": origin,
-                    "access-control-expose-headers": "x-request-id, request-id, retry-after, x-sfumato-ignored",
+                    "access-control-expose-headers": ", ".join((*IDS, "retry-after", "x-sfumato-ignored")),
                     "vary": "Origin",
                 }
                 if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:

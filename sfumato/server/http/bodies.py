@@ -33,7 +33,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from sfumato.options import BIG
-from sfumato.server.http.errors import Refusal, short
+from sfumato.server.http.errors import BodyPlace, Refusal, place_name, short
 from sfumato.server.settings import Limits
 
 
@@ -271,25 +271,26 @@ def _refusal(error: ValidationError, value: Any, kind: type[Body]) -> Refusal:
     """The fault at the deepest place.
 
     A value that may be text or a list fails as both, and the list's reason says more."""
-    by_place: dict[str, list[Any]] = {}
+    by_place: dict[BodyPlace, list[Any]] = {}
     for fault in error.errors(include_url=False):
         by_place.setdefault(_place(fault["loc"], value, fault["type"] == "missing"), []).append(fault)
-    place = max(by_place, key=lambda name: name.count(".") + name.count("["))
+    place = max(by_place, key=len)
     faults = [fault for fault in by_place[place] if fault["type"] == TOO_MANY] or by_place[place]
-    first, shown = faults[0], short(place, 200)
+    first, name = faults[0], place_name(place)
+    shown = short(name, 200)
     if first["type"] == "extra_forbidden":
-        message = _of_unknown(place, kind)
+        message = _of_unknown(name, kind)
     elif first["type"] == "missing":
         message = f"{shown} is missing; give it"
     elif first["type"] == TOO_MANY:
         message = f"{shown} has {first['msg']}; send fewer"
     else:
         reasons = dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in faults)
-        message = f"{shown or 'the body'} is {_shown(first['input'])}: {' – or: '.join(reasons)}"
+        message = f"{shown or 'the body'} is {beginning_of(first['input'])}: {' – or: '.join(reasons)}"
     code = _CODES.get(first["type"])
     if code is not None and isinstance(first["input"], float):
         code = code.replace("integer", "decimal")
-    return Refusal(400, message, param=shown or None, code=code)
+    return Refusal(400, message, param=shown or None, code=code, place=place)
 
 
 _CODES = {
@@ -312,7 +313,7 @@ def _of_unknown(place: str, kind: type[Body]) -> str:
     return f"{text}; is {near[0]!r} meant? Else leave it out" if near else f"{text}; leave it out"
 
 
-def _shown(value: Any) -> str:
+def beginning_of(value: Any) -> str:
     """The beginning of a value; it may be as large as the body."""
     if isinstance(value, (list, dict)):
         return short("".join(islice(_JSON.iterencode(value), 100)), 80)
@@ -322,15 +323,17 @@ def _shown(value: Any) -> str:
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
 
-def _place(loc: tuple[int | str, ...], value: Any, is_missing: bool) -> str:
+def _place(loc: tuple[int | str, ...], value: Any, is_missing: bool) -> BodyPlace:
     """A place in the request, such as messages[0].role: pydantic's own, less the names of the types it tried."""
-    name = ""
+    place: list[int | str] = []
     for number, step in enumerate(loc):
         if isinstance(step, int) and isinstance(value, list) and step < len(value):
-            name, value = f"{name}[{step}]", value[step]
+            place.append(step)
+            value = value[step]
         elif isinstance(step, str) and isinstance(value, dict):
             if step in value:
-                name, value = f"{name}.{step}" if name else step, value[step]
+                place.append(step)
+                value = value[step]
             elif is_missing and number == len(loc) - 1:
-                name = f"{name}.{step}" if name else step
-    return name
+                place.append(step)
+    return tuple(place)

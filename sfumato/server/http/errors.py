@@ -16,8 +16,12 @@ def short(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most] + "…"
 
 
+BodyPlace = tuple[str | int, ...]
+"""Where something stands in a body: names of fields and numbers of items, from the outside in."""
+
+
 class Refusal(SfumatoError):
-    """An error with the status and the words it is answered with."""
+    """An error with the status and the words it is answered with. `place`: where in the body, `param` in words."""
 
     def __init__(
         self,
@@ -27,10 +31,12 @@ class Refusal(SfumatoError):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        *,
+        place: BodyPlace | None = None,
     ) -> None:
         message = short(message, 2000)
         super().__init__(message, option=param)
-        self.status, self.headers = status, headers
+        self.status, self.headers, self.place = status, headers, place
         self.error = {"message": message, "type": type, "param": param, "code": code}
 
     @property
@@ -43,6 +49,14 @@ class Refusal(SfumatoError):
         return JSONResponse(*((self.body, self.status) if form is None else form(self)), self.headers)
 
 
+def place_name(place: BodyPlace) -> str:
+    """A place in words, such as messages[0].role."""
+    name = ""
+    for step in place:
+        name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
+    return name
+
+
 ErrorForm = Callable[[Refusal], tuple[dict[str, Any], int]]
 """The body and the status of an error in one dialect."""
 
@@ -52,6 +66,8 @@ class ClientGone(Exception):
 
 
 RETRY = {"retry-after": "1"}
+CLOSE = {"connection": "close"}
+"""For a body that is not read to its end: what follows is no request."""
 
 
 def refusal(error: Exception) -> Refusal:

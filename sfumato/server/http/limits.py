@@ -12,11 +12,9 @@ from time import monotonic
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sfumato.server.http.errors import RETRY, ClientGone, Refusal
-from sfumato.server.http.service import Service
+from sfumato.server.http.errors import CLOSE, ClientGone, Refusal
+from sfumato.server.http.service import Service, record_of
 
-CLOSE = {"connection": "close"}
-"""For a body that is not read to its end: what follows is no request."""
 LINGER = 10.0
 """Seconds for which a body is read on behind its answer."""
 REMAINDER = 64 << 20
@@ -94,13 +92,10 @@ class BodyLimits:
                 raise _too_slow(patience if patience < seconds else None) from None
             part = len(message.get("body", b""))
             size += part
-            self.service.body_bytes += part
             is_over = not message.get("more_body", False)
+            self.service.count_bytes(part)
             if size > limits.max_body:
                 raise _too_large(limits.max_body)
-            if self.service.body_bytes > limits.max_bodies:
-                text = "the bodies of all requests take more memory than the server has for them; try again in a while"
-                raise Refusal(503, text, "overloaded_error", headers=CLOSE | RETRY)
             return message
 
         async def sending(message: Message) -> None:
@@ -113,7 +108,7 @@ class BodyLimits:
         try:
             await self.app(scope, receiving, sending)
         finally:
-            self.service.body_bytes -= size
+            self.service.body_bytes -= size + record_of(scope).expanded
 
 
 def _too_large(limit: int) -> Refusal:

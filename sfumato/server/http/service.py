@@ -24,7 +24,8 @@ from sfumato.errors import WorkerError
 from sfumato.events import Draft, Event, Usage
 from sfumato.server.backend import NUMBER, Backend, Job, ModelCard, Result
 from sfumato.server.http.bodies import Body, BodyReading, read
-from sfumato.server.http.errors import RETRY, ClientGone, ErrorForm, Refusal, refusal, short
+from sfumato.server.http.encodings import decoded
+from sfumato.server.http.errors import CLOSE, RETRY, ClientGone, ErrorForm, Refusal, refusal, short
 from sfumato.server.http.metrics import Metrics
 from sfumato.server.settings import Settings
 from sfumato.templates.requests import AdapterQuery, LoadAdapter, Query
@@ -48,6 +49,8 @@ class Record:
     """Whether the client chose the id; it may choose the same again."""
     status: int = 0
     tokens: int = 0
+    expanded: int = 0
+    """Bytes of its body, where that came compressed."""
     ignored: list[str] = field(default_factory=list)
     """Names of fields that the request has and that have no effect; a header of the answer holds them."""
 
@@ -182,10 +185,31 @@ class Service:
 
     async def read(self, request: Request, kind: type[B], medias: Sequence[str] = (JSON,)) -> B:
         """The request's body, checked; its media type is one of these."""
-        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        media = media_of(request)
         if media not in medias:
             raise Refusal(415, f"the content type is {media or 'not given'!r}; send application/json")
-        data = await request.body()
+        return await self.parsed(request, await self.body(request), kind)
+
+    async def body(self, request: Request) -> bytes:
+        """The bytes of a request's body, which may have come compressed."""
+        data, encoding = await request.body(), request.headers.get("content-encoding", "")
+        if not encoding:
+            return data
+        async with self._reading:
+            text = await asyncio.to_thread(decoded, data, encoding, self.settings.limits.max_body)
+        record_of(request.scope).expanded = len(text)
+        self.count_bytes(len(text))
+        return text
+
+    def count_bytes(self, size: int) -> None:
+        """Count bytes that a body takes until its request is over; Refusal where all of them take too many."""
+        self.body_bytes += size
+        if self.body_bytes > self.settings.limits.max_bodies:
+            text = "the bodies of all requests take more memory than the server has for them; try again in a while"
+            raise Refusal(503, text, "overloaded_error", headers=CLOSE | RETRY)
+
+    async def parsed(self, request: Request, data: bytes, kind: type[B]) -> B:
+        """The JSON of a request, checked."""
         reading = BodyReading(self.settings.limits, self.settings.strict_params)
         if len(data) <= SMALL:
             body = read(data, kind, reading)
@@ -294,6 +318,11 @@ class Service:
             for waiter in (task, gone, cut):
                 waiter.cancel()
             await asyncio.gather(task, gone, cut, return_exceptions=True)
+
+
+def media_of(request: Request) -> str:
+    """The media type of a request's body; "" where it names none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _gone(receive: Receive) -> None:

@@ -17,7 +17,7 @@ from sfumato.events import Scored, ScoredToken, Usage
 from sfumato.options import Options
 from sfumato.server.http.service import Service
 from sfumato.server.openai.chat import finite
-from sfumato.templates.requests import Score
+from sfumato.templates.requests import Likelihood
 
 
 async def scores_of(
@@ -25,7 +25,7 @@ async def scores_of(
 ) -> list[Scored]:
     """The log-probabilities of these prompts, in their order; `options` are of the token behind each."""
     results: dict[int, Scored] = {}
-    queries = [Score(prompt, None, options) for prompt in prompts]
+    queries = [Likelihood(prompt, None, options) for prompt in prompts]
     async with aclosing(service.events(scope, queries)) as events:
         async for number, event in events:
             if isinstance(event, Scored):

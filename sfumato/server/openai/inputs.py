@@ -17,7 +17,7 @@ from sfumato.server.http.seals import unsealed
 from sfumato.server.settings import Limits
 
 
-class Content(Body):
+class TextContent(Body):
     """A part of a message, or of what a tool returned."""
 
     place = "input[].content[]."
@@ -45,7 +45,7 @@ def _part_kind(part: Any) -> str:
 
 
 AnyContent = Annotated[
-    Annotated[Content, Tag("written")] | Annotated[RefusalContent, Tag("refused")], Discriminator(_part_kind)
+    Annotated[TextContent, Tag("written")] | Annotated[RefusalContent, Tag("refused")], Discriminator(_part_kind)
 ]
 Contents = Annotated[list[AnyContent], Most("max_parts", "parts")]
 
@@ -211,6 +211,6 @@ def _call_of(item: CallItem | CustomCallItem) -> dict[str, Any]:
     return {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": arguments}}
 
 
-def joined(content: str | Sequence[Content | RefusalContent]) -> str:
+def joined(content: str | Sequence[TextContent | RefusalContent]) -> str:
     """The text of a content."""
     return content if isinstance(content, str) else "".join(part.text for part in content)

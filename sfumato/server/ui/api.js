@@ -4,12 +4,13 @@ import { forget, load, save } from "./store.js";
 
 /** What went wrong, in words that can be shown. `kind`: offline, key, busy, worker, broken, refused or failed. */
 export class ApiError extends Error {
-  constructor(kind, message, { param = null, wait = null } = {}) {
+  constructor(kind, message, { param = null, wait = null, details = [] } = {}) {
     super(message);
     this.name = "ApiError";
     this.kind = kind;
     this.param = param;
     this.wait = wait;
+    this.details = details; // [{loc, msg}] of System One's route: where in the request it is wrong
   }
 }
 
@@ -36,7 +37,7 @@ function headers(hasBody) {
 function kindOf(status, error) {
   if (status === 401) return "key";
   if (error.type === "worker_error") return "worker";
-  if (status === 503 || error.type === "overloaded_error") return "busy";
+  if (status === 503 || status === 429 || error.type === "overloaded_error") return "busy";
   return status >= 500 ? "failed" : "refused";
 }
 
@@ -46,7 +47,7 @@ async function send(path, body, signal) {
     response = await fetch(path, {
       method: body === undefined ? "GET" : "POST",
       headers: headers(body !== undefined),
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body: body === undefined || typeof body === "string" ? body : JSON.stringify(body),
       signal,
     });
   } catch (error) {
@@ -54,16 +55,36 @@ async function send(path, body, signal) {
     throw new ApiError("offline", `Nothing answers at ${location.host}.`);
   }
   if (response.ok) return response;
-  const error = await response.json().then((answer) => answer.error ?? {}).catch(() => ({}));
+  const error = await response.json().then(errorOf).catch(() => ({}));
   const message = error.message || `The server answered ${response.status} ${response.statusText}`.trim() + ".";
   throw new ApiError(kindOf(response.status, error), message, {
     param: error.param ?? null,
     wait: response.headers.get("Retry-After"),
+    details: error.details,
   });
+}
+
+/** An error's message, type and details: OpenAI's form, or one of System One's two. */
+function errorOf({ error, detail }) {
+  if (!detail) return error ?? {};
+  if (!Array.isArray(detail)) return { message: detail.message, type: detail.error_type };
+  const details = detail.filter((one) => Array.isArray(one?.loc) && typeof one.msg === "string");
+  return { message: details.map(({ loc, msg }) => (msg.includes(loc.at(-1)) ? msg : `${loc.slice(1).join(".")}: ${msg}`)).join(" "), details };
 }
 
 export async function get(path) {
   return (await send(path)).json();
+}
+
+/** The answer to a body that is JSON already. */
+export async function post(path, body, signal) {
+  const response = await send(path, body, signal);
+  try {
+    return await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("broken", "The connection broke off before the answer ended.");
+  }
 }
 
 /** The data objects of a stream, up to its [DONE]. An error in the stream, or an end before [DONE], is thrown. */

@@ -2,13 +2,14 @@
 
 import { get } from "./api.js";
 import * as chat from "./chat.js";
+import * as decide from "./decide.js";
 import { byId } from "./dom.js";
 import * as editor from "./editor.js";
 import * as settings from "./settings.js";
 import { load, save } from "./store.js";
 import * as sudoku from "./sudoku.js";
 
-const SECTIONS = ["chat", "editor", "sudoku", "settings"];
+const SECTIONS = ["chat", "editor", "decide", "sudoku", "settings"];
 const THEMES = ["auto", "light", "dark"];
 
 function enter() {
@@ -21,6 +22,7 @@ function enter() {
   document.title = section === "chat" ? "Sfumato" : `${section[0].toUpperCase()}${section.slice(1)} · Sfumato`;
   if (section === "settings") settings.enter();
   if (section === "chat") chat.enter();
+  if (section === "decide") decide.enter();
 }
 
 const theme = () => THEMES.find((name) => name === load("theme", "")) ?? "auto";
@@ -64,6 +66,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 settings.start({ onKey: look });
 chat.start();
 editor.start();
+decide.start();
 sudoku.start();
 addEventListener("hashchange", enter);
 enter();

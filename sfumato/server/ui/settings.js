@@ -60,7 +60,8 @@ export function request({ isTemplate = false } = {}) {
   return { ...Object.fromEntries(changed), ...(model() ? { model: model() } : {}), stream: true, ...(showsDrafts() ? { drafts: true } : {}) };
 }
 
-function model() {
+/** The name of the model that is asked; undefined until the server has named one. */
+export function model() {
   const chosen = of("model");
   return models.some((other) => other.id === chosen) ? chosen : models[0]?.id;
 }
@@ -72,6 +73,7 @@ export function setModels(found) {
   choice.value = model() ?? "";
   const one = found.find((other) => other.id === model());
   showPurpose();
+  document.dispatchEvent(new Event("sfumato:models"));
   byId("model-doc").textContent = one ? `Canvas of ${one.canvas_length} tokens, context of ${one.max_model_len}.` : "";
 }
 

@@ -1,0 +1,1 @@
+"""TypeSafe's System One API: typed questions about a text."""
