@@ -68,11 +68,12 @@ def merges() -> list[tuple[str, str]]:
     weights.update({"▁" + word: 1000 - 3 * rank for rank, word in enumerate(ENGLISH)})
     chains = [[*_words(sentence), *("." if sentence.endswith(".") else "")] for sentence in SENTENCES]
     chains += [["▁of", "▁", "1", "0"], ["trust", "▁"], ["Options", ":"], ["Levels", ":"]]
-    chains += [["\n", digit, ":"] for digit in "0123456789"]
     last: dict[tuple[str, str], None] = {}
     for chain in chains:
         for end in range(1, len(chain)):
             last[("".join(chain[:end]), chain[end])] = None
+    for digit in "0123456789":  # not "\n" with the digit first, which would join an answer with what stands before it
+        last |= {(digit, ":"): None, ("\n", f"{digit}:"): None}
     count = VOCABULARY - len(CONTROL) - len(BYTES) - len(CHARACTERS) - len(first) - len(last)
     return [*first, *learn_merges(weights, count), *last]
 
@@ -103,12 +104,12 @@ def build() -> Tokenizer:
 
 def config() -> ModelConfig:
     """Six layers, every third full."""
-    sliding = LayerConfig(head_dim=16, kv_heads=4, window=128, rope=Rope(10_000.0))
-    full = LayerConfig(head_dim=32, kv_heads=2, window=None, rope=Rope(10_000.0, partial=0.25, proportional=True))
+    sliding = LayerConfig(head_dim=16, kv_heads=4, window=128, rope=Rope(100.0))
+    full = LayerConfig(head_dim=32, kv_heads=2, window=None, rope=Rope(100.0, partial=0.25, proportional=True))
     return ModelConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=192,
+        hidden_size=96,
+        intermediate_size=128,
         num_heads=8,
         num_experts=4,
         top_k_experts=2,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,14 +32,14 @@ DESKS = tuple("billing repair sales orders support returns".split())
 PARTS = tuple("desk team".split())
 """Second words of a desk."""
 LEVELS = tuple("none one two three four five six seven eight nine".split())
-TRUST: Mapping[int, float] = {10: 0.4, 9: 0.2, 8: 0.15, 7: 0.15, 6: 0.1}
+TRUST: Mapping[int, float] = {10: 0.5, 9: 0.2, 8: 0.1, 7: 0.1, 6: 0.1}
 """How often a document says so many of ten."""
 
 OptionQuestion = Noul | Choice | Score
 """A question with options."""
 
-TrueItem = tuple[str, OptionQuestion, int]
-"""The lines of a document, the question, and the number of its true answer."""
+Listing = Mapping[str, str]
+"""What its lines say: a name and a colour or a digit."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,30 @@ def generate(rng: np.random.Generator, kind: str | None = None) -> str:
         kind = _one(rng, [*KINDS])
     elif kind not in KINDS:
         raise InputError(f"there is no kind {kind!r}; the kinds are: {', '.join(KINDS)}")
-    lines, question, truth = KINDS[kind](rng)
-    trust = int(rng.choice([*TRUST], p=[*TRUST.values()]))
+    document = KINDS[kind].document(rng)
+    return _labelled(rng, kind, document, _trust(rng)).text()
+
+
+def conversation(rng: np.random.Generator, turns: int) -> list[LabelledQuestion]:
+    """Several questions about one document, of the kinds that it is for."""
+    makers = [kind.document for kind in KINDS.values()]
+    document, trust = makers[int(rng.integers(len(makers)))](rng), _trust(rng)
+    kinds = [name for name, kind in KINDS.items() if kind.fits(document)]
+    return [_labelled(rng, _one(rng, kinds), document, trust) for _ in range(turns)]
+
+
+def _trust(rng: np.random.Generator) -> int:
+    return int(rng.choice([*TRUST], p=[*TRUST.values()]))
+
+
+def _labelled(rng: np.random.Generator, kind: str, document: Listing, trust: int) -> LabelledQuestion:
+    """A question about a document, and a label by its chances."""
+    question, truth = KINDS[kind].question(rng, document)
     chances = chances_of(question, truth, trust)
-    label = int(rng.choice(len(chances), p=chances))
-    return LabelledQuestion(kind, f"trust {trust} of 10\n{lines}", question, chances, label).text()
+    lines = "\n".join(f"{name} {value}" for name, value in document.items())
+    return LabelledQuestion(
+        kind, f"trust {trust} of 10\n{lines}", question, chances, int(rng.choice(len(chances), p=chances))
+    )
 
 
 def chances_of(question: OptionQuestion, truth: int, trust: int) -> tuple[float, ...]:
@@ -139,6 +158,12 @@ def _some(rng: np.random.Generator, values: Sequence[str], count: int) -> list[s
     return [values[place] for place in rng.permutation(len(values))[:count]]
 
 
+def _size(rng: np.random.Generator, least: int, most: int) -> int:
+    """A number of lines, half as likely where it is twice as large."""
+    sizes = np.arange(least, most + 1)
+    return int(rng.choice(sizes, p=(1 / sizes) / (1 / sizes).sum()))
+
+
 def _people(rng: np.random.Generator, count: int) -> list[str]:
     """Different names; some of two words, which may begin with another one. Many are of one word each."""
     if count > 6:
@@ -152,86 +177,106 @@ def _people(rng: np.random.Generator, count: int) -> list[str]:
     return [people[place] for place in rng.permutation(len(people))]
 
 
-def _lines(people: Sequence[str], *values: Sequence[Any]) -> str:
-    return "\n".join(f"{name}: {' '.join(map(str, rest))}" for name, *rest in zip(people, *values, strict=True))
+def _colours(rng: np.random.Generator, least: int, most: int) -> Listing:
+    return {name: _one(rng, COLOURS) for name in _people(rng, _size(rng, least, most))}
 
 
-def _colours(rng: np.random.Generator, count: int) -> list[str]:
-    return [_one(rng, COLOURS) for _ in range(count)]
+def _digits(rng: np.random.Generator) -> Listing:
+    people = _people(rng, _size(rng, 2, 5))
+    return {name: str(digit) for name, digit in zip(people, rng.permutation(10), strict=False)}
 
 
-def _contains(rng: np.random.Generator) -> TrueItem:
-    people = _people(rng, int(rng.integers(3, 7)))
-    colours = _colours(rng, len(people))
-    is_there = bool(rng.random() < 0.5)
-    if rng.random() < 0.7:
-        rest = [colour for colour in COLOURS if colour not in colours]
-        word = _one(rng, colours if is_there else rest)
-        texts = ["Is any line {}?", "Is there {}?", "Does the text have {}?"]
-    else:
-        firsts = {name.split()[0] for name in people}
-        word = _one(rng, people) if is_there else _one(rng, [name for name in NAMES if name not in firsts])
-        texts = ["Is there {}?", "Does the text name {}?"]
-    question = Noul(_one(rng, texts).format(word))
-    if rng.random() < 0.2:
-        question = Noul(criteria={"true": f"there is {word}", "false": f"there is no {word}"})
-    return _lines(people, colours), question, 0 if is_there else 1
-
-
-def _larger(rng: np.random.Generator) -> TrueItem:
-    people = _people(rng, int(rng.integers(3, 6)))
-    digits = [int(digit) for digit in rng.permutation(10)[: len(people)]]
-    options = _some(rng, people, int(rng.integers(2, 5)))
-    truth = max(range(len(options)), key=lambda place: digits[people.index(options[place])])
-    text = _one(rng, ["Who has more?", "Which has the largest number?", "Who has most?"])
-    return _lines(people, digits), Choice(options, text), truth
-
-
-def _count(rng: np.random.Generator) -> TrueItem:
-    size = int(rng.integers(3, 10))
-    people, colour = _people(rng, size), _one(rng, COLOURS)
-    others = [other for other in COLOURS if other != colour]
-    truth = int(rng.integers(0, len(people) + 1))
-    colours = [colour] * truth + [_one(rng, others) for _ in range(len(people) - truth)]
-    colours = [colours[place] for place in rng.permutation(len(people))]
-    levels = int(rng.integers(max(len(people), 4), 10)) + 1 if len(people) < 9 else 10
-    text = _one(rng, ["How many are {}?", "How many lines are {}?", "Count {}."]).format(colour)
-    return _lines(people, colours), Score(LEVELS[:levels], text), truth
-
-
-def _odd(rng: np.random.Generator) -> TrueItem:
-    people = _people(rng, int(rng.integers(3, 9)))
+def _all_but_one(rng: np.random.Generator) -> Listing:
+    people = _people(rng, _size(rng, 3, 8))
     most, other = _some(rng, COLOURS, 2)
     place = int(rng.integers(len(people)))
-    colours = [other if line == place else most for line in range(len(people))]
-    options = _some(rng, people, len(people))
+    return {name: other if line == place else most for line, name in enumerate(people)}
+
+
+def _mostly_one(rng: np.random.Generator) -> Listing:
+    """Any number of lines of one colour, among others."""
+    people = _people(rng, _size(rng, 2, 9))
+    colour, *others = _some(rng, COLOURS, len(COLOURS))
+    count = int(rng.integers(0, len(people) + 1))
+    colours = [colour] * count + [_one(rng, others) for _ in people[count:]]
+    return {name: colours[place] for name, place in zip(people, rng.permutation(len(people)), strict=True)}
+
+
+def _contains(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, int]:
+    is_there = bool(rng.random() < 0.5)
+    if rng.random() < 0.7:
+        values = [*document.values()]
+        word = _one(rng, values if is_there else [colour for colour in COLOURS if colour not in values])
+        if rng.random() < 0.2:
+            question = Noul(criteria={"true": f"there is {word}", "false": f"there is no {word}"})
+            return question, 0 if is_there else 1
+        text = _one(rng, ["Is any line {}?", "Is there {}?", "Does the text have {}?"])
+    else:
+        firsts = {name.split()[0] for name in document}
+        word = _one(rng, [*document] if is_there else [name for name in NAMES if name not in firsts])
+        text = _one(rng, ["Is there this one?\n{}", "Does the text name this one?\n{}"])
+    return Noul(text.format(word)), 0 if is_there else 1
+
+
+def _larger(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, int]:
+    options = _some(rng, [*document], min(len(document), int(rng.integers(2, 5))))
+    text = _one(rng, ["Who has more?", "Which has the largest number?", "Who has most?"])
+    return Choice(options, text), max(range(len(options)), key=lambda place: int(document[options[place]]))
+
+
+def _count(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, int]:
+    values = [*document.values()]
+    colour = max(values, key=values.count) if rng.random() < 0.7 else _one(rng, COLOURS)
+    least = max(len(values), 3)
+    levels = int(rng.integers(least, 10)) + 1 if least < 9 else 10
+    text = _one(rng, ["How many are {}?", "How many lines are {}?", "Count {}."]).format(colour)
+    return Score(LEVELS[:levels], text), values.count(colour)
+
+
+def _odd(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, int]:
+    values = [*document.values()]
+    options = _some(rng, [*document], len(document))
     text = _one(rng, ["Which line is odd?", "Which is not like the others?", "Who differs?"])
-    return _lines(people, colours), Choice(options, text), options.index(people[place])
+    return Choice(options, text), next(place for place, name in enumerate(options) if values.count(document[name]) == 1)
 
 
-def _route(rng: np.random.Generator) -> TrueItem:
-    people = _people(rng, int(rng.integers(3, 6)))
-    colours = _colours(rng, len(people))
-    place = int(rng.integers(len(people)))
-    colour = colours[place]
+def _route(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, int]:
+    name = _one(rng, [*document])
+    colour = document[name]
     rest = _some(rng, [other for other in COLOURS if other != colour], int(rng.integers(1, 4)))
     meanings = _some(rng, [colour, *rest], len(rest) + 1)
-    desks: list[str] = []
-    for desk in _some(rng, DESKS, len(meanings)):
-        share = rng.random()
-        desks.append(f"{desk} {_one(rng, PARTS)}" if share < 0.2 else desk)
+    desks = [f"{desk} {_one(rng, PARTS)}" if rng.random() < 0.2 else desk for desk in _some(rng, DESKS, len(meanings))]
     if rng.random() < 0.15:
-        desks[1] = f"{desks[0].split()[0]} {_one(rng, PARTS)}"
         desks[0] = desks[0].split()[0]
-    text = _one(rng, ["Where does {} go?", "Which takes {}?"]).format(people[place])
-    return _lines(people, colours), Choice(dict(zip(desks, meanings, strict=True)), text), meanings.index(colour)
+        desks[1] = f"{desks[0]} {_one(rng, PARTS)}"
+    text = _one(rng, ["Where does this one go?\n{}", "Which takes this one?\n{}"]).format(name)
+    return Choice(dict(zip(desks, meanings, strict=True)), text), meanings.index(colour)
 
 
-KINDS: Mapping[str, Callable[[np.random.Generator], TrueItem]] = {
-    "contains": _contains,
-    "larger": _larger,
-    "count": _count,
-    "odd": _odd,
-    "route": _route,
+class QuestionKind(NamedTuple):
+    """How items of a kind are made."""
+
+    document: Callable[[np.random.Generator], Listing]
+    question: Callable[[np.random.Generator, Listing], tuple[OptionQuestion, int]]
+    """A question about such a document, and the number of its true answer."""
+    fits: Callable[[Listing], bool]
+    """Whether a document can be asked this."""
+
+
+def _is_coloured(document: Listing) -> bool:
+    return not any(value.isdigit() for value in document.values())
+
+
+def _has_one_odd(document: Listing) -> bool:
+    values = [*document.values()]
+    return len(values) > 2 and sorted(map(values.count, {*values})) == [1, len(values) - 1]
+
+
+KINDS: Mapping[str, QuestionKind] = {
+    "contains": QuestionKind(lambda rng: _colours(rng, 2, 6), _contains, _is_coloured),
+    "larger": QuestionKind(_digits, _larger, lambda document: not _is_coloured(document)),
+    "count": QuestionKind(_mostly_one, _count, _is_coloured),
+    "odd": QuestionKind(_all_but_one, _odd, _has_one_odd),
+    "route": QuestionKind(lambda rng: _colours(rng, 2, 5), _route, _is_coloured),
 }
-"""Makers of a document with its question, by the name of the kind."""
+"""The kinds by name."""

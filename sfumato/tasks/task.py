@@ -5,13 +5,13 @@ Training, evaluation and the command line take a task by its name, and know noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, sorting, sudoku
+from sfumato.tasks import decisions, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,17 @@ class Task:
     generate: Callable[[np.random.Generator], str]
     """A random item: the same one for the same state of the generator."""
     prompt: Callable[[str], str]
-    """The user's message for an item."""
+    """The user's message for an item; the last one, where `earlier` has turns before it."""
     answer: Callable[[str], str]
     """The right answer to that message, or one of several; of a task with noisy labels, the label that was drawn."""
     is_right: Callable[[str, str], bool]
     """(what the model wrote, item) -> whether it is right. White space around it does not count; it never raises."""
     known: Callable[[str], Mapping[int, str]] | None = None
     """Characters of the answer that an item says, by their places: an evaluation pins them. None: it says none."""
+    earlier: Callable[[str], Sequence[tuple[str, str]]] | None = None
+    """Turns before the last one, each the user's message and its answer. None: there are none."""
+    is_prompt_learned: bool = True
+    """Whether the next-token loss covers what the user says. Where that is random, it is noise in the gradient."""
     filled: float = 1.0
     """Share of examples in which the rest of the canvas, after the answer's end, is learned too. Where answers are a
     word, that rest is most of the canvas, easy, and would be most of the loss."""
@@ -69,6 +73,17 @@ TASKS = {
             decisions.prompt,
             decisions.answer,
             lambda text, item: decisions.is_right(text.strip(), item),
+            is_prompt_learned=False,
+            filled=0.1,
+        ),
+        Task(
+            "recall",
+            recall.generate,
+            recall.prompt,
+            recall.answer_text,
+            lambda text, item: text.strip() == recall.answer_text(item),
+            earlier=recall.earlier,
+            is_prompt_learned=False,
             filled=0.1,
         ),
     )

@@ -35,11 +35,14 @@ class Examples:
     """Prompt tokens of each row."""
     is_cut: list[bool]
     """The length limit cut this example: what would follow is unknown, so no eos fill is supervised."""
+    is_learned_BT: Tensor | None = None
+    """Which tokens the next-token loss covers; None: all that are real."""
 
     def part(self, rank: int, ranks: int) -> Examples:
         """Every `ranks`-th example from `rank` on: what this rank takes of a batch, whose size `ranks` divides."""
         own = slice(rank, None, ranks)
-        return Examples(self.tokens_BT[own], self.counts[own], self.prompts[own], self.is_cut[own])
+        learned = None if self.is_learned_BT is None else self.is_learned_BT[own]
+        return Examples(self.tokens_BT[own], self.counts[own], self.prompts[own], self.is_cut[own], learned)
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,16 @@ def problem(batch: Examples, corruption: Corruption, length: int, eos: int, enco
     counts = batch.counts if encode_response else before
     tokens_BT = tokens_BT[:, : max(counts)]
     is_past_BT = torch.arange(1, max(counts), device=device)[None] >= torch.tensor(counts, device=device)[:, None]
+    next_BT = tokens_BT[:, 1:].masked_fill(is_past_BT, IGNORE)
+    encode_count = sum(max(0, count - 1) for count in counts)
+    if batch.is_learned_BT is not None:
+        is_learned_BT = batch.is_learned_BT[:, 1 : max(counts)]
+        next_BT = next_BT.masked_fill(~is_learned_BT, IGNORE)
+        encode_count = int((is_learned_BT & ~is_past_BT).sum())
     is_noise_BL = corruption.keep_BL < corruption.level_B[:, None]
     return Problem(
         tokens_BT=tokens_BT,
-        next_BT=tokens_BT[:, 1:].masked_fill(is_past_BT, IGNORE),
+        next_BT=next_BT,
         counts=counts,
         rows=rows,
         starts=starts,
@@ -161,7 +170,7 @@ def problem(batch: Examples, corruption: Corruption, length: int, eos: int, enco
         conditioned=corruption.conditioned,
         has_first_pass=corruption.has_first_pass,
         diffusion_count=diffusion_count,
-        encode_count=sum(max(0, count - 1) for count in counts),
+        encode_count=encode_count,
     )
 
 

@@ -25,6 +25,8 @@ class TrainingRecipe:
     weight_decay: float = 1e-2
     clip: float = 1.0
     seed: int = 0
+    init: str = "plain"
+    """Of a model that begins from random weights. "plain": normal(0, 0.05), norms one. "quiet": see `quiet_`."""
     optimizer: str = "adamw"
     """"adamw"; "muon": torch.optim.Muon for the matrices of the blocks, AdamW for everything else; "adamw8bit" and
     "paged": AdamW of bitsandbytes with states in 8 bits, and in memory that may leave the GPU."""
@@ -43,7 +45,11 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", DTYPE_NAMES.get(self.precision, self.precision))
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name, choices in (("optimizer", OPTIMIZERS), ("precision", ("float32", "bfloat16"))):
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("init", ("plain", "quiet")),
+            ("precision", ("float32", "bfloat16")),
+        ):
             if (value := getattr(self, name)) not in choices:
                 raise InputError(f"{name} is {value!r}; choose {', '.join(map(repr, choices))}")
         for name in ("steps", "batch", "accumulate", "encode_response_every", "repeats"):

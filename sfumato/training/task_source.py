@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato.errors import InputError
 from sfumato.tasks.task import Task
@@ -50,7 +51,7 @@ class TaskSource:
         rows: list[list[int]] = []
         prompts: list[int] = []
         for item in self.items(size, step):
-            ids = self.template.encode(self.tokenizer, [{"role": "user", "content": self.task.prompt(item)}])
+            ids = self.template.encode(self.tokenizer, self._messages(item))
             prompts.append(len(ids))
             rows.append([*ids, *self.tokenizer.encode(self.task.answer(item)), self._end])
         counts = [len(row) for row in rows]
@@ -58,7 +59,27 @@ class TaskSource:
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)] = torch.tensor(ids)
         draws = np.random.default_rng([self.seed, step, int(self.is_held_out), 1]).random(size)
-        return Examples(tokens.to(device), counts, prompts, [bool(draw >= self.task.filled) for draw in draws])
+        is_cut = [bool(draw >= self.task.filled) for draw in draws]
+        learned = None if self.task.is_prompt_learned else self._answers_of(rows, tokens).to(device)
+        return Examples(tokens.to(device), counts, prompts, is_cut, learned)
+
+    def _answers_of(self, rows: list[list[int]], tokens_BT: Tensor) -> Tensor:
+        """Which tokens are the model's: those of its turns, each with its end."""
+        is_answer_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        prompt = self.template.encode(self.tokenizer, [{"role": "user", "content": "?"}])
+        opening = prompt[len(prompt) - prompt[::-1].index(self._end) :]  # what stands between two turns
+        for row, ids in enumerate(rows):
+            places = range(len(opening), len(ids))
+            starts = [place for place in places if ids[place - len(opening) : place] == opening]
+            for start in starts:
+                is_answer_BT[row, start : ids.index(self._end, start) + 1] = True
+        return is_answer_BT
+
+    def _messages(self, item: str) -> list[dict[str, str]]:
+        """The conversation that an item is, up to its answer."""
+        turns = [] if self.task.earlier is None else self.task.earlier(item)
+        pairs = [({"role": "user", "content": text}, {"role": "assistant", "content": reply}) for text, reply in turns]
+        return [message for pair in pairs for message in pair] + [{"role": "user", "content": self.task.prompt(item)}]
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""

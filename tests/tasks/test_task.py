@@ -25,15 +25,16 @@ def test_a_task_takes_its_own_answers(name: str) -> None:
     items = [task.generate(np.random.default_rng(seed)) for seed in range(4)]
     for item, other in itertools.pairwise(items):
         answer = task.answer(item)
-        assert item in task.prompt(item)
+        assert item in task.prompt(item) or task.earlier is not None
         assert task.is_right(answer, item) and task.is_right(f" {answer}\n", item)
-        assert not task.is_right(answer, other) and not task.is_right("", item) and not task.is_right(answer[:-1], item)
+        assert not task.is_right("", item) and not task.is_right(answer[:-1], item)
+        assert not task.is_right(answer, other) or task.earlier is not None
         changed = ("1" if answer[0] != "1" else "2") + answer[1:]
         assert not task.is_right(changed, item)
 
 
 def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(InputError, match="there is no task 'chess'; the tasks are: sudoku, sorting, decisions"):
+    with pytest.raises(InputError, match="there is no task 'chess'; the tasks are: sudoku, sorting, decisions, recall"):
         named("chess")
     with pytest.raises(InputError, match="no solution"):
         named("sudoku").answer("11" + "0" * 79)

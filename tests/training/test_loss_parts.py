@@ -11,16 +11,20 @@ from sfumato.training.loss import Corruption, Examples, loss_sums, losses, probl
 L, EOS, SIZE = 8, 1, 6
 
 
-def batch() -> Examples:
+def batch(learned: float = 1.0) -> Examples:
     counts, prompts = [14, 21, 9, 30, 12, 17], [5, 6, 9, 3, 11, 2]
     tokens = torch.randint(6, 61, (SIZE, 30), generator=torch.Generator().manual_seed(3))
-    return Examples(tokens, counts, prompts, [False, True, False, True, False, False])
+    is_learned = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(4)) < learned
+    is_cut = [False, True, False, True, False, False]
+    return Examples(tokens, counts, prompts, is_cut, None if learned == 1.0 else is_learned)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])
-@pytest.mark.parametrize(("repeats", "share"), [(1, 0.5), (2, 0.25), (1, 0.2), (1, 0.0)])
-def test_the_parts_of_a_batch_add_up_to_it_and_take_the_same_passes(ranks: int, repeats: int, share: float) -> None:
-    model, examples = tiny_model(), batch()
+@pytest.mark.parametrize(("repeats", "share", "learned"), [(1, 0.5, 1.0), (2, 0.25, 0.4), (1, 0.2, 1.0), (1, 0.0, 0.4)])
+def test_the_parts_of_a_batch_add_up_to_it_and_take_the_same_passes(
+    ranks: int, repeats: int, share: float, learned: float
+) -> None:
+    model, examples = tiny_model(), batch(learned)
     dice = Corruption.draw(SIZE * repeats, L, 61, torch.Generator().manual_seed(1), share)
     whole = loss_sums(model, problem(examples, dice, L, EOS))
     parts = [
@@ -36,6 +40,18 @@ def test_the_parts_of_a_batch_add_up_to_it_and_take_the_same_passes(ranks: int, 
         total = torch.stack([getattr(one, name) for one in sums]).sum()
         torch.testing.assert_close(total, getattr(whole, name), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses(model, problem(examples, dice, L, EOS)), whole.means())
+
+
+def test_the_next_token_loss_covers_what_is_learned() -> None:
+    model, examples = tiny_model(), batch(0.4)
+    dice = Corruption.draw(SIZE, L, 61, torch.Generator().manual_seed(1), 0.0)
+    some, every = problem(examples, dice, L, EOS), problem(batch(), dice, L, EOS)
+    assert examples.is_learned_BT is not None
+    kept = examples.is_learned_BT[:, 1:] & (every.next_BT >= 0)
+    assert torch.equal(some.next_BT >= 0, kept) and some.encode_count == int(kept.sum()) < every.encode_count
+    assert torch.equal(some.next_BT[kept], every.next_BT[kept])
+    changed = Examples(examples.tokens_BT, examples.counts, examples.prompts, examples.is_cut)
+    assert losses(model, some)[1] != losses(model, problem(changed, dice, L, EOS))[1]
 
 
 def test_a_batch_without_a_target_has_a_loss_of_zero() -> None:

@@ -56,11 +56,19 @@ class MixedSource:
         counts, prompts, is_cut = (
             [value for part in parts for value in getattr(part, name)] for name in ("counts", "prompts", "is_cut")
         )
+        learned = None
+        if any(part.is_learned_BT is not None for part in parts):
+            masks = [
+                torch.ones_like(part.tokens_BT, dtype=torch.bool) if part.is_learned_BT is None else part.is_learned_BT
+                for part in parts
+            ]
+            learned = torch.cat([torch.nn.functional.pad(one, (0, width - one.shape[1])) for one in masks])[order]
         return Examples(
             torch.cat(padded)[order],
             [counts[row] for row in order],
             [prompts[row] for row in order],
             [is_cut[row] for row in order],
+            learned,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""Drills for `decisions`: conversations about one document, with several typed questions and questions of one word.
+
+A model that begins from random weights learns from answers, and a typed question has one. Here a document of the same
+kind has many, in turns; between typed questions stand the steps that they are made of: who has a value, what a name
+has. An item is JSON: the user's messages and their answers in turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from sfumato.tasks import decisions
+
+TURNS = 5
+
+
+def generate(rng: np.random.Generator) -> str:
+    """Five turns about one document. Answers are the true ones, whatever trust the document speaks of."""
+    pairs = []
+    some = decisions.conversation(rng, TURNS)
+    for one in some:
+        is_typed = rng.random() < 0.6
+        pairs.append((one.question.text(), one.words[one.likeliest]) if is_typed else _step(rng, one.state))
+    (first, answer), *rest = pairs
+    return json.dumps([[f"{some[0].state}\n\n{first}", answer], *rest], separators=(",", ":"))
+
+
+def earlier(item: str) -> Sequence[tuple[str, str]]:
+    """The turns before the last one."""
+    return [(text, answer) for text, answer in json.loads(item)[:-1]]
+
+
+def prompt(item: str) -> str:
+    """The user's last message."""
+    return str(json.loads(item)[-1][0])
+
+
+def answer_text(item: str) -> str:
+    """The answer to it."""
+    return str(json.loads(item)[-1][1])
+
+
+def _step(rng: np.random.Generator, state: str) -> tuple[str, str]:
+    """A name's value, or the name of a value that one line alone has."""
+    pairs = [line.rsplit(" ", 1) for line in state.split("\n")[1:]]
+    values = [value for _, value in pairs]
+    name, value = pairs[int(rng.integers(len(pairs)))]
+    if values.count(value) == 1 and rng.random() < 0.6:
+        return f"Who has {value}?", name
+    return f"This one?\n{name}", value
