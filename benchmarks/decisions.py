@@ -57,8 +57,9 @@ MID = ROOT / "runs" / "bench" / "mid-decisions"
 COUNTS = (1, 8, 64)
 STEPS = 12
 """Of a generated answer's canvas: as few as the release takes where it is sure."""
-HEAVY = 20_000
-"""Tokens of questions in a call above which only the most telling ways are timed."""
+HEAVY = 10_000
+"""Tokens of questions in a call above which only the most telling ways are timed, for the sake of minutes: reads with
+the state kept and with all words; above twice as many no generated answer; above six times the former alone."""
 ENOUGH = 4.0
 """Times the requests of one client after another that many clients should get answered."""
 
@@ -160,14 +161,16 @@ def cell(llm: LLM, kind: str, count: int, arguments: argparse.Namespace) -> Reco
         "all words": asker.all_words,
         "everywhere": asker.everywhere,
     }
-    if sum(lengths) > arguments.heavy:
-        calls = {name: call for name, call in calls.items() if name in ("kept", "all words")}
-    elif (generated := asker.generated()) is not None:
+    size = sum(lengths) / arguments.heavy
+    if size > 1:
+        calls = {name: call for name, call in calls.items() if name == "kept" or (name == "all words" and size <= 6)}
+    if size <= 2 and (generated := asker.generated()) is not None:
         calls["generated"] = generated
-    asker.again()
+    one = next(iter(questions.items()))
+    Asker(llm, dict([one]), arguments.state).again()  # the state is kept from now on
+    times = in_turns(calls, arguments.seconds)
     assert asker.last is not None
     usage = asker.last.usage
-    times = in_turns(calls, arguments.seconds)
     return {
         "questions": count,
         "options": kind,
@@ -303,7 +306,9 @@ async def rates(name: str, send: Send, tokenizer: Any, arguments: argparse.Names
 
 def floors(llm: LLM, arguments: argparse.Namespace) -> Record:
     """The least that the pass of one such read takes on this machine, alone and as one of so many in a pass."""
-    most, clients = common.ceiling(arguments, 0.25), int(arguments.clients.split(",")[-1])
+    clients = int(arguments.clients.split(",")[-1])
+    if arguments.most is None:
+        arguments.most = common.ceiling(arguments, 0.25)
     text = decision_texts.state(llm.tokenizer, arguments.short_state, 0)
     asks = advance(llm.plan(Decide(text, {"team": decision_texts.three(0)}, options=Options(seed=1))))
     assert not isinstance(asks, PlanEnd)
@@ -311,7 +316,7 @@ def floors(llm: LLM, arguments: argparse.Namespace) -> Record:
     assert reads is not None
     positions, context = reads.longest, len(asks[0].request.prompt)
     least = [
-        pass_work(counted.config, counted.weights, positions, context, batch=rows).seconds(most) / rows
+        pass_work(counted.config, counted.weights, positions, context, batch=rows).seconds(arguments.most) / rows
         for rows in (1, clients)
     ]
     return {"positions": positions, "context": context, "alone_seconds": least[0], "together_seconds": least[1]}
@@ -364,7 +369,7 @@ def keep(record: Record, part: str, name: str, result: Record, arguments: argpar
 
 
 def main() -> None:
-    parser = common.argument_parser(__doc__, 3.0)
+    parser = common.argument_parser(__doc__, 2.0)
     parser.add_argument("--only", default="reads,shapes,direct,http", help="the parts to measure")
     parser.add_argument("--models", default="mid,slice", help="of reads and shapes: mid, slice, toy, or a checkpoint")
     parser.add_argument("--rated", default="nano,mid", help="the models whose requests a second are counted")
@@ -374,13 +379,13 @@ def main() -> None:
     parser.add_argument("--short-state", type=int, default=64, help="tokens of a state whose requests are counted")
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--rate-seconds", type=float, default=3.0, help="a round of so many clients")
+    parser.add_argument("--rate-seconds", type=float, default=2.0, help="a round of so many clients")
     parser.add_argument("--layers", type=int, default=2, help="of the slice")
     parser.add_argument("--recipe", default="", help="of the slice's weights; bfloat16 without")
     parser.add_argument("--vocabulary", type=Path, help="Gemma 4's GGUF vocabulary; default: the shared file")
     parser.add_argument("--heavy", type=int, default=HEAVY, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="a toy, to see that everything runs")
-    parser.set_defaults(output=RECORD)
+    parser.set_defaults(output=RECORD, most=None)
     arguments = parser.parse_args()
     if arguments.quick:
         small: Record = {"models": "toy", "rated": "toy", "seconds": 0.01, "state": 64, "short_state": 16}

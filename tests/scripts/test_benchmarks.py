@@ -194,7 +194,7 @@ def test_decisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ceilings: Pa
     own = {name: getattr(Model, name) for name in ("logits_of", "read")}
     with tiny.one_thread():
         run(module, monkeypatch, path, "--quick", "--only", "shapes,direct", "--ceilings", str(ceilings))
-        actual = run(module, monkeypatch, path, "--quick", "--only", "reads", "--options", "2", "--heavy", "200")
+        actual = run(module, monkeypatch, path, "--quick", "--only", "reads", "--options", "2", "--heavy", "150")
     assert {name: getattr(Model, name) for name in own} == own
     one, several = actual["reads"]["toy"]["cells"]
     assert set(one["ways"]) == {"encoded", "kept", "all words", "everywhere", "generated"} and one["questions"] == 1
