@@ -50,7 +50,7 @@ def timed(setting: Setting, model: Model, count: int) -> dict[str, Any]:
         rows = [0] * (last - first)
         return model.read(tokens_BT[first:last], [width] * len(rows), canvas_BL[first:last], cache, rows)
 
-    def asked(first: int = 0, last: int = count) -> Tensor:
+    def word_logits(first: int = 0, last: int = count) -> Tensor:
         return model.logits_of(hidden(first, last)[:, 0], words_W)
 
     def everywhere() -> None:
@@ -58,12 +58,12 @@ def timed(setting: Setting, model: Model, count: int) -> dict[str, Any]:
             model.logits(part_BLD)
 
     ways: dict[str, Callable[[], Any]] = {
-        "asked": lambda: asked().tolist(),
+        "asked": lambda: word_logits().tolist(),
         "whole": lambda: model.logits(hidden(0, count)[:, 0])[:, words_W].tolist(),
         "everywhere": everywhere,
     }
     ms = {name: setting.milliseconds(call, 1.0) for name, call in ways.items()}
-    together, alone = asked(), torch.cat([asked(n, n + 1) for n in range(min(count, 8))])
+    together, alone = word_logits(), torch.cat([word_logits(n, n + 1) for n in range(min(count, 8))])
     gap = float((together[: len(alone)] - alone).abs().max() / alone.abs().max())
     return {
         "ok": bool(together.isfinite().all()) and gap < FAR,
