@@ -64,6 +64,7 @@ def test_the_tokens_are_the_references(way: str) -> None:
     assert answers(model.requires_grad_(False).eval().pack_(), **WAYS[way]) == answers(plain)
 
 
+@pytest.mark.slow
 def test_reads_are_the_references_and_leave_the_cache_as_it_is() -> None:
     """Three canvases behind two rows, with tokens of different number that no cache keeps, and then with none."""
     plain = tiny.tiny_model(CONFIG, seed=3, name="reference")
