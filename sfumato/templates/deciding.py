@@ -15,7 +15,7 @@ from typing import Any
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.reads import Read, Readings, Reads
 from sfumato.engine.request import SHORT, Request
-from sfumato.errors import InputError
+from sfumato.errors import CapacityError, InputError
 from sfumato.events import Decision, Decisions, Done, Usage
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
@@ -141,6 +141,14 @@ class Deciding:
             Read(tuple(tail), sheet.answers.glances(self.query.samples), self._length(sheet))
             for sheet, tail in zip(sheets, tails, strict=True)
         ]
+        for sheet, read in zip(sheets, each, strict=True):
+            if len(head) + len(read.tokens) + read.length > self.config.max_position:
+                most = self.config.max_position
+                raise CapacityError(
+                    f"question {sheet.id!r} has {len(read.tokens)} tokens behind a state of {len(head)}, and a canvas "
+                    f"of {read.length} more, beyond the context of {most}; shorten the question or the state",
+                    option="questions" if len(read.tokens) > len(head) else "state",
+                )
         open_reads = [read for read in each if read.glances]
         values = {}
         if open_reads:
