@@ -15,7 +15,7 @@ from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.reads import Read, Readings, Reads
 from sfumato.engine.request import SHORT, Request
 from sfumato.errors import InputError
-from sfumato.events import Decision, Decisions, Done, Usage
+from sfumato.events import Decision, Decisions, Done
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
@@ -67,7 +67,7 @@ class Deciding:
 
     def plan(self, options: Options) -> Plan[Decisions]:
         """The plan; `options` are resolved."""
-        waves = Waves(dict(self.query.questions))
+        waves = Waves(self.query.questions)
         answers = waves.answers
         while wave := waves.next():
             sheets = [self._sheet(id, question, answers) for id, question in wave.items()]
@@ -78,9 +78,7 @@ class Deciding:
             if self.query.think == "auto":
                 unsure = [sheet for sheet in sheets if answers[sheet.id].confidence < self.query.threshold]
                 answers |= yield from self._thought_about(unsure, options)
-        ordered = {id: answers[id] for id in self.query.questions if id in answers}
-        usage = Usage.total(done.usage for done in self.endings)
-        return Decisions(ordered, usage, options.seed or 0, tuple(waves.skipped))
+        return waves.decisions((done.usage for done in self.endings), options.seed or 0)
 
     def _sheet(self, id: str, question: Question, answers: Mapping[str, Decision]) -> _AnswerSheet:
         """A question with its answers in tokens. InputError names the question."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sfumato.errors import InputError
 from sfumato.events import Decision, Decisions, Usage
 from sfumato.options import Options
-from sfumato.questions import OWN, TYPES, Noul, Question, Score, Span, record_of, state_text
+from sfumato.questions import OWN, TYPES, Choice, Noul, Question, Score, Span, record_of, state_text
+from sfumato.templates.decisions import decision_of
 from sfumato.templates.requests import Decide
 
 JEV = ("jev-latest", "jev-preview")
@@ -134,9 +136,9 @@ def answer_of(decision: Decision) -> dict[str, Any]:
 def decisions_of(query: Decide, body: Any, seconds: float) -> Decisions:
     """The decisions that a server's body holds for this query, which took so many seconds here.
 
-    Nothing in the body is believed: ValueError says in a few words what is missing, or cannot be. The choice, the
-    expectation and the confidence are computed from the probabilities, whatever the server says of them; other
-    questions' answers and unknown fields are passed over."""
+    Nothing in the body is believed: ValueError says in a few words what is missing, or cannot be. The choice must be
+    the likeliest option; the expectation and the confidence are computed from the probabilities, whatever the server
+    says of them. Other questions' answers and unknown fields are passed over."""
     answers = body.get("answers") if isinstance(body, Mapping) else None
     if not isinstance(answers, Mapping):
         raise ValueError('it holds no "answers"')
@@ -165,23 +167,23 @@ def _decision(id: str, question: Question, answer: Any, query: Decide) -> Decisi
         raise ValueError(f"{what} is {reprlib.repr(answer)}")
     if answer.get("type") != TYPES[kind]:
         raise ValueError(f"{what} is a {reprlib.repr(answer.get('type'))}, and a {kind} was asked")
+    match question:
+        case Noul():
+            p = _probability(answer.get("noul"), f"{what} has the probability")
+            decision = decision_of(question, question.options, [p, 1 - p])
+        case Score():
+            probabilities = _probabilities(what, answer.get("probabilities"), question.options)
+            decision = decision_of(question, question.options, [*probabilities.values()])
+        case Choice():
+            probabilities = _probabilities(what, answer.get("probabilities"), question.options)
+            decision = Decision(_likeliest(what, answer.get("choice"), probabilities, "options"), probabilities, kind)
+        case Span():
+            decision = _passage(what, question, answer, query)
     thought = answer.get("x_thought")
-    thought = thought if isinstance(thought, str) else None
-    if isinstance(question, Noul):
-        p = _probability(answer.get("noul"), f"{what} has the probability")
-        return Decision("true" if p >= 0.5 else "false", {"true": p, "false": 1 - p}, kind, thought=thought)
-    if isinstance(question, Span):
-        return _passage(what, question, answer, query, thought)
-    probabilities = _probabilities(what, answer.get("probabilities"), question.options)
-    if isinstance(question, Score):
-        level = max(probabilities, key=probabilities.__getitem__)
-        legend = dict(zip(question.options, question.criteria, strict=True))
-        return Decision(level, probabilities, kind, legend, thought=thought)
-    choice = _likeliest(what, answer.get("choice"), probabilities, "options")
-    return Decision(choice, probabilities, kind, thought=thought)
+    return replace(decision, thought=thought) if isinstance(thought, str) else decision
 
 
-def _passage(what: str, question: Span, answer: Mapping[str, Any], query: Decide, thought: str | None) -> Decision:
+def _passage(what: str, question: Span, answer: Mapping[str, Any], query: Decide) -> Decision:
     """A passage, which stands in the text where the answer says; where a conversation's stands, its server knows."""
     listed = answer.get("probabilities")
     probabilities = _probabilities(what, listed, [*listed] if isinstance(listed, Mapping) else [])
@@ -191,10 +193,9 @@ def _passage(what: str, question: Span, answer: Mapping[str, Any], query: Decide
             raise ValueError(f"{what} has a probability of {reprlib.repr(name)}, which is no passage of the text")
     choice = _likeliest(what, answer.get("passage"), probabilities, "passages")
     start, end = answer.get("start"), answer.get("end")
-    is_place = type(start) is int and type(end) is int and 0 <= start <= end
-    if not is_place or (text is not None and text[start:end] != choice):
-        raise ValueError(f"{what} does not stand at {reprlib.repr(start)} to {reprlib.repr(end)}")
-    return Decision(choice, probabilities, question.kind, place=(start, end), thought=thought)  # type: ignore[arg-type]
+    if type(start) is int and type(end) is int and 0 <= start <= end and (text is None or text[start:end] == choice):
+        return Decision(choice, probabilities, question.kind, place=(start, end))
+    raise ValueError(f"{what} does not stand at {reprlib.repr(start)} to {reprlib.repr(end)}")
 
 
 def _likeliest(what: str, choice: Any, probabilities: Mapping[str, float], kind: str) -> str:

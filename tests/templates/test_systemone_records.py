@@ -241,12 +241,12 @@ def test_no_body_does_more_than_be_refused() -> None:
 
 
 def test_waves_ask_what_depends_on_an_answer_behind_it_or_never() -> None:
-    waves, order = Waves(dict(QUESTIONS)), []
+    waves, order = Waves(QUESTIONS), []
     while wave := waves.next():
         order.append([*wave])
         waves.answers |= {id: DECISIONS[id] for id in wave}
     assert order == [["refund", "team 🙂"], ["anger"], ["order"]] and waves.skipped == ["praise"]
-    waves = Waves(dict(QUESTIONS))
+    waves = Waves(QUESTIONS)
     waves.next()
     waves.answers |= {"refund": Decision("false", {"true": 0.1, "false": 0.9}, "noul")}
     assert [*waves.next()] == ["praise"] and waves.next() == {}
