@@ -271,10 +271,9 @@ class LanguageModel(ABC):
         `state` is what they are about: a text, a conversation, or plain data. A question is a `Noul`, `Choice`, `Score`
         or `Span`, its record, or a list of choices, for which the id is what is asked. Each is read on its own, so that
         no answer depends on the others; `Decide` has the meaning of the rest."""
-        reading: dict[str, Any] = {"steps": steps, "samples": samples, "canvas": canvas, "think": think}
-        reading |= {"threshold": threshold, "calibrated": calibrated}
-        query = Decide(state, questions, **reading, options=arguments.options_of(options, more))  # type: ignore[arg-type]
-        return self.run(query)
+        chosen = arguments.options_of(options, more)
+        values: Any = questions  # which `Decide` makes questions
+        return self.run(Decide(state, values, steps, samples, canvas, think, threshold, calibrated, chosen))
 
     def score(
         self,
