@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.errors import InputError
-from sfumato.questions import Noul, Question, Score, Span, check_content, state_text
+from sfumato.questions import TYPES, Noul, Question, Score, Span, check_content, state_text
 from sfumato.templates.checks import check_query
 from sfumato.templates.requests import Decide
 
@@ -74,7 +74,7 @@ def labelled_state(line: bytes, place: str) -> LabelledState:
 
 def answer_of(question: Question, label: Any, state: Any = "") -> str:
     """The name of the option that a label means. InputError for one that the question does not have."""
-    if isinstance(label, Mapping) and label.get("type") == question.kind:
+    if isinstance(label, Mapping) and label.get("type") == TYPES[question.kind]:
         label = _likeliest(question, label)
     if isinstance(question, Span):
         return _passage_of(question, label, state)
@@ -125,7 +125,7 @@ def _likeliest(question: Question, answer: Mapping[str, Any]) -> Any:
     chances = answer.get("probabilities")
     if isinstance(chances, dict) and chances and all(map(_is_probability, chances.values())):
         return max(chances, key=chances.__getitem__)
-    return answer.get("choice", answer.get("x_span", answer))
+    return answer.get("choice", answer.get("passage", answer))
 
 
 def _is_probability(value: Any) -> bool:
