@@ -179,7 +179,12 @@ class Deciding:
 
     def _prompts(self, sheets: Sequence[_AnswerSheet], is_thinking: bool) -> tuple[list[int], list[list[int]]]:
         state = self.query.conversation or state_text(self.query.state)
-        return self.prompts.encode_around(state, [sheet.text for sheet in sheets], is_thinking)
+        try:
+            return self.prompts.encode_around(state, [sheet.text for sheet in sheets], is_thinking)
+        except CapacityError:
+            raise
+        except InputError as error:  # of the questions' texts all is checked already
+            raise InputError(str(error), option=error.option or "state") from None
 
     # ---- thoughts ---------------------------------------------------------------------------------------------------
 
@@ -244,6 +249,7 @@ def _thought_of(tokens: Sequence[int], opener: int | None, closer: int, ends: se
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message."""
+    """The text of a message; what is none, the chat template refuses."""
     content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    texts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+    return "".join(text for text in texts if isinstance(text, str))

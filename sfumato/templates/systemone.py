@@ -84,8 +84,11 @@ def decide_of(body: Any, **reading: Any) -> Decide:
     state = body["state"]
     if not isinstance(state, str | Mapping | list):
         raise InputError(f"state is {reprlib.repr(state)}; give a text, an object or a list", option="state")
-    query = Decide(state if body.get("x_chat") else state_text(state), questions, options=options, **fields)
-    if body.get("x_chat") and query.conversation is None:
+    is_chat = body.get("x_chat")
+    if not isinstance(is_chat, bool | None):
+        raise InputError(f"x_chat is {reprlib.repr(is_chat)}; give true or false", option="x_chat")
+    query = Decide(state if is_chat else state_text(state), questions, options=options, **fields)
+    if is_chat and query.conversation is None:
         raise InputError("x_chat is true, and the state is no list of messages; leave it out", option="x_chat")
     return query
 
