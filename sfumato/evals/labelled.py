@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.errors import InputError
-from sfumato.questions import Noul, Question, Score, Span, check_content, state_text
+from sfumato.questions import Noul, Question, Score, Span, check_content
 from sfumato.templates.checks import check_query
 from sfumato.templates.requests import Decide
+from sfumato.templates.systemone import question_from
 
 LONGEST_LINE = 16 << 20
 """Bytes of a line at most."""
@@ -52,7 +53,7 @@ def labelled_states(lines: Iterable[bytes], bad_lines: list[str]) -> Iterator[La
 def labelled_state(line: bytes, place: str) -> LabelledState:
     """The state of one line. InputError says what is wrong with it."""
     record = _record_of(line)
-    state, questions = record["state"], record["questions"]
+    state, questions = record["state"], _questions_of(record["questions"])
     check_content("the state", state, is_needed=True)
     query = Decide(state, questions)
     check_query(query)
@@ -64,7 +65,7 @@ def labelled_state(line: bytes, place: str) -> LabelledState:
         if id not in query.questions:
             raise InputError(f"answers has {reprlib.repr(id)}, which is not among the questions")
         try:
-            answers[id] = answer_of(query.questions[id], label, state)
+            answers[id] = answer_of(query.questions[id], label, query.text)
         except InputError as error:
             raise InputError(f"the answer of {reprlib.repr(id)} {error}") from None
     needed = {above for id in answers for above in _with_those_above(id, query.questions)}
@@ -72,12 +73,12 @@ def labelled_state(line: bytes, place: str) -> LabelledState:
     return LabelledState(place, state, needed_questions, answers)
 
 
-def answer_of(question: Question, label: Any, state: Any = "") -> str:
-    """The name of the option that a label means. InputError for one that the question does not have."""
-    if isinstance(label, Mapping) and label.get("type") == question.kind:
+def answer_of(question: Question, label: Any, text: str = "") -> str:
+    """The name of the option that a label means, of a span a passage of the text. InputError for one that is none."""
+    if isinstance(label, Mapping) and str(label.get("type")).removeprefix("x_") == question.kind:
         label = _likeliest(question, label)
     if isinstance(question, Span):
-        return _passage_of(question, label, state)
+        return _passage_of(question, label, text)
     name = label
     if isinstance(question, Noul) and isinstance(label, bool):
         name = str(label).lower()
@@ -109,6 +110,19 @@ def _record_of(line: bytes) -> dict[str, Any]:
     return record
 
 
+def _questions_of(records: Any) -> Any:
+    """Questions as System One has them, ours too; what is no record of records is left to the checks."""
+    if not isinstance(records, Mapping):
+        return records
+    questions = {}
+    for id, record in records.items():
+        try:
+            questions[id] = question_from(record) if isinstance(record, Mapping) else record
+        except InputError as error:
+            raise InputError(f"question {reprlib.repr(id)}: {error}", option=error.option) from None
+    return questions
+
+
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
@@ -125,7 +139,7 @@ def _likeliest(question: Question, answer: Mapping[str, Any]) -> Any:
     chances = answer.get("probabilities")
     if isinstance(chances, dict) and chances and all(map(_is_probability, chances.values())):
         return max(chances, key=chances.__getitem__)
-    return answer.get("choice", answer.get("x_span", answer))
+    return answer.get("choice", answer.get("passage", answer))
 
 
 def _is_probability(value: Any) -> bool:
@@ -144,8 +158,7 @@ def _level_of(question: Score, label: Any) -> Any:
     return label
 
 
-def _passage_of(span: Span, label: Any, state: Any) -> str:
-    text = state_text(state)
+def _passage_of(span: Span, label: Any, text: str) -> str:
     passages = [text[first:last] for first, last in span.passages(text)]
     if isinstance(label, str) and label.strip() in passages:
         return label.strip()

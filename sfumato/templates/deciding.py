@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.reads import Read, Readings, Reads
@@ -110,8 +109,7 @@ class Deciding:
 
     def _passages(self, span: Span, lead: str) -> tuple[list[str], list[tuple[int, int]], list[list[int]]]:
         """The passages that a span may quote, where they first stand, and their tokens; each but once."""
-        messages = self.query.conversation
-        state = state_text(self.query.state) if messages is None else "\n\n".join(map(_text_of, messages))
+        state = self.query.text
         passages: dict[tuple[int, ...], tuple[int, int]] = {}
         for first, last in span.passages(state):
             passages.setdefault(tuple(self.tokenizer.encode(f"{lead}{state[first:last]}")), (first, last))
@@ -246,10 +244,3 @@ def _thought_of(tokens: Sequence[int], opener: int | None, closer: int, ends: se
     end = next((n for n, token in enumerate(tokens) if token == closer or token in ends), len(tokens))
     thought = list(tokens[:end])
     return [*thought, closer] if opener is None or opener in thought else []
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message; what is none, the chat template refuses."""
-    content = message.get("content") or ""
-    texts = [content] if isinstance(content, str) else [part.get("text") for part in content]
-    return "".join(text for text in texts if isinstance(text, str))

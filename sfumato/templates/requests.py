@@ -49,6 +49,13 @@ def _is_message(value: Any) -> bool:
     return "content" in value or "tool_calls" in value or value["role"] in ROLES
 
 
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message; what is none, the chat template refuses."""
+    content = message.get("content") or ""
+    texts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
 def _question_of(id: Any, value: Any) -> Any:
     """A question as a value, however it is written. InputError names the question."""
     if isinstance(value, Question):
@@ -219,6 +226,12 @@ class Decide(QueryFor[Decisions]):
         state = [self.state] if isinstance(self.state, Mapping) else self.state
         is_list = isinstance(state, (list, tuple)) and bool(state)
         return state if is_list and all(map(_is_message, state)) else None
+
+    @property
+    def text(self) -> str:
+        """The text that a `Span` quotes: the state, or what the messages say, with a blank line between them."""
+        messages = self.conversation
+        return state_text(self.state) if messages is None else "\n\n".join(map(_text_of, messages))
 
     @property
     def beginning(self) -> Sequence[Any]:
