@@ -14,13 +14,8 @@ from dataclasses import dataclass, replace
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.reads import Read, Readings, Reads
 from sfumato.engine.request import SHORT, Request
-<<<<<<< HEAD
 from sfumato.errors import CapacityError, InputError
-from sfumato.events import Decision, Decisions, Done, Usage
-=======
-from sfumato.errors import InputError
 from sfumato.events import Decision, Decisions, Done
->>>>>>> i19-reader
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
@@ -180,7 +175,12 @@ class Deciding:
         return self.query.canvas
 
     def _prompts(self, sheets: Sequence[_AnswerSheet], is_thinking: bool) -> tuple[list[int], list[list[int]]]:
-        return self.prompts.encode_around(self.query.beginning, [sheet.text for sheet in sheets], is_thinking)
+        try:
+            return self.prompts.encode_around(self.query.beginning, [sheet.text for sheet in sheets], is_thinking)
+        except CapacityError:
+            raise
+        except InputError as error:  # of the questions' texts all is checked already
+            raise InputError(str(error), option=error.option or "state") from None
 
     # ---- thoughts ---------------------------------------------------------------------------------------------------
 
