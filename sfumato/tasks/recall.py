@@ -22,7 +22,7 @@ def generate(rng: np.random.Generator) -> str:
     pairs = []
     some = decisions.conversation(rng, TURNS)
     for one in some:
-        is_typed = rng.random() < 0.6
+        is_typed = rng.random() < 0.92
         pairs.append((one.question.text(), one.words[one.likeliest]) if is_typed else _step(rng, one.state))
     (first, answer), *rest = pairs
     return json.dumps([[f"{some[0].state}\n\n{first}", answer], *rest], separators=(",", ":"))
@@ -48,6 +48,6 @@ def _step(rng: np.random.Generator, state: str) -> tuple[str, str]:
     pairs = [line.rsplit(" ", 1) for line in state.split("\n")[1:]]
     values = [value for _, value in pairs]
     name, value = pairs[int(rng.integers(len(pairs)))]
-    if values.count(value) == 1 and rng.random() < 0.6:
-        return f"Who has {value}?", name
+    if values.count(value) == 1 and rng.random() < 0.7:
+        return f"Who has this?\n{value}", name
     return f"This one?\n{name}", value

@@ -10,9 +10,9 @@ from sfumato.tasks import recall
 
 
 def test_an_item_is_a_conversation() -> None:
-    item = json.dumps([["trust 6 of 10\nann red\nbob blue\n\nWho has red?", "ann"], ["This one?\nbob", "blue"]])
+    item = json.dumps([["trust 6 of 10\nann red\nbob blue\n\nWho has this?\nred", "ann"], ["This one?\nbob", "blue"]])
     assert recall.prompt(item) == "This one?\nbob" and recall.answer_text(item) == "blue"
-    assert recall.earlier(item) == [("trust 6 of 10\nann red\nbob blue\n\nWho has red?", "ann")]
+    assert recall.earlier(item) == [("trust 6 of 10\nann red\nbob blue\n\nWho has this?\nred", "ann")]
 
 
 def test_steps_are_answered_by_the_document() -> None:
@@ -30,5 +30,5 @@ def test_steps_are_answered_by_the_document() -> None:
             if kind == "This one?":
                 assert [text.split("\n")[1], answer] in pairs
             elif kind == "Who has" and "Options:" not in text:
-                assert [pair for pair in pairs if pair[1] == text[8:-1]] == [[answer, text[8:-1]]]
+                assert [pair for pair in pairs if pair[1] == text.split("\n")[1]] == [[answer, text.split("\n")[1]]]
     assert min(kinds.values()) > 40
