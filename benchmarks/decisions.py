@@ -39,12 +39,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import gemma_vocab
 
-from benchmarks import client, common, decision_texts
+from benchmarks import common, decision_texts
 from benchmarks.client import Connection, Server, percentiles
 from sfumato import LLM, Options
+from sfumato.engine.plan import PlanEnd, advance
 from sfumato.events import Decisions
 from sfumato.measure.machine import ROOT, Timing, environment
-from sfumato.measure.work import duration
+from sfumato.measure.parts import Counted
+from sfumato.measure.work import duration, pass_work
 from sfumato.model.network import Model
 from sfumato.questions import Question, record_of
 from sfumato.templates.requests import Decide
@@ -55,8 +57,9 @@ MID = ROOT / "runs" / "bench" / "mid-decisions"
 COUNTS = (1, 8, 64)
 STEPS = 12
 """Of a generated answer's canvas: as few as the release takes where it is sure."""
-HEAVY = 20_000
-"""Tokens of questions in a call above which only the most telling ways are timed."""
+HEAVY = 10_000
+"""Tokens of questions in a call above which only the most telling ways are timed, for the sake of minutes: reads with
+the state kept and with all words; above twice as many no generated answer; above six times the former alone."""
 ENOUGH = 4.0
 """Times the requests of one client after another that many clients should get answered."""
 
@@ -158,14 +161,16 @@ def cell(llm: LLM, kind: str, count: int, arguments: argparse.Namespace) -> Reco
         "all words": asker.all_words,
         "everywhere": asker.everywhere,
     }
-    if sum(lengths) > arguments.heavy:
-        calls = {name: call for name, call in calls.items() if name in ("kept", "all words")}
-    elif (generated := asker.generated()) is not None:
+    size = sum(lengths) / arguments.heavy
+    if size > 1:
+        calls = {name: call for name, call in calls.items() if name == "kept" or (name == "all words" and size <= 6)}
+    if size <= 2 and (generated := asker.generated()) is not None:
         calls["generated"] = generated
-    asker.again()
+    one = next(iter(questions.items()))
+    Asker(llm, dict([one]), arguments.state).again()  # the state is kept from now on
+    times = in_turns(calls, arguments.seconds)
     assert asker.last is not None
     usage = asker.last.usage
-    times = in_turns(calls, arguments.seconds)
     return {
         "questions": count,
         "options": kind,
@@ -299,13 +304,32 @@ async def rates(name: str, send: Send, tokenizer: Any, arguments: argparse.Names
     return result
 
 
+def floors(llm: LLM, arguments: argparse.Namespace) -> Record:
+    """The least that the pass of one such read takes on this machine, alone and as one of so many in a pass."""
+    clients = int(arguments.clients.split(",")[-1])
+    if arguments.most is None:
+        arguments.most = common.ceiling(arguments, 0.25)
+    text = decision_texts.state(llm.tokenizer, arguments.short_state, 0)
+    asks = advance(llm.plan(Decide(text, {"team": decision_texts.three(0)}, options=Options(seed=1))))
+    assert not isinstance(asks, PlanEnd)
+    reads, counted = asks[0].request.reads, Counted.of(llm.model)
+    assert reads is not None
+    positions, context = reads.longest, len(asks[0].request.prompt)
+    least = [
+        pass_work(counted.config, counted.weights, positions, context, batch=rows).seconds(arguments.most) / rows
+        for rows in (1, clients)
+    ]
+    return {"positions": positions, "context": context, "alone_seconds": least[0], "together_seconds": least[1]}
+
+
 def direct_rates(llm: LLM, arguments: argparse.Namespace) -> Iterator[Record]:
     """In this process, without a server."""
+    floor = floors(llm, arguments)
 
     async def send(_: int, text: str, question: Question) -> None:
         await llm.arun(Decide(text, {"team": question}, options=Options(seed=1)))
 
-    yield asyncio.run(rates(f"{llm.name}, direct", send, llm.tokenizer, arguments))
+    yield {**asyncio.run(rates(f"{llm.name}, direct", send, llm.tokenizer, arguments)), "floor": floor}
 
 
 async def served_rates(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Record:
@@ -322,9 +346,7 @@ async def served_rates(name: str, tokenizer: Any, arguments: argparse.Namespace)
             if answer.status != 200:
                 raise SystemExit(f"/v1/systemone answered {answer.status}: {answer.body[:300]!r}")
 
-        result = await rates(f"{name}, HTTP", send, tokenizer, arguments)
-        result["passes"] = await client.metric(server.url, "sfumato_passes_total")
-        return result
+        return await rates(f"{name}, HTTP", send, tokenizer, arguments)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -347,7 +369,7 @@ def keep(record: Record, part: str, name: str, result: Record, arguments: argpar
 
 
 def main() -> None:
-    parser = common.argument_parser(__doc__, 3.0)
+    parser = common.argument_parser(__doc__, 2.0)
     parser.add_argument("--only", default="reads,shapes,direct,http", help="the parts to measure")
     parser.add_argument("--models", default="mid,slice", help="of reads and shapes: mid, slice, toy, or a checkpoint")
     parser.add_argument("--rated", default="nano,mid", help="the models whose requests a second are counted")
@@ -357,17 +379,17 @@ def main() -> None:
     parser.add_argument("--short-state", type=int, default=64, help="tokens of a state whose requests are counted")
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--rate-seconds", type=float, default=3.0, help="a round of so many clients")
+    parser.add_argument("--rate-seconds", type=float, default=2.0, help="a round of so many clients")
     parser.add_argument("--layers", type=int, default=2, help="of the slice")
     parser.add_argument("--recipe", default="", help="of the slice's weights; bfloat16 without")
     parser.add_argument("--vocabulary", type=Path, help="Gemma 4's GGUF vocabulary; default: the shared file")
     parser.add_argument("--heavy", type=int, default=HEAVY, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="a toy, to see that everything runs")
-    parser.set_defaults(output=RECORD)
+    parser.set_defaults(output=RECORD, most=None)
     arguments = parser.parse_args()
     if arguments.quick:
         small: Record = {"models": "toy", "rated": "toy", "seconds": 0.01, "state": 64, "short_state": 16}
-        small |= {"counts": "1,4", "rounds": 1, "rate_seconds": 0.02, "clients": "1,2"}
+        small |= {"counts": "1,4", "rounds": 1, "rate_seconds": 0.02, "clients": "1,2", "streamed": 1 << 20}
         vars(arguments).update(small)
     if arguments.vocabulary:
         gemma_vocab.FILE = arguments.vocabulary
@@ -382,7 +404,7 @@ def measure(arguments: argparse.Namespace) -> Record:
     if output.exists():
         record = json.loads(output.read_text(encoding="utf-8"))
     parts, rated = arguments.only.split(","), arguments.rated.split(",")
-    for name in dict.fromkeys([*arguments.models.split(","), *rated]):
+    for name in filter(None, dict.fromkeys([*arguments.models.split(","), *rated])):
         common.say(f"{name}: loading")
         llm = decision_texts.model_of(name, arguments.device, arguments.layers, arguments.recipe)
         for part, function in PARTS.items():
@@ -390,12 +412,14 @@ def measure(arguments: argparse.Namespace) -> Record:
                 with torch.inference_mode():
                     for result in function(llm, arguments):
                         keep(record, part, name, result, arguments)
-        tokenizer = llm.tokenizer
+        tokenizer, is_served = llm.tokenizer, "http" in parts and name in rated
+        floor = floors(llm, arguments) if is_served else None
         llm.close()
         del llm
         common.release()
-        if "http" in parts and name in rated:
-            keep(record, "http", name, asyncio.run(served_rates(name, tokenizer, arguments)), arguments)
+        if is_served:
+            result = asyncio.run(served_rates(name, tokenizer, arguments))
+            keep(record, "http", name, {**result, "floor": floor}, arguments)
     return record
 
 
@@ -410,43 +434,55 @@ WAYS = {
 }
 
 
-def page(record: Record, table: Callable[[list[str], list[list[str]]], str]) -> str:
+Table = Callable[[list[str], list[list[str]]], str]
+
+
+def page(record: Record, table: Table) -> str:
     """The record's tables."""
-    texts = []
-    for name, one in record.get("reads", {}).items():
-        title = f"{name}, {one['layers']} layers, {one['dtype']}, a state of {one['state']} tokens; ms a read"
-        lines = []
-        for row in one["cells"]:
-            what = f"{row['questions']} × {row['options']} options, {row['question_tokens']:.0f} tokens each"
-            ways = [row["ways"].get(way) for way in WAYS]
-            lines.append([what, *("–" if way is None else f"{way['ms_a_read']:.1f}" for way in ways)])
-        texts.append(table([title, *WAYS.values()], lines))
-    for name, one in record.get("shapes", {}).items():
-        by_way: dict[str, list[str]] = {}
-        for row in one["rows"]:
-            by_way.setdefault(row["way"], []).append(f"{row['ms_a_read']:.1f}")
-        head = [f"{name}, 16 options; ms a read", "1 question", "8 questions"]
-        texts.append(table(head[: 1 + len(next(iter(by_way.values())))], [[way, *row] for way, row in by_way.items()]))
+    texts = [reads_table(name, one, table) for name, one in record.get("reads", {}).items()]
+    texts += [shapes_table(name, one, table) for name, one in record.get("shapes", {}).items()]
     for part, through in (("http", "HTTP"), ("direct", "`LLM.arun`")):
-        for name, one in record.get(part, {}).items():
-            head = [
-                f"{name}, through {through}, states of {one['state']} tokens",
-                "clients",
-                "requests/s",
-                "p50",
-                "p99",
-            ]
-            lines = [
-                [
-                    row["states"],
-                    str(row["clients"]),
-                    f"{row['requests_per_second']:.1f}",
-                    *(duration(row["latency_seconds"][p]) for p in ("p50", "p99")),
-                ]
-                for row in one["rows"]
-            ]
-            texts.append(table(head, lines))
+        texts += [rates_table(f"{name}, through {through}", one, table) for name, one in record.get(part, {}).items()]
     return "\n\n".join(texts)
+
+
+def reads_table(name: str, one: Record, table: Table) -> str:
+    title = f"{name}, {one['layers']} layers, {one['dtype']}, a state of {one['state']} tokens; ms a read"
+    lines = []
+    for row in one["cells"]:
+        what = f"{row['questions']} × {row['options']} options, {row['question_tokens']:.0f} tokens each"
+        ways = [row["ways"].get(way) for way in WAYS]
+        lines.append([what, *("–" if way is None else f"{way['ms_a_read']:.1f}" for way in ways)])
+    return table([title, *WAYS.values()], lines)
+
+
+def shapes_table(name: str, one: Record, table: Table) -> str:
+    by_way: dict[str, list[str]] = {}
+    for row in one["rows"]:
+        by_way.setdefault(row["way"], []).append(f"{row['ms_a_read']:.1f}")
+    head = [f"{name}, 16 options; ms a read", "1 question", "8 questions"]
+    return table(head[: 1 + len(next(iter(by_way.values())))], [[way, *row] for way, row in by_way.items()])
+
+
+def rates_table(name: str, one: Record, table: Table) -> str:
+    head = [f"{name}, states of {one['state']} tokens", "clients", "requests/s", "p50", "p99"]
+    lines = [
+        [
+            row["states"],
+            str(row["clients"]),
+            f"{row['requests_per_second']:.1f}",
+            *(duration(row["latency_seconds"][p]) for p in ("p50", "p99")),
+        ]
+        for row in one["rows"]
+    ]
+    floor, most = one["floor"], max(row["clients"] for row in one["rows"])
+    alone, together = floor["alone_seconds"], floor["together_seconds"]
+    what = f"{floor['positions']} positions behind {floor['context']}"
+    return (
+        f"{table(head, lines)}\n\nBy the ceilings of this machine the pass of one such read, {what}, takes "
+        f"{duration(alone)} at least, and that of {most} takes {duration(together)} for each: {alone / together:.1f} "
+        "times the reads."
+    )
 
 
 if __name__ == "__main__":

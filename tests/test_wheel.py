@@ -203,7 +203,7 @@ CONSUMER = '''
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
-from sfumato import LLM, Chat, Commit, Complete, Completion, Decision, Done, Draft, Edited, Event, Fill, Filled
+from sfumato import LLM, Chat, Commit, Complete, Completion, Decisions, Done, Draft, Edited, Event, Fill, Filled
 from sfumato import InputError, LanguageModel, LoadOptions, Options, Remote, SfumatoError, Slot, Usage
 from sfumato.options import LOAD_OPTIONS, OPTIONS, Option
 
@@ -226,7 +226,7 @@ def texts(events: Iterator[Event]) -> Iterator[str]:
                 yield event.text
 
 
-def templates(llm: LLM) -> tuple[Filled, Edited, dict[str, Decision]]:
+def templates(llm: LLM) -> tuple[Filled, Edited, Decisions]:
     filled = llm.fill(["Seats: ", Slot("seats", regex="[1-9]")], "Ticket: ")
     edited = llm.edit("one two", spans=[(0, 3)])
     return filled, edited, llm.decide("Red or blue?", {"colour": ["red", "blue"]})

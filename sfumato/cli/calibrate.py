@@ -127,10 +127,11 @@ def command(
     if reading.skipped:
         more = f"{reading.skipped} labels are of questions that the model's other answers did not call for"
         console.print(more, style="dim")
-    base = Calibration(model=target.name, steps=labels.steps, samples=labels.samples)
+    name = llm.name if llm.is_remote else target.name
+    base = Calibration(model=name, steps=labels.steps, samples=labels.samples)
     calibration = calibration_of_reports(reports, base)
     if plot is not None:
-        plot.write(draw(reports, f"{target.name}: how sure decisions are"))
+        plot.write(draw(reports, f"{name}: how sure decisions are"))
     if output.as_json:
         problems = [*wrong, *more_wrong, *reading.problems]
         put(json.dumps(_record(reports, calibration.to_dict(), target, problems, reading.skipped)) + "\n")

@@ -197,8 +197,9 @@ class Batch:
         if request.reads is not None:
             if request.reads.longest > room:
                 raise CapacityError(
-                    f"{request.name} has {len(request.prompt)} tokens, and what is read behind it "
-                    f"{request.reads.longest} more, beyond the context of {self.context}; shorten it"
+                    f"{request.name} has {len(request.prompt)} tokens, and the longest question behind it with its "
+                    f"canvas {request.reads.longest}, beyond the context of {self.context}; shorten the prompt or the "
+                    "question"
                 )
             return request
         if room < 1 or (limit or 0) > room:

@@ -184,6 +184,11 @@ class Request:
         behind = self.canvas_length(config) if self.reads is None else self.reads.longest
         need = len(self.prompt) + (behind if self.is_diffusion else 1)
         if need > config.max_position:
+            if self.reads is not None:
+                raise CapacityError(
+                    f"{self.name} has {len(self.prompt)} tokens, and the longest question behind it with its canvas "
+                    f"{behind}, beyond the context of {config.max_position}; shorten the prompt or the question"
+                )
             raise CapacityError(
                 f"{self.name} has {len(self.prompt)} tokens and a canvas needs {need - len(self.prompt)} more, beyond "
                 f"the context of {config.max_position}; shorten the prompt"

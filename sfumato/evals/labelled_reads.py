@@ -1,7 +1,7 @@
 """Labelled questions, read by a model: several states at a time, kept as they come, so that a long run can go on.
 
-Each state has a seed of its own, made of its content: an answer is the same whatever stands beside it in the file, and
-the noise of one state is not that of the next. What is read is without calibration.
+Each state has a seed of its own, made of its content: an answer is the same whatever stands beside it in the file and
+however the model is reached, and the noise of one state is not that of the next. What is read is without calibration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.errors import CapacityError, InputError
+from sfumato.errors import BusyError, CapacityError, InputError, WorkerError
 from sfumato.evals.calibration import LabelledRead
 from sfumato.evals.labelled import LabelledState
 from sfumato.events import Decisions
@@ -25,6 +25,8 @@ from sfumato.templates.requests import Decide
 
 AT_ONCE = 8
 """States that are read together, whose questions share passes."""
+WAITS = (1.0, 5.0, 20.0)
+"""Seconds before a server that is busy or lost is asked again; then the run ends, and can be taken up later."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class ReadingPlan:
         reading = [self.model, self.steps, self.samples, repr(differences(self.options))]
         return _digest([*reading, state.state, questions, dict(state.answers)])
 
-    def query(self, state: LabelledState, key: str) -> Decide:
-        """What is asked of the model."""
-        seed = ((self.options.seed or 0) + int(key[:15], 16)) % BIG
+    def query(self, state: LabelledState) -> Decide:
+        """What is asked of the model; the seed is of the state alone, so that any model sees the same noise."""
+        seed = ((self.options.seed or 0) + int(_digest(state.state)[:15], 16)) % BIG
         reading: dict[str, Any] = {"steps": self.steps, "samples": self.samples, "calibrated": False}
         return Decide(state.state, state.questions, **reading, options=replace(self.options, seed=seed))
 
@@ -101,7 +103,7 @@ async def read_states(
 
     async def read(state: LabelledState, key: str) -> StateReads | None:
         try:
-            decisions = await llm.arun(plan.query(state, key))
+            decisions = await _decide_patiently(llm, plan.query(state))
         except (InputError, CapacityError) as error:
             problems.append(f"{state.place}: {error}")
             return None
@@ -127,6 +129,16 @@ async def read_states(
     finally:
         for task in under_way:
             task.cancel()
+
+
+async def _decide_patiently(llm: LanguageModel, query: Decide) -> Decisions:
+    """The decisions of a model whose server may be busy, or lost for a moment."""
+    for wait in WAITS:
+        try:
+            return await llm.arun(query)
+        except (BusyError, WorkerError):
+            await asyncio.sleep(wait)
+    return await llm.arun(query)
 
 
 def _result_of(state: LabelledState, decisions: Decisions) -> StateReads:

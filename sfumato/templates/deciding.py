@@ -15,7 +15,7 @@ from typing import Any
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.reads import Read, Readings, Reads
 from sfumato.engine.request import SHORT, Request
-from sfumato.errors import InputError
+from sfumato.errors import CapacityError, InputError
 from sfumato.events import Decision, Decisions, Done, Usage
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
@@ -24,6 +24,7 @@ from sfumato.questions import Question, Span, state_text
 from sfumato.templates.decisions import AnswerSet, decision_of, tempered
 from sfumato.templates.prompts import PromptEncoder
 from sfumato.templates.requests import Decide
+from sfumato.templates.waves import Waves, answer_sentence
 from sfumato.text.reader import Reader
 from sfumato.text.replies import PromptEnd, ReplyParser
 from sfumato.text.tokenizer import Tokenizer
@@ -67,11 +68,9 @@ class Deciding:
 
     def plan(self, options: Options) -> Plan[Decisions]:
         """The plan; `options` are resolved."""
-        answers: dict[str, Decision] = {}
-        waiting = dict(self.query.questions)
-        skipped: list[str] = []
-        while waiting:
-            wave, waiting = self._next_wave(waiting, answers, skipped)
+        waves = Waves(dict(self.query.questions))
+        answers = waves.answers
+        while wave := waves.next():
             sheets = [self._sheet(id, question, answers) for id, question in wave.items()]
             if self.query.think == "always":
                 answers |= yield from self._thought_about(sheets, options)
@@ -81,26 +80,8 @@ class Deciding:
                 unsure = [sheet for sheet in sheets if answers[sheet.id].confidence < self.query.threshold]
                 answers |= yield from self._thought_about(unsure, options)
         ordered = {id: answers[id] for id in self.query.questions if id in answers}
-        return Decisions(ordered, _usage_of(self.endings), options.seed or 0, tuple(skipped))
-
-    def _next_wave(
-        self, waiting: dict[str, Question], answers: Mapping[str, Decision], skipped: list[str]
-    ) -> tuple[dict[str, Question], dict[str, Question]]:
-        """The questions that can be asked now, and those that cannot yet; what is not to be asked is skipped."""
-        now: dict[str, Question] = {}
-        later: dict[str, Question] = {}
-        for id, question in waiting.items():
-            above = question.depends_on
-            if above is None or above.id in answers:
-                if above is None or answers[above.id].choice == above.answer:
-                    now[id] = question
-                else:
-                    skipped.append(id)
-            elif above.id in skipped:
-                skipped.append(id)
-            else:
-                later[id] = question
-        return now, later
+        usage = Usage.total(done.usage for done in self.endings)
+        return Decisions(ordered, usage, options.seed or 0, tuple(waves.skipped))
 
     def _sheet(self, id: str, question: Question, answers: Mapping[str, Decision]) -> _AnswerSheet:
         """A question with its answers in tokens. InputError names the question."""
@@ -117,7 +98,8 @@ class Deciding:
         except InputError as error:
             raise InputError(f"question {id!r}: {error}", option="questions") from None
         if question.depends_on is not None:
-            text = f"{_tell(self.query.questions[question.depends_on.id], answers[question.depends_on.id])}\n{text}"
+            above = question.depends_on.id
+            text = f"{answer_sentence(self.query.questions[above], answers[above])}\n{text}"
         if answer_set.deepest >= self.config.canvas_length:
             raise InputError(
                 f"question {id!r} has options that are alike for {answer_set.deepest} tokens, more than a canvas of "
@@ -148,8 +130,6 @@ class Deciding:
     # ---- reads ------------------------------------------------------------------------------------------------------
 
     def _read(self, sheets: Sequence[_AnswerSheet], options: Options) -> Plan[dict[str, Decision]]:
-        if not sheets:  # a wave of which nothing is to be asked
-            return {}
         head, tails = self._prompts(sheets, is_thinking=False)
         return (yield from self._read_behind(sheets, head, tails, options))
 
@@ -161,6 +141,14 @@ class Deciding:
             Read(tuple(tail), sheet.answers.glances(self.query.samples), self._length(sheet))
             for sheet, tail in zip(sheets, tails, strict=True)
         ]
+        for sheet, read in zip(sheets, each, strict=True):
+            if len(head) + len(read.tokens) + read.length > self.config.max_position:
+                most = self.config.max_position
+                raise CapacityError(
+                    f"question {sheet.id!r} has {len(read.tokens)} tokens behind a state of {len(head)}, and a canvas "
+                    f"of {read.length} more, beyond the context of {most}; shorten the question or the state",
+                    option="questions" if len(read.tokens) > len(head) else "state",
+                )
         open_reads = [read for read in each if read.glances]
         values = {}
         if open_reads:
@@ -259,25 +247,3 @@ def _text_of(message: Mapping[str, Any]) -> str:
     """The text of a message."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-
-
-def _tell(question: Question, answer: Decision) -> str:
-    """What the model is told of an answer that another question depends on."""
-    word = answer.choice
-    if not isinstance(question, Span):
-        word = question.words[question.options.index(answer.choice)]
-    return f"{question.text()}\nThe answer was: {word}\n"
-
-
-def _usage_of(endings: Sequence[Done]) -> Usage:
-    """What all of these took, one after the other."""
-    each = [done.usage for done in endings]
-    return Usage(
-        prompt_tokens=sum(usage.prompt_tokens for usage in each),
-        tokens=sum(usage.tokens for usage in each),
-        canvases=sum(usage.canvases for usage in each),
-        steps=sum(usage.steps for usage in each),
-        passes=sum(usage.passes for usage in each),
-        seconds=sum(usage.seconds for usage in each),
-        reused_tokens=sum(usage.reused_tokens for usage in each),
-    )

@@ -271,6 +271,8 @@ class LanguageModel(ABC):
         `state` is what they are about: a text, a conversation, or plain data. A question is a `Noul`, `Choice`, `Score`
         or `Span`, its record, or a list of choices, for which the id is what is asked. Each is read on its own, so that
         no answer depends on the others; `Decide` has the meaning of the rest."""
+        if "images" in more:
+            raise InputError("images came with the state, and this version reads text alone; leave them out")
         reading: dict[str, Any] = {"steps": steps, "samples": samples, "canvas": canvas, "think": think}
         reading |= {"threshold": threshold, "calibrated": calibrated}
         query = Decide(state, questions, **reading, options=arguments.options_of(options, more))  # type: ignore[arg-type]

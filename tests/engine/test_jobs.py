@@ -135,18 +135,19 @@ def test_what_fails_in_one_jobs_own_part_ends_that_job(place: str, nano: LLM, mo
     elif place == "commit":
         monkeypatch.setattr(Guide, "commit", fail)
         jobs.begin("1", Complete("1", Options(seed=1, regex="[0-9]{5}")))
-    else:
-        monkeypatch.setattr("sfumato.templates.decisions.share_out", fail)
-        if place == "inspect":
-            plan = nano.planner.decide
-
-            def planned(query: Decide) -> Any:
-                whole.append(plan(query))  # so that it is not closed before the job is
-                asks = next(whole[0])
-                yield [dataclasses.replace(ask, inspect=fail) for ask in asks]
-
-            monkeypatch.setattr(nano.planner, "decide", planned)
+    elif place == "plan":
+        monkeypatch.setattr("sfumato.templates.decisions.AnswerSet.probabilities", fail)
         jobs.begin("1", Decide("1", {"mood": Choice(["good", "bad"])}, options=Options(seed=1)))
+    else:
+        plan = nano.planner.fill
+
+        def planned(query: Fill) -> Any:
+            whole.append(plan(query))  # so that it is not closed before the job is
+            asks = next(whole[0])
+            yield [dataclasses.replace(ask, inspect=fail) for ask in asks]
+
+        monkeypatch.setattr(nano.planner, "fill", planned)
+        jobs.begin("1", Fill(["1", Slot("x", length=2)], options=Options(seed=1)))
     jobs.begin("2", Complete("1 2 3", Options(seed=3, max_tokens=82)))
     outcomes = carried_out(jobs)
     assert isinstance(outcomes["1"][-1], RuntimeError)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sfumato.errors import InputError
+from sfumato.errors import BusyError, InputError, WorkerError
+from sfumato.evals import labelled_reads
 from sfumato.evals.labelled import LabelledState, answer_of, labelled_state, labelled_states
 from sfumato.evals.labelled_reads import KeptReads, ReadingPlan, StateReads, read_states
 from sfumato.llm import LLM
@@ -78,7 +79,7 @@ def test_lines_that_are_wrong_are_named_and_the_others_read() -> None:
         b'{"state": 1, "state": 2}',
         b'{"state": "a", "questions": {}}',
         line(state=5),
-        line(state=""),
+        line(state=None),
         line(questions={"q": {"type": "box"}}),
         line(questions=[RECORD]),
         line(answers={"other": True}),
@@ -157,6 +158,24 @@ def test_reads_are_kept_and_go_on(llm: LLM, tmp_path: Path, monkeypatch: pytest.
     assert ReadingPlan(options=Options(seed=5)).key(states[0]) != ReadingPlan().key(states[0])
     KeptReads(path).remove()
     assert not path.exists()
+
+
+def test_a_busy_server_is_asked_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice busy and once lost it answers; no state is left out, and one that stays away ends the run."""
+    arun, errors = llm.arun, [BusyError("busy"), WorkerError("lost"), BusyError("busy")]
+
+    async def failing(query: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return await arun(query)
+
+    monkeypatch.setattr(llm, "arun", failing)
+    monkeypatch.setattr(labelled_reads, "WAITS", (0, 0, 0))
+    problems: list[str] = []
+    assert len(read(llm, states_of(1), ReadingPlan(), KeptReads(), problems)) == 1 and problems == []
+    errors += [WorkerError("lost")] * 4
+    with pytest.raises(WorkerError, match="lost"):
+        read(llm, states_of(1), ReadingPlan(), KeptReads(), problems)
 
 
 def test_what_the_model_cannot_read_is_named(llm: LLM) -> None:

@@ -76,6 +76,7 @@ def run_all(model: Model, passes: int = 2) -> list[Tensor]:
             soft = model.denoise(canvas, cache)
             outputs += [soft, model.denoise(canvas, cache, soft)]
             outputs += model.encode_and_denoise(tokens[:, :4], [4, 3], canvas, cache)
+            outputs.append(model.read(tokens[:, :3], [3, 1], canvas, cache, [1, 1]))
     return outputs
 
 

@@ -64,6 +64,30 @@ def test_the_tokens_are_the_references(way: str) -> None:
     assert answers(model.requires_grad_(False).eval().pack_(), **WAYS[way]) == answers(plain)
 
 
+@pytest.mark.slow
+def test_reads_are_the_references_and_leave_the_cache_as_it_is() -> None:
+    """Three canvases behind two rows, with tokens of different number that no cache keeps, and then with none."""
+    plain = tiny.tiny_model(CONFIG, seed=3, name="reference")
+    with torch.device("meta"):
+        model = Model(CONFIG, kernels.record())
+    model.load_state_dict(plain.state_dict(), assign=True)
+    model = model.requires_grad_(False).eval().pack_()
+    tokens_BT, canvas_BL = torch.arange(12).view(3, 4) % 61, torch.arange(18).view(3, 6) % 61
+    results = []
+    with torch.inference_mode():
+        for one in (plain, model):
+            cache = KVCache.allocate(CONFIG, 2, 12)
+            padded = torch.tensor([[*prompt, *[0] * (9 - len(prompt))] for prompt in PROMPTS])
+            one.encode(padded, cache, [0, 1], [9, 2])
+            rings = [ring[:, :-1].clone() for ring in (*cache.k, *cache.v)]
+            first = one.read(tokens_BT, [4, 1, 3], canvas_BL, cache, [1, 0, 1])
+            assert cache.lengths == [9, 2]
+            assert all(torch.equal(ring[:, :-1], old) for ring, old in zip((*cache.k, *cache.v), rings, strict=True))
+            results.append((first, one.read(None, [0, 0, 0], canvas_BL, cache, [0, 0, 1], first)))
+    for exact, fast in zip(*results, strict=True):
+        assert (fast - exact).norm() < 1e-4 * exact.norm()
+
+
 def adapter_of(model: Model, seed: int) -> Adapter:
     plain, generator = new_adapter(model, 3, 3.0, tuple(TARGETS), seed=seed), torch.Generator().manual_seed(seed)
     return Adapter({n: f._replace(b=torch.randn(f.b.shape, generator=generator) / 2) for n, f in plain.factors.items()})

@@ -188,13 +188,13 @@ def test_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert all(getattr(Model, name).__qualname__ == f"Model.{name}" for name in module.PASSES)
 
 
-def test_decisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_decisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ceilings: Path) -> None:
     """Every way of asking is timed, no method stays replaced, and what is measured again replaces its part alone."""
     path, module = tmp_path / "decisions.json", importlib.import_module("benchmarks.decisions")
     own = {name: getattr(Model, name) for name in ("logits_of", "read")}
     with tiny.one_thread():
-        run(module, monkeypatch, path, "--quick", "--only", "shapes,direct")
-        actual = run(module, monkeypatch, path, "--quick", "--only", "reads", "--options", "2", "--heavy", "200")
+        run(module, monkeypatch, path, "--quick", "--only", "shapes,direct", "--ceilings", str(ceilings))
+        actual = run(module, monkeypatch, path, "--quick", "--only", "reads", "--options", "2", "--heavy", "150")
     assert {name: getattr(Model, name) for name in own} == own
     one, several = actual["reads"]["toy"]["cells"]
     assert set(one["ways"]) == {"encoded", "kept", "all words", "everywhere", "generated"} and one["questions"] == 1
@@ -202,7 +202,9 @@ def test_decisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert all(way["ms_a_read"] > 0 for way in one["ways"].values())
     rows = actual["direct"]["toy"]["rows"]
     assert [row["clients"] for row in rows] == [1, 2] * len(module.STATES) and all(row["requests"] for row in rows)
+    floor = actual["direct"]["toy"]["floor"]
     assert len(actual["direct"]["toy"]["targets"]) == len(module.STATES)
+    assert floor["alone_seconds"] >= floor["together_seconds"] > 0 and floor["positions"] > 16
     text = sections.SECTIONS["decisions"][1](actual)
     assert "a state of 64 tokens" in text and "16 draws" in text and "through `LLM.arun`" in text
 

@@ -45,7 +45,7 @@ def random_llm(nano: LLM, ops: str = "fused") -> LLM:
         eos_ids=nano.model.config.eos_ids,
         pad_id=nano.model.config.pad_id,
         canvas_length=32,
-        max_position=2048,
+        max_position=4096,
     )
     model = tiny.tiny_model(config, seed=5, name=ops, mix=0.7)
     return LLM(model, nano.tokenizer, nano.planner.prompts.template, {}, "random")
@@ -138,13 +138,14 @@ def variants(query: Decide, seed: int) -> tuple[dict[str, str], list[Decide]]:
 
 def check_alone(llm: LLM, seed: int) -> Decisions:
     query = request_of(seed)
-    whole = llm.run(query)
+    whole: Decisions = llm.run(query)
     renamed, (moved, *alone) = variants(query, seed)
-    answers = llm.run(moved)
+    answers: Decisions = llm.run(moved)
     assert furthest(whole, {id: answers[name] for id, name in renamed.items()}) < CLOSE
     for id, one in zip(renamed, alone, strict=True):
         llm.forget() if seed % 2 else None  # the state is encoded again, or is still there
-        assert furthest({id: whole[id]}, llm.run(one)) < CLOSE
+        decided: Decisions = llm.run(one)
+        assert furthest({id: whole[id]}, decided) < CLOSE
     return whole
 
 
@@ -167,7 +168,7 @@ def check_together(llm: LLM, seeds: Sequence[int], wholes: Sequence[Decisions]) 
 
 
 def test_answers_do_not_follow_from_ids_order_or_neighbours(llm: LLM) -> None:
-    seeds = range(8)
+    seeds = range(5)
     check_together(llm, seeds, [check_alone(llm, seed) for seed in seeds])
 
 
@@ -179,11 +180,13 @@ def test_the_same_question_has_the_same_answer(llm: LLM) -> None:
     state = first.usage.prompt_tokens - again.usage.reused_tokens
     assert 0 < state < 60 < again.usage.reused_tokens
     assert again.seed == first.seed == 0
-    assert furthest(first, llm.run(dataclasses.replace(query, options=Options(seed=1)))) > CLOSE
-    assert furthest(first, llm.run(dataclasses.replace(query, samples=3))) > CLOSE
+    for other in dataclasses.replace(query, options=Options(seed=1)), dataclasses.replace(query, samples=3):
+        changed: Decisions = llm.run(other)
+        assert furthest(first, changed) > CLOSE
     # A chat about something else between them changes nothing.
     llm.chat("Hello", max_tokens=4, max_steps=2, seed=1)
-    assert furthest(first, llm.run(query)) < CLOSE
+    after: Decisions = llm.run(query)
+    assert furthest(first, after) < CLOSE
 
 
 @torch.inference_mode()
@@ -198,10 +201,13 @@ def test_a_choice_is_the_product_of_its_tokens_read_one_by_one(nano: LLM, ops: s
     cache = KVCache.allocate(llm.model.config, 1, len(prompt))
     llm.model.encode(torch.tensor([prompt.tokens]), cache)
     tokens, end = [llm.tokenizer.encode(name) for name in names], llm.tokenizer.id("<turn|>")
+    assert end is not None
     noise = CountedNoise([0], [0], 16, llm.model.config.vocab_size).canvas([0], [0])
 
+    ended = [[*one, end] for one in tokens]
+
     def ways(path: list[int]) -> list[int]:
-        return sorted({([*one, end])[len(path)] for one in tokens if one[: len(path)] == path})
+        return sorted({one[len(path)] for one in ended if one[: len(path)] == path})
 
     chances = []
     for own in tokens:
@@ -224,7 +230,7 @@ def test_a_choice_is_the_product_of_its_tokens_read_one_by_one(nano: LLM, ops: s
 def test_options_of_any_text(llm: LLM) -> None:
     lone = llm.decide("x", {"a": Choice(["only"])})["a"]
     assert (lone.choice, lone.probability, lone.confidence) == ("only", 1.0, 1.0)
-    long = llm.decide("x", {"a": Choice(["so " * 300, "no", ""])})
+    long = llm.decide("x", {"a": Choice(["so " * 60, "no", ""])})
     assert len(long["a"].probabilities) == 3
     assert llm.decide("x", {"a": Choice([f"Queue {n:03d}" for n in range(255)])}).usage.passes <= 3
 
@@ -275,7 +281,7 @@ def test_what_depends_on_an_answer_is_asked_behind_it(llm: LLM, monkeypatch: pyt
 
 def test_a_model_without_a_template_answers_behind_plain_text(nano: LLM) -> None:
     llm = LLM(random_llm(nano).model, nano.tokenizer, None, {}, "plain")
-    questions = {"a": Choice(["one", "one\ntwo", "one two"]), "b": Noul("Is it?")}
+    questions: dict[str, Question] = {"a": Choice(["one", "one\ntwo", "one two"]), "b": Noul("Is it?")}
     whole = llm.decide("A text.", questions)
     assert furthest({"b": whole["b"]}, llm.decide("A text.", {"b": questions["b"]})) < CLOSE
     assert set(whole["a"].probabilities) == {"one", "one\ntwo", "one two"}
@@ -309,7 +315,7 @@ def test_a_thought_ends_where_it_is_closed(llm: LLM) -> None:
 def test_unsure_answers_are_thought_about(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model's thoughts fill their budget; what is read behind them is what stands behind a closed thought."""
     monkeypatch.setattr(deciding, "THOUGHT", 8)
-    questions = {"a": Choice(["red", "blue"]), "b": Noul("Is it?"), "c": Choice(["only"])}
+    questions: dict[str, Question] = {"a": Choice(["red", "blue"]), "b": Noul("Is it?"), "c": Choice(["only"])}
     plain = llm.decide("The sky.", questions)
     middle = (plain["a"].confidence + plain["b"].confidence) / 2
     unsure = min("ab", key=lambda id: plain[id].confidence)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sfumato.server.http.errors import Refusal, short
 
+zstd: Any
 try:
     from backports import zstd
 except ImportError:
