@@ -95,9 +95,9 @@ def generate(rng: np.random.Generator, kind: str | None = None) -> str:
 
 def conversation(rng: np.random.Generator, turns: int) -> list[LabelledQuestion]:
     """Several questions about one document, of the kinds that it is for."""
-    document, trust = KINDS[_one(rng, [*KINDS, "odd"])].document(rng), _trust(rng)
+    document, trust = KINDS[_one(rng, [*KINDS, "odd", "larger", "larger"])].document(rng), _trust(rng)
     kinds = [name for name, kind in KINDS.items() if kind.fits(document)]
-    kinds += ["odd"] * (6 if "odd" in kinds else 0) + ["count"] * (1 if "count" in kinds else 0)  # the hardest
+    kinds += ["odd"] * (5 if "odd" in kinds else 0) + ["count"] * (2 if "count" in kinds else 0)  # the hardest
     return [_labelled(rng, _one(rng, kinds), document, trust) for _ in range(turns)]
 
 
@@ -167,9 +167,9 @@ def _people(rng: np.random.Generator, count: int) -> list[str]:
     """Different names, some of two words, which may begin with another one."""
     people: list[str] = []
     for name in _some(rng, NAMES, count):
-        if people and len(people) < count and rng.random() < 0.1:
+        if people and len(people) < count and rng.random() < 0.05:
             people.append(f"{people[-1].split()[0]} {_one(rng, SECOND)}")
-        people.append(f"{name} {_one(rng, SECOND)}" if rng.random() < 0.15 else name)
+        people.append(f"{name} {_one(rng, SECOND)}" if rng.random() < 0.1 else name)
     people = list(dict.fromkeys(people))[:count]
     return [people[place] for place in rng.permutation(len(people))]
 
@@ -179,12 +179,12 @@ def _colours(rng: np.random.Generator, least: int, most: int) -> Listing:
 
 
 def _digits(rng: np.random.Generator) -> Listing:
-    people = _people(rng, _size(rng, 2, 5))
+    people = _people(rng, _size(rng, 2, 4))
     return {name: str(digit) for name, digit in zip(people, rng.permutation(10), strict=False)}
 
 
 def _all_but_one(rng: np.random.Generator) -> Listing:
-    people = _some(rng, NAMES, _size(rng, 3, 6))
+    people = _some(rng, NAMES, _size(rng, 3, 5))
     most, other = _some(rng, COLOURS, 2)
     place = int(rng.integers(len(people)))
     return {name: other if line == place else most for line, name in enumerate(people)}
@@ -192,7 +192,7 @@ def _all_but_one(rng: np.random.Generator) -> Listing:
 
 def _mostly_one(rng: np.random.Generator) -> Listing:
     """Any number of lines of one colour, among others."""
-    people = _some(rng, NAMES, _size(rng, 2, 6))
+    people = _some(rng, NAMES, _size(rng, 2, 4))
     colour, *others = _some(rng, COLOURS, len(COLOURS))
     count = int(rng.integers(0, len(people) + 1))
     colours = [colour] * count + [_one(rng, others) for _ in people[count:]]
@@ -218,7 +218,7 @@ def _contains(rng: np.random.Generator, document: Listing) -> tuple[OptionQuesti
 
 
 def _larger(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, int]:
-    options = _some(rng, [*document], min(len(document), int(rng.integers(2, 5))))
+    options = _some(rng, [*document], min(len(document), int(rng.integers(2, 4))))
     text = _one(rng, ["Who has more?", "Which has the largest number?", "Who has most?"])
     return Choice(options, text), max(range(len(options)), key=lambda place: int(document[options[place]]))
 
