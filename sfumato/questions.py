@@ -76,6 +76,8 @@ class Noul:
         described = [value for value in (criteria or {}).values() if value is not None]
         if self.instructions is None and not described:
             raise InputError("a noul has neither instructions nor criteria; give one of them", option="instructions")
+        if criteria is not None:
+            object.__setattr__(self, "criteria", dict(criteria))  # not the caller's, which may change
 
     @property
     def options(self) -> list[str]:
@@ -116,10 +118,11 @@ class Choice:
         for name in options:
             if not isinstance(name, str):
                 raise InputError(f"option {reprlib.repr(name)} is no text; give names", option="criteria")
-        if not isinstance(options, Mapping):
-            if len({*options}) < len(options):
-                raise InputError(f"criteria {reprlib.repr(options)} names an option twice; drop one", option="criteria")
-            object.__setattr__(self, "criteria", dict.fromkeys(options))
+            _check_characters(f"option {reprlib.repr(name)}", name, "criteria")
+        if not isinstance(options, Mapping) and len({*options}) < len(options):
+            raise InputError(f"criteria {reprlib.repr(options)} names an option twice; drop one", option="criteria")
+        own = dict(options) if isinstance(options, Mapping) else dict.fromkeys(options)
+        object.__setattr__(self, "criteria", own)  # not the caller's, which may change
 
     @property
     def options(self) -> list[str]:
@@ -317,10 +320,20 @@ def check_content(name: str, value: Any, is_needed: bool = False, option: str = 
     if not isinstance(value, str | Mapping | list | tuple):
         raise InputError(f"{name} is {reprlib.repr(value)}; give a text, an object or a list", option=option)
     try:
-        json.dumps(value, allow_nan=False)
+        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         message = f"{name} holds what JSON cannot: {error}; give texts, numbers, lists and records"
         raise InputError(message, option=option) from error
+    _check_characters(name, text, option)
+
+
+def _check_characters(name: str, text: str, option: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        message = f"{name} has a lone surrogate ({code}), which is no character; remove it"
+        raise InputError(message, option=option) from None
 
 
 def check_questions(questions: Any) -> None:
@@ -376,6 +389,7 @@ def _dependency(value: Any) -> Dependency | None:
         if isinstance(answer, (bool, int)):
             answer = str(answer).lower()
         if isinstance(id, str) and isinstance(answer, str):
+            _check_characters("depends_on", answer, "depends_on")
             return Dependency(id, answer)
     raise InputError(
         f"depends_on is {reprlib.repr(value)}; give a question's id and the answer it must have, such as "

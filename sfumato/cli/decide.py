@@ -53,13 +53,14 @@ class AnswerFlags:
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the lines that FILE holds already.")] = False
     force: opt.Force = False
 
-    def file(self, is_many: bool) -> LineFile | None:
+    def file(self, questions: QuestionFlags) -> LineFile | None:
         """The file, where one is named; InputError where that does not go with the rest."""
+        is_many = questions.data is not None or questions.systemone is not None
         if self.output is None and self.resume:
             raise InputError("--resume is given without -o FILE; name the file that holds the lines so far")
         if self.output is not None and not is_many:
             raise InputError("-o is for --data and --systemone; leave it out, or give > FILE in a shell")
-        return None if self.output is None else open_lines(self.output, self.force, self.resume)
+        return None if self.output is None else open_lines(self.output, self.force, self.resume, questions.files)
 
 
 @flags.takes(
@@ -91,7 +92,7 @@ def command(
     Example: sfumato decide --systemone request.json
     """
     questions.check_sources(text)
-    target = answers.file(is_many=questions.data is not None or questions.systemone is not None)
+    target = answers.file(questions)
 
     def connect() -> LanguageModel:
         return loading.connect_or_load(api, load)
@@ -157,8 +158,11 @@ def _answer_requests(
     """Whole requests, each answered as the server answers it."""
 
     def query(body: Any) -> Decide:
-        query = decide_of(body, **reading.fields, options=options)
-        check_query(query)
+        try:
+            query = decide_of(body, **reading.fields, options=options)
+            check_query(query)
+        except InputError as error:
+            raise InputError(str(error)) from None  # of a field, not of the flag that is called so
         return query
 
     requests = read_requests(file)

@@ -34,6 +34,8 @@ AT_ONCE = 32
 """Requests under way."""
 AT_ONCE_ELSEWHERE = 8
 """The same at a server that is not Sfumato's, and may hold no more connections."""
+ANSWERS = (b'{"line": ', b'{"model": ', b'{"detail": ')
+"""What lines of answers begin with."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,14 @@ class LineFile:
     lines: int = 0
 
 
-def open_lines(name: str, force: bool, resume: bool) -> LineFile:
-    """The file of this name. InputError where it is there, and neither to be replaced nor gone on with."""
+def open_lines(name: str, force: bool, resume: bool, sources: Iterable[str] = ()) -> LineFile:
+    """The file of this name. InputError where it is there, and neither to be replaced nor gone on with.
+
+    `sources` are the files that are read; none of them is written."""
     path = Path(name).expanduser()
+    for source in sources:
+        if path.exists() and os.path.exists(source) and path.samefile(source):
+            raise InputError(f"{name} is read by this command, so that it cannot be written too; give another name")
     if not resume or not path.exists():
         files.new_path(name, force)
         return LineFile(path)
@@ -82,10 +89,11 @@ def open_lines(name: str, force: bool, resume: bool) -> LineFile:
     lines, whole = 0, 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                break
-            if not line.startswith(b"{"):
+            is_whole = line.endswith(b"\n")
+            if not any(line.startswith(one) or (not is_whole and one.startswith(line)) for one in ANSWERS):
                 raise InputError(f"line {lines + 1} of {path} is no answer; give the file that this command wrote")
+            if not is_whole:
+                break
             lines, whole = lines + 1, whole + len(line)
     os.truncate(path, whole)  # a line that was cut off is answered again
     return LineFile(path, lines)
@@ -193,7 +201,8 @@ def answer_lines(llm: LanguageModel, items: Iterable[LineRequest], target: LineF
         count = bar.tasks[0].completed
     if faults:
         number, error = faults[0]
-        raise SfumatoError(f"{len(faults)} of {count:.0f} lines have no answer; the first is line {number}: {error}")
+        what = str(error) if str(error).startswith(f"line {number} of ") else f"line {number}: {error}"
+        raise SfumatoError(f"{len(faults)} of {count:.0f} lines have no answer; the first is {what}")
 
 
 async def _answer(

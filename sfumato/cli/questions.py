@@ -68,6 +68,11 @@ class QuestionFlags:
             raise InputError("standard input cannot be both the text and --questions; give one of them as it is")
 
     @property
+    def files(self) -> list[str]:
+        """The files that are read."""
+        return [name for name in (self.questions, self.state, self.data, self.systemone) if name is not None]
+
+    @property
     def has_questions(self) -> bool:
         """Whether any question is given."""
         return any((self.yes_no, self.field, self.score, self.span, self.questions is not None))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.errors import InputError
-from sfumato.questions import TYPES, Noul, Question, Score, Span, check_content, state_text
+from sfumato.questions import TYPES, Noul, Question, Score, Span, check_content
 from sfumato.templates.checks import check_query
 from sfumato.templates.requests import Decide
 
@@ -64,7 +64,7 @@ def labelled_state(line: bytes, place: str) -> LabelledState:
         if id not in query.questions:
             raise InputError(f"answers has {reprlib.repr(id)}, which is not among the questions")
         try:
-            answers[id] = answer_of(query.questions[id], label, state)
+            answers[id] = answer_of(query.questions[id], label, query.text)
         except InputError as error:
             raise InputError(f"the answer of {reprlib.repr(id)} {error}") from None
     needed = {above for id in answers for above in _with_those_above(id, query.questions)}
@@ -72,12 +72,12 @@ def labelled_state(line: bytes, place: str) -> LabelledState:
     return LabelledState(place, state, needed_questions, answers)
 
 
-def answer_of(question: Question, label: Any, state: Any = "") -> str:
-    """The name of the option that a label means. InputError for one that the question does not have."""
+def answer_of(question: Question, label: Any, text: str = "") -> str:
+    """The name of the option that a label means, of a span a passage of the text. InputError for one that is none."""
     if isinstance(label, Mapping) and label.get("type") == TYPES[question.kind]:
         label = _likeliest(question, label)
     if isinstance(question, Span):
-        return _passage_of(question, label, state)
+        return _passage_of(question, label, text)
     name = label
     if isinstance(question, Noul) and isinstance(label, bool):
         name = str(label).lower()
@@ -144,8 +144,7 @@ def _level_of(question: Score, label: Any) -> Any:
     return label
 
 
-def _passage_of(span: Span, label: Any, state: Any) -> str:
-    text = state_text(state)
+def _passage_of(span: Span, label: Any, text: str) -> str:
     passages = [text[first:last] for first, last in span.passages(text)]
     if isinstance(label, str) and label.strip() in passages:
         return label.strip()

@@ -77,7 +77,10 @@ def _check_edit(query: Edit) -> None:
 
 def _check_decide(query: Decide) -> None:
     if query.conversation is not None:
-        arguments.check_messages("the state", query.conversation)
+        try:
+            arguments.check_messages("the state", query.conversation)
+        except InputError as error:
+            raise InputError(str(error), option="state") from None
     elif query.state is None:
         raise InputError("the state is missing; give what the questions are about", option="state")
     check_content("the state", query.state, option="state")
@@ -86,6 +89,9 @@ def _check_decide(query: Decide) -> None:
     arguments.check_count("samples", query.samples, 1, MOST_SAMPLES)
     if query.canvas is not None:
         arguments.check_count("canvas", query.canvas, 1, BIG)
+    if not isinstance(query.calibrated, bool):
+        message = f"calibrated is {reprlib.repr(query.calibrated)}; give true or false"
+        raise InputError(message, option="calibrated")
     if query.think not in get_args(Think):
         message = f"think is {reprlib.repr(query.think)}; choose {', '.join(get_args(Think))}"
         raise InputError(message, option="think")

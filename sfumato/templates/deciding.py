@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.reads import Read, Readings, Reads
 from sfumato.engine.request import SHORT, Request
-from sfumato.errors import InputError
+from sfumato.errors import CapacityError, InputError
 from sfumato.events import Decision, Decisions, Done
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
@@ -138,6 +138,14 @@ class Deciding:
             Read(tuple(tail), sheet.answers.glances(self.query.samples), self._length(sheet))
             for sheet, tail in zip(sheets, tails, strict=True)
         ]
+        for sheet, read in zip(sheets, each, strict=True):
+            if len(head) + len(read.tokens) + read.length > self.config.max_position:
+                most = self.config.max_position
+                raise CapacityError(
+                    f"question {sheet.id!r} has {len(read.tokens)} tokens behind a state of {len(head)}, and a canvas "
+                    f"of {read.length} more, beyond the context of {most}; shorten the question or the state",
+                    option="questions" if len(read.tokens) > len(head) else "state",
+                )
         open_reads = [read for read in each if read.glances]
         values: dict[Read, list[list[float]]] = {}
         if open_reads:
@@ -167,7 +175,12 @@ class Deciding:
         return self.query.canvas
 
     def _prompts(self, sheets: Sequence[_AnswerSheet], is_thinking: bool) -> tuple[list[int], list[list[int]]]:
-        return self.prompts.encode_around(self.query.beginning, [sheet.text for sheet in sheets], is_thinking)
+        try:
+            return self.prompts.encode_around(self.query.beginning, [sheet.text for sheet in sheets], is_thinking)
+        except CapacityError:
+            raise
+        except InputError as error:  # of the questions' texts all is checked already
+            raise InputError(str(error), option=error.option or "state") from None
 
     # ---- thoughts ---------------------------------------------------------------------------------------------------
 

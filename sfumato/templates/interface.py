@@ -271,6 +271,8 @@ class LanguageModel(ABC):
         `state` is what they are about: a text, a conversation, or plain data. A question is a `Noul`, `Choice`, `Score`
         or `Span`, its record, or a list of choices, for which the id is what is asked. Each is read on its own, so that
         no answer depends on the others; `Decide` has the meaning of the rest."""
+        if "images" in more:
+            raise InputError("images came with the state, and this version reads text alone; leave them out")
         chosen = arguments.options_of(options, more)
         values: Any = questions  # which `Decide` makes questions
         return self.run(Decide(state, values, steps, samples, canvas, think, threshold, calibrated, chosen))

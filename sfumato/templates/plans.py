@@ -26,7 +26,7 @@ from sfumato.model.adapters import Adapters
 from sfumato.model.config import ModelConfig
 from sfumato.model.loaded import LoadedAdapter
 from sfumato.model.prompt import Prompt
-from sfumato.options import OPTIONS, SHAPING, Options
+from sfumato.options import OPTIONS, Options
 from sfumato.templates import adapters, scores
 from sfumato.templates.checks import check_query
 from sfumato.templates.deciding import Deciding
@@ -56,6 +56,9 @@ from sfumato.text.reader import Reader
 from sfumato.text.replies import PromptEnd, ReplyParser
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
+
+DECISION_OPTIONS = ("seed", "adapter")
+"""The options that decisions take."""
 
 STRENGTH = 0.5
 """The share of an edited text that starts as noise, where the caller leaves it open."""
@@ -278,14 +281,17 @@ class Planner:
     def decide(self, query: Decide) -> Plan[Decisions]:
         """The plan of decisions: see `deciding`."""
         self.config.check_canvas("decide")
-        for name in SHAPING:
-            if (value := getattr(query.options, name)) != OPTIONS[name].default:
-                message = (
-                    f"{name} is {reprlib.repr(value)}; a decision reads the model's own probabilities, leave it out"
+        arguments.check_options(query.options)
+        for name, option in OPTIONS.items():
+            value = getattr(query.options, name)
+            if name not in DECISION_OPTIONS and value != option.default:
+                raise InputError(
+                    f"{name} is {reprlib.repr(value)}; a decision reads the model's own probabilities and takes "
+                    f"{' and '.join(DECISION_OPTIONS)} alone, leave it out",
+                    option=name,
                 )
-                raise InputError(message, option=name)
         seed = query.options.seed or 0  # the same question has the same answer
-        options = self.resolve(replace(_of_templates(query.options), seed=seed))
+        options = self.resolve(replace(query.options, seed=seed))
         adapter = self._adapter_of(query.options)
         temperatures = self.calibration.temperatures if adapter is None else adapter.temperatures
         deciding = Deciding(query, self.config, self.tokenizer, self.prompts, self.ask, temperatures)

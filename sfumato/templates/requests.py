@@ -38,6 +38,17 @@ Think = Literal["never", "auto", "always"]
 """When a model thinks before it decides."""
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Roles of a conversation's messages, as the APIs name them."""
+
+
+def _is_message(value: Any) -> bool:
+    """Whether a value is meant as a message: a record with a role, and with what a message has or a role of its own."""
+    if not isinstance(value, Mapping) or "role" not in value:
+        return False
+    return "content" in value or "tool_calls" in value or value["role"] in ROLES
+
+
 def _question_named(id: Any, value: Any) -> Question:
     """A question as a value, however it is written. InputError names the question."""
     if isinstance(value, Question):
@@ -212,14 +223,14 @@ class Decide(QueryFor[Decisions]):
 
     @property
     def conversation(self) -> Messages | None:
-        """The state, where it is a conversation: messages, each with a role."""
+        """The state, where it is a conversation: messages, each with a role. Other records with a "role" are data."""
         state = [self.state] if isinstance(self.state, Mapping) else self.state
         is_list = isinstance(state, (list, tuple)) and bool(state)
-        return state if is_list and all(isinstance(one, Mapping) and "role" in one for one in state) else None
+        return state if is_list and all(map(_is_message, state)) else None
 
     @property
     def text(self) -> str:
-        """What a `Span` quotes from: the state as it is read, or the texts of its messages between empty lines."""
+        """The text that a `Span` quotes: the state, or what the messages say, with a blank line between them."""
         messages = self.conversation
         return state_text(self.state) if messages is None else "\n\n".join(map(_text_of, messages))
 

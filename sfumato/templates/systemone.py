@@ -64,7 +64,10 @@ def decide_of(body: Any, **reading: Any) -> Decide:
     state = body["state"]
     if not isinstance(state, str | Mapping | list):
         raise InputError(f"state is {reprlib.repr(state)}; give a text, an object or a list", option="state")
-    return query_about(state, bool(body.get("x_chat")), body["questions"], options=options, **fields)
+    is_chat = body.get("x_chat")
+    if not isinstance(is_chat, bool | None):
+        raise InputError(f"x_chat is {reprlib.repr(is_chat)}; give true or false", option="x_chat")
+    return query_about(state, bool(is_chat), body["questions"], options=options, **fields)
 
 
 def query_about(state: Any, is_chat: bool, questions: Mapping[str, Any], **more: Any) -> Decide:

@@ -122,8 +122,11 @@ def test_a_threshold_asks_for_thinking_where_it_is_needed() -> None:
         (["x", "--yes-no", "a?", "--raw"], "No such option: --raw"),
         (["x", "--yes-no", "a?", "-o", "f"], "-o is for --data and --systemone"),
         (["--data", "d.jsonl", "--yes-no", "a?", "--resume"], "--resume is given without -o"),
-        (["--data", "d.jsonl", "--yes-no", "a?", "-o", "d.jsonl"], "d.jsonl is there already"),
-        (["--data", "d.jsonl", "--yes-no", "a?", "-o", "d.jsonl", "--resume"], "line 1 of d.jsonl is no answer"),
+        (["--data", "d.jsonl", "--yes-no", "a?", "-o", "o.json"], "o.json is there already"),
+        (["--data", "d.jsonl", "--yes-no", "a?", "-o", "o.json", "--resume"], "line 1 of o.json is no answer"),
+        (["--data", "d.jsonl", "--yes-no", "a?", "-o", "./d.jsonl", "--resume"], "d.jsonl is read by this command"),
+        (["--data", "d.jsonl", "--questions", "o.json", "-o", "o.json", "--force"], "o.json is read by this command"),
+        (["--systemone", "o.json"], ": questions is missing; give an object"),
         (["--data", "d.jsonl"], "there is no question"),
         (["x", "--state", "d.jsonl", "--yes-no", "a?"], "--state and a text are given"),
         (["--state", "none.txt", "--yes-no", "a?"], "cannot read none.txt"),
@@ -137,9 +140,11 @@ def test_bad_input_is_one_line_and_code_2(
     sfumato: Call, no_model: None, put: Put, arguments: list[str], words: str
 ) -> None:
     put('"text"\n', "d.jsonl")
+    put('{"state": "x"}', "o.json")  # no line is whole, and none an answer
     put('{"state": "x", "questions": {"a": {"type": "box"}}}', "r.json")
     code, out, err = sfumato("decide", *arguments, stdin=b'{"a": ["b", "c"]}')
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err
+    assert (Path("d.jsonl").read_text(), Path("o.json").read_text()) == ('"text"\n', '{"state": "x"}')
 
 
 @pytest.mark.parametrize(
@@ -232,7 +237,7 @@ def test_each_line_of_data_gets_its_line_of_answers(sfumato: Call, put: Put) -> 
     code, out, err = sfumato("decide", "--data", "d.jsonl", *flags)
     records = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and err == (
-        "sfumato: 2 of 6 lines have no answer; the first is line 5: line 5 of d.jsonl is not JSON: Expecting value: "
+        "sfumato: 2 of 6 lines have no answer; the first is line 5 of d.jsonl is not JSON: Expecting value: "
         "line 1 column 1 (char 0)\n"
     )
     assert [record["line"] for record in records] == [1, 3, 5, 7, 9, 11]

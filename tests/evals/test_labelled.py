@@ -47,7 +47,7 @@ def line(state: Any = "a b", questions: Any = None, answers: Any = None, **more:
         (SCORE, {"type": "score", "score": 1.1, "probabilities": {"0": 0.2, "1": 0.5, "2": 0.3}}, "1"),
         (SPAN, " one ", "one"),
         (SPAN, {"type": "x_span", "passage": "two", "start": 4, "end": 7}, "two"),
-        (SPAN, {"type": "x_span", "passage": "one", "probabilities": {"one": 0.6, "two": 0.4}}, "one"),
+        (SPAN, {"type": "x_span", "passage": "two", "probabilities": {"one": 0.6, "two": 0.4}}, "one"),
     ],
 )
 def test_labels_in_any_spelling(question: Any, label: Any, name: str) -> None:
@@ -67,6 +67,17 @@ def test_labels_in_any_spelling(question: Any, label: Any, name: str) -> None:
 def test_a_label_that_is_none_is_named(question: Any, label: Any) -> None:
     with pytest.raises(InputError, match=r"^is .*; (the question has|give one line)"):
         answer_of(question, label, "one\ntwo")
+
+
+def test_what_a_server_was_asked_and_answered_is_a_label() -> None:
+    """Of a conversation, whose passages are those of its messages, too."""
+    questions = {"q": RECORD, "s": {"type": "x_span", "instructions": "Which?", "x_depends_on": {"q": True}}}
+    answers = {"s": {"type": "x_span", "passage": "Two.", "start": 5, "end": 9}}
+    state = [{"role": "user", "content": "One. Two."}, {"role": "assistant", "content": "Three."}]
+    labelled = labelled_state(line(state, questions, answers), "line 1")
+    assert labelled.answers == {"s": "Two."} and [*labelled.questions] == ["q", "s"]
+    with pytest.raises(InputError, match="question 's': type is 'box'"):
+        labelled_state(line(questions={"s": {"type": "box"}}), "line 1")
 
 
 def test_lines_that_are_wrong_are_named_and_the_others_read() -> None:

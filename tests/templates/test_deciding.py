@@ -291,6 +291,27 @@ def test_a_model_without_a_template_answers_behind_plain_text(nano: LLM) -> None
         llm.decide([{"role": "user", "content": "A text."}], questions)
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("a\ud800", "the state has a lone surrogate"),
+        ([{"role": "user"}], "message 0 .* has no content"),
+        ([{"role": "king", "content": "a"}], "has the role 'king'"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}, {"type": "text", "text": "A."}]}], "message 0"),
+        ([{"role": "user", "content": [{"type": "image_url", "text": "a"}]}], "'image_url'"),
+    ],
+)
+def test_what_is_wrong_with_a_state_is_said_of_the_state(llm: LLM, state: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words) as refused:
+        llm.decide(state, {"a": Noul("Is it?"), "b": Span("Where?")})
+    assert refused.value.option == "state"
+
+
+def test_a_record_with_a_role_is_data(llm: LLM) -> None:
+    one = llm.decide({"role": "engineer", "name": "Ann"}, {"a": Noul("Is it?")})
+    assert furthest(one, llm.decide('{"role": "engineer", "name": "Ann"}', {"a": Noul("Is it?")})) < CLOSE
+
+
 # ---- thoughts -------------------------------------------------------------------------------------------------------
 
 

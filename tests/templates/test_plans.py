@@ -182,6 +182,10 @@ def test_an_edit_by_instruction_comes_back_as_text_and_diff(llm: LLM) -> None:
         (lambda llm: llm.decide("x", {}), "questions is {}; give a record"),
         (lambda llm: llm.decide("x", {"a": ["b", "b"]}), "names an option twice"),
         (lambda llm: llm.decide("x", {"a": []}), "there are no options"),
+        (lambda llm: llm.decide("x", {"a": ["b"]}, temperature=0.5), "temperature is 0.5; a decision reads"),
+        (lambda llm: llm.decide("x", {"a": ["b"]}, images=[b""]), "images came with the state"),
+        (lambda llm: llm.decide("x", {"a": [f"{n} and more" for n in range(900)]}), "question 'a' has"),
+        (lambda llm: llm.decide("x " * 5000, {"a": ["b", "c"]}), "tokens behind a state of 10"),
         (lambda llm: llm.decide("x", {"a": "yes"}), "question 'a'"),
         (
             lambda llm: llm.fill([Slot(length=1)], options=Options(max_tokens=5)),

@@ -120,8 +120,8 @@ def test_any_query_runs_as_its_method_does(llm: LLM) -> None:
     template: list[str | Slot] = ["1", Slot("x", length=1)]
     assert llm.run(Fill(template, USER, ONE)).text == llm.fill(template, USER, options=ONE).text
     fields = {"a": Choice(["1", "2"], "a")}
-    decided = llm.run(Decide(USER, fields, options=ONE))
-    assert decided.answers == llm.decide(USER, {"a": ["1", "2"]}, options=ONE).answers
+    decided = llm.run(Decide(USER, fields, options=Options(seed=1)))
+    assert decided.answers == llm.decide(USER, {"a": ["1", "2"]}, seed=1).answers
 
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
@@ -203,3 +203,19 @@ def test_constraints_that_are_not_compiled_make_a_query_slow(llm: LLM) -> None:
 def test_queries_and_the_protocol_import_no_torch() -> None:
     code = "import sys, sfumato.templates.requests, sfumato.templates.interface; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "is_conversation"),
+    [
+        (USER, True),
+        (USER[0], True),
+        ([{"role": "assistant", "tool_calls": []}], True),
+        ([{"role": "user"}], True),  # a message that lacks its text, which is said
+        ({"role": "engineer", "name": "Ann"}, False),
+        ([{"role": "admin", "name": "Ann"}, USER[0]], False),
+        ([{"role": ["user"]}], False),
+    ],
+)
+def test_a_record_with_a_role_is_a_message_only_if_it_looks_like_one(state: Any, is_conversation: bool) -> None:
+    assert (Decide(state, {"a": ["1", "2"]}).conversation is not None) is is_conversation  # type: ignore[dict-item]

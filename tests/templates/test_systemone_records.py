@@ -106,6 +106,7 @@ def test_what_a_request_leaves_open_is_the_callers() -> None:
         ({"state": "a", "questions": {}, "assets": {"i": {}}}, "images are not read yet", "assets"),
         ({"state": "a", "questions": {}, "x_seed": -1}, "seed", "seed"),
         ({"state": 3, "questions": {}}, "state is 3; give a text", "state"),
+        ({"state": ["a"], "questions": {}, "x_chat": "false"}, "x_chat is 'false'; give true or false", "x_chat"),
         ({"state": ["a"], "questions": {}, "x_chat": True}, "x_chat is true, and the state is no list", "x_chat"),
     ],
 )
