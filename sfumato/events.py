@@ -271,7 +271,7 @@ class Decision:
         return confidence([*self.probabilities.values()])
 
     def __repr__(self) -> str:
-        share = f"{self.probabilities.get(self.choice, 0.0):.1%} of {len(self.probabilities)} choices"
+        share = f"{self.probabilities.get(self.choice, 0.0):.1%} of {len(self.probabilities)} options"
         return _answer_repr("Decision", self.choice, [share])
 
     def __str__(self) -> str:

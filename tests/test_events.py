@@ -45,7 +45,7 @@ def test_events_and_results_say_what_they_are_in_one_short_line() -> None:
         (Commit(0, 1, 4, [5, 6], text="ab", thought="hm"), "<Commit 'ab', canvas 1, 4 steps, 2 tokens, thought>"),
         (Filled("a b", {"x": "b"}, usage, 3), "<Filled 'a b', 1 slot, 82 tokens in 5 steps, 0.12 s, seed 3>"),
         (Edited("b", "a", usage, 3), "<Edited 'b', changed, 82 tokens in 5 steps, 0.12 s, seed 3>"),
-        (Decision("yes", {"yes": 0.75, "no": 0.25}), "<Decision 'yes', 75.0% of 2 choices>"),
+        (Decision("yes", {"yes": 0.75, "no": 0.25}), "<Decision 'yes', 75.0% of 2 options>"),
     ]
     for record, words in cases:
         assert repr(record) == words

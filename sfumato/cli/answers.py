@@ -35,20 +35,20 @@ def screen(decisions: Decisions, questions: Mapping[str, Question]) -> Group:
     )
 
 
-def table(decisions: Mapping[str, Decision], questions: Mapping[str, Question] | None = None) -> Table:
+def table(decisions: Mapping[str, Decision], questions: Mapping[str, Question]) -> Table:
     """A line an option, the likeliest first, and levels in their order; the bars are probabilities."""
     rows = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     rows.add_column(overflow="fold")
     rows.add_column(overflow="fold")
     rows.add_column(no_wrap=True)
     rows.add_column(justify="right", no_wrap=True)
-    for number, id in enumerate(questions if questions is not None else decisions):
+    for number, (id, question) in enumerate(questions.items()):
         if number:
             rows.add_row()
         if id in decisions:
             _add(rows, id, decisions[id])
         else:
-            rows.add_row(visible(id, "bold"), _why_skipped(questions, id))
+            rows.add_row(visible(id, "bold"), _why_skipped(question))
     return rows
 
 
@@ -115,7 +115,7 @@ def _short(text: str, most: int = LONGEST) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _why_skipped(questions: Mapping[str, Question] | None, id: str) -> Text:
-    above = (questions or {})[id].depends_on
+def _why_skipped(question: Question) -> Text:
+    above = question.depends_on
     why = "" if above is None else f": needs {_short(above.id, 40)} = {_short(above.answer, 40)}"
     return visible(f"not asked{why}", "dim")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast, get_args
 
@@ -155,7 +155,7 @@ def read_questions(text: str, file: str) -> dict[str, Question]:
     questions = {}
     for name, record in records.items():
         try:
-            questions[name] = _options(name, record) if isinstance(record, list) else question_of(record)
+            questions[name] = Choice(record, name) if isinstance(record, list) else question_of(record)
         except InputError as error:
             raise InputError(f"question {name!r} of {file}: {error}") from None
     return questions
@@ -176,7 +176,9 @@ def _span(text: str) -> tuple[str, Question]:
 
 def _choice(text: str) -> tuple[str, Question]:
     name, options = _listed("--field", text, "A|B|…", "mood=happy|unhappy")
-    return name, _options(name, options)
+    if len(options) < 2 or not all(options) or len({*options}) < len(options):
+        raise InputError(f"question {name!r} has the options {options}; give two or more different ones, none empty")
+    return name, Choice(options, name)
 
 
 def _score(text: str) -> tuple[str, Question]:
@@ -201,12 +203,3 @@ def _listed(flag: str, text: str, form: str, example: str) -> tuple[str, list[st
     if not name or not is_pair:
         raise InputError(f'{flag} is {text!r}; give NAME={form}, such as "{example}"')
     return name, [part.strip() for part in parts.split("|")]
-
-
-def _options(name: str, options: Sequence[Any]) -> Choice:
-    """A choice whose name is what is asked; InputError where there is nothing to choose."""
-    if not all(isinstance(option, str) and option for option in options):
-        raise InputError(f"question {name!r} has the options {options}; options are texts, none empty")
-    if len(options) < 2 or len(set(options)) < len(options):
-        raise InputError(f"question {name!r} has the options {options}; give two or more different ones")
-    return Choice([*options], name)

@@ -64,7 +64,7 @@ def labelled_state(line: bytes, place: str) -> LabelledState:
         if id not in query.questions:
             raise InputError(f"answers has {reprlib.repr(id)}, which is not among the questions")
         try:
-            answers[id] = answer_of(query.questions[id], label, query.text)
+            answers[id] = option_of(query.questions[id], label, query.text)
         except InputError as error:
             raise InputError(f"the answer of {reprlib.repr(id)} {error}") from None
     needed = {above for id in answers for above in _with_those_above(id, query.questions)}
@@ -72,7 +72,7 @@ def labelled_state(line: bytes, place: str) -> LabelledState:
     return LabelledState(place, state, needed_questions, answers)
 
 
-def answer_of(question: Question, label: Any, text: str = "") -> str:
+def option_of(question: Question, label: Any, text: str = "") -> str:
     """The name of the option that a label means, of a span a passage of the text. InputError for one that is none."""
     if isinstance(label, Mapping) and label.get("type") == TYPES[question.kind]:
         label = _likeliest(question, label)

@@ -15,7 +15,17 @@ from typing import Any
 from sfumato.errors import InputError
 from sfumato.model.prompt import Prompt
 from sfumato.options import OPTIONS, Options, differences
-from sfumato.templates.requests import AnswerQuery, Chat, Edit, Fill, Infill, Likelihood, Messages, QueryFor
+from sfumato.templates.requests import (
+    DECISION_OPTIONS,
+    AnswerQuery,
+    Chat,
+    Edit,
+    Fill,
+    Infill,
+    Likelihood,
+    Messages,
+    QueryFor,
+)
 
 _UNSENT = ("early", "short", "drafts", "adapter")
 """Options of templates that a Sfumato server's routes do not take, drafts, which a whole result does not have, and the
@@ -27,10 +37,6 @@ TEMPLATE_OPTIONS = tuple(
     if {"canvas", "templates"} <= set(option.about.uses) and name not in _UNSENT
 )
 """Options that a Sfumato server takes with a template."""
-
-DECISION_OPTIONS = ("seed",)
-"""Options that decisions take, besides the adapter."""
-
 
 DECISIONS = "/systemone"
 """The route of decisions."""

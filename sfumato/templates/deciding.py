@@ -140,11 +140,12 @@ class Deciding:
         ]
         for sheet, read in zip(sheets, each, strict=True):
             if len(head) + len(read.tokens) + read.length > self.config.max_position:
-                most = self.config.max_position
+                most, is_long = self.config.max_position, len(read.tokens) > len(head)
                 raise CapacityError(
                     f"question {sheet.id!r} has {len(read.tokens)} tokens behind a state of {len(head)}, and a canvas "
                     f"of {read.length} more, beyond the context of {most}; shorten the question or the state",
-                    option="questions" if len(read.tokens) > len(head) else "state",
+                    option="questions" if is_long else "state",
+                    item=sheet.id if is_long else None,
                 )
         open_reads = [read for read in each if read.glances]
         values: dict[Read, list[list[float]]] = {}

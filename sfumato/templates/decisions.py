@@ -68,10 +68,10 @@ class AnswerSet:
 
     def probabilities(self, logits: Sequence[Sequence[float]]) -> list[float]:
         """The probability of each answer, from the logits that `glances` show: the mean over the draws."""
-        total, draws = [0.0] * len(self.names), max(1, len(logits) // max(1, len(self.forks)))
-        for draw in range(draws):
+        total, count = [0.0] * len(self.names), max(1, len(self.forks))
+        for first in range(0, max(1, len(logits)), count):
             log_p = [0.0] * len(self.names)
-            for fork, own in zip(self.forks, logits[draw * len(self.forks) :], strict=False):
+            for fork, own in zip(self.forks, logits[first : first + count], strict=True):
                 whole = log_sum(own)
                 for value, members in zip(own, fork.branches.values(), strict=True):
                     for n in members:

@@ -269,7 +269,7 @@ class LanguageModel(ABC):
         """Answer questions with given answers: `decide(email, {"refund": Noul("Is a refund requested?")})["refund"]`.
 
         `state` is what they are about: a text, a conversation, or plain data. A question is a `Noul`, `Choice`, `Score`
-        or `Span`, its record, or a list of choices, for which the id is what is asked. Each is read on its own, so that
+        or `Span`, its record, or a list of options, for which the id is what is asked. Each is read on its own, so that
         no answer depends on the others; `Decide` has the meaning of the rest."""
         if "images" in more:
             raise InputError("images came with the state, and this version reads text alone; leave them out")

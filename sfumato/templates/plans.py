@@ -35,6 +35,7 @@ from sfumato.templates.layout import EncodedTemplate, Sheet, lay_out, spans_of
 from sfumato.templates.lengths import LENGTH_STEPS, LONGEST, LengthScore, candidates
 from sfumato.templates.prompts import PromptEncoder
 from sfumato.templates.requests import (
+    DECISION_OPTIONS,
     AdapterQuery,
     AnswerQuery,
     Chat,
@@ -56,9 +57,6 @@ from sfumato.text.reader import Reader
 from sfumato.text.replies import PromptEnd, ReplyParser
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
-
-DECISION_OPTIONS = ("seed", "adapter")
-"""The options that decisions take."""
 
 STRENGTH = 0.5
 """The share of an edited text that starts as noise, where the caller leaves it open."""

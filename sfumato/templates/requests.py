@@ -37,6 +37,9 @@ Result = TypeVar("Result")
 Think = Literal["never", "auto", "always"]
 """When a model thinks before it decides."""
 
+DECISION_OPTIONS = ("seed", "adapter")
+"""The options that decisions take."""
+
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Roles of a conversation's messages, as the APIs name them."""

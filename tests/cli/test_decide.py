@@ -152,8 +152,8 @@ def test_bad_input_is_one_line_and_code_2(
     [
         ("[1]", "must be an object of names and questions"),
         ('{"a": "b|c"}', "question 'a' of file: a question is 'b|c'"),
-        ('{"a": ["b", 1]}', "options are texts"),
-        ('{"a": ["b", ["c"]]}', "options are texts"),
+        ('{"a": ["b", 1]}', "is no text; give names"),
+        ('{"a": ["b", ["c"]]}', "is no text; give names"),
         ('{"a": {"type": "noul"}}', "neither instructions nor criteria"),
         ('{"a": ["b", "c"], "a": ["d", "e"]}', "says 'a' twice"),
         ("{}", "must be an object"),

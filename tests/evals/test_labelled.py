@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from sfumato.errors import BusyError, InputError, WorkerError
-from sfumato.evals.labelled import LabelledState, answer_of, labelled_state, labelled_states
+from sfumato.evals.labelled import LabelledState, labelled_state, labelled_states, option_of
 from sfumato.evals.labelled_reads import KeptReads, ReadingPlan, StateReads, read_states
 from sfumato.llm import LLM
 from sfumato.options import Options
-from sfumato.questions import Choice, Dependency, Noul, Score, Span
+from sfumato.questions import Choice, Noul, Score, Span
 from sfumato.templates import patience
 
 NOUL, SCORE, SPAN = Noul("Is it?"), Score(["low", {"a": 1}, "2"]), Span("Which?", "line")
@@ -51,7 +51,7 @@ def line(state: Any = "a b", questions: Any = None, answers: Any = None, **more:
     ],
 )
 def test_labels_in_any_spelling(question: Any, label: Any, name: str) -> None:
-    assert answer_of(question, label, "one\ntwo") == name
+    assert option_of(question, label, "one\ntwo") == name
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_labels_in_any_spelling(question: Any, label: Any, name: str) -> None:
 )
 def test_a_label_that_is_none_is_named(question: Any, label: Any) -> None:
     with pytest.raises(InputError, match=r"^is .*; (the question has|give one line)"):
-        answer_of(question, label, "one\ntwo")
+        option_of(question, label, "one\ntwo")
 
 
 def test_what_a_server_was_asked_and_answered_is_a_label() -> None:
@@ -118,12 +118,6 @@ def test_only_what_is_needed_is_asked() -> None:
     }
     state = labelled_state(line(questions=questions, answers={"c": True}), "here")
     assert [*state.questions] == ["a", "b", "c"] and state.answers == {"c": "true"}
-
-
-def test_questions_may_be_written_as_a_request_has_them() -> None:
-    names = {"type": "x_span", "instructions": "Which?", "x_depends_on": {"a": True}, "x_note": "passed over"}
-    state = labelled_state(line(questions={"a": RECORD, "b": names}, answers={"b": "a b"}), "here")
-    assert state.questions["b"] == Span("Which?", depends_on=Dependency("a", "true"))
 
 
 # ---- reads ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Bodies of multipart/form-data (RFC 7578), as far as files and JSON need them: each part's name and bytes.
 
 The body is in memory already, and its size is limited before. What is broken is refused by name rather than mended.
+Starlette's parser needs python-multipart, another dependency that reads what strangers send: it writes large parts to
+files, mends what is broken, and reads the stream, so that a compressed body would not reach it.
 """
 
 from __future__ import annotations

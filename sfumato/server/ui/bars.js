@@ -2,6 +2,7 @@
 
 import { ApiError } from "./api.js";
 import { el } from "./dom.js";
+import { answersOf } from "./questions.js";
 
 const IN_ORDER = 8; // options that keep their order; of more the likeliest come first
 const SHOWN = 300; // bars at most
@@ -71,9 +72,10 @@ export class Bars {
   }
 
   show(reading, question) {
+    const levels = new Map(question.kind === "score" ? answersOf(question) : []);
     const name = (option) => {
       if (question.kind === "noul") return option === "true" ? "Yes" : "No";
-      return question.kind === "score" ? `${option}: ${question.levels.filter((level) => level.trim())[option] ?? ""}` : option;
+      return levels.get(option) ?? option;
     };
     this.root.hidden = false;
     this.isStale = false;
