@@ -105,6 +105,8 @@ def command(
     Example: sfumato calibrate nano --data labels.jsonl --samples 4 -o mine.json
     """
     target = target_of(api, load, output)
+    for path in (target.path, output.plot):
+        files.check_not_read(path, (labels.data, labels.held_out))
     plot = files.new_path(output.plot, output.force, "--plot")
     states, wrong = read_labels(labels.data)
     held_out, more_wrong = read_labels(labels.held_out) if labels.held_out is not None else (None, [])
@@ -208,7 +210,8 @@ def read_labels(file: str) -> tuple[list[LabelledState], list[str]]:
     wrong = [f"{file}, {sentence}" for sentence in wrong]
     if not states:
         first = f"; {wrong[0]}" if wrong else ""
-        raise InputError(f"{file} has no labelled question{first}")
+        name = "standard input" if file == "-" else file
+        raise InputError(f"{name} has no labelled question{first}")
     return states, wrong
 
 

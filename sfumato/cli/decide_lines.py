@@ -77,9 +77,7 @@ def open_lines(name: str, force: bool, resume: bool, sources: Iterable[str] = ()
 
     `sources` are the files that are read; none of them is written."""
     path = Path(name).expanduser()
-    for source in sources:
-        if path.exists() and os.path.exists(source) and path.samefile(source):
-            raise InputError(f"{name} is read by this command, so that it cannot be written too; give another name")
+    files.check_not_read(path, sources)
     if not resume or not path.exists():
         files.new_path(name, force)
         return LineFile(path)

@@ -12,6 +12,7 @@ import secrets
 import stat
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,15 @@ class NewFile:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(beside)
+
+
+def check_not_read(path: str | Path | None, sources: Iterable[str | None]) -> None:
+    """InputError where a file to write is one of those that are read, however both are spelled."""
+    for source in sources:
+        if path is None or source is None or not (os.path.exists(path) and os.path.exists(source)):
+            continue
+        if os.path.samefile(path, source):
+            raise InputError(f"{path} is read by this command, so that it cannot be written too; give another name")
 
 
 def new_path(text: str | None, force: bool, name: str = "--output") -> NewFile | None:
