@@ -44,13 +44,14 @@ SENTENCES = (
     "Which takes",
 )
 """Sentences that are one token: in questions, and in what the generator asks."""
+DESKS = "billing repair sales orders support returns".split()
 WORDS = ("user", "model", "system", "Yes", "No", "trust", "Options", "Levels", "Count", "▁go", "▁of", "▁only")
 ENDS = ("\n-▁", "▁of▁10", "trust▁", "Options:", "Levels:", *(f"\n{digit}:" for digit in range(10)))
 
 
 def words() -> list[str]:
     """Words that are one token each."""
-    own = [*decisions.NAMES, *decisions.COLOURS, *decisions.DESKS]
+    own = [*decisions.NAMES, *decisions.COLOURS, *DESKS]
     both = [*decisions.NAMES, *decisions.SECOND, *decisions.COLOURS, *decisions.LEVELS, *decisions.PARTS]
     parts = [word for sentence in SENTENCES for word in _words(sentence)]
     return list(dict.fromkeys([*WORDS, *own, *("▁" + word for word in both), *parts]))

@@ -6,12 +6,13 @@ from __future__ import annotations
 class SfumatoError(Exception):
     """The root of the family: catch this to catch everything that Sfumato raises on purpose.
 
-    `option` is the name of the option or argument that is at fault, where one is.
+    `option` is the name of the option or argument that is at fault, where one is; `item` which of its values, where it
+    has several by name.
     """
 
-    def __init__(self, message: str = "", *, option: str | None = None) -> None:
+    def __init__(self, message: str = "", *, option: str | None = None, item: str | None = None) -> None:
         super().__init__(message)
-        self.option = option
+        self.option, self.item = option, item
 
 
 class InputError(SfumatoError, ValueError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sfumato.display.html import canvas_html
-from sfumato.questions import choice_confidence, score_confidence
+from sfumato.questions import AnswerKind, choice_confidence, score_confidence
 
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = 48
@@ -243,12 +243,12 @@ class Decision:
     """The likeliest option: its name, "true" or "false", a level's number, or a passage of the text."""
     probabilities: dict[str, float]
     """The probability of each option; they add up to 1. Of passages that are alike, of all of them."""
-    kind: str = "choice"
-    """"noul", "choice", "score" or "span"."""
+    kind: AnswerKind = "choice"
     legend: dict[str, Any] | None = None
     """Of a score: what each level is."""
     place: tuple[int, int] | None = None
-    """Of a span: where in the text it stands, from character, to character."""
+    """Of a span: where in the text it stands, from character, to character. The text of a conversation is that of its
+    messages, with empty lines between them."""
     thought: str | None = None
     """What the model thought before it was read again; None: it was read at once."""
 

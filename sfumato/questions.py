@@ -5,7 +5,8 @@
     Score(["Calm", "Frustrated", "Very angry"])        ordered levels, counted from 0
     Span("Where does the writer name the order?")      a passage of the text itself, word for word
 
-The names of the first three, and their records (`question_of`, `record_of`), are those of TypeSafe's System One API.
+The names of the first three, and their records (`question_of`, `record_of`), are those of TypeSafe's System One API;
+what is ours alone begins with `x_` there, which other servers and clients pass over.
 A question is put the same way whatever its id, its place and its neighbours: `text` knows nothing of them. Nothing here
 knows a model.
 """
@@ -16,7 +17,7 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from typing import Any, ClassVar, Literal, get_args
 
@@ -27,6 +28,9 @@ Content = str | Mapping[str, Any] | Sequence[Any]
 
 Unit = Literal["sentence", "line", "paragraph"]
 """What a `Span` may quote."""
+
+AnswerKind = Literal["noul", "choice", "score", "span"]
+"""Kinds of questions, by what answers them."""
 
 MOST_OPTIONS = 10_000
 """Options that a question may have, levels and passages too."""
@@ -55,7 +59,7 @@ class Noul:
     instructions: Content | None = None
     criteria: Mapping[str, Content | None] | None = None
     depends_on: Dependency | None = None
-    kind: ClassVar[str] = "noul"
+    kind: ClassVar[AnswerKind] = "noul"
 
     def __post_init__(self) -> None:
         _prepare(self)
@@ -101,7 +105,7 @@ class Choice:
     criteria: Mapping[str, Content | None] | Sequence[str]
     instructions: Content | None = None
     depends_on: Dependency | None = None
-    kind: ClassVar[str] = "choice"
+    kind: ClassVar[AnswerKind] = "choice"
 
     def __post_init__(self) -> None:
         _prepare(self)
@@ -146,7 +150,7 @@ class Score:
     criteria: Sequence[Content]
     instructions: Content | None = None
     depends_on: Dependency | None = None
-    kind: ClassVar[str] = "score"
+    kind: ClassVar[AnswerKind] = "score"
 
     def __post_init__(self) -> None:
         _prepare(self)
@@ -182,7 +186,7 @@ class Span:
     instructions: Content
     unit: Unit = "sentence"
     depends_on: Dependency | None = None
-    kind: ClassVar[str] = "span"
+    kind: ClassVar[AnswerKind] = "span"
 
     def __post_init__(self) -> None:
         _prepare(self)
@@ -205,28 +209,34 @@ class Span:
 Question = Noul | Choice | Score | Span
 """A question of any kind."""
 
-KINDS: Mapping[str, type[Question]] = {kind.kind: kind for kind in get_args(Question)}
-"""Kinds of questions by the name that a record has in "type"."""
+KINDS: Mapping[AnswerKind, type[Question]] = {kind.kind: kind for kind in get_args(Question)}
+"""Kinds of questions by their names."""
 
-FIELDS: Mapping[str, tuple[str, ...]] = {
-    "noul": ("instructions", "criteria"),
-    "choice": ("criteria", "instructions"),
-    "score": ("criteria", "instructions"),
-    "span": ("instructions", "unit"),
+FIELDS: Mapping[AnswerKind, tuple[str, ...]] = {
+    name: tuple(one.name for one in fields(kind) if one.name != "depends_on") for name, kind in KINDS.items()
 }
 """What a record of each kind may have beside "type"; `depends_on` any."""
+
+OWN = "x_"
+"""What the names in records begin with that System One does not have."""
+
+TYPES: Mapping[AnswerKind, str] = {name: f"{OWN}span" if name == "span" else name for name in KINDS}
+"""What a record says in "type" for each kind."""
 
 
 def question_of(record: Any) -> Question:
     """The question of a record, as System One has it: `{"type": "noul", "instructions": …, "criteria": …}`.
 
-    InputError for one that is none; its `option` is the field that is wrong. Fields that no kind has are refused."""
+    What is ours may leave out its `x_`; other names that begin with it are passed over. InputError for what is no
+    question; its `option` is the field that is wrong. Fields that no kind has are refused."""
     if not isinstance(record, Mapping):
         raise InputError(f"a question is {reprlib.repr(record)}; give a record with type, instructions and criteria")
-    kind = record.get("type")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"type is {reprlib.repr(kind)}; choose {', '.join(KINDS)}", option="type")
-    values = {name: value for name, value in record.items() if name not in ("type", "depends_on")}
+    type_name = record.get("type")
+    kind = next((kind for kind, name in TYPES.items() if type_name in (kind, name)), None)
+    if kind is None:
+        raise InputError(f"type is {reprlib.repr(type_name)}; choose {', '.join(KINDS)}", option="type")
+    known = ("type", "depends_on")
+    values = {name: value for name, value in record.items() if name not in known and not str(name).startswith(OWN)}
     for name in values:
         if name not in FIELDS[kind]:
             raise InputError(
@@ -238,18 +248,18 @@ def question_of(record: Any) -> Question:
         )
     if kind == "span" and "instructions" not in values:
         raise InputError("a span has no instructions; say which passage is meant", option="instructions")
-    question: Question = KINDS[kind](depends_on=_dependency(record.get("depends_on")), **values)
+    question: Question = KINDS[kind](depends_on=_dependency(_below(record)), **values)
     return question
 
 
 def record_of(question: Question) -> dict[str, Any]:
     """The record of a question, of which `question_of` makes the same one."""
-    record: dict[str, Any] = {"type": question.kind}
+    record: dict[str, Any] = {"type": TYPES[question.kind]}
     for name in FIELDS[question.kind]:
         if (value := getattr(question, name)) is not None:
             record[name] = list(value) if isinstance(value, tuple) else value
     if question.depends_on is not None:
-        record["depends_on"] = {question.depends_on.id: question.depends_on.answer}
+        record[f"{OWN}depends_on"] = {question.depends_on.id: question.depends_on.answer}
     return record
 
 
@@ -335,19 +345,20 @@ def check_questions(questions: Any) -> None:
     for id, question in questions.items():
         if not isinstance(id, str) or not id or not isinstance(question, Question):
             message = f"question {reprlib.repr(id)} is {reprlib.repr(question)}; give a text and a question"
-            raise InputError(message, option="questions")
+            raise InputError(message, option="questions", item=id if isinstance(id, str) else None)
         chain, at = {id}, question
         while at.depends_on is not None:
             above = questions.get(at.depends_on.id)
             if above is None or at.depends_on.id in chain:
                 which = "which is not asked" if above is None else "in a circle"
                 message = f"question {reprlib.repr(id)} depends on {reprlib.repr(at.depends_on.id)}, {which}; drop that"
-                raise InputError(message, option="questions")
+                raise InputError(message, option="questions", item=id)
             if not isinstance(above, Span) and at.depends_on.answer not in above.options:
                 raise InputError(
                     f"question {reprlib.repr(id)} depends on the answer {reprlib.repr(at.depends_on.answer)}, which "
                     f"{reprlib.repr(at.depends_on.id)} does not have; give one of its options",
                     option="questions",
+                    item=id,
                 )
             chain.add(at.depends_on.id)
             at = above
@@ -360,6 +371,12 @@ def _prepare(question: Any) -> None:
     for value in criteria.values() if isinstance(criteria, Mapping) else ():
         check_content("a description", value, option="criteria")
     object.__setattr__(question, "depends_on", _dependency(question.depends_on))
+
+
+def _below(record: Mapping[str, Any]) -> Any:
+    """What a record depends on, under either name."""
+    own = record.get(f"{OWN}depends_on")
+    return record.get("depends_on") if own is None else own
 
 
 def _dependency(value: Any) -> Dependency | None:

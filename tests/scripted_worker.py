@@ -23,7 +23,7 @@ import pytest
 
 from sfumato.engine.limits import BatchLimits
 from sfumato.errors import CapacityError, CheckpointError, InputError, WorkerError
-from sfumato.events import Commit, Decision, Done, Draft, Usage
+from sfumato.events import Commit, Decision, Decisions, Done, Draft, Usage
 from sfumato.options import LoadOptions, Options
 from sfumato.server.backend import Job, ModelCard, Outcome, Stats
 from sfumato.server.worker import child, loop, supervisor
@@ -32,6 +32,7 @@ from sfumato.templates.requests import AdapterQuery, Chat, Query
 
 CARD = ModelCard("scripted", 32, 512, 100, True, True, 12, "float32", "reference")
 COUNTERS = supervisor.COUNTERS
+DECIDED = Decisions({"colour": Decision("red", {"red": 1.0})}, Usage.total([]), 0)
 
 
 class Strange(InputError):
@@ -114,7 +115,7 @@ class Script:
                     time.sleep(0.001)
                     outcomes.append((id, Commit(0, 0, 1, [1])))
                 case {"result": "decision"}:
-                    outcomes.append((self._over(id), {"colour": Decision("red", {"red": 1.0})}))
+                    outcomes.append((self._over(id), DECIDED))
                 case {"left": left} if left > 0:
                     if job["drafts"]:
                         outcomes.append((id, Draft(0, 0, 1, [5], [0.123456789], [True])))

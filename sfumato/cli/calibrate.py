@@ -26,6 +26,7 @@ from sfumato.cli.settings import read_settings
 from sfumato.cli.view import visible
 from sfumato.errors import InputError
 from sfumato.options import MOST_STEPS, LoadOptions, Options
+from sfumato.templates.checks import MOST_SAMPLES
 
 if TYPE_CHECKING:
     from sfumato.evals.calibration import KindReport, LabelledRead
@@ -48,7 +49,7 @@ class LabelFlags:
         str | None, typer.Option(metavar="FILE", help="Judge on these. Default: each half by the other's fit.")
     ] = None
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps of each read.")] = 1
-    samples: Annotated[int, typer.Option(min=1, max=256, help="Draws of noise that are averaged.")] = 1
+    samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Draws of noise that are averaged.")] = 1
 
 
 @dataclass(frozen=True)

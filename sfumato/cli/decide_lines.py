@@ -24,9 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from sfumato.cli import files
 from sfumato.cli.output import put
-from sfumato.errors import BusyError, InputError, SfumatoError, WorkerError
+from sfumato.errors import InputError, SfumatoError
 from sfumato.events import Decisions
 from sfumato.templates.interface import LanguageModel
+from sfumato.templates.patience import run_patiently
 from sfumato.templates.requests import Decide
 
 AT_ONCE = 32
@@ -35,8 +36,6 @@ AT_ONCE_ELSEWHERE = 8
 """The same at a server that is not Sfumato's, and may hold no more connections."""
 ANSWERS = (b'{"line": ', b'{"model": ', b'{"detail": ')
 """What lines of answers begin with."""
-PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds that are waited before a server that is busy, or was lost, is asked again."""
 
 
 @dataclass(frozen=True)
@@ -272,16 +271,10 @@ async def _outcome(llm: LanguageModel, query: Decide | InputError) -> Decisions 
     """The decisions, or what is wrong with this one request; any other error is raised."""
     if isinstance(query, InputError):
         return query
-    for pause in (*PAUSES, None):
-        try:
-            return await llm.arun(query)
-        except InputError as error:
-            return error
-        except (BusyError, WorkerError):
-            if pause is None:
-                raise
-            await asyncio.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+    try:
+        return await run_patiently(llm, query)
+    except InputError as error:
+        return error
 
 
 def write_line(record: dict[str, Any], target: LineFile | None) -> None:

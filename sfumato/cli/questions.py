@@ -12,10 +12,9 @@ import typer
 from sfumato.cli import files
 from sfumato.errors import InputError
 from sfumato.options import MOST_STEPS
-from sfumato.questions import Choice, Noul, Question, Score, Span
+from sfumato.questions import Choice, Noul, Question, Score, Span, question_of
 from sfumato.templates.checks import MOST_SAMPLES
 from sfumato.templates.requests import Decide, Think
-from sfumato.templates.systemone import question_from
 
 NAME = re.compile(r"([\w.-]{1,64})=(.+)", re.DOTALL)
 """A question behind the name of its answer; without one the question is the name."""
@@ -156,7 +155,7 @@ def read_questions(text: str, file: str) -> dict[str, Question]:
     questions = {}
     for name, record in records.items():
         try:
-            questions[name] = _options(name, record) if isinstance(record, list) else question_from(record)
+            questions[name] = _options(name, record) if isinstance(record, list) else question_of(record)
         except InputError as error:
             raise InputError(f"question {name!r} of {file}: {error}") from None
     return questions

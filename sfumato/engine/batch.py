@@ -195,12 +195,7 @@ class Batch:
         """Within the context, whatever the answer's limit."""
         limit, room = request.options.max_tokens, self.context - len(request.prompt)
         if request.reads is not None:
-            if request.reads.longest > room:
-                raise CapacityError(
-                    f"{request.name} has {len(request.prompt)} tokens, and the longest question behind it with its "
-                    f"canvas {request.reads.longest}, beyond the context of {self.context}; shorten the prompt or the "
-                    "question"
-                )
+            request.check_reads(self.context)
             return request
         if room < 1 or (limit or 0) > room:
             answer = f" and max_tokens {limit}" if limit else ""

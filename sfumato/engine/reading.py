@@ -69,7 +69,7 @@ class _ReadPart(NamedTuple):
 
     @property
     def positions(self) -> int:
-        return self.encode + self.steps * (self.last - self.first) * self.read.each
+        return self.encode + self.steps * (self.last - self.first) * self.read.width
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -174,7 +174,7 @@ class ReadPasses:
             if encode < left:
                 return _ReadPart(seat, number, read, reads.steps, encode, first, first)
             room -= encode
-        count = min(len(read.glances) - first, max(1, room // (read.each * reads.steps)))
+        count = min(len(read.glances) - first, max(1, room // (read.width * reads.steps)))
         return _ReadPart(seat, number, read, reads.steps, encode, first, first + count)
 
     def _can_keep(self, part: _ReadPart) -> bool:

@@ -42,7 +42,7 @@ class Read:
         return (len(self.glances) - 1) * len(self.tokens) > REPEATED or len(self.tokens) > CHUNK
 
     @property
-    def each(self) -> int:
+    def width(self) -> int:
         """Positions that one of its canvases has in a pass."""
         return self.length + (0 if self.is_copied else len(self.tokens))
 
@@ -68,7 +68,7 @@ class Reads:
     def positions(self) -> int:
         """Positions that all of it computes."""
         copied = sum(len(read.tokens) for read in self.each if read.is_copied)
-        return copied + self.steps * sum(len(read.glances) * read.each for read in self.each)
+        return copied + self.steps * sum(len(read.glances) * read.width for read in self.each)
 
 
 @dataclass(eq=False)

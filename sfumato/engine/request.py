@@ -125,6 +125,14 @@ class Request:
         """Whether it is written canvas by canvas."""
         return self.is_diffusion and self.reads is None
 
+    def check_reads(self, context: int) -> None:
+        """CapacityError where what is read behind the prompt ends beyond so many tokens."""
+        if self.reads is not None and len(self.prompt) + self.reads.longest > context:
+            raise CapacityError(
+                f"{self.name} has {len(self.prompt)} tokens, and the longest question behind it with its canvas "
+                f"{self.reads.longest}, beyond the context of {context}; shorten the prompt or the question"
+            )
+
     def canvas_length(self, config: ModelConfig) -> int:
         """The model's own, or less for a short request without room for so much."""
         whole = config.canvas_length
@@ -181,14 +189,9 @@ class Request:
     def _check_room(self, config: ModelConfig) -> None:
         if not len(self.prompt):
             raise InputError(f"{self.name} is empty; give at least one token (the begin-of-text token, say)")
-        behind = self.canvas_length(config) if self.reads is None else self.reads.longest
-        need = len(self.prompt) + (behind if self.is_diffusion else 1)
+        self.check_reads(config.max_position)
+        need = len(self.prompt) + (self.canvas_length(config) if self.is_written else 1)
         if need > config.max_position:
-            if self.reads is not None:
-                raise CapacityError(
-                    f"{self.name} has {len(self.prompt)} tokens, and the longest question behind it with its canvas "
-                    f"{behind}, beyond the context of {config.max_position}; shorten the prompt or the question"
-                )
             raise CapacityError(
                 f"{self.name} has {len(self.prompt)} tokens and a canvas needs {need - len(self.prompt)} more, beyond "
                 f"the context of {config.max_position}; shorten the prompt"

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.errors import InputError
-from sfumato.questions import Noul, Question, Score, Span, check_content
+from sfumato.questions import TYPES, Noul, Question, Score, Span, check_content
 from sfumato.templates.checks import check_query
 from sfumato.templates.requests import Decide
-from sfumato.templates.systemone import question_from
 
 LONGEST_LINE = 16 << 20
 """Bytes of a line at most."""
@@ -53,7 +52,7 @@ def labelled_states(lines: Iterable[bytes], bad_lines: list[str]) -> Iterator[La
 def labelled_state(line: bytes, place: str) -> LabelledState:
     """The state of one line. InputError says what is wrong with it."""
     record = _record_of(line)
-    state, questions = record["state"], _questions_of(record["questions"])
+    state, questions = record["state"], record["questions"]
     check_content("the state", state, is_needed=True)
     query = Decide(state, questions)
     check_query(query)
@@ -75,7 +74,7 @@ def labelled_state(line: bytes, place: str) -> LabelledState:
 
 def answer_of(question: Question, label: Any, text: str = "") -> str:
     """The name of the option that a label means, of a span a passage of the text. InputError for one that is none."""
-    if isinstance(label, Mapping) and str(label.get("type")).removeprefix("x_") == question.kind:
+    if isinstance(label, Mapping) and label.get("type") == TYPES[question.kind]:
         label = _likeliest(question, label)
     if isinstance(question, Span):
         return _passage_of(question, label, text)
@@ -108,19 +107,6 @@ def _record_of(line: bytes) -> dict[str, Any]:
         if name not in record:
             raise InputError(f"it has no {name}; give state, questions and answers")
     return record
-
-
-def _questions_of(records: Any) -> Any:
-    """Questions as System One has them, ours too; what is no record of records is left to the checks."""
-    if not isinstance(records, Mapping):
-        return records
-    questions = {}
-    for id, record in records.items():
-        try:
-            questions[id] = question_from(record) if isinstance(record, Mapping) else record
-        except InputError as error:
-            raise InputError(f"question {reprlib.repr(id)}: {error}", option=error.option) from None
-    return questions
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,19 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.errors import BusyError, CapacityError, InputError, WorkerError
+from sfumato.errors import InputError
 from sfumato.evals.calibration import LabelledRead
 from sfumato.evals.labelled import LabelledState
 from sfumato.events import Decisions
 from sfumato.options import BIG, Options, differences
 from sfumato.questions import record_of
 from sfumato.templates.interface import LanguageModel
+from sfumato.templates.patience import run_patiently
 from sfumato.templates.requests import Decide
 
 AT_ONCE = 8
 """States that are read together, whose questions share passes."""
-WAITS = (1.0, 5.0, 20.0)
-"""Seconds before a server that is busy or lost is asked again; then the run ends, and can be taken up later."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,8 @@ async def read_states(
 
     async def read(state: LabelledState, key: str) -> StateReads | None:
         try:
-            decisions = await _decide_patiently(llm, plan.query(state))
-        except (InputError, CapacityError) as error:
+            decisions = await run_patiently(llm, plan.query(state))
+        except InputError as error:
             problems.append(f"{state.place}: {error}")
             return None
         kept.put(key, result := _result_of(state, decisions))
@@ -129,16 +128,6 @@ async def read_states(
     finally:
         for task in under_way:
             task.cancel()
-
-
-async def _decide_patiently(llm: LanguageModel, query: Decide) -> Decisions:
-    """The decisions of a model whose server may be busy, or lost for a moment."""
-    for wait in WAITS:
-        try:
-            return await llm.arun(query)
-        except (BusyError, WorkerError):
-            await asyncio.sleep(wait)
-    return await llm.arun(query)
 
 
 def _result_of(state: LabelledState, decisions: Decisions) -> StateReads:

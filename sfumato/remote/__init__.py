@@ -37,12 +37,10 @@ from sfumato.templates.checks import check_query
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.outcomes import results_of
 from sfumato.templates.requests import AnswerQuery, Chat, Complete, Decide, Likelihood, Query, QueryFor, Result
+from sfumato.templates.systemone import JEV
 
 AT_ONCE = 32
 """Requests under way of those that are awaited, or come in a list."""
-
-SYSTEM_ONE_MODEL = "jev-latest"
-"""The model that System One's own clients ask for where none is named."""
 
 _STANDARD = {
     *("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed"),
@@ -78,8 +76,8 @@ class Remote(LanguageModel):
         """Queries that are awaited, each with its listener."""
         cards = self._cards(is_needed=model is None)
         is_sfumato = any(card.get("owned_by") == "sfumato" for card in cards)
-        if model is None and not is_sfumato and SYSTEM_ONE_MODEL in self._host.models:
-            model = SYSTEM_ONE_MODEL
+        if model is None and not is_sfumato and JEV[0] in self._host.models:
+            model = JEV[0]
         if model is None and len(cards) != 1 and not is_sfumato:
             raise InputError(f"{self.url} offers {len(cards)} models; name one{self._host.choice()}")
         named = [card for card in cards if card["id"] == model]

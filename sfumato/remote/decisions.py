@@ -39,15 +39,14 @@ def _decide(host: Host, model: str, query: Decide, is_sfumato: bool) -> Decision
 
 def _in_waves(host: Host, model: str, query: Decide) -> Decisions:
     """A request for the questions that depend on nothing, then one for those that depend on these, and so on."""
-    waves, usages, seed = Waves(dict(query.questions)), list[Usage](), query.options.seed or 0
+    waves, usages, seed = Waves(query.questions), list[Usage](), query.options.seed or 0
     while wave := waves.next():
         questions = {id: _with_answer(question, query, waves.answers) for id, question in wave.items()}
         decisions = _decide(host, model, replace(query, questions=questions), False)
         waves.answers |= decisions.answers
         usages.append(decisions.usage)
         seed = decisions.seed
-    ordered = {id: waves.answers[id] for id in query.questions if id in waves.answers}
-    return Decisions(ordered, Usage.total(usages), seed, tuple(waves.skipped))
+    return waves.decisions(usages, seed)
 
 
 def _with_answer(question: Question, query: Decide, answers: dict[str, Decision]) -> Question:

@@ -18,7 +18,7 @@ from sfumato.server.http.document import ERRORS, gives
 from sfumato.server.http.options import listed
 from sfumato.server.http.service import Service
 from sfumato.server.http.static import PageFiles
-from sfumato.server.systemone.routes import JEV
+from sfumato.templates.systemone import JEV
 
 UI = Path(__file__).parent / "ui"
 """The page's files."""

@@ -28,9 +28,8 @@ NAMES = tuple("ann bob cat dan eve fay gus hal ida jon kim leo may ned".split())
 SECOND = tuple("fox lee ray".split())
 """Second words of a name: "ann" and "ann lee" may stand in one document."""
 COLOURS = tuple("red blue green gold pink grey black white".split())
-DESKS = tuple("billing repair sales orders support returns".split())
 PARTS = tuple("desk team".split())
-"""Second words of a desk."""
+"""Second words of a desk, which is named by its colour."""
 LEVELS = tuple("none one two three four five six seven eight nine".split())
 TRUST: Mapping[int, float] = {10: 0.5, 9: 0.2, 8: 0.1, 7: 0.1, 6: 0.1}
 """How often a document says so many of ten."""
@@ -96,9 +95,9 @@ def generate(rng: np.random.Generator, kind: str | None = None) -> str:
 
 def conversation(rng: np.random.Generator, turns: int) -> list[LabelledQuestion]:
     """Several questions about one document, of the kinds that it is for."""
-    makers = [kind.document for kind in KINDS.values()]
-    document, trust = makers[int(rng.integers(len(makers)))](rng), _trust(rng)
+    document, trust = KINDS[_one(rng, [*KINDS, "odd", "larger", "larger"])].document(rng), _trust(rng)
     kinds = [name for name, kind in KINDS.items() if kind.fits(document)]
+    kinds += ["odd"] * (5 if "odd" in kinds else 0) + ["count"] * (2 if "count" in kinds else 0)  # the hardest
     return [_labelled(rng, _one(rng, kinds), document, trust) for _ in range(turns)]
 
 
@@ -165,29 +164,27 @@ def _size(rng: np.random.Generator, least: int, most: int) -> int:
 
 
 def _people(rng: np.random.Generator, count: int) -> list[str]:
-    """Different names; some of two words, which may begin with another one. Many are of one word each."""
-    if count > 6:
-        return _some(rng, NAMES, count)
+    """Different names, some of two words, which may begin with another one."""
     people: list[str] = []
     for name in _some(rng, NAMES, count):
-        if people and len(people) < count and rng.random() < 0.1:
+        if people and len(people) < count and rng.random() < 0.05:
             people.append(f"{people[-1].split()[0]} {_one(rng, SECOND)}")
-        people.append(f"{name} {_one(rng, SECOND)}" if rng.random() < 0.15 else name)
+        people.append(f"{name} {_one(rng, SECOND)}" if rng.random() < 0.1 else name)
     people = list(dict.fromkeys(people))[:count]
     return [people[place] for place in rng.permutation(len(people))]
 
 
 def _colours(rng: np.random.Generator, least: int, most: int) -> Listing:
-    return {name: _one(rng, COLOURS) for name in _people(rng, _size(rng, least, most))}
+    return {name: _one(rng, COLOURS) for name in _some(rng, NAMES, _size(rng, least, most))}
 
 
 def _digits(rng: np.random.Generator) -> Listing:
-    people = _people(rng, _size(rng, 2, 5))
+    people = _people(rng, _size(rng, 2, 4))
     return {name: str(digit) for name, digit in zip(people, rng.permutation(10), strict=False)}
 
 
 def _all_but_one(rng: np.random.Generator) -> Listing:
-    people = _people(rng, _size(rng, 3, 8))
+    people = _some(rng, NAMES, _size(rng, 3, 5))
     most, other = _some(rng, COLOURS, 2)
     place = int(rng.integers(len(people)))
     return {name: other if line == place else most for line, name in enumerate(people)}
@@ -195,7 +192,7 @@ def _all_but_one(rng: np.random.Generator) -> Listing:
 
 def _mostly_one(rng: np.random.Generator) -> Listing:
     """Any number of lines of one colour, among others."""
-    people = _people(rng, _size(rng, 2, 9))
+    people = _some(rng, NAMES, _size(rng, 2, 4))
     colour, *others = _some(rng, COLOURS, len(COLOURS))
     count = int(rng.integers(0, len(people) + 1))
     colours = [colour] * count + [_one(rng, others) for _ in people[count:]]
@@ -206,7 +203,9 @@ def _contains(rng: np.random.Generator, document: Listing) -> tuple[OptionQuesti
     is_there = bool(rng.random() < 0.5)
     if rng.random() < 0.7:
         values = [*document.values()]
-        word = _one(rng, values if is_there else [colour for colour in COLOURS if colour not in values])
+        rest = [colour for colour in COLOURS if colour not in values]
+        is_there = is_there or not rest
+        word = _one(rng, values if is_there else rest)
         if rng.random() < 0.2:
             question = Noul(criteria={"true": f"there is {word}", "false": f"there is no {word}"})
             return question, 0 if is_there else 1
@@ -219,7 +218,7 @@ def _contains(rng: np.random.Generator, document: Listing) -> tuple[OptionQuesti
 
 
 def _larger(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, int]:
-    options = _some(rng, [*document], min(len(document), int(rng.integers(2, 5))))
+    options = _some(rng, [*document], min(len(document), int(rng.integers(2, 4))))
     text = _one(rng, ["Who has more?", "Which has the largest number?", "Who has most?"])
     return Choice(options, text), max(range(len(options)), key=lambda place: int(document[options[place]]))
 
@@ -228,7 +227,7 @@ def _count(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion,
     values = [*document.values()]
     colour = max(values, key=values.count) if rng.random() < 0.7 else _one(rng, COLOURS)
     least = max(len(values), 3)
-    levels = int(rng.integers(least, 10)) + 1 if least < 9 else 10
+    levels = int(rng.integers(least, 10)) + 1
     text = _one(rng, ["How many are {}?", "How many lines are {}?", "Count {}."]).format(colour)
     return Score(LEVELS[:levels], text), values.count(colour)
 
@@ -241,16 +240,13 @@ def _odd(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, i
 
 
 def _route(rng: np.random.Generator, document: Listing) -> tuple[OptionQuestion, int]:
-    name = _one(rng, [*document])
-    colour = document[name]
-    rest = _some(rng, [other for other in COLOURS if other != colour], int(rng.integers(1, 4)))
-    meanings = _some(rng, [colour, *rest], len(rest) + 1)
-    desks = [f"{desk} {_one(rng, PARTS)}" if rng.random() < 0.2 else desk for desk in _some(rng, DESKS, len(meanings))]
-    if rng.random() < 0.15:
-        desks[0] = desks[0].split()[0]
-        desks[1] = f"{desks[0]} {_one(rng, PARTS)}"
-    text = _one(rng, ["Where does this one go?\n{}", "Which takes this one?\n{}"]).format(name)
-    return Choice(dict(zip(desks, meanings, strict=True)), text), meanings.index(colour)
+    colour = _one(rng, [*document.values()])
+    rest = [other for other in COLOURS if other not in document.values()]
+    meanings = _some(rng, rest, _size(rng, 1, min(3, len(rest))))
+    truth = int(rng.integers(len(meanings) + 1))
+    meanings.insert(truth, colour)
+    desks = {f"{name} {_one(rng, PARTS)}" if rng.random() < 0.3 else name: f"{name} lines" for name in meanings}
+    return Choice(desks, _one(rng, ["Where does this go?", "Which takes this?"])), truth
 
 
 class QuestionKind(NamedTuple):
@@ -267,6 +263,10 @@ def _is_coloured(document: Listing) -> bool:
     return not any(value.isdigit() for value in document.values())
 
 
+def _leaves_a_colour(document: Listing) -> bool:
+    return _is_coloured(document) and len({*document.values()}) < len(COLOURS)
+
+
 def _has_one_odd(document: Listing) -> bool:
     values = [*document.values()]
     return len(values) > 2 and sorted(map(values.count, {*values})) == [1, len(values) - 1]
@@ -277,6 +277,6 @@ KINDS: Mapping[str, QuestionKind] = {
     "larger": QuestionKind(_digits, _larger, lambda document: not _is_coloured(document)),
     "count": QuestionKind(_mostly_one, _count, _is_coloured),
     "odd": QuestionKind(_all_but_one, _odd, _has_one_odd),
-    "route": QuestionKind(lambda rng: _colours(rng, 2, 5), _route, _is_coloured),
+    "route": QuestionKind(lambda rng: _colours(rng, 2, 5), _route, _leaves_a_colour),
 }
 """The kinds by name."""

@@ -1,8 +1,8 @@
-"""Drills for `decisions`: conversations about one document, with several typed questions and questions of one word.
+"""Drills for `decisions`: conversations about one document, with several typed questions and a step that they need.
 
 A model that begins from random weights learns from answers, and a typed question has one. Here a document of the same
-kind has many, in turns; between typed questions stand the steps that they are made of: who has a value, what a name
-has. An item is JSON: the user's messages and their answers in turn.
+kind has many, in turns; between typed questions stand some that ask what a name has. An item is JSON: the user's
+messages and their answers in turn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def generate(rng: np.random.Generator) -> str:
     pairs = []
     some = decisions.conversation(rng, TURNS)
     for one in some:
-        is_typed = rng.random() < 0.6
+        is_typed = rng.random() < 0.92
         pairs.append((one.question.text(), one.words[one.likeliest]) if is_typed else _step(rng, one.state))
     (first, answer), *rest = pairs
     return json.dumps([[f"{some[0].state}\n\n{first}", answer], *rest], separators=(",", ":"))
@@ -44,10 +44,7 @@ def answer_text(item: str) -> str:
 
 
 def _step(rng: np.random.Generator, state: str) -> tuple[str, str]:
-    """A name's value, or the name of a value that one line alone has."""
-    pairs = [line.rsplit(" ", 1) for line in state.split("\n")[1:]]
-    values = [value for _, value in pairs]
-    name, value = pairs[int(rng.integers(len(pairs)))]
-    if values.count(value) == 1 and rng.random() < 0.6:
-        return f"Who has {value}?", name
+    """What the document says of a name."""
+    lines = state.split("\n")[1:]
+    name, _, value = lines[int(rng.integers(len(lines)))].rpartition(" ")
     return f"This one?\n{name}", value

@@ -15,11 +15,11 @@ from sfumato.engine.plan import Ask, Plan
 from sfumato.engine.reads import Read, Readings, Reads
 from sfumato.engine.request import SHORT, Request
 from sfumato.errors import CapacityError, InputError
-from sfumato.events import Decision, Decisions, Done, Usage
+from sfumato.events import Decision, Decisions, Done
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
 from sfumato.options import Options
-from sfumato.questions import Question, Span, state_text
+from sfumato.questions import Question, Span
 from sfumato.templates.decisions import AnswerSet, decision_of, tempered
 from sfumato.templates.prompts import PromptEncoder
 from sfumato.templates.requests import Decide
@@ -67,7 +67,7 @@ class Deciding:
 
     def plan(self, options: Options) -> Plan[Decisions]:
         """The plan; `options` are resolved."""
-        waves = Waves(dict(self.query.questions))
+        waves = Waves(self.query.questions)
         answers = waves.answers
         while wave := waves.next():
             sheets = [self._sheet(id, question, answers) for id, question in wave.items()]
@@ -78,9 +78,7 @@ class Deciding:
             if self.query.think == "auto":
                 unsure = [sheet for sheet in sheets if answers[sheet.id].confidence < self.query.threshold]
                 answers |= yield from self._thought_about(unsure, options)
-        ordered = {id: answers[id] for id in self.query.questions if id in answers}
-        usage = Usage.total(done.usage for done in self.endings)
-        return Decisions(ordered, usage, options.seed or 0, tuple(waves.skipped))
+        return waves.decisions((done.usage for done in self.endings), options.seed or 0)
 
     def _sheet(self, id: str, question: Question, answers: Mapping[str, Decision]) -> _AnswerSheet:
         """A question with its answers in tokens. InputError names the question."""
@@ -95,7 +93,7 @@ class Deciding:
                 tokens = [self.tokenizer.encode(f"{lead}{word}") for word in question.words]
             answer_set = AnswerSet.of(names, tokens, self._end(tokens))
         except InputError as error:
-            raise InputError(f"question {id!r}: {error}", option="questions") from None
+            raise InputError(f"question {id!r}: {error}", option="questions", item=id) from None
         if question.depends_on is not None:
             above = question.depends_on.id
             text = f"{answer_sentence(self.query.questions[above], answers[above])}\n{text}"
@@ -104,17 +102,18 @@ class Deciding:
                 f"question {id!r} has options that are alike for {answer_set.deepest} tokens, more than a canvas of "
                 f"{self.config.canvas_length} holds; reword them",
                 option="questions",
+                item=id,
             )
         return _AnswerSheet(id, question, answer_set, text, tuple(places))
 
     def _passages(self, span: Span, lead: str) -> tuple[list[str], list[tuple[int, int]], list[list[int]]]:
         """The passages that a span may quote, where they first stand, and their tokens; each but once."""
-        state = self.query.text
+        text = self.query.text
         passages: dict[tuple[int, ...], tuple[int, int]] = {}
-        for first, last in span.passages(state):
-            passages.setdefault(tuple(self.tokenizer.encode(f"{lead}{state[first:last]}")), (first, last))
+        for first, last in span.passages(text):
+            passages.setdefault(tuple(self.tokenizer.encode(f"{lead}{text[first:last]}")), (first, last))
         places = [*passages.values()]
-        return [state[first:last] for first, last in places], places, [*map(list, passages)]
+        return [text[first:last] for first, last in places], places, [*map(list, passages)]
 
     def _end(self, answers: Sequence[Sequence[int]]) -> int:
         """The token behind a complete answer: what ends a turn, or a line where there are no turns, and no answer."""
@@ -148,16 +147,16 @@ class Deciding:
                     option="questions" if len(read.tokens) > len(head) else "state",
                 )
         open_reads = [read for read in each if read.glances]
-        values = {}
+        values: dict[Read, list[list[float]]] = {}
         if open_reads:
             reads = Reads(tuple(open_reads), self.query.steps)
             readings = Readings()
             request = Request(head, options, marks=[len(head)], reads=reads, name="the state")
             self.endings += yield [replace(self.ask(request), readings=readings)]
-            values = dict(zip(map(id, open_reads), readings.values, strict=True))
+            values = dict(zip(open_reads, readings.values, strict=True))
         answers = {}
         for sheet, read in zip(sheets, each, strict=True):
-            probabilities = sheet.answers.probabilities(values.get(id(read), []))
+            probabilities = sheet.answers.probabilities(values.get(read, []))
             probabilities = tempered(probabilities, self.temperatures.get(sheet.question.kind, 1.0))
             answers[sheet.id] = decision_of(sheet.question, sheet.answers.names, probabilities, sheet.places)
         return answers
@@ -176,9 +175,8 @@ class Deciding:
         return self.query.canvas
 
     def _prompts(self, sheets: Sequence[_AnswerSheet], is_thinking: bool) -> tuple[list[int], list[list[int]]]:
-        state = self.query.conversation or state_text(self.query.state)
         try:
-            return self.prompts.encode_around(state, [sheet.text for sheet in sheets], is_thinking)
+            return self.prompts.encode_around(self.query.beginning, [sheet.text for sheet in sheets], is_thinking)
         except CapacityError:
             raise
         except InputError as error:  # of the questions' texts all is checked already

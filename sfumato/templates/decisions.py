@@ -17,7 +17,7 @@ from typing import NamedTuple
 from sfumato.engine.reads import Glance
 from sfumato.errors import InputError
 from sfumato.events import Decision
-from sfumato.questions import Noul, Question, Score, Span
+from sfumato.questions import Question, Score, Span
 
 
 class Fork(NamedTuple):
@@ -99,16 +99,10 @@ def tempered(probabilities: Sequence[float], temperature: float) -> list[float]:
 def decision_of(
     question: Question, names: Sequence[str], probabilities: Sequence[float], places: Sequence[tuple[int, int]] = ()
 ) -> Decision:
-    """The decision that these probabilities of a question's answers make; `places` are those of passages."""
+    """The decision that these probabilities of a question's answers make; `places` are those of passages.
+
+    Of answers that are equally likely it is the first."""
     best = max(range(len(names)), key=probabilities.__getitem__)
-    by_name: dict[str, float] = {}
-    for name, p in zip(names, probabilities, strict=True):
-        by_name[name] = by_name.get(name, 0.0) + p
-    legend = None
-    if isinstance(question, Score):
-        legend = dict(zip(names, question.criteria, strict=True))
-    choice = names[best]
-    if isinstance(question, Noul):
-        choice = "true" if by_name["true"] >= by_name["false"] else "false"
+    legend = dict(zip(names, question.criteria, strict=True)) if isinstance(question, Score) else None
     place = places[best] if isinstance(question, Span) else None
-    return Decision(choice, by_name, question.kind, legend, place)
+    return Decision(names[best], dict(zip(names, probabilities, strict=True)), question.kind, legend, place)

@@ -273,10 +273,9 @@ class LanguageModel(ABC):
         no answer depends on the others; `Decide` has the meaning of the rest."""
         if "images" in more:
             raise InputError("images came with the state, and this version reads text alone; leave them out")
-        reading: dict[str, Any] = {"steps": steps, "samples": samples, "canvas": canvas, "think": think}
-        reading |= {"threshold": threshold, "calibrated": calibrated}
-        query = Decide(state, questions, **reading, options=arguments.options_of(options, more))  # type: ignore[arg-type]
-        return self.run(query)
+        chosen = arguments.options_of(options, more)
+        values: Any = questions  # which `Decide` makes questions
+        return self.run(Decide(state, values, steps, samples, canvas, think, threshold, calibrated, chosen))
 
     def score(
         self,

@@ -49,26 +49,27 @@ def _is_message(value: Any) -> bool:
     return "content" in value or "tool_calls" in value or value["role"] in ROLES
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message; what is none, the chat template refuses."""
-    content = message.get("content") or ""
-    texts = [content] if isinstance(content, str) else [part.get("text") for part in content]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-def _question_of(id: Any, value: Any) -> Any:
+def _question_named(id: Any, value: Any) -> Question:
     """A question as a value, however it is written. InputError names the question."""
     if isinstance(value, Question):
         return value
+    item = id if isinstance(id, str) else None
     if not isinstance(value, Mapping | list | tuple):
         message = f"question {reprlib.repr(id)} is {reprlib.repr(value)}; give a Noul, Choice, Score or Span"
-        raise InputError(f"{message}, its record, or a list of options", option="questions")
+        raise InputError(f"{message}, its record, or a list of options", option="questions", item=item)
     try:
-        if isinstance(value, (list, tuple)):
-            return Choice(value, id)
-        return question_of(value)
+        return question_of(value) if isinstance(value, Mapping) else Choice(value, id)
     except InputError as error:
-        raise InputError(f"question {reprlib.repr(id)}: {error}", option=error.option) from None
+        raise InputError(f"question {reprlib.repr(id)}: {error}", option=error.option, item=item) from None
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = [part.get("text") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    return "".join(text for text in parts if isinstance(text, str))
 
 
 def messages_of(prompt: ChatPrompt) -> Messages:
@@ -217,7 +218,7 @@ class Decide(QueryFor[Decisions]):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.questions, Mapping):
-            questions = {id: _question_of(id, value) for id, value in self.questions.items()}
+            questions = {id: _question_named(id, value) for id, value in self.questions.items()}
             object.__setattr__(self, "questions", questions)
 
     @property
@@ -234,7 +235,7 @@ class Decide(QueryFor[Decisions]):
         return state_text(self.state) if messages is None else "\n\n".join(map(_text_of, messages))
 
     @property
-    def beginning(self) -> Sequence[Any]:
+    def beginning(self) -> str | Messages:
         """What the questions are about."""
         return self.conversation or state_text(self.state)
 

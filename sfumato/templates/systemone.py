@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sfumato.errors import InputError
 from sfumato.events import Decision, Decisions, Usage
 from sfumato.options import Options
-from sfumato.questions import Choice, Noul, Question, Score, Span, question_of, record_of, state_text
+from sfumato.questions import OWN, TYPES, Choice, Noul, Question, Score, Span, record_of, state_text
+from sfumato.templates.decisions import decision_of
 from sfumato.templates.requests import Decide
+
+JEV = ("jev-latest", "jev-preview")
+"""Names that TypeSafe's clients ask for by default; the model is meant where nothing else here is called so."""
 
 READING = ("steps", "samples", "canvas", "think", "threshold", "calibrated")
 """Fields of `Decide` that a request may have, each behind `x_`."""
@@ -31,30 +36,6 @@ _COST = {"cached_tokens": "reused_tokens", "canvases": "canvases", "steps": "ste
 
 
 # ---- a request ------------------------------------------------------------------------------------------------------
-
-
-def question_from(record: Any) -> Question:
-    """The question of a record as a request has it: `x_span` and `x_depends_on` are ours, other `x_…` is passed over.
-
-    InputError for one that is none; its `option` is the field that is wrong."""
-    if not isinstance(record, Mapping):
-        return question_of(record)
-    plain = {name: value for name, value in record.items() if not (isinstance(name, str) and name.startswith("x_"))}
-    if plain.get("type") == "x_span":
-        plain["type"] = "span"
-    if record.get("x_depends_on") is not None:
-        plain["depends_on"] = record["x_depends_on"]
-    return question_of(plain)
-
-
-def record_for(question: Question) -> dict[str, Any]:
-    """The record of a question as a request has it, of which `question_from` makes the same one."""
-    record = record_of(question)
-    if isinstance(question, Span):
-        record["type"] = "x_span"
-    if (above := record.pop("depends_on", None)) is not None:
-        record["x_depends_on"] = above
-    return record
 
 
 def decide_of(body: Any, **reading: Any) -> Decide:
@@ -73,8 +54,7 @@ def decide_of(body: Any, **reading: Any) -> Decide:
     if not isinstance(body["questions"], Mapping):
         what = reprlib.repr(body["questions"])
         raise InputError(f"questions is {what}; give a record of ids and questions", option="questions")
-    questions = {id: _question_named(id, record) for id, record in body["questions"].items()}
-    fields = reading | {name: body[f"x_{name}"] for name in READING if body.get(f"x_{name}") is not None}
+    fields = reading | {name: body[f"{OWN}{name}"] for name in READING if body.get(f"{OWN}{name}") is not None}
     options = fields.pop("options", Options())
     if options.seed is None or body.get("x_seed") is not None:
         seed = body.get("x_seed")
@@ -87,9 +67,17 @@ def decide_of(body: Any, **reading: Any) -> Decide:
     is_chat = body.get("x_chat")
     if not isinstance(is_chat, bool | None):
         raise InputError(f"x_chat is {reprlib.repr(is_chat)}; give true or false", option="x_chat")
-    query = Decide(state if is_chat else state_text(state), questions, options=options, **fields)
+    return query_about(state, bool(is_chat), body["questions"], options=options, **fields)
+
+
+def query_about(state: Any, is_chat: bool, questions: Mapping[str, Any], **more: Any) -> Decide:
+    """The query about a state, which is data unless it is said to be a conversation; `more` as `Decide` has it.
+
+    InputError where it is none."""
+    query = Decide(state if is_chat else state_text(state), questions, **more)
     if is_chat and query.conversation is None:
-        raise InputError("x_chat is true, and the state is no list of messages; leave it out", option="x_chat")
+        message = "x_chat is true, and the state is no list of messages, each with a role; leave x_chat out"
+        raise InputError(message, option="x_chat")
     return query
 
 
@@ -101,20 +89,12 @@ def body_of(query: Decide, is_sfumato: bool) -> dict[str, Any]:
     body: dict[str, Any] = {"state": query.state}
     if is_sfumato and query.conversation is not None:
         body["x_chat"] = True
-    body["questions"] = {id: record_for(question) for id, question in query.questions.items()}
+    body["questions"] = {id: record_of(question) for id, question in query.questions.items()}
     names = [name for name in READING if getattr(query, name) != getattr(usual, name)]
-    body |= {f"x_{name}": getattr(query, name) for name in names if name != "threshold" or query.think == "auto"}
+    body |= {f"{OWN}{name}": getattr(query, name) for name in names if name != "threshold" or query.think == "auto"}
     if query.options.seed is not None:
         body["x_seed"] = query.options.seed
     return body
-
-
-def _question_named(id: Any, record: Any) -> Question:
-    """The question of a record, or of a list of options; InputError names it."""
-    try:
-        return Choice(record, id) if isinstance(record, list) else question_from(record)
-    except InputError as error:
-        raise InputError(f"question {reprlib.repr(id)}: {error}", option=error.option) from None
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -159,9 +139,9 @@ def answer_of(decision: Decision) -> dict[str, Any]:
 def decisions_of(query: Decide, body: Any, seconds: float) -> Decisions:
     """The decisions that a server's body holds for this query, which took so many seconds here.
 
-    Nothing in the body is believed: ValueError says in a few words what is missing, or cannot be. The choice, the
-    expectation and the confidence are computed from the probabilities, whatever the server says of them; other
-    questions' answers and unknown fields are passed over."""
+    Nothing in the body is believed: ValueError says in a few words what is missing, or cannot be. The choice must be
+    the likeliest option; the expectation and the confidence are computed from the probabilities, whatever the server
+    says of them. Other questions' answers and unknown fields are passed over."""
     answers = body.get("answers") if isinstance(body, Mapping) else None
     if not isinstance(answers, Mapping):
         raise ValueError('it holds no "answers"')
@@ -188,25 +168,25 @@ def _decision(id: str, question: Question, answer: Any, query: Decide) -> Decisi
     what, kind = f"the answer to {reprlib.repr(id)}", question.kind
     if not isinstance(answer, Mapping):
         raise ValueError(f"{what} is {reprlib.repr(answer)}")
-    if answer.get("type") != ("x_span" if kind == "span" else kind):
+    if answer.get("type") != TYPES[kind]:
         raise ValueError(f"{what} is a {reprlib.repr(answer.get('type'))}, and a {kind} was asked")
+    match question:
+        case Noul():
+            p = _probability(answer.get("noul"), f"{what} has the probability")
+            decision = decision_of(question, question.options, [p, 1 - p])
+        case Score():
+            probabilities = _probabilities(what, answer.get("probabilities"), question.options)
+            decision = decision_of(question, question.options, [*probabilities.values()])
+        case Choice():
+            probabilities = _probabilities(what, answer.get("probabilities"), question.options)
+            decision = Decision(_likeliest(what, answer.get("choice"), probabilities, "options"), probabilities, kind)
+        case Span():
+            decision = _passage(what, question, answer, query)
     thought = answer.get("x_thought")
-    thought = thought if isinstance(thought, str) else None
-    if isinstance(question, Noul):
-        p = _probability(answer.get("noul"), f"{what} has the probability")
-        return Decision("true" if p >= 0.5 else "false", {"true": p, "false": 1 - p}, kind, thought=thought)
-    if isinstance(question, Span):
-        return _passage(what, question, answer, query, thought)
-    probabilities = _probabilities(what, answer.get("probabilities"), question.options)
-    if isinstance(question, Score):
-        level = max(probabilities, key=probabilities.__getitem__)
-        legend = dict(zip(question.options, question.criteria, strict=True))
-        return Decision(level, probabilities, kind, legend, thought=thought)
-    choice = _likeliest(what, answer.get("choice"), probabilities, "options")
-    return Decision(choice, probabilities, kind, thought=thought)
+    return replace(decision, thought=thought) if isinstance(thought, str) else decision
 
 
-def _passage(what: str, question: Span, answer: Mapping[str, Any], query: Decide, thought: str | None) -> Decision:
+def _passage(what: str, question: Span, answer: Mapping[str, Any], query: Decide) -> Decision:
     """A passage, which stands in the text where the answer says; where a conversation's stands, its server knows."""
     listed = answer.get("probabilities")
     probabilities = _probabilities(what, listed, [*listed] if isinstance(listed, Mapping) else [])
@@ -216,10 +196,9 @@ def _passage(what: str, question: Span, answer: Mapping[str, Any], query: Decide
             raise ValueError(f"{what} has a probability of {reprlib.repr(name)}, which is no passage of the text")
     choice = _likeliest(what, answer.get("passage"), probabilities, "passages")
     start, end = answer.get("start"), answer.get("end")
-    is_place = type(start) is int and type(end) is int and 0 <= start <= end
-    if not is_place or (text is not None and text[start:end] != choice):
-        raise ValueError(f"{what} does not stand at {reprlib.repr(start)} to {reprlib.repr(end)}")
-    return Decision(choice, probabilities, question.kind, place=(start, end), thought=thought)  # type: ignore[arg-type]
+    if type(start) is int and type(end) is int and 0 <= start <= end and (text is None or text[start:end] == choice):
+        return Decision(choice, probabilities, question.kind, place=(start, end))
+    raise ValueError(f"{what} does not stand at {reprlib.repr(start)} to {reprlib.repr(end)}")
 
 
 def _likeliest(what: str, choice: Any, probabilities: Mapping[str, float], kind: str) -> str:

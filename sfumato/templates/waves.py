@@ -5,9 +5,10 @@ Pure values, for whoever carries out a query: the plan of decisions, and a clien
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from sfumato.events import Decision
+from sfumato.events import Decision, Decisions, Usage
 from sfumato.questions import Question, Span
 
 
@@ -15,23 +16,30 @@ from sfumato.questions import Question, Span
 class Waves:
     """The questions of a query, asked wave by wave as the answers come."""
 
-    waiting: dict[str, Question]
-    """Those that were neither asked nor skipped so far."""
+    questions: Mapping[str, Question]
     answers: dict[str, Decision] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     """Those that are not asked, as what they depend on does not hold."""
 
+    def __post_init__(self) -> None:
+        self._waiting = dict(self.questions)
+
     def next(self) -> dict[str, Question]:
         """The questions that can be asked now; none when all were asked or skipped."""
         wave: dict[str, Question] = {}
-        while not wave and self.waiting:
-            wave, self.waiting = self._split()
+        while not wave and self._waiting:
+            wave, self._waiting = self._split()
         return wave
+
+    def decisions(self, usages: Iterable[Usage], seed: int) -> Decisions:
+        """All answers, in the order of their questions."""
+        ordered = {id: self.answers[id] for id in self.questions if id in self.answers}
+        return Decisions(ordered, Usage.total(usages), seed, tuple(self.skipped))
 
     def _split(self) -> tuple[dict[str, Question], dict[str, Question]]:
         now: dict[str, Question] = {}
         later: dict[str, Question] = {}
-        for id, question in self.waiting.items():
+        for id, question in self._waiting.items():
             above = question.depends_on
             if above is None or above.id in self.answers:
                 if above is None or self.answers[above.id].choice == above.answer:

@@ -284,7 +284,7 @@ def test_a_busy_or_lost_server_is_asked_again(
         waits.append(seconds)
 
     monkeypatch.setattr(nano, "arun", arun)
-    monkeypatch.setattr("sfumato.cli.decide_lines.asyncio.sleep", sleep)
+    monkeypatch.setattr("sfumato.templates.patience.asyncio.sleep", sleep)
     code, out, _ = sfumato("decide", "--data", "-", "--yes-no", "ok=Ok?", stdin=b'"a"\n"b"\n')
     assert code == 0 and len(out.splitlines()) == 2
     assert sorted(tries) == ["a", "b", "b", "b"] and waits == [1.0, 2.0]

@@ -140,7 +140,7 @@ def test_a_turn_takes_no_more_than_its_share_and_nothing_changes(limit: int, mon
         done += len(engine.turn())
         turns += 1
         own = [row.positions_read - one for (row, _), one in zip(rows, before, strict=True)]
-        most = max(read.each * 2 for row, _ in rows for read in (row.request.reads or Reads(())).each)
+        most = max(read.width * 2 for row, _ in rows for read in (row.request.reads or Reads(())).each)
         assert sum(own) < limit + most
     assert done == 2
     assert turns > 5

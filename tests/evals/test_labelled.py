@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from sfumato.errors import BusyError, InputError, WorkerError
-from sfumato.evals import labelled_reads
 from sfumato.evals.labelled import LabelledState, answer_of, labelled_state, labelled_states
 from sfumato.evals.labelled_reads import KeptReads, ReadingPlan, StateReads, read_states
 from sfumato.llm import LLM
 from sfumato.options import Options
-from sfumato.questions import Choice, Noul, Score, Span
+from sfumato.questions import Choice, Dependency, Noul, Score, Span
+from sfumato.templates import patience
 
 NOUL, SCORE, SPAN = Noul("Is it?"), Score(["low", {"a": 1}, "2"]), Span("Which?", "line")
 RECORD = {"type": "noul", "instructions": "Is it?"}
@@ -120,6 +120,12 @@ def test_only_what_is_needed_is_asked() -> None:
     assert [*state.questions] == ["a", "b", "c"] and state.answers == {"c": "true"}
 
 
+def test_questions_may_be_written_as_a_request_has_them() -> None:
+    names = {"type": "x_span", "instructions": "Which?", "x_depends_on": {"a": True}, "x_note": "passed over"}
+    state = labelled_state(line(questions={"a": RECORD, "b": names}, answers={"b": "a b"}), "here")
+    assert state.questions["b"] == Span("Which?", depends_on=Dependency("a", "true"))
+
+
 # ---- reads ----------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +189,7 @@ def test_a_busy_server_is_asked_again(llm: LLM, monkeypatch: pytest.MonkeyPatch)
         return await arun(query)
 
     monkeypatch.setattr(llm, "arun", failing)
-    monkeypatch.setattr(labelled_reads, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(patience, "PAUSES", (0, 0, 0))
     problems: list[str] = []
     assert len(read(llm, states_of(1), ReadingPlan(), KeptReads(), problems)) == 1 and problems == []
     errors += [WorkerError("lost")] * 4

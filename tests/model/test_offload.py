@@ -63,8 +63,12 @@ def least_limit(model: Model) -> int:
     return int(str(refused.value).split("at least ")[1].split(" bytes")[0])
 
 
+WAYS = 5
+"""Passes of the stack in one round of `run_all`."""
+
+
 def run_all(model: Model, passes: int = 2) -> list[Tensor]:
-    """Hidden states of every way through the stack, several times over."""
+    """Hidden states of every way through the stack, each one of its `WAYS`, several times over."""
     draws, config = torch.Generator().manual_seed(3), model.config
     outputs = []
     with torch.inference_mode():
@@ -315,7 +319,7 @@ def test_copies_run_ahead_and_none_is_read_too_soon_or_overwritten(
         block.register_forward_pre_hook(lambda block, _: ran.append((block.index, len(link.began))))
     assert all_equal(run_all(model, passes=3), expected)
     started = [next(layer_of[p] for _, host in pairs if (p := host.data_ptr()) in layer_of) for pairs in link.began]
-    passes = 3 * 4
+    passes = 3 * WAYS
     # Each pass streams each layer once, in order, and at the end those that the next pass begins with are on their way.
     assert started == (order * (passes + 1))[: passes * len(order) + buffers]
     # When a block runs, behind the first pass's first, every buffer but its own is being filled with what follows.
@@ -336,7 +340,7 @@ def test_buffers_are_reused_and_residents_stay_where_they_are() -> None:
     for n in placement.streamed:  # behind the feeder's own hook
         blocks(model)[n].register_forward_pre_hook(lambda block, _: calls.append(block.experts.down_proj.data_ptr()))
     run_all(model)
-    assert len(calls) == 8 * 3 and len(set(calls)) == 2, "two buffers, whoever comes"
+    assert len(calls) == 2 * WAYS * 3 and len(set(calls)) == 2, "two buffers, whoever comes"
     assert not set(calls) & set(host.values())
     assert all(one != two for one, two in pairwise(calls)), "taken in turns"
     assert {name: value.data_ptr() for name, value in model.named_parameters() if "experts" not in name} == resident
@@ -405,7 +409,7 @@ def test_an_interrupted_pass_does_no_harm(monkeypatch: pytest.MonkeyPatch, late:
         with pytest.raises(KeyboardInterrupt):
             run_all(model)
         experts.forward = forward
-        assert all_equal(run_all(model, passes=1), expected[:5])
+        assert all_equal(run_all(model, passes=1), expected[: WAYS + 1])
     assert all_equal(run_all(model), expected)
 
 

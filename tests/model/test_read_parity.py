@@ -106,12 +106,12 @@ def read_logits(
     return [list(steps_of) for steps_of in zip(*logits, strict=True)]
 
 
-@pytest.mark.parametrize(("length", "name"), [(20, "fused"), (62, "reference"), (64, "fused"), (130, tiny.OPS[-1])])
+@pytest.mark.parametrize(("length", "name"), [(62, "reference"), (64, "fused"), (130, tiny.OPS[-1])])
 def test_a_read_is_what_the_oracle_shows_behind_one_text(length: int, name: str) -> None:
     """Prompts and questions across the edge of the window of 64; steps with the soft embedding."""
     theirs = thin_oracle()
     ours = tiny.twin(theirs, name)
-    config, steps = ours.config, 4 if length == 64 else 1
+    config, steps = ours.config, 2 if length == 64 else 1
     prompt = tokens(config, length, length)
     questions = [tokens(config, count, count) for count in (0, 3, 40)]
     pins = [[], tokens(config, 1, 1), tokens(config, 9, 9)]

@@ -134,6 +134,9 @@ def test_what_is_skipped_is_listed() -> None:
     assert set(body["answers"]) == {"r"} and body["x_skipped"] == ["team"]
 
 
+LONG_IDS = {
+    f"{'a' * 40}{id}{'b' * 40}": {**NOUL, **more} for id, more in (("x", {}), ("y", {"x_depends_on": {"q": True}}))
+}
 BAD: list[tuple[Any, list[Any], str]] = [
     ({}, ["questions"], "too_short"),
     ([], ["questions"], "value_error"),
@@ -162,6 +165,7 @@ BAD: list[tuple[Any, list[Any], str]] = [
     ({"q": {**NOUL, "x_depends_on": {"q": True}}}, ["questions", "q"], "value_error"),
     ({"q": {**NOUL, "x_depends_on": {"r": True}}}, ["questions", "q"], "value_error"),
     ({"q": NOUL, "o": {**NOUL, "x_depends_on": {"q": "maybe"}}}, ["questions", "o"], "value_error"),
+    (LONG_IDS, ["questions", [*LONG_IDS][1]], "value_error"),
     ({"q": {"type": "box", "instructions": 3}}, ["questions", "q", "box", "instructions"], "value_error"),
     ({"q": {"type": "box", "instructions": "A dog"}}, ["questions", "q"], "images_not_supported"),
 ]
@@ -222,6 +226,11 @@ def test_the_sizes_of_requests_are_bounded(client: TestClient) -> None:
     wide["criteria"] = dict.fromkeys(map(str, range(1025)))
     assert fault(ask(client, {"q": wide}))[0] == ["questions", "q", "choice", "criteria"]
     assert "passages" in fault(ask(client, {"q": SPAN}, state="Yes. " * 1025))[1]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Yes. " * 1000}]},
+        {"role": "user", "content": "No. " * 25},
+    ]
+    assert "1025 passages" in fault(ask(client, {"q": SPAN}, state=messages, x_chat=True))[1]
     assert fault(ask(client, {"q": SPAN}, state=" "))[0] == ["questions", "q", "x_span", "unit"]
     narrow = Settings(limits=Limits(max_questions=2, max_options=3, max_all_options=4))
     with connect(FakeBackend(), narrow) as other:
@@ -242,7 +251,11 @@ def test_a_state_is_divided_in_time_that_grows_with_it_alone(shared: TestClient,
 
 def test_what_the_plan_refuses_has_its_place_too() -> None:
     cases: list[tuple[Exception, list[Any], str]] = [
-        (InputError("question 'q.1': the options 'a' and 'b' are the same tokens", option="questions"), ["q.1"], ""),
+        (
+            InputError("question 'q.1': the options 'a' and 'b' are the same tokens", option="questions", item="q.1"),
+            ["q.1"],
+            "",
+        ),
         (InputError("canvas is 3; these questions need 5 positions", option="canvas"), ["x_canvas"], "value_error"),
         (InputError("odd", option="questions"), ["questions"], "value_error"),
         (CapacityError("the state has too many tokens"), ["state"], "context_length_exceeded"),

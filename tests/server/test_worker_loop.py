@@ -241,10 +241,11 @@ def test_every_error_of_others_crosses_the_border_and_tells_no_prompt() -> None:
 
 
 def test_an_error_brings_its_words_and_nothing_else() -> None:
-    error = CapacityError("the cache is full", option="max_tokens")
+    error = CapacityError("the cache is full", option="max_tokens", item="a")
     error.held = threading.Lock()  # type: ignore[attr-defined]
     arrived = unpacked(packed(error))
     assert type(arrived) is CapacityError and str(arrived) == "the cache is full" and arrived.option == "max_tokens"
+    assert arrived.item == "a"
     assert not hasattr(arrived, "held")
     assert unpacked(packed(InputError("steps is wrong", option=cast(Any, threading.Lock())))).option is None  # type: ignore
 

@@ -10,15 +10,15 @@ from sfumato.tasks import recall
 
 
 def test_an_item_is_a_conversation() -> None:
-    item = json.dumps([["trust 6 of 10\nann red\nbob blue\n\nWho has red?", "ann"], ["This one?\nbob", "blue"]])
+    item = json.dumps([["trust 6 of 10\nann red\nbob blue\n\nThis one?\nann", "red"], ["This one?\nbob", "blue"]])
     assert recall.prompt(item) == "This one?\nbob" and recall.answer_text(item) == "blue"
-    assert recall.earlier(item) == [("trust 6 of 10\nann red\nbob blue\n\nWho has red?", "ann")]
+    assert recall.earlier(item) == [("trust 6 of 10\nann red\nbob blue\n\nThis one?\nann", "red")]
 
 
 def test_steps_are_answered_by_the_document() -> None:
     rng = np.random.default_rng(2)
     items = [recall.generate(rng) for _ in range(200)]
-    kinds = dict.fromkeys(["Who has", "This one?", "Options:", "Levels:", "Answer Yes"], 0)
+    kinds = dict.fromkeys(["This one?", "Options:", "Levels:", "Answer Yes"], 0)
     for item in items:
         turns = [*recall.earlier(item), (recall.prompt(item), recall.answer_text(item))]
         state, _, first = turns[0][0].partition("\n\n")
@@ -29,6 +29,4 @@ def test_steps_are_answered_by_the_document() -> None:
             kinds[kind] += 1
             if kind == "This one?":
                 assert [text.split("\n")[1], answer] in pairs
-            elif kind == "Who has" and "Options:" not in text:
-                assert [pair for pair in pairs if pair[1] == text[8:-1]] == [[answer, text[8:-1]]]
     assert min(kinds.values()) > 40

@@ -12,9 +12,9 @@ import pytest
 from sfumato.errors import InputError
 from sfumato.events import Decision, Decisions, Usage
 from sfumato.options import Options
-from sfumato.questions import Choice, Dependency, Noul, Question, Score, Span
+from sfumato.questions import Choice, Dependency, Noul, Question, Score, Span, question_of, record_of
 from sfumato.templates.requests import Decide
-from sfumato.templates.systemone import answers_of, body_of, decide_of, decisions_of, question_from, record_for
+from sfumato.templates.systemone import answers_of, body_of, decide_of, decisions_of
 from sfumato.templates.waves import Waves, answer_sentence
 
 STATE = "I want my money back. Today!"
@@ -98,7 +98,7 @@ def test_what_a_request_leaves_open_is_the_callers() -> None:
         ({"questions": {}}, "state is missing", "state"),
         ({"state": "a"}, "questions is missing", "questions"),
         ({"state": "a", "questions": ["b"]}, "give a record of ids", "questions"),
-        ({"state": "a", "questions": {"b": 7}}, "question 'b': a question is 7", None),
+        ({"state": "a", "questions": {"b": 7}}, "question 'b' is 7; give a Noul", "questions"),
         ({"state": "a", "questions": {"b": {"type": "box"}}}, "question 'b': type is 'box'", "type"),
         ({"state": "a", "questions": {"b": {"type": "noul"}}}, "question 'b': a noul has neither", "instructions"),
         ({"state": "a", "questions": {"b": {"type": "noul", "instruction": "c"}}}, "no 'instruction'", "instruction"),
@@ -118,7 +118,9 @@ def test_a_request_that_is_none(body: Any, words: str, option: str | None) -> No
 
 def test_records_of_questions_round_trip() -> None:
     for question in QUESTIONS.values():
-        assert question_from(sent(record_for(question))) == question
+        record = sent(record_of(question))
+        assert question_of(record) == question
+        assert question_of({name.removeprefix("x_"): value for name, value in record.items()}) == question
 
 
 def test_answers_are_read_as_they_were_written() -> None:
@@ -240,12 +242,12 @@ def test_no_body_does_more_than_be_refused() -> None:
 
 
 def test_waves_ask_what_depends_on_an_answer_behind_it_or_never() -> None:
-    waves, order = Waves(dict(QUESTIONS)), []
+    waves, order = Waves(QUESTIONS), []
     while wave := waves.next():
         order.append([*wave])
         waves.answers |= {id: DECISIONS[id] for id in wave}
     assert order == [["refund", "team 🙂"], ["anger"], ["order"]] and waves.skipped == ["praise"]
-    waves = Waves(dict(QUESTIONS))
+    waves = Waves(QUESTIONS)
     waves.next()
     waves.answers |= {"refund": Decision("false", {"true": 0.1, "false": 0.9}, "noul")}
     assert [*waves.next()] == ["praise"] and waves.next() == {}

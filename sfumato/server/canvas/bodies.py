@@ -105,7 +105,7 @@ class DecisionsRequest(Prompted):
     @model_validator(mode="after")
     def _reads_questions(self, info: ValidationInfo) -> DecisionsRequest:
         if self.questions is not None and self.state is not None:
-            self._questions = QuestionReader(reading_of(info), self.state, MLX).read(self.questions)
+            self._questions = QuestionReader(reading_of(info), state_text(self.state), MLX).read(self.questions)
         return self
 
     def query(self, card: ModelCard) -> Decide:

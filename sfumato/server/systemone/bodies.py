@@ -7,18 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, WithJsonSchema, model_validator
 
-from sfumato.errors import InputError
 from sfumato.options import MOST_STEPS, Options
-from sfumato.questions import Question, state_text
+from sfumato.questions import OWN, TYPES, Question, state_text
 from sfumato.server.backend import ModelCard
 from sfumato.server.http.bodies import Body, Count, Most, reading_of
 from sfumato.server.http.options import adapter_of, option_field
 from sfumato.server.systemone.assets import AssetBody, check_assets, refuse_images
 from sfumato.server.systemone.multipart import FormPart
-from sfumato.server.systemone.questions import BOX, OWN, QuestionReader
+from sfumato.server.systemone.questions import BOX, QuestionReader
 from sfumato.templates.checks import MOST_SAMPLES
 from sfumato.templates.requests import Decide
-from sfumato.templates.systemone import DEFAULT_SEED, READING
+from sfumato.templates.systemone import DEFAULT_SEED, READING, query_about
 
 _CONTENT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "array"}]}
 _OPEN: dict[str, Any] = {"anyOf": [*_CONTENT["anyOf"], {"type": "null"}]}
@@ -62,7 +61,7 @@ QUESTIONS: dict[str, Any] = {
             ),
             _question("score", ("criteria",), criteria={"type": "array", "minItems": 1, "items": _CONTENT}),
             _question(
-                f"{OWN}span",
+                TYPES["span"],
                 ("instructions",),
                 instructions=_CONTENT,
                 unit={"enum": ["sentence", "line", "paragraph"]},
@@ -109,7 +108,8 @@ class SystemOneRequest(Body):
 
     @model_validator(mode="after")
     def _reads_questions(self, info: ValidationInfo) -> SystemOneRequest:
-        self._questions = QuestionReader(reading_of(info), self.state).read(self.questions)
+        text = Decide(self.state if self.x_chat else state_text(self.state), {}).text
+        self._questions = QuestionReader(reading_of(info), text).read(self.questions)
         return self
 
     def check_images(self, parts: Mapping[str, FormPart] | None) -> None:
@@ -123,12 +123,7 @@ class SystemOneRequest(Body):
 
     def query(self, card: ModelCard) -> Decide:
         """The query."""
-        values = {name: getattr(self, f"x_{name}") for name in READING}
+        values = {name: getattr(self, f"{OWN}{name}") for name in READING}
         chosen = {name: value for name, value in values.items() if value is not None}
         options = Options(seed=DEFAULT_SEED if self.x_seed is None else self.x_seed, **adapter_of(card))
-        state = self.state if self.x_chat else state_text(self.state)
-        query = Decide(state, self._questions, **chosen, options=options)
-        if self.x_chat and query.conversation is None:
-            message = "x_chat is true, and the state is no list of messages, each with a role; leave x_chat out"
-            raise InputError(message, option="x_chat")
-        return query
+        return query_about(self.state, bool(self.x_chat), self._questions, **chosen, options=options)

@@ -6,29 +6,24 @@ with x_), what no question has is left out or refused as in any other body, and 
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sfumato.errors import InputError
-from sfumato.questions import FIELDS, Question, Span, check_questions, question_of, state_text
+from sfumato.questions import FIELDS, OWN, TYPES, AnswerKind, Question, Span, check_questions, question_of
 from sfumato.server.http.bodies import BodyReading, beginning_of
 from sfumato.server.http.errors import BodyPlace, Refusal, place_name, short
 
-OWN = "x_"
-"""What the names of all begin with that System One does not have."""
 BOX = "box"
 """The kind of a question about an image: where in it something is."""
-TYPES: Mapping[str, str] = {"noul": "noul", "choice": "choice", "score": "score", f"{OWN}span": "span"}
-"""Kinds of questions by their names on the wire."""
 
 
 @dataclass(frozen=True)
 class QuestionForm:
     """How a dialect writes questions."""
 
-    types: Mapping[str, str]
+    types: Mapping[str, AnswerKind]
     """Kinds of questions by their names."""
     default: str | None = None
     """The name that is meant where a question has no type; None: it is missing."""
@@ -38,15 +33,15 @@ class QuestionForm:
     """Whether the place of a fault names the type behind the id, as a tagged union of pydantic's does."""
 
 
-SYSTEM_ONE = QuestionForm(TYPES)
+SYSTEM_ONE = QuestionForm({name: kind for kind, name in TYPES.items()})
 """As /v1/systemone has them."""
 
 
 class QuestionReader:
-    """Reads the questions of one request about a state. `reading` has the limits."""
+    """Reads the questions of one request. `reading` has the limits, `text` is what spans quote from."""
 
-    def __init__(self, reading: BodyReading, state: Any, form: QuestionForm = SYSTEM_ONE) -> None:
-        self.reading, self.state, self.form = reading, state, form
+    def __init__(self, reading: BodyReading, text: str, form: QuestionForm = SYSTEM_ONE) -> None:
+        self.reading, self.text, self.form = reading, text, form
         self.options = 0
         """Of all its questions so far, passages too."""
         self._passages: dict[str, int] = {}
@@ -138,7 +133,7 @@ class QuestionReader:
     def _passages_of(self, question: Span, place: BodyPlace) -> int:
         if question.unit not in self._passages:
             try:
-                self._passages[question.unit] = len(question.passages(state_text(self.state)))
+                self._passages[question.unit] = len(question.passages(self.text))
             except InputError as error:
                 raise refused((*place, "unit"), str(error)) from None
         return self._passages[question.unit]
@@ -148,7 +143,7 @@ def _check_dependencies(questions: Mapping[str, Question]) -> None:
     try:
         check_questions(questions)
     except InputError as error:
-        raise refused(place_of(error, questions), str(error)) from None
+        raise refused(place_of(error), str(error)) from None
 
 
 def refused(place: BodyPlace, message: str, code: str = "value_error") -> Refusal:
@@ -156,11 +151,6 @@ def refused(place: BodyPlace, message: str, code: str = "value_error") -> Refusa
     return Refusal(400, message, param=short(place_name(place), 200) or None, code=code, place=place)
 
 
-def place_of(error: InputError, ids: Iterable[str]) -> BodyPlace:
-    """The place of what a query is refused for: its own option, or the question that the sentence begins with."""
-    if error.option == "questions":
-        sentence = str(error)
-        openings = {id: (f"question {id!r}", f"question {reprlib.repr(id)}") for id in ids}
-        id = next((id for id, words in openings.items() if sentence.startswith(words)), None)
-        return ("questions",) if id is None else ("questions", id)
-    return () if error.option is None else (error.option,)
+def place_of(error: InputError) -> BodyPlace:
+    """The place of what a query is refused for: one of its questions, or another option."""
+    return tuple(name for name in (error.option, error.item) if name is not None)

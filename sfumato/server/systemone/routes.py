@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from sfumato.errors import CapacityError, InputError
 from sfumato.events import Decisions
+from sfumato.questions import OWN
 from sfumato.server.backend import ModelCard
 from sfumato.server.http.document import takes
 from sfumato.server.http.errors import Refusal
@@ -17,15 +18,13 @@ from sfumato.server.http.service import Service, media_of
 from sfumato.server.systemone.answers import ERRORS, SystemOneBody, error_form
 from sfumato.server.systemone.bodies import SystemOneRequest
 from sfumato.server.systemone.multipart import MEDIA, parts_of
-from sfumato.server.systemone.questions import OWN, place_of, refused
-from sfumato.templates.systemone import READING, answers_of
+from sfumato.server.systemone.questions import place_of, refused
+from sfumato.templates.systemone import JEV, READING, answers_of
 
-__all__ = ["JEV", "PATHS", "error_form", "routes"]
+__all__ = ["PATHS", "error_form", "routes"]
 
 PATHS = "/v1/systemone"
 """What the paths begin with whose errors have System One's form."""
-JEV = ("jev-latest", "jev-preview")
-"""Names that TypeSafe's clients ask for by default; the model is meant where nothing else here is called so."""
 REQUEST = "request"
 """The part of a multipart body that is the request itself."""
 
@@ -43,7 +42,7 @@ def routes(service: Service) -> APIRouter:
         try:
             result = await service.watched(request.receive, service.result(request.scope, query))
         except InputError as error:
-            raise _refusal(error, body) from None
+            raise _refusal(error) from None
         assert isinstance(result, Decisions)
         return JSONResponse(answers_of(result, service.names(card)[0]))
 
@@ -82,11 +81,11 @@ async def _card(service: Service, body: SystemOneRequest) -> ModelCard:
     return replace(card, adapter=name)
 
 
-def _refusal(error: InputError, body: SystemOneRequest) -> Refusal:
+def _refusal(error: InputError) -> Refusal:
     """What the plan of the query refuses, at its place in the body."""
     if isinstance(error, CapacityError) and error.option is None:
         return refused(("state",), str(error), "context_length_exceeded")
-    place = place_of(error, body.questions)
+    place = place_of(error)
     if place and place[0] in READING:
         place = (f"{OWN}{place[0]}",)
     return refused(place, str(error))

@@ -153,7 +153,7 @@ function take(answer, questions, answered, spent) {
   const asked = cards.filter((card) => questions.includes(card.question));
   const readings = asked.map((card) => {
     const one = Object.hasOwn(answer.answers ?? {}, card.question.id) ? answer.answers[card.question.id] : null;
-    const isSkipped = Boolean(card.question.parent) && (one === null || one.type === "x_skipped");
+    const isSkipped = Boolean(card.question.parent) && one === null;
     return isSkipped ? null : readAnswer(one, card.question);
   });
   asked.forEach((card, at) => {

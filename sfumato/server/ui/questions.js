@@ -49,7 +49,7 @@ export function above(question, all) {
 /** The answers that a question can have, as [value, what to call it]. */
 export function answersOf({ kind, options, levels }) {
   if (kind === "noul") return [["true", "yes"], ["false", "no"]];
-  if (kind === "score") return levels.map((level, at) => [String(at), level ? `${at}: ${level}` : String(at)]);
+  if (kind === "score") return levels.filter((level) => level.trim()).map((level, at) => [String(at), `${at}: ${level}`]);
   return kind === "choice" ? options.filter(({ name }) => name).map(({ name }) => [name, name]) : [];
 }
 

@@ -37,8 +37,9 @@ def plain(error: BaseException) -> SfumatoError:
     Of another error only its kind and place are sent: its words may be a prompt's."""
     if isinstance(error, SfumatoError):
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ == SfumatoError.__module__)
-        option = getattr(error, "option", None)  # nothing else that the error carries crosses the border
-        return cast(SfumatoError, kind(words_of(error), option=option if isinstance(option, str) else None))
+        names = {name: getattr(error, name, None) for name in ("option", "item")}  # nothing else crosses the border
+        texts = {name: value for name, value in names.items() if isinstance(value, str)}
+        return cast(SfumatoError, kind(words_of(error), **texts))
     print(f"sfumato: a request failed: {where(error)}", file=sys.stderr, flush=True)
     if is_panic(error):
         return plain(contained(error))
