@@ -12,9 +12,10 @@ import secrets
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,9 @@ class NewFile:
                 os.unlink(beside)
 
 
-def check_not_read(path: str | Path | None, sources: Iterable[str | None]) -> None:
+def check_not_read(paths: Iterable[str | Path | None], sources: Sequence[str | None]) -> None:
     """InputError where a file to write is one of those that are read, however both are spelled."""
-    for source in sources:
+    for path, source in product(paths, sources):
         if path is None or source is None or not (os.path.exists(path) and os.path.exists(source)):
             continue
         if os.path.samefile(path, source):

@@ -145,6 +145,7 @@ class Deciding:
                     f"question {sheet.id!r} has {len(read.tokens)} tokens behind a state of {len(head)}, and a canvas "
                     f"of {read.length} more, beyond the context of {most}; shorten the question or the state",
                     option="questions" if len(read.tokens) > len(head) else "state",
+                    item=sheet.id if len(read.tokens) > len(head) else None,
                 )
         open_reads = [read for read in each if read.glances]
         values: dict[Read, list[list[float]]] = {}
