@@ -106,9 +106,10 @@ def command(
     Example: sfumato calibrate nano --data labels.jsonl --samples 4 -o mine.json
     """
     target = target_of(api, load, output)
+    files.check_not_read((target.path, output.plot), (labels.data, labels.held_out))
     plot = files.new_path(output.plot, output.force, "--plot")
     states, wrong = read_labels(labels.data)
-    held_out, more_wrong = read_labels(labels.held_out) if labels.held_out is not None else (None, [])
+    held_out, more_wrong = (None, []) if labels.held_out is None else read_labels(labels.held_out)
     console = Console(stderr=True, highlight=False)
     _name_lines(console, [*wrong, *more_wrong], "were left out")
     llm = loading.connect_or_load(api, load)
@@ -126,8 +127,7 @@ def command(
     reports = judge(reads, None if held_out is None else reading.reads_of(held_out))
     _name_lines(console, reading.problems, "could not be read")
     if reading.skipped:
-        more = f"{reading.skipped} labels are of questions that the model's other answers did not call for"
-        console.print(more, style="dim")
+        console.print(f"{reading.skipped} labels are of questions that other answers did not call for", style="dim")
     name = llm.name if llm.is_remote else target.name
     base = Calibration(model=name, steps=labels.steps, samples=labels.samples)
     calibration = calibration_of_reports(reports, base)
@@ -209,7 +209,8 @@ def read_labels(file: str) -> tuple[list[LabelledState], list[str]]:
     wrong = [f"{file}, {sentence}" for sentence in wrong]
     if not states:
         first = f"; {wrong[0]}" if wrong else ""
-        raise InputError(f"{file} has no labelled question{first}")
+        name = "standard input" if file == "-" else file
+        raise InputError(f"{name} has no labelled question{first}")
     return states, wrong
 
 

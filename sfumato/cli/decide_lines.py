@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -71,14 +71,12 @@ class LineFile:
     lines: int = 0
 
 
-def open_lines(name: str, force: bool, resume: bool, sources: Iterable[str] = ()) -> LineFile:
+def open_lines(name: str, force: bool, resume: bool, sources: Sequence[str] = ()) -> LineFile:
     """The file of this name. InputError where it is there, and neither to be replaced nor gone on with.
 
     `sources` are the files that are read; none of them is written."""
     path = Path(name).expanduser()
-    for source in sources:
-        if path.exists() and os.path.exists(source) and path.samefile(source):
-            raise InputError(f"{name} is read by this command, so that it cannot be written too; give another name")
+    files.check_not_read([path], sources)
     if not resume or not path.exists():
         files.new_path(name, force)
         return LineFile(path)

@@ -12,8 +12,10 @@ import secrets
 import stat
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,15 @@ class NewFile:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(beside)
+
+
+def check_not_read(paths: Iterable[str | Path | None], sources: Sequence[str | None]) -> None:
+    """InputError where a file to write is one of those that are read, however both are spelled."""
+    for path, source in product(paths, sources):
+        if path is None or source is None or not (os.path.exists(path) and os.path.exists(source)):
+            continue
+        if os.path.samefile(path, source):
+            raise InputError(f"{path} is read by this command, so that it cannot be written too; give another name")
 
 
 def new_path(text: str | None, force: bool, name: str = "--output") -> NewFile | None:

@@ -202,7 +202,7 @@ class Deciding:
         thoughts: list[Done] = []
         for first in range(0, len(tails), TOGETHER):
             group = zip(sheets[first : first + TOGETHER], tails[first : first + TOGETHER], strict=True)
-            asks = [self._ask_thought(head, tail, self._length(sheet), options) for sheet, tail in group]
+            asks = [self._ask_thought(head, tail, sheet, options) for sheet, tail in group]
             thoughts += yield asks
         self.endings += thoughts
         behind = []
@@ -214,10 +214,17 @@ class Deciding:
         texts = {sheet.id: done.thought for sheet, done in zip(sheets, thoughts, strict=True)}
         return {id: replace(answer, thought=texts[id]) for id, answer in answers.items()}
 
-    def _ask_thought(self, head: list[int], tail: Sequence[int], length: int, options: Options) -> Ask:
+    def _ask_thought(self, head: list[int], tail: Sequence[int], sheet: _AnswerSheet, options: Options) -> Ask:
         """What a thought asks of an engine: a text behind the question, up to where its thought is closed."""
-        tokens = [*head, *tail]
-        room = self.config.max_position - len(tokens) - length - 1
+        tokens, most = [*head, *tail], self.config.max_position
+        if len(tokens) + self.config.canvas_length > most:
+            raise CapacityError(
+                f"question {sheet.id!r} has {len(tail)} tokens behind a state of {len(head)}, and a thought needs a "
+                f"canvas of {self.config.canvas_length} more, beyond the context of {most}; leave think out, or "
+                "shorten the question or the state",
+                option="think",
+            )
+        room = most - len(tokens) - self._length(sheet) - 1
         request = Request(Prompt.of(tokens), replace(options, max_tokens=max(1, min(THOUGHT, room))), marks=[len(head)])
         parser = ReplyParser(self.tokenizer, self.config.eos_ids, None, tokens)
         closer = self.tokenizer.id(CHANNEL[1])

@@ -82,6 +82,8 @@ class Planner:
         """That of all asks, in a planner of one query."""
         self.calibration = Calibration()
         """How sure decisions are, of plans from then on; an adapter has its own temperatures."""
+        self.context = config.max_position
+        """Tokens that whoever carries plans out allows a request; decisions say what does not fit, and think within."""
         self.config, self.tokenizer, self.defaults = config, tokenizer, defaults
         self.prompts = PromptEncoder(config, tokenizer, template, name)
         self.fillers = frozenset((*config.eos_ids, config.pad_id))
@@ -292,7 +294,8 @@ class Planner:
         options = self.resolve(replace(query.options, seed=seed))
         adapter = self._adapter_of(query.options)
         temperatures = self.calibration.temperatures if adapter is None else adapter.temperatures
-        deciding = Deciding(query, self.config, self.tokenizer, self.prompts, self.ask, temperatures)
+        config = replace(self.config, max_position=self.context)
+        deciding = Deciding(query, config, self.tokenizer, self.prompts, self.ask, temperatures)
         return (yield from deciding.plan(options))
 
     def score(self, query: Likelihood) -> Plan[Scored]:

@@ -94,6 +94,11 @@ def test_info_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         (["nano", "-o", "a.json", "--adapter", "a=b", "--adapter", "c=d"], "several adapters are given"),
         (["nano", "-o", "a.json", "--held-out", "none.jsonl"], "cannot read none.jsonl: No such file"),
         (["nano", "-o", "a.json", "--held-out", "empty"], "empty has no labelled question"),
+        (["nano", "-o", "./labels.jsonl", "--force"], "labels.jsonl is read by this command"),
+        (
+            ["nano", "-o", "a.json", "--held-out", "empty", "--plot", "empty", "--force"],
+            "empty is read by this command",
+        ),
         (["nano", "-o", "a.json", "--steps", "0"], "--steps"),
     ],
 )

@@ -353,6 +353,26 @@ def test_unsure_answers_are_thought_about(llm: LLM, monkeypatch: pytest.MonkeyPa
     assert nobody.usage.tokens == 0
 
 
+def test_a_thought_that_has_no_room_is_refused_by_its_question(llm: LLM) -> None:
+    state, questions = "1 " * 2012, {"b": Noul("Is it?")}
+    assert llm.decide(state, questions).keys() == {"b"}
+    with pytest.raises(
+        InputError, match=r"question 'b' .* a thought needs a canvas of 32 more.* 4096; leave think"
+    ) as no:
+        llm.decide(state, questions, think="always")
+    assert no.value.option == "think"
+
+
+def test_what_a_server_allows_is_less_than_the_model(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thought ends in time for it, and what does not fit is said of the question or of the state."""
+    monkeypatch.setattr(llm.planner, "context", 120)
+    thought = llm.decide("The sky.", {"b": Noul("Is it?")}, think="always").usage
+    assert 0 < thought.tokens < 120
+    with pytest.raises(InputError, match=r"question 'b' has .* beyond the context of 120") as no:
+        llm.decide("The sky.", {"a": Noul("?"), "b": Noul("1 " * 60)})
+    assert (no.value.option, no.value.item) == ("questions", "b")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ops", tiny.OPS[1:])
 def test_five_hundred_requests_do_not_follow_from_their_neighbours(nano: LLM, ops: str) -> None:

@@ -59,6 +59,8 @@ def main(connection: Connection, load: LoadOptions, limits: BatchLimits) -> None
                 send(("left out", name, plain(error)))
         with suppress(InputError):
             llguidance()  # now rather than between two turns, where it is installed
+        if limits.context is not None:
+            llm.planner.context = min(limits.context, llm.planner.context)
         return Jobs(llm, limits), card_of(llm, load.quantize)
 
     run(connection, open_jobs)
