@@ -80,7 +80,7 @@ def queries(options: Options) -> list[QueryFor[Any]]:
         Infill("12", "45", 3, options=options),
         Fill(["1 2 ", Slot("x", choices=("3", "4")), " 5 ", Slot("y", length=2), " 6"], MESSAGES, options),
         Edit("123456", spans=[(1, 3)], options=options),
-        Decide(MESSAGES, fields, options=options),
+        Decide(MESSAGES, fields, options=dataclasses.replace(options, max_steps=None)),
         Likelihood("1 2 3 4 5 6", options=options),
     ]
 
