@@ -28,7 +28,7 @@ from sfumato.templates.requests import Decide
 
 MILD = Calibration({"noul": 1.5, "choice": 3.0}, {"noul": 70, "choice": 50}, {"noul": {"ece": 0.1}}, model="nano")
 QUESTIONS: dict[str, Question] = {"any": Noul("Is there any?"), "which": Choice(["1", "2", "3"])}
-SEED: dict[str, Any] = {"seed": 3, "max_steps": 1}
+SEED: dict[str, Any] = {"seed": 3}
 
 
 def calibrated_nano(folder: Path, calibration: Calibration = MILD) -> Path:
