@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
+from pathlib import Path
 
-from make_nano_tokenizer import BYTES, CHARACTERS, CONTROL, ENGLISH, NANO, configuration, learn_merges
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.make_nano_tokenizer import BYTES, CHARACTERS, CONTROL, ENGLISH, NANO, configuration, learn_merges
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.tasks import decisions
 

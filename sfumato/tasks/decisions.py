@@ -95,7 +95,7 @@ def generate(rng: np.random.Generator, kind: str | None = None) -> str:
 
 def conversation(rng: np.random.Generator, turns: int) -> list[LabelledQuestion]:
     """Several questions about one document, of the kinds that it is for."""
-    document, trust = KINDS[_one(rng, [*KINDS, "odd", "larger", "larger"])].document(rng), _trust(rng)
+    document, trust = KINDS[_one(rng, [*KINDS, "odd", "count", *["larger"] * 3])].document(rng), _trust(rng)
     kinds = [name for name, kind in KINDS.items() if kind.fits(document)]
     kinds += ["odd"] * (5 if "odd" in kinds else 0) + ["count"] * (2 if "count" in kinds else 0)  # the hardest
     return [_labelled(rng, _one(rng, kinds), document, trust) for _ in range(turns)]

@@ -17,13 +17,20 @@ from sfumato.tasks import decisions
 TURNS = 5
 
 
-def generate(rng: np.random.Generator) -> str:
+def generate_noisy(rng: np.random.Generator) -> str:
+    """Five turns about one document, each answer drawn by its chances."""
+    return generate(rng, is_true=False)
+
+
+def generate(rng: np.random.Generator, is_true: bool = True) -> str:
     """Five turns about one document. Answers are the true ones, whatever trust the document speaks of."""
     pairs = []
     some = decisions.conversation(rng, TURNS)
     for one in some:
-        is_typed = rng.random() < 0.92
-        pairs.append((one.question.text(), one.words[one.likeliest]) if is_typed else _step(rng, one.state))
+        if is_true and rng.random() < 0.08:
+            pairs.append(_step(rng, one.state))
+        else:
+            pairs.append((one.question.text(), one.words[one.likeliest if is_true else one.label]))
     (first, answer), *rest = pairs
     return json.dumps([[f"{some[0].state}\n\n{first}", answer], *rest], separators=(",", ":"))
 

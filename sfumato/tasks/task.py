@@ -86,6 +86,16 @@ TASKS = {
             is_prompt_learned=False,
             filled=0.1,
         ),
+        Task(
+            "recall-noisy",
+            recall.generate_noisy,
+            recall.prompt,
+            recall.answer_text,
+            lambda text, item: text.strip() == recall.answer_text(item),
+            earlier=recall.earlier,
+            is_prompt_learned=False,
+            filled=0.1,
+        ),
     )
 }
 """The tasks there are, by name."""

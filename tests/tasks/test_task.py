@@ -34,7 +34,9 @@ def test_a_task_takes_its_own_answers(name: str) -> None:
 
 
 def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(InputError, match="there is no task 'chess'; the tasks are: sudoku, sorting, decisions, recall"):
+    with pytest.raises(
+        InputError, match="there is no task 'chess'; the tasks are: sudoku, sorting, decisions, recall, recall-noisy"
+    ):
         named("chess")
     with pytest.raises(InputError, match="no solution"):
         named("sudoku").answer("11" + "0" * 79)
