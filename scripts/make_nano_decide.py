@@ -121,7 +121,7 @@ def config() -> ModelConfig:
         expert_size=32,
         layers=tuple(full if (number + 1) % 3 == 0 else sliding for number in range(6)),
         canvas_length=16,
-        max_position=4096,
+        max_position=16384,
         eos_ids=(1,),
     )
 
