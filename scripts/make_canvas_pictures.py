@@ -26,7 +26,7 @@ from scripts.smoke import CLUE, SMOKE, colour
 from sfumato import LLM, Done, Draft, Options, Slot
 from sfumato.constraints.guide import Guide, Pick, Walk
 from sfumato.constraints.interruptible import Interruptible
-from sfumato.engine.request import Request, Span
+from sfumato.engine.request import GrammarSpan, Request
 from sfumato.engine.run import Run
 from sfumato.sampling.noise import CountedNoise
 from sfumato.tasks import sudoku
@@ -77,7 +77,12 @@ def shown(text: str) -> str:
 
 
 def stream(
-    llm: LLM, sheet: Sheet, prompt: Any, options: Options, spans: Sequence[Span] = (), recorder: Recorder | None = None
+    llm: LLM,
+    sheet: Sheet,
+    prompt: Any,
+    options: Options,
+    spans: Sequence[GrammarSpan] = (),
+    recorder: Recorder | None = None,
 ) -> tuple[list[Draft], Done]:
     """What `LLM.fill` runs for a sheet, with its drafts; `recorder` listens to the guide of its first span."""
     options = replace(options, max_tokens=sheet.length, min_tokens=sheet.length, drafts=True)

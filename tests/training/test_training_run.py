@@ -225,7 +225,7 @@ def test_a_run_that_is_killed_ends_bit_equal(kills: int, data: Path, tmp_path: P
         (["--lora", "4", "--targets", "attention,heads"], "there is no weight 'heads' to adapt; targets are"),
         (["--lora", "4", "--targets", ","], "there are no targets to adapt; give some, such as attention,dense"),
         (["--alpha", "8"], "--alpha is of factors, and none are trained; give --lora RANK too"),
-        (["--task", "chess"], "there is no task 'chess'; the tasks are: sudoku, sorting, decisions, recall, recall-noisy"),
+        (["--task", "chess"], "there is no task 'chess'; the tasks are: sudoku, sorting, decisions, recall"),
         (["--eval", "chess"], "there is no task 'chess'"),
         (["--quantize", "int4"], "weights in fewer bits cannot be trained; train factors beside them, with"),
         (["--mix", "sudoku=1.5"], "the share of sudoku is 1.5; give a number between 0 and 1"),
