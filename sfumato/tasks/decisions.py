@@ -9,7 +9,7 @@ be held: the best accuracy there is, and the least log loss.
     larger     choice   which of the named has the largest number?
     count      score    how many lines have this colour?
     odd        choice   which line has another colour than the rest?
-    route      choice   which option, each described by a colour, takes the named line?
+    route      choice   which desk, each described by a colour, takes this document?
 """
 
 from __future__ import annotations
