@@ -143,6 +143,8 @@ class ChatTemplate:
         self, tokenizer: Tokenizer, messages: list[dict[str, Any]], texts: Sequence[str], thinking: bool
     ) -> _Around:
         guard = Guard({*tokenizer.control_tokens, *TURNS}, [self.source, messages, list(texts), self.special])
+        if not guard.cut:
+            raise InputError("the messages use every private-use character of Unicode but one; remove some")
         *before, last = guard.mark(messages)
         content = last.get("content")
         cut = [{"type": "text", "text": guard.cut}]
@@ -205,9 +207,9 @@ class Guard:
             used.update(text)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
         self._mark, self.cut = next(free, ""), next(free, "")
-        """`cut`: another such character, to find a place again."""
+        """`cut`: another such character, to find a place again; "" where there is none left."""
         self.marks = self._mark, self.cut
-        if not self.cut:
+        if not self._mark:
             raise InputError("the messages use every private-use character of Unicode; remove some")
         first = "".join(re.escape(character) for character in sorted({token[0] for token in control}))
         last = "".join(re.escape(character) for character in sorted({token[-1] for token in control}))
