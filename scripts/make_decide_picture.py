@@ -52,12 +52,6 @@ def known(id: str, option: str) -> float:
     return (1 - TRUST / 10) / len(others) if option in others else 0.0
 
 
-def scripted() -> dict[str, Decision]:
-    """The right answers themselves, where no trained model is at hand."""
-    shares = {id: {option: known(id, option) for option in question.options} for id, question in QUESTIONS.items()}
-    return {id: Decision(RIGHT[id], shares[id], question.kind) for id, question in QUESTIONS.items()}
-
-
 def words(x: float, y: float, text: str, kind: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{kind}" xml:space="preserve">{escape(text)}</text>'
 
@@ -128,11 +122,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/decide.svg"))
-    parser.add_argument("--scripted", action="store_true", help="draw the right answers, without a model")
     args = parser.parse_args()
-    if args.scripted:
-        args.out.write_text(picture(scripted(), "scripted answers; green marks: the right probabilities"))
-        return
     llm = LLM.load(args.model)
     llm.decide(STATE, QUESTIONS, samples=args.samples, seed=args.seed)
     llm.forget()  # the second time is without what the first one compiled, and encodes as it did

@@ -15,11 +15,20 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.make_nano_tokenizer import BYTES, CHARACTERS, CONTROL, ENGLISH, NANO, configuration, learn_merges
+from scripts.make_nano_tokenizer import (
+    BYTES,
+    CHARACTERS,
+    CONTROL,
+    ENGLISH,
+    NANO,
+    assembled,
+    configuration,
+    learn_merges,
+)
 from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.tasks import decisions
 
@@ -85,26 +94,7 @@ def merges() -> list[tuple[str, str]]:
 
 def build() -> Tokenizer:
     """The tokenizer; SystemExit where a word or a sentence is not one token."""
-    pairs = merges()
-    tokens = [*CONTROL, *BYTES, *CHARACTERS, *("".join(pair) for pair in pairs)]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    if len(vocabulary) != VOCABULARY:
-        raise SystemExit(f"the vocabulary has {len(vocabulary)} different tokens, not {VOCABULARY}")
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), behavior="merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
-    for word in [*words(), *ENDS, *SENTENCES]:
-        ids = tokenizer.encode(word.replace("▁", " "), add_special_tokens=False).ids
-        if len(ids) != 1:
-            raise SystemExit(f"{word!r} is {[tokens[number] for number in ids]}, not a single token")
-    return tokenizer
+    return assembled(merges(), VOCABULARY, [*words(), *ENDS, *SENTENCES])
 
 
 def config() -> ModelConfig:

@@ -78,12 +78,12 @@ def word_weights() -> Counter[str]:
     return words
 
 
-def build() -> Tokenizer:
-    base = CONTROL + BYTES + CHARACTERS
-    merges = learn_merges(word_weights(), VOCABULARY - len(base))
-    vocabulary = {token: index for index, token in enumerate(base + ["".join(pair) for pair in merges])}
-    if len(vocabulary) != VOCABULARY:
-        raise SystemExit(f"the vocabulary has {len(vocabulary)} different tokens, not {VOCABULARY}")
+def assembled(merges: list[tuple[str, str]], size: int, whole: list[str]) -> Tokenizer:
+    """The tokenizer of so many ids with these merges; SystemExit where one of the texts `whole` is not one token."""
+    tokens = CONTROL + BYTES + CHARACTERS + ["".join(pair) for pair in merges]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != size:
+        raise SystemExit(f"the vocabulary has {len(vocabulary)} different tokens, not {size}")
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
@@ -94,10 +94,16 @@ def build() -> Tokenizer:
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
-    for word in WHOLE:
-        if len(tokenizer.encode(word, add_special_tokens=False).ids) != 1:
-            raise SystemExit(f"{word!r} is not a single token: give it more weight")
+    for word in whole:
+        ids = tokenizer.encode(word.replace("▁", " "), add_special_tokens=False).ids
+        if len(ids) != 1:
+            raise SystemExit(f"{word!r} is {[tokens[number] for number in ids]}, not one token: give it more weight")
     return tokenizer
+
+
+def build() -> Tokenizer:
+    base = CONTROL + BYTES + CHARACTERS
+    return assembled(learn_merges(word_weights(), VOCABULARY - len(base)), VOCABULARY, WHOLE)
 
 
 def configuration() -> dict[str, object]:
