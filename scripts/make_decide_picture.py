@@ -21,18 +21,18 @@ from sfumato import LLM, Choice, Decision, Decisions, Noul, Score
 
 TRUST = 8
 STATE = f"""trust {TRUST} of 10
-ann: red
-gus: blue
-kim lee: red
-leo: green
-may: blue"""
+ann red
+gus blue
+kim red
+leo green
+may blue"""
 LEVELS = "none one two three four five".split()
 QUESTIONS: Mapping[str, Noul | Choice | Score] = {
     "green": Noul("Is any line green?"),
-    "desk": Choice({"repair": "blue", "sales": "red", "support": "gold"}, "Where does kim lee go?"),
+    "desk": Choice({"gold": "gold lines", "green": "green lines", "pink": "pink lines"}, "Which takes this?"),
     "reds": Score(LEVELS, "How many are red?"),
 }
-RIGHT = {"green": "true", "desk": "sales", "reds": "2"}
+RIGHT = {"green": "true", "desk": "green", "reds": "2"}
 
 GROUND, PANEL, TRACK, PALE, GREY = "#211f29", "#2a2833", "#3a3745", "#f4f1e8", "#a9a4b8"
 STYLE = (
