@@ -6,7 +6,7 @@ Training, evaluation and the command line take a task by its name, and know noth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,6 +49,17 @@ def _solution(puzzle: str) -> str:
     return sudoku.answer_text(solution)
 
 
+_RECALL = Task(
+    "recall",
+    recall.generate,
+    recall.prompt,
+    recall.answer_text,
+    lambda text, item: text.strip() == recall.answer_text(item),
+    earlier=recall.earlier,
+    is_prompt_learned=False,
+    filled=0.1,
+)
+
 TASKS = {
     task.name: task
     for task in (
@@ -76,26 +87,8 @@ TASKS = {
             is_prompt_learned=False,
             filled=0.1,
         ),
-        Task(
-            "recall",
-            recall.generate,
-            recall.prompt,
-            recall.answer_text,
-            lambda text, item: text.strip() == recall.answer_text(item),
-            earlier=recall.earlier,
-            is_prompt_learned=False,
-            filled=0.1,
-        ),
-        Task(
-            "recall-noisy",
-            recall.generate_noisy,
-            recall.prompt,
-            recall.answer_text,
-            lambda text, item: text.strip() == recall.answer_text(item),
-            earlier=recall.earlier,
-            is_prompt_learned=False,
-            filled=0.1,
-        ),
+        _RECALL,
+        replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
     )
 }
 """The tasks there are, by name."""
