@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from sfumato.events import Done
+from sfumato.events import Done, Usage
 from sfumato.llm import LLM
 from sfumato.options import Options
-from sfumato.tasks.task import Task
+from sfumato.tasks.task import Task, held_out_items, messages
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """Items of a task, in order: what an evaluation runs, and what settings are compared on."""
+
+    task: Task
+    items: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,19 @@ class TaskAnswer:
     text: str
     is_right: bool
     steps: int
+    """Denoising steps of all its canvases."""
+    passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """From the request's start to its end; in a batch the others' time is in it."""
+    kind: str = ""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """See `Task.measures`."""
+
+
+def fresh(task: Task, count: int, seed: int) -> Exercise:
+    """So many items that no run trains on, the same ones for the same seed."""
+    return Exercise(task, held_out_items(task, count, seed))
 
 
 def answers(llm: LLM, task: Task, items: Sequence[str], options: Options, batch: int = 60) -> Iterator[TaskAnswer]:
@@ -29,15 +50,28 @@ def answers(llm: LLM, task: Task, items: Sequence[str], options: Options, batch:
         options = replace(options, max_tokens=llm.model.config.canvas_length)
     for start in range(0, len(items), batch):
         some = items[start : start + batch]
-        ids = [list(llm.encode([{"role": "user", "content": task.prompt(item)}])) for item in some]
+        ids = [list(llm.encode(messages(task, item))) for item in some]
         pins = [_pins(llm, task, item) for item in some]
         texts: dict[int, TaskAnswer] = {}
         for event in llm.events(ids, options=options, pins=pins):
             if isinstance(event, Done):
-                item = some[event.row]
-                right = task.is_right(event.text, item)
-                texts[event.row] = TaskAnswer(item, event.text, right, event.usage.steps)
+                texts[event.row] = judged(task, some[event.row], event.text, event.usage)
         yield from (texts[row] for row in range(len(some)))
+
+
+def judged(task: Task, item: str, text: str, usage: Usage) -> TaskAnswer:
+    """An answer and what its checker says of it."""
+    return TaskAnswer(
+        item,
+        text,
+        task.is_right(text, item),
+        usage.steps,
+        usage.passes,
+        usage.tokens,
+        usage.seconds,
+        "" if task.kind is None else task.kind(item),
+        {} if task.measures is None else task.measures(text, item),
+    )
 
 
 def _pins(llm: LLM, task: Task, item: str) -> Mapping[int, int]:

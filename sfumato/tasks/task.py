@@ -5,6 +5,8 @@ Training, evaluation and the command line take a task by its name, and know noth
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,10 +38,22 @@ class Task:
     filled: float = 1.0
     """Share of examples in which the rest of the canvas, after the answer's end, is learned too. Where answers are a
     word, that rest is most of the canvas, easy, and would be most of the loss."""
+    kind: Callable[[str], str] | None = None
+    """The kind of an item, a row of its own in an evaluation: a puzzle's difficulty. None: all are of one kind."""
+    measures: Callable[[str, str], Mapping[str, float]] | None = None
+    """(what the model wrote, item) -> what else can be said of it, each from 0 to 1: the share of a plot's cells. Its
+    names are the same for all items of a kind; it never raises."""
+    draft: Callable[[str], str] | None = None
+    """The text that an answer may begin from, in place, instead of from noise. None: there is none."""
 
 
 def _puzzle(rng: np.random.Generator) -> str:
-    return sudoku.generate(int(rng.integers(30, 56)), rng)
+    clues = rng.choice([_one_of(rng, 40, 56), _one_of(rng, 30, 40), _one_of(rng, 24, 30)])  # each band alike
+    return sudoku.generate(int(clues), rng)
+
+
+def _one_of(rng: np.random.Generator, least: int, end: int) -> int:
+    return int(rng.integers(least, end))
 
 
 def _solution(puzzle: str) -> str:
@@ -70,6 +84,7 @@ TASKS = {
             _solution,
             lambda text, item: sudoku.is_solved(text.strip(), item),
             lambda item: {cell: digit for cell, digit in enumerate(item) if digit != "0"},
+            kind=sudoku.band,
         ),
         Task(
             "sorting",
@@ -86,12 +101,55 @@ TASKS = {
             lambda text, item: decisions.is_right(text.strip(), item),
             is_prompt_learned=False,
             filled=0.1,
+            kind=lambda item: decisions.read(item).kind,
         ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
     )
 }
 """The tasks there are, by name."""
+
+
+SPLIT = 16
+"""One item of so many is held out, by a hash of it: a run of training never sees those."""
+_TRIES = 1000
+
+
+def is_held_out(item: str) -> bool:
+    """Whether an item is one of those that are never trained on."""
+    return zlib.crc32(json.dumps(item).encode()) % SPLIT == 0
+
+
+def drawn(task: Task, count: int, rng: np.random.Generator, held_out: bool) -> list[str]:
+    """So many random items, of those that are held out or of the others. InputError where a task has none."""
+    kept: list[str] = []
+    for _ in range(count * _TRIES):
+        item = task.generate(rng)
+        if is_held_out(item) == held_out:
+            kept.append(item)
+        if len(kept) == count:
+            return kept
+    raise InputError(f"the task {task.name} has no items to hold out; it is too small")
+
+
+def held_out_items(task: Task, count: int, seed: int) -> list[str]:
+    """So many different items that no run trains on, the same ones for the same seed."""
+    rng = np.random.default_rng([seed, SPLIT])
+    kept: dict[str, None] = {}
+    for _ in range(_TRIES):
+        if len(kept) >= count:
+            break
+        kept |= dict.fromkeys(drawn(task, count - len(kept), rng, held_out=True))
+    if len(kept) < count:
+        raise InputError(f"the task {task.name} has {len(kept)} items that are held out, not {count}; ask for fewer")
+    return [*kept]
+
+
+def messages(task: Task, item: str) -> list[dict[str, str]]:
+    """The conversation that an item is, up to its answer."""
+    turns = [] if task.earlier is None else task.earlier(item)
+    pairs = [({"role": "user", "content": text}, {"role": "assistant", "content": reply}) for text, reply in turns]
+    return [message for pair in pairs for message in pair] + [{"role": "user", "content": task.prompt(item)}]
 
 
 def named(name: str) -> Task:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from typing import Any
 
 import numpy as np
@@ -11,14 +9,10 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import InputError
-from sfumato.tasks.task import Task
+from sfumato.tasks.task import Task, drawn, messages
 from sfumato.text.template import ChatTemplate
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.loss import Examples
-
-SPLIT = 16
-"""One item of so many is held out, by a hash of it: a run never trains on those."""
-_TRIES = 1000
 
 
 class TaskSource:
@@ -37,21 +31,14 @@ class TaskSource:
     def items(self, count: int, step: int) -> list[str]:
         """So many items of a step."""
         rng = np.random.default_rng([self.seed, step, int(self.is_held_out)])
-        kept: list[str] = []
-        for _ in range(count * _TRIES):
-            item = self.task.generate(rng)
-            if is_held_out(item) == self.is_held_out:
-                kept.append(item)
-            if len(kept) == count:
-                return kept
-        raise InputError(f"the task {self.task.name} has no items to hold out; it is too small")
+        return drawn(self.task, count, rng, self.is_held_out)
 
     def batch(self, step: int, size: int, device: torch.device) -> Examples:
         """See `Source.batch`."""
         rows: list[list[int]] = []
         prompts: list[int] = []
         for item in self.items(size, step):
-            ids = self.template.encode(self.tokenizer, self._messages(item))
+            ids = self.template.encode(self.tokenizer, messages(self.task, item))
             prompts.append(len(ids))
             rows.append([*ids, *self.tokenizer.encode(self.task.answer(item)), self._end])
         counts = [len(row) for row in rows]
@@ -75,17 +62,6 @@ class TaskSource:
                 is_answer_BT[row, start : ids.index(self._end, start) + 1] = True
         return is_answer_BT
 
-    def _messages(self, item: str) -> list[dict[str, str]]:
-        """The conversation that an item is, up to its answer."""
-        turns = [] if self.task.earlier is None else self.task.earlier(item)
-        pairs = [({"role": "user", "content": text}, {"role": "assistant", "content": reply}) for text, reply in turns]
-        return [message for pair in pairs for message in pair] + [{"role": "user", "content": self.task.prompt(item)}]
-
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""
         return {"task": self.task.name, "seed": self.seed}
-
-
-def is_held_out(item: str) -> bool:
-    """Whether an item is one of those that are never trained on."""
-    return zlib.crc32(json.dumps(item).encode()) % SPLIT == 0

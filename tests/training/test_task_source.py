@@ -7,9 +7,9 @@ import torch
 
 from sfumato.llm import LLM
 from sfumato.tasks import decisions
-from sfumato.tasks.task import named
+from sfumato.tasks.task import is_held_out, named
 from sfumato.training.data.mixed import MixedSource
-from sfumato.training.task_source import TaskSource, is_held_out
+from sfumato.training.task_source import TaskSource
 
 
 @pytest.fixture(scope="module")
