@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, recall, sorting, sudoku
+from sfumato.tasks import decisions, edits, graphs, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ def _solution(puzzle: str) -> str:
     return sudoku.answer_text(solution)
 
 
+FILLED = 0.1
+"""Of tasks whose answers are shorter than a canvas."""
+
 _RECALL = Task(
     "recall",
     recall.generate,
@@ -71,7 +74,7 @@ _RECALL = Task(
     lambda text, item: text.strip() == recall.answer_text(item),
     earlier=recall.earlier,
     is_prompt_learned=False,
-    filled=0.1,
+    filled=FILLED,
 )
 
 TASKS = {
@@ -100,8 +103,43 @@ TASKS = {
             decisions.answer,
             lambda text, item: decisions.is_right(text.strip(), item),
             is_prompt_learned=False,
-            filled=0.1,
+            filled=FILLED,
             kind=lambda item: decisions.read(item).kind,
+        ),
+        Task(
+            "edits",
+            edits.generate,
+            edits.prompt,
+            edits.answer,
+            lambda text, item: edits.is_right(text.strip(), item),
+            is_prompt_learned=False,
+            filled=FILLED,
+            kind=lambda item: edits.read(item).kind,
+            measures=lambda text, item: {"untouched": float(edits.is_untouched(text.strip(), item))},
+            draft=edits.document,
+        ),
+        Task(
+            "graphs",
+            graphs.generate,
+            graphs.prompt,
+            graphs.answer,
+            lambda text, item: text.strip() == graphs.answer(item),
+            is_prompt_learned=False,
+            filled=FILLED,
+            kind=graphs.family_of,
+            measures=lambda text, item: {
+                "cells": graphs.right_cells(text, item),
+                "marks": graphs.right_marks(text, item),
+            },
+        ),
+        Task(
+            "families",
+            graphs.generate_family,
+            graphs.family_prompt,
+            graphs.family_answer,
+            lambda text, item: graphs.is_family(text.strip(), item),
+            is_prompt_learned=False,
+            filled=FILLED,
         ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),

@@ -9,6 +9,7 @@ the chosen canvas, that cache is what the denoise passes read, gradients include
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,12 +38,25 @@ class Examples:
     """The length limit cut this example: what would follow is unknown, so no eos fill is supervised."""
     is_learned_BT: Tensor | None = None
     """Which tokens the next-token loss covers; None: all that are real."""
+    canvases: list[int] | None = None
+    """Positions of each row's canvas, 0 for the model's; None: all have that."""
 
     def part(self, rank: int, ranks: int) -> Examples:
         """Every `ranks`-th example from `rank` on: what this rank takes of a batch, whose size `ranks` divides."""
-        own = slice(rank, None, ranks)
-        learned = None if self.is_learned_BT is None else self.is_learned_BT[own]
-        return Examples(self.tokens_BT[own], self.counts[own], self.prompts[own], self.is_cut[own], learned)
+        return self.of(range(rank, len(self.counts), ranks))
+
+    def of(self, rows: Sequence[int]) -> Examples:
+        """Some of the examples."""
+        at = torch.tensor(rows, device=self.tokens_BT.device)
+        counts, prompts, is_cut = ([column[row] for row in rows] for column in (self.counts, self.prompts, self.is_cut))
+        learned = None if self.is_learned_BT is None else self.is_learned_BT[at]
+        canvases = None if self.canvases is None else [self.canvases[row] for row in rows]
+        return Examples(self.tokens_BT[at], counts, prompts, is_cut, learned, canvases)  # type: ignore[arg-type]
+
+    def by_canvas(self, length: int) -> dict[int, list[int]]:
+        """Rows by the length of their canvas, where `length` is the model's."""
+        own = [one or length for one in self.canvases or [0] * len(self.counts)]
+        return {size: [row for row, one in enumerate(own) if one == size] for size in sorted({*own})}
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,13 @@ class Corruption:
 
     def part(self, rank: int, ranks: int) -> Corruption:
         """The numbers of the canvases of `Examples.part`, as the whole batch has them."""
-        own = slice(rank, None, ranks)
-        tensors = (self.canvas_B[own], self.level_B[own], self.keep_BL[own], self.noise_BL[own])
-        return Corruption(*tensors, len(range(rank, self.conditioned, ranks)), self.has_first_pass)
+        return self.of(range(rank, len(self.level_B), ranks))
+
+    def of(self, rows: Sequence[int], length: int | None = None) -> Corruption:
+        """The numbers of some canvases, in rising order, and of so many of their positions."""
+        at = torch.tensor(rows, device=self.level_B.device)
+        tensors = (self.canvas_B[at], self.level_B[at], self.keep_BL[at, :length], self.noise_BL[at, :length])
+        return Corruption(*tensors, sum(row < self.conditioned for row in rows), self.has_first_pass)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class TrainingRecipe:
     """Canvases (noise levels) per example: the example is encoded once for all of them."""
     conditioned: float = 0.5
     """Share of a batch that sees the soft embedding of a first pass."""
+    short_canvases: float = 0.0
+    """Share of steps in which the canvas of a task is only as long as its answers, of one process. 0: never."""
     leave_one_out: bool = False
     precision: str = "float32"
     """"float32", or "bfloat16": autocast, weights that are trained stay float32."""
@@ -56,7 +58,14 @@ class TrainingRecipe:
             _check(name, getattr(self, name), 1, math.inf, is_whole=True)
         for name in ("warmup", "hold", "seed"):
             _check(name, getattr(self, name), 0, math.inf, is_whole=True)
-        for name, most in (("lr", 10.0), ("floor", 1.0), ("conditioned", 1.0), ("weight_decay", 10.0), ("clip", 1e6)):
+        for name, most in (
+            ("lr", 10.0),
+            ("floor", 1.0),
+            ("conditioned", 1.0),
+            ("short_canvases", 1.0),
+            ("weight_decay", 10.0),
+            ("clip", 1e6),
+        ):
             _check(name, getattr(self, name), 0.0, most)
         if len(self.betas) != 2:
             raise InputError(f"betas is {self.betas}; give two numbers from 0 to 1, such as 0.95,0.99")

@@ -148,6 +148,11 @@ class Trainer:
             raise InputError("no weight of this model is trained; attach an adapter, or train all of them")
         if self.ranks.size > 1 and recipe.optimizer != "adamw":
             raise InputError(f"optimizer {recipe.optimizer!r} is of one process; choose 'adamw' for several")
+        if self.ranks.size > 1 and recipe.short_canvases:
+            raise InputError(
+                f"short_canvases is {recipe.short_canvases}, and only one process can group a batch by its canvases; "
+                "leave it out for several"
+            )
         self.optimizers = optimizers_of(trained, recipe)
         self._trained = list(trained.values())
         self._losses: Callable[..., LossSums] = (
@@ -242,15 +247,28 @@ class Trainer:
         """This process's parts of a batch, and the targets of the whole one, of denoise and of encode."""
         config, eos = self.model.config, self.model.config.eos_ids[0]
 
-        def noised(rank: int, ranks: int) -> Problem:
-            part = batch.part(rank, ranks), corruption.part(rank, ranks)
-            return problem(*part, config.canvas_length, eos, is_whole)
+        def noised(rank: int, ranks: int) -> list[Problem]:
+            part, own = batch.part(rank, ranks), corruption.part(rank, ranks)
+            size = len(part.counts)
+            return [
+                problem(
+                    part.of(rows),
+                    own.of([k * size + row for k in range(self.recipe.repeats) for row in rows], length),
+                    length,
+                    eos,
+                    is_whole,
+                )
+                for length, rows in part.by_canvas(config.canvas_length).items()
+            ]
 
         whole = noised(0, 1)
         count = self._parts
         first = self.ranks.rank * self.recipe.accumulate
-        parts = [whole] if count == 1 else [noised(first + n, count) for n in range(self.recipe.accumulate)]
-        return parts, (max(1, whole.diffusion_count), max(1, whole.encode_count))
+        parts = (
+            whole if count == 1 else [one for n in range(self.recipe.accumulate) for one in noised(first + n, count)]
+        )
+        targets = sum(one.diffusion_count for one in whole), sum(one.encode_count for one in whole)
+        return parts, (max(1, targets[0]), max(1, targets[1]))
 
     def _mean_shares(self, part: Problem, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """What a part contributes to (L_diff, L_enc) of the whole batch."""
