@@ -24,15 +24,15 @@ MOST = 99
 
 T = TypeVar("T")
 Value = str | int
-Row = dict[str, Value]
+Cells = dict[str, Value]
 
 
 @dataclass(frozen=True)
-class Document:
+class KeyedRows:
     """What a document says: rows of the same keys, under a title. JSON, INI and Python literals have one row."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[Cells, ...]
 
     @property
     def keys(self) -> list[str]:
@@ -41,7 +41,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Edit:
+class DocumentEdit:
     """An item, taken apart."""
 
     kind: str
@@ -55,7 +55,7 @@ class Edit:
 
 
 @functools.lru_cache(4096)
-def read(item: str) -> Edit:
+def read(item: str) -> DocumentEdit:
     """The parts of an item; InputError for a text that is none."""
     try:
         kind, instruction, text, edited = json.loads(item)
@@ -63,7 +63,7 @@ def read(item: str) -> Edit:
             raise ValueError("it is not four texts")
     except (ValueError, TypeError) as error:
         raise InputError(f"{item[:60]!r} is no item of edits; take one that `generate` made") from error
-    return Edit(kind, instruction, text, edited)
+    return DocumentEdit(kind, instruction, text, edited)
 
 
 def generate(rng: np.random.Generator) -> str:
@@ -114,27 +114,27 @@ def _common(one: str, other: str) -> int:
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
-def _as_json(own: Document) -> str:
+def _as_json(own: KeyedRows) -> str:
     return json.dumps(own.rows[0])
 
 
-def _as_python(own: Document) -> str:
+def _as_python(own: KeyedRows) -> str:
     return repr(own.rows[0])
 
 
-def _as_ini(own: Document) -> str:
+def _as_ini(own: KeyedRows) -> str:
     return "\n".join([f"[{own.title}]", *(f"{key}={value}" for key, value in own.rows[0].items())])
 
 
-def _as_csv(own: Document) -> str:
+def _as_csv(own: KeyedRows) -> str:
     return "\n".join([",".join(own.keys), *(",".join(map(str, row.values())) for row in own.rows)])
 
 
-def _as_markdown(own: Document) -> str:
+def _as_markdown(own: KeyedRows) -> str:
     return "\n".join([f"# {own.title}", *(f"- {key}: {value}" for key, value in own.rows[0].items())])
 
 
-WRITERS: Mapping[str, Callable[[Document], str]] = {
+WRITERS: Mapping[str, Callable[[KeyedRows], str]] = {
     "JSON": _as_json,
     "Python": _as_python,
     "INI": _as_ini,
@@ -156,31 +156,31 @@ def _value(rng: np.random.Generator) -> Value:
     return _one(rng, WORDS) if rng.random() < 0.5 else int(rng.integers(MOST + 1))
 
 
-def _record(rng: np.random.Generator, keys: Sequence[str]) -> Row:
+def _record(rng: np.random.Generator, keys: Sequence[str]) -> Cells:
     return {key: _value(rng) for key in keys}
 
 
-def _random_document(rng: np.random.Generator, form: str) -> Document:
+def _random_document(rng: np.random.Generator, form: str) -> KeyedRows:
     if form != "CSV":
-        return Document(_one(rng, TITLES), (_record(rng, _some(rng, KEYS, int(rng.integers(2, 5)))),))
+        return KeyedRows(_one(rng, TITLES), (_record(rng, _some(rng, KEYS, int(rng.integers(2, 5)))),))
     keys = _some(rng, KEYS, 2)
     first = _some(rng, WORDS, int(rng.integers(2, 5)))
-    return Document("", tuple({keys[0]: word, keys[1]: int(rng.integers(MOST + 1))} for word in first))
+    return KeyedRows("", tuple({keys[0]: word, keys[1]: int(rng.integers(MOST + 1))} for word in first))
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
 
 
-def _rename(rng: np.random.Generator) -> Edit:
+def _rename(rng: np.random.Generator) -> DocumentEdit:
     form = _one(rng, [*WRITERS])
     own, write = _random_document(rng, form), WRITERS[form]
     old = _one(rng, own.keys)
     new = _one(rng, [key for key in KEYS if key not in own.keys])
     rows = tuple({new if key == old else key: value for key, value in row.items()} for row in own.rows)
-    return Edit("rename", f"Rename {old} to {new}.", write(own), write(replace(own, rows=rows)))
+    return DocumentEdit("rename", f"Rename {old} to {new}.", write(own), write(replace(own, rows=rows)))
 
 
-def _change(rng: np.random.Generator) -> Edit:
+def _change(rng: np.random.Generator) -> DocumentEdit:
     form = _one(rng, [*WRITERS])
     own, write = _random_document(rng, form), WRITERS[form]
     if form == "CSV":
@@ -191,10 +191,10 @@ def _change(rng: np.random.Generator) -> Edit:
         place, key, new = 0, _one(rng, own.keys), _value(rng)
         what = key
     rows = tuple(row | {key: new} if number == place else row for number, row in enumerate(own.rows))
-    return Edit("change", f"Set {what} to {new}.", write(own), write(replace(own, rows=rows)))
+    return DocumentEdit("change", f"Set {what} to {new}.", write(own), write(replace(own, rows=rows)))
 
 
-def _sort(rng: np.random.Generator) -> Edit:
+def _sort(rng: np.random.Generator) -> DocumentEdit:
     form = _one(rng, ["Python", "JSON", "Markdown", "CSV"])
     count = int(rng.integers(3, 6))
     if form == "CSV":
@@ -204,17 +204,17 @@ def _sort(rng: np.random.Generator) -> Edit:
         def table(rows: Sequence[tuple[str, int]]) -> str:
             return "\n".join([",".join(keys), *(f"{word},{number}" for word, number in rows)])
 
-        return Edit("sort", f"Sort by {keys[1]}.", table(rows), table(sorted(rows, key=lambda row: row[1])))
+        return DocumentEdit("sort", f"Sort by {keys[1]}.", table(rows), table(sorted(rows, key=lambda row: row[1])))
     values: list[Value] = [*_some(rng, range(MOST + 1), count)] if rng.random() < 0.5 else [*_some(rng, WORDS, count)]
     write: Callable[[list[Value]], str] = {"Python": repr, "JSON": json.dumps}.get(form, _bullets)
-    return Edit("sort", "Sort the list.", write(values), write(sorted(values)))
+    return DocumentEdit("sort", "Sort the list.", write(values), write(sorted(values)))
 
 
 def _bullets(values: list[Value]) -> str:
     return "\n".join(f"- {value}" for value in values)
 
 
-def _repair(rng: np.random.Generator) -> Edit | None:
+def _repair(rng: np.random.Generator) -> DocumentEdit | None:
     """One character of the notation is gone, where the rest says which."""
     form = _one(rng, ["JSON", "Python", "INI", "CSV", "Markdown"])
     own, write = _random_document(rng, form), WRITERS[form]
@@ -222,10 +222,10 @@ def _repair(rng: np.random.Generator) -> Edit | None:
     signs = {"JSON": '{}":,', "Python": "{}':,", "INI": "[]=", "CSV": ",", "Markdown": ":-#"}[form]
     places = [place for place, sign in enumerate(text) if sign in signs]
     place = _one(rng, places)
-    return Edit("repair", "Fix the syntax.", text[:place] + text[place + 1 :], text)
+    return DocumentEdit("repair", "Fix the syntax.", text[:place] + text[place + 1 :], text)
 
 
-def _complete(rng: np.random.Generator) -> Edit:
+def _complete(rng: np.random.Generator) -> DocumentEdit:
     """A cell of a table is empty, and its column goes up by even steps."""
     keys = _some(rng, KEYS, 2)
     step, start = int(rng.integers(1, 10)), int(rng.integers(40))
@@ -234,10 +234,10 @@ def _complete(rng: np.random.Generator) -> Edit:
     head = ",".join(keys)
     full = [f"{word},{number}" for word, number in zip(words, numbers, strict=True)]
     gap = [f"{words[place]}," if row == place else line for row, line in enumerate(full)]
-    return Edit("complete", "Fill the empty cell.", "\n".join([head, *gap]), "\n".join([head, *full]))
+    return DocumentEdit("complete", "Fill the empty cell.", "\n".join([head, *gap]), "\n".join([head, *full]))
 
 
-KINDS: Mapping[str, Callable[[np.random.Generator], Edit | None]] = {
+KINDS: Mapping[str, Callable[[np.random.Generator], DocumentEdit | None]] = {
     "rename": _rename,
     "change": _change,
     "sort": _sort,

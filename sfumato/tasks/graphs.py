@@ -234,12 +234,12 @@ def families_of(plot_text: str) -> list[str]:
 
 
 def _draws(family: str, heights: np.ndarray) -> bool:
-    """Whether an expression of a family has these heights over the lowest row, `_NOTHING` where none is seen."""
+    """Whether an expression of a family has these heights over the lowest row, `_NOTHING` where none is visible."""
     for left in STARTS:
         values = _values(family, left)
         for bottom in STARTS:
-            seen = np.where((values >= bottom) & (values < bottom + SIZE), values - bottom, _NOTHING)
-            if (seen == heights).all(1).any():
+            visible = np.where((values >= bottom) & (values < bottom + SIZE), values - bottom, _NOTHING)
+            if (visible == heights).all(1).any():
                 return True
     return False
 

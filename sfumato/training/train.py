@@ -12,12 +12,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sfumato.checkpoints.shards import read_tensors, write_tensors
 from sfumato.errors import CheckpointError, InputError, SfumatoError
@@ -42,6 +44,10 @@ from sfumato.training.state import (
 
 BEST = "best.safetensors"
 """What is trained, as it was at the lowest held-out loss."""
+
+PLAIN_ATTENTION = 512
+"""On a CPU in bfloat16 the scores of so many tokens are computed whole: torch's flash kernel takes 29 % of a step of
+nano-skills there, and the step as a whole 10 % longer (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -273,8 +279,10 @@ class Trainer:
     def _mean_shares(self, part: Problem, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """What a part contributes to (L_diff, L_enc) of the whole batch."""
         is_half = self.recipe.precision == "bfloat16"
+        is_plain = is_half and self.model.device.type == "cpu" and part.tokens_BT.shape[1] <= PLAIN_ATTENTION
+        attention = sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
         # Without its cache: that would hold a copy of every weight until all passes are over, sharded or not.
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
+        with attention, torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
             sums = self._losses(self.model, part, self.recipe.leave_one_out)
         return sums.diffusion / counts[0], sums.encode / counts[1]
 
