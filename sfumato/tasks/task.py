@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, edits, graphs, recall, sorting, sudoku
+from sfumato.tasks import decisions, edits, graphs, infill, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,17 @@ TASKS = {
             lambda text, item: graphs.is_family(text.strip(), item),
             is_prompt_learned=False,
             filled=FILLED,
+        ),
+        Task(
+            "infill",
+            infill.generate,
+            infill.prompt,
+            infill.answer,
+            lambda text, item: infill.is_right(text.strip(), item),
+            is_prompt_learned=False,
+            filled=FILLED,
+            kind=infill.kind,
+            measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
         ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
