@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, edits, graphs, infill, recall, sorting, sudoku
+from sfumato.tasks import decisions, edits, graphs, infill, molecules, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,15 @@ TASKS = {
         ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
+        Task(
+            "molecules",
+            molecules.generate,
+            molecules.prompt,
+            molecules.answer,
+            molecules.is_right,
+            kind=molecules.kind,
+            measures=molecules.measures,
+        ),
     )
 }
 """The tasks there are, by name."""
