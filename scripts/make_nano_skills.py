@@ -1,6 +1,6 @@
 """Write what nano-skills is made of besides its weights: tokenizer, template, config.json, generation_config.json.
 
-The tokenizer is built as nano's (`make_nano_tokenizer`), of 768 ids. A word is one token wherever it stands, in an
+The tokenizer is built as nano's (`make_nano_tokenizer`), with no more ids than its words need. A word is one token wherever it stands, in an
 instruction and in a document, so that it can be copied; digits, signs and the characters of a molecule are a token
 each; the fixed parts of instructions are one.
 
@@ -23,7 +23,6 @@ from scripts.make_nano_tokenizer import (
     BYTES,
     CHARACTERS,
     CONTROL,
-    ENGLISH,
     NANO,
     assembled,
     configuration,
@@ -33,7 +32,6 @@ from sfumato.model.config import LayerConfig, ModelConfig, Rope
 from sfumato.tasks import edits, graphs
 
 FOLDER = NANO.with_name("nano_skills")
-VOCABULARY = 768
 
 FIXED = (
     "Rename▁",
@@ -44,33 +42,47 @@ FIXED = (
     "Sort▁the▁list.",
     "Fix▁the▁syntax.",
     "Fill▁the▁empty▁cell.",
-    "Fill▁the▁gap:",
+    "Fill▁the▁gap:\ndef▁",
+    "return▁",
+    "▁if▁",
+    "▁in▁",
+    "Complete▁this▁molecule:",
+    "Molecule▁with▁this▁formula:",
+    "Molecule▁with▁these▁rings:",
+    "Molecule▁with▁these▁groups:",
     "Plot▁this:",
     "Which▁family▁is▁this?",
     "sin(x)",
 )
 """Parts of instructions that are one token."""
-OTHER: tuple[str, ...] = ()
+INFILL = """
+def return for in if else and or not is of the to at all its on but than then each with from other same every how
+abs len max min sum sorted range split append count join lower upper replace startswith endswith
+xs ys zs whether times plus minus half twice squared modulo between below above size first second last lies even odd
+letter letters less more larger largest smaller smallest most least without backwards words number divides added are
+equals often multiplied order after length lengths kept middle distance subtracted begins ends end around case front
+""".split()
+MOLECULES = """
+rings atoms ester ether amine amide nitrile chloride fluoride sulfide alcohol thiol acid alkene alkyne aldehyde ketone
+""".split()
 
 
 def words() -> list[str]:
     """Words that are one token each."""
-    own = [*edits.KEYS, *edits.WORDS, *edits.TITLES, *graphs.FAMILIES, *OTHER]
+    own = [*edits.KEYS, *edits.WORDS, *edits.TITLES, *graphs.FAMILIES, *INFILL, *MOLECULES]
     return list(dict.fromkeys(["user", "model", "system", *own]))
 
 
 def merges() -> list[tuple[str, str]]:
-    """Words; the fixed parts out of their words and signs; English with what is left."""
+    """Words; then the fixed parts out of their words and signs."""
     parts = [piece for text in FIXED for piece in _pieces(text) if len(piece) > 1]
     weights = Counter({word: 20_000 for word in [*words(), *parts]})
-    weights.update({word: 1000 - 3 * rank for rank, word in enumerate(ENGLISH)})
     last: dict[tuple[str, str], None] = {}
     for text in FIXED:
         chain = _pieces(text)
         for end in range(1, len(chain)):
             last[("".join(chain[:end]), chain[end])] = None
-    count = VOCABULARY - len(CONTROL) - len(BYTES) - len(CHARACTERS) - len(last)
-    return [*learn_merges(weights, count), *last]
+    return [*learn_merges(weights, None), *last]
 
 
 def _pieces(text: str) -> list[str]:
@@ -86,15 +98,17 @@ def _pieces(text: str) -> list[str]:
 
 def build() -> Tokenizer:
     """The tokenizer; SystemExit where a word or a fixed part is not one token."""
-    return assembled(merges(), VOCABULARY, [*words(), *FIXED])
+    own = merges()
+    size = len(CONTROL) + len(BYTES) + len(CHARACTERS) + len(own)
+    return assembled(own, size, [*words(), *FIXED])
 
 
-def config() -> ModelConfig:
+def config(vocabulary: int) -> ModelConfig:
     """Six layers, every third full; one of two small experts beside a wide dense part."""
     sliding = LayerConfig(head_dim=32, kv_heads=2, window=128, rope=Rope(100.0))
     full = LayerConfig(head_dim=64, kv_heads=1, window=None, rope=Rope(100.0, partial=0.25, proportional=True))
     return ModelConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=192,
         intermediate_size=384,
         num_heads=6,
@@ -110,13 +124,14 @@ def config() -> ModelConfig:
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    build().save(str(FOLDER / "tokenizer.json"))
+    tokenizer = build()
+    tokenizer.save(str(FOLDER / "tokenizer.json"))
     shutil.copy(NANO / "chat_template.jinja", FOLDER / "chat_template.jinja")
     generation = json.loads((NANO / "generation_config.json").read_text())
     generation |= {"max_new_tokens": 96, "max_denoising_steps": 16, "t_min": 0.8, "t_max": 1.0}
     for name, value in (
         ("tokenizer_config.json", configuration()),
-        ("config.json", config().to_dict()),
+        ("config.json", config(tokenizer.get_vocab_size()).to_dict()),
         ("generation_config.json", generation),
     ):
         (FOLDER / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
