@@ -39,7 +39,7 @@ BUDGET = 2000
 """Steps of the evaluator for one of them."""
 
 _HEAD = "Fill the gap:\n"
-_CANDIDATES = 40
+_CANDIDATES = 48
 _TRIES = 1000
 
 Pair = tuple[str, str]
@@ -65,6 +65,11 @@ CONDITIONS: Sequence[Pair] = (
     ("{u} is not {v}", "{u} != {v}"),
     ("{u} is above {k}", "{u} > {k}"),
     ("{u} is below {k}", "{u} < {k}"),
+    ("{u} is above {v} plus {k}", "{u} > {v} + {k}"),
+    ("{u} is at most {v} minus {k}", "{u} <= {v} - {k}"),
+    ("{u} plus {v} is below {k}", "{u} + {v} < {k}"),
+    ("{u} minus {v} is at least {k}", "{u} - {v} >= {k}"),
+    ("the larger of {u} and {v} is {k}", "max({u}, {v}) == {k}"),
     ("{a} is even", "{a} % 2 == 0"),
     ("{a} is odd", "{a} % 2 == 1"),
     ("{k} divides {a}", "{a} % {k} == 0"),
@@ -118,25 +123,38 @@ STRINGS: Sequence[Pair] = (
     ("{s} with '{q}' for '{r}'", "{s}.replace('{r}', '{q}')"),
 )
 """Strings made of one string, each an operand that a dot or a bracket may follow."""
-TEXTS: Sequence[Pair] = (
+TAILS: Sequence[Pair] = (
     ("{e}", "{e}"),
     ("{e}, backwards", "{e}[::-1]"),
-    ("{e}, {k} times", "{e} * {k}"),
-    ("{e}, then {t}", "{e} + {t}"),
-    ("{t}, then {e}", "{t} + {e}"),
-    ("{s} and {t} with '{q}' between", "{s} + '{q}' + {t}"),
-    ("'{q}' around {s}", "'{q}' + {s} + '{q}'"),
+    ("{e}, in upper case", "{e}.upper()"),
+    ("{e}, in lower case", "{e}.lower()"),
+    ("{e}, without its last letter", "{e}[:-1]"),
+    ("{e}, without its first {k}", "{e}[{k}:]"),
+    ("{e}, its first {k} letters", "{e}[:{k}]"),
+    ("{e}, its last {k} letters", "{e}[-{k}:]"),
+    ("{e}, every second letter", "{e}[::2]"),
+    ("{e}, '{q}' for '{r}'", "{e}.replace('{r}', '{q}')"),
+)
+"""What is done to those, after a comma."""
+TEXTS: Sequence[Pair] = (
+    ("{f}", "{f}"),
+    ("{f}, {k} times", "{f} * {k}"),
+    ("{f}, then {t}", "{f} + {t}"),
+    ("{t}, then {f}", "{t} + {f}"),
+    ("{e} and {t} with '{q}' between", "{e} + '{q}' + {t}"),
+    ("'{q}' around {e}", "'{q}' + {e} + '{q}'"),
     ("how often '{q}' is in {e}", "{e}.count('{q}')"),
-    ("the length of {s} plus {k}", "len({s}) + {k}"),
-    ("the lengths of {s} and {t}, added", "len({s}) + len({t})"),
-    ("whether {s} begins with {t}", "{s}.startswith({t})"),
-    ("whether {s} ends with '{q}'", "{s}.endswith('{q}')"),
-    ("whether '{q}' is in {e}", "'{q}' in {e}"),
-    ("whether {s} is the same backwards", "{s} == {s}[::-1]"),
-    ("the words of {s}", "{s}.split()"),
-    ("the number of words of {s}", "len({s}.split())"),
-    ("the words of {s} with '{q}' between", "'{q}'.join({s}.split())"),
+    ("the length of {s} plus {u}", "len({s}) + {u}"),
+    ("the lengths of {s} and {t} plus {u}", "len({s}) + len({t}) + {u}"),
+    ("whether {e} begins with {t}", "{e}.startswith({t})"),
+    ("whether {e} ends with '{q}'", "{e}.endswith('{q}')"),
+    ("whether '{q}' is in {f}", "'{q}' in {f}"),
+    ("whether {e} is {t} backwards", "{e} == {t}[::-1]"),
+    ("the words of {e}", "{e}.split()"),
+    ("the number of words of {s} plus {u}", "len({s}.split()) + {u}"),
+    ("the words of {e} with '{q}' between", "'{q}'.join({e}.split())"),
     ("the letters of {e}, in order", "''.join(sorted({e}))"),
+    ("{e} if '{q}' is in {t}, else {s}", "{e} if '{q}' in {t} else {s}"),
 )
 ITEMS: Sequence[Pair] = (
     ("even", "{i} % 2 == 0"),
@@ -162,29 +180,39 @@ IMAGES: Sequence[Pair] = (
     ("the size of {i}", "abs({i})"),
 )
 """What becomes of an item."""
-LISTS: Sequence[Pair] = (
-    ("the sum of {z} plus {k}", "sum({z}) + {k}"),
-    ("the largest of {z} minus {k}", "max({z}) - {k}"),
-    ("the smallest of {z} plus {a}", "min({z}) + {a}"),
-    ("the largest less the smallest of {z}", "max({z}) - min({z})"),
+RUNS: Sequence[Pair] = (
+    ("{z}", "{z}"),
     ("{z} in order", "sorted({z})"),
     ("{z} backwards", "{z}[::-1]"),
     ("the first {k} of {z}", "{z}[:{k}]"),
     ("the last {k} of {z}", "{z}[-{k}:]"),
     ("the first {n} of {z}", "{z}[:{n}]"),
-    ("the smallest {n} of {z}", "sorted({z})[:{n}]"),
+    ("every second of {z}", "{z}[::2]"),
+    ("{z} without its first", "{z}[1:]"),
+    ("{z} without its last", "{z}[:-1]"),
+    ("the smallest {k} of {z}", "sorted({z})[:{k}]"),
     ("the largest {k} of {z}", "sorted({z})[-{k}:]"),
+)
+"""Lists made of one list."""
+LISTS: Sequence[Pair] = (
+    ("the sum of {w} plus {u}", "sum({w}) + {u}"),
+    ("the largest of {w} minus {u}", "max({w}) - {u}"),
+    ("the smallest of {w} plus {u}", "min({w}) + {u}"),
+    ("{u} times the largest less the smallest of {z}", "{u} * (max({z}) - min({z}))"),
+    ("{w}, then {y}", "{w} + {y}"),
+    ("{y}, then {w}", "{y} + {w}"),
     ("the first of {z} plus {u}", "{z}[0] + {u}"),
     ("the last of {z} minus {u}", "{z}[-1] - {u}"),
-    ("how often {a} is in {z}", "{z}.count({a})"),
-    ("whether {u} is in {z}", "{u} in {z}"),
-    ("{z} with {u} at its end", "{z} + [{u}]"),
-    ("{z} with {u} in front", "[{u}] + {z}"),
-    ("{h} for all {i} of {z}", "[{h} for {i} in {z}]"),
-    ("the sum of {h} for all {i} of {z}", "sum({h} for {i} in {z})"),
-    ("all {g} in {z}", "[{i} for {i} in {z} if {g}]"),
-    ("the sum of all {g} in {z}", "sum({i} for {i} in {z} if {g})"),
-    ("the number of all {g} in {z}", "len([{i} for {i} in {z} if {g}])"),
+    ("how often {u} is in {w}", "{w}.count({u})"),
+    ("whether {u} is in {w}", "{u} in {w}"),
+    ("{w} with {u} at its end", "{w} + [{u}]"),
+    ("{w} with {u} in front", "[{u}] + {w}"),
+    ("{h} for all {i} of {w}", "[{h} for {i} in {w}]"),
+    ("the sum of {h} for all {i} of {w}", "sum({h} for {i} in {w})"),
+    ("all {g} in {w}", "[{i} for {i} in {w} if {g}]"),
+    ("{h} for all {i} {g} in {z}", "[{h} for {i} in {z} if {g}]"),
+    ("the sum of all {g} in {w}", "sum({i} for {i} in {w} if {g})"),
+    ("the number of all {g} in {w}", "len([{i} for {i} in {w} if {g}])"),
 )
 LOOPS: Sequence[Pair] = (
     ("the sum of all {g} in {z}", "{o} = 0\nfor {i} in {z}:\n  if {g}:\n    {o} += {i}\nreturn {o}"),
@@ -212,13 +240,14 @@ KINDS: Mapping[str, Sequence[Pair]] = {
 """The kinds of items by name."""
 
 _PARTS: Mapping[str, Sequence[Pair]] = {
-    "u": NUMBERS, "v": NUMBERS, "p": CONDITIONS, "e": (("{s}", "{s}"), *STRINGS), "g": ITEMS, "h": IMAGES
+    "u": NUMBERS, "v": NUMBERS, "p": CONDITIONS, "e": (("{s}", "{s}"), *STRINGS), "f": TAILS,
+    "w": RUNS, "g": ITEMS, "h": IMAGES,
 }  # fmt: skip
-_NAMES = {"abc": "abcxy", "st": "stw", "n": "nmk", "z": ("xs", "ys", "zs"), "i": "xiev", "o": "rtz"}
+_NAMES = {"abc": "abcxy", "st": "stw", "n": "nmk", "zy": ("xs", "ys", "zs"), "i": "xiev", "o": "rtz"}
 """Slots, and the names that they take."""
 _SLOT = re.compile(r"\{(\w)\}")
 _LETTERS = "abcdefgh"
-_ALPHABET = "abcdeghABC  "
+_ALPHABET = "abcdABC  "
 """What strings of inputs are made of."""
 
 
@@ -404,36 +433,113 @@ def inputs(item: str) -> list[list[Value]]:
     return [arguments for arguments, _ in _trials(item)]
 
 
+_Trial = tuple[list[Value], Value]
+"""Arguments, and what the generator's function gives for them."""
+
+
 @lru_cache(maxsize=4096)
-def _trials(item: str) -> tuple[tuple[list[Value], Value], ...]:
-    """Arguments and what the generator's function gives for them, as many different results as there are."""
+def _trials(item: str) -> tuple[_Trial, ...]:
+    """What an item's function is run on: arguments that tell it from near misses, and different results."""
+    one = read(item)
+    candidates = _candidates(item)
+    trials: list[_Trial] = []
+    for piece in _near_misses(one.piece):
+        source = one.filled(piece)
+        if len(trials) < INPUTS and all(_gives(source, trial) for trial in trials):
+            trials += [trial for trial in candidates if not _gives(source, trial)][:1]
+    by_result: dict[str, list[_Trial]] = {}
+    for trial in candidates:
+        if trial not in trials:
+            by_result.setdefault(repr(trial[1]), []).append(trial)
+    rest = (trial for row in itertools.zip_longest(*by_result.values()) for trial in row if trial is not None)
+    return (*trials, *itertools.islice(rest, INPUTS - len(trials)))
+
+
+def _gives(source: str, trial: _Trial) -> bool:
+    """Does the function give that result?"""
+    arguments, result = trial
+    try:
+        return is_same(run(source, arguments, BUDGET), result)
+    except EvaluationError:
+        return False
+
+
+def _candidates(item: str) -> list[_Trial]:
+    """Random arguments that fit the item's function, by its names and numbers, and its results."""
     one = read(item)
     source = one.filled(one.piece)
     rng = np.random.default_rng(zlib.crc32(item.encode()))
     names = re.findall(r"\w+", source.partition(")")[0].partition("(")[2])
-    numbers = sorted({*map(int, re.findall(r"\d+", source))})
-    by_result: dict[str, list[tuple[list[Value], Value]]] = {}
+    trials: list[_Trial] = []
     for _ in range(_CANDIDATES):
-        arguments = [_argument(rng, name, numbers) for name in names]
+        some = _numbers(rng, source)
+        alphabet = _ALPHABET + 3 * "".join(re.findall(r"'(\w)'", source))
+        arguments: list[Value] = []
+        for name in names:
+            texts = [argument for argument in arguments if isinstance(argument, str)]
+            arguments.append(_argument(rng, name, some, _text(rng, alphabet, texts)))
         try:
-            result = run(source, arguments, BUDGET)
+            trials.append((arguments, run(source, arguments, BUDGET)))
         except EvaluationError:
             continue
-        by_result.setdefault(repr(result), []).append((arguments, result))
-    trials = [trial for row in itertools.zip_longest(*by_result.values()) for trial in row if trial is not None]
-    return tuple(trials[:INPUTS])
+    return trials
 
 
-def _argument(rng: np.random.Generator, name: str, numbers: Sequence[int]) -> Value:
-    """A random argument of the type that the name stands for; half of the numbers are near one of the code's."""
-    if name in _NAMES["z"]:
-        return [_number(rng, numbers) for _ in range(int(rng.integers(1, 7)))]
+def _numbers(rng: np.random.Generator, source: str) -> list[int]:
+    """Five numbers, two of them near those in the code: few, so that equal ones are there."""
+    near = [*map(int, re.findall(r"\d+", source))] or [0]
+    numbers = [near[int(rng.integers(len(near)))] + int(rng.integers(-1, 2)) for _ in range(2)]
+    return [*numbers, *(int(rng.integers(*((-9, 13) if rng.random() < 0.5 else (-3, 6)))) for _ in range(3))]
+
+
+def _argument(rng: np.random.Generator, name: str, numbers: Sequence[int], text: str) -> Value:
+    """An argument of the type that the name stands for: a list, a text, a count, a number."""
+    if name in _NAMES["zy"]:
+        return [_number(rng, numbers) for _ in range(int(rng.integers(1, 9)))]
     if name in _NAMES["st"]:
-        return "".join(_one(rng, _ALPHABET) for _ in range(int(rng.integers(1, 10))))
+        return text
     return int(rng.integers(1, 7)) if name in _NAMES["n"] else _number(rng, numbers)
 
 
 def _number(rng: np.random.Generator, numbers: Sequence[int]) -> int:
-    if numbers and rng.random() < 0.5:
-        return numbers[int(rng.integers(len(numbers)))] + int(rng.integers(-1, 2))
-    return int(rng.integers(-9, 13))
+    return numbers[int(rng.integers(len(numbers)))] + int(rng.choice([-1, 0, 0, 1]))
+
+
+def _text(rng: np.random.Generator, alphabet: str, earlier: Sequence[str]) -> str:
+    """A random text, or an end of an earlier one, or that backwards."""
+    text = "".join(_one(rng, alphabet) for _ in range(int(rng.integers(1, 13))))
+    if earlier and rng.random() < 0.6:
+        place = int(rng.integers(len(earlier[0])))
+        text = _one(rng, [earlier[0][place:], earlier[0][: place + 1], earlier[0][::-1]])
+    return text
+
+
+_SWAPS = tuple(
+    pair.split("~")
+    for pair in (
+        "<=~< <~<= >=~> >~>= <~> >~< ==~!= !=~== +~- -~+ *~+ //~/ //~% %~// max~min min~max and~or or~and ''~' ' "
+        "upper~lower lower~upper starts~ends ends~starts 1:~:-1 :-1~1: [:~[ :]~] ::2~::3 ::-1~::1 sorted~list abs~int"
+    ).split(" ")
+    if "~" in pair
+)
+
+
+def _near_misses(piece: str) -> list[str]:
+    """The piece with one operator, name, number or letter changed: what a model takes it for."""
+    edits = [(place, len(old), new) for old, new in _SWAPS for place in _places(re.escape(old), piece)]
+    edits += [
+        (place.start(), len(place[0]), str(int(place[0]) + step))
+        for place in re.finditer(r"\d+", piece)
+        for step in (-1, 1)
+    ]
+    names = {*re.findall(r"\b[a-z]s?\b", piece)}
+    edits += [
+        (place.start(), len(place[0]), name)
+        for place in re.finditer(r"\b[a-z]s?\b", piece)
+        for name in sorted(names - {place[0]})
+    ]
+    return [piece[:place] + new + piece[place + length :] for place, length, new in edits]
+
+
+def _places(pattern: str, text: str) -> list[int]:
+    return [place.start() for place in re.finditer(pattern, text)]
