@@ -4,10 +4,7 @@ An item is a function of one to four lines, its docstring in words, and the plac
 written `___`. The words say what the function returns, so that the words and the rest of the code decide what is right,
 not the code's shape alone. An answer is right where the whole function then gives what the generator's own gives, on
 `INPUTS` lists of arguments that the item fixes: any code that computes the same is right. It runs in `evaluate`, which
-knows a small part of Python and has a budget; nothing here is handed to Python itself.
-
-A function is made from pairs of a phrase and its code with slots for names, numbers and smaller pairs: "{u} plus {v}"
-and "{u} + {v}", where {u} may be "twice a" and "2 * a".
+knows a small part of Python and has a budget; nothing here is handed to Python itself. `functions` makes the functions.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +22,7 @@ import numpy as np
 
 from sfumato.errors import InputError
 from sfumato.tasks.evaluate import EvaluationError, Value, function_of, is_same, run
+from sfumato.tasks.functions import KINDS, NAMES, one_of, random_function
 
 GAP = "___"
 LONGEST_PROMPT = 120
@@ -39,186 +37,10 @@ BUDGET = 2000
 """Steps of the evaluator for one of them."""
 
 _HEAD = "Fill the gap:\n"
-_CANDIDATES = 40
+_CANDIDATES = 48
 _TRIES = 1000
 
-Pair = tuple[str, str]
-"""Words, and the code that they stand for. Code of several lines is a whole body."""
-
-NUMBERS: Sequence[Pair] = (
-    ("{a}", "{a}"),
-    ("twice {a}", "2 * {a}"),
-    ("{k} times {a}", "{k} * {a}"),
-    ("{a} times {b}", "{a} * {b}"),
-    ("{a} squared", "{a} * {a}"),
-    ("half of {a}", "{a} // 2"),
-    ("{a} modulo {k}", "{a} % {k}"),
-    ("the size of {a}", "abs({a})"),
-)
-"""What a sum is made of."""
-CONDITIONS: Sequence[Pair] = (
-    ("{u} is larger than {v}", "{u} > {v}"),
-    ("{u} is less than {v}", "{u} < {v}"),
-    ("{u} is at least {v}", "{u} >= {v}"),
-    ("{u} is at most {v}", "{u} <= {v}"),
-    ("{u} equals {v}", "{u} == {v}"),
-    ("{u} is not {v}", "{u} != {v}"),
-    ("{u} is above {k}", "{u} > {k}"),
-    ("{u} is below {k}", "{u} < {k}"),
-    ("{a} is even", "{a} % 2 == 0"),
-    ("{a} is odd", "{a} % 2 == 1"),
-    ("{k} divides {a}", "{a} % {k} == 0"),
-    ("{a} lies from {b} to {c}", "{b} <= {a} <= {c}"),
-    ("{a} lies from {k} to {l}", "{k} <= {a} <= {l}"),
-    ("{a} and {b} are above {k}", "{a} > {k} and {b} > {k}"),
-    ("{a} or {b} is below {k}", "{a} < {k} or {b} < {k}"),
-    ("{a} is even and above {k}", "{a} % 2 == 0 and {a} > {k}"),
-    ("{a} is below {k} or above {l}", "{a} < {k} or {a} > {l}"),
-)
-ARITHMETIC: Sequence[Pair] = (
-    ("{u} plus {v}", "{u} + {v}"),
-    ("{u} minus {v}", "{u} - {v}"),
-    ("{v} subtracted from {u}", "{u} - {v}"),
-    ("{u} plus {v} minus {k}", "{u} + {v} - {k}"),
-    ("{u} minus {v} plus {k}", "{u} - {v} + {k}"),
-    ("{k} plus {u}", "{k} + {u}"),
-    ("{u} minus {k}", "{u} - {k}"),
-    ("the larger of {u} and {v}", "max({u}, {v})"),
-    ("the smaller of {u} and {v}", "min({u}, {v})"),
-    ("the distance of {u} and {v}", "abs({u} - {v})"),
-    ("the sum of {u} and {v}, times {k}", "({u} + {v}) * {k}"),
-    ("the sum of {a} and {k}, squared", "({a} + {k}) ** 2"),
-    ("half the sum of {u} and {v}", "({u} + {v}) // 2"),
-    ("{a} kept from {k} to {l}", "max({k}, min({a}, {l}))"),
-    ("the sum of {a}, {b} and {c}", "{a} + {b} + {c}"),
-    ("the middle of {a}, {b} and {c}", "sorted([{a}, {b}, {c}])[1]"),
-    ("the larger of {u} and {v}, plus {k}", "max({u}, {v}) + {k}"),
-)
-BRANCHES: Sequence[Pair] = (
-    ("{u} if {p}, else {v}", "if {p}:\n  return {u}\nreturn {v}"),
-    ("{u}, but {v} if {p}", "{o} = {u}\nif {p}:\n  {o} = {v}\nreturn {o}"),
-    ("{u} if {p}, else {k}", "return {u} if {p} else {k}"),
-    ("{k} if {p}, else {l}", "if {p}:\n  return {k}\nreturn {l}"),
-    ("{u}, {k} more if {p}", "{o} = {u}\nif {p}:\n  {o} += {k}\nreturn {o}"),
-    ("'{q}' if {p}, else '{r}'", "if {p}:\n  return '{q}'\nreturn '{r}'"),
-)
-STRINGS: Sequence[Pair] = (
-    ("{s} in upper case", "{s}.upper()"),
-    ("{s} in lower case", "{s}.lower()"),
-    ("{s} without its first letter", "{s}[1:]"),
-    ("{s} without its last letter", "{s}[:-1]"),
-    ("the first {k} letters of {s}", "{s}[:{k}]"),
-    ("the last {k} letters of {s}", "{s}[-{k}:]"),
-    ("{s} without its first {k} letters", "{s}[{k}:]"),
-    ("{s} without its last {k} letters", "{s}[:-{k}]"),
-    ("the first {n} letters of {s}", "{s}[:{n}]"),
-    ("{s} from letter {n} on", "{s}[{n}:]"),
-    ("every second letter of {s}", "{s}[::2]"),
-    ("{s} backwards", "{s}[::-1]"),
-    ("{s} with '{q}' for '{r}'", "{s}.replace('{r}', '{q}')"),
-)
-"""Strings made of one string, each an operand that a dot or a bracket may follow."""
-TEXTS: Sequence[Pair] = (
-    ("{e}", "{e}"),
-    ("{e}, backwards", "{e}[::-1]"),
-    ("{e}, {k} times", "{e} * {k}"),
-    ("{e}, then {t}", "{e} + {t}"),
-    ("{t}, then {e}", "{t} + {e}"),
-    ("{s} and {t} with '{q}' between", "{s} + '{q}' + {t}"),
-    ("'{q}' around {s}", "'{q}' + {s} + '{q}'"),
-    ("how often '{q}' is in {e}", "{e}.count('{q}')"),
-    ("the length of {s} plus {k}", "len({s}) + {k}"),
-    ("the lengths of {s} and {t}, added", "len({s}) + len({t})"),
-    ("whether {s} begins with {t}", "{s}.startswith({t})"),
-    ("whether {s} ends with '{q}'", "{s}.endswith('{q}')"),
-    ("whether '{q}' is in {e}", "'{q}' in {e}"),
-    ("whether {s} is the same backwards", "{s} == {s}[::-1]"),
-    ("the words of {s}", "{s}.split()"),
-    ("the number of words of {s}", "len({s}.split())"),
-    ("the words of {s} with '{q}' between", "'{q}'.join({s}.split())"),
-    ("the letters of {e}, in order", "''.join(sorted({e}))"),
-)
-ITEMS: Sequence[Pair] = (
-    ("even", "{i} % 2 == 0"),
-    ("odd", "{i} % 2 == 1"),
-    ("above {k}", "{i} > {k}"),
-    ("below {k}", "{i} < {k}"),
-    ("at least {k}", "{i} >= {k}"),
-    ("at most {k}", "{i} <= {k}"),
-    ("other than {k}", "{i} != {k}"),
-    ("above {a}", "{i} > {a}"),
-    ("below {a}", "{i} < {a}"),
-)
-"""Which items of a list."""
-IMAGES: Sequence[Pair] = (
-    ("twice {i}", "2 * {i}"),
-    ("{k} times {i}", "{k} * {i}"),
-    ("{i} squared", "{i} * {i}"),
-    ("{i} plus {k}", "{i} + {k}"),
-    ("{i} minus {k}", "{i} - {k}"),
-    ("{i} plus {a}", "{i} + {a}"),
-    ("{i} minus {a}", "{i} - {a}"),
-    ("{a} minus {i}", "{a} - {i}"),
-    ("the size of {i}", "abs({i})"),
-)
-"""What becomes of an item."""
-LISTS: Sequence[Pair] = (
-    ("the sum of {z} plus {k}", "sum({z}) + {k}"),
-    ("the largest of {z} minus {k}", "max({z}) - {k}"),
-    ("the smallest of {z} plus {a}", "min({z}) + {a}"),
-    ("the largest less the smallest of {z}", "max({z}) - min({z})"),
-    ("{z} in order", "sorted({z})"),
-    ("{z} backwards", "{z}[::-1]"),
-    ("the first {k} of {z}", "{z}[:{k}]"),
-    ("the last {k} of {z}", "{z}[-{k}:]"),
-    ("the first {n} of {z}", "{z}[:{n}]"),
-    ("the smallest {n} of {z}", "sorted({z})[:{n}]"),
-    ("the largest {k} of {z}", "sorted({z})[-{k}:]"),
-    ("the first of {z} plus {u}", "{z}[0] + {u}"),
-    ("the last of {z} minus {u}", "{z}[-1] - {u}"),
-    ("how often {a} is in {z}", "{z}.count({a})"),
-    ("whether {u} is in {z}", "{u} in {z}"),
-    ("{z} with {u} at its end", "{z} + [{u}]"),
-    ("{z} with {u} in front", "[{u}] + {z}"),
-    ("{h} for all {i} of {z}", "[{h} for {i} in {z}]"),
-    ("the sum of {h} for all {i} of {z}", "sum({h} for {i} in {z})"),
-    ("all {g} in {z}", "[{i} for {i} in {z} if {g}]"),
-    ("the sum of all {g} in {z}", "sum({i} for {i} in {z} if {g})"),
-    ("the number of all {g} in {z}", "len([{i} for {i} in {z} if {g}])"),
-)
-LOOPS: Sequence[Pair] = (
-    ("the sum of all {g} in {z}", "{o} = 0\nfor {i} in {z}:\n  if {g}:\n    {o} += {i}\nreturn {o}"),
-    ("the number of all {g} in {z}", "{o} = 0\nfor {i} in {z}:\n  if {g}:\n    {o} += 1\nreturn {o}"),
-    ("all {g} in {z}", "{o} = []\nfor {i} in {z}:\n  if {g}:\n    {o}.append({i})\nreturn {o}"),
-    ("the first {g} in {z}, else {l}", "for {i} in {z}:\n  if {g}:\n    return {i}\nreturn {l}"),
-    ("the sum of {h} for all {i} of {z}", "{o} = 0\nfor {i} in {z}:\n  {o} += {h}\nreturn {o}"),
-    ("{h} for all {i} of {z}", "{o} = []\nfor {i} in {z}:\n  {o}.append({h})\nreturn {o}"),
-    ("the sum of {h} for all {i} below {n}", "{o} = 0\nfor {i} in range({n}):\n  {o} += {h}\nreturn {o}"),
-    ("{k} times all of {z}, multiplied", "{o} = {k}\nfor {i} in {z}:\n  {o} *= {i}\nreturn {o}"),
-    ("{a} less all of {z}", "for {i} in {z}:\n  {a} -= {i}\nreturn {a}"),
-    ("{s} with each letter {k} times", "{o} = ''\nfor {i} in {s}:\n  {o} += {i} * {k}\nreturn {o}"),
-    ("{s} with '{q}' after each letter", "{o} = ''\nfor {i} in {s}:\n  {o} += {i} + '{q}'\nreturn {o}"),
-    ("{s} without '{q}'", "{o} = ''\nfor {i} in {s}:\n  if {i} != '{q}':\n    {o} += {i}\nreturn {o}"),
-    ("{a} with {u} added {n} times", "for {i} in range({n}):\n  {a} += {u}\nreturn {a}"),
-)
-KINDS: Mapping[str, Sequence[Pair]] = {
-    "arithmetic": ARITHMETIC,
-    "comparison": [(f"whether {words}", code) for words, code in CONDITIONS],
-    "branch": BRANCHES,
-    "text": TEXTS,
-    "list": LISTS,
-    "loop": LOOPS,
-}
-"""The kinds of items by name."""
-
-_PARTS: Mapping[str, Sequence[Pair]] = {
-    "u": NUMBERS, "v": NUMBERS, "p": CONDITIONS, "e": (("{s}", "{s}"), *STRINGS), "g": ITEMS, "h": IMAGES
-}  # fmt: skip
-_NAMES = {"abc": "abcxy", "st": "stw", "n": "nmk", "z": ("xs", "ys", "zs"), "i": "xiev", "o": "rtz"}
-"""Slots, and the names that they take."""
-_SLOT = re.compile(r"\{(\w)\}")
-_LETTERS = "abcdefgh"
-_ALPHABET = "abcdeghABC  "
+_ALPHABET = "abcdABC  "
 """What strings of inputs are made of."""
 
 
@@ -252,9 +74,9 @@ def generate(rng: np.random.Generator, kind: str | None = None) -> str:
     """A random item, of a random kind unless one is named. InputError for a kind that there is not."""
     if kind is not None and kind not in KINDS:
         raise InputError(f"there is no kind {kind!r}; the kinds are: {', '.join(KINDS)}")
-    name = _one(rng, [*KINDS]) if kind is None else kind
+    name = one_of(rng, [*KINDS]) if kind is None else kind
     for _ in range(_TRIES):
-        item = _with_gap(rng, name, _function(rng, name))
+        item = _with_gap(rng, name, random_function(rng, name))
         if item is not None:
             return json.dumps(item, separators=(",", ":"))
     raise InputError(f"no item of {_TRIES} was short enough; allow prompts of more than {LONGEST_PROMPT} characters")
@@ -273,72 +95,6 @@ def answer(item: str) -> str:
 def kind(item: str) -> str:
     """Which kind of code the item has."""
     return read(item).kind
-
-
-# ---- making ----------------------------------------------------------------------------------------------------------
-
-
-def _one(rng: np.random.Generator, values: Sequence[str]) -> str:
-    return values[int(rng.integers(len(values)))]
-
-
-class _Scope:
-    """What the slots of one pair stand for; a smaller pair has its own numbers, and the names of the whole."""
-
-    def __init__(self, rng: np.random.Generator, names: Mapping[str, str]) -> None:
-        self.rng, self.names = rng, names
-        numbers = [names[slot] for slot in "abc"]
-        least, most = sorted(int(number) for number in rng.choice(np.arange(2, 10), 2, replace=False))
-        letters = rng.permutation(len(_LETTERS))
-        self.pairs = {slot: (name, name) for slot, name in names.items()}
-        for slot, place in zip("abc", rng.permutation(3), strict=True):
-            self.pairs[slot] = (numbers[place], numbers[place])
-        for slot, text in {
-            "k": str(least),
-            "l": str(most),
-            "q": _LETTERS[letters[0]],
-            "r": _LETTERS[letters[1]],
-        }.items():
-            self.pairs[slot] = (text, text)
-
-    def fill(self, pair: Pair) -> Pair:
-        """The words and the code with all their slots filled."""
-        words, code = pair
-        return _SLOT.sub(lambda slot: self._of(slot[1])[0], words), _SLOT.sub(lambda slot: self._of(slot[1])[1], code)
-
-    def _of(self, slot: str) -> Pair:
-        if slot not in self.pairs:
-            parts = _PARTS[slot]
-            self.pairs[slot] = _Scope(self.rng, self.names).fill(parts[int(self.rng.integers(len(parts)))])
-        return self.pairs[slot]
-
-
-def _names(rng: np.random.Generator) -> dict[str, str]:
-    """Slot -> name, all different."""
-    names: dict[str, str] = {}
-    for slots, values in _NAMES.items():
-        free = [name for name in values if name not in names.values()]
-        names |= {slot: free[place] for slot, place in zip(slots, rng.permutation(len(free)), strict=False)}
-    return names
-
-
-def _function(rng: np.random.Generator, kind: str) -> str | None:
-    """The source of a random function; None where it would say nothing: a minus a."""
-    names = _names(rng)
-    scope = _Scope(rng, names)
-    pairs = KINDS[kind]
-    words, code = scope.fill(pairs[int(rng.integers(len(pairs)))])
-    if "u" in scope.pairs and scope.pairs["u"] == scope.pairs.get("v"):
-        return None
-    lines = code.split("\n") if "return" in code else [f"return {code}"]
-    parameters = [name for slot, name in names.items() if slot not in "io" and _names_in(words, name)]
-    order = ", ".join(parameters[place] for place in rng.permutation(len(parameters)))
-    return "\n  ".join([f"def {_one(rng, 'fgh')}({order}):", f'"{words}"', *lines])
-
-
-def _names_in(words: str, name: str) -> bool:
-    """Is this name one of the words, and no letter in quotes?"""
-    return re.search(rf"(?<!['\w]){name}(?!['\w])", words) is not None
 
 
 def _with_gap(rng: np.random.Generator, kind: str, source: str | None) -> tuple[str, str, str] | None:
@@ -404,36 +160,116 @@ def inputs(item: str) -> list[list[Value]]:
     return [arguments for arguments, _ in _trials(item)]
 
 
+_Trial = tuple[list[Value], Value]
+"""Arguments, and what the generator's function gives for them."""
+
+
 @lru_cache(maxsize=4096)
-def _trials(item: str) -> tuple[tuple[list[Value], Value], ...]:
-    """Arguments and what the generator's function gives for them, as many different results as there are."""
+def _trials(item: str) -> tuple[_Trial, ...]:
+    """What an item's function is run on: arguments that tell it from near misses, and different results."""
+    one = read(item)
+    candidates = _candidates(item)
+    trials: list[_Trial] = []
+    for piece in _near_misses(one.piece):
+        source = one.filled(piece)
+        if len(trials) < INPUTS and all(_gives(source, trial) for trial in trials):
+            trials += [trial for trial in candidates if not _gives(source, trial)][:1]
+    by_result: dict[str, list[_Trial]] = {}
+    for trial in candidates:
+        if trial not in trials:
+            by_result.setdefault(repr(trial[1]), []).append(trial)
+    rest = (trial for row in itertools.zip_longest(*by_result.values()) for trial in row if trial is not None)
+    trials += itertools.islice(rest, INPUTS - len(trials))
+    if not trials:
+        raise InputError(f"{item[:60]!r} is no item of infill: its function never returns; take one of `generate`")
+    return tuple(trials)
+
+
+def _gives(source: str, trial: _Trial) -> bool:
+    """Does the function give that result?"""
+    arguments, result = trial
+    try:
+        return is_same(run(source, arguments, BUDGET), result)
+    except EvaluationError:
+        return False
+
+
+def _candidates(item: str) -> list[_Trial]:
+    """Random arguments that fit the item's function, by its names and numbers, and its results."""
     one = read(item)
     source = one.filled(one.piece)
     rng = np.random.default_rng(zlib.crc32(item.encode()))
     names = re.findall(r"\w+", source.partition(")")[0].partition("(")[2])
-    numbers = sorted({*map(int, re.findall(r"\d+", source))})
-    by_result: dict[str, list[tuple[list[Value], Value]]] = {}
+    trials: list[_Trial] = []
     for _ in range(_CANDIDATES):
-        arguments = [_argument(rng, name, numbers) for name in names]
+        some = _numbers(rng, source)
+        alphabet = _ALPHABET + 3 * "".join(re.findall(r"'(\w)'", source))
+        arguments: list[Value] = []
+        for name in names:
+            texts = [argument for argument in arguments if isinstance(argument, str)]
+            arguments.append(_argument(rng, name, some, _text(rng, alphabet, texts)))
         try:
-            result = run(source, arguments, BUDGET)
+            trials.append((arguments, run(source, arguments, BUDGET)))
         except EvaluationError:
             continue
-        by_result.setdefault(repr(result), []).append((arguments, result))
-    trials = [trial for row in itertools.zip_longest(*by_result.values()) for trial in row if trial is not None]
-    return tuple(trials[:INPUTS])
+    return trials
 
 
-def _argument(rng: np.random.Generator, name: str, numbers: Sequence[int]) -> Value:
-    """A random argument of the type that the name stands for; half of the numbers are near one of the code's."""
-    if name in _NAMES["z"]:
-        return [_number(rng, numbers) for _ in range(int(rng.integers(1, 7)))]
-    if name in _NAMES["st"]:
-        return "".join(_one(rng, _ALPHABET) for _ in range(int(rng.integers(1, 10))))
-    return int(rng.integers(1, 7)) if name in _NAMES["n"] else _number(rng, numbers)
+def _numbers(rng: np.random.Generator, source: str) -> list[int]:
+    """Five numbers, two of them near those in the code: few, so that equal ones are there."""
+    near = [*map(int, re.findall(r"\d+", source))] or [0]
+    numbers = [near[int(rng.integers(len(near)))] + int(rng.integers(-1, 2)) for _ in range(2)]
+    return [*numbers, *(int(rng.integers(*((-9, 13) if rng.random() < 0.5 else (-3, 6)))) for _ in range(3))]
+
+
+def _argument(rng: np.random.Generator, name: str, numbers: Sequence[int], text: str) -> Value:
+    """An argument of the type that the name stands for: a list, a text, a count, a number."""
+    if name in NAMES["zy"]:
+        return [_number(rng, numbers) for _ in range(int(rng.integers(1, 9)))]
+    if name in NAMES["st"]:
+        return text
+    return int(rng.integers(1, 7)) if name in NAMES["n"] else _number(rng, numbers)
 
 
 def _number(rng: np.random.Generator, numbers: Sequence[int]) -> int:
-    if numbers and rng.random() < 0.5:
-        return numbers[int(rng.integers(len(numbers)))] + int(rng.integers(-1, 2))
-    return int(rng.integers(-9, 13))
+    return numbers[int(rng.integers(len(numbers)))] + int(rng.choice([-1, 0, 0, 1]))
+
+
+def _text(rng: np.random.Generator, alphabet: str, earlier: Sequence[str]) -> str:
+    """A random text, or an end of an earlier one, or that backwards."""
+    text = "".join(one_of(rng, alphabet) for _ in range(int(rng.integers(1, 13))))
+    if earlier and rng.random() < 0.6:
+        place = int(rng.integers(len(earlier[0])))
+        text = one_of(rng, [earlier[0][place:], earlier[0][: place + 1], earlier[0][::-1]])
+    return text
+
+
+_SWAPS = tuple(
+    pair.split("~")
+    for pair in (
+        "<=~< <~<= >=~> >~>= <~> >~< ==~!= !=~== +~- -~+ *~+ //~/ //~% %~// max~min min~max and~or or~and ''~' ' "
+        "upper~lower lower~upper starts~ends ends~starts 1:~:-1 :-1~1: [:~[ :]~] ::2~::3 ::-1~::1 sorted~list abs~int"
+    ).split(" ")
+    if "~" in pair
+)
+
+
+def _near_misses(piece: str) -> list[str]:
+    """The piece with one operator, name, number or letter changed: what a model takes it for."""
+    edits = [(place, len(old), new) for old, new in _SWAPS for place in _places(re.escape(old), piece)]
+    edits += [
+        (place.start(), len(place[0]), str(int(place[0]) + step))
+        for place in re.finditer(r"\d+", piece)
+        for step in (-1, 1)
+    ]
+    names = {*re.findall(r"\b[a-z]s?\b", piece)}
+    edits += [
+        (place.start(), len(place[0]), name)
+        for place in re.finditer(r"\b[a-z]s?\b", piece)
+        for name in sorted(names - {place[0]})
+    ]
+    return [piece[:place] + new + piece[place + length :] for place, length, new in edits]
+
+
+def _places(pattern: str, text: str) -> list[int]:
+    return [place.start() for place in re.finditer(pattern, text)]
