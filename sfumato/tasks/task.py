@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, recall, sorting, sudoku
+from sfumato.tasks import decisions, infill, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,17 @@ TASKS = {
             is_prompt_learned=False,
             filled=0.1,
             kind=lambda item: decisions.read(item).kind,
+        ),
+        Task(
+            "infill",
+            infill.generate,
+            infill.prompt,
+            infill.answer,
+            lambda text, item: infill.is_right(text.strip(), item),
+            is_prompt_learned=False,
+            filled=0.1,
+            kind=infill.kind,
+            measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
         ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
