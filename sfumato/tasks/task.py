@@ -45,6 +45,8 @@ class Task:
     names are the same for all items of a kind; it never raises."""
     draft: Callable[[str], str] | None = None
     """The text that an answer may begin from, in place, instead of from noise. None: there is none."""
+    system: Callable[[str], str] | None = None
+    """The system message before everything, "" for an item without one. None: there is none."""
 
 
 def _puzzle(rng: np.random.Generator) -> str:
@@ -207,7 +209,9 @@ def messages(task: Task, item: str) -> list[dict[str, str]]:
     """The conversation that an item is, up to its answer."""
     turns = [] if task.earlier is None else task.earlier(item)
     pairs = [({"role": "user", "content": text}, {"role": "assistant", "content": reply}) for text, reply in turns]
-    return [message for pair in pairs for message in pair] + [{"role": "user", "content": task.prompt(item)}]
+    system = "" if task.system is None else task.system(item)
+    beginning = [{"role": "system", "content": system}] if system else []
+    return [*beginning, *(message for pair in pairs for message in pair), {"role": "user", "content": task.prompt(item)}]
 
 
 def named(name: str) -> Task:
