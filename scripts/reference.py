@@ -51,6 +51,10 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
         "it offers, both do.",
         ["sfumato.templates.interface.LanguageModel", "sfumato.llm.LLM"],
     ),
+    "Presets": (
+        "Options in a file: `from sfumato import Preset`. [commands.md](commands.md#your-defaults) has an example.",
+        ["sfumato.presets.Preset"],
+    ),
     "Templates": ("`from sfumato import Slot`.", ["sfumato.templates.slots.Slot"]),
     "Questions": (
         "What `decide` asks: `from sfumato import Noul, Choice, …`. [decisions.md](decisions.md) is their page.",

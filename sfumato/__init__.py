@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from sfumato.llm import LLM
     from sfumato.options import LoadOptions, Options
+    from sfumato.presets import Preset
     from sfumato.questions import Choice, Noul, Score, Span
     from sfumato.remote import Remote
     from sfumato.templates.interface import LanguageModel
@@ -70,6 +71,7 @@ __all__ = [
     "Noul",
     "NumericError",
     "Options",
+    "Preset",
     "Remote",
     "Score",
     "Scored",
@@ -111,6 +113,7 @@ _HOME = {
     "Noul": "questions",
     "NumericError": "errors",
     "Options": "options",
+    "Preset": "presets",
     "Remote": "remote",
     "Score": "questions",
     "Scored": "events",

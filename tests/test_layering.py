@@ -20,7 +20,7 @@ FILES = sorted((ROOT / "sfumato").rglob("*.py"))
 # operating system gives, locks and child processes with limits, which every folder may need; `display` is what is shown
 # without the command line. The lowest row's folders may import one another.
 ROWS = [
-    {"errors", "declarations", "options", "questions", "events", "system", "display"},
+    {"errors", "declarations", "options", "presets", "questions", "events", "system", "display"},
     {"ops", "tasks"},
     {"model"},
     {"sampling", "quant", "text"},

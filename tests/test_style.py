@@ -214,9 +214,9 @@ def test_no_two_types_have_one_name() -> None:
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
-def test_the_packages_root_holds_eight_files() -> None:
+def test_the_packages_root_holds_nine_files() -> None:
     files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
-    modules = ("__init__", "__main__", "declarations", "errors", "events", "llm", "options", "questions")
+    modules = ("__init__", "__main__", "declarations", "errors", "events", "llm", "options", "presets", "questions")
     assert files == {"py.typed", *(f"{name}.py" for name in modules)}
     assert not [path for path in ROOT.glob("sfumato/**/*.py") if path.stem in ("utils", "util", "helpers", "common")]
 

@@ -26,6 +26,7 @@ from sfumato.cli.help import NARROW, write_plainly
 from sfumato.cli.output import harmless, prepare_streams, speaks_unicode
 from sfumato.cli.settings import SettingsError
 from sfumato.errors import InputError, SfumatoError
+from sfumato.presets import PresetError
 
 COMMANDS = {
     "run": ("sfumato.cli.run", "Talk with a model, or answer one prompt."),
@@ -144,7 +145,7 @@ def explain(error: BaseException, flags: Mapping[str, str] | None = None) -> tup
         path = context.command_path if context is not None else "sfumato"
         return f"{error.format_message()} (see {path} --help)", 2  # type: ignore[attr-defined]
     if isinstance(error, InputError):
-        return str(error) if isinstance(error, SettingsError) else _in_flags(error, flags or {}), 2
+        return str(error) if isinstance(error, SettingsError | PresetError) else _in_flags(error, flags or {}), 2
     if isinstance(error, SfumatoError):
         return str(error), 1
     if isinstance(error, OSError):

@@ -83,7 +83,7 @@ class WorkFlags:
 
 @flags.takes(
     source=loading.positional(flags.group_of(ModelFlags, loading.WHICH)),
-    load=opt.load_flags_of(without=("memory_limit", "adapters")),
+    load=opt.load_flags_of(without=("memory_limit", "adapters", "preset")),
     amount=flags.group_of(WorkFlags),
 )
 def command(

@@ -13,6 +13,7 @@ from sfumato.cli import settings
 from sfumato.cli.tables import FittingTable
 from sfumato.cli.view import visible
 from sfumato.options import FALLBACK_DEFAULTS, LOAD_OPTIONS, OPTIONS
+from sfumato.presets import SAMPLING
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False) -> None:
@@ -59,7 +60,7 @@ def effective(user: settings.UserSettings) -> list[tuple[str, Any, str]]:
         if value is not None and name == "memory_limit":
             value = value / settings.GIGABYTE
         rows.append((f"load.{name}", default if value is None else value, DEFAULT if value is None else file))
-    for name in settings.SAMPLING:
+    for name in SAMPLING:
         value, default = user.options.get(name), OPTIONS[name].default
         if value is None:
             value = "the checkpoint's" if name in FALLBACK_DEFAULTS else None if default == () else default

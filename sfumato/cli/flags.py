@@ -51,24 +51,29 @@ def group_of(record: type, panel: str | None = None) -> Group:
 
 
 def takes(**groups: Group) -> Callable[[Command], Command]:
-    """Decorate a command: its parameters of these names are given by the groups' flags, which stand in their places."""
+    """Decorate a command: its parameters of these names are given by the groups' flags, which stand in their places.
+
+    Groups may have a flag in common, which stands in the first one's place."""
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        parameters: list[inspect.Parameter] = []
+        by_name: dict[str, inspect.Parameter] = {}
         for name, parameter in signature.parameters.items():
-            parameters += (
-                groups[name].parameters if name in groups else [flag(name, parameter.annotation, parameter.default)]
-            )
+            own = groups[name].parameters if name in groups else [flag(name, parameter.annotation, parameter.default)]
+            for one in own:
+                by_name.setdefault(one.name, one)
 
         @wraps(command)
         def call(**arguments: Any) -> object:
-            for name, group in groups.items():
-                arguments[name] = group.make(**{one.name: arguments.pop(one.name) for one in group.parameters})
-            return command(**arguments)
+            records = {
+                name: group.make(**{one.name: arguments[one.name] for one in group.parameters})
+                for name, group in groups.items()
+            }
+            of_groups = {one.name for group in groups.values() for one in group.parameters}
+            return command(**{name: value for name, value in arguments.items() if name not in of_groups} | records)
 
-        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        call.__signature__ = signature.replace(parameters=[*by_name.values()])  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in by_name.values()}
         return call
 
     return decorate

@@ -20,6 +20,7 @@ from sfumato.cli.settings import read_settings
 from sfumato.cli.view import visible
 from sfumato.errors import InputError
 from sfumato.options import LOAD_OPTIONS, LoadOptions
+from sfumato.presets import PRECISION
 from sfumato.remote import Remote
 from sfumato.system.embedded import EMBEDDED
 from sfumato.templates.interface import LanguageModel
@@ -111,6 +112,7 @@ def connect_or_load(api: ApiFlags, load: LoadOptions) -> LanguageModel:
         if getattr(load, option) not in (getattr(usual, option), ""):
             flag_name = names_of_flag(option)[0]
             more = "; give -m NAME for an adapter of the server's" if option == "adapters" else ""
+            more = "; a preset may set it too" if option in PRECISION else more
             raise InputError(f"{flag_name} is for a model loaded here; leave it out with --api{more}")
     key = api.api_key
     if key_file is not None:

@@ -1,8 +1,8 @@
 """The flags of `Options` and `LoadOptions`, read from their declarations, and options as NAME=VALUE.
 
 A few options have a flag of their own in some commands, which the command names (`flags_of`); every option can be set
-with --set NAME=VALUE. A new field of either record needs no change here. What no flag says, the user's settings say
-(`settings`), and what they leave open is the declared default.
+with --set NAME=VALUE. A new field of either record needs no change here. What no flag says, a preset says (--preset),
+then the user's settings (`settings`), and what they leave open is the declared default.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import typer
 
 from sfumato.cli import files
 from sfumato.cli.flags import Group, flag, group_of
-from sfumato.cli.settings import GIGABYTE, SAMPLING, read_settings
+from sfumato.cli.settings import GIGABYTE, read_settings
 from sfumato.errors import InputError
 from sfumato.options import CONSTRAINTS, LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
+from sfumato.presets import SAMPLING, Preset
 from sfumato.quant.recipes import RECIPES
 
 Delay = Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")]
@@ -76,6 +77,23 @@ _SET = Annotated[
         autocompletion=lambda incomplete: [f"{name}=" for name in OPTIONS if name.startswith(incomplete)],
     ),
 ]
+PRESET = flag(
+    "preset",
+    Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="FILE",
+            help="Options of a file that `sfumato eval --sweep` wrote; flags are stronger.",
+            rich_help_panel=_SAMPLING_PANEL,
+        ),
+    ],
+    None,
+)
+"""The flag of both groups below: a preset says how to generate, and may say how to load."""
+
+PRESET_OPTIONS = Group((PRESET,), lambda preset: {} if preset is None else Preset.read(preset).options)
+"""What a preset says of how to generate, for a command that generates later."""
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
@@ -121,12 +139,14 @@ def flags_of(*names: str, is_template: bool = False, usual: Collection[str] = SA
     """The flags that make `Options`: one for each of these options, and --set for every other.
 
     `usual` are the options that the user's settings may fill in. In a template each slot has a constraint of its own,
-    so options that constrain the whole answer are refused."""
-    parameters = (*(flag_of(OPTIONS[name], names) for name in names), flag("set_", _SET, None))
+    so options that constrain the whole answer are refused; of a preset it takes what it has."""
+    parameters = (*(flag_of(OPTIONS[name], names) for name in names), flag("set_", _SET, None), PRESET)
 
-    def make(set_: list[str] | None, **values: Any) -> Options:
-        allowed = {name for name in usual if not is_template or "templates" in OPTIONS[name].about.uses}
-        base = {name: value for name, value in read_settings().options.items() if name in allowed}
+    def make(set_: list[str] | None, preset: str | None = None, **values: Any) -> Options:
+        allowed = {name for name in OPTIONS if not is_template or "templates" in OPTIONS[name].about.uses}
+        base = {name: value for name, value in read_settings().options.items() if name in allowed & {*usual}}
+        if preset is not None:
+            base |= {name: value for name, value in Preset.read(preset).options.items() if name in allowed}
         options = build(set_, **base | {name: value for name, value in values.items() if value not in (None, [])})
         if is_template and options.constraint is not None:
             name, _ = options.constraint
@@ -143,15 +163,18 @@ def load_flags_of(*, without: Sequence[str] = (), has_decisions: bool = False) -
     without = ("model", *without) if has_decisions else ("model", "calibration", *without)
     names = [name for name in LOAD_OPTIONS if name not in without]
 
-    def make(**values: Any) -> LoadOptions:
+    def make(preset: str | None = None, **values: Any) -> LoadOptions:
         for name in values.keys() & _IN_GIGABYTES:
             values[name] = in_bytes(values[name], name)
         if values.get("adapters") is not None:
             values["adapters"] = adapter_folders(values["adapters"])
         base = {name: value for name, value in read_settings().load.items() if name in names}
+        if preset is not None:
+            base |= Preset.read(preset).load
         return LoadOptions(**base | {name: value for name, value in values.items() if value is not None})
 
-    return Group(tuple(flag_of(LOAD_OPTIONS[name], names) for name in names), make)
+    presets = () if "preset" in without else (PRESET,)
+    return Group((*(flag_of(LOAD_OPTIONS[name], names) for name in names), *presets), make)
 
 
 def adapter_folders(pairs: Sequence[str]) -> dict[str, str] | None:

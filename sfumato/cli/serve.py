@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -148,25 +149,34 @@ class RayFlags:
 @flags.takes(
     model=loading.positional(loading.MODEL),
     load=opt.load_flags_of(has_decisions=True),
+    preset=opt.PRESET_OPTIONS,
     http=flags.group_of(HttpFlags, "HTTP"),
     batch=flags.group_of(BatchFlags, "Many requests at once"),
     cluster=flags.group_of(RayFlags, "Several machines"),
 )
 def command(
-    *, model: loading.ModelFlag, load: LoadOptions, http: HttpFlags, batch: BatchFlags, cluster: RayFlags
+    *,
+    model: loading.ModelFlag,
+    load: LoadOptions,
+    preset: Mapping[str, Any],
+    http: HttpFlags,
+    batch: BatchFlags,
+    cluster: RayFlags,
 ) -> None:
     """Serve the model over HTTP: OpenAI's routes, those that only a canvas can offer, and a page to try them.
 
     Example: sfumato serve google/diffusiongemma-26B-A4B-it --port 8000
 
     Example: sfumato serve --host 0.0.0.0 --api-key-file keys.txt
+
+    Example: sfumato serve --preset fast.json
     """
     cluster.check()
     load = replace(load, model=model.name)
     for name in http.alias or ():
         if name in (load.adapters or {}):
             raise InputError(f"--alias and --adapter are both called {name!r}; rename one of them")
-    settings, limits = http.settings(), batch.limits()
+    settings, limits = replace(http.settings(), preset=preset), batch.limits()
     for name in load.adapters or {}:
         if name in (model.name, Path(model.name).resolve().name):
             raise InputError(f"--adapter has the model's own name {name!r}; give the adapter another one")

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import InputError
-from sfumato.options import CONSTRAINTS, LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
+from sfumato.options import LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
+from sfumato.presets import SAMPLING
 from sfumato.quant.recipes import named
 from sfumato.remote.host import split_url
 
@@ -36,8 +37,6 @@ PLACES = ("model", "api", "api_key_file")
 """The keys outside a section: which model."""
 LOADING = tuple(name for name in LOAD_OPTIONS if name not in ("model", "adapters", "calibration"))
 """The keys of [load]: an adapter and a calibration belong to one model."""
-SAMPLING = tuple(name for name in OPTIONS if name not in (*CONSTRAINTS, "drafts", "strict", "must_call", "adapter"))
-"""The keys of [options]: a constraint belongs to one request, and drafts to one screen."""
 GIGABYTE = 1e9
 
 

@@ -6,7 +6,7 @@ Nothing here imports torch, nor the web framework.
 from __future__ import annotations
 
 import traceback
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +57,8 @@ class ModelCard:
     quantised: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     """The checkpoint's own values of options that a request leaves open."""
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    """The server's values of options that a request leaves open; they go before the checkpoint's."""
     purpose: Purpose | None = None
     """What the model is for, where it is for one thing alone."""
     adapters: tuple[AdapterSize, ...] = ()

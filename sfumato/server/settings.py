@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sfumato.errors import InputError
 
@@ -84,6 +86,8 @@ class Settings:
     """The folder from which clients may load adapters, and unload any; None: they may not."""
     kept_responses: int = 256
     """Answers of /v1/responses that are kept in memory, for `previous_response_id`; the oldest goes first."""
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    """Values of options that requests leave open, by name: those of a `Preset`."""
     write_timeout: float = 60.0
     """Seconds for which a client may neither read its answer nor go on sending its body."""
     keep_alive: float = 15.0

@@ -139,7 +139,7 @@ def _add_model_routes(router: APIRouter, service: Service) -> None:
     async def option_list() -> Response:
         """How to generate: what requests may set, with this model's defaults."""
         card = await service.card()
-        return JSONResponse({"options": listed(card.defaults)})
+        return JSONResponse({"options": listed(card.defaults | dict(card.preset))})
 
 
 def entry_of(name: str, card: ModelCard, service: Service, created: int) -> ModelBody:

@@ -99,7 +99,8 @@ def test_every_declared_option_can_be_a_flag(name: str, option: Option) -> None:
 
 def test_load_options_come_whole_from_their_flags() -> None:
     group = load_flags_of(has_decisions=True)
-    assert [parameter.name for parameter in group.parameters] == list(LOAD_OPTIONS)[1:]  # the model is asked elsewhere
+    names = [parameter.name for parameter in group.parameters]
+    assert names == [*list(LOAD_OPTIONS)[1:], "preset"]  # the model is asked elsewhere
     values = {parameter.name: parameter.default for parameter in group.parameters}
     assert group.make(**values) == LoadOptions()
     assert group.make(**values | {"memory_limit": 1.5}) == LoadOptions(memory_limit=1_500_000_000)
@@ -111,7 +112,7 @@ def test_load_options_come_whole_from_their_flags() -> None:
             group.make(**values | {"adapters": wrong})
     with pytest.raises(InputError, match="--memory-limit is 0 GB"):
         group.make(**values | {"memory_limit": 0})
-    beside = load_flags_of(without=("device",))
+    beside = load_flags_of(without=("device", "preset"))
     assert [parameter.name for parameter in beside.parameters] == list(LOAD_OPTIONS)[2:-1]  # nor calibration
 
 

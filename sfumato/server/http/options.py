@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import secrets
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -49,6 +51,8 @@ class OptionsBody(Body):
     model: str | None = None
     stream: bool | None = None
     user: str | None = None
+    is_template: ClassVar[bool] = False
+    """Whether its options are those of a template."""
 
     def __init_subclass__(
         cls,
@@ -59,6 +63,7 @@ class OptionsBody(Body):
     ) -> None:
         super().__init_subclass__(**more)
         own, fields = inspect.get_annotations(cls), {}
+        cls.is_template = "templates" in uses or cls.is_template
         for name, values in neutral.items():
             fields[name] = Any
             setattr(cls, name, only(*values))
@@ -77,19 +82,32 @@ class OptionsBody(Body):
         values = {names[field]: getattr(self, field) for field in self.model_fields_set}
         return {name: value for name, value in values.items() if name in OPTIONS and value is not None}
 
-    def options(self, card: ModelCard, **more: Any) -> Options:
-        """What the request says of how to generate, its seed drawn if it gives none; `more` goes before it."""
+    def options(self, card: ModelCard, is_template: bool | None = None, **more: Any) -> Options:
+        """What the request says of how to generate, its seed drawn if it gives none; `more` goes before it.
+
+        `is_template` None: where the class says that its options are of a template."""
         values = self.requested() | more
         if values.get("drafts") and not self.stream:
             raise InputError("drafts needs stream; set stream to true, or leave drafts out", option="drafts")
-        return resolved(values, card)
+        return resolved(values, card, self.is_template if is_template is None else is_template)
 
 
-def resolved(values: Mapping[str, Any], card: ModelCard) -> Options:
-    """Options by their names, those that are None left open, with a seed; checked against the model."""
+def resolved(values: Mapping[str, Any], card: ModelCard, is_template: bool = False) -> Options:
+    """Options by their names, those that are None left open, with a seed; checked against the model.
+
+    What is left out is as the server's preset has it, where that applies and does not contradict the request."""
+    preset = {
+        name: value
+        for name, value in card.preset.items()
+        if name not in values and (not is_template or "templates" in OPTIONS[name].about.uses)
+    }
     values = {name: value for name, value in values.items() if value is not None} | adapter_of(card)
-    values.setdefault("seed", 0 if values.get("temperature") == 0 else secrets.randbits(32))
     options = Options.from_dict(values)
+    for name, value in preset.items():
+        with suppress(InputError):
+            options = options.with_changes({name: value})
+    if options.seed is None:
+        options = replace(options, seed=0 if options.temperature == 0 else secrets.randbits(32))
     for name in ("max_tokens", "min_tokens"):
         check_length(name, getattr(options, name), card)
     if (options.mode or ("diffusion" if card.is_diffusion else "autoregressive")) == "diffusion":

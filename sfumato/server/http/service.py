@@ -91,7 +91,7 @@ class Service:
 
         It stays known while a worker starts anew."""
         try:
-            self._card = await self.backend.card()
+            self._card = replace(await self.backend.card(), preset=self.settings.preset)
         except WorkerError:
             if self._card is None:
                 raise

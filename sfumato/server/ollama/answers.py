@@ -180,10 +180,11 @@ def shown_model(card: ModelCard, names: Sequence[str], since: str) -> ShowBody:
     """All that is known of the loaded model."""
     details = details_of(card)
     family, chat, canvas = details["family"], ["tools", "thinking"], ["insert"]
+    values = card.defaults | dict(card.preset)
     return {
         "license": "",
         "modelfile": f"FROM {names[0]}\n",
-        "parameters": "\n".join(f"{name} {value}" for name, value in card.defaults.items() if value is not None),
+        "parameters": "\n".join(f"{name} {value}" for name, value in values.items() if value is not None),
         "template": "",
         "details": details,
         "model_info": {

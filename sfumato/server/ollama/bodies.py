@@ -80,14 +80,14 @@ class Answered(OllamaBody):
             reading.leave_out(f"options.{name}")
         return {name: value for name, value in (options or {}).items() if name not in _UNUSED}
 
-    def answer_options(self, card: ModelCard, **more: Any) -> Options:
+    def answer_options(self, card: ModelCard, is_template: bool = False, **more: Any) -> Options:
         """How to answer; `more` goes before what the options say."""
         values = dict(self._chosen())
         if self.logprobs:
             values |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.think is not None:
             values["thinking"] = bool(self.think)
-        return resolved(values | more, card)
+        return resolved(values | more, card, is_template)
 
     def schema_of_answer(self) -> dict[str, Any] | None:
         """The schema that the answer obeys; None: it is text."""
@@ -226,12 +226,13 @@ class GenerateRequest(Answered):
     def query(self, card: ModelCard) -> Query:
         """What is asked of the model."""
         schema = self.schema_of_answer()
-        more = {} if schema is None else {"schema": schema}
+        more: dict[str, Any] = {} if schema is None else {"schema": schema}
         prompt = self.prompt or ""
         if self.suffix:
             most = dict(self._chosen()).get("max_tokens")
             check_length("options.num_predict", most, card)
-            return Infill(prompt, self.suffix, None, most, self.answer_options(card, **more, max_tokens=None))
+            options = self.answer_options(card, is_template=True, **more, max_tokens=None)
+            return Infill(prompt, self.suffix, None, most, options)
         if self.raw or not card.has_chat:
             if self.system or self.context:
                 name = "system" if self.system else "context"

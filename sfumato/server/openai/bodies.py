@@ -457,4 +457,4 @@ class CompletionRequest(
         if self.logprobs is not None:
             raise InputError("logprobs cannot go with suffix; drop one of them", option="logprobs")
         check_length("max_tokens", self.requested().get("max_tokens"), card)
-        return self.options(card, **more, max_tokens=None)
+        return self.options(card, is_template=True, **more, max_tokens=None)
