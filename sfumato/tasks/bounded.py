@@ -269,6 +269,7 @@ def _plain(function: Callable[..., Value], *kinds: type) -> Builtin:
         for argument in arguments:
             if type(argument) not in kinds:
                 raise refused(f"a call with an argument of the type {type(argument).__name__}")
+            checked(argument, meter)  # pays for its size
         return checked(function(*arguments), meter)
 
     return call

@@ -37,7 +37,7 @@ BUDGET = 2000
 """Steps of the evaluator for one of them."""
 
 _HEAD = "Fill the gap:\n"
-_CANDIDATES = 48
+_CANDIDATES = 128
 _TRIES = 1000
 
 _ALPHABET = "abcdABC  "
