@@ -75,7 +75,9 @@ def answers(
     for start in range(0, len(items), batch):
         some = items[start : start + batch]
         began = time.perf_counter()
-        results = _elsewhere(llm, task, some, options) if llm.is_remote else _here(cast("LLM", llm), task, some, options)
+        results = (
+            _elsewhere(llm, task, some, options) if llm.is_remote else _here(cast("LLM", llm), task, some, options)
+        )
         cost = (time.perf_counter() - began) / len(some)
         for result in results:
             if result.error:

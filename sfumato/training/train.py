@@ -28,6 +28,7 @@ from sfumato.training import logs
 from sfumato.training.data import Source
 from sfumato.training.distributed import ALONE, Ranks, full
 from sfumato.training.loss import Corruption, LossSums, Problem, loss_sums, problem
+from sfumato.training.objective import Objective
 from sfumato.training.optimizers import optimizers_of
 from sfumato.training.recipe import TrainingRecipe
 from sfumato.training.state import (
@@ -61,6 +62,9 @@ class StepReport:
     grad_norm: float
     examples: int
     seconds: float
+    revision_loss: float | None = None
+    """Unweighted, as the next; None where the objective lacks it."""
+    distillation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class Trainer:
         try:
             while self.step < self.recipe.steps and not self.is_stopped_early and not self._is_over(until):
                 progress = self._advance()
-                self._log("log.jsonl", asdict(progress))
+                self._log("log.jsonl", _line_of(progress))
                 self._look()
                 self._is_between_steps = True
                 if self.ranks.agree(int(time.monotonic() - saved > self.setting.checkpoint_seconds)):
@@ -212,14 +216,14 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         parts, counts = self._split(batch, corruption, is_whole)
-        means = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        means = torch.zeros(4, dtype=torch.float64, device=self.model.device)
         for part in parts:
-            diffusion, encode = self._mean_shares(part, counts)
-            (diffusion + encode).backward()
-            means += torch.stack([diffusion, encode]).detach()
-        diffusion_loss, encode_loss = self.ranks.total(means).tolist()
+            sums = self._sums(part, recipe.objective)
+            (sums.denoise / counts[0] + sums.encode / counts[1]).backward()
+            means += _mean_shares(sums, counts)
+        diffusion_loss, encode_loss, revision_loss, distillation_loss = self.ranks.total(means).tolist()
         norm = full(torch.nn.utils.clip_grad_norm_(self._trained, recipe.clip))
-        if not math.isfinite(diffusion_loss + encode_loss + float(norm)):
+        if not math.isfinite(diffusion_loss + encode_loss + revision_loss + distillation_loss + float(norm)):
             raise SfumatoError(
                 f"the loss of step {self.step + 1} is {diffusion_loss + encode_loss:g} and the norm of its gradients "
                 f"{float(norm):g}, so it was not taken, and what was saved before is as it was; begin anew with "
@@ -238,6 +242,8 @@ class Trainer:
             grad_norm=float(norm),
             examples=self.step * recipe.batch,
             seconds=time.perf_counter() - began,
+            revision_loss=revision_loss if recipe.revision_penalty else None,
+            distillation_loss=distillation_loss if recipe.self_distillation else None,
         )
 
     def _drawn(self, source: Source, step: int) -> Any:
@@ -246,7 +252,8 @@ class Trainer:
         batch = source.batch(step, recipe.batch, device)
         generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
         canvases = recipe.batch * recipe.repeats
-        corruption = Corruption.draw(canvases, config.canvas_length, config.vocab_size, generator, recipe.conditioned)
+        sizes = canvases, config.canvas_length, config.vocab_size
+        corruption = Corruption.draw(*sizes, generator, recipe.conditioned, recipe.later_steps)
         return batch, corruption, (step + 1) % recipe.encode_response_every == 0
 
     def _split(self, batch: Any, corruption: Corruption, is_whole: bool) -> tuple[list[Problem], tuple[int, int]]:
@@ -276,15 +283,13 @@ class Trainer:
         targets = sum(one.diffusion_count for one in whole), sum(one.encode_count for one in whole)
         return parts, (max(1, targets[0]), max(1, targets[1]))
 
-    def _mean_shares(self, part: Problem, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What a part contributes to (L_diff, L_enc) of the whole batch."""
+    def _sums(self, part: Problem, objective: Objective) -> LossSums:
         is_half = self.recipe.precision == "bfloat16"
         is_plain = is_half and self.model.device.type == "cpu" and part.tokens_BT.shape[1] <= PLAIN_ATTENTION
         attention = sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
         # Without its cache: that would hold a copy of every weight until all passes are over, sharded or not.
         with attention, torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
-            sums = self._losses(self.model, part, self.recipe.leave_one_out)
-        return sums.diffusion / counts[0], sums.encode / counts[1]
+            return self._losses(self.model, part, objective)
 
     # ---- looks at the model -----------------------------------------------------------------------------------------
 
@@ -310,15 +315,15 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, source: Source) -> HeldOut:
-        """The mean losses on the first batches of a source, with the same noise each time."""
-        means = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        batches = self.setting.held_out_batches
+        """L_diff and L_enc alone on the first batches of a source, with the same noise each time."""
+        means = torch.zeros(4, dtype=torch.float64, device=self.model.device)
+        batches, plain = self.setting.held_out_batches, Objective(self.recipe.leave_one_out)
         for number in range(batches):
             batch, corruption, _ = self._drawn(source, number)
             parts, counts = self._split(batch, corruption, True)
             for part in parts:
-                means += torch.stack(self._mean_shares(part, counts)) / batches
-        diffusion, encode = self.ranks.total(means).tolist()
+                means += _mean_shares(self._sums(part, plain), counts) / batches
+        diffusion, encode, *_ = self.ranks.total(means).tolist()
         return HeldOut(self.step, diffusion, encode)
 
     def _keep_best(self) -> None:
@@ -368,6 +373,18 @@ class Trainer:
     def _log(self, name: str, line: Mapping[str, Any]) -> None:
         if self.ranks.is_first:
             logs.append(self.folder / name, line)
+
+
+def _mean_shares(sums: LossSums, counts: tuple[int, int]) -> Tensor:
+    """What a part contributes to the means over the whole batch: of L_diff, L_enc, and what is added to L_diff."""
+    denoise, encode = counts
+    shares = sums.diffusion / denoise, sums.encode / encode, sums.revision / denoise, sums.distillation / denoise
+    return torch.stack(shares).detach()
+
+
+def _line_of(report: StepReport) -> dict[str, Any]:
+    """A step as a line of the log: what the objective lacks is left out."""
+    return {name: value for name, value in asdict(report).items() if value is not None}
 
 
 def recipe_of(folder: Path | str, **changes: Any) -> TrainingRecipe:
