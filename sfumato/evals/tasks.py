@@ -54,7 +54,7 @@ class TaskAnswer:
     measures: Mapping[str, float] = field(default_factory=dict)
     """See `Task.measures`."""
     cost_seconds: float = 0.0
-    """What it took of the model: the time of its batch, divided by the items of the batch."""
+    """Its part of the time that its batch took, by its part of the passes: the parts of a batch add up to that time."""
     error: str = ""
     """Why the model could not answer, which counts as wrong; "": it did."""
 
@@ -78,11 +78,12 @@ def answers(
         results = (
             _elsewhere(llm, task, some, options) if llm.is_remote else _here(cast("LLM", llm), task, some, options)
         )
-        cost = (time.perf_counter() - began) / len(some)
+        took = time.perf_counter() - began
+        errors += [result.error for result in results if result.error]
+        passes = sum(result.passes for result in results)
         for result in results:
-            if result.error:
-                errors.append(result.error)
-            yield replace(result, cost_seconds=cost)
+            part = result.passes / passes if passes else 1 / len(some)
+            yield replace(result, cost_seconds=part * took)
         if len(errors) == start + len(some) and (len(errors) >= FIRST_LOOK or len(errors) == len(items)):
             raise InputError(f"{llm.name} could answer none of the items; {errors[0]}")
 
@@ -133,16 +134,24 @@ def endings(
 
 def _here(llm: LLM, task: Task, items: Sequence[str], options: Options) -> list[TaskAnswer]:
     """Answers of one batch; those of a batch that is too large one by one, so that it shows which item is."""
-    prompts = [[*llm.encode(messages(task, item))] for item in items]
     has_canvas = options.mode != "autoregressive" and llm.model.config.is_diffusion
-    pins = [_pins(llm, task, item) if has_canvas else {} for item in items]
     try:
+        prompts = [_encoded(llm, task, item) for item in items]
+        pins = [_pins(llm, task, item) if has_canvas else {} for item in items]
         ends = endings(llm, prompts, [seeded(options, item) for item in items], pins)
     except CapacityError as error:
         if len(items) == 1:
             return [_unanswered(task, items[0], str(error).replace("prompt 0 ", "the prompt "))]
         return [result for item in items for result in _here(llm, task, [item], options)]
     return [judged(task, item, end.text, end.usage) for item, end in zip(items, ends, strict=True)]
+
+
+def _encoded(llm: LLM, task: Task, item: str) -> list[int]:
+    """The prompt's tokens. CapacityError for one that is too long, or that the model's chat template does not take."""
+    try:
+        return [*llm.encode(messages(task, item))]
+    except InputError as error:
+        raise CapacityError(str(error)) from None
 
 
 def _unanswered(task: Task, item: str, error: str) -> TaskAnswer:

@@ -210,12 +210,8 @@ def messages(task: Task, item: str) -> list[dict[str, str]]:
     turns = [] if task.earlier is None else task.earlier(item)
     pairs = [({"role": "user", "content": text}, {"role": "assistant", "content": reply}) for text, reply in turns]
     system = "" if task.system is None else task.system(item)
-    beginning = [{"role": "system", "content": system}] if system else []
-    return [
-        *beginning,
-        *(message for pair in pairs for message in pair),
-        {"role": "user", "content": task.prompt(item)},
-    ]
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *(message for pair in pairs for message in pair), {"role": "user", "content": task.prompt(item)}]
 
 
 def named(name: str) -> Task:
