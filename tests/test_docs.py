@@ -43,6 +43,7 @@ PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/sampler.md", "docs/server.md", "docs/canvas.md"),
     *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md", "docs/python.md"),
     *("docs/clients.md", "docs/adapters.md", "docs/data.md", "docs/training.md", "docs/decisions.md"),
+    *("docs/tasks.md",),
 )
 
 SERVED = ("docs/server.md", "docs/decisions.md")
