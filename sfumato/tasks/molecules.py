@@ -123,24 +123,26 @@ def generate(rng: np.random.Generator) -> str:
     """A random item; each kind as often as any other."""
     kind = _pick(rng, KINDS)
     while True:
-        if kind == "missing":
-            facts = _cut(rng)
-        elif kind == "formula":
-            facts = _random_formula(rng)
-        else:
-            facts = _random_rings(rng) if kind == "rings" else _random_groups(rng)
-        item = f"{kind} {facts}"
+        item = _random_item(kind, rng)
         text = _built(item)
         if text is not None and len(text) <= LONGEST:
             return item
 
 
-def _cut(rng: np.random.Generator) -> str:
-    tokens = smiles.tokens(random_molecule(rng))
+def _random_item(kind: str, rng: np.random.Generator) -> str:
+    if kind == "missing":
+        return missing_item(random_molecule(rng), rng)
+    facts = {"formula": _random_formula, "rings": _random_rings, "groups": _random_groups}[kind]
+    return f"{kind} {facts(rng)}"
+
+
+def missing_item(molecule: str, rng: np.random.Generator) -> str:
+    """An item of a molecule (three signs of SMILES or more) with one to six of its signs missing, not all."""
+    tokens = smiles.tokens(molecule)
     length = int(rng.integers(1, min(6, len(tokens) - 2) + 1))
     start = int(rng.integers(0, len(tokens) - length + 1))
     parts = tokens[:start], tokens[start : start + length], tokens[start + length :]
-    return "|".join("".join(part) for part in parts)
+    return "missing " + "|".join("".join(part) for part in parts)
 
 
 def _random_formula(rng: np.random.Generator) -> str:
@@ -263,9 +265,9 @@ def is_right(text: str, item: str) -> bool:
         return all(smiles.GROUPS[name](molecule) for name in facts[2:])
     others = Counter(molecule.elements)
     del others["C"]
-    asked = _counts(facts[2]) or Counter()
-    del asked["C"]
-    return others == asked
+    expected = _counts(facts[2]) or Counter()
+    del expected["C"]
+    return others == expected
 
 
 def measures(text: str, item: str) -> dict[str, float]:

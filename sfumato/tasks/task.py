@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, edits, graphs, infill, molecules, recall, sorting, sudoku
+from sfumato.tasks import decisions, edits, graphs, infill, molecules, moses, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,8 @@ TASKS = {
             molecules.prompt,
             molecules.answer,
             molecules.is_right,
+            is_prompt_learned=False,
+            filled=FILLED,
             kind=molecules.kind,
             measures=molecules.measures,
         ),
@@ -215,7 +217,9 @@ def messages(task: Task, item: str) -> list[dict[str, str]]:
 
 
 def named(name: str) -> Task:
-    """InputError for a name that there is not."""
+    """InputError for a name that there is not; `molecules-moses` is there where the data of MOSES are (see `moses`)."""
+    if name == "molecules-moses":
+        return replace(TASKS["molecules"], name=name, generate=moses.generator())
     if name not in TASKS:
         raise InputError(f"there is no task {name!r}; the tasks are: {', '.join(TASKS)}")
     return TASKS[name]

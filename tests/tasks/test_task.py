@@ -19,7 +19,8 @@ def test_a_task_makes_the_same_items_for_the_same_state(name: str) -> None:
     assert items == [task.generate(np.random.default_rng(seed)) for seed in range(4)] and len(set(items)) == 4
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "decisions"])  # whose answers are drawn
+# Answers of decisions are drawn; an item of molecules says the answer's facts in another form than the prompt.
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("decisions", "molecules")])
 def test_a_task_takes_its_own_answers(name: str) -> None:
     task = named(name)
     items = [task.generate(np.random.default_rng(seed)) for seed in range(4)]
