@@ -1,8 +1,8 @@
 """Write what nano-skills is made of besides its weights: tokenizer, template, config.json, generation_config.json.
 
-The tokenizer is built as nano's (`make_nano_tokenizer`), with no more ids than its words need. A word is one token wherever it stands, in an
-instruction and in a document, so that it can be copied; digits, signs and the characters of a molecule are a token
-each; the fixed parts of instructions are one.
+The tokenizer is built as nano's (`make_nano_tokenizer`), with no more ids than its words need. A word is one token
+wherever it stands, in an instruction and in a document, so that it can be copied; digits, signs and most characters of
+a molecule are a token each; the fixed parts of instructions are one.
 
     python scripts/make_nano_skills.py
 """
