@@ -319,7 +319,7 @@ class _Program:
         """What a comprehension gives. Its first list is worked out now, all else when it is read."""
         values = self.value(loops[0].iter, names)
         inner: _Names = ChainMap({}, names)
-        return LazyItems(self.nested(item, loops, iterate(values, self.meter), inner), [values])
+        return LazyItems(self.nested(item, loops, iterate(values, self.meter), inner))
 
     def nested(
         self, item: ast.expr, loops: Sequence[ast.comprehension], values: Iterator[Value], names: _Names

@@ -120,12 +120,14 @@ TEXTS: Sequence[Pair] = (
     ("{t}, then {f}", "{t} + {f}"),
     ("{e} and {t} with '{q}' between", "{e} + '{q}' + {t}"),
     ("'{q}' around {e}", "'{q}' + {e} + '{q}'"),
-    ("how often '{q}' is in {e}", "{e}.count('{q}')"),
+    ("how often '{q}' is in {s} plus {u}", "{s}.count('{q}') + {u}"),
+    ("how often {t} is in {e}", "{e}.count({t})"),
     ("the length of {s} plus {u}", "len({s}) + {u}"),
     ("the lengths of {s} and {t} plus {u}", "len({s}) + len({t}) + {u}"),
     ("whether {e} begins with {t}", "{e}.startswith({t})"),
-    ("whether {e} ends with '{q}'", "{e}.endswith('{q}')"),
-    ("whether '{q}' is in {f}", "'{q}' in {f}"),
+    ("whether {e} ends with {t}", "{e}.endswith({t})"),
+    ("whether {t} is in {f}", "{t} in {f}"),
+    ("whether '{q}' is in {s}, not in {t}", "'{q}' in {s} and '{q}' not in {t}"),
     ("whether {e} is {t} backwards", "{e} == {t}[::-1]"),
     ("the words of {e}", "{e}.split()"),
     ("the number of words of {s} plus {u}", "len({s}.split()) + {u}"),
@@ -259,9 +261,11 @@ class _Scope:
         return _SLOT.sub(lambda slot: self._of(slot[1])[0], words), _SLOT.sub(lambda slot: self._of(slot[1])[1], code)
 
     def _of(self, slot: str) -> Pair:
-        if slot not in self.pairs:
+        while slot not in self.pairs:
             parts = _PARTS[slot]
-            self.pairs[slot] = _Scope(self.rng, self.names).fill(parts[int(self.rng.integers(len(parts)))])
+            part = _Scope(self.rng, self.names).fill(parts[int(self.rng.integers(len(parts)))])
+            if part not in (self.pairs.get("u"), self.pairs.get("v")):  # no a minus a
+                self.pairs[slot] = part
         return self.pairs[slot]
 
 
@@ -274,14 +278,12 @@ def _names(rng: np.random.Generator) -> dict[str, str]:
     return names
 
 
-def random_function(rng: np.random.Generator, kind: str) -> str | None:
-    """The source of a random function of a kind of `KINDS`; None where it would say nothing: a minus a."""
+def random_function(rng: np.random.Generator, kind: str) -> str:
+    """The source of a random function of a kind of `KINDS`: a line of words, and up to four of code."""
     names = _names(rng)
     scope = _Scope(rng, names)
     pairs = KINDS[kind]
     words, code = scope.fill(pairs[int(rng.integers(len(pairs)))])
-    if "u" in scope.pairs and scope.pairs["u"] == scope.pairs.get("v"):
-        return None
     lines = code.split("\n") if "return" in code else [f"return {code}"]
     parameters = [name for slot, name in names.items() if slot not in "io" and _names_in(words, name)]
     order = ", ".join(parameters[place] for place in rng.permutation(len(parameters)))

@@ -97,10 +97,8 @@ def kind(item: str) -> str:
     return read(item).kind
 
 
-def _with_gap(rng: np.random.Generator, kind: str, source: str | None) -> tuple[str, str, str] | None:
+def _with_gap(rng: np.random.Generator, kind: str, source: str) -> tuple[str, str, str] | None:
     """The item of a function, with a random expression or line of it missing; None where nothing fits."""
-    if source is None:
-        return None
     pieces = _pieces(source)
     if not pieces:
         return None
