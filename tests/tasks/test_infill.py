@@ -16,8 +16,19 @@ import pytest
 
 from sfumato.errors import InputError
 from sfumato.tasks import infill
-from sfumato.tasks.evaluate import is_same, run
-from sfumato.tasks.functions import KINDS, random_function
+from sfumato.tasks.evaluate import EvaluationError, is_same, run
+from sfumato.tasks.functions import (
+    CONDITIONS,
+    IMAGES,
+    ITEMS,
+    KINDS,
+    NUMBERS,
+    RUNS,
+    STRINGS,
+    TAILS,
+    random_arguments,
+    random_function,
+)
 from sfumato.tasks.task import named
 
 
@@ -31,8 +42,8 @@ def python(source: str) -> Callable[..., Any]:
     names: dict[str, Any] = {}
     exec(source, names)
     (function,) = (value for name, value in names.items() if name in ("f", "g", "h"))
-    assert callable(function)
-    return function
+    result: Callable[..., Any] = function
+    return result
 
 
 def item_of(kind: str, code: str, piece: str) -> str:
@@ -40,44 +51,64 @@ def item_of(kind: str, code: str, piece: str) -> str:
 
 
 def test_the_evaluator_gives_what_python_gives() -> None:
-    for item in items(500):
-        one = infill.read(item)
-        source = one.filled(one.piece)
+    rng, numbers = random.Random(7), np.random.default_rng(7)
+    values = 0
+    for kind in [*KINDS] * 84:
+        source = random_function(numbers, kind)
         function = python(source)
+        for arguments in (random_arguments(rng, source) for _ in range(4)):
+            try:
+                value = function(*copy.deepcopy(arguments))
+            except ValueError:  # the largest of none
+                with pytest.raises(EvaluationError, match="ValueError"):
+                    run(source, arguments)
+                continue
+            assert is_same(run(source, arguments), value), source
+            values += 1
+    assert values > 1900
+
+
+def test_inputs_are_the_items_own() -> None:
+    for item in items(20):
         rows = infill.inputs(item)
-        assert len(rows) == infill.INPUTS
-        for arguments in rows:
-            assert is_same(run(source, arguments), function(*copy.deepcopy(arguments)))
+        infill._trials.cache_clear()
+        assert len(rows) == infill.INPUTS and rows == infill.inputs(item)
 
 
 def test_items_are_short_and_of_all_kinds() -> None:
-    some = items(3000)
-    assert len(set(some)) > 2900
+    some = items(1500)
+    assert len(set(some)) > 1450
     kinds = defaultdict(list)
     for item in some:
         one = infill.read(item)
         prompt = infill.prompt(item)
-        assert len(prompt) <= infill.LONGEST_PROMPT and prompt.isprintable() is False and prompt.isascii()
+        assert len(prompt) <= infill.LONGEST_PROMPT and prompt.isascii()
         assert prompt == f"Fill the gap:\n{one.code}" and prompt.count("___") == 1
         assert infill.SHORTEST_PIECE <= len(one.piece) <= infill.LONGEST_PIECE and len(one.piece.splitlines()) == 1
         assert infill.answer(item) == one.piece == one.piece.strip() and "___" not in one.piece
         kinds[infill.kind(item)].append(item)
-    assert set(kinds) == set(KINDS) and len(KINDS) == 6 and min(map(len, kinds.values())) > 350
+    assert set(kinds) == set(KINDS) and len(KINDS) == 6 and min(map(len, kinds.values())) > 170
     lines = [infill.read(item).code.count("\n") - 1 for item in some]
-    assert set(lines) == {1, 2, 3, 4, 5}
+    assert set(lines) == {1, 3, 4, 5}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_pair_of_words_and_code_is_used_and_runs(kind: str) -> None:
+TABLES = [*KINDS.values(), NUMBERS, CONDITIONS, STRINGS, TAILS, RUNS, ITEMS, IMAGES]
+
+
+def test_words_and_code_have_the_same_slots() -> None:
+    for words, code in (pair for table in TABLES for pair in table):
+        assert set(re.findall(r"{(.)}", words)) ^ set(re.findall(r"{(.)}", code)) <= {"i", "o"}, words
+
+
+def test_every_pair_is_used_and_every_function_is_python() -> None:
     rng = np.random.default_rng(2)
-    bare = {re.sub(r"\W+|\d", "", re.sub(r"\{\w\}", "", words)) for words, _ in KINDS[kind]}
-    seen_words = " ".join(random_function(rng, kind).split('"')[1] for _ in range(400))
-    letters = re.sub(r"\W+|\d", "", seen_words)
-    assert bare and all(_is_spread(words, letters) for words in bare)
-
-
-def _is_spread(words: str, text: str) -> bool:
-    return all(letter in text for letter in words)
+    sources = [random_function(rng, kind) for kind in KINDS for _ in range(350)]
+    for source in sources:
+        assert callable(python(source))
+    words = "\n".join(source.split('"')[1] for source in sources)
+    for pair in (pair for table in TABLES for pair in table):
+        pattern = re.sub(r"\\{.\\}", ".+", re.escape(pair[0]))
+        assert re.search(f"(^|\\b){pattern}", words, re.MULTILINE), pair
 
 
 def test_the_words_decide_what_is_right() -> None:
@@ -85,21 +116,20 @@ def test_the_words_decide_what_is_right() -> None:
     rng = np.random.default_rng(4)
     groups: dict[tuple[str, str], set[str]] = defaultdict(set)
     for kind in KINDS:
-        for _ in range(1500):
+        for _ in range(300):
             head, words, *lines = random_function(rng, kind).split("\n")
             groups[head[5:], words].add("\n".join([f"def f{head[5:]}", *lines]))
-    several = [codes for codes in groups.values() if len(codes) > 1]
-    assert len(several) > 20
-    for code, *others in map(sorted, several):
-        item = item_of("list", code.replace("return", "___", 1), "return")
-        assert all(infill.is_right("return", item_of("list", code.replace("return", "___", 1), "return")) for _ in [0])
+    several = [sorted(codes) for codes in groups.values() if len(codes) > 1]
+    assert len(several) > 10
+    for code, *others in several:
+        rows = infill.inputs(item_of("list", code.replace("return", "___", 1), "return"))
         for other in others:
-            for arguments in infill.inputs(item):
-                assert is_same(run(code, arguments), run(other, arguments))
+            assert all(is_same(run(code, arguments), run(other, arguments)) for arguments in rows), (code, other)
 
 
 OTHER_WAYS = [
-    ('def f(a, b):\n  "twice a minus b"\n  return ___', "2 * a - b", ["a + a - b", "-b + a * 2", "(a << 1) - b", "a*2-b"]),
+    ('def f(a, b):\n  "twice a minus b"\n  return ___',
+     "2 * a - b", ["a + a - b", "-b + a * 2", "(a << 1) - b", "a*2-b"]),
     ('def f(xs):\n  "the sum of all odd in xs"\n  t = 0\n  for x in xs:\n    if ___:\n      t += x\n  return t',
      "x % 2 == 1", ["x % 2", "x & 1", "not x % 2 == 0", "x % 2 != 0"]),
     ('def f(a, b):\n  "the larger of a and b"\n  ___', "return max(a, b)",
@@ -202,18 +232,20 @@ def test_garbage_is_wrong_and_raises_nothing() -> None:
 @pytest.mark.parametrize(
     "item",
     [
-        "",
-        "x",
-        "[]",
-        "{}",
-        "5",
-        "null",
-        '["loop", "___", 5]',
-        '["none", "___", ""]',
-        '["loop", "______", ""]',
-        "[" * 9999,
-    ]
-    + [json.dumps([["loop"], "___", ""]), json.dumps(["loop", ["___"], ""]), json.dumps({"loop": 1, "___": 2, "": 3})],
+        *(
+            "",
+            "x",
+            "[]",
+            "{}",
+            "5",
+            "null",
+            "[" * 9999,
+            '["loop", "___", 5]',
+            '["none", "___", ""]',
+            '["loop", "", ""]',
+        ),
+        *('["loop", "______", ""]', '[["loop"], "___", ""]', '["loop", ["___"], ""]', '{"loop": 1, "___": 2, "": 3}'),
+    ],
 )
 def test_what_is_no_item_is_refused(item: str) -> None:
     for function in (infill.prompt, infill.answer, infill.kind, lambda text: infill.is_right("a", text)):
