@@ -103,6 +103,8 @@ TASKS = {
             filled=0.1,
             kind=lambda item: decisions.read(item).kind,
         ),
+        _RECALL,
+        replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
         Task(
             "infill",
             infill.generate,
@@ -114,8 +116,6 @@ TASKS = {
             kind=infill.kind,
             measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
         ),
-        _RECALL,
-        replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
     )
 }
 """The tasks there are, by name."""
