@@ -15,6 +15,7 @@ import json
 import random
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,6 +39,8 @@ BUDGET = 2000
 
 _HEAD = "Fill the gap:\n"
 _CANDIDATES = 128
+_DRAWS = 24
+"""Results that must not all be the same, or the item is not taken."""
 _TRIES = 1000
 
 
@@ -76,8 +79,9 @@ def generate(rng: np.random.Generator, kind: str | None = None) -> str:
         raise InputError(f"there is no kind {kind!r}; the kinds are: {', '.join(KINDS)}")
     name = one_of(rng, [*KINDS]) if kind is None else kind
     for _ in range(_TRIES):
-        item = _with_gap(rng, name, random_function(rng, name))
-        if item is not None:
+        source = random_function(rng, name)
+        item = _with_gap(rng, name, source)
+        if item is not None and not _is_constant(source):
             return json.dumps(item, separators=(",", ":"))
     raise InputError(f"no item of {_TRIES} was short enough; allow prompts of more than {LONGEST_PROMPT} characters")
 
@@ -107,6 +111,22 @@ def _with_gap(rng: np.random.Generator, kind: str, source: str) -> tuple[str, st
     return (kind, code, source[start:end]) if len(_HEAD + code) <= LONGEST_PROMPT else None
 
 
+def _is_constant(source: str) -> bool:
+    """Does the function seem to give the same for all arguments? A constant would do for it, or nearly."""
+    rng = random.Random(zlib.crc32(source.encode()))
+    results = (_result(source, random_arguments(rng, source)) for _ in range(_DRAWS))
+    first = next(results)
+    return all(is_same(result, first) for result in results)
+
+
+def _result(source: str, arguments: Sequence[Value]) -> Value:
+    """What the function gives; None where it fails."""
+    try:
+        return run(source, arguments, BUDGET)
+    except EvaluationError:
+        return None
+
+
 def _pieces(source: str) -> list[tuple[int, int]]:
     """Where a piece could be missing: from which character to which. Lines are there twice where there are several."""
     (function,) = ast.parse(source).body
@@ -132,18 +152,11 @@ def is_right(text: str, item: str) -> bool:
     one = read(item)
     if not parses(text, item):
         return False
-    source = one.filled(text)
-    for arguments, result in _trials(item):
-        try:
-            if not is_same(run(source, arguments, BUDGET), result):
-                return False
-        except EvaluationError:
-            return False
-    return True
+    return all(_gives(one.filled(text), trial) for trial in _trials(item))
 
 
 def parses(text: str, item: str) -> bool:
-    """Is the function with this piece Python at all? A piece is one line, and its gap's alone."""
+    """Is the function with this piece code that `evaluate` knows? A piece is one line."""
     if len(text) > LONGEST_ANSWER or len(text.splitlines()) != 1:
         return False
     try:
@@ -185,11 +198,7 @@ def _trials(item: str) -> tuple[_Trial, ...]:
 
 def _gives(source: str, trial: _Trial) -> bool:
     """Does the function give that result?"""
-    arguments, result = trial
-    try:
-        return is_same(run(source, arguments, BUDGET), result)
-    except EvaluationError:
-        return False
+    return is_same(_result(source, trial[0]), trial[1])
 
 
 def _candidates(item: str) -> list[_Trial]:
@@ -197,14 +206,9 @@ def _candidates(item: str) -> list[_Trial]:
     one = read(item)
     source = one.filled(one.piece)
     rng = random.Random(zlib.crc32(item.encode()))
-    trials: list[_Trial] = []
-    for _ in range(_CANDIDATES):
-        arguments = random_arguments(rng, source)
-        try:
-            trials.append((arguments, run(source, arguments, BUDGET)))
-        except EvaluationError:
-            continue
-    return trials
+    rows = [random_arguments(rng, source) for _ in range(_CANDIDATES)]
+    trials = ((arguments, _result(source, arguments)) for arguments in rows)
+    return [trial for trial in trials if trial[1] is not None]
 
 
 _SWAPS = [
