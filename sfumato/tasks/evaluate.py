@@ -59,14 +59,14 @@ def run(source: str, arguments: Sequence[Value], budget: int = 10_000) -> Value:
         raise EvaluationError(f"a budget of {budget!r:.40} steps is not from 1 to {MOST_STEPS}; give one that is")
     if type(arguments) not in (list, tuple):
         raise EvaluationError(f"the arguments are a {type(arguments).__name__}; give a list of them")
-    function = function_of(source)
+    function, local_names = _parsed(source)
     names = [parameter.arg for parameter in function.args.args]
     if len(names) != len(arguments):
         raise EvaluationError(f"the function takes {len(names)} arguments, not {len(arguments)}; give as many")
     meter = Meter(budget)
     try:
         values = [copied(argument, meter) for argument in arguments]
-        program = _Program(meter, _locals(function))
+        program = _Program(meter, local_names)
         end = program.block(function.body, dict(zip(names, values, strict=True)))
         return copied(end.value if isinstance(end, _Return) else None, meter)
     except EvaluationError:
@@ -77,13 +77,18 @@ def run(source: str, arguments: Sequence[Value], budget: int = 10_000) -> Value:
 
 def function_of(source: str) -> ast.FunctionDef:
     """The one function that a source consists of, if the evaluator knows all that is in it; else EvaluationError."""
+    return _parsed(source)[0]
+
+
+def _parsed(source: str) -> tuple[ast.FunctionDef, frozenset[str]]:
+    """The function, and the names that it assigns."""
     if type(source) is not str or len(source) > LONGEST_SOURCE:
         raise EvaluationError(f"the source is no text of at most {LONGEST_SOURCE} characters; give a shorter one")
-    return _function_of(source)
+    return _parsed_text(source)
 
 
 @lru_cache(maxsize=16)
-def _function_of(source: str) -> ast.FunctionDef:
+def _parsed_text(source: str) -> tuple[ast.FunctionDef, frozenset[str]]:
     _check_brackets(source)
     try:
         with warnings.catch_warnings():
@@ -95,7 +100,7 @@ def _function_of(source: str) -> ast.FunctionDef:
         raise EvaluationError("the source is not one function; write a single def")
     function = tree.body[0]
     _check(function)
-    return function
+    return function, _locals(function)
 
 
 def _check_brackets(source: str) -> None:
@@ -319,7 +324,7 @@ class _Program:
         """What a comprehension gives. Its first list is worked out now, all else when it is read."""
         values = self.value(loops[0].iter, names)
         inner: _Names = ChainMap({}, names)
-        return LazyItems(self.nested(item, loops, iterate(values, self.meter), inner), [values])
+        return LazyItems(self.nested(item, loops, iterate(values, self.meter), inner))
 
     def nested(
         self, item: ast.expr, loops: Sequence[ast.comprehension], values: Iterator[Value], names: _Names

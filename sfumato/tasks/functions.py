@@ -14,6 +14,7 @@ stands, so that the words decide the code; other code may do the same.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 
@@ -224,6 +225,8 @@ NAMES = {"abc": "abcxy", "st": "stw", "n": "nmk", "zy": ("xs", "ys", "zs"), "i":
 """Slots, and the names that they take."""
 _SLOT = re.compile(r"\{(\w)\}")
 _LETTERS = "abcdefgh"
+_ALPHABET = "abcdABC  "
+"""What texts of arguments are made of."""
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------
@@ -259,9 +262,11 @@ class _Scope:
         return _SLOT.sub(lambda slot: self._of(slot[1])[0], words), _SLOT.sub(lambda slot: self._of(slot[1])[1], code)
 
     def _of(self, slot: str) -> Pair:
-        if slot not in self.pairs:
+        while slot not in self.pairs:
             parts = _PARTS[slot]
-            self.pairs[slot] = _Scope(self.rng, self.names).fill(parts[int(self.rng.integers(len(parts)))])
+            part = _Scope(self.rng, self.names).fill(parts[int(self.rng.integers(len(parts)))])
+            if part not in (self.pairs.get("u"), self.pairs.get("v")):  # no a minus a
+                self.pairs[slot] = part
         return self.pairs[slot]
 
 
@@ -274,14 +279,12 @@ def _names(rng: np.random.Generator) -> dict[str, str]:
     return names
 
 
-def random_function(rng: np.random.Generator, kind: str) -> str | None:
-    """The source of a random function of a kind of `KINDS`; None where it would say nothing: a minus a."""
+def random_function(rng: np.random.Generator, kind: str) -> str:
+    """The source of a random function of a kind of `KINDS`: a line of words, and up to five of code."""
     names = _names(rng)
     scope = _Scope(rng, names)
     pairs = KINDS[kind]
     words, code = scope.fill(pairs[int(rng.integers(len(pairs)))])
-    if "u" in scope.pairs and scope.pairs["u"] == scope.pairs.get("v"):
-        return None
     lines = code.split("\n") if "return" in code else [f"return {code}"]
     parameters = [name for slot, name in names.items() if slot not in "io" and _names_in(words, name)]
     order = ", ".join(parameters[place] for place in rng.permutation(len(parameters)))
@@ -291,3 +294,40 @@ def random_function(rng: np.random.Generator, kind: str) -> str | None:
 def _names_in(words: str, name: str) -> bool:
     """Is this name one of the words, and no letter in quotes?"""
     return re.search(rf"(?<!['\w]){name}(?!['\w])", words) is not None
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def random_arguments(rng: random.Random, source: str) -> list[int | str | list[int]]:
+    """Arguments for a function, of the types that its names stand for: lists, texts, counts, numbers.
+
+    Numbers are few, and some of them are near one of the code's, so that equal ones are there; a text may be an end of
+    another one, or another one backwards.
+    """
+    near = [*map(int, re.findall(r"\d+", source))] or [0]
+    few = [rng.choice(near) + rng.randint(-1, 1) for _ in range(2)]
+    few += [rng.randint(*rng.choice([(-9, 12), (-3, 5)])) for _ in range(3)]
+    letters = _ALPHABET + 3 * "".join(re.findall(r"'(\w)'", source))
+    arguments: list[int | str | list[int]] = []
+    text = ""
+    for name in re.findall(r"\w+", source.partition(")")[0].partition("(")[2]):
+        if name in NAMES["zy"]:
+            arguments.append([_number(rng, few) for _ in range(rng.randint(1, 8))])
+        elif name in NAMES["st"]:
+            text = _text(rng, letters, text)
+            arguments.append(text)
+        else:
+            arguments.append(rng.randint(1, 6) if name in NAMES["n"] else _number(rng, few))
+    return arguments
+
+
+def _number(rng: random.Random, few: Sequence[int]) -> int:
+    return rng.choice(few) + rng.choice((-1, 0, 0, 1))
+
+
+def _text(rng: random.Random, letters: str, earlier: str) -> str:
+    if earlier and rng.random() < 0.6:
+        place = rng.randrange(len(earlier))
+        return rng.choice([earlier[place:], earlier[: place + 1], earlier[::-1]])
+    return "".join(rng.choices(letters, k=rng.randint(1, 12)))

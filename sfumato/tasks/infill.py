@@ -1,6 +1,6 @@
 """Code infilling: a small Python function with a gap, and the piece of code that belongs there.
 
-An item is a function of one to four lines, its docstring in words, and the place of its gap: an expression or a line,
+An item is a function of one to five lines, its docstring in words, and the place of its gap: an expression or a line,
 written `___`. The words say what the function returns, so that the words and the rest of the code decide what is right,
 not the code's shape alone. An answer is right where the whole function then gives what the generator's own gives, on
 `INPUTS` lists of arguments that the item fixes: any code that computes the same is right. It runs in `evaluate`, which
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import random
 import re
 import zlib
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import numpy as np
 
 from sfumato.errors import InputError
 from sfumato.tasks.evaluate import EvaluationError, Value, function_of, is_same, run
-from sfumato.tasks.functions import KINDS, NAMES, one_of, random_function
+from sfumato.tasks.functions import KINDS, one_of, random_arguments, random_function
 
 GAP = "___"
 LONGEST_PROMPT = 120
@@ -38,10 +39,9 @@ BUDGET = 2000
 
 _HEAD = "Fill the gap:\n"
 _CANDIDATES = 128
+_DRAWS = 24
+"""Results that must not all be the same, or the item is not taken."""
 _TRIES = 1000
-
-_ALPHABET = "abcdABC  "
-"""What strings of inputs are made of."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,12 @@ class GapFunction:
 def read(item: str) -> GapFunction:
     """The parts of an item; InputError for a text that is none."""
     try:
-        kind, code, piece = json.loads(item)
-        if not (kind in KINDS and code.count(GAP) == 1 and isinstance(piece, str)):
-            raise ValueError("a kind, code with one gap, and a piece")
+        parts = json.loads(item)
+        kind, code, piece = parts
+        if not (type(parts) is list and kind in KINDS and isinstance(code, str) and isinstance(piece, str)):
+            raise ValueError("a kind, code and a piece")
+        if code.count(GAP) != 1:
+            raise ValueError("one gap")
         return GapFunction(kind, code, piece)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{item[:60]!r} is no item of infill; take one that `generate` made") from error
@@ -76,8 +79,9 @@ def generate(rng: np.random.Generator, kind: str | None = None) -> str:
         raise InputError(f"there is no kind {kind!r}; the kinds are: {', '.join(KINDS)}")
     name = one_of(rng, [*KINDS]) if kind is None else kind
     for _ in range(_TRIES):
-        item = _with_gap(rng, name, random_function(rng, name))
-        if item is not None:
+        source = random_function(rng, name)
+        item = _with_gap(rng, name, source)
+        if item is not None and not _is_constant(source):
             return json.dumps(item, separators=(",", ":"))
     raise InputError(f"no item of {_TRIES} was short enough; allow prompts of more than {LONGEST_PROMPT} characters")
 
@@ -97,16 +101,30 @@ def kind(item: str) -> str:
     return read(item).kind
 
 
-def _with_gap(rng: np.random.Generator, kind: str, source: str | None) -> tuple[str, str, str] | None:
+def _with_gap(rng: np.random.Generator, kind: str, source: str) -> tuple[str, str, str] | None:
     """The item of a function, with a random expression or line of it missing; None where nothing fits."""
-    if source is None:
-        return None
     pieces = _pieces(source)
     if not pieces:
         return None
     start, end = pieces[int(rng.integers(len(pieces)))]
     code = source[:start] + GAP + source[end:]
     return (kind, code, source[start:end]) if len(_HEAD + code) <= LONGEST_PROMPT else None
+
+
+def _is_constant(source: str) -> bool:
+    """Does the function seem to give the same for all arguments? A constant would do for it, or nearly."""
+    rng = random.Random(zlib.crc32(source.encode()))
+    results = (_result(source, random_arguments(rng, source)) for _ in range(_DRAWS))
+    first = next(results)
+    return all(is_same(result, first) for result in results)
+
+
+def _result(source: str, arguments: Sequence[Value]) -> Value:
+    """What the function gives; None where it fails."""
+    try:
+        return run(source, arguments, BUDGET)
+    except EvaluationError:
+        return None
 
 
 def _pieces(source: str) -> list[tuple[int, int]]:
@@ -134,18 +152,11 @@ def is_right(text: str, item: str) -> bool:
     one = read(item)
     if not parses(text, item):
         return False
-    source = one.filled(text)
-    for arguments, result in _trials(item):
-        try:
-            if not is_same(run(source, arguments, BUDGET), result):
-                return False
-        except EvaluationError:
-            return False
-    return True
+    return all(_gives(one.filled(text), trial) for trial in _trials(item))
 
 
 def parses(text: str, item: str) -> bool:
-    """Is the function with this piece Python at all? A piece is one line, and its gap's alone."""
+    """Is the function with this piece code that `evaluate` knows? A piece is one line."""
     if len(text) > LONGEST_ANSWER or len(text.splitlines()) != 1:
         return False
     try:
@@ -173,7 +184,7 @@ def _trials(item: str) -> tuple[_Trial, ...]:
     for piece in _near_misses(one.piece):
         source = one.filled(piece)
         if len(trials) < INPUTS and all(_gives(source, trial) for trial in trials):
-            trials += [trial for trial in candidates if not _gives(source, trial)][:1]
+            trials += itertools.islice((trial for trial in candidates if not _gives(source, trial)), 1)
     by_result: dict[str, list[_Trial]] = {}
     for trial in candidates:
         if trial not in trials:
@@ -187,71 +198,25 @@ def _trials(item: str) -> tuple[_Trial, ...]:
 
 def _gives(source: str, trial: _Trial) -> bool:
     """Does the function give that result?"""
-    arguments, result = trial
-    try:
-        return is_same(run(source, arguments, BUDGET), result)
-    except EvaluationError:
-        return False
+    return is_same(_result(source, trial[0]), trial[1])
 
 
 def _candidates(item: str) -> list[_Trial]:
-    """Random arguments that fit the item's function, by its names and numbers, and its results."""
+    """Random arguments, and what the item's function gives for them; without those for which it fails."""
     one = read(item)
     source = one.filled(one.piece)
-    rng = np.random.default_rng(zlib.crc32(item.encode()))
-    names = re.findall(r"\w+", source.partition(")")[0].partition("(")[2])
-    trials: list[_Trial] = []
-    for _ in range(_CANDIDATES):
-        some = _numbers(rng, source)
-        alphabet = _ALPHABET + 3 * "".join(re.findall(r"'(\w)'", source))
-        arguments: list[Value] = []
-        for name in names:
-            texts = [argument for argument in arguments if isinstance(argument, str)]
-            arguments.append(_argument(rng, name, some, _text(rng, alphabet, texts)))
-        try:
-            trials.append((arguments, run(source, arguments, BUDGET)))
-        except EvaluationError:
-            continue
-    return trials
+    rng = random.Random(zlib.crc32(item.encode()))
+    rows = [random_arguments(rng, source) for _ in range(_CANDIDATES)]
+    trials = ((arguments, _result(source, arguments)) for arguments in rows)
+    return [trial for trial in trials if trial[1] is not None]
 
 
-def _numbers(rng: np.random.Generator, source: str) -> list[int]:
-    """Five numbers, two of them near those in the code: few, so that equal ones are there."""
-    near = [*map(int, re.findall(r"\d+", source))] or [0]
-    numbers = [near[int(rng.integers(len(near)))] + int(rng.integers(-1, 2)) for _ in range(2)]
-    return [*numbers, *(int(rng.integers(*((-9, 13) if rng.random() < 0.5 else (-3, 6)))) for _ in range(3))]
-
-
-def _argument(rng: np.random.Generator, name: str, numbers: Sequence[int], text: str) -> Value:
-    """An argument of the type that the name stands for: a list, a text, a count, a number."""
-    if name in NAMES["zy"]:
-        return [_number(rng, numbers) for _ in range(int(rng.integers(1, 9)))]
-    if name in NAMES["st"]:
-        return text
-    return int(rng.integers(1, 7)) if name in NAMES["n"] else _number(rng, numbers)
-
-
-def _number(rng: np.random.Generator, numbers: Sequence[int]) -> int:
-    return numbers[int(rng.integers(len(numbers)))] + int(rng.choice([-1, 0, 0, 1]))
-
-
-def _text(rng: np.random.Generator, alphabet: str, earlier: Sequence[str]) -> str:
-    """A random text, or an end of an earlier one, or that backwards."""
-    text = "".join(one_of(rng, alphabet) for _ in range(int(rng.integers(1, 13))))
-    if earlier and rng.random() < 0.6:
-        place = int(rng.integers(len(earlier[0])))
-        text = one_of(rng, [earlier[0][place:], earlier[0][: place + 1], earlier[0][::-1]])
-    return text
-
-
-_SWAPS = tuple(
-    pair.split("~")
-    for pair in (
-        "<=~< <~<= >=~> >~>= <~> >~< ==~!= !=~== +~- -~+ *~+ //~/ //~% %~// max~min min~max and~or or~and ''~' ' "
-        "upper~lower lower~upper starts~ends ends~starts 1:~:-1 :-1~1: [:~[ :]~] ::2~::3 ::-1~::1 sorted~list abs~int"
-    ).split(" ")
-    if "~" in pair
-)
+_SWAPS = [
+    ("<=", "<"), ("<", "<="), ("<", ">"), (">=", ">"), (">", ">="), (">", "<"), ("==", "!="), ("!=", "=="), ("+", "-"),
+    ("-", "+"), ("*", "+"), ("//", "/"), ("//", "%"), ("%", "//"), ("max", "min"), ("min", "max"), ("and", "or"),
+    ("or", "and"), ("upper", "lower"), ("lower", "upper"), ("starts", "ends"), ("ends", "starts"), ("1:", ":-1"),
+    (":-1", "1:"), ("[:", "["), (":]", "]"), ("::2", "::3"), ("::-1", "::1"), ("sorted", "list"), ("abs", "int"),
+]  # fmt: skip
 
 
 def _near_misses(piece: str) -> list[str]:
@@ -262,12 +227,9 @@ def _near_misses(piece: str) -> list[str]:
         for place in re.finditer(r"\d+", piece)
         for step in (-1, 1)
     ]
-    names = {*re.findall(r"\b[a-z]s?\b", piece)}
-    edits += [
-        (place.start(), len(place[0]), name)
-        for place in re.finditer(r"\b[a-z]s?\b", piece)
-        for name in sorted(names - {place[0]})
-    ]
+    names = [*re.finditer(r"\b[a-z]s?\b", piece)]
+    others = sorted({place[0] for place in names})
+    edits += [(place.start(), len(place[0]), name) for place in names for name in others if name != place[0]]
     return [piece[:place] + new + piece[place + length :] for place, length, new in edits]
 
 

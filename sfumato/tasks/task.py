@@ -108,6 +108,8 @@ TASKS = {
             filled=FILLED,
             kind=lambda item: decisions.read(item).kind,
         ),
+        _RECALL,
+        replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
         Task(
             "edits",
             edits.generate,

@@ -42,6 +42,8 @@ class Examples:
     """Which tokens the next-token loss covers; None: all that are real."""
     canvases: list[int] | None = None
     """Positions of each row's canvas, 0 for the model's; None: all have that."""
+    drafts: list[list[int]] | None = None
+    """What stands in the first canvas of a row where it is not clean, in the place of noise; [], or None: noise."""
 
     def part(self, rank: int, ranks: int) -> Examples:
         """Every `ranks`-th example from `rank` on: what this rank takes of a batch, whose size `ranks` divides."""
@@ -53,7 +55,19 @@ class Examples:
         counts, prompts, is_cut = ([column[row] for row in rows] for column in (self.counts, self.prompts, self.is_cut))
         learned = None if self.is_learned_BT is None else self.is_learned_BT[at]
         canvases = None if self.canvases is None else [self.canvases[row] for row in rows]
-        return Examples(self.tokens_BT[at], counts, prompts, is_cut, learned, canvases)  # type: ignore[arg-type]
+        drafts = None if self.drafts is None else [self.drafts[row] for row in rows]
+        return Examples(self.tokens_BT[at], counts, prompts, is_cut, learned, canvases, drafts)  # type: ignore[arg-type]
+
+    def unclean(self, noise_BL: Tensor, rows: Sequence[int], starts: Sequence[int], eos: int) -> Tensor:
+        """What takes the place of clean tokens in these rows' canvases: noise, or a draft with its end and fill."""
+        if self.drafts is None:
+            return noise_BL
+        unclean_BL, length = noise_BL.clone(), noise_BL.shape[1]
+        for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            if self.drafts[row] and start == self.prompts[row]:
+                own = (self.drafts[row] + [eos] * length)[:length]
+                unclean_BL[number] = torch.tensor(own, device=noise_BL.device)
+        return unclean_BL
 
     def by_canvas(self, length: int) -> dict[int, list[int]]:
         """Rows by the length of their canvas, where `length` is the model's."""
@@ -202,10 +216,10 @@ def problem(batch: Examples, corruption: Corruption, length: int, eos: int, enco
         is_learned_BT = batch.is_learned_BT[:, 1 : max(counts)]
         next_BT = next_BT.masked_fill(~is_learned_BT, IGNORE)
         encode_count = int((is_learned_BT & ~is_past_BT).sum())
-    clean_BL = torch.stack(clean_rows)
+    clean_BL, unclean_BL = torch.stack(clean_rows), batch.unclean(corruption.noise_BL, rows, starts, eos)
 
     def noised(level_B: Tensor) -> Tensor:
-        return torch.where(corruption.keep_BL < level_B[:, None], corruption.noise_BL, clean_BL)
+        return torch.where(corruption.keep_BL < level_B[:, None], unclean_BL, clean_BL)
 
     later_B = corruption.level_B * corruption.later_B
     return Problem(

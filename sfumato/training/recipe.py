@@ -41,6 +41,9 @@ class TrainingRecipe:
     """Share of a batch that sees the soft embedding of a first pass."""
     short_canvases: float = 0.0
     """Share of steps in which the canvas of a task is only as long as its answers, of one process. 0: never."""
+    drafts: float = 0.0
+    """Of a task whose answers may begin from a text: the share of examples whose canvas has that in the place of noise,
+    so that they are edited in place."""
     leave_one_out: bool = False
     revision_penalty: float = 0.0
     """Weight of a penalty on later passes that revise what was right. See `Objective`."""
@@ -70,6 +73,7 @@ class TrainingRecipe:
             ("floor", 1.0),
             ("conditioned", 1.0),
             ("short_canvases", 1.0),
+            ("drafts", 1.0),
             ("revision_penalty", 1e3),
             ("self_distillation", 1e3),
             ("weight_decay", 10.0),

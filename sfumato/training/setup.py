@@ -231,7 +231,8 @@ def _task_sources(
         return source, _held_out_sudoku(base)
     canvases = base.config.canvas_length, recipe.short_canvases
     train, held_out = (
-        TaskSource(task, base.tokenizer, base.template, recipe.seed, held, canvases) for held in (False, True)
+        TaskSource(task, base.tokenizer, base.template, recipe.seed, held, canvases, recipe.drafts)
+        for held in (False, True)
     )
     return train, held_out
 

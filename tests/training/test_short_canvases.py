@@ -87,3 +87,28 @@ def test_a_part_of_the_numbers() -> None:
     some = dice.of([1, 3, 4], 2)
     assert some.conditioned == 2 and some.keep_BL.shape == (3, 2)
     assert torch.equal(some.noise_BL, dice.noise_BL[[1, 3, 4], :2])
+
+
+def test_a_draft_stands_where_noise_would(llm: LLM) -> None:
+    """Of an edit in place, what is not clean is the document before it, its end, and fill."""
+    assert llm.template is not None
+    task = named("edits")
+    own = TaskSource(task, llm.tokenizer, llm.template, 5, canvases=(82, 1.0), drafts=0.5)
+    batch = own.batch(0, 12, torch.device("cpu"))
+    assert batch.drafts is not None and 0 < sum(map(bool, batch.drafts)) < 12
+    dice = Corruption.draw(24, 82, llm.model.config.vocab_size, torch.Generator().manual_seed(0), 0.0)
+    length = batch.canvases[0] if batch.canvases else 82
+    one = problem(batch, dice.of(range(24), length), length, 1)
+    noise = torch.where(dice.keep_BL[:, :length] < one.level_B[:, None], 1, 0).bool()
+    for number, row in enumerate(one.rows):
+        draft, at = batch.drafts[row], noise[number]
+        expected = (draft + [1] * length)[:length] if draft else dice.noise_BL[number, :length].tolist()
+        assert torch.equal(one.canvas_BL[number][at], torch.tensor(expected)[at])
+        if draft:
+            assert llm.tokenizer.decode(draft[:-1]) in llm.tokenizer.decode(
+                batch.tokens_BT[row, : batch.prompts[row]].tolist()
+            )
+    assert (
+        TaskSource(named("sorting"), llm.tokenizer, llm.template, 5, drafts=0.5).batch(0, 2, torch.device("cpu")).drafts
+        is None
+    )
