@@ -105,8 +105,8 @@ class RuleView(NamedTuple):
     entropy_BL: Tensor
     still_BL: Tensor
     """See `count_still`."""
-    seen_BL: Tensor | None = None
-    """See `count_seen`. None: no row has a further rule."""
+    repeats_BL: Tensor | None = None
+    """See `count_repeats`. None: no row has a further rule."""
     counts_BL: Tensor | None = None
     """Positions that count for stopping, those of a row with early answers that can become its answer. None: all."""
 
@@ -126,7 +126,7 @@ def stops(is_settled_B: Tensor, view: RuleView, own: RowRules) -> Tensor:
 
     A further rule of stopping joins here. Of a row with early answers a canvas is settled when what can become its
     answer is."""
-    return is_settled_B if view.seen_BL is None else is_settled_B | is_repeated(view, own.repeats_X)
+    return is_settled_B if view.repeats_BL is None else is_settled_B | is_repeated(view, own.repeats_X)
 
 
 def accept(entropy_BL: Tensor, bound_B: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def count_still(argmax_BL: Tensor, last_BL: Tensor, still_BL: Tensor) -> Tensor:
     return torch.where(argmax_BL == last_BL, still_BL + 1, 0)
 
 
-def count_seen(argmax_BL: Tensor, recent_BWL: Tensor, step_B: Tensor) -> Tensor:
+def count_repeats(argmax_BL: Tensor, recent_BWL: Tensor, step_B: Tensor) -> Tensor:
     """At how many of the last W steps, this one among them, each position had the token that it has now, [B, L].
 
     `recent_BWL` has the tokens of the steps before this one (`step_B`, counted from 0 on a canvas), step n at place
@@ -158,11 +158,11 @@ def count_seen(argmax_BL: Tensor, recent_BWL: Tensor, step_B: Tensor) -> Tensor:
 
 def is_repeated(view: RuleView, repeats_B: Tensor) -> Tensor:
     """True where each position that counts has had its token at `repeats` of the last W steps at least (0: never)."""
-    assert view.seen_BL is not None
-    is_seen_BL = view.seen_BL >= repeats_B[:, None]
+    assert view.repeats_BL is not None
+    is_repeat_BL = view.repeats_BL >= repeats_B[:, None]
     if view.counts_BL is not None:
-        is_seen_BL = is_seen_BL | ~view.counts_BL
-    return is_seen_BL.all(-1) & (repeats_B > 0)
+        is_repeat_BL = is_repeat_BL | ~view.counts_BL
+    return is_repeat_BL.all(-1) & (repeats_B > 0)
 
 
 def is_stable(still_BL: Tensor, stability_B: Tensor) -> Tensor:

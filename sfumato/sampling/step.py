@@ -28,7 +28,7 @@ from sfumato.sampling.rules import (
     RowRules,
     RuleView,
     accepts,
-    count_seen,
+    count_repeats,
     count_still,
     is_settled,
     leave_one_out_bonus,
@@ -290,10 +290,10 @@ def _pin(state: Canvases, at_B: Tensor, read: ReadOut, projection: Projection | 
 def rule_view(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor) -> tuple[RuleView, RowRules]:
     """What the rules of a step look at, and the rules of these rows."""
     still_BL = count_still(argmax_BL, state.argmax_XL[at_B], state.still_XL[at_B])
-    seen_BL = None
+    repeats_BL = None
     if state.has_further_rules:
-        seen_BL = count_seen(argmax_BL, state.recent_XWL[at_B], state.step_X[at_B])
-    return RuleView(argmax_BL, entropy_BL, still_BL, seen_BL), state.rules.at(at_B)
+        repeats_BL = count_repeats(argmax_BL, state.recent_XWL[at_B], state.step_X[at_B])
+    return RuleView(argmax_BL, entropy_BL, still_BL, repeats_BL), state.rules.at(at_B)
 
 
 def _stops(state: Canvases, at_B: Tensor, pinned: _Pinned, view: RuleView, rules: RowRules) -> Tensor:

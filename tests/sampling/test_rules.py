@@ -22,7 +22,7 @@ from sfumato.sampling.rules import (
     RuleView,
     Schedule,
     accept,
-    count_seen,
+    count_repeats,
     count_still,
     is_confident,
     is_repeated,
@@ -59,22 +59,22 @@ def test_stable_looks_back_as_far_as_asked() -> None:
     tokens=st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=12),
     width=st.integers(1, 5),
 )
-def test_seen_counts_the_last_steps_of_this_canvas(tokens: list[list[int]], width: int) -> None:
+def test_repeats_are_counted_in_the_last_steps_of_this_canvas(tokens: list[list[int]], width: int) -> None:
     """Against the plain count over all steps so far; what an earlier canvas left in the ring is not counted."""
     ring = torch.tensor([[[1, 1, 1]] * width], dtype=torch.int32)
     for step, own in enumerate(tokens):
         last = tokens[max(0, step - width + 1) : step + 1]
         argmax = torch.tensor([own])
         expected = [sum(one[place] == own[place] for one in last) for place in range(3)]
-        assert count_seen(argmax, ring, torch.tensor([step]))[0].tolist() == expected
+        assert count_repeats(argmax, ring, torch.tensor([step]))[0].tolist() == expected
         ring[0, step % width] = argmax[0].int()
 
 
 def test_a_canvas_repeats_when_each_position_that_counts_does() -> None:
-    seen = torch.tensor([[3, 2, 5]] * 5)
+    count = torch.tensor([[3, 2, 5]] * 5)
     counts = torch.tensor([[True] * 3, [True] * 3, [True, False, True], [True] * 3, [False, True, False]])
     repeats = torch.tensor([2, 3, 3, 0, 3])
-    view = RuleView(seen, seen.float(), seen, seen)
+    view = RuleView(count, count.float(), count, count)
     assert is_repeated(view, repeats).tolist() == [True, False, False, False, False]
     assert is_repeated(view._replace(counts_BL=counts), repeats).tolist() == [True, False, True, False, False]
 
