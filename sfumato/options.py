@@ -36,6 +36,7 @@ __all__ = [
     "FALLBACK_DEFAULTS",
     "LEAST",
     "LOAD_OPTIONS",
+    "MOST_REPEATS",
     "MOST_STEPS",
     "OPTIONS",
     "OTHER_NAMES",
@@ -63,6 +64,9 @@ DTYPE_NAMES = {
 
 MOST_STEPS = 4096
 """The most denoising steps of a canvas."""
+
+MOST_REPEATS = 16
+"""So many of a canvas's last steps are remembered, to see what repeats."""
 
 _MODES: tuple[Use, ...] = ("canvas", "autoregressive")
 _ANSWER: tuple[Use, ...] = ("complete", "chat")
@@ -166,6 +170,16 @@ class Options:
             100.0,
         ),
     ] = None
+    repeats: Annotated[
+        int,
+        About(
+            f"Stop a canvas, however unsure, once each position has had its likeliest token at so many of the last "
+            f"{MOST_REPEATS} steps, in a row or not; 0: off, as in the reference.",
+            _CANVAS,
+            0,
+            MOST_REPEATS,
+        ),
+    ] = 0
     temperature: Annotated[
         float,
         About(
@@ -366,6 +380,7 @@ class OptionFields(TypedDict, total=False):
     entropy_bound: float | None
     stability: int | None
     confidence: float | None
+    repeats: int
     temperature: float
     top_k: int
     top_p: float

@@ -14,6 +14,7 @@ export const WORDS = {
   entropy_bound: ["Boldness of a step", "How much doubt a step may accept at once. Higher: faster, less careful."],
   stability: ["Steps without change before the end", "So many drafts must be alike before a canvas is taken."],
   confidence: ["Certainty before the end", "The doubt under which a settled canvas is taken. 0: use all steps."],
+  repeats: ["Stop what only repeats itself", "A canvas ends once its draft has stood at so many of the last 16 steps. 0: off."],
   temperature: ["Temperature", "Higher: more varied. 0, one token after the other: always the likeliest."],
   adapter: ["Adapter", "Its name, as the server has it. Empty: the model itself."],
   top_k: ["Choose among so many of the likeliest", "0: among all."],
