@@ -42,6 +42,8 @@ LIMITS: dict[str, tuple[float, float, bool, bool, str]] = {
     "entropy_bound": (0.0, 1e9, False, True, "from 0 to 1e9"),
     "stability": (0, 4096, True, True, "from 0 to 4096"),
     "confidence": (0.0, 100.0, False, True, "from 0 to 100"),
+    "verify": (0.0, 100.0, False, True, "from 0 to 100"),
+    "redos": (0, 64, True, False, "from 0 to 64"),
     "temperature": (0.0, 100.0, False, False, "from 0 to 100"),
     "top_k": (-1, 2**62, True, False, "from -1 to 2^62"),
     "top_logprobs": (0, 20, True, False, "from 0 to 20"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato.engine.request import Row
 from sfumato.engine.seats import SeatTable
 from sfumato.engine.stepper import PendingRead, Stepper
+from sfumato.engine.verifying import CommitLikelihoods, Verdict, likeliest
 from sfumato.events import Commit, Done, Usage
 from sfumato.sampling.rules import pick_token
 
@@ -29,6 +30,10 @@ class StoppedCanvas(NamedTuple):
     """The argmax canvas."""
     settled: int
     """Leading positions that are final; of a canvas that has stopped all are."""
+    verdict: Verdict | None = None
+    """What the causal direction says of it, where it was asked."""
+    is_encoded: bool = False
+    """The tokens of its verdict are in the cache."""
 
 
 class Commits:
@@ -43,7 +48,7 @@ class Commits:
             values = read.copy.wait()
             is_done, steps, settled, is_finite = values[:, :4].T.tolist()
             # A row that has left, or is on a later canvas by now, was answered before.
-            current = [seat for seat, (row, canvas) in read.rows.items() if self._is_current(seat, row, canvas)]
+            current = [seat for seat, (row, draw) in read.rows.items() if self._is_current(seat, row, draw)]
             for seat in (seat for seat in current if not is_finite[seat]):
                 where = f"in step {steps[seat]} of canvas {self.table.row(seat).canvas + 1}"
                 self.table.fail_of_numbers(seat, where)
@@ -54,22 +59,23 @@ class Commits:
                     [StoppedCanvas(seat, steps[seat], own, len(own)) for seat, own in zip(stopped, tokens, strict=True)]
                 )
                 self.stepper.begin([seat for seat in stopped if not self.table.row(seat).is_over])
-            # Of the others, what has settled ahead of the rest; log-probabilities wait for the whole canvas.
+            # Of the others, what has settled ahead of the rest; where encode's numbers are read, it waits.
             ahead = [seat for seat in current if not is_done[seat] and settled[seat] > self.table.row(seat).settled]
-            if ahead := [seat for seat in ahead if not self.table.row(seat).options.logprobs]:
+            if ahead := [seat for seat in ahead if not self.table.row(seat).reads_encoded]:
                 tokens = values[ahead, 4:].tolist()
                 for seat, own in zip(ahead, tokens, strict=True):
                     yield from self._commit_prefix(StoppedCanvas(seat, steps[seat], own, settled[seat]))
 
-    def _is_current(self, seat: int, row: Row, canvas: int) -> bool:
+    def _is_current(self, seat: int, row: Row, draw: int) -> bool:
         rows = self.table.rows
-        return seat < len(rows) and rows[seat] is row and not row.is_over and row.canvas == canvas
+        return seat < len(rows) and rows[seat] is row and not row.is_over and row.draw == draw
 
     def _commit_canvases(self, stopped: list[StoppedCanvas]) -> Iterator[Commit | Done]:
         """Cut each canvas at its end.
 
         Where the row goes on it waits to be encoded with the next canvas's first step; where its log-probabilities are
         asked for it is encoded now."""
+        stopped = self._verified(stopped)
         rows = [self.table.row(one.seat) for one in stopped]
         kept: list[list[int]] = []
         for one, row in zip(stopped, rows, strict=True):
@@ -78,16 +84,70 @@ class Commits:
                 for span, _, _ in row.spans_here():
                     span.commit()
                 kept[-1] = self._cut(row, one.tokens[row.settled :])
-        encoding = [n for n, row in enumerate(rows) if row.options.logprobs and kept[n]]
+        encoding = [n for n, row in enumerate(rows) if row.options.logprobs and kept[n] and stopped[n].verdict is None]
         log_p = self._log_probabilities([stopped[n].seat for n in encoding], [kept[n] for n in encoding])
         log_p_TV = dict(zip(encoding, log_p, strict=True))
         for n, (one, row) in enumerate(zip(stopped, rows, strict=True)):
             if row.has_failed:
                 continue
-            row.steps += one.steps
-            row.pending = [] if n in log_p_TV else one.tokens[: row.settled] + kept[n]
-            yield from self._emit(one.seat, kept[n], log_p_TV.get(n), one.steps)
-            row.canvas, row.step, row.settled = row.canvas + 1, 0, 0
+            steps = one.steps + sum(verdict.steps for verdict in row.refused)
+            row.steps += steps
+            row.pending = one.tokens[: row.settled] + kept[n]
+            likelihoods = None
+            if n in log_p_TV:
+                row.pending, likelihoods = [], CommitLikelihoods.of(kept[n], log_p_TV[n], row.options.top_logprobs)
+            elif one.verdict is not None:
+                likelihoods = one.verdict.likelihoods.first(len(kept[n]))
+                if one.is_encoded:  # but for what a stop string cuts off
+                    row.pending = []
+                    self._forget(one.seat, len(one.verdict.tokens) - len(kept[n]))
+            yield from self._emit(one.seat, kept[n], likelihoods, steps)
+            row.canvas, row.step, row.settled, row.refused = row.canvas + 1, 0, 0, []
+
+    def _verified(self, stopped: list[StoppedCanvas]) -> list[StoppedCanvas]:
+        """Those that commit now. What the causal direction refuses begins again; at last the likeliest commits."""
+        judged = [one for one in stopped if self.table.row(one.seat).options.verify is not None]
+        if not judged:
+            return stopped
+        commits = [one for one in stopped if self.table.row(one.seat).options.verify is None]
+        rows, seats = [self.table.row(one.seat) for one in judged], [one.seat for one in judged]
+        counted = [one.tokens[: self._end(row, one.tokens)] for one, row in zip(judged, rows, strict=True)]
+        before_BD = self.table.last_XD[seats]
+        log_p = self._log_probabilities(seats, counted)
+        for n, (one, row) in enumerate(zip(judged, rows, strict=True)):
+            if row.has_failed:
+                continue
+            verdict = self._verdict(row, one.steps, counted[n], log_p[n])
+            assert row.options.verify is not None
+            is_last = len(row.refused) == row.options.redos
+            best = max([verdict, *row.refused], key=lambda other: other.mean)
+            if verdict.gap <= row.options.verify or (is_last and best is verdict):
+                commits.append(one._replace(verdict=verdict, is_encoded=True))
+                continue
+            self._forget(one.seat, len(counted[n]))
+            self.table.last_XD[one.seat] = before_BD[n]
+            if is_last:
+                commits.append(one._replace(tokens=best.tokens, verdict=best))
+            else:
+                row.refused.append(verdict)
+                row.step = 0
+        return commits
+
+    def _verdict(self, row: Row, steps: int, tokens: list[int], log_p_TV: Tensor) -> Verdict:
+        """On a try of a row's canvas, from the log-probabilities of all tokens in the places of those that count."""
+        likelihoods = CommitLikelihoods.of(tokens, log_p_TV, row.options.top_logprobs)
+        best = likeliest(log_p_TV, self.config.eos_ids, row.lacking)
+        return Verdict.of(tokens, steps, likelihoods, best, row.pinned_here)
+
+    def _forget(self, seat: int, count: int) -> None:
+        """Take so many tokens of a row out of the cache again."""
+        if count:
+            self.table.cache.truncate_(seat, self.table.cache.lengths[seat] - count)
+
+    def _end(self, row: Row, tokens: list[int]) -> int:
+        """How many of these tokens can count: up to the first end, and within the room."""
+        ends = (n + 1 for n, token in enumerate(tokens) if token in self.config.eos_ids and n >= row.lacking)
+        return min(next(ends, len(tokens)), len(tokens) if row.room is None else row.room)
 
     def _log_probabilities(self, seats: list[int], kept: list[list[int]]) -> list[Tensor]:
         """Encode what these rows commit; the log-probabilities of all tokens in each place, [T, V] of each row."""
@@ -145,7 +205,10 @@ class Commits:
             with self.table.isolating(seat):
                 kept = self._cut(row, [token])
             if not row.has_failed:
-                yield from self._emit(seat, kept, log_p_BV[n : n + 1], 1)
+                likelihoods = None
+                if row.options.logprobs:
+                    likelihoods = CommitLikelihoods.of(kept, log_p_BV[n : n + 1], row.options.top_logprobs)
+                yield from self._emit(seat, kept, likelihoods, 1)
         if going_on := [seat for seat in seats if not self.table.row(seat).is_over]:
             self.table.encode([[self.table.row(seat).tokens[-1]] for seat in going_on], going_on)
 
@@ -170,7 +233,9 @@ class Commits:
             row.finish_reason = "length"
         return tokens
 
-    def _emit(self, seat: int, tokens: list[int], log_p_TV: Tensor | None, steps: int) -> Iterator[Commit | Done]:
+    def _emit(
+        self, seat: int, tokens: list[int], likelihoods: CommitLikelihoods | None, steps: int
+    ) -> Iterator[Commit | Done]:
         """The commit of these tokens, and the end of the row if it comes with them."""
         row = self.table.row(seat)
         row.tokens += tokens
@@ -178,7 +243,7 @@ class Commits:
         is_last, request = row.finish_reason is not None, row.request.id
         logprobs, top = None, None
         if row.options.logprobs:
-            logprobs, top = _likelihoods(tokens, log_p_TV, row.options.top_logprobs)
+            logprobs, top = likelihoods or CommitLikelihoods([], None)
             row.logprobs += logprobs
         yield Commit(seat, row.canvas, steps, tokens, logprobs, top_logprobs=top, is_last=is_last, request=request)
         if row.finish_reason is not None:
@@ -194,20 +259,3 @@ class Commits:
             )
             logprobs = row.logprobs if row.options.logprobs else None
             yield Done(seat, row.finish_reason, row.tokens, usage, row.seed, logprobs=logprobs, request=request)
-
-
-def _likelihoods(
-    tokens: list[int], log_p_TV: Tensor | None, top: int
-) -> tuple[list[float], list[dict[Any, float]] | None]:
-    """The log-probabilities of these tokens, and of the `top` likeliest in each place by id (None: not requested).
-
-    A reader puts texts in place of the ids."""
-    if log_p_TV is None:
-        return [], None
-    log_p_TV = log_p_TV[: len(tokens)]
-    ids = torch.tensor(tokens, device=log_p_TV.device, dtype=torch.long)
-    logprobs: list[float] = log_p_TV.gather(1, ids[:, None])[:, 0].tolist()
-    if not top:
-        return logprobs, None
-    values, words = (x.tolist() for x in log_p_TV.topk(min(top, log_p_TV.shape[1])))
-    return logprobs, [dict(zip(*pair, strict=True)) for pair in zip(words, values, strict=True)]

@@ -26,6 +26,8 @@ export const WORDS = {
   logprobs: ["Report the likelihood of each token", ""],
   top_logprobs: ["Report so many other tokens", ""],
   early: ["Show the beginning as soon as it has settled", ""],
+  verify: ["Read what was written, and write it again where it surprises", "Nats of surprise: 4, say. Empty: never."],
+  redos: ["How often at most", "With the option above."],
   short: ["Short canvas for short answers", "Much faster; the model sees less at once than it was trained with."],
   schema: ["The answer follows a JSON Schema", ""],
   regex: ["The answer matches a pattern", ""],
