@@ -252,20 +252,26 @@ class Options:
             _CANVAS,
         ),
     ] = False
+    redos: Annotated[
+        int,
+        About(
+            "How often a canvas that only max_steps has stopped begins again from other noise; the surest of its tries "
+            "commits. 0: as the reference does.",
+            _CANVAS,
+            0,
+            MOST_REDOS,
+        ),
+    ] = 0
     verify: Annotated[
         float | None,
         About(
-            "Nats by which the causal direction may prefer another token; a canvas where it prefers one by more is "
-            "denoised again. None: canvases are committed as they stop.",
+            "With redos: nats by which the same weights, one token after another, may prefer another token; a canvas "
+            "where they prefer one by more begins again too. None: they are not asked.",
             _CANVAS_ANSWER,
             0.0,
             100.0,
         ),
     ] = None
-    redos: Annotated[
-        int,
-        About("With verify: how often one canvas is denoised again at most.", _CANVAS_ANSWER, 0, MOST_REDOS),
-    ] = 2
     short: Annotated[
         bool,
         About(
@@ -325,8 +331,7 @@ class Options:
         if constraints and self.min_tokens > 1:
             message = f"{constraints[0]} cannot go with min_tokens above 1; drop one of them"
             raise InputError(message, option=constraints[0])
-        if self.verify is not None:
-            self._check_verify()
+        self._check_redos()
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             message = f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max"
             raise InputError(message, option="t_min")
@@ -337,14 +342,20 @@ class Options:
             message = f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it"
             raise InputError(message, option="min_tokens")
 
-    def _check_verify(self) -> None:
-        """InputError where the causal direction's own distribution cannot judge what is written."""
+    def _check_redos(self) -> None:
+        """InputError for what a canvas that may begin again cannot go with."""
+        if self.verify is not None and not self.redos:
+            raise InputError(f"verify is {self.verify} without redos; set redos to 1 or more", option="verify")
+        if not self.redos:
+            return
         if self.mode not in (None, "diffusion"):
-            raise InputError(f"verify needs mode 'diffusion'; the mode is {self.mode!r}", option="verify")
+            raise InputError(f"redos needs mode 'diffusion'; the mode is {self.mode!r}", option="redos")
+        if ruling := [name for name in (*CONSTRAINTS, "strict", "must_call") if getattr(self, name)]:
+            message = f"redos cannot go with {ruling[0]}, whose grammar walks a canvas once; drop one of them"
+            raise InputError(message, option="redos")
         moving = [name for name in MOVING if getattr(self, name) != OPTIONS[name].default]
-        ruling = [name for name in (*CONSTRAINTS, "strict", "must_call") if getattr(self, name)]
-        if others := moving + ruling:
-            message = f"verify cannot go with {others[0]}, which changes what the model would write; drop one of them"
+        if self.verify is not None and moving:
+            message = f"verify cannot go with {moving[0]}, which changes what the model would write; drop one of them"
             raise InputError(message, option="verify")
 
     @property
@@ -410,8 +421,8 @@ class OptionFields(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     early: bool
-    verify: float | None
     redos: int
+    verify: float | None
     short: bool
     schema: dict[str, Any] | bool | None
     regex: str | None

@@ -58,6 +58,7 @@ FORMS = ("schema", "regex", "grammar", "choices")
 
 
 PARTNERS: dict[str, dict[str, Any]] = {
+    "verify": {"redos": 1},
     "min_tokens": {"max_tokens": None},
     "t_min": {"t_max": None},
     "top_logprobs": {"logprobs": True},
@@ -108,7 +109,7 @@ def test_both_limits_are_allowed(name: str) -> None:
         partner = PARTNERS.get(name, {})
         assert getattr(options_with(**{name: value}, **partner), name) == value
     if not is_whole:
-        assert getattr(options_with(**{name: 0.5}), name) == 0.5
+        assert getattr(options_with(**{name: 0.5}, **PARTNERS.get(name, {})), name) == 0.5
     assert (getattr(Options(), name) is None) is is_open
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sfumato.engine.request import Row
 from sfumato.engine.seats import SeatTable
-from sfumato.engine.stepper import PendingRead, Stepper
-from sfumato.engine.verifying import CommitLikelihoods, Verdict, likeliest
+from sfumato.engine.stepper import HEAD, NAT, PendingRead, Stepper
+from sfumato.engine.trials import CommitLikelihoods, Trial, likeliest
 from sfumato.events import Commit, Done, Usage
 from sfumato.sampling.rules import pick_token
 
@@ -30,10 +30,12 @@ class StoppedCanvas(NamedTuple):
     """The argmax canvas."""
     settled: int
     """Leading positions that are final; of a canvas that has stopped all are."""
-    verdict: Verdict | None = None
-    """What the causal direction says of it, where it was asked."""
+    entropy: float = 0.0
+    """The mean entropy of the canvas, in nats."""
+    trial: Trial | None = None
+    """Of several tries this one."""
     is_encoded: bool = False
-    """The tokens of its verdict are in the cache."""
+    """The tokens of its try are in the cache."""
 
 
 class Commits:
@@ -46,7 +48,7 @@ class Commits:
         """Wait for these reads: rows that have stopped commit, and begin their next canvas if they go on."""
         for read in reads:
             values = read.copy.wait()
-            is_done, steps, settled, is_finite = values[:, :4].T.tolist()
+            is_done, steps, settled, is_finite, entropies = values[:, :HEAD].T.tolist()
             # A row that has left, or is on a later canvas by now, was answered before.
             current = [seat for seat, (row, draw) in read.rows.items() if self._is_current(seat, row, draw)]
             for seat in (seat for seat in current if not is_finite[seat]):
@@ -54,15 +56,18 @@ class Commits:
                 self.table.fail_of_numbers(seat, where)
             current = [seat for seat in current if is_finite[seat]]
             if stopped := [seat for seat in current if is_done[seat]]:
-                tokens = values[stopped, 4:].tolist()
+                tokens = values[stopped, HEAD:].tolist()
                 yield from self._commit_canvases(
-                    [StoppedCanvas(seat, steps[seat], own, len(own)) for seat, own in zip(stopped, tokens, strict=True)]
+                    [
+                        StoppedCanvas(seat, steps[seat], own, len(own), entropies[seat] / NAT)
+                        for seat, own in zip(stopped, tokens, strict=True)
+                    ]
                 )
                 self.stepper.begin([seat for seat in stopped if not self.table.row(seat).is_over])
-            # Of the others, what has settled ahead of the rest; where encode's numbers are read, it waits.
+            # Of the others, what has settled ahead of the rest, unless it must wait for the whole.
             ahead = [seat for seat in current if not is_done[seat] and settled[seat] > self.table.row(seat).settled]
-            if ahead := [seat for seat in ahead if not self.table.row(seat).reads_encoded]:
-                tokens = values[ahead, 4:].tolist()
+            if ahead := [seat for seat in ahead if not self.table.row(seat).commits_whole]:
+                tokens = values[ahead, HEAD:].tolist()
                 for seat, own in zip(ahead, tokens, strict=True):
                     yield from self._commit_prefix(StoppedCanvas(seat, steps[seat], own, settled[seat]))
 
@@ -75,7 +80,7 @@ class Commits:
 
         Where the row goes on it waits to be encoded with the next canvas's first step; where its log-probabilities are
         asked for it is encoded now."""
-        stopped = self._verified(stopped)
+        stopped = self._standing(stopped)
         rows = [self.table.row(one.seat) for one in stopped]
         kept: list[list[int]] = []
         for one, row in zip(stopped, rows, strict=True):
@@ -84,60 +89,73 @@ class Commits:
                 for span, _, _ in row.spans_here():
                     span.commit()
                 kept[-1] = self._cut(row, one.tokens[row.settled :])
-        encoding = [n for n, row in enumerate(rows) if row.options.logprobs and kept[n] and stopped[n].verdict is None]
+        is_read = [one.trial is not None and one.trial.likelihoods is not None for one in stopped]
+        encoding = [n for n, row in enumerate(rows) if row.options.logprobs and kept[n] and not is_read[n]]
         log_p = self._log_probabilities([stopped[n].seat for n in encoding], [kept[n] for n in encoding])
-        log_p_TV = dict(zip(encoding, log_p, strict=True))
+        read = {
+            n: CommitLikelihoods.of(kept[n], log_p_TV, rows[n].options.top_logprobs)
+            for n, log_p_TV in zip(encoding, log_p, strict=True)
+        }
         for n, (one, row) in enumerate(zip(stopped, rows, strict=True)):
             if row.has_failed:
                 continue
-            steps = one.steps + sum(verdict.steps for verdict in row.refused)
+            steps = one.steps + sum(trial.steps for trial in row.refused)
             row.steps += steps
             row.pending = one.tokens[: row.settled] + kept[n]
-            likelihoods = None
-            if n in log_p_TV:
-                row.pending, likelihoods = [], CommitLikelihoods.of(kept[n], log_p_TV[n], row.options.top_logprobs)
-            elif one.verdict is not None:
-                likelihoods = one.verdict.likelihoods.first(len(kept[n]))
-                if one.is_encoded:  # but for what a stop string cuts off
-                    row.pending = []
-                    self._forget(one.seat, len(one.verdict.tokens) - len(kept[n]))
+            likelihoods = read.get(n)
+            if one.trial is not None and one.trial.likelihoods is not None:
+                likelihoods = one.trial.likelihoods.first(len(kept[n]))
+            if n in read or one.is_encoded:
+                row.pending = []
+            if one.is_encoded and one.trial is not None:  # a stop string may have cut off some of it
+                self._forget(one.seat, len(one.trial.tokens) - len(kept[n]))
             yield from self._emit(one.seat, kept[n], likelihoods, steps)
             row.canvas, row.step, row.settled, row.refused = row.canvas + 1, 0, 0, []
 
-    def _verified(self, stopped: list[StoppedCanvas]) -> list[StoppedCanvas]:
-        """Those that commit now. What the causal direction refuses begins again; at last the likeliest commits."""
-        judged = [one for one in stopped if self.table.row(one.seat).options.verify is not None]
+    def _standing(self, stopped: list[StoppedCanvas]) -> list[StoppedCanvas]:
+        """Those that commit now. A try that does not stand begins again; after the last one the best commits."""
+        commits = [one for one in stopped if not self.table.row(one.seat).options.redos]
+        judged = [one for one in stopped if self.table.row(one.seat).options.redos]
         if not judged:
             return stopped
-        commits = [one for one in stopped if self.table.row(one.seat).options.verify is None]
-        rows, seats = [self.table.row(one.seat) for one in judged], [one.seat for one in judged]
-        counted = [one.tokens[: self._end(row, one.tokens)] for one, row in zip(judged, rows, strict=True)]
-        before_BD = self.table.last_XD[seats]
-        log_p = self._log_probabilities(seats, counted)
-        for n, (one, row) in enumerate(zip(judged, rows, strict=True)):
+        rows = {one.seat: self.table.row(one.seat) for one in judged}
+        trials: dict[int, Trial] = {}
+        for one in judged:
+            tokens = one.tokens[: self._end(rows[one.seat], one.tokens)]
+            trials[one.seat] = Trial(tokens, one.steps, one.entropy)
+        settled = [one.seat for one in judged if not rows[one.seat].is_unsure(one.steps, one.entropy)]
+        read = [seat for seat in settled if rows[seat].options.verify is not None]
+        before_BD = self.table.last_XD[read]
+        for seat, log_p_TV in zip(
+            read, self._log_probabilities(read, [trials[seat].tokens for seat in read]), strict=True
+        ):
+            trials[seat] = self._judged(rows[seat], trials[seat], log_p_TV)
+        before = dict(zip(read, before_BD, strict=True))
+        for one in judged:
+            row, trial, is_encoded = rows[one.seat], trials[one.seat], one.seat in before
             if row.has_failed:
                 continue
-            verdict = self._verdict(row, one.steps, counted[n], log_p[n])
-            assert row.options.verify is not None
+            stands = one.seat in settled and trial.gap <= (row.options.verify or 0.0)
             is_last = len(row.refused) == row.options.redos
-            best = max([verdict, *row.refused], key=lambda other: other.mean)
-            if verdict.gap <= row.options.verify or (is_last and best is verdict):
-                commits.append(one._replace(verdict=verdict, is_encoded=True))
+            best = max([trial, *row.refused], key=lambda other: other.rank)
+            if stands or (is_last and best is trial):
+                commits.append(one._replace(trial=trial, is_encoded=is_encoded))
                 continue
-            self._forget(one.seat, len(counted[n]))
-            self.table.last_XD[one.seat] = before_BD[n]
+            if is_encoded:
+                self._forget(one.seat, len(trial.tokens))
+                self.table.last_XD[one.seat] = before[one.seat]
             if is_last:
-                commits.append(one._replace(tokens=best.tokens, verdict=best))
+                commits.append(one._replace(tokens=best.tokens, trial=best))
             else:
-                row.refused.append(verdict)
+                row.refused.append(trial)
                 row.step = 0
         return commits
 
-    def _verdict(self, row: Row, steps: int, tokens: list[int], log_p_TV: Tensor) -> Verdict:
-        """On a try of a row's canvas, from the log-probabilities of all tokens in the places of those that count."""
-        likelihoods = CommitLikelihoods.of(tokens, log_p_TV, row.options.top_logprobs)
+    def _judged(self, row: Row, trial: Trial, log_p_TV: Tensor) -> Trial:
+        """With what the log-probabilities of all tokens in its places say of a try."""
+        likelihoods = CommitLikelihoods.of(trial.tokens, log_p_TV, row.options.top_logprobs)
         best = likeliest(log_p_TV, self.config.eos_ids, row.lacking)
-        return Verdict.of(tokens, steps, likelihoods, best, row.pinned_here)
+        return trial.judged(likelihoods, best, row.pinned_here)
 
     def _forget(self, seat: int, count: int) -> None:
         """Take so many tokens of a row out of the cache again."""
@@ -149,11 +167,12 @@ class Commits:
         ends = (n + 1 for n, token in enumerate(tokens) if token in self.config.eos_ids and n >= row.lacking)
         return min(next(ends, len(tokens)), len(tokens) if row.room is None else row.room)
 
-    def _log_probabilities(self, seats: list[int], kept: list[list[int]]) -> list[Tensor]:
-        """Encode what these rows commit; the log-probabilities of all tokens in each place, [T, V] of each row."""
+    def _log_probabilities(self, seats: list[int], kept: list[list[int]]) -> Iterator[Tensor]:
+        """Encode what these rows commit; the log-probabilities of all tokens in each place, [T, V] of each row.
+
+        A row at a time: they may be 270 MB."""
         if not seats:
-            return []
-        log_p = []
+            return
         before_BD = self.table.last_XD[seats]
         hidden_BTD = self.table.encode(kept, seats)
         for n, (seat, tokens) in enumerate(zip(seats, kept, strict=True)):
@@ -161,10 +180,9 @@ class Commits:
             row.passes += 1
             hidden_TD = torch.cat([before_BD[n : n + 1], hidden_BTD[n, : len(tokens) - 1]])
             log_p_TV = torch.log_softmax(self.table.model.logits(hidden_TD), -1)
-            log_p.append(log_p_TV)
             if not bool(torch.isfinite(hidden_TD.sum() + log_p_TV.sum())):
                 self.table.fail_of_numbers(seat, f"in the encoding of canvas {row.canvas + 1}")
-        return log_p
+            yield log_p_TV
 
     def _commit_prefix(self, one: StoppedCanvas) -> Iterator[Commit | Done]:
         """What is pinned by now is final, though its canvas goes on; it is encoded with the whole canvas."""

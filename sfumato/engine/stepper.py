@@ -32,6 +32,12 @@ from sfumato.sampling.recorded import Recorded
 from sfumato.sampling.rules import accepts
 from sfumato.sampling.step import PlacedSampler, Projection, StepInput, conclude_, look, rule_view, step_
 
+HEAD = 5
+"""Numbers of a row in a `PendingRead` before its tokens."""
+
+NAT = 1 << 20
+"""One nat, as entropies are read."""
+
 PASSES_KEPT = 8
 """Masks and angles of so many groups of rows are kept from step to step."""
 
@@ -43,8 +49,9 @@ class PendingRead(NamedTuple):
     rows: dict[int, tuple[Row, int]]
     """Seat -> its row, and the draw of the canvas that the row was on."""
     copy: HostCopy
-    """[X, 4 + L]: whether a row is done, its steps, its settled positions, whether its numbers are finite; then the
-    argmax canvas, which is what it would commit."""
+    """[X, HEAD + L]: whether a row is done, its steps, its settled positions, whether its numbers are finite, the mean
+    entropy of its canvas (times NAT; where no row may begin again 0); then the argmax canvas, which is what it would
+    commit."""
 
 
 def is_recording(model: Model, record: bool | None) -> bool:
@@ -292,12 +299,15 @@ class Stepper:
         reads = []
         for length in sorted({self.table.row(seat).length for seat in seats}):
             state = self.table.canvases[length]
-            stands_X4 = torch.stack(
-                [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()], 1
-            )
             rows = {seat: self.table.row(seat) for seat in seats}
+            entropy_X = torch.zeros_like(state.step_X)
+            if any(row.options.redos for row in rows.values()):
+                entropy_X = (state.entropy_XL.mean(-1) * NAT).long()
+            heads = [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long(), entropy_X]
             on_canvas = {seat: (row, row.draw) for seat, row in rows.items() if row.length == length}
-            reads.append(PendingRead(length, on_canvas, HostCopy.of(torch.cat([stands_X4, state.argmax_XL], 1))))
+            reads.append(
+                PendingRead(length, on_canvas, HostCopy.of(torch.cat([torch.stack(heads, 1), state.argmax_XL], 1)))
+            )
         return reads
 
 

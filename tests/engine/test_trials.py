@@ -1,11 +1,11 @@
-"""engine/verifying.py: canvases that the causal direction judges before they are committed, and that begin again."""
+"""engine/trials.py: canvases that begin again: unsure at their cap, or refused by the causal direction."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -18,7 +18,7 @@ from sfumato import LLM
 from sfumato.engine.engine import Engine, EngineSettings
 from sfumato.engine.request import TRY_BITS, GrammarSpan, Request, Row
 from sfumato.engine.run import Run
-from sfumato.engine.verifying import CommitLikelihoods, Verdict, likeliest
+from sfumato.engine.trials import CommitLikelihoods, Trial, likeliest
 from sfumato.errors import CapacityError, InputError, SfumatoError
 from sfumato.events import Commit, Done, Draft
 from sfumato.model.cache import KVCache
@@ -30,7 +30,9 @@ from sfumato.templates.slots import Slot
 PROMPTS = [text(length, 30 + length) for length in (4, 17, 9, 26)]
 SEEDS = 5
 SOME = 19.0
-"""Nats at which the tiny model refuses about every second canvas."""
+"""Nats at which the causal direction of the tiny model refuses about every second canvas that has settled."""
+CAP, SURE = 3, 0.053
+"""Steps, and nats of mean entropy, at which about every second canvas of the tiny model is unsure."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,43 +96,68 @@ def each(**changes: Any) -> list[Options]:
     return [dataclasses.replace(SETTLES, seed=row, max_tokens=20 + 4 * row, **changes) for row in range(4)]
 
 
+class OneTry(NamedTuple):
+    tokens: list[int]
+    steps: int
+    entropy: float
+    gap: float
+    mean: float
+
+    def stands(self, threshold: float | None) -> bool:
+        return not self.is_unsure and (threshold is None or self.gap <= threshold)
+
+    @property
+    def is_unsure(self) -> bool:
+        return self.steps == CAP and self.entropy >= SURE
+
+    def rank(self, threshold: float | None) -> tuple[bool, float]:
+        if self.is_unsure or threshold is None:
+            return False, -self.entropy
+        return True, self.mean
+
+
 @functools.cache
-def tries_of(seed: int) -> list[tuple[list[int], int, float, float]]:
-    """Tokens, steps, gap and mean of three tries of one canvas: a plain run for each, and an encode pass of its own."""
+def tries_of(seed: int) -> list[OneTry]:
+    """Three tries of one canvas: a plain run for each, with that try's noise, and an encode pass of its own."""
     ours, prompt, tries = talker(), PROMPTS[seed % 4], []
     for number in range(3):
-        options, settings = plain_of(seed), EngineSettings(noise=shifted(ours, seed, number))
-        ((*_, done),) = events_of(ours, [prompt], [options], settings=settings)
-        tries.append((done.tokens, done.usage.steps, *gap_and_mean(log_p_of(ours, prompt, done.tokens), done.tokens)))
+        options, settings = plain_of(seed, drafts=True), EngineSettings(noise=shifted(ours, seed, number))
+        ((*_, draft, _, done),) = events_of(ours, [prompt], [options], settings=settings)
+        entropy = sum(draft.entropies) / LENGTH
+        judged = gap_and_mean(log_p_of(ours, prompt, done.tokens), done.tokens)
+        tries.append(OneTry(done.tokens, done.usage.steps, entropy, *judged))
     return tries
 
 
-def plain_of(seed: int) -> Options:
-    return dataclasses.replace(SETTLES, seed=seed, max_tokens=LENGTH)
+def plain_of(seed: int, **changes: Any) -> Options:
+    return dataclasses.replace(SETTLES, seed=seed, max_tokens=LENGTH, max_steps=CAP, confidence=SURE, **changes)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("threshold", [0.0, SOME, 100.0])
-def test_the_first_try_that_stands_commits_else_the_likeliest(threshold: float) -> None:
+@pytest.mark.parametrize("threshold", [None, 0.0, SOME, 100.0])
+def test_the_first_try_that_stands_commits_else_the_best(threshold: float | None) -> None:
     ours, ways = talker(), set()
     for seed in range(SEEDS):
         tries = tries_of(seed)
-        standing = next((n for n, (_, _, gap, _) in enumerate(tries) if gap <= threshold), None)
+        standing = next((n for n, one in enumerate(tries) if one.stands(threshold)), None)
         last = 2 if standing is None else standing
-        chosen = max(range(3), key=lambda n: tries[n][3]) if standing is None else standing
+        chosen = max(range(3), key=lambda n: tries[n].rank(threshold)) if standing is None else standing
         ways.add((standing is None, last, chosen))
-        options = dataclasses.replace(plain_of(seed), verify=threshold, redos=2)
-        ((commit, done),) = events_of(ours, [PROMPTS[seed % 4]], [options])
-        steps = sum(steps for _, steps, _, _ in tries[: last + 1])
-        assert isinstance(commit, Commit) and commit.tokens == done.tokens == tries[chosen][0]
+        ((commit, done),) = events_of(ours, [PROMPTS[seed % 4]], [plain_of(seed, verify=threshold, redos=2)])
+        some = tries[: last + 1]
+        steps = sum(one.steps for one in some)
+        assert isinstance(commit, Commit) and commit.tokens == done.tokens == tries[chosen].tokens
         assert commit.steps == done.usage.steps == steps and commit.canvas == 0
-        assert done.usage.passes == steps + last + 1, "an encode pass for each verdict"
+        verdicts = 0 if threshold is None else sum(not one.is_unsure for one in some)
+        assert done.usage.passes == steps + verdicts, "an encode pass for each that had settled"
         assert done.usage.canvases == 1 and done.finish_reason == "length"
-    assert {0.0: 2, SOME: 3, 100.0: 1}[threshold] <= len(ways), "the threshold tries too little"
+    assert len(ways) >= 2, "the tries are all alike"
 
 
 def test_off_and_never_refusing_write_the_same() -> None:
-    off, generous = (events_of(talker((38, 45)), PROMPTS, each(**more)) for more in ({}, {"verify": 100.0}))
+    off, generous = (
+        events_of(talker((38, 45)), PROMPTS, each(max_steps=16, **more)) for more in ({}, {"verify": 100.0, "redos": 1})
+    )
     for plain, verified in zip(off, generous, strict=True):
         *commits, done = verified
         usage = dataclasses.replace(done.usage, passes=done.usage.passes - len(commits))
@@ -143,7 +170,12 @@ def test_off_and_never_refusing_write_the_same() -> None:
 def test_no_way_of_stepping_and_no_neighbour_changes_it(settings: EngineSettings) -> None:
     """Rows that are judged beside rows that are not, read late, recorded, and with prompts in chunks."""
     ours = talker((38, 45))
-    sorts: list[dict[str, Any]] = [{}, {"verify": SOME}, {"verify": SOME, "redos": 1}, {"mode": "autoregressive"}]
+    sorts: list[dict[str, Any]] = [
+        {},
+        {"verify": SOME, "redos": 2},
+        {"redos": 1, "max_steps": CAP, "confidence": SURE},
+        {"mode": "autoregressive"},
+    ]
     options = [dataclasses.replace(own, **sort) for own, sort in zip(each(), sorts, strict=True)]
     expected = [events_of(ours, [prompt], [own])[0] for prompt, own in zip(PROMPTS, options, strict=True)]
     actual = events_of(ours, PROMPTS, options, settings=settings)
@@ -207,7 +239,7 @@ def test_a_stop_string_cuts_what_was_judged() -> None:
 
 
 def test_with_early_answers_a_prefix_waits_for_its_verdict() -> None:
-    options = [dataclasses.replace(own, early=True) for own in each(verify=SOME)]
+    options = [dataclasses.replace(own, early=True) for own in each(verify=SOME, redos=2)]
     for events in events_of(talker((38, 45)), PROMPTS, options):
         *commits, done = events
         assert [commit.canvas for commit in commits] == list(range(done.usage.canvases))
@@ -224,14 +256,15 @@ def test_what_is_pinned_is_not_judged() -> None:
         assert done.usage.passes - done.usage.steps == (1 if len(pins) == LENGTH else 2)
 
 
-def test_a_verdict_by_hand() -> None:
+def test_a_try_by_hand() -> None:
     log_p_TV = torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]))
     likelihoods = CommitLikelihoods.of([1, 1, 0], log_p_TV, 2)
     assert likelihoods.top is not None and [*map(len, likelihoods.top)] == [2, 2, 2] and 2 in likelihoods.top[2]
 
     def verdict(pinned: Mapping[int, int], lacking: int) -> tuple[float, float]:
         best = likeliest(log_p_TV, (2,), lacking)
-        one = Verdict.of([1, 1, 0], 5, likelihoods, best, pinned)
+        one = Trial([1, 1, 0], 5, 0.01).judged(likelihoods, best, pinned)
+        assert one.rank == (True, one.mean) and (one.tokens, one.steps, one.entropy) == ([1, 1, 0], 5, 0.01)
         return one.gap, one.mean
 
     log = {p: float(torch.tensor(p).log()) for p in (0.1, 0.3, 0.6, 0.7, 0.8)}
@@ -245,32 +278,35 @@ def test_a_verdict_by_hand() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "autoregressive"}, "verify needs mode 'diffusion'; the mode is 'autoregressive'"),
-        ({"regex": "a+"}, "verify cannot go with regex, which changes what the model would write"),
-        ({"must_call": True}, "verify cannot go with must_call"),
-        ({"logit_bias": {5: -100}}, "verify cannot go with logit_bias"),
+        ({"redos": 0}, "verify is 4.0 without redos; set redos to 1 or more"),
+        ({"mode": "autoregressive"}, "redos needs mode 'diffusion'; the mode is 'autoregressive'"),
+        ({"regex": "a+"}, "redos cannot go with regex, whose grammar walks a canvas once"),
+        ({"must_call": True}, "redos cannot go with must_call"),
+        ({"logit_bias": {5: -100}}, "verify cannot go with logit_bias, which changes what"),
         ({"repetition_penalty": 1.2}, "verify cannot go with repetition_penalty"),
     ],
 )
 def test_options_that_cannot_go_with_it_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        Options(verify=4.0, **options)
-    assert caught.value.option == "verify"
+        Options(**{"verify": 4.0, "redos": 1, **options})
+    assert caught.value.option == message.partition(" ")[0]
 
 
 def test_requests_that_it_cannot_judge_are_refused() -> None:
-    ours, options = talker(), Options(verify=4.0, max_tokens=8)
+    ours, options = talker(), Options(redos=1, max_tokens=8)
     span: Any = GrammarSpan(0, None, None)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="has a span, whose grammar changes"):
+    with pytest.raises(InputError, match="has a span with a grammar; redos cannot"):
         Request(PROMPTS[0], options, spans=[span]).checked(ours.config)
     plain = dataclasses.replace(ours.config, is_diffusion=False)
-    with pytest.raises(SfumatoError, match="verify needs a canvas"):
+    with pytest.raises(SfumatoError, match="redos needs a canvas"):
         Request(PROMPTS[0], options).checked(plain)
     llm = LLM.load("nano")
+    filled = llm.fill(["1", Slot("x", length=2)], options=Options(redos=1, max_steps=1, seed=1))
+    assert filled.usage.steps == 2, "a template's canvas may begin again"
     with pytest.raises(InputError, match="verify does not apply to a template"):
-        llm.fill(["1", Slot("x", length=1)], options=Options(verify=4.0))
-    with pytest.raises(InputError, match=r"verify is 4\.0; a decision reads"):
-        llm.decide("a text", {"x": ["a", "b"]}, options=Options(verify=4.0))
+        llm.fill(["1", Slot("x", length=1)], options=Options(verify=4.0, redos=1))
+    with pytest.raises(InputError, match="redos is 1; a decision reads"):
+        llm.decide("a text", {"x": ["a", "b"]}, options=Options(verify=4.0, redos=1))
 
 
 def test_it_ends_at_the_end_of_the_context() -> None:
