@@ -27,6 +27,8 @@ export const WORDS = {
   logprobs: ["Report the likelihood of each token", ""],
   top_logprobs: ["Report so many other tokens", ""],
   early: ["Show the beginning as soon as it has settled", ""],
+  redos: ["Begin an unsure canvas again", "So many times at most, from other noise. 0: never."],
+  verify: ["Read what was written, and begin again where it surprises", "Nats of surprise: 4, say. Needs the option above."],
   short: ["Short canvas for short answers", "Much faster; the model sees less at once than it was trained with."],
   schema: ["The answer follows a JSON Schema", ""],
   regex: ["The answer matches a pattern", ""],
