@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.smoke import CLUE, colour
 from sfumato.evals import sudoku as task
+from sfumato.evals.tasks import answer_options
 from sfumato.events import Done, Draft
 from sfumato.llm import LLM
 from sfumato.options import Options
@@ -54,7 +55,7 @@ def main() -> None:
     llm = LLM.load("nano")
     puzzle = sudoku.generate(args.clues, np.random.default_rng(args.seed))
     ids, pins = task.request(llm, puzzle)
-    options = task.answer_options(Options(seed=args.seed), llm)
+    options = answer_options(Options(seed=args.seed), llm)
     events = list(llm.events([ids], options=replace(options, drafts=True), pins=[pins]))
     drafts = [event for event in events if isinstance(event, Draft)]
     done = next(event for event in events if isinstance(event, Done))

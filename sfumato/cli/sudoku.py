@@ -89,13 +89,14 @@ def command(
     console = Console(highlight=False)
 
     from sfumato.evals import sudoku as task
+    from sfumato.evals.tasks import answer_options
 
     model = loading.connect_or_load(api if api.api or api.model else replace(api, model="nano"), load)
     if model.is_remote:
         results = _print_each((task.solve_anywhere(model, text, options, pins) for text in puzzles), as_json)
     else:
         llm = cast("LLM", model)
-        options = task.answer_options(options, llm)
+        options = answer_options(options, llm)
         if console.is_terminal and not as_json and batch == 1:
             results = [_solve_live(llm, text, options, pins, console, delay) for text in puzzles]
         else:
