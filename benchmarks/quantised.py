@@ -35,6 +35,7 @@ from benchmarks.nano import BANDS, puzzles
 from sfumato import LLM, Options, ops
 from sfumato.checkpoints.load import PLAIN
 from sfumato.checkpoints.load import load as load_model
+from sfumato.evals.statistics import PairedCounts
 from sfumato.evals.sudoku import request, solve
 from sfumato.measure.machine import ROOT, environment
 from sfumato.measure.parts import engine_step, random_config, random_model
@@ -319,11 +320,8 @@ def times(record: Record, arguments: argparse.Namespace) -> Iterator[None]:
 
 def flips(base: str, other: str) -> tuple[int, int, float]:
     """Puzzles lost and won, and how likely a difference at least so large is if a flip goes either way alike."""
-    losses = sum(a == "1" and b == "0" for a, b in zip(base, other, strict=True))
-    won = sum(a == "0" and b == "1" for a, b in zip(base, other, strict=True))
-    all_, few = losses + won, min(losses, won)
-    chance = sum(math.comb(all_, n) for n in range(few + 1)) / 2**all_ * 2
-    return losses, won, min(1.0, chance)
+    counts = PairedCounts.of([one == "1" for one in base], [one == "1" for one in other])
+    return counts.first_only, counts.second_only, counts.p
 
 
 def verdict(row: Record, base: Record, recipe: str) -> str:

@@ -43,6 +43,7 @@ PAGES = (
     *("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/sampler.md", "docs/server.md", "docs/canvas.md"),
     *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md", "docs/python.md"),
     *("docs/clients.md", "docs/adapters.md", "docs/data.md", "docs/training.md", "docs/decisions.md"),
+    "docs/evals.md",
 )
 
 SERVED = ("docs/server.md", "docs/decisions.md")
@@ -50,7 +51,7 @@ SERVED = ("docs/server.md", "docs/decisions.md")
 
 NOT_OURS = (
     *("config.json", "adapter_config.json", "tokenizer.json", "decisions.json"),
-    *("person.json", "TEMPLATE.json", "questions.json"),
+    *("person.json", "TEMPLATE.json", "questions.json", "scores.json"),
 )
 """Files of a checkpoint, or of the reader."""
 
@@ -165,6 +166,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lists = [sorting.generate(np.random.default_rng(seed), 4) for seed in range(40)]
     lines = [{"prompt": sorting.prompt(one), "response": sorting.answer_text(one)} for one in lists]
     (folder / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    items = [{"prompt": line["prompt"], "answer": line["response"], "check": "exact"} for line in lines]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     noul = {"type": "noul", "instructions": "Is a refund requested?"}
     (folder / "request.json").write_text(json.dumps({"state": "It came broken.", "questions": {"refund": noul}}))
     return folder

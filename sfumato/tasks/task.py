@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, recall, sorting, sudoku
+from sfumato.tasks import decisions, infill, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Task:
     names are the same for all items of a kind; it never raises."""
     draft: Callable[[str], str] | None = None
     """The text that an answer may begin from, in place, instead of from noise. None: there is none."""
+    system: Callable[[str], str] | None = None
+    """The system message before everything, "" for an item without one. None: there is none."""
 
 
 def _puzzle(rng: np.random.Generator) -> str:
@@ -103,6 +105,17 @@ TASKS = {
             filled=0.1,
             kind=lambda item: decisions.read(item).kind,
         ),
+        Task(
+            "infill",
+            infill.generate,
+            infill.prompt,
+            infill.answer,
+            lambda text, item: infill.is_right(text.strip(), item),
+            is_prompt_learned=False,
+            filled=0.1,
+            kind=infill.kind,
+            measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
+        ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
     )
@@ -149,7 +162,9 @@ def messages(task: Task, item: str) -> list[dict[str, str]]:
     """The conversation that an item is, up to its answer."""
     turns = [] if task.earlier is None else task.earlier(item)
     pairs = [({"role": "user", "content": text}, {"role": "assistant", "content": reply}) for text, reply in turns]
-    return [message for pair in pairs for message in pair] + [{"role": "user", "content": task.prompt(item)}]
+    system = "" if task.system is None else task.system(item)
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *(message for pair in pairs for message in pair), {"role": "user", "content": task.prompt(item)}]
 
 
 def named(name: str) -> Task:

@@ -25,7 +25,7 @@ def test_a_task_takes_its_own_answers(name: str) -> None:
     items = [task.generate(np.random.default_rng(seed)) for seed in range(4)]
     for item, other in itertools.pairwise(items):
         answer = task.answer(item)
-        assert item in task.prompt(item) or task.earlier is not None
+        assert item in task.prompt(item) or task.earlier is not None or item.startswith(("{", "["))  # a record
         assert task.is_right(answer, item) and task.is_right(f" {answer}\n", item)
         assert not task.is_right("", item) and not task.is_right(answer[:-1], item)
         assert not task.is_right(answer, other) or task.earlier is not None
@@ -34,10 +34,8 @@ def test_a_task_takes_its_own_answers(name: str) -> None:
 
 
 def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(
-        InputError, match="there is no task 'chess'; the tasks are: sudoku, sorting, decisions, recall, recall-noisy"
-    ):
+    with pytest.raises(InputError, match=f"there is no task 'chess'; the tasks are: {', '.join(TASKS)}"):
         named("chess")
     with pytest.raises(InputError, match="no solution"):
         named("sudoku").answer("11" + "0" * 79)
-    assert sudoku.band(named("sudoku").generate(np.random.default_rng(5))) in ("easy", "medium")
+    assert sudoku.band(named("sudoku").generate(np.random.default_rng(5))) in sudoku.BANDS
