@@ -21,6 +21,7 @@ from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.eval_runs import RUNS, EvalWork, compared, setting_of
 from sfumato.cli.output import put
+from sfumato.cli.sweep import SweepFlags, carry_out_sweep, write_preset
 from sfumato.cli.view import visible, working
 from sfumato.errors import InputError
 from sfumato.options import BIG, LoadOptions, Options
@@ -28,6 +29,8 @@ from sfumato.system.files import locked
 from sfumato.tasks.task import TASKS
 
 if TYPE_CHECKING:
+    from sfumato.cli.eval_screen import EvalReport
+    from sfumato.cli.sweep_screen import SweepReport
     from sfumato.evals.tasks import Exercise
 
 NAMED = 5
@@ -86,6 +89,17 @@ class EvalOutputFlags:
         path = files.out_path(self.output, "--output").expanduser()
         return path.with_name(f"{path.stem}.answers.jsonl")
 
+    def new_files(self, sources: Sequence[str], sweep: SweepFlags) -> tuple[files.NewFile | None, files.NewFile | None]:
+        """The record and the picture, where they are asked for. InputError for one that cannot be written.
+
+        A sweep makes its record anew from the answers beside it."""
+        files.check_not_read((self.output, self.answers, self.picture, sweep.preset_to), sources)
+        goes_on = sweep.sweep and self.answers is not None and self.answers.exists()
+        picture = files.new_path(self.picture, self.force, "--picture")
+        if picture is not None and picture.path.suffix.lower() != ".svg":
+            raise InputError(f"--picture is {picture.path}, and the picture is SVG; give a name that ends in .svg")
+        return files.new_path(self.output, self.force or goes_on), picture
+
 
 @flags.takes(
     exercise=flags.group_of(ExerciseFlags, "Which items"),
@@ -93,6 +107,7 @@ class EvalOutputFlags:
     api=loading.API,
     options=opt.flags_of("max_steps", "max_tokens", "mode", "temperature", usual=()),
     load=opt.load_flags_of(),
+    sweep=flags.group_of(SweepFlags, "Sweep"),
 )
 def command(
     words: Annotated[
@@ -109,6 +124,7 @@ def command(
     api: loading.ApiFlags,
     options: Options,
     load: LoadOptions,
+    sweep: SweepFlags,
 ) -> None:
     """Say how much of a task a model has right, with intervals, and what it took: steps, passes, time, memory.
 
@@ -122,14 +138,11 @@ def command(
     Example: sfumato eval -m google/diffusiongemma-26B-A4B-it mine.jsonl -o mine.json --picture mine.svg
     """
     name, tasks = model_and_tasks(words or [], api)
+    preset = sweep.check(output.force, output.compare)
     seed = exercise.seed if options.seed is None else options.seed
     first = setting_of(replace(api, model=name), load, replace(options, seed=seed))
     settings = [first] if output.compare is None else [first, compared(first, output.compare)]
-    files.check_not_read((output.output, output.answers, output.picture), [one for one in tasks if one not in TASKS])
-    target = files.new_path(output.output, output.force)
-    picture = files.new_path(output.picture, output.force, "--picture")
-    if picture is not None and picture.path.suffix.lower() != ".svg":
-        raise InputError(f"--picture is {picture.path}, and the picture is SVG; give a name that ends in .svg")
+    target, picture = output.new_files([one for one in tasks if one not in TASKS], sweep)
     console = Console(stderr=True, highlight=False)
     problems: list[str] = []
     exercises = exercises_of(tasks, exercise, seed, console, problems)
@@ -142,17 +155,28 @@ def command(
     what |= {run: one.record() for run, one in zip(RUNS, settings, strict=False)}
     with nullcontext() if output.answers is None else locked(output.answers):
         kept = KeptAnswers(output.answers, what, output.force)
-        results = EvalWork(exercises, exercise.batch, kept, console).results(settings)
-    report = EvalReport.of(results, seed)
+        report: EvalReport | SweepReport
+        if sweep.sweep:
+            report = carry_out_sweep(first, exercises, sweep, exercise.batch, kept, console)
+        else:
+            report = EvalReport.of(EvalWork(exercises, exercise.batch, kept, console).results(settings), seed)
+    _write(report, target, picture, output.as_json)
+    _name_lines(console, [*report.errors, *problems], "could not be answered or checked, which counts as wrong")
+    if preset is not None:
+        write_preset(report, preset)
+
+
+def _write(
+    report: EvalReport | SweepReport, target: files.NewFile | None, picture: files.NewFile | None, as_json: bool
+) -> None:
     if picture is not None:
         picture.write(report.drawn())
     if target is not None:
         target.write(json.dumps(report.record(), indent=1) + "\n")
-    if output.as_json:
+    if as_json:
         put(json.dumps(report.record()) + "\n")
     else:
         report.show()
-    _name_lines(console, [*report.errors, *problems], "could not be answered or checked, which counts as wrong")
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------

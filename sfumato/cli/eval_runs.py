@@ -140,7 +140,7 @@ class EvalWork:
         from sfumato.measure.machine import forget_peak, peak_bytes
 
         device = None if llm.is_remote else cast("LLM", llm).model.device
-        result = RunResult(facts=_facts(llm, setting))
+        result = RunResult(facts=facts_of(llm, setting))
         for exercise in self.exercises:
             name = exercise.task.name
             if device is not None:
@@ -174,7 +174,7 @@ class EvalWork:
             yield show
 
 
-def _facts(llm: LanguageModel, setting: RunSetting) -> dict[str, Any]:
+def facts_of(llm: LanguageModel, setting: RunSetting) -> dict[str, Any]:
     """What a record says of a model and of how it answers."""
     options = {name: value for name, value in differences(setting.options).items() if name != "seed"}
     facts: dict[str, Any] = {"name": setting.name, "model": llm.name, "options": options}
