@@ -36,6 +36,7 @@ COMMANDS = {
     "fill": ("sfumato.cli.fill", "Write the slots of a template, all together."),
     "decide": ("sfumato.cli.decide", "Choose between given answers, with probabilities."),
     "calibrate": ("sfumato.cli.calibrate", "Fit how sure decisions are to labelled answers."),
+    "demo": ("sfumato.cli.demo", "Watch the embedded models at work: Sudoku, edits, molecules, …"),
     "sudoku": ("sfumato.cli.sudoku", "Solve Sudoku on a canvas, and check the answer."),
     "serve": ("sfumato.cli.serve", "Serve the model over HTTP, with a page: OpenAI's routes, and ours."),
     "pull": ("sfumato.cli.pull", "Fetch a model from the hub."),
