@@ -24,7 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.nano import BANDS, puzzles
-from sfumato.evals.sudoku import answer_options, request
+from sfumato.evals.sudoku import request
+from sfumato.evals.tasks import answer_options
 from sfumato.events import Done, Draft
 from sfumato.llm import LLM
 from sfumato.measure.machine import environment

@@ -24,6 +24,7 @@ from scripts.smoke import CLUE, SMOKE, colour
 from sfumato import LLM, Done, Draft, Options
 from sfumato.cli.demo_skills import SKILLS, STRENGTH, item_of
 from sfumato.evals import sudoku as sudoku_runs
+from sfumato.evals.tasks import answer_options
 from sfumato.tasks import edits, graphs, molecules, smiles
 from sfumato.tasks.task import messages
 from sfumato.templates.requests import Chat, Edit, QueryFor
@@ -87,7 +88,7 @@ def first_right(name: str, seed: int, run: Callable[[str, Options], SkillRun], f
 def sudoku_run(llm: LLM) -> Callable[[str, Options], SkillRun]:
     def run(item: str, options: Options) -> SkillRun:
         ids, pins = sudoku_runs.request(llm, item)
-        events = [*llm.events([ids], options=sudoku_runs.answer_options(options, llm), pins=[pins])]
+        events = [*llm.events([ids], options=answer_options(options, llm), pins=[pins])]
         (done,) = (event for event in events if isinstance(event, Done))
         drafts = [event for event in events if isinstance(event, Draft)]
         return SkillRun(item, drafts, sudoku_runs.result(item, done).answer, done.usage.tokens_per_pass)

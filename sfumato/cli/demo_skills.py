@@ -254,8 +254,9 @@ def _puzzle(rng: np.random.Generator) -> str:
 
 def _show_sudoku(stage: Stage, llm: LLM, item: str) -> None:
     from sfumato.evals import sudoku as task
+    from sfumato.evals.tasks import answer_options
 
-    options = task.answer_options(stage.options, llm)
+    options = answer_options(stage.options, llm)
     clues = sum(cell != "0" for cell in item)
     if stage.is_live:
         solved = watch(llm, item, options, True, stage.view)
