@@ -17,9 +17,10 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from sfumato import LLM, Options
-from sfumato.evals import tasks as evaluation
-from sfumato.events import Draft
+from sfumato.evals.tasks import answers
+from sfumato.events import Draft, Event
 from sfumato.options import MOST_REPEATS
-from sfumato.tasks.task import Task, held_out_items, messages, named
+from sfumato.tasks.task import Task, held_out_items, named
 
 SEED = 7
 BATCH = 50
@@ -147,7 +148,7 @@ def cut(traces: Sequence[Trace], setting: Mapping[str, Any], options: Options) -
 
 def items_of(task: Task, count: int) -> dict[str, list[str]]:
     """So many items of each kind."""
-    most = count
+    most = max(4 * count, 64)  # enough to have met every kind
     while True:
         kinds: dict[str, list[str]] = {}
         for item in held_out_items(task, most, SEED):
@@ -166,29 +167,35 @@ def read(setting: str) -> dict[str, Any]:
 def run(llm: LLM, task: Task, items: Sequence[str], setting: Mapping[str, Any]) -> dict[str, list[int]]:
     """Whether each is right, and its steps."""
     options = Options.from_dict({"seed": SEED, **setting})
-    results = list(evaluation.answers(llm, task, items, options, BATCH))
+    results = list(answers(llm, task, items, options, BATCH))
     return {"right": [int(one.is_right) for one in results], "steps": [one.steps for one in results]}
 
 
 def traces_of(llm: LLM, task: Task, items: Sequence[str]) -> list[Trace]:
     """Each item's canvas, step by step to the cap."""
-    length = llm.model.config.canvas_length
-    options = Options(seed=SEED, confidence=0.0, drafts=True, max_tokens=length)
-    traces = []
-    for start in range(0, len(items), BATCH):
-        some = items[start : start + BATCH]
-        drafts: list[list[Draft]] = [[] for _ in some]
-        ids = [list(llm.encode(messages(task, item))) for item in some]
-        pins = [evaluation._pins(llm, task, item) for item in some]
-        for event in llm.events(ids, options=options, pins=pins):
+    drafts: list[list[Draft]] = []
+    events = llm.events
+
+    def watched(ids: Sequence[Any], **more: Any) -> Iterator[Event]:
+        first = len(drafts)
+        drafts.extend([] for _ in ids)
+        for event in events(ids, **more):
             if isinstance(event, Draft) and event.canvas == 0:
-                drafts[event.row].append(event)
-        for item, own in zip(some, drafts, strict=True):
-            tokens = [draft.tokens for draft in own]
-            texts = {tuple(row): text_of(llm, row) for row in tokens}
-            right = {row: task.is_right(text, item) for row, text in texts.items()}
-            entropy_SL = np.array([draft.entropies for draft in own], np.float64)
-            traces.append(Trace(np.array(tokens), entropy_SL, [right[tuple(row)] for row in tokens]))
+                drafts[first + event.row].append(event)
+            yield event
+
+    options = Options(seed=SEED, confidence=0.0, drafts=True, max_tokens=llm.model.config.canvas_length)
+    with patch.object(llm, "events", watched):
+        list(answers(llm, task, items, options, BATCH))
+    if len(drafts) != len(items):
+        raise SystemExit(f"the task {task.name} is answered in place, so its steps are not seen; give --run")
+    traces = []
+    for item, own in zip(items, drafts, strict=True):
+        tokens = [draft.tokens for draft in own]
+        texts = {tuple(row): text_of(llm, row) for row in tokens}
+        right = {row: task.is_right(text, item) for row, text in texts.items()}
+        entropy_SL = np.array([draft.entropies for draft in own], np.float64)
+        traces.append(Trace(np.array(tokens), entropy_SL, [right[tuple(row)] for row in tokens]))
     return traces
 
 
