@@ -35,9 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "max_steps 8, redos 1": {**SHORT, "redos": 1},
     "max_steps 8, redos 2": {**SHORT, "redos": 2},
     "max_steps 8": SHORT,
-    "max_steps 8, redos 2, verify 4": {**SHORT, "redos": 2, "verify": 4.0},
-    "redos 1": {"redos": 1},
-    "max_steps 48": {"max_steps": 48},
+    "redos 1, verify 4": {"redos": 1, "verify": 4.0},
+    "redos 2, verify 4": {"redos": 2, "verify": 4.0},
 }
 GAPS = (2.0, 4.0, 6.0)
 
