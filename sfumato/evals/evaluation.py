@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 
 from sfumato.errors import InputError
+from sfumato.evals.harness import HarnessExercise
 from sfumato.evals.kept_answers import KeptAnswers
 from sfumato.evals.tasks import Exercise, TaskAnswer, answers
 from sfumato.options import Options
@@ -41,4 +42,5 @@ def evaluate(
 
 def digest_of(exercise: Exercise) -> str:
     """What tells these items from others."""
-    return hashlib.sha256(json.dumps([exercise.task.name, *exercise.items]).encode()).hexdigest()[:16]
+    count = [exercise.count] if isinstance(exercise, HarnessExercise) else []
+    return hashlib.sha256(json.dumps([exercise.task.name, *count, *exercise.items]).encode()).hexdigest()[:16]
