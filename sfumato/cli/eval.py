@@ -20,7 +20,7 @@ from rich.console import Console
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
 from sfumato.cli.decide_lines import count_lines
-from sfumato.cli.eval_runs import RUNS, EvalWork, compared, setting_of
+from sfumato.cli.eval_runs import HARNESS, RUNS, EvalWork, compared, setting_of
 from sfumato.cli.output import put
 from sfumato.cli.view import visible, working
 from sfumato.errors import InputError
@@ -31,8 +31,6 @@ from sfumato.tasks.task import TASKS
 if TYPE_CHECKING:
     from sfumato.evals.tasks import Exercise
 
-HARNESS = "lm:"
-"""What stands before the name of a task of lm-evaluation-harness, or of its YAML file."""
 NAMED = 5
 """Lines, and answers, that are wrong and named; more are counted."""
 FILES = (".jsonl", ".ndjson", ".json")
@@ -135,7 +133,8 @@ def command(
         raise InputError(f"--picture is {picture.path}, and the picture is SVG; give a name that ends in .svg")
     console = Console(stderr=True, highlight=False)
     problems: list[str] = []
-    exercises = exercises_of(tasks, exercise, seed, console, problems)
+    harness = harness_tasks(tasks)
+    exercises = exercises_of([one for one in tasks if not one.startswith(HARNESS)], exercise, seed, console, problems)
 
     from sfumato.cli.eval_screen import EvalReport  # only now: these cost the import of torch
     from sfumato.evals.evaluation import digest_of
@@ -143,9 +142,10 @@ def command(
 
     what: dict[str, Any] = {"tasks": {one.task.name: digest_of(one) for one in exercises}}
     what |= {run: one.record() for run, one in zip(RUNS, settings, strict=False)}
+    what |= {"harness": [exercise.items, *harness]} if harness else {}
     with nullcontext() if output.answers is None else locked(output.answers):
         kept = KeptAnswers(output.answers, what, output.force)
-        results = EvalWork(exercises, exercise.batch, kept, console).results(settings)
+        results = EvalWork(exercises, exercise.batch, kept, console, harness, exercise.items).results(settings)
     report = EvalReport.of(results, seed)
     if picture is not None:
         picture.write(report.drawn())
@@ -178,16 +178,25 @@ def is_task(word: str) -> bool:
     return word in TASKS or word.startswith(HARNESS) or word.lower().endswith(FILES)
 
 
+def harness_tasks(tasks: Sequence[str]) -> list[str]:
+    """The tasks of lm-evaluation-harness among these, by their names there. InputError where it is not installed."""
+    names = [name.removeprefix(HARNESS) for name in tasks if name.startswith(HARNESS)]
+    if names:
+        from sfumato.evals.harness import check_installed
+
+        check_installed()
+    return names
+
+
 def exercises_of(
     tasks: Sequence[str], chosen: ExerciseFlags, seed: int, console: Console, problems: list[str]
 ) -> list[Exercise]:
     """The items of each task. InputError for what is none; lines of a file that are wrong are named and left out."""
     from sfumato.evals.files import exercise_of_file
-    from sfumato.evals.harness import HarnessExercise
     from sfumato.evals.tasks import fresh
     from sfumato.tasks.task import named
 
-    labels = [name if name in TASKS or name.startswith(HARNESS) else Path(name).stem for name in tasks]
+    labels = [name if name in TASKS else Path(name).stem for name in tasks]
     if twice := next((name for name in labels if labels.count(name) > 1), None):
         raise InputError(f"two tasks are called {twice}; give each file its own name")
     for name in tasks:
@@ -198,8 +207,6 @@ def exercises_of(
         if name in TASKS:
             with working(f"drawing items of {name}"):
                 exercises.append(fresh(named(name), chosen.items, seed))
-        elif name.startswith(HARNESS):
-            exercises.append(HarnessExercise.of(name.removeprefix(HARNESS), chosen.items))
         else:
             bad: list[str] = []
             exercises.append(exercise_of_file(name, chosen.check, chosen.items, seed, bad, problems))

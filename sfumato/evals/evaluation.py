@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 
 from sfumato.errors import InputError
-from sfumato.evals.harness import HarnessExercise
 from sfumato.evals.kept_answers import KeptAnswers
 from sfumato.evals.tasks import Exercise, TaskAnswer, answers
 from sfumato.options import Options
@@ -42,5 +41,4 @@ def evaluate(
 
 def digest_of(exercise: Exercise) -> str:
     """What tells these items from others."""
-    count = [exercise.count] if isinstance(exercise, HarnessExercise) else []
-    return hashlib.sha256(json.dumps([exercise.task.name, *count, *exercise.items]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([exercise.task.name, *exercise.items]).encode()).hexdigest()[:16]

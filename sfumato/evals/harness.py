@@ -12,14 +12,13 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from sfumato.errors import InputError, missing_extra
-from sfumato.evals.tasks import Exercise, TaskAnswer, seeded
+from sfumato.evals.tasks import TaskAnswer, seeded
 from sfumato.events import Completion, Scored, Usage
 from sfumato.options import Options
-from sfumato.tasks.task import Task
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.patience import run_patiently
 from sfumato.templates.requests import Complete, Likelihood
@@ -27,34 +26,8 @@ from sfumato.templates.requests import Complete, Likelihood
 LONGEST = 256
 """Tokens of a text that a task asks for, where neither the task nor the options say."""
 
-PREFIX = "lm:"
-"""What stands before the name of such a task, where tasks of ours are named too."""
-
 Advance = Callable[[int], None]
 """Called with how many requests have been answered."""
-
-
-@dataclass(frozen=True)
-class HarnessExercise(Exercise):
-    """A task of lm-eval among exercises: it has items of its own there, so that none are here."""
-
-    count: int | None = None
-    """Items at most."""
-
-    @classmethod
-    def of(cls, name: str, count: int | None = None) -> HarnessExercise:
-        """The task called `name` there, or a YAML file of one. InputError where the package is not installed."""
-        check_installed()
-
-        def refuse(*_: Any) -> Any:
-            raise InputError(f"the items of {name} are lm-eval's; its tasks are run by sfumato eval alone")
-
-        return cls(Task(f"{PREFIX}{name}", refuse, refuse, refuse, refuse), (), count)
-
-    @property
-    def name(self) -> str:
-        """What the task, or its file, is called there."""
-        return self.task.name.removeprefix(PREFIX)
 
 
 def check_installed() -> None:
@@ -67,14 +40,17 @@ def check_installed() -> None:
 
 def harness_answers(
     llm: LanguageModel,
-    exercise: HarnessExercise,
+    name: str,
     options: Options,
+    count: int | None = None,
     batch: int = 32,
     advance: Advance = lambda count: None,
 ) -> dict[str, list[TaskAnswer]]:
-    """The answers to a task's items, by the task's name; a group has several.
+    """The answers to at most `count` items of a task, by the task's name; a group has several.
 
-    InputError where there is no such task, or where none of its metrics is 0 or 1 for each item."""
+    `name` is the task's, or that of its YAML file. InputError where there is none, or where none of its metrics is 0 or
+    1 for each item."""
+    check_installed()
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -83,13 +59,13 @@ def harness_answers(
     requests = HarnessRequests(llm, options, batch, advance)
     seed = options.seed or 0
     try:
-        loaded = TaskManager().load([exercise.name])
+        loaded = TaskManager().load([name])
     except (KeyError, ValueError, OSError) as error:
-        raise InputError(f"lm-eval has no task {exercise.name!r}: {error}") from None
+        raise InputError(f"lm-eval has no task {name!r}: {error}") from None
     results = simple_evaluate(
         harness_model(requests),
         tasks=[*loaded["tasks"].values()],
-        limit=exercise.count,
+        limit=count,
         bootstrap_iters=0,
         fewshot_random_seed=seed,
         random_seed=seed,
@@ -100,10 +76,7 @@ def harness_answers(
     groups = {task: answers_of(task, some, requests.usages) for task, some in samples.items()}
     passes = sum(answer.passes for answers in groups.values() for answer in answers)
     pace = requests.seconds / max(1, passes)
-    return {
-        f"{PREFIX}{task}": [replace(one, cost_seconds=pace * one.passes) for one in some]
-        for task, some in groups.items()
-    }
+    return {task: [replace(one, cost_seconds=pace * one.passes) for one in some] for task, some in groups.items()}
 
 
 class HarnessRequests:

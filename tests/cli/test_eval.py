@@ -17,7 +17,6 @@ from sfumato.cli.eval_runs import compared, setting_of
 from sfumato.cli.loading import ApiFlags
 from sfumato.errors import InputError
 from sfumato.evals import tasks
-from sfumato.evals.harness import HarnessExercise
 from sfumato.options import LoadOptions, Options
 from sfumato.tasks.task import Task
 
@@ -141,22 +140,22 @@ def test_tasks_of_lm_eval_have_rows_and_are_kept(
     put("", "empty")
     calls: list[tuple[Any, ...]] = []
 
-    def harness_answers(llm: LLM, exercise: HarnessExercise, *more: Any) -> dict[str, list[tasks.TaskAnswer]]:
-        calls.append((exercise.name, exercise.count, more[0].seed, more[1]))
+    def harness_answers(llm: LLM, name: str, options: Options, *rest: Any) -> dict[str, list[tasks.TaskAnswer]]:
+        calls.append((name, options.seed, *rest))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return {one: [tasks.TaskAnswer(str(n), "x", n > 0, 0) for n in range(3)] for one in ("lm:part 1", "lm:part 2")}
+        return {one: [tasks.TaskAnswer(str(n), "x", n > 0, 0) for n in range(3)] for one in ("part one", "part two")}
 
     monkeypatch.setattr("sfumato.evals.harness.check_installed", lambda: None)
     monkeypatch.setattr("sfumato.evals.harness.harness_answers", harness_answers)
     arguments = ("eval", "lm:parts", "--items", "3", "--compare", "max_steps=1", "-o", "out.json")
     assert sfumato(*arguments)[0] == 130
     code, out, err = sfumato(*arguments)
-    assert code == 0 and calls == [("parts", 3, 7, 32)] * 3, err
+    assert code == 0 and calls == [("parts", 7, 3, 32)] * 3, err
     record = json.loads(Path("out.json").read_text())
     rows = [(row["task"], row["right"], row["items"]) for row in record["runs"][1]["rows"]]
-    assert rows == [("lm:part 1", 2, 3), ("lm:part 2", 2, 3)] and record["comparison"][1]["both"] == 2
-    assert "lm:part 2" in out and "66.7%" in out
+    assert rows == [("lm:part one", 2, 3), ("lm:part two", 2, 3)] and record["comparison"][1]["both"] == 2
+    assert "lm:part two" in out and "66.7%" in out
 
 
 def test_of_a_long_file_some_items_are_drawn_and_that_is_said(sfumato: Command, mine: str) -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from sfumato import LLM, Options
 from sfumato.errors import InputError
-from sfumato.evals.evaluation import digest_of
-from sfumato.evals.harness import HarnessExercise, HarnessRequests, answers_of, harness_answers
+from sfumato.evals.harness import HarnessRequests, answers_of, check_installed, harness_answers
 from sfumato.evals.tasks import seeded
 
 TASK = Path(__file__).parents[1] / "lm_eval_task"
@@ -81,20 +80,7 @@ def test_items_become_answers() -> None:
 def test_without_the_package_a_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match="lm-eval is not installed; it comes with the extra evals: pip install"):
-        HarnessExercise.of("arc_easy")
-
-
-def test_it_stands_among_exercises_and_has_no_items_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfumato.evals.harness.check_installed", lambda: None)
-    exercise = HarnessExercise.of("arc_easy", 5)
-    assert (exercise.name, exercise.task.name, len(exercise.items)) == ("arc_easy", "lm:arc_easy", 0)
-    assert (
-        digest_of(exercise)
-        == digest_of(HarnessExercise.of("arc_easy", 5))
-        != digest_of(HarnessExercise.of("arc_easy", 6))
-    )
-    with pytest.raises(InputError, match="the items of arc_easy are lm-eval's"):
-        exercise.task.prompt("")
+        check_installed()
 
 
 @pytest.mark.slow
@@ -104,13 +90,13 @@ def test_a_task_of_the_package_is_run(llm: LLM, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.chdir(TASK)
-    results = harness_answers(llm, HarnessExercise.of("digits.yaml", 4), Options(seed=1))
+    results = harness_answers(llm, "digits.yaml", Options(seed=1), count=4)
     [(name, answers)] = results.items()
-    assert name == "lm:sfumato_digits" and len(answers) == 4
+    assert name == "sfumato_digits" and len(answers) == 4
     for answer in answers:
         document = json.loads(answer.item)
         scores = [llm.score(document["question"], choice).logprob for choice in document["choices"]]
         assert answer.is_right == (scores.index(max(scores)) == document["answer"])
         assert answer.measures.keys() == {"acc_norm"} and answer.passes == 4 and answer.cost_seconds > 0
     with pytest.raises(InputError, match="lm-eval has no task 'nothing'"):
-        harness_answers(llm, HarnessExercise.of("nothing"), Options(seed=1))
+        harness_answers(llm, "nothing", Options(seed=1))
