@@ -1,7 +1,7 @@
 """The search for settings that lose little and take little: along each axis, then several axes together.
 
-Half of the items choose, the other half confirms (`choice`). The reference answers first. Each setting with one change
-then answers a quarter of the choosing half, then half of it, then the whole: what loses too much for certain, is no
+A third of the items chooses, the rest confirms (`choice`). The reference answers first. Each setting with one change
+then answers a quarter of the choosing items, then half of them, then all: what loses too much for certain, is no
 cheaper, or (from the second look on) is far from the front is dropped on the way. That is successive halving, with
 confidence in place of a fixed share. The changes that are left are joined, one axis after another, while that makes the
 best setting cheaper at no loss. The search ends where the time is over; what it has tried by then is the curve.
@@ -38,7 +38,7 @@ class TimeIsOver(Exception):
 
 @dataclass
 class SettingSearch:
-    """A search over exercises whose items are those of the choosing half."""
+    """A search over exercises whose items are those that choose."""
 
     exercises: Sequence[Exercise]
     axes: Sequence[Axis]
@@ -83,7 +83,7 @@ class SettingSearch:
         return is_whole and self._is_possible_choice(point) and not point.losing_tasks and point.loss < self.lose
 
     def _along_each_axis(self) -> list[tuple[Axis, Point]]:
-        """Every setting with one change, on more and more items; those that are left with the whole half answered."""
+        """Every setting with one change, on more and more items; those that are left have answered all."""
         alive = [*singles(self.axes, self.options)]
         for number, rung in enumerate(self._rungs()):
             each = [(axis, self._try(setting, rung)) for axis, setting in alive]
@@ -181,19 +181,19 @@ def near_front(points: Iterable[Point], cost: CostKind) -> list[Point]:
     return kept
 
 
-def halves(exercise: Exercise) -> tuple[Exercise, Exercise]:
-    """The items that choose and those that confirm, of every kind every other one.
+def parted(exercise: Exercise) -> tuple[Exercise, Exercise]:
+    """The items that choose, of every kind every third one, and those that confirm.
 
-    Their order is that of a hash, so that the first ones of a file that is sorted stand for all. InputError where there
-    are fewer than two."""
-    if len(exercise.items) < 2:
-        raise InputError(f"{exercise.task.name} has {len(exercise.items)} items; a sweep needs two at least")
+    The search asks many settings, and so has fewer: its choice need not be sure. Their order is that of a hash, so
+    that the first ones of a file that is sorted stand for all. InputError where one part would be empty."""
     places: dict[str, int] = {}
     parts: tuple[list[str], list[str]] = ([], [])
     for item in sorted(exercise.items, key=_digest):
         kind = "" if exercise.task.kind is None else exercise.task.kind(item)
-        parts[places.setdefault(kind, len(places)) % 2].append(item)
+        parts[places.setdefault(kind, len(places)) % 3 > 0].append(item)
         places[kind] += 1
+    if not parts[0] or not parts[1]:
+        raise InputError(f"{exercise.task.name} has {len(exercise.items)} items; a sweep needs two at least")
     return Exercise(exercise.task, parts[0]), Exercise(exercise.task, parts[1])
 
 
