@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/curve.py -o benchmarks/results/nano-curve.json --picture docs/curve.svg
 
-Tries steps, entropy bounds, stops, temperatures, early answers and int8 (`AXES`) against the options of the checkpoint,
-with `sfumato eval --sweep`'s own search: a third of the items chooses, the rest confirms. Takes about eight minutes;
-answers are kept in build/, so that the same command goes on where it was stopped, and tries more when it is run again.
+Tries the usual axes of `sfumato eval --sweep` (`evals.settings.usual_axes`) and int8 against the options of the
+checkpoint: a third of the items chooses, the rest confirms. Takes about eight minutes; answers are kept in build/, so
+that the same command goes on where it was stopped, and tries more when it is run again.
 """
 
 from __future__ import annotations
@@ -31,16 +31,7 @@ from sfumato.options import LoadOptions, Options
 from sfumato.tasks.task import named
 
 TASKS = ("sudoku", "edits", "infill", "molecules", "graphs")
-AXES = (
-    "max_steps=24,16,12,8,6,4",
-    "entropy_bound=0.2,0.4,0.8,1.6,6.4",
-    "confidence=0.02,0.08,0.32",
-    "stability=0",
-    "temperature=0.75,0.5",
-    "temperature_steps=24,12,6",
-    "early=true",
-    "quantize=int8",
-)
+AXES = ("usual", "quantize=int8")
 SEED = 7
 FEWER = 0.25
 """Of the passes, what a setting is to save at no significant loss on four tasks."""
