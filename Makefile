@@ -21,9 +21,9 @@ help: ## this list
 setup: $(VENV)/.demo-stamp ## install Sfumato and what it needs to run into .venv
 	@echo 'setup: ready: $(BIN)/sfumato --help'
 
-demo: $(VENV)/.demo-stamp ## solve a random Sudoku with the embedded model, live in the terminal
-	@echo 'demo: a random Sudoku with 40 clues, denoised by the embedded model'
-	$(BIN)/sfumato sudoku --random --clues 40 --seed 1
+demo: $(VENV)/.demo-stamp ## watch the embedded models: a Sudoku, an edit, code, a molecule, a plot, a decision, live
+	@echo 'demo: six skills of the embedded models, a new item each'
+	$(BIN)/sfumato demo
 
 test: $(VENV)/.test-stamp ## format, lint, types, layering, pages, then every test that is not slow
 	@echo 'test: scripts/check, then scripts/test'

@@ -31,6 +31,7 @@ from sfumato.model.trainable import trainable_
 from sfumato.quant.apply import quantize_
 from sfumato.training.checkpointing import checkpoint_
 from sfumato.training.loss import Corruption, Examples, losses, problem
+from sfumato.training.objective import Objective
 
 EVERY = ("attention", "dense", "experts")
 
@@ -60,6 +61,8 @@ SETUPS = (
     ("mid", replace(SMALL, rank=0, precision="bfloat16")),
     ("mid", replace(SMALL, precision="bfloat16", targets=EVERY, quantize="int8", is_checkpointed=True)),
     ("mid", replace(SMALL, precision="bfloat16", targets=EVERY, quantize="int4")),
+    ("mid", replace(SMALL, is_revised=True)),
+    ("tiny", replace(SMALL, targets=EVERY, examples=3, is_revised=True, is_distilled=True)),
 )
 
 
@@ -105,12 +108,14 @@ def _step(model: Model, setup: TrainingSetup) -> Callable[[], None]:
     generator = torch.Generator(device).manual_seed(0)
     tokens = torch.randint(config.vocab_size, (count, setup.tokens), generator=generator, device=device)
     whole = Examples(tokens, [setup.tokens] * count, [setup.tokens - length] * count, [False] * count)
-    dice = Corruption.draw(count * setup.repeats, length, config.vocab_size, generator)
+    objective = Objective(revision_penalty=float(setup.is_revised), self_distillation=float(setup.is_distilled))
+    steps = int(setup.is_distilled)
+    dice = Corruption.draw(count * setup.repeats, length, config.vocab_size, generator, steps=steps)
     is_half = setup.narrow < setup.wide
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
-            diffusion, encode = losses(model, problem(whole, dice, length, eos))
+            diffusion, encode = losses(model, problem(whole, dice, length, eos), objective)
         (diffusion + encode).backward()
 
     return step
@@ -124,6 +129,7 @@ def main() -> None:
         held, planned = peak(small_model(config, setup), setup), memory(config, setup).counted
         what = f"rank {setup.rank}" if setup.rank else "every weight"
         words = [what, setup.quantize or setup.precision, *(["checkpointed"] if setup.is_checkpointed else [])]
+        words += [word for word, is_on in (("revised", setup.is_revised), ("distilled", setup.is_distilled)) if is_on]
         print(f"{name:6}{size(held):>10}{size(planned):>10}{planned / held:10.3f}   {', '.join(words)}", flush=True)
 
 

@@ -40,17 +40,20 @@ text noise canvas token step answer puzzle solution row column box digit grid so
 """.split()
 
 
-def learn_merges(words: Counter[str], amount: int) -> list[tuple[str, str]]:
-    """Plain byte-pair learning: the heaviest adjacent pair first, ties by the pair's own order."""
+def learn_merges(words: Counter[str], amount: int | None) -> list[tuple[str, str]]:
+    """Plain byte-pair learning: the heaviest adjacent pair first, ties by the pair's own order. `amount` None: until
+    every word is one token."""
     pieces = {word: list(word) for word in words}
     merges: list[tuple[str, str]] = []
     known = set(CHARACTERS)
-    while len(merges) < amount:
+    while amount is None or len(merges) < amount:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, weight in words.items():
             for pair in zip(pieces[word], pieces[word][1:], strict=False):
                 if "".join(pair) not in known:
                     pairs[pair] += weight
+        if not pairs and amount is None:
+            break
         if not pairs:
             raise SystemExit(f"the word list gives only {len(merges)} merges of the {amount} needed: add words")
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))

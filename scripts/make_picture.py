@@ -1,85 +1,300 @@
-"""Draws docs/canvas.svg: one Sudoku canvas of nano denoising, from a real run.
+"""Draws docs/canvas.svg: four canvases at work, a Sudoku, a plot, an edit and a molecule, from real runs.
 
     .venv/bin/python scripts/make_picture.py
 
-Each board is the draft after one step; a cell's colour is the entropy of the model's prediction there, from smoke
-(undecided) to ivory (certain). Clues are bold.
+Each is the item of the first seed, from --seed up, that fits its panel and is answered right in three steps or more. A
+cell is a token of the draft after a step; its colour is the entropy of the model's prediction there, from ivory
+(certain) to smoke (undecided). Pinned clues have a colour of their own.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import count, islice
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.smoke import CLUE, colour
-from sfumato.evals import sudoku as task
-from sfumato.events import Done, Draft
-from sfumato.llm import LLM
-from sfumato.options import Options
-from sfumato.tasks import sudoku
+from scripts.smoke import CLUE, SMOKE, colour
+from sfumato import LLM, Done, Draft, Options
+from sfumato.cli.demo_skills import SKILLS, STRENGTH, item_of
+from sfumato.evals import sudoku as sudoku_runs
+from sfumato.evals.tasks import answer_options
+from sfumato.tasks import edits, graphs, molecules, smiles
+from sfumato.tasks.task import messages
+from sfumato.templates.requests import Chat, Edit, QueryFor
 
-CELL, GAP, TOP = 22, 26, 34
+GROUND, PANEL, PALE, GREY, DARK = "#211f29", "#2a2833", "#f4f1e8", "#a9a4b8", "#1c1a22"
+WIDTH, EDGE, GAP = 830, 12, 12
+"""Of the picture, as wide as a page of GitHub shows it, in pixels."""
+WIDE = (WIDTH - 2 * EDGE - GAP) // 2
+"""Of a panel."""
+CELL, LETTER, LINE = 13, 6.9, 23
+"""A cell of a board, a letter, and a row of letters."""
+LABEL = 64
+"""What stands in front of a row of letters."""
+SHORTEST, LONGEST = 28, 46
+"""Letters of a document that is shown, and the most of any row."""
+BOARDS, ROWS = 3, 4
+"""Steps that are shown of a board, and of a line."""
+TRIES = 400
+STYLE = (
+    "<style>text{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:12px;fill:" + PALE + "}"
+    ".t{fill:" + GREY + "}.h{font-size:13px;font-weight:bold}.m{text-anchor:middle}.c{font-size:10.5px}"
+    ".l{font-size:11.5px}.d{fill:" + DARK + "}.b{font-weight:bold}.s{fill:" + GREY + ";font-size:11px}</style>"
+)
 
 
-def board(puzzle: str, cells: list[str], entropies: list[float], left: int, title: str) -> list[str]:
-    """SVG elements of one board."""
+@dataclass(frozen=True)
+class SkillRun:
+    """A right answer and the drafts on its way."""
+
+    item: str
+    drafts: list[Draft]
+    text: str
+    passes: float
+    """Tokens per pass."""
+
+    def chosen(self, number: int) -> list[Draft]:
+        """So many drafts, the first and the last among them, evenly spread."""
+        last = len(self.drafts) - 1
+        return [self.drafts[at] for at in sorted({round(i * last / (number - 1)) for i in range(number)})]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def first_right(name: str, seed: int, run: Callable[[str, Options], SkillRun], fits: Callable[[str], bool]) -> SkillRun:
+    """The first item, of seeds from `seed` up, that fits and is answered right in enough steps to be watched.
+
+    SystemExit where there is none."""
+    skill = SKILLS[name]
+    for own in islice(count(seed), TRIES):
+        item = item_of(skill, own)
+        if not fits(item):
+            continue
+        result = run(item, Options(seed=own, drafts=True))
+        if len(result.drafts) >= BOARDS and skill.task.is_right(result.text, item):
+            print(f"{name}: seed {own}, {len(result.drafts)} steps")
+            return result
+    raise SystemExit(f"{name}: no right answer in {BOARDS} steps or more, of {TRIES} seeds from {seed} up")
+
+
+def sudoku_run(llm: LLM) -> Callable[[str, Options], SkillRun]:
+    def run(item: str, options: Options) -> SkillRun:
+        ids, pins = sudoku_runs.request(llm, item)
+        events = [*llm.events([ids], options=answer_options(options, llm), pins=[pins])]
+        (done,) = (event for event in events if isinstance(event, Done))
+        drafts = [event for event in events if isinstance(event, Draft)]
+        return SkillRun(item, drafts, sudoku_runs.result(item, done).answer, done.usage.tokens_per_pass)
+
+    return run
+
+
+def text_run(llm: LLM, name: str) -> Callable[[str, Options], SkillRun]:
+    def run(item: str, options: Options) -> SkillRun:
+        query: QueryFor[Any] = Chat(messages(SKILLS[name].task, item), options=replace(options, max_tokens=96))
+        if name == "edits":
+            one = edits.read(item)
+            query = Edit(one.text, one.instruction, strength=STRENGTH, options=options)
+        *drafts, last = llm.outcomes(query)
+        result: Any = last
+        return SkillRun(
+            item, [one for one in drafts if isinstance(one, Draft)], result.text, result.usage.tokens_per_pass
+        )
+
+    return run
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def words(x: float, y: float, text: str, kind: str = "", length: float | None = None) -> str:
+    fit = "" if length is None else f' textLength="{length:g}" lengthAdjust="spacingAndGlyphs"'
+    return f'<text x="{x:g}" y="{y:g}" class="{kind}"{fit} xml:space="preserve">{escape(text)}</text>'
+
+
+def boxes(height: float, places: Sequence[tuple[float, float, float, str]]) -> Iterator[str]:
+    """Boxes at (x, y), so wide, of a colour: one path a colour."""
+    for fill in dict.fromkeys(fill for *_, fill in places):
+        drawn = "".join(f"M{x:g} {y:g}h{width:g}v{height:g}h{-width:g}z" for x, y, width, own in places if own == fill)
+        yield f'<path d="{drawn}" fill="{fill}"/>'
+
+
+def tone(entropy: float) -> str:
+    """The class of what stands on the colour of an entropy."""
+    return "d" if entropy < 0.6 else ""
+
+
+def board(left: float, top: float, texts: Sequence[str], fills: Sequence[str], kinds: Sequence[str]) -> Iterator[str]:
+    """Nine rows of nine cells."""
+    places = [(left + cell % 9 * CELL, top + cell // 9 * CELL) for cell in range(81)]
+    size = CELL - 0.6
+    yield from boxes(size, [(x, y, size, fill) for (x, y), fill in zip(places, fills, strict=True)])
+    for (x, y), text, kind in zip(places, texts, kinds, strict=True):
+        if text != " ":
+            yield words(x + CELL / 2, y + CELL * 0.76, text, f"m c {kind}".strip())
+
+
+def boards(
+    left: float, top: float, run: SkillRun, cells: Callable[[Draft], tuple[list[str], list[str], list[str]]]
+) -> Iterator[str]:
+    """The drafts of a run as boards, side by side."""
     size = 9 * CELL
-    out = [f'<text x="{left + size / 2}" y="20" class="t">{title}</text>']
-    for cell in range(81):
-        x, y = left + cell % 9 * CELL, TOP + cell // 9 * CELL
-        is_clue = puzzle[cell] != "0"
-        fill = CLUE if is_clue else colour(entropies[cell])
-        out.append(f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="{fill}" class="c"/>')
-        digit = cells[cell] if len(cells[cell]) == 1 and cells[cell] in "123456789" else "·"
-        tone = "d" if is_clue or entropies[cell] < 0.6 else "l"
-        weight = " b" if is_clue else ""
-        out.append(f'<text x="{x + CELL / 2}" y="{y + CELL * 0.7}" class="n {tone}{weight}">{digit}</text>')
-    for line in range(0, 10, 3):
-        at = line * CELL
-        out.append(f'<path d="M{left} {TOP + at}h{size}M{left + at} {TOP}v{size}" class="g"/>')
-    return out
+    space = (WIDE - BOARDS * size) / (BOARDS + 1)
+    for place, draft in enumerate(run.chosen(BOARDS)):
+        x = left + space + place * (size + space)
+        yield from board(x, top, *cells(draft))
+        yield words(x + size / 2, top + size + 16, f"step {draft.step} of {len(run.drafts)}", "m s")
+
+
+def sudoku_cells(run: SkillRun) -> Callable[[Draft], tuple[list[str], list[str], list[str]]]:
+    is_clue = [cell != "0" for cell in run.item]
+
+    def cells(draft: Draft) -> tuple[list[str], list[str], list[str]]:
+        texts = [piece if piece in [*"123456789"] else "·" for piece in draft.pieces[:81]]
+        fills = [CLUE if clue else colour(h) for clue, h in zip(is_clue, draft.entropies, strict=False)]
+        kinds = ["d b" if clue else tone(h) for clue, h in zip(is_clue, draft.entropies, strict=False)]
+        return texts, fills, kinds
+
+    return cells
+
+
+def plot_cells(draft: Draft) -> tuple[list[str], list[str], list[str]]:
+    places = [row * (graphs.SIZE + 1) + column for row in range(graphs.SIZE) for column in range(graphs.SIZE)]
+    texts = [draft.pieces[at] if draft.pieces[at] in (graphs.MARK, graphs.EMPTY) else "?" for at in places]
+    shown = ["●" if text == graphs.MARK else " " if text == graphs.EMPTY else "?" for text in texts]
+    entropies = [draft.entropies[at] for at in places]
+    return shown, [*map(colour, entropies)], [*map(tone, entropies)]
+
+
+def line(x: float, y: float, pieces: Sequence[str], entropies: Sequence[float] | None) -> Iterator[str]:
+    """The tokens of a draft in a row; without entropies the text as it is."""
+    starts = [x + LETTER * sum(map(len, pieces[:place])) for place in range(len(pieces))]
+    widths = [LETTER * len(piece) for piece in pieces]
+    if entropies is not None:
+        tokens = zip(starts, widths, entropies, strict=False)
+        yield from boxes(LINE - 5, [(at, y, width - 0.6, colour(entropy)) for at, width, entropy in tokens if width])
+    for place, piece in enumerate(pieces):
+        kind = "" if entropies is None else tone(entropies[place])
+        if piece.strip():
+            yield words(starts[place], y + 13, piece, f"l {kind}".strip(), widths[place])
+
+
+def lines(left: float, top: float, run: SkillRun, before: str | None = None) -> Iterator[str]:
+    """The drafts of a run as rows, below what stood there before."""
+    start = left + LABEL
+    if before is not None:
+        yield words(left + 12, top + 13, "before", "s")
+        yield from line(start, top, [before], None)
+        top += LINE
+    for place, draft in enumerate(run.chosen(ROWS - (before is not None))):
+        yield words(left + 12, top + place * LINE + 13, f"step {draft.step}", "s")
+        pieces = [shown_piece(piece) for piece in draft.pieces[: draft.end]]
+        letters = 0
+        for number, piece in enumerate(pieces):  # an early draft may be longer than the panel
+            letters += len(piece)
+            if letters > LONGEST:
+                pieces = [*pieces[:number], "…"]
+                break
+        yield from line(start, top + place * LINE, pieces, draft.entropies)
+
+
+def shown_piece(piece: str) -> str:
+    return "".join(sign if sign.isprintable() and sign != "\ufffd" else "·" for sign in piece.replace("\n", "↵"))
+
+
+def panel(x: float, y: float, height: float, title: str, note: str) -> Iterator[str]:
+    yield f'<rect x="{x:g}" y="{y:g}" width="{WIDE}" height="{height:g}" rx="6" fill="{PANEL}"/>'
+    yield words(x + 12, y + 21, title, "h")
+    yield words(x + 12, y + 39, note, "t")
+
+
+def key(y: float) -> Iterator[str]:
+    """What the colours mean."""
+    x = float(EDGE + 8)
+    for fill, text in [(CLUE, "pinned"), *zip(SMOKE[::2], ("sure", "0.1 nats", "1 nat", "undecided"), strict=True)]:
+        yield from boxes(14, [(x, y - 11, 14, fill)])
+        yield words(x + 20, y, text, "t")
+        x += 20 + 7.3 * len(text) + 20
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+def facts(run: SkillRun) -> str:
+    return f"{len(run.drafts)} steps, {run.passes:.1f} tokens per pass"
+
+
+def picture(sudoku: SkillRun, plot: SkillRun, edit: SkillRun, molecule: SkillRun) -> str:
+    """The four runs in two rows of two panels."""
+    high, low = 50 + 9 * CELL + 28, 52 + ROWS * LINE + 8
+    right, below = EDGE + WIDE + GAP, EDGE + high + GAP
+    clues = sum(cell != "0" for cell in sudoku.item)
+    expression = plot.item.split("\n")[0]
+    one = edits.read(edit.item)
+    said = molecules.prompt(molecule.item).split("\n")[1]
+    bottom = below + low + 26
+    parts = [
+        *panel(EDGE, EDGE, high, f"A Sudoku of {clues} clues", facts(sudoku)),
+        *boards(EDGE, EDGE + 50, sudoku, sudoku_cells(sudoku)),
+        *panel(
+            right,
+            EDGE,
+            high,
+            f"Plot this: {expression}",
+            f"{facts(plot)}",
+        ),
+        *boards(right, EDGE + 50, plot, plot_cells),
+        *panel(EDGE, below, low, one.instruction, facts(edit)),
+        *lines(EDGE, below + 52, edit, one.text),
+        *panel(
+            right,
+            below,
+            low,
+            f"Molecule with: {said}",
+            f"{smiles.formula_of(molecule.text.strip())}; {facts(molecule)}",
+        ),
+        *lines(right, below + 52, molecule),
+        *key(bottom),
+    ]
+    height = bottom + 14
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}">'
+    )
+    ground = f'<rect width="{WIDTH}" height="{height:g}" rx="8" fill="{GROUND}"/>'
+    return "\n".join([head, STYLE, ground, *parts, "</svg>"]) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clues", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=14)
-    parser.add_argument("--frames", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--skills", default="nano-skills", help="the model of the plot, the edit and the molecule")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed that is tried")
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/canvas.svg"))
     args = parser.parse_args()
-    llm = LLM.load("nano")
-    puzzle = sudoku.generate(args.clues, np.random.default_rng(args.seed))
-    ids, pins = task.request(llm, puzzle)
-    options = task.answer_options(Options(seed=args.seed), llm)
-    events = list(llm.events([ids], options=replace(options, drafts=True), pins=[pins]))
-    drafts = [event for event in events if isinstance(event, Draft)]
-    done = next(event for event in events if isinstance(event, Done))
-    solved = task.result(puzzle, done)
-    chosen = sorted({round(i * (len(drafts) - 1) / (args.frames - 1)) for i in range(args.frames)})
-    width = len(chosen) * (9 * CELL + GAP) + GAP
-    height = TOP + 9 * CELL + 34
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
-        "<style>text{font-family:ui-monospace,Menlo,Consolas,monospace;text-anchor:middle}.t{font-size:13px;fill:#8a8594}"
-        ".n{font-size:13px}.d{fill:#1c1a22}.l{fill:#a9a4b8}.b{font-weight:bold}.c{stroke:#2a2833;stroke-width:.6}"
-        ".g{stroke:#1c1a22;stroke-width:2;fill:none}</style>",
-        f'<rect width="{width}" height="{height}" fill="#211f29" rx="8"/>',
-    ]
-    for place, index in enumerate(chosen):
-        draft = drafts[index]
-        cells = [llm.tokenizer.decode([token]) for token in draft.tokens[:81]]
-        left = GAP + place * (9 * CELL + GAP)
-        parts += board(puzzle, cells, draft.entropies, left, f"step {draft.step} of {len(drafts)}")
-    state = "solved" if solved.solved else "not solved"
-    caption = f"{args.clues} clues, {state} in {solved.steps} steps; colour: entropy, from smoke to ivory"
-    parts.append(f'<text x="{width / 2}" y="{height - 12}" class="t">{caption}</text></svg>')
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text("\n".join(parts) + "\n")
-    print(f"{args.out}: {caption}")
+    nano, skills = LLM.load("nano"), LLM.load(args.skills)
+    sudoku = first_right("sudoku", args.seed, sudoku_run(nano), lambda item: True)
+    plot = first_right("graphs", args.seed, text_run(skills, "graphs"), lambda item: True)
+    edit = first_right("edits", args.seed, text_run(skills, "edits"), is_short_edit)
+    molecule = first_right("molecules", args.seed, text_run(skills, "molecules"), is_short_wish)
+    args.out.write_text(picture(sudoku, plot, edit, molecule), encoding="utf-8")
+
+
+def is_short_edit(item: str) -> bool:
+    """Whether a document is one line that fits its panel."""
+    one = edits.read(item)
+    sizes = len(one.text), len(one.edited)
+    return "\n" not in one.text + one.edited and min(sizes) >= SHORTEST and max(sizes) <= LONGEST
+
+
+def is_short_wish(item: str) -> bool:
+    """Whether a molecule is asked for by what it has, in a line that fits its panel."""
+    return molecules.kind(item) == "groups" and len(molecules.prompt(item).split("\n")[1]) <= 32
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import numbers
 import reprlib
 import types
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -171,3 +173,41 @@ def declared(record: type) -> dict[str, Option]:
         kind = str if choices else origin or first
         options[field.name] = Option(field.name, kind, field.default, choices, type(None) in kinds, about)
     return options
+
+
+# ---- names that are no options --------------------------------------------------------------------------------------
+
+OTHER_NAMES = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "max_completion_tokens", "num_predict"), "max_tokens"),
+    "min_new_tokens": "min_tokens",
+    "stop_sequences": "stop",
+    **dict.fromkeys(("steps", "num_steps", "diffusion_steps", "num_inference_steps"), "max_steps"),
+    **dict.fromkeys(("json_schema", "guided_json"), "schema"),
+    "guided_regex": "regex",
+    "guided_choice": "choices",
+    "guided_grammar": "grammar",
+    "repeat_penalty": "repetition_penalty",
+    **dict.fromkeys(("think", "enable_thinking"), "thinking"),
+    **dict.fromkeys(("lora", "lora_name", "lora_request", "adapter_name"), "adapter"),
+}
+"""What other libraries call an option -> its name here, for the suggestion in an error."""
+
+ELSEWHERE = {
+    **dict.fromkeys(("device", "dtype", "model"), "it is an argument of LLM.load(…)"),
+    **dict.fromkeys(("n", "num_return_sequences"), "chat_many(…) gives several answers"),
+    "prompt": "the prompt comes first, without a name",
+    "response_format": "schema=… takes a JSON Schema",
+    "stream": "stream(…) in place of chat(…) gives the events",
+    **dict.fromkeys(("system", "system_prompt"), 'give a list that begins with {"role": "system", "content": "…"}'),
+}
+"""What other libraries take as an option -> where it is to be had here."""
+
+
+def unknown_option(name: Any, known: Collection[str]) -> str:
+    """The sentence about an option that there is not."""
+    if str(name) in ELSEWHERE:
+        return f"there is no option {reprlib.repr(name)}; {ELSEWHERE[str(name)]}"
+    near = difflib.get_close_matches(str(name), known, 1)
+    suggestion = OTHER_NAMES.get(str(name)) or (near[0] if near else "")
+    hint = f"did you mean {suggestion}? The" if suggestion else "the"
+    return f"there is no option {reprlib.repr(name)}; {hint} options are {', '.join(sorted(known))}"

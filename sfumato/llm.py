@@ -9,6 +9,7 @@ threads may call it, each with a run of its own; what is awaited shares one batc
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from sfumato.engine.plan import Ask, Change, Plan, PlanEnd, advance
 from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import InputError
-from sfumato.events import Completion, Done, Event
+from sfumato.events import Completion, Done, Draft, Event
 from sfumato.model.adapters import Adapters
 from sfumato.model.network import Model
 from sfumato.model.prompt import Prompt
@@ -165,15 +166,12 @@ class LLM(LanguageModel):
                 raise InputError(f"{what} is {function!r}; give a function", option=what)
         bar = loading_bar() if progress is True else None
         try:
-            return cls._open(options, notice, progress if callable(progress) else bar)
+            CHILDREN.start()  # it reads the template, while this process reads the rest
+            checkpoint = open_checkpoint(resolve(options.model))
+            return cls.of(checkpoint, options, notice=notice, progress=progress if callable(progress) else bar)
         finally:
             if bar is not None:
                 bar.close()
-
-    @classmethod
-    def _open(cls, options: LoadOptions, notice: Notice | None, progress: LoadProgress | None) -> LLM:
-        CHILDREN.start()  # it reads the template, while this process reads the rest
-        return cls.of(open_checkpoint(resolve(options.model)), options, notice=notice, progress=progress)
 
     @classmethod
     def of(
@@ -255,8 +253,15 @@ class LLM(LanguageModel):
 
     def run(self, query: QueryFor[Result]) -> Result:
         """Carry out any query (`templates.requests`) and return its result."""
-        result: Result = self._carry_out(self.plan(query))
+        result: Result = _result_of(self._carry_out(self.plan(query)))
         return result
+
+    def outcomes(self, query: QueryFor[Result]) -> Iterator[Draft | Result]:
+        """Carry out any query: its drafts, where its options ask for them (`drafts=True`), and last its result.
+
+        So an edit or a template is watched: `for outcome in llm.outcomes(Edit(text, "…", options=…))`. Closing the
+        iterator ends the work."""
+        return self._carry_out(self.plan(query))
 
     def encode(self, prompt: ChatPrompt, *, tools: Tools | None = None, thinking: bool = False) -> Prompt:
         """A prompt in tokens: plain text behind the begin-of-text token, or messages through the chat template."""
@@ -305,8 +310,7 @@ class LLM(LanguageModel):
         return self._events([self.planner.ask_answer(query)])
 
     def _answers(self, queries: Sequence[AnswerQuery]) -> list[Completion]:
-        completions: list[Completion] = self._carry_out(self.planner.answers(queries))
-        return completions
+        return _result_of(self._carry_out(self.planner.answers(queries)))
 
     def _begin(self, query: QueryFor[Any], listener: Callable[[Any], None]) -> Callable[[], None]:
         return self._jobs.begin(query, _ModelPlans(self.model, self.planner, self.bank), listener)
@@ -315,18 +319,24 @@ class LLM(LanguageModel):
         """InputError after `close`."""
         _ = self.model
 
-    def _carry_out(self, plan: Plan[Result]) -> Result:
-        """Run a plan's requests on this caller's engine."""
+    def _carry_out(self, plan: Plan[Result]) -> Iterator[Draft | Result]:
+        """Run a plan's requests on this caller's engine: their drafts, and last the plan's result."""
         asks = advance(plan)
         while not isinstance(asks, PlanEnd):
-            endings = {event.row: event for event in self._events(asks) if isinstance(event, Done)}
+            endings: dict[int, Done] = {}
+            for event in self._events(asks):
+                if isinstance(event, Draft):
+                    yield event
+                elif isinstance(event, Done):
+                    endings[event.row] = event
             asks = advance(plan, [endings[row] for row in range(len(asks))])
         if not isinstance(asks.result, Change):
-            return asks.result
+            yield asks.result
+            return
         with self._lock:
             self._check_open()
             changed: Result = asks.result.carry_out()
-        return changed
+        yield changed
 
     def _events(self, asks: list[Ask]) -> Iterator[Event]:
         rows = [ask.row(self.model.config, str(n), f"prompt {n}") for n, ask in enumerate(asks)]
@@ -358,6 +368,13 @@ class LLM(LanguageModel):
             if events is None:
                 return
             yield from events
+
+
+def _result_of(outcomes: Iterator[Draft | Result]) -> Result:
+    """What comes last; no draft is kept."""
+    last: Any = deque(outcomes, maxlen=1).pop()
+    result: Result = last
+    return result
 
 
 def _tokenizer_and_template(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemplate | None]:

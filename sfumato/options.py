@@ -8,7 +8,6 @@ new option is one more field here, and its use. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,15 @@ from typing import Annotated, Any, Literal, TypedDict
 from sfumato.declarations import (
     BIG,
     CONSTRAINTS,
+    ELSEWHERE,
     LEAST,
+    OTHER_NAMES,
     About,
     Option,
     Use,
     constraint_of,
     declared,
+    unknown_option,
 )
 from sfumato.errors import InputError
 
@@ -36,6 +38,7 @@ __all__ = [
     "FALLBACK_DEFAULTS",
     "LEAST",
     "LOAD_OPTIONS",
+    "MOST_REPEATS",
     "MOST_STEPS",
     "OPTIONS",
     "OTHER_NAMES",
@@ -64,10 +67,16 @@ DTYPE_NAMES = {
 MOST_STEPS = 4096
 """The most denoising steps of a canvas."""
 
+MOST_REPEATS = 16
+"""So many of a canvas's last steps are remembered, to see what repeats."""
+MOST_REDOS = 64
+"""The most times that a canvas is denoised again."""
+
 _MODES: tuple[Use, ...] = ("canvas", "autoregressive")
 _ANSWER: tuple[Use, ...] = ("complete", "chat")
 _ALL: tuple[Use, ...] = ("complete", "chat", "templates")
 _CANVAS: tuple[Use, ...] = ("canvas", *_ALL)
+_CANVAS_ANSWER: tuple[Use, ...] = ("canvas", *_ANSWER)
 _EVERYWHERE: tuple[Use, ...] = (*_MODES, *_ALL)
 
 
@@ -166,6 +175,16 @@ class Options:
             100.0,
         ),
     ] = None
+    repeats: Annotated[
+        int,
+        About(
+            f"Stop a canvas, however unsure, once each position has had its likeliest token at so many of the last "
+            f"{MOST_REPEATS} steps, in a row or not; 0: off, as in the reference.",
+            _CANVAS,
+            0,
+            MOST_REPEATS,
+        ),
+    ] = 0
     temperature: Annotated[
         float,
         About(
@@ -246,6 +265,26 @@ class Options:
             _CANVAS,
         ),
     ] = False
+    redos: Annotated[
+        int,
+        About(
+            "How often a canvas that only max_steps has stopped begins again from other noise; the surest of its tries "
+            "commits. 0: as the reference does.",
+            _CANVAS,
+            0,
+            MOST_REDOS,
+        ),
+    ] = 0
+    verify: Annotated[
+        float | None,
+        About(
+            "With redos: nats by which the same weights, one token after another, may prefer another token; a canvas "
+            "where they prefer one by more begins again too. None: they are not asked.",
+            _CANVAS_ANSWER,
+            0.0,
+            100.0,
+        ),
+    ] = None
     short: Annotated[
         bool,
         About(
@@ -305,6 +344,7 @@ class Options:
         if constraints and self.min_tokens > 1:
             message = f"{constraints[0]} cannot go with min_tokens above 1; drop one of them"
             raise InputError(message, option=constraints[0])
+        self._check_redos()
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             message = f"t_min is {self.t_min!r}, above t_max {self.t_max!r}; give t_min at most t_max"
             raise InputError(message, option="t_min")
@@ -314,6 +354,22 @@ class Options:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             message = f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it"
             raise InputError(message, option="min_tokens")
+
+    def _check_redos(self) -> None:
+        """InputError for what a canvas that may begin again cannot go with."""
+        if self.verify is not None and not self.redos:
+            raise InputError(f"verify is {self.verify} without redos; set redos to 1 or more", option="verify")
+        if not self.redos:
+            return
+        if self.mode not in (None, "diffusion"):
+            raise InputError(f"redos needs mode 'diffusion'; the mode is {self.mode!r}", option="redos")
+        if ruling := [name for name in (*CONSTRAINTS, "strict", "must_call") if getattr(self, name)]:
+            message = f"redos cannot go with {ruling[0]}, whose grammar walks a canvas once; drop one of them"
+            raise InputError(message, option="redos")
+        moving = [name for name in MOVING if getattr(self, name) != OPTIONS[name].default]
+        if self.verify is not None and moving:
+            message = f"verify cannot go with {moving[0]}, which changes what the model would write; drop one of them"
+            raise InputError(message, option="verify")
 
     @property
     def constraint(self) -> tuple[str, Any] | None:
@@ -336,7 +392,7 @@ class Options:
             raise InputError(f"options are {reprlib.repr(values)}; give an Options or a dict of them", option="options")
         for name in values:
             if name not in OPTIONS:
-                raise InputError(_unknown(name), option=name if isinstance(name, str) else "options")
+                raise InputError(unknown_option(name, OPTIONS), option=name if isinstance(name, str) else "options")
         return dataclasses.replace(self, **values) if values else self
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Options:
@@ -366,6 +422,7 @@ class OptionFields(TypedDict, total=False):
     entropy_bound: float | None
     stability: int | None
     confidence: float | None
+    repeats: int
     temperature: float
     top_k: int
     top_p: float
@@ -378,6 +435,8 @@ class OptionFields(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     early: bool
+    redos: int
+    verify: float | None
     short: bool
     schema: dict[str, Any] | bool | None
     regex: str | None
@@ -392,44 +451,11 @@ class OptionFields(TypedDict, total=False):
 OptionsLike = Options | OptionFields | Mapping[str, Any]
 """Wherever options are taken: an `Options`, or a dict of some of them."""
 
-SHAPING = (*("top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),)
+MOVING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+"""The options that move logits."""
+
+SHAPING = ("top_k", "top_p", "min_p", *MOVING)
 """The options that change the distribution of a position, beside the temperature."""
-
-OTHER_NAMES = {
-    **dict.fromkeys(("max_new_tokens", "max_length", "max_completion_tokens", "num_predict"), "max_tokens"),
-    "min_new_tokens": "min_tokens",
-    "stop_sequences": "stop",
-    **dict.fromkeys(("steps", "num_steps", "diffusion_steps", "num_inference_steps"), "max_steps"),
-    **dict.fromkeys(("json_schema", "guided_json"), "schema"),
-    "guided_regex": "regex",
-    "guided_choice": "choices",
-    "guided_grammar": "grammar",
-    "repeat_penalty": "repetition_penalty",
-    **dict.fromkeys(("think", "enable_thinking"), "thinking"),
-    **dict.fromkeys(("lora", "lora_name", "lora_request", "adapter_name"), "adapter"),
-}
-"""What other libraries call an option -> its name here, for the suggestion in an error."""
-
-ELSEWHERE = {
-    **dict.fromkeys(("device", "dtype", "model"), "it is an argument of LLM.load(…)"),
-    **dict.fromkeys(("n", "num_return_sequences"), "chat_many(…) gives several answers"),
-    "prompt": "the prompt comes first, without a name",
-    "response_format": "schema=… takes a JSON Schema",
-    "stream": "stream(…) in place of chat(…) gives the events",
-    **dict.fromkeys(("system", "system_prompt"), 'give a list that begins with {"role": "system", "content": "…"}'),
-}
-"""What other libraries take as an option -> where it is to be had here."""
-
-
-def _unknown(name: Any) -> str:
-    """The sentence about an option that there is not."""
-    if str(name) in ELSEWHERE:
-        return f"there is no option {reprlib.repr(name)}; {ELSEWHERE[str(name)]}"
-    near = difflib.get_close_matches(str(name), OPTIONS, 1)
-    suggestion = OTHER_NAMES.get(str(name)) or (near[0] if near else "")
-    hint = f"did you mean {suggestion}? The" if suggestion else "the"
-    return f"there is no option {reprlib.repr(name)}; {hint} options are {', '.join(sorted(OPTIONS))}"
-
 
 OPTIONS = declared(Options)
 """Every option of `Options` by its name, in their order."""

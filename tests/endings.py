@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.ops.contract import ReadOut
-from sfumato.options import Options
+from sfumato.options import MOST_REPEATS, Options
 from sfumato.sampling import step
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.rules import RowRules, Rules
@@ -64,6 +64,7 @@ def canvases(
         pin_XL=torch.where(flags(0.2 * has_pins, *shape), integers(0, WORDS, *shape), -1),
         argmax_XL=integers(0, WORDS, *shape),
         still_XL=integers(0, 3, *shape),
+        recent_XWL=torch.zeros(size, MOST_REPEATS, length, dtype=torch.int32),
         entropy_XL=torch.zeros(shape),
         accepted_XL=flags(0.5, *shape),
         step_X=integers(0, 6, size),

@@ -6,7 +6,7 @@ As a script it is one rank of those that the variables of torch.distributed desc
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ class RaggedSource:
 
 
 def model_of(kind: str) -> Model:
-    """The tiny model, its weights trainable ("full"), or factors beside plain or packed ones ("lora", "packed")."""
+    """The tiny model with all weights trainable ("full", "later"), or factors beside plain or packed ones ("lora",
+    "packed")."""
     model = tiny_model(name="fused")
-    if kind == "full":
+    if kind in ("full", "later"):
         return model.requires_grad_(True)
     if kind == "packed":
         for owner, leaf in list(products(model)):
@@ -56,7 +57,8 @@ def recipe_of(kind: str, steps: int) -> TrainingRecipe:
     """Six examples a step, in ragged parts."""
     repeats = 2 if kind == "lora" else 1
     # At twice this rate a token of the random model is a rounding away from other experts at step 12: the losses part.
-    return TrainingRecipe(steps=steps, batch=6, lr=5e-4, warmup=5, encode_response_every=2, repeats=repeats)
+    plain = TrainingRecipe(steps=steps, batch=6, lr=5e-4, warmup=5, encode_response_every=2, repeats=repeats)
+    return replace(plain, revision_penalty=1.0, self_distillation=0.5) if kind == "later" else plain
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def runs_of(steps: int) -> list[RunPart]:
         RunPart("lora", "lora", steps),
         RunPart("full", "full", steps),
         RunPart("packed", "packed", 4),
+        RunPart("later", "later", 3),
         RunPart("lora", "lora-one-then-two", steps),
         RunPart("full", "full-two-then-one", steps, is_half=True),
     ]

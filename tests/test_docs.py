@@ -44,6 +44,7 @@ PAGES = (
     *("docs/quantisation.md", "docs/files.md", "docs/deploy.md", "docs/commands.md", "docs/python.md"),
     *("docs/clients.md", "docs/adapters.md", "docs/data.md", "docs/training.md", "docs/decisions.md"),
     "docs/evals.md",
+    "docs/tasks.md",
 )
 
 SERVED = ("docs/server.md", "docs/decisions.md")

@@ -16,10 +16,11 @@ from sfumato.engine.request import Request
 from sfumato.engine.run import Run
 from sfumato.errors import CapacityError, InputError
 from sfumato.evals.sudoku import request, solve
-from sfumato.events import Commit, Done, Draft
+from sfumato.events import Commit, Done, Draft, Edited
 from sfumato.ops import cpu
 from sfumato.ops.cpu import build
 from sfumato.tasks.sudoku import is_solved
+from sfumato.templates.requests import Edit
 
 PUZZLE = "800560790257001600040000152004050800038607041096348275085906320902704518370285400"
 """50 clues: nano solves it in a few steps."""
@@ -56,6 +57,20 @@ def test_a_stream_is_drafts_then_commits_then_done_and_its_texts_join(llm: LLM) 
     assert "".join(c.text for c in commits) == events[-1].text == drafts[-1].text
     assert all(len(d.tokens) == len(d.entropies) == len(d.accepted) == 82 for d in drafts)
     assert not any(isinstance(e, Draft) for e in llm.stream(ask(), options=ONE))
+
+
+def test_an_edit_is_watched_draft_by_draft_and_ends_with_its_result(llm: LLM) -> None:
+    options = Options(seed=3, max_steps=3)
+    edit = Edit("12345", "1", options=replace(options, drafts=True))
+    *drafts, edited = llm.outcomes(edit)
+    assert drafts and all(isinstance(draft, Draft) for draft in drafts) and isinstance(edited, Edited)
+    steps = [draft.step for draft in drafts if isinstance(draft, Draft)]
+    assert steps == [*range(1, edited.usage.steps + 1)]
+    watching = llm.outcomes(edit)
+    assert isinstance(next(watching), Draft)
+    watching.close()  # type: ignore[attr-defined]
+    (alone,) = llm.outcomes(replace(edit, options=options))
+    assert isinstance(alone, Edited) and alone.text == edited.text == llm.edit("12345", "1", options=options).text
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM) -> None:

@@ -42,6 +42,9 @@ LIMITS: dict[str, tuple[float, float, bool, bool, str]] = {
     "entropy_bound": (0.0, 1e9, False, True, "from 0 to 1e9"),
     "stability": (0, 4096, True, True, "from 0 to 4096"),
     "confidence": (0.0, 100.0, False, True, "from 0 to 100"),
+    "repeats": (0, 16, True, False, "from 0 to 16"),
+    "verify": (0.0, 100.0, False, True, "from 0 to 100"),
+    "redos": (0, 64, True, False, "from 0 to 64"),
     "temperature": (0.0, 100.0, False, False, "from 0 to 100"),
     "top_k": (-1, 2**62, True, False, "from -1 to 2^62"),
     "top_logprobs": (0, 20, True, False, "from 0 to 20"),
@@ -56,6 +59,7 @@ FORMS = ("schema", "regex", "grammar", "choices")
 
 
 PARTNERS: dict[str, dict[str, Any]] = {
+    "verify": {"redos": 1},
     "min_tokens": {"max_tokens": None},
     "t_min": {"t_max": None},
     "top_logprobs": {"logprobs": True},
@@ -106,7 +110,7 @@ def test_both_limits_are_allowed(name: str) -> None:
         partner = PARTNERS.get(name, {})
         assert getattr(options_with(**{name: value}, **partner), name) == value
     if not is_whole:
-        assert getattr(options_with(**{name: 0.5}), name) == 0.5
+        assert getattr(options_with(**{name: 0.5}, **PARTNERS.get(name, {})), name) == 0.5
     assert (getattr(Options(), name) is None) is is_open
 
 

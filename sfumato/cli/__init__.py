@@ -38,6 +38,7 @@ COMMANDS = {
     "decide": ("sfumato.cli.decide", "Choose between given answers, with probabilities."),
     "calibrate": ("sfumato.cli.calibrate", "Fit how sure decisions are to labelled answers."),
     "eval": ("sfumato.cli.eval", "Score a model on tasks, or on your own file; compare two."),
+    "demo": ("sfumato.cli.demo", "Watch the embedded models at work: Sudoku, edits, molecules, …"),
     "sudoku": ("sfumato.cli.sudoku", "Solve Sudoku on a canvas, and check the answer."),
     "serve": ("sfumato.cli.serve", "Serve the model over HTTP, with a page: OpenAI's routes, and ours."),
     "pull": ("sfumato.cli.pull", "Fetch a model from the hub."),

@@ -194,6 +194,8 @@ def _plan(run: RunFlags, data: DataFlags, factors: FactorFlags, plan: PlanFlags)
         examples=per_pass,
         repeats=numbers.repeats,
         is_accumulated=numbers.accumulate > 1,
+        is_revised=numbers.revision_penalty > 0,
+        is_distilled=numbers.self_distillation > 0,
     )
     setup = setup if lora is None else replace(setup, targets=lora.targets)
     plan_command(run.model, setup, plan.gpu, is_chosen, plan.as_json)

@@ -89,13 +89,14 @@ def command(
     console = Console(highlight=False)
 
     from sfumato.evals import sudoku as task
+    from sfumato.evals.tasks import answer_options
 
     model = loading.connect_or_load(api if api.api or api.model else replace(api, model="nano"), load)
     if model.is_remote:
         results = _print_each((task.solve_anywhere(model, text, options, pins) for text in puzzles), as_json)
     else:
         llm = cast("LLM", model)
-        options = task.answer_options(options, llm)
+        options = answer_options(options, llm)
         if console.is_terminal and not as_json and batch == 1:
             results = [_solve_live(llm, text, options, pins, console, delay) for text in puzzles]
         else:
@@ -128,31 +129,42 @@ def _means(results: list[Solved]) -> str:
 
 
 def _solve_live(llm: LLM, puzzle: str, options: Options, pinned: bool, console: Console, delay: float) -> Solved:
-    """Solve one puzzle while its board is drawn after every step."""
+    """Solve one puzzle while its board is drawn after every step, and leave the board on the screen."""
+    solved = watch(llm, puzzle, options, pinned, CanvasView(console, delay))
+    console.print(finished_board(solved, _verdict(solved), console.width))
+    return solved
+
+
+def watch(llm: LLM, puzzle: str, options: Options, pinned: bool, view: CanvasView) -> Solved:
+    """Solve one puzzle while its board is drawn after every step; nothing stays on the screen."""
     from sfumato.evals import sudoku as task
 
-    view = CanvasView(console, delay)
+    width = view.console.width
     ids, pins = task.request(llm, puzzle, pinned)
     blank = Draft(0, 0, 0, [0] * 81, [9.0] * 81, [False] * 81)
-    view.show(board(puzzle, blank, ["·"] * 81, "noise", width=console.width))
     done = None
-    events = TimedEvents(llm.events([ids], options=replace(options, drafts=options.mode == "diffusion"), pins=[pins]))
+    events = TimedEvents(
+        llm.events([ids], options=replace(options, drafts=options.mode != "autoregressive"), pins=[pins])
+    )
     try:
+        view.show(board(puzzle, blank, ["·"] * 81, "noise", width=width))
         for event in events:
             if isinstance(event, Draft):
                 cells = [llm.tokenizer.decode([token]) for token in event.tokens[:81]]
                 sure = sum(event.accepted[:81])
-                view.show(board(puzzle, event, cells, f"step {event.step} · {sure}/81 accepted", width=console.width))
+                view.show(board(puzzle, event, cells, f"step {event.step} · {sure}/81 accepted", width=width))
             elif isinstance(event, Done):
                 done = event
     finally:
         view.close()
     assert done is not None
-    solved = task.result(puzzle, done, events.seconds)
+    return task.result(puzzle, done, events.seconds)
+
+
+def finished_board(solved: Solved, status: str, width: int) -> Text:
+    """The board of an answer, with a line below it."""
     final = Draft(0, 0, 0, [0] * 81, [0.0] * 81, [True] * 81)
-    cells = list(solved.answer.ljust(81, "?"))
-    console.print(board(puzzle, final, cells, _verdict(solved), wrong=not solved.solved, width=console.width))
-    return solved
+    return board(solved.puzzle, final, list(solved.answer.ljust(81, "?")), status, wrong=not solved.solved, width=width)
 
 
 def _verdict(solved: Solved) -> str:

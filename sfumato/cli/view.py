@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -37,6 +37,7 @@ WRITTEN = "bold #1d1a16 on #c9b58c"
 """Text that the model wrote into a file: a ground of its own shows spaces and empty lines too."""
 _LEVELS = (0.005, 0.05, 0.2, 0.6, 1.2, 2.4)
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
+AnyEvent = TypeVar("AnyEvent")
 
 
 def colour(entropy: float) -> str:
@@ -77,13 +78,13 @@ class CanvasView:
             console.file.write(code)
 
 
-class TimedEvents:
+class TimedEvents(Generic[AnyEvent]):
     """Events, and the `seconds` in which they were waited for: what is done with them in between does not count."""
 
-    def __init__(self, events: Iterable[Event]) -> None:
+    def __init__(self, events: Iterable[AnyEvent]) -> None:
         self._events, self.seconds = events, 0.0
 
-    def __iter__(self) -> Generator[Event, None, None]:
+    def __iter__(self) -> Generator[AnyEvent, None, None]:
         iterator = iter(self._events)
         try:
             while True:
@@ -182,7 +183,7 @@ def show(
     return done
 
 
-def _follow(events: TimedEvents, view: CanvasView, flow: TextFlow, written: PartialAnswer) -> None:
+def _follow(events: TimedEvents[Event], view: CanvasView, flow: TextFlow, written: PartialAnswer) -> None:
     """Draw and print events as they come."""
     before, has_drafts = Text(), False  # the line in which the next canvas goes on
     with closing(iter(events)) as each:

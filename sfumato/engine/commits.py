@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sfumato.engine.request import Row
 from sfumato.engine.seats import SeatTable
-from sfumato.engine.stepper import PendingRead, Stepper
+from sfumato.engine.stepper import HEAD, NAT, PendingRead, Stepper
+from sfumato.engine.trials import CommitLikelihoods, Trial, likeliest
 from sfumato.events import Commit, Done, Usage
 from sfumato.sampling.rules import pick_token
 
@@ -29,6 +30,12 @@ class StoppedCanvas(NamedTuple):
     """The argmax canvas."""
     settled: int
     """Leading positions that are final; of a canvas that has stopped all are."""
+    entropy: float = 0.0
+    """The mean entropy of the canvas, in nats."""
+    trial: Trial | None = None
+    """Of several tries this one."""
+    is_encoded: bool = False
+    """The tokens of its try are in the cache."""
 
 
 class Commits:
@@ -41,35 +48,39 @@ class Commits:
         """Wait for these reads: rows that have stopped commit, and begin their next canvas if they go on."""
         for read in reads:
             values = read.copy.wait()
-            is_done, steps, settled, is_finite = values[:, :4].T.tolist()
+            is_done, steps, settled, is_finite, entropies = values[:, :HEAD].T.tolist()
             # A row that has left, or is on a later canvas by now, was answered before.
-            current = [seat for seat, (row, canvas) in read.rows.items() if self._is_current(seat, row, canvas)]
+            current = [seat for seat, (row, draw) in read.rows.items() if self._is_current(seat, row, draw)]
             for seat in (seat for seat in current if not is_finite[seat]):
                 where = f"in step {steps[seat]} of canvas {self.table.row(seat).canvas + 1}"
                 self.table.fail_of_numbers(seat, where)
             current = [seat for seat in current if is_finite[seat]]
             if stopped := [seat for seat in current if is_done[seat]]:
-                tokens = values[stopped, 4:].tolist()
+                tokens = values[stopped, HEAD:].tolist()
                 yield from self._commit_canvases(
-                    [StoppedCanvas(seat, steps[seat], own, len(own)) for seat, own in zip(stopped, tokens, strict=True)]
+                    [
+                        StoppedCanvas(seat, steps[seat], own, len(own), entropies[seat] / NAT)
+                        for seat, own in zip(stopped, tokens, strict=True)
+                    ]
                 )
                 self.stepper.begin([seat for seat in stopped if not self.table.row(seat).is_over])
-            # Of the others, what has settled ahead of the rest; log-probabilities wait for the whole canvas.
+            # Of the others, what has settled ahead of the rest, unless it must wait for the whole.
             ahead = [seat for seat in current if not is_done[seat] and settled[seat] > self.table.row(seat).settled]
-            if ahead := [seat for seat in ahead if not self.table.row(seat).options.logprobs]:
-                tokens = values[ahead, 4:].tolist()
+            if ahead := [seat for seat in ahead if not self.table.row(seat).commits_whole]:
+                tokens = values[ahead, HEAD:].tolist()
                 for seat, own in zip(ahead, tokens, strict=True):
                     yield from self._commit_prefix(StoppedCanvas(seat, steps[seat], own, settled[seat]))
 
-    def _is_current(self, seat: int, row: Row, canvas: int) -> bool:
+    def _is_current(self, seat: int, row: Row, draw: int) -> bool:
         rows = self.table.rows
-        return seat < len(rows) and rows[seat] is row and not row.is_over and row.canvas == canvas
+        return seat < len(rows) and rows[seat] is row and not row.is_over and row.draw == draw
 
     def _commit_canvases(self, stopped: list[StoppedCanvas]) -> Iterator[Commit | Done]:
         """Cut each canvas at its end.
 
         Where the row goes on it waits to be encoded with the next canvas's first step; where its log-probabilities are
         asked for it is encoded now."""
+        stopped = self._standing(stopped)
         rows = [self.table.row(one.seat) for one in stopped]
         kept: list[list[int]] = []
         for one, row in zip(stopped, rows, strict=True):
@@ -78,22 +89,90 @@ class Commits:
                 for span, _, _ in row.spans_here():
                     span.commit()
                 kept[-1] = self._cut(row, one.tokens[row.settled :])
-        encoding = [n for n, row in enumerate(rows) if row.options.logprobs and kept[n]]
+        is_read = [one.trial is not None and one.trial.likelihoods is not None for one in stopped]
+        encoding = [n for n, row in enumerate(rows) if row.options.logprobs and kept[n] and not is_read[n]]
         log_p = self._log_probabilities([stopped[n].seat for n in encoding], [kept[n] for n in encoding])
-        log_p_TV = dict(zip(encoding, log_p, strict=True))
+        read = {
+            n: CommitLikelihoods.of(kept[n], log_p_TV, rows[n].options.top_logprobs)
+            for n, log_p_TV in zip(encoding, log_p, strict=True)
+        }
         for n, (one, row) in enumerate(zip(stopped, rows, strict=True)):
             if row.has_failed:
                 continue
-            row.steps += one.steps
-            row.pending = [] if n in log_p_TV else one.tokens[: row.settled] + kept[n]
-            yield from self._emit(one.seat, kept[n], log_p_TV.get(n), one.steps)
-            row.canvas, row.step, row.settled = row.canvas + 1, 0, 0
+            steps = one.steps + sum(trial.steps for trial in row.refused)
+            row.steps += steps
+            row.pending = one.tokens[: row.settled] + kept[n]
+            likelihoods = read.get(n)
+            if one.trial is not None and one.trial.likelihoods is not None:
+                likelihoods = one.trial.likelihoods.first(len(kept[n]))
+            if n in read or one.is_encoded:
+                row.pending = []
+            if one.is_encoded and one.trial is not None:  # a stop string may have cut off some of it
+                self._forget(one.seat, len(one.trial.tokens) - len(kept[n]))
+            yield from self._emit(one.seat, kept[n], likelihoods, steps)
+            row.canvas, row.step, row.settled, row.refused = row.canvas + 1, 0, 0, []
 
-    def _log_probabilities(self, seats: list[int], kept: list[list[int]]) -> list[Tensor]:
-        """Encode what these rows commit; the log-probabilities of all tokens in each place, [T, V] of each row."""
+    def _standing(self, stopped: list[StoppedCanvas]) -> list[StoppedCanvas]:
+        """Those that commit now. A try that does not stand begins again; after the last one the best commits."""
+        commits = [one for one in stopped if not self.table.row(one.seat).options.redos]
+        judged = [one for one in stopped if self.table.row(one.seat).options.redos]
+        if not judged:
+            return stopped
+        rows = {one.seat: self.table.row(one.seat) for one in judged}
+        trials: dict[int, Trial] = {}
+        for one in judged:
+            tokens = one.tokens[: self._end(rows[one.seat], one.tokens)]
+            trials[one.seat] = Trial(tokens, one.steps, one.entropy)
+        settled = [one.seat for one in judged if not rows[one.seat].is_unsure(one.steps, one.entropy)]
+        read = [seat for seat in settled if rows[seat].options.verify is not None]
+        before_BD = self.table.last_XD[read]
+        for seat, log_p_TV in zip(
+            read, self._log_probabilities(read, [trials[seat].tokens for seat in read]), strict=True
+        ):
+            trials[seat] = self._judged(rows[seat], trials[seat], log_p_TV)
+        before = dict(zip(read, before_BD, strict=True))
+        for one in judged:
+            row, trial, is_encoded = rows[one.seat], trials[one.seat], one.seat in before
+            if row.has_failed:
+                continue
+            stands = one.seat in settled and trial.gap <= (row.options.verify or 0.0)
+            is_last = len(row.refused) == row.options.redos
+            best = max([trial, *row.refused], key=lambda other: other.rank)
+            if stands or (is_last and best is trial):
+                commits.append(one._replace(trial=trial, is_encoded=is_encoded))
+                continue
+            if is_encoded:
+                self._forget(one.seat, len(trial.tokens))
+                self.table.last_XD[one.seat] = before[one.seat]
+            if is_last:
+                commits.append(one._replace(tokens=best.tokens, trial=best))
+            else:
+                row.refused.append(trial)
+                row.step = 0
+        return commits
+
+    def _judged(self, row: Row, trial: Trial, log_p_TV: Tensor) -> Trial:
+        """With what the log-probabilities of all tokens in its places say of a try."""
+        likelihoods = CommitLikelihoods.of(trial.tokens, log_p_TV, row.options.top_logprobs)
+        best = likeliest(log_p_TV, self.config.eos_ids, row.lacking)
+        return trial.judged(likelihoods, best, row.pinned_here)
+
+    def _forget(self, seat: int, count: int) -> None:
+        """Take so many tokens of a row out of the cache again."""
+        if count:
+            self.table.cache.truncate_(seat, self.table.cache.lengths[seat] - count)
+
+    def _end(self, row: Row, tokens: list[int]) -> int:
+        """How many of these tokens can count: up to the first end, and within the room."""
+        ends = (n + 1 for n, token in enumerate(tokens) if token in self.config.eos_ids and n >= row.lacking)
+        return min(next(ends, len(tokens)), len(tokens) if row.room is None else row.room)
+
+    def _log_probabilities(self, seats: list[int], kept: list[list[int]]) -> Iterator[Tensor]:
+        """Encode what these rows commit; the log-probabilities of all tokens in each place, [T, V] of each row.
+
+        A row at a time: they may be 270 MB."""
         if not seats:
-            return []
-        log_p = []
+            return
         before_BD = self.table.last_XD[seats]
         hidden_BTD = self.table.encode(kept, seats)
         for n, (seat, tokens) in enumerate(zip(seats, kept, strict=True)):
@@ -101,10 +180,9 @@ class Commits:
             row.passes += 1
             hidden_TD = torch.cat([before_BD[n : n + 1], hidden_BTD[n, : len(tokens) - 1]])
             log_p_TV = torch.log_softmax(self.table.model.logits(hidden_TD), -1)
-            log_p.append(log_p_TV)
             if not bool(torch.isfinite(hidden_TD.sum() + log_p_TV.sum())):
                 self.table.fail_of_numbers(seat, f"in the encoding of canvas {row.canvas + 1}")
-        return log_p
+            yield log_p_TV
 
     def _commit_prefix(self, one: StoppedCanvas) -> Iterator[Commit | Done]:
         """What is pinned by now is final, though its canvas goes on; it is encoded with the whole canvas."""
@@ -145,7 +223,10 @@ class Commits:
             with self.table.isolating(seat):
                 kept = self._cut(row, [token])
             if not row.has_failed:
-                yield from self._emit(seat, kept, log_p_BV[n : n + 1], 1)
+                likelihoods = None
+                if row.options.logprobs:
+                    likelihoods = CommitLikelihoods.of(kept, log_p_BV[n : n + 1], row.options.top_logprobs)
+                yield from self._emit(seat, kept, likelihoods, 1)
         if going_on := [seat for seat in seats if not self.table.row(seat).is_over]:
             self.table.encode([[self.table.row(seat).tokens[-1]] for seat in going_on], going_on)
 
@@ -170,7 +251,9 @@ class Commits:
             row.finish_reason = "length"
         return tokens
 
-    def _emit(self, seat: int, tokens: list[int], log_p_TV: Tensor | None, steps: int) -> Iterator[Commit | Done]:
+    def _emit(
+        self, seat: int, tokens: list[int], likelihoods: CommitLikelihoods | None, steps: int
+    ) -> Iterator[Commit | Done]:
         """The commit of these tokens, and the end of the row if it comes with them."""
         row = self.table.row(seat)
         row.tokens += tokens
@@ -178,7 +261,7 @@ class Commits:
         is_last, request = row.finish_reason is not None, row.request.id
         logprobs, top = None, None
         if row.options.logprobs:
-            logprobs, top = _likelihoods(tokens, log_p_TV, row.options.top_logprobs)
+            logprobs, top = likelihoods or CommitLikelihoods([], None)
             row.logprobs += logprobs
         yield Commit(seat, row.canvas, steps, tokens, logprobs, top_logprobs=top, is_last=is_last, request=request)
         if row.finish_reason is not None:
@@ -194,20 +277,3 @@ class Commits:
             )
             logprobs = row.logprobs if row.options.logprobs else None
             yield Done(seat, row.finish_reason, row.tokens, usage, row.seed, logprobs=logprobs, request=request)
-
-
-def _likelihoods(
-    tokens: list[int], log_p_TV: Tensor | None, top: int
-) -> tuple[list[float], list[dict[Any, float]] | None]:
-    """The log-probabilities of these tokens, and of the `top` likeliest in each place by id (None: not requested).
-
-    A reader puts texts in place of the ids."""
-    if log_p_TV is None:
-        return [], None
-    log_p_TV = log_p_TV[: len(tokens)]
-    ids = torch.tensor(tokens, device=log_p_TV.device, dtype=torch.long)
-    logprobs: list[float] = log_p_TV.gather(1, ids[:, None])[:, 0].tolist()
-    if not top:
-        return logprobs, None
-    values, words = (x.tolist() for x in log_p_TV.topk(min(top, log_p_TV.shape[1])))
-    return logprobs, [dict(zip(*pair, strict=True)) for pair in zip(words, values, strict=True)]

@@ -21,6 +21,7 @@ from sfumato.constraints.guide import Guide
 from sfumato.engine.arguments import check_ids, check_kind, check_places
 from sfumato.engine.reads import Readings, Reads
 from sfumato.engine.scores import PromptScores
+from sfumato.engine.trials import Trial
 from sfumato.errors import CapacityError, InputError
 from sfumato.model.config import ModelConfig
 from sfumato.model.prompt import Prompt
@@ -36,6 +37,9 @@ Inspect = Callable[[Tensor], None]
 
 FIRST_ROOM = 4096
 """New tokens that a cache has room for at first; longer answers make it grow by doubling."""
+
+TRY_BITS = 24
+"""Below this bit of the number that noise is counted from stands the canvas, from it on the try."""
 
 SHORT = 16
 """A canvas for a short budget is a multiple of this many positions."""
@@ -96,6 +100,8 @@ class Request:
 
     def checked(self, config: ModelConfig) -> Request:
         """With a `Prompt` and its mode decided; InputError or CapacityError for what this model cannot run."""
+        if self.options.redos:
+            config.check_canvas("redos")
         mode = "diffusion" if config.is_diffusion else "autoregressive"
         options = self.options.with_defaults({"mode": mode})
         check_kind(self.name, self.prompt, (list, tuple, Prompt), "a list of token ids")
@@ -185,6 +191,9 @@ class Request:
         }
         for what in (what for what, is_requested in needs_canvas.items() if is_requested):
             config.check_canvas(what)
+        if self.options.redos and (self.spans or self.reads is not None):
+            what = "a span with a grammar" if self.spans else "reads"
+            raise InputError(f"{self.name} has {what}; redos cannot go with that, leave it out", option="redos")
 
     def _check_room(self, config: ModelConfig) -> None:
         if not len(self.prompt):
@@ -283,7 +292,7 @@ class Row:
     steps: int = 0
     """Denoising steps of the canvases that it has committed; without a canvas, its tokens."""
     passes: int = 0
-    """Passes of the network for its answer: steps, tokens without a canvas, encodings for log-probabilities."""
+    """Passes of the network for its answer: steps, tokens without a canvas, encodings whose numbers are read."""
     began: float = field(default_factory=time.perf_counter)
     """When it began, or was queued, as `time.perf_counter` counts; in seconds."""
     first_commit: float | None = None
@@ -292,6 +301,8 @@ class Row:
     has_failed: bool = False
     settled: int = 0
     """Leading tokens of this canvas that were committed before the rest."""
+    refused: list[Trial] = field(default_factory=list)
+    """Tries of this canvas that did not stand."""
 
     @classmethod
     def of(
@@ -365,7 +376,7 @@ class Row:
     @property
     def reads_encoded(self) -> bool:
         """Whether it reads hidden states of what is encoded: the next token, or log-probabilities, follow from them."""
-        return self.options.logprobs or not self.request.is_diffusion
+        return self.options.logprobs or self.options.verify is not None or not self.request.is_diffusion
 
     @property
     def options(self) -> Options:
@@ -381,6 +392,26 @@ class Row:
     def lacking(self) -> int:
         """How many tokens `min_tokens` still asks for before an end is allowed."""
         return self.options.min_tokens - len(self.tokens)
+
+    @property
+    def commits_whole(self) -> bool:
+        """Whether a canvas commits at once, since its numbers are read, or it may begin again."""
+        return self.options.logprobs or self.options.redos > 0
+
+    def is_unsure(self, steps: int, entropy: float) -> bool:
+        """Whether the cap alone has stopped a canvas, after so many steps and with this mean entropy."""
+        return steps >= self.rules.max_steps and entropy >= self.rules.confidence > 0
+
+    @property
+    def draw(self) -> int:
+        """The number that the noise of its canvas is counted from: that of the canvas, another one for each try."""
+        return self.canvas + (len(self.refused) << TRY_BITS)
+
+    @property
+    def pinned_here(self) -> set[int]:
+        """Positions of its canvas that are pinned."""
+        first = self.canvas * self.length
+        return {place - first for place in self.request.pins if 0 <= place - first < self.length}
 
     @property
     def moves_logits(self) -> bool:

@@ -32,6 +32,12 @@ from sfumato.sampling.recorded import Recorded
 from sfumato.sampling.rules import accepts
 from sfumato.sampling.step import PlacedSampler, Projection, StepInput, conclude_, look, rule_view, step_
 
+HEAD = 5
+"""Numbers of a row in a `PendingRead` before its tokens."""
+
+NAT = 1 << 20
+"""One nat, as entropies are read."""
+
 PASSES_KEPT = 8
 """Masks and angles of so many groups of rows are kept from step to step."""
 
@@ -41,10 +47,11 @@ class PendingRead(NamedTuple):
 
     length: int
     rows: dict[int, tuple[Row, int]]
-    """Seat -> its row, and the canvas that the row was on."""
+    """Seat -> its row, and the draw of the canvas that the row was on."""
     copy: HostCopy
-    """[X, 4 + L]: whether a row is done, its steps, its settled positions, whether its numbers are finite; then the
-    argmax canvas, which is what it would commit."""
+    """[X, HEAD + L]: whether a row is done, its steps, its settled positions, whether its numbers are finite, the mean
+    entropy of its canvas (times NAT; where no row may begin again 0); then the argmax canvas, which is what it would
+    commit."""
 
 
 def is_recording(model: Model, record: bool | None) -> bool:
@@ -121,15 +128,15 @@ class Stepper:
         for length in sorted({self.table.row(seat).length for seat in seats}):
             group = [seat for seat in seats if self.table.row(seat).length == length]
             state, rows = self.table.canvases_of(length), [self.table.row(seat) for seat in group]
-            seeds, canvases = [row.seed for row in rows], [row.canvas for row in rows]
+            seeds, draws = [row.seed for row in rows], [row.draw for row in rows]
             if is_first:
                 state.seat_(group, [row.rules for row in rows], seeds, [row.options.early for row in rows])
             rooms = [min(length, length if row.room is None else row.room) for row in rows]
-            fresh_BL = self.noise.canvas(length, group, seeds, canvases, ahead=not self.is_recording)
+            fresh_BL = self.noise.canvas(length, group, seeds, draws, ahead=not self.is_recording)
             if (warm_BL := _tokens_here([row.request.warm for row in rows], rows)) is not None:
                 fresh_BL = torch.where(warm_BL >= 0, warm_BL, fresh_BL.cpu())
             pin_BL = _tokens_here([row.request.pins for row in rows], rows)
-            state.begin_(group, fresh_BL, pin_BL, canvases, _banned_here(rows), rooms)
+            state.begin_(group, fresh_BL, pin_BL, draws, _banned_here(rows), rooms)
 
     def step(self, seats: list[int]) -> None:
         """One step of these canvases, group by group. Where the host has a part, its first half: `walk` ends it."""
@@ -196,7 +203,7 @@ class Stepper:
         """What a step of these rows that is not recorded takes."""
         rows = [self.table.row(seat) for seat in seats]
         width, length, lengths = max(counts), rows[0].length, [self.table.cache.lengths[seat] for seat in seats]
-        places = [row.seed for row in rows], [row.canvas for row in rows], [row.step for row in rows]
+        places = [row.seed for row in rows], [row.draw for row in rows], [row.step for row in rows]
         noise = self.noise.step(length, seats, *places)
         tokens_BT = self.table.padded([row.pending for row in rows], width) if width else None
         at_B = torch.tensor(seats, device=self.model.device)
@@ -292,12 +299,15 @@ class Stepper:
         reads = []
         for length in sorted({self.table.row(seat).length for seat in seats}):
             state = self.table.canvases[length]
-            stands_X4 = torch.stack(
-                [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long()], 1
-            )
             rows = {seat: self.table.row(seat) for seat in seats}
-            on_canvas = {seat: (row, row.canvas) for seat, row in rows.items() if row.length == length}
-            reads.append(PendingRead(length, on_canvas, HostCopy.of(torch.cat([stands_X4, state.argmax_XL], 1))))
+            entropy_X = torch.zeros_like(state.step_X)
+            if any(row.options.redos for row in rows.values()):
+                entropy_X = (state.entropy_XL.mean(-1) * NAT).long()
+            heads = [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long(), entropy_X]
+            on_canvas = {seat: (row, row.draw) for seat, row in rows.items() if row.length == length}
+            reads.append(
+                PendingRead(length, on_canvas, HostCopy.of(torch.cat([torch.stack(heads, 1), state.argmax_XL], 1)))
+            )
         return reads
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from sfumato.errors import InputError
+from sfumato.evals.tasks import endings, template_of
 from sfumato.events import Done, Usage
 from sfumato.llm import LLM
 from sfumato.options import Options
 from sfumato.tasks import sudoku
 from sfumato.templates.interface import LanguageModel
-from sfumato.templates.slots import Slot
 
 
 @dataclass(frozen=True)
@@ -71,28 +70,15 @@ def solve_anywhere(llm: LanguageModel, puzzle: str, options: Options, pinned: bo
         completion = llm.chat(messages, options=replace(options, max_tokens=options.max_tokens or 82))
         text, usage, seed = completion.text, completion.usage, completion.seed
     else:
-        runs = [(is_blank, "".join(cells)) for is_blank, cells in groupby(puzzle, lambda cell: cell == "0")]
-        slots = [
-            Slot(f"blank {n}", length=len(cells)) if is_blank else cells for n, (is_blank, cells) in enumerate(runs)
-        ]
-        filled = llm.fill(slots, messages, options=replace(options, mode=None))
+        template = template_of(81, {cell: digit for cell, digit in enumerate(puzzle) if digit != "0"})
+        filled = llm.fill(template, messages, options=replace(options, mode=None))
         text, usage, seed = filled.text, filled.usage, filled.seed
     return _judged(puzzle, text, usage, seed, time.perf_counter() - began)
 
 
-def answer_options(options: Options, llm: LLM) -> Options:
-    """Options with the answer's length filled in: one canvas, or as many tokens one at a time."""
-    return options if options.max_tokens is not None else replace(options, max_tokens=llm.model.config.canvas_length)
-
-
 def solve(llm: LLM, puzzles: Sequence[str], options: Options, pinned: bool = True, batch: int = 1) -> Iterator[Solved]:
     """Solve puzzles in order, `batch` at a time. In a batch `seconds` is the batch's time until that row was done."""
-    options = answer_options(options, llm)
     for start in range(0, len(puzzles), batch):
         some = puzzles[start : start + batch]
         ids, pins = zip(*(request(llm, puzzle, pinned) for puzzle in some), strict=True)
-        results: dict[int, Solved] = {}
-        for event in llm.events(ids, options=options, pins=pins):
-            if isinstance(event, Done):
-                results[event.row] = result(some[event.row], event)
-        yield from (results[row] for row in range(len(some)))
+        yield from map(result, some, endings(llm, ids, [options] * len(some), pins))

@@ -125,11 +125,14 @@ def endings(
     """The ends of answers that run together, in the order of their prompts; one canvas long at most, where it is open.
 
     CapacityError, before any work, where one of them is too large."""
-    length = llm.model.config.canvas_length
-    each = [one if one.max_tokens is not None else replace(one, max_tokens=length) for one in options]
-    events = llm.events([*prompts], options=each, pins=pins)
+    events = llm.events([*prompts], options=[answer_options(one, llm) for one in options], pins=pins)
     rows = {event.row: event for event in events if isinstance(event, Done)}
     return [rows[row] for row in range(len(prompts))]
+
+
+def answer_options(options: Options, llm: LLM) -> Options:
+    """Options with the answer's length filled in: one canvas, or as many tokens one at a time."""
+    return options if options.max_tokens is not None else replace(options, max_tokens=llm.model.config.canvas_length)
 
 
 def _here(llm: LLM, task: Task, items: Sequence[str], options: Options) -> list[TaskAnswer]:
@@ -182,12 +185,12 @@ def query_of(task: Task, item: str, options: Options, canvas_length: int | None 
     if task.known is None or options.mode == "autoregressive":
         length = canvas_length if options.max_tokens is None else options.max_tokens
         return Chat(conversation, None, replace(options, max_tokens=length))
-    return Fill(template_of(task.answer(item), task.known(item)), conversation, replace(options, mode=None))
+    return Fill(template_of(len(task.answer(item)), task.known(item)), conversation, replace(options, mode=None))
 
 
-def template_of(answer: str, known: Mapping[int, str]) -> list[str | Slot]:
-    """The characters of an answer that are known, as fixed texts, and between them slots as long as the gaps."""
-    runs = [(is_known, [*places]) for is_known, places in groupby(range(len(answer)), lambda place: place in known)]
+def template_of(length: int, known: Mapping[int, str]) -> list[str | Slot]:
+    """What is known of so many characters as fixed texts, and between them slots as long as the gaps."""
+    runs = [(is_known, [*places]) for is_known, places in groupby(range(length), lambda place: place in known)]
     return [
         "".join(known[place] for place in places) if is_known else Slot(f"gap {number}", length=len(places))
         for number, (is_known, places) in enumerate(runs)

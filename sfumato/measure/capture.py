@@ -208,6 +208,7 @@ class Variant:
     bans: int = 0
     has_pins: bool = False
     has_early: bool = False
+    has_further_rules: bool = False
     context: int = 1024
     """Tokens that the cache has room for."""
     dtype: torch.dtype = torch.bfloat16
@@ -252,7 +253,7 @@ def meta_step(config: ModelConfig, ops: Ops, variant: Variant) -> tuple[Watched,
         _adapted_(model, variant.lanes, variant.rank)
     count, length = variant.rows, config.canvas_length
     cache = KVCache.allocate(config, count, min(variant.context, config.max_position), "meta", variant.dtype)
-    rules, early = [Rules.of(Options())] * count, [variant.has_early] * count
+    rules, early = [Rules.of(Options(repeats=2 * variant.has_further_rules))] * count, [variant.has_early] * count
     state = Canvases.allocate(model, rules, [0] * count, [0] * count, length, early, variant.has_pins)
     watched: list[Watched] = []
 

@@ -52,6 +52,10 @@ class TrainingSetup:
     """Canvases of an example."""
     is_accumulated: bool = False
     """Whether a batch is computed in parts, whose gradients wait for those of the next."""
+    is_revised: bool = False
+    """Whether the objective has a penalty on revisions: a second denoise pass with gradients."""
+    is_distilled: bool = False
+    """Whether it has self-distillation: a teacher's logits beside the model's own."""
     ranks: int = 1
     """Processes that share the plain weights, and all that is trained."""
     is_attention_plain: bool = True
@@ -152,10 +156,11 @@ def memory(config: ModelConfig, setup: TrainingSetup) -> TrainingMemory:
         "gathered": _gathered_bytes(config, setup, plain, trained),
     }
     encode, denoise = _passes(config, setup)
+    later = (denoise,) if setup.is_revised else ()
     held = 4.0 * numbers if setup.is_accumulated else 0.0
     # A weight's gradients of both passes are joined before they become, or are added to, what is there of other parts.
     moments = (
-        _moment(config, setup, trained, denoise, (encode, denoise)) | {"gradients": held},
+        _moment(config, setup, trained, denoise, (encode, denoise, *later)) | {"gradients": held},
         _moment(config, setup, trained, encode, (encode,)) | {"gradients": held + 4.0 * numbers},
     )
     fullest = always | max(moments, key=lambda moment: sum(moment.values()))
@@ -334,9 +339,14 @@ def _cache_bytes(config: ModelConfig, setup: TrainingSetup) -> float:
 
 
 def _vocabulary_bytes(config: ModelConfig, setup: TrainingSetup) -> float:
-    """A group of float32 logits, their tanh, and what goes into products; the gradient of a head that is trained."""
+    """A group of float32 logits, their tanh, a teacher's, and what goes into products; a trained head's gradient."""
     positions = max(one.positions for one in _passes(config, setup))
     group = 4 * min(max(config.vocab_size, GROUP), positions * config.vocab_size)
     head = config.vocab_size * config.hidden_size
     copy = setup.narrow * head if setup.narrow < setup.wide else 0
-    return 2 * group + (group / 2 if setup.narrow < 4 else 0) + copy + (0 if setup.rank else 4 * head)
+    return (
+        (3 if setup.is_distilled else 2) * group
+        + (group / 2 if setup.narrow < 4 else 0)
+        + copy
+        + (0 if setup.rank else 4 * head)
+    )

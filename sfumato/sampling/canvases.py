@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.model.network import Model
-from sfumato.options import MOST_STEPS
+from sfumato.options import MOST_REPEATS, MOST_STEPS
 from sfumato.sampling.rules import RowRules, Rules
 
 
@@ -31,6 +31,9 @@ class Canvases:
     """-1 before the first step."""
     still_XL: Tensor
     """For how many steps before the last one a position had the same token."""
+    recent_XWL: Tensor
+    """The argmax tokens of the last W steps, the n-th at place n mod W. Only steps with further rules enter theirs: a
+    row that has one has it in all the steps of a canvas."""
     entropy_XL: Tensor
     accepted_XL: Tensor
     step_X: Tensor
@@ -82,6 +85,7 @@ class Canvases:
                 pin_XL=torch.full((size, length), -1),
                 argmax_XL=torch.full((size, length), -1),
                 still_XL=torch.zeros(size, length, dtype=torch.long),
+                recent_XWL=torch.zeros(size, MOST_REPEATS, length, dtype=torch.int32),
                 entropy_XL=torch.zeros(size, length),
                 accepted_XL=torch.zeros(size, length, dtype=torch.bool),
                 step_X=torch.zeros(size, dtype=torch.long),

@@ -115,8 +115,10 @@ class Recorded:
     """A step of this shape.
 
     Everything that is read is held here, the weights too, whatever becomes of the model. The cache's and the state's
-    tensors are part of the recording: it serves for as long as neither is replaced by a larger one. Pins and early
-    answers are as the state has them when this is made."""
+    tensors are part of the recording: it serves for as long as neither is replaced by a larger one. Pins, early
+    answers and further rules are as the state has them when this is made. With further rules it holds the plain end of
+    a step, `step.conclude_`, in place of the operations' own, which is two kernels: some seventy small operations,
+    all of fixed shapes."""
 
     def __init__(
         self,

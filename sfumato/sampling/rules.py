@@ -45,6 +45,7 @@ class Rules:
     entropy_bound: float
     stability: int
     confidence: float
+    repeats: int = 0
 
     @property
     def has_further(self) -> bool:
@@ -62,7 +63,7 @@ class Rules:
         # Logits over a temperature below LEAST are no longer finite.
         low, high = (max(t * scale, LEAST) for t in (full.t_min, full.t_max))
         schedule = Schedule(low, high, steps)
-        return cls(schedule, full.max_steps, full.entropy_bound, full.stability, full.confidence)
+        return cls(schedule, full.max_steps, full.entropy_bound, full.stability, full.confidence, full.repeats)
 
 
 @dataclass
@@ -73,6 +74,7 @@ class RowRules:
     entropy_bound_X: Tensor
     stability_X: Tensor
     confidence_X: Tensor
+    repeats_X: Tensor
 
     @classmethod
     def of(cls, rules: Sequence[Rules], device: torch.device | str = "cpu") -> RowRules:
@@ -95,12 +97,18 @@ class RowRules:
 
 
 class RuleView(NamedTuple):
-    """What the rules of a step look at: of each position the argmax token, its entropy, and how long it stood still."""
+    """What the rules of a step look at: of each position the argmax token, its entropy, and how long it stood still.
+
+    The rest is what further rules look at."""
 
     argmax_BL: Tensor
     entropy_BL: Tensor
     still_BL: Tensor
     """See `count_still`."""
+    repeats_BL: Tensor | None = None
+    """See `count_repeats`. None: no row has a further rule."""
+    counts_BL: Tensor | None = None
+    """Positions that count for stopping, those of a row with early answers that can become its answer. None: all."""
 
 
 def accepts(view: RuleView, own: RowRules) -> Tensor:
@@ -114,11 +122,11 @@ def is_settled(view: RuleView, own: RowRules) -> Tensor:
 
 
 def stops(is_settled_B: Tensor, view: RuleView, own: RowRules) -> Tensor:
-    """True where a canvas stops before the cap on steps, [B]: where it is settled.
+    """True where a canvas stops before the cap on steps, [B]: where it is settled, or repeats itself.
 
     A further rule of stopping joins here. Of a row with early answers a canvas is settled when what can become its
     answer is."""
-    return is_settled_B
+    return is_settled_B if view.repeats_BL is None else is_settled_B | is_repeated(view, own.repeats_X)
 
 
 def accept(entropy_BL: Tensor, bound_B: Tensor) -> Tensor:
@@ -136,6 +144,25 @@ def count_still(argmax_BL: Tensor, last_BL: Tensor, still_BL: Tensor) -> Tensor:
 
     From the last step's tokens (-1 for none) and their counts at that step."""
     return torch.where(argmax_BL == last_BL, still_BL + 1, 0)
+
+
+def count_repeats(argmax_BL: Tensor, recent_BWL: Tensor, step_B: Tensor) -> Tensor:
+    """At how many of the last W steps, this one among them, each position had the token that it has now, [B, L].
+
+    `recent_BWL` has the tokens of the steps before this one (`step_B`, counted from 0 on a canvas), step n at place
+    n mod W. Places that this canvas has not written yet do not count, nor does the one that this step will write."""
+    place_W = torch.arange(recent_BWL.shape[1], device=step_B.device)
+    is_of_canvas_BW = (place_W < step_B[:, None]) & (place_W != step_B[:, None] % recent_BWL.shape[1])
+    return 1 + ((recent_BWL == argmax_BL[:, None]) & is_of_canvas_BW[..., None]).sum(1)
+
+
+def is_repeated(view: RuleView, repeats_B: Tensor) -> Tensor:
+    """True where each position that counts has had its token at `repeats` of the last W steps at least (0: never)."""
+    assert view.repeats_BL is not None
+    is_repeat_BL = view.repeats_BL >= repeats_B[:, None]
+    if view.counts_BL is not None:
+        is_repeat_BL = is_repeat_BL | ~view.counts_BL
+    return is_repeat_BL.all(-1) & (repeats_B > 0)
 
 
 def is_stable(still_BL: Tensor, stability_B: Tensor) -> Tensor:

@@ -24,7 +24,16 @@ from sfumato.ops.contract import ReadOut
 from sfumato.sampling.canvases import Canvases
 from sfumato.sampling.distribution import Observed, RowSampler
 from sfumato.sampling.noise import CountedNoise, StepNoise
-from sfumato.sampling.rules import RowRules, RuleView, accepts, count_still, is_settled, leave_one_out_bonus, stops
+from sfumato.sampling.rules import (
+    RowRules,
+    RuleView,
+    accepts,
+    count_repeats,
+    count_still,
+    is_settled,
+    leave_one_out_bonus,
+    stops,
+)
 
 
 class PlacedSampler(NamedTuple):
@@ -233,6 +242,8 @@ def conclude_(model: Model, state: Canvases, look_result: Look, projection: Proj
     ):
         whole_XL[at_B] = torch.where(keep_B1, whole_XL[at_B], new_BL)
     state.still_XL[at_B] = view.still_BL  # of rows that go on: nobody reads that of a stopped one
+    if state.has_further_rules:
+        state.recent_XWL[at_B, old_B % state.recent_XWL.shape[1]] = argmax_BL.int()
     state.soft_XLD[at_B] = soft_BLD
     state.step_X[at_B] = torch.where(was_done_B, old_B, old_B + 1)
     state.is_done_X[at_B] = was_done_B | is_done_B | ~is_finite_B
@@ -279,13 +290,18 @@ def _pin(state: Canvases, at_B: Tensor, read: ReadOut, projection: Projection | 
 def rule_view(state: Canvases, at_B: Tensor, argmax_BL: Tensor, entropy_BL: Tensor) -> tuple[RuleView, RowRules]:
     """What the rules of a step look at, and the rules of these rows."""
     still_BL = count_still(argmax_BL, state.argmax_XL[at_B], state.still_XL[at_B])
-    return RuleView(argmax_BL, entropy_BL, still_BL), state.rules.at(at_B)
+    repeats_BL = None
+    if state.has_further_rules:
+        repeats_BL = count_repeats(argmax_BL, state.recent_XWL[at_B], state.step_X[at_B])
+    return RuleView(argmax_BL, entropy_BL, still_BL, repeats_BL), state.rules.at(at_B)
 
 
 def _stops(state: Canvases, at_B: Tensor, pinned: _Pinned, view: RuleView, rules: RowRules) -> Tensor:
     """Which rows stop before the cap, and are, where a grammar rules, valid as they stand."""
     projection = pinned.projection
-    if state.has_early:  # what a grammar has not reached is not sure, whatever the model says
+    if state.has_early:
+        view = view._replace(counts_BL=_counting(state, at_B, view.argmax_BL))
+        # What a grammar has not reached is not sure, whatever the model says.
         if projection is not None:
             view = view._replace(entropy_BL=view.entropy_BL.masked_fill(~projection.is_open_BL, torch.inf))
         is_settled_B = _settle_(state, at_B, view, rules)
@@ -295,17 +311,22 @@ def _stops(state: Canvases, at_B: Tensor, pinned: _Pinned, view: RuleView, rules
     return stops_B if projection is None else stops_B & projection.is_whole_B
 
 
+def _counting(state: Canvases, at_B: Tensor, argmax_BL: Tensor) -> Tensor:
+    """Positions that count for stopping, [B, L]: of a row that may settle early, what can become its answer."""
+    position_L = torch.arange(argmax_BL.shape[1], device=argmax_BL.device)
+    is_end_BL = torch.isin(argmax_BL, state.eos_E)
+    counts_BL = (is_end_BL.cumsum(-1) - is_end_BL.long() == 0) & (position_L < state.room_X[at_B, None])
+    return counts_BL | ~state.early_X[at_B, None]
+
+
 def _settle_(state: Canvases, at_B: Tensor, view: RuleView, rules: RowRules) -> Tensor:
     """Which rows stand still and are sure.
 
     Of a row that may settle early only what can become its answer counts: all up to its first end, and no more than its
     room; and its leading positions that stand still, each of them sure, are pinned from now on."""
-    argmax_BL, entropy_BL, still_BL = view
+    argmax_BL, entropy_BL, still_BL, _, counts_BL = view
+    assert counts_BL is not None
     early_B, stability_B, bound_B = state.early_X[at_B], rules.stability_X, rules.confidence_X
-    position_L = torch.arange(argmax_BL.shape[1], device=argmax_BL.device)
-    is_end_BL = torch.isin(argmax_BL, state.eos_E)
-    counts_BL = (is_end_BL.cumsum(-1) - is_end_BL.long() == 0) & (position_L < state.room_X[at_B, None])
-    counts_BL |= ~early_B[:, None]
     mean_B = entropy_BL.masked_fill(~counts_BL, 0.0).sum(-1) / counts_BL.sum(-1)
     is_still_BL = still_BL >= stability_B[:, None]
     is_settled_B = (is_still_BL | ~counts_BL).all(-1) & (mean_B < bound_B)
@@ -313,6 +334,7 @@ def _settle_(state: Canvases, at_B: Tensor, view: RuleView, rules: RowRules) -> 
     is_sure_BL = is_still_BL & (entropy_BL < bound_B[:, None])
     settled_B = (is_sure_BL & counts_BL & early_B[:, None]).long().cumprod(-1).sum(-1)
     state.settled_X[at_B] = settled_B
+    position_L = torch.arange(argmax_BL.shape[1], device=argmax_BL.device)
     state.pin_XL[at_B] = torch.where(position_L < settled_B[:, None], argmax_BL, state.pin_XL[at_B])
     return is_settled_B
 

@@ -7,5 +7,9 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
 
-EMBEDDED: Mapping[str, Path] = {"nano": _PACKAGE / "nano", "nano-decide": _PACKAGE / "nano_decide"}
+EMBEDDED: Mapping[str, Path] = {
+    "nano": _PACKAGE / "nano",
+    "nano-decide": _PACKAGE / "nano_decide",
+    "nano-skills": _PACKAGE / "nano_skills",
+}
 """Name -> folder."""

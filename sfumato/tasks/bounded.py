@@ -37,7 +37,7 @@ class Meter:
     """The steps that are left."""
 
     def __init__(self, steps: int) -> None:
-        self.steps = steps
+        self.steps, self.depth = steps, 0
 
     def spend(self, steps: int = 1) -> None:
         """EvaluationError where there are not so many left."""
@@ -49,11 +49,8 @@ class Meter:
 class LazyItems:
     """An iterator: what `zip`, `enumerate`, `reversed` and a generator expression give. It can be read once."""
 
-    def __init__(self, iterator: Iterator[Value], sources: Sequence[Value] = ()) -> None:
+    def __init__(self, iterator: Iterator[Value]) -> None:
         self.iterator = iterator
-        self.depth: int = 1 + max((source.depth for source in sources if type(source) is LazyItems), default=0)
-        if self.depth > DEEPEST_ITERATOR:
-            raise EvaluationError(f"iterators over iterators are at most {DEEPEST_ITERATOR} deep; make a list of them")
 
 
 def refused(what: str) -> EvaluationError:
@@ -118,9 +115,24 @@ def iterate(value: Value, meter: Meter) -> Iterator[Value]:
     """The items of a value one by one, a step for each."""
     if type(value) not in (str, list, tuple, range, LazyItems):
         raise refused(f"a loop over the type {type(value).__name__}")
-    for item in value.iterator if type(value) is LazyItems else value:
+    for item in _read(value.iterator, meter) if type(value) is LazyItems else value:
         meter.spend()
         yield checked(item, meter)
+
+
+def _read(iterator: Iterator[Value], meter: Meter) -> Iterator[Value]:
+    """The items of an iterator; EvaluationError where one takes iterators over iterators over too many more."""
+    while True:
+        meter.depth += 1
+        if meter.depth > DEEPEST_ITERATOR:
+            raise EvaluationError(f"iterators over iterators are at most {DEEPEST_ITERATOR} deep; make a list of them")
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            meter.depth -= 1
+        yield item
 
 
 def collect(value: Value, meter: Meter) -> list[Value]:
@@ -269,6 +281,7 @@ def _plain(function: Callable[..., Value], *kinds: type) -> Builtin:
         for argument in arguments:
             if type(argument) not in kinds:
                 raise refused(f"a call with an argument of the type {type(argument).__name__}")
+            checked(argument, meter)  # pays for its size
         return checked(function(*arguments), meter)
 
     return call
@@ -358,12 +371,13 @@ def _enumerate(arguments: Sequence[Value], options: Mapping[str, Value], meter: 
     start = rest[0] if rest else options.get("start", 0)
     if type(start) not in (bool, int) or len(rest) > 1:
         raise refused(f"a count from the type {type(start).__name__}")
-    return LazyItems(enumerate(iterate(values, meter), start), [values])
+    return LazyItems(enumerate(iterate(values, meter), start))
 
 
 def _zip(arguments: Sequence[Value], options: Mapping[str, Value], meter: Meter) -> Value:
-    _no(options)
-    return LazyItems(zip(*(iterate(values, meter) for values in arguments), strict=False), arguments)
+    _no(options, "strict")
+    is_strict = bool(options.get("strict", False))
+    return LazyItems(zip(*(iterate(values, meter) for values in arguments), strict=is_strict))
 
 
 def _round(arguments: Sequence[Value], options: Mapping[str, Value], meter: Meter) -> Value:

@@ -57,14 +57,17 @@ def run(source: str, arguments: Sequence[Value], budget: int = 10_000) -> Value:
     """
     if type(budget) is not int or not 1 <= budget <= MOST_STEPS:
         raise EvaluationError(f"a budget of {budget!r:.40} steps is not from 1 to {MOST_STEPS}; give one that is")
-    function = function_of(source)
+    if type(arguments) not in (list, tuple):
+        raise EvaluationError(f"the arguments are a {type(arguments).__name__}; give a list of them")
+    function, local_names = _parsed(source)
     names = [parameter.arg for parameter in function.args.args]
     if len(names) != len(arguments):
         raise EvaluationError(f"the function takes {len(names)} arguments, not {len(arguments)}; give as many")
     meter = Meter(budget)
     try:
         values = [copied(argument, meter) for argument in arguments]
-        end = _Program(meter).block(function.body, dict(zip(names, values, strict=True)))
+        program = _Program(meter, local_names)
+        end = program.block(function.body, dict(zip(names, values, strict=True)))
         return copied(end.value if isinstance(end, _Return) else None, meter)
     except EvaluationError:
         raise
@@ -72,11 +75,20 @@ def run(source: str, arguments: Sequence[Value], budget: int = 10_000) -> Value:
         raise EvaluationError(f"the program fails: {type(error).__name__}: {str(error)[:80]}") from error
 
 
-@lru_cache(maxsize=16)
 def function_of(source: str) -> ast.FunctionDef:
     """The one function that a source consists of, if the evaluator knows all that is in it; else EvaluationError."""
-    if not isinstance(source, str) or len(source) > LONGEST_SOURCE:
+    return _parsed(source)[0]
+
+
+def _parsed(source: str) -> tuple[ast.FunctionDef, frozenset[str]]:
+    """The function, and the names that it assigns."""
+    if type(source) is not str or len(source) > LONGEST_SOURCE:
         raise EvaluationError(f"the source is no text of at most {LONGEST_SOURCE} characters; give a shorter one")
+    return _parsed_text(source)
+
+
+@lru_cache(maxsize=16)
+def _parsed_text(source: str) -> tuple[ast.FunctionDef, frozenset[str]]:
     _check_brackets(source)
     try:
         with warnings.catch_warnings():
@@ -88,7 +100,7 @@ def function_of(source: str) -> ast.FunctionDef:
         raise EvaluationError("the source is not one function; write a single def")
     function = tree.body[0]
     _check(function)
-    return function
+    return function, _locals(function)
 
 
 def _check_brackets(source: str) -> None:
@@ -120,6 +132,10 @@ def _check(function: ast.FunctionDef) -> None:
         or function.decorator_list
     ):
         raise refused("such parameters or decorators")
+    names = [parameter.arg for parameter in plain.args]
+    if len({*names}) < len(names):
+        raise EvaluationError("two parameters have one name; rename one of them")
+    _check_loops(function)
     waiting: list[tuple[ast.AST, int]] = [(node, 1) for node in function.body]
     while waiting:
         node, depth = waiting.pop()
@@ -132,6 +148,30 @@ def _check(function: ast.FunctionDef) -> None:
         if isinstance(node, ast.comprehension) and node.is_async:
             raise refused("async in a source")
         waiting += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
+
+
+def _check_loops(function: ast.FunctionDef) -> None:
+    """Refuse `break` and `continue` outside a loop, which Python finds after parsing."""
+    waiting = [(statement, False) for statement in function.body]
+    while waiting:
+        statement, is_loop = waiting.pop()
+        if isinstance(statement, ast.Break | ast.Continue) and not is_loop:
+            raise EvaluationError("a break or continue is outside a loop; put it in one")
+        if isinstance(statement, ast.For | ast.If):
+            waiting += [(inner, is_loop or isinstance(statement, ast.For)) for inner in statement.body]
+            waiting += [(inner, is_loop) for inner in statement.orelse]
+
+
+def _locals(function: ast.FunctionDef) -> frozenset[str]:
+    """The names that the function assigns, and that are therefore no built-in functions anywhere in it."""
+    waiting: list[ast.AST] = [*function.body]
+    names: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        waiting += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.comprehension)]
+    return frozenset(names)
 
 
 class _Return:
@@ -148,8 +188,8 @@ _End = _Return | ast.Break | ast.Continue | None
 class _Program:
     """A walk over the nodes of a function. Every node costs a step."""
 
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
+    def __init__(self, meter: Meter, names: frozenset[str]) -> None:
+        self.meter, self.locals = meter, names
 
     # ---- statements
 
@@ -284,7 +324,7 @@ class _Program:
         """What a comprehension gives. Its first list is worked out now, all else when it is read."""
         values = self.value(loops[0].iter, names)
         inner: _Names = ChainMap({}, names)
-        return LazyItems(self.nested(item, loops, iterate(values, self.meter), inner), [values])
+        return LazyItems(self.nested(item, loops, iterate(values, self.meter), inner))
 
     def nested(
         self, item: ast.expr, loops: Sequence[ast.comprehension], values: Iterator[Value], names: _Names
@@ -307,7 +347,7 @@ class _Program:
     def function(self, node: ast.expr, names: _Names) -> tuple[Callable[..., Value], list[Value]]:
         """A function or a method that a call names, and the value that the method is of."""
         match node:
-            case ast.Name(id=name) if name in BUILTINS and name not in names:
+            case ast.Name(id=name) if name in BUILTINS and name not in names and name not in self.locals:
                 return BUILTINS[name], []
             case ast.Attribute(value=expression, attr=name):
                 value = self.value(expression, names)

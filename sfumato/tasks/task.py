@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, infill, recall, sorting, sudoku
+from sfumato.tasks import decisions, edits, graphs, infill, molecules, moses, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,19 @@ class Task:
     """The text that an answer may begin from, in place, instead of from noise. None: there is none."""
     system: Callable[[str], str] | None = None
     """The system message before everything, "" for an item without one. None: there is none."""
+    variant: Callable[[str, np.random.Generator], str] | None = None
+    """Another item, as likely as the one that it is made of, where that is much quicker than to make one. Items that
+    are held out are searched for among these."""
 
 
 def _puzzle(rng: np.random.Generator) -> str:
     clues = rng.choice([_one_of(rng, 40, 56), _one_of(rng, 30, 40), _one_of(rng, 24, 30)])  # each band alike
     return sudoku.generate(int(clues), rng)
+
+
+def _with_other_digits(puzzle: str, rng: np.random.Generator) -> str:
+    """The same puzzle with its digits exchanged, as likely as any: a board is drawn from all there are."""
+    return puzzle.translate(str.maketrans("123456789", "".join(map(str, rng.permutation(9) + 1))))
 
 
 def _one_of(rng: np.random.Generator, least: int, end: int) -> int:
@@ -65,6 +73,9 @@ def _solution(puzzle: str) -> str:
     return sudoku.answer_text(solution)
 
 
+FILLED = 0.1
+"""Of tasks whose answers are shorter than a canvas."""
+
 _RECALL = Task(
     "recall",
     recall.generate,
@@ -73,7 +84,7 @@ _RECALL = Task(
     lambda text, item: text.strip() == recall.answer_text(item),
     earlier=recall.earlier,
     is_prompt_learned=False,
-    filled=0.1,
+    filled=FILLED,
 )
 
 TASKS = {
@@ -87,6 +98,7 @@ TASKS = {
             lambda text, item: sudoku.is_solved(text.strip(), item),
             lambda item: {cell: digit for cell, digit in enumerate(item) if digit != "0"},
             kind=sudoku.band,
+            variant=_with_other_digits,
         ),
         Task(
             "sorting",
@@ -102,8 +114,45 @@ TASKS = {
             decisions.answer,
             lambda text, item: decisions.is_right(text.strip(), item),
             is_prompt_learned=False,
-            filled=0.1,
+            filled=FILLED,
             kind=lambda item: decisions.read(item).kind,
+        ),
+        _RECALL,
+        replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
+        Task(
+            "edits",
+            edits.generate,
+            edits.prompt,
+            edits.answer,
+            lambda text, item: edits.is_right(text.strip(), item),
+            is_prompt_learned=False,
+            filled=FILLED,
+            kind=lambda item: edits.read(item).kind,
+            measures=lambda text, item: {"untouched": float(edits.is_untouched(text.strip(), item))},
+            draft=edits.document,
+        ),
+        Task(
+            "graphs",
+            graphs.generate,
+            graphs.prompt,
+            graphs.answer,
+            lambda text, item: text.strip() == graphs.answer(item),
+            is_prompt_learned=False,
+            filled=FILLED,
+            kind=graphs.family_of,
+            measures=lambda text, item: {
+                "cells": graphs.right_cells(text, item),
+                "marks": graphs.right_marks(text, item),
+            },
+        ),
+        Task(
+            "families",
+            graphs.generate_family,
+            graphs.family_prompt,
+            graphs.family_answer,
+            lambda text, item: graphs.is_family(text.strip(), item),
+            is_prompt_learned=False,
+            filled=FILLED,
         ),
         Task(
             "infill",
@@ -112,12 +161,23 @@ TASKS = {
             infill.answer,
             lambda text, item: infill.is_right(text.strip(), item),
             is_prompt_learned=False,
-            filled=0.1,
+            filled=FILLED,
             kind=infill.kind,
             measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
         ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
+        Task(
+            "molecules",
+            molecules.generate,
+            molecules.prompt,
+            molecules.answer,
+            molecules.is_right,
+            is_prompt_learned=False,
+            filled=FILLED,
+            kind=molecules.kind,
+            measures=molecules.measures,
+        ),
     )
 }
 """The tasks there are, by name."""
@@ -138,11 +198,22 @@ def drawn(task: Task, count: int, rng: np.random.Generator, held_out: bool) -> l
     kept: list[str] = []
     for _ in range(count * _TRIES):
         item = task.generate(rng)
+        if held_out and task.variant is not None:
+            item = _held_out_variant(task.variant, item, rng)
         if is_held_out(item) == held_out:
             kept.append(item)
         if len(kept) == count:
             return kept
     raise InputError(f"the task {task.name} has no items to hold out; it is too small")
+
+
+def _held_out_variant(variant: Callable[[str, np.random.Generator], str], item: str, rng: np.random.Generator) -> str:
+    """A variant of an item that is held out, or after some tries one that is not."""
+    for _ in range(8 * SPLIT):
+        if is_held_out(item):
+            break
+        item = variant(item, rng)
+    return item
 
 
 def held_out_items(task: Task, count: int, seed: int) -> list[str]:
@@ -168,7 +239,9 @@ def messages(task: Task, item: str) -> list[dict[str, str]]:
 
 
 def named(name: str) -> Task:
-    """InputError for a name that there is not."""
+    """InputError for a name that there is not; `molecules-moses` is there where the data of MOSES are (see `moses`)."""
+    if name == "molecules-moses":
+        return replace(TASKS["molecules"], name=name, generate=moses.generator())
     if name not in TASKS:
         raise InputError(f"there is no task {name!r}; the tasks are: {', '.join(TASKS)}")
     return TASKS[name]

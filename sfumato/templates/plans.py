@@ -319,7 +319,9 @@ class Planner:
         ends = [(sheet.places[number].start // canvas + 1) * canvas for sheet in sheets]
         sheets = [replace(sheet, length=min(sheet.length, end)) for sheet, end in zip(sheets, ends, strict=True)]
         fits = [LengthScore(sheet, number, canvas) for sheet in sheets]
-        quick = replace(query.options, max_steps=LENGTH_STEPS, confidence=0.0, early=False, short=False, drafts=False)
+        quick = replace(
+            query.options, max_steps=LENGTH_STEPS, confidence=0.0, early=False, short=False, redos=0, drafts=False
+        )
         rows = zip(sheets, fits, strict=True)
         yield [self._ask_sheet(sheet, query.prompt, quick, [], fit) for sheet, fit in rows]
         return sizes[min(range(len(sizes)), key=lambda row: (fits[row].value, row))]

@@ -4,11 +4,13 @@ L_diff is the mean cross-entropy over all positions of a canvas of which each po
 uniform in (0, 1), with no weight by t. L_enc is the next-token cross-entropy of a causal language model.
 
 The encode pass over prompt and response gives the next-token loss and fills a cache; cut back to what stands before
-the chosen canvas, that cache is what the denoise passes read, gradients included. Nothing here knows about tasks.
+the chosen canvas, that cache is what the denoise passes read, gradients included. What an `Objective` may add to
+L_diff is in `later`. Nothing here knows about tasks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
-from sfumato.sampling.rules import leave_one_out_bonus
-from sfumato.training.vocabulary import ObservedTokens, cross_entropy_sum, soft_embedding
+from sfumato.training.later import LaterPass, observed_of, revision_sum, teacher_of
+from sfumato.training.objective import PLAIN, Objective
+from sfumato.training.vocabulary import Terms, cross_entropies, cross_entropy_sum, soft_embedding
 
 IGNORE = -100
 
@@ -37,12 +40,39 @@ class Examples:
     """The length limit cut this example: what would follow is unknown, so no eos fill is supervised."""
     is_learned_BT: Tensor | None = None
     """Which tokens the next-token loss covers; None: all that are real."""
+    canvases: list[int] | None = None
+    """Positions of each row's canvas, 0 for the model's; None: all have that."""
+    drafts: list[list[int]] | None = None
+    """What stands in the first canvas of a row where it is not clean, in the place of noise; [], or None: noise."""
 
     def part(self, rank: int, ranks: int) -> Examples:
         """Every `ranks`-th example from `rank` on: what this rank takes of a batch, whose size `ranks` divides."""
-        own = slice(rank, None, ranks)
-        learned = None if self.is_learned_BT is None else self.is_learned_BT[own]
-        return Examples(self.tokens_BT[own], self.counts[own], self.prompts[own], self.is_cut[own], learned)
+        return self.of(range(rank, len(self.counts), ranks))
+
+    def of(self, rows: Sequence[int]) -> Examples:
+        """Some of the examples."""
+        at = torch.tensor(rows, device=self.tokens_BT.device)
+        counts, prompts, is_cut = ([column[row] for row in rows] for column in (self.counts, self.prompts, self.is_cut))
+        learned = None if self.is_learned_BT is None else self.is_learned_BT[at]
+        canvases = None if self.canvases is None else [self.canvases[row] for row in rows]
+        drafts = None if self.drafts is None else [self.drafts[row] for row in rows]
+        return Examples(self.tokens_BT[at], counts, prompts, is_cut, learned, canvases, drafts)  # type: ignore[arg-type]
+
+    def unclean(self, noise_BL: Tensor, rows: Sequence[int], starts: Sequence[int], eos: int) -> Tensor:
+        """What takes the place of clean tokens in these rows' canvases: noise, or a draft with its end and fill."""
+        if self.drafts is None:
+            return noise_BL
+        unclean_BL, length = noise_BL.clone(), noise_BL.shape[1]
+        for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            if self.drafts[row] and start == self.prompts[row]:
+                own = (self.drafts[row] + [eos] * length)[:length]
+                unclean_BL[number] = torch.tensor(own, device=noise_BL.device)
+        return unclean_BL
+
+    def by_canvas(self, length: int) -> dict[int, list[int]]:
+        """Rows by the length of their canvas, where `length` is the model's."""
+        own = [one or length for one in self.canvases or [0] * len(self.counts)]
+        return {size: [row for row, one in enumerate(own) if one == size] for size in sorted({*own})}
 
 
 @dataclass(frozen=True)
@@ -62,10 +92,18 @@ class Corruption:
     has_first_pass: bool
     """Some row of the whole batch does: then every rank takes a first pass, since ranks that share weights must take
     the same passes."""
+    later_B: Tensor
+    """The level of a later pass, as a share of t."""
+    renoise_BKL: Tensor
+    """The noise of K steps of sampling."""
 
     @classmethod
-    def draw(cls, batch: int, length: int, vocab: int, generator: torch.Generator, share: float = 0.5) -> Corruption:
+    def draw(
+        cls, batch: int, length: int, vocab: int, generator: torch.Generator, share: float = 0.5, steps: int = 0
+    ) -> Corruption:
         """Random numbers for `batch` canvases; `share` of them see the soft embedding of a first pass.
+
+        `steps`: so many steps of sampling may follow, and have noise of their own; no other number depends on them.
 
         Where that is no whole number of canvases, one of its neighbours is drawn, so that the mean over steps is right:
         a single canvas sees it on every other step at a share of a half."""
@@ -77,13 +115,27 @@ class Corruption:
         noise_BL = torch.randint(vocab, (batch, length), generator=generator, device=generator.device)
         whole, rest = divmod(batch * share, 1)
         conditioned = int(whole) + (rest > 0 and float(uniform(1)) < rest)
-        return cls(canvas_B, level_B, keep_BL, noise_BL, conditioned, conditioned > 0)
+        later_B = uniform(batch)
+        renoise_BKL = torch.randint(vocab, (batch, steps, length), generator=generator, device=generator.device)
+        return cls(canvas_B, level_B, keep_BL, noise_BL, conditioned, conditioned > 0, later_B, renoise_BKL)
 
     def part(self, rank: int, ranks: int) -> Corruption:
         """The numbers of the canvases of `Examples.part`, as the whole batch has them."""
-        own = slice(rank, None, ranks)
-        tensors = (self.canvas_B[own], self.level_B[own], self.keep_BL[own], self.noise_BL[own])
-        return Corruption(*tensors, len(range(rank, self.conditioned, ranks)), self.has_first_pass)
+        return self.of(range(rank, len(self.level_B), ranks))
+
+    def of(self, rows: Sequence[int], length: int | None = None) -> Corruption:
+        """The numbers of some canvases, in rising order, and of so many of their positions."""
+        at = torch.tensor(rows, device=self.level_B.device)
+        return Corruption(
+            self.canvas_B[at],
+            self.level_B[at],
+            self.keep_BL[at, :length],
+            self.noise_BL[at, :length],
+            sum(row < self.conditioned for row in rows),
+            self.has_first_pass,
+            self.later_B[at],
+            self.renoise_BKL[at, :, :length],
+        )
 
 
 @dataclass(frozen=True)
@@ -108,19 +160,26 @@ class Problem:
     """Targets of the denoise pass."""
     encode_count: int
     """Targets of the encode pass."""
+    later: LaterPass
 
 
 class LossSums(NamedTuple):
-    """Cross-entropies in nats, summed over their targets: sums and counts of parts add up to those of a batch."""
+    """Sums over targets, nats: sums and counts of parts add up to those of a batch.
 
-    diffusion: Tensor
+    `denoise` and `encode` are what is minimised; `diffusion`, `revision` and `distillation` are what `denoise` is the
+    weighted sum of, without gradients, 0 where the objective lacks them."""
+
+    denoise: Tensor
     encode: Tensor
+    diffusion: Tensor
+    revision: Tensor
+    distillation: Tensor
     diffusion_count: int
     encode_count: int
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """(L_diff, L_enc), nats a token; 0 where there is no target."""
-        return self.diffusion / max(1, self.diffusion_count), self.encode / max(1, self.encode_count)
+        """(L_diff with what is added to it, L_enc), nats a token; 0 where there is no target."""
+        return self.denoise / max(1, self.diffusion_count), self.encode / max(1, self.encode_count)
 
 
 def problem(batch: Examples, corruption: Corruption, length: int, eos: int, encode_response: bool = True) -> Problem:
@@ -157,33 +216,36 @@ def problem(batch: Examples, corruption: Corruption, length: int, eos: int, enco
         is_learned_BT = batch.is_learned_BT[:, 1 : max(counts)]
         next_BT = next_BT.masked_fill(~is_learned_BT, IGNORE)
         encode_count = int((is_learned_BT & ~is_past_BT).sum())
-    is_noise_BL = corruption.keep_BL < corruption.level_B[:, None]
+    clean_BL, unclean_BL = torch.stack(clean_rows), batch.unclean(corruption.noise_BL, rows, starts, eos)
+
+    def noised(level_B: Tensor) -> Tensor:
+        return torch.where(corruption.keep_BL < level_B[:, None], unclean_BL, clean_BL)
+
+    later_B = corruption.level_B * corruption.later_B
     return Problem(
         tokens_BT=tokens_BT,
         next_BT=next_BT,
         counts=counts,
         rows=rows,
         starts=starts,
-        canvas_BL=torch.where(is_noise_BL, corruption.noise_BL, torch.stack(clean_rows)),
+        canvas_BL=noised(corruption.level_B),
         target_BL=torch.stack(target_rows),
         level_B=corruption.level_B,
         conditioned=corruption.conditioned,
         has_first_pass=corruption.has_first_pass,
         diffusion_count=diffusion_count,
         encode_count=encode_count,
+        later=LaterPass(noised(later_B), later_B, corruption.renoise_BKL),
     )
 
 
-def losses(model: Model, problem: Problem, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
-    """(L_diff, L_enc), two scalars whose sum is the objective. See `loss_sums`."""
-    return loss_sums(model, problem, leave_one_out).means()
+def losses(model: Model, problem: Problem, objective: Objective = PLAIN) -> tuple[Tensor, Tensor]:
+    """(L_diff with what is added to it, L_enc), two scalars whose sum is minimised. See `loss_sums`."""
+    return loss_sums(model, problem, objective).means()
 
 
-def loss_sums(model: Model, problem: Problem, leave_one_out: bool = False) -> LossSums:
-    """Both losses as sums. Weights with trainable factors beside them take part in all passes.
-
-    `leave_one_out` adds log(1 + V a/(1 - a)), a = 1 - t, to the logit of the observed token before the cross-entropy
-    (arXiv 2605.22765)."""
+def loss_sums(model: Model, problem: Problem, objective: Objective = PLAIN) -> LossSums:
+    """Both losses as sums. Weights with trainable factors beside them take part in all passes."""
     config, width = model.config, problem.tokens_BT.shape[1]
     cache = KVCache.allocate(config, len(problem.counts), width, model.device, model.dtype, slack=width)
     hidden_BTD = model.encode(problem.tokens_BT, cache, counts=problem.counts)
@@ -201,10 +263,14 @@ def loss_sums(model: Model, problem: Problem, leave_one_out: bool = False) -> Lo
             first_BLD = model.denoise(canvas_BL[: len(some)], cache, None, rows=some)
         soft = soft_embedding(model, first_BLD)
         soft_BLD = torch.cat([soft[: problem.conditioned].to(soft_BLD.dtype), soft_BLD[problem.conditioned :]])
-    hidden_ND = model.denoise(canvas_BL, cache, soft_BLD).flatten(0, 1)
-    observed = None
-    if leave_one_out:
-        bonus_BL = leave_one_out_bonus(1 - problem.level_B, config.vocab_size)[:, None].expand_as(canvas_BL)
-        observed = ObservedTokens(canvas_BL.flatten(), bonus_BL.flatten())
-    diffusion_sum = cross_entropy_sum(model, hidden_ND, problem.target_BL.flatten(), observed)
-    return LossSums(diffusion_sum, encode_sum, problem.diffusion_count, problem.encode_count)
+    hidden_BLD = model.denoise(canvas_BL, cache, soft_BLD)
+    observed = observed_of(canvas_BL, problem.level_B, config.vocab_size) if objective.leave_one_out else None
+    teacher = teacher_of(model, cache, hidden_BLD, problem.later, objective) if objective.self_distillation else None
+    target_N = problem.target_BL.flatten()
+    main = cross_entropies(model, hidden_BLD.flatten(0, 1), target_N, Terms(observed, teacher))
+    denoise_sum, revision = main.objective, torch.zeros_like(main.targets)
+    if objective.revision_penalty:
+        penalty = revision_sum(model, cache, hidden_BLD, target_N, main, problem.later, objective)
+        denoise_sum, revision = denoise_sum + objective.revision_penalty * penalty, penalty.detach()
+    counts = problem.diffusion_count, problem.encode_count
+    return LossSums(denoise_sum, encode_sum, main.targets, revision, main.teachers, *counts)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sfumato.errors import InputError
 from sfumato.options import DTYPE_NAMES
+from sfumato.training.objective import Objective
 from sfumato.training.optimizers import OPTIMIZERS
 
 
@@ -38,7 +39,18 @@ class TrainingRecipe:
     """Canvases (noise levels) per example: the example is encoded once for all of them."""
     conditioned: float = 0.5
     """Share of a batch that sees the soft embedding of a first pass."""
+    short_canvases: float = 0.0
+    """Share of steps in which the canvas of a task is only as long as its answers, of one process. 0: never."""
+    drafts: float = 0.0
+    """Of a task whose answers may begin from a text: the share of examples whose canvas has that in the place of noise,
+    so that they are edited in place."""
     leave_one_out: bool = False
+    revision_penalty: float = 0.0
+    """Weight of a penalty on later passes that revise what was right. See `Objective`."""
+    self_distillation: float = 0.0
+    """Weight of what the same model predicts some steps later. See `Objective`."""
+    distillation_steps: int = 1
+    """How many steps later, 16 at most."""
     precision: str = "float32"
     """"float32", or "bfloat16": autocast, weights that are trained stay float32."""
 
@@ -56,18 +68,45 @@ class TrainingRecipe:
             _check(name, getattr(self, name), 1, math.inf, is_whole=True)
         for name in ("warmup", "hold", "seed"):
             _check(name, getattr(self, name), 0, math.inf, is_whole=True)
-        for name, most in (("lr", 10.0), ("floor", 1.0), ("conditioned", 1.0), ("weight_decay", 10.0), ("clip", 1e6)):
+        for name, most in (
+            ("lr", 10.0),
+            ("floor", 1.0),
+            ("conditioned", 1.0),
+            ("short_canvases", 1.0),
+            ("drafts", 1.0),
+            ("revision_penalty", 1e3),
+            ("self_distillation", 1e3),
+            ("weight_decay", 10.0),
+            ("clip", 1e6),
+        ):
             _check(name, getattr(self, name), 0.0, most)
+        _check("distillation_steps", self.distillation_steps, 1, 16, is_whole=True)
         if len(self.betas) != 2:
             raise InputError(f"betas is {self.betas}; give two numbers from 0 to 1, such as 0.95,0.99")
         for beta in self.betas:
             _check("betas", beta, 0.0, 1.0)
         if not isinstance(self.leave_one_out, bool):
             raise InputError(f"leave_one_out is {self.leave_one_out!r}; give true or false")
+        if self.leave_one_out and self.self_distillation:
+            raise InputError(
+                f"self_distillation is {self.self_distillation:g} and leave_one_out true, whose correction needs the "
+                "noise level of a canvas, and one that the sampler has written has none; set self_distillation to 0, "
+                "or leave_one_out to false"
+            )
         if self.batch % self.accumulate:
             raise InputError(
                 f"batch is {self.batch} and accumulate {self.accumulate}, which does not divide it; change one of them"
             )
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return Objective(self.leave_one_out, self.revision_penalty, self.self_distillation, self.distillation_steps)
+
+    @property
+    def later_steps(self) -> int:
+        """Steps of sampling within a step of training."""
+        return self.distillation_steps if self.self_distillation else 0
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -229,7 +229,12 @@ def _task_sources(
     if name == "sudoku":
         source = SudokuSource(base.tokenizer, base.template, pool=spec.data.pool, progress=progress)
         return source, _held_out_sudoku(base)
-    return tuple(TaskSource(task, base.tokenizer, base.template, recipe.seed, held) for held in (False, True))  # type: ignore[return-value]
+    canvases = base.config.canvas_length, recipe.short_canvases
+    train, held_out = (
+        TaskSource(task, base.tokenizer, base.template, recipe.seed, held, canvases, recipe.drafts)
+        for held in (False, True)
+    )
+    return train, held_out
 
 
 def _held_out_sudoku(base: Base) -> SudokuSource:

@@ -12,12 +12,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sfumato.checkpoints.shards import read_tensors, write_tensors
 from sfumato.errors import CheckpointError, InputError, SfumatoError
@@ -26,6 +28,7 @@ from sfumato.training import logs
 from sfumato.training.data import Source
 from sfumato.training.distributed import ALONE, Ranks, full
 from sfumato.training.loss import Corruption, LossSums, Problem, loss_sums, problem
+from sfumato.training.objective import Objective
 from sfumato.training.optimizers import optimizers_of
 from sfumato.training.recipe import TrainingRecipe
 from sfumato.training.state import (
@@ -43,6 +46,10 @@ from sfumato.training.state import (
 BEST = "best.safetensors"
 """What is trained, as it was at the lowest held-out loss."""
 
+PLAIN_ATTENTION = 512
+"""On a CPU in bfloat16 the scores of so many tokens are computed whole: torch's flash kernel takes 29 % of a step of
+nano-skills there, and the step as a whole 10 % longer (docs/LOG.md)."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -55,6 +62,9 @@ class StepReport:
     grad_norm: float
     examples: int
     seconds: float
+    revision_loss: float | None = None
+    """Unweighted, as the next; None where the objective lacks it."""
+    distillation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,11 @@ class Trainer:
             raise InputError("no weight of this model is trained; attach an adapter, or train all of them")
         if self.ranks.size > 1 and recipe.optimizer != "adamw":
             raise InputError(f"optimizer {recipe.optimizer!r} is of one process; choose 'adamw' for several")
+        if self.ranks.size > 1 and recipe.short_canvases:
+            raise InputError(
+                f"short_canvases is {recipe.short_canvases}, and only one process can group a batch by its canvases; "
+                "leave it out for several"
+            )
         self.optimizers = optimizers_of(trained, recipe)
         self._trained = list(trained.values())
         self._losses: Callable[..., LossSums] = (
@@ -176,7 +191,7 @@ class Trainer:
         try:
             while self.step < self.recipe.steps and not self.is_stopped_early and not self._is_over(until):
                 progress = self._advance()
-                self._log("log.jsonl", asdict(progress))
+                self._log("log.jsonl", _line_of(progress))
                 self._look()
                 self._is_between_steps = True
                 if self.ranks.agree(int(time.monotonic() - saved > self.setting.checkpoint_seconds)):
@@ -201,14 +216,14 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         parts, counts = self._split(batch, corruption, is_whole)
-        means = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        means = torch.zeros(4, dtype=torch.float64, device=self.model.device)
         for part in parts:
-            diffusion, encode = self._mean_shares(part, counts)
-            (diffusion + encode).backward()
-            means += torch.stack([diffusion, encode]).detach()
-        diffusion_loss, encode_loss = self.ranks.total(means).tolist()
+            sums = self._sums(part, recipe.objective)
+            (sums.denoise / counts[0] + sums.encode / counts[1]).backward()
+            means += _mean_shares(sums, counts)
+        diffusion_loss, encode_loss, revision_loss, distillation_loss = self.ranks.total(means).tolist()
         norm = full(torch.nn.utils.clip_grad_norm_(self._trained, recipe.clip))
-        if not math.isfinite(diffusion_loss + encode_loss + float(norm)):
+        if not math.isfinite(diffusion_loss + encode_loss + revision_loss + distillation_loss + float(norm)):
             raise SfumatoError(
                 f"the loss of step {self.step + 1} is {diffusion_loss + encode_loss:g} and the norm of its gradients "
                 f"{float(norm):g}, so it was not taken, and what was saved before is as it was; begin anew with "
@@ -227,6 +242,8 @@ class Trainer:
             grad_norm=float(norm),
             examples=self.step * recipe.batch,
             seconds=time.perf_counter() - began,
+            revision_loss=revision_loss if recipe.revision_penalty else None,
+            distillation_loss=distillation_loss if recipe.self_distillation else None,
         )
 
     def _drawn(self, source: Source, step: int) -> Any:
@@ -235,30 +252,44 @@ class Trainer:
         batch = source.batch(step, recipe.batch, device)
         generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
         canvases = recipe.batch * recipe.repeats
-        corruption = Corruption.draw(canvases, config.canvas_length, config.vocab_size, generator, recipe.conditioned)
+        sizes = canvases, config.canvas_length, config.vocab_size
+        corruption = Corruption.draw(*sizes, generator, recipe.conditioned, recipe.later_steps)
         return batch, corruption, (step + 1) % recipe.encode_response_every == 0
 
     def _split(self, batch: Any, corruption: Corruption, is_whole: bool) -> tuple[list[Problem], tuple[int, int]]:
         """This process's parts of a batch, and the targets of the whole one, of denoise and of encode."""
         config, eos = self.model.config, self.model.config.eos_ids[0]
 
-        def noised(rank: int, ranks: int) -> Problem:
-            part = batch.part(rank, ranks), corruption.part(rank, ranks)
-            return problem(*part, config.canvas_length, eos, is_whole)
+        def noised(rank: int, ranks: int) -> list[Problem]:
+            part, own = batch.part(rank, ranks), corruption.part(rank, ranks)
+            size = len(part.counts)
+            return [
+                problem(
+                    part.of(rows),
+                    own.of([k * size + row for k in range(self.recipe.repeats) for row in rows], length),
+                    length,
+                    eos,
+                    is_whole,
+                )
+                for length, rows in part.by_canvas(config.canvas_length).items()
+            ]
 
         whole = noised(0, 1)
         count = self._parts
         first = self.ranks.rank * self.recipe.accumulate
-        parts = [whole] if count == 1 else [noised(first + n, count) for n in range(self.recipe.accumulate)]
-        return parts, (max(1, whole.diffusion_count), max(1, whole.encode_count))
+        parts = (
+            whole if count == 1 else [one for n in range(self.recipe.accumulate) for one in noised(first + n, count)]
+        )
+        targets = sum(one.diffusion_count for one in whole), sum(one.encode_count for one in whole)
+        return parts, (max(1, targets[0]), max(1, targets[1]))
 
-    def _mean_shares(self, part: Problem, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What a part contributes to (L_diff, L_enc) of the whole batch."""
+    def _sums(self, part: Problem, objective: Objective) -> LossSums:
         is_half = self.recipe.precision == "bfloat16"
+        is_plain = is_half and self.model.device.type == "cpu" and part.tokens_BT.shape[1] <= PLAIN_ATTENTION
+        attention = sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
         # Without its cache: that would hold a copy of every weight until all passes are over, sharded or not.
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
-            sums = self._losses(self.model, part, self.recipe.leave_one_out)
-        return sums.diffusion / counts[0], sums.encode / counts[1]
+        with attention, torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
+            return self._losses(self.model, part, objective)
 
     # ---- looks at the model -----------------------------------------------------------------------------------------
 
@@ -284,15 +315,15 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, source: Source) -> HeldOut:
-        """The mean losses on the first batches of a source, with the same noise each time."""
-        means = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        batches = self.setting.held_out_batches
+        """L_diff and L_enc alone on the first batches of a source, with the same noise each time."""
+        means = torch.zeros(4, dtype=torch.float64, device=self.model.device)
+        batches, plain = self.setting.held_out_batches, Objective(self.recipe.leave_one_out)
         for number in range(batches):
             batch, corruption, _ = self._drawn(source, number)
             parts, counts = self._split(batch, corruption, True)
             for part in parts:
-                means += torch.stack(self._mean_shares(part, counts)) / batches
-        diffusion, encode = self.ranks.total(means).tolist()
+                means += _mean_shares(self._sums(part, plain), counts) / batches
+        diffusion, encode, *_ = self.ranks.total(means).tolist()
         return HeldOut(self.step, diffusion, encode)
 
     def _keep_best(self) -> None:
@@ -342,6 +373,18 @@ class Trainer:
     def _log(self, name: str, line: Mapping[str, Any]) -> None:
         if self.ranks.is_first:
             logs.append(self.folder / name, line)
+
+
+def _mean_shares(sums: LossSums, counts: tuple[int, int]) -> Tensor:
+    """What a part contributes to the means over the whole batch: of L_diff, L_enc, and what is added to L_diff."""
+    denoise, encode = counts
+    shares = sums.diffusion / denoise, sums.encode / encode, sums.revision / denoise, sums.distillation / denoise
+    return torch.stack(shares).detach()
+
+
+def _line_of(report: StepReport) -> dict[str, Any]:
+    """A step as a line of the log: what the objective lacks is left out."""
+    return {name: value for name, value in asdict(report).items() if value is not None}
 
 
 def recipe_of(folder: Path | str, **changes: Any) -> TrainingRecipe:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from sfumato.model.network import Model
 
 GROUP = 2**25
-"""Elements of the float32 logits of a group, 128 MiB; two tensors of this size exist at once."""
+"""Elements of the float32 logits of a group, 128 MiB; two tensors of this size exist at once, three with a teacher."""
 
 
 class ObservedTokens(NamedTuple):
@@ -28,14 +28,61 @@ class ObservedTokens(NamedTuple):
     bonus_N: Tensor
 
 
+class Teacher(NamedTuple):
+    """Predictions towards which those of the same positions are drawn, beside their targets."""
+
+    hidden_ND: Tensor
+    """Hidden states that the model's own head reads out; no gradient flows into them."""
+    weight: float
+
+
+class Terms(NamedTuple):
+    """What a cross-entropy may have beside its targets."""
+
+    observed: ObservedTokens | None = None
+    teacher: Teacher | None = None
+    floor_N: Tensor | None = None
+    """Nats that cost nothing: a position counts max(0, its cross-entropy - its floor). None: all of it."""
+
+    def of(self, part: slice) -> Terms:
+        """Those of some positions."""
+        observed, teacher, floor_N = self
+        return Terms(
+            None if observed is None else ObservedTokens(observed.token_N[part], observed.bonus_N[part]),
+            None if teacher is None else Teacher(teacher.hidden_ND[part], teacher.weight),
+            None if floor_N is None else floor_N[part],
+        )
+
+
+class CrossEntropies(NamedTuple):
+    """Nats, float32. The objective alone has gradients."""
+
+    objective: Tensor
+    """The sum over targets, and that over teachers at their weight."""
+    targets: Tensor
+    """The sum over targets alone."""
+    teachers: Tensor
+    """The sum of the cross-entropies to the teacher's distributions, unweighted; 0 without one."""
+    nats_N: Tensor
+    """Of each position's target, its floor not taken off; 0 where there is none."""
+    is_right_N: Tensor
+    """No token has a higher logit than the target."""
+
+
 def cross_entropy_sum(
     model: Model, hidden_ND: Tensor, target_N: Tensor, observed: ObservedTokens | None = None
 ) -> Tensor:
     """The sum of the cross-entropies of these positions in nats, float32; a target below 0 counts for nothing."""
-    total: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, model.head_VD, target_N, observed, model.config.softcap, _product_dtype(hidden_ND)
+    return cross_entropies(model, hidden_ND, target_N, Terms(observed)).objective
+
+
+def cross_entropies(model: Model, hidden_ND: Tensor, target_N: Tensor, terms: Terms) -> CrossEntropies:
+    """The cross-entropies of these positions with further terms; a target below 0 counts for nothing in any of them."""
+    return CrossEntropies(
+        *_CrossEntropySum.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, model.head_VD, target_N, terms, model.config.softcap, _product_dtype(hidden_ND)
+        )
     )
-    return total
 
 
 def soft_embedding(model: Model, hidden_BLD: Tensor) -> Tensor:
@@ -50,6 +97,30 @@ def soft_embedding(model: Model, hidden_BLD: Tensor) -> Tensor:
     return (soft_ND * model.embed_scale).view(hidden_BLD.shape)
 
 
+class ReadOut(NamedTuple):
+    """What the rules of a step of sampling need of hidden states, and what the next pass sees."""
+
+    soft_ND: Tensor
+    """The soft embedding, scaled."""
+    argmax_N: Tensor
+    entropy_N: Tensor
+    """Nats, float32, at a temperature of 1."""
+
+
+@torch.no_grad()
+def read_out(model: Model, hidden_ND: Tensor) -> ReadOut:
+    """The read-out of these hidden states, without gradients."""
+    dtype, embed_VD = _product_dtype(hidden_ND), model.embed_tokens.weight
+    soft, argmax, entropy = [], [], []
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        plain_VD = embed_VD.to(dtype)
+        for _, p_NV in _probabilities(hidden_ND, model.head_VD, model.config.softcap, dtype):
+            soft.append((p_NV.to(dtype) @ plain_VD).to(embed_VD.dtype))
+            argmax.append(p_NV.argmax(-1))
+            entropy.append(torch.special.entr(p_NV).sum(-1))
+    return ReadOut(torch.cat(soft) * model.embed_scale, torch.cat(argmax), torch.cat(entropy))
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
     """What a product of x is computed in: its own dtype, or that of autocast."""
     kind = x.device.type
@@ -62,54 +133,86 @@ def _group(head_VD: Tensor) -> int:
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """`cross_entropy_sum` of tensors; products are in `dtype`, all else in float32."""
+    """`cross_entropies` of tensors; products are in `dtype`, all else in float32."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        target_N: Tensor,
-        observed: ObservedTokens | None,
-        softcap: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, terms: Terms, softcap: float, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        nats_N = hidden_ND.new_zeros(len(target_N), dtype=torch.float32)
+        targets, teachers, is_right_N = nats_N.new_zeros(()), nats_N.new_zeros(()), nats_N > 0
         with torch.autocast(hidden_ND.device.type, enabled=False):
             plain_VD, group = head_VD.to(dtype), _group(head_VD)
             for start in range(0, len(target_N), group):
                 part = slice(start, start + group)
-                x = hidden_ND[part].to(dtype)
+                x, own = hidden_ND[part].to(dtype), terms.of(part)
                 tanh = (x @ plain_VD.mT).float().div_(softcap).tanh_()
-                logits = tanh * softcap
-                if observed is not None:
-                    logits.scatter_add_(1, observed.token_N[part, None], observed.bonus_N[part, None])
-                is_target_N1 = target_N[part, None] >= 0
-                target_N1 = target_N[part, None].clamp_min(0)
-                picked_N1 = logits.gather(1, target_N1)
-                most_N1 = logits.amax(1, keepdim=True)
-                p = logits.sub_(most_N1).exp_()
-                sum_N1 = p.sum(1, keepdim=True)
-                total = total + (sum_N1.log() + most_N1 - picked_N1).masked_fill(~is_target_N1, 0.0).sum()
+                teacher_NV = None
+                if own.teacher is not None:
+                    teacher_NV = _logits(own.teacher.hidden_ND.to(dtype), plain_VD, softcap).softmax(-1)
+                losses = _group_losses(tanh * softcap, target_N[part], own, teacher_NV)
+                targets, teachers = targets + losses.targets, teachers + losses.teachers
+                nats_N[part], is_right_N[part] = losses.nats_N, losses.is_right_N
                 if not needs_hidden and not needs_head:
                     continue
-                p.mul_(is_target_N1 / sum_N1).scatter_add_(1, target_N1, -is_target_N1.float())
-                slope = p.mul_(tanh.square_().neg_().add_(1.0)).to(dtype)
+                slope = losses.slope_NV.mul_(tanh.square_().neg_().add_(1.0)).to(dtype)
                 if grad_ND is not None:
                     grad_ND[part] = slope @ plain_VD
                 if grad_VD is not None:
                     grad_VD += slope.mT @ x
         ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
-        return total
+        objective = targets if terms.teacher is None else targets + terms.teacher.weight * teachers
+        results = targets.clone(), teachers, nats_N, is_right_N
+        ctx.mark_non_differentiable(*results)
+        return objective, *results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         both = (None if own is None else own * grad.to(own.dtype) for own in ctx.saved_tensors)
         return (*both, None, None, None, None)
+
+
+class _GroupLosses(NamedTuple):
+    """Of a group of positions; `slope_NV` is the gradient of its share of the objective with respect to the logits."""
+
+    targets: Tensor
+    teachers: Tensor
+    nats_N: Tensor
+    is_right_N: Tensor
+    slope_NV: Tensor
+
+
+def _group_losses(logits_NV: Tensor, target_N: Tensor, terms: Terms, teacher_NV: Tensor | None) -> _GroupLosses:
+    """The losses of float32 logits, in whose memory the gradient is written; the teacher's is used up too."""
+    if terms.observed is not None:
+        logits_NV.scatter_add_(1, terms.observed.token_N[:, None], terms.observed.bonus_N[:, None])
+    is_target_N1 = target_N[:, None] >= 0
+    target_N1 = target_N[:, None].clamp_min(0)
+    picked_N1 = logits_NV.gather(1, target_N1)
+    most_N1 = logits_NV.amax(1, keepdim=True)
+    is_right_N1 = is_target_N1 & (picked_N1 >= most_N1)
+    teachers = logits_NV.new_zeros(())
+    if teacher_NV is not None:  # as a product: no third tensor of this size
+        expected_N1 = torch.bmm(teacher_NV[:, None], logits_NV[:, :, None])[:, 0]
+    p_NV = logits_NV.sub_(most_N1).exp_()
+    sum_N1 = p_NV.sum(1, keepdim=True)
+    nats_N1 = (sum_N1.log() + most_N1 - picked_N1).masked_fill(~is_target_N1, 0.0)
+    counted_N1, is_counted_N1 = nats_N1, is_target_N1
+    if terms.floor_N is not None:
+        is_counted_N1 = is_target_N1 & (nats_N1 > terms.floor_N[:, None])
+        counted_N1 = (nats_N1 - terms.floor_N[:, None]).masked_fill(~is_counted_N1, 0.0)
+    if teacher_NV is None or terms.teacher is None:
+        p_NV.mul_(is_counted_N1 / sum_N1)
+    else:
+        weight_N1 = terms.teacher.weight * is_target_N1
+        teachers = (sum_N1.log() + most_N1 - expected_N1).masked_fill(~is_target_N1, 0.0).sum()
+        p_NV.mul_((is_counted_N1 + weight_N1) / sum_N1).sub_(teacher_NV.mul_(weight_N1))
+    p_NV.scatter_add_(1, target_N1, -is_counted_N1.float())
+    return _GroupLosses(counted_N1.sum(), teachers, nats_N1[:, 0], is_right_N1[:, 0], p_NV)
 
 
 class _SoftEmbedding(torch.autograd.Function):
@@ -125,7 +228,7 @@ class _SoftEmbedding(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             plain_VD = embed_VD.to(dtype)
-            parts = [p_NV @ plain_VD for _, p_NV in _probabilities(hidden_ND, head_VD, softcap, dtype)]
+            parts = [p_NV.to(dtype) @ plain_VD for _, p_NV in _probabilities(hidden_ND, head_VD, softcap, dtype)]
         return torch.cat(parts).to(embed_VD.dtype)
 
     @staticmethod
@@ -137,7 +240,7 @@ class _SoftEmbedding(torch.autograd.Function):
             grad_VD = torch.zeros_like(head_VD, dtype=torch.float32)
             with torch.autocast(hidden_ND.device.type, enabled=False):
                 for part, p_NV in _probabilities(hidden_ND, head_VD, ctx.softcap, ctx.dtype):
-                    grad_VD += p_NV.mT @ grad_ND[part].to(ctx.dtype)
+                    grad_VD += p_NV.to(ctx.dtype).mT @ grad_ND[part].to(ctx.dtype)
             grad_VD = grad_VD.to(ctx.embed_dtype)
         return grad_VD, None, None, None, None
 
@@ -145,9 +248,13 @@ class _SoftEmbedding(torch.autograd.Function):
 def _probabilities(
     hidden_ND: Tensor, head_VD: Tensor, softcap: float, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The distributions of each group of positions, in `dtype`."""
+    """The distributions of each group of positions, in float32; products are in `dtype`."""
     plain_VD, group = head_VD.to(dtype), _group(head_VD)
     for start in range(0, len(hidden_ND), group):
         part = slice(start, start + group)
-        logits = (hidden_ND[part].to(dtype) @ plain_VD.mT).float().div_(softcap).tanh_().mul_(softcap)
-        yield part, torch.softmax(logits, -1).to(dtype)
+        yield part, _logits(hidden_ND[part].to(dtype), plain_VD, softcap).softmax(-1)
+
+
+def _logits(x: Tensor, plain_VD: Tensor, softcap: float) -> Tensor:
+    """float32, softcapped."""
+    return (x @ plain_VD.mT).float().div_(softcap).tanh_().mul_(softcap)

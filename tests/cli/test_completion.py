@@ -13,6 +13,7 @@ import pytest
 from sfumato import cli
 from sfumato.checkpoints.targets import TARGETS
 from sfumato.quant.recipes import RECIPES
+from sfumato.system.embedded import EMBEDDED
 
 ASK = """
 import sys
@@ -45,8 +46,8 @@ def ask(shell: str, line: str) -> list[str]:
         ("sfumato serve --dtype b", ["bfloat16"]),
         ("sfumato bench --quantize nv", ["nvfp4"]),
         ("sfumato generate -s t_m", ["t_max=", "t_min="]),
-        ("sfumato chat na", ["nano", "nano-decide"]),
-        ("sfumato run na", ["nano", "nano-decide"]),
+        ("sfumato chat na", [*EMBEDDED]),
+        ("sfumato run na", [*EMBEDDED]),
         ("sfumato info --gp", ["--gpu"]),
     ],
 )

@@ -31,6 +31,8 @@ Look = Callable[..., str]
 
 COMMANDS = (
     ("sudoku", PUZZLE, "--seed", "1", "--delay", "0"),
+    ("demo", "--list"),
+    ("demo", "sudoku", "--seed", "1", "--delay", "0"),
     ("generate", f"Solve this Sudoku:\n{PUZZLE}", *QUICK),
     ("decide", "x", "--field", "mood=happy|unhappy, and how", "--score", "n=low|high", "--span", "Which?"),
     ("infill", "in.txt", "--length", "3", "--seed", "1"),

@@ -91,13 +91,13 @@ def test_what_an_item_says_is_pinned_here_and_elsewhere(llm: LLM) -> None:
 
 
 def test_a_template_has_slots_as_long_as_its_gaps() -> None:
-    assert template_of("abcdef", {0: "a", 3: "d", 4: "e"}) == [
+    assert template_of(6, {0: "a", 3: "d", 4: "e"}) == [
         "a",
         Slot("gap 1", length=2),
         "de",
         Slot("gap 3", length=1),
     ]
-    assert template_of("ab", {}) == [Slot("gap 0", length=2)]
+    assert template_of(2, {}) == [Slot("gap 0", length=2)]
 
 
 def test_one_token_at_a_time_nothing_is_pinned(llm: LLM) -> None:

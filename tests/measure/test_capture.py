@@ -93,6 +93,7 @@ VARIANTS = [
     *(Variant(recipe, rows, e, **f) for recipe, rows, e, f in product(RECIPES, (1, 16), BOTH, (NONE, ALL))),
     *(Variant("", rows, e, dtype=torch.float32, **ALL) for rows, e in product((1, 2), BOTH)),
     *(Variant(recipe, rows, True, rank=16, **ALL) for recipe, rows in (("int4", 1), ("fp8", 16))),
+    *(Variant("int4", rows, rows > 1, has_further_rules=True, **f) for rows, f in product((1, 2), (NONE, ALL))),
     *(Variant("int4", rows, e, **f) for rows, e, f in product((1, 2, 3, 4, 8), BOTH, FLAGS)),
 ]
 

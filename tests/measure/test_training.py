@@ -78,6 +78,9 @@ def test_more_of_anything_needs_more() -> None:
         {"is_checkpointed": False},
     ):
         assert memory(released(), replace(less, **more)).total > memory(released(), less).total
+    # Checkpointed, the fullest moment of one example is in the encode pass, when those behind it are over.
+    less = replace(less, is_checkpointed=False)
+    assert memory(released(), replace(less, is_revised=True)).total > memory(released(), less).total
     assert set(asdict(memory(released(), less))) >= {"weights", "gradients", "optimizer", "kept", "working", "slack"}
 
 

@@ -52,7 +52,7 @@ def answers(
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("kind", ["plain", "early", "bans", "pins"])
+@pytest.mark.parametrize("kind", ["plain", "early", "bans", "pins", "repeats"])
 def test_a_tape_gives_what_the_step_gives(kind: str, lag: int) -> None:
     """Over several canvases, at lengths, rows and counts that were not those of the recording."""
     options, pins = OPTIONS, None
@@ -60,6 +60,8 @@ def test_a_tape_gives_what_the_step_gives(kind: str, lag: int) -> None:
         options = [dataclasses.replace(o, early=True, confidence=5.0, max_steps=6) for o in OPTIONS]
     if kind == "bans":
         options = [dataclasses.replace(o, min_tokens=40 + 9 * n) for n, o in enumerate(OPTIONS)]
+    if kind == "repeats":  # the plain end of a step, with what it remembers of those before
+        options = [dataclasses.replace(o, max_steps=20, repeats=2 * n) for n, o in enumerate(OPTIONS)]
     if kind == "pins":
         pins = [{3: 13, 40: 2}, {}, {0: 1}]
     settings = EngineSettings(record=True, lag=lag, capture=Tape())

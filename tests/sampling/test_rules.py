@@ -16,7 +16,19 @@ from tiny_runs import (
 )
 
 from sfumato.options import Options
-from sfumato.sampling.rules import RowRules, Rules, Schedule, accept, count_still, is_confident, is_stable, pick_token
+from sfumato.sampling.rules import (
+    RowRules,
+    Rules,
+    RuleView,
+    Schedule,
+    accept,
+    count_repeats,
+    count_still,
+    is_confident,
+    is_repeated,
+    is_stable,
+    pick_token,
+)
 
 
 @examples(100)
@@ -40,6 +52,31 @@ def test_stable_looks_back_as_far_as_asked() -> None:
     assert is_stable(still, torch.full((5,), 2)).tolist() == [True, False, False, False, False]
     assert is_stable(still, torch.full((5,), 0)).tolist() == [True] * 5
     assert is_stable(still, torch.tensor([2, 1, 2, 0, 1])).tolist() == [True, True, False, True, False]
+
+
+@examples(60)
+@given(
+    tokens=st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=12),
+    width=st.integers(1, 5),
+)
+def test_repeats_are_counted_in_the_last_steps_of_this_canvas(tokens: list[list[int]], width: int) -> None:
+    """Against the plain count over all steps so far; what an earlier canvas left in the ring is not counted."""
+    ring = torch.tensor([[[1, 1, 1]] * width], dtype=torch.int32)
+    for step, own in enumerate(tokens):
+        last = tokens[max(0, step - width + 1) : step + 1]
+        argmax = torch.tensor([own])
+        expected = [sum(one[place] == own[place] for one in last) for place in range(3)]
+        assert count_repeats(argmax, ring, torch.tensor([step]))[0].tolist() == expected
+        ring[0, step % width] = argmax[0].int()
+
+
+def test_a_canvas_repeats_when_each_position_that_counts_does() -> None:
+    count = torch.tensor([[3, 2, 5]] * 5)
+    counts = torch.tensor([[True] * 3, [True] * 3, [True, False, True], [True] * 3, [False, True, False]])
+    repeats = torch.tensor([2, 3, 3, 0, 3])
+    view = RuleView(count, count.float(), count, count)
+    assert is_repeated(view, repeats).tolist() == [True, False, False, False, False]
+    assert is_repeated(view._replace(counts_BL=counts), repeats).tolist() == [True, False, True, False, False]
 
 
 def test_confident_is_strictly_below() -> None:
@@ -84,6 +121,7 @@ def test_a_further_rule_is_one_that_is_on() -> None:
     assert not Rules(*common).has_further
     assert not Patient(*common).has_further
     assert Patient(*common, patience=3).has_further
+    assert not Rules.of(Options()).has_further and Rules.of(Options(repeats=1)).has_further
 
 
 def test_rules_of_rows_are_numbers_of_their_own_kind() -> None:

@@ -128,12 +128,19 @@ def table(seeds: range, **more: Any) -> list[Chat]:
     return queries
 
 
+def carried_out(llm: LLM, queries: list[Chat]) -> list[Completion]:
+    """Answers that run together."""
+    *_, completions = llm._carry_out(llm.planner.answers(queries))
+    assert isinstance(completions, list)
+    return completions
+
+
 def check_table(llm: LLM, queries: list[Chat]) -> dict[tuple[Any, ...], set[str]]:
     """Each combination, and what its answers had."""
     shown: dict[tuple[Any, ...], set[str]] = {}
     for start in range(0, len(queries), 40):
         some = queries[start : start + 40]
-        for query, completion in zip(some, llm._carry_out(llm.planner.answers(some)), strict=True):
+        for query, completion in zip(some, carried_out(llm, some), strict=True):
             options = query.options
             key = options.constraint and options.constraint[0], options.thinking, bool(query.tools), options.must_call
             shown.setdefault(key, set()).update(check_answer(query, completion))
@@ -194,7 +201,7 @@ def test_a_stream_gives_the_thought_then_the_answer(wild: LLM) -> None:
         assert "".join(piece.text for piece in pieces) == done.text
         assert "".join(piece.thought for piece in pieces) == (done.thought or "")
         if done.thought and done.text:
-            assert wild._carry_out(wild.planner.answers([query] * 3))[2].text == done.text
+            assert carried_out(wild, [query] * 3)[2].text == done.text
             return
     raise AssertionError("no answer had a thought")
 

@@ -86,6 +86,14 @@ def test_packed_weights_are_whole_in_every_rank(both: tuple[Path, int], tmp_path
         assert line["encode_loss"] == pytest.approx(report.encode_loss, rel=0, abs=1e-5)
 
 
+def test_later_passes_are_taken_by_every_rank(both: tuple[Path, int], tmp_path: Path) -> None:
+    alone = carry_out(RunPart("later", "later", 3), tmp_path)
+    for report, line in zip(alone, lines_of(both[0] / "later"), strict=True):
+        for loss in ("diffusion_loss", "encode_loss", "revision_loss", "distillation_loss"):
+            assert line[loss] == pytest.approx(getattr(report, loss), rel=0, abs=1e-5), (loss, report.step)
+        assert line["grad_norm"] == pytest.approx(report.grad_norm, rel=1e-4)
+
+
 def test_a_state_is_a_share_of_each_and_no_pickle(both: tuple[Path, int]) -> None:
     folder, steps = both
     for part in runs_of(steps):

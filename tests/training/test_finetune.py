@@ -31,6 +31,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.training.data import Source, SudokuSource
 from sfumato.training.loss import IGNORE, Corruption, Examples, Problem, losses, problem
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import TrainingRecipe
 from sfumato.training.train import StepReport, Trainer, recipe_of
 
@@ -119,7 +120,7 @@ def test_losses_equal_the_objective_written_row_by_row(
 ) -> None:
     model = tiny_model()
     noised = problem(batch(cut=(True, False)), corruption_of(2 * repeats, seed=5), L, EOS, encode_response)
-    actual = losses(model, noised, leave_one_out)
+    actual = losses(model, noised, Objective(leave_one_out))
     for ours, theirs in zip(actual, by_hand(model, noised, leave_one_out), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 

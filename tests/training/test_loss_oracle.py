@@ -16,6 +16,7 @@ from sfumato.model.adapters import Adapter, Factors, new_adapter
 from sfumato.model.network import Model
 from sfumato.model.trainable import trainable_
 from sfumato.training.loss import IGNORE, Corruption, Examples, Problem, losses, problem
+from sfumato.training.objective import Objective
 
 CONFIG = tiny.tiny_config()
 WINDOW, L, V = CONFIG.window, CONFIG.canvas_length, CONFIG.vocab_size
@@ -101,7 +102,7 @@ def test_all_weights(name: str, seed: int, repeats: int, leave_one_out: bool) ->
     theirs, batch = oracle(), noisy(seed, repeats, encode_response=name == "fused")
     ours = tiny.twin(theirs, name).requires_grad_(True)
     (diffusion, encode), theirs_by_name = gradients(theirs, batch, leave_one_out)
-    own_diffusion, own_encode = losses(ours, batch, leave_one_out)
+    own_diffusion, own_encode = losses(ours, batch, Objective(leave_one_out))
     assert abs(own_diffusion.item() - diffusion.item()) < 1e-5
     assert abs(own_encode.item() - encode.item()) < 1e-5
     (own_diffusion + own_encode).backward()
@@ -133,7 +134,7 @@ def test_low_rank_factors(leave_one_out: bool) -> None:
         weights[tiny.oracle_name(name)].data += own.delta()
     (diffusion, encode), whole = gradients(theirs, batch, leave_one_out)
     trainable_(ours, adapter)
-    own_diffusion, own_encode = losses(ours, batch, leave_one_out)
+    own_diffusion, own_encode = losses(ours, batch, Objective(leave_one_out))
     assert abs(own_diffusion.item() - diffusion.item()) < 1e-5
     assert abs(own_encode.item() - encode.item()) < 1e-5
     (own_diffusion + own_encode).backward()

@@ -16,6 +16,7 @@ from sfumato.ops.packed import Packed
 from sfumato.quant.apply import quantize_
 from sfumato.training.checkpointing import checkpoint_
 from sfumato.training.loss import Corruption, Examples, LossSums, loss_sums, problem
+from sfumato.training.objective import Objective
 
 CONFIG = tiny_config(hidden_size=32, intermediate_size=64, expert_size=32)
 TARGETS = ("attention", "dense", "experts", "router", "self_conditioning")
@@ -47,7 +48,7 @@ def with_factors(model: Model) -> Model:
 
 def gradients(model: Model, run: Callable[..., LossSums] = loss_sums, autocast: bool = False) -> dict[str, Tensor]:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        both = run(model, BATCH, True).means()
+        both = run(model, BATCH, Objective(leave_one_out=True)).means()
     torch.autograd.backward(both)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -14,7 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sfumato.model.network import Model
 from sfumato.training import vocabulary
 from sfumato.training.loss import Corruption, Examples, losses, problem
-from sfumato.training.vocabulary import ObservedTokens, cross_entropy_sum, soft_embedding
+from sfumato.training.objective import PLAIN, Objective
+from sfumato.training.vocabulary import (
+    ObservedTokens,
+    Teacher,
+    Terms,
+    cross_entropies,
+    cross_entropy_sum,
+    read_out,
+    soft_embedding,
+)
 
 V, D, N = 509, 24, 21
 CONFIG = tiny_config(vocab_size=V)
@@ -62,6 +71,57 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, has_head: bool, is_obser
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("has_teacher", [False, True])
+@pytest.mark.parametrize("has_floor", [False, True])
+@pytest.mark.parametrize("group", [4, 100])
+def test_further_terms(monkeypatch: pytest.MonkeyPatch, has_teacher: bool, has_floor: bool, group: int) -> None:
+    """Values and gradients against float64."""
+    monkeypatch.setattr(vocabulary, "GROUP", group * V)
+    model, draws = tiny_model(CONFIG, name="fused").requires_grad_(True), torch.Generator().manual_seed(1)
+    hidden, teacher = (torch.randn(N, D, generator=draws) * 20 for _ in range(2))
+    target, floor = torch.randint(V, (N,), generator=draws), torch.rand(N, generator=draws) * 12
+    target[::5], floor[1::4] = -100, torch.inf
+    terms = Terms(None, Teacher(teacher, 0.7) if has_teacher else None, floor if has_floor else None)
+    hidden.requires_grad_()
+    ours = cross_entropies(model, hidden, target, terms)
+
+    double, head = hidden.detach().double().requires_grad_(), model.head_VD.detach().double().requires_grad_()
+    cap = CONFIG.softcap
+    log_p = (cap * torch.tanh(double @ head.mT / cap)).log_softmax(-1)
+    nats = F.nll_loss(log_p, target, reduction="none", ignore_index=-100)
+    q = (cap * torch.tanh(teacher.double() @ head.detach().mT / cap)).softmax(-1)
+    soft = -(q * log_p).sum(-1)[target >= 0].sum() if has_teacher else torch.tensor(0.0).double()
+    is_counted = (target >= 0) & ((nats > floor) if has_floor else True)
+    targets = (nats - floor if has_floor else nats)[is_counted].sum()
+    assert (target >= 0).sum() > is_counted.sum() > 0 or not has_floor
+    for actual, expected in (
+        (ours.targets, targets),
+        (ours.teachers, soft),
+        (ours.objective, targets + 0.7 * soft),
+        (ours.nats_N, nats),
+    ):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+    assert ours.is_right_N.equal(log_p.argmax(-1) == target)
+    for actual, expected in zip(
+        torch.autograd.grad(ours.objective, (hidden, model.head_VD)),
+        torch.autograd.grad(targets + 0.7 * soft, (double, head)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [4, 100])
+def test_read_out(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    monkeypatch.setattr(vocabulary, "GROUP", group * V)
+    model, hidden = tiny_model(CONFIG, name="fused").requires_grad_(True), torch.randn(N, D)
+    logits = model.logits(hidden)
+    read = read_out(model, hidden)
+    soft = model.ops.soft_embedding(logits, model.embed_tokens.weight, model.embed_scale)
+    torch.testing.assert_close(read.soft_ND, soft, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read.entropy_N, torch.distributions.Categorical(logits=logits).entropy())
+    assert read.argmax_N.equal(logits.argmax(-1)) and not read.soft_ND.requires_grad
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     model = tiny_model(CONFIG, name="fused")
     hidden, target = torch.randn(N, D), torch.zeros(N, dtype=torch.long)
@@ -86,15 +146,17 @@ def test_soft_embedding(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_the_logits_of_a_batch_never_exist_whole(monkeypatch: pytest.MonkeyPatch, leave_one_out: bool) -> None:
+@pytest.mark.parametrize(
+    "objective", [PLAIN, Objective(leave_one_out=True), Objective(revision_penalty=1.0, self_distillation=1.0)]
+)
+def test_the_logits_of_a_batch_never_exist_whole(monkeypatch: pytest.MonkeyPatch, objective: Objective) -> None:
     monkeypatch.setattr(vocabulary, "GROUP", 5 * V)
     examples = Examples(torch.randint(6, V, (2, 30)), [30, 25], [4, 6], [False, True])
-    dice = Corruption.draw(2, CONFIG.canvas_length, V, torch.Generator().manual_seed(1))
+    dice = Corruption.draw(2, CONFIG.canvas_length, V, torch.Generator().manual_seed(1), steps=1)
     batch = problem(examples, dice, CONFIG.canvas_length, eos=1)
     model = tiny_model(CONFIG, name="fused").requires_grad_(True)
     with WidestLogits() as widest:  # type: ignore[no-untyped-call]
-        sum(losses(model, batch, leave_one_out)).backward()  # type: ignore[union-attr]
+        sum(losses(model, batch, objective)).backward()  # type: ignore[union-attr]
     assert 0 < widest.most <= 5 * V
     assert all(parameter.grad is not None for parameter in model.parameters())
 

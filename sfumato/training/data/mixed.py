@@ -63,12 +63,16 @@ class MixedSource:
                 for part in parts
             ]
             learned = torch.cat([torch.nn.functional.pad(one, (0, width - one.shape[1])) for one in masks])[order]
+        canvases = [length for part in parts for length in part.canvases or [0] * len(part.counts)]
+        drafts = [draft for part in parts for draft in part.drafts or [[]] * len(part.counts)]
         return Examples(
             torch.cat(padded)[order],
             [counts[row] for row in order],
             [prompts[row] for row in order],
             [is_cut[row] for row in order],
             learned,
+            [canvases[row] for row in order] if any(canvases) else None,
+            [drafts[row] for row in order] if any(drafts) else None,
         )
 
     def describe(self) -> dict[str, Any]:
