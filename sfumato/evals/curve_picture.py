@@ -1,8 +1,8 @@
 """The curve as a picture: a row for each task, quality over steps and over milliseconds, as one SVG without a library.
 
-A point is a setting, its bar where the share of all such items may lie; faint ones answered only a part of the items
-before they were dropped. The line is the front. The reference is a square, the chosen setting a diamond; a pointer over
-any of them says which it is. Both axes across are logarithmic.
+A point is a setting, its bar where the share of all such items may lie; faint ones answered only a part of the items, as
+they were dropped, or the time was over. The line is the front. The reference is a square, the chosen setting a diamond;
+a pointer over any of them says which it is. Both axes across are logarithmic.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _shape(x: float, y: float, style: str, inner: str = "") -> str:
 
 def _legend(y: float) -> Iterator[str]:
     x = float(_LEFT)
-    for style, word in (("r", "reference"), ("c", "chosen"), ("p", "setting"), ("p q", "dropped on the way")):
+    for style, word in (("r", "reference"), ("c", "chosen"), ("p", "setting"), ("p q", "on a part of the items")):
         yield _shape(x, y - 4, style)
         yield f'<text x="{x + 14}" y="{y}">{word}</text>'
         x += 46 + 7.4 * len(word)

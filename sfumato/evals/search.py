@@ -74,13 +74,16 @@ class SettingSearch:
 
     @property
     def qualified(self) -> list[Point]:
-        """The points that may be chosen, those on the front alone, from the dearest to the cheapest."""
-        return front((point for point in self.points.values() if self.qualifies(point)), self.cost)
+        """The points that may be chosen, those on the front alone, from the dearest to the cheapest.
+
+        They have answered all items; where the time was over before any had, as many as any that may be chosen."""
+        some = [point for point in self.points.values() if self.qualifies(point)]
+        most = max((point.items for point in some), default=0)
+        return front((point for point in some if point.items == most), self.cost)
 
     def qualifies(self, point: Point) -> bool:
         """Whether a point may be chosen: cheaper, no task significantly worse, and the loss that was seen in bounds."""
-        is_whole = point.items == self.points[Setting()].items
-        return is_whole and self._is_possible_choice(point) and not point.losing_tasks and point.loss < self.lose
+        return self._is_possible_choice(point) and not point.losing_tasks and point.loss < self.lose
 
     def _along_each_axis(self) -> list[tuple[Axis, Point]]:
         """Every setting with one change, on more and more items; those that are left have answered all."""
@@ -89,6 +92,7 @@ class SettingSearch:
             each = [(axis, self._try(setting, rung)) for axis, setting in alive]
             rest = [point for _, point in each if self._is_possible_choice(point)]
             kept = {point.setting for point in (near_front(rest, self.cost) if number else rest)}
+            each.sort(key=lambda pair: (max(pair[1].loss, 0.0), self._work(pair[1])))  # what is promising goes on first
             alive = [(axis, point.setting) for axis, point in each if point.setting in kept]
         return [(axis, self.points[setting]) for axis, setting in alive]
 

@@ -123,7 +123,7 @@ def usual_axes(options: Options, defaults: Mapping[str, Any]) -> list[Axis]:
         "temperature_steps": [steps // part for part in (2, 4, 8) if steps // part],
         "early": [] if own.early else [True],
     }
-    each = {name: [(value,) for value in dict.fromkeys(values)] for name, values in axes.items() if name in AXES}
+    each = {name: [(value,) for value in dict.fromkeys(values)] for name, values in axes.items()}
     return [axis_of((name,), values) for name, values in each.items() if values]
 
 

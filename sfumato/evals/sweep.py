@@ -20,7 +20,7 @@ from sfumato.evals.tasks import Exercise, TaskAnswer
 from sfumato.options import Options
 from sfumato.templates.interface import LanguageModel
 
-SEARCHED = 0.5
+SEARCHED = 0.6
 """Of the time, what the search may use; the rest is the choice's."""
 
 

@@ -94,7 +94,7 @@ def test_the_safe_setting_that_was_dropped_has_a_second_chance() -> None:
     search.run()
     assert [one.setting.name for one in search.qualified] == ["max_steps=40"]
     last = [name for name, count in model.calls if count == 64]
-    assert last[:4] == ["reference", "max_steps=20", "max_steps=16", "max_steps=12"], "three fronts of one"
+    assert last[:4] == ["reference", "max_steps=12", "max_steps=16", "max_steps=20"], "three fronts of one"
 
 
 def test_the_search_ends_with_its_time_and_the_reference_comes_first() -> None:
@@ -104,6 +104,7 @@ def test_the_search_ends_with_its_time_and_the_reference_comes_first() -> None:
     points = search.run()
     assert [point.setting.name for point in points] == ["reference", "max_steps=24", "max_steps=12"]
     assert not search.is_complete and lines[-1] == "the time of the search is over"
+    assert [one.setting.name for one in search.qualified] == ["max_steps=12"], "on the items that there was time for"
     search = search_of(MadeUpModel(by_steps({})), [STEPS], is_over=lambda: True)
     assert [point.setting.name for point in search.run()] == ["reference"]
 
