@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
-from sfumato.cli.eval_runs import RUNS, EvalWork, compared, setting_of
+from sfumato.cli.eval_runs import HARNESS, RUNS, EvalWork, compared, setting_of
 from sfumato.cli.output import put
 from sfumato.cli.sweep import SweepFlags, carry_out_sweep, write_preset
 from sfumato.cli.view import visible, working
@@ -114,7 +114,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] TASK...",
-            help=f"A model, unless -m or --api says which, and tasks: {', '.join(TASKS)}, or files of JSON lines.",
+            help=f"A model, unless -m or --api says which; tasks: {', '.join(TASKS)}, files of JSON lines, lm:NAME.",
             autocompletion=known_tasks,
         ),
     ] = None,
@@ -145,7 +145,10 @@ def command(
     target, picture = output.new_files([one for one in tasks if one not in TASKS], sweep)
     console = Console(stderr=True, highlight=False)
     problems: list[str] = []
-    exercises = exercises_of(tasks, exercise, seed, console, problems)
+    harness = harness_tasks(tasks)
+    if harness and sweep.sweep:
+        raise InputError(f"{harness[0]} is a task of lm-evaluation-harness, which --sweep does not run; leave it out")
+    exercises = exercises_of([one for one in tasks if not one.startswith(HARNESS)], exercise, seed, console, problems)
 
     from sfumato.cli.eval_screen import EvalReport  # only now: these cost the import of torch
     from sfumato.evals.evaluation import digest_of
@@ -153,13 +156,16 @@ def command(
 
     what: dict[str, Any] = {"tasks": {one.task.name: digest_of(one) for one in exercises}}
     what |= {run: one.record() for run, one in zip(RUNS, settings, strict=False)}
+    what |= {"harness": [exercise.items, *harness]} if harness else {}
     with nullcontext() if output.answers is None else locked(output.answers):
         kept = KeptAnswers(output.answers, what, output.force)
         report: EvalReport | SweepReport
         if sweep.sweep:
             report = carry_out_sweep(first, exercises, sweep, exercise.batch, kept, console)
         else:
-            report = EvalReport.of(EvalWork(exercises, exercise.batch, kept, console).results(settings), seed)
+            report = EvalReport.of(
+                EvalWork(exercises, exercise.batch, kept, console, harness, exercise.items).results(settings), seed
+            )
     _write(report, target, picture, output.as_json)
     _name_lines(console, [*report.errors, *problems], "could not be answered or checked, which counts as wrong")
     if preset is not None:
@@ -195,8 +201,18 @@ def model_and_tasks(words: Sequence[str], api: loading.ApiFlags) -> tuple[str | 
 
 
 def is_task(word: str) -> bool:
-    """Whether a word is a task's name, or a file of items."""
-    return word in TASKS or word.lower().endswith(FILES)
+    """Whether a word is a task's name, a file of items, or a task of lm-eval."""
+    return word in TASKS or word.startswith(HARNESS) or word.lower().endswith(FILES)
+
+
+def harness_tasks(tasks: Sequence[str]) -> list[str]:
+    """The tasks of lm-evaluation-harness among these, by their names there. InputError where it is not installed."""
+    names = [name.removeprefix(HARNESS) for name in tasks if name.startswith(HARNESS)]
+    if names:
+        from sfumato.evals.harness import check_installed
+
+        check_installed()
+    return names
 
 
 def exercises_of(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sfumato.llm import LLM
     from sfumato.templates.interface import LanguageModel
 
+HARNESS = "lm:"
+"""What stands before the name of a task of lm-evaluation-harness, or of its YAML file."""
 RUNS = ("first", "second")
 """What the two are called where answers are kept."""
 
@@ -112,6 +114,10 @@ class EvalWork:
     batch: int
     kept: KeptAnswers
     console: Console
+    harness: Sequence[str] = ()
+    """Tasks of lm-evaluation-harness, by their names there."""
+    count: int | None = None
+    """Items of each of these at most."""
 
     def results(self, settings: Sequence[RunSetting]) -> list[RunResult]:
         """The results of one setting or two. After Ctrl-C a line says how to go on."""
@@ -152,7 +158,23 @@ class EvalWork:
                     results.append(answer)
                     show(results)
             result.peaks[name] = None if device is None else peak_bytes(device)
+        for name in self.harness:
+            result.answers |= self._harness_answers(llm, setting, run, name)
         return result
+
+    def _harness_answers(
+        self, llm: LanguageModel, setting: RunSetting, run: str, name: str
+    ) -> dict[str, list[TaskAnswer]]:
+        """The answers to a task of lm-eval, or to each of a group, which are kept when all of them are there."""
+        from sfumato.evals.harness import harness_answers
+
+        key = f"{run} {name}"  # a group's tasks have names of their own
+        if there := self.kept.tasks(key):
+            return {task: self.kept.of(key, task) for task in there}
+        results = harness_answers(llm, name, setting.options, self.count, self.batch)
+        for task, answers in results.items():
+            self.kept.add(key, f"{HARNESS}{task}", *answers)
+        return {f"{HARNESS}{task}": answers for task, answers in results.items()}
 
     @contextmanager
     def _bar(self, words: str, total: int) -> Iterator[Callable[[Sequence[TaskAnswer]], None]]:

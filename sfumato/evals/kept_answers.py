@@ -39,13 +39,17 @@ class KeptAnswers:
         """The answers that are there, in the order of the items."""
         return self._answers.setdefault((run, task), [])
 
-    def add(self, run: str, task: str, answer: TaskAnswer) -> None:
-        """Keep one more answer."""
-        self.of(run, task).append(answer)
+    def add(self, run: str, task: str, *answers: TaskAnswer) -> None:
+        """Keep more answers; several of them together."""
+        self.of(run, task).extend(answers)
         if self.path is not None:
-            line = json.dumps({"run": run, "task": task, **asdict(answer)})
+            lines = [json.dumps({"run": run, "task": task, **asdict(answer)}) for answer in answers]
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+                file.write("".join(f"{line}\n" for line in lines))
+
+    def tasks(self, run: str) -> list[str]:
+        """The tasks that have answers of this run."""
+        return [task for name, task in self._answers if name == run]
 
     @property
     def count(self) -> int:

@@ -16,13 +16,13 @@ from itertools import groupby
 from typing import Any, cast
 
 from sfumato.errors import CapacityError, InputError
-from sfumato.events import Completion, Done, Filled, Usage
+from sfumato.events import Completion, Done, Edited, Filled, Usage
 from sfumato.llm import LLM
 from sfumato.options import BIG, Options
 from sfumato.tasks.task import Task, held_out_items, messages
 from sfumato.templates.interface import LanguageModel
 from sfumato.templates.patience import run_patiently
-from sfumato.templates.requests import Chat, Fill
+from sfumato.templates.requests import Chat, Edit, Fill
 from sfumato.templates.slots import Slot
 
 FIRST_LOOK = 8
@@ -75,9 +75,8 @@ def answers(
     for start in range(0, len(items), batch):
         some = items[start : start + batch]
         began = time.perf_counter()
-        results = (
-            _elsewhere(llm, task, some, options) if llm.is_remote else _here(cast("LLM", llm), task, some, options)
-        )
+        is_query = llm.is_remote or _is_in_place(task, options)
+        results = _by_queries(llm, task, some, options) if is_query else _here(cast("LLM", llm), task, some, options)
         took = time.perf_counter() - began
         errors += [result.error for result in results if result.error]
         passes = sum(result.passes for result in results)
@@ -176,12 +175,21 @@ def _pins(llm: LLM, task: Task, item: str) -> Mapping[int, int]:
 # ---- a model behind a URL --------------------------------------------------------------------------------------------
 
 
-def query_of(task: Task, item: str, options: Options, canvas_length: int | None = None) -> Chat | Fill:
-    """What a server is asked for an item: an answer, or a template whose fixed texts are what the item says of it.
+def _is_in_place(task: Task, options: Options) -> bool:
+    """Whether an answer begins from a text that the task has: on a canvas."""
+    return task.draft is not None and options.mode != "autoregressive"
+
+
+def query_of(task: Task, item: str, options: Options, canvas_length: int | None = None) -> Chat | Edit | Fill:
+    """What a model is asked for an item: an answer, a text to edit where it stands, or a template of what is known.
 
     The template takes it that a character is a token, and a canvas alone has one: one token after another it is an
     answer. `canvas_length` bounds an answer of open length."""
     conversation = messages(task, item)
+    if task.draft is not None and _is_in_place(task, options):
+        text = task.draft(item)
+        instruction = task.prompt(item).removesuffix(f"\n\n{text}")  # as an edit writes it
+        return Edit(text, instruction, None, task.strength, replace(options, mode=None, max_tokens=None))
     if task.known is None or options.mode == "autoregressive":
         length = canvas_length if options.max_tokens is None else options.max_tokens
         return Chat(conversation, None, replace(options, max_tokens=length))
@@ -197,13 +205,13 @@ def template_of(length: int, known: Mapping[int, str]) -> list[str | Slot]:
     ]
 
 
-def _elsewhere(llm: LanguageModel, task: Task, items: Sequence[str], options: Options) -> list[TaskAnswer]:
+def _by_queries(llm: LanguageModel, task: Task, items: Sequence[str], options: Options) -> list[TaskAnswer]:
     length = getattr(llm, "canvas_length", None)
 
     async def answer(item: str) -> TaskAnswer:
         query: Any = query_of(task, item, seeded(options, item), length)
         try:
-            result: Completion | Filled = await run_patiently(llm, query)
+            result: Completion | Edited | Filled = await run_patiently(llm, query)
         except InputError as error:
             return _unanswered(task, item, str(error))
         return judged(task, item, result.text, result.usage)

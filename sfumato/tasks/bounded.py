@@ -436,7 +436,7 @@ def _join(arguments: Sequence[Value], options: Mapping[str, Value], meter: Meter
 
 
 def _replace(arguments: Sequence[Value], options: Mapping[str, Value], meter: Meter) -> Value:
-    text, old, new = arguments
+    text, old, new, *_ = arguments
     if type(old) is str and type(new) is str:
         _fits(len(text) + text.count(old) * max(0, len(new) - len(old)))
     return _text_method(str.replace)(arguments, options, meter)

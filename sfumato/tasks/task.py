@@ -44,7 +44,9 @@ class Task:
     """(what the model wrote, item) -> what else can be said of it, each from 0 to 1: the share of a plot's cells. Its
     names are the same for all items of a kind; it never raises."""
     draft: Callable[[str], str] | None = None
-    """The text that an answer may begin from, in place, instead of from noise. None: there is none."""
+    """The text that an answer begins from, in place, instead of from noise; the prompt ends with it. None: noise."""
+    strength: float = 0.0
+    """The share of that text that starts as noise."""
     system: Callable[[str], str] | None = None
     """The system message before everything, "" for an item without one. None: there is none."""
     variant: Callable[[str, np.random.Generator], str] | None = None
@@ -87,6 +89,19 @@ _RECALL = Task(
     filled=FILLED,
 )
 
+_EDITS = Task(
+    "edits",
+    edits.generate,
+    edits.prompt,
+    edits.answer,
+    lambda text, item: edits.is_right(text.strip(), item),
+    is_prompt_learned=False,
+    filled=FILLED,
+    kind=lambda item: edits.read(item).kind,
+    measures=lambda text, item: {"untouched": float(edits.is_untouched(text.strip(), item))},
+    draft=edits.document,
+)
+
 TASKS = {
     task.name: task
     for task in (
@@ -119,18 +134,8 @@ TASKS = {
         ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
-        Task(
-            "edits",
-            edits.generate,
-            edits.prompt,
-            edits.answer,
-            lambda text, item: edits.is_right(text.strip(), item),
-            is_prompt_learned=False,
-            filled=FILLED,
-            kind=lambda item: edits.read(item).kind,
-            measures=lambda text, item: {"untouched": float(edits.is_untouched(text.strip(), item))},
-            draft=edits.document,
-        ),
+        _EDITS,
+        replace(_EDITS, name="edits-from-noise", draft=None),
         Task(
             "graphs",
             graphs.generate,

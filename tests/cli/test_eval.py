@@ -134,6 +134,30 @@ def test_what_a_model_cannot_answer_is_named(sfumato: Command, put: Callable[...
     )
 
 
+def test_tasks_of_lm_eval_have_rows_and_are_kept(
+    sfumato: Command, put: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("", "empty")
+    calls: list[tuple[Any, ...]] = []
+
+    def harness_answers(llm: LLM, name: str, options: Options, *rest: Any) -> dict[str, list[tasks.TaskAnswer]]:
+        calls.append((name, options.seed, *rest))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {one: [tasks.TaskAnswer(str(n), "x", n > 0, 0) for n in range(3)] for one in ("part one", "part two")}
+
+    monkeypatch.setattr("sfumato.evals.harness.check_installed", lambda: None)
+    monkeypatch.setattr("sfumato.evals.harness.harness_answers", harness_answers)
+    arguments = ("eval", "lm:parts", "--items", "3", "--compare", "max_steps=1", "-o", "out.json")
+    assert sfumato(*arguments)[0] == 130
+    code, out, err = sfumato(*arguments)
+    assert code == 0 and calls == [("parts", 7, 3, 32)] * 3, err
+    record = json.loads(Path("out.json").read_text())
+    rows = [(row["task"], row["right"], row["items"]) for row in record["runs"][1]["rows"]]
+    assert rows == [("lm:part one", 2, 3), ("lm:part two", 2, 3)] and record["comparison"][1]["both"] == 2
+    assert "lm:part two" in out and "66.7%" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -172,7 +196,7 @@ def test_the_first_word_is_a_model_unless_it_is_a_task() -> None:
 
     assert words("nano", "sudoku", "a.jsonl") == ("nano", ["sudoku", "a.jsonl"])
     assert words("sudoku", "sorting") == (None, ["sudoku", "sorting"])
-    assert words("a.JSONL") == (None, ["a.JSONL"])
+    assert words("a.JSONL") == (None, ["a.JSONL"]) and words("lm:arc_easy") == (None, ["lm:arc_easy"])
     assert words("chess", model="nano") == ("nano", ["chess"])
     assert words("sudoku", api="http://127.0.0.1:9") == (None, ["sudoku"])
     assert "sudoku" in command.known_tasks("su") and "nano" in command.known_tasks("na")

@@ -27,6 +27,7 @@ def test_answers_come_back_as_they_were(tmp_path: Path) -> None:
     kept.add("first", "sorting", ANSWER)
     kept.add("second", "sorting", replace(ANSWER, is_right=False))
     again = KeptAnswers(path, SETTINGS)
+    assert again.tasks("first") == ["sorting"] and again.tasks("third") == []
     assert again.of("first", "sorting") == [ANSWER] and again.of("first", "sudoku") == []
     assert again.of("second", "sorting") == [replace(ANSWER, is_right=False)] and again.count == 2
     assert KeptAnswers(path, SETTINGS, force=True).count == 0 and KeptAnswers(path, SETTINGS).count == 0

@@ -105,7 +105,7 @@ def comprehensions(xs, n):  # type: ignore[no-untyped-def]
 
 
 def strings(s, t):  # type: ignore[no-untyped-def]
-    one = [s.upper(), s.lower(), s.title(), s.strip(), s.split(), s.split("a", 1), s.replace("a", t), s.capitalize()]
+    one = [s.upper(), s.lower(), s.title(), s.strip(), s.split(), s.split("a", 1), s.replace("a", t, 1), s.capitalize()]
     two = [s.count("a"), s.find(t), s.startswith(t), s.endswith("b"), "-".join(s), t.join([s, t]), s + t, s * 2, 2 * t]
     return one, two, s[::-1], s[1:-1], s[0], t in s, s < t, len(s), sorted(s), [c for c in s], s.isalpha(), list(s)
 
