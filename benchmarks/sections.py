@@ -486,6 +486,22 @@ def neighbours(record: Record) -> str:
     return table(head, lines)
 
 
+def curve(record: Record) -> str:
+    """The settings on a front, and what the choice says."""
+    best = {name for names in record["fronts"].values() for name in names} | {record["choice"]["chosen"]}
+    points = [point for point in record["points"] if point["setting"] in best or not point["options"] | point["load"]]
+    tasks = [*points[0]["tasks"]]
+    lines = []
+    for point in sorted(points, key=lambda one: -one["passes_ratio"]):
+        right = [f"{point['tasks'][task]['share']:.1%}" for task in tasks]
+        work = [share(point[f"{kind}_ratio"]) for kind in ("steps", "passes", "milliseconds")]
+        loss = f"{-point['loss']:+.1f} ({-point['high']:+.1f} to {-point['low']:+.1f})"
+        lines.append([f"`{point['setting']}`", str(point["items"]), *right, loss, *work])
+    head = [record["name"], "items", *tasks, "points", "steps", "passes", "time"]
+    end = "" if record["is_complete"] else " The time was over before all was tried."
+    return f"{table(head, lines)}\n\n{record['choice']['sentence']}.{end}"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "peers": ("Beside transformers", peers),
     "step": ("A step", step),
@@ -493,6 +509,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "request": ("Whole answers", request),
     "nano": ("nano", nano),
     "skills": ("nano-skills", skills),
+    "curve": ("Quality against steps", curve),
     "pins": ("The more is given, the fewer steps", pins),
     "sampling rules": ("Top-p, top-k, min-p and penalties", sampling_rules),
     "early answers": ("Answers that arrive early", early),

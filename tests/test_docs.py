@@ -52,7 +52,7 @@ SERVED = ("docs/server.md", "docs/decisions.md")
 
 NOT_OURS = (
     *("config.json", "adapter_config.json", "tokenizer.json", "decisions.json"),
-    *("person.json", "TEMPLATE.json", "questions.json", "scores.json"),
+    *("person.json", "TEMPLATE.json", "questions.json", "scores.json", "fast.json"),
 )
 """Files of a checkpoint, or of the reader."""
 

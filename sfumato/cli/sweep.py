@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sfumato.evals.kept_answers import KeptAnswers
     from sfumato.evals.tasks import Exercise
     from sfumato.templates.interface import LanguageModel
+USUAL = "usual"
+"""What --axis calls the axes that are tried where none is named."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class SweepFlags:
         typer.Option(
             metavar="NAME=V,V,...",
             help="With --sweep: values of an option to try, of dtype, ops or quantize too; t_min+t_max=0.1:0.4,0.2:0.8 "
-            "changes two together. Repeatable. Default: steps, entropy bound, stop and temperature, around the usual.",
+            "changes two together. Repeatable. Default: usual, which is steps, bound, stop, temperature, early.",
         ),
     ] = None
     lose: Annotated[
@@ -87,8 +89,8 @@ class SweepFlags:
         return next((cost for cost in COSTS if cost == self.by), usual)
 
     def axes(self) -> list[Axis]:
-        """The axes that are named. InputError for one that is wrong."""
-        return [_axis(text) for text in self.axis or ()]
+        """The axes that are named, without the usual ones. InputError for one that is wrong."""
+        return [_axis(text) for text in self.axis or () if text != USUAL]
 
 
 def _axis(text: str) -> Axis:
@@ -176,6 +178,8 @@ def axes_of(llm: LanguageModel, options: Options, flags: SweepFlags) -> list[Axi
     axes = flags.axes()
     for name in (name for axis in axes for name in axis.names if llm.is_remote and name in PRECISION):
         raise InputError(f"--axis {name} is of a model loaded here; leave it out with --api")
-    if not axes and not llm.has_drafts:
+    if axes and USUAL not in (flags.axis or ()):
+        return axes
+    if not llm.has_drafts:
         raise InputError(f"{llm.name} has no canvas, so that there are no usual axes; name one with --axis")
-    return axes or usual_axes(options, getattr(llm, "defaults", {}))
+    return [*usual_axes(options, getattr(llm, "defaults", {})), *axes]

@@ -91,7 +91,7 @@ class SweepReport:
             return "chosen"
         if point is self.result.points[0]:
             return "reference"
-        return "front" if is_on_front else "" if point in self.result.whole else "dropped"
+        return "front" if is_on_front else "" if point in self.result.whole else "partly"
 
 
 def _cells(point: Point) -> list[str]:

@@ -1,6 +1,6 @@
 """The choice: the cheapest setting that loses less than so many points, confirmed on items that did not choose it.
 
-Candidates are what the search has on its front. They answer the confirming half one after the other, from the dearest,
+Candidates are what the search has on its front. They answer the confirming items one after the other, from the dearest,
 which is the safest, to the cheapest; the first that may lose too much ends the row, and the last before it that is
 cheaper there too is the choice. In that fixed order every test may have the full level (Marcus, Peritz and Gabriel
 1976). What may lose too much: the upper limit of its paired loss is above the bound, or one task is significantly
@@ -22,20 +22,20 @@ from sfumato.options import LoadOptions, Options, differences
 from sfumato.presets import Preset
 
 MOST_CANDIDATES = 3
-"""Settings that answer the confirming half beside the reference."""
+"""Settings that answer the confirming items beside the reference."""
 MOST_ITEMS = 1_000_000
 """Items above which it is not said how many would do."""
 
 
 @dataclass(frozen=True)
 class SettingChoice:
-    """What the confirming half says of the candidates."""
+    """What the confirming items say of the candidates."""
 
     lose: float
     """Points that a setting may lose."""
     cost: CostKind
     tried: Sequence[Point] = ()
-    """The candidates on the confirming half, in the order in which they were tried."""
+    """The candidates on the confirming items, in the order in which they were tried."""
     chosen: Point | None = None
     """The last that was confirmed."""
 
@@ -80,7 +80,7 @@ def choose(
     lose: float,
     is_over: Callable[[], bool] = lambda: False,
 ) -> SettingChoice:
-    """Confirm candidates, from the dearest to the cheapest; `answer` gives a setting's answers to the confirming half.
+    """Confirm candidates, from the dearest to the cheapest; `answer` gives a setting's answers to the confirming items.
 
     At most the cheapest `MOST_CANDIDATES`; after the first one, none where the time is over."""
     if not candidates:

@@ -1,8 +1,8 @@
 """The curve as a picture: a row for each task, quality over steps and over milliseconds, as one SVG without a library.
 
-A point is a setting, its bar where the share of all such items may lie; faint ones answered only a part of the items
-before they were dropped. The line is the front. The reference is a square, the chosen setting a diamond; a pointer over
-any of them says which it is. Both axes across are logarithmic.
+A point is a setting, its bar where the share of all such items may lie; faint ones answered only a part of the items, as
+they were dropped, or the time was over. The line is the front. The reference is a square, the chosen setting a diamond;
+a pointer over any of them says which it is. Both axes across are logarithmic.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class _Scale:
     bottom: float
     """The share at the lower edge."""
 
+    @property
+    def middle(self) -> float:
+        """The value in the middle of the panel."""
+        return math.sqrt(self.low * self.high)
+
     def across(self, value: float) -> float:
         span = math.log(self.high / self.low) or 1.0
         return self.x + WIDTH * math.log(max(value, self.low) / self.low) / span
@@ -80,11 +85,10 @@ def _panel(x: float, y: float, result: SweepResult, task: str, cost: CostKind, l
     scores = [point.scores[task] for point in result.points]
     scale = _scale_of(x, y, scores, cost)
     yield f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" class="f"/>'
-    for share in (n / 10 for n in range(11)):
-        at = scale.up(share)
-        if share >= scale.bottom and (scale.bottom <= 0.5 or round(share * 10) % 2 == 0 or scale.bottom > 0.7):
-            yield f'<line x1="{x}" x2="{x + WIDTH}" y1="{at:.1f}" y2="{at:.1f}" class="g"/>'
-            yield f'<text x="{x - 6}" y="{at + 4:.1f}" class="e">{share:.0%}</text>'
+    for tenths in range(10, round(10 * scale.bottom) - 1, -1 if scale.bottom >= 0.5 else -2):
+        at = scale.up(tenths / 10)
+        yield f'<line x1="{x}" x2="{x + WIDTH}" y1="{at:.1f}" y2="{at:.1f}" class="g"/>'
+        yield f'<text x="{x - 6}" y="{at + 4:.1f}" class="e">{tenths}0%</text>'
     for value in ticks(scale.low, scale.high):
         at = scale.across(value)
         yield f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y}" y2="{y + HEIGHT}" class="g"/>'
@@ -101,6 +105,15 @@ def _panel(x: float, y: float, result: SweepResult, task: str, cost: CostKind, l
     if result.choice.chosen is not None:
         chosen = next(point for point in result.points if point.setting == result.choice.chosen.setting)
         yield from _mark(scale, chosen, task, cost, "c")
+        yield _label(scale, chosen, task, cost)
+
+
+def _label(scale: _Scale, point: Point, task: str, cost: CostKind) -> str:
+    """The name of a setting, on the side of its point where there is room."""
+    value = _work(point.scores[task], cost)
+    x, y = scale.across(value), scale.up(point.scores[task].share) - 8
+    side = f'x="{x - 12:.1f}" class="k e"' if value > scale.middle else f'x="{x + 12:.1f}" class="k"'
+    return f'<text y="{y:.1f}" {side}>{escape(point.setting.name[:32])}</text>'
 
 
 def _front(result: SweepResult, task: str, cost: CostKind) -> Sequence[Point]:
@@ -131,7 +144,7 @@ def _shape(x: float, y: float, style: str, inner: str = "") -> str:
 
 def _legend(y: float) -> Iterator[str]:
     x = float(_LEFT)
-    for style, word in (("r", "reference"), ("c", "chosen"), ("p", "setting"), ("p q", "dropped on the way")):
+    for style, word in (("r", "reference"), ("c", "chosen"), ("p", "setting"), ("p q", "on a part of the items")):
         yield _shape(x, y - 4, style)
         yield f'<text x="{x + 14}" y="{y}">{word}</text>'
         x += 46 + 7.4 * len(word)
@@ -153,17 +166,14 @@ def _work(score: TaskScore, cost: CostKind) -> float:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers on a logarithmic axis: 1, 2 and 5 times the powers of ten; every second one where they are many."""
-    values = [
-        base * 10.0**power
-        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for base in (1, 2, 5)
-        if low <= base * 10.0**power <= high
-    ]
-    if len(values) < 2:  # a short axis: its own numbers
-        digits = max(0, 1 - math.floor(math.log10(high - low)))
-        values = [*dict.fromkeys(round(low + (high - low) * part, digits) for part in (0.1, 0.5, 0.9))]
-    return values if len(values) <= 8 else values[::2]
+    """Round numbers on a logarithmic axis: 1, 2 and 5 times the powers of ten, or more of them on a short axis."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for bases in ((1, 2, 5), range(1, 10)):
+        values = [base * 10.0**power for power in powers for base in bases if low <= base * 10.0**power <= high]
+        if len(values) > 2:
+            return values if len(values) <= 8 else values[:: len(values) // 5]
+    digits = max(0, 1 - math.floor(math.log10(high - low)))
+    return [*dict.fromkeys(round(low + (high - low) * part, digits) for part in (0.1, 0.5, 0.9))]
 
 
 def _one_line(text: str) -> str:

@@ -1,7 +1,7 @@
 """The search for settings that lose little and take little: along each axis, then several axes together.
 
-Half of the items choose, the other half confirms (`choice`). The reference answers first. Each setting with one change
-then answers a quarter of the choosing half, then half of it, then the whole: what loses too much for certain, is no
+A third of the items chooses, the rest confirms (`choice`). The reference answers first. Each setting with one change
+then answers a quarter of the choosing items, then half of them, then all: what loses too much for certain, is no
 cheaper, or (from the second look on) is far from the front is dropped on the way. That is successive halving, with
 confidence in place of a fixed share. The changes that are left are joined, one axis after another, while that makes the
 best setting cheaper at no loss. The search ends where the time is over; what it has tried by then is the curve.
@@ -38,7 +38,7 @@ class TimeIsOver(Exception):
 
 @dataclass
 class SettingSearch:
-    """A search over exercises whose items are those of the choosing half."""
+    """A search over exercises whose items are those that choose."""
 
     exercises: Sequence[Exercise]
     axes: Sequence[Axis]
@@ -74,21 +74,25 @@ class SettingSearch:
 
     @property
     def qualified(self) -> list[Point]:
-        """The points that may be chosen, those on the front alone, from the dearest to the cheapest."""
-        return front((point for point in self.points.values() if self.qualifies(point)), self.cost)
+        """The points that may be chosen, those on the front alone, from the dearest to the cheapest.
+
+        They have answered all items; where the time was over before any had, as many as any that may be chosen."""
+        some = [point for point in self.points.values() if self.qualifies(point)]
+        most = max((point.items for point in some), default=0)
+        return front((point for point in some if point.items == most), self.cost)
 
     def qualifies(self, point: Point) -> bool:
         """Whether a point may be chosen: cheaper, no task significantly worse, and the loss that was seen in bounds."""
-        is_whole = point.items == self.points[Setting()].items
-        return is_whole and self._is_possible_choice(point) and not point.losing_tasks and point.loss < self.lose
+        return self._is_possible_choice(point) and not point.losing_tasks and point.loss < self.lose
 
     def _along_each_axis(self) -> list[tuple[Axis, Point]]:
-        """Every setting with one change, on more and more items; those that are left with the whole half answered."""
+        """Every setting with one change, on more and more items; those that are left have answered all."""
         alive = [*singles(self.axes, self.options)]
         for number, rung in enumerate(self._rungs()):
             each = [(axis, self._try(setting, rung)) for axis, setting in alive]
             rest = [point for _, point in each if self._is_possible_choice(point)]
             kept = {point.setting for point in (near_front(rest, self.cost) if number else rest)}
+            each.sort(key=lambda pair: (max(pair[1].loss, 0.0), self._work(pair[1])))  # what is promising goes on first
             alive = [(axis, point.setting) for axis, point in each if point.setting in kept]
         return [(axis, self.points[setting]) for axis, setting in alive]
 
@@ -181,19 +185,19 @@ def near_front(points: Iterable[Point], cost: CostKind) -> list[Point]:
     return kept
 
 
-def halves(exercise: Exercise) -> tuple[Exercise, Exercise]:
-    """The items that choose and those that confirm, of every kind every other one.
+def parted(exercise: Exercise) -> tuple[Exercise, Exercise]:
+    """The items that choose, of every kind every third one, and those that confirm.
 
-    Their order is that of a hash, so that the first ones of a file that is sorted stand for all. InputError where there
-    are fewer than two."""
-    if len(exercise.items) < 2:
-        raise InputError(f"{exercise.task.name} has {len(exercise.items)} items; a sweep needs two at least")
+    The search asks many settings, and so has fewer: its choice need not be sure. Their order is that of a hash, so
+    that the first ones of a file that is sorted stand for all. InputError where one part would be empty."""
     places: dict[str, int] = {}
     parts: tuple[list[str], list[str]] = ([], [])
     for item in sorted(exercise.items, key=_digest):
         kind = "" if exercise.task.kind is None else exercise.task.kind(item)
-        parts[places.setdefault(kind, len(places)) % 2].append(item)
+        parts[places.setdefault(kind, len(places)) % 3 > 0].append(item)
         places[kind] += 1
+    if not parts[0] or not parts[1]:
+        raise InputError(f"{exercise.task.name} has {len(exercise.items)} items; a sweep needs two at least")
     return Exercise(exercise.task, parts[0]), Exercise(exercise.task, parts[1])
 
 

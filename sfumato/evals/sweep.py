@@ -1,4 +1,4 @@
-"""A sweep: the search on one half of the items, the choice on the other, and the record of both.
+"""A sweep: the search on some of the items, the choice on the others, and the record of both.
 
 Answers are kept by setting: the same sweep goes on where it was stopped, and tries more where its time was over.
 """
@@ -14,13 +14,13 @@ from sfumato.evals.choice import SettingChoice, choose
 from sfumato.evals.curve import Point, front
 from sfumato.evals.evaluation import BATCH, evaluate
 from sfumato.evals.kept_answers import KeptAnswers
-from sfumato.evals.search import SettingSearch, Tell, halves
+from sfumato.evals.search import SettingSearch, Tell, parted
 from sfumato.evals.settings import COSTS, Axis, CostKind, Setting
 from sfumato.evals.tasks import Exercise, TaskAnswer
 from sfumato.options import Options
 from sfumato.templates.interface import LanguageModel
 
-SEARCHED = 0.7
+SEARCHED = 0.6
 """Of the time, what the search may use; the rest is the choice's."""
 
 
@@ -29,7 +29,7 @@ class SweepResult:
     """What a sweep came to."""
 
     points: Sequence[Point]
-    """What was tried, on the choosing half, or on a part of it; the reference first."""
+    """What was tried, on the items that choose, or on a part of them; the reference first."""
     choice: SettingChoice
     cost: CostKind
     is_complete: bool
@@ -37,7 +37,7 @@ class SweepResult:
 
     @property
     def whole(self) -> list[Point]:
-        """The points that have answered the whole choosing half."""
+        """The points that have answered all items that choose."""
         return [point for point in self.points if point.items == self.points[0].items]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,8 +69,8 @@ class Sweep:
     def run(self) -> SweepResult:
         """Search and choose. InputError where an exercise has fewer than two items."""
         began = self.clock()
-        parts = [halves(one) for one in self.exercises]
-        choosing, confirming = ({one.task.name: one for one in half} for half in zip(*parts, strict=True))
+        parts = [parted(one) for one in self.exercises]
+        choosing, confirming = ({one.task.name: one for one in part} for part in zip(*parts, strict=True))
         search = SettingSearch(
             [*choosing.values()],
             self.axes,
@@ -83,7 +83,7 @@ class Sweep:
             self.tell,
         )
         points = search.run()
-        self.tell("the other half of the items confirms")
+        self.tell("the other items confirm")
         choice = choose(
             search.qualified,
             lambda setting: self._all_answers(setting, confirming),
@@ -95,12 +95,12 @@ class Sweep:
 
     def _all_answers(self, setting: Setting, exercises: Mapping[str, Exercise]) -> dict[str, Sequence[TaskAnswer]]:
         each = {name: self._answers(setting, one, len(one.items), "confirming") for name, one in exercises.items()}
-        self.tell(f"{setting.name}: {sum(map(len, each.values()))} items of the other half")
+        self.tell(f"{setting.name}: {sum(map(len, each.values()))} confirming items")
         return each
 
-    def _answers(self, setting: Setting, exercise: Exercise, count: int, half: str) -> Sequence[TaskAnswer]:
+    def _answers(self, setting: Setting, exercise: Exercise, count: int, part: str) -> Sequence[TaskAnswer]:
         """The answers of a setting to the first items, those that are kept first."""
-        run, name = f"{half}: {setting.name}", exercise.task.name
+        run, name = f"{part}: {setting.name}", exercise.task.name
         there = self.kept.of(run, name)
         if len(there) < count:
             some = Exercise(exercise.task, exercise.items[:count])

@@ -97,6 +97,8 @@ def test_a_precision_is_an_axis_and_its_model_is_loaded(
 def test_the_usual_axes_are_the_models_own(nano: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = {axis.names[0]: axis.values for axis in axes_of(nano, Options(max_steps=6), SweepFlags(sweep=True))}
     assert axes["max_steps"] == ((3,), (2,), (1,)) and "entropy_bound" in axes
+    both = axes_of(nano, Options(), SweepFlags(sweep=True, axis=["ops=fused", "usual"]))
+    assert both[-1].label == "ops=fused" and both[:-1] == axes_of(nano, Options(), SweepFlags(sweep=True))
     for name, value, flags, part in (
         ("is_remote", True, SweepFlags(sweep=True, axis=["ops=cpu"]), "--axis ops is of a model loaded here"),
         ("has_drafts", False, SweepFlags(sweep=True), "has no canvas"),

@@ -60,7 +60,7 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 
 def run(points: dict[int, Point], *candidates: int, lose: float = 1.0, is_over: bool = False) -> SettingChoice:
-    """The choice among candidates whose answers to the other half are these points'."""
+    """The choice among candidates whose answers to the confirming items are these points'."""
 
     def answer(setting: Setting) -> dict[str, Sequence[TaskAnswer]]:
         if not setting.changes:
@@ -120,7 +120,7 @@ def test_no_number_of_items_proves_a_loss_that_is_there() -> None:
     assert items_needed(PairedCounts(0, 0, 0, 0), 1.0) is None
 
 
-def test_a_setting_that_is_not_cheaper_on_the_other_half_is_passed_over() -> None:
+def test_a_setting_that_is_not_cheaper_on_other_items_is_passed_over() -> None:
     assert is_safe(point_of(40, items=1000), 1.0) and not is_safe(point_of(40, range(9), 1000), 1.0)
     points = {24: point_of(48, items=1000), 12: point_of(12, items=1000)}
     choice = run(points, 24, 12)

@@ -391,3 +391,16 @@ def test_the_page_shows_targets_and_replaces_readmes_table(tmp_path: Path, monke
     assert results.main() == 0
     (tmp_path / "RESULTS.md").write_text("by hand")
     assert results.main() == 1
+
+
+def test_the_curve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("benchmarks.curve")
+    small = ("--tasks", "sudoku", "--items", "3", "--axis", "max_steps=2,1", "--lose", "90", "--threads", "1")
+    with tiny.one_thread():
+        actual = run(module, monkeypatch, tmp_path / "curve.json", *small, "--picture", "curve.svg")
+    assert [point["setting"] for point in actual["points"]][:3] == ["reference", "max_steps=2", "max_steps=1"]
+    assert actual["targets"] == {"passes saved at no significant loss on four tasks": common.target(None, 0.25, False)}
+    assert (tmp_path / "build" / "curve.answers.jsonl").exists() and (tmp_path / "curve.svg").exists()
+    text = sections.SECTIONS["curve"][1](actual)
+    assert "`reference`" in text and actual["choice"]["sentence"] in text
