@@ -95,7 +95,8 @@ def first_right(
 def sudoku_run(llm: LLM) -> Callable[[str, Options], SkillRun]:
     def run(item: str, options: Options) -> SkillRun:
         ids, pins = sudoku_runs.request(llm, item)
-        events = [*llm.events([ids], options=sudoku_runs.answer_options(options, llm), pins=[pins])]
+        own = replace(options, max_tokens=llm.model.config.canvas_length)
+        events = [*llm.events([ids], options=own, pins=[pins])]
         (done,) = (event for event in events if isinstance(event, Done))
         drafts = [event for event in events if isinstance(event, Draft)]
         return SkillRun("sudoku", item, drafts, sudoku_runs.result(item, done).answer, done.usage.tokens_per_pass)
@@ -105,7 +106,8 @@ def sudoku_run(llm: LLM) -> Callable[[str, Options], SkillRun]:
 
 def text_run(llm: LLM, name: str) -> Callable[[str, Options], SkillRun]:
     def run(item: str, options: Options) -> SkillRun:
-        query: QueryFor[Any] = Chat(messages(SKILLS[name].task, item), options=replace(options, max_tokens=96))
+        length = llm.model.config.canvas_length
+        query: QueryFor[Any] = Chat(messages(SKILLS[name].task, item), options=replace(options, max_tokens=length))
         if name == "edits":
             one = edits.read(item)
             query = Edit(one.text, one.instruction, strength=STRENGTH, options=options)

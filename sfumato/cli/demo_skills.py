@@ -255,7 +255,7 @@ def _puzzle(rng: np.random.Generator) -> str:
 def _show_sudoku(stage: Stage, llm: LLM, item: str) -> None:
     from sfumato.evals import sudoku as task
 
-    options = task.answer_options(stage.options, llm)
+    options = replace(stage.options, max_tokens=llm.model.config.canvas_length)
     clues = sum(cell != "0" for cell in item)
     if stage.is_live:
         solved = watch(llm, item, options, True, stage.view)
