@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 CLUES = range(34, 46)
 """Of the puzzles that are shown."""
-STRENGTH = 0.5
-"""The share of a document that starts as noise."""
+STRENGTH = 0.0
+"""The share of a document that starts as noise: none, as in training."""
 SAMPLES = 8
 """Draws of noise that a decision is read from."""
 
