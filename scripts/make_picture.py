@@ -245,7 +245,6 @@ def picture(sudoku: SkillRun, middle: SkillRun, edit: SkillRun, molecule: SkillR
     right, below = EDGE + WIDE + GAP, EDGE + high + GAP
     clues = sum(cell != "0" for cell in sudoku.item)
     one = edits.read(edit.item)
-    said = molecules.prompt(molecule.item).split("\n")[1]
     bottom = below + low + 26
     parts = [
         *panel(EDGE, EDGE, high, f"A Sudoku of {clues} clues", facts(sudoku)),
@@ -253,7 +252,7 @@ def picture(sudoku: SkillRun, middle: SkillRun, edit: SkillRun, molecule: SkillR
         *(plot_panel if middle.name == "graphs" else code_panel)(right, EDGE, high, middle),
         *panel(EDGE, below, low, one.instruction, facts(edit)),
         *lines(EDGE, below + 52, [("before", [(one.text, None)]), *rows_of(edit, ROWS - 1)]),
-        *panel(right, below, low, f"Molecule with: {said}", f"{smiles.formula_of(molecule.text)}; {facts(molecule)}"),
+        *panel(right, below, low, wish(molecule.item), f"{smiles.formula_of(molecule.text)}; {facts(molecule)}"),
         *lines(right, below + 52, rows_of(molecule, ROWS)),
         *key(bottom),
     ]
@@ -316,9 +315,15 @@ def is_short_edit(item: str) -> bool:
     return "\n" not in one.text + one.edited and min(sizes) >= SHORTEST and max(sizes) <= LONGEST
 
 
+def wish(item: str) -> str:
+    """What is asked of a molecule, in a few words."""
+    said = molecules.prompt(item).split("\n")[1]
+    return f"Complete this molecule: {said}" if molecules.kind(item) == "missing" else f"Molecule with: {said}"
+
+
 def is_short_wish(item: str) -> bool:
-    """Whether a molecule is asked for by what it has, in a line that fits its panel."""
-    return molecules.kind(item) == "groups" and len(molecules.prompt(item).split("\n")[1]) <= 32
+    """Whether what is asked of a molecule fits its panel."""
+    return len(wish(item)) <= LONGEST
 
 
 if __name__ == "__main__":
