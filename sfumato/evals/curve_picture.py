@@ -1,8 +1,8 @@
 """The curve as a picture: a row for each task, quality over steps and over milliseconds, as one SVG without a library.
 
-A point is a setting, its bar where the share of all such items may lie; faint ones answered only a part of the items, as
-they were dropped, or the time was over. The line is the front. The reference is a square, the chosen setting a diamond;
-a pointer over any of them says which it is. Both axes across are logarithmic.
+A point is a setting, its bar where the share of all such items may lie; faint ones answered only a part of the items,
+as they were dropped, or the time was over. The line is the front. The reference is a square, the chosen setting a
+diamond; a pointer over any of them says which it is. Both axes across are logarithmic.
 """
 
 from __future__ import annotations
