@@ -234,6 +234,20 @@ def nano(record: Record) -> str:
     return table([f"nano, {record.get('weights', 'float32')}", "puzzles", "solved", "steps", "tokens per pass"], lines)
 
 
+def skills(record: Record) -> str:
+    """Every skill as a whole; kinds are in the record."""
+    lines = []
+    for row in record["rows"]:
+        if row["kind"] is None:
+            measures = row["measures"] | ({"valid by RDKit": row["valid_by_rdkit"]} if "valid_by_rdkit" in row else {})
+            figures = [f"{row['share']:.1%}", f"{row['low']:.1%}–{row['high']:.1%}", f"{row['steps']:.1f}"]
+            figures += [f"{row['tokens_per_pass']:.1f}", f"{row['milliseconds']:.1f}"]
+            also = ", ".join(f"{name} {value:.1%}" for name, value in measures.items())
+            lines.append([f"{row['task']}, {row['setting']}", str(row["items"]), *figures, also])
+    head = ["nano-skills", "items", "right", "95 % interval", "steps", "tokens per pass", "ms an item", "also"]
+    return table(head, lines)
+
+
 def predicted(record: Record) -> str:
     """Predictions, apart from all that was measured: what a count says of a target is no verdict."""
     before, lines = record.get("before_ms", {}), []
@@ -494,6 +508,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "adapters": ("The cost of an adapter", adapters),
     "request": ("Whole answers", request),
     "nano": ("nano", nano),
+    "skills": ("nano-skills", skills),
     "curve": ("Quality against steps", curve),
     "pins": ("The more is given, the fewer steps", pins),
     "sampling rules": ("Top-p, top-k, min-p and penalties", sampling_rules),

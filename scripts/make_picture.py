@@ -1,5 +1,7 @@
 """Draws docs/canvas.svg: four canvases at work, a Sudoku, a plot, an edit and a molecule, from real runs.
 
+Where no plot is right, a function with a gap stands in its place.
+
     .venv/bin/python scripts/make_picture.py
 
 Each is the item of the first seed, from --seed up, that fits its panel and is answered right in three steps or more. A
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,7 @@ from scripts.smoke import CLUE, SMOKE, colour
 from sfumato import LLM, Done, Draft, Options
 from sfumato.cli.demo_skills import SKILLS, STRENGTH, item_of
 from sfumato.evals import sudoku as sudoku_runs
-from sfumato.evals.tasks import answer_options
-from sfumato.tasks import edits, graphs, molecules, smiles
+from sfumato.tasks import edits, graphs, infill, molecules, smiles
 from sfumato.tasks.task import messages
 from sfumato.templates.requests import Chat, Edit, QueryFor
 
@@ -50,10 +51,15 @@ STYLE = (
 )
 
 
+Piece = tuple[str, float | None]
+"""A text, and where it is a token of a draft its entropy."""
+
+
 @dataclass(frozen=True)
 class SkillRun:
     """A right answer and the drafts on its way."""
 
+    name: str
     item: str
     drafts: list[Draft]
     text: str
@@ -69,10 +75,10 @@ class SkillRun:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def first_right(name: str, seed: int, run: Callable[[str, Options], SkillRun], fits: Callable[[str], bool]) -> SkillRun:
-    """The first item, of seeds from `seed` up, that fits and is answered right in enough steps to be watched.
-
-    SystemExit where there is none."""
+def first_right(
+    name: str, seed: int, run: Callable[[str, Options], SkillRun], fits: Callable[[str], bool]
+) -> SkillRun | None:
+    """The first item, of seeds from `seed` up, that fits and is answered right in enough steps to be watched."""
     skill = SKILLS[name]
     for own in islice(count(seed), TRIES):
         item = item_of(skill, own)
@@ -82,31 +88,33 @@ def first_right(name: str, seed: int, run: Callable[[str, Options], SkillRun], f
         if len(result.drafts) >= BOARDS and skill.task.is_right(result.text, item):
             print(f"{name}: seed {own}, {len(result.drafts)} steps")
             return result
-    raise SystemExit(f"{name}: no right answer in {BOARDS} steps or more, of {TRIES} seeds from {seed} up")
+    print(f"{name}: no right answer in {BOARDS} steps or more, of {TRIES} seeds from {seed} up")
+    return None
 
 
 def sudoku_run(llm: LLM) -> Callable[[str, Options], SkillRun]:
     def run(item: str, options: Options) -> SkillRun:
         ids, pins = sudoku_runs.request(llm, item)
-        events = [*llm.events([ids], options=answer_options(options, llm), pins=[pins])]
+        own = replace(options, max_tokens=llm.model.config.canvas_length)
+        events = [*llm.events([ids], options=own, pins=[pins])]
         (done,) = (event for event in events if isinstance(event, Done))
         drafts = [event for event in events if isinstance(event, Draft)]
-        return SkillRun(item, drafts, sudoku_runs.result(item, done).answer, done.usage.tokens_per_pass)
+        return SkillRun("sudoku", item, drafts, sudoku_runs.result(item, done).answer, done.usage.tokens_per_pass)
 
     return run
 
 
 def text_run(llm: LLM, name: str) -> Callable[[str, Options], SkillRun]:
     def run(item: str, options: Options) -> SkillRun:
-        query: QueryFor[Any] = Chat(messages(SKILLS[name].task, item), options=replace(options, max_tokens=96))
+        length = llm.model.config.canvas_length
+        query: QueryFor[Any] = Chat(messages(SKILLS[name].task, item), options=replace(options, max_tokens=length))
         if name == "edits":
             one = edits.read(item)
             query = Edit(one.text, one.instruction, strength=STRENGTH, options=options)
         *drafts, last = llm.outcomes(query)
         result: Any = last
-        return SkillRun(
-            item, [one for one in drafts if isinstance(one, Draft)], result.text, result.usage.tokens_per_pass
-        )
+        own = [one for one in drafts if isinstance(one, Draft)]
+        return SkillRun(name, item, own, result.text.strip(), result.usage.tokens_per_pass)
 
     return run
 
@@ -173,36 +181,36 @@ def plot_cells(draft: Draft) -> tuple[list[str], list[str], list[str]]:
     return shown, [*map(colour, entropies)], [*map(tone, entropies)]
 
 
-def line(x: float, y: float, pieces: Sequence[str], entropies: Sequence[float] | None) -> Iterator[str]:
-    """The tokens of a draft in a row; without entropies the text as it is."""
-    starts = [x + LETTER * sum(map(len, pieces[:place])) for place in range(len(pieces))]
-    widths = [LETTER * len(piece) for piece in pieces]
-    if entropies is not None:
-        tokens = zip(starts, widths, entropies, strict=False)
-        yield from boxes(LINE - 5, [(at, y, width - 0.6, colour(entropy)) for at, width, entropy in tokens if width])
-    for place, piece in enumerate(pieces):
-        kind = "" if entropies is None else tone(entropies[place])
-        if piece.strip():
-            yield words(starts[place], y + 13, piece, f"l {kind}".strip(), widths[place])
+def line(x: float, y: float, pieces: Sequence[Piece]) -> Iterator[str]:
+    """Texts in a row, those of tokens on the colour of their entropy."""
+    starts = [x + LETTER * sum(len(text) for text, _ in pieces[:place]) for place in range(len(pieces))]
+    tokens = zip(starts, pieces, strict=True)
+    drawn = [(at, y, LETTER * len(text) - 0.6, colour(h)) for at, (text, h) in tokens if text and h is not None]
+    yield from boxes(LINE - 5, drawn)
+    for at, (text, entropy) in zip(starts, pieces, strict=True):
+        if text.strip():
+            kind = "l" if entropy is None else f"l {tone(entropy)}".strip()
+            yield words(at, y + 13, text, kind, LETTER * len(text))
 
 
-def lines(left: float, top: float, run: SkillRun, before: str | None = None) -> Iterator[str]:
-    """The drafts of a run as rows, below what stood there before."""
-    start = left + LABEL
-    if before is not None:
-        yield words(left + 12, top + 13, "before", "s")
-        yield from line(start, top, [before], None)
-        top += LINE
-    for place, draft in enumerate(run.chosen(ROWS - (before is not None))):
-        yield words(left + 12, top + place * LINE + 13, f"step {draft.step}", "s")
-        pieces = [shown_piece(piece) for piece in draft.pieces[: draft.end]]
-        letters = 0
-        for number, piece in enumerate(pieces):  # an early draft may be longer than the panel
-            letters += len(piece)
-            if letters > LONGEST:
-                pieces = [*pieces[:number], "…"]
-                break
-        yield from line(start, top + place * LINE, pieces, draft.entropies)
+def rows_of(run: SkillRun, number: int, before: str = "", after: str = "") -> list[tuple[str, list[Piece]]]:
+    """So many drafts of a run, each with its step, between texts that stay; cut where they are too long."""
+    rows: list[tuple[str, list[Piece]]] = []
+    for draft in run.chosen(number):
+        tokens = zip(map(shown_piece, draft.pieces[: draft.end]), draft.entropies, strict=False)
+        pieces: list[Piece] = [(before, None), *tokens, (after, None)]
+        sizes = [*accumulate(len(text) for text, _ in pieces)]
+        if sizes[-1] > LONGEST:
+            pieces = [*(piece for piece, size in zip(pieces, sizes, strict=True) if size < LONGEST), ("…", None)]
+        rows.append((f"step {draft.step}", pieces))
+    return rows
+
+
+def lines(left: float, top: float, rows: Sequence[tuple[str, list[Piece]]]) -> Iterator[str]:
+    """Rows of texts, each behind a word of its own."""
+    for place, (label, pieces) in enumerate(rows):
+        yield words(left + 12, top + place * LINE + 13, label, "s")
+        yield from line(left + LABEL, top + place * LINE, pieces)
 
 
 def shown_piece(piece: str) -> str:
@@ -231,36 +239,21 @@ def facts(run: SkillRun) -> str:
     return f"{len(run.drafts)} steps, {run.passes:.1f} tokens per pass"
 
 
-def picture(sudoku: SkillRun, plot: SkillRun, edit: SkillRun, molecule: SkillRun) -> str:
-    """The four runs in two rows of two panels."""
+def picture(sudoku: SkillRun, middle: SkillRun, edit: SkillRun, molecule: SkillRun) -> str:
+    """The four runs in two rows of two panels; `middle` is a plot, or else code."""
     high, low = 50 + 9 * CELL + 28, 52 + ROWS * LINE + 8
     right, below = EDGE + WIDE + GAP, EDGE + high + GAP
     clues = sum(cell != "0" for cell in sudoku.item)
-    expression = plot.item.split("\n")[0]
     one = edits.read(edit.item)
-    said = molecules.prompt(molecule.item).split("\n")[1]
     bottom = below + low + 26
     parts = [
         *panel(EDGE, EDGE, high, f"A Sudoku of {clues} clues", facts(sudoku)),
         *boards(EDGE, EDGE + 50, sudoku, sudoku_cells(sudoku)),
-        *panel(
-            right,
-            EDGE,
-            high,
-            f"Plot this: {expression}",
-            f"{facts(plot)}",
-        ),
-        *boards(right, EDGE + 50, plot, plot_cells),
+        *(plot_panel if middle.name == "graphs" else code_panel)(right, EDGE, high, middle),
         *panel(EDGE, below, low, one.instruction, facts(edit)),
-        *lines(EDGE, below + 52, edit, one.text),
-        *panel(
-            right,
-            below,
-            low,
-            f"Molecule with: {said}",
-            f"{smiles.formula_of(molecule.text.strip())}; {facts(molecule)}",
-        ),
-        *lines(right, below + 52, molecule),
+        *lines(EDGE, below + 52, [("before", [(one.text, None)]), *rows_of(edit, ROWS - 1)]),
+        *panel(right, below, low, wish(molecule.item), f"{smiles.formula_of(molecule.text)}; {facts(molecule)}"),
+        *lines(right, below + 52, rows_of(molecule, ROWS)),
         *key(bottom),
     ]
     height = bottom + 14
@@ -271,6 +264,26 @@ def picture(sudoku: SkillRun, plot: SkillRun, edit: SkillRun, molecule: SkillRun
     return "\n".join([head, STYLE, ground, *parts, "</svg>"]) + "\n"
 
 
+def plot_panel(x: float, y: float, height: float, run: SkillRun) -> Iterator[str]:
+    expression = run.item.split("\n")[0]
+    yield from panel(x, y, height, f"Plot this: {expression}", facts(run))
+    yield from boards(x, y + 50, run, plot_cells)
+
+
+def code_panel(x: float, y: float, height: float, run: SkillRun) -> Iterator[str]:
+    before, after, phrase = gap_line(run.item)
+    yield from panel(x, y, height, phrase, facts(run))
+    start: tuple[str, list[Piece]] = ("before", [(before + infill.GAP + after, None)])
+    yield from lines(x, y + 52, [start, *rows_of(run, ROWS + 1, before, after)])
+
+
+def gap_line(item: str) -> tuple[str, str, str]:
+    """What stands on both sides of the gap in its line, and what the function does, in words."""
+    lines = infill.read(item).code.split("\n")
+    before, _, after = next(line for line in lines if infill.GAP in line).strip().partition(infill.GAP)
+    return before, after, lines[1].strip(' "')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skills", default="nano-skills", help="the model of the plot, the edit and the molecule")
@@ -279,10 +292,20 @@ def main() -> None:
     args = parser.parse_args()
     nano, skills = LLM.load("nano"), LLM.load(args.skills)
     sudoku = first_right("sudoku", args.seed, sudoku_run(nano), lambda item: True)
-    plot = first_right("graphs", args.seed, text_run(skills, "graphs"), lambda item: True)
+    middle = first_right("graphs", args.seed, text_run(skills, "graphs"), lambda item: True) or first_right(
+        "infill", args.seed, text_run(skills, "infill"), is_short_code
+    )
     edit = first_right("edits", args.seed, text_run(skills, "edits"), is_short_edit)
     molecule = first_right("molecules", args.seed, text_run(skills, "molecules"), is_short_wish)
-    args.out.write_text(picture(sudoku, plot, edit, molecule), encoding="utf-8")
+    if sudoku is None or middle is None or edit is None or molecule is None:
+        raise SystemExit("no picture: give a model that answers right, or another --seed")
+    args.out.write_text(picture(sudoku, middle, edit, molecule), encoding="utf-8")
+
+
+def is_short_code(item: str) -> bool:
+    """Whether the gap's line and the words fit their panel."""
+    before, after, phrase = gap_line(item)
+    return 20 <= len(before + infill.answer(item) + after) <= LONGEST and len(phrase) <= LONGEST
 
 
 def is_short_edit(item: str) -> bool:
@@ -292,9 +315,15 @@ def is_short_edit(item: str) -> bool:
     return "\n" not in one.text + one.edited and min(sizes) >= SHORTEST and max(sizes) <= LONGEST
 
 
+def wish(item: str) -> str:
+    """What is asked of a molecule, in a few words."""
+    said = molecules.prompt(item).split("\n")[1]
+    return f"Complete this molecule: {said}" if molecules.kind(item) == "missing" else f"Molecule with: {said}"
+
+
 def is_short_wish(item: str) -> bool:
-    """Whether a molecule is asked for by what it has, in a line that fits its panel."""
-    return molecules.kind(item) == "groups" and len(molecules.prompt(item).split("\n")[1]) <= 32
+    """Whether what is asked of a molecule fits its panel."""
+    return len(wish(item)) <= LONGEST
 
 
 if __name__ == "__main__":

@@ -278,8 +278,8 @@ class Options:
     verify: Annotated[
         float | None,
         About(
-            "With redos: nats by which the same weights, one token after another, may prefer another token; a canvas "
-            "where they prefer one by more begins again too. None: they are not asked.",
+            "With redos: a canvas begins again where the same weights, one token after another, prefer another token "
+            "by more than so many nats; the likeliest of its tries commits. None: max_steps alone decides.",
             _CANVAS_ANSWER,
             0.0,
             100.0,

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 CLUES = range(34, 46)
 """Of the puzzles that are shown."""
-STRENGTH = 0.5
-"""The share of a document that starts as noise."""
+STRENGTH = 0.0
+"""The share of a document that starts as noise: none, as in training."""
 SAMPLES = 8
 """Draws of noise that a decision is read from."""
 
@@ -254,9 +254,8 @@ def _puzzle(rng: np.random.Generator) -> str:
 
 def _show_sudoku(stage: Stage, llm: LLM, item: str) -> None:
     from sfumato.evals import sudoku as task
-    from sfumato.evals.tasks import answer_options
 
-    options = answer_options(stage.options, llm)
+    options = replace(stage.options, max_tokens=llm.model.config.canvas_length)
     clues = sum(cell != "0" for cell in item)
     if stage.is_live:
         solved = watch(llm, item, options, True, stage.view)

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from sfumato.cli import files, flags, loading
 from sfumato.cli import options as opt
+from sfumato.cli.decide_lines import count_lines
 from sfumato.cli.eval_runs import HARNESS, RUNS, EvalWork, compared, setting_of
 from sfumato.cli.output import put
 from sfumato.cli.sweep import SweepFlags, carry_out_sweep, write_preset
@@ -238,6 +239,10 @@ def exercises_of(
             bad: list[str] = []
             exercises.append(exercise_of_file(name, chosen.check, chosen.items, seed, bad, problems))
             _name_lines(console, [f"{name}, {one}" for one in bad], "lines were left out")
+            there = (count_lines(name) or 0) - len(bad)
+            if there > (drawn := len(exercises[-1].items)):
+                note = f"{name}: {drawn:,} of {there:,} items are drawn; --items says how many"
+                console.print(visible(note, "dim"), soft_wrap=True)
     return exercises
 
 

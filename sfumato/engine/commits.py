@@ -123,8 +123,7 @@ class Commits:
         for one in judged:
             tokens = one.tokens[: self._end(rows[one.seat], one.tokens)]
             trials[one.seat] = Trial(tokens, one.steps, one.entropy)
-        settled = [one.seat for one in judged if not rows[one.seat].is_unsure(one.steps, one.entropy)]
-        read = [seat for seat in settled if rows[seat].options.verify is not None]
+        read = [one.seat for one in judged if rows[one.seat].options.verify is not None]
         before_BD = self.table.last_XD[read]
         for seat, log_p_TV in zip(
             read, self._log_probabilities(read, [trials[seat].tokens for seat in read]), strict=True
@@ -135,7 +134,7 @@ class Commits:
             row, trial, is_encoded = rows[one.seat], trials[one.seat], one.seat in before
             if row.has_failed:
                 continue
-            stands = one.seat in settled and trial.gap <= (row.options.verify or 0.0)
+            stands = not row.is_unsure(trial) if row.options.verify is None else trial.gap <= row.options.verify
             is_last = len(row.refused) == row.options.redos
             best = max([trial, *row.refused], key=lambda other: other.rank)
             if stands or (is_last and best is trial):

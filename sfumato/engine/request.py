@@ -398,9 +398,9 @@ class Row:
         """Whether a canvas commits at once, since its numbers are read, or it may begin again."""
         return self.options.logprobs or self.options.redos > 0
 
-    def is_unsure(self, steps: int, entropy: float) -> bool:
-        """Whether the cap alone has stopped a canvas, after so many steps and with this mean entropy."""
-        return steps >= self.rules.max_steps and entropy >= self.rules.confidence > 0
+    def is_unsure(self, trial: Trial) -> bool:
+        """Whether the cap alone has stopped a canvas."""
+        return trial.steps >= self.rules.max_steps and trial.entropy >= self.rules.confidence > 0
 
     @property
     def draw(self) -> int:

@@ -1,14 +1,13 @@
 """Tries of a canvas: which of them stands, and which is committed where none does (`Options.redos`, `Options.verify`).
 
-A canvas that reaches its cap on steps without being sure is seldom right, and other noise often is: it begins again,
-which costs its steps and nothing else. With `verify` one that has settled is also read by the causal direction: the
-encode pass gives the log-probability of each of its tokens from those before it alone, by the same weights. The gap of
-a token is by how much that of the likeliest token in its place is above its own. A canvas with a gap above the
-threshold begins again too.
+Where canvases settle, one that reaches its cap on steps without being sure is seldom right, and other noise often is.
+It begins again, which costs its steps and nothing else. With `verify` the causal direction judges in the cap's place:
+the encode pass gives the log-probability of each token from those before it alone, by the same weights. The gap of a
+token is by how much that of the likeliest token in its place is above its own. A canvas with a gap above the threshold
+begins again.
 
-Where no try is left the best of them commits: one that settled before one that did not, of those that settled the
-likeliest, of the others the surest. Only tokens that can become part of the answer have a gap, and that were free: not
-what is pinned, and nothing behind the first end or the budget.
+Where no try is left the best of them commits: the surest, or with `verify` the likeliest. Only tokens that can become
+part of the answer have a gap, and that were free: not what is pinned, and nothing behind the first end or the budget.
 """
 
 from __future__ import annotations
@@ -54,16 +53,16 @@ class Trial:
     entropy: float
     """The mean entropy of the canvas at its last step, in nats."""
     likelihoods: CommitLikelihoods | None = None
-    """What the causal direction says of its tokens; None where it was not asked, as the canvas had not settled."""
+    """What the causal direction says of its tokens; None where it is not asked."""
     gap: float = 0.0
     """The largest gap of a token that was free, in nats; 0 where none was."""
     mean: float = 0.0
     """The mean log-probability of the tokens that were free; 0 where none was."""
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """The larger, the better it is."""
-        return self.likelihoods is not None, -self.entropy if self.likelihoods is None else self.mean
+    def rank(self) -> float:
+        """The larger, the better it is beside other tries of the same canvas."""
+        return -self.entropy if self.likelihoods is None else self.mean
 
     def judged(self, likelihoods: CommitLikelihoods, best: Sequence[float], pinned: Collection[int]) -> Trial:
         """With what the causal direction says of it.

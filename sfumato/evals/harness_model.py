@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import LM
 
 if TYPE_CHECKING:
-    from sfumato.evals.harness import HarnessRequests
+    from sfumato.evals.harness_requests import HarnessRequests
 
 
 def harness_model(requests: HarnessRequests) -> Any:

@@ -158,6 +158,12 @@ def test_tasks_of_lm_eval_have_rows_and_are_kept(
     assert "lm:part two" in out and "66.7%" in out
 
 
+def test_of_a_long_file_some_items_are_drawn_and_that_is_said(sfumato: Command, mine: str) -> None:
+    code, out, err = sfumato("eval", mine, "--check", "exact", "--items", "1", "-s", "max_steps=1", "--json")
+    assert code == 0 and json.loads(out)["runs"][0]["rows"][0]["items"] == 1
+    assert "mine.jsonl: 1 of 3 items are drawn; --items says how many" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -1,4 +1,4 @@
-"""evals/harness.py and harness_model.py: what lm-eval asks is answered by the model, and its items become answers."""
+"""evals/harness.py, harness_requests.py and harness_model.py: what lm-eval asks, and its items as answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 from sfumato import LLM, Options
 from sfumato.errors import InputError
-from sfumato.evals.harness import HarnessRequests, answers_of, check_installed, harness_answers
+from sfumato.evals.harness import answers_of, check_installed, harness_answers
+from sfumato.evals.harness_requests import HarnessRequests
 from sfumato.evals.tasks import seeded
 
 TASK = Path(__file__).parents[1] / "lm_eval_task"
