@@ -32,8 +32,11 @@ class SweepReport:
     llm: LanguageModel
     axes: Sequence[str]
 
-    errors: Sequence[str] = ()
-    """Sentences about items that could not be answered; a sweep counts them as wrong, and says no more."""
+    @property
+    def errors(self) -> list[str]:
+        """A sentence for each item that the reference could not answer."""
+        answers = self.result.points[0].answers
+        return [f"{task}: {one.error}" for task, some in answers.items() for one in some if one.error]
 
     def record(self) -> dict[str, Any]:
         """What is written as JSON."""

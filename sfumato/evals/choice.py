@@ -1,14 +1,15 @@
 """The choice: the cheapest setting that loses less than so many points, confirmed on items that did not choose it.
 
-Candidates are what the search has on its front. They answer the confirming items one after the other, from the dearest,
-which is the safest, to the cheapest; the first that may lose too much ends the row, and the last before it that is
-cheaper there too is the choice. In that fixed order every test may have the full level (Marcus, Peritz and Gabriel
-1976). What may lose too much: the upper limit of its paired loss is above the bound, or one task is significantly
-worse. Where a loss is small enough but its limit is not, there are too few items, and about how many would do is said.
+Candidates are up to three settings of the search's front: its cheapest, its dearest, and one between. From the cheapest
+on they answer the confirming items; the first that is safe there, and cheaper, is the choice. Safe means: the upper
+limit of its paired loss is below the bound, and no task has significantly less right. As there are several tries, each
+limit is that of a higher level: with three, of 98.3 % instead of 95 % (Bonferroni). Where a loss is small enough but its
+limit is not, there are too few items, and about how many would do is said.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,13 @@ from typing import Any
 from sfumato.evals.curve import Point
 from sfumato.evals.search import CHEAPER
 from sfumato.evals.settings import AXES, COSTS, CostKind, Setting
-from sfumato.evals.statistics import PairedCounts
+from sfumato.evals.statistics import LEVEL, PairedCounts
 from sfumato.evals.tasks import TaskAnswer
 from sfumato.options import LoadOptions, Options, differences
 from sfumato.presets import Preset
 
 MOST_CANDIDATES = 3
-"""Settings that answer the confirming items beside the reference."""
+"""Settings that may answer the confirming items beside the reference."""
 MOST_ITEMS = 1_000_000
 """Items above which it is not said how many would do."""
 
@@ -37,40 +38,53 @@ class SettingChoice:
     tried: Sequence[Point] = ()
     """The candidates on the confirming items, in the order in which they were tried."""
     chosen: Point | None = None
-    """The last that was confirmed."""
+    """The first that is safe, and cheaper."""
+    level: float = LEVEL
+    """Of the intervals of a loss: the more candidates, the higher."""
 
     @property
     def sentence(self) -> str:
         """What came of it, for a person."""
         if self.chosen is not None:
-            return f"{_words(self.chosen)}: it may be chosen"
+            return f"{self._words(self.chosen)}: it may be chosen"
         if not self.tried:
             return f"no setting that was tried is cheaper and loses less than {self.lose:g} points"
-        point = self.tried[-1]
+        point = min(self.tried, key=lambda one: items_needed(one.pooled, self.lose, self.level) or math.inf)
+        words = self._words(point)
         if point.losing_tasks:
-            return f"{_words(point)}; of {' and '.join(point.losing_tasks)} it has significantly less right"
+            return f"{words}; of {' and '.join(point.losing_tasks)} it has significantly less right"
         if point.loss >= self.lose:
-            return f"{_words(point)}, which is too much"
-        if is_safe(point, self.lose):
-            return f"{_words(point)}; on these items it is not cheaper"
-        items = items_needed(point.pooled, self.lose)
+            return f"{words}, which is too much"
+        if is_safe(point, self.lose, self.level):
+            return f"{words}; on these items it is not cheaper"
+        items = items_needed(point.pooled, self.lose, self.level)
         more = "more than can be asked for" if items is None else f"about {items:,}"
-        return f"{_words(point)}; these items do not suffice to say less than {self.lose:g}, {more} would"
+        return f"{words}; these items do not suffice to say less than {self.lose:g}, {more} would"
 
     @property
     def items_needed(self) -> int | None:
-        """About how many confirming items the last candidate would have needed; None where no number would do."""
-        last = self.tried[-1] if self.tried and self.chosen is None else None
-        if last is None or last.losing_tasks or is_safe(last, self.lose):
-            return None
-        return items_needed(last.pooled, self.lose)
+        """About how many confirming items would have done for one of the candidates; None where no number would."""
+        rest = [one for one in self.tried if not one.losing_tasks and not is_safe(one, self.lose, self.level)]
+        each = [items_needed(point.pooled, self.lose, self.level) for point in rest]
+        return None if self.chosen is not None else min((items for items in each if items is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The record of a choice."""
         chosen = None if self.chosen is None else self.chosen.setting.name
         needed = {} if self.items_needed is None else {"items_needed": self.items_needed}
-        record = {"lose": self.lose, "by": self.cost, "chosen": chosen, "sentence": self.sentence}
-        return record | needed | {"confirming": [point.to_dict() for point in self.tried]}
+        record = {"lose": self.lose, "by": self.cost, "level": round(self.level, 6), "chosen": chosen}
+        points = [
+            point.to_dict()
+            | {"high": round(point.most_loss(self.level), 4)}
+            | {"is_safe": is_safe(point, self.lose, self.level)}
+            for point in self.tried
+        ]
+        return record | needed | {"sentence": self.sentence, "confirming": points}
+
+    def _words(self, point: Point) -> str:
+        work = ", ".join(f"{point.costs[kind]:.0%} of the {kind}" for kind in COSTS)
+        loss = f"loses {point.loss:.1f} points, at most {point.most_loss(self.level):.1f}"
+        return f"{point.setting.name} {loss}, on {point.items:,} held-out items, at {work}"
 
 
 def choose(
@@ -80,30 +94,37 @@ def choose(
     lose: float,
     is_over: Callable[[], bool] = lambda: False,
 ) -> SettingChoice:
-    """Confirm candidates, from the dearest to the cheapest; `answer` gives a setting's answers to the confirming items.
+    """Confirm candidates, given from the dearest to the cheapest; `answer` gives a setting's confirming answers.
 
-    At most the cheapest `MOST_CANDIDATES`; after the first one, none where the time is over."""
+    After the first one, none where the time is over."""
     if not candidates:
         return SettingChoice(lose, cost)
-    reference, chosen, tried = answer(Setting()), None, list[Point]()
-    for candidate in candidates[-MOST_CANDIDATES:]:
+    some = spread(candidates)
+    level = 1 - (1 - LEVEL) / len(some)
+    reference, tried = answer(Setting()), list[Point]()
+    for candidate in some[::-1]:
         if tried and is_over():
             break
         point = Point(candidate.setting, answer(candidate.setting), reference)
         tried.append(point)
-        if not is_safe(point, lose):
-            break
-        if point.costs[cost] <= CHEAPER:
-            chosen = point
-    return SettingChoice(lose, cost, tried, chosen)
+        if is_safe(point, lose, level) and point.costs[cost] <= CHEAPER:
+            return SettingChoice(lose, cost, tried, point, level)
+    return SettingChoice(lose, cost, tried, None, level)
 
 
-def is_safe(point: Point, lose: float) -> bool:
+def spread(candidates: Sequence[Point]) -> list[Point]:
+    """The first, one in the middle, and the last; all where they are no more than three."""
+    if len(candidates) <= MOST_CANDIDATES:
+        return [*candidates]
+    return [candidates[0], candidates[len(candidates) // 2], candidates[-1]]
+
+
+def is_safe(point: Point, lose: float, level: float = LEVEL) -> bool:
     """Whether it loses less than so many points for certain, and in no task significantly."""
-    return point.loss_interval[1] < lose and not point.losing_tasks
+    return point.most_loss(level) < lose and not point.losing_tasks
 
 
-def items_needed(counts: PairedCounts, lose: float) -> int | None:
+def items_needed(counts: PairedCounts, lose: float, level: float = LEVEL) -> int | None:
     """The fewest items with these shares whose upper limit of the loss is below so many points; None for no number."""
     if -100 * counts.difference >= lose or not counts.count:
         return None
@@ -112,7 +133,7 @@ def items_needed(counts: PairedCounts, lose: float) -> int | None:
         scale = items / counts.count
         minus, plus = round(counts.first_only * scale), round(counts.second_only * scale)
         both = min(items - minus - plus, round(counts.both * scale))
-        return -100 * PairedCounts(both, minus, plus, items - minus - plus - both).interval().low < lose
+        return -100 * PairedCounts(both, minus, plus, items - minus - plus - both).interval(level).low < lose
 
     most = counts.count
     while not suffices(most):
@@ -132,10 +153,3 @@ def preset_of(setting: Setting, options: Options, load: LoadOptions, evidence: M
     What is asked for (a length, a seed) is not in it."""
     own, loaded = ({n: v for n, v in differences(one).items() if n in AXES} for one in (options, load))
     return Preset(own | setting.options, loaded | setting.load, evidence)
-
-
-def _words(point: Point) -> str:
-    work = ", ".join(f"{point.costs[kind]:.0%} of the {kind}" for kind in COSTS)
-    low, high = point.loss_interval
-    loss = f"loses {point.loss:.1f} points ({low:.1f} to {high:.1f})"
-    return f"{point.setting.name} {loss} on {point.items:,} held-out items, at {work}"

@@ -62,6 +62,10 @@ class Point:
         low, high = self.pooled.interval()
         return -100 * high, -100 * low
 
+    def most_loss(self, level: float) -> float:
+        """The upper limit of the loss, in points, at this level."""
+        return -100 * self.pooled.interval(level).low
+
     def loses_more_than(self, points: float) -> bool:
         """Whether it is certain that it loses more than so many points, in all or in one task."""
         return any(-100 * one.interval().high > points for one in (self.pooled, *self.paired.values()))
