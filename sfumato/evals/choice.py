@@ -3,8 +3,8 @@
 Candidates are up to three settings of the search's front: its cheapest, its dearest, and one between. From the cheapest
 on they answer the confirming items; the first that is safe there, and cheaper, is the choice. Safe means: the upper
 limit of its paired loss is below the bound, and no task has significantly less right. As there are several tries, each
-limit is that of a higher level: with three, of 98.3 % instead of 95 % (Bonferroni). Where a loss is small enough but its
-limit is not, there are too few items, and about how many would do is said.
+limit is that of a higher level: with three, of 98.3 % instead of 95 % (Bonferroni). Where a loss is small enough but
+its limit is not, there are too few items, and about how many would do is said.
 """
 
 from __future__ import annotations
