@@ -3,8 +3,8 @@
 Candidates are up to three settings of the search's front: its cheapest, its dearest, and one between. From the cheapest
 on they answer the confirming items; the first that is safe there, and cheaper, is the choice. Safe means: the upper
 limit of its paired loss is below the bound, and no task has significantly less right. As there are several tries, each
-limit is that of a higher level: with three, of 98.3 % instead of 95 % (Bonferroni). Where a loss is small enough but its
-limit is not, there are too few items, and about how many would do is said.
+limit is that of a higher level: with three, of 98.3 % instead of 95 % (Bonferroni). Where a loss is small enough but
+its limit is not, there are too few items, and about how many would do is said.
 """
 
 from __future__ import annotations
@@ -92,19 +92,14 @@ def choose(
     answer: Callable[[Setting], Mapping[str, Sequence[TaskAnswer]]],
     cost: CostKind,
     lose: float,
-    is_over: Callable[[], bool] = lambda: False,
 ) -> SettingChoice:
-    """Confirm candidates, given from the dearest to the cheapest; `answer` gives a setting's confirming answers.
-
-    After the first one, none where the time is over."""
+    """Confirm candidates, given from the dearest to the cheapest; `answer` gives a setting's confirming answers."""
     if not candidates:
         return SettingChoice(lose, cost)
     some = spread(candidates)
     level = 1 - (1 - LEVEL) / len(some)
     reference, tried = answer(Setting()), list[Point]()
     for candidate in some[::-1]:
-        if tried and is_over():
-            break
         point = Point(candidate.setting, answer(candidate.setting), reference)
         tried.append(point)
         if is_safe(point, lose, level) and point.costs[cost] <= CHEAPER:
