@@ -136,19 +136,19 @@ def command(
 
     Example: sfumato eval nano sudoku --items 50 --compare max_steps=6
 
+    Example: sfumato eval nano sudoku --items 600 --sweep --preset-to fast.json
+
     Example: sfumato eval -m google/diffusiongemma-26B-A4B-it mine.jsonl -o mine.json --picture mine.svg
     """
     name, tasks = model_and_tasks(words or [], api)
-    preset = sweep.check(output.force, output.compare)
+    harness = harness_tasks(tasks)
+    preset = sweep.check(output.force, output.compare, harness)
     seed = exercise.seed if options.seed is None else options.seed
     first = setting_of(replace(api, model=name), load, replace(options, seed=seed))
     settings = [first] if output.compare is None else [first, compared(first, output.compare)]
     target, picture = output.new_files([one for one in tasks if one not in TASKS], sweep)
     console = Console(stderr=True, highlight=False)
     problems: list[str] = []
-    harness = harness_tasks(tasks)
-    if harness and sweep.sweep:
-        raise InputError(f"{harness[0]} is a task of lm-evaluation-harness, which --sweep does not run; leave it out")
     exercises = exercises_of([one for one in tasks if not one.startswith(HARNESS)], exercise, seed, console, problems)
 
     from sfumato.cli.eval_screen import EvalReport  # only now: these cost the import of torch
@@ -164,9 +164,8 @@ def command(
         if sweep.sweep:
             report = carry_out_sweep(first, exercises, sweep, exercise.batch, kept, console)
         else:
-            report = EvalReport.of(
-                EvalWork(exercises, exercise.batch, kept, console, harness, exercise.items).results(settings), seed
-            )
+            work = EvalWork(exercises, exercise.batch, kept, console, harness, exercise.items)
+            report = EvalReport.of(work.results(settings), seed)
     _write(report, target, picture, output.as_json)
     _name_lines(console, [*report.errors, *problems], "could not be answered or checked, which counts as wrong")
     if preset is not None:

@@ -65,7 +65,7 @@ class SweepFlags:
         str | None, typer.Option("--preset-to", metavar="FILE", help="Write the chosen setting, for --preset.")
     ] = None
 
-    def check(self, force: bool, compare: Sequence[str] | None) -> files.NewFile | None:
+    def check(self, force: bool, compare: Sequence[str] | None, harness: Sequence[str]) -> files.NewFile | None:
         """The preset's file. InputError for a flag of the sweep without --sweep, and for one that is wrong."""
         usual = SweepFlags()
         for name in ("axis", "lose", "by", "budget", "preset_to"):
@@ -73,6 +73,10 @@ class SweepFlags:
                 raise InputError(f"--{name.replace('_', '-')} is of a sweep; give --sweep too")
         if self.sweep and compare is not None:
             raise InputError("--sweep and --compare are given together; give one of them")
+        if self.sweep and harness:
+            raise InputError(
+                f"{harness[0]} is a task of lm-evaluation-harness, which --sweep does not run; leave it out"
+            )
         if self.by not in (None, *COSTS):
             raise InputError(f"--by is {self.by!r}; give {', '.join(COSTS)}")
         if not 0 < self.lose <= 100:

@@ -92,19 +92,14 @@ def choose(
     answer: Callable[[Setting], Mapping[str, Sequence[TaskAnswer]]],
     cost: CostKind,
     lose: float,
-    is_over: Callable[[], bool] = lambda: False,
 ) -> SettingChoice:
-    """Confirm candidates, given from the dearest to the cheapest; `answer` gives a setting's confirming answers.
-
-    After the first one, none where the time is over."""
+    """Confirm candidates, given from the dearest to the cheapest; `answer` gives a setting's confirming answers."""
     if not candidates:
         return SettingChoice(lose, cost)
     some = spread(candidates)
     level = 1 - (1 - LEVEL) / len(some)
     reference, tried = answer(Setting()), list[Point]()
     for candidate in some[::-1]:
-        if tried and is_over():
-            break
         point = Point(candidate.setting, answer(candidate.setting), reference)
         tried.append(point)
         if is_safe(point, lose, level) and point.costs[cost] <= CHEAPER:

@@ -20,8 +20,8 @@ from sfumato.evals.tasks import Exercise, TaskAnswer
 from sfumato.options import Options
 from sfumato.templates.interface import LanguageModel
 
-SEARCHED = 0.6
-"""Of the time, what the search may use; the rest is the choice's."""
+SEARCHED = 0.5
+"""Of the time, what the search may use; the choice takes about the rest."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Sweep:
     llm_of: Callable[[Setting], LanguageModel]
     """The model as a setting loads it."""
     seconds: float = 600.0
-    """Its time. The reference, and the first candidate of the choice, are answered in any case."""
+    """Its time. The reference, and the candidates of the choice, are answered in any case."""
     cost: CostKind = "passes"
     lose: float = 1.0
     """Points that a setting may lose."""
@@ -89,7 +89,6 @@ class Sweep:
             lambda setting: self._all_answers(setting, confirming),
             self.cost,
             self.lose,
-            lambda: self.clock() - began > self.seconds,
         )
         return SweepResult(points, choice, self.cost, search.is_complete)
 

@@ -59,36 +59,38 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert front([], "steps") == []
 
 
-def run(points: dict[int, Point], *candidates: int, lose: float = 1.0, is_over: bool = False) -> SettingChoice:
+def run(points: dict[int, Point], *candidates: int, items: int = 1000) -> SettingChoice:
     """The choice among candidates whose answers to the confirming items are these points'."""
 
     def answer(setting: Setting) -> dict[str, Sequence[TaskAnswer]]:
         if not setting.changes:
-            return {"a": answered(1000, 48)}
+            return {"a": answered(items, 48)}
         return dict(points[setting.options["max_steps"]].answers)
 
-    return choose([point_of(steps) for steps in candidates], answer, "steps", lose, lambda: is_over)
+    return choose([point_of(steps) for steps in candidates], answer, "steps", 1.0)
 
 
 def test_the_cheapest_that_is_confirmed_is_chosen() -> None:
     points = {24: point_of(24, items=1000), 12: point_of(12, (1,), 1000), 6: point_of(6, range(20), 1000)}
     choice = run(points, 24, 12, 6)
-    assert names(choice.tried) == [24, 12, 6]
+    assert names(choice.tried) == [6, 12], "the cheapest first, and none after the choice"
     assert choice.chosen is not None and names([choice.chosen]) == [12]
-    assert "max_steps=12 loses 0.1 points" in choice.sentence and choice.items_needed is None
-    assert names(run(points, 24, 12, 6, is_over=True).tried) == [24]
+    assert choice.level == pytest.approx(1 - 0.05 / 3), "three tries"
+    assert "max_steps=12 loses 0.1 points, at most 0.8" in choice.sentence and choice.items_needed is None
+    assert run(points, 12).level == pytest.approx(0.95)
 
 
-def test_the_first_that_fails_ends_the_row() -> None:
-    points = {steps: point_of(steps, wrong, 1000) for steps, wrong in ((24, range(20)), (12, ()))}
+def test_what_is_not_safe_says_why() -> None:
+    points = {steps: point_of(steps, wrong, 1000) for steps, wrong in ((24, range(20)), (12, range(12)))}
     choice = run(points, 24, 12)
-    assert names(choice.tried) == [24] and choice.chosen is None
+    assert names(choice.tried) == [12, 24] and choice.chosen is None and choice.items_needed is None
     assert choice.sentence.endswith("of a it has significantly less right")
+    assert run({12: point_of(12, range(2), 100)}, 12, items=100).sentence.endswith("which is too much")
 
 
-def test_only_the_cheapest_candidates_are_tried() -> None:
-    points = {steps: point_of(steps, items=1000) for steps in (30, 24, 18, 12)}
-    assert names(run(points, 30, 24, 18, 12).tried) == [24, 18, 12]
+def test_at_most_three_are_tried_over_the_whole_front() -> None:
+    points = {steps: point_of(steps, range(20), 1000) for steps in (30, 24, 18, 12, 6)}
+    assert names(run(points, 30, 24, 18, 12, 6).tried) == [6, 18, 30]
 
 
 def test_without_a_candidate_nothing_is_answered() -> None:
@@ -122,10 +124,10 @@ def test_no_number_of_items_proves_a_loss_that_is_there() -> None:
 
 def test_a_setting_that_is_not_cheaper_on_other_items_is_passed_over() -> None:
     assert is_safe(point_of(40, items=1000), 1.0) and not is_safe(point_of(40, range(9), 1000), 1.0)
-    points = {24: point_of(48, items=1000), 12: point_of(12, items=1000)}
+    points = {24: point_of(24, items=1000), 12: point_of(48, items=1000)}
     choice = run(points, 24, 12)
-    assert len(choice.tried) == 2 and choice.chosen is not None and choice.chosen.setting.name == "max_steps=12"
-    alone = run(points, 24)
+    assert len(choice.tried) == 2 and choice.chosen is not None and choice.chosen.setting.name == "max_steps=24"
+    alone = run(points, 12)
     assert alone.chosen is None and alone.items_needed is None
     assert alone.sentence.endswith("on these items it is not cheaper")
 
