@@ -35,6 +35,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "max_steps 8, redos 1": {**SHORT, "redos": 1},
     "max_steps 8, redos 2": {**SHORT, "redos": 2},
     "max_steps 8": SHORT,
+    "repeats 3, redos 1": {"repeats": 3, "redos": 1},
+    "repeats 4, redos 2": {"repeats": 4, "redos": 2},
+    "repeats 4, redos 8": {"repeats": 4, "redos": 8},
     "redos 1, verify 4": {"redos": 1, "verify": 4.0},
     "redos 2, verify 4": {"redos": 2, "verify": 4.0},
 }

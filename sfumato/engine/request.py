@@ -399,8 +399,9 @@ class Row:
         return self.options.logprobs or self.options.redos > 0
 
     def is_unsure(self, trial: Trial) -> bool:
-        """Whether the cap alone has stopped a canvas."""
-        return trial.steps >= self.rules.max_steps and trial.entropy >= self.rules.confidence > 0
+        """Whether a canvas was stopped by the cap alone, or because it repeated itself."""
+        is_cut = trial.steps >= self.rules.max_steps or (self.rules.repeats > 0 and not self.options.early)
+        return is_cut and trial.entropy >= self.rules.confidence > 0
 
     @property
     def draw(self) -> int:

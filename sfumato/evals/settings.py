@@ -126,8 +126,9 @@ def usual_axes(options: Options, defaults: Mapping[str, Any]) -> list[Axis]:
     }
     each = {name: [(value,) for value in dict.fromkeys(values)] for name, values in axes.items()}
     tries = [(steps // part, steps, redos) for part, redos in ((4, 1), (3, 1), (3, 2), (2, 1)) if steps // part > 1]
-    second = [] if own.redos or not tries else [axis_of(("max_steps", "temperature_steps", "redos"), tries)]
-    return [*second, *(axis_of((name,), values) for name, values in each.items() if values)]
+    second = [axis_of(("repeats", "redos"), [(3, 1), (4, 1), (4, 2)])]
+    second += [axis_of(("max_steps", "temperature_steps", "redos"), tries)] if tries else []
+    return [*([] if own.redos else second), *(axis_of((name,), values) for name, values in each.items() if values)]
 
 
 def singles(axes: Sequence[Axis], reference: Options) -> Iterator[tuple[Axis, Setting]]:

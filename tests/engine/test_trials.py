@@ -147,6 +147,20 @@ def test_the_first_try_that_stands_commits_else_the_best(threshold: float | None
     assert len(ways) >= (1 if threshold == 100.0 else 2), "the tries are all alike"
 
 
+@torch.inference_mode()
+def test_a_canvas_that_repeated_itself_begins_again_where_it_is_unsure() -> None:
+    ours, again = talker(), []
+    for seed in range(2 * SEEDS):
+        options = dataclasses.replace(plain_of(seed, repeats=2), max_steps=16)
+        ((*_, draft, _, done),) = events_of(ours, [PROMPTS[seed % 4]], [dataclasses.replace(options, drafts=True)])
+        ((_, second),) = events_of(ours, [PROMPTS[seed % 4]], [dataclasses.replace(options, redos=1)])
+        is_unsure = sum(draft.entropies) / LENGTH >= SURE
+        assert (second.usage.steps > done.usage.steps) == is_unsure
+        if done.usage.steps < 16:
+            again.append(is_unsure)
+    assert {*again} == {True, False}
+
+
 def test_off_and_never_refusing_write_the_same() -> None:
     off, generous = (
         events_of(talker((38, 45)), PROMPTS, each(max_steps=16, **more)) for more in ({}, {"verify": 100.0, "redos": 1})

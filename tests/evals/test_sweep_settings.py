@@ -49,7 +49,8 @@ def test_a_wrong_axis_is_one_sentence(names: list[str], values: list[tuple[objec
 
 
 def test_the_usual_axes_lie_around_the_reference() -> None:
-    second, *single = usual_axes(Options(), FALLBACK_DEFAULTS)
+    repeated, second, *single = usual_axes(Options(), FALLBACK_DEFAULTS)
+    assert repeated.names == ("repeats", "redos") and (3, 1) in repeated.values
     assert second.names == ("max_steps", "temperature_steps", "redos") and (16, 48, 1) in second.values
     axes = {axis.names[0]: [one for (one,) in axis.values] for axis in single}
     assert axes["max_steps"] == [24, 16, 12, 8, 6, 4]
