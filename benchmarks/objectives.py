@@ -82,8 +82,8 @@ def rows(name: str, band: str, own: list[list[bool]], plain: list[list[bool]] | 
         if plain is not None:
             other = [at(one, cap) for one in plain]
             alone = sum(a and not b for a, b in zip(right, other, strict=True))
-            lost = sum(b and not a for a, b in zip(right, other, strict=True))
-            record |= {"solved_alone": alone, "plain_alone": lost, "p": round(chance(alone, lost), 3)}
+            behind = sum(b and not a for a, b in zip(right, other, strict=True))
+            record |= {"solved_alone": alone, "plain_alone": behind, "p": round(chance(alone, behind), 3)}
         records.append(record)
     return records
 

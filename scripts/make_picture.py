@@ -37,7 +37,7 @@ WIDE = (WIDTH - 2 * EDGE - GAP) // 2
 """Of a panel."""
 CELL, LETTER, LINE = 13, 6.9, 23
 """A cell of a board, a letter, and a row of letters."""
-LABEL = 64
+LABEL = 68
 """What stands in front of a row of letters."""
 SHORTEST, LONGEST = 28, 46
 """Letters of a document that is shown, and the most of any row."""
@@ -272,7 +272,7 @@ def plot_panel(x: float, y: float, height: float, run: SkillRun) -> Iterator[str
 
 def code_panel(x: float, y: float, height: float, run: SkillRun) -> Iterator[str]:
     before, after, phrase = gap_line(run.item)
-    yield from panel(x, y, height, phrase, facts(run))
+    yield from panel(x, y, height, f"Fill the gap: {phrase}", facts(run))
     start: tuple[str, list[Piece]] = ("before", [(before + infill.GAP + after, None)])
     yield from lines(x, y + 52, [start, *rows_of(run, ROWS + 1, before, after)])
 
@@ -305,7 +305,7 @@ def main() -> None:
 def is_short_code(item: str) -> bool:
     """Whether the gap's line and the words fit their panel."""
     before, after, phrase = gap_line(item)
-    return 20 <= len(before + infill.answer(item) + after) <= LONGEST and len(phrase) <= LONGEST
+    return 20 <= len(before + infill.answer(item) + after) <= LONGEST and len(phrase) <= 32
 
 
 def is_short_edit(item: str) -> bool:

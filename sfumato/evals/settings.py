@@ -109,7 +109,8 @@ def axis_of(names: Sequence[str], values: Sequence[Sequence[Any]]) -> Axis:
 def usual_axes(options: Options, defaults: Mapping[str, Any]) -> list[Axis]:
     """The axes that a sweep takes where none is named, around these options on a checkpoint with these defaults.
 
-    They are fewer steps, a larger entropy bound, a sooner stop, a colder schedule, and early answers."""
+    They are fewer steps, fewer with a second try from other noise, a larger entropy bound, a sooner stop, a colder
+    schedule, and early answers."""
     own = options.with_defaults(defaults).with_defaults(FALLBACK_DEFAULTS)
     steps, bound, confidence = own.max_steps or 0, own.entropy_bound or 0.0, own.confidence or 0.0
     fractions = (2, 3, 4, 6, 8, 12)
@@ -118,13 +119,15 @@ def usual_axes(options: Options, defaults: Mapping[str, Any]) -> list[Axis]:
         "entropy_bound": [round(bound * times, 6) for times in (2, 4, 8, 16)] if bound else [0.1, 0.4],
         "confidence": [round(confidence * times, 6) for times in (4, 16, 64)] if confidence else [0.005, 0.08],
         "stability": [0] if own.stability else [],
-        "repeats": [2, 3, 4],
+        "repeats": [4, 6, 7, 8],
         "temperature": [0.75, 0.5],
         "temperature_steps": [steps // part for part in (2, 4, 8) if steps // part],
         "early": [] if own.early else [True],
     }
     each = {name: [(value,) for value in dict.fromkeys(values)] for name, values in axes.items()}
-    return [axis_of((name,), values) for name, values in each.items() if values]
+    tries = [(steps // part, steps, redos) for part, redos in ((4, 1), (3, 1), (3, 2), (2, 1)) if steps // part > 1]
+    second = [] if own.redos or not tries else [axis_of(("max_steps", "temperature_steps", "redos"), tries)]
+    return [*second, *(axis_of((name,), values) for name, values in each.items() if values)]
 
 
 def singles(axes: Sequence[Axis], reference: Options) -> Iterator[tuple[Axis, Setting]]:

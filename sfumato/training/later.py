@@ -18,9 +18,9 @@ from sfumato.sampling.rules import accept, leave_one_out_bonus
 from sfumato.training.objective import Objective
 from sfumato.training.vocabulary import (
     CrossEntropies,
+    LossTerms,
     ObservedTokens,
     Teacher,
-    Terms,
     cross_entropies,
     read_out,
     soft_embedding,
@@ -59,7 +59,7 @@ def revision_sum(
     is_observed = objective.leave_one_out
     observed = observed_of(later.canvas_BL, later.level_B, model.config.vocab_size) if is_observed else None
     floor_N = before.nats_N.masked_fill(~before.is_right_N, torch.inf)
-    return cross_entropies(model, later_ND, target_N, Terms(observed, floor_N=floor_N)).objective
+    return cross_entropies(model, later_ND, target_N, LossTerms(observed, floor_N=floor_N)).objective
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from sfumato.model.cache import KVCache
 from sfumato.model.network import Model
 from sfumato.training.later import LaterPass, observed_of, revision_sum, teacher_of
 from sfumato.training.objective import PLAIN, Objective
-from sfumato.training.vocabulary import Terms, cross_entropies, cross_entropy_sum, soft_embedding
+from sfumato.training.vocabulary import LossTerms, cross_entropies, cross_entropy_sum, soft_embedding
 
 IGNORE = -100
 
@@ -267,7 +267,7 @@ def loss_sums(model: Model, problem: Problem, objective: Objective = PLAIN) -> L
     observed = observed_of(canvas_BL, problem.level_B, config.vocab_size) if objective.leave_one_out else None
     teacher = teacher_of(model, cache, hidden_BLD, problem.later, objective) if objective.self_distillation else None
     target_N = problem.target_BL.flatten()
-    main = cross_entropies(model, hidden_BLD.flatten(0, 1), target_N, Terms(observed, teacher))
+    main = cross_entropies(model, hidden_BLD.flatten(0, 1), target_N, LossTerms(observed, teacher))
     denoise_sum, revision = main.objective, torch.zeros_like(main.targets)
     if objective.revision_penalty:
         penalty = revision_sum(model, cache, hidden_BLD, target_N, main, problem.later, objective)

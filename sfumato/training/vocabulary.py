@@ -36,7 +36,7 @@ class Teacher(NamedTuple):
     weight: float
 
 
-class Terms(NamedTuple):
+class LossTerms(NamedTuple):
     """What a cross-entropy may have beside its targets."""
 
     observed: ObservedTokens | None = None
@@ -44,14 +44,17 @@ class Terms(NamedTuple):
     floor_N: Tensor | None = None
     """Nats that cost nothing: a position counts max(0, its cross-entropy - its floor). None: all of it."""
 
-    def of(self, part: slice) -> Terms:
+    def of(self, part: slice) -> LossTerms:
         """Those of some positions."""
         observed, teacher, floor_N = self
-        return Terms(
+        return LossTerms(
             None if observed is None else ObservedTokens(observed.token_N[part], observed.bonus_N[part]),
             None if teacher is None else Teacher(teacher.hidden_ND[part], teacher.weight),
             None if floor_N is None else floor_N[part],
         )
+
+
+NO_TERMS = LossTerms()
 
 
 class CrossEntropies(NamedTuple):
@@ -69,14 +72,12 @@ class CrossEntropies(NamedTuple):
     """No token has a higher logit than the target."""
 
 
-def cross_entropy_sum(
-    model: Model, hidden_ND: Tensor, target_N: Tensor, observed: ObservedTokens | None = None
-) -> Tensor:
+def cross_entropy_sum(model: Model, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     """The sum of the cross-entropies of these positions in nats, float32; a target below 0 counts for nothing."""
-    return cross_entropies(model, hidden_ND, target_N, Terms(observed)).objective
+    return cross_entropies(model, hidden_ND, target_N).objective
 
 
-def cross_entropies(model: Model, hidden_ND: Tensor, target_N: Tensor, terms: Terms) -> CrossEntropies:
+def cross_entropies(model: Model, hidden_ND: Tensor, target_N: Tensor, terms: LossTerms = NO_TERMS) -> CrossEntropies:
     """The cross-entropies of these positions with further terms; a target below 0 counts for nothing in any of them."""
     return CrossEntropies(
         *_CrossEntropySum.apply(  # type: ignore[no-untyped-call]
@@ -97,7 +98,7 @@ def soft_embedding(model: Model, hidden_BLD: Tensor) -> Tensor:
     return (soft_ND * model.embed_scale).view(hidden_BLD.shape)
 
 
-class ReadOut(NamedTuple):
+class StepReadOut(NamedTuple):
     """What the rules of a step of sampling need of hidden states, and what the next pass sees."""
 
     soft_ND: Tensor
@@ -108,7 +109,7 @@ class ReadOut(NamedTuple):
 
 
 @torch.no_grad()
-def read_out(model: Model, hidden_ND: Tensor) -> ReadOut:
+def read_out(model: Model, hidden_ND: Tensor) -> StepReadOut:
     """The read-out of these hidden states, without gradients."""
     dtype, embed_VD = _product_dtype(hidden_ND), model.embed_tokens.weight
     soft, argmax, entropy = [], [], []
@@ -118,7 +119,7 @@ def read_out(model: Model, hidden_ND: Tensor) -> ReadOut:
             soft.append((p_NV.to(dtype) @ plain_VD).to(embed_VD.dtype))
             argmax.append(p_NV.argmax(-1))
             entropy.append(torch.special.entr(p_NV).sum(-1))
-    return ReadOut(torch.cat(soft) * model.embed_scale, torch.cat(argmax), torch.cat(entropy))
+    return StepReadOut(torch.cat(soft) * model.embed_scale, torch.cat(argmax), torch.cat(entropy))
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -137,7 +138,13 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, terms: Terms, softcap: float, dtype: torch.dtype
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        target_N: Tensor,
+        terms: LossTerms,
+        softcap: float,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
@@ -186,7 +193,7 @@ class _GroupLosses(NamedTuple):
     slope_NV: Tensor
 
 
-def _group_losses(logits_NV: Tensor, target_N: Tensor, terms: Terms, teacher_NV: Tensor | None) -> _GroupLosses:
+def _group_losses(logits_NV: Tensor, target_N: Tensor, terms: LossTerms, teacher_NV: Tensor | None) -> _GroupLosses:
     """The losses of float32 logits, in whose memory the gradient is written; the teacher's is used up too."""
     if terms.observed is not None:
         logits_NV.scatter_add_(1, terms.observed.token_N[:, None], terms.observed.bonus_N[:, None])

@@ -49,7 +49,9 @@ def test_a_wrong_axis_is_one_sentence(names: list[str], values: list[tuple[objec
 
 
 def test_the_usual_axes_lie_around_the_reference() -> None:
-    axes = {axis.names[0]: [one for (one,) in axis.values] for axis in usual_axes(Options(), FALLBACK_DEFAULTS)}
+    second, *single = usual_axes(Options(), FALLBACK_DEFAULTS)
+    assert second.names == ("max_steps", "temperature_steps", "redos") and (16, 48, 1) in second.values
+    axes = {axis.names[0]: [one for (one,) in axis.values] for axis in single}
     assert axes["max_steps"] == [24, 16, 12, 8, 6, 4]
     assert axes["entropy_bound"] == [0.2, 0.4, 0.8, 1.6]
     assert axes["stability"] == [0] and axes["early"] == [True]

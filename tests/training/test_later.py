@@ -104,8 +104,8 @@ def by_hand(model: Model, batch: Problem, corruption: Corruption, objective: Obj
         later_canvas = torch.where(corruption.keep_BL[n] < later_level, corruption.noise_BL[n], clean)
         later_kept = 1 - later_level if objective.leave_one_out else None
         later = logits_of(model, denoise(later_canvas, soft_of(model, plain)), later_canvas, later_kept)
-        lost = (log_p.detach() - later.log_softmax(-1)).gather(1, x)[:, 0].clamp_min(0)
-        terms["revision"].append(lost[is_target & (logits.argmax(-1) == target)].sum())
+        loss = (log_p.detach() - later.log_softmax(-1)).gather(1, x)[:, 0].clamp_min(0)
+        terms["revision"].append(loss[is_target & (logits.argmax(-1) == target)].sum())
 
         with torch.no_grad():
             state = plain

@@ -16,9 +16,9 @@ from sfumato.training import vocabulary
 from sfumato.training.loss import Corruption, Examples, losses, problem
 from sfumato.training.objective import PLAIN, Objective
 from sfumato.training.vocabulary import (
+    LossTerms,
     ObservedTokens,
     Teacher,
-    Terms,
     cross_entropies,
     cross_entropy_sum,
     read_out,
@@ -49,6 +49,10 @@ def whole(model: Model, hidden: Tensor, target: Tensor, observed: ObservedTokens
     return F.cross_entropy(logits, target, reduction="sum", ignore_index=-100)
 
 
+def grouped(model: Model, hidden: Tensor, target: Tensor, observed: ObservedTokens | None) -> Tensor:
+    return cross_entropies(model, hidden, target, LossTerms(observed)).objective
+
+
 @pytest.mark.parametrize("has_head", [False, True])
 @pytest.mark.parametrize("is_observed", [False, True])
 @pytest.mark.parametrize("group", [1, 4, N, 100])
@@ -61,7 +65,7 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, has_head: bool, is_obser
     target[::5] = -100
     observed = ObservedTokens(torch.randint(V, (N,), generator=draws), torch.rand(N, generator=draws) * 9)
     results: list[tuple[Tensor, ...]] = []
-    for run in (cross_entropy_sum, whole):
+    for run in (grouped, whole):
         hidden.grad = model.head_VD.grad = None
         total = run(model, hidden, target, observed if is_observed else None)
         (3 * total).backward()
@@ -81,7 +85,7 @@ def test_further_terms(monkeypatch: pytest.MonkeyPatch, has_teacher: bool, has_f
     hidden, teacher = (torch.randn(N, D, generator=draws) * 20 for _ in range(2))
     target, floor = torch.randint(V, (N,), generator=draws), torch.rand(N, generator=draws) * 12
     target[::5], floor[1::4] = -100, torch.inf
-    terms = Terms(None, Teacher(teacher, 0.7) if has_teacher else None, floor if has_floor else None)
+    terms = LossTerms(None, Teacher(teacher, 0.7) if has_teacher else None, floor if has_floor else None)
     hidden.requires_grad_()
     ours = cross_entropies(model, hidden, target, terms)
 
@@ -166,7 +170,7 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_the_whole_computation() 
     hidden, target = (torch.randn(N, D) * 5).requires_grad_(), torch.randint(V, (N,))
     exact = torch.autograd.grad(whole(model, hidden, target, None), (hidden, model.head_VD))
     actual = []
-    for run in (whole, lambda *all: cross_entropy_sum(*all)):
+    for run in (whole, grouped):
         with torch.autocast("cpu", torch.bfloat16):
             total = run(model, hidden, target, None)
         actual.append(torch.autograd.grad(total, (hidden, model.head_VD)))
