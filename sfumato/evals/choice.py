@@ -81,7 +81,11 @@ class SettingChoice:
 
     def _words(self, point: Point) -> str:
         work = ", ".join(f"{point.costs[kind]:.0%} of the {kind}" for kind in COSTS)
-        loss = f"loses {point.loss:.1f} points, at most {point.most_loss(self.level):.1f}"
+        most = point.most_loss(self.level)
+        loss = f"loses {point.loss:.1f} points, at most {most:.1f}"
+        if point.loss < 0:
+            limit = f"at least {-most:.1f}" if most < 0 else f"or loses at most {most:.1f}"
+            loss = f"gains {-point.loss:.1f} points, {limit}"
         return f"{point.setting.name} {loss}, on {point.items:,} held-out items, at {work}"
 
 

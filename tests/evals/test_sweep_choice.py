@@ -81,6 +81,20 @@ def test_the_cheapest_that_is_confirmed_is_chosen() -> None:
     assert run(points, 12).level == pytest.approx(0.95)
 
 
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ((), "loses 0.0 points, at most 0.4"),
+        ((1,), "gains 0.1 points, or loses at most 0.3"),
+        (range(30), "gains 3.0 points, at least "),
+    ],
+)
+def test_a_choice_says_what_is_lost_or_gained(base: Sequence[int], words: str) -> None:
+    reference, own = {"a": answered(1000, 48, base)}, {"a": answered(1000, 12)}
+    choice = choose([point_of(12)], lambda setting: own if setting.changes else reference, "steps", 1.0)
+    assert choice.chosen is not None and words in choice.sentence
+
+
 def test_what_is_not_safe_says_why() -> None:
     points = {steps: point_of(steps, wrong, 1000) for steps, wrong in ((24, range(20)), (12, range(12)))}
     choice = run(points, 24, 12)
