@@ -1,10 +1,10 @@
 """The choice: the cheapest setting that loses less than so many points, confirmed on items that did not choose it.
 
-Candidates are up to three settings of the search's front: its cheapest, its dearest, and one between. From the cheapest
-on they answer the confirming items; the first that is safe there, and cheaper, is the choice. Safe means: the upper
-limit of its paired loss is below the bound, and no task has significantly less right. As there are several tries, each
-limit is that of a higher level: with three, of 98.3 % instead of 95 % (Bonferroni). Where a loss is small enough but
-its limit is not, there are too few items, and about how many would do is said.
+Candidates are up to three settings, on the search's front or next to it. From the cheapest on they answer the
+confirming items; the first that is safe there, and cheaper, is the choice. Safe means: the upper limit of its paired
+loss is below the bound, and no task has significantly less right. As there are several tries, each limit is that of a
+higher level: with three, of 98.3 % instead of 95 % (Bonferroni). Where a loss is small enough but its limit is not,
+there are too few items, and about how many would do is said.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from sfumato.evals.tasks import TaskAnswer
 from sfumato.options import LoadOptions, Options, differences
 from sfumato.presets import Preset
 
-MOST_CANDIDATES = 3
-"""Settings that may answer the confirming items beside the reference."""
 MOST_ITEMS = 1_000_000
 """Items above which it is not said how many would do."""
 
@@ -83,7 +81,11 @@ class SettingChoice:
 
     def _words(self, point: Point) -> str:
         work = ", ".join(f"{point.costs[kind]:.0%} of the {kind}" for kind in COSTS)
-        loss = f"loses {point.loss:.1f} points, at most {point.most_loss(self.level):.1f}"
+        most = point.most_loss(self.level)
+        loss = f"loses {point.loss:.1f} points, at most {most:.1f}"
+        if point.loss < 0:
+            limit = f"at least {-most:.1f}" if most < 0 else f"or loses at most {most:.1f}"
+            loss = f"gains {-point.loss:.1f} points, {limit}"
         return f"{point.setting.name} {loss}, on {point.items:,} held-out items, at {work}"
 
 
@@ -96,22 +98,14 @@ def choose(
     """Confirm candidates, given from the dearest to the cheapest; `answer` gives a setting's confirming answers."""
     if not candidates:
         return SettingChoice(lose, cost)
-    some = spread(candidates)
-    level = 1 - (1 - LEVEL) / len(some)
+    level = 1 - (1 - LEVEL) / len(candidates)
     reference, tried = answer(Setting()), list[Point]()
-    for candidate in some[::-1]:
+    for candidate in candidates[::-1]:
         point = Point(candidate.setting, answer(candidate.setting), reference)
         tried.append(point)
         if is_safe(point, lose, level) and point.costs[cost] <= CHEAPER:
             return SettingChoice(lose, cost, tried, point, level)
     return SettingChoice(lose, cost, tried, None, level)
-
-
-def spread(candidates: Sequence[Point]) -> list[Point]:
-    """The first, one in the middle, and the last; all where they are no more than three."""
-    if len(candidates) <= MOST_CANDIDATES:
-        return [*candidates]
-    return [candidates[0], candidates[len(candidates) // 2], candidates[-1]]
 
 
 def is_safe(point: Point, lose: float, level: float = LEVEL) -> bool:

@@ -109,11 +109,13 @@ def _panel(x: float, y: float, result: SweepResult, task: str, cost: CostKind, l
 
 
 def _label(scale: _Scale, point: Point, task: str, cost: CostKind) -> str:
-    """The name of a setting, on the side of its point where there is room."""
+    """The name of a setting, on the side of its point where there is more room; "" where that does not suffice."""
     value = _work(point.scores[task], cost)
     x, y = scale.across(value), scale.up(point.scores[task].share) - 8
     side = f'x="{x - 12:.1f}" class="k e"' if value > scale.middle else f'x="{x + 12:.1f}" class="k"'
-    return f'<text y="{y:.1f}" {side}>{escape(point.setting.name[:32])}</text>'
+    name = point.setting.name
+    room = x - scale.x if value > scale.middle else scale.x + WIDTH - x
+    return f'<text y="{y:.1f}" {side}>{escape(name)}</text>' if 12 + 8 * len(name) < room else ""
 
 
 def _front(result: SweepResult, task: str, cost: CostKind) -> Sequence[Point]:

@@ -23,6 +23,8 @@ RUNGS = (4, 2, 1)
 """A setting answers a quarter of the items, then half of them, then all."""
 LAYERS = 3
 """Fronts that stay from the second rung on: the front, that of what is left without it, and so on."""
+MOST_CANDIDATES = 3
+"""Settings that are to be confirmed, at most."""
 CHEAPER = 0.98
 """Of the reference's work, what a setting takes at most to be called cheaper."""
 
@@ -74,12 +76,12 @@ class SettingSearch:
 
     @property
     def qualified(self) -> list[Point]:
-        """The points that may be chosen, those on the front alone, from the dearest to the cheapest.
+        """Up to three points that may be chosen, from the dearest to the cheapest: see `candidates`.
 
         They have answered all items; where the time was over before any had, as many as any that may be chosen."""
         some = [point for point in self.points.values() if self.qualifies(point)]
         most = max((point.items for point in some), default=0)
-        return front((point for point in some if point.items == most), self.cost)
+        return candidates([point for point in some if point.items == most], self.cost)
 
     def qualifies(self, point: Point) -> bool:
         """Whether a point may be chosen: cheaper, no task significantly worse, and the loss that was seen in bounds."""
@@ -183,6 +185,18 @@ def near_front(points: Iterable[Point], cost: CostKind) -> list[Point]:
         kept += layer
         rest = [one for one in rest if one not in layer]
     return kept
+
+
+def candidates(points: Iterable[Point], cost: CostKind) -> list[Point]:
+    """Of these points up to three, from the dearest to the cheapest.
+
+    Of the front the cheapest and the dearest, then of the front without them: one lucky point may hide the others."""
+    rest, picks = [*points], list[Point]()
+    while rest and len(picks) < MOST_CANDIDATES:
+        layer = front(rest, cost)
+        picks += [layer[-1], *layer[:-1][:1]]
+        rest = [one for one in rest if one not in picks]
+    return sorted(picks[:MOST_CANDIDATES], key=lambda one: one.costs[cost], reverse=True)
 
 
 def parted(exercise: Exercise) -> tuple[Exercise, Exercise]:

@@ -8,6 +8,7 @@ import pytest
 
 from sfumato.evals.choice import SettingChoice, choose, is_safe, items_needed, preset_of
 from sfumato.evals.curve import Point, front, task_front
+from sfumato.evals.search import candidates
 from sfumato.evals.settings import Setting
 from sfumato.evals.statistics import PairedCounts
 from sfumato.evals.tasks import TaskAnswer
@@ -59,7 +60,7 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert front([], "steps") == []
 
 
-def run(points: dict[int, Point], *candidates: int, items: int = 1000) -> SettingChoice:
+def run(points: dict[int, Point], *steps: int, items: int = 1000) -> SettingChoice:
     """The choice among candidates whose answers to the confirming items are these points'."""
 
     def answer(setting: Setting) -> dict[str, Sequence[TaskAnswer]]:
@@ -67,7 +68,7 @@ def run(points: dict[int, Point], *candidates: int, items: int = 1000) -> Settin
             return {"a": answered(items, 48)}
         return dict(points[setting.options["max_steps"]].answers)
 
-    return choose([point_of(steps) for steps in candidates], answer, "steps", 1.0)
+    return choose([point_of(one) for one in steps], answer, "steps", 1.0)
 
 
 def test_the_cheapest_that_is_confirmed_is_chosen() -> None:
@@ -80,6 +81,20 @@ def test_the_cheapest_that_is_confirmed_is_chosen() -> None:
     assert run(points, 12).level == pytest.approx(0.95)
 
 
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ((), "loses 0.0 points, at most 0.4"),
+        ((1,), "gains 0.1 points, or loses at most 0.3"),
+        (range(30), "gains 3.0 points, at least "),
+    ],
+)
+def test_a_choice_says_what_is_lost_or_gained(base: Sequence[int], words: str) -> None:
+    reference, own = {"a": answered(1000, 48, base)}, {"a": answered(1000, 12)}
+    choice = choose([point_of(12)], lambda setting: own if setting.changes else reference, "steps", 1.0)
+    assert choice.chosen is not None and words in choice.sentence
+
+
 def test_what_is_not_safe_says_why() -> None:
     points = {steps: point_of(steps, wrong, 1000) for steps, wrong in ((24, range(20)), (12, range(12)))}
     choice = run(points, 24, 12)
@@ -88,9 +103,13 @@ def test_what_is_not_safe_says_why() -> None:
     assert run({12: point_of(12, range(2), 100)}, 12, items=100).sentence.endswith("which is too much")
 
 
-def test_at_most_three_are_tried_over_the_whole_front() -> None:
-    points = {steps: point_of(steps, range(20), 1000) for steps in (30, 24, 18, 12, 6)}
-    assert names(run(points, 30, 24, 18, 12, 6).tried) == [6, 18, 30]
+def test_candidates_are_the_ends_of_the_front_and_what_it_hides() -> None:
+    base = (1, 2, 3)
+    lucky = point_of(10, (), base=base)
+    points = [point_of(40, base, base=base), point_of(20, base, base=base), lucky, point_of(12, base, base=base)]
+    assert names(candidates(points, "steps")) == [20, 12, 10]
+    assert names(candidates([point_of(n, range(48 - n)) for n in (44, 40, 36, 30)], "steps")) == [44, 36, 30]
+    assert names(candidates([point_of(12)], "steps")) == [12] and candidates([], "steps") == []
 
 
 def test_without_a_candidate_nothing_is_answered() -> None:
