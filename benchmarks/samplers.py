@@ -214,8 +214,8 @@ def lines(rows: Mapping[str, Mapping[str, Any]], settings: Sequence[str], kinds:
             pairs = list(zip(base["right"], own["right"], strict=True))
             mean, before = statistics.mean(own["steps"]), statistics.mean(base["steps"])
             right, less = f"{statistics.mean(own['right']):.1%}", f"{1 - mean / before:.0%}"
-            lost, gained = str(pairs.count((1, 0))), str(pairs.count((0, 1)))
-            cells.append([setting or "reference", kind, right, f"{mean:.2f}", less, lost, gained])
+            changes = [str(pairs.count((1, 0))), str(pairs.count((0, 1)))]
+            cells.append([setting or "reference", kind, right, f"{mean:.2f}", less, *changes])
     return cells
 
 

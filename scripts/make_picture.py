@@ -317,8 +317,8 @@ def is_short_edit(item: str) -> bool:
 
 def wish(item: str) -> str:
     """What is asked of a molecule, in a few words."""
-    said = molecules.prompt(item).split("\n")[1]
-    return f"Complete this molecule: {said}" if molecules.kind(item) == "missing" else f"Molecule with: {said}"
+    facts = molecules.prompt(item).split("\n")[1]
+    return f"Complete this molecule: {facts}" if molecules.kind(item) == "missing" else f"Molecule with: {facts}"
 
 
 def is_short_wish(item: str) -> bool:

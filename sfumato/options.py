@@ -268,8 +268,8 @@ class Options:
     redos: Annotated[
         int,
         About(
-            "How often a canvas that max_steps or repeats has stopped, unsure, begins again from other noise; the surest "
-            "of its tries commits. 0: as the reference does.",
+            "How often a canvas that max_steps or repeats has stopped, unsure, begins again from other noise; the "
+            "surest of its tries commits. 0: as the reference does.",
             _CANVAS,
             0,
             MOST_REDOS,

@@ -23,8 +23,8 @@ MOST = 99
 """The largest number of a document."""
 
 T = TypeVar("T")
-Value = str | int
-Cells = dict[str, Value]
+Cell = str | int
+Cells = dict[str, Cell]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _some(rng: np.random.Generator, values: Sequence[T], count: int) -> list[T]:
     return [values[int(place)] for place in rng.permutation(len(values))[:count]]
 
 
-def _value(rng: np.random.Generator) -> Value:
+def _value(rng: np.random.Generator) -> Cell:
     return _one(rng, WORDS) if rng.random() < 0.5 else int(rng.integers(MOST + 1))
 
 
@@ -185,7 +185,7 @@ def _change(rng: np.random.Generator) -> DocumentEdit:
     own, write = _random_document(rng, form), WRITERS[form]
     if form == "CSV":
         place, (first, second) = int(rng.integers(len(own.rows))), own.keys
-        new: Value = int(rng.integers(MOST + 1))
+        new: Cell = int(rng.integers(MOST + 1))
         what, key = f"{second} of {own.rows[place][first]}", second
     else:
         place, key, new = 0, _one(rng, own.keys), _value(rng)
@@ -205,12 +205,12 @@ def _sort(rng: np.random.Generator) -> DocumentEdit:
             return "\n".join([",".join(keys), *(f"{word},{number}" for word, number in rows)])
 
         return DocumentEdit("sort", f"Sort by {keys[1]}.", table(rows), table(sorted(rows, key=lambda row: row[1])))
-    values: list[Value] = [*_some(rng, range(MOST + 1), count)] if rng.random() < 0.5 else [*_some(rng, WORDS, count)]
-    write: Callable[[list[Value]], str] = {"Python": repr, "JSON": json.dumps}.get(form, _bullets)
+    values: list[Cell] = [*_some(rng, range(MOST + 1), count)] if rng.random() < 0.5 else [*_some(rng, WORDS, count)]
+    write: Callable[[list[Cell]], str] = {"Python": repr, "JSON": json.dumps}.get(form, _bullets)
     return DocumentEdit("sort", "Sort the list.", write(values), write(sorted(values)))
 
 
-def _bullets(values: list[Value]) -> str:
+def _bullets(values: list[Cell]) -> str:
     return "\n".join(f"- {value}" for value in values)
 
 

@@ -171,21 +171,21 @@ def inputs(item: str) -> list[list[Value]]:
     return [arguments for arguments, _ in _trials(item)]
 
 
-_Trial = tuple[list[Value], Value]
+_Case = tuple[list[Value], Value]
 """Arguments, and what the generator's function gives for them."""
 
 
 @lru_cache(maxsize=4096)
-def _trials(item: str) -> tuple[_Trial, ...]:
+def _trials(item: str) -> tuple[_Case, ...]:
     """What an item's function is run on: arguments that tell it from near misses, and different results."""
     one = read(item)
     candidates = _candidates(item)
-    trials: list[_Trial] = []
+    trials: list[_Case] = []
     for piece in _near_misses(one.piece):
         source = one.filled(piece)
         if len(trials) < INPUTS and all(_gives(source, trial) for trial in trials):
             trials += itertools.islice((trial for trial in candidates if not _gives(source, trial)), 1)
-    by_result: dict[str, list[_Trial]] = {}
+    by_result: dict[str, list[_Case]] = {}
     for trial in candidates:
         if trial not in trials:
             by_result.setdefault(repr(trial[1]), []).append(trial)
@@ -196,12 +196,12 @@ def _trials(item: str) -> tuple[_Trial, ...]:
     return tuple(trials)
 
 
-def _gives(source: str, trial: _Trial) -> bool:
+def _gives(source: str, trial: _Case) -> bool:
     """Does the function give that result?"""
     return is_same(_result(source, trial[0]), trial[1])
 
 
-def _candidates(item: str) -> list[_Trial]:
+def _candidates(item: str) -> list[_Case]:
     """Random arguments, and what the item's function gives for them; without those for which it fails."""
     one = read(item)
     source = one.filled(one.piece)
