@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.smoke import CLUE, SMOKE, colour
 from sfumato import LLM, Done, Draft, Options
-from sfumato.cli.demo_skills import SKILLS, STRENGTH, item_of
+from sfumato.cli.demo_skills import SKILLS, item_of
 from sfumato.evals import sudoku as sudoku_runs
+from sfumato.evals.tasks import query_of
 from sfumato.tasks import edits, graphs, infill, molecules, smiles
-from sfumato.tasks.task import messages
-from sfumato.templates.requests import Chat, Edit, QueryFor
+from sfumato.templates.requests import QueryFor
 
 GROUND, PANEL, PALE, GREY, DARK = "#211f29", "#2a2833", "#f4f1e8", "#a9a4b8", "#1c1a22"
 WIDTH, EDGE, GAP = 830, 12, 12
@@ -106,11 +106,7 @@ def sudoku_run(llm: LLM) -> Callable[[str, Options], SkillRun]:
 
 def text_run(llm: LLM, name: str) -> Callable[[str, Options], SkillRun]:
     def run(item: str, options: Options) -> SkillRun:
-        length = llm.model.config.canvas_length
-        query: QueryFor[Any] = Chat(messages(SKILLS[name].task, item), options=replace(options, max_tokens=length))
-        if name == "edits":
-            one = edits.read(item)
-            query = Edit(one.text, one.instruction, strength=STRENGTH, options=options)
+        query: QueryFor[Any] = query_of(SKILLS[name].task, item, options, llm.model.config.canvas_length)
         *drafts, last = llm.outcomes(query)
         result: Any = last
         own = [one for one in drafts if isinstance(one, Draft)]

@@ -21,8 +21,8 @@ from sfumato.errors import InputError
 from sfumato.events import Draft, Usage
 from sfumato.options import Options
 from sfumato.tasks import decisions, edits, graphs, infill, smiles, sudoku
-from sfumato.tasks.task import TASKS, Task, drawn, messages
-from sfumato.templates.requests import Chat, Edit, QueryFor
+from sfumato.tasks.task import TASKS, Task, drawn
+from sfumato.templates.requests import QueryFor
 
 if TYPE_CHECKING:
     from sfumato.evals.tasks import TaskAnswer
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 CLUES = range(34, 46)
 """Of the puzzles that are shown."""
-STRENGTH = 0.0
-"""The share of a document that starts as noise: none, as in training."""
 SAMPLES = 8
 """Draws of noise that a decision is read from."""
 
@@ -76,7 +74,6 @@ class Skill:
 class TextLook:
     """How an item that is answered with a text is shown."""
 
-    query: Callable[[LLM, Options], QueryFor[Any]]
     answer: Callable[[str], Text]
     """The finished answer on the screen, without white space around it."""
     verdict: Callable[[TaskAnswer], str]
@@ -112,9 +109,10 @@ def _figures(usage: Usage, seconds: float) -> str:
 
 
 def _show_text(stage: Stage, llm: LLM, task: Task, item: str, look: TextLook) -> None:
-    from sfumato.evals.tasks import judged
+    from sfumato.evals.tasks import judged, query_of
 
-    query = look.query(llm, replace(stage.options, drafts=stage.is_live))
+    options = replace(stage.options, drafts=stage.is_live)
+    query: QueryFor[Any] = query_of(task, item, options, llm.model.config.canvas_length)
     view, outcomes = stage.view, TimedEvents(llm.outcomes(query))
     result: Any = None
     try:
@@ -132,13 +130,6 @@ def _show_text(stage: Stage, llm: LLM, task: Task, item: str, look: TextLook) ->
     stage.end(answer.is_right, look.verdict(answer), _figures(result.usage, outcomes.seconds))
 
 
-def _asks(task: Task, item: str) -> Callable[[LLM, Options], QueryFor[Any]]:
-    """The item as a conversation, whose answer is one canvas."""
-    return lambda llm, options: Chat(
-        messages(task, item), options=replace(options, max_tokens=llm.model.config.canvas_length)
-    )
-
-
 def _show_edit(stage: Stage, llm: LLM, item: str) -> None:
     edit = edits.read(item)
     stage.say(Text.assemble(visible(edit.instruction), "\n", visible(edit.text, "dim")))
@@ -150,7 +141,6 @@ def _show_edit(stage: Stage, llm: LLM, item: str) -> None:
         return f"{rest}it should be\n{edit.edited}"
 
     look = TextLook(
-        lambda llm, options: Edit(edit.text, edit.instruction, strength=STRENGTH, options=options),
         lambda text: _changed(edit.text, text),
         verdict,
         start=visible(edit.text),
@@ -182,7 +172,6 @@ def _show_infill(stage: Stage, llm: LLM, item: str) -> None:
         return f"{fault}; {infill.answer(item)} would be right"
 
     look = TextLook(
-        _asks(TASKS["infill"], item),
         lambda text: within(visible(text, WRITTEN)),
         verdict,
         lambda draft: within(canvas_text(draft, has_mark=False)),
@@ -204,7 +193,7 @@ def _show_molecule(stage: Stage, llm: LLM, item: str) -> None:
         fault = "no molecule" if formula is None else f"valid, but not as asked: {facts}"
         return f"{fault}; {task.answer(item)} would be right"
 
-    _show_text(stage, llm, task, item, TextLook(_asks(task, item), visible, verdict))
+    _show_text(stage, llm, task, item, TextLook(visible, verdict))
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -229,7 +218,7 @@ def _show_plot(stage: Stage, llm: LLM, item: str) -> None:
     def verdict(answer: TaskAnswer) -> str:
         return f"{round(answer.measures['cells'] * graphs.SIZE**2)} of {graphs.SIZE**2} cells"
 
-    _show_text(stage, llm, task, item, TextLook(_asks(task, item), answer, verdict, draft))
+    _show_text(stage, llm, task, item, TextLook(answer, verdict, draft))
 
 
 def plot(item: str, rows: list[list[str]], style: Callable[[int, int], str]) -> Text:
