@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,14 @@ from sfumato.tasks import sudoku
 
 BANDS = {"easy": (40, 55), "medium": (30, 39), "hard": (24, 29)}
 """Clues of the fresh puzzles, both ends included."""
+
+
+UNPINNED = "diffusion, clues not pinned"
+TRIES: dict[str, dict[str, int]] = {
+    "diffusion, repeats 3, redos 1": {"repeats": 3, "redos": 1},
+    "diffusion, repeats 4, redos 8": {"repeats": 4, "redos": 8},
+}
+"""Modes in which a canvas that does not settle begins again."""
 
 
 def puzzles(band: str, count: int, seed: int) -> list[str]:
@@ -39,6 +48,7 @@ def summary(results: list[Solved], seconds: float) -> dict[str, float]:
         "puzzles": count,
         "solved": sum(s.solved for s in results) / count,
         "mean_steps": sum(s.steps for s in results) / count,
+        "mean_passes": sum(s.passes for s in results) / count,
         "tokens_per_pass": sum(s.tokens for s in results) / sum(s.passes for s in results),
         "seconds": round(seconds, 2),
     }
@@ -48,11 +58,12 @@ def rows(llm: LLM, count: int, batch: int, seed: int, modes: list[str]) -> Itera
     """One record a band and mode."""
     for band in BANDS:
         some = puzzles(band, count, seed)
-        for mode, pinned in ((m.removesuffix("-unpinned"), not m.endswith("-unpinned")) for m in modes):
+        for name in modes:
             began = time.perf_counter()
-            options = Options(seed=seed, mode=mode, temperature=0.0)  # type: ignore[arg-type]
-            results = list(solve(llm, some, options, pinned and mode == "diffusion", batch))
-            name = mode if pinned or mode != "diffusion" else "diffusion, clues not pinned"
+            mode: Any = "autoregressive" if name == "autoregressive" else "diffusion"
+            options = Options(seed=seed, mode=mode, temperature=0.0, **TRIES.get(name, {}))  # type: ignore[arg-type]
+            is_pinned = mode == "diffusion" and name != UNPINNED
+            results = list(solve(llm, some, options, is_pinned, batch))
             yield {"band": band, "clues": BANDS[band], "mode": name, **summary(results, time.perf_counter() - began)}
 
 
@@ -62,7 +73,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--modes", default="diffusion,diffusion-unpinned,autoregressive")
+    parser.add_argument("--modes", default=";".join(["diffusion", *TRIES, UNPINNED, "autoregressive"]))
     parser.add_argument("--ops", default="auto")
     parser.add_argument("--dtype", help="default: the checkpoint's, float32")
     parser.add_argument("--quantize", help="weights in fewer bits: int8, int4, …")
@@ -71,7 +82,7 @@ def main() -> None:
     llm = LLM.load(args.model, dtype=args.dtype, ops=args.ops, quantize=args.quantize)
     print(f"{'band':8} {'mode':28} {'solved':>7} {'steps':>6} {'tokens/pass':>11}")
     records = []
-    for record in rows(llm, args.count, args.batch, args.seed, args.modes.split(",")):
+    for record in rows(llm, args.count, args.batch, args.seed, args.modes.split(";")):
         records.append(record)
         print(
             f"{record['band']:8} {record['mode']:28} {record['solved']:7.1%} {record['mean_steps']:6.1f} "
