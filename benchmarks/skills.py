@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ def settings_of(room: int, canvas: int, seed: int) -> Mapping[str, Options]:
 def judged_by_rdkit(results: Sequence[TaskAnswer]) -> float | None:
     """The share of answers that RDKit reads as a molecule; None where it is not installed."""
     try:
-        from rdkit import Chem, RDLogger  # type: ignore[import-not-found, unused-ignore]
+        chem, logger = import_module("rdkit.Chem"), import_module("rdkit.RDLogger")
     except ImportError:
         return None
-    RDLogger.DisableLog("rdApp.*")
+    logger.DisableLog("rdApp.*")
     texts = [result.text.strip() for result in results]
-    return sum(bool(text) and Chem.MolFromSmiles(text) is not None for text in texts) / max(1, len(texts))
+    return sum(bool(text) and chem.MolFromSmiles(text) is not None for text in texts) / max(1, len(texts))
 
 
 def main() -> None:
