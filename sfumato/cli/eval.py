@@ -136,7 +136,7 @@ def command(
 
     Example: sfumato eval nano sudoku --items 50 --compare max_steps=6
 
-    Example: sfumato eval nano sudoku --items 600 --sweep --preset-to fast.json
+    Example: sfumato eval nano sudoku --items 900 --sweep --preset-to fast.json
 
     Example: sfumato eval -m google/diffusiongemma-26B-A4B-it mine.jsonl -o mine.json --picture mine.svg
     """
@@ -237,7 +237,8 @@ def exercises_of(
         else:
             bad: list[str] = []
             exercises.append(exercise_of_file(name, chosen.check, chosen.items, seed, bad, problems))
-            _name_lines(console, [f"{name}, {one}" for one in bad], "lines were left out")
+            words = "line was left out" if len(bad) == 1 else "lines were left out"
+            _name_lines(console, [f"{name}, {one}" for one in bad], words)
             there = (count_lines(name) or 0) - len(bad)
             if there > (drawn := len(exercises[-1].items)):
                 note = f"{name}: {drawn:,} of {there:,} items are drawn; --items says how many"
