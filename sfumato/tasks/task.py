@@ -170,8 +170,6 @@ TASKS = {
             kind=infill.kind,
             measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
         ),
-        _RECALL,
-        replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
         Task(
             "molecules",
             molecules.generate,
