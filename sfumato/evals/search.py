@@ -2,9 +2,10 @@
 
 A third of the items chooses, the rest confirms (`choice`). The reference answers first. Each setting with one change
 then answers a quarter of the choosing items, then half of them, then all: what is refused, loses too much for certain,
-is no cheaper, or (from the second look on) is far from the front is dropped on the way. That is successive halving, with
-confidence in place of a fixed share. The changes that are left are joined, one axis after another, while that makes the
-best setting cheaper at no loss. The search ends where the time is over; what it has tried by then is the curve.
+is no cheaper, or (from the second look on) is far from the front is dropped on the way. That is successive halving,
+with confidence in place of a fixed share. The changes that are left are joined, one axis after another, while that
+makes the best setting cheaper at no loss. The search ends where the time is over; what it has tried by then is the
+curve.
 """
 
 from __future__ import annotations
