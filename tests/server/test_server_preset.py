@@ -70,6 +70,15 @@ def test_the_order_of_a_preset_says_nothing(request_: dict[str, float], backend:
     assert (options.redos, options.verify, options.t_min) == (1, 4.0, None if request_ else 0.5)
 
 
+def test_a_template_with_a_grammar_has_no_redos_of_a_preset(backend: FakeBackend) -> None:
+    slots: tuple[dict[str, object], ...] = {"name": "x", "regex": "[0-9]{3}"}, {"name": "x", "length": 2}
+    with connect(backend, Settings(preset={"redos": 1})) as server:
+        for slot in slots:
+            assert server.post("/v1/fill", json={"template": ["a ", slot]}).status_code == 200
+        server.post("/v1/fill", json={"template": ["a ", slots[0]], "redos": 2})
+    assert [query.options.redos for query in backend.queries] == [0, 1, 2]
+
+
 def test_clients_see_its_values_as_defaults(server: TestClient) -> None:
     options = {one["name"]: one["default"] for one in server.get("/v1/options").json()["options"]}
     assert (options["max_steps"], options["max_tokens"], options["t_max"]) == (8, 12, 0.7)
