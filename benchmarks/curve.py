@@ -23,8 +23,10 @@ from benchmarks import common
 from sfumato.cli.eval_runs import setting_of
 from sfumato.cli.loading import ApiFlags
 from sfumato.cli.sweep import SweepFlags, carry_out_sweep
+from sfumato.evals.curve import SIGNIFICANT
 from sfumato.evals.evaluation import digest_of
 from sfumato.evals.kept_answers import KeptAnswers
+from sfumato.evals.statistics import PairedCounts
 from sfumato.evals.sweep import SweepResult
 from sfumato.evals.tasks import fresh
 from sfumato.options import LoadOptions, Options
@@ -39,9 +41,18 @@ FEWER = 0.25
 
 def targets(result: SweepResult) -> dict[str, Any]:
     """The largest share of passes that a setting saves with no significant loss, on items that did not choose it."""
-    safe = [point for point in result.choice.tried if not point.losing_tasks and len(point.scores) >= 4]
+    safe = [
+        point
+        for point in result.choice.tried
+        if len(point.scores) >= 4 and not point.losing_tasks and not is_worse(point.pooled)
+    ]
     saved = max((1 - point.costs["passes"] for point in safe), default=None)
     return {"passes saved at no significant loss on four tasks": common.target(saved, FEWER, at_most=False)}
+
+
+def is_worse(counts: PairedCounts) -> bool:
+    """Whether significantly fewer items are right."""
+    return counts.difference < 0 and counts.p < SIGNIFICANT
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import table, write
+from sfumato.checkpoints.locate import resolve
+from sfumato.cli.calibrate import weights_of
 from sfumato.evals.evaluation import digest_of, evaluate
 from sfumato.evals.kept_answers import KeptAnswers
 from sfumato.evals.scoring import scores_of
@@ -67,7 +69,11 @@ def main() -> None:
     exercises = [fresh(named(name), arguments.items, arguments.seed) for name in arguments.skills.split(",")]
     kept = KeptAnswers(
         None if arguments.out is None else arguments.out.with_suffix(".answers.jsonl"),
-        {"model": arguments.model, "seed": arguments.seed, "items": [digest_of(one) for one in exercises]},
+        {
+            "model": weights_of(resolve(arguments.model)),  # other weights are another record
+            "seed": arguments.seed,
+            "items": [digest_of(one) for one in exercises],
+        },
     )
     for exercise in exercises:
         task = exercise.task
@@ -76,11 +82,13 @@ def main() -> None:
             if task.name == "edits-from-noise" and options.mode == "autoregressive":
                 continue  # the same as that of edits
             results = [*evaluate(llm, exercise, options, kept=kept, run=name)]
+            scores = scores_of(task.name, results)
             more: dict[str, Any] = {"setting": name, "room": options.max_tokens}
+            new = [score.to_dict() | more for score in scores]
             if task.name == "molecules" and (share := judged_by_rdkit(results)) is not None:
-                more["valid_by_rdkit"] = share
-            rows += [score.to_dict() | more for score in scores_of(task.name, results)]
-            print(*line(rows[-len(scores_of(task.name, results))]), sep="  ", flush=True)
+                new[0]["valid_by_rdkit"] = share
+            rows += new
+            print(*line(new[0]), sep="  ", flush=True)
     print(table(HEAD, map(line, rows)))
     record = {"what": "skills", "model": arguments.model, "seed": arguments.seed, "rows": rows}
     if arguments.out is not None:

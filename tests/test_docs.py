@@ -167,8 +167,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lists = [sorting.generate(np.random.default_rng(seed), 4) for seed in range(40)]
     lines = [{"prompt": sorting.prompt(one), "response": sorting.answer_text(one)} for one in lists]
     (folder / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    items = [{"prompt": line["prompt"], "answer": line["response"], "check": "exact"} for line in lines]
-    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    own = [block.text for block in blocks_of("docs/evals.md") if block.language == "json"]  # the page's own items
+    (folder / "items.jsonl").write_text("".join(own))
     noul = {"type": "noul", "instructions": "Is a refund requested?"}
     (folder / "request.json").write_text(json.dumps({"state": "It came broken.", "questions": {"refund": noul}}))
     return folder

@@ -37,7 +37,9 @@ def command(
     options: Options,
     load: LoadOptions,
     delay: opt.Delay = 0.25,
-    pause: Annotated[float, typer.Option(min=0, help="Seconds that an answer stays before the next item.")] = 2.0,
+    pause: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds that an answer stays before the next item.")
+    ] = 2.0,
 ) -> None:
     """Watch the embedded models at work: Sudoku, edits, infilling, molecules, graphs, decisions.
 

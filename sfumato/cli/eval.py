@@ -27,7 +27,7 @@ from sfumato.cli.view import visible, working
 from sfumato.errors import InputError
 from sfumato.options import BIG, LoadOptions, Options
 from sfumato.system.files import locked
-from sfumato.tasks.task import TASKS
+from sfumato.tasks.task import NAMES
 
 if TYPE_CHECKING:
     from sfumato.cli.eval_screen import EvalReport
@@ -42,7 +42,7 @@ FILES = (".jsonl", ".ndjson", ".json")
 
 def known_tasks(incomplete: str) -> list[str]:
     """The tasks and models that the shell offers."""
-    return [name for name in (*TASKS, *loading.known_models("")) if name.startswith(incomplete)]
+    return [name for name in (*NAMES, *loading.known_models("")) if name.startswith(incomplete)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] TASK...",
-            help=f"A model, unless -m or --api says which; tasks: {', '.join(TASKS)}, files of JSON lines, lm:NAME.",
+            help=f"A model, unless -m or --api says which; tasks: {', '.join(NAMES)}, files of JSON lines, lm:NAME.",
             autocompletion=known_tasks,
         ),
     ] = None,
@@ -136,7 +136,7 @@ def command(
 
     Example: sfumato eval nano sudoku --items 50 --compare max_steps=6
 
-    Example: sfumato eval nano sudoku --items 600 --sweep --preset-to fast.json
+    Example: sfumato eval nano sudoku --items 900 --sweep --preset-to fast.json
 
     Example: sfumato eval -m google/diffusiongemma-26B-A4B-it mine.jsonl -o mine.json --picture mine.svg
     """
@@ -146,7 +146,7 @@ def command(
     seed = exercise.seed if options.seed is None else options.seed
     first = setting_of(replace(api, model=name), load, replace(options, seed=seed))
     settings = [first] if output.compare is None else [first, compared(first, output.compare)]
-    target, picture = output.new_files([one for one in tasks if one not in TASKS], sweep)
+    target, picture = output.new_files([one for one in tasks if one not in NAMES], sweep)
     console = Console(stderr=True, highlight=False)
     problems: list[str] = []
     exercises = exercises_of([one for one in tasks if not one.startswith(HARNESS)], exercise, seed, console, problems)
@@ -196,13 +196,13 @@ def model_and_tasks(words: Sequence[str], api: loading.ApiFlags) -> tuple[str | 
     if tasks and name is None and api.api is None and not is_task(tasks[0]):
         name = tasks.pop(0)
     if not tasks:
-        raise InputError(f"no task is named; give {', '.join(TASKS)}, or a file of JSON lines")
+        raise InputError(f"no task is named; give {', '.join(NAMES)}, or a file of JSON lines")
     return name, tasks
 
 
 def is_task(word: str) -> bool:
     """Whether a word is a task's name, a file of items, or a task of lm-eval."""
-    return word in TASKS or word.startswith(HARNESS) or word.lower().endswith(FILES)
+    return word in NAMES or word.startswith(HARNESS) or word.lower().endswith(FILES)
 
 
 def harness_tasks(tasks: Sequence[str]) -> list[str]:
@@ -223,21 +223,22 @@ def exercises_of(
     from sfumato.evals.tasks import fresh
     from sfumato.tasks.task import named
 
-    labels = [name if name in TASKS else Path(name).stem for name in tasks]
+    labels = [name if name in NAMES else Path(name).stem for name in tasks]
     if twice := next((name for name in labels if labels.count(name) > 1), None):
         raise InputError(f"two tasks are called {twice}; give each file its own name")
     for name in tasks:
         if not is_task(name) and not os.path.exists(name):
-            raise InputError(f"there is no task {name!r}; give {', '.join(TASKS)}, or a file of JSON lines")
+            raise InputError(f"there is no task {name!r}; give {', '.join(NAMES)}, or a file of JSON lines")
     exercises: list[Exercise] = []
     for name in tasks:
-        if name in TASKS:
+        if name in NAMES:
             with working(f"drawing items of {name}"):
                 exercises.append(fresh(named(name), chosen.items, seed))
         else:
             bad: list[str] = []
             exercises.append(exercise_of_file(name, chosen.check, chosen.items, seed, bad, problems))
-            _name_lines(console, [f"{name}, {one}" for one in bad], "lines were left out")
+            words = "line was left out" if len(bad) == 1 else "lines were left out"
+            _name_lines(console, [f"{name}, {one}" for one in bad], words)
             there = (count_lines(name) or 0) - len(bad)
             if there > (drawn := len(exercises[-1].items)):
                 note = f"{name}: {drawn:,} of {there:,} items are drawn; --items says how many"

@@ -6,6 +6,7 @@ Two settings that need the same weights share the model; else the first is freed
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from sfumato.cli import loading
 from sfumato.cli import options as opt
 from sfumato.cli.settings import read_settings
 from sfumato.cli.view import visible
+from sfumato.declarations import unknown_option
 from sfumato.errors import InputError
 from sfumato.options import LOAD_OPTIONS, OPTIONS, LoadOptions, Options, differences
 
@@ -81,6 +83,8 @@ def compared(first: RunSetting, changes: Sequence[str]) -> RunSetting:
             options = opt.changed(options, f"{name}={value}")
         elif is_pair and name in LOAD_OPTIONS and name != "model":
             load = _changed_load(load, name, value)
+        elif is_pair and name.isidentifier() and name != "model" and not os.path.exists(change):
+            raise InputError(f"--compare: {unknown_option(name, {*OPTIONS, *LOAD_OPTIONS})}")
         elif change.strip():
             api = replace(api, model=value if is_pair and name == "model" else change)
         else:

@@ -25,7 +25,7 @@ from sfumato.options import CONSTRAINTS, LOAD_OPTIONS, OPTIONS, LoadOptions, Opt
 from sfumato.presets import SAMPLING, Preset
 from sfumato.quant.recipes import RECIPES
 
-Delay = Annotated[float, typer.Option(min=0, help="Seconds each step stays on the screen.")]
+Delay = Annotated[float, typer.Option(min=0, max=3600, help="Seconds each step stays on the screen.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")]

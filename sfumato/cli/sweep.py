@@ -46,7 +46,8 @@ class SweepFlags:
         typer.Option(
             metavar="NAME=V,V,...",
             help="With --sweep: values of an option to try, of dtype, ops or quantize too; t_min+t_max=0.1:0.4,0.2:0.8 "
-            "changes two together. Repeatable. Default: usual, which is steps, bound, stop, temperature, early.",
+            "changes two together. Repeatable. Default: usual, which is steps, second tries, bound, stop, repeats, "
+            "temperature, early.",
         ),
     ] = None
     lose: Annotated[

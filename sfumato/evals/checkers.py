@@ -160,7 +160,7 @@ def _python(record: Mapping[str, Any]) -> AnswerChecker:
     for arguments in inputs:
         if not isinstance(arguments, list):
             raise InputError(f"inputs has {reprlib.repr(arguments)}; give a list of arguments for each call")
-        run("def f(x):\n    return x", [arguments])  # values that the evaluator knows
+        _check_value(arguments)
     source = record.get("answer")
     if not isinstance(source, str | None) or (source is None and "outputs" not in record):
         raise InputError(f"answer is {reprlib.repr(source)}; give code that is right, or outputs for the inputs")
@@ -169,6 +169,9 @@ def _python(record: Mapping[str, Any]) -> AnswerChecker:
         outputs = [run(_placed(source, template), arguments, BUDGET) for arguments in inputs]
     if not isinstance(outputs, list) or len(outputs) != len(inputs):
         raise InputError(f"outputs is {reprlib.repr(outputs)}; give a value for each of the {len(inputs)} inputs")
+
+    for output in outputs:
+        _check_value(output)
 
     def is_right(text: str) -> bool:
         code = _placed(text, template)
@@ -183,6 +186,11 @@ def _python(record: Mapping[str, Any]) -> AnswerChecker:
     if source is not None and not is_right(source):
         raise InputError("the code of answer does not give the outputs; correct one of them")
     return AnswerChecker(is_right, source or "")
+
+
+def _check_value(value: Any) -> None:
+    """InputError for what no function of the evaluator takes or returns, such as a record."""
+    run("def f(x):\n    return x", [value])
 
 
 def _placed(text: str, template: str) -> str:

@@ -7,6 +7,7 @@ matched.
 from __future__ import annotations
 
 import re
+import warnings
 
 from sfumato.errors import InputError
 from sfumato.system.confined import ChildPool
@@ -23,7 +24,9 @@ def check_pattern(pattern: str) -> None:
     if len(pattern) > LONGEST:
         raise InputError(f"the pattern has {len(pattern)} characters; the limit is {LONGEST}")
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise: the pattern's affair
+            re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"the pattern {pattern[:80]!r} is no regular expression: {error}") from None
 
@@ -36,4 +39,6 @@ def is_match(pattern: str, text: str, what: str = "the pattern") -> bool:
 
 def matches(pattern: str, text: str) -> bool:
     """The match itself, which the child runs."""
-    return re.fullmatch(pattern, text) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return re.fullmatch(pattern, text) is not None

@@ -1,10 +1,11 @@
 """The search for settings that lose little and take little: along each axis, then several axes together.
 
 A third of the items chooses, the rest confirms (`choice`). The reference answers first. Each setting with one change
-then answers a quarter of the choosing items, then half of them, then all: what loses too much for certain, is no
-cheaper, or (from the second look on) is far from the front is dropped on the way. That is successive halving, with
-confidence in place of a fixed share. The changes that are left are joined, one axis after another, while that makes the
-best setting cheaper at no loss. The search ends where the time is over; what it has tried by then is the curve.
+then answers a quarter of the choosing items, then half of them, then all: what is refused, loses too much for certain,
+is no cheaper, or (from the second look on) is far from the front is dropped on the way. That is successive halving,
+with confidence in place of a fixed share. The changes that are left are joined, one axis after another, while that
+makes the best setting cheaper at no loss. The search ends where the time is over; what it has tried by then is the
+curve.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class SettingSearch:
         """Every setting with one change, on more and more items; those that are left have answered all."""
         alive = [*singles(self.axes, self.options)]
         for number, rung in enumerate(self._rungs()):
-            each = [(axis, self._try(setting, rung)) for axis, setting in alive]
+            tried = ((axis, self._try(setting, rung)) for axis, setting in alive)
+            each = [(axis, point) for axis, point in tried if point is not None]
             rest = [point for _, point in each if self._is_possible_choice(point)]
             kept = {point.setting for point in (near_front(rest, self.cost) if number else rest)}
             each.sort(key=lambda pair: (max(pair[1].loss, 0.0), self._work(pair[1])))  # what is promising goes on first
@@ -129,7 +131,7 @@ class SettingSearch:
         """A setting on all rungs; None where it is dropped on the way."""
         for rung in self._rungs():
             point = self._try(setting, rung)
-            if not self._is_possible_choice(point):
+            if point is None or not self._is_possible_choice(point):
                 return None
         return point
 
@@ -160,8 +162,13 @@ class SettingSearch:
     def _count(self, items: int, part: int) -> int:
         return min(items, -(-items // (part * self.batch)) * self.batch)
 
-    def _try(self, setting: Setting, rung: Mapping[str, int]) -> Point:
-        point = self.points[setting] = self._measured(setting, rung)
+    def _try(self, setting: Setting, rung: Mapping[str, int]) -> Point | None:
+        """The setting on these items; None, with a line that says why, where the model or a task refuses it."""
+        try:
+            point = self.points[setting] = self._measured(setting, rung)
+        except InputError as error:
+            self.tell(f"{setting.name} is left out: {error}")
+            return None
         work = f"{point.costs[self.cost]:.0%} of the {self.cost}"
         self.tell(f"{setting.name}: {signed(-point.loss)} points, {work}, on {point.items} items")
         return point

@@ -170,8 +170,6 @@ TASKS = {
             kind=infill.kind,
             measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
         ),
-        _RECALL,
-        replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
         Task(
             "molecules",
             molecules.generate,
@@ -185,7 +183,12 @@ TASKS = {
         ),
     )
 }
-"""The tasks there are, by name."""
+"""The tasks that are always there, by name."""
+
+OF_MOSES = "molecules-moses"
+"""The task whose molecules are those of the MOSES set; it is there where the data are (see `moses`)."""
+NAMES = (*TASKS, OF_MOSES)
+"""All that `named` knows."""
 
 
 SPLIT = 16
@@ -244,9 +247,9 @@ def messages(task: Task, item: str) -> list[dict[str, str]]:
 
 
 def named(name: str) -> Task:
-    """InputError for a name that there is not; `molecules-moses` is there where the data of MOSES are (see `moses`)."""
-    if name == "molecules-moses":
+    """InputError for a name that there is not, and for `OF_MOSES` without its data."""
+    if name == OF_MOSES:
         return replace(TASKS["molecules"], name=name, generate=moses.generator())
     if name not in TASKS:
-        raise InputError(f"there is no task {name!r}; the tasks are: {', '.join(TASKS)}")
+        raise InputError(f"there is no task {name!r}; the tasks are: {', '.join(NAMES)}")
     return TASKS[name]

@@ -18,7 +18,7 @@ from sfumato.cli.loading import ApiFlags
 from sfumato.errors import InputError
 from sfumato.evals import tasks
 from sfumato.options import LoadOptions, Options
-from sfumato.tasks.task import Task
+from sfumato.tasks.task import TASKS, Task
 
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ("--items", "4", "-s", "max_steps=3")
@@ -63,6 +63,12 @@ def test_tasks_and_files_are_scored(sfumato: Command, mine: str) -> None:
     assert ElementTree.parse("out.svg").getroot().tag.endswith("svg")
     answers = Path("out.answers.jsonl").read_text().splitlines()
     assert len(answers) == 8 and json.loads(answers[1])["task"] == "sudoku"
+
+
+def test_the_task_of_moses_is_a_task_too(sfumato: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfumato.tasks.moses.generator", lambda: TASKS["molecules"].generate)
+    code, out, err = sfumato("eval", "molecules-moses", "--items", "1", "-s", "max_steps=1", "--json")
+    assert code == 0 and json.loads(out)["runs"][0]["rows"][0]["task"] == "molecules-moses", err
 
 
 def test_two_settings_are_compared(sfumato: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +184,7 @@ def test_of_a_long_file_some_items_are_drawn_and_that_is_said(sfumato: Command, 
         (["sudoku", "--compare", ""], "--compare is empty; give a model, or NAME=VALUE"),
         (["sudoku", "--compare", "temperature=1"], "--compare temperature=1 changes nothing"),
         (["sudoku", "--compare", "max_steps=none"], "--max-steps is 'none'"),
+        (["sudoku", "--compare", "max_step=8"], "there is no option 'max_step'; did you mean --max-steps?"),
         (["sudoku", "--picture", "a.png"], "--picture is a.png, and the picture is SVG"),
         (["sudoku", "-o", "nowhere/a.json"], "there is no folder nowhere"),
         (["empty.jsonl", "-o", "empty.jsonl", "--force"], "empty.jsonl is read by this command"),

@@ -102,6 +102,8 @@ def test_code_is_run() -> None:
             {"inputs": [[1]], "outputs": [1], "template": "f"},
             "template is 'f'; give the source of a function",
         ),
+        ("python", {"inputs": [[{}]], "outputs": [1]}, "the evaluator does not know values of the type dict"),
+        ("python", {"inputs": [[1]], "outputs": [{"a": 1}]}, "the evaluator does not know values of the type dict"),
         ("python", {**PIECES, "answer": "a +"}, "the source is no Python"),
         ("python", {**PIECES, "answer": "a", "outputs": [3, 10]}, "the code of answer does not give the outputs"),
     ],
@@ -122,6 +124,11 @@ def test_a_pattern_that_takes_years_is_stopped(monkeypatch: pytest.MonkeyPatch) 
     assert sentence.startswith("the pattern '(a|aa)+b|c' takes longer than the 0.05 seconds allowed")
     assert not one.is_right("c")  # it is not tried again
     assert checker("regex", answer="a+").is_right("aaa")  # another one has a child of its own
+
+
+def test_a_pattern_that_python_warns_of_warns_nobody(recwarn: pytest.WarningsRecorder) -> None:
+    one = checker("regex", answer="[[a]+")
+    assert one.is_right("a[a") and not one.is_right("b") and not recwarn.list
 
 
 def test_json_is_read_strictly() -> None:

@@ -116,6 +116,22 @@ def test_settings_that_contradict_are_left_out() -> None:
     assert {point.setting.name for point in search.run()} == {"reference", "t_min=0.7", "t_max=0.5"}
 
 
+def test_a_setting_that_is_refused_is_left_out_alone_and_with_others() -> None:
+    model = MadeUpModel(by_steps({}))
+    lines: list[str] = []
+
+    def answer(setting: Setting, task: str, count: int) -> Sequence[TaskAnswer]:
+        if setting.options.get("max_steps") == 6 or len(setting.changes) > 1:
+            raise InputError("a template cannot have that; leave it out")
+        return model.answer(setting, task, count)
+
+    search = search_of(model, [STEPS, BOUND], answer=answer, tell=lines.append)
+    points = {point.setting.name for point in search.run()}
+    assert points == {"reference", "max_steps=24", "max_steps=12", "entropy_bound=0.4"}
+    assert "max_steps=6 is left out: a template cannot have that; leave it out" in lines
+    assert search.is_complete and search.qualified[-1].setting.name == "max_steps=12"
+
+
 def test_both_parts_have_every_kind_whatever_their_order() -> None:
     task = replace(TASKS["sorting"], kind=lambda item: item[0])
     items = [f"{kind}{number}" for kind in "ab" for number in range(20)] + ["c"]

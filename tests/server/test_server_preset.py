@@ -61,6 +61,24 @@ def test_what_contradicts_a_request_is_left_out(server: TestClient, backend: Fak
     assert (options.t_max, options.t_min) == (0.3, None)
 
 
+@pytest.mark.parametrize("request_", [{}, {"t_max": 0.3}])
+def test_the_order_of_a_preset_says_nothing(request_: dict[str, float], backend: FakeBackend) -> None:
+    """`verify` needs `redos`, which stands behind it; with and without something that contradicts the request."""
+    with connect(backend, Settings(preset={"t_min": 0.5, "verify": 4.0, "redos": 1})) as server:
+        assert chat(server, **request_).status_code == 200
+    options = backend.queries[0].options
+    assert (options.redos, options.verify, options.t_min) == (1, 4.0, None if request_ else 0.5)
+
+
+def test_a_template_with_a_grammar_has_no_redos_of_a_preset(backend: FakeBackend) -> None:
+    slots: tuple[dict[str, object], ...] = {"name": "x", "regex": "[0-9]{3}"}, {"name": "x", "length": 2}
+    with connect(backend, Settings(preset={"redos": 1})) as server:
+        for slot in slots:
+            assert server.post("/v1/fill", json={"template": ["a ", slot]}).status_code == 200
+        server.post("/v1/fill", json={"template": ["a ", slots[0]], "redos": 2})
+    assert [query.options.redos for query in backend.queries] == [0, 1, 2]
+
+
 def test_clients_see_its_values_as_defaults(server: TestClient) -> None:
     options = {one["name"]: one["default"] for one in server.get("/v1/options").json()["options"]}
     assert (options["max_steps"], options["max_tokens"], options["t_max"]) == (8, 12, 0.7)

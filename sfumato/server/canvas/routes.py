@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -114,6 +114,8 @@ async def _fill(body: FillRequest, service: Service) -> Fill:
             check_length(f"template[{number}].{name}", getattr(slot, name), card)
     options = body.options(card)
     template = [piece if isinstance(piece, str) else Slot(**piece.plain()) for piece in body.template]
+    if "redos" not in body.requested() and any(isinstance(one, Slot) and one.constraint for one in template):
+        options = replace(options, redos=0)  # a preset's, which a grammar cannot have
     return Fill(template, prompt, options)
 
 

@@ -102,10 +102,7 @@ def resolved(values: Mapping[str, Any], card: ModelCard, is_template: bool = Fal
         if name not in values and (not is_template or "templates" in OPTIONS[name].about.uses)
     }
     values = {name: value for name, value in values.items() if value is not None} | adapter_of(card)
-    options = Options.from_dict(values)
-    for name, value in preset.items():
-        with suppress(InputError):
-            options = options.with_changes({name: value})
+    options = _with_preset(Options.from_dict(values), preset)
     if options.seed is None:
         options = replace(options, seed=0 if options.temperature == 0 else secrets.randbits(32))
     for name in ("max_tokens", "min_tokens"):
@@ -113,6 +110,22 @@ def resolved(values: Mapping[str, Any], card: ModelCard, is_template: bool = Fal
     if (options.mode or ("diffusion" if card.is_diffusion else "autoregressive")) == "diffusion":
         _check_canvas(options)
     return options
+
+
+def _with_preset(options: Options, preset: Mapping[str, Any]) -> Options:
+    """The options with the preset's; where it contradicts them, with as much of it as does not, whatever its order."""
+    try:
+        return options.with_changes(preset)
+    except InputError:
+        rest = dict(preset)
+    while True:
+        before = len(rest)
+        for name in [*rest]:
+            with suppress(InputError):
+                options = options.with_changes({name: rest[name]})
+                del rest[name]
+        if len(rest) == before:
+            return options
 
 
 def adapter_of(card: ModelCard) -> dict[str, Any]:
