@@ -1,9 +1,9 @@
 """How well nano-skills does each of its skills: fresh items, whole canvases beside one token at a time.
 
-    .venv/bin/python benchmarks/skills.py -o benchmarks/results/skills.json
+    .venv/bin/python benchmarks/skills.py --preset examples/nano-skills.json -o benchmarks/results/skills.json
 
 Items are those that no run of training sees. Each skill is asked on the model's own canvas, on one no longer than the
-skill's answers (`short`), and one token at a time with the same weights; edits in place, from the document, and from
+skill's answers (`short`), with a preset, and one token at a time with the same weights; edits in place, from the document, and from
 noise. Where RDKit is installed (the extra `molecules`) it judges the same molecules again. Answers are kept beside the
 record, so that the same command goes on where it was stopped.
 """
@@ -30,18 +30,21 @@ from sfumato.evals.tasks import TaskAnswer, fresh
 from sfumato.llm import LLM
 from sfumato.measure.machine import environment
 from sfumato.options import Options
+from sfumato.presets import Preset
 from sfumato.tasks.task import named
 from sfumato.training.task_source import answer_room
 
 SKILLS = ("edits", "edits-from-noise", "infill", "molecules", "graphs", "families")
 
 
-def settings_of(room: int, canvas: int, seed: int) -> Mapping[str, Options]:
+def settings_of(room: int, canvas: int, seed: int, preset: Mapping[str, Any]) -> Mapping[str, Options]:
     """Ways to ask for an answer of at most `room` tokens."""
     whole = Options(seed=seed, max_tokens=room)
     settings = {"canvas": replace(whole, max_tokens=canvas)}
+    if preset:
+        settings["preset"] = replace(whole, max_tokens=canvas, **preset)
     if room < canvas:
-        settings["short canvas"] = replace(whole, short=True)
+        settings["short canvas"] = replace(whole, short=True, **preset)
     return settings | {"one at a time": replace(whole, mode="autoregressive", temperature=0.0)}
 
 
@@ -61,16 +64,19 @@ def main() -> None:
     parser.add_argument("--model", default="nano-skills")
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--preset", type=Path, help="a preset to measure too; the short canvases have it")
     parser.add_argument("--skills", default=",".join(SKILLS))
     parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()
     llm = LLM.load(arguments.model)
     canvas, rows = llm.model.config.canvas_length, []
+    preset = {} if arguments.preset is None else dict(Preset.read(arguments.preset).options)
     exercises = [fresh(named(name), arguments.items, arguments.seed) for name in arguments.skills.split(",")]
     kept = KeptAnswers(
         None if arguments.out is None else arguments.out.with_suffix(".answers.jsonl"),
         {
             "model": weights_of(resolve(arguments.model)),  # other weights are another record
+            "preset": preset,
             "seed": arguments.seed,
             "items": [digest_of(one) for one in exercises],
         },
@@ -78,7 +84,7 @@ def main() -> None:
     for exercise in exercises:
         task = exercise.task
         room = min(canvas, answer_room(task, llm.tokenizer))
-        for name, options in settings_of(room, canvas, arguments.seed).items():
+        for name, options in settings_of(room, canvas, arguments.seed, preset).items():
             if task.name == "edits-from-noise" and options.mode == "autoregressive":
                 continue  # the same as that of edits
             results = [*evaluate(llm, exercise, options, kept=kept, run=name)]
@@ -90,7 +96,7 @@ def main() -> None:
             rows += new
             print(*line(new[0]), sep="  ", flush=True)
     print(table(HEAD, map(line, rows)))
-    record = {"what": "skills", "model": arguments.model, "seed": arguments.seed, "rows": rows}
+    record = {"what": "skills", "model": arguments.model, "preset": preset, "seed": arguments.seed, "rows": rows}
     if arguments.out is not None:
         write(arguments.out, record | {"environment": environment(llm.model.device)})
 
