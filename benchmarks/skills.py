@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/skills.py --preset examples/nano-skills.json -o benchmarks/results/skills.json
 
 Items are those that no run of training sees. Each skill is asked on the model's own canvas, on one no longer than the
-skill's answers (`short`), with a preset, and one token at a time with the same weights; edits in place, from the document, and from
-noise. Where RDKit is installed (the extra `molecules`) it judges the same molecules again. Answers are kept beside the
+skill's answers (`short`), with a preset, and one token at a time with the same weights; edits in place, from the
+document, and from noise. Where RDKit is installed (the extra `molecules`) it judges the same molecules again. Answers are kept beside the
 record, so that the same command goes on where it was stopped.
 """
 
