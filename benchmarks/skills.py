@@ -4,8 +4,8 @@
 
 Items are those that no run of training sees. Each skill is asked on the model's own canvas, on one no longer than the
 skill's answers (`short`), with a preset, and one token at a time with the same weights; edits in place, from the
-document, and from noise. Where RDKit is installed (the extra `molecules`) it judges the same molecules again. Answers are kept beside the
-record, so that the same command goes on where it was stopped.
+document, and from noise. Where RDKit is installed (the extra `molecules`) it judges the same molecules again. Answers
+are kept beside the record, so that the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
