@@ -145,9 +145,13 @@ def flags_of(*names: str, is_template: bool = False, usual: Collection[str] = SA
     def make(set_: list[str] | None, preset: str | None = None, **values: Any) -> Options:
         allowed = {name for name in OPTIONS if not is_template or "templates" in OPTIONS[name].about.uses}
         base = {name: value for name, value in read_settings().options.items() if name in allowed & {*usual}}
-        if preset is not None:
-            base |= {name: value for name, value in Preset.read(preset).options.items() if name in allowed}
-        options = build(set_, **base | {name: value for name, value in values.items() if value not in (None, [])})
+        flags = {name: value for name, value in values.items() if value not in (None, [])}
+        own = {} if preset is None else Preset.read(preset).options
+        try:
+            options = build(set_, **base | {name: value for name, value in own.items() if name in allowed} | flags)
+        except InputError as error:
+            build(set_, **base | flags)  # where the flags are wrong by themselves, that is the error
+            raise InputError(f"with the preset {preset}, {error}", option=error.option) from None
         if is_template and options.constraint is not None:
             name, _ = options.constraint
             raise InputError(f"{name} is an option of generate; in a template a slot has its own (fill)", option=name)

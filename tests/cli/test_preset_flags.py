@@ -39,6 +39,15 @@ def test_a_flag_is_stronger_than_a_preset_and_that_than_the_settings(preset: str
     assert flags_of(usual=()).make(set_=None, preset=preset) == Options(max_steps=8, mode="autoregressive")
 
 
+def test_a_flag_that_the_preset_contradicts_names_the_preset(tmp_path: Path) -> None:
+    place = tmp_path / "again.json"
+    place.write_text('{"options": {"redos": 1}}')
+    with pytest.raises(InputError, match=r"^with the preset .*again\.json, redos cannot go with regex"):
+        flags_of(usual=()).make(set_=["regex=a+"], preset=str(place))
+    with pytest.raises(InputError, match=r"^max_steps is 0"):
+        flags_of(usual=()).make(set_=["max_steps=0"], preset=str(place))
+
+
 def test_a_template_takes_of_a_preset_what_it_has(preset: str) -> None:
     assert flags_of(is_template=True).make(set_=None, preset=preset) == Options(max_steps=8)
 
