@@ -12,6 +12,7 @@ import json
 import os
 import reprlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,19 @@ def _repr(value: Any) -> str:
 def _short(name: str) -> str:
     """A key that a message can show."""
     return name if len(name) <= 40 and name.isprintable() else _repr(name)
+
+
+def with_preset(options: Options, preset: Mapping[str, Any]) -> Options:
+    """The options with the preset's; where it contradicts them, with as much of it as does not, whatever its order."""
+    try:
+        return options.with_changes(preset)
+    except InputError:
+        rest = dict(preset)
+    while True:
+        before = len(rest)
+        for name in [*rest]:
+            with suppress(InputError):
+                options = options.with_changes({name: rest[name]})
+                del rest[name]
+        if len(rest) == before:
+            return options

@@ -22,7 +22,7 @@ from sfumato.cli.flags import Group, flag, group_of
 from sfumato.cli.settings import GIGABYTE, read_settings
 from sfumato.errors import InputError
 from sfumato.options import CONSTRAINTS, LOAD_OPTIONS, OPTIONS, LoadOptions, Option, Options
-from sfumato.presets import SAMPLING, Preset
+from sfumato.presets import SAMPLING, Preset, with_preset
 from sfumato.quant.recipes import RECIPES
 
 Delay = Annotated[float, typer.Option(min=0, max=3600, help="Seconds each step stays on the screen.")]
@@ -139,7 +139,8 @@ def flags_of(*names: str, is_template: bool = False, usual: Collection[str] = SA
     """The flags that make `Options`: one for each of these options, and --set for every other.
 
     `usual` are the options that the user's settings may fill in. In a template each slot has a constraint of its own,
-    so options that constrain the whole answer are refused; of a preset it takes what it has."""
+    so options that constrain the whole answer are refused; of a preset it takes what it has. What a preset says
+    yields where it contradicts a flag, as on a server."""
     parameters = (*(flag_of(OPTIONS[name], names) for name in names), flag("set_", _SET, None), PRESET)
 
     def make(set_: list[str] | None, preset: str | None = None, **values: Any) -> Options:
@@ -147,11 +148,10 @@ def flags_of(*names: str, is_template: bool = False, usual: Collection[str] = SA
         base = {name: value for name, value in read_settings().options.items() if name in allowed & {*usual}}
         flags = {name: value for name, value in values.items() if value not in (None, [])}
         own = {} if preset is None else Preset.read(preset).options
-        try:
-            options = build(set_, **base | {name: value for name, value in own.items() if name in allowed} | flags)
-        except InputError as error:
-            build(set_, **base | flags)  # where the flags are wrong by themselves, that is the error
-            raise InputError(f"with the preset {preset}, {error}", option=error.option) from None
+        named = {*flags, *(pair.partition("=")[0].replace("-", "_") for pair in set_ or ())}
+        rest = {name: value for name, value in own.items() if name in allowed - named}
+        weaker = {name: value for name, value in base.items() if name not in rest}
+        options = with_preset(build(set_, **weaker | flags), rest)
         if is_template and options.constraint is not None:
             name, _ = options.constraint
             raise InputError(f"{name} is an option of generate; in a template a slot has its own (fill)", option=name)

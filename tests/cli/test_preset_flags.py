@@ -39,13 +39,16 @@ def test_a_flag_is_stronger_than_a_preset_and_that_than_the_settings(preset: str
     assert flags_of(usual=()).make(set_=None, preset=preset) == Options(max_steps=8, mode="autoregressive")
 
 
-def test_a_flag_that_the_preset_contradicts_names_the_preset(tmp_path: Path) -> None:
+def test_a_preset_yields_where_it_contradicts_a_flag(tmp_path: Path) -> None:
     place = tmp_path / "again.json"
-    place.write_text('{"options": {"redos": 1}}')
-    with pytest.raises(InputError, match=r"^with the preset .*again\.json, redos cannot go with regex"):
-        flags_of(usual=()).make(set_=["regex=a+"], preset=str(place))
+    place.write_text('{"options": {"verify": 2, "redos": 1, "max_steps": 8}}')
+    group = flags_of(usual=())
+    assert group.make(set_=None, preset=str(place)) == Options(max_steps=8, redos=1, verify=2.0)
+    assert group.make(set_=["regex=a+"], preset=str(place)) == Options(max_steps=8, regex="a+")
+    ours = group.make(set_=["mode=autoregressive"], preset=str(place))
+    assert ours == Options(max_steps=8, mode="autoregressive")
     with pytest.raises(InputError, match=r"^max_steps is 0"):
-        flags_of(usual=()).make(set_=["max_steps=0"], preset=str(place))
+        group.make(set_=["max_steps=0"], preset=str(place))
 
 
 def test_a_template_takes_of_a_preset_what_it_has(preset: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import secrets
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,6 +17,7 @@ from pydantic import BaseModel, Field
 
 from sfumato.errors import InputError
 from sfumato.options import BIG, OPTIONS, Option, Options, Use
+from sfumato.presets import with_preset
 from sfumato.server.backend import ModelCard
 from sfumato.server.http.bodies import Body, Choices, Most, only
 from sfumato.server.http.checks import check_length
@@ -102,7 +102,7 @@ def resolved(values: Mapping[str, Any], card: ModelCard, is_template: bool = Fal
         if name not in values and (not is_template or "templates" in OPTIONS[name].about.uses)
     }
     values = {name: value for name, value in values.items() if value is not None} | adapter_of(card)
-    options = _with_preset(Options.from_dict(values), preset)
+    options = with_preset(Options.from_dict(values), preset)
     if options.seed is None:
         options = replace(options, seed=0 if options.temperature == 0 else secrets.randbits(32))
     for name in ("max_tokens", "min_tokens"):
@@ -110,22 +110,6 @@ def resolved(values: Mapping[str, Any], card: ModelCard, is_template: bool = Fal
     if (options.mode or ("diffusion" if card.is_diffusion else "autoregressive")) == "diffusion":
         _check_canvas(options)
     return options
-
-
-def _with_preset(options: Options, preset: Mapping[str, Any]) -> Options:
-    """The options with the preset's; where it contradicts them, with as much of it as does not, whatever its order."""
-    try:
-        return options.with_changes(preset)
-    except InputError:
-        rest = dict(preset)
-    while True:
-        before = len(rest)
-        for name in [*rest]:
-            with suppress(InputError):
-                options = options.with_changes({name: rest[name]})
-                del rest[name]
-        if len(rest) == before:
-            return options
 
 
 def adapter_of(card: ModelCard) -> dict[str, Any]:
