@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -218,8 +218,9 @@ class Trainer:
         parts, counts = self._split(batch, corruption, is_whole)
         means = torch.zeros(4, dtype=torch.float64, device=self.model.device)
         for part in parts:
-            sums = self._sums(part, recipe.objective)
-            (sums.denoise / counts[0] + sums.encode / counts[1]).backward()
+            with self._attention(part):  # the backward pass too, in which checkpointed blocks run again
+                sums = self._sums(part, recipe.objective)
+                (sums.denoise / counts[0] + sums.encode / counts[1]).backward()
             means += _mean_shares(sums, counts)
         diffusion_loss, encode_loss, revision_loss, distillation_loss = self.ranks.total(means).tolist()
         norm = full(torch.nn.utils.clip_grad_norm_(self._trained, recipe.clip))
@@ -285,11 +286,15 @@ class Trainer:
 
     def _sums(self, part: Problem, objective: Objective) -> LossSums:
         is_half = self.recipe.precision == "bfloat16"
-        is_plain = is_half and self.model.device.type == "cpu" and part.tokens_BT.shape[1] <= PLAIN_ATTENTION
-        attention = sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
         # Without its cache: that would hold a copy of every weight until all passes are over, sharded or not.
-        with attention, torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
             return self._losses(self.model, part, objective)
+
+    def _attention(self, part: Problem) -> AbstractContextManager[None]:
+        """How attention is computed in this part: see `PLAIN_ATTENTION`."""
+        is_half, is_short = self.recipe.precision == "bfloat16", part.tokens_BT.shape[1] <= PLAIN_ATTENTION
+        is_plain = is_half and is_short and self.model.device.type == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
 
     # ---- looks at the model -----------------------------------------------------------------------------------------
 

@@ -68,10 +68,17 @@ def cached(fetch: Fetched) -> None:
 def test_list_shows_what_can_be_used(cached: None, capsys: Capture) -> None:
     assert cli.main(["list", "--json"]) == 0
     records = {record["id"]: record for record in json.loads(capsys.readouterr().out)}
-    assert list(records) == ["nano", "nano-decide", "a/awq", "a/mlx", "b/plain", "c/one--two"]
+    assert list(records) == ["nano", "nano-decide", "nano-skills", "a/awq", "a/mlx", "b/plain", "c/one--two"]
     formats = {name: record["format"] for name, record in records.items()}
     assert formats == {
-        **{"nano": "float32", "nano-decide": "float32", "a/awq": "awq", "a/mlx": "MLX 4 bits", "b/plain": "bfloat16"},
+        **{
+            "nano": "float32",
+            "nano-decide": "float32",
+            "nano-skills": "float32",
+            "a/awq": "awq",
+            "a/mlx": "MLX 4 bits",
+            "b/plain": "bfloat16",
+        },
         "c/one--two": "GGUF Q4_K_M",
     }
     assert records["b/plain"]["size_bytes"] > 3_000_000 and not records["a/awq"]["is_whole"]
@@ -82,13 +89,13 @@ def test_list_shows_what_can_be_used(cached: None, capsys: Capture) -> None:
 
 
 def test_the_shell_is_offered_the_same_models(cached: None) -> None:
-    assert loading.known_models("") == ["nano", "nano-decide", "a/awq", "a/mlx", "b/plain", "c/one--two"]
+    assert loading.known_models("") == ["nano", "nano-decide", "nano-skills", "a/awq", "a/mlx", "b/plain", "c/one--two"]
     assert loading.known_models("b") == ["b/plain"]
 
 
 def test_a_cache_that_is_not_there_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
-    assert loading.known_models("") == ["nano", "nano-decide"]
+    assert loading.known_models("") == ["nano", "nano-decide", "nano-skills"]
 
 
 def test_rm_removes_one_model_of_the_cache(cached: None, cache: Path, capsys: Capture) -> None:

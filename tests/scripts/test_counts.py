@@ -74,7 +74,7 @@ def test_the_working_tree(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.startswith("|  | working tree |\n")
     table = json.loads((tmp_path / "counts.json").read_text())["working tree"]
-    modules = ("__main__", "declarations", "errors", "events", "llm", "options", "questions")
+    modules = ("__main__", "declarations", "errors", "events", "llm", "options", "presets", "questions")
     assert {f"{name}.py" for name in modules} == set(table["root_files"])
 
 
