@@ -194,6 +194,8 @@ NAMES = (*TASKS, OF_MOSES)
 SPLIT = 16
 """One item of so many is held out, by a hash of it: a run of training never sees those."""
 _TRIES = 1000
+_DRAWS = 4
+"""Draws for each item that is to differ from the others."""
 
 
 def is_held_out(item: str) -> bool:
@@ -228,10 +230,11 @@ def held_out_items(task: Task, count: int, seed: int) -> list[str]:
     """So many different items that no run trains on, the same ones for the same seed."""
     rng = np.random.default_rng([seed, SPLIT])
     kept: dict[str, None] = {}
-    for _ in range(_TRIES):
-        if len(kept) >= count:
-            break
-        kept |= dict.fromkeys(drawn(task, count - len(kept), rng, held_out=True))
+    draws = 0
+    while len(kept) < count and draws < _DRAWS * count + _TRIES:  # a small task runs out of new ones
+        some = drawn(task, count - len(kept), rng, held_out=True)
+        kept |= dict.fromkeys(some)
+        draws += len(some)
     if len(kept) < count:
         raise InputError(f"the task {task.name} has {len(kept)} items that are held out, not {count}; ask for fewer")
     return [*kept]

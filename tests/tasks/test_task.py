@@ -68,3 +68,9 @@ def test_what_is_not_there_is_refused() -> None:
 def test_puzzles_are_of_all_bands() -> None:
     rng = np.random.default_rng(5)
     assert {sudoku.band(named("sudoku").generate(rng)) for _ in range(20)} == set(sudoku.BANDS)
+
+
+def test_a_task_that_has_no_more_items_says_so() -> None:
+    few = replace(named("sorting"), generate=lambda rng: f"{rng.integers(1, 10)}{rng.integers(1, 10)}")
+    with pytest.raises(InputError, match=r"the task sorting has \d items that are held out, not 50; ask for fewer"):
+        held_out_items(few, 50, seed=1)
