@@ -1,6 +1,6 @@
 """How well nano-skills does each of its skills: fresh items, whole canvases beside one token at a time.
 
-    .venv/bin/python benchmarks/skills.py --preset examples/nano-skills.json -o benchmarks/results/skills.json
+    .venv/bin/python benchmarks/skills.py -o benchmarks/results/skills.json
 
 Items are those that no run of training sees. Each skill is asked on the model's own canvas, on one no longer than the
 skill's answers (`short`), with a preset, and one token at a time with the same weights; edits in place, from the
