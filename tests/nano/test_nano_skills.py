@@ -34,3 +34,9 @@ def test_it_does_its_skills(llm: LLM, name: str) -> None:
     exercise = fresh(named(name), ITEMS, 11)
     results = list(answers(llm, exercise.task, exercise.items, Options(seed=11)))
     assert rate(results) >= LEAST[name]
+
+
+def test_the_card_has_an_edit_that_works(llm: LLM) -> None:
+    text, instruction = '{"name": "oak", "size": 7}', "Rename size to price."
+    assert f".edit('{text}', \"{instruction}\", strength=0)" in (EMBEDDED["nano-skills"] / "README.md").read_text()
+    assert llm.edit(text, instruction, strength=0, seed=0).text == '{"name": "oak", "price": 7}'
