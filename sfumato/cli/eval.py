@@ -27,7 +27,7 @@ from sfumato.cli.view import visible, working
 from sfumato.errors import InputError
 from sfumato.options import BIG, LoadOptions, Options
 from sfumato.system.files import locked
-from sfumato.tasks.task import NAMES
+from sfumato.tasks.task import NAMES, is_named, names
 
 if TYPE_CHECKING:
     from sfumato.cli.eval_screen import EvalReport
@@ -42,7 +42,7 @@ FILES = (".jsonl", ".ndjson", ".json")
 
 def known_tasks(incomplete: str) -> list[str]:
     """The tasks and models that the shell offers."""
-    return [name for name in (*NAMES, *loading.known_models("")) if name.startswith(incomplete)]
+    return [*names(incomplete), *loading.known_models(incomplete)]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def command(
     seed = exercise.seed if options.seed is None else options.seed
     first = setting_of(replace(api, model=name), load, replace(options, seed=seed))
     settings = [first] if output.compare is None else [first, compared(first, output.compare)]
-    target, picture = output.new_files([one for one in tasks if one not in NAMES], sweep)
+    target, picture = output.new_files([one for one in tasks if not is_named(one)], sweep)
     console = Console(stderr=True, highlight=False)
     problems: list[str] = []
     exercises = exercises_of([one for one in tasks if not one.startswith(HARNESS)], exercise, seed, console, problems)
@@ -202,7 +202,7 @@ def model_and_tasks(words: Sequence[str], api: loading.ApiFlags) -> tuple[str | 
 
 def is_task(word: str) -> bool:
     """Whether a word is a task's name, a file of items, or a task of lm-eval."""
-    return word in NAMES or word.startswith(HARNESS) or word.lower().endswith(FILES)
+    return is_named(word) or word.startswith(HARNESS) or word.lower().endswith(FILES)
 
 
 def harness_tasks(tasks: Sequence[str]) -> list[str]:
@@ -223,15 +223,17 @@ def exercises_of(
     from sfumato.evals.tasks import fresh
     from sfumato.tasks.task import named
 
-    labels = [name if name in NAMES else Path(name).stem for name in tasks]
+    labels = [name if is_named(name) else Path(name).stem for name in tasks]
     if twice := next((name for name in labels if labels.count(name) > 1), None):
         raise InputError(f"two tasks are called {twice}; give each file its own name")
     for name in tasks:
         if not is_task(name) and not os.path.exists(name):
+            if name.partition("/")[0] in NAMES:
+                named(name)  # says which kinds there are
             raise InputError(f"there is no task {name!r}; give {', '.join(NAMES)}, or a file of JSON lines")
     exercises: list[Exercise] = []
     for name in tasks:
-        if name in NAMES:
+        if is_named(name):
             with working(f"drawing items of {name}"):
                 exercises.append(fresh(named(name), chosen.items, seed))
         else:

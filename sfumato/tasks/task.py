@@ -40,6 +40,8 @@ class Task:
     word, that rest is most of the canvas, easy, and would be most of the loss."""
     kind: Callable[[str], str] | None = None
     """The kind of an item, a row of its own in an evaluation: a puzzle's difficulty. None: all are of one kind."""
+    kinds: tuple[str, ...] = ()
+    """All the kinds there are. `named` takes each as a task of its own: edits/sort."""
     measures: Callable[[str, str], Mapping[str, float]] | None = None
     """(what the model wrote, item) -> what else can be said of it, each from 0 to 1: the share of a plot's cells. Its
     names are the same for all items of a kind; it never raises."""
@@ -98,6 +100,7 @@ _EDITS = Task(
     is_prompt_learned=False,
     filled=FILLED,
     kind=lambda item: edits.read(item).kind,
+    kinds=tuple(edits.KINDS),
     measures=lambda text, item: {"untouched": float(edits.is_untouched(text.strip(), item))},
     draft=edits.document,
 )
@@ -113,6 +116,7 @@ TASKS = {
             lambda text, item: sudoku.is_solved(text.strip(), item),
             lambda item: {cell: digit for cell, digit in enumerate(item) if digit != "0"},
             kind=sudoku.band,
+            kinds=tuple(sudoku.BANDS),
             variant=_with_other_digits,
         ),
         Task(
@@ -131,6 +135,7 @@ TASKS = {
             is_prompt_learned=False,
             filled=FILLED,
             kind=lambda item: decisions.read(item).kind,
+            kinds=tuple(decisions.KINDS),
         ),
         _RECALL,
         replace(_RECALL, name="recall-noisy", generate=recall.generate_noisy),
@@ -145,6 +150,7 @@ TASKS = {
             is_prompt_learned=False,
             filled=FILLED,
             kind=graphs.family_of,
+            kinds=tuple(graphs.FAMILIES),
             measures=lambda text, item: {
                 "cells": graphs.right_cells(text, item),
                 "marks": graphs.right_marks(text, item),
@@ -168,6 +174,7 @@ TASKS = {
             is_prompt_learned=False,
             filled=FILLED,
             kind=infill.kind,
+            kinds=tuple(infill.KINDS),
             measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
         ),
         Task(
@@ -179,6 +186,7 @@ TASKS = {
             is_prompt_learned=False,
             filled=FILLED,
             kind=molecules.kind,
+            kinds=molecules.KINDS,
             measures=molecules.measures,
         ),
     )
@@ -249,10 +257,46 @@ def messages(task: Task, item: str) -> list[dict[str, str]]:
     return [*first, *(message for pair in pairs for message in pair), {"role": "user", "content": task.prompt(item)}]
 
 
+def names(incomplete: str = "") -> list[str]:
+    """The names that begin like this; those of kinds where a task's name and its bar stand there."""
+    whole, bar, _ = incomplete.partition("/")
+    kinds = [f"{whole}/{kind}" for kind in _known(whole).kinds] if bar and whole in NAMES else []
+    return [name for name in (*NAMES, *kinds) if name.startswith(incomplete)]
+
+
+def is_named(name: str) -> bool:
+    """Whether `named` knows this name."""
+    whole, bar, kind = name.partition("/")
+    return whole in NAMES and (not bar or kind in _known(whole).kinds)
+
+
 def named(name: str) -> Task:
-    """InputError for a name that there is not, and for `OF_MOSES` without its data."""
-    if name == OF_MOSES:
-        return replace(TASKS["molecules"], name=name, generate=moses.generator())
-    if name not in TASKS:
+    """A task by its name, or the items of one kind of it: edits/sort.
+
+    InputError for a name or a kind that there is not, and for `OF_MOSES` without its data."""
+    whole, bar, kind = name.partition("/")
+    if whole not in NAMES:
         raise InputError(f"there is no task {name!r}; the tasks are: {', '.join(NAMES)}")
-    return TASKS[name]
+    if bar and kind not in _known(whole).kinds:
+        kinds = ", ".join(f"{whole}/{one}" for one in _known(whole).kinds)
+        raise InputError(f"there is no task {name!r}; {f'the kinds are: {kinds}' if kinds else f'take {whole}'}")
+    task = replace(_known(whole), name=name)
+    if whole == OF_MOSES:
+        task = replace(task, generate=moses.generator())
+    return replace(task, generate=_of_kind(task, kind)) if bar else task
+
+
+def _known(name: str) -> Task:
+    return TASKS["molecules" if name == OF_MOSES else name]
+
+
+def _of_kind(task: Task, kind: str) -> Callable[[np.random.Generator], str]:
+    """Items of a task until one is of this kind: kinds are about as likely as each other."""
+
+    def generate(rng: np.random.Generator) -> str:
+        while True:
+            item = task.generate(rng)
+            if task.kind is not None and task.kind(item) == kind:
+                return item
+
+    return generate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,9 @@ class TaskSource:
 
     def items(self, count: int, step: int) -> list[str]:
         """So many items of a step."""
-        rng = np.random.default_rng([self.seed, step, int(self.is_held_out)])
+        kind = self.task.name.partition("/")[2]  # beside the whole task it has items of its own
+        own = [zlib.crc32(kind.encode())] if kind else []
+        rng = np.random.default_rng([self.seed, step, int(self.is_held_out), *own])
         return drawn(self.task, count, rng, self.is_held_out)
 
     def batch(self, step: int, size: int, device: torch.device) -> Examples:

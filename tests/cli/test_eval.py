@@ -129,6 +129,16 @@ def test_an_interrupted_run_goes_on(sfumato: Command, put: Callable[..., str], m
     assert sfumato(*arguments, "--force")[0] == 0 and batches == [2, 2, 2, 2, 2]
 
 
+def test_a_kind_of_a_task_is_a_task(sfumato: Command) -> None:
+    code, out, err = sfumato(
+        "eval", "nano", "sudoku/easy", "sudoku/hard", "--items", "2", "-s", "max_steps=1", "--json"
+    )
+    assert code == 0, err
+    rows = [(row["task"], row["kind"]) for row in json.loads(out)["runs"][0]["rows"]]
+    assert {task for task, _ in rows} >= {"sudoku/easy", "sudoku/hard"}
+    assert {kind for _, kind in rows} <= {None, "", "easy", "hard"}
+
+
 def test_what_a_model_cannot_answer_is_named(sfumato: Command, put: Callable[..., str]) -> None:
     records = [{"prompt": text, "answer": "a"} for text in ("1", "1" * 100_000, "2")]
     file = put("\n".join(map(json.dumps, records)), "long.jsonl")
@@ -177,6 +187,10 @@ def test_of_a_long_file_some_items_are_drawn_and_that_is_said(sfumato: Command, 
         (["nano"], "no task is named"),
         (["nano", "chess"], "there is no task 'chess'; give sudoku, sorting,"),
         (["-m", "nano", "chess"], "there is no task 'chess'"),
+        (
+            ["nano", "sudoku/odd"],
+            "there is no task 'sudoku/odd'; the kinds are: sudoku/easy, sudoku/medium, sudoku/hard",
+        ),
         (["none.jsonl"], "cannot read none.jsonl: No such file"),
         (["empty.jsonl"], "empty.jsonl has no item"),
         (["sudoku", "sudoku"], "two tasks are called sudoku; give each file its own name"),

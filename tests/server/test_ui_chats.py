@@ -20,6 +20,11 @@ def contents(body: dict[str, Any]) -> list[Any]:
     return [message["content"] for message in body["messages"]]
 
 
+def until_stored(page: Any, text: str) -> None:
+    """Wait until this tab's copy of the storage holds a text: what another process writes arrives a little later."""
+    page.wait_for_function("text => Object.values(localStorage).some((value) => value.includes(text))", arg=text)
+
+
 def test_stop_keeps_the_draft_as_one(page: Any, server: PageServer) -> None:
     hold = threading.Event()
     text = "Tones pass into one another like smoke."
@@ -123,9 +128,8 @@ def test_two_tabs_lose_no_message(page: Any, server: PageServer) -> None:
     for one in (page, other):
         one.reload()
         expect(one.locator(".said .branches")).to_contain_text("/2")
-    saved = page.evaluate("JSON.stringify(Object.values(localStorage))")
     for text in ("Start", "One.", "First tab", "From the first.", "Second tab", "From the second."):
-        assert text in saved
+        until_stored(page, text)
     page.locator("#message").fill("typed in the first")
     other.locator("#message").fill("typed in the second")
     page.reload()
@@ -155,10 +159,12 @@ def test_many_writes_of_two_tabs_at_once_are_all_kept(page: Any, server: PageSer
         one.evaluate(f"([write, name]) => {{ window.done = ({write})([name, 'shared']); }}", [write, name])
     for one in (page, other):
         one.evaluate("() => window.done")
-    texts = page.evaluate(
+    kept = (
         "async () => [...(await import('/ui/history.js')).find('shared').messages.values()].map((one) => one.content)"
     )
-    assert sorted(texts) == sorted(f"{name} {at}" for name in "ab" for at in range(40))
+    for one in (page, other):  # another process's last writes arrive a little after it has made them
+        one.wait_for_function(f"async () => (await ({kept})()).length >= 80")
+        assert sorted(one.evaluate(kept)) == sorted(f"{name} {at}" for name in "ab" for at in range(40))
     other.close()
 
 
@@ -487,6 +493,7 @@ def test_results_that_two_tabs_gave_can_both_be_reached(page: Any, server: PageS
       history.keep(chat, tree.add(chat, message, call.id));
     }"""
     )
+    until_stored(page, '"two"')
     page.reload()
     expect(page.locator(".result pre")).to_have_text("two")
     page.locator(".result").get_by_role("button", name="Previous version").click()

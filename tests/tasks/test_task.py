@@ -10,7 +10,7 @@ import pytest
 
 from sfumato.errors import InputError
 from sfumato.tasks import sudoku
-from sfumato.tasks.task import TASKS, drawn, held_out_items, is_held_out, messages, named
+from sfumato.tasks.task import NAMES, TASKS, drawn, held_out_items, is_held_out, is_named, messages, named, names
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -63,6 +63,38 @@ def test_what_is_not_there_is_refused() -> None:
         named("chess")
     with pytest.raises(InputError, match="no solution"):
         named("sudoku").answer("11" + "0" * 79)
+
+
+KINDS = [f"{name}/{kind}" for name, task in TASKS.items() for kind in task.kinds]
+
+
+def test_kinds_are_those_that_items_have() -> None:
+    for name, task in TASKS.items():
+        rng = np.random.default_rng(6)
+        kinds = set() if task.kind is None else {task.kind(task.generate(rng)) for _ in range(80)}
+        assert kinds == set(task.kinds), name
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_is_a_task_of_its_own(name: str) -> None:
+    task, (whole, kind) = named(name), name.split("/")
+    rng = np.random.default_rng(7)
+    items = drawn(task, 5, rng, held_out=False)
+    assert task.name == name and is_named(name) and task.kind is not None and len(set(items)) == 5
+    assert {task.kind(item) for item in items} == {kind}
+    assert replace(task, name=whole, generate=TASKS[whole].generate) == TASKS[whole]
+
+
+def test_a_kind_that_is_not_there_is_refused_and_known_ones_are_offered() -> None:
+    with pytest.raises(InputError, match="no task 'edits/sorting'; the kinds are: edits/rename, edits/change"):
+        named("edits/sorting")
+    with pytest.raises(InputError, match="no task 'recall/any'; take recall"):
+        named("recall/any")
+    with pytest.raises(InputError, match="no task 'chess/sort'; the tasks are: sudoku"):
+        named("chess/sort")
+    assert not any(map(is_named, ("edits/", "edits/sorting", "recall/", "chess/sort", "", "/")))
+    assert names("edi") == ["edits", "edits-from-noise"] and names("edits/s") == ["edits/sort"]
+    assert names() == [*NAMES] and names("chess/") == []
 
 
 def test_puzzles_are_of_all_bands() -> None:

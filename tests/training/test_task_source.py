@@ -37,6 +37,14 @@ def test_items_that_are_held_out_are_never_trained_on(llm: LLM) -> None:
     assert not any(map(is_held_out, kept[0])) and all(map(is_held_out, kept[1]))
 
 
+def test_a_kind_beside_its_task_has_items_of_its_own(llm: LLM) -> None:
+    whole, kind = source(llm, "edits"), source(llm, "edits/sort")
+    sorts = [item for step in range(3) for item in whole.items(40, step) if item.startswith('["sort"')]
+    own = [item for step in range(3) for item in kind.items(8, step)]
+    assert len(sorts) > 10 and len(own) == 24 and not {*sorts} & {*own}
+    assert own[:8] == kind.items(8, 0)
+
+
 @pytest.mark.parametrize("name", ["decisions", "recall"])
 def test_the_models_turns_alone_are_learned(llm: LLM, name: str) -> None:
     some = source(llm, name)
