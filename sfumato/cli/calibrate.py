@@ -83,7 +83,7 @@ class Target:
 @flags.takes(
     labels=flags.group_of(LabelFlags),
     api=loading.positional(loading.API),
-    options=opt.flags_of("seed", is_template=True, usual=()),
+    options=opt.flags_of("seed", is_template=True, usual=(), preset_of=("seed",)),
     load=opt.load_flags_of(),
     output=flags.group_of(CalibrationFlags),
 )

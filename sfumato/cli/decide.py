@@ -68,7 +68,7 @@ class AnswerFlags:
     reading=flags.group_of(ReadingFlags, "How to read"),
     answers=flags.group_of(AnswerFlags),
     api=loading.API,
-    options=opt.flags_of("seed", is_template=True, usual=("seed",)),
+    options=opt.flags_of("seed", is_template=True, usual=("seed",), preset_of=("seed",)),
     load=opt.load_flags_of(has_decisions=True),
 )
 def command(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +24,7 @@ from sfumato.templates.slots import Slot, check_template, read_template
 @flags.takes(
     api=loading.API,
     options=opt.flags_of("seed", "max_steps", "temperature", is_template=True),
+    set_names=opt.SET_NAMES,
     load=opt.load_flags_of(),
     output=opt.OUTPUT,
 )
@@ -34,6 +37,7 @@ def command(
     ] = False,
     api: loading.ApiFlags,
     options: Options,
+    set_names: Collection[str],
     load: LoadOptions,
     output: opt.OutputFlags,
 ) -> None:
@@ -54,6 +58,8 @@ def command(
     llm = loading.connect_or_load(api, load)
     request: Any = prompt if raw or prompt is None else [{"role": "user", "content": prompt}]
     hint(llm, prompt or "")
+    if "redos" not in set_names and any(isinstance(piece, Slot) and piece.constraint for piece in pieces):
+        options = replace(options, redos=0)  # a preset's or the user's settings', which a grammar cannot have
     began = time.perf_counter()
     with working("writing"):
         filled = llm.fill(pieces, request, options=options)

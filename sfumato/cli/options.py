@@ -135,12 +135,22 @@ def in_flags(text: str, flagged: Collection[str]) -> str:
     return re.sub(pattern, lambda match: f"--{match[0].replace('_', '-')}", text) if names else text
 
 
-def flags_of(*names: str, is_template: bool = False, usual: Collection[str] = SAMPLING) -> Group:
+def _named_in(set_: list[str] | None) -> frozenset[str]:
+    return frozenset(pair.partition("=")[0].replace("-", "_") for pair in set_ or ())
+
+
+SET_NAMES = Group((flag("set_", _SET, None),), _named_in)
+"""The names of the options that --set says, for a command to which it matters who said one."""
+
+
+def flags_of(
+    *names: str, is_template: bool = False, usual: Collection[str] = SAMPLING, preset_of: Collection[str] = SAMPLING
+) -> Group:
     """The flags that make `Options`: one for each of these options, and --set for every other.
 
-    `usual` are the options that the user's settings may fill in. In a template each slot has a constraint of its own,
-    so options that constrain the whole answer are refused; of a preset it takes what it has. What a preset says
-    yields where it contradicts a flag, as on a server."""
+    `usual` are the options that the user's settings may fill in, and `preset_of` those that a preset may. In a template
+    each slot has a constraint of its own, so options that constrain the whole answer are refused; of a preset it takes
+    what it has. What a preset says yields where it contradicts a flag, as on a server."""
     parameters = (*(flag_of(OPTIONS[name], names) for name in names), flag("set_", _SET, None), PRESET)
 
     def make(set_: list[str] | None, preset: str | None = None, **values: Any) -> Options:
@@ -148,8 +158,8 @@ def flags_of(*names: str, is_template: bool = False, usual: Collection[str] = SA
         base = {name: value for name, value in read_settings().options.items() if name in allowed & {*usual}}
         flags = {name: value for name, value in values.items() if value not in (None, [])}
         own = {} if preset is None else Preset.read(preset).options
-        named = {*flags, *(pair.partition("=")[0].replace("-", "_") for pair in set_ or ())}
-        rest = {name: value for name, value in own.items() if name in allowed - named}
+        named = {*flags, *_named_in(set_)}
+        rest = {name: value for name, value in own.items() if name in (allowed & {*preset_of}) - named}
         weaker = {name: value for name, value in base.items() if name not in rest}
         options = with_preset(build(set_, **weaker | flags), rest)
         if is_template and options.constraint is not None:

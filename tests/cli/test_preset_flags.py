@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sfumato.cli.options import PRESET_OPTIONS, flags_of, load_flags_of
 from sfumato.errors import InputError
 from sfumato.options import LOAD_OPTIONS, LoadOptions, Options
 
+Command = Callable[..., tuple[int, str, str]]
 NO_LOAD_FLAG = dict.fromkeys(name for name in LOAD_OPTIONS if name not in ("model", "calibration"))
 
 
@@ -53,6 +55,25 @@ def test_a_preset_yields_where_it_contradicts_a_flag(tmp_path: Path) -> None:
 
 def test_a_template_takes_of_a_preset_what_it_has(preset: str) -> None:
     assert flags_of(is_template=True).make(set_=None, preset=preset) == Options(max_steps=8)
+
+
+def test_a_decision_takes_of_a_preset_what_it_has(preset: str, sfumato: Command) -> None:
+    code, _, err = sfumato("decide", "3, 4", "-m", "nano", "--preset", preset, "--yes-no", "Is 3 here?")
+    assert code == 0, err
+    code, _, err = sfumato("decide", "3", "-m", "nano", "-s", "max_steps=8", "--yes-no", "Is 3 here?")
+    assert code == 2 and "max_steps is 8; a decision reads the model's own probabilities" in err
+
+
+def test_a_slot_with_a_grammar_does_without_a_presets_redos(tmp_path: Path, sfumato: Command) -> None:
+    preset, form = tmp_path / "again.json", tmp_path / "form.json"
+    preset.write_text('{"options": {"max_steps": 2, "redos": 1}}')
+    for slot, more in (({"choices": ["oak", "elm"]}, ()), ({"at_most": 4}, ("-s", "redos=1"))):
+        form.write_text(json.dumps(["A ", {"name": "tree", **slot}, "."]))
+        code, _, err = sfumato("fill", str(form), "-m", "nano", "--preset", str(preset), *more)
+        assert code == 0, err
+    form.write_text(json.dumps(["A ", {"name": "tree", "choices": ["oak", "elm"]}, "."]))
+    code, _, err = sfumato("fill", str(form), "-m", "nano", "--preset", str(preset), "-s", "redos=1")
+    assert code == 2 and "redos cannot go with that, leave it out" in err
 
 
 def test_a_preset_says_how_to_load(preset: str) -> None:
