@@ -26,7 +26,6 @@ from sfumato.model.config import read_generation_config
 from sfumato.model.network import Model
 from sfumato.model.trainable import trained
 from sfumato.options import Options
-from sfumato.system.allocator import keep_freed_memory
 from sfumato.system.files import replacing
 from sfumato.tasks import task as tasks
 from sfumato.training import card, logs, samples, setup
@@ -132,8 +131,6 @@ class _TrainingRun:
             self.sources = setup.sources_of(spec, self.base, recipe, display.count, display.read)
         self.recipe: TrainingRecipe = setup.with_steps(recipe, spec, self.sources.examples)
         self.model: Model = ranks.shard_(setup.model_of(spec, self.base, self.recipe, device))
-        if torch.device(device).type == "cpu":
-            keep_freed_memory()
         self.identity = setup.identity_of(spec, self.base, self.sources)
         held_out = self.sources.held_out
         self.prompts = (
