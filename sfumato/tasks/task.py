@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.tasks import decisions, edits, graphs, infill, molecules, moses, recall, sorting, sudoku
+from sfumato.tasks import decisions, edits, functions, graphs, infill, molecules, moses, recall, sorting, sudoku
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ TASKS = {
             is_prompt_learned=False,
             filled=FILLED,
             kind=infill.kind,
-            kinds=tuple(infill.KINDS),
+            kinds=tuple(functions.KINDS),
             measures=lambda text, item: {"parses": float(infill.parses(text.strip(), item))},
         ),
         Task(

@@ -13,7 +13,7 @@ from sfumato.system.embedded import EMBEDDED
 from sfumato.tasks.task import named
 
 ITEMS = 40
-LEAST = {"edits": 0.4, "infill": 0.6, "molecules": 0.2, "families": 0.5}
+LEAST = {"edits": 0.5, "infill": 0.7, "molecules": 0.45, "families": 0.5}
 """Share of fresh items that are right at least."""
 
 
