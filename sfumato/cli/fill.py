@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -17,14 +16,13 @@ from sfumato.cli import options as opt
 from sfumato.cli.output import put, usage_record
 from sfumato.cli.view import WRITTEN, hint, summary, visible, working
 from sfumato.errors import InputError
-from sfumato.options import LoadOptions, Options
+from sfumato.options import LoadOptions
 from sfumato.templates.slots import Slot, check_template, read_template
 
 
 @flags.takes(
     api=loading.API,
-    options=opt.flags_of("seed", "max_steps", "temperature", is_template=True),
-    set_names=opt.SET_NAMES,
+    chosen=opt.with_names(opt.flags_of("seed", "max_steps", "temperature", is_template=True)),
     load=opt.load_flags_of(),
     output=opt.OUTPUT,
 )
@@ -36,8 +34,7 @@ def command(
         bool, typer.Option("--raw", help="The template continues the prompt as it is, without the chat template.")
     ] = False,
     api: loading.ApiFlags,
-    options: Options,
-    set_names: Collection[str],
+    chosen: opt.NamedOptions,
     load: LoadOptions,
     output: opt.OutputFlags,
 ) -> None:
@@ -58,7 +55,8 @@ def command(
     llm = loading.connect_or_load(api, load)
     request: Any = prompt if raw or prompt is None else [{"role": "user", "content": prompt}]
     hint(llm, prompt or "")
-    if "redos" not in set_names and any(isinstance(piece, Slot) and piece.constraint for piece in pieces):
+    options = chosen.options
+    if "redos" not in chosen.names and any(isinstance(piece, Slot) and piece.constraint for piece in pieces):
         options = replace(options, redos=0)  # a preset's or the user's settings', which a grammar cannot have
     began = time.perf_counter()
     with working("writing"):

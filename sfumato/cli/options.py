@@ -139,10 +139,6 @@ def _named_in(set_: list[str] | None) -> frozenset[str]:
     return frozenset(pair.partition("=")[0].replace("-", "_") for pair in set_ or ())
 
 
-SET_NAMES = Group((flag("set_", _SET, None),), _named_in)
-"""The names of the options that --set says, for a command to which it matters who said one."""
-
-
 def flags_of(
     *names: str, is_template: bool = False, usual: Collection[str] = SAMPLING, preset_of: Collection[str] = SAMPLING
 ) -> Group:
@@ -168,6 +164,25 @@ def flags_of(
         return options
 
     return Group(parameters, make)
+
+
+@dataclass(frozen=True)
+class NamedOptions:
+    """Options, and which of them --set named: a command may have to know who said one."""
+
+    options: Options
+    names: Collection[str]
+
+
+def with_names(group: Group) -> Group:
+    """The flags of `flags_of`, which make `NamedOptions`."""
+
+    def make(set_: list[str] | None, **values: Any) -> NamedOptions:
+        options = group.make(set_=set_, **values)
+        assert isinstance(options, Options)
+        return NamedOptions(options, _named_in(set_))
+
+    return Group(group.parameters, make)
 
 
 def load_flags_of(*, without: Sequence[str] = (), has_decisions: bool = False) -> Group:
