@@ -235,18 +235,24 @@ def _known(example: str | None, kind: str, tokenizer: Tokenizer, most: int) -> l
 
 
 def _finished(work: Interruptible[T], what: str) -> T:
-    """The result of the work; InputError where it takes too long. The child stays as it is, unlike behind a limit."""
+    """The result of the work, or what it has found when its time is up; InputError where that is nothing.
+
+    The child stays as it is, unlike behind a limit.
+    """
     until = time.process_time() + SEARCH_SECONDS
-    for number in itertools.count():
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        if number % 4 == 0 and time.process_time() > until:
-            raise InputError(
-                f"{what} takes longer than the {SEARCH_SECONDS:g} seconds allowed to find its shortest text; "
-                "make it simpler"
-            )
+    try:
+        for number in itertools.count():
+            if number % 4 or time.process_time() <= until:
+                next(work)
+            else:
+                work.throw(
+                    InputError(
+                        f"{what} takes longer than the {SEARCH_SECONDS:g} seconds allowed to find its shortest text; "
+                        "make it simpler"
+                    )
+                )
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
     raise AssertionError
 
 

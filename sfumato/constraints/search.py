@@ -82,10 +82,10 @@ class _Round:
     """Characters of the ends of terminals that are taken."""
     must_lead_out: bool
     """Only such ends are taken behind which the text, or its string, may end."""
-    caps: list[int]
-    """Tokens, of one search after the other."""
-    branches: int = 1 << 30
-    """Choices along a first path that are tried otherwise."""
+    cap: int
+    """Tokens within which it searches."""
+    is_greedy: bool = False
+    """Where its first path ends without a text, no other is tried."""
 
 
 _Branch = tuple[int, int, int, list[int], list[int]]
@@ -136,48 +136,52 @@ class Search:
         """
         trail = trail or self.trails.begin
         caps = sorted({min(limit, first) for first in (*_CAPS, limit)})
-        if enough < limit:
-            rounds = [_Round(_SHORT_END, True, caps), _Round(_LONG_END, True, caps), _Round(_LONG_END, False, caps)]
-        else:  # any will do: the ends of terminals first, then greed, and all of it within one effort
-            rounds = [_Round(_LONG_END, True, [limit], 0), _Round(0, True, [limit], 0), _Round(_LONG_END, False, caps)]
+        ways = [(_SHORT_END, True), (_LONG_END, True), (_LONG_END, False)]
         if not len(self.trails):
-            rounds = rounds[-1:]
+            rounds = [_Round(*ways[-1], cap) for cap in caps]
+        elif enough < limit:  # in each way greed first: where it finds a text, others are tried only to shorten that
+            rounds = [_Round(*way, cap, is_greedy) for cap in caps for is_greedy in (True, False) for way in ways]
+        else:  # any will do: the ends of terminals first, then greed, and all of it within one effort
+            rounds = [_Round(_LONG_END, True, limit, True), _Round(0, True, limit, True)]
+            rounds += [_Round(*ways[-1], cap) for cap in caps]
         whole = _Effort(2 * effort, enough, is_right)
         for one in rounds:
-            for cap in one.caps:
-                left = _Effort(effort, enough, is_right) if enough < limit else whole
-                if (path := (yield from self._search(matcher, cap, left, one, trail))) is not None:
-                    return path
+            left = _Effort(effort, enough, is_right) if enough < limit else whole
+            if (path := (yield from self._search(matcher, left, one, trail))) is not None:
+                return path
         return None
 
     def _search(
-        self, matcher: LLMatcher, cap: int, effort: _Effort, way: _Round, trail: Trail
+        self, matcher: LLMatcher, effort: _Effort, way: _Round, trail: Trail
     ) -> Interruptible[list[int] | None]:
         """A greedy path; then other choices along it, the earliest first, and then along the paths that these lead to.
 
-        Only shorter paths than the best so far count.
+        Only shorter paths than the best so far count. An InputError that is thrown in, as that a caller's time is up,
+        ends the search with the best so far.
         """
-        first = effort if effort.enough >= cap else _Effort(10 * effort.left)
-        path, choices, is_complete = yield from self._descend(matcher.deep_copy(), [], cap, first, way, trail)
+        first = effort if effort.enough >= way.cap else _Effort(10 * effort.left)
+        path, choices, is_complete = yield from self._descend(matcher.deep_copy(), [], way.cap, first, way, trail)
         if is_complete and effort.takes(path):
             effort.best, effort.left = path, min(effort.left, self._to_shorten)
+        elif way.is_greedy:
+            return None
         # A heap of (number of other choices so far, position of the next one, order of entry, path, its choices).
-        branches: list[_Branch] = [(0, at, 0, path, choices) for at in choices[: way.branches]]
+        branches: list[_Branch] = [(0, at, 0, path, choices) for at in choices]
         try:
-            yield from self._try_others(matcher, branches, cap, effort, way, trail)
+            yield from self._try_others(matcher, branches, effort, way, trail)
         except InputError:  # the library cannot follow so many ways
             if effort.best is None:
                 raise
         return effort.best
 
     def _try_others(
-        self, matcher: LLMatcher, branches: list[_Branch], cap: int, effort: _Effort, way: _Round, trail: Trail
+        self, matcher: LLMatcher, branches: list[_Branch], effort: _Effort, way: _Round, trail: Trail
     ) -> Interruptible[None]:
         """Other choices along the paths of these branches."""
         tried: set[tuple[int, ...]] = set()
         while branches and effort.left > 0 and (effort.best is None or len(effort.best) > effort.enough):
             depth, at, _, path, choices = heapq.heappop(branches)
-            most = cap if effort.best is None else len(effort.best) - 1
+            most = way.cap if effort.best is None else len(effort.best) - 1
             if at >= most:
                 continue
             before = path[:at]

@@ -8,15 +8,19 @@ import re
 
 import gemma_vocab
 import pytest
-from grammars import FakeModel, compiled, gemma, nano, written
+from grammars import FakeModel, compiled, ends, gemma, nano, written
 from random_patterns import random_pattern
 
 from sfumato.constraints.expressions import written as terminal_of
+from sfumato.constraints.forms import lark_of
+from sfumato.constraints.grammar import read_source
 from sfumato.constraints.interruptible import finish
 from sfumato.constraints.lark import has_choice, terminals
 from sfumato.constraints.patterns import parse
+from sfumato.constraints.search import EFFORT, Search
 from sfumato.constraints.shortest import shortest
 from sfumato.constraints.trails import Trails
+from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import InputError
 
 pytest.importorskip("llguidance")
@@ -55,7 +59,7 @@ def test_a_satisfiable_pattern_is_written_to_its_end(pattern: str) -> None:
 
 
 QUICK = ("[0-9]{5}", r"^.*\.json$", r"(?i)^[a-z0-9._%+-]+@[a-z0-9.-]+\.[a-z]{2,}$")
-"""Those whose test with Gemma's words, of which one takes a second and more, is not slow."""
+"""Those whose test with Gemma's words is not slow."""
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,29 @@ QUICK = ("[0-9]{5}", r"^.*\.json$", r"(?i)^[a-z0-9._%+-]+@[a-z0-9.-]+\.[a-z]{2,}
 def test_the_same_with_the_words_of_gemma(pattern: str) -> None:
     gemma_vocab.needs_file()
     check(pattern, random.Random(1), ["gemma"])
+
+
+@pytest.mark.parametrize("pattern", [r"^.*\.json$", r"\S+@\S+\.\S+", "[0-9]{5}"])
+def test_a_search_whose_time_is_up_gives_the_best_that_it_has(pattern: str) -> None:
+    """Greed finds a text within a few hundred calls of the library; what comes later only shortens it."""
+    tokenizer = nano()
+    vocabulary = Vocabulary.of(tokenizer, tokenizer.vocab_size, ends(tokenizer))
+    text = lark_of(grammar := read_source("grammar", in_json(pattern)).text)
+    lengths = []
+    for calls in (0, 1000, 1 << 30):
+        search = Search(vocabulary, tokenizer, grammar, text, False)
+        matcher = vocabulary.matcher(grammar)
+        work = search.completion(matcher, 8192, 0, EFFORT)
+        try:
+            for _ in range(calls):
+                next(work)
+            work.throw(InputError("time is up"))
+        except StopIteration as stop:
+            assert search.is_completion(matcher, stop.value)
+            lengths.append(len(stop.value))
+        except InputError as error:
+            assert str(error) == "time is up" and not calls
+    assert len(lengths) == 2 and lengths[1] <= lengths[0] < 40
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 10))])
