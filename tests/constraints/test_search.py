@@ -145,9 +145,9 @@ def test_the_terminals_of_a_grammar_are_read() -> None:
 def test_a_trail_knows_the_shortest_end_of_what_has_begun() -> None:
     trails = Trails(source(in_json(r"^\d{4}-\d{2}$")))
     assert len(trails) == 1
-    for text, ends in (("", "1111-11"), ('{"a": "', "1111-11"), ('{"a": "12', "11-11"), ('{"a": "1234-5', "1")):
+    for text, end in (("", "1111-11"), ('{"a": "', "1111-11"), ('{"a": "12', "11-11"), ('{"a": "1234-5', "1")):
         trail = finish(trails.after(trails.begin, text.encode()))
-        assert ends in finish(trails.ends(trail)), text
+        assert end in finish(trails.ends(trail)), text
     half = "é".encode()[:1]
     trail = finish(trails.after(trails.begin, half))
     assert trail.rest == half and finish(trails.ends(trail)) == []
