@@ -83,7 +83,7 @@ def _put_right() -> None:
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    cast, dot = builder.cast_impl, builder.create_dot
+    cast, dot, np_dtype = builder.cast_impl, builder.create_dot, interpreter._get_np_dtype
 
     def widened(bits: Any) -> Any:
         return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -112,13 +112,43 @@ def _put_right() -> None:
             return handle((product + d.data).astype(np.float32), d.dtype.scalar)
         return dot(self, a, b, d, *options)
 
-    patch = interpreter._patch_lang_tensor
+    patch, patch_all = interpreter._patch_lang_tensor, interpreter._patch_lang
 
     def new_patch(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def new_patch_all(kernel: Any) -> Any:
+        """For all that a launch calls: the module of Triton's own functions too."""
+        scope = patch_all(kernel)
+        interpreter._patch_builtin(tl.core, interpreter.interpreter_builder, scope)
+        interpreter._patch_lang_core(tl.core, scope)
+        return scope
+
+    def new_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A function within a kernel: the interpreter would change the language anew at each call, which took most of
+        its time."""
+        return self.rewrite()(*args, **kwargs)
+
+    type_of_values, sized = tl.core._type_for_tuple_values, dict[tuple[int, ...], Any]()
+
+    def new_type_of_values(values: Any, fields: Any = None) -> Any:
+        """The type of a tuple; kept for a shape, since each value of a kernel has one."""
+        if fields is not None or any(type(value) is not int for value in values):
+            return type_of_values(values, fields)
+        key = tuple(values)
+        return sized.get(key) or sized.setdefault(key, type_of_values(values))
+
+    of_scalar = functools.cache(np_dtype)
+
+    def new_np_dtype(dtype: Any) -> Any:
+        """The same, of one table instead of a table for each call."""
+        scalar = dtype.scalar
+        return np_dtype(scalar) if isinstance(scalar, tl.pointer_type) else of_scalar(scalar)
+
     builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor = new_cast, new_dot, new_patch
+    tl.core._type_for_tuple_values, interpreter._get_np_dtype = new_type_of_values, new_np_dtype
+    interpreter._patch_lang, interpreter.InterpretedFunction.__call__ = new_patch_all, new_call
 
 
 if IS_ON:

@@ -12,6 +12,7 @@ from ui_server import FLAGS, PageServer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 expect = sync_api.expect
+expect.set_options(timeout=30_000)  # ms: five seconds, the default, are little on a busy machine
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium; none is on the path")
 UI = Path(__file__).parents[1] / "sfumato" / "server" / "ui"

@@ -218,7 +218,12 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
         known = None
     if known is not None and len(known) <= _SHORT_ENOUGH:
         return known
-    path = _finished(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right), f"the {kind}")
+    try:
+        path = _finished(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right), f"the {kind}")
+    except InputError:  # it takes too long, or the library cannot follow it
+        if known is None:
+            raise
+        return known
     path = min((one for one in (path, known) if one is not None), key=len, default=None)
     if path is None:
         raise InputError(

@@ -2,7 +2,8 @@
 
 A library that reads hostile input can crash, run for ever or take all memory, and nothing in its own process stops it.
 So such work is a function of plain values that runs in a child with limits on seconds, bytes and stack: whatever
-becomes of the child is an `InputError` here, and the next call starts another. A child stays for the next call, because
+becomes of the child is an `InputError` here (a `BusyError` where the machine had no time for it), and the next call
+starts another. A child stays for the next call, because
 an interpreter takes a while to start, and what its functions keep for later (a tokenizer) stays with it.
 
 The arguments are pickled; a result is read as JSON, so that a child which was taken over has no say here. Limits on
@@ -31,7 +32,9 @@ from typing import IO, Any
 from sfumato.errors import BusyError, CapacityError, CheckpointError, InputError
 
 SECONDS = 5.0
-"""That one call may take, as its child's processor counts them; four times as many by the clock."""
+"""That one call may take, as its child's processor counts them."""
+PATIENCE = 12
+"""Times as many may pass by the clock: a child that steps aside gets little of a busy machine."""
 MEMORY = 512 << 20
 """Bytes that one call may take beyond what its child holds."""
 STACK = 8 << 20
@@ -74,7 +77,7 @@ class Child:
         if sys.platform == "win32":  # whose pipes cannot be waited for
             return function(*arguments)
         self.seconds, self.memory = SECONDS if seconds is None else seconds, memory
-        self.deadline = time.monotonic() + 4 * self.seconds
+        self.deadline = time.monotonic() + PATIENCE * self.seconds
         answer = self._call((function.__module__, function.__qualname__, arguments, self.seconds, memory, stack))
         match answer:
             case {"result": result}:
@@ -152,8 +155,9 @@ class Child:
                 if is_given_up():
                     raise Cancelled(f"{self.what} is no longer waited for")
                 if time.monotonic() > self.deadline:
-                    raise InputError(
-                        f"{self.what} takes longer than the {self.seconds:g} seconds allowed; make it simpler"
+                    raise BusyError(
+                        f"{self.what} did not get {self.seconds:g} seconds of the processor in "
+                        f"{PATIENCE * self.seconds:g}; send the request again later"
                     )
                 for key, _ in ready:
                     if key.fileobj is process.stdin:
@@ -227,7 +231,7 @@ class ChildPool:
                 child.end()
 
     def _take(self, what: str) -> Child:
-        is_given_up, until = is_cancelled.get(lambda: False), time.monotonic() + 4 * SECONDS
+        is_given_up, until = is_cancelled.get(lambda: False), time.monotonic() + PATIENCE * SECONDS
         with self._change:
             if self._owner != os.getpid():  # after a fork the children are the parent's
                 self._free, self._owner = [Child(self._nice) for _ in range(CHILDREN)], os.getpid()

@@ -8,10 +8,12 @@ import sys
 from typing import Any
 
 import pytest
-from grammars import NANO, FakeModel, compiled, nano, written
+from grammars import NANO, FakeModel, compiled, ends, nano, written
 
+from sfumato.constraints import grammar
 from sfumato.constraints.forms import MAX_CHOICES, MAX_REGEX
 from sfumato.constraints.grammar import Grammar
+from sfumato.constraints.vocabulary import Vocabulary
 from sfumato.errors import InputError
 from sfumato.text.tokenizer import Tokenizer
 
@@ -40,6 +42,20 @@ pytest.importorskip("llguidance")
 )
 def test_a_short_text_is_found(kind: str, value: Any, text: int) -> None:
     assert compiled(kind, value).shortest() <= text
+
+
+def test_an_example_stands_where_no_time_is_left_to_shorten_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [f"key_{number}" for number in range(60)]
+    schema = {"type": "object", "properties": {key: {"enum": ["low"]} for key in keys}, "required": keys}
+    source, hints, _, example = grammar.read_source("schema", schema)
+    tokenizer = nano()
+    vocabulary = Vocabulary.of(tokenizer, tokenizer.vocab_size, ends(tokenizer))
+    monkeypatch.setattr(grammar, "_tokenizers", {vocabulary.key: (tokenizer, vocabulary)})
+    monkeypatch.setattr(grammar, "SEARCH_SECONDS", -1)
+    tokens = grammar._shortest_text(vocabulary.key, grammar.Terms("schema", source, hints, "", None, example))
+    assert tokens is not None and len(tokens) > 256 and tokenizer.decode(tokens) == example
+    with pytest.raises(InputError, match="longer than the -1 seconds allowed to find its shortest text"):
+        grammar._shortest_text(vocabulary.key, grammar.Terms("schema", source, hints, "", None, None))
 
 
 # ---- requests that cannot be ----------------------------------------------------------------------------------------

@@ -207,18 +207,18 @@ def _with_null(part: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [{"type": "null"}, {word: value for word, value in part.items() if word != "nullable"}]}
 
 
-def run_sample(schemas: list[dict[str, Any]], count: int) -> int:
-    """Answers to the schemas, each valid; how many of the schemas were accepted."""
-    accepted = 0
+def run_sample(schemas: list[dict[str, Any]], count: int) -> list[str]:
+    """Answers to the schemas, each valid; what is said of the schemas that were refused."""
+    refusals = []
     for schema in schemas:
         try:
             texts = answers(schema, count)
-        except InputError:
+        except InputError as error:
+            refusals.append(f"{error}: {schema}")
             continue
-        accepted += 1
         for text in texts:
             check(schema, text)
-    return accepted
+    return refusals
 
 
 def run_types(names: list[str], count: int) -> None:
@@ -232,11 +232,11 @@ def run_types(names: list[str], count: int) -> None:
 
 
 def test_answers_to_real_schemas_are_valid() -> None:
-    assert run_sample(real_schemas()[:24], 2) == 24
+    assert run_sample(real_schemas()[:24], 2) == []
 
 
 def test_every_schema_of_the_sample_is_accepted() -> None:
-    assert run_sample(real_schemas(), 0) == len(real_schemas()) == 300
+    assert len(real_schemas()) == 300 and run_sample(real_schemas(), 0) == []
 
 
 def test_answers_to_the_types_of_pydantic_are_valid() -> None:
@@ -245,7 +245,7 @@ def test_answers_to_the_types_of_pydantic_are_valid() -> None:
 
 @pytest.mark.slow
 def test_five_thousand_answers_are_valid() -> None:
-    assert run_sample(real_schemas(), 14) == 300
+    assert run_sample(real_schemas(), 14) == []
     run_types(list(pydantic_types.TYPES), 12)  # 5,196 answers in all
 
 

@@ -484,6 +484,7 @@ def test_results_that_two_tabs_gave_can_both_be_reached(page: Any, server: PageS
     page.get_by_label("Result of f").fill("one")
     page.get_by_role("button", name="Send the result").click()
     expect(page.locator(".committed").last).to_have_text("First.")
+    until_stored(other, "First.")
     other.evaluate(
         """async () => {
       const [history, tree] = await Promise.all([import("/ui/history.js"), import("/ui/tree.js")]);
