@@ -88,4 +88,4 @@ def test_hostile_patterns_end_soon(tmp_path: Path) -> None:
     began = time.perf_counter()
     for layer in range(400):
         assert own.alphas[f"model.encoder.language_model.layers.{layer}.aaaaaaaaaaaaaaaaaaaaaaaaaaaaa.q_proj"] == 4
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 20

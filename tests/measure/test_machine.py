@@ -14,7 +14,7 @@ def test_measure_is_bounded_and_leaves_setup_out() -> None:
     began = time.perf_counter()
     timing = machine.measure(lambda: time.sleep(0.02), 0.1, cpu, repeats=1000)
     assert 1 <= timing.repeats <= 10
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 10
     assert timing.fastest >= 0.02
     arguments: list[int] = []
 

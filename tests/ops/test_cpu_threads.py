@@ -145,4 +145,4 @@ def test_torchs_threads_wait_asleep() -> None:
     count, seconds = run(IDLE, threads=cores).split()
     awake_count, awake_seconds = run(IDLE, threads=cores, OMP_WAIT_POLICY="active").split()
     assert count == "1" and awake_count == "0"
-    assert float(seconds) < 0.03 < float(awake_seconds)
+    assert 5 * float(seconds) < float(awake_seconds), (seconds, awake_seconds)

@@ -54,7 +54,7 @@ def test_a_connection_has_its_time_for_every_head() -> None:
     with served(head_timeout=0.4) as server:
         start = time.monotonic()
         with connected(server) as silent:
-            assert is_closed(silent) and time.monotonic() - start < 5
+            assert is_closed(silent) and time.monotonic() - start < 20
         for first in (b"", HEALTH):
             with connected(server) as dripping:
                 dripping.sendall(first)

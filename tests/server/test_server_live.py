@@ -595,7 +595,7 @@ def test_a_killed_worker_is_told_and_replaced(server: Server, client: Any) -> No
             before.kill()
             answers = [error.result(30) for error in errors]
             lines = [line for line in stream.iter_lines() if line]
-    assert max(times) - killed < 2
+    assert max(times) - killed < 10
     for error in answers:
         assert error.status_code == 503 and error.type == "worker_error" and "signal 9" in error.message
         assert error.response.headers["retry-after"]

@@ -123,7 +123,7 @@ def test_a_killed_worker_fails_its_jobs_at_once_and_another_takes_the_next(
                 with pytest.raises(WorkerError, match=r"ended \(signal 9\).*again"):
                     async for _ in stream:
                         pass
-            assert time.monotonic() - killed < 2
+            assert time.monotonic() - killed < 10
             assert not one.is_ready() and await one.card() == CARD
             assert (await state_of(one))["pid"] != pid
             assert one.is_ready() and one.stats().restarts == 1

@@ -279,7 +279,7 @@ def test_a_job_that_is_never_prepared_is_given_up_and_its_thread_replaced(opened
                         InputError, match=r"was not prepared within 0.3 seconds; make its texts smaller"
                     ):
                         await task
-                assert time.monotonic() - start < 5
+                assert time.monotonic() - start < 20
                 assert (await state_of(one))["pid"] == before
             assert one.stats().restarts == 0
 
@@ -324,7 +324,7 @@ def test_what_is_slow_to_prepare_or_large_holds_up_nothing_small(opened: Open) -
             start = time.monotonic()
             for _ in range(10):
                 await state_of(one)
-            assert time.monotonic() - start < 2 and not large.done()  # it waits behind the slow ones
+            assert time.monotonic() - start < 10 and not large.done()  # it waits behind the slow ones
             for task in (*slow, large):
                 task.cancel()
             await asyncio.gather(*slow, large, return_exceptions=True)

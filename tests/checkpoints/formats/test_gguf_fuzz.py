@@ -266,7 +266,7 @@ def run(cases: range, base: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -
             outcomes[re.sub(r"'.*?'|\[.*\]|\d+", "…", text.replace(str(path), "FILE"))] += 1
         except BaseException as error:
             raise AssertionError(f"case {case}: {type(error).__name__}: {error}") from error
-        assert time.process_time() - begin < 1, case
+        assert time.process_time() - begin < 5, case
         assert tracemalloc.get_traced_memory()[1] - before < 5 * size + (1 << 20), case
     tracemalloc.stop()
     return outcomes
