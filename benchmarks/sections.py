@@ -502,6 +502,24 @@ def curve(record: Record) -> str:
     return f"{table(head, lines)}\n\n{record['choice']['sentence']}.{end}"
 
 
+def finishing(record: Record) -> str:
+    """Refused canvases that begin again, or are finished one token after another, beside the plain canvas."""
+    lines = [
+        [
+            row["task"],
+            row["setting"],
+            f"{row['share']:.1%}",
+            f"{row['passes']:.1f}",
+            f"{row['milliseconds']:.1f}",
+            f"+{row['gained']} −{row['lost']}",
+            f"{row['p']:.1g}",
+        ]
+        for row in record["rows"]
+    ]
+    head = [record["model"], "setting", "right", "passes", "ms an item", "beside a canvas", "p"]
+    return table(head, lines)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "peers": ("Beside transformers", peers),
     "step": ("A step", step),
@@ -509,6 +527,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "request": ("Whole answers", request),
     "nano": ("nano", nano),
     "skills": ("nano-skills", skills),
+    "finishing": ("Refused canvases, finished", finishing),
     "curve": ("Quality against steps", curve),
     "pins": ("The more is given, the fewer steps", pins),
     "sampling rules": ("Top-p, top-k, min-p and penalties", sampling_rules),

@@ -24,6 +24,14 @@ LEAST = 1e-6
 CONSTRAINTS = ("schema", "regex", "grammar", "choices")
 """The options that say what an answer must obey; one of them at most is given."""
 
+DTYPE_NAMES = {
+    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
+    **dict.fromkeys(("float16", "fp16", "half"), "float16"),
+    **dict.fromkeys(("float32", "fp32", "float"), "float32"),
+    **dict.fromkeys(("float64", "fp64", "double"), "float64"),
+}
+"""Every spelling of a dtype -> torch's own name of it."""
+
 Use = Literal["canvas", "autoregressive", "complete", "chat", "templates"]
 """Where an option applies: in which mode (on a canvas, or one token after another), and in which kind of request
 (`complete`, `chat`, or a template: `fill`, `infill`, `edit`, `decide`)."""
@@ -211,3 +219,28 @@ def unknown_option(name: Any, known: Collection[str]) -> str:
     suggestion = OTHER_NAMES.get(str(name)) or (near[0] if near else "")
     hint = f"did you mean {suggestion}? The" if suggestion else "the"
     return f"there is no option {reprlib.repr(name)}; {hint} options are {', '.join(sorted(known))}"
+
+
+def differences(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    return {f.name: value for f in dataclasses.fields(record) if (value := getattr(record, f.name)) != f.default}
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 40
+_REPR.maxdict = _REPR.maxtuple = 3
+
+
+def repr_of(record: Any) -> str:
+    """A record of options as it is made: only what differs from the defaults, long values cut."""
+    fields = ", ".join(f"{name}={_REPR.repr(value)}" for name, value in differences(record).items())
+    return f"{type(record).__name__}({fields})"
+
+
+def dtype_name(spelling: str) -> str:
+    """Torch's name of a dtype, by any usual spelling of it; InputError where it is none."""
+    name = spelling.removeprefix("torch.").lower()
+    if name not in DTYPE_NAMES:
+        known = ", ".join(dict.fromkeys(DTYPE_NAMES.values()))
+        raise InputError(f"dtype is {spelling!r}; choose one of {known}", option="dtype")
+    return DTYPE_NAMES[name]

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from sfumato.declarations import (
     BIG,
     CONSTRAINTS,
+    DTYPE_NAMES,
     ELSEWHERE,
     LEAST,
     OTHER_NAMES,
@@ -26,6 +27,9 @@ from sfumato.declarations import (
     Use,
     constraint_of,
     declared,
+    differences,
+    dtype_name,
+    repr_of,
     unknown_option,
 )
 from sfumato.errors import InputError
@@ -56,14 +60,6 @@ __all__ = [
     "dtype_name",
 ]
 
-DTYPE_NAMES = {
-    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
-    **dict.fromkeys(("float16", "fp16", "half"), "float16"),
-    **dict.fromkeys(("float32", "fp32", "float"), "float32"),
-    **dict.fromkeys(("float64", "fp64", "double"), "float64"),
-}
-"""Every spelling of a dtype -> torch's own name of it."""
-
 MOST_STEPS = 4096
 """The most denoising steps of a canvas."""
 
@@ -78,31 +74,6 @@ _ALL: tuple[Use, ...] = ("complete", "chat", "templates")
 _CANVAS: tuple[Use, ...] = ("canvas", *_ALL)
 _CANVAS_ANSWER: tuple[Use, ...] = ("canvas", *_ANSWER)
 _EVERYWHERE: tuple[Use, ...] = (*_MODES, *_ALL)
-
-
-def dtype_name(spelling: str) -> str:
-    """Torch's name of a dtype, by any usual spelling of it; InputError where it is none."""
-    name = spelling.removeprefix("torch.").lower()
-    if name not in DTYPE_NAMES:
-        known = ", ".join(dict.fromkeys(DTYPE_NAMES.values()))
-        raise InputError(f"dtype is {spelling!r}; choose one of {known}", option="dtype")
-    return DTYPE_NAMES[name]
-
-
-def differences(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults."""
-    return {f.name: value for f in dataclasses.fields(record) if (value := getattr(record, f.name)) != f.default}
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 40
-_REPR.maxdict = _REPR.maxtuple = 3
-
-
-def _repr_of(record: Any) -> str:
-    """A record of options as it is made: only what differs from the defaults, long values cut."""
-    fields = ", ".join(f"{name}={_REPR.repr(value)}" for name, value in differences(record).items())
-    return f"{type(record).__name__}({fields})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -278,13 +249,21 @@ class Options:
     verify: Annotated[
         float | None,
         About(
-            "With redos: a canvas begins again where the same weights, one token after another, prefer another token "
-            "by more than so many nats; the likeliest of its tries commits. None: max_steps alone decides.",
+            "With redos or finish: a canvas is refused where the same weights, one token after another, prefer another "
+            "token by more than so many nats; the likeliest of its tries commits. None: max_steps alone decides.",
             _CANVAS_ANSWER,
             0.0,
             100.0,
         ),
     ] = None
+    finish: Annotated[
+        bool,
+        About(
+            "With verify: where every try is refused, the likeliest keeps what stands before its first such token, and "
+            "the rest of the canvas is written one token after another. False: it commits as it is.",
+            _CANVAS_ANSWER,
+        ),
+    ] = False
     short: Annotated[
         bool,
         About(
@@ -328,7 +307,7 @@ class Options:
         self._check_together()
 
     def __repr__(self) -> str:
-        return _repr_of(self)
+        return repr_of(self)
 
     def _check_together(self) -> None:
         """InputError for options that contradict each other."""
@@ -357,19 +336,28 @@ class Options:
 
     def _check_redos(self) -> None:
         """InputError for what a canvas that may begin again cannot go with."""
-        if self.verify is not None and not self.redos:
-            raise InputError(f"verify is {self.verify} without redos; set redos to 1 or more", option="verify")
-        if not self.redos:
+        if self.finish and self.verify is None:
+            raise InputError("finish is true without verify; set verify to a number of nats, 1 say", option="finish")
+        if self.verify is not None and not self.is_judged:
+            message = f"verify is {self.verify} without redos; set redos to 1 or more, or finish to true"
+            raise InputError(message, option="verify")
+        if not self.is_judged:
             return
+        name = "redos" if self.redos else "finish"
         if self.mode not in (None, "diffusion"):
-            raise InputError(f"redos needs mode 'diffusion'; the mode is {self.mode!r}", option="redos")
+            raise InputError(f"{name} needs mode 'diffusion'; the mode is {self.mode!r}", option=name)
         if ruling := [name for name in (*CONSTRAINTS, "strict", "must_call") if getattr(self, name)]:
-            message = f"redos cannot go with {ruling[0]}, whose grammar walks a canvas once; drop one of them"
-            raise InputError(message, option="redos")
+            message = f"{name} cannot go with {ruling[0]}, whose grammar walks a canvas once; drop one of them"
+            raise InputError(message, option=name)
         moving = [name for name in MOVING if getattr(self, name) != OPTIONS[name].default]
         if self.verify is not None and moving:
             message = f"verify cannot go with {moving[0]}, which changes what the model would write; drop one of them"
             raise InputError(message, option="verify")
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a canvas may be refused: it then begins again, or is finished otherwise."""
+        return self.redos > 0 or self.finish
 
     @property
     def constraint(self) -> tuple[str, Any] | None:
@@ -437,6 +425,7 @@ class OptionFields(TypedDict, total=False):
     early: bool
     redos: int
     verify: float | None
+    finish: bool
     short: bool
     schema: dict[str, Any] | bool | None
     regex: str | None
@@ -528,7 +517,7 @@ class LoadOptions:
                 raise InputError(f"{name} is {reprlib.repr(value)}; give {expected}", option=name)
 
     def __repr__(self) -> str:
-        return _repr_of(self)
+        return repr_of(self)
 
 
 def _folders(adapters: Any) -> dict[str, str] | None:

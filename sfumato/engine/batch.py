@@ -363,4 +363,4 @@ def _step_positions(row: Row) -> int:
     """What a step of a row computes, beside reads."""
     if row.request.reads is not None:
         return 0
-    return (row.length if row.request.is_diffusion else 1) + len(row.pending)
+    return (row.length if row.is_on_canvas else 1) + len(row.pending)

@@ -1,7 +1,8 @@
 """What becomes of rows after a step: canvases that have stopped are committed, cut and emitted as events.
 
 A commit ends at an end token, a stop string, the token limit or the end of the context. Rows that go without a canvas
-(the autoregressive baseline with the same weights) commit one token a pass.
+(the autoregressive baseline with the same weights) commit one token a pass; so do those that finish one which was
+refused (`Options.finish`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from sfumato.engine.request import Row
 from sfumato.engine.seats import SeatTable
 from sfumato.engine.stepper import HEAD, NAT, PendingRead, Stepper
-from sfumato.engine.trials import CommitLikelihoods, Trial, likeliest
+from sfumato.engine.trials import CommitLikelihoods, Likeliest, Trial
 from sfumato.events import Commit, Done, Usage
 from sfumato.sampling.rules import pick_token
 
@@ -36,6 +37,8 @@ class StoppedCanvas(NamedTuple):
     """Of several tries this one."""
     is_encoded: bool = False
     """The tokens of its try are in the cache."""
+    is_cut: bool = False
+    """These tokens are only the beginning: the rest of the canvas is written one token after another."""
 
 
 class Commits:
@@ -63,7 +66,8 @@ class Commits:
                         for seat, own in zip(stopped, tokens, strict=True)
                     ]
                 )
-                self.stepper.begin([seat for seat in stopped if not self.table.row(seat).is_over])
+                going_on = [seat for seat in stopped if not self.table.row(seat).is_over]
+                self.stepper.begin([seat for seat in going_on if self.table.row(seat).is_on_canvas])
             # Of the others, what has settled ahead of the rest, unless it must wait for the whole.
             ahead = [seat for seat in current if not is_done[seat] and settled[seat] > self.table.row(seat).settled]
             if ahead := [seat for seat in ahead if not self.table.row(seat).commits_whole]:
@@ -88,7 +92,7 @@ class Commits:
             with self.table.isolating(one.seat):
                 for span, _, _ in row.spans_here():
                     span.commit()
-                kept[-1] = self._cut(row, one.tokens[row.settled :])
+                kept[-1] = self._cut(row, one.tokens[row.settled :], is_whole=not one.is_cut)
         is_read = [one.trial is not None and one.trial.likelihoods is not None for one in stopped]
         encoding = [n for n, row in enumerate(rows) if row.options.logprobs and kept[n] and not is_read[n]]
         log_p = self._log_probabilities([stopped[n].seat for n in encoding], [kept[n] for n in encoding])
@@ -110,12 +114,24 @@ class Commits:
             if one.is_encoded and one.trial is not None:  # a stop string may have cut off some of it
                 self._forget(one.seat, len(one.trial.tokens) - len(kept[n]))
             yield from self._emit(one.seat, kept[n], likelihoods, steps)
-            row.canvas, row.step, row.settled, row.refused = row.canvas + 1, 0, 0, []
+            if one.is_cut and not row.is_over:
+                self._finish(one, kept[n])
+            else:
+                row.canvas, row.step, row.settled, row.refused = row.canvas + 1, 0, 0, []
+
+    def _finish(self, one: StoppedCanvas, kept: list[int]) -> None:
+        """Encode the beginning of a refused canvas, for the tokens that follow from it one after another."""
+        row = self.table.row(one.seat)
+        row.step, row.pending, row.unwritten = 0, [], row.length - len(kept)
+        if one.trial is not None:  # reads of this canvas that are under way are those of another try now
+            row.refused.append(one.trial)
+        self.table.encode([kept], [one.seat])
+        row.passes += 1
 
     def _standing(self, stopped: list[StoppedCanvas]) -> list[StoppedCanvas]:
         """Those that commit now. A try that does not stand begins again; after the last one the best commits."""
-        commits = [one for one in stopped if not self.table.row(one.seat).options.redos]
-        judged = [one for one in stopped if self.table.row(one.seat).options.redos]
+        commits = [one for one in stopped if not self.table.row(one.seat).options.is_judged]
+        judged = [one for one in stopped if self.table.row(one.seat).options.is_judged]
         if not judged:
             return stopped
         rows = {one.seat: self.table.row(one.seat) for one in judged}
@@ -137,13 +153,16 @@ class Commits:
             stands = not row.is_unsure(trial) if row.options.verify is None else trial.gap <= row.options.verify
             is_last = len(row.refused) == row.options.redos
             best = max([trial, *row.refused], key=lambda other: other.rank)
-            if stands or (is_last and best is trial):
+            if stands or (is_last and best is trial and not row.options.finish):
                 commits.append(one._replace(trial=trial, is_encoded=is_encoded))
                 continue
             if is_encoded:
                 self._forget(one.seat, len(trial.tokens))
                 self.table.last_XD[one.seat] = before[one.seat]
-            if is_last:
+            if is_last and row.options.finish and row.options.verify is not None:
+                best = best.corrected(row.options.verify)
+                commits.append(one._replace(tokens=best.tokens, trial=best, is_cut=len(best.tokens) < row.length))
+            elif is_last:
                 commits.append(one._replace(tokens=best.tokens, trial=best))
             else:
                 row.refused.append(trial)
@@ -153,7 +172,7 @@ class Commits:
     def _judged(self, row: Row, trial: Trial, log_p_TV: Tensor) -> Trial:
         """With what the log-probabilities of all tokens in its places say of a try."""
         likelihoods = CommitLikelihoods.of(trial.tokens, log_p_TV, row.options.top_logprobs)
-        best = likeliest(log_p_TV, self.config.eos_ids, row.lacking)
+        best = Likeliest.of(log_p_TV, [*self.config.eos_ids, *row.request.banned], row.lacking)
         return trial.judged(likelihoods, best, row.pinned_here)
 
     def _forget(self, seat: int, count: int) -> None:
@@ -197,7 +216,7 @@ class Commits:
         yield from self._emit(one.seat, kept, None, one.steps)
 
     def decode(self, seats: list[int]) -> Iterator[Commit | Done]:
-        """One token of rows that go without a canvas, from encode's own logits."""
+        """One token of rows that go without a canvas, or finish one so, from encode's own logits."""
         if not seats:
             return
         rows, model = [self.table.row(seat) for seat in seats], self.table.model
@@ -212,22 +231,33 @@ class Commits:
                 self.table.fail_of_numbers(seat, f"before token {len(row.tokens) + 1} of the answer")
                 continue
             if row.lacking > 0:
-                logits_BV[n, list(self.config.eos_ids)] = -torch.inf
-            logits_V = logits_BV[n]
-            if row.sampler is not None:
-                logits_V = row.sampler.next_logits(logits_V, row.tokens)
-            token = pick_token(logits_V, row.options, uniform_B[n])
-            row.steps, row.passes = row.steps + 1, row.passes + 1
+                logits_BV[n, [*self.config.eos_ids, *row.request.banned]] = -torch.inf
+            token = self._next(row, logits_BV[n], uniform_B[n])
+            row.steps, row.passes, row.unwritten = row.steps + 1, row.passes + 1, max(0, row.unwritten - 1)
             kept: list[int] = []
             with self.table.isolating(seat):
-                kept = self._cut(row, [token])
+                kept = self._cut(row, [token], is_whole=not row.unwritten)
             if not row.has_failed:
                 likelihoods = None
                 if row.options.logprobs:
                     likelihoods = CommitLikelihoods.of(kept, log_p_BV[n : n + 1], row.options.top_logprobs)
                 yield from self._emit(seat, kept, likelihoods, 1)
-        if going_on := [seat for seat in seats if not self.table.row(seat).is_over]:
-            self.table.encode([[self.table.row(seat).tokens[-1]] for seat in going_on], going_on)
+        going_on = [seat for seat in seats if not self.table.row(seat).is_over]
+        if decoding := [seat for seat in going_on if self.table.row(seat).is_decoded]:
+            self.table.encode([[self.table.row(seat).tokens[-1]] for seat in decoding], decoding)
+        finished = [seat for seat in going_on if not self.table.row(seat).is_decoded]
+        for row in map(self.table.row, finished):
+            row.pending, row.canvas, row.refused = row.tokens[-1:], row.canvas + 1, []
+        self.stepper.begin(finished)
+
+    @staticmethod
+    def _next(row: Row, logits_V: Tensor, uniform: Tensor) -> int:
+        """The next token. A refused canvas is finished by its pins and what is likeliest, as that refused it."""
+        if row.unwritten:
+            return row.request.pins.get(len(row.tokens), int(logits_V.argmax()))
+        if row.sampler is not None:
+            logits_V = row.sampler.next_logits(logits_V, row.tokens)
+        return pick_token(logits_V, row.options, uniform)
 
     def _cut(self, row: Row, tokens: list[int], is_whole: bool = True) -> list[int]:
         """The tokens that count: up to eos, a stop string, the token limit or the end of the context.

@@ -176,7 +176,7 @@ class Engine:
         encoded = stepper.encode_prompts([seat for seat in seats if row(seat).rest], prefill_limit)
         seats = [seat for seat in seats if not row(seat).rest]
         # 2. One step of all canvases; what waits to be encoded goes along in the same pass.
-        canvases = [seat for seat in seats if row(seat).request.is_written and not row(seat).is_at_cap]
+        canvases = [seat for seat in seats if row(seat).is_on_canvas and not row(seat).is_at_cap]
         stepper.step([seat for seat in canvases if seat not in stepper.walks])
         # 3. Where a grammar rules, the step ends when its walk does.
         stepper.walk([seat for seat in canvases if seat in stepper.walks], time.perf_counter() - began)
@@ -189,8 +189,8 @@ class Engine:
         lag = self._lag(stepped)
         while len(self.pending_reads) > lag:
             events += self.commits.collect(self.pending_reads.popleft())
-        # 6. One token of the rows that go without a canvas.
-        decoding = [seat for seat in seats if not row(seat).request.is_diffusion and not row(seat).is_over]
+        # 6. One token of the rows that go without a canvas, or finish one so.
+        decoding = [seat for seat in seats if row(seat).is_decoded and not row(seat).is_over]
         events += self.commits.decode(decoding)
         # 7. What is only read, behind prompts that are encoded.
         reading = [seat for seat in seats if row(seat).is_read and not row(seat).is_over]

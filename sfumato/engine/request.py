@@ -100,8 +100,8 @@ class Request:
 
     def checked(self, config: ModelConfig) -> Request:
         """With a `Prompt` and its mode decided; InputError or CapacityError for what this model cannot run."""
-        if self.options.redos:
-            config.check_canvas("redos")
+        if self.options.is_judged:
+            config.check_canvas("redos" if self.options.redos else "finish")
         mode = "diffusion" if config.is_diffusion else "autoregressive"
         options = self.options.with_defaults({"mode": mode})
         check_kind(self.name, self.prompt, (list, tuple, Prompt), "a list of token ids")
@@ -191,9 +191,9 @@ class Request:
         }
         for what in (what for what, is_requested in needs_canvas.items() if is_requested):
             config.check_canvas(what)
-        if self.options.redos and (self.spans or self.reads is not None):
-            what = "a span with a grammar" if self.spans else "reads"
-            raise InputError(f"{self.name} has {what}; redos cannot go with that, leave it out", option="redos")
+        if self.options.is_judged and (self.spans or self.reads is not None):
+            name, what = "redos" if self.options.redos else "finish", "a span with a grammar" if self.spans else "reads"
+            raise InputError(f"{self.name} has {what}; {name} cannot go with that, leave it out", option=name)
 
     def _check_room(self, config: ModelConfig) -> None:
         if not len(self.prompt):
@@ -303,6 +303,8 @@ class Row:
     """Leading tokens of this canvas that were committed before the rest."""
     refused: list[Trial] = field(default_factory=list)
     """Tries of this canvas that did not stand."""
+    unwritten: int = 0
+    """Positions of this canvas that are still to be written one token after another, as no try of it stood."""
 
     @classmethod
     def of(
@@ -369,6 +371,16 @@ class Row:
         return self.step >= self.rules.max_steps
 
     @property
+    def is_on_canvas(self) -> bool:
+        """Whether its next tokens come from a canvas, not one after another."""
+        return self.request.is_written and not self.unwritten
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether its next token follows from those before it alone."""
+        return not self.request.is_diffusion or self.unwritten > 0
+
+    @property
     def is_hosted(self) -> bool:
         """Whether the host has a part within each of its steps."""
         return bool(self.spans or self.inspect)
@@ -396,7 +408,7 @@ class Row:
     @property
     def commits_whole(self) -> bool:
         """Whether a canvas commits at once, since its numbers are read, or it may begin again."""
-        return self.options.logprobs or self.options.redos > 0
+        return self.options.logprobs or self.options.is_judged
 
     def is_unsure(self, trial: Trial) -> bool:
         """Whether a canvas was stopped by the cap alone, or because it repeated itself."""

@@ -301,7 +301,7 @@ class Stepper:
             state = self.table.canvases[length]
             rows = {seat: self.table.row(seat) for seat in seats}
             entropy_X = torch.zeros_like(state.step_X)
-            if any(row.options.redos for row in rows.values()):
+            if any(row.options.is_judged for row in rows.values()):
                 entropy_X = (state.entropy_XL.mean(-1) * NAT).long()
             heads = [state.is_done_X.long(), state.step_X, state.settled_X, state.is_finite_X.long(), entropy_X]
             on_canvas = {seat: (row, row.draw) for seat, row in rows.items() if row.length == length}

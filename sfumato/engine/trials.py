@@ -1,4 +1,4 @@
-"""Tries of a canvas: which of them stands, and which is committed where none does (`Options.redos`, `Options.verify`).
+"""Tries of a canvas: which of them stands, and what is committed where none does (`Options.redos`, `verify`, `finish`).
 
 Where canvases settle, one that reaches its cap on steps without being sure is seldom right, and other noise often is.
 It begins again, which costs its steps and nothing else. With `verify` the causal direction judges in the cap's place:
@@ -6,14 +6,16 @@ the encode pass gives the log-probability of each token from those before it alo
 token is by how much that of the likeliest token in its place is above its own. A canvas with a gap above the threshold
 begins again.
 
-Where no try is left the best of them commits: the surest, or with `verify` the likeliest. Only tokens that can become
-part of the answer have a gap, and that were free: not what is pinned, and nothing behind the first end or the budget.
+Where no try is left the best of them commits: the surest, or with `verify` the likeliest; with `finish` only what of it
+stands before the first such gap, with the likeliest token there, and the rest is written one token after another. Only
+tokens that can become part of the answer have a gap, and that were free: not what is pinned, and nothing behind the
+first end or the budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +45,21 @@ class CommitLikelihoods(NamedTuple):
         return CommitLikelihoods(self.logprobs[:count], None if self.top is None else self.top[:count])
 
 
+class Likeliest(NamedTuple):
+    """The likeliest token of each place."""
+
+    logprobs: list[float]
+    tokens: list[int]
+
+    @classmethod
+    def of(cls, log_p_TV: Tensor, banned: Sequence[int], lacking: int) -> Likeliest:
+        """From the log-probabilities of all tokens; banned ones do not count in the first `lacking` places."""
+        if lacking > 0:
+            log_p_TV = log_p_TV.clone()
+            log_p_TV[:lacking, list(banned)] = -torch.inf
+        return cls(*(x.tolist() for x in log_p_TV.max(-1)))
+
+
 @dataclass(frozen=True)
 class Trial:
     """One try of a canvas."""
@@ -54,33 +71,36 @@ class Trial:
     """The mean entropy of the canvas at its last step, in nats."""
     likelihoods: CommitLikelihoods | None = None
     """What the causal direction says of its tokens; None where it is not asked."""
-    gap: float = 0.0
-    """The largest gap of a token that was free, in nats; 0 where none was."""
+    gaps: Sequence[float] = ()
+    """The gap of each token, in nats; 0 for those that were not free. Empty where it is not asked."""
+    best: Likeliest | None = None
+    """What the causal direction prefers in each place; None where it is not asked."""
     mean: float = 0.0
     """The mean log-probability of the tokens that were free; 0 where none was."""
+
+    @property
+    def gap(self) -> float:
+        """The largest gap of a token, in nats."""
+        return max(self.gaps, default=0.0)
+
+    def corrected(self, bound: float) -> Trial:
+        """What stands before the first gap above so many nats, and in its place the likeliest token."""
+        place = next((place for place, gap in enumerate(self.gaps) if gap > bound), None)
+        if place is None or self.best is None or self.likelihoods is None:
+            return self
+        logprobs, top = self.likelihoods.first(place + 1)
+        likelihoods = CommitLikelihoods([*logprobs[:place], self.best.logprobs[place]], top)
+        return replace(self, tokens=[*self.tokens[:place], self.best.tokens[place]], likelihoods=likelihoods)
 
     @property
     def rank(self) -> float:
         """The larger, the better it is beside other tries of the same canvas."""
         return -self.entropy if self.likelihoods is None else self.mean
 
-    def judged(self, likelihoods: CommitLikelihoods, best: Sequence[float], pinned: Collection[int]) -> Trial:
-        """With what the causal direction says of it.
-
-        `best` are the largest log-probabilities in the places of its tokens; those in `pinned` were not free."""
-        pairs = zip(best, likelihoods.logprobs, strict=True)
-        free = [pair for place, pair in enumerate(pairs) if place not in pinned]
-        gap = max((top - own for top, own in free), default=0.0)
-        mean = sum(own for _, own in free) / max(1, len(free))
-        return Trial(self.tokens, self.steps, self.entropy, likelihoods, gap, mean)
-
-
-def likeliest(log_p_TV: Tensor, ends: Sequence[int], lacking: int) -> list[float]:
-    """The largest log-probability in each place; ends do not count in the first `lacking`, where they cannot be."""
-    largest_T = log_p_TV.amax(-1)
-    if lacking > 0:
-        guarded_TV = log_p_TV[:lacking].clone()
-        guarded_TV[:, list(ends)] = -torch.inf
-        largest_T[:lacking] = guarded_TV.amax(-1)
-    largest: list[float] = largest_T.tolist()
-    return largest
+    def judged(self, likelihoods: CommitLikelihoods, best: Likeliest, pinned: Collection[int]) -> Trial:
+        """With what the causal direction says of it: `best` in its places, of which those in `pinned` were not free."""
+        pairs = [*zip(best.logprobs, likelihoods.logprobs, strict=True)]
+        gaps = [0.0 if place in pinned else top - own for place, (top, own) in enumerate(pairs)]
+        free = [own for place, (_, own) in enumerate(pairs) if place not in pinned]
+        mean = sum(free) / max(1, len(free))
+        return Trial(self.tokens, self.steps, self.entropy, likelihoods, gaps, best, mean)

@@ -18,7 +18,7 @@ from sfumato import LLM
 from sfumato.engine.engine import Engine, EngineSettings
 from sfumato.engine.request import TRY_BITS, GrammarSpan, Request, Row
 from sfumato.engine.run import Run
-from sfumato.engine.trials import CommitLikelihoods, Trial, likeliest
+from sfumato.engine.trials import CommitLikelihoods, Likeliest, Trial
 from sfumato.errors import CapacityError, InputError, SfumatoError
 from sfumato.events import Commit, Done, Draft
 from sfumato.model.cache import KVCache
@@ -171,17 +171,18 @@ def test_off_and_never_refusing_write_the_same() -> None:
         assert [*commits, dataclasses.replace(done, usage=usage)] == plain
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
 @pytest.mark.parametrize(
     "settings", [EngineSettings(lag=1), EngineSettings(lag=3), EngineSettings(record=True), EngineSettings(chunk=5)]
 )
-def test_no_way_of_stepping_and_no_neighbour_changes_it(settings: EngineSettings) -> None:
+def test_no_way_of_stepping_and_no_neighbour_changes_it(settings: EngineSettings, is_finished: bool) -> None:
     """Rows that are judged beside rows that are not, read late, recorded, and with prompts in chunks."""
     ours = talker((38, 45))
     sorts: list[dict[str, Any]] = [
         {},
         {"verify": SOME, "redos": 2},
         {"redos": 1, "max_steps": CAP, "confidence": SURE},
-        {"mode": "autoregressive"},
+        {"verify": SOME, "finish": True} if is_finished else {"mode": "autoregressive"},
     ]
     options = [dataclasses.replace(own, **sort) for own, sort in zip(each(), sorts, strict=True)]
     expected = [events_of(ours, [prompt], [own])[0] for prompt, own in zip(PROMPTS, options, strict=True)]
@@ -193,10 +194,11 @@ def test_no_way_of_stepping_and_no_neighbour_changes_it(settings: EngineSettings
 
 
 @torch.inference_mode()
-def test_what_is_cached_is_what_was_committed() -> None:
+@pytest.mark.parametrize("finish", [False, True])
+def test_what_is_cached_is_what_was_committed(finish: bool) -> None:
     """After refused tries, and after earlier tries that won: log-probabilities and the next canvases see no other."""
     ours = talker((38, 45))
-    run = Run(ours, PROMPTS, each(verify=SOME, redos=1, logprobs=True, top_logprobs=3))
+    run = Run(ours, PROMPTS, each(verify=SOME, redos=1, finish=finish, logprobs=True, top_logprobs=3))
     done = {event.row: event for event in run if isinstance(event, Done)}
     for row, prompt in enumerate(PROMPTS):
         tokens = done[row].tokens
@@ -208,8 +210,66 @@ def test_what_is_cached_is_what_was_committed() -> None:
         canvas = torch.tensor([text(LENGTH)])
         own = ours.denoise(canvas, run.cache, None, [row])
         assert held > len(prompt) and tiny_runs.near(own, ours.denoise(canvas, fresh))
-    silent = events_of(ours, PROMPTS, each(verify=SOME, redos=1))
+    silent = events_of(ours, PROMPTS, each(verify=SOME, redos=1, finish=finish))
     assert [events[-1].tokens for events in silent] == [done[row].tokens for row in range(4)]
+
+
+def one_after_another(ours: Model, start: list[int], count: int) -> list[int]:
+    """The likeliest tokens behind these, each from those before it."""
+    if count == 0:
+        return []
+    options = Options(mode="autoregressive", temperature=0.0, max_tokens=count)
+    return [*events_of(ours, [start], [options])[0][-1].tokens]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("redos", "threshold"), [(0, SOME), (2, 14.0)])
+def test_a_refused_canvas_is_finished_one_token_after_another(redos: int, threshold: float) -> None:
+    """Up to the first gap it is the likeliest try, there the likeliest token, behind it what a request would get."""
+    ours, places = talker(), set[int]()
+    for seed in range(SEEDS):
+        tries, prompt = tries_of(seed)[: redos + 1], PROMPTS[seed % 4]
+        some = tries[: next((n for n, one in enumerate(tries) if one.stands(threshold)), redos) + 1]
+        options = plain_of(seed, verify=threshold, redos=redos, finish=True)
+        ((*commits, done),) = events_of(ours, [prompt], [options])
+        steps, verdicts = sum(one.steps for one in some), len(some)
+        if some[-1].stands(threshold):
+            assert done.tokens == some[-1].tokens
+            assert (done.usage.steps, done.usage.passes) == (steps, steps + verdicts)
+            continue
+        best = max(some, key=lambda one: one.mean)
+        log_p_TV = log_p_of(ours, prompt, best.tokens)
+        gaps = log_p_TV.amax(-1) - log_p_TV.gather(1, torch.tensor(best.tokens)[:, None])[:, 0]
+        place = int((gaps > threshold).nonzero()[0])
+        start = [*best.tokens[:place], int(log_p_TV[place].argmax())]
+        rest = one_after_another(ours, prompt + start, LENGTH - len(start))
+        assert done.tokens == start + rest
+        assert [len(one.tokens) for one in commits] == [len(start), *(1 for _ in rest)]
+        assert done.usage.steps == steps + len(rest), "a token is a step"
+        assert done.usage.passes == done.usage.steps + verdicts + bool(rest), "and what is kept is encoded again"
+        places.add(place)
+    assert len(places) > 1
+
+
+@torch.inference_mode()
+def test_behind_a_finished_canvas_the_next_one_is_denoised() -> None:
+    """On the grid of its canvases; pins hold, and no end comes before `min_tokens`."""
+    ours, prompt = talker(), PROMPTS[1]
+    pins = {place: 13 for place in (5, LENGTH - 1, LENGTH, 2 * LENGTH + 3)}
+    options = dataclasses.replace(
+        SETTLES, seed=2, max_tokens=3 * LENGTH, min_tokens=3 * LENGTH, verify=0.0, finish=True
+    )
+    ((*commits, done),) = events_of(ours, [prompt], [options], pins=[pins])
+    assert len(done.tokens) == 3 * LENGTH and all(done.tokens[place] == token for place, token in pins.items())
+    assert done.usage.canvases == 3 and {commit.canvas for commit in commits} == {0, 1, 2}
+    for number in range(3):
+        own = [commit for commit in commits if commit.canvas == number]
+        assert sum(len(commit.tokens) for commit in own) == LENGTH and own[0].steps > 1
+    assert sum(commit.steps for commit in commits) == done.usage.steps
+    free = [place for place in range(3 * LENGTH) if place not in pins]
+    log_p_TV = log_p_of(ours, prompt, done.tokens)
+    log_p_TV[:, list(ours.config.eos_ids)] = -torch.inf
+    assert [done.tokens[place] for place in free] == log_p_TV.argmax(-1)[free].tolist(), "no gap is left above 0"
 
 
 def test_drafts_show_every_try() -> None:
@@ -269,7 +329,7 @@ def test_a_try_by_hand() -> None:
     assert likelihoods.top is not None and [*map(len, likelihoods.top)] == [2, 2, 2] and 2 in likelihoods.top[2]
 
     def verdict(pinned: Mapping[int, int], lacking: int) -> tuple[float, float]:
-        best = likeliest(log_p_TV, (2,), lacking)
+        best = Likeliest.of(log_p_TV, (2,), lacking)
         one = Trial([1, 1, 0], 5, 0.01).judged(likelihoods, best, pinned)
         assert one.rank == one.mean and (one.tokens, one.steps, one.entropy) == ([1, 1, 0], 5, 0.01)
         return one.gap, one.mean
@@ -279,13 +339,21 @@ def test_a_try_by_hand() -> None:
     assert verdict({2: 0}, 0) == pytest.approx((log[0.6] - log[0.3], (log[0.3] + log[0.7]) / 2))
     assert verdict({}, 3) == pytest.approx((log[0.6] - log[0.3], (log[0.3] + log[0.7] + log[0.1]) / 3)), "2 is an end"
     assert verdict({0: 1, 1: 1, 2: 0}, 0) == (0.0, 0.0)
+    one = Trial([1, 1, 0], 5, 0.01).judged(likelihoods, Likeliest.of(log_p_TV, (), 0), {})
+    first, last = one.corrected(0.5), one.corrected(1.0)
+    assert (first.tokens, last.tokens) == ([0], [1, 1, 2]) and one.corrected(5.0).tokens == [1, 1, 0]
+    for cut in first, last:
+        assert cut.likelihoods == CommitLikelihoods.of(cut.tokens, log_p_TV, 2)
     assert likelihoods.first(1) == CommitLikelihoods.of([1], log_p_TV, 2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"redos": 0}, "verify is 4.0 without redos; set redos to 1 or more"),
+        ({"redos": 0}, "verify is 4.0 without redos; set redos to 1 or more, or finish to true"),
+        ({"verify": None, "finish": True}, "finish is true without verify; set verify to a number of nats"),
+        ({"redos": 0, "finish": True, "mode": "autoregressive"}, "finish needs mode 'diffusion'"),
+        ({"redos": 0, "finish": True, "choices": ["a"]}, "finish cannot go with choices"),
         ({"mode": "autoregressive"}, "redos needs mode 'diffusion'; the mode is 'autoregressive'"),
         ({"regex": "a+"}, "redos cannot go with regex, whose grammar walks a canvas once"),
         ({"must_call": True}, "redos cannot go with must_call"),

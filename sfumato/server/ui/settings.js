@@ -16,7 +16,7 @@ const GROUPS = {
 
 /** Options that speak of an answer as a whole; a template's own slots say these things. */
 const OF_ANSWERS = new Set(words(`max_tokens min_tokens stop thinking mode schema regex grammar choices strict must_call
-  logprobs top_logprobs verify`));
+  logprobs top_logprobs verify finish`));
 
 /** The page decides these itself. */
 const OWN = new Set(["drafts"]);
