@@ -54,12 +54,13 @@ LIMITS: dict[str, tuple[float, float, bool, bool, str]] = {
     "frequency_penalty": (-2.0, 2.0, False, False, "from -2 to 2"),
     "repetition_penalty": (1e-6, 100.0, False, False, "above 0, at most 100"),
 }
-FLAGS = ("drafts", "logprobs", "early", "short", "strict", "must_call", "thinking")
+FLAGS = ("drafts", "logprobs", "early", "finish", "short", "strict", "must_call", "thinking")
 FORMS = ("schema", "regex", "grammar", "choices")
 
 
 PARTNERS: dict[str, dict[str, Any]] = {
     "verify": {"redos": 1},
+    "finish": {"verify": 1.0},
     "min_tokens": {"max_tokens": None},
     "t_min": {"t_max": None},
     "top_logprobs": {"logprobs": True},
@@ -140,7 +141,7 @@ def test_what_is_no_number_is_named(name: str) -> None:
 def test_a_flag_is_true_or_false(name: str) -> None:
     for value in ("no", "true", 1, 0, None):
         assert refusal(**{name: value}) == f"{name} is {value!r}; give true or false"
-    assert getattr(options_with(**{name: True}), name) is True
+    assert getattr(options_with(**{name: True}, **PARTNERS.get(name, {})), name) is True
     assert getattr(Options(), name) is False
 
 
