@@ -12,6 +12,7 @@ it does.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -219,7 +220,8 @@ def _shortest_text(key: str, terms: Terms) -> list[int] | None:
     if known is not None and len(known) <= _SHORT_ENOUGH:
         return known
     try:
-        path = _finished(search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right), f"the {kind}")
+        work = search.completion(matcher, MAX_SHORTEST, 0, EFFORT, is_right=is_right)
+        path = _finished(work, f"the {kind}", began + READING_SECONDS + SEARCH_SECONDS)
     except InputError:  # it takes too long, or the library cannot follow it
         if known is None:
             raise
@@ -239,12 +241,12 @@ def _known(example: str | None, kind: str, tokenizer: Tokenizer, most: int) -> l
     return tokens if tokens is not None and len(tokens) <= most else None
 
 
-def _finished(work: Interruptible[T], what: str) -> T:
+def _finished(work: Interruptible[T], what: str, until: float = math.inf) -> T:
     """The result of the work, or what it has found when its time is up; InputError where that is nothing.
 
-    The child stays as it is, unlike behind a limit.
+    `until` bounds it too, as `time.process_time` counts. The child stays as it is, unlike behind a limit.
     """
-    until = time.process_time() + SEARCH_SECONDS
+    until = min(until, time.process_time() + SEARCH_SECONDS)
     try:
         for number in itertools.count():
             if number % 4 or time.process_time() <= until:

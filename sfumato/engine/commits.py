@@ -115,18 +115,20 @@ class Commits:
                 self._forget(one.seat, len(one.trial.tokens) - len(kept[n]))
             yield from self._emit(one.seat, kept[n], likelihoods, steps)
             if one.is_cut and not row.is_over:
-                self._finish(one, kept[n])
+                row.step, row.unwritten = 0, row.length - len(kept[n])
+                if one.trial is not None:  # reads of this canvas that are under way are those of another try now
+                    row.refused.append(one.trial)
             else:
                 row.canvas, row.step, row.settled, row.refused = row.canvas + 1, 0, 0, []
+        self._encode_beginnings([one.seat for one in stopped if self.table.row(one.seat).unwritten])
 
-    def _finish(self, one: StoppedCanvas, kept: list[int]) -> None:
-        """Encode the beginning of a refused canvas, for the tokens that follow from it one after another."""
-        row = self.table.row(one.seat)
-        row.step, row.pending, row.unwritten = 0, [], row.length - len(kept)
-        if one.trial is not None:  # reads of this canvas that are under way are those of another try now
-            row.refused.append(one.trial)
-        self.table.encode([kept], [one.seat])
-        row.passes += 1
+    def _encode_beginnings(self, seats: list[int]) -> None:
+        """Encode what these rows keep of a refused canvas, for the tokens that follow from it one after another."""
+        going_on = [seat for seat in seats if not self.table.row(seat).is_over]
+        if going_on:
+            self.table.encode([self.table.row(seat).pending for seat in going_on], going_on)
+        for row in map(self.table.row, going_on):
+            row.passes, row.pending = row.passes + 1, []
 
     def _standing(self, stopped: list[StoppedCanvas]) -> list[StoppedCanvas]:
         """Those that commit now. A try that does not stand begins again; after the last one the best commits."""

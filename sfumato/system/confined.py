@@ -33,8 +33,9 @@ from sfumato.errors import BusyError, CapacityError, CheckpointError, InputError
 
 SECONDS = 5.0
 """That one call may take, as its child's processor counts them."""
-PATIENCE = 12
-"""Times as many may pass by the clock: a child that steps aside gets little of a busy machine."""
+PATIENCE, MINUTE = 12, 60.0
+"""Times as many may pass by the clock, up to a minute: a child that steps aside gets little of a busy machine. Of what
+may take long, four times as many."""
 MEMORY = 512 << 20
 """Bytes that one call may take beyond what its child holds."""
 STACK = 8 << 20
@@ -50,6 +51,11 @@ _ERRORS = {kind.__name__: kind for kind in (InputError, CapacityError, Checkpoin
 
 is_cancelled: ContextVar[Callable[[], bool]] = ContextVar("is_cancelled")
 """Called while a call is waited for; where it returns True, waiting ends."""
+
+
+def patience(seconds: float) -> float:
+    """Seconds by the clock that a call may take, of which so many are its child's."""
+    return min(PATIENCE * seconds, max(4 * seconds, MINUTE))
 
 
 class Cancelled(InputError):
@@ -77,7 +83,7 @@ class Child:
         if sys.platform == "win32":  # whose pipes cannot be waited for
             return function(*arguments)
         self.seconds, self.memory = SECONDS if seconds is None else seconds, memory
-        self.deadline = time.monotonic() + PATIENCE * self.seconds
+        self.deadline = time.monotonic() + patience(self.seconds)
         answer = self._call((function.__module__, function.__qualname__, arguments, self.seconds, memory, stack))
         match answer:
             case {"result": result}:
@@ -157,7 +163,7 @@ class Child:
                 if time.monotonic() > self.deadline:
                     raise BusyError(
                         f"{self.what} did not get {self.seconds:g} seconds of the processor in "
-                        f"{PATIENCE * self.seconds:g}; send the request again later"
+                        f"{patience(self.seconds):g}; send the request again later"
                     )
                 for key, _ in ready:
                     if key.fileobj is process.stdin:
@@ -231,7 +237,7 @@ class ChildPool:
                 child.end()
 
     def _take(self, what: str) -> Child:
-        is_given_up, until = is_cancelled.get(lambda: False), time.monotonic() + PATIENCE * SECONDS
+        is_given_up, until = is_cancelled.get(lambda: False), time.monotonic() + patience(SECONDS)
         with self._change:
             if self._owner != os.getpid():  # after a fork the children are the parent's
                 self._free, self._owner = [Child(self._nice) for _ in range(CHILDREN)], os.getpid()
