@@ -90,10 +90,11 @@ def test_a_job_cancelled_while_it_is_prepared_does_not_stay(opened: Open) -> Non
             task.cancel()
             await asyncio.wait([task])
             await events(one, job(begin="release"))
-            while True:  # it is gone as soon as it has been prepared, unless it never was
+            is_gone, until = False, time.monotonic() + 60
+            while not is_gone and time.monotonic() < until:  # as soon as it has been prepared, unless it never was
                 now = await state_of(one)
-                if "r0" not in now["active"] and one.stats().queue == 0:
-                    break
+                is_gone = "r0" not in now["active"] and one.stats().queue == 0
+            assert is_gone
 
     running(test())
 

@@ -107,6 +107,11 @@ def test_a_machine_without_time_for_it_is_not_the_callers_fault(monkeypatch: pyt
         POOL.run(time.sleep, 60, what="the thing")
 
 
+def test_how_long_a_call_is_waited_for() -> None:
+    waits = {0.1: 1.2, 1: 12, confined.SECONDS: 60, 10: 60, 30: 120}
+    assert {seconds: confined.patience(seconds) for seconds in waits} == pytest.approx(waits)
+
+
 def test_one_that_nobody_waits_for_is_given_up() -> None:
     began = time.monotonic()
     held = confined.is_cancelled.set(lambda: time.monotonic() > began + 0.3)
